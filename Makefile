@@ -1,0 +1,40 @@
+# Every target does its own set-up: `make demo` and `make test` work on a fresh clone.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint type fmt check clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/installed  ## create the virtual environment and install the package with its tools
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: install  ## experts, DATM at 1 and 10 images per class, evaluation and report on real digits
+	$(BIN)/datm-ray run digits-ipc1 digits-ipc10 --out runs/demo
+
+test: install  ## all tests
+	$(BIN)/python -m pytest
+
+lint: install  ## style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: install  ## types
+	$(BIN)/mypy
+
+fmt: install  ## mend style where it can be done automatically
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: lint type test  ## all that must be green before a commit
+
+clean:  ## remove the virtual environment, runs and caches
+	rm -rf $(VENV) runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,35 @@
+"""Dataset distillation at cluster scale: DATM and MetaDD on Ray, with an Arrow trajectory store.
+
+>>> import datm_ray
+>>> synthetic = datm_ray.load("runs/digits-ipc10/synthetic.arrow")
+>>> loader = torch.utils.data.DataLoader(synthetic.dataset(), batch_size=128, shuffle=True)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from datm_ray._version import __version__
+
+if TYPE_CHECKING:
+    from datm_ray.artifact import Artifact, load
+    from datm_ray.config import RunConfig
+    from datm_ray.recipes import get_recipe
+
+__all__ = ["Artifact", "RunConfig", "__version__", "get_recipe", "load"]
+
+_HOME = {
+    "Artifact": "datm_ray.artifact",
+    "load": "datm_ray.artifact",
+    "RunConfig": "datm_ray.config",
+    "get_recipe": "datm_ray.recipes",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: `datm-ray --help` must not wait for torch.
+    if name in _HOME:
+        import importlib
+
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'datm_ray' has no attribute {name!r}")

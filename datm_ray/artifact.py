@@ -1,0 +1,218 @@
+"""The product: a synthetic set as one self-describing file, and its exports.
+
+The file carries the images in the normalised space in which they were learned, the transform that leads back to
+pixels, the soft labels, the learned step size, the recipe and where it came from. A set without its transform is the
+commonest way to lose a distilled set's accuracy, so it never travels without. `datm_ray.load(path)` reads it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.data.transform import Transform
+from datm_ray.errors import ConfigError, CorruptFileError
+from datm_ray.store.filesystem import Location, open_location
+from datm_ray.store.tensors import read_tensors, write_tensors
+
+KIND = "synthetic-set"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A synthetic set with everything needed to use it elsewhere."""
+
+    images: Tensor
+    """[n c h w] float32, normalised by `transform`; feed them to a network as they are."""
+    soft_labels: Tensor
+    """[n k] logits; train towards their softmax."""
+    labels: Tensor
+    """[n] int64, the class each image was made for."""
+    step_size: float
+    """The learning rate that was learned with the images, for SGD."""
+    class_names: tuple[str, ...]
+    """k names."""
+    transform: Transform
+    """Apply it to real images before testing on them; invert it to look at the synthetic ones."""
+    recipe: Mapping[str, Any]
+    """The run's configuration."""
+    provenance: Mapping[str, Any]
+    """Versions, hardware, data set and experts."""
+
+    def dataset(self) -> TensorDataset:
+        """(image [c h w], class probabilities [k]) pairs, ready for a `DataLoader`.
+
+        torch's cross_entropy takes such probabilities as its target.
+        """
+        return TensorDataset(self.images, self.soft_labels.softmax(dim=1))
+
+    def normalise(self, images: NDArray[np.float32]) -> Tensor:
+        """Real images [n c h w], black 0 and white 1, as networks trained on this set expect them."""
+        return torch.from_numpy(self.transform.apply(images))
+
+    def pixels(self) -> NDArray[np.uint8]:
+        """The synthetic images as ordinary pixels [n h w c], 0..255, clipped."""
+        unit = self.transform.invert(self.images.numpy())
+        pixels: NDArray[np.uint8] = np.rint(unit.clip(0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+        return pixels
+
+
+def save_artifact(
+    location: Location,
+    synthetic: SyntheticSet,
+    transform: Transform,
+    class_names: tuple[str, ...],
+    recipe: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write the set as one file, atomically."""
+    arrays = {
+        "images": synthetic.images.detach().cpu().numpy(),
+        "soft_labels": synthetic.soft_labels.detach().cpu().numpy(),
+        "labels": synthetic.labels.cpu().numpy(),
+        "step_size": synthetic.step_size.detach().cpu().numpy(),
+    }
+    arrays |= {f"transform.{name}": array for name, array in transform.to_arrays().items()}
+    metadata = {
+        "class_names": list(class_names),
+        "transform": transform.to_metadata(),
+        "recipe": dict(recipe),
+        "provenance": dict(provenance),
+    }
+    write_tensors(location, arrays, kind=KIND, metadata=metadata)
+
+
+def load(uri: str) -> Artifact:
+    """Read a synthetic set written by datm_ray, from a path or any URI.
+
+    Raises:
+        StoreError: there is no such file.
+        CorruptFileError: the file is no synthetic set, or is truncated or altered.
+    """
+    return read_artifact(open_location(uri))
+
+
+def read_artifact(location: Location) -> Artifact:
+    """As `load`, from a location."""
+    file = read_tensors(location, kind=KIND)
+    arrays, metadata = file.arrays, file.metadata
+    prefix = "transform."
+    pieces = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+    try:
+        return Artifact(
+            images=torch.tensor(arrays["images"]),
+            soft_labels=torch.tensor(arrays["soft_labels"]),
+            labels=torch.tensor(arrays["labels"]),
+            step_size=float(arrays["step_size"]),
+            class_names=tuple(metadata["class_names"]),
+            transform=Transform.from_arrays(pieces, metadata["transform"]),
+            recipe=metadata["recipe"],
+            provenance=metadata["provenance"],
+        )
+    except KeyError as missing:
+        raise CorruptFileError(
+            f"{location.uri} has no part {missing}", "it was written by another version", "distil it again"
+        ) from None
+
+
+def export(artifact: Artifact, kind: str, out: Location) -> list[str]:
+    """Write the set in another project's format. Returns the names of the files written.
+
+    Args:
+        kind: "png" (one folder per class), "parquet" (Hugging Face layout) or "pt" (the three files that DATM's
+            evaluation script reads).
+
+    Raises:
+        ConfigError: no such kind.
+    """
+    if kind not in EXPORTS:
+        raise ConfigError(f"there is no export {kind!r}", remedy=f"choose one of: {', '.join(EXPORTS)}")
+    written = []
+    for name, data in EXPORTS[kind](artifact).items():
+        (out / name).write_atomic(data)
+        written.append(name)
+    return written
+
+
+def _png_files(artifact: Artifact) -> dict[str, bytes]:
+    files = {}
+    seen: dict[int, int] = {}
+    for label, png in zip(artifact.labels.tolist(), _encode_all(artifact), strict=True):
+        index = seen.get(label, 0)
+        seen[label] = index + 1
+        files[f"{_folder(artifact.class_names[label])}/{index:05d}.png"] = png
+    return files
+
+
+def _parquet_file(artifact: Artifact) -> dict[str, bytes]:
+    import json
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    image_type = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    images = [{"bytes": png, "path": None} for png in _encode_all(artifact)]
+    features = {
+        "image": {"_type": "Image"},
+        "label": {"names": list(artifact.class_names), "_type": "ClassLabel"},
+        "soft_label": {"feature": {"dtype": "float32", "_type": "Value"}, "_type": "Sequence"},
+    }
+    table = pa.table(
+        {
+            "image": pa.array(images, image_type),
+            "label": pa.array(artifact.labels.tolist(), pa.int64()),
+            "soft_label": pa.array(artifact.soft_labels.softmax(dim=1).tolist(), pa.list_(pa.float32())),
+        }
+    ).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    return {"train.parquet": sink.getvalue()}
+
+
+def _datm_files(artifact: Artifact) -> dict[str, bytes]:
+    """As DATM's evaluation.py reads them: normalised images, soft-label logits, learned step size."""
+    parts = {
+        "images_best.pt": artifact.images,
+        "labels_best.pt": artifact.soft_labels,
+        "lr_best.pt": torch.tensor(artifact.step_size),
+    }
+    files = {}
+    for name, tensor in parts.items():
+        sink = io.BytesIO()
+        torch.save(tensor, sink)
+        files[name] = sink.getvalue()
+    return files
+
+
+EXPORTS: dict[str, Callable[[Artifact], dict[str, bytes]]] = {
+    "png": _png_files,
+    "parquet": _parquet_file,
+    "pt": _datm_files,
+}
+
+
+def _encode_all(artifact: Artifact) -> list[bytes]:
+    return [encode_png(image) for image in artifact.pixels()]
+
+
+def encode_png(pixels: NDArray[np.uint8]) -> bytes:
+    """One image [h w c], c 1 or 3, as a PNG file."""
+    from PIL import Image
+
+    sink = io.BytesIO()
+    Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def _folder(class_name: str) -> str:
+    """A class's name as a folder's name."""
+    return "".join(c if c.isalnum() or c in "-_ " else "_" for c in class_name).strip() or "_"

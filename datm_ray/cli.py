@@ -1,0 +1,281 @@
+"""The command line `datm-ray`: parse, call the pipeline once, print the result and the next step.
+
+Nothing heavy is imported before a command runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from datm_ray._version import __version__
+from datm_ray.errors import DatmError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from datm_ray.config import RunConfig
+    from datm_ray.runtime.executor import Executor
+    from datm_ray.runtime.pipeline import Pipeline
+    from datm_ray.runtime.telemetry import Reporter
+    from datm_ray.store.trajectories import TrajectoryStore
+
+app = typer.Typer(
+    help="Dataset distillation at cluster scale: a large labelled image set becomes a tiny synthetic one.",
+    epilog="Start with: datm-ray run digits-ipc1 digits-ipc10",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+recipe_app = typer.Typer(help="Packaged recipes.", no_args_is_help=True, rich_markup_mode=None)
+store_app = typer.Typer(help="Look into a trajectory store.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(recipe_app, name="recipe")
+app.add_typer(store_app, name="store")
+
+Recipes = Annotated[
+    list[str],
+    typer.Argument(metavar="RECIPE|FILE.yaml...", help="Packaged recipes or YAML files; several share experts."),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override one value; may be given again."),
+]
+Out = Annotated[str, typer.Option("--out", metavar="URI", help="Folder for everything the run writes.")]
+Store = Annotated[
+    str | None, typer.Option("--store", metavar="URI", help="Trajectory store; <out>/experts where not given.")
+]
+ExecutorName = Annotated[
+    Literal["ray", "serial"], typer.Option("--executor", help="ray: parallel actors; serial: this process alone.")
+]
+Address = Annotated[
+    str | None,
+    typer.Option("--address", metavar="ADDRESS", help="Ray cluster to run on; none starts one on this machine."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")]
+StoreUri = Annotated[str, typer.Argument(metavar="URI", help="Trajectory store: local path, file:// or s3:// URI.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Print the version, or go on to the command."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipes: Recipes,
+    set_: Set = None,
+    out: Out = "runs",
+    store: Store = None,
+    executor: ExecutorName = "ray",
+    address: Address = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train experts, distil, evaluate, report. The same command again continues where it stopped."""
+    pipeline, start = _prepare(recipes, set_, out, store, executor, address)
+    if dry_run:
+        _print_plan(pipeline)
+        return
+    pipeline.run_all(start, _reporter())
+    print(pipeline.table())
+    print(f"\nReport: {pipeline.report().uri}")
+
+
+@app.command()
+def experts(
+    recipes: Recipes,
+    set_: Set = None,
+    out: Out = "runs",
+    store: Store = None,
+    executor: ExecutorName = "ray",
+    address: Address = None,
+) -> None:
+    """Train the expert trajectories that the recipes need and the store has not."""
+    pipeline, start = _prepare(recipes, set_, out, store, executor, address)
+    pipeline.train_experts(start, _reporter())
+    print(f"Experts are in {pipeline.store_uri}\nNext: datm-ray distill {' '.join(recipes)} --out {out}")
+
+
+@app.command()
+def distill(
+    recipes: Recipes,
+    set_: Set = None,
+    out: Out = "runs",
+    store: Store = None,
+    executor: ExecutorName = "ray",
+    address: Address = None,
+) -> None:
+    """Distil synthetic sets from experts that are already trained."""
+    pipeline, start = _prepare(recipes, set_, out, store, executor, address)
+    pipeline.distill(start, _reporter())
+    for config in pipeline.configs:
+        print(f"{config.name}: {(pipeline.out / config.name / 'synthetic.arrow').uri}")
+    print(f"Next: datm-ray evaluate {' '.join(recipes)} --out {out}")
+
+
+@app.command()
+def evaluate(
+    recipes: Recipes,
+    set_: Set = None,
+    out: Out = "runs",
+    store: Store = None,
+    executor: ExecutorName = "ray",
+    address: Address = None,
+) -> None:
+    """Train fresh networks on the synthetic sets and on the controls, and score them on the test set."""
+    pipeline, start = _prepare(recipes, set_, out, store, executor, address)
+    pipeline.evaluate(start, _reporter())
+    print(pipeline.table())
+    print(f"Next: datm-ray report {out}")
+
+
+@app.command()
+def report(out: Annotated[str, typer.Argument(metavar="OUT", help="Output folder of earlier runs.")] = "runs") -> None:
+    """Write the HTML report over all runs of an output folder."""
+    from datm_ray.runtime.pipeline import Pipeline, find_runs
+
+    print(f"Report: {Pipeline(find_runs(out), out).report().uri}")
+
+
+@app.command()
+def export(
+    artifact: Annotated[str, typer.Argument(metavar="FILE", help="A synthetic.arrow file.")],
+    out: Annotated[str, typer.Option("--out", metavar="URI", help="Folder to write to.")],
+    format_: Annotated[
+        Literal["png", "parquet", "pt"],
+        typer.Option("--format", help="png: a folder per class; parquet: Hugging Face layout; pt: DATM's three files."),
+    ] = "png",
+) -> None:
+    """Write a synthetic set in another format."""
+    from datm_ray.artifact import export as export_artifact, load
+    from datm_ray.store.filesystem import open_location
+
+    written = export_artifact(load(artifact), format_, open_location(out))
+    print(f"Wrote {len(written)} file(s) to {out}")
+
+
+@recipe_app.command("list")
+def recipe_list() -> None:
+    """The packaged recipes, a line each."""
+    from datm_ray.recipes import recipe_names, recipe_notes
+
+    for name in recipe_names():
+        print(f"{name:<22} {recipe_notes(name).splitlines()[0]}")
+
+
+@recipe_app.command("show")
+def recipe_show(
+    name: Annotated[str, typer.Argument(metavar="RECIPE|FILE.yaml", help="A packaged recipe or a YAML file.")],
+    set_: Set = None,
+) -> None:
+    """A recipe as YAML, with a comment on every field; a starting point for your own file."""
+    from datm_ray.config import to_yaml
+    from datm_ray.recipes import recipe_names, recipe_notes
+
+    config = _config(name, set_)
+    if name in recipe_names():
+        print("\n".join(f"# {line}".rstrip() for line in recipe_notes(name).splitlines()))
+    print(to_yaml(config), end="")
+
+
+@store_app.command("ls")
+def store_ls(uri: StoreUri) -> None:
+    """The groups of interchangeable experts in a store."""
+    store = _open_store(uri)
+    for key in store.groups():
+        count = len(store.group(key.dataset, key.architecture, key.fingerprint).experts())
+        print(f"{key}  {count} expert(s)")
+
+
+@store_app.command("show")
+def store_show(uri: StoreUri) -> None:
+    """The experts of every group: epochs, loss, recipe."""
+    store = _open_store(uri)
+    for key in store.groups():
+        group = store.group(key.dataset, key.architecture, key.fingerprint)
+        print(key)
+        numbers = group.experts()
+        info = group.read_info(numbers[0])
+        print(f"  parameters {info.parameter_count:,}   format {info.format_version}")
+        for section, values in info.recipe.items():
+            print(f"  {section}: {', '.join(f'{name}={value}' for name, value in values.items())}")
+        for number in numbers:
+            progress = group.read_progress(number)
+            epochs, loss = progress.epochs, progress.train_loss
+            print(f"  expert {number:>5}: epochs {epochs[0]}-{epochs[-1]}, final train loss {loss[-1]:.4f}")
+
+
+@store_app.command("verify")
+def store_verify(uri: StoreUri) -> None:
+    """Read every byte of every expert and check it against its checksums."""
+    store = _open_store(uri)
+    checked = 0
+    for key in store.groups():
+        group = store.group(key.dataset, key.architecture, key.fingerprint)
+        for number in group.experts():
+            group.verify(number)
+            checked += 1
+    print(f"{checked} expert(s) are whole")
+
+
+def main() -> None:
+    """Run the command line; expected failures are one line on standard error and an exit code."""
+    try:
+        app()
+    except DatmError as failure:
+        if os.environ.get("DATM_RAY_DEBUG") == "1":
+            raise
+        print(f"datm-ray: {failure}", file=sys.stderr)
+        sys.exit(failure.exit_code)
+    except KeyboardInterrupt:
+        print("datm-ray: stopped. The same command again continues from here.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _prepare(
+    recipes: list[str], set_: list[str] | None, out: str, store: str | None, executor: str, address: str | None
+) -> tuple[Pipeline, Callable[[], Executor]]:
+    """The pipeline, checked, and how to start its executor."""
+    configs = [_config(name, set_) for name in recipes]
+    from datm_ray.runtime.executor import create_executor
+    from datm_ray.runtime.pipeline import Pipeline
+
+    pipeline = Pipeline(configs, out, store)
+    return pipeline, lambda: create_executor(executor, configs[0].cluster, address)
+
+
+def _config(name: str, set_: list[str] | None) -> RunConfig:
+    from datm_ray.config import load_config, override
+    from datm_ray.recipes import get_recipe
+
+    is_file = name.endswith((".yaml", ".yml")) or os.sep in name
+    return override(load_config(name) if is_file else get_recipe(name), set_ or [])
+
+
+def _reporter() -> Reporter:
+    from datm_ray.runtime.telemetry import Reporter
+
+    return Reporter()
+
+
+def _open_store(uri: str) -> TrajectoryStore:
+    from datm_ray.errors import MissingExpertsError
+    from datm_ray.store.trajectories import TrajectoryStore
+
+    store = TrajectoryStore(uri)
+    if not store.groups():
+        raise MissingExpertsError(
+            f"{uri} holds no experts", "the path is wrong, or nothing was trained yet", "run `datm-ray experts RECIPE`"
+        )
+    return store
+
+
+def _print_plan(pipeline: Pipeline) -> None:
+    for line in pipeline.plan():
+        print(line)

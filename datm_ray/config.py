@@ -1,0 +1,342 @@
+"""The configuration of a run: what is computed (`RunConfig`) and how it is spread over machines (`cluster`).
+
+Frozen, strict models: an unknown key, a wrong type or an impossible range is a `ConfigError` with one clear line,
+before anything starts. A run is one YAML file; `datm-ray recipe show NAME` prints a packaged one to start from.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from datm_ray.errors import ConfigError
+
+Count = Annotated[int, Field(ge=1)]
+Epoch = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, no unknown keys, no silent conversion of types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class DatasetConfig(Section):
+    """Which images, and how they are normalised."""
+
+    source: str = "digits"
+    """digits, cifar10, cifar100, tiny-imagenet, folder or parquet."""
+    path: str | None = None
+    """Where the data set lies; not needed for digits."""
+    resize: Annotated[int, Field(ge=8)] | None = None
+    """Side in pixels to resize every image to; none keeps the size."""
+    normalisation: Literal["zca", "standard"] = "zca"
+    """zca: whitening with eps 0.1, as published; standard: mean and standard deviation per channel."""
+    validation: Fraction = 0.1
+    """Share of the training images set aside for validation. Nothing is ever chosen on the test set."""
+
+
+class NetworkConfig(Section):
+    """The backbone: experts, students and evaluation networks."""
+
+    architecture: str = "convnet"
+    """Name in the registry of networks."""
+    width: Count = 128
+    """Channels of every convolution."""
+    depth: Count = 3
+    """Convolution blocks: 3 at 32x32, 4 at 64x64."""
+    norm: Literal["instance", "batch", "group", "none"] = "instance"
+    """Normalisation; batch cannot be matched."""
+    pooling: Literal["avg", "max", "none"] = "avg"
+    """2x2 pooling that ends every block."""
+
+
+class ExpertConfig(Section):
+    """Training of the expert trajectories on real data: plain SGD, as in MTT."""
+
+    count: Count = 100
+    """Number of experts."""
+    epochs: Count = 100
+    """Epochs of each; parameters are stored before the first and after every one."""
+    batch_size: Count = 256
+    """Images per SGD step; the last, smaller batch is kept."""
+    learning_rate: Positive = 0.01
+    """Constant."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Zero as published: trajectories without it are easier to imitate."""
+    weight_decay: NonNegative = 0.0
+    """L2 penalty."""
+    augmentation: str = "color_crop_cutout_flip_scale_rotate"
+    """DSA operations joined by underscores; '' for none."""
+
+
+class DistillConfig(Section):
+    """Difficulty-aligned trajectory matching."""
+
+    ipc: Count = 10
+    """Synthetic images per class."""
+    iterations: Count = 10_000
+    """Matching iterations."""
+    student_steps: Count = 80
+    """SGD steps T of the student in one iteration."""
+    expert_epochs: Count = 2
+    """How many epochs past the start the target lies (M)."""
+    batch_size: Count = 100
+    """Synthetic images per student step."""
+    first_start: Epoch = 0
+    """Earliest start epoch."""
+    start_bound: Count = 10
+    """First start epoch that is too late at iteration 0."""
+    final_start_bound: Count = 20
+    """First start epoch that is too late once the range has grown; equal to start_bound for a fixed range."""
+    expand_iterations: Annotated[int, Field(ge=0)] = 1000
+    """Iterations over which the bound grows; 0 for a fixed range."""
+    learning_rate_images: Positive = 100.0
+    """Of SGD on the pixels, momentum 0.5."""
+    learning_rate_labels: NonNegative = 2.0
+    """Of SGD on the soft-label logits, momentum 0.9; 0 keeps the initial soft labels."""
+    learning_rate_step_size: NonNegative = 1e-5
+    """Of SGD on the student's step size, momentum 0.5."""
+    initial_step_size: Positive = 0.01
+    """The student's step size at the start."""
+    threshold: Positive = 1.0
+    """Iterations whose matching loss exceeds this are skipped and counted."""
+    augmentation: str = "color_crop_cutout_flip_scale_rotate"
+    """DSA operations of the student's steps."""
+    validate_every: Count = 500
+    """Iterations between trainings on the current set that are scored on validation data; the best set is kept."""
+    validation_seeds: Count = 1
+    """Networks trained at each validation."""
+    checkpoint_every: Count = 100
+    """Iterations between checkpoints."""
+
+
+class EvaluateConfig(Section):
+    """Training fresh networks on the synthetic set and scoring them on the test set."""
+
+    protocol: Literal["published", "short"] = "published"
+    """published: 1000 epochs, learning rate divided by ten half way; short: 300 epochs."""
+    seeds: Count = 5
+    """Fresh networks for each row of the table."""
+    real_epochs: Count = 100
+    """Epochs of the control that trains on all real data."""
+    augmentation: str = "color_crop_cutout_flip_scale_rotate"
+    """DSA operations while training."""
+
+
+class ClusterConfig(Section):
+    """How the work is spread. Changes where a run happens, not what it computes."""
+
+    workers: Count | None = None
+    """Parallel workers; none takes as many as the CPUs (or GPUs) allow."""
+    threads_per_worker: Count = 1
+    """CPU threads of each worker. Fixed, because float sums depend on how many threads share them."""
+    gpus_per_worker: NonNegative = 0.0
+    """GPUs of each worker; a fraction lets several share one."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where a worker has one."""
+    compile: bool = True
+    """Compile the student step where a C++ compiler is present."""
+    retries: Annotated[int, Field(ge=0)] = 3
+    """How often a task is given to a new worker after its worker died."""
+
+
+class RunConfig(Section):
+    """One run: experts, distillation, evaluation."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    """Names the run's folder and its row in tables."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Everything random follows from it."""
+    dataset: DatasetConfig = DatasetConfig()
+    network: NetworkConfig = NetworkConfig()
+    experts: ExpertConfig = ExpertConfig()
+    distill: DistillConfig = DistillConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _ranges_are_possible(self) -> RunConfig:
+        d = self.distill
+        if d.first_start >= d.start_bound:
+            raise ValueError(f"distill.first_start {d.first_start} leaves no start below start_bound {d.start_bound}")
+        if d.start_bound > d.final_start_bound:
+            raise ValueError(f"distill.start_bound {d.start_bound} exceeds final_start_bound {d.final_start_bound}")
+        latest = d.final_start_bound - 1 + d.expert_epochs
+        if latest > self.experts.epochs:
+            raise ValueError(
+                f"distill.final_start_bound {d.final_start_bound} with expert_epochs {d.expert_epochs} needs epoch "
+                f"{latest}, beyond the trajectory's {self.experts.epochs} (experts.epochs)"
+            )
+        if d.expand_iterations == 0 and d.start_bound != d.final_start_bound:
+            raise ValueError("distill.expand_iterations is 0, so start_bound must equal final_start_bound")
+        if self.network.norm == "batch":
+            raise ValueError(
+                "network.norm is 'batch', whose statistics couple the images of a batch, so the network cannot be "
+                "matched; use network.norm=instance"
+            )
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the result, as plain data: all but `cluster`."""
+        return self.model_dump(exclude={"cluster"})
+
+
+def stable_hash(value: Any) -> str:
+    """Sixteen hex digits that depend on the content of plain data and on nothing else."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def expert_fingerprint(config: RunConfig, dataset_fingerprint: str) -> str:
+    """Sixteen hex digits shared by all runs that can use the same experts, and by no others."""
+    recipe = config.experts.model_dump(exclude={"count"})
+    return stable_hash(
+        {
+            "dataset": dataset_fingerprint,
+            "normalisation": config.dataset.normalisation,
+            "network": config.network.model_dump(),
+            "experts": recipe,
+            "seed": config.seed,
+        }
+    )
+
+
+def parse_config(values: Mapping[str, Any], origin: str) -> RunConfig:
+    """Validate plain data as a `RunConfig`.
+
+    Args:
+        origin: what to call the source in messages, e.g. the file's name.
+
+    Raises:
+        ConfigError: the first thing that is wrong, in one line.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as failure:
+        raise _config_error(failure, origin) from None
+
+
+def load_config(path: str) -> RunConfig:
+    """Read a run's YAML file.
+
+    Raises:
+        ConfigError: no such file, not YAML, or not a valid configuration.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as failure:
+        raise ConfigError(f"cannot read {path}: {failure.strerror}", remedy="check the path") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not a text file", remedy="give a recipe's name or a YAML file") from None
+    return load_config_text(text, path, default_name=Path(path).stem)
+
+
+def load_config_text(text: str, origin: str, default_name: str = "run") -> RunConfig:
+    """As `load_config`, from the file's text.
+
+    Args:
+        origin: what to call the source in messages.
+        default_name: the run's name where the text gives none.
+    """
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as failure:
+        where = getattr(failure, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        raise ConfigError(f"{origin} is not valid YAML{line}", remedy="compare with `datm-ray recipe show`") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{origin} holds no configuration", remedy="compare with `datm-ray recipe show`")
+    return parse_config({"name": default_name, **values}, origin)
+
+
+def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
+    """Apply `section.field=value` overrides; values are read as YAML.
+
+    Raises:
+        ConfigError: not an assignment, unknown key, wrong type or impossible range.
+    """
+    values = config.model_dump()
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {assignment!r} is no assignment", remedy="write --set section.field=value")
+        *sections, field = key.strip().split(".")
+        target = values
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"--set {assignment!r}: {section!r} is no section", remedy=_known_keys(()))
+        try:
+            target[field] = _yaml_scalar(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {assignment!r}: the value is not valid YAML") from None
+    return parse_config(values, "--set")
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The configuration as YAML with a comment beside every field, readable by `load_config`."""
+    lines: list[str] = []
+    for name in RunConfig.model_fields:
+        value = getattr(config, name)
+        if not isinstance(value, Section):
+            lines.append(_yaml_line(config, name))
+            continue
+        lines += ["", f"{name}:  # {_first_sentence(type(value).__doc__)}"]
+        lines += ["  " + _yaml_line(value, field) for field in type(value).model_fields]
+    return "\n".join(lines) + "\n"
+
+
+def _yaml_line(section: Section, field: str) -> str:
+    value = yaml.safe_dump(getattr(section, field), default_flow_style=True, width=10_000)
+    text = f"{field}: {value.removesuffix(chr(10)).removesuffix('...').strip()}"
+    return f"{text:<40}  # {_first_sentence(type(section).model_fields[field].description)}"
+
+
+def _first_sentence(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+def _yaml_scalar(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-5 as text
+        except ValueError:
+            return value
+    return value
+
+
+def _config_error(failure: ValidationError, origin: str) -> ConfigError:
+    first = failure.errors()[0]
+    path = tuple(str(part) for part in first["loc"])
+    key = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        return ConfigError(f"{origin}: unknown key {key!r}", remedy=_known_keys(path))
+    if first["type"] == "value_error":
+        return ConfigError(f"{origin}: {str(first['msg']).removeprefix('Value error, ')}")
+    return ConfigError(f"{origin}: {key} is {first['input']!r}: {str(first['msg']).lower()}")
+
+
+def _known_keys(path: Sequence[str]) -> str:
+    """A remedy: the nearest existing key, or all keys of the section."""
+    fields = dict(RunConfig.model_fields)
+    for part in path[:-1]:
+        annotation = fields[part].annotation if part in fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        fields = dict(annotation.model_fields)
+    near = difflib.get_close_matches(path[-1], fields, n=1) if path else []
+    if near:
+        return f"did you mean {'.'.join([*path[:-1], near[0]])!r}?"
+    return f"known keys: {', '.join(fields)}"

@@ -1,0 +1,164 @@
+"""Differentiable siamese augmentation (DSA) with the published values, driven by explicit parameters.
+
+An `Augmentation` is a value: which operation, and its parameters for every sample of a batch. Drawing it and
+applying it are separate, so that it can be drawn for a global batch and applied to the slice one shard holds, and
+applied again in the reverse sweep without a saved graph. As published, one operation of the strategy is drawn per
+batch and its parameters per sample; pixels are whitened ones and are not clamped. Shapes: b samples, c h w image.
+
+Reference: VICO-UoE/DatasetCondensation `ParamDiffAug`, used unchanged by MTT, FTD, TESLA and DATM.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import affine_grid, grid_sample
+
+from datm_ray.errors import ConfigError
+
+CROP_RATIO = 0.125
+"""Largest shift of `crop`, as a share of the side."""
+CUTOUT_RATIO = 0.5
+"""Side of the square that `cutout` blanks, as a share of the image's."""
+SCALE_RATIO = 1.2
+"""`scale` draws both factors from [1/1.2, 1.2], independently."""
+ROTATE_DEGREES = 15.0
+"""`rotate` turns by at most this much either way."""
+BRIGHTNESS, SATURATION, CONTRAST = 1.0, 2.0, 0.5
+"""Widths of the three parts of `color`."""
+
+NO_AUGMENTATION = ""
+PUBLISHED_STRATEGY = "color_crop_cutout_flip_scale_rotate"
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """One operation with its parameters for each sample."""
+
+    operation: str
+    """A key of the operation table, or "" for none."""
+    parameters: NDArray[np.float32]
+    """[b 3] numbers in [0, 1); what they mean depends on the operation."""
+
+    def take(self, rows: NDArray[np.int64]) -> Augmentation:
+        """The same operation for a subset of the samples."""
+        return Augmentation(self.operation, self.parameters[rows])
+
+
+def draw_augmentation(strategy: str, batch: int, generator: np.random.Generator) -> Augmentation:
+    """One operation of the `_`-separated strategy, with parameters for `batch` samples."""
+    operations = parse_strategy(strategy)
+    if not operations:
+        return Augmentation(NO_AUGMENTATION, np.zeros((batch, 3), np.float32))
+    operation = operations[int(generator.integers(len(operations)))]
+    return Augmentation(operation, generator.random((batch, 3), np.float32))
+
+
+def parse_strategy(strategy: str) -> list[str]:
+    """The operations of a strategy such as "crop_flip"; "" means no augmentation.
+
+    Raises:
+        ConfigError: an operation that does not exist.
+    """
+    operations = [name for name in strategy.split("_") if name]
+    for name in operations:
+        if name not in _OPERATIONS:
+            raise ConfigError(
+                f"augmentation {strategy!r} names {name!r}, which is no operation",
+                remedy=f"join any of {', '.join(_OPERATIONS)} with underscores, or use '' for none",
+            )
+    return operations
+
+
+def augment(images: Tensor, augmentation: Augmentation) -> Tensor:
+    """Apply the augmentation to images [b c h w]; differentiable in the images."""
+    if augmentation.operation == NO_AUGMENTATION:
+        return images
+    uniform = torch.from_numpy(augmentation.parameters).to(images.device, images.dtype)
+    return _OPERATIONS[augmentation.operation](images, uniform)
+
+
+def _color(images: Tensor, uniform: Tensor) -> Tensor:
+    """Brightness, then saturation about the mean over channels, then contrast about the mean over the image."""
+    brightness, saturation, contrast = uniform[:, :, None, None, None].unbind(1)
+    images = images + (brightness - 0.5) * BRIGHTNESS
+    grey = images.mean(dim=1, keepdim=True)
+    images = (images - grey) * (saturation * SATURATION) + grey
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    return (images - mean) * (contrast + CONTRAST) + mean
+
+
+def _crop(images: Tensor, uniform: Tensor) -> Tensor:
+    """Shift by a whole number of pixels, zeros moving in at the border."""
+    for axis, column in ((2, 0), (3, 1)):
+        side = images.shape[axis]
+        reach = int(side * CROP_RATIO + 0.5)
+        shift = (uniform[:, column] * (2 * reach + 1)).long() - reach
+        images = _shift(images, shift, axis)
+    return images
+
+
+def _shift(images: Tensor, shift: Tensor, axis: int) -> Tensor:
+    # gather, not indexing: each source pixel has one reader of non-zero weight, so the backward pass adds in no
+    # particular order only zeros and is reproducible on a GPU too.
+    side = images.shape[axis]
+    source = torch.arange(side, device=images.device) + shift[:, None]
+    inside = (source >= 0) & (source < side)
+    shape = [images.shape[0], 1, 1, 1]
+    shape[axis] = side
+    index = source.clamp(0, side - 1).view(shape).expand_as(images)
+    return images.gather(axis, index) * inside.view(shape).to(images.dtype)
+
+
+def _cutout(images: Tensor, uniform: Tensor) -> Tensor:
+    """Blank a square whose centre may lie anywhere, also at the border."""
+    keep = torch.ones((), dtype=torch.bool, device=images.device)
+    for axis, column in ((2, 0), (3, 1)):
+        side = images.shape[axis]
+        cut = int(side * CUTOUT_RATIO + 0.5)
+        first = (uniform[:, column] * (side + 1 - cut % 2)).long() - cut // 2
+        position = torch.arange(side, device=images.device)
+        blank = (position >= first[:, None]) & (position < first[:, None] + cut)
+        keep = keep & blank.view([-1, 1, side, 1] if axis == 2 else [-1, 1, 1, side])
+    return images * (~keep).to(images.dtype)
+
+
+def _flip(images: Tensor, uniform: Tensor) -> Tensor:
+    """Mirror left and right with probability one half."""
+    return torch.where((uniform[:, 0] < 0.5).view(-1, 1, 1, 1), images.flip(3), images)
+
+
+def _scale(images: Tensor, uniform: Tensor) -> Tensor:
+    """Stretch height and width independently about the centre."""
+    factors = uniform[:, :2] * (SCALE_RATIO - 1 / SCALE_RATIO) + 1 / SCALE_RATIO
+    zero = torch.zeros_like(factors[:, 0])
+    return _affine(images, [[factors[:, 0], zero, zero], [zero, factors[:, 1], zero]])
+
+
+def _rotate(images: Tensor, uniform: Tensor) -> Tensor:
+    """Rotate about the centre."""
+    angle = (uniform[:, 0] - 0.5) * 2 * math.radians(ROTATE_DEGREES)
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    return _affine(images, [[cos, -sin, zero], [sin, cos, zero]])
+
+
+def _affine(images: Tensor, rows: list[list[Tensor]]) -> Tensor:
+    matrix = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
+    grid = affine_grid(matrix, list(images.shape), align_corners=True)
+    return grid_sample(images, grid, align_corners=True)
+
+
+_OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "color": _color,
+    "crop": _crop,
+    "cutout": _cutout,
+    "flip": _flip,
+    "scale": _scale,
+    "rotate": _rotate,
+}

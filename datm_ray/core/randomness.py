@@ -1,0 +1,51 @@
+"""Counter-based randomness: every draw is a function of (seed, purpose, counters) and of nothing else.
+
+There is no global generator whose state must be saved. Iteration k draws the same numbers whether or not iteration
+k-1 ran in this process, so a resumed run equals an undisturbed one; and because draws are made for the global batch
+and then sliced, the number of shards does not change them. The generator is numpy's Philox, seeded on the CPU on
+every device, so a GPU run draws what a CPU run draws.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+
+
+class Purpose(IntEnum):
+    """What a stream of numbers is for. Values are part of the run's identity: append, never renumber."""
+
+    INITIAL_PARAMETERS = 1
+    TRAINING_ORDER = 2
+    TRAINING_AUGMENTATION = 3
+    REAL_SAMPLES = 4
+    EXPERT_CHOICE = 5
+    START_EPOCH = 6
+    STUDENT_ORDER = 7
+    STUDENT_AUGMENTATION = 8
+    EXPERT = 9
+    EVALUATION = 10
+    VALIDATION = 11
+
+
+def generator(seed: int, purpose: Purpose, *counters: int) -> np.random.Generator:
+    """A fresh generator for one purpose at one place of the run.
+
+    Args:
+        seed: of the run, the expert or the evaluation, in [0, 2**64).
+        purpose: separates streams that would otherwise share their counters.
+        counters: at most three non-negative integers, the most significant first (epoch, batch; iteration, step).
+    """
+    if len(counters) > 3:
+        raise ValueError(f"at most three counters fit beside the block index, got {len(counters)}")
+    # Word 0 of the Philox counter runs over the 2**64 blocks of this stream; words 1-3 are ours.
+    words = [0, *reversed(counters)] + [0] * (3 - len(counters))
+    return np.random.Generator(
+        np.random.Philox(key=np.array([seed, purpose], np.uint64), counter=np.array(words, np.uint64))
+    )
+
+
+def derive_seed(seed: int, purpose: Purpose, *counters: int) -> int:
+    """A new 63-bit seed: of expert 7, of evaluation 3, of a module's initialisation."""
+    return int(generator(seed, purpose, *counters).integers(2**63))

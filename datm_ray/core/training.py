@@ -1,0 +1,117 @@
+"""The plain training loop, used by experts and by evaluation alike, and accuracy.
+
+Data and augmentation stay on the device and are batched; there is no per-sample loader. Shapes: n images, k classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from datm_ray.core.augment import augment, draw_augmentation
+from datm_ray.core.randomness import Purpose, generator
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How to train: SGD with a constant learning rate, optionally divided by ten once."""
+
+    epochs: int
+    """Passes over the images."""
+    batch_size: int
+    """Images per step; the last, smaller batch is kept."""
+    learning_rate: float
+    """Of SGD."""
+    momentum: float = 0.0
+    """Of SGD."""
+    weight_decay: float = 0.0
+    """L2 penalty."""
+    augmentation: str = ""
+    """DSA operations joined by underscores; "" for none."""
+    decay_epoch: int | None = None
+    """Epoch before which the learning rate is divided by ten; the momentum is lost there, as published."""
+
+
+PROTOCOLS: dict[str, Schedule] = {
+    "published": Schedule(1001, 128, 0.01, momentum=0.9, weight_decay=5e-4, decay_epoch=502),
+    "short": Schedule(300, 128, 0.01, momentum=0.9, weight_decay=5e-4, decay_epoch=151),
+}
+"""Evaluation protocols by name; learning rate and augmentation are replaced by the run's own."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch of training did."""
+
+    number: int
+    """Counted from 1."""
+    step: int
+    """SGD steps so far."""
+    loss: float
+    """Mean over the epoch's images."""
+
+
+def train(network: nn.Module, images: Tensor, targets: Tensor, schedule: Schedule, seed: int) -> Iterator[Epoch]:
+    """Train the network in place, epoch by epoch.
+
+    Args:
+        images: [n c h w], normalised.
+        targets: [n] int64 classes, or [n k] logits of soft labels.
+        seed: of order and augmentation.
+    """
+    if targets.is_floating_point():
+        targets = targets.softmax(dim=1)
+    optimizer = _sgd(network, schedule, schedule.learning_rate)
+    network.train()
+    step = 0
+    for epoch in range(schedule.epochs):
+        if epoch == schedule.decay_epoch:
+            optimizer = _sgd(network, schedule, schedule.learning_rate / 10)
+        order = torch.from_numpy(generator(seed, Purpose.TRAINING_ORDER, epoch).permutation(len(images)))
+        total = torch.zeros((), device=images.device)
+        for batch, rows in enumerate(order.to(images.device).split(schedule.batch_size)):
+            draw = generator(seed, Purpose.TRAINING_AUGMENTATION, epoch, batch)
+            inputs = augment(images[rows], draw_augmentation(schedule.augmentation, len(rows), draw))
+            loss = cross_entropy(network(inputs), targets[rows])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            total += loss.detach() * len(rows)
+            step += 1
+        yield Epoch(epoch + 1, step, float(total) / len(images))
+
+
+def train_to_end(network: nn.Module, images: Tensor, targets: Tensor, schedule: Schedule, seed: int) -> Epoch:
+    """Train for the whole schedule; the last epoch."""
+    epoch = Epoch(0, 0, float("nan"))
+    for epoch in train(network, images, targets, schedule, seed):  # noqa: B007
+        pass
+    return epoch
+
+
+@torch.no_grad()
+def predict_logits(network: nn.Module, images: Tensor, batch_size: int = 1000) -> Tensor:
+    """Logits [n k] in evaluation mode."""
+    was_training = network.training
+    network.eval()
+    logits = torch.cat([network(chunk) for chunk in images.split(batch_size)])
+    network.train(was_training)
+    return logits
+
+
+def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Share of the images [n c h w] that are classified as their labels [n], in [0, 1]."""
+    return float((predict_logits(network, images).argmax(dim=1) == labels).float().mean())
+
+
+def _sgd(network: nn.Module, schedule: Schedule, learning_rate: float) -> torch.optim.SGD:
+    return torch.optim.SGD(
+        network.parameters(),
+        lr=learning_rate,
+        momentum=schedule.momentum,
+        weight_decay=schedule.weight_decay,
+    )

@@ -1,0 +1,25 @@
+"""Real images: where they come from, how they are split and how their pixels are normalised.
+
+`load_raw` turns a named source into three sets of uint8 images, `prepare` normalises them, and the
+`Transform` in between travels with every distilled set, because images in whitened space mean nothing without
+it. Nothing in this folder trains, distributes or keeps state.
+"""
+
+import datm_ray.data.readers  # noqa: F401 -- registers the built-in sources
+from datm_ray.data.dataset import Dataset, prepare
+from datm_ray.data.sources import ImageSet, Loaded, RawDataset, Request, known_sources, load_raw, source
+from datm_ray.data.transform import Transform, fit_transform
+
+__all__ = [
+    "Dataset",
+    "ImageSet",
+    "Loaded",
+    "RawDataset",
+    "Request",
+    "Transform",
+    "fit_transform",
+    "known_sources",
+    "load_raw",
+    "prepare",
+    "source",
+]

@@ -1,0 +1,212 @@
+"""Named sources to raw images in three sets: training, validation, test.
+
+A source is one function, registered under its name, that reads its files into uint8 arrays; everything after
+that (splits, checks, the fingerprint) is the same for all of them. The validation set is always split off the
+training images and the test set is the source's own where it has one, so that nothing is ever chosen on test
+images. Normalisation and augmentation are left out: see `datm_ray.data.transform` and
+`datm_ray.core.augment`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datm_ray.data.splits import Stream, stratified_split
+from datm_ray.errors import DatasetError
+
+TEST_FRACTION = 0.2
+"""Share of the images that becomes the test set where a source has none of its own."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images and what they show."""
+
+    images: NDArray[np.uint8]  # [n c h w]
+    labels: NDArray[np.int64]  # [n]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: NDArray[np.int64]) -> ImageSet:
+        """A copy of the images at these places."""
+        return ImageSet(self.images[indices], self.labels[indices])
+
+
+@dataclass(frozen=True, eq=False)
+class RawDataset:
+    """A data set as it was read: unnormalised, checked, split."""
+
+    name: str
+    class_names: tuple[str, ...]
+    train: ImageSet
+    validation: ImageSet
+    test: ImageSet
+    levels: int
+    """The uint8 value that means 1.0: 16 for digits, 255 for photographs."""
+    fingerprint: str
+    """16 hex digits over all pixels, labels, class names, levels and the split."""
+
+    @property
+    def channels(self) -> int:
+        return int(self.train.images.shape[1])
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.train.images.shape[2], self.train.images.shape[3]
+
+    @property
+    def classes(self) -> int:
+        return len(self.class_names)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a source is asked for."""
+
+    path: str | None
+    """File or folder; each source says what it takes."""
+    resize: int | None
+    """Side in pixels of the squares all images become; None keeps them as they are."""
+    download: bool
+    """Whether files that are absent may be fetched."""
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """What a source returns."""
+
+    name: str
+    class_names: tuple[str, ...]
+    train: ImageSet
+    test: ImageSet | None
+    """None where the source has no test set of its own; one is then split off `train`."""
+    levels: int = 255
+
+
+Loader = Callable[[Request], Loaded]
+
+_SOURCES: dict[str, Loader] = {}
+
+
+def source(name: str) -> Callable[[Loader], Loader]:
+    """Registers the decorated function as the source called `name`."""
+
+    def register(loader: Loader) -> Loader:
+        _SOURCES[name] = loader
+        return loader
+
+    return register
+
+
+def known_sources() -> tuple[str, ...]:
+    """Names that `load_raw` takes, sorted."""
+    return tuple(sorted(_SOURCES))
+
+
+def load_raw(
+    source: str,
+    path: str | None = None,
+    *,
+    resize: int | None = None,
+    validation: float = 0.1,
+    download: bool = True,
+) -> RawDataset:
+    """Reads a data set and splits it; the same input gives the same sets on every machine and for every seed.
+
+    Args:
+        source: one of `known_sources()`.
+        path: where its files are; `digits` takes none, `cifar10`, `cifar100` and `tiny-imagenet` look in
+            `~/.cache/datm_ray` without one.
+        resize: side in pixels of the squares that all images become.
+        validation: share of each class's training images to set aside, in (0, 1).
+        download: fetch `cifar10` and `cifar100` where their files are absent.
+
+    Raises:
+        DatasetError: anything wrong with the arguments or the files, always naming the first thing to mend.
+    """
+    _check_options(resize, validation)
+    loaded = _find_source(source)(Request(path, resize, download))
+    _check_labels("training", loaded.train.labels, loaded.class_names)
+    train, test = loaded.train, loaded.test
+    if test is None:
+        train, test = _split(train, TEST_FRACTION, Stream.TEST, loaded.class_names)
+    _check_labels("test", test.labels, loaded.class_names)
+    train, held_out = _split(train, validation, Stream.VALIDATION, loaded.class_names)
+    return RawDataset(
+        name=loaded.name,
+        class_names=loaded.class_names,
+        train=train,
+        validation=held_out,
+        test=test,
+        levels=loaded.levels,
+        fingerprint=_fingerprint(loaded.class_names, loaded.levels, (train, held_out, test)),
+    )
+
+
+def _check_options(resize: int | None, validation: float) -> None:
+    if resize is not None and resize < 1:
+        raise DatasetError(f"the setting resize={resize} is not a size in pixels", remedy="Set it to 1 or more")
+    if not 0 < validation < 1:
+        raise DatasetError(
+            f"the setting validation={validation} is not a share between 0 and 1",
+            "Choosing the best state needs images that are neither trained nor tested on",
+            "Set it to 0.1, for example",
+        )
+
+
+def _find_source(name: str) -> Loader:
+    if name in _SOURCES:
+        return _SOURCES[name]
+    near = get_close_matches(name, _SOURCES, n=1)
+    raise DatasetError(
+        f"unknown data source {name!r}",
+        f"Known are {', '.join(known_sources())}",
+        f"Did you mean {near[0]!r}?" if near else "For images of your own use 'folder' or 'parquet'",
+    )
+
+
+def _check_labels(role: str, labels: NDArray[np.int64], class_names: Sequence[str]) -> None:
+    """There are two classes or more, every label names one, and each has an image."""
+    if len(class_names) < 2:
+        raise DatasetError(
+            f"the {role} set has {len(class_names)} class(es), {', '.join(map(repr, class_names))}",
+            "The path may lead one folder too high or too low",
+            "Give it images of two classes or more",
+        )
+    outside = labels[(labels < 0) | (labels >= len(class_names))]
+    if len(outside):
+        raise DatasetError(
+            f"the {role} set has the label {outside[0]}, outside 0..{len(class_names) - 1}",
+            "The labels start at another number, or these images are unlabelled",
+            "Number the classes from 0 in both sets",
+        )
+    absent = np.flatnonzero(np.bincount(labels, minlength=len(class_names)) == 0)
+    if len(absent):
+        raise DatasetError(
+            f"the {role} set has no image of {len(absent)} of {len(class_names)} classes, "
+            f"{class_names[absent[0]]!r} for one",
+            "Files are missing, or the labels have gaps",
+            "Add images of that class or number the classes without gaps",
+        )
+
+
+def _split(images: ImageSet, fraction: float, stream: Stream, class_names: Sequence[str]) -> tuple[ImageSet, ImageSet]:
+    kept, held_out = stratified_split(images.labels, fraction, stream, class_names)
+    return images.take(kept), images.take(held_out)
+
+
+def _fingerprint(class_names: Sequence[str], levels: int, sets: Sequence[ImageSet]) -> str:
+    digest = hashlib.sha256(repr((tuple(class_names), levels)).encode())
+    for images in sets:
+        digest.update(repr(images.images.shape).encode())
+        digest.update(np.ascontiguousarray(images.images).data)
+        digest.update(images.labels.astype("<i8").data)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,56 @@
+"""Stratified splits that are the same on every machine, in every run and under every numpy.
+
+Each image gets a 64-bit key from a fixed stream; in every class the images with the smallest keys are held
+out. Only raw generator output is used, because numpy freezes that between versions and its shuffles not. The
+run's seed plays no part: two runs that differ in seed must be judged on the same images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datm_ray.errors import DatasetError
+
+
+class Stream(IntEnum):
+    """Which split the keys are for. The values are part of every data set's identity: never renumber."""
+
+    TEST = 1
+    VALIDATION = 2
+
+
+def stratified_split(
+    labels: NDArray[np.int64],  # [n]
+    fraction: float,
+    stream: Stream,
+    class_names: Sequence[str],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Ascending indices of the images kept [n - m] and of those held out [m].
+
+    Of each class `fraction` (in (0, 1)) is held out, rounded, but at least one image, and at least one is
+    kept.
+
+    Raises:
+        DatasetError: a class has fewer than two images.
+    """
+    keys = np.random.Philox(key=int(stream)).random_raw(len(labels))
+    held_out = np.zeros(len(labels), dtype=bool)
+    for label, name in enumerate(class_names):
+        members = np.flatnonzero(labels == label)
+        count = _held_out_count(len(members), fraction, name, stream)
+        held_out[members[np.argsort(keys[members], kind="stable")[:count]]] = True
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def _held_out_count(members: int, fraction: float, name: str, stream: Stream) -> int:
+    if members < 2:
+        raise DatasetError(
+            f"class {name!r} has {members} image(s) left, too few to split off a {stream.name.lower()} set",
+            "Training, validation and test set each need at least one image of every class",
+            "Add images of this class or leave the class out",
+        )
+    return min(max(1, int(fraction * members + 0.5)), members - 1)

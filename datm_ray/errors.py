@@ -1,0 +1,79 @@
+"""Every error a user can meet, one class per cause.
+
+A message is one line of up to three sentences: the fact, the likely cause, what to do next. The command line
+prints exactly that line and exits with `exit_code`; the traceback is shown only with DATM_RAY_DEBUG=1.
+All errors survive pickling, because they cross process borders between Ray actors and the driver.
+"""
+
+from __future__ import annotations
+
+
+class DatmError(Exception):
+    """Base of all expected failures.
+
+    Attributes:
+        fact: what is wrong, with the offending value.
+        cause: the likely reason, or "" where the fact says it all.
+        remedy: what to do next, or "" where there is only one thing to do.
+        exit_code: of the command line; 2 for bad input, 1 for work that failed.
+    """
+
+    exit_code = 2
+
+    def __init__(self, fact: str, cause: str = "", remedy: str = "") -> None:
+        self.fact, self.cause, self.remedy = fact, cause, remedy
+        super().__init__(fact, cause, remedy)
+
+    def __str__(self) -> str:
+        sentences = [_sentence(part) for part in (self.fact, self.cause, self.remedy) if part]
+        return " ".join(" ".join(sentences).split())
+
+
+def _sentence(text: str) -> str:
+    end = "" if text.endswith((".", "?", "!")) else "."
+    first = text.split()[0]
+    # Keys, paths and commands stay as they are typed.
+    return (text[0].upper() if first.isalpha() else text[0]) + text[1:] + end
+
+
+class ConfigError(DatmError):
+    """A recipe or override that cannot be run: unknown key, wrong type, impossible range."""
+
+
+class DatasetError(DatmError):
+    """A data set that is missing, malformed or too small for what is asked of it."""
+
+
+class StoreError(DatmError):
+    """A trajectory store that cannot be opened, read or written."""
+
+
+class MissingExpertsError(StoreError):
+    """The store has no experts, or too few, for the recipe at hand."""
+
+
+class CorruptFileError(DatmError):
+    """A file whose content is truncated, altered or not of the expected kind."""
+
+
+class RunDirectoryError(DatmError):
+    """A run directory that cannot be used: unwritable, or holding another recipe's run."""
+
+
+class ClusterError(DatmError):
+    """Ray is missing, unreachable, or has not the resources asked for."""
+
+
+class DivergenceError(DatmError):
+    """Distillation produced a non-finite value or a non-positive step size.
+
+    The last good state has been saved before this is raised.
+    """
+
+    exit_code = 1
+
+
+class WorkerLostError(DatmError):
+    """A worker died more often than the retry policy allows."""
+
+    exit_code = 1

@@ -1,0 +1,192 @@
+"""Evaluating: one task, one fresh network trained on a set and scored on the test set.
+
+Rows of the table: the distilled set, and three controls that it must be read against. Random real images with hard
+labels, and the same images with the same kind of soft labels, say how much the distilled pixels are worth; all real
+data is the ceiling. A control's learning rate is chosen on validation data, seed by seed; the distilled set uses the
+step size it learned. The test set is used once per row and seed, and chooses nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from datm_ray.artifact import read_artifact
+from datm_ray.config import ClusterConfig, RunConfig, stable_hash
+from datm_ray.core.networks import build_network
+from datm_ray.core.randomness import Purpose, derive_seed
+from datm_ray.core.synthetic import random_rows
+from datm_ray.core.training import Schedule, accuracy, train_to_end
+from datm_ray.data.dataset import Dataset
+from datm_ray.runtime.distill import SYNTHETIC, ExpertNetworks, evaluation_schedule
+from datm_ray.runtime.executor import Finished, Progress, prepare_device, to_device
+from datm_ray.runtime.experts import network_spec
+from datm_ray.runtime.provenance import provenance
+from datm_ray.store.filesystem import Location, open_location
+
+ROWS = {
+    "random-hard": "random real images, hard labels",
+    "random-soft": "random real images, soft labels",
+    "distilled": "distilled",
+    "full": "all real data",
+}
+"""Rows of the table, in the order in which they are shown."""
+
+CONTROL_STEP_SIZES = (0.003, 0.01, 0.03)
+"""Learning rates a control may choose from, on validation data; momentum is 0.9."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Test accuracy of one row over several seeds."""
+
+    row: str
+    """Key of `ROWS`."""
+    accuracies: tuple[float, ...]
+    """In [0, 1], one per seed."""
+    seconds: float
+    """Worker seconds spent, all seeds together."""
+
+    @property
+    def n(self) -> int:
+        """Number of seeds."""
+        return len(self.accuracies)
+
+    @property
+    def mean(self) -> float:
+        """Mean accuracy."""
+        return statistics.fmean(self.accuracies)
+
+    @property
+    def std(self) -> float:
+        """Sample standard deviation; nan for one seed."""
+        return statistics.stdev(self.accuracies) if self.n > 1 else math.nan
+
+    def __str__(self) -> str:
+        """Percent, as in papers: mean ± std."""
+        return f"{100 * self.mean:.1f} ± {100 * self.std:.1f}" if self.n > 1 else f"{100 * self.mean:.1f}"
+
+
+class EvaluateWorker:
+    """Trains and scores fresh networks on one data set."""
+
+    def __init__(self, dataset: Dataset, cluster: ClusterConfig) -> None:
+        self._device = prepare_device(cluster)
+        self._dataset = dataset
+        self._experts: dict[str, ExpertNetworks] = {}
+
+    def evaluate(
+        self, config: RunConfig, store_uri: str, folder_uri: str, result_uri: str, row: str, number: int
+    ) -> Iterator[Progress | Finished]:
+        """Score one row with seed `number`; writes the result's file last, so it is there only when complete."""
+        started = time.monotonic()
+        seed = derive_seed(config.seed, Purpose.EVALUATION, number)
+        images, targets, step_size = self._training_set(config, store_uri, open_location(folder_uri), row, seed)
+        schedule = evaluation_schedule(config, step_size or 0.0)
+        if row == "full":
+            epochs = config.evaluate.real_epochs
+            schedule = dataclasses.replace(schedule, epochs=epochs, decay_epoch=(epochs + 1) // 2)
+        candidates = (step_size,) if step_size else CONTROL_STEP_SIZES
+        best: tuple[float, float, float] | None = None
+        for done, candidate in enumerate(candidates, start=1):
+            validation, test = self._train(
+                config, images, targets, dataclasses.replace(schedule, learning_rate=candidate), seed
+            )
+            if best is None or validation > best[0]:
+                best = (validation, test, candidate)
+            yield Progress(done, len(candidates), {"validation": validation})
+        assert best is not None
+        result = {
+            "row": row,
+            "number": number,
+            "seed": seed,
+            "test_accuracy": best[1],
+            "validation_accuracy": best[0],
+            "step_size": best[2],
+            "images": len(images),
+            "seconds": time.monotonic() - started,
+            "provenance": provenance(self._device),
+        }
+        open_location(result_uri).write_json(result)
+        yield Finished(result)
+
+    def _training_set(
+        self, config: RunConfig, store_uri: str, folder: Location, row: str, seed: int
+    ) -> tuple[Tensor, Tensor, float | None]:
+        """(images, targets, step size or None where it is to be chosen on validation data)."""
+        if row == "distilled":
+            artifact = read_artifact(folder / SYNTHETIC)
+            return artifact.images.to(self._device), artifact.soft_labels.to(self._device), artifact.step_size
+        all_images = to_device(self._dataset.train_images, self._device)
+        all_labels = to_device(self._dataset.train_labels, self._device)
+        if row == "full":
+            return all_images, all_labels, None
+        rows = torch.from_numpy(random_rows(self._dataset.train_labels, config.distill.ipc, seed)).to(self._device)
+        images, labels = all_images[rows], all_labels[rows]
+        if row == "random-hard":
+            return images, labels, None
+        return images, self._expert_networks(config, store_uri).soft_labels(images, labels), None
+
+    def _expert_networks(self, config: RunConfig, store_uri: str) -> ExpertNetworks:
+        if config.name not in self._experts:
+            self._experts[config.name] = ExpertNetworks(config, self._dataset, store_uri, self._device)
+        return self._experts[config.name]
+
+    def _train(
+        self, config: RunConfig, images: Tensor, targets: Tensor, schedule: Schedule, seed: int
+    ) -> tuple[float, float]:
+        """(validation accuracy, test accuracy) of a fresh network."""
+        dataset = self._dataset
+        network = build_network(network_spec(config, dataset.channels, dataset.size, dataset.classes), seed)
+        network.to(self._device)
+        train_to_end(network, images, targets, schedule, seed)
+        return (
+            accuracy(
+                network,
+                to_device(dataset.validation_images, self._device),
+                to_device(dataset.validation_labels, self._device),
+            ),
+            accuracy(
+                network, to_device(dataset.test_images, self._device), to_device(dataset.test_labels, self._device)
+            ),
+        )
+
+
+def result_location(out: Location, config: RunConfig, dataset_fingerprint: str, row: str, number: int) -> Location:
+    """Where one result lies. All real data does not depend on the distillation, so runs share that row."""
+    identity = config.identity()
+    if row == "full":
+        for section in ("name", "distill", "experts"):
+            identity.pop(section)
+        folder = out / "controls" / stable_hash({"dataset": dataset_fingerprint, **identity})
+    else:
+        folder = out / config.name / "evaluation"
+    return folder / f"{row}-{number:02d}.json"
+
+
+def read_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[Score]:
+    """The rows of which every seed is finished, in the table's order."""
+    scores = []
+    for row in ROWS:
+        places = [
+            result_location(out, config, dataset_fingerprint, row, number) for number in range(config.evaluate.seeds)
+        ]
+        if all(place.exists() for place in places):
+            scores.append(_score(row, [place.read_json() for place in places]))
+    return scores
+
+
+def _score(row: str, results: Sequence[dict[str, Any]]) -> Score:
+    return Score(
+        row,
+        tuple(result["test_accuracy"] for result in results),
+        sum(result["seconds"] for result in results),
+    )

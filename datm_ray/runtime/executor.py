@@ -1,0 +1,165 @@
+"""Where tasks run: the contract, and the serial executor that is its reference.
+
+A worker is a plain class. Its methods are generators: they yield `Progress` while they work and end with `Finished`.
+An executor decides where workers live and what happens when one dies; the numbers are the same everywhere.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from datm_ray.config import ClusterConfig
+from datm_ray.errors import ClusterError
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A task has come this far."""
+
+    done: int
+    total: int
+    values: Mapping[str, float] = field(default_factory=dict)
+    """What to show beside the bar, e.g. {"loss": 0.41}."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A task is done."""
+
+    result: Any = None
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The worker of a task died; the task is given to another one."""
+
+    reason: str
+    attempt: int
+    """Of the attempt that failed, counted from 1."""
+
+
+Event = Progress | Finished | Lost
+
+
+@dataclass(frozen=True)
+class Task:
+    """One call of a worker's method."""
+
+    name: str
+    """Shown to the user and unique within its stage."""
+    arguments: tuple[Any, ...]
+
+
+class Executor(Protocol):
+    """Runs tasks on workers."""
+
+    description: str
+    """Where tasks run, in words."""
+
+    def share(self, value: Any) -> Any:
+        """Make a large read-only value cheap to hand to every worker; pass the result on as a setup argument."""
+        ...
+
+    def run(
+        self, worker: Callable[..., Any], setup: tuple[Any, ...], method: str, tasks: Sequence[Task]
+    ) -> Iterator[tuple[Task, Event]]:
+        """Run every task once to its `Finished`, in any order and possibly in parallel.
+
+        Args:
+            worker: class, instantiated as worker(*setup) wherever it will live.
+            method: name of the worker's generator method; called with each task's arguments.
+
+        Raises:
+            DatmError: as raised by the worker.
+            WorkerLostError: a task's workers died too often.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release what the executor holds."""
+        ...
+
+
+class SerialExecutor:
+    """One worker in this process, one task after the other."""
+
+    def __init__(self, cluster: ClusterConfig) -> None:
+        prepare_device(cluster)  # so that a missing GPU is told before anything starts
+        self.description = f"this process, {cluster.threads_per_worker} thread(s)"
+
+    def share(self, value: Any) -> Any:
+        """The value itself."""
+        return value
+
+    def run(
+        self, worker: Callable[..., Any], setup: tuple[Any, ...], method: str, tasks: Sequence[Task]
+    ) -> Iterator[tuple[Task, Event]]:
+        """See `Executor.run`."""
+        instance = worker(*setup) if tasks else None
+        for task in tasks:
+            for event in getattr(instance, method)(*task.arguments):
+                yield task, event
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+EXECUTORS = ("ray", "serial")
+
+
+def create_executor(name: str, cluster: ClusterConfig, address: str | None = None) -> Executor:
+    """The executor of that name, connected and ready.
+
+    Args:
+        address: of a running Ray cluster; none starts one on this machine.
+
+    Raises:
+        ClusterError: unknown name, Ray not installed or not reachable, or too few resources.
+    """
+    if name == "serial":
+        return SerialExecutor(cluster)
+    if name != "ray":
+        raise ClusterError(f"there is no executor {name!r}", remedy=f"choose one of: {', '.join(EXECUTORS)}")
+    try:
+        from datm_ray.runtime.ray_executor import RayExecutor
+    except ImportError:
+        raise ClusterError(
+            "ray is not installed", remedy="`pip install 'ray[default]'`, or use --executor serial"
+        ) from None
+    return RayExecutor(cluster, address)
+
+
+def prepare_device(cluster: ClusterConfig) -> torch.device:
+    """Set this process's thread count and choose its device; every worker calls it first.
+
+    Raises:
+        ClusterError: a GPU is asked for where there is none.
+    """
+    torch.set_num_threads(cluster.threads_per_worker)
+    available = torch.cuda.is_available()
+    if cluster.device == "cuda" and not available:
+        raise ClusterError(
+            "cluster.device is 'cuda', but this worker sees no GPU",
+            "the machine has none, or cluster.gpus_per_worker is 0, so that Ray hides it",
+            "set cluster.gpus_per_worker=1, or cluster.device=cpu",
+        )
+    return torch.device("cuda" if available and cluster.device != "cpu" else "cpu")
+
+
+def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    """A tensor with the array's content, for reading only; on the CPU it shares the array's memory.
+
+    Arrays from Ray's object store or from a memory map are read-only. torch has no read-only tensors and warns; the
+    copy it would ask for is what must not happen, once for every worker of a node.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.as_tensor(array, device=device)

@@ -1,0 +1,317 @@
+"""A run from recipe to report: which stages there are, what each needs, and what is already done.
+
+An output folder holds any number of runs that share experts and controls:
+
+    <out>/experts/                the trajectory store, unless another one is given
+    <out>/<run>/recipe.yaml       the run's configuration
+    <out>/<run>/*.arrow           see `distill`
+    <out>/<run>/evaluation/       one JSON file per row and seed
+    <out>/controls/               training on all real data, shared by runs
+    <out>/report.html
+
+A stage is a list of tasks; a task whose result is there is not given out. So the same command again continues where
+it stopped, however it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from datm_ray.config import DatasetConfig, RunConfig, load_config_text, to_yaml
+from datm_ray.core.augment import parse_strategy
+from datm_ray.core.networks import build_network
+from datm_ray.data.dataset import Dataset, prepare
+from datm_ray.data.sources import RawDataset, load_raw
+from datm_ray.data.transform import Transform
+from datm_ray.errors import DatasetError, MissingExpertsError, RunDirectoryError
+from datm_ray.report import RunSummary, accuracy_table, write_report
+from datm_ray.runtime.distill import SYNTHETIC, DistillWorker
+from datm_ray.runtime.evaluate import ROWS, EvaluateWorker, read_scores, result_location
+from datm_ray.runtime.executor import Executor, Task
+from datm_ray.runtime.experts import ExpertWorker, expert_group, network_spec
+from datm_ray.runtime.telemetry import Reporter
+from datm_ray.store.filesystem import Location, open_location
+from datm_ray.store.trajectories import ExpertGroup
+
+RECIPE = "recipe.yaml"
+
+DatasetTask = tuple[DatasetConfig, Task]
+"""A task, and the data set its worker must hold."""
+
+
+class Pipeline:
+    """The stages for some runs that share an output folder.
+
+    Creating it checks everything that can be checked beforehand and writes nothing.
+
+    Raises:
+        DatmError: a data set, path or range that cannot be used.
+    """
+
+    def __init__(self, configs: Sequence[RunConfig], out: str, store: str | None = None) -> None:
+        self.configs = list(configs)
+        self.out = open_location(out)
+        self.store_uri = store or f"{out.rstrip('/')}/experts"
+        self._raw: dict[DatasetConfig, RawDataset] = {}
+        self._prepared: dict[DatasetConfig, Dataset] = {}
+        _require_distinct_names(self.configs)
+        open_location(self.store_uri)
+        for config in self.configs:
+            self._check_folder(config)
+            self._check_data(config)
+
+    def plan(self) -> list[str]:
+        """What is left to do, a line for each stage that has something to do."""
+        lines = []
+        for title, tasks in (
+            ("experts to train", self._expert_tasks()),
+            ("sets to distil", self._distill_tasks()),
+            ("networks to train for evaluation", self._evaluate_tasks()),
+        ):
+            names = [task.name for _, task in tasks]
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            lines.append(f"{len(names)} {title}" + (f": {shown}" if names else ""))
+        return lines
+
+    def run_all(self, start: Callable[[], Executor], reporter: Reporter) -> None:
+        """Experts, distillation, evaluation."""
+        with self._started(start, reporter) as executor:
+            self._experts(executor, reporter)
+            self._distill(executor, reporter)
+            self._evaluate(executor, reporter)
+
+    def train_experts(self, start: Callable[[], Executor], reporter: Reporter) -> None:
+        """Train the experts that are missing in the store."""
+        with self._started(start, reporter) as executor:
+            self._experts(executor, reporter)
+
+    def distill(self, start: Callable[[], Executor], reporter: Reporter) -> None:
+        """Distil the sets that are not finished."""
+        for config in self.configs:
+            self._require_experts(config)
+        with self._started(start, reporter) as executor:
+            self._distill(executor, reporter)
+
+    def evaluate(self, start: Callable[[], Executor], reporter: Reporter) -> None:
+        """Score the rows that are missing."""
+        for config in self.configs:
+            self._require_experts(config)
+            if not (self._folder(config) / SYNTHETIC).exists():
+                raise RunDirectoryError(
+                    f"{self._folder(config).uri} holds no synthetic set",
+                    "this recipe has not been distilled there",
+                    f"run `datm-ray distill {config.name}` with the same --out first",
+                )
+        with self._started(start, reporter) as executor:
+            self._evaluate(executor, reporter)
+
+    def table(self) -> str:
+        """The accuracy table as text."""
+        return accuracy_table(self._summaries())
+
+    def report(self) -> Location:
+        """Write the HTML report over everything in the output folder; its place."""
+        return write_report(self.out, self._summaries())
+
+    # --- stages ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _started(self, start: Callable[[], Executor], reporter: Reporter) -> Iterator[Executor]:
+        executor = start()
+        try:
+            reporter.message(f"Running on {executor.description}")
+            for config in self.configs:
+                (self._folder(config) / RECIPE).write_text(to_yaml(config))
+            yield executor
+        finally:
+            executor.close()
+
+    def _experts(self, executor: Executor, reporter: Reporter) -> None:
+        for config in self.configs:
+            group = self._group(config)
+            if not group.has_transform():
+                transform = self._dataset(config).transform
+                group.write_transform(transform.to_arrays(), transform.to_metadata())
+        self._run("Experts", ExpertWorker, "train", self._expert_tasks(), executor, reporter)
+
+    def _expert_tasks(self) -> list[DatasetTask]:
+        tasks: dict[tuple[str, int], DatasetTask] = {}
+        for config in self.configs:
+            group = self._group(config)
+            done = set(group.experts())
+            for expert in range(config.experts.count):
+                if expert not in done:
+                    task = Task(f"expert {expert}", (config, self.store_uri, expert))
+                    tasks[group.location.uri, expert] = (config.dataset, task)  # once for runs that share it
+        return list(tasks.values())
+
+    def _distill(self, executor: Executor, reporter: Reporter) -> None:
+        self._run("Distillation", DistillWorker, "distill", self._distill_tasks(), executor, reporter)
+
+    def _distill_tasks(self) -> list[DatasetTask]:
+        return [
+            (config.dataset, Task(config.name, (config, self.store_uri, self._folder(config).uri)))
+            for config in self.configs
+            if not (self._folder(config) / SYNTHETIC).exists()
+        ]
+
+    def _evaluate(self, executor: Executor, reporter: Reporter) -> None:
+        self._run("Evaluation", EvaluateWorker, "evaluate", self._evaluate_tasks(), executor, reporter)
+
+    def _evaluate_tasks(self) -> list[DatasetTask]:
+        tasks: dict[str, DatasetTask] = {}
+        for config in self.configs:
+            fingerprint = self._raw[config.dataset].fingerprint
+            for row in ROWS:
+                for number in range(config.evaluate.seeds):
+                    place = result_location(self.out, config, fingerprint, row, number)
+                    if not place.exists():
+                        arguments = (config, self.store_uri, self._folder(config).uri, place.uri, row, number)
+                        task = Task(f"{config.name} {row} {number}", arguments)
+                        tasks[place.uri] = (config.dataset, task)  # once for runs that share it
+        return list(tasks.values())
+
+    def _run(
+        self,
+        title: str,
+        worker: Callable[..., Any],
+        method: str,
+        tasks: Sequence[DatasetTask],
+        executor: Executor,
+        reporter: Reporter,
+    ) -> None:
+        """Run the tasks of one stage, data set by data set."""
+        if not tasks:
+            reporter.message(f"{title}: nothing to do, all finished")
+            return
+        by_dataset: dict[DatasetConfig, list[Task]] = {}
+        for dataset, task in tasks:
+            by_dataset.setdefault(dataset, []).append(task)
+        with reporter.stage(title, len(tasks)) as stage:
+            for dataset, group in by_dataset.items():
+                setup = (executor.share(self._prepared_dataset(dataset)), self.configs[0].cluster)
+                for task, event in executor.run(worker, setup, method, group):
+                    stage.event(task, event)
+
+    # --- what stages need -----------------------------------------------------------------------------------------
+
+    def _folder(self, config: RunConfig) -> Location:
+        return self.out / config.name
+
+    def _group(self, config: RunConfig) -> ExpertGroup:
+        raw = self._raw[config.dataset]
+        return expert_group(self.store_uri, config, raw.name, raw.fingerprint)
+
+    def _dataset(self, config: RunConfig) -> Dataset:
+        """The data set under the transform that the run's experts were trained with."""
+        if config.dataset not in self._prepared:
+            raw = self._raw[config.dataset]
+            self._prepared[config.dataset] = prepare(
+                raw,
+                config.dataset.normalisation,
+                self._stored_transform(config),
+                device="cuda" if torch.cuda.is_available() else "cpu",
+            )
+        return self._prepared[config.dataset]
+
+    def _prepared_dataset(self, dataset: DatasetConfig) -> Dataset:
+        return self._dataset(next(config for config in self.configs if config.dataset == dataset))
+
+    def _stored_transform(self, config: RunConfig) -> Transform | None:
+        group = self._group(config)
+        if not group.has_transform():
+            return None
+        stored = group.read_transform()
+        return Transform.from_arrays(stored.arrays, stored.metadata)
+
+    def _check_folder(self, config: RunConfig) -> None:
+        recipe = self._folder(config) / RECIPE
+        if recipe.exists():
+            earlier = load_config_text(recipe.read_bytes().decode(errors="replace"), recipe.uri)
+            if earlier.identity() != config.identity():
+                raise RunDirectoryError(
+                    f"{self._folder(config).uri} holds a run of {config.name!r} with another configuration",
+                    f"it differs in {', '.join(_differences(earlier.identity(), config.identity()))}",
+                    "give another --out or --set name=...",
+                )
+
+    def _check_data(self, config: RunConfig) -> None:
+        if config.dataset not in self._raw:
+            d = config.dataset
+            self._raw[d] = load_raw(d.source, d.path, resize=d.resize, validation=d.validation)
+        raw = self._raw[config.dataset]
+        smallest = int(np.bincount(raw.train.labels, minlength=raw.classes).min())
+        if config.distill.ipc > smallest:
+            raise DatasetError(
+                f"distill.ipc is {config.distill.ipc}, but the smallest class of {raw.name} has {smallest} training "
+                "images",
+                remedy="lower distill.ipc",
+            )
+        build_network(network_spec(config, raw.channels, raw.size, raw.classes), seed=0)
+        for section in (config.experts, config.distill, config.evaluate):
+            parse_strategy(section.augmentation)
+
+    def _require_experts(self, config: RunConfig) -> None:
+        group = self._group(config)
+        available = sum(expert < config.experts.count for expert in group.experts())
+        if available < config.experts.count:
+            raise MissingExpertsError(
+                f"{group.location.uri} holds {available} of {config.experts.count} experts of {config.name}",
+                "expert training has not finished for this recipe, or it used another --store",
+                f"run `datm-ray experts {config.name}` with the same --out and --store first",
+            )
+
+    def _summaries(self) -> list[RunSummary]:
+        return [
+            RunSummary(
+                config,
+                self._folder(config),
+                read_scores(self.out, config, self._raw[config.dataset].fingerprint),
+                len(self._raw[config.dataset].train),
+            )
+            for config in self.configs
+        ]
+
+
+def find_runs(out: str) -> list[RunConfig]:
+    """The configurations of all runs in an output folder.
+
+    Raises:
+        RunDirectoryError: there are none.
+    """
+    folder = open_location(out)
+    recipes = [folder / name / RECIPE for name in folder.list()]
+    configs = [
+        load_config_text(recipe.read_bytes().decode(errors="replace"), recipe.uri)
+        for recipe in recipes
+        if recipe.exists()
+    ]
+    if not configs:
+        raise RunDirectoryError(f"{out} holds no runs", remedy="give the --out folder of an earlier `datm-ray run`")
+    return configs
+
+
+def _require_distinct_names(configs: Sequence[RunConfig]) -> None:
+    names = [config.name for config in configs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise RunDirectoryError(
+            f"two runs are both named {twice[0]!r}",
+            remedy="give each recipe once; runs under one --out need different names",
+        )
+
+
+def _differences(earlier: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Keys at which two configurations differ."""
+    keys: list[str] = []
+    for key in earlier:
+        if isinstance(earlier[key], dict):
+            keys += _differences(earlier[key], now[key], f"{prefix}{key}.")
+        elif earlier[key] != now[key]:
+            keys.append(f"{prefix}{key} ({earlier[key]!r} there, {now[key]!r} here)")
+    return keys

@@ -1,0 +1,130 @@
+"""What a user sees while work goes on: progress bars on a terminal, now and then a line elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+from datm_ray.runtime.executor import Event, Finished, Lost, Progress, Task
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars, TaskID
+
+LINE_INTERVAL = 15.0
+"""Seconds between lines where there is no terminal to draw bars on."""
+
+
+class Stage(Protocol):
+    """Shows the events of one stage's tasks."""
+
+    def event(self, task: Task, event: Event) -> None:
+        """Take notice of an event."""
+
+
+class Reporter:
+    """Shows messages and stages. Everything goes to standard error; results belong on standard output."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+
+    def message(self, text: str) -> None:
+        """A line of its own."""
+        if not self._quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def stage(self, title: str, tasks: int) -> Iterator[Stage]:
+        """Show one stage of so many tasks while the block runs."""
+        if not self._quiet and sys.stderr.isatty():
+            try:
+                from rich.progress import Progress as Bars
+            except ImportError:
+                pass
+            else:
+                with _bars(Bars) as bars:
+                    yield _BarStage(bars, title, tasks)
+                return
+        yield _LineStage(self, title, tasks)
+
+
+class _LineStage:
+    """A line when a stage starts and ends, when a worker is lost, and at intervals in between."""
+
+    def __init__(self, reporter: Reporter, title: str, tasks: int) -> None:
+        self._reporter, self._title, self._tasks = reporter, title, tasks
+        self._finished = 0
+        self._started = self._last = time.monotonic()
+        reporter.message(f"{title}: {tasks} to do")
+
+    def event(self, task: Task, event: Event) -> None:
+        now = time.monotonic()
+        if isinstance(event, Lost):
+            self._reporter.message(_lost(task, event))
+        elif isinstance(event, Finished):
+            self._finished += 1
+            if self._finished == self._tasks:
+                self._reporter.message(f"{self._title}: done in {now - self._started:.0f} s")
+        elif now - self._last > LINE_INTERVAL:
+            self._last = now
+            self._reporter.message(
+                f"{self._title}: {self._finished}/{self._tasks} done; {task.name} {event.done}/{event.total}"
+                f"{_values(event.values)}"
+            )
+
+
+class _BarStage:
+    """One bar for the stage and one for each task in work."""
+
+    def __init__(self, bars: Bars, title: str, tasks: int) -> None:
+        self._bars = bars
+        self._whole = bars.add_task(f"[bold]{title}", total=tasks, values="")
+        self._rows: dict[str, TaskID] = {}
+
+    def event(self, task: Task, event: Event) -> None:
+        if isinstance(event, Lost):
+            self._bars.console.print(_lost(task, event))
+        if isinstance(event, Progress):
+            if task.name not in self._rows:
+                self._rows[task.name] = self._bars.add_task(f"  {task.name}", total=event.total, values="")
+            self._bars.update(
+                self._rows[task.name], completed=event.done, total=event.total, values=_values(event.values)
+            )
+            return
+        if task.name in self._rows:
+            self._bars.remove_task(self._rows.pop(task.name))
+        if isinstance(event, Finished):
+            self._bars.advance(self._whole)
+
+
+def _bars(bars: type[Bars]) -> Bars:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        """Steps a second."""
+
+        def render(self, task: object) -> Text:
+            speed = getattr(task, "speed", None)
+            return Text(f"{speed:.1f}/s" if speed else "", style="dim")
+
+    return bars(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[values]}"),
+        console=Console(stderr=True),
+    )
+
+
+def _values(values: Mapping[str, float]) -> str:
+    return "".join(f"  {name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
+
+
+def _lost(task: Task, event: Lost) -> str:
+    return f"{task.name}: its worker died ({event.reason}); attempt {event.attempt + 1} starts on another one"

@@ -1,0 +1,347 @@
+"""Places to keep files: one `Location` type for local paths, file://, memory:// and s3:// URIs.
+
+A file appears under its name whole or not at all, whatever happens to its writer, and every failure is a
+`StoreError` that names the place without its credentials. What a file contains is not known here, except for
+the small JSON files of `write_json`; there are no retries, and no check that a place is writable before it is
+written.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import mmap
+import os
+import re
+import socket
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from io import BytesIO
+from typing import Any, BinaryIO, Protocol
+
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from datm_ray.errors import CorruptFileError, DatmError, StoreError
+
+_TEMPORARY = ".tmp-"
+_ABANDONED_AFTER = 24 * 3600.0  # seconds; for temporary files of other machines
+_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]*@")
+
+
+class AlreadyExistsError(StoreError):
+    """A put-once file is there already; it was left as it is."""
+
+
+@dataclass(frozen=True)
+class Location:
+    """A file or folder, which need not exist. Small, picklable, and safe to print."""
+
+    fs: AbstractFileSystem = field(repr=False)
+    """The filesystem, connected with the credentials of the environment or of the URI."""
+
+    path: str = field(repr=False)
+    """The name of the file or folder within `fs`."""
+
+    uri: str
+    """The name shown in messages and records, without credentials."""
+
+    def __truediv__(self, name: str) -> Location:
+        return Location(self.fs, f"{self.path.rstrip('/')}/{name}", f"{self.uri.rstrip('/')}/{name}")
+
+    @property
+    def local_path(self) -> str | None:
+        """The path on this machine's filesystem, or None where the file is elsewhere."""
+        return self.path if isinstance(self.fs, LocalFileSystem) else None
+
+    def exists(self) -> bool:
+        """Whether there is a file or folder. Raises StoreError where that cannot be found out."""
+        # Not fs.exists(): it also answers False where access is denied or the server does not answer.
+        with self.explaining("look for"):
+            try:
+                self.fs.info(self.path)
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+            return True
+
+    def size(self) -> int:
+        """Size of the file in bytes."""
+        with self.explaining("read"):
+            return int(self.fs.info(self.path)["size"])
+
+    def list(self) -> Sequence[str]:
+        """Sorted names of the files and folders in this folder; none where it is missing.
+
+        Temporary files of writers at work, or of killed ones, are left out.
+        """
+        folder = self.path.rstrip("/")
+        with self.explaining("list"):
+            try:
+                paths = self.fs.ls(self.path, detail=False)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        # ls() of a file gives the file itself, and of some S3 folders the folder too: neither is a child.
+        children = (path.rstrip("/").rpartition("/") for path in paths)
+        return sorted(name for parent, _, name in children if parent == folder and not _is_temporary(name))
+
+    def read_bytes(self) -> bytes:
+        """The whole file."""
+        with self.explaining("read"):
+            return bytes(self.fs.cat_file(self.path))
+
+    def read_ranges(self, ranges: Sequence[tuple[int, int]]) -> Sequence[memoryview]:
+        """The bytes [start, end) of each range; shorter where the file ends sooner.
+
+        Local files are memory-mapped: nothing is copied, and a view keeps its file mapped. Elsewhere only
+        these ranges are fetched, all at once.
+        """
+        with self.explaining("read"):
+            if self.local_path is not None:
+                content = _map(self.local_path)
+                return [content[start:end] for start, end in ranges]
+            starts, ends = [start for start, _ in ranges], [end for _, end in ranges]
+            chunks = self.fs.cat_ranges([self.path] * len(ranges), starts, ends, on_error="raise")
+            return [memoryview(chunk) for chunk in chunks]
+
+    def read_json(self) -> Any:
+        """The value written by `write_json`. Raises CorruptFileError if the file is not JSON."""
+        try:
+            return json.loads(self.read_bytes())
+        except ValueError as error:
+            raise CorruptFileError(f"{self.uri} is not valid JSON", str(error)) from error
+
+    @contextmanager
+    def create(self, *, replace: bool = True) -> Iterator[BinaryIO]:
+        """Write the file atomically: yields an empty binary file, open for reading and writing.
+
+        The content appears under this name when the block ends, and not at all if it raises. On a local disk
+        it is flushed to the device by then. Missing folders are made.
+
+        Raises:
+            AlreadyExistsError: `replace` is false and the file is there when the block ends; it stays.
+        """
+        with self.explaining("write"):
+            draft = _Upload(self) if self.local_path is None else _LocalDraft(self.local_path)
+        try:
+            yield draft.file
+            with self.explaining("write"):
+                try:
+                    draft.commit(replace=replace)
+                except FileExistsError:
+                    raise AlreadyExistsError(f"{self.uri} exists already") from None
+        finally:
+            draft.discard()
+
+    def write_atomic(self, data: bytes) -> None:
+        """Write or replace the whole file; a reader sees the old content or the new, never a part."""
+        with self.create() as file, self.explaining("write"):
+            file.write(data)
+
+    def write_text(self, text: str) -> None:
+        """`write_atomic` of UTF-8 text."""
+        self.write_atomic(text.encode())
+
+    def write_json(self, value: object) -> None:
+        """`write_atomic` of indented JSON."""
+        self.write_text(json.dumps(value, indent=2) + "\n")
+
+    def remove(self) -> None:
+        """Delete the file. Raises StoreError if it is not there."""
+        with self.explaining("delete"):
+            self.fs.rm_file(self.path)
+
+    def remove_leftovers(self) -> Sequence[str]:
+        """Delete the temporary files that killed writers left in this folder, and return their names.
+
+        Those of writers still at work stay. Nothing to do but for local folders: an upload leaves nothing
+        behind.
+        """
+        if self.local_path is None:
+            return []
+        with self.explaining("clean"):
+            try:
+                names = sorted(filter(_is_temporary, os.listdir(self.local_path)))
+            except FileNotFoundError:
+                return []
+            return [name for name in names if _remove_if_abandoned(os.path.join(self.local_path, name))]
+
+    @contextmanager
+    def explaining(self, action: str) -> Iterator[None]:
+        """Turn whatever the filesystem raises in the block into a StoreError: "Cannot <action> <uri>"."""
+        try:
+            yield
+        except DatmError:
+            raise
+        except Exception as error:  # each filesystem has its own errors; botocore's are not even OSErrors
+            raise StoreError(f"Cannot {action} {self.uri}", *_cause_and_remedy(error)) from error
+
+
+def open_location(uri: str) -> Location:
+    """The place named by a local path or by a file://, memory:// or s3:// URI. It need not exist.
+
+    Raises:
+        StoreError: an unknown scheme, a missing package, or credentials in an s3:// URI.
+    """
+    shown = _without_credentials(uri)
+    scheme, separator, _ = uri.partition("://")
+    if not uri:
+        raise StoreError("The name of a folder or file is empty", remedy="Give a path or a URI")
+    if scheme in ("s3", "s3a") and shown != uri:
+        raise StoreError(
+            f"The URI {shown} carries credentials",
+            "They would end up in logs and records",
+            "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, instead",
+        )
+    try:
+        # Without the listings cache: files written by other processes must be seen at once.
+        fs, path = url_to_fs(uri, use_listings_cache=False)
+    except ImportError as error:
+        raise StoreError(f"Cannot open {shown}", f"A Python package is missing: {error}") from error
+    except ValueError as error:
+        raise StoreError(
+            f"Cannot open {shown}", _reason(error), "Use a local path or a file://, memory:// or s3:// URI"
+        ) from error
+    except Exception as error:
+        raise StoreError(f"Cannot open {shown}", *_cause_and_remedy(error)) from error
+    return Location(fs, path, shown if separator else path)
+
+
+class _Draft(Protocol):
+    """A file being written, not yet visible under its name."""
+
+    file: BinaryIO
+
+    def commit(self, *, replace: bool) -> None: ...
+
+    def discard(self) -> None: ...
+
+
+class _LocalDraft:
+    """A temporary file in the target's own folder, locked while its writer lives."""
+
+    def __init__(self, path: str) -> None:
+        self._target = path
+        self._folder, name = os.path.split(path)
+        os.makedirs(self._folder, exist_ok=True)
+        while True:
+            unique = f"{_TEMPORARY}{socket.gethostname()}-{uuid.uuid4().hex}-{name}"
+            self._temporary = os.path.join(self._folder, unique)
+            descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            self.file = os.fdopen(descriptor, "w+b")
+            # The kernel drops the lock when the writer dies, however it dies: that is how leftovers are told
+            # from files in work. Some network filesystems have no locks; there leftovers stay.
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            # The race: a cleaner can lock and unlink the file between its creation and our lock. It has no
+            # name then, and writing it would lead nowhere.
+            if os.fstat(descriptor).st_nlink:
+                return
+            self.file.close()
+
+    def commit(self, *, replace: bool) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        if replace:
+            os.replace(self._temporary, self._target)
+        else:
+            self._link()
+        folder = os.open(self._folder, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def _link(self) -> None:
+        """Put the file under its name unless the name is taken: link() tests and names in one step."""
+        try:
+            os.link(self._temporary, self._target)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            # No hard links here (FAT, some network filesystems). The race: of two writers that both find the
+            # name free, the later one replaces the earlier one's file. Both files are whole.
+            if os.path.exists(self._target):
+                raise FileExistsError(self._target) from None
+            os.replace(self._temporary, self._target)
+
+    def discard(self) -> None:
+        """Remove the temporary name, if it is still there, and close the file (which ends the lock)."""
+        with suppress(OSError):
+            os.unlink(self._temporary)
+        with suppress(OSError):  # the disk may be full; what counts was flushed by commit
+            self.file.close()
+
+
+class _Upload:
+    """A file kept in memory, then uploaded in one piece: object stores show that whole or not at all."""
+
+    def __init__(self, location: Location) -> None:
+        self._location = location
+        self._content = BytesIO()
+        self.file: BinaryIO = self._content
+
+    def commit(self, *, replace: bool) -> None:
+        mode = "overwrite" if replace else "create"
+        self._location.fs.pipe_file(self._location.path, self._content.getvalue(), mode=mode)
+
+    def discard(self) -> None:
+        self._content.close()
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(_TEMPORARY)
+
+
+def _remove_if_abandoned(path: str) -> bool:
+    """Delete a temporary file if its writer is dead; whether it did."""
+    try:
+        with open(path, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Locks are certain only among processes of one machine (NFS can be mounted with local ones), so a
+            # file of another machine must also have been left alone for long.
+            here = os.path.basename(path).startswith(f"{_TEMPORARY}{socket.gethostname()}-")
+            if not here and time.time() - os.fstat(file.fileno()).st_mtime < _ABANDONED_AFTER:
+                return False
+            os.unlink(path)
+            return True
+    except OSError:  # locked by its writer, already gone, or not ours to delete
+        return False
+
+
+def _map(path: str) -> memoryview:
+    """The content of a local file, memory-mapped.
+
+    As with any mapping, a file that another program truncates in place while it is read ends this process
+    with SIGBUS. Nothing here does that: files are replaced or deleted, and a mapping outlives both.
+    """
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:  # cannot be mapped
+            return memoryview(b"")
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _cause_and_remedy(error: Exception) -> tuple[str, str]:
+    if isinstance(error, FileNotFoundError):
+        return "It, or its folder or bucket, does not exist", "Check the spelling"
+    if isinstance(error, PermissionError):
+        return f"Access is denied ({_reason(error)})", "Check the owner of the folder, or the credentials"
+    if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
+        return "No credentials were found", "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _reason(error), "Free some space and start again; nothing finished is lost"
+    return _reason(error), ""
+
+
+def _reason(error: Exception) -> str:
+    """The error in words, on one line and without credentials."""
+    words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return _without_credentials(" ".join(words.split())) or type(error).__name__
+
+
+def _without_credentials(text: str) -> str:
+    return _CREDENTIALS.sub("", text)

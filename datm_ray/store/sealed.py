@@ -1,0 +1,240 @@
+"""Sealed Arrow files: ordinary Arrow IPC files in which every byte is covered by a digest.
+
+Arrow has no checksums of its own, and a file's most delicate part, the footer that says where everything is,
+lies at its end. So a *seal* is put between the stream and the footer, where Arrow readers, which start from
+the end and follow the footer's offsets, never look:
+
+    ARROW1 | schema | batch | ... | end mark | seal | footer | footer length | ARROW1
+    seal = index, sha256 of (index, footer to end of file), length of index, "DATMSEAL"
+
+The index is JSON: the length and sha256 of each part of the stream (everything before the seal, in order,
+without gaps), and a summary known only once all is written. A reader fetches the end of the file once, checks
+it, and then fetches the batches it wants and no others. Arrow never parses a byte that has not been checked,
+so a damaged file can neither yield wrong values nor crash the parser. Any Arrow program reads the file too,
+without these checks.
+
+What the schema and the batches mean is left to `tensors` and `trajectories`. The digests find accidents; they
+are no signature and do not stop someone who rewrites the file on purpose.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import accumulate, pairwise
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+
+from datm_ray.errors import CorruptFileError
+from datm_ray.store.filesystem import Location
+
+_ARROW_MAGIC = b"ARROW1"
+_ARROW_HEAD = 8  # bytes: the magic and two of padding
+_ARROW_END = struct.Struct("<i6s")  # length of the footer, magic
+_SEAL_END = struct.Struct("<32sQ8s")  # sha256, length of the index, magic
+_SEAL_MAGIC = b"DATMSEAL"
+_FIRST_READ = 64 * 1024  # bytes; more than the end of an expert with 400 snapshots
+_CHUNK = 1024 * 1024  # bytes hashed at a time while writing
+
+
+class SealedWriter:
+    """Writes one sealed file, batch by batch, into an empty binary file that can be read back."""
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        schema: pa.Schema,
+        *,
+        format_name: str,
+        format_version: int,
+        header: Mapping[str, str],
+    ) -> None:
+        """`header` becomes schema metadata, next to "format" and "format_version"."""
+        metadata = {"format": format_name, "format_version": str(format_version), **header}
+        schema = schema.with_metadata(metadata)
+        self._file = file
+        self._arrow = pa.ipc.new_file(file, schema)
+        self._cuts = [0, _ARROW_HEAD + schema.serialize().size]  # where the parts of the stream begin
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Append one batch of the schema's columns."""
+        self._arrow.write_batch(batch)
+        self._cuts.append(self._file.tell())
+
+    def close(self, summary: Mapping[str, Any]) -> None:
+        """Write the footer and the seal. `summary` is a small JSON-able value that comes with every open."""
+        self._arrow.close()
+        size = self._file.tell()
+        self._file.seek(size - _ARROW_END.size)
+        footer_length, _ = _ARROW_END.unpack(self._file.read())
+        self._cuts.append(size - _ARROW_END.size - footer_length)
+
+        self._file.seek(0)
+        lengths = [end - start for start, end in pairwise(self._cuts)]
+        parts = [[length, _read_digest(self._file, length)] for length in lengths]
+        footer = self._file.read()
+        index = json.dumps({"parts": parts, "summary": summary}, sort_keys=True).encode()
+        index += b" " * (-len(index) % 8)  # Arrow aligns to 8 bytes
+        self._file.seek(self._cuts[-1])
+        self._file.write(index + _SEAL_END.pack(sha256(index + footer).digest(), len(index), _SEAL_MAGIC) + footer)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of the stream: the head with the schema, one batch, or the end mark."""
+
+    start: int
+    """First byte, counted from the start of the file."""
+
+    end: int
+    """One past the last byte."""
+
+    sha256: str
+    """Digest of the bytes, in hexadecimal."""
+
+
+@dataclass(frozen=True)
+class SealedFile:
+    """A sealed file whose end was read and found intact. Holds no open file."""
+
+    location: Location
+    schema: pa.Schema
+    header: Mapping[str, str]
+    """The schema metadata."""
+
+    parts: Sequence[Part]
+    """The stream without gaps: head, batches, end mark."""
+
+    summary: Mapping[str, Any]
+
+    @property
+    def n_batches(self) -> int:
+        return len(self.parts) - 2
+
+    def batches(self, numbers: Sequence[int]) -> Sequence[pa.RecordBatch]:
+        """The batches with these numbers, from 0. Only their bytes are read; a local file is not copied.
+
+        Raises:
+            CorruptFileError: a batch is not what was written.
+        """
+        chunks = self._read([number + 1 for number in numbers])
+        with rejecting_nonsense(self.location):
+            return [pa.ipc.read_record_batch(pa.py_buffer(chunk), self.schema) for chunk in chunks]
+
+    def verify(self) -> None:
+        """Check every byte, one part at a time. Raises CorruptFileError."""
+        for number in range(len(self.parts)):
+            self._read([number])
+
+    def _read(self, numbers: Iterable[int]) -> Sequence[memoryview]:
+        """Parts by number, each checked against its digest."""
+        parts = [self.parts[number] for number in numbers]
+        chunks = self.location.read_ranges([(part.start, part.end) for part in parts])
+        for part, chunk in zip(parts, chunks, strict=True):
+            if sha256(chunk).hexdigest() != part.sha256:
+                raise damaged(self.location, f"Bytes {part.start} to {part.end} are not those written")
+        return chunks
+
+
+def open_sealed(location: Location, *, format_name: str, format_version: int) -> SealedFile:
+    """Read and check the end of a sealed file: one look at its size and, as a rule, one read.
+
+    Raises:
+        StoreError: there is no such file.
+        CorruptFileError: it is truncated or altered, of another format or of a newer version of this one.
+    """
+    size = location.size()
+    index, footer = _read_end(location, size)
+    with rejecting_nonsense(location):
+        # Arrow accepts the end of a file for the file, as long as something precedes the footer.
+        arrow = pa.ipc.open_file(pa.BufferReader(bytes(_ARROW_HEAD) + footer))
+        header = {key.decode(): value.decode() for key, value in (arrow.schema.metadata or {}).items()}
+        content = json.loads(index)
+        ends = list(accumulate((length for length, _ in content["parts"]), initial=0))
+        digests = [digest for _, digest in content["parts"]]
+        parts = tuple(Part(start, end, digest) for (start, end), digest in zip(pairwise(ends), digests, strict=True))
+        sealed = SealedFile(location, arrow.schema, header, parts, content["summary"])
+        consistent = sealed.n_batches == arrow.num_record_batches
+        _check_format(sealed, format_name, format_version)
+    if not consistent or ends[-1] + len(index) + _SEAL_END.size + len(footer) != size:
+        raise damaged(location, "Its parts do not add up to its size")
+    return sealed
+
+
+def damaged(location: Location, cause: str) -> CorruptFileError:
+    """The error for a file that is not as it was written."""
+    return CorruptFileError(
+        f"{location.uri} is damaged",
+        cause,
+        "Delete it and run the step that wrote it again, or restore a copy",
+    )
+
+
+@contextmanager
+def rejecting_nonsense(location: Location) -> Iterator[None]:
+    """Report checked but meaningless content (from another program, or a faulty one) as a damaged file."""
+    try:
+        yield
+    except (pa.ArrowException, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise damaged(location, f"Its content makes no sense ({type(error).__name__}: {error})") from error
+
+
+def _read_end(location: Location, size: int) -> tuple[bytes, bytes]:
+    """Index and Arrow footer (up to the end of the file), checked against the digest in the seal."""
+    tail = memoryview(b"")
+
+    def last(count: int) -> memoryview:
+        nonlocal tail
+        if count > size:
+            raise _unknown(location)
+        if count > len(tail):
+            (tail,) = location.read_ranges([(max(0, size - max(count, _FIRST_READ)), size)])
+        return tail[-count:]
+
+    footer_length, magic = _ARROW_END.unpack(last(_ARROW_END.size))
+    if magic != _ARROW_MAGIC or footer_length < 0:
+        raise _unknown(location)
+    footer_size = footer_length + _ARROW_END.size
+    digest, index_size, magic = _SEAL_END.unpack_from(last(footer_size + _SEAL_END.size))
+    if magic != _SEAL_MAGIC:
+        raise _unknown(location)
+    end = last(index_size + _SEAL_END.size + footer_size)
+    index, footer = bytes(end[:index_size]), bytes(end[-footer_size:])
+    if sha256(index + footer).digest() != digest:
+        raise damaged(location, "Its footer is not the one written")
+    return index, footer
+
+
+def _unknown(location: Location) -> CorruptFileError:
+    return CorruptFileError(
+        f"{location.uri} has no seal at its end",
+        "It is truncated, or was not written by datm_ray",
+        "Check the name; if it is right, delete the file and run the step that wrote it again",
+    )
+
+
+def _check_format(sealed: SealedFile, name: str, version: int) -> None:
+    uri, header = sealed.location.uri, sealed.header
+    if header.get("format") != name:
+        raise CorruptFileError(f'{uri} is a file of format "{header.get("format")}", not "{name}"')
+    if int(header["format_version"]) > version:
+        raise CorruptFileError(
+            f"{uri} has version {header['format_version']} of its format; this program knows up to {version}",
+            "It was written by a newer release",
+            "Upgrade datm-ray",
+        )
+
+
+def _read_digest(file: BinaryIO, length: int) -> str:
+    """Digest of the next `length` bytes."""
+    digest = sha256()
+    while length:
+        chunk = file.read(min(length, _CHUNK))
+        digest.update(chunk)
+        length -= len(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,119 @@
+"""Tensor files: a few named arrays and their metadata in one self-describing Arrow file.
+
+Used for synthetic sets, checkpoints and whitening transforms. One row per array, each row a record batch of
+its own, with the columns
+
+    name string | dtype string | shape list<int64> | data large_binary (C order, little-endian)
+
+and the kind and metadata of the file in the schema metadata. The files are sealed (see `sealed`): what is
+read is what was written, or an error. The same arrays and metadata give the same bytes. Trajectories have a
+format of their own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from datm_ray.errors import CorruptFileError
+from datm_ray.store.filesystem import Location
+from datm_ray.store.sealed import SealedWriter, damaged, open_sealed, rejecting_nonsense
+
+FORMAT = "datm_ray.tensors"
+FORMAT_VERSION = 1
+DTYPES = ("float16", "float32", "float64", "int32", "int64", "uint8", "bool")
+
+_SCHEMA = pa.schema(
+    [
+        pa.field("name", pa.string(), nullable=False),
+        pa.field("dtype", pa.string(), nullable=False),
+        pa.field("shape", pa.list_(pa.int64()), nullable=False),
+        pa.field("data", pa.large_binary(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """The content of a tensor file."""
+
+    arrays: dict[str, NDArray[Any]]
+    """By name, in the order written; writable and independent of the file."""
+
+    metadata: dict[str, Any]
+    """As written, after a round trip through JSON (so tuples come back as lists)."""
+
+    kind: str
+    """What the file is for, such as "synthetic-set"."""
+
+
+def write_tensors(
+    location: Location,
+    arrays: Mapping[str, NDArray[Any]],
+    *,
+    kind: str,
+    metadata: Mapping[str, object],
+    replace: bool = True,
+) -> None:
+    """Write arrays of any shape, atomically.
+
+    Raises:
+        AlreadyExistsError: `replace` is false and the file exists; it stays as it is.
+        StoreError: the place cannot be written.
+        TypeError: an array of a dtype not in DTYPES, or metadata that is not JSON.
+    """
+    header = {"kind": kind, "metadata": json.dumps(metadata, sort_keys=True)}
+    batches = [_batch(name, np.asarray(array)) for name, array in arrays.items()]
+    with location.create(replace=replace) as file, location.explaining("write"):
+        writer = SealedWriter(file, _SCHEMA, format_name=FORMAT, format_version=FORMAT_VERSION, header=header)
+        for batch in batches:
+            writer.write(batch)
+        writer.close(summary={"names": list(arrays)})
+
+
+def read_tensors(location: Location, *, kind: str) -> TensorFile:
+    """Read all arrays of a file of this kind.
+
+    Raises:
+        StoreError: the file is missing or cannot be read.
+        CorruptFileError: it is damaged, of another kind or of a newer format.
+    """
+    sealed = open_sealed(location, format_name=FORMAT, format_version=FORMAT_VERSION)
+    with rejecting_nonsense(location):
+        if sealed.header["kind"] != kind:
+            raise CorruptFileError(f'{location.uri} is a "{sealed.header["kind"]}", not a "{kind}"')
+        metadata = json.loads(sealed.header["metadata"])
+        named = [_array(batch) for batch in sealed.batches(range(sealed.n_batches))]
+        if [name for name, _ in named] != sealed.summary["names"]:
+            raise damaged(location, "Its arrays are not those it announces")
+    return TensorFile(dict(named), metadata, kind)
+
+
+def _batch(name: str, array: NDArray[Any]) -> pa.RecordBatch:
+    if array.dtype.name not in DTYPES:
+        raise TypeError(f'array "{name}" has dtype {array.dtype}; a tensor file holds {", ".join(DTYPES)}')
+    data = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+    offsets = np.array([0, data.nbytes], np.int64)
+    # From buffers, because pa.array() would copy the data.
+    column = pa.LargeBinaryArray.from_buffers(
+        pa.large_binary(), 1, [None, pa.py_buffer(offsets), pa.py_buffer(data.reshape(-1).view(np.uint8))]
+    )
+    columns = [
+        pa.array([name]),
+        pa.array([array.dtype.name]),
+        pa.array([array.shape], pa.list_(pa.int64())),
+        column,
+    ]
+    return pa.record_batch(columns, schema=_SCHEMA)
+
+
+def _array(batch: pa.RecordBatch) -> tuple[str, NDArray[Any]]:
+    name, dtype, shape = (batch.column(key)[0].as_py() for key in ("name", "dtype", "shape"))
+    data = batch.column("data")[0].as_buffer()
+    return name, np.frombuffer(data, np.dtype(dtype).newbyteorder("<")).reshape(shape).copy()

@@ -1,0 +1,66 @@
+"""What several test files need: a tiny configuration of the real pipeline, and one Ray cluster a session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from datm_ray.config import RunConfig, override
+from datm_ray.recipes import get_recipe
+from datm_ray.runtime.executor import Executor, SerialExecutor
+
+TINY = (
+    "network.width=4",
+    "experts.count=2",
+    "experts.epochs=5",
+    "experts.batch_size=128",
+    "distill.ipc=1",
+    "distill.iterations=6",
+    "distill.student_steps=3",
+    "distill.expert_epochs=1",
+    "distill.first_start=0",
+    "distill.start_bound=3",
+    "distill.final_start_bound=3",
+    "distill.expand_iterations=0",
+    "distill.validate_every=3",
+    "distill.validation_seeds=1",
+    "distill.checkpoint_every=2",
+    "distill.threshold=10",
+    "evaluate.seeds=2",
+    "evaluate.real_epochs=1",
+    "cluster.compile=false",
+)
+"""Real digits, seconds on one core; compilation is tested by itself."""
+
+
+@pytest.fixture
+def tiny() -> RunConfig:
+    """A run of every stage that takes a few seconds."""
+    return tiny_config()
+
+
+def tiny_config(*changes: str) -> RunConfig:
+    """The tiny run with some values changed."""
+    return override(get_recipe("digits-ipc1"), ["name=tiny", *TINY, *changes])
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[Any]:
+    """A local Ray cluster with two CPUs, started once."""
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(params=["serial", pytest.param("ray", marks=pytest.mark.ray)])
+def executor(request: pytest.FixtureRequest, tiny: RunConfig) -> Executor:
+    """Both executors; what is tested over this fixture holds for either."""
+    if request.param == "serial":
+        return SerialExecutor(tiny.cluster)
+    request.getfixturevalue("ray_cluster")
+    from datm_ray.runtime.ray_executor import RayExecutor
+
+    return RayExecutor(tiny.cluster)

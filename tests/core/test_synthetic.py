@@ -1,0 +1,130 @@
+"""How a synthetic set starts: which real images, and with which soft labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from datm_ray.core.synthetic import SyntheticSet, correct_rows, hard_logits, mean_correct_logits, random_rows
+from datm_ray.errors import DatasetError
+
+LABELS = np.array([0, 1, 2] * 8, np.int64)
+Rows = NDArray[np.int64]
+
+
+def right_on(*correct: set[int]) -> tuple[Callable[[int], Rows], list[int]]:
+    """Predictions of experts that are right on these rows only, and the list of experts asked so far."""
+    asked: list[int] = []
+
+    def predictions(expert: int) -> Rows:
+        asked.append(expert)
+        right = np.isin(np.arange(len(LABELS)), list(correct[expert]))
+        return np.where(right, LABELS, LABELS + 1)
+
+    return predictions, asked
+
+
+def rows_of(label: int) -> set[int]:
+    return set(np.flatnonzero(label == LABELS).tolist())
+
+
+def test_random_rows_are_stratified() -> None:
+    """Class by class, `ipc` each, none twice, and others for another seed."""
+    rows = random_rows(LABELS, 4, seed=0)
+    assert LABELS[rows].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert len(set(rows.tolist())) == 12
+    assert np.array_equal(rows, random_rows(LABELS, 4, seed=0))
+    assert not np.array_equal(rows, random_rows(LABELS, 4, seed=1))
+
+
+def test_perfect_expert_gives_the_random_rows() -> None:
+    """Where every image is classified correctly, correct ones are random ones, and one expert is asked."""
+    predictions, asked = right_on(set(range(24)), set())
+    rows = correct_rows(LABELS, 4, 5, experts=2, predictions=predictions)
+    assert np.array_equal(rows, random_rows(LABELS, 4, 5))
+    assert asked == [0]
+
+
+def test_first_expert_is_preferred_and_the_next_fills_the_short_class() -> None:
+    """Class 0 has two images that expert 0 gets right: they come first, then one of expert 1's."""
+    short = {0, 3}
+    predictions, asked = right_on(short | rows_of(1) | rows_of(2), {6} | {1, 2}, set(range(24)))
+    rows = correct_rows(LABELS, 3, 0, experts=3, predictions=predictions)
+    assert LABELS[rows].tolist() == [0] * 3 + [1] * 3 + [2] * 3
+    assert set(rows[:2].tolist()) == short
+    assert rows[2] == 6
+    assert asked == [0, 1]
+
+
+def test_images_nobody_gets_right_fill_the_rest() -> None:
+    """A class that all experts leave short is completed with its own other images, none twice."""
+    predictions, asked = right_on({0} | rows_of(1) | rows_of(2), {0, 3})
+    rows = correct_rows(LABELS, 5, 0, experts=2, predictions=predictions)
+    assert rows[:2].tolist() == [0, 3]
+    assert set(rows[:5].tolist()) <= rows_of(0)
+    assert len(set(rows.tolist())) == 15
+    assert asked == [0, 1]
+
+
+@pytest.mark.parametrize("how", ["random", "correct"])
+def test_too_few_images_are_refused_with_the_class(how: str) -> None:
+    """The smallest class is named, with what it has."""
+    labels = np.array([0, 0, 0, 1, 1], np.int64)
+    with pytest.raises(DatasetError, match=r"ipc is 3, but class 1 has only 2"):
+        if how == "random":
+            random_rows(labels, 3, 0)
+        else:
+            correct_rows(labels, 3, 0, experts=1, predictions=lambda expert: labels)
+
+
+def test_soft_labels_are_the_mean_over_experts_that_are_right() -> None:
+    """Against a loop; an image that no expert gets right takes the mean over all."""
+    logits = torch.randn(5, 40, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.arange(40) % 3
+    logits[:, 0, 0] = -100  # nobody is right about image 0
+    logits[:, 1, 1] = 100  # everybody about image 1
+    expected = []
+    for image, label in enumerate(labels.tolist()):
+        right = [expert for expert in logits[:, image] if int(expert.argmax()) == label]
+        expected.append(torch.stack(right or list(logits[:, image])).mean(dim=0))
+    soft = mean_correct_logits(logits, labels)
+    torch.testing.assert_close(soft, torch.stack(expected))
+    assert torch.equal(soft[1:].argmax(dim=1)[[0, 1]], torch.tensor([1, int(expected[2].argmax())]))
+
+
+def test_hard_logits_are_one_hot_after_softmax() -> None:
+    """So that hard labels can go where soft ones are expected."""
+    labels = torch.tensor([2, 0])
+    one_hot = torch.nn.functional.one_hot(labels, 4).float()
+    torch.testing.assert_close(hard_logits(labels, 4).softmax(dim=1), one_hot, atol=1e-12, rtol=0)
+
+
+def make_set() -> SyntheticSet:
+    return SyntheticSet(torch.ones(2, 1, 2, 2), torch.ones(2, 3), torch.tensor(0.1), torch.tensor([0, 1]))
+
+
+def test_clone_is_independent() -> None:
+    """Changing a copy leaves the original alone."""
+    original = make_set()
+    copy = original.clone()
+    for tensor in (copy.images, copy.soft_labels, copy.step_size, copy.labels):
+        tensor.add_(1)
+    assert float(original.images.sum() + original.soft_labels.sum()) == 14
+    assert float(original.step_size) == pytest.approx(0.1)
+    assert original.labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("images", float("nan")), ("soft_labels", float("inf")), ("step_size", float("nan")), ("step_size", 0.0)],
+)
+def test_set_with_a_bad_value_is_not_valid(name: str, value: float) -> None:
+    """One entry that is not finite, or a step size that is not positive, is enough."""
+    bad = make_set()
+    assert bad.is_valid()
+    getattr(bad, name).view(-1)[-1] = value
+    assert not bad.is_valid()

@@ -1,0 +1,58 @@
+"""Small images and small Parquet files of every layout that the sources read."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+Encode = Callable[..., bytes]
+WriteParquet = Callable[..., Path]
+
+
+@pytest.fixture
+def encode() -> Encode:
+    """encode(value, size=(w, h), mode="RGB", format="PNG") -> bytes of an image of one value."""
+
+    def write(value: int, size: tuple[int, int] = (6, 4), mode: str = "RGB", format: str = "PNG") -> bytes:
+        channels = {"L": (), "RGB": (3,), "RGBA": (4,)}[mode]
+        pixels = np.full((size[1], size[0], *channels), value, dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, format=format)
+        return file.getvalue()
+
+    return write
+
+
+@pytest.fixture
+def write_parquet(encode: Encode) -> WriteParquet:
+    """write_parquet(path, labels, ...) -> path of a file whose i-th image has the value 10 * label + i % 10."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def write(
+        path: Path,
+        labels: Sequence[Any],
+        *,
+        columns: tuple[str, str] = ("image", "label"),
+        class_names: Sequence[str] | None = None,
+        images: Sequence[Any] | None = None,
+    ) -> Path:
+        if images is None:
+            images = [{"bytes": encode(10 * int(x) + i % 10), "path": None} for i, x in enumerate(labels)]
+        table = pa.table(dict(zip(columns, (images, list(labels)), strict=True)))
+        if class_names is not None:
+            features = {columns[1]: {"names": list(class_names), "_type": "ClassLabel"}}
+            metadata = json.dumps({"info": {"features": features}})
+            table = table.replace_schema_metadata({"huggingface": metadata})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, path)
+        return path
+
+    return write

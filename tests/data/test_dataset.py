@@ -1,0 +1,101 @@
+"""Preparing a data set: every set normalised by the one transform, exactly and without waste."""
+
+from __future__ import annotations
+
+import pickle
+import tracemalloc
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from datm_ray.data import Dataset, RawDataset, dataset, fit_transform, load_raw, prepare
+from datm_ray.data.transform import Kind
+from datm_ray.errors import DatasetError
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@pytest.fixture(scope="module")
+def raw() -> RawDataset:
+    return load_raw("digits")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prepared_sets_have_the_raw_shapes_and_labels(raw: RawDataset, kind: Kind) -> None:
+    """Images become float32 of the same shape; labels, names and order stay."""
+    ready = prepare(raw, kind)
+    assert (ready.channels, ready.size, ready.classes, ready.image_shape) == (1, (8, 8), 10, (1, 8, 8))
+    assert (ready.name, ready.class_names) == (raw.name, raw.class_names)
+    for role in ("train", "validation", "test"):
+        images, labels = getattr(ready, f"{role}_images"), getattr(ready, f"{role}_labels")
+        assert images.dtype == np.float32
+        assert images.shape == getattr(raw, role).images.shape
+        assert np.array_equal(labels, getattr(raw, role).labels)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_sets_are_normalised_by_the_training_statistics(raw: RawDataset, kind: Kind) -> None:
+    """Validation and test pixels come back exactly under the inverse of the one transform."""
+    ready = prepare(raw, kind)
+    assert ready.transform.fingerprint == fit_transform(kind, raw.train.images, raw.levels).fingerprint
+    for images, pixels in ((ready.validation_images, raw.validation), (ready.test_images, raw.test)):
+        np.testing.assert_allclose(ready.transform.invert(images), pixels.images / 16, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_transform_handed_over_is_used(raw: RawDataset, kind: Kind) -> None:
+    """Nothing is fitted where the transform of stored experts is given."""
+    stored = fit_transform(kind, raw.test.images, raw.levels)
+    ready = prepare(raw, kind, stored)
+    assert ready.transform is stored
+    np.testing.assert_array_equal(ready.train_images, stored.apply(raw.train.images / np.float32(16)))
+
+
+def test_a_transform_of_another_kind_is_refused(raw: RawDataset) -> None:
+    """A stored transform that contradicts the recipe is an error, not a preference."""
+    with pytest.raises(DatasetError, match="'standard', but 'zca' is asked for"):
+        prepare(raw, "zca", fit_transform("standard", raw.train.images, raw.levels))
+
+
+def test_a_transform_of_another_shape_is_refused(raw: RawDataset) -> None:
+    """Images resized differently from the stored ones are named."""
+    other = load_raw("digits", resize=4)
+    with pytest.raises(DatasetError, match=r"\(1, 8, 8\) meet a zca transform fitted on \(1, 4, 4\)"):
+        prepare(raw, "zca", fit_transform("zca", other.train.images, other.levels))
+
+
+def test_fingerprint_follows_the_data(raw: RawDataset) -> None:
+    """It repeats, and changes with the split; the transform has a fingerprint of its own."""
+    again = prepare(load_raw("digits"), "zca").fingerprint
+    assert prepare(raw, "zca").fingerprint == again
+    assert prepare(load_raw("digits", validation=0.2), "zca").fingerprint != again
+
+
+def test_chunks_do_not_show(raw: RawDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Normalising a few images at a time gives what normalising all at once gives."""
+    whole = prepare(raw, "zca")
+    monkeypatch.setattr(dataset, "_CHUNK", 100)
+    np.testing.assert_allclose(prepare(raw, "zca").train_images, whole.train_images, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_is_one_copy_of_each_set(raw: RawDataset, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the result only a small chunk is allocated."""
+    transform = fit_transform(kind, raw.train.images, raw.levels)
+    monkeypatch.setattr(dataset, "_CHUNK", 16)
+    tracemalloc.start()
+    try:
+        ready = prepare(raw, kind, transform)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.2 * sum(getattr(ready, f"{role}_images").nbytes for role in ("train", "validation", "test"))
+
+
+def test_a_data_set_survives_pickling(raw: RawDataset) -> None:
+    """Workers get it through an object store; it must still invert there."""
+    ready = prepare(raw, "zca")
+    copy: Dataset = pickle.loads(pickle.dumps(ready, protocol=5))
+    assert copy.fingerprint == ready.fingerprint
+    np.testing.assert_array_equal(copy.transform.invert(copy.test_images), ready.transform.invert(ready.test_images))

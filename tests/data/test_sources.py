@@ -1,0 +1,630 @@
+"""Reading every layout, splitting it, and refusing what cannot be used with one clear line."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datm_ray.data import ImageSet, Loaded, RawDataset, Request, known_sources, load_raw, source, sources
+from datm_ray.data.splits import Stream, stratified_split
+from datm_ray.errors import DatasetError
+
+Encode = Callable[..., bytes]
+WriteParquet = Callable[..., Path]
+
+
+def sets_of(raw: RawDataset) -> tuple[ImageSet, ImageSet, ImageSet]:
+    return raw.train, raw.validation, raw.test
+
+
+def contents(images: ImageSet) -> set[bytes]:
+    return {image.tobytes() for image in images.images}
+
+
+# ------------------------------------------------------------------------------------------------------ splitting
+
+
+def test_split_holds_out_the_fraction_of_each_class() -> None:
+    """Every class gives up the same share, whatever its size."""
+    labels = np.array([0] * 50 + [1] * 20 + [2] * 5)
+    kept, held_out = stratified_split(labels, 0.2, Stream.TEST, "abc")
+    assert np.bincount(labels[held_out]).tolist() == [10, 4, 1]
+    assert sorted([*kept, *held_out]) == list(range(75))
+
+
+def test_split_leaves_at_least_one_image_on_either_side() -> None:
+    """Rounding never empties a class."""
+    labels = np.array([0, 0, 1, 1])
+    for fraction in (0.01, 0.99):
+        kept, held_out = stratified_split(labels, fraction, Stream.TEST, "ab")
+        assert labels[kept].tolist() == labels[held_out].tolist() == [0, 1]
+
+
+def test_split_is_frozen() -> None:
+    """The images held out are a published fact: another choice would change every result."""
+    labels = np.arange(20) % 2
+    assert stratified_split(labels, 0.3, Stream.TEST, "ab")[1].tolist() == [2, 3, 5, 9, 10, 14]
+    assert stratified_split(labels, 0.3, Stream.VALIDATION, "ab")[1].tolist() == [1, 10, 11, 12, 15, 18]
+
+
+def test_split_of_a_class_with_one_image_names_it() -> None:
+    """A class too small to be in all three sets is an error, not a silent gap."""
+    with pytest.raises(DatasetError, match="Class 'b' has 1 image"):
+        stratified_split(np.array([0, 0, 1]), 0.5, Stream.VALIDATION, "ab")
+
+
+# --------------------------------------------------------------------------------------------------------- digits
+
+
+def test_digits_need_no_files_and_keep_their_seventeen_values() -> None:
+    """The embedded set has 1797 images of 8x8 pixels with values 0..16 in three sets."""
+    raw = load_raw("digits")
+    assert (raw.name, raw.channels, raw.size, raw.classes, raw.levels) == ("digits", 1, (8, 8), 10, 16)
+    assert [len(images) for images in sets_of(raw)] == [1293, 145, 359]
+    assert raw.train.images.dtype == np.uint8
+    assert raw.train.labels.dtype == np.int64
+    assert raw.train.images.max() == 16
+
+
+def test_the_three_sets_are_disjoint_and_complete() -> None:
+    """No digit is in two sets and none is lost."""
+    from sklearn.datasets import load_digits
+
+    found = [contents(images) for images in sets_of(load_raw("digits"))]
+    everything = {image.astype(np.uint8).tobytes() for image in load_digits().images}
+    assert set.union(*found) == everything
+    assert sum(map(len, found)) == len(everything)
+
+
+def test_every_set_is_stratified() -> None:
+    """Each class has about the same share of each set."""
+    for images in sets_of(load_raw("digits")):
+        shares = np.bincount(images.labels) / len(images)
+        assert np.abs(shares - 0.1).max() < 0.012
+
+
+def test_loading_twice_gives_the_same_fingerprint() -> None:
+    """Reading is deterministic, and the fingerprint says so."""
+    assert load_raw("digits").fingerprint == load_raw("digits").fingerprint
+
+
+def test_fingerprint_changes_with_the_split_and_the_pixels() -> None:
+    """Another split or size is another data set."""
+    prints = {load_raw("digits", validation=0.1).fingerprint, load_raw("digits", validation=0.2).fingerprint}
+    prints.add(load_raw("digits", resize=4).fingerprint)
+    assert len(prints) == 3
+    assert {len(fingerprint) for fingerprint in prints} == {16}
+
+
+def test_test_set_does_not_depend_on_the_validation_share() -> None:
+    """Whatever is set aside for validation, the same images are tested on."""
+    few, many = load_raw("digits", validation=0.1), load_raw("digits", validation=0.5)
+    assert np.array_equal(few.test.images, many.test.images)
+
+
+def test_resized_digits_are_scaled_to_255_levels_first() -> None:
+    """Sixteen levels are too coarse for interpolated values."""
+    raw = load_raw("digits", resize=12)
+    assert (raw.size, raw.levels) == ((12, 12), 255)
+    assert raw.train.images.max() > 200
+    assert load_raw("digits", resize=8).train.images.max() == 255
+
+
+# ---------------------------------------------------------------------------------------------------------- CIFAR
+
+
+class OldPickler(pickle.Pickler):
+    """Writes dtypes as Python 2 did, in the way numpy now warns of; the official files are like that."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, np.dtype):
+            return np.dtype, (value.str, 0, 1), value.__reduce__()[2]
+        return NotImplemented
+
+
+def write_pickle(path: Path, value: Any) -> str:
+    """Writes the file and returns its MD5 sum."""
+    file = io.BytesIO()
+    OldPickler(file, protocol=2).dump(value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(file.getvalue())
+    return hashlib.md5(file.getvalue(), usedforsecurity=False).hexdigest()
+
+
+def cifar_batch(seed: int, label_key: str) -> dict[str, Any]:
+    labels = [i % 3 for i in range(12)]
+    pixels = np.random.default_rng(seed).integers(0, 256, (12, 3072), dtype=np.uint8)
+    return {"data": pixels, label_key: labels}
+
+
+@pytest.fixture
+def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in torchvision's CIFAR-10 layout: 3 classes, 2 training batches and a test batch of 12 images."""
+    from torchvision.datasets import CIFAR10
+
+    base = tmp_path / CIFAR10.base_folder
+    sums = {
+        name: write_pickle(base / name, cifar_batch(i, "labels"))
+        for i, name in enumerate(("data_batch_1", "data_batch_2", "test_batch"))
+    }
+    meta = write_pickle(base / "batches.meta", {"label_names": ["cat", "dog", "eel"]})
+    monkeypatch.setattr(CIFAR10, "train_list", [[name, sums[name]] for name in list(sums)[:2]])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": meta})
+    return tmp_path
+
+
+def test_cifar10_layout_is_read(cifar10: Path) -> None:
+    """Batches become images [n 3 32 32] in their own order, with the class names of the meta file."""
+    raw = load_raw("cifar10", str(cifar10))
+    assert (raw.class_names, raw.channels, raw.size, raw.levels) == (("cat", "dog", "eel"), 3, (32, 32), 255)
+    assert [len(images) for images in sets_of(raw)] == [21, 3, 12]
+    expected = cifar_batch(2, "labels")
+    assert np.array_equal(raw.test.images, expected["data"].reshape(-1, 3, 32, 32))
+    assert raw.test.labels.tolist() == expected["labels"]
+
+
+def test_cifar10_path_may_be_the_batches_folder(cifar10: Path) -> None:
+    """Pointing one level too low is understood."""
+    direct = load_raw("cifar10", str(cifar10 / "cifar-10-batches-py"), resize=8)
+    assert direct.size == (8, 8)
+
+
+def test_cifar100_has_the_fine_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CIFAR-100 is read from its own layout, with the fine label names."""
+    from torchvision.datasets import CIFAR100
+
+    base = tmp_path / CIFAR100.base_folder
+    sums = {name: write_pickle(base / name, cifar_batch(i, "fine_labels")) for i, name in enumerate(("train", "test"))}
+    meta = write_pickle(base / "meta", {"fine_label_names": ["ant", "bee", "cow"]})
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", sums["train"]]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", sums["test"]]])
+    monkeypatch.setattr(CIFAR100, "meta", {"filename": "meta", "key": "fine_label_names", "md5": meta})
+    raw = load_raw("cifar100", str(tmp_path))
+    assert (raw.class_names, raw.test.labels.max()) == (("ant", "bee", "cow"), 2)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_failed_download_says_where_to_put_the_files(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a network the error names the archive, its address and the folder."""
+
+    def offline(*args: Any, **kwargs: Any) -> None:
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", offline)
+    with pytest.raises(DatasetError, match=r"could not be downloaded .*no route") as caught:
+        load_raw(name, str(tmp_path))
+    assert str(tmp_path) in caught.value.remedy
+    assert "https://" in caught.value.remedy
+
+
+def test_altered_cifar_file_is_never_unpickled(cifar10: Path) -> None:
+    """A file with another MD5 sum is refused before its pickle, which could run anything, is opened."""
+
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return (os.mkdir, (str(cifar10 / "exploded"),))
+
+    write_pickle(cifar10 / "cifar-10-batches-py" / "data_batch_1", Bomb())
+    with pytest.raises(DatasetError, match="could not be read"):
+        load_raw("cifar10", str(cifar10), download=False)
+    assert not (cifar10 / "exploded").exists()
+
+
+# -------------------------------------------------------------------------------------------------- Tiny-ImageNet
+
+
+def tiny_files(encode: Encode) -> dict[str, bytes]:
+    """Two classes in the official layout; the first training image is a grayscale JPEG."""
+    files = {"wnids.txt": b"n02\nn01\n", "words.txt": b"n01\tgoldfish, Carassius auratus\nn02\tbell\nn03\tx\n"}
+    for value, wnid in ((50, "n01"), (150, "n02")):
+        for i in range(4):
+            mode = "L" if (wnid, i) == ("n01", 0) else "RGB"
+            files[f"train/{wnid}/images/{wnid}_{i}.JPEG"] = encode(value + i, (64, 64), mode, "JPEG")
+        files[f"train/{wnid}/{wnid}_boxes.txt"] = b"n01_0.JPEG\t0\t0\t63\t63\n"
+        files[f"val/images/val_{value}.JPEG"] = encode(value, (64, 64), "RGB", "JPEG")
+    files["val/val_annotations.txt"] = b"val_50.JPEG\tn01\t0\t32\t44\t62\nval_150.JPEG\tn02\t0\t32\t44\t62\n"
+    files["test/images/test_0.JPEG"] = encode(0, (64, 64), "RGB", "JPEG")
+    return files
+
+
+def write_files(root: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return root
+
+
+def write_zip(path: Path, files: dict[str, bytes], prefix: str = "") -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(prefix + name, content)
+    return path
+
+
+def test_tiny_imagenet_zip_and_folder_are_the_same_data_set(tmp_path: Path, encode: Encode) -> None:
+    """The archive, the folder it unpacks to and the folder above that one are read alike."""
+    files = tiny_files(encode)
+    paths = (
+        write_zip(tmp_path / "tiny-imagenet-200.zip", files, "tiny-imagenet-200/"),
+        write_files(tmp_path / "above" / "tiny-imagenet-200", files),
+        tmp_path / "above",
+    )
+    raws = [load_raw("tiny-imagenet", str(path)) for path in paths]
+    assert len({raw.fingerprint for raw in raws}) == 1
+    raw = raws[0]
+    assert (raw.class_names, raw.channels, raw.size) == (("bell", "goldfish"), 3, (64, 64))
+    assert [len(images) for images in sets_of(raw)] == [6, 2, 2]
+
+
+def test_tiny_imagenet_tests_on_the_official_validation_set(tmp_path: Path, encode: Encode) -> None:
+    """Labels come from the annotations, and classes are numbered as in wnids.txt."""
+    raw = load_raw("tiny-imagenet", str(write_files(tmp_path, tiny_files(encode))))
+    assert dict(zip(raw.test.labels.tolist(), raw.test.images[:, 0, 0, 0].tolist(), strict=True)) == {1: 50, 0: 150}
+
+
+def test_tiny_imagenet_classes_that_share_a_word_keep_their_ids(tmp_path: Path, encode: Encode) -> None:
+    """Class names stay unique."""
+    files = tiny_files(encode) | {"words.txt": b"n01\tcrane, bird\nn02\tcrane, machine\n"}
+    assert load_raw("tiny-imagenet", str(write_files(tmp_path, files))).class_names == ("n02", "n01")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"val/val_annotations.txt": b"val_50.JPEG\tn77\t0\n"}, "without a known class: val_50.JPEG n77"),
+        ({"wnids.txt": b"n08\nn09\n", "val/val_annotations.txt": b""}, "No training images"),
+        ({"val/images/val_50.JPEG": b"not a picture"}, "val_50.JPEG cannot be read"),
+    ],
+)
+def test_damaged_tiny_imagenet_is_named(change: dict[str, bytes], message: str, tmp_path: Path, encode: Encode) -> None:
+    """Each kind of damage gives its own line."""
+    with pytest.raises(DatasetError, match=message):
+        load_raw("tiny-imagenet", str(write_files(tmp_path, tiny_files(encode) | change)))
+
+
+def test_incomplete_tiny_imagenet_names_the_missing_file(tmp_path: Path, encode: Encode) -> None:
+    """An archive without its class list is not guessed at."""
+    files = {name: content for name, content in tiny_files(encode).items() if name != "wnids.txt"}
+    with pytest.raises(DatasetError, match=r"has no file wnids\.txt"):
+        load_raw("tiny-imagenet", str(write_zip(tmp_path / "tiny.zip", files)))
+
+
+def test_tiny_imagenet_without_a_path_looks_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default place is part of the error when nothing is there."""
+    monkeypatch.setattr("datm_ray.data.readers.DEFAULT_FOLDER", tmp_path)
+    with pytest.raises(DatasetError, match=r"tiny-imagenet-200\.zip does not exist"):
+        load_raw("tiny-imagenet")
+
+
+# --------------------------------------------------------------------------------------------------------- folder
+
+
+def folder_files(encode: Encode, roles: tuple[str, ...], count: int = 10, **options: Any) -> dict[str, bytes]:
+    """Two classes below each role, values 0.. for ants and 100.. for bees."""
+    return {
+        f"{role}{name}/{i:02}.png": encode(value + i, **options)
+        for role in roles
+        for value, name in ((0, "ants"), (100, "bees"))
+        for i in range(count)
+    }
+
+
+@pytest.mark.parametrize("held_out", ["test", "val"])
+def test_folder_with_train_and_test(held_out: str, tmp_path: Path, encode: Encode) -> None:
+    """Class folders below train and test (or val) are two sets; images need not be square."""
+    root = write_files(tmp_path / "insects", folder_files(encode, ("train/", f"{held_out}/")))
+    raw = load_raw("folder", str(root))
+    assert (raw.name, raw.class_names, raw.channels, raw.size) == ("insects", ("ants", "bees"), 3, (4, 6))
+    assert [len(images) for images in sets_of(raw)] == [18, 2, 20]
+    assert (raw.test.labels == raw.test.images[:, 0, 0, 0] // 100).all()
+
+
+@pytest.mark.parametrize("role", ["", "train/"])
+def test_folder_without_a_test_set_is_split(role: str, tmp_path: Path, encode: Encode) -> None:
+    """A fixed fifth of each class becomes the test set."""
+    raw = load_raw("folder", str(write_files(tmp_path, folder_files(encode, (role,)))))
+    assert [len(images) for images in sets_of(raw)] == [14, 2, 4]
+    assert not contents(raw.train) & contents(raw.test)
+
+
+def test_folder_may_be_a_zip_archive(tmp_path: Path, encode: Encode) -> None:
+    """An archive is read without unpacking it."""
+    files = folder_files(encode, ("",)) | {"__MACOSX/ants/._00.png": b"", "ants/.hidden.png": b"", "note.txt": b""}
+    raw = load_raw("folder", str(write_zip(tmp_path / "insects.zip", files)))
+    assert (raw.name, raw.class_names) == ("insects", ("ants", "bees"))
+
+
+def test_all_grayscale_stays_one_channel(tmp_path: Path, encode: Encode) -> None:
+    """Grayscale sets are not blown up to three equal channels."""
+    raw = load_raw("folder", str(write_files(tmp_path, folder_files(encode, ("",), mode="L"))))
+    assert raw.train.images.shape[1:] == (1, 4, 6)
+
+
+def test_mixed_modes_become_rgb(tmp_path: Path, encode: Encode) -> None:
+    """One colour image is enough to make the whole set RGB."""
+    files = folder_files(encode, ("",), mode="L") | {"ants/zz.png": encode(7, mode="RGBA")}
+    assert load_raw("folder", str(write_files(tmp_path, files))).channels == 3
+
+
+def test_mixed_sizes_need_resize(tmp_path: Path, encode: Encode) -> None:
+    """The error names two images, their sizes and the option; with it the set is read."""
+    files = folder_files(encode, ("",)) | {"ants/zz.png": encode(7, size=(9, 5))}
+    root = str(write_files(tmp_path, files))
+    with pytest.raises(DatasetError, match=r"00\.png is 6x4, .*zz\.png is 9x5.*resize=4"):
+        load_raw("folder", root)
+    assert load_raw("folder", root, resize=5).size == (5, 5)
+
+
+def test_resize_is_antialiased(tmp_path: Path, encode: Encode) -> None:
+    """Shrinking a fine checkerboard gives gray, not one of its two colours."""
+    board = Image.fromarray((np.indices((32, 32)).sum(axis=0) % 2 * 255).astype(np.uint8))
+    files = folder_files(encode, ("",), mode="L")
+    root = write_files(tmp_path, files)
+    for path in (root / "ants").iterdir():
+        board.save(path)
+    raw = load_raw("folder", str(root), resize=4)
+    ants = raw.train.images[raw.train.labels == 0]
+    assert np.abs(ants.astype(int) - 127).max() < 20
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"\x89PNG nonsense", r"zz\.png cannot be read"), (None, r"more than 8 bits a channel \(mode I;16\)")],
+)
+def test_unusable_image_is_named(content: bytes | None, message: str, tmp_path: Path, encode: Encode) -> None:
+    """Broken and 16-bit files are reported with their path."""
+    root = write_files(tmp_path, folder_files(encode, ("",)))
+    if content is None:
+        Image.fromarray(np.zeros((4, 6), dtype=np.uint16)).save(root / "ants" / "zz.png")
+    else:
+        (root / "ants" / "zz.png").write_bytes(content)
+    with pytest.raises(DatasetError, match=message):
+        load_raw("folder", str(root))
+
+
+def test_truncated_image_is_named(tmp_path: Path, encode: Encode) -> None:
+    """A file whose header is whole but whose pixels are not is found while decoding."""
+    files = folder_files(encode, ("",), size=(64, 64), format="BMP")
+    files["bees/03.png"] = files["bees/03.png"][:500]
+    with pytest.raises(DatasetError, match=r"bees/03\.png cannot be read"):
+        load_raw("folder", str(write_files(tmp_path, files)))
+
+
+def test_class_only_in_the_test_folder_is_named(tmp_path: Path, encode: Encode) -> None:
+    """A test class that was never trained on is an error."""
+    files = folder_files(encode, ("train/", "test/")) | {"test/cows/0.png": encode(1)}
+    with pytest.raises(DatasetError, match=r"class 'cows' that the training folder lacks"):
+        load_raw("folder", str(write_files(tmp_path, files)))
+
+
+def test_class_missing_from_the_test_folder_is_named(tmp_path: Path, encode: Encode) -> None:
+    """Accuracy over fewer classes than were trained would mislead."""
+    files = {name: data for name, data in folder_files(encode, ("train/", "test/")).items() if "test/bees" not in name}
+    with pytest.raises(DatasetError, match=r"test set has no image of 1 of 2 classes, 'bees'"):
+        load_raw("folder", str(write_files(tmp_path, files)))
+
+
+def test_two_images_of_a_class_are_too_few(tmp_path: Path, encode: Encode) -> None:
+    """Three sets need three images of a class; the error names class and set."""
+    with pytest.raises(DatasetError, match=r"Class 'ants' has 1 image.*validation set"):
+        load_raw("folder", str(write_files(tmp_path, folder_files(encode, ("",), count=2))))
+
+
+def test_single_class_is_refused(tmp_path: Path, encode: Encode) -> None:
+    """One class is nearly always a path one level off."""
+    files = {f"insects/{name}": content for name, content in folder_files(encode, ("",)).items()}
+    with pytest.raises(DatasetError, match=r"has 1 class.*'insects'"):
+        load_raw("folder", str(write_files(tmp_path, files)))
+
+
+def test_empty_folder_is_named(tmp_path: Path) -> None:
+    """No images is said in so many words."""
+    with pytest.raises(DatasetError, match="No training images found"):
+        load_raw("folder", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["folder", "tiny-imagenet", "parquet"])
+def test_missing_path_is_named(name: str, tmp_path: Path) -> None:
+    """A path that does not exist is repeated in the error."""
+    with pytest.raises(DatasetError, match=r"nowhere"):
+        load_raw(name, str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("name", ["folder", "parquet"])
+def test_path_left_out_is_asked_for(name: str) -> None:
+    """Sources without a default place say that they need one."""
+    with pytest.raises(DatasetError, match=f"'{name}' needs a path"):
+        load_raw(name)
+
+
+def test_file_that_is_no_archive_is_refused(tmp_path: Path) -> None:
+    """A path to some other file is not taken for a folder."""
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(DatasetError, match="neither a folder nor a zip archive"):
+        load_raw("folder", str(tmp_path / "notes.txt"))
+
+
+# -------------------------------------------------------------------------------------------------------- Parquet
+
+LABELS = [0, 1, 2] * 10
+
+
+def test_parquet_folder_with_class_names(tmp_path: Path, write_parquet: WriteParquet) -> None:
+    """Files called train and test are two sets, named as the Hugging Face metadata says."""
+    names = ("ant", "bee", "cow")
+    write_parquet(tmp_path / "bugs" / "train-00000-of-00001.parquet", LABELS, class_names=names)
+    write_parquet(tmp_path / "bugs" / "test-00000-of-00001.parquet", LABELS[:6], class_names=names)
+    raw = load_raw("parquet", str(tmp_path / "bugs"))
+    assert (raw.name, raw.class_names, raw.channels, raw.size) == ("bugs", names, 3, (4, 6))
+    assert [len(images) for images in sets_of(raw)] == [27, 3, 6]
+    assert (raw.test.images[:, 0, 0, 0] // 10 == raw.test.labels).all()
+
+
+def test_parquet_shards_are_one_set(tmp_path: Path, write_parquet: WriteParquet) -> None:
+    """Shards, also in sub-folders, give what one file with all rows gives."""
+    parts = (LABELS[:15], LABELS[15:])
+    for i, part in enumerate(parts):
+        images = [{"bytes": encode_value(10 * x + (15 * i + j) % 10)} for j, x in enumerate(part)]
+        write_parquet(tmp_path / "shards" / "data" / f"train-{i}.parquet", part, images=images)
+    write_parquet(tmp_path / "shards" / "data" / "val.parquet", LABELS[:6])
+    pair = [write_parquet(tmp_path / "a.parquet", LABELS), write_parquet(tmp_path / "b.parquet", LABELS[:6])]
+    sharded = load_raw("parquet", str(tmp_path / "shards"))
+    assert sharded.fingerprint == load_raw("parquet", ",".join(map(str, pair))).fingerprint
+
+
+def encode_value(value: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.full((4, 6, 3), value, dtype=np.uint8)).save(file, format="PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("columns", [("img", "fine_label"), ("image", "labels")])
+def test_parquet_column_names(columns: tuple[str, str], tmp_path: Path, write_parquet: WriteParquet) -> None:
+    """The usual names of the image and label columns are known; without metadata classes are numbers."""
+    raw = load_raw("parquet", str(write_parquet(tmp_path / "bugs.parquet", LABELS, columns=columns)))
+    assert (raw.name, raw.class_names) == ("bugs", ("0", "1", "2"))
+    assert [len(images) for images in sets_of(raw)] == [21, 3, 6]
+
+
+def test_parquet_of_plain_bytes(tmp_path: Path, write_parquet: WriteParquet) -> None:
+    """An image column of bytes without the struct around them is read as well, also alone in a folder."""
+    write_parquet(tmp_path / "bugs.parquet", LABELS, images=[encode_value(x) for x in LABELS])
+    assert load_raw("parquet", str(tmp_path)).classes == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"columns": ("photo", "label")}, r"no column 'image' or 'img'.*columns are 'photo', 'label'"),
+        ({"columns": ("image", "species")}, r"no column 'label'.*columns are 'image', 'species'"),
+        ({"images": [{"path": "x.png"}] * 30}, r"image column .* holds struct<path"),
+        ({"images": [{"bytes": None}, *[{"bytes": b"x"}] * 29]}, r"1 row\(s\) without image bytes"),
+        ({"images": [{"bytes": b"x"}] * 30}, r"bad\.parquet row 0 cannot be read"),
+        ({"class_names": ("ant", "bee")}, r"label 2, outside 0\.\.1"),
+        ({"class_names": ("ant", "bee", "cow", "dog")}, r"no image of 1 of 4 classes, 'dog'"),
+    ],
+)
+def test_bad_parquet_is_explained(
+    options: dict[str, Any], message: str, tmp_path: Path, write_parquet: WriteParquet
+) -> None:
+    """Each thing that can be wrong with a file gives its own line."""
+    path = write_parquet(tmp_path / "bad.parquet", LABELS, **options)
+    with pytest.raises(DatasetError, match=message):
+        load_raw("parquet", str(path))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["0", "1", "2"] * 10, r"label column .* holds string"),
+        ([0, 1, -1] * 10, r"label -1, outside 0\.\.1"),
+        ([0, 1, 10**12] * 10, r"label 1000000000000, outside"),
+        ([0, 1, 3] * 10, r"no image of 1 of 4 classes, '2'"),
+    ],
+)
+def test_bad_labels_are_explained(labels: list[Any], message: str, tmp_path: Path, write_parquet: WriteParquet) -> None:
+    """Labels must be integers from 0 without gaps."""
+    images = [{"bytes": encode_value(i)} for i in range(30)]
+    with pytest.raises(DatasetError, match=message):
+        load_raw("parquet", str(write_parquet(tmp_path / "bad.parquet", labels, images=images)))
+
+
+def test_unreadable_parquet_is_named(tmp_path: Path) -> None:
+    """A truncated download is reported as such."""
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(DatasetError, match=r"train\.parquet cannot be read as Parquet"):
+        load_raw("parquet", str(tmp_path))
+
+
+def test_parquet_without_rows_is_refused(tmp_path: Path, write_parquet: WriteParquet) -> None:
+    """An empty table has no images to split."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema([("image", pa.binary()), ("label", pa.int64())])
+    pq.write_table(schema.empty_table(), tmp_path / "train.parquet")
+    with pytest.raises(DatasetError, match="No training images found"):
+        load_raw("parquet", str(tmp_path))
+
+
+def test_parquet_folder_without_training_files_lists_what_it_holds(tmp_path: Path, write_parquet: WriteParquet) -> None:
+    """Names that say nothing are not guessed at."""
+    for name in ("a", "b"):
+        write_parquet(tmp_path / f"{name}.parquet", LABELS)
+    with pytest.raises(DatasetError, match=r"no Parquet file of training images\. It holds a\.parquet, b\.parquet"):
+        load_raw("parquet", str(tmp_path))
+
+
+@pytest.mark.parametrize("other", ["other-train.parquet", "test.parquet"])
+def test_parquet_files_of_two_data_sets_are_not_mixed(other: str, tmp_path: Path, write_parquet: WriteParquet) -> None:
+    """Shards and test files must name the same classes."""
+    write_parquet(tmp_path / "train.parquet", LABELS, class_names=("ant", "bee", "cow"))
+    write_parquet(tmp_path / other, LABELS, class_names=("car", "bus", "van"))
+    with pytest.raises(DatasetError, match="different classes"):
+        load_raw("parquet", str(tmp_path))
+
+
+# -------------------------------------------------------------------------------------------- options and registry
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("cifar-10", "cifar10"), ("tinyimagenet", "tiny-imagenet")])
+def test_unknown_source_suggests_the_nearest(typed: str, meant: str) -> None:
+    """A misspelt name lists the known ones and the likely one."""
+    with pytest.raises(DatasetError, match=rf"Known are cifar10, .*Did you mean '{meant}'"):
+        load_raw(typed)
+
+
+@pytest.mark.parametrize("options", [{"validation": 0.0}, {"validation": 1.0}, {"resize": 0}])
+def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    """Shares are between 0 and 1, sizes are at least 1."""
+    (name,) = options
+    with pytest.raises(DatasetError, match=f"{name}="):
+        load_raw("digits", **options)
+
+
+def test_a_source_is_one_decorated_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it returns is checked and split like the built-in ones."""
+    monkeypatch.setattr(sources, "_SOURCES", dict(sources._SOURCES))
+
+    @source("stripes")
+    def stripes(request: Request) -> Loaded:
+        images = np.arange(20, dtype=np.uint8)[:, None, None, None] * np.ones((1, 1, 2, 2), np.uint8)
+        return Loaded("stripes", ("even", "odd"), ImageSet(images, np.arange(20) % 2), None)
+
+    assert "stripes" in known_sources()
+    assert [len(images) for images in sets_of(load_raw("stripes"))] == [14, 2, 4]
+
+
+# ---------------------------------------------------------------------------------------------------- real images
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("pattern", "size", "classes"), [("cifar10-{}.parquet", 32, 10), ("tinyimagenet-*{}.parquet", 64, 200)]
+)
+def test_real_photographs(pattern: str, size: int, classes: int) -> None:
+    """Real Hugging Face files are read whole; they lie in the folder that DATM_RAY_TEST_DATA names."""
+    folder = Path(os.environ.get("DATM_RAY_TEST_DATA", "absent"))
+    train = sorted(folder.glob(pattern.format("train")))
+    test = sorted(folder.glob(pattern.format("test"))) or sorted(folder.glob(pattern.format("val")))
+    if not train or not test:
+        pytest.skip("DATM_RAY_TEST_DATA names no folder with these files")
+    raw = load_raw("parquet", f"{train[0]},{test[0]}")
+    assert (raw.channels, raw.size, raw.classes) == (3, (size, size), classes)
+    assert np.ptp(np.bincount(raw.train.labels)) == 0
+    assert 100 < raw.train.images.mean() < 140

@@ -1,0 +1,208 @@
+"""The normalisations agree with independent formulas, undo themselves and travel as plain arrays."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from datm_ray.data import Transform, fit_transform, transform
+from datm_ray.data.transform import Kind
+from datm_ray.errors import CorruptFileError, DatasetError
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+def photographs(count: int = 300, channels: int = 3, height: int = 4, width: int = 6) -> NDArray[np.uint8]:
+    """Smooth random images [n c h w]: neighbouring pixels are correlated, as in real ones."""
+    noise = np.random.default_rng(0).normal(size=(count, channels, height, width))
+    smooth = noise.cumsum(axis=-1).cumsum(axis=-2)
+    return np.clip(128 + 30 * smooth, 0, 255).astype(np.uint8)
+
+
+def scaled(images: NDArray[np.uint8], levels: int = 255) -> NDArray[np.float32]:
+    return images.astype(np.float32) / np.float32(levels)
+
+
+def published_zca(images: NDArray[np.uint8], levels: int, eps: float) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Mean [d] and matrix [d d] by a singular value decomposition of torch's covariance."""
+    flat = torch.from_numpy(images.reshape(len(images), -1)).double() / levels
+    u, s, _ = torch.linalg.svd(torch.cov(flat.T))
+    return flat.mean(0).numpy(), (u @ torch.diag(torch.rsqrt(s + eps)) @ u.T).numpy()
+
+
+@pytest.mark.parametrize("levels", [16, 255])
+@pytest.mark.parametrize("eps", [0.1, 1e-3])
+def test_zca_is_the_published_formula(levels: int, eps: float) -> None:
+    """Mean and matrix equal those computed independently in float64."""
+    images = np.minimum(photographs(), levels).astype(np.uint8)
+    fitted = fit_transform("zca", images, levels, eps=eps)
+    mean, matrix = published_zca(images, levels, eps)
+    assert fitted.matrix is not None
+    np.testing.assert_allclose(fitted.mean, mean, atol=1e-7)
+    np.testing.assert_allclose(fitted.matrix, matrix, rtol=1e-5, atol=1e-6 * np.abs(matrix).max())
+    assert np.array_equal(fitted.matrix, fitted.matrix.T)
+
+
+def test_zca_whitens_with_the_published_eps() -> None:
+    """The default eps is the 0.1 of the published experiments."""
+    images = photographs()
+    assert np.array_equal(fit_transform("zca", images, 255).to_arrays()["matrix"], whitening(images, 0.1))
+
+
+def whitening(images: NDArray[np.uint8], eps: float) -> NDArray[Any]:
+    return fit_transform("zca", images, 255, eps=eps).to_arrays()["matrix"]
+
+
+def test_whitened_images_have_the_expected_covariance() -> None:
+    """Every eigenvalue S of the covariance becomes S / (S + eps): near 1 where there is much variance."""
+    images = photographs()
+    white = fit_transform("zca", images, 255, eps=0.01).apply(scaled(images)).reshape(len(images), -1)
+    before = np.linalg.eigvalsh(np.cov(scaled(images).reshape(len(images), -1).T.astype(np.float64)))
+    after = np.linalg.eigvalsh(np.cov(white.T.astype(np.float64)))
+    np.testing.assert_allclose(after, before / (before + 0.01), atol=1e-4)
+    np.testing.assert_allclose(white.mean(axis=0), 0, atol=1e-5)
+
+
+def test_standard_gives_each_channel_mean_0_and_deviation_1() -> None:
+    """Statistics are per channel over all images and places."""
+    images = photographs()
+    normal = fit_transform("standard", images, 255).apply(scaled(images))
+    np.testing.assert_allclose(normal.mean(axis=(0, 2, 3)), 0, atol=1e-5)
+    np.testing.assert_allclose(normal.std(axis=(0, 2, 3)), 1, atol=1e-5)
+
+
+def test_standard_only_centres_a_constant_channel() -> None:
+    """No variation is no reason to divide by zero."""
+    images = photographs()
+    images[:, 1] = 51
+    fitted = fit_transform("standard", images, 255)
+    assert fitted.std is not None
+    assert fitted.std[1] == 1
+    np.testing.assert_allclose(fitted.apply(scaled(images))[:, 1], 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_invert_undoes_apply(kind: Kind) -> None:
+    """A round trip gives the pixels back, also those of images it was not fitted on."""
+    fitted = fit_transform(kind, photographs(), 255)
+    images = np.random.default_rng(1).random((20, 3, 4, 6), dtype=np.float32)
+    np.testing.assert_allclose(fitted.invert(fitted.apply(images)), images, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_apply_in_chunks_equals_apply_at_once(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounding the memory changes nothing, and leaves the argument as it was."""
+    images = photographs()
+    pixels = scaled(images)
+    whole = fit_transform(kind, images, 255).apply(pixels)
+    monkeypatch.setattr(transform, "_CHUNK_BYTES", 4 * 72 * 7)
+    np.testing.assert_allclose(fit_transform(kind, images, 255).apply(pixels), whole, atol=1e-5)
+    assert np.array_equal(pixels, scaled(images))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_images_are_no_problem(kind: Kind) -> None:
+    """An empty set comes back empty."""
+    fitted = fit_transform(kind, photographs(), 255)
+    nothing = np.empty((0, 3, 4, 6), dtype=np.float32)
+    assert fitted.invert(fitted.apply(nothing)).shape == nothing.shape
+
+
+def test_sums_are_exact_over_several_chunks() -> None:
+    """Extreme pixels in more rows than a chunk holds are summed without any rounding."""
+    images = np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (2500, 1, 2, 3))
+    images[:1100] = 0
+    sums = transform._exact_sums(images)
+    centred = images.reshape(2500, 6).astype(np.int64) - 128
+    assert np.array_equal(sums.products, centred.T @ centred)
+    assert np.array_equal(sums.total, centred.sum(axis=0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fingerprint_is_that_of_the_statistics(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It survives another order of images and another chunking, and no change of a pixel, of levels or of eps."""
+    images = photographs()
+    first = fit_transform(kind, images, 255).fingerprint
+    monkeypatch.setattr(transform, "_EXACT_ROWS", 100)
+    monkeypatch.setattr(transform, "_CHUNK_BYTES", 1)
+    assert fit_transform(kind, images[::-1].copy(), 255).fingerprint == first
+    assert fit_transform(kind, images, 254).fingerprint != first
+    images[0, 0, 0, 0] ^= 1
+    assert fit_transform(kind, images, 255).fingerprint != first
+
+
+def test_fingerprint_tells_eps_and_kind_apart() -> None:
+    """Other settings on the same images are another transform."""
+    fitted = [fit_transform("zca", photographs(), 255, eps=eps) for eps in (0.1, 0.2)]
+    fitted.append(fit_transform("standard", photographs(), 255))
+    assert len({one.fingerprint for one in fitted}) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_arrays_and_json_carry_a_transform(kind: Kind) -> None:
+    """Named arrays plus JSON are enough to normalise the same way elsewhere, bit for bit."""
+    images = photographs()
+    fitted = fit_transform(kind, images, 255)
+    loaded = Transform.from_arrays(fitted.to_arrays(), json.loads(json.dumps(fitted.to_metadata())))
+    assert (loaded.kind, loaded.shape, loaded.fingerprint) == (kind, (3, 4, 6), fitted.fingerprint)
+    assert np.array_equal(loaded.apply(scaled(images)), fitted.apply(scaled(images)))
+    assert np.array_equal(loaded.invert(scaled(images)), fitted.invert(scaled(images)))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "metadata", "message"),
+    [
+        ({"matrix": None}, {}, "matrix"),
+        ({"mean": np.zeros(5)}, {}, r"mean has shape \(5,\), not \(72,\)"),
+        ({}, {"kind": "pca"}, "pca"),
+        ({}, {"shape": [3, 4]}, "ValueError"),
+        ({}, {"fingerprint": None}, "fingerprint"),
+    ],
+)
+def test_damaged_transform_is_refused(arrays: dict[str, Any], metadata: dict[str, Any], message: str) -> None:
+    """Whatever is missing (None) or altered is named, and nothing is normalised wrongly."""
+    fitted = fit_transform("zca", photographs(), 255)
+    arrays = {name: value for name, value in (fitted.to_arrays() | arrays).items() if value is not None}
+    metadata = {name: value for name, value in (fitted.to_metadata() | metadata).items() if value is not None}
+    with pytest.raises(CorruptFileError, match=message):
+        Transform.from_arrays(arrays, metadata)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_of_another_shape_are_refused(kind: Kind) -> None:
+    """The error names both shapes, also where a channel axis would broadcast."""
+    fitted = fit_transform(kind, photographs(), 255)
+    for use in (fitted.apply, fitted.invert):
+        with pytest.raises(DatasetError, match=r"\(1, 4, 6\) meet a .* fitted on \(3, 4, 6\)"):
+            use(np.zeros((2, 1, 4, 6), dtype=np.float32))
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "eps", "message"),
+    [("pca", 9, 0.1, "Unknown normalisation 'pca'"), ("zca", 1, 0.1, "too small"), ("zca", 9, 0.0, "not positive")],
+)
+def test_fitting_refuses_what_it_cannot_do(kind: Any, count: int, eps: float, message: str) -> None:
+    """Unknown kinds, single images and an eps that would divide by zero are named."""
+    with pytest.raises(DatasetError, match=message):
+        fit_transform(kind, photographs(count), 255, eps=eps)
+
+
+@pytest.mark.gpu
+def test_fitting_on_a_gpu_gives_the_same_transform() -> None:
+    """The device changes only rounding, and not the fingerprint."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    host, device = (fit_transform("zca", photographs(), 255, device=name) for name in ("cpu", "cuda"))
+    assert host.fingerprint == device.fingerprint
+    np.testing.assert_allclose(host.to_arrays()["matrix"], device.to_arrays()["matrix"], rtol=1e-5, atol=1e-6)
+
+
+def test_another_device_takes_torchs_decomposition() -> None:
+    """The path taken on a GPU, run on the CPU, agrees with numpy's."""
+    host, other = (fit_transform("zca", photographs(), 255, device=name) for name in ("cpu", "cpu:0"))
+    np.testing.assert_allclose(host.to_arrays()["matrix"], other.to_arrays()["matrix"], rtol=1e-5, atol=1e-6)

@@ -1,0 +1,223 @@
+"""The pipeline on real digits: same results everywhere, and again after every kind of death."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from datm_ray.artifact import Artifact, load
+from datm_ray.config import RunConfig, to_yaml
+from datm_ray.errors import DatasetError, DivergenceError, MissingExpertsError, RunDirectoryError
+from datm_ray.runtime import pipeline as pipeline_module
+from datm_ray.runtime.distill import DistillWorker
+from datm_ray.runtime.evaluate import ROWS
+from datm_ray.runtime.executor import Event, Executor, Progress, SerialExecutor
+from datm_ray.runtime.pipeline import Pipeline, find_runs
+from datm_ray.runtime.telemetry import Reporter
+from datm_ray.store.trajectories import TrajectoryStore
+from tests.conftest import tiny_config
+
+QUIET = Reporter(quiet=True)
+
+
+def serial(config: RunConfig) -> Callable[[], Executor]:
+    return lambda: SerialExecutor(config.cluster)
+
+
+def run_all(config: RunConfig, out: Path, start: Callable[[], Executor] | None = None) -> Pipeline:
+    pipeline = Pipeline([config], str(out))
+    pipeline.run_all(start or serial(config), QUIET)
+    return pipeline
+
+
+def assert_same_set(one: Artifact, other: Artifact) -> None:
+    """Bit for bit: same machine, same number of threads, so there is nothing to tolerate."""
+    assert torch.equal(one.images, other.images)
+    assert torch.equal(one.soft_labels, other.soft_labels)
+    assert one.step_size == other.step_size
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed serial run of the tiny configuration."""
+    out = tmp_path_factory.mktemp("reference")
+    run_all(tiny_config(), out)
+    return out
+
+
+def accuracies(pipeline: Pipeline) -> dict[str, tuple[float, ...]]:
+    (summary,) = pipeline._summaries()
+    return {score.row: score.accuracies for score in summary.scores}
+
+
+def test_a_run_leaves_experts_a_set_and_every_row_of_the_table(reference: Path) -> None:
+    """All stages ran: experts in the store, a loadable set, two seeds of each row, a report."""
+    pipeline = Pipeline([tiny_config()], str(reference))
+    assert pipeline.plan() == ["0 experts to train", "0 sets to distil", "0 networks to train for evaluation"]
+    (key,) = TrajectoryStore(str(reference / "experts")).groups()
+    assert (key.dataset, key.architecture) == ("digits", "convnet")
+    artifact = load(str(reference / "tiny" / "synthetic.arrow"))
+    assert artifact.images.shape == (10, 1, 8, 8)
+    assert artifact.labels.tolist() == list(range(10))
+    assert {row: len(values) for row, values in accuracies(pipeline).items()} == dict.fromkeys(ROWS, 2)
+    assert pipeline.report().exists()
+
+
+def test_distillation_changes_images_labels_and_step_size(reference: Path) -> None:
+    """All three variables are learned."""
+    before, after = (load(str(reference / "tiny" / name)) for name in ("initial.arrow", "synthetic.arrow"))
+    assert not torch.equal(before.images, after.images)
+    assert not torch.equal(before.soft_labels, after.soft_labels)
+    assert before.step_size != after.step_size
+
+
+def test_either_executor_gives_the_same_set_and_scores(executor: Executor, tmp_path: Path, reference: Path) -> None:
+    """Serial and Ray agree bit for bit."""
+    config = tiny_config()
+    pipeline = run_all(config, tmp_path, lambda: executor)
+    assert_same_set(load(str(tmp_path / "tiny/synthetic.arrow")), load(str(reference / "tiny/synthetic.arrow")))
+    assert accuracies(pipeline) == accuracies(Pipeline([config], str(reference)))
+
+
+class StopsAfter(SerialExecutor):
+    """A serial executor whose process seems to die after so many events."""
+
+    def __init__(self, config: RunConfig, events: int) -> None:
+        super().__init__(config.cluster)
+        self._left = events
+
+    def run(self, *arguments: Any) -> Iterator[tuple[Any, Event]]:
+        for task, event in super().run(*arguments):
+            if self._left == 0:
+                raise KeyboardInterrupt
+            self._left -= 1
+            yield task, event
+
+
+def test_a_run_stopped_at_any_event_ends_with_the_same_set(tmp_path: Path, reference: Path) -> None:
+    """Stopped again and again after a few more events, the run gets to its end and nothing differs."""
+    config = tiny_config()
+    stops = 0
+    while stops < 30:
+        with suppress(KeyboardInterrupt):
+            pipeline = run_all(config, tmp_path, lambda: StopsAfter(config, events=7))
+            break
+        stops += 1
+    assert 3 <= stops < 30
+    assert_same_set(load(str(tmp_path / "tiny/synthetic.arrow")), load(str(reference / "tiny/synthetic.arrow")))
+    assert accuracies(pipeline) == accuracies(Pipeline([config], str(reference)))
+
+
+@pytest.mark.slow
+def test_a_run_killed_with_sigkill_at_random_moments_ends_with_the_same_set(tmp_path: Path, reference: Path) -> None:
+    """The process of the command line is killed without warning, several times, and started again."""
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(to_yaml(tiny_config()))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "datm_ray", "run", str(recipe), "--out", str(out), "--executor", "serial"]
+    draw, kills = random.Random(0), 0
+    for attempt in range(12):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        started_at = time.monotonic()
+        # Long enough to get past the imports, so that the kills fall into the stages.
+        patience = draw.uniform(3, 6) + attempt
+        while process.poll() is None and time.monotonic() - started_at < patience:
+            time.sleep(0.05)
+        if process.poll() is not None:
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert process.returncode == 0
+    assert kills > 0
+    assert_same_set(load(str(out / "tiny/synthetic.arrow")), load(str(reference / "tiny/synthetic.arrow")))
+
+
+def test_finished_work_is_not_done_again(reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished run gives no task to any executor."""
+
+    class Forbidden(SerialExecutor):
+        def run(self, *arguments: Any) -> Iterator[tuple[Any, Event]]:
+            raise AssertionError("a task was given out")
+
+    config = tiny_config()
+    run_all(config, reference, lambda: Forbidden(config.cluster))
+
+
+def test_runs_of_one_folder_share_experts_and_the_full_data_control(tmp_path: Path) -> None:
+    """Two recipes with the same experts train them once, and score all real data once."""
+    configs = [tiny_config(), tiny_config("name=other", "distill.ipc=2")]
+    pipeline = Pipeline(configs, str(tmp_path))
+    assert pipeline.plan()[0].startswith("2 experts to train")
+    pipeline.run_all(serial(configs[0]), QUIET)
+    assert len(list((tmp_path / "controls").glob("*/full-*.json"))) == 2
+    assert [config.name for config in find_runs(str(tmp_path))] == ["other", "tiny"]
+    table = pipeline.table()
+    assert "tiny" in table
+    assert "other" in table
+
+
+def test_divergence_names_the_iteration_and_keeps_the_last_good_state(tmp_path: Path) -> None:
+    """An absurd learning rate stops with one clear error; the checkpoint is from before that iteration."""
+    config = tiny_config("distill.learning_rate_step_size=1e9", "distill.threshold=1e30")
+    with pytest.raises(DivergenceError, match=r"diverged at iteration \d+"):
+        run_all(config, tmp_path)
+    assert not (tmp_path / "tiny/synthetic.arrow").exists()
+    checkpoint = pipeline_module.open_location(str(tmp_path / "tiny/checkpoint.arrow"))
+    from datm_ray.store.tensors import read_tensors
+
+    arrays = read_tensors(checkpoint, kind="checkpoint").arrays
+    assert float(arrays["synthetic.step_size"]) > 0
+    assert np.isfinite(arrays["synthetic.images"]).all()
+
+
+def test_another_configuration_under_the_same_name_is_refused(reference: Path) -> None:
+    """A run folder is never mixed from two configurations; the error names what differs."""
+    with pytest.raises(RunDirectoryError, match=r"distill\.iterations \(6 there, 7 here\)"):
+        Pipeline([tiny_config("distill.iterations=7")], str(reference))
+
+
+def test_more_images_per_class_than_a_class_has_is_refused(tmp_path: Path) -> None:
+    """IPC beyond the class size is found before anything is written."""
+    with pytest.raises(DatasetError, match=r"distill\.ipc is 5000"):
+        Pipeline([tiny_config("distill.ipc=5000")], str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_stages_that_lack_their_input_name_the_command_to_run_first(tmp_path: Path, tiny: RunConfig) -> None:
+    """Distilling without experts and evaluating without a set are one clear line."""
+    pipeline = Pipeline([tiny], str(tmp_path / "out"))
+    with pytest.raises(MissingExpertsError, match="datm-ray experts tiny"):
+        pipeline.distill(serial(tiny), QUIET)
+    pipeline.train_experts(serial(tiny), QUIET)
+    with pytest.raises(RunDirectoryError, match="datm-ray distill tiny"):
+        pipeline.evaluate(serial(tiny), QUIET)
+
+
+def test_resuming_from_a_checkpoint_starts_at_its_iteration(tmp_path: Path, tiny: RunConfig) -> None:
+    """What is finished is not repeated: the first progress after a stop is the next iteration."""
+    pipeline = Pipeline([tiny], str(tmp_path))
+    pipeline.train_experts(serial(tiny), QUIET)
+    dataset = pipeline._dataset(tiny)
+    arguments = (tiny, pipeline.store_uri, str(tmp_path / "tiny"))
+    events = DistillWorker(dataset, tiny.cluster).distill(*arguments)
+    for event in events:
+        if isinstance(event, Progress) and event.done == 5:
+            break  # the last checkpoint is of iteration 4
+    events.close()
+    resumed = DistillWorker(dataset, tiny.cluster).distill(*arguments)
+    first = next(iter(resumed))
+    assert isinstance(first, Progress)
+    assert first.done == 5

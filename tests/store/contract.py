@@ -1,0 +1,349 @@
+"""The promise of the trajectory store, as tests that every kind of place inherits.
+
+A subclass provides the fixture `uri`: a place of its own for each test, empty and writable.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from datm_ray.errors import CorruptFileError, StoreError
+from datm_ray.store.filesystem import Location
+from datm_ray.store.trajectories import ExpertGroup, GroupKey, Snapshot, TrajectoryInfo, TrajectoryStore
+
+KEY = GroupKey("digits", "ConvNetD2", "5f2a9c")
+NAMES, SHAPES = ("conv.weight", "conv.bias", "scale"), ((4, 3, 2), (4,), ())  # 29 parameters
+
+
+def make_info(expert: int = 0, epochs: int = 5, key: GroupKey = KEY) -> TrajectoryInfo:
+    """The info of an expert of 29 parameters that stores epochs 0, 2, 4, ..."""
+    return TrajectoryInfo(
+        dataset=key.dataset,
+        dataset_fingerprint="d1",
+        architecture=key.architecture,
+        recipe={"lr": 0.01, "batch": 256, "augment": ["flip", "größer"]},
+        fingerprint=key.fingerprint,
+        seed=11,
+        expert=expert,
+        parameter_names=NAMES,
+        parameter_shapes=SHAPES,
+        epochs=tuple(range(0, 2 * epochs, 2)),
+    )
+
+
+def make_snapshots(info: TrajectoryInfo, seed: int = 0) -> list[Snapshot]:
+    """Random snapshots; the accuracy is measured at every other one."""
+    draw = np.random.default_rng([seed, info.expert])
+    return [
+        Snapshot(
+            epoch=epoch,
+            step=2**33 + epoch,
+            train_loss=float(np.float32(draw.random())),
+            test_accuracy=float(np.float32(draw.random())) if epoch % 4 == 0 else math.nan,
+            params=draw.standard_normal(info.parameter_count).astype(np.float32),
+        )
+        for epoch in info.epochs
+    ]
+
+
+def assert_same(found: Snapshot, expected: Snapshot) -> None:
+    """Equal to the last bit, nan included."""
+    assert (found.epoch, found.step) == (expected.epoch, expected.step)
+    np.testing.assert_array_equal(
+        [found.train_loss, found.test_accuracy], [expected.train_loss, expected.test_accuracy]
+    )
+    assert found.params.dtype == np.float32
+    assert found.params.tobytes() == expected.params.tobytes()
+
+
+class TrajectoryStoreContract:
+    @pytest.fixture
+    def store(self, uri: str) -> TrajectoryStore:
+        return TrajectoryStore(uri)
+
+    @pytest.fixture
+    def group(self, store: TrajectoryStore) -> ExpertGroup:
+        return store.group(KEY.dataset, KEY.architecture, KEY.fingerprint)
+
+    @pytest.fixture
+    def info(self) -> TrajectoryInfo:
+        return make_info()
+
+    @pytest.fixture
+    def snapshots(self, group: ExpertGroup, info: TrajectoryInfo) -> list[Snapshot]:
+        """The snapshots of expert 0, which is in the store."""
+        snapshots = make_snapshots(info)
+        assert group.write_expert(0, snapshots, info)
+        return snapshots
+
+    @pytest.fixture
+    def file(self, group: ExpertGroup, snapshots: list[Snapshot]) -> Location:
+        """The file of expert 0."""
+        return group.location / "expert-00000.arrow"
+
+    def test_snapshots_come_back_to_the_last_bit(self, group, info, snapshots):
+        """Every field of every snapshot is read as it was written."""
+        for expected in snapshots:
+            assert_same(group.read_snapshot(0, expected.epoch), expected)
+
+    def test_params_come_back_in_the_order_asked_for(self, group, snapshots):
+        """Any epochs can be asked for, in any order and more than once."""
+        found = group.read_params(0, [8, 0, 8])
+        expected = [snapshots[index].params for index in (4, 0, 4)]
+        assert [params.tobytes() for params in found] == [params.tobytes() for params in expected]
+
+    def test_the_caller_owns_the_params(self, group, snapshots):
+        """Writing into a vector changes neither the store nor another read."""
+        group.read_params(0, [4])[0][:] = 0
+        assert_same(group.read_snapshot(0, 4), snapshots[2])
+
+    def test_info_comes_back(self, group, info, snapshots):
+        """All that is said of an expert is kept."""
+        assert group.read_info(0) == info
+        assert info.parameter_count == 29
+
+    def test_progress_comes_back(self, group, info, snapshots):
+        """Losses and accuracies are read without the parameters, and are those of the snapshots."""
+        epochs, train_loss, test_accuracy = group.read_progress(0)
+        assert epochs == info.epochs
+        np.testing.assert_array_equal(train_loss, [s.train_loss for s in snapshots])
+        np.testing.assert_array_equal(test_accuracy, [s.test_accuracy for s in snapshots])
+
+    def test_only_the_epochs_asked_for_are_read(self, group, info, monkeypatch):
+        """Two epochs of many cost the end of the file once, and then two batches a time."""
+        params = np.zeros(50_000, np.float32)  # 200 kB
+        info = TrajectoryInfo(
+            **{**vars(info), "parameter_names": ("w",), "parameter_shapes": ((50_000,),), "epochs": (0, 1, 2)}
+        )
+        group.write_expert(0, [Snapshot(epoch, 0, 0.0, 0.0, params) for epoch in info.epochs], info)
+        read_ranges, lengths = Location.read_ranges, []
+
+        def recording(location, ranges):
+            lengths.append([end - start for start, end in ranges])
+            return read_ranges(location, ranges)
+
+        monkeypatch.setattr(Location, "read_ranges", recording)
+        group.read_params(0, [0, 2])
+        group.read_params(0, [1, 2])
+        (end,), *pairs = lengths
+        assert end <= 64 * 1024
+        assert [len(pair) for pair in pairs] == [2, 2]
+        assert all(200_000 <= length < 201_000 for pair in pairs for length in pair)
+
+    def test_any_arrow_program_can_read_an_expert(self, info, snapshots, file):
+        """The file is an ordinary Arrow IPC file with the documented columns."""
+        table = pa.ipc.open_file(pa.BufferReader(file.read_bytes())).read_all()
+        assert table.column_names == ["epoch", "step", "train_loss", "test_accuracy", "params"]
+        assert table.column("epoch").to_pylist() == list(info.epochs)
+        np.testing.assert_array_equal(table.column("params").to_pylist(), [s.params for s in snapshots])
+
+    def test_the_same_expert_gives_the_same_file(self, store, group, info, snapshots, file):
+        """Nothing but the content decides the bytes."""
+        content = file.read_bytes()
+        file.remove()
+        group.write_expert(0, make_snapshots(info), info)
+        assert file.read_bytes() == content
+
+    def test_an_empty_store_has_no_groups_and_no_experts(self, store, group):
+        """A place where nothing was ever written is an empty store, not an error."""
+        assert store.groups() == []
+        assert group.experts() == []
+
+    def test_groups_and_experts_are_listed_in_order(self, store):
+        """Listings are sorted and hold what was written."""
+        keys = [GroupKey("digits", "ConvNetD2", "b"), GroupKey("cifar10", "ResNet18", "a"), KEY]
+        for key in keys:
+            group = store.group(key.dataset, key.architecture, key.fingerprint)
+            for expert in (12, 3):
+                info = make_info(expert, key=key)
+                group.write_expert(expert, make_snapshots(info), info)
+            assert group.experts() == [3, 12]
+        assert store.groups() == sorted(keys)
+
+    def test_other_files_are_not_taken_for_experts(self, store, group, snapshots):
+        """Stray files at any level do not show in a listing."""
+        (store.location / "README.md").write_text("not a data set")
+        (store.location / "digits" / "notes.txt").write_text("not an architecture")
+        for name in ("expert-1.arrow", "expert-000001.arrow", "expert-00002.arrow.bak", "xexpert-00003.arrow"):
+            (group.location / name).write_text("not an expert")
+        (store.location / "digits" / "ConvNetD2" / "empty" / "notes.txt").write_text("not a group")
+        assert group.experts() == [0]
+        assert store.groups() == [KEY]
+
+    def test_an_expert_being_written_is_not_there(self, store, group, info):
+        """Nothing is listed or readable until the last snapshot is in and the file is complete."""
+
+        def looking_around() -> Iterator[Snapshot]:
+            for snapshot in make_snapshots(info):
+                assert group.experts() == []
+                assert store.groups() == []
+                assert group.location.list() == []
+                with pytest.raises(StoreError):
+                    group.read_info(0)
+                yield snapshot
+
+        assert group.write_expert(0, looking_around(), info)
+        assert group.experts() == [0]
+
+    def test_a_committed_expert_stays(self, group, info, snapshots):
+        """Writing an expert again changes nothing and takes no snapshot, which may be costly to make."""
+        others = iter(make_snapshots(info, seed=1))
+        assert not group.write_expert(0, others, info)
+        assert len(list(others)) == len(snapshots)
+        assert_same(group.read_snapshot(0, 4), snapshots[2])
+
+    def test_of_two_writers_of_one_expert_the_first_wins(self, group, info):
+        """The one who finishes later leaves the other's file as it is, and says so."""
+        first, second = make_snapshots(info, seed=1), make_snapshots(info, seed=2)
+
+        def overtaken() -> Iterator[Snapshot]:
+            yield from second
+            assert group.write_expert(0, first, info)
+
+        assert not group.write_expert(0, overtaken(), info)
+        for expected in first:
+            assert_same(group.read_snapshot(0, expected.epoch), expected)
+
+    def test_a_failing_expert_leaves_nothing(self, group, info):
+        """An error in the training reaches the caller unchanged, nothing is stored, and a retry works."""
+
+        def failing() -> Iterator[Snapshot]:
+            yield make_snapshots(info)[0]
+            raise FloatingPointError("loss is nan")
+
+        with pytest.raises(FloatingPointError, match="loss is nan"):
+            group.write_expert(0, failing(), info)
+        assert group.experts() == []
+        assert group.write_expert(0, make_snapshots(info), info)
+
+    @pytest.mark.parametrize("taken", [[0, 1], [0, 2, 1, 3, 4], [0, 1, 2, 3, 4, 4], []])
+    def test_snapshots_must_be_those_announced(self, group, info, taken):
+        """Missing, swapped or repeated snapshots are refused and nothing is stored."""
+        snapshots = make_snapshots(info)
+        with pytest.raises(ValueError, match="5 epochs from 0 to 8 announced"):
+            group.write_expert(0, [snapshots[index] for index in taken], info)
+        assert group.experts() == []
+
+    def test_params_must_fit_the_network(self, group, info):
+        """A vector of another length or type is refused."""
+        for params in (np.zeros(28, np.float32), np.zeros(29), np.zeros((1, 29), np.float32)):
+            with pytest.raises(ValueError, match=r"instead of float32 \[29\]"):
+                group.write_expert(0, [Snapshot(0, 0, 0.0, 0.0, params)], info)
+
+    def test_info_must_be_of_the_expert_written(self, store, info):
+        """An expert cannot be stored under another's number or in another's group."""
+        with pytest.raises(ValueError, match="expert 0 of digits/ConvNetD2/5f2a9c given for expert 1"):
+            store.group("digits", "ConvNetD2", "5f2a9c").write_expert(1, make_snapshots(info), info)
+        with pytest.raises(ValueError, match="given for expert 0 of digits/ConvNetD2/other"):
+            store.group("digits", "ConvNetD2", "other").write_expert(0, make_snapshots(info), info)
+
+    @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../up", "-x", "a\\b", "a b", "a\n", ".tmp-x"])
+    def test_names_cannot_lead_elsewhere(self, store, name):
+        """What is no plain folder name is refused, wherever it stands."""
+        for names in ((name, "a", "b"), ("a", name, "b"), ("a", "b", name)):
+            with pytest.raises(StoreError, match="cannot be a group's folder"):
+                store.group(*names)
+
+    def test_a_missing_expert_is_named(self, group, snapshots):
+        """Reading an expert that is not there is a StoreError with its file's name."""
+        for read in (group.read_info, group.read_progress, group.verify):
+            with pytest.raises(StoreError, match=r"expert-00007\.arrow.* does not exist"):
+                read(7)
+
+    def test_a_missing_epoch_is_named(self, group, snapshots):
+        """Reading an epoch that was not stored says which are."""
+        with pytest.raises(StoreError, match="has no epoch 3; it has 5 epochs from 0 to 8"):
+            group.read_params(0, [2, 3])
+
+    def test_verify_accepts_what_was_written(self, group, info, snapshots):
+        """An intact file passes and tells what it is."""
+        assert group.verify(0) == info
+
+    def test_an_altered_file_is_named(self, group, snapshots, file):
+        """A changed bit in the parameters is an error with the file's name; other epochs stay readable."""
+        content = bytearray(file.read_bytes())
+        position = content.find(snapshots[2].params.tobytes())
+        content[position + 5] ^= 0x10
+        file.write_atomic(bytes(content))
+        with pytest.raises(CorruptFileError, match=r"expert-00000\.arrow is damaged"):
+            group.read_params(0, [2, 4])
+        assert_same(group.read_snapshot(0, 2), snapshots[1])
+        with pytest.raises(CorruptFileError, match=r"expert-00000\.arrow is damaged"):
+            group.verify(0)
+
+    def test_a_truncated_file_is_named(self, group, snapshots, file):
+        """A file without its end is an error with its name."""
+        file.write_atomic(file.read_bytes()[:-100])
+        with pytest.raises(CorruptFileError, match=r"expert-00000\.arrow has no seal .* truncated"):
+            group.read_params(0, [4])
+
+    def test_a_damaged_expert_can_be_written_again(self, group, info, snapshots, file):
+        """Deleting the damaged file and storing the expert anew is seen by a group that read the old one."""
+        group.read_params(0, [0])
+        file.remove()
+        others = make_snapshots(info, seed=1)
+        assert group.write_expert(0, others, info)
+        assert_same(group.read_snapshot(0, 4), others[2])
+
+    def test_a_reader_elsewhere_recovers_from_a_replaced_file(self, store, group, info, snapshots, file):
+        """Another reader that holds the old footer fails at most once, and never mixes the two files."""
+        reader = store.group(KEY.dataset, KEY.architecture, KEY.fingerprint)
+        reader.read_params(0, [0])
+        file.remove()
+        others = make_snapshots(info, seed=1)
+        group.write_expert(0, others, info)
+        with pytest.raises(CorruptFileError):
+            reader.read_params(0, [4])
+        assert_same(reader.read_snapshot(0, 4), others[2])
+
+    def test_a_renamed_expert_is_noticed(self, group, snapshots, file):
+        """A file under another's name does not pass for that expert."""
+        (group.location / "expert-00001.arrow").write_atomic(file.read_bytes())
+        with pytest.raises(CorruptFileError, match="holds expert 0 of digits/ConvNetD2/5f2a9c"):
+            group.read_params(1, [0])
+
+    def test_a_group_survives_pickling(self, group, snapshots):
+        """Groups travel to other workers with what they have read so far."""
+        group.read_info(0)
+        assert_same(pickle.loads(pickle.dumps(group)).read_snapshot(0, 4), snapshots[2])
+
+    def test_the_transform_lies_beside_the_experts(self, group, snapshots):
+        """The transform comes back, is written once, and is not taken for an expert."""
+        arrays = {"matrix": np.eye(3, dtype=np.float32), "mean": np.arange(3, dtype=np.float32)}
+        assert group.write_transform(arrays, {"eps": 0.1})
+        assert not group.write_transform({"matrix": np.zeros((3, 3), np.float32)}, {})
+        found = group.read_transform()
+        assert found.metadata == {"eps": 0.1}
+        assert {name: array.tolist() for name, array in found.arrays.items()} == {
+            name: array.tolist() for name, array in arrays.items()
+        }
+        assert group.experts() == [0]
+
+    def test_a_missing_transform_is_named(self, group):
+        """Reading the transform of a group without one is a StoreError."""
+        with pytest.raises(StoreError, match=r"transform\.arrow"):
+            group.read_transform()
+
+    def test_another_file_is_not_taken_for_a_transform(self, group, snapshots, file):
+        """The format of the file is checked, not its name alone."""
+        (group.location / "transform.arrow").write_atomic(file.read_bytes())
+        with pytest.raises(CorruptFileError, match=r'format "datm_ray\.trajectory", not "datm_ray\.tensors"'):
+            group.read_transform()
+
+    def test_every_byte_counts_for_verify(self, group, snapshots, file):
+        """The digests cover the file without a gap."""
+        content = file.read_bytes()
+        for position in range(0, len(content), 97):
+            altered = bytearray(content)
+            altered[position] ^= 1
+            file.write_atomic(bytes(altered))
+            with pytest.raises(CorruptFileError):
+                group.verify(0)
+        file.write_atomic(content)
+        group.verify(0)

@@ -1,0 +1,130 @@
+"""The trajectory store on a local disk: the contract, and what only files and processes can show."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from datm_ray.errors import StoreError
+from datm_ray.store.trajectories import TrajectoryStore
+from tests.store.contract import (
+    KEY,
+    TrajectoryStoreContract,
+    assert_same,
+    make_info,
+    make_snapshots,
+)
+
+SAMPLES = Path(__file__).parent / "samples"
+
+WRITER = """
+import sys, time
+from datm_ray.store.trajectories import TrajectoryStore
+from tests.store.contract import KEY, make_info, make_snapshots
+
+def slowly(snapshots, pause):
+    for number, snapshot in enumerate(snapshots):
+        yield snapshot
+        if number == 2:
+            print("half", flush=True)
+            time.sleep(pause)
+
+uri, first, last, pause = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+group = TrajectoryStore(uri).group(KEY.dataset, KEY.architecture, KEY.fingerprint)
+for expert in range(first, last):
+    info = make_info(expert)
+    print(group.write_expert(expert, slowly(make_snapshots(info), pause), info), flush=True)
+"""
+
+
+def start_writer(uri: str, first: int, last: int, pause: float) -> subprocess.Popen[str]:
+    """A process that writes experts first .. last - 1 and pauses for some seconds in the middle of each."""
+    arguments = [sys.executable, "-c", WRITER, uri, str(first), str(last), str(pause)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+class TestLocal(TrajectoryStoreContract):
+    @pytest.fixture
+    def uri(self, tmp_path: Path) -> str:
+        return str(tmp_path / "store")
+
+    def test_a_writer_killed_in_mid_write_leaves_no_expert(self, uri, group):
+        """After SIGKILL nothing is listed; the next writer removes the leftovers and succeeds."""
+        with start_writer(uri, 0, 1, pause=60) as writer:
+            assert writer.stdout.readline() == "half\n"
+            assert len(os.listdir(group.location.path)) == 1
+            assert group.location.remove_leftovers() == []  # its writer lives
+            writer.send_signal(signal.SIGKILL)
+        assert len(os.listdir(group.location.path)) == 1
+        assert group.experts() == []
+        info = make_info()
+        snapshots = make_snapshots(info)
+        assert group.write_expert(0, snapshots, info)
+        assert os.listdir(group.location.path) == ["expert-00000.arrow"]
+        assert_same(group.read_snapshot(0, 4), snapshots[2])
+
+    def test_processes_write_different_experts_at_the_same_time(self, uri, group):
+        """Writers side by side disturb neither each other nor a reader."""
+        with start_writer(uri, 0, 4, pause=0.02) as one, start_writer(uri, 4, 8, pause=0.02) as two:
+            while one.poll() is None or two.poll() is None:
+                for expert in group.experts():
+                    group.verify(expert)
+        assert (one.returncode, two.returncode) == (0, 0)
+        assert group.experts() == list(range(8))
+        for expert in group.experts():
+            for expected in make_snapshots(make_info(expert)):
+                assert_same(group.read_snapshot(expert, expected.epoch), expected)
+
+    def test_processes_writing_the_same_expert_store_one(self, uri, group):
+        """Of two processes in the middle of the same expert exactly one stores it."""
+        with start_writer(uri, 0, 1, pause=1) as one, start_writer(uri, 0, 1, pause=1) as two:
+            stored = [one.communicate()[0].split()[-1], two.communicate()[0].split()[-1]]
+        assert sorted(stored) == ["False", "True"]
+        assert os.listdir(group.location.path) == ["expert-00000.arrow"]
+        group.verify(0)
+
+    def test_file_uris_and_paths_name_the_same_store(self, uri, snapshots):
+        """file:///x and /x are one place."""
+        assert TrajectoryStore(f"file://{uri}").groups() == [KEY]
+
+    def test_a_file_can_be_read_by_those_the_umask_allows(self, file):
+        """The temporary name does not leave its restrictive permissions behind."""
+        umask = os.umask(0)
+        os.umask(umask)
+        assert stat.S_IMODE(os.stat(file.path).st_mode) == 0o666 & ~umask
+
+    def test_vectors_outlive_the_file(self, group, snapshots, file):
+        """What was read does not depend on the file any more."""
+        (params,) = group.read_params(0, [4])
+        file.remove()
+        np.testing.assert_array_equal(params, snapshots[2].params)
+
+    def test_a_file_in_place_of_the_store_is_named(self, tmp_path):
+        """A store cannot be made where a file is."""
+        (tmp_path / "taken").write_text("a file")
+        store = TrajectoryStore(str(tmp_path / "taken"))
+        assert store.groups() == []
+        info = make_info()
+        with pytest.raises(StoreError, match="taken/digits/ConvNetD2"):
+            store.group(KEY.dataset, KEY.architecture, KEY.fingerprint).write_expert(0, make_snapshots(info), info)
+
+    def test_version_1_stays_readable(self):
+        """An expert and a transform written by the first release are read to the last bit."""
+        store = TrajectoryStore(str(SAMPLES / "v1"))
+        assert store.groups() == [KEY]
+        group = store.group(KEY.dataset, KEY.architecture, KEY.fingerprint)
+        assert group.experts() == [0]
+        assert group.verify(0) == make_info()
+        for expected in make_snapshots(make_info()):
+            assert_same(group.read_snapshot(0, expected.epoch), expected)
+        transform = group.read_transform()
+        assert transform.metadata == {"kind": "zca"}
+        np.testing.assert_array_equal(transform.arrays["mean"], np.arange(4, dtype=np.float32))

@@ -1,0 +1,254 @@
+"""The command line: bad input is one clear line, exit code 2, no traceback, nothing written."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from datm_ray import cli
+from datm_ray.config import to_yaml
+from tests.conftest import tiny_config
+
+CommandLine = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def datm_ray(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> CommandLine:
+    """Runs the command line in this process, in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DATM_RAY_DEBUG", raising=False)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["datm-ray", *arguments])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output folder with one finished run, made by the command line itself."""
+    out = tmp_path_factory.mktemp("finished")
+    recipe = out / "tiny.yaml"
+    recipe.write_text(to_yaml(tiny_config()))
+    command = [sys.executable, "-m", "datm_ray", "run", str(recipe), "--executor", "serial", "--out", str(out / "runs")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "distilled" in result.stdout
+    assert "report.html" in result.stdout
+    return out / "runs"
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+BAD_INPUT = {
+    "unknown recipe": (["run", "digits-ipc2"], "did you mean 'digits-ipc1'"),
+    "missing recipe file": (["run", "nowhere/mine.yaml"], "cannot read nowhere/mine.yaml"),
+    "unknown key": (["run", "digits-ipc1", "--set", "distill.ipcs=1"], "did you mean 'distill.ipc'"),
+    "unknown section": (["run", "digits-ipc1", "--set", "distil.ipc=1"], "distil"),
+    "wrong type": (["run", "digits-ipc1", "--set", "distill.ipc=many"], "distill.ipc is 'many'"),
+    "no assignment": (["run", "digits-ipc1", "--set", "distill.ipc"], "--set section.field=value"),
+    "start beyond trajectory": (
+        ["run", "digits-ipc1", "--set", "distill.final_start_bound=500", "--set", "distill.start_bound=500"],
+        "beyond the trajectory's",
+    ),
+    "ipc beyond class": (["run", "digits-ipc1", "--set", "distill.ipc=5000"], "lower distill.ipc"),
+    "batch norm backbone": (["run", "digits-ipc1", "--set", "network.norm=batch"], "network.norm=instance"),
+    "too deep": (["run", "digits-ipc1", "--set", "network.depth=9"], "depth of at most"),
+    "unknown network": (["run", "digits-ipc1", "--set", "network.architecture=resnet"], "choose one of: convnet"),
+    "unknown augmentation": (["run", "digits-ipc1", "--set", "distill.augmentation=blur"], "no operation"),
+    "missing data": (
+        ["run", "digits-ipc1", "--set", "dataset.source=folder", "--set", "dataset.path=absent"],
+        "absent",
+    ),
+    "unknown source": (["run", "digits-ipc1", "--set", "dataset.source=digit"], "digits"),
+    "same run twice": (["run", "digits-ipc1", "digits-ipc1"], "named 'digits-ipc1'"),
+    "unknown scheme": (["run", "digits-ipc1", "--out", "gopher://x/y"], "gopher"),
+    "no experts": (["distill", "digits-ipc1", "--executor", "serial"], "datm-ray experts digits-ipc1"),
+    "no set": (["evaluate", "digits-ipc1", "--executor", "serial"], "datm-ray experts digits-ipc1"),
+    "no runs": (["report", "empty"], "holds no runs"),
+    "no store": (["store", "ls", "absent"], "holds no experts"),
+    "missing artifact": (["export", "absent.arrow", "--out", "x"], "absent.arrow"),
+    "unreachable cluster": (["experts", "digits-ipc1", "--address", "ray://127.0.0.1:1"], "127.0.0.1:1"),
+    "too many workers": (["experts", "digits-ipc1", "--set", "cluster.workers=500"], "500 worker"),
+    "no gpu": (["experts", "digits-ipc1", "--executor", "serial", "--set", "cluster.device=cuda"], "GPU"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_with_exit_code_2_and_nothing_written(
+    case: str, datm_ray: CommandLine, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Every mistake is explained in one line before anything is written."""
+    if case == "too many workers":
+        request.getfixturevalue("ray_cluster")
+    arguments, expected = BAD_INPUT[case]
+    code, out, err = datm_ray(*arguments)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("datm-ray: ")
+    assert len(err.splitlines()) == 1
+    assert expected.lower() in err.lower()
+    assert files_below(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("distill: [1, 2", "not valid YAML"),
+        ("- a\n- b", "holds no configuration"),
+        ("distill:\n  speed: 3", "unknown key 'distill.speed'"),
+        ("seed: -1", "seed is -1"),
+        (b"\xff\xfe\x00", "not a text file"),
+    ],
+)
+def test_a_bad_recipe_file_is_one_line(
+    content: str | bytes, expected: str, datm_ray: CommandLine, tmp_path: Path
+) -> None:
+    """A YAML file with a mistake is named together with the mistake."""
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    code, _, err = datm_ray("run", "./mine.yaml")
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert expected in err
+    assert files_below(tmp_path) == ["mine.yaml"]
+
+
+def test_an_output_folder_that_cannot_be_written_is_one_line(datm_ray: CommandLine, tmp_path: Path) -> None:
+    """A file where the folder should be stops the run before any work."""
+    (tmp_path / "taken").write_text("")
+    code, _, err = datm_ray("run", "digits-ipc1", "--out", "taken", "--executor", "serial")
+    assert code == 2
+    assert err.splitlines()[-1].startswith("datm-ray: Cannot write")
+
+
+def test_a_truncated_store_file_is_named(datm_ray: CommandLine, finished: Path, tmp_path: Path) -> None:
+    """`store verify` and `distill` both name the damaged file and never use it."""
+    import shutil
+
+    shutil.copytree(finished, tmp_path / "runs")
+    (expert,) = (tmp_path / "runs").rglob("expert-00001.arrow")
+    expert.write_bytes(expert.read_bytes()[:-1000])
+    code, _, err = datm_ray("store", "verify", "runs/experts")
+    assert code == 2
+    assert "expert-00001.arrow" in err
+    assert len(err.splitlines()) == 1
+    for name in ("synthetic.arrow", "checkpoint.arrow", "initial.arrow"):
+        (tmp_path / "runs/tiny" / name).unlink()
+    code, _, err = datm_ray("distill", str(finished.parent / "tiny.yaml"), "--executor", "serial")
+    assert code == 2
+    assert "expert-00001.arrow" in err.splitlines()[-1]
+    assert not (tmp_path / "runs/tiny/synthetic.arrow").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not an artifact", b"ARROW1\0\0 and then nothing"])
+def test_a_file_that_is_no_artifact_is_named(content: bytes, datm_ray: CommandLine, tmp_path: Path) -> None:
+    """Exporting something else than a synthetic set is one clear line."""
+    (tmp_path / "set.arrow").write_bytes(content)
+    code, _, err = datm_ray("export", "set.arrow", "--out", "exported")
+    assert code == 2
+    assert "set.arrow" in err
+    assert len(err.splitlines()) == 1
+    assert files_below(tmp_path) == ["set.arrow"]
+
+
+def test_a_checkpoint_is_no_artifact(datm_ray: CommandLine, finished: Path) -> None:
+    """A file of another kind is told apart."""
+    code, _, err = datm_ray("export", str(finished / "tiny/checkpoint.arrow"), "--out", "x")
+    assert code == 2
+    assert "checkpoint" in err
+
+
+@pytest.mark.parametrize(("kind", "count"), [("png", 10), ("parquet", 1), ("pt", 3)])
+def test_exports_are_written(kind: str, count: int, datm_ray: CommandLine, finished: Path, tmp_path: Path) -> None:
+    """Each format writes its files and says where."""
+    code, out, _ = datm_ray("export", str(finished / "tiny/synthetic.arrow"), "--format", kind, "--out", "exported")
+    assert code == 0
+    assert f"{count} file(s)" in out
+    assert len(files_below(tmp_path)) == count
+
+
+def test_store_commands_describe_the_experts(datm_ray: CommandLine, finished: Path) -> None:
+    """ls, show and verify agree that there are two experts of one recipe."""
+    store = str(finished / "experts")
+    assert "2 expert(s)" in datm_ray("store", "ls", store)[1]
+    shown = datm_ray("store", "show", store)[1]
+    assert "epochs 0-5" in shown
+    assert "width=4" in shown
+    assert datm_ray("store", "verify", store)[1] == "2 expert(s) are whole\n"
+
+
+def test_a_second_run_has_nothing_to_do(datm_ray: CommandLine, finished: Path) -> None:
+    """The same command again finds everything finished; so does a dry run, which writes nothing."""
+    before = files_below(finished)
+    recipe = str(finished.parent / "tiny.yaml")
+    code, out, _ = datm_ray("run", recipe, "--out", str(finished), "--dry-run")
+    assert (code, out.splitlines()[0]) == (0, "0 experts to train")
+    assert files_below(finished) == before
+    code, _, err = datm_ray("run", recipe, "--out", str(finished), "--executor", "serial")
+    assert code == 0
+    assert err.count("nothing to do") == 3
+
+
+def test_stages_one_by_one_lead_from_one_to_the_next(datm_ray: CommandLine, finished: Path, tmp_path: Path) -> None:
+    """experts, distill, evaluate and report each name the next command, and the report is written."""
+    recipe = str(finished.parent / "tiny.yaml")
+    for command, following in (("experts", "distill"), ("distill", "evaluate"), ("evaluate", "report")):
+        code, out, _ = datm_ray(command, recipe, "--executor", "serial")
+        assert code == 0
+        assert f"Next: datm-ray {following}" in out
+    assert datm_ray("report")[1] == f"Report: {tmp_path / 'runs/report.html'}\n"
+
+
+def test_recipes_are_listed_and_shown_as_files_that_run(datm_ray: CommandLine, tmp_path: Path) -> None:
+    """`recipe show` prints a file that `run` takes back."""
+    names = [line.split()[0] for line in datm_ray("recipe", "list")[1].splitlines()]
+    assert {"digits-ipc1", "digits-ipc10", "cifar10-ipc50", "tiny-imagenet-ipc50"} <= set(names)
+    shown = datm_ray("recipe", "show", "digits-ipc10")[1]
+    (tmp_path / "digits-ipc10.yaml").write_text(shown)
+    assert (
+        datm_ray("recipe", "show", "digits-ipc10.yaml")[1]
+        == "\n".join(line for line in shown.splitlines(keepends=False) if not line.startswith("# ")) + "\n"
+    )
+
+
+def test_debug_mode_shows_the_traceback(datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DATM_RAY_DEBUG=1 lets the error through."""
+    from datm_ray.errors import ConfigError
+
+    monkeypatch.setenv("DATM_RAY_DEBUG", "1")
+    monkeypatch.setattr(sys, "argv", ["datm-ray", "recipe", "show", "nothing"])
+    with pytest.raises(ConfigError):
+        cli.main()
+
+
+def test_help_answers_without_loading_torch_or_ray() -> None:
+    """`--help` imports neither; that, not a stopwatch, is what keeps it fast."""
+    code = (
+        "import sys; sys.argv = ['datm-ray', '--help']\n"
+        "from datm_ray.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'ray', 'numpy', 'pyarrow', 'pydantic', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    started = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ)
+    assert result.returncode == 0, result.stderr
+    assert "Usage" in result.stdout
+    print(f"--help took {time.perf_counter() - started:.2f} s")

@@ -1,0 +1,316 @@
+"""The report: what it shows, what it says when something is missing, and that it needs nothing but itself."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datm_ray.artifact import save_artifact
+from datm_ray.config import RunConfig, load_config_text, override
+from datm_ray.core.distillation import Distillation, IterationRecord, LearningRates
+from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.data.transform import fit_transform
+from datm_ray.errors import CorruptFileError
+from datm_ray.report import RunSummary, accuracy_table, write_report
+from datm_ray.runtime.distill import CHECKPOINT, CHECKPOINT_KIND, INITIAL, SYNTHETIC
+from datm_ray.runtime.evaluate import Score
+from datm_ray.store.filesystem import Location, open_location
+from datm_ray.store.tensors import write_tensors
+
+SCORES = [
+    Score("random-hard", (0.70, 0.72), 3.0),
+    Score("random-soft", (0.80, 0.82), 4.0),
+    Score("distilled", (0.90, 0.91, 0.92), 90.0),
+    Score("full", (0.97, 0.99), 4000.0),
+]
+PROVENANCE = {"versions": {"torch": "9.8.7"}, "processor": "Toy <CPU>", "cores": 2, "dataset": "toys"}
+SIDE, MARKUP_NAME = 6, "<b> & $x_1$ 数"
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Location:
+    return open_location(str(tmp_path / "out"))
+
+
+def configure(name: str = "tiny", **distill: Any) -> RunConfig:
+    values = {"ipc": 2, "iterations": 12, "first_start": 1, "start_bound": 3, "final_start_bound": 6} | distill
+    values |= {"expand_iterations": 8, "threshold": 0.9}
+    return override(RunConfig(), [f"name={name}", *(f"distill.{key}={value}" for key, value in values.items())])
+
+
+def synthetic_set(config: RunConfig, classes: int, channels: int = 1) -> SyntheticSet:
+    rng = np.random.default_rng(0)
+    labels = torch.arange(classes).repeat_interleave(config.distill.ipc)
+    return SyntheticSet(
+        images=torch.from_numpy(rng.normal(size=(len(labels), channels, SIDE, SIDE)).astype(np.float32)),
+        soft_labels=torch.nn.functional.one_hot(labels, classes).float() * 4,
+        step_size=torch.tensor(0.0123),
+        labels=labels,
+    )
+
+
+def save_set(place: Location, config: RunConfig, class_names: Sequence[str], channels: int = 1) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (30, channels, SIDE, SIDE), dtype=np.uint8)
+    transform = fit_transform("standard", pixels, 255)
+    synthetic = synthetic_set(config, len(class_names), channels)
+    save_artifact(place, synthetic, transform, tuple(class_names), config.identity(), PROVENANCE)
+
+
+def save_checkpoint(folder: Location, config: RunConfig, losses: Sequence[float], validations: Sequence[float]) -> None:
+    state = Distillation(synthetic_set(config, 3), LearningRates(1, 1, 1), config.distill.threshold)
+    for k, loss in enumerate(losses):
+        state.history.append(IterationRecord(k, 0, 1 + k % 2, loss, 0.01 + k / 1000, loss > state.threshold))
+    state.validations = [(4 * (i + 1), accuracy) for i, accuracy in enumerate(validations)]
+    write_tensors(folder / CHECKPOINT, state.to_arrays(), kind=CHECKPOINT_KIND, metadata={})
+
+
+def finished_run(
+    out: Location,
+    config: RunConfig,
+    class_names: Sequence[str] = ("a", "b", "c"),
+    scores: Sequence[Score] = SCORES,
+    training_images: int | None = 600,
+) -> RunSummary:
+    folder = out / config.name
+    save_set(folder / INITIAL, config, class_names)
+    save_set(folder / SYNTHETIC, config, class_names)
+    save_checkpoint(folder, config, [0.8, 0.7, 5.0, 0.6, 0.5, 0.5, 0.6, 0.4, 0.4, 0.4, 0.3, 0.3], [0.81, 0.93, 0.88])
+    return RunSummary(config, folder, list(scores), training_images)
+
+
+def page_of(out: Location, *runs: RunSummary) -> str:
+    return write_report(out, runs).read_bytes().decode()
+
+
+def text_of(page: str) -> str:
+    """What a reader reads: without style sheet and tags, spaces made one."""
+    words = html.unescape(re.sub(r"<[^>]*>", " ", re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)))
+    return " ".join(words.split())
+
+
+class Images(HTMLParser):
+    """Attributes of all img elements, with the decoded content under "content"."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[dict[str, Any]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "img":
+            image: dict[str, Any] = dict(attrs)
+            media_type, _, data = image["src"].partition(";base64,")
+            self.found.append(image | {"type": media_type, "content": base64.b64decode(data)})
+
+
+def test_page_is_self_contained(out: Location) -> None:
+    """Nothing is fetched: every source is a data: URI, links stay in the page, and there is no script."""
+    page = page_of(out, finished_run(out, configure("one")), finished_run(out, configure("two")))
+    targets = re.findall(r'(?:src|href|srcset|action|poster)\s*=\s*"([^"]*)', page)
+    assert targets
+    assert all(target.startswith(("data:image/", "#")) for target in targets)
+    assert not re.search(r"https?://|<script|<link|<iframe|url\(|@import", page)
+    assert "default-src 'none'" in page
+
+
+def test_pictures_are_whole_and_described(out: Location) -> None:
+    """Galleries are readable PNGs, charts are SVGs that refer to nothing outside, and all have alt texts."""
+    images = Images(page_of(out, finished_run(out, configure()))).found
+    assert [image["type"] for image in images] == ["data:image/png"] * 2 + ["data:image/svg+xml"] * 5
+    for image in images:
+        assert len(image["alt"]) > 20
+        if image["type"].endswith("png"):
+            Image.open(io.BytesIO(image["content"])).load()
+        else:
+            root = ElementTree.fromstring(image["content"])
+            links = [value for node in root.iter() for key, value in node.attrib.items() if key.endswith("}href")]
+            assert all(link.startswith(("#", "data:")) for link in links)
+
+
+def test_table_has_every_row_of_every_run(out: Location) -> None:
+    """Cells are mean, standard deviation and n in percent; the share of full-data accuracy stands below."""
+    page = page_of(out, finished_run(out, configure("one")), finished_run(out, configure("two"), scores=SCORES[:3]))
+    text = text_of(page)
+    assert "random real images, hard labels 71.0 ± 1.4 (2) 71.0 ± 1.4 (2)" in text
+    assert "distilled 91.0 ± 1.0 (3) 91.0 ± 1.0 (3)" in text
+    assert "all real data 98.0 ± 1.4 (2) not yet" in text
+    assert "share of full-data accuracy 92.9 % –" in text
+    assert "Nothing was chosen on the test set" in text
+
+
+def test_run_is_told_in_numbers(out: Location) -> None:
+    """The page tells how many images, experts and iterations there were, what was skipped, and what it ran on."""
+    text = text_of(page_of(out, finished_run(out, configure())))
+    assert "600 real images of toys were distilled to 6 synthetic images (1 %)" in text
+    assert "from 100 experts trained for 100 epochs each, in 12 iterations" in text
+    assert "1 iteration changed nothing" in text
+    assert "torch 9.8.7" in text
+    assert "Toy <CPU>" in text
+    assert "1 h 6 min" in text
+
+
+def test_recipe_on_the_page_can_be_run_again(out: Location) -> None:
+    """The recipe shown is YAML that loads as the very configuration of the run."""
+    config = configure()
+    page = page_of(out, finished_run(out, config))
+    (recipe,) = re.findall(r"<pre>(.*?)</pre>", page, re.DOTALL)
+    assert load_config_text(html.unescape(recipe), "page") == config
+
+
+def test_names_are_escaped(out: Location) -> None:
+    """A class name that looks like markup or mathematics, in any script, is shown as it is."""
+    page = page_of(out, finished_run(out, configure(), class_names=(MARKUP_NAME, 'b"', "c\x07")))
+    assert "<b>" not in page
+    assert MARKUP_NAME in text_of(page)
+    (soft_labels,) = (image for image in Images(page).found if "heat map" in image["alt"])
+    assert MARKUP_NAME in "".join(ElementTree.fromstring(soft_labels["content"]).itertext())
+
+
+def test_best_validation_is_marked(out: Location) -> None:
+    """The validation chart marks the set that was kept."""
+    images = Images(page_of(out, finished_run(out, configure()))).found
+    (chart,) = (image for image in images if image["alt"].startswith("Validation"))
+    assert "the best, 93.0 %, at iteration 8" in chart["alt"]
+    assert "93.0 kept" in "".join(ElementTree.fromstring(chart["content"]).itertext())
+
+
+def test_gallery_has_a_row_for_each_class(out: Location) -> None:
+    """A gallery shows the images' own pixels, one row for each class in order."""
+    config = configure()
+    images = Images(page_of(out, finished_run(out, config))).found
+    gallery = np.asarray(Image.open(io.BytesIO(images[0]["content"])))
+    opaque = gallery[..., 3] > 0
+    assert opaque.sum() == 3 * config.distill.ipc * SIDE * SIDE
+    assert gallery.shape[0] // 3 == gallery.shape[1] // config.distill.ipc == SIDE + 1
+
+
+def test_large_sets_are_cut_and_it_is_said(out: Location) -> None:
+    """At most ten images of twenty classes are shown, and the page says of how many."""
+    config = configure(ipc=11)
+    names = [f"class {number}" for number in range(21)]
+    page = page_of(out, finished_run(out, config, class_names=names))
+    assert "Shown are the first 10 of 11 images of each class and the first 20 of 21 classes." in text_of(page)
+    assert "class 19" in text_of(page)
+    assert "class 20" not in text_of(page)
+
+
+def test_colour_images_keep_their_colours(out: Location) -> None:
+    """Images of three channels are shown in colour."""
+    config = configure()
+    save_set(out / config.name / INITIAL, config, ("a", "b"), channels=3)
+    (image, _) = Images(page_of(out, RunSummary(config, out / config.name, []))).found
+    gallery = np.asarray(Image.open(io.BytesIO(image["content"])))
+    assert (gallery[..., 0] != gallery[..., 1]).any()
+
+
+def test_run_that_has_not_begun_is_described(out: Location) -> None:
+    """A run without any file gets its recipe and a sentence, not an error."""
+    text = text_of(page_of(out, RunSummary(configure(), out / "tiny", [])))
+    assert "Distillation has not begun: there are no images yet. Nothing is evaluated yet." in text
+    assert "No run is evaluated yet" in text
+    assert "2 images per class" in text
+
+
+def test_run_without_checkpoint_is_described(out: Location) -> None:
+    """A run that has only its initial images shows them and says so."""
+    config = configure()
+    save_set(out / config.name / INITIAL, config, ("a", "b"))
+    page = page_of(out, RunSummary(config, out / config.name, []))
+    assert "its initial images are there, but no checkpoint yet" in text_of(page)
+    assert "Soft labels at the start" in text_of(page)
+
+
+def test_unfinished_run_is_described(out: Location) -> None:
+    """A run with a checkpoint but no result shows its course so far and says how far it is."""
+    config = configure()
+    save_set(out / config.name / INITIAL, config, ("a", "b", "c"))
+    save_checkpoint(out / config.name, config, [0.8, 0.7, 0.6], [])
+    text = text_of(page_of(out, RunSummary(config, out / config.name, SCORES[:1])))
+    assert "Distillation is not finished: 3 of 12 iterations are in the last checkpoint" in text
+    assert "Not evaluated yet: random real images, soft labels; distilled; all real data." in text
+    assert "Matching loss" in text
+    assert "Validation accuracy" not in text
+
+
+def test_result_without_its_checkpoint_is_described(out: Location) -> None:
+    """A result whose checkpoint was removed is shown without its course."""
+    run = finished_run(out, configure())
+    (run.folder / CHECKPOINT).remove()
+    text = text_of(page_of(out, run))
+    assert "The checkpoint is missing" in text
+    assert "After: synthetic images" in text
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [[], [0.5], [7.0, float("inf")], [1e-9, 1e-9]],
+    ids=["no iteration", "one iteration", "all skipped", "tiny losses"],
+)
+def test_odd_histories_are_drawn(out: Location, losses: list[float]) -> None:
+    """A history of any length is drawn, also where every iteration was skipped."""
+    config = configure()
+    save_checkpoint(out / config.name, config, losses, [])
+    assert ("Matching loss" in page_of(out, RunSummary(config, out / config.name, []))) == bool(losses)
+
+
+def test_fixed_range_of_start_epochs_is_drawn(out: Location) -> None:
+    """A range of a single start epoch that never grows has a chart, too."""
+    config = configure(first_start=2, start_bound=3, final_start_bound=3)
+    assert "Start epochs" in page_of(out, finished_run(out, config))
+
+
+def test_damaged_file_is_an_error(out: Location) -> None:
+    """A damaged file is reported as such, not passed over as missing."""
+    run = finished_run(out, configure())
+    (run.folder / SYNTHETIC).write_atomic(b"not an arrow file")
+    with pytest.raises(CorruptFileError):
+        write_report(out, [run])
+
+
+def test_same_files_give_the_same_bytes(out: Location) -> None:
+    """Two reports about the same files are equal byte for byte."""
+    run = finished_run(out, configure())
+    assert write_report(out, [run], "first.html").read_bytes() == write_report(out, [run], "second.html").read_bytes()
+
+
+def test_no_runs_give_a_page(out: Location) -> None:
+    """An empty folder has a page that says so."""
+    assert "There are no runs" in page_of(out)
+    assert "No test accuracy yet" in accuracy_table([])
+
+
+def test_text_table_is_aligned(out: Location) -> None:
+    """The terminal's table has a column for each run, right-aligned, and n in its last line."""
+    runs = [RunSummary(configure("one"), out / "one", SCORES), RunSummary(configure("two"), out / "two", SCORES[:1])]
+    header, rule, *rows, _, last = accuracy_table(runs).splitlines()
+    assert header.split() == ["test", "accuracy", "in", "%", "one", "two"]
+    assert {len(line) for line in (header, rule, *rows)} == {len(rule)}
+    assert rows[2].split() == ["distilled", "91.0", "±", "1.0", "-"]
+    assert rows[-1].split()[-3:] == ["92.9", "%", "-"]
+    assert last.endswith("n = 2 or 3 for one, 2 for two")
+
+
+def test_text_table_states_n_once_where_it_is_one(out: Location) -> None:
+    """Where all cells rest on equally many networks, n is one number."""
+    runs = [RunSummary(configure(name), out / name, SCORES[:2]) for name in ("one", "two")]
+    assert accuracy_table(runs).endswith("n = 2")
+    assert "share" not in accuracy_table(runs)
+
+
+def test_one_seed_has_no_deviation(out: Location) -> None:
+    """A single network's accuracy is shown without a standard deviation."""
+    run = RunSummary(configure(), out / "tiny", [Score("distilled", (0.5,), 1.0)])
+    assert "nan" not in accuracy_table([run])
+    assert "distilled 50.0 (1)" in text_of(page_of(out, run))
