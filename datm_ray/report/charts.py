@@ -1,0 +1,301 @@
+"""The course of a distillation as charts: SVG with text that stays text, in one calm style."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import NDArray
+
+from datm_ray.artifact import Artifact
+from datm_ray.report.gallery import CLASSES_SHOWN, data_uri
+from datm_ray.report.runs import Run
+from datm_ray.report.words import count
+from datm_ray.runtime.distill import difficulty_range
+
+Floats = NDArray[np.float64]
+
+INK, MUTED, FAINT, ACCENT, PALE, SIGNAL = "#24292f", "#6b7280", "#e5e7eb", "#2563a8", "#b9d2ea", "#c2570c"
+BLUES = LinearSegmentedColormap.from_list("blues", ["#ffffff", PALE, ACCENT, "#123456"])
+
+STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    # Text stays text, so the reader's browser picks the first of these that it has.
+    "font.sans-serif": ["Helvetica Neue", "Segoe UI", "Roboto", "Arial", "Liberation Sans", "DejaVu Sans"],
+    "font.size": 9,
+    "text.color": INK,
+    "text.usetex": False,
+    "figure.facecolor": "white",
+    "figure.constrained_layout.h_pad": 0.06,
+    "figure.constrained_layout.w_pad": 0.06,
+    "axes.facecolor": "white",
+    "axes.edgecolor": "#c4c9d0",
+    "axes.labelcolor": MUTED,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "axes.axisbelow": True,
+    "axes.xmargin": 0.02,
+    "xtick.color": "#c4c9d0",
+    "ytick.color": "#c4c9d0",
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "legend.labelcolor": MUTED,
+    "lines.linewidth": 1.6,
+    "savefig.dpi": 200,  # of the rasterised layers
+    "svg.fonttype": "none",
+    "svg.hashsalt": "datm_ray",  # otherwise the identifiers in the file are random
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image inside the page."""
+
+    title: str
+    source: str
+    """A data: URI."""
+    alt: str
+    caption: str
+
+
+def charts_of(run: Run) -> list[Picture]:
+    charts = []
+    if run.history is not None:
+        charts += [_loss_chart(run, run.history), _start_chart(run, run.history)]
+        if len(run.history["validation.iteration"]):
+            charts.append(_validation_chart(run, run.history))
+        charts.append(_step_size_chart(run, run.history))
+    if run.latest is not None:
+        charts.append(_soft_label_chart(run.latest, finished=run.synthetic is not None))
+    return charts
+
+
+def _svg(draw: Callable[[Figure], None]) -> str:
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        # Class names may be in any script: the browser has glyphs that matplotlib's measuring font has not.
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
+        figure = Figure(figsize=(5.2, 3.2), layout="constrained")
+        draw(figure)
+        sink = io.BytesIO()
+        figure.savefig(sink, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return data_uri("image/svg+xml", sink.getvalue())
+
+
+def _iteration_axes(figure: Figure, last: int, label: str) -> Axes:
+    axes = figure.subplots()
+    axes.set_xlim(0, max(1, last))
+    axes.set_xlabel("iteration")
+    axes.set_ylabel(label)
+    _tidy(axes)
+    return axes
+
+
+def _tidy(axes: Axes) -> None:
+    axes.grid(axis="y")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def _loss_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
+    iteration, skipped = history["history.iteration"] + 1, history["history.skipped"]
+    loss: Floats = history["history.loss"]
+    used = np.where(skipped | ~np.isfinite(loss), np.nan, loss)
+    window = max(1, len(loss) // 40)
+    mean = _running_mean(used, window)
+    threshold = run.config.distill.threshold
+    highest = float(np.nanmax(used)) if np.isfinite(used).any() else threshold
+    near = bool(skipped.any()) or threshold <= 2 * highest  # a far threshold would flatten the curve
+
+    def draw(figure: Figure) -> None:
+        axes = _iteration_axes(figure, len(loss), "matching loss")
+        axes.plot(iteration, used, color=PALE, linewidth=0.8, rasterized=True, label="each iteration")
+        axes.plot(iteration, mean, color=ACCENT, label=f"mean of {window}" if window > 1 else "loss")
+        if near:
+            axes.axhline(threshold, color=SIGNAL, linewidth=1, dashes=(4, 3), label="threshold")
+        if skipped.any():
+            top = np.full(int(skipped.sum()), 0.985)
+            axes.plot(
+                iteration[skipped],
+                top,
+                "|",
+                color=SIGNAL,
+                markersize=5,
+                transform=axes.get_xaxis_transform(),
+                label="skipped",
+            )
+        axes.set_ylim(0, 1.12 * max(highest, threshold if near else 0))
+        axes.legend(loc="lower left", ncols=2)
+
+    ends = mean[np.isfinite(mean)]
+    course = f" from {ends[0]:.3g} to {ends[-1]:.3g}" if len(ends) else ""
+    tail = "" if near else f" The threshold, {threshold:g}, lies far above."
+    return Picture(
+        "Matching loss",
+        _svg(draw),
+        f"Matching loss over {count(len(loss), 'iteration')}; its running mean goes{course}. "
+        f"{count(int(skipped.sum()), 'iteration')} skipped.",
+        "How far the student lands from the expert, relative to how far it had to go: 0 is a perfect match, 1 is no "
+        f"progress.{tail}",
+    )
+
+
+def _start_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
+    starts, skipped = history["history.start"], history["history.skipped"]
+    allowed = difficulty_range(run.config)
+    iteration = history["history.iteration"]
+    bounds = np.array([allowed.upper_bound(int(k)) for k in iteration])
+    steps = np.flatnonzero(np.diff(bounds)) + 1  # where the bound changes
+    epochs = np.arange(allowed.lowest, allowed.upper)
+    counts = np.array([(starts == epoch).sum() for epoch in epochs])
+    expected = np.array([(1 / (bounds - allowed.lowest))[bounds > epoch].sum() for epoch in epochs])
+
+    def draw(figure: Figure) -> None:
+        axes, margin = figure.subplots(1, 2, sharey=True, width_ratios=(4, 1))
+        tops, edges = bounds[[0, *steps]] - 0.5, np.array([0, *steps, len(bounds)]) + 0.5
+        axes.stairs(tops, edges, baseline=allowed.lowest - 0.5, fill=True, color="#f1f5fa")
+        axes.stairs(tops, edges, baseline=None, color=MUTED, linewidth=1)
+        size = float(np.clip(1200 / len(starts), 1.5, 14))
+        for chosen, color in ((~skipped, ACCENT), (skipped, SIGNAL)):
+            axes.scatter(
+                iteration[chosen] + 1, starts[chosen], s=size, color=color, alpha=0.7, linewidths=0, rasterized=True
+            )
+        axes.set_xlim(0, len(starts))
+        axes.set_ylim(allowed.lowest - 0.5 - 0.04 * len(epochs), allowed.upper - 0.5 + 0.04 * len(epochs))
+        axes.set_xlabel("iteration")
+        axes.set_ylabel("start epoch")
+        axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+        _tidy(axes)
+        axes.grid(visible=False)
+        margin.barh(epochs, counts, height=0.8, color=PALE)
+        sides = np.append(epochs, allowed.upper) - 0.5
+        margin.stairs(expected, sides, orientation="horizontal", color=MUTED, linewidth=1, baseline=None)
+        margin.spines["left"].set_visible(False)
+        margin.tick_params(axis="y", length=0, labelleft=False)
+        margin.xaxis.set_major_locator(MaxNLocator(2, integer=True))
+        margin.set_xlabel("times")
+
+    return Picture(
+        "Start epochs",
+        _svg(draw),
+        f"Start epoch of every iteration, between {starts.min()} and {starts.max()}, within the allowed range from "
+        f"{allowed.lowest} to a bound that goes from {bounds[0] - 1} to {bounds[-1] - 1}; at the side, how often each "
+        "epoch was drawn.",
+        "Where on the expert’s way each iteration began. The tinted area is the allowed range; at the side, how often "
+        "each epoch was drawn, with the expected number as a line.",
+    )
+
+
+def _validation_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
+    iteration, accuracy = history["validation.iteration"], 100 * history["validation.accuracy"]
+    best = int(accuracy.argmax())  # the first of equals, as distillation keeps it
+
+    def draw(figure: Figure) -> None:
+        axes = _iteration_axes(figure, run.iterations, "validation accuracy in %")
+        axes.set_xlim(0, 1.03 * max(1, run.iterations))
+        axes.plot(iteration, accuracy, color=ACCENT, marker="o", markersize=3)
+        axes.plot(iteration[best], accuracy[best], "o", color="white", markeredgecolor=SIGNAL, markersize=8, zorder=3)
+        axes.plot(iteration[best], accuracy[best], "o", color=SIGNAL, markersize=4, zorder=4)
+        late = iteration[best] > 0.7 * run.iterations
+        axes.annotate(
+            f"{accuracy[best]:.1f} kept",
+            (iteration[best], accuracy[best]),
+            xytext=(-8 if late else 8, 7),
+            textcoords="offset points",
+            ha="right" if late else "left",
+            color=SIGNAL,
+        )
+        axes.margins(y=0.18)
+
+    networks = count(run.config.distill.validation_seeds, "network")
+    return Picture(
+        "Validation accuracy",
+        _svg(draw),
+        f"Validation accuracy at {count(len(accuracy), 'point')}; the best, {accuracy[best]:.1f} %, at iteration "
+        f"{iteration[best]}.",
+        f"{networks} trained on the set as it stood, scored on images held back from training. The marked set is kept.",
+    )
+
+
+def _step_size_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
+    iteration = np.append(0, history["history.iteration"] + 1)
+    steps = np.append(run.config.distill.initial_step_size, history["history.step_size"])
+
+    def draw(figure: Figure) -> None:
+        axes = _iteration_axes(figure, run.iterations, "step size")
+        axes.axhline(steps[0], color="#c4c9d0", linewidth=1, dashes=(4, 3))
+        axes.plot(iteration, steps, color=ACCENT)
+        axes.margins(y=0.12)
+
+    return Picture(
+        "Step size",
+        _svg(draw),
+        f"Step size of the student, from {steps[0]:.3g} to {steps[-1]:.3g} over {count(run.iterations, 'iteration')}.",
+        "The student’s learning rate, learned together with the images; dashed, where it began.",
+    )
+
+
+def _soft_label_chart(artifact: Artifact, *, finished: bool) -> Picture:
+    labels = artifact.labels.numpy()
+    probabilities = artifact.soft_labels.double().softmax(dim=1).numpy()
+    present = sorted(set(labels.tolist()))
+    mean: Floats = np.stack([probabilities[labels == label].mean(axis=0) for label in present])
+    own = float(np.mean([mean[row, label] for row, label in enumerate(present)]))
+    few = len(artifact.class_names) <= CLASSES_SHOWN
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        # The root of the probability: small shares of other classes are the point of soft labels.
+        shown = axes.imshow(100 * mean, cmap=BLUES, norm=PowerNorm(0.5, 0, 100), aspect="auto", interpolation="nearest")
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        axes.set_xlabel("probability given to class")
+        axes.set_ylabel("image made for class")
+        if few:
+            names = [_short(name) for name in artifact.class_names]
+            across = max(map(len, names)) > 4
+            axes.set_xticks(range(len(names)), names, rotation=45 if across else 0, ha="right" if across else "center")
+            axes.set_yticks(range(len(present)), [names[label] for label in present])
+            for text in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+                text.set_parse_math(False)  # a $ in a class name is a $
+        bar = figure.colorbar(shown, ax=axes, ticks=[0, 1, 5, 20, 50, 100], pad=0.02, aspect=28)
+        bar.ax.set_yticklabels(["0", "1", "5", "20", "50", "100 %"])
+        bar.ax.tick_params(length=0)
+        bar.outline.set_visible(False)
+
+    return Picture(
+        "Soft labels" if finished else "Soft labels at the start",
+        _svg(draw),
+        f"Mean soft label of each class as a heat map of {len(artifact.class_names)} classes; on average "
+        f"{100 * own:.0f} % goes to the image's own class.",
+        f"Mean label of the images of each class. On average {100 * own:.0f} % goes to the image’s own class; the rest "
+        "says which classes it resembles.",
+    )
+
+
+def _short(name: str) -> str:
+    printable = "".join(letter for letter in name if letter.isprintable())
+    return printable if len(printable) <= 14 else printable[:13] + "…"
+
+
+def _running_mean(values: Floats, window: int) -> Floats:
+    """Mean of the finite values among the last `window`; nan where there are none."""
+    known = np.isfinite(values)
+    sums, counts = np.cumsum(np.where(known, values, 0.0)), np.cumsum(known)
+    sums = sums - np.append(np.zeros(window), sums[:-window])[: len(sums)]
+    counts = counts - np.append(np.zeros(window, int), counts[:-window])[: len(counts)]
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)

@@ -1,0 +1,93 @@
+"""The images of a synthetic set on one sheet, a row for each class."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from datm_ray.artifact import Artifact
+from datm_ray.report.runs import Run
+
+IMAGES_SHOWN, CLASSES_SHOWN = 10, 20
+"""At most so many images of a class, and so many classes, in a gallery."""
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Images of a set, one row for each class, as one picture."""
+
+    title: str
+    source: str
+    alt: str
+    class_names: Sequence[str]
+    """Labels of the rows."""
+    width: int
+    """CSS pixels, a multiple of the picture's own."""
+    enlarged: bool
+    """Whether a pixel of an image takes several on the screen, and should stay a square."""
+
+
+def galleries(run: Run) -> list[Gallery]:
+    sets = (("Before: real images", run.initial), ("After: synthetic images", run.synthetic))
+    return [_gallery(title, artifact) for title, artifact in sets if artifact is not None]
+
+
+def _gallery(title: str, artifact: Artifact) -> Gallery:
+    rows = _shown_rows(artifact)
+    columns = max(map(len, rows))
+    flat = [index for row in rows for index in row]
+    pixels = dataclasses.replace(artifact, images=artifact.images[flat]).pixels()
+    height, width = pixels.shape[1:3]
+    gap = max(1, width // 12)
+    sprite = np.zeros((len(rows) * (height + gap), columns * (width + gap), 4), np.uint8)  # transparent between images
+    places = ((y, x) for y, row in enumerate(rows) for x in range(len(row)))
+    for image, (y, x) in zip(pixels, places, strict=True):
+        top, left = y * (height + gap), x * (width + gap)
+        tile = sprite[top : top + height, left : left + width]
+        tile[..., :3], tile[..., 3] = image, 255
+    scale = max(1, round((56 if columns <= 4 and len(rows) <= 10 else 40) / width))
+    return Gallery(
+        title=title,
+        source=_png(sprite),
+        alt=f"{title}, {len(flat)} images in {len(rows)} rows, one row for each class.",
+        class_names=artifact.class_names[: len(rows)],
+        width=sprite.shape[1] * scale,
+        enlarged=scale > 1,
+    )
+
+
+def _shown_rows(artifact: Artifact) -> list[list[int]]:
+    """Positions of the images shown, class by class."""
+    labels = artifact.labels.numpy()
+    classes = range(min(CLASSES_SHOWN, len(artifact.class_names)))
+    return [np.flatnonzero(labels == label)[:IMAGES_SHOWN].tolist() for label in classes]
+
+
+def left_out(run: Run) -> str:
+    """A sentence on what the galleries do not show; empty where they show everything."""
+    if run.latest is None:
+        return ""
+    ipc, classes = run.config.distill.ipc, len(run.latest.class_names)
+    parts = []
+    if ipc > IMAGES_SHOWN:
+        parts.append(f"the first {IMAGES_SHOWN} of {ipc:,} images of each class")
+    if classes > CLASSES_SHOWN:
+        parts.append(f"the first {CLASSES_SHOWN} of {classes:,} classes")
+    return f"Shown are {' and '.join(parts)}." if parts else ""
+
+
+def _png(rgba: NDArray[np.uint8]) -> str:
+    sink = io.BytesIO()
+    Image.fromarray(rgba).save(sink, "PNG", optimize=True)
+    return data_uri("image/png", sink.getvalue())
+
+
+def data_uri(media_type: str, content: bytes) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"

@@ -1,0 +1,150 @@
+"""The page: what is said about each run, and how it becomes one HTML file."""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+
+from datm_ray.config import to_yaml
+from datm_ray.report.charts import charts_of
+from datm_ray.report.gallery import galleries, left_out
+from datm_ray.report.runs import Run, RunSummary, find_score, read_run, share_of_full
+from datm_ray.report.words import count, duration, listed, percent
+from datm_ray.runtime.evaluate import ROWS, Score
+from datm_ray.store.filesystem import Location
+
+
+def write_report(out: Location, runs: Sequence[RunSummary], name: str = "report.html") -> Location:
+    """Write the page about these runs into the output folder; its place.
+
+    Raises:
+        CorruptFileError: a file of a run is damaged. A missing one is no error: the page says so.
+    """
+    place = out / name
+    place.write_text(render([read_run(run) for run in runs]))
+    return place
+
+
+def render(runs: Sequence[Run]) -> str:
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = importlib.resources.files("datm_ray.report").joinpath("page.html.j2").read_text(encoding="utf-8")
+    summaries = [run.summary for run in runs]
+    datasets = list(dict.fromkeys(_dataset_name(run) for run in runs))
+    return environment.from_string(template).render(
+        title=f"Distilling {listed(datasets)}" if runs else "Dataset distillation",
+        done=[_what_was_done(run) for run in runs],
+        columns=[run.config.name for run in runs],
+        rows=[(row, title, [_cell(summary.scores, row) for summary in summaries]) for row, title in ROWS.items()],
+        shares=[share_of_full(summary.scores) for summary in summaries],
+        evaluated=any(summary.scores for summary in summaries),
+        runs=[_run_view(run) for run in runs],
+    )
+
+
+def _run_view(run: Run) -> dict[str, Any]:
+    return {
+        "name": run.config.name,
+        "figures": _key_figures(run),
+        "state": _state(run),
+        "galleries": galleries(run),
+        "left_out": left_out(run),
+        "charts": charts_of(run),
+        "recipe": to_yaml(run.config).strip(),
+        "provenance": _provenance_lines(run.latest.provenance) if run.latest else [],
+        "costs": [
+            (title, score.n, duration(score.seconds), duration(score.seconds / score.n))
+            for row, title in ROWS.items()
+            if (score := find_score(run.summary.scores, row)) is not None
+        ],
+    }
+
+
+def _cell(scores: Sequence[Score], row: str) -> tuple[str, int] | None:
+    """(mean ± standard deviation in percent, number of networks)."""
+    score = find_score(scores, row)
+    return (str(score), score.n) if score else None
+
+
+def _what_was_done(run: Run) -> str:
+    """One run in one sentence."""
+    config, real = run.config, run.summary.training_images
+    verb = "were" if run.synthetic else "are being" if run.initial else "are to be"
+    origin = f"{count(real, 'real image')} of {_dataset_name(run)}" if real else f"The images of {_dataset_name(run)}"
+    return (
+        f"{origin} {verb} distilled to {_size(run)}, from {count(config.experts.count, 'expert')} trained for "
+        f"{count(config.experts.epochs, 'epoch')} each, in {count(config.distill.iterations, 'iteration')}."
+    )
+
+
+def _size(run: Run) -> str:
+    """The synthetic set's size, and its share of the real one."""
+    if run.latest is None:
+        return f"{count(run.config.distill.ipc, 'image')} per class"
+    synthetic, real = len(run.latest.images), run.summary.training_images
+    return count(synthetic, "synthetic image") + (f" ({percent(synthetic / real)})" if real else "")
+
+
+def _key_figures(run: Run) -> list[tuple[str, str]]:
+    """(value, what it is) pairs for the strip below a run's name."""
+    figures = []
+    real, scores = run.summary.training_images, run.summary.scores
+    if run.synthetic is not None:
+        synthetic = len(run.synthetic.images)
+        share = f", {percent(synthetic / real)} of {real:,} real ones" if real else ""
+        figures.append((f"{synthetic:,}", ("synthetic image" if synthetic == 1 else "synthetic images") + share))
+    if (distilled := find_score(scores, "distilled")) is not None:
+        figures.append((f"{distilled} %", f"test accuracy, {count(distilled.n, 'network')}"))
+    if (of_full := share_of_full(scores)) is not None:
+        figures.append((of_full, "of the accuracy with all real data"))
+    if run.synthetic is not None:
+        figures.append((f"{run.synthetic.step_size:.3g}", "learned step size"))
+    return figures
+
+
+def _state(run: Run) -> str:
+    """How far the run has come, in sentences."""
+    total = run.config.distill.iterations
+    if run.synthetic is not None:
+        sentences = [f"Distillation is finished: {count(run.iterations or total, 'iteration')}."]
+    elif run.history is not None:
+        sentences = [
+            f"Distillation is not finished: {run.iterations:,} of {count(total, 'iteration')} are in the last "
+            "checkpoint, and there is no synthetic set yet."
+        ]
+    elif run.initial is not None:
+        sentences = ["Distillation has only begun: its initial images are there, but no checkpoint yet."]
+    else:
+        sentences = ["Distillation has not begun: there are no images yet."]
+    if run.skipped:
+        sentences.append(
+            f"{count(run.skipped, 'iteration')} changed nothing, because the matching loss exceeded the threshold of "
+            f"{run.config.distill.threshold:g}."
+        )
+    missing = [title for row, title in ROWS.items() if find_score(run.summary.scores, row) is None]
+    if len(missing) == len(ROWS):
+        sentences.append("Nothing is evaluated yet.")
+    elif missing:
+        sentences.append(f"Not evaluated yet: {'; '.join(missing)}.")
+    if run.synthetic is not None and run.history is None:
+        sentences.append("The checkpoint is missing, and with it the course of the distillation.")
+    return " ".join(sentences)
+
+
+def _dataset_name(run: Run) -> str:
+    name = run.latest.provenance.get("dataset") if run.latest else None
+    return str(name or run.config.dataset.source)
+
+
+def _provenance_lines(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [
+        (
+            key.replace("_", " "),
+            " · ".join(f"{name} {part}" for name, part in value.items()) if isinstance(value, Mapping) else str(value),
+        )
+        for key, value in provenance.items()
+    ]
