@@ -8,6 +8,7 @@ commonest way to lose a distilled set's accuracy, so it never travels without. `
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -145,11 +146,12 @@ def export(artifact: Artifact, kind: str, out: Location) -> list[str]:
 
 def _png_files(artifact: Artifact) -> dict[str, bytes]:
     files = {}
+    folders = _folders(artifact.class_names)
     seen: dict[int, int] = {}
     for label, png in zip(artifact.labels.tolist(), _encode_all(artifact), strict=True):
         index = seen.get(label, 0)
         seen[label] = index + 1
-        files[f"{_folder(artifact.class_names[label])}/{index:05d}.png"] = png
+        files[f"{folders[label]}/{index:05d}.png"] = png
     return files
 
 
@@ -213,6 +215,8 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
     return sink.getvalue()
 
 
-def _folder(class_name: str) -> str:
-    """A class's name as a folder's name."""
-    return "".join(c if c.isalnum() or c in "-_ " else "_" for c in class_name).strip() or "_"
+def _folders(class_names: tuple[str, ...]) -> list[str]:
+    """Each class's name as a folder's name; names that would share a folder end in their number too."""
+    plain = ["".join(c if c.isalnum() or c in "-_ " else "_" for c in name).strip() or "_" for name in class_names]
+    folded = Counter(name.casefold() for name in plain)
+    return [name if folded[name.casefold()] == 1 else f"{name}-{label}" for label, name in enumerate(plain)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -114,7 +115,7 @@ class DistillConfig(Section):
     augmentation: str = "color_crop_cutout_flip_scale_rotate"
     """DSA operations of the student's steps."""
     validate_every: Count = 500
-    """Iterations between trainings on the current set that are scored on validation data; the best set is kept."""
+    """Iterations between trainings on the current set that are scored on validation data, to choose the set to keep."""
     validation_seeds: Count = 1
     """Networks trained at each validation."""
     checkpoint_every: Count = 100
@@ -125,7 +126,7 @@ class EvaluateConfig(Section):
     """Training fresh networks on the synthetic set and scoring them on the test set."""
 
     protocol: Literal["published", "short"] = "published"
-    """published: 1000 epochs, learning rate divided by ten half way; short: 300 epochs."""
+    """published: 1001 epochs, learning rate divided by ten half way; short: 500 epochs."""
     seeds: Count = 5
     """Fresh networks for each row of the table."""
     real_epochs: Count = 100
@@ -249,12 +250,7 @@ def load_config_text(text: str, origin: str, default_name: str = "run") -> RunCo
         origin: what to call the source in messages.
         default_name: the run's name where the text gives none.
     """
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as failure:
-        where = getattr(failure, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        raise ConfigError(f"{origin} is not valid YAML{line}", remedy="compare with `datm-ray recipe show`") from None
+    values = _read_yaml(text, origin)
     if not isinstance(values, dict):
         raise ConfigError(f"{origin} holds no configuration", remedy="compare with `datm-ray recipe show`")
     return parse_config({"name": default_name, **values}, origin)
@@ -277,10 +273,7 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
                 raise ConfigError(f"--set {assignment!r}: {section!r} is no section", remedy=_known_keys(()))
-        try:
-            target[field] = _yaml_scalar(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"--set {assignment!r}: the value is not valid YAML") from None
+        target[field] = _read_yaml(text, f"--set {assignment!r}")
     return parse_config(values, "--set")
 
 
@@ -298,7 +291,7 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def _yaml_line(section: Section, field: str) -> str:
-    value = yaml.safe_dump(getattr(section, field), default_flow_style=True, width=10_000)
+    value = yaml.dump(getattr(section, field), Dumper=_Dumper, default_flow_style=True, width=10_000)
     text = f"{field}: {value.removesuffix(chr(10)).removesuffix('...').strip()}"
     return f"{text:<40}  # {_first_sentence(type(section).model_fields[field].description)}"
 
@@ -307,14 +300,42 @@ def _first_sentence(text: str | None) -> str:
     return " ".join((text or "").split())
 
 
-def _yaml_scalar(text: str) -> Any:
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        try:
-            return float(value)  # YAML 1.1 reads 1e-5 as text
-        except ValueError:
-            return value
-    return value
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-5 is a number and 2024-11-20 is text, and which no key may enter twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would not read as the text it is."""
+
+
+# YAML 1.1, which PyYAML implements, wants a point and a sign: 1.0e-5.
+_EXPONENT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+
+
+def _read_yaml(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as failure:
+        line = f" at line {failure.problem_mark.line + 1}" if failure.problem_mark else ""
+        what = f"not valid YAML{line}: {failure.problem}"
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError):
+        # PyYAML does not guard the conversions of explicit tags such as !!int, nor its own depth.
+        what = "not valid YAML"
+    raise ConfigError(f"{origin} is {what}", remedy="compare with `datm-ray recipe show`")
 
 
 def _config_error(failure: ValidationError, origin: str) -> ConfigError:
@@ -325,7 +346,10 @@ def _config_error(failure: ValidationError, origin: str) -> ConfigError:
         return ConfigError(f"{origin}: unknown key {key!r}", remedy=_known_keys(path))
     if first["type"] == "value_error":
         return ConfigError(f"{origin}: {str(first['msg']).removeprefix('Value error, ')}")
-    return ConfigError(f"{origin}: {key} is {first['input']!r}: {str(first['msg']).lower()}")
+    message = str(first["msg"])
+    if first["type"] == "model_type":
+        message = "input should be a section of keys and values"
+    return ConfigError(f"{origin}: {key} is {first['input']!r}: {message[0].lower()}{message[1:]}")
 
 
 def _known_keys(path: Sequence[str]) -> str:

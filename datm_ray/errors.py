@@ -25,12 +25,13 @@ class DatmError(Exception):
         super().__init__(fact, cause, remedy)
 
     def __str__(self) -> str:
-        sentences = [_sentence(part) for part in (self.fact, self.cause, self.remedy) if part]
+        sentences = [_sentence(part) for part in (self.fact, self.cause, self.remedy) if part.strip()]
         return " ".join(" ".join(sentences).split())
 
 
 def _sentence(text: str) -> str:
     end = "" if text.endswith((".", "?", "!")) else "."
+    text = text.strip()
     first = text.split()[0]
     # Keys, paths and commands stay as they are typed.
     return (text[0].upper() if first.isalpha() else text[0]) + text[1:] + end

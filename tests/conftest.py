@@ -35,6 +35,14 @@ TINY = (
 """Real digits, seconds on one core; compilation is tested by itself."""
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Networks this small run many times slower on several threads where a core is busy."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def tiny() -> RunConfig:
     """A run of every stage that takes a few seconds."""

@@ -73,6 +73,7 @@ def save_checkpoint(folder: Location, config: RunConfig, losses: Sequence[float]
     for k, loss in enumerate(losses):
         state.history.append(IterationRecord(k, 0, 1 + k % 2, loss, 0.01 + k / 1000, loss > state.threshold))
     state.validations = [(4 * (i + 1), accuracy) for i, accuracy in enumerate(validations)]
+    state.chosen_at = max(state.validations, key=lambda validation: validation[1], default=(0, 0.0))[0]
     write_tensors(folder / CHECKPOINT, state.to_arrays(), kind=CHECKPOINT_KIND, metadata={})
 
 
@@ -178,11 +179,11 @@ def test_names_are_escaped(out: Location) -> None:
     assert MARKUP_NAME in "".join(ElementTree.fromstring(soft_labels["content"]).itertext())
 
 
-def test_best_validation_is_marked(out: Location) -> None:
+def test_chosen_set_is_marked(out: Location) -> None:
     """The validation chart marks the set that was kept."""
     images = Images(page_of(out, finished_run(out, configure()))).found
     (chart,) = (image for image in images if image["alt"].startswith("Validation"))
-    assert "the best, 93.0 %, at iteration 8" in chart["alt"]
+    assert "chosen was the set of iteration 8, with 93.0 %" in chart["alt"]
     assert "93.0 kept" in "".join(ElementTree.fromstring(chart["content"]).itertext())
 
 

@@ -1,12 +1,13 @@
 """One distillation as a value that can be stepped, saved and restored.
 
-Holds the synthetic set, the optimisers' momenta, the iteration counter, the loss curve and the set that did best on
+Holds the synthetic set, the optimisers' momenta, the iteration counter, the loss curve and the set chosen on
 validation data: everything that a checkpoint must carry. Reads no experts and no disk; the caller hands over the
 parameters to match and decides when to validate and to save.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -68,8 +69,10 @@ class Distillation:
     history: list[IterationRecord] = field(default_factory=list)
     validations: list[tuple[int, float]] = field(default_factory=list)
     """(iterations done, validation accuracy)."""
-    best: SyntheticSet | None = None
-    """The set with the best validation accuracy so far."""
+    chosen: SyntheticSet | None = None
+    """The set chosen on validation data so far."""
+    chosen_at: int = 0
+    """Iterations done when it was chosen."""
 
     @property
     def iteration(self) -> int:
@@ -94,10 +97,12 @@ class Distillation:
         """One iteration: match `parameters` = (start, target), update the set, append to the history.
 
         Raises:
-            DivergenceError: a gradient or an updated value is not finite, or the step size is not positive. The
-                state is then the one before this iteration.
+            DivergenceError: the loss, a gradient or an updated value is not finite, or the step size is not
+                positive. The state is then the one before this iteration.
         """
         gradient = matching_gradient(functions, *parameters, self.synthetic, steps, all_sum=all_sum)
+        if not math.isfinite(gradient.loss):
+            raise self._divergence("its matching loss is not finite")
         skipped = gradient.loss > self.threshold
         if not skipped:
             self._update(gradient)
@@ -105,13 +110,26 @@ class Distillation:
         self.history.append(record)
         return record
 
-    def record_validation(self, accuracy: float) -> bool:
-        """Note the accuracy of the current set; keep a copy if none was better. Returns whether it was kept."""
-        is_best = all(accuracy > earlier for _, earlier in self.validations)
+    def record_validation(self, accuracy: float, standard_error: float = 0.0) -> bool:
+        """Note the accuracy of the current set and choose the set if it is not clearly worse than an earlier one.
+
+        Not clearly worse: within one standard error of the best accuracy so far. Validation sets are small, so the
+        highest of many noisy accuracies says little; what must be caught is a collapse, and otherwise the set that
+        was optimised longest is the one to have.
+
+        Args:
+            accuracy: in [0, 1].
+            standard_error: of an accuracy measured on so many validation images.
+
+        Returns:
+            Whether the current set was chosen.
+        """
+        best = max((earlier for _, earlier in self.validations), default=accuracy)
+        is_chosen = accuracy >= best - standard_error
         self.validations.append((self.iteration, accuracy))
-        if is_best:
-            self.best = self.synthetic.clone()
-        return is_best
+        if is_chosen:
+            self.chosen, self.chosen_at = self.synthetic.clone(), self.iteration
+        return is_chosen
 
     def _update(self, gradient: MatchingGradient) -> None:
         if not gradient.is_finite():
@@ -139,14 +157,15 @@ class Distillation:
         """The whole state as named arrays, for a checkpoint."""
         arrays = {f"synthetic.{name}": value for name, value in _set_arrays(self.synthetic).items()}
         arrays |= {f"momentum.{name}": _to_numpy(value) for name, value in self.momenta.items()}
-        if self.best is not None:
-            arrays |= {f"best.{name}": value for name, value in _set_arrays(self.best).items()}
+        if self.chosen is not None:
+            arrays |= {f"chosen.{name}": value for name, value in _set_arrays(self.chosen).items()}
         for column in HISTORY_COLUMNS:
             arrays[f"history.{column}"] = np.array(
                 [getattr(record, column) for record in self.history], HISTORY_COLUMNS[column]
             )
         arrays["validation.iteration"] = np.array([iteration for iteration, _ in self.validations], np.int64)
         arrays["validation.accuracy"] = np.array([accuracy for _, accuracy in self.validations], np.float64)
+        arrays["validation.chosen_at"] = np.array(self.chosen_at, np.int64)
         return arrays
 
     @classmethod
@@ -174,7 +193,8 @@ class Distillation:
                     strict=True,
                 )
             ),
-            best=_set_from(arrays, "best", device) if "best.images" in arrays else None,
+            chosen=_set_from(arrays, "chosen", device) if "chosen.images" in arrays else None,
+            chosen_at=int(arrays["validation.chosen_at"]),
         )
 
 

@@ -27,6 +27,11 @@ class FlatNetwork:
         self.count = sum(self.sizes)
         self.module = module
 
+    @property
+    def device(self) -> torch.device:
+        """Where the module lives."""
+        return next(self.module.parameters()).device
+
     def __call__(self, parameters: Tensor, images: Tensor) -> Tensor:
         logits: Tensor = functional_call(self.module, self.layers(parameters), (images,))
         return logits

@@ -36,6 +36,7 @@ def generator(seed: int, purpose: Purpose, *counters: int) -> np.random.Generato
         seed: of the run, the expert or the evaluation, in [0, 2**64).
         purpose: separates streams that would otherwise share their counters.
         counters: at most three non-negative integers, the most significant first (epoch, batch; iteration, step).
+            A purpose always has the same number of them: (5,) and (0, 5) are one place.
     """
     if len(counters) > 3:
         raise ValueError(f"at most three counters fit beside the block index, got {len(counters)}")

@@ -38,7 +38,7 @@ class Schedule:
 
 PROTOCOLS: dict[str, Schedule] = {
     "published": Schedule(1001, 128, 0.01, momentum=0.9, weight_decay=5e-4, decay_epoch=502),
-    "short": Schedule(300, 128, 0.01, momentum=0.9, weight_decay=5e-4, decay_epoch=151),
+    "short": Schedule(500, 128, 0.01, momentum=0.9, weight_decay=5e-4, decay_epoch=251),
 }
 """Evaluation protocols by name; learning rate and augmentation are replaced by the run's own."""
 

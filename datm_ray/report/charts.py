@@ -202,18 +202,18 @@ def _start_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
 
 def _validation_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
     iteration, accuracy = history["validation.iteration"], 100 * history["validation.accuracy"]
-    best = int(accuracy.argmax())  # the first of equals, as distillation keeps it
+    kept = int(np.flatnonzero(iteration == history["validation.chosen_at"])[0])
 
     def draw(figure: Figure) -> None:
         axes = _iteration_axes(figure, run.iterations, "validation accuracy in %")
         axes.set_xlim(0, 1.03 * max(1, run.iterations))
         axes.plot(iteration, accuracy, color=ACCENT, marker="o", markersize=3)
-        axes.plot(iteration[best], accuracy[best], "o", color="white", markeredgecolor=SIGNAL, markersize=8, zorder=3)
-        axes.plot(iteration[best], accuracy[best], "o", color=SIGNAL, markersize=4, zorder=4)
-        late = iteration[best] > 0.7 * run.iterations
+        axes.plot(iteration[kept], accuracy[kept], "o", color="white", markeredgecolor=SIGNAL, markersize=8, zorder=3)
+        axes.plot(iteration[kept], accuracy[kept], "o", color=SIGNAL, markersize=4, zorder=4)
+        late = iteration[kept] > 0.7 * run.iterations
         axes.annotate(
-            f"{accuracy[best]:.1f} kept",
-            (iteration[best], accuracy[best]),
+            f"{accuracy[kept]:.1f} kept",
+            (iteration[kept], accuracy[kept]),
             xytext=(-8 if late else 8, 7),
             textcoords="offset points",
             ha="right" if late else "left",
@@ -225,9 +225,10 @@ def _validation_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
     return Picture(
         "Validation accuracy",
         _svg(draw),
-        f"Validation accuracy at {count(len(accuracy), 'point')}; the best, {accuracy[best]:.1f} %, at iteration "
-        f"{iteration[best]}.",
-        f"{networks} trained on the set as it stood, scored on images held back from training. The marked set is kept.",
+        f"Validation accuracy at {count(len(accuracy), 'point')}; chosen was the set of iteration "
+        f"{iteration[kept]}, with {accuracy[kept]:.1f} %.",
+        f"{networks} trained on the set as it stood, scored on images held back from training. Kept is the last "
+        "set within one standard error of the best.",
     )
 
 

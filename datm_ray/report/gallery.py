@@ -40,27 +40,33 @@ def galleries(run: Run) -> list[Gallery]:
 
 
 def _gallery(title: str, artifact: Artifact) -> Gallery:
+    sheet, rows, columns = contact_sheet(artifact)
+    scale = max(1, round((56 if columns <= 4 and rows <= 10 else 40) / artifact.images.shape[3]))
+    return Gallery(
+        title=title,
+        source=_png(sheet),
+        alt=f"{title}, up to {columns} for each of {rows} classes, one row for each class.",
+        class_names=artifact.class_names[:rows],
+        width=sheet.shape[1] * scale,
+        enlarged=scale > 1,
+    )
+
+
+def contact_sheet(artifact: Artifact) -> tuple[NDArray[np.uint8], int, int]:
+    """The set's images as one RGBA picture [h w 4], transparent between them, with its numbers of rows and columns."""
     rows = _shown_rows(artifact)
     columns = max(map(len, rows))
     flat = [index for row in rows for index in row]
     pixels = dataclasses.replace(artifact, images=artifact.images[flat]).pixels()
     height, width = pixels.shape[1:3]
     gap = max(1, width // 12)
-    sprite = np.zeros((len(rows) * (height + gap), columns * (width + gap), 4), np.uint8)  # transparent between images
+    sheet = np.zeros((len(rows) * (height + gap), columns * (width + gap), 4), np.uint8)
     places = ((y, x) for y, row in enumerate(rows) for x in range(len(row)))
     for image, (y, x) in zip(pixels, places, strict=True):
         top, left = y * (height + gap), x * (width + gap)
-        tile = sprite[top : top + height, left : left + width]
+        tile = sheet[top : top + height, left : left + width]
         tile[..., :3], tile[..., 3] = image, 255
-    scale = max(1, round((56 if columns <= 4 and len(rows) <= 10 else 40) / width))
-    return Gallery(
-        title=title,
-        source=_png(sprite),
-        alt=f"{title}, {len(flat)} images in {len(rows)} rows, one row for each class.",
-        class_names=artifact.class_names[: len(rows)],
-        width=sprite.shape[1] * scale,
-        enlarged=scale > 1,
-    )
+    return sheet, len(rows), columns
 
 
 def _shown_rows(artifact: Artifact) -> list[list[int]]:

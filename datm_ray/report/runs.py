@@ -68,6 +68,34 @@ def _artifact(place: Location) -> Artifact | None:
     return read_artifact(place) if place.exists() else None
 
 
+def write_summary(out: Location, summaries: Sequence[RunSummary], name: str = "summary.json") -> Location:
+    """Write recipes, accuracies seed by seed, costs, versions and hardware of the runs as JSON; the file's place."""
+    place = out / name
+    place.write_json([_summary(summary) for summary in summaries])
+    return place
+
+
+def _summary(summary: RunSummary) -> dict[str, Any]:
+    latest = read_run(summary).latest
+    return {
+        "run": summary.config.name,
+        "training_images": summary.training_images,
+        "synthetic_images": None if latest is None else len(latest.images),
+        "test_accuracy": {
+            score.row: {
+                "mean": score.mean,
+                "std": score.std if score.n > 1 else None,
+                "n": score.n,
+                "seeds": list(score.accuracies),
+                "worker_seconds": round(score.seconds, 1),
+            }
+            for score in summary.scores
+        },
+        "recipe": summary.config.model_dump(),
+        "provenance": None if latest is None else dict(latest.provenance),
+    }
+
+
 def accuracy_table(summaries: Sequence[RunSummary]) -> str:
     """Test accuracy of every run and row as aligned text: one column for each run."""
     if not any(summary.scores for summary in summaries):

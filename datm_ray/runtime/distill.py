@@ -9,6 +9,7 @@ The files of a run's folder, each written atomically:
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -105,14 +106,14 @@ class DistillWorker:
                 raise
             values = {"loss": loss, "step_size": float(state.synthetic.step_size), "skipped": float(state.skipped)}
             if state.iteration % settings.validate_every == 0 or state.iteration == total:
-                state.record_validation(self._validate(config, state.synthetic))
+                state.record_validation(*self._validate(config, state.synthetic))
             if state.validations:
                 values["validation"] = state.validations[-1][1]
             if state.iteration % settings.checkpoint_every == 0 or state.iteration == total:
                 self._save_checkpoint(state, config, folder)
             yield Progress(state.iteration, total, values)
-        self._save_set(state.best or state.synthetic, config, experts.group, folder / SYNTHETIC)
-        yield Finished({"skipped": state.skipped, "validation_accuracy": max(a for _, a in state.validations)})
+        self._save_set(state.chosen or state.synthetic, config, experts.group, folder / SYNTHETIC)
+        yield Finished({"skipped": state.skipped, "chosen_at": state.chosen_at})
 
     def _iterate(
         self, config: RunConfig, experts: ExpertNetworks, state: Distillation, functions: StudentStepFunctions
@@ -165,8 +166,8 @@ class DistillWorker:
         step_size = torch.tensor(config.distill.initial_step_size, device=self._device)
         return SyntheticSet(images, experts.soft_labels(images, labels), step_size, labels)
 
-    def _validate(self, config: RunConfig, synthetic: SyntheticSet) -> float:
-        """Mean validation accuracy of fresh networks trained on the set."""
+    def _validate(self, config: RunConfig, synthetic: SyntheticSet) -> tuple[float, float]:
+        """Mean validation accuracy of fresh networks trained on the set, and its standard error."""
         dataset = self._dataset
         images = to_device(dataset.validation_images, self._device)
         labels = to_device(dataset.validation_labels, self._device)
@@ -178,7 +179,9 @@ class DistillWorker:
             network = build_network(spec, seed).to(self._device)
             train_to_end(network, synthetic.images, synthetic.soft_labels, schedule, seed)
             accuracies.append(accuracy(network, images, labels))
-        return sum(accuracies) / len(accuracies)
+        mean = sum(accuracies) / len(accuracies)
+        # Over images only: networks scored on the same images are not independent draws.
+        return mean, math.sqrt(mean * (1 - mean) / len(images))
 
     def _save_checkpoint(self, state: Distillation, config: RunConfig, folder: Location) -> None:
         metadata = {"recipe": config.identity(), "iteration": state.iteration}

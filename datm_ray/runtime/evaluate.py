@@ -40,7 +40,7 @@ ROWS = {
 }
 """Rows of the table, in the order in which they are shown."""
 
-CONTROL_STEP_SIZES = (0.003, 0.01, 0.03)
+CONTROL_STEP_SIZES = (0.01, 0.03, 0.1)
 """Learning rates a control may choose from, on validation data; momentum is 0.9."""
 
 
@@ -95,22 +95,19 @@ class EvaluateWorker:
             epochs = config.evaluate.real_epochs
             schedule = dataclasses.replace(schedule, epochs=epochs, decay_epoch=(epochs + 1) // 2)
         candidates = (step_size,) if step_size else CONTROL_STEP_SIZES
-        best: tuple[float, float, float] | None = None
-        for done, candidate in enumerate(candidates, start=1):
-            validation, test = self._train(
-                config, images, targets, dataclasses.replace(schedule, learning_rate=candidate), seed
-            )
-            if best is None or validation > best[0]:
-                best = (validation, test, candidate)
-            yield Progress(done, len(candidates), {"validation": validation})
-        assert best is not None
+        trials = []
+        for candidate in candidates:
+            trial = dataclasses.replace(schedule, learning_rate=candidate)
+            trials.append((*self._train(config, images, targets, trial, seed), candidate))
+            yield Progress(len(trials), len(candidates), {"validation": trials[-1][0]})
+        validation, test, chosen = max(trials, key=lambda trial: trial[0])
         result = {
             "row": row,
             "number": number,
             "seed": seed,
-            "test_accuracy": best[1],
-            "validation_accuracy": best[0],
-            "step_size": best[2],
+            "test_accuracy": test,
+            "validation_accuracy": validation,
+            "step_size": chosen,
             "images": len(images),
             "seconds": time.monotonic() - started,
             "provenance": provenance(self._device),

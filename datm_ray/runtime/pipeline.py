@@ -7,7 +7,7 @@ An output folder holds any number of runs that share experts and controls:
     <out>/<run>/*.arrow           see `distill`
     <out>/<run>/evaluation/       one JSON file per row and seed
     <out>/controls/               training on all real data, shared by runs
-    <out>/report.html
+    <out>/report.html, summary.json
 
 A stage is a list of tasks; a task whose result is there is not given out. So the same command again continues where
 it stopped, however it stopped.
@@ -29,7 +29,7 @@ from datm_ray.data.dataset import Dataset, prepare
 from datm_ray.data.sources import RawDataset, load_raw
 from datm_ray.data.transform import Transform
 from datm_ray.errors import DatasetError, MissingExpertsError, RunDirectoryError
-from datm_ray.report import RunSummary, accuracy_table, write_report
+from datm_ray.report import RunSummary, accuracy_table, write_report, write_summary
 from datm_ray.runtime.distill import SYNTHETIC, DistillWorker
 from datm_ray.runtime.evaluate import ROWS, EvaluateWorker, read_scores, result_location
 from datm_ray.runtime.executor import Executor, Task
@@ -115,8 +115,10 @@ class Pipeline:
         return accuracy_table(self._summaries())
 
     def report(self) -> Location:
-        """Write the HTML report over everything in the output folder; its place."""
-        return write_report(self.out, self._summaries())
+        """Write the HTML report, and the same figures as summary.json; the report's place."""
+        summaries = self._summaries()
+        write_summary(self.out, summaries)
+        return write_report(self.out, summaries)
 
     # --- stages ---------------------------------------------------------------------------------------------------
 

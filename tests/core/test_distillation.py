@@ -1,0 +1,212 @@
+"""The state of a distillation: its updates, what it refuses, and what a checkpoint carries."""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from datm_ray.core import distillation
+from datm_ray.core.distillation import Distillation, IterationRecord, LearningRates
+from datm_ray.core.matching import MatchingGradient, StudentStepFunctions, draw_student_steps
+from datm_ray.core.networks import NetworkSpec, build_network
+from datm_ray.core.parameters import FlatNetwork, flatten
+from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.errors import DivergenceError
+
+RATES = LearningRates(images=3.0, soft_labels=2.0, step_size=1e-3)
+LEARNED = ("images", "soft_labels", "step_size")
+
+
+def make_state(threshold: float = 1.0) -> Distillation:
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randn(6, 1, 8, 8, generator=draw)
+    soft_labels = torch.randn(6, 3, generator=draw)
+    return Distillation(
+        SyntheticSet(images, soft_labels, torch.tensor(0.05), torch.arange(3).repeat_interleave(2)), RATES, threshold
+    )
+
+
+def make_gradient(loss: float = 0.5, seed: int = 0) -> MatchingGradient:
+    draw = torch.Generator().manual_seed(seed)
+    shapes = ((6, 1, 8, 8), (6, 3), ())
+    return MatchingGradient(loss, *(torch.randn(shape, generator=draw) for shape in shapes))
+
+
+class Scripted:
+    """Steps a state with gradients given in advance."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch = monkeypatch
+
+    def __call__(self, state: Distillation, gradient: MatchingGradient) -> IterationRecord:
+        self.monkeypatch.setattr(distillation, "matching_gradient", lambda *_, **__: gradient)
+        nothing = torch.empty(0)
+        return state.step(None, expert=4, start=7, parameters=(nothing, nothing), steps=[])  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def step(monkeypatch: pytest.MonkeyPatch) -> Scripted:
+    return Scripted(monkeypatch)
+
+
+def everything(state: Distillation) -> dict[str, np.ndarray]:
+    return {name: array.copy() for name, array in state.to_arrays().items()}
+
+
+def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    assert list(one) == list(other)
+    for name, array in one.items():
+        assert array.dtype == other[name].dtype, name
+        assert array.tobytes() == other[name].tobytes(), name
+
+
+def test_update_is_torchs_sgd_with_the_published_momenta(step: Scripted) -> None:
+    """0.5 for images, 0.9 for soft labels, 0.5 for the step size, on the same gradients."""
+    state, reference = make_state(), make_state().synthetic
+    optimizers = [
+        torch.optim.SGD([getattr(reference, name)], rate, momentum)
+        for name, rate, momentum in zip(LEARNED, astuple(RATES), (0.5, 0.9, 0.5), strict=True)
+    ]
+    for iteration in range(6):
+        gradient = make_gradient(seed=iteration)
+        step(state, gradient)
+        for name, optimizer in zip(LEARNED, optimizers, strict=True):
+            getattr(reference, name).grad = getattr(gradient, name).clone()
+            optimizer.step()
+    for name in LEARNED:
+        torch.testing.assert_close(getattr(state.synthetic, name), getattr(reference, name), rtol=1e-5, atol=1e-5)
+    assert torch.equal(state.synthetic.labels, reference.labels)
+
+
+def test_iteration_is_recorded(step: Scripted) -> None:
+    """With the step size after the update."""
+    state = make_state()
+    record = step(state, make_gradient(0.25))
+    assert record == IterationRecord(0, 4, 7, 0.25, float(state.synthetic.step_size), skipped=False)
+    assert record.step_size != pytest.approx(0.05)
+    assert step(state, make_gradient(0.5)).iteration == 1
+    assert state.history[0] == record
+    assert state.iteration == 2
+
+
+def test_loss_above_the_threshold_is_skipped_and_counted(step: Scripted) -> None:
+    """Neither the set nor the momenta move; a loss equal to the threshold is still taken, as published."""
+    state = make_state(threshold=1.0)
+    step(state, make_gradient(0.5))
+    before = everything(state)
+    assert step(state, make_gradient(1.0001)).skipped
+    after = everything(state)
+    for name in before:
+        if not name.startswith("history"):
+            assert np.array_equal(before[name], after[name]), name
+    assert (state.iteration, state.skipped) == (2, 1)
+    assert not step(state, make_gradient(1.0)).skipped
+    assert state.skipped == 1
+
+
+@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_gradient_that_is_not_finite_stops_the_run(step: Scripted, name: str, value: float) -> None:
+    """The error names the iteration, and the state is the one before it."""
+    state = make_state()
+    step(state, make_gradient())
+    before, bad = everything(state), make_gradient()
+    getattr(bad, name).view(-1)[-1] = value
+    with pytest.raises(DivergenceError, match="diverged at iteration 1: its gradient is not finite"):
+        step(state, bad)
+    assert_same(everything(state), before)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_loss_that_is_not_finite_stops_the_run(step: Scripted, loss: float) -> None:
+    """It is neither a good iteration nor one to skip, for skipping would never end."""
+    with pytest.raises(DivergenceError, match="iteration 0: its matching loss is not finite"):
+        step(make_state(), make_gradient(loss))
+
+
+def test_step_size_must_stay_positive(step: Scripted) -> None:
+    """An update that would make it zero or less is not made."""
+    state, gradient = make_state(), make_gradient()
+    gradient.step_size.fill_(100.0)
+    before = everything(state)
+    with pytest.raises(DivergenceError, match=r"iteration 0: it would make the step size -0\.05"):
+        step(state, gradient)
+    assert_same(everything(state), before)
+
+
+def test_update_that_overflows_stops_the_run(step: Scripted) -> None:
+    """Finite gradients can still carry a value to infinity."""
+    state, gradient = make_state(), make_gradient()
+    gradient.images.fill_(3e38)
+    with pytest.raises(DivergenceError):
+        step(state, gradient)
+    assert state.synthetic.is_valid()
+
+
+def test_last_set_not_clearly_worse_than_the_best_is_chosen(step: Scripted) -> None:
+    """Within one standard error of the best validation accuracy the later set wins, as it was then."""
+    state, kept = make_state(), []
+    for accuracy in (0.5, 0.7, 0.65, 0.6):
+        step(state, make_gradient())
+        kept.append(state.record_validation(accuracy, standard_error=0.06))
+        if kept[-1]:
+            expected = state.synthetic.images.clone()
+    assert kept == [True, True, True, False]
+    assert state.validations == [(1, 0.5), (2, 0.7), (3, 0.65), (4, 0.6)]
+    assert state.chosen is not None
+    assert state.chosen_at == 3
+    assert torch.equal(state.chosen.images, expected)
+    assert not torch.equal(state.synthetic.images, expected)
+
+
+def run(state: Distillation, iterations: int) -> None:
+    """Real iterations of a tiny network, and a validation after every third."""
+    spec = NetworkSpec("convnet", 1, (8, 8), 3, width=3, depth=2)
+    module = build_network(spec, 0)
+    functions = StudentStepFunctions(FlatNetwork(module), compiled=False)
+    start = flatten(module)
+    for _ in range(iterations):
+        k = state.iteration
+        target: Tensor = start + 0.05 * torch.randn(start.shape, generator=torch.Generator().manual_seed(k))
+        state.step(functions, k % 2, k, (start, target), draw_student_steps(6, 3, 4, "crop_flip", 1, k))
+        if state.iteration % 3 == 0:
+            state.record_validation(float(state.synthetic.images.mean()))
+
+
+@pytest.mark.parametrize("done", [0, 1, 5])
+def test_resumed_distillation_equals_an_undisturbed_one(done: int) -> None:
+    """Bit for bit: set, momenta, history, validations and chosen set, wherever it was interrupted."""
+    undisturbed, first = make_state(0.9999), make_state(0.9999)
+    run(undisturbed, 8)
+    run(first, done)
+    arrays = everything(first)
+    resumed = Distillation.from_arrays(arrays, RATES, 0.9999, torch.device("cpu"))
+    assert_same(everything(resumed), arrays)
+    run(resumed, 8 - done)
+    assert_same(everything(resumed), everything(undisturbed))
+    assert resumed.history == undisturbed.history
+    assert 0 < resumed.skipped < 8
+    assert resumed.chosen is not None
+
+
+def test_saved_arrays_do_not_change_when_the_run_goes_on(step: Scripted) -> None:
+    """A checkpoint may be written while the next iteration runs."""
+    state = make_state()
+    step(state, make_gradient())
+    state.record_validation(0.5)
+    saved = state.to_arrays()
+    before = {name: array.copy() for name, array in saved.items()}
+    step(state, make_gradient(seed=1))
+    assert_same(saved, before)
+
+
+def test_restored_state_does_not_write_into_its_file() -> None:
+    """The arrays may be read-only views of a memory-mapped file."""
+    arrays = everything(make_state())
+    for array in arrays.values():
+        array.flags.writeable = False
+    run(Distillation.from_arrays(arrays, RATES, 1.0, torch.device("cpu")), 1)

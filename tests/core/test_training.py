@@ -1,0 +1,173 @@
+"""The training loop against one written by hand, and the protocols against the published numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from datm_ray.core.augment import augment, draw_augmentation
+from datm_ray.core.networks import NetworkSpec, build_network
+from datm_ray.core.parameters import flatten
+from datm_ray.core.randomness import Purpose, generator
+from datm_ray.core.synthetic import hard_logits
+from datm_ray.core.training import PROTOCOLS, Schedule, accuracy, predict_logits, train, train_to_end
+
+PLAIN = Schedule(epochs=3, batch_size=8, learning_rate=0.05)
+RICH = Schedule(5, 8, 0.05, momentum=0.9, weight_decay=1e-2, augmentation="crop_flip_scale", decay_epoch=3)
+
+
+def make_network(seed: int = 0) -> nn.Module:
+    return build_network(NetworkSpec("convnet", 1, (8, 8), 3, width=4, depth=2), seed)
+
+
+def make_data(count: int = 20) -> tuple[Tensor, Tensor]:
+    """Noise with a bright row whose place is the class: separable."""
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % 3
+    images = 0.3 * torch.randn(count, 1, 8, 8, generator=draw)
+    images[torch.arange(count), 0, 1 + 2 * labels] += 2
+    return images, labels
+
+
+def train_by_hand(network: nn.Module, images: Tensor, labels: Tensor, schedule: Schedule, seed: int) -> list[float]:
+    """The published loop: torch's SGD, every image once an epoch, a new optimiser at the decay. Losses by epoch."""
+
+    def sgd(rate: float) -> torch.optim.SGD:
+        return torch.optim.SGD(
+            network.parameters(), rate, momentum=schedule.momentum, weight_decay=schedule.weight_decay
+        )
+
+    optimizer, losses = sgd(schedule.learning_rate), []
+    for epoch in range(schedule.epochs):
+        if epoch == schedule.decay_epoch:
+            optimizer = sgd(schedule.learning_rate * 0.1)
+        order, total = generator(seed, Purpose.TRAINING_ORDER, epoch).permutation(len(images)), 0.0
+        for batch, first in enumerate(range(0, len(images), schedule.batch_size)):
+            rows = torch.from_numpy(order[first : first + schedule.batch_size])
+            draw = generator(seed, Purpose.TRAINING_AUGMENTATION, epoch, batch)
+            loss = cross_entropy(
+                network(augment(images[rows], draw_augmentation(schedule.augmentation, len(rows), draw))), labels[rows]
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += float(loss.detach()) * len(rows)
+        losses.append(total / len(images))
+    return losses
+
+
+@pytest.mark.parametrize("schedule", [PLAIN, RICH], ids=["plain", "momentum, decay and augmentation"])
+def test_training_is_the_published_loop(schedule: Schedule) -> None:
+    """Same parameters and losses as a loop by hand, whose short last batch is kept and whose momentum is lost."""
+    images, labels = make_data()
+    ours, by_hand = make_network(), make_network()
+    epochs = list(train(ours, images, labels, schedule, seed=4))
+    losses = train_by_hand(by_hand, images, labels, schedule, seed=4)
+    torch.testing.assert_close(flatten(ours), flatten(by_hand), rtol=1e-5, atol=1e-6)
+    assert [epoch.loss for epoch in epochs] == pytest.approx(losses, rel=1e-4)
+    assert [epoch.number for epoch in epochs] == list(range(1, schedule.epochs + 1))
+    assert [epoch.step for epoch in epochs] == [3 * epoch for epoch in range(1, schedule.epochs + 1)]
+
+
+def test_decay_divides_the_rate_by_ten_and_forgets_the_momentum() -> None:
+    """With a gradient that is always 1 the steps can be told in advance."""
+
+    class Constant(nn.Module):
+        """Loss log(1 + exp(-p)) for class 1 of two: with p far below zero its gradient is -1."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.p = nn.Parameter(torch.tensor(-200.0, dtype=torch.float64))
+
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.stack([torch.zeros_like(self.p), self.p]).expand(len(images), 2)
+
+    network, schedule = Constant(), Schedule(4, 1, 1.0, momentum=0.5, decay_epoch=2)
+    epochs = train(network, torch.zeros(1, 1, 1, 1), torch.tensor([1]), schedule, seed=0)
+    places = [float(network.p.detach()) for _ in epochs]
+    assert np.diff([-200.0, *places]) == pytest.approx([1, 1.5, 0.1, 0.15])
+
+
+def test_published_protocol_has_the_published_numbers() -> None:
+    """1001 epochs of batch 128, and a tenth of the rate after the epoch with index 501."""
+    published = PROTOCOLS["published"]
+    assert (published.epochs, published.batch_size) == (1001, 128)
+    assert (published.momentum, published.weight_decay) == (0.9, 5e-4)
+    assert published.decay_epoch == 1000 // 2 + 1 + 1
+
+
+def test_one_hot_soft_labels_train_as_hard_ones_do() -> None:
+    """Logits whose softmax is one-hot and class numbers are the same targets."""
+    images, labels = make_data()
+    hard, soft = make_network(), make_network()
+    train_to_end(hard, images, labels, RICH, seed=0)
+    train_to_end(soft, images, hard_logits(labels, 3), RICH, seed=0)
+    torch.testing.assert_close(flatten(soft), flatten(hard), rtol=1e-4, atol=1e-5)
+
+
+def test_soft_labels_are_logits() -> None:
+    """The loss is the cross-entropy with their softmax."""
+    images, _ = make_data(6)
+    targets = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
+    network = make_network()
+    expected = -(targets.softmax(1) * network(images).log_softmax(1)).sum(1).mean()
+    (epoch,) = train(network, images, targets, replace(PLAIN, epochs=1), seed=0)
+    assert epoch.loss == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+def test_seed_alone_decides_the_result() -> None:
+    """Bit for bit, whatever the state of the global generators; another seed gives another network."""
+    images, labels = make_data()
+    results = []
+    for seed, noise in ((1, 10), (1, 20), (2, 10)):
+        torch.manual_seed(noise)
+        network = make_network()
+        train_to_end(network, images, labels, RICH, seed)
+        results.append(flatten(network))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_looking_between_epochs_changes_nothing() -> None:
+    """Measuring accuracy after each epoch leaves training mode and numbers as they were."""
+    images, labels = make_data()
+    watched, alone = make_network(), make_network()
+    for _ in train(watched, images, labels, RICH, seed=0):
+        accuracy(watched, images, labels)
+        assert watched.training
+    train_to_end(alone, images, labels, RICH, seed=0)
+    assert torch.equal(flatten(watched), flatten(alone))
+
+
+def test_a_separable_problem_is_learned() -> None:
+    """From chance to all new images right in a few epochs."""
+    images, labels = make_data(90)
+    network = make_network()
+    before = accuracy(network, images[60:], labels[60:])
+    last = train_to_end(network, images[:60], labels[:60], Schedule(30, 8, 0.05, momentum=0.9), seed=0)
+    assert before < 0.7
+    assert accuracy(network, images[60:], labels[60:]) == 1
+    assert last.number == 30
+    assert last.loss < 0.1
+
+
+def test_logits_are_predicted_in_evaluation_mode_in_chunks() -> None:
+    """Dropout and running statistics stand still, and the size of a chunk does not matter."""
+    network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Dropout(), nn.Linear(64, 3))
+    images, _ = make_data(7)
+    logits = predict_logits(network, images, batch_size=3)
+    torch.testing.assert_close(logits, predict_logits(network, images))
+    assert not logits.requires_grad
+    assert network.training
+    assert int(network.get_buffer("1.num_batches_tracked")) == 0
+
+
+def test_accuracy_is_the_share_of_images_that_are_right() -> None:
+    """Counted by hand."""
+    images = torch.tensor([[3.0, 1, 1], [0, 2, 1], [0, 1, 5], [1, 0, 0]]).view(4, 3, 1, 1)
+    assert accuracy(nn.Flatten(), images, torch.tensor([0, 1, 1, 0])) == 0.75

@@ -1,0 +1,230 @@
+"""The synthetic set as a file: whole or refused, usable as it is, and readable by others once exported."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from datm_ray.artifact import EXPORTS, Artifact, export, load, save_artifact
+from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.data import Transform, fit_transform, load_raw
+from datm_ray.data.transform import Kind
+from datm_ray.errors import ConfigError, CorruptFileError, StoreError
+from datm_ray.store.filesystem import open_location
+from datm_ray.store.tensors import write_tensors
+
+NAMES = ("a cat", "dog")
+RECIPE = {"name": "test", "distill": {"ipc": 10, "threshold": 1.5}}
+PROVENANCE = {"torch": "1", "experts": [0, 1]}
+
+
+def real_images(channels: int = 3, count: int = 20) -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (count, channels, 6, 5), dtype=np.uint8)
+
+
+def save(path: Path, kind: Kind = "zca", channels: int = 3, names: tuple[str, ...] = NAMES) -> Transform:
+    """A synthetic set whose images are the real ones, normalised."""
+    images = real_images(channels)
+    transform = fit_transform(kind, images, 255)
+    labels = torch.arange(len(images)) % len(names)
+    synthetic = SyntheticSet(
+        torch.from_numpy(transform.apply(images.astype(np.float32) / 255)),
+        torch.randn(len(images), len(names), generator=torch.Generator().manual_seed(0)),
+        torch.tensor(0.0123),
+        labels,
+    )
+    save_artifact(open_location(str(path)), synthetic, transform, names, RECIPE, PROVENANCE)
+    return transform
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "synthetic.arrow"
+    save(path)
+    return path
+
+
+@pytest.fixture
+def artifact(path: Path) -> Artifact:
+    return load(str(path))
+
+
+@pytest.mark.parametrize("kind", ["zca", "standard"])
+def test_saved_set_is_loaded_as_it_was(kind: Kind, tmp_path: Path) -> None:
+    """Bit for bit: tensors, step size, names, transform, recipe and provenance."""
+    transform = save(tmp_path / "x.arrow", kind)
+    loaded = load(str(tmp_path / "x.arrow"))
+    images = real_images().astype(np.float32) / 255
+    assert torch.equal(loaded.images, torch.from_numpy(transform.apply(images)))
+    assert torch.equal(loaded.normalise(images), loaded.images)
+    assert torch.equal(loaded.soft_labels, torch.randn(20, 2, generator=torch.Generator().manual_seed(0)))
+    assert loaded.labels.tolist() == [0, 1] * 10
+    assert loaded.step_size == float(torch.tensor(0.0123))
+    assert (loaded.class_names, loaded.recipe, loaded.provenance) == (NAMES, RECIPE, PROVENANCE)
+    assert loaded.transform.to_metadata() == transform.to_metadata()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["zca", "standard"])
+def test_pixels_of_a_real_image_are_the_image(kind: Kind, channels: int, tmp_path: Path) -> None:
+    """The transform that travels with the set leads back to the very pixels it came from."""
+    save(tmp_path / "x.arrow", kind, channels)
+    pixels = load(str(tmp_path / "x.arrow")).pixels()
+    assert pixels.dtype == np.uint8
+    assert np.array_equal(pixels, real_images(channels).transpose(0, 2, 3, 1))
+
+
+def test_pixels_are_clipped(artifact: Artifact) -> None:
+    """Learned values beyond black and white become black and white, and do not wrap around."""
+    artifact.images.copy_(artifact.normalise(np.where(real_images() > 127, np.float32(3), np.float32(-2))))
+    assert np.array_equal(artifact.pixels(), np.where(real_images() > 127, 255, 0).transpose(0, 2, 3, 1))
+
+
+def test_dataset_feeds_a_loader(artifact: Artifact) -> None:
+    """Images with class probabilities, which torch's cross-entropy takes as they are."""
+    (images, probabilities), (rest, _) = DataLoader(artifact.dataset(), batch_size=16)
+    assert (images.shape, rest.shape) == ((16, 3, 6, 5), (4, 3, 6, 5))
+    torch.testing.assert_close(probabilities, artifact.soft_labels[:16].softmax(dim=1))
+    logits = torch.zeros(16, 2)
+    assert float(torch.nn.functional.cross_entropy(logits, probabilities)) == pytest.approx(np.log(2), rel=1e-5)
+
+
+def message(path: Path) -> str:
+    with pytest.raises(CorruptFileError) as caught:
+        load(str(path))
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, -1])
+def test_truncated_file_is_refused(path: Path, keep: int) -> None:
+    """Also one that lacks its last byte, and one that is empty."""
+    path.write_bytes(path.read_bytes()[:keep])
+    message(path)
+
+
+def test_altered_byte_never_alters_the_set(path: Path) -> None:
+    """At a hundred places: the file is refused, or the byte is one that is not needed."""
+    whole, refused = path.read_bytes(), 0
+    original = load(str(path))
+    for place in np.linspace(0, len(whole) - 1, 100).astype(int):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        try:
+            altered = load(str(path))
+        except CorruptFileError:
+            refused += 1
+            continue
+        assert torch.equal(altered.images, original.images)
+        assert torch.equal(altered.soft_labels, original.soft_labels)
+        assert np.array_equal(altered.pixels(), original.pixels())
+    assert refused > 90
+
+
+def test_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    """A checkpoint is a tensor file too, and no synthetic set."""
+    path = tmp_path / "checkpoint.arrow"
+    write_tensors(open_location(str(path)), {"images": np.zeros(1)}, kind="checkpoint", metadata={})
+    assert "checkpoint" in message(path).removeprefix(str(path))
+
+
+def test_file_without_a_part_is_refused(tmp_path: Path) -> None:
+    """The message names what is missing."""
+    path = tmp_path / "synthetic.arrow"
+    write_tensors(open_location(str(path)), {"images": np.zeros(1)}, kind="synthetic-set", metadata={})
+    assert "has no part 'soft_labels'" in message(path)
+
+
+def test_file_of_another_program_is_refused(tmp_path: Path) -> None:
+    """Text, say."""
+    path = tmp_path / "notes.txt"
+    path.write_text("not a synthetic set\n" * 100)
+    message(path)
+
+
+def test_missing_file_is_a_store_error(tmp_path: Path) -> None:
+    """It says what was looked for."""
+    with pytest.raises(StoreError, match=r"none\.arrow"):
+        load(str(tmp_path / "none.arrow"))
+
+
+def test_png_export_has_a_folder_per_class(artifact: Artifact, tmp_path: Path) -> None:
+    """Lossless, and numbered in the order of the set."""
+    written = export(artifact, "png", open_location(str(tmp_path / "out")))
+    assert sorted(written) == sorted(f"{name}/{index:05d}.png" for name in NAMES for index in range(10))
+    for row, pixels in enumerate(artifact.pixels()):
+        with Image.open(tmp_path / "out" / NAMES[row % 2] / f"{row // 2:05d}.png") as image:
+            assert np.array_equal(np.asarray(image), pixels)
+
+
+def test_grey_png_has_one_channel(tmp_path: Path) -> None:
+    """Digits stay grey."""
+    save(tmp_path / "x.arrow", channels=1)
+    artifact = load(str(tmp_path / "x.arrow"))
+    export(artifact, "png", open_location(str(tmp_path / "out")))
+    with Image.open(tmp_path / "out" / "dog" / "00000.png") as image:
+        assert image.mode == "L"
+        assert np.array_equal(np.asarray(image), artifact.pixels()[1, :, :, 0])
+
+
+def test_no_image_is_lost_to_class_names_that_are_no_folder_names(tmp_path: Path) -> None:
+    """Names that differ in forbidden characters or in case alone keep folders of their own, inside the target."""
+    names = ("c/d", "c:d", "Fish", "fish", "..", "é 1")
+    save(tmp_path / "x.arrow", names=names)
+    written = export(load(str(tmp_path / "x.arrow")), "png", open_location(str(tmp_path / "out")))
+    assert len(set(written)) == 20
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 20
+    assert len({name.split("/")[0].casefold() for name in written}) == len(names)
+    assert "é 1" in {name.split("/")[0] for name in written}
+
+
+def test_parquet_export_is_read_by_our_own_source(artifact: Artifact, tmp_path: Path) -> None:
+    """The same images with the same labels and names, whichever set they end up in."""
+    assert export(artifact, "parquet", open_location(str(tmp_path))) == ["train.parquet"]
+    raw = load_raw("parquet", str(tmp_path / "train.parquet"), validation=0.3)
+    assert raw.class_names == NAMES
+    sets = (raw.train, raw.validation, raw.test)
+    found = sorted(
+        (int(label), image.tobytes()) for part in sets for label, image in zip(part.labels, part.images, strict=True)
+    )
+    assert found == sorted((row % 2, image.tobytes()) for row, image in enumerate(real_images()))
+
+
+def test_parquet_export_carries_soft_labels_and_hugging_face_metadata(artifact: Artifact, tmp_path: Path) -> None:
+    """Class probabilities row by row, and column types as `datasets` reads them."""
+    export(artifact, "parquet", open_location(str(tmp_path)))
+    table = pq.read_table(tmp_path / "train.parquet")
+    np.testing.assert_allclose(table["soft_label"].to_pylist(), artifact.dataset().tensors[1], atol=1e-7)
+    features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
+    assert list(features) == table.column_names == ["image", "label", "soft_label"]
+    assert features["label"] == {"names": list(NAMES), "_type": "ClassLabel"}
+    with Image.open(io.BytesIO(table["image"][3].as_py()["bytes"])) as image:
+        assert np.array_equal(np.asarray(image), artifact.pixels()[3])
+
+
+def test_pt_export_is_what_datms_evaluation_reads(artifact: Artifact, tmp_path: Path) -> None:
+    """Under the names its training writes: normalised images, logits, and a step size that is one number."""
+    written = export(artifact, "pt", open_location(str(tmp_path)))
+    assert written == ["images_best.pt", "labels_best.pt", "lr_best.pt"]
+    images, labels, rate = (torch.load(tmp_path / name, weights_only=True) for name in written)
+    assert torch.equal(images, artifact.images)
+    assert torch.equal(labels, artifact.soft_labels)
+    assert rate.shape == ()
+    assert float(rate) == artifact.step_size
+
+
+def test_unknown_export_is_refused_with_those_known(artifact: Artifact, tmp_path: Path) -> None:
+    """And nothing is written."""
+    with pytest.raises(ConfigError, match=r"no export 'npz'\. Choose one of: png, parquet, pt"):
+        export(artifact, "npz", open_location(str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+    assert list(EXPORTS) == ["png", "parquet", "pt"]

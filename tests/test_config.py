@@ -1,0 +1,250 @@
+"""Configurations: strict, one clear line for anything wrong, and with an identity that means something."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from datm_ray.config import (
+    RunConfig,
+    expert_fingerprint,
+    load_config,
+    load_config_text,
+    override,
+    parse_config,
+    stable_hash,
+    to_yaml,
+)
+from datm_ray.errors import ConfigError
+from datm_ray.recipes import get_recipe, recipe_names
+
+
+def refusal(text: str | bytes, folder: Path) -> str:
+    """The message with which a file is refused."""
+    path = folder / "my.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(path))
+    message = str(caught.value)
+    assert message.startswith(str(path))
+    assert "\n" not in message
+    return message.removeprefix(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("distil: {ipc: 3}", "unknown key 'distil'. Did you mean 'distill'?"),
+        ("distill: {icp: 3}", "unknown key 'distill.icp'. Did you mean 'distill.ipc'?"),
+        ("experts: {zzzz: 3}", "unknown key 'experts.zzzz'. Known keys: count, epochs, batch_size"),
+        ("1: 2", "keys should be strings"),
+        ("distill: {ipc: '10'}", "distill.ipc is '10': input should be a valid integer"),
+        ("distill: {ipc: 10.0}", "distill.ipc is 10.0: input should be a valid integer"),
+        ("seed: true", "seed is True: input should be a valid integer"),
+        ("experts: {learning_rate: fast}", "experts.learning_rate is 'fast': input should be a valid number"),
+        ("experts: {learning_rate: yes}", "experts.learning_rate is True: input should be a valid number"),
+        ("distill:", "distill is None: input should be a section of keys and values"),
+        ("distill: [1]", "distill is [1]: input should be a section of keys and values"),
+        ("dataset: {normalisation: ZCA}", "dataset.normalisation is 'ZCA': input should be 'zca' or 'standard'"),
+        ("name: my run", "name is 'my run': string should match pattern '^[A-Za-z0-9]"),
+        ("name: ../x", "name is '../x'"),
+        ("seed: -1", "seed is -1: input should be greater than or equal to 0"),
+        ("seed: 9223372036854775808", "seed is 9223372036854775808: input should be less than"),
+        ("distill: {ipc: 0}", "distill.ipc is 0: input should be greater than or equal to 1"),
+        ("experts: {learning_rate: 0}", "experts.learning_rate is 0"),
+        ("experts: {momentum: 1}", "experts.momentum is 1"),
+        ("dataset: {validation: 1.0}", "dataset.validation is 1.0"),
+        ("experts: {learning_rate: .nan}", "experts.learning_rate is nan"),
+        ("experts: {momentum: .nan}", "experts.momentum is nan"),
+        ("dataset: {validation: .nan}", "dataset.validation is nan"),
+        ("cluster: {gpus_per_worker: .inf}", "cluster.gpus_per_worker is inf"),
+        ("network: {norm: batch}", "use network.norm=instance"),
+        ("distill: {first_start: 10}", "first_start 10 leaves no start below start_bound 10"),
+        ("distill: {start_bound: 21}", "start_bound 21 exceeds final_start_bound 20"),
+        ("distill: {expand_iterations: 0}", "expand_iterations is 0, so start_bound must equal final_start_bound"),
+        ("experts: {epochs: 20}", "with expert_epochs 2 needs epoch 21, beyond the trajectory's 20"),
+        ("a: [1", "not valid YAML at line 1"),
+        ("seed: 1\nname:\tx: y", "not valid YAML at line 2"),
+        ("seed: 1\nseed: 2", "not valid YAML at line 2: 'seed' is given twice"),
+        ("distill:\n  ipc: 1\nseed: 1\ndistill:\n  threshold: 2.0", "not valid YAML at line 4: 'distill' is given"),
+        ("!!python/object/apply:os.getcwd []", "not valid YAML"),
+        ("seed: !!int many", "not valid YAML"),
+        ("name: !!timestamp soon", "not valid YAML"),
+        ("seed: *x", "not valid YAML"),
+        ("&a [*a]", "holds no configuration"),
+        ("[" * 5000, "not valid YAML"),
+        ("- 1\n- 2", "holds no configuration"),
+        ("just text", "holds no configuration"),
+        ("", "holds no configuration"),
+        (b"\x00\x01\x02", "not valid YAML"),
+        (b"\x89PNG\r\n\x1a\n", "is not a text file. Give a recipe's name"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_file_is_refused_in_one_line(text: str | bytes, expected: str, tmp_path: Path) -> None:
+    """The line names the file, the key or place, and what would be right."""
+    assert expected in refusal(text, tmp_path)
+
+
+def test_latest_start_that_still_has_a_target_is_accepted() -> None:
+    """Start 18 with a span of 2 needs epoch 20 of 20; the next does not fit."""
+    values: dict[str, Any] = {"experts": {"epochs": 20}, "distill": {"start_bound": 19, "final_start_bound": 19}}
+    parse_config(values, "test")
+    values["distill"] = {"start_bound": 20, "final_start_bound": 20}
+    with pytest.raises(ConfigError, match="needs epoch 21"):
+        parse_config(values, "test")
+
+
+def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
+    """With the operating system's reason."""
+    with pytest.raises(ConfigError, match=r"^Cannot read .*none\.yaml: No such file or directory\. Check the path\.$"):
+        load_config(str(tmp_path / "none.yaml"))
+    with pytest.raises(ConfigError, match="Is a directory"):
+        load_config(str(tmp_path))
+
+
+def test_file_gives_the_run_its_name(tmp_path: Path) -> None:
+    """Where the text gives none."""
+    (tmp_path / "mine.yaml").write_text("seed: 3")
+    (tmp_path / "other.yaml").write_text("name: chosen")
+    assert load_config(str(tmp_path / "mine.yaml")) == RunConfig(name="mine", seed=3)
+    assert load_config(str(tmp_path / "other.yaml")) == RunConfig(name="chosen")
+
+
+@pytest.mark.parametrize("number", ["1e-5", "1E-5", "1.e-5", "1.0e-05", "0.1e-4", "+1e-5", "10e-6", "0.00001"])
+def test_numbers_are_written_as_people_do(number: str) -> None:
+    """YAML 1.1 takes 1e-5 for text; here it is a number in files and overrides alike."""
+    from_file = load_config_text(f"distill: {{learning_rate_step_size: {number}}}", "test")
+    assert from_file.distill.learning_rate_step_size == pytest.approx(1e-5)
+    assert override(from_file, [f"distill.learning_rate_step_size={number}"]) == from_file
+
+
+def test_dates_and_quoted_numbers_are_text() -> None:
+    """A run may be named after a day."""
+    assert load_config_text("name: 2024-11-20", "test").name == "2024-11-20"
+    assert load_config_text("name: '1e5'", "test").name == "1e5"
+
+
+def test_whole_numbers_are_numbers() -> None:
+    """100 and 100.0 are the same learning rate, also for the identity."""
+    whole, point = (load_config_text(f"distill: {{learning_rate_images: {x}}}", "test") for x in ("100", "100.0"))
+    assert stable_hash(whole.identity()) == stable_hash(point.identity())
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipe_survives_yaml(name: str) -> None:
+    """What `recipe show` prints is read back as the same configuration."""
+    recipe = get_recipe(name)
+    assert load_config_text(to_yaml(recipe), name) == recipe
+
+
+@pytest.mark.parametrize("text", ["1e5", "2024-11-20", "007", "null", "yes", "1", ".5e3"])
+def test_text_that_looks_like_something_else_survives_yaml(text: str) -> None:
+    """Names and paths stay text; `#`, quotes and blanks too."""
+    recipe = override(get_recipe("digits-ipc1"), [f"dataset.path='a # {text}: \"b\" ...'"])
+    recipe = recipe.model_copy(update={"name": text.strip(".")})
+    recipe = recipe.model_copy(update={"dataset": recipe.dataset.model_copy(update={"source": text})})
+    assert load_config_text(to_yaml(recipe), "test") == recipe
+
+
+def test_yaml_comments_on_every_field() -> None:
+    """Each line of a value says what it is."""
+    lines = [line for line in to_yaml(RunConfig()).splitlines() if line]
+    assert all(len(line.partition("  # ")[2]) > 5 for line in lines)
+    sections = [value for value in RunConfig().model_dump().values() if isinstance(value, dict)]
+    assert len(lines) == len(RunConfig.model_fields) + sum(map(len, sections))
+
+
+def test_overrides_replace_single_values() -> None:
+    """Later ones win, values are YAML, and everything else stays."""
+    base = get_recipe("cifar10-ipc10")
+    changed = override(base, ["distill.ipc=3", " seed =7", "dataset.path=", "cluster.compile=false", "distill.ipc=4"])
+    assert (changed.distill.ipc, changed.seed, changed.dataset.path, changed.cluster.compile) == (4, 7, None, False)
+    restored = override(changed, ["distill.ipc=10", "seed=0", "cluster.compile=true"])
+    assert restored == base
+    assert override(base, []) == base
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("distill.ipc", "'distill.ipc' is no assignment. Write --set section.field=value"),
+        ("=3", "is no assignment"),
+        ("distill.icp=3", "Did you mean 'distill.ipc'?"),
+        ("nowhere.ipc=3", "unknown key 'nowhere'"),
+        (".=3", "unknown key ''"),
+        ("seed.x=3", "'seed' is no section. Known keys: name, seed, dataset"),
+        ("distill.ipc=many", "distill.ipc is 'many': input should be a valid integer"),
+        ("distill.threshold=nan", "distill.threshold is 'nan'"),
+        ("distill.ipc=[1", "not valid YAML"),
+        ("name=!!int x", "not valid YAML"),
+        ("distill=3", "distill is 3: input should be a section"),
+        ("experts.epochs=5", "beyond the trajectory's 5"),
+    ],
+)
+def test_bad_override_is_refused_in_one_line(assignment: str, expected: str) -> None:
+    """With the assignment or the key it names."""
+    with pytest.raises(ConfigError) as caught:
+        override(get_recipe("cifar10-ipc10"), [assignment])
+    assert expected in str(caught.value)
+    assert str(caught.value).startswith("--set")
+    assert "\n" not in str(caught.value)
+
+
+def test_configuration_is_frozen() -> None:
+    """Nothing changes it on the way from the file to the report."""
+    config = RunConfig()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.seed = 1  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        config.distill.ipc = 1  # type: ignore[misc]
+
+
+def test_identity_leaves_out_the_cluster_and_nothing_else() -> None:
+    """Where a run happens does not decide its result; any other value may."""
+    config = RunConfig()
+    elsewhere = override(config, ["cluster.workers=9", "cluster.device=cpu", "cluster.gpus_per_worker=0.5"])
+    assert stable_hash(elsewhere.identity()) == stable_hash(config.identity())
+    assert config.identity().keys() == RunConfig.model_fields.keys() - {"cluster"}
+    assert stable_hash(override(config, ["evaluate.seeds=6"]).identity()) != stable_hash(config.identity())
+
+
+def test_stable_hash_has_its_pinned_value() -> None:
+    """It names folders that later versions must find; the order of keys is of no matter."""
+    assert stable_hash({"a": [1, 2.5, None], "b": "é"}) == stable_hash({"b": "é", "a": [1, 2.5, None]})
+    assert stable_hash({"a": [1, 2.5, None], "b": "é"}) == "45584828a616e524"
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["seed=1", "network.width=64", "experts.epochs=99", "experts.augmentation=crop", "dataset.normalisation=standard"],
+)
+def test_expert_fingerprint_changes_with_what_experts_depend_on(change: str) -> None:
+    """Experts of different settings never share a folder."""
+    base = RunConfig()
+    assert expert_fingerprint(override(base, [change]), "d") != expert_fingerprint(base, "d")
+
+
+def test_expert_fingerprint_changes_with_the_data() -> None:
+    """The data set's own fingerprint is part of it."""
+    assert expert_fingerprint(RunConfig(), "d") != expert_fingerprint(RunConfig(), "e")
+
+
+@pytest.mark.parametrize(
+    "change", ["name=x", "experts.count=3", "distill.ipc=50", "evaluate.seeds=9", "cluster.workers=2"]
+)
+def test_runs_share_experts_that_do_not_depend_on_what_differs(change: str) -> None:
+    """More experts or another synthetic set reuse those already trained."""
+    base = RunConfig()
+    assert expert_fingerprint(override(base, [change]), "d") == expert_fingerprint(base, "d")
+
+
+def test_safe_loader_of_others_is_untouched() -> None:
+    """Our reading of YAML is our own: `yaml.safe_load` keeps its rules."""
+    assert yaml.safe_load("1e-5") == "1e-5"
+    assert str(yaml.safe_load("2024-11-20")) == "2024-11-20"
+    assert not isinstance(yaml.safe_load("2024-11-20"), str)

@@ -1,0 +1,65 @@
+"""Errors are one line of whole sentences and survive the way between processes."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+
+import pytest
+
+from datm_ray.errors import ClusterError, ConfigError, DatmError, DivergenceError, WorkerLostError
+from datm_ray.store.filesystem import AlreadyExistsError
+
+
+def all_errors(base: type[DatmError] = DatmError) -> Iterator[type[DatmError]]:
+    yield base
+    for error in base.__subclasses__():
+        yield from all_errors(error)
+
+
+ERRORS = sorted(set(all_errors()), key=lambda error: error.__name__)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
+def test_error_survives_pickling_with_all_its_fields(error: type[DatmError]) -> None:
+    """Class, fact, cause, remedy, exit code and message are the same on the other side."""
+    original = error("the fact", "the cause", remedy="the remedy")
+    copy = pickle.loads(pickle.dumps(original))
+    assert type(copy) is error
+    assert (copy.fact, copy.cause, copy.remedy) == ("the fact", "the cause", "the remedy")
+    assert str(copy) == str(original) == "The fact. The cause. The remedy."
+    assert copy.exit_code == original.exit_code
+
+
+def test_every_error_is_here() -> None:
+    """Errors defined next to their code count too."""
+    assert {DatmError, ConfigError, ClusterError, AlreadyExistsError} <= set(ERRORS)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (("it failed",), "It failed."),
+        (("it failed", "", "try again"), "It failed. Try again."),
+        (("Who?", "nobody knows!", "ask again."), "Who? Nobody knows! Ask again."),
+        (("two\n  lines", "and\ta tab"), "Two lines. And a tab."),
+    ],
+)
+def test_message_is_one_line_of_sentences(parts: tuple[str, ...], message: str) -> None:
+    """Empty parts are left out, each other one ends in one punctuation mark, and line breaks become blanks."""
+    assert str(ConfigError(*parts)) == message
+
+
+@pytest.mark.parametrize(
+    "fact", ["distill.ipc is 0", "s3://bucket/x is gone", "runs/a.arrow is gone", "my.yaml: unknown key 'x'"]
+)
+def test_keys_and_paths_stay_as_they_are_written(fact: str) -> None:
+    """A capital letter would make another key or file of them."""
+    assert str(ConfigError(fact)) == f"{fact}."
+
+
+def test_exit_code_tells_bad_input_from_failed_work() -> None:
+    """2 for what the user can mend, 1 for work that went wrong."""
+    failed = {error for error in ERRORS if error.exit_code == 1}
+    assert failed == {DivergenceError, WorkerLostError}
+    assert all(error.exit_code == 2 for error in set(ERRORS) - failed)

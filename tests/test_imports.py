@@ -1,0 +1,111 @@
+"""Which part may import which: one row per rule, read from the source, imports inside functions included."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import datm_ray
+
+ROOT = Path(datm_ray.__file__).parent
+
+CLUSTER_AND_COMMANDS = ("ray", "typer", "pydantic")
+FORBIDDEN = {
+    "core": (*CLUSTER_AND_COMMANDS, "pyarrow", "fsspec", "s3fs", "yaml", "rich"),
+    "store": (*CLUSTER_AND_COMMANDS, "torch", "yaml", "rich"),
+    "data": (*CLUSTER_AND_COMMANDS, "yaml", "rich"),
+    "runtime": ("typer", "pydantic"),
+    "report": CLUSTER_AND_COMMANDS,
+    "artifact.py": CLUSTER_AND_COMMANDS,
+    "cli.py": ("ray", "torch", "numpy", "pyarrow", "pydantic"),
+}
+"""Folder or file -> packages of others that it does without."""
+
+ALLOWED = {
+    "errors.py": (),
+    "_version.py": (),
+    "config.py": ("errors",),
+    "recipes.py": ("config", "errors"),
+    "core": ("core", "errors"),
+    "store": ("store", "errors"),
+    "data": ("data", "errors"),
+    "artifact.py": ("core", "data", "store", "errors"),
+}
+"""Folder or file -> parts of this package that it may use."""
+
+
+def imported(source: str) -> Iterator[str]:
+    """Absolute names of the modules that a source file imports, wherever in it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            assert node.module is not None
+            yield node.module
+            if node.module == "datm_ray":
+                yield from (f"datm_ray.{alias.name}" for alias in node.names)
+
+
+def imports_of(place: str) -> list[tuple[str, str]]:
+    """(file, module) of every import in a folder or file of the package."""
+    path = ROOT / place
+    files = [path] if path.is_file() else sorted(path.rglob("*.py"))
+    assert files, f"{place} does not exist: mend the table"
+    return [(str(file.relative_to(ROOT)), module) for file in files for module in imported(file.read_text())]
+
+
+def test_every_way_of_importing_is_seen() -> None:
+    """At the top, in a function, under TYPE_CHECKING, with another name, and the package's own names."""
+    source = """
+import a.b as c
+from d.e import f
+if TYPE_CHECKING:
+    import g
+def function():
+    from h import i as j
+from datm_ray import store
+"""
+    assert sorted(imported(source)) == ["a.b", "d.e", "datm_ray", "datm_ray.store", "g", "h"]
+
+
+@pytest.mark.parametrize("place", FORBIDDEN)
+def test_part_does_without(place: str) -> None:
+    """Numerics and storage need neither a cluster nor a command line."""
+    found = [(file, module) for file, module in imports_of(place) if module.split(".")[0] in FORBIDDEN[place]]
+    assert found == []
+
+
+@pytest.mark.parametrize("place", ALLOWED)
+def test_part_uses_only(place: str) -> None:
+    """Layers look downwards: `core` and `store` never meet except above them."""
+    ours = [(file, module) for file, module in imports_of(place) if module.split(".")[0] == "datm_ray"]
+    assert [(file, module) for file, module in ours if module.split(".")[1] not in ALLOWED[place]] == []
+
+
+def test_one_file_imports_ray() -> None:
+    """Ray is one of several ways to run a plan, and it has one door."""
+    users = {file for file, module in imports_of(".") if module.split(".")[0] == "ray"}
+    assert users == {str(Path("runtime", "ray_executor.py"))}
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("datm_ray.core.matching", {"ray", "typer", "pydantic", "pyarrow"}),
+        ("datm_ray.store.trajectories", {"ray", "typer", "pydantic", "torch"}),
+        ("datm_ray.runtime.pipeline", {"ray", "typer"}),
+        ("datm_ray.cli", {"ray", "torch", "numpy", "pyarrow", "pydantic"}),
+    ],
+)
+def test_importing_a_module_does_not_load(module: str, absent: set[str]) -> None:
+    """Seen in a fresh interpreter: nothing on the way loads it either."""
+    code = f"import sys, {module}\nprint(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert module in loaded
+    assert absent & set(loaded) == set()

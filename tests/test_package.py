@@ -1,0 +1,59 @@
+"""What `import datm_ray` gives, and what is installed with it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.resources
+import subprocess
+import sys
+
+import pytest
+
+import datm_ray
+
+
+def test_public_names_are_those_of_their_modules() -> None:
+    """`datm_ray.load` and the others are the functions and classes themselves."""
+    from datm_ray.artifact import Artifact, load
+    from datm_ray.config import RunConfig
+    from datm_ray.recipes import get_recipe
+
+    assert (datm_ray.Artifact, datm_ray.load) == (Artifact, load)
+    assert (datm_ray.RunConfig, datm_ray.get_recipe) == (RunConfig, get_recipe)
+    assert all(hasattr(datm_ray, name) for name in datm_ray.__all__)
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    """Public names are looked up on first use."""
+    code = (
+        "import sys, datm_ray\n"
+        "assert not {'torch', 'ray', 'numpy', 'pydantic'} & set(sys.modules), 'too much'\n"
+        "datm_ray.get_recipe\n"
+        "assert 'pydantic' in sys.modules and 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    """As for any module, so that `hasattr` works."""
+    with pytest.raises(AttributeError, match="'datm_ray' has no attribute 'lod'"):
+        _ = datm_ray.lod
+    assert not hasattr(datm_ray, "lod")
+
+
+def test_version_is_the_installed_one() -> None:
+    """One place states it; the distribution's metadata repeat it."""
+    assert datm_ray.__version__ == importlib.metadata.version("datm-ray")
+
+
+def test_types_are_shipped() -> None:
+    """Type checkers take the annotations of a package only where it has this marker."""
+    assert importlib.resources.files("datm_ray").joinpath("py.typed").is_file()
+
+
+def test_command_is_installed() -> None:
+    """`datm-ray` starts the command line."""
+    from datm_ray.cli import main
+
+    (command,) = importlib.metadata.entry_points(group="console_scripts", name="datm-ray")
+    assert command.load() is main

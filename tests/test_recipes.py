@@ -1,0 +1,111 @@
+"""Packaged recipes against the published table."""
+
+from __future__ import annotations
+
+import pytest
+
+from datm_ray.config import RunConfig
+from datm_ray.errors import ConfigError
+from datm_ray.recipes import get_recipe, recipe_names, recipe_notes
+
+# name: steps, epochs, batch, lr images, lr step size, lr labels, (min, cur, max), end, threshold
+PUBLISHED = {
+    "cifar10-ipc1": (80, 2, 10, 100, 1e-7, 5, (0, 4, 4), 0, 1.1),
+    "cifar10-ipc10": (80, 2, 100, 100, 1e-5, 2, (0, 10, 20), 1000, 1),
+    "cifar10-ipc50": (80, 2, 500, 1000, 1e-5, 2, (0, 20, 40), 2000, 1),
+    "cifar10-ipc500": (40, 2, 1000, 50, 1e-5, 10, (40, 60, 60), 0, 1),
+    "cifar10-ipc1000": (100, 2, 1000, 50, 1e-5, 10, (40, 60, 60), 0, 1),
+    "cifar100-ipc1": (40, 3, 100, 1000, 1e-5, 10, (0, 10, 20), 1000, 1),
+    "cifar100-ipc10": (80, 2, 1000, 1000, 1e-5, 10, (0, 30, 50), 2000, 1),
+    "cifar100-ipc50": (80, 2, 1000, 1000, 1e-5, 10, (20, 70, 70), 0, 1),
+    "cifar100-ipc100": (80, 2, 1000, 50, 1e-5, 10, (30, 70, 70), 0, 1),
+    "tiny-imagenet-ipc1": (40, 2, 200, 10000, 1e-4, 10, (0, 15, 20), 2000, 1),
+    "tiny-imagenet-ipc10": (40, 2, 500, 100, 1e-4, 10, (10, 50, 50), 0, 1),
+    "tiny-imagenet-ipc50": (20, 2, 1000, 100, 1e-4, 10, (40, 70, 70), 0, 1),
+}
+
+ACCURACIES = {
+    "cifar10": {1: "46.9±0.5", 10: "66.8±0.2", 50: "76.1±0.3", 500: "83.5±0.2", 1000: "85.5±0.4"},
+    "cifar100": {1: "27.9±0.2", 10: "47.2±0.4", 50: "55.0±0.2", 100: "57.5±0.2"},
+    "tiny-imagenet": {1: "17.1±0.3", 10: "31.1±0.3", 50: "39.7±0.3"},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_distillation_has_the_published_values(name: str) -> None:
+    """Each row of the authors' configuration files; a fixed range has equal bounds."""
+    d = get_recipe(name).distill
+    assert (
+        d.student_steps,
+        d.expert_epochs,
+        d.batch_size,
+        d.learning_rate_images,
+        d.learning_rate_step_size,
+        d.learning_rate_labels,
+        (d.first_start, d.start_bound, d.final_start_bound),
+        d.expand_iterations,
+        d.threshold,
+    ) == PUBLISHED[name]
+    assert (d.iterations, d.initial_step_size) == (10_000, 0.01)
+    assert d.augmentation == "color_crop_cutout_flip_scale_rotate"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_setting_around_it_is_the_published_one(name: str) -> None:
+    """Data, network, experts and evaluation."""
+    config = get_recipe(name)
+    source, ipc = name.rsplit("-ipc", 1)
+    assert (config.dataset.source, config.distill.ipc) == (source, int(ipc))
+    assert config.dataset.normalisation == "zca"
+    assert (config.network.architecture, config.network.width, config.network.norm) == ("convnet", 128, "instance")
+    assert config.network.depth == (4 if source == "tiny-imagenet" else 3)
+    experts = config.experts
+    assert (experts.count, experts.epochs, experts.batch_size) == (100, 100, 256)
+    assert (experts.learning_rate, experts.momentum, experts.weight_decay) == (0.01, 0, 0)
+    assert experts.augmentation == config.evaluate.augmentation == "color_crop_cutout_flip_scale_rotate"
+    assert (config.evaluate.protocol, config.evaluate.seeds) == ("published", 5)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_notes_quote_the_published_accuracy(name: str) -> None:
+    """So that what is measured can be compared with it."""
+    source, ipc = name.rsplit("-ipc", 1)
+    assert f"{ACCURACIES[source][int(ipc)]} %" in recipe_notes(name)
+
+
+def test_embedded_recipes_need_no_files() -> None:
+    """The digits come with scikit-learn; they are never flipped and lie first in the list."""
+    digits = [name for name in recipe_names() if name.startswith("digits-")]
+    assert {"digits-ipc1", "digits-ipc10"} <= set(digits)
+    assert recipe_names()[: len(digits)] == digits
+    for config in map(get_recipe, digits):
+        assert (config.dataset.source, config.dataset.path) == ("digits", None)
+        assert config.distill.ipc == int(config.name.removeprefix("digits-ipc"))
+        operations = {config.experts.augmentation, config.distill.augmentation, config.evaluate.augmentation}
+        assert not any("flip" in strategy for strategy in operations)
+
+
+def test_recipes_of_one_data_set_share_their_experts() -> None:
+    """Experts are the costly part: sets of several sizes are distilled from the same ones."""
+    for source in ("digits", *ACCURACIES):
+        configs = [get_recipe(name) for name in recipe_names() if name.rsplit("-ipc", 1)[0] == source]
+        assert len({(config.dataset, config.network, config.experts, config.seed) for config in configs}) == 1
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipe_is_a_valid_configuration_with_its_own_name(name: str) -> None:
+    """And with notes whose first line says what it is."""
+    config = get_recipe(name)
+    assert config.name == name
+    assert RunConfig.model_validate(config.model_dump()) == config
+    assert recipe_notes(name).splitlines()[0].endswith(("%.", ".", "experts."))
+
+
+def test_unknown_recipe_suggests_the_nearest() -> None:
+    """Or how to see them all."""
+    with pytest.raises(ConfigError, match=r"no recipe 'cifar10-icp10'\. Did you mean 'cifar10-ipc10'\?"):
+        get_recipe("cifar10-icp10")
+    with pytest.raises(ConfigError, match="recipe list"):
+        get_recipe("zzz")
+    with pytest.raises(ConfigError, match="no recipe"):
+        recipe_notes("zzz")
