@@ -51,13 +51,10 @@ class RayExecutor:
                 remedy="set cluster.gpus_per_worker=1, or cluster.device=auto",
             )
         self._cluster = cluster
-        self._owns_cluster = not ray.is_initialized()
-        if self._owns_cluster:
-            self.dashboard = _connect(address)
-        else:
-            self.dashboard = ""
+        self._owns_cluster = address is not None or not ray.is_initialized()
+        dashboard = _connect(address) if self._owns_cluster else ""
         self.workers = self._worker_count()
-        where = f", dashboard http://{self.dashboard}" if self.dashboard else ""
+        where = f", dashboard http://{dashboard}" if dashboard else ""
         self.description = f"Ray, up to {self.workers} worker(s) of {cluster.threads_per_worker} thread(s){where}"
 
     def share(self, value: Any) -> Any:
