@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from datm_ray.config import RunConfig
+    from datm_ray.pipeline import Pipeline
     from datm_ray.runtime.executor import Executor
-    from datm_ray.runtime.pipeline import Pipeline
     from datm_ray.runtime.telemetry import Reporter
     from datm_ray.store.trajectories import TrajectoryStore
 
@@ -138,7 +138,7 @@ def evaluate(
 @app.command()
 def report(out: Annotated[str, typer.Argument(metavar="OUT", help="Output folder of earlier runs.")] = "runs") -> None:
     """Write the HTML report over all runs of an output folder."""
-    from datm_ray.runtime.pipeline import Pipeline, find_runs
+    from datm_ray.pipeline import Pipeline, find_runs
 
     print(f"Report: {Pipeline(find_runs(out), out).report().uri}")
 
@@ -243,8 +243,8 @@ def _prepare(
 ) -> tuple[Pipeline, Callable[[], Executor]]:
     """The pipeline, checked, and how to start its executor."""
     configs = [_config(name, set_) for name in recipes]
-    from datm_ray.runtime.executor import create_executor
-    from datm_ray.runtime.pipeline import Pipeline
+    from datm_ray.pipeline import Pipeline
+    from datm_ray.runtime.create import create_executor
 
     pipeline = Pipeline(configs, out, store)
     return pipeline, lambda: create_executor(executor, configs[0].cluster, address)

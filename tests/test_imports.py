@@ -99,7 +99,7 @@ def test_one_file_imports_ray() -> None:
     [
         ("datm_ray.core.matching", {"ray", "typer", "pydantic", "pyarrow"}),
         ("datm_ray.store.trajectories", {"ray", "typer", "pydantic", "torch"}),
-        ("datm_ray.runtime.pipeline", {"ray", "typer"}),
+        ("datm_ray.pipeline", {"ray", "typer"}),
         ("datm_ray.cli", {"ray", "torch", "numpy", "pyarrow", "pydantic"}),
     ],
 )

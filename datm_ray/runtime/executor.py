@@ -112,31 +112,6 @@ class SerialExecutor:
         """Nothing is held."""
 
 
-EXECUTORS = ("ray", "serial")
-
-
-def create_executor(name: str, cluster: ClusterConfig, address: str | None = None) -> Executor:
-    """The executor of that name, connected and ready.
-
-    Args:
-        address: of a running Ray cluster; none starts one on this machine.
-
-    Raises:
-        ClusterError: unknown name, Ray not installed or not reachable, or too few resources.
-    """
-    if name == "serial":
-        return SerialExecutor(cluster)
-    if name != "ray":
-        raise ClusterError(f"there is no executor {name!r}", remedy=f"choose one of: {', '.join(EXECUTORS)}")
-    try:
-        from datm_ray.runtime.ray_executor import RayExecutor
-    except ImportError:
-        raise ClusterError(
-            "ray is not installed", remedy="`pip install 'ray[default]'`, or use --executor serial"
-        ) from None
-    return RayExecutor(cluster, address)
-
-
 def prepare_device(cluster: ClusterConfig) -> torch.device:
     """Set this process's thread count and choose its device; every worker calls it first.
 

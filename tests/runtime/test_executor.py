@@ -13,7 +13,8 @@ import pytest
 
 from datm_ray.config import ClusterConfig
 from datm_ray.errors import ClusterError, ConfigError, WorkerLostError
-from datm_ray.runtime.executor import Executor, Finished, Lost, Progress, Task, create_executor
+from datm_ray.runtime.create import create_executor
+from datm_ray.runtime.executor import Executor, Finished, Lost, Progress, Task
 
 
 class Squarer:

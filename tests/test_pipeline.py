@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 import torch
 
+from datm_ray import pipeline as pipeline_module
 from datm_ray.artifact import Artifact, load
 from datm_ray.config import RunConfig, to_yaml
 from datm_ray.errors import DatasetError, DivergenceError, MissingExpertsError, RunDirectoryError
-from datm_ray.runtime import pipeline as pipeline_module
+from datm_ray.pipeline import Pipeline, find_runs
 from datm_ray.runtime.distill import DistillWorker
 from datm_ray.runtime.evaluate import ROWS
-from datm_ray.runtime.executor import Event, Executor, Progress, SerialExecutor
-from datm_ray.runtime.pipeline import Pipeline, find_runs
+from datm_ray.runtime.executor import Event, Executor, Lost, Progress, SerialExecutor
 from datm_ray.runtime.telemetry import Reporter
 from datm_ray.store.trajectories import TrajectoryStore
 from tests.conftest import tiny_config
@@ -143,6 +143,44 @@ def test_a_run_killed_with_sigkill_at_random_moments_ends_with_the_same_set(tmp_
     assert process.returncode == 0
     assert kills > 0
     assert_same_set(load(str(out / "tiny/synthetic.arrow")), load(str(reference / "tiny/synthetic.arrow")))
+
+
+def actor_processes() -> list[int]:
+    """Process numbers of the workers that Ray runs on this machine; Ray names a process after its actor."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                title = (entry / "cmdline").read_bytes()
+                if title.startswith(b"ray::") and b"Worker" in title:
+                    found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_killed_ray_actors_of_every_stage_change_nothing(ray_cluster: Any, tmp_path: Path, reference: Path) -> None:
+    """One actor is killed with SIGKILL in each stage; the losses are reported and the results are the same bits."""
+    from datm_ray.runtime.ray_executor import RayExecutor
+
+    losses: list[str] = []
+
+    class Murderous(RayExecutor):
+        def run(self, *arguments: Any) -> Iterator[tuple[Any, Event]]:
+            killed = False
+            for task, event in super().run(*arguments):
+                if isinstance(event, Progress) and not killed:
+                    os.kill(actor_processes()[0], signal.SIGKILL)
+                    killed = True
+                if isinstance(event, Lost):
+                    losses.append(task.name)
+                yield task, event
+
+    config = tiny_config()
+    pipeline = run_all(config, tmp_path, lambda: Murderous(config.cluster))
+    assert len(losses) >= 2  # a killed actor may just have been idle
+    assert_same_set(load(str(tmp_path / "tiny/synthetic.arrow")), load(str(reference / "tiny/synthetic.arrow")))
+    assert accuracies(pipeline) == accuracies(Pipeline([config], str(reference)))
 
 
 def test_finished_work_is_not_done_again(reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,31 @@
+"""An executor by name; what it needs is imported only when it is chosen."""
+
+from __future__ import annotations
+
+from datm_ray.config import ClusterConfig
+from datm_ray.errors import ClusterError
+from datm_ray.runtime.executor import Executor, SerialExecutor
+
+EXECUTORS = ("ray", "serial")
+
+
+def create_executor(name: str, cluster: ClusterConfig, address: str | None = None) -> Executor:
+    """The executor of that name, connected and ready.
+
+    Args:
+        address: of a running Ray cluster; none starts one on this machine.
+
+    Raises:
+        ClusterError: unknown name, Ray not installed or not reachable, or too few resources.
+    """
+    if name == "serial":
+        return SerialExecutor(cluster)
+    if name != "ray":
+        raise ClusterError(f"there is no executor {name!r}", remedy=f"choose one of: {', '.join(EXECUTORS)}")
+    try:
+        from datm_ray.runtime.ray_executor import RayExecutor
+    except ImportError:
+        raise ClusterError(
+            "ray is not installed", remedy="`pip install 'ray[default]'`, or use --executor serial"
+        ) from None
+    return RayExecutor(cluster, address)
