@@ -84,7 +84,9 @@ def run(
         return
     pipeline.run_all(start, _reporter())
     print(pipeline.table())
-    print(f"\nReport: {pipeline.report().uri}")
+    from datm_ray.pipeline import report as write_report
+
+    print(f"\nReport: {write_report(out).uri}")
 
 
 @app.command()
@@ -138,9 +140,9 @@ def evaluate(
 @app.command()
 def report(out: Annotated[str, typer.Argument(metavar="OUT", help="Output folder of earlier runs.")] = "runs") -> None:
     """Write the HTML report over all runs of an output folder."""
-    from datm_ray.pipeline import Pipeline, find_runs
+    from datm_ray.pipeline import report as write_report
 
-    print(f"Report: {Pipeline(find_runs(out), out).report().uri}")
+    print(f"Report: {write_report(out).uri}")
 
 
 @app.command()
@@ -213,7 +215,7 @@ def store_show(uri: StoreUri) -> None:
 
 @store_app.command("verify")
 def store_verify(uri: StoreUri) -> None:
-    """Read every byte of every expert and check it against its checksums."""
+    """Read every byte of every expert, and of the transform beside them, and check it against its checksums."""
     store = _open_store(uri)
     checked = 0
     for key in store.groups():
@@ -221,6 +223,7 @@ def store_verify(uri: StoreUri) -> None:
         for number in group.experts():
             group.verify(number)
             checked += 1
+        group.read_transform()
     print(f"{checked} expert(s) are whole")
 
 

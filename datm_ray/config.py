@@ -65,7 +65,7 @@ class NetworkConfig(Section):
 class ExpertConfig(Section):
     """Training of the expert trajectories on real data: plain SGD, as in MTT."""
 
-    count: Count = 100
+    count: Annotated[int, Field(ge=1, le=100_000)] = 100
     """Number of experts."""
     epochs: Count = 100
     """Epochs of each; parameters are stored before the first and after every one."""
@@ -136,7 +136,7 @@ class EvaluateConfig(Section):
 
 
 class ClusterConfig(Section):
-    """How the work is spread. Changes where a run happens, not what it computes."""
+    """How the work is spread. Changes no result but in the last bits of float sums (threads, device, compilation)."""
 
     workers: Count | None = None
     """Parallel workers; none takes as many as the CPUs (or GPUs) allow."""
@@ -150,6 +150,10 @@ class ClusterConfig(Section):
     """Compile the student step where a C++ compiler is present."""
     retries: Annotated[int, Field(ge=0)] = 3
     """How often a task is given to a new worker after its worker died."""
+
+
+RESERVED_NAMES = frozenset({"experts", "controls", "report.html", "summary.json"})
+"""What lies beside the runs in an output folder."""
 
 
 class RunConfig(Section):
@@ -168,6 +172,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _ranges_are_possible(self) -> RunConfig:
+        if self.name in RESERVED_NAMES:
+            raise ValueError(f"name is {self.name!r}, which is a file or folder beside the runs; choose another name")
         d = self.distill
         if d.first_start >= d.start_bound:
             raise ValueError(f"distill.first_start {d.first_start} leaves no start below start_bound {d.start_bound}")
@@ -189,8 +195,12 @@ class RunConfig(Section):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """Everything that decides the result, as plain data: all but `cluster`."""
-        return self.model_dump(exclude={"cluster"})
+        """Everything that decides the synthetic set and each single accuracy, as plain data.
+
+        Not `cluster`; not where the data set lies, for its content has a fingerprint; and not how many networks are
+        scored, for more can be added to a finished run.
+        """
+        return self.model_dump(exclude={"cluster": True, "dataset": {"path"}, "evaluate": {"seeds"}})
 
 
 def stable_hash(value: Any) -> str:

@@ -25,16 +25,19 @@ class DatmError(Exception):
         super().__init__(fact, cause, remedy)
 
     def __str__(self) -> str:
-        sentences = [_sentence(part) for part in (self.fact, self.cause, self.remedy) if part.strip()]
+        # The fact may begin with a user's key, path or command, which stays as it was typed.
+        sentences = [_ended(self.fact), *(_ended(_capital(part)) for part in (self.cause, self.remedy))]
         return " ".join(" ".join(sentences).split())
 
 
-def _sentence(text: str) -> str:
-    end = "" if text.endswith((".", "?", "!")) else "."
+def _ended(text: str) -> str:
     text = text.strip()
-    first = text.split()[0]
-    # Keys, paths and commands stay as they are typed.
-    return (text[0].upper() if first.isalpha() else text[0]) + text[1:] + end
+    return text if not text or text.endswith((".", "?", "!")) else f"{text}."
+
+
+def _capital(text: str) -> str:
+    words = text.split()
+    return text[0].upper() + text[1:] if words and words[0].isalpha() else text
 
 
 class ConfigError(DatmError):

@@ -4,6 +4,7 @@ An output folder holds any number of runs that share experts and controls:
 
     <out>/experts/                the trajectory store, unless another one is given
     <out>/<run>/recipe.yaml       the run's configuration
+    <out>/<run>/dataset.json      fingerprint and size of its data set
     <out>/<run>/*.arrow           see `distill`
     <out>/<run>/evaluation/       one JSON file per row and seed
     <out>/controls/               training on all real data, shared by runs
@@ -28,7 +29,7 @@ from datm_ray.core.networks import build_network
 from datm_ray.data.dataset import Dataset, prepare
 from datm_ray.data.sources import RawDataset, load_raw
 from datm_ray.data.transform import Transform
-from datm_ray.errors import DatasetError, MissingExpertsError, RunDirectoryError
+from datm_ray.errors import ClusterError, ConfigError, DatasetError, MissingExpertsError, RunDirectoryError
 from datm_ray.report import RunSummary, accuracy_table, write_report, write_summary
 from datm_ray.runtime.distill import SYNTHETIC, DistillWorker
 from datm_ray.runtime.evaluate import ROWS, EvaluateWorker, read_scores, result_location
@@ -38,7 +39,7 @@ from datm_ray.runtime.telemetry import Reporter
 from datm_ray.store.filesystem import Location, open_location
 from datm_ray.store.trajectories import ExpertGroup
 
-RECIPE = "recipe.yaml"
+RECIPE, DATA = "recipe.yaml", "dataset.json"
 
 DatasetTask = tuple[DatasetConfig, Task]
 """A task, and the data set its worker must hold."""
@@ -56,11 +57,12 @@ class Pipeline:
     def __init__(self, configs: Sequence[RunConfig], out: str, store: str | None = None) -> None:
         self.configs = list(configs)
         self.out = open_location(out)
-        self.store_uri = store or f"{out.rstrip('/')}/experts"
+        # Absolute, for workers resolve it too and may have another working directory.
+        self.store_uri = open_location(store).uri if store else (self.out / "experts").uri
         self._raw: dict[DatasetConfig, RawDataset] = {}
         self._prepared: dict[DatasetConfig, Dataset] = {}
         _require_distinct_names(self.configs)
-        open_location(self.store_uri)
+        _require_one_cluster(self.configs)
         for config in self.configs:
             self._check_folder(config)
             self._check_data(config)
@@ -112,23 +114,20 @@ class Pipeline:
 
     def table(self) -> str:
         """The accuracy table as text."""
-        return accuracy_table(self._summaries())
-
-    def report(self) -> Location:
-        """Write the HTML report, and the same figures as summary.json; the report's place."""
-        summaries = self._summaries()
-        write_summary(self.out, summaries)
-        return write_report(self.out, summaries)
+        return accuracy_table(_summaries(self.out, self.configs))
 
     # --- stages ---------------------------------------------------------------------------------------------------
 
     @contextmanager
     def _started(self, start: Callable[[], Executor], reporter: Reporter) -> Iterator[Executor]:
+        self.out.require_writable()
+        open_location(self.store_uri).require_writable()
         executor = start()
         try:
             reporter.message(f"Running on {executor.description}")
             for config in self.configs:
                 (self._folder(config) / RECIPE).write_text(to_yaml(config))
+                (self._folder(config) / DATA).write_json(self._data_note(config))
             yield executor
         finally:
             executor.close()
@@ -139,7 +138,7 @@ class Pipeline:
             if not group.has_transform():
                 transform = self._dataset(config).transform
                 group.write_transform(transform.to_arrays(), transform.to_metadata())
-        self._run("Experts", ExpertWorker, "train", self._expert_tasks(), executor, reporter)
+        self._run("Experts", ExpertWorker, "train", self._expert_tasks, executor, reporter)
 
     def _expert_tasks(self) -> list[DatasetTask]:
         tasks: dict[tuple[str, int], DatasetTask] = {}
@@ -153,7 +152,7 @@ class Pipeline:
         return list(tasks.values())
 
     def _distill(self, executor: Executor, reporter: Reporter) -> None:
-        self._run("Distillation", DistillWorker, "distill", self._distill_tasks(), executor, reporter)
+        self._run("Distillation", DistillWorker, "distill", self._distill_tasks, executor, reporter)
 
     def _distill_tasks(self) -> list[DatasetTask]:
         return [
@@ -163,7 +162,7 @@ class Pipeline:
         ]
 
     def _evaluate(self, executor: Executor, reporter: Reporter) -> None:
-        self._run("Evaluation", EvaluateWorker, "evaluate", self._evaluate_tasks(), executor, reporter)
+        self._run("Evaluation", EvaluateWorker, "evaluate", self._evaluate_tasks, executor, reporter)
 
     def _evaluate_tasks(self) -> list[DatasetTask]:
         tasks: dict[str, DatasetTask] = {}
@@ -183,11 +182,16 @@ class Pipeline:
         title: str,
         worker: Callable[..., Any],
         method: str,
-        tasks: Sequence[DatasetTask],
+        open_tasks: Callable[[], Sequence[DatasetTask]],
         executor: Executor,
         reporter: Reporter,
     ) -> None:
-        """Run the tasks of one stage, data set by data set."""
+        """Run the open tasks of one stage, data set by data set.
+
+        Raises:
+            ClusterError: afterwards, where workers have written to a place that this process does not see.
+        """
+        tasks = open_tasks()
         if not tasks:
             reporter.message(f"{title}: nothing to do, all finished")
             return
@@ -199,6 +203,12 @@ class Pipeline:
                 setup = (executor.share(self._prepared_dataset(dataset)), self.configs[0].cluster)
                 for task, event in executor.run(worker, setup, method, group):
                     stage.event(task, event)
+        if unseen := open_tasks():
+            raise ClusterError(
+                f"{title}: {len(unseen)} result(s), {unseen[0][1].name} the first, cannot be seen from here",
+                "the workers run on machines that do not share this disk",
+                "give --out and --store on a shared file system or on s3://",
+            )
 
     # --- what stages need -----------------------------------------------------------------------------------------
 
@@ -247,6 +257,13 @@ class Pipeline:
             d = config.dataset
             self._raw[d] = load_raw(d.source, d.path, resize=d.resize, validation=d.validation)
         raw = self._raw[config.dataset]
+        note = self._folder(config) / DATA
+        if note.exists() and note.read_json() != self._data_note(config):
+            raise RunDirectoryError(
+                f"{self._folder(config).uri} holds a run on other images than those of {raw.name}",
+                "the data set was changed, or dataset.path leads to another one",
+                "give another --out or --set name=...",
+            )
         smallest = int(np.bincount(raw.train.labels, minlength=raw.classes).min())
         if config.distill.ipc > smallest:
             raise DatasetError(
@@ -268,25 +285,33 @@ class Pipeline:
                 f"run `datm-ray experts {config.name}` with the same --out and --store first",
             )
 
-    def _summaries(self) -> list[RunSummary]:
-        return [
-            RunSummary(
-                config,
-                self._folder(config),
-                read_scores(self.out, config, self._raw[config.dataset].fingerprint),
-                len(self._raw[config.dataset].train),
-            )
-            for config in self.configs
-        ]
+    def _data_note(self, config: RunConfig) -> dict[str, Any]:
+        raw = self._raw[config.dataset]
+        return {"name": raw.name, "fingerprint": raw.fingerprint, "training_images": len(raw.train)}
 
 
-def find_runs(out: str) -> list[RunConfig]:
-    """The configurations of all runs in an output folder.
+def report(out: str) -> Location:
+    """Write report.html and summary.json over all runs of an output folder; needs no data set. The report's place.
 
     Raises:
-        RunDirectoryError: there are none.
+        RunDirectoryError: the folder holds no runs.
     """
     folder = open_location(out)
+    summaries = _summaries(folder, _find_runs(folder))
+    write_summary(folder, summaries)
+    return write_report(folder, summaries)
+
+
+def _summaries(out: Location, configs: Sequence[RunConfig]) -> list[RunSummary]:
+    summaries = []
+    for config in configs:
+        note = (out / config.name / DATA).read_json()
+        scores = read_scores(out, config, note["fingerprint"])
+        summaries.append(RunSummary(config, out / config.name, scores, note["training_images"]))
+    return summaries
+
+
+def _find_runs(folder: Location) -> list[RunConfig]:
     recipes = [folder / name / RECIPE for name in folder.list()]
     configs = [
         load_config_text(recipe.read_bytes().decode(errors="replace"), recipe.uri)
@@ -294,7 +319,7 @@ def find_runs(out: str) -> list[RunConfig]:
         if recipe.exists()
     ]
     if not configs:
-        raise RunDirectoryError(f"{out} holds no runs", remedy="give the --out folder of an earlier `datm-ray run`")
+        raise RunDirectoryError(f"{folder.uri} holds no runs", remedy="give the --out of an earlier `datm-ray run`")
     return configs
 
 
@@ -305,6 +330,14 @@ def _require_distinct_names(configs: Sequence[RunConfig]) -> None:
         raise RunDirectoryError(
             f"two runs are both named {twice[0]!r}",
             remedy="give each recipe once; runs under one --out need different names",
+        )
+
+
+def _require_one_cluster(configs: Sequence[RunConfig]) -> None:
+    if any(config.cluster != configs[0].cluster for config in configs):
+        raise ConfigError(
+            "the recipes differ in their cluster sections, and runs of one command share their workers",
+            remedy="make the sections alike, or give one command for each",
         )
 
 

@@ -75,6 +75,9 @@ BAD_INPUT = {
         ["run", "digits-ipc1", "--set", "dataset.source=folder", "--set", "dataset.path=absent"],
         "absent",
     ),
+    "path for digits": (["run", "digits-ipc1", "--set", "dataset.path=absent"], "take no dataset.path"),
+    "reserved name": (["run", "digits-ipc1", "--set", "name=experts"], "choose another name"),
+    "folder is a file": (["run", "digits-ipc1", "--out", "/dev/null/runs"], "/dev/null is not a folder"),
     "unknown source": (["run", "digits-ipc1", "--set", "dataset.source=digit"], "digits"),
     "same run twice": (["run", "digits-ipc1", "digits-ipc1"], "named 'digits-ipc1'"),
     "unknown scheme": (["run", "digits-ipc1", "--out", "gopher://x/y"], "gopher"),
@@ -134,7 +137,8 @@ def test_an_output_folder_that_cannot_be_written_is_one_line(datm_ray: CommandLi
     (tmp_path / "taken").write_text("")
     code, _, err = datm_ray("run", "digits-ipc1", "--out", "taken", "--executor", "serial")
     assert code == 2
-    assert err.splitlines()[-1].startswith("datm-ray: Cannot write")
+    assert err.startswith("datm-ray: Cannot write")
+    assert len(err.splitlines()) == 1
 
 
 def test_a_truncated_store_file_is_named(datm_ray: CommandLine, finished: Path, tmp_path: Path) -> None:

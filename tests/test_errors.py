@@ -27,7 +27,7 @@ def test_error_survives_pickling_with_all_its_fields(error: type[DatmError]) -> 
     copy = pickle.loads(pickle.dumps(original))
     assert type(copy) is error
     assert (copy.fact, copy.cause, copy.remedy) == ("the fact", "the cause", "the remedy")
-    assert str(copy) == str(original) == "The fact. The cause. The remedy."
+    assert str(copy) == str(original) == "the fact. The cause. The remedy."
     assert copy.exit_code == original.exit_code
 
 
@@ -39,10 +39,10 @@ def test_every_error_is_here() -> None:
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        (("it failed",), "It failed."),
-        (("it failed", "", "try again"), "It failed. Try again."),
+        (("it failed",), "it failed."),
+        (("it failed", "", "try again"), "it failed. Try again."),
         (("Who?", "nobody knows!", "ask again."), "Who? Nobody knows! Ask again."),
-        (("two\n  lines", "and\ta tab"), "Two lines. And a tab."),
+        (("two\n  lines", "and\ta tab"), "two lines. And a tab."),
     ],
 )
 def test_message_is_one_line_of_sentences(parts: tuple[str, ...], message: str) -> None:
@@ -51,7 +51,14 @@ def test_message_is_one_line_of_sentences(parts: tuple[str, ...], message: str) 
 
 
 @pytest.mark.parametrize(
-    "fact", ["distill.ipc is 0", "s3://bucket/x is gone", "runs/a.arrow is gone", "my.yaml: unknown key 'x'"]
+    "fact",
+    [
+        "distill.ipc is 0",
+        "o holds no experts",
+        "s3://bucket/x is gone",
+        "runs/a.arrow is gone",
+        "my.yaml: unknown key 'x'",
+    ],
 )
 def test_keys_and_paths_stay_as_they_are_written(fact: str) -> None:
     """A capital letter would make another key or file of them."""

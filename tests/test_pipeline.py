@@ -20,11 +20,19 @@ import torch
 from datm_ray import pipeline as pipeline_module
 from datm_ray.artifact import Artifact, load
 from datm_ray.config import RunConfig, to_yaml
-from datm_ray.errors import DatasetError, DivergenceError, MissingExpertsError, RunDirectoryError
-from datm_ray.pipeline import Pipeline, find_runs
+from datm_ray.errors import (
+    ClusterError,
+    ConfigError,
+    DatasetError,
+    DivergenceError,
+    MissingExpertsError,
+    RunDirectoryError,
+)
+from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.distill import DistillWorker
 from datm_ray.runtime.evaluate import ROWS
 from datm_ray.runtime.executor import Event, Executor, Lost, Progress, SerialExecutor
+from datm_ray.runtime.experts import expert_group
 from datm_ray.runtime.telemetry import Reporter
 from datm_ray.store.trajectories import TrajectoryStore
 from tests.conftest import tiny_config
@@ -58,7 +66,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def accuracies(pipeline: Pipeline) -> dict[str, tuple[float, ...]]:
-    (summary,) = pipeline._summaries()
+    (summary,) = pipeline_module._summaries(pipeline.out, pipeline.configs)
     return {score.row: score.accuracies for score in summary.scores}
 
 
@@ -72,7 +80,7 @@ def test_a_run_leaves_experts_a_set_and_every_row_of_the_table(reference: Path) 
     assert artifact.images.shape == (10, 1, 8, 8)
     assert artifact.labels.tolist() == list(range(10))
     assert {row: len(values) for row, values in accuracies(pipeline).items()} == dict.fromkeys(ROWS, 2)
-    assert pipeline.report().exists()
+    assert pipeline_module.report(str(reference)).exists()
 
 
 def test_distillation_changes_images_labels_and_step_size(reference: Path) -> None:
@@ -201,7 +209,8 @@ def test_runs_of_one_folder_share_experts_and_the_full_data_control(tmp_path: Pa
     assert pipeline.plan()[0].startswith("2 experts to train")
     pipeline.run_all(serial(configs[0]), QUIET)
     assert len(list((tmp_path / "controls").glob("*/full-*.json"))) == 2
-    assert [config.name for config in find_runs(str(tmp_path))] == ["other", "tiny"]
+    report = pipeline_module.report(str(tmp_path)).read_bytes().decode()
+    assert report.index("other") < report.index("tiny")
     table = pipeline.table()
     assert "tiny" in table
     assert "other" in table
@@ -213,6 +222,7 @@ def test_divergence_names_the_iteration_and_keeps_the_last_good_state(tmp_path: 
     with pytest.raises(DivergenceError, match=r"diverged at iteration \d+"):
         run_all(config, tmp_path)
     assert not (tmp_path / "tiny/synthetic.arrow").exists()
+    assert torch.isfinite(load(str(tmp_path / "tiny/last-good.arrow")).images).all()
     checkpoint = pipeline_module.open_location(str(tmp_path / "tiny/checkpoint.arrow"))
     from datm_ray.store.tensors import read_tensors
 
@@ -232,6 +242,57 @@ def test_more_images_per_class_than_a_class_has_is_refused(tmp_path: Path) -> No
     with pytest.raises(DatasetError, match=r"distill\.ipc is 5000"):
         Pipeline([tiny_config("distill.ipc=5000")], str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_more_networks_can_be_scored_on_a_finished_run(tmp_path: Path) -> None:
+    """More seeds later are added to those that are there; nothing else is done again."""
+    run_all(tiny_config("evaluate.seeds=1"), tmp_path)
+    pipeline = Pipeline([tiny_config("evaluate.seeds=2")], str(tmp_path))
+    assert [line.split()[0] for line in pipeline.plan()] == ["0", "0", "4"]
+
+
+def test_changed_images_under_a_finished_run_are_noticed(reference: Path, tmp_path: Path) -> None:
+    """The content of the data set decides, wherever it lies."""
+    import json
+    import shutil
+
+    shutil.copytree(reference, tmp_path / "copy")
+    note = tmp_path / "copy/tiny/dataset.json"
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"fingerprint": "0" * 16}))
+    with pytest.raises(RunDirectoryError, match="other images"):
+        Pipeline([tiny_config()], str(tmp_path / "copy"))
+
+
+def test_places_given_to_workers_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker may have another working directory than the command line."""
+    monkeypatch.chdir(tmp_path)
+    pipeline = Pipeline([tiny_config()], "runs", "store")
+    assert pipeline.store_uri == str(tmp_path / "store")
+    assert Pipeline([tiny_config()], "runs").store_uri == str(tmp_path / "runs/experts")
+
+
+def test_results_that_workers_wrote_elsewhere_are_missed_at_once(tmp_path: Path) -> None:
+    """Workers without a shared disk end the stage with one clear error, not the next stage with a riddle."""
+
+    class Elsewhere(SerialExecutor):
+        def run(self, worker: Any, setup: Any, method: str, tasks: Any) -> Iterator[tuple[Any, Event]]:
+            yield from ()
+
+    config = tiny_config()
+    with pytest.raises(ClusterError, match=r"do not share this disk.*s3://"):
+        run_all(config, tmp_path, lambda: Elsewhere(config.cluster))
+
+
+def test_recipes_with_different_clusters_are_refused(tmp_path: Path) -> None:
+    """Runs of one command share their workers."""
+    with pytest.raises(ConfigError, match="cluster sections"):
+        Pipeline([tiny_config(), tiny_config("name=other", "cluster.threads_per_worker=2")], str(tmp_path))
+
+
+def test_any_folder_name_becomes_a_group_of_the_store(tmp_path: Path) -> None:
+    """A data set may be called after a folder with blanks or accents."""
+    for name, folder in (("my data", "my-data"), ("_données", "donn-es"), ("日本", "dataset")):
+        assert expert_group(str(tmp_path), tiny_config(), name, "f").key.dataset == folder
 
 
 def test_stages_that_lack_their_input_name_the_command_to_run_first(tmp_path: Path, tiny: RunConfig) -> None:

@@ -150,7 +150,7 @@ class Distillation:
             f"distillation diverged at iteration {self.iteration}: {what}",
             "a learning rate is too high for these experts",
             "lower distill.learning_rate_images or learning_rate_step_size and start with a new --out; "
-            "the state before this iteration has been saved",
+            "the set as it was before is saved as last-good.arrow",
         )
 
     def to_arrays(self) -> dict[str, NDArray[np.generic]]:

@@ -18,9 +18,7 @@ passes `all_sum`, which adds a tensor over all shards (see `runtime`). Tests: te
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,8 +35,6 @@ from datm_ray.core.parameters import FlatNetwork
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.errors import ConfigError
-
-logger = logging.getLogger(__name__)
 
 AllSum = Callable[[Tensor], Tensor]
 """Adds a tensor over all class shards and gives every shard the sum."""
@@ -99,6 +95,7 @@ class StudentStepFunctions:
     Attributes:
         forward: (theta [p], x [b c h w], y [b k], weights [b]) -> g [p], the student's gradient.
         reverse: (theta, x, y, weights, v [p]) -> (s [], ds/dtheta [p], ds/dx, ds/dy) with s = <v, g>.
+        note: one line on why they are not compiled although asked to be; "" otherwise.
 
     Raises:
         ConfigError: the network couples the samples of a batch, so that no step is a sum over samples.
@@ -126,21 +123,29 @@ class StudentStepFunctions:
 
         self.forward: Callable[..., Tensor] = grad(loss)
         self.reverse: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = reverse
-        if compiled and can_compile():
-            # On a CPU the generated kernels are called from generated C++: for the small networks one distils on
-            # CPUs, Python's calls would be a fifth to a third of the step.
-            options: dict[str, Any] = {"cpp_wrapper": network.device.type == "cpu"}
+        self.note = compiler_problem(network.device.type) if compiled else ""
+        if compiled and not self.note:
+            options = _compile_options(network.device.type)
             self.forward = torch.compile(self.forward, fullgraph=True, dynamic=False, options=options)
             self.reverse = torch.compile(self.reverse, fullgraph=True, dynamic=False, options=options)
 
 
-def can_compile() -> bool:
-    """Whether torch.compile has the C++ compiler it needs; says so once where it has not."""
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) or shutil.which("clang++"):
-        return True
-    logger.warning("no C++ compiler (%s) was found: running without torch.compile, about half as fast", compiler)
-    return False
+@functools.cache
+def compiler_problem(device_type: str) -> str:
+    """Why torch.compile does not work on this machine, in one line; "" where it does. Tried out once per process."""
+    trial = torch.compile(torch.sin, fullgraph=True, dynamic=False, options=_compile_options(device_type))
+    try:
+        trial(torch.zeros(8, device=device_type))
+    except Exception as failure:  # whatever a missing or broken toolchain raises, from any layer
+        reason = next(iter(str(failure).strip().splitlines()), type(failure).__name__)
+        return f"torch.compile does not work here ({reason[:120]}): running without it, about half as fast"
+    return ""
+
+
+def _compile_options(device_type: str) -> dict[str, Any]:
+    # On a CPU the generated kernels are called from generated C++: for the small networks one distils on CPUs,
+    # Python's calls would be a fifth to a third of the step.
+    return {"cpp_wrapper": device_type == "cpu"}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Not covered here: parameters as one vector (`parameters.py`) and training (`trai
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -87,7 +88,7 @@ def _normalisation(norm: Norm, width: int) -> nn.Module:
         # The literature's "instancenorm": one group per channel, with a learned scale and shift.
         return nn.GroupNorm(width, width)
     if norm == "group":
-        return nn.GroupNorm(min(32, width), width)
+        return nn.GroupNorm(math.gcd(32, width), width)  # at most 32 groups, all of one size
     if norm == "batch":
         return nn.BatchNorm2d(width)
     return nn.Identity()

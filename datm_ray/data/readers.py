@@ -32,6 +32,12 @@ def _digits(request: Request) -> Loaded:
     """scikit-learn's bundled handwritten digits: 1797 images of 8x8 pixels, values 0..16; needs no files."""
     from sklearn.datasets import load_digits
 
+    if request.path is not None:
+        raise DatasetError(
+            "the digits come with scikit-learn and take no dataset.path",
+            f"it is {request.path!r}",
+            "leave it out, or choose another dataset.source",
+        )
     bunch = load_digits()
     images = bunch.images.astype(np.uint8)[:, None]
     levels = 16

@@ -4,6 +4,7 @@ The files of a run's folder, each written atomically:
     initial.arrow      the set before the first iteration
     checkpoint.arrow   the whole state, replaced every `checkpoint_every` iterations and kept at the end
     synthetic.arrow    the result; there only when the distillation is finished
+    last-good.arrow    after a divergence: the set as it was before
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from datm_ray.core.synthetic import SyntheticSet, correct_rows, mean_correct_log
 from datm_ray.core.training import PROTOCOLS, Schedule, accuracy, predict_logits, train_to_end
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import DivergenceError, MissingExpertsError
-from datm_ray.runtime.executor import Finished, Progress, prepare_device, to_device
+from datm_ray.runtime.executor import Event, Finished, Note, Progress, prepare_device, to_device
 from datm_ray.runtime.experts import expert_group, network_spec
 from datm_ray.runtime.provenance import provenance
 from datm_ray.store.filesystem import Location, open_location
@@ -38,6 +39,7 @@ from datm_ray.store.tensors import read_tensors, write_tensors
 from datm_ray.store.trajectories import ExpertGroup
 
 INITIAL, CHECKPOINT, SYNTHETIC = "initial.arrow", "checkpoint.arrow", "synthetic.arrow"
+LAST_GOOD = "last-good.arrow"
 CHECKPOINT_KIND = "checkpoint"
 
 
@@ -82,7 +84,7 @@ class DistillWorker:
         self._cluster = cluster
         self._dataset = dataset
 
-    def distill(self, config: RunConfig, store_uri: str, folder_uri: str) -> Iterator[Progress | Finished]:
+    def distill(self, config: RunConfig, store_uri: str, folder_uri: str) -> Iterator[Event]:
         """Distil one recipe into its folder, from the last checkpoint if there is one.
 
         Raises:
@@ -96,6 +98,8 @@ class DistillWorker:
         experts = ExpertNetworks(config, self._dataset, store_uri, self._device)
         state = self._resume_or_start(config, experts, folder)
         functions = StudentStepFunctions(FlatNetwork(experts.network), compiled=self._cluster.compile)
+        if functions.note:
+            yield Note(functions.note)
         settings = config.distill
         total = settings.iterations
         while state.iteration < total:
@@ -103,6 +107,7 @@ class DistillWorker:
                 loss = self._iterate(config, experts, state, functions)
             except DivergenceError:
                 self._save_checkpoint(state, config, folder)
+                self._save_set(state.synthetic, config, experts.group, folder / LAST_GOOD)
                 raise
             values = {"loss": loss, "step_size": float(state.synthetic.step_size), "skipped": float(state.skipped)}
             if state.iteration % settings.validate_every == 0 or state.iteration == total:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from datm_ray.artifact import read_artifact
 from datm_ray.config import ClusterConfig, RunConfig, stable_hash
@@ -95,19 +95,24 @@ class EvaluateWorker:
             epochs = config.evaluate.real_epochs
             schedule = dataclasses.replace(schedule, epochs=epochs, decay_epoch=(epochs + 1) // 2)
         candidates = (step_size,) if step_size else CONTROL_STEP_SIZES
-        trials = []
+        trials: list[_Trial] = []
         for candidate in candidates:
-            trial = dataclasses.replace(schedule, learning_rate=candidate)
-            trials.append((*self._train(config, images, targets, trial, seed), candidate))
-            yield Progress(len(trials), len(candidates), {"validation": trials[-1][0]})
-        validation, test, chosen = max(trials, key=lambda trial: trial[0])
+            trial_schedule = dataclasses.replace(schedule, learning_rate=candidate)
+            trials.append(self._trial(config, images, targets, trial_schedule, seed))
+            yield Progress(len(trials), len(candidates), {"validation": trials[-1].validation_accuracy})
+        chosen = max(trials, key=lambda trial: trial.validation_accuracy)
+        test_accuracy = accuracy(
+            chosen.network,
+            to_device(self._dataset.test_images, self._device),
+            to_device(self._dataset.test_labels, self._device),
+        )
         result = {
             "row": row,
             "number": number,
             "seed": seed,
-            "test_accuracy": test,
-            "validation_accuracy": validation,
-            "step_size": chosen,
+            "test_accuracy": test_accuracy,
+            "validation_accuracy": chosen.validation_accuracy,
+            "step_size": chosen.step_size,
             "images": len(images),
             "seconds": time.monotonic() - started,
             "provenance": provenance(self._device),
@@ -137,24 +142,27 @@ class EvaluateWorker:
             self._experts[config.name] = ExpertNetworks(config, self._dataset, store_uri, self._device)
         return self._experts[config.name]
 
-    def _train(
-        self, config: RunConfig, images: Tensor, targets: Tensor, schedule: Schedule, seed: int
-    ) -> tuple[float, float]:
-        """(validation accuracy, test accuracy) of a fresh network."""
+    def _trial(self, config: RunConfig, images: Tensor, targets: Tensor, schedule: Schedule, seed: int) -> _Trial:
+        """A fresh network, trained and scored on validation data."""
         dataset = self._dataset
         network = build_network(network_spec(config, dataset.channels, dataset.size, dataset.classes), seed)
         network.to(self._device)
         train_to_end(network, images, targets, schedule, seed)
-        return (
-            accuracy(
-                network,
-                to_device(dataset.validation_images, self._device),
-                to_device(dataset.validation_labels, self._device),
-            ),
-            accuracy(
-                network, to_device(dataset.test_images, self._device), to_device(dataset.test_labels, self._device)
-            ),
+        validation_accuracy = accuracy(
+            network,
+            to_device(dataset.validation_images, self._device),
+            to_device(dataset.validation_labels, self._device),
         )
+        return _Trial(network, schedule.learning_rate, validation_accuracy)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A network trained with one of the learning rates that may be chosen from."""
+
+    network: nn.Module
+    step_size: float
+    validation_accuracy: float
 
 
 def result_location(out: Location, config: RunConfig, dataset_fingerprint: str, row: str, number: int) -> Location:

@@ -46,7 +46,14 @@ class Lost:
     """Of the attempt that failed, counted from 1."""
 
 
-Event = Progress | Finished | Lost
+@dataclass(frozen=True)
+class Note:
+    """Something the user should know."""
+
+    text: str
+
+
+Event = Progress | Finished | Lost | Note
 
 
 @dataclass(frozen=True)

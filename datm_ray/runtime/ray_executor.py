@@ -146,7 +146,8 @@ def _ready(running: list[_Running]) -> list[_Running]:
 def _connect(address: str | None) -> str:
     """Connect to, or start, a cluster. Returns the dashboard's host and port, or ""."""
     address = address or os.environ.get("RAY_ADDRESS")
-    where = {"address": address} if address else {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
+    # "local", for without an address Ray would join whatever cluster was last started on this machine.
+    where: dict[str, Any] = {"address": address} if address else {"address": "local", "dashboard_host": "127.0.0.1"}
     try:
         if address:
             _require_listener(address)
@@ -156,7 +157,7 @@ def _connect(address: str | None) -> str:
             f"cannot connect to Ray at {address}: {_first_line(failure)}"
             if address
             else f"Ray does not start on this machine: {_first_line(failure)}",
-            remedy="check the address (`ray status` on the cluster), or use --executor serial",
+            remedy="check the address, and the token if the cluster asks for one; or use --executor serial",
         ) from None
     return str(context.dashboard_url or "")
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
-from datm_ray.runtime.executor import Event, Finished, Lost, Progress, Task
+from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, Task
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars, TaskID
@@ -61,8 +61,8 @@ class _LineStage:
 
     def event(self, task: Task, event: Event) -> None:
         now = time.monotonic()
-        if isinstance(event, Lost):
-            self._reporter.message(_lost(task, event))
+        if isinstance(event, Lost | Note):
+            self._reporter.message(_line(task, event))
         elif isinstance(event, Finished):
             self._finished += 1
             if self._finished == self._tasks:
@@ -84,8 +84,10 @@ class _BarStage:
         self._rows: dict[str, TaskID] = {}
 
     def event(self, task: Task, event: Event) -> None:
-        if isinstance(event, Lost):
-            self._bars.console.print(_lost(task, event))
+        if isinstance(event, Lost | Note):
+            self._bars.console.print(_line(task, event), markup=False, highlight=False)
+        if isinstance(event, Note):
+            return
         if isinstance(event, Progress):
             if task.name not in self._rows:
                 self._rows[task.name] = self._bars.add_task(f"  {task.name}", total=event.total, values="")
@@ -126,5 +128,7 @@ def _values(values: Mapping[str, float]) -> str:
     return "".join(f"  {name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
 
 
-def _lost(task: Task, event: Lost) -> str:
+def _line(task: Task, event: Lost | Note) -> str:
+    if isinstance(event, Note):
+        return f"{task.name}: {event.text}"
     return f"{task.name}: its worker died ({event.reason}); attempt {event.attempt + 1} starts on another one"

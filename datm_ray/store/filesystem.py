@@ -69,6 +69,18 @@ class Location:
                 return False
             return True
 
+    def require_writable(self) -> None:
+        """Raise StoreError where a local folder cannot be made or written; other places are not tried."""
+        if self.local_path is None:
+            return
+        nearest = os.path.abspath(self.local_path)
+        while not os.path.lexists(nearest):
+            nearest = os.path.dirname(nearest)
+        if not os.path.isdir(nearest):
+            raise StoreError(f"Cannot write {self.uri}", f"{nearest} is not a folder", "Give another place")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise StoreError(f"Cannot write {self.uri}", f"{nearest} is not yours to write", "Give another place")
+
     def size(self) -> int:
         """Size of the file in bytes."""
         with self.explaining("read"):

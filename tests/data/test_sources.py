@@ -60,7 +60,7 @@ def test_split_is_frozen() -> None:
 
 def test_split_of_a_class_with_one_image_names_it() -> None:
     """A class too small to be in all three sets is an error, not a silent gap."""
-    with pytest.raises(DatasetError, match="Class 'b' has 1 image"):
+    with pytest.raises(DatasetError, match="class 'b' has 1 image"):
         stratified_split(np.array([0, 0, 1]), 0.5, Stream.VALIDATION, "ab")
 
 
@@ -287,7 +287,7 @@ def test_tiny_imagenet_classes_that_share_a_word_keep_their_ids(tmp_path: Path, 
     ("change", "message"),
     [
         ({"val/val_annotations.txt": b"val_50.JPEG\tn77\t0\n"}, "without a known class: val_50.JPEG n77"),
-        ({"wnids.txt": b"n08\nn09\n", "val/val_annotations.txt": b""}, "No training images"),
+        ({"wnids.txt": b"n08\nn09\n", "val/val_annotations.txt": b""}, "no training images"),
         ({"val/images/val_50.JPEG": b"not a picture"}, "val_50.JPEG cannot be read"),
     ],
 )
@@ -421,7 +421,7 @@ def test_class_missing_from_the_test_folder_is_named(tmp_path: Path, encode: Enc
 
 def test_two_images_of_a_class_are_too_few(tmp_path: Path, encode: Encode) -> None:
     """Three sets need three images of a class; the error names class and set."""
-    with pytest.raises(DatasetError, match=r"Class 'ants' has 1 image.*validation set"):
+    with pytest.raises(DatasetError, match=r"class 'ants' has 1 image.*validation set"):
         load_raw("folder", str(write_files(tmp_path, folder_files(encode, ("",), count=2))))
 
 
@@ -434,7 +434,7 @@ def test_single_class_is_refused(tmp_path: Path, encode: Encode) -> None:
 
 def test_empty_folder_is_named(tmp_path: Path) -> None:
     """No images is said in so many words."""
-    with pytest.raises(DatasetError, match="No training images found"):
+    with pytest.raises(DatasetError, match="no training images found"):
         load_raw("folder", str(tmp_path))
 
 
@@ -558,7 +558,7 @@ def test_parquet_without_rows_is_refused(tmp_path: Path, write_parquet: WritePar
 
     schema = pa.schema([("image", pa.binary()), ("label", pa.int64())])
     pq.write_table(schema.empty_table(), tmp_path / "train.parquet")
-    with pytest.raises(DatasetError, match="No training images found"):
+    with pytest.raises(DatasetError, match="no training images found"):
         load_raw("parquet", str(tmp_path))
 
 

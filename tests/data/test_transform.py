@@ -184,7 +184,7 @@ def test_images_of_another_shape_are_refused(kind: Kind) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "count", "eps", "message"),
-    [("pca", 9, 0.1, "Unknown normalisation 'pca'"), ("zca", 1, 0.1, "too small"), ("zca", 9, 0.0, "not positive")],
+    [("pca", 9, 0.1, "unknown normalisation 'pca'"), ("zca", 1, 0.1, "too small"), ("zca", 9, 0.0, "not positive")],
 )
 def test_fitting_refuses_what_it_cannot_do(kind: Any, count: int, eps: float, message: str) -> None:
     """Unknown kinds, single images and an eps that would divide by zero are named."""

@@ -74,7 +74,7 @@ def test_expected_errors_reach_the_caller_as_they_were_raised(executor: Executor
     """A DatmError in a task or in a worker's setup keeps its class and its sentence."""
     with pytest.raises(ConfigError) as caught:
         results(executor, trap)
-    assert str(caught.value).startswith("The task is wrong" if trap == "raise" else "The setup is wrong")
+    assert str(caught.value).startswith("the task is wrong" if trap == "raise" else "the setup is wrong")
 
 
 @pytest.mark.ray
