@@ -78,14 +78,14 @@ def run(
     dry_run: DryRun = False,
 ) -> None:
     """Train experts, distil, evaluate, report. The same command again continues where it stopped."""
+    from datm_ray.pipeline import report as write_report
+
     pipeline, start = _prepare(recipes, set_, out, store, executor, address)
     if dry_run:
         _print_plan(pipeline)
         return
     pipeline.run_all(start, _reporter())
     print(pipeline.table())
-    from datm_ray.pipeline import report as write_report
-
     print(f"\nReport: {write_report(out).uri}")
 
 

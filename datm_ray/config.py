@@ -26,6 +26,10 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+PUBLISHED_AUGMENTATION = "color_crop_cutout_flip_scale_rotate"
+"""The DSA operations of MTT, FTD, TESLA and DATM, for experts, students and evaluation alike."""
+
+
 class Section(BaseModel):
     """Base of all sections: immutable, no unknown keys, no silent conversion of types."""
 
@@ -77,7 +81,7 @@ class ExpertConfig(Section):
     """Zero as published: trajectories without it are easier to imitate."""
     weight_decay: NonNegative = 0.0
     """L2 penalty."""
-    augmentation: str = "color_crop_cutout_flip_scale_rotate"
+    augmentation: str = PUBLISHED_AUGMENTATION
     """DSA operations joined by underscores; '' for none."""
 
 
@@ -112,7 +116,7 @@ class DistillConfig(Section):
     """The student's step size at the start."""
     threshold: Positive = 1.0
     """Iterations whose matching loss exceeds this are skipped and counted."""
-    augmentation: str = "color_crop_cutout_flip_scale_rotate"
+    augmentation: str = PUBLISHED_AUGMENTATION
     """DSA operations of the student's steps."""
     validate_every: Count = 500
     """Iterations between trainings on the current set that are scored on validation data, to choose the set to keep."""
@@ -131,7 +135,7 @@ class EvaluateConfig(Section):
     """Fresh networks for each row of the table."""
     real_epochs: Count = 100
     """Epochs of the control that trains on all real data."""
-    augmentation: str = "color_crop_cutout_flip_scale_rotate"
+    augmentation: str = PUBLISHED_AUGMENTATION
     """DSA operations while training."""
 
 

@@ -126,8 +126,9 @@ class Pipeline:
         try:
             reporter.message(f"Running on {executor.description}")
             for config in self.configs:
-                (self._folder(config) / RECIPE).write_text(to_yaml(config))
+                # The recipe last: it is what marks a folder as a run's, for `report` too.
                 (self._folder(config) / DATA).write_json(self._data_note(config))
+                (self._folder(config) / RECIPE).write_text(to_yaml(config))
             yield executor
         finally:
             executor.close()

@@ -370,14 +370,5 @@ def tiny_imagenet_ipc50() -> RunConfig:
 @recipe
 def tiny_imagenet_ipc100() -> RunConfig:
     """Tiny-ImageNet, 100 images per class. The paper has no such row; the values are those of 50 per class."""
-    return _published(
-        "tiny-imagenet",
-        depth=4,
-        ipc=100,
-        student_steps=20,
-        batch_size=1000,
-        learning_rate_images=100.0,
-        learning_rate_step_size=1e-4,
-        learning_rate_labels=10.0,
-        starts=(40, 70, 70),
-    )
+    smaller = tiny_imagenet_ipc50()
+    return smaller.model_copy(update={"distill": smaller.distill.model_copy(update={"ipc": 100})})

@@ -34,7 +34,6 @@ BRIGHTNESS, SATURATION, CONTRAST = 1.0, 2.0, 0.5
 """Widths of the three parts of `color`."""
 
 NO_AUGMENTATION = ""
-PUBLISHED_STRATEGY = "color_crop_cutout_flip_scale_rotate"
 
 
 @dataclass(frozen=True)

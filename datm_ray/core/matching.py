@@ -1,4 +1,4 @@
-"""The matching loss and its exact gradient, in memory that does not grow with the student's batch graphs.
+"""The matching loss and its exact gradient, keeping the graph of one student step instead of all T.
 
     student step     theta_{i+1} = theta_i - alpha * g_i,     g_i = grad_theta l(theta_i; A_i(X[b_i]), Y[b_i])
     matching loss    L = |theta_T - theta*|^2 / |theta_0 - theta*|^2
@@ -138,13 +138,13 @@ def compiler_problem(device_type: str) -> str:
         trial(torch.zeros(8, device=device_type))
     except Exception as failure:  # whatever a missing or broken toolchain raises, from any layer
         reason = next(iter(str(failure).strip().splitlines()), type(failure).__name__)
-        return f"torch.compile does not work here ({reason[:120]}): running without it, about half as fast"
+        return f"torch.compile does not work here ({reason[:120]}): running without it, more slowly"
     return ""
 
 
 def _compile_options(device_type: str) -> dict[str, Any]:
-    # On a CPU the generated kernels are called from generated C++: for the small networks one distils on CPUs,
-    # Python's calls would be a fifth to a third of the step.
+    # On a CPU the generated kernels are called from generated C++: at digits size Python's calls took a fifth to a
+    # third of the reverse step (benchmarks/LOG.md).
     return {"cpp_wrapper": device_type == "cpu"}
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -105,11 +104,6 @@ def mean_correct_logits(logits: Tensor, labels: Tensor) -> Tensor:
     right = right | ~right.any(dim=0)
     weights = right.to(logits.dtype).unsqueeze(2)
     return (logits * weights).sum(dim=0) / weights.sum(dim=0)
-
-
-def hard_logits(labels: Tensor, classes: int) -> Tensor:
-    """Logits [n k] whose softmax is one-hot to float32 precision, so that hard labels fit where soft ones do."""
-    return torch.nn.functional.one_hot(labels, classes).float() * 100.0
 
 
 def _shuffled_by_class(labels: NDArray[np.int64], seed: int) -> list[NDArray[np.int64]]:

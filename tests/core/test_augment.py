@@ -10,7 +10,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from datm_ray.core.augment import PUBLISHED_STRATEGY, Augmentation, augment, draw_augmentation, parse_strategy
+from datm_ray.config import PUBLISHED_AUGMENTATION
+from datm_ray.core.augment import Augmentation, augment, draw_augmentation, parse_strategy
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.errors import ConfigError
 
@@ -145,7 +146,7 @@ def test_gradient_equals_finite_differences(operation: str) -> None:
 def test_one_operation_is_drawn_per_batch_and_parameters_per_sample() -> None:
     """Operations come up equally often; the numbers of two samples differ."""
     drawn = [
-        draw_augmentation(PUBLISHED_STRATEGY, 5, generator(0, Purpose.STUDENT_AUGMENTATION, k)) for k in range(1200)
+        draw_augmentation(PUBLISHED_AUGMENTATION, 5, generator(0, Purpose.STUDENT_AUGMENTATION, k)) for k in range(1200)
     ]
     assert {one.parameters.shape for one in drawn} == {(5, 3)}
     assert len(np.unique(np.concatenate([one.parameters for one in drawn[:50]]))) == 50 * 15
@@ -156,7 +157,7 @@ def test_one_operation_is_drawn_per_batch_and_parameters_per_sample() -> None:
 
 def test_published_strategy_has_the_six_operations() -> None:
     """In the published order, on which the draw depends."""
-    assert parse_strategy(PUBLISHED_STRATEGY) == list(OPERATIONS)
+    assert parse_strategy(PUBLISHED_AUGMENTATION) == list(OPERATIONS)
 
 
 def test_empty_strategy_leaves_images_alone() -> None:

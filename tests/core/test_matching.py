@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from datm_ray.core.augment import PUBLISHED_STRATEGY, augment, draw_augmentation
+from datm_ray.config import PUBLISHED_AUGMENTATION
+from datm_ray.core.augment import augment, draw_augmentation
 from datm_ray.core.matching import (
     MatchingGradient,
     StudentStep,
@@ -26,7 +27,7 @@ from datm_ray.core.parameters import FlatNetwork, flatten
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.errors import ConfigError
 
-OPERATIONS = PUBLISHED_STRATEGY.split("_")
+OPERATIONS = PUBLISHED_AUGMENTATION.split("_")
 
 
 def make_problem(
@@ -69,7 +70,7 @@ def parts(gradient: MatchingGradient) -> tuple[Tensor, Tensor, Tensor]:
     return gradient.images, gradient.soft_labels, gradient.step_size
 
 
-@pytest.mark.parametrize("operation", ["", *OPERATIONS, PUBLISHED_STRATEGY])
+@pytest.mark.parametrize("operation", ["", *OPERATIONS, PUBLISHED_AUGMENTATION])
 def test_gradient_equals_full_unrolling(operation: str) -> None:
     """Images, labels and step size agree with the unrolled graph to 1e-10 under every augmentation."""
     network, start, target, synthetic = make_problem()
@@ -105,7 +106,7 @@ def test_gradient_equals_finite_differences() -> None:
 def test_compiled_step_equals_eager_step() -> None:
     """Compilation changes rounding only: 1e-12 relative in float64."""
     network, start, target, synthetic = make_problem()
-    steps = draw_student_steps(12, 3, 12, PUBLISHED_STRATEGY, seed=1, iteration=0)
+    steps = draw_student_steps(12, 3, 12, PUBLISHED_AUGMENTATION, seed=1, iteration=0)
     eager = matching_gradient(StudentStepFunctions(network, compiled=False), start, target, synthetic, steps)
     fast = matching_gradient(StudentStepFunctions(network, compiled=True), start, target, synthetic, steps)
     for value, expected in zip(parts(fast), parts(eager), strict=True):
@@ -196,7 +197,7 @@ def test_batches_cover_the_set_once_a_pass_and_the_short_one_comes_first() -> No
 
 def test_draws_depend_on_the_iteration_and_on_nothing_before_it() -> None:
     """The same iteration draws the same batches in any process; another one draws others."""
-    first, again, other = (draw_student_steps(10, 3, 5, PUBLISHED_STRATEGY, 7, k) for k in (4, 4, 5))
+    first, again, other = (draw_student_steps(10, 3, 5, PUBLISHED_AUGMENTATION, 7, k) for k in (4, 4, 5))
     assert all(np.array_equal(a.rows, b.rows) for a, b in zip(first, again, strict=True))
     assert not all(np.array_equal(a.rows, b.rows) for a, b in zip(first, other, strict=True))
 

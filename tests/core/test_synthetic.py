@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from datm_ray.core.synthetic import SyntheticSet, correct_rows, hard_logits, mean_correct_logits, random_rows
+from datm_ray.core.synthetic import SyntheticSet, correct_rows, mean_correct_logits, random_rows
 from datm_ray.errors import DatasetError
 
 LABELS = np.array([0, 1, 2] * 8, np.int64)
@@ -93,13 +93,6 @@ def test_soft_labels_are_the_mean_over_experts_that_are_right() -> None:
         expected.append(torch.stack(right or list(logits[:, image])).mean(dim=0))
     assert not any(int(expert.argmax()) == 0 for expert in logits[:, 0])
     torch.testing.assert_close(mean_correct_logits(logits, labels), torch.stack(expected))
-
-
-def test_hard_logits_are_one_hot_after_softmax() -> None:
-    """So that hard labels can go where soft ones are expected."""
-    labels = torch.tensor([2, 0])
-    one_hot = torch.nn.functional.one_hot(labels, 4).float()
-    torch.testing.assert_close(hard_logits(labels, 4).softmax(dim=1), one_hot, atol=1e-12, rtol=0)
 
 
 def make_set() -> SyntheticSet:

@@ -14,7 +14,6 @@ from datm_ray.core.augment import augment, draw_augmentation
 from datm_ray.core.networks import NetworkSpec, build_network
 from datm_ray.core.parameters import flatten
 from datm_ray.core.randomness import Purpose, generator
-from datm_ray.core.synthetic import hard_logits
 from datm_ray.core.training import PROTOCOLS, Schedule, accuracy, predict_logits, train, train_to_end
 
 PLAIN = Schedule(epochs=3, batch_size=8, learning_rate=0.05)
@@ -106,7 +105,7 @@ def test_one_hot_soft_labels_train_as_hard_ones_do() -> None:
     images, labels = make_data()
     hard, soft = make_network(), make_network()
     train_to_end(hard, images, labels, RICH, seed=0)
-    train_to_end(soft, images, hard_logits(labels, 3), RICH, seed=0)
+    train_to_end(soft, images, 100.0 * torch.nn.functional.one_hot(labels, 3), RICH, seed=0)
     torch.testing.assert_close(flatten(soft), flatten(hard), rtol=1e-4, atol=1e-5)
 
 
