@@ -5,10 +5,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint type fmt check clean
+.PHONY: help install demo test lint type fmt check bench-matching clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 install: $(VENV)/installed  ## create the virtual environment and install the package with its tools
 
@@ -35,6 +35,9 @@ fmt: install  ## mend style where it can be done automatically
 	$(BIN)/ruff format .
 
 check: lint type test  ## all that must be green before a commit
+
+bench-matching: install  ## speed, memory and error of the matching gradient against full unrolling and TESLA
+	$(BIN)/python benchmarks/bench_matching.py
 
 clean:  ## remove the virtual environment, runs and caches
 	rm -rf $(VENV) runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

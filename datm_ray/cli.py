@@ -55,6 +55,10 @@ Address = Annotated[
     str | None,
     typer.Option("--address", metavar="ADDRESS", help="Ray cluster to run on; none starts one on this machine."),
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option("--memory", metavar="SIZE", help="What one distilling worker may take, e.g. 8GiB (cluster.memory)."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")]
 StoreUri = Annotated[str, typer.Argument(metavar="URI", help="Trajectory store: local path, file:// or s3:// URI.")]
 
@@ -75,18 +79,34 @@ def run(
     store: Store = None,
     executor: ExecutorName = "ray",
     address: Address = None,
+    memory: Memory = None,
     dry_run: DryRun = False,
 ) -> None:
     """Train experts, distil, evaluate, report. The same command again continues where it stopped."""
     from datm_ray.pipeline import report as write_report
 
-    pipeline, start = _prepare(recipes, set_, out, store, executor, address)
+    pipeline, start = _prepare(recipes, _with_memory(set_, memory), out, store, executor, address)
     if dry_run:
         _print_plan(pipeline)
         return
     pipeline.run_all(start, _reporter())
     print(pipeline.table())
     print(f"\nReport: {write_report(out).uri}")
+
+
+@app.command()
+def plan(recipes: Recipes, set_: Set = None, memory: Memory = None) -> None:
+    """What distilling takes, before anything starts: memory of a worker, size of its micro-batches, work, traffic."""
+    from datm_ray.runtime.plan import data_shape, distillation_plan
+
+    configs = [_config(name, _with_memory(set_, memory)) for name in recipes]
+    sharing = sum(config.cluster.shards for config in configs)  # a run distils its recipes side by side
+    for config in configs:
+        shape = data_shape(config.dataset)
+        planned = distillation_plan(
+            config, shape.image, shape.classes, training_images=shape.training_images, sharing=sharing
+        )
+        print("\n".join(planned.lines()))
 
 
 @app.command()
@@ -112,9 +132,10 @@ def distill(
     store: Store = None,
     executor: ExecutorName = "ray",
     address: Address = None,
+    memory: Memory = None,
 ) -> None:
     """Distil synthetic sets from experts that are already trained."""
-    pipeline, start = _prepare(recipes, set_, out, store, executor, address)
+    pipeline, start = _prepare(recipes, _with_memory(set_, memory), out, store, executor, address)
     pipeline.distill(start, _reporter())
     for config in pipeline.configs:
         print(f"{config.name}: {(pipeline.out / config.name / 'synthetic.arrow').uri}")
@@ -249,7 +270,8 @@ def _prepare(
     from datm_ray.pipeline import Pipeline
     from datm_ray.runtime.create import create_executor
 
-    pipeline = Pipeline(configs, out, store)
+    elsewhere = bool(address or os.environ.get("RAY_ADDRESS"))
+    pipeline = Pipeline(configs, out, store, elsewhere=elsewhere)
     return pipeline, lambda: create_executor(executor, configs[0].cluster, address)
 
 
@@ -259,6 +281,13 @@ def _config(name: str, set_: list[str] | None) -> RunConfig:
 
     is_file = name.endswith((".yaml", ".yml")) or os.sep in name
     return override(load_config(name) if is_file else get_recipe(name), set_ or [])
+
+
+def _with_memory(set_: list[str] | None, memory: str | None) -> list[str]:
+    import json
+
+    # Quoted, for YAML is to read it as text whatever it holds.
+    return [*(set_ or []), *([] if memory is None else [f"cluster.memory={json.dumps(memory)}"])]
 
 
 def _reporter() -> Reporter:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from datm_ray.errors import ConfigError
 
@@ -64,6 +64,15 @@ class NetworkConfig(Section):
     """Normalisation; batch cannot be matched."""
     pooling: Literal["avg", "max", "none"] = "avg"
     """2x2 pooling that ends every block."""
+
+
+class BackboneConfig(Section):
+    """A further network that is matched together with the first, on experts of its own."""
+
+    network: NetworkConfig
+    """The network; its experts are trained as those of the first."""
+    weight: Positive = 1.0
+    """Of its matching loss; the first network's has weight 1."""
 
 
 class ExpertConfig(Section):
@@ -152,8 +161,55 @@ class ClusterConfig(Section):
     """auto takes a GPU where a worker has one."""
     compile: bool = True
     """Compile the student step where a C++ compiler is present."""
+    shards: Count = 1
+    """Workers that share one distillation, each with some of the classes."""
+    backbones_apart: bool = False
+    """Whether every backbone gets workers of its own, as many as there are shards."""
+    memory: str | None = None
+    """What one distilling worker may take, e.g. 8GiB; none takes what the device has free."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """Of the student step's products; tf32 and bfloat16 need a GPU."""
+    peer_timeout: Positive = 300.0
+    """Seconds after which a worker that others wait for counts as lost."""
     retries: Annotated[int, Field(ge=0)] = 3
     """How often a task is given to a new worker after its worker died."""
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _memory_is_a_size(cls, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)  # YAML reads a plain number of bytes as one
+        if isinstance(value, str):
+            try:
+                parse_bytes(value)
+            except ConfigError as failure:
+                raise ValueError(f"cluster.memory: {failure}") from None
+        return value
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """`memory` in bytes."""
+        return None if self.memory is None else parse_bytes(self.memory)
+
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b|([kmgt]))?\s*", re.IGNORECASE)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size in words: 8GiB, 512 MiB, 6 GB (of 10^9 bytes), 8G (the same), or a plain number of bytes.
+
+    Raises:
+        ConfigError: it cannot be read, or is less than one byte.
+    """
+    match = _SIZE.fullmatch(text)
+    size = 0
+    if match:
+        number, prefix, binary, short = match.groups()
+        power = " kmgt".index((prefix or short or " ").lower())
+        size = int(float(number) * (1024 if binary else 1000) ** power)
+    if size < 1:
+        raise ConfigError(f"{text!r} is no size of memory", remedy="write it like 8GiB, 512MiB or 6GB")
+    return size
 
 
 RESERVED_NAMES = frozenset({"experts", "controls", "report.html", "summary.json"})
@@ -169,6 +225,8 @@ class RunConfig(Section):
     """Everything random follows from it."""
     dataset: DatasetConfig = DatasetConfig()
     network: NetworkConfig = NetworkConfig()
+    backbones: Annotated[tuple[BackboneConfig, ...], Field(strict=False)] = ()
+    """Further networks to match at the same time, each `{network: {...}, weight: 1.0}`; the first evaluates."""
     experts: ExpertConfig = ExpertConfig()
     distill: DistillConfig = DistillConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -191,12 +249,27 @@ class RunConfig(Section):
             )
         if d.expand_iterations == 0 and d.start_bound != d.final_start_bound:
             raise ValueError("distill.expand_iterations is 0, so start_bound must equal final_start_bound")
-        if self.network.norm == "batch":
+        if "batch" in [self.network.norm, *(backbone.network.norm for backbone in self.backbones)]:
             raise ValueError(
                 "network.norm is 'batch', whose statistics couple the images of a batch, so the network cannot be "
                 "matched; use network.norm=instance"
             )
         return self
+
+    def each_backbone(self) -> list[RunConfig]:
+        """The run with each of its networks alone: what decides that network's experts."""
+        networks = [self.network, *(backbone.network for backbone in self.backbones)]
+        return [self.model_copy(update={"network": network, "backbones": ()}) for network in networks]
+
+    @property
+    def weights(self) -> list[float]:
+        """Of each backbone's matching loss."""
+        return [1.0, *(backbone.weight for backbone in self.backbones)]
+
+    @property
+    def workers_per_set(self) -> int:
+        """Workers that distil one set together."""
+        return self.cluster.shards * (1 + len(self.backbones) * self.cluster.backbones_apart)
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides the synthetic set and each single accuracy, as plain data.
@@ -305,7 +378,8 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def _yaml_line(section: Section, field: str) -> str:
-    value = yaml.dump(getattr(section, field), Dumper=_Dumper, default_flow_style=True, width=10_000)
+    plain = section.model_dump(mode="json")[field]
+    value = yaml.dump(plain, Dumper=_Dumper, default_flow_style=True, width=10_000)
     text = f"{field}: {value.removesuffix(chr(10)).removesuffix('...').strip()}"
     return f"{text:<40}  # {_first_sentence(type(section).model_fields[field].description)}"
 

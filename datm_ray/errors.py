@@ -81,3 +81,7 @@ class WorkerLostError(DatmError):
     """A worker died more often than the retry policy allows."""
 
     exit_code = 1
+
+
+class PeerLostError(WorkerLostError):
+    """A worker waits in vain for another one of the same task."""

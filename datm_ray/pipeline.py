@@ -35,6 +35,7 @@ from datm_ray.runtime.distill import SYNTHETIC, DistillWorker
 from datm_ray.runtime.evaluate import ROWS, EvaluateWorker, read_scores, result_location
 from datm_ray.runtime.executor import Executor, Task
 from datm_ray.runtime.experts import ExpertWorker, expert_group, network_spec
+from datm_ray.runtime.plan import distillation_plan
 from datm_ray.runtime.telemetry import Reporter
 from datm_ray.store.filesystem import Location, open_location
 from datm_ray.store.trajectories import ExpertGroup
@@ -54,8 +55,18 @@ class Pipeline:
         DatmError: a data set, path or range that cannot be used.
     """
 
-    def __init__(self, configs: Sequence[RunConfig], out: str, store: str | None = None) -> None:
+    def __init__(
+        self, configs: Sequence[RunConfig], out: str, store: str | None = None, *, elsewhere: bool = False
+    ) -> None:
+        """Check runs.
+
+        Args:
+            out: output folder, a path or URI.
+            store: trajectory store; none puts it into the output folder.
+            elsewhere: whether the workers may run on other machines, whose memory is not this one's.
+        """
         self.configs = list(configs)
+        self._elsewhere = elsewhere
         self.out = open_location(out)
         # Absolute, for workers resolve it too and may have another working directory.
         self.store_uri = open_location(store).uri if store else (self.out / "experts").uri
@@ -82,6 +93,7 @@ class Pipeline:
 
     def run_all(self, start: Callable[[], Executor], reporter: Reporter) -> None:
         """Experts, distillation, evaluation."""
+        self._require_memory()
         with self._started(start, reporter) as executor:
             self._experts(executor, reporter)
             self._distill(executor, reporter)
@@ -96,6 +108,7 @@ class Pipeline:
         """Distil the sets that are not finished."""
         for config in self.configs:
             self._require_experts(config)
+        self._require_memory()
         with self._started(start, reporter) as executor:
             self._distill(executor, reporter)
 
@@ -134,7 +147,7 @@ class Pipeline:
             executor.close()
 
     def _experts(self, executor: Executor, reporter: Reporter) -> None:
-        for config in self.configs:
+        for config in self._backbones():
             group = self._group(config)
             if not group.has_transform():
                 transform = self._dataset(config).transform
@@ -143,21 +156,28 @@ class Pipeline:
 
     def _expert_tasks(self) -> list[DatasetTask]:
         tasks: dict[tuple[str, int], DatasetTask] = {}
-        for config in self.configs:
+        for config in self._backbones():
             group = self._group(config)
             done = set(group.experts())
             for expert in range(config.experts.count):
                 if expert not in done:
-                    task = Task(f"expert {expert}", (config, self.store_uri, expert))
+                    task = Task(f"expert {expert} of {group.key}", (config, self.store_uri, expert))
                     tasks[group.location.uri, expert] = (config.dataset, task)  # once for runs that share it
         return list(tasks.values())
+
+    def _backbones(self) -> list[RunConfig]:
+        """Every network of every run, as a run with that network alone."""
+        return [backbone for config in self.configs for backbone in config.each_backbone()]
 
     def _distill(self, executor: Executor, reporter: Reporter) -> None:
         self._run("Distillation", DistillWorker, "distill", self._distill_tasks, executor, reporter)
 
     def _distill_tasks(self) -> list[DatasetTask]:
         return [
-            (config.dataset, Task(config.name, (config, self.store_uri, self._folder(config).uri)))
+            (
+                config.dataset,
+                Task(config.name, (config, self.store_uri, self._folder(config).uri), config.workers_per_set),
+            )
             for config in self.configs
             if not (self._folder(config) / SYNTHETIC).exists()
         ]
@@ -272,19 +292,38 @@ class Pipeline:
                 "images",
                 remedy="lower distill.ipc",
             )
-        build_network(network_spec(config, raw.channels, raw.size, raw.classes), seed=0)
+        if config.cluster.shards > raw.classes:
+            raise ConfigError(
+                f"cluster.shards is {config.cluster.shards}, but {raw.name} has {raw.classes} classes",
+                "a shard holds whole classes",
+                f"use --set cluster.shards={raw.classes} or fewer",
+            )
+        for backbone in config.each_backbone():
+            build_network(network_spec(backbone, raw.channels, raw.size, raw.classes), seed=0)
         for section in (config.experts, config.distill, config.evaluate):
             parse_strategy(section.augmentation)
 
+    def _require_memory(self) -> None:
+        """Refuse sets that would not fit, before hours are spent on their experts; workers check again."""
+        for config in self.configs:
+            raw = self._raw[config.dataset]
+            finished = (self._folder(config) / SYNTHETIC).exists()
+            if finished or (self._elsewhere and config.cluster.memory is None):
+                continue
+            for backbone in config.each_backbone():
+                image = (raw.channels, *raw.size)
+                distillation_plan(backbone, image, raw.classes, training_images=len(raw.train) + len(raw.validation))
+
     def _require_experts(self, config: RunConfig) -> None:
-        group = self._group(config)
-        available = sum(expert < config.experts.count for expert in group.experts())
-        if available < config.experts.count:
-            raise MissingExpertsError(
-                f"{group.location.uri} holds {available} of {config.experts.count} experts of {config.name}",
-                "expert training has not finished for this recipe, or it used another --store",
-                f"run `datm-ray experts {config.name}` with the same --out and --store first",
-            )
+        for backbone in config.each_backbone():
+            group = self._group(backbone)
+            available = sum(expert < config.experts.count for expert in group.experts())
+            if available < config.experts.count:
+                raise MissingExpertsError(
+                    f"{group.location.uri} holds {available} of {config.experts.count} experts of {config.name}",
+                    "expert training has not finished for this recipe, or it used another --store",
+                    f"run `datm-ray experts {config.name}` with the same --out and --store first",
+                )
 
     def _data_note(self, config: RunConfig) -> dict[str, Any]:
         raw = self._raw[config.dataset]

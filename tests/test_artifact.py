@@ -39,7 +39,7 @@ def save(path: Path, kind: Kind = "zca", channels: int = 3, names: tuple[str, ..
     synthetic = SyntheticSet(
         torch.from_numpy(transform.apply(images.astype(np.float32) / 255)),
         torch.randn(len(images), len(names), generator=torch.Generator().manual_seed(0)),
-        torch.tensor(0.0123),
+        torch.tensor([0.0123]),
         labels,
     )
     save_artifact(open_location(str(path)), synthetic, transform, names, RECIPE, PROVENANCE)

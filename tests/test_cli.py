@@ -88,6 +88,8 @@ BAD_INPUT = {
     "missing artifact": (["export", "absent.arrow", "--out", "x"], "absent.arrow"),
     "unreachable cluster": (["experts", "digits-ipc1", "--address", "ray://127.0.0.1:1"], "127.0.0.1:1"),
     "too many workers": (["experts", "digits-ipc1", "--set", "cluster.workers=500"], "500 worker"),
+    "unreadable memory": (["run", "digits-ipc1", "--memory", "8 apples"], "write it like 8GiB"),
+    "too little memory": (["plan", "tiny-imagenet-ipc1", "--memory", "1GiB"], "may take 1.00 GiB"),
     "no gpu": (["experts", "digits-ipc1", "--executor", "serial", "--set", "cluster.device=cuda"], "GPU"),
 }
 
@@ -229,6 +231,19 @@ def test_recipes_are_listed_and_shown_as_files_that_run(datm_ray: CommandLine, t
         datm_ray("recipe", "show", "digits-ipc10.yaml")[1]
         == "\n".join(line for line in shown.splitlines(keepends=False) if not line.startswith("# ")) + "\n"
     )
+
+
+def test_a_plan_is_a_table_of_parts_and_needs_no_data(datm_ray: CommandLine, tmp_path: Path) -> None:
+    """Every recipe named has its table, with the budget given, and nothing is written."""
+    code, out, err = datm_ray(
+        "plan", "digits-ipc10", "cifar10-ipc1", "--memory", "3GiB", "--set", "dataset.path=absent"
+    )
+    assert (code, err) == (0, "")
+    assert [line for line in out.splitlines() if not line.startswith(" ")] == ["digits-ipc10", "cifar10-ipc1"]
+    for part in ("synthetic set", "trace", "one micro-batch", "training images", "TFLOP an iteration", "expert store"):
+        assert out.count(part) == 2
+    assert out.count("of 3.00 GiB") == 2
+    assert files_below(tmp_path) == []
 
 
 def test_debug_mode_shows_the_traceback(datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -227,8 +226,7 @@ def test_divergence_names_the_iteration_and_keeps_the_last_good_state(tmp_path: 
     from datm_ray.store.tensors import read_tensors
 
     arrays = read_tensors(checkpoint, kind="checkpoint").arrays
-    assert float(arrays["synthetic.step_size"]) > 0
-    assert np.isfinite(arrays["synthetic.images"]).all()
+    assert (arrays["synthetic.step_sizes"] > 0).all()
 
 
 def test_another_configuration_under_the_same_name_is_refused(reference: Path) -> None:

@@ -24,10 +24,12 @@ from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.data.transform import fit_transform
 from datm_ray.errors import CorruptFileError
 from datm_ray.report import RunSummary, accuracy_table, write_report
-from datm_ray.runtime.distill import CHECKPOINT, CHECKPOINT_KIND, INITIAL, SYNTHETIC
+from datm_ray.runtime import checkpoint
+from datm_ray.runtime.checkpoint import CHECKPOINT, Rows
+from datm_ray.runtime.distill import INITIAL, SYNTHETIC
 from datm_ray.runtime.evaluate import Score
+from datm_ray.runtime.mesh import Alone
 from datm_ray.store.filesystem import Location, open_location
-from datm_ray.store.tensors import write_tensors
 
 SCORES = [
     Score("random-hard", (0.70, 0.72), 3.0),
@@ -56,7 +58,7 @@ def synthetic_set(config: RunConfig, classes: int, channels: int = 1) -> Synthet
     return SyntheticSet(
         images=torch.from_numpy(rng.normal(size=(len(labels), channels, SIDE, SIDE)).astype(np.float32)),
         soft_labels=torch.nn.functional.one_hot(labels, classes).float() * 4,
-        step_size=torch.tensor(0.0123),
+        step_sizes=torch.tensor([0.0123]),
         labels=labels,
     )
 
@@ -71,10 +73,10 @@ def save_set(place: Location, config: RunConfig, class_names: Sequence[str], cha
 def save_checkpoint(folder: Location, config: RunConfig, losses: Sequence[float], validations: Sequence[float]) -> None:
     state = Distillation(synthetic_set(config, 3), LearningRates(1, 1, 1), config.distill.threshold)
     for k, loss in enumerate(losses):
-        state.history.append(IterationRecord(k, 0, 1 + k % 2, loss, 0.01 + k / 1000, loss > state.threshold))
+        state.history.append(IterationRecord(k, 0, 0, 1 + k % 2, loss, 0.01 + k / 1000, loss > state.threshold))
     state.validations = [(4 * (i + 1), accuracy) for i, accuracy in enumerate(validations)]
     state.chosen_at = max(state.validations, key=lambda validation: validation[1], default=(0, 0.0))[0]
-    write_tensors(folder / CHECKPOINT, state.to_arrays(), kind=CHECKPOINT_KIND, metadata={})
+    checkpoint.save_checkpoint(folder, state, Rows(0, len(state.synthetic.images)), Alone(), config.identity())
 
 
 def finished_run(

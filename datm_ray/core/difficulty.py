@@ -42,14 +42,14 @@ class MatchPlan:
     """Start epoch."""
 
 
-def draw_plan(difficulty: DifficultyRange, experts: int, seed: int, iteration: int) -> MatchPlan:
+def draw_plan(difficulty: DifficultyRange, experts: int, seed: int, iteration: int, backbone: int = 0) -> MatchPlan:
     """The plan of one iteration: experts in a shuffled sweep, start epochs uniform in the current range.
 
-    As published, every expert is visited once before any is visited twice.
+    As published, every expert is visited once before any is visited twice. Every backbone has draws of its own.
     """
     sweep, position = divmod(iteration, experts)
-    order = generator(seed, Purpose.EXPERT_CHOICE, sweep).permutation(experts)
-    start = generator(seed, Purpose.START_EPOCH, iteration).integers(
+    order = generator(seed, Purpose.EXPERT_CHOICE, backbone, sweep).permutation(experts)
+    start = generator(seed, Purpose.START_EPOCH, backbone, iteration).integers(
         difficulty.lowest, difficulty.upper_bound(iteration)
     )
     return MatchPlan(expert=int(order[position]), start=int(start))

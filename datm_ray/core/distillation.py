@@ -3,11 +3,14 @@
 Holds the synthetic set, the optimisers' momenta, the iteration counter, the loss curve and the set chosen on
 validation data: everything that a checkpoint must carry. Reads no experts and no disk; the caller hands over the
 parameters to match and decides when to validate and to save.
+
+A class shard holds the rows of its classes and all that does not belong to rows; every shard makes the same updates,
+so what they share stays the same. The learned variables follow the sum of the matching losses of all backbones, each
+with its weight and its own step size. Shapes: n rows held, a backbones.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,21 +19,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from datm_ray.core.matching import (
-    AllSum,
-    MatchingGradient,
-    StudentStep,
-    StudentStepFunctions,
-    identity,
-    matching_gradient,
-)
+from datm_ray.core.matching import AllSum, MatchingGradient, StudentStep, identity, matching_gradient
+from datm_ray.core.step_functions import StudentStepFunctions
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.errors import DivergenceError
 
 IMAGE_MOMENTUM, LABEL_MOMENTUM, STEP_SIZE_MOMENTUM = 0.5, 0.9, 0.5
 """Momenta of the three SGD optimisers, as published."""
 
-LEARNED = ("images", "soft_labels", "step_size")
+LEARNED = ("images", "soft_labels", "step_sizes")
 
 
 @dataclass(frozen=True)
@@ -39,14 +36,42 @@ class LearningRates:
 
     images: float
     soft_labels: float
-    step_size: float
+    step_sizes: float
+
+
+@dataclass(frozen=True)
+class Match:
+    """What one backbone matches in one iteration."""
+
+    functions: StudentStepFunctions
+    start: Tensor
+    """[p] expert parameters from which the student starts."""
+    target: Tensor
+    """[p] those it should land on."""
+    steps: Sequence[StudentStep]
+    """What this shard holds of the student's minibatches."""
+    backbone: int = 0
+    weight: float = 1.0
+    """Of its loss in the sum."""
+    chunk: int | None = None
+    """See `matching_gradient`."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the parameters came from that a backbone matched."""
+
+    expert: int
+    epoch: int
+    """At which the student started."""
 
 
 @dataclass(frozen=True)
 class IterationRecord:
-    """One row of the run's history."""
+    """One row of the run's history: one backbone in one iteration."""
 
     iteration: int
+    backbone: int
     expert: int
     start: int
     loss: float
@@ -54,12 +79,12 @@ class IterationRecord:
     step_size: float
     """After the update."""
     skipped: bool
-    """Whether the loss exceeded the threshold, so that nothing was updated."""
+    """Whether the loss exceeded the threshold, so that this backbone updated nothing."""
 
 
 @dataclass
 class Distillation:
-    """The state of one distillation."""
+    """The state of one distillation, or of one class shard of it."""
 
     synthetic: SyntheticSet
     rates: LearningRates
@@ -67,6 +92,7 @@ class Distillation:
     momenta: dict[str, Tensor] = field(default_factory=dict)
     """One buffer per learned variable, empty before the first update."""
     history: list[IterationRecord] = field(default_factory=list)
+    """Iteration by iteration, in the order of the backbones."""
     validations: list[tuple[int, float]] = field(default_factory=list)
     """(iterations done, validation accuracy)."""
     chosen: SyntheticSet | None = None
@@ -75,40 +101,70 @@ class Distillation:
     """Iterations done when it was chosen."""
 
     @property
+    def backbones(self) -> int:
+        """How many networks are matched."""
+        return len(self.synthetic.step_sizes)
+
+    @property
     def iteration(self) -> int:
         """Iterations done."""
-        return len(self.history)
+        return len(self.history) // self.backbones
 
     @property
     def skipped(self) -> int:
-        """Iterations skipped because their loss exceeded the threshold."""
+        """Updates skipped because their loss exceeded the threshold."""
         return sum(record.skipped for record in self.history)
 
     def step(
         self,
-        functions: StudentStepFunctions,
-        expert: int,
-        start: int,
-        parameters: tuple[Tensor, Tensor],
-        steps: Sequence[StudentStep],
+        matches: Sequence[Match],
+        origins: Sequence[Origin],
         *,
         all_sum: AllSum = identity,
-    ) -> IterationRecord:
-        """One iteration: match `parameters` = (start, target), update the set, append to the history.
+        sum_over_backbones: AllSum = identity,
+    ) -> list[IterationRecord]:
+        """One iteration: match, update the set, append to the history.
+
+        Args:
+            matches: of the backbones that this process works on; one after the other.
+            origins: of all backbones, in order.
+            all_sum: sum over the class shards of a backbone.
+            sum_over_backbones: sum over the processes that hold the same rows for other backbones.
 
         Raises:
-            DivergenceError: the loss, a gradient or an updated value is not finite, or the step size is not
-                positive. The state is then the one before this iteration.
+            DivergenceError: a loss, a gradient or an updated value is not finite, or a step size is not positive.
+                The state is then the one before this iteration, in every shard.
         """
-        gradient = matching_gradient(functions, *parameters, self.synthetic, steps, all_sum=all_sum)
-        if not math.isfinite(gradient.loss):
+        losses = torch.zeros(self.backbones, dtype=torch.float64)
+        total: dict[str, Tensor] = {}
+        for match in matches:
+            gradient = matching_gradient(
+                match.functions,
+                match.start,
+                match.target,
+                self.synthetic,
+                match.steps,
+                backbone=match.backbone,
+                chunk=match.chunk,
+                skip_above=self.threshold,
+                all_sum=all_sum,
+            )
+            losses[match.backbone] = gradient.loss
+            self._add(total, match, gradient)
+        losses = sum_over_backbones(losses.to(self.synthetic.images.device)).cpu()
+        if not bool(losses.isfinite().all()):
             raise self._divergence("its matching loss is not finite")
-        skipped = gradient.loss > self.threshold
-        if not skipped:
-            self._update(gradient)
-        record = IterationRecord(self.iteration, expert, start, gradient.loss, float(self.synthetic.step_size), skipped)
-        self.history.append(record)
-        return record
+        skipped = losses > self.threshold
+        if not bool(skipped.all()):
+            self._update({name: sum_over_backbones(value) for name, value in total.items()}, all_sum)
+        records = [
+            IterationRecord(self.iteration, number, origin.expert, origin.epoch, *rest)
+            for number, (origin, *rest) in enumerate(
+                zip(origins, losses.tolist(), self.synthetic.step_sizes.tolist(), skipped.tolist(), strict=True)
+            )
+        ]
+        self.history += records
+        return records
 
     def record_validation(self, accuracy: float, standard_error: float = 0.0) -> bool:
         """Note the accuracy of the current set and choose the set if it is not clearly worse than an earlier one.
@@ -131,19 +187,30 @@ class Distillation:
             self.chosen, self.chosen_at = self.synthetic.clone(), self.iteration
         return is_chosen
 
-    def _update(self, gradient: MatchingGradient) -> None:
-        if not gradient.is_finite():
-            raise self._divergence("its gradient is not finite")
-        updated, momenta = self.synthetic.clone(), {}
+    def _add(self, total: dict[str, Tensor], match: Match, gradient: MatchingGradient) -> None:
+        """Add a backbone's gradient to the sum; the gradient's memory becomes the sum's, for it may be large."""
+        step_sizes = torch.zeros_like(self.synthetic.step_sizes)
+        step_sizes[match.backbone] = gradient.step_size
+        for name, value in zip(LEARNED, (gradient.images, gradient.soft_labels, step_sizes), strict=True):
+            weighted = value.mul_(match.weight)
+            total[name] = total[name].add_(weighted) if name in total else weighted
+
+    def _update(self, gradient: dict[str, Tensor], all_sum: AllSum) -> None:
+        wrong = [not all(bool(value.isfinite().all()) for value in gradient.values())]
+        updated = self.synthetic.clone()
         for name, momentum in zip(LEARNED, (IMAGE_MOMENTUM, LABEL_MOMENTUM, STEP_SIZE_MOMENTUM), strict=True):
-            buffer = getattr(gradient, name)
             if name in self.momenta:
-                buffer = momentum * self.momenta[name] + buffer
-            momenta[name] = buffer
-            getattr(updated, name).sub_(getattr(self.rates, name) * buffer)
-        if not updated.is_valid():
-            raise self._divergence(f"it would make the step size {float(updated.step_size):.3g}")
-        self.synthetic, self.momenta = updated, momenta
+                gradient[name].add_(self.momenta[name], alpha=momentum)  # in place: it becomes the new momentum
+            getattr(updated, name).sub_(gradient[name], alpha=getattr(self.rates, name))
+        wrong.append(not updated.is_valid())
+        # Each shard sees its own rows; all must stop, or none.
+        anywhere = all_sum(torch.tensor(wrong, dtype=torch.float32, device=updated.images.device)).tolist()
+        if anywhere[0]:
+            raise self._divergence("its gradient is not finite")
+        if anywhere[1]:
+            smallest = float(updated.step_sizes.min())
+            raise self._divergence(f"it would make the step size {smallest:.3g}, or an image not finite")
+        self.synthetic, self.momenta = updated, gradient
 
     def _divergence(self, what: str) -> DivergenceError:
         return DivergenceError(
@@ -153,31 +220,39 @@ class Distillation:
             "the set as it was before is saved as last-good.arrow",
         )
 
-    def to_arrays(self) -> dict[str, NDArray[np.generic]]:
-        """The whole state as named arrays, for a checkpoint."""
-        arrays = {f"synthetic.{name}": value for name, value in _set_arrays(self.synthetic).items()}
-        arrays |= {f"momentum.{name}": _to_numpy(value) for name, value in self.momenta.items()}
-        if self.chosen is not None:
-            arrays |= {f"chosen.{name}": value for name, value in _set_arrays(self.chosen).items()}
-        for column in HISTORY_COLUMNS:
-            arrays[f"history.{column}"] = np.array(
-                [getattr(record, column) for record in self.history], HISTORY_COLUMNS[column]
-            )
-        arrays["validation.iteration"] = np.array([iteration for iteration, _ in self.validations], np.int64)
-        arrays["validation.accuracy"] = np.array([accuracy for _, accuracy in self.validations], np.float64)
-        arrays["validation.chosen_at"] = np.array(self.chosen_at, np.int64)
-        return arrays
+    def to_arrays(self) -> tuple[Arrays, Arrays]:
+        """The whole state as named arrays for a checkpoint: those with a row for each image held, and all others."""
+        held: dict[str, Tensor] = {}
+        shared: dict[str, Tensor] = {}
+        sets = {"synthetic": self.synthetic} | ({} if self.chosen is None else {"chosen": self.chosen})
+        for prefix, of_set in sets.items():
+            held |= {f"{prefix}.{name}": getattr(of_set, name) for name in (*ROWS, "labels")}
+            shared[f"{prefix}.step_sizes"] = of_set.step_sizes
+        for name, buffer in self.momenta.items():
+            (held if name in ROWS else shared)[f"momentum.{name}"] = buffer
+        return (
+            {name: _to_numpy(value) for name, value in held.items()},
+            {name: _to_numpy(value) for name, value in shared.items()} | self._curves(),
+        )
+
+    def _curves(self) -> dict[str, NDArray[np.generic]]:
+        curves: dict[str, NDArray[np.generic]] = {
+            f"history.{column}": np.array([getattr(record, column) for record in self.history], kind)
+            for column, kind in HISTORY_COLUMNS.items()
+        }
+        curves["validation.iteration"] = np.array([iteration for iteration, _ in self.validations], np.int64)
+        curves["validation.accuracy"] = np.array([accuracy for _, accuracy in self.validations], np.float64)
+        curves["validation.chosen_at"] = np.array(self.chosen_at, np.int64)
+        return curves
 
     @classmethod
     def from_arrays(
-        cls,
-        arrays: Mapping[str, NDArray[np.generic]],
-        rates: LearningRates,
-        threshold: float,
-        device: torch.device,
+        cls, held: Arrays, shared: Arrays, rates: LearningRates, threshold: float, device: torch.device
     ) -> Distillation:
-        """The state that `to_arrays` saved."""
+        """The state that `to_arrays` saved; of any range of its rows."""
+        arrays = {**held, **shared}
         columns = [arrays[f"history.{column}"].tolist() for column in HISTORY_COLUMNS]
+        curve = (arrays["validation.iteration"].tolist(), arrays["validation.accuracy"].tolist())
         return cls(
             synthetic=_set_from(arrays, "synthetic", device),
             rates=rates,
@@ -186,20 +261,20 @@ class Distillation:
                 name: _to_torch(arrays[f"momentum.{name}"], device) for name in LEARNED if f"momentum.{name}" in arrays
             },
             history=[IterationRecord(*row) for row in zip(*columns, strict=True)],
-            validations=list(
-                zip(
-                    arrays["validation.iteration"].tolist(),
-                    arrays["validation.accuracy"].tolist(),
-                    strict=True,
-                )
-            ),
+            validations=list(zip(*curve, strict=True)),
             chosen=_set_from(arrays, "chosen", device) if "chosen.images" in arrays else None,
             chosen_at=int(arrays["validation.chosen_at"]),
         )
 
 
+Arrays = Mapping[str, NDArray[np.generic]]
+
+ROWS = ("images", "soft_labels")
+"""The learned variables that have a row for every image."""
+
 HISTORY_COLUMNS: dict[str, type[np.generic]] = {
     "iteration": np.int64,
+    "backbone": np.int64,
     "expert": np.int64,
     "start": np.int64,
     "loss": np.float64,
@@ -209,11 +284,7 @@ HISTORY_COLUMNS: dict[str, type[np.generic]] = {
 """Columns of the history in a checkpoint, in the order of `IterationRecord`'s fields."""
 
 
-def _set_arrays(synthetic: SyntheticSet) -> dict[str, NDArray[np.generic]]:
-    return {name: _to_numpy(getattr(synthetic, name)) for name in (*LEARNED, "labels")}
-
-
-def _set_from(arrays: Mapping[str, NDArray[np.generic]], prefix: str, device: torch.device) -> SyntheticSet:
+def _set_from(arrays: Arrays, prefix: str, device: torch.device) -> SyntheticSet:
     return SyntheticSet(**{name: _to_torch(arrays[f"{prefix}.{name}"], device) for name in (*LEARNED, "labels")})
 
 

@@ -1,4 +1,4 @@
-"""The matching loss and its exact gradient, keeping the graph of one student step instead of all T.
+"""The matching loss and its exact gradient, keeping the graph of a few images of one student step, never of all T.
 
     student step     theta_{i+1} = theta_i - alpha * g_i,     g_i = grad_theta l(theta_i; A_i(X[b_i]), Y[b_i])
     matching loss    L = |theta_T - theta*|^2 / |theta_0 - theta*|^2
@@ -12,29 +12,29 @@ The result is the gradient of full unrolling, not an approximation of it (TESLA 
 Augmentation A_i is applied outside the compiled step and pulled back through its own vector-Jacobian product: it
 does not depend on theta, so this is exact too.
 
+l is a mean over the minibatch, so g_i and s_i are sums over its images. They are summed over chunks (micro-batches),
+which makes memory flat in the batch, and over class shards, each of which holds some rows of the set.
+
 Shapes: n synthetic images, b batch, k classes, p parameters, T student steps. Written for one process; a class shard
-passes `all_sum`, which adds a tensor over all shards (see `runtime`). Tests: tests/core/test_matching.py.
+passes `all_sum`, which adds a tensor over all shards (see `runtime/mesh.py`). Tests: tests/core/test_matching.py.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.func import grad, grad_and_value
+from torch.nn.functional import pad
 
 from datm_ray.core.augment import Augmentation, augment, draw_augmentation
-from datm_ray.core.networks import couples_samples
-from datm_ray.core.parameters import FlatNetwork
 from datm_ray.core.randomness import Purpose, generator
+from datm_ray.core.step_functions import StudentStepFunctions
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.errors import ConfigError
 
 AllSum = Callable[[Tensor], Tensor]
 """Adds a tensor over all class shards and gives every shard the sum."""
@@ -43,17 +43,6 @@ AllSum = Callable[[Tensor], Tensor]
 def identity(tensor: Tensor) -> Tensor:
     """The `AllSum` of a process that holds every class."""
     return tensor
-
-
-def soft_cross_entropy(logits: Tensor, soft_labels: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum over samples of the cross-entropy between softmax(soft_labels) and softmax(logits).
-
-    Args:
-        logits, soft_labels: [b k].
-        weights: [b]; 1/b each gives the mean, 0 takes a sample out.
-    """
-    per_sample = -(soft_labels.softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1)
-    return (weights * per_sample).sum()
 
 
 @dataclass(frozen=True)
@@ -67,11 +56,22 @@ class StudentStep:
     global_batch: int
     """Images of the minibatch over all shards; the loss is the mean over these."""
 
+    def held_by(self, first: int, last: int) -> StudentStep:
+        """The part of the minibatch that a shard with rows [first, last) of the set holds, counted from its first."""
+        held = np.flatnonzero((self.rows >= first) & (self.rows < last))
+        return StudentStep(self.rows[held] - first, self.augmentation.take(held), self.global_batch)
+
+    def chunks(self, size: int | None) -> Iterator[StudentStep]:
+        """The minibatch in pieces of at most so many images; none for one piece."""
+        for start in range(0, len(self.rows), size or max(1, len(self.rows))):
+            piece = np.arange(start, min(start + (size or len(self.rows)), len(self.rows)))
+            yield StudentStep(self.rows[piece], self.augmentation.take(piece), self.global_batch)
+
 
 def draw_student_steps(
-    images: int, steps: int, batch: int, strategy: str, seed: int, iteration: int
+    images: int, steps: int, batch: int, strategy: str, seed: int, iteration: int, backbone: int = 0
 ) -> list[StudentStep]:
-    """The minibatches of one iteration: shuffled passes over the set, cut into batches.
+    """The minibatches of one iteration of one backbone: shuffled passes over the set, cut into batches.
 
     Where the batch does not divide the set, the short batch comes first in each pass, as published.
     """
@@ -81,71 +81,12 @@ def draw_student_steps(
     for step in range(steps):
         number, position = divmod(step, per_pass)
         if position == 0:
-            order = generator(seed, Purpose.STUDENT_ORDER, iteration, number).permutation(images)
+            order = generator(seed, Purpose.STUDENT_ORDER, backbone, iteration, number).permutation(images)
             chunks = [order[first : first + batch] for first in range(0, images, batch)][::-1]
         rows = chunks[position]
-        draw = generator(seed, Purpose.STUDENT_AUGMENTATION, iteration, step)
+        draw = generator(seed, Purpose.STUDENT_AUGMENTATION, backbone, iteration, step)
         drawn.append(StudentStep(rows, draw_augmentation(strategy, len(rows), draw), len(rows)))
     return drawn
-
-
-class StudentStepFunctions:
-    """The two functions the inner loop is made of, compiled where the machine can.
-
-    Attributes:
-        forward: (theta [p], x [b c h w], y [b k], weights [b]) -> g [p], the student's gradient.
-        reverse: (theta, x, y, weights, v [p]) -> (s [], ds/dtheta [p], ds/dx, ds/dy) with s = <v, g>.
-        note: one line on why they are not compiled although asked to be; "" otherwise.
-
-    Raises:
-        ConfigError: the network couples the samples of a batch, so that no step is a sum over samples.
-    """
-
-    def __init__(self, network: FlatNetwork, *, compiled: bool = True) -> None:
-        if couples_samples(network.module):
-            raise ConfigError(
-                "network.norm is 'batch', which cannot be a backbone for matching",
-                "batch statistics couple the images of a batch, so its gradient is not a sum over images",
-                "use network.norm=instance",
-            )
-
-        def loss(theta: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-            return soft_cross_entropy(network(theta, x), y, weights)
-
-        def directional(theta: Tensor, x: Tensor, y: Tensor, weights: Tensor, v: Tensor) -> Tensor:
-            return torch.dot(v, grad(loss)(theta, x, y, weights))
-
-        def reverse(
-            theta: Tensor, x: Tensor, y: Tensor, weights: Tensor, v: Tensor
-        ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            (d_theta, d_x, d_y), s = grad_and_value(directional, argnums=(0, 1, 2))(theta, x, y, weights, v)
-            return s, d_theta, d_x, d_y
-
-        self.forward: Callable[..., Tensor] = grad(loss)
-        self.reverse: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = reverse
-        self.note = compiler_problem(network.device.type) if compiled else ""
-        if compiled and not self.note:
-            options = _compile_options(network.device.type)
-            self.forward = torch.compile(self.forward, fullgraph=True, dynamic=False, options=options)
-            self.reverse = torch.compile(self.reverse, fullgraph=True, dynamic=False, options=options)
-
-
-@functools.cache
-def compiler_problem(device_type: str) -> str:
-    """Why torch.compile does not work on this machine, in one line; "" where it does. Tried out once per process."""
-    trial = torch.compile(torch.sin, fullgraph=True, dynamic=False, options=_compile_options(device_type))
-    try:
-        trial(torch.zeros(8, device=device_type))
-    except Exception as failure:  # whatever a missing or broken toolchain raises, from any layer
-        reason = next(iter(str(failure).strip().splitlines()), type(failure).__name__)
-        return f"torch.compile does not work here ({reason[:120]}): running without it, more slowly"
-    return ""
-
-
-def _compile_options(device_type: str) -> dict[str, Any]:
-    # On a CPU the generated kernels are called from generated C++: at digits size Python's calls took a fifth to a
-    # third of the reverse step (benchmarks/LOG.md).
-    return {"cpp_wrapper": device_type == "cpu"}
 
 
 @dataclass(frozen=True)
@@ -174,58 +115,81 @@ def matching_gradient(
     synthetic: SyntheticSet,
     steps: Sequence[StudentStep],
     *,
+    backbone: int = 0,
+    chunk: int | None = None,
+    skip_above: float = math.inf,
     all_sum: AllSum = identity,
 ) -> MatchingGradient:
     """Exact gradient of the normalised matching loss in images, soft labels and step size.
 
-    Keeps len(steps) + 1 parameter vectors, one gradient accumulator per learned variable, and the graph of one
-    student step.
+    Keeps len(steps) + 1 parameter vectors, one gradient accumulator per learned variable, and the activations of one
+    chunk of one student step.
 
     Args:
         start, target: [p] expert parameters at the start epoch and at the epoch to land on.
-        steps: minibatches, as from `draw_student_steps`.
+        synthetic: the set, or the rows of it that this shard holds.
+        steps: minibatches, as from `draw_student_steps`; of a shard, what it holds of them.
+        backbone: whose step size the student takes.
+        chunk: images per call of `functions`; a smaller rest is filled up with images of no weight, so that there is
+            one shape to compile. None takes every minibatch whole.
+        skip_above: a loss above this is not differentiated; its gradient is given as zero.
         all_sum: sum over class shards.
     """
-    trace = _student_trace(functions, start, synthetic, steps, all_sum)
-    distance = (start - target).square().sum()
-    gap = trace[-1] - target
-    loss = float(gap.square().sum() / distance)
-    v = 2 * gap / distance
-
-    step_size = synthetic.step_size
-    images = torch.zeros_like(synthetic.images)
-    soft_labels = torch.zeros_like(synthetic.soft_labels)
-    d_step_size = torch.zeros_like(step_size)
-    for theta, step in zip(reversed(trace[:-1]), reversed(steps), strict=True):
-        rows = torch.from_numpy(step.rows).to(images.device)
-        raw = synthetic.images[rows].requires_grad_()
-        x = augment(raw, step.augmentation)
-        weights = _weights(step, x)
-        s, d_theta, d_x, d_y = functions.reverse(theta, x.detach(), synthetic.soft_labels[rows], weights, v)
-        images[rows] -= step_size * torch.autograd.grad(x, raw, d_x)[0]
-        soft_labels[rows] -= step_size * d_y
-        summed = all_sum(torch.cat([d_theta, s[None]]))
-        d_step_size -= summed[-1]
-        v = v - step_size * summed[:-1]
-    return MatchingGradient(loss, images, soft_labels, d_step_size)
-
-
-def _student_trace(
-    functions: StudentStepFunctions,
-    start: Tensor,
-    synthetic: SyntheticSet,
-    steps: Sequence[StudentStep],
-    all_sum: AllSum,
-) -> list[Tensor]:
-    """theta_0 ... theta_T."""
+    step_size = synthetic.step_sizes[backbone]
+    sweep = _Sweep(functions, synthetic, chunk)
     trace = [start]
     for step in steps:
-        rows = torch.from_numpy(step.rows).to(synthetic.images.device)
-        x = augment(synthetic.images[rows], step.augmentation)
-        gradient = functions.forward(trace[-1], x, synthetic.soft_labels[rows], _weights(step, x))
-        trace.append(trace[-1] - synthetic.step_size * all_sum(gradient))
-    return trace
+        trace.append(trace[-1] - step_size * all_sum(sweep.student_gradient(trace[-1], step)))
+    distance = (start - target).square().sum()
+    gap = trace.pop() - target
+    loss = float(gap.square().sum() / distance)
+    images, soft_labels = torch.zeros_like(synthetic.images), torch.zeros_like(synthetic.soft_labels)
+    d_step_size = torch.zeros_like(step_size)
+    if not loss <= skip_above:
+        return MatchingGradient(loss, images, soft_labels, d_step_size)
+    v = 2 * gap / distance
+    for step in reversed(steps):
+        summed = all_sum(sweep.reverse(trace.pop(), step, v, images, soft_labels))
+        d_step_size -= summed[-1]
+        v = v - step_size * summed[:-1]
+    return MatchingGradient(loss, images.mul_(-step_size), soft_labels.mul_(-step_size), d_step_size)
 
 
-def _weights(step: StudentStep, x: Tensor) -> Tensor:
-    return torch.full((len(step.rows),), 1 / step.global_batch, dtype=x.dtype, device=x.device)
+class _Sweep:
+    """One minibatch through the step functions, chunk by chunk."""
+
+    def __init__(self, functions: StudentStepFunctions, synthetic: SyntheticSet, chunk: int | None) -> None:
+        self._functions, self._synthetic, self._chunk = functions, synthetic, chunk
+
+    def student_gradient(self, theta: Tensor, step: StudentStep) -> Tensor:
+        """[p] the part of g that this shard's images give."""
+        total = torch.zeros_like(theta)
+        for piece in step.chunks(self._chunk):
+            rows = self._rows(piece)
+            x = augment(self._synthetic.images[rows], piece.augmentation)
+            total += self._functions.forward(theta, *self._filled_up(x, rows, piece))
+        return total
+
+    def reverse(self, theta: Tensor, step: StudentStep, v: Tensor, images: Tensor, soft_labels: Tensor) -> Tensor:
+        """[p + 1] this shard's part of ds/dtheta and s; ds/dX and ds/dY are added to `images` and `soft_labels`."""
+        total = theta.new_zeros(len(theta) + 1)
+        for piece in step.chunks(self._chunk):
+            rows = self._rows(piece)
+            raw = self._synthetic.images[rows].requires_grad_()
+            x = augment(raw, piece.augmentation)
+            s, d_theta, d_x, d_y = self._functions.reverse(theta, *self._filled_up(x.detach(), rows, piece), v)
+            total[:-1] += d_theta
+            total[-1] += s
+            images[rows] += torch.autograd.grad(x, raw, d_x[: len(rows)])[0]
+            soft_labels[rows] += d_y[: len(rows)]
+        return total
+
+    def _rows(self, piece: StudentStep) -> Tensor:
+        return torch.from_numpy(piece.rows).to(self._synthetic.images.device)
+
+    def _filled_up(self, x: Tensor, rows: Tensor, piece: StudentStep) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, soft labels and weights, with images of no weight up to the size of a chunk."""
+        missing = (self._chunk or len(rows)) - len(rows)
+        weights = torch.full((len(rows),), 1 / piece.global_batch, dtype=x.dtype, device=x.device)
+        y = self._synthetic.soft_labels[rows]
+        return pad(x, (0, 0) * 3 + (0, missing)), pad(y, (0, 0, 0, missing)), pad(weights, (0, missing))

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from datm_ray.core.instance_norm import InstanceNorm
 from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.errors import ConfigError
 
@@ -85,8 +86,7 @@ def couples_samples(network: nn.Module) -> bool:
 
 def _normalisation(norm: Norm, width: int) -> nn.Module:
     if norm == "instance":
-        # The literature's "instancenorm": one group per channel, with a learned scale and shift.
-        return nn.GroupNorm(width, width)
+        return InstanceNorm(width)
     if norm == "group":
         return nn.GroupNorm(math.gcd(32, width), width)  # at most 32 groups, all of one size
     if norm == "batch":

@@ -1,14 +1,16 @@
 """The synthetic set: what is learned, and how it starts.
 
-Shapes: n synthetic images, k classes, e experts, c h w image.
+Rows are ordered by class, so that a class shard is a range of them. Shapes: n synthetic images, k classes, a backbones,
+c h w image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,24 +26,29 @@ class SyntheticSet:
     """[n c h w], normalised as the experts' training images were."""
     soft_labels: Tensor
     """[n k] logits; a student is trained towards their softmax."""
-    step_size: Tensor
-    """[] the student's SGD step size."""
+    step_sizes: Tensor
+    """[a] the student's SGD step size with each backbone."""
     labels: Tensor
     """[n] int64, the class each image was started from; not learned."""
+
+    @property
+    def step_size(self) -> Tensor:
+        """[] that of the first backbone, with which the set is evaluated."""
+        return self.step_sizes[0]
 
     def clone(self) -> SyntheticSet:
         """An independent copy, detached from any graph."""
         return SyntheticSet(
             self.images.detach().clone(),
             self.soft_labels.detach().clone(),
-            self.step_size.detach().clone(),
+            self.step_sizes.detach().clone(),
             self.labels.clone(),
         )
 
     def is_valid(self) -> bool:
-        """Whether every value is finite and the step size is positive."""
-        learned = (self.images, self.soft_labels, self.step_size)
-        return all(bool(t.isfinite().all()) for t in learned) and float(self.step_size) > 0
+        """Whether every value is finite and the step sizes are positive."""
+        learned = (self.images, self.soft_labels, self.step_sizes)
+        return all(bool(t.isfinite().all()) for t in learned) and bool((self.step_sizes > 0).all())
 
 
 def random_rows(labels: NDArray[np.int64], ipc: int, seed: int) -> NDArray[np.int64]:
@@ -61,7 +68,8 @@ def correct_rows(
     seed: int,
     *,
     experts: int,
-    predictions: Callable[[int], NDArray[np.int64]],
+    predict: Callable[[int, NDArray[np.int64]], NDArray[np.int64]],
+    classes: range | None = None,
 ) -> NDArray[np.int64]:
     """Rows of `ipc` images of each class that an expert classifies correctly, class by class.
 
@@ -71,19 +79,30 @@ def correct_rows(
     Args:
         labels: [n] classes of the real training images.
         experts: how many experts may be asked.
-        predictions: expert -> [n] classes it predicts; called only as far as needed.
+        predict: (expert, rows) -> the classes it predicts for those images; asked for no more than needed.
+        classes: those to choose for; none for all.
 
     Raises:
         DatasetError: a class has fewer images than asked for.
     """
     order = _shuffled_by_class(labels, seed)
     _require_ipc(order, ipc)
+    if classes is not None:
+        order = [order[k] for k in classes]
     chosen: list[list[int]] = [[] for _ in order]
     for expert in range(experts):
-        right = predictions(expert) == labels
-        for rows, taken in zip(order, chosen, strict=True):
-            candidates = [int(row) for row in rows if right[row] and row not in taken]
-            taken += candidates[: ipc - len(taken)]
+        asked = 0
+        # Twice the images wanted at a time: most are right, so that a large data set is not predicted whole.
+        while any(len(taken) < ipc and asked < len(rows) for rows, taken in zip(order, chosen, strict=True)):
+            block = [
+                [int(row) for row in rows[asked : asked + 2 * ipc] if row not in taken] if len(taken) < ipc else []
+                for rows, taken in zip(order, chosen, strict=True)
+            ]
+            candidates = np.array([row for asked_for in block for row in asked_for], np.int64)
+            right = set(candidates[predict(expert, candidates) == labels[candidates]].tolist())
+            for asked_for, taken in zip(block, chosen, strict=True):
+                taken += [row for row in asked_for if row in right][: ipc - len(taken)]
+            asked += 2 * ipc
         if all(len(taken) == ipc for taken in chosen):
             break
     for rows, taken in zip(order, chosen, strict=True):
@@ -91,19 +110,22 @@ def correct_rows(
     return np.array([row for taken in chosen for row in taken], np.int64)
 
 
-def mean_correct_logits(logits: Tensor, labels: Tensor) -> Tensor:
+def mean_correct_logits(logits: Iterable[Tensor], labels: Tensor) -> Tensor:
     """Soft labels [n k]: for each image the mean logits of those experts that classify it correctly.
 
     An image that no expert gets right (possible among random ones) takes the mean over all experts.
 
     Args:
-        logits: [e n k], one set per expert.
+        logits: [n k] of one expert after the other; not kept.
         labels: [n] true classes.
     """
-    right = logits.argmax(dim=2) == labels
-    right = right | ~right.any(dim=0)
-    weights = right.to(logits.dtype).unsqueeze(2)
-    return (logits * weights).sum(dim=0) / weights.sum(dim=0)
+    zero = torch.zeros((), device=labels.device)
+    right_sum = right_count = total = count = zero
+    for of_expert in logits:
+        right = (of_expert.argmax(dim=1) == labels).to(of_expert.dtype).unsqueeze(1)
+        right_sum, right_count = right_sum + of_expert * right, right_count + right
+        total, count = total + of_expert, count + 1
+    return torch.where(right_count > 0, right_sum / right_count, total / count)
 
 
 def _shuffled_by_class(labels: NDArray[np.int64], seed: int) -> list[NDArray[np.int64]]:

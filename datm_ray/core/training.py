@@ -94,8 +94,8 @@ def train_to_end(network: nn.Module, images: Tensor, targets: Tensor, schedule: 
 
 
 @torch.no_grad()
-def predict_logits(network: nn.Module, images: Tensor, batch_size: int = 1000) -> Tensor:
-    """Logits [n k] in evaluation mode."""
+def predict_logits(network: nn.Module, images: Tensor, batch_size: int = 250) -> Tensor:
+    """Logits [n k] in evaluation mode, so many images at a time: at 64x64 a thousand would take 4 GB."""
     was_training = network.training
     network.eval()
     logits = torch.cat([network(chunk) for chunk in images.split(batch_size)])

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from datm_ray.artifact import Artifact, read_artifact
 from datm_ray.config import RunConfig
-from datm_ray.runtime.distill import CHECKPOINT, INITIAL, SYNTHETIC, read_history
+from datm_ray.runtime.checkpoint import CHECKPOINT, read_curves
+from datm_ray.runtime.distill import INITIAL, SYNTHETIC
 from datm_ray.runtime.evaluate import ROWS, Score
 from datm_ray.store.filesystem import Location
 
@@ -58,7 +59,7 @@ class Run:
 
 def read_run(summary: RunSummary) -> Run:
     folder = summary.folder
-    history = read_history(folder) if (folder / CHECKPOINT).exists() else None
+    history = read_curves(folder) if (folder / CHECKPOINT).exists() else None
     if history is not None and not len(history["history.iteration"]):
         history = None
     return Run(summary, _artifact(folder / INITIAL), _artifact(folder / SYNTHETIC), history)

@@ -1,8 +1,9 @@
-"""Distilling: one task, one synthetic set, resumed from its last checkpoint.
+"""Distilling: one task, one synthetic set, by one worker or by a mesh of them, resumed from its last checkpoint.
 
 The files of a run's folder, each written atomically:
     initial.arrow      the set before the first iteration
-    checkpoint.arrow   the whole state, replaced every `checkpoint_every` iterations and kept at the end
+    checkpoint.arrow   the whole state, replaced every `checkpoint_every` iterations and kept at the end; the images
+                       are in checkpoint/, see `checkpoint`
     synthetic.arrow    the result; there only when the distillation is finished
     last-good.arrow    after a divergence: the set as it was before
 """
@@ -11,8 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Generator, Iterator
 
 import numpy as np
 import torch
@@ -22,185 +22,302 @@ from torch import Tensor
 from datm_ray.artifact import save_artifact
 from datm_ray.config import ClusterConfig, RunConfig
 from datm_ray.core.difficulty import DifficultyRange, draw_plan
-from datm_ray.core.distillation import Distillation, LearningRates
-from datm_ray.core.matching import StudentStepFunctions, draw_student_steps
+from datm_ray.core.distillation import Distillation, IterationRecord, LearningRates, Match, Origin
+from datm_ray.core.matching import draw_student_steps
 from datm_ray.core.networks import build_network
 from datm_ray.core.parameters import FlatNetwork, unflatten_into
 from datm_ray.core.randomness import Purpose, derive_seed
+from datm_ray.core.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.core.synthetic import SyntheticSet, correct_rows, mean_correct_logits
-from datm_ray.core.training import PROTOCOLS, Schedule, accuracy, predict_logits, train_to_end
+from datm_ray.core.training import PROTOCOLS, Schedule, accuracy, predict_logits, train
 from datm_ray.data.dataset import Dataset
-from datm_ray.errors import DivergenceError, MissingExpertsError
-from datm_ray.runtime.executor import Event, Finished, Note, Progress, prepare_device, to_device
+from datm_ray.errors import ClusterError, DivergenceError, MissingExpertsError
+from datm_ray.runtime.checkpoint import Rows, load_checkpoint, save_checkpoint
+from datm_ray.runtime.executor import Event, Finished, Note, Progress, Seat, prepare_device, to_device
 from datm_ray.runtime.experts import expert_group, network_spec
+from datm_ray.runtime.mesh import Mesh, open_mesh
+from datm_ray.runtime.plan import distillation_plan
 from datm_ray.runtime.provenance import provenance
 from datm_ray.store.filesystem import Location, open_location
-from datm_ray.store.tensors import read_tensors, write_tensors
-from datm_ray.store.trajectories import ExpertGroup
 
-INITIAL, CHECKPOINT, SYNTHETIC = "initial.arrow", "checkpoint.arrow", "synthetic.arrow"
+INITIAL, SYNTHETIC = "initial.arrow", "synthetic.arrow"
 LAST_GOOD = "last-good.arrow"
-CHECKPOINT_KIND = "checkpoint"
 
 
 class ExpertNetworks:
-    """The experts of a run as networks: their last snapshots, and logits of real images."""
+    """The experts of one network as networks: their snapshots, and logits of real images from the last ones."""
 
     def __init__(self, config: RunConfig, dataset: Dataset, store_uri: str, device: torch.device) -> None:
         self.group = expert_group(store_uri, config, dataset.name, dataset.fingerprint)
-        self.experts = self._available(config)
+        self.count = config.experts.count
+        self._require_all(config)
         spec = network_spec(config, dataset.channels, dataset.size, dataset.classes)
         self.network = build_network(spec, seed=0).to(device)
         self._last_epoch = config.experts.epochs
         self._device = device
 
-    def _available(self, config: RunConfig) -> list[int]:
-        available = [expert for expert in self.group.experts() if expert < config.experts.count]
-        if len(available) < config.experts.count:
+    def _require_all(self, config: RunConfig) -> None:
+        available = sum(expert < self.count for expert in self.group.experts())
+        if available < self.count:
             raise MissingExpertsError(
-                f"{self.group.location.uri} holds {len(available)} of the {config.experts.count} experts that "
-                f"{config.name} needs",
+                f"{self.group.location.uri} holds {available} of the {self.count} experts that {config.name} needs",
                 "expert training has not finished for this recipe",
                 f"run `datm-ray experts {config.name}` with the same --out and --store",
             )
-        return available
+
+    def parameters(self, expert: int, epochs: list[int]) -> list[Tensor]:
+        """Snapshots [p] of an expert."""
+        return [to_device(array, self._device) for array in self.group.read_params(expert, epochs)]
 
     def logits(self, expert: int, images: Tensor) -> Tensor:
         """Logits [n k] of an expert's last snapshot."""
-        (parameters,) = self.group.read_params(expert, [self._last_epoch])
-        unflatten_into(self.network, to_device(parameters, self._device))
+        (parameters,) = self.parameters(expert, [self._last_epoch])
+        unflatten_into(self.network, parameters)
         return predict_logits(self.network, images)
 
     def soft_labels(self, images: Tensor, labels: Tensor) -> Tensor:
         """Soft labels [n k]: the mean logits of the experts that classify each image correctly."""
-        return mean_correct_logits(torch.stack([self.logits(expert, images) for expert in self.experts]), labels)
+        return mean_correct_logits((self.logits(expert, images) for expert in range(self.count)), labels)
 
 
 class DistillWorker:
-    """Distils synthetic sets from one data set and its experts."""
+    """Distils synthetic sets from one data set and its experts, alone or with others."""
 
     def __init__(self, dataset: Dataset, cluster: ClusterConfig) -> None:
         self._device = prepare_device(cluster)
+        if cluster.precision != "float32" and self._device.type == "cpu":
+            raise ClusterError(
+                f"cluster.precision is {cluster.precision!r}, but this worker has no GPU",
+                "processors compute it far more slowly than float32, or not at all",
+                "use --set cluster.precision=float32",
+            )
         self._cluster = cluster
         self._dataset = dataset
 
-    def distill(self, config: RunConfig, store_uri: str, folder_uri: str) -> Iterator[Event]:
+    def distill(self, config: RunConfig, store_uri: str, folder_uri: str, seat: Seat | None = None) -> Iterator[Event]:
         """Distil one recipe into its folder, from the last checkpoint if there is one.
 
         Raises:
             MissingExpertsError: the store has not all experts of the recipe.
             DivergenceError: a value stopped being finite; the last good state is in the checkpoint.
+            PeerLostError: another worker of the mesh died.
         """
         folder = open_location(folder_uri)
         if (folder / SYNTHETIC).exists():
             yield Finished()
             return
-        experts = ExpertNetworks(config, self._dataset, store_uri, self._device)
-        state = self._resume_or_start(config, experts, folder)
-        functions = StudentStepFunctions(FlatNetwork(experts.network), compiled=self._cluster.compile)
-        if functions.note:
-            yield Note(functions.note)
-        settings = config.distill
-        total = settings.iterations
-        while state.iteration < total:
+        columns = min(self._cluster.shards, seat.size) if seat else 1
+        rows = seat.size // columns if seat else 1
+        with open_mesh(seat, rows, columns, self._device, self._cluster.peer_timeout) as mesh:
+            yield from _Run(config, self._dataset, store_uri, folder, mesh, self._device).events()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Backbone:
+    """One network that this worker matches."""
+
+    number: int
+    experts: ExpertNetworks
+    functions: StudentStepFunctions
+    chunk: int
+    """Images of a micro-batch."""
+
+
+class _Run:
+    """One worker's part in the distillation of one recipe."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        dataset: Dataset,
+        store_uri: str,
+        folder: Location,
+        mesh: Mesh,
+        device: torch.device,
+    ) -> None:
+        self._config, self._dataset, self._folder, self._mesh, self._device = config, dataset, folder, mesh, device
+        self._rows = Rows.of_shard(mesh.column, mesh.columns, dataset.classes, config.distill.ipc)
+        networks = [ExpertNetworks(each, dataset, store_uri, device) for each in config.each_backbone()]
+        self._first = networks[0]
+        mine = [mesh.row] if mesh.rows > 1 else range(len(networks))
+        self._backbones = [self._backbone(number, networks[number]) for number in mine]
+
+    def _backbone(self, number: int, experts: ExpertNetworks) -> _Backbone:
+        cluster, dataset = self._config.cluster, self._dataset
+        options = StepOptions(compiled=cluster.compile, precision=cluster.precision)
+        functions = StudentStepFunctions(FlatNetwork(experts.network), options)
+        alone = self._config.each_backbone()[number]
+        if functions.note:  # what runs uncompiled takes more memory
+            alone = alone.model_copy(update={"cluster": cluster.model_copy(update={"compile": False})})
+        image = (dataset.channels, *dataset.size)
+        plan = distillation_plan(alone, image, dataset.classes, shards=self._mesh.columns)
+        return _Backbone(number, experts, functions, plan.chunk)
+
+    def events(self) -> Iterator[Event]:
+        """Iterate to the end; every worker gives the same events."""
+        settings = self._config.distill
+        for note in {backbone.functions.note for backbone in self._backbones} - {""}:
+            yield Note(note)
+        state = self._resume_or_start()
+        while state.iteration < settings.iterations:
             try:
-                loss = self._iterate(config, experts, state, functions)
+                records = self._iterate(state)
             except DivergenceError:
-                self._save_checkpoint(state, config, folder)
-                self._save_set(state.synthetic, config, experts.group, folder / LAST_GOOD)
+                self._keep_last_good(state)
                 raise
-            values = {"loss": loss, "step_size": float(state.synthetic.step_size), "skipped": float(state.skipped)}
-            if state.iteration % settings.validate_every == 0 or state.iteration == total:
-                state.record_validation(*self._validate(config, state.synthetic))
-            if state.validations:
-                values["validation"] = state.validations[-1][1]
-            if state.iteration % settings.checkpoint_every == 0 or state.iteration == total:
-                self._save_checkpoint(state, config, folder)
-            yield Progress(state.iteration, total, values)
-        self._save_set(state.chosen or state.synthetic, config, experts.group, folder / SYNTHETIC)
+            last = state.iteration == settings.iterations
+            if state.iteration % settings.validate_every == 0 or last:
+                state.record_validation(*self._validate(state.synthetic))
+            if state.iteration % settings.checkpoint_every == 0 or last:
+                self._save_checkpoint(state)
+            yield Progress(state.iteration, settings.iterations, _shown(state, records))
+        self._save_set(state.chosen or state.synthetic, SYNTHETIC)
         yield Finished({"skipped": state.skipped, "chosen_at": state.chosen_at})
 
-    def _iterate(
-        self, config: RunConfig, experts: ExpertNetworks, state: Distillation, functions: StudentStepFunctions
-    ) -> float:
-        settings = config.distill
-        plan = draw_plan(difficulty_range(config), len(experts.experts), config.seed, state.iteration)
-        expert = experts.experts[plan.expert]
-        start, target = experts.group.read_params(expert, [plan.start, plan.start + settings.expert_epochs])
+    def _iterate(self, state: Distillation) -> list[IterationRecord]:
+        origins = self._origins(state.iteration)
+        return state.step(
+            [self._match(backbone, origins[backbone.number], state) for backbone in self._backbones],
+            origins,
+            all_sum=self._mesh.sum_over_classes,
+            sum_over_backbones=self._mesh.sum_over_backbones,
+        )
+
+    def _origins(self, iteration: int) -> list[Origin]:
+        config, difficulty = self._config, difficulty_range(self._config)
+        plans = [
+            draw_plan(difficulty, config.experts.count, config.seed, iteration, backbone)
+            for backbone in range(len(config.weights))
+        ]
+        return [Origin(plan.expert, plan.start) for plan in plans]
+
+    def _match(self, backbone: _Backbone, origin: Origin, state: Distillation) -> Match:
+        config, settings = self._config, self._config.distill
         steps = draw_student_steps(
-            len(state.synthetic.images),
+            settings.ipc * self._dataset.classes,
             settings.student_steps,
             settings.batch_size,
             settings.augmentation,
             config.seed,
             state.iteration,
+            backbone.number,
         )
-        parameters = (to_device(start, self._device), to_device(target, self._device))
-        return state.step(functions, expert, plan.start, parameters, steps).loss
+        epochs = [origin.epoch, origin.epoch + settings.expert_epochs]
+        start, target = backbone.experts.parameters(origin.expert, epochs)
+        return Match(
+            backbone.functions,
+            start,
+            target,
+            [step.held_by(self._rows.first, self._rows.last) for step in steps],
+            backbone.number,
+            config.weights[backbone.number],
+            backbone.chunk,
+        )
 
-    def _resume_or_start(self, config: RunConfig, experts: ExpertNetworks, folder: Location) -> Distillation:
-        settings = config.distill
+    def _resume_or_start(self) -> Distillation:
+        settings = self._config.distill
         rates = LearningRates(
             settings.learning_rate_images, settings.learning_rate_labels, settings.learning_rate_step_size
         )
-        checkpoint = folder / CHECKPOINT
-        if checkpoint.exists():
-            arrays = read_tensors(checkpoint, kind=CHECKPOINT_KIND).arrays
-            return Distillation.from_arrays(arrays, rates, settings.threshold, self._device)
-        synthetic = self._initial_set(config, experts)
-        self._save_set(synthetic, config, experts.group, folder / INITIAL)
+        saved = load_checkpoint(self._folder, self._rows, rates, settings.threshold, self._device)
+        if saved is not None:
+            return saved
+        synthetic = self._initial_set()
+        self._save_set(synthetic, INITIAL)
         return Distillation(synthetic, rates, settings.threshold)
 
-    def _initial_set(self, config: RunConfig, experts: ExpertNetworks) -> SyntheticSet:
-        """Real images that experts classify correctly, with their mean correct logits as soft labels."""
-        dataset = self._dataset
-        all_images = to_device(dataset.train_images, self._device)
+    def _initial_set(self) -> SyntheticSet:
+        """This shard's rows: real images that experts classify correctly, with their mean correct logits."""
+        config, dataset, rows = self._config, self._dataset, self._rows
+        step_sizes = torch.full((len(config.weights),), config.distill.initial_step_size, device=self._device)
+        shape = (rows.last - rows.first, dataset.channels, *dataset.size)
+        images = torch.zeros(shape, device=self._device)
+        soft_labels = torch.zeros(len(images), dataset.classes, device=self._device)
+        labels = torch.tensor(rows.classes(config.distill.ipc), device=self._device)
+        labels = labels.repeat_interleave(config.distill.ipc)
+        if self._mesh.row == 0:
+            images = torch.tensor(dataset.train_images[self._initial_rows()], device=self._device)
+            soft_labels = self._first.soft_labels(images, labels)
+        # To the other backbones' workers as it is, for machines may round differently; x + 0 is x.
+        images, soft_labels = self._mesh.sum_over_backbones(images), self._mesh.sum_over_backbones(soft_labels)
+        return SyntheticSet(images, soft_labels, step_sizes, labels)
 
-        def predictions(position: int) -> NDArray[np.int64]:
-            return experts.logits(experts.experts[position], all_images).argmax(dim=1).cpu().numpy()
+    def _initial_rows(self) -> NDArray[np.int64]:
+        dataset, settings = self._dataset, self._config.distill
 
-        rows = correct_rows(
+        def predict(expert: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+            images = torch.tensor(dataset.train_images[rows], device=self._device)
+            return self._first.logits(expert, images).argmax(dim=1).cpu().numpy()
+
+        return correct_rows(
             dataset.train_labels,
-            config.distill.ipc,
-            config.seed,
-            experts=len(experts.experts),
-            predictions=predictions,
+            settings.ipc,
+            self._config.seed,
+            experts=self._first.count,
+            predict=predict,
+            classes=self._rows.classes(settings.ipc),
         )
-        images = torch.tensor(dataset.train_images[rows], device=self._device)
-        labels = torch.tensor(dataset.train_labels[rows], device=self._device)
-        step_size = torch.tensor(config.distill.initial_step_size, device=self._device)
-        return SyntheticSet(images, experts.soft_labels(images, labels), step_size, labels)
 
-    def _validate(self, config: RunConfig, synthetic: SyntheticSet) -> tuple[float, float]:
-        """Mean validation accuracy of fresh networks trained on the set, and its standard error."""
-        dataset = self._dataset
-        images = to_device(dataset.validation_images, self._device)
-        labels = to_device(dataset.validation_labels, self._device)
-        spec = network_spec(config, dataset.channels, dataset.size, dataset.classes)
-        schedule = evaluation_schedule(config, float(synthetic.step_size), protocol="short")
-        accuracies = []
-        for number in range(config.distill.validation_seeds):
-            seed = derive_seed(config.seed, Purpose.VALIDATION, number)
-            network = build_network(spec, seed).to(self._device)
-            train_to_end(network, synthetic.images, synthetic.soft_labels, schedule, seed)
-            accuracies.append(accuracy(network, images, labels))
-        mean = sum(accuracies) / len(accuracies)
+    def _validate(self, held: SyntheticSet) -> tuple[float, float]:
+        """Mean validation accuracy of fresh networks trained on the whole set, and its standard error."""
+        whole = self._whole(held)
+
+        def work() -> Generator[None, None, list[float]]:
+            assert whole is not None
+            total = 0.0
+            for number in range(self._config.distill.validation_seeds):
+                total += yield from self._accuracy(whole, number)
+            return [total / self._config.distill.validation_seeds]
+
+        (mean,) = self._mesh.from_first(work, 1)
         # Over images only: networks scored on the same images are not independent draws.
-        return mean, math.sqrt(mean * (1 - mean) / len(images))
+        return mean, math.sqrt(mean * (1 - mean) / len(self._dataset.validation_labels))
 
-    def _save_checkpoint(self, state: Distillation, config: RunConfig, folder: Location) -> None:
-        metadata = {"recipe": config.identity(), "iteration": state.iteration}
-        write_tensors(folder / CHECKPOINT, state.to_arrays(), kind=CHECKPOINT_KIND, metadata=metadata)
+    def _accuracy(self, whole: SyntheticSet, number: int) -> Generator[None, None, float]:
+        config, dataset = self._config, self._dataset
+        spec = network_spec(config, dataset.channels, dataset.size, dataset.classes)
+        schedule = evaluation_schedule(config, float(whole.step_size), protocol="short")
+        seed = derive_seed(config.seed, Purpose.VALIDATION, number)
+        network = build_network(spec, seed).to(self._device)
+        for _ in train(network, whole.images, whole.soft_labels, schedule, seed):
+            yield
+        images = to_device(dataset.validation_images, self._device)
+        return accuracy(network, images, to_device(dataset.validation_labels, self._device))
 
-    def _save_set(self, synthetic: SyntheticSet, config: RunConfig, group: ExpertGroup, location: Location) -> None:
+    def _whole(self, held: SyntheticSet) -> SyntheticSet | None:
+        """All shards' rows, on the first worker."""
+        images, soft_labels, labels = (self._mesh.gather(part) for part in (held.images, held.soft_labels, held.labels))
+        if images is None or soft_labels is None or labels is None:
+            return None
+        return SyntheticSet(images, soft_labels, held.step_sizes, labels)
+
+    def _keep_last_good(self, state: Distillation) -> None:
+        self._save_checkpoint(state)
+        self._save_set(state.synthetic, LAST_GOOD)
+        self._mesh.barrier()  # the first error that arrives ends all workers
+
+    def _save_checkpoint(self, state: Distillation) -> None:
+        save_checkpoint(self._folder, state, self._rows, self._mesh, self._config.identity())
+
+    def _save_set(self, held: SyntheticSet, name: str) -> None:
+        whole = self._whole(held)
+        if whole is None:
+            return
+        dataset = self._dataset
         origin = provenance(self._device) | {
-            "dataset": self._dataset.name,
-            "dataset_fingerprint": self._dataset.fingerprint,
-            "expert_fingerprint": group.key.fingerprint,
+            "dataset": dataset.name,
+            "dataset_fingerprint": dataset.fingerprint,
+            "expert_fingerprint": self._first.group.key.fingerprint,
         }
-        save_artifact(
-            location, synthetic, self._dataset.transform, self._dataset.class_names, config.identity(), origin
-        )
+        place, recipe = self._folder / name, self._config.identity()
+        save_artifact(place, whole, dataset.transform, dataset.class_names, recipe, origin)
+
+
+def _shown(state: Distillation, records: list[IterationRecord]) -> dict[str, float]:
+    values = {"loss": records[0].loss, "step_size": records[0].step_size, "skipped": float(state.skipped)}
+    if state.validations:
+        values["validation"] = state.validations[-1][1]
+    return values
 
 
 def difficulty_range(config: RunConfig) -> DifficultyRange:
@@ -218,9 +335,3 @@ def evaluation_schedule(config: RunConfig, step_size: float, protocol: str | Non
         learning_rate=step_size,
         augmentation=config.evaluate.augmentation,
     )
-
-
-def read_history(folder: Location) -> dict[str, Any]:
-    """The history columns and validation curve of a run's checkpoint, by name."""
-    arrays = read_tensors(folder / CHECKPOINT, kind=CHECKPOINT_KIND).arrays
-    return {name: array for name, array in arrays.items() if name.startswith(("history.", "validation."))}

@@ -57,12 +57,27 @@ Event = Progress | Finished | Lost | Note
 
 
 @dataclass(frozen=True)
+class Seat:
+    """The place of one worker among those that do a task together."""
+
+    rank: int
+    """0 ... size - 1; the events of rank 0 are the task's."""
+    size: int
+    """Workers of the task."""
+    meeting: str
+    """host:port at which rank 0 waits for the others."""
+
+
+@dataclass(frozen=True)
 class Task:
     """One call of a worker's method."""
 
     name: str
     """Shown to the user and unique within its stage."""
     arguments: tuple[Any, ...]
+    size: int = 1
+    """Workers that do it together. Above 1 the method gets `seat=Seat(...)` wherever there are several processes; an
+    executor of one process does the whole task alone, without a seat."""
 
 
 class Executor(Protocol):

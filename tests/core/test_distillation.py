@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import astuple
 
 import numpy as np
@@ -10,15 +11,16 @@ import torch
 from torch import Tensor
 
 from datm_ray.core import distillation
-from datm_ray.core.distillation import Distillation, IterationRecord, LearningRates
-from datm_ray.core.matching import MatchingGradient, StudentStepFunctions, draw_student_steps
+from datm_ray.core.distillation import Distillation, IterationRecord, LearningRates, Match, Origin
+from datm_ray.core.matching import MatchingGradient, draw_student_steps
 from datm_ray.core.networks import NetworkSpec, build_network
 from datm_ray.core.parameters import FlatNetwork, flatten
+from datm_ray.core.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.errors import DivergenceError
 
-RATES = LearningRates(images=3.0, soft_labels=2.0, step_size=1e-3)
-LEARNED = ("images", "soft_labels", "step_size")
+RATES = LearningRates(images=3.0, soft_labels=2.0, step_sizes=1e-3)
+LEARNED = ("images", "soft_labels", "step_sizes")
 
 
 def make_state(threshold: float = 1.0) -> Distillation:
@@ -26,7 +28,7 @@ def make_state(threshold: float = 1.0) -> Distillation:
     images = torch.randn(6, 1, 8, 8, generator=draw)
     soft_labels = torch.randn(6, 3, generator=draw)
     return Distillation(
-        SyntheticSet(images, soft_labels, torch.tensor(0.05), torch.arange(3).repeat_interleave(2)), RATES, threshold
+        SyntheticSet(images, soft_labels, torch.tensor([0.05]), torch.arange(3).repeat_interleave(2)), RATES, threshold
     )
 
 
@@ -43,9 +45,10 @@ class Scripted:
         self.monkeypatch = monkeypatch
 
     def __call__(self, state: Distillation, gradient: MatchingGradient) -> IterationRecord:
-        self.monkeypatch.setattr(distillation, "matching_gradient", lambda *_, **__: gradient)
+        self.monkeypatch.setattr(distillation, "matching_gradient", lambda *_, **__: copy.deepcopy(gradient))
         nothing = torch.empty(0)
-        return state.step(None, expert=4, start=7, parameters=(nothing, nothing), steps=[])  # type: ignore[arg-type]
+        (record,) = state.step([Match(None, nothing, nothing, [])], [Origin(4, 7)])  # type: ignore[arg-type]
+        return record
 
 
 @pytest.fixture
@@ -54,7 +57,8 @@ def step(monkeypatch: pytest.MonkeyPatch) -> Scripted:
 
 
 def everything(state: Distillation) -> dict[str, np.ndarray]:
-    return {name: array.copy() for name, array in state.to_arrays().items()}
+    held, shared = state.to_arrays()
+    return {name: array.copy() for name, array in {**held, **shared}.items()}
 
 
 def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
@@ -75,7 +79,8 @@ def test_update_is_torchs_sgd_with_the_published_momenta(step: Scripted) -> None
         gradient = make_gradient(seed=iteration)
         step(state, gradient)
         for name, optimizer in zip(LEARNED, optimizers, strict=True):
-            getattr(reference, name).grad = getattr(gradient, name).clone()
+            value = gradient.step_size[None] if name == "step_sizes" else getattr(gradient, name)
+            getattr(reference, name).grad = value.clone()
             optimizer.step()
     for name in LEARNED:
         torch.testing.assert_close(getattr(state.synthetic, name), getattr(reference, name), rtol=1e-5, atol=1e-5)
@@ -86,7 +91,7 @@ def test_iteration_is_recorded(step: Scripted) -> None:
     """With the step size after the update."""
     state = make_state()
     record = step(state, make_gradient(0.25))
-    assert record == IterationRecord(0, 4, 7, 0.25, float(state.synthetic.step_size), skipped=False)
+    assert record == IterationRecord(0, 0, 4, 7, 0.25, float(state.synthetic.step_size), skipped=False)
     assert record.step_size != pytest.approx(0.05)
     assert step(state, make_gradient(0.5)).iteration == 1
     assert state.history[0] == record
@@ -115,7 +120,7 @@ def test_gradient_that_is_not_finite_stops_the_run(step: Scripted, name: str, va
     state = make_state()
     step(state, make_gradient())
     before, bad = everything(state), make_gradient()
-    getattr(bad, name).view(-1)[-1] = value
+    getattr(bad, name.removesuffix("s") if name == "step_sizes" else name).view(-1)[-1] = value
     with pytest.raises(DivergenceError, match="diverged at iteration 1: its gradient is not finite"):
         step(state, bad)
     assert_same(everything(state), before)
@@ -167,12 +172,13 @@ def run(state: Distillation, iterations: int) -> None:
     """Real iterations of a tiny network, and a validation after every third."""
     spec = NetworkSpec("convnet", 1, (8, 8), 3, width=3, depth=2)
     module = build_network(spec, 0)
-    functions = StudentStepFunctions(FlatNetwork(module), compiled=False)
+    functions = StudentStepFunctions(FlatNetwork(module), StepOptions(compiled=False))
     start = flatten(module)
     for _ in range(iterations):
         k = state.iteration
         target: Tensor = start + 0.05 * torch.randn(start.shape, generator=torch.Generator().manual_seed(k))
-        state.step(functions, k % 2, k, (start, target), draw_student_steps(6, 3, 4, "crop_flip", 1, k))
+        steps = draw_student_steps(6, 3, 4, "crop_flip", 1, k)
+        state.step([Match(functions, start, target, steps)], [Origin(k % 2, k)])
         if state.iteration % 3 == 0:
             state.record_validation(float(state.synthetic.images.mean()))
 
@@ -184,7 +190,7 @@ def test_resumed_distillation_equals_an_undisturbed_one(done: int) -> None:
     run(undisturbed, 8)
     run(first, done)
     arrays = everything(first)
-    resumed = Distillation.from_arrays(arrays, RATES, 0.9999, torch.device("cpu"))
+    resumed = Distillation.from_arrays(*first.to_arrays(), RATES, 0.9999, torch.device("cpu"))
     assert_same(everything(resumed), arrays)
     run(resumed, 8 - done)
     assert_same(everything(resumed), everything(undisturbed))
@@ -198,15 +204,15 @@ def test_saved_arrays_do_not_change_when_the_run_goes_on(step: Scripted) -> None
     state = make_state()
     step(state, make_gradient())
     state.record_validation(0.5)
-    saved = state.to_arrays()
-    before = {name: array.copy() for name, array in saved.items()}
+    held, shared = state.to_arrays()
+    before = everything(state)
     step(state, make_gradient(seed=1))
-    assert_same(saved, before)
+    assert_same({**held, **shared}, before)
 
 
 def test_restored_state_does_not_write_into_its_file() -> None:
     """The arrays may be read-only views of a memory-mapped file."""
-    arrays = everything(make_state())
-    for array in arrays.values():
+    arrays = make_state().to_arrays()
+    for array in (*arrays[0].values(), *arrays[1].values()):
         array.flags.writeable = False
-    run(Distillation.from_arrays(arrays, RATES, 1.0, torch.device("cpu")), 1)
+    run(Distillation.from_arrays(*arrays, RATES, 1.0, torch.device("cpu")), 1)

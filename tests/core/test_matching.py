@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import dataclasses
+import functools
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,18 +16,17 @@ from torch import Tensor
 
 from datm_ray.config import PUBLISHED_AUGMENTATION
 from datm_ray.core.augment import augment, draw_augmentation
+from datm_ray.core.distillation import Distillation, LearningRates, Match, Origin
 from datm_ray.core.matching import (
     MatchingGradient,
     StudentStep,
-    StudentStepFunctions,
     draw_student_steps,
     matching_gradient,
-    soft_cross_entropy,
 )
 from datm_ray.core.networks import NetworkSpec, build_network
 from datm_ray.core.parameters import FlatNetwork, flatten
+from datm_ray.core.step_functions import StepOptions, StudentStepFunctions, soft_cross_entropy
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.errors import ConfigError
 
 OPERATIONS = PUBLISHED_AUGMENTATION.split("_")
 
@@ -42,7 +43,11 @@ def make_problem(
     images = torch.randn(classes * ipc, channels, size, size, generator=draw, dtype=torch.float64)
     soft_labels = 3 * torch.randn(classes * ipc, classes, generator=draw, dtype=torch.float64)
     labels = torch.arange(classes).repeat_interleave(ipc)
-    return FlatNetwork(module), start, target, SyntheticSet(images, soft_labels, torch.tensor(0.1).double(), labels)
+    return FlatNetwork(module), start, target, SyntheticSet(images, soft_labels, torch.tensor([0.1]).double(), labels)
+
+
+def eager(network: FlatNetwork) -> StudentStepFunctions:
+    return StudentStepFunctions(network, StepOptions(compiled=False))
 
 
 def unrolled(
@@ -75,7 +80,7 @@ def test_gradient_equals_full_unrolling(operation: str) -> None:
     """Images, labels and step size agree with the unrolled graph to 1e-10 under every augmentation."""
     network, start, target, synthetic = make_problem()
     steps = draw_student_steps(12, 7, 5, operation, seed=1, iteration=3)
-    functions = StudentStepFunctions(network, compiled=False)
+    functions = eager(network)
     ours = matching_gradient(functions, start, target, synthetic, steps)
     loss, reference = unrolled(network, start, target, synthetic, steps)
     assert ours.loss == pytest.approx(float(loss), rel=1e-12)
@@ -87,7 +92,7 @@ def test_gradient_equals_finite_differences() -> None:
     """Directional derivatives in all three variables agree with central differences of the loss."""
     network, start, target, synthetic = make_problem(channels=1, width=3, classes=3, ipc=2)
     steps = draw_student_steps(6, 4, 4, "color_crop_flip_scale_rotate", seed=2, iteration=0)
-    functions = StudentStepFunctions(network, compiled=False)
+    functions = eager(network)
     ours = matching_gradient(functions, start, target, synthetic, steps)
     draw = torch.Generator().manual_seed(5)
     for name in ("images", "soft_labels", "step_size"):
@@ -102,89 +107,129 @@ def test_gradient_equals_finite_differences() -> None:
         assert float((getattr(ours, name) * direction).sum()) == pytest.approx(numeric, rel=1e-5)
 
 
-@pytest.mark.slow
-def test_compiled_step_equals_eager_step() -> None:
-    """Compilation changes rounding only: 1e-12 relative in float64."""
+@pytest.mark.parametrize("chunk", [1, 3, 4, 12])
+def test_chunks_of_any_size_give_the_same_gradient(chunk: int) -> None:
+    """Micro-batches, also those that must be filled up with images of no weight, change rounding only."""
     network, start, target, synthetic = make_problem()
-    steps = draw_student_steps(12, 3, 12, PUBLISHED_AUGMENTATION, seed=1, iteration=0)
-    eager = matching_gradient(StudentStepFunctions(network, compiled=False), start, target, synthetic, steps)
-    fast = matching_gradient(StudentStepFunctions(network, compiled=True), start, target, synthetic, steps)
-    for value, expected in zip(parts(fast), parts(eager), strict=True):
+    steps = draw_student_steps(12, 4, 5, PUBLISHED_AUGMENTATION, seed=1, iteration=2)
+    functions = eager(network)
+    whole = matching_gradient(functions, start, target, synthetic, steps)
+    chunked = matching_gradient(functions, start, target, synthetic, steps, chunk=chunk)
+    assert chunked.loss == pytest.approx(whole.loss, rel=1e-13)
+    for value, expected in zip(parts(chunked), parts(whole), strict=True):
         assert relative_error(value, expected) < 1e-12
 
 
-WITHOUT_COMPILER = """
-import torch
-from datm_ray.core.matching import StudentStepFunctions
-from datm_ray.core.networks import NetworkSpec, build_network
-from datm_ray.core.parameters import FlatNetwork, flatten
+class Barrier:
+    """Adds tensors over threads; the sum is taken in one order, so every thread gets the same bits."""
 
-module = build_network(NetworkSpec("convnet", 1, (8, 8), 3, width=2, depth=1), 0)
-functions = StudentStepFunctions(FlatNetwork(module), compiled=True)
-gradient = functions.forward(flatten(module), torch.ones(2, 1, 8, 8), torch.eye(3)[:2], torch.ones(2))
-assert gradient.isfinite().all()
-print(functions.note)
-"""
+    def __init__(self, size: int) -> None:
+        self._barrier, self._slots = threading.Barrier(size), [torch.empty(0)] * size
 
-
-@pytest.mark.parametrize("compiler", ["absent", "broken"])
-def test_without_a_working_compiler_the_step_runs_eagerly_and_says_so(compiler: str, tmp_path: Path) -> None:
-    """No compiler, or one that answers and then fails, costs speed and one line, not the run."""
-    cxx = tmp_path / "g++"
-    if compiler == "broken":
-        cxx.write_text('#!/bin/sh\n[ "$1" = --version ] && echo 12.0 && exit\nexit 1\n')
-        cxx.chmod(0o755)
-    # An empty cache, for this machine's real compiler may have filled the usual one.
-    environment = {**os.environ, "CXX": str(cxx), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    command = [sys.executable, "-c", WITHOUT_COMPILER]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("torch.compile does not work here (")
-    assert len(result.stdout.splitlines()) == 1
+    def all_sum(self, rank: int, tensor: Tensor) -> Tensor:
+        self._slots[rank] = tensor
+        self._barrier.wait(timeout=60)
+        total = torch.stack(self._slots).sum(dim=0)
+        self._barrier.wait(timeout=60)
+        return total
 
 
-def test_sum_over_two_shards_equals_one_process() -> None:
-    """Shards that each hold some classes and add their gradients get the gradient of the whole set."""
-    from concurrent.futures import ThreadPoolExecutor
-    from threading import Barrier
-
+@pytest.mark.parametrize("bounds", [(0, 12), (0, 5, 12), (0, 3, 6, 9, 12), (0, 1, 2, 3, 12)])
+@pytest.mark.parametrize("batch", [12, 4])
+def test_class_shards_add_up_to_one_process(bounds: tuple[int, ...], batch: int) -> None:
+    """1, 2 or 4 shards, even or not, also where a minibatch has no image of a shard: 1e-12 in float64."""
     network, start, target, synthetic = make_problem()
-    whole_steps = draw_student_steps(12, 3, 12, "crop", seed=1, iteration=0)
-    functions = StudentStepFunctions(network, compiled=False)
-    whole = matching_gradient(functions, start, target, synthetic, whole_steps)
-    barrier, slots = Barrier(2), [torch.empty(0)] * 2
+    whole_steps = draw_student_steps(12, 4, batch, "crop", seed=1, iteration=0)
+    whole = matching_gradient(eager(network), start, target, synthetic, whole_steps)
+    ranges = list(itertools.pairwise(bounds))
+    barrier = Barrier(len(ranges))
 
     def shard(rank: int) -> MatchingGradient:
-        mine = np.arange(0, 5) if rank == 0 else np.arange(5, 12)
-        part = SyntheticSet(
-            synthetic.images[mine], synthetic.soft_labels[mine], synthetic.step_size, synthetic.labels[mine]
+        first, last = ranges[rank]
+        held = SyntheticSet(
+            synthetic.images[first:last],
+            synthetic.soft_labels[first:last],
+            synthetic.step_sizes,
+            synthetic.labels[first:last],
         )
-
-        def all_sum(tensor: Tensor) -> Tensor:
-            slots[rank] = tensor
-            barrier.wait(timeout=30)
-            total = slots[0] + slots[1]
-            barrier.wait(timeout=30)
-            return total
-
-        steps = [_shard_step(step, mine) for step in whole_steps]
+        steps = [step.held_by(first, last) for step in whole_steps]
         # A network of its own: a functional call swaps the module's parameters and is not safe across threads.
-        functions = StudentStepFunctions(make_problem()[0], compiled=False)
-        return matching_gradient(functions, start, target, part, steps, all_sum=all_sum)
+        functions, all_sum = eager(make_problem()[0]), functools.partial(barrier.all_sum, rank)
+        return matching_gradient(functions, start, target, held, steps, chunk=2, all_sum=all_sum)
 
-    with ThreadPoolExecutor(2) as pool:
-        shards = list(pool.map(shard, range(2)))
+    with ThreadPoolExecutor(len(ranges)) as pool:
+        shards = list(pool.map(shard, range(len(ranges))))
     assert relative_error(torch.cat([s.images for s in shards]), whole.images) < 1e-12
     assert relative_error(torch.cat([s.soft_labels for s in shards]), whole.soft_labels) < 1e-12
     assert all(relative_error(s.step_size, whole.step_size) < 1e-12 for s in shards)
+    assert all(s.loss == shards[0].loss for s in shards)
 
 
-def _shard_step(step: StudentStep, mine: np.ndarray) -> StudentStep:
-    """The part of a global minibatch that a shard holds, still weighted by the global batch."""
-    position = {int(row): index for index, row in enumerate(mine)}
-    held = np.array([index for index, row in enumerate(step.rows) if int(row) in position], np.int64)
-    rows = np.array([position[int(step.rows[index])] for index in held], np.int64)
-    return StudentStep(rows, step.augmentation.take(held), step.global_batch)
+def test_backbones_add_up_to_the_gradient_of_the_weighted_sum() -> None:
+    """Two networks, each with trajectories, step size and weight of its own, against unrolling both."""
+    network, start, target, synthetic = make_problem(width=6)
+    other, other_start, other_target, _ = make_problem(width=4, seed=3)
+    synthetic.step_sizes = torch.tensor([0.1, 0.03], dtype=torch.float64)
+    problems = [(network, start, target, 1.0), (other, other_start, other_target, 0.4)]
+    steps = draw_student_steps(12, 3, 5, "scale", seed=1, iteration=0)
+    rates = LearningRates(1.0, 1.0, 1e-3)
+    state = Distillation(synthetic.clone(), rates, threshold=100)
+    state.step(
+        [
+            Match(eager(net), start, target, steps, number, weight)
+            for number, (net, start, target, weight) in enumerate(problems)
+        ],
+        [Origin(0, 0), Origin(0, 0)],
+    )
+    expected = {"images": torch.zeros_like(synthetic.images), "soft_labels": torch.zeros_like(synthetic.soft_labels)}
+    step_sizes = torch.zeros(2, dtype=torch.float64)
+    for number, (net, start, target, weight) in enumerate(problems):
+        alone = dataclasses.replace(synthetic, step_sizes=synthetic.step_sizes[number : number + 1])
+        _, (images, soft_labels, step_size) = unrolled(net, start, target, alone, steps)
+        expected["images"] += weight * images
+        expected["soft_labels"] += weight * soft_labels
+        step_sizes[number] = weight * step_size
+    assert relative_error(synthetic.images - state.synthetic.images, expected["images"]) < 1e-10
+    assert relative_error(synthetic.soft_labels - state.synthetic.soft_labels, expected["soft_labels"]) < 1e-10
+    assert relative_error(synthetic.step_sizes - state.synthetic.step_sizes, 1e-3 * step_sizes) < 1e-10
+
+
+def test_backbones_in_processes_of_their_own_learn_what_one_process_learns() -> None:
+    """Rows of the mesh: each works on its backbone, and the column sums pixel, label and step size gradients."""
+    problems = [make_problem(width=6), make_problem(width=4, seed=3)]
+    synthetic = problems[0][3]
+    synthetic.step_sizes = torch.tensor([0.1, 0.03], dtype=torch.float64)
+    steps = draw_student_steps(12, 3, 5, "scale", seed=1, iteration=0)
+    origins, barrier = [Origin(0, 0), Origin(1, 0)], Barrier(2)
+
+    def learned(rows: Sequence[int], **sums: Callable[[Tensor], Tensor]) -> SyntheticSet:
+        state = Distillation(synthetic.clone(), LearningRates(1.0, 1.0, 1e-3), threshold=100)
+        networks = [make_problem(width=6)[0], make_problem(width=4, seed=3)[0]]  # not shared between threads
+        matches = [Match(eager(networks[row]), *problems[row][1:3], steps, row) for row in rows]
+        for _ in range(3):
+            state.step(matches, origins, **sums)
+        return state.synthetic
+
+    def apart(row: int) -> SyntheticSet:
+        return learned([row], sum_over_backbones=functools.partial(barrier.all_sum, row))
+
+    together = learned([0, 1])
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(apart, range(2)))
+    for name in ("images", "soft_labels", "step_sizes"):
+        assert torch.equal(getattr(both[0], name), getattr(both[1], name))
+        assert relative_error(getattr(both[0], name), getattr(together, name)) < 1e-12
+
+
+def test_loss_above_the_limit_is_not_differentiated() -> None:
+    """The reverse sweep of an iteration that will be skipped is not paid for."""
+    network, start, target, synthetic = make_problem()
+    functions = eager(network)
+    functions.reverse = lambda *_: pytest.fail("differentiated")  # type: ignore[method-assign]
+    steps = draw_student_steps(12, 2, 5, "", seed=1, iteration=0)
+    gradient = matching_gradient(functions, start, target, synthetic, steps, skip_above=1e-9)
+    assert gradient.loss > 1e-9
+    assert not any(bool(value.any()) for value in parts(gradient))
 
 
 def test_batches_cover_the_set_once_a_pass_and_the_short_one_comes_first() -> None:
@@ -200,13 +245,6 @@ def test_draws_depend_on_the_iteration_and_on_nothing_before_it() -> None:
     first, again, other = (draw_student_steps(10, 3, 5, PUBLISHED_AUGMENTATION, 7, k) for k in (4, 4, 5))
     assert all(np.array_equal(a.rows, b.rows) for a, b in zip(first, again, strict=True))
     assert not all(np.array_equal(a.rows, b.rows) for a, b in zip(first, other, strict=True))
-
-
-def test_batch_norm_backbone_is_refused() -> None:
-    """Batch statistics couple samples, so the exact sum over samples does not exist."""
-    network = build_network(NetworkSpec("convnet", 1, (8, 8), 3, width=4, depth=2, norm="batch"), 0)
-    with pytest.raises(ConfigError, match=r"network\.norm=instance"):
-        StudentStepFunctions(FlatNetwork(network))
 
 
 def test_strategy_draws_the_same_whatever_the_slice() -> None:

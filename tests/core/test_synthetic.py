@@ -16,16 +16,16 @@ LABELS = np.array([0, 1, 2] * 8, np.int64)
 Rows = NDArray[np.int64]
 
 
-def right_on(*correct: set[int]) -> tuple[Callable[[int], Rows], list[int]]:
-    """Predictions of experts that are right on these rows only, and the list of experts asked so far."""
+def right_on(*correct: set[int]) -> tuple[Callable[[int, Rows], Rows], list[int]]:
+    """Predictions of experts that are right on these rows only, and the experts asked so far, each once."""
     asked: list[int] = []
 
-    def predictions(expert: int) -> Rows:
-        asked.append(expert)
-        right = np.isin(np.arange(len(LABELS)), list(correct[expert]))
-        return np.where(right, LABELS, LABELS + 1)
+    def predict(expert: int, rows: Rows) -> Rows:
+        if expert not in asked:
+            asked.append(expert)
+        return np.where(np.isin(rows, list(correct[expert])), LABELS[rows], LABELS[rows] + 1)
 
-    return predictions, asked
+    return predict, asked
 
 
 def rows_of(label: int) -> set[int]:
@@ -43,8 +43,8 @@ def test_random_rows_are_stratified() -> None:
 
 def test_perfect_expert_gives_the_random_rows() -> None:
     """Where every image is classified correctly, correct ones are random ones, and one expert is asked."""
-    predictions, asked = right_on(set(range(24)), set())
-    rows = correct_rows(LABELS, 4, 5, experts=2, predictions=predictions)
+    predict, asked = right_on(set(range(24)), set())
+    rows = correct_rows(LABELS, 4, 5, experts=2, predict=predict)
     assert np.array_equal(rows, random_rows(LABELS, 4, 5))
     assert asked == [0]
 
@@ -52,8 +52,8 @@ def test_perfect_expert_gives_the_random_rows() -> None:
 def test_first_expert_is_preferred_and_the_next_fills_the_short_class() -> None:
     """Class 0 has two images that expert 0 gets right: they come first, then one of expert 1's."""
     short = {0, 3}
-    predictions, asked = right_on(short | rows_of(1) | rows_of(2), {6} | {1, 2}, set(range(24)))
-    rows = correct_rows(LABELS, 3, 0, experts=3, predictions=predictions)
+    predict, asked = right_on(short | rows_of(1) | rows_of(2), {6} | {1, 2}, set(range(24)))
+    rows = correct_rows(LABELS, 3, 0, experts=3, predict=predict)
     assert LABELS[rows].tolist() == [0] * 3 + [1] * 3 + [2] * 3
     assert set(rows[:2].tolist()) == short
     assert rows[2] == 6
@@ -62,16 +62,38 @@ def test_first_expert_is_preferred_and_the_next_fills_the_short_class() -> None:
 
 def test_images_nobody_gets_right_fill_the_rest() -> None:
     """A class that all experts leave short is completed with its own other images, none twice."""
-    predictions, asked = right_on({0} | rows_of(1) | rows_of(2), {0, 3})
-    rows = correct_rows(LABELS, 5, 0, experts=2, predictions=predictions)
+    predict, asked = right_on({0} | rows_of(1) | rows_of(2), {0, 3})
+    rows = correct_rows(LABELS, 5, 0, experts=2, predict=predict)
     assert rows[:2].tolist() == [0, 3]
     assert set(rows[:5].tolist()) <= rows_of(0)
     assert len(set(rows.tolist())) == 15
     assert asked == [0, 1]
 
 
+def test_a_shard_chooses_for_its_classes_what_one_process_chooses() -> None:
+    """Class ranges, chosen apart and joined, are the rows chosen for all classes at once."""
+    whole = correct_rows(LABELS, 3, 7, experts=2, predict=right_on({0, 4, 8, 11}, {1, 3, 5, 6, 13})[0])
+    parts = [
+        correct_rows(LABELS, 3, 7, experts=2, predict=right_on({0, 4, 8, 11}, {1, 3, 5, 6, 13})[0], classes=classes)
+        for classes in (range(1), range(1, 3))
+    ]
+    assert np.array_equal(np.concatenate(parts), whole)
+
+
+def test_no_more_images_are_predicted_than_needed() -> None:
+    """With a perfect expert, twice the images wanted of each class are looked at, not the whole data set."""
+    looked_at: list[int] = []
+
+    def predict(expert: int, rows: Rows) -> Rows:
+        looked_at.extend(rows.tolist())
+        return LABELS[rows]
+
+    correct_rows(LABELS, 2, 0, experts=1, predict=predict)
+    assert len(looked_at) == 3 * 4
+
+
 def correct(labels: Rows, ipc: int, seed: int) -> Rows:
-    return correct_rows(labels, ipc, seed, experts=1, predictions=lambda expert: labels)
+    return correct_rows(labels, ipc, seed, experts=1, predict=lambda expert, rows: labels[rows])
 
 
 @pytest.mark.parametrize("choose", [random_rows, correct])
@@ -96,7 +118,7 @@ def test_soft_labels_are_the_mean_over_experts_that_are_right() -> None:
 
 
 def make_set() -> SyntheticSet:
-    return SyntheticSet(torch.ones(2, 1, 2, 2), torch.ones(2, 3), torch.tensor(0.1), torch.tensor([0, 1]))
+    return SyntheticSet(torch.ones(2, 1, 2, 2), torch.ones(2, 3), torch.tensor([0.1]), torch.tensor([0, 1]))
 
 
 def test_clone_is_independent() -> None:
@@ -112,7 +134,7 @@ def test_clone_is_independent() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("images", float("nan")), ("soft_labels", float("inf")), ("step_size", float("nan")), ("step_size", 0.0)],
+    [("images", float("nan")), ("soft_labels", float("inf")), ("step_sizes", float("nan")), ("step_sizes", 0.0)],
 )
 def test_set_with_a_bad_value_is_not_valid(name: str, value: float) -> None:
     """One entry that is not finite, or a step size that is not positive, is enough."""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from datm_ray.config import ClusterConfig
 from datm_ray.errors import ClusterError, ConfigError, WorkerLostError
 from datm_ray.runtime.create import create_executor
-from datm_ray.runtime.executor import Executor, Finished, Lost, Progress, Task
+from datm_ray.runtime.executor import Executor, Finished, Lost, Progress, Seat, SerialExecutor, Task
+from datm_ray.runtime.mesh import open_mesh
 
 
 class Squarer:
@@ -44,6 +47,42 @@ class Squarer:
         yield Progress(1, 2)
         os.kill(os.getpid(), signal.SIGKILL)
         yield Finished()
+
+
+class Adder:
+    """A worker that adds numbers up together with others."""
+
+    def __init__(self, folder: str = "") -> None:
+        self._folder = folder
+        if folder == "no folder":
+            raise ConfigError("the setup is wrong")
+
+    def add(self, number: float, size: int, trap: str = "", seat: Seat | None = None) -> Iterator[Progress | Finished]:
+        rank = seat.rank if seat else 0
+        yield Progress(rank, size)
+        with open_mesh(seat, 1, size, torch.device("cpu"), timeout=60.0) as mesh:
+            mesh.barrier()
+            if trap and rank == size - 1:
+                self._fall_into(trap)
+            total = mesh.sum_over_all(torch.tensor(number + rank))
+            yield Progress(size, size)
+            yield Finished((float(total), mesh.columns, os.getpid()))
+
+    def _fall_into(self, trap: str) -> None:
+        mark = Path(self._folder) / "mark"
+        if trap == "raise":
+            raise ConfigError("one of them failed")
+        if trap == "die" or not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def added(executor: Executor, tasks: list[Task], folder: Path | str = "") -> dict[str, list[Any]]:
+    """The events of every task, in the order in which they came."""
+    events: dict[str, list[Any]] = {task.name: [] for task in tasks}
+    for task, event in executor.run(Adder, (str(folder),), "add", tasks):
+        events[task.name].append(event)
+    return events
 
 
 def results(executor: Executor, *setup: Any, method: str = "square", count: int = 5) -> dict[str, list[Any]]:
@@ -99,6 +138,95 @@ def test_more_than_the_cluster_has_is_refused_before_anything_starts(ray_cluster
     """Workers that could never be placed are an error, not an endless wait."""
     with pytest.raises(ClusterError, match="the cluster has 2 CPU"):
         create_executor("ray", ClusterConfig(**wish))
+
+
+def test_a_task_for_several_workers_is_done_alone_where_there_is_one_process() -> None:
+    """The serial executor gives no seat, and the worker finds itself alone."""
+    events = added(SerialExecutor(ClusterConfig()), [Task("sum", (5.0, 2), size=2)])
+    assert events["sum"] == [Progress(0, 2), Progress(2, 2), Finished((5.0, 1, os.getpid()))]
+
+
+@pytest.mark.ray
+def test_tasks_of_several_workers_and_of_one_take_turns(ray_cluster: Any) -> None:
+    """Three pairs, each of which fills the cluster, and a single task among them: all finish, and pairs are reused."""
+    tasks = [Task("a", (1.0, 2), 2), Task("b", (2.0, 2), 2), Task("c", (3.0, 1)), Task("d", (4.0, 2), 2)]
+    events = added(create_executor("ray", ClusterConfig()), tasks)
+    progress = {name: [(event.done, event.total) for event in task_events[:-1]] for name, task_events in events.items()}
+    assert progress == {name: [(0, size), (size, size)] for name, size in zip("abcd", (2, 2, 1, 2), strict=True)}
+    found = {name: task_events[-1].result for name, task_events in events.items()}
+    assert {name: result[:2] for name, result in found.items()} == {"a": (3, 2), "b": (5, 2), "c": (3, 1), "d": (9, 2)}
+    assert found["a"][2] == found["b"][2]
+
+
+@pytest.mark.ray
+def test_the_loss_of_one_of_several_workers_costs_an_attempt_of_all(ray_cluster: Any, tmp_path: Path) -> None:
+    """The user hears of the one that was killed, not of those that missed it, and the task finishes."""
+    events = added(create_executor("ray", ClusterConfig()), [Task("sum", (1.0, 2, "die once"), 2)], tmp_path)["sum"]
+    (lost,) = [event for event in events if isinstance(event, Lost)]
+    assert lost.attempt == 1
+    assert "exit" in lost.reason
+    assert events[-1].result[:2] == (3, 2)
+
+
+@pytest.mark.ray
+def test_several_workers_of_which_one_always_dies_are_given_up(ray_cluster: Any, tmp_path: Path) -> None:
+    """The whole task counts, with one clear error in the end."""
+    executor = create_executor("ray", ClusterConfig(retries=1))
+    with pytest.raises(WorkerLostError, match=r"sum lost its worker 2 times, .* because: Worker"):
+        added(executor, [Task("sum", (1.0, 2, "die"), 2)], tmp_path)
+
+
+@pytest.mark.ray
+def test_expected_error_in_the_setup_of_several_workers_reaches_the_caller(ray_cluster: Any) -> None:
+    """None of them gets as far as meeting the others."""
+    with pytest.raises(ConfigError, match="the setup is wrong"):
+        added(create_executor("ray", ClusterConfig()), [Task("sum", (1.0, 2), 2)], "no folder")
+
+
+@pytest.mark.ray
+def test_expected_error_of_any_of_several_workers_reaches_the_caller(ray_cluster: Any) -> None:
+    """The other one has lost a peer by then; what the user can mend comes first, and no attempt is spent on it."""
+    with pytest.raises(ConfigError, match="one of them failed"):
+        added(create_executor("ray", ClusterConfig()), [Task("sum", (1.0, 2, "raise"), 2)])
+
+
+@pytest.mark.ray
+def test_several_workers_leave_when_nobody_wants_the_rest(ray_cluster: Any) -> None:
+    """A caller that stops half way leaves no actors and no reserved places behind."""
+    events = create_executor("ray", ClusterConfig()).run(Adder, (), "add", [Task("sum", (1.0, 2), 2)])
+    next(iter(events))
+    del events
+    end = time.monotonic() + 30
+    while ray_cluster.available_resources().get("CPU") != 2 and time.monotonic() < end:
+        time.sleep(0.1)
+    assert ray_cluster.available_resources().get("CPU") == 2
+    assert {group["state"] for group in ray_cluster.util.placement_group_table().values()} == {"REMOVED"}
+
+
+@pytest.mark.ray
+def test_a_task_for_more_workers_than_there_are_is_refused(ray_cluster: Any) -> None:
+    """It is refused before another task starts, with the setting to change."""
+    with pytest.raises(ClusterError, match=r"sum wants 3 workers at once \(cluster.shards\), but there is room for 2"):
+        added(create_executor("ray", ClusterConfig()), [Task("first", (1.0, 1)), Task("sum", (1.0, 3), 3)])
+
+
+@pytest.mark.parametrize(
+    ("resources", "wish", "count"),
+    [
+        ({"CPU": 7.0}, {"threads_per_worker": 2}, 3),
+        ({"CPU": 8.0, "GPU": 2.0}, {"gpus_per_worker": 0.4}, 4),
+        ({"CPU": 8.0, "GPU": 4.0}, {"gpus_per_worker": 0.75}, 4),
+        ({"CPU": 8.0, "GPU": 3.0}, {"gpus_per_worker": 2.0}, 1),
+        ({"CPU": 2.0, "GPU": 4.0}, {"gpus_per_worker": 1.0}, 2),
+        ({"memory": 1.0}, {}, 0),
+    ],
+)
+def test_workers_that_fit_into_a_node(resources: dict[str, float], wish: dict[str, Any], count: int) -> None:
+    """Neither a node's CPUs nor a GPU is split beyond what can be placed, for what cannot would wait for ever."""
+    pytest.importorskip("ray")
+    from datm_ray.runtime.ray_executor import _fitting
+
+    assert _fitting(resources, ClusterConfig(**wish)) == count
 
 
 def test_unknown_executor_is_named() -> None:

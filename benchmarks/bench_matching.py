@@ -1,0 +1,499 @@
+"""Speed, memory and error of the matching gradient: full unrolling, TESLA's approximation, and this package.
+
+python benchmarks/bench_matching.py [--quick]         (make bench-matching)
+
+Each method of a row has a process of its own, which does one call when told to. The calls of a row's methods take
+turns, so that whatever else the machine does hits all of them alike, and none sees another's memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from datm_ray.config import PUBLISHED_AUGMENTATION
+from datm_ray.core.augment import augment
+from datm_ray.core.matching import StudentStep, draw_student_steps, identity, matching_gradient
+from datm_ray.core.networks import NetworkSpec, build_network
+from datm_ray.core.parameters import FlatNetwork, flatten
+from datm_ray.core.step_functions import Order, Precision, StepOptions, StudentStepFunctions, soft_cross_entropy
+from datm_ray.core.synthetic import SyntheticSet
+
+HEADER = """Matching loss and its gradient in images, soft labels and step size; ConvNet, instance normalisation, mean
+pooling; random tensors of fixed seeds; every minibatch is the whole set; step size 0.01.
+
+- `unrolling`: the graph of all T steps, as DATM computes it. `tesla`: parameters collected without a graph, then the
+  graph of one step at a time with the parameters held constant: an approximation. `ours`: `matching_gradient`,
+  in chunks of the stated number of images. The first two run uncompiled, as published.
+- seconds: one call; median (smallest to largest) of n, the methods of a row taking turns. ratio: of the calls of one
+  turn, to the row's first `ours`; median (smallest to largest).
+- memory: peak of the call minus what the process held just before it, largest of the n calls; "beyond trace" leaves
+  out the T + 1 parameter vectors that every method keeps. On a CPU the process's VmHWM, reset before the call after
+  free memory was given back to the system; on CUDA torch's allocator. With several shards: of the largest.
+- error: relative norm against float64 unrolling, of images / soft labels / step size, on fewer images and steps.
+- warm-up: the first call, of one step: compilation, where there is any (a warm compile cache makes it shorter).
+- ceiling: share of the floating-point rate of a large matrix product in the same precision, all operations of the
+  call's products and convolutions counted."""
+
+CUDA_ONLY = "CIFAR-100 at IPC 50 (T = 80, batch 1000) in float32, tf32 and bfloat16, and all variants at 32×32"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A network and its images."""
+
+    name: str
+    depth: int
+    width: int
+    image: tuple[int, int, int]
+    classes: int
+    batch: int
+    chunk: int
+    """Images per call of the step functions."""
+    reference: tuple[int, int]
+    """Images and steps of the problem on which errors are measured."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """What one process computes."""
+
+    shape: Shape
+    steps: int
+    name: str = "ours"
+    """unrolling, tesla, ours, or reference: float64 unrolling of the small problem."""
+    strategy: str = ""
+    order: Order | None = None
+    precision: Precision = "float32"
+    compiled: bool = True
+    shards: int = 1
+    threads: int = 1
+    device: str = "cpu"
+
+    @property
+    def label(self) -> str:
+        """As printed."""
+        variants = [self.order or "", self.precision if self.precision != "float32" else ""]
+        variants += [
+            "augmented" if self.strategy else "",
+            "" if self.compiled or self.name != "ours" else "uncompiled",
+            f"{self.shards} shards",
+        ]
+        chosen = [v for v in variants if v and v != "1 shards"]
+        return f"{self.name} ({', '.join(chosen)})" if chosen else self.name
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The arguments of a matching gradient."""
+
+    network: FlatNetwork
+    start: Tensor
+    target: Tensor
+    synthetic: SyntheticSet
+    steps: list[StudentStep]
+
+
+Gradient = tuple[float, tuple[Tensor, Tensor, Tensor]]
+"""Loss, and its gradient in images, soft labels and step size."""
+
+
+def make_problem(method: Method, batch: int, steps: int, dtype: torch.dtype) -> Problem:
+    """The problem of a shape: the same numbers in every process and precision; the target lies at distance 1."""
+    shape = method.shape
+    spec = NetworkSpec("convnet", shape.image[0], shape.image[1:], shape.classes, width=shape.width, depth=shape.depth)
+    module = build_network(spec, 0)
+    draw = torch.Generator().manual_seed(0)
+    start = flatten(module)
+    way = torch.randn(start.shape, generator=draw)
+    images = torch.randn(batch, *shape.image, generator=draw)
+    soft_labels = torch.randn(batch, shape.classes, generator=draw)
+    there = {"device": method.device, "dtype": dtype}
+    labels = torch.arange(batch, device=method.device) % shape.classes
+    synthetic = SyntheticSet(images.to(**there), soft_labels.to(**there), torch.tensor([0.01]).to(**there), labels)
+    drawn = draw_student_steps(batch, steps, batch, method.strategy, seed=0, iteration=0)
+    start, target = start.to(**there), (start + way / way.norm()).to(**there)
+    return Problem(FlatNetwork(module.to(**there)), start, target, synthetic, drawn)
+
+
+def step_loss(problem: Problem, theta: Tensor, learned: Sequence[Tensor], step: StudentStep) -> Tensor:
+    """The student's loss on one minibatch."""
+    rows = torch.from_numpy(step.rows).to(theta.device)
+    x = augment(learned[0][rows], step.augmentation)
+    return soft_cross_entropy(
+        problem.network(theta, x), learned[1][rows], torch.full_like(x[:, 0, 0, 0], 1 / len(rows))
+    )
+
+
+def unrolling(problem: Problem) -> Gradient:
+    """Through the graph of all steps."""
+    synthetic = problem.synthetic
+    learned = [t.clone().requires_grad_() for t in (synthetic.images, synthetic.soft_labels, synthetic.step_sizes[0])]
+    theta = problem.start.clone().requires_grad_()
+    for step in problem.steps:
+        (g,) = torch.autograd.grad(step_loss(problem, theta, learned, step), theta, create_graph=True)
+        theta = theta - learned[2] * g
+    loss = (theta - problem.target).square().sum() / (problem.start - problem.target).square().sum()
+    images, soft_labels, step_size = torch.autograd.grad(loss, learned)
+    return float(loss.detach()), (images, soft_labels, step_size)
+
+
+def tesla(problem: Problem) -> Gradient:
+    """Step by step, as if no step's parameters depended on the images."""
+    synthetic = problem.synthetic
+    learned = [t.clone().requires_grad_() for t in (synthetic.images, synthetic.soft_labels)]
+    trace = [problem.start]
+    for step in problem.steps:
+        theta = trace[-1].detach().requires_grad_()
+        (g,) = torch.autograd.grad(step_loss(problem, theta, [t.detach() for t in learned], step), theta)
+        trace.append(trace[-1] - synthetic.step_sizes[0] * g)
+    gap, distance = trace[-1] - problem.target, (problem.start - problem.target).square().sum()
+    total = [torch.zeros_like(t) for t in (*learned, synthetic.step_sizes[0])]
+    for theta, step in zip(trace, problem.steps, strict=False):
+        theta = theta.detach().requires_grad_()
+        (g,) = torch.autograd.grad(step_loss(problem, theta, learned, step), theta, create_graph=True)
+        s = torch.dot(g, 2 * gap / distance)
+        for sum_, part in zip(total, torch.autograd.grad(s, learned), strict=False):
+            sum_ -= synthetic.step_sizes[0] * part
+        total[2] -= s.detach()
+    return float(gap.square().sum() / distance), (total[0], total[1], total[2])
+
+
+class Ours:
+    """`matching_gradient`, on the part of the set that this shard holds."""
+
+    def __init__(self, method: Method, network: FlatNetwork, rank: int) -> None:
+        options = StepOptions(compiled=method.compiled, order=method.order, precision=method.precision)
+        self.functions = StudentStepFunctions(network, options)
+        self._method, self._rank = method, rank
+        if self.functions.note:
+            print(self.functions.note, file=sys.stderr)
+
+    def __call__(self, problem: Problem) -> Gradient:
+        shards, whole = self._method.shards, problem.synthetic
+        rows = len(whole.images)
+        first, last = rows * self._rank // shards, rows * (self._rank + 1) // shards
+        held = slice(first, last)
+        part = SyntheticSet(whole.images[held], whole.soft_labels[held], whole.step_sizes, whole.labels[held])
+        steps = [step.held_by(first, last) for step in problem.steps] if shards > 1 else problem.steps
+        all_sum = _summed_over_processes if shards > 1 else identity
+        chunk = self._method.shape.chunk
+        result = matching_gradient(
+            self.functions, problem.start, problem.target, part, steps, chunk=chunk, all_sum=all_sum
+        )
+        return result.loss, (result.images, result.soft_labels, result.step_size)
+
+    def operations(self) -> float:
+        """Floating-point operations of one image's forward and reverse step."""
+        shape, network = self._method.shape, self.functions.network
+        theta = flatten(network.module)
+        x, y = theta.new_zeros(1, *shape.image), theta.new_zeros(1, shape.classes)
+        graphs = self.functions.graphs(1, shape.image, shape.classes)
+        with FlopCounterMode(display=False) as counter:
+            graphs[0](theta, self.functions.layout(x), y, y[:, 0])
+            graphs[1](theta, self.functions.layout(x), y, y[:, 0], theta)
+        return float(counter.get_total_flops())
+
+
+def _summed_over_processes(tensor: Tensor) -> Tensor:
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def matmul_rate(device: str, precision: Precision) -> float:
+    """Floating-point operations per second of a large matrix product, best of five."""
+    side = 8192 if device == "cuda" else 256 if precision == "bfloat16" else 2048  # minutes at 2048 where CPUs lack it
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    a = torch.ones(side, side, dtype=dtype, device=device)
+    seconds = [timed(lambda: a @ a, device)[0] for _ in range(6)][1:]
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return 2 * side**3 / min(seconds)
+
+
+def timed(call: Callable[[], Any], device: str) -> tuple[float, Any]:
+    """Seconds and result of a call, with the device idle before and after."""
+    synchronise = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    synchronise()
+    before = time.perf_counter()
+    result = call()
+    synchronise()
+    return time.perf_counter() - before, result
+
+
+def status(field: str, path: str = "/proc/self/status") -> int:
+    """A line of /proc in bytes."""
+    line = next(line for line in Path(path).read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def measured(call: Callable[[], Gradient], device: str) -> dict[str, float]:
+    """Seconds, loss and peak memory of a call over what was held before it."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory that the call could reuse would not show in its peak
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        before = status("VmRSS")
+    seconds, (loss, _) = timed(call, device)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else status("VmHWM")
+    return {"seconds": seconds, "loss": loss, "peak": peak - before}
+
+
+def child(request: dict[str, Any]) -> None:
+    """Warm up, say so, then one measured call for every line that comes in."""
+    shape = Shape(**{**request["method"].pop("shape")})
+    shape = replace(shape, image=tuple(shape.image), reference=tuple(shape.reference))  # type: ignore[arg-type]
+    method = Method(shape=shape, **request["method"])
+    answers, sys.stdout = sys.stdout, sys.stderr
+    torch.set_num_threads(method.threads)
+    if method.device == "cpu":  # fail alone and not take the machine along
+        limit = int(0.9 * status("MemAvailable", "/proc/meminfo")) + status("VmData")
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    try:
+        for answer in answers_of(method, request):
+            print(json.dumps(answer), file=answers, flush=True)
+    except (RuntimeError, MemoryError) as failure:
+        text = str(failure)
+        print(json.dumps({"failed": "out of memory" if "alloc" in text or "memory" in text else text}), file=answers)
+
+
+def answers_of(method: Method, request: dict[str, Any]) -> Any:
+    """What a child reports: the warm-up, then each call."""
+    small = (*method.shape.reference, torch.float64 if method.name == "reference" else torch.float32)
+    if method.name == "reference":
+        torch.save(unrolling(make_problem(method, *small))[1], request["reference"])
+        yield {"warm_up": 0.0}
+        return
+    if method.shards > 1:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{request['meeting']}", rank=request["rank"], world_size=method.shards
+        )
+    problem = make_problem(method, method.shape.batch, method.steps, torch.float32)
+    ours = Ours(method, problem.network, request["rank"]) if method.name == "ours" else None
+    compute = ours or {"unrolling": unrolling, "tesla": tesla}[method.name]
+    seconds, _ = timed(lambda: compute(replace(problem, steps=problem.steps[:1])), method.device)
+    report: dict[str, Any] = {"warm_up": seconds, "trace": (method.steps + 1) * problem.start.nbytes}
+    if ours:
+        report["operations"] = ours.operations() * method.shape.batch * method.steps / method.shards
+        report["rate"] = matmul_rate(method.device, method.precision)
+    if request["reference"]:
+        exact = torch.load(request["reference"])
+        _, gradient = compute(make_problem(method, *small))
+        pairs = zip(gradient, exact, strict=True)
+        report["error"] = [float((value.double() - e).norm() / e.norm()) for value, e in pairs]
+    yield report
+    for _ in sys.stdin:
+        yield measured(lambda: compute(problem), method.device)
+
+
+class Worker:
+    """The process, or processes, of one method."""
+
+    def __init__(self, method: Method, reference: str) -> None:
+        self.method = method
+        self.calls: list[dict[str, float]] = []
+        meeting = tempfile.mktemp(prefix="bench-meeting-")
+        self._processes = []
+        for rank in range(method.shards):
+            request = {"method": asdict(method), "reference": reference, "rank": rank, "meeting": meeting}
+            command = [sys.executable, __file__, "--child", json.dumps(request)]
+            environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+            self._processes.append(
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+            )
+        self.report = self._answer()
+
+    def call(self) -> None:
+        """One measured call."""
+        if "failed" in self.report:
+            return
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        answer = self._answer()
+        if "failed" in answer:
+            self.report.update(answer)
+        else:
+            self.calls.append(answer)
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.communicate()
+
+    def _answer(self) -> dict[str, Any]:
+        """Of all shards, the largest of each number."""
+        lines = [process.stdout.readline() for process in self._processes if process.stdout is not None]
+        answers = [json.loads(line) if line else {"failed": "killed"} for line in lines]
+        return {key: max(answer.get(key, 0) for answer in answers) for key in answers[0]}
+
+
+def run_row(methods: list[Method], repetitions: int, with_errors: bool) -> list[dict[str, Any]]:
+    """The methods of a row, taking turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        reference = f"{folder}/reference.pt" if with_errors else ""
+        if with_errors:
+            Worker(replace(methods[0], name="reference", shards=1), reference).close()
+        workers = [Worker(method, reference) for method in methods]
+        for _ in range(repetitions):
+            for worker in workers:
+                worker.call()
+        for worker in workers:
+            worker.close()
+    base = next(worker for worker in workers if worker.method.name == "ours")
+    return [summary(worker, base) for worker in workers]
+
+
+def summary(worker: Worker, base: Worker) -> dict[str, Any]:
+    """What the table says of one method, with every call's figures."""
+    pairs = zip(worker.calls, base.calls, strict=False)
+    row = {"method": asdict(worker.method), "label": worker.method.label, "calls": worker.calls, **worker.report}
+    row["ratios"] = [call["seconds"] / other["seconds"] for call, other in pairs]
+    return row
+
+
+def table_line(row: dict[str, Any]) -> str:
+    """One line of the table."""
+    method, shape = row["method"], row["method"]["shape"]
+    name = [shape["name"], str(method["steps"]), f"{shape['batch']} ({shape['chunk']})", row["label"]]
+    if not row["calls"]:
+        return f"| {' | '.join([*name, row['failed'], *[''] * 6])} |"
+    seconds, peak = [call["seconds"] for call in row["calls"]], max(call["peak"] for call in row["calls"])
+    rate = row.get("operations", 0) / statistics.median(seconds)
+    cells = [
+        f"{spread(seconds)}, n = {len(seconds)}",
+        spread(row["ratios"]),
+        f"{peak / 2**20:.0f}",
+        f"{(peak - row['trace']) / 2**20:.0f}",
+        " / ".join(f"{error:.0e}" for error in row.get("error", [])),
+        f"{row['warm_up']:.1f}",
+        f"{rate / row['rate']:.0%}" if rate else "",
+    ]
+    return f"| {' | '.join([*name, *cells])} |"
+
+
+def spread(values: list[float]) -> str:
+    """Median (smallest to largest)."""
+    return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})" if values else ""
+
+
+def rows_to_run(quick: bool, threads: int, device: str) -> list[tuple[list[Method], bool]]:
+    """The methods of each row, and whether their errors are measured."""
+    cuda = device == "cuda"
+    tiny = Shape("tiny 8×8", 2, 4, (3, 8, 8), 4, 8, 4, (8, 2))
+    digits = tiny if quick else Shape("ConvNet-2/32, 8×8", 2, 32, (1, 8, 8), 10, 100, 50, (100, 10))
+    small = tiny if quick else Shape("ConvNet-3/128, 32×32", 3, 128, (3, 32, 32), 10, 100, 100 if cuda else 10, (20, 5))
+    large = tiny if quick else Shape("ConvNet-4/128, 64×64", 4, 128, (3, 64, 64), 200, 20, 20 if cuda else 4, (8, 5))
+    precisions: tuple[Precision, Precision] = ("tf32", "bfloat16")
+    more = {"threads": threads, "device": device}
+
+    def three(shape: Shape, steps: int, strategy: str = "", compiled: bool = not quick) -> list[Method]:
+        method = Method(shape, steps, strategy=strategy, compiled=compiled, **more)  # type: ignore[arg-type]
+        return [replace(method, name=name) for name in ("unrolling", "tesla", "ours")]
+
+    def variants(methods: list[Method]) -> list[Method]:
+        ours = methods[-1]
+        choices = [("reverse-over-reverse", True), ("reverse-over-reverse", False), ("reverse-over-forward", False)]
+        varied = [replace(ours, order=order, compiled=compiled) for order, compiled in choices]  # type: ignore[arg-type]
+        return [*methods, *varied]
+
+    rows = [(variants(three(digits, 2 if quick else 20, compiled=True)), True)]
+    rows += [(three(small, steps), True) for steps in ([2] if quick else [5, 10, 20, 40])]
+    rows.append((three(small, 2 if quick else 5, PUBLISHED_AUGMENTATION), True))
+    rows += [(three(large, steps), True) for steps in ([2] if quick else [5, 10])]
+    ours = three(small, 2)[-1]
+    tenfold = replace(small, batch=10 * small.batch)
+    rows.append(([ours, replace(ours, shape=tenfold)], False))
+    if not cuda:  # two shards on one GPU would only share it
+        rows.append(([replace(ours, threads=1, shards=shards) for shards in (1, 2)], False))
+        base = replace(three(tiny, 2)[-1], compiled=True)  # no larger: many CPUs compute bfloat16 number by number
+        rows.append(([base, replace(base, precision="bfloat16")], True))
+    else:
+        rounded = [replace(ours, steps=5, precision=precision) for precision in precisions]
+        rows.append(([*variants(three(small, 5))[2:], *rounded], True))
+        cifar100 = Shape("CIFAR-100 IPC 50", 3, 128, (3, 32, 32), 100, 1000, 250, (20, 5))
+        ours = replace(ours, shape=cifar100, steps=80)
+        rows.append(([ours, *(replace(ours, precision=precision) for precision in precisions)], True))
+    return rows
+
+
+def hardware(device: str) -> tuple[str, str]:
+    """A name for files, and one for readers."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+        return name.lower().replace(" ", "-"), name
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    cores = len(os.sched_getaffinity(0))
+    return f"{cores}-core-cpu", f"{cores} cores of {model}, {status('MemTotal', '/proc/meminfo') / 2**30:.0f} GiB"
+
+
+def main() -> None:
+    """Run all rows; print them and write them down."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes; written nowhere unless --out is given")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results unless --quick")
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments.child)
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    file_name, machine = hardware(device)
+    facts = {
+        "command": " ".join(["python", *sys.argv]),
+        "hardware": machine,
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
+        "threads": str(arguments.threads),
+        "date": str(date.today()),
+    }
+    columns = (
+        "shape | T | batch (chunk) | method | seconds | ratio | MiB | MiB beyond trace | error | warm-up, s | ceiling"
+    )
+    lines = ["# Matching gradient", "", *(f"{key}: {value}  " for key, value in facts.items()), "", HEADER, ""]
+    if device == "cpu":
+        lines += [f"No CUDA device; with one, also: {CUDA_ONLY}, and the CUDA allocator's peaks.", ""]
+    lines += [f"| {columns} |", "| --- " * 11 + "|"]
+    print("\n".join(lines), flush=True)
+    results: list[dict[str, Any]] = []
+    out = arguments.out or (None if arguments.quick else Path(__file__).parent / "results")
+    for methods, with_errors in rows_to_run(arguments.quick, arguments.threads, device):
+        for row in run_row(methods, arguments.repetitions, with_errors):
+            results.append(row)
+            lines.append(table_line(row))
+            print(lines[-1], flush=True)
+        if out:  # after every row, so that a run that ends early has not been for nothing
+            path = out / f"matching_{file_name}_{date.today():%Y%m}"
+            path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+            path.with_suffix(".json").write_text(json.dumps({**facts, "rows": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,281 @@
+"""The two functions that the student's inner loop is made of: its gradient, and the derivative of that gradient.
+
+    forward(theta, x, y, weights)     -> g = grad_theta l
+    reverse(theta, x, y, weights, v)  -> s = <v, g> and its derivatives in theta, x and y
+
+s is the derivative of the loss along v, so there are two ways to `reverse`: differentiate the loss along v and then
+backwards (reverse over forward), or the gradient backwards (reverse over reverse). Both are exact; the first was the
+faster one compiled, the second the faster one uncompiled (benchmarks/results).
+
+To be compiled a function is traced once, for one number of images, into a flat graph of tensor operations: no Python
+of the network, no graph break and no second compilation is left. The same graph tells how much memory a call takes
+(`footprint.py`). Shapes: b images of one call, c h w image, k classes, p parameters.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import operator
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.func import grad, grad_and_value, jvp
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from datm_ray.core.instance_norm import InstanceNorm
+from datm_ray.core.networks import couples_samples
+from datm_ray.core.parameters import FlatNetwork
+from datm_ray.errors import ConfigError
+
+Precision = Literal["float32", "tf32", "bfloat16"]
+Order = Literal["reverse-over-forward", "reverse-over-reverse"]
+Reversed = tuple[Tensor, Tensor, Tensor, Tensor]
+"""s [], ds/dtheta [p], ds/dx [b c h w], ds/dy [b k]."""
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """How a student step is computed; what is computed does not depend on it but for rounding."""
+
+    compiled: bool = True
+    """Compile where the machine can."""
+    order: Order | None = None
+    """Of differentiation; none takes the faster one."""
+    channels_last: bool = True
+    """Keep maps with their channels innermost, where the device computes convolutions faster that way."""
+    precision: Precision = "float32"
+    """tf32: products of float32 numbers rounded to 10 bits, on GPUs that have it; bfloat16: layers and their
+    derivatives in bfloat16, parameters and sums in float32."""
+
+
+class StudentStepFunctions:
+    """`forward` and `reverse` for one network, compiled where the machine can.
+
+    Attributes:
+        network: a copy of the network that was given, arranged for matching.
+        note: one line on why the functions are not compiled although asked to be; "" otherwise.
+
+    Raises:
+        ConfigError: the network couples the samples of a batch, so that no step is a sum over samples.
+    """
+
+    def __init__(self, network: FlatNetwork, options: StepOptions | None = None) -> None:
+        if couples_samples(network.module):
+            raise ConfigError(
+                "network.norm is 'batch', which cannot be a backbone for matching",
+                "batch statistics couple the images of a batch, so its gradient is not a sum over images",
+                "use network.norm=instance",
+            )
+        options = options or StepOptions()
+        self.note = compiler_problem(network.device.type) if options.compiled else ""
+        self._compiled = options.compiled and not self.note
+        default: Order = "reverse-over-forward" if self._compiled else "reverse-over-reverse"
+        self._order = options.order or default
+        self._options = options
+        if self._order == "reverse-over-forward":
+            _load_tangent_rules()
+        self.network = FlatNetwork(self._arranged(network.module))
+        self._built: dict[tuple[Any, ...], tuple[Callable[..., Tensor], Callable[..., Reversed]]] = {}
+
+    def forward(self, theta: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+        """The student's gradient g [p].
+
+        Args:
+            theta: [p] parameters.
+            x: [b c h w] images.
+            y: [b k] soft labels as logits.
+            weights: [b] of the images' losses in the sum; see `soft_cross_entropy`.
+        """
+        with _tf32_products(self._options.precision == "tf32", theta.device):
+            return self._functions(theta, x, y)[0](theta, self.layout(x), y, weights)
+
+    def reverse(self, theta: Tensor, x: Tensor, y: Tensor, weights: Tensor, v: Tensor) -> Reversed:
+        """s = <v, g> [] and its derivatives in theta [p], x [b c h w] and y [b k]; arguments as `forward`, v [p]."""
+        with _tf32_products(self._options.precision == "tf32", theta.device):
+            return self._functions(theta, x, y)[1](theta, self.layout(x), y, weights, v)
+
+    def layout(self, x: Tensor) -> Tensor:
+        """Images in the memory order that the functions want."""
+        return x.contiguous(
+            memory_format=torch.channels_last if self._options.channels_last else torch.contiguous_format
+        )
+
+    def graphs(self, batch: int, image: tuple[int, int, int], classes: int) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """`forward` and `reverse` for so many images as graphs of tensor operations, traced without memory for them."""
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            like = next(self.network.module.parameters())
+            theta = torch.empty(self.network.count, dtype=like.dtype, device=like.device)
+            x = self.layout(theta.new_empty(batch, *image))
+            y, weights = theta.new_empty(batch, classes), theta.new_empty(batch)
+            arguments = (theta, x, y, weights)
+            return _traced(self._gradient, *arguments), _traced(self._reverse, *arguments, torch.empty_like(theta))
+
+    def _functions(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Reversed]]:
+        if not self._compiled:
+            return self._gradient, self._reverse
+        batch, *image = x.shape
+        key = (x.shape, y.shape, theta.dtype)
+        if key not in self._built:
+            options = _compile_options(theta.device.type)
+            forward, reverse = (
+                torch.compile(graph, fullgraph=True, dynamic=False, options=options)
+                for graph in self.graphs(batch, (image[0], image[1], image[2]), y.shape[1])
+            )
+            self._built[key] = forward, reverse
+        return self._built[key]
+
+    def _loss(self, theta: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+        if self._options.precision == "bfloat16":
+            logits = self.network(theta.bfloat16(), x.bfloat16()).to(theta.dtype)
+        else:
+            logits = self.network(theta, x)
+        return soft_cross_entropy(logits, y, weights)
+
+    def _gradient(self, theta: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+        gradient: Tensor = grad(self._loss)(theta, x, y, weights)
+        return gradient
+
+    def _reverse(self, theta: Tensor, x: Tensor, y: Tensor, weights: Tensor, v: Tensor) -> Reversed:
+        def along_v(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
+            if self._order == "reverse-over-reverse":
+                return torch.dot(v, self._gradient(theta, x, y, weights))
+            derivative: Tensor = jvp(lambda theta: self._loss(theta, x, y, weights), (theta,), (v,))[1]
+            return derivative
+
+        (d_theta, d_x, d_y), s = grad_and_value(along_v, argnums=(0, 1, 2))(theta, x, y)
+        return s, d_theta, d_x, d_y
+
+    def _arranged(self, module: nn.Module) -> nn.Module:
+        module = copy.deepcopy(module)
+        for part in module.modules():
+            if isinstance(part, InstanceNorm):
+                part.explicit = self._compiled
+        return module
+
+
+def soft_cross_entropy(logits: Tensor, soft_labels: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum over samples of the cross-entropy between softmax(soft_labels) and softmax(logits).
+
+    Args:
+        logits, soft_labels: [b k].
+        weights: [b]; 1/b each gives the mean, 0 takes a sample out.
+    """
+    per_sample = -(soft_labels.softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1)
+    return (weights * per_sample).sum()
+
+
+@functools.cache
+def compiler_problem(device_type: str) -> str:
+    """Why torch.compile does not work on this machine, in one line; "" where it does. Tried out once per process."""
+    trial = torch.compile(torch.sin, fullgraph=True, dynamic=False, options=_compile_options(device_type))
+    try:
+        trial(torch.zeros(8, device=device_type))
+    except Exception as failure:  # whatever a missing or broken toolchain raises, from any layer
+        reason = next(iter(str(failure).strip().splitlines()), type(failure).__name__)
+        return f"torch.compile does not work here ({reason[:120]}): running without it, more slowly"
+    return ""
+
+
+@functools.cache
+def _load_tangent_rules() -> None:
+    """Have torch load its rules for tangents, which it does on the first one, warning of its own deprecated code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
+
+
+def _compile_options(device_type: str) -> dict[str, Any]:
+    # On a CPU the generated kernels are called from generated C++: at digits size Python's calls took a fifth to a
+    # third of the reverse step (benchmarks/LOG.md).
+    return {"cpp_wrapper": device_type == "cpu"}
+
+
+@contextmanager
+def _tf32_products(allowed: bool, device: torch.device) -> Iterator[None]:
+    """Allow or forbid TF32 in the block; torch itself allows it in convolutions by default."""
+    if device.type != "cuda":
+        yield
+        return
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def _traced(function: Callable[..., Any], *arguments: Tensor) -> fx.GraphModule:
+    graph: fx.GraphModule = make_fx(lambda *inputs: function(*inputs))(*arguments)  # make_fx miscounts a bound self
+    _drop_zero_terms(graph.graph)
+    for node in reversed(list(graph.graph.nodes)):
+        # Left-over shape checks of the automatic differentiation; the compiler would stumble over their bool.
+        if node.op == "call_function" and not node.users:
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return graph
+
+
+def _drop_zero_terms(graph: fx.Graph) -> None:
+    """Leave out what is added but known to be zero.
+
+    The images have no tangent along v, which automatic differentiation writes as a map of zeros and then convolves: in
+    the first layer, on its largest maps, that was 7 % of a reverse step's time and a sixth of its memory.
+    """
+    zeros: set[fx.Node] = set()
+    for node in list(graph.nodes):
+        if _is_zero(node, zeros):
+            zeros.add(node)
+        elif node.target is _ATEN.add.Tensor and not node.kwargs:
+            for term, other in (node.args, node.args[::-1]):
+                if term in zeros and isinstance(other, fx.Node) and _same_shape(node, other):
+                    node.replace_all_uses_with(other)
+                    break
+        elif _is_needless_copy(node):
+            node.replace_all_uses_with(node.args[1])
+        elif node.target is _ATEN.view.default:
+            node.target = _ATEN.reshape.default  # what is left of a sum may have another memory order than the sum
+
+
+def _is_needless_copy(node: fx.Node) -> bool:
+    """Whether the node copies a tangent into the memory order of its value, and the tangent has that order already."""
+    if node.target is not _ATEN.copy_.default:
+        return False
+    into, source = node.args[0], node.args[1]
+    if not isinstance(into, fx.Node) or not isinstance(source, fx.Node):
+        return False
+    fresh = into.target is _ATEN._new_zeros_with_same_feature_meta.default
+    return bool(fresh and _same_shape(node, source) and into.meta["val"].stride() == source.meta["val"].stride())
+
+
+def _is_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
+    """Whether every entry of the node's value is zero, whatever the arguments of the graph."""
+    if node.target in (_ATEN.zeros.default, _ATEN.zeros_like.default):
+        return True
+    if node.target in (_ATEN.expand.default, _ATEN.view.default, _ATEN.alias.default):
+        return node.args[0] in zeros
+    if node.target is _ATEN.convolution.default:
+        return node.args[0] in zeros and node.args[2] is None
+    if node.target is operator.getitem and node.args[1] == 1:  # the gradient in the weights of a map of zeros
+        backward = node.args[0]
+        return (
+            isinstance(backward, fx.Node)
+            and backward.target is _ATEN.convolution_backward.default
+            and backward.args[1] in zeros
+        )
+    return False
+
+
+def _same_shape(one: fx.Node, other: fx.Node) -> bool:
+    return bool(one.meta["val"].shape == other.meta["val"].shape and one.meta["val"].dtype == other.meta["val"].dtype)
+
+
+_ATEN = torch.ops.aten

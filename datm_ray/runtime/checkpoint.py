@@ -1,0 +1,127 @@
+"""Checkpoints of a distillation, written by any number of class shards and read by any other number.
+
+    checkpoint.arrow    what all shards share: step sizes, curves, counters, and the names of the parts
+    checkpoint/<iteration>-<first row>-<last row>.arrow     the rows of one shard, the last one exclusive
+
+Every shard writes its part; when all have, the first worker replaces checkpoint.arrow, and only then is the new
+checkpoint the one. Killed at any moment, the run finds either the old parts with the old file or the new with the new.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from datm_ray.core.distillation import Distillation, LearningRates
+from datm_ray.errors import CorruptFileError
+from datm_ray.runtime.mesh import Mesh
+from datm_ray.store.filesystem import Location
+from datm_ray.store.tensors import read_tensors, write_tensors
+
+CHECKPOINT = "checkpoint.arrow"
+PARTS = "checkpoint"
+KIND = "checkpoint"
+_PART = re.compile(r"(\d{8})-(\d+)-(\d+)\.arrow")
+
+
+@dataclass(frozen=True, order=True)
+class Rows:
+    """The rows [first, last) of the synthetic set that a shard holds."""
+
+    first: int
+    last: int
+
+    @classmethod
+    def of_shard(cls, shard: int, shards: int, classes: int, ipc: int) -> Rows:
+        """Those of its classes; the first shards have one class more where the number does not divide."""
+        bounds = [part[0] for part in np.array_split(np.arange(classes), shards)] + [classes]
+        return cls(int(bounds[shard]) * ipc, int(bounds[shard + 1]) * ipc)
+
+    def classes(self, ipc: int) -> range:
+        """The classes of these rows."""
+        return range(self.first // ipc, self.last // ipc)
+
+
+def save_checkpoint(folder: Location, state: Distillation, rows: Rows, mesh: Mesh, recipe: Mapping[str, Any]) -> None:
+    """Write the state, all shards together."""
+    held, shared = state.to_arrays()
+    if mesh.row == 0:
+        write_tensors(folder / PARTS / _part_name(state.iteration, rows), held, kind=KIND, metadata={})
+    written = mesh.gather(torch.tensor([[rows.first, rows.last]], device=state.synthetic.images.device))
+    mesh.barrier()
+    if written is not None:
+        names = [_part_name(state.iteration, Rows(*bounds)) for bounds in written.tolist()]
+        metadata = {"recipe": recipe, "iteration": state.iteration, "parts": names}
+        write_tensors(folder / CHECKPOINT, shared, kind=KIND, metadata=metadata)
+        _delete_other_parts(folder / PARTS, names)
+
+
+def load_checkpoint(
+    folder: Location, rows: Rows, rates: LearningRates, threshold: float, device: torch.device
+) -> Distillation | None:
+    """The rows of the state that was saved last, whoever saved them; none where nothing was saved.
+
+    Raises:
+        CorruptFileError: a part is missing, damaged or does not fit.
+    """
+    if not (folder / CHECKPOINT).exists():
+        return None
+    file = read_tensors(folder / CHECKPOINT, kind=KIND)
+    held = _read_rows(folder, file.metadata["parts"], rows)
+    return Distillation.from_arrays(held, file.arrays, rates, threshold, device)
+
+
+def read_curves(folder: Location) -> dict[str, Any]:
+    """The history columns of the first backbone and the validation curve of a run's checkpoint, by name."""
+    arrays = read_tensors(folder / CHECKPOINT, kind=KIND).arrays
+    first = arrays["history.backbone"] == 0
+    curves = {name: array[first] for name, array in arrays.items() if name.startswith("history.")}
+    return curves | {name: array for name, array in arrays.items() if name.startswith("validation.")}
+
+
+def _read_rows(folder: Location, names: list[str], rows: Rows) -> dict[str, NDArray[Any]]:
+    """The arrays of the rows, cut from the parts that hold them."""
+    pieces: list[dict[str, NDArray[Any]]] = []
+    found = rows.first
+    for part, name in sorted((_part_rows(folder, name), name) for name in names):
+        first, last = max(rows.first, part.first), min(rows.last, part.last)
+        if first < last:
+            arrays = read_tensors(folder / PARTS / name, kind=KIND).arrays
+            cut = slice(first - part.first, last - part.first)
+            pieces.append({key: array[cut] for key, array in arrays.items()})
+            found += last - first
+    if found != rows.last:
+        raise _unusable(folder, f"holds {found - rows.first} of the {rows.last - rows.first} images asked for")
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def _part_rows(folder: Location, name: str) -> Rows:
+    match = _PART.fullmatch(name)
+    if match is None:
+        raise _unusable(folder, f"names {name!r} as a part of it")
+    return Rows(int(match[2]), int(match[3]))
+
+
+def _unusable(folder: Location, what: str) -> CorruptFileError:
+    return CorruptFileError(
+        f"{(folder / CHECKPOINT).uri} {what}",
+        "it was not written by this program, or for another recipe",
+        "delete it to start the distillation anew",
+    )
+
+
+def _part_name(iteration: int, rows: Rows) -> str:
+    return f"{iteration:08d}-{rows.first}-{rows.last}.arrow"
+
+
+def _delete_other_parts(parts: Location, names: list[str]) -> None:
+    # No shard can be a checkpoint ahead: every iteration waits for all of them.
+    for name in parts.list():
+        if name not in names and _PART.fullmatch(name):
+            (parts / name).remove()

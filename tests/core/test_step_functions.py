@@ -1,0 +1,228 @@
+"""The student's two functions: every way to compute them gives the same numbers, and a compiler is no condition."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from datm_ray.core.instance_norm import InstanceNorm
+from datm_ray.core.networks import NetworkSpec, build_network
+from datm_ray.core.parameters import FlatNetwork, flatten
+from datm_ray.core.step_functions import Order, StepOptions, StudentStepFunctions, soft_cross_entropy
+from datm_ray.errors import ConfigError
+
+BATCH, IMAGE, CLASSES = 5, (3, 8, 8), 4
+ORDERS: tuple[Order, Order] = ("reverse-over-forward", "reverse-over-reverse")
+EAGER = StepOptions(compiled=False)
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def make_network(dtype: torch.dtype = torch.float64, norm: Any = "instance", pooling: Any = "avg") -> FlatNetwork:
+    """A ConvNet of two blocks."""
+    spec = NetworkSpec("convnet", IMAGE[0], IMAGE[1:], CLASSES, width=4, depth=2, norm=norm, pooling=pooling)
+    return FlatNetwork(build_network(spec, 0).to(dtype))
+
+
+def draw(network: FlatNetwork, seed: int = 0, batch: int = BATCH) -> Inputs:
+    """theta, x, y, weights and v; one image weighs nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    theta = flatten(network.module)
+    shapes = ((network.count,), (batch, *IMAGE), (batch, CLASSES), (network.count,))
+    noise, x, y, v = (torch.randn(shape, generator=generator, dtype=theta.dtype) for shape in shapes)
+    weights = torch.full((batch,), 1 / batch, dtype=theta.dtype)
+    weights[-1] = 0
+    return theta + 0.1 * noise, x, 3 * y, weights, v
+
+
+def arranged(network: FlatNetwork, options: StepOptions, explicit: bool) -> StudentStepFunctions:
+    """Functions whose normalisation is the one for a compiler, or not, whatever the options say."""
+    functions = StudentStepFunctions(network, options)
+    norms = [part for part in functions.network.module.modules() if isinstance(part, InstanceNorm)]
+    assert norms
+    for norm in norms:
+        norm.explicit = explicit
+    return functions
+
+
+def results(functions: StudentStepFunctions, inputs: Inputs) -> list[Tensor]:
+    """g, s, ds/dtheta, ds/dx and ds/dy."""
+    return [functions.forward(*inputs[:4]), *functions.reverse(*inputs)]
+
+
+def plain(network: FlatNetwork, inputs: Inputs) -> list[Tensor]:
+    """The same by torch.autograd alone, on the network as it was given."""
+    theta, x, y, weights, v = inputs
+    theta, x, y = (t.clone().requires_grad_() for t in (theta, x, y))
+    loss = soft_cross_entropy(network(theta, x), y, weights)
+    (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
+    s = torch.dot(gradient, v)
+    return [gradient.detach(), s.detach(), *torch.autograd.grad(s, (theta, x, y))]
+
+
+def assert_equal(values: list[Tensor], expected: list[Tensor], bound: float = 1e-12) -> None:
+    """Relative error in norm below the bound, for every one of the results."""
+    for value, reference in zip(values, expected, strict=True):
+        assert value.shape == reference.shape
+        assert float((value - reference).norm() / reference.norm()) < bound
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """What the compiler has counted starts at zero, and what it compiled is forgotten before and after."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("norm", ["instance", "group", "none"])
+def test_both_orders_of_differentiation_are_exact(order: Order, norm: str) -> None:
+    """Either order gives what torch.autograd gives on the plain network."""
+    network = make_network(norm=norm)
+    inputs = draw(network)
+    functions = StudentStepFunctions(network, StepOptions(compiled=False, order=order))
+    assert_equal(results(functions, inputs), plain(network, inputs))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("pooling", "explicit"), [("avg", True), ("avg", False), ("max", True)])
+def test_traced_graphs_are_exact(order: Order, pooling: str, explicit: bool) -> None:
+    """The graphs that would be compiled, run operation by operation, and again on other values."""
+    network = make_network(pooling=pooling)
+    functions = arranged(network, StepOptions(compiled=False, order=order), explicit)
+    forward, reverse = functions.graphs(BATCH, IMAGE, CLASSES)
+    for seed in (0, 1):
+        inputs = draw(network, seed)
+        theta, x, y, weights, v = inputs
+        x = functions.layout(x)
+        assert_equal([forward(theta, x, y, weights), *reverse(theta, x, y, weights, v)], plain(network, inputs))
+
+
+def test_tracing_takes_no_memory_for_the_maps() -> None:
+    """Graphs for a million images are traced on a machine that could not hold them."""
+    functions = StudentStepFunctions(make_network(), EAGER)
+    _, reverse = functions.graphs(10**6, IMAGE, CLASSES)
+    largest = max(node.meta["val"].numel() for node in reverse.graph.nodes if isinstance(node.meta.get("val"), Tensor))
+    assert largest >= 10**6 * 4 * 8 * 8
+
+
+def test_graphs_change_nothing_in_place() -> None:
+    """What has no reader is taken out of a graph, which is right only while no operation has a side effect."""
+    for graph in StudentStepFunctions(make_network(), EAGER).graphs(BATCH, IMAGE, CLASSES):
+        targets = [node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+        assert len(targets) > 10
+        assert not [target for target in targets if target._schema.is_mutable]
+
+
+def test_channels_last_changes_rounding_only() -> None:
+    """Same numbers with channels innermost or outermost, whichever way the images come in."""
+    network = make_network()
+    inputs = draw(network)
+    swapped = (inputs[0], inputs[1].contiguous(memory_format=torch.channels_last), *inputs[2:])
+    for channels_last in (True, False):
+        functions = StudentStepFunctions(network, StepOptions(compiled=False, channels_last=channels_last))
+        assert functions.layout(inputs[1]).is_contiguous(memory_format=torch.channels_last) is channels_last
+        for given in (inputs, swapped):
+            assert_equal(results(functions, given), plain(network, inputs))
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+@pytest.mark.parametrize("order", ORDERS)
+def test_bfloat16_layers_keep_the_direction_of_every_derivative(order: Order, explicit: bool) -> None:
+    """Every result is rounded, but within 12 % and a cosine of 0.99 of the exact one, and stays float32."""
+    inputs = draw(make_network())
+    exact = plain(make_network(), inputs)
+    options = StepOptions(compiled=False, order=order, precision="bfloat16")
+    functions = arranged(make_network(torch.float32), options, explicit)
+    theta, x, y, weights, v = (t.float() for t in inputs)
+    for value, expected in zip(results(functions, (theta, x, y, weights, v)), exact, strict=True):
+        assert value.dtype is torch.float32
+        error = float((value.double() - expected).norm() / expected.norm())
+        assert 1e-3 < error < 0.12  # measured: 0.05 to 0.09
+        assert float(torch.cosine_similarity(value.double().flatten(), expected.flatten(), dim=0)) > 0.99
+
+
+def test_the_given_network_is_left_alone() -> None:
+    """The functions arrange a copy of it."""
+    network = make_network()
+    before = flatten(network.module)
+    functions = StudentStepFunctions(network, EAGER)
+    assert functions.network.module is not network.module
+    results(functions, draw(network))
+    assert torch.equal(flatten(network.module), before)
+    assert all(parameter.grad is None for parameter in network.module.parameters())
+
+
+def test_batch_norm_backbone_is_refused() -> None:
+    """Batch statistics couple samples, so the exact sum over samples does not exist."""
+    with pytest.raises(ConfigError, match=r"network\.norm=instance"):
+        StudentStepFunctions(make_network(norm="batch"), EAGER)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ORDERS)
+def test_compiled_functions_are_exact_and_compiled_once(order: Order, fresh_compiler: None) -> None:
+    """1e-12 in float64 for several values, from one graph for each function, with nothing broken off or repeated."""
+    network = make_network()
+    functions = StudentStepFunctions(network, StepOptions(order=order))
+    assert functions.note == ""
+    counters.clear()  # the trial of the compiler
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(3):
+            inputs = draw(network, seed)
+            assert_equal(results(functions, inputs), plain(network, inputs))
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+def test_another_number_of_images_is_another_graph_and_no_recompilation(fresh_compiler: None) -> None:
+    """Chunks of several sizes live side by side, beyond the number of recompilations that torch allows."""
+    network = make_network()
+    functions = StudentStepFunctions(network, StepOptions())
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True, recompile_limit=1):
+        for batch in (2, 3, 2):
+            inputs = draw(network, batch=batch)
+            assert_equal([functions.forward(*inputs[:4])], plain(network, inputs)[:1])
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+WITHOUT_COMPILER = """
+import torch
+from datm_ray.core.networks import NetworkSpec, build_network
+from datm_ray.core.parameters import FlatNetwork, flatten
+from datm_ray.core.step_functions import StudentStepFunctions
+
+module = build_network(NetworkSpec("convnet", 1, (8, 8), 3, width=2, depth=1), 0)
+functions = StudentStepFunctions(FlatNetwork(module))
+gradient = functions.forward(flatten(module), torch.ones(2, 1, 8, 8), torch.eye(3)[:2], torch.ones(2))
+assert gradient.isfinite().all()
+print(functions.note)
+"""
+
+
+@pytest.mark.parametrize("compiler", ["absent", "broken"])
+def test_without_a_working_compiler_the_step_runs_eagerly_and_says_so(compiler: str, tmp_path: Path) -> None:
+    """No compiler, or one that answers and then fails, costs speed and one line, not the run."""
+    cxx = tmp_path / "g++"
+    if compiler == "broken":
+        cxx.write_text('#!/bin/sh\n[ "$1" = --version ] && echo 12.0 && exit\nexit 1\n')
+        cxx.chmod(0o755)
+    # An empty cache, for this machine's real compiler may have filled the usual one.
+    environment = {**os.environ, "CXX": str(cxx), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", WITHOUT_COMPILER]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("torch.compile does not work here (")
+    assert len(result.stdout.splitlines()) == 1

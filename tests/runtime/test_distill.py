@@ -1,0 +1,196 @@
+"""Distilling on a mesh of processes: any number of shards learns what one process learns, from any checkpoint."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from datm_ray.artifact import Artifact, load
+from datm_ray.config import RunConfig, load_config, to_yaml
+from datm_ray.errors import ConfigError, CorruptFileError
+from datm_ray.pipeline import Pipeline
+from datm_ray.runtime.checkpoint import Rows, load_checkpoint
+from datm_ray.runtime.distill import SYNTHETIC, DistillWorker
+from datm_ray.runtime.executor import Finished, Progress, Seat, SerialExecutor
+from datm_ray.runtime.telemetry import Reporter
+from datm_ray.store.filesystem import open_location
+from tests.conftest import tiny_config
+
+TWO_NETWORKS = "backbones=[{network: {width: 3, depth: 2, norm: group}, weight: 0.5}]"
+
+
+def as_rank(config_file: str, out: str, seat: Seat, stop_at: int | None, pipe: Connection) -> None:
+    """One process of the mesh; sends back what went wrong, or nothing."""
+    try:
+        torch.set_num_threads(1)
+        config = load_config(config_file)
+        pipeline = Pipeline([config], out)
+        worker = DistillWorker(pipeline._dataset(config), config.cluster)
+        arguments = (config, pipeline.store_uri, str(Path(out, config.name)))
+        for event in worker.distill(*arguments, seat=seat if seat.size > 1 else None):
+            if isinstance(event, Progress) and event.done == stop_at:
+                break
+        pipe.send("")
+    except BaseException:
+        pipe.send(traceback.format_exc())
+
+
+def distil(config: RunConfig, out: Path, size: int, stop_at: int | None = None) -> None:
+    """Distil in `size` processes, to the end or up to an iteration."""
+    (out / "config.yaml").write_text(to_yaml(config))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = f"127.0.0.1:{free.getsockname()[1]}"
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = [], []
+    for rank in range(size):
+        ours, theirs = context.Pipe()
+        arguments = (str(out / "config.yaml"), str(out), Seat(rank, size, meeting), stop_at, theirs)
+        processes.append(context.Process(target=as_rank, args=arguments))
+        pipes.append(ours)
+    for process in processes:
+        process.start()
+    failures = [pipe.recv() if pipe.poll(120) else "no answer" for pipe in pipes]
+    for process in processes:
+        process.join(timeout=10)
+        process.kill()
+    assert failures == [""] * size, "\n".join(failures)
+
+
+def trained(out: Path, *changes: str) -> RunConfig:
+    """A tiny run whose experts are in the store."""
+    config = tiny_config("distill.ipc=2", "distill.batch_size=7", *changes)
+    Pipeline([config], str(out)).train_experts(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    return config
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, one backbone, to the end."""
+    out = tmp_path_factory.mktemp("reference")
+    distil(trained(out), out, size=1)
+    return out
+
+
+def with_experts_of(reference: Path, out: Path) -> Path:
+    (out / "experts").symlink_to(reference / "experts")
+    return out
+
+
+def learned(out: Path) -> Artifact:
+    return load(str(out / "tiny" / SYNTHETIC))
+
+
+def assert_equal_but_for_rounding(one: Artifact, other: Artifact) -> None:
+    """Shards add float32 gradients in another order: after 6 iterations of 3 steps that leaves 1e-4 of the change."""
+    assert one.labels.tolist() == other.labels.tolist()
+    for name in ("images", "soft_labels"):
+        difference = (getattr(one, name) - getattr(other, name)).norm()
+        assert float(difference / getattr(other, name).norm()) < 1e-5
+    assert one.step_size == pytest.approx(other.step_size, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [2, 4])
+def test_shards_learn_what_one_process_learns(shards: int, reference: Path, tmp_path: Path) -> None:
+    """2 even shards of five classes each, and 4 uneven ones of 3, 3, 2 and 2."""
+    out = with_experts_of(reference, tmp_path)
+    distil(tiny_config("distill.ipc=2", "distill.batch_size=7", f"cluster.shards={shards}"), out, shards)
+    assert_equal_but_for_rounding(learned(out), learned(reference))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3)])
+def test_checkpoint_is_resumed_by_any_number_of_shards(
+    before: int, after: int, reference: Path, tmp_path: Path
+) -> None:
+    """Stopped after 5 of 6 iterations (the last checkpoint is of the fourth) and continued by fewer or more."""
+    out = with_experts_of(reference, tmp_path)
+    settings = ("distill.ipc=2", "distill.batch_size=7")
+    distil(tiny_config(*settings, f"cluster.shards={before}"), out, before, stop_at=5)
+    assert not (out / "tiny" / SYNTHETIC).exists()
+    assert len(list((out / "tiny/checkpoint").glob("00000004-*"))) == before
+    distil(tiny_config(*settings, f"cluster.shards={after}"), out, after)
+    assert_equal_but_for_rounding(learned(out), learned(reference))
+    assert len(list((out / "tiny/checkpoint").iterdir())) == after
+
+
+@pytest.mark.slow
+def test_backbones_apart_and_sharded_learn_what_one_process_learns(tmp_path: Path) -> None:
+    """Two networks by two shards, four processes, against all in one: set and both step sizes."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "four").mkdir()
+    config = trained(tmp_path / "one", TWO_NETWORKS)
+    distil(config, tmp_path / "one", size=1)
+    out = with_experts_of(tmp_path / "one", tmp_path / "four")
+    mesh = ("distill.ipc=2", "distill.batch_size=7", TWO_NETWORKS, "cluster.shards=2", "cluster.backbones_apart=true")
+    distil(tiny_config(*mesh), out, size=4)
+    assert_equal_but_for_rounding(learned(out), learned(tmp_path / "one"))
+    states = [state_of(place, config) for place in (tmp_path / "one", out)]
+    torch.testing.assert_close(states[0].synthetic.step_sizes, states[1].synthetic.step_sizes, rtol=1e-5, atol=0)
+    assert len(states[0].history) == 12
+    assert states[0].synthetic.step_sizes[0] != states[0].synthetic.step_sizes[1]
+
+
+def state_of(out: Path, config: RunConfig) -> Any:
+    rows = Rows.of_shard(0, 1, 10, config.distill.ipc)
+    return load_checkpoint(open_location(str(out / "tiny")), rows, None, 1.0, torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def test_a_missing_part_of_a_checkpoint_is_named(reference: Path, tmp_path: Path) -> None:
+    """Neither a traceback nor a set with holes: the checkpoint is refused."""
+    import shutil
+
+    folder = tmp_path / "tiny"
+    shutil.copytree(reference / "tiny", folder)
+    (part,) = (folder / "checkpoint").iterdir()
+    place = open_location(str(folder))
+    rates: Any = None
+    with pytest.raises(CorruptFileError, match="holds 20 of the 30 images"):
+        load_checkpoint(place, Rows(0, 30), rates, 1.0, torch.device("cpu"))
+    part.unlink()
+    with pytest.raises(Exception, match=part.name):
+        load_checkpoint(place, Rows(0, 20), rates, 1.0, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("shards", "sizes"), [(1, [10]), (2, [5, 5]), (4, [3, 3, 2, 2]), (10, [1] * 10)])
+def test_every_class_is_in_one_shard(shards: int, sizes: list[int]) -> None:
+    """Ranges of rows, in order, whole classes, as even as can be."""
+    ranges = [Rows.of_shard(shard, shards, 10, 7) for shard in range(shards)]
+    assert [len(rows.classes(7)) for rows in ranges] == sizes
+    assert [rows.last - rows.first for rows in ranges] == [7 * size for size in sizes]
+    assert ranges[0].first == 0
+    assert [rows.last for rows in ranges[:-1]] == [rows.first for rows in ranges[1:]]
+
+
+def test_more_shards_than_classes_are_refused(tmp_path: Path) -> None:
+    """Before anything is written, with the number that works."""
+    with pytest.raises(ConfigError, match=r"cluster\.shards is 11, but digits has 10 classes.*shards=10"):
+        Pipeline([tiny_config("cluster.shards=11")], str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_serial_executor_distils_a_sharded_recipe_alone(reference: Path, tmp_path: Path) -> None:
+    """One process does what several would; there is nothing to add up, so the bits are those of one process."""
+    out = with_experts_of(reference, tmp_path)
+    config = tiny_config("distill.ipc=2", "distill.batch_size=7", "cluster.shards=2")
+    Pipeline([config], str(out)).distill(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    assert torch.equal(learned(out).images, learned(reference).images)
+
+
+def test_result_says_how_many_updates_were_skipped(reference: Path, tmp_path: Path) -> None:
+    """The last event carries the counts that a report shows."""
+    out = with_experts_of(reference, tmp_path)
+    config = tiny_config("distill.ipc=2", "distill.batch_size=7", "distill.threshold=1e-9", "name=skipping")
+    pipeline = Pipeline([config], str(out))
+    worker = DistillWorker(pipeline._dataset(config), config.cluster)
+    *_, last = worker.distill(config, pipeline.store_uri, str(out / "skipping"))
+    assert isinstance(last, Finished)
+    assert last.result["skipped"] == 6

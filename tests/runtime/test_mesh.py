@@ -1,0 +1,250 @@
+"""Sums between processes: right, the same everywhere, and an error in time when a peer is gone."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from datm_ray.errors import ConfigError, PeerLostError
+from datm_ray.runtime.executor import Seat
+from datm_ray.runtime.mesh import Alone, Mesh, open_mesh
+
+CPU = torch.device("cpu")
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def take_part(
+    work: Callable[..., Any], seat: Seat, shape: tuple[int, int], timeout: float, arguments: tuple[Any, ...]
+) -> Any:
+    """One process: what the work returns, or the DatmError and the seconds until it came."""
+    torch.set_num_threads(1)
+    with open_mesh(seat, *shape, CPU, timeout) as mesh:
+        start = time.monotonic()
+        try:
+            return work(mesh, *arguments)
+        except PeerLostError as failure:
+            return failure, time.monotonic() - start
+
+
+PROCESSES: list[ProcessPoolExecutor] = []
+"""They import torch, which takes seconds, once for all tests. One executor each, for one that loses a process ends."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def end_of_processes() -> Iterator[None]:
+    """What the tests of this file started ends with them."""
+    yield
+    while PROCESSES:
+        PROCESSES.pop().shutdown()
+
+
+def together(work: Callable[..., Any], rows: int, columns: int, *arguments: Any, timeout: float = 30.0) -> list[Any]:
+    """What the work returns on every rank; None from a process that was killed."""
+    size, meeting = rows * columns, f"127.0.0.1:{free_port()}"
+    while len(PROCESSES) < size:
+        PROCESSES.append(ProcessPoolExecutor(1, mp_context=SPAWN))
+    futures = [
+        PROCESSES[rank].submit(take_part, work, Seat(rank, size, meeting), (rows, columns), timeout, arguments)
+        for rank in range(size)
+    ]
+    wait(futures)
+    killed = [isinstance(future.exception(), BrokenProcessPool) for future in futures]
+    for rank in reversed(range(size)):
+        if killed[rank]:
+            PROCESSES.pop(rank).shutdown()
+    return [None if gone else future.result() for gone, future in zip(killed, futures, strict=True)]
+
+
+def part_of(rank: int, size: int = 10_007) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(rank))
+
+
+def all_sums(mesh: Mesh) -> dict[str, Any]:
+    parts = [part_of(mesh.rank, size) for size in (1, 7, 10_007)]
+    before = [part.clone() for part in parts]
+    sums = {
+        "all": [mesh.sum_over_all(part) for part in parts],
+        "classes": [mesh.sum_over_classes(part) for part in parts],
+        "backbones": [mesh.sum_over_backbones(part) for part in parts],
+    }
+    mesh.barrier()
+    assert all(torch.equal(part, copy) for part, copy in zip(parts, before, strict=True))
+    transposed = mesh.sum_over_all(torch.arange(6.0).reshape(2, 3).t())
+    return {"place": (mesh.row, mesh.column, mesh.is_first), "transposed": transposed, **sums}
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 2), (2, 1), (2, 2), (1, 4)])
+def test_sums_over_rows_columns_and_all(rows: int, columns: int) -> None:
+    """Each is that of one process, and has the same bits wherever it is."""
+    results = together(all_sums, rows, columns)
+    for rank, result in enumerate(results):
+        row, column = divmod(rank, columns)
+        assert result["place"] == (row, column, rank == 0)
+        assert torch.equal(result["transposed"], rows * columns * torch.arange(6.0).reshape(2, 3).t())
+        members = {
+            "all": range(rows * columns),
+            "classes": range(row * columns, (row + 1) * columns),
+            "backbones": range(column, rows * columns, columns),
+        }
+        for name, ranks in members.items():
+            for index, size in enumerate((1, 7, 10_007)):
+                expected = torch.stack([part_of(other, size) for other in ranks]).double().sum(0).float()
+                torch.testing.assert_close(result[name][index], expected)
+                assert all(torch.equal(result[name][index], results[other][name][index]) for other in ranks)
+
+
+def gathered(mesh: Mesh) -> list[Tensor | None]:
+    start, length = 10 * mesh.column, (2, 0, 3)[mesh.column]
+    whole = torch.arange(60).reshape(30, 2)
+    parts = [whole[start : start + length], whole.double()[start : start + length].t().contiguous().t()]
+    return [mesh.gather(part) for part in parts]
+
+
+def test_gathering_parts_of_different_sizes() -> None:
+    """Rank 0 gets them in the order of columns, an empty one and one with strides too; the others get nothing."""
+    first, *others = together(gathered, 1, 3)
+    expected = torch.arange(60).reshape(30, 2)[[0, 1, 20, 21, 22]]
+    assert torch.equal(first[0], expected)
+    assert torch.equal(first[1], expected.double())
+    assert others == [[None, None]] * 2
+
+
+def gathered_of_two_rows(mesh: Mesh) -> Tensor | None:
+    return mesh.gather(torch.tensor([mesh.rank]))
+
+
+def test_gathering_takes_the_first_row() -> None:
+    """All backbones share the set, so its parts lie in every row."""
+    first, *others = together(gathered_of_two_rows, 2, 2)
+    assert first.tolist() == [0, 1]
+    assert others == [None] * 3
+
+
+def slow_work(mesh: Mesh, steps: int) -> tuple[list[float], bool]:
+    worked = []
+
+    def work() -> Generator[None, None, list[float]]:
+        for _ in range(steps):
+            time.sleep(0.2)
+            worked.append(True)
+            yield
+        return [1 / 3, float("inf")]
+
+    return mesh.from_first(work, 2), bool(worked)
+
+
+def test_work_of_the_first_outlasts_the_timeout() -> None:
+    """All get its numbers to the last bit, though they wait longer than for a silent peer; only rank 0 works."""
+    first, second = together(slow_work, 1, 2, 15, timeout=2.0)
+    assert first == ([1 / 3, float("inf")], True)
+    assert second == ([1 / 3, float("inf")], False)
+
+
+def test_work_without_steps() -> None:
+    """Numbers that are there at once reach everybody too."""
+    assert together(slow_work, 1, 2, 0) == [([1 / 3, float("inf")], False)] * 2
+
+
+def sum_until_one_is_gone(mesh: Mesh, signal_to_self: int, folder: str) -> None:
+    mesh.sum_over_classes(part_of(0))
+    if mesh.rank == 1:
+        (Path(folder) / "process").write_text(str(os.getpid()))
+        os.kill(os.getpid(), signal_to_self)
+    while True:
+        mesh.sum_over_classes(part_of(0))
+
+
+def test_killed_peer_is_told_at_once(tmp_path: Path) -> None:
+    """SIGKILL between two sums: the survivor has its error long before the timeout."""
+    (failure, seconds), killed = together(sum_until_one_is_gone, 1, 2, signal.SIGKILL, str(tmp_path), timeout=60.0)
+    assert killed is None
+    assert str(failure).startswith("worker 1 of 2 lost its peers: ")
+    assert seconds < 10
+
+
+def stop_and_be_killed_later(mesh: Mesh, folder: str) -> None:
+    try:
+        sum_until_one_is_gone(mesh, signal.SIGSTOP, folder)
+    finally:
+        if mesh.is_first:
+            os.kill(int((Path(folder) / "process").read_text()), signal.SIGKILL)
+
+
+def test_hung_peer_is_told_after_the_timeout(tmp_path: Path) -> None:
+    """A process that is there but does nothing costs the timeout, not for ever."""
+    (failure, seconds), killed = together(stop_and_be_killed_later, 1, 2, str(tmp_path), timeout=2.0)
+    assert killed is None
+    assert isinstance(failure, PeerLostError)
+    assert 1 < seconds < 8
+
+
+def fail_alone(mesh: Mesh) -> None:
+    if mesh.rank == 1:
+        raise ConfigError("this one failed")
+    mesh.barrier()
+
+
+def test_error_of_one_releases_the_others() -> None:
+    """It leaves with its own error, and nobody waits for it until the timeout."""
+    start = time.monotonic()
+    with pytest.raises(ConfigError, match="this one failed"):
+        together(fail_alone, 1, 2, timeout=60.0)
+    assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_meeting_that_nobody_comes_to(rank: int) -> None:
+    """The first waits for others and the others for the first, both no longer than the timeout."""
+    start = time.monotonic()
+    mesh = open_mesh(Seat(rank, 2, f"127.0.0.1:{free_port()}"), 1, 2, CPU, timeout=4.0)
+    with pytest.raises(PeerLostError, match=f"worker {rank + 1} of 2 lost its peers: .*[a-z]"), mesh:
+        pass
+    assert time.monotonic() - start < 6
+
+
+def test_one_process_meets_again_after_it_left() -> None:
+    """Nothing is left of a mesh that could disturb the next one, nor of one that failed."""
+    environment = dict(os.environ)
+    for value in (1.0, 2.0):
+        with open_mesh(Seat(0, 1, f"127.0.0.1:{free_port()}"), 1, 1, CPU, timeout=10.0) as mesh:
+            assert mesh.sum_over_all(torch.tensor(value)) == value
+            assert mesh.sum_over_classes(torch.tensor(value)) == value
+        with pytest.raises(ConfigError), open_mesh(Seat(0, 1, f"127.0.0.1:{free_port()}"), 1, 1, CPU, timeout=10.0):
+            raise ConfigError("failed within")
+    assert dict(os.environ) == environment
+
+
+def test_grid_that_does_not_fit_the_workers() -> None:
+    """A slip of the caller, found before anybody waits."""
+    mesh = open_mesh(Seat(0, 3, "127.0.0.1:1"), 2, 2, CPU, timeout=1.0)
+    with pytest.raises(ValueError, match="3 workers cannot stand in a grid of 2 x 2"), mesh:
+        pass
+
+
+def test_alone_everything_is_as_it_was() -> None:
+    """Without a seat there is nothing to meet and nothing to sum with, however large the grid was to be."""
+    tensor = torch.randn(3)
+    with open_mesh(None, 3, 4, CPU, timeout=1.0) as mesh:
+        assert isinstance(mesh, Alone)
+        assert (mesh.rank, mesh.row, mesh.column, mesh.rows, mesh.columns, mesh.is_first) == (0, 0, 0, 1, 1, True)
+        for same in (mesh.sum_over_all, mesh.sum_over_classes, mesh.sum_over_backbones, mesh.gather):
+            assert same(tensor) is tensor
+        mesh.barrier()
+        assert slow_work(mesh, 1) == ([1 / 3, float("inf")], True)

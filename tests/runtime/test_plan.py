@@ -1,0 +1,161 @@
+"""Planning: what fits is told part by part, what does not is refused with the option that helps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from datm_ray.config import ClusterConfig, RunConfig, override, parse_bytes
+from datm_ray.errors import ConfigError
+from datm_ray.recipes import get_recipe, recipe_names
+from datm_ray.runtime.plan import (
+    KNOWN_SHAPES,
+    DistillationPlan,
+    available_memory,
+    data_shape,
+    distillation_plan,
+    worker_budget,
+)
+from tests.conftest import tiny_config
+
+GIB = 2**30
+
+
+def plan_of(config: RunConfig) -> DistillationPlan:
+    """The plan of a recipe whose data's shape is known."""
+    shape = data_shape(config.dataset)
+    return distillation_plan(config, shape.image, shape.classes, training_images=shape.training_images)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("8GiB", 8 * GIB),
+        ("512MiB", 512 * 2**20),
+        ("6 GB", 6 * 10**9),
+        ("1.5gib", 3 * GIB // 2),
+        (" 2 G ", 2 * 10**9),
+        ("100kB", 100_000),
+        ("4096", 4096),
+        ("4096B", 4096),
+    ],
+)
+def test_sizes_are_read(text: str, size: int) -> None:
+    """Binary and decimal units, with and without a space, or plain bytes."""
+    assert parse_bytes(text) == size
+    assert ClusterConfig(memory=text).memory_bytes == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "8 apples", "-1GiB", "8GiBs", "0", "1e9", "GiB", "8 Gi"])
+def test_an_unreadable_size_is_one_line(text: str) -> None:
+    """Named together with how to write it."""
+    with pytest.raises(ConfigError, match="8GiB, 512MiB or 6GB") as caught:
+        override(get_recipe("digits-ipc1"), [f"cluster.memory='{text}'"])
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_bytes_as_a_number_in_yaml_are_a_size() -> None:
+    """--set cluster.memory=8589934592 needs no quotes; none stays none."""
+    assert override(get_recipe("digits-ipc1"), ["cluster.memory=8589934592"]).cluster.memory_bytes == 8 * GIB
+    assert ClusterConfig().memory_bytes is None
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_packaged_recipe_can_be_planned(name: str) -> None:
+    """Within 8 GiB a worker, or the published sizes could not be run here at all; two shards where the set is large."""
+    plan = plan_of(override(get_recipe(name), ["cluster.memory=8GiB", "cluster.shards=2"]))
+    assert plan.footprint.total <= plan.budget == 8 * GIB
+    assert 1 <= plan.chunk <= plan.batch <= plan.images
+
+
+def test_tiny_imagenet_with_fifty_images_fits_six_gibibytes_on_two_shards() -> None:
+    """Ten thousand images of 64x64, batches of a thousand: memory does not depend on the batch."""
+    config = override(get_recipe("tiny-imagenet-ipc50"), ["cluster.memory=6GiB", "cluster.shards=2"])
+    plan = plan_of(config)
+    assert plan.footprint.total <= 6 * GIB
+    small_batch = plan_of(override(config, ["distill.batch_size=100"]))
+    assert abs(small_batch.footprint.total - plan.footprint.total) < GIB // 100
+
+
+def test_the_work_and_the_traffic_of_an_iteration() -> None:
+    """Traffic: a sum of p numbers for each step forwards and of p + 1 backwards, and none without shards."""
+    alone = plan_of(tiny_config("cluster.memory=2GiB"))
+    shared = plan_of(tiny_config("cluster.memory=2GiB", "cluster.shards=2"))
+    parameters = shared.store_bytes // (4 * 2 * 6)  # two experts of five epochs
+    assert (alone.network_bytes, shared.network_bytes) == (0, 4 * 3 * (2 * parameters + 1))
+    assert alone.flop == shared.flop > 0
+    assert shared.footprint.synthetic * 2 == alone.footprint.synthetic
+    assert (alone.images, alone.batch, alone.steps) == (10, 10, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (["cluster.memory=100MiB"], "raise --memory"),
+        (["cluster.memory=2GiB", "distill.student_steps=1000000"], "lower distill.student_steps"),
+        (["cluster.memory=2GiB", "dataset.source=cifar10", "distill.ipc=5000"], "raise cluster.shards"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_option_that_helps(changes: list[str], expected: str) -> None:
+    """One line: what it takes, what it may take, which part, what to change."""
+    with pytest.raises(ConfigError, match=f"(?i){expected}") as caught:
+        plan_of(tiny_config(*changes))
+    assert "needs" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_micro_batches_shrink_to_what_is_left_of_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large as the cache likes, then as fits, and refused when not one image does; validation left aside."""
+    monkeypatch.setattr("datm_ray.runtime.plan._scoring", lambda spec, images: 0)
+    changes = ("dataset.source=cifar10", "distill.ipc=50", "distill.batch_size=500")
+    roomy = plan_of(tiny_config(*changes, "cluster.memory=8GiB"))
+    beside = roomy.footprint.total - roomy.footprint.call
+    tight = plan_of(tiny_config(*changes, f"cluster.memory={beside + roomy.footprint.call // 4}"))
+    assert roomy.chunk // 8 < tight.chunk < roomy.chunk < 500
+    assert tight.budget is not None
+    assert tight.footprint.total <= tight.budget
+    with pytest.raises(ConfigError, match="may take"):
+        plan_of(tiny_config(*changes, f"cluster.memory={beside}"))
+
+
+def test_the_budget_is_the_recipe_s_or_what_the_machine_has_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Divided by the workers that share it, after the data set that all of them use."""
+    monkeypatch.setattr("datm_ray.runtime.plan.available_memory", lambda: 10 * GIB)
+    config = tiny_config("cluster.device=cpu", "cluster.workers=4")
+    assert worker_budget(config) == 10 * GIB
+    assert worker_budget(config, data_bytes=2 * GIB, sharing=2) == 4 * GIB
+    assert worker_budget(config, data_bytes=2 * GIB, sharing=8) == 2 * GIB
+    assert worker_budget(config, data_bytes=20 * GIB) == 0
+    assert worker_budget(tiny_config("cluster.memory=3GiB"), 2 * GIB, 2) == 3 * GIB
+
+
+def test_gpus_that_this_machine_does_not_see_set_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver of a cluster may have none: nothing is refused, and a micro-batch may be a whole batch."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    plan = plan_of(tiny_config("cluster.gpus_per_worker=1"))
+    assert plan.budget is None
+    assert (plan.chunk, plan.footprint.process) == (plan.batch, 0)
+    assert "as the GPU allows" in "\n".join(plan.lines())
+
+
+def test_free_memory_is_read_or_else_all_memory_is_taken(tmp_path: Path) -> None:
+    """From the kernel's table; without one, or with a strange one, from sysconf."""
+    table = tmp_path / "meminfo"
+    table.write_text("MemTotal: 100 kB\nMemAvailable:   7 kB\n")
+    assert available_memory(table) == 7 * 1024
+    table.write_text("MemAvailable: much\n")
+    assert available_memory(table) == available_memory(tmp_path / "absent") > 2**20
+
+
+def test_shapes_are_known_without_files() -> None:
+    """Named sources need no files, and their shapes follow dataset.resize; digits are as they are embedded."""
+    config = override(get_recipe("tiny-imagenet-ipc1"), ["dataset.resize=32", "dataset.path=absent"])
+    assert data_shape(config.dataset).image == (3, 32, 32)
+    digits = data_shape(get_recipe("digits-ipc1").dataset)
+    from datm_ray.data.sources import load_raw
+
+    raw = load_raw("digits", validation=0.15)
+    assert digits == KNOWN_SHAPES["digits"]
+    assert (digits.image, digits.classes) == ((raw.channels, *raw.size), raw.classes)
+    assert digits.training_images == len(raw.train) + len(raw.validation)
