@@ -61,9 +61,10 @@ WORKSPACE_BYTES = 1 * 2**20
 """Of a call beside the values in its graph: what kernels and the allocator need. Measured at digits size."""
 
 COMPILED_SHARE = 1.2
-"""Of the values that a compiled call holds at its peak, how much it takes: convolutions reorder their arguments, and freed
-memory is not always the memory that is needed next. Measured for `reverse`, with this factor: ConvNet-3 32x32, 20 images
-73 MiB, predicted 73; 100 images 322 and 350; ConvNet-4 64x64, 5 images 80 and 78; digits, 100 images 6.2 and 6.7."""
+"""Of the values that a compiled call holds at its peak, how much it takes: convolutions reorder their arguments, and
+freed memory is not always the memory that is needed next. Measured for `reverse`, with this factor: ConvNet-3 32x32,
+20 images 73 MiB, predicted 73; 100 images 322 and 350; ConvNet-4 64x64, 5 images 80 and 78; digits, 100 images 6.2 and
+6.7."""
 
 UNCOMPILED_SHARE = 0.65
 """Of all values that an uncompiled call ever writes, how much it holds at its peak: derivatives of derivatives keep
