@@ -63,7 +63,7 @@ WORKSPACE_BYTES = 1 * 2**20
 COMPILED_SHARE = 1.2
 """Of the values that a compiled call holds at its peak, how much it takes: convolutions reorder their arguments, and
 freed memory is not always the memory that is needed next. Measured for `reverse`, with this factor: ConvNet-3 32x32,
-20 images 73 MiB, predicted 73; 100 images 322 and 350; ConvNet-4 64x64, 5 images 80 and 78; digits, 100 images 6.2 and
+20 images 82 MiB, predicted 83; 100 images 402 and 398; ConvNet-4 64x64, 5 images 82 and 87; digits, 100 images 6.2 and
 6.7."""
 
 UNCOMPILED_SHARE = 0.65
