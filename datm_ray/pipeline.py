@@ -35,7 +35,7 @@ from datm_ray.runtime.distill import SYNTHETIC, DistillWorker
 from datm_ray.runtime.evaluate import ROWS, EvaluateWorker, read_scores, result_location
 from datm_ray.runtime.executor import Executor, Task
 from datm_ray.runtime.experts import ExpertWorker, expert_group, network_spec
-from datm_ray.runtime.plan import distillation_plan
+from datm_ray.runtime.plan import distillation_plan, require_whole_classes
 from datm_ray.runtime.telemetry import Reporter
 from datm_ray.store.filesystem import Location, open_location
 from datm_ray.store.trajectories import ExpertGroup
@@ -292,12 +292,7 @@ class Pipeline:
                 "images",
                 remedy="lower distill.ipc",
             )
-        if config.cluster.shards > raw.classes:
-            raise ConfigError(
-                f"cluster.shards is {config.cluster.shards}, but {raw.name} has {raw.classes} classes",
-                "a shard holds whole classes",
-                f"use --set cluster.shards={raw.classes} or fewer",
-            )
+        require_whole_classes(config.cluster.shards, raw.classes, raw.name)
         for backbone in config.each_backbone():
             build_network(network_spec(backbone, raw.channels, raw.size, raw.classes), seed=0)
         for section in (config.experts, config.distill, config.evaluate):

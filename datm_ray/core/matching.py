@@ -102,11 +102,6 @@ class MatchingGradient:
     step_size: Tensor
     """[]."""
 
-    def is_finite(self) -> bool:
-        """Whether loss and every gradient entry are finite."""
-        gradients = (self.images, self.soft_labels, self.step_size)
-        return bool(np.isfinite(self.loss)) and all(bool(g.isfinite().all()) for g in gradients)
-
 
 def matching_gradient(
     functions: StudentStepFunctions,

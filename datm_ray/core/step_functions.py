@@ -226,9 +226,14 @@ def _traced(function: Callable[..., Any], *arguments: Tensor) -> fx.GraphModule:
 def _drop_unused(graph: fx.GraphModule) -> None:
     for node in reversed(list(graph.graph.nodes)):
         # Also left-over shape checks of the automatic differentiation; the compiler would stumble over their bool.
-        if node.op == "call_function" and not node.users:
+        if node.op == "call_function" and not node.users and not _writes(node):
             graph.graph.erase_node(node)
     graph.recompile()
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether the node changes a value in place, so that it counts although nothing uses its result."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _drop_zero_terms(graph: fx.Graph) -> None:

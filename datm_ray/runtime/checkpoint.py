@@ -73,6 +73,8 @@ def load_checkpoint(
     if not (folder / CHECKPOINT).exists():
         return None
     file = read_tensors(folder / CHECKPOINT, kind=KIND)
+    if "parts" not in file.metadata:
+        raise _unusable(folder, "names no parts")
     held = _read_rows(folder, file.metadata["parts"], rows)
     return Distillation.from_arrays(held, file.arrays, rates, threshold, device)
 

@@ -138,6 +138,7 @@ def distillation_plan(
         ConfigError: a worker would need more memory than it may take.
     """
     settings, shards = config.distill, shards or config.cluster.shards
+    require_whole_classes(shards, classes, config.name)
     spec = network_spec(config, image[0], image[1:], classes)
     parameters = FlatNetwork(build_network(spec, seed=0)).count
     data_bytes = 4 * training_images * image[0] * image[1] * image[2]
@@ -171,6 +172,16 @@ def distillation_plan(
     )
     _require_fits(plan)
     return plan
+
+
+def require_whole_classes(shards: int, classes: int, name: str) -> None:
+    """Raise a `ConfigError` if there are more shards than classes."""
+    if shards > classes:
+        raise ConfigError(
+            f"cluster.shards is {shards}, but {name} has {classes} classes",
+            "a shard holds whole classes",
+            f"use --set cluster.shards={classes} or fewer",
+        )
 
 
 def worker_budget(config: RunConfig, data_bytes: int = 0, sharing: int | None = None) -> int | None:

@@ -159,3 +159,10 @@ def test_shapes_are_known_without_files() -> None:
     assert digits == KNOWN_SHAPES["digits"]
     assert (digits.image, digits.classes) == ((raw.channels, *raw.size), raw.classes)
     assert digits.training_images == len(raw.train) + len(raw.validation)
+
+
+def test_more_shards_than_classes_are_refused() -> None:
+    """A plan is not made for what a run would refuse."""
+    config = override(get_recipe("digits-ipc10"), ["cluster.shards=11"])
+    with pytest.raises(ConfigError, match=r"cluster\.shards is 11, but digits-ipc10 has 10 classes"):
+        distillation_plan(config, (1, 8, 8), 10)
