@@ -5,7 +5,7 @@
 
 s is the derivative of the loss along v, so there are two ways to `reverse`: differentiate the loss along v and then
 backwards (reverse over forward), or the gradient backwards (reverse over reverse). Both are exact; the first was the
-faster one compiled, the second the faster one uncompiled (benchmarks/results).
+faster one compiled, the second the faster one uncompiled (benchmarks/LOG.md; processors only so far).
 
 To be compiled a function is traced once, for one number of images, into a flat graph of tensor operations: no Python
 of the network, no graph break and no second compilation is left. The same graph tells how much memory a call takes

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,7 +156,9 @@ def distillation_plan(
     }
     rest = _footprint(parts, image, classes, cost, chunk=0)
     left = float("inf") if budget is None else budget - rest.process - rest.synthetic - rest.network - rest.trace
-    chunk = choose_chunk(cost, image, classes, -(-batch // shards), left, None if on_gpu else CACHE_BYTES)
+    chunk = choose_chunk(
+        cost, image, classes, rows_at_a_time(images, parts["images"], batch), left, None if on_gpu else CACHE_BYTES
+    )
     plan = DistillationPlan(
         name=config.name,
         shards=shards,
@@ -172,6 +175,18 @@ def distillation_plan(
     )
     _require_fits(plan)
     return plan
+
+
+def rows_at_a_time(images: int, held: int, batch: int) -> int:
+    """Images of a minibatch that a shard which holds so many of all images must be ready for: all but one in a
+    thousand minibatches have no more.
+
+    A minibatch is drawn without regard to shards, so a shard's part varies. Were a micro-batch sized for the average,
+    half of all steps would need a second one for the few images left.
+    """
+    share = held / images
+    spread = math.sqrt(batch * share * (1 - share) * (images - batch) / max(1, images - 1))
+    return min(held, batch, math.ceil(batch * share + 3 * spread))
 
 
 def require_whole_classes(shards: int, classes: int, name: str) -> None:

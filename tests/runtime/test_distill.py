@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,11 +17,12 @@ from datm_ray.artifact import Artifact, load
 from datm_ray.config import RunConfig, load_config, to_yaml
 from datm_ray.errors import ConfigError, CorruptFileError
 from datm_ray.pipeline import Pipeline
-from datm_ray.runtime.checkpoint import Rows, load_checkpoint
+from datm_ray.runtime.checkpoint import Rows, load_checkpoint, read_curves
 from datm_ray.runtime.distill import SYNTHETIC, DistillWorker
 from datm_ray.runtime.executor import Finished, Progress, Seat, SerialExecutor
 from datm_ray.runtime.telemetry import Reporter
 from datm_ray.store.filesystem import open_location
+from datm_ray.store.tensors import write_tensors
 from tests.conftest import tiny_config
 
 TWO_NETWORKS = "backbones=[{network: {width: 3, depth: 2, norm: group}, weight: 0.5}]"
@@ -158,6 +160,17 @@ def test_a_missing_part_of_a_checkpoint_is_named(reference: Path, tmp_path: Path
     part.unlink()
     with pytest.raises(Exception, match=part.name):
         load_checkpoint(place, Rows(0, 20), rates, 1.0, torch.device("cpu"))
+
+
+def test_a_checkpoint_of_another_format_is_named(tmp_path: Path) -> None:
+    """By resuming and by the report alike: one line and not a missing key."""
+    place = open_location(str(tmp_path))
+    write_tensors(place / "checkpoint.arrow", {"x": np.zeros(1)}, kind="checkpoint", metadata={})
+    rates: Any = None
+    with pytest.raises(CorruptFileError, match="names no parts"):
+        load_checkpoint(place, Rows(0, 10), rates, 1.0, torch.device("cpu"))
+    with pytest.raises(CorruptFileError, match="no column for the backbones"):
+        read_curves(place)
 
 
 @pytest.mark.parametrize(("shards", "sizes"), [(1, [10]), (2, [5, 5]), (4, [3, 3, 2, 2]), (10, [1] * 10)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from datm_ray.config import ClusterConfig, RunConfig, override, parse_bytes
@@ -15,6 +16,7 @@ from datm_ray.runtime.plan import (
     available_memory,
     data_shape,
     distillation_plan,
+    rows_at_a_time,
     worker_budget,
 )
 from tests.conftest import tiny_config
@@ -166,3 +168,15 @@ def test_more_shards_than_classes_are_refused() -> None:
     config = override(get_recipe("digits-ipc10"), ["cluster.shards=11"])
     with pytest.raises(ConfigError, match=r"cluster\.shards is 11, but digits-ipc10 has 10 classes"):
         distillation_plan(config, (1, 8, 8), 10)
+
+
+def test_micro_batches_leave_room_for_an_uneven_draw() -> None:
+    """The part of a minibatch that a shard holds seldom needs a second call; of a batch of all images it is known."""
+    draw = np.random.default_rng(0)
+    drawn = [(draw.permutation(100)[:50] < 50).sum() for _ in range(2000)]
+    room = rows_at_a_time(100, 50, 50)
+    assert np.mean(np.array(drawn) > room) < 0.01
+    assert room <= 34
+    assert rows_at_a_time(100, 50, 100) == 50
+    assert rows_at_a_time(100, 100, 40) == 40
+    assert rows_at_a_time(100, 10, 50) <= 10
