@@ -29,15 +29,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from datm_ray.config import PUBLISHED_AUGMENTATION
 from datm_ray.core.augment import augment
+from datm_ray.core.footprint import flop
 from datm_ray.core.matching import StudentStep, draw_student_steps, identity, matching_gradient
 from datm_ray.core.networks import NetworkSpec, build_network
 from datm_ray.core.parameters import FlatNetwork, flatten
 from datm_ray.core.step_functions import Order, Precision, StepOptions, StudentStepFunctions, soft_cross_entropy
 from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.runtime.plan import available_memory
+from datm_ray.runtime.provenance import provenance
 
 HEADER = """Matching loss and its gradient in images, soft labels and step size; ConvNet, instance normalisation, mean
 pooling; random tensors of fixed seeds; every minibatch is the whole set; step size 0.01.
@@ -203,16 +205,10 @@ class Ours:
         )
         return result.loss, (result.images, result.soft_labels, result.step_size)
 
-    def operations(self) -> float:
+    def operations(self) -> int:
         """Floating-point operations of one image's forward and reverse step."""
-        shape, network = self._method.shape, self.functions.network
-        theta = flatten(network.module)
-        x, y = theta.new_zeros(1, *shape.image), theta.new_zeros(1, shape.classes)
-        graphs = self.functions.graphs(1, shape.image, shape.classes)
-        with FlopCounterMode(display=False) as counter:
-            graphs[0](theta, self.functions.layout(x), y, y[:, 0])
-            graphs[1](theta, self.functions.layout(x), y, y[:, 0], theta)
-        return float(counter.get_total_flops())
+        shape = self._method.shape
+        return sum(flop(graph) for graph in self.functions.graphs(1, shape.image, shape.classes))
 
 
 def _summed_over_processes(tensor: Tensor) -> Tensor:
@@ -271,7 +267,7 @@ def child(request: dict[str, Any]) -> None:
     answers, sys.stdout = sys.stdout, sys.stderr
     torch.set_num_threads(method.threads)
     if method.device == "cpu":  # fail alone and not take the machine along
-        limit = int(0.9 * status("MemAvailable", "/proc/meminfo")) + status("VmData")
+        limit = int(0.9 * available_memory()) + status("VmData")
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     try:
         for answer in answers_of(method, request):
@@ -447,8 +443,7 @@ def hardware(device: str) -> tuple[str, str]:
     if device == "cuda":
         name = torch.cuda.get_device_name()
         return name.lower().replace(" ", "-"), name
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    model = provenance(torch.device("cpu"))["processor"]
     cores = len(os.sched_getaffinity(0))
     return f"{cores}-core-cpu", f"{cores} cores of {model}, {status('MemTotal', '/proc/meminfo') / 2**30:.0f} GiB"
 

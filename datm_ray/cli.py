@@ -100,13 +100,15 @@ def plan(recipes: Recipes, set_: Set = None, memory: Memory = None) -> None:
     from datm_ray.runtime.plan import data_shape, distillation_plan
 
     configs = [_config(name, _with_memory(set_, memory)) for name in recipes]
-    sharing = sum(config.cluster.shards for config in configs)  # a run distils its recipes side by side
+    sharing = sum(config.workers_per_set for config in configs)  # a run distils its recipes side by side
     for config in configs:
         shape = data_shape(config.dataset)
-        planned = distillation_plan(
-            config, shape.image, shape.classes, training_images=shape.training_images, sharing=sharing
-        )
-        print("\n".join(planned.lines()))
+        for number, backbone in enumerate(config.each_backbone()):
+            planned = distillation_plan(
+                backbone, shape.image, shape.classes, training_images=shape.training_images, sharing=sharing
+            )
+            lines = planned.lines()
+            print("\n".join([lines[0] + (f", backbone {number}" if config.backbones else ""), *lines[1:]]))
 
 
 @app.command()

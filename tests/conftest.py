@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,6 +55,30 @@ def tiny() -> RunConfig:
 def tiny_config(*changes: str) -> RunConfig:
     """The tiny run with some values changed."""
     return override(get_recipe("digits-ipc1"), ["name=tiny", *TINY, *changes])
+
+
+def actor_processes() -> list[int]:
+    """Process numbers of the workers that this process's Ray cluster runs; Ray names a process after its actor.
+
+    Only descendants: another cluster on the machine may be at real work.
+    """
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                title = (entry / "cmdline").read_bytes()
+                if title.startswith(b"ray::") and b"Worker" in title and os.getpid() in _ancestors(int(entry.name)):
+                    found.append(int(entry.name))
+    return found
+
+
+def _ancestors(process: int) -> list[int]:
+    ancestors = []
+    while process > 1:
+        # After the name, which is in brackets and may hold anything: state, parent, ...
+        process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+        ancestors.append(process)
+    return ancestors
 
 
 @pytest.fixture(scope="session")

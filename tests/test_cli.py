@@ -271,3 +271,14 @@ def test_help_answers_without_loading_torch_or_ray() -> None:
     assert result.returncode == 0, result.stderr
     assert "Usage" in result.stdout
     print(f"--help took {time.perf_counter() - started:.2f} s")
+
+
+def test_a_plan_shows_every_backbone(datm_ray: CommandLine) -> None:
+    """A wider second network has a plan of its own."""
+    wider = "backbones=[{network: {width: 64, depth: 2}}]"
+    code, out, _ = datm_ray("plan", "digits-ipc1", "--memory", "3GiB", "--set", wider)
+    assert code == 0
+    first, second = out.split("digits-ipc1, backbone 1\n")
+    assert first.startswith("digits-ipc1, backbone 0\n")
+    network = [next(line for line in part.splitlines() if "  network  " in line) for part in (first, second)]
+    assert network[0] != network[1]

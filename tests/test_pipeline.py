@@ -34,7 +34,7 @@ from datm_ray.runtime.executor import Event, Executor, Lost, Progress, SerialExe
 from datm_ray.runtime.experts import expert_group
 from datm_ray.runtime.telemetry import Reporter
 from datm_ray.store.trajectories import TrajectoryStore
-from tests.conftest import tiny_config
+from tests.conftest import actor_processes, tiny_config
 
 QUIET = Reporter(quiet=True)
 
@@ -150,18 +150,6 @@ def test_a_run_killed_with_sigkill_at_random_moments_ends_with_the_same_set(tmp_
     assert process.returncode == 0
     assert kills > 0
     assert_same_set(load(str(out / "tiny/synthetic.arrow")), load(str(reference / "tiny/synthetic.arrow")))
-
-
-def actor_processes() -> list[int]:
-    """Process numbers of the workers that Ray runs on this machine; Ray names a process after its actor."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with suppress(OSError):
-                title = (entry / "cmdline").read_bytes()
-                if title.startswith(b"ray::") and b"Worker" in title:
-                    found.append(int(entry.name))
-    return found
 
 
 @pytest.mark.ray

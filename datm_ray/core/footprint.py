@@ -12,19 +12,9 @@ Within a fused kernel nothing is given back, so memory is summed over stages: an
 two of them is one. In every stage it is affine in the number of images (`CallCost`), so a trace at two small sizes
 tells any size.
 
-Measured against (peak resident memory of a compiled call in a fresh process on a CPU, MiB; the first with the C
-library's defaults, the second where it gives freed memory back at once):
-
-                                    forward                    reverse
-                                 measured   predicted      measured   predicted
-    ConvNet-3 32x32, 20 images   37     32         36          74     59         84
-    ConvNet-3 32x32, 100        151    151        166         321    316        384
-    ConvNet-4 64x64, 5           41     34         38          91     63         87
-    ConvNet-4 64x64, 20         126    123        135         271    262        312
-    digits 8x8 width 32, 100    3.8    3.1        4.6         6.7    5.9        7.5
-
+Measured against peak resident memory of a call in a fresh process on a CPU: see `COMPILED_SHARE`, `UNCOMPILED_SHARE`.
 Scoring, which is not compiled: 1,000 images of 64x64 with ConvNet-4 4,001 MiB, predicted 4,001; training on 256 of
-them 2,128, predicted 2,052. Uncompiled student steps: see `UNCOMPILED_SHARE`. Nothing was measured on a GPU.
+them 2,128, predicted 2,052. Nothing was measured on a GPU.
 
 Tests: tests/core/test_footprint.py.
 """
@@ -44,7 +34,6 @@ from torch.utils.flop_counter import flop_registry
 
 from datm_ray.core.parameters import FlatNetwork
 from datm_ray.core.step_functions import StudentStepFunctions
-from datm_ray.errors import ConfigError
 
 KEEP_ABOVE_READS = 4
 """A value with several uses is kept when it is made from more values than this, and else computed for each use; the
@@ -265,32 +254,6 @@ def choose_chunk(
         steepest = max(each for _, each in cost.stages)
         chunk = min(chunk, max(1, int(cache // steepest)))
     return math.ceil(batch / math.ceil(batch / chunk))
-
-
-def chunk_for(
-    functions: StudentStepFunctions,
-    image: tuple[int, int, int],
-    classes: int,
-    batch: int,
-    budget: float,
-    cache: int | None = CACHE_BYTES,
-    *,
-    compiled: bool = True,
-) -> int:
-    """`choose_chunk` for these functions, which are compiled or not.
-
-    Raises:
-        ConfigError: not even one image fits.
-    """
-    cost = call_cost(functions, image, classes, compiled=compiled)
-    chunk = choose_chunk(cost, image, classes, batch, budget, cache)
-    if not chunk:
-        raise ConfigError(
-            f"one image needs {cost.bytes(1):,} bytes of activations, and {max(0, int(budget)):,} are left",
-            "the rest of the budget is taken by the trace, the synthetic set and the network",
-            "raise --memory (cluster.memory) or cluster.shards, or lower distill.student_steps or network.width",
-        )
-    return chunk
 
 
 def scoring_bytes(

@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, grad_and_value, jvp
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -109,8 +110,6 @@ class StudentStepFunctions:
 
     def graphs(self, batch: int, image: tuple[int, int, int], classes: int) -> tuple[fx.GraphModule, fx.GraphModule]:
         """`forward` and `reverse` for so many images as graphs of tensor operations, traced without memory for them."""
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
         with FakeTensorMode(allow_non_fake_inputs=True):
             like = next(self.network.module.parameters())
             theta = torch.empty(self.network.count, dtype=like.dtype, device=like.device)

@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from datm_ray.core.footprint import (
-    CACHE_BYTES,
     COMPILED_SHARE,
     IMAGE_COPIES,
     NETWORK_VECTORS,
@@ -24,7 +23,6 @@ from datm_ray.core.footprint import (
     call_bytes,
     call_cost,
     choose_chunk,
-    chunk_for,
     flop,
     footprint,
     scoring_bytes,
@@ -33,7 +31,6 @@ from datm_ray.core.instance_norm import InstanceNorm
 from datm_ray.core.networks import NetworkSpec, build_network
 from datm_ray.core.parameters import FlatNetwork
 from datm_ray.core.step_functions import StepOptions, StudentStepFunctions
-from datm_ray.errors import ConfigError
 
 MATRIX = 4 * 10 * 10
 """Bytes of the matrices below."""
@@ -215,15 +212,9 @@ def test_the_chunk_is_even_and_within_batch_budget_and_cache(
 
 def test_convnet_3_computes_about_twenty_images_at_a_time() -> None:
     """What was measured fastest is what the constant gives, in parts of one size."""
-    functions = planned(32, width=128, depth=3)
-    assert chunk_for(functions, (3, 32, 32), 10, batch=100, budget=2**34) == 20
-    assert 18 <= chunk_for(functions, (3, 32, 32), 10, 500, 2**34, CACHE_BYTES) <= 24
-
-
-def test_a_budget_too_small_for_one_image_is_refused() -> None:
-    """With the bytes needed and what to change."""
-    with pytest.raises(ConfigError, match=r"one image needs [\d,]+ bytes.*1,000 are left.*--memory"):
-        chunk_for(planned(8, width=4, depth=1), (3, 8, 8), 10, batch=5, budget=1000)
+    cost = call_cost(planned(32, width=128, depth=3), (3, 32, 32), 10)
+    assert choose_chunk(cost, (3, 32, 32), 10, batch=100, budget=2**34) == 20
+    assert 18 <= choose_chunk(cost, (3, 32, 32), 10, batch=500, budget=2**34) <= 24
 
 
 def test_parts_are_counted_and_the_larger_of_two_phases_is_the_total() -> None:

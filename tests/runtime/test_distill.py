@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import socket
 import traceback
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -19,11 +22,11 @@ from datm_ray.errors import ConfigError, CorruptFileError
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.checkpoint import Rows, load_checkpoint, read_curves
 from datm_ray.runtime.distill import SYNTHETIC, DistillWorker
-from datm_ray.runtime.executor import Finished, Progress, Seat, SerialExecutor
+from datm_ray.runtime.executor import Event, Finished, Lost, Progress, Seat, SerialExecutor
 from datm_ray.runtime.telemetry import Reporter
 from datm_ray.store.filesystem import open_location
 from datm_ray.store.tensors import write_tensors
-from tests.conftest import tiny_config
+from tests.conftest import actor_processes, tiny_config
 
 TWO_NETWORKS = "backbones=[{network: {width: 3, depth: 2, norm: group}, weight: 0.5}]"
 
@@ -139,6 +142,31 @@ def test_backbones_apart_and_sharded_learn_what_one_process_learns(tmp_path: Pat
     torch.testing.assert_close(states[0].synthetic.step_sizes, states[1].synthetic.step_sizes, rtol=1e-5, atol=0)
     assert len(states[0].history) == 12
     assert states[0].synthetic.step_sizes[0] != states[0].synthetic.step_sizes[1]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_shard_costs_an_attempt_and_not_the_result(ray_cluster: Any, reference: Path, tmp_path: Path) -> None:
+    """On Ray actors that sum over processes: one of two is killed with SIGKILL in the midst of distilling."""
+    from datm_ray.runtime.ray_executor import RayExecutor
+
+    losses: list[str] = []
+
+    class Murderous(RayExecutor):
+        def run(self, *arguments: Any) -> Iterator[tuple[Any, Event]]:
+            for task, event in super().run(*arguments):
+                if isinstance(event, Progress) and event.done == 3 and not losses:
+                    os.kill(actor_processes()[-1], signal.SIGKILL)
+                if isinstance(event, Lost):
+                    losses.append(event.reason)
+                yield task, event
+
+    out = with_experts_of(reference, tmp_path)
+    config = tiny_config("distill.ipc=2", "distill.batch_size=7", "cluster.shards=2")
+    Pipeline([config], str(out)).distill(lambda: Murderous(config.cluster), Reporter(quiet=True))
+    assert len(losses) == 1
+    assert len(list((out / "tiny/checkpoint").iterdir())) == 2
+    assert_equal_but_for_rounding(learned(out), learned(reference))
 
 
 def state_of(out: Path, config: RunConfig) -> Any:
