@@ -403,7 +403,7 @@ def rows_to_run(quick: bool, threads: int, device: str) -> list[tuple[list[Metho
     cuda = device == "cuda"
     tiny = Shape("tiny 8×8", 2, 4, (3, 8, 8), 4, 8, 4, (8, 2))
     digits = tiny if quick else Shape("ConvNet-2/32, 8×8", 2, 32, (1, 8, 8), 10, 100, 50, (100, 10))
-    small = tiny if quick else Shape("ConvNet-3/128, 32×32", 3, 128, (3, 32, 32), 10, 100, 100 if cuda else 10, (20, 5))
+    small = tiny if quick else Shape("ConvNet-3/128, 32×32", 3, 128, (3, 32, 32), 10, 100, 100 if cuda else 20, (20, 5))
     large = tiny if quick else Shape("ConvNet-4/128, 64×64", 4, 128, (3, 64, 64), 200, 20, 20 if cuda else 4, (8, 5))
     precisions: tuple[Precision, Precision] = ("tf32", "bfloat16")
     more = {"threads": threads, "device": device}
