@@ -97,18 +97,22 @@ def run(
 @app.command()
 def plan(recipes: Recipes, set_: Set = None, memory: Memory = None) -> None:
     """What distilling takes, before anything starts: memory of a worker, size of its micro-batches, work, traffic."""
-    from datm_ray.runtime.plan import data_shape, distillation_plan
+    from datm_ray.runtime.plan import Layout, data_shape, distillation_plan
 
     configs = [_config(name, _with_memory(set_, memory)) for name in recipes]
-    sharing = sum(config.workers_per_set for config in configs)  # a run distils its recipes side by side
+    wanted = sum(config.workers_per_set for config in configs)  # a run distils its recipes side by side
     for config in configs:
-        shape = data_shape(config.dataset)
-        for number, backbone in enumerate(config.each_backbone()):
+        shape, layout = data_shape(config.dataset), Layout.of(config, wanted)
+        for backbone in range(len(config.weights)):
             planned = distillation_plan(
-                backbone, shape.image, shape.classes, training_images=shape.training_images, sharing=sharing
+                config,
+                shape.image,
+                shape.classes,
+                backbone=backbone,
+                layout=layout,
+                training_images=shape.training_images,
             )
-            lines = planned.lines()
-            print("\n".join([lines[0] + (f", backbone {number}" if config.backbones else ""), *lines[1:]]))
+            print("\n".join(planned.lines()))
 
 
 @app.command()
@@ -288,8 +292,17 @@ def _config(name: str, set_: list[str] | None) -> RunConfig:
 def _with_memory(set_: list[str] | None, memory: str | None) -> list[str]:
     import json
 
+    from datm_ray.config import parse_bytes
+    from datm_ray.errors import ConfigError
+
+    if memory is None:
+        return set_ or []
+    try:
+        parse_bytes(memory)
+    except ConfigError as failure:
+        raise ConfigError(f"--memory: {failure.fact}", failure.cause, failure.remedy) from None
     # Quoted, for YAML is to read it as text whatever it holds.
-    return [*(set_ or []), *([] if memory is None else [f"cluster.memory={json.dumps(memory)}"])]
+    return [*(set_ or []), f"cluster.memory={json.dumps(memory)}"]
 
 
 def _reporter() -> Reporter:

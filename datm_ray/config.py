@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -249,10 +249,19 @@ class RunConfig(Section):
             )
         if d.expand_iterations == 0 and d.start_bound != d.final_start_bound:
             raise ValueError("distill.expand_iterations is 0, so start_bound must equal final_start_bound")
-        if "batch" in [self.network.norm, *(backbone.network.norm for backbone in self.backbones)]:
+        networks = {"network": self.network} | {
+            f"backbones.{number}.network": backbone.network for number, backbone in enumerate(self.backbones)
+        }
+        for key, network in networks.items():
+            if network.norm == "batch":
+                raise ValueError(
+                    f"{key}.norm is 'batch', whose statistics couple the images of a batch, so the network cannot be "
+                    f"matched; use {key}.norm=instance"
+                )
+        if self.cluster.workers is not None and self.workers_per_set > self.cluster.workers:
             raise ValueError(
-                "network.norm is 'batch', whose statistics couple the images of a batch, so the network cannot be "
-                "matched; use network.norm=instance"
+                f"one set takes {self.workers_per_set} workers at once (cluster.shards, times the networks if "
+                f"cluster.backbones_apart is set), but cluster.workers is {self.cluster.workers}"
             )
         return self
 
@@ -427,7 +436,8 @@ def _read_yaml(text: str, origin: str) -> Any:
 
 
 def _config_error(failure: ValidationError, origin: str) -> ConfigError:
-    first = failure.errors()[0]
+    # A key that is misspelt is missing too; what was typed tells more.
+    first = min(failure.errors(), key=lambda error: error["type"] != "extra_forbidden")
     path = tuple(str(part) for part in first["loc"])
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
@@ -437,17 +447,27 @@ def _config_error(failure: ValidationError, origin: str) -> ConfigError:
     message = str(first["msg"])
     if first["type"] == "model_type":
         message = "input should be a section of keys and values"
+    if first["type"] == "tuple_type":
+        message = "input should be a list: [...]"
     return ConfigError(f"{origin}: {key} is {first['input']!r}: {message[0].lower()}{message[1:]}")
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, or holds many of."""
+    kinds = (annotation, *get_args(annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _known_keys(path: Sequence[str]) -> str:
     """A remedy: the nearest existing key, or all keys of the section."""
     fields = dict(RunConfig.model_fields)
     for part in path[:-1]:
-        annotation = fields[part].annotation if part in fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        if part.isdigit():  # a place in a list of sections
+            continue
+        section = _section_of(fields[part].annotation) if part in fields else None
+        if section is None:
             break
-        fields = dict(annotation.model_fields)
+        fields = dict(section.model_fields)
     near = difflib.get_close_matches(path[-1], fields, n=1) if path else []
     if near:
         return f"did you mean {'.'.join([*path[:-1], near[0]])!r}?"

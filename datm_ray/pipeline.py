@@ -33,9 +33,9 @@ from datm_ray.errors import ClusterError, ConfigError, DatasetError, MissingExpe
 from datm_ray.report import RunSummary, accuracy_table, write_report, write_summary
 from datm_ray.runtime.distill import SYNTHETIC, DistillWorker
 from datm_ray.runtime.evaluate import ROWS, EvaluateWorker, read_scores, result_location
-from datm_ray.runtime.executor import Executor, Task
+from datm_ray.runtime.executor import Executor, Task, require_precision
 from datm_ray.runtime.experts import ExpertWorker, expert_group, network_spec
-from datm_ray.runtime.plan import distillation_plan, require_whole_classes
+from datm_ray.runtime.plan import ALONE, Layout, distillation_plan, require_whole_classes
 from datm_ray.runtime.telemetry import Reporter
 from datm_ray.store.filesystem import Location, open_location
 from datm_ray.store.trajectories import ExpertGroup
@@ -75,11 +75,17 @@ class Pipeline:
         _require_distinct_names(self.configs)
         _require_one_cluster(self.configs)
         for config in self.configs:
+            self._check_precision(config)
             self._check_folder(config)
             self._check_data(config)
 
     def plan(self) -> list[str]:
-        """What is left to do, a line for each stage that has something to do."""
+        """What is left to do, a line for each stage that has something to do.
+
+        Raises:
+            ConfigError: a set that does not fit into memory.
+        """
+        self._require_memory()
         lines = []
         for title, tasks in (
             ("experts to train", self._expert_tasks()),
@@ -93,8 +99,7 @@ class Pipeline:
 
     def run_all(self, start: Callable[[], Executor], reporter: Reporter) -> None:
         """Experts, distillation, evaluation."""
-        self._require_memory()
-        with self._started(start, reporter) as executor:
+        with self._started(start, reporter, distils=True) as executor:
             self._experts(executor, reporter)
             self._distill(executor, reporter)
             self._evaluate(executor, reporter)
@@ -108,8 +113,7 @@ class Pipeline:
         """Distil the sets that are not finished."""
         for config in self.configs:
             self._require_experts(config)
-        self._require_memory()
-        with self._started(start, reporter) as executor:
+        with self._started(start, reporter, distils=True) as executor:
             self._distill(executor, reporter)
 
     def evaluate(self, start: Callable[[], Executor], reporter: Reporter) -> None:
@@ -132,11 +136,15 @@ class Pipeline:
     # --- stages ---------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _started(self, start: Callable[[], Executor], reporter: Reporter) -> Iterator[Executor]:
+    def _started(
+        self, start: Callable[[], Executor], reporter: Reporter, *, distils: bool = False
+    ) -> Iterator[Executor]:
         self.out.require_writable()
         open_location(self.store_uri).require_writable()
         executor = start()
         try:
+            if distils:
+                self._require_memory(executor)
             reporter.message(f"Running on {executor.description}")
             for config in self.configs:
                 # The recipe last: it is what marks a folder as a run's, for `report` too.
@@ -170,17 +178,28 @@ class Pipeline:
         return [backbone for config in self.configs for backbone in config.each_backbone()]
 
     def _distill(self, executor: Executor, reporter: Reporter) -> None:
-        self._run("Distillation", DistillWorker, "distill", self._distill_tasks, executor, reporter)
+        def open_tasks() -> list[DatasetTask]:
+            return self._distill_tasks(executor)
 
-    def _distill_tasks(self) -> list[DatasetTask]:
-        return [
-            (
-                config.dataset,
-                Task(config.name, (config, self.store_uri, self._folder(config).uri), config.workers_per_set),
-            )
-            for config in self.configs
-            if not (self._folder(config) / SYNTHETIC).exists()
-        ]
+        self._run("Distillation", DistillWorker, "distill", open_tasks, executor, reporter)
+
+    def _distill_tasks(self, executor: Executor | None = None) -> list[DatasetTask]:
+        tasks = []
+        for config in self._unfinished():
+            sharing = self._layout(config, executor).sharing
+            arguments = (config, self.store_uri, self._folder(config).uri, sharing)
+            tasks.append((config.dataset, Task(config.name, arguments, config.workers_per_set)))
+        return tasks
+
+    def _unfinished(self) -> list[RunConfig]:
+        return [config for config in self.configs if not (self._folder(config) / SYNTHETIC).exists()]
+
+    def _layout(self, config: RunConfig, executor: Executor | None) -> Layout:
+        """Who distils a set, among the others; where nothing runs yet, as far as it can be told from here."""
+        if executor is not None and config.workers_per_set > executor.workers:
+            return ALONE  # an executor of one process
+        wanted = sum(each.workers_per_set for each in self._unfinished())
+        return Layout.of(config, wanted, executor.workers_per_machine if executor else None)
 
     def _evaluate(self, executor: Executor, reporter: Reporter) -> None:
         self._run("Evaluation", EvaluateWorker, "evaluate", self._evaluate_tasks, executor, reporter)
@@ -298,16 +317,21 @@ class Pipeline:
         for section in (config.experts, config.distill, config.evaluate):
             parse_strategy(section.augmentation)
 
-    def _require_memory(self) -> None:
+    def _require_memory(self, executor: Executor | None = None) -> None:
         """Refuse sets that would not fit, before hours are spent on their experts; workers check again."""
-        for config in self.configs:
-            raw = self._raw[config.dataset]
-            finished = (self._folder(config) / SYNTHETIC).exists()
-            if finished or (self._elsewhere and config.cluster.memory is None):
+        for config in self._unfinished():
+            if self._elsewhere and config.cluster.memory is None:
                 continue
-            for backbone in config.each_backbone():
-                image = (raw.channels, *raw.size)
-                distillation_plan(backbone, image, raw.classes, training_images=len(raw.train) + len(raw.validation))
+            raw, layout = self._raw[config.dataset], self._layout(config, executor)
+            image, training_images = (raw.channels, *raw.size), len(raw.train) + len(raw.validation)
+            for backbone in range(len(config.weights)):
+                distillation_plan(
+                    config, image, raw.classes, backbone=backbone, layout=layout, training_images=training_images
+                )
+
+    def _check_precision(self, config: RunConfig) -> None:
+        has_gpu = config.cluster.device != "cpu" and (self._elsewhere or torch.cuda.is_available())
+        require_precision(config.cluster, has_gpu)
 
     def _require_experts(self, config: RunConfig) -> None:
         for backbone in config.each_backbone():

@@ -280,5 +280,5 @@ def test_a_plan_shows_every_backbone(datm_ray: CommandLine) -> None:
     assert code == 0
     first, second = out.split("digits-ipc1, backbone 1\n")
     assert first.startswith("digits-ipc1, backbone 0\n")
-    network = [next(line for line in part.splitlines() if "  network  " in line) for part in (first, second)]
-    assert network[0] != network[1]
+    trace = [next(line for line in part.splitlines() if "  trace  " in line) for part in (first, second)]
+    assert trace[0] != trace[1]

@@ -156,7 +156,8 @@ class Distillation:
             raise self._divergence("its matching loss is not finite")
         skipped = losses > self.threshold
         if not bool(skipped.all()):
-            self._update({name: sum_over_backbones(value) for name, value in total.items()}, all_sum)
+            summed = {name: sum_over_backbones(value) for name, value in total.items()}
+            self._update(summed, ~skipped.to(self.synthetic.step_sizes.device), all_sum)
         records = [
             IterationRecord(self.iteration, number, origin.expert, origin.epoch, *rest)
             for number, (origin, *rest) in enumerate(
@@ -195,13 +196,17 @@ class Distillation:
             weighted = value.mul_(match.weight)
             total[name] = total[name].add_(weighted) if name in total else weighted
 
-    def _update(self, gradient: dict[str, Tensor], all_sum: AllSum) -> None:
+    def _update(self, gradient: dict[str, Tensor], moved: Tensor, all_sum: AllSum) -> None:
+        """Follow the gradients; `moved` [a] tells whose step sizes have one, for the others rest."""
         wrong = [not all(bool(value.isfinite().all()) for value in gradient.values())]
         updated = self.synthetic.clone()
         for name, momentum in zip(LEARNED, (IMAGE_MOMENTUM, LABEL_MOMENTUM, STEP_SIZE_MOMENTUM), strict=True):
             if name in self.momenta:
                 gradient[name].add_(self.momenta[name], alpha=momentum)  # in place: it becomes the new momentum
             getattr(updated, name).sub_(gradient[name], alpha=getattr(self.rates, name))
+        torch.where(moved, updated.step_sizes, self.synthetic.step_sizes, out=updated.step_sizes)
+        if self.momenta:
+            gradient["step_sizes"] = torch.where(moved, gradient["step_sizes"], self.momenta["step_sizes"])
         wrong.append(not updated.is_valid())
         # Each shard sees its own rows; all must stop, or none.
         anywhere = all_sum(torch.tensor(wrong, dtype=torch.float32, device=updated.images.device)).tolist()

@@ -137,17 +137,21 @@ class Footprint:
     """Activations and images of one micro-batch."""
     scoring: int = 0
     """Activations of training a network on the set and scoring it, at validation, when there is no trace or call."""
+    gathered: int = 0
+    """The whole set, which the first of several shards holds for validation and saving."""
 
     @property
     def total(self) -> int:
         """The most at any time."""
-        return self.process + self.synthetic + self.network + max(self.trace + self.call, self.scoring)
+        validating = self.scoring + self.gathered
+        return self.process + self.synthetic + self.network + max(self.trace + self.call, validating)
 
     @property
     def largest_part(self) -> str:
         """Name of the part that takes most of the total."""
         names = {field.name for field in fields(self)}
-        names -= {"trace", "call"} if self.scoring > self.trace + self.call else {"scoring"}
+        is_validating = self.scoring + self.gathered > self.trace + self.call
+        names -= {"trace", "call"} if is_validating else {"scoring", "gathered"}
         return max(sorted(names), key=lambda name: int(getattr(self, name)))
 
 
@@ -162,6 +166,8 @@ def footprint(
     chunk: int,
     process: int = 0,
     scoring: int = 0,
+    gathered: int = 0,
+    beside: int = 0,
 ) -> Footprint:
     """The footprint of a worker.
 
@@ -173,15 +179,19 @@ def footprint(
         call: bytes of a call's activations, as from `CallCost.bytes`.
         chunk: images of a call.
         process, scoring: see `Footprint`.
+        gathered: images of the whole set, if this worker gathers it.
+        beside: parameters of the other networks that this worker matches in turn with this one.
     """
     each = 4 * (math.prod(image) + classes)
+    copies = SET_COPIES + (beside > 0)  # the sum of the networks' gradients, beside the gradient of one
     return Footprint(
         process=process,
         trace=4 * (steps + 1) * parameters,
-        synthetic=SET_COPIES * images * each,
-        network=4 * NETWORK_VECTORS * parameters,
+        synthetic=copies * images * each,
+        network=4 * NETWORK_VECTORS * (parameters + beside),
         call=call + IMAGE_COPIES * chunk * each,
         scoring=scoring,
+        gathered=gathered * each,
     )
 
 

@@ -137,7 +137,7 @@ def matching_gradient(
         trace.append(trace[-1] - step_size * all_sum(sweep.student_gradient(trace[-1], step)))
     distance = (start - target).square().sum()
     gap = trace.pop() - target
-    loss = float(gap.square().sum() / distance)
+    loss = _agreed(gap.square().sum() / distance, all_sum)
     images, soft_labels = torch.zeros_like(synthetic.images), torch.zeros_like(synthetic.soft_labels)
     d_step_size = torch.zeros_like(step_size)
     if not loss <= skip_above:
@@ -148,6 +148,12 @@ def matching_gradient(
         d_step_size -= summed[-1]
         v = v - step_size * summed[:-1]
     return MatchingGradient(loss, images.mul_(-step_size), soft_labels.mul_(-step_size), d_step_size)
+
+
+def _agreed(loss: Tensor, all_sum: AllSum) -> float:
+    """The mean of what the shards have: on unlike machines they may round differently, and all must skip or none."""
+    total, shards = all_sum(torch.stack([loss, torch.ones_like(loss)])).tolist()
+    return float(total / shards)
 
 
 class _Sweep:

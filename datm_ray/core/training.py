@@ -5,7 +5,7 @@ Data and augmentation stay on the device and are batched; there is no per-sample
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,13 @@ from torch.nn.functional import cross_entropy
 
 from datm_ray.core.augment import augment, draw_augmentation
 from datm_ray.core.randomness import Purpose, generator
+
+Pulse = Callable[[], None]
+"""Called after every bit of a long piece of work, so that others can be told that it goes on."""
+
+
+def no_pulse() -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True)
@@ -94,18 +101,21 @@ def train_to_end(network: nn.Module, images: Tensor, targets: Tensor, schedule: 
 
 
 @torch.no_grad()
-def predict_logits(network: nn.Module, images: Tensor, batch_size: int = 250) -> Tensor:
+def predict_logits(network: nn.Module, images: Tensor, pulse: Pulse = no_pulse, *, batch_size: int = 250) -> Tensor:
     """Logits [n k] in evaluation mode, so many images at a time: at 64x64 a thousand would take 4 GB."""
     was_training = network.training
     network.eval()
-    logits = torch.cat([network(chunk) for chunk in images.split(batch_size)])
+    logits = []
+    for chunk in images.split(batch_size):
+        logits.append(network(chunk))
+        pulse()
     network.train(was_training)
-    return logits
+    return torch.cat(logits)
 
 
-def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
+def accuracy(network: nn.Module, images: Tensor, labels: Tensor, pulse: Pulse = no_pulse) -> float:
     """Share of the images [n c h w] that are classified as their labels [n], in [0, 1]."""
-    return float((predict_logits(network, images).argmax(dim=1) == labels).float().mean())
+    return float((predict_logits(network, images, pulse).argmax(dim=1) == labels).float().mean())
 
 
 def _sgd(network: nn.Module, schedule: Schedule, learning_rate: float) -> torch.optim.SGD:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -29,14 +29,23 @@ from datm_ray.core.parameters import FlatNetwork, unflatten_into
 from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.core.synthetic import SyntheticSet, correct_rows, mean_correct_logits
-from datm_ray.core.training import PROTOCOLS, Schedule, accuracy, predict_logits, train
+from datm_ray.core.training import PROTOCOLS, Pulse, Schedule, accuracy, no_pulse, predict_logits, train
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import ClusterError, DivergenceError, MissingExpertsError
 from datm_ray.runtime.checkpoint import Rows, load_checkpoint, save_checkpoint
-from datm_ray.runtime.executor import Event, Finished, Note, Progress, Seat, prepare_device, to_device
+from datm_ray.runtime.executor import (
+    Event,
+    Finished,
+    Note,
+    Progress,
+    Seat,
+    prepare_device,
+    require_precision,
+    to_device,
+)
 from datm_ray.runtime.experts import expert_group, network_spec
 from datm_ray.runtime.mesh import Mesh, open_mesh
-from datm_ray.runtime.plan import distillation_plan
+from datm_ray.runtime.plan import Layout, distillation_plan
 from datm_ray.runtime.provenance import provenance
 from datm_ray.store.filesystem import Location, open_location
 
@@ -69,15 +78,15 @@ class ExpertNetworks:
         """Snapshots [p] of an expert."""
         return [to_device(array, self._device) for array in self.group.read_params(expert, epochs)]
 
-    def logits(self, expert: int, images: Tensor) -> Tensor:
-        """Logits [n k] of an expert's last snapshot."""
+    def logits(self, expert: int, images: Tensor, pulse: Pulse = no_pulse) -> Tensor:
+        """Logits [n k] of an expert's last snapshot; `pulse` is called as they are computed."""
         (parameters,) = self.parameters(expert, [self._last_epoch])
         unflatten_into(self.network, parameters)
-        return predict_logits(self.network, images)
+        return predict_logits(self.network, images, pulse)
 
-    def soft_labels(self, images: Tensor, labels: Tensor) -> Tensor:
+    def soft_labels(self, images: Tensor, labels: Tensor, pulse: Pulse = no_pulse) -> Tensor:
         """Soft labels [n k]: the mean logits of the experts that classify each image correctly."""
-        return mean_correct_logits((self.logits(expert, images) for expert in range(self.count)), labels)
+        return mean_correct_logits((self.logits(expert, images, pulse) for expert in range(self.count)), labels)
 
 
 class DistillWorker:
@@ -85,17 +94,18 @@ class DistillWorker:
 
     def __init__(self, dataset: Dataset, cluster: ClusterConfig) -> None:
         self._device = prepare_device(cluster)
-        if cluster.precision != "float32" and self._device.type == "cpu":
-            raise ClusterError(
-                f"cluster.precision is {cluster.precision!r}, but this worker has no GPU",
-                "processors compute it far more slowly than float32, or not at all",
-                "use --set cluster.precision=float32",
-            )
+        require_precision(cluster, self._device.type == "cuda")
         self._cluster = cluster
         self._dataset = dataset
 
-    def distill(self, config: RunConfig, store_uri: str, folder_uri: str, seat: Seat | None = None) -> Iterator[Event]:
+    def distill(
+        self, config: RunConfig, store_uri: str, folder_uri: str, sharing: int = 1, seat: Seat | None = None
+    ) -> Iterator[Event]:
         """Distil one recipe into its folder, from the last checkpoint if there is one.
+
+        Args:
+            sharing: distilling workers that may be on this machine at a time.
+            seat: this worker's place among those that distil the recipe together.
 
         Raises:
             MissingExpertsError: the store has not all experts of the recipe.
@@ -109,7 +119,7 @@ class DistillWorker:
         columns = min(self._cluster.shards, seat.size) if seat else 1
         rows = seat.size // columns if seat else 1
         with open_mesh(seat, rows, columns, self._device, self._cluster.peer_timeout) as mesh:
-            yield from _Run(config, self._dataset, store_uri, folder, mesh, self._device).events()
+            yield from _Run(config, self._dataset, store_uri, folder, mesh, self._device, sharing).events()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,23 +144,26 @@ class _Run:
         folder: Location,
         mesh: Mesh,
         device: torch.device,
+        sharing: int,
     ) -> None:
         self._config, self._dataset, self._folder, self._mesh, self._device = config, dataset, folder, mesh, device
         self._rows = Rows.of_shard(mesh.column, mesh.columns, dataset.classes, config.distill.ipc)
         networks = [ExpertNetworks(each, dataset, store_uri, device) for each in config.each_backbone()]
         self._first = networks[0]
+        self._fingerprints = [experts.group.key.fingerprint for experts in networks]
         mine = [mesh.row] if mesh.rows > 1 else range(len(networks))
-        self._backbones = [self._backbone(number, networks[number]) for number in mine]
+        self._backbones = [self._backbone(number, networks[number], sharing) for number in mine]
 
-    def _backbone(self, number: int, experts: ExpertNetworks) -> _Backbone:
+    def _backbone(self, number: int, experts: ExpertNetworks, sharing: int) -> _Backbone:
         cluster, dataset = self._config.cluster, self._dataset
         options = StepOptions(compiled=cluster.compile, precision=cluster.precision)
         functions = StudentStepFunctions(FlatNetwork(experts.network), options)
-        alone = self._config.each_backbone()[number]
+        config = self._config
         if functions.note:  # what runs uncompiled takes more memory
-            alone = alone.model_copy(update={"cluster": cluster.model_copy(update={"compile": False})})
+            config = config.model_copy(update={"cluster": cluster.model_copy(update={"compile": False})})
         image = (dataset.channels, *dataset.size)
-        plan = distillation_plan(alone, image, dataset.classes, shards=self._mesh.columns)
+        layout = Layout(self._mesh.columns, self._mesh.rows > 1, sharing)
+        plan = distillation_plan(config, image, dataset.classes, backbone=number, layout=layout)
         return _Backbone(number, experts, functions, plan.chunk)
 
     def events(self) -> Iterator[Event]:
@@ -220,11 +233,23 @@ class _Run:
             settings.learning_rate_images, settings.learning_rate_labels, settings.learning_rate_step_size
         )
         saved = load_checkpoint(self._folder, self._rows, rates, settings.threshold, self._device)
+        self._require_one_state(-1 if saved is None else saved.iteration)
         if saved is not None:
             return saved
         synthetic = self._initial_set()
         self._save_set(synthetic, INITIAL)
         return Distillation(synthetic, rates, settings.threshold)
+
+    def _require_one_state(self, iteration: int) -> None:
+        """That every worker goes on from the same iteration; -1 stands for the beginning."""
+        mine = torch.tensor([iteration, 1.0], dtype=torch.float64)
+        total, workers = self._mesh.sum_over_all(mine).tolist()
+        if total != iteration * workers:
+            raise ClusterError(
+                f"the workers that share {self._config.name} see different checkpoints in {self._folder.uri}",
+                "they run on machines that do not share this disk",
+                "give --out and --store on a shared file system or on s3://",
+            )
 
     def _initial_set(self) -> SyntheticSet:
         """This shard's rows: real images that experts classify correctly, with their mean correct logits."""
@@ -235,19 +260,23 @@ class _Run:
         soft_labels = torch.zeros(len(images), dataset.classes, device=self._device)
         labels = torch.tensor(rows.classes(config.distill.ipc), device=self._device)
         labels = labels.repeat_interleave(config.distill.ipc)
-        if self._mesh.row == 0:
-            images = torch.tensor(dataset.train_images[self._initial_rows()], device=self._device)
-            soft_labels = self._first.soft_labels(images, labels)
+
+        def choose(pulse: Pulse) -> None:
+            if self._mesh.row == 0:
+                images.copy_(torch.tensor(dataset.train_images[self._initial_rows(pulse)]))
+                soft_labels.copy_(self._first.soft_labels(images, labels, pulse))
+
+        self._mesh.until_all_are_done(choose)
         # To the other backbones' workers as it is, for machines may round differently; x + 0 is x.
         images, soft_labels = self._mesh.sum_over_backbones(images), self._mesh.sum_over_backbones(soft_labels)
         return SyntheticSet(images, soft_labels, step_sizes, labels)
 
-    def _initial_rows(self) -> NDArray[np.int64]:
+    def _initial_rows(self, pulse: Pulse) -> NDArray[np.int64]:
         dataset, settings = self._dataset, self._config.distill
 
         def predict(expert: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
             images = torch.tensor(dataset.train_images[rows], device=self._device)
-            return self._first.logits(expert, images).argmax(dim=1).cpu().numpy()
+            return self._first.logits(expert, images, pulse).argmax(dim=1).cpu().numpy()
 
         return correct_rows(
             dataset.train_labels,
@@ -260,29 +289,26 @@ class _Run:
 
     def _validate(self, held: SyntheticSet) -> tuple[float, float]:
         """Mean validation accuracy of fresh networks trained on the whole set, and its standard error."""
-        whole = self._whole(held)
+        whole, seeds = self._whole(held), self._config.distill.validation_seeds
 
-        def work() -> Generator[None, None, list[float]]:
+        def work(pulse: Pulse) -> float:
             assert whole is not None
-            total = 0.0
-            for number in range(self._config.distill.validation_seeds):
-                total += yield from self._accuracy(whole, number)
-            return [total / self._config.distill.validation_seeds]
+            return sum(self._accuracy(whole, number, pulse) for number in range(seeds)) / seeds
 
-        (mean,) = self._mesh.from_first(work, 1)
+        mean = self._mesh.from_first(work)
         # Over images only: networks scored on the same images are not independent draws.
         return mean, math.sqrt(mean * (1 - mean) / len(self._dataset.validation_labels))
 
-    def _accuracy(self, whole: SyntheticSet, number: int) -> Generator[None, None, float]:
+    def _accuracy(self, whole: SyntheticSet, number: int, pulse: Pulse) -> float:
         config, dataset = self._config, self._dataset
         spec = network_spec(config, dataset.channels, dataset.size, dataset.classes)
         schedule = evaluation_schedule(config, float(whole.step_size), protocol="short")
         seed = derive_seed(config.seed, Purpose.VALIDATION, number)
         network = build_network(spec, seed).to(self._device)
         for _ in train(network, whole.images, whole.soft_labels, schedule, seed):
-            yield
+            pulse()
         images = to_device(dataset.validation_images, self._device)
-        return accuracy(network, images, to_device(dataset.validation_labels, self._device))
+        return accuracy(network, images, to_device(dataset.validation_labels, self._device), pulse)
 
     def _whole(self, held: SyntheticSet) -> SyntheticSet | None:
         """All shards' rows, on the first worker."""
@@ -307,7 +333,7 @@ class _Run:
         origin = provenance(self._device) | {
             "dataset": dataset.name,
             "dataset_fingerprint": dataset.fingerprint,
-            "expert_fingerprint": self._first.group.key.fingerprint,
+            "expert_fingerprint": ", ".join(self._fingerprints),
         }
         place, recipe = self._folder / name, self._config.identity()
         save_artifact(place, whole, dataset.transform, dataset.class_names, recipe, origin)

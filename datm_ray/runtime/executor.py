@@ -85,6 +85,10 @@ class Executor(Protocol):
 
     description: str
     """Where tasks run, in words."""
+    workers: int
+    """At work at the same time, at most."""
+    workers_per_machine: int
+    """Of those, the most that one machine has."""
 
     def share(self, value: Any) -> Any:
         """Make a large read-only value cheap to hand to every worker; pass the result on as a setup argument."""
@@ -116,6 +120,7 @@ class SerialExecutor:
     def __init__(self, cluster: ClusterConfig) -> None:
         prepare_device(cluster)  # so that a missing GPU is told before anything starts
         self.description = f"this process, {cluster.threads_per_worker} thread(s)"
+        self.workers = self.workers_per_machine = 1
 
     def share(self, value: Any) -> Any:
         """The value itself."""
@@ -149,6 +154,16 @@ def prepare_device(cluster: ClusterConfig) -> torch.device:
             "set cluster.gpus_per_worker=1, or cluster.device=cpu",
         )
     return torch.device("cuda" if available and cluster.device != "cpu" else "cpu")
+
+
+def require_precision(cluster: ClusterConfig, has_gpu: bool) -> None:
+    """Raise a `ClusterError` for a precision that processors have not."""
+    if cluster.precision != "float32" and not has_gpu:
+        raise ClusterError(
+            f"cluster.precision is {cluster.precision!r}, but there is no GPU to compute it",
+            "processors compute it far more slowly than float32, or not at all",
+            "use --set cluster.precision=float32",
+        )
 
 
 def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,14 +24,14 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
+from datm_ray.core.training import Pulse
 from datm_ray.errors import PeerLostError
 from datm_ray.runtime.executor import Seat
 
-Work = Callable[[], Generator[None, None, list[float]]]
-"""Yields after every bit of work and returns its numbers."""
+Result = TypeVar("Result")
 
 SIGN_OF_LIFE = 0.5
-"""Seconds of work after which those who wait for it are told that it goes on."""
+"""Seconds of work after which the others are told that it goes on."""
 EAGER_WAIT = 0.01
 """Seconds for which the end of a sum on GPUs is looked for more often than NCCL does, which is once a millisecond."""
 READ_ADDRESS = 0x8915
@@ -91,15 +92,16 @@ class Mesh(ABC):
         """Wait until all workers are here."""
 
     @abstractmethod
-    def from_first(self, work: Work, count: int) -> list[float]:
-        """Numbers that rank 0 works out while the others wait.
+    def until_all_are_done(self, work: Callable[[Pulse], Result]) -> Result:
+        """Do this worker's own work, and wait until every worker has done its.
 
-        The others hear from it while it works, so only one bit of work must fit into the timeout.
-
-        Args:
-            work: run on rank 0 alone.
-            count: how many numbers it returns.
+        They hear from each other while they work, so only one bit of work must fit into the timeout.
         """
+
+    def from_first(self, work: Callable[[Pulse], float]) -> float:
+        """A number that rank 0 works out while the others wait."""
+        number = self.until_all_are_done(work if self.is_first else lambda pulse: 0.0)
+        return float(self.sum_over_all(torch.tensor([number], dtype=torch.float64)))
 
 
 class Alone(Mesh):
@@ -124,9 +126,9 @@ class Alone(Mesh):
     def barrier(self) -> None:
         """Nobody is waited for."""
 
-    def from_first(self, work: Work, count: int) -> list[float]:
-        """See `Mesh.from_first`."""
-        return _to_end(work(), lambda: None)
+    def until_all_are_done(self, work: Callable[[Pulse], Result]) -> Result:
+        """Nobody is waited for."""
+        return work(lambda: None)
 
 
 @dataclass(frozen=True)
@@ -153,26 +155,36 @@ class ProcessMesh(Mesh):
     def gather(self, tensor: Tensor) -> Tensor | None:
         """See `Mesh.gather`. The parts travel through the CPU, for this is rare and NCCL is not needed."""
         if self.is_first:
-            others = [self._receive(column, tensor) for column in range(1, self.columns)]
-            return torch.cat([tensor.detach(), *others])
+            return self._receive_parts(tensor.detach())
         if self.row == 0:
-            self._send(tensor.detach().cpu().contiguous())
+            with self._peers_needed():
+                dist.send(torch.tensor([tensor.shape[0]]), 0)
+                if tensor.numel():
+                    dist.send(tensor.detach().cpu().contiguous(), 0)
         return None
 
     def barrier(self) -> None:
         """See `Mesh.barrier`."""
         self.sum_over_all(torch.zeros(1))
 
-    def from_first(self, work: Work, count: int) -> list[float]:
-        """See `Mesh.from_first`."""
-        message = torch.zeros(1 + count, dtype=torch.float64)  # whether this is the end, and the numbers
-        if self.is_first:
-            message[1:] = torch.tensor(_to_end(work(), self._signs_of_life(message)), dtype=torch.float64)
-            message[0] = 1
-            self._tell(message)
-        while not message[0]:
-            self._tell(message)
-        return [float(number) for number in message[1:]]
+    def until_all_are_done(self, work: Callable[[Pulse], Result]) -> Result:
+        """See `Mesh.until_all_are_done`."""
+        last = time.monotonic()
+
+        def pulse() -> None:
+            nonlocal last
+            if time.monotonic() - last >= SIGN_OF_LIFE:
+                self._count_working(True)
+                last = time.monotonic()
+
+        result = work(pulse)
+        while self._count_working(False):
+            pass
+        return result
+
+    def _count_working(self, working: bool) -> int:
+        """How many workers are at work still; all who take part in this sum say whether they are."""
+        return int(self.sum_over_all(torch.tensor([int(working)])))
 
     def _sum(self, tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         total = tensor.detach().clone(memory_format=torch.contiguous_format)
@@ -183,36 +195,25 @@ class ProcessMesh(Mesh):
             work.wait()
         return total
 
-    def _send(self, part: Tensor) -> None:
-        with self._peers_needed():
-            dist.send(torch.tensor([part.shape[0]]), 0)
-            if part.numel():
-                dist.send(part, 0)
-
-    def _receive(self, rank: int, like: Tensor) -> Tensor:
-        length = torch.zeros(1, dtype=torch.int64)
-        with self._peers_needed():
-            dist.recv(length, rank)
-        part = torch.empty((int(length), *like.shape[1:]), dtype=like.dtype)
-        if part.numel():
+    def _receive_parts(self, own: Tensor) -> Tensor:
+        """The whole, for which no more memory is taken than it has."""
+        lengths = [own.shape[0]]
+        for rank in range(1, self.columns):
+            length = torch.zeros(1, dtype=torch.int64)
             with self._peers_needed():
-                dist.recv(part, rank)
-        return part.to(like.device)
-
-    def _tell(self, message: Tensor) -> None:
-        with self._peers_needed():
-            dist.broadcast(message, 0)
-
-    def _signs_of_life(self, message: Tensor) -> Callable[[], None]:
-        last = time.monotonic()
-
-        def after_a_bit_of_work() -> None:
-            nonlocal last
-            if time.monotonic() - last >= SIGN_OF_LIFE:
-                self._tell(message)
-                last = time.monotonic()
-
-        return after_a_bit_of_work
+                dist.recv(length, rank)
+            lengths.append(int(length))
+        whole = own.new_empty((sum(lengths), *own.shape[1:]))
+        mine, *others = whole.split(lengths)
+        mine.copy_(own)
+        for rank, part in enumerate(others, start=1):
+            received = part if part.device.type == "cpu" else torch.empty(part.shape, dtype=part.dtype)
+            if part.numel():
+                with self._peers_needed():
+                    dist.recv(received, rank)
+                if received is not part:
+                    part.copy_(received)
+        return whole
 
     def _peers_needed(self) -> AbstractContextManager[None]:
         return _peers_needed(self.rank, self.rows * self.columns)
@@ -296,6 +297,8 @@ def _peers_needed(rank: int, size: int) -> Generator[None, None, None]:
     """Turns torch's ways of saying that a peer is lost into one."""
     try:
         yield
+    except torch.OutOfMemoryError:  # a RuntimeError too, but not the peers' doing
+        raise
     except RuntimeError as failure:
         raise PeerLostError(
             f"worker {rank + 1} of {size} lost its peers: {_first_line(failure)}",
@@ -359,12 +362,3 @@ def _look_often(work: dist.Work) -> None:
     end = time.monotonic() + EAGER_WAIT
     while time.monotonic() < end and not work.is_completed():
         time.sleep(0)
-
-
-def _to_end(steps: Generator[None, None, list[float]], after_each: Callable[[], None]) -> list[float]:
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return list(end.value)
-        after_each()

@@ -10,6 +10,7 @@ import functools
 import inspect
 import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +55,33 @@ KNOWN_SHAPES = {
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Who distils a set."""
+
+    shards: int
+    backbones_apart: bool
+    sharing: int
+    """Distilling workers that one machine has at a time."""
+
+    @classmethod
+    def of(cls, config: RunConfig, workers_of_all_sets: int = 0, workers_here: int | None = None) -> Layout:
+        """The recipe's own.
+
+        Args:
+            workers_of_all_sets: that are wanted at the same time; this set's where not given.
+            workers_here: for which a machine has room; where it is not known, as for this machine.
+        """
+        cluster = config.cluster
+        room = workers_here or cluster.workers or max(1, (os.cpu_count() or 1) // cluster.threads_per_worker)
+        sharing = min(room, workers_of_all_sets or config.workers_per_set)
+        return cls(cluster.shards, cluster.backbones_apart and bool(config.backbones), sharing)
+
+
+ALONE = Layout(1, False, 1)
+"""One worker that has the machine to itself."""
+
+
+@dataclass(frozen=True)
 class DistillationPlan:
     """What distilling one recipe takes."""
 
@@ -93,7 +121,7 @@ class DistillationPlan:
             ("network", show_bytes(parts.network)),
             ("trace", show_bytes(parts.trace)),
             ("one micro-batch", show_bytes(parts.call)),
-            ("or validation", f"{show_bytes(parts.scoring)}, in place of the two"),
+            ("or validation", f"{show_bytes(parts.scoring + parts.gathered)}, in place of the two"),
             ("total", f"{show_bytes(parts.total)} {limit}"),
             ("training images", f"{show_bytes(self.data_bytes)}, shared by the workers of a machine"),
             ("work", f"{self.flop / 1e12:,.3g} TFLOP an iteration"),
@@ -123,45 +151,49 @@ def distillation_plan(
     image: tuple[int, int, int],
     classes: int,
     *,
-    shards: int | None = None,
+    backbone: int = 0,
+    layout: Layout | None = None,
     training_images: int = 0,
-    sharing: int | None = None,
 ) -> DistillationPlan:
-    """Plan one recipe; takes seconds and no memory worth mentioning.
+    """Plan one network of a recipe; takes seconds and no memory worth mentioning.
 
     Args:
         image: channels, height, width.
-        shards: workers that share the set, where they are not as many as the recipe asks for.
+        backbone: which of the recipe's networks; a worker that matches several does so in turn.
+        layout: who distils the set; the recipe's own where not given.
         training_images: of the data set, where its size is to count.
-        sharing: distilling workers at a time on this machine; none takes those of this recipe alone.
 
     Raises:
         ConfigError: a worker would need more memory than it may take.
     """
-    settings, shards = config.distill, shards or config.cluster.shards
-    require_whole_classes(shards, classes, config.name)
-    spec = network_spec(config, image[0], image[1:], classes)
-    parameters = FlatNetwork(build_network(spec, seed=0)).count
+    settings, layout = config.distill, layout or Layout.of(config)
+    require_whole_classes(layout.shards, classes, config.name)
+    specs = [network_spec(each, image[0], image[1:], classes) for each in config.each_backbone()]
+    counts = [FlatNetwork(build_network(spec, seed=0)).count for spec in specs]
+    parameters = counts[backbone]
     data_bytes = 4 * training_images * image[0] * image[1] * image[2]
     on_gpu = _uses_gpu(config)
-    budget = worker_budget(config, data_bytes, sharing)
+    budget = worker_budget(config, data_bytes, layout.sharing)
     images, batch = settings.ipc * classes, min(settings.batch_size, settings.ipc * classes)
-    cost = _cost(spec, config.cluster.compile, config.cluster.precision)
+    cost = _cost(specs[backbone], config.cluster.compile, config.cluster.precision)
     parts = {
         "parameters": parameters,
         "steps": settings.student_steps,
-        "images": settings.ipc * -(-classes // shards),
+        "images": settings.ipc * -(-classes // layout.shards),
         "process": 0 if on_gpu else PROCESS_BYTES,
-        "scoring": _scoring(spec, images),
+        "scoring": _scoring(specs[0], images),
+        "gathered": images if layout.shards > 1 else 0,
+        "beside": 0 if layout.backbones_apart else sum(counts) - parameters,
     }
     rest = _footprint(parts, image, classes, cost, chunk=0)
     left = float("inf") if budget is None else budget - rest.process - rest.synthetic - rest.network - rest.trace
     chunk = choose_chunk(
         cost, image, classes, rows_at_a_time(images, parts["images"], batch), left, None if on_gpu else CACHE_BYTES
     )
+    workers = layout.shards * (len(specs) if layout.backbones_apart else 1)
     plan = DistillationPlan(
-        name=config.name,
-        shards=shards,
+        name=config.name + (f", backbone {backbone}" if config.backbones else ""),
+        shards=layout.shards,
         images=images,
         steps=settings.student_steps,
         batch=batch,
@@ -170,10 +202,10 @@ def distillation_plan(
         budget=budget,
         data_bytes=data_bytes,
         flop=settings.student_steps * batch * (cost.forward_flop + cost.reverse_flop),
-        network_bytes=4 * settings.student_steps * (2 * parameters + 1) if shards > 1 else 0,
+        network_bytes=4 * settings.student_steps * (2 * parameters + 1) if layout.shards > 1 else 0,
         store_bytes=4 * config.experts.count * (config.experts.epochs + 1) * parameters,
     )
-    _require_fits(plan)
+    _require_fits(plan, shared=config.cluster.memory is None and layout.sharing > workers)
     return plan
 
 
@@ -199,12 +231,12 @@ def require_whole_classes(shards: int, classes: int, name: str) -> None:
         )
 
 
-def worker_budget(config: RunConfig, data_bytes: int = 0, sharing: int | None = None) -> int | None:
+def worker_budget(config: RunConfig, data_bytes: int = 0, sharing: int = 1) -> int | None:
     """Bytes that one distilling worker may take: what the recipe says, or else what its device has free.
 
     Args:
         data_bytes: of the data set that the workers of a machine share.
-        sharing: workers that share the machine, or else this recipe's.
+        sharing: workers that share the machine.
     """
     cluster = config.cluster
     if cluster.memory_bytes is not None:
@@ -214,20 +246,48 @@ def worker_budget(config: RunConfig, data_bytes: int = 0, sharing: int | None = 
             return None
         share = cluster.gpus_per_worker if 0 < cluster.gpus_per_worker < 1 else 1.0
         return int(torch.cuda.mem_get_info()[0] * share)
-    at_a_time = cluster.workers or max(1, (os.cpu_count() or 1) // cluster.threads_per_worker)
-    return max(0, available_memory() - data_bytes) // min(at_a_time, sharing or cluster.shards)
+    return max(0, available_memory() - data_bytes) // sharing
 
 
-def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Bytes of main memory that can be taken without swapping."""
-    try:
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes of main memory that can be taken without swapping, of the machine or of this process's container."""
     # No Linux: all there is, for what is in use is not told in a way that all systems share.
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError, IndexError, StopIteration):
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    return min([free, *_left_in_control_groups(root)])
+
+
+def _left_in_control_groups(root: Path) -> list[int]:
+    """What the limits of the process's control group, and of those above it, leave; none where there are no limits."""
+    left = []
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers not in ("", "memory"):
+                continue
+            base = root / "sys/fs/cgroup" / controllers
+            names = (
+                ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+            )
+            group = base / path.lstrip("/")
+            # In a container the path may be that of the host, which is not there; its own group is then the base.
+            for place in [base, *(each for each in (group, *group.parents) if base in each.parents)]:
+                with suppress(OSError, ValueError):  # "max", or a group without limits
+                    limit, used = (int((place / name).read_text()) for name in names)
+                    left.append(max(0, limit - used + _reclaimable(place)))
+    return left
+
+
+def _reclaimable(group: Path) -> int:
+    """Of the memory in use, what the kernel gives back when asked: files that were read."""
+    with suppress(OSError, ValueError, StopIteration):
+        lines = (group / "memory.stat").read_text().splitlines()
+        return next(
+            int(line.split()[1]) for line in lines if line.split()[0] in ("inactive_file", "total_inactive_file")
+        )
+    return 0
 
 
 def show_bytes(size: float) -> str:
@@ -272,27 +332,29 @@ def _footprint(
 
 RAISE = "raise --memory (cluster.memory)"
 REMEDIES = {
-    "process": ("the process itself", f"{RAISE}, or lower cluster.workers"),
+    "process": ("the process itself", RAISE),
     "synthetic": (
         "its share of the synthetic set",
         f"raise cluster.shards, which divides the set, or {RAISE}, or lower distill.ipc",
     ),
-    "network": ("the network", f"{RAISE}, or lower network.width"),
+    "network": ("the network and sums of its gradients", f"{RAISE}, or lower network.width"),
     "trace": ("the trace of the student's steps", f"lower distill.student_steps, or {RAISE}"),
     "call": ("the smallest micro-batch", f"{RAISE}, or lower network.width or dataset.resize"),
     "scoring": ("validation", f"{RAISE}, or lower network.width or dataset.resize"),
+    "gathered": ("the whole synthetic set, which one worker gathers for validation", f"{RAISE}, or lower distill.ipc"),
 }
 """The part that takes most in words, and what to do about it."""
 
 
-def _require_fits(plan: DistillationPlan) -> None:
+def _require_fits(plan: DistillationPlan, *, shared: bool) -> None:
     parts = plan.footprint
     if plan.budget is None or parts.total <= plan.budget:
         return
     largest = parts.largest_part
     words, remedy = REMEDIES[largest]
+    fewer = "lower cluster.workers, so that fewer sets are distilled at a time, or " if shared else ""
     raise ConfigError(
         f"a worker that distils {plan.name} needs {show_bytes(parts.total)} and may take {show_bytes(plan.budget)}",
         f"most of it, {show_bytes(getattr(parts, largest))}, is {words}",
-        remedy,
+        fewer + remedy,
     )

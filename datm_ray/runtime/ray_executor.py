@@ -52,7 +52,8 @@ class _Host:
         """An address at which the others can find this actor; asked for when all of them are ready."""
         with socket.create_server(("", 0)) as server:
             # Someone may take the port before rank 0 does. Then the attempt fails, and the next has another port.
-            return f"{ray.util.get_node_ip_address()}:{server.getsockname()[1]}"
+            host = ray.util.get_node_ip_address()
+            return f"{f'[{host}]' if ':' in host else host}:{server.getsockname()[1]}"
 
     def work(self, method: str, rank: int, size: int, meeting: str, *arguments: Any) -> Iterator[Event]:
         """Do a task, or this actor's part of it."""
@@ -94,7 +95,7 @@ class RayExecutor:
         self._cluster = cluster
         self._owns_cluster = address is not None or not ray.is_initialized()
         dashboard = _connect(address) if self._owns_cluster else ""
-        self.workers = self._worker_count()
+        self.workers, self.workers_per_machine = self._room()
         where = f", dashboard http://{dashboard}" if dashboard else ""
         self.description = f"Ray, up to {self.workers} worker(s) of {cluster.threads_per_worker} thread(s){where}"
 
@@ -141,9 +142,9 @@ class RayExecutor:
         for task in tasks:
             if task.size > self.workers:
                 raise ClusterError(
-                    f"{task.name} wants {task.size} workers at once (cluster.shards), but there is room for "
-                    f"{self.workers}",
-                    remedy="lower cluster.shards, raise cluster.workers if it is set, or add nodes",
+                    f"{task.name} wants {task.size} workers at once, but there is room for {self.workers}",
+                    "cluster.shards asks for so many, times the networks if cluster.backbones_apart is set",
+                    "lower cluster.shards, raise cluster.workers if it is set, or add nodes",
                 )
 
     def _crew(
@@ -169,10 +170,27 @@ class RayExecutor:
         # All places or none: two crews that have half of theirs would wait for each other for ever.
         place = {"CPU": float(cluster.threads_per_worker), "GPU": cluster.gpus_per_worker}
         crew.group = placement_group([{name: count for name, count in place.items() if count}] * size)
+        self._require_place(crew, size)
         for rank in range(size):
             where = PlacementGroupSchedulingStrategy(crew.group, placement_group_bundle_index=rank)
             crew.actors.append(remote.options(scheduling_strategy=where).remote(worker, *setup))
         return crew
+
+    def _require_place(self, crew: _Crew, size: int) -> None:
+        """Wait for the cluster to have room for a crew; what was just dismissed takes moments to be given back."""
+        if crew.group.wait(timeout_seconds=self._cluster.peer_timeout):
+            return
+        _dismiss(crew)
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        fits = sum(_fitting(node["Resources"], self._cluster) for node in nodes)
+        raise ClusterError(
+            f"no room for {size} workers at once came free in {self._cluster.peer_timeout:g} s; "
+            f"the cluster has {len(nodes)} node(s) with room for {fits}",
+            "nodes were lost" if fits < size else "other jobs hold its CPUs or GPUs",
+            f"give the same command again when there are nodes, it resumes; or with --set cluster.shards={max(1, fits)}"
+            if fits < size
+            else "stop what holds them, or raise cluster.peer_timeout",
+        )
 
     def _next_event(self, running: list[_Running]) -> tuple[_Running, Event | None]:
         """Wait for what happens next; None where it is not for the user."""
@@ -201,10 +219,11 @@ class RayExecutor:
             ) from None
         return Lost(reason, current.attempt)
 
-    def _worker_count(self) -> int:
+    def _room(self) -> tuple[int, int]:
+        """Workers for which the cluster has room, at most as many as are asked for, and those of one node."""
         cluster = self._cluster
-        fits = sum(_fitting(node["Resources"], cluster) for node in ray.nodes() if node["Alive"])
-        if fits < (cluster.workers or 1):
+        fits = [_fitting(node["Resources"], cluster) for node in ray.nodes() if node["Alive"]]
+        if sum(fits) < (cluster.workers or 1):
             resources = ray.cluster_resources()
             raise ClusterError(
                 f"{cluster.workers or 1} worker(s) of {cluster.threads_per_worker} CPU(s) and "
@@ -212,7 +231,8 @@ class RayExecutor:
                 f"{resources.get('CPU', 0):g} CPU(s) and {resources.get('GPU', 0):g} GPU(s)",
                 remedy="lower cluster.workers, threads_per_worker or gpus_per_worker, or add nodes",
             )
-        return cluster.workers or fits
+        workers = cluster.workers or sum(fits)
+        return workers, min(workers, max(fits))
 
 
 def _fitting(resources: dict[str, float], cluster: ClusterConfig) -> int:

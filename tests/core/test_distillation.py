@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import astuple
+from dataclasses import astuple, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,6 +112,24 @@ def test_loss_above_the_threshold_is_skipped_and_counted(step: Scripted) -> None
     assert (state.iteration, state.skipped) == (2, 1)
     assert not step(state, make_gradient(1.0)).skipped
     assert state.skipped == 1
+
+
+def test_step_size_of_a_backbone_that_is_skipped_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its momentum too, while the others go on."""
+    losses = iter([0.5, 0.5, 0.5, 2.0])
+    monkeypatch.setattr(
+        "datm_ray.core.distillation.matching_gradient", lambda *_, **__: make_gradient(next(losses), seed=0)
+    )
+    state = make_state()
+    state.synthetic = replace(state.synthetic, step_sizes=torch.tensor([0.05, 0.05]))
+    matches: list[Any] = [Match(None, None, None, (), number) for number in (0, 1)]  # type: ignore[arg-type]
+    origins = [Origin(0, 0)] * 2
+    state.step(matches, origins)
+    before, momentum = state.synthetic.step_sizes.clone(), state.momenta["step_sizes"].clone()
+    assert [record.skipped for record in state.step(matches, origins)] == [False, True]
+    assert state.synthetic.step_sizes[1] == before[1]
+    assert state.momenta["step_sizes"][1] == momentum[1]
+    assert state.synthetic.step_sizes[0] != before[0]
 
 
 @pytest.mark.parametrize("name", LEARNED)

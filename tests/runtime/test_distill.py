@@ -25,7 +25,7 @@ from datm_ray.runtime.distill import SYNTHETIC, DistillWorker
 from datm_ray.runtime.executor import Event, Finished, Lost, Progress, Seat, SerialExecutor
 from datm_ray.runtime.telemetry import Reporter
 from datm_ray.store.filesystem import open_location
-from datm_ray.store.tensors import write_tensors
+from datm_ray.store.tensors import read_tensors, write_tensors
 from tests.conftest import actor_processes, tiny_config
 
 TWO_NETWORKS = "backbones=[{network: {width: 3, depth: 2, norm: group}, weight: 0.5}]"
@@ -47,8 +47,8 @@ def as_rank(config_file: str, out: str, seat: Seat, stop_at: int | None, pipe: C
         pipe.send(traceback.format_exc())
 
 
-def distil(config: RunConfig, out: Path, size: int, stop_at: int | None = None) -> None:
-    """Distil in `size` processes, to the end or up to an iteration."""
+def distil(config: RunConfig, out: Path, size: int, stop_at: int | None = None, elsewhere: Path | None = None) -> None:
+    """Distil in `size` processes, to the end or up to an iteration; all but the first may have another folder."""
     (out / "config.yaml").write_text(to_yaml(config))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -57,7 +57,8 @@ def distil(config: RunConfig, out: Path, size: int, stop_at: int | None = None) 
     pipes, processes = [], []
     for rank in range(size):
         ours, theirs = context.Pipe()
-        arguments = (str(out / "config.yaml"), str(out), Seat(rank, size, meeting), stop_at, theirs)
+        folder = elsewhere if elsewhere and rank else out
+        arguments = (str(out / "config.yaml"), str(folder), Seat(rank, size, meeting), stop_at, theirs)
         processes.append(context.Process(target=as_rank, args=arguments))
         pipes.append(ours)
     for process in processes:
@@ -142,6 +143,55 @@ def test_backbones_apart_and_sharded_learn_what_one_process_learns(tmp_path: Pat
     torch.testing.assert_close(states[0].synthetic.step_sizes, states[1].synthetic.step_sizes, rtol=1e-5, atol=0)
     assert len(states[0].history) == 12
     assert states[0].synthetic.step_sizes[0] != states[0].synthetic.step_sizes[1]
+
+
+@pytest.mark.slow
+def test_backbones_may_part_on_resume(tmp_path: Path) -> None:
+    """Matched in turn by one process up to iteration 5, and by one process each from the checkpoint of the fourth."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    distil(trained(tmp_path / "one", TWO_NETWORKS), tmp_path / "one", size=1)
+    out = with_experts_of(tmp_path / "one", tmp_path / "two")
+    settings = ("distill.ipc=2", "distill.batch_size=7", TWO_NETWORKS)
+    distil(tiny_config(*settings), out, size=1, stop_at=5)
+    distil(tiny_config(*settings, "cluster.backbones_apart=true"), out, size=2)
+    assert_equal_but_for_rounding(learned(out), learned(tmp_path / "one"))
+
+
+@pytest.mark.slow
+def test_divergence_in_the_rows_of_one_shard_stops_all_of_them(reference: Path, tmp_path: Path) -> None:
+    """A value of the second shard's images is not a number: every process says so, and the last good set is kept."""
+    out = with_experts_of(reference, tmp_path)
+    config = tiny_config("distill.ipc=2", "distill.batch_size=7", "cluster.shards=2")
+    distil(config, out, 2, stop_at=5)
+    part = out / "tiny/checkpoint/00000004-10-20.arrow"
+    file = read_tensors(open_location(str(part)), kind="checkpoint")
+    momentum = file.arrays["momentum.images"].copy()
+    momentum[-1] = np.inf
+    write_tensors(
+        open_location(str(part)), {**file.arrays, "momentum.images": momentum}, kind="checkpoint", metadata={}
+    )
+    with pytest.raises(AssertionError) as caught:
+        distil(config, out, 2)
+    assert str(caught.value).count("DivergenceError: distillation diverged at iteration 4") >= 1
+    assert "no answer" not in str(caught.value)
+    good = load(str(out / "tiny/last-good.arrow"))
+    assert torch.equal(good.images, good.images.nan_to_num())
+    assert not (out / "tiny" / SYNTHETIC).exists()
+
+
+@pytest.mark.slow
+def test_folders_that_are_not_shared_are_told(reference: Path, tmp_path: Path) -> None:
+    """One process finds a checkpoint where the other finds none."""
+    outs = [tmp_path / "here", tmp_path / "there"]
+    for out in outs:
+        out.mkdir()
+        with_experts_of(reference, out)
+    distil(tiny_config("distill.ipc=2", "distill.batch_size=7"), outs[0], 1, stop_at=5)
+    config = tiny_config("distill.ipc=2", "distill.batch_size=7", "cluster.shards=2")
+    with pytest.raises(AssertionError) as caught:
+        distil(config, outs[0], 2, elsewhere=outs[1])
+    assert str(caught.value).count("see different checkpoints") == 2
 
 
 @pytest.mark.ray

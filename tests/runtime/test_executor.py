@@ -206,8 +206,25 @@ def test_several_workers_leave_when_nobody_wants_the_rest(ray_cluster: Any) -> N
 @pytest.mark.ray
 def test_a_task_for_more_workers_than_there_are_is_refused(ray_cluster: Any) -> None:
     """It is refused before another task starts, with the setting to change."""
-    with pytest.raises(ClusterError, match=r"sum wants 3 workers at once \(cluster.shards\), but there is room for 2"):
+    with pytest.raises(ClusterError, match=r"sum wants 3 workers at once, but there is room for 2\. cluster.shards"):
         added(create_executor("ray", ClusterConfig()), [Task("first", (1.0, 1)), Task("sum", (1.0, 3), 3)])
+
+
+@pytest.mark.ray
+def test_workers_for_whom_no_room_comes_free_are_not_waited_for_for_ever(ray_cluster: Any) -> None:
+    """Another job holds one of the two CPUs."""
+    other = ray_cluster.remote(num_cpus=1)(_Idler).remote()
+    ray_cluster.get(other.here.remote())
+    try:
+        with pytest.raises(ClusterError, match=r"no room for 2 workers at once came free in 3 s.*Other jobs hold"):
+            added(create_executor("ray", ClusterConfig(peer_timeout=3.0)), [Task("sum", (1.0, 2), 2)])
+    finally:
+        ray_cluster.kill(other)
+
+
+class _Idler:
+    def here(self) -> bool:
+        return True
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from datm_ray.recipes import get_recipe, recipe_names
 from datm_ray.runtime.plan import (
     KNOWN_SHAPES,
     DistillationPlan,
+    Layout,
     available_memory,
     data_shape,
     distillation_plan,
@@ -127,7 +128,7 @@ def test_the_budget_is_the_recipe_s_or_what_the_machine_has_free(monkeypatch: py
     config = tiny_config("cluster.device=cpu", "cluster.workers=4")
     assert worker_budget(config) == 10 * GIB
     assert worker_budget(config, data_bytes=2 * GIB, sharing=2) == 4 * GIB
-    assert worker_budget(config, data_bytes=2 * GIB, sharing=8) == 2 * GIB
+    assert worker_budget(config, data_bytes=2 * GIB, sharing=4) == 2 * GIB
     assert worker_budget(config, data_bytes=20 * GIB) == 0
     assert worker_budget(tiny_config("cluster.memory=3GiB"), 2 * GIB, 2) == 3 * GIB
 
@@ -143,11 +144,62 @@ def test_gpus_that_this_machine_does_not_see_set_no_limit(monkeypatch: pytest.Mo
 
 def test_free_memory_is_read_or_else_all_memory_is_taken(tmp_path: Path) -> None:
     """From the kernel's table; without one, or with a strange one, from sysconf."""
-    table = tmp_path / "meminfo"
+    (tmp_path / "proc").mkdir()
+    table = tmp_path / "proc/meminfo"
     table.write_text("MemTotal: 100 kB\nMemAvailable:   7 kB\n")
-    assert available_memory(table) == 7 * 1024
+    assert available_memory(tmp_path) == 7 * 1024
     table.write_text("MemAvailable: much\n")
-    assert available_memory(table) == available_memory(tmp_path / "absent") > 2**20
+    assert available_memory(tmp_path) == available_memory(tmp_path / "absent") > 2**20
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "limit", "usage"),
+    [
+        ("0::/", "", "memory.max", "memory.current"),
+        ("0::/jobs/one", "jobs", "memory.max", "memory.current"),
+        ("4:memory:/docker/abc", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ],
+)
+def test_a_container_s_limit_counts(tmp_path: Path, line: str, folder: str, limit: str, usage: str) -> None:
+    """Of its own group, of a group above it, and in the older layout; files that were read can be given back."""
+    group = tmp_path / "sys/fs/cgroup" / folder
+    group.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemAvailable: 1000000 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text(f"7:cpuset:/x\n{line}\n")
+    (group / usage).write_text("3000\n")
+    (group / limit).write_text("max\n")
+    assert available_memory(tmp_path) == 1_024_000_000
+    (group / limit).write_text("10000\n")
+    assert available_memory(tmp_path) == 7000
+    (group / "memory.stat").write_text("anon 2000\ninactive_file 500\n")
+    assert available_memory(tmp_path) == 7500
+
+
+def test_networks_matched_in_turn_lie_beside_each_other() -> None:
+    """Parameters and sums of all of them, and one more sum of gradients; in workers of their own, only their own."""
+    two = ["cluster.memory=4GiB", "backbones=[{network: {width: 64, depth: 2}}]"]
+    alone, together = plan_of(tiny_config(two[0])), plan_of(tiny_config(*two))
+    apart = plan_of(tiny_config(*two, "cluster.backbones_apart=true"))
+    assert apart.footprint == alone.footprint
+    assert together.footprint.network > 2 * alone.footprint.network
+    assert together.footprint.synthetic * 5 == alone.footprint.synthetic * 6
+    assert (alone.name, together.name) == ("tiny", "tiny, backbone 0")
+
+
+def test_the_first_of_several_shards_gathers_the_whole_set() -> None:
+    """For validation; the others' plans say the same, for any of them may be the first."""
+    alone, shared = (plan_of(tiny_config("cluster.memory=4GiB", f"cluster.shards={shards}")) for shards in (1, 2))
+    assert alone.footprint.gathered == 0
+    assert shared.footprint.gathered == 10 * 4 * (64 + 10)
+
+
+def test_sets_that_are_distilled_side_by_side_share_the_machine() -> None:
+    """As many workers as all sets want, but no more than the machine has room for."""
+    config = tiny_config("cluster.shards=2", "cluster.workers=4")
+    assert Layout.of(config).sharing == 2
+    assert Layout.of(config, workers_of_all_sets=6).sharing == 4
+    assert Layout.of(config, workers_of_all_sets=6, workers_here=3).sharing == 3
 
 
 def test_shapes_are_known_without_files() -> None:
