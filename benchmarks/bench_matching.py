@@ -12,6 +12,7 @@ import argparse
 import ctypes
 import gc
 import json
+import math
 import os
 import platform
 import resource
@@ -55,7 +56,7 @@ pooling; random tensors of fixed seeds; every minibatch is the whole set; step s
 - error: relative norm against float64 unrolling, of images / soft labels / step size, on fewer images and steps.
 - warm-up: the first call, of one step: compilation, where there is any (a warm compile cache makes it shorter).
 - ceiling: share of the floating-point rate of a large matrix product in the same precision, all operations of the
-  call's products and convolutions counted."""
+  call's products and convolutions counted as they are defined; above 100 % where Winograd's filtering does fewer."""
 
 CUDA_ONLY = "CIFAR-100 at IPC 50 (T = 80, batch 1000) in float32, tf32 and bfloat16, and all variants at 32×32"
 
@@ -199,7 +200,8 @@ class Ours:
         part = SyntheticSet(whole.images[held], whole.soft_labels[held], whole.step_sizes, whole.labels[held])
         steps = [step.held_by(first, last) for step in problem.steps] if shards > 1 else problem.steps
         all_sum = _summed_over_processes if shards > 1 else identity
-        chunk = self._method.shape.chunk
+        calls = math.ceil((last - first) / self._method.shape.chunk)
+        chunk = math.ceil((last - first) / calls)  # even parts, as a run's plan has them
         result = matching_gradient(
             self.functions, problem.start, problem.target, part, steps, chunk=chunk, all_sum=all_sum
         )
@@ -426,7 +428,7 @@ def rows_to_run(quick: bool, threads: int, device: str) -> list[tuple[list[Metho
     tenfold = replace(small, batch=10 * small.batch)
     rows.append(([ours, replace(ours, shape=tenfold)], False))
     if not cuda:  # two shards on one GPU would only share it
-        rows.append(([replace(ours, threads=1, shards=shards) for shards in (1, 2)], False))
+        rows.append(([replace(ours, steps=2 if quick else 10, threads=1, shards=shards) for shards in (1, 2)], False))
         base = replace(three(tiny, 2)[-1], compiled=True)  # no larger: many CPUs compute bfloat16 number by number
         rows.append(([base, replace(base, precision="bfloat16")], True))
     else:
@@ -448,6 +450,17 @@ def hardware(device: str) -> tuple[str, str]:
     return f"{cores}-core-cpu", f"{cores} cores of {model}, {status('MemTotal', '/proc/meminfo') / 2**30:.0f} GiB"
 
 
+def heading(facts: dict[str, str], device: str) -> list[str]:
+    """What stands above the rows."""
+    columns = (
+        "shape | T | batch (chunk) | method | seconds | ratio | MiB | MiB beyond trace | error | warm-up, s | ceiling"
+    )
+    lines = ["# Matching gradient", "", *(f"{key}: {value}  " for key, value in facts.items()), "", HEADER, ""]
+    if device == "cpu":
+        lines += [f"No CUDA device; with one, also: {CUDA_ONLY}, and the CUDA allocator's peaks.", ""]
+    return [*lines, f"| {columns} |", "| --- " * 11 + "|"]
+
+
 def main() -> None:
     """Run all rows; print them and write them down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -455,6 +468,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results unless --quick")
+    parser.add_argument("--only", type=int, help="measure this row of the table anew, counted from 0; keep the others")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -469,23 +483,21 @@ def main() -> None:
         "threads": str(arguments.threads),
         "date": str(date.today()),
     }
-    columns = (
-        "shape | T | batch (chunk) | method | seconds | ratio | MiB | MiB beyond trace | error | warm-up, s | ceiling"
-    )
-    lines = ["# Matching gradient", "", *(f"{key}: {value}  " for key, value in facts.items()), "", HEADER, ""]
-    if device == "cpu":
-        lines += [f"No CUDA device; with one, also: {CUDA_ONLY}, and the CUDA allocator's peaks.", ""]
-    lines += [f"| {columns} |", "| --- " * 11 + "|"]
-    print("\n".join(lines), flush=True)
-    results: list[dict[str, Any]] = []
     out = arguments.out or (None if arguments.quick else Path(__file__).parent / "results")
-    for methods, with_errors in rows_to_run(arguments.quick, arguments.threads, device):
-        for row in run_row(methods, arguments.repetitions, with_errors):
-            results.append(row)
-            lines.append(table_line(row))
-            print(lines[-1], flush=True)
-        if out:  # after every row, so that a run that ends early has not been for nothing
-            path = out / f"matching_{file_name}_{date.today():%Y%m}"
+    path = out / f"matching_{file_name}_{date.today():%Y%m}" if out else None
+    kept: list[list[dict[str, Any]]] = []
+    if path and arguments.only is not None:
+        earlier = json.loads(path.with_suffix(".json").read_text())
+        kept, facts["command"] = earlier["rows"], f"{earlier['command']}; {facts['command']}"
+    lines = heading(facts, device)
+    print("\n".join(lines), flush=True)
+    results: list[list[dict[str, Any]]] = []
+    for number, (methods, with_errors) in enumerate(rows_to_run(arguments.quick, arguments.threads, device)):
+        measured = arguments.only in (None, number)
+        results.append(run_row(methods, arguments.repetitions, with_errors) if measured else kept[number])
+        lines += [table_line(row) for row in results[-1]]
+        print("\n".join(lines[-len(results[-1]) :]), flush=True)
+        if path:  # after every row, so that a run that ends early has not been for nothing
             path.with_suffix(".md").write_text("\n".join(lines) + "\n")
             path.with_suffix(".json").write_text(json.dumps({**facts, "rows": results}, indent=1) + "\n")
 
