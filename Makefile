@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint type fmt check bench-matching clean
+.PHONY: help install demo test lint type fmt check bench-experts bench-matching bench-store clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -36,8 +36,14 @@ fmt: install  ## mend style where it can be done automatically
 
 check: lint type test  ## all that must be green before a commit
 
+bench-experts: install  ## experts an hour against the published loop
+	$(BIN)/python benchmarks/bench_experts.py
+
 bench-matching: install  ## speed, memory and error of the matching gradient against full unrolling and TESLA
 	$(BIN)/python benchmarks/bench_matching.py
+
+bench-store: install  ## bytes on the wire and latency of reading two snapshots, local and S3
+	$(BIN)/python benchmarks/bench_store.py
 
 clean:  ## remove the virtual environment, runs and caches
 	rm -rf $(VENV) runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

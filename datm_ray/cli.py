@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from datm_ray.pipeline import Pipeline
     from datm_ray.runtime.executor import Executor
     from datm_ray.runtime.telemetry import Reporter
-    from datm_ray.store.trajectories import TrajectoryStore
+    from datm_ray.store.trajectories import ExpertGroup, TrajectoryStore
 
 app = typer.Typer(
     help="Dataset distillation at cluster scale: a large labelled image set becomes a tiny synthetic one.",
@@ -61,6 +61,9 @@ Memory = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")]
 StoreUri = Annotated[str, typer.Argument(metavar="URI", help="Trajectory store: local path, file:// or s3:// URI.")]
+Group = Annotated[
+    str, typer.Argument(metavar="DATASET/ARCHITECTURE/FINGERPRINT", help="A group of experts, as `store ls` names it.")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -215,43 +218,138 @@ def recipe_show(
 
 @store_app.command("ls")
 def store_ls(uri: StoreUri) -> None:
-    """The groups of interchangeable experts in a store."""
-    store = _open_store(uri)
-    for key in store.groups():
-        count = len(store.group(key.dataset, key.architecture, key.fingerprint).experts())
-        print(f"{key}  {count} expert(s)")
+    """The groups of interchangeable experts in a store: how many, what is kept of them, how large they are."""
+    from datm_ray.errors import CorruptFileError
+    from datm_ray.store.trajectories import epochs_in_words
+
+    for group in _groups(uri):
+        numbers = group.experts()
+        try:
+            info = group.read_info(numbers[0])
+            kept = f"{epochs_in_words(info.epochs)}, {info.storage}"
+        except CorruptFileError:
+            kept = "damaged, see `datm-ray store verify`"
+        size = sum(group.size(number) for number in numbers)
+        print(f"{group.key}  {len(numbers)} expert(s), {kept}, {_size(size)}")
 
 
 @store_app.command("show")
 def store_show(uri: StoreUri) -> None:
-    """The experts of every group: epochs, loss, recipe."""
-    store = _open_store(uri)
-    for key in store.groups():
-        group = store.group(key.dataset, key.architecture, key.fingerprint)
-        print(key)
+    """The experts of every group: epochs, loss, size, recipe."""
+    from datm_ray.store.trajectories import epochs_in_words
+
+    for group in _groups(uri):
+        print(group.key)
         numbers = group.experts()
         info = group.read_info(numbers[0])
-        print(f"  parameters {info.parameter_count:,}   format {info.format_version}")
+        buffers = f"   buffers {info.buffer_count:,}" if info.buffer_count else ""
+        print(f"  parameters {info.parameter_count:,}{buffers}   {info.storage}   format {info.format_version}")
         for section, values in info.recipe.items():
             print(f"  {section}: {', '.join(f'{name}={value}' for name, value in values.items())}")
         for number in numbers:
-            progress = group.read_progress(number)
-            epochs, loss = progress.epochs, progress.train_loss
-            print(f"  expert {number:>5}: epochs {epochs[0]}-{epochs[-1]}, final train loss {loss[-1]:.4f}")
+            progress, size = group.read_progress(number), _size(group.size(number))
+            loss = f"final train loss {progress.train_loss[-1]:.4f}"
+            if "imported" in group.read_info(number).recipe:
+                loss = "imported"
+            print(f"  expert {number:>5}: {epochs_in_words(progress.epochs)}, {loss}, {size}")
 
 
 @store_app.command("verify")
 def store_verify(uri: StoreUri) -> None:
     """Read every byte of every expert, and of the transform beside them, and check it against its checksums."""
-    store = _open_store(uri)
-    checked = 0
-    for key in store.groups():
-        group = store.group(key.dataset, key.architecture, key.fingerprint)
+    from datm_ray.errors import CorruptFileError
+
+    checked = size = 0
+    damaged: list[str] = []
+    for group in _groups(uri):
         for number in group.experts():
-            group.verify(number)
             checked += 1
-        group.read_transform()
-    print(f"{checked} expert(s) are whole")
+            size += group.size(number)
+            try:
+                group.verify(number)
+            except CorruptFileError as failure:
+                damaged.append(f"{failure.fact}. {failure.cause}")
+        try:
+            group.read_transform()
+        except CorruptFileError as failure:
+            damaged.append(f"{failure.fact}. {failure.cause}")
+    if damaged:
+        print("\n".join(damaged))
+        raise CorruptFileError(
+            f"{len(damaged)} of the files in {uri} are damaged; the first: {damaged[0]}",
+            remedy="delete them (`datm-ray store rm`) and run the step that wrote them again, or restore copies",
+        )
+    print(f"{checked} expert(s) are whole, {_size(size)}")
+
+
+@store_app.command("rm")
+def store_rm(
+    uri: StoreUri,
+    group: Group,
+    expert: Annotated[
+        list[int] | None, typer.Option("--expert", metavar="N", help="This expert alone; may be given again.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would be deleted.")] = False,
+) -> None:
+    """Delete experts, or a whole group with its transform."""
+    from datm_ray.errors import StoreError
+
+    found = _group(uri, group)
+    numbers = sorted(set(expert or found.experts()))
+    absent = set(numbers) - set(found.experts())
+    if absent:
+        raise StoreError(f"{group} has no expert {min(absent)}", remedy=f"`datm-ray store show {uri}` names them")
+    size = _size(sum(found.size(number) for number in numbers))
+    what = f"{len(numbers)} expert(s) of {found.location.uri}{'' if expert else ' and their transform'}, {size}"
+    if not yes:
+        print(f"Would delete {what}. Nothing was deleted; --yes deletes.")
+        return
+    if expert:
+        for number in numbers:
+            found.remove_expert(number)
+    else:
+        found.remove()
+    print(f"Deleted {what}.")
+
+
+@store_app.command("import")
+def store_import(
+    files: Annotated[list[str], typer.Argument(metavar="FILE.pt...", help="replay_buffer_*.pt files of MTT's family.")],
+    recipe: Annotated[
+        str, typer.Option("--recipe", metavar="RECIPE|FILE.yaml", help="Data set, network and epochs of the experts.")
+    ],
+    store: Annotated[str, typer.Option("--store", metavar="URI", help="Trajectory store to write to.")],
+    set_: Set = None,
+) -> None:
+    """Store other projects' expert trajectories as experts of a recipe."""
+    config = _config(recipe, set_)
+    from datm_ray.runtime.replay_buffers import import_replay_buffers
+
+    count = 0
+    for each in import_replay_buffers(files, config, store):
+        print(f"{each.group} expert {each.expert}" + ("" if each.new else " was there already"))
+        count += 1
+    print(f"{count} trajectories are in {store}\nNext: datm-ray distill {recipe} --store {store}")
+
+
+@store_app.command("export")
+def store_export(
+    uri: StoreUri,
+    group: Group,
+    out: Annotated[str, typer.Option("--out", metavar="URI", help="Folder to write to.")],
+    per_file: Annotated[int, typer.Option("--per-file", metavar="N", min=1, help="Experts a file.")] = 10,
+) -> None:
+    """Write the experts of a group as replay_buffer_<n>.pt files, for MTT's family."""
+    from datm_ray.store.filesystem import open_location
+
+    found = _group(uri, group)
+    from datm_ray.runtime.replay_buffers import export_replay_buffers
+
+    exported = export_replay_buffers(found, open_location(out), per_file)
+    print(f"Wrote {len(exported.files)} file(s) to {out}")
+    if exported.left_out:
+        epochs = ", ".join(map(str, exported.left_out))
+        print(f"Without epoch(s) {epochs}, which come after a gap: a buffer's positions are its epochs")
 
 
 def main() -> None:
@@ -321,6 +419,29 @@ def _open_store(uri: str) -> TrajectoryStore:
             f"{uri} holds no experts", "the path is wrong, or nothing was trained yet", "run `datm-ray experts RECIPE`"
         )
     return store
+
+
+def _groups(uri: str) -> list[ExpertGroup]:
+    store = _open_store(uri)
+    return [store.group(key.dataset, key.architecture, key.fingerprint) for key in store.groups()]
+
+
+def _group(uri: str, name: str) -> ExpertGroup:
+    from datm_ray.errors import StoreError
+
+    found = {str(group.key): group for group in _groups(uri)}
+    if name not in found:
+        raise StoreError(f"{uri} has no group {name}", remedy=f"it has {', '.join(found)}")
+    return found[name]
+
+
+def _size(count: int) -> str:
+    """Bytes in words."""
+    size, units = float(count), ["B", "KiB", "MiB", "GiB"]
+    while size >= 1024 and len(units) > 1:
+        size /= 1024
+        units.pop(0)
+    return f"{size:,.0f} {units[0]}" if units[0] == "B" else f"{size:,.1f} {units[0]}"
 
 
 def _print_plan(pipeline: Pipeline) -> None:

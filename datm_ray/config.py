@@ -76,7 +76,7 @@ class BackboneConfig(Section):
 
 
 class ExpertConfig(Section):
-    """Training of the expert trajectories on real data: plain SGD, as in MTT."""
+    """Training of the expert trajectories on real data: SGD as in MTT, or GSAM as in FTD and DATM."""
 
     count: Annotated[int, Field(ge=1, le=100_000)] = 100
     """Number of experts."""
@@ -92,6 +92,20 @@ class ExpertConfig(Section):
     """L2 penalty."""
     augmentation: str = PUBLISHED_AUGMENTATION
     """DSA operations joined by underscores; '' for none."""
+    optimiser: Literal["sgd", "gsam"] = "sgd"
+    """gsam takes two gradients a step and finds flatter trajectories, which are easier to imitate."""
+    rho: Positive = 0.01
+    """Of gsam: length of the step to the worst point nearby; 0.01 in all published runs, not FTD's default of 2."""
+    alpha: NonNegative = 0.3
+    """Of gsam: share that is taken off of the gradient's part at right angles to the one at the worst point."""
+    adaptive: bool = True
+    """Of gsam: scale the neighbourhood with the size of each parameter."""
+    keep_epochs: Count | None = None
+    """Epochs up to this one are stored, and the last one; none stores those that the recipe can match."""
+    storage: Literal["float32", "float16", "bfloat16"] = "float32"
+    """How parameters are stored; two bytes each halve the store and what is read of it, and round the trajectories."""
+    test_every: Annotated[int, Field(ge=0)] = 0
+    """Epochs between measurements of test accuracy, to look at only; 0 for none."""
 
 
 class DistillConfig(Section):
@@ -163,6 +177,8 @@ class ClusterConfig(Section):
     """Compile the student step where a C++ compiler is present."""
     shards: Count = 1
     """Workers that share one distillation, each with some of the classes."""
+    experts_at_a_time: Count | None = None
+    """Experts that one worker trains at a time, in shared calls; none takes 1 on processors and 8 on a GPU."""
     backbones_apart: bool = False
     """Whether every backbone gets workers of its own, as many as there are shards."""
     memory: str | None = None
@@ -247,6 +263,9 @@ class RunConfig(Section):
                 f"distill.final_start_bound {d.final_start_bound} with expert_epochs {d.expert_epochs} needs epoch "
                 f"{latest}, beyond the trajectory's {self.experts.epochs} (experts.epochs)"
             )
+        keep = self.experts.keep_epochs
+        if keep is not None and keep < min(latest, self.experts.epochs - 1):
+            raise ValueError(f"experts.keep_epochs {keep} leaves out epoch {latest}, which the recipe can match")
         if d.expand_iterations == 0 and d.start_bound != d.final_start_bound:
             raise ValueError("distill.expand_iterations is 0, so start_bound must equal final_start_bound")
         networks = {"network": self.network} | {
@@ -280,13 +299,34 @@ class RunConfig(Section):
         """Workers that distil one set together."""
         return self.cluster.shards * (1 + len(self.backbones) * self.cluster.backbones_apart)
 
+    @property
+    def latest_matched(self) -> int:
+        """The last epoch of a trajectory that is ever a start or a target."""
+        return self.distill.final_start_bound - 1 + self.distill.expert_epochs
+
+    @property
+    def kept_bound(self) -> int:
+        """The last epoch of each expert that is stored, but for the very last one."""
+        return self.experts.keep_epochs or self.latest_matched
+
+    @property
+    def kept_epochs(self) -> tuple[int, ...]:
+        """The epochs of each expert that are stored: those that may be matched, and the last, whose logits are used."""
+        return (*range(min(self.kept_bound + 1, self.experts.epochs)), self.experts.epochs)
+
     def identity(self) -> dict[str, Any]:
         """Everything that decides the synthetic set and each single accuracy, as plain data.
 
-        Not `cluster`; not where the data set lies, for its content has a fingerprint; and not how many networks are
-        scored, for more can be added to a finished run.
+        Not `cluster`; not where the data set lies, for its content has a fingerprint; not how many networks are scored,
+        for more can be added to a finished run; and not what of the experts is kept beyond what is matched.
         """
-        return self.model_dump(exclude={"cluster": True, "dataset": {"path"}, "evaluate": {"seeds"}})
+        left_out: dict[str, Any] = {
+            "cluster": True,
+            "dataset": {"path"},
+            "evaluate": {"seeds"},
+            "experts": {"keep_epochs", "test_every"},
+        }
+        return self.model_dump(exclude=left_out)
 
 
 def stable_hash(value: Any) -> str:
@@ -297,7 +337,9 @@ def stable_hash(value: Any) -> str:
 
 def expert_fingerprint(config: RunConfig, dataset_fingerprint: str) -> str:
     """Sixteen hex digits shared by all runs that can use the same experts, and by no others."""
-    recipe = config.experts.model_dump(exclude={"count"})
+    recipe = config.experts.model_dump(exclude={"count", "keep_epochs", "test_every"})
+    if config.experts.optimiser == "sgd":
+        recipe = {name: value for name, value in recipe.items() if name not in ("rho", "alpha", "adaptive")}
     return stable_hash(
         {
             "dataset": dataset_fingerprint,

@@ -34,7 +34,7 @@ from datm_ray.report import RunSummary, accuracy_table, write_report, write_summ
 from datm_ray.runtime.distill import SYNTHETIC, DistillWorker
 from datm_ray.runtime.evaluate import ROWS, EvaluateWorker, read_scores, result_location
 from datm_ray.runtime.executor import Executor, Task, require_precision
-from datm_ray.runtime.experts import ExpertWorker, expert_group, network_spec
+from datm_ray.runtime.experts import ExpertWorker, expert_group, experts_at_a_time, network_spec, stacks
 from datm_ray.runtime.plan import ALONE, Layout, distillation_plan, require_whole_classes
 from datm_ray.runtime.telemetry import Reporter
 from datm_ray.store.filesystem import Location, open_location
@@ -163,15 +163,30 @@ class Pipeline:
         self._run("Experts", ExpertWorker, "train", self._expert_tasks, executor, reporter)
 
     def _expert_tasks(self) -> list[DatasetTask]:
-        tasks: dict[tuple[str, int], DatasetTask] = {}
-        for config in self._backbones():
+        tasks = []
+        for config in self._expert_recipes():
             group = self._group(config)
             done = set(group.experts())
-            for expert in range(config.experts.count):
-                if expert not in done:
-                    task = Task(f"expert {expert} of {group.key}", (config, self.store_uri, expert))
-                    tasks[group.location.uri, expert] = (config.dataset, task)  # once for runs that share it
-        return list(tasks.values())
+            missing = [expert for expert in range(config.experts.count) if expert not in done]
+            for stack in stacks(missing, experts_at_a_time(config.cluster)):
+                last = min(stack[-1], config.experts.count - 1)
+                name = f"expert {stack[0]}" if last == stack[0] else f"experts {stack[0]}-{last}"
+                task = Task(f"{name} of {group.key}", (config, self.store_uri, stack))
+                tasks.append((config.dataset, task))
+        return tasks
+
+    def _expert_recipes(self) -> list[RunConfig]:
+        """One for every group of experts that the runs share: as many, and as many epochs of them, as any run needs."""
+        recipes: dict[str, RunConfig] = {}
+        for config in self._backbones():
+            uri = self._group(config).location.uri
+            other = recipes.setdefault(uri, config).experts
+            needs = {
+                "count": max(other.count, config.experts.count),
+                "keep_epochs": max(recipes[uri].kept_bound, config.kept_bound),
+            }
+            recipes[uri] = recipes[uri].model_copy(update={"experts": other.model_copy(update=needs)})
+        return list(recipes.values())
 
     def _backbones(self) -> list[RunConfig]:
         """Every network of every run, as a run with that network alone."""
@@ -314,8 +329,21 @@ class Pipeline:
         require_whole_classes(config.cluster.shards, raw.classes, raw.name)
         for backbone in config.each_backbone():
             build_network(network_spec(backbone, raw.channels, raw.size, raw.classes), seed=0)
+            self._check_epochs(backbone)
         for section in (config.experts, config.distill, config.evaluate):
             parse_strategy(section.augmentation)
+
+    def _check_epochs(self, config: RunConfig) -> None:
+        """Experts that were stored for another recipe may lack epochs that this one matches."""
+        group = self._group(config)
+        for expert in group.experts()[:1]:  # all of a group are kept alike, but for a change of mind half way
+            missing = set(config.kept_epochs) - set(group.read_info(expert).epochs)
+            if missing:
+                raise MissingExpertsError(
+                    f"{config.name} can match epoch {min(missing)}, which the experts in {group.location.uri} lack",
+                    "they were trained for recipes that match earlier epochs only",
+                    "give another --store, and experts.keep_epochs, so that all recipes can share them",
+                )
 
     def _require_memory(self, executor: Executor | None = None) -> None:
         """Refuse sets that would not fit, before hours are spent on their experts; workers check again."""

@@ -1,51 +1,57 @@
-"""Networks by name: a registry, and the ConvNet that the distillation literature is measured on.
+"""Networks by name: a registry, parameters from a seed, and what one may ask of any network.
 
 A network maps images [b c h w] to logits [b k]. Further architectures join with `@register_network`.
-Not covered here: parameters as one vector (`parameters.py`) and training (`training.py`).
+Not covered here: the architectures themselves (`architectures.py`), parameters as one vector (`parameters.py`) and
+training (`training.py`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from datm_ray.core.instance_norm import InstanceNorm
+from datm_ray.core.architectures import (
+    ConvNet,
+    NetworkSpec,
+    Norm,
+    Pooling,
+    SpatialNetwork,
+    alexnet,
+    lenet,
+    mlp,
+    resnet18,
+    vgg11,
+    vit_small,
+)
 from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.errors import ConfigError
 
-Norm = Literal["instance", "batch", "group", "none"]
-Pooling = Literal["avg", "max", "none"]
-
-
-@dataclass(frozen=True)
-class NetworkSpec:
-    """Everything that decides a network's shape; two equal specs have interchangeable parameters."""
-
-    architecture: str
-    """Name in the registry."""
-    channels: int
-    """Input channels."""
-    size: tuple[int, int]
-    """Input height and width, pixels."""
-    classes: int
-    """Number of logits."""
-    width: int = 128
-    """Channels of every convolution (ConvNet)."""
-    depth: int = 3
-    """Number of convolution blocks (ConvNet)."""
-    norm: Norm = "instance"
-    """Normalisation after every convolution."""
-    pooling: Pooling = "avg"
-    """Pooling that ends every block, 2x2 with stride 2."""
-
+__all__ = [
+    "Builder",
+    "ConvNet",
+    "NetworkSpec",
+    "Norm",
+    "Pooling",
+    "SpatialNetwork",
+    "build_network",
+    "couples_samples",
+    "network_names",
+    "register_network",
+    "spatial_features",
+]
 
 Builder = Callable[[NetworkSpec], nn.Module]
-_BUILDERS: dict[str, Builder] = {}
+_BUILDERS: dict[str, Builder] = {
+    "alexnet": alexnet,
+    "convnet": ConvNet,
+    "lenet": lenet,
+    "mlp": mlp,
+    "resnet18": resnet18,
+    "vgg11": vgg11,
+    "vit-small": vit_small,
+}
 
 
 def register_network(name: str) -> Callable[[Builder], Builder]:
@@ -64,10 +70,10 @@ def network_names() -> list[str]:
 
 
 def build_network(spec: NetworkSpec, seed: int) -> nn.Module:
-    """The network of `spec` with PyTorch's default initialisation, drawn from `seed` alone.
+    """The network of `spec` as its architecture initialises it, drawn from `seed` alone.
 
     Raises:
-        ConfigError: unknown architecture, or an input too small for the depth.
+        ConfigError: unknown architecture, images too small for it, or a normalisation that it cannot have.
     """
     if spec.architecture not in _BUILDERS:
         raise ConfigError(
@@ -84,52 +90,20 @@ def couples_samples(network: nn.Module) -> bool:
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
 
 
-def _normalisation(norm: Norm, width: int) -> nn.Module:
-    if norm == "instance":
-        return InstanceNorm(width)
-    if norm == "group":
-        return nn.GroupNorm(math.gcd(32, width), width)  # at most 32 groups, all of one size
-    if norm == "batch":
-        return nn.BatchNorm2d(width)
-    return nn.Identity()
+def spatial_features(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The last feature maps [b c h w], before they are pooled, and the logits [b k] of images [b c h w].
 
+    The logits are computed from the maps, so their derivative in the maps, which class activation maps weight the maps
+    with, is one call of `torch.autograd.grad`. A transformer's maps are its tokens, each where its patch was.
 
-def _pooling(pooling: Pooling) -> nn.Module:
-    if pooling == "none":
-        return nn.Identity()
-    return nn.AvgPool2d(2) if pooling == "avg" else nn.MaxPool2d(2)
-
-
-@register_network("convnet")
-class ConvNet(nn.Module):
-    """depth x [conv 3x3 -> norm -> ReLU -> pool 2x2], then one linear layer over the flattened map.
-
-    The network of DC, DSA, MTT, FTD, TESLA and DATM: width 128, depth 3 at 32x32, 4 at 64x64, 5 at 128x128.
+    Raises:
+        ConfigError: the network has no maps: an mlp, or one of your own that is no `SpatialNetwork`.
     """
-
-    def __init__(self, spec: NetworkSpec) -> None:
-        super().__init__()
-        height, width = spec.size
-        shrink = 1 if spec.pooling == "none" else 2**spec.depth
-        if min(height, width) < shrink:
-            raise ConfigError(
-                f"network.depth {spec.depth} halves a {height}x{width} image to nothing",
-                remedy=f"use a depth of at most {min(height, width).bit_length() - 1}, or dataset.resize",
-            )
-        blocks: list[nn.Module] = []
-        channels = spec.channels
-        for _ in range(spec.depth):
-            blocks += [
-                nn.Conv2d(channels, spec.width, kernel_size=3, padding=1),
-                _normalisation(spec.norm, spec.width),
-                nn.ReLU(),
-                _pooling(spec.pooling),
-            ]
-            channels = spec.width
-        self.features = nn.Sequential(*blocks)
-        self.classifier = nn.Linear(spec.width * (height // shrink) * (width // shrink), spec.classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [b k] of images [b c h w]."""
-        logits: Tensor = self.classifier(self.features(images).flatten(1))
-        return logits
+    if not isinstance(network, SpatialNetwork):
+        raise ConfigError(
+            "the network has no feature maps to show",
+            "it flattens its images at once, as mlp does, or was registered without being a SpatialNetwork",
+            "choose another network.architecture, such as convnet",
+        )
+    maps: Tensor = network.features(images)
+    return maps, network.logits(maps)

@@ -1,7 +1,7 @@
 """A network as a pure function of one flat parameter vector.
 
 Trajectories, students and their gradients are vectors [p]; only inside a forward pass do they become layers.
-Buffers (running statistics) are not part of the vector.
+Buffers (running statistics) are a vector of their own, [q], which is empty for most networks.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class FlatNetwork:
         self.sizes = [parameter.numel() for _, parameter in named]
         self.count = sum(self.sizes)
         self.module = module
+        self._buffers = {name: buffer.shape for name, buffer in float_buffers(module).items()}
 
     @property
     def device(self) -> torch.device:
@@ -34,6 +35,13 @@ class FlatNetwork:
 
     def __call__(self, parameters: Tensor, images: Tensor) -> Tensor:
         logits: Tensor = functional_call(self.module, self.layers(parameters), (images,))
+        return logits
+
+    def with_buffers(self, parameters: Tensor, buffers: Tensor, images: Tensor) -> Tensor:
+        """The same with the module's `float_buffers` [q], which training mode updates in place."""
+        pieces = buffers.split([shape.numel() for shape in self._buffers.values()])
+        named = {name: piece.view(shape) for (name, shape), piece in zip(self._buffers.items(), pieces, strict=True)}
+        logits: Tensor = functional_call(self.module, {**self.layers(parameters), **named}, (images,))
         return logits
 
     def layers(self, parameters: Tensor) -> dict[str, Tensor]:
@@ -48,6 +56,24 @@ def flatten(module: nn.Module) -> Tensor:
     Always a copy: a view of live weights would make every epoch of a trajectory the last one.
     """
     return torch.cat([parameter.detach().reshape(-1) for parameter in module.parameters()])
+
+
+def float_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The module's buffers that hold numbers which training changes: running statistics, but no counters."""
+    return {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+
+
+def flatten_buffers(module: nn.Module) -> Tensor:
+    """A copy of the module's `float_buffers` as one vector [q]."""
+    pieces = [buffer.detach().reshape(-1) for buffer in float_buffers(module).values()]
+    return torch.cat(pieces) if pieces else torch.empty(0, device=next(module.parameters()).device)
+
+
+def unflatten_buffers_into(module: nn.Module, buffers: Tensor) -> None:
+    """Write the vector [q] into the module's `float_buffers`."""
+    own = list(float_buffers(module).values())
+    for buffer, piece in zip(own, buffers.split([buffer.numel() for buffer in own]), strict=True):
+        buffer.copy_(piece.view_as(buffer))
 
 
 def unflatten_into(module: nn.Module, parameters: Tensor) -> None:

@@ -7,16 +7,14 @@ s is the derivative of the loss along v, so there are two ways to `reverse`: dif
 backwards (reverse over forward), or the gradient backwards (reverse over reverse). Both are exact; the first was the
 faster one compiled, the second the faster one uncompiled (benchmarks/LOG.md; processors only so far).
 
-To be compiled a function is traced once, for one number of images, into a flat graph of tensor operations: no Python
-of the network, no graph break and no second compilation is left. The same graph tells how much memory a call takes
-(`footprint.py`). Shapes: b images of one call, c h w image, k classes, p parameters.
+To be compiled a function is traced once, for one number of images (`compilation.py`).
+Shapes: b images of one call, c h w image, k classes, p parameters.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import operator
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,12 +25,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, grad_and_value, jvp
-from torch.fx.experimental.proxy_tensor import make_fx
 
+from datm_ray.core.compilation import compiled, compiler_problem, traced
 from datm_ray.core.instance_norm import InstanceNorm
 from datm_ray.core.networks import couples_samples
 from datm_ray.core.parameters import FlatNetwork
-from datm_ray.core.weight_gradient import QuickWeightGradients
 from datm_ray.errors import ConfigError
 
 Precision = Literal["float32", "tf32", "bfloat16"]
@@ -77,7 +74,8 @@ class StudentStepFunctions:
         options = options or StepOptions()
         self.note = compiler_problem(network.device.type) if options.compiled else ""
         self._compiled = options.compiled and not self.note
-        default: Order = "reverse-over-forward" if self._compiled else "reverse-over-reverse"
+        forward_first = self._compiled and not _has_wrong_tangents(network.module)
+        default: Order = "reverse-over-forward" if forward_first else "reverse-over-reverse"
         self._order = options.order or default
         self._options = options
         if self._order == "reverse-over-forward":
@@ -116,7 +114,7 @@ class StudentStepFunctions:
             x = self.layout(theta.new_empty(batch, *image))
             y, weights = theta.new_empty(batch, classes), theta.new_empty(batch)
             arguments = (theta, x, y, weights)
-            return _traced(self._gradient, *arguments), _traced(self._reverse, *arguments, torch.empty_like(theta))
+            return traced(self._gradient, *arguments), traced(self._reverse, *arguments, torch.empty_like(theta))
 
     def _functions(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Reversed]]:
         if not self._compiled:
@@ -124,9 +122,8 @@ class StudentStepFunctions:
         batch, *image = x.shape
         key = (x.shape, y.shape, theta.dtype)
         if key not in self._built:
-            options = _compile_options(theta.device.type)
             forward, reverse = (
-                torch.compile(graph, fullgraph=True, dynamic=False, options=options)
+                compiled(graph, theta.device.type)
                 for graph in self.graphs(batch, (image[0], image[1], image[2]), y.shape[1])
             )
             self._built[key] = forward, reverse
@@ -172,16 +169,10 @@ def soft_cross_entropy(logits: Tensor, soft_labels: Tensor, weights: Tensor) -> 
     return (weights * per_sample).sum()
 
 
-@functools.cache
-def compiler_problem(device_type: str) -> str:
-    """Why torch.compile does not work on this machine, in one line; "" where it does. Tried out once per process."""
-    trial = torch.compile(torch.sin, fullgraph=True, dynamic=False, options=_compile_options(device_type))
-    try:
-        trial(torch.zeros(8, device=device_type))
-    except Exception as failure:  # whatever a missing or broken toolchain raises, from any layer
-        reason = next(iter(str(failure).strip().splitlines()), type(failure).__name__)
-        return f"torch.compile does not work here ({reason[:120]}): running without it, more slowly"
-    return ""
+def _has_wrong_tangents(module: nn.Module) -> bool:
+    """Whether torch differentiates the tangent of one of the layers wrongly, as it does nn.LayerNorm's, silently."""
+    norms = (type(part) for part in module.modules() if isinstance(part, nn.LayerNorm))
+    return any(kind.forward is nn.LayerNorm.forward for kind in norms)
 
 
 @functools.cache
@@ -190,12 +181,6 @@ def _load_tangent_rules() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
-
-
-def _compile_options(device_type: str) -> dict[str, Any]:
-    # On a CPU the generated kernels are called from generated C++: at digits size Python's calls took a fifth to a
-    # third of the reverse step (benchmarks/LOG.md).
-    return {"cpp_wrapper": device_type == "cpu"}
 
 
 @contextmanager
@@ -211,82 +196,3 @@ def _tf32_products(allowed: bool, device: torch.device) -> Iterator[None]:
         yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
-
-
-def _traced(function: Callable[..., Any], *arguments: Tensor) -> fx.GraphModule:
-    graph: fx.GraphModule = make_fx(lambda *inputs: function(*inputs))(*arguments)  # make_fx miscounts a bound self
-    _drop_zero_terms(graph.graph)
-    _drop_unused(graph)
-    graph = make_fx(lambda *inputs: QuickWeightGradients(graph).run(*inputs))(*arguments)
-    _drop_unused(graph)
-    return graph
-
-
-def _drop_unused(graph: fx.GraphModule) -> None:
-    for node in reversed(list(graph.graph.nodes)):
-        # Also left-over shape checks of the automatic differentiation; the compiler would stumble over their bool.
-        if node.op == "call_function" and not node.users and not _writes(node):
-            graph.graph.erase_node(node)
-    graph.recompile()
-
-
-def _writes(node: fx.Node) -> bool:
-    """Whether the node changes a value in place, so that it counts although nothing uses its result."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def _drop_zero_terms(graph: fx.Graph) -> None:
-    """Leave out what is added but known to be zero.
-
-    The images have no tangent along v, which automatic differentiation writes as a map of zeros and then convolves: in
-    the first layer, on its largest maps, that was 7 % of a reverse step.
-    """
-    zeros: set[fx.Node] = set()
-    for node in list(graph.nodes):
-        if _is_zero(node, zeros):
-            zeros.add(node)
-        elif node.target is _ATEN.add.Tensor and not node.kwargs:
-            for term, other in (node.args, node.args[::-1]):
-                if term in zeros and isinstance(other, fx.Node) and _same_shape(node, other):
-                    node.replace_all_uses_with(other)
-                    break
-        elif _is_needless_copy(node):
-            node.replace_all_uses_with(node.args[1])
-        elif node.target is _ATEN.view.default:
-            node.target = _ATEN.reshape.default  # what is left of a sum may have another memory order than the sum
-
-
-def _is_needless_copy(node: fx.Node) -> bool:
-    """Whether the node copies a tangent into the memory order of its value, and the tangent has that order already."""
-    if node.target is not _ATEN.copy_.default:
-        return False
-    into, source = node.args[0], node.args[1]
-    if not isinstance(into, fx.Node) or not isinstance(source, fx.Node):
-        return False
-    fresh = into.target is _ATEN._new_zeros_with_same_feature_meta.default
-    return bool(fresh and _same_shape(node, source) and into.meta["val"].stride() == source.meta["val"].stride())
-
-
-def _is_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
-    """Whether every entry of the node's value is zero, whatever the arguments of the graph."""
-    if node.target in (_ATEN.zeros.default, _ATEN.zeros_like.default):
-        return True
-    if node.target in (_ATEN.expand.default, _ATEN.view.default, _ATEN.alias.default):
-        return node.args[0] in zeros
-    if node.target is _ATEN.convolution.default:
-        return node.args[0] in zeros and node.args[2] is None
-    if node.target is operator.getitem and node.args[1] == 1:  # the gradient in the weights of a map of zeros
-        backward = node.args[0]
-        return (
-            isinstance(backward, fx.Node)
-            and backward.target is _ATEN.convolution_backward.default
-            and backward.args[1] in zeros
-        )
-    return False
-
-
-def _same_shape(one: fx.Node, other: fx.Node) -> bool:
-    return bool(one.meta["val"].shape == other.meta["val"].shape and one.meta["val"].dtype == other.meta["val"].dtype)
-
-
-_ATEN = torch.ops.aten

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from datm_ray.core.difficulty import DifficultyRange, draw_plan
 from datm_ray.core.distillation import Distillation, IterationRecord, LearningRates, Match, Origin
 from datm_ray.core.matching import draw_student_steps
 from datm_ray.core.networks import build_network
-from datm_ray.core.parameters import FlatNetwork, unflatten_into
+from datm_ray.core.parameters import FlatNetwork, unflatten_buffers_into, unflatten_into
 from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.core.synthetic import SyntheticSet, correct_rows, mean_correct_logits
@@ -48,6 +49,7 @@ from datm_ray.runtime.mesh import Mesh, open_mesh
 from datm_ray.runtime.plan import Layout, distillation_plan
 from datm_ray.runtime.provenance import provenance
 from datm_ray.store.filesystem import Location, open_location
+from datm_ray.store.prefetch import Prefetcher
 
 INITIAL, SYNTHETIC = "initial.arrow", "synthetic.arrow"
 LAST_GOOD = "last-good.arrow"
@@ -74,14 +76,11 @@ class ExpertNetworks:
                 f"run `datm-ray experts {config.name}` with the same --out and --store",
             )
 
-    def parameters(self, expert: int, epochs: list[int]) -> list[Tensor]:
-        """Snapshots [p] of an expert."""
-        return [to_device(array, self._device) for array in self.group.read_params(expert, epochs)]
-
     def logits(self, expert: int, images: Tensor, pulse: Pulse = no_pulse) -> Tensor:
         """Logits [n k] of an expert's last snapshot; `pulse` is called as they are computed."""
-        (parameters,) = self.parameters(expert, [self._last_epoch])
-        unflatten_into(self.network, parameters)
+        last = self.group.read_snapshot(expert, self._last_epoch)
+        unflatten_into(self.network, to_device(last.params, self._device))
+        unflatten_buffers_into(self.network, to_device(last.buffers, self._device))
         return predict_logits(self.network, images, pulse)
 
     def soft_labels(self, images: Tensor, labels: Tensor, pulse: Pulse = no_pulse) -> Tensor:
@@ -119,7 +118,9 @@ class DistillWorker:
         columns = min(self._cluster.shards, seat.size) if seat else 1
         rows = seat.size // columns if seat else 1
         with open_mesh(seat, rows, columns, self._device, self._cluster.peer_timeout) as mesh:
-            yield from _Run(config, self._dataset, store_uri, folder, mesh, self._device, sharing).events()
+            run = _Run(config, self._dataset, store_uri, folder, mesh, self._device, sharing)
+            with closing(run):
+                yield from run.events()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,8 @@ class _Backbone:
     """One network that this worker matches."""
 
     number: int
-    experts: ExpertNetworks
+    snapshots: Prefetcher
+    """Of its experts."""
     functions: StudentStepFunctions
     chunk: int
     """Images of a micro-batch."""
@@ -164,7 +166,12 @@ class _Run:
         image = (dataset.channels, *dataset.size)
         layout = Layout(self._mesh.columns, self._mesh.rows > 1, sharing)
         plan = distillation_plan(config, image, dataset.classes, backbone=number, layout=layout)
-        return _Backbone(number, experts, functions, plan.chunk)
+        return _Backbone(number, Prefetcher(experts.group), functions, plan.chunk)
+
+    def close(self) -> None:
+        """Read nothing ahead any longer."""
+        for backbone in self._backbones:
+            backbone.snapshots.close()
 
     def events(self) -> Iterator[Event]:
         """Iterate to the end; every worker gives the same events."""
@@ -189,8 +196,13 @@ class _Run:
 
     def _iterate(self, state: Distillation) -> list[IterationRecord]:
         origins = self._origins(state.iteration)
+        matches = [self._match(backbone, origins[backbone.number], state) for backbone in self._backbones]
+        if state.iteration + 1 < self._config.distill.iterations:
+            following = self._origins(state.iteration + 1)
+            for backbone in self._backbones:
+                backbone.snapshots.announce(*self._wanted(following[backbone.number]))
         return state.step(
-            [self._match(backbone, origins[backbone.number], state) for backbone in self._backbones],
+            matches,
             origins,
             all_sum=self._mesh.sum_over_classes,
             sum_over_backbones=self._mesh.sum_over_backbones,
@@ -204,6 +216,10 @@ class _Run:
         ]
         return [Origin(plan.expert, plan.start) for plan in plans]
 
+    def _wanted(self, origin: Origin) -> tuple[int, list[int]]:
+        """The expert and the epochs of a start and its target."""
+        return origin.expert, [origin.epoch, origin.epoch + self._config.distill.expert_epochs]
+
     def _match(self, backbone: _Backbone, origin: Origin, state: Distillation) -> Match:
         config, settings = self._config, self._config.distill
         steps = draw_student_steps(
@@ -215,12 +231,11 @@ class _Run:
             state.iteration,
             backbone.number,
         )
-        epochs = [origin.epoch, origin.epoch + settings.expert_epochs]
-        start, target = backbone.experts.parameters(origin.expert, epochs)
+        start, target = backbone.snapshots.read_params(*self._wanted(origin))
         return Match(
             backbone.functions,
-            start,
-            target,
+            to_device(start, self._device),
+            to_device(target, self._device),
             [step.held_by(self._rows.first, self._rows.last) for step in steps],
             backbone.number,
             config.weights[backbone.number],

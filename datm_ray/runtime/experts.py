@@ -1,18 +1,30 @@
-"""Training experts: one task, one expert, one file in the trajectory store."""
+"""Training experts: one task, a stack of experts that share every call, one file in the trajectory store for each.
+
+Killed at any moment, a stack goes on from the last epoch that lies in its progress folder (see `expert_progress`), and
+ends with the same bits. Which experts stand together follows from their numbers alone, so it is the same on every
+attempt; experts of a stack that are in the store already keep their place and are not stored again.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from datm_ray.config import ClusterConfig, RunConfig, expert_fingerprint
+import torch
+
+from datm_ray.config import ClusterConfig, ExpertConfig, RunConfig, expert_fingerprint
+from datm_ray.core.experts import ExpertFunctions, ExpertSchedule, ExpertState, Gsam, train_experts
 from datm_ray.core.networks import NetworkSpec, build_network
-from datm_ray.core.parameters import FlatNetwork, flatten
+from datm_ray.core.parameters import FlatNetwork, float_buffers, unflatten_buffers_into, unflatten_into
 from datm_ray.core.randomness import Purpose, derive_seed
-from datm_ray.core.training import Schedule, train
+from datm_ray.core.training import accuracy
 from datm_ray.data.dataset import Dataset
-from datm_ray.runtime.executor import Finished, Progress, prepare_device, to_device
-from datm_ray.store.trajectories import ExpertGroup, Snapshot, TrajectoryInfo, TrajectoryStore
+from datm_ray.runtime.executor import Event, Finished, Note, Progress, prepare_device, to_device
+from datm_ray.runtime.expert_progress import ExpertProgress
+from datm_ray.store.trajectories import ExpertGroup, TrajectoryInfo, TrajectoryStore
+
+STACK_ON_PROCESSORS, STACK_ON_GPU = 1, 8
+"""Experts of a stack where the user does not say."""
 
 
 def network_spec(config: RunConfig, channels: int, size: tuple[int, int], classes: int) -> NetworkSpec:
@@ -29,42 +41,87 @@ def expert_group(store_uri: str, config: RunConfig, dataset: str, dataset_finger
     return store.group(folder, config.network.architecture, fingerprint)
 
 
+def experts_at_a_time(cluster: ClusterConfig) -> int:
+    """Experts of a stack."""
+    if cluster.experts_at_a_time is not None:
+        return cluster.experts_at_a_time
+    return STACK_ON_GPU if cluster.device == "cuda" or cluster.gpus_per_worker else STACK_ON_PROCESSORS
+
+
+def stacks(missing: Sequence[int], size: int) -> list[tuple[int, ...]]:
+    """The stacks that hold any of the missing experts, whole: expert e stands in stack e // size."""
+    return [tuple(range(stack * size, (stack + 1) * size)) for stack in sorted({each // size for each in missing})]
+
+
 class ExpertWorker:
     """Trains experts on one data set."""
 
     def __init__(self, dataset: Dataset, cluster: ClusterConfig) -> None:
         self._device = prepare_device(cluster)
+        self._compile = cluster.compile
         self._dataset = dataset
         self._images = to_device(dataset.train_images, self._device)
         self._labels = to_device(dataset.train_labels, self._device)
 
-    def train(self, config: RunConfig, store_uri: str, expert: int) -> Iterator[Progress | Finished]:
-        """Train one expert and commit its trajectory; what is already committed is left alone."""
-        dataset = self._dataset
-        group = expert_group(store_uri, config, dataset.name, dataset.fingerprint)
-        if expert in group.experts():
-            yield Finished()
-            return
-        seed = derive_seed(config.seed, Purpose.EXPERT, expert)
+    def train(self, config: RunConfig, store_uri: str, experts: Sequence[int]) -> Iterator[Event]:
+        """Train a stack and commit the trajectories of those whose number is below the recipe's count.
+
+        What is committed already is left alone.
+
+        Raises:
+            StoreError: the store cannot be written, or has no room and gets none.
+        """
+        group = expert_group(store_uri, config, self._dataset.name, self._dataset.fingerprint)
+        wanted = [expert for expert in experts if expert < config.experts.count]
+        if not set(wanted) <= set(group.experts()):
+            yield from self._train(config, group, experts, wanted)
+        ExpertProgress.remove_all(group, experts)
+        yield Finished()
+
+    def _train(
+        self, config: RunConfig, group: ExpertGroup, experts: Sequence[int], wanted: Sequence[int]
+    ) -> Iterator[Event]:
+        dataset, settings = self._dataset, config.experts
         spec = network_spec(config, dataset.channels, dataset.size, dataset.classes)
-        network = build_network(spec, seed).to(self._device)
-        flat = FlatNetwork(network)
-        snapshots = [Snapshot(0, 0, float("nan"), float("nan"), flatten(network).cpu().numpy())]
-        schedule = Schedule(
-            epochs=config.experts.epochs,
-            batch_size=config.experts.batch_size,
-            learning_rate=config.experts.learning_rate,
-            momentum=config.experts.momentum,
-            weight_decay=config.experts.weight_decay,
-            augmentation=config.experts.augmentation,
-        )
-        for epoch in train(network, self._images, self._labels, schedule, seed):
-            parameters = flatten(network).cpu().numpy()
-            snapshots.append(Snapshot(epoch.number, epoch.step, epoch.loss, float("nan"), parameters))
-            yield Progress(epoch.number, schedule.epochs, {"loss": epoch.loss})
-        info = TrajectoryInfo(
+        seeds = [derive_seed(config.seed, Purpose.EXPERT, expert) for expert in experts]
+        networks = [build_network(spec, seed).to(self._device) for seed in seeds]
+        functions = ExpertFunctions(networks[0], stacked=len(experts), compile_=self._compile)
+        if functions.note:
+            yield Note(functions.note)
+        progress = ExpertProgress(group, experts, config.kept_epochs)
+        state = progress.resume(self._device)
+        if state is None:
+            state = ExpertState.initial(networks)
+            progress.add(state, torch.full((len(experts),), float("nan")))
+        for losses in train_experts(functions, self._images, self._labels, _schedule(settings), seeds, state):
+            measured = self._accuracies(networks[0], state, settings)
+            for waiting in progress.add(state, losses.cpu(), measured, last=state.epoch == settings.epochs):
+                yield Note(waiting)
+            yield Progress(state.epoch, settings.epochs, {"loss": float(losses.mean())})
+        for expert in wanted:
+            info = self._info(config, group, networks[0], seeds[experts.index(expert)], expert)
+            group.write_expert(expert, progress.snapshots(expert), info)
+
+    def _accuracies(self, network: torch.nn.Module, state: ExpertState, settings: ExpertConfig) -> torch.Tensor | None:
+        """[s] on the test set, in the epochs in which it is asked for."""
+        if not settings.test_every or state.epoch % settings.test_every:
+            return None
+        images = to_device(self._dataset.test_images, self._device)
+        labels = to_device(self._dataset.test_labels, self._device)
+        measured = []
+        for parameters, buffers in zip(state.parameters, state.buffers, strict=True):
+            unflatten_into(network, parameters)
+            unflatten_buffers_into(network, buffers)
+            measured.append(accuracy(network, images, labels))
+        return torch.tensor(measured)
+
+    def _info(
+        self, config: RunConfig, group: ExpertGroup, network: torch.nn.Module, seed: int, expert: int
+    ) -> TrajectoryInfo:
+        flat, buffers = FlatNetwork(network), float_buffers(network)
+        return TrajectoryInfo(
             dataset=group.key.dataset,
-            dataset_fingerprint=dataset.fingerprint,
+            dataset_fingerprint=self._dataset.fingerprint,
             architecture=config.network.architecture,
             recipe={"network": config.network.model_dump(), "experts": config.experts.model_dump(exclude={"count"})},
             fingerprint=group.key.fingerprint,
@@ -72,7 +129,21 @@ class ExpertWorker:
             expert=expert,
             parameter_names=flat.names,
             parameter_shapes=flat.shapes,
-            epochs=tuple(snapshot.epoch for snapshot in snapshots),
+            epochs=config.kept_epochs,
+            buffer_names=tuple(buffers),
+            buffer_shapes=tuple(tuple(buffer.shape) for buffer in buffers.values()),
+            storage=config.experts.storage,
         )
-        group.write_expert(expert, snapshots, info)
-        yield Finished()
+
+
+def _schedule(settings: ExpertConfig) -> ExpertSchedule:
+    gsam = Gsam(settings.rho, settings.alpha, settings.adaptive) if settings.optimiser == "gsam" else None
+    return ExpertSchedule(
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        augmentation=settings.augmentation,
+        gsam=gsam,
+    )

@@ -2,8 +2,13 @@
 
 A file appears under its name whole or not at all, whatever happens to its writer, and every failure is a
 `StoreError` that names the place without its credentials. What a file contains is not known here, except for
-the small JSON files of `write_json`; there are no retries, and no check that a place is writable before it is
-written.
+the small JSON files of `write_json`.
+
+S3 is configured as s3fs and botocore are: AWS_ENDPOINT_URL, AWS_PROFILE, AWS_MAX_ATTEMPTS and the like, and
+FSSPEC_S3_<ARGUMENT> for any argument of `s3fs.S3FileSystem`. They also retry what fails for the moment: five
+attempts by botocore, and five times those by s3fs where the connection broke in mid-answer or the server answered
+5xx. A server that cannot be reached at all is given up after botocore's five, less than a minute; one that takes
+requests and never answers, after five times five read timeouts, some six minutes.
 """
 
 from __future__ import annotations
@@ -25,11 +30,14 @@ from typing import Any, BinaryIO, Protocol
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
+from fsspec.implementations.cached import CachingFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from datm_ray.errors import CorruptFileError, DatmError, StoreError
 
 _TEMPORARY = ".tmp-"
+_WRITER = "datm-ray-writer"
+_CONFLICTS = 5  # times that S3 may ask to repeat an upload because of another one at the same moment
 _ABANDONED_AFTER = 24 * 3600.0  # seconds; for temporary files of other machines
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]*@")
 
@@ -65,13 +73,19 @@ class Location:
         with self.explaining("look for"):
             try:
                 self.fs.info(self.path)
-            except (FileNotFoundError, NotADirectoryError):
+            except (FileNotFoundError, NotADirectoryError) as error:
+                if _lacks_bucket(error):
+                    raise
                 return False
             return True
 
     def require_writable(self) -> None:
-        """Raise StoreError where a local folder cannot be made or written; other places are not tried."""
+        """Raise StoreError where a local folder cannot be made or written, or another place does not answer.
+
+        Elsewhere nothing is written: bucket, network and the right to look are tried, the right to write is not.
+        """
         if self.local_path is None:
+            self.exists()
             return
         nearest = os.path.abspath(self.local_path)
         while not os.path.lexists(nearest):
@@ -95,7 +109,9 @@ class Location:
         with self.explaining("list"):
             try:
                 paths = self.fs.ls(self.path, detail=False)
-            except (FileNotFoundError, NotADirectoryError):
+            except (FileNotFoundError, NotADirectoryError) as error:
+                if _lacks_bucket(error):
+                    raise
                 return []
         # ls() of a file gives the file itself, and of some S3 folders the folder too: neither is a child.
         children = (path.rstrip("/").rpartition("/") for path in paths)
@@ -165,6 +181,8 @@ class Location:
     def remove(self) -> None:
         """Delete the file. Raises StoreError if it is not there."""
         with self.explaining("delete"):
+            if self.local_path is None:
+                self.fs.info(self.path)  # object stores delete what is not there without a word
             self.fs.rm_file(self.path)
 
     def remove_leftovers(self) -> Sequence[str]:
@@ -197,7 +215,7 @@ def open_location(uri: str) -> Location:
     """The place named by a local path or by a file://, memory:// or s3:// URI. It need not exist.
 
     Raises:
-        StoreError: an unknown scheme, a missing package, or credentials in an s3:// URI.
+        StoreError: an unknown scheme, a missing package, credentials in an s3:// URI, or one of fsspec's caches.
     """
     shown = _without_credentials(uri)
     scheme, separator, _ = uri.partition("://")
@@ -220,6 +238,14 @@ def open_location(uri: str) -> Location:
         ) from error
     except Exception as error:
         raise StoreError(f"Cannot open {shown}", *_cause_and_remedy(error)) from error
+    if isinstance(fs, CachingFileSystem):
+        raise StoreError(
+            f"Cannot open {shown}",
+            "fsspec's caches show files that another process is still fetching, and cannot write a file just once",
+            "Leave the cache out of the URI and set DATM_RAY_CACHE to a local folder instead",
+        )
+    if _is_s3(fs):
+        _retry_server_errors()
     return Location(fs, path, shown if separator else path)
 
 
@@ -296,13 +322,84 @@ class _Upload:
         self._location = location
         self._content = BytesIO()
         self.file: BinaryIO = self._content
+        # Only S3 is told who writes: of the others fsspec does not know how, nor whether it repeats a request.
+        self._writer = uuid.uuid4().hex if _is_s3(location.fs) else None
 
     def commit(self, *, replace: bool) -> None:
+        for _ in range(_CONFLICTS):
+            if self._try(replace=replace):
+                return
+        raise OSError(errno.EBUSY, "Others write it again and again at the same moment")
+
+    def _try(self, *, replace: bool) -> bool:
+        """Upload; False where S3 asks to do it again because of another upload at the same moment."""
+        try:
+            self._put(replace=replace)
+        except Exception as error:
+            if self._writer is None:
+                raise
+            # An upload whose answer was lost is sent again, and then finds itself there already, or its parts gone.
+            # So whatever the error says, what counts is whose upload lies there now.
+            owner = self._owner()
+            if owner == self._writer:
+                return True
+            if owner is not None and not replace:
+                raise FileExistsError(self._location.path) from None
+            if _code(error) != "ConditionalRequestConflict":
+                raise
+            return False
+        return True
+
+    def _put(self, *, replace: bool) -> None:
+        location = self._location
         mode = "overwrite" if replace else "create"
-        self._location.fs.pipe_file(self._location.path, self._content.getvalue(), mode=mode)
+        marked = {"Metadata": {_WRITER: self._writer}} if self._writer else {}
+        location.fs.pipe_file(location.path, self._content.getvalue(), mode=mode, **marked)
+
+    def _owner(self) -> str | None:
+        """Who wrote the file that is there, "" if that is not said; None where there is none or it is not told."""
+        try:
+            return str(self._location.fs.metadata(self._location.path, refresh=True).get(_WRITER, ""))
+        except Exception:  # the error of the upload is the one to report
+            return None
 
     def discard(self) -> None:
         self._content.close()
+
+
+def _is_s3(fs: AbstractFileSystem) -> bool:
+    return "s3" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
+
+
+def _retry_server_errors() -> None:
+    """Let s3fs retry all of a server's own failures; by itself it repeats 503 only where the server says SlowDown."""
+    from s3fs import core
+
+    earlier = core.CUSTOM_ERROR_HANDLER
+    if not hasattr(earlier, "retries_server_errors"):
+
+        def handler(error: Exception) -> bool:
+            response = getattr(error, "response", None) or {}
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            return status in (500, 502, 503, 504) or bool(earlier(error))
+
+        handler.retries_server_errors = True  # type: ignore[attr-defined]
+        core.set_custom_error_handler(handler)
+
+
+def _code(error: BaseException | None) -> str:
+    """The code that an S3 server gave for an error, such as "NoSuchBucket"; "" where there is none."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code", ""))
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def _lacks_bucket(error: Exception) -> bool:
+    """Whether S3 answered that the bucket is missing; s3fs says so of a file too, but then without S3's answer."""
+    return _code(error) in ("NoSuchBucket", "404")
 
 
 def _is_temporary(name: str) -> bool:
@@ -338,11 +435,16 @@ def _map(path: str) -> memoryview:
 
 
 def _cause_and_remedy(error: Exception) -> tuple[str, str]:
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if _lacks_bucket(error):
+        return "The bucket does not exist", "Check its spelling and AWS_ENDPOINT_URL, or create it"
     if isinstance(error, FileNotFoundError):
         return "It, or its folder or bucket, does not exist", "Check the spelling"
     if isinstance(error, PermissionError):
         return f"Access is denied ({_reason(error)})", "Check the owner of the folder, or the credentials"
-    if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
+    if names & {"HTTPClientError", "ConnectionError"}:
+        return f"The server does not answer ({_reason(error)})", "Check the network and AWS_ENDPOINT_URL"
+    if names & {"NoCredentialsError", "PartialCredentialsError"}:
         return "No credentials were found", "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return _reason(error), "Free some space and start again; nothing finished is lost"

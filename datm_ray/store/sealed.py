@@ -31,6 +31,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from datm_ray.errors import CorruptFileError
+from datm_ray.store.cache import Cache
 from datm_ray.store.filesystem import Location
 
 _ARROW_MAGIC = b"ARROW1"
@@ -116,13 +117,15 @@ class SealedFile:
     def n_batches(self) -> int:
         return len(self.parts) - 2
 
-    def batches(self, numbers: Sequence[int]) -> Sequence[pa.RecordBatch]:
+    def batches(self, numbers: Sequence[int], *, cache: Cache | None = None) -> Sequence[pa.RecordBatch]:
         """The batches with these numbers, from 0. Only their bytes are read; a local file is not copied.
+
+        `cache` is looked into first and gets what was fetched; local files do without.
 
         Raises:
             CorruptFileError: a batch is not what was written.
         """
-        chunks = self._read([number + 1 for number in numbers])
+        chunks = self._read([number + 1 for number in numbers], cache if self.location.local_path is None else None)
         with rejecting_nonsense(self.location):
             return [pa.ipc.read_record_batch(pa.py_buffer(chunk), self.schema) for chunk in chunks]
 
@@ -131,13 +134,21 @@ class SealedFile:
         for number in range(len(self.parts)):
             self._read([number])
 
-    def _read(self, numbers: Iterable[int]) -> Sequence[memoryview]:
+    def _read(self, numbers: Iterable[int], cache: Cache | None = None) -> Sequence[memoryview]:
         """Parts by number, each checked against its digest."""
         parts = [self.parts[number] for number in numbers]
-        chunks = self.location.read_ranges([(part.start, part.end) for part in parts])
+        found = [cache.get(part.sha256) if cache else None for part in parts]
+        absent = [part for part, chunk in zip(parts, found, strict=True) if chunk is None]
+        fetched = iter(self._fetch(absent, cache))
+        return [next(fetched) if chunk is None else chunk for chunk in found]
+
+    def _fetch(self, parts: Sequence[Part], cache: Cache | None) -> Sequence[memoryview]:
+        chunks = self.location.read_ranges([(part.start, part.end) for part in parts]) if parts else []
         for part, chunk in zip(parts, chunks, strict=True):
             if sha256(chunk).hexdigest() != part.sha256:
                 raise damaged(self.location, f"Bytes {part.start} to {part.end} are not those written")
+            if cache:
+                cache.put(part.sha256, chunk)
         return chunks
 
 

@@ -4,12 +4,16 @@ One expert is one sealed Arrow file (see `sealed`), with one record batch per sn
 the two epochs it needs and nothing else:
 
     <uri>/<dataset>/<architecture>/<recipe fingerprint>/expert-00017.arrow
-    columns: epoch int32 | step int64 | train_loss f32 | test_accuracy f32 | params fixed_size_list<f32>[p]
+    columns: epoch int32 | step int64 | train_loss f32 | test_accuracy f32
+             | params fixed_size_list<f32, f16 or u16>[p] | buffers fixed_size_list<f32>[b]
     schema metadata "info": everything in `TrajectoryInfo`, as JSON
+
+`params` are stored as `TrajectoryInfo.storage` says, bfloat16 as its 16 bits; they are float32 to every reader.
+Files of version 1 have no buffers and float32 params.
 
 Beside the experts lies `transform.arrow`, the tensor file of the transform their data went through. An expert
 is written once, whole, and never changed. How experts are trained, and which epochs are matched, is not known
-here. Letters: p = number of parameters of the network.
+here. Letters: p = number of parameters of the network, b = number of values in its floating-point buffers.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -26,18 +30,22 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from datm_ray.errors import CorruptFileError, DatmError, StoreError
+from datm_ray.store.cache import configured_cache
 from datm_ray.store.filesystem import AlreadyExistsError, Location, open_location
+from datm_ray.store.precision import from_storage, storage_type, to_storage
 from datm_ray.store.sealed import SealedFile, SealedWriter, damaged, open_sealed, rejecting_nonsense
 from datm_ray.store.tensors import TensorFile, read_tensors, write_tensors
 
 FORMAT = "datm_ray.trajectory"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TRANSFORM_KIND = "transform"
 
 _EXPERT_FILE = re.compile(r"expert-(\d{5})\.arrow")
 _TRANSFORM_FILE = "transform.arrow"
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 _MAX_EXPERT = 99_999
+_MAX_STRETCHES = 6  # of epochs, named in a message
+_SCALARS = ("epoch", "step", "train_loss", "test_accuracy")
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class Snapshot:
     """0 is the initialisation."""
 
     step: int
-    """SGD steps taken so far."""
+    """SGD steps taken so far; -1 where not known."""
 
     train_loss: float
     """Mean over the epoch's samples; nan where not measured."""
@@ -58,6 +66,9 @@ class Snapshot:
 
     params: NDArray[np.float32]
     """All parameters as one vector [p]."""
+
+    buffers: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    """All floating-point buffers (running statistics of batch norms) as one vector [b]; empty where there are none."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,8 @@ class TrajectoryInfo:
     """Digest of the recipe; the name of the group's folder."""
 
     seed: int
+    """Of the initialisation and the batches; -1 where not known."""
+
     expert: int
     """Number of the expert, from 0."""
 
@@ -84,7 +97,14 @@ class TrajectoryInfo:
     """Of the network's parameters, in the order in which they follow one another in the flat vector."""
 
     epochs: tuple[int, ...]
-    """The epochs stored, ascending."""
+    """The epochs stored, ascending; not every epoch of the training need be among them."""
+
+    buffer_names: tuple[str, ...] = ()
+    buffer_shapes: tuple[tuple[int, ...], ...] = ()
+    """Of the network's floating-point buffers, in the order in which they follow one another in their vector."""
+
+    storage: str = "float32"
+    """How the parameters are stored: "float32", "float16" or "bfloat16"; buffers are always stored as float32."""
 
     format_version: int = FORMAT_VERSION
 
@@ -92,6 +112,11 @@ class TrajectoryInfo:
     def parameter_count(self) -> int:
         """p, the length of the flat vector."""
         return sum(math.prod(shape) for shape in self.parameter_shapes)
+
+    @property
+    def buffer_count(self) -> int:
+        """b, the length of the vector of buffers."""
+        return sum(math.prod(shape) for shape in self.buffer_shapes)
 
     @property
     def key(self) -> GroupKey:
@@ -166,11 +191,11 @@ class ExpertGroup:
         without taking a single snapshot if it was there from the start, after the last one if it came
         meanwhile. Snapshots are taken one at a time, in the order of `info.epochs`, and written at once to a
         local disk; elsewhere they are kept in memory until the upload. If `snapshots` raises, nothing is
-        stored.
+        stored. The file is of the current format, whatever `info.format_version` says.
 
         Raises:
             ValueError: the snapshots are not those that `info` announces, or `info` is not of this expert.
-            StoreError: the place cannot be written.
+            StoreError: the place cannot be written, or a parameter is too large for `info.storage`.
         """
         if (info.key, info.expert) != (self.key, expert):
             raise ValueError(f"the info of expert {info.expert} of {info.key} given for expert {expert} of {self.key}")
@@ -180,7 +205,7 @@ class ExpertGroup:
         self.location.remove_leftovers()
         try:
             with file_location.create(replace=False) as file:
-                _write(file_location, file, snapshots, info)
+                _write(file_location, file, snapshots, replace(info, format_version=FORMAT_VERSION))
         except AlreadyExistsError:
             return False
         self._opened.pop(expert, None)
@@ -195,8 +220,24 @@ class ExpertGroup:
         """
         return self._open(expert).info
 
+    def size(self, expert: int) -> int:
+        """Size of the expert's file in bytes."""
+        return self._file(expert).size()
+
+    def remove_expert(self, expert: int) -> None:
+        """Delete one expert; the transform stays. Raises StoreError if it is not there."""
+        self._opened.pop(expert, None)
+        self._file(expert).remove()
+
+    def remove(self) -> None:
+        """Delete all experts, damaged ones too, and the transform."""
+        for expert in self.experts():
+            self.remove_expert(expert)
+        if self.has_transform():
+            (self.location / _TRANSFORM_FILE).remove()
+
     def read_params(self, expert: int, epochs: Sequence[int]) -> list[NDArray[np.float32]]:
-        """The parameters [p] after each of these epochs, exactly as written; the caller owns them.
+        """The parameters [p] after each of these epochs, exactly as stored; the caller owns them.
 
         Only the batches of these epochs are read, each checked against its digest.
 
@@ -206,15 +247,19 @@ class ExpertGroup:
         return [snapshot.params for snapshot in self._read(expert, epochs)]
 
     def read_snapshot(self, expert: int, epoch: int) -> Snapshot:
-        """Parameters and measurements after one epoch; cost and errors as `read_params`."""
+        """Parameters, buffers and measurements after one epoch; cost and errors as `read_params`."""
         return self._read(expert, [epoch])[0]
+
+    def read_buffers(self, expert: int, epoch: int) -> NDArray[np.float32]:
+        """The buffers [b] after one epoch, exactly as written; cost and errors as `read_params`."""
+        return self.read_snapshot(expert, epoch).buffers
 
     def read_progress(self, expert: int) -> Progress:
         """Loss and accuracy after each stored epoch, from the end of the file alone."""
         return self._open(expert).progress
 
     def verify(self, expert: int) -> TrajectoryInfo:
-        """Check every byte of the file, read afresh, and return its info. Raises CorruptFileError."""
+        """Check every byte of the file, read afresh and past any cache; its info. Raises CorruptFileError."""
         opened = _open_expert(self._file(expert), self.key, expert)
         opened.sealed.verify()
         return opened.info
@@ -271,12 +316,14 @@ class _OpenedExpert:
         missing = set(epochs) - set(self.info.epochs)
         if missing:
             raise StoreError(
-                f"{location.uri} has no epoch {min(missing)}; it has {_in_words(self.info.epochs)}",
-                remedy="Match earlier epochs, or train the experts for longer",
+                f"{location.uri} has no epoch {min(missing)}; it has {epochs_in_words(self.info.epochs)}",
+                cause="experts.keep_epochs and experts.epochs decide which epochs there are",
+                remedy="Match epochs that are there, or train such experts again with other values",
             )
-        batches = self.sealed.batches([self.info.epochs.index(epoch) for epoch in epochs])
+        numbers = [self.info.epochs.index(epoch) for epoch in epochs]
+        batches = self.sealed.batches(numbers, cache=configured_cache())
         with rejecting_nonsense(location):
-            snapshots = [_snapshot(batch) for batch in batches]
+            snapshots = [_snapshot(batch, self.info) for batch in batches]
         if [snapshot.epoch for snapshot in snapshots] != list(epochs):
             raise damaged(location, "Its batches are not in the order it announces")
         return snapshots
@@ -288,13 +335,14 @@ def _open_expert(location: Location, key: GroupKey, expert: int) -> _OpenedExper
         info = _info_from_json(sealed.header["info"])
         measured = (np.array(sealed.summary[name], np.float32) for name in ("train_loss", "test_accuracy"))
         progress = Progress(info.epochs, *measured)
+        consistent = sealed.n_batches == len(info.epochs) and sealed.schema.equals(_schema(info))
     if (info.key, info.expert) != (key, expert):
         raise CorruptFileError(
             f"{location.uri} holds expert {info.expert} of {info.key}",
             "It was renamed or copied from another group",
             "Put it back where it belongs",
         )
-    if sealed.n_batches != len(info.epochs) or not sealed.schema.equals(_schema(info)):
+    if not consistent:
         raise damaged(location, "Its batches are not those it announces")
     return _OpenedExpert(sealed, info, progress)
 
@@ -308,7 +356,7 @@ def _write(location: Location, file: BinaryIO, snapshots: Iterable[Snapshot], in
     writer = SealedWriter(file, schema, format_name=FORMAT, format_version=FORMAT_VERSION, header=header)
     written: list[int] = []
     for snapshot in snapshots:
-        batch = _batch(snapshot, schema)
+        batch = _batch(snapshot, schema, info.storage)
         # Not around the whole loop: errors of the training behind `snapshots` are not errors of the store.
         with location.explaining("write"):
             writer.write(batch)
@@ -316,7 +364,7 @@ def _write(location: Location, file: BinaryIO, snapshots: Iterable[Snapshot], in
         for name, values in summary.items():
             values.append(float(np.float32(getattr(snapshot, name))))
     if tuple(written) != info.epochs:
-        raise ValueError(f"{_in_words(written)} given, {_in_words(info.epochs)} announced")
+        raise ValueError(f"{epochs_in_words(written)} given, {epochs_in_words(info.epochs)} announced")
     with location.explaining("write"):
         writer.close(summary)
 
@@ -327,34 +375,48 @@ def _schema(info: TrajectoryInfo) -> pa.Schema:
         ("step", pa.int64()),
         ("train_loss", pa.float32()),
         ("test_accuracy", pa.float32()),
-        ("params", pa.list_(pa.float32(), info.parameter_count)),
+        ("params", pa.list_(storage_type(info.storage), info.parameter_count)),
     ]
+    if info.format_version > 1:
+        columns.append(("buffers", pa.list_(pa.float32(), info.buffer_count)))
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns])
 
 
-def _batch(snapshot: Snapshot, schema: pa.Schema) -> pa.RecordBatch:
-    kind = schema.field("params").type
-    if snapshot.params.shape != (kind.list_size,) or snapshot.params.dtype != np.float32:
-        raise ValueError(
-            f"the parameters are {snapshot.params.dtype} {list(snapshot.params.shape)} "
-            f"instead of float32 [{kind.list_size}]"
-        )
-    params = pa.FixedSizeListArray.from_arrays(pa.array(snapshot.params), type=kind)
-    scalars = [pa.array([getattr(snapshot, column.name)], column.type) for column in schema if column.name != "params"]
-    return pa.record_batch([*scalars, params], schema=schema)
+def _batch(snapshot: Snapshot, schema: pa.Schema, storage: str) -> pa.RecordBatch:
+    params = _checked("parameters", snapshot.params, schema.field("params").type.list_size)
+    buffers = _checked("buffers", snapshot.buffers, schema.field("buffers").type.list_size)
+    columns = [pa.array([getattr(snapshot, name)], schema.field(name).type) for name in _SCALARS]
+    columns.append(_vector(to_storage(params, storage), schema.field("params").type))
+    columns.append(_vector(buffers, schema.field("buffers").type))
+    return pa.record_batch(columns, schema=schema)
 
 
-def _snapshot(batch: pa.RecordBatch) -> Snapshot:
-    scalars = {name: batch.column(name)[0].as_py() for name in ("epoch", "step", "train_loss", "test_accuracy")}
-    return Snapshot(**scalars, params=batch.column("params").flatten().to_numpy().copy())
+def _checked(name: str, vector: NDArray[np.float32], length: int) -> NDArray[np.float32]:
+    if vector.shape != (length,) or vector.dtype != np.float32:
+        raise ValueError(f"the {name} are {vector.dtype} {list(vector.shape)} instead of float32 [{length}]")
+    return vector
+
+
+def _vector(values: NDArray[Any], kind: pa.DataType) -> pa.Array:
+    """One row that holds the vector, without a copy."""
+    return pa.Array.from_buffers(kind, 1, [None], children=[pa.array(values, kind.value_type)])
+
+
+def _snapshot(batch: pa.RecordBatch, info: TrajectoryInfo) -> Snapshot:
+    scalars = {name: batch.column(name)[0].as_py() for name in _SCALARS}
+    params = from_storage(batch.column("params").flatten().to_numpy(), info.storage)
+    if info.format_version == 1:
+        return Snapshot(**scalars, params=params)
+    return Snapshot(**scalars, params=params, buffers=batch.column("buffers").flatten().to_numpy().copy())
 
 
 def _info_from_json(text: str) -> TrajectoryInfo:
     """The inverse of `json.dumps(asdict(info))`: JSON has no tuples."""
     fields = json.loads(text)
-    fields["parameter_names"] = tuple(fields["parameter_names"])
-    fields["parameter_shapes"] = tuple(tuple(shape) for shape in fields["parameter_shapes"])
-    fields["epochs"] = tuple(fields["epochs"])
+    for name in ("parameter_names", "buffer_names", "epochs"):
+        fields[name] = tuple(fields.get(name, ()))
+    for name in ("parameter_shapes", "buffer_shapes"):
+        fields[name] = tuple(tuple(shape) for shape in fields.get(name, ()))
     return TrajectoryInfo(**fields)
 
 
@@ -362,7 +424,15 @@ def _is_safe(key: GroupKey) -> bool:
     return all(_SAFE_NAME.fullmatch(name) for name in (key.dataset, key.architecture, key.fingerprint))
 
 
-def _in_words(epochs: Sequence[int]) -> str:
-    if not epochs:
-        return "no epochs"
-    return f"{len(epochs)} epochs from {min(epochs)} to {max(epochs)}"
+def epochs_in_words(epochs: Sequence[int]) -> str:
+    """Such as "epochs 0-10, 40"; epochs that follow one another are one stretch."""
+    stretches: list[list[int]] = []
+    for epoch in epochs:
+        if stretches and epoch == stretches[-1][-1] + 1:
+            stretches[-1] = [stretches[-1][0], epoch]
+        else:
+            stretches.append([epoch])
+    words = ["-".join(map(str, stretch)) for stretch in stretches]
+    if len(words) > _MAX_STRETCHES:
+        words = [*words[: _MAX_STRETCHES - 2], "...", words[-1]]
+    return f"epochs {', '.join(words)}" if epochs else "no epochs"

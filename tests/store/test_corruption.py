@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -17,8 +18,15 @@ from datm_ray.errors import CorruptFileError
 from datm_ray.store.filesystem import Location, open_location
 from datm_ray.store.sealed import open_sealed
 from datm_ray.store.tensors import read_tensors, write_tensors
-from datm_ray.store.trajectories import FORMAT, FORMAT_VERSION, ExpertGroup, TrajectoryStore
-from tests.store.contract import KEY, make_info, make_snapshots
+from datm_ray.store.trajectories import FORMAT, FORMAT_VERSION, ExpertGroup, Snapshot, TrajectoryStore
+from tests.store.contract import (
+    KEY,
+    assert_same,
+    make_info,
+    make_snapshots,
+    make_snapshots_with_buffers,
+    with_buffers,
+)
 
 ARRAYS = {"images": np.arange(12, dtype=np.float32).reshape(3, 4), "labels": np.array([1, 0], np.int64)}
 
@@ -140,3 +148,38 @@ def test_a_damaged_tensor_file_never_yields_wrong_arrays(tensor_file):
         for name, array in ARRAYS.items():
             assert found.arrays[name].dtype == array.dtype
             np.testing.assert_array_equal(found.arrays[name], array)
+
+
+def reads_as(uri: str, expected: Snapshot) -> bool:
+    """Whether a snapshot of expert 0 can be read afresh; fails if it is read wrongly."""
+    group = TrajectoryStore(uri).group(KEY.dataset, KEY.architecture, KEY.fingerprint)
+    try:
+        found = group.read_snapshot(0, expected.epoch)
+    except CorruptFileError:
+        return False
+    assert_same(found, expected)
+    return True
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16"])
+def test_flipped_bytes_and_cuts_of_a_mapped_file_are_found_or_harmless(tmp_path, storage):
+    """500 random single-byte changes and 100 truncations of a local file of real size: no read yields wrong values."""
+    info = replace(with_buffers(make_info()), parameter_names=("w",), parameter_shapes=((20_000,),), storage=storage)
+    group = TrajectoryStore(str(tmp_path)).group(KEY.dataset, KEY.architecture, KEY.fingerprint)
+    group.write_expert(0, make_snapshots_with_buffers(info), info)
+    expected = [group.read_snapshot(0, epoch) for epoch in info.epochs]
+    path = tmp_path / str(KEY) / "expert-00000.arrow"
+    content, draw = path.read_bytes(), np.random.default_rng(17)
+    damages = [
+        content[:position] + bytes([content[position] ^ int(pattern)]) + content[position + 1 :]
+        for position, pattern in zip(draw.integers(0, len(content), 500), draw.integers(1, 256, 500), strict=True)
+    ]
+    damages += [content[:length] for length in draw.integers(0, len(content), 100)]
+    found = 0
+    for damaged in damages:
+        path.unlink()  # not in place: earlier mappings may still be open
+        path.write_bytes(damaged)
+        with pytest.raises(CorruptFileError, match=r"expert-00000\.arrow"):
+            group.verify(0)
+        found += sum(not reads_as(str(tmp_path), snapshot) for snapshot in expected)
+    assert found > 500

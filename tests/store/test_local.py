@@ -7,10 +7,12 @@ import signal
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from datm_ray.errors import StoreError
 from datm_ray.store.trajectories import TrajectoryStore
@@ -20,6 +22,8 @@ from tests.store.contract import (
     assert_same,
     make_info,
     make_snapshots,
+    make_snapshots_with_buffers,
+    with_buffers,
 )
 
 SAMPLES = Path(__file__).parent / "samples"
@@ -117,14 +121,26 @@ class TestLocal(TrajectoryStoreContract):
             store.group(KEY.dataset, KEY.architecture, KEY.fingerprint).write_expert(0, make_snapshots(info), info)
 
     def test_version_1_stays_readable(self):
-        """An expert and a transform written by the first release are read to the last bit."""
+        """An expert and a transform of the first version, without buffers, are read to the last bit."""
         store = TrajectoryStore(str(SAMPLES / "v1"))
         assert store.groups() == [KEY]
         group = store.group(KEY.dataset, KEY.architecture, KEY.fingerprint)
         assert group.experts() == [0]
-        assert group.verify(0) == make_info()
+        assert group.verify(0) == replace(make_info(), format_version=1)
         for expected in make_snapshots(make_info()):
             assert_same(group.read_snapshot(0, expected.epoch), expected)
         transform = group.read_transform()
         assert transform.metadata == {"kind": "zca"}
         np.testing.assert_array_equal(transform.arrays["mean"], np.arange(4, dtype=np.float32))
+
+    def test_version_2_stays_readable(self):
+        """An expert with buffers is read to the last bit, and one in bfloat16 as torch rounds it."""
+        group = TrajectoryStore(str(SAMPLES / "v2")).group(KEY.dataset, KEY.architecture, KEY.fingerprint)
+        assert group.experts() == [0, 1]
+        assert group.verify(0) == replace(with_buffers(make_info()), format_version=2)
+        for expected in make_snapshots_with_buffers(with_buffers(make_info())):
+            assert_same(group.read_snapshot(0, expected.epoch), expected)
+        assert group.verify(1) == replace(make_info(1), format_version=2, storage="bfloat16")
+        for expected in make_snapshots(make_info(1)):
+            rounded = torch.from_numpy(expected.params).bfloat16().float().numpy()
+            assert_same(group.read_snapshot(1, expected.epoch), replace(expected, params=rounded))

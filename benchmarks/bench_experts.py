@@ -1,0 +1,269 @@
+"""Experts per hour: the published loop (a DataLoader that collects sample by sample) and this package.
+
+python benchmarks/bench_experts.py [--quick]         (make bench-experts)
+
+Every method trains the same network on the same images in one process; their epochs take turns, so that whatever else
+the machine does hits all of them alike. The first epoch of each, with its compilation, is not counted and is shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+from datm_ray.config import PUBLISHED_AUGMENTATION
+from datm_ray.core.augment import augment, draw_augmentation
+from datm_ray.core.experts import ExpertFunctions, ExpertSchedule, ExpertState, Gsam, train_experts
+from datm_ray.core.networks import NetworkSpec, build_network
+from datm_ray.core.randomness import Purpose, generator
+from datm_ray.core.training import predict_logits
+from datm_ray.runtime.provenance import provenance
+
+HEADER = """One expert's epoch on random tensors of fixed seeds; ConvNet, instance normalisation, mean pooling.
+
+- `loader`: torch's DataLoader over a TensorDataset, shuffled, in the training process, then augmentation, forward,
+  backward and SGD, uncompiled: the loop of MTT, FTD and DATM. `+ test pass`: with their pass over the test images after
+  every epoch. `ours`: `train_experts`, with so many experts in a stack.
+- seconds: of one epoch of one expert; median (smallest to largest) of n epochs, the methods taking turns. ratio: the
+  loader's seconds to the method's in the same turn; median (smallest to largest).
+- experts an hour: of one process, for so many epochs each.
+- first epoch: of the whole stack, with compilation, where there is any."""
+
+Epochs = Iterator[None]
+"""Trains one epoch for every step of the iteration."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Images, and how experts are trained on them."""
+
+    name: str
+    spec: NetworkSpec
+    images: int
+    test_images: int
+    batch: int
+    augmentation: str
+    threads: int
+    epochs: int
+    """Of a whole expert."""
+    gsam: bool = False
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train experts."""
+
+    name: str
+    experts: int
+    epochs: Epochs
+
+
+def images_of(shape: Shape, count: int, device: str) -> tuple[Tensor, Tensor]:
+    """Random images and classes."""
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randn(count, shape.spec.channels, *shape.spec.size, generator=draw)
+    return images.to(device), torch.randint(shape.spec.classes, (count,), generator=draw).to(device)
+
+
+def loader_epochs(shape: Shape, device: str, *, test_pass: bool) -> Epochs:
+    """The published loop."""
+    network = build_network(shape.spec, 0).to(device)
+    images, labels = images_of(shape, shape.images, device)
+    loader = DataLoader(TensorDataset(images, labels), shape.batch, shuffle=True)
+    test = DataLoader(TensorDataset(*images_of(shape, shape.test_images, device)), shape.batch)
+    optimiser = torch.optim.SGD(network.parameters(), 0.01)
+    epoch = 0
+    while True:
+        for batch, (x, y) in enumerate(loader):
+            draw = generator(0, Purpose.TRAINING_AUGMENTATION, epoch, batch)
+            inputs = augment(x, draw_augmentation(shape.augmentation, len(x), draw))
+            (gsam_step if shape.gsam else sgd_step)(network, inputs, y, optimiser)
+        if test_pass:
+            with torch.no_grad():
+                for x, y in test:
+                    float((network(x).argmax(dim=1) == y).float().mean())
+        _ = [parameter.detach().cpu().clone() for parameter in network.parameters()]
+        epoch += 1
+        yield
+
+
+def sgd_step(network: nn.Module, x: Tensor, y: Tensor, optimiser: torch.optim.Optimizer) -> None:
+    """Forward, backward, step."""
+    loss = cross_entropy(network(x), y)
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+
+
+def gsam_step(network: nn.Module, x: Tensor, y: Tensor, optimiser: torch.optim.Optimizer) -> None:
+    """Layer by layer, as the published code."""
+    layers = list(network.parameters())
+    gradient = torch.autograd.grad(cross_entropy(network(x), y), layers)
+    pairs = list(zip(layers, gradient, strict=True))
+    length = torch.stack([(w.detach().abs() * g).norm() for w, g in pairs]).norm()
+    moves = [w.detach().square() * g * (0.01 / (length + 1e-12)) for w, g in pairs]
+    with torch.no_grad():
+        for w, e in zip(layers, moves, strict=True):
+            w.add_(e)
+    sharp = torch.autograd.grad(cross_entropy(network(x), y), layers)
+    norms = [torch.stack([part.norm() for part in parts]).norm() for parts in (gradient, sharp)]
+    inner = torch.stack([(g * s).sum() for g, s in zip(gradient, sharp, strict=True)]).sum()
+    cosine = inner / (norms[0] * norms[1] + 1e-12)
+    with torch.no_grad():
+        for w, e, g, s in zip(layers, moves, gradient, sharp, strict=True):
+            w.sub_(e)
+            w.grad = s - 0.3 * (g - cosine * norms[0] * s / (norms[1] + 1e-12))
+    optimiser.step()
+
+
+def our_epochs(shape: Shape, device: str, stacked: int, *, compile_: bool, test_pass: bool = False) -> Epochs:
+    """`train_experts` for longer than anyone asks."""
+    networks = [build_network(shape.spec, seed).to(device) for seed in range(stacked)]
+    functions = ExpertFunctions(networks[0], stacked=stacked, compile_=compile_)
+    gsam = Gsam(0.01, 0.3) if shape.gsam else None
+    schedule = ExpertSchedule(10**6, shape.batch, 0.01, augmentation=shape.augmentation, gsam=gsam)
+    images, labels = images_of(shape, shape.images, device)
+    test, _ = images_of(shape, shape.test_images, device)
+    state = ExpertState.initial(networks)
+    for _ in train_experts(functions, images, labels, schedule, list(range(stacked)), state):
+        state.parameters.cpu().clone()
+        if test_pass:
+            for network in networks:
+                predict_logits(network, test)
+        yield
+
+
+def methods_of(shape: Shape, device: str, stacks: list[int]) -> list[Method]:
+    """In the order of the table; the first is what the others are compared with."""
+    methods = [
+        Method("loader", 1, loader_epochs(shape, device, test_pass=False)),
+        Method("loader + test pass", 1, loader_epochs(shape, device, test_pass=True)),
+        Method("ours, 1, uncompiled", 1, our_epochs(shape, device, 1, compile_=False)),
+    ]
+    methods += [Method(f"ours, {size}", size, our_epochs(shape, device, size, compile_=True)) for size in stacks]
+    methods.append(Method("ours, 1 + test pass", 1, our_epochs(shape, device, 1, compile_=True, test_pass=True)))
+    return methods
+
+
+def timed(epochs: Epochs, device: str) -> float:
+    """Seconds of one epoch."""
+    started = time.perf_counter()
+    next(epochs)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def rows_of(shape: Shape, device: str, stacks: list[int], repetitions: int) -> list[dict[str, Any]]:
+    """The measured methods of one shape."""
+    torch.set_num_threads(shape.threads)
+    methods = methods_of(shape, device, stacks)
+    first = [timed(method.epochs, device) for method in methods]
+    turns = [[timed(method.epochs, device) / method.experts for method in methods] for _ in range(repetitions)]
+    return [
+        {
+            "shape": shape.name,
+            "threads": shape.threads,
+            "method": method.name,
+            "first_epoch": first[place],
+            "seconds": [turn[place] for turn in turns],
+            "ratios": [turn[0] / turn[place] for turn in turns],
+            "experts_an_hour": 3600 / (shape.epochs * statistics.median(turn[place] for turn in turns)),
+        }
+        for place, method in enumerate(methods)
+    ]
+
+
+def table_line(row: dict[str, Any]) -> str:
+    """One line of the table."""
+    cells = [
+        row["shape"],
+        str(row["threads"]),
+        row["method"],
+        f"{spread(row['seconds'])}, n = {len(row['seconds'])}",
+        spread(row["ratios"]),
+        f"{row['experts_an_hour']:.3g}",
+        f"{row['first_epoch']:.1f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def spread(values: list[float]) -> str:
+    """Median (smallest to largest)."""
+    return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+
+
+def shapes(quick: bool, device: str) -> list[tuple[Shape, list[int]]]:
+    """What is measured, and the sizes of stacks."""
+    cores = len(os.sched_getaffinity(0))
+    digits_spec = NetworkSpec("convnet", 1, (8, 8), 10, width=32, depth=2)
+    cifar_spec = NetworkSpec("convnet", 3, (32, 32), 10)
+    if quick:
+        return [(Shape("tiny", digits_spec, 64, 32, 32, "", 1, 40), [2])]
+    cuda = device == "cuda"
+    images, test_images = (50_000, 10_000) if cuda else (2_560, 512)
+    digits = Shape("digits, SGD", digits_spec, 1_221, 359, 32, "", 1, 40)
+    return [
+        (digits, [1, 4, 8]),
+        (
+            Shape("CIFAR, SGD", cifar_spec, images, test_images, 256, PUBLISHED_AUGMENTATION, cores, 100),
+            [1, 4, 16] if cuda else [1, 4],
+        ),
+        (
+            Shape("CIFAR, GSAM", cifar_spec, images, test_images, 256, PUBLISHED_AUGMENTATION, cores, 100, gsam=True),
+            [1, 8] if cuda else [1],
+        ),
+    ]
+
+
+def main() -> None:
+    """Run all shapes; print them and write them down."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes; written nowhere unless --out is given")
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results unless --quick")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    facts = provenance(torch.device(device))
+    cores = len(os.sched_getaffinity(0))
+    file_name = facts["device"].lower().replace(" ", "-") if device == "cuda" else f"{cores}-core-cpu"
+    about = {
+        "command": " ".join(["python", *sys.argv]),
+        "hardware": facts["device"] if device == "cuda" else f"{cores} cores of {facts['processor']}",
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
+        "date": str(date.today()),
+    }
+    columns = "shape | threads | method | seconds | ratio | experts an hour | first epoch, s"
+    lines = ["# Expert training", "", *(f"{key}: {value}  " for key, value in about.items()), "", HEADER, ""]
+    lines += [f"| {columns} |", "| --- " * 7 + "|"]
+    print("\n".join(lines), flush=True)
+    results: list[dict[str, Any]] = []
+    for shape, stacks in shapes(arguments.quick, device):
+        for row in rows_of(shape, device, stacks, arguments.repetitions):
+            results.append(row)
+            lines.append(table_line(row))
+            print(lines[-1], flush=True)
+    out = arguments.out or (None if arguments.quick else Path(__file__).parent / "results")
+    if out:
+        path = out / f"experts_{file_name}_{date.today():%Y%m}"
+        path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+        path.with_suffix(".json").write_text(json.dumps({**about, "rows": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

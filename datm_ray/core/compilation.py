@@ -1,0 +1,125 @@
+"""Functions of tensors as flat graphs of tensor operations, and those graphs as compiled code.
+
+A function is traced once, for one shape of its arguments: no Python of the network, no graph break and no second
+compilation is left. The graph is rid of what is known to be zero and of slow weight gradients, and it tells how much
+memory a call takes (`footprint.py`). Where the machine has no compiler, that is said in one line.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from datm_ray.core.weight_gradient import QuickWeightGradients
+
+
+def compiled(graph: fx.GraphModule, device_type: str) -> Callable[..., Any]:
+    """The graph as compiled code, for the shapes it was traced with."""
+    function: Callable[..., Any] = torch.compile(
+        graph, fullgraph=True, dynamic=False, options=_compile_options(device_type)
+    )
+    return function
+
+
+@functools.cache
+def compiler_problem(device_type: str) -> str:
+    """Why torch.compile does not work on this machine, in one line; "" where it does. Tried out once per process."""
+    trial = torch.compile(torch.sin, fullgraph=True, dynamic=False, options=_compile_options(device_type))
+    try:
+        trial(torch.zeros(8, device=device_type))
+    except Exception as failure:  # whatever a missing or broken toolchain raises, from any layer
+        reason = next(iter(str(failure).strip().splitlines()), type(failure).__name__)
+        return f"torch.compile does not work here ({reason[:120]}): running without it, more slowly"
+    return ""
+
+
+def _compile_options(device_type: str) -> dict[str, Any]:
+    # On a CPU the generated kernels are called from generated C++: at digits size Python's calls took a fifth to a
+    # third of the reverse step (benchmarks/LOG.md).
+    return {"cpp_wrapper": device_type == "cpu"}
+
+
+def traced(function: Callable[..., Any], *arguments: Tensor) -> fx.GraphModule:
+    """The function as a graph, for arguments of these shapes, which may be fake."""
+    graph: fx.GraphModule = make_fx(lambda *inputs: function(*inputs))(*arguments)  # make_fx miscounts a bound self
+    _drop_zero_terms(graph.graph)
+    _drop_unused(graph)
+    graph = make_fx(lambda *inputs: QuickWeightGradients(graph).run(*inputs))(*arguments)
+    _drop_unused(graph)
+    return graph
+
+
+def _drop_unused(graph: fx.GraphModule) -> None:
+    for node in reversed(list(graph.graph.nodes)):
+        # Also left-over shape checks of the automatic differentiation; the compiler would stumble over their bool.
+        if node.op == "call_function" and not node.users and not _writes(node):
+            graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether the node changes a value in place, so that it counts although nothing uses its result."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _drop_zero_terms(graph: fx.Graph) -> None:
+    """Leave out what is added but known to be zero.
+
+    The images have no tangent along v, which automatic differentiation writes as a map of zeros and then convolves: in
+    the first layer, on its largest maps, that was 7 % of a reverse step.
+    """
+    zeros: set[fx.Node] = set()
+    for node in list(graph.nodes):
+        if _is_zero(node, zeros):
+            zeros.add(node)
+        elif node.target is _ATEN.add.Tensor and not node.kwargs:
+            for term, other in (node.args, node.args[::-1]):
+                if term in zeros and isinstance(other, fx.Node) and _same_shape(node, other):
+                    node.replace_all_uses_with(other)
+                    break
+        elif _is_needless_copy(node):
+            node.replace_all_uses_with(node.args[1])
+        elif node.target is _ATEN.view.default:
+            node.target = _ATEN.reshape.default  # what is left of a sum may have another memory order than the sum
+
+
+def _is_needless_copy(node: fx.Node) -> bool:
+    """Whether the node copies a tangent into the memory order of its value, and the tangent has that order already."""
+    if node.target is not _ATEN.copy_.default:
+        return False
+    into, source = node.args[0], node.args[1]
+    if not isinstance(into, fx.Node) or not isinstance(source, fx.Node):
+        return False
+    fresh = into.target is _ATEN._new_zeros_with_same_feature_meta.default
+    return bool(fresh and _same_shape(node, source) and into.meta["val"].stride() == source.meta["val"].stride())
+
+
+def _is_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
+    """Whether every entry of the node's value is zero, whatever the arguments of the graph."""
+    if node.target in (_ATEN.zeros.default, _ATEN.zeros_like.default):
+        return True
+    if node.target in (_ATEN.expand.default, _ATEN.view.default, _ATEN.alias.default):
+        return node.args[0] in zeros
+    if node.target is _ATEN.convolution.default:
+        return node.args[0] in zeros and node.args[2] is None
+    if node.target is operator.getitem and node.args[1] == 1:  # the gradient in the weights of a map of zeros
+        backward = node.args[0]
+        return (
+            isinstance(backward, fx.Node)
+            and backward.target is _ATEN.convolution_backward.default
+            and backward.args[1] in zeros
+        )
+    return False
+
+
+def _same_shape(one: fx.Node, other: fx.Node) -> bool:
+    return bool(one.meta["val"].shape == other.meta["val"].shape and one.meta["val"].dtype == other.meta["val"].dtype)
+
+
+_ATEN = torch.ops.aten

@@ -1,0 +1,277 @@
+"""Training experts: SGD, or GSAM on top of it, on the real data; several experts at a time.
+
+The experts of a stack share every call and nothing else: each has its own initialisation, order of images and
+augmentation, and its numbers do not depend on whose the others are. What they are trained for, where their epochs go
+and how many are stacked is decided elsewhere. Shapes: s experts, n images, b of a batch, p parameters, q buffers.
+
+GSAM is the optimiser of FTD and DATM (arXiv 2203.08065, with the adaptive scaling of arXiv 2102.11600): it descends at
+the worst point near the parameters, less a part of the gradient that the loss itself does not have in common with it.
+Tests: tests/core/test_experts.py.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import grad_and_value, vmap
+from torch.nn.functional import pad
+
+from datm_ray.core.augment import augment, draw_augmentation
+from datm_ray.core.compilation import compiled, compiler_problem, traced
+from datm_ray.core.instance_norm import InstanceNorm
+from datm_ray.core.networks import couples_samples
+from datm_ray.core.parameters import FlatNetwork, flatten, flatten_buffers
+from datm_ray.core.randomness import Purpose, generator
+
+SMALLEST_NORM = 1e-12
+"""Keeps GSAM's division by a norm finite, as published."""
+
+
+@dataclass(frozen=True)
+class Gsam:
+    """Of one step: g at w, g' at w + e with e = rho t^2 g / |t g|, then SGD along g' - alpha (g across g')."""
+
+    rho: float
+    """Length of the step to the worst point nearby."""
+    alpha: float
+    """Share that is taken off of the part of g which is at right angles to g'."""
+    adaptive: bool = True
+    """t = |w|, so that the neighbourhood scales with each parameter; else t = 1."""
+
+
+@dataclass(frozen=True)
+class ExpertSchedule:
+    """How experts are trained: a constant learning rate, no decay."""
+
+    epochs: int
+    """Passes over the images."""
+    batch_size: int
+    """Images per step; the last, smaller batch is kept."""
+    learning_rate: float
+    """Of SGD."""
+    momentum: float = 0.0
+    """Of SGD."""
+    weight_decay: float = 0.0
+    """L2 penalty."""
+    augmentation: str = ""
+    """DSA operations joined by underscores; "" for none."""
+    gsam: Gsam | None = None
+    """None for plain SGD."""
+
+
+@dataclass
+class ExpertState:
+    """A stack of experts in training: all that the next step depends on."""
+
+    parameters: Tensor
+    """[s p]."""
+    buffers: Tensor
+    """[s q]."""
+    velocity: Tensor | None = None
+    """[s p], of momentum; None without momentum or before the first step."""
+    epoch: int = 0
+    """Epochs done."""
+    step: int = 0
+    """Steps done."""
+
+    @classmethod
+    def initial(cls, networks: Sequence[nn.Module]) -> ExpertState:
+        """Of networks as they were built."""
+        parameters = torch.stack([flatten(network) for network in networks])
+        return cls(parameters, torch.stack([flatten_buffers(network) for network in networks]))
+
+
+class ExpertFunctions:
+    """Loss and gradient of a stack of networks of one kind, compiled where the machine can.
+
+    Attributes:
+        note: one line on why the function is not compiled although asked to be; "" otherwise.
+    """
+
+    def __init__(self, network: nn.Module, *, stacked: int = 1, compile_: bool = True) -> None:
+        """For stacks of so many networks like this one."""
+        self.note = compiler_problem(next(network.parameters()).device.type) if compile_ else ""
+        # Statistics of a batch are written in place, which a traced graph may not do.
+        self._has_statistics = couples_samples(network)
+        self._is_compiled = compile_ and not self.note and not self._has_statistics
+        network = _without_counters(network)
+        for part in network.modules():
+            if isinstance(part, InstanceNorm):
+                part.explicit = self._is_compiled and stacked == 1
+        self._network = FlatNetwork(network)
+        self._built: dict[tuple[torch.Size, ...], Callable[..., tuple[Tensor, Tensor]]] = {}
+
+    @property
+    def fills_up(self) -> bool:
+        """Whether a batch may be filled up with images of no weight, so that all batches have one size."""
+        return self._is_compiled
+
+    def __call__(
+        self, parameters: Tensor, buffers: Tensor, images: Tensor, labels: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses [s], their gradients [s p], and the buffers [s q] afterwards.
+
+        Args:
+            parameters: [s p].
+            buffers: [s q].
+            images: [s b c h w].
+            labels: [s b] int64.
+            weights: [b] of the images in every loss.
+        """
+        if self._has_statistics:
+            return self._with_statistics(parameters, buffers, images, labels, weights)
+        losses, gradients = self._function(parameters, images, labels)(parameters, images, labels, weights)
+        return losses, gradients, buffers
+
+    def _function(self, parameters: Tensor, images: Tensor, labels: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+        if not self._is_compiled:
+            return self._all
+        key = (parameters.shape, images.shape)
+        if key not in self._built:
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                like = (torch.empty_like(parameters), torch.empty_like(images), torch.empty_like(labels))
+                graph = traced(self._all, *like, like[0].new_empty(images.shape[1]))
+            self._built[key] = compiled(graph, parameters.device.type)
+        return self._built[key]
+
+    def _all(self, parameters: Tensor, images: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        if len(parameters) == 1:
+            loss, gradient = self._one(parameters[0], images[0], labels[0], weights)
+            return loss[None], gradient[None]
+        losses, gradients = vmap(self._one, in_dims=(0, 0, 0, None))(parameters, images, labels, weights)
+        return losses, gradients
+
+    def _one(self, theta: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        gradient, loss = grad_and_value(lambda theta: _loss(self._network(theta, x), y, weights))(theta)
+        return loss, gradient
+
+    def _with_statistics(
+        self, parameters: Tensor, buffers: Tensor, images: Tensor, labels: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        after = buffers.clone()
+        losses, gradients = [], []
+        for theta, own, x, y in zip(parameters, after, images, labels, strict=True):
+            theta = theta.detach().requires_grad_()
+            loss = _loss(self._network.with_buffers(theta, own, x), y, weights)
+            gradients.append(torch.autograd.grad(loss, theta)[0])
+            losses.append(loss.detach())
+        return torch.stack(losses), torch.stack(gradients), after
+
+
+def train_experts(
+    functions: ExpertFunctions,
+    images: Tensor,
+    labels: Tensor,
+    schedule: ExpertSchedule,
+    seeds: Sequence[int],
+    state: ExpertState,
+) -> Iterator[Tensor]:
+    """Train the stack from where it is to the end; after every epoch, its mean losses [s], with `state` up to date.
+
+    Args:
+        images: [n c h w], normalised.
+        labels: [n] int64.
+        seeds: of each expert's order and augmentation.
+        state: changed in place.
+    """
+    while state.epoch < schedule.epochs:
+        orders = torch.stack([_order(seed, state.epoch, len(images)) for seed in seeds]).to(images.device)
+        total = images.new_zeros(len(seeds))
+        for batch, rows in enumerate(orders.split(schedule.batch_size, dim=1)):
+            weights = images.new_full((rows.shape[1],), 1 / rows.shape[1])
+            missing = min(schedule.batch_size, len(images)) - rows.shape[1] if functions.fills_up else 0
+            drawn = _drawn(images, rows, schedule.augmentation, seeds, state.epoch, batch)
+            losses = _step(
+                functions,
+                state,
+                schedule,
+                pad(drawn, (0, 0) * 3 + (0, missing)),
+                pad(labels[rows], (0, missing)),
+                pad(weights, (0, missing)),
+            )
+            total += losses * rows.shape[1]
+        state.epoch += 1
+        yield total / len(images)
+
+
+def _order(seed: int, epoch: int, count: int) -> Tensor:
+    return torch.from_numpy(generator(seed, Purpose.TRAINING_ORDER, epoch).permutation(count))
+
+
+def _drawn(images: Tensor, rows: Tensor, augmentation: str, seeds: Sequence[int], epoch: int, batch: int) -> Tensor:
+    """[s b c h w] every expert's own images, augmented with its own draws."""
+    drawn = images[rows]
+    if not augmentation:
+        return drawn
+    count = rows.shape[1]
+    draws = [
+        draw_augmentation(augmentation, count, generator(seed, Purpose.TRAINING_AUGMENTATION, epoch, batch))
+        for seed in seeds
+    ]
+    return torch.stack([augment(own, draw) for own, draw in zip(drawn, draws, strict=True)])
+
+
+def _step(
+    functions: ExpertFunctions,
+    state: ExpertState,
+    schedule: ExpertSchedule,
+    images: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    """One step of every expert; the losses [s] before it."""
+    parameters = state.parameters
+    losses, gradient, state.buffers = functions(parameters, state.buffers, images, labels, weights)
+    if schedule.gsam is not None:
+        there = parameters + perturbation(parameters, gradient, schedule.gsam)
+        # The statistics of the batch were counted already.
+        _, sharp, _ = functions(there, state.buffers, images, labels, weights)
+        gradient = descent(gradient, sharp, schedule.gsam)
+    if schedule.weight_decay:
+        gradient = gradient + schedule.weight_decay * parameters
+    if schedule.momentum:
+        velocity = state.velocity
+        gradient = state.velocity = gradient if velocity is None else schedule.momentum * velocity + gradient
+    state.parameters = parameters - schedule.learning_rate * gradient
+    state.step += 1
+    return losses
+
+
+def perturbation(parameters: Tensor, gradient: Tensor, gsam: Gsam) -> Tensor:
+    """e [s p], the step to the worst point near the parameters [s p] to first order."""
+    if not gsam.adaptive:
+        return gradient * (gsam.rho / (_norm(gradient) + SMALLEST_NORM))
+    scale = parameters.abs()
+    return scale.square() * gradient * (gsam.rho / (_norm(scale * gradient) + SMALLEST_NORM))
+
+
+def descent(gradient: Tensor, sharp: Tensor, gsam: Gsam) -> Tensor:
+    """The direction [s p] that GSAM descends along, from the gradients at w and at w + e."""
+    unit = sharp / (_norm(sharp) + SMALLEST_NORM)
+    across = gradient - (gradient * unit).sum(dim=1, keepdim=True) * unit
+    return sharp - gsam.alpha * across
+
+
+def _norm(vectors: Tensor) -> Tensor:
+    lengths: Tensor = vectors.norm(dim=1, keepdim=True)
+    return lengths
+
+
+def _loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    per_sample = -logits.log_softmax(dim=1).gather(1, labels[:, None])[:, 0]
+    mean: Tensor = (weights * per_sample).sum()
+    return mean
+
+
+def _without_counters(network: nn.Module) -> nn.Module:
+    """A copy whose batch normalisations do not count their batches, for nothing here reads the count."""
+    network = copy.deepcopy(network)
+    for part in network.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            part.num_batches_tracked = None
+    return network

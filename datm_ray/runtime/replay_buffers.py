@@ -1,0 +1,259 @@
+"""Expert trajectories of the MTT family: `replay_buffer_*.pt` files into a trajectory store, and back.
+
+A replay buffer is a `torch.save` of trajectories; a trajectory is a list of snapshots, epochs 0, 1, ... by position; a
+snapshot is the list of a network's parameters in the order in which the modules were made. The ConvNet of those
+projects makes its modules in the order of ours (blocks of convolution and norm, then the classifier) and normalises
+with the same epsilon, so the parameters need no mapping: shapes that agree mean the same.
+
+What a buffer does not tell is taken from a recipe: data set, network, number of epochs. Nor does it hold the transform
+of its experts' images. Imported experts are stored beside the transform that the recipe's data set has here; where
+theirs was another one (other whitening, or fitted on the images that are set aside here for validation), they match
+synthetic images less well. That an expert was imported, and from which file, stands in the recipe of its info.
+
+Buffers of batch norms are in no replay buffer: such experts cannot be imported, and are exported without them. Files
+are loaded with `weights_only`, which executes nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import count
+from pathlib import PurePosixPath
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from datm_ray.config import RunConfig
+from datm_ray.core.networks import build_network
+from datm_ray.core.parameters import FlatNetwork, float_buffers
+from datm_ray.data.sources import RawDataset, load_raw
+from datm_ray.data.transform import fit_transform
+from datm_ray.errors import CorruptFileError, StoreError
+from datm_ray.runtime.experts import expert_group, network_spec
+from datm_ray.store.filesystem import Location, open_location
+from datm_ray.store.trajectories import ExpertGroup, Snapshot, TrajectoryInfo
+
+PUBLISHED_PER_FILE = 10
+
+_Trajectory = list[list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Imported:
+    """One trajectory of a replay buffer, in the store."""
+
+    group: str
+    """The group it went to, or lay in already."""
+
+    expert: int
+    """Its number there."""
+
+    new: bool
+    """False where the same trajectory had been imported before."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What went into replay buffers."""
+
+    files: tuple[str, ...]
+    left_out: tuple[int, ...]
+    """Epochs of the first expert after a gap: the position in a buffer is the epoch, so they have no place there."""
+
+
+def import_replay_buffers(files: Sequence[str], config: RunConfig, store_uri: str) -> Iterator[Imported]:
+    """Store every trajectory of the files as an expert of the recipe, under the next free numbers.
+
+    A trajectory that was imported before is found by its content and not stored again, so an import can be repeated.
+    Stored are the epochs that the recipe keeps, as `experts.storage` says. Loads one file at a time, whole.
+
+    Raises:
+        CorruptFileError: a file is no replay buffer.
+        StoreError: its trajectories do not fit the recipe, or a place cannot be read or written.
+    """
+    d = config.dataset
+    raw = load_raw(d.source, d.path, resize=d.resize, validation=d.validation)
+    networks = [_Network(backbone, raw, store_uri) for backbone in config.each_backbone()]
+    for file in files:
+        location = open_location(file)
+        trajectories = _read(location)
+        for position, trajectory in enumerate(trajectories):
+            place = f"Trajectory {position} of {location.uri}"
+            differences = [network.difference(trajectory) for network in networks]
+            if None not in differences:
+                raise StoreError(
+                    f"{place} does not fit {config.name}", str(differences[0]), "Give the recipe of these experts"
+                )
+            network = networks[differences.index(None)]
+            trajectories[position] = []  # read and done with: the next one needs the room
+            yield network.store(trajectory, {"file": PurePosixPath(location.path).name, "position": position})
+
+
+def export_replay_buffers(group: ExpertGroup, out: Location, per_file: int = PUBLISHED_PER_FILE) -> Exported:
+    """Write all experts of a group as `replay_buffer_<n>.pt`, some experts a file, replacing files of that name.
+
+    Raises:
+        StoreError: there are no experts, or one whose epoch 0 was not kept.
+    """
+    experts = group.experts()
+    if not experts:
+        raise StoreError(f"{group.location.uri} holds no experts", remedy="`datm-ray store ls` names the groups")
+    files = []
+    for number, start in enumerate(range(0, len(experts), per_file)):
+        trajectories = [_trajectory(group, expert) for expert in experts[start : start + per_file]]
+        name = f"replay_buffer_{number}.pt"
+        with (out / name).create() as file, (out / name).explaining("write"):
+            torch.save(trajectories, file)
+        files.append(name)
+    epochs = group.read_info(experts[0]).epochs
+    return Exported(tuple(files), epochs[len(_unbroken(epochs)) :])
+
+
+class _Network:
+    """One network of the recipe, and the group of its experts."""
+
+    def __init__(self, config: RunConfig, raw: RawDataset, store_uri: str) -> None:
+        module = build_network(network_spec(config, raw.channels, raw.size, raw.classes), seed=0)
+        self._config, self._raw = config, raw
+        self._flat = FlatNetwork(module)
+        self._has_buffers = bool(float_buffers(module))
+        self._group = expert_group(store_uri, config, raw.name, raw.fingerprint)
+        self._known: dict[str, int] | None = None
+
+    def difference(self, trajectory: _Trajectory) -> str | None:
+        """Why the trajectory cannot be one of this network's, in words; none where it can."""
+        epochs, wanted = len(trajectory) - 1, self._config.experts.epochs
+        if self._has_buffers:
+            return "The recipe's network has batch norms, whose running statistics are in no replay buffer"
+        if epochs < wanted:
+            return f"It ends after {epochs} epochs, and experts.epochs is {wanted}"
+        for epoch in self._config.kept_epochs:
+            shapes = [tuple(tensor.shape) for tensor in trajectory[epoch]]
+            if len(shapes) != len(self._flat.shapes):
+                return f"Epoch {epoch} has {len(shapes)} tensors, the recipe's network {len(self._flat.shapes)}"
+            for name, shape, own in zip(self._flat.names, shapes, self._flat.shapes, strict=True):
+                if shape != own:
+                    return f"{name} is {list(shape)} in epoch {epoch}, and {list(own)} in the recipe's network"
+        return None
+
+    def store(self, trajectory: _Trajectory, origin: dict[str, object]) -> Imported:
+        """Store one trajectory whose shapes are right."""
+        epochs = self._config.kept_epochs
+        vectors = [_vector(trajectory[epoch]) for epoch in epochs]
+        digest = sha256(b"".join(sha256(vector.tobytes()).digest() for vector in vectors)).hexdigest()
+        known = self._imported()
+        if digest in known:
+            return Imported(str(self._group.key), known[digest], new=False)
+        self._store_transform()
+        nan = float("nan")
+        snapshots = [Snapshot(epoch, -1, nan, nan, vector) for epoch, vector in zip(epochs, vectors, strict=True)]
+        taken = set(self._group.experts())
+        for expert in count():
+            if expert not in taken:
+                info = self._info(expert, {**origin, "digest": digest})
+                if self._group.write_expert(expert, snapshots, info):  # else another import was faster
+                    known[digest] = expert
+                    return Imported(str(self._group.key), expert, new=True)
+        raise AssertionError("count() ends")
+
+    def _imported(self) -> dict[str, int]:
+        """Digest -> number of the experts that were imported into the group so far."""
+        if self._known is None:
+            recipes = {expert: self._group.read_info(expert).recipe for expert in self._group.experts()}
+            self._known = {
+                recipe["imported"]["digest"]: expert for expert, recipe in recipes.items() if "imported" in recipe
+            }
+        return self._known
+
+    def _store_transform(self) -> None:
+        if not self._group.has_transform():
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            train, kind = self._raw.train.images, self._config.dataset.normalisation
+            transform = fit_transform(kind, train, self._raw.levels, device=device)
+            self._group.write_transform(transform.to_arrays(), transform.to_metadata())
+
+    def _info(self, expert: int, imported: dict[str, object]) -> TrajectoryInfo:
+        config = self._config
+        return TrajectoryInfo(
+            dataset=self._group.key.dataset,
+            dataset_fingerprint=self._raw.fingerprint,
+            architecture=config.network.architecture,
+            recipe={
+                "network": config.network.model_dump(),
+                "experts": config.experts.model_dump(exclude={"count"}),
+                "imported": imported,
+            },
+            fingerprint=self._group.key.fingerprint,
+            seed=-1,
+            expert=expert,
+            parameter_names=self._flat.names,
+            parameter_shapes=self._flat.shapes,
+            epochs=config.kept_epochs,
+            storage=config.experts.storage,
+        )
+
+
+def _read(location: Location) -> list[_Trajectory]:
+    """The trajectories of one file. Raises CorruptFileError if it holds anything else."""
+    content = io.BytesIO(location.read_bytes())
+    try:
+        trajectories = torch.load(content, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling has no common error
+        reason = str(error).partition("\n")[0]
+        raise CorruptFileError(
+            f"{location.uri} is no replay buffer",
+            f"It cannot be read as tensors ({type(error).__name__}: {reason})",
+            "Check that it was downloaded whole",
+        ) from error
+    if not _is_buffer(trajectories):
+        raise CorruptFileError(
+            f"{location.uri} is no replay buffer",
+            "It holds something else than trajectories, which are lists of snapshots, which are lists of tensors",
+        )
+    found: list[_Trajectory] = trajectories
+    return found
+
+
+def _is_buffer(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(trajectory, list)
+        and all(isinstance(snapshot, list) and all(isinstance(t, Tensor) for t in snapshot) for snapshot in trajectory)
+        for trajectory in value
+    )
+
+
+def _vector(snapshot: list[Tensor]) -> NDArray[np.float32]:
+    """[p]"""
+    vector: NDArray[np.float32] = torch.cat([tensor.detach().float().reshape(-1) for tensor in snapshot]).numpy()
+    return vector
+
+
+def _trajectory(group: ExpertGroup, expert: int) -> _Trajectory:
+    """The epochs from 0 on, up to the first that was not kept."""
+    info = group.read_info(expert)
+    epochs = _unbroken(info.epochs)
+    if not epochs:
+        raise StoreError(
+            f"Expert {expert} of {group.key} has no epoch 0",
+            "A replay buffer begins with the initialisation",
+            "Export experts that were stored from epoch 0 on",
+        )
+    sizes = [math.prod(shape) for shape in info.parameter_shapes]
+    return [
+        [
+            piece.reshape(shape).clone()
+            for piece, shape in zip(torch.from_numpy(vector).split(sizes), info.parameter_shapes, strict=True)
+        ]
+        for vector in group.read_params(expert, epochs)
+    ]
+
+
+def _unbroken(epochs: Sequence[int]) -> list[int]:
+    """0, 1, ... as far as they are there."""
+    return [epoch for position, epoch in enumerate(epochs) if position == epoch]

@@ -1,0 +1,66 @@
+"""How parameters are stored: float32, float16, or bfloat16 as the 16 bits of a uint16.
+
+Neither numpy nor Arrow has a bfloat16: it is the upper half of a float32. Rounding is to the nearest, ties to
+even, as in every other conversion; nan stays nan. A value that the storage cannot hold is refused, because an
+expert with an infinite parameter cannot be matched. Values too small become zero, or subnormal in float16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from datm_ray.errors import StoreError
+
+_ARROW_TYPES = {"float32": pa.float32(), "float16": pa.float16(), "bfloat16": pa.uint16()}
+_WIDER = {"float16": "bfloat16 (the same range as float32) or float32", "bfloat16": "float32"}
+
+
+def storage_type(storage: str) -> pa.DataType:
+    """The Arrow type of one stored value. Raises ValueError if there is no such storage."""
+    if storage not in _ARROW_TYPES:
+        raise ValueError(f"{storage!r} is no storage; there are {', '.join(_ARROW_TYPES)}")
+    return _ARROW_TYPES[storage]
+
+
+def to_storage(values: NDArray[np.float32], storage: str) -> NDArray[Any]:
+    """The vector [p] as it is stored: float32 [p], float16 [p], or uint16 [p] for bfloat16.
+
+    Raises:
+        StoreError: a finite value is beyond the range of the storage.
+    """
+    if storage == "float32":
+        return values
+    if storage == "float16":
+        with np.errstate(over="ignore"):
+            stored: NDArray[Any] = values.astype(np.float16)
+        overflown = np.isinf(stored) & np.isfinite(values)
+    else:
+        stored = _upper_half(values)
+        overflown = (stored & 0x7FFF == 0x7F80) & np.isfinite(values)
+    if overflown.any():
+        raise StoreError(
+            f"A parameter of {values[overflown][0]:.3g} cannot be stored as {storage}",
+            "It is beyond the largest value of that type, or the training diverged",
+            f"Store the experts as {_WIDER[storage]}",
+        )
+    return stored
+
+
+def from_storage(stored: NDArray[Any], storage: str) -> NDArray[np.float32]:
+    """The inverse of `to_storage`, up to its rounding: float32 [p], a copy that the caller owns."""
+    if storage != "bfloat16":
+        return stored.astype(np.float32)
+    return (stored.astype(np.uint32) << 16).view(np.float32)
+
+
+def _upper_half(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """bfloat16 bits [p], rounded to nearest, ties to even."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    half = bits >> 16
+    rounded = (bits + 0x7FFF + (half & 1)) >> 16
+    # The carry of a nan's low bits could run into its exponent, and without them it could become infinity.
+    return np.where(np.isnan(values), half | 0x40, rounded).astype(np.uint16)

@@ -1,0 +1,226 @@
+"""Training experts into a store: resumed, stacked, thinned out, killed, with the same bits every time."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from datm_ray.config import ClusterConfig, RunConfig
+from datm_ray.core.networks import build_network
+from datm_ray.core.parameters import unflatten_buffers_into, unflatten_into
+from datm_ray.errors import MissingExpertsError, StoreError
+from datm_ray.pipeline import Pipeline
+from datm_ray.runtime import expert_progress
+from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, SerialExecutor
+from datm_ray.runtime.experts import ExpertWorker, expert_group, network_spec, stacks
+from datm_ray.runtime.telemetry import Reporter
+from datm_ray.store.trajectories import ExpertGroup
+from tests.conftest import actor_processes, tiny_config
+
+RICH = ("experts.optimiser=gsam", "experts.momentum=0.5", "experts.augmentation=crop_scale")
+
+
+def worker_of(config: RunConfig, out: Path) -> tuple[ExpertWorker, ExpertGroup, str]:
+    """A worker for the run's experts, and where they go."""
+    pipeline = Pipeline([config], str(out))
+    dataset = pipeline._dataset(config)
+    group = expert_group(pipeline.store_uri, config, dataset.name, dataset.fingerprint)
+    return ExpertWorker(dataset, config.cluster), group, pipeline.store_uri
+
+
+def train(config: RunConfig, out: Path, experts: tuple[int, ...] = (0,), stop_after: int | None = None) -> list[Event]:
+    """Train a stack, to the end or up to an epoch; the events."""
+    worker, _, uri = worker_of(config, out)
+    events: list[Event] = []
+    for event in worker.train(config, uri, experts):
+        events.append(event)
+        if isinstance(event, Progress) and event.done == stop_after:
+            break
+    return events
+
+
+def epochs_trained(events: list[Event]) -> list[int]:
+    return [event.done for event in events if isinstance(event, Progress)]
+
+
+def content(group: ExpertGroup, expert: int) -> list[bytes]:
+    """All that is stored of an expert, bit by bit."""
+    epochs = group.read_info(expert).epochs
+    progress = group.read_progress(expert)
+    arrays = [*group.read_params(expert, epochs), progress.train_loss]
+    return [array.tobytes() for array in arrays]
+
+
+def test_an_expert_goes_on_from_its_last_epoch_with_the_same_bits(tmp_path: Path) -> None:
+    """Stopped after the third of five epochs, with momentum and GSAM; what was in progress is cleared away."""
+    config = tiny_config(*RICH)
+    assert epochs_trained(train(config, tmp_path / "whole")) == [1, 2, 3, 4, 5]
+    train(config, tmp_path / "parts", stop_after=3)
+    _, group, _ = worker_of(config, tmp_path / "parts")
+    assert group.experts() == []
+    resumed = epochs_trained(train(config, tmp_path / "parts"))
+    assert resumed[-1] == 5
+    assert 1 not in resumed
+    assert content(group, 0) == content(worker_of(config, tmp_path / "whole")[1], 0)
+    assert [name for name in (group.location / "progress").list() if name.startswith("00000")] == []
+
+
+def test_damaged_progress_is_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file that is damaged and those behind it do not count; the result is the same."""
+    monkeypatch.setattr(expert_progress, "WRITE_SHARE", 1e9)
+    config = tiny_config()
+    train(config, tmp_path / "whole")
+    train(config, tmp_path / "parts", stop_after=4)
+    files = sorted((tmp_path / "parts").rglob("progress/*/*.arrow"))
+    assert len(files) >= 2
+    files[1].write_bytes(files[1].read_bytes()[:-100])
+    events = epochs_trained(train(config, tmp_path / "parts"))
+    assert events[-1] == 5
+    assert content(worker_of(config, tmp_path / "parts")[1], 0) == content(worker_of(config, tmp_path / "whole")[1], 0)
+
+
+def test_a_stack_stores_each_expert_that_is_missing(tmp_path: Path) -> None:
+    """One that is there is left alone, one beyond the count is not stored, and the others are as in a whole stack."""
+    config = tiny_config("experts.count=3")
+    train(config, tmp_path / "whole", (0, 1, 2, 3))
+    train(config, tmp_path / "parts", (0, 1, 2, 3))
+    _, group, _ = worker_of(config, tmp_path / "parts")
+    _, whole, _ = worker_of(config, tmp_path / "whole")
+    assert whole.experts() == [0, 1, 2]
+    file = next((tmp_path / "parts").rglob("expert-00001.arrow"))
+    before = file.stat().st_mtime_ns
+    group.remove_expert(2)
+    train(config, tmp_path / "parts", (0, 1, 2, 3))
+    assert file.stat().st_mtime_ns == before
+    assert [content(group, expert) for expert in range(3)] == [content(whole, expert) for expert in range(3)]
+
+
+def test_stacks_follow_from_the_numbers_alone() -> None:
+    """An expert has the same companions whichever are missing."""
+    assert stacks([0, 1, 2], 1) == [(0,), (1,), (2,)]
+    assert stacks([5, 9], 4) == [(4, 5, 6, 7), (8, 9, 10, 11)]
+    assert stacks([], 4) == []
+
+
+def test_only_what_can_be_matched_is_kept(tmp_path: Path) -> None:
+    """Epochs up to the latest target, and the last one; a recipe that needs more is refused before it starts."""
+    config = tiny_config("experts.epochs=8", "experts.keep_epochs=null")
+    train(config, tmp_path)
+    _, group, _ = worker_of(config, tmp_path)
+    assert group.read_info(0).epochs == (0, 1, 2, 3, 8)
+    later = tiny_config(
+        "experts.epochs=8",
+        "experts.keep_epochs=null",
+        "distill.final_start_bound=6",
+        "distill.start_bound=6",
+        "name=later",
+    )
+    with pytest.raises(MissingExpertsError, match=r"later can match epoch 4, which the experts in .* lack"):
+        Pipeline([later], str(tmp_path))
+
+
+def test_runs_that_share_experts_keep_what_any_of_them_matches(tmp_path: Path) -> None:
+    """Two recipes in one command: as many experts, and as many epochs, as the more demanding one asks for."""
+    short = tiny_config("experts.epochs=8", "experts.keep_epochs=null", "experts.count=1")
+    longer = tiny_config(
+        "experts.epochs=8",
+        "experts.keep_epochs=null",
+        "distill.final_start_bound=6",
+        "distill.start_bound=6",
+        "name=longer",
+    )
+    pipeline = Pipeline([short, longer], str(tmp_path))
+    pipeline.train_experts(lambda: SerialExecutor(short.cluster), Reporter(quiet=True))
+    _, group, _ = worker_of(short, tmp_path)
+    assert group.experts() == [0, 1]
+    assert group.read_info(0).epochs == (0, 1, 2, 3, 4, 5, 6, 8)
+
+
+def test_two_byte_storage_is_another_group_of_experts(tmp_path: Path) -> None:
+    """Rounded parameters are other parameters: half the bytes, close to the exact ones, not mixed with them."""
+    exact, rounded = tiny_config(), tiny_config("experts.storage=bfloat16")
+    for config in (exact, rounded):
+        train(config, tmp_path)
+    groups = [worker_of(config, tmp_path)[1] for config in (exact, rounded)]
+    assert groups[0].key != groups[1].key
+    values = [group.read_params(0, [3])[0] for group in groups]
+    np.testing.assert_allclose(values[1], values[0], rtol=2**-8)
+    assert not np.array_equal(values[0], values[1])
+
+
+def test_running_statistics_travel_with_the_parameters(tmp_path: Path) -> None:
+    """A network with batch normalisation, restored from its last snapshot, predicts in evaluation mode."""
+    config = tiny_config("experts.test_every=5")
+    network = config.network.model_copy(update={"norm": "batch"})  # no backbone, but an auxiliary network may be
+    config = config.model_copy(update={"network": network})
+    pipeline = Pipeline([tiny_config()], str(tmp_path))
+    dataset = pipeline._dataset(tiny_config())
+    worker = ExpertWorker(dataset, config.cluster)
+    list(worker.train(config, pipeline.store_uri, (0,)))
+    group = expert_group(pipeline.store_uri, config, dataset.name, dataset.fingerprint)
+    last = group.read_snapshot(0, 5)
+    module = build_network(network_spec(config, dataset.channels, dataset.size, dataset.classes), 1)
+    unflatten_into(module, torch.from_numpy(last.params))
+    unflatten_buffers_into(module, torch.from_numpy(last.buffers))
+    right = module.eval()(torch.from_numpy(dataset.test_images)).argmax(1).numpy() == dataset.test_labels
+    assert right.mean() == pytest.approx(last.test_accuracy)
+    assert not np.array_equal(last.buffers, group.read_snapshot(0, 0).buffers)
+
+
+def test_a_full_disk_is_waited_for_and_then_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A note says why nothing happens; when room comes the expert is finished, and when none comes it is refused."""
+    monkeypatch.setattr(expert_progress, "ROOM_INTERVAL", 0.0)
+    full, roomy = SimpleNamespace(free=10**6), SimpleNamespace(free=10**12)
+    answers = iter([full, full])
+    monkeypatch.setattr(expert_progress.shutil, "disk_usage", lambda _: next(answers, roomy))
+    events = train(tiny_config(), tmp_path / "roomy")
+    assert next(event.text for event in events if isinstance(event, Note)).endswith("waiting until there is room")
+    assert isinstance(events[-1], Finished)
+    monkeypatch.setattr(expert_progress.shutil, "disk_usage", lambda _: full)
+    with pytest.raises(StoreError, match="has no room for"):
+        train(tiny_config(), tmp_path / "full")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_actors_cost_no_expert_and_no_bit(ray_cluster: Any, tmp_path: Path) -> None:
+    """Twenty experts, actors killed at random moments (DATM_RAY_KILLS of them); finished ones are not touched again."""
+    from datm_ray.runtime.ray_executor import RayExecutor
+
+    wanted, rng = int(os.environ.get("DATM_RAY_KILLS", "4")), random.Random(0)
+    config = tiny_config("experts.count=20", "experts.epochs=30", "cluster.retries=50", *RICH)
+    kills: list[int] = []
+    finished: dict[str, int] = {}
+    lost: list[str] = []
+
+    class Murderous(RayExecutor):
+        def run(self, *arguments: Any) -> Iterator[tuple[Any, Event]]:
+            for task, event in super().run(*arguments):
+                if isinstance(event, Progress) and len(kills) < wanted and rng.random() < wanted / 400:
+                    kills.append(actor_processes()[rng.randrange(len(actor_processes()))])
+                    os.kill(kills[-1], signal.SIGKILL)
+                if isinstance(event, Lost):
+                    lost.append(event.reason)
+                for file in (tmp_path / "killed").rglob("expert-*.arrow"):
+                    assert finished.setdefault(file.name, file.stat().st_mtime_ns) == file.stat().st_mtime_ns
+                yield task, event
+
+    Pipeline([config], str(tmp_path / "killed")).train_experts(lambda: Murderous(config.cluster), Reporter(quiet=True))
+    Pipeline([config], str(tmp_path / "whole")).train_experts(
+        lambda: SerialExecutor(ClusterConfig()), Reporter(quiet=True)
+    )
+    assert len(kills) == wanted
+    assert lost
+    groups = [worker_of(config, tmp_path / name)[1] for name in ("killed", "whole")]
+    assert groups[0].experts() == list(range(20))
+    assert [content(groups[0], expert) for expert in range(20)] == [content(groups[1], expert) for expert in range(20)]

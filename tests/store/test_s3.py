@@ -1,0 +1,230 @@
+"""The trajectory store on S3: the contract, and what a network adds. Needs moto; nothing leaves this machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from datm_ray import cli
+from datm_ray.config import to_yaml
+from datm_ray.store.filesystem import AlreadyExistsError, open_location
+from datm_ray.store.trajectories import ExpertGroup, Snapshot, TrajectoryStore
+from tests.conftest import tiny_config
+from tests.store.contract import KEY, TrajectoryStoreContract, assert_same, make_info, make_snapshots
+from tests.store.proxy import BUSY, FAULTS, LOST_ANSWER, LOST_REQUEST, every_fifth
+
+pytestmark = pytest.mark.s3
+
+
+def group_of(bucket: str) -> ExpertGroup:
+    return TrajectoryStore(f"s3://{bucket}/store").group(KEY.dataset, KEY.architecture, KEY.fingerprint)
+
+
+def first(method: str, fault: str) -> Callable[[str, str], str | None]:
+    """Fails the first request of a method, in one way."""
+    open_: list[str] = [fault]
+    return lambda given, path: open_.pop() if given == method and open_ else None
+
+
+@pytest.fixture
+def datm_ray(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Runs the command line in this process: (exit code, stderr)."""
+
+    def call(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["datm-ray", *arguments])
+        try:
+            cli.main()
+        except SystemExit as stop:
+            return int(stop.code or 0), capsys.readouterr().err
+        return 0, capsys.readouterr().err
+
+    return call
+
+
+class TestS3(TrajectoryStoreContract):
+    @pytest.fixture
+    def uri(self, bucket: str) -> str:
+        return f"s3://{bucket}/store"
+
+
+def test_the_environment_configures_s3_as_it_does_for_s3fs(bucket, s3_server, monkeypatch, tmp_path):
+    """Endpoint and credentials may come from AWS_ENDPOINT_URL_S3, a profile, or arguments of s3fs's in FSSPEC_S3_*."""
+    (open_location(f"s3://{bucket}") / "file").write_text("found")
+    (tmp_path / "config").write_text(
+        f"[profile mine]\nendpoint_url = {s3_server}\nregion = us-east-1\n"
+        "aws_access_key_id = testing\naws_secret_access_key = testing\n"
+    )
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    bare = {name: value for name, value in os.environ.items() if name[:11] not in ("AWS_ACCESS_", "AWS_SECRET_")}
+    for environment in (
+        {**os.environ, "AWS_ENDPOINT_URL_S3": s3_server},
+        {**bare, "AWS_PROFILE": "mine", "AWS_CONFIG_FILE": str(tmp_path / "config")},
+        {**bare, "FSSPEC_S3_ENDPOINT_URL": s3_server, "FSSPEC_S3_KEY": "testing", "FSSPEC_S3_SECRET": "testing"},
+    ):
+        code = "import sys; from datm_ray.store.filesystem import open_location as o; print(o(sys.argv[1]).list())"
+        command = [sys.executable, "-c", code, f"s3://{bucket}"]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert result.stdout == "['file']\n", result.stderr
+
+
+def test_a_whole_bucket_can_be_a_store(bucket):
+    """The URI needs no folder."""
+    group = TrajectoryStore(f"s3://{bucket}").group(KEY.dataset, KEY.architecture, KEY.fingerprint)
+    group.write_expert(0, make_snapshots(make_info()), make_info())
+    assert TrajectoryStore(f"s3://{bucket}").groups() == [KEY]
+
+
+def test_a_pair_costs_two_snapshots_on_the_wire(bucket, s3_proxy):
+    """After the footer was read once, two epochs cost two requests and at most a twentieth more than their bytes."""
+    info = replace(make_info(), parameter_names=("w",), parameter_shapes=((50_000,),), epochs=(0, 1, 2, 3))
+    group = group_of(bucket)
+    group.write_expert(0, [Snapshot(epoch, 0, 0.0, 0.0, np.ones(50_000, np.float32)) for epoch in range(4)], info)
+    group.read_info(0)
+    del s3_proxy.exchanges[:]
+    group.read_params(0, [1, 3])
+    assert [exchange.method for exchange in s3_proxy.exchanges] == ["GET", "GET"]
+    sent = sum(exchange.sent for exchange in s3_proxy.exchanges)
+    assert 2 * 200_000 < sent <= 1.05 * 2 * 200_000
+
+
+def test_a_server_that_fails_every_fifth_request_is_put_up_with(bucket, s3_proxy):
+    """Whether it answers 503, drops the request or drops the answer: all is written once and read as written."""
+    s3_proxy.plan = every_fifth(seed=0)
+    group = group_of(bucket)
+    for expert in range(4):
+        info = make_info(expert)
+        assert group.write_expert(expert, make_snapshots(info), info)
+        assert not group.write_expert(expert, make_snapshots(info, seed=1), info)
+    assert group.experts() == [0, 1, 2, 3]
+    for expert in range(4):
+        for expected in make_snapshots(make_info(expert)):
+            assert_same(group.read_snapshot(expert, expected.epoch), expected)
+    assert set(s3_proxy.faults) == set(FAULTS)
+
+
+@pytest.mark.slow
+def test_a_run_over_a_failing_server_completes(bucket, s3_proxy, datm_ray, monkeypatch, tmp_path):
+    """Experts to report, all on S3, every fifth request failing: the exit code is 0 and every expert is whole."""
+    monkeypatch.setattr("botocore.retryhandler.delay_exponential", lambda *_, **__: 0.05)  # instead of seconds
+    s3_proxy.plan = every_fifth(seed=1)
+    config = tiny_config("distill.iterations=4", "distill.validate_every=4", "evaluate.seeds=1")
+    (tmp_path / "tiny.yaml").write_text(to_yaml(config))
+    out = f"s3://{bucket}/runs"
+    code, err = datm_ray("run", str(tmp_path / "tiny.yaml"), "--executor", "serial", "--out", out)
+    assert code == 0, err
+    assert {"report.html", "tiny"} <= set(open_location(out).list())
+    (key,) = TrajectoryStore(f"{out}/experts").groups()
+    group = TrajectoryStore(f"{out}/experts").group(key.dataset, key.architecture, key.fingerprint)
+    assert [group.verify(expert).expert for expert in group.experts()] == [0, 1]
+    assert set(s3_proxy.faults) == set(FAULTS)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("replace_", [True, False])
+def test_an_upload_that_fails_once_is_sent_again(bucket, s3_proxy, fault, replace_):
+    """An upload whose answer was lost is not mistaken for another writer's, although the file is there by then."""
+    s3_proxy.plan = first("PUT", fault)
+    file = open_location(f"s3://{bucket}/file")
+    with file.create(replace=replace_) as draft:
+        draft.write(b"content")
+    assert s3_proxy.faults == {fault: 1}
+    assert file.read_bytes() == b"content"
+
+
+@pytest.mark.parametrize("content", [b"another", b"content"])
+def test_a_lost_answer_does_not_hide_that_another_writer_came_first(bucket, s3_proxy, content):
+    """Not even where the other one wrote the same bytes: who wrote is told by a mark, not by content."""
+    file = open_location(f"s3://{bucket}/file")
+
+    def overtaken() -> None:
+        with file.create(replace=False) as draft:
+            draft.write(b"content")
+            file.write_atomic(content)
+            s3_proxy.plan = first("PUT", LOST_ANSWER)
+
+    with pytest.raises(AlreadyExistsError):
+        overtaken()
+    assert s3_proxy.faults == {LOST_ANSWER: 1}
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_upload_in_parts_is_whole_or_absent(bucket, s3_proxy, fault, monkeypatch):
+    """A file sent in several parts is put together once, even where the answer to that is lost."""
+    file = open_location(f"s3://{bucket}/file")
+    pipe_file = file.fs.pipe_file
+    monkeypatch.setattr(file.fs, "pipe_file", lambda *given, **named: pipe_file(*given, chunksize=2**23, **named))
+    content = np.random.default_rng(0).bytes(2**24 + 5)
+
+    def at_the_end(method: str, path: str) -> str | None:
+        return fault if method == "POST" and "uploadId" in path and not s3_proxy.faults else None
+
+    s3_proxy.plan = at_the_end
+    with file.create(replace=False) as draft:
+        draft.write(content)
+    assert s3_proxy.faults == {fault: 1}
+    assert file.read_bytes() == content
+    with pytest.raises(AlreadyExistsError), file.create(replace=False) as draft:
+        draft.write(bytes(len(content)))
+    assert file.read_bytes() == content
+
+
+def test_a_read_that_breaks_off_is_repeated(bucket, s3_proxy):
+    """Each fault in the middle of a read costs nothing but time."""
+    group = group_of(bucket)
+    info, snapshots = make_info(), make_snapshots(make_info())
+    group.write_expert(0, snapshots, info)
+    for fault in (BUSY, LOST_REQUEST):
+        s3_proxy.plan = first("GET", fault)
+        assert_same(group.read_snapshot(0, 4), snapshots[2])
+    assert s3_proxy.faults == {BUSY: 1, LOST_REQUEST: 1}
+
+
+def assert_one_line(result: tuple[int, str], words: str) -> None:
+    code, err = result
+    assert code == 2
+    assert len(err.splitlines()) == 1, err
+    assert words in err
+
+
+def commands(uri: str) -> Iterator[list[str]]:
+    yield ["store", "ls", uri]
+    yield ["experts", "digits-ipc1", "--executor", "serial", "--store", uri]
+
+
+def test_a_wrong_bucket_is_one_line(bucket, datm_ray):
+    """Neither looking nor training goes on with a bucket that is not there."""
+    for command in commands(f"s3://no-{bucket}/store"):
+        assert_one_line(datm_ray(*command), "The bucket does not exist. Check its spelling")
+
+
+def test_no_network_is_one_line(s3_environment, datm_ray, monkeypatch):
+    """A server that does not answer is given up after the attempts that botocore is told to make."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # taken, so that nobody listens there
+        s3_environment(f"http://127.0.0.1:{unused.getsockname()[1]}")
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        for command in commands("s3://bucket/store"):
+            assert_one_line(datm_ray(*command), "The server does not answer (Could not connect to the endpoint URL")
+
+
+def test_missing_credentials_are_one_line(bucket, datm_ray, monkeypatch):
+    """Without credentials nothing is asked of the server, and the variables to set are named."""
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    for command in commands(f"s3://{bucket}/store"):
+        assert_one_line(datm_ray(*command), "No credentials were found. Set AWS_ACCESS_KEY_ID")
+
+
+def test_wrong_credentials_are_one_line(bucket, datm_ray, monkeypatch):
+    """Access that the server denies is not taken for an empty store."""
+    monkeypatch.setattr("moto.settings.INITIAL_NO_AUTH_ACTION_COUNT", 0.0)  # from now on it looks at credentials
+    for command in commands(f"s3://{bucket}/store"):
+        assert_one_line(datm_ray(*command), "Access is denied")

@@ -1,0 +1,314 @@
+"""`datm-ray store`: what is in a store, whether it is whole, deleting, and replay buffers in and out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from datm_ray import cli
+from datm_ray.config import to_yaml
+from datm_ray.core import networks
+from datm_ray.core.networks import build_network
+from datm_ray.core.parameters import unflatten_into
+from datm_ray.runtime.experts import network_spec
+from datm_ray.store.trajectories import ExpertGroup, GroupKey, Snapshot, TrajectoryInfo, TrajectoryStore
+from tests.conftest import tiny_config
+
+CommandLine = Callable[..., tuple[int, str, str]]
+KEY = GroupKey("digits", "convnet", "a1b2")
+EPOCHS = 5  # of the tiny recipe
+
+
+@pytest.fixture
+def datm_ray(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> CommandLine:
+    """Runs the command line in this process, in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DATM_RAY_DEBUG", raising=False)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["datm-ray", *arguments])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> ExpertGroup:
+    """Three experts of 1000 parameters, epochs 0 to 2 and 9, in the store "experts"."""
+    group = TrajectoryStore(str(tmp_path / "experts")).group(*str(KEY).split("/"))
+    info = TrajectoryInfo(
+        dataset=KEY.dataset,
+        dataset_fingerprint="d1",
+        architecture=KEY.architecture,
+        recipe={"network": {"width": 4}, "experts": {"epochs": 9}},
+        fingerprint=KEY.fingerprint,
+        seed=0,
+        expert=0,
+        parameter_names=("w", "b"),
+        parameter_shapes=((99, 10), (10,)),
+        epochs=(0, 1, 2, 9),
+        storage="bfloat16",
+    )
+    for expert in range(3):
+        vectors = np.random.default_rng(expert).standard_normal((4, 1000)).astype(np.float32)
+        snapshots = [Snapshot(epoch, epoch, 0.5, 0.9, row) for epoch, row in zip(info.epochs, vectors, strict=True)]
+        group.write_expert(expert, snapshots, replace(info, expert=expert))
+    group.write_transform({"mean": np.zeros(3, np.float32)}, {"kind": "standard"})
+    return group
+
+
+def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
+    code, _, err = result
+    assert code == 2
+    assert err.startswith("datm-ray: ")
+    assert len(err.splitlines()) == 1, err
+    for word in words:
+        assert word in err
+
+
+def test_ls_and_show_say_what_is_kept(datm_ray: CommandLine, group: ExpertGroup) -> None:
+    """Number and size of the experts, epochs with their gaps, storage."""
+    _, out, _ = datm_ray("store", "ls", "experts")
+    kibibytes = sum(group.size(expert) for expert in range(3)) / 1024
+    assert out == f"{KEY}  3 expert(s), epochs 0-2, 9, bfloat16, {kibibytes:.1f} KiB\n"
+    _, out, _ = datm_ray("store", "show", "experts")
+    assert "parameters 1,000   bfloat16   format 2" in out
+    assert f"expert     2: epochs 0-2, 9, final train loss 0.5000, {group.size(2) / 1024:.1f} KiB" in out
+
+
+def test_verify_names_every_damaged_file(datm_ray: CommandLine, group: ExpertGroup, tmp_path: Path) -> None:
+    """It goes on after the first, and ends with exit code 2 and one line."""
+    folder = tmp_path / "experts" / str(KEY)
+    for name in ("expert-00000.arrow", "expert-00002.arrow", "transform.arrow"):
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / name).write_bytes(content)
+    code, out, err = datm_ray("store", "verify", "experts")
+    assert_one_line((code, out, err), "3 of the files in experts are damaged", "expert-00000.arrow", "store rm")
+    assert [line.partition(" is damaged")[0].rpartition("/")[2] for line in out.splitlines()] == [
+        "expert-00000.arrow",
+        "expert-00002.arrow",
+        "transform.arrow",
+    ]
+    assert datm_ray("store", "ls", "experts")[0] == 0
+
+
+def test_verify_sums_up_what_is_whole(datm_ray: CommandLine, group: ExpertGroup) -> None:
+    """Exit code 0, number and size."""
+    code, out, _ = datm_ray("store", "verify", "experts")
+    assert code == 0
+    assert out.startswith("3 expert(s) are whole, ")
+
+
+def test_rm_deletes_nothing_without_yes(datm_ray: CommandLine, group: ExpertGroup) -> None:
+    """It says what it would delete, and exits with 0."""
+    code, out, _ = datm_ray("store", "rm", "experts", str(KEY), "--expert", "1")
+    assert code == 0
+    assert out.startswith(f"Would delete 1 expert(s) of {group.location.uri}, ")
+    assert group.experts() == [0, 1, 2]
+
+
+def test_rm_deletes_single_experts_or_all(datm_ray: CommandLine, group: ExpertGroup, tmp_path: Path) -> None:
+    """Those named, the others stay; without names the whole group, its transform included, damaged or not."""
+    assert datm_ray("store", "rm", "experts", str(KEY), "--expert", "0", "--expert", "2", "--yes")[0] == 0
+    assert group.experts() == [1]
+    assert group.has_transform()
+    (tmp_path / "experts" / str(KEY) / "expert-00001.arrow").write_bytes(b"damaged")
+    code, out, _ = datm_ray("store", "rm", "experts", str(KEY), "--yes")
+    assert (code, out.split(",")[0]) == (0, f"Deleted 1 expert(s) of {group.location.uri} and their transform")
+    assert [path for path in (tmp_path / "experts").rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["digits/convnet/none"], f"experts has no group digits/convnet/none. It has {KEY}"),
+        ([str(KEY), "--expert", "7"], "has no expert 7"),
+    ],
+)
+def test_rm_of_what_is_not_there_is_one_line(
+    datm_ray: CommandLine, group: ExpertGroup, arguments: list[str], words: str
+) -> None:
+    """Nothing is deleted then."""
+    assert_one_line(datm_ray("store", "rm", "experts", *arguments, "--expert", "0", "--yes"), words)
+    assert group.experts() == [0, 1, 2]
+
+
+class PublishedConvNet(nn.Module):
+    """A ConvNet with its modules made in the order of the MTT family: blocks first, then the classifier."""
+
+    def __init__(self, width: int, depth: int, size: int, classes: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for block in range(depth):
+            layers += [
+                nn.Conv2d(width if block else 1, width, kernel_size=3, padding=1),
+                nn.GroupNorm(width, width, affine=True),
+                nn.ReLU(inplace=True),
+                nn.AvgPool2d(kernel_size=2, stride=2),
+            ]
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(width * (size // 2**depth) ** 2, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.features(images).flatten(1))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    (tmp_path / "tiny.yaml").write_text(to_yaml(tiny_config("experts.count=3")))
+    return str(tmp_path / "tiny.yaml")
+
+
+def published_network(seed: int) -> PublishedConvNet:
+    """The tiny recipe's network, with random scales and shifts too."""
+    network = tiny_config().network
+    torch.manual_seed(seed)
+    module = PublishedConvNet(network.width, network.depth, 8, 10)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    return module
+
+
+def trajectory(seed: int, epochs: int = EPOCHS) -> list[list[Tensor]]:
+    """Snapshots of random networks, as published code stores them."""
+    return [
+        [parameter.detach().clone() for parameter in published_network(100 * seed + epoch).parameters()]
+        for epoch in range(epochs + 1)
+    ]
+
+
+def imported_group(store: str) -> ExpertGroup:
+    (key,) = TrajectoryStore(store).groups()
+    return TrajectoryStore(store).group(key.dataset, key.architecture, key.fingerprint)
+
+
+def test_imported_experts_are_the_networks_they_were(datm_ray: CommandLine, recipe: str) -> None:
+    """An imported snapshot computes what the published network with these parameters computes."""
+    torch.save([trajectory(1), trajectory(2)], "replay_buffer_0.pt")
+    code, out, err = datm_ray("store", "import", "replay_buffer_0.pt", "--recipe", recipe, "--store", "s")
+    assert code == 0, err
+    group = imported_group("s")
+    assert group.experts() == [0, 1]
+    assert out.splitlines()[0] == f"{group.key} expert 0"
+    network = build_network(network_spec(tiny_config(), 1, (8, 8), 10), seed=0)
+    images = torch.randn(4, 1, 8, 8)
+    for expert in (0, 1):
+        for epoch in group.read_info(expert).epochs:
+            unflatten_into(network, torch.from_numpy(group.read_params(expert, [epoch])[0]))
+            expected = published_network(100 * (expert + 1) + epoch)(images)
+            torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_imported_experts_say_that_they_were(datm_ray: CommandLine, recipe: str) -> None:
+    """File and position stand in the recipe of the info, and the recipe's transform lies beside them."""
+    torch.save([trajectory(1)], "replay_buffer_0.pt")
+    datm_ray("store", "import", "replay_buffer_0.pt", "--recipe", recipe, "--store", "s")
+    group = imported_group("s")
+    imported = group.read_info(0).recipe["imported"]
+    assert (imported["file"], imported["position"]) == ("replay_buffer_0.pt", 0)
+    assert group.read_info(0).epochs == tiny_config().kept_epochs
+    assert group.read_transform().metadata["kind"] == tiny_config().dataset.normalisation
+    shown = datm_ray("store", "show", "s")[1]
+    assert "imported: " in shown
+    assert datm_ray("store", "verify", "s")[0] == 0
+
+
+def test_an_import_can_be_repeated_and_continued(datm_ray: CommandLine, recipe: str) -> None:
+    """What is there already is found by its content, wherever it lies now; the rest gets the next numbers."""
+    torch.save([trajectory(1)], "a.pt")
+    torch.save([trajectory(2), trajectory(1), trajectory(3)], "b.pt")
+    datm_ray("store", "import", "a.pt", "--recipe", recipe, "--store", "s")
+    for _ in range(2):
+        code, out, _ = datm_ray("store", "import", "a.pt", "b.pt", "--recipe", recipe, "--store", "s")
+        assert code == 0
+    group = imported_group("s")
+    assert group.experts() == [0, 1, 2]
+    assert out.count("was there already") == 4
+
+
+def test_export_and_import_are_inverse(datm_ray: CommandLine, recipe: str) -> None:
+    """Exported files hold the trajectories that were imported, so many to a file."""
+    trajectories = [trajectory(1), trajectory(2), trajectory(3)]
+    torch.save(trajectories, "in.pt")
+    whole = ["--recipe", recipe, "--store", "s", "--set", f"experts.keep_epochs={EPOCHS}"]
+    assert datm_ray("store", "import", "in.pt", *whole)[0] == 0
+    key = str(imported_group("s").key)
+    code, out, _ = datm_ray("store", "export", "s", key, "--out", "out", "--per-file", "2")
+    assert (code, out) == (0, "Wrote 2 file(s) to out\n")
+    found = [each for number in range(2) for each in torch.load(f"out/replay_buffer_{number}.pt", weights_only=True)]
+    assert len(found) == 3
+    for one, other in zip(found, trajectories, strict=True):
+        for left, right in zip(one, other, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def test_export_says_which_epochs_have_no_place(datm_ray: CommandLine, group: ExpertGroup) -> None:
+    """A position in a buffer is an epoch, so what comes after a gap is left out, and named."""
+    code, out, _ = datm_ray("store", "export", "experts", str(KEY), "--out", "out")
+    assert code == 0
+    assert "Without epoch(s) 9, which come after a gap" in out
+    found = torch.load("out/replay_buffer_0.pt", weights_only=True)
+    assert [len(each) for each in found] == [3, 3, 3]
+    assert [tuple(tensor.shape) for tensor in found[0][0]] == [(99, 10), (10,)]
+
+
+UNFIT = {
+    "too short": (lambda: [trajectory(1, epochs=3)], [], "It ends after 3 epochs, and experts.epochs is 5"),
+    "another width": (
+        lambda: [trajectory(1)],
+        ["--set", "network.width=8"],
+        "features.0.weight is [4, 1, 3, 3] in epoch 0, and [8, 1, 3, 3] in the recipe's network",
+    ),
+    "another depth": (lambda: [trajectory(1)], ["--set", "network.depth=1"], "tensors, the recipe's network 6"),
+    "no trajectories": (lambda: {"weights": torch.zeros(3)}, [], "It holds something else than trajectories"),
+    "code": (lambda: [[[print]]], [], "It cannot be read as tensors"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_file_that_does_not_fit_is_one_line(case: str, datm_ray: CommandLine, recipe: str, tmp_path: Path) -> None:
+    """What differs is said, nothing is executed, and nothing is stored."""
+    content, changes, words = UNFIT[case]
+    torch.save(content(), "buffer.pt")
+    arguments = ["store", "import", "buffer.pt", "--recipe", recipe, "--store", "s", *changes]
+    assert_one_line(datm_ray(*arguments), "buffer.pt", words)
+    assert not (tmp_path / "s").exists()
+
+
+def test_an_expert_with_batch_norms_is_not_imported(
+    datm_ray: CommandLine, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replay buffer lacks the running statistics, without which the network is another one."""
+    batch_norm = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 10))
+    monkeypatch.setitem(networks._BUILDERS, "batch-norm", lambda spec: batch_norm)
+    torch.save([[[parameter.detach() for parameter in batch_norm.parameters()]] * (EPOCHS + 1)], "buffer.pt")
+    arguments = ["--recipe", recipe, "--store", "s", "--set", "network.architecture=batch-norm"]
+    result = datm_ray("store", "import", "buffer.pt", *arguments)
+    assert_one_line(result, "running statistics are in no replay buffer")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and then nothing", b"not a file of tensors"])
+def test_a_file_that_is_no_buffer_is_one_line(content: bytes, datm_ray: CommandLine, recipe: str) -> None:
+    """Damaged and foreign files are named."""
+    Path("buffer.pt").write_bytes(content)
+    result = datm_ray("store", "import", "buffer.pt", "--recipe", recipe, "--store", "s")
+    assert_one_line(result, "buffer.pt is no replay buffer")
+
+
+def test_a_missing_buffer_is_one_line(datm_ray: CommandLine, recipe: str) -> None:
+    """The file is named."""
+    assert_one_line(datm_ray("store", "import", "absent.pt", "--recipe", recipe, "--store", "s"), "absent.pt")
