@@ -69,7 +69,7 @@ BAD_INPUT = {
     "ipc beyond class": (["run", "digits-ipc1", "--set", "distill.ipc=5000"], "lower distill.ipc"),
     "batch norm backbone": (["run", "digits-ipc1", "--set", "network.norm=batch"], "network.norm=instance"),
     "too deep": (["run", "digits-ipc1", "--set", "network.depth=9"], "depth of at most"),
-    "unknown network": (["run", "digits-ipc1", "--set", "network.architecture=resnet"], "choose one of: alexnet, convnet"),
+    "unknown network": (["run", "digits-ipc1", "--set", "network.architecture=resnet"], "choose one of: alexnet"),
     "unknown augmentation": (["run", "digits-ipc1", "--set", "distill.augmentation=blur"], "no operation"),
     "missing data": (
         ["run", "digits-ipc1", "--set", "dataset.source=folder", "--set", "dataset.path=absent"],
