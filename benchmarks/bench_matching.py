@@ -268,6 +268,7 @@ def child(request: dict[str, Any]) -> None:
     method = Method(shape=shape, **request["method"])
     answers, sys.stdout = sys.stdout, sys.stderr
     torch.set_num_threads(method.threads)
+    torch.backends.cudnn.allow_tf32 = False  # torch's default would round the other methods' convolutions
     if method.device == "cpu":  # fail alone and not take the machine along
         limit = int(0.9 * available_memory()) + status("VmData")
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -486,6 +487,8 @@ def main() -> None:
     out = arguments.out or (None if arguments.quick else Path(__file__).parent / "results")
     path = out / f"matching_{file_name}_{date.today():%Y%m}" if out else None
     kept: list[list[dict[str, Any]]] = []
+    if arguments.only is not None and not (path and path.with_suffix(".json").exists()):
+        parser.error("--only measures one row of a result that is there already, of this month and machine")
     if path and arguments.only is not None:
         earlier = json.loads(path.with_suffix(".json").read_text())
         kept, facts["command"] = earlier["rows"], f"{earlier['command']}; {facts['command']}"

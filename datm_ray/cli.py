@@ -100,11 +100,13 @@ def run(
 @app.command()
 def plan(recipes: Recipes, set_: Set = None, memory: Memory = None) -> None:
     """What distilling takes, before anything starts: memory of a worker, size of its micro-batches, work, traffic."""
-    from datm_ray.runtime.plan import Layout, data_shape, distillation_plan
+    from datm_ray.runtime.executor import require_precision
+    from datm_ray.runtime.plan import Layout, data_shape, distillation_plan, uses_gpu
 
     configs = [_config(name, _with_memory(set_, memory)) for name in recipes]
     wanted = sum(config.workers_per_set for config in configs)  # a run distils its recipes side by side
     for config in configs:
+        require_precision(config.cluster, uses_gpu(config))
         shape, layout = data_shape(config.dataset), Layout.of(config, wanted)
         for backbone in range(len(config.weights)):
             planned = distillation_plan(
@@ -375,7 +377,7 @@ def _prepare(
     from datm_ray.runtime.create import create_executor
 
     elsewhere = bool(address or os.environ.get("RAY_ADDRESS"))
-    pipeline = Pipeline(configs, out, store, elsewhere=elsewhere)
+    pipeline = Pipeline(configs, out, store, elsewhere=elsewhere, alone=executor == "serial")
     return pipeline, lambda: create_executor(executor, configs[0].cluster, address)
 
 

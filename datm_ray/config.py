@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -185,7 +186,7 @@ class ClusterConfig(Section):
     """What one distilling worker may take, e.g. 8GiB; none takes what the device has free."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """Of the student step's products; tf32 and bfloat16 need a GPU."""
-    peer_timeout: Positive = 300.0
+    peer_timeout: Annotated[float, Field(ge=0.1, le=86_400)] = 300.0
     """Seconds after which a worker that others wait for counts as lost."""
     retries: Annotated[int, Field(ge=0)] = 3
     """How often a task is given to a new worker after its worker died."""
@@ -222,7 +223,8 @@ def parse_bytes(text: str) -> int:
     if match:
         number, prefix, binary, short = match.groups()
         power = " kmgt".index((prefix or short or " ").lower())
-        size = int(float(number) * (1024 if binary else 1000) ** power)
+        value = float(number) * (1024 if binary else 1000) ** power
+        size = int(value) if math.isfinite(value) else 0
     if size < 1:
         raise ConfigError(f"{text!r} is no size of memory", remedy="write it like 8GiB, 512MiB or 6GB")
     return size
@@ -277,6 +279,8 @@ class RunConfig(Section):
                     f"{key}.norm is 'batch', whose statistics couple the images of a batch, so the network cannot be "
                     f"matched; use {key}.norm=instance"
                 )
+        if self.cluster.backbones_apart and not self.backbones:
+            raise ValueError("cluster.backbones_apart is set, but the recipe has no further network under backbones")
         if self.cluster.workers is not None and self.workers_per_set > self.cluster.workers:
             raise ValueError(
                 f"one set takes {self.workers_per_set} workers at once (cluster.shards, times the networks if "

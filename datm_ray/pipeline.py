@@ -56,7 +56,13 @@ class Pipeline:
     """
 
     def __init__(
-        self, configs: Sequence[RunConfig], out: str, store: str | None = None, *, elsewhere: bool = False
+        self,
+        configs: Sequence[RunConfig],
+        out: str,
+        store: str | None = None,
+        *,
+        elsewhere: bool = False,
+        alone: bool = False,
     ) -> None:
         """Check runs.
 
@@ -64,9 +70,10 @@ class Pipeline:
             out: output folder, a path or URI.
             store: trajectory store; none puts it into the output folder.
             elsewhere: whether the workers may run on other machines, whose memory is not this one's.
+            alone: whether one process will do all the work.
         """
         self.configs = list(configs)
-        self._elsewhere = elsewhere
+        self._elsewhere, self._alone = elsewhere, alone
         self.out = open_location(out)
         # Absolute, for workers resolve it too and may have another working directory.
         self.store_uri = open_location(store).uri if store else (self.out / "experts").uri
@@ -211,8 +218,8 @@ class Pipeline:
 
     def _layout(self, config: RunConfig, executor: Executor | None) -> Layout:
         """Who distils a set, among the others; where nothing runs yet, as far as it can be told from here."""
-        if executor is not None and config.workers_per_set > executor.workers:
-            return ALONE  # an executor of one process
+        if self._alone or (executor is not None and config.workers_per_set > executor.workers):
+            return ALONE
         wanted = sum(each.workers_per_set for each in self._unfinished())
         return Layout.of(config, wanted, executor.workers_per_machine if executor else None)
 

@@ -75,8 +75,9 @@ def _drop_zero_terms(graph: fx.Graph) -> None:
     the first layer, on its largest maps, that was 7 % of a reverse step.
     """
     zeros: set[fx.Node] = set()
+    written = {_owner(node) for node in graph.nodes if _writes(node)}
     for node in list(graph.nodes):
-        if _is_zero(node, zeros):
+        if _is_zero(node, zeros) and _owner(node) not in written:
             zeros.add(node)
         elif node.target is _ATEN.add.Tensor and not node.kwargs:
             for term, other in (node.args, node.args[::-1]):
@@ -98,6 +99,16 @@ def _is_needless_copy(node: fx.Node) -> bool:
         return False
     fresh = into.target is _ATEN._new_zeros_with_same_feature_meta.default
     return bool(fresh and _same_shape(node, source) and into.meta["val"].stride() == source.meta["val"].stride())
+
+
+def _owner(node: fx.Node) -> fx.Node:
+    """The node that made the memory which this one's value is a view of, or is written into."""
+    while isinstance(node.target, torch._ops.OpOverload) and isinstance(node.args[0] if node.args else None, fx.Node):
+        returned = node.target._schema.returns
+        if not returned or returned[0].alias_info is None:
+            break
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def _is_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:

@@ -29,7 +29,8 @@ from torch.func import grad, grad_and_value, jvp
 from datm_ray.core.compilation import compiled, compiler_problem, traced
 from datm_ray.core.instance_norm import InstanceNorm
 from datm_ray.core.networks import couples_samples
-from datm_ray.core.parameters import FlatNetwork
+from datm_ray.core.parameters import FlatNetwork, flatten
+from datm_ray.core.training import Pulse, no_pulse
 from datm_ray.errors import ConfigError
 
 Precision = Literal["float32", "tf32", "bfloat16"]
@@ -45,7 +46,8 @@ class StepOptions:
     compiled: bool = True
     """Compile where the machine can."""
     order: Order | None = None
-    """Of differentiation; none takes the faster one."""
+    """Of differentiation; none takes the faster one. Compiled, a network with a layer norm gets reverse-over-reverse
+    whatever this is."""
     channels_last: bool = True
     """Keep maps with their channels innermost, where the device computes convolutions faster that way."""
     precision: Precision = "float32"
@@ -74,8 +76,7 @@ class StudentStepFunctions:
         options = options or StepOptions()
         self.note = compiler_problem(network.device.type) if options.compiled else ""
         self._compiled = options.compiled and not self.note
-        forward_first = self._compiled and not _has_wrong_tangents(network.module)
-        default: Order = "reverse-over-forward" if forward_first else "reverse-over-reverse"
+        default: Order = "reverse-over-forward" if self._compiled else "reverse-over-reverse"
         self._order = options.order or default
         self._options = options
         if self._order == "reverse-over-forward":
@@ -100,6 +101,17 @@ class StudentStepFunctions:
         with _tf32_products(self._options.precision == "tf32", theta.device):
             return self._functions(theta, x, y)[1](theta, self.layout(x), y, weights, v)
 
+    def prepare(self, batch: int, image: tuple[int, int, int], classes: int, pulse: Pulse = no_pulse) -> None:
+        """Compile for so many images, which takes from seconds to minutes; `pulse` is called between the two."""
+        if not self._compiled:
+            return
+        theta = flatten(self.network.module)
+        x, y, weights = theta.new_zeros(batch, *image), theta.new_zeros(batch, classes), theta.new_zeros(batch)
+        self.forward(theta, x, y, weights)
+        pulse()
+        self.reverse(theta, x, y, weights, torch.zeros_like(theta))
+        pulse()
+
     def layout(self, x: Tensor) -> Tensor:
         """Images in the memory order that the functions want."""
         return x.contiguous(
@@ -114,7 +126,10 @@ class StudentStepFunctions:
             x = self.layout(theta.new_empty(batch, *image))
             y, weights = theta.new_empty(batch, classes), theta.new_empty(batch)
             arguments = (theta, x, y, weights)
-            return traced(self._gradient, *arguments), traced(self._reverse, *arguments, torch.empty_like(theta))
+            forward = traced(self._gradient, *arguments)
+            if _has_wrong_tangents(forward):
+                self._order = "reverse-over-reverse"
+            return forward, traced(self._reverse, *arguments, torch.empty_like(theta))
 
     def _functions(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Reversed]]:
         if not self._compiled:
@@ -169,10 +184,9 @@ def soft_cross_entropy(logits: Tensor, soft_labels: Tensor, weights: Tensor) -> 
     return (weights * per_sample).sum()
 
 
-def _has_wrong_tangents(module: nn.Module) -> bool:
-    """Whether torch differentiates the tangent of one of the layers wrongly, as it does nn.LayerNorm's, silently."""
-    norms = (type(part) for part in module.modules() if isinstance(part, nn.LayerNorm))
-    return any(kind.forward is nn.LayerNorm.forward for kind in norms)
+def _has_wrong_tangents(graph: fx.GraphModule) -> bool:
+    """Whether torch differentiates the tangent of an operation wrongly, as it does a layer norm's, and silently."""
+    return any(node.target is torch.ops.aten.native_layer_norm.default for node in graph.graph.nodes)
 
 
 @functools.cache

@@ -179,6 +179,7 @@ class _Run:
         for note in {backbone.functions.note for backbone in self._backbones} - {""}:
             yield Note(note)
         state = self._resume_or_start()
+        self._mesh.until_all_are_done(self._prepare)
         while state.iteration < settings.iterations:
             try:
                 records = self._iterate(state)
@@ -193,6 +194,12 @@ class _Run:
             yield Progress(state.iteration, settings.iterations, _shown(state, records))
         self._save_set(state.chosen or state.synthetic, SYNTHETIC)
         yield Finished({"skipped": state.skipped, "chosen_at": state.chosen_at})
+
+    def _prepare(self, pulse: Pulse) -> None:
+        """Compile, which takes one network's workers longer than another's."""
+        image = (self._dataset.channels, *self._dataset.size)
+        for backbone in self._backbones:
+            backbone.functions.prepare(backbone.chunk, image, self._dataset.classes, pulse)
 
     def _iterate(self, state: Distillation) -> list[IterationRecord]:
         origins = self._origins(state.iteration)

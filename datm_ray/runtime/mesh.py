@@ -310,7 +310,7 @@ def _peers_needed(rank: int, size: int) -> Generator[None, None, None]:
 def _first_line(failure: BaseException) -> str:
     """What torch says, without the place in its sources that it puts before."""
     lines = [re.sub(r"^\[[^\]]*\.(cc|cpp):\d+\] *", "", line.strip()) for line in str(failure).splitlines()]
-    return next((line.rstrip(".") for line in lines if line), type(failure).__name__)
+    return next((line.partition(". ")[0].rstrip(".") for line in lines if line), type(failure).__name__)
 
 
 @contextmanager

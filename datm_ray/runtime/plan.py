@@ -175,7 +175,7 @@ def distillation_plan(
     counts = [FlatNetwork(build_network(spec, seed=0)).count for spec in specs]
     parameters = counts[backbone]
     data_bytes = 4 * training_images * image[0] * image[1] * image[2]
-    on_gpu = _uses_gpu(config)
+    on_gpu = uses_gpu(config)
     budget = worker_budget(config, data_bytes, layout.sharing)
     images, batch = settings.ipc * classes, min(settings.batch_size, settings.ipc * classes)
     cost = _cost(specs[backbone], config.cluster.compile, config.cluster.precision)
@@ -208,7 +208,13 @@ def distillation_plan(
         network_bytes=4 * settings.student_steps * (2 * parameters + 1) if layout.shards > 1 else 0,
         store_bytes=STORED_BYTES[config.experts.storage] * config.experts.count * len(config.kept_epochs) * parameters,
     )
-    _require_fits(plan, shared=config.cluster.memory is None and layout.sharing > workers)
+
+    def total(shards: int) -> int:
+        held = {"images": settings.ipc * -(-classes // shards), "gathered": images if shards > 1 else 0}
+        return _footprint({**parts, **held}, image, classes, cost, chunk=1).total
+
+    enough = (shards for shards in range(layout.shards + 1, classes + 1) if total(shards) <= (budget or 0))
+    _require_fits(plan, next(enough, None), shared=config.cluster.memory is None and layout.sharing > workers)
     return plan
 
 
@@ -244,7 +250,7 @@ def worker_budget(config: RunConfig, data_bytes: int = 0, sharing: int = 1) -> i
     cluster = config.cluster
     if cluster.memory_bytes is not None:
         return cluster.memory_bytes
-    if _uses_gpu(config):
+    if uses_gpu(config):
         if not torch.cuda.is_available():
             return None
         share = cluster.gpus_per_worker if 0 < cluster.gpus_per_worker < 1 else 1.0
@@ -300,7 +306,8 @@ def show_bytes(size: float) -> str:
     return f"{size / _MIB:,.1f} MiB"
 
 
-def _uses_gpu(config: RunConfig) -> bool:
+def uses_gpu(config: RunConfig) -> bool:
+    """Whether the recipe's workers compute on GPUs, as far as can be told from here."""
     cluster = config.cluster
     return cluster.device != "cpu" and (
         torch.cuda.is_available() or cluster.device == "cuda" or cluster.gpus_per_worker > 0
@@ -333,31 +340,40 @@ def _footprint(
     return footprint(**parts, image=image, classes=classes, call=cost.bytes(chunk), chunk=chunk)
 
 
-RAISE = "raise --memory (cluster.memory)"
-REMEDIES = {
-    "process": ("the process itself", RAISE),
-    "synthetic": (
-        "its share of the synthetic set",
-        f"raise cluster.shards, which divides the set, or {RAISE}, or lower distill.ipc",
-    ),
-    "network": ("the network and sums of its gradients", f"{RAISE}, or lower network.width"),
-    "trace": ("the trace of the student's steps", f"lower distill.student_steps, or {RAISE}"),
-    "call": ("the smallest micro-batch", f"{RAISE}, or lower network.width or dataset.resize"),
-    "scoring": ("validation", f"{RAISE}, or lower network.width or dataset.resize"),
-    "gathered": ("the whole synthetic set, which one worker gathers for validation", f"{RAISE}, or lower distill.ipc"),
+WORDS = {
+    "process": "the process itself",
+    "synthetic": "its share of the synthetic set",
+    "network": "the network and sums of its gradients",
+    "trace": "the trace of the student's steps",
+    "call": "the smallest micro-batch",
+    "scoring": "validation",
+    "gathered": "the whole synthetic set, which one worker gathers for validation",
 }
-"""The part that takes most in words, and what to do about it."""
+LOWER = {
+    "synthetic": "distill.ipc",
+    "gathered": "distill.ipc",
+    "network": "network.width",
+    "trace": "distill.student_steps",
+    "call": "network.width or dataset.resize",
+    "scoring": "network.width or dataset.resize",
+}
+"""What makes a part smaller, beside more memory or more shards."""
 
 
-def _require_fits(plan: DistillationPlan, *, shared: bool) -> None:
+def _require_fits(plan: DistillationPlan, shards_that_fit: int | None, *, shared: bool) -> None:
     parts = plan.footprint
     if plan.budget is None or parts.total <= plan.budget:
         return
     largest = parts.largest_part
-    words, remedy = REMEDIES[largest]
-    fewer = "lower cluster.workers, so that fewer sets are distilled at a time, or " if shared else ""
+    remedies = [f"raise --memory (cluster.memory) to {show_bytes(1.01 * parts.total)}"]
+    if shards_that_fit is not None:
+        remedies.insert(0, f"use --set cluster.shards={shards_that_fit}, which divides the set")
+    if largest in LOWER:
+        remedies.append(f"lower {LOWER[largest]}")
+    if shared:
+        remedies.insert(0, "lower cluster.workers, so that fewer sets are distilled at a time")
     raise ConfigError(
         f"a worker that distils {plan.name} needs {show_bytes(parts.total)} and may take {show_bytes(plan.budget)}",
-        f"most of it, {show_bytes(getattr(parts, largest))}, is {words}",
-        fewer + remedy,
+        f"most of it, {show_bytes(getattr(parts, largest))}, is {WORDS[largest]}",
+        ", or ".join(remedies),
     )

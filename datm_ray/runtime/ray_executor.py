@@ -32,6 +32,9 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 CONNECT_TIMEOUT = 10.0
 """Seconds to wait for a cluster's head node to answer."""
+PLACEMENT_TIMEOUT = 60.0
+"""Seconds to wait for room for a crew, or cluster.peer_timeout where that is longer: dismissed workers take moments to
+give theirs back, and a cluster that grows on demand needs minutes."""
 CAUSE_TIMEOUT = 3.0
 """Seconds to wait for the reason why a worker lost its peers."""
 
@@ -178,13 +181,14 @@ class RayExecutor:
 
     def _require_place(self, crew: _Crew, size: int) -> None:
         """Wait for the cluster to have room for a crew; what was just dismissed takes moments to be given back."""
-        if crew.group.wait(timeout_seconds=self._cluster.peer_timeout):
+        patience = max(PLACEMENT_TIMEOUT, self._cluster.peer_timeout)
+        if crew.group.wait(timeout_seconds=patience):
             return
         _dismiss(crew)
         nodes = [node for node in ray.nodes() if node["Alive"]]
         fits = sum(_fitting(node["Resources"], self._cluster) for node in nodes)
         raise ClusterError(
-            f"no room for {size} workers at once came free in {self._cluster.peer_timeout:g} s; "
+            f"no room for {size} workers at once came free in {patience:g} s; "
             f"the cluster has {len(nodes)} node(s) with room for {fits}",
             "nodes were lost" if fits < size else "other jobs hold its CPUs or GPUs",
             f"give the same command again when there are nodes, it resumes; or with --set cluster.shards={max(1, fits)}"

@@ -211,8 +211,11 @@ def test_a_task_for_more_workers_than_there_are_is_refused(ray_cluster: Any) -> 
 
 
 @pytest.mark.ray
-def test_workers_for_whom_no_room_comes_free_are_not_waited_for_for_ever(ray_cluster: Any) -> None:
+def test_workers_for_whom_no_room_comes_free_are_not_waited_for_for_ever(
+    ray_cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another job holds one of the two CPUs."""
+    monkeypatch.setattr("datm_ray.runtime.ray_executor.PLACEMENT_TIMEOUT", 3.0)
     other = ray_cluster.remote(num_cpus=1)(_Idler).remote()
     ray_cluster.get(other.here.remote())
     try:
