@@ -28,7 +28,15 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from datm_ray.config import PUBLISHED_AUGMENTATION
 from datm_ray.core.augment import augment, draw_augmentation
-from datm_ray.core.experts import ExpertFunctions, ExpertSchedule, ExpertState, Gsam, train_experts
+from datm_ray.core.experts import (
+    CACHED_MAP_BYTES,
+    ExpertFunctions,
+    ExpertSchedule,
+    ExpertState,
+    Gsam,
+    largest_map,
+    train_experts,
+)
 from datm_ray.core.networks import NetworkSpec, build_network
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.training import predict_logits
@@ -134,7 +142,9 @@ def gsam_step(network: nn.Module, x: Tensor, y: Tensor, optimiser: torch.optim.O
 def our_epochs(shape: Shape, device: str, stacked: int, *, compile_: bool, test_pass: bool = False) -> Epochs:
     """`train_experts` for longer than anyone asks."""
     networks = [build_network(shape.spec, seed).to(device) for seed in range(stacked)]
-    functions = ExpertFunctions(networks[0], stacked=stacked, compile_=compile_)
+    image = (shape.spec.channels, *shape.spec.size)
+    chunk = max(1, CACHED_MAP_BYTES // (stacked * largest_map(networks[0], image))) if device == "cpu" else None
+    functions = ExpertFunctions(networks[0], stacked=stacked, compile_=compile_, chunk=chunk)
     gsam = Gsam(0.01, 0.3) if shape.gsam else None
     schedule = ExpertSchedule(10**6, shape.batch, 0.01, augmentation=shape.augmentation, gsam=gsam)
     images, labels = images_of(shape, shape.images, device)
@@ -219,10 +229,10 @@ def shapes(quick: bool, device: str) -> list[tuple[Shape, list[int]]]:
     images, test_images = (50_000, 10_000) if cuda else (2_560, 512)
     digits = Shape("digits, SGD", digits_spec, 1_221, 359, 32, "", 1, 40)
     return [
-        (digits, [1, 4, 8]),
+        (digits, [1, 6, 8]),
         (
             Shape("CIFAR, SGD", cifar_spec, images, test_images, 256, PUBLISHED_AUGMENTATION, cores, 100),
-            [1, 4, 16] if cuda else [1, 4],
+            [1, 4, 16] if cuda else [1],
         ),
         (
             Shape("CIFAR, GSAM", cifar_spec, images, test_images, 256, PUBLISHED_AUGMENTATION, cores, 100, gsam=True),

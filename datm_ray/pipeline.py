@@ -175,7 +175,9 @@ class Pipeline:
             group = self._group(config)
             done = set(group.experts())
             missing = [expert for expert in range(config.experts.count) if expert not in done]
-            for stack in stacks(missing, experts_at_a_time(config.cluster)):
+            raw = self._raw[config.dataset]
+            size = experts_at_a_time(config, (raw.channels, *raw.size), raw.classes)
+            for stack in stacks(missing, size):
                 last = min(stack[-1], config.experts.count - 1)
                 name = f"expert {stack[0]}" if last == stack[0] else f"experts {stack[0]}-{last}"
                 task = Task(f"{name} of {group.key}", (config, self.store_uri, stack))

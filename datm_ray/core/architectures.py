@@ -141,7 +141,7 @@ def resnet18(spec: NetworkSpec) -> SpatialNetwork:
         stride = 2 if width > inputs and side > 2 else 1
         layers += [_ResidualBlock(inputs, width, stride, spec.norm), _ResidualBlock(width, width, 1, spec.norm)]
         inputs, side = width, math.ceil(side / stride)
-    network = SpatialNetwork(nn.Sequential(*layers), _GlobalAverage(), nn.Linear(512, spec.classes))
+    network = SpatialNetwork(nn.Sequential(*layers), GlobalAverage(), nn.Linear(512, spec.classes))
     return _he_initialised(network)
 
 
@@ -184,7 +184,7 @@ def vgg11(spec: NetworkSpec) -> SpatialNetwork:
         for width in stage:
             layers += [nn.Conv2d(inputs, width, kernel_size=3, padding=1), _normalisation(spec.norm, width), nn.ReLU()]
             inputs = width
-    pooling = nn.Sequential(nn.MaxPool2d(2), _GlobalAverage())
+    pooling = nn.Sequential(nn.MaxPool2d(2), GlobalAverage())
     return _he_initialised(SpatialNetwork(nn.Sequential(*layers), pooling, nn.Linear(inputs, spec.classes)))
 
 
@@ -269,7 +269,7 @@ def vit_small(spec: NetworkSpec) -> SpatialNetwork:
         _LayerNorm(hidden),
         _TokenMaps(height, width),
     )
-    return SpatialNetwork(features, _GlobalAverage(), nn.Linear(hidden, spec.classes))
+    return SpatialNetwork(features, GlobalAverage(), nn.Linear(hidden, spec.classes))
 
 
 def _patch(height: int, width: int) -> int:
@@ -362,7 +362,7 @@ class _TokenMaps(nn.Module):
         return maps
 
 
-class _GlobalAverage(nn.Module):
+class GlobalAverage(nn.Module):
     """Maps [b c h w] to their means [b c]."""
 
     def forward(self, maps: Tensor) -> Tensor:

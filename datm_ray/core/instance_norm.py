@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import group_norm
 
 
 class InstanceNorm(nn.GroupNorm):
@@ -33,11 +34,16 @@ class InstanceNorm(nn.GroupNorm):
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps [b c h w] with mean 0 and variance 1 in each image and channel, scaled and shifted."""
-        if not self.explicit:
-            return super().forward(images)
-        wide = torch.promote_types(images.dtype, torch.float32)  # sums over a map are too long for bfloat16
-        y: Tensor = _Norm.apply(images.to(wide), self.weight.to(wide), self.bias.to(wide), self.eps)
-        return y.to(images.dtype)
+        return instance_norm(images, self.weight, self.bias, self.eps, explicit=self.explicit)
+
+
+def instance_norm(images: Tensor, weight: Tensor, bias: Tensor, eps: float, *, explicit: bool) -> Tensor:
+    """Maps [b c h w] with mean 0 and variance 1 in each image and channel, scaled and shifted by [c]; see the class."""
+    if not explicit:
+        return group_norm(images, len(weight), weight, bias, eps)
+    wide = torch.promote_types(images.dtype, torch.float32)  # sums over a map are too long for bfloat16
+    y: Tensor = _Norm.apply(images.to(wide), weight.to(wide), bias.to(wide), eps)
+    return y.to(images.dtype)
 
 
 def _mean(maps: Tensor) -> Tensor:

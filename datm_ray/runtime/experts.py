@@ -13,18 +13,26 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from datm_ray.config import ClusterConfig, ExpertConfig, RunConfig, expert_fingerprint
-from datm_ray.core.experts import ExpertFunctions, ExpertSchedule, ExpertState, Gsam, train_experts
+from datm_ray.core.experts import (
+    CACHED_MAP_BYTES,
+    LARGEST_STACK,
+    STACKED_MAP_BYTES,
+    ExpertFunctions,
+    ExpertSchedule,
+    ExpertState,
+    Gsam,
+    largest_map,
+    train_experts,
+)
 from datm_ray.core.networks import NetworkSpec, build_network
 from datm_ray.core.parameters import FlatNetwork, float_buffers, unflatten_buffers_into, unflatten_into
 from datm_ray.core.randomness import Purpose, derive_seed
+from datm_ray.core.stacked import can_be_stacked
 from datm_ray.core.training import accuracy
 from datm_ray.data.dataset import Dataset
 from datm_ray.runtime.executor import Event, Finished, Note, Progress, prepare_device, to_device
 from datm_ray.runtime.expert_progress import ExpertProgress
 from datm_ray.store.trajectories import ExpertGroup, TrajectoryInfo, TrajectoryStore
-
-STACK_ON_PROCESSORS, STACK_ON_GPU = 1, 8
-"""Experts of a stack where the user does not say."""
 
 
 def network_spec(config: RunConfig, channels: int, size: tuple[int, int], classes: int) -> NetworkSpec:
@@ -41,11 +49,18 @@ def expert_group(store_uri: str, config: RunConfig, dataset: str, dataset_finger
     return store.group(folder, config.network.architecture, fingerprint)
 
 
-def experts_at_a_time(cluster: ClusterConfig) -> int:
-    """Experts of a stack."""
+def experts_at_a_time(config: RunConfig, image: tuple[int, int, int], classes: int) -> int:
+    """Experts of a stack: as many as the user says, or as the device computes fastest."""
+    cluster = config.cluster
     if cluster.experts_at_a_time is not None:
         return cluster.experts_at_a_time
-    return STACK_ON_GPU if cluster.device == "cuda" or cluster.gpus_per_worker else STACK_ON_PROCESSORS
+    if cluster.device == "cuda" or cluster.gpus_per_worker:
+        return LARGEST_STACK
+    network = build_network(network_spec(config, image[0], image[1:], classes), seed=0)
+    if not can_be_stacked(network):
+        return 1
+    whole = config.experts.batch_size * largest_map(network, image)
+    return max(1, min(LARGEST_STACK, STACKED_MAP_BYTES // whole))
 
 
 def stacks(missing: Sequence[int], size: int) -> list[tuple[int, ...]]:
@@ -85,7 +100,9 @@ class ExpertWorker:
         spec = network_spec(config, dataset.channels, dataset.size, dataset.classes)
         seeds = [derive_seed(config.seed, Purpose.EXPERT, expert) for expert in experts]
         networks = [build_network(spec, seed).to(self._device) for seed in seeds]
-        functions = ExpertFunctions(networks[0], stacked=len(experts), compile_=self._compile)
+        functions = ExpertFunctions(
+            networks[0], stacked=len(experts), compile_=self._compile, chunk=self._chunk(networks[0], len(experts))
+        )
         if functions.note:
             yield Note(functions.note)
         progress = ExpertProgress(group, experts, config.kept_epochs)
@@ -101,6 +118,13 @@ class ExpertWorker:
         for expert in wanted:
             info = self._info(config, group, networks[0], seeds[experts.index(expert)], expert)
             group.write_expert(expert, progress.snapshots(expert), info)
+
+    def _chunk(self, network: torch.nn.Module, stacked: int) -> int | None:
+        """Images of a call whose maps stay in a processor's cache."""
+        if self._device.type != "cpu":
+            return None
+        image = (self._dataset.channels, *self._dataset.size)
+        return max(1, CACHED_MAP_BYTES // (stacked * largest_map(network, image)))
 
     def _accuracies(self, network: torch.nn.Module, state: ExpertState, settings: ExpertConfig) -> torch.Tensor | None:
         """[s] on the test set, in the epochs in which it is asked for."""

@@ -20,12 +20,14 @@ from datm_ray.core.experts import (
     ExpertState,
     Gsam,
     descent,
+    largest_map,
     perturbation,
     train_experts,
 )
 from datm_ray.core.networks import NetworkSpec, build_network
 from datm_ray.core.parameters import flatten, flatten_buffers
 from datm_ray.core.randomness import Purpose, generator
+from datm_ray.core.stacked import can_be_stacked
 
 COUNT, CLASSES = 22, 3
 SGD = ExpertSchedule(epochs=2, batch_size=8, learning_rate=0.05)
@@ -149,6 +151,37 @@ def test_a_stack_trains_each_expert_as_if_alone(schedule: ExpertSchedule, norm: 
         assert_close(together.parameters[place], alone.parameters[0], 1e-10)
         torch.testing.assert_close(together.buffers[place], alone.buffers[0], rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(torch.stack(losses)[:, place], torch.stack(own)[:, 0], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5, 8])
+def test_batches_in_parts_are_batches(chunk: int) -> None:
+    """Any number of images a call, the last one filled up with images of no weight."""
+    networks, seeds = make_networks(2), [5, 6]
+    images, labels = data()
+    whole, _ = trained(networks, GSAM, seeds)
+    state = ExpertState.initial(networks)
+    functions = ExpertFunctions(networks[0], stacked=2, compile_=False, chunk=chunk)
+    list(train_experts(functions, images, labels, GSAM, seeds, state))
+    assert_close(state.parameters, whole.parameters)
+
+
+@pytest.mark.parametrize("name", ["convnet", "vgg11", "alexnet", "lenet", "resnet18", "mlp"])
+def test_every_network_trains_in_a_stack(name: str) -> None:
+    """Chains of layers side by side, the others under vmap: each as if alone."""
+    spec = NetworkSpec(name, 3, (8, 8), CLASSES, width=4, depth=2)
+    networks = [build_network(spec, seed).double() for seed in range(2)]
+    assert can_be_stacked(networks[0]) == (name not in ("resnet18", "mlp"))
+    schedule = replace(SGD, epochs=1)
+    together, _ = trained(networks, schedule, [1, 2])
+    for place, network in enumerate(networks):
+        alone, _ = trained([network], schedule, [place + 1])
+        assert_close(together.parameters[place], alone.parameters[0], 1e-9)
+
+
+def test_the_largest_map_is_found() -> None:
+    """In bytes of one image: width channels of 8 x 8 float64, before the first pooling."""
+    (network,) = make_networks(1)
+    assert largest_map(network, (3, 8, 8)) == 8 * 4 * 8 * 8
 
 
 def test_running_statistics_are_those_of_the_module() -> None:
