@@ -259,7 +259,7 @@ def store_show(uri: StoreUri) -> None:
 @store_app.command("verify")
 def store_verify(uri: StoreUri) -> None:
     """Read every byte of every expert, and of the transform beside them, and check it against its checksums."""
-    from datm_ray.errors import CorruptFileError
+    from datm_ray.errors import CorruptFileError, StoreError
 
     checked = size = 0
     damaged: list[str] = []
@@ -269,11 +269,11 @@ def store_verify(uri: StoreUri) -> None:
             size += group.size(number)
             try:
                 group.verify(number)
-            except CorruptFileError as failure:
+            except (CorruptFileError, StoreError) as failure:
                 damaged.append(f"{failure.fact}. {failure.cause}")
         try:
             group.read_transform()
-        except CorruptFileError as failure:
+        except (CorruptFileError, StoreError) as failure:
             damaged.append(f"{failure.fact}. {failure.cause}")
     if damaged:
         print("\n".join(damaged))
@@ -331,7 +331,8 @@ def store_import(
     for each in import_replay_buffers(files, config, store):
         print(f"{each.group} expert {each.expert}" + ("" if each.new else " was there already"))
         count += 1
-    print(f"{count} trajectories are in {store}\nNext: datm-ray distill {recipe} --store {store}")
+    settings = " ".join(f"--set {each}" for each in [*(set_ or []), f"experts.count={count}"])
+    print(f"{count} trajectories are in {store}\nNext: datm-ray distill {recipe} {settings} --store {store}")
 
 
 @store_app.command("export")

@@ -69,9 +69,9 @@ class ClusterError(DatmError):
 
 
 class DivergenceError(DatmError):
-    """Distillation produced a non-finite value or a non-positive step size.
+    """Training or distillation produced a value that is not finite, or a step size that is not positive.
 
-    The last good state has been saved before this is raised.
+    What was good before has been saved before this is raised.
     """
 
     exit_code = 1

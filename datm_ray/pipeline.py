@@ -34,7 +34,7 @@ from datm_ray.report import RunSummary, accuracy_table, write_report, write_summ
 from datm_ray.runtime.distill import SYNTHETIC, DistillWorker
 from datm_ray.runtime.evaluate import ROWS, EvaluateWorker, read_scores, result_location
 from datm_ray.runtime.executor import Executor, Task, require_precision
-from datm_ray.runtime.experts import ExpertWorker, expert_group, experts_at_a_time, network_spec, stacks
+from datm_ray.runtime.experts import ExpertWorker, expert_group, experts_at_a_time, network_spec, progress_of, stacks
 from datm_ray.runtime.plan import ALONE, Layout, distillation_plan, require_whole_classes
 from datm_ray.runtime.telemetry import Reporter
 from datm_ray.store.filesystem import Location, open_location
@@ -94,14 +94,15 @@ class Pipeline:
         """
         self._require_memory()
         lines = []
-        for title, tasks in (
-            ("experts to train", self._expert_tasks()),
-            ("sets to distil", self._distill_tasks()),
-            ("networks to train for evaluation", self._evaluate_tasks()),
+        experts = sum(len(self._missing_experts(config)) for config in self._expert_recipes())
+        for title, count, tasks in (
+            ("experts to train", experts, self._expert_tasks()),
+            ("sets to distil", None, self._distill_tasks()),
+            ("networks to train for evaluation", None, self._evaluate_tasks()),
         ):
             names = [task.name for _, task in tasks]
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            lines.append(f"{len(names)} {title}" + (f": {shown}" if names else ""))
+            lines.append(f"{len(names) if count is None else count} {title}" + (f": {shown}" if names else ""))
         return lines
 
     def run_all(self, start: Callable[[], Executor], reporter: Reporter) -> None:
@@ -167,22 +168,36 @@ class Pipeline:
             if not group.has_transform():
                 transform = self._dataset(config).transform
                 group.write_transform(transform.to_arrays(), transform.to_metadata())
+        self._clear_up()
         self._run("Experts", ExpertWorker, "train", self._expert_tasks, executor, reporter)
 
     def _expert_tasks(self) -> list[DatasetTask]:
         tasks = []
         for config in self._expert_recipes():
             group = self._group(config)
-            done = set(group.experts())
-            missing = [expert for expert in range(config.experts.count) if expert not in done]
-            raw = self._raw[config.dataset]
-            size = experts_at_a_time(config, (raw.channels, *raw.size), raw.classes)
-            for stack in stacks(missing, size):
+            for stack in stacks(self._missing_experts(config), self._stack_size(config)):
                 last = min(stack[-1], config.experts.count - 1)
                 name = f"expert {stack[0]}" if last == stack[0] else f"experts {stack[0]}-{last}"
                 task = Task(f"{name} of {group.key}", (config, self.store_uri, stack))
                 tasks.append((config.dataset, task))
         return tasks
+
+    def _missing_experts(self, config: RunConfig) -> list[int]:
+        done = set(self._group(config).experts())
+        return [expert for expert in range(config.experts.count) if expert not in done]
+
+    def _stack_size(self, config: RunConfig) -> int:
+        raw = self._raw[config.dataset]
+        return experts_at_a_time(config, (raw.channels, *raw.size), raw.classes)
+
+    def _clear_up(self) -> None:
+        """Remove what is left of experts in progress whose worker died after it had stored them."""
+        for config in self._expert_recipes():
+            group, missing = self._group(config), set(self._missing_experts(config))
+            if group.progress.list():
+                for stack in stacks(range(config.experts.count), self._stack_size(config)):
+                    if not missing & set(stack):
+                        progress_of(config, group, stack).remove()
 
     def _expert_recipes(self) -> list[RunConfig]:
         """One for every group of experts that the runs share: as many, and as many epochs of them, as any run needs."""

@@ -1,10 +1,11 @@
 """What is kept of experts that are still in training, so that nothing but the last seconds is ever trained twice.
 
-    <group>/progress/<first expert>-<stack size>-<what is kept>/<first epoch>-<last epoch>.arrow
+    <group>/progress/<first expert>-<stack size>-<what is kept>/<first epoch>-<last epoch>-<writer>.arrow
 
 Each file holds some epochs of a whole stack: those that the trajectory will keep, and the state after the last of them.
 Files are written whole, at the end of an epoch, as often as `WRITE_SHARE` allows; the trajectories are assembled from
-them at the end, an epoch at a time. Shapes: e epochs, s experts, p parameters, q buffers.
+them at the end, an epoch at a time. Two who train one stack at the same moment write the same bits under names of their
+own, and neither touches the other's. Shapes: e epochs, s experts, p parameters, q buffers.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from __future__ import annotations
 import re
 import shutil
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,32 +42,43 @@ SPARE_BYTES = 256 * 2**20
 """Room that is left to others on a disk."""
 
 KIND = "expert progress"
-FOLDER = "progress"
-_FILE = re.compile(r"(\d+)-(\d+)\.arrow")
+_FILE = re.compile(r"(\d+)-(\d+)-[0-9a-f]+\.arrow")
 
 
 class ExpertProgress:
     """The progress folder of one stack."""
 
-    def __init__(self, group: ExpertGroup, experts: Sequence[int], kept: Sequence[int]) -> None:
+    def __init__(self, group: ExpertGroup, experts: Sequence[int], kept: Sequence[int], wanted: Sequence[int]) -> None:
+        """Of a stack.
+
+        Args:
+            kept: epochs of the trajectories.
+            wanted: those of the experts that will be stored.
+        """
         self._experts, self._kept = list(experts), frozenset(kept)
-        what = stable_hash({"kept": sorted(kept)})
-        self._folder = group.location / FOLDER / f"{experts[0]:05d}-{len(experts)}-{what}"
+        what = stable_hash({"kept": sorted(kept), "wanted": sorted(wanted)})
+        self._folder = group.progress / f"{experts[0]:05d}-{len(experts)}-{what}"
+        self._writer = uuid.uuid4().hex
         self._pending: list[_Epoch] = []
         self._due = time.monotonic()
 
     def resume(self, device: torch.device) -> ExpertState | None:
-        """The state to go on from; None at the beginning. A damaged file and those behind it are removed."""
-        state, damaged = None, False
-        for name in self._names():
-            if not damaged:
-                try:
-                    state = _state(read_tensors(self._folder / name, kind=KIND).arrays, device)
-                    continue
-                except CorruptFileError:
-                    damaged = True
-            (self._folder / name).remove()
+        """The state to go on from; None at the beginning. Damaged files are removed."""
+        state = None
+        for name, _ in self._chain():
+            arrays = self._readable(name)
+            if arrays is None:  # without it another file may reach as far
+                return self.resume(device)
+            state = _state(arrays, device)
         return state
+
+    def _readable(self, name: str) -> Mapping[str, NDArray[Any]] | None:
+        """A file's arrays; None where it was damaged, and is removed."""
+        try:
+            return read_tensors(self._folder / name, kind=KIND).arrays
+        except CorruptFileError:
+            (self._folder / name).remove()
+            return None
 
     def add(
         self, state: ExpertState, losses: Tensor, accuracies: Tensor | None = None, *, last: bool = False
@@ -91,10 +105,10 @@ class ExpertProgress:
     def snapshots(self, expert: int) -> Iterator[Snapshot]:
         """One expert's kept epochs, in order."""
         place = self._experts.index(expert)
-        for name in self._names():
+        for name, start in self._chain():
             arrays = read_tensors(self._folder / name, kind=KIND).arrays
             for row, epoch in enumerate(arrays["epoch"].tolist()):
-                if epoch in self._kept:
+                if epoch >= start and epoch in self._kept:
                     yield Snapshot(
                         epoch,
                         int(arrays["step"][row]),
@@ -104,16 +118,24 @@ class ExpertProgress:
                         arrays["buffers"][row, place],
                     )
 
-    @staticmethod
-    def remove_all(group: ExpertGroup, experts: Sequence[int]) -> None:
-        """Remove what is left of a stack that is finished, whatever epochs it kept."""
-        for name in (group.location / FOLDER).list():
-            if name.startswith(f"{experts[0]:05d}-"):
-                folder = group.location / FOLDER / name
-                for file in folder.list():
-                    (folder / file).remove()
-                if folder.local_path is not None:
-                    shutil.rmtree(folder.local_path, ignore_errors=True)
+    def require_whole(self, epochs: int) -> None:
+        """Raise a `StoreError` where not all epochs are there: somebody else has finished the stack, or cleared up."""
+        names = [name for name, _ in self._chain()]
+        match = _FILE.fullmatch(names[-1]) if names else None
+        if match is None or int(match[2]) != epochs:
+            raise StoreError(
+                f"{self._folder.uri} lost what was in it while experts were trained",
+                "another command trains them too, or somebody deleted it",
+                "give the same command again",
+            )
+
+    def remove(self) -> None:
+        """Remove the folder of a stack that is finished."""
+        for name in self._folder.list():
+            with suppress(StoreError):  # somebody else was faster
+                (self._folder / name).remove()
+        if self._folder.local_path is not None:
+            shutil.rmtree(self._folder.local_path, ignore_errors=True)
 
     def _write_if_due(self, state: ExpertState, last: bool) -> Iterator[str]:
         size = sum(epoch.parameters.nbytes for epoch in self._pending)
@@ -134,20 +156,24 @@ class ExpertProgress:
         }
         if state.velocity is not None:
             arrays["velocity"] = _to_numpy(state.velocity)
-        write_tensors(self._folder / f"{first:05d}-{newest:05d}.arrow", arrays, kind=KIND, metadata={})
+        write_tensors(self._folder / f"{first:05d}-{newest:05d}-{self._writer}.arrow", arrays, kind=KIND, metadata={})
         ended = time.monotonic()
         self._pending, self._due = [], ended + (ended - started) / WRITE_SHARE
 
-    def _names(self) -> list[str]:
-        """The files that follow one another from the first epoch on; others are removed."""
-        names, following = [], 0
-        for name, first, last in sorted(self._found()):
-            if first == following:
-                names.append(name)
-                following = last + 1
-            else:
-                (self._folder / name).remove()
-        return names
+    def _chain(self) -> list[tuple[str, int]]:
+        """Files that follow one another from the first epoch on, and of each the first epoch that is not before it.
+
+        Where two writers' files overlap, either will do; the one that reaches further is taken.
+        """
+        chain: list[tuple[str, int]] = []
+        following, found = 0, self._found()
+        while True:
+            fitting = [(last, name) for name, first, last in found if first <= following <= last]
+            if not fitting:
+                return chain
+            last, name = max(fitting)
+            chain.append((name, following))
+            following = last + 1
 
     def _found(self) -> list[tuple[str, int, int]]:
         matches = [(name, _FILE.fullmatch(name)) for name in self._folder.list()]

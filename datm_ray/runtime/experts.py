@@ -7,6 +7,7 @@ attempt; experts of a stack that are in the store already keep their place and a
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 
@@ -30,6 +31,7 @@ from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.stacked import can_be_stacked
 from datm_ray.core.training import accuracy
 from datm_ray.data.dataset import Dataset
+from datm_ray.errors import DivergenceError
 from datm_ray.runtime.executor import Event, Finished, Note, Progress, prepare_device, to_device
 from datm_ray.runtime.expert_progress import ExpertProgress
 from datm_ray.store.trajectories import ExpertGroup, TrajectoryInfo, TrajectoryStore
@@ -88,13 +90,17 @@ class ExpertWorker:
         """
         group = expert_group(store_uri, config, self._dataset.name, self._dataset.fingerprint)
         wanted = [expert for expert in experts if expert < config.experts.count]
+        progress = progress_of(config, group, experts)
         if not set(wanted) <= set(group.experts()):
-            yield from self._train(config, group, experts, wanted)
-        ExpertProgress.remove_all(group, experts)
+            yield from self._train(config, group, experts, progress)
+            for expert in set(wanted) - set(group.experts()):
+                progress.require_whole(config.experts.epochs)
+                group.write_expert(expert, progress.snapshots(expert), self._info(config, group, expert))
+        progress.remove()
         yield Finished()
 
     def _train(
-        self, config: RunConfig, group: ExpertGroup, experts: Sequence[int], wanted: Sequence[int]
+        self, config: RunConfig, group: ExpertGroup, experts: Sequence[int], progress: ExpertProgress
     ) -> Iterator[Event]:
         dataset, settings = self._dataset, config.experts
         spec = network_spec(config, dataset.channels, dataset.size, dataset.classes)
@@ -105,19 +111,19 @@ class ExpertWorker:
         )
         if functions.note:
             yield Note(functions.note)
-        progress = ExpertProgress(group, experts, config.kept_epochs)
         state = progress.resume(self._device)
         if state is None:
             state = ExpertState.initial(networks)
             progress.add(state, torch.full((len(experts),), float("nan")))
         for losses in train_experts(functions, self._images, self._labels, _schedule(settings), seeds, state):
+            _require_finite(losses, experts, state.epoch)
             measured = self._accuracies(networks[0], state, settings)
             for waiting in progress.add(state, losses.cpu(), measured, last=state.epoch == settings.epochs):
                 yield Note(waiting)
-            yield Progress(state.epoch, settings.epochs, {"loss": float(losses.mean())})
-        for expert in wanted:
-            info = self._info(config, group, networks[0], seeds[experts.index(expert)], expert)
-            group.write_expert(expert, progress.snapshots(expert), info)
+            shown = {"loss": float(losses.mean())}
+            if measured is not None:
+                shown["test_accuracy"] = float(measured.mean())
+            yield Progress(state.epoch, settings.epochs, shown)
 
     def _chunk(self, network: torch.nn.Module, stacked: int) -> int | None:
         """Images of a call whose maps stay in a processor's cache."""
@@ -139,9 +145,9 @@ class ExpertWorker:
             measured.append(accuracy(network, images, labels))
         return torch.tensor(measured)
 
-    def _info(
-        self, config: RunConfig, group: ExpertGroup, network: torch.nn.Module, seed: int, expert: int
-    ) -> TrajectoryInfo:
+    def _info(self, config: RunConfig, group: ExpertGroup, expert: int) -> TrajectoryInfo:
+        dataset, seed = self._dataset, derive_seed(config.seed, Purpose.EXPERT, expert)
+        network = build_network(network_spec(config, dataset.channels, dataset.size, dataset.classes), seed)
         flat, buffers = FlatNetwork(network), float_buffers(network)
         return TrajectoryInfo(
             dataset=group.key.dataset,
@@ -158,6 +164,22 @@ class ExpertWorker:
             buffer_shapes=tuple(tuple(buffer.shape) for buffer in buffers.values()),
             storage=config.experts.storage,
         )
+
+
+def progress_of(config: RunConfig, group: ExpertGroup, experts: Sequence[int]) -> ExpertProgress:
+    """What is kept of a stack while it is trained for a recipe."""
+    wanted = [expert for expert in experts if expert < config.experts.count]
+    return ExpertProgress(group, experts, config.kept_epochs, wanted)
+
+
+def _require_finite(losses: torch.Tensor, experts: Sequence[int], epoch: int) -> None:
+    for expert, loss in zip(experts, losses.tolist(), strict=True):
+        if not math.isfinite(loss):
+            raise DivergenceError(
+                f"expert {expert} diverged in epoch {epoch}: its loss is {loss}",
+                "the learning rate is too high for this network and data",
+                "lower experts.learning_rate",
+            )
 
 
 def _schedule(settings: ExpertConfig) -> ExpertSchedule:

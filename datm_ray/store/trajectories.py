@@ -229,10 +229,18 @@ class ExpertGroup:
         self._opened.pop(expert, None)
         self._file(expert).remove()
 
+    @property
+    def progress(self) -> Location:
+        """Where those who train experts keep what is not finished, in folders of files."""
+        return self.location / "progress"
+
     def remove(self) -> None:
-        """Delete all experts, damaged ones too, and the transform."""
+        """Delete all experts, damaged ones too, the transform, and what was in progress."""
         for expert in self.experts():
             self.remove_expert(expert)
+        for folder in self.progress.list():
+            for name in (self.progress / folder).list():
+                (self.progress / folder / name).remove()
         if self.has_transform():
             (self.location / _TRANSFORM_FILE).remove()
 
