@@ -238,22 +238,34 @@ def store_ls(uri: StoreUri) -> None:
 @store_app.command("show")
 def store_show(uri: StoreUri) -> None:
     """The experts of every group: epochs, loss, size, recipe."""
-    from datm_ray.store.trajectories import epochs_in_words
+    from datm_ray.errors import CorruptFileError
 
     for group in _groups(uri):
         print(group.key)
-        numbers = group.experts()
-        info = group.read_info(numbers[0])
+        for place, number in enumerate(group.experts()):
+            try:
+                lines = _expert_lines(group, number, with_recipe=place == 0)
+            except CorruptFileError as failure:
+                lines = [f"  expert {number:>5}: damaged: {failure.fact}"]
+            print("\n".join(lines))
+
+
+def _expert_lines(group: ExpertGroup, number: int, *, with_recipe: bool) -> list[str]:
+    import math
+
+    from datm_ray.store.trajectories import epochs_in_words
+
+    info, progress = group.read_info(number), group.read_progress(number)
+    lines = []
+    if with_recipe:
         buffers = f"   buffers {info.buffer_count:,}" if info.buffer_count else ""
-        print(f"  parameters {info.parameter_count:,}{buffers}   {info.storage}   format {info.format_version}")
+        lines.append(f"  parameters {info.parameter_count:,}{buffers}   {info.storage}   format {info.format_version}")
         for section, values in info.recipe.items():
-            print(f"  {section}: {', '.join(f'{name}={value}' for name, value in values.items())}")
-        for number in numbers:
-            progress, size = group.read_progress(number), _size(group.size(number))
-            loss = f"final train loss {progress.train_loss[-1]:.4f}"
-            if "imported" in group.read_info(number).recipe:
-                loss = "imported"
-            print(f"  expert {number:>5}: {epochs_in_words(progress.epochs)}, {loss}, {size}")
+            lines.append(f"  {section}: {', '.join(f'{name}={value}' for name, value in values.items())}")
+    told = "imported" if "imported" in info.recipe else f"final train loss {progress.train_loss[-1]:.4f}"
+    if math.isfinite(progress.test_accuracy[-1]):
+        told += f", test accuracy {progress.test_accuracy[-1]:.4f}"
+    return [*lines, f"  expert {number:>5}: {epochs_in_words(progress.epochs)}, {told}, {_size(group.size(number))}"]
 
 
 @store_app.command("verify")

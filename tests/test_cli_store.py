@@ -86,7 +86,32 @@ def test_ls_and_show_say_what_is_kept(datm_ray: CommandLine, group: ExpertGroup)
     assert out == f"{KEY}  3 expert(s), epochs 0-2, 9, bfloat16, {kibibytes:.1f} KiB\n"
     _, out, _ = datm_ray("store", "show", "experts")
     assert "parameters 1,000   bfloat16   format 2" in out
-    assert f"expert     2: epochs 0-2, 9, final train loss 0.5000, {group.size(2) / 1024:.1f} KiB" in out
+    assert (
+        f"expert     2: epochs 0-2, 9, final train loss 0.5000, test accuracy 0.9000, {group.size(2) / 1024:.1f} KiB"
+        in out
+    )
+
+
+def test_show_goes_on_after_a_damaged_expert(datm_ray: CommandLine, group: ExpertGroup, tmp_path: Path) -> None:
+    """It is named as damaged, and the others are shown."""
+    file = tmp_path / "experts" / str(KEY) / "expert-00000.arrow"
+    file.write_bytes(file.read_bytes()[:-50])
+    code, out, _ = datm_ray("store", "show", "experts")
+    assert code == 0
+    assert "expert     0: damaged" in out
+    assert "expert     2: epochs 0-2, 9" in out
+
+
+def test_verify_goes_on_after_a_missing_transform(datm_ray: CommandLine, group: ExpertGroup, tmp_path: Path) -> None:
+    """Both that and a damaged expert are named."""
+    folder = tmp_path / "experts" / str(KEY)
+    (folder / "transform.arrow").unlink()
+    file = folder / "expert-00001.arrow"
+    file.write_bytes(file.read_bytes()[:-50])
+    code, out, _ = datm_ray("store", "verify", "experts")
+    assert code == 2
+    assert "expert-00001.arrow" in out
+    assert "transform.arrow" in out
 
 
 def test_verify_names_every_damaged_file(datm_ray: CommandLine, group: ExpertGroup, tmp_path: Path) -> None:

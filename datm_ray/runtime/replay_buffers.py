@@ -214,18 +214,29 @@ def _read(location: Location) -> list[_Trajectory]:
     if not _is_buffer(trajectories):
         raise CorruptFileError(
             f"{location.uri} is no replay buffer",
-            "It holds something else than trajectories, which are lists of snapshots, which are lists of tensors",
+            "It holds something else than trajectories: lists of snapshots, which are lists of finite tensors",
         )
     found: list[_Trajectory] = trajectories
     return found
 
 
 def _is_buffer(value: object) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(trajectory, list)
-        and all(isinstance(snapshot, list) and all(isinstance(t, Tensor) for t in snapshot) for snapshot in trajectory)
-        for trajectory in value
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(trajectory, list)
+            and all(isinstance(snapshot, list) and all(map(_is_parameter, snapshot)) for snapshot in trajectory)
+            for trajectory in value
+        )
     )
+
+
+def _is_parameter(value: object) -> bool:
+    """Whether it is an ordinary tensor of finite real numbers."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+        return False
+    return value.is_floating_point() and bool(value.isfinite().all())
 
 
 def _vector(snapshot: list[Tensor]) -> NDArray[np.float32]:
