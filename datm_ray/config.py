@@ -179,7 +179,7 @@ class ClusterConfig(Section):
     shards: Count = 1
     """Workers that share one distillation, each with some of the classes."""
     experts_at_a_time: Count | None = None
-    """Experts that one worker trains at a time, in shared calls; none takes what computes fastest, at most 8."""
+    """Experts that one worker trains at a time, in shared calls, always whole; none takes the fastest, at most 8."""
     backbones_apart: bool = False
     """Whether every backbone gets workers of its own, as many as there are shards."""
     memory: str | None = None
