@@ -29,12 +29,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from datm_ray.config import PUBLISHED_AUGMENTATION
 from datm_ray.core.augment import augment, draw_augmentation
 from datm_ray.core.experts import (
-    CACHED_MAP_BYTES,
     ExpertFunctions,
     ExpertSchedule,
     ExpertState,
     Gsam,
-    largest_map,
+    chunk_in_cache,
     train_experts,
 )
 from datm_ray.core.networks import NetworkSpec, build_network
@@ -143,7 +142,7 @@ def our_epochs(shape: Shape, device: str, stacked: int, *, compile_: bool, test_
     """`train_experts` for longer than anyone asks."""
     networks = [build_network(shape.spec, seed).to(device) for seed in range(stacked)]
     image = (shape.spec.channels, *shape.spec.size)
-    chunk = max(1, CACHED_MAP_BYTES // (stacked * largest_map(networks[0], image))) if device == "cpu" else None
+    chunk = chunk_in_cache(networks[0], image, stacked) if device == "cpu" else None
     functions = ExpertFunctions(networks[0], stacked=stacked, compile_=compile_, chunk=chunk)
     gsam = Gsam(0.01, 0.3) if shape.gsam else None
     schedule = ExpertSchedule(10**6, shape.batch, 0.01, augmentation=shape.augmentation, gsam=gsam)

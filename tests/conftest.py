@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from datm_ray import cli
 from datm_ray.config import RunConfig, override
 from datm_ray.recipes import get_recipe
 from datm_ray.runtime.executor import Executor, SerialExecutor
@@ -79,6 +81,28 @@ def _ancestors(process: int) -> list[int]:
         process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
         ancestors.append(process)
     return ancestors
+
+
+CommandLine = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def datm_ray(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> CommandLine:
+    """Runs the command line in this process, in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DATM_RAY_DEBUG", raising=False)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["datm-ray", *arguments])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
 
 
 @pytest.fixture(scope="session")

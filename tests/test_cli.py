@@ -6,35 +6,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from datm_ray import cli
 from datm_ray.config import to_yaml
-from tests.conftest import tiny_config
-
-CommandLine = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def datm_ray(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> CommandLine:
-    """Runs the command line in this process, in an empty folder: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DATM_RAY_DEBUG", raising=False)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["datm-ray", *arguments])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+from tests.conftest import CommandLine, tiny_config
 
 
 @pytest.fixture(scope="module")

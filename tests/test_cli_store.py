@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,37 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from datm_ray import cli
 from datm_ray.config import to_yaml
 from datm_ray.core import networks
 from datm_ray.core.networks import build_network
 from datm_ray.core.parameters import unflatten_into
 from datm_ray.runtime.experts import network_spec
 from datm_ray.store.trajectories import ExpertGroup, GroupKey, Snapshot, TrajectoryInfo, TrajectoryStore
-from tests.conftest import tiny_config
+from tests.conftest import CommandLine, tiny_config
 
-CommandLine = Callable[..., tuple[int, str, str]]
 KEY = GroupKey("digits", "convnet", "a1b2")
 EPOCHS = 5  # of the tiny recipe
-
-
-@pytest.fixture
-def datm_ray(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> CommandLine:
-    """Runs the command line in this process, in an empty folder: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DATM_RAY_DEBUG", raising=False)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["datm-ray", *arguments])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

@@ -29,11 +29,10 @@ from datm_ray.core.networks import couples_samples
 from datm_ray.core.parameters import FlatNetwork, flatten, flatten_buffers
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.stacked import StackedNetwork, can_be_stacked
+from datm_ray.core.training import Sgd
 
 SMALLEST_NORM = 1e-12
 """Keeps GSAM's division by a norm finite, as published."""
-
-
 CACHED_MAP_BYTES = 10 * 2**20
 """Of the largest map of a call on a processor: 20 images of 32x32 with 128 channels, as for a student step."""
 STACKED_MAP_BYTES = 3 * 2**19
@@ -55,21 +54,9 @@ class Gsam:
 
 
 @dataclass(frozen=True)
-class ExpertSchedule:
+class ExpertSchedule(Sgd):
     """How experts are trained: a constant learning rate, no decay."""
 
-    epochs: int
-    """Passes over the images."""
-    batch_size: int
-    """Images per step; the last, smaller batch is kept."""
-    learning_rate: float
-    """Of SGD."""
-    momentum: float = 0.0
-    """Of SGD."""
-    weight_decay: float = 0.0
-    """L2 penalty."""
-    augmentation: str = ""
-    """DSA operations joined by underscores; "" for none."""
     gsam: Gsam | None = None
     """None for plain SGD."""
 
@@ -185,15 +172,14 @@ class ExpertFunctions:
     ) -> tuple[Tensor, Tensor]:
         def total(parameters: Tensor) -> tuple[Tensor, Tensor]:
             # No loss depends on another expert's parameters, so the gradient of the sum holds each one's own.
-            per_sample = -network(parameters, images).log_softmax(dim=2).gather(2, labels[:, :, None])[:, :, 0]
-            losses = (weights * per_sample).sum(dim=1)
+            losses = _losses(network(parameters, images), labels, weights)
             return losses.sum(), losses
 
         gradients, losses = grad(total, has_aux=True)(parameters)
         return losses, gradients
 
     def _one(self, theta: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        gradient, loss = grad_and_value(lambda theta: _loss(self._network(theta, x), y, weights))(theta)
+        gradient, loss = grad_and_value(lambda theta: _losses(self._network(theta, x), y, weights))(theta)
         return loss, gradient
 
     def _with_statistics(
@@ -203,7 +189,7 @@ class ExpertFunctions:
         losses, gradients = [], []
         for theta, own, x, y in zip(parameters, after, images, labels, strict=True):
             theta = theta.detach().requires_grad_()
-            loss = _loss(self._network.with_buffers(theta, own, x), y, weights)
+            loss = _losses(self._network.with_buffers(theta, own, x), y, weights)
             gradients.append(torch.autograd.grad(loss, theta)[0])
             losses.append(loss.detach())
         return torch.stack(losses), torch.stack(gradients), after
@@ -225,6 +211,11 @@ def largest_map(network: nn.Module, image: tuple[int, int, int]) -> int:
         for hook in hooks:
             hook.remove()
     return max(sizes) // 2
+
+
+def chunk_in_cache(network: nn.Module, image: tuple[int, int, int], stacked: int) -> int:
+    """Images of a call whose maps stay in a processor's cache."""
+    return max(1, CACHED_MAP_BYTES // (stacked * largest_map(network, image)))
 
 
 def train_experts(
@@ -337,10 +328,11 @@ def _channels_innermost(images: Tensor) -> Tensor:
     return images.permute(1, 3, 4, 0, 2).contiguous().permute(3, 0, 4, 1, 2)
 
 
-def _loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    per_sample = -logits.log_softmax(dim=1).gather(1, labels[:, None])[:, 0]
-    mean: Tensor = (weights * per_sample).sum()
-    return mean
+def _losses(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """[s], or [] of one network: weighted sums of the cross-entropy of logits [s b k] at labels [s b]."""
+    per_sample = -logits.log_softmax(dim=-1).gather(-1, labels[..., None])[..., 0]
+    sums: Tensor = (weights * per_sample).sum(dim=-1)
+    return sums
 
 
 def _without_counters(network: nn.Module) -> nn.Module:

@@ -24,8 +24,8 @@ def no_pulse() -> None:
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """How to train: SGD with a constant learning rate, optionally divided by ten once."""
+class Sgd:
+    """How to train: SGD with a constant learning rate."""
 
     epochs: int
     """Passes over the images."""
@@ -39,6 +39,12 @@ class Schedule:
     """L2 penalty."""
     augmentation: str = ""
     """DSA operations joined by underscores; "" for none."""
+
+
+@dataclass(frozen=True)
+class Schedule(Sgd):
+    """The same with a learning rate that may be divided by ten once."""
+
     decay_epoch: int | None = None
     """Epoch before which the learning rate is divided by ten; the momentum is lost there, as published."""
 

@@ -15,13 +15,13 @@ import torch
 
 from datm_ray.config import ClusterConfig, ExpertConfig, RunConfig, expert_fingerprint
 from datm_ray.core.experts import (
-    CACHED_MAP_BYTES,
     LARGEST_STACK,
     STACKED_MAP_BYTES,
     ExpertFunctions,
     ExpertSchedule,
     ExpertState,
     Gsam,
+    chunk_in_cache,
     largest_map,
     train_experts,
 )
@@ -106,9 +106,9 @@ class ExpertWorker:
         spec = network_spec(config, dataset.channels, dataset.size, dataset.classes)
         seeds = [derive_seed(config.seed, Purpose.EXPERT, expert) for expert in experts]
         networks = [build_network(spec, seed).to(self._device) for seed in seeds]
-        functions = ExpertFunctions(
-            networks[0], stacked=len(experts), compile_=self._compile, chunk=self._chunk(networks[0], len(experts))
-        )
+        image = (dataset.channels, *dataset.size)
+        chunk = chunk_in_cache(networks[0], image, len(experts)) if self._device.type == "cpu" else None
+        functions = ExpertFunctions(networks[0], stacked=len(experts), compile_=self._compile, chunk=chunk)
         if functions.note:
             yield Note(functions.note)
         state = progress.resume(self._device)
@@ -124,13 +124,6 @@ class ExpertWorker:
             if measured is not None:
                 shown["test_accuracy"] = float(measured.mean())
             yield Progress(state.epoch, settings.epochs, shown)
-
-    def _chunk(self, network: torch.nn.Module, stacked: int) -> int | None:
-        """Images of a call whose maps stay in a processor's cache."""
-        if self._device.type != "cpu":
-            return None
-        image = (self._dataset.channels, *self._dataset.size)
-        return max(1, CACHED_MAP_BYTES // (stacked * largest_map(network, image)))
 
     def _accuracies(self, network: torch.nn.Module, state: ExpertState, settings: ExpertConfig) -> torch.Tensor | None:
         """[s] on the test set, in the epochs in which it is asked for."""

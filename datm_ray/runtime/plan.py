@@ -171,51 +171,92 @@ def distillation_plan(
     """
     settings, layout = config.distill, layout or Layout.of(config)
     require_whole_classes(layout.shards, classes, config.name)
-    specs = [network_spec(each, image[0], image[1:], classes) for each in config.each_backbone()]
-    counts = [FlatNetwork(build_network(spec, seed=0)).count for spec in specs]
-    parameters = counts[backbone]
-    data_bytes = 4 * training_images * image[0] * image[1] * image[2]
-    on_gpu = uses_gpu(config)
+    need = _Need.of(config, image, classes, backbone, layout)
+    data_bytes = 4 * training_images * math.prod(image)
     budget = worker_budget(config, data_bytes, layout.sharing)
     images, batch = settings.ipc * classes, min(settings.batch_size, settings.ipc * classes)
-    cost = _cost(specs[backbone], config.cluster.compile, config.cluster.precision)
-    parts = {
-        "parameters": parameters,
-        "steps": settings.student_steps,
-        "images": settings.ipc * -(-classes // layout.shards),
-        "process": 0 if on_gpu else PROCESS_BYTES,
-        "scoring": _scoring(specs[0], images),
-        "gathered": images if layout.shards > 1 else 0,
-        "beside": 0 if layout.backbones_apart else sum(counts) - parameters,
-    }
-    rest = _footprint(parts, image, classes, cost, chunk=0)
-    left = float("inf") if budget is None else budget - rest.process - rest.synthetic - rest.network - rest.trace
-    chunk = choose_chunk(
-        cost, image, classes, rows_at_a_time(images, parts["images"], batch), left, None if on_gpu else CACHE_BYTES
-    )
-    workers = layout.shards * (len(specs) if layout.backbones_apart else 1)
+    chunk = _chunk(need, layout.shards, batch, budget, None if uses_gpu(config) else CACHE_BYTES) or 1
+    parameters = need.parameters
     plan = DistillationPlan(
         name=config.name + (f", backbone {backbone}" if config.backbones else ""),
         shards=layout.shards,
         images=images,
         steps=settings.student_steps,
         batch=batch,
-        chunk=chunk or 1,
-        footprint=_footprint(parts, image, classes, cost, chunk=chunk or 1),
+        chunk=chunk,
+        footprint=need.footprint(layout.shards, chunk),
         budget=budget,
         data_bytes=data_bytes,
-        flop=settings.student_steps * batch * (cost.forward_flop + cost.reverse_flop),
+        flop=settings.student_steps * batch * (need.cost.forward_flop + need.cost.reverse_flop),
         network_bytes=4 * settings.student_steps * (2 * parameters + 1) if layout.shards > 1 else 0,
         store_bytes=STORED_BYTES[config.experts.storage] * config.experts.count * len(config.kept_epochs) * parameters,
     )
-
-    def total(shards: int) -> int:
-        held = {"images": settings.ipc * -(-classes // shards), "gathered": images if shards > 1 else 0}
-        return _footprint({**parts, **held}, image, classes, cost, chunk=1).total
-
-    enough = (shards for shards in range(layout.shards + 1, classes + 1) if total(shards) <= (budget or 0))
-    _require_fits(plan, next(enough, None), shared=config.cluster.memory is None and layout.sharing > workers)
+    more = range(layout.shards + 1, classes + 1)
+    enough = (shards for shards in more if need.footprint(shards, 1).total <= (budget or 0))
+    others_share = layout.sharing > layout.shards * (len(config.weights) if layout.backbones_apart else 1)
+    _require_fits(plan, next(enough, None), shared=config.cluster.memory is None and others_share)
     return plan
+
+
+@dataclass(frozen=True)
+class _Need:
+    """What decides a worker's footprint, but for the number of shards and the micro-batch."""
+
+    image: tuple[int, int, int]
+    classes: int
+    ipc: int
+    steps: int
+    parameters: int
+    beside: int
+    """Parameters of the other networks that the worker matches in turn."""
+    cost: CallCost
+    process: int
+    scoring: int
+
+    @classmethod
+    def of(cls, config: RunConfig, image: tuple[int, int, int], classes: int, backbone: int, layout: Layout) -> _Need:
+        """Of one network of a recipe."""
+        specs = [network_spec(each, image[0], image[1:], classes) for each in config.each_backbone()]
+        counts = [FlatNetwork(build_network(spec, seed=0)).count for spec in specs]
+        return cls(
+            image=image,
+            classes=classes,
+            ipc=config.distill.ipc,
+            steps=config.distill.student_steps,
+            parameters=counts[backbone],
+            beside=0 if layout.backbones_apart else sum(counts) - counts[backbone],
+            cost=_cost(specs[backbone], config.cluster.compile, config.cluster.precision),
+            process=0 if uses_gpu(config) else PROCESS_BYTES,
+            scoring=_scoring(specs[0], config.distill.ipc * classes),
+        )
+
+    def images(self, shards: int) -> int:
+        """That a shard holds at most."""
+        return self.ipc * -(-self.classes // shards)
+
+    def footprint(self, shards: int, chunk: int) -> Footprint:
+        """Of a worker, one of so many shards, with micro-batches of so many images."""
+        return footprint(
+            parameters=self.parameters,
+            steps=self.steps,
+            images=self.images(shards),
+            image=self.image,
+            classes=self.classes,
+            call=self.cost.bytes(chunk),
+            chunk=chunk,
+            process=self.process,
+            scoring=self.scoring,
+            gathered=self.images(1) if shards > 1 else 0,
+            beside=self.beside,
+        )
+
+
+def _chunk(need: _Need, shards: int, batch: int, budget: int | None, cache: int | None) -> int:
+    """Images of a micro-batch; 0 if not even one fits."""
+    rest = need.footprint(shards, 0)
+    left = float("inf") if budget is None else budget - rest.process - rest.synthetic - rest.network - rest.trace
+    held = rows_at_a_time(need.images(1), need.images(shards), batch)
+    return choose_chunk(need.cost, need.image, need.classes, held, left, cache)
 
 
 def rows_at_a_time(images: int, held: int, batch: int) -> int:
@@ -332,12 +373,6 @@ def _scoring(spec: NetworkSpec, images: int) -> int:
     trained = min(PROTOCOLS["short"].batch_size, images)
     network = FlatNetwork(build_network(spec, seed=0))
     return scoring_bytes(network, (spec.channels, *spec.size), spec.classes, trained, scored)
-
-
-def _footprint(
-    parts: dict[str, int], image: tuple[int, int, int], classes: int, cost: CallCost, *, chunk: int
-) -> Footprint:
-    return footprint(**parts, image=image, classes=classes, call=cost.bytes(chunk), chunk=chunk)
 
 
 WORDS = {

@@ -258,10 +258,6 @@ class ExpertGroup:
         """Parameters, buffers and measurements after one epoch; cost and errors as `read_params`."""
         return self._read(expert, [epoch])[0]
 
-    def read_buffers(self, expert: int, epoch: int) -> NDArray[np.float32]:
-        """The buffers [b] after one epoch, exactly as written; cost and errors as `read_params`."""
-        return self.read_snapshot(expert, epoch).buffers
-
     def read_progress(self, expert: int) -> Progress:
         """Loss and accuracy after each stored epoch, from the end of the file alone."""
         return self._open(expert).progress

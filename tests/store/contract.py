@@ -139,13 +139,13 @@ class TrajectoryStoreContract:
         assert group.read_info(0) == info
         assert info.buffer_count == 8
         for expected in snapshots:
-            assert group.read_buffers(0, expected.epoch).tobytes() == expected.buffers.tobytes()
+            assert group.read_snapshot(0, expected.epoch).buffers.tobytes() == expected.buffers.tobytes()
             found = group.read_snapshot(0, expected.epoch)
             assert_same(replace(found, params=expected.params), expected)
 
     def test_a_network_without_buffers_has_an_empty_vector_of_them(self, group, snapshots):
         """The vector is there all the same."""
-        buffers = group.read_buffers(0, 4)
+        buffers = group.read_snapshot(0, 4).buffers
         assert (buffers.shape, buffers.dtype) == ((0,), np.float32)
 
     @pytest.mark.parametrize(("storage", "error"), [("float16", 2**-11), ("bfloat16", 2**-8)])
