@@ -67,7 +67,8 @@ def distil(config: RunConfig, out: Path, size: int, stop_at: int | None = None, 
     for process in processes:
         process.join(timeout=10)
         process.kill()
-    assert failures == [""] * size, "\n".join(failures)
+    if any(failures):
+        raise AssertionError("\n".join(failures))
 
 
 def trained(out: Path, *changes: str) -> RunConfig:
