@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint type fmt check bench-experts bench-matching bench-store clean
+.PHONY: help install demo test lint type fmt check bench-experts bench-matching bench-rounding bench-store clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -41,6 +41,9 @@ bench-experts: install  ## experts an hour against the published loop
 
 bench-matching: install  ## speed, memory and error of the matching gradient against full unrolling and TESLA
 	$(BIN)/python benchmarks/bench_matching.py
+
+bench-rounding: install  ## float32 error of the matching gradient over many problems
+	$(BIN)/python benchmarks/bench_rounding.py
 
 bench-store: install  ## bytes on the wire and latency of reading two snapshots, local and S3
 	$(BIN)/python benchmarks/bench_store.py

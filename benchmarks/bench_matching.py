@@ -89,6 +89,7 @@ class Method:
     order: Order | None = None
     precision: Precision = "float32"
     compiled: bool = True
+    channels_last: bool = True
     shards: int = 1
     threads: int = 1
     device: str = "cpu"
@@ -100,6 +101,7 @@ class Method:
         variants += [
             "augmented" if self.strategy else "",
             "" if self.compiled or self.name != "ours" else "uncompiled",
+            "" if self.channels_last else "channels first",
             f"{self.shards} shards",
         ]
         chosen = [v for v in variants if v and v != "1 shards"]
@@ -121,12 +123,12 @@ Gradient = tuple[float, tuple[Tensor, Tensor, Tensor]]
 """Loss, and its gradient in images, soft labels and step size."""
 
 
-def make_problem(method: Method, batch: int, steps: int, dtype: torch.dtype) -> Problem:
+def make_problem(method: Method, batch: int, steps: int, dtype: torch.dtype, seed: int = 0) -> Problem:
     """The problem of a shape: the same numbers in every process and precision; the target lies at distance 1."""
     shape = method.shape
     spec = NetworkSpec("convnet", shape.image[0], shape.image[1:], shape.classes, width=shape.width, depth=shape.depth)
-    module = build_network(spec, 0)
-    draw = torch.Generator().manual_seed(0)
+    module = build_network(spec, seed)
+    draw = torch.Generator().manual_seed(seed)
     start = flatten(module)
     way = torch.randn(start.shape, generator=draw)
     images = torch.randn(batch, *shape.image, generator=draw)
@@ -186,7 +188,7 @@ class Ours:
     """`matching_gradient`, on the part of the set that this shard holds."""
 
     def __init__(self, method: Method, network: FlatNetwork, rank: int) -> None:
-        options = StepOptions(compiled=method.compiled, order=method.order, precision=method.precision)
+        options = StepOptions(method.compiled, method.order, method.channels_last, method.precision)
         self.functions = StudentStepFunctions(network, options)
         self._method, self._rank = method, rank
         if self.functions.note:

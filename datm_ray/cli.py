@@ -106,6 +106,7 @@ def plan(recipes: Recipes, set_: Set = None, memory: Memory = None) -> None:
     configs = [_config(name, _with_memory(set_, memory)) for name in recipes]
     wanted = sum(config.workers_per_set for config in configs)  # a run distils its recipes side by side
     for config in configs:
+        config.require_matchable()
         require_precision(config.cluster, uses_gpu(config))
         shape, layout = data_shape(config.dataset), Layout.of(config, wanted)
         for backbone in range(len(config.weights)):

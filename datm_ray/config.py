@@ -106,7 +106,7 @@ class ExpertConfig(Section):
     storage: Literal["float32", "float16", "bfloat16"] = "float32"
     """How parameters are stored; two bytes each halve the store and what is read of it, and round the trajectories."""
     test_every: Annotated[int, Field(ge=0)] = 0
-    """Epochs between measurements of test accuracy, to look at only; 0 for none."""
+    """Epochs between measurements of test accuracy, to look at only; 0 for none. Stored with the epochs that are."""
 
 
 class DistillConfig(Section):
@@ -179,13 +179,15 @@ class ClusterConfig(Section):
     shards: Count = 1
     """Workers that share one distillation, each with some of the classes."""
     experts_at_a_time: Count | None = None
-    """Experts that one worker trains at a time, in shared calls, always whole; none takes the fastest, at most 8."""
+    """Experts that one worker trains at a time, in shared calls; none takes the fastest, at most 8."""
     backbones_apart: bool = False
     """Whether every backbone gets workers of its own, as many as there are shards."""
     memory: str | None = None
     """What one distilling worker may take, e.g. 8GiB; none takes what the device has free."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """Of the student step's products; tf32 and bfloat16 need a GPU."""
+    channels_last: bool = True
+    """Keep maps with their channels innermost: faster on processors, with convolutions that round more coarsely."""
     peer_timeout: Annotated[float, Field(ge=0.1, le=86_400)] = 300.0
     """Seconds after which a worker that others wait for counts as lost."""
     retries: Annotated[int, Field(ge=0)] = 3
@@ -270,15 +272,6 @@ class RunConfig(Section):
             raise ValueError(f"experts.keep_epochs {keep} leaves out epoch {latest}, which the recipe can match")
         if d.expand_iterations == 0 and d.start_bound != d.final_start_bound:
             raise ValueError("distill.expand_iterations is 0, so start_bound must equal final_start_bound")
-        networks = {"network": self.network} | {
-            f"backbones.{number}.network": backbone.network for number, backbone in enumerate(self.backbones)
-        }
-        for key, network in networks.items():
-            if network.norm == "batch":
-                raise ValueError(
-                    f"{key}.norm is 'batch', whose statistics couple the images of a batch, so the network cannot be "
-                    f"matched; use {key}.norm=instance"
-                )
         if self.cluster.backbones_apart and not self.backbones:
             raise ValueError("cluster.backbones_apart is set, but the recipe has no further network under backbones")
         if self.cluster.workers is not None and self.workers_per_set > self.cluster.workers:
@@ -287,6 +280,17 @@ class RunConfig(Section):
                 f"cluster.backbones_apart is set), but cluster.workers is {self.cluster.workers}"
             )
         return self
+
+    def require_matchable(self) -> None:
+        """Raise a `ConfigError` if a network of the run can only be trained, and not matched."""
+        for number, network in enumerate([self.network, *(backbone.network for backbone in self.backbones)]):
+            key = f"backbones.{number - 1}.network" if number else "network"
+            if network.norm == "batch":
+                raise ConfigError(
+                    f"{key}.norm is 'batch', which cannot be matched",
+                    "batch statistics couple the images of a batch, so its gradient is not a sum over images",
+                    f"use {key}.norm=instance; `datm-ray experts` trains networks with any norm",
+                )
 
     def each_backbone(self) -> list[RunConfig]:
         """The run with each of its networks alone: what decides that network's experts."""

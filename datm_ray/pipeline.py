@@ -16,6 +16,7 @@ it stopped, however it stopped.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -92,6 +93,7 @@ class Pipeline:
         Raises:
             ConfigError: a set that does not fit into memory.
         """
+        self._require_matchable()
         self._require_memory()
         lines = []
         experts = sum(len(self._missing_experts(config)) for config in self._expert_recipes())
@@ -107,6 +109,7 @@ class Pipeline:
 
     def run_all(self, start: Callable[[], Executor], reporter: Reporter) -> None:
         """Experts, distillation, evaluation."""
+        self._require_matchable()
         with self._started(start, reporter, distils=True) as executor:
             self._experts(executor, reporter)
             self._distill(executor, reporter)
@@ -119,6 +122,7 @@ class Pipeline:
 
     def distill(self, start: Callable[[], Executor], reporter: Reporter) -> None:
         """Distil the sets that are not finished."""
+        self._require_matchable()
         for config in self.configs:
             self._require_experts(config)
         with self._started(start, reporter, distils=True) as executor:
@@ -175,7 +179,7 @@ class Pipeline:
         tasks = []
         for config in self._expert_recipes():
             group = self._group(config)
-            for stack in stacks(self._missing_experts(config), self._stack_size(config)):
+            for stack in stacks(self._missing_experts(config), self._stack_size(config), config.experts.count):
                 last = min(stack[-1], config.experts.count - 1)
                 name = f"expert {stack[0]}" if last == stack[0] else f"experts {stack[0]}-{last}"
                 task = Task(f"{name} of {group.key}", (config, self.store_uri, stack))
@@ -195,7 +199,7 @@ class Pipeline:
         for config in self._expert_recipes():
             group, missing = self._group(config), set(self._missing_experts(config))
             if group.progress.list():
-                for stack in stacks(range(config.experts.count), self._stack_size(config)):
+                for stack in stacks(range(config.experts.count), self._stack_size(config), config.experts.count):
                     if not missing & set(stack):
                         progress_of(config, group, stack).remove()
 
@@ -351,8 +355,11 @@ class Pipeline:
                 remedy="lower distill.ipc",
             )
         require_whole_classes(config.cluster.shards, raw.classes, raw.name)
-        for backbone in config.each_backbone():
-            build_network(network_spec(backbone, raw.channels, raw.size, raw.classes), seed=0)
+        for number, backbone in enumerate(config.each_backbone()):
+            try:
+                build_network(network_spec(backbone, raw.channels, raw.size, raw.classes), seed=0)
+            except ConfigError as failure:
+                raise _of_backbone(failure, number) from None
             self._check_epochs(backbone)
         for section in (config.experts, config.distill, config.evaluate):
             parse_strategy(section.augmentation)
@@ -368,6 +375,10 @@ class Pipeline:
                     "they were trained for recipes that match earlier epochs only",
                     "give another --store, and experts.keep_epochs, so that all recipes can share them",
                 )
+
+    def _require_matchable(self) -> None:
+        for config in self.configs:
+            config.require_matchable()
 
     def _require_memory(self, executor: Executor | None = None) -> None:
         """Refuse sets that would not fit, before hours are spent on their experts; workers check again."""
@@ -450,6 +461,14 @@ def _require_one_cluster(configs: Sequence[RunConfig]) -> None:
             "the recipes differ in their cluster sections, and runs of one command share their workers",
             remedy="make the sections alike, or give one command for each",
         )
+
+
+def _of_backbone(failure: ConfigError, number: int) -> ConfigError:
+    """The failure with its keys as they stand in the recipe: only the first backbone's are under `network`."""
+    if number == 0:
+        return failure
+    parts = (failure.fact, failure.cause, failure.remedy)
+    return ConfigError(*(re.sub(r"\bnetwork\.(?=\w)", f"backbones.{number - 1}.network.", part) for part in parts))
 
 
 def _differences(earlier: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

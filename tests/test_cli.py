@@ -46,6 +46,15 @@ BAD_INPUT = {
     ),
     "ipc beyond class": (["run", "digits-ipc1", "--set", "distill.ipc=5000"], "lower distill.ipc"),
     "batch norm backbone": (["run", "digits-ipc1", "--set", "network.norm=batch"], "network.norm=instance"),
+    "batch norm further backbone": (
+        ["run", "digits-ipc1", "--set", "backbones=[{network: {norm: batch}}]"],
+        "backbones.0.network.norm=instance",
+    ),
+    "unknown further backbone": (
+        ["run", "digits-ipc1", "--set", "backbones=[{network: {architecture: resnet}}]"],
+        "backbones.0.network.architecture",
+    ),
+    "batch norm planned": (["plan", "digits-ipc1", "--set", "network.norm=batch"], "network.norm=instance"),
     "too deep": (["run", "digits-ipc1", "--set", "network.depth=9"], "depth of at most"),
     "unknown network": (["run", "digits-ipc1", "--set", "network.architecture=resnet"], "choose one of: alexnet"),
     "unknown augmentation": (["run", "digits-ipc1", "--set", "distill.augmentation=blur"], "no operation"),

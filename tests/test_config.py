@@ -62,7 +62,6 @@ def refusal(text: str | bytes, folder: Path) -> str:
         ("experts: {momentum: .nan}", "experts.momentum is nan"),
         ("dataset: {validation: .nan}", "dataset.validation is nan"),
         ("cluster: {gpus_per_worker: .inf}", "cluster.gpus_per_worker is inf"),
-        ("network: {norm: batch}", "use network.norm=instance"),
         ("distill: {first_start: 10}", "first_start 10 leaves no start below start_bound 10"),
         ("distill: {start_bound: 21}", "start_bound 21 exceeds final_start_bound 20"),
         ("distill: {expand_iterations: 0}", "expand_iterations is 0, so start_bound must equal final_start_bound"),

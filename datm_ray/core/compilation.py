@@ -19,11 +19,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from datm_ray.core.weight_gradient import QuickWeightGradients
 
 
-def compiled(graph: fx.GraphModule, device_type: str) -> Callable[..., Any]:
-    """The graph as compiled code, for the shapes it was traced with."""
-    function: Callable[..., Any] = torch.compile(
-        graph, fullgraph=True, dynamic=False, options=_compile_options(device_type)
-    )
+def compiled(graph: fx.GraphModule, device_type: str, *, channels_last: bool = True) -> Callable[..., Any]:
+    """The graph as compiled code, for the shapes it was traced with.
+
+    Args:
+        channels_last: let the compiler choose the memory order of maps, which is channels innermost where a
+            convolution is; else every map keeps the order it was traced with.
+    """
+    options = {**_compile_options(device_type), "layout_optimization": channels_last}
+    function: Callable[..., Any] = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
     return function
 
 

@@ -138,7 +138,7 @@ class StudentStepFunctions:
         key = (x.shape, y.shape, theta.dtype)
         if key not in self._built:
             forward, reverse = (
-                compiled(graph, theta.device.type)
+                compiled(graph, theta.device.type, channels_last=self._options.channels_last)
                 for graph in self.graphs(batch, (image[0], image[1], image[2]), y.shape[1])
             )
             self._built[key] = forward, reverse

@@ -158,7 +158,9 @@ class _Run:
 
     def _backbone(self, number: int, experts: ExpertNetworks, sharing: int) -> _Backbone:
         cluster, dataset = self._config.cluster, self._dataset
-        options = StepOptions(compiled=cluster.compile, precision=cluster.precision)
+        options = StepOptions(
+            compiled=cluster.compile, channels_last=cluster.channels_last, precision=cluster.precision
+        )
         functions = StudentStepFunctions(FlatNetwork(experts.network), options)
         config = self._config
         if functions.note:  # what runs uncompiled takes more memory

@@ -142,7 +142,7 @@ class ExpertProgress:
         started = time.monotonic()
         if not (last or started > self._due or size > LARGEST_WRITE):
             return
-        yield from _wait_for_room(self._folder, 2 * size)
+        yield from wait_for_room(self._folder, 2 * size)
         # The state must be there after the last epoch; of the others only what is kept.
         rows = [epoch for epoch in self._pending[:-1] if epoch.number in self._kept] + self._pending[-1:]
         first, newest = self._pending[0].number, self._pending[-1].number
@@ -203,7 +203,7 @@ class _Epoch:
     buffers: NDArray[np.float32]
 
 
-def _wait_for_room(place: Location, size: int) -> Iterator[str]:
+def wait_for_room(place: Location, size: int) -> Iterator[str]:
     """Wait while a disk has no room for so many bytes; yields why, once.
 
     Raises:

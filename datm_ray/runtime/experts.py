@@ -1,8 +1,8 @@
 """Training experts: one task, a stack of experts that share every call, one file in the trajectory store for each.
 
 Killed at any moment, a stack goes on from the last epoch that lies in its progress folder (see `expert_progress`), and
-ends with the same bits. Which experts stand together follows from their numbers alone, so it is the same on every
-attempt; experts of a stack that are in the store already keep their place and are not stored again.
+ends with the same bits. Which experts stand together follows from their numbers and count alone, so it is the same on
+every attempt; experts of a stack that are in the store already keep their place and are not stored again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from datm_ray.core.training import accuracy
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import DivergenceError
 from datm_ray.runtime.executor import Event, Finished, Note, Progress, prepare_device, to_device
-from datm_ray.runtime.expert_progress import ExpertProgress
+from datm_ray.runtime.expert_progress import ExpertProgress, wait_for_room
 from datm_ray.store.trajectories import ExpertGroup, TrajectoryInfo, TrajectoryStore
 
 
@@ -65,9 +65,14 @@ def experts_at_a_time(config: RunConfig, image: tuple[int, int, int], classes: i
     return max(1, min(LARGEST_STACK, STACKED_MAP_BYTES // whole))
 
 
-def stacks(missing: Sequence[int], size: int) -> list[tuple[int, ...]]:
-    """The stacks that hold any of the missing experts, whole: expert e stands in stack e // size."""
-    return [tuple(range(stack * size, (stack + 1) * size)) for stack in sorted({each // size for each in missing})]
+def stacks(missing: Sequence[int], size: int, count: int) -> list[tuple[int, ...]]:
+    """The stacks that hold any of the missing experts; expert e stands in stack e // size.
+
+    The last stack ends with the last expert, but for one that would stand alone: it keeps a companion, for a network on
+    its own rounds differently from one in a stack.
+    """
+    firsts = sorted({each // size * size for each in missing})
+    return [tuple(range(first, min(first + size, max(count, first + 2)))) for first in firsts]
 
 
 class ExpertWorker:
@@ -95,7 +100,10 @@ class ExpertWorker:
             yield from self._train(config, group, experts, progress)
             for expert in set(wanted) - set(group.experts()):
                 progress.require_whole(config.experts.epochs)
-                group.write_expert(expert, progress.snapshots(expert), self._info(config, group, expert))
+                info = self._info(config, group, expert)
+                for waiting in wait_for_room(group.location, 4 * info.parameter_count * len(info.epochs)):
+                    yield Note(waiting)
+                group.write_expert(expert, progress.snapshots(expert), info)
         progress.remove()
         yield Finished()
 

@@ -225,7 +225,7 @@ class _Need:
             steps=config.distill.student_steps,
             parameters=counts[backbone],
             beside=0 if layout.backbones_apart else sum(counts) - counts[backbone],
-            cost=_cost(specs[backbone], config.cluster.compile, config.cluster.precision),
+            cost=_cost(specs[backbone], config.cluster.compile, config.cluster.channels_last, config.cluster.precision),
             process=0 if uses_gpu(config) else PROCESS_BYTES,
             scoring=_scoring(specs[0], config.distill.ipc * classes),
         )
@@ -356,10 +356,10 @@ def uses_gpu(config: RunConfig) -> bool:
 
 
 @functools.lru_cache(maxsize=16)
-def _cost(spec: NetworkSpec, compiled: bool, precision: Precision) -> CallCost:
+def _cost(spec: NetworkSpec, compiled: bool, channels_last: bool, precision: Precision) -> CallCost:
     """Of the worker's functions; no compiler is tried out here."""
     order: Order = "reverse-over-forward" if compiled else "reverse-over-reverse"
-    options = StepOptions(compiled=False, order=order, precision=precision)
+    options = StepOptions(compiled=False, order=order, channels_last=channels_last, precision=precision)
     functions = StudentStepFunctions(FlatNetwork(build_network(spec, seed=0)), options)
     for part in functions.network.module.modules():
         if isinstance(part, InstanceNorm):

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch.nn.functional import layer_norm
+from torch.nn.functional import conv2d, layer_norm
 
-from datm_ray.core.compilation import traced
+from datm_ray.core.compilation import compiled, traced
 from datm_ray.core.instance_norm import InstanceNorm
 from datm_ray.core.networks import NetworkSpec, build_network
 from datm_ray.core.parameters import FlatNetwork, flatten
@@ -211,11 +211,13 @@ def test_batch_norm_backbone_is_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", ORDERS)
-def test_compiled_functions_are_exact_and_compiled_once(order: Order, fresh_compiler: None) -> None:
+@pytest.mark.parametrize(("order", "channels_last"), [*((order, True) for order in ORDERS), (ORDERS[0], False)])
+def test_compiled_functions_are_exact_and_compiled_once(
+    order: Order, channels_last: bool, fresh_compiler: None
+) -> None:
     """1e-12 in float64 for several values, from one graph for each function, with nothing broken off or repeated."""
     network = make_network()
-    functions = StudentStepFunctions(network, StepOptions(order=order))
+    functions = StudentStepFunctions(network, StepOptions(order=order, channels_last=channels_last))
     assert functions.note == ""
     counters.clear()  # the trial of the compiler
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -224,6 +226,19 @@ def test_compiled_functions_are_exact_and_compiled_once(order: Order, fresh_comp
             assert_equal(results(functions, inputs), plain(network, inputs))
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+def test_maps_keep_their_order_of_memory_if_asked_to(fresh_compiler: None) -> None:
+    """The compiled convolution is then torch's own on maps as they are, to the bit, and rounds no more than that."""
+    draw_ = torch.Generator().manual_seed(0)
+    maps, kernel = torch.randn(4, 64, 16, 16, generator=draw_), torch.randn(64, 64, 3, 3, generator=draw_)
+
+    def convolve_twice(maps: Tensor, kernel: Tensor) -> Tensor:
+        return conv2d(conv2d(maps, kernel, padding=1).relu(), kernel, padding=1)
+
+    function = compiled(traced(convolve_twice, maps, kernel), "cpu", channels_last=False)
+    assert torch.equal(function(maps, kernel), convolve_twice(maps, kernel))
 
 
 @pytest.mark.slow

@@ -105,11 +105,13 @@ def test_a_stack_stores_each_expert_that_is_missing(tmp_path: Path) -> None:
     assert [content(group, expert) for expert in range(3)] == [content(whole, expert) for expert in range(3)]
 
 
-def test_stacks_follow_from_the_numbers_alone() -> None:
-    """An expert has the same companions whichever are missing."""
-    assert stacks([0, 1, 2], 1) == [(0,), (1,), (2,)]
-    assert stacks([5, 9], 4) == [(4, 5, 6, 7), (8, 9, 10, 11)]
-    assert stacks([], 4) == []
+def test_stacks_follow_from_numbers_and_count_alone() -> None:
+    """An expert has the same companions whichever are missing, and none beyond the count but to not be alone."""
+    assert stacks([0, 1, 2], 1, 3) == [(0,), (1,), (2,)]
+    assert stacks([5, 9], 4, 20) == [(4, 5, 6, 7), (8, 9, 10, 11)]
+    assert stacks([5, 9], 4, 11) == [(4, 5, 6, 7), (8, 9, 10)]
+    assert stacks([8], 4, 9) == [(8, 9)]
+    assert stacks([], 4, 9) == []
 
 
 def test_only_what_can_be_matched_is_kept(tmp_path: Path) -> None:
