@@ -27,8 +27,8 @@ from torch.nn.functional import conv2d
 JUMP = 1e-5
 """Error of the image gradient from which on a kink was crossed: rounding alone leaves less than 2e-6."""
 
-HEADER = """ConvNet, depth 3, width 128, 32x32, 20 images a step, T = 5; random images, soft labels, parameters and target of seeds 0
-to n - 1.
+HEADER = """ConvNet, depth 3, width 128, 32x32, 20 images a step, T = 5; random images, soft labels, parameters and
+target of seeds 0 to n - 1.
 Error: relative norm of the difference from float64 unrolling. A problem "jumps" where that of the images is above 1e-5:
 rounding has carried an activation over a rectifier's kink."""
 
