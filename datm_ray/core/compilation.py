@@ -9,44 +9,80 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch._inductor
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from datm_ray.core.weight_gradient import QuickWeightGradients
 
 
-def compiled(graph: fx.GraphModule, device_type: str, *, channels_last: bool = True) -> Callable[..., Any]:
-    """The graph as compiled code, for the shapes it was traced with.
+class Compiled:
+    """A graph as compiled code, for tensors of the shapes and memory orders it was traced with.
 
-    Args:
-        channels_last: let the compiler choose the memory order of maps, which is channels innermost where a
-            convolution is; else every map keeps the order it was traced with.
+    The graph goes to the compiler as it is: `torch.compile` would capture it once more, and look at every call whether
+    it still fits, which at digits size took 5 % of an expert's step (benchmarks/LOG.md).
     """
-    options = {**_compile_options(device_type), "layout_optimization": channels_last}
-    function: Callable[..., Any] = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
-    return function
+
+    def __init__(self, graph: fx.GraphModule, device_type: str, *, channels_last: bool = True) -> None:
+        """Compiles on the first call.
+
+        Args:
+            graph: of fake tensors, if it has more than one argument.
+            channels_last: let the compiler choose the memory order of maps, which is channels innermost where a
+                convolution is; else every map keeps the order it was traced with.
+        """
+        self._graph = graph
+        self._options = {
+            # On a CPU the generated kernels are called from generated C++: at digits size Python's calls took a fifth
+            # to a third of the reverse step (benchmarks/LOG.md).
+            "cpp_wrapper": device_type == "cpu",
+            "layout_optimization": channels_last,
+        }
+        self._expected = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+        self._function: Callable[..., Any] | None = None
+        self._fitting: set[tuple[Any, ...]] = set()
+
+    def __call__(self, *arguments: Tensor) -> Any:
+        """What the graph computes.
+
+        Raises:
+            ValueError: a tensor has another shape, type or memory order; compiled code would read it wrongly.
+        """
+        layout = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in arguments)
+        if layout not in self._fitting:
+            self._require_fit(arguments)
+            self._fitting.add(layout)
+        if self._function is None:
+            self._function = torch._inductor.compile(self._graph, list(arguments), self._options)
+        result = self._function(*arguments)
+        return tuple(result) if isinstance(result, list) else result
+
+    def _require_fit(self, arguments: Sequence[Tensor]) -> None:
+        for given, expected in zip(arguments, self._expected, strict=True):
+            if _layout(given) != _layout(expected):
+                raise ValueError(f"compiled for a tensor of {_layout(expected)}, called with {_layout(given)}")
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    """Shape, strides of the dimensions that have more than one entry, type."""
+    strides = tuple(stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
+    return tuple(tensor.shape), strides, tensor.dtype
 
 
 @functools.cache
 def compiler_problem(device_type: str) -> str:
     """Why torch.compile does not work on this machine, in one line; "" where it does. Tried out once per process."""
-    trial = torch.compile(torch.sin, fullgraph=True, dynamic=False, options=_compile_options(device_type))
+    zeros = torch.zeros(8, device=device_type)
     try:
-        trial(torch.zeros(8, device=device_type))
+        Compiled(traced(lambda x: (torch.sin(x),), zeros), device_type)(zeros)
     except Exception as failure:  # whatever a missing or broken toolchain raises, from any layer
         reason = next(iter(str(failure).strip().splitlines()), type(failure).__name__)
         return f"torch.compile does not work here ({reason[:120]}): running without it, more slowly"
     return ""
-
-
-def _compile_options(device_type: str) -> dict[str, Any]:
-    # On a CPU the generated kernels are called from generated C++: at digits size Python's calls took a fifth to a
-    # third of the reverse step (benchmarks/LOG.md).
-    return {"cpp_wrapper": device_type == "cpu"}
 
 
 def traced(function: Callable[..., Any], *arguments: Tensor) -> fx.GraphModule:

@@ -23,7 +23,7 @@ from torch.func import grad, grad_and_value, vmap
 from torch.nn.functional import pad
 
 from datm_ray.core.augment import augment, draw_augmentation
-from datm_ray.core.compilation import compiled, compiler_problem, traced
+from datm_ray.core.compilation import Compiled, compiler_problem, traced
 from datm_ray.core.instance_norm import InstanceNorm
 from datm_ray.core.networks import couples_samples
 from datm_ray.core.parameters import FlatNetwork, flatten, flatten_buffers
@@ -155,7 +155,7 @@ class ExpertFunctions:
             with FakeTensorMode(allow_non_fake_inputs=True):
                 like = (torch.empty_like(parameters), torch.empty_like(images), torch.empty_like(labels))
                 graph = traced(self._all, *like, like[0].new_empty(images.shape[1]))
-            self._built[key] = compiled(graph, parameters.device.type)
+            self._built[key] = Compiled(graph, parameters.device.type)
         return self._built[key]
 
     def _all(self, parameters: Tensor, images: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

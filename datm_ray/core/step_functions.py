@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, grad_and_value, jvp
 
-from datm_ray.core.compilation import compiled, compiler_problem, traced
+from datm_ray.core.compilation import Compiled, compiler_problem, traced
 from datm_ray.core.instance_norm import InstanceNorm
 from datm_ray.core.networks import couples_samples
 from datm_ray.core.parameters import FlatNetwork, flatten
@@ -138,7 +138,7 @@ class StudentStepFunctions:
         key = (x.shape, y.shape, theta.dtype)
         if key not in self._built:
             forward, reverse = (
-                compiled(graph, theta.device.type, channels_last=self._options.channels_last)
+                Compiled(graph, theta.device.type, channels_last=self._options.channels_last)
                 for graph in self.graphs(batch, (image[0], image[1], image[2]), y.shape[1])
             )
             self._built[key] = forward, reverse
