@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -150,6 +151,29 @@ class DistillConfig(Section):
     """Iterations between checkpoints."""
 
 
+class MetaConfig(Section):
+    """MetaDD: losses on class activation maps, so that the set works on networks that it was not made with."""
+
+    auxiliaries: Annotated[tuple[NetworkConfig, ...], Field(strict=False, min_length=1, max_length=16)]
+    """Architectures that look at the images beside the first backbone, e.g. `[{architecture: resnet18}]`."""
+    experts: ExpertConfig = ExpertConfig(count=1, epochs=50, momentum=0.9, keep_epochs=1)
+    """How the auxiliaries are trained; only the last epoch is used. Several experts of each take turns."""
+    variance: NonNegative = 1.0
+    """Weight of the maps' variance over the networks."""
+    invariance: NonNegative = 1.0
+    """Weight of the auxiliaries' cross-entropy and divergence from the backbone."""
+    position: NonNegative = 1.0
+    """Weight of evidence against the class."""
+    divergence: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    """Of the auxiliaries from the backbone, within invariance; negative pushes them apart."""
+    variance_of: Literal["maps", "logits"] = "maps"
+    """logits: a control, the variance of the networks' logits in place of that of their maps."""
+    threshold: Fraction = 0.5
+    """Of a map from 0 to 1, from which on a pixel counts as a feature; decides the reported ratio only."""
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Of the images, drawn anew for every iteration, that the losses look at."""
+
+
 class EvaluateConfig(Section):
     """Training fresh networks on the synthetic set and scoring them on the test set."""
 
@@ -182,6 +206,8 @@ class ClusterConfig(Section):
     """Experts that one worker trains at a time, in shared calls; none takes the fastest, at most 8."""
     backbones_apart: bool = False
     """Whether every backbone gets workers of its own, as many as there are shards."""
+    auxiliaries_apart: bool = False
+    """Whether every auxiliary network of metadd gets workers of its own, as many as there are shards."""
     memory: str | None = None
     """What one distilling worker may take, e.g. 8GiB; none takes what the device has free."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
@@ -232,6 +258,16 @@ def parse_bytes(text: str) -> int:
     return size
 
 
+@dataclass(frozen=True)
+class Role:
+    """What one worker of a set computes."""
+
+    backbones: tuple[int, ...]
+    """That it matches, by number."""
+    seen_by: tuple[int, ...]
+    """Networks of metadd that it holds: 0 is the first backbone, then the auxiliaries."""
+
+
 RESERVED_NAMES = frozenset({"experts", "controls", "report.html", "summary.json"})
 """What lies beside the runs in an output folder."""
 
@@ -249,6 +285,8 @@ class RunConfig(Section):
     """Further networks to match at the same time, each `{network: {...}, weight: 1.0}`; the first evaluates."""
     experts: ExpertConfig = ExpertConfig()
     distill: DistillConfig = DistillConfig()
+    metadd: MetaConfig | None = None
+    """Losses that make the set work on other networks; none leaves them out. Such as `{auxiliaries: [...]}`."""
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()
 
@@ -274,10 +312,13 @@ class RunConfig(Section):
             raise ValueError("distill.expand_iterations is 0, so start_bound must equal final_start_bound")
         if self.cluster.backbones_apart and not self.backbones:
             raise ValueError("cluster.backbones_apart is set, but the recipe has no further network under backbones")
+        if self.cluster.auxiliaries_apart and self.metadd is None:
+            raise ValueError("cluster.auxiliaries_apart is set, but the recipe has no metadd section")
         if self.cluster.workers is not None and self.workers_per_set > self.cluster.workers:
             raise ValueError(
-                f"one set takes {self.workers_per_set} workers at once (cluster.shards, times the networks if "
-                f"cluster.backbones_apart is set), but cluster.workers is {self.cluster.workers}"
+                f"one set takes {self.workers_per_set} workers at once (cluster.shards, times the networks that "
+                f"cluster.backbones_apart and auxiliaries_apart set apart), but cluster.workers is "
+                f"{self.cluster.workers}"
             )
         return self
 
@@ -295,7 +336,15 @@ class RunConfig(Section):
     def each_backbone(self) -> list[RunConfig]:
         """The run with each of its networks alone: what decides that network's experts."""
         networks = [self.network, *(backbone.network for backbone in self.backbones)]
-        return [self.model_copy(update={"network": network, "backbones": ()}) for network in networks]
+        alone = {"backbones": (), "metadd": None}
+        return [self.model_copy(update={"network": network, **alone}) for network in networks]
+
+    def each_auxiliary(self) -> list[RunConfig]:
+        """The run with each auxiliary network of metadd alone: what decides that network's experts."""
+        if self.metadd is None:
+            return []
+        alone = {"backbones": (), "metadd": None, "experts": self.metadd.experts}
+        return [self.model_copy(update={"network": network, **alone}) for network in self.metadd.auxiliaries]
 
     @property
     def weights(self) -> list[float]:
@@ -305,7 +354,29 @@ class RunConfig(Section):
     @property
     def workers_per_set(self) -> int:
         """Workers that distil one set together."""
-        return self.cluster.shards * (1 + len(self.backbones) * self.cluster.backbones_apart)
+        return self.cluster.shards * len(self.roles)
+
+    @property
+    def whole_role(self) -> Role:
+        """Of one worker, or row of shards, that does everything."""
+        return Role(tuple(range(len(self.weights))), tuple(range(0 if self.metadd is None else self.networks_looking)))
+
+    @property
+    def networks_looking(self) -> int:
+        """Networks of metadd: the first backbone and the auxiliaries."""
+        return 1 + len(self.each_auxiliary())
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """Of the rows of workers that distil one set together; the first has the first backbone."""
+        cluster = self.cluster
+        backbones, auxiliaries = range(len(self.weights)), range(1, self.networks_looking)
+        first = Role(
+            backbones=(0,) if cluster.backbones_apart else tuple(backbones),
+            seen_by=() if self.metadd is None else (0,) if cluster.auxiliaries_apart else (0, *auxiliaries),
+        )
+        more = [Role((number,), ()) for number in backbones[1:] if cluster.backbones_apart]
+        return (first, *more, *(Role((), (number,)) for number in auxiliaries if cluster.auxiliaries_apart))
 
     @property
     def latest_matched(self) -> int:
@@ -334,7 +405,13 @@ class RunConfig(Section):
             "evaluate": {"seeds"},
             "experts": {"keep_epochs", "test_every"},
         }
-        return self.model_dump(exclude=left_out)
+        identity = self.model_dump(exclude=left_out)
+        if self.metadd is None:  # as before there was such a section
+            identity.pop("metadd")
+        else:
+            for name in ("keep_epochs", "test_every"):
+                identity["metadd"]["experts"].pop(name)
+        return identity
 
 
 def stable_hash(value: Any) -> str:

@@ -26,7 +26,7 @@ import torch
 
 from datm_ray.config import DatasetConfig, RunConfig, load_config_text, to_yaml
 from datm_ray.core.augment import parse_strategy
-from datm_ray.core.networks import build_network
+from datm_ray.core.networks import build_network, require_maps
 from datm_ray.data.dataset import Dataset, prepare
 from datm_ray.data.sources import RawDataset, load_raw
 from datm_ray.data.transform import Transform
@@ -167,7 +167,7 @@ class Pipeline:
             executor.close()
 
     def _experts(self, executor: Executor, reporter: Reporter) -> None:
-        for config in self._backbones():
+        for config in self._networks():
             group = self._group(config)
             if not group.has_transform():
                 transform = self._dataset(config).transform
@@ -206,7 +206,7 @@ class Pipeline:
     def _expert_recipes(self) -> list[RunConfig]:
         """One for every group of experts that the runs share: as many, and as many epochs of them, as any run needs."""
         recipes: dict[str, RunConfig] = {}
-        for config in self._backbones():
+        for config in self._networks():
             uri = self._group(config).location.uri
             other = recipes.setdefault(uri, config).experts
             needs = {
@@ -216,9 +216,9 @@ class Pipeline:
             recipes[uri] = recipes[uri].model_copy(update={"experts": other.model_copy(update=needs)})
         return list(recipes.values())
 
-    def _backbones(self) -> list[RunConfig]:
-        """Every network of every run, as a run with that network alone."""
-        return [backbone for config in self.configs for backbone in config.each_backbone()]
+    def _networks(self) -> list[RunConfig]:
+        """Every network of every run that needs experts, as a run with that network alone."""
+        return [each for config in self.configs for each in (*config.each_backbone(), *config.each_auxiliary())]
 
     def _distill(self, executor: Executor, reporter: Reporter) -> None:
         def open_tasks() -> list[DatasetTask]:
@@ -357,12 +357,31 @@ class Pipeline:
         require_whole_classes(config.cluster.shards, raw.classes, raw.name)
         for number, backbone in enumerate(config.each_backbone()):
             try:
-                build_network(network_spec(backbone, raw.channels, raw.size, raw.classes), seed=0)
+                network = build_network(network_spec(backbone, raw.channels, raw.size, raw.classes), seed=0)
+                if config.metadd is not None and number == 0:
+                    require_maps(network)
             except ConfigError as failure:
-                raise _of_backbone(failure, number) from None
+                raise (_under(failure, f"backbones.{number - 1}.network") if number else failure) from None
             self._check_epochs(backbone)
-        for section in (config.experts, config.distill, config.evaluate):
-            parse_strategy(section.augmentation)
+        for number, auxiliary in enumerate(config.each_auxiliary()):
+            self._check_auxiliary(config, auxiliary, f"metadd.auxiliaries.{number}")
+        strategies = [config.experts.augmentation, config.distill.augmentation, config.evaluate.augmentation]
+        for strategy in (*strategies, *(each.experts.augmentation for each in config.each_auxiliary())):
+            parse_strategy(strategy)
+
+    def _check_auxiliary(self, config: RunConfig, auxiliary: RunConfig, key: str) -> None:
+        raw = self._raw[config.dataset]
+        try:
+            spec = network_spec(auxiliary, raw.channels, raw.size, raw.classes)
+            require_maps(build_network(spec, seed=0))
+        except ConfigError as failure:
+            raise _under(failure, key) from None
+        if auxiliary.network == config.network:
+            raise ConfigError(
+                f"{key} is the backbone itself",
+                "MetaDD compares what different architectures see",
+                f"give another architecture, such as {key}={{architecture: resnet18}}",
+            )
 
     def _check_epochs(self, config: RunConfig) -> None:
         """Experts that were stored for another recipe may lack epochs that this one matches."""
@@ -397,12 +416,12 @@ class Pipeline:
         require_precision(config.cluster, has_gpu)
 
     def _require_experts(self, config: RunConfig) -> None:
-        for backbone in config.each_backbone():
-            group = self._group(backbone)
-            available = sum(expert < config.experts.count for expert in group.experts())
-            if available < config.experts.count:
+        for network in (*config.each_backbone(), *config.each_auxiliary()):
+            group, count = self._group(network), network.experts.count
+            available = sum(expert < count for expert in group.experts())
+            if available < count:
                 raise MissingExpertsError(
-                    f"{group.location.uri} holds {available} of {config.experts.count} experts of {config.name}",
+                    f"{group.location.uri} holds {available} of {count} experts of {config.name}",
                     "expert training has not finished for this recipe, or it used another --store",
                     f"run `datm-ray experts {config.name}` with the same --out and --store first",
                 )
@@ -463,12 +482,10 @@ def _require_one_cluster(configs: Sequence[RunConfig]) -> None:
         )
 
 
-def _of_backbone(failure: ConfigError, number: int) -> ConfigError:
-    """The failure with its keys as they stand in the recipe: only the first backbone's are under `network`."""
-    if number == 0:
-        return failure
+def _under(failure: ConfigError, key: str) -> ConfigError:
+    """A failure of a network that stands elsewhere in the recipe than under `network`."""
     parts = (failure.fact, failure.cause, failure.remedy)
-    return ConfigError(*(re.sub(r"\bnetwork\.(?=\w)", f"backbones.{number - 1}.network.", part) for part in parts))
+    return ConfigError(*(re.sub(r"\bnetwork\.(?=\w)", f"{key}.", part) for part in parts))
 
 
 def _differences(earlier: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

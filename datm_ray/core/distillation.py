@@ -12,7 +12,7 @@ with its weight and its own step size. Shapes: n rows held, a backbones.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datm_ray.core.matching import AllSum, MatchingGradient, StudentStep, identity, matching_gradient
+from datm_ray.core.metadd import MetaDD
 from datm_ray.core.step_functions import StudentStepFunctions
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.errors import DivergenceError
@@ -58,6 +59,20 @@ class Match:
 
 
 @dataclass(frozen=True)
+class MetaTerm:
+    """What MetaDD looks at in one iteration."""
+
+    metadd: MetaDD
+    """The networks that this process holds."""
+    networks: int
+    """Of all processes."""
+    rows: NDArray[np.int64]
+    """[b] of the rows held, those looked at."""
+    images: int
+    """Looked at, over all shards."""
+
+
+@dataclass(frozen=True)
 class Origin:
     """Where the parameters came from that a backbone matched."""
 
@@ -82,6 +97,18 @@ class IterationRecord:
     """Whether the loss exceeded the threshold, so that this backbone updated nothing."""
 
 
+@dataclass(frozen=True)
+class MetaRecord:
+    """MetaDD's part in one iteration: the loss, its parts before their weights, and the meta-feature ratio."""
+
+    iteration: int
+    total: float
+    variance: float
+    invariance: float
+    position: float
+    ratio: float
+
+
 @dataclass
 class Distillation:
     """The state of one distillation, or of one class shard of it."""
@@ -93,6 +120,8 @@ class Distillation:
     """One buffer per learned variable, empty before the first update."""
     history: list[IterationRecord] = field(default_factory=list)
     """Iteration by iteration, in the order of the backbones."""
+    meta_history: list[MetaRecord] = field(default_factory=list)
+    """Of the iterations in which anything was updated, where MetaDD takes part."""
     validations: list[tuple[int, float]] = field(default_factory=list)
     """(iterations done, validation accuracy)."""
     chosen: SyntheticSet | None = None
@@ -120,6 +149,7 @@ class Distillation:
         matches: Sequence[Match],
         origins: Sequence[Origin],
         *,
+        meta: MetaTerm | None = None,
         all_sum: AllSum = identity,
         sum_over_backbones: AllSum = identity,
     ) -> list[IterationRecord]:
@@ -128,15 +158,17 @@ class Distillation:
         Args:
             matches: of the backbones that this process works on; one after the other.
             origins: of all backbones, in order.
+            meta: of the networks that this process looks through; None where it has none.
             all_sum: sum over the class shards of a backbone.
-            sum_over_backbones: sum over the processes that hold the same rows for other backbones.
+            sum_over_backbones: sum over the processes that hold the same rows for other networks.
 
         Raises:
             DivergenceError: a loss, a gradient or an updated value is not finite, or a step size is not positive.
                 The state is then the one before this iteration, in every shard.
         """
         losses = torch.zeros(self.backbones, dtype=torch.float64)
-        total: dict[str, Tensor] = {}
+        # First, so that processes which only look on are done with it while the others match.
+        total, seen = self._look(meta, all_sum, sum_over_backbones)
         for match in matches:
             gradient = matching_gradient(
                 match.functions,
@@ -156,8 +188,11 @@ class Distillation:
             raise self._divergence("its matching loss is not finite")
         skipped = losses > self.threshold
         if not bool(skipped.all()):
-            summed = {name: sum_over_backbones(value) for name, value in total.items()}
+            zeros = (name for name in LEARNED if name not in total)
+            total |= {name: torch.zeros_like(getattr(self.synthetic, name)) for name in zeros}
+            summed = {name: sum_over_backbones(total[name]) for name in LEARNED}
             self._update(summed, ~skipped.to(self.synthetic.step_sizes.device), all_sum)
+            self.meta_history += seen
         records = [
             IterationRecord(self.iteration, number, origin.expert, origin.epoch, *rest)
             for number, (origin, *rest) in enumerate(
@@ -187,6 +222,25 @@ class Distillation:
         if is_chosen:
             self.chosen, self.chosen_at = self.synthetic.clone(), self.iteration
         return is_chosen
+
+    def _look(
+        self, meta: MetaTerm | None, all_sum: AllSum, sum_over_backbones: AllSum
+    ) -> tuple[dict[str, Tensor], list[MetaRecord]]:
+        """This process's part of MetaDD's gradient in the images, and the losses of all."""
+        if meta is None:
+            return {}, []
+        rows = torch.from_numpy(meta.rows).to(self.synthetic.images.device)
+        loss, gradient = meta.metadd.gradient(
+            self.synthetic.images[rows],
+            self.synthetic.labels[rows],
+            networks=meta.networks,
+            classes=self.synthetic.soft_labels.shape[1],
+            over=meta.images,
+            all_sum=sum_over_backbones,
+        )
+        values = torch.stack([loss.total, loss.variance, loss.invariance, loss.position, loss.ratio])
+        record = MetaRecord(self.iteration, *all_sum(values).tolist())
+        return {"images": torch.zeros_like(self.synthetic.images).index_copy_(0, rows, gradient)}, [record]
 
     def _add(self, total: dict[str, Tensor], match: Match, gradient: MatchingGradient) -> None:
         """Add a backbone's gradient to the sum; the gradient's memory becomes the sum's, for it may be large."""
@@ -245,6 +299,9 @@ class Distillation:
             f"history.{column}": np.array([getattr(record, column) for record in self.history], kind)
             for column, kind in HISTORY_COLUMNS.items()
         }
+        for each in fields(MetaRecord) if self.meta_history else ():
+            kind = np.int64 if each.name == "iteration" else np.float64
+            curves[f"meta.{each.name}"] = np.array([getattr(record, each.name) for record in self.meta_history], kind)
         curves["validation.iteration"] = np.array([iteration for iteration, _ in self.validations], np.int64)
         curves["validation.accuracy"] = np.array([accuracy for _, accuracy in self.validations], np.float64)
         curves["validation.chosen_at"] = np.array(self.chosen_at, np.int64)
@@ -257,6 +314,7 @@ class Distillation:
         """The state that `to_arrays` saved; of any range of its rows."""
         arrays = {**held, **shared}
         columns = [arrays[f"history.{column}"].tolist() for column in HISTORY_COLUMNS]
+        looks = [arrays[f"meta.{each.name}"].tolist() for each in fields(MetaRecord) if "meta.iteration" in arrays]
         curve = (arrays["validation.iteration"].tolist(), arrays["validation.accuracy"].tolist())
         return cls(
             synthetic=_set_from(arrays, "synthetic", device),
@@ -266,6 +324,7 @@ class Distillation:
                 name: _to_torch(arrays[f"momentum.{name}"], device) for name in LEARNED if f"momentum.{name}" in arrays
             },
             history=[IterationRecord(*row) for row in zip(*columns, strict=True)],
+            meta_history=[MetaRecord(*row) for row in zip(*looks, strict=True)],
             validations=list(zip(*curve, strict=True)),
             chosen=_set_from(arrays, "chosen", device) if "chosen.images" in arrays else None,
             chosen_at=int(arrays["validation.chosen_at"]),

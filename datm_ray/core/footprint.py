@@ -64,6 +64,9 @@ NETWORK_VECTORS = 8
 """Of p numbers beside the trace: two networks, target, v, the sums of a step's gradient over micro-batches and over
 shards, and a call's own result on its way into them."""
 
+FROZEN_VECTORS = 2
+"""Of the numbers of a network of MetaDD: as it was restored, and the copy that looks at images."""
+
 IMAGE_COPIES = 6
 """Of a call's images beside the set: raw, augmented, what augmentation keeps for its derivative, and the gradients."""
 
@@ -139,19 +142,22 @@ class Footprint:
     """Activations of training a network on the set and scoring it, at validation, when there is no trace or call."""
     gathered: int = 0
     """The whole set, which the first of several shards holds for validation and saving."""
+    meta: int = 0
+    """Activations of the networks of MetaDD, one after the other, before there is a trace or call."""
 
     @property
     def total(self) -> int:
         """The most at any time."""
         validating = self.scoring + self.gathered
-        return self.process + self.synthetic + self.network + max(self.trace + self.call, validating)
+        return self.process + self.synthetic + self.network + max(self.trace + self.call, validating, self.meta)
 
     @property
     def largest_part(self) -> str:
         """Name of the part that takes most of the total."""
         names = {field.name for field in fields(self)}
-        is_validating = self.scoring + self.gathered > self.trace + self.call
-        names -= {"trace", "call"} if is_validating else {"scoring", "gathered"}
+        phases = (("trace", "call"), ("scoring", "gathered"), ("meta",))
+        longest = max(phases, key=lambda phase: sum(getattr(self, name) for name in phase))
+        names -= {name for phase in phases if phase != longest for name in phase}
         return max(sorted(names), key=lambda name: int(getattr(self, name)))
 
 
@@ -168,6 +174,8 @@ def footprint(
     scoring: int = 0,
     gathered: int = 0,
     beside: int = 0,
+    frozen: int = 0,
+    meta: int = 0,
 ) -> Footprint:
     """The footprint of a worker.
 
@@ -178,9 +186,10 @@ def footprint(
         image: channels, height, width.
         call: bytes of a call's activations, as from `CallCost.bytes`.
         chunk: images of a call.
-        process, scoring: see `Footprint`.
+        process, scoring, meta: see `Footprint`.
         gathered: images of the whole set, if this worker gathers it.
         beside: parameters of the other networks that this worker matches in turn with this one.
+        frozen: parameters of the networks of MetaDD that this worker holds.
     """
     each = 4 * (math.prod(image) + classes)
     copies = SET_COPIES + (beside > 0)  # the sum of the networks' gradients, beside the gradient of one
@@ -188,10 +197,11 @@ def footprint(
         process=process,
         trace=4 * (steps + 1) * parameters,
         synthetic=copies * images * each,
-        network=4 * NETWORK_VECTORS * (parameters + beside),
+        network=4 * NETWORK_VECTORS * (parameters + beside) + 4 * FROZEN_VECTORS * frozen,
         call=call + IMAGE_COPIES * chunk * each,
         scoring=scoring,
         gathered=gathered * each,
+        meta=meta,
     )
 
 

@@ -39,6 +39,7 @@ __all__ = [
     "couples_samples",
     "network_names",
     "register_network",
+    "require_maps",
     "spatial_features",
 ]
 
@@ -94,16 +95,52 @@ def spatial_features(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor
     """The last feature maps [b c h w], before they are pooled, and the logits [b k] of images [b c h w].
 
     The logits are computed from the maps, so their derivative in the maps, which class activation maps weight the maps
-    with, is one call of `torch.autograd.grad`. A transformer's maps are its tokens, each where its patch was.
+    with, is one call of `torch.autograd.grad`. A transformer's maps are its tokens, each where its patch was. Of a
+    convolutional network that is no `SpatialNetwork`, torchvision's for instance, they are the last output of any of
+    its modules that has more than one position.
 
     Raises:
-        ConfigError: the network has no maps: an mlp, or one of your own that is no `SpatialNetwork`.
+        ConfigError: the network has no maps, as an mlp, or none that can be found.
     """
+    if isinstance(network, SpatialNetwork):
+        maps: Tensor = network.features(images)
+        return maps, network.logits(maps)
+    found = [] if _has_attention(network) else _maps_and_logits(network, images)
+    if len(found) < 2:
+        raise ConfigError(
+            f"{type(network).__name__} has no feature maps to show",
+            "it flattens its images at once, as mlp does, or is a transformer, whose maps only its author knows",
+            "choose another architecture, such as convnet, or wrap it: SpatialNetwork(features, pooling, classifier)",
+        )
+    return found[-2], found[-1]
+
+
+def require_maps(network: nn.Module) -> None:
+    """Raise a `ConfigError` if a registered network has no feature maps to show."""
     if not isinstance(network, SpatialNetwork):
         raise ConfigError(
-            "the network has no feature maps to show",
+            "network.architecture has no feature maps to show",
             "it flattens its images at once, as mlp does, or was registered without being a SpatialNetwork",
             "choose another network.architecture, such as convnet",
         )
-    maps: Tensor = network.features(images)
-    return maps, network.logits(maps)
+
+
+def _has_attention(network: nn.Module) -> bool:
+    return any("attention" in type(part).__name__.lower() for part in network.modules())
+
+
+def _maps_and_logits(network: nn.Module, images: Tensor) -> list[Tensor]:
+    """The outputs of the network's modules that have more than one position, then the logits."""
+    found: list[Tensor] = []
+
+    def keep(_: nn.Module, __: object, output: object) -> None:
+        if isinstance(output, Tensor) and output.dim() == 4 and output.shape[2] * output.shape[3] > 1:
+            found.append(output)
+
+    hooks = [part.register_forward_hook(keep) for part in network.modules() if part is not network]
+    try:
+        logits: Tensor = network(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [*found, logits]

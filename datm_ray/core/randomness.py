@@ -27,6 +27,7 @@ class Purpose(IntEnum):
     EXPERT = 9
     EVALUATION = 10
     VALIDATION = 11
+    META_IMAGES = 12
 
 
 def generator(seed: int, purpose: Purpose, *counters: int) -> np.random.Generator:

@@ -18,16 +18,17 @@ from contextlib import closing
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from datm_ray.artifact import save_artifact
-from datm_ray.config import ClusterConfig, RunConfig
+from datm_ray.config import ClusterConfig, Role, RunConfig
 from datm_ray.core.difficulty import DifficultyRange, draw_plan
-from datm_ray.core.distillation import Distillation, IterationRecord, LearningRates, Match, Origin
+from datm_ray.core.distillation import Distillation, IterationRecord, LearningRates, Match, MetaTerm, Origin
 from datm_ray.core.matching import draw_student_steps
+from datm_ray.core.metadd import MetaDD, MetaOptions
 from datm_ray.core.networks import build_network
 from datm_ray.core.parameters import FlatNetwork, unflatten_buffers_into, unflatten_into
-from datm_ray.core.randomness import Purpose, derive_seed
+from datm_ray.core.randomness import Purpose, derive_seed, generator
 from datm_ray.core.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.core.synthetic import SyntheticSet, correct_rows, mean_correct_logits
 from datm_ray.core.training import PROTOCOLS, Pulse, Schedule, accuracy, no_pulse, predict_logits, train
@@ -76,12 +77,16 @@ class ExpertNetworks:
                 f"run `datm-ray experts {config.name}` with the same --out and --store",
             )
 
-    def logits(self, expert: int, images: Tensor, pulse: Pulse = no_pulse) -> Tensor:
-        """Logits [n k] of an expert's last snapshot; `pulse` is called as they are computed."""
+    def restored(self, expert: int) -> nn.Module:
+        """The network as an expert left it; the same module for every expert."""
         last = self.group.read_snapshot(expert, self._last_epoch)
         unflatten_into(self.network, to_device(last.params, self._device))
         unflatten_buffers_into(self.network, to_device(last.buffers, self._device))
-        return predict_logits(self.network, images, pulse)
+        return self.network
+
+    def logits(self, expert: int, images: Tensor, pulse: Pulse = no_pulse) -> Tensor:
+        """Logits [n k] of an expert's last snapshot; `pulse` is called as they are computed."""
+        return predict_logits(self.restored(expert), images, pulse)
 
     def soft_labels(self, images: Tensor, labels: Tensor, pulse: Pulse = no_pulse) -> Tensor:
         """Soft labels [n k]: the mean logits of the experts that classify each image correctly."""
@@ -153,8 +158,10 @@ class _Run:
         networks = [ExpertNetworks(each, dataset, store_uri, device) for each in config.each_backbone()]
         self._first = networks[0]
         self._fingerprints = [experts.group.key.fingerprint for experts in networks]
-        mine = [mesh.row] if mesh.rows > 1 else range(len(networks))
-        self._backbones = [self._backbone(number, networks[number], sharing) for number in mine]
+        self._roles = config.roles if mesh.rows > 1 else ()
+        role = self._roles[mesh.row] if self._roles else config.whole_role
+        self._backbones = [self._backbone(number, networks[number], sharing) for number in role.backbones]
+        self._looking = self._networks_looking(role, store_uri)
 
     def _backbone(self, number: int, experts: ExpertNetworks, sharing: int) -> _Backbone:
         cluster, dataset = self._config.cluster, self._dataset
@@ -166,9 +173,34 @@ class _Run:
         if functions.note:  # what runs uncompiled takes more memory
             config = config.model_copy(update={"cluster": cluster.model_copy(update={"compile": False})})
         image = (dataset.channels, *dataset.size)
-        layout = Layout(self._mesh.columns, self._mesh.rows > 1, sharing)
+        layout = Layout(self._mesh.columns, self._roles, sharing)
         plan = distillation_plan(config, image, dataset.classes, backbone=number, layout=layout)
         return _Backbone(number, Prefetcher(experts.group), functions, plan.chunk)
+
+    def _networks_looking(self, role: Role, store_uri: str) -> list[MetaDD]:
+        """MetaDD's networks that this worker holds: the last snapshots of experts, one set for each turn."""
+        config, settings = self._config, self._config.metadd
+        if settings is None:
+            return []
+        options = MetaOptions(
+            settings.variance,
+            settings.invariance,
+            settings.position,
+            settings.divergence,
+            settings.threshold,
+            settings.variance_of,
+        )
+        auxiliaries = config.each_auxiliary()
+        experts = {
+            place: ExpertNetworks(auxiliaries[place - 1], self._dataset, store_uri, self._device)
+            if place
+            else self._first
+            for place in role.seen_by
+        }
+        return [
+            MetaDD({place: each.restored(turn % each.count) for place, each in experts.items()}, options)
+            for turn in range(settings.experts.count)
+        ]
 
     def close(self) -> None:
         """Read nothing ahead any longer."""
@@ -213,6 +245,7 @@ class _Run:
         return state.step(
             matches,
             origins,
+            meta=self._meta_term(state),
             all_sum=self._mesh.sum_over_classes,
             sum_over_backbones=self._mesh.sum_over_backbones,
         )
@@ -250,6 +283,19 @@ class _Run:
             config.weights[backbone.number],
             backbone.chunk,
         )
+
+    def _meta_term(self, state: Distillation) -> MetaTerm | None:
+        """The images that MetaDD looks at in this iteration, those of them that this shard holds."""
+        config, settings = self._config, self._config.metadd
+        if settings is None:
+            return None
+        every = config.distill.ipc * self._dataset.classes
+        count = max(1, round(settings.share * every))
+        draws = generator(config.seed, Purpose.META_IMAGES, state.iteration)
+        drawn = np.sort(draws.choice(every, count, replace=False)) if count < every else np.arange(every)
+        held = drawn[(drawn >= self._rows.first) & (drawn < self._rows.last)] - self._rows.first
+        turn = state.iteration % len(self._looking)
+        return MetaTerm(self._looking[turn], config.networks_looking, held, count)
 
     def _resume_or_start(self) -> Distillation:
         settings = self._config.distill
@@ -365,6 +411,8 @@ class _Run:
 
 def _shown(state: Distillation, records: list[IterationRecord]) -> dict[str, float]:
     values = {"loss": records[0].loss, "step_size": records[0].step_size, "skipped": float(state.skipped)}
+    if state.meta_history:
+        values["metadd"], values["ratio"] = state.meta_history[-1].total, state.meta_history[-1].ratio
     if state.validations:
         values["validation"] = state.validations[-1][1]
     return values

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 
-from datm_ray.config import DatasetConfig, RunConfig
+from datm_ray.config import DatasetConfig, Role, RunConfig
 from datm_ray.core.footprint import CACHE_BYTES, CallCost, Footprint, call_cost, choose_chunk, footprint, scoring_bytes
 from datm_ray.core.instance_norm import InstanceNorm
+from datm_ray.core.metadd import IMAGES_AT_A_TIME
 from datm_ray.core.networks import NetworkSpec, build_network
 from datm_ray.core.parameters import FlatNetwork
 from datm_ray.core.step_functions import Order, Precision, StepOptions, StudentStepFunctions
@@ -62,9 +63,14 @@ class Layout:
     """Who distils a set."""
 
     shards: int
-    backbones_apart: bool
+    roles: tuple[Role, ...]
+    """Of the rows of workers; none where one row does everything."""
     sharing: int
     """Distilling workers that one machine has at a time."""
+
+    def role_of(self, backbone: int, config: RunConfig) -> Role:
+        """Of the workers that match a backbone."""
+        return next((role for role in self.roles if backbone in role.backbones), config.whole_role)
 
     @classmethod
     def of(cls, config: RunConfig, workers_of_all_sets: int = 0, workers_here: int | None = None) -> Layout:
@@ -77,10 +83,10 @@ class Layout:
         cluster = config.cluster
         room = workers_here or cluster.workers or max(1, (os.cpu_count() or 1) // cluster.threads_per_worker)
         sharing = min(room, workers_of_all_sets or config.workers_per_set)
-        return cls(cluster.shards, cluster.backbones_apart and bool(config.backbones), sharing)
+        return cls(cluster.shards, config.roles, sharing)
 
 
-ALONE = Layout(1, False, 1)
+ALONE = Layout(1, (), 1)
 """One worker that has the machine to itself."""
 
 
@@ -125,6 +131,7 @@ class DistillationPlan:
             ("trace", show_bytes(parts.trace)),
             ("one micro-batch", show_bytes(parts.call)),
             ("or validation", f"{show_bytes(parts.scoring + parts.gathered)}, in place of the two"),
+            *([("or MetaDD", f"{show_bytes(parts.meta)}, in place of the two")] if parts.meta else []),
             ("total", f"{show_bytes(parts.total)} {limit}"),
             ("training images", f"{show_bytes(self.data_bytes)}, shared by the workers of a machine"),
             ("work", f"{self.flop / 1e12:,.3g} TFLOP an iteration"),
@@ -193,7 +200,7 @@ def distillation_plan(
     )
     more = range(layout.shards + 1, classes + 1)
     enough = (shards for shards in more if need.footprint(shards, 1).total <= (budget or 0))
-    others_share = layout.sharing > layout.shards * (len(config.weights) if layout.backbones_apart else 1)
+    others_share = layout.sharing > layout.shards * max(1, len(layout.roles))
     _require_fits(plan, next(enough, None), shared=config.cluster.memory is None and others_share)
     return plan
 
@@ -212,22 +219,27 @@ class _Need:
     cost: CallCost
     process: int
     scoring: int
+    frozen: int
+    """Parameters of the networks of MetaDD that the worker holds."""
+    meta: int
 
     @classmethod
     def of(cls, config: RunConfig, image: tuple[int, int, int], classes: int, backbone: int, layout: Layout) -> _Need:
         """Of one network of a recipe."""
         specs = [network_spec(each, image[0], image[1:], classes) for each in config.each_backbone()]
         counts = [FlatNetwork(build_network(spec, seed=0)).count for spec in specs]
+        role = layout.role_of(backbone, config)
         return cls(
             image=image,
             classes=classes,
             ipc=config.distill.ipc,
             steps=config.distill.student_steps,
             parameters=counts[backbone],
-            beside=0 if layout.backbones_apart else sum(counts) - counts[backbone],
+            beside=sum(counts[other] for other in role.backbones if other != backbone),
             cost=_cost(specs[backbone], config.cluster.compile, config.cluster.channels_last, config.cluster.precision),
             process=0 if uses_gpu(config) else PROCESS_BYTES,
             scoring=_scoring(specs[0], config.distill.ipc * classes),
+            **_of_meta(config, image, classes, role),
         )
 
     def images(self, shards: int) -> int:
@@ -246,9 +258,24 @@ class _Need:
             chunk=chunk,
             process=self.process,
             scoring=self.scoring,
+            frozen=self.frozen,
+            meta=self.meta,
             gathered=self.images(1) if shards > 1 else 0,
             beside=self.beside,
         )
+
+
+def _of_meta(config: RunConfig, image: tuple[int, int, int], classes: int, role: Role) -> dict[str, int]:
+    """Parameters and activations of the networks of MetaDD that a worker holds."""
+    if config.metadd is None or not role.seen_by:
+        return {"frozen": 0, "meta": 0}
+    looking = [config.each_backbone()[0], *config.each_auxiliary()]
+    specs = [network_spec(looking[place], image[0], image[1:], classes) for place in role.seen_by]
+    counts = [FlatNetwork(build_network(spec, seed=0)).count for spec in specs]
+    return {
+        "frozen": sum(counts) * config.metadd.experts.count,
+        "meta": max(_looking(spec, IMAGES_AT_A_TIME) for spec in specs),
+    }
 
 
 def _chunk(need: _Need, shards: int, batch: int, budget: int | None, cache: int | None) -> int:
@@ -368,6 +395,13 @@ def _cost(spec: NetworkSpec, compiled: bool, channels_last: bool, precision: Pre
 
 
 @functools.lru_cache(maxsize=16)
+def _looking(spec: NetworkSpec, images: int) -> int:
+    """Bytes of activations of a frozen network whose derivative in so many images is taken."""
+    network = FlatNetwork(build_network(spec, seed=0).eval())
+    return scoring_bytes(network, (spec.channels, *spec.size), spec.classes, images, images)
+
+
+@functools.lru_cache(maxsize=16)
 def _scoring(spec: NetworkSpec, images: int) -> int:
     scored = int(inspect.signature(predict_logits).parameters["batch_size"].default)
     trained = min(PROTOCOLS["short"].batch_size, images)
@@ -383,6 +417,7 @@ WORDS = {
     "call": "the smallest micro-batch",
     "scoring": "validation",
     "gathered": "the whole synthetic set, which one worker gathers for validation",
+    "meta": "the networks of metadd",
 }
 LOWER = {
     "synthetic": "distill.ipc",
@@ -391,6 +426,7 @@ LOWER = {
     "trace": "distill.student_steps",
     "call": "network.width or dataset.resize",
     "scoring": "network.width or dataset.resize",
+    "meta": "dataset.resize, or choose smaller metadd.auxiliaries",
 }
 """What makes a part smaller, beside more memory or more shards."""
 

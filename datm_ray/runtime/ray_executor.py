@@ -146,7 +146,7 @@ class RayExecutor:
             if task.size > self.workers:
                 raise ClusterError(
                     f"{task.name} wants {task.size} workers at once, but there is room for {self.workers}",
-                    "cluster.shards asks for so many, times the networks if cluster.backbones_apart is set",
+                    "cluster.shards asks for so many, times the networks that stand apart",
                     "lower cluster.shards, raise cluster.workers if it is set, or add nodes",
                 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -28,6 +29,10 @@ from datm_ray.store.filesystem import open_location
 from datm_ray.store.tensors import read_tensors, write_tensors
 from tests.conftest import actor_processes, tiny_config
 
+METADD = (
+    "metadd={auxiliaries: [{architecture: lenet}, {width: 2, depth: 1, norm: batch}], share: 0.5, variance: 0.01,"
+    " invariance: 0.01, experts: {count: 2, epochs: 2, learning_rate: 0.02, momentum: 0.9, augmentation: ''}}"
+)
 TWO_NETWORKS = "backbones=[{network: {width: 3, depth: 2, norm: group}, weight: 0.5}]"
 
 
@@ -144,6 +149,53 @@ def test_backbones_apart_and_sharded_learn_what_one_process_learns(tmp_path: Pat
     torch.testing.assert_close(states[0].synthetic.step_sizes, states[1].synthetic.step_sizes, rtol=1e-5, atol=0)
     assert len(states[0].history) == 12
     assert states[0].synthetic.step_sizes[0] != states[0].synthetic.step_sizes[1]
+
+
+@pytest.fixture(scope="module")
+def looked_at(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two backbones and MetaDD's auxiliaries, all in one process, to the end."""
+    out = tmp_path_factory.mktemp("looked_at")
+    distil(trained(out, TWO_NETWORKS, METADD), out, size=1)
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("apart", "size"),
+    [
+        (["cluster.auxiliaries_apart=true"], 3),
+        (["cluster.backbones_apart=true"], 2),
+        (["cluster.shards=2"], 2),
+        (["cluster.auxiliaries_apart=true", "cluster.backbones_apart=true"], 4),
+    ],
+)
+def test_networks_of_metadd_may_live_anywhere(apart: list[str], size: int, looked_at: Path, tmp_path: Path) -> None:
+    """Actors that exchange maps and logits learn what one process learns, and know the same losses."""
+    out = with_experts_of(looked_at, tmp_path)
+    config = tiny_config("distill.ipc=2", "distill.batch_size=7", TWO_NETWORKS, METADD, *apart)
+    assert config.workers_per_set == size
+    distil(config, out, size)
+    assert_equal_but_for_rounding(learned(out), learned(looked_at))
+    mine, theirs = (state_of(place, config).meta_history for place in (out, looked_at))
+    assert [record.iteration for record in mine] == list(range(6))
+    for one, other in zip(mine, theirs, strict=True):
+        assert dataclasses.astuple(one) == pytest.approx(dataclasses.astuple(other), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_metadd_changes_the_set_and_is_resumed(looked_at: Path, tmp_path: Path) -> None:
+    """Stopped after iteration 5, resumed from the fourth; without MetaDD another set is learned."""
+    (tmp_path / "resumed").mkdir()
+    (tmp_path / "without").mkdir()
+    settings = ("distill.ipc=2", "distill.batch_size=7", TWO_NETWORKS)
+    resumed, without = (with_experts_of(looked_at, tmp_path / name) for name in ("resumed", "without"))
+    distil(tiny_config(*settings, METADD), resumed, size=1, stop_at=5)
+    distil(tiny_config(*settings, METADD), resumed, size=1)
+    assert torch.equal(learned(resumed).images, learned(looked_at).images)
+    assert len(state_of(resumed, tiny_config(*settings, METADD)).meta_history) == 6
+    distil(tiny_config(*settings), without, size=1)
+    difference = learned(without).images - learned(looked_at).images
+    assert float(difference.norm() / learned(without).images.norm()) > 1e-3
 
 
 @pytest.mark.slow

@@ -1,0 +1,272 @@
+"""MetaDD: maps are the published ones, the loss has its stated parts, and its gradient is exact however it is had."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+from torchvision.models import googlenet, resnet18, vit_b_16
+
+from datm_ray.core.metadd import (
+    Evidence,
+    MetaDD,
+    MetaLoss,
+    MetaOptions,
+    evidence,
+    heterogeneous_features,
+    meta_feature_ratio,
+    meta_features,
+    meta_loss,
+    scaled_maps,
+)
+from datm_ray.core.networks import NetworkSpec, build_network, network_names
+from datm_ray.errors import ConfigError
+
+CLASSES, SIZE = 4, (16, 16)
+SPATIAL = [name for name in network_names() if name != "mlp"]
+THREE = ("convnet", "resnet18", "lenet")
+PARTS = ("total", "variance", "invariance", "position", "ratio")
+
+
+def network(name: str, seed: int = 0, classes: int = CLASSES) -> nn.Module:
+    """A small float64 network in evaluation mode."""
+    spec = NetworkSpec(name, 3, SIZE, classes, width=8, depth=2)
+    return build_network(spec, seed).double().eval()
+
+
+def draw(count: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Images and classes."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, 3, *SIZE, generator=generator, dtype=torch.float64)
+    return images, torch.arange(count) % CLASSES
+
+
+@pytest.fixture(scope="module")
+def three() -> list[nn.Module]:
+    """Of three architectures, the backbone first."""
+    return [network(name, seed) for seed, name in enumerate(THREE)]
+
+
+def gradient_of(loss: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """By one pass of torch's automatic differentiation."""
+    images = images.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(images), images)
+    return gradient
+
+
+@pytest.mark.parametrize("name", SPATIAL)
+def test_every_architecture_with_maps_shows_evidence(name: str) -> None:
+    """At the images' size, image by image, with a derivative in every image, and the network's own logits."""
+    images, labels = draw()
+    module = network(name)
+    seen = evidence(module, images, labels)
+    assert seen.maps.shape == (5, *SIZE)
+    assert torch.equal(seen.logits, module(images))
+    single = torch.cat([evidence(module, images[n : n + 1], labels[n : n + 1]).maps for n in range(5)])
+    assert torch.allclose(single, seen.maps)
+    slope = gradient_of(lambda x: evidence(module, x, labels).maps.square().sum(), images)
+    assert bool((slope.flatten(1).norm(dim=1) > 0).all())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit-small"])
+def test_maps_of_averaging_networks_are_class_activation_maps(name: str) -> None:
+    """The feature maps under the classifier's weights for the class, whose mean is the logit less the bias."""
+    images, labels = draw()
+    module = network(name)
+    maps = (module.features(images) * module.classifier.weight[labels][:, :, None, None]).sum(1)  # type: ignore
+    seen = evidence(module, images, labels)
+    assert torch.allclose(seen.maps, interpolate(maps[:, None], SIZE, mode="bilinear")[:, 0])
+    logits = maps.mean(dim=(1, 2)) + module.classifier.bias[labels]  # type: ignore[index, union-attr]
+    assert torch.allclose(logits, seen.logits.gather(1, labels[:, None])[:, 0])
+
+
+def test_the_derivative_of_maps_matches_finite_differences(three: list[nn.Module]) -> None:
+    """Of the whole loss, in float64, along random directions."""
+    images, labels = draw(3)
+    metadd = MetaDD(three)
+    exact = gradient_of(lambda x: metadd.loss(x, labels).total, images)
+    for seed in range(3):
+        way = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        step = 1e-8  # short, so that no rectifier or maximum changes over
+        after, before = (float(metadd.loss(images + sign * step * way, labels).total.detach()) for sign in (1, -1))
+        assert (after - before) / (2 * step) == pytest.approx(float((exact * way).sum()), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("options", [MetaOptions(), MetaOptions(0.3, 2.0, 0.1, -0.5, variance_of="logits")])
+@pytest.mark.parametrize("chunk", [1, 2, 5, 20])
+def test_the_gradient_in_parts_is_that_of_the_whole(three: list[nn.Module], options: MetaOptions, chunk: int) -> None:
+    """One network's graph on some images at a time, against all of them at once."""
+    images, labels = draw()
+    metadd = MetaDD(three, options)
+    whole = metadd.loss(images, labels).detach()
+    exact = gradient_of(lambda x: metadd.loss(x, labels).total, images.detach())
+    loss, gradient = metadd.gradient(images, labels, chunk=chunk)
+    assert float((gradient - exact).norm() / exact.norm()) < 1e-12
+    for part in PARTS:
+        assert float(getattr(loss, part)) == pytest.approx(float(getattr(whole, part)))
+
+
+class _Column:
+    """Sums between threads that take the same calls."""
+
+    def __init__(self, size: int) -> None:
+        self._barrier = threading.Barrier(size, timeout=60)
+        self._given: list[Tensor] = [torch.empty(0)] * size
+
+    def all_sum(self, rank: int) -> Callable[[Tensor], Tensor]:
+        def sum_(tensor: Tensor) -> Tensor:
+            self._given[rank] = tensor
+            self._barrier.wait()
+            total = torch.stack(self._given).sum(dim=0)
+            self._barrier.wait()
+            return total
+
+        return sum_
+
+
+@pytest.mark.parametrize("places", [((0,), (1,), (2,)), ((0, 2), (1,)), ((0, 1, 2), ())])
+def test_apart_networks_exchange_maps_and_logits_and_have_the_whole_gradient(
+    three: list[nn.Module], places: tuple[tuple[int, ...], ...]
+) -> None:
+    """The parts of the gradient add up to that of one process, and every process knows the loss."""
+    images, labels = draw()
+    whole, exact = MetaDD(three).gradient(images, labels)
+    column = _Column(len(places))
+    answers: list[tuple[MetaLoss, Tensor]] = [(whole, exact)] * len(places)
+
+    def work(rank: int) -> None:
+        mine = MetaDD({place: three[place] for place in places[rank]})
+        answers[rank] = mine.gradient(
+            images, labels, networks=3, classes=CLASSES, chunk=2, all_sum=column.all_sum(rank)
+        )
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(places))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.allclose(sum((gradient for _, gradient in answers), torch.zeros_like(exact)), exact, rtol=1e-12)
+    for loss, _ in answers:
+        assert [float(getattr(loss, part)) for part in PARTS] == pytest.approx(
+            [float(getattr(whole, part)) for part in PARTS]
+        )
+
+
+def test_shards_of_the_images_add_up(three: list[nn.Module]) -> None:
+    """With the mean over all images, also where a shard has none."""
+    images, labels = draw()
+    metadd = MetaDD(three)
+    whole, exact = metadd.gradient(images, labels)
+    parts = [metadd.gradient(images[held], labels[held], over=5) for held in (slice(0, 3), slice(3, 3), slice(3, 5))]
+    assert torch.allclose(torch.cat([gradient for _, gradient in parts]), exact, rtol=1e-12)
+    assert sum(float(loss.total) for loss, _ in parts) == pytest.approx(float(whole.total))
+
+
+def test_the_terms_are_those_of_the_formulas() -> None:
+    """Two networks, one image of two by two pixels, two classes, by hand."""
+    maps = torch.tensor([[[[0.0, 2.0], [1.0, 4.0]]], [[[-1.0, 0.0], [0.0, 3.0]]]])
+    logits = torch.tensor([[[0.0, 0.0]], [[1.0, 0.0]]])
+    loss = meta_loss(Evidence(maps, logits), torch.tensor([0]), MetaOptions(2.0, 3.0, 5.0, divergence=-0.5))
+    first, second = torch.tensor([0, 0.5, 0.25, 1]), torch.tensor([0, 0.25, 0.25, 1])
+    assert float(loss.variance) == pytest.approx(float((first - second).square().mean() / 4))
+    share = 1 / (1 + torch.exp(torch.tensor(-1.0)))
+    divergence = share * (2 * share).log() + (1 - share) * (2 * (1 - share)).log()
+    assert float(loss.invariance) == pytest.approx(float(-share.log() - 0.5 * divergence))
+    assert float(loss.position) == pytest.approx(1 / 8)
+    assert float(loss.total) == pytest.approx(
+        float(2 * loss.variance + 3 * loss.invariance + 5 * loss.position), rel=1e-6
+    )
+    assert float(loss.ratio) == pytest.approx(1 / 2)
+
+
+def test_masks_part_the_features() -> None:
+    """A pixel that is a feature to any network is a meta feature or heterogeneous, never both."""
+    scaled = torch.rand(3, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+    for threshold in (0.3, 0.5, 0.7):
+        shared, own = meta_features(scaled, threshold), heterogeneous_features(scaled, threshold)
+        assert torch.equal(shared | own.any(dim=0), (scaled >= threshold).any(dim=0))
+        assert not bool((shared & own).any())
+        expected = shared.sum(dim=(1, 2)) / (scaled >= threshold).any(dim=0).sum(dim=(1, 2))
+        assert torch.allclose(meta_feature_ratio(scaled, threshold), expected)
+    assert float(meta_feature_ratio(torch.zeros(2, 1, 4, 4)).sum()) == 0.0
+
+
+def test_a_map_of_one_value_has_no_derivative() -> None:
+    """It would be infinite."""
+    flat = torch.ones(1, 3, 3, requires_grad=True)
+    scaled = scaled_maps(flat)
+    (gradient,) = torch.autograd.grad(scaled.sum(), flat)
+    assert float(scaled.detach().abs().sum()) == 0.0
+    assert float(gradient.abs().sum()) == 0.0
+
+
+def test_networks_are_copied_frozen_and_evaluated() -> None:
+    """Running statistics stay as they were, and so does what the caller does with the network."""
+    spec = NetworkSpec("convnet", 3, SIZE, CLASSES, width=4, depth=2, norm="batch")
+    modules = [build_network(spec, seed).double().train() for seed in (0, 1)]
+    before = [value.clone() for module in modules for value in module.state_dict().values()]
+    images, labels = draw()
+    MetaDD(modules).gradient(images, labels)
+    MetaDD(modules).loss(images.requires_grad_(), labels).total.backward()
+    after = [value for module in modules for value in module.state_dict().values()]
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+    assert all(module.training for module in modules)
+    assert all(p.requires_grad and p.grad is None for module in modules for p in module.parameters())
+
+
+@pytest.mark.parametrize("build", [resnet18, googlenet])
+def test_networks_of_torchvision_can_be_handed_over(build: Callable[..., nn.Module]) -> None:
+    """Their maps are found; resnet18's are the input of its average."""
+    options = {"aux_logits": False, "init_weights": False} if build is googlenet else {}
+    module = build(num_classes=CLASSES, **options).double().eval()
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    seen = evidence(module, images, torch.tensor([0, 1]))
+    assert seen.maps.shape == (2, 64, 64)
+    assert torch.allclose(seen.logits, module(images))
+    if build is resnet18:
+        maps: list[Tensor] = []
+        module.avgpool.register_forward_hook(lambda _, inputs, __: maps.append(inputs[0]))  # type: ignore
+        module(images)
+        weights = module.fc.weight[[0, 1]][:, :, None, None]  # type: ignore[index, union-attr]
+        small = (maps[0] * weights).sum(dim=1, keepdim=True)
+        assert torch.allclose(seen.maps, interpolate(small, (64, 64), mode="bilinear")[:, 0])
+
+
+def test_in_a_loop_of_distribution_matching() -> None:
+    """Added in three lines to somebody's own loop, it raises the share of features that networks agree on."""
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(40, 3, *SIZE, generator=generator, dtype=torch.float64)
+    synthetic, labels = real[:4].clone().requires_grad_(), torch.arange(4)
+    backbone, embed = network("convnet"), network("convnet", 7)
+    metadd = MetaDD([backbone, network("resnet18", 1), network("lenet", 2)], MetaOptions(10.0, 0.0, 0.0))
+    optimizer = torch.optim.SGD([synthetic], lr=1.0, momentum=0.5)
+    losses = []
+    for _ in range(30):
+        matching = (embed.features(real).mean(dim=0) - embed.features(synthetic).mean(dim=0)).square().sum()  # type: ignore
+        meta = metadd.loss(synthetic, labels)
+        optimizer.zero_grad()
+        (matching + meta.total).backward()
+        optimizer.step()
+        losses.append(meta.detach())
+    assert float(losses[-1].variance) < 0.5 * float(losses[0].variance)
+    assert float(losses[-1].ratio) > float(losses[0].ratio)
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    """One network, networks of different label sets, and networks without maps, each in one line."""
+    images, labels = draw()
+    with pytest.raises(ConfigError, match="several networks see, and was given 1"):
+        MetaDD([network("convnet")])
+    strangers = MetaDD([network("convnet"), network("lenet", classes=7)])
+    for call in (strangers.loss, strangers.gradient):
+        with pytest.raises(ConfigError, match="tell 4 and 7 classes apart"):
+            call(images, labels)  # type: ignore[operator]
+    with pytest.raises(ConfigError, match="has no feature maps to show"):
+        MetaDD([network("convnet"), network("mlp")]).loss(images, labels)
+    transformer = vit_b_16(image_size=32, num_classes=CLASSES).eval()
+    with pytest.raises(ConfigError, match="is a transformer"):
+        evidence(transformer, torch.randn(1, 3, 32, 32), torch.tensor([0]))
