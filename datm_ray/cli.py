@@ -162,9 +162,19 @@ def evaluate(
     store: Store = None,
     executor: ExecutorName = "ray",
     address: Address = None,
+    arch: Annotated[
+        str | None,
+        typer.Option("--arch", metavar="NAME[:WIDTH],...", help="Architectures to score the sets on as well."),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option("--seeds", metavar="N", help="Networks a row (evaluate.seeds).")] = None,
 ) -> None:
-    """Train fresh networks on the synthetic sets and on the controls, and score them on the test set."""
-    pipeline, start = _prepare(recipes, set_, out, store, executor, address)
+    """Train fresh networks on the synthetic sets and on the controls, and score them on the test set.
+
+    Other architectures get the step size that was learned, and one chosen on validation data. A name means the recipe's
+    own network, backbone or auxiliary of that name where it has one; widths are relative to 128.
+    """
+    set_ = [*(set_ or []), *([f"evaluate.seeds={seeds}"] if seeds is not None else [])]
+    pipeline, start = _prepare(recipes, set_, out, store, executor, address, arch)
     pipeline.evaluate(start, _reporter())
     print(pipeline.table())
     print(f"Next: datm-ray report {out}")
@@ -383,10 +393,20 @@ def main() -> None:
 
 
 def _prepare(
-    recipes: list[str], set_: list[str] | None, out: str, store: str | None, executor: str, address: str | None
+    recipes: list[str],
+    set_: list[str] | None,
+    out: str,
+    store: str | None,
+    executor: str,
+    address: str | None,
+    arch: str | None = None,
 ) -> tuple[Pipeline, Callable[[], Executor]]:
     """The pipeline, checked, and how to start its executor."""
     configs = [_config(name, set_) for name in recipes]
+    if arch is not None:
+        from datm_ray.config import scored_on
+
+        configs = [scored_on(config, arch.split(",")) for config in configs]
     from datm_ray.pipeline import Pipeline
     from datm_ray.runtime.create import create_executor
 

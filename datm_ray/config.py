@@ -59,7 +59,7 @@ class NetworkConfig(Section):
     architecture: str = "convnet"
     """Name in the registry of networks."""
     width: Count = 128
-    """Channels of every convolution."""
+    """Channels of every convolution of convnet, 128 as published; others are narrower or wider in proportion."""
     depth: Count = 3
     """Convolution blocks: 3 at 32x32, 4 at 64x64."""
     norm: Literal["instance", "batch", "group", "none"] = "instance"
@@ -181,6 +181,8 @@ class EvaluateConfig(Section):
     """published: 1001 epochs, learning rate divided by ten half way; short: 500 epochs."""
     seeds: Count = 5
     """Fresh networks for each row of the table."""
+    networks: Annotated[tuple[NetworkConfig, ...], Field(strict=False, max_length=64)] = ()
+    """Architectures to score the set on, beside the table, each with the learned and with a tuned step size."""
     real_epochs: Count = 100
     """Epochs of the control that trains on all real data."""
     augmentation: str = PUBLISHED_AUGMENTATION
@@ -402,7 +404,7 @@ class RunConfig(Section):
         left_out: dict[str, Any] = {
             "cluster": True,
             "dataset": {"path"},
-            "evaluate": {"seeds"},
+            "evaluate": {"seeds", "networks"},
             "experts": {"keep_epochs", "test_every"},
         }
         identity = self.model_dump(exclude=left_out)
@@ -498,6 +500,31 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
                 raise ConfigError(f"--set {assignment!r}: {section!r} is no section", remedy=_known_keys(()))
         target[field] = _read_yaml(text, f"--set {assignment!r}")
     return parse_config(values, "--set")
+
+
+def scored_on(config: RunConfig, names: Sequence[str]) -> RunConfig:
+    """The run, to be scored on these architectures too, and on its own network first.
+
+    Args:
+        names: NAME or NAME:WIDTH. A NAME is that network of the recipe where the recipe has one of that architecture.
+
+    Raises:
+        ConfigError: a width that is no number.
+    """
+    own = [config.network, *(backbone.network for backbone in config.backbones)]
+    own += config.metadd.auxiliaries if config.metadd else ()
+    networks = [config.network]
+    for name in names:
+        architecture, _, width = name.strip().partition(":")
+        if width and not (width.isdecimal() and int(width)):
+            raise ConfigError(
+                f"--arch {name!r} has no number after the colon", remedy="write NAME:WIDTH, as resnet18:32"
+            )
+        known = next((each for each in own if each.architecture == architecture), None)
+        found = known if known and not width else NetworkConfig(architecture=architecture, width=int(width or 128))
+        networks += [found] if found not in networks else []
+    evaluate = config.evaluate.model_copy(update={"networks": tuple(networks)})
+    return config.model_copy(update={"evaluate": evaluate})
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -24,16 +24,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from datm_ray.config import DatasetConfig, RunConfig, load_config_text, to_yaml
+from datm_ray.config import DatasetConfig, NetworkConfig, RunConfig, load_config_text, to_yaml
 from datm_ray.core.augment import parse_strategy
 from datm_ray.core.networks import build_network, require_maps
 from datm_ray.data.dataset import Dataset, prepare
 from datm_ray.data.sources import RawDataset, load_raw
 from datm_ray.data.transform import Transform
 from datm_ray.errors import ClusterError, ConfigError, DatasetError, MissingExpertsError, RunDirectoryError
-from datm_ray.report import RunSummary, accuracy_table, write_report, write_summary
+from datm_ray.report import RunSummary, accuracy_table, networks_table, write_report, write_summary
 from datm_ray.runtime.distill import SYNTHETIC, DistillWorker
-from datm_ray.runtime.evaluate import ROWS, EvaluateWorker, read_scores, result_location
+from datm_ray.runtime.evaluate import (
+    ON_OTHERS,
+    ROWS,
+    EvaluateWorker,
+    other_location,
+    read_network_scores,
+    read_scores,
+    result_location,
+)
 from datm_ray.runtime.executor import Executor, Task, require_precision
 from datm_ray.runtime.experts import ExpertWorker, expert_group, experts_at_a_time, network_spec, progress_of, stacks
 from datm_ray.runtime.plan import ALONE, Layout, distillation_plan, require_whole_classes
@@ -142,8 +150,10 @@ class Pipeline:
             self._evaluate(executor, reporter)
 
     def table(self) -> str:
-        """The accuracy table as text."""
-        return accuracy_table(_summaries(self.out, self.configs))
+        """The accuracy table as text, and those of other architectures."""
+        summaries = _summaries(self.out, self.configs)
+        others = [networks_table(summary) for summary in summaries if summary.networks]
+        return "\n\n".join([accuracy_table(summaries), *others])
 
     # --- stages ---------------------------------------------------------------------------------------------------
 
@@ -258,6 +268,14 @@ class Pipeline:
                         arguments = (config, self.store_uri, self._folder(config).uri, place.uri, row, number)
                         task = Task(f"{config.name} {row} {number}", arguments)
                         tasks[place.uri] = (config.dataset, task)  # once for runs that share it
+            for network in config.evaluate.networks:
+                for row in ON_OTHERS:
+                    for number in range(config.evaluate.seeds):
+                        place = other_location(self.out, config, network, row, number)
+                        if not place.exists():
+                            uris = (self.store_uri, self._folder(config).uri, place.uri)
+                            name = f"{config.name} {row} on {network.architecture} {number}"
+                            tasks[place.uri] = (config.dataset, Task(name, (config, *uris, row, number, network)))
         return list(tasks.values())
 
     def _run(
@@ -355,33 +373,39 @@ class Pipeline:
                 remedy="lower distill.ipc",
             )
         require_whole_classes(config.cluster.shards, raw.classes, raw.name)
-        for number, backbone in enumerate(config.each_backbone()):
-            try:
-                network = build_network(network_spec(backbone, raw.channels, raw.size, raw.classes), seed=0)
-                if config.metadd is not None and number == 0:
-                    require_maps(network)
-            except ConfigError as failure:
-                raise (_under(failure, f"backbones.{number - 1}.network") if number else failure) from None
-            self._check_epochs(backbone)
-        for number, auxiliary in enumerate(config.each_auxiliary()):
-            self._check_auxiliary(config, auxiliary, f"metadd.auxiliaries.{number}")
+        self._check_networks(config)
         strategies = [config.experts.augmentation, config.distill.augmentation, config.evaluate.augmentation]
         for strategy in (*strategies, *(each.experts.augmentation for each in config.each_auxiliary())):
             parse_strategy(strategy)
 
-    def _check_auxiliary(self, config: RunConfig, auxiliary: RunConfig, key: str) -> None:
+    def _check_networks(self, config: RunConfig) -> None:
+        for number, backbone in enumerate(config.each_backbone()):
+            looks = config.metadd is not None and number == 0
+            key = f"backbones.{number - 1}.network" if number else "network"
+            self._check_network(config, backbone.network, key, has_maps=looks)
+            self._check_epochs(backbone)
+        for number, auxiliary in enumerate(config.each_auxiliary()):
+            key = f"metadd.auxiliaries.{number}"
+            self._check_network(config, auxiliary.network, key, has_maps=True)
+            if auxiliary.network == config.network:
+                raise ConfigError(
+                    f"{key} is the backbone itself",
+                    "MetaDD compares what different architectures see",
+                    "give another one, such as {architecture: resnet18}",
+                )
+        for number, network in enumerate(config.evaluate.networks):
+            self._check_network(config, network, f"evaluate.networks.{number}")
+
+    def _check_network(self, config: RunConfig, network: NetworkConfig, key: str, *, has_maps: bool = False) -> None:
+        """That a network can be built for the images, and shows feature maps where it has to."""
         raw = self._raw[config.dataset]
+        spec = network_spec(config.model_copy(update={"network": network}), raw.channels, raw.size, raw.classes)
         try:
-            spec = network_spec(auxiliary, raw.channels, raw.size, raw.classes)
-            require_maps(build_network(spec, seed=0))
+            built = build_network(spec, seed=0)
+            if has_maps:
+                require_maps(built)
         except ConfigError as failure:
             raise _under(failure, key) from None
-        if auxiliary.network == config.network:
-            raise ConfigError(
-                f"{key} is the backbone itself",
-                "MetaDD compares what different architectures see",
-                f"give another architecture, such as {key}={{architecture: resnet18}}",
-            )
 
     def _check_epochs(self, config: RunConfig) -> None:
         """Experts that were stored for another recipe may lack epochs that this one matches."""
@@ -447,8 +471,8 @@ def _summaries(out: Location, configs: Sequence[RunConfig]) -> list[RunSummary]:
     summaries = []
     for config in configs:
         note = (out / config.name / DATA).read_json()
-        scores = read_scores(out, config, note["fingerprint"])
-        summaries.append(RunSummary(config, out / config.name, scores, note["training_images"]))
+        scores, networks = read_scores(out, config, note["fingerprint"]), read_network_scores(out, config)
+        summaries.append(RunSummary(config, out / config.name, scores, note["training_images"], networks))
     return summaries
 
 

@@ -39,13 +39,14 @@ class NetworkSpec:
 
     Beside images and classes an architecture reads only
 
-        convnet                      width, depth, norm, pooling
-        mlp                          width, depth
-        resnet18, vgg11              norm
-        alexnet, lenet, vit-small    nothing: their sizes are the published ones
+        convnet               width, depth, norm, pooling
+        mlp                   width, depth
+        resnet18, vgg11       width, norm
+        alexnet, vit-small    width
+        lenet                 nothing: its size is the published one
 
-    and ignores the others. Those that have no normalisation to choose (mlp and the last row) ignore norm where it is
-    "instance", the default, or "none", and refuse the others.
+    and ignores the others. Those that have no normalisation to choose (mlp and the last two rows) ignore norm where it
+    is "instance", the default, or "none", and refuse the others.
     """
 
     architecture: str
@@ -57,7 +58,8 @@ class NetworkSpec:
     classes: int
     """Number of logits."""
     width: int = 128
-    """Channels of every convolution (convnet), or units of every hidden layer (mlp)."""
+    """Channels of every convolution (convnet), or units of every hidden layer (mlp). Others have their published sizes
+    at 128, and all their layers narrower or wider in proportion."""
     depth: int = 3
     """Number of convolution blocks (convnet), or of linear layers, the one that gives the logits included (mlp)."""
     norm: Norm = "instance"
@@ -127,21 +129,21 @@ def resnet18(spec: NetworkSpec) -> SpatialNetwork:
     At 8x8 the last one does not, so that the map stays at 2x2.
     """
     _require_least_side(spec)
-    side = min(spec.size)
+    side, first = min(spec.size), _scaled(64, spec)
     if side <= 64:
-        layers: list[nn.Module] = [nn.Conv2d(spec.channels, 64, kernel_size=3, padding=1, bias=False)]
+        layers: list[nn.Module] = [nn.Conv2d(spec.channels, first, kernel_size=3, padding=1, bias=False)]
     else:
-        layers = [nn.Conv2d(spec.channels, 64, kernel_size=7, stride=2, padding=3, bias=False)]
-    layers += [_normalisation(spec.norm, 64), nn.ReLU()]
+        layers = [nn.Conv2d(spec.channels, first, kernel_size=7, stride=2, padding=3, bias=False)]
+    layers += [_normalisation(spec.norm, first), nn.ReLU()]
     if side > 64:
         layers.append(nn.MaxPool2d(kernel_size=3, stride=2, padding=1))
         side = math.ceil(side / 4)
-    inputs = 64
-    for width in (64, 128, 256, 512):
+    inputs = first
+    for width in (first, 2 * first, 4 * first, 8 * first):
         stride = 2 if width > inputs and side > 2 else 1
         layers += [_ResidualBlock(inputs, width, stride, spec.norm), _ResidualBlock(width, width, 1, spec.norm)]
         inputs, side = width, math.ceil(side / stride)
-    network = SpatialNetwork(nn.Sequential(*layers), GlobalAverage(), nn.Linear(512, spec.classes))
+    network = SpatialNetwork(nn.Sequential(*layers), GlobalAverage(), nn.Linear(inputs, spec.classes))
     return _he_initialised(network)
 
 
@@ -181,7 +183,8 @@ def vgg11(spec: NetworkSpec) -> SpatialNetwork:
         if layers and side >= 4:
             layers.append(nn.MaxPool2d(2))
             side //= 2
-        for width in stage:
+        for published in stage:
+            width = _scaled(published, spec)
             layers += [nn.Conv2d(inputs, width, kernel_size=3, padding=1), _normalisation(spec.norm, width), nn.ReLU()]
             inputs = width
     pooling = nn.Sequential(nn.MaxPool2d(2), GlobalAverage())
@@ -197,21 +200,22 @@ def alexnet(spec: NetworkSpec) -> SpatialNetwork:
     _require_least_side(spec)
     _refuse_norm(spec)
     height, width = (side // 8 for side in spec.size)
+    few, some, many = (_scaled(published, spec) for published in (128, 192, 256))
     features = nn.Sequential(
-        nn.Conv2d(spec.channels, 128, kernel_size=5, padding=2),
+        nn.Conv2d(spec.channels, few, kernel_size=5, padding=2),
         nn.ReLU(),
         nn.MaxPool2d(2),
-        nn.Conv2d(128, 192, kernel_size=5, padding=2),
+        nn.Conv2d(few, some, kernel_size=5, padding=2),
         nn.ReLU(),
         nn.MaxPool2d(2),
-        nn.Conv2d(192, 256, kernel_size=3, padding=1),
+        nn.Conv2d(some, many, kernel_size=3, padding=1),
         nn.ReLU(),
-        nn.Conv2d(256, 192, kernel_size=3, padding=1),
+        nn.Conv2d(many, some, kernel_size=3, padding=1),
         nn.ReLU(),
-        nn.Conv2d(192, 192, kernel_size=3, padding=1),
+        nn.Conv2d(some, some, kernel_size=3, padding=1),
         nn.ReLU(),
     )
-    return SpatialNetwork(features, nn.MaxPool2d(2), nn.Linear(192 * height * width, spec.classes))
+    return SpatialNetwork(features, nn.MaxPool2d(2), nn.Linear(some * height * width, spec.classes))
 
 
 def lenet(spec: NetworkSpec) -> SpatialNetwork:
@@ -252,7 +256,7 @@ def mlp(spec: NetworkSpec) -> nn.Sequential:
 
 
 def vit_small(spec: NetworkSpec) -> SpatialNetwork:
-    """ViT-Small: 12 layers of 384 numbers a token and 6 heads, with layer normalisation and no dropout.
+    """ViT-Small: 12 layers of 384 numbers a token and 6 heads of 64, with layer normalisation and no dropout.
 
     A patch is the part of the shorter side nearest to an eighth that divides both sides: 1 pixel at 8x8, 4 at 28x28
     and 32x32, so about 64 tokens. The tokens' mean is classified, not a token beside them (arXiv 2205.01580), so the
@@ -262,10 +266,11 @@ def vit_small(spec: NetworkSpec) -> SpatialNetwork:
     _refuse_norm(spec)
     patch = _patch(*spec.size)
     height, width = (side // patch for side in spec.size)
-    hidden = 384
+    heads = max(1, _scaled(6, spec))
+    hidden = heads * (_scaled(384, spec) // heads)
     features = nn.Sequential(
         _PatchTokens(spec.channels, patch, height * width, hidden),
-        *(_TransformerLayer(hidden, heads=6) for _ in range(12)),
+        *(_TransformerLayer(hidden, heads) for _ in range(12)),
         _LayerNorm(hidden),
         _TokenMaps(height, width),
     )
@@ -367,6 +372,11 @@ class GlobalAverage(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         return maps.mean(dim=(2, 3))
+
+
+def _scaled(published: int, spec: NetworkSpec) -> int:
+    """Of a network whose published size is at width 128."""
+    return max(1, published * spec.width // 128)
 
 
 def _normalisation(norm: Norm, width: int) -> nn.Module:

@@ -154,9 +154,22 @@ class MetaDD:
                 total[rows] += self._through(network, place, part, own, seen) * (len(part) / over)
         return MetaLoss(*(torch.stack(losses).sum(dim=0) / over).unbind()), total
 
-    def evidence(self, images: Tensor, labels: Tensor) -> Evidence:
-        """What every network sees: maps [m b h w] and logits [m b k], without derivatives."""
-        return self._seen_by_all(images, labels, len(self._networks), 0, identity)
+    def evidence(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        networks: int | None = None,
+        classes: int = 0,
+        chunk: int = IMAGES_AT_A_TIME,
+        all_sum: AllSum = identity,
+    ) -> Evidence:
+        """What every network sees: maps [m b h w] and logits [m b k], without derivatives; arguments as `gradient`."""
+        parts = [
+            self._seen_by_all(part, own, networks or len(self._networks), classes, all_sum)
+            for part, own in zip(images.split(chunk), labels.split(chunk), strict=True)
+        ]
+        return Evidence(torch.cat([part.maps for part in parts], 1), torch.cat([part.logits for part in parts], 1))
 
     def _seen_by_all(self, images: Tensor, labels: Tensor, networks: int, classes: int, all_sum: AllSum) -> Evidence:
         """[m b ..] of all processes."""

@@ -80,6 +80,8 @@ def charts_of(run: Run) -> list[Picture]:
         if len(run.history["validation.iteration"]):
             charts.append(_validation_chart(run, run.history))
         charts.append(_step_size_chart(run, run.history))
+        if "meta.iteration" in run.history:
+            charts.append(_ratio_chart(run.history))
     if run.latest is not None:
         charts.append(_soft_label_chart(run.latest, finished=run.synthetic is not None))
     return charts
@@ -247,6 +249,24 @@ def _step_size_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
         _svg(draw),
         f"Step size of the student, from {steps[0]:.3g} to {steps[-1]:.3g} over {count(run.iterations, 'iteration')}.",
         "The student’s learning rate, learned together with the images; dashed, where it began.",
+    )
+
+
+def _ratio_chart(history: Mapping[str, NDArray[Any]]) -> Picture:
+    iteration, ratio = history["meta.iteration"] + 1, 100 * history["meta.ratio"]
+    window = max(1, len(ratio) // 40)
+
+    def draw(figure: Figure) -> None:
+        axes = _iteration_axes(figure, int(iteration[-1]), "meta-feature ratio in %")
+        axes.plot(iteration, ratio, color=PALE, linewidth=0.8, rasterized=True, label="each iteration")
+        axes.plot(iteration, _running_mean(ratio, window), color=ACCENT, label=f"mean of {window}")
+        axes.legend(loc="best")
+
+    return Picture(
+        title="Meta-feature ratio",
+        source=_svg(draw),
+        alt=f"Meta-feature ratio over iterations, {ratio[0]:.1f} % at first and {ratio[-1]:.1f} % at last.",
+        caption="Of the pixels in which any of MetaDD’s networks sees the class, those in which all of them do.",
     )
 
 

@@ -11,7 +11,18 @@ import jinja2
 from datm_ray.config import to_yaml
 from datm_ray.report.charts import charts_of
 from datm_ray.report.gallery import galleries, left_out
-from datm_ray.report.runs import Run, RunSummary, find_score, read_run, share_of_full
+from datm_ray.report.maps import map_pictures
+from datm_ray.report.runs import (
+    NETWORK_COLUMNS,
+    Run,
+    RunSummary,
+    find_score,
+    mean_over_networks,
+    network_name,
+    read_run,
+    scores_by_name,
+    share_of_full,
+)
 from datm_ray.report.words import count, duration, listed, percent
 from datm_ray.runtime.evaluate import ROWS, Score
 from datm_ray.store.filesystem import Location
@@ -53,6 +64,8 @@ def _run_view(run: Run) -> dict[str, Any]:
         "state": _state(run),
         "galleries": galleries(run),
         "left_out": left_out(run),
+        "maps": map_pictures(run),
+        "networks": _networks_view(run.summary),
         "charts": charts_of(run),
         "recipe": to_yaml(run.config).strip(),
         "provenance": _provenance_lines(run.latest.provenance) if run.latest else [],
@@ -62,6 +75,25 @@ def _run_view(run: Run) -> dict[str, Any]:
             if (score := find_score(run.summary.scores, row)) is not None
         ],
     }
+
+
+def _networks_view(summary: RunSummary) -> dict[str, Any] | None:
+    """The table of architectures: columns, lines and means."""
+    if not summary.networks:
+        return None
+    lines = []
+    for each in summary.networks:
+        cells = scores_by_name(each)
+        shown = [(str(cells[name]), cells[name].n) if name in cells else None for name in NETWORK_COLUMNS]
+        lines.append((network_name(each.network), each.kind, shown))
+    means = [
+        (
+            f"mean, {' and '.join(kinds)}",
+            [mean_over_networks(summary.networks, name, kinds) for name in NETWORK_COLUMNS],
+        )
+        for kinds in (["seen"], ["unseen"])
+    ]
+    return {"columns": list(NETWORK_COLUMNS.values()), "lines": lines, "means": [m for m in means if any(m[1])]}
 
 
 def _cell(scores: Sequence[Score], row: str) -> tuple[str, int] | None:

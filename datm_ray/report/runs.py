@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from datm_ray.artifact import Artifact, read_artifact
-from datm_ray.config import RunConfig
+from datm_ray.config import NetworkConfig, RunConfig
 from datm_ray.runtime.checkpoint import CHECKPOINT, read_curves
-from datm_ray.runtime.distill import INITIAL, SYNTHETIC
-from datm_ray.runtime.evaluate import ROWS, Score
+from datm_ray.runtime.distill import INITIAL, MAPS, MAPS_KIND, SYNTHETIC
+from datm_ray.runtime.evaluate import ROWS, NetworkScores, Score
 from datm_ray.store.filesystem import Location
+from datm_ray.store.tensors import read_tensors
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,23 @@ class RunSummary:
     """The finished rows, in any order; empty before evaluation."""
     training_images: int | None = None
     """Real training images, where the caller knows their number."""
+    networks: Sequence[NetworkScores] = ()
+    """What the set is worth to other architectures, as far as that is known."""
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Class activation maps of some images, before and after."""
+
+    networks: Sequence[str]
+    """The backbone first."""
+    rows: Sequence[int]
+    """Of the images in the set."""
+    scaled: tuple[NDArray[np.float32], NDArray[np.float32]]
+    """[m b h w] from 0 to 1."""
+    ratios: tuple[float, float]
+    """Meta-feature ratio of all images."""
+    threshold: float
 
 
 @dataclass(frozen=True)
@@ -38,6 +58,8 @@ class Run:
     synthetic: Artifact | None
     history: Mapping[str, NDArray[Any]] | None
     """Columns of the checkpoint; None where there is none, or none with an iteration in it."""
+    maps: Maps | None = None
+    """What MetaDD's networks see; None where it takes no part, or is not finished."""
 
     @property
     def config(self) -> RunConfig:
@@ -62,7 +84,17 @@ def read_run(summary: RunSummary) -> Run:
     history = read_curves(folder) if (folder / CHECKPOINT).exists() else None
     if history is not None and not len(history["history.iteration"]):
         history = None
-    return Run(summary, _artifact(folder / INITIAL), _artifact(folder / SYNTHETIC), history)
+    return Run(summary, _artifact(folder / INITIAL), _artifact(folder / SYNTHETIC), history, _maps(folder / MAPS))
+
+
+def _maps(place: Location) -> Maps | None:
+    if not place.exists():
+        return None
+    file = read_tensors(place, kind=MAPS_KIND)
+    told, arrays = file.metadata, file.arrays
+    scaled = (np.asarray(arrays["initial"], np.float32), np.asarray(arrays["final"], np.float32))
+    before, after = told["ratios"]
+    return Maps(told["networks"], arrays["rows"].tolist(), scaled, (before, after), told["threshold"])
 
 
 def _artifact(place: Location) -> Artifact | None:
@@ -92,6 +124,20 @@ def _summary(summary: RunSummary) -> dict[str, Any]:
             }
             for score in summary.scores
         },
+        "meta_feature_ratio": None
+        if (maps := read_run(summary).maps) is None
+        else dict(zip(("before", "after"), maps.ratios, strict=True)),
+        "networks": [
+            {
+                "network": scores.network.model_dump(),
+                "kind": scores.kind,
+                **{
+                    name: {"mean": score.mean, "n": score.n, "seeds": list(score.accuracies)}
+                    for name, score in scores_by_name(scores).items()
+                },
+            }
+            for scores in summary.networks
+        ],
         "recipe": summary.config.model_dump(),
         "provenance": None if latest is None else dict(latest.provenance),
     }
@@ -112,6 +158,53 @@ def accuracy_table(summaries: Sequence[RunSummary]) -> str:
     text = ["  ".join([first.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]).rstrip() for first, *cells in lines]
     text.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join([*text, "", _networks_behind(summaries)])
+
+
+NETWORK_COLUMNS = {
+    "learned": "learned step size",
+    "tuned": "tuned step size",
+    "control": "random real images, soft labels, tuned",
+}
+"""Columns of the table of architectures."""
+
+
+def scores_by_name(scores: NetworkScores) -> dict[str, Score]:
+    """By column of `NETWORK_COLUMNS`, those that are there."""
+    found = {"learned": scores.learned, "tuned": scores.tuned, "control": scores.control}
+    return {name: score for name, score in found.items() if score is not None}
+
+
+def network_name(network: NetworkConfig) -> str:
+    """Short, and with the width where that is not the published one."""
+    return network.architecture + ("" if network.width == 128 else f" (width {network.width})")
+
+
+def mean_over_networks(networks: Sequence[NetworkScores], column: str, kinds: Sequence[str]) -> str | None:
+    """Mean accuracy in percent over the architectures of these kinds; None where one is missing."""
+    found = [scores_by_name(each).get(column) for each in networks if each.kind in kinds]
+    means = [score.mean for score in found if score is not None]
+    return f"{100 * statistics.fmean(means):.1f}" if means and len(means) == len(found) else None
+
+
+def networks_table(summary: RunSummary) -> str:
+    """Accuracy on every architecture as aligned text, then the means over those seen and unseen."""
+    lines = [[f"{summary.config.name}: test accuracy in %", "", *NETWORK_COLUMNS.values()]]
+    for each in summary.networks:
+        cells = scores_by_name(each)
+        columns = [str(cells[name]) if name in cells else "-" for name in NETWORK_COLUMNS]
+        lines.append([network_name(each.network), each.kind, *columns])
+    for title, kinds in (("mean, seen", ["seen"]), ("mean, unseen", ["unseen"]), ("mean, both", ["seen", "unseen"])):
+        means = [mean_over_networks(summary.networks, column, kinds) for column in NETWORK_COLUMNS]
+        if any(means):
+            lines.append([title, "", *(mean or "-" for mean in means)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join([a.ljust(widths[0]), b.ljust(widths[1]), *map(str.rjust, cells, widths[2:])]).rstrip()
+        for a, b, *cells in lines
+    ]
+    text.insert(1, "  ".join("-" * width for width in widths))
+    n = ", ".join(sorted({str(each.learned.n) for each in summary.networks}))
+    return "\n".join([*text, "", f"mean ± standard deviation over freshly trained networks; n = {n}"])
 
 
 def find_score(scores: Sequence[Score], row: str) -> Score | None:

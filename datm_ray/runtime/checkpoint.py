@@ -80,13 +80,13 @@ def load_checkpoint(
 
 
 def read_curves(folder: Location) -> dict[str, Any]:
-    """The history columns of the first backbone and the validation curve of a run's checkpoint, by name."""
+    """The history columns of the first backbone, of MetaDD and of validation in a run's checkpoint, by name."""
     arrays = read_tensors(folder / CHECKPOINT, kind=KIND).arrays
     if "history.backbone" not in arrays:
         raise _unusable(folder, "has no column for the backbones")
     first = arrays["history.backbone"] == 0
     curves = {name: array[first] for name, array in arrays.items() if name.startswith("history.")}
-    return curves | {name: array for name, array in arrays.items() if name.startswith("validation.")}
+    return curves | {name: array for name, array in arrays.items() if name.startswith(("validation.", "meta."))}
 
 
 def _read_rows(folder: Location, names: list[str], rows: Rows) -> dict[str, NDArray[Any]]:

@@ -4,6 +4,7 @@ The files of a run's folder, each written atomically:
     initial.arrow      the set before the first iteration
     checkpoint.arrow   the whole state, replaced every `checkpoint_every` iterations and kept at the end; the images
                        are in checkpoint/, see `checkpoint`
+    maps.arrow         with MetaDD: what its networks see in some images, before and after
     synthetic.arrow    the result; there only when the distillation is finished
     last-good.arrow    after a divergence: the set as it was before
 """
@@ -20,12 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from datm_ray.artifact import save_artifact
+from datm_ray.artifact import read_artifact, save_artifact
 from datm_ray.config import ClusterConfig, Role, RunConfig
 from datm_ray.core.difficulty import DifficultyRange, draw_plan
 from datm_ray.core.distillation import Distillation, IterationRecord, LearningRates, Match, MetaTerm, Origin
 from datm_ray.core.matching import draw_student_steps
-from datm_ray.core.metadd import MetaDD, MetaOptions
+from datm_ray.core.metadd import MetaDD, MetaOptions, meta_feature_ratio, scaled_maps
 from datm_ray.core.networks import build_network
 from datm_ray.core.parameters import FlatNetwork, unflatten_buffers_into, unflatten_into
 from datm_ray.core.randomness import Purpose, derive_seed, generator
@@ -51,9 +52,14 @@ from datm_ray.runtime.plan import Layout, distillation_plan
 from datm_ray.runtime.provenance import provenance
 from datm_ray.store.filesystem import Location, open_location
 from datm_ray.store.prefetch import Prefetcher
+from datm_ray.store.tensors import write_tensors
 
 INITIAL, SYNTHETIC = "initial.arrow", "synthetic.arrow"
 LAST_GOOD = "last-good.arrow"
+MAPS = "maps.arrow"
+MAPS_KIND = "class activation maps"
+MAPS_SHOWN = 10
+"""Images of which maps are kept: the first of each class."""
 
 
 class ExpertNetworks:
@@ -226,6 +232,7 @@ class _Run:
             if state.iteration % settings.checkpoint_every == 0 or last:
                 self._save_checkpoint(state)
             yield Progress(state.iteration, settings.iterations, _shown(state, records))
+        self._keep_maps(state.chosen or state.synthetic)
         self._save_set(state.chosen or state.synthetic, SYNTHETIC)
         yield Finished({"skipped": state.skipped, "chosen_at": state.chosen_at})
 
@@ -386,6 +393,32 @@ class _Run:
         if images is None or soft_labels is None or labels is None:
             return None
         return SyntheticSet(images, soft_labels, held.step_sizes, labels)
+
+    def _keep_maps(self, final: SyntheticSet) -> None:
+        """What MetaDD's networks see before and after, and the meta-feature ratio of all images."""
+        config = self._config
+        if config.metadd is None:
+            return
+        initial = read_artifact(self._folder / INITIAL).images[self._rows.first : self._rows.last]
+        labels, ratios, arrays = final.labels, [], {}
+        shown = [int((labels == label).nonzero()[0]) for label in labels.unique()[:MAPS_SHOWN]]
+        for name, images in (("initial", initial.to(self._device)), ("final", final.images)):
+            seen = self._looking[0].evidence(
+                images,
+                labels,
+                networks=config.networks_looking,
+                classes=self._dataset.classes,
+                all_sum=self._mesh.sum_over_backbones,
+            )
+            scaled = scaled_maps(seen.maps)
+            ratio = meta_feature_ratio(scaled, config.metadd.threshold).sum()
+            ratios.append(float(self._mesh.sum_over_classes(ratio)) / (config.distill.ipc * self._dataset.classes))
+            arrays[name] = scaled[:, shown].cpu().numpy()
+        if self._mesh.is_first:
+            arrays["rows"] = np.array([self._rows.first + row for row in shown], np.int64)
+            networks = [each.network.architecture for each in (config, *config.each_auxiliary())]
+            told = {"networks": networks, "ratios": ratios, "threshold": config.metadd.threshold}
+            write_tensors(self._folder / MAPS, arrays, kind=MAPS_KIND, metadata=told)
 
     def _keep_last_good(self, state: Distillation) -> None:
         self._save_checkpoint(state)

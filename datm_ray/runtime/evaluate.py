@@ -4,6 +4,9 @@ Rows of the table: the distilled set, and three controls that it must be read ag
 labels, and the same images with the same kind of soft labels, say how much the distilled pixels are worth; all real
 data is the ceiling. A control's learning rate is chosen on validation data, seed by seed; the distilled set uses the
 step size it learned. The test set is used once per row and seed, and chooses nothing.
+
+A set is also scored on other architectures (`ON_OTHERS`), where its step size, which was learned on its backbone, need
+not be the best one: so the accuracy is reported with it, and with the one of some that does best on validation data.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from datm_ray.artifact import read_artifact
-from datm_ray.config import ClusterConfig, RunConfig, stable_hash
+from datm_ray.config import ClusterConfig, NetworkConfig, RunConfig, stable_hash
 from datm_ray.core.networks import build_network
 from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.synthetic import random_rows
@@ -40,8 +43,11 @@ ROWS = {
 }
 """Rows of the table, in the order in which they are shown."""
 
+ON_OTHERS = ("random-soft", "distilled")
+"""Rows that are scored on every one of `evaluate.networks`."""
+
 CONTROL_STEP_SIZES = (0.01, 0.03, 0.1)
-"""Learning rates a control may choose from, on validation data; momentum is 0.9."""
+"""Learning rates a control, or a set on another architecture, may choose from, on validation data; momentum is 0.9."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +90,20 @@ class EvaluateWorker:
         self._experts: dict[str, ExpertNetworks] = {}
 
     def evaluate(
-        self, config: RunConfig, store_uri: str, folder_uri: str, result_uri: str, row: str, number: int
+        self,
+        config: RunConfig,
+        store_uri: str,
+        folder_uri: str,
+        result_uri: str,
+        row: str,
+        number: int,
+        network: NetworkConfig | None = None,
     ) -> Iterator[Progress | Finished]:
-        """Score one row with seed `number`; writes the result's file last, so it is there only when complete."""
+        """Score one row with seed `number`; writes the result's file last, so it is there only when complete.
+
+        Args:
+            network: to train and score, with a tuned step size too; none takes the backbone, with the learned one.
+        """
         started = time.monotonic()
         seed = derive_seed(config.seed, Purpose.EVALUATION, number)
         images, targets, step_size = self._training_set(config, store_uri, open_location(folder_uri), row, seed)
@@ -94,31 +111,34 @@ class EvaluateWorker:
         if row == "full":
             epochs = config.evaluate.real_epochs
             schedule = dataclasses.replace(schedule, epochs=epochs, decay_epoch=(epochs + 1) // 2)
-        candidates = (step_size,) if step_size else CONTROL_STEP_SIZES
+        learned = (step_size,) if step_size else ()
+        candidates = learned if learned and network is None else (*learned, *CONTROL_STEP_SIZES)
+        tried = config if network is None else config.model_copy(update={"network": network})
         trials: list[_Trial] = []
         for candidate in candidates:
             trial_schedule = dataclasses.replace(schedule, learning_rate=candidate)
-            trials.append(self._trial(config, images, targets, trial_schedule, seed))
+            trials.append(self._trial(tried, images, targets, trial_schedule, seed))
             yield Progress(len(trials), len(candidates), {"validation": trials[-1].validation_accuracy})
         chosen = max(trials, key=lambda trial: trial.validation_accuracy)
-        test_accuracy = accuracy(
-            chosen.network,
-            to_device(self._dataset.test_images, self._device),
-            to_device(self._dataset.test_labels, self._device),
-        )
         result = {
             "row": row,
             "number": number,
             "seed": seed,
-            "test_accuracy": test_accuracy,
+            "test_accuracy": self._test_accuracy(chosen),
             "validation_accuracy": chosen.validation_accuracy,
             "step_size": chosen.step_size,
+            "learned_step_size": step_size,
+            "test_accuracy_with_learned_step_size": self._test_accuracy(trials[0]) if step_size else None,
             "images": len(images),
             "seconds": time.monotonic() - started,
             "provenance": provenance(self._device),
         }
         open_location(result_uri).write_json(result)
         yield Finished(result)
+
+    def _test_accuracy(self, trial: _Trial) -> float:
+        images = to_device(self._dataset.test_images, self._device)
+        return accuracy(trial.network, images, to_device(self._dataset.test_labels, self._device))
 
     def _training_set(
         self, config: RunConfig, store_uri: str, folder: Location, row: str, seed: int
@@ -169,12 +189,66 @@ def result_location(out: Location, config: RunConfig, dataset_fingerprint: str, 
     """Where one result lies. All real data does not depend on the distillation, so runs share that row."""
     identity = config.identity()
     if row == "full":
-        for section in ("name", "distill", "experts"):
-            identity.pop(section)
+        for section in ("name", "distill", "experts", "metadd"):
+            identity.pop(section, None)
         folder = out / "controls" / stable_hash({"dataset": dataset_fingerprint, **identity})
     else:
         folder = out / config.name / "evaluation"
     return folder / f"{row}-{number:02d}.json"
+
+
+def other_location(out: Location, config: RunConfig, network: NetworkConfig, row: str, number: int) -> Location:
+    """Where the result of a row on another architecture lies."""
+    folder = f"{network.architecture}-{stable_hash(network.model_dump())}"
+    return out / config.name / "evaluation" / folder / f"{row}-{number:02d}.json"
+
+
+@dataclass(frozen=True)
+class NetworkScores:
+    """What a set is worth to one architecture."""
+
+    network: NetworkConfig
+    kind: str
+    """same: the backbone; seen: matched or looked at while distilling; unseen."""
+    learned: Score
+    """With the step size that was learned."""
+    tuned: Score
+    """With one chosen on validation data, which may be the learned one."""
+    control: Score | None
+    """Random real images with soft labels; a step size chosen on validation data."""
+
+
+def read_network_scores(out: Location, config: RunConfig) -> list[NetworkScores]:
+    """Of the architectures on which every seed is finished, in the order in which they are asked for."""
+    scores = []
+    for network in config.evaluate.networks:
+        results = {row: _finished(out, config, network, row) for row in ON_OTHERS}
+        if distilled := results["distilled"]:
+            learned = [{**each, "test_accuracy": each["test_accuracy_with_learned_step_size"]} for each in distilled]
+            control = results["random-soft"]
+            scores.append(
+                NetworkScores(
+                    network,
+                    _kind(network, config),
+                    _score("distilled", learned),
+                    _score("distilled", distilled),
+                    _score("random-soft", control) if control else None,
+                )
+            )
+    return scores
+
+
+def _finished(out: Location, config: RunConfig, network: NetworkConfig, row: str) -> list[dict[str, Any]]:
+    """The results of all seeds; none where one is missing."""
+    places = [other_location(out, config, network, row, number) for number in range(config.evaluate.seeds)]
+    return [place.read_json() for place in places] if all(place.exists() for place in places) else []
+
+
+def _kind(network: NetworkConfig, config: RunConfig) -> str:
+    if network == config.network:
+        return "same"
+    seen = [backbone.network for backbone in config.backbones]
+    return "seen" if network in (*seen, *(config.metadd.auxiliaries if config.metadd else ())) else "unseen"
 
 
 def read_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[Score]:

@@ -30,7 +30,8 @@ SIZES = (8, 16, 28, 32, 64, 96)
 def spec_of(name: str, size: int | tuple[int, int] = 8, channels: int = 3, norm: Any = "none") -> NetworkSpec:
     """Three classes; small where the size is not the published one."""
     sides = (size, size) if isinstance(size, int) else size
-    return NetworkSpec(name, channels, sides, 3, width=8, depth=2, norm=norm)
+    width = 8 if name in ("convnet", "mlp") else 128
+    return NetworkSpec(name, channels, sides, 3, width=width, depth=2, norm=norm)
 
 
 def make(name: str, norm: str = "none") -> tuple[nn.Module, Tensor, Tensor]:
@@ -253,10 +254,26 @@ def test_mlp_has_no_maps() -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg11", "alexnet", "lenet", "vit-small"])
 def test_sizes_that_are_published_stay(name: str) -> None:
-    """Width, depth and pooling of the configuration, which are ConvNet's, change nothing here."""
+    """Depth and pooling of the configuration, which are ConvNet's, change nothing here."""
     one = NetworkSpec(name, 1, (8, 8), 3)
-    other = NetworkSpec(name, 1, (8, 8), 3, width=7, depth=9, pooling="max")
+    other = NetworkSpec(name, 1, (8, 8), 3, depth=9, pooling="max")
     assert torch.equal(flatten(build_network(one, 0)), flatten(build_network(other, 0)))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11", "alexnet", "vit-small"])
+@pytest.mark.parametrize("width", [2, 32, 100])
+def test_width_narrows_every_layer(name: str, width: int) -> None:
+    """In proportion, so that the parameters fall with its square, but for what reads images and gives logits."""
+    full, narrow = (
+        FlatNetwork(meta_network(NetworkSpec(name, 3, (16, 16), 3, width=each, norm="none"))).count
+        for each in (128, width)
+    )
+    if width == 2:
+        assert narrow < full / 400
+    else:
+        assert (width / 128) ** 2 * 0.9 < narrow / full < (width / 128) ** 2 * 1.4
+    network = build_network(NetworkSpec(name, 3, (16, 16), 3, width=width, norm="none"), 0)
+    assert network(torch.randn(2, 3, 16, 16)).isfinite().all()
 
 
 @pytest.mark.parametrize("name", UNNORMALISED)

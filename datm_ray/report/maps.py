@@ -1,0 +1,77 @@
+"""What MetaDD's networks see in the same images, before and after: maps laid over them, and what all agree on."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from datm_ray.artifact import Artifact
+from datm_ray.report.charts import MUTED, STYLE, Picture
+from datm_ray.report.gallery import data_uri
+from datm_ray.report.runs import Maps, Run
+from datm_ray.report.words import percent
+
+IMAGES_DRAWN = 6
+"""At most so many, of as many classes."""
+OPACITY = 0.55
+"""Of a map over its image."""
+
+
+def map_pictures(run: Run) -> list[Picture]:
+    """One picture before and one after; none without MetaDD, or before it is finished."""
+    if run.maps is None:
+        return []
+    stages = (("Before: real images", run.initial, 0), ("After: synthetic images", run.synthetic, 1))
+    return [_picture(title, artifact, run.maps, stage) for title, artifact, stage in stages if artifact is not None]
+
+
+def _picture(title: str, artifact: Artifact, maps: Maps, stage: int) -> Picture:
+    rows = list(maps.rows)[:IMAGES_DRAWN]
+    pixels = (artifact.pixels()[rows] / 255).astype(np.float32)
+    return Picture(
+        title=title,
+        source=_drawn(pixels, maps.scaled[stage][:, : len(rows)], maps),
+        alt=f"{title}: class activation maps of {len(maps.networks)} networks over {len(rows)} images.",
+        caption=(
+            "Warm is where a network sees the image’s class. White in the last column is where all of them do (maps "
+            f"from {maps.threshold:g} on): over all images {percent(maps.ratios[stage])} of what any of them sees."
+        ),
+    )
+
+
+def _drawn(pixels: NDArray[np.float32], scaled: NDArray[np.float32], maps: Maps) -> str:
+    """Images [b h w 3] and maps [m b h w] as one picture: the image, a column for each network, what all share."""
+    titles = ["image", *maps.networks, "all"]
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
+        figure = Figure(figsize=(0.9 * len(titles), 0.9 * len(pixels) + 0.3), layout="constrained")
+        grid = figure.subplots(len(pixels), len(titles), squeeze=False)
+        for row, image in enumerate(pixels):
+            tiles = [image, *(_over(image, seen[row]) for seen in scaled), _shared(scaled[:, row], maps.threshold)]
+            for axes, tile, title in zip(grid[row], tiles, titles, strict=True):
+                axes.imshow(tile, interpolation="nearest")
+                axes.set_axis_off()
+                if row == 0:
+                    axes.set_title(title, fontsize=8, color=MUTED)
+        sink = io.BytesIO()
+        figure.savefig(sink, format="png", dpi=130, metadata={"Software": None})
+    return data_uri("image/png", sink.getvalue())
+
+
+def _over(image: NDArray[np.float32], seen: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A map [h w] in colours over an image [h w 3]."""
+    coloured = matplotlib.colormaps["inferno"](seen)[..., :3]
+    mixed: NDArray[np.float32] = ((1 - OPACITY) * image + OPACITY * coloured).astype(np.float32)
+    return mixed
+
+
+def _shared(scaled: NDArray[np.float32], threshold: float) -> NDArray[np.float32]:
+    """[h w 3]: white where all maps [m h w] have a feature, grey where one has."""
+    features = scaled >= threshold
+    value = np.where(features.all(axis=0), 1.0, np.where(features.any(axis=0), 0.45, 0.1)).astype(np.float32)
+    return np.repeat(value[..., None], 3, axis=2)
