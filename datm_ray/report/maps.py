@@ -32,10 +32,10 @@ def map_pictures(run: Run) -> list[Picture]:
 
 def _picture(title: str, artifact: Artifact, maps: Maps, stage: int) -> Picture:
     rows = list(maps.rows)[:IMAGES_DRAWN]
-    pixels = (artifact.pixels()[rows] / 255).astype(np.float32)
+    pixels = np.repeat(artifact.pixels()[rows], 3 // artifact.images.shape[1], axis=3)  # one channel as grey
     return Picture(
         title=title,
-        source=_drawn(pixels, maps.scaled[stage][:, : len(rows)], maps),
+        source=_drawn((pixels / 255).astype(np.float32), maps.scaled[stage][:, : len(rows)], maps),
         alt=f"{title}: class activation maps of {len(maps.networks)} networks over {len(rows)} images.",
         caption=(
             "Warm is where a network sees the image’s class. White in the last column is where all of them do (maps "
