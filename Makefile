@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint type fmt check bench-experts bench-matching bench-rounding bench-store clean
+.PHONY: help install demo test lint type fmt check bench-experts bench-matching bench-metadd bench-rounding bench-store clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -41,6 +41,9 @@ bench-experts: install  ## experts an hour against the published loop
 
 bench-matching: install  ## speed, memory and error of the matching gradient against full unrolling and TESLA
 	$(BIN)/python benchmarks/bench_matching.py
+
+bench-metadd: install  ## accuracy on other architectures with and without MetaDD, its terms, and its cost
+	$(BIN)/python benchmarks/bench_metadd.py
 
 bench-rounding: install  ## float32 error of the matching gradient over many problems
 	$(BIN)/python benchmarks/bench_rounding.py

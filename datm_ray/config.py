@@ -160,9 +160,9 @@ class MetaConfig(Section):
     """How the auxiliaries are trained; only the last epoch is used. Several experts of each take turns."""
     variance: NonNegative = 1.0
     """Weight of the maps' variance over the networks."""
-    invariance: NonNegative = 1.0
+    invariance: NonNegative = 0.01
     """Weight of the auxiliaries' cross-entropy and divergence from the backbone."""
-    position: NonNegative = 1.0
+    position: NonNegative = 0.1
     """Weight of evidence against the class."""
     divergence: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     """Of the auxiliaries from the backbone, within invariance; negative pushes them apart."""

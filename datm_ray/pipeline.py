@@ -7,7 +7,7 @@ An output folder holds any number of runs that share experts and controls:
     <out>/<run>/dataset.json      fingerprint and size of its data set
     <out>/<run>/*.arrow           see `distill`
     <out>/<run>/evaluation/       one JSON file per row and seed
-    <out>/controls/               training on all real data, shared by runs
+    <out>/controls/               training on real images, shared by runs
     <out>/report.html, summary.json
 
 A stage is a list of tasks; a task whose result is there is not given out. So the same command again continues where
@@ -37,7 +37,6 @@ from datm_ray.runtime.evaluate import (
     ON_OTHERS,
     ROWS,
     EvaluateWorker,
-    other_location,
     read_network_scores,
     read_scores,
     result_location,
@@ -261,21 +260,16 @@ class Pipeline:
         tasks: dict[str, DatasetTask] = {}
         for config in self.configs:
             fingerprint = self._raw[config.dataset].fingerprint
-            for row in ROWS:
+            rows: list[tuple[str, NetworkConfig | None]] = [(row, None) for row in ROWS]
+            rows += [(row, network) for network in config.evaluate.networks for row in ON_OTHERS]
+            for row, network in rows:
                 for number in range(config.evaluate.seeds):
-                    place = result_location(self.out, config, fingerprint, row, number)
+                    place = result_location(self.out, config, fingerprint, row, number, network)
                     if not place.exists():
-                        arguments = (config, self.store_uri, self._folder(config).uri, place.uri, row, number)
-                        task = Task(f"{config.name} {row} {number}", arguments)
+                        uris = (self.store_uri, self._folder(config).uri, place.uri)
+                        name = f"{config.name} {row}{f' on {network.architecture}' if network else ''} {number}"
+                        task = Task(name, (config, *uris, row, number, network))
                         tasks[place.uri] = (config.dataset, task)  # once for runs that share it
-            for network in config.evaluate.networks:
-                for row in ON_OTHERS:
-                    for number in range(config.evaluate.seeds):
-                        place = other_location(self.out, config, network, row, number)
-                        if not place.exists():
-                            uris = (self.store_uri, self._folder(config).uri, place.uri)
-                            name = f"{config.name} {row} on {network.architecture} {number}"
-                            tasks[place.uri] = (config.dataset, Task(name, (config, *uris, row, number, network)))
         return list(tasks.values())
 
     def _run(
@@ -471,7 +465,10 @@ def _summaries(out: Location, configs: Sequence[RunConfig]) -> list[RunSummary]:
     summaries = []
     for config in configs:
         note = (out / config.name / DATA).read_json()
-        scores, networks = read_scores(out, config, note["fingerprint"]), read_network_scores(out, config)
+        scores, networks = (
+            read_scores(out, config, note["fingerprint"]),
+            read_network_scores(out, config, note["fingerprint"]),
+        )
         summaries.append(RunSummary(config, out / config.name, scores, note["training_images"], networks))
     return summaries
 

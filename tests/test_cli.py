@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -54,6 +55,28 @@ BAD_INPUT = {
         ["run", "digits-ipc1", "--set", "backbones=[{network: {architecture: resnet}}]"],
         "backbones.0.network.architecture",
     ),
+    "no auxiliaries": (["run", "digits-ipc1", "--set", "metadd={auxiliaries: []}"], "metadd.auxiliaries is []"),
+    "auxiliary without maps": (
+        ["run", "digits-ipc1", "--set", "metadd={auxiliaries: [{architecture: mlp}]}"],
+        "metadd.auxiliaries.0.architecture has no feature maps",
+    ),
+    "auxiliary is the backbone": (
+        ["run", "digits-ipc1", "--set", "metadd={auxiliaries: [{width: 32, depth: 2}]}"],
+        "metadd.auxiliaries.0 is the backbone itself",
+    ),
+    "backbone without maps": (
+        ["run", "digits-ipc1", "--set", "network.architecture=mlp", "--set", "metadd={auxiliaries: [{width: 8}]}"],
+        "network.architecture has no feature maps",
+    ),
+    "auxiliaries apart from none": (
+        ["run", "digits-ipc1", "--set", "cluster.auxiliaries_apart=true"],
+        "the recipe has no metadd section",
+    ),
+    "unknown architecture to score on": (
+        ["evaluate", "digits-ipc1", "--arch", "lenet,resnet"],
+        "evaluate.networks.2.architecture is 'resnet'",
+    ),
+    "width that is none": (["evaluate", "digits-ipc1", "--arch", "mlp:wide"], "write NAME:WIDTH"),
     "batch norm planned": (["plan", "digits-ipc1", "--set", "network.norm=batch"], "network.norm=instance"),
     "too deep": (["run", "digits-ipc1", "--set", "network.depth=9"], "depth of at most"),
     "unknown network": (["run", "digits-ipc1", "--set", "network.architecture=resnet"], "choose one of: alexnet"),
@@ -269,3 +292,27 @@ def test_a_plan_shows_every_backbone(datm_ray: CommandLine) -> None:
     assert first.startswith("digits-ipc1, backbone 0\n")
     trace = [next(line for line in part.splitlines() if "  trace  " in line) for part in (first, second)]
     assert trace[0] != trace[1]
+
+
+@pytest.mark.slow
+def test_a_set_is_scored_on_other_architectures(datm_ray: CommandLine) -> None:
+    """With the learned and a tuned step size, beside a control, the backbone first; the report tells it too."""
+    auxiliary = "experts: {count: 1, epochs: 2, learning_rate: 0.02, augmentation: ''}"
+    config = tiny_config("evaluate.seeds=1", f"metadd={{auxiliaries: [{{architecture: lenet}}], {auxiliary}}}")
+    Path("tiny.yaml").write_text(to_yaml(config))
+    code, _, err = datm_ray("run", "tiny.yaml", "--executor", "serial")
+    assert code == 0, err
+    scored = ("--arch", "lenet,mlp:8", "--seeds", "2")
+    code, out, err = datm_ray("evaluate", "tiny.yaml", "--executor", "serial", *scored)
+    assert code == 0, err
+    kinds = {line[:31].strip(): line[31:].split()[0] for line in out.splitlines() if " ± " in line}
+    assert (kinds["convnet (width 4)"], kinds["lenet"], kinds["mlp (width 8)"]) == ("same", "seen", "unseen")
+    for word in ("learned step size", "tuned step size", "mean, seen", "mean, unseen", "n = 2"):
+        assert word in out
+    assert datm_ray("report", "runs")[0] == 0
+    page = Path("runs/report.html").read_text()
+    for word in ("On other architectures", "What networks see", "Meta-feature ratio", "mlp (width 8)"):
+        assert word in page
+    summary = json.loads(Path("runs/summary.json").read_text())[0]
+    assert [each["kind"] for each in summary["networks"]] == ["same", "seen", "unseen"]
+    assert 0 <= summary["meta_feature_ratio"]["after"] <= 1

@@ -185,22 +185,30 @@ class _Trial:
     validation_accuracy: float
 
 
-def result_location(out: Location, config: RunConfig, dataset_fingerprint: str, row: str, number: int) -> Location:
-    """Where one result lies. All real data does not depend on the distillation, so runs share that row."""
-    identity = config.identity()
-    if row == "full":
-        for section in ("name", "distill", "experts", "metadd"):
-            identity.pop(section, None)
-        folder = out / "controls" / stable_hash({"dataset": dataset_fingerprint, **identity})
-    else:
+def result_location(
+    out: Location,
+    config: RunConfig,
+    dataset_fingerprint: str,
+    row: str,
+    number: int,
+    network: NetworkConfig | None = None,
+) -> Location:
+    """Where one result lies; of the backbone, or of another architecture.
+
+    A control does not depend on the distillation, so runs share it: all real data among those with one network, random
+    images among those with as many for each class and the same experts, whose soft labels they get.
+    """
+    if row == "distilled":
         folder = out / config.name / "evaluation"
+    else:
+        identity = config.identity()
+        for section in ("name", "distill", "metadd", *(["experts"] if row == "full" else [])):
+            identity.pop(section, None)
+        ipc = {} if row == "full" else {"ipc": config.distill.ipc}
+        folder = out / "controls" / stable_hash({"dataset": dataset_fingerprint, **identity, **ipc})
+    if network is not None:
+        folder = folder / f"{network.architecture}-{stable_hash(network.model_dump())}"
     return folder / f"{row}-{number:02d}.json"
-
-
-def other_location(out: Location, config: RunConfig, network: NetworkConfig, row: str, number: int) -> Location:
-    """Where the result of a row on another architecture lies."""
-    folder = f"{network.architecture}-{stable_hash(network.model_dump())}"
-    return out / config.name / "evaluation" / folder / f"{row}-{number:02d}.json"
 
 
 @dataclass(frozen=True)
@@ -218,11 +226,11 @@ class NetworkScores:
     """Random real images with soft labels; a step size chosen on validation data."""
 
 
-def read_network_scores(out: Location, config: RunConfig) -> list[NetworkScores]:
+def read_network_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[NetworkScores]:
     """Of the architectures on which every seed is finished, in the order in which they are asked for."""
     scores = []
     for network in config.evaluate.networks:
-        results = {row: _finished(out, config, network, row) for row in ON_OTHERS}
+        results = {row: _finished(out, config, dataset_fingerprint, row, network) for row in ON_OTHERS}
         if distilled := results["distilled"]:
             learned = [{**each, "test_accuracy": each["test_accuracy_with_learned_step_size"]} for each in distilled]
             control = results["random-soft"]
@@ -238,9 +246,12 @@ def read_network_scores(out: Location, config: RunConfig) -> list[NetworkScores]
     return scores
 
 
-def _finished(out: Location, config: RunConfig, network: NetworkConfig, row: str) -> list[dict[str, Any]]:
+def _finished(
+    out: Location, config: RunConfig, dataset_fingerprint: str, row: str, network: NetworkConfig | None = None
+) -> list[dict[str, Any]]:
     """The results of all seeds; none where one is missing."""
-    places = [other_location(out, config, network, row, number) for number in range(config.evaluate.seeds)]
+    seeds = range(config.evaluate.seeds)
+    places = [result_location(out, config, dataset_fingerprint, row, number, network) for number in seeds]
     return [place.read_json() for place in places] if all(place.exists() for place in places) else []
 
 
@@ -253,14 +264,8 @@ def _kind(network: NetworkConfig, config: RunConfig) -> str:
 
 def read_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[Score]:
     """The rows of which every seed is finished, in the table's order."""
-    scores = []
-    for row in ROWS:
-        places = [
-            result_location(out, config, dataset_fingerprint, row, number) for number in range(config.evaluate.seeds)
-        ]
-        if all(place.exists() for place in places):
-            scores.append(_score(row, [place.read_json() for place in places]))
-    return scores
+    found = {row: _finished(out, config, dataset_fingerprint, row) for row in ROWS}
+    return [_score(row, results) for row, results in found.items() if results]
 
 
 def _score(row: str, results: Sequence[dict[str, Any]]) -> Score:
