@@ -246,13 +246,14 @@ def cost_child(auxiliaries: int, quick: bool, share: float) -> None:
     )
     start = flatten(networks[0])
     target = start + torch.randn(start.shape, generator=draw) / len(start) ** 0.5
-    metadd = MetaDD(networks) if auxiliaries else None
+    metadd, looking = (MetaDD(networks) if auxiliaries else None), len(networks)
+    del networks  # a worker holds MetaDD's copies only
 
     def iterate() -> float:
         drawn = draw_student_steps(100, steps, shape.batch, "", 0, state.iteration)
         match = Match(functions, start, target, drawn, chunk=shape.chunk)
         rows = torch.arange(round(100 * share)).numpy()
-        meta = MetaTerm(metadd, len(networks), rows, len(rows)) if metadd else None
+        meta = MetaTerm(metadd, looking, rows, len(rows)) if metadd else None
         before = time.perf_counter()
         state.step([match], [Origin(0, 0)], meta=meta)
         return time.perf_counter() - before

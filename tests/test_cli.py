@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -305,7 +306,8 @@ def test_a_set_is_scored_on_other_architectures(datm_ray: CommandLine) -> None:
     scored = ("--arch", "lenet,mlp:8", "--seeds", "2")
     code, out, err = datm_ray("evaluate", "tiny.yaml", "--executor", "serial", *scored)
     assert code == 0, err
-    kinds = {line[:31].strip(): line[31:].split()[0] for line in out.splitlines() if " ± " in line}
+    cells = [re.split(r" {2,}", line) for line in out.splitlines()]
+    kinds = {line[0]: line[1] for line in cells if len(line) == 5}
     assert (kinds["convnet (width 4)"], kinds["lenet"], kinds["mlp (width 8)"]) == ("same", "seen", "unseen")
     for word in ("learned step size", "tuned step size", "mean, seen", "mean, unseen", "n = 2"):
         assert word in out

@@ -16,6 +16,7 @@ from datm_ray.config import (
     load_config_text,
     override,
     parse_config,
+    scored_on,
     stable_hash,
     to_yaml,
 )
@@ -208,7 +209,7 @@ def test_identity_leaves_out_where_things_are_and_how_many_are_scored() -> None:
     config = RunConfig()
     elsewhere = override(config, ["cluster.workers=9", "cluster.device=cpu", "cluster.gpus_per_worker=0.5"])
     assert stable_hash(elsewhere.identity()) == stable_hash(config.identity())
-    assert config.identity().keys() == RunConfig.model_fields.keys() - {"cluster"}
+    assert config.identity().keys() == RunConfig.model_fields.keys() - {"cluster", "metadd"}  # which is in it where it is set
     for same in ("evaluate.seeds=6", "dataset.path=elsewhere"):
         assert stable_hash(override(config, [same]).identity()) == stable_hash(config.identity())
     assert stable_hash(override(config, ["distill.ipc=3"]).identity()) != stable_hash(config.identity())
@@ -249,3 +250,31 @@ def test_safe_loader_of_others_is_untouched() -> None:
     assert yaml.safe_load("1e-5") == "1e-5"
     assert str(yaml.safe_load("2024-11-20")) == "2024-11-20"
     assert not isinstance(yaml.safe_load("2024-11-20"), str)
+
+
+def test_what_each_row_of_workers_computes() -> None:
+    """Backbones and auxiliaries share a row unless they are set apart; the first has the first backbone."""
+    networks = ["backbones=[{network: {width: 8}}]", "metadd={auxiliaries: [{architecture: lenet}, {width: 4}]}"]
+    expected = {
+        (): [((0, 1), (0, 1, 2))],
+        ("backbones",): [((0,), (0, 1, 2)), ((1,), ())],
+        ("auxiliaries",): [((0, 1), (0,)), ((), (1,)), ((), (2,))],
+        ("backbones", "auxiliaries"): [((0,), (0,)), ((1,), ()), ((), (1,)), ((), (2,))],
+    }
+    for apart, roles in expected.items():
+        config = override(RunConfig(), [*networks, *(f"cluster.{name}_apart=true" for name in apart)])
+        assert [(role.backbones, role.seen_by) for role in config.roles] == roles
+        assert config.workers_per_set == len(roles)
+    assert RunConfig().roles == (RunConfig().whole_role,)
+
+
+def test_metadd_is_part_of_a_run_only_where_it_is_set() -> None:
+    """Runs from before there was such a section stay what they were; scoring on more networks changes no run."""
+    assert "metadd" not in RunConfig().identity()
+    with_meta = override(RunConfig(), ["metadd={auxiliaries: [{architecture: lenet}]}"])
+    assert with_meta.identity()["metadd"]["variance"] == 1.0
+    assert override(with_meta, ["metadd.variance=2.0"]).identity() != with_meta.identity()
+    scored = scored_on(with_meta, ["lenet", "mlp", "resnet18:16", "convnet"])
+    assert scored.identity() == with_meta.identity()
+    names = [(network.architecture, network.width) for network in scored.evaluate.networks]
+    assert names == [("convnet", 128), ("lenet", 128), ("mlp", 128), ("resnet18", 16)]

@@ -85,6 +85,15 @@ def test_embedded_recipes_need_no_files() -> None:
         assert not any("flip" in strategy for strategy in operations)
 
 
+@pytest.mark.parametrize("name", [name for name in recipe_names() if "-metadd-" in name])
+def test_metadd_is_added_to_a_recipe_and_changes_nothing_else(name: str) -> None:
+    """So that the two are compared with each other; digits are larger."""
+    config, base = get_recipe(name), get_recipe(name.replace("-metadd", "").replace("digits16", "digits"))
+    assert config.metadd is not None
+    unlike = {"name", "metadd", "dataset"} if name.startswith("digits16") else {"name", "metadd"}
+    assert config.model_dump(exclude=unlike) == base.model_dump(exclude=unlike)
+
+
 def test_recipes_of_one_data_set_share_their_experts() -> None:
     """Experts are the costly part: sets of several sizes are distilled from the same ones."""
     for source in ("digits", *ACCURACIES):

@@ -31,7 +31,7 @@ from datm_ray.core.matching import AllSum, identity
 from datm_ray.core.networks import spatial_features
 from datm_ray.errors import ConfigError
 
-IMAGES_AT_A_TIME = 20
+IMAGES_AT_A_TIME = 10
 """Of a part, where not said otherwise; the graph of one network on so many images is what `gradient` holds."""
 
 

@@ -187,6 +187,22 @@ def test_networks_matched_in_turn_lie_beside_each_other() -> None:
     assert (alone.name, together.name) == ("tiny", "tiny, backbone 0")
 
 
+def test_networks_of_metadd_count_where_they_live() -> None:
+    """Their parameters and, in place of a trace, their activations; apart, only the backbone's own."""
+    auxiliaries = "metadd={auxiliaries: [{architecture: resnet18, width: 32}]}"
+    alone, with_meta = (
+        plan_of(tiny_config("cluster.memory=4GiB")),
+        plan_of(tiny_config("cluster.memory=4GiB", auxiliaries)),
+    )
+    apart = plan_of(tiny_config("cluster.memory=4GiB", auxiliaries, "cluster.auxiliaries_apart=true"))
+    assert with_meta.footprint.network > apart.footprint.network > alone.footprint.network
+    assert with_meta.footprint.meta > apart.footprint.meta > alone.footprint.meta == 0
+    assert "MetaDD" in "\n".join(with_meta.lines())
+    assert "MetaDD" not in "\n".join(alone.lines())
+    with pytest.raises(ConfigError, match="metadd"):
+        plan_of(tiny_config(auxiliaries, f"cluster.memory={with_meta.footprint.total - 1}"))
+
+
 def test_the_first_of_several_shards_gathers_the_whole_set() -> None:
     """For validation; the others' plans say the same, for any of them may be the first."""
     alone, shared = (plan_of(tiny_config("cluster.memory=4GiB", f"cluster.shards={shards}")) for shards in (1, 2))
