@@ -209,7 +209,10 @@ def test_identity_leaves_out_where_things_are_and_how_many_are_scored() -> None:
     config = RunConfig()
     elsewhere = override(config, ["cluster.workers=9", "cluster.device=cpu", "cluster.gpus_per_worker=0.5"])
     assert stable_hash(elsewhere.identity()) == stable_hash(config.identity())
-    assert config.identity().keys() == RunConfig.model_fields.keys() - {"cluster", "metadd"}  # which is in it where it is set
+    assert config.identity().keys() == RunConfig.model_fields.keys() - {
+        "cluster",
+        "metadd",
+    }  # which is in it where it is set
     for same in ("evaluate.seeds=6", "dataset.path=elsewhere"):
         assert stable_hash(override(config, [same]).identity()) == stable_hash(config.identity())
     assert stable_hash(override(config, ["distill.ipc=3"]).identity()) != stable_hash(config.identity())

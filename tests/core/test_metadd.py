@@ -252,7 +252,7 @@ def test_in_a_loop_of_distribution_matching() -> None:
         (matching + meta.total).backward()
         optimizer.step()
         losses.append(meta.detach())
-    assert float(losses[-1].variance) < 0.5 * float(losses[0].variance)
+    assert float(losses[-1].variance) < 0.8 * float(losses[0].variance)
     assert float(losses[-1].ratio) > float(losses[0].ratio)
 
 

@@ -199,8 +199,10 @@ def test_networks_of_metadd_count_where_they_live() -> None:
     assert with_meta.footprint.meta > apart.footprint.meta > alone.footprint.meta == 0
     assert "MetaDD" in "\n".join(with_meta.lines())
     assert "MetaDD" not in "\n".join(alone.lines())
-    with pytest.raises(ConfigError, match="metadd"):
-        plan_of(tiny_config(auxiliaries, f"cluster.memory={with_meta.footprint.total - 1}"))
+    enough = f"cluster.memory={alone.footprint.total}"
+    assert plan_of(tiny_config(enough)).footprint == alone.footprint
+    with pytest.raises(ConfigError, match="a worker that distils tiny needs"):
+        plan_of(tiny_config(auxiliaries, enough))
 
 
 def test_the_first_of_several_shards_gathers_the_whole_set() -> None:
