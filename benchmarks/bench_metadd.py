@@ -43,8 +43,9 @@ from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.pipeline import Pipeline
 from datm_ray.recipes import get_recipe
 from datm_ray.runtime.create import create_executor
-from datm_ray.runtime.distill import SYNTHETIC, ExpertNetworks
+from datm_ray.runtime.distill import SYNTHETIC
 from datm_ray.runtime.evaluate import read_network_scores
+from datm_ray.runtime.expert_networks import ExpertNetworks
 from datm_ray.runtime.telemetry import Reporter
 
 SEEN = ["{architecture: resnet18, width: 16}", "{architecture: vgg11, width: 16}"]

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from datm_ray.artifact import Artifact, read_artifact
 from datm_ray.config import NetworkConfig, RunConfig
 from datm_ray.runtime.checkpoint import CHECKPOINT, read_curves
-from datm_ray.runtime.distill import INITIAL, MAPS, MAPS_KIND, SYNTHETIC
+from datm_ray.runtime.distill import INITIAL, MAPS, SYNTHETIC
 from datm_ray.runtime.evaluate import ROWS, NetworkScores, Score
+from datm_ray.runtime.metadd import MAPS_KIND
 from datm_ray.store.filesystem import Location
 from datm_ray.store.tensors import read_tensors
 

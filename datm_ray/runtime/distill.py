@@ -19,22 +19,20 @@ from contextlib import closing
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from datm_ray.artifact import read_artifact, save_artifact
-from datm_ray.config import ClusterConfig, Role, RunConfig
+from datm_ray.config import ClusterConfig, RunConfig
 from datm_ray.core.difficulty import DifficultyRange, draw_plan
-from datm_ray.core.distillation import Distillation, IterationRecord, LearningRates, Match, MetaTerm, Origin
+from datm_ray.core.distillation import Distillation, IterationRecord, LearningRates, Match, Origin
 from datm_ray.core.matching import draw_student_steps
-from datm_ray.core.metadd import MetaDD, MetaOptions, meta_feature_ratio, scaled_maps
 from datm_ray.core.networks import build_network
-from datm_ray.core.parameters import FlatNetwork, unflatten_buffers_into, unflatten_into
-from datm_ray.core.randomness import Purpose, derive_seed, generator
+from datm_ray.core.parameters import FlatNetwork
+from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.step_functions import StepOptions, StudentStepFunctions
-from datm_ray.core.synthetic import SyntheticSet, correct_rows, mean_correct_logits
-from datm_ray.core.training import PROTOCOLS, Pulse, Schedule, accuracy, no_pulse, predict_logits, train
+from datm_ray.core.synthetic import SyntheticSet, correct_rows
+from datm_ray.core.training import PROTOCOLS, Pulse, Schedule, accuracy, train
 from datm_ray.data.dataset import Dataset
-from datm_ray.errors import ClusterError, DivergenceError, MissingExpertsError
+from datm_ray.errors import ClusterError, DivergenceError
 from datm_ray.runtime.checkpoint import Rows, load_checkpoint, save_checkpoint
 from datm_ray.runtime.executor import (
     Event,
@@ -46,57 +44,18 @@ from datm_ray.runtime.executor import (
     require_precision,
     to_device,
 )
-from datm_ray.runtime.experts import expert_group, network_spec
+from datm_ray.runtime.expert_networks import ExpertNetworks
+from datm_ray.runtime.experts import network_spec
 from datm_ray.runtime.mesh import Mesh, open_mesh
+from datm_ray.runtime.metadd import Onlookers
 from datm_ray.runtime.plan import Layout, distillation_plan
 from datm_ray.runtime.provenance import provenance
 from datm_ray.store.filesystem import Location, open_location
 from datm_ray.store.prefetch import Prefetcher
-from datm_ray.store.tensors import write_tensors
 
 INITIAL, SYNTHETIC = "initial.arrow", "synthetic.arrow"
 LAST_GOOD = "last-good.arrow"
 MAPS = "maps.arrow"
-MAPS_KIND = "class activation maps"
-MAPS_SHOWN = 10
-"""Images of which maps are kept: the first of each class."""
-
-
-class ExpertNetworks:
-    """The experts of one network as networks: their snapshots, and logits of real images from the last ones."""
-
-    def __init__(self, config: RunConfig, dataset: Dataset, store_uri: str, device: torch.device) -> None:
-        self.group = expert_group(store_uri, config, dataset.name, dataset.fingerprint)
-        self.count = config.experts.count
-        self._require_all(config)
-        spec = network_spec(config, dataset.channels, dataset.size, dataset.classes)
-        self.network = build_network(spec, seed=0).to(device)
-        self._last_epoch = config.experts.epochs
-        self._device = device
-
-    def _require_all(self, config: RunConfig) -> None:
-        available = sum(expert < self.count for expert in self.group.experts())
-        if available < self.count:
-            raise MissingExpertsError(
-                f"{self.group.location.uri} holds {available} of the {self.count} experts that {config.name} needs",
-                "expert training has not finished for this recipe",
-                f"run `datm-ray experts {config.name}` with the same --out and --store",
-            )
-
-    def restored(self, expert: int) -> nn.Module:
-        """The network as an expert left it; the same module for every expert."""
-        last = self.group.read_snapshot(expert, self._last_epoch)
-        unflatten_into(self.network, to_device(last.params, self._device))
-        unflatten_buffers_into(self.network, to_device(last.buffers, self._device))
-        return self.network
-
-    def logits(self, expert: int, images: Tensor, pulse: Pulse = no_pulse) -> Tensor:
-        """Logits [n k] of an expert's last snapshot; `pulse` is called as they are computed."""
-        return predict_logits(self.restored(expert), images, pulse)
-
-    def soft_labels(self, images: Tensor, labels: Tensor, pulse: Pulse = no_pulse) -> Tensor:
-        """Soft labels [n k]: the mean logits of the experts that classify each image correctly."""
-        return mean_correct_logits((self.logits(expert, images, pulse) for expert in range(self.count)), labels)
 
 
 class DistillWorker:
@@ -167,7 +126,11 @@ class _Run:
         self._roles = config.roles if mesh.rows > 1 else ()
         role = self._roles[mesh.row] if self._roles else config.whole_role
         self._backbones = [self._backbone(number, networks[number], sharing) for number in role.backbones]
-        self._looking = self._networks_looking(role, store_uri)
+        self._onlookers = (
+            None
+            if config.metadd is None
+            else Onlookers(config, config.metadd, dataset, store_uri, role, self._first, self._rows, device)
+        )
 
     def _backbone(self, number: int, experts: ExpertNetworks, sharing: int) -> _Backbone:
         cluster, dataset = self._config.cluster, self._dataset
@@ -182,31 +145,6 @@ class _Run:
         layout = Layout(self._mesh.columns, self._roles, sharing)
         plan = distillation_plan(config, image, dataset.classes, backbone=number, layout=layout)
         return _Backbone(number, Prefetcher(experts.group), functions, plan.chunk)
-
-    def _networks_looking(self, role: Role, store_uri: str) -> list[MetaDD]:
-        """MetaDD's networks that this worker holds: the last snapshots of experts, one set for each turn."""
-        config, settings = self._config, self._config.metadd
-        if settings is None:
-            return []
-        options = MetaOptions(
-            settings.variance,
-            settings.invariance,
-            settings.position,
-            settings.divergence,
-            settings.threshold,
-            settings.variance_of,
-        )
-        auxiliaries = config.each_auxiliary()
-        experts = {
-            place: ExpertNetworks(auxiliaries[place - 1], self._dataset, store_uri, self._device)
-            if place
-            else self._first
-            for place in role.seen_by
-        }
-        return [
-            MetaDD({place: each.restored(turn % each.count) for place, each in experts.items()}, options)
-            for turn in range(settings.experts.count)
-        ]
 
     def close(self) -> None:
         """Read nothing ahead any longer."""
@@ -232,8 +170,11 @@ class _Run:
             if state.iteration % settings.checkpoint_every == 0 or last:
                 self._save_checkpoint(state)
             yield Progress(state.iteration, settings.iterations, _shown(state, records))
-        self._keep_maps(state.chosen or state.synthetic)
-        self._save_set(state.chosen or state.synthetic, SYNTHETIC)
+        final = state.chosen or state.synthetic
+        if self._onlookers is not None:
+            initial = read_artifact(self._folder / INITIAL).images[self._rows.first : self._rows.last]
+            self._onlookers.keep_maps(self._folder / MAPS, self._mesh, initial.to(self._device), final)
+        self._save_set(final, SYNTHETIC)
         yield Finished({"skipped": state.skipped, "chosen_at": state.chosen_at})
 
     def _prepare(self, pulse: Pulse) -> None:
@@ -252,7 +193,7 @@ class _Run:
         return state.step(
             matches,
             origins,
-            meta=self._meta_term(state),
+            meta=None if self._onlookers is None else self._onlookers.term(state.iteration),
             all_sum=self._mesh.sum_over_classes,
             sum_over_backbones=self._mesh.sum_over_backbones,
         )
@@ -290,19 +231,6 @@ class _Run:
             config.weights[backbone.number],
             backbone.chunk,
         )
-
-    def _meta_term(self, state: Distillation) -> MetaTerm | None:
-        """The images that MetaDD looks at in this iteration, those of them that this shard holds."""
-        config, settings = self._config, self._config.metadd
-        if settings is None:
-            return None
-        every = config.distill.ipc * self._dataset.classes
-        count = max(1, round(settings.share * every))
-        draws = generator(config.seed, Purpose.META_IMAGES, state.iteration)
-        drawn = np.sort(draws.choice(every, count, replace=False)) if count < every else np.arange(every)
-        held = drawn[(drawn >= self._rows.first) & (drawn < self._rows.last)] - self._rows.first
-        turn = state.iteration % len(self._looking)
-        return MetaTerm(self._looking[turn], config.networks_looking, held, count)
 
     def _resume_or_start(self) -> Distillation:
         settings = self._config.distill
@@ -393,32 +321,6 @@ class _Run:
         if images is None or soft_labels is None or labels is None:
             return None
         return SyntheticSet(images, soft_labels, held.step_sizes, labels)
-
-    def _keep_maps(self, final: SyntheticSet) -> None:
-        """What MetaDD's networks see before and after, and the meta-feature ratio of all images."""
-        config = self._config
-        if config.metadd is None:
-            return
-        initial = read_artifact(self._folder / INITIAL).images[self._rows.first : self._rows.last]
-        labels, ratios, arrays = final.labels, [], {}
-        shown = [int((labels == label).nonzero()[0]) for label in labels.unique()[:MAPS_SHOWN]]
-        for name, images in (("initial", initial.to(self._device)), ("final", final.images)):
-            seen = self._looking[0].evidence(
-                images,
-                labels,
-                networks=config.networks_looking,
-                classes=self._dataset.classes,
-                all_sum=self._mesh.sum_over_backbones,
-            )
-            scaled = scaled_maps(seen.maps)
-            ratio = meta_feature_ratio(scaled, config.metadd.threshold).sum()
-            ratios.append(float(self._mesh.sum_over_classes(ratio)) / (config.distill.ipc * self._dataset.classes))
-            arrays[name] = scaled[:, shown].cpu().numpy()
-        if self._mesh.is_first:
-            arrays["rows"] = np.array([self._rows.first + row for row in shown], np.int64)
-            networks = [each.network.architecture for each in (config, *config.each_auxiliary())]
-            told = {"networks": networks, "ratios": ratios, "threshold": config.metadd.threshold}
-            write_tensors(self._folder / MAPS, arrays, kind=MAPS_KIND, metadata=told)
 
     def _keep_last_good(self, state: Distillation) -> None:
         self._save_checkpoint(state)

@@ -29,8 +29,9 @@ from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.synthetic import random_rows
 from datm_ray.core.training import Schedule, accuracy, train_to_end
 from datm_ray.data.dataset import Dataset
-from datm_ray.runtime.distill import SYNTHETIC, ExpertNetworks, evaluation_schedule
+from datm_ray.runtime.distill import SYNTHETIC, evaluation_schedule
 from datm_ray.runtime.executor import Finished, Progress, prepare_device, to_device
+from datm_ray.runtime.expert_networks import ExpertNetworks
 from datm_ray.runtime.experts import network_spec
 from datm_ray.runtime.provenance import provenance
 from datm_ray.store.filesystem import Location, open_location
