@@ -296,6 +296,24 @@ def scoring_bytes(
         return max(call_bytes(graph, compiled=False) for graph in (training, scoring))
 
 
+def looking_cost(network: FlatNetwork, image: tuple[int, int, int], classes: int, images: int) -> tuple[int, int]:
+    """What MetaDD takes of one frozen network: bytes for so many images at a time, and operations for each image.
+
+    It looks at every image twice, once for what all see and once more for the derivative in the image.
+    """
+
+    def loss(x: Tensor, theta: Tensor, y: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(network(theta, x), y)
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        theta = torch.empty(network.count)
+        x, y = theta.new_empty(images, *image), theta.new_empty(images, classes)
+        derivative = make_fx(torch.func.grad(loss))(x, theta, y)
+        with torch.no_grad():
+            forward = make_fx(lambda x, theta: network(theta, x))(x, theta)
+    return call_bytes(derivative, compiled=False), (flop(derivative) + flop(forward)) // images
+
+
 def flop(graph: fx.GraphModule) -> int:
     """Floating point operations of the graph's convolutions and matrix products; a multiply-add is two."""
     total = 0

@@ -17,7 +17,16 @@ from pathlib import Path
 import torch
 
 from datm_ray.config import DatasetConfig, Role, RunConfig
-from datm_ray.core.footprint import CACHE_BYTES, CallCost, Footprint, call_cost, choose_chunk, footprint, scoring_bytes
+from datm_ray.core.footprint import (
+    CACHE_BYTES,
+    CallCost,
+    Footprint,
+    call_cost,
+    choose_chunk,
+    footprint,
+    looking_cost,
+    scoring_bytes,
+)
 from datm_ray.core.instance_norm import InstanceNorm
 from datm_ray.core.metadd import IMAGES_AT_A_TIME
 from datm_ray.core.networks import NetworkSpec, build_network
@@ -111,6 +120,8 @@ class DistillationPlan:
     """Training images as float32, one copy shared by the workers of a machine and so not part of the footprint."""
     flop: int
     """Of one iteration, over all shards."""
+    meta_flop: int
+    """Of MetaDD, beside."""
     network_bytes: int
     """That each shard sums with the others in one iteration."""
     store_bytes: int
@@ -135,6 +146,7 @@ class DistillationPlan:
             ("total", f"{show_bytes(parts.total)} {limit}"),
             ("training images", f"{show_bytes(self.data_bytes)}, shared by the workers of a machine"),
             ("work", f"{self.flop / 1e12:,.3g} TFLOP an iteration"),
+            *([("MetaDD's work", f"{self.meta_flop / 1e12:,.3g} TFLOP an iteration")] if self.meta_flop else []),
             ("network traffic", f"{show_bytes(self.network_bytes)} summed an iteration{shares}"),
             ("expert store", show_bytes(self.store_bytes)),
         ]
@@ -195,6 +207,7 @@ def distillation_plan(
         budget=budget,
         data_bytes=data_bytes,
         flop=settings.student_steps * batch * (need.cost.forward_flop + need.cost.reverse_flop),
+        meta_flop=need.meta_flop,
         network_bytes=4 * settings.student_steps * (2 * parameters + 1) if layout.shards > 1 else 0,
         store_bytes=STORED_BYTES[config.experts.storage] * config.experts.count * len(config.kept_epochs) * parameters,
     )
@@ -222,6 +235,9 @@ class _Need:
     frozen: int
     """Parameters of the networks of MetaDD that the worker holds."""
     meta: int
+    """Bytes of activations of one of them."""
+    meta_flop: int
+    """Of all of them in one iteration."""
 
     @classmethod
     def of(cls, config: RunConfig, image: tuple[int, int, int], classes: int, backbone: int, layout: Layout) -> _Need:
@@ -268,13 +284,15 @@ class _Need:
 def _of_meta(config: RunConfig, image: tuple[int, int, int], classes: int, role: Role) -> dict[str, int]:
     """Parameters and activations of the networks of MetaDD that a worker holds."""
     if config.metadd is None or not role.seen_by:
-        return {"frozen": 0, "meta": 0}
+        return {"frozen": 0, "meta": 0, "meta_flop": 0}
     looking = [config.each_backbone()[0], *config.each_auxiliary()]
     specs = [network_spec(looking[place], image[0], image[1:], classes) for place in role.seen_by]
     counts = [FlatNetwork(build_network(spec, seed=0)).count for spec in specs]
+    costs = [_looking(spec, IMAGES_AT_A_TIME) for spec in specs]
     return {
         "frozen": sum(counts) * config.metadd.experts.count,
-        "meta": max(_looking(spec, IMAGES_AT_A_TIME) for spec in specs),
+        "meta": max(size for size, _ in costs),
+        "meta_flop": round(config.metadd.share * config.distill.ipc * classes * sum(each for _, each in costs)),
     }
 
 
@@ -395,10 +413,9 @@ def _cost(spec: NetworkSpec, compiled: bool, channels_last: bool, precision: Pre
 
 
 @functools.lru_cache(maxsize=16)
-def _looking(spec: NetworkSpec, images: int) -> int:
-    """Bytes of activations of a frozen network whose derivative in so many images is taken."""
+def _looking(spec: NetworkSpec, images: int) -> tuple[int, int]:
     network = FlatNetwork(build_network(spec, seed=0).eval())
-    return scoring_bytes(network, (spec.channels, *spec.size), spec.classes, images, images)
+    return looking_cost(network, (spec.channels, *spec.size), spec.classes, images)
 
 
 @functools.lru_cache(maxsize=16)

@@ -197,6 +197,7 @@ def test_networks_of_metadd_count_where_they_live() -> None:
     apart = plan_of(tiny_config("cluster.memory=4GiB", auxiliaries, "cluster.auxiliaries_apart=true"))
     assert with_meta.footprint.network > apart.footprint.network > alone.footprint.network
     assert with_meta.footprint.meta > apart.footprint.meta > alone.footprint.meta == 0
+    assert with_meta.meta_flop > apart.meta_flop > alone.meta_flop == 0
     assert "MetaDD" in "\n".join(with_meta.lines())
     assert "MetaDD" not in "\n".join(alone.lines())
     enough = f"cluster.memory={alone.footprint.total}"
