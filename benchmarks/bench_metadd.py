@@ -56,9 +56,11 @@ SCORED_ON = [
     NetworkConfig(architecture="lenet"),
     NetworkConfig(architecture="alexnet", width=16),
     NetworkConfig(architecture="mlp"),
-    NetworkConfig(architecture="vit-small", width=32),
+    NetworkConfig(architecture="convnet", width=32, depth=3, norm="none", pooling="max"),
 ]
 """Beside the backbone."""
+MAIN = ("without", "var-ai-pos")
+"""Shown architecture by architecture."""
 EXPERTS = "{count: 1, epochs: 20, batch_size: 64, learning_rate: 0.01, momentum: 0.9, augmentation: '', keep_epochs: 1}"
 VARIANCE, INVARIANCE, POSITION = 1.0, 0.01, 0.1
 THRESHOLDS = (0.3, 0.5, 0.7)
@@ -120,19 +122,24 @@ def configs_of(chosen: Sequence[Variant], recipe: str, seeds: int, quick: bool) 
     small = ["distill.iterations=4", "experts.count=2"] if quick else []
     base = ["dataset.resize=16", f"evaluate.seeds={seeds}", *small]
     found = [override(get_recipe(recipe), [*base, *variant.overrides()]) for variant in chosen]
-    return [
-        config.model_copy(
-            update={"evaluate": config.evaluate.model_copy(update={"networks": (config.network, *SCORED_ON)})}
-        )
-        for config in found
-    ]
+    return [_scored(config) for config in found]
+
+
+def _scored(config: RunConfig) -> RunConfig:
+    networks = (config.network, *SCORED_ON)
+    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"networks": networks})})
+
+
+def label(network: NetworkConfig) -> str:
+    """A short name that tells the networks here apart."""
+    return network.architecture + (f"-{network.norm}-{network.pooling}" if network.norm != "instance" else "")
 
 
 def accuracies(pipeline: Pipeline, config: RunConfig, column: str) -> dict[str, list[float]]:
     """By architecture, in %."""
     fingerprint = pipeline._raw[config.dataset].fingerprint
     return {
-        scores.network.architecture: [100 * each for each in getattr(scores, column).accuracies]
+        label(scores.network): [100 * each for each in getattr(scores, column).accuracies]
         for scores in read_network_scores(pipeline.out, config, fingerprint)
     }
 
@@ -149,7 +156,8 @@ def ratios(pipeline: Pipeline, config: RunConfig, looking: RunConfig) -> list[fl
 
 def compared(pipeline: Pipeline, configs: Sequence[RunConfig]) -> list[dict[str, Any]]:
     """What the table says of each variant, with every accuracy."""
-    looking = next(config for config in configs if config.metadd and len(config.metadd.auxiliaries) == len(SEEN))
+    looks = [config for config in configs if config.metadd]
+    looking = next((each for each in looks if each.metadd and len(each.metadd.auxiliaries) == len(SEEN)), looks[0])
     backbone = configs[0].network.architecture
     base = accuracies(pipeline, configs[0], "tuned")
     rows = []
@@ -213,7 +221,7 @@ def told(test: dict[str, float]) -> str:
 
 def by_architecture(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Tuned accuracy of the first and the full variant on every architecture."""
-    chosen = [row for row in rows if row["variant"] in ("without", "var-ai-pos")]
+    chosen = [row for row in rows if row["variant"] in MAIN]
     lines = [f"| architecture | {' | '.join(row['variant'] for row in chosen)} |", "| --- " * (1 + len(chosen)) + "|"]
     for name in chosen[0]["tuned"]:
         cells = [f"{statistics.fmean(row['tuned'][name]):.1f} ± {spread(row['tuned'][name])}" for row in chosen]

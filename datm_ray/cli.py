@@ -133,7 +133,9 @@ def experts(
     """Train the expert trajectories that the recipes need and the store has not."""
     pipeline, start = _prepare(recipes, set_, out, store, executor, address)
     pipeline.train_experts(start, _reporter())
-    print(f"Experts are in {pipeline.store_uri}\nNext: datm-ray distill {' '.join(recipes)} --out {out}")
+    print(f"Experts are in {pipeline.store_uri}")
+    if all(config.is_matchable for config in pipeline.configs):
+        print(f"Next: {_next('distill', recipes, set_, out, store, executor, address)}")
 
 
 @app.command()
@@ -151,7 +153,7 @@ def distill(
     pipeline.distill(start, _reporter())
     for config in pipeline.configs:
         print(f"{config.name}: {(pipeline.out / config.name / 'synthetic.arrow').uri}")
-    print(f"Next: datm-ray evaluate {' '.join(recipes)} --out {out}")
+    print(f"Next: {_next('evaluate', recipes, set_, out, store, executor, address)}")
 
 
 @app.command()
@@ -350,12 +352,15 @@ def store_import(
     config = _config(recipe, set_)
     from datm_ray.runtime.replay_buffers import import_replay_buffers
 
-    count = 0
+    imported = []
     for each in import_replay_buffers(files, config, store):
         print(f"{each.group} expert {each.expert}" + ("" if each.new else " was there already"))
-        count += 1
+        imported.append(each)
+    new = sum(each.new for each in imported)
+    print(f"{new} trajectories were stored in {store}, {len(imported) - new} were there already")
+    count = min(len(_group(store, group).experts()) for group in {each.group for each in imported})
     settings = " ".join(f"--set {each}" for each in [*(set_ or []), f"experts.count={count}"])
-    print(f"{count} trajectories are in {store}\nNext: datm-ray distill {recipe} {settings} --store {store}")
+    print(f"Next: datm-ray distill {recipe} {settings} --store {store}")
 
 
 @store_app.command("export")
@@ -371,8 +376,11 @@ def store_export(
     found = _group(uri, group)
     from datm_ray.runtime.replay_buffers import export_replay_buffers
 
+    open_location(out).require_writable()
     exported = export_replay_buffers(found, open_location(out), per_file)
     print(f"Wrote {len(exported.files)} file(s) to {out}")
+    if exported.without_statistics:
+        print("Without the running statistics of batch norms, for which a replay buffer has no place")
     if exported.left_out:
         epochs = ", ".join(map(str, exported.left_out))
         print(f"Without epoch(s) {epochs}, which come after a gap: a buffer's positions are its epochs")
@@ -390,6 +398,26 @@ def main() -> None:
     except KeyboardInterrupt:
         print("datm-ray: stopped. The same command again continues from here.", file=sys.stderr)
         sys.exit(130)
+
+
+def _next(
+    command: str,
+    recipes: list[str],
+    set_: list[str] | None,
+    out: str,
+    store: str | None,
+    executor: str,
+    address: str | None,
+) -> str:
+    """The command for the next stage, with what was said for this one."""
+    import shlex
+
+    words = ["datm-ray", command, *recipes, "--out", out]
+    words += [word for each in set_ or [] for word in ("--set", each)]
+    words += ["--store", store] if store else []
+    words += ["--executor", executor] if executor != "ray" else []
+    words += ["--address", address] if address else []
+    return shlex.join(words)
 
 
 def _prepare(

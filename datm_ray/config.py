@@ -151,12 +151,25 @@ class DistillConfig(Section):
     """Iterations between checkpoints."""
 
 
+class AuxiliaryExpertConfig(ExpertConfig):
+    """Training of MetaDD's auxiliaries, of which only the last epoch is used."""
+
+    count: Annotated[int, Field(ge=1, le=100)] = 1
+    """Number of experts of each network; they take turns."""
+    epochs: Count = 50
+    """Epochs of each."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """These are not imitated, so they may be trained as networks usually are."""
+    keep_epochs: Count | None = 1
+    """Epochs up to this one are stored, and the last one."""
+
+
 class MetaConfig(Section):
     """MetaDD: losses on class activation maps, so that the set works on networks that it was not made with."""
 
     auxiliaries: Annotated[tuple[NetworkConfig, ...], Field(strict=False, min_length=1, max_length=16)]
     """Architectures that look at the images beside the first backbone, e.g. `[{architecture: resnet18}]`."""
-    experts: ExpertConfig = ExpertConfig(count=1, epochs=50, momentum=0.9, keep_epochs=1)
+    experts: AuxiliaryExpertConfig = AuxiliaryExpertConfig()
     """How the auxiliaries are trained; only the last epoch is used. Several experts of each take turns."""
     variance: NonNegative = 1.0
     """Weight of the maps' variance over the networks."""
@@ -172,6 +185,16 @@ class MetaConfig(Section):
     """Of a map from 0 to 1, from which on a pixel counts as a feature; decides the reported ratio only."""
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Of the images, drawn anew for every iteration, that the losses look at."""
+
+    @model_validator(mode="after")
+    def _auxiliaries_differ(self) -> MetaConfig:
+        for number, network in enumerate(self.auxiliaries):
+            if network in self.auxiliaries[:number]:
+                raise ValueError(
+                    f"metadd.auxiliaries.{number} is there already; give each network once, and raise "
+                    "metadd.experts.count for several experts of it"
+                )
+        return self
 
 
 class EvaluateConfig(Section):
@@ -217,7 +240,8 @@ class ClusterConfig(Section):
     channels_last: bool = True
     """Keep maps with their channels innermost: faster on processors, with convolutions that round more coarsely."""
     peer_timeout: Annotated[float, Field(ge=0.1, le=86_400)] = 300.0
-    """Seconds after which a worker that others wait for counts as lost."""
+    """Seconds after which a worker that others wait for counts as lost. Where networks are apart, an iteration must be
+    shorter."""
     retries: Annotated[int, Field(ge=0)] = 3
     """How often a task is given to a new worker after its worker died."""
 
@@ -324,6 +348,11 @@ class RunConfig(Section):
             )
         return self
 
+    @property
+    def is_matchable(self) -> bool:
+        """Whether every network of the run can be matched, and not only trained."""
+        return all(config.network.norm != "batch" for config in self.each_backbone())
+
     def require_matchable(self) -> None:
         """Raise a `ConfigError` if a network of the run can only be trained, and not matched."""
         for number, network in enumerate([self.network, *(backbone.network for backbone in self.backbones)]):
@@ -357,6 +386,12 @@ class RunConfig(Section):
     def workers_per_set(self) -> int:
         """Workers that distil one set together."""
         return self.cluster.shards * len(self.roles)
+
+    @property
+    def scored_networks(self) -> tuple[NetworkConfig, ...]:
+        """Architectures that the set is scored on beside the table, the backbone always among them; or none."""
+        others = [network for network in self.evaluate.networks if network != self.network]
+        return (self.network, *others) if self.evaluate.networks else ()
 
     @property
     def whole_role(self) -> Role:
@@ -495,7 +530,9 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
         *sections, field = key.strip().split(".")
         target = values
         for section in sections:
-            target = target.setdefault(section, {})
+            if target.get(section) is None:
+                target[section] = {}
+            target = target[section]
             if not isinstance(target, dict):
                 raise ConfigError(f"--set {assignment!r}: {section!r} is no section", remedy=_known_keys(()))
         target[field] = _read_yaml(text, f"--set {assignment!r}")
@@ -503,26 +540,30 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
 
 
 def scored_on(config: RunConfig, names: Sequence[str]) -> RunConfig:
-    """The run, to be scored on these architectures too, and on its own network first.
+    """The run, to be scored on these architectures too.
 
     Args:
-        names: NAME or NAME:WIDTH. A NAME is that network of the recipe where the recipe has one of that architecture.
+        names: NAME or NAME:WIDTH. A NAME is every network of that architecture that the recipe has, or else the
+            published one; with a WIDTH it is the first of them, narrower or wider.
 
     Raises:
         ConfigError: a width that is no number.
     """
     own = [config.network, *(backbone.network for backbone in config.backbones)]
     own += config.metadd.auxiliaries if config.metadd else ()
-    networks = [config.network]
+    networks: list[NetworkConfig] = []
     for name in names:
         architecture, _, width = name.strip().partition(":")
         if width and not (width.isdecimal() and int(width)):
             raise ConfigError(
                 f"--arch {name!r} has no number after the colon", remedy="write NAME:WIDTH, as resnet18:32"
             )
-        known = next((each for each in own if each.architecture == architecture), None)
-        found = known if known and not width else NetworkConfig(architecture=architecture, width=int(width or 128))
-        networks += [found] if found not in networks else []
+        found = [each for each in own if each.architecture == architecture] or [
+            NetworkConfig(architecture=architecture)
+        ]
+        if width:
+            found = [found[0].model_copy(update={"width": int(width)})]
+        networks += [each for each in found if each not in networks]
     evaluate = config.evaluate.model_copy(update={"networks": tuple(networks)})
     return config.model_copy(update={"evaluate": evaluate})
 

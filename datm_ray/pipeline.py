@@ -23,14 +23,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from datm_ray.config import DatasetConfig, NetworkConfig, RunConfig, load_config_text, to_yaml
 from datm_ray.core.augment import parse_strategy
 from datm_ray.core.networks import build_network, require_maps
+from datm_ray.core.parameters import FlatNetwork
 from datm_ray.data.dataset import Dataset, prepare
 from datm_ray.data.sources import RawDataset, load_raw
 from datm_ray.data.transform import Transform
-from datm_ray.errors import ClusterError, ConfigError, DatasetError, MissingExpertsError, RunDirectoryError
+from datm_ray.errors import (
+    ClusterError,
+    ConfigError,
+    DatasetError,
+    MissingExpertsError,
+    RunDirectoryError,
+    StoreError,
+)
 from datm_ray.report import RunSummary, accuracy_table, networks_table, write_report, write_summary
 from datm_ray.runtime.distill import SYNTHETIC, DistillWorker
 from datm_ray.runtime.evaluate import (
@@ -131,14 +140,15 @@ class Pipeline:
         """Distil the sets that are not finished."""
         self._require_matchable()
         for config in self.configs:
-            self._require_experts(config)
+            self._require_experts([*config.each_backbone(), *config.each_auxiliary()])
         with self._started(start, reporter, distils=True) as executor:
             self._distill(executor, reporter)
 
     def evaluate(self, start: Callable[[], Executor], reporter: Reporter) -> None:
         """Score the rows that are missing."""
+        self._require_matchable()
         for config in self.configs:
-            self._require_experts(config)
+            self._require_experts(config.each_backbone())
             if not (self._folder(config) / SYNTHETIC).exists():
                 raise RunDirectoryError(
                     f"{self._folder(config).uri} holds no synthetic set",
@@ -165,15 +175,27 @@ class Pipeline:
         executor = start()
         try:
             if distils:
+                for config in self._unfinished():
+                    executor.require_room(config.name, config.workers_per_set)
                 self._require_memory(executor)
             reporter.message(f"Running on {executor.description}")
             for config in self.configs:
                 # The recipe last: it is what marks a folder as a run's, for `report` too.
                 (self._folder(config) / DATA).write_json(self._data_note(config))
-                (self._folder(config) / RECIPE).write_text(to_yaml(config))
+                (self._folder(config) / RECIPE).write_text(to_yaml(self._with_networks_before(config)))
             yield executor
         finally:
             executor.close()
+
+    def _with_networks_before(self, config: RunConfig) -> RunConfig:
+        """The run, with the architectures too that an earlier command has scored it on."""
+        recipe = self._folder(config) / RECIPE
+        if not recipe.exists():
+            return config
+        before = load_config_text(recipe.read_bytes().decode(errors="replace"), recipe.uri).evaluate.networks
+        more = tuple(network for network in before if network not in config.evaluate.networks)
+        networks = (*config.evaluate.networks, *more)
+        return config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"networks": networks})})
 
     def _experts(self, executor: Executor, reporter: Reporter) -> None:
         for config in self._networks():
@@ -261,7 +283,7 @@ class Pipeline:
         for config in self.configs:
             fingerprint = self._raw[config.dataset].fingerprint
             rows: list[tuple[str, NetworkConfig | None]] = [(row, None) for row in ROWS]
-            rows += [(row, network) for network in config.evaluate.networks for row in ON_OTHERS]
+            rows += [(row, network) for network in config.scored_networks for row in ON_OTHERS]
             for row, network in rows:
                 for number in range(config.evaluate.seeds):
                     place = result_location(self.out, config, fingerprint, row, number, network)
@@ -376,11 +398,10 @@ class Pipeline:
         for number, backbone in enumerate(config.each_backbone()):
             looks = config.metadd is not None and number == 0
             key = f"backbones.{number - 1}.network" if number else "network"
-            self._check_network(config, backbone.network, key, has_maps=looks)
-            self._check_epochs(backbone)
+            self._check_experts(backbone, self._check_network(config, backbone.network, key, has_maps=looks))
         for number, auxiliary in enumerate(config.each_auxiliary()):
             key = f"metadd.auxiliaries.{number}"
-            self._check_network(config, auxiliary.network, key, has_maps=True)
+            self._check_experts(auxiliary, self._check_network(config, auxiliary.network, key, has_maps=True))
             if auxiliary.network == config.network:
                 raise ConfigError(
                     f"{key} is the backbone itself",
@@ -390,8 +411,10 @@ class Pipeline:
         for number, network in enumerate(config.evaluate.networks):
             self._check_network(config, network, f"evaluate.networks.{number}")
 
-    def _check_network(self, config: RunConfig, network: NetworkConfig, key: str, *, has_maps: bool = False) -> None:
-        """That a network can be built for the images, and shows feature maps where it has to."""
+    def _check_network(
+        self, config: RunConfig, network: NetworkConfig, key: str, *, has_maps: bool = False
+    ) -> nn.Module:
+        """The network for the images, which shows feature maps where it has to."""
         raw = self._raw[config.dataset]
         spec = network_spec(config.model_copy(update={"network": network}), raw.channels, raw.size, raw.classes)
         try:
@@ -400,12 +423,20 @@ class Pipeline:
                 require_maps(built)
         except ConfigError as failure:
             raise _under(failure, key) from None
+        return built
 
-    def _check_epochs(self, config: RunConfig) -> None:
-        """Experts that were stored for another recipe may lack epochs that this one matches."""
+    def _check_experts(self, config: RunConfig, network: nn.Module) -> None:
+        """Experts that are stored may lack epochs that this recipe matches, or be of another version's network."""
         group = self._group(config)
         for expert in group.experts()[:1]:  # all of a group are kept alike, but for a change of mind half way
-            missing = set(config.kept_epochs) - set(group.read_info(expert).epochs)
+            info = group.read_info(expert)
+            if tuple(map(tuple, info.parameter_shapes)) != tuple(FlatNetwork(network).shapes):
+                raise StoreError(
+                    f"the experts in {group.location.uri} are not of the {config.network.architecture} that it is now",
+                    "another version of this package trained them",
+                    f"give another --store, or delete them with `datm-ray store rm {self.store_uri} {group.key}`",
+                )
+            missing = set(config.kept_epochs) - set(info.epochs)
             if missing:
                 raise MissingExpertsError(
                     f"{config.name} can match epoch {min(missing)}, which the experts in {group.location.uri} lack",
@@ -433,15 +464,15 @@ class Pipeline:
         has_gpu = config.cluster.device != "cpu" and (self._elsewhere or torch.cuda.is_available())
         require_precision(config.cluster, has_gpu)
 
-    def _require_experts(self, config: RunConfig) -> None:
-        for network in (*config.each_backbone(), *config.each_auxiliary()):
+    def _require_experts(self, networks: Sequence[RunConfig]) -> None:
+        for network in networks:
             group, count = self._group(network), network.experts.count
             available = sum(expert < count for expert in group.experts())
             if available < count:
                 raise MissingExpertsError(
-                    f"{group.location.uri} holds {available} of {count} experts of {config.name}",
+                    f"{group.location.uri} holds {available} of {count} experts of {network.name}",
                     "expert training has not finished for this recipe, or it used another --store",
-                    f"run `datm-ray experts {config.name}` with the same --out and --store first",
+                    f"run `datm-ray experts {network.name}` with the same --out and --store first",
                 )
 
     def _data_note(self, config: RunConfig) -> dict[str, Any]:
@@ -512,9 +543,12 @@ def _under(failure: ConfigError, key: str) -> ConfigError:
 def _differences(earlier: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
     """Keys at which two configurations differ."""
     keys: list[str] = []
-    for key in earlier:
-        if isinstance(earlier[key], dict):
-            keys += _differences(earlier[key], now[key], f"{prefix}{key}.")
-        elif earlier[key] != now[key]:
-            keys.append(f"{prefix}{key} ({earlier[key]!r} there, {now[key]!r} here)")
+    for key in {**earlier, **now}:
+        there, here = (side.get(key, "not set") for side in (earlier, now))
+        if isinstance(there, dict) and isinstance(here, dict):
+            keys += _differences(there, here, f"{prefix}{key}.")
+        elif isinstance(there, dict) or isinstance(here, dict):
+            keys.append(f"{prefix}{key} ({'set' if isinstance(there, dict) else 'not set'} there)")
+        elif there != here:
+            keys.append(f"{prefix}{key} ({there!r} there, {here!r} here)")
     return keys

@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable
 
 from datm_ray.config import (
+    AuxiliaryExpertConfig,
     DatasetConfig,
     DistillConfig,
     EvaluateConfig,
@@ -122,14 +123,14 @@ def digits_ipc30() -> RunConfig:
 def digits16_metadd_ipc1() -> RunConfig:
     """Real digits at 16x16, 1 image per class, with MetaDD: the set shall work on other networks too.
 
-    At 8x8 the last maps would have two pixels a side. The auxiliaries have an eighth of their published width; weights
-    were chosen on validation images (benchmarks/LOG.md). Score it with
+    At 8x8 the last maps would have two pixels a side. The auxiliaries have an eighth of their published width; how the
+    weights were found is in benchmarks/LOG.md. Score it with
     `datm-ray evaluate digits16-metadd-ipc1 --arch resnet18,vgg11,lenet,alexnet:16,mlp,vit-small:32`.
     """
     base = digits_ipc1()
     metadd = MetaConfig(
         auxiliaries=(NetworkConfig(architecture="resnet18", width=16), NetworkConfig(architecture="vgg11", width=16)),
-        experts=ExpertConfig(count=1, epochs=20, batch_size=64, momentum=0.9, augmentation="", keep_epochs=1),
+        experts=AuxiliaryExpertConfig(epochs=20, batch_size=64, augmentation=""),
     )
     dataset = base.dataset.model_copy(update={"resize": 16})
     return base.model_copy(update={"dataset": dataset, "metadd": metadd})

@@ -61,6 +61,12 @@ BAD_INPUT = {
         ["run", "digits-ipc1", "--set", "metadd={auxiliaries: [{architecture: mlp}]}"],
         "metadd.auxiliaries.0.architecture has no feature maps",
     ),
+    "auxiliary given twice": (
+        ["run", "digits-ipc1", "--set", "metadd={auxiliaries: [{width: 4}, {width: 4}]}"],
+        "metadd.auxiliaries.1 is there already",
+    ),
+    "weight without metadd": (["run", "digits-ipc1", "--set", "metadd.variance=2.0"], "metadd.auxiliaries"),
+    "scored with batch norm": (["evaluate", "digits-ipc1", "--set", "network.norm=batch"], "network.norm=instance"),
     "auxiliary is the backbone": (
         ["run", "digits-ipc1", "--set", "metadd={auxiliaries: [{width: 32, depth: 2}]}"],
         "metadd.auxiliaries.0 is the backbone itself",
@@ -75,7 +81,7 @@ BAD_INPUT = {
     ),
     "unknown architecture to score on": (
         ["evaluate", "digits-ipc1", "--arch", "lenet,resnet"],
-        "evaluate.networks.2.architecture is 'resnet'",
+        "evaluate.networks.1.architecture is 'resnet'",
     ),
     "width that is none": (["evaluate", "digits-ipc1", "--arch", "mlp:wide"], "write NAME:WIDTH"),
     "batch norm planned": (["plan", "digits-ipc1", "--set", "network.norm=batch"], "network.norm=instance"),
@@ -293,6 +299,20 @@ def test_a_plan_shows_every_backbone(datm_ray: CommandLine) -> None:
     assert first.startswith("digits-ipc1, backbone 0\n")
     trace = [next(line for line in part.splitlines() if "  trace  " in line) for part in (first, second)]
     assert trace[0] != trace[1]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_of_a_run_with_or_without_metadd_is_not_the_other_s(there: bool, datm_ray: CommandLine) -> None:
+    """One line says which it is."""
+    with_meta = tiny_config("metadd={auxiliaries: [{architecture: lenet}]}")
+    first, second = (with_meta, tiny_config()) if there else (tiny_config(), with_meta)
+    Path("runs/tiny").mkdir(parents=True)
+    Path("runs/tiny/recipe.yaml").write_text(to_yaml(first))
+    Path("tiny.yaml").write_text(to_yaml(second))
+    code, out, err = datm_ray("run", "tiny.yaml", "--executor", "serial")
+    assert (code, out) == (2, "")
+    assert f"it differs in metadd ({'set' if there else 'not set'} there)" in err.lower()
+    assert len(err.splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -279,5 +279,5 @@ def test_metadd_is_part_of_a_run_only_where_it_is_set() -> None:
     assert override(with_meta, ["metadd.variance=2.0"]).identity() != with_meta.identity()
     scored = scored_on(with_meta, ["lenet", "mlp", "resnet18:16", "convnet"])
     assert scored.identity() == with_meta.identity()
-    names = [(network.architecture, network.width) for network in scored.evaluate.networks]
+    names = [(network.architecture, network.width) for network in scored.scored_networks]
     assert names == [("convnet", 128), ("lenet", 128), ("mlp", 128), ("resnet18", 16)]

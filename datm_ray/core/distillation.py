@@ -11,6 +11,7 @@ with its weight and its own step size. Shapes: n rows held, a backbones.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
@@ -240,6 +241,13 @@ class Distillation:
         )
         values = torch.stack([loss.total, loss.variance, loss.invariance, loss.position, loss.ratio])
         record = MetaRecord(self.iteration, *all_sum(values).tolist())
+        if not math.isfinite(record.total):
+            raise DivergenceError(
+                f"distillation diverged at iteration {self.iteration}: MetaDD's loss is not finite",
+                "a weight under metadd is too large, or an auxiliary is no trained network",
+                "lower metadd.variance, invariance or position and start with a new --out; the set as it was before is "
+                "saved as last-good.arrow",
+            )
         return {"images": torch.zeros_like(self.synthetic.images).index_copy_(0, rows, gradient)}, [record]
 
     def _add(self, total: dict[str, Tensor], match: Match, gradient: MatchingGradient) -> None:

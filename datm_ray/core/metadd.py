@@ -35,15 +35,19 @@ IMAGES_AT_A_TIME = 10
 """Of a part, where not said otherwise; the graph of one network on so many images is what `gradient` holds."""
 
 
+ROUNDING = 16
+"""Multiples of the smallest relative difference that the values of a map must differ by to be told apart."""
+
+
 @dataclass(frozen=True)
 class MetaOptions:
     """What the loss is made of."""
 
     variance: float = 1.0
     """Weight of the maps' variance over the networks."""
-    invariance: float = 1.0
+    invariance: float = 0.01
     """Weight of the auxiliaries' classification and divergence."""
-    position: float = 1.0
+    position: float = 0.1
     """Weight of evidence against the class."""
     divergence: float = 1.0
     """Of the auxiliaries from the backbone, within invariance; negative pushes them apart, 0 leaves it out."""
@@ -143,7 +147,7 @@ class MetaDD:
             all_sum: sum over the processes that hold the other networks. Each returns the same loss, and the part of
                 the gradient that goes through its own networks.
         """
-        over, total = over or len(images), torch.zeros_like(images)
+        over, total = over or max(1, len(images)), torch.zeros_like(images)
         losses = [images.new_zeros(len(fields(MetaLoss)))]
         for first in range(0, len(images), chunk):
             rows = slice(first, first + chunk)
@@ -204,8 +208,9 @@ def evidence(network: nn.Module, images: Tensor, labels: Tensor) -> Evidence:
     with torch.enable_grad():
         looked_at = images if images.requires_grad else images.detach().requires_grad_()
         maps, logits = spatial_features(network, looked_at)
+        _require_usable(network, maps, logits, labels)
         score = logits.gather(1, labels[:, None]).sum()
-        (derivative,) = torch.autograd.grad(score, maps, create_graph=True)
+        (derivative,) = torch.autograd.grad(score, maps, create_graph=True, materialize_grads=True)
         weighted = (maps * derivative.sum(dim=(2, 3), keepdim=True)).sum(dim=1, keepdim=True)
         full = interpolate(weighted, images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
     return Evidence(full, logits)
@@ -225,7 +230,8 @@ def meta_loss(seen: Evidence, labels: Tensor, options: MetaOptions) -> MetaLoss:
 def scaled_maps(maps: Tensor) -> Tensor:
     """Maps [.. h w], each from 0 to 1; a map of one value becomes 0, and has no derivative."""
     lowest, highest = maps.amin(dim=(-2, -1), keepdim=True), maps.amax(dim=(-2, -1), keepdim=True)
-    varies = highest > lowest
+    # Resizing leaves rounding on a map of one value, which is nothing to see either.
+    varies = highest - lowest > ROUNDING * torch.finfo(maps.dtype).eps * torch.maximum(highest.abs(), lowest.abs())
     return torch.where(varies, (maps - lowest) / torch.where(varies, highest - lowest, 1), 0)
 
 
@@ -274,6 +280,26 @@ def _with(all_: Tensor, place: int, own: Tensor) -> Tensor:
 
 def _frozen(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network).eval().requires_grad_(False)
+
+
+def _require_usable(network: nn.Module, maps: Tensor, logits: Tensor, labels: Tensor) -> None:
+    name = type(network).__name__
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        raise ConfigError(
+            f"{name} gives no logits [images, classes]", remedy="wrap it, so that it returns one tensor of logits"
+        )
+    if maps.shape[2] * maps.shape[3] == 1:
+        raise ConfigError(
+            f"the last feature maps of {name} have one position, where nothing can be told apart",
+            "the images are too small for it",
+            "give larger images (dataset.resize) or another network",
+        )
+    if len(labels) and int(labels.max()) >= logits.shape[1]:
+        raise ConfigError(
+            f"{name} tells {logits.shape[1]} classes apart, but an image is of class {int(labels.max())}",
+            "it was trained on another data set or label set",
+            "give networks that were trained on the images that are distilled",
+        )
 
 
 def _require_one_label_set(logits: Sequence[Tensor]) -> None:

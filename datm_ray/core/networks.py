@@ -132,9 +132,14 @@ def _has_attention(network: nn.Module) -> bool:
 def _maps_and_logits(network: nn.Module, images: Tensor) -> list[Tensor]:
     """The outputs of the network's modules that have more than one position, then the logits."""
     found: list[Tensor] = []
+    convolved = False
 
-    def keep(_: nn.Module, __: object, output: object) -> None:
-        if isinstance(output, Tensor) and output.dim() == 4 and output.shape[2] * output.shape[3] > 1:
+    def keep(part: nn.Module, _: object, output: object) -> None:
+        nonlocal convolved
+        convolved = convolved or isinstance(part, nn.Conv2d)
+        # Adaptive pooling may blow a map of one position up.
+        is_map = isinstance(output, Tensor) and output.dim() == 4 and output.shape[2] * output.shape[3] > 1
+        if isinstance(output, Tensor) and is_map and convolved and not isinstance(part, nn.AdaptiveAvgPool2d):
             found.append(output)
 
     hooks = [part.register_forward_hook(keep) for part in network.modules() if part is not network]

@@ -171,7 +171,7 @@ class _Run:
                 self._save_checkpoint(state)
             yield Progress(state.iteration, settings.iterations, _shown(state, records))
         final = state.chosen or state.synthetic
-        if self._onlookers is not None:
+        if self._onlookers is not None and (self._folder / INITIAL).exists():
             initial = read_artifact(self._folder / INITIAL).images[self._rows.first : self._rows.last]
             self._onlookers.keep_maps(self._folder / MAPS, self._mesh, initial.to(self._device), final)
         self._save_set(final, SYNTHETIC)

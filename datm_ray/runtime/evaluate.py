@@ -230,7 +230,7 @@ class NetworkScores:
 def read_network_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[NetworkScores]:
     """Of the architectures on which every seed is finished, in the order in which they are asked for."""
     scores = []
-    for network in config.evaluate.networks:
+    for network in config.scored_networks:
         results = {row: _finished(out, config, dataset_fingerprint, row, network) for row in ON_OTHERS}
         if distilled := results["distilled"]:
             learned = [{**each, "test_accuracy": each["test_accuracy_with_learned_step_size"]} for each in distilled]

@@ -90,6 +90,10 @@ class Executor(Protocol):
     workers_per_machine: int
     """Of those, the most that one machine has."""
 
+    def require_room(self, name: str, size: int) -> None:
+        """Raise a `ClusterError` if a task of so many workers could never run."""
+        ...
+
     def share(self, value: Any) -> Any:
         """Make a large read-only value cheap to hand to every worker; pass the result on as a setup argument."""
         ...
@@ -121,6 +125,9 @@ class SerialExecutor:
         prepare_device(cluster)  # so that a missing GPU is told before anything starts
         self.description = f"this process, {cluster.threads_per_worker} thread(s)"
         self.workers = self.workers_per_machine = 1
+
+    def require_room(self, name: str, size: int) -> None:
+        """One worker does the whole of any task."""
 
     def share(self, value: Any) -> Any:
         """The value itself."""

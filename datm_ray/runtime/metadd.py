@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from datm_ray.config import MetaConfig, Role, RunConfig
 from datm_ray.core.distillation import MetaTerm
-from datm_ray.core.metadd import MetaDD, MetaOptions, meta_feature_ratio, scaled_maps
+from datm_ray.core.metadd import IMAGES_AT_A_TIME, MetaDD, MetaOptions, meta_feature_ratio, scaled_maps
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.data.dataset import Dataset
@@ -81,28 +82,41 @@ class Onlookers:
         metadd = self._turns[iteration % len(self._turns)]
         return MetaTerm(metadd, self._config.networks_looking, held, count)
 
+    def _maps(self, images: Tensor, labels: Tensor, mesh: Mesh) -> Tensor:
+        """[m b h w] from 0 to 1, of all networks."""
+        seen = self._turns[0].evidence(
+            images,
+            labels,
+            networks=self._config.networks_looking,
+            classes=self._classes,
+            all_sum=mesh.sum_over_backbones,
+        )
+        return scaled_maps(seen.maps)
+
+    def _ratio(self, images: Tensor, labels: Tensor, mesh: Mesh) -> Tensor:
+        """Sum over images of the meta-feature ratio, of some at a time."""
+        parts = zip(images.split(IMAGES_AT_A_TIME), labels.split(IMAGES_AT_A_TIME), strict=True)
+        ratios = [meta_feature_ratio(self._maps(*part, mesh), self._settings.threshold).sum() for part in parts]
+        return torch.stack(ratios).sum()
+
     def keep_maps(self, place: Location, mesh: Mesh, initial: Tensor, final: SyntheticSet) -> None:
         """Write what the networks see in some images before and after, and the meta-feature ratio of all.
 
         Args:
             initial: [n c h w] the images that this worker holds, as they were before the first iteration.
         """
-        labels, ratios, arrays = final.labels, [], {}
-        shown = [int((labels == label).nonzero()[0]) for label in labels.unique()[:MAPS_SHOWN]]
+        labels, ratios = final.labels, []
+        arrays: dict[str, NDArray[np.generic]] = {}
+        shown = torch.stack([(labels == label).nonzero()[0, 0] for label in labels.unique()[:MAPS_SHOWN]])
         for name, images in (("initial", initial), ("final", final.images)):
-            seen = self._turns[0].evidence(
-                images,
-                labels,
-                networks=self._config.networks_looking,
-                classes=self._classes,
-                all_sum=mesh.sum_over_backbones,
-            )
-            scaled = scaled_maps(seen.maps)
-            ratio = meta_feature_ratio(scaled, self._settings.threshold).sum()
+            ratio = self._ratio(images, labels, mesh)
             ratios.append(float(mesh.sum_over_classes(ratio)) / self._images)
-            arrays[name] = scaled[:, shown].cpu().numpy()
-        if mesh.is_first:
-            arrays["rows"] = np.array([self._rows.first + row for row in shown], np.int64)
+            maps = mesh.gather(self._maps(images[shown], labels[shown], mesh).transpose(0, 1))
+            if maps is not None:
+                arrays[name] = maps[:MAPS_SHOWN].transpose(0, 1).cpu().numpy()
+        rows = mesh.gather(shown + self._rows.first)
+        if mesh.is_first and rows is not None:
+            arrays["rows"] = rows[:MAPS_SHOWN].cpu().numpy()
             looking = [each.network.architecture for each in (self._config, *self._config.each_auxiliary())]
             told = {"networks": looking, "ratios": ratios, "threshold": self._settings.threshold}
             write_tensors(place, arrays, kind=MAPS_KIND, metadata=told)

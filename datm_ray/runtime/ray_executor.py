@@ -110,7 +110,8 @@ class RayExecutor:
         self, worker: Callable[..., Any], setup: tuple[Any, ...], method: str, tasks: Sequence[Task]
     ) -> Iterator[tuple[Task, Event]]:
         """See `Executor.run`."""
-        self._require_room(tasks)
+        for task in tasks:
+            self.require_room(task.name, task.size)
         waiting = deque((task, 1) for task in tasks)
         idle: list[_Crew] = []
         running: list[_Running] = []
@@ -141,14 +142,15 @@ class RayExecutor:
         if self._owns_cluster:
             ray.shutdown()
 
-    def _require_room(self, tasks: Sequence[Task]) -> None:
-        for task in tasks:
-            if task.size > self.workers:
-                raise ClusterError(
-                    f"{task.name} wants {task.size} workers at once, but there is room for {self.workers}",
-                    "cluster.shards asks for so many, times the networks that stand apart",
-                    "lower cluster.shards, raise cluster.workers if it is set, or add nodes",
-                )
+    def require_room(self, name: str, size: int) -> None:
+        """See `Executor.require_room`."""
+        if size > self.workers:
+            raise ClusterError(
+                f"{name} wants {size} workers at once, but there is room for {self.workers}",
+                "cluster.shards asks for so many, times the networks that cluster.backbones_apart and "
+                "auxiliaries_apart set apart",
+                "lower them, raise cluster.workers if it is set, or add nodes",
+            )
 
     def _crew(
         self, size: int, idle: list[_Crew], room: int, worker: Callable[..., Any], setup: tuple[Any, ...]

@@ -37,7 +37,7 @@ from datm_ray.data.transform import fit_transform
 from datm_ray.errors import CorruptFileError, StoreError
 from datm_ray.runtime.experts import expert_group, network_spec
 from datm_ray.store.filesystem import Location, open_location
-from datm_ray.store.trajectories import ExpertGroup, Snapshot, TrajectoryInfo
+from datm_ray.store.trajectories import ExpertGroup, Snapshot, TrajectoryInfo, epochs_in_words
 
 PUBLISHED_PER_FILE = 10
 
@@ -65,13 +65,16 @@ class Exported:
     files: tuple[str, ...]
     left_out: tuple[int, ...]
     """Epochs of the first expert after a gap: the position in a buffer is the epoch, so they have no place there."""
+    without_statistics: bool
+    """Whether the experts have running statistics of batch norms, which have no place there either."""
 
 
 def import_replay_buffers(files: Sequence[str], config: RunConfig, store_uri: str) -> Iterator[Imported]:
     """Store every trajectory of the files as an expert of the recipe, under the next free numbers.
 
     A trajectory that was imported before is found by its content and not stored again, so an import can be repeated.
-    Stored are the epochs that the recipe keeps, as `experts.storage` says. Loads one file at a time, whole.
+    Stored are the epochs that the recipe keeps, as `experts.storage` says. Loads one file at
+    a time, whole, and all of them twice: nothing is stored unless everything fits.
 
     Raises:
         CorruptFileError: a file is no replay buffer.
@@ -80,19 +83,24 @@ def import_replay_buffers(files: Sequence[str], config: RunConfig, store_uri: st
     d = config.dataset
     raw = load_raw(d.source, d.path, resize=d.resize, validation=d.validation)
     networks = [_Network(backbone, raw, store_uri) for backbone in config.each_backbone()]
-    for file in files:
-        location = open_location(file)
+    locations = [open_location(file) for file in files]
+    for location in locations:  # all of them, before anything is written
+        for position, trajectory in enumerate(_read(location)):
+            _network_of(trajectory, networks, f"Trajectory {position} of {location.uri}", config.name)
+    for location in locations:
         trajectories = _read(location)
         for position, trajectory in enumerate(trajectories):
-            place = f"Trajectory {position} of {location.uri}"
-            differences = [network.difference(trajectory) for network in networks]
-            if None not in differences:
-                raise StoreError(
-                    f"{place} does not fit {config.name}", str(differences[0]), "Give the recipe of these experts"
-                )
-            network = networks[differences.index(None)]
+            network = _network_of(trajectory, networks, f"Trajectory {position} of {location.uri}", config.name)
             trajectories[position] = []  # read and done with: the next one needs the room
             yield network.store(trajectory, {"file": PurePosixPath(location.path).name, "position": position})
+
+
+def _network_of(trajectory: _Trajectory, networks: Sequence[_Network], place: str, recipe: str) -> _Network:
+    """The one that the trajectory is of. Raises StoreError if it is of none."""
+    differences = [network.difference(trajectory) for network in networks]
+    if None not in differences:
+        raise StoreError(f"{place} does not fit {recipe}", str(differences[0]), "Give the recipe of these experts")
+    return networks[differences.index(None)]
 
 
 def export_replay_buffers(group: ExpertGroup, out: Location, per_file: int = PUBLISHED_PER_FILE) -> Exported:
@@ -111,8 +119,8 @@ def export_replay_buffers(group: ExpertGroup, out: Location, per_file: int = PUB
         with (out / name).create() as file, (out / name).explaining("write"):
             torch.save(trajectories, file)
         files.append(name)
-    epochs = group.read_info(experts[0]).epochs
-    return Exported(tuple(files), epochs[len(_unbroken(epochs)) :])
+    info = group.read_info(experts[0])
+    return Exported(tuple(files), info.epochs[len(_unbroken(info.epochs)) :], info.buffer_count > 0)
 
 
 class _Network:
@@ -150,6 +158,7 @@ class _Network:
         known = self._imported()
         if digest in known:
             return Imported(str(self._group.key), known[digest], new=False)
+        self._require_same_epochs(epochs)
         self._store_transform()
         nan = float("nan")
         snapshots = [Snapshot(epoch, -1, nan, nan, vector) for epoch, vector in zip(epochs, vectors, strict=True)]
@@ -161,6 +170,16 @@ class _Network:
                     known[digest] = expert
                     return Imported(str(self._group.key), expert, new=True)
         raise AssertionError("count() ends")
+
+    def _require_same_epochs(self, epochs: Sequence[int]) -> None:
+        for expert in self._group.experts()[:1]:
+            kept = self._group.read_info(expert).epochs
+            if tuple(kept) != tuple(epochs):
+                raise StoreError(
+                    f"{self._group.key} holds {epochs_in_words(kept)}, and these would be {epochs_in_words(epochs)}",
+                    "the experts of a group are kept alike, so that a recipe can match any of them",
+                    "give the same experts.keep_epochs as before, or another --store",
+                )
 
     def _imported(self) -> dict[str, int]:
         """Digest -> number of the experts that were imported into the group so far."""
@@ -205,10 +224,9 @@ def _read(location: Location) -> list[_Trajectory]:
     try:
         trajectories = torch.load(content, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling has no common error
-        reason = str(error).partition("\n")[0]
         raise CorruptFileError(
             f"{location.uri} is no replay buffer",
-            f"It cannot be read as tensors ({type(error).__name__}: {reason})",
+            "It cannot be read as tensors: it is another file, was cut off, or holds objects that could run code",
             "Check that it was downloaded whole",
         ) from error
     if not _is_buffer(trajectories):

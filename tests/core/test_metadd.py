@@ -23,7 +23,7 @@ from datm_ray.core.metadd import (
     meta_loss,
     scaled_maps,
 )
-from datm_ray.core.networks import NetworkSpec, build_network, network_names
+from datm_ray.core.networks import NetworkSpec, SpatialNetwork, build_network, network_names
 from datm_ray.errors import ConfigError
 
 CLASSES, SIZE = 4, (16, 16)
@@ -204,6 +204,14 @@ def test_a_map_of_one_value_has_no_derivative() -> None:
     assert float(gradient.abs().sum()) == 0.0
 
 
+@pytest.mark.parametrize("side", [2, 3, 7])
+def test_a_map_of_one_value_stays_one_when_it_is_resized(side: int) -> None:
+    """What rounding leaves of it is no feature."""
+    resized = interpolate(torch.full((1, 1, side, side), 0.3), (32, 32), mode="bilinear")
+    assert float(resized.max()) - float(resized.min()) < 1e-6
+    assert float(scaled_maps(resized).abs().sum()) == 0.0
+
+
 def test_networks_are_copied_frozen_and_evaluated() -> None:
     """Running statistics stay as they were, and so does what the caller does with the network."""
     spec = NetworkSpec("convnet", 3, SIZE, CLASSES, width=4, depth=2, norm="batch")
@@ -267,6 +275,14 @@ def test_what_cannot_be_compared_is_refused() -> None:
             call(images, labels)  # type: ignore[operator]
     with pytest.raises(ConfigError, match="has no feature maps to show"):
         MetaDD([network("convnet"), network("mlp")]).loss(images, labels)
+    one_position = SpatialNetwork(nn.Conv2d(3, 4, 16), nn.Identity(), nn.Linear(4, CLASSES)).double()
+    with pytest.raises(ConfigError, match="have one position"):
+        evidence(one_position, images, labels)
+    flat = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3 * 256, CLASSES)).double()
+    with pytest.raises(ConfigError, match="has no feature maps to show"):
+        evidence(flat, images, labels)
+    with pytest.raises(ConfigError, match="tells 4 classes apart, but an image is of class 9"):
+        evidence(network("lenet"), images, labels + 9 - 3)
     transformer = vit_b_16(image_size=32, num_classes=CLASSES).eval()
     with pytest.raises(ConfigError, match="is a transformer"):
         evidence(transformer, torch.randn(1, 3, 32, 32), torch.tensor([0]))

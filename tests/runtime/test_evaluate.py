@@ -1,0 +1,115 @@
+"""Scoring: what is chosen on validation data, what is reported, and which results runs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from datm_ray.config import NetworkConfig, RunConfig, override, scored_on
+from datm_ray.pipeline import Pipeline
+from datm_ray.runtime.evaluate import (
+    CONTROL_STEP_SIZES,
+    ON_OTHERS,
+    EvaluateWorker,
+    _Trial,
+    read_network_scores,
+    result_location,
+)
+from datm_ray.runtime.executor import Finished
+from datm_ray.store.filesystem import open_location
+from tests.conftest import tiny_config
+
+LEARNED = 0.5
+VALIDATION = {LEARNED: 0.6, 0.01: 0.2, 0.03: 0.9, 0.1: 0.3}
+TEST = {LEARNED: 0.7, 0.01: 0.99, 0.03: 0.4, 0.1: 0.98}
+"""By step size; the test set would choose otherwise than the validation set."""
+
+
+@pytest.fixture
+def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateWorker:
+    """One whose trainings end with the accuracies above."""
+    config = tiny_config()
+    dataset = Pipeline([config], str(tmp_path))._dataset(config)
+    worker = EvaluateWorker(dataset, config.cluster)
+    network = torch.nn.Identity()
+
+    def trial(_: Any, __: Any, ___: Any, schedule: Any, ____: Any) -> _Trial:
+        return _Trial(network, schedule.learning_rate, VALIDATION[schedule.learning_rate])
+
+    monkeypatch.setattr(worker, "_trial", trial)
+    monkeypatch.setattr(worker, "_test_accuracy", lambda trial: TEST[trial.step_size])
+    images = torch.zeros(1, 1, 8, 8)
+    monkeypatch.setattr(worker, "_training_set", lambda *_: (images, images, LEARNED))
+    return worker
+
+
+def result_of(worker: EvaluateWorker, tmp_path: Path, network: NetworkConfig | None) -> dict[str, Any]:
+    """Of the distilled set."""
+    place = str(tmp_path / "result.json")
+    events = list(worker.evaluate(tiny_config(), "", str(tmp_path), place, "distilled", 0, network))
+    assert isinstance(events[-1], Finished)
+    assert open_location(place).read_json() == events[-1].result
+    return dict(events[-1].result)
+
+
+def test_the_backbone_has_the_step_size_that_was_learned(worker: EvaluateWorker, tmp_path: Path) -> None:
+    """Whatever others would reach."""
+    result = result_of(worker, tmp_path, None)
+    assert (result["step_size"], result["test_accuracy"]) == (LEARNED, TEST[LEARNED])
+
+
+def test_other_architectures_have_both_and_choose_on_validation_data(worker: EvaluateWorker, tmp_path: Path) -> None:
+    """The learned one's accuracy, and that of the best on validation images, though the test set likes another."""
+    assert set(VALIDATION) == {LEARNED, *CONTROL_STEP_SIZES}
+    result = result_of(worker, tmp_path, NetworkConfig(architecture="lenet"))
+    assert (result["step_size"], result["test_accuracy"], result["validation_accuracy"]) == (0.03, TEST[0.03], 0.9)
+    assert (result["learned_step_size"], result["test_accuracy_with_learned_step_size"]) == (LEARNED, TEST[LEARNED])
+
+
+def place(config: RunConfig, row: str, network: NetworkConfig | None = None) -> str:
+    """Of the first result."""
+    return result_location(open_location("/runs"), config, "d" * 16, row, 0, network).path
+
+
+@pytest.mark.parametrize("network", [None, NetworkConfig(architecture="lenet")])
+def test_runs_share_what_does_not_depend_on_their_distillation(network: NetworkConfig | None) -> None:
+    """Controls by images per class and experts, all real data by neither; a distilled set by its run alone."""
+    base = tiny_config("name=base")
+    shared = {
+        "name=other": {"random-hard", "random-soft", "full"},
+        "distill.iterations=7": {"random-hard", "random-soft", "full"},
+        "metadd={auxiliaries: [{architecture: lenet}]}": {"random-hard", "random-soft", "full"},
+        "distill.ipc=2": {"full"},
+        "experts.learning_rate=0.5": {"full"},
+        "evaluate.protocol=published": set(),
+        "seed=5": set(),
+    }
+    for change, expected in shared.items():
+        other = override(base, [change, *(["name=other"] if not change.startswith("name") else [])])
+        rows = ("random-hard", "random-soft", "full", "distilled")
+        same = {row for row in rows if place(base, row, network) == place(other, row, network)}
+        assert same == expected, change
+    assert place(base, "distilled", network) == place(override(base, ["distill.ipc=2"]), "distilled", network)
+
+
+def test_networks_are_told_apart_by_what_they_had_to_do_with_the_set(tmp_path: Path) -> None:
+    """Same, seen by matching or looking, unseen; only those of which every seed is there."""
+    changes = ["backbones=[{network: {width: 8, depth: 2}}]", "metadd={auxiliaries: [{architecture: lenet}]}"]
+    config = scored_on(tiny_config(*changes, "evaluate.seeds=1"), ["convnet", "lenet", "mlp", "vgg11"])
+    out = open_location(str(tmp_path))
+    for number, network in enumerate(config.scored_networks[:-1]):
+        for row in ON_OTHERS:
+            values = {"test_accuracy": number / 10, "test_accuracy_with_learned_step_size": 0.0, "seconds": 1.0}
+            result_location(out, config, "d", row, 0, network).write_json(values)
+    scores = read_network_scores(out, config, "d")
+    assert [(each.network.architecture, each.kind) for each in scores] == [
+        ("convnet", "same"),
+        ("convnet", "seen"),
+        ("lenet", "seen"),
+        ("mlp", "unseen"),
+    ]
+    assert [each.tuned.mean for each in scores] == [0.0, 0.1, 0.2, 0.3]
+    assert all(each.learned.mean == 0.0 and each.control is not None for each in scores)
