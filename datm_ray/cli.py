@@ -237,8 +237,11 @@ def store_ls(uri: StoreUri) -> None:
     from datm_ray.errors import CorruptFileError
     from datm_ray.store.trajectories import epochs_in_words
 
-    for group in _groups(uri):
+    for group in _groups(uri, unfinished=True):
         numbers = group.experts()
+        if not numbers:
+            print(f"{group.key}  no expert yet, training in progress or given up (`store rm` deletes what there is)")
+            continue
         try:
             info = group.read_info(numbers[0])
             kept = f"{epochs_in_words(info.epochs)}, {info.storage}"
@@ -321,13 +324,14 @@ def store_rm(
     """Delete experts, or a whole group with its transform."""
     from datm_ray.errors import StoreError
 
-    found = _group(uri, group)
+    found = _group(uri, group, unfinished=True)
     numbers = sorted(set(expert or found.experts()))
     absent = set(numbers) - set(found.experts())
     if absent:
         raise StoreError(f"{group} has no expert {min(absent)}", remedy=f"`datm-ray store show {uri}` names them")
     size = _size(sum(found.size(number) for number in numbers))
-    what = f"{len(numbers)} expert(s) of {found.location.uri}{'' if expert else ' and their transform'}, {size}"
+    rest = "" if expert else ", their transform and what is in progress"
+    what = f"{len(numbers)} expert(s) of {found.location.uri}{rest}, {size}"
     if not yes:
         print(f"Would delete {what}. Nothing was deleted; --yes deletes.")
         return
@@ -473,27 +477,28 @@ def _reporter() -> Reporter:
     return Reporter()
 
 
-def _open_store(uri: str) -> TrajectoryStore:
+def _open_store(uri: str, *, unfinished: bool = False) -> TrajectoryStore:
     from datm_ray.errors import MissingExpertsError
     from datm_ray.store.trajectories import TrajectoryStore
 
     store = TrajectoryStore(uri)
-    if not store.groups():
+    if not store.groups(unfinished=unfinished):
         raise MissingExpertsError(
             f"{uri} holds no experts", "the path is wrong, or nothing was trained yet", "run `datm-ray experts RECIPE`"
         )
     return store
 
 
-def _groups(uri: str) -> list[ExpertGroup]:
-    store = _open_store(uri)
-    return [store.group(key.dataset, key.architecture, key.fingerprint) for key in store.groups()]
+def _groups(uri: str, *, unfinished: bool = False) -> list[ExpertGroup]:
+    store = _open_store(uri, unfinished=unfinished)
+    keys = store.groups(unfinished=unfinished)
+    return [store.group(key.dataset, key.architecture, key.fingerprint) for key in keys]
 
 
-def _group(uri: str, name: str) -> ExpertGroup:
+def _group(uri: str, name: str, *, unfinished: bool = False) -> ExpertGroup:
     from datm_ray.errors import StoreError
 
-    found = {str(group.key): group for group in _groups(uri)}
+    found = {str(group.key): group for group in _groups(uri, unfinished=unfinished)}
     if name not in found:
         raise StoreError(f"{uri} has no group {name}", remedy=f"it has {', '.join(found)}")
     return found[name]

@@ -51,6 +51,7 @@ from datm_ray.runtime.evaluate import (
     result_location,
 )
 from datm_ray.runtime.executor import Executor, Task, require_precision
+from datm_ray.runtime.expert_progress import ExpertProgress
 from datm_ray.runtime.experts import ExpertWorker, expert_group, experts_at_a_time, network_spec, progress_of, stacks
 from datm_ray.runtime.plan import ALONE, Layout, distillation_plan, require_whole_classes
 from datm_ray.runtime.telemetry import Reporter
@@ -230,6 +231,7 @@ class Pipeline:
         for config in self._expert_recipes():
             group, missing = self._group(config), set(self._missing_experts(config))
             if group.progress.list():
+                ExpertProgress.clear_up(group)
                 for stack in stacks(range(config.experts.count), self._stack_size(config), config.experts.count):
                     if not missing & set(stack):
                         progress_of(config, group, stack).remove()

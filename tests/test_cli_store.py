@@ -130,7 +130,8 @@ def test_rm_deletes_single_experts_or_all(datm_ray: CommandLine, group: ExpertGr
     assert group.has_transform()
     (tmp_path / "experts" / str(KEY) / "expert-00001.arrow").write_bytes(b"damaged")
     code, out, _ = datm_ray("store", "rm", "experts", str(KEY), "--yes")
-    assert (code, out.split(",")[0]) == (0, f"Deleted 1 expert(s) of {group.location.uri} and their transform")
+    told = f"Deleted 1 expert(s) of {group.location.uri}, their transform and what is in progress"
+    assert (code, out.rpartition(",")[0]) == (0, told)
     assert [path for path in (tmp_path / "experts").rglob("*") if path.is_file()] == []
 
 
@@ -314,3 +315,18 @@ def test_a_file_that_is_no_buffer_is_one_line(content: bytes, datm_ray: CommandL
 def test_a_missing_buffer_is_one_line(datm_ray: CommandLine, recipe: str) -> None:
     """The file is named."""
     assert_one_line(datm_ray("store", "import", "absent.pt", "--recipe", recipe, "--store", "s"), "absent.pt")
+
+
+def test_a_group_that_only_has_progress_is_shown_and_can_be_deleted(datm_ray: CommandLine, tmp_path: Path) -> None:
+    """Experts that were given up before one was finished would stay for good."""
+    file = tmp_path / "store/digits/convnet/abc/progress/00000-2-ab/00000-00001-cd.arrow"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"state")
+    uri = str(tmp_path / "store")
+    code, out, err = datm_ray("store", "ls", uri)
+    assert (code, err) == (0, "")
+    assert out.startswith("digits/convnet/abc  no expert yet, training in progress")
+    code, out, _ = datm_ray("store", "rm", uri, "digits/convnet/abc", "--yes")
+    assert code == 0
+    assert not file.exists()
+    assert datm_ray("store", "ls", uri)[0] == 2

@@ -42,6 +42,7 @@ SPARE_BYTES = 256 * 2**20
 """Room that is left to others on a disk."""
 
 KIND = "expert progress"
+_FOLDER = re.compile(r"(\d+)-(\d+)-[0-9a-f]+")
 _FILE = re.compile(r"(\d+)-(\d+)-[0-9a-f]+\.arrow")
 
 
@@ -131,11 +132,16 @@ class ExpertProgress:
 
     def remove(self) -> None:
         """Remove the folder of a stack that is finished."""
-        for name in self._folder.list():
-            with suppress(StoreError):  # somebody else was faster
-                (self._folder / name).remove()
-        if self._folder.local_path is not None:
-            shutil.rmtree(self._folder.local_path, ignore_errors=True)
+        _remove_folder(self._folder)
+
+    @staticmethod
+    def clear_up(group: ExpertGroup) -> None:
+        """Remove the folders of stacks, of whatever size, whose experts are all stored by now."""
+        stored = set(group.experts())
+        for name in group.progress.list():
+            match = _FOLDER.fullmatch(name)
+            if match and set(range(int(match[1]), int(match[1]) + int(match[2]))) <= stored:
+                _remove_folder(group.progress / name)
 
     def _write_if_due(self, state: ExpertState, last: bool) -> Iterator[str]:
         size = sum(epoch.parameters.nbytes for epoch in self._pending)
@@ -178,6 +184,14 @@ class ExpertProgress:
     def _found(self) -> list[tuple[str, int, int]]:
         matches = [(name, _FILE.fullmatch(name)) for name in self._folder.list()]
         return [(name, int(match[1]), int(match[2])) for name, match in matches if match]
+
+
+def _remove_folder(folder: Location) -> None:
+    for name in folder.list():
+        with suppress(StoreError):  # somebody else was faster
+            (folder / name).remove()
+    if folder.local_path is not None:
+        shutil.rmtree(folder.local_path, ignore_errors=True)
 
 
 def _state(arrays: Mapping[str, NDArray[Any]], device: torch.device) -> ExpertState:

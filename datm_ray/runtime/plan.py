@@ -215,7 +215,38 @@ def distillation_plan(
     enough = (shards for shards in more if need.footprint(shards, 1).total <= (budget or 0))
     others_share = layout.sharing > layout.shards * max(1, len(layout.roles))
     _require_fits(plan, next(enough, None), shared=config.cluster.memory is None and others_share)
+    if backbone == 0 and budget is not None:
+        for role in layout.roles:
+            if not role.backbones:
+                _require_onlooker_fits(config, image, classes, role, need, budget)
     return plan
+
+
+def _require_onlooker_fits(
+    config: RunConfig, image: tuple[int, int, int], classes: int, role: Role, need: _Need, budget: int
+) -> None:
+    """That a worker fits which matches nothing and only looks on, for MetaDD; it holds a set like the others."""
+    looking = _of_meta(config, image, classes, role)
+    parts = footprint(
+        parameters=0,
+        steps=0,
+        images=need.images(config.cluster.shards),
+        image=image,
+        classes=classes,
+        call=0,
+        chunk=0,
+        process=need.process,
+        frozen=looking["frozen"],
+        meta=looking["meta"],
+    )
+    if parts.total > budget:
+        place = role.seen_by[0] - 1
+        raise ConfigError(
+            f"a worker that holds metadd.auxiliaries.{place} of {config.name} needs {show_bytes(parts.total)} and may "
+            f"take {show_bytes(budget)}",
+            f"the network has {looking['frozen']:,} parameters",
+            f"raise --memory (cluster.memory) to {show_bytes(1.01 * parts.total)}, or choose a smaller network",
+        )
 
 
 @dataclass(frozen=True)

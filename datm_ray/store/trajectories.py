@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, BinaryIO, NamedTuple
@@ -151,15 +152,16 @@ class TrajectoryStore:
         """`uri` is a local path, or a file://, memory:// or s3:// URI; it need not exist yet."""
         self.location = open_location(uri)
 
-    def groups(self) -> list[GroupKey]:
-        """The groups that have at least one expert, sorted."""
+    def groups(self, *, unfinished: bool = False) -> list[GroupKey]:
+        """The groups that have at least one expert, sorted; with `unfinished` also those that only have progress."""
         keys = [
             GroupKey(dataset, architecture, fingerprint)
             for dataset in self.location.list()
             for architecture in (self.location / dataset).list()
             for fingerprint in (self.location / dataset / architecture).list()
         ]
-        return [key for key in keys if _is_safe(key) and ExpertGroup(self.location, key).experts()]
+        found = [(key, ExpertGroup(self.location, key)) for key in keys if _is_safe(key)]
+        return [key for key, group in found if group.experts() or (unfinished and group.progress.list())]
 
     def group(self, dataset: str, architecture: str, fingerprint: str) -> ExpertGroup:
         """The group of this name, which may be empty. Raises StoreError if a name is no name for a folder."""
@@ -241,6 +243,8 @@ class ExpertGroup:
         for folder in self.progress.list():
             for name in (self.progress / folder).list():
                 (self.progress / folder / name).remove()
+        if self.progress.local_path is not None:
+            shutil.rmtree(self.progress.local_path, ignore_errors=True)  # the empty folders; elsewhere there are none
         if self.has_transform():
             (self.location / _TRANSFORM_FILE).remove()
 

@@ -22,6 +22,7 @@ from datm_ray.errors import DivergenceError, MissingExpertsError, StoreError
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime import expert_progress
 from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, SerialExecutor
+from datm_ray.runtime.expert_progress import ExpertProgress
 from datm_ray.runtime.experts import ExpertWorker, expert_group, network_spec, stacks
 from datm_ray.runtime.telemetry import Reporter
 from datm_ray.store.trajectories import ExpertGroup
@@ -229,6 +230,20 @@ def test_an_expert_that_diverges_is_not_stored(tmp_path: Path) -> None:
     ):
         train(tiny_config("experts.learning_rate=1e30"), tmp_path)
     assert not list(tmp_path.rglob("expert-*.arrow"))
+
+
+def test_progress_of_a_stack_of_another_size_goes_when_its_experts_are_stored(tmp_path: Path) -> None:
+    """And not before; a stack with an expert that is not stored keeps it."""
+    config = tiny_config("experts.count=3")
+    _, group, _ = worker_of(config, tmp_path)
+    files = [group.progress / name / "00000-00001-ab.arrow" for name in ("00000-2-ab", "00002-2-ab")]
+    for file in files:
+        file.write_text("state")
+    ExpertProgress.clear_up(group)
+    assert all(file.exists() for file in files)
+    train(config, tmp_path, (0, 1, 2))
+    ExpertProgress.clear_up(group)
+    assert [file.exists() for file in files] == [False, True]
 
 
 @pytest.mark.ray

@@ -200,6 +200,9 @@ def test_networks_of_metadd_count_where_they_live() -> None:
     assert with_meta.meta_flop > apart.meta_flop > alone.meta_flop == 0
     assert "MetaDD" in "\n".join(with_meta.lines())
     assert "MetaDD" not in "\n".join(alone.lines())
+    large = "metadd={auxiliaries: [{architecture: resnet18, width: 1024}]}"
+    with pytest.raises(ConfigError, match=r"a worker that holds metadd\.auxiliaries\.0 of tiny needs"):
+        plan_of(tiny_config(large, "cluster.memory=2GiB", "cluster.auxiliaries_apart=true"))
     enough = f"cluster.memory={alone.footprint.total}"
     assert plan_of(tiny_config(enough)).footprint == alone.footprint
     with pytest.raises(ConfigError, match="a worker that distils tiny needs"):
