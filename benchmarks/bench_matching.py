@@ -424,7 +424,10 @@ def rows_to_run(quick: bool, threads: int, device: str) -> list[tuple[list[Metho
         return [*methods, *varied]
 
     rows = [(variants(three(digits, 2 if quick else 20, compiled=True)), True)]
-    rows += [(three(small, steps), True) for steps in ([2] if quick else [5, 10, 20, 40])]
+    first, *longer = [2] if quick else [5, 10, 20, 40]
+    outermost = replace(three(small, first)[-1], channels_last=False)
+    rows.append(([*three(small, first), outermost], True))
+    rows += [(three(small, steps), True) for steps in longer]
     rows.append((three(small, 2 if quick else 5, PUBLISHED_AUGMENTATION), True))
     rows += [(three(large, steps), True) for steps in ([2] if quick else [5, 10])]
     ours = three(small, 2)[-1]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
 
@@ -88,7 +88,7 @@ def run(
     """Train experts, distil, evaluate, report. The same command again continues where it stopped."""
     from datm_ray.pipeline import report as write_report
 
-    pipeline, start = _prepare(recipes, _with_memory(set_, memory), out, store, executor, address)
+    pipeline, start = _prepare(_Said(recipes, _with_memory(set_, memory), out, store, executor, address))
     if dry_run:
         _print_plan(pipeline)
         return
@@ -131,11 +131,12 @@ def experts(
     address: Address = None,
 ) -> None:
     """Train the expert trajectories that the recipes need and the store has not."""
-    pipeline, start = _prepare(recipes, set_, out, store, executor, address)
+    said = _Said(recipes, set_, out, store, executor, address)
+    pipeline, start = _prepare(said)
     pipeline.train_experts(start, _reporter())
     print(f"Experts are in {pipeline.store_uri}")
     if all(config.is_matchable for config in pipeline.configs):
-        print(f"Next: {_next('distill', recipes, set_, out, store, executor, address)}")
+        print(f"Next: {said.next('distill')}")
 
 
 @app.command()
@@ -149,11 +150,12 @@ def distill(
     memory: Memory = None,
 ) -> None:
     """Distil synthetic sets from experts that are already trained."""
-    pipeline, start = _prepare(recipes, _with_memory(set_, memory), out, store, executor, address)
+    said = _Said(recipes, _with_memory(set_, memory), out, store, executor, address)
+    pipeline, start = _prepare(said)
     pipeline.distill(start, _reporter())
     for config in pipeline.configs:
         print(f"{config.name}: {(pipeline.out / config.name / 'synthetic.arrow').uri}")
-    print(f"Next: {_next('evaluate', recipes, set_, out, store, executor, address)}")
+    print(f"Next: {said.next('evaluate')}")
 
 
 @app.command()
@@ -176,7 +178,7 @@ def evaluate(
     own network, backbone or auxiliary of that name where it has one; widths are relative to 128.
     """
     set_ = [*(set_ or []), *([f"evaluate.seeds={seeds}"] if seeds is not None else [])]
-    pipeline, start = _prepare(recipes, set_, out, store, executor, address, arch)
+    pipeline, start = _prepare(_Said(recipes, set_, out, store, executor, address), arch)
     pipeline.evaluate(start, _reporter())
     print(pipeline.table())
     print(f"Next: datm-ray report {out}")
@@ -363,8 +365,8 @@ def store_import(
     new = sum(each.new for each in imported)
     print(f"{new} trajectories were stored in {store}, {len(imported) - new} were there already")
     count = min(len(_group(store, group).experts()) for group in {each.group for each in imported})
-    settings = " ".join(f"--set {each}" for each in [*(set_ or []), f"experts.count={count}"])
-    print(f"Next: datm-ray distill {recipe} {settings} --store {store}")
+    settings = [*(set_ or []), f"experts.count={count}"]
+    print(f"Next: {_Said([recipe], settings, 'runs', store, 'ray', None).next('distill')}")
 
 
 @store_app.command("export")
@@ -404,37 +406,31 @@ def main() -> None:
         sys.exit(130)
 
 
-def _next(
-    command: str,
-    recipes: list[str],
-    set_: list[str] | None,
-    out: str,
-    store: str | None,
-    executor: str,
-    address: str | None,
-) -> str:
-    """The command for the next stage, with what was said for this one."""
-    import shlex
+class _Said(NamedTuple):
+    """What was said for a stage, and is to be said again for the next one."""
 
-    words = ["datm-ray", command, *recipes, "--out", out]
-    words += [word for each in set_ or [] for word in ("--set", each)]
-    words += ["--store", store] if store else []
-    words += ["--executor", executor] if executor != "ray" else []
-    words += ["--address", address] if address else []
-    return shlex.join(words)
+    recipes: list[str]
+    set_: list[str] | None
+    out: str
+    store: str | None
+    executor: str
+    address: str | None
+
+    def next(self, command: str) -> str:
+        """The command for the next stage."""
+        import shlex
+
+        words = ["datm-ray", command, *self.recipes, "--out", self.out]
+        words += [word for each in self.set_ or [] for word in ("--set", each)]
+        words += ["--store", self.store] if self.store else []
+        words += ["--executor", self.executor] if self.executor != "ray" else []
+        words += ["--address", self.address] if self.address else []
+        return shlex.join(words)
 
 
-def _prepare(
-    recipes: list[str],
-    set_: list[str] | None,
-    out: str,
-    store: str | None,
-    executor: str,
-    address: str | None,
-    arch: str | None = None,
-) -> tuple[Pipeline, Callable[[], Executor]]:
+def _prepare(said: _Said, arch: str | None = None) -> tuple[Pipeline, Callable[[], Executor]]:
     """The pipeline, checked, and how to start its executor."""
-    configs = [_config(name, set_) for name in recipes]
+    configs = [_config(name, said.set_) for name in said.recipes]
     if arch is not None:
         from datm_ray.config import scored_on
 
@@ -442,9 +438,9 @@ def _prepare(
     from datm_ray.pipeline import Pipeline
     from datm_ray.runtime.create import create_executor
 
-    elsewhere = bool(address or os.environ.get("RAY_ADDRESS"))
-    pipeline = Pipeline(configs, out, store, elsewhere=elsewhere, alone=executor == "serial")
-    return pipeline, lambda: create_executor(executor, configs[0].cluster, address)
+    elsewhere = bool(said.address or os.environ.get("RAY_ADDRESS"))
+    pipeline = Pipeline(configs, said.out, said.store, elsewhere=elsewhere, alone=said.executor == "serial")
+    return pipeline, lambda: create_executor(said.executor, configs[0].cluster, said.address)
 
 
 def _config(name: str, set_: list[str] | None) -> RunConfig:

@@ -351,18 +351,24 @@ class RunConfig(Section):
     @property
     def is_matchable(self) -> bool:
         """Whether every network of the run can be matched, and not only trained."""
-        return all(config.network.norm != "batch" for config in self.each_backbone())
+        return not self._unmatchable
 
     def require_matchable(self) -> None:
         """Raise a `ConfigError` if a network of the run can only be trained, and not matched."""
-        for number, network in enumerate([self.network, *(backbone.network for backbone in self.backbones)]):
-            key = f"backbones.{number - 1}.network" if number else "network"
-            if network.norm == "batch":
-                raise ConfigError(
-                    f"{key}.norm is 'batch', which cannot be matched",
-                    "batch statistics couple the images of a batch, so its gradient is not a sum over images",
-                    f"use {key}.norm=instance; `datm-ray experts` trains networks with any norm",
-                )
+        for key in self._unmatchable:
+            raise ConfigError(
+                f"{key}.norm is 'batch', which cannot be matched",
+                "batch statistics couple the images of a batch, so its gradient is not a sum over images",
+                f"use {key}.norm=instance; `datm-ray experts` trains networks with any norm",
+            )
+
+    @property
+    def _unmatchable(self) -> list[str]:
+        """Keys of the networks that cannot be matched."""
+        networks = {"network": self.network} | {
+            f"backbones.{number}.network": backbone.network for number, backbone in enumerate(self.backbones)
+        }
+        return [key for key, network in networks.items() if network.norm == "batch"]
 
     def each_backbone(self) -> list[RunConfig]:
         """The run with each of its networks alone: what decides that network's experts."""

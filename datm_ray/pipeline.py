@@ -190,10 +190,8 @@ class Pipeline:
 
     def _with_networks_before(self, config: RunConfig) -> RunConfig:
         """The run, with the architectures too that an earlier command has scored it on."""
-        recipe = self._folder(config) / RECIPE
-        if not recipe.exists():
-            return config
-        before = load_config_text(recipe.read_bytes().decode(errors="replace"), recipe.uri).evaluate.networks
+        earlier = self._earlier(config)
+        before = earlier.evaluate.networks if earlier else ()
         more = tuple(network for network in before if network not in config.evaluate.networks)
         networks = (*config.evaluate.networks, *more)
         return config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"networks": networks})})
@@ -360,16 +358,19 @@ class Pipeline:
         stored = group.read_transform()
         return Transform.from_arrays(stored.arrays, stored.metadata)
 
-    def _check_folder(self, config: RunConfig) -> None:
+    def _earlier(self, config: RunConfig) -> RunConfig | None:
+        """The run as an earlier command has written it into its folder."""
         recipe = self._folder(config) / RECIPE
-        if recipe.exists():
-            earlier = load_config_text(recipe.read_bytes().decode(errors="replace"), recipe.uri)
-            if earlier.identity() != config.identity():
-                raise RunDirectoryError(
-                    f"{self._folder(config).uri} holds a run of {config.name!r} with another configuration",
-                    f"it differs in {', '.join(_differences(earlier.identity(), config.identity()))}",
-                    "give another --out or --set name=...",
-                )
+        return _read_recipe(recipe) if recipe.exists() else None
+
+    def _check_folder(self, config: RunConfig) -> None:
+        earlier = self._earlier(config)
+        if earlier is not None and earlier.identity() != config.identity():
+            raise RunDirectoryError(
+                f"{self._folder(config).uri} holds a run of {config.name!r} with another configuration",
+                f"it differs in {', '.join(_differences(earlier.identity(), config.identity()))}",
+                "give another --out or --set name=...",
+            )
 
     def _check_data(self, config: RunConfig) -> None:
         if config.dataset not in self._raw:
@@ -508,14 +509,14 @@ def _summaries(out: Location, configs: Sequence[RunConfig]) -> list[RunSummary]:
 
 def _find_runs(folder: Location) -> list[RunConfig]:
     recipes = [folder / name / RECIPE for name in folder.list()]
-    configs = [
-        load_config_text(recipe.read_bytes().decode(errors="replace"), recipe.uri)
-        for recipe in recipes
-        if recipe.exists()
-    ]
+    configs = [_read_recipe(recipe) for recipe in recipes if recipe.exists()]
     if not configs:
         raise RunDirectoryError(f"{folder.uri} holds no runs", remedy="give the --out of an earlier `datm-ray run`")
     return configs
+
+
+def _read_recipe(recipe: Location) -> RunConfig:
+    return load_config_text(recipe.read_bytes().decode(errors="replace"), recipe.uri)
 
 
 def _require_distinct_names(configs: Sequence[RunConfig]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +17,8 @@ import pytest
 
 from datm_ray import cli
 from datm_ray.config import to_yaml
+from datm_ray.core import networks
+from datm_ray.core.networks import ConvNet
 from tests.conftest import CommandLine, tiny_config
 
 
@@ -162,7 +167,6 @@ def test_an_output_folder_that_cannot_be_written_is_one_line(datm_ray: CommandLi
 
 def test_a_truncated_store_file_is_named(datm_ray: CommandLine, finished: Path, tmp_path: Path) -> None:
     """`store verify` and `distill` both name the damaged file and never use it."""
-    import shutil
 
     shutil.copytree(finished, tmp_path / "runs")
     (expert,) = (tmp_path / "runs").rglob("expert-00001.arrow")
@@ -301,6 +305,35 @@ def test_a_plan_shows_every_backbone(datm_ray: CommandLine) -> None:
     assert trace[0] != trace[1]
 
 
+def test_the_next_command_repeats_what_was_said(datm_ray: CommandLine) -> None:
+    """So that it works as it stands; networks that can only be trained have none."""
+    Path("tiny.yaml").write_text(to_yaml(tiny_config()))
+    said = ["--out", "my runs", "--set", "experts.count=1", "--store", "s", "--executor", "serial"]
+    code, out, err = datm_ray("experts", "tiny.yaml", *said)
+    assert code == 0, err
+    following = next(line for line in out.splitlines() if line.startswith("Next: datm-ray "))
+    words = shlex.split(following.removeprefix("Next: datm-ray "))
+    assert words == ["distill", "tiny.yaml", *said]
+    assert datm_ray(*words)[0] == 0
+    code, out, _ = datm_ray("experts", "tiny.yaml", *said, "--set", "network.norm=batch", "--set", "name=batch")
+    assert code == 0
+    assert "Next" not in out
+
+
+def test_experts_of_another_version_s_network_are_refused(
+    datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where an architecture changes, its experts' numbers mean nothing any more; one line says so."""
+    Path("tiny.yaml").write_text(to_yaml(tiny_config("experts.count=1")))
+    assert datm_ray("experts", "tiny.yaml", "--executor", "serial")[0] == 0
+    monkeypatch.setitem(networks._BUILDERS, "convnet", lambda spec: ConvNet(dataclasses.replace(spec, width=5)))
+    for command in ("experts", "distill", "evaluate", "run"):
+        code, out, err = datm_ray(command, "tiny.yaml", "--executor", "serial")
+        assert (code, out) == (2, "")
+        assert "are not of the convnet that it is now" in err
+        assert len(err.splitlines()) == 1
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_a_folder_of_a_run_with_or_without_metadd_is_not_the_other_s(there: bool, datm_ray: CommandLine) -> None:
     """One line says which it is."""
@@ -338,3 +371,6 @@ def test_a_set_is_scored_on_other_architectures(datm_ray: CommandLine) -> None:
     summary = json.loads(Path("runs/summary.json").read_text())[0]
     assert [each["kind"] for each in summary["networks"]] == ["same", "seen", "unseen"]
     assert 0 <= summary["meta_feature_ratio"]["after"] <= 1
+    code, _, err = datm_ray("run", "tiny.yaml", "--executor", "serial", "--set", "evaluate.seeds=2")
+    assert code == 0, err
+    assert "mlp (width 8)" in Path("runs/report.html").read_text()  # later commands keep what was scored

@@ -241,6 +241,31 @@ def test_an_import_can_be_repeated_and_continued(datm_ray: CommandLine, recipe: 
     group = imported_group("s")
     assert group.experts() == [0, 1, 2]
     assert out.count("was there already") == 4
+    assert "0 trajectories were stored in s, 4 were there already" in out
+    assert out.splitlines()[-1] == f"Next: datm-ray distill {recipe} --out runs --set experts.count=3 --store s"
+
+
+def test_an_import_stores_all_or_nothing(datm_ray: CommandLine, recipe: str, tmp_path: Path) -> None:
+    """A file that is no buffer, behind one that is, leaves no expert and no transform."""
+    torch.save([trajectory(1)], "good.pt")
+    Path("garbage.pt").write_bytes(b"garbage")
+    code, _, err = datm_ray("store", "import", "good.pt", "garbage.pt", "--recipe", recipe, "--store", "s")
+    assert code == 2
+    assert "weights_only" not in err
+    assert len(err.splitlines()) == 1
+    assert not list(tmp_path.glob("s/**/*.arrow"))
+
+
+def test_experts_of_a_group_keep_the_same_epochs(datm_ray: CommandLine, recipe: str) -> None:
+    """Others could not be matched by every recipe that shares the group."""
+    torch.save([trajectory(1)], "a.pt")
+    torch.save([trajectory(2)], "b.pt")
+    assert datm_ray("store", "import", "a.pt", "--recipe", recipe, "--store", "s")[0] == 0
+    more = ["--set", "experts.keep_epochs=3"]
+    code, _, err = datm_ray("store", "import", "b.pt", "--recipe", recipe, "--store", "s", *more)
+    assert code == 2
+    assert "the experts of a group are kept alike" in err.lower()
+    assert imported_group("s").experts() == [0]
 
 
 def test_export_and_import_are_inverse(datm_ray: CommandLine, recipe: str) -> None:

@@ -283,17 +283,8 @@ def scoring_bytes(
 
     Neither is compiled.
     """
-
-    def loss(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        return torch.nn.functional.cross_entropy(network(theta, x), y)
-
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        theta = torch.empty(network.count)
-        x, y = theta.new_empty(training_batch, *image), theta.new_empty(training_batch, classes)
-        training = make_fx(torch.func.grad(loss))(theta, x, y)
-        with torch.no_grad():
-            scoring = make_fx(lambda theta, x: network(theta, x))(theta, theta.new_empty(scoring_batch, *image))
-        return max(call_bytes(graph, compiled=False) for graph in (training, scoring))
+    graphs = _derivative_and_scoring(network, image, classes, training_batch, scoring_batch, argument=0)
+    return max(call_bytes(graph, compiled=False) for graph in graphs)
 
 
 def looking_cost(network: FlatNetwork, image: tuple[int, int, int], classes: int, images: int) -> tuple[int, int]:
@@ -301,17 +292,25 @@ def looking_cost(network: FlatNetwork, image: tuple[int, int, int], classes: int
 
     It looks at every image twice, once for what all see and once more for the derivative in the image.
     """
+    derivative, forward = _derivative_and_scoring(network, image, classes, images, images, argument=1)
+    return call_bytes(derivative, compiled=False), (flop(derivative) + flop(forward)) // images
 
-    def loss(x: Tensor, theta: Tensor, y: Tensor) -> Tensor:
+
+def _derivative_and_scoring(
+    network: FlatNetwork, image: tuple[int, int, int], classes: int, batch: int, scored: int, *, argument: int
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The loss's derivative in the parameters (argument 0) or images (1), and the logits, each of so many images."""
+
+    def loss(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
         return torch.nn.functional.cross_entropy(network(theta, x), y)
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         theta = torch.empty(network.count)
-        x, y = theta.new_empty(images, *image), theta.new_empty(images, classes)
-        derivative = make_fx(torch.func.grad(loss))(x, theta, y)
+        x, y = theta.new_empty(batch, *image), theta.new_empty(batch, classes)
+        derivative = make_fx(torch.func.grad(loss, argnums=argument))(theta, x, y)
         with torch.no_grad():
-            forward = make_fx(lambda x, theta: network(theta, x))(x, theta)
-    return call_bytes(derivative, compiled=False), (flop(derivative) + flop(forward)) // images
+            scoring = make_fx(lambda theta, x: network(theta, x))(theta, theta.new_empty(scored, *image))
+    return derivative, scoring
 
 
 def flop(graph: fx.GraphModule) -> int:

@@ -77,5 +77,12 @@ def unflatten_buffers_into(module: nn.Module, buffers: Tensor) -> None:
 
 
 def unflatten_into(module: nn.Module, parameters: Tensor) -> None:
-    """Write the vector [p] into the module's parameters."""
+    """Write the vector [p] into the module's parameters.
+
+    Raises:
+        ValueError: it has more or fewer numbers than they have.
+    """
+    count = sum(parameter.numel() for parameter in module.parameters())
+    if parameters.numel() != count:  # torch would take the first of more
+        raise ValueError(f"{parameters.numel():,} numbers for a network of {count:,} parameters")
     torch.nn.utils.vector_to_parameters(parameters, module.parameters())

@@ -110,7 +110,8 @@ def write_summary(out: Location, summaries: Sequence[RunSummary], name: str = "s
 
 
 def _summary(summary: RunSummary) -> dict[str, Any]:
-    latest = read_run(summary).latest
+    run = read_run(summary)
+    latest = run.latest
     return {
         "run": summary.config.name,
         "training_images": summary.training_images,
@@ -126,8 +127,8 @@ def _summary(summary: RunSummary) -> dict[str, Any]:
             for score in summary.scores
         },
         "meta_feature_ratio": None
-        if (maps := read_run(summary).maps) is None
-        else dict(zip(("before", "after"), maps.ratios, strict=True)),
+        if run.maps is None
+        else dict(zip(("before", "after"), run.maps.ratios, strict=True)),
         "networks": [
             {
                 "network": scores.network.model_dump(),

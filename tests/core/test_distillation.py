@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from datm_ray.core import distillation
-from datm_ray.core.distillation import Distillation, IterationRecord, LearningRates, Match, Origin
+from datm_ray.core.distillation import Distillation, IterationRecord, LearningRates, Match, MetaTerm, Origin
 from datm_ray.core.matching import MatchingGradient, draw_student_steps
+from datm_ray.core.metadd import MetaDD, MetaOptions
 from datm_ray.core.networks import NetworkSpec, build_network
 from datm_ray.core.parameters import FlatNetwork, flatten
 from datm_ray.core.step_functions import StepOptions, StudentStepFunctions
@@ -67,6 +68,27 @@ def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> Non
     for name, array in one.items():
         assert array.dtype == other[name].dtype, name
         assert array.tobytes() == other[name].tobytes(), name
+
+
+def test_a_loss_of_metadd_that_is_not_finite_names_its_weights() -> None:
+    """And leaves the state as it was."""
+    module = build_network(NetworkSpec("convnet", 1, (8, 8), 3, width=2, depth=1), 0)
+    other = build_network(NetworkSpec("convnet", 1, (8, 8), 3, width=3, depth=1), 1)
+    functions = StudentStepFunctions(FlatNetwork(module), StepOptions(compiled=False))
+    labels = torch.arange(3)
+    images = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    state = Distillation(
+        SyntheticSet(images, torch.zeros(3, 3), torch.tensor([0.1]), labels),
+        LearningRates(1.0, 1.0, 0.0),
+        threshold=9.0,
+    )
+    start = flatten(module)
+    steps = draw_student_steps(3, 1, 3, "", 0, 0)
+    meta = MetaTerm(MetaDD([module, other], MetaOptions(variance=float("inf"))), 2, np.arange(3), 3)
+    with pytest.raises(DivergenceError, match=r"MetaDD's loss is not finite.*metadd\.variance"):
+        state.step([Match(functions, start, start + 1, steps)], [Origin(0, 0)], meta=meta)
+    assert torch.equal(state.synthetic.images, images)
+    assert not state.history
 
 
 def test_update_is_torchs_sgd_with_the_published_momenta(step: Scripted) -> None:

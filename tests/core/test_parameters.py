@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from datm_ray.core.networks import NetworkSpec, build_network
@@ -60,3 +61,11 @@ def test_gradient_through_the_vector_equals_the_modules() -> None:
     vector = flatten(module).requires_grad_()
     (gradient,) = torch.autograd.grad(FlatNetwork(module)(vector, images).square().sum(), vector)
     torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("more", [-1, 1])
+def test_a_vector_of_another_network_is_refused(more: int) -> None:
+    """Of one that is too long, the first numbers would do."""
+    network = build_network(NetworkSpec("convnet", 1, (8, 8), 3, width=2, depth=1), 0)
+    with pytest.raises(ValueError, match="numbers for a network of"):
+        unflatten_into(network, torch.zeros(len(flatten(network)) + more))
