@@ -242,8 +242,11 @@ class ClusterConfig(Section):
     peer_timeout: Annotated[float, Field(ge=0.1, le=86_400)] = 300.0
     """Seconds after which a worker that others wait for counts as lost. Where networks are apart, an iteration must be
     shorter."""
+    wait_for_nodes: Annotated[float, Field(ge=0, le=7 * 86_400)] = 0.0
+    """Seconds to wait for machines where there is no room: for cluster.workers at the start, and for any after losses,
+    where it is a minute at least. A cluster that grows on demand needs minutes."""
     retries: Annotated[int, Field(ge=0)] = 3
-    """How often a task is given to a new worker after its worker died."""
+    """How often in a row a task that gets no further is given to new workers after a worker was lost."""
 
     @field_validator("memory", mode="before")
     @classmethod

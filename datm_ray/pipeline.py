@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from datm_ray.config import DatasetConfig, NetworkConfig, RunConfig, load_config_text, to_yaml
+from datm_ray.config import DatasetConfig, NetworkConfig, Role, RunConfig, load_config_text, to_yaml
 from datm_ray.core.augment import parse_strategy
 from datm_ray.core.networks import build_network, require_maps
 from datm_ray.core.parameters import FlatNetwork
@@ -262,8 +262,26 @@ class Pipeline:
         for config in self._unfinished():
             sharing = self._layout(config, executor).sharing
             arguments = (config, self.store_uri, self._folder(config).uri, sharing)
-            tasks.append((config.dataset, Task(config.name, arguments, config.workers_per_set)))
+            tasks.append((config.dataset, Task(config.name, arguments, config.workers_per_set, self._fewer(config))))
         return tasks
+
+    def _fewer(self, config: RunConfig) -> tuple[int, ...]:
+        """Smaller numbers of workers with which a set can go on, as far as their memory is known."""
+        rows, roles = len(config.roles), config.roles if len(config.roles) > 1 else ()
+        fewer = range(config.cluster.shards - 1, 0, -1)
+        sizes = [rows * shards for shards in fewer if self._would_fit(config, shards, roles)]
+        alone = [1] if rows > 1 and self._would_fit(config, 1, ()) else []
+        return (*sizes, *alone)
+
+    def _would_fit(self, config: RunConfig, shards: int, roles: tuple[Role, ...]) -> bool:
+        raw = self._raw[config.dataset]
+        layout = Layout(shards, roles, 1)
+        try:
+            for backbone in range(len(config.weights)):
+                distillation_plan(config, (raw.channels, *raw.size), raw.classes, backbone=backbone, layout=layout)
+        except ConfigError:
+            return False
+        return True
 
     def _unfinished(self) -> list[RunConfig]:
         return [config for config in self.configs if not (self._folder(config) / SYNTHETIC).exists()]

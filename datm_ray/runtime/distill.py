@@ -85,8 +85,8 @@ class DistillWorker:
         if (folder / SYNTHETIC).exists():
             yield Finished()
             return
-        columns = min(self._cluster.shards, seat.size) if seat else 1
-        rows = seat.size // columns if seat else 1
+        rows = len(config.roles) if seat else 1
+        columns = seat.size // rows if seat else 1
         with open_mesh(seat, rows, columns, self._device, self._cluster.peer_timeout) as mesh:
             run = _Run(config, self._dataset, store_uri, folder, mesh, self._device, sharing)
             with closing(run):
@@ -167,9 +167,10 @@ class _Run:
             last = state.iteration == settings.iterations
             if state.iteration % settings.validate_every == 0 or last:
                 state.record_validation(*self._validate(state.synthetic))
-            if state.iteration % settings.checkpoint_every == 0 or last:
+            saves = state.iteration % settings.checkpoint_every == 0 or last
+            if saves:
                 self._save_checkpoint(state)
-            yield Progress(state.iteration, settings.iterations, _shown(state, records))
+            yield Progress(state.iteration, settings.iterations, _shown(state, records), saved=saves)
         final = state.chosen or state.synthetic
         if self._onlookers is not None and (self._folder / INITIAL).exists():
             initial = read_artifact(self._folder / INITIAL).images[self._rows.first : self._rows.last]

@@ -28,6 +28,8 @@ class Progress:
     total: int
     values: Mapping[str, float] = field(default_factory=dict)
     """What to show beside the bar, e.g. {"loss": 0.41}."""
+    saved: bool = False
+    """Whether all until here is kept, so that other workers could go on at no loss."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,23 @@ class Lost:
 
 
 @dataclass(frozen=True)
+class Resized:
+    """A task goes on with fewer workers than it had, or with more."""
+
+    size: int
+    """Workers now."""
+    wanted: int
+    """Workers that it would like to have."""
+
+
+@dataclass(frozen=True)
 class Note:
     """Something the user should know."""
 
     text: str
 
 
-Event = Progress | Finished | Lost | Note
+Event = Progress | Finished | Lost | Resized | Note
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,8 @@ class Task:
     size: int = 1
     """Workers that do it together. Above 1 the method gets `seat=Seat(...)` wherever there are several processes; an
     executor of one process does the whole task alone, without a seat."""
+    fewer: tuple[int, ...] = ()
+    """Smaller numbers of workers that could do it too, where machines are lost on the way."""
 
 
 class Executor(Protocol):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
-from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, Task
+from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, Resized, Task
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars, TaskID
@@ -61,7 +61,7 @@ class _LineStage:
 
     def event(self, task: Task, event: Event) -> None:
         now = time.monotonic()
-        if isinstance(event, Lost | Note):
+        if isinstance(event, Lost | Resized | Note):
             self._reporter.message(_line(task, event))
         elif isinstance(event, Finished):
             self._finished += 1
@@ -84,9 +84,9 @@ class _BarStage:
         self._rows: dict[str, TaskID] = {}
 
     def event(self, task: Task, event: Event) -> None:
-        if isinstance(event, Lost | Note):
+        if isinstance(event, Lost | Resized | Note):
             self._bars.console.print(_line(task, event), markup=False, highlight=False)
-        if isinstance(event, Note):
+        if isinstance(event, Resized | Note):
             return
         if isinstance(event, Progress):
             if task.name not in self._rows:
@@ -128,7 +128,10 @@ def _values(values: Mapping[str, float]) -> str:
     return "".join(f"  {name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
 
 
-def _line(task: Task, event: Lost | Note) -> str:
+def _line(task: Task, event: Lost | Resized | Note) -> str:
     if isinstance(event, Note):
         return f"{task.name}: {event.text}"
+    if isinstance(event, Resized):
+        why = ", for the cluster has room for no more" if event.size < event.wanted else ""
+        return f"{task.name}: goes on with {event.size} of {event.wanted} worker(s){why}"
     return f"{task.name}: its worker died ({event.reason}); attempt {event.attempt + 1} starts on another one"

@@ -172,7 +172,7 @@ def test_the_loss_of_one_of_several_workers_costs_an_attempt_of_all(ray_cluster:
 def test_several_workers_of_which_one_always_dies_are_given_up(ray_cluster: Any, tmp_path: Path) -> None:
     """The whole task counts, with one clear error in the end."""
     executor = create_executor("ray", ClusterConfig(retries=1))
-    with pytest.raises(WorkerLostError, match=r"sum lost its worker 2 times, .* because: Worker"):
+    with pytest.raises(WorkerLostError, match=r"sum lost its worker 2 times without .* because: Worker"):
         added(executor, [Task("sum", (1.0, 2, "die"), 2)], tmp_path)
 
 
@@ -244,9 +244,9 @@ class _Idler:
 def test_workers_that_fit_into_a_node(resources: dict[str, float], wish: dict[str, Any], count: int) -> None:
     """Neither a node's CPUs nor a GPU is split beyond what can be placed, for what cannot would wait for ever."""
     pytest.importorskip("ray")
-    from datm_ray.runtime.ray_executor import _fitting
+    from datm_ray.runtime.ray_cluster import fitting
 
-    assert _fitting(resources, ClusterConfig(**wish)) == count
+    assert fitting(resources, ClusterConfig(**wish)) == count
 
 
 def test_unknown_executor_is_named() -> None:

@@ -1,0 +1,136 @@
+"""The Ray cluster: connecting to it, or starting one, and what it has room for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray.autoscaler.sdk import request_resources
+
+from datm_ray.config import ClusterConfig
+from datm_ray.errors import ClusterError
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# The driver holds no accelerator; without this Ray hides GPUs from actors that ask for none and warns about it.
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+CONNECT_TIMEOUT = 10.0
+"""Seconds to wait for a cluster's head node to answer."""
+LOOK_INTERVAL = 1.0
+"""Seconds between looks at the machines of a cluster."""
+
+
+def connect(address: str | None) -> str:
+    """Connect to, or start, a cluster. Returns the dashboard's host and port, or ""."""
+    address = address or os.environ.get("RAY_ADDRESS")
+    # "local", for without an address Ray would join whatever cluster was last started on this machine.
+    where: dict[str, Any] = {"address": address} if address else {"address": "local", "dashboard_host": "127.0.0.1"}
+    try:
+        if address:
+            _require_listener(address)
+        _silence_raylets()
+        context = ray.init(**where, logging_level=logging.CRITICAL, log_to_driver=False)
+    except (OSError, ValueError, RuntimeError) as failure:
+        raise ClusterError(
+            f"cannot connect to Ray at {address}: {first_line(failure)}"
+            if address
+            else f"Ray does not start on this machine: {first_line(failure)}",
+            remedy="check the address, and the token if the cluster asks for one; or use --executor serial",
+        ) from None
+    return str(context.dashboard_url or "")
+
+
+def _silence_raylets() -> None:
+    """Keep what raylets publish out of standard output, where results belong.
+
+    A raylet that dies says so in thirty lines of statistics, whatever `log_to_driver` is, and there is no setting for
+    it. What it means for a run the executor tells in one line; the rest is in Ray's logs.
+    """
+    if hasattr(ray._private.worker, "print_to_stdstream"):
+        ray._private.worker.print_to_stdstream = lambda *_, **__: None
+
+
+def _require_listener(address: str) -> None:
+    """Fail at once where nothing listens: Ray itself would try for half a minute."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT).close()
+
+
+def first_line(failure: BaseException) -> str:
+    """Of what an error says."""
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
+    return lines[0] if lines else type(failure).__name__
+
+
+class Machines:
+    """The nodes that a cluster has at the moment, in workers."""
+
+    def __init__(self, cluster: ClusterConfig) -> None:
+        self._cluster = cluster
+        self._fits: list[int] = []
+        self._looked = float("-inf")
+
+    def fits(self) -> list[int]:
+        """Workers for which each node has room, whoever holds it; looked up once a second."""
+        if time.monotonic() - self._looked > LOOK_INTERVAL:
+            self._fits = [fitting(node["Resources"], self._cluster) for node in ray.nodes() if node["Alive"]]
+            self._looked = time.monotonic()
+        return self._fits
+
+    def capacity(self) -> int:
+        """Workers for which there is room, but no more than are asked for."""
+        return min(self._cluster.workers or sum(self.fits()), sum(self.fits()))
+
+    def free(self) -> int:
+        """Workers for which nobody holds the room, about: resources of different nodes count as one here."""
+        return fitting(ray.available_resources(), self._cluster)
+
+    def require(self) -> tuple[int, int]:
+        """Workers to plan with, and those of one machine.
+
+        Raises:
+            ClusterError: fewer than asked for; they are waited for as long as the recipe says.
+        """
+        wanted, end = self._cluster.workers or 1, time.monotonic() + self._cluster.wait_for_nodes
+        if sum(self.fits()) < wanted and self._cluster.wait_for_nodes:
+            self.ask_for(wanted)
+        while sum(self.fits()) < wanted and time.monotonic() < end:
+            time.sleep(LOOK_INTERVAL)
+        if sum(self.fits()) < wanted:
+            raise self._too_few(wanted)
+        return self._cluster.workers or sum(self.fits()), min(self.capacity(), max(self.fits()))
+
+    def _too_few(self, wanted: int) -> ClusterError:
+        cluster, resources = self._cluster, ray.cluster_resources()
+        return ClusterError(
+            f"{wanted} worker(s) of {cluster.threads_per_worker} CPU(s) and {cluster.gpus_per_worker:g} GPU(s) are "
+            f"asked for, but the cluster has {resources.get('CPU', 0):g} CPU(s) and {resources.get('GPU', 0):g} GPU(s)",
+            remedy="lower cluster.workers, threads_per_worker or gpus_per_worker, or add nodes; "
+            "cluster.wait_for_nodes waits for those that come on demand",
+        )
+
+    def ask_for(self, workers: int) -> None:
+        """Tell a cluster that grows on demand what is wanted; others take no notice."""
+        with suppress(Exception):  # whatever an autoscaler's trouble is, there may be room without it
+            request_resources(bundles=[place(self._cluster)] * workers)
+
+
+def place(cluster: ClusterConfig) -> dict[str, float]:
+    """Resources of one worker."""
+    wanted = {"CPU": float(cluster.threads_per_worker), "GPU": cluster.gpus_per_worker}
+    return {name: count for name, count in wanted.items() if count}
+
+
+def fitting(resources: dict[str, float], cluster: ClusterConfig) -> int:
+    """Workers for which a node has room. No worker spans two nodes, and no share of a GPU spans two GPUs."""
+    fits = int(resources.get("CPU", 0) // cluster.threads_per_worker)
+    wanted, gpus = cluster.gpus_per_worker, resources.get("GPU", 0)
+    if not wanted:
+        return fits
+    return min(fits, int(gpus) * int(1 / wanted + 1e-9) if wanted < 1 else int(gpus // wanted))
