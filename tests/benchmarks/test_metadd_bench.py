@@ -1,0 +1,75 @@
+"""What the MetaDD benchmark computes from accuracies, and which runs it makes."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_1samp
+
+pa = pytest.importorskip("pyarrow")
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    """bench_metadd.py, found as it is when it is run."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    try:
+        return importlib.import_module("bench_metadd")
+    finally:
+        sys.path.pop(0)
+
+
+@pytest.fixture
+def compare(bench: ModuleType) -> ModuleType:
+    """metadd_compare.py."""
+    return sys.modules["metadd_compare"]
+
+
+def test_pairs_are_of_the_same_architecture_distillation_and_network(compare: ModuleType) -> None:
+    """The difference of every pair counts once, and distillations are tested by their means."""
+    base = {"a": [[10.0, 20.0], [30.0, 40.0], [50.0, 60.0]], "b": [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]}
+    gains = {"a": [[1.0, 3.0], [0.0, 2.0], [4.0, 4.0]], "b": [[2.0, 2.0], [1.0, 1.0], [0.0, 0.0]]}
+    values = {
+        name: [[x + y for x, y in zip(*pair, strict=True)] for pair in zip(base[name], gains[name], strict=True)]
+        for name in base
+    }
+    found = compare.paired(values, base, ["a", "b"])
+    assert found["pairs"] == 12
+    assert found["difference"] == pytest.approx(20 / 12)
+    assert found["of_distillations"] == pytest.approx([2.0, 1.0, 2.0])
+    assert found["p_distillations"] == pytest.approx(ttest_1samp([2.0, 1.0, 2.0], 0.0).pvalue)
+    assert found["p_t"] < found["p_distillations"], "it takes networks of one set for independent"
+
+
+def test_two_distillations_are_too_few_to_be_tested(compare: ModuleType) -> None:
+    """Their means are told, without a p of their own."""
+    found = compare.paired({"a": [[1.0, 2.0], [3.0, 3.5]]}, {"a": [[0.0, 2.5], [1.0, 1.0]]}, ["a"])
+    assert len(found["of_distillations"]) == 2
+    assert "p_distillations" not in found
+    assert "over distillations" not in compare.told(found)
+
+
+def test_one_distillation_has_the_variants_name(bench: ModuleType) -> None:
+    """So that folders of earlier runs stay valid; several are numbered by their seeds."""
+    variant = bench.variants()[-1]
+    (alone,) = bench.runs_of(variant, bench.DIGITS, "digits-ipc1", 1, [])
+    several = bench.runs_of(variant, bench.DIGITS, "digits-ipc1", 2, [])
+    assert (alone.name, alone.seed) == (variant.name, 0)
+    assert [(each.name, each.seed) for each in several] == [(f"{variant.name}-s0", 0), (f"{variant.name}-s1", 1)]
+
+
+def test_the_part_of_a_data_set_has_the_first_images_of_every_class(bench: ModuleType, tmp_path: Path) -> None:
+    """In the order of the whole file."""
+    import pyarrow.parquet as pq
+
+    labels = np.array([1, 0, 1, 1, 0, 0])
+    for part in ("train", "test"):
+        pq.write_table(pa.table({"label": labels, "row": np.arange(6)}), tmp_path / f"cifar10-{part}.parquet")
+    bench.write_part(tmp_path, tmp_path / "part", (2, 1))
+    kept = {part: pq.read_table(tmp_path / "part" / f"{part}.parquet")["row"].to_pylist() for part in ("train", "test")}
+    assert kept == {"train": [0, 1, 2, 4], "test": [0, 1]}
