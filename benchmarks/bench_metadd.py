@@ -223,6 +223,15 @@ def heading(setting: Setting, groups: dict[str, list[str]], distillations: int, 
     )
 
 
+def without_places(words: Sequence[str]) -> list[str]:
+    """A command line without the folders of one machine, which decide no result."""
+    kept, places = [], ("--runs", "--cifar", "--out")
+    for before, word in zip(("", *words), words, strict=False):
+        if before not in places and word.partition("=")[0] not in places:
+            kept.append(word)
+    return kept
+
+
 def parsed() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -271,7 +280,7 @@ def main() -> None:
     rows = compared(pipeline, runs, len(SEEN))
     file_name, machine = hardware("cpu")
     facts = {
-        "command": " ".join(["python", "benchmarks/bench_metadd.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "benchmarks/bench_metadd.py", *without_places(sys.argv[1:])]),
         "hardware": machine,
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
         "recipe": recipe,

@@ -73,3 +73,9 @@ def test_the_part_of_a_data_set_has_the_first_images_of_every_class(bench: Modul
     bench.write_part(tmp_path, tmp_path / "part", (2, 1))
     kept = {part: pq.read_table(tmp_path / "part" / f"{part}.parquet")["row"].to_pylist() for part in ("train", "test")}
     assert kept == {"train": [0, 1, 2, 4], "test": [0, 1]}
+
+
+def test_results_name_no_folder_of_a_machine(bench: ModuleType) -> None:
+    """What else was asked for is told."""
+    words = ["--data", "cifar10", "--runs", "/here", "--out=/there", "--seeds", "3"]
+    assert bench.without_places(words) == ["--data", "cifar10", "--seeds", "3"]
