@@ -17,7 +17,7 @@ from datm_ray.errors import DatmError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from datm_ray.config import RunConfig
+    from datm_ray.config import NetworkConfig, RunConfig
     from datm_ray.pipeline import Pipeline
     from datm_ray.runtime.executor import Executor
     from datm_ray.runtime.telemetry import Reporter
@@ -431,15 +431,19 @@ class _Said(NamedTuple):
 def _prepare(said: _Said, arch: str | None = None) -> tuple[Pipeline, Callable[[], Executor]]:
     """The pipeline, checked, and how to start its executor."""
     configs = [_config(name, said.set_) for name in said.recipes]
+    asked: dict[NetworkConfig, str] = {}
     if arch is not None:
-        from datm_ray.config import scored_on
+        from datm_ray.config import networks_named, scored_on
 
+        for config in configs:
+            asked |= {network: f"--arch {name}" for network, name in networks_named(config, arch.split(",")).items()}
         configs = [scored_on(config, arch.split(",")) for config in configs]
     from datm_ray.pipeline import Pipeline
     from datm_ray.runtime.create import create_executor
 
     elsewhere = bool(said.address or os.environ.get("RAY_ADDRESS"))
-    pipeline = Pipeline(configs, said.out, said.store, elsewhere=elsewhere, alone=said.executor == "serial")
+    alone = said.executor == "serial"
+    pipeline = Pipeline(configs, said.out, said.store, elsewhere=elsewhere, alone=alone, asked=asked)
     return pipeline, lambda: create_executor(said.executor, configs[0].cluster, said.address)
 
 

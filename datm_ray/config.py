@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -53,12 +53,16 @@ class DatasetConfig(Section):
     """Share of the training images set aside for validation. Nothing is ever chosen on the test set."""
 
 
+PUBLISHED_WIDTH = 128
+"""Channels of ConvNet's convolutions; other architectures have their own published width where theirs is this."""
+
+
 class NetworkConfig(Section):
     """The backbone: experts, students and evaluation networks."""
 
     architecture: str = "convnet"
     """Name in the registry of networks."""
-    width: Count = 128
+    width: Count = PUBLISHED_WIDTH
     """Channels of every convolution of convnet, 128 as published; others are narrower or wider in proportion."""
     depth: Count = 3
     """Convolution blocks: 3 at 32x32, 4 at 64x64."""
@@ -548,8 +552,31 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
     return parse_config(values, "--set")
 
 
+def network_names(networks: Sequence[NetworkConfig]) -> list[str]:
+    """Short: the architecture, a width that is not the published one, and what else tells those of one apart."""
+
+    def told(network: NetworkConfig) -> Iterator[str]:
+        alike = [each for each in networks if each.architecture == network.architecture]
+        for field in NetworkConfig.model_fields:
+            value = getattr(network, field)
+            if any(getattr(each, field) != value for each in alike) or (field == "width" and value != PUBLISHED_WIDTH):
+                yield f"{field} {value}"
+
+    details = [", ".join(told(network)) for network in networks]
+    return [
+        f"{network.architecture} ({detail})" if detail else network.architecture
+        for network, detail in zip(networks, details, strict=True)
+    ]
+
+
 def scored_on(config: RunConfig, names: Sequence[str]) -> RunConfig:
-    """The run, to be scored on these architectures too.
+    """The run, to be scored on the architectures of these names, see `networks_named`, too."""
+    evaluate = config.evaluate.model_copy(update={"networks": tuple(networks_named(config, names))})
+    return config.model_copy(update={"evaluate": evaluate})
+
+
+def networks_named(config: RunConfig, names: Sequence[str]) -> dict[NetworkConfig, str]:
+    """The networks that are meant by names of architectures, each with the name that stands for it.
 
     Args:
         names: NAME or NAME:WIDTH. A NAME is every network of that architecture that the recipe has, or else the
@@ -560,9 +587,9 @@ def scored_on(config: RunConfig, names: Sequence[str]) -> RunConfig:
     """
     own = [config.network, *(backbone.network for backbone in config.backbones)]
     own += config.metadd.auxiliaries if config.metadd else ()
-    networks: list[NetworkConfig] = []
-    for name in names:
-        architecture, _, width = name.strip().partition(":")
+    networks: dict[NetworkConfig, str] = {}
+    for name in map(str.strip, names):
+        architecture, _, width = name.partition(":")
         if width and not (width.isdecimal() and int(width)):
             raise ConfigError(
                 f"--arch {name!r} has no number after the colon", remedy="write NAME:WIDTH, as resnet18:32"
@@ -572,9 +599,9 @@ def scored_on(config: RunConfig, names: Sequence[str]) -> RunConfig:
         ]
         if width:
             found = [found[0].model_copy(update={"width": int(width)})]
-        networks += [each for each in found if each not in networks]
-    evaluate = config.evaluate.model_copy(update={"networks": tuple(networks)})
-    return config.model_copy(update={"evaluate": evaluate})
+        for each in found:
+            networks.setdefault(each, name)
+    return networks
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -17,7 +17,7 @@ it stopped, however it stopped.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from datm_ray.config import DatasetConfig, NetworkConfig, Role, RunConfig, load_config_text, to_yaml
+from datm_ray.config import DatasetConfig, NetworkConfig, Role, RunConfig, load_config_text, network_names, to_yaml
 from datm_ray.core.augment import parse_strategy
 from datm_ray.core.networks import build_network, require_maps
 from datm_ray.core.parameters import FlatNetwork
@@ -81,6 +81,7 @@ class Pipeline:
         *,
         elsewhere: bool = False,
         alone: bool = False,
+        asked: Mapping[NetworkConfig, str] | None = None,
     ) -> None:
         """Check runs.
 
@@ -89,9 +90,11 @@ class Pipeline:
             store: trajectory store; none puts it into the output folder.
             elsewhere: whether the workers may run on other machines, whose memory is not this one's.
             alone: whether one process will do all the work.
+            asked: how networks to score on were asked for, where a recipe's `evaluate.networks` did not name them.
         """
         self.configs = list(configs)
         self._elsewhere, self._alone = elsewhere, alone
+        self._asked = asked or {}
         self.out = open_location(out)
         # Absolute, for workers resolve it too and may have another working directory.
         self.store_uri = open_location(store).uri if store else (self.out / "experts").uri
@@ -302,12 +305,13 @@ class Pipeline:
             fingerprint = self._raw[config.dataset].fingerprint
             rows: list[tuple[str, NetworkConfig | None]] = [(row, None) for row in ROWS]
             rows += [(row, network) for network in config.scored_networks for row in ON_OTHERS]
+            names = dict(zip(config.scored_networks, network_names(config.scored_networks), strict=True))
             for row, network in rows:
                 for number in range(config.evaluate.seeds):
                     place = result_location(self.out, config, fingerprint, row, number, network)
                     if not place.exists():
                         uris = (self.store_uri, self._folder(config).uri, place.uri)
-                        name = f"{config.name} {row}{f' on {network.architecture}' if network else ''} {number}"
+                        name = f"{config.name} {row}{f' on {names[network]}' if network else ''} {number}"
                         task = Task(name, (config, *uris, row, number, network))
                         tasks[place.uri] = (config.dataset, task)  # once for runs that share it
         return list(tasks.values())
@@ -430,7 +434,7 @@ class Pipeline:
                     "give another one, such as {architecture: resnet18}",
                 )
         for number, network in enumerate(config.evaluate.networks):
-            self._check_network(config, network, f"evaluate.networks.{number}")
+            self._check_network(config, network, self._asked.get(network, f"evaluate.networks.{number}"))
 
     def _check_network(
         self, config: RunConfig, network: NetworkConfig, key: str, *, has_maps: bool = False
@@ -556,8 +560,11 @@ def _require_one_cluster(configs: Sequence[RunConfig]) -> None:
 
 
 def _under(failure: ConfigError, key: str) -> ConfigError:
-    """A failure of a network that stands elsewhere in the recipe than under `network`."""
+    """A failure of a network that stands elsewhere in the recipe than under `network`, or on the command line."""
     parts = (failure.fact, failure.cause, failure.remedy)
+    if key.startswith("--"):
+        fact, *more = (re.sub(r"\bnetwork\.(?=\w)", "", part) for part in parts)
+        return ConfigError(f"{key}: {fact}", *more)
     return ConfigError(*(re.sub(r"\bnetwork\.(?=\w)", f"{key}.", part) for part in parts))
 
 

@@ -86,6 +86,14 @@ BAD_INPUT = {
     ),
     "unknown architecture to score on": (
         ["evaluate", "digits-ipc1", "--arch", "lenet,resnet"],
+        "--arch resnet: architecture is 'resnet', which is not registered",
+    ),
+    "image too small for what is asked for": (
+        ["evaluate", "digits-ipc1", "--arch", "vit-small:32", "--set", "dataset.resize=17"],
+        "--arch vit-small:32: vit-small finds no patch",
+    ),
+    "recipe's own network to score on": (
+        ["evaluate", "digits-ipc1", "--set", "evaluate.networks=[{architecture: lenet}, {architecture: resnet}]"],
         "evaluate.networks.1.architecture is 'resnet'",
     ),
     "width that is none": (["evaluate", "digits-ipc1", "--arch", "mlp:wide"], "write NAME:WIDTH"),

@@ -10,10 +10,12 @@ import yaml
 from pydantic import ValidationError
 
 from datm_ray.config import (
+    NetworkConfig,
     RunConfig,
     expert_fingerprint,
     load_config,
     load_config_text,
+    network_names,
     override,
     parse_config,
     scored_on,
@@ -281,3 +283,16 @@ def test_metadd_is_part_of_a_run_only_where_it_is_set() -> None:
     assert scored.identity() == with_meta.identity()
     names = [(network.architecture, network.width) for network in scored.scored_networks]
     assert names == [("convnet", 128), ("lenet", 128), ("mlp", 128), ("resnet18", 16)]
+
+
+def test_networks_of_one_architecture_have_names_of_their_own() -> None:
+    """By the width where it is not the published one, and by all that differs among those of one architecture."""
+    told = [{}, {"width": 16}, {"width": 16, "norm": "none"}, {"architecture": "mlp"}]
+    networks = [NetworkConfig.model_validate(each) for each in told]
+    assert network_names(networks) == [
+        "convnet (width 128, norm instance)",
+        "convnet (width 16, norm instance)",
+        "convnet (width 16, norm none)",
+        "mlp",
+    ]
+    assert network_names(networks[1:2] + networks[3:]) == ["convnet (width 16)", "mlp"]

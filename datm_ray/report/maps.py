@@ -46,7 +46,7 @@ def _picture(title: str, artifact: Artifact, maps: Maps, stage: int) -> Picture:
 
 def _drawn(pixels: NDArray[np.float32], scaled: NDArray[np.float32], maps: Maps) -> str:
     """Images [b h w 3] and maps [m b h w] as one picture: the image, a column for each network, what all share."""
-    titles = ["image", *maps.networks, "all"]
+    titles = ["image", *(name.replace(" (", "\n(").replace(", ", ",\n") for name in maps.networks), "all"]
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
         figure = Figure(figsize=(0.9 * len(titles), 0.9 * len(pixels) + 0.3), layout="constrained")

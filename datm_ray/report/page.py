@@ -18,7 +18,7 @@ from datm_ray.report.runs import (
     RunSummary,
     find_score,
     mean_over_networks,
-    network_name,
+    names_of,
     read_run,
     scores_by_name,
     share_of_full,
@@ -82,10 +82,10 @@ def _networks_view(summary: RunSummary) -> dict[str, Any] | None:
     if not summary.networks:
         return None
     lines = []
-    for each in summary.networks:
+    for name, each in zip(names_of(summary.networks), summary.networks, strict=True):
         cells = scores_by_name(each)
-        shown = [(str(cells[name]), cells[name].n) if name in cells else None for name in NETWORK_COLUMNS]
-        lines.append((network_name(each.network), each.kind, shown))
+        shown = [(str(cells[column]), cells[column].n) if column in cells else None for column in NETWORK_COLUMNS]
+        lines.append((name, each.kind, shown))
     means = [
         (
             f"mean, {' and '.join(kinds)}",

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datm_ray.artifact import Artifact, read_artifact
-from datm_ray.config import NetworkConfig, RunConfig
+from datm_ray.config import RunConfig, network_names
 from datm_ray.runtime.checkpoint import CHECKPOINT, read_curves
 from datm_ray.runtime.distill import INITIAL, MAPS, SYNTHETIC
 from datm_ray.runtime.evaluate import ROWS, NetworkScores, Score
@@ -176,9 +176,9 @@ def scores_by_name(scores: NetworkScores) -> dict[str, Score]:
     return {name: score for name, score in found.items() if score is not None}
 
 
-def network_name(network: NetworkConfig) -> str:
-    """Short, and with the width where that is not the published one."""
-    return network.architecture + ("" if network.width == 128 else f" (width {network.width})")
+def names_of(networks: Sequence[NetworkScores]) -> list[str]:
+    """Distinct names of the architectures."""
+    return network_names([each.network for each in networks])
 
 
 def mean_over_networks(networks: Sequence[NetworkScores], column: str, kinds: Sequence[str]) -> str | None:
@@ -191,10 +191,10 @@ def mean_over_networks(networks: Sequence[NetworkScores], column: str, kinds: Se
 def networks_table(summary: RunSummary) -> str:
     """Accuracy on every architecture as aligned text, then the means over those seen and unseen."""
     lines = [[f"{summary.config.name}: test accuracy in %", "", *NETWORK_COLUMNS.values()]]
-    for each in summary.networks:
+    for name, each in zip(names_of(summary.networks), summary.networks, strict=True):
         cells = scores_by_name(each)
-        columns = [str(cells[name]) if name in cells else "-" for name in NETWORK_COLUMNS]
-        lines.append([network_name(each.network), each.kind, *columns])
+        columns = [str(cells[column]) if column in cells else "-" for column in NETWORK_COLUMNS]
+        lines.append([name, each.kind, *columns])
     for title, kinds in (("mean, seen", ["seen"]), ("mean, unseen", ["unseen"]), ("mean, both", ["seen", "unseen"])):
         means = [mean_over_networks(summary.networks, column, kinds) for column in NETWORK_COLUMNS]
         if any(means):

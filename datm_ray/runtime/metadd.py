@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from datm_ray.config import MetaConfig, Role, RunConfig
+from datm_ray.config import MetaConfig, Role, RunConfig, network_names
 from datm_ray.core.distillation import MetaTerm
 from datm_ray.core.metadd import IMAGES_AT_A_TIME, MetaDD, MetaOptions, meta_feature_ratio, scaled_maps
 from datm_ray.core.randomness import Purpose, generator
@@ -117,6 +117,6 @@ class Onlookers:
         rows = mesh.gather(shown + self._rows.first)
         if mesh.is_first and rows is not None:
             arrays["rows"] = rows[:MAPS_SHOWN].cpu().numpy()
-            looking = [each.network.architecture for each in (self._config, *self._config.each_auxiliary())]
+            looking = network_names([each.network for each in (self._config, *self._config.each_auxiliary())])
             told = {"networks": looking, "ratios": ratios, "threshold": self._settings.threshold}
             write_tensors(place, arrays, kind=MAPS_KIND, metadata=told)
