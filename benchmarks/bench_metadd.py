@@ -290,6 +290,7 @@ def main() -> None:
     }
     groups = next(row["groups"] for row in rows if row["variant"] != "without")
     lines = ["# MetaDD", "", *(f"{key}: {value}  " for key, value in facts.items()), ""]
+    lines += ["Tiny sizes, of no meaning (--quick); those told below are of a full run.", ""] if quick else []
     lines += [heading(setting, groups, arguments.distillations, seeds), ""]
     lines += [*table(rows), "", *by_architecture(rows), *(["", TITLE, "", *cost_table(costs)] if costs else [])]
     print("\n".join(lines))

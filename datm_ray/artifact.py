@@ -39,7 +39,9 @@ class Artifact:
     labels: Tensor
     """[n] int64, the class each image was made for."""
     step_size: float
-    """The learning rate that was learned with the images, for SGD."""
+    """The learning rate that was learned with the images, for SGD and the recipe's first network."""
+    step_sizes: tuple[float, ...]
+    """The same for every network that was matched, the first included; alone in it in files of earlier versions."""
     class_names: tuple[str, ...]
     """k names."""
     transform: Transform
@@ -80,7 +82,8 @@ def save_artifact(
         "images": synthetic.images.detach().cpu().numpy(),
         "soft_labels": synthetic.soft_labels.detach().cpu().numpy(),
         "labels": synthetic.labels.cpu().numpy(),
-        "step_size": synthetic.step_size.detach().cpu().numpy(),
+        "step_size": synthetic.step_size.detach().cpu().numpy(),  # beside the others, for earlier versions
+        "step_sizes": synthetic.step_sizes.detach().cpu().numpy(),
     }
     arrays |= {f"transform.{name}": array for name, array in transform.to_arrays().items()}
     metadata = {
@@ -114,6 +117,7 @@ def read_artifact(location: Location) -> Artifact:
             soft_labels=torch.tensor(arrays["soft_labels"]),
             labels=torch.tensor(arrays["labels"]),
             step_size=float(arrays["step_size"]),
+            step_sizes=tuple(arrays.get("step_sizes", arrays["step_size"].reshape(1)).tolist()),
             class_names=tuple(metadata["class_names"]),
             transform=Transform.from_arrays(pieces, metadata["transform"]),
             recipe=metadata["recipe"],

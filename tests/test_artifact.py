@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from datm_ray.artifact import EXPORTS, Artifact, export, load, save_artifact
+from datm_ray.artifact import EXPORTS, KIND, Artifact, export, load, save_artifact
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.data import Transform, fit_transform, load_raw
 from datm_ray.data.transform import Kind
 from datm_ray.errors import ConfigError, CorruptFileError, StoreError
 from datm_ray.store.filesystem import open_location
-from datm_ray.store.tensors import write_tensors
+from datm_ray.store.tensors import read_tensors, write_tensors
 
 NAMES = ("a cat", "dog")
 RECIPE = {"name": "test", "distill": {"ipc": 10, "threshold": 1.5}}
@@ -39,7 +39,7 @@ def save(path: Path, kind: Kind = "zca", channels: int = 3, names: tuple[str, ..
     synthetic = SyntheticSet(
         torch.from_numpy(transform.apply(images.astype(np.float32) / 255)),
         torch.randn(len(images), len(names), generator=torch.Generator().manual_seed(0)),
-        torch.tensor([0.0123]),
+        torch.tensor([0.0123, 0.5]),
         labels,
     )
     save_artifact(open_location(str(path)), synthetic, transform, names, RECIPE, PROVENANCE)
@@ -69,6 +69,7 @@ def test_saved_set_is_loaded_as_it_was(kind: Kind, tmp_path: Path) -> None:
     assert torch.equal(loaded.soft_labels, torch.randn(20, 2, generator=torch.Generator().manual_seed(0)))
     assert loaded.labels.tolist() == [0, 1] * 10
     assert loaded.step_size == float(torch.tensor(0.0123))
+    assert loaded.step_sizes == (loaded.step_size, 0.5)
     assert (loaded.class_names, loaded.recipe, loaded.provenance) == (NAMES, RECIPE, PROVENANCE)
     assert loaded.transform.to_metadata() == transform.to_metadata()
 
@@ -135,6 +136,15 @@ def test_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.arrow"
     write_tensors(open_location(str(path)), {"images": np.zeros(1)}, kind="checkpoint", metadata={})
     assert "checkpoint" in message(path).removeprefix(str(path))
+
+
+def test_files_of_earlier_versions_have_one_step_size(path: Path) -> None:
+    """That of the first network, which is all that they held."""
+    place = open_location(str(path))
+    file = read_tensors(place, kind=KIND)
+    arrays = {name: array for name, array in file.arrays.items() if name != "step_sizes"}
+    write_tensors(place, arrays, kind=KIND, metadata=file.metadata)
+    assert load(str(path)).step_sizes == (float(torch.tensor(0.0123)),)
 
 
 def test_file_without_a_part_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ data is the ceiling. A control's learning rate is chosen on validation data, see
 step size it learned. The test set is used once per row and seed, and chooses nothing.
 
 A set is also scored on other architectures (`ON_OTHERS`), where its step size, which was learned on its backbone, need
-not be the best one: so the accuracy is reported with it, and with the one of some that does best on validation data.
+not be the best one: so the accuracy is reported with it, and with the one of some that does best on validation data. A
+network that was matched too has learned a step size of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datm_ray.artifact import read_artifact
+from datm_ray.artifact import Artifact, read_artifact
 from datm_ray.config import ClusterConfig, NetworkConfig, RunConfig, stable_hash
 from datm_ray.core.networks import build_network
 from datm_ray.core.randomness import Purpose, derive_seed
@@ -107,7 +108,8 @@ class EvaluateWorker:
         """
         started = time.monotonic()
         seed = derive_seed(config.seed, Purpose.EVALUATION, number)
-        images, targets, step_size = self._training_set(config, store_uri, open_location(folder_uri), row, seed)
+        folder = open_location(folder_uri)
+        images, targets, step_size = self._training_set(config, store_uri, folder, row, seed, network)
         schedule = evaluation_schedule(config, step_size or 0.0)
         if row == "full":
             epochs = config.evaluate.real_epochs
@@ -142,12 +144,13 @@ class EvaluateWorker:
         return accuracy(trial.network, images, to_device(self._dataset.test_labels, self._device))
 
     def _training_set(
-        self, config: RunConfig, store_uri: str, folder: Location, row: str, seed: int
+        self, config: RunConfig, store_uri: str, folder: Location, row: str, seed: int, network: NetworkConfig | None
     ) -> tuple[Tensor, Tensor, float | None]:
         """(images, targets, step size or None where it is to be chosen on validation data)."""
         if row == "distilled":
             artifact = read_artifact(folder / SYNTHETIC)
-            return artifact.images.to(self._device), artifact.soft_labels.to(self._device), artifact.step_size
+            learned = _learned_step_size(artifact, config, network)
+            return artifact.images.to(self._device), artifact.soft_labels.to(self._device), learned
         all_images = to_device(self._dataset.train_images, self._device)
         all_labels = to_device(self._dataset.train_labels, self._device)
         if row == "full":
@@ -184,6 +187,13 @@ class _Trial:
     network: nn.Module
     step_size: float
     validation_accuracy: float
+
+
+def _learned_step_size(artifact: Artifact, config: RunConfig, network: NetworkConfig | None) -> float:
+    """That of the network where it was matched, else that of the first one."""
+    matched = [each.network for each in config.each_backbone()]
+    number = matched.index(network) if network in matched else 0
+    return artifact.step_sizes[number] if number < len(artifact.step_sizes) else artifact.step_size
 
 
 def result_location(

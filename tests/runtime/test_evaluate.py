@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from datm_ray.artifact import save_artifact
 from datm_ray.config import NetworkConfig, RunConfig, override, scored_on
+from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.pipeline import Pipeline
+from datm_ray.runtime.distill import SYNTHETIC
 from datm_ray.runtime.evaluate import (
     CONTROL_STEP_SIZES,
     ON_OTHERS,
@@ -113,3 +116,24 @@ def test_networks_are_told_apart_by_what_they_had_to_do_with_the_set(tmp_path: P
     ]
     assert [each.tuned.mean for each in scores] == [0.0, 0.1, 0.2, 0.3]
     assert all(each.learned.mean == 0.0 and each.control is not None for each in scores)
+
+
+@pytest.mark.parametrize(("stored", "second"), [([0.1, 0.2], 0.2), ([0.1], 0.1)])
+def test_a_network_that_was_matched_too_has_a_step_size_of_its_own(
+    tmp_path: Path, stored: list[float], second: float
+) -> None:
+    """The others, and all where an earlier version has kept one only, have the first network's."""
+    config = tiny_config("backbones=[{network: {width: 8, depth: 2}}]")
+    dataset = Pipeline([config], str(tmp_path))._dataset(config)
+    synthetic = SyntheticSet(
+        torch.zeros(10, 1, 8, 8), torch.zeros(10, 10), torch.tensor(stored, dtype=torch.float64), torch.arange(10)
+    )
+    folder = open_location(str(tmp_path / "tiny"))
+    save_artifact(folder / SYNTHETIC, synthetic, dataset.transform, dataset.class_names, config.identity(), {})
+    worker = EvaluateWorker(dataset, config.cluster)
+
+    def learned(network: NetworkConfig | None) -> float | None:
+        return worker._training_set(config, "", folder, "distilled", 0, network)[2]
+
+    assert learned(config.backbones[0].network) == second
+    assert [learned(network) for network in (None, config.network, NetworkConfig(architecture="mlp"))] == [0.1] * 3
