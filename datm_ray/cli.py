@@ -175,7 +175,8 @@ def evaluate(
     """Train fresh networks on the synthetic sets and on the controls, and score them on the test set.
 
     Other architectures get the step size that was learned, and one chosen on validation data. A name means the recipe's
-    own network, backbone or auxiliary of that name where it has one; widths are relative to 128.
+    own network, backbone or auxiliary of that name where it has one; widths are relative to 128. What SGD does not
+    train, such as vit-small, takes --set evaluate.optimiser=adamw.
     """
     set_ = [*(set_ or []), *([f"evaluate.seeds={seeds}"] if seeds is not None else [])]
     pipeline, start = _prepare(_Said(recipes, set_, out, store, executor, address), arch)

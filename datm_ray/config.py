@@ -210,6 +210,8 @@ class EvaluateConfig(Section):
     """Fresh networks for each row of the table."""
     networks: Annotated[tuple[NetworkConfig, ...], Field(strict=False, max_length=64)] = ()
     """Architectures to score the set on, beside the table, each with the learned and with a tuned step size."""
+    optimiser: Literal["sgd", "adamw"] = "sgd"
+    """adamw for what SGD does not train, as transformers; the learned step size is SGD's, so all are tuned then."""
     real_epochs: Count = 100
     """Epochs of the control that trains on all real data."""
     augmentation: str = PUBLISHED_AUGMENTATION
@@ -446,13 +448,14 @@ class RunConfig(Section):
     def identity(self) -> dict[str, Any]:
         """Everything that decides the synthetic set and each single accuracy, as plain data.
 
-        Not `cluster`; not where the data set lies, for its content has a fingerprint; not how many networks are scored,
-        for more can be added to a finished run; and not what of the experts is kept beyond what is matched.
+        Not `cluster`; not where the data set lies, for its content has a fingerprint; not how many networks are scored
+        and with which optimiser, for more can be added to a finished run (results of each optimiser have places of
+        their own); and not what of the experts is kept beyond what is matched.
         """
         left_out: dict[str, Any] = {
             "cluster": True,
             "dataset": {"path"},
-            "evaluate": {"seeds", "networks"},
+            "evaluate": {"seeds", "networks", "optimiser"},
             "experts": {"keep_epochs", "test_every"},
         }
         identity = self.model_dump(exclude=left_out)

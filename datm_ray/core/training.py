@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,8 @@ class Schedule(Sgd):
 
     decay_epoch: int | None = None
     """Epoch before which the learning rate is divided by ten; the momentum is lost there, as published."""
+    optimiser: Literal["sgd", "adamw"] = "sgd"
+    """adamw has its own momenta, 0.9 and 0.999."""
 
 
 PROTOCOLS: dict[str, Schedule] = {
@@ -78,12 +81,12 @@ def train(network: nn.Module, images: Tensor, targets: Tensor, schedule: Schedul
     """
     if targets.is_floating_point():
         targets = targets.softmax(dim=1)
-    optimizer = _sgd(network, schedule, schedule.learning_rate)
+    optimizer = _optimizer(network, schedule, schedule.learning_rate)
     network.train()
     step = 0
     for epoch in range(schedule.epochs):
         if epoch == schedule.decay_epoch:
-            optimizer = _sgd(network, schedule, schedule.learning_rate / 10)
+            optimizer = _optimizer(network, schedule, schedule.learning_rate / 10)
         order = torch.from_numpy(generator(seed, Purpose.TRAINING_ORDER, epoch).permutation(len(images)))
         total = torch.zeros((), device=images.device)
         for batch, rows in enumerate(order.to(images.device).split(schedule.batch_size)):
@@ -124,7 +127,9 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor, pulse: Pulse = 
     return float((predict_logits(network, images, pulse).argmax(dim=1) == labels).float().mean())
 
 
-def _sgd(network: nn.Module, schedule: Schedule, learning_rate: float) -> torch.optim.SGD:
+def _optimizer(network: nn.Module, schedule: Schedule, learning_rate: float) -> torch.optim.Optimizer:
+    if schedule.optimiser == "adamw":
+        return torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=schedule.weight_decay)
     return torch.optim.SGD(
         network.parameters(),
         lr=learning_rate,

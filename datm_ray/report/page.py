@@ -16,6 +16,7 @@ from datm_ray.report.runs import (
     NETWORK_COLUMNS,
     Run,
     RunSummary,
+    column_name,
     find_score,
     mean_over_networks,
     names_of,
@@ -49,7 +50,7 @@ def render(runs: Sequence[Run]) -> str:
     return environment.from_string(template).render(
         title=f"Distilling {listed(datasets)}" if runs else "Dataset distillation",
         done=[_what_was_done(run) for run in runs],
-        columns=[run.config.name for run in runs],
+        columns=[column_name(summary) for summary in summaries],
         rows=[(row, title, [_cell(summary.scores, row) for summary in summaries]) for row, title in ROWS.items()],
         shares=[share_of_full(summary.scores) for summary in summaries],
         evaluated=any(summary.scores for summary in summaries),
@@ -66,6 +67,7 @@ def _run_view(run: Run) -> dict[str, Any]:
         "left_out": left_out(run),
         "maps": map_pictures(run),
         "networks": _networks_view(run.summary),
+        "adamw": run.config.evaluate.optimiser == "adamw",
         "charts": charts_of(run),
         "recipe": to_yaml(run.config).strip(),
         "provenance": _provenance_lines(run.latest.provenance) if run.latest else [],
@@ -84,7 +86,11 @@ def _networks_view(summary: RunSummary) -> dict[str, Any] | None:
     lines = []
     for name, each in zip(names_of(summary.networks), summary.networks, strict=True):
         cells = scores_by_name(each)
-        shown = [(str(cells[column]), cells[column].n) if column in cells else None for column in NETWORK_COLUMNS]
+        shown: list[Any] = [
+            (str(cells[column]), cells[column].n) if column in cells else None for column in NETWORK_COLUMNS
+        ]
+        if each.learned is None:  # and never will be
+            shown[0] = "–"
         lines.append((name, each.kind, shown))
     means = [
         (

@@ -149,7 +149,7 @@ def accuracy_table(summaries: Sequence[RunSummary]) -> str:
     """Test accuracy of every run and row as aligned text: one column for each run."""
     if not any(summary.scores for summary in summaries):
         return "No test accuracy yet: no row of any run is evaluated."
-    lines = [["test accuracy in %", *(summary.config.name for summary in summaries)]]
+    lines = [["test accuracy in %", *map(column_name, summaries)]]
     for row, title in ROWS.items():
         found = [find_score(summary.scores, row) for summary in summaries]
         lines.append([title, *(str(score) if score else "-" for score in found)])
@@ -160,6 +160,11 @@ def accuracy_table(summaries: Sequence[RunSummary]) -> str:
     text = ["  ".join([first.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]).rstrip() for first, *cells in lines]
     text.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join([*text, "", _networks_behind(summaries)])
+
+
+def column_name(summary: RunSummary) -> str:
+    """The run's, with the optimiser of its networks where it is not the one that the step size was learned for."""
+    return summary.config.name + (" (AdamW)" if summary.config.evaluate.optimiser == "adamw" else "")
 
 
 NETWORK_COLUMNS = {
@@ -190,7 +195,7 @@ def mean_over_networks(networks: Sequence[NetworkScores], column: str, kinds: Se
 
 def networks_table(summary: RunSummary) -> str:
     """Accuracy on every architecture as aligned text, then the means over those seen and unseen."""
-    lines = [[f"{summary.config.name}: test accuracy in %", "", *NETWORK_COLUMNS.values()]]
+    lines = [[f"{column_name(summary)}: test accuracy in %", "", *NETWORK_COLUMNS.values()]]
     for name, each in zip(names_of(summary.networks), summary.networks, strict=True):
         cells = scores_by_name(each)
         columns = [str(cells[column]) if column in cells else "-" for column in NETWORK_COLUMNS]
@@ -205,7 +210,7 @@ def networks_table(summary: RunSummary) -> str:
         for a, b, *cells in lines
     ]
     text.insert(1, "  ".join("-" * width for width in widths))
-    n = ", ".join(sorted({str(each.learned.n) for each in summary.networks}))
+    n = ", ".join(sorted({str(each.tuned.n) for each in summary.networks}))
     return "\n".join([*text, "", f"mean ± standard deviation over freshly trained networks; n = {n}"])
 
 

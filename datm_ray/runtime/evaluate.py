@@ -7,7 +7,8 @@ step size it learned. The test set is used once per row and seed, and chooses no
 
 A set is also scored on other architectures (`ON_OTHERS`), where its step size, which was learned on its backbone, need
 not be the best one: so the accuracy is reported with it, and with the one of some that does best on validation data. A
-network that was matched too has learned a step size of its own.
+network that was matched too has learned a step size of its own. With AdamW, which trains what SGD does not, no step
+size was learned, and all are chosen on validation data.
 """
 
 from __future__ import annotations
@@ -50,6 +51,12 @@ ON_OTHERS = ("random-soft", "distilled")
 
 CONTROL_STEP_SIZES = (0.01, 0.03, 0.1)
 """Learning rates a control, or a set on another architecture, may choose from, on validation data; momentum is 0.9."""
+
+ADAMW_STEP_SIZES = (3e-4, 1e-3, 3e-3)
+"""The same of AdamW, for every row."""
+
+ADAMW_WEIGHT_DECAY = 0.05
+"""As transformers are usually trained."""
 
 
 @dataclass(frozen=True)
@@ -105,17 +112,21 @@ class EvaluateWorker:
 
         Args:
             network: to train and score, with a tuned step size too; none takes the backbone, with the learned one.
+                Where the optimiser is not SGD, none was learned.
         """
         started = time.monotonic()
         seed = derive_seed(config.seed, Purpose.EVALUATION, number)
         folder = open_location(folder_uri)
         images, targets, step_size = self._training_set(config, store_uri, folder, row, seed, network)
-        schedule = evaluation_schedule(config, step_size or 0.0)
+        schedule, others = evaluation_schedule(config, 0.0), CONTROL_STEP_SIZES
+        if config.evaluate.optimiser == "adamw":
+            schedule = dataclasses.replace(schedule, optimiser="adamw", weight_decay=ADAMW_WEIGHT_DECAY)
+            step_size, others = None, ADAMW_STEP_SIZES
         if row == "full":
             epochs = config.evaluate.real_epochs
             schedule = dataclasses.replace(schedule, epochs=epochs, decay_epoch=(epochs + 1) // 2)
         learned = (step_size,) if step_size else ()
-        candidates = learned if learned and network is None else (*learned, *CONTROL_STEP_SIZES)
+        candidates = learned if learned and network is None else (*learned, *others)
         tried = config if network is None else config.model_copy(update={"network": network})
         trials: list[_Trial] = []
         for candidate in candidates:
@@ -217,6 +228,8 @@ def result_location(
             identity.pop(section, None)
         ipc = {} if row == "full" else {"ipc": config.distill.ipc}
         folder = out / "controls" / stable_hash({"dataset": dataset_fingerprint, **identity, **ipc})
+    if config.evaluate.optimiser != "sgd":
+        folder = folder / config.evaluate.optimiser
     if network is not None:
         folder = folder / f"{network.architecture}-{stable_hash(network.model_dump())}"
     return folder / f"{row}-{number:02d}.json"
@@ -229,8 +242,8 @@ class NetworkScores:
     network: NetworkConfig
     kind: str
     """same: the backbone; seen: matched or looked at while distilling; unseen."""
-    learned: Score
-    """With the step size that was learned."""
+    learned: Score | None
+    """With the step size that was learned; none for another optimiser than SGD, whose it is."""
     tuned: Score
     """With one chosen on validation data, which may be the learned one."""
     control: Score | None
@@ -249,7 +262,7 @@ def read_network_scores(out: Location, config: RunConfig, dataset_fingerprint: s
                 NetworkScores(
                     network,
                     _kind(network, config),
-                    _score("distilled", learned),
+                    None if config.evaluate.optimiser == "adamw" else _score("distilled", learned),
                     _score("distilled", distilled),
                     _score("random-soft", control) if control else None,
                 )

@@ -92,6 +92,20 @@ def test_decay_divides_the_rate_by_ten_and_forgets_the_momentum() -> None:
     assert np.diff([-200.0, *places]) == pytest.approx([1, 1.5, 0.1, 0.15])
 
 
+def test_adamw_takes_the_steps_of_torchs_own() -> None:
+    """Its weight decay is not SGD's penalty: it shrinks parameters by itself."""
+    images, labels = make_data(1)  # its first step has the sign of a gradient, and that of a zero must be the same
+    schedule = Schedule(2, 8, 0.01, weight_decay=0.5, optimiser="adamw", decay_epoch=1)
+    network, slow = make_network(), make_network()
+    train_to_end(network, images, labels, schedule, seed=0)
+    for learning_rate in (0.01, 0.001):
+        optimizer = torch.optim.AdamW(slow.parameters(), lr=learning_rate, weight_decay=0.5)
+        torch.nn.functional.cross_entropy(slow(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(flatten(network), flatten(slow), rtol=1e-4, atol=1e-5)
+
+
 def test_published_protocol_has_the_published_numbers() -> None:
     """1001 epochs of batch 128, and a tenth of the rate after the epoch with index 501."""
     published = PROTOCOLS["published"]

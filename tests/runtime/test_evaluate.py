@@ -12,10 +12,13 @@ from datm_ray.artifact import save_artifact
 from datm_ray.config import NetworkConfig, RunConfig, override, scored_on
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.pipeline import Pipeline
+from datm_ray.report import RunSummary, networks_table, write_report
 from datm_ray.runtime.distill import SYNTHETIC
 from datm_ray.runtime.evaluate import (
+    ADAMW_STEP_SIZES,
     CONTROL_STEP_SIZES,
     ON_OTHERS,
+    ROWS,
     EvaluateWorker,
     _Trial,
     read_network_scores,
@@ -28,6 +31,7 @@ from tests.conftest import tiny_config
 LEARNED = 0.5
 VALIDATION = {LEARNED: 0.6, 0.01: 0.2, 0.03: 0.9, 0.1: 0.3}
 TEST = {LEARNED: 0.7, 0.01: 0.99, 0.03: 0.4, 0.1: 0.98}
+WITH_ADAMW = {3e-4: 0.1, 1e-3: 0.8, 3e-3: 0.95}
 """By step size; the test set would choose otherwise than the validation set."""
 
 
@@ -40,19 +44,20 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateWorker:
     network = torch.nn.Identity()
 
     def trial(_: Any, __: Any, ___: Any, schedule: Any, ____: Any) -> _Trial:
-        return _Trial(network, schedule.learning_rate, VALIDATION[schedule.learning_rate])
+        accuracies = VALIDATION if schedule.optimiser == "sgd" else WITH_ADAMW
+        return _Trial(network, schedule.learning_rate, accuracies[schedule.learning_rate])
 
     monkeypatch.setattr(worker, "_trial", trial)
-    monkeypatch.setattr(worker, "_test_accuracy", lambda trial: TEST[trial.step_size])
+    monkeypatch.setattr(worker, "_test_accuracy", lambda trial: {**TEST, **WITH_ADAMW}[trial.step_size])
     images = torch.zeros(1, 1, 8, 8)
     monkeypatch.setattr(worker, "_training_set", lambda *_: (images, images, LEARNED))
     return worker
 
 
-def result_of(worker: EvaluateWorker, tmp_path: Path, network: NetworkConfig | None) -> dict[str, Any]:
+def result_of(worker: EvaluateWorker, tmp_path: Path, network: NetworkConfig | None, *changes: str) -> dict[str, Any]:
     """Of the distilled set."""
     place = str(tmp_path / "result.json")
-    events = list(worker.evaluate(tiny_config(), "", str(tmp_path), place, "distilled", 0, network))
+    events = list(worker.evaluate(tiny_config(*changes), "", str(tmp_path), place, "distilled", 0, network))
     assert isinstance(events[-1], Finished)
     assert open_location(place).read_json() == events[-1].result
     return dict(events[-1].result)
@@ -137,3 +142,42 @@ def test_a_network_that_was_matched_too_has_a_step_size_of_its_own(
 
     assert learned(config.backbones[0].network) == second
     assert [learned(network) for network in (None, config.network, NetworkConfig(architecture="mlp"))] == [0.1] * 3
+
+
+@pytest.mark.parametrize("network", [None, NetworkConfig(architecture="vit-small")])
+def test_with_adamw_no_step_size_was_learned(
+    worker: EvaluateWorker, tmp_path: Path, network: NetworkConfig | None
+) -> None:
+    """All are chosen on validation data, among some that are usual for it."""
+    assert set(WITH_ADAMW) == set(ADAMW_STEP_SIZES)
+    result = result_of(worker, tmp_path, network, "evaluate.optimiser=adamw")
+    assert (result["step_size"], result["validation_accuracy"]) == (3e-3, 0.95)
+    assert result["learned_step_size"] is result["test_accuracy_with_learned_step_size"] is None
+
+
+@pytest.mark.parametrize("network", [None, NetworkConfig(architecture="lenet")])
+@pytest.mark.parametrize("row", ROWS)
+def test_results_of_each_optimiser_have_places_of_their_own(row: str, network: NetworkConfig | None) -> None:
+    """In a finished run too, whose set they do not change; those of SGD lie where they always did."""
+    sgd, adamw = tiny_config(), tiny_config("evaluate.optimiser=adamw")
+    assert sgd.identity() == adamw.identity()
+    assert "optimiser" not in sgd.identity()["evaluate"]
+    assert place(sgd, row, network) != place(adamw, row, network)
+
+
+def test_the_column_of_the_learned_step_size_is_empty_with_adamw(tmp_path: Path) -> None:
+    """A dash in the table; the name of the run tells why."""
+    config = scored_on(tiny_config("evaluate.optimiser=adamw", "evaluate.seeds=1"), ["lenet"])
+    out = open_location(str(tmp_path))
+    for network in config.scored_networks:
+        values = {"test_accuracy": 0.5, "test_accuracy_with_learned_step_size": None, "seconds": 1.0}
+        result_location(out, config, "d", "distilled", 0, network).write_json(values)
+    scores = read_network_scores(out, config, "d")
+    assert [(each.learned, each.tuned.mean) for each in scores] == [(None, 0.5)] * 2
+    summary = RunSummary(config, out / config.name, [], networks=scores)
+    head, _, first, *_ = networks_table(summary).splitlines()
+    assert head.startswith("tiny (AdamW):")
+    assert first.split()[-3:] == ["-", "50.0", "-"]
+    page = write_report(out, [summary]).read_bytes().decode()
+    assert "<td>–</td>" in page
+    assert "trained with AdamW" in page
