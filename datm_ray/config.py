@@ -246,8 +246,7 @@ class ClusterConfig(Section):
     channels_last: bool = True
     """Keep maps with their channels innermost: faster on processors, with convolutions that round more coarsely."""
     peer_timeout: Annotated[float, Field(ge=0.1, le=86_400)] = 300.0
-    """Seconds after which a worker that others wait for counts as lost. Where networks are apart, an iteration must be
-    shorter."""
+    """Seconds after which a worker that others wait for counts as lost; a student step must be shorter."""
     wait_for_nodes: Annotated[float, Field(ge=0, le=7 * 86_400)] = 0.0
     """Seconds to wait for machines where there is no room: for cluster.workers at the start, and for any after losses,
     where it is a minute at least. A cluster that grows on demand needs minutes."""

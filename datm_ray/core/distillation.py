@@ -12,7 +12,7 @@ with its weight and its own step size. Shapes: n rows held, a backbones.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -30,6 +30,9 @@ IMAGE_MOMENTUM, LABEL_MOMENTUM, STEP_SIZE_MOMENTUM = 0.5, 0.9, 0.5
 """Momenta of the three SGD optimisers, as published."""
 
 LEARNED = ("images", "soft_labels", "step_sizes")
+
+InRows = Callable[[Callable[[AllSum], None]], None]
+"""Has work done that is shared with the class shards of a backbone alone, see `Mesh.in_rows`."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,7 @@ class Distillation:
         meta: MetaTerm | None = None,
         all_sum: AllSum = identity,
         sum_over_backbones: AllSum = identity,
+        in_rows: InRows | None = None,
     ) -> list[IterationRecord]:
         """One iteration: match, update the set, append to the history.
 
@@ -162,6 +166,8 @@ class Distillation:
             meta: of the networks that this process looks through; None where it has none.
             all_sum: sum over the class shards of a backbone.
             sum_over_backbones: sum over the processes that hold the same rows for other networks.
+            in_rows: does what it is given with an `all_sum` of its own, and knows how to wait for other backbones;
+                none where nobody waits.
 
         Raises:
             DivergenceError: a loss, a gradient or an updated value is not finite, or a step size is not positive.
@@ -170,20 +176,17 @@ class Distillation:
         losses = torch.zeros(self.backbones, dtype=torch.float64)
         # First, so that processes which only look on are done with it while the others match.
         total, seen = self._look(meta, all_sum, sum_over_backbones)
-        for match in matches:
-            gradient = matching_gradient(
-                match.functions,
-                match.start,
-                match.target,
-                self.synthetic,
-                match.steps,
-                backbone=match.backbone,
-                chunk=match.chunk,
-                skip_above=self.threshold,
-                all_sum=all_sum,
-            )
-            losses[match.backbone] = gradient.loss
-            self._add(total, match, gradient)
+
+        def match_all(all_sum: AllSum) -> None:
+            for match in matches:
+                gradient = self._matched(match, all_sum)
+                losses[match.backbone] = gradient.loss
+                self._add(total, match, gradient)
+
+        if in_rows is None:
+            match_all(all_sum)
+        else:
+            in_rows(match_all)
         losses = sum_over_backbones(losses.to(self.synthetic.images.device)).cpu()
         if not bool(losses.isfinite().all()):
             raise self._divergence("its matching loss is not finite")
@@ -249,6 +252,19 @@ class Distillation:
                 "saved as last-good.arrow",
             )
         return {"images": torch.zeros_like(self.synthetic.images).index_copy_(0, rows, gradient)}, [record]
+
+    def _matched(self, match: Match, all_sum: AllSum) -> MatchingGradient:
+        return matching_gradient(
+            match.functions,
+            match.start,
+            match.target,
+            self.synthetic,
+            match.steps,
+            backbone=match.backbone,
+            chunk=match.chunk,
+            skip_above=self.threshold,
+            all_sum=all_sum,
+        )
 
     def _add(self, total: dict[str, Tensor], match: Match, gradient: MatchingGradient) -> None:
         """Add a backbone's gradient to the sum; the gradient's memory becomes the sum's, for it may be large."""

@@ -197,6 +197,7 @@ class _Run:
             meta=None if self._onlookers is None else self._onlookers.term(state.iteration),
             all_sum=self._mesh.sum_over_classes,
             sum_over_backbones=self._mesh.sum_over_backbones,
+            in_rows=self._mesh.in_rows,
         )
 
     def _origins(self, iteration: int) -> list[Origin]:

@@ -32,6 +32,8 @@ Result = TypeVar("Result")
 
 SIGN_OF_LIFE = 0.5
 """Seconds of work after which the others are told that it goes on."""
+ROWS_MEET = 0.25
+"""Share of the timeout after which rows at work hear from each other. Seldom, for the fast wait there for the slow."""
 EAGER_WAIT = 0.01
 """Seconds for which the end of a sum on GPUs is looked for more often than NCCL does, which is once a millisecond."""
 READ_ADDRESS = 0x8915
@@ -98,6 +100,17 @@ class Mesh(ABC):
         They hear from each other while they work, so only one bit of work must fit into the timeout.
         """
 
+    @abstractmethod
+    def in_rows(self, work: Callable[[Callable[[Tensor], Tensor]], None]) -> None:
+        """Do this row's own work, and wait until every row has done its.
+
+        Only one student step, or whatever else lies between two sums, must fit into the timeout.
+
+        Args:
+            work: gets `sum_over_classes` in a form that tells the other rows now and then that the work goes on. It
+                talks to nobody but through this, which all workers of its row call equally often.
+        """
+
     def from_first(self, work: Callable[[Pulse], float]) -> float:
         """A number that rank 0 works out while the others wait."""
         number = self.until_all_are_done(work if self.is_first else lambda pulse: 0.0)
@@ -130,6 +143,10 @@ class Alone(Mesh):
         """Nobody is waited for."""
         return work(lambda: None)
 
+    def in_rows(self, work: Callable[[Callable[[Tensor], Tensor]], None]) -> None:
+        """Nobody is waited for."""
+        work(self.sum_over_classes)
+
 
 @dataclass(frozen=True)
 class ProcessMesh(Mesh):
@@ -139,6 +156,8 @@ class ProcessMesh(Mesh):
     """None where there is one column."""
     column_group: dist.ProcessGroup | None = None
     """None where there is one row."""
+    timeout: float = 300.0
+    """Seconds for which a peer is waited for."""
 
     def sum_over_classes(self, tensor: Tensor) -> Tensor:
         """See `Mesh.sum_over_classes`."""
@@ -181,6 +200,27 @@ class ProcessMesh(Mesh):
         while self._count_working(False):
             pass
         return result
+
+    def in_rows(self, work: Callable[[Callable[[Tensor], Tensor]], None]) -> None:
+        """See `Mesh.in_rows`."""
+        if self.rows == 1:
+            work(self.sum_over_classes)
+            return
+        last = time.monotonic()
+
+        def sum_and_tell(tensor: Tensor) -> Tensor:
+            nonlocal last
+            total = self.sum_over_classes(tensor)
+            # Clocks differ, and a row in which one worker met the other rows and one went on would wait for ever.
+            is_time = torch.tensor([int(time.monotonic() - last >= ROWS_MEET * self.timeout)])
+            if int(self.sum_over_classes(is_time)):
+                self._count_working(True)
+                last = time.monotonic()
+            return total
+
+        work(sum_and_tell)
+        while self._count_working(False):
+            pass
 
     def _count_working(self, working: bool) -> int:
         """How many workers are at work still; all who take part in this sum say whether they are."""
@@ -246,7 +286,7 @@ def open_mesh(
             with _peers_needed(seat.rank, seat.size):
                 backend = _join(seat, device, timedelta(seconds=timeout))
                 groups = _groups(rows, columns, timedelta(seconds=timeout))
-            yield ProcessMesh(seat.rank, rows, columns, *groups)
+            yield ProcessMesh(seat.rank, rows, columns, *groups, timeout)
         except BaseException:
             # A peer may be in the midst of a sum that will never end; NCCL waits for it unless it is told not to.
             if dist.is_initialized() and "nccl" in backend:

@@ -183,6 +183,31 @@ def test_workers_wait_for_the_slowest_beyond_the_timeout() -> None:
     assert all(seconds >= 3.0 for _, seconds in results)
 
 
+def unlike_rows(mesh: Mesh, bits: int) -> tuple[list[float], float]:
+    """The first row has so many bits of work, which end in a sum; one of its workers is slower than the other."""
+    started, sums = time.monotonic(), []
+
+    def work(sum_over_classes: Callable[[Tensor], Tensor]) -> None:
+        for bit in range(bits if mesh.row == 0 else 1):
+            time.sleep(0.1 * (1 + mesh.column))
+            sums.append(float(sum_over_classes(torch.tensor([10.0 * mesh.row + bit]))))
+
+    mesh.in_rows(work)
+    mesh.sum_over_backbones(torch.zeros(1))
+    return sums, time.monotonic() - started
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_rows_wait_for_the_slowest_beyond_the_timeout(columns: int) -> None:
+    """Four seconds of work in bits, and a timeout of one and a half; sums within the rows are right."""
+    bits = 40 // columns
+    results = together(unlike_rows, 2, columns, bits, timeout=1.5)
+    for rank, (sums, seconds) in enumerate(results):
+        expected = [columns * float(bit) for bit in range(bits)] if rank < columns else [columns * 10.0]
+        assert sums == expected
+        assert seconds >= 3.5
+
+
 def sum_until_one_is_gone(mesh: Mesh, signal_to_self: int, folder: str) -> None:
     mesh.sum_over_classes(part_of(0))
     if mesh.rank == 1:
