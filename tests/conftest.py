@@ -1,9 +1,12 @@
-"""What several test files need: a tiny configuration of the real pipeline, and one Ray cluster a session."""
+"""What several test files need: a tiny configuration of the real pipeline, one Ray cluster a session, an S3 server."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +18,7 @@ from datm_ray import cli
 from datm_ray.config import RunConfig, override
 from datm_ray.recipes import get_recipe
 from datm_ray.runtime.executor import Executor, SerialExecutor
+from tests.store import proxy
 
 TINY = (
     "network.width=4",
@@ -59,17 +63,18 @@ def tiny_config(*changes: str) -> RunConfig:
     return override(get_recipe("digits-ipc1"), ["name=tiny", *TINY, *changes])
 
 
-def actor_processes() -> list[int]:
+def actor_processes(ancestor: int | None = None) -> list[int]:
     """Process numbers of the workers that this process's Ray cluster runs; Ray names a process after its actor.
 
-    Only descendants: another cluster on the machine may be at real work.
+    Only descendants, of this process or another one: another cluster on the machine may be at real work.
     """
+    ancestor = os.getpid() if ancestor is None else ancestor
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with suppress(OSError):
                 title = (entry / "cmdline").read_bytes()
-                if title.startswith(b"ray::") and b"Worker" in title and os.getpid() in _ancestors(int(entry.name)):
+                if title.startswith(b"ray::") and b"Worker" in title and ancestor in _ancestors(int(entry.name)):
                     found.append(int(entry.name))
     return found
 
@@ -123,3 +128,63 @@ def executor(request: pytest.FixtureRequest, tiny: RunConfig) -> Executor:
     from datm_ray.runtime.ray_executor import RayExecutor
 
     return RayExecutor(tiny.cluster)
+
+
+# --- S3: a local server over HTTP, and an environment that leads to it as a user's would ---
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The URL of moto's server. On a free port, for two test runs may share a machine."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # not a line for every request
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """A function that points the environment to a server; credentials and region are set, files are ignored.
+
+    s3fs keeps its filesystems, each with the environment it was made in, so they are forgotten before and after.
+    """
+    from s3fs import S3FileSystem
+
+    def use(url: str) -> None:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        S3FileSystem.clear_instance_cache()
+
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "HTTP_PROXY", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": "/dev/null",
+        "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "NO_PROXY": "127.0.0.1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    S3FileSystem.clear_instance_cache()
+    yield use
+    S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def bucket(s3_server: str, s3_environment: Callable[[str], None]) -> str:
+    """The name of a fresh bucket; the environment leads to its server."""
+    name = f"bucket-{uuid.uuid4().hex}"
+    urllib.request.urlopen(urllib.request.Request(f"{s3_server}/{name}", method="PUT")).close()
+    s3_environment(s3_server)
+    return name
+
+
+@pytest.fixture
+def s3_proxy(s3_server: str, bucket: str, s3_environment: Callable[[str], None]) -> Iterator[proxy.Proxy]:
+    """A proxy between the environment and the server."""
+    with proxy.serving(s3_server) as running:
+        s3_environment(running.url)
+        yield running

@@ -36,13 +36,42 @@ def connect(address: str | None) -> str:
         _silence_raylets()
         context = ray.init(**where, logging_level=logging.CRITICAL, log_to_driver=False)
     except (OSError, ValueError, RuntimeError) as failure:
-        raise ClusterError(
-            f"cannot connect to Ray at {address}: {first_line(failure)}"
-            if address
-            else f"Ray does not start on this machine: {first_line(failure)}",
-            remedy="check the address, and the token if the cluster asks for one; or use --executor serial",
-        ) from None
+        raise _not_connected(address, failure) from None
     return str(context.dashboard_url or "")
+
+
+def use_token() -> None:
+    """Show the token that this user has, where the environment neither asks for nor refuses it.
+
+    New versions of Ray ask for one by default, and old ones know of none. For jobs only: a driver with a token cannot
+    start actors on a cluster without.
+    """
+    with suppress(ImportError):
+        from ray._private.authentication import authentication_token_setup as setup
+
+        hush()
+        setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+def hush() -> None:
+    """Ray tells of every file that it packs, and of the token; some of its loggers have levels of their own."""
+    for name in list(logging.root.manager.loggerDict):
+        if name == "ray" or name.startswith("ray."):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _not_connected(address: str | None, failure: BaseException) -> ClusterError:
+    if "version mismatch" in str(failure).lower():
+        return ClusterError(
+            f"the cluster at {address} has other versions than this machine: {' '.join(str(failure).split())}",
+            remedy="install the cluster's versions here, or hand the run in as a job: `datm-ray job submit`",
+        )
+    return ClusterError(
+        f"cannot connect to Ray at {address}: {first_line(failure)}"
+        if address
+        else f"Ray does not start on this machine: {first_line(failure)}",
+        remedy="check the address; set RAY_AUTH_MODE=token if the cluster asks for one; or use --executor serial",
+    )
 
 
 def _silence_raylets() -> None:
@@ -74,6 +103,7 @@ class Machines:
     def __init__(self, cluster: ClusterConfig) -> None:
         self._cluster = cluster
         self._fits: list[int] = []
+        self._has_asked = False
         self._looked = float("-inf")
 
     def fits(self) -> list[int]:
@@ -117,8 +147,15 @@ class Machines:
 
     def ask_for(self, workers: int) -> None:
         """Tell a cluster that grows on demand what is wanted; others take no notice."""
+        self._has_asked = True
         with suppress(Exception):  # whatever an autoscaler's trouble is, there may be room without it
             request_resources(bundles=[place(self._cluster)] * workers)
+
+    def ask_no_more(self) -> None:
+        """Let a cluster that grew on demand shrink again; what was asked for would stand for ever."""
+        if self._has_asked:
+            with suppress(Exception):
+                request_resources(bundles=[])
 
 
 def place(cluster: ClusterConfig) -> dict[str, float]:

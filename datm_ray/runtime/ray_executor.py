@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorUnschedulableError, RayError, RaySystemError
 
 from datm_ray.config import ClusterConfig
 from datm_ray.errors import ClusterError, WorkerLostError
 from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, Resized, Task
-from datm_ray.runtime.ray_cluster import Machines, connect
+from datm_ray.runtime.ray_cluster import Machines, connect, first_line
 from datm_ray.runtime.ray_crews import LOSSES, Crew, reason, root_cause, unwrapped
 from datm_ray.runtime.recovery import History, grown, size_for
 
@@ -67,6 +67,7 @@ class RayExecutor:
 
     def close(self) -> None:
         """Disconnect; a cluster that was started for the run ends with it."""
+        self._machines.ask_no_more()
         if self._owns_cluster:
             ray.shutdown()
 
@@ -200,9 +201,7 @@ class _Stage:
                 crew.dismiss()
                 current.crew = crew = same
             if crew.has_places():
-                if not crew.actors:
-                    crew.start(self._worker, self._setup, self._cluster)
-                current.streams = crew.begin(turn.task, self._method)
+                yield from self._begin(current)
             elif crew.size > sum(self._machines.fits()):
                 self._give_back(current)  # a machine went while the crew waited for it
             elif time.monotonic() - crew.hired > self._patience() and not any(each.streams for each in self._running):
@@ -211,6 +210,17 @@ class _Stage:
                 if not turn.sizes:
                     raise self._no_room(crew.size)
                 yield turn.task, Note(f"no room for {crew.size} workers came free, although the machines have it")
+
+    def _begin(self, current: _Running) -> Iterator[tuple[Task, Event]]:
+        """Start a crew that has its places, if they are not lost in that moment."""
+        try:
+            if not current.crew.actors:
+                current.crew.start(self._worker, self._setup, self._cluster)
+            current.streams = current.crew.begin(current.turn.task, self._method)
+        except (ActorUnschedulableError, RaySystemError) as failure:
+            event = self._lost(current, WorkerLostError(f"it could not start: {first_line(failure)}"))
+            yield current.turn.task, event
+            yield from self._act_upon(current, event)
 
     def _give_back(self, current: _Running) -> None:
         """Take a task from its crew; it waits for another, before all others."""

@@ -1,0 +1,272 @@
+"""Runs as jobs of a Ray cluster: handed in over HTTP from anywhere, they go on when the terminal is closed.
+
+The recipes and this package travel with the job; the cluster must have the other packages, or be given a file of
+requirements. A job needs no disk that machines share if its folder is a URI that all of them can open. Nothing of this
+process's environment travels, so that no secret can: the cluster has its own credentials.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import socket
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import ray.exceptions
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+import datm_ray
+from datm_ray.config import RunConfig, to_yaml
+from datm_ray.errors import ClusterError, ConfigError
+from datm_ray.runtime.ray_cluster import hush, use_token
+
+AuthenticationError: Any = getattr(ray.exceptions, "AuthenticationError", ())
+"""Of versions of Ray that know tokens."""
+CONNECT_TIMEOUT = 10.0
+"""Seconds to wait for a cluster to answer."""
+AGENT_TIMEOUT = 60.0
+"""Seconds to wait for a cluster that answers to have somebody who takes jobs."""
+END_TIMEOUT = 30.0
+"""Seconds to wait for a job's state after the last line of its log."""
+MINE = "datm_ray"
+"""Key of a job's metadata that tells this package's jobs from others."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is known about one job."""
+
+    id: str
+    status: str
+    """pending, running, stopped, succeeded or failed."""
+    recipes: str
+    """Names of the runs."""
+    out: str
+    """Where they write to."""
+    seconds: float
+    """Since it was handed in, or until it ended."""
+    message: str
+    exit_code: int | None
+    """Of the command; None before it has ended, or where it was killed."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will happen."""
+        return self.status in ("stopped", "succeeded", "failed")
+
+
+class Jobs:
+    """The jobs of one cluster."""
+
+    def __init__(self, address: str) -> None:
+        """Connect.
+
+        Args:
+            address: of the cluster's dashboard, such as http://127.0.0.1:8265.
+
+        Raises:
+            ClusterError: nothing answers there, or no Ray cluster does.
+        """
+        self._address = address
+        host, port = _host_and_port(address)
+        try:
+            socket.create_connection((host, port), CONNECT_TIMEOUT).close()
+            use_token()
+            self._client = JobSubmissionClient(address)
+            hush()
+        except AuthenticationError:
+            raise _no_token(address) from None
+        except (OSError, RuntimeError) as failure:
+            raise ClusterError(
+                f"no Ray cluster takes jobs at {address} ({_first_line(failure)})",
+                "the address is wrong, the head node is down, or its port cannot be reached from here",
+                "give the address of its dashboard, such as http://127.0.0.1:8265, through a tunnel if need be",
+            ) from None
+
+    def submit(
+        self, configs: Sequence[RunConfig], out: str, store: str | None = None, requirements: str | None = None
+    ) -> str:
+        """Hand in a job that runs the recipes to the end. Its number.
+
+        The same again, after a job has ended however it ended, goes on where that one stopped.
+
+        Args:
+            out: of the runs; a URI, or a path on a disk that all machines share.
+            store: of the experts; none puts it into `out`.
+            requirements: path of a file of packages, as pip takes it.
+
+        Raises:
+            ConfigError: a place or file that cannot be used.
+            ClusterError: the cluster does not take the job.
+        """
+        for name, place in (("--out", out), ("--store", store)):
+            if place is not None:
+                _require_reachable(name, place)
+        environment: dict[str, object] = {"py_modules": [str(Path(datm_ray.__file__).parent)]}
+        if requirements is not None:
+            environment["pip"] = _requirements(requirements)
+        files = [f"{number}-{config.name}.yaml" for number, config in enumerate(configs)]
+        command = ["python", "-m", "datm_ray", "run", *files, "--out", out, "--address", "auto"]
+        command += ["--store", store] if store is not None else []
+        names = ", ".join(config.name for config in configs)
+        with tempfile.TemporaryDirectory(prefix="datm-ray-job-") as folder, self._answers():
+            for file, config in zip(files, configs, strict=True):
+                (Path(folder) / file).write_text(to_yaml(config), encoding="utf-8")
+            return self._submit(
+                entrypoint=shlex.join(command),
+                submission_id=f"datm-ray-{time.strftime('%Y%m%d-%H%M%S')}-{time.monotonic_ns() % 10**6:06d}",
+                runtime_env={**environment, "working_dir": folder},
+                metadata={MINE: names, "out": out},
+            )
+
+    def _submit(self, **job: Any) -> str:
+        """Hand in a job, to a cluster that may have started a moment ago and have nobody yet to take it."""
+        end = time.monotonic() + AGENT_TIMEOUT
+        while True:
+            try:
+                return str(self._client.submit_job(**job))
+            except RuntimeError as failure:
+                if "No available agent" not in str(failure) or time.monotonic() > end:
+                    raise
+            time.sleep(1.0)
+
+    def list(self) -> list[Job]:
+        """This package's jobs, the oldest first."""
+        with self._answers():
+            found = [job for job in self._client.list_jobs() if MINE in (job.metadata or {})]
+        return [_job(job) for job in sorted(found, key=lambda job: job.start_time or 0)]
+
+    def job(self, number: str) -> Job:
+        """One job.
+
+        Raises:
+            ClusterError: there is none of that number.
+        """
+        self._require(number)
+        with self._answers():
+            return _job(self._client.get_job_info(number))
+
+    def logs(self, number: str) -> str:
+        """All that a job has said so far."""
+        self._require(number)
+        with self._answers():
+            text: str = self._client.get_job_logs(number)
+        return text
+
+    def follow(self, number: str) -> Iterator[str]:
+        """What a job says, as it says it, until it has ended. Leaving early does not stop the job."""
+        self._require(number)
+        loop = asyncio.new_event_loop()
+        try:
+            lines = self._client.tail_job_logs(number)
+            with self._answers(), suppress(StopAsyncIteration):
+                while True:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore", DeprecationWarning)  # in how Ray calls its web client
+                        text = loop.run_until_complete(anext(lines))
+                    yield text
+        finally:
+            loop.close()
+
+    def ended(self, number: str) -> Job:
+        """A job that has said its last line, as it ended."""
+        end = time.monotonic() + END_TIMEOUT
+        while not (job := self.job(number)).is_over and time.monotonic() < end:
+            time.sleep(0.5)
+        return job
+
+    def stop(self, number: str) -> bool:
+        """Stop a job; whether it was at work. What it has finished stays."""
+        self._require(number)
+        with self._answers():
+            stopped: bool = self._client.stop_job(number)
+        return stopped
+
+    def _require(self, number: str) -> None:
+        with self._answers():
+            known = [job.submission_id for job in self._client.list_jobs()]
+        if number not in known:
+            raise ClusterError(
+                f"there is no job {number!r} at {self._address}", remedy="`datm-ray job list` shows those there are"
+            )
+
+    @contextmanager
+    def _answers(self) -> Iterator[None]:
+        """Turns the ways in which a cluster fails to answer into one."""
+        try:
+            yield
+        except AuthenticationError:
+            raise _no_token(self._address) from None
+        except (OSError, RuntimeError) as failure:
+            raise ClusterError(
+                f"the Ray cluster at {self._address} does not do it: {_first_line(failure)}",
+                "it may have gone down, or refuse the job",
+                "`datm-ray job list` shows whether it answers; a job goes on without this connection",
+            ) from None
+
+
+def _no_token(address: str) -> ClusterError:
+    return ClusterError(
+        f"the Ray cluster at {address} asks for an authentication token, and does not accept the one from here",
+        "no token was given, or that of another cluster",
+        "put the cluster's token into ~/.ray/auth_token, or set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH",
+    )
+
+
+def _job(details: JobDetails) -> Job:
+    metadata = details.metadata or {}
+    started = (details.start_time or 0) / 1000
+    ended = (details.end_time or 0) / 1000 or time.time()
+    return Job(
+        id=details.submission_id or "",
+        status=JobStatus(details.status).value.lower(),
+        recipes=metadata.get(MINE, ""),
+        out=metadata.get("out", ""),
+        seconds=max(0.0, ended - started),
+        message=_first_line(details.message or ""),
+        exit_code=details.driver_exit_code,
+    )
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    try:
+        parts = urlsplit(address)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        parts, port = urlsplit(""), 0
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ClusterError(
+            f"--address {address!r} is no address of a dashboard", remedy="write it like http://127.0.0.1:8265"
+        )
+    return parts.hostname, port
+
+
+def _require_reachable(name: str, place: str) -> None:
+    """A job runs on other machines, in a folder that is deleted afterwards."""
+    if "://" not in place and not Path(place).is_absolute():
+        raise ConfigError(
+            f"{name} {place!r} is relative to a folder that the job's machines do not have",
+            remedy=f"give a URI such as s3://bucket/{place}, or an absolute path on a disk that all machines share",
+        )
+
+
+def _requirements(path: str) -> list[str]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as failure:
+        reason = failure.strerror if isinstance(failure, OSError) else "it is no text"
+        raise ConfigError(f"cannot read {path}: {reason}", remedy="check --requirements") from None
+    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def _first_line(failure: object) -> str:
+    lines = [line.strip() for line in str(failure).splitlines()]
+    return next((line[:200].rstrip(".") for line in lines if line), type(failure).__name__)

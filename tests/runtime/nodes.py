@@ -1,0 +1,75 @@
+"""A Ray cluster of several nodes on this machine, whose nodes come and go as a test tells it.
+
+It lives in a process of its own, so that it does not meet the cluster that other tests share.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from types import TracebackType
+from typing import Any
+
+from tests.conftest import actor_processes
+
+SCRIPT = """
+import json, sys
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+nodes = {}
+print(json.dumps(cluster.address), flush=True)
+for line in sys.stdin:
+    verb, name = line.split()
+    if verb == "add":
+        nodes[name] = cluster.add_node(num_cpus=1)
+    else:
+        cluster.remove_node(nodes.pop(name), allow_graceful=False)
+    print(json.dumps(sorted(nodes)), flush=True)
+cluster.shutdown()
+"""
+
+
+class Nodes:
+    """A head without CPUs, and nodes of one CPU each, by name."""
+
+    def __enter__(self) -> Nodes:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self.address: str = self._answer()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, failure: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self._process.communicate("", timeout=60)
+
+    def add(self, name: str) -> None:
+        """Start a node."""
+        self._tell("add", name)
+
+    def kill(self, name: str) -> None:
+        """Kill a node's raylet, with which its workers die."""
+        self._tell("kill", name)
+
+    def worker_processes(self) -> list[int]:
+        """Process numbers of this package's workers on the nodes."""
+        return actor_processes(self._process.pid)
+
+    def _tell(self, verb: str, name: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{verb} {name}\n")
+        self._process.stdin.flush()
+        self._answer()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        while not (line := self._process.stdout.readline()).startswith(("[", '"')):
+            assert line, "the cluster did not start"
+        return json.loads(line)

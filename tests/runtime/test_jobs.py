@@ -1,0 +1,167 @@
+"""Jobs on a real Ray cluster over real HTTP: handed in, followed, stopped, handed in again."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from datm_ray.artifact import load
+from datm_ray.config import to_yaml
+from datm_ray.errors import ClusterError, ConfigError
+from datm_ray.runtime.ray_jobs import Jobs
+from datm_ray.store.filesystem import open_location
+from datm_ray.store.trajectories import TrajectoryStore
+from tests.conftest import CommandLine, tiny_config
+
+SECRET = "no-log-shows-this"
+
+
+def free_port() -> int:
+    """That nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def dashboard(s3_server: str) -> Iterator[str]:
+    """The address of a cluster of its own, with two CPUs, whose machines have credentials for a bucket."""
+    port, agent = free_port(), free_port()
+    ports = [f"--dashboard-port={port}", f"--dashboard-agent-listen-port={agent}", f"--port={free_port()}"]
+    command = ["ray", "start", "--head", "--block", "--num-cpus=2", "--dashboard-host=127.0.0.1", *ports]
+    credentials = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1"}
+    environment = {"AWS_ENDPOINT_URL": s3_server, "NO_PROXY": "127.0.0.1", "PATH": os.environ["PATH"]}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder:  # short, for sockets have short names
+        cluster = subprocess.Popen(
+            [str(Path(sys.executable).parent / command[0]), *command[1:], f"--temp-dir={folder}"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | credentials | environment,
+        )
+        until(lambda: _listens(port))
+        yield f"http://127.0.0.1:{port}"
+        cluster.terminate()
+        cluster.wait(60)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def until(condition: object, seconds: float = 120) -> None:
+    """Wait for something to become true."""
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.s3
+def test_a_job_is_stopped_and_goes_on_where_it_was(datm_ray: CommandLine, dashboard: str, bucket: str) -> None:
+    """In a bucket, without any shared disk. The same submission finishes the run, and is followed to its end."""
+    out = f"s3://{bucket}/shared"
+    Path("tiny.yaml").write_text(to_yaml(tiny_config("distill.iterations=150", "distill.checkpoint_every=5")))
+    arguments = ("job", "submit", "tiny.yaml", "--out", out, "--address", dashboard)
+    code, told, err = datm_ray(*arguments)
+    assert code == 0, err
+    number = re.findall(r"^Job (\S+)$", told, re.MULTILINE)[0]
+    place = open_location(out)
+    until(lambda: (place / "tiny/checkpoint.arrow").exists())
+    assert "running" in datm_ray("job", "list", "--address", dashboard)[1]
+    assert "is being stopped" in datm_ray("job", "stop", number, "--address", dashboard)[1]
+    until(lambda: Jobs(dashboard).job(number).is_over)
+    code, told, _ = datm_ray("job", "status", number, "--address", dashboard)
+    assert "stopped" in told
+    assert out in told
+    assert not (place / "tiny/synthetic.arrow").exists()
+    store = TrajectoryStore(f"{out}/experts")
+    (key,) = store.groups()
+    assert store.group(key.dataset, key.architecture, key.fingerprint).experts() == [0, 1]
+    code, told, err = datm_ray(*arguments, "--follow")
+    assert code == 0, told + err
+    assert "Experts: nothing to do" in told
+    assert told.rstrip().endswith("succeeded")
+    assert load(f"{out}/tiny/synthetic.arrow").images.shape[0] == 10
+    assert (place / "report.html").exists()
+    assert len(datm_ray("job", "list", "--address", dashboard)[1].splitlines()) == 2
+    told += "".join(Jobs(dashboard).logs(job.id) + str(job) for job in Jobs(dashboard).list())
+    token = Path("~/.ray/auth_token").expanduser()
+    assert SECRET not in told
+    assert not token.exists() or token.read_text().strip() not in told
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_job_ends_with_the_exit_code_of_its_command(datm_ray: CommandLine, dashboard: str, tmp_path: Path) -> None:
+    """Whoever follows it gets the reason in the log, and the code."""
+    Path("tiny.yaml").write_text(to_yaml(tiny_config("dataset.source=folder", f"dataset.path={tmp_path}/none")))
+    code, told, _ = datm_ray(
+        "job", "submit", "tiny.yaml", "--out", str(tmp_path / "out"), "--address", dashboard, "--follow"
+    )
+    assert code == 2
+    assert f"{tmp_path}/none" in told
+    assert "Traceback" not in told
+    number = re.findall(r"^Job (\S+)$", told, re.MULTILINE)[0]
+    code, log, _ = datm_ray("job", "logs", number, "--address", dashboard)
+    assert code == 0
+    assert f"{tmp_path}/none" in log
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_bad_input_hands_nothing_in(datm_ray: CommandLine, dashboard: str, tmp_path: Path) -> None:
+    """One line, exit code 2, and no job more."""
+    before = len(Jobs(dashboard).list())
+    out = str(tmp_path / "out")
+    bad = {
+        "relative to a folder": ["submit", "digits-ipc1", "--out", "runs"],
+        "cannot read absent.txt": ["submit", "digits-ipc1", "--out", out, "--requirements", "absent.txt"],
+        "Did you mean 'digits-ipc1'": ["submit", "digits-ipc2", "--out", out],
+        "there is no job 'j'": ["status", "j"],
+    }
+    for expected, arguments in bad.items():
+        code, told, err = datm_ray("job", *arguments, "--address", dashboard)
+        assert (code, told) == (2, "")
+        assert expected in err
+        assert len(err.splitlines()) == 1
+    assert len(Jobs(dashboard).list()) == before
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [("127.0.0.1:8265", "is no address of a dashboard"), ("http://127.0.0.1:x", "is no address of a dashboard")],
+)
+def test_an_address_that_is_none_is_refused(address: str, expected: str) -> None:
+    """With how to write it."""
+    with pytest.raises(ClusterError, match=expected):
+        Jobs(address)
+
+
+def test_an_address_where_nobody_is_is_refused() -> None:
+    """Or where somebody else is."""
+    with pytest.raises(ClusterError, match="no Ray cluster takes jobs"):
+        Jobs(f"http://127.0.0.1:{free_port()}")
+
+
+def test_no_place_is_taken_that_the_job_has_not() -> None:
+    """A relative path would lie in the job's own folder, which is deleted."""
+    from datm_ray.runtime.ray_jobs import _require_reachable
+
+    _require_reachable("--out", "s3://bucket/runs")
+    _require_reachable("--out", "/shared/runs")
+    with pytest.raises(ConfigError, match=r"--out 'runs' is relative.*s3://bucket/runs"):
+        _require_reachable("--out", "runs")
