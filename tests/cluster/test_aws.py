@@ -1,0 +1,202 @@
+"""cluster/aws: valid by Ray's schema, and launched by Ray's own AWS code into a simulated EC2. No cloud, no network."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from datm_ray.cli import app  # noqa: F401  (its warnings come before those of Ray's autoscaler)
+from tests.cluster.files import CLUSTER, ROOT
+
+AWS = CLUSTER / "aws"
+WORKERS = ["gpu-l4", "gpu-a10g", "gpu-a100"]
+TRUST = {
+    "Version": "2012-10-17",
+    "Statement": [{"Effect": "Allow", "Principal": {"Service": "ec2.amazonaws.com"}, "Action": "sts:AssumeRole"}],
+}
+
+
+def configuration() -> dict[str, Any]:
+    """The file as it is."""
+    return dict(yaml.safe_load((AWS / "cluster.yaml").read_text()))
+
+
+@pytest.fixture
+def prepared() -> dict[str, Any]:
+    """With Ray's defaults, as `ray up` has it."""
+    from ray.autoscaler._private.util import prepare_config
+
+    return dict(prepare_config(configuration()))
+
+
+def test_it_satisfies_ray_s_schema(prepared: dict[str, Any]) -> None:
+    """The check with which `ray up` begins."""
+    from ray.autoscaler._private.util import validate_config
+
+    validate_config(prepared)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"max_wokers": 3},
+        {"idle_timeout_minutes": "ten"},
+        {"head_node_type": "haed"},
+        {"docker": {"image": "x", "container": "y"}},
+    ],
+)
+def test_the_schema_notices(broken: dict[str, Any], prepared: dict[str, Any]) -> None:
+    """Misspelt or mistyped, it would be refused: the check above is one."""
+    import jsonschema
+    from ray.autoscaler._private.util import validate_config
+
+    with pytest.raises((jsonschema.ValidationError, ValueError)):
+        validate_config(prepared | broken)
+
+
+def test_workers_come_and_go_on_spot(prepared: dict[str, Any]) -> None:
+    """None at first, some at most, away when idle; the head is on demand and takes no work."""
+    types = prepared["available_node_types"]
+    assert list(types) == [prepared["head_node_type"], *WORKERS]
+    assert types["head"]["resources"] == {"CPU": 0, "GPU": 0}
+    assert "InstanceMarketOptions" not in types["head"]["node_config"]
+    for name in WORKERS:
+        assert types[name]["min_workers"] == 0
+        assert types[name]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+        assert types[name]["resources"]["GPU"] >= 1
+    assert types["gpu-a100"]["max_workers"] == 0, "the README says that it is off"
+    assert 0 < types["gpu-l4"]["max_workers"] <= prepared["max_workers"]
+    assert prepared["idle_timeout_minutes"] == 10, "the READMEs say so"
+    assert prepared["provider"]["cache_stopped_nodes"] is False
+
+
+def test_machines_have_identities_of_their_own() -> None:
+    """No key is put on them; and what they have is not given to whoever can make them fetch a URL."""
+    for name, node in configuration()["available_node_types"].items():
+        identity = "datm-ray-head" if name == "head" else "datm-ray-worker"
+        assert node["node_config"]["IamInstanceProfile"] == {"Name": identity}
+        assert node["node_config"]["MetadataOptions"] == {"HttpTokens": "required"}
+
+
+def test_package_is_copied_and_installed(prepared: dict[str, Any]) -> None:
+    """What is built on the machines is in the repository and all that building needs."""
+    mounts = {remote: local for remote, local in prepared["file_mounts"].items() if not local.startswith("~")}
+    for remote, local in mounts.items():
+        assert (ROOT / local).exists()
+        assert remote == f"/home/ray/src/{local}"
+    copied = re.findall(r"^COPY --chown=\S+ (.*) \S+$", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE)
+    assert sorted(mounts.values()) == sorted(source for line in copied for source in line.split())
+    copy, install = configuration()["setup_commands"]
+    source, target = copy.split()[-2:]
+    assert source == "/home/ray/src"
+    assert install.endswith(f" {target}")
+
+
+def test_nobody_gets_in_without_token(prepared: dict[str, Any]) -> None:
+    """The token is copied to where every container looks for it; the dashboard listens on the head alone."""
+    options = " ".join(prepared["docker"]["run_options"])
+    assert "--env RAY_AUTH_MODE=token" in options
+    where = re.search(r"--env RAY_AUTH_TOKEN_PATH=(\S+)", options)
+    assert where is not None
+    assert prepared["file_mounts"][where[1]] == "~/.ray/auth_token"
+    start = prepared["head_start_ray_commands"][-1]
+    assert "--dashboard-host=127.0.0.1" in start
+    assert "--autoscaling-config=~/ray_bootstrap_config.yaml" in start
+    assert all("--metrics-export-port=8080" in prepared[f"{who}_start_ray_commands"][-1] for who in ("head", "worker"))
+
+
+@pytest.fixture
+def ec2(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """A simulated AWS account with the identities of the README in it."""
+    (tmp_path / ".ssh").mkdir()
+    for name, value in {
+        "HOME": str(tmp_path),
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": configuration()["provider"]["region"],
+    }.items():
+        monkeypatch.setenv(name, value)
+    from moto import mock_aws
+
+    with mock_aws():
+        import boto3
+
+        iam = boto3.client("iam")
+        for who in ("head", "worker"):
+            role = f"datm-ray-{who}"
+            iam.create_role(RoleName=role, AssumeRolePolicyDocument=json.dumps(TRUST))
+            iam.create_instance_profile(InstanceProfileName=role)
+            iam.add_role_to_instance_profile(InstanceProfileName=role, RoleName=role)
+            # IAM's own grammar is checked on the way in.
+            iam.put_role_policy(RoleName=role, PolicyName=who, PolicyDocument=(AWS / f"{who}-policy.json").read_text())
+        yield boto3.client("ec2")
+
+
+@pytest.mark.slow
+def test_ray_launches_it(ec2: Any, prepared: dict[str, Any]) -> None:
+    """Ray's AWS code finds networks, opens SSH alone, and starts the head on demand and the workers on spot."""
+    from ray.autoscaler._private.aws.config import bootstrap_aws
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+
+    config = bootstrap_aws(prepared)
+    provider = AWSNodeProvider(config["provider"], config["cluster_name"])
+    types = config["available_node_types"]
+    for name in types:
+        tags = {"ray-node-type": "head" if name == "head" else "worker", "ray-user-node-type": name}
+        provider.create_node(types[name]["node_config"], tags, 1)
+    machines = [each for group in ec2.describe_instances()["Reservations"] for each in group["Instances"]]
+    started = {
+        each["InstanceType"]: (each.get("InstanceLifecycle"), each["IamInstanceProfile"]["Arn"].rpartition("/")[2])
+        for each in machines
+    }
+    assert started == {
+        "m6i.2xlarge": (None, "datm-ray-head"),
+        "g6.2xlarge": ("spot", "datm-ray-worker"),
+        "g5.2xlarge": ("spot", "datm-ray-worker"),
+        "p4d.24xlarge": ("spot", "datm-ray-worker"),
+    }
+    for tag in [each["Tags"] for each in machines]:
+        assert {"Key": "ray-cluster-name", "Value": "datm-ray"} in tag, "the head may end what has this tag"
+    used = {group["GroupId"] for each in machines for group in each["SecurityGroups"]}
+    rules = ec2.describe_security_groups(GroupIds=sorted(used))["SecurityGroups"]
+    open_to_all = [rule for group in rules for rule in group["IpPermissions"] if rule["IpRanges"]]
+    assert [(rule["FromPort"], rule["ToPort"]) for rule in open_to_all] == [(22, 22)]
+
+
+@pytest.mark.slow
+def test_machines_have_what_the_file_says(ec2: Any) -> None:
+    """CPUs and GPUs of each instance type are those that the scheduler is told."""
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+
+    said = configuration()
+    unsaid = deepcopy(said)
+    for node in unsaid["available_node_types"].values():
+        node["resources"] = {}
+    found = AWSNodeProvider.fillout_available_node_types_resources(unsaid)["available_node_types"]
+    for name in WORKERS:
+        resources = said["available_node_types"][name]["resources"]
+        assert resources == {resource: found[name]["resources"][resource] for resource in resources}
+
+
+def test_the_head_may_do_what_it_must_and_workers_nothing_to_machines() -> None:
+    """The head hands only the workers' identity on, and ends only machines of this cluster."""
+    head, worker = (json.loads((AWS / f"{who}-policy.json").read_text())["Statement"] for who in ("head", "worker"))
+    assert all(action.startswith("s3:") for each in worker for action in each["Action"])
+    by_action = {
+        action: each
+        for each in head
+        for action in ([each["Action"]] if isinstance(each["Action"], str) else each["Action"])
+    }
+    assert by_action["iam:PassRole"]["Resource"].endswith(":role/datm-ray-worker")
+    tag = by_action["ec2:TerminateInstances"]["Condition"]["StringEquals"]
+    assert tag == {"aws:ResourceTag/ray-cluster-name": configuration()["cluster_name"]}
+    image = configuration()["available_node_types"]["head"]["node_config"]["ImageId"]
+    parameter = by_action["ssm:GetParameters"]["Resource"].partition(":parameter")[2]
+    assert image.startswith("resolve:ssm:" + parameter.rstrip("*"))

@@ -1,0 +1,105 @@
+"""cluster/Dockerfile: what it is built from exists, and everything agrees on Ray's version. Nothing is built here."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from tests.cluster.files import CLUSTER, ROOT, ray_version
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    tomllib = None  # type: ignore[assignment]
+
+DOCKERFILE = (CLUSTER / "Dockerfile").read_text()
+
+
+def instructions(name: str) -> list[str]:
+    """Arguments of every instruction of that name, in order."""
+    joined = DOCKERFILE.replace("\\\n", " ")
+    return re.findall(rf"^{name} +(.*)$", joined, re.MULTILINE)
+
+
+@pytest.mark.skipif(tomllib is None, reason="reads pyproject.toml")
+def test_ray_is_new_enough_for_the_package() -> None:
+    """The image's Ray satisfies what pyproject.toml asks for."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (asked,) = [each for each in map(Requirement, project["dependencies"]) if each.name == "ray"]
+    assert asked.specifier.contains(ray_version())
+    python = re.search(r"-py(\d)(\d+)-", instructions("FROM")[0])
+    assert python is not None
+    assert Requirement(f"python{project['requires-python']}").specifier.contains(f"{python[1]}.{python[2]}")
+
+
+def test_every_file_has_the_image_s_ray() -> None:
+    """Wherever a version of Ray is written under cluster/, it is the Dockerfile's."""
+    pattern = r"""(?:rayproject/ray:|ray-|rayVersion: "|ray(?:\[\w+\])?==)(\d+\.\d+\.\d+)"""
+    found = {
+        (path.relative_to(CLUSTER).as_posix(), version)
+        for path in CLUSTER.rglob("*")
+        if path.is_file() and "monitoring" not in path.parts
+        for version in re.findall(pattern, path.read_text())
+    }
+    assert {version for _, version in found} == {ray_version()}
+    files = {"Dockerfile", "aws/cluster.yaml", "kuberay/raycluster.yaml", "kuberay/rayjob.yaml", "kuberay/README.md"}
+    assert {path for path, _ in found} == files
+
+
+def test_base_is_ray_s_own_image_with_the_version_kept() -> None:
+    """FROM and pip take the same argument, so that installing the package cannot change Ray."""
+    assert instructions("FROM") == ["rayproject/ray:${RAY_VERSION}-py311-gpu"]
+    after = DOCKERFILE.partition("\nFROM ")[2]
+    assert re.search(r"^ARG RAY_VERSION$", after, re.MULTILINE), "an argument ends at FROM unless it is named again"
+    (install,) = [line for line in instructions("RUN") if "pip install" in line]
+    assert '"ray[default]==${RAY_VERSION}"' in install
+    assert "/tmp/datm_ray" in install
+
+
+def test_it_does_not_run_as_root() -> None:
+    """The last user is a number that is not 0, which Kubernetes can check."""
+    user = instructions("USER")[-1]
+    assert user.isdigit()
+    assert int(user) > 0
+
+
+def test_what_is_copied_exists_and_is_not_ignored() -> None:
+    """Sources of COPY are in the repository and pass the list of what is sent to the builder; nothing else does."""
+    lines = (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines()
+    rules = [line for line in lines if line and not line.startswith("#")]
+    assert rules[0] == "*"
+    allowed = {rule[1:] for rule in rules if rule.startswith("!")}
+    copied = {
+        source for line in instructions("COPY") for source in [word for word in line.split() if word[:2] != "--"][:-1]
+    }
+    assert copied == allowed
+    for source in copied:
+        assert (ROOT / source).exists()
+        ignored = [rule for rule in rules[1:] if not rule.startswith("!") and fnmatch.fnmatch(source, rule)]
+        assert not ignored
+
+
+@pytest.mark.skipif(tomllib is None, reason="reads pyproject.toml")
+def test_what_the_package_is_built_from_is_copied() -> None:
+    """The files that pyproject.toml names for the build are in the image."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {"pyproject.toml", project["readme"], *project["license-files"]}
+    copied = {Path(word).name for line in instructions("COPY") for word in line.split()}
+    assert needed <= copied
+    assert "datm_ray" in copied
+
+
+@pytest.mark.skipif(tomllib is None, reason="reads pyproject.toml")
+def test_its_command_is_installed_by_the_package() -> None:
+    """What the container does by itself, and what the build tries, is a script that pyproject.toml declares."""
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    (command,) = instructions("CMD")
+    first = re.match(r'\["([^"]+)"', command)
+    assert first is not None
+    assert first[1] in scripts
+    assert any(line.endswith(f"{first[1]} --version") for line in instructions("RUN"))
+    assert not instructions("ENTRYPOINT"), "Ray's launchers give commands of their own"

@@ -1,0 +1,172 @@
+"""The KubeRay manifests: read by Ray's own autoscaler, and what Kubernetes and KubeRay want of them. No cluster."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.files import CLUSTER, MANIFESTS, document, documents, ray_version
+
+RAYCLUSTER, RAYJOB = (CLUSTER / "kuberay" / name for name in ("raycluster.yaml", "rayjob.yaml"))
+
+
+def specs() -> list[Any]:
+    """The cluster of each manifest."""
+    return [
+        pytest.param(document(RAYCLUSTER, "RayCluster")["spec"], id="raycluster"),
+        pytest.param(document(RAYJOB, "RayJob")["spec"]["rayClusterSpec"], id="rayjob"),
+    ]
+
+
+def groups(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """Head and workers."""
+    return [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+
+
+def test_there_are_just_these() -> None:
+    """Each file has what its name says, and an account for its pods."""
+    assert [path.name for path in MANIFESTS] == ["raycluster.yaml", "rayjob.yaml"]
+    kinds = {path.name: [(each["apiVersion"], each["kind"]) for each in documents(path)] for path in MANIFESTS}
+    account = ("v1", "ServiceAccount")
+    assert kinds == {
+        "raycluster.yaml": [account, ("ray.io/v1", "RayCluster")],
+        "rayjob.yaml": [account, ("ray.io/v1", "RayJob")],
+    }
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
+def test_names_are_kubernetes_names(path: Path) -> None:
+    """Of documents, containers and ports; a cluster's with room for what the operator appends."""
+    names = [each["metadata"]["name"] for each in documents(path)]
+    assert all(re.fullmatch(r"[a-z]([-a-z0-9]{0,40}[a-z0-9])?", name) for name in names)
+
+
+def test_both_have_the_same_cluster() -> None:
+    """What is mended in one is mended in the other."""
+    first, second = documents(RAYCLUSTER), documents(RAYJOB)
+    assert first[0] == second[0]
+    assert first[1]["spec"] == second[1]["spec"]["rayClusterSpec"]
+
+
+@pytest.mark.parametrize("spec", specs())
+def test_ray_s_autoscaler_reads_it(spec: dict[str, Any]) -> None:
+    """As the sidecar does it, schema and all: a head without work, and GPU workers between none and many."""
+    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+
+    config = _derive_autoscaling_config_from_ray_cr({"metadata": {"name": "x", "namespace": "y"}, "spec": spec})
+    types = config["available_node_types"]
+    assert set(types) == {"headgroup", "gpu"}
+    assert types["headgroup"]["resources"]["CPU"] == 0
+    assert "GPU" not in types["headgroup"]["resources"]
+    assert types["gpu"]["resources"]["GPU"] == 1
+    assert types["gpu"]["resources"]["CPU"] >= 1
+    assert (types["gpu"]["min_workers"], config["max_workers"]) == (0, 16)
+    assert config["idle_timeout_minutes"] == 10
+
+
+@pytest.mark.parametrize("spec", specs())
+def test_versions_agree(spec: dict[str, Any]) -> None:
+    """The operator is told the version that is in every image."""
+    assert spec["rayVersion"] == ray_version()
+    images = {pod["image"] for group in groups(spec) for pod in group["template"]["spec"]["containers"]}
+    assert images == {f"datm-ray:ray-{ray_version()}"}
+
+
+@pytest.mark.parametrize("spec", specs())
+def test_scaling_is_on_and_within_bounds(spec: dict[str, Any]) -> None:
+    """Without the switch the numbers would mean nothing."""
+    assert spec["enableInTreeAutoscaling"] is True
+    for group in spec["workerGroupSpecs"]:
+        assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+
+
+@pytest.mark.parametrize("spec", specs())
+def test_pods_get_what_they_ask_for(spec: dict[str, Any]) -> None:
+    """Limits equal requests, of CPU and memory, and only workers have GPUs."""
+    for group in groups(spec):
+        container = group["template"]["spec"]["containers"][0]
+        resources = container["resources"]
+        assert resources["limits"] == resources["requests"]
+        wanted = {"cpu", "memory"} | (set() if group is spec["headGroupSpec"] else {"nvidia.com/gpu"})
+        assert set(resources["limits"]) == wanted
+    options = spec["autoscalerOptions"]["resources"]
+    assert options["limits"] == options["requests"]
+
+
+@pytest.mark.parametrize("spec", specs())
+def test_ports_and_containers_are_named_as_kuberay_wants(spec: dict[str, Any]) -> None:
+    """Ray's container comes first, and the head's ports have the names that its service takes over."""
+    head, *workers = groups(spec)
+    names = [group["template"]["spec"]["containers"][0]["name"] for group in (head, *workers)]
+    assert names == ["ray-head", *["ray-worker"] * len(workers)]
+    ports = {port["name"]: port["containerPort"] for port in head["template"]["spec"]["containers"][0]["ports"]}
+    assert ports == {"gcs": 6379, "dashboard": 8265, "metrics": 8080}
+    for group in groups(spec):
+        named = {each["name"]: each["containerPort"] for each in group["template"]["spec"]["containers"][0]["ports"]}
+        assert group["rayStartParams"]["metrics-export-port"] == str(named["metrics"])
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+
+
+@pytest.mark.parametrize("spec", specs())
+def test_workers_live_on_spot_and_the_head_does_not(spec: dict[str, Any]) -> None:
+    """Every name for spot that the head avoids is one that workers prefer and whose taint they tolerate."""
+    head, worker = (group["template"]["spec"] for group in groups(spec))
+    (term,) = head["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    avoided = {(each["key"], *each["values"]) for each in term["matchExpressions"] if each["operator"] == "NotIn"}
+    preferences = worker["affinity"]["nodeAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+    expressions = [each for one in preferences for each in one["preference"]["matchExpressions"]]
+    assert {(each["key"], *each["values"]) for each in expressions if each["operator"] == "In"} == avoided
+    assert len(avoided) == 4
+    tolerated = {(each["key"], each.get("value")) for each in worker["tolerations"]}
+    assert tolerated >= {("nvidia.com/gpu", None), *avoided} - {("eks.amazonaws.com/capacityType", "SPOT")}
+    assert "tolerations" not in head
+
+
+@pytest.mark.parametrize("spec", specs())
+def test_pods_end_well_and_are_never_reused(spec: dict[str, Any]) -> None:
+    """Ray is stopped before a pod goes, which has a minute for it."""
+    for group in groups(spec):
+        pod = group["template"]["spec"]
+        assert pod["restartPolicy"] == "Never"
+        assert pod["terminationGracePeriodSeconds"] >= 60
+        assert pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1] == "ray stop"
+
+
+@pytest.mark.parametrize("spec", specs())
+def test_nobody_gets_in_without_token_and_nothing_runs_as_root(spec: dict[str, Any]) -> None:
+    """The dashboard stays inside Kubernetes."""
+    assert spec["authOptions"] == {"mode": "token"}
+    assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
+    for group in groups(spec):
+        pod = group["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["runAsUser"] == 1000
+        assert pod["containers"][0]["securityContext"]["allowPrivilegeEscalation"] is False
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
+def test_the_bucket_s_keys_come_from_outside(path: Path) -> None:
+    """From the pods' account, which the file makes, or from a secret that need not be there; on every pod."""
+    account, body = documents(path)
+    for group in groups(body["spec"].get("rayClusterSpec", body["spec"])):
+        pod = group["template"]["spec"]
+        assert pod["serviceAccountName"] == account["metadata"]["name"]
+        assert pod["containers"][0]["envFrom"] == [{"secretRef": {"name": "datm-ray-s3", "optional": True}}]
+        assert "env" not in pod["containers"][0]
+
+
+def test_the_job_resumes_and_cleans_up() -> None:
+    """A lost head means a new cluster and the same command, whose results are in a bucket; then nothing stays."""
+    spec = document(RAYJOB, "RayJob")["spec"]
+    assert spec["backoffLimit"] >= 1
+    assert spec["shutdownAfterJobFinishes"] is True
+    assert spec["submissionMode"] == "K8sJobMode"
+    words = spec["entrypoint"].split()
+    assert words[:2] == ["datm-ray", "run"]
+    assert words[words.index("--out") + 1].startswith("s3://")
+    assert words[words.index("--address") + 1] == "auto"
+    workers = int(re.search(r"cluster\.workers=(\d+)", spec["entrypoint"])[1])  # type: ignore[index]
+    assert workers <= spec["rayClusterSpec"]["workerGroupSpecs"][0]["maxReplicas"]

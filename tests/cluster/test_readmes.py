@@ -1,0 +1,158 @@
+"""What the READMEs under cluster/ say: commands that exist, links that lead somewhere, no secrets."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from datm_ray.cli import app
+from datm_ray.config import override
+from datm_ray.recipes import get_recipe
+from tests.cluster.files import CLUSTER, READMES, ROOT, commands, mentioned_commands, shell_blocks, told_commands
+
+FOLDERS = ["local", "aws", "kuberay"]
+TEXTS = sorted(path for path in CLUSTER.rglob("*") if path.is_file())
+SECRETS = [
+    r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
+    r"(?i)aws_secret_access_key\s*[=:]\s*\S",
+    r"(?i)\b(?:password|passwd|auth_token)\s*[=:]\s*['\"]?[0-9a-z+/]{12,}",
+    r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    r"\b[0-9a-f]{64}\b",  # a token of Ray's
+]
+
+
+def find(words: list[str]) -> tuple[Any, list[str]]:
+    """The command that words name, and the words after its name."""
+    command: Any = typer.main.get_command(app)
+    _, *arguments = words
+    while hasattr(command, "commands"):
+        assert arguments, f"{' '.join(words)} names no command"
+        assert arguments[0] in command.commands, f"{' '.join(words)}: there is no command {arguments[0]!r}"
+        command = command.commands[arguments.pop(0)]
+    return command, arguments
+
+
+def parse(words: list[str]) -> dict[str, Any]:
+    """Values of a `datm-ray` command as the command line reads it; fails as that does."""
+    command, arguments = find(words)
+    with command.make_context("datm-ray", arguments) as context:
+        return dict(context.params)
+
+
+def test_commands_are_found_in_text() -> None:
+    """Chains, variables in front, continued lines and comments; otherwise the tests below would see nothing."""
+    text = (
+        "A=1 datm-ray run x \\\n --out y && (sleep 1; datm-ray job list) # datm-ray no\ntunnel & datm-ray plan 'a b'\n"
+    )
+    assert commands(text) == [
+        ["datm-ray", "run", "x", "--out", "y"],
+        ["sleep", "1"],
+        ["datm-ray", "job", "list"],
+        ["tunnel"],
+        ["datm-ray", "plan", "a b"],
+    ]
+    told = told_commands()
+    assert {place for place, _ in told} >= {
+        "cluster/README.md",
+        "cluster/aws/README.md",
+        "cluster/kuberay/README.md",
+        "cluster/kuberay/rayjob.yaml",
+        "cluster/local/README.md",
+        "cluster/local/start.sh",
+    }
+
+
+@pytest.mark.parametrize(
+    ("wrong", "what"),
+    [
+        ("datm-ray", "names no command"),
+        ("datm-ray rum x", "no command 'rum'"),
+        ("datm-ray run", "[Mm]issing"),
+        ("datm-ray run x --adress y", "No such option"),
+    ],
+)
+def test_a_wrong_command_is_noticed(wrong: str, what: str) -> None:
+    """A missing, misspelt or incomplete command, or an option that does not exist."""
+    with pytest.raises(Exception, match=what):
+        parse(wrong.split())
+
+
+def named(value: object) -> str:
+    """A test's name."""
+    return " ".join(value)[:80] if isinstance(value, list) else str(value)
+
+
+@pytest.mark.parametrize(("place", "words"), told_commands(), ids=named)
+def test_commands_exist(place: str, words: list[str]) -> None:
+    """Command, options, recipes and configuration values of every command that people are told to give."""
+    values = parse(words)
+    for recipe in values.get("recipes") or []:
+        override(get_recipe(recipe), values.get("set_") or [])
+
+
+@pytest.mark.parametrize(("place", "words"), mentioned_commands(), ids=named)
+def test_mentioned_commands_exist(place: str, words: list[str]) -> None:
+    """Also those that a sentence names without all that they need."""
+    command, arguments = find(words)
+    options = {option for parameter in command.params for option in parameter.opts}
+    assert {word for word in arguments if word.startswith("--")} <= options
+
+
+@pytest.mark.parametrize("place", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_mentioned_settings_exist(place: Path) -> None:
+    """Every `section.field` of a recipe that a README names, in a table or sentence too."""
+    settings = set(re.findall(r"\b(?:cluster|distill|experts|evaluate)\.[a-z_]+(?:=[\w.]+)?", place.read_text()))
+    names = {setting for setting in settings if not setting.endswith((".yaml", ".py"))}
+    for setting in sorted(names):
+        name, _, value = setting.partition("=")
+        override(get_recipe("cifar10-ipc10"), [f"{name}={value or 1}"])
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_three_commands_and_what_it_costs(folder: str) -> None:
+    """The first block of each README has three commands, and a section tells the price."""
+    readme = CLUSTER / folder / "README.md"
+    lines = [line for line in shell_blocks(readme)[0].replace("\\\n", " ").splitlines() if line.strip()]
+    assert len(lines) == 3
+    assert re.search(r"^## What it costs", readme.read_text(), re.MULTILINE)
+    assert f"]({folder}/README.md)" in (CLUSTER / "README.md").read_text()
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(readme: Path) -> None:
+    """Relative links are files, and a part after # is one of their headings."""
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", readme.read_text()):
+        path, _, heading = target.partition("#")
+        linked = readme.parent / path if path else readme
+        assert linked.exists(), f"{target} does not exist"
+        titles = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE) if heading else []
+        slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+        assert not heading or heading in slugs
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_secret_is_in_a_file(path: Path) -> None:
+    """Neither keys nor tokens; where they come from is said in their place."""
+    text = path.read_text()
+    assert not [pattern for pattern in SECRETS if re.search(pattern, text)]
+
+
+@pytest.mark.parametrize(
+    "secret",
+    ["AKIAIOSFODNN7EXAMPLE", "aws_secret_access_key = x", "auth_token: 0123456789abcdef", "ab" * 32],
+)
+def test_a_secret_is_noticed(secret: str) -> None:
+    """The patterns above find what they are for."""
+    assert any(re.search(pattern, f"line\n  {secret}\n") for pattern in SECRETS)
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_listens_for_the_world(path: Path) -> None:
+    """No dashboard is bound to all interfaces, and none is put behind a public load balancer or an open port."""
+    text = path.read_text()
+    assert not re.search(r"dashboard[-_]host[ =:]+[\"']?(?!127\.0\.0\.1)\S", text)
+    assert not re.search(r"0\.0\.0\.0|::/0|LoadBalancer|NodePort|hostNetwork|hostPort|kind: Ingress", text)
