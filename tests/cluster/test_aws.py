@@ -75,6 +75,9 @@ def test_workers_come_and_go_on_spot(prepared: dict[str, Any]) -> None:
     assert 0 < types["gpu-l4"]["max_workers"] <= prepared["max_workers"]
     assert prepared["idle_timeout_minutes"] == 10, "the READMEs say so"
     assert prepared["provider"]["cache_stopped_nodes"] is False
+    zones = prepared["provider"]["availability_zone"].split(",")
+    assert len(zones) > 1, "spot capacity differs between them"
+    assert {zone[:-1] for zone in zones} == {prepared["provider"]["region"]}
 
 
 def test_machines_have_identities_of_their_own() -> None:
