@@ -15,7 +15,7 @@ from datm_ray.recipes import get_recipe
 from tests.cluster.files import CLUSTER, READMES, ROOT, commands, mentioned_commands, shell_blocks, told_commands
 
 FOLDERS = ["local", "aws", "kuberay"]
-TEXTS = sorted(path for path in CLUSTER.rglob("*") if path.is_file())
+TEXTS = sorted(path for path in CLUSTER.rglob("*") if path.is_file() and path.suffix not in (".png", ".pyc"))
 SECRETS = [
     r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
     r"(?i)aws_secret_access_key\s*[=:]\s*\S",
