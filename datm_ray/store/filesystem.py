@@ -22,11 +22,13 @@ import re
 import socket
 import time
 import uuid
+from asyncio import Task, current_task
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any, BinaryIO, Protocol
+from weakref import WeakKeyDictionary
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
@@ -34,6 +36,7 @@ from fsspec.implementations.cached import CachingFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from datm_ray.errors import CorruptFileError, DatmError, StoreError
+from datm_ray.store.traffic import count_retry, request
 
 _TEMPORARY = ".tmp-"
 _WRITER = "datm-ray-writer"
@@ -70,7 +73,7 @@ class Location:
     def exists(self) -> bool:
         """Whether there is a file or folder. Raises StoreError where that cannot be found out."""
         # Not fs.exists(): it also answers False where access is denied or the server does not answer.
-        with self.explaining("look for"):
+        with self._asking("look for"):
             try:
                 self.fs.info(self.path)
             except (FileNotFoundError, NotADirectoryError) as error:
@@ -97,7 +100,7 @@ class Location:
 
     def size(self) -> int:
         """Size of the file in bytes."""
-        with self.explaining("read"):
+        with self._asking("read"):
             return int(self.fs.info(self.path)["size"])
 
     def list(self) -> Sequence[str]:
@@ -106,7 +109,7 @@ class Location:
         Temporary files of writers at work, or of killed ones, are left out.
         """
         folder = self.path.rstrip("/")
-        with self.explaining("list"):
+        with self._asking("list"):
             try:
                 paths = self.fs.ls(self.path, detail=False)
             except (FileNotFoundError, NotADirectoryError) as error:
@@ -119,8 +122,11 @@ class Location:
 
     def read_bytes(self) -> bytes:
         """The whole file."""
-        with self.explaining("read"):
-            return bytes(self.fs.cat_file(self.path))
+        with self.explaining("read"), request("read") as moved:
+            self._watch()
+            content = bytes(self.fs.cat_file(self.path))
+            moved.bytes = len(content)
+            return content
 
     def read_ranges(self, ranges: Sequence[tuple[int, int]]) -> Sequence[memoryview]:
         """The bytes [start, end) of each range; shorter where the file ends sooner.
@@ -128,13 +134,17 @@ class Location:
         Local files are memory-mapped: nothing is copied, and a view keeps its file mapped. Elsewhere only
         these ranges are fetched, all at once.
         """
-        with self.explaining("read"):
+        with self.explaining("read"), request("read") as moved:
             if self.local_path is not None:
                 content = _map(self.local_path)
-                return [content[start:end] for start, end in ranges]
-            starts, ends = [start for start, _ in ranges], [end for _, end in ranges]
-            chunks = self.fs.cat_ranges([self.path] * len(ranges), starts, ends, on_error="raise")
-            return [memoryview(chunk) for chunk in chunks]
+                chunks = [content[start:end] for start, end in ranges]
+            else:
+                self._watch()
+                starts, ends = [start for start, _ in ranges], [end for _, end in ranges]
+                fetched = self.fs.cat_ranges([self.path] * len(ranges), starts, ends, on_error="raise")
+                chunks = [memoryview(chunk) for chunk in fetched]
+            moved.bytes = sum(map(len, chunks))
+            return chunks
 
     def read_json(self) -> Any:
         """The value written by `write_json`. Raises CorruptFileError if the file is not JSON."""
@@ -157,9 +167,12 @@ class Location:
             draft = _Upload(self) if self.local_path is None else _LocalDraft(self.local_path)
         try:
             yield draft.file
-            with self.explaining("write"):
+            with self.explaining("write"), request("write") as moved:
+                size = draft.file.seek(0, os.SEEK_END)
                 try:
+                    self._watch()
                     draft.commit(replace=replace)
+                    moved.bytes = size
                 except FileExistsError:
                     raise AlreadyExistsError(f"{self.uri} exists already") from None
         finally:
@@ -180,7 +193,7 @@ class Location:
 
     def remove(self) -> None:
         """Delete the file. Raises StoreError if it is not there."""
-        with self.explaining("delete"):
+        with self._asking("delete"):
             if self.local_path is None:
                 self.fs.info(self.path)  # object stores delete what is not there without a word
             self.fs.rm_file(self.path)
@@ -199,6 +212,18 @@ class Location:
             except FileNotFoundError:
                 return []
             return [name for name in names if _remove_if_abandoned(os.path.join(self.local_path, name))]
+
+    @contextmanager
+    def _asking(self, action: str) -> Iterator[None]:
+        """`explaining`, for a request that moves no content."""
+        with self.explaining(action), request("look"):
+            self._watch()
+            yield
+
+    def _watch(self) -> None:
+        """Count what is sent to S3 again, by botocore or by s3fs; may connect."""
+        if _is_s3(self.fs):
+            self.fs.s3.meta.events.register("before-send.s3", _notice_retry, unique_id="datm-ray")
 
     @contextmanager
     def explaining(self, action: str) -> Iterator[None]:
@@ -329,6 +354,7 @@ class _Upload:
         for _ in range(_CONFLICTS):
             if self._try(replace=replace):
                 return
+            count_retry()
         raise OSError(errno.EBUSY, "Others write it again and again at the same moment")
 
     def _try(self, *, replace: bool) -> bool:
@@ -369,6 +395,26 @@ class _Upload:
 
 def _is_s3(fs: AbstractFileSystem) -> bool:
     return "s3" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
+
+
+_sent: WeakKeyDictionary[Task[Any], set[tuple[str, ...]]] = WeakKeyDictionary()
+"""For every request in work, what was sent for it."""
+
+
+def _notice_retry(request: Any, **_: Any) -> None:
+    """Called by botocore with every message it is about to send, in the asyncio task of the request.
+
+    A task asks for one thing at a time, so what it sends a second time is a retry: by botocore, or by s3fs, which
+    repeats what broke in mid-answer without telling anybody.
+    """
+    task = current_task()
+    if task is None:
+        return
+    message = (request.method, request.url, str(request.headers.get("Range", "")))
+    sent = _sent.setdefault(task, set())
+    if message in sent:
+        count_retry()
+    sent.add(message)
 
 
 def _retry_server_errors() -> None:

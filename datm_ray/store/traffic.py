@@ -1,0 +1,79 @@
+"""What this process has read from and written to its files so far: a few sums, kept by `filesystem`.
+
+A request is what one call of a `Location` asks for, however many messages that takes; a retry is a message to S3 that
+botocore or s3fs had to send again (what aiohttp mends below them, a connection that broke while idle, is not seen).
+What a local cache answers is no request. Sums only ever grow, so the
+traffic of a piece of work is the difference of two looks at them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Sums over all threads of a process; seconds of requests that overlap add up."""
+
+    reads: int = 0
+    read_bytes: int = 0
+    """Handed to readers. Of a local file they are mapped, so the disk may have been asked for fewer."""
+    read_seconds: float = 0.0
+    writes: int = 0
+    write_bytes: int = 0
+    write_seconds: float = 0.0
+    """From the moment at which the content is complete until it has its name."""
+    looks: int = 0
+    """Questions whether a file is there, how large it is, what a folder holds; and deletions."""
+    look_seconds: float = 0.0
+    retries: int = 0
+
+    def __sub__(self, earlier: Traffic) -> Traffic:
+        """What came since an earlier look."""
+        return Traffic(**{each.name: getattr(self, each.name) - getattr(earlier, each.name) for each in fields(self)})
+
+
+class Size:
+    """How many bytes a request has moved; filled in where it is known."""
+
+    bytes = 0
+
+
+_lock = threading.Lock()
+_sums = Traffic()
+
+
+def traffic() -> Traffic:
+    """The sums up to now."""
+    return _sums
+
+
+@contextmanager
+def request(kind: Literal["read", "write", "look"]) -> Iterator[Size]:
+    """Count the block as one request, also where it fails; its bytes are what the block enters."""
+    global _sums
+    size, started = Size(), time.monotonic()
+    try:
+        yield size
+    finally:
+        seconds = time.monotonic() - started
+        with _lock:
+            if kind == "read":
+                sums = {"reads": _sums.reads + 1, "read_bytes": _sums.read_bytes + size.bytes}
+            elif kind == "write":
+                sums = {"writes": _sums.writes + 1, "write_bytes": _sums.write_bytes + size.bytes}
+            else:
+                sums = {"looks": _sums.looks + 1}
+            _sums = replace(_sums, **sums, **{f"{kind}_seconds": getattr(_sums, f"{kind}_seconds") + seconds})
+
+
+def count_retry() -> None:
+    """Something was sent again."""
+    global _sums
+    with _lock:
+        _sums = replace(_sums, retries=_sums.retries + 1)
