@@ -252,6 +252,8 @@ class ClusterConfig(Section):
     where it is a minute at least. A cluster that grows on demand needs minutes."""
     retries: Annotated[int, Field(ge=0)] = 3
     """How often in a row a task that gets no further is given to new workers after a worker was lost."""
+    log_to: Literal["none", "tensorboard", "wandb"] = "none"
+    """Curves beside Ray's own metrics: tensorboard writes to <out>/tensorboard; both must be installed."""
 
     @field_validator("memory", mode="before")
     @classmethod

@@ -53,6 +53,7 @@ from datm_ray.runtime.evaluate import (
 from datm_ray.runtime.executor import Executor, Task, require_precision
 from datm_ray.runtime.expert_progress import ExpertProgress
 from datm_ray.runtime.experts import ExpertWorker, expert_group, experts_at_a_time, network_spec, progress_of, stacks
+from datm_ray.runtime.loggers import Logger, open_logger, require_logger
 from datm_ray.runtime.plan import ALONE, Layout, distillation_plan, require_whole_classes
 from datm_ray.runtime.telemetry import Reporter
 from datm_ray.store.filesystem import Location, open_location
@@ -102,10 +103,16 @@ class Pipeline:
         self._prepared: dict[DatasetConfig, Dataset] = {}
         _require_distinct_names(self.configs)
         _require_one_cluster(self.configs)
+        self._log = Logger()
+        require_logger(self._log_to, self.out)
         for config in self.configs:
             self._check_precision(config)
             self._check_folder(config)
             self._check_data(config)
+
+    @property
+    def _log_to(self) -> str:
+        return self.configs[0].cluster.log_to
 
     def plan(self) -> list[str]:
         """What is left to do, a line for each stage that has something to do.
@@ -187,8 +194,10 @@ class Pipeline:
                 # The recipe last: it is what marks a folder as a run's, for `report` too.
                 (self._folder(config) / DATA).write_json(self._data_note(config))
                 (self._folder(config) / RECIPE).write_text(to_yaml(self._with_networks_before(config)))
+            self._log = open_logger(self._log_to, self.out, self.configs, reporter.message)
             yield executor
         finally:
+            self._log.close()
             executor.close()
 
     def _with_networks_before(self, config: RunConfig) -> RunConfig:
@@ -215,7 +224,7 @@ class Pipeline:
             for stack in stacks(self._missing_experts(config), self._stack_size(config), config.experts.count):
                 last = min(stack[-1], config.experts.count - 1)
                 name = f"expert {stack[0]}" if last == stack[0] else f"experts {stack[0]}-{last}"
-                task = Task(f"{name} of {group.key}", (config, self.store_uri, stack))
+                task = Task(f"{name} of {group.key}", (config, self.store_uri, stack), run=config.name, stage="experts")
                 tasks.append((config.dataset, task))
         return tasks
 
@@ -265,7 +274,9 @@ class Pipeline:
         for config in self._unfinished():
             sharing = self._layout(config, executor).sharing
             arguments = (config, self.store_uri, self._folder(config).uri, sharing)
-            tasks.append((config.dataset, Task(config.name, arguments, config.workers_per_set, self._fewer(config))))
+            size, fewer = config.workers_per_set, self._fewer(config)
+            task = Task(config.name, arguments, size, fewer, run=config.name, stage="distillation")
+            tasks.append((config.dataset, task))
         return tasks
 
     def _fewer(self, config: RunConfig) -> tuple[int, ...]:
@@ -312,7 +323,8 @@ class Pipeline:
                     if not place.exists():
                         uris = (self.store_uri, self._folder(config).uri, place.uri)
                         name = f"{config.name} {row}{f' on {names[network]}' if network else ''} {number}"
-                        task = Task(name, (config, *uris, row, number, network))
+                        arguments = (config, *uris, row, number, network)
+                        task = Task(name, arguments, run=config.name, stage="evaluation")
                         tasks[place.uri] = (config.dataset, task)  # once for runs that share it
         return list(tasks.values())
 
@@ -342,6 +354,7 @@ class Pipeline:
                 setup = (executor.share(self._prepared_dataset(dataset)), self.configs[0].cluster)
                 for task, event in executor.run(worker, setup, method, group):
                     stage.event(task, event)
+                    self._log.event(task, event)
         if unseen := open_tasks():
             raise ClusterError(
                 f"{title}: {len(unseen)} result(s), {unseen[0][1].name} the first, cannot be seen from here",

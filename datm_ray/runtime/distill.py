@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -48,6 +49,7 @@ from datm_ray.runtime.expert_networks import ExpertNetworks
 from datm_ray.runtime.experts import network_spec
 from datm_ray.runtime.mesh import Mesh, open_mesh
 from datm_ray.runtime.metadd import Onlookers
+from datm_ray.runtime.metrics import Meter
 from datm_ray.runtime.plan import Layout, distillation_plan
 from datm_ray.runtime.provenance import provenance
 from datm_ray.store.filesystem import Location, open_location
@@ -153,30 +155,61 @@ class _Run:
 
     def events(self) -> Iterator[Event]:
         """Iterate to the end; every worker gives the same events."""
-        settings = self._config.distill
+        settings, meter = self._config.distill, Meter(self._device)
         for note in {backbone.functions.note for backbone in self._backbones} - {""}:
             yield Note(note)
         state = self._resume_or_start()
         self._mesh.until_all_are_done(self._prepare)
+        first = state.iteration
         while state.iteration < settings.iterations:
+            began = time.monotonic()
             try:
                 records = self._iterate(state)
             except DivergenceError:
                 self._keep_last_good(state)
                 raise
+            seconds = time.monotonic() - began
             last = state.iteration == settings.iterations
             if state.iteration % settings.validate_every == 0 or last:
                 state.record_validation(*self._validate(state.synthetic))
             saves = state.iteration % settings.checkpoint_every == 0 or last
             if saves:
                 self._save_checkpoint(state)
-            yield Progress(state.iteration, settings.iterations, _shown(state, records), saved=saves)
+            metrics = meter.measure() | self._measured(state, records, seconds)
+            metrics["datm_ray_distill_iterations_total"] = float(state.iteration - first)
+            yield Progress(state.iteration, settings.iterations, _shown(state, records), metrics, saved=saves)
         final = state.chosen or state.synthetic
         if self._onlookers is not None and (self._folder / INITIAL).exists():
             initial = read_artifact(self._folder / INITIAL).images[self._rows.first : self._rows.last]
             self._onlookers.keep_maps(self._folder / MAPS, self._mesh, initial.to(self._device), final)
         self._save_set(final, SYNTHETIC)
-        yield Finished({"skipped": state.skipped, "chosen_at": state.chosen_at})
+        yield Finished({"skipped": state.skipped, "chosen_at": state.chosen_at}, meter.measure())
+
+    def _measured(self, state: Distillation, records: list[IterationRecord], seconds: float) -> dict[str, float]:
+        """What is to be watched of an iteration."""
+        config, first = self._config, records[0]
+        images = config.distill.ipc * self._dataset.classes
+        batches = -(-images // min(images, config.distill.batch_size))  # in a pass; the first of them may be short
+        seen = config.distill.student_steps * images / batches * len(config.weights)
+        values = {
+            "iteration": state.iteration,
+            "matching_loss": first.loss,
+            "step_size": first.step_size,
+            "skipped_steps": state.skipped,
+            "start_epoch": first.start,
+            "upper_bound": difficulty_range(config).upper_bound(first.iteration),
+            "images_per_second": seen / seconds,
+            "iteration_seconds": seconds,
+        }
+        if state.validations:
+            values["validation_accuracy_ratio"] = state.validations[-1][1]
+        metrics = {f"datm_ray_distill_{name}": float(value) for name, value in values.items()}
+        if state.meta_history:
+            meta = state.meta_history[-1]
+            named = {"loss": meta.total, "variance": meta.variance, "invariance": meta.invariance}
+            named |= {"position": meta.position, "feature_ratio": meta.ratio}
+            metrics |= {f"datm_ray_metadd_{name}": value for name, value in named.items()}
+        return metrics | {"datm_ray_mesh_workers": float(self._mesh.rows * self._mesh.columns)}
 
     def _prepare(self, pulse: Pulse) -> None:
         """Compile, which takes one network's workers longer than another's."""

@@ -35,6 +35,7 @@ from datm_ray.runtime.distill import SYNTHETIC, evaluation_schedule
 from datm_ray.runtime.executor import Finished, Progress, prepare_device, to_device
 from datm_ray.runtime.expert_networks import ExpertNetworks
 from datm_ray.runtime.experts import network_spec
+from datm_ray.runtime.metrics import Meter
 from datm_ray.runtime.provenance import provenance
 from datm_ray.store.filesystem import Location, open_location
 
@@ -114,7 +115,7 @@ class EvaluateWorker:
             network: to train and score, with a tuned step size too; none takes the backbone, with the learned one.
                 Where the optimiser is not SGD, none was learned.
         """
-        started = time.monotonic()
+        started, meter = time.monotonic(), Meter(self._device)
         seed = derive_seed(config.seed, Purpose.EVALUATION, number)
         folder = open_location(folder_uri)
         images, targets, step_size = self._training_set(config, store_uri, folder, row, seed, network)
@@ -132,7 +133,9 @@ class EvaluateWorker:
         for candidate in candidates:
             trial_schedule = dataclasses.replace(schedule, learning_rate=candidate)
             trials.append(self._trial(tried, images, targets, trial_schedule, seed))
-            yield Progress(len(trials), len(candidates), {"validation": trials[-1].validation_accuracy})
+            measured = trials[-1].validation_accuracy
+            metrics = meter.measure() | {"datm_ray_evaluate_validation_accuracy_ratio": measured}
+            yield Progress(len(trials), len(candidates), {"validation": measured}, metrics)
         chosen = max(trials, key=lambda trial: trial.validation_accuracy)
         result = {
             "row": row,
@@ -148,7 +151,7 @@ class EvaluateWorker:
             "provenance": provenance(self._device),
         }
         open_location(result_uri).write_json(result)
-        yield Finished(result)
+        yield Finished(result, meter.measure())
 
     def _test_accuracy(self, trial: _Trial) -> float:
         images = to_device(self._dataset.test_images, self._device)

@@ -28,6 +28,8 @@ class Progress:
     total: int
     values: Mapping[str, float] = field(default_factory=dict)
     """What to show beside the bar, e.g. {"loss": 0.41}."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Everything that was measured, by the names of `metrics.CATALOGUE`. Counters grow from 0 in every attempt."""
     saved: bool = False
     """Whether all until here is kept, so that other workers could go on at no loss."""
 
@@ -37,6 +39,8 @@ class Finished:
     """A task is done."""
 
     result: Any = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """As those of `Progress`, for what came after the last of it."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,10 @@ class Task:
     executor of one process does the whole task alone, without a seat."""
     fewer: tuple[int, ...] = ()
     """Smaller numbers of workers that could do it too, where machines are lost on the way."""
+    run: str = ""
+    """Of which it is a part."""
+    stage: str = ""
+    """As the user knows it: experts, distillation, evaluation."""
 
 
 class Executor(Protocol):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -34,6 +35,7 @@ from datm_ray.data.dataset import Dataset
 from datm_ray.errors import DivergenceError
 from datm_ray.runtime.executor import Event, Finished, Note, Progress, prepare_device, to_device
 from datm_ray.runtime.expert_progress import ExpertProgress, wait_for_room
+from datm_ray.runtime.metrics import Meter
 from datm_ray.store.trajectories import ExpertGroup, TrajectoryInfo, TrajectoryStore
 
 
@@ -95,9 +97,9 @@ class ExpertWorker:
         """
         group = expert_group(store_uri, config, self._dataset.name, self._dataset.fingerprint)
         wanted = [expert for expert in experts if expert < config.experts.count]
-        progress = progress_of(config, group, experts)
+        progress, meter = progress_of(config, group, experts), Meter(self._device)
         if not set(wanted) <= set(group.experts()):
-            yield from self._train(config, group, experts, progress)
+            yield from self._train(config, group, experts, progress, meter)
             for expert in set(wanted) - set(group.experts()):
                 progress.require_whole(config.experts.epochs)
                 info = self._info(config, group, expert)
@@ -105,10 +107,10 @@ class ExpertWorker:
                     yield Note(waiting)
                 group.write_expert(expert, progress.snapshots(expert), info)
         progress.remove()
-        yield Finished()
+        yield Finished(metrics=meter.measure())
 
     def _train(
-        self, config: RunConfig, group: ExpertGroup, experts: Sequence[int], progress: ExpertProgress
+        self, config: RunConfig, group: ExpertGroup, experts: Sequence[int], progress: ExpertProgress, meter: Meter
     ) -> Iterator[Event]:
         dataset, settings = self._dataset, config.experts
         spec = network_spec(config, dataset.channels, dataset.size, dataset.classes)
@@ -123,15 +125,24 @@ class ExpertWorker:
         if state is None:
             state = ExpertState.initial(networks)
             progress.add(state, torch.full((len(experts),), float("nan")))
+        first, began = state.epoch, time.monotonic()
         for losses in train_experts(functions, self._images, self._labels, _schedule(settings), seeds, state):
+            seconds = time.monotonic() - began
             _require_finite(losses, experts, state.epoch)
             measured = self._accuracies(networks[0], state, settings)
             for waiting in progress.add(state, losses.cpu(), measured, last=state.epoch == settings.epochs):
                 yield Note(waiting)
             shown = {"loss": float(losses.mean())}
+            metrics = meter.measure() | {
+                "datm_ray_expert_epoch": float(state.epoch),
+                "datm_ray_expert_loss": shown["loss"],
+                "datm_ray_expert_images_per_second": len(experts) * len(self._labels) / seconds,
+                "datm_ray_expert_epochs_total": float(len(experts) * (state.epoch - first)),
+            }
             if measured is not None:
-                shown["test_accuracy"] = float(measured.mean())
-            yield Progress(state.epoch, settings.epochs, shown)
+                shown["test_accuracy"] = metrics["datm_ray_expert_accuracy_ratio"] = float(measured.mean())
+            yield Progress(state.epoch, settings.epochs, shown, metrics)
+            began = time.monotonic()
 
     def _accuracies(self, network: torch.nn.Module, state: ExpertState, settings: ExpertConfig) -> torch.Tensor | None:
         """[s] on the test set, in the epochs in which it is asked for."""

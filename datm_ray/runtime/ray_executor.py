@@ -21,6 +21,7 @@ from datm_ray.errors import ClusterError, WorkerLostError
 from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, Resized, Task
 from datm_ray.runtime.ray_cluster import Machines, connect, first_line
 from datm_ray.runtime.ray_crews import LOSSES, Crew, reason, root_cause, unwrapped
+from datm_ray.runtime.ray_metrics import RayMetrics
 from datm_ray.runtime.recovery import History, grown, size_for
 
 PLACEMENT_TIMEOUT = 60.0
@@ -46,6 +47,7 @@ class RayExecutor:
         dashboard = connect(address) if self._owns_cluster else ""
         self._machines = Machines(cluster)
         self.workers, self.workers_per_machine = self._machines.require()
+        self._metrics = RayMetrics()
         where = f", dashboard http://{dashboard}" if dashboard else ""
         self.description = f"Ray, up to {self.workers} worker(s) of {cluster.threads_per_worker} thread(s){where}"
 
@@ -59,15 +61,19 @@ class RayExecutor:
         """See `Executor.run`."""
         for task in tasks:
             self.require_room(task.name, task.size)
-        stage = _Stage(self._cluster, self._machines, worker, setup, method, tasks)
+        self._metrics.begin(tasks, self.workers)
+        stage = _Stage(self._cluster, self._machines, self._metrics, worker, setup, method, tasks)
         try:
-            yield from stage.events()
+            for task, event in stage.events():
+                self._metrics.record(task, event)
+                yield task, event
         finally:
             stage.close()
 
     def close(self) -> None:
         """Disconnect; a cluster that was started for the run ends with it."""
         self._machines.ask_no_more()
+        self._metrics.close()
         if self._owns_cluster:
             ray.shutdown()
 
@@ -120,12 +126,13 @@ class _Stage:
         self,
         cluster: ClusterConfig,
         machines: Machines,
+        metrics: RayMetrics,
         worker: Callable[..., Any],
         setup: tuple[Any, ...],
         method: str,
         tasks: Sequence[Task],
     ) -> None:
-        self._cluster, self._machines = cluster, machines
+        self._cluster, self._machines, self._metrics = cluster, machines, metrics
         self._worker, self._setup, self._method = worker, setup, method
         self._waiting = deque(_Turn(task) for task in tasks)
         self._idle: list[Crew] = []
@@ -269,6 +276,8 @@ class _Stage:
             event = Finished()
         except RayError as failure:
             return self._lost(current, root_cause(current.streams, rank, unwrapped(failure)))
+        if rank:
+            self._metrics.record(current.turn.task, event, rank)
         if not isinstance(event, Finished):
             return event if rank == 0 else None
         del current.streams[rank]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -71,7 +72,7 @@ class _LineStage:
             self._last = now
             self._reporter.message(
                 f"{self._title}: {self._finished}/{self._tasks} done; {task.name} {event.done}/{event.total}"
-                f"{_values(event.values)}"
+                f"{_values(event.values)}{_measured(event.metrics)}"
             )
 
 
@@ -126,6 +127,18 @@ def _bars(bars: type[Bars]) -> Bars:
 
 def _values(values: Mapping[str, float]) -> str:
     return "".join(f"  {name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
+
+
+def _measured(metrics: Mapping[str, float]) -> str:
+    """What else a line says, for whoever watches a job from afar."""
+    shown = ""
+    if (bound := metrics.get("datm_ray_distill_upper_bound")) is not None:
+        shown += f"  start below {bound:.0f}"
+    for stage in ("distill", "expert"):
+        if (rate := metrics.get(f"datm_ray_{stage}_images_per_second")) is not None:
+            shown += f"  {rate:,.0f} images/s"
+    memory = metrics.get("datm_ray_worker_memory_bytes", math.nan)
+    return shown if math.isnan(memory) else f"{shown}  {memory / 2**20:,.0f} MiB"
 
 
 def _line(task: Task, event: Lost | Resized | Note) -> str:

@@ -1,0 +1,61 @@
+"""What is said while work goes on, where there is no terminal: the lines that a job's log keeps."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from datm_ray.runtime import telemetry
+from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, Task
+from datm_ray.runtime.telemetry import Reporter
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Feeds events to a stage of two tasks, and gives what was written for them."""
+    monkeypatch.setattr(telemetry, "LINE_INTERVAL", -1.0)
+
+    def feed(*events: Event) -> list[str]:
+        with Reporter().stage("Distillation", 2) as stage:
+            for event in events:
+                stage.event(Task("digits-ipc1", ()), event)
+        return capsys.readouterr().err.splitlines()
+
+    return feed
+
+
+def test_a_line_holds_what_is_worth_knowing_from_afar(lines) -> None:
+    """Progress, loss, step size, skipped, validation, range, speed, memory: `job status` shows the last one."""
+    values = {"loss": 0.41236, "step_size": 0.0213, "skipped": 3.0, "validation": 0.9}
+    metrics = {
+        "datm_ray_distill_upper_bound": 12.0,
+        "datm_ray_distill_images_per_second": 12345.6,
+        "datm_ray_worker_memory_bytes": 310.0 * 2**20,
+        "datm_ray_store_reads_total": 3.0,
+    }
+    assert lines(Progress(120, 300, values, metrics))[1:] == [
+        "Distillation: 0/2 done; digits-ipc1 120/300  loss 0.4124  step size 0.0213  skipped 3  validation 0.9"
+        "  start below 12  12,346 images/s  310 MiB"
+    ]
+
+
+def test_what_was_not_measured_is_not_said(lines) -> None:
+    """Experts have no range, some systems tell no memory, and a worker of another version may tell nothing."""
+    metrics = {"datm_ray_expert_images_per_second": 5000.0, "datm_ray_worker_memory_bytes": math.nan}
+    assert lines(Progress(1, 4, {"loss": 1.5}, metrics), Progress(2, 4))[1:] == [
+        "Distillation: 0/2 done; digits-ipc1 1/4  loss 1.5  5,000 images/s",
+        "Distillation: 0/2 done; digits-ipc1 2/4",
+    ]
+
+
+def test_losses_notes_and_ends_are_always_said(lines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the interval between lines."""
+    monkeypatch.setattr(telemetry, "LINE_INTERVAL", math.inf)
+    said = lines(Progress(1, 2), Note("compiled"), Lost("its node died", 1), Finished(), Finished())
+    assert said[:3] == [
+        "Distillation: 2 to do",
+        "digits-ipc1: compiled",
+        "digits-ipc1: its worker died (its node died); attempt 2 starts on another one",
+    ]
+    assert said[3].startswith("Distillation: done in")
