@@ -179,7 +179,8 @@ class Readings:
         """What an event says.
 
         Args:
-            rank: of the worker, among those that do the task together. Of those above 0 only the counters are taken.
+            rank: of the worker, among those that do the task together. Of those above 0 only the counters are taken;
+                all of theirs come before the `Finished` of rank 0.
         """
         self._stage = task.stage
         watched = self._watched.setdefault(task.name, _Watched(task))

@@ -200,6 +200,9 @@ def test_a_run_tells_everything_in_the_catalogue(tmp_path: Path) -> None:
     assert set(CATALOGUE) - {sample.name for sample in samples} == of_faults
     assert {sample.tags["stage"] for sample in samples} == {"experts", "distillation", "evaluation"}
     assert {sample.tags["run"] for sample in samples if "run" in sample.tags} == {"tiny"}
+    assert not [tag for sample in samples for tag in sample.tags.values() if str(tmp_path) in tag], (
+        "places stay private"
+    )
     stage = {"experts": 5 * 2 + 1, "distillation": 6}
     epochs = sum(values(samples, "expert_epochs_total"))
     assert (epochs, sum(values(samples, "distill_iterations_total"))) == (stage["experts"], stage["distillation"])

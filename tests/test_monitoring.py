@@ -1,0 +1,245 @@
+"""cluster/monitoring: a dashboard that asks for what there is, a checker that notices what is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+import yaml
+
+from datm_ray.runtime.metrics import CATALOGUE
+
+ROOT = Path(__file__).parents[1]
+MONITORING = ROOT / "cluster" / "monitoring"
+CHECK = MONITORING / "check.py"
+DASHBOARD = json.loads((MONITORING / "grafana/dashboards/datm-ray.json").read_text())
+
+RAYS_OWN = {
+    "ray_node_cpu_utilization",
+    "ray_node_mem_used",
+    "ray_node_mem_total",
+    "ray_object_store_used_memory",
+    "ray_object_store_available_memory",
+    "ray_node_network_receive_speed",
+    "ray_node_network_send_speed",
+    "ray_cluster_active_nodes",
+    "ray_node_gpus_utilization",
+    "ray_node_gram_used",
+    "ray_node_gram_available",
+}
+"""As Ray 2.60 exports them; those of GPUs by the names in its own Grafana dashboard."""
+
+CONDITIONAL = {"Test accuracy", "Losses", "Meta-feature ratio", "Retries", "Workers lost", "Meshes rebuilt"}
+CONDITIONAL |= {"Tasks given to other workers", "GPU", "GPU memory"}
+
+
+def panels() -> list[dict[str, Any]]:
+    return [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+
+
+def expressions() -> list[str]:
+    return [target["expr"] for panel in panels() for target in panel["targets"]]
+
+
+def metrics_of(expression: str) -> set[str]:
+    """The names of metrics in a query: what is left without matchers, durations, labels, functions and numbers."""
+    rest = re.sub(r"\{[^}]*\}|\[[^\]]*\]|\b(by|without|on|ignoring) *\([^)]*\)", " ", expression)
+    return set(re.findall(r"\b[a-zA-Z_:][\w:]*\b(?! *\()", rest))
+
+
+def catalogued(name: str) -> str:
+    """The name in the catalogue of what Prometheus knows under this one."""
+    ours = name.removeprefix("ray_")
+    return ours.removesuffix("_bucket") if ours.endswith("_seconds_bucket") else ours
+
+
+def test_names_are_found_in_queries() -> None:
+    """Functions, labels, matchers and durations are none."""
+    assert metrics_of('sum by (le, run) (rate(a_b_bucket{run=~"$run"}[$__rate_interval])) / (c:d > 0)') == {
+        "a_b_bucket",
+        "c:d",
+    }
+
+
+@pytest.mark.parametrize("expression", sorted(set(expressions())))
+def test_every_query_asks_for_what_is_exported(expression: str) -> None:
+    """Ours under Ray's prefix, or Ray's own; grouped by labels that they have."""
+    names = metrics_of(expression)
+    assert names
+    unknown = {name for name in names - RAYS_OWN if catalogued(name) not in CATALOGUE}
+    assert unknown == set()
+    for labels in re.findall(r"by \(([^)]*)\)", expression):
+        for name in names - RAYS_OWN:
+            assert set(labels.split(", ")) - {"le"} <= set(CATALOGUE[catalogued(name)].tags)
+
+
+def test_everything_that_is_exported_is_shown() -> None:
+    """A metric that nobody looks at is not worth its cost."""
+    shown = {catalogued(name) for expression in expressions() for name in metrics_of(expression)}
+    assert set(CATALOGUE) - shown == set()
+
+
+def test_legends_name_labels_that_there_are() -> None:
+    """A legend of a label that a query does not return would stay empty."""
+    for panel in panels():
+        for target in panel["targets"]:
+            for label in re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]):
+                names = metrics_of(target["expr"]) - RAYS_OWN
+                assert all(label in CATALOGUE[catalogued(name)].tags for name in names), target["expr"]
+                if grouped := re.search(r"by \(([^)]*)\)", target["expr"]):
+                    assert label in grouped[1].split(", ")
+
+
+def test_rows_are_those_of_the_stages() -> None:
+    """And what has no data in every run says so."""
+    rows = [panel["title"] for panel in DASHBOARD["panels"] if panel["type"] == "row"]
+    assert rows == ["Run", "Experts", "Distillation", "MetaDD", "Evaluation", "Store", "Faults", "Machines"]
+    assert {panel["title"] for panel in panels() if panel["description"].startswith("Only ")} == CONDITIONAL
+
+
+def test_panels_do_not_overlap() -> None:
+    """Each has a place and a number of its own."""
+    cells = [
+        (x, y)
+        for place in (panel["gridPos"] for panel in DASHBOARD["panels"])
+        for x in range(place["x"], place["x"] + place["w"])
+        for y in range(place["y"], place["y"] + place["h"])
+    ]
+    assert len(cells) == len(set(cells))
+    assert max(x for x, _ in cells) == 23
+    numbers = [panel["id"] for panel in DASHBOARD["panels"]]
+    assert len(numbers) == len(set(numbers))
+
+
+def test_everything_is_bound_to_this_machine() -> None:
+    """The commands of the README, and where Grafana looks for Prometheus."""
+    readme = (MONITORING / "README.md").read_text()
+    assert "--web.listen-address=127.0.0.1:9090" in readme
+    assert "GF_SERVER_HTTP_ADDR=127.0.0.1" in readme
+    assert "0.0.0.0" not in readme
+    sources = yaml.safe_load((MONITORING / "grafana/provisioning/datasources/prometheus.yml").read_text())
+    assert [source["url"] for source in sources["datasources"]] == ["http://127.0.0.1:9090"]
+
+
+def test_prometheus_looks_where_ray_writes() -> None:
+    """The file's name is Ray's; the folder is its default."""
+    constants = pytest.importorskip("ray._private.ray_constants")
+    config = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
+    (job,) = config["scrape_configs"]
+    assert job["file_sd_configs"][0]["files"] == [f"/tmp/ray/{constants.PROMETHEUS_SERVICE_DISCOVERY_FILE}"]
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool, of Debian's package prometheus")
+def test_prometheus_accepts_its_configuration() -> None:
+    """As its own tool says."""
+    subprocess.run(["promtool", "check", "config", str(MONITORING / "prometheus.yml")], check=True, capture_output=True)
+
+
+@contextmanager
+def prometheus(values: Callable[[str], list[str]]) -> Iterator[str]:
+    """An HTTP server that answers as Prometheus does; `values` gives those of the one series of a query, or none."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            url = urlsplit(self.path)
+            asked = {name: given[0] for name, given in parse_qs(url.query).items()}
+            if url.path.endswith("/values"):
+                data: Any = ["a run"]
+            else:
+                found = values(asked["query"])
+                data = {"result": [{"metric": {}, "values": [[0, value] for value in found]}] if found else []}
+            self.send_response(400 if "refused" in asked.get("query", "") else 200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"status": "success", "data": data}).encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def check(address: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(CHECK), address, *arguments], capture_output=True, text=True)
+
+
+def test_the_checker_is_content_where_every_query_returns_data() -> None:
+    """It asks with all variables filled in, and prints every query with its series."""
+    asked: list[str] = []
+    with prometheus(lambda query: asked.append(query) or ["1"]) as address:
+        checked = check(address)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    assert len(asked) == len(expressions())
+    assert not [query for query in asked if "$" in query]
+    rows = [line for line in checked.stdout.splitlines() if line.startswith("| ") and line.endswith("| 1 |")]
+    assert len(rows) == len(expressions()) + 1
+
+
+@pytest.mark.parametrize("nothing", [[], ["NaN", "NaN"]])
+@pytest.mark.parametrize(
+    ("missing", "arguments", "code"),
+    [
+        ("ray_datm_ray_distill_matching_loss", (), 1),
+        ("ray_datm_ray_workers_lost_total", (), 0),
+        ("ray_datm_ray_workers_lost_total", ("--with", "Workers lost"), 1),
+        ("ray_datm_ray_workers_lost_total", ("--with", "Losses"), 0),
+    ],
+)
+def test_the_checker_notices_what_is_missing(
+    missing: str, arguments: tuple[str, ...], code: int, nothing: list[str]
+) -> None:
+    """A query without data is an error, if its panel should have some; what is no number is no data."""
+    with prometheus(lambda query: nothing if missing in query else ["NaN", "2"]) as address:
+        checked = check(address, *arguments)
+    assert checked.returncode == code
+    empty = [line for line in checked.stdout.splitlines() if line.endswith("| 0 |")]
+    assert len(empty) == 1
+    assert missing in empty[0]
+
+
+def test_the_checker_says_in_one_line_what_it_cannot_ask(tmp_path: Path) -> None:
+    """Nobody there, a query that is refused, a panel that there is not."""
+    refused = json.loads(json.dumps(DASHBOARD))
+    refused["panels"][1]["targets"][0]["expr"] = "refused("
+    (tmp_path / "refused.json").write_text(json.dumps(refused))
+    with prometheus(lambda query: ["1"]) as address:
+        cases = [
+            (check("http://127.0.0.1:9"), "No Prometheus answers at http://127.0.0.1:9"),
+            (check(address, "--dashboard", str(tmp_path / "refused.json")), "Prometheus refuses"),
+            (check(address, "--with", "Horoscope"), "No panel is called Horoscope"),
+        ]
+    for checked, words in cases:
+        assert checked.returncode == 1
+        assert checked.stderr.startswith(words)
+        assert checked.stderr.count("\n") == 1
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs Debian's package prometheus")
+def test_every_query_returns_data_from_a_live_run(tmp_path: Path) -> None:
+    """A run with MetaDD in two shards, two killed actors, and Prometheus itself."""
+    command = [sys.executable, str(ROOT / "benchmarks/show_monitoring.py"), "--out", str(tmp_path / "report.md")]
+    shown = subprocess.run([*command, "--seconds", "2"], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    report = (tmp_path / "report.md").read_text()
+    assert "queries return data" in report
+    lost = [line for line in report.splitlines() if line.startswith("| Faults | Workers lost")]
+    assert len(lost) == 1
+    assert int(lost[0].rstrip(" |").rpartition(" ")[2]) >= 2
