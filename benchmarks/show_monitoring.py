@@ -42,7 +42,7 @@ from datm_ray.runtime.telemetry import Reporter, Stage
 
 MONITORING = Path(__file__).parents[1] / "cluster" / "monitoring"
 FAULTS = ("Workers lost", "Tasks given to other workers")
-METADD = ("Losses", "Meta-feature ratio")
+CONDITIONS = ("Losses", "Meta-feature ratio", "Test accuracy")
 PATIENCE = 240.0
 """Seconds to wait for anything, on a machine that may be busy with other things."""
 
@@ -52,11 +52,13 @@ CHANGES = (
     "experts.test_every=1",
     "experts.count=4",
     "experts.epochs=40",
-    "distill.iterations=600",
+    "distill.iterations=150",
+    "distill.student_steps=10",
     "distill.validate_every=50",
     "distill.checkpoint_every=10",
     "evaluate.seeds=1",
     "evaluate.real_epochs=2",
+    "evaluate.protocol=short",
     "cluster.experts_at_a_time=2",
     "cluster.compile=false",
     "cluster.shards=2",
@@ -74,6 +76,7 @@ class Watcher(Reporter):
         """Events of progress, by stage."""
         self.lost: Counter[str] = Counter()
         self.go_on = threading.Event()
+        """Set when nothing more is to be watched."""
 
     @contextmanager
     def stage(self, title: str, tasks: int) -> Iterator[Stage]:
@@ -102,6 +105,8 @@ class _Passing:
             self._watcher.lost[task.stage] += 1
         if task.stage == "evaluation":
             self._watcher.go_on.wait(2 * PATIENCE)
+        elif self._watcher.go_on.is_set():
+            raise SystemExit("The run was not watched to its end")
 
 
 def free_port() -> int:
@@ -110,9 +115,10 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def kill_an_actor(kind: str) -> None:
-    """SIGKILL for one actor of a worker class that is alive on this cluster."""
-    actor = next(actor for actor in list_actors(filters=[("state", "=", "ALIVE")]) if kind in actor.class_name)
+def kill_an_actor(kind: str, dashboard: str) -> None:
+    """SIGKILL for one actor of a worker class that is alive on the cluster of this dashboard."""
+    actors = list_actors(f"http://{dashboard}", filters=[("state", "=", "ALIVE")], timeout=int(PATIENCE))
+    actor = next(actor for actor in actors if kind in actor.class_name)
     os.kill(actor.pid, signal.SIGKILL)
 
 
@@ -164,15 +170,15 @@ def watch(watcher: Watcher, address: str, dashboard: str, picture: Path | None) 
     """Kill, look, and ask while the run goes on. Whether all is there, and the text of the report."""
     try:
         watcher.wait_for(lambda: watcher.seen["experts"] >= 6)
-        kill_an_actor("ExpertWorker")
+        kill_an_actor("ExpertWorker", dashboard)
         watcher.wait_for(lambda: watcher.lost["experts"] >= 1)
-        watcher.wait_for(lambda: watcher.seen["distillation"] >= 40)
+        watcher.wait_for(lambda: watcher.seen["distillation"] >= 15)
         if picture is not None:
             screenshot(dashboard, picture)
-        kill_an_actor("DistillWorker")
+        kill_an_actor("DistillWorker", dashboard)
         watcher.wait_for(lambda: watcher.lost["distillation"] >= 1)
         watcher.wait_for(lambda: watcher.seen["evaluation"] >= 1)
-        asked = check(address, *METADD, *FAULTS)
+        asked = check(address, *CONDITIONS, *FAULTS)
         return asked.returncode == 0, asked.stdout + asked.stderr
     finally:
         watcher.go_on.set()
