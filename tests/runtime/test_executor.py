@@ -16,7 +16,7 @@ import torch
 from datm_ray.config import ClusterConfig
 from datm_ray.errors import ClusterError, ConfigError, WorkerLostError
 from datm_ray.runtime.create import create_executor
-from datm_ray.runtime.executor import Executor, Finished, Lost, Progress, Seat, SerialExecutor, Task
+from datm_ray.runtime.executor import Executor, Finished, Lost, Progress, Resized, Seat, SerialExecutor, Task
 from datm_ray.runtime.mesh import open_mesh
 
 
@@ -223,6 +223,97 @@ def test_workers_for_whom_no_room_comes_free_are_not_waited_for_for_ever(
             added(create_executor("ray", ClusterConfig(peer_timeout=3.0)), [Task("sum", (1.0, 2), 2)])
     finally:
         ray_cluster.kill(other)
+
+
+class Saver:
+    """A worker that counts slowly, and has saved what it did after every number."""
+
+    def __init__(self, folder: str) -> None:
+        self._file = Path(folder) / "count"
+
+    def count(self, numbers: int, seat: Seat | None = None) -> Iterator[Progress | Finished]:
+        start = int(self._file.read_text()) if self._file.exists() else 0
+        for number in range(start, numbers):
+            time.sleep(0.1)
+            if seat is None or seat.rank == 0:
+                self._file.write_text(str(number + 1))
+            yield Progress(number + 1, numbers, {"size": float(seat.size if seat else 1)}, saved=True)
+        yield Finished()
+
+    def freeze_once(self) -> Iterator[Progress | Finished]:
+        yield Progress(1, 2)
+        if not self._file.exists():
+            self._file.touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        yield Finished(os.getpid())
+
+
+@pytest.mark.ray
+def test_a_task_makes_do_with_fewer_workers_and_grows_when_it_has_saved(
+    ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Another job holds one of the two CPUs, and goes; no number is counted twice."""
+    monkeypatch.setattr("datm_ray.runtime.ray_executor.PLACEMENT_TIMEOUT", 6.0)
+    other = ray_cluster.remote(num_cpus=1)(_Idler).remote()
+    ray_cluster.get(other.here.remote())
+    events = []
+    executor = create_executor("ray", ClusterConfig(peer_timeout=2.0))
+    for _, event in executor.run(Saver, (str(tmp_path),), "count", [Task("count", (60,), 2, fewer=(1,))]):
+        if isinstance(event, Progress) and event.done == 3:
+            ray_cluster.kill(other)
+        events.append(event)
+    assert [event for event in events if isinstance(event, Resized)] == [Resized(1, 2), Resized(2, 2)]
+    assert not any(isinstance(event, Lost) for event in events)
+    progress = [event for event in events if isinstance(event, Progress)]
+    assert [event.done for event in progress] == list(range(1, 61))
+    sizes = [event.values["size"] for event in progress]
+    assert sizes == sorted(sizes)
+    assert (sizes[0], sizes[-1]) == (1.0, 2.0)
+
+
+@pytest.mark.ray
+def test_a_worker_that_hangs_is_found_by_asking_it(
+    ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its process is there and says nothing; the task goes to another one."""
+    monkeypatch.setattr("datm_ray.runtime.ray_executor.HEALTH_INTERVAL", 0.5)
+    monkeypatch.setattr("datm_ray.runtime.ray_crews.SHORTEST_SILENCE", 2.0)
+    executor = create_executor("ray", ClusterConfig(peer_timeout=2.0))
+    events = [event for _, event in executor.run(Saver, (str(tmp_path),), "freeze_once", [Task("freeze", ())])]
+    (lost,) = [event for event in events if isinstance(event, Lost)]
+    assert "has not answered for" in lost.reason
+    assert isinstance(events[-1], Finished)
+
+
+def test_another_version_on_the_cluster_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's message has many."""
+    ray = pytest.importorskip("ray")
+    from datm_ray.runtime import ray_cluster
+
+    def refuse(**_: Any) -> None:
+        raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.1.0\n    Python: 3.9.1\n")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(
+        ClusterError, match=r"other versions than this machine: .*Ray: 2\.1\.0 Python: 3\.9\.1"
+    ) as caught:
+        ray_cluster.connect("auto")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_what_was_asked_of_a_growing_cluster_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or its machines would be paid for ever."""
+    pytest.importorskip("ray")
+    from datm_ray.runtime import ray_cluster
+
+    asked: list[list[dict[str, float]]] = []
+    monkeypatch.setattr(ray_cluster, "request_resources", lambda bundles: asked.append(bundles))
+    machines = ray_cluster.Machines(ClusterConfig(threads_per_worker=2, gpus_per_worker=0.5))
+    machines.ask_no_more()
+    assert asked == []
+    machines.ask_for(3)
+    machines.ask_no_more()
+    assert asked == [[{"CPU": 2.0, "GPU": 0.5}] * 3, []]
 
 
 class _Idler:
