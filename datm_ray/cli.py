@@ -111,27 +111,56 @@ def run(
 
 
 @app.command()
-def plan(recipes: Recipes, set_: Set = None, memory: Memory = None) -> None:
-    """What distilling takes, before anything starts: memory of a worker, size of its micro-batches, work, traffic."""
-    from datm_ray.runtime.executor import require_precision
-    from datm_ray.runtime.plan import Layout, data_shape, distillation_plan, uses_gpu
+def plan(
+    recipes: Recipes,
+    set_: Set = None,
+    memory: Memory = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            "--cluster",
+            metavar="KEY=VALUE,...",
+            help="Suggest a layout for it: gpus=64,memory=80GiB,tflops=60,network=25Gbps or cpus=2,memory=24GiB.",
+        ),
+    ] = None,
+    data_shape: Annotated[
+        str | None,
+        typer.Option("--data-shape", metavar="CxHxW,CLASSES,IMAGES", help="Of a data set that is not here."),
+    ] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Time this machine's cores first, for a second.")] = False,
+) -> None:
+    """What a recipe takes, before anything starts: memory of a worker, work, hours, traffic, storage; and a layout.
 
+    In --cluster, memory is that of a GPU, or of all cores together; tflops (or gflops) is the speed of student steps on
+    one GPU or core, not its peak; network is what one of them can send.
+    """
+    from datm_ray.runtime.cost import Described, machine_of, parse_cluster
+    from datm_ray.runtime.executor import require_precision
+    from datm_ray.runtime.plan import Layout, data_shape as shape_of, parse_shape, uses_gpu
+    from datm_ray.runtime.speed import product_rate
+    from datm_ray.runtime.workload import as_it_is, propose
+
+    described = None if cluster is None else parse_cluster(cluster)
+    shape = None if data_shape is None else parse_shape(data_shape)
     configs = [_config(name, _with_memory(set_, memory)) for name in recipes]
     wanted = sum(config.workers_per_set for config in configs)  # a run distils its recipes side by side
     for config in configs:
         config.require_matchable()
-        require_precision(config.cluster, uses_gpu(config))
-        shape, layout = data_shape(config.dataset), Layout.of(config, wanted)
-        for backbone in range(len(config.weights)):
-            planned = distillation_plan(
-                config,
-                shape.image,
-                shape.classes,
-                backbone=backbone,
-                layout=layout,
-                training_images=shape.training_images,
-            )
+        on_gpu = uses_gpu(config) if described is None else described.device == "GPU"
+        require_precision(config.cluster, on_gpu)
+        here = described or Described("GPU" if on_gpu else "core", config.cluster.workers or os.cpu_count() or 1)
+        product = product_rate() if measure and here.device == "core" and not here.flops else None
+        machine = machine_of(
+            here, precision=config.cluster.precision, threads=config.cluster.threads_per_worker, product=product
+        )
+        known = shape or shape_of(config.dataset)
+        if described is None:
+            found = as_it_is(config, known, Layout.of(config, wanted), here, machine)
+        else:
+            found = propose(config, known, here, machine)
+        for planned in found.plans:
             print("\n".join(planned.lines()))
+        print("\n".join(found.lines(suggested=described is not None)))
 
 
 @app.command()

@@ -296,6 +296,13 @@ def looking_cost(network: FlatNetwork, image: tuple[int, int, int], classes: int
     return call_bytes(derivative, compiled=False), (flop(derivative) + flop(forward)) // images
 
 
+def training_cost(network: FlatNetwork, image: tuple[int, int, int], classes: int) -> tuple[int, int]:
+    """Operations for each image of a training step's gradient, and of scoring."""
+    few = _SIZES[0]
+    derivative, forward = _derivative_and_scoring(network, image, classes, few, few, argument=0)
+    return flop(derivative) // few, flop(forward) // few
+
+
 def _derivative_and_scoring(
     network: FlatNetwork, image: tuple[int, int, int], classes: int, batch: int, scored: int, *, argument: int
 ) -> tuple[fx.GraphModule, fx.GraphModule]:

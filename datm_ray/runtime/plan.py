@@ -10,6 +10,7 @@ import functools
 import inspect
 import math
 import os
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,25 @@ class DataShape:
     classes: int
     training_images: int
     """With those set aside for validation, or about so many."""
+
+
+_SHAPE = re.compile(r"(\d+)x(\d+)x(\d+),(\d+),(\d+)")
+
+
+def parse_shape(text: str) -> DataShape:
+    """A data set in numbers: channels x height x width, classes, training images, as in `3x64x64,200,100000`.
+
+    Raises:
+        ConfigError: it is not written so, or a number is 0.
+    """
+    match = _SHAPE.fullmatch(text.strip()) if text.isascii() and len(text) < 100 else None
+    if match is None or not all(int(number) for number in match.groups()):
+        raise ConfigError(
+            f"--data-shape {text!r} is no shape of a data set",
+            remedy="write channels x height x width, classes, training images, as 3x64x64,1000,1281167",
+        )
+    channels, height, width, classes, images = map(int, match.groups())
+    return DataShape((channels, height, width), classes, images)
 
 
 KNOWN_SHAPES = {
@@ -325,6 +345,11 @@ def _of_meta(config: RunConfig, image: tuple[int, int, int], classes: int, role:
         "meta": max(size for size, _ in costs),
         "meta_flop": round(config.metadd.share * config.distill.ipc * classes * sum(each for _, each in costs)),
     }
+
+
+def looking_flop(config: RunConfig, image: tuple[int, int, int], classes: int, role: Role) -> int:
+    """Of MetaDD's networks that a row of workers holds, in one iteration, over all shards."""
+    return _of_meta(config, image, classes, role)["meta_flop"]
 
 
 def _chunk(need: _Need, shards: int, batch: int, budget: int | None, cache: int | None) -> int:

@@ -1,0 +1,350 @@
+"""What a whole recipe computes, sums and stores, counted from the recipe and the shape of its data.
+
+Operations are those of convolutions and matrix products, read from graphs (`core/footprint.py`); bytes are counted as
+the code sums and writes them. What that takes on a machine is `cost.py`'s. Tests: tests/runtime/test_workload.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from datm_ray.config import Role, RunConfig
+from datm_ray.core.footprint import training_cost
+from datm_ray.core.metadd import IMAGES_AT_A_TIME
+from datm_ray.core.networks import NetworkSpec, build_network
+from datm_ray.core.parameters import FlatNetwork
+from datm_ray.core.training import PROTOCOLS
+from datm_ray.errors import ConfigError
+from datm_ray.runtime.cost import (
+    Described,
+    Estimate,
+    Machine,
+    Matched,
+    Row,
+    Traffic,
+    Training,
+    Workload,
+    assumptions,
+    candidate_shards,
+    checkpoint_bytes,
+    estimate,
+)
+from datm_ray.runtime.evaluate import CONTROL_STEP_SIZES, ON_OTHERS
+from datm_ray.runtime.experts import experts_at_a_time, network_spec
+from datm_ray.runtime.plan import (
+    STORED_BYTES,
+    DataShape,
+    DistillationPlan,
+    Layout,
+    distillation_plan,
+    looking_flop,
+    show_bytes,
+)
+
+HISTORY_BYTES = 49
+"""Of one iteration and backbone in a checkpoint: seven columns."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Bytes that a run leaves behind."""
+
+    store: int
+    """Expert trajectories, auxiliaries' included, and a transform for each group of experts."""
+    checkpoint: int
+    """Of the last; while one replaces another there are two."""
+    results: int
+    """The initial and the final set, each with its transform."""
+
+    @property
+    def total(self) -> int:
+        """At the end."""
+        return self.store + self.checkpoint + self.results
+
+
+def workload(config: RunConfig, shape: DataShape, plans: Sequence[DistillationPlan]) -> Workload:
+    """What a recipe computes in the layout that it has.
+
+    Args:
+        plans: of every backbone, for their micro-batches.
+    """
+    settings, shards = config.distill, config.cluster.shards
+    images = settings.ipc * shape.classes
+    training = round(shape.training_images * (1 - config.dataset.validation))
+    validation = shape.training_images - training
+    gradient, scoring = _training(_specs(config, shape)[0])
+    return Workload(
+        experts=tuple(_expert_trainings(config, shape, training)),
+        evaluation=tuple(_evaluation(config, shape, training)),
+        iterations=settings.iterations,
+        steps=settings.student_steps,
+        batch=min(settings.batch_size, images),
+        images=images,
+        held=settings.ipc * -(-shape.classes // shards),
+        row_bytes=4 * (math.prod(shape.image) + shape.classes),
+        rows=tuple(_row(config, shape, role, plans) for role in config.roles),
+        traffic=max((traffic(config, shape, role) for role in config.roles), key=lambda each: each.over_classes),
+        shards=shards,
+        # Twice the images wanted are looked at, which is enough where an expert gets half of them right; then every
+        # expert labels those that were chosen.
+        choosing=images * (2 + config.experts.count) * scoring,
+        validations=-(-settings.iterations // settings.validate_every),
+        validation_flop=settings.validation_seeds * PROTOCOLS["short"].epochs * images * gradient,
+        scoring_flop=settings.validation_seeds * validation * scoring,
+        checkpoints=-(-settings.iterations // settings.checkpoint_every),
+    )
+
+
+def traffic(config: RunConfig, shape: DataShape, role: Role) -> Traffic:
+    """What a worker of the largest shard hands to sums in one iteration in which nothing is skipped.
+
+    Where MetaDD looks at some of the images, how many of them the shard holds is drawn; counted is the mean.
+    """
+    settings, shards, rows = config.distill, config.cluster.shards, len(config.roles)
+    specs = _specs(config, shape)
+    found = Traffic()
+    if shards > 1:
+        # A gradient for every student step, one with s for every step back, the loss; at the end, what is not finite.
+        steps = settings.student_steps
+        parameters = sum(_parameters(specs[number]) for number in role.backbones)
+        values = steps * (2 * parameters + len(role.backbones)) + 2 * len(role.backbones) + 2
+        sums = len(role.backbones) * (2 * steps + 1) + 1
+        if config.metadd is not None:
+            values, sums = values + 5, sums + 1
+        found = Traffic(over_classes=4 * values, class_sums=sums)
+    if rows > 1:
+        over, sums = _over_networks(config, shape)
+        found = Traffic(found.over_classes, found.class_sums, over, sums)
+    return found
+
+
+def _over_networks(config: RunConfig, shape: DataShape) -> tuple[int, int]:
+    """Bytes and sums of a worker with those that hold its rows for other networks."""
+    settings, backbones = config.distill, len(config.weights)
+    held = settings.ipc * -(-shape.classes // config.cluster.shards)
+    # The losses in float64; then images, soft labels and step sizes of all together.
+    size = 8 * backbones + 4 * (held * (math.prod(shape.image) + shape.classes) + backbones)
+    sums = 4
+    if config.metadd is not None:
+        looked = config.metadd.share * held
+        # Maps and logits of every network, of some images at a time.
+        size += round(4 * config.networks_looking * looked * (math.prod(shape.image[1:]) + shape.classes))
+        sums += 2 * math.ceil(looked / IMAGES_AT_A_TIME)
+    return size, sums
+
+
+def storage(config: RunConfig, shape: DataShape) -> Storage:
+    """What a finished run leaves behind, but for reports, which are small."""
+    images = config.distill.ipc * shape.classes
+    row, transform = 4 * (math.prod(shape.image) + shape.classes), transform_bytes(config, shape)
+    store = 0
+    for each in (*config.each_backbone(), *config.each_auxiliary()):
+        experts = each.experts
+        parameters = _parameters(network_spec(each, shape.image[0], shape.image[1:], shape.classes))
+        store += STORED_BYTES[experts.storage] * experts.count * len(each.kept_epochs) * parameters + transform
+    history = HISTORY_BYTES * len(config.weights) * config.distill.iterations
+    return Storage(
+        store=store,
+        checkpoint=checkpoint_bytes(images, row, chosen=True) + history,
+        results=2 * (images * (row + 8) + transform),
+    )
+
+
+def transform_bytes(config: RunConfig, shape: DataShape) -> int:
+    """Of a data set's normalisation: whitening has a matrix with a row and a column for every value of an image."""
+    values = math.prod(shape.image)
+    return 4 * values * (values + 1) if config.dataset.normalisation == "zca" else 8 * shape.image[0]
+
+
+def _row(config: RunConfig, shape: DataShape, role: Role, plans: Sequence[DistillationPlan]) -> Row:
+    matched = tuple(
+        Matched(plans[number].flop / (plans[number].steps * plans[number].batch), plans[number].chunk)
+        for number in role.backbones
+    )
+    return Row(matched, looking_flop(config, shape.image, shape.classes, role))
+
+
+def _expert_trainings(config: RunConfig, shape: DataShape, training: int) -> list[Training]:
+    found = []
+    for each in (*config.each_backbone(), *config.each_auxiliary()):
+        experts = each.experts
+        gradient, _ = _training(network_spec(each, shape.image[0], shape.image[1:], shape.classes))
+        passes = experts.epochs * (2 if experts.optimiser == "gsam" else 1)
+        stack = min(experts.count, experts_at_a_time(each, shape.image, shape.classes))
+        name = f"{experts.count} {each.network.architecture}"
+        found.append(Training(name, experts.count, training * passes * gradient, "experts", stack))
+    return found
+
+
+def _evaluation(config: RunConfig, shape: DataShape, training: int) -> list[Training]:
+    """Networks of the table and of other architectures; a control tries several step sizes."""
+    settings, tried = config.evaluate, len(CONTROL_STEP_SIZES)
+    images, epochs = config.distill.ipc * shape.classes, PROTOCOLS[config.evaluate.protocol].epochs
+    gradient, _ = _training(_specs(config, shape)[0])
+    on_set = epochs * images * gradient
+    found = [
+        Training("controls", 2 * settings.seeds, tried * on_set),
+        Training("distilled", settings.seeds, on_set),
+        Training("all real data", settings.seeds, tried * settings.real_epochs * training * gradient),
+    ]
+    for network in config.scored_networks:
+        other = config.model_copy(update={"network": network})
+        gradient, _ = _training(network_spec(other, shape.image[0], shape.image[1:], shape.classes))
+        trained = len(ON_OTHERS) * tried + 1
+        flop = trained * epochs * images * gradient / len(ON_OTHERS)
+        found.append(Training(network.architecture, len(ON_OTHERS) * settings.seeds, flop))
+    return found
+
+
+def _specs(config: RunConfig, shape: DataShape) -> list[NetworkSpec]:
+    return [network_spec(each, shape.image[0], shape.image[1:], shape.classes) for each in config.each_backbone()]
+
+
+@functools.lru_cache(maxsize=64)
+def _parameters(spec: NetworkSpec) -> int:
+    return FlatNetwork(build_network(spec, seed=0)).count
+
+
+@functools.lru_cache(maxsize=64)
+def _training(spec: NetworkSpec) -> tuple[int, int]:
+    network = FlatNetwork(build_network(spec, seed=0))
+    return training_cost(network, (spec.channels, *spec.size), spec.classes)
+
+
+# --- layouts ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A recipe in a layout on a machine, and what it takes there."""
+
+    config: RunConfig
+    """The recipe with that layout."""
+    shape: DataShape
+    plans: list[DistillationPlan]
+    """Of every backbone."""
+    work: Workload
+    machine: Machine
+    estimate: Estimate
+    described: Described
+
+    def lines(self, *, suggested: bool) -> list[str]:
+        """Time, traffic, storage and what they rest on as text for people, to stand below the plans.
+
+        Args:
+            suggested: whether to say how to ask for the layout.
+        """
+        told, machine, kept = self.estimate, self.machine, storage(self.config, self.shape)
+        part, sent = told.iteration, self.work.traffic.sent(self.work.shards, len(self.work.rows))
+        seconds = (
+            f"{show_number(part.compute)} computing, {show_number(part.sums)} sums, {show_number(part.update)} update"
+        )
+        rows = [
+            ("an iteration", f"{show_number(part.total)} s: {seconds}"),
+            ("a worker sends", f"{show_bytes(sent)} an iteration"),
+            *[(stage, f"{show_number(hours)} {machine.hours}") for stage, hours in told.hours.items()],
+            ("in all", f"{show_number(told.total_hours)} {machine.hours}"),
+            (
+                "storage",
+                f"{show_bytes(kept.total)}: store {show_bytes(kept.store)}, results {show_bytes(kept.results)}, "
+                f"checkpoint {show_bytes(kept.checkpoint)} (twice while one replaces another)",
+            ),
+        ]
+        if suggested:
+            clock = ", ".join(f"{stage} {show_number(hours)}" for stage, hours in told.wall.items())
+            rows += [
+                ("layout", f"{self.settings()}: {self.work.workers} of {machine.workers} workers distil"),
+                ("on the clock", f"{show_number(told.total_wall)} hours: {clock}"),
+            ]
+        found = [f"  {label:<16} {value}" for label, value in rows]
+        return [*found, "  Assumptions:", *(f"    {each}" for each in assumptions(machine, self.work, self.described))]
+
+    def settings(self) -> str:
+        """What asks for the layout on the command line."""
+        cluster = self.config.cluster
+        said = [f"cluster.shards={cluster.shards}"]
+        said += ["cluster.auxiliaries_apart=true"] if cluster.auxiliaries_apart else []
+        said += [f"cluster.gpus_per_worker={cluster.gpus_per_worker:g}"] if cluster.gpus_per_worker else []
+        memory = [] if self.machine.memory is None else [f"--memory {self.machine.memory}"]
+        return " ".join([*(f"--set {each}" for each in said), *memory])
+
+
+def as_it_is(config: RunConfig, shape: DataShape, layout: Layout, described: Described, machine: Machine) -> Proposal:
+    """The recipe's own layout on a machine.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    plans = plans_of(config, shape, layout)
+    work = workload(config, shape, plans)
+    return Proposal(config, shape, plans, work, machine, estimate(work, machine), described)
+
+
+def propose(config: RunConfig, shape: DataShape, described: Described, machine: Machine) -> Proposal:
+    """The layout in which a set is distilled soonest, or the one of fewest workers that takes at most 5 % longer.
+
+    Raises:
+        ConfigError: the set fits in none, or the machine has not as many workers as the recipe wants at least.
+    """
+    found: list[Proposal] = []
+    failure: ConfigError | None = None
+    for apart in (False, True) if config.metadd is not None else (False,):
+        rows = len(_laid_out(config, machine, 1, apart=apart).roles)
+        for shards in candidate_shards(machine.workers // rows, shape.classes):
+            laid_out = _laid_out(config, machine, shards, apart=apart)
+            layout = Layout(shards, laid_out.roles, laid_out.workers_per_set)
+            try:
+                found.append(as_it_is(laid_out, shape, layout, described, machine))
+            except ConfigError as unfit:
+                failure = unfit
+    if not found:
+        raise failure or ConfigError(
+            f"{config.name} wants {rows} workers at once, and the cluster has {machine.workers}",
+            "its networks are apart",
+            "lower cluster.backbones_apart, or describe a larger cluster",
+        )
+    enough = 1.05 * min(_distilling(each) for each in found)
+    return min((each for each in found if _distilling(each) <= enough), key=lambda each: each.work.workers)
+
+
+def _distilling(proposal: Proposal) -> float:
+    return proposal.estimate.wall["distillation"] + proposal.estimate.wall["validation"]
+
+
+def _laid_out(config: RunConfig, machine: Machine, shards: int, *, apart: bool) -> RunConfig:
+    """The recipe as it would be run on a machine."""
+    gpu = machine.device == "GPU"
+    cluster = config.cluster.model_copy(
+        update={
+            "shards": shards,
+            "workers": None,
+            "auxiliaries_apart": apart,
+            "device": "auto" if gpu else "cpu",
+            "gpus_per_worker": 1.0 if gpu else 0.0,
+            "memory": config.cluster.memory if machine.memory is None else str(machine.memory),
+        }
+    )
+    return config.model_copy(update={"cluster": cluster})
+
+
+def plans_of(config: RunConfig, shape: DataShape, layout: Layout) -> list[DistillationPlan]:
+    """Of every backbone of a recipe."""
+    return [
+        distillation_plan(
+            config,
+            shape.image,
+            shape.classes,
+            backbone=backbone,
+            layout=layout,
+            training_images=shape.training_images,
+        )
+        for backbone in range(len(config.weights))
+    ]
+
+
+def show_number(value: float) -> str:
+    """With three digits that matter, and thousands apart."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
