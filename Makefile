@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint type fmt check bench-experts bench-matching bench-metadd bench-rounding bench-store clean
+.PHONY: help install demo test lint type fmt check bench-experts bench-matching bench-metadd bench-plan bench-rounding bench-store clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,9 @@ bench-matching: install  ## speed, memory and error of the matching gradient aga
 
 bench-metadd: install  ## accuracy on other architectures with and without MetaDD, its terms, and its cost
 	$(BIN)/python benchmarks/bench_metadd.py
+
+bench-plan: install  ## what `plan` says against a real run; DATA=TRAIN.parquet for Tiny-ImageNet, digits without
+	$(BIN)/python benchmarks/bench_plan.py $(if $(DATA),--data $(DATA),--quick)
 
 bench-rounding: install  ## float32 error of the matching gradient over many problems
 	$(BIN)/python benchmarks/bench_rounding.py

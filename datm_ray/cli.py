@@ -137,7 +137,7 @@ def plan(
     from datm_ray.runtime.cost import Described, machine_of, parse_cluster
     from datm_ray.runtime.executor import require_precision
     from datm_ray.runtime.plan import Layout, data_shape as shape_of, parse_shape, uses_gpu
-    from datm_ray.runtime.speed import product_rate
+    from datm_ray.runtime.speed import product_rate, require_measurable
     from datm_ray.runtime.workload import as_it_is, propose
 
     described = None if cluster is None else parse_cluster(cluster)
@@ -149,7 +149,9 @@ def plan(
         on_gpu = uses_gpu(config) if described is None else described.device == "GPU"
         require_precision(config.cluster, on_gpu)
         here = described or Described("GPU" if on_gpu else "core", config.cluster.workers or os.cpu_count() or 1)
-        product = product_rate() if measure and here.device == "core" and not here.flops else None
+        if measure:
+            require_measurable(here)
+        product = product_rate() if measure else None
         machine = machine_of(
             here, precision=config.cluster.precision, threads=config.cluster.threads_per_worker, product=product
         )

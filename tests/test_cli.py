@@ -120,6 +120,19 @@ BAD_INPUT = {
     "too many workers": (["experts", "digits-ipc1", "--set", "cluster.workers=500"], "500 worker"),
     "unreadable memory": (["run", "digits-ipc1", "--memory", "8 apples"], "write it like 8GiB"),
     "too little memory": (["plan", "tiny-imagenet-ipc1", "--memory", "1GiB"], "may take 1.00 GiB"),
+    "unreadable cluster": (["plan", "digits-ipc1", "--cluster", "gpus=many"], "gpus is 'many'"),
+    "cluster without workers": (["plan", "digits-ipc1", "--cluster", "memory=8GiB"], "it needs gpus= or cpus="),
+    "cluster of fewer cores than a worker": (
+        ["plan", "digits-ipc1", "--cluster", "cpus=1", "--set", "cluster.threads_per_worker=2"],
+        "a worker takes 2 cores, and the cluster has 1",
+    ),
+    "cluster of too little memory": (["plan", "tiny-imagenet-ipc1", "--cluster", "gpus=2,memory=9MiB"], "may take 9.0"),
+    "unreadable data shape": (["plan", "digits-ipc1", "--data-shape", "64x64,10"], "3x64x64,1000,1281167"),
+    "more classes than given": (
+        ["plan", "digits-ipc1", "--data-shape", "1x8x8,2,90", "--set", "cluster.shards=3"],
+        "has 2 classes",
+    ),
+    "cores measured for GPUs": (["plan", "digits-ipc1", "--cluster", "gpus=1", "--measure"], "compute on GPUs"),
     "no gpu": (["experts", "digits-ipc1", "--executor", "serial", "--set", "cluster.device=cuda"], "GPU"),
 }
 
@@ -273,6 +286,51 @@ def test_a_plan_is_a_table_of_parts_and_needs_no_data(datm_ray: CommandLine, tmp
         assert out.count(part) == 2
     assert out.count("of 3.00 GiB") == 2
     assert files_below(tmp_path) == []
+
+
+def test_a_plan_tells_hours_traffic_and_storage(datm_ray: CommandLine) -> None:
+    """Stage by stage and in all, of a recipe with MetaDD too, with the assumptions below."""
+    seen = "metadd={auxiliaries: [{architecture: lenet}]}"
+    code, out, err = datm_ray("plan", "digits-ipc1", "--memory", "3GiB", "--set", seen, "--set", "cluster.shards=2")
+    assert (code, err) == (0, "")
+    lines = dict(line.strip().split("  ", 1) for line in out.splitlines() if line.startswith("  ") and "   " in line)
+    for stage in ("experts", "distillation", "validation", "evaluation", "in all"):
+        assert lines[stage].endswith(" CPU-hours")
+    assert "computing" in lines["an iteration"]
+    assert "an iteration" in lines["a worker sends"]
+    assert "checkpoint" in lines["storage"]
+    assert "Assumptions:\n    student steps run at" in out
+    assert "layout" not in lines
+
+
+def test_a_plan_for_a_cluster_suggests_a_layout_that_can_be_asked_for(datm_ray: CommandLine) -> None:
+    """What it says to set is a valid configuration, for a data set that nobody has here."""
+    described = ["--cluster", "gpus=64,memory=80GiB,tflops=60,network=25Gbps"]
+    code, out, err = datm_ray("plan", "tiny-imagenet-ipc50", "--data-shape", "3x64x64,1000,1281167", *described)
+    assert (code, err) == (0, "")
+    said = next(line.split("layout", 1)[1] for line in out.splitlines() if line.startswith("  layout"))
+    command, _, workers = said.partition(": ")
+    assert workers.endswith(" of 64 workers distil")
+    again = datm_ray("plan", "tiny-imagenet-ipc50", "--data-shape", "3x64x64,1000,1281167", *shlex.split(command))
+    assert again[0] == 0, again[2]
+    assert "on the clock" in out
+    for told in (again[1], out):
+        assert "GPU-hours" in told
+        assert " 50,000\n" in told
+
+
+def test_a_plan_may_time_the_machine_first(datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then hours follow what was measured."""
+    from datm_ray.runtime import speed
+
+    told = []
+    for rate in (1e11, 1e12):
+        monkeypatch.setattr(speed, "product_rate", lambda rate=rate: rate)
+        code, out, _ = datm_ray("plan", "digits-ipc1", "--memory", "3GiB", "--measure")
+        assert code == 0
+        assert "measured here now" in out
+        told.append(next(float(line.split()[2]) for line in out.splitlines() if line.startswith("  experts  ")))
+    assert told[0] == pytest.approx(10 * told[1], rel=0.02)
 
 
 def test_debug_mode_shows_the_traceback(datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:

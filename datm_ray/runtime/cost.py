@@ -14,12 +14,15 @@ tests/runtime/test_cost.py.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 from datm_ray.config import parse_bytes
 from datm_ray.errors import ConfigError
@@ -223,22 +226,44 @@ class Estimate:
         return sum(self.wall.values())
 
 
-def slowest_calls(batch: int, images: int, held: int, shards: int, chunk: int) -> float:
+@functools.lru_cache(maxsize=256)
+def slowest_calls(batch: int, held: int, shards: int, chunk: int) -> float:
     """Micro-batches that the slowest shard has of a minibatch, on average.
 
     A minibatch is drawn without regard to shards, so their parts are uneven and all wait for the largest; and a
-    micro-batch is computed whole, however many images it has. Taken as normal, and shards as independent.
+    micro-batch is computed whole, however many images it has.
+
+    Args:
+        held: images of every shard; of the largest, where they differ.
     """
-    share = held / images
-    mean = batch * share
-    spread = math.sqrt(max(0.0, mean * (1 - share) * (images - batch) / max(1, images - 1)))
-    if shards == 1 or spread == 0:
-        return math.ceil(mean / chunk - 1e-9)
-    most, expected = math.ceil(min(batch, held) / chunk), 0.0
-    for calls in range(most):  # the mean of a count is the sum over n of the chance that it exceeds n
-        below = _normal((calls * chunk + 0.5 - mean) / spread) if calls else _normal((0.5 - mean) / spread)
-        expected += 1 - below**shards
-    return expected
+    fair = -(-batch // shards)
+    if shards == 1 or batch >= held * shards:
+        return math.ceil(fair / chunk)
+    expected, calls = 0.0, 0
+    while True:  # the mean of a count is the sum over n of the chance that it exceeds n
+        more = 1 - _chance_of_no_more(calls * chunk, batch, held, shards) if calls * chunk >= fair else 1.0
+        if more < 1e-6:
+            return expected
+        expected, calls = expected + more, calls + 1
+
+
+def _chance_of_no_more(most: int, batch: int, held: int, shards: int) -> float:
+    """That of a minibatch drawn from all shards none has more than so many images."""
+    images = held * shards
+    share, most = batch / images, min(most, batch, held)
+    each = np.exp([_log_chance(count, held, share) for count in range(most + 1)])
+    together, power = np.ones(1), shards
+    while power:  # the shards' sum, by squaring; what exceeds the batch is of no interest
+        if power & 1:
+            together = np.convolve(together, each)[: batch + 1]
+        each, power = np.convolve(each, each)[: batch + 1], power >> 1
+    return float(together[batch] / math.exp(_log_chance(batch, images, share))) if len(together) > batch else 0.0
+
+
+def _log_chance(count: int, held: int, share: float) -> float:
+    """Of so many of the images held, each taken with that chance."""
+    ways = math.lgamma(held + 1) - math.lgamma(count + 1) - math.lgamma(held - count + 1)
+    return ways + count * math.log(share) + (held - count) * math.log1p(-share)
 
 
 def iteration_seconds(work: Workload, machine: Machine) -> IterationTime:
@@ -247,7 +272,7 @@ def iteration_seconds(work: Workload, machine: Machine) -> IterationTime:
     for row in work.rows:
         seconds = machine.seconds(row.looking / work.shards, "training")
         for each in row.matched:
-            calls = slowest_calls(work.batch, work.images, work.held, work.shards, each.chunk)
+            calls = slowest_calls(work.batch, work.held, work.shards, each.chunk)
             seconds += work.steps * calls * (machine.seconds(each.chunk * each.flop) + CALL_SECONDS)
         compute = max(compute, seconds)
     sums = sum_seconds(work.traffic.over_classes, work.traffic.class_sums, work.shards, machine)
@@ -308,7 +333,7 @@ def makespan(seconds: Iterable[float], workers: int) -> float:
 def candidate_shards(workers: int, classes: int) -> list[int]:
     """Numbers of shards worth a look: powers of two, as many as there are workers, and one class each."""
     most = min(workers, classes)
-    return sorted({2**power for power in range(most.bit_length()) if 2**power <= most} | {most})
+    return sorted({2**power for power in range(most.bit_length())} | {most} if most else set())
 
 
 # --- machines -----------------------------------------------------------------------------------------------------
@@ -434,10 +459,6 @@ def _tasks(trainings: Iterable[Training], machine: Machine) -> list[float]:
 
 def _on_the_wire(size: float, members: int) -> float:
     return 2 * (members - 1) / members * size
-
-
-def _normal(z: float) -> float:
-    return 0.5 * (1 + math.erf(z / math.sqrt(2)))
 
 
 def _unreadable(text: str, fact: str) -> ConfigError:

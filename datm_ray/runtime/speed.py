@@ -7,8 +7,21 @@ import time
 
 import torch
 
+from datm_ray.errors import ConfigError
+from datm_ray.runtime.cost import Described
+
 SIDE = 2048
 """Of the matrices; smaller ones would be a matter of calls and caches."""
+
+
+def require_measurable(described: Described) -> None:
+    """Raise a `ConfigError` where timing this machine's cores would tell nothing of a cluster."""
+    if described.device == "GPU" or described.flops:
+        raise ConfigError(
+            "--measure times the cores of this machine, and "
+            + ("the speed is given" if described.flops else "the workers compute on GPUs"),
+            remedy="leave it out; tflops= in --cluster gives the speed of student steps on a GPU",
+        )
 
 
 def product_rate(repetitions: int = 5, side: int = SIDE) -> float:

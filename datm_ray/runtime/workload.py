@@ -15,7 +15,7 @@ from datm_ray.config import Role, RunConfig
 from datm_ray.core.footprint import training_cost
 from datm_ray.core.metadd import IMAGES_AT_A_TIME
 from datm_ray.core.networks import NetworkSpec, build_network
-from datm_ray.core.parameters import FlatNetwork
+from datm_ray.core.parameters import FlatNetwork, float_buffers
 from datm_ray.core.training import PROTOCOLS
 from datm_ray.errors import ConfigError
 from datm_ray.runtime.cost import (
@@ -143,8 +143,9 @@ def storage(config: RunConfig, shape: DataShape) -> Storage:
     store = 0
     for each in (*config.each_backbone(), *config.each_auxiliary()):
         experts = each.experts
-        parameters = _parameters(network_spec(each, shape.image[0], shape.image[1:], shape.classes))
-        store += STORED_BYTES[experts.storage] * experts.count * len(each.kept_epochs) * parameters + transform
+        spec = network_spec(each, shape.image[0], shape.image[1:], shape.classes)
+        snapshot = STORED_BYTES[experts.storage] * _parameters(spec) + 4 * _buffers(spec)
+        store += experts.count * len(each.kept_epochs) * snapshot + transform
     history = HISTORY_BYTES * len(config.weights) * config.distill.iterations
     return Storage(
         store=store,
@@ -209,8 +210,14 @@ def _parameters(spec: NetworkSpec) -> int:
 
 
 @functools.lru_cache(maxsize=64)
+def _buffers(spec: NetworkSpec) -> int:
+    """Numbers of a batch norm's running statistics."""
+    return sum(buffer.numel() for buffer in float_buffers(build_network(spec, seed=0)).values())
+
+
+@functools.lru_cache(maxsize=64)
 def _training(spec: NetworkSpec) -> tuple[int, int]:
-    network = FlatNetwork(build_network(spec, seed=0))
+    network = FlatNetwork(build_network(spec, seed=0).eval())  # batch statistics would be counted in place
     return training_cost(network, (spec.channels, *spec.size), spec.classes)
 
 
@@ -268,7 +275,9 @@ class Proposal:
         said = [f"cluster.shards={cluster.shards}"]
         said += ["cluster.auxiliaries_apart=true"] if cluster.auxiliaries_apart else []
         said += [f"cluster.gpus_per_worker={cluster.gpus_per_worker:g}"] if cluster.gpus_per_worker else []
-        memory = [] if self.machine.memory is None else [f"--memory {self.machine.memory}"]
+        size = self.machine.memory
+        whole = size is not None and size % 2**30 == 0
+        memory = [] if size is None else [f"--memory {f'{size // 2**30}GiB' if whole else size}"]
         return " ".join([*(f"--set {each}" for each in said), *memory])
 
 
