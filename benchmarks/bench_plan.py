@@ -106,9 +106,9 @@ together with all it had started, the second the same command again.
 - an iteration: from one checkpoint to the next, so with its checkpoint; median, the first of each part left out.
 - computing: CPU seconds of the busier worker in an iteration, which do not count that other work shares the processors,
   nor what a worker waits for the other.
-- first images: from the workers' processes to the initial set's file, reading the data included. `plan` itself assumes
-  that the expert gets half of the images right; one of one epoch gets few, so all images were looked at, and this is
-  what is predicted here.
+- first images: CPU seconds of the busier worker until the initial set's file was there, imports included. `plan` itself
+  assumes that the expert gets half of the images right; one of one epoch gets few, so all images were looked at, and
+  this is what is predicted here.
 - memory: largest resident memory of a worker, without what it shares with others, while it matches; predicted are
   process, set, network, trace and one micro-batch of the plan.
 - traffic: what the loopback device of the run's own network namespace sent in an iteration, headers and Ray's own
@@ -127,10 +127,8 @@ class Part:
     """CPU seconds of the busiest worker so far, at each checkpoint."""
     sent: list[int] = field(default_factory=list)
     """Bytes that the loopback device had sent, at each checkpoint."""
-    workers_at: float = 0.0
-    """When the workers were there."""
-    initial_at: float = 0.0
-    """When the initial set was there."""
+    initial_cpu: float = 0.0
+    """CPU seconds that the busier worker had computed when the initial set was there."""
     peak: int = 0
     """Bytes, from the first checkpoint on."""
     peak_of_all: int = 0
@@ -197,6 +195,8 @@ def run_until(command: list[str], folder: Path, checkpoints: int, limit: float) 
         "RAY_worker_niceness": "0",
     }  # Ray's 15 would let any other process of the machine go first
     child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=ordinary)
+    with suppress(OSError):  # what else the machine does waits, where the user may say so
+        Path(f"/proc/{child.pid}/autogroup").write_text("-10")
     part = Part(time.monotonic())
     try:
         for _ in looks(child, limit, log.name):
@@ -225,10 +225,8 @@ def looks(child: subprocess.Popen[bytes], limit: float, log: str) -> Iterator[No
 def look(part: Part, process: int, folder: Path) -> None:
     """Note memory, and a checkpoint where there is a new one."""
     now, workers = time.monotonic(), distilling(children_of(process))
-    if len(workers) == SHARDS and not part.workers_at:
-        part.workers_at = now
-    if (folder / INITIAL).exists() and not part.initial_at:
-        part.initial_at = now
+    if (folder / INITIAL).exists() and workers and not part.initial_cpu:
+        part.initial_cpu = max(cpu_seconds(worker) for worker in workers)
     with suppress(OSError, KeyError, ValueError):
         sizes = [status_of(worker, "VmRSS", "RssShmem") for worker in workers]
         own = max((size["VmRSS"] - size["RssShmem"] for size in sizes), default=0)
@@ -272,7 +270,7 @@ def predicted(config: RunConfig, product: float | None) -> tuple[Proposal, dict[
     return found, {
         "an iteration, s": found.estimate.iteration.total + writing,
         "computing, CPU s": found.estimate.iteration.compute + found.estimate.iteration.update + writing,
-        "first images, s": machine.seconds(looked / work.shards, "scoring"),
+        "first images, CPU s": machine.seconds(looked / work.shards, "scoring"),
         "memory, MiB": (parts.process + parts.synthetic + parts.network + parts.trace + parts.call) / 2**20,
         "traffic of a worker, MiB": work.traffic.sent(work.shards, len(work.rows)) / 2**20,
         "store, MiB": storage(config, shape).store / 2**20,
@@ -286,7 +284,7 @@ def measured(parts: list[Part], folder: Path, store: Path) -> dict[str, float]:
     return {
         "an iteration, s": statistics.median(times(parts)),
         "computing, CPU s": statistics.median(differences(parts, "cpu")),
-        "first images, s": parts[0].initial_at - parts[0].workers_at,
+        "first images, CPU s": parts[0].initial_cpu,
         "memory, MiB": max(part.peak for part in parts) / 2**20,
         "traffic of a worker, MiB": statistics.median(differences(parts, "sent")) / SHARDS / 2**20,
         "store, MiB": size_below(store) / 2**20,
@@ -451,6 +449,7 @@ def main() -> None:
     parser.add_argument("--after", type=int, default=4, help="checkpoints after it has gone on")
     parser.add_argument("--limit", type=float, default=1500.0, help="seconds that a part may take")
     parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results unless --quick")
+    parser.add_argument("--name", default="tiny-imagenet", help="of the results' files")
     parser.add_argument("--layouts", action="store_true", help="only tell layouts of GPUs, and run nothing")
     arguments = parser.parse_args()
     if arguments.layouts:
@@ -511,7 +510,7 @@ def main() -> None:
     print("\n".join(lines))
     out = arguments.out or (None if arguments.quick else Path(__file__).parent / "results")
     if out:
-        path = out / f"plan-{'digits' if arguments.quick else 'tiny-imagenet'}_{file_name}_{date.today():%Y%m}"
+        path = out / f"plan-{'digits' if arguments.quick else arguments.name}_{file_name}_{date.today():%Y%m}"
         path.with_suffix(".md").write_text("\n".join(lines) + "\n")
         details = {
             "predicted": before,

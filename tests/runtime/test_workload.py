@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -247,3 +250,21 @@ def test_shapes_are_read() -> None:
 def test_numbers_keep_three_digits() -> None:
     """Or all before the point."""
     assert [show_number(value) for value in (0.00123456, 1.5, 99.96, 12345.6)] == ["0.00123", "1.5", "100", "12,346"]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_the_benchmark_of_the_plan_predicts_runs_kills_and_goes_on(tmp_path: Path) -> None:
+    """With digits and a tiny network: every quantity has both numbers, and the second part continues the first."""
+    script = Path(__file__).parents[2] / "benchmarks/bench_plan.py"
+    command = [sys.executable, str(script), "--quick", "--before", "3", "--after", "2", "--limit", "120"]
+    places = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
+    done = subprocess.run([*command, *places], capture_output=True, text=True, check=False, timeout=290)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (written,) = tmp_path.glob("plan-digits_*.json")
+    told = json.loads(written.read_text())
+    assert set(told["predicted"]) == set(told["measured"])
+    assert all(value > 0 for value in (*told["predicted"].values(), *told["measured"].values()))
+    assert told["resumed"]["first after"] > told["resumed"]["iterations before"] >= 3
+    assert told["resumed"]["initial set unchanged"]
+    assert told["resumed"]["history"] == list(range(len(told["resumed"]["history"])))
