@@ -293,7 +293,8 @@ def test_a_plan_tells_hours_traffic_and_storage(datm_ray: CommandLine) -> None:
     seen = "metadd={auxiliaries: [{architecture: lenet}]}"
     code, out, err = datm_ray("plan", "digits-ipc1", "--memory", "3GiB", "--set", seen, "--set", "cluster.shards=2")
     assert (code, err) == (0, "")
-    lines = dict(line.strip().split("  ", 1) for line in out.splitlines() if line.startswith("  ") and "   " in line)
+    rows = out.partition("  Assumptions:")[0].splitlines()
+    lines = {line[2:18].strip(): line[18:].strip() for line in rows}
     for stage in ("experts", "distillation", "validation", "evaluation", "in all"):
         assert lines[stage].endswith(" CPU-hours")
     assert "computing" in lines["an iteration"]
@@ -329,7 +330,7 @@ def test_a_plan_may_time_the_machine_first(datm_ray: CommandLine, monkeypatch: p
         code, out, _ = datm_ray("plan", "digits-ipc1", "--memory", "3GiB", "--measure")
         assert code == 0
         assert "measured here now" in out
-        told.append(next(float(line.split()[2]) for line in out.splitlines() if line.startswith("  experts  ")))
+        told.append(next(float(line.split()[1]) for line in out.splitlines() if line.startswith("  experts  ")))
     assert told[0] == pytest.approx(10 * told[1], rel=0.02)
 
 

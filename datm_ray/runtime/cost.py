@@ -3,7 +3,7 @@
 Pure functions of plain numbers: nothing is built, started or measured here. What a recipe computes is counted in
 `workload.py`; memory is `plan.py`'s. The model of one matching iteration:
 
-    seconds = largest over the rows of workers of (compute + calls)     what the slowest shard has of every minibatch
+    seconds = looking + matching      of the row of workers that takes longest, and in it of the shard that has most
               + sums          bytes on the wire / bandwidth + latency * rounds, for every sum
               + update        bytes of the shard's part of the set / UPDATE_RATE
 
@@ -268,16 +268,17 @@ def _log_chance(count: int, held: int, share: float) -> float:
 
 def iteration_seconds(work: Workload, machine: Machine) -> IterationTime:
     """Of one matching iteration."""
-    compute = 0.0
-    for row in work.rows:
-        seconds = machine.seconds(row.looking / work.shards, "training")
-        for each in row.matched:
-            calls = slowest_calls(work.batch, work.held, work.shards, each.chunk)
-            seconds += work.steps * calls * (machine.seconds(each.chunk * each.flop) + CALL_SECONDS)
-        compute = max(compute, seconds)
+    # Nobody has looked before all have, for each needs what the others see; then each matches by itself.
+    compute = max(machine.seconds(row.looking / work.shards, "training") for row in work.rows)
+    compute += max(sum(_matching_seconds(work, each, machine) for each in row.matched) for row in work.rows)
     sums = sum_seconds(work.traffic.over_classes, work.traffic.class_sums, work.shards, machine)
     sums += sum_seconds(work.traffic.over_networks, work.traffic.network_sums, len(work.rows), machine)
     return IterationTime(compute, sums, work.held * work.row_bytes / UPDATE_RATE[machine.device])
+
+
+def _matching_seconds(work: Workload, matched: Matched, machine: Machine) -> float:
+    calls = slowest_calls(work.batch, work.held, work.shards, matched.chunk)
+    return work.steps * calls * (machine.seconds(matched.chunk * matched.flop) + CALL_SECONDS)
 
 
 def sum_seconds(size: int, sums: int, members: int, machine: Machine) -> float:

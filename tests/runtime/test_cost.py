@@ -107,7 +107,7 @@ def test_one_shard_or_a_whole_batch_leave_nothing_to_chance() -> None:
 
 
 def test_rows_work_at_the_same_time() -> None:
-    """The row that takes longest decides; what one worker matches and looks at comes one after the other."""
+    """The row that takes longest decides, first of looking and then of matching."""
     row = Row((Matched(4e9, 25),))
     one = iteration_seconds(work_of(), GPUS).compute
     assert iteration_seconds(work_of(rows=(row, row)), GPUS).compute == one
@@ -115,6 +115,8 @@ def test_rows_work_at_the_same_time() -> None:
     looking = Row(row.matched, looking=1e13)
     more = iteration_seconds(work_of(rows=(looking,)), GPUS).compute - one
     assert more == pytest.approx(GPUS.seconds(1e13, "training"))
+    elsewhere = iteration_seconds(work_of(rows=(row, Row((), looking=1e13))), GPUS).compute - one
+    assert elsewhere == pytest.approx(more)  # the others wait for what is seen there
 
 
 def test_hours_are_those_of_the_stages() -> None:

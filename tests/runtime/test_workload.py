@@ -201,21 +201,23 @@ def test_a_layout_is_one_that_fits_and_is_fastest() -> None:
                         ((1, "25Gbps"), (8, "25Gbps"), (8, "10Mbps")))  # fmt: skip
     assert (one[0], eight[0], slow[0]) == (1, 8, 1)
     assert one[1] / 8 < eight[1] < one[1] / 4
-    assert proposed("gpus=4,memory=1800MiB,tflops=20,network=10Mbps")[0] > 1
+    assert proposed("gpus=16,memory=1800MiB,tflops=20,network=10Mbps")[0] == 16  # 10 would do, and 8 do not
     with pytest.raises(ConfigError, match=r"needs .* and may take"):
         proposed("gpus=2,memory=200MiB")
 
 
 def test_a_layout_sets_auxiliaries_apart_where_that_is_faster() -> None:
     """With as many workers as classes, further ones can only look on."""
-    config = tiny_config(METADD, "cluster.memory=4GiB").model_copy(update={"name": "seen"})
+    seen = "metadd={auxiliaries: [{width: 5, depth: 2}]}"
+    long = ("distill.iterations=5000", "distill.validate_every=5000", "distill.student_steps=1")
+    config = tiny_config(seen, "cluster.memory=4GiB", *long)
     work = {}
-    for gpus in (1, 3):
+    for gpus in (1, 2):
         described = parse_cluster(f"gpus={gpus},tflops=0.000001,network=100Gbps")
         work[gpus] = propose(config, DataShape((1, 8, 8), 1, 100), described, machine_of(described))
     assert not work[1].config.cluster.auxiliaries_apart
-    assert work[3].config.cluster.auxiliaries_apart
-    assert "--set cluster.auxiliaries_apart=true" in work[3].settings()
+    assert work[2].config.cluster.auxiliaries_apart
+    assert "--set cluster.auxiliaries_apart=true" in work[2].settings()
 
 
 def test_what_is_told_of_a_layout() -> None:
