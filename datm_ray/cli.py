@@ -134,11 +134,11 @@ def plan(
     In --cluster, memory is that of a GPU, or of all cores together; tflops (or gflops) is the speed of student steps on
     one GPU or core, not its peak; network is what one of them can send.
     """
-    from datm_ray.runtime.cost import Described, machine_of, parse_cluster
+    from datm_ray.runtime.cost import machine_of, parse_cluster
     from datm_ray.runtime.executor import require_precision
-    from datm_ray.runtime.plan import Layout, data_shape as shape_of, parse_shape, uses_gpu
+    from datm_ray.runtime.plan import Layout, data_shape as shape_of, parse_shape
     from datm_ray.runtime.speed import product_rate, require_measurable
-    from datm_ray.runtime.workload import as_it_is, propose
+    from datm_ray.runtime.workload import as_it_is, described_here, propose
 
     described = None if cluster is None else parse_cluster(cluster)
     shape = None if data_shape is None else parse_shape(data_shape)
@@ -146,9 +146,8 @@ def plan(
     wanted = sum(config.workers_per_set for config in configs)  # a run distils its recipes side by side
     for config in configs:
         config.require_matchable()
-        on_gpu = uses_gpu(config) if described is None else described.device == "GPU"
-        require_precision(config.cluster, on_gpu)
-        here = described or Described("GPU" if on_gpu else "core", config.cluster.workers or os.cpu_count() or 1)
+        here = described or described_here(config)
+        require_precision(config.cluster, here.device == "GPU")
         if measure:
             require_measurable(here)
         product = product_rate() if measure else None

@@ -56,8 +56,8 @@ WRITE_RATE = 370e6
 373, two workers writing to one local disk at a time. Elsewhere assumed."""
 
 GPU_PEAK = {"bfloat16": 790e12, "tf32": 395e12, "float32": 67e12}
-"""FLOP/s of large products on an H200: the first measured (REFERENCE section 5), the second half of it, the third as
-its maker states."""
+"""FLOP/s of large products on an H200: the first measured elsewhere, the second half of it, the third as its maker
+states."""
 GPU_SHARE = 0.1
 """Of the peak, what student steps are assumed to reach on a GPU where no speed is given; not measured."""
 
@@ -403,29 +403,22 @@ def machine_of(
     Raises:
         ConfigError: fewer cores than one worker takes.
     """
-    device = described.device
-    if device == "GPU":
-        workers, rate = described.count, described.flops or GPU_SHARE * GPU_PEAK[precision]
-        origin = (
-            "as given"
-            if described.flops
-            else f"assumed, {GPU_SHARE:.0%} of an H200's peak in {precision}; not measured on any GPU"
+    bandwidth = described.bandwidth or BANDWIDTH[described.device]
+    if described.device == "GPU":
+        rate = described.flops or GPU_SHARE * GPU_PEAK[precision]
+        assumed = f"assumed, {GPU_SHARE:.0%} of an H200's peak in {precision}; not measured on any GPU"
+        origin = "as given" if described.flops else assumed
+        return Machine("GPU", described.count, rate, described.memory, bandwidth, LATENCY, origin)
+    workers = described.count // threads
+    if not workers:
+        raise ConfigError(
+            f"a worker takes {threads} cores, and the cluster has {described.count}",
+            remedy="lower cluster.threads_per_worker, or describe a larger cluster",
         )
-        memory = described.memory
-    else:
-        workers, rate = (
-            described.count // threads,
-            threads * (described.flops or MATCHING_OF_PRODUCT * (product or CORE_PRODUCT)),
-        )
-        origin = "as given" if described.flops else "measured here now" if product else "measured on 2 cores, AMD EPYC"
-        if not workers:
-            raise ConfigError(
-                f"a worker takes {threads} cores, and the cluster has {described.count}",
-                remedy="lower cluster.threads_per_worker, or describe a larger cluster",
-            )
-        memory = described.memory // workers if described.memory else None
-    bandwidth = described.bandwidth or BANDWIDTH[device]
-    return Machine(device, workers, rate, memory, bandwidth, LATENCY, origin, 1 if device == "GPU" else threads)
+    core = described.flops or MATCHING_OF_PRODUCT * (product or CORE_PRODUCT)
+    origin = "as given" if described.flops else "measured here now" if product else "measured on 2 cores, AMD EPYC"
+    memory = described.memory // workers if described.memory else None
+    return Machine("core", workers, threads * core, memory, bandwidth, LATENCY, origin, threads)
 
 
 def assumptions(machine: Machine, work: Workload, described: Described) -> list[str]:
@@ -440,6 +433,7 @@ def assumptions(machine: Machine, work: Workload, described: Described) -> list[
         + (" (measured at 32x32 on cores, on GPUs assumed)" if machine.device == "GPU" else " (measured at 32x32)"),
         f"a worker sends {machine.bandwidth / 1e9:,.3g} GB/s in a sum ({link}), and a round takes "
         f"{1000 * machine.latency:g} ms; no sum overlaps with computing",
+        "an expert gets half of the images right from which the first are chosen; the stages follow each other",
         f"no iteration is skipped, nothing is lost to faults, and compiling and starting workers take no time; "
         f"a checkpoint is written at {WRITE_RATE / 1e6:,.0f} MB/s a worker",
     ]

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 from datm_ray.config import Role, RunConfig
 from datm_ray.core.footprint import training_cost
@@ -42,6 +45,7 @@ from datm_ray.runtime.plan import (
     distillation_plan,
     looking_flop,
     show_bytes,
+    uses_gpu,
 )
 
 HISTORY_BYTES = 49
@@ -279,6 +283,15 @@ class Proposal:
         whole = size is not None and size % 2**30 == 0
         memory = [] if size is None else [f"--memory {f'{size // 2**30}GiB' if whole else size}"]
         return " ".join([*(f"--set {each}" for each in said), *memory])
+
+
+def described_here(config: RunConfig) -> Described:
+    """The workers that a recipe has without a description: those it asks for, or all that this machine has."""
+    cluster = config.cluster
+    if uses_gpu(config):
+        return Described("GPU", cluster.workers or torch.cuda.device_count() or config.workers_per_set)
+    cores = cluster.workers * cluster.threads_per_worker if cluster.workers else os.cpu_count() or 1
+    return Described("core", max(cores, cluster.threads_per_worker))
 
 
 def as_it_is(config: RunConfig, shape: DataShape, layout: Layout, described: Described, machine: Machine) -> Proposal:

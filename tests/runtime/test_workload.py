@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from datm_ray.core.parameters import FlatNetwork
 from datm_ray.errors import ConfigError
 from datm_ray.pipeline import Pipeline
 from datm_ray.recipes import get_recipe
-from datm_ray.runtime.cost import Traffic, machine_of, parse_cluster
+from datm_ray.runtime.cost import Described, Traffic, machine_of, parse_cluster
 from datm_ray.runtime.distill import _Run
 from datm_ray.runtime.executor import SerialExecutor
 from datm_ray.runtime.mesh import Alone
@@ -27,6 +28,7 @@ from datm_ray.runtime.plan import DataShape, Layout, data_shape, parse_shape
 from datm_ray.runtime.telemetry import Reporter
 from datm_ray.runtime.workload import (
     as_it_is,
+    described_here,
     plans_of,
     propose,
     show_number,
@@ -218,6 +220,14 @@ def test_a_layout_sets_auxiliaries_apart_where_that_is_faster() -> None:
     assert not work[1].config.cluster.auxiliaries_apart
     assert work[2].config.cluster.auxiliaries_apart
     assert "--set cluster.auxiliaries_apart=true" in work[2].settings()
+
+
+def test_workers_without_a_description_are_those_asked_for() -> None:
+    """Cores of all workers together, and never fewer than one worker takes; GPUs where workers have some."""
+    assert described_here(tiny_config("cluster.workers=3", "cluster.threads_per_worker=2")) == Described("core", 6)
+    assert described_here(tiny_config("cluster.threads_per_worker=999")).count == 999
+    assert described_here(tiny_config()).count == os.cpu_count()
+    assert described_here(tiny_config("cluster.workers=4", "cluster.gpus_per_worker=1")) == Described("GPU", 4)
 
 
 def test_what_is_told_of_a_layout() -> None:
