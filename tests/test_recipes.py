@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from datm_ray.config import RunConfig
+from datm_ray.core.networks import build_network, spatial_features
 from datm_ray.errors import ConfigError
 from datm_ray.recipes import get_recipe, recipe_names, recipe_notes
+from datm_ray.runtime.experts import network_spec
+from datm_ray.runtime.plan import data_shape
 
 # name: steps, epochs, batch, lr images, lr step size, lr labels, (min, cur, max), end, threshold
 PUBLISHED = {
@@ -92,6 +96,23 @@ def test_metadd_is_added_to_a_recipe_and_changes_nothing_else(name: str) -> None
     assert config.metadd is not None
     unlike = {"name", "metadd", "dataset"} if name.startswith("digits16") else {"name", "metadd"}
     assert config.model_dump(exclude=unlike) == base.model_dump(exclude=unlike)
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if "-metadd-" in name])
+def test_auxiliaries_of_metadd_see_more_than_one_place(name: str) -> None:
+    """At the size of the recipe's images, and every architecture that looks on is another one."""
+    config = get_recipe(name)
+    shape = data_shape(config.dataset)
+    seen = set()
+    for each in config.each_auxiliary():
+        network = build_network(network_spec(each, shape.image[0], shape.image[1:], shape.classes), seed=0).eval()
+        with torch.no_grad():
+            maps, logits = spatial_features(network, torch.zeros(1, *shape.image))
+        assert logits.shape == (1, shape.classes)
+        assert maps.shape[2] * maps.shape[3] > 1
+        seen.add(each.network.architecture)
+    assert len(seen) == len(config.each_auxiliary())
+    assert config.network.architecture not in seen
 
 
 def test_recipes_of_one_data_set_share_their_experts() -> None:

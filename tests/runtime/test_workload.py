@@ -25,6 +25,7 @@ from datm_ray.runtime.distill import _Run
 from datm_ray.runtime.executor import SerialExecutor
 from datm_ray.runtime.mesh import Alone
 from datm_ray.runtime.plan import DataShape, Layout, data_shape, parse_shape
+from datm_ray.runtime.speed import product_rate
 from datm_ray.runtime.telemetry import Reporter
 from datm_ray.runtime.workload import (
     as_it_is,
@@ -262,6 +263,13 @@ def test_shapes_are_read() -> None:
 def test_numbers_keep_three_digits() -> None:
     """Or all before the point."""
     assert [show_number(value) for value in (0.00123456, 1.5, 99.96, 12345.6)] == ["0.00123", "1.5", "100", "12,346"]
+
+
+def test_timing_the_machine_leaves_its_threads_as_they_were() -> None:
+    """And gives a rate that a machine can have."""
+    before = torch.get_num_threads()
+    assert 1e6 < product_rate(repetitions=1, side=64) < 1e15
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.slow
