@@ -423,7 +423,7 @@ def machine_of(
 
 def assumptions(machine: Machine, work: Workload, described: Described) -> list[str]:
     """What an estimate rests on, a line each."""
-    link = "as given" if described.bandwidth else "measured" if machine.device == "core" else "assumed"
+    link = "as given" if described.bandwidth else "measured on one machine" if machine.device == "core" else "assumed"
     memory = "" if machine.memory is None else f", {machine.memory / 2**30:,.1f} GiB a worker as given"
     lines = [
         f"student steps run at {machine.rate / 1e12:,.3g} TFLOP/s a worker ({machine.origin}){memory}",
