@@ -355,7 +355,7 @@ def is_within(ratio: float) -> bool:
 
 
 LAYOUTS_HEADER = """Extrapolated, not measured: what `datm-ray plan RECIPE --cluster ...` says. Nothing was run on a
-GPU, nor on several machines; the model was checked against a run on two cores (plan-tiny-imagenet). Hours are those of
+GPU, nor on several machines; the model was checked against runs on two cores (plan-tiny-imagenet). Hours are those of
 GPUs, with those in which a set's other GPUs wait while the first validates; "clock" is hours from start to end if
 nothing fails and nothing is skipped. `float32` takes the assumed default of {default:.1f} TFLOP/s a GPU, a tenth of the
 stated peak; "60 TFLOP/s" is what student steps would have to reach. Network {network} for every sum; ImageNet-1K:
