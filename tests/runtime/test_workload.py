@@ -250,7 +250,7 @@ def test_what_is_told_of_a_layout() -> None:
 )
 def test_an_unreadable_shape_is_one_line(text: str) -> None:
     """With how to write it."""
-    with pytest.raises(ConfigError, match="write channels x height x width") as caught:
+    with pytest.raises(ConfigError, match="Write channels x height x width") as caught:
         parse_shape(text)
     assert len(str(caught.value).splitlines()) == 1
 
