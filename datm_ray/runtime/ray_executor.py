@@ -302,7 +302,8 @@ class _Stage:
         if size >= turn.task.size:
             return False
         sizes = (turn.task.size, *turn.task.fewer)
-        better = grown(sizes, size, self._machines.capacity(), self._busy(), self._machines.free())
+        free = self._machines.free() + sum(crew.size for crew in self._idle)
+        better = grown(sizes, size, self._machines.capacity(), self._busy(), free)
         turn.limit = max(turn.limit, better or 0)  # there is room now
         return better is not None
 

@@ -104,7 +104,7 @@ def test_a_loss_is_told_with_its_reason() -> None:
         ("The actor died because its node has died. Node Id: 3f", "node"),
         ("Task was killed due to the node running low on memory.", "memory"),
         ("worker 1 of 2 lost its peers: Connection closed by peer", "peer"),
-        ("no sign of life for 300 s", "timeout"),
+        ("it has not answered for 300 s", "timeout"),
         ("something else", "other"),
     ],
 )
