@@ -16,7 +16,7 @@ import torch
 from datm_ray.config import ClusterConfig
 from datm_ray.errors import ClusterError, ConfigError, WorkerLostError
 from datm_ray.runtime.create import create_executor
-from datm_ray.runtime.executor import Executor, Finished, Lost, Progress, Resized, Seat, SerialExecutor, Task
+from datm_ray.runtime.executor import Executor, Finished, Lost, Note, Progress, Resized, Seat, SerialExecutor, Task
 from datm_ray.runtime.mesh import open_mesh
 
 
@@ -283,6 +283,61 @@ def test_a_worker_that_hangs_is_found_by_asking_it(
     (lost,) = [event for event in events if isinstance(event, Lost)]
     assert "has not answered for" in lost.reason
     assert isinstance(events[-1], Finished)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("come_back", [True, False])
+def test_where_all_machines_are_lost_they_are_waited_for(
+    ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, come_back: bool
+) -> None:
+    """The user hears why nothing happens; after the time allowed there is one clear error."""
+    from datm_ray.runtime.ray_cluster import Machines
+
+    monkeypatch.setattr("datm_ray.runtime.ray_executor.PLACEMENT_TIMEOUT", 2.0)
+    executor = create_executor("ray", ClusterConfig(peer_timeout=2.0))
+    there, lost_at = Machines.fits, time.monotonic()
+
+    def fits(machines: Machines) -> list[int]:
+        return there(machines) if come_back and time.monotonic() - lost_at > 1 else []
+
+    monkeypatch.setattr(Machines, "fits", fits)
+    events: list[Any] = []
+    work = executor.run(Squarer, (np.arange(3),), "square", [Task("square", (2,))])
+    if come_back:
+        events += [event for _, event in work]
+        assert events[-1] == Finished(4)
+    else:
+        with pytest.raises(
+            ClusterError, match=r"no room for 1 workers .*0 node\(s\).*Nodes were lost"
+        ):
+            events += (event for _, event in work)
+    notes = [event.text for event in events if isinstance(event, Note)]
+    assert notes == ["waits for machines: it wants 1 worker(s), there is room for 0"]
+
+
+@pytest.mark.parametrize("patience", [0.0, 60.0])
+def test_machines_that_come_on_demand_are_asked_for_and_waited_for(
+    monkeypatch: pytest.MonkeyPatch, patience: float
+) -> None:
+    """Only where the recipe says for how long; else too few are refused at once."""
+    ray = pytest.importorskip("ray")
+    from datm_ray.runtime import ray_cluster
+
+    node = {"Alive": True, "Resources": {"CPU": 2.0}}
+    looks = iter([[], [node], [node, node]])
+    asked: list[int] = []
+    monkeypatch.setattr(ray_cluster, "LOOK_INTERVAL", 0.01)
+    monkeypatch.setattr(ray, "nodes", lambda: next(looks))
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 0.0})
+    monkeypatch.setattr(ray_cluster, "request_resources", lambda bundles: asked.append(len(bundles)))
+    machines = ray_cluster.Machines(ClusterConfig(workers=4, wait_for_nodes=patience))
+    if patience:
+        assert machines.require() == (4, 2)
+        assert asked == [4]
+    else:
+        with pytest.raises(ClusterError, match=r"4 worker\(s\) .* are asked for, but the cluster has 0 CPU"):
+            machines.require()
+        assert asked == []
 
 
 def test_another_version_on_the_cluster_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
