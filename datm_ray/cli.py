@@ -449,16 +449,18 @@ def job_submit(
     follow: Annotated[bool, typer.Option("--follow", help="Show the job's log, and end as it ends.")] = False,
 ) -> None:
     """Hand `run` in as a job, which goes on when this terminal is closed. The same again resumes a job that ended."""
+    from datm_ray.pipeline import require_together
     from datm_ray.runtime.ray_jobs import Jobs
 
     configs = [_config(name, set_) for name in recipes]
     for config in configs:
         config.require_matchable()
+    require_together(configs)
     jobs = Jobs(address)
     number = jobs.submit(configs, out, store, requirements)
     print(f"Job {number}\nNext: datm-ray job logs {number} --follow --address {address}")
     if follow:
-        _follow(jobs, number)
+        _follow(jobs, number, address)
 
 
 @job_app.command("list")
@@ -502,7 +504,7 @@ def job_logs(
 
     jobs = Jobs(address)
     if follow:
-        _follow(jobs, number)
+        _follow(jobs, number, address)
     else:
         print(jobs.logs(number), end="")
 
@@ -515,13 +517,13 @@ def job_stop(number: JobId, address: Dashboard = LOCAL_DASHBOARD) -> None:
     print(f"Job {number} {'is being stopped' if Jobs(address).stop(number) else 'had ended already'}")
 
 
-def _follow(jobs: Jobs, number: str) -> None:
+def _follow(jobs: Jobs, number: str, address: str) -> None:
     """Show a job's log and end with its exit code; an interrupt leaves the job alone."""
     try:
         for text in jobs.follow(number):
             print(text, end="", flush=True)
     except KeyboardInterrupt:
-        print(f"\nThe job goes on: datm-ray job logs {number} --follow", file=sys.stderr)
+        print(f"\nThe job goes on: datm-ray job logs {number} --follow --address {address}", file=sys.stderr)
         raise typer.Exit(0) from None
     job = jobs.ended(number)
     print(f"Job {number} {job.status}{f': {job.message}' if job.status == 'failed' and job.message else ''}")

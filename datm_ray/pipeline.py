@@ -41,6 +41,7 @@ from datm_ray.errors import (
     StoreError,
 )
 from datm_ray.report import RunSummary, accuracy_table, networks_table, write_report, write_summary
+from datm_ray.runtime.checkpoint import CHECKPOINT
 from datm_ray.runtime.distill import SYNTHETIC, DistillWorker
 from datm_ray.runtime.evaluate import (
     ON_OTHERS,
@@ -101,8 +102,7 @@ class Pipeline:
         self.store_uri = open_location(store).uri if store else (self.out / "experts").uri
         self._raw: dict[DatasetConfig, RawDataset] = {}
         self._prepared: dict[DatasetConfig, Dataset] = {}
-        _require_distinct_names(self.configs)
-        _require_one_cluster(self.configs)
+        require_together(self.configs)
         self._log = Logger()
         require_logger(self._log_to, self.out)
         for config in self.configs:
@@ -187,7 +187,10 @@ class Pipeline:
         try:
             if distils:
                 for config in self._unfinished():
-                    executor.require_room(config.name, config.workers_per_set)
+                    # What has begun goes on with fewer workers too: machines may have been lost with the command.
+                    has_begun = (self._folder(config) / CHECKPOINT).exists()
+                    fewer = self._fewer(config) if has_begun else ()
+                    executor.require_room(config.name, min((config.workers_per_set, *fewer)))
                 self._require_memory(executor)
             reporter.message(f"Running on {executor.description}")
             for config in self.configs:
@@ -499,7 +502,8 @@ class Pipeline:
                 )
 
     def _check_precision(self, config: RunConfig) -> None:
-        has_gpu = config.cluster.device != "cpu" and (self._elsewhere or torch.cuda.is_available())
+        can_have = config.cluster.gpus_per_worker > 0 if self._elsewhere else torch.cuda.is_available()
+        has_gpu = config.cluster.device != "cpu" and can_have
         require_precision(config.cluster, has_gpu)
 
     def _require_experts(self, networks: Sequence[RunConfig]) -> None:
@@ -552,6 +556,12 @@ def _find_runs(folder: Location) -> list[RunConfig]:
 
 def _read_recipe(recipe: Location) -> RunConfig:
     return load_config_text(recipe.read_bytes().decode(errors="replace"), recipe.uri)
+
+
+def require_together(configs: Sequence[RunConfig]) -> None:
+    """Raise a `DatmError` for runs that one command cannot have."""
+    _require_distinct_names(configs)
+    _require_one_cluster(configs)
 
 
 def _require_distinct_names(configs: Sequence[RunConfig]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from datm_ray.core.distillation import Distillation, LearningRates
-from datm_ray.errors import CorruptFileError
+from datm_ray.errors import CorruptFileError, RunDirectoryError, StoreError
 from datm_ray.runtime.mesh import Mesh
 from datm_ray.store.filesystem import Location
 from datm_ray.store.tensors import read_tensors, write_tensors
@@ -58,8 +59,9 @@ def save_checkpoint(folder: Location, state: Distillation, rows: Rows, mesh: Mes
     if written is not None:
         names = [_part_name(state.iteration, Rows(*bounds)) for bounds in written.tolist()]
         metadata = {"recipe": recipe, "iteration": state.iteration, "parts": names}
+        _require_nobody_ahead(folder, state.iteration)
         write_tensors(folder / CHECKPOINT, shared, kind=KIND, metadata=metadata)
-        _delete_other_parts(folder / PARTS, names)
+        _delete_older_parts(folder / PARTS, state.iteration)
 
 
 def load_checkpoint(
@@ -124,8 +126,22 @@ def _part_name(iteration: int, rows: Rows) -> str:
     return f"{iteration:08d}-{rows.first}-{rows.last}.arrow"
 
 
-def _delete_other_parts(parts: Location, names: list[str]) -> None:
-    # No shard can be a checkpoint ahead: every iteration waits for all of them.
+def _require_nobody_ahead(folder: Location, iteration: int) -> None:
+    """Somebody else may work at the same set: the command given twice, or a worker that was thought to be lost."""
+    if (folder / CHECKPOINT).exists():
+        theirs = read_tensors(folder / CHECKPOINT, kind=KIND).metadata.get("iteration", 0)
+        if theirs > iteration:
+            raise RunDirectoryError(
+                f"{folder.uri} has a checkpoint of iteration {theirs}, later than {iteration}, where this command is",
+                "the same run was started twice and goes on elsewhere",
+                "let the other one finish, `datm-ray job list` shows jobs; or give another --out",
+            )
+
+
+def _delete_older_parts(parts: Location, iteration: int) -> None:
+    """Those of this iteration or later may be named by somebody else's checkpoint; the next one clears them up."""
     for name in parts.list():
-        if name not in names and _PART.fullmatch(name):
-            (parts / name).remove()
+        match = _PART.fullmatch(name)
+        if match and int(match[1]) < iteration:
+            with suppress(StoreError):  # somebody else was faster
+                (parts / name).remove()

@@ -494,6 +494,11 @@ _READERS: dict[str, Callable[[str], float]] = {
 
 def _read(text: str, name: str, value: str) -> float:
     number = _READERS[name](value)
-    if not (0 < number < 1e18):
+    lowest, highest = _BOUNDS.get(name, (0.0, 1e18))
+    if not (lowest < number < highest):
         raise _unreadable(text, f"{name} is {value!r}")
     return number
+
+
+_BOUNDS = {"gpus": (0.0, 1e5), "cpus": (0.0, 1e6), "memory": (2.0**20, 1e18)}
+"""Between which a value makes sense; a memory of 8 is one whose unit was forgotten."""

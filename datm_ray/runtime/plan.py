@@ -75,6 +75,11 @@ def parse_shape(text: str) -> DataShape:
             remedy="write channels x height x width, classes, training images, as 3x64x64,1000,1281167",
         )
     channels, height, width, classes, images = map(int, match.groups())
+    if max(channels, height, width) > 2**14 or classes > 10**6 or not classes <= images <= 10**10:
+        raise ConfigError(
+            f"--data-shape {text!r} is larger than any data set, or has fewer images than classes",
+            remedy="write channels x height x width, classes, training images, as 3x64x64,1000,1281167",
+        )
     return DataShape((channels, height, width), classes, images)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import ray
@@ -21,6 +23,8 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 CONNECT_TIMEOUT = 10.0
 """Seconds to wait for a cluster's head node to answer."""
+PROBE_TIMEOUT = 2.0
+"""Seconds to wait for a web server to show itself; Ray's own port says nothing that a web server would."""
 LOOK_INTERVAL = 1.0
 """Seconds between looks at the machines of a cluster."""
 
@@ -34,7 +38,8 @@ def connect(address: str | None) -> str:
         if address:
             _require_listener(address)
         _silence_raylets()
-        context = ray.init(**where, logging_level=logging.CRITICAL, log_to_driver=False)
+        with _quiet_library() if address else nullcontext():
+            context = ray.init(**where, logging_level=logging.CRITICAL, log_to_driver=False)
     except (OSError, ValueError, RuntimeError) as failure:
         raise _not_connected(address, failure) from None
     return str(context.dashboard_url or "")
@@ -84,11 +89,38 @@ def _silence_raylets() -> None:
         ray._private.worker.print_to_stdstream = lambda *_, **__: None
 
 
+@contextmanager
+def _quiet_library() -> Iterator[None]:
+    """Keep Ray's compiled part from printing a line for every attempt; workers are not touched by it."""
+    name = "RAY_BACKEND_LOG_LEVEL"
+    ours = name not in os.environ
+    if ours:
+        os.environ[name] = "fatal"
+    try:
+        yield
+    finally:
+        if ours:
+            os.environ.pop(name, None)
+
+
 def _require_listener(address: str) -> None:
-    """Fail at once where nothing listens: Ray itself would try for half a minute."""
+    """Fail at once where nothing listens, or a dashboard does: Ray itself would try for minutes."""
+    if address.startswith("ray://"):
+        raise ClusterError(
+            f"--address {address!r} is one of Ray Client, which cannot hand data sets to workers",
+            remedy="give HOST:6379 from a machine of the cluster, or hand the run in with `datm-ray job submit`",
+        )
     host, colon, port = address.rpartition("://")[2].rpartition(":")
     if colon and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT).close()
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT) as line:
+            line.settimeout(PROBE_TIMEOUT)
+            line.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            with suppress(OSError):
+                if line.recv(5) == b"HTTP/":
+                    raise ClusterError(
+                        f"--address {address!r} is that of a dashboard or another web server",
+                        remedy="give the port of `ray start`, 6379 if it was not chosen, or use `datm-ray job submit`",
+                    )
 
 
 def first_line(failure: BaseException) -> str:
@@ -103,7 +135,7 @@ class Machines:
     def __init__(self, cluster: ClusterConfig) -> None:
         self._cluster = cluster
         self._fits: list[int] = []
-        self._has_asked = False
+        self._asked_for = 0
         self._looked = float("-inf")
 
     def fits(self) -> list[int]:
@@ -127,14 +159,24 @@ class Machines:
         Raises:
             ClusterError: fewer than asked for; they are waited for as long as the recipe says.
         """
-        wanted, end = self._cluster.workers or 1, time.monotonic() + self._cluster.wait_for_nodes
-        if sum(self.fits()) < wanted and self._cluster.wait_for_nodes:
-            self.ask_for(wanted)
-        while sum(self.fits()) < wanted and time.monotonic() < end:
-            time.sleep(LOOK_INTERVAL)
+        wanted = self._cluster.workers or 1
+        found = self.wait_for(wanted)
         if sum(self.fits()) < wanted:
             raise self._too_few(wanted)
-        return self._cluster.workers or sum(self.fits()), min(self.capacity(), max(self.fits()))
+        return found
+
+    def wait_for(self, wanted: int) -> tuple[int, int]:
+        """As `require`, but without complaint where too few come."""
+        patience = self._cluster.wait_for_nodes
+        end = time.monotonic() + patience
+        if patience:  # for the whole run, so that machines which are lost are replaced
+            self.ask_for(wanted)
+        if patience and sum(self.fits()) < wanted:
+            told = f"there is room for {sum(self.fits())} of {wanted} worker(s)"
+            print(f"Waiting up to {patience:g} s for machines: {told}", file=sys.stderr, flush=True)
+        while sum(self.fits()) < wanted and time.monotonic() < end:
+            time.sleep(LOOK_INTERVAL)
+        return self._cluster.workers or sum(self.fits()), min(self.capacity(), max(self.fits(), default=0))
 
     def _too_few(self, wanted: int) -> ClusterError:
         cluster, resources = self._cluster, ray.cluster_resources()
@@ -146,14 +188,18 @@ class Machines:
         )
 
     def ask_for(self, workers: int) -> None:
-        """Tell a cluster that grows on demand what is wanted; others take no notice."""
-        self._has_asked = True
+        """Tell a cluster that grows on demand what is wanted, if it is more than before; others take no notice."""
+        workers = max(workers, self._cluster.workers or 0)
+        if workers <= self._asked_for:
+            return
+        self._asked_for = workers
         with suppress(Exception):  # whatever an autoscaler's trouble is, there may be room without it
             request_resources(bundles=[place(self._cluster)] * workers)
 
     def ask_no_more(self) -> None:
         """Let a cluster that grew on demand shrink again; what was asked for would stand for ever."""
-        if self._has_asked:
+        if self._asked_for:
+            self._asked_for = 0
             with suppress(Exception):
                 request_resources(bundles=[])
 

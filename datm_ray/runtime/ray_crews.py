@@ -36,12 +36,15 @@ from datm_ray.runtime.recovery import is_silent
 
 CAUSE_TIMEOUT = 3.0
 """Seconds to wait for the reason why a worker lost its peers."""
+LONGEST_START = 900.0
+"""Seconds after which a worker counts as lost that is not set up, or cluster.peer_timeout where that is longer. The
+cluster may have to install packages first."""
 SHORTEST_SILENCE = 30.0
 """Seconds for which no worker counts as lost because it does not answer, however short cluster.peer_timeout is."""
 HEALTH = "health"
 """Name of the thread of an actor that answers while another one works."""
 
-LOSSES = (
+LOSSES: tuple[type[BaseException], ...] = (
     ActorDiedError,
     ActorUnavailableError,
     ActorUnschedulableError,
@@ -58,6 +61,10 @@ class _Host:
 
     def __init__(self, worker: Callable[..., Any], *setup: Any) -> None:
         self._worker = worker(*setup)
+
+    def __repr__(self) -> str:
+        """What Ray's dashboard and logs call the actor."""
+        return type(self).__name__
 
     def ready(self) -> None:
         """Ends when the worker is there."""
@@ -90,7 +97,9 @@ class Crew:
     actors: list[Any] = field(default_factory=list)
     """None before the places are there."""
     ready: list[Any] = field(default_factory=list)
-    """Of every actor, a reference that is there when its worker is; actors that were seen ready are left out."""
+    """Of every actor, a reference that is there when its worker is; none when all were seen ready."""
+    started: float = 0.0
+    """When the actors were started, in seconds of the monotonic clock."""
     asked: dict[int, tuple[Any, float]] = field(default_factory=dict)
     """By rank: the question that has no answer yet, and when it was asked."""
 
@@ -118,6 +127,7 @@ class Crew:
             )
             self.actors.append(actor.remote(worker, *setup))
         self.ready = [actor.ready.remote() for actor in self.actors]
+        self.started = time.monotonic()
 
     def begin(self, task: Task, method: str) -> dict[int, Any]:
         """Give the crew a task: for every rank, Ray's generator of references to its events."""
@@ -131,11 +141,13 @@ class Crew:
 
     def silent(self, limit: float) -> int | None:
         """The rank of an actor that has not answered for so many seconds; None where all do. Asks them again."""
-        if self.ready:  # while workers are set up, Ray itself watches them
+        now = time.monotonic()
+        if self.ready:  # a worker that is being set up may be too busy to answer
             arrived, _ = ray.wait(self.ready, num_returns=len(self.ready), timeout=0, fetch_local=False)
-            self.ready = [] if len(arrived) == len(self.ready) else self.ready
-            return None
-        now, limit = time.monotonic(), max(limit, SHORTEST_SILENCE)
+            late = next((rank for rank, ready in enumerate(self.ready) if ready not in arrived), None)
+            self.ready = [] if late is None else self.ready
+            return late if is_silent(self.started, now, max(limit, LONGEST_START)) else None
+        limit = max(limit, SHORTEST_SILENCE)
         for rank, actor in enumerate(self.actors):
             question = self.asked.get(rank)
             # An answer that is an error will do: what ends an actor shows in its stream of events.

@@ -29,6 +29,8 @@ PLACEMENT_TIMEOUT = 60.0
 dismissed workers take moments to give theirs back, and a cluster that grows on demand needs minutes."""
 POLL_INTERVAL = 0.2
 """Seconds between looks at crews that wait for their places."""
+GROWTH_PAUSE = 600.0
+"""Seconds for which a task does not try to grow again after room for it did not come free."""
 HEALTH_INTERVAL = 5.0
 """Seconds between questions to workers whether they are alive."""
 
@@ -46,7 +48,11 @@ class RayExecutor:
         self._owns_cluster = address is not None or not ray.is_initialized()
         dashboard = connect(address) if self._owns_cluster else ""
         self._machines = Machines(cluster)
-        self.workers, self.workers_per_machine = self._machines.require()
+        try:
+            self.workers, self.workers_per_machine = self._machines.require()
+        except BaseException:  # an interrupt too: a cluster that grows would grow for nobody
+            self._leave()
+            raise
         self._metrics = RayMetrics()
         where = f", dashboard http://{dashboard}" if dashboard else ""
         self.description = f"Ray, up to {self.workers} worker(s) of {cluster.threads_per_worker} thread(s){where}"
@@ -60,7 +66,7 @@ class RayExecutor:
     ) -> Iterator[tuple[Task, Event]]:
         """See `Executor.run`."""
         for task in tasks:
-            self.require_room(task.name, task.size)
+            self.require_room(task.name, min((task.size, *task.fewer)))
         self._metrics.begin(tasks, self.workers)
         stage = _Stage(self._cluster, self._machines, self._metrics, worker, setup, method, tasks)
         try:
@@ -72,13 +78,18 @@ class RayExecutor:
 
     def close(self) -> None:
         """Disconnect; a cluster that was started for the run ends with it."""
-        self._machines.ask_no_more()
         self._metrics.close()
+        self._leave()
+
+    def _leave(self) -> None:
+        self._machines.ask_no_more()
         if self._owns_cluster:
             ray.shutdown()
 
     def require_room(self, name: str, size: int) -> None:
-        """See `Executor.require_room`."""
+        """See `Executor.require_room`. Machines that come on demand are waited for."""
+        if size > self.workers and self._cluster.workers is None:
+            self.workers, self.workers_per_machine = self._machines.wait_for(size)
         if size > self.workers:
             raise ClusterError(
                 f"{name} wants {size} workers at once, but there is room for {self.workers}",
@@ -98,6 +109,8 @@ class _Turn:
     """Of the crew that had it last; 0 before the first."""
     limit: int = 2**31
     """The largest crew to try, since there was no room for a larger one."""
+    no_growth_before: float = 0.0
+    """In seconds of the monotonic clock; others have the room that the machines seem to have."""
 
     @property
     def sizes(self) -> list[int]:
@@ -201,7 +214,7 @@ class _Stage:
     def _take_places(self) -> Iterator[tuple[Task, Event]]:
         """Start the crews whose places have come, and give up on those whose places will not."""
         for current in [each for each in self._running if not each.streams]:
-            crew, turn = current.crew, current.turn
+            crew = current.crew
             same = next((idle for idle in self._idle if idle.size == crew.size), None)
             if same is not None and not crew.has_places():
                 self._idle.remove(same)  # another task has ended first
@@ -211,12 +224,21 @@ class _Stage:
                 yield from self._begin(current)
             elif crew.size > sum(self._machines.fits()):
                 self._give_back(current)  # a machine went while the crew waited for it
-            elif time.monotonic() - crew.hired > self._patience() and not any(each.streams for each in self._running):
-                self._give_back(current)
-                turn.limit = crew.size - 1
-                if not turn.sizes:
-                    raise self._no_room(crew.size)
-                yield turn.task, Note(f"no room for {crew.size} workers came free, although the machines have it")
+            elif time.monotonic() - crew.hired > self._patience():
+                yield from self._make_do(current)
+
+    def _make_do(self, current: _Running) -> Iterator[tuple[Task, Event]]:
+        """Where others hold the room that a crew waits for: try with fewer, or wait for tasks of this run to end."""
+        crew, turn = current.crew, current.turn
+        fewer = [size for size in turn.sizes if size < crew.size]
+        if fewer:
+            self._give_back(current)
+            turn.limit, turn.no_growth_before = crew.size - 1, time.monotonic() + GROWTH_PAUSE
+            yield turn.task, Note(f"no room for {crew.size} workers came free, although the machines have it")
+        elif any(each.streams for each in self._running):
+            crew.hired = time.monotonic()
+        else:
+            raise self._no_room(crew.size)
 
     def _begin(self, current: _Running) -> Iterator[tuple[Task, Event]]:
         """Start a crew that has its places, if they are not lost in that moment."""
@@ -288,6 +310,8 @@ class _Stage:
         """See to the crew of a task of which something was heard."""
         if isinstance(event, Lost):
             self._give_back(current)
+            while self._idle:  # they may have been on the same machine, and cost nothing to replace
+                self._idle.pop().dismiss()
         elif isinstance(event, Finished):
             self._running.remove(current)
             self._idle.append(current.crew)
@@ -299,7 +323,7 @@ class _Stage:
 
     def _grows(self, current: _Running) -> bool:
         size, turn = current.crew.size, current.turn
-        if size >= turn.task.size:
+        if size >= turn.task.size or time.monotonic() < turn.no_growth_before:
             return False
         sizes = (turn.task.size, *turn.task.fewer)
         free = self._machines.free() + sum(crew.size for crew in self._idle)
@@ -315,7 +339,8 @@ class _Stage:
         for current in [each for each in self._running if each.streams]:
             rank = current.crew.silent(self._cluster.peer_timeout)
             if rank is not None:
-                silence = time.monotonic() - current.crew.asked[rank][1]
+                since = current.crew.asked[rank][1] if rank in current.crew.asked else current.crew.started
+                silence = time.monotonic() - since
                 event = self._lost(current, WorkerLostError(f"it has not answered for {silence:.0f} s"))
                 yield current.turn.task, event
                 yield from self._act_upon(current, event)

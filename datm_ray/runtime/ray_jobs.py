@@ -8,10 +8,12 @@ process's environment travels, so that no secret can: the cluster has its own cr
 from __future__ import annotations
 
 import asyncio
+import re
 import shlex
-import socket
 import tempfile
 import time
+import urllib.error
+import urllib.request
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,6 +29,7 @@ import datm_ray
 from datm_ray.config import RunConfig, to_yaml
 from datm_ray.errors import ClusterError, ConfigError
 from datm_ray.runtime.ray_cluster import hush, use_token
+from datm_ray.store.filesystem import open_location
 
 AuthenticationError: Any = getattr(ray.exceptions, "AuthenticationError", ())
 """Of versions of Ray that know tokens."""
@@ -36,6 +39,7 @@ AGENT_TIMEOUT = 60.0
 """Seconds to wait for a cluster that answers to have somebody who takes jobs."""
 END_TIMEOUT = 30.0
 """Seconds to wait for a job's state after the last line of its log."""
+_CREDENTIALS = re.compile(r"://[^/\s]*@")
 MINE = "datm_ray"
 """Key of a job's metadata that tells this package's jobs from others."""
 
@@ -76,9 +80,9 @@ class Jobs:
             ClusterError: nothing answers there, or no Ray cluster does.
         """
         self._address = address
-        host, port = _host_and_port(address)
+        _require_web_address(address)
         try:
-            socket.create_connection((host, port), CONNECT_TIMEOUT).close()
+            _require_answer(address)
             use_token()
             self._client = JobSubmissionClient(address)
             hush()
@@ -110,6 +114,7 @@ class Jobs:
         for name, place in (("--out", out), ("--store", store)):
             if place is not None:
                 _require_reachable(name, place)
+        self._require_nobody_at_work(out)
         environment: dict[str, object] = {"py_modules": [str(Path(datm_ray.__file__).parent)]}
         if requirements is not None:
             environment["pip"] = _requirements(requirements)
@@ -137,6 +142,15 @@ class Jobs:
                 if "No available agent" not in str(failure) or time.monotonic() > end:
                     raise
             time.sleep(1.0)
+
+    def _require_nobody_at_work(self, out: str) -> None:
+        for job in self.list():
+            if job.out == out and not job.is_over:
+                raise ClusterError(
+                    f"job {job.id} is {job.status} and writes to {out} already",
+                    "two at once would write over each other",
+                    f"follow it with `datm-ray job logs {job.id} --follow`, stop it first, or give another --out",
+                )
 
     def list(self) -> list[Job]:
         """This package's jobs, the oldest first."""
@@ -236,17 +250,22 @@ def _job(details: JobDetails) -> Job:
     )
 
 
-def _host_and_port(address: str) -> tuple[str, int]:
+def _require_web_address(address: str) -> None:
     try:
         parts = urlsplit(address)
-        port = parts.port or (443 if parts.scheme == "https" else 80)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
-        parts, port = urlsplit(""), 0
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+        good = False
+    if not good:
         raise ClusterError(
             f"--address {address!r} is no address of a dashboard", remedy="write it like http://127.0.0.1:8265"
         )
-    return parts.hostname, port
+
+
+def _require_answer(address: str) -> None:
+    """Raise an `OSError` if nobody answers in time: Ray's own client would wait for ever."""
+    with suppress(urllib.error.HTTPError):  # an answer too, such as that a token is missing
+        urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=CONNECT_TIMEOUT).close()
 
 
 def _require_reachable(name: str, place: str) -> None:
@@ -254,8 +273,9 @@ def _require_reachable(name: str, place: str) -> None:
     if "://" not in place and not Path(place).is_absolute():
         raise ConfigError(
             f"{name} {place!r} is relative to a folder that the job's machines do not have",
-            remedy=f"give a URI such as s3://bucket/{place}, or an absolute path on a disk that all machines share",
+            remedy="give a URI such as s3://bucket/folder, or an absolute path on a disk that all machines share",
         )
+    open_location(place)  # refuses what is no place for files
 
 
 def _requirements(path: str) -> list[str]:
@@ -264,7 +284,19 @@ def _requirements(path: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as failure:
         reason = failure.strerror if isinstance(failure, OSError) else "it is no text"
         raise ConfigError(f"cannot read {path}: {reason}", remedy="check --requirements") from None
-    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    wanted = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    for line in wanted:
+        if _CREDENTIALS.search(line):
+            raise ConfigError(
+                f"{path} has a line with a user name or password in it, which everybody would see among the job's data",
+                remedy="give the cluster's machines their own credentials, such as in ~/.netrc",
+            )
+        if line.startswith(("-r", "-c", "-e", "--requirement", "--constraint", "--editable")) or line.endswith("\\"):
+            raise ConfigError(
+                f"{path} has the line {line!r}, which names something that does not travel with the job",
+                remedy="write the packages themselves, one a line",
+            )
+    return wanted
 
 
 def _first_line(failure: object) -> str:

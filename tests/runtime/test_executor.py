@@ -254,6 +254,7 @@ def test_a_task_makes_do_with_fewer_workers_and_grows_when_it_has_saved(
 ) -> None:
     """Another job holds one of the two CPUs, and goes; no number is counted twice."""
     monkeypatch.setattr("datm_ray.runtime.ray_executor.PLACEMENT_TIMEOUT", 6.0)
+    monkeypatch.setattr("datm_ray.runtime.ray_executor.GROWTH_PAUSE", 0.0)
     other = ray_cluster.remote(num_cpus=1)(_Idler).remote()
     ray_cluster.get(other.here.remote())
     events = []
@@ -307,9 +308,7 @@ def test_where_all_machines_are_lost_they_are_waited_for(
         events += [event for _, event in work]
         assert events[-1] == Finished(4)
     else:
-        with pytest.raises(
-            ClusterError, match=r"no room for 1 workers .*0 node\(s\).*Nodes were lost"
-        ):
+        with pytest.raises(ClusterError, match=r"no room for 1 workers .*0 node\(s\).*Nodes were lost"):
             events += (event for _, event in work)
     notes = [event.text for event in events if isinstance(event, Note)]
     assert notes == ["waits for machines: it wants 1 worker(s), there is room for 0"]
@@ -338,6 +337,112 @@ def test_machines_that_come_on_demand_are_asked_for_and_waited_for(
         with pytest.raises(ClusterError, match=r"4 worker\(s\) .* are asked for, but the cluster has 0 CPU"):
             machines.require()
         assert asked == []
+
+
+@pytest.mark.parametrize("workers", [None, 4])
+def test_what_is_asked_of_a_growing_cluster_only_grows(monkeypatch: pytest.MonkeyPatch, workers: int | None) -> None:
+    """After losses too, a run wants all the workers that it wanted before."""
+    pytest.importorskip("ray")
+    from datm_ray.runtime import ray_cluster
+
+    asked: list[int] = []
+    monkeypatch.setattr(ray_cluster, "request_resources", lambda bundles: asked.append(len(bundles)))
+    machines = ray_cluster.Machines(ClusterConfig(workers=workers))
+    for wanted in (2, 1, 3):
+        machines.ask_for(wanted)
+    assert asked == ([4] if workers else [2, 3])
+
+
+@pytest.mark.ray
+def test_a_start_that_fails_leaves_no_wish_behind(ray_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machines would come for nobody."""
+    from datm_ray.runtime import ray_cluster as module
+
+    asked: list[int] = []
+    monkeypatch.setattr(module, "request_resources", lambda bundles: asked.append(len(bundles)))
+    with pytest.raises(ClusterError, match=r"99 worker\(s\) .* asked for"):
+        create_executor("ray", ClusterConfig(workers=99, wait_for_nodes=0.5))
+    assert asked == [99, 0]
+
+
+class Slow:
+    """A worker that takes for ever to be set up, the first time."""
+
+    def __init__(self, folder: str) -> None:
+        mark = Path(folder) / "mark"
+        if not mark.exists():
+            mark.touch()
+            time.sleep(1000)
+
+    def work(self) -> Iterator[Finished]:
+        yield Finished("done")
+
+
+@pytest.mark.ray
+def test_a_worker_that_is_never_set_up_is_found(
+    ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its constructor hangs, and it cannot answer."""
+    monkeypatch.setattr("datm_ray.runtime.ray_executor.HEALTH_INTERVAL", 0.5)
+    monkeypatch.setattr("datm_ray.runtime.ray_crews.LONGEST_START", 4.0)
+    executor = create_executor("ray", ClusterConfig(peer_timeout=2.0))
+    events = [event for _, event in executor.run(Slow, (str(tmp_path),), "work", [Task("slow", ())])]
+    assert [type(event) for event in events] == [Lost, Finished]
+    assert "has not answered" in events[0].reason
+
+
+@pytest.mark.ray
+def test_idle_workers_that_died_cost_no_attempt(ray_cluster: Any, tmp_path: Path) -> None:
+    """They were on the machine of the one that was lost: the task goes to a new one at once."""
+    executor = create_executor("ray", ClusterConfig(retries=1))
+    tasks = [Task("quick", ("quick",)), Task("long", ("long",))]
+    events: list[tuple[str, Any]] = []
+    for task, event in executor.run(Neighbour, (str(tmp_path),), "work", tasks):
+        if isinstance(event, Finished) and task.name == "quick":
+            (tmp_path / "quick is done").touch()
+        events.append((task.name, event))
+    lost = [event for name, event in events if isinstance(event, Lost)]
+    assert [event.attempt for event in lost] == [1]
+    assert events[-1] == ("long", Finished("done"))
+
+
+class Neighbour:
+    """A worker whose machine is lost with another one on it, which is idle by then."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = Path(folder)
+        (self._folder / f"process {os.getpid()}").touch()
+
+    def work(self, name: str) -> Iterator[Progress | Finished]:
+        yield Progress(1, 2)
+        mark = self._folder / "lost"
+        if name == "long" and not mark.exists():
+            while not (self._folder / "quick is done").exists():
+                time.sleep(0.05)
+            mark.touch()
+            processes = [int(path.name.split()[1]) for path in self._folder.glob("process *")]
+            for process in sorted(processes, key=lambda process: process == os.getpid()):
+                os.kill(process, signal.SIGKILL)
+        yield Finished("done")
+
+
+@pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "http"])
+def test_an_address_that_is_not_rays_own_is_told_at_once(address: str) -> None:
+    """That of Ray Client, or of a dashboard, which is easily mixed up with the other one."""
+    pytest.importorskip("ray")
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+    from threading import Thread
+
+    from datm_ray.runtime import ray_cluster
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(ClusterError, match="datm-ray job submit"):
+            ray_cluster.connect(f"127.0.0.1:{server.server_port}" if address == "http" else address)
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_another_version_on_the_cluster_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

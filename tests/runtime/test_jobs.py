@@ -82,6 +82,9 @@ def test_a_job_is_stopped_and_goes_on_where_it_was(datm_ray: CommandLine, dashbo
     place = open_location(out)
     until(lambda: (place / "tiny/checkpoint.arrow").exists())
     assert "running" in datm_ray("job", "list", "--address", dashboard)[1]
+    code, _, err = datm_ray(*arguments)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert f"writes to {out} already" in err
     assert "is being stopped" in datm_ray("job", "stop", number, "--address", dashboard)[1]
     until(lambda: Jobs(dashboard).job(number).is_over)
     code, told, _ = datm_ray("job", "status", number, "--address", dashboard)
@@ -132,6 +135,8 @@ def test_bad_input_hands_nothing_in(datm_ray: CommandLine, dashboard: str, tmp_p
         "cannot read absent.txt": ["submit", "digits-ipc1", "--out", out, "--requirements", "absent.txt"],
         "Did you mean 'digits-ipc1'": ["submit", "digits-ipc2", "--out", out],
         "there is no job 'j'": ["status", "j"],
+        "bogus": ["submit", "digits-ipc1", "--out", "bogus://x/y"],
+        "two runs are both named 'digits-ipc1'": ["submit", "digits-ipc1", "digits-ipc1", "--out", out],
     }
     for expected, arguments in bad.items():
         code, told, err = datm_ray("job", *arguments, "--address", dashboard)
@@ -157,11 +162,41 @@ def test_an_address_where_nobody_is_is_refused() -> None:
         Jobs(f"http://127.0.0.1:{free_port()}")
 
 
+def test_a_server_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the connection and says nothing."""
+    monkeypatch.setattr("datm_ray.runtime.ray_jobs.CONNECT_TIMEOUT", 0.5)
+    expected = r"no Ray cluster takes jobs .*timed out"
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(ClusterError, match=expected):
+        Jobs(f"http://127.0.0.1:{silent.getsockname()[1]}")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("--index-url https://user:secret@host/simple", "user name or password"),
+        ("-r other.txt", "does not travel"),
+        ("-e .", "does not travel"),
+        ("torch==2.9 \\", "does not travel"),
+    ],
+)
+def test_requirements_that_cannot_travel_are_refused(tmp_path: Path, line: str, expected: str) -> None:
+    """A job's data can be read by all who reach the dashboard, so nothing secret may be among it."""
+    from datm_ray.runtime.ray_jobs import _requirements
+
+    file = tmp_path / "requirements.txt"
+    file.write_text(f"# packages\nnumpy\n{line}\n")
+    with pytest.raises(ConfigError, match=expected) as caught:
+        _requirements(str(file))
+    assert "secret" not in str(caught.value)
+    file.write_text("# packages\n\nnumpy>=2\n")
+    assert _requirements(str(file)) == ["numpy>=2"]
+
+
 def test_no_place_is_taken_that_the_job_has_not() -> None:
     """A relative path would lie in the job's own folder, which is deleted."""
     from datm_ray.runtime.ray_jobs import _require_reachable
 
     _require_reachable("--out", "s3://bucket/runs")
     _require_reachable("--out", "/shared/runs")
-    with pytest.raises(ConfigError, match=r"--out 'runs' is relative.*s3://bucket/runs"):
+    with pytest.raises(ConfigError, match=r"--out 'runs' is relative.*s3://bucket/"):
         _require_reachable("--out", "runs")
