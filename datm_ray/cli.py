@@ -214,14 +214,20 @@ def evaluate(
         typer.Option("--arch", metavar="NAME[:WIDTH],...", help="Architectures to score the sets on as well."),
     ] = None,
     seeds: Annotated[int | None, typer.Option("--seeds", metavar="N", help="Networks a row (evaluate.seeds).")] = None,
+    fair: Annotated[
+        bool, typer.Option("--fair", help="Also DD-Ranking's scores, of three more rows of networks (evaluate.fair).")
+    ] = False,
 ) -> None:
     """Train fresh networks on the synthetic sets and on the controls, and score them on the test set.
 
     Other architectures get the step size that was learned, and one chosen on validation data. A name means the recipe's
     own network, backbone or auxiliary of that name where it has one; widths are relative to 128. What SGD does not
     train, such as vit-small, takes --set evaluate.optimiser=adamw.
+
+    --fair asks what is left of the set's accuracy with hard labels, and without augmentation.
     """
     set_ = [*(set_ or []), *([f"evaluate.seeds={seeds}"] if seeds is not None else [])]
+    set_ += ["evaluate.fair=true"] if fair else []
     pipeline, start = _prepare(_Said(recipes, set_, out, store, executor, address), arch)
     pipeline.evaluate(start, _reporter())
     print(pipeline.table())

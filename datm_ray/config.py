@@ -214,6 +214,8 @@ class EvaluateConfig(Section):
     """adamw for what SGD does not train, as transformers; the learned step size is SGD's, so all are tuned then."""
     real_epochs: Count = 100
     """Epochs of the control that trains on all real data."""
+    fair: bool = False
+    """Also train what DD-Ranking's label-robust and augmentation-robust scores need: three more rows of networks."""
     augmentation: str = PUBLISHED_AUGMENTATION
     """DSA operations while training."""
 
@@ -449,14 +451,14 @@ class RunConfig(Section):
     def identity(self) -> dict[str, Any]:
         """Everything that decides the synthetic set and each single accuracy, as plain data.
 
-        Not `cluster`; not where the data set lies, for its content has a fingerprint; not how many networks are scored
-        and with which optimiser, for more can be added to a finished run (results of each optimiser have places of
-        their own); and not what of the experts is kept beyond what is matched.
+        Not `cluster`; not where the data set lies, for its content has a fingerprint; not how many networks are scored,
+        with which optimiser and for which scores, for more can be added to a finished run (results of each have places
+        of their own); and not what of the experts is kept beyond what is matched.
         """
         left_out: dict[str, Any] = {
             "cluster": True,
             "dataset": {"path"},
-            "evaluate": {"seeds", "networks", "optimiser"},
+            "evaluate": {"seeds", "networks", "optimiser", "fair"},
             "experts": {"keep_epochs", "test_every"},
         }
         identity = self.model_dump(exclude=left_out)

@@ -40,13 +40,16 @@ from datm_ray.errors import (
     RunDirectoryError,
     StoreError,
 )
-from datm_ray.report import RunSummary, accuracy_table, networks_table, write_report, write_summary
+from datm_ray.report import RunSummary, accuracy_table, fair_table, networks_table, write_report, write_summary
 from datm_ray.runtime.checkpoint import CHECKPOINT
 from datm_ray.runtime.distill import SYNTHETIC, DistillWorker
 from datm_ray.runtime.evaluate import (
+    FAIR_ROWS,
     ON_OTHERS,
     ROWS,
     EvaluateWorker,
+    read_fair_rows,
+    read_fair_scores,
     read_network_scores,
     read_scores,
     result_location,
@@ -173,7 +176,8 @@ class Pipeline:
         """The accuracy table as text, and those of other architectures."""
         summaries = _summaries(self.out, self.configs)
         others = [networks_table(summary) for summary in summaries if summary.networks]
-        return "\n\n".join([accuracy_table(summaries), *others])
+        fair = [fair_table(summaries)] if any(summary.fair for summary in summaries) else []
+        return "\n\n".join([accuracy_table(summaries), *fair, *others])
 
     # --- stages ---------------------------------------------------------------------------------------------------
 
@@ -196,20 +200,22 @@ class Pipeline:
             for config in self.configs:
                 # The recipe last: it is what marks a folder as a run's, for `report` too.
                 (self._folder(config) / DATA).write_json(self._data_note(config))
-                (self._folder(config) / RECIPE).write_text(to_yaml(self._with_networks_before(config)))
+                (self._folder(config) / RECIPE).write_text(to_yaml(self._with_rows_before(config)))
             self._log = open_logger(self._log_to, self.out, self.configs, reporter.message)
             yield executor
         finally:
             self._log.close()
             executor.close()
 
-    def _with_networks_before(self, config: RunConfig) -> RunConfig:
-        """The run, with the architectures too that an earlier command has scored it on."""
+    def _with_rows_before(self, config: RunConfig) -> RunConfig:
+        """The run, with the architectures and rows too that an earlier command has scored it on."""
         earlier = self._earlier(config)
         before = earlier.evaluate.networks if earlier else ()
         more = tuple(network for network in before if network not in config.evaluate.networks)
         networks = (*config.evaluate.networks, *more)
-        return config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"networks": networks})})
+        fair = config.evaluate.fair or bool(earlier and earlier.evaluate.fair)
+        more_rows = {"networks": networks, "fair": fair}
+        return config.model_copy(update={"evaluate": config.evaluate.model_copy(update=more_rows)})
 
     def _experts(self, executor: Executor, reporter: Reporter) -> None:
         for config in self._networks():
@@ -317,7 +323,7 @@ class Pipeline:
         tasks: dict[str, DatasetTask] = {}
         for config in self.configs:
             fingerprint = self._raw[config.dataset].fingerprint
-            rows: list[tuple[str, NetworkConfig | None]] = [(row, None) for row in ROWS]
+            rows: list[tuple[str, NetworkConfig | None]] = [(row, None) for row in _rows_of(config)]
             rows += [(row, network) for network in config.scored_networks for row in ON_OTHERS]
             names = dict(zip(config.scored_networks, network_names(config.scored_networks), strict=True))
             for row, network in rows:
@@ -538,12 +544,24 @@ def _summaries(out: Location, configs: Sequence[RunConfig]) -> list[RunSummary]:
     summaries = []
     for config in configs:
         note = (out / config.name / DATA).read_json()
-        scores, networks = (
-            read_scores(out, config, note["fingerprint"]),
-            read_network_scores(out, config, note["fingerprint"]),
+        where = (out, config, note["fingerprint"])
+        summaries.append(
+            RunSummary(
+                config,
+                out / config.name,
+                read_scores(*where),
+                note["training_images"],
+                read_network_scores(*where),
+                fair=read_fair_scores(*where),
+                fair_rows=read_fair_rows(*where),
+            )
         )
-        summaries.append(RunSummary(config, out / config.name, scores, note["training_images"], networks))
     return summaries
+
+
+def _rows_of(config: RunConfig) -> list[str]:
+    """Rows that the backbone is trained for."""
+    return [*ROWS, *(FAIR_ROWS if config.evaluate.fair else ())]
 
 
 def _find_runs(folder: Location) -> list[RunConfig]:

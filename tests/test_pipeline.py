@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +31,7 @@ from datm_ray.errors import (
 )
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.distill import DistillWorker
-from datm_ray.runtime.evaluate import ROWS
+from datm_ray.runtime.evaluate import FAIR_PARTS, ROWS
 from datm_ray.runtime.executor import Event, Executor, Lost, Progress, SerialExecutor
 from datm_ray.runtime.experts import expert_group
 from datm_ray.runtime.telemetry import Reporter
@@ -96,6 +98,22 @@ def test_either_executor_gives_the_same_set_and_scores(executor: Executor, tmp_p
     pipeline = run_all(config, tmp_path, lambda: executor)
     assert_same_set(load(str(tmp_path / "tiny/synthetic.arrow")), load(str(reference / "tiny/synthetic.arrow")))
     assert accuracies(pipeline) == accuracies(Pipeline([config], str(reference)))
+
+
+def test_fair_scores_can_be_added_to_a_finished_run(tmp_path: Path, reference: Path) -> None:
+    """Only the further rows are trained; who asks no more for them later still finds them in the report."""
+    out = tmp_path / "out"
+    shutil.copytree(reference, out)
+    fair = tiny_config("evaluate.fair=true")
+    pipeline = Pipeline([fair], str(out))
+    assert pipeline.plan()[-1].startswith("6 networks to train for evaluation: tiny distilled-hard 0,")
+    pipeline.evaluate(serial(fair), QUIET)
+    assert "LRS, label-robust score" in pipeline.table()
+    run_all(tiny_config(), out)
+    pipeline_module.report(str(out))
+    (told,) = json.loads((out / "summary.json").read_text())
+    assert {name: part["n"] for name, part in told["fair"].items()} == dict.fromkeys(FAIR_PARTS, 2)
+    assert all(0 <= seed <= 1 for name in ("LRS", "ARS") for seed in told["fair"][name]["seeds"])
 
 
 class StopsAfter(SerialExecutor):

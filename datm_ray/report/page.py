@@ -17,6 +17,8 @@ from datm_ray.report.runs import (
     Run,
     RunSummary,
     column_name,
+    fair_cell,
+    fair_parts,
     find_score,
     mean_over_networks,
     names_of,
@@ -25,7 +27,7 @@ from datm_ray.report.runs import (
     share_of_full,
 )
 from datm_ray.report.words import count, duration, listed, percent
-from datm_ray.runtime.evaluate import ROWS, Score
+from datm_ray.runtime.evaluate import FAIR_PARTS, FAIR_ROWS, ROWS, Score
 from datm_ray.store.filesystem import Location
 
 
@@ -67,6 +69,8 @@ def _run_view(run: Run) -> dict[str, Any]:
         "left_out": left_out(run),
         "maps": map_pictures(run),
         "networks": _networks_view(run.summary),
+        "fair": [(name, FAIR_PARTS[name], fair_cell(values), len(values)) for name, values in fair_parts(run.summary)],
+        "fair_rows": [(FAIR_ROWS[each.row], str(each), each.n) for each in run.summary.fair_rows],
         "adamw": run.config.evaluate.optimiser == "adamw",
         "charts": charts_of(run),
         "recipe": to_yaml(run.config).strip(),

@@ -14,7 +14,7 @@ from datm_ray.artifact import Artifact, read_artifact
 from datm_ray.config import RunConfig, network_names
 from datm_ray.runtime.checkpoint import CHECKPOINT, read_curves
 from datm_ray.runtime.distill import INITIAL, MAPS, SYNTHETIC
-from datm_ray.runtime.evaluate import ROWS, NetworkScores, Score
+from datm_ray.runtime.evaluate import FAIR_PARTS, ROWS, FairScores, NetworkScores, Score
 from datm_ray.runtime.metadd import MAPS_KIND
 from datm_ray.store.filesystem import Location
 from datm_ray.store.tensors import read_tensors
@@ -33,6 +33,10 @@ class RunSummary:
     """Real training images, where the caller knows their number."""
     networks: Sequence[NetworkScores] = ()
     """What the set is worth to other architectures, as far as that is known."""
+    fair: FairScores | None = None
+    """DD-Ranking's scores, where they were asked for and all networks they need are trained."""
+    fair_rows: Sequence[Score] = ()
+    """The rows beyond the table's that these are made of."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +128,11 @@ def _summary(summary: RunSummary) -> dict[str, Any]:
                 "seeds": list(score.accuracies),
                 "worker_seconds": round(score.seconds, 1),
             }
-            for score in summary.scores
+            for score in (*summary.scores, *summary.fair_rows)
         },
+        "fair": None
+        if summary.fair is None
+        else {name: {"mean": statistics.fmean(v), "n": len(v), "seeds": list(v)} for name, v in fair_parts(summary)},
         "meta_feature_ratio": None
         if run.maps is None
         else dict(zip(("before", "after"), run.maps.ratios, strict=True)),
@@ -156,10 +163,36 @@ def accuracy_table(summaries: Sequence[RunSummary]) -> str:
     shares = [share_of_full(summary.scores) for summary in summaries]
     if any(shares):
         lines.append(["share of full-data accuracy", *(share or "-" for share in shares)])
+    return "\n".join([*_aligned(lines), "", _networks_behind(summaries)])
+
+
+def fair_parts(summary: RunSummary) -> list[tuple[str, tuple[float, ...]]]:
+    """DD-Ranking's scores and their parts, a value for each seed; nothing where they are not known."""
+    return [] if summary.fair is None else list(summary.fair.parts().items())
+
+
+def fair_cell(values: Sequence[float]) -> str:
+    """Mean ± standard deviation; scores are no percentages."""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{spread}"
+
+
+def fair_table(summaries: Sequence[RunSummary]) -> str:
+    """DD-Ranking's scores of the runs that have them, and their parts, as aligned text."""
+    known = [summary for summary in summaries if summary.fair is not None]
+    lines = [["DD-Ranking's scores, of accuracies from 0 to 1", *map(column_name, known)]]
+    parts = [dict(fair_parts(summary)) for summary in known]
+    lines += [[f"{name}, {title}", *(fair_cell(each[name]) for each in parts)] for name, title in FAIR_PARTS.items()]
+    lines.append(["n", *(str(len(each["LRS"])) for each in parts)])
+    return "\n".join(_aligned(lines))
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Columns as wide as their widest cell, the first one to the left; a rule below the heading."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join([first.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]).rstrip() for first, *cells in lines]
     text.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([*text, "", _networks_behind(summaries)])
+    return text
 
 
 def column_name(summary: RunSummary) -> str:

@@ -9,6 +9,15 @@ A set is also scored on other architectures (`ON_OTHERS`), where its step size, 
 not be the best one: so the accuracy is reported with it, and with the one of some that does best on validation data. A
 network that was matched too has learned a step size of its own. With AdamW, which trains what SGD does not, no step
 size was learned, and all are chosen on validation data.
+
+With `evaluate.fair` there are three more rows (`FAIR_ROWS`), of which, with those of the table, DD-Ranking's scores are
+made (see `core.scores`), seed by seed, each network of a seed with the same initial parameters. The distilled images
+with hard labels choose their step size on validation data, the learned one among them, for it was learned with other
+labels; without augmentation the distilled set keeps the learned one, and random images choose as they always do. "Own
+labels" of random images are the experts' mean correct logits, as those that the distilled set started from. This is
+not what DD-Ranking's program (0.2.0) does in all: it chooses step sizes on the test set, keeps the best of every 20
+epochs by test accuracy (here: the last epoch), labels random images by one teacher, and leaves augmentation away with
+hard labels unless told otherwise (here every row has it that is not said to go without).
 """
 
 from __future__ import annotations
@@ -28,6 +37,7 @@ from datm_ray.artifact import Artifact, read_artifact
 from datm_ray.config import ClusterConfig, NetworkConfig, RunConfig, stable_hash
 from datm_ray.core.networks import build_network
 from datm_ray.core.randomness import Purpose, derive_seed
+from datm_ray.core.scores import AugmentationRobust, LabelRobust, augmentation_robust, label_robust
 from datm_ray.core.synthetic import random_rows
 from datm_ray.core.training import Schedule, accuracy, train_to_end
 from datm_ray.data.dataset import Dataset
@@ -47,6 +57,19 @@ ROWS = {
 }
 """Rows of the table, in the order in which they are shown."""
 
+FAIR_ROWS = {
+    "distilled-hard": "distilled, hard labels",
+    "distilled-plain": "distilled, not augmented",
+    "random-plain": "random real images, soft labels, not augmented",
+}
+"""Further rows, for DD-Ranking's scores."""
+
+DISTILLED = ("distilled", "distilled-hard", "distilled-plain")
+"""Rows that depend on the distillation."""
+
+PLAIN = ("distilled-plain", "random-plain")
+"""Rows that are trained without augmentation."""
+
 ON_OTHERS = ("random-soft", "distilled")
 """Rows that are scored on every one of `evaluate.networks`."""
 
@@ -65,7 +88,7 @@ class Score:
     """Test accuracy of one row over several seeds."""
 
     row: str
-    """Key of `ROWS`."""
+    """Key of `ROWS` or `FAIR_ROWS`."""
     accuracies: tuple[float, ...]
     """In [0, 1], one per seed."""
     seconds: float
@@ -126,8 +149,13 @@ class EvaluateWorker:
         if row == "full":
             epochs = config.evaluate.real_epochs
             schedule = dataclasses.replace(schedule, epochs=epochs, decay_epoch=(epochs + 1) // 2)
+        if row in PLAIN:
+            schedule = dataclasses.replace(schedule, augmentation="")
         learned = (step_size,) if step_size else ()
-        candidates = learned if learned and network is None else (*learned, *others)
+        is_its_own = (
+            network is None and row != "distilled-hard"
+        )  # the step size was learned with this network and labels
+        candidates = learned if learned and is_its_own else (*learned, *others)
         tried = config if network is None else config.model_copy(update={"network": network})
         trials: list[_Trial] = []
         for candidate in candidates:
@@ -161,10 +189,11 @@ class EvaluateWorker:
         self, config: RunConfig, store_uri: str, folder: Location, row: str, seed: int, network: NetworkConfig | None
     ) -> tuple[Tensor, Tensor, float | None]:
         """(images, targets, step size or None where it is to be chosen on validation data)."""
-        if row == "distilled":
+        if row in DISTILLED:
             artifact = read_artifact(folder / SYNTHETIC)
             learned = _learned_step_size(artifact, config, network)
-            return artifact.images.to(self._device), artifact.soft_labels.to(self._device), learned
+            targets = artifact.labels if row == "distilled-hard" else artifact.soft_labels
+            return artifact.images.to(self._device), targets.to(self._device), learned
         all_images = to_device(self._dataset.train_images, self._device)
         all_labels = to_device(self._dataset.train_labels, self._device)
         if row == "full":
@@ -223,7 +252,7 @@ def result_location(
     A control does not depend on the distillation, so runs share it: all real data among those with one network, random
     images among those with as many for each class and the same experts, whose soft labels they get.
     """
-    if row == "distilled":
+    if row in DISTILLED:
         folder = out / config.name / "evaluation"
     else:
         identity = config.identity()
@@ -292,6 +321,62 @@ def _kind(network: NetworkConfig, config: RunConfig) -> str:
 def read_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[Score]:
     """The rows of which every seed is finished, in the table's order."""
     found = {row: _finished(out, config, dataset_fingerprint, row) for row in ROWS}
+    return [_score(row, results) for row, results in found.items() if results]
+
+
+@dataclass(frozen=True)
+class FairScores:
+    """DD-Ranking's scores of a set, seed by seed."""
+
+    label: tuple[LabelRobust, ...]
+    augmentation: tuple[AugmentationRobust, ...]
+
+    def parts(self) -> dict[str, tuple[float, ...]]:
+        """Both scores and what they are made of, each one value a seed, under their names of `FAIR_PARTS`."""
+        return {
+            "LRS": tuple(each.score for each in self.label),
+            "HLR": tuple(each.hlr for each in self.label),
+            "IOR": tuple(each.ior for each in self.label),
+            "ARS": tuple(each.score for each in self.augmentation),
+            "beta": tuple(each.beta for each in self.augmentation),
+        }
+
+
+FAIR_PARTS = {
+    "LRS": "label-robust score",
+    "HLR": "hard-label recovery: all real data − distilled, both with hard labels; less is better",
+    "IOR": "improvement over random: distilled − random real images, both with soft labels",
+    "ARS": "augmentation-robust score",
+    "beta": "distilled − random real images, mean of augmented and not",
+}
+"""What `FairScores.parts` gives -> what it is."""
+
+
+def read_fair_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> FairScores | None:
+    """Of a run that asks for them; None where a row has not every seed yet."""
+    rows = ("full", "random-soft", "distilled", *FAIR_ROWS)
+    found = {row: _finished(out, config, dataset_fingerprint, row) for row in rows} if config.evaluate.fair else {}
+    if not found or not all(found.values()):
+        return None
+    of = {row: [result["test_accuracy"] for result in results] for row, results in found.items()}
+    label = tuple(
+        label_robust(real_hard=real, distilled_hard=hard, distilled=own, random_soft=random)
+        for real, hard, own, random in zip(
+            of["full"], of["distilled-hard"], of["distilled"], of["random-soft"], strict=True
+        )
+    )
+    augmentation = tuple(
+        augmentation_robust(distilled=own, random=random, distilled_plain=own_plain, random_plain=random_plain)
+        for own, random, own_plain, random_plain in zip(
+            of["distilled"], of["random-soft"], of["distilled-plain"], of["random-plain"], strict=True
+        )
+    )
+    return FairScores(label, augmentation)
+
+
+def read_fair_rows(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[Score]:
+    """The further rows of which every seed is finished, of a run that asks for them."""
+    found = {row: _finished(out, config, dataset_fingerprint, row) for row in FAIR_ROWS if config.evaluate.fair}
     return [_score(row, results) for row, results in found.items() if results]
 
 

@@ -195,6 +195,8 @@ def _evaluation(config: RunConfig, shape: DataShape, training: int) -> list[Trai
         Training("distilled", settings.seeds, on_set),
         Training("all real data", settings.seeds, tried * settings.real_epochs * training * gradient),
     ]
+    if settings.fair:  # hard labels and random images try several step sizes
+        found.append(Training("rows of the fair scores", 3 * settings.seeds, (2 * tried + 2) / 3 * on_set))
     for network in config.scored_networks:
         other = config.model_copy(update={"network": network})
         gradient, _ = _training(network_spec(other, shape.image[0], shape.image[1:], shape.classes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,25 @@ from datm_ray.artifact import save_artifact
 from datm_ray.config import NetworkConfig, RunConfig, override, scored_on
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.pipeline import Pipeline
-from datm_ray.report import RunSummary, networks_table, write_report
+from datm_ray.report import RunSummary, fair_table, networks_table, write_report, write_summary
 from datm_ray.runtime.distill import SYNTHETIC
 from datm_ray.runtime.evaluate import (
     ADAMW_STEP_SIZES,
     CONTROL_STEP_SIZES,
+    FAIR_PARTS,
+    FAIR_ROWS,
     ON_OTHERS,
     ROWS,
     EvaluateWorker,
     _Trial,
+    read_fair_rows,
+    read_fair_scores,
     read_network_scores,
     result_location,
 )
-from datm_ray.runtime.executor import Finished
-from datm_ray.store.filesystem import open_location
+from datm_ray.runtime.executor import Finished, SerialExecutor
+from datm_ray.runtime.telemetry import Reporter
+from datm_ray.store.filesystem import Location, open_location
 from tests.conftest import tiny_config
 
 LEARNED = 0.5
@@ -181,3 +187,119 @@ def test_the_column_of_the_learned_step_size_is_empty_with_adamw(tmp_path: Path)
     page = write_report(out, [summary]).read_bytes().decode()
     assert "<td>–</td>" in page
     assert "trained with AdamW" in page
+
+
+# --- DD-Ranking's scores ------------------------------------------------------------------------------------------
+
+
+def test_the_fair_rows_are_asked_for_without_changing_the_run() -> None:
+    """They may be added to a finished run; results that were there keep their places, and new ones have their own."""
+    plain, fair = tiny_config(), tiny_config("evaluate.fair=true")
+    assert plain.identity() == fair.identity()
+    assert "fair" not in plain.identity()["evaluate"]
+    assert all(place(plain, row) == place(fair, row) for row in ROWS)
+    places = [place(fair, row) for row in (*ROWS, *FAIR_ROWS)]
+    assert len(set(places)) == len(places)
+    controls = [row for row in (*ROWS, *FAIR_ROWS) if "/controls/" in place(fair, row)]
+    assert controls == ["random-hard", "random-soft", "full", "random-plain"]
+
+
+def test_places_of_results_have_not_moved() -> None:
+    """What earlier versions have written is found again."""
+    assert place(tiny_config(), "random-soft") == "/runs/controls/3a29616d194fe605/random-soft-00.json"
+
+
+def test_hard_labels_choose_a_step_size_on_validation_data(worker: EvaluateWorker, tmp_path: Path) -> None:
+    """The learned one was learned with other labels; without augmentation it is still the set's own."""
+    chosen = {}
+    for row in ("distilled-hard", "distilled-plain"):
+        uri = str(tmp_path / f"{row}.json")
+        list(worker.evaluate(tiny_config("evaluate.fair=true"), "", str(tmp_path), uri, row, 0))
+        chosen[row] = open_location(uri).read_json()["step_size"]
+    assert chosen == {"distilled-hard": 0.03, "distilled-plain": LEARNED}
+
+
+def test_rows_are_trained_as_their_names_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hard labels are classes; plain rows are not augmented, all others as the recipe says."""
+    config = tiny_config("evaluate.fair=true")
+    pipeline = Pipeline([config], str(tmp_path))
+    pipeline.train_experts(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    dataset = pipeline._dataset(config)
+    synthetic = SyntheticSet(torch.zeros(10, 1, 8, 8), torch.randn(10, 10), torch.tensor([0.1]), torch.arange(10))
+    folder = open_location(str(tmp_path / "tiny"))
+    save_artifact(folder / SYNTHETIC, synthetic, dataset.transform, dataset.class_names, config.identity(), {})
+    worker, seen = EvaluateWorker(dataset, config.cluster), {}
+
+    def trial(_: Any, images: torch.Tensor, targets: torch.Tensor, schedule: Any, __: Any) -> _Trial:
+        seen[row] = (len(images), targets.is_floating_point(), schedule.augmentation)
+        return _Trial(torch.nn.Identity(), schedule.learning_rate, 0.5)
+
+    monkeypatch.setattr(worker, "_trial", trial)
+    monkeypatch.setattr(worker, "_test_accuracy", lambda _: 0.5)
+    for row in (*ROWS, *FAIR_ROWS):
+        list(worker.evaluate(config, pipeline.store_uri, folder.uri, str(tmp_path / "result.json"), row, 0))
+    real, augmentation = len(dataset.train_images), config.evaluate.augmentation
+    assert augmentation
+    assert seen == {
+        "random-hard": (10, False, augmentation),
+        "random-soft": (10, True, augmentation),
+        "distilled": (10, True, augmentation),
+        "full": (real, False, augmentation),
+        "distilled-hard": (10, False, augmentation),
+        "distilled-plain": (10, True, ""),
+        "random-plain": (10, True, ""),
+    }
+
+
+ACCURACIES = {
+    "full": (0.9, 0.8),
+    "random-soft": (0.7, 0.6),
+    "distilled": (0.8, 0.8),
+    "distilled-hard": (0.6, 0.8),
+    "distilled-plain": (0.7, 0.5),
+    "random-plain": (0.3, 0.5),
+}
+"""Of two seeds."""
+
+
+def write_accuracies(out: Location, config: RunConfig, rows: Sequence[str]) -> None:
+    for row in rows:
+        for number, value in enumerate(ACCURACIES[row]):
+            result_location(out, config, "d", row, number).write_json({"test_accuracy": value, "seconds": 1.0})
+
+
+def test_the_scores_are_made_of_the_rows_seed_by_seed(tmp_path: Path) -> None:
+    """Seed 0: HLR 0.3, IOR 0.1, beta (0.1 + 0.4) / 2; seed 1: HLR 0, IOR 0.2, beta (0.2 + 0) / 2."""
+    config, out = tiny_config("evaluate.fair=true"), open_location(str(tmp_path))
+    write_accuracies(out, config, list(ACCURACIES)[:-1])
+    assert read_fair_scores(out, config, "d") is None, "a row is missing"
+    write_accuracies(out, config, list(ACCURACIES))
+    assert read_fair_scores(out, tiny_config(), "d") is None, "not asked for"
+    scores = read_fair_scores(out, config, "d")
+    assert scores is not None
+    parts = scores.parts()
+    assert list(parts) == list(FAIR_PARTS)
+    assert parts["HLR"] == pytest.approx((0.3, 0.0))
+    assert parts["IOR"] == pytest.approx((0.1, 0.2))
+    assert parts["beta"] == pytest.approx((0.25, 0.1))
+    assert parts["LRS"] == pytest.approx((0.228454, 0.313687), abs=1e-6)
+    assert parts["ARS"] == pytest.approx((0.389783, 0.313687), abs=1e-6)
+
+
+def test_the_scores_are_told_with_their_parts_and_n(tmp_path: Path) -> None:
+    """In the text, on the page and in the summary."""
+    config, out = tiny_config("evaluate.fair=true"), open_location(str(tmp_path))
+    write_accuracies(out, config, list(ACCURACIES))
+    where = (out, config, "d")
+    summary = RunSummary(config, out / config.name, [], fair=read_fair_scores(*where), fair_rows=read_fair_rows(*where))
+    lines = {line.split(",")[0]: line.split() for line in fair_table([summary, summary]).splitlines()}
+    assert lines["LRS"][-6:] == ["0.271", "±", "0.060"] * 2
+    assert lines["HLR"][-3:] == ["0.150", "±", "0.212"]
+    page = write_report(out, [summary]).read_bytes().decode()
+    assert "0.271 ± 0.060" in page
+    assert "distilled, hard labels 70.0 ± 14.1 (2)" in page
+    (told,) = write_summary(out, [summary]).read_json()
+    assert told["fair"]["beta"]["n"] == 2
+    assert told["test_accuracy"]["random-plain"]["seeds"] == [0.3, 0.5]
+    without = RunSummary(config, out / config.name, [])
+    assert "Fair scores" not in write_report(out, [without]).read_bytes().decode()
