@@ -5,6 +5,7 @@ An output folder holds any number of runs that share experts and controls:
     <out>/experts/                the trajectory store, unless another one is given
     <out>/<run>/recipe.yaml       the run's configuration
     <out>/<run>/dataset.json      fingerprint and size of its data set
+    <out>/<run>/experts-cost.json what its experts have cost, as the store knows it
     <out>/<run>/*.arrow           see `distill`
     <out>/<run>/evaluation/       one JSON file per row and seed
     <out>/controls/               training on real images, shared by runs
@@ -56,7 +57,16 @@ from datm_ray.runtime.evaluate import (
 )
 from datm_ray.runtime.executor import Executor, Task, require_precision
 from datm_ray.runtime.expert_progress import ExpertProgress
-from datm_ray.runtime.experts import ExpertWorker, expert_group, experts_at_a_time, network_spec, progress_of, stacks
+from datm_ray.runtime.experts import (
+    ExpertWorker,
+    expert_group,
+    experts_at_a_time,
+    experts_cost,
+    network_spec,
+    progress_of,
+    stacks,
+    write_experts_cost,
+)
 from datm_ray.runtime.loggers import Logger, open_logger, require_logger
 from datm_ray.runtime.plan import ALONE, Layout, distillation_plan, require_whole_classes
 from datm_ray.runtime.telemetry import Reporter
@@ -225,6 +235,15 @@ class Pipeline:
                 group.write_transform(transform.to_arrays(), transform.to_metadata())
         self._clear_up()
         self._run("Experts", ExpertWorker, "train", self._expert_tasks, executor, reporter)
+        self._note_experts_cost()
+
+    def _note_experts_cost(self) -> None:
+        """Into the runs' folders, where the report finds it without the store."""
+        for config in self.configs:
+            costs = [
+                experts_cost(each, self._group(each)) for each in (*config.each_backbone(), *config.each_auxiliary())
+            ]
+            write_experts_cost(self._folder(config), costs)
 
     def _expert_tasks(self) -> list[DatasetTask]:
         tasks = []
@@ -277,6 +296,7 @@ class Pipeline:
             return self._distill_tasks(executor)
 
         self._run("Distillation", DistillWorker, "distill", open_tasks, executor, reporter)
+        self._note_experts_cost()
 
     def _distill_tasks(self, executor: Executor | None = None) -> list[DatasetTask]:
         tasks = []

@@ -14,9 +14,11 @@ from datm_ray.report.gallery import galleries, left_out
 from datm_ray.report.maps import map_pictures
 from datm_ray.report.runs import (
     NETWORK_COLUMNS,
+    CostLine,
     Run,
     RunSummary,
     column_name,
+    cost_lines,
     fair_cell,
     fair_parts,
     find_score,
@@ -26,7 +28,7 @@ from datm_ray.report.runs import (
     scores_by_name,
     share_of_full,
 )
-from datm_ray.report.words import count, duration, listed, percent
+from datm_ray.report.words import count, duration, listed, percent, size
 from datm_ray.runtime.evaluate import FAIR_PARTS, FAIR_ROWS, ROWS, Score
 from datm_ray.store.filesystem import Location
 
@@ -75,12 +77,22 @@ def _run_view(run: Run) -> dict[str, Any]:
         "charts": charts_of(run),
         "recipe": to_yaml(run.config).strip(),
         "provenance": _provenance_lines(run.latest.provenance) if run.latest else [],
-        "costs": [
-            (title, score.n, duration(score.seconds), duration(score.seconds / score.n))
-            for row, title in ROWS.items()
-            if (score := find_score(run.summary.scores, row)) is not None
-        ],
+        "costs": [_cost_cells(line) for line in cost_lines(run.summary)],
     }
+
+
+def _cost_cells(line: CostLine) -> tuple[str, ...]:
+    """Title, how many, worker time, time of its processor or GPU, peak memory, bytes read."""
+    spent, known = line.spent, line.complete
+    kind = "GPU" if spent.gpu_seconds else "CPU"
+    return (
+        line.title,
+        f"{line.count:,}",
+        duration(spent.seconds),
+        f"{duration(line.processor_seconds)} {kind}" if known else "–",
+        size(spent.peak_memory_bytes) if known and spent.peak_memory_bytes else "–",
+        size(spent.read_bytes) if known else "–",
+    )
 
 
 def _networks_view(summary: RunSummary) -> dict[str, Any] | None:

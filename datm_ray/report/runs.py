@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from datm_ray.artifact import Artifact, read_artifact
 from datm_ray.config import RunConfig, network_names
 from datm_ray.runtime.checkpoint import CHECKPOINT, read_curves
-from datm_ray.runtime.distill import INITIAL, MAPS, SYNTHETIC
-from datm_ray.runtime.evaluate import FAIR_PARTS, ROWS, FairScores, NetworkScores, Score
+from datm_ray.runtime.distill import COST, INITIAL, MAPS, SYNTHETIC, read_cost
+from datm_ray.runtime.evaluate import FAIR_PARTS, FAIR_ROWS, ROWS, FairScores, NetworkScores, Score
+from datm_ray.runtime.experts import read_experts_cost
 from datm_ray.runtime.metadd import MAPS_KIND
+from datm_ray.runtime.spent import Spent
 from datm_ray.store.filesystem import Location
 from datm_ray.store.tensors import read_tensors
 
@@ -52,6 +54,45 @@ class Maps:
     ratios: tuple[float, float]
     """Meta-feature ratio of all images."""
     threshold: float
+
+
+@dataclass(frozen=True)
+class CostLine:
+    """What one part of a run has cost."""
+
+    title: str
+    count: int
+    """Experts, sets or networks behind it."""
+    spent: Spent
+    complete: bool = True
+    """Whether everything was measured; of results of earlier versions only the seconds are known."""
+
+    @property
+    def processor_seconds(self) -> float:
+        """Of the GPUs where it had any, else of the CPUs."""
+        return self.spent.gpu_seconds or self.spent.cpu_seconds
+
+
+def cost_lines(summary: RunSummary) -> list[CostLine]:
+    """Of experts, distillation, every row of the table and every other architecture, as far as they are there."""
+    lines = [
+        CostLine(f"experts, {each.architecture}", each.known, each.spent)
+        for each in read_experts_cost(summary.folder)
+        if each.known
+    ]
+    if (summary.folder / COST).exists():
+        lines.append(CostLine("distillation", 1, read_cost(summary.folder)))
+    titles = {**ROWS, **FAIR_ROWS}
+    ordered = sorted((*summary.scores, *summary.fair_rows), key=lambda score: list(titles).index(score.row))
+    lines += [_cost_line(titles[score.row], score) for score in ordered]
+    for name, each in zip(names_of(summary.networks), summary.networks, strict=True):
+        rows = (each.tuned, each.control)  # the learned step size is one of those that were tried for the tuned one
+        lines += [_cost_line(f"{titles[score.row]}, on {name}", score) for score in rows if score]
+    return lines
+
+
+def _cost_line(title: str, score: Score) -> CostLine:
+    return CostLine(title, score.n, score.cost or Spent(seconds=score.seconds), complete=score.cost is not None)
 
 
 @dataclass(frozen=True)
@@ -146,6 +187,11 @@ def _summary(summary: RunSummary) -> dict[str, Any]:
                 },
             }
             for scores in summary.networks
+        ],
+        "cost": [
+            {"what": line.title, "n": line.count}
+            | (line.spent.to_json() if line.complete else {"seconds": round(line.spent.seconds, 3)})
+            for line in cost_lines(summary)
         ],
         "recipe": summary.config.model_dump(),
         "provenance": None if latest is None else dict(latest.provenance),

@@ -7,6 +7,9 @@ The files of a run's folder, each written atomically:
     maps.arrow         with MetaDD: what its networks see in some images, before and after
     synthetic.arrow    the result; there only when the distillation is finished
     last-good.arrow    after a divergence: the set as it was before
+    cost.json          what it has cost so far, over all workers and attempts; replaced after every checkpoint, so what
+                       a killed attempt spent after its last one is not counted. A file of its own, for the others are
+                       the same however often a run was stopped
 """
 
 from __future__ import annotations
@@ -52,12 +55,14 @@ from datm_ray.runtime.metadd import Onlookers
 from datm_ray.runtime.metrics import Meter
 from datm_ray.runtime.plan import Layout, distillation_plan
 from datm_ray.runtime.provenance import provenance
+from datm_ray.runtime.spent import Account, Spent
 from datm_ray.store.filesystem import Location, open_location
 from datm_ray.store.prefetch import Prefetcher
 
 INITIAL, SYNTHETIC = "initial.arrow", "synthetic.arrow"
 LAST_GOOD = "last-good.arrow"
 MAPS = "maps.arrow"
+COST = "cost.json"
 
 
 class DistillWorker:
@@ -83,14 +88,14 @@ class DistillWorker:
             DivergenceError: a value stopped being finite; the last good state is in the checkpoint.
             PeerLostError: another worker of the mesh died.
         """
-        folder = open_location(folder_uri)
+        folder, account = open_location(folder_uri), Account(self._device, self._cluster)
         if (folder / SYNTHETIC).exists():
             yield Finished()
             return
         rows = len(config.roles) if seat else 1
         columns = seat.size // rows if seat else 1
         with open_mesh(seat, rows, columns, self._device, self._cluster.peer_timeout) as mesh:
-            run = _Run(config, self._dataset, store_uri, folder, mesh, self._device, sharing)
+            run = _Run(config, self._dataset, store_uri, folder, mesh, self._device, sharing, account)
             with closing(run):
                 yield from run.events()
 
@@ -119,7 +124,9 @@ class _Run:
         mesh: Mesh,
         device: torch.device,
         sharing: int,
+        account: Account,
     ) -> None:
+        self._account, self._spent_before = account, read_cost(folder)
         self._config, self._dataset, self._folder, self._mesh, self._device = config, dataset, folder, mesh, device
         self._rows = Rows.of_shard(mesh.column, mesh.columns, dataset.classes, config.distill.ipc)
         networks = [ExpertNetworks(each, dataset, store_uri, device) for each in config.each_backbone()]
@@ -182,6 +189,7 @@ class _Run:
         if self._onlookers is not None and (self._folder / INITIAL).exists():
             initial = read_artifact(self._folder / INITIAL).images[self._rows.first : self._rows.last]
             self._onlookers.keep_maps(self._folder / MAPS, self._mesh, initial.to(self._device), final)
+        self._note_cost()
         self._save_set(final, SYNTHETIC)
         yield Finished({"skipped": state.skipped, "chosen_at": state.chosen_at}, meter.measure())
 
@@ -364,6 +372,13 @@ class _Run:
 
     def _save_checkpoint(self, state: Distillation) -> None:
         save_checkpoint(self._folder, state, self._rows, self._mesh, self._config.identity())
+        self._note_cost()
+
+    def _note_cost(self) -> None:
+        """Write down what all workers have spent, this time and before."""
+        now = over_workers(self._mesh, self._account.spent())
+        if self._mesh.is_first:
+            (self._folder / COST).write_json((self._spent_before + now).to_json())
 
     def _save_set(self, held: SyntheticSet, name: str) -> None:
         whole = self._whole(held)
@@ -377,6 +392,21 @@ class _Run:
         }
         place, recipe = self._folder / name, self._config.identity()
         save_artifact(place, whole, dataset.transform, dataset.class_names, recipe, origin)
+
+
+def over_workers(mesh: Mesh, mine: Spent) -> Spent:
+    """What all workers have spent; every one gets the same."""
+    sums = [mine.seconds, mine.cpu_seconds, mine.gpu_seconds, mine.read_bytes, mine.write_bytes]
+    peaks = [mine.peak_memory_bytes * (rank == mesh.rank) for rank in range(mesh.rows * mesh.columns)]
+    told = mesh.sum_over_all(torch.tensor([*sums, *peaks], dtype=torch.float64)).tolist()
+    seconds, cpu_seconds, gpu_seconds, read, written = told[: len(sums)]
+    return Spent(seconds, cpu_seconds, gpu_seconds, max(told[len(sums) :]), read, written)
+
+
+def read_cost(folder: Location) -> Spent:
+    """What the distillation in a folder has cost so far, as far as it was noted."""
+    place = folder / COST
+    return Spent.from_json(place.read_json()) if place.exists() else Spent()
 
 
 def _shown(state: Distillation, records: list[IterationRecord]) -> dict[str, float]:

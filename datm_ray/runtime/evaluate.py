@@ -25,7 +25,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +46,7 @@ from datm_ray.runtime.expert_networks import ExpertNetworks
 from datm_ray.runtime.experts import network_spec
 from datm_ray.runtime.metrics import Meter
 from datm_ray.runtime.provenance import provenance
+from datm_ray.runtime.spent import Account, Spent, total
 from datm_ray.store.filesystem import Location, open_location
 
 ROWS = {
@@ -93,6 +93,8 @@ class Score:
     """In [0, 1], one per seed."""
     seconds: float
     """Worker seconds spent, all seeds together."""
+    cost: Spent | None = None
+    """Of all seeds together; none where an earlier version scored one of them."""
 
     @property
     def n(self) -> int:
@@ -119,6 +121,7 @@ class EvaluateWorker:
 
     def __init__(self, dataset: Dataset, cluster: ClusterConfig) -> None:
         self._device = prepare_device(cluster)
+        self._cluster = cluster
         self._dataset = dataset
         self._experts: dict[str, ExpertNetworks] = {}
 
@@ -138,7 +141,7 @@ class EvaluateWorker:
             network: to train and score, with a tuned step size too; none takes the backbone, with the learned one.
                 Where the optimiser is not SGD, none was learned.
         """
-        started, meter = time.monotonic(), Meter(self._device)
+        account, meter = Account(self._device, self._cluster), Meter(self._device)
         seed = derive_seed(config.seed, Purpose.EVALUATION, number)
         folder = open_location(folder_uri)
         images, targets, step_size = self._training_set(config, store_uri, folder, row, seed, network)
@@ -165,17 +168,22 @@ class EvaluateWorker:
             metrics = meter.measure() | {"datm_ray_evaluate_validation_accuracy_ratio": measured}
             yield Progress(len(trials), len(candidates), {"validation": measured}, metrics)
         chosen = max(trials, key=lambda trial: trial.validation_accuracy)
+        accuracies = {
+            "test_accuracy": self._test_accuracy(chosen),
+            "test_accuracy_with_learned_step_size": self._test_accuracy(trials[0]) if step_size else None,
+        }
+        spent = account.spent()
         result = {
             "row": row,
             "number": number,
             "seed": seed,
-            "test_accuracy": self._test_accuracy(chosen),
+            **accuracies,
             "validation_accuracy": chosen.validation_accuracy,
             "step_size": chosen.step_size,
             "learned_step_size": step_size,
-            "test_accuracy_with_learned_step_size": self._test_accuracy(trials[0]) if step_size else None,
             "images": len(images),
-            "seconds": time.monotonic() - started,
+            "seconds": spent.seconds,
+            "cost": spent.to_json(),
             "provenance": provenance(self._device),
         }
         open_location(result_uri).write_json(result)
@@ -385,4 +393,5 @@ def _score(row: str, results: Sequence[dict[str, Any]]) -> Score:
         row,
         tuple(result["test_accuracy"] for result in results),
         sum(result["seconds"] for result in results),
+        total(Spent.from_json(each["cost"]) for each in results) if all("cost" in each for each in results) else None,
     )

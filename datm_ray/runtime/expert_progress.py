@@ -4,8 +4,10 @@
 
 Each file holds some epochs of a whole stack: those that the trajectory will keep, and the state after the last of them.
 Files are written whole, at the end of an epoch, as often as `WRITE_SHARE` allows; the trajectories are assembled from
-them at the end, an epoch at a time. Two who train one stack at the same moment write the same bits under names of their
-own, and neither touches the other's. Shapes: e epochs, s experts, p parameters, q buffers.
+them at the end, an epoch at a time. Two who train one stack at the same moment write the same numbers under names of
+their own, and neither touches the other's. Each file tells too what was spent since the one before it; what a killed
+worker had not written yet is trained again, and its cost is not counted.
+Shapes: e epochs, s experts, p parameters, q buffers.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ from torch import Tensor
 from datm_ray.config import stable_hash
 from datm_ray.core.experts import ExpertState
 from datm_ray.errors import CorruptFileError, StoreError
+from datm_ray.runtime.spent import Account, Spent
 from datm_ray.store.filesystem import Location
-from datm_ray.store.tensors import read_tensors, write_tensors
+from datm_ray.store.tensors import TensorFile, read_tensors, write_tensors
 from datm_ray.store.trajectories import ExpertGroup, Snapshot
 
 WRITE_SHARE = 0.05
@@ -49,34 +52,45 @@ _FILE = re.compile(r"(\d+)-(\d+)-[0-9a-f]+\.arrow")
 class ExpertProgress:
     """The progress folder of one stack."""
 
-    def __init__(self, group: ExpertGroup, experts: Sequence[int], kept: Sequence[int], wanted: Sequence[int]) -> None:
+    def __init__(
+        self,
+        group: ExpertGroup,
+        experts: Sequence[int],
+        kept: Sequence[int],
+        wanted: Sequence[int],
+        account: Account | None = None,
+    ) -> None:
         """Of a stack.
 
         Args:
             kept: epochs of the trajectories.
             wanted: those of the experts that will be stored.
+            account: of who trains it; none does not train.
         """
+        self._group, self._account, self._spent = group, account, Spent()
         self._experts, self._kept = list(experts), frozenset(kept)
         what = stable_hash({"kept": sorted(kept), "wanted": sorted(wanted)})
-        self._folder = group.progress / f"{experts[0]:05d}-{len(experts)}-{what}"
+        self._name = f"{experts[0]:05d}-{len(experts)}-{what}"
+        self._folder, self._wanted = group.progress / self._name, list(wanted)
         self._writer = uuid.uuid4().hex
         self._pending: list[_Epoch] = []
         self._due = time.monotonic()
 
     def resume(self, device: torch.device) -> ExpertState | None:
         """The state to go on from; None at the beginning. Damaged files are removed."""
-        state = None
+        state, self._spent = None, Spent()
         for name, _ in self._chain():
-            arrays = self._readable(name)
-            if arrays is None:  # without it another file may reach as far
+            file = self._readable(name)
+            if file is None:  # without it another file may reach as far
                 return self.resume(device)
-            state = _state(arrays, device)
+            state = _state(file.arrays, device)
+            self._spent += Spent.from_json(file.metadata["spent"]) if "spent" in file.metadata else Spent()
         return state
 
-    def _readable(self, name: str) -> Mapping[str, NDArray[Any]] | None:
-        """A file's arrays; None where it was damaged, and is removed."""
+    def _readable(self, name: str) -> TensorFile | None:
+        """A file; None where it was damaged, and is removed."""
         try:
-            return read_tensors(self._folder / name, kind=KIND).arrays
+            return read_tensors(self._folder / name, kind=KIND)
         except CorruptFileError:
             (self._folder / name).remove()
             return None
@@ -130,6 +144,11 @@ class ExpertProgress:
                 "give the same command again",
             )
 
+    def note_cost(self) -> None:
+        """Write down, beside the experts, what the training of all epochs has cost."""
+        spent = self._spent + (self._account.spent() if self._account else Spent())
+        self._group.write_cost(self._name, {"experts": self._wanted, "spent": spent.to_json()})
+
     def remove(self) -> None:
         """Remove the folder of a stack that is finished."""
         _remove_folder(self._folder)
@@ -162,7 +181,10 @@ class ExpertProgress:
         }
         if state.velocity is not None:
             arrays["velocity"] = _to_numpy(state.velocity)
-        write_tensors(self._folder / f"{first:05d}-{newest:05d}-{self._writer}.arrow", arrays, kind=KIND, metadata={})
+        lap = self._account.lap() if self._account else Spent()
+        self._spent, metadata = self._spent + lap, {"spent": lap.to_json()}
+        name = f"{first:05d}-{newest:05d}-{self._writer}.arrow"
+        write_tensors(self._folder / name, arrays, kind=KIND, metadata=metadata)
         ended = time.monotonic()
         self._pending, self._due = [], ended + (ended - started) / WRITE_SHARE
 

@@ -11,6 +11,7 @@ import math
 import re
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -36,6 +37,8 @@ from datm_ray.errors import DivergenceError
 from datm_ray.runtime.executor import Event, Finished, Note, Progress, prepare_device, to_device
 from datm_ray.runtime.expert_progress import ExpertProgress, wait_for_room
 from datm_ray.runtime.metrics import Meter
+from datm_ray.runtime.spent import Account, Spent, total
+from datm_ray.store.filesystem import Location
 from datm_ray.store.trajectories import ExpertGroup, TrajectoryInfo, TrajectoryStore
 
 
@@ -82,7 +85,7 @@ class ExpertWorker:
 
     def __init__(self, dataset: Dataset, cluster: ClusterConfig) -> None:
         self._device = prepare_device(cluster)
-        self._compile = cluster.compile
+        self._compile, self._cluster = cluster.compile, cluster
         self._dataset = dataset
         self._images = to_device(dataset.train_images, self._device)
         self._labels = to_device(dataset.train_labels, self._device)
@@ -97,15 +100,18 @@ class ExpertWorker:
         """
         group = expert_group(store_uri, config, self._dataset.name, self._dataset.fingerprint)
         wanted = [expert for expert in experts if expert < config.experts.count]
-        progress, meter = progress_of(config, group, experts), Meter(self._device)
+        account, meter = Account(self._device, self._cluster), Meter(self._device)
+        progress = progress_of(config, group, experts, account)
         if not set(wanted) <= set(group.experts()):
             yield from self._train(config, group, experts, progress, meter)
+            progress.note_cost()  # before, for who finds all experts stored does not come here again
             for expert in set(wanted) - set(group.experts()):
                 progress.require_whole(config.experts.epochs)
                 info = self._info(config, group, expert)
                 for waiting in wait_for_room(group.location, 4 * info.parameter_count * len(info.epochs)):
                     yield Note(waiting)
                 group.write_expert(expert, progress.snapshots(expert), info)
+            progress.note_cost()
         progress.remove()
         yield Finished(metrics=meter.measure())
 
@@ -178,10 +184,51 @@ class ExpertWorker:
         )
 
 
-def progress_of(config: RunConfig, group: ExpertGroup, experts: Sequence[int]) -> ExpertProgress:
-    """What is kept of a stack while it is trained for a recipe."""
+def progress_of(
+    config: RunConfig, group: ExpertGroup, experts: Sequence[int], account: Account | None = None
+) -> ExpertProgress:
+    """What is kept of a stack while it is trained for a recipe, by whose account it is."""
     wanted = [expert for expert in experts if expert < config.experts.count]
-    return ExpertProgress(group, experts, config.kept_epochs, wanted)
+    return ExpertProgress(group, experts, config.kept_epochs, wanted, account)
+
+
+@dataclass(frozen=True)
+class ExpertsCost:
+    """What the experts of one network have cost."""
+
+    architecture: str
+    known: int
+    """Experts whose cost is known; it is not for those that were imported, or trained by an earlier version."""
+    spent: Spent
+
+
+EXPERTS_COST = "experts-cost.json"
+"""In the folder of a run."""
+
+
+def write_experts_cost(folder: Location, costs: Sequence[ExpertsCost]) -> None:
+    """Into the folder of a run."""
+    (folder / EXPERTS_COST).write_json(
+        [{"architecture": each.architecture, "known": each.known, "spent": each.spent.to_json()} for each in costs]
+    )
+
+
+def read_experts_cost(folder: Location) -> list[ExpertsCost]:
+    """Of every network of a run, in the order of its recipe; nothing where it was never noted."""
+    place = folder / EXPERTS_COST
+    told = place.read_json() if place.exists() else []
+    return [ExpertsCost(each["architecture"], each["known"], Spent.from_json(each["spent"])) for each in told]
+
+
+def experts_cost(config: RunConfig, group: ExpertGroup) -> ExpertsCost:
+    """Of the experts that a recipe uses; of those that were trained more than once, each time."""
+    found: list[tuple[set[int], Spent]] = []
+    for cost in group.costs():
+        used = {expert for expert in cost["experts"] if expert < config.experts.count}
+        if used:
+            found.append((used, Spent.from_json(cost["spent"])))
+    known = set().union(*(experts for experts, _ in found))
+    return ExpertsCost(config.network.architecture, len(known), total(spent for _, spent in found))
 
 
 def _require_finite(losses: torch.Tensor, experts: Sequence[int], epoch: int) -> None:

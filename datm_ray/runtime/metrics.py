@@ -59,7 +59,7 @@ CATALOGUE: dict[str, Metric] = {
         "", "Workers at a task that has been heard of since it was given out", ("stage",)
     ),
     "datm_ray_worker_memory_bytes": _gauge(
-        "bytes", "Peak memory of the worker: of its GPU where it has one, else of its process"
+        "bytes", "Peak memory of the worker since its task began: of its GPU where it has one, else of its process"
     ),
     # --- experts ---
     "datm_ray_expert_epoch": _gauge("", "Epochs done of a stack of experts"),

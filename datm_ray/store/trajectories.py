@@ -11,7 +11,8 @@ the two epochs it needs and nothing else:
 `params` are stored as `TrajectoryInfo.storage` says, bfloat16 as its 16 bits; they are float32 to every reader.
 Files of version 1 have no buffers and float32 params.
 
-Beside the experts lies `transform.arrow`, the tensor file of the transform their data went through. An expert
+Beside the experts lie `transform.arrow`, the tensor file of the transform their data went through, and in `costs/`
+what their training has cost, for those who want to know. An expert
 is written once, whole, and never changed. How experts are trained, and which epochs are matched, is not known
 here. Letters: p = number of parameters of the network, b = number of values in its floating-point buffers.
 """
@@ -43,6 +44,7 @@ TRANSFORM_KIND = "transform"
 
 _EXPERT_FILE = re.compile(r"expert-(\d{5})\.arrow")
 _TRANSFORM_FILE = "transform.arrow"
+_COSTS = "costs"
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 _MAX_EXPERT = 99_999
 _MAX_STRETCHES = 6  # of epochs, named in a message
@@ -236,10 +238,24 @@ class ExpertGroup:
         """Where those who train experts keep what is not finished, in folders of files."""
         return self.location / "progress"
 
+    def write_cost(self, name: str, value: Mapping[str, object]) -> None:
+        """Note what some of the experts have cost, as plain data; replaces what was noted under this name."""
+        (self.location / _COSTS / f"{name}.json").write_json(value)
+
+    def costs(self) -> list[Mapping[str, Any]]:
+        """All that `write_cost` noted."""
+        folder = self.location / _COSTS
+        return [(folder / name).read_json() for name in sorted(folder.list()) if name.endswith(".json")]
+
     def remove(self) -> None:
-        """Delete all experts, damaged ones too, the transform, and what was in progress."""
+        """Delete all experts, damaged ones too, the transform, what they cost, and what was in progress."""
         for expert in self.experts():
             self.remove_expert(expert)
+        for name in (self.location / _COSTS).list():
+            (self.location / _COSTS / name).remove()
+        local = (self.location / _COSTS).local_path
+        if local is not None:
+            shutil.rmtree(local, ignore_errors=True)  # the empty folder; elsewhere there is none
         for folder in self.progress.list():
             for name in (self.progress / folder).list():
                 (self.progress / folder / name).remove()
