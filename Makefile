@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint type fmt check bench-experts bench-matching bench-metadd bench-plan bench-rounding bench-store clean
+.PHONY: help install demo test lint type fmt check bench-experts bench-matching bench-metadd bench-plan bench-rounding bench-store fidelity clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -53,6 +53,9 @@ bench-rounding: install  ## float32 error of the matching gradient over many pro
 
 bench-store: install  ## bytes on the wire and latency of reading two snapshots, local and S3
 	$(BIN)/python benchmarks/bench_store.py
+
+fidelity: install  ## start ranges against images per class, and an ablation, on digits: half an hour on two cores
+	$(BIN)/python benchmarks/bench_fidelity.py
 
 clean:  ## remove the virtual environment, runs and caches
 	rm -rf $(VENV) runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

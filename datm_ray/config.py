@@ -141,6 +141,10 @@ class DistillConfig(Section):
     """Of SGD on the soft-label logits, momentum 0.9; 0 keeps the initial soft labels."""
     learning_rate_step_size: NonNegative = 1e-5
     """Of SGD on the student's step size, momentum 0.5."""
+    initial: Literal["correct", "random"] = "correct"
+    """Real images to start from: those that an expert classifies correctly, as DATM, or any."""
+    labels: Literal["soft", "hard"] = "soft"
+    """soft: the experts' mean correct logits, then learned, as DATM; hard: the classes, not learned, as MTT."""
     initial_step_size: Positive = 0.01
     """The student's step size at the start."""
     threshold: Positive = 1.0
@@ -462,6 +466,9 @@ class RunConfig(Section):
             "experts": {"keep_epochs", "test_every"},
         }
         identity = self.model_dump(exclude=left_out)
+        for name, default in (("initial", "correct"), ("labels", "soft")):
+            if identity["distill"][name] == default:  # as before there was such a choice
+                identity["distill"].pop(name)
         if self.metadd is None:  # as before there was such a section
             identity.pop("metadd")
         else:

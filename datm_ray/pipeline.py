@@ -88,6 +88,9 @@ class Pipeline:
         DatmError: a data set, path or range that cannot be used.
     """
 
+    distill_worker: type[DistillWorker] = DistillWorker
+    """What distils; a benchmark may put another one here."""
+
     def __init__(
         self,
         configs: Sequence[RunConfig],
@@ -295,7 +298,7 @@ class Pipeline:
         def open_tasks() -> list[DatasetTask]:
             return self._distill_tasks(executor)
 
-        self._run("Distillation", DistillWorker, "distill", open_tasks, executor, reporter)
+        self._run("Distillation", self.distill_worker, "distill", open_tasks, executor, reporter)
         self._note_experts_cost()
 
     def _distill_tasks(self, executor: Executor | None = None) -> list[DatasetTask]:

@@ -296,3 +296,12 @@ def test_networks_of_one_architecture_have_names_of_their_own() -> None:
         "mlp",
     ]
     assert network_names(networks[1:2] + networks[3:]) == ["convnet (width 16)", "mlp"]
+
+
+def test_choices_that_are_newer_than_finished_runs_do_not_change_them() -> None:
+    """A value that is as everything was before there was a choice is no part of a run's identity; another is."""
+    plain = RunConfig()
+    assert "initial" not in plain.identity()["distill"]
+    assert "labels" not in plain.identity()["distill"]
+    for change in ("distill.initial=random", "distill.labels=hard"):
+        assert override(plain, [change]).identity() != plain.identity()

@@ -21,6 +21,7 @@ import torch
 from datm_ray import pipeline as pipeline_module
 from datm_ray.artifact import Artifact, load
 from datm_ray.config import RunConfig, to_yaml
+from datm_ray.core.synthetic import random_rows
 from datm_ray.errors import (
     ClusterError,
     ConfigError,
@@ -219,6 +220,19 @@ def test_runs_of_one_folder_share_experts_and_the_full_data_control(tmp_path: Pa
     table = pipeline.table()
     assert "tiny" in table
     assert "other" in table
+
+
+def test_a_set_may_start_from_any_images_and_keep_hard_labels(tmp_path: Path) -> None:
+    """As in MTT: random real images, and classes as labels, which are not learned whatever their learning rate."""
+    config = tiny_config("distill.initial=random", "distill.labels=hard")
+    run_all(config, tmp_path)
+    before, after = (load(str(tmp_path / "tiny" / name)) for name in ("initial.arrow", "synthetic.arrow"))
+    dataset = Pipeline([config], str(tmp_path))._dataset(config)
+    rows = random_rows(dataset.train_labels, config.distill.ipc, config.seed)
+    assert torch.equal(before.images, torch.from_numpy(dataset.train_images[rows]))
+    assert not torch.equal(before.images, after.images)
+    assert torch.equal(before.soft_labels, after.soft_labels)
+    assert torch.allclose(after.soft_labels.softmax(dim=1), torch.eye(10), atol=1e-7)
 
 
 def test_divergence_names_the_iteration_and_keeps_the_last_good_state(tmp_path: Path) -> None:

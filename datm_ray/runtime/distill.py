@@ -33,7 +33,7 @@ from datm_ray.core.networks import build_network
 from datm_ray.core.parameters import FlatNetwork
 from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.step_functions import StepOptions, StudentStepFunctions
-from datm_ray.core.synthetic import SyntheticSet, correct_rows
+from datm_ray.core.synthetic import SyntheticSet, correct_rows, hard_logits, random_rows
 from datm_ray.core.training import PROTOCOLS, Pulse, Schedule, accuracy, train
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import ClusterError, DivergenceError
@@ -68,6 +68,9 @@ COST = "cost.json"
 class DistillWorker:
     """Distils synthetic sets from one data set and its experts, alone or with others."""
 
+    functions: type[StudentStepFunctions] = StudentStepFunctions
+    """How a student step and its reverse are computed; a benchmark may put another one here."""
+
     def __init__(self, dataset: Dataset, cluster: ClusterConfig) -> None:
         self._device = prepare_device(cluster)
         require_precision(cluster, self._device.type == "cuda")
@@ -95,7 +98,7 @@ class DistillWorker:
         rows = len(config.roles) if seat else 1
         columns = seat.size // rows if seat else 1
         with open_mesh(seat, rows, columns, self._device, self._cluster.peer_timeout) as mesh:
-            run = _Run(config, self._dataset, store_uri, folder, mesh, self._device, sharing, account)
+            run = _Run(config, self._dataset, store_uri, folder, mesh, self._device, sharing, account, self.functions)
             with closing(run):
                 yield from run.events()
 
@@ -124,9 +127,11 @@ class _Run:
         mesh: Mesh,
         device: torch.device,
         sharing: int,
-        account: Account,
+        account: Account | None = None,
+        functions: type[StudentStepFunctions] = StudentStepFunctions,
     ) -> None:
-        self._account, self._spent_before = account, read_cost(folder)
+        self._functions = functions
+        self._account, self._spent_before = account or Account(device, config.cluster), read_cost(folder)
         self._config, self._dataset, self._folder, self._mesh, self._device = config, dataset, folder, mesh, device
         self._rows = Rows.of_shard(mesh.column, mesh.columns, dataset.classes, config.distill.ipc)
         networks = [ExpertNetworks(each, dataset, store_uri, device) for each in config.each_backbone()]
@@ -146,7 +151,7 @@ class _Run:
         options = StepOptions(
             compiled=cluster.compile, channels_last=cluster.channels_last, precision=cluster.precision
         )
-        functions = StudentStepFunctions(FlatNetwork(experts.network), options)
+        functions = self._functions(FlatNetwork(experts.network), options)
         config = self._config
         if functions.note:  # what runs uncompiled takes more memory
             config = config.model_copy(update={"cluster": cluster.model_copy(update={"compile": False})})
@@ -277,9 +282,8 @@ class _Run:
 
     def _resume_or_start(self) -> Distillation:
         settings = self._config.distill
-        rates = LearningRates(
-            settings.learning_rate_images, settings.learning_rate_labels, settings.learning_rate_step_size
-        )
+        of_labels = settings.learning_rate_labels if settings.labels == "soft" else 0.0
+        rates = LearningRates(settings.learning_rate_images, of_labels, settings.learning_rate_step_size)
         saved = load_checkpoint(self._folder, self._rows, rates, settings.threshold, self._device)
         self._require_one_state(-1 if saved is None else saved.iteration)
         if saved is not None:
@@ -300,7 +304,10 @@ class _Run:
             )
 
     def _initial_set(self) -> SyntheticSet:
-        """This shard's rows: real images that experts classify correctly, with their mean correct logits."""
+        """This shard's rows: real images that experts classify correctly, with their mean correct logits.
+
+        Or any images, or hard labels, where the recipe says so.
+        """
         config, dataset, rows = self._config, self._dataset, self._rows
         step_sizes = torch.full((len(config.weights),), config.distill.initial_step_size, device=self._device)
         shape = (rows.last - rows.first, dataset.channels, *dataset.size)
@@ -312,7 +319,10 @@ class _Run:
         def choose(pulse: Pulse) -> None:
             if self._mesh.row == 0:
                 images.copy_(torch.tensor(dataset.train_images[self._initial_rows(pulse)]))
-                soft_labels.copy_(self._first.soft_labels(images, labels, pulse))
+                if config.distill.labels == "hard":
+                    soft_labels.copy_(hard_logits(labels, dataset.classes))
+                else:
+                    soft_labels.copy_(self._first.soft_labels(images, labels, pulse))
 
         self._mesh.until_all_are_done(choose)
         # To the other backbones' workers as it is, for machines may round differently; x + 0 is x.
@@ -321,6 +331,10 @@ class _Run:
 
     def _initial_rows(self, pulse: Pulse) -> NDArray[np.int64]:
         dataset, settings = self._dataset, self._config.distill
+        if settings.initial == "random":
+            return random_rows(dataset.train_labels, settings.ipc, self._config.seed)[
+                self._rows.first : self._rows.last
+            ]
 
         def predict(expert: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
             images = torch.tensor(dataset.train_images[rows], device=self._device)

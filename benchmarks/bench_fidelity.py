@@ -1,0 +1,198 @@
+"""Does it do what the papers say? DATM's figure 1 and an ablation, on scikit-learn's real digits.
+
+python benchmarks/bench_fidelity.py [--part crossover|ablation] [--distillations 1] [--quick]         (make fidelity)
+
+Crossover: images per class (IPC) against start ranges early, middle, late and DATM's own, which are those of the
+packaged recipes; within an IPC nothing else differs. Which range wins where, and at which share of the data is the set
+lossless: not below all real data by more than one standard error. Both controls stand beside every row. Ablation: at
+one IPC, one thing at a time. Experts are shared. How sets do on other architectures is measured by bench_metadd.py.
+
+Nothing is chosen on test images: the set that is kept and the controls' step sizes are chosen on validation images, and
+of the tables nothing is fed back. The folder of runs is kept, and the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_matching import hardware
+from fidelity_tables import ablation_table, cost_table, crossover_table, measured, range_table, without_set
+from fidelity_variants import FULL, QUICK, TESLA, Sizes, TeslaPipeline, ablation_runs, crossover_runs, estimate
+
+from datm_ray.config import RunConfig
+from datm_ray.pipeline import DatasetTask, Pipeline
+from datm_ray.runtime.create import create_executor
+from datm_ray.runtime.evaluate import ROWS, result_location
+from datm_ray.runtime.executor import Executor
+from datm_ray.runtime.provenance import provenance
+from datm_ray.runtime.telemetry import Reporter
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+HEADER = """Real 8x8 digits, {images:,} training images; ConvNet of depth 2 and width 32. {counted}.
+Accuracy on test images in %, mean ± standard deviation over all networks. {independent}"""
+ONE = """Networks of one distillation share its
+set: the deviation is not that over distillations, and the standard error of a difference takes them for independent."""
+SEVERAL = "Standard errors are over\ndistillations, by the means of their networks."
+
+
+class Scoring(Pipeline):
+    """A pipeline that trains no controls for the ablation, whose sets are compared with one another."""
+
+    def _evaluate_tasks(self) -> list[DatasetTask]:
+        shown = {
+            result_location(self.out, config, self._raw[config.dataset].fingerprint, row, number).uri
+            for config in self.configs
+            for row in (["distilled"] if config.name.startswith("ablation") else ROWS)
+            for number in range(config.evaluate.seeds)
+        }
+        # By their places: a control that runs share is a task of any of them.
+        return [each for each in super()._evaluate_tasks() if each[1].arguments[3] in shown]
+
+
+class TeslaScoring(Scoring, TeslaPipeline):
+    """The same with TESLA's approximation."""
+
+
+def commit() -> str:
+    """Of this repository, and whether something in it is changed."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=REPOSITORY, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + (", changed" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def run(configs: Sequence[RunConfig], kind: type[Pipeline], folder: str, executor: str) -> Pipeline:
+    """All stages of some runs that is not done yet."""
+    pipeline = kind(configs, folder, alone=executor == "serial")
+    start: Callable[[], Executor] = lambda: create_executor(executor, configs[0].cluster, None)  # noqa: E731
+    pipeline.run_all(start, Reporter())
+    return pipeline
+
+
+def parsed(words: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes; written nowhere unless --out is given")
+    parser.add_argument("--part", choices=["crossover", "ablation", "all"], default="all")
+    parser.add_argument("--distillations", type=int, default=1, help="of each row, with seeds of their own")
+    parser.add_argument("--seeds", type=int, default=5, help="networks for each set")
+    parser.add_argument("--executor", choices=["ray", "serial"], default="ray")
+    parser.add_argument("--runs", help="folder of the runs; runs/fidelity, or runs/fidelity-quick")
+    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results unless --quick")
+    parser.add_argument("--estimate", action="store_true", help="say how long it will take, and do nothing")
+    return parser.parse_args(words)
+
+
+def wanted(
+    arguments: argparse.Namespace, sizes: Sizes
+) -> tuple[dict[tuple[int, str], list[RunConfig]], dict[str, list[RunConfig]]]:
+    """The runs of the crossover and of the ablation; the latter is compared with one of the former."""
+    crossover = crossover_runs(sizes, arguments.distillations, arguments.seeds)
+    ablation = ablation_runs(sizes, arguments.distillations, arguments.seeds)
+    if arguments.part == "ablation":
+        base = sizes.ablation_ipc, "datm"
+        crossover = {base: crossover[base]}
+    return crossover, {} if arguments.part == "crossover" else ablation
+
+
+def main(words: Sequence[str] | None = None) -> dict[str, Any]:
+    """Distil, score, compare; print the tables, write them down and draw; what was measured."""
+    arguments = parsed(words)
+    sizes = QUICK if arguments.quick else FULL
+    crossover, ablation = wanted(arguments, sizes)
+    name, machine = hardware("cpu")
+    cores = provenance(torch.device("cpu"))["cores"]
+    seconds = estimate(crossover, ablation)
+    sets = sum(map(len, (*crossover.values(), *ablation.values())))
+    if not arguments.quick:
+        print(
+            f"{sets} sets; about {seconds / 60:.0f} minutes of one core, so {seconds / 60 / min(2, cores):.0f} of two"
+        )
+    if arguments.estimate:
+        return {"estimate": seconds}
+    folder = arguments.runs or ("runs/fidelity-quick" if arguments.quick else "runs/fidelity")
+    exact = [config for runs in (*crossover.values(), *without_set(ablation, TESLA).values()) for config in runs]
+    pipeline = run(exact, Scoring, folder, arguments.executor)
+    if TESLA in ablation:
+        run(ablation[TESLA], TeslaScoring, folder, arguments.executor)
+    found = measured(pipeline.out, crossover, ablation, sizes.ablation_ipc)
+    facts = {
+        "command": " ".join(["python", "benchmarks/bench_fidelity.py", *told(words)]),
+        "hardware": machine,
+        "versions": f"Python {platform.python_version()}, "
+        + ", ".join(f"{package} {version}" for package, version in provenance(torch.device("cpu"))["versions"].items()),
+        "commit": commit(),
+        "seeds": f"{arguments.distillations} distillation(s) of each row (seeds 0 to {arguments.distillations - 1}), "
+        f"{arguments.seeds} networks each (numbers 0 to {arguments.seeds - 1})",
+        "date": str(date.today()),
+    }
+    lines = page(facts, found, arguments)
+    print("\n".join(lines))
+    out = arguments.out or (None if arguments.quick else Path(__file__).parent / "results")
+    if out:
+        write(out, f"fidelity-digits_{name}_{date.today():%Y%m}", facts, found, lines, arguments.part)
+    return found
+
+
+def told(words: Sequence[str] | None) -> list[str]:
+    """A command line without the folders of one machine, which decide no result."""
+    kept, before = [], ""
+    for word in sys.argv[1:] if words is None else words:
+        if before not in ("--runs", "--out") and word.partition("=")[0] not in ("--runs", "--out"):
+            kept.append(word)
+        before = word
+    return kept
+
+
+def page(facts: dict[str, str], found: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
+    """The results as Markdown."""
+    several = arguments.distillations > 1
+    counted = (
+        f"{arguments.distillations} distillation(s) of each row, {arguments.seeds} freshly trained networks for each"
+    )
+    lines = ["# Digits: difficulty, and what each part of DATM is worth", ""]
+    lines += [*(f"{key}: {value}  " for key, value in facts.items()), ""]
+    if arguments.quick:
+        lines += ["Tiny sizes, of no meaning (--quick).", ""]
+    lines += [
+        HEADER.format(images=found["training_images"], counted=counted, independent=SEVERAL if several else ONE),
+        "",
+    ]
+    if len(found["crossover"]) > 1:
+        lines += ["## Start range and images per class", "", *crossover_table(found), "", *range_table(found), ""]
+    if found["ablation"]:
+        lines += ["## One thing at a time", "", *ablation_table(found), ""]
+    return [*lines, "## Cost", "", *cost_table(found)]
+
+
+def write(out: Path, name: str, facts: dict[str, str], found: dict[str, Any], lines: Sequence[str], part: str) -> None:
+    """The three files of a result; a part alone has a name of its own."""
+    path = out / (name if part == "all" else name.replace("digits_", f"digits-{part}_"))
+    out.mkdir(parents=True, exist_ok=True)
+    shown = list(lines)
+    if len(found["crossover"]) > 1:
+        from fidelity_plot import draw
+
+        draw(found, path.with_suffix(".png"))
+        shown[2:2] = [f"![Accuracy against images per class, a line for each range]({path.name}.png)", ""]
+    path.with_suffix(".md").write_text("\n".join(shown) + "\n")
+    path.with_suffix(".json").write_text(json.dumps({**facts, **found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""What bench_fidelity.py distils: the runs of both parts, and the TESLA-style gradient for one of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from datm_ray.config import RunConfig, override
+from datm_ray.core.step_functions import Reversed, StudentStepFunctions
+from datm_ray.pipeline import Pipeline
+from datm_ray.recipes import get_recipe
+from datm_ray.runtime.distill import DistillWorker
+
+
+class TeslaStepFunctions(StudentStepFunctions):
+    """Student steps whose parameters seem not to depend on the images: TESLA's approximation.
+
+    The reverse sweep then hands the same vector from step to step, and every step's part is taken by itself.
+    """
+
+    def reverse(self, theta: Tensor, x: Tensor, y: Tensor, weights: Tensor, v: Tensor) -> Reversed:
+        """As exact, but without the derivative in the step's parameters."""
+        s, d_theta, d_x, d_y = super().reverse(theta, x, y, weights, v)
+        return s, torch.zeros_like(d_theta), d_x, d_y
+
+
+class TeslaWorker(DistillWorker):
+    """Distils with TESLA's approximation of the gradient."""
+
+    functions = TeslaStepFunctions
+
+
+class TeslaPipeline(Pipeline):
+    """Stages of which the distillation takes TESLA's approximation."""
+
+    distill_worker = TeslaWorker
+
+
+@dataclass(frozen=True)
+class Range:
+    """Start epochs that may be drawn, both included; fixed."""
+
+    first: int
+    last: int
+
+    def overrides(self) -> list[str]:
+        """Of a recipe; in one value, for between two of them the range would be impossible."""
+        return [
+            f"distill.first_start={self.first}",
+            f"distill.final_start_bound={self.last + 1}",
+            f"distill.start_bound={self.last + 1}",
+            "distill.expand_iterations=0",
+        ]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is distilled; the full sizes, or tiny ones to try the program."""
+
+    fixed: Mapping[str, Range]
+    """The same at every IPC."""
+    own: Mapping[int, Range]
+    """DATM's, by IPC."""
+    recipes: Mapping[int, str]
+    """By IPC, the packaged recipe whose other values are taken."""
+    iterations: Mapping[int, int]
+    ablation_ipc: int
+    expert_counts: Sequence[int]
+    """Of the ablation, beside the recipe's."""
+    base: Sequence[str]
+    """Overrides of every run."""
+    everything: Range
+    """No range: all start epochs that there are."""
+
+
+FULL = Sizes(
+    fixed={"early": Range(0, 4), "middle": Range(5, 19), "late": Range(20, 35)},
+    # At 1, 10 and 30 those of the packaged recipes, which were chosen on validation data; between them, between them.
+    own={1: Range(0, 9), 5: Range(2, 19), 10: Range(5, 29), 20: Range(8, 32), 30: Range(10, 34)},
+    recipes={1: "digits-ipc1", 5: "digits-ipc10", 10: "digits-ipc10", 20: "digits-ipc30", 30: "digits-ipc30"},
+    iterations={1: 500, 5: 250, 10: 200, 20: 250, 30: 250},
+    ablation_ipc=10,
+    expert_counts=(1, 4, 50),
+    base=["experts.keep_epochs=40", "distill.validation_seeds=1"],
+    everything=Range(0, 35),
+)
+QUICK = Sizes(
+    fixed={"early": Range(0, 1), "late": Range(3, 4)},
+    own={1: Range(0, 2), 2: Range(1, 3)},
+    recipes={1: "digits-ipc1", 2: "digits-ipc10"},
+    iterations={1: 2, 2: 2},
+    ablation_ipc=2,
+    expert_counts=(1,),
+    base=[
+        "network={width: 4, depth: 2}",
+        "experts={count: 2, epochs: 5, batch_size: 128, learning_rate: 0.02, augmentation: '', keep_epochs: 5}",
+        "distill.expert_epochs=1",
+        "distill.student_steps=2",
+        "distill.validation_seeds=1",
+        "distill.threshold=10",
+        "evaluate.real_epochs=1",
+        "cluster.compile=false",
+    ],
+    everything=Range(0, 4),
+)
+
+TESLA = "tesla"
+"""The variant that another pipeline distils."""
+
+
+def crossover_runs(sizes: Sizes, distillations: int, seeds: int) -> dict[tuple[int, str], list[RunConfig]]:
+    """(IPC, range) -> a run for each distillation; within an IPC only the range differs."""
+    found = {}
+    for ipc in sizes.own:
+        for name, start in {**sizes.fixed, "datm": sizes.own[ipc]}.items():
+            found[ipc, name] = _runs(sizes, ipc, f"ipc{ipc}-{name}", start.overrides(), distillations, seeds)
+    return found
+
+
+def ablation_runs(sizes: Sizes, distillations: int, seeds: int) -> dict[str, list[RunConfig]]:
+    """Variant -> a run for each distillation; each differs in one thing from DATM's own run of the same IPC.
+
+    That run itself is the crossover's.
+    """
+    ipc = sizes.ablation_ipc
+    own = sizes.own[ipc]
+    changes: dict[str, list[str]] = {
+        "no range": sizes.everything.overrides(),
+        "floating bound": [
+            f"distill.start_bound={(own.first + own.last + 2) // 2}",
+            f"distill.expand_iterations={max(1, sizes.iterations[ipc] // 2)}",
+        ],
+        "labels not learned": ["distill.learning_rate_labels=0"],
+        "hard labels": ["distill.labels=hard"],
+        "random initial images": ["distill.initial=random"],
+        "no range, hard labels, random (MTT)": [
+            *sizes.everything.overrides(),
+            "distill.labels=hard",
+            "distill.initial=random",
+        ],
+        TESLA: [],
+        "GSAM experts": ["experts.optimiser=gsam"],
+        **{f"{count} expert{'s' * (count > 1)}": [f"experts.count={count}"] for count in sizes.expert_counts},
+    }
+    found = {}
+    for name, own_changes in changes.items():
+        run_name = "ablation-" + "".join(letter if letter.isalnum() else "-" for letter in name.lower()).strip("-")
+        found[name] = _runs(sizes, ipc, run_name, [*own.overrides(), *own_changes], distillations, seeds)
+    return found
+
+
+def _runs(sizes: Sizes, ipc: int, name: str, changes: Sequence[str], distillations: int, seeds: int) -> list[RunConfig]:
+    iterations = sizes.iterations[ipc]
+    common = [
+        f"distill.ipc={ipc}",
+        f"distill.iterations={iterations}",
+        f"distill.validate_every={max(1, min(100, iterations // 2))}",
+        f"evaluate.seeds={seeds}",
+    ]
+    runs = []
+    for seed in range(distillations):
+        own = [f"name={name}" + (f"-s{seed}" if seed else ""), f"seed={seed}"]
+        runs.append(override(get_recipe(sizes.recipes[ipc]), [*sizes.base, *common, *changes, *own]))
+    return runs
+
+
+# --- how long it will take ----------------------------------------------------------------------------------------
+
+ITERATION = {10: 0.13, 50: 0.155}
+"""CPU seconds of an iteration of 40 student steps, by images of a minibatch. These and what follows: one run of each on
+a core of an AMD EPYC beside other work, see LOG.md."""
+TRAINING = (0.00087, 0.0000233)
+"""CPU seconds of an epoch on a synthetic set: of each minibatch, and of each image."""
+EXPERT_EPOCH, COMPILING, STARTING = 0.025, 4.1, 60.0
+"""CPU seconds: of an expert's epoch (GSAM takes twice that), of compiling for a set, of starting Ray and workers."""
+
+
+def estimate(
+    crossover: Mapping[tuple[int, str], Sequence[RunConfig]], ablation: Mapping[str, Sequence[RunConfig]]
+) -> float:
+    """CPU seconds of all stages of runs that have not begun, on a core of a 2-core machine."""
+    runs = [*itertools.chain(*crossover.values()), *itertools.chain(*ablation.values())]
+    experts: dict[tuple[str, int], int] = {}
+    controls: dict[tuple[int, int], float] = {}
+    seconds = STARTING
+    for config in runs:
+        distill, seeds = config.distill, config.evaluate.seeds
+        group = config.experts.optimiser, config.seed
+        experts[group] = max(experts.get(group, 0), config.experts.count)
+        images = 10 * distill.ipc
+        training = 500 * (TRAINING[0] * -(-images // 128) + TRAINING[1] * images)
+        validations = -(-distill.iterations // distill.validate_every) * distill.validation_seeds
+        seconds += COMPILING + distill.iterations * ITERATION[10 if images <= 10 else 50]
+        seconds += (validations + seeds) * training
+        if config.name.startswith("ipc"):  # two controls of three step sizes each
+            controls[distill.ipc, config.seed] = 2 * 3 * seeds * training
+    real = 3 * len({config.seed for config in runs}) * runs[0].evaluate.seeds * runs[0].evaluate.real_epochs
+    seconds += real * (10 * TRAINING[0] + 1222 * TRAINING[1]) + sum(controls.values())
+    for (optimiser, _), count in experts.items():
+        seconds += count * runs[0].experts.epochs * EXPERT_EPOCH * (2 if optimiser == "gsam" else 1)
+    return seconds

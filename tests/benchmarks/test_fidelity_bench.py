@@ -1,0 +1,186 @@
+"""The fidelity benchmark: which runs it makes, what it computes of accuracies, and a tiny run of it all."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from datm_ray.config import RunConfig
+from datm_ray.core.matching import matching_gradient
+from datm_ray.core.step_functions import StepOptions, StudentStepFunctions
+from datm_ray.pipeline import Pipeline, _differences
+from datm_ray.recipes import get_recipe
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[SimpleNamespace]:
+    """The benchmark's modules, found as they are when it is run."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    try:
+        names = {"main": "bench_fidelity", "variants": "fidelity_variants", "tables": "fidelity_tables"}
+        names |= {"plot": "fidelity_plot", "matching": "bench_matching"}
+        yield SimpleNamespace(**{short: importlib.import_module(name) for short, name in names.items()})
+    finally:
+        sys.path.pop(0)
+
+
+def differences(one: RunConfig, other: RunConfig) -> set[str]:
+    """Keys in which two runs differ, but for their names."""
+    keys = {each.split(" ")[0] for each in _differences(one.identity(), other.identity())}
+    return keys - {"name"}
+
+
+RANGE = {"distill.first_start", "distill.start_bound", "distill.final_start_bound"}
+
+
+def test_within_an_ipc_only_the_range_differs(bench: SimpleNamespace) -> None:
+    """Five sizes and four ranges; all share experts, and none starts where no target is left."""
+    runs = bench.variants.crossover_runs(bench.variants.FULL, 1, 5)
+    assert {ipc for ipc, _ in runs} == {1, 5, 10, 20, 30}
+    assert {name for _, name in runs} == {"early", "middle", "late", "datm"}
+    for (ipc, _), (config,) in runs.items():
+        (own,) = runs[ipc, "datm"]
+        assert differences(own, config) <= RANGE
+        assert config.distill.ipc == ipc
+        assert config.evaluate.seeds == 5
+        assert config.experts == own.experts
+    starts = {name: (c.distill.first_start, c.distill.final_start_bound - 1) for (_, name), (c,) in runs.items()}
+    assert [starts[name] for name in ("early", "middle", "late")] == [(0, 4), (5, 19), (20, 35)]
+
+
+def test_the_ranges_that_were_chosen_on_validation_data_are_those_of_the_recipes(bench: SimpleNamespace) -> None:
+    """DATM's own at 1, 10 and 30 images per class."""
+    runs = bench.variants.crossover_runs(bench.variants.FULL, 1, 5)
+    for ipc in (1, 10, 30):
+        packaged = get_recipe(f"digits-ipc{ipc}").distill
+        (own,) = runs[ipc, "datm"]
+        assert all(getattr(own.distill, key.split(".")[1]) == getattr(packaged, key.split(".")[1]) for key in RANGE)
+
+
+def test_each_variant_of_the_ablation_differs_in_what_its_name_says(bench: SimpleNamespace) -> None:
+    """From DATM's run of the same size; TESLA's run differs in the gradient alone."""
+    sizes = bench.variants.FULL
+    (base,) = bench.variants.crossover_runs(sizes, 1, 5)[sizes.ablation_ipc, "datm"]
+    changed = {name: differences(base, runs[0]) for name, runs in bench.variants.ablation_runs(sizes, 1, 5).items()}
+    assert changed.pop("tesla") == set()
+    assert changed.pop("no range") == {*RANGE}
+    assert changed.pop("floating bound") == {"distill.start_bound", "distill.expand_iterations"}
+    assert changed.pop("labels not learned") == {"distill.learning_rate_labels"}
+    assert changed.pop("hard labels") == {"distill.labels"}
+    assert changed.pop("random initial images") == {"distill.initial"}
+    assert changed.pop("no range, hard labels, random (MTT)") == {*RANGE, "distill.labels", "distill.initial"}
+    assert changed.pop("GSAM experts") == {"experts.optimiser"}
+    assert changed == {name: {"experts.count"} for name in ("1 expert", "4 experts", "50 experts")}
+
+
+def test_further_distillations_keep_the_first_ones_folders(bench: SimpleNamespace) -> None:
+    """So that a finished benchmark can be given more of them."""
+    one, two = (bench.variants.crossover_runs(bench.variants.FULL, count, 5)[1, "early"] for count in (1, 2))
+    assert two[0] == one[0]
+    assert (two[1].name, two[1].seed) == ("ipc1-early-s1", 1)
+
+
+def test_the_full_sizes_are_estimated_to_fit_into_half_an_hour_of_two_cores(bench: SimpleNamespace) -> None:
+    """With both parts; each distillation more takes as much again."""
+    seconds = bench.main.main(["--estimate"])["estimate"]
+    assert 5 * 60 < seconds / 2 < 25 * 60, "with something to spare"
+    parts = [bench.main.main(["--estimate", "--part", part])["estimate"] for part in ("crossover", "ablation")]
+    assert max(parts) < seconds < sum(parts)
+    assert 1.8 < bench.main.main(["--estimate", "--distillations", "2"])["estimate"] / seconds < 2.1
+
+
+def test_tesla_leaves_out_what_parameters_owe_to_the_images(bench: SimpleNamespace) -> None:
+    """Its gradient is that of a plain program that differentiates step by step, and not the exact one."""
+    matching = bench.matching
+    shape = matching.Shape("tiny", 2, 4, (3, 8, 8), 4, 8, 4, (8, 2))
+    method = matching.Method(shape, 4, compiled=False)
+    problem = matching.make_problem(method, 8, 4, torch.float64)
+    problem.synthetic.step_sizes.fill_(0.3)
+    loss, expected = matching.tesla(problem)
+    tesla, exact = (
+        matching_gradient(
+            functions(problem.network, StepOptions(compiled=False)),
+            problem.start,
+            problem.target,
+            problem.synthetic,
+            problem.steps,
+        )
+        for functions in (bench.variants.TeslaStepFunctions, StudentStepFunctions)
+    )
+    assert tesla.loss == pytest.approx(loss)
+    for value, wanted in zip((tesla.images, tesla.soft_labels, tesla.step_size), expected, strict=True):
+        assert torch.allclose(value, wanted, rtol=1e-9, atol=1e-12)
+    assert float((exact.images - tesla.images).norm() / exact.images.norm()) > 0.01
+
+
+def test_lossless_is_within_one_standard_error(bench: SimpleNamespace) -> None:
+    """Of the difference: with deviations of 0.02 over four networks each, up to 0.0141 below."""
+    real = [[0.94, 0.96, 0.96, 0.98]]
+    error = math.sqrt(2) * 0.016329931618554536 / 2
+    gain, found = bench.tables.difference(real, real)
+    assert (gain, found) == pytest.approx((0.0, error))
+    for below, expected in ((-0.02, True), (0.9 * error, True), (1.1 * error, False)):
+        assert bench.tables.is_lossless([[value - below for value in real[0]]], real) is expected
+
+
+def test_several_distillations_are_compared_by_their_means(bench: SimpleNamespace) -> None:
+    """Networks of one set do not count as independent draws."""
+    values = [[0.8, 0.8, 0.8], [0.9, 0.9, 0.9]]
+    assert bench.tables.mean(values) == pytest.approx(0.85)
+    assert bench.tables.standard_error(values) == pytest.approx(0.05)
+    assert bench.tables.cell(values) == "85.0 ± 5.5"
+
+
+def test_who_is_ahead_is_told_only_beyond_a_standard_error(bench: SimpleNamespace) -> None:
+    """Early at one image, late at ten, and neither where they are alike."""
+    accuracy = {(1, "early"): 0.9, (1, "late"): 0.6, (10, "early"): 0.9, (10, "late"): 0.95}
+    accuracy |= {(5, "early"): 0.9, (5, "late"): 0.9}
+    rows = [
+        {"ipc": ipc, "range": name, "accuracy": {"distilled": [[value - 0.01, value + 0.01]]}}
+        for (ipc, name), value in accuracy.items()
+    ]
+    lines = {line.split(" | ")[0]: line.split(" | ")[2] for line in bench.tables.range_table({"crossover": rows})}
+    assert (lines["| 1"], lines["| 10"], lines["| 5"]) == ("early", "late", "neither by a standard error")
+
+
+@pytest.mark.slow
+def test_a_tiny_run_leaves_tables_numbers_and_a_figure(bench: SimpleNamespace, tmp_path: Path) -> None:
+    """Both parts; the same command again computes nothing anew, and says the same."""
+    words = ["--quick", "--seeds", "2", "--executor", "serial", "--runs", str(tmp_path / "runs")]
+    words += ["--out", str(tmp_path / "results")]
+    first = bench.main.main(words)
+    files = {file.suffix: file for file in (tmp_path / "results").iterdir()}
+    assert set(files) == {".md", ".json", ".png"}
+    told = json.loads(files[".json"].read_text())
+    assert {"command", "hardware", "versions", "commit", "seeds", "date"} <= set(told)
+    assert str(tmp_path) not in files[".json"].read_text() + files[".md"].read_text()
+    rows = told["crossover"]
+    assert len(rows) == 6
+    for row in rows:
+        assert set(row["accuracy"]) == {"random-hard", "random-soft", "distilled", "full"}
+        assert all(len(networks) == 2 for values in row["accuracy"].values() for networks in values)
+        assert row["cost"]["distillation"]["cpu_seconds"] > 0
+    assert [row["variant"] for row in told["ablation"]][:1] == ["DATM"]
+    assert "tesla" in {row["variant"] for row in told["ablation"]}
+    with Image.open(files[".png"]) as image:
+        assert min(image.size) > 500
+    assert nothing_is_left(bench, tmp_path / "runs")
+    assert bench.main.main(words)["crossover"] == first["crossover"]
+
+
+def nothing_is_left(bench: SimpleNamespace, runs: Path) -> bool:
+    """Whether all tasks of the tiny run are done."""
+    sizes = bench.variants.QUICK
+    configs: list[Any] = [c for each in bench.variants.crossover_runs(sizes, 1, 2).values() for c in each]
+    plan = Pipeline(configs, str(runs)).plan()
+    return plan == ["0 experts to train", "0 sets to distil", "0 networks to train for evaluation"]
