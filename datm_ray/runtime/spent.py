@@ -90,6 +90,7 @@ class Account:
 def _forget_peak(device: torch.device) -> None:
     """Let the peak be that of what follows, where the system lets us."""
     if device.type == "cuda":
+        torch.cuda.init()  # else there are no statistics to reset, which is an error
         torch.cuda.reset_peak_memory_stats(device)
         return
     with suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:

@@ -85,6 +85,30 @@ def test_seconds_of_a_gpu_are_those_of_the_share_that_is_held(monkeypatch: pytes
     assert account.spent() == Spent(4.0, 1.0, 1.0, 7.0, 2.0, 3.0)
 
 
+def test_a_gpu_is_awake_before_its_peak_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker's first task begins before anything is on the GPU."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "init", lambda: calls.append("init"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append(str(device)))
+    spent_module._forget_peak(torch.device("cuda"))
+    assert calls == ["init", "cuda"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_the_peak_of_a_gpu_is_that_of_the_work() -> None:
+    """What was held there before and let go is no cost of what comes after it."""
+    device = torch.device("cuda")
+    held = torch.zeros(2**26, device=device)
+    del held
+    account = Account(device, ClusterConfig(gpus_per_worker=0.5))
+    again = torch.zeros(2**20, device=device)
+    spent = account.spent()
+    assert 2**22 <= spent.peak_memory_bytes < 2**27
+    assert spent.gpu_seconds == pytest.approx(spent.seconds / 2)
+    del again
+
+
 class WithAnother(Alone):
     """A mesh of two, of which the other has spent something too."""
 
