@@ -170,7 +170,7 @@ def _runs(sizes: Sizes, ipc: int, name: str, changes: Sequence[str], distillatio
 
 # --- how long it will take ----------------------------------------------------------------------------------------
 
-ITERATION = {10: 0.13, 50: 0.155}
+ITERATION = {10: 0.072, 50: 0.15}
 """CPU seconds of an iteration of 40 student steps, by images of a minibatch. These and what follows: one run of each on
 a core of an AMD EPYC beside other work, see LOG.md."""
 TRAINING = (0.00087, 0.0000233)
