@@ -433,6 +433,7 @@ def assumptions(machine: Machine, work: Workload, described: Described) -> list[
         + (" (measured at 32x32 on cores, on GPUs assumed)" if machine.device == "GPU" else " (measured at 32x32)"),
         f"a worker sends {machine.bandwidth / 1e9:,.3g} GB/s in a sum ({link}), and a round takes "
         f"{1000 * machine.latency:g} ms; no sum overlaps with computing",
+        "an expert takes as long alone as in a stack",
         "these are rates of 128 channels; narrow networks on small images, as for digits, reach a third of them",
         "an expert gets half of the images right from which the first are chosen; the stages follow each other",
         f"no iteration is skipped, nothing is lost to faults, and compiling and starting workers take no time; "

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from datm_ray.config import Role, RunConfig
+from datm_ray.core.experts import LARGEST_STACK
 from datm_ray.core.footprint import training_cost
 from datm_ray.core.metadd import IMAGES_AT_A_TIME
 from datm_ray.core.networks import NetworkSpec, build_network
@@ -281,6 +282,7 @@ class Proposal:
         said = [f"cluster.shards={cluster.shards}"]
         said += ["cluster.auxiliaries_apart=true"] if cluster.auxiliaries_apart else []
         said += [f"cluster.gpus_per_worker={cluster.gpus_per_worker:g}"] if cluster.gpus_per_worker else []
+        said += [f"cluster.experts_at_a_time={cluster.experts_at_a_time}"] if cluster.experts_at_a_time else []
         size = self.machine.memory
         whole = size is not None and size % 2**30 == 0
         memory = [] if size is None else [f"--memory {f'{size // 2**30}GiB' if whole else size}"]
@@ -349,9 +351,16 @@ def _laid_out(config: RunConfig, machine: Machine, shards: int, *, apart: bool) 
             "device": "auto" if gpu else "cpu",
             "gpus_per_worker": 1.0 if gpu else 0.0,
             "memory": config.cluster.memory if machine.memory is None else str(machine.memory),
+            "experts_at_a_time": config.cluster.experts_at_a_time or _stack_for_all(config, machine),
         }
     )
     return config.model_copy(update={"cluster": cluster})
+
+
+def _stack_for_all(config: RunConfig, machine: Machine) -> int | None:
+    """Experts of a stack, where the largest stacks would leave GPUs without any; none where they would not."""
+    share = -(-config.experts.count // machine.workers)
+    return share if machine.device == "GPU" and share < LARGEST_STACK else None
 
 
 def plans_of(config: RunConfig, shape: DataShape, layout: Layout) -> list[DistillationPlan]:

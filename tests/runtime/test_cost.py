@@ -188,6 +188,8 @@ def test_clusters_are_read() -> None:
         ("gpus=1,network=25", "network is '25'"),
         ("gpus=1,network=25GiB", "network is '25GiB'"),
         ("gpus=" + "9" * 400, "gpus is '999"),
+        ("gpus=999999999", "gpus is '999999999'"),
+        ("gpus=1,memory=8", "memory is '8'"),
     ],
 )
 def test_an_unreadable_cluster_is_one_line(text: str, fact: str) -> None:

@@ -17,6 +17,7 @@ from datm_ray.runtime.plan import (
     available_memory,
     data_shape,
     distillation_plan,
+    parse_shape,
     rows_at_a_time,
     worker_budget,
 )
@@ -254,3 +255,10 @@ def test_micro_batches_leave_room_for_an_uneven_draw() -> None:
     assert rows_at_a_time(100, 50, 100) == 50
     assert rows_at_a_time(100, 100, 40) == 40
     assert rows_at_a_time(100, 10, 50) <= 10
+
+
+@pytest.mark.parametrize("text", ["3x64x64,99999999999,9999999999999", "3x64x64,1000,10", "99999x1x1,2,2"])
+def test_a_data_set_that_cannot_be_is_refused(text: str) -> None:
+    """Before a plan of it takes all memory there is."""
+    with pytest.raises(ConfigError, match="larger than any data set, or has fewer images than classes"):
+        parse_shape(text)

@@ -24,7 +24,7 @@ from datm_ray.runtime.cost import Described, Traffic, machine_of, parse_cluster
 from datm_ray.runtime.distill import _Run
 from datm_ray.runtime.executor import SerialExecutor
 from datm_ray.runtime.mesh import Alone
-from datm_ray.runtime.plan import DataShape, Layout, data_shape, parse_shape
+from datm_ray.runtime.plan import KNOWN_SHAPES, DataShape, Layout, data_shape, parse_shape
 from datm_ray.runtime.speed import product_rate
 from datm_ray.runtime.telemetry import Reporter
 from datm_ray.runtime.workload import (
@@ -288,3 +288,13 @@ def test_the_benchmark_of_the_plan_predicts_runs_kills_and_goes_on(tmp_path: Pat
     assert told["resumed"]["first after"] > told["resumed"]["iterations before"] >= 3
     assert told["resumed"]["initial set unchanged"]
     assert told["resumed"]["history"] == list(range(len(told["resumed"]["history"])))
+
+
+@pytest.mark.parametrize(("gpus", "stack"), [(8, None), (13, None), (64, 2), (200, 1)])
+def test_experts_stand_in_smaller_stacks_where_gpus_would_be_left_without(gpus: int, stack: int | None) -> None:
+    """A hundred experts in stacks of eight would occupy thirteen GPUs of sixty-four."""
+    config, shape = get_recipe("cifar10-ipc10"), KNOWN_SHAPES["cifar10"]
+    described = parse_cluster(f"gpus={gpus},memory=80GiB,tflops=60")
+    proposed = propose(config, shape, described, machine_of(described))
+    assert proposed.config.cluster.experts_at_a_time == stack
+    assert ("cluster.experts_at_a_time" in proposed.settings()) == (stack is not None)
