@@ -22,7 +22,7 @@ FORBIDDEN = {
     "runtime": ("typer", "pydantic"),
     "report": CLUSTER_AND_COMMANDS,
     "artifact.py": CLUSTER_AND_COMMANDS,
-    "cli.py": ("ray", "torch", "numpy", "pyarrow", "pydantic"),
+    "cli": ("ray", "torch", "numpy", "pyarrow", "pydantic"),
 }
 """Folder or file -> packages of others that it does without."""
 

@@ -1,0 +1,34 @@
+"""The command line `datm-ray`: parse, make one call, print the result and the next step.
+
+Nothing heavy is imported before a command runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from datm_ray.cli.jobs import job_app
+from datm_ray.cli.runs import app, recipe_app
+from datm_ray.cli.stores import store_app
+from datm_ray.errors import DatmError
+
+__all__ = ["app", "main"]
+
+app.add_typer(recipe_app, name="recipe")
+app.add_typer(job_app, name="job")
+app.add_typer(store_app, name="store")
+
+
+def main() -> None:
+    """Run the command line; expected failures are one line on standard error and an exit code."""
+    try:
+        app()
+    except DatmError as failure:
+        if os.environ.get("DATM_RAY_DEBUG") == "1":
+            raise
+        print(f"datm-ray: {failure}", file=sys.stderr)
+        sys.exit(failure.exit_code)
+    except KeyboardInterrupt:
+        print("datm-ray: stopped. The same command again continues from here.", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,119 @@
+"""Commands about runs as jobs of a Ray cluster."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from datm_ray.cli.options import Recipes, Set, Store, config_of
+
+if TYPE_CHECKING:
+    from datm_ray.runtime.ray_jobs import Jobs
+
+job_app = typer.Typer(help="Runs as jobs of a Ray cluster.", no_args_is_help=True, rich_markup_mode=None)
+
+Dashboard = Annotated[
+    str,
+    typer.Option(
+        "--address", metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, which takes jobs."
+    ),
+]
+LOCAL_DASHBOARD = "http://127.0.0.1:8265"
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's number, as `job list` shows it.")]
+
+
+@job_app.command("submit")
+def job_submit(
+    recipes: Recipes,
+    out: Annotated[str, typer.Option("--out", metavar="URI", help="Folder for everything, which all machines reach.")],
+    set_: Set = None,
+    store: Store = None,
+    address: Dashboard = LOCAL_DASHBOARD,
+    requirements: Annotated[
+        str | None, typer.Option("--requirements", metavar="FILE", help="Packages that the cluster lacks, for pip.")
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Show the job's log, and end as it ends.")] = False,
+) -> None:
+    """Hand `run` in as a job, which goes on when this terminal is closed. The same again resumes a job that ended."""
+    from datm_ray.pipeline import require_together
+    from datm_ray.runtime.ray_jobs import Jobs
+
+    configs = [config_of(name, set_) for name in recipes]
+    for config in configs:
+        config.require_matchable()
+    require_together(configs)
+    jobs = Jobs(address)
+    number = jobs.submit(configs, out, store, requirements)
+    print(f"Job {number}\nNext: datm-ray job logs {number} --follow --address {address}")
+    if follow:
+        _follow(jobs, number, address)
+
+
+@job_app.command("list")
+def job_list(address: Dashboard = LOCAL_DASHBOARD) -> None:
+    """This package's jobs on the cluster, a line each, the oldest first."""
+    from datm_ray.runtime.ray_jobs import Jobs
+
+    for job in Jobs(address).list():
+        print(f"{job.id}  {job.status:<9}  {job.seconds:>7,.0f} s  {job.recipes}  {job.out}")
+
+
+@job_app.command("status")
+def job_status(number: JobId, address: Dashboard = LOCAL_DASHBOARD) -> None:
+    """What a job does, and the last line of its log."""
+    from datm_ray.runtime.ray_jobs import Jobs
+
+    jobs = Jobs(address)
+    job = jobs.job(number)
+    ended = "" if job.exit_code is None else f", exit code {job.exit_code}"
+    print(f"{job.id}: {job.status}{ended}")
+    for title, value in (("recipes", job.recipes), ("out", job.out), ("time", f"{job.seconds:,.0f} s")):
+        print(f"  {title:<8} {value}")
+    lines = [line.strip() for line in jobs.logs(number).splitlines() if line.strip()]
+    for title, found in (
+        ("lost", [line for line in lines if "its worker died" in line]),
+        ("progress", [line for line in lines if " done; " in line]),
+        ("last", lines or [job.message]),
+    ):
+        count = f"{len(found)} worker(s), the last time: " if title == "lost" else ""
+        print(*[f"  {title:<8} {count}{line}" for line in found[-1:] if line], sep="\n", end="\n" if found else "")
+
+
+@job_app.command("logs")
+def job_logs(
+    number: JobId,
+    address: Dashboard = LOCAL_DASHBOARD,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the job ends, and end as it ends.")] = False,
+) -> None:
+    """What a job has said."""
+    from datm_ray.runtime.ray_jobs import Jobs
+
+    jobs = Jobs(address)
+    if follow:
+        _follow(jobs, number, address)
+    else:
+        print(jobs.logs(number), end="")
+
+
+@job_app.command("stop")
+def job_stop(number: JobId, address: Dashboard = LOCAL_DASHBOARD) -> None:
+    """Stop a job; what it has finished stays, and `job submit` with the same arguments goes on from there."""
+    from datm_ray.runtime.ray_jobs import Jobs
+
+    print(f"Job {number} {'is being stopped' if Jobs(address).stop(number) else 'had ended already'}")
+
+
+def _follow(jobs: Jobs, number: str, address: str) -> None:
+    """Show a job's log and end with its exit code; an interrupt leaves the job alone."""
+    try:
+        for text in jobs.follow(number):
+            print(text, end="", flush=True)
+    except KeyboardInterrupt:
+        print(f"\nThe job goes on: datm-ray job logs {number} --follow --address {address}", file=sys.stderr)
+        raise typer.Exit(0) from None
+    job = jobs.ended(number)
+    print(f"Job {number} {job.status}{f': {job.message}' if job.status == 'failed' and job.message else ''}")
+    if job.status != "succeeded":
+        raise typer.Exit(job.exit_code or 1)

@@ -1,0 +1,293 @@
+"""Commands that plan, compute and look at runs, and those about recipes."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from datm_ray._version import __version__
+from datm_ray.cli.options import Recipes, Said, Set, Store, config_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from datm_ray.config import NetworkConfig
+    from datm_ray.pipeline import Pipeline
+    from datm_ray.runtime.executor import Executor
+    from datm_ray.runtime.telemetry import Reporter
+
+app = typer.Typer(
+    help="Dataset distillation at cluster scale: a large labelled image set becomes a tiny synthetic one.",
+    epilog="Start with: datm-ray run digits-ipc1 digits-ipc10",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+recipe_app = typer.Typer(help="Packaged recipes.", no_args_is_help=True, rich_markup_mode=None)
+
+Out = Annotated[str, typer.Option("--out", metavar="URI", help="Folder for everything the run writes.")]
+ExecutorName = Annotated[
+    Literal["ray", "serial"], typer.Option("--executor", help="ray: parallel actors; serial: this process alone.")
+]
+Address = Annotated[
+    str | None,
+    typer.Option("--address", metavar="ADDRESS", help="Ray cluster to run on; none starts one on this machine."),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option("--memory", metavar="SIZE", help="What one distilling worker may take, e.g. 8GiB (cluster.memory)."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Print the version, or go on to the command."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipes: Recipes,
+    set_: Set = None,
+    out: Out = "runs",
+    store: Store = None,
+    executor: ExecutorName = "ray",
+    address: Address = None,
+    memory: Memory = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train experts, distil, evaluate, report. The same command again continues where it stopped."""
+    from datm_ray.pipeline import report as write_report
+
+    pipeline, start = _prepare(Said(recipes, _with_memory(set_, memory), out, store, executor, address))
+    if dry_run:
+        _print_plan(pipeline)
+        return
+    pipeline.run_all(start, _reporter())
+    print(pipeline.table())
+    print(f"\nReport: {write_report(out).uri}")
+
+
+@app.command()
+def plan(
+    recipes: Recipes,
+    set_: Set = None,
+    memory: Memory = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            "--cluster",
+            metavar="KEY=VALUE,...",
+            help="Suggest a layout for it: gpus=64,memory=80GiB,tflops=60,network=25Gbps or cpus=2,memory=24GiB.",
+        ),
+    ] = None,
+    data_shape: Annotated[
+        str | None,
+        typer.Option("--data-shape", metavar="CxHxW,CLASSES,IMAGES", help="Of a data set that is not here."),
+    ] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Time this machine's cores first, for a second.")] = False,
+) -> None:
+    """What a recipe takes, before anything starts: memory of a worker, work, hours, traffic, storage; and a layout.
+
+    In --cluster, memory is that of a GPU, or of all cores together; tflops (or gflops) is the speed of student steps on
+    one GPU or core, not its peak; network is what one of them can send.
+    """
+    from datm_ray.runtime.cost import machine_of, parse_cluster
+    from datm_ray.runtime.executor import require_precision
+    from datm_ray.runtime.plan import Layout, data_shape as shape_of, parse_shape
+    from datm_ray.runtime.speed import product_rate, require_measurable
+    from datm_ray.runtime.workload import as_it_is, described_here, propose
+
+    described = None if cluster is None else parse_cluster(cluster)
+    shape = None if data_shape is None else parse_shape(data_shape)
+    configs = [config_of(name, _with_memory(set_, memory)) for name in recipes]
+    wanted = sum(config.workers_per_set for config in configs)  # a run distils its recipes side by side
+    for config in configs:
+        config.require_matchable()
+        here = described or described_here(config)
+        require_precision(config.cluster, here.device == "GPU")
+        if measure:
+            require_measurable(here)
+        product = product_rate() if measure else None
+        machine = machine_of(
+            here, precision=config.cluster.precision, threads=config.cluster.threads_per_worker, product=product
+        )
+        known = shape or shape_of(config.dataset)
+        if described is None:
+            found = as_it_is(config, known, Layout.of(config, wanted), here, machine)
+        else:
+            found = propose(config, known, here, machine)
+        for planned in found.plans:
+            print("\n".join(planned.lines()))
+        print("\n".join(found.lines(suggested=described is not None)))
+
+
+@app.command()
+def experts(
+    recipes: Recipes,
+    set_: Set = None,
+    out: Out = "runs",
+    store: Store = None,
+    executor: ExecutorName = "ray",
+    address: Address = None,
+) -> None:
+    """Train the expert trajectories that the recipes need and the store has not."""
+    said = Said(recipes, set_, out, store, executor, address)
+    pipeline, start = _prepare(said)
+    pipeline.train_experts(start, _reporter())
+    print(f"Experts are in {pipeline.store_uri}")
+    if all(config.is_matchable for config in pipeline.configs):
+        print(f"Next: {said.next('distill')}")
+
+
+@app.command()
+def distill(
+    recipes: Recipes,
+    set_: Set = None,
+    out: Out = "runs",
+    store: Store = None,
+    executor: ExecutorName = "ray",
+    address: Address = None,
+    memory: Memory = None,
+) -> None:
+    """Distil synthetic sets from experts that are already trained."""
+    said = Said(recipes, _with_memory(set_, memory), out, store, executor, address)
+    pipeline, start = _prepare(said)
+    pipeline.distill(start, _reporter())
+    for config in pipeline.configs:
+        print(f"{config.name}: {(pipeline.out / config.name / 'synthetic.arrow').uri}")
+    print(f"Next: {said.next('evaluate')}")
+
+
+@app.command()
+def evaluate(
+    recipes: Recipes,
+    set_: Set = None,
+    out: Out = "runs",
+    store: Store = None,
+    executor: ExecutorName = "ray",
+    address: Address = None,
+    arch: Annotated[
+        str | None,
+        typer.Option("--arch", metavar="NAME[:WIDTH],...", help="Architectures to score the sets on as well."),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option("--seeds", metavar="N", help="Networks a row (evaluate.seeds).")] = None,
+    fair: Annotated[
+        bool, typer.Option("--fair", help="Also DD-Ranking's scores, of three more rows of networks (evaluate.fair).")
+    ] = False,
+) -> None:
+    """Train fresh networks on the synthetic sets and on the controls, and score them on the test set.
+
+    Other architectures get the step size that was learned, and one chosen on validation data. A name means the recipe's
+    own network, backbone or auxiliary of that name where it has one; widths are relative to 128. What SGD does not
+    train, such as vit-small, takes --set evaluate.optimiser=adamw.
+
+    --fair asks what is left of the set's accuracy with hard labels, and without augmentation.
+    """
+    set_ = [*(set_ or []), *([f"evaluate.seeds={seeds}"] if seeds is not None else [])]
+    set_ += ["evaluate.fair=true"] if fair else []
+    pipeline, start = _prepare(Said(recipes, set_, out, store, executor, address), arch)
+    pipeline.evaluate(start, _reporter())
+    print(pipeline.table())
+    print(f"Next: datm-ray report {out}")
+
+
+@app.command()
+def report(out: Annotated[str, typer.Argument(metavar="OUT", help="Output folder of earlier runs.")] = "runs") -> None:
+    """Write the HTML report over all runs of an output folder."""
+    from datm_ray.pipeline import report as write_report
+
+    print(f"Report: {write_report(out).uri}")
+
+
+@app.command()
+def export(
+    artifact: Annotated[str, typer.Argument(metavar="FILE", help="A synthetic.arrow file.")],
+    out: Annotated[str, typer.Option("--out", metavar="URI", help="Folder to write to.")],
+    format_: Annotated[
+        Literal["png", "parquet", "pt"],
+        typer.Option("--format", help="png: a folder per class; parquet: Hugging Face layout; pt: DATM's three files."),
+    ] = "png",
+) -> None:
+    """Write a synthetic set in another format."""
+    from datm_ray.artifact import export as export_artifact, load
+    from datm_ray.store.filesystem import open_location
+
+    written = export_artifact(load(artifact), format_, open_location(out))
+    print(f"Wrote {len(written)} file(s) to {out}")
+
+
+@recipe_app.command("list")
+def recipe_list() -> None:
+    """The packaged recipes, a line each."""
+    from datm_ray.recipes import recipe_names, recipe_notes
+
+    for name in recipe_names():
+        print(f"{name:<22} {recipe_notes(name).splitlines()[0]}")
+
+
+@recipe_app.command("show")
+def recipe_show(
+    name: Annotated[str, typer.Argument(metavar="RECIPE|FILE.yaml", help="A packaged recipe or a YAML file.")],
+    set_: Set = None,
+) -> None:
+    """A recipe as YAML, with a comment on every field; a starting point for your own file."""
+    from datm_ray.config import to_yaml
+    from datm_ray.recipes import recipe_names, recipe_notes
+
+    config = config_of(name, set_)
+    if name in recipe_names():
+        print("\n".join(f"# {line}".rstrip() for line in recipe_notes(name).splitlines()))
+    print(to_yaml(config), end="")
+
+
+def _prepare(said: Said, arch: str | None = None) -> tuple[Pipeline, Callable[[], Executor]]:
+    """The pipeline, checked, and how to start its executor."""
+    configs = [config_of(name, said.set_) for name in said.recipes]
+    asked: dict[NetworkConfig, str] = {}
+    if arch is not None:
+        from datm_ray.config import networks_named, scored_on
+
+        for config in configs:
+            asked |= {network: f"--arch {name}" for network, name in networks_named(config, arch.split(",")).items()}
+        configs = [scored_on(config, arch.split(",")) for config in configs]
+    from datm_ray.pipeline import Pipeline
+    from datm_ray.runtime.create import create_executor
+
+    elsewhere = bool(said.address or os.environ.get("RAY_ADDRESS"))
+    alone = said.executor == "serial"
+    pipeline = Pipeline(configs, said.out, said.store, elsewhere=elsewhere, alone=alone, asked=asked)
+    return pipeline, lambda: create_executor(said.executor, configs[0].cluster, said.address)
+
+
+def _with_memory(set_: list[str] | None, memory: str | None) -> list[str]:
+    import json
+
+    from datm_ray.config import parse_bytes
+    from datm_ray.errors import ConfigError
+
+    if memory is None:
+        return set_ or []
+    try:
+        parse_bytes(memory)
+    except ConfigError as failure:
+        raise ConfigError(f"--memory: {failure.fact}", failure.cause, failure.remedy) from None
+    # Quoted, for YAML is to read it as text whatever it holds.
+    return [*(set_ or []), f"cluster.memory={json.dumps(memory)}"]
+
+
+def _reporter() -> Reporter:
+    from datm_ray.runtime.telemetry import Reporter
+
+    return Reporter()
+
+
+def _print_plan(pipeline: Pipeline) -> None:
+    for line in pipeline.plan():
+        print(line)

@@ -1,0 +1,214 @@
+"""Commands about trajectory stores."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from datm_ray.cli.options import Said, Set, config_of
+
+if TYPE_CHECKING:
+    from datm_ray.store.trajectories import ExpertGroup, TrajectoryStore
+
+store_app = typer.Typer(help="Look into a trajectory store.", no_args_is_help=True, rich_markup_mode=None)
+
+StoreUri = Annotated[str, typer.Argument(metavar="URI", help="Trajectory store: local path, file:// or s3:// URI.")]
+Group = Annotated[
+    str, typer.Argument(metavar="DATASET/ARCHITECTURE/FINGERPRINT", help="A group of experts, as `store ls` names it.")
+]
+
+
+@store_app.command("ls")
+def store_ls(uri: StoreUri) -> None:
+    """The groups of interchangeable experts in a store: how many, what is kept of them, how large they are."""
+    from datm_ray.errors import CorruptFileError
+    from datm_ray.store.trajectories import epochs_in_words
+
+    for group in _groups(uri, unfinished=True):
+        numbers = group.experts()
+        if not numbers:
+            print(f"{group.key}  no expert yet, training in progress or given up (`store rm` deletes what there is)")
+            continue
+        try:
+            info = group.read_info(numbers[0])
+            kept = f"{epochs_in_words(info.epochs)}, {info.storage}"
+        except CorruptFileError:
+            kept = "damaged, see `datm-ray store verify`"
+        size = sum(group.size(number) for number in numbers)
+        print(f"{group.key}  {len(numbers)} expert(s), {kept}, {_size(size)}")
+
+
+@store_app.command("show")
+def store_show(uri: StoreUri) -> None:
+    """The experts of every group: epochs, loss, size, recipe."""
+    from datm_ray.errors import CorruptFileError
+
+    for group in _groups(uri):
+        print(group.key)
+        for place, number in enumerate(group.experts()):
+            try:
+                lines = _expert_lines(group, number, with_recipe=place == 0)
+            except CorruptFileError as failure:
+                lines = [f"  expert {number:>5}: damaged: {failure.fact}"]
+            print("\n".join(lines))
+
+
+def _expert_lines(group: ExpertGroup, number: int, *, with_recipe: bool) -> list[str]:
+    import math
+
+    from datm_ray.store.trajectories import epochs_in_words
+
+    info, progress = group.read_info(number), group.read_progress(number)
+    lines = []
+    if with_recipe:
+        buffers = f"   buffers {info.buffer_count:,}" if info.buffer_count else ""
+        lines.append(f"  parameters {info.parameter_count:,}{buffers}   {info.storage}   format {info.format_version}")
+        for section, values in info.recipe.items():
+            lines.append(f"  {section}: {', '.join(f'{name}={value}' for name, value in values.items())}")
+    told = "imported" if "imported" in info.recipe else f"final train loss {progress.train_loss[-1]:.4f}"
+    if math.isfinite(progress.test_accuracy[-1]):
+        told += f", test accuracy {progress.test_accuracy[-1]:.4f}"
+    return [*lines, f"  expert {number:>5}: {epochs_in_words(progress.epochs)}, {told}, {_size(group.size(number))}"]
+
+
+@store_app.command("verify")
+def store_verify(uri: StoreUri) -> None:
+    """Read every byte of every expert, and of the transform beside them, and check it against its checksums."""
+    from datm_ray.errors import CorruptFileError, StoreError
+
+    checked = size = 0
+    damaged: list[str] = []
+    for group in _groups(uri):
+        for number in group.experts():
+            checked += 1
+            size += group.size(number)
+            try:
+                group.verify(number)
+            except (CorruptFileError, StoreError) as failure:
+                damaged.append(f"{failure.fact}. {failure.cause}")
+        try:
+            group.read_transform()
+        except (CorruptFileError, StoreError) as failure:
+            damaged.append(f"{failure.fact}. {failure.cause}")
+    if damaged:
+        print("\n".join(damaged))
+        raise CorruptFileError(
+            f"{len(damaged)} of the files in {uri} are damaged; the first: {damaged[0]}",
+            remedy="delete them (`datm-ray store rm`) and run the step that wrote them again, or restore copies",
+        )
+    print(f"{checked} expert(s) are whole, {_size(size)}")
+
+
+@store_app.command("rm")
+def store_rm(
+    uri: StoreUri,
+    group: Group,
+    expert: Annotated[
+        list[int] | None, typer.Option("--expert", metavar="N", help="This expert alone; may be given again.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would be deleted.")] = False,
+) -> None:
+    """Delete experts, or a whole group with its transform."""
+    from datm_ray.errors import StoreError
+
+    found = _group(uri, group, unfinished=True)
+    numbers = sorted(set(expert or found.experts()))
+    absent = set(numbers) - set(found.experts())
+    if absent:
+        raise StoreError(f"{group} has no expert {min(absent)}", remedy=f"`datm-ray store show {uri}` names them")
+    size = _size(sum(found.size(number) for number in numbers))
+    rest = "" if expert else ", their transform and what is in progress"
+    what = f"{len(numbers)} expert(s) of {found.location.uri}{rest}, {size}"
+    if not yes:
+        print(f"Would delete {what}. Nothing was deleted; --yes deletes.")
+        return
+    if expert:
+        for number in numbers:
+            found.remove_expert(number)
+    else:
+        found.remove()
+    print(f"Deleted {what}.")
+
+
+@store_app.command("import")
+def store_import(
+    files: Annotated[list[str], typer.Argument(metavar="FILE.pt...", help="replay_buffer_*.pt files of MTT's family.")],
+    recipe: Annotated[
+        str, typer.Option("--recipe", metavar="RECIPE|FILE.yaml", help="Data set, network and epochs of the experts.")
+    ],
+    store: Annotated[str, typer.Option("--store", metavar="URI", help="Trajectory store to write to.")],
+    set_: Set = None,
+) -> None:
+    """Store other projects' expert trajectories as experts of a recipe."""
+    config = config_of(recipe, set_)
+    from datm_ray.runtime.replay_buffers import import_replay_buffers
+
+    imported = []
+    for each in import_replay_buffers(files, config, store):
+        print(f"{each.group} expert {each.expert}" + ("" if each.new else " was there already"))
+        imported.append(each)
+    new = sum(each.new for each in imported)
+    print(f"{new} trajectories were stored in {store}, {len(imported) - new} were there already")
+    count = min(len(_group(store, group).experts()) for group in {each.group for each in imported})
+    settings = [*(set_ or []), f"experts.count={count}"]
+    print(f"Next: {Said([recipe], settings, 'runs', store, 'ray', None).next('distill')}")
+
+
+@store_app.command("export")
+def store_export(
+    uri: StoreUri,
+    group: Group,
+    out: Annotated[str, typer.Option("--out", metavar="URI", help="Folder to write to.")],
+    per_file: Annotated[int, typer.Option("--per-file", metavar="N", min=1, help="Experts a file.")] = 10,
+) -> None:
+    """Write the experts of a group as replay_buffer_<n>.pt files, for MTT's family."""
+    from datm_ray.store.filesystem import open_location
+
+    found = _group(uri, group)
+    from datm_ray.runtime.replay_buffers import export_replay_buffers
+
+    open_location(out).require_writable()
+    exported = export_replay_buffers(found, open_location(out), per_file)
+    print(f"Wrote {len(exported.files)} file(s) to {out}")
+    if exported.without_statistics:
+        print("Without the running statistics of batch norms, for which a replay buffer has no place")
+    if exported.left_out:
+        epochs = ", ".join(map(str, exported.left_out))
+        print(f"Without epoch(s) {epochs}, which come after a gap: a buffer's positions are its epochs")
+
+
+def _open_store(uri: str, *, unfinished: bool = False) -> TrajectoryStore:
+    from datm_ray.errors import MissingExpertsError
+    from datm_ray.store.trajectories import TrajectoryStore
+
+    store = TrajectoryStore(uri)
+    if not store.groups(unfinished=unfinished):
+        raise MissingExpertsError(
+            f"{uri} holds no experts", "the path is wrong, or nothing was trained yet", "run `datm-ray experts RECIPE`"
+        )
+    return store
+
+
+def _groups(uri: str, *, unfinished: bool = False) -> list[ExpertGroup]:
+    store = _open_store(uri, unfinished=unfinished)
+    keys = store.groups(unfinished=unfinished)
+    return [store.group(key.dataset, key.architecture, key.fingerprint) for key in keys]
+
+
+def _group(uri: str, name: str, *, unfinished: bool = False) -> ExpertGroup:
+    from datm_ray.errors import StoreError
+
+    found = {str(group.key): group for group in _groups(uri, unfinished=unfinished)}
+    if name not in found:
+        raise StoreError(f"{uri} has no group {name}", remedy=f"it has {', '.join(found)}")
+    return found[name]
+
+
+def _size(count: int) -> str:
+    """Bytes in words."""
+    size, units = float(count), ["B", "KiB", "MiB", "GiB"]
+    while size >= 1024 and len(units) > 1:
+        size /= 1024
+        units.pop(0)
+    return f"{size:,.0f} {units[0]}" if units[0] == "B" else f"{size:,.1f} {units[0]}"
