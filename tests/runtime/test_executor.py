@@ -295,8 +295,8 @@ def test_where_all_machines_are_lost_they_are_waited_for(
     """The user hears why nothing happens; after the time allowed there is one clear error."""
     from datm_ray.runtime.ray_cluster import Machines
 
-    monkeypatch.setattr("datm_ray.runtime.ray_executor.PLACEMENT_TIMEOUT", 2.0)
-    executor = create_executor("ray", ClusterConfig(peer_timeout=2.0))
+    monkeypatch.setattr("datm_ray.runtime.ray_executor.PLACEMENT_TIMEOUT", 60.0 if come_back else 2.0)
+    executor = create_executor("ray", ClusterConfig(peer_timeout=1.0))
     there, looks = Machines.fits, itertools.count()
 
     def fits(machines: Machines) -> list[int]:

@@ -100,8 +100,9 @@ def test_machines_are_lost_in_training_and_in_distillation_and_one_comes_back(tm
     assert torch.equal(found.labels, expected.labels)
 
 
-FAULTS = int(os.environ.get("DATM_RAY_FAULTS", "3"))
-"""Of the soak; DATM_RAY_FAULTS=30 DATM_RAY_FAULTS_REPORT=FILE makes the figures in benchmarks/results."""
+FAULTS = int(os.environ.get("DATM_RAY_FAULTS", "0"))
+"""Of the soak, which takes half a minute for each; DATM_RAY_FAULTS=30 DATM_RAY_FAULTS_REPORT=FILE makes the figures in
+benchmarks/results."""
 OF_THE_DRIVER = {"recipe.yaml", "dataset.json", "report.html", "summary.json"}
 """Files that a restarted driver writes again, before any worker has done anything."""
 
@@ -201,6 +202,7 @@ def _newest(folder: Path) -> float:
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.skipif(not FAULTS, reason="takes minutes: say DATM_RAY_FAULTS=3, or 30")
 @pytest.mark.timeout(280 + 60 * FAULTS)
 def test_faults_at_random_moments_change_nothing(tmp_path: Path) -> None:
     """Workers, machines and the command itself are killed; the same bits come out, and nothing finished is repeated."""
@@ -213,7 +215,7 @@ def test_faults_at_random_moments_change_nothing(tmp_path: Path) -> None:
         "distill.student_steps=20",
         "distill.initial_step_size=0.01",
         "distill.learning_rate_step_size=1e-7",
-        "distill.validate_every=20",
+        "distill.validate_every=45",
         "distill.checkpoint_every=1",
     ]
     configs = [tiny_config(*changes, f"name=tiny{ipc}", f"distill.ipc={ipc}") for ipc in (1, 2)]
