@@ -145,19 +145,12 @@ class EvaluateWorker:
         seed = derive_seed(config.seed, Purpose.EVALUATION, number)
         folder = open_location(folder_uri)
         images, targets, step_size = self._training_set(config, store_uri, folder, row, seed, network)
-        schedule, others = evaluation_schedule(config, 0.0), CONTROL_STEP_SIZES
-        if config.evaluate.optimiser == "adamw":
-            schedule = dataclasses.replace(schedule, optimiser="adamw", weight_decay=ADAMW_WEIGHT_DECAY)
+        schedule, others = _row_schedule(config, row), CONTROL_STEP_SIZES
+        if schedule.optimiser == "adamw":
             step_size, others = None, ADAMW_STEP_SIZES
-        if row == "full":
-            epochs = config.evaluate.real_epochs
-            schedule = dataclasses.replace(schedule, epochs=epochs, decay_epoch=(epochs + 1) // 2)
-        if row in PLAIN:
-            schedule = dataclasses.replace(schedule, augmentation="")
         learned = (step_size,) if step_size else ()
-        is_its_own = (
-            network is None and row != "distilled-hard"
-        )  # the step size was learned with this network and labels
+        # Whether the step size was learned with this network and these labels.
+        is_its_own = network is None and row != "distilled-hard"
         candidates = learned if learned and is_its_own else (*learned, *others)
         tried = config if network is None else config.model_copy(update={"network": network})
         trials: list[_Trial] = []
@@ -229,6 +222,17 @@ class EvaluateWorker:
             to_device(dataset.validation_labels, self._device),
         )
         return _Trial(network, schedule.learning_rate, validation_accuracy)
+
+
+def _row_schedule(config: RunConfig, row: str) -> Schedule:
+    """How networks of a row are trained, but for the step size."""
+    schedule = evaluation_schedule(config, 0.0)
+    if config.evaluate.optimiser == "adamw":
+        schedule = dataclasses.replace(schedule, optimiser="adamw", weight_decay=ADAMW_WEIGHT_DECAY)
+    if row == "full":
+        epochs = config.evaluate.real_epochs
+        schedule = dataclasses.replace(schedule, epochs=epochs, decay_epoch=(epochs + 1) // 2)
+    return dataclasses.replace(schedule, augmentation="") if row in PLAIN else schedule
 
 
 @dataclass(frozen=True)
