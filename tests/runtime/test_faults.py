@@ -215,7 +215,7 @@ def test_faults_at_random_moments_change_nothing(tmp_path: Path) -> None:
         "distill.student_steps=20",
         "distill.initial_step_size=0.01",
         "distill.learning_rate_step_size=1e-7",
-        "distill.validate_every=45",
+        "distill.validate_every=20",
         "distill.checkpoint_every=1",
     ]
     configs = [tiny_config(*changes, f"name=tiny{ipc}", f"distill.ipc={ipc}") for ipc in (1, 2)]
