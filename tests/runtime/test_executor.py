@@ -246,6 +246,7 @@ class Saver:
         if not self._file.exists():
             self._file.touch()
             os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(600)  # this thread may get some way before the signal stops it
         yield Finished(os.getpid())
 
 
