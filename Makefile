@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint type fmt check bench-experts bench-matching bench-metadd bench-plan bench-rounding bench-store fidelity clean
+.PHONY: help install demo test lint type fmt check bench-cifar bench-experts bench-matching bench-metadd bench-plan bench-rounding bench-store fidelity clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -41,6 +41,9 @@ bench-experts: install  ## experts an hour against the published loop
 
 bench-matching: install  ## speed, memory and error of the matching gradient against full unrolling and TESLA
 	$(BIN)/python benchmarks/bench_matching.py
+
+bench-cifar: install  ## DATM, MTT and controls on a part of CIFAR-10: CIFAR=folder of its Parquet files
+	$(BIN)/python benchmarks/bench_cifar.py $(if $(CIFAR),--cifar $(CIFAR))
 
 bench-metadd: install  ## accuracy on other architectures with and without MetaDD, its terms, and its cost
 	$(BIN)/python benchmarks/bench_metadd.py

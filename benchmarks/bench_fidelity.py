@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -24,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_matching import hardware
+from facts import common_facts, hardware
 from fidelity_tables import ablation_table, cost_table, crossover_table, measured, range_table, without_set
 from fidelity_variants import FULL, QUICK, TESLA, Sizes, TeslaPipeline, ablation_runs, crossover_runs, estimate
 
@@ -36,7 +34,6 @@ from datm_ray.runtime.executor import Executor
 from datm_ray.runtime.provenance import provenance
 from datm_ray.runtime.telemetry import Reporter
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 HEADER = """Real 8x8 digits, {images:,} training images; ConvNet of depth 2 and width 32. {counted}.
 Accuracy on test images in %, mean ± standard deviation over all networks. {independent}"""
 ONE = """Networks of one distillation share its
@@ -60,20 +57,6 @@ class Scoring(Pipeline):
 
 class TeslaScoring(Scoring, TeslaPipeline):
     """The same with TESLA's approximation."""
-
-
-def commit() -> str:
-    """Of this repository, and whether something in it is changed."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=REPOSITORY, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + (", changed" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def run(configs: Sequence[RunConfig], kind: type[Pipeline], folder: str, executor: str) -> Pipeline:
@@ -115,7 +98,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = parsed(words)
     sizes = QUICK if arguments.quick else FULL
     crossover, ablation = wanted(arguments, sizes)
-    name, machine = hardware("cpu")
+    name, _ = hardware("cpu")
     cores = provenance(torch.device("cpu"))["cores"]
     seconds = estimate(crossover, ablation)
     sets = sum(map(len, (*crossover.values(), *ablation.values())))
@@ -132,14 +115,9 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
         run(ablation[TESLA], TeslaScoring, folder, arguments.executor)
     found = measured(pipeline.out, crossover, ablation, sizes.ablation_ipc)
     facts = {
-        "command": " ".join(["python", "benchmarks/bench_fidelity.py", *told(words)]),
-        "hardware": machine,
-        "versions": f"Python {platform.python_version()}, "
-        + ", ".join(f"{package} {version}" for package, version in provenance(torch.device("cpu"))["versions"].items()),
-        "commit": commit(),
+        **common_facts(__file__, sys.argv[1:] if words is None else words),
         "seeds": f"{arguments.distillations} distillation(s) of each row (seeds 0 to {arguments.distillations - 1}), "
         f"{arguments.seeds} networks each (numbers 0 to {arguments.seeds - 1})",
-        "date": str(date.today()),
     }
     lines = page(facts, found, arguments)
     print("\n".join(lines))
@@ -147,16 +125,6 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     if out:
         write(out, f"fidelity-digits_{name}_{date.today():%Y%m}", facts, found, lines, arguments.part)
     return found
-
-
-def told(words: Sequence[str] | None) -> list[str]:
-    """A command line without the folders of one machine, which decide no result."""
-    kept, before = [], ""
-    for word in sys.argv[1:] if words is None else words:
-        if before not in ("--runs", "--out") and word.partition("=")[0] not in ("--runs", "--out"):
-            kept.append(word)
-        before = word
-    return kept
 
 
 def page(facts: dict[str, str], found: dict[str, Any], arguments: argparse.Namespace) -> list[str]:

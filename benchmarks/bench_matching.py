@@ -14,7 +14,6 @@ import gc
 import json
 import math
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -29,6 +28,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from facts import common_facts, hardware, status
 from torch import Tensor
 
 from datm_ray.config import PUBLISHED_AUGMENTATION
@@ -40,7 +40,6 @@ from datm_ray.core.parameters import FlatNetwork, flatten
 from datm_ray.core.step_functions import Order, Precision, StepOptions, StudentStepFunctions, soft_cross_entropy
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.runtime.plan import available_memory
-from datm_ray.runtime.provenance import provenance
 
 HEADER = """Matching loss and its gradient in images, soft labels and step size; ConvNet, instance normalisation, mean
 pooling; random tensors of fixed seeds; every minibatch is the whole set; step size 0.01.
@@ -242,12 +241,6 @@ def timed(call: Callable[[], Any], device: str) -> tuple[float, Any]:
     return time.perf_counter() - before, result
 
 
-def status(field: str, path: str = "/proc/self/status") -> int:
-    """A line of /proc in bytes."""
-    line = next(line for line in Path(path).read_text().splitlines() if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
-
-
 def measured(call: Callable[[], Gradient], device: str) -> dict[str, float]:
     """Seconds, loss and peak memory of a call over what was held before it."""
     gc.collect()
@@ -446,16 +439,6 @@ def rows_to_run(quick: bool, threads: int, device: str) -> list[tuple[list[Metho
     return rows
 
 
-def hardware(device: str) -> tuple[str, str]:
-    """A name for files, and one for readers."""
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-        return name.lower().replace(" ", "-"), name
-    model = provenance(torch.device("cpu"))["processor"]
-    cores = len(os.sched_getaffinity(0))
-    return f"{cores}-core-cpu", f"{cores} cores of {model}, {status('MemTotal', '/proc/meminfo') / 2**30:.0f} GiB"
-
-
 def heading(facts: dict[str, str], device: str) -> list[str]:
     """What stands above the rows."""
     columns = (
@@ -481,14 +464,8 @@ def main() -> None:
         child(arguments.child)
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    file_name, machine = hardware(device)
-    facts = {
-        "command": " ".join(["python", *sys.argv]),
-        "hardware": machine,
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-        "threads": str(arguments.threads),
-        "date": str(date.today()),
-    }
+    file_name, _ = hardware(device)
+    facts = {**common_facts(__file__, sys.argv[1:], device), "threads": str(arguments.threads)}
     out = arguments.out or (None if arguments.quick else Path(__file__).parent / "results")
     path = out / f"matching_{file_name}_{date.today():%Y%m}" if out else None
     kept: list[list[dict[str, Any]]] = []

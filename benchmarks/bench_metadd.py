@@ -14,17 +14,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-import numpy as np
-import torch
-from bench_matching import hardware
+from cifar_part import SOURCE, TOLD, dataset_override
+from facts import common_facts, hardware
 from metadd_compare import by_architecture, compared, table
 from metadd_cost import TITLE, cost_rows, cost_table
 
@@ -47,7 +44,6 @@ SCORED_ON = [
 """Beside the backbone."""
 VARIANCE, INVARIANCE, POSITION = 1.0, 0.01, 0.1
 CIFAR_ITERATIONS = 200
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -61,8 +57,8 @@ class Setting:
     quick: Sequence[str]
     experts: str
     """Of the auxiliaries."""
-    per_class: tuple[int, int] | None = None
-    """Training and test images that are taken of the whole data set; none takes all."""
+    is_cifar: bool = False
+    """Whether it takes the part of CIFAR-10."""
 
 
 DIGITS = Setting(
@@ -75,8 +71,7 @@ DIGITS = Setting(
 )
 CIFAR10 = Setting(
     recipe="cifar10-ipc10",
-    told="A part of real CIFAR-10: the first 1000 training images (100 of them for validation) and 500 test images of\n"
-    "each class. ConvNet of depth 3 and width 32 as backbone, 8 SGD experts of 14 epochs, 10 images per class;\n"
+    told=f"{TOLD} ConvNet of depth 3 and width 32 as backbone, 8 SGD experts of 14 epochs, 10 images per class;\n"
     f"{CIFAR_ITERATIONS} iterations of 15 student steps with batches of 50, against a target one epoch ahead: far from "
     "the\npublished sizes.",
     overrides=[
@@ -98,10 +93,9 @@ CIFAR10 = Setting(
     ],
     quick=["distill.iterations=4", "distill.ipc=1", "distill.student_steps=2", "experts.count=2"],
     experts="{count: 1, epochs: 20, batch_size: 128, learning_rate: 0.01, momentum: 0.9, keep_epochs: 1}",
-    per_class=(1000, 500),
+    is_cifar=True,
 )
 SETTINGS = {"digits": DIGITS, "cifar10": CIFAR10}
-FEW_PER_CLASS = (20, 20)
 
 HEADER = """{told}
 {distillations} for each variant; for each set {n} freshly
@@ -193,20 +187,6 @@ class Scoring(Pipeline):
         return row == "distilled" and network is not None
 
 
-def write_part(source: Path, folder: Path, per_class: tuple[int, int]) -> None:
-    """The first images of every class of cifar10-train.parquet and cifar10-test.parquet, in the same order."""
-    import pyarrow.parquet as pq
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for part, count in zip(("train", "test"), per_class, strict=True):
-        images = pq.read_table(source / f"cifar10-{part}.parquet")
-        labels = images["label"].to_numpy()
-        kept = [np.flatnonzero(labels == label)[:count] for label in np.unique(labels)]
-        unfinished = folder / f"{part}.unfinished"
-        pq.write_table(images.take(np.sort(np.concatenate(kept))), unfinished)
-        os.replace(unfinished, folder / f"{part}.parquet")
-
-
 def heading(setting: Setting, groups: dict[str, list[str]], distillations: int, seeds: int) -> str:
     """What must be known to read the tables."""
     several = distillations > 1
@@ -223,21 +203,12 @@ def heading(setting: Setting, groups: dict[str, list[str]], distillations: int, 
     )
 
 
-def without_places(words: Sequence[str]) -> list[str]:
-    """A command line without the folders of one machine, which decide no result."""
-    kept, places = [], ("--runs", "--cifar", "--out")
-    for before, word in zip(("", *words), words, strict=False):
-        if before not in places and word.partition("=")[0] not in places:
-            kept.append(word)
-    return kept
-
-
 def parsed() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes; written nowhere unless --out is given")
     parser.add_argument("--data", choices=list(SETTINGS), default="digits")
-    parser.add_argument("--cifar", type=Path, default=REPOSITORY.parent / "shared" / "data", help="folder of the files")
+    parser.add_argument("--cifar", type=Path, default=SOURCE, help="folder of the files")
     parser.add_argument("--recipe", help="another one for digits")
     parser.add_argument("--distillations", type=int, default=1, help="of each variant")
     parser.add_argument("--seeds", type=int, default=5, help="networks of each architecture for each set")
@@ -262,14 +233,12 @@ def main() -> None:
     setting, quick = SETTINGS[arguments.data], arguments.quick
     recipe = arguments.recipe or setting.recipe
     folder = arguments.runs or "-".join(
-        ["runs/metadd", *([arguments.data] if setting.per_class else []), *(["quick"] if quick else [])]
+        ["runs/metadd", *([arguments.data] if setting.is_cifar else []), *(["quick"] if quick else [])]
     )
     seeds = 1 if quick else arguments.seeds
     base = [f"evaluate.seeds={seeds}", *(setting.quick if quick else [])]
-    if setting.per_class:
-        part = Path(folder).resolve() / "cifar10-subset"
-        write_part(arguments.cifar, part, FEW_PER_CLASS if quick else setting.per_class)
-        base.append(f"dataset={json.dumps({'source': 'parquet', 'path': str(part), 'validation': 0.1})}")
+    if setting.is_cifar:
+        base.append(dataset_override(arguments.cifar, folder, quick))
     chosen = [each for each in variants() if not arguments.variants or each.name in ("without", *arguments.variants)]
     runs = {each.name: runs_of(each, setting, recipe, arguments.distillations, base) for each in chosen}
     costs = [] if arguments.no_cost else cost_rows(quick)
@@ -278,15 +247,12 @@ def main() -> None:
     pipeline = Scoring([config for seed in zip(*runs.values(), strict=True) for config in seed], folder)
     pipeline.run_all(lambda: create_executor("ray", pipeline.configs[0].cluster, None), Reporter())
     rows = compared(pipeline, runs, len(SEEN))
-    file_name, machine = hardware("cpu")
+    file_name, _ = hardware("cpu")
     facts = {
-        "command": " ".join(["python", "benchmarks/bench_metadd.py", *without_places(sys.argv[1:])]),
-        "hardware": machine,
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
+        **common_facts(__file__, sys.argv[1:]),
         "recipe": recipe,
         "n": f"{arguments.distillations} x {seeds}",
         "weights": f"variance {VARIANCE}, invariance {INVARIANCE}, position {POSITION}",
-        "date": str(date.today()),
     }
     groups = next(row["groups"] for row in rows if row["variant"] != "without")
     lines = ["# MetaDD", "", *(f"{key}: {value}  " for key, value in facts.items()), ""]

@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_matching import hardware
+from facts import hardware
 
 from datm_ray.config import RunConfig, override, to_yaml
 from datm_ray.recipes import get_recipe

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 from collections.abc import Callable
@@ -20,7 +19,8 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from bench_matching import Gradient, Method, Ours, Problem, Shape, hardware, make_problem, unrolling
+from bench_matching import Gradient, Method, Ours, Problem, Shape, make_problem, unrolling
+from facts import common_facts, hardware
 from torch import Tensor
 from torch.nn.functional import conv2d
 
@@ -94,14 +94,8 @@ def main() -> None:
     arguments = parser.parse_args()
     size = (2, 4, (3, 8, 8), 4, 8, 8, (8, 2)) if arguments.quick else (3, 128, (3, 32, 32), 10, 20, 20, (20, 5))
     errors = errors_of(Shape("rounding", *size), arguments.problems)  # type: ignore[arg-type]
-    file_name, machine = hardware("cpu")
-    facts = {
-        "command": " ".join(["python", *sys.argv]),
-        "hardware": machine,
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-        "threads": str(len(os.sched_getaffinity(0))),
-        "date": str(date.today()),
-    }
+    file_name, _ = hardware("cpu")
+    facts = {**common_facts(__file__, sys.argv[1:]), "threads": str(len(os.sched_getaffinity(0)))}
     rounding = {
         "channels first": convolution_rounding(torch.contiguous_format),
         "channels last": convolution_rounding(torch.channels_last),

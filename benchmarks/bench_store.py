@@ -13,7 +13,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import statistics
 import sys
@@ -29,12 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
 import torch
+from facts import common_facts, hardware
 
 from datm_ray.core.networks import NetworkSpec, build_network
 from datm_ray.core.parameters import FlatNetwork, flatten
-from datm_ray.runtime.provenance import provenance
 from datm_ray.runtime.replay_buffers import export_replay_buffers
 from datm_ray.store.cache import FOLDER
 from datm_ray.store.filesystem import open_location
@@ -280,12 +278,6 @@ class Bench:
         after = server.sent.value
 
 
-def hardware() -> tuple[str, str]:
-    """A name for files, and one for readers."""
-    cores = len(os.sched_getaffinity(0))
-    return f"{cores}-core-cpu", f"{cores} cores of {provenance(torch.device('cpu'))['processor']}"
-
-
 def main() -> None:
     """Measure all rows; print them and write them down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -295,12 +287,9 @@ def main() -> None:
     arguments = parser.parse_args()
     experts, epochs = (2, 10) if arguments.quick else (10, 50)
     bench = Bench(arguments.quick, experts, epochs, arguments.pairs or (20 if arguments.quick else 300))
-    file_name, machine = hardware()
+    file_name, _ = hardware("cpu")
     facts = {
-        "command": " ".join(["python", *sys.argv]),
-        "hardware": machine,
-        "versions": f"Python {platform.python_version()}, pyarrow {pyarrow.__version__}, torch {torch.__version__}",
-        "date": str(date.today()),
+        **common_facts(__file__, sys.argv[1:]),
         "experts": f"{experts} with epochs 0 to {epochs} of ConvNet-3/{spec(arguments.quick).width} at 32×32, "
         f"{bench.network.count:,} parameters",
     }

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_matching import Shape, status
+from bench_matching import Shape
+from facts import status
 
 from datm_ray.core.distillation import Distillation, LearningRates, Match, MetaTerm, Origin
 from datm_ray.core.matching import draw_student_steps

@@ -1,0 +1,69 @@
+"""What stands above every committed result: the command, the machine, versions, commit, date."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from datm_ray.runtime.provenance import provenance
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PLACES = ("--runs", "--cifar", "--out")
+"""Options that name folders of one machine, which decide no result."""
+
+
+def common_facts(program: str, words: Sequence[str], device: str = "cpu") -> dict[str, str]:
+    """Of a run of a file of this folder with these options."""
+    versions = provenance(torch.device("cpu"))["versions"]
+    return {
+        "command": " ".join(["python", f"benchmarks/{Path(program).name}", *without_places(words)]),
+        "hardware": hardware(device)[1],
+        "versions": f"Python {platform.python_version()}, " + ", ".join(map(" ".join, versions.items())),
+        "commit": commit(),
+        "date": str(date.today()),
+    }
+
+
+def without_places(words: Sequence[str]) -> list[str]:
+    """A command line without the folders of one machine."""
+    kept = []
+    for before, word in zip(("", *words), words, strict=False):
+        if before not in PLACES and word.partition("=")[0] not in PLACES:
+            kept.append(word)
+    return kept
+
+
+def hardware(device: str) -> tuple[str, str]:
+    """A name for files, and one for readers."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+        return name.lower().replace(" ", "-"), name
+    model = provenance(torch.device("cpu"))["processor"]
+    cores = len(os.sched_getaffinity(0))
+    return f"{cores}-core-cpu", f"{cores} cores of {model}, {status('MemTotal', '/proc/meminfo') / 2**30:.0f} GiB"
+
+
+def status(field: str, path: str = "/proc/self/status") -> int:
+    """A line of /proc in bytes."""
+    line = next(line for line in Path(path).read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def commit() -> str:
+    """Of this repository, and whether something in it is changed."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=REPOSITORY, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + (", changed" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
