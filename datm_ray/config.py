@@ -310,7 +310,7 @@ class Role:
     """Networks of metadd that it holds: 0 is the first backbone, then the auxiliaries."""
 
 
-RESERVED_NAMES = frozenset({"experts", "controls", "report.html", "summary.json"})
+RESERVED_NAMES = frozenset({"experts", "controls", "report.html", "summary.json", "tensorboard", "wandb"})
 """What lies beside the runs in an output folder."""
 
 

@@ -169,6 +169,7 @@ class Pipeline:
         for config in self.configs:
             self._require_experts([*config.each_backbone(), *config.each_auxiliary()])
         with self._started(start, reporter, distils=True) as executor:
+            self._note_experts_cost()  # they may have been trained by another command
             self._distill(executor, reporter)
 
     def evaluate(self, start: Callable[[], Executor], reporter: Reporter) -> None:
@@ -210,11 +211,11 @@ class Pipeline:
                     executor.require_room(config.name, min((config.workers_per_set, *fewer)))
                 self._require_memory(executor)
             reporter.message(f"Running on {executor.description}")
+            self._log = open_logger(self._log_to, self.out, self.configs, reporter.message)
             for config in self.configs:
                 # The recipe last: it is what marks a folder as a run's, for `report` too.
                 (self._folder(config) / DATA).write_json(self._data_note(config))
                 (self._folder(config) / RECIPE).write_text(to_yaml(self._with_rows_before(config)))
-            self._log = open_logger(self._log_to, self.out, self.configs, reporter.message)
             yield executor
         finally:
             self._log.close()
@@ -299,7 +300,6 @@ class Pipeline:
             return self._distill_tasks(executor)
 
         self._run("Distillation", self.distill_worker, "distill", open_tasks, executor, reporter)
-        self._note_experts_cost()
 
     def _distill_tasks(self, executor: Executor | None = None) -> list[DatasetTask]:
         tasks = []

@@ -107,6 +107,7 @@ BAD_INPUT = {
     ),
     "path for digits": (["run", "digits-ipc1", "--set", "dataset.path=absent"], "take no dataset.path"),
     "reserved name": (["run", "digits-ipc1", "--set", "name=experts"], "choose another name"),
+    "name of a logger's folder": (["run", "digits-ipc1", "--set", "name=tensorboard"], "choose another name"),
     "folder is a file": (["run", "digits-ipc1", "--out", "/dev/null/runs"], "/dev/null is not a folder"),
     "unknown source": (["run", "digits-ipc1", "--set", "dataset.source=digit"], "digits"),
     "same run twice": (["run", "digits-ipc1", "digits-ipc1"], "named 'digits-ipc1'"),

@@ -161,16 +161,18 @@ class EvaluateWorker:
             metrics = meter.measure() | {"datm_ray_evaluate_validation_accuracy_ratio": measured}
             yield Progress(len(trials), len(candidates), {"validation": measured}, metrics)
         chosen = max(trials, key=lambda trial: trial.validation_accuracy)
-        accuracies = {
-            "test_accuracy": self._test_accuracy(chosen),
-            "test_accuracy_with_learned_step_size": self._test_accuracy(trials[0]) if step_size else None,
-        }
+        tested = with_learned = self._test_accuracy(chosen)
+        if step_size is None:
+            with_learned = None
+        elif chosen is not trials[0]:
+            with_learned = self._test_accuracy(trials[0])
         spent = account.spent()
         result = {
             "row": row,
             "number": number,
             "seed": seed,
-            **accuracies,
+            "test_accuracy": tested,
+            "test_accuracy_with_learned_step_size": with_learned,
             "validation_accuracy": chosen.validation_accuracy,
             "step_size": chosen.step_size,
             "learned_step_size": step_size,

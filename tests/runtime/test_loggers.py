@@ -150,15 +150,17 @@ def test_tensorboard_wants_a_local_folder(writers: dict[str, FakeWriter]) -> Non
 
 
 def test_a_service_that_does_not_start_is_one_line_without_its_words(wandb: Any, tmp_path: Path) -> None:
-    """What it says may quote a key."""
+    """What it says may quote a key; and no run's folder is made."""
 
     def refuse(**_: Any) -> None:
         raise RuntimeError("key 123-secret is wrong")
 
     wandb.init = refuse
+    config = tiny_config("cluster.log_to=wandb")
     with pytest.raises(ConfigError, match="wandb does not start: RuntimeError") as caught:
-        open_logger("wandb", open_location(str(tmp_path)), [], print)
+        Pipeline([config], str(tmp_path)).run_all(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
     assert "secret" not in str(caught.value)
+    assert not (tmp_path / config.name).exists()
 
 
 def test_logging_that_fails_half_way_does_not_end_the_run(writers: dict[str, FakeWriter], tmp_path: Path) -> None:
