@@ -18,6 +18,7 @@ it stopped, however it stopped.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -314,8 +315,10 @@ class Pipeline:
     def _fewer(self, config: RunConfig) -> tuple[int, ...]:
         """Smaller numbers of workers with which a set can go on, as far as their memory is known."""
         rows, roles = len(config.roles), config.roles if len(config.roles) > 1 else ()
-        fewer = range(config.cluster.shards - 1, 0, -1)
-        sizes = [rows * shards for shards in fewer if self._would_fit(config, shards, roles)]
+        fewer = range(1, config.cluster.shards)
+        # What fits some shards fits more of them, since each then holds no more images.
+        first = bisect_left(fewer, True, key=lambda shards: self._would_fit(config, shards, roles))
+        sizes = [rows * shards for shards in reversed(fewer[first:])]
         alone = [1] if rows > 1 and self._would_fit(config, 1, ()) else []
         return (*sizes, *alone)
 

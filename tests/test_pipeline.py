@@ -338,3 +338,14 @@ def test_resuming_from_a_checkpoint_starts_at_its_iteration(tmp_path: Path, tiny
     first = next(iter(resumed))
     assert isinstance(first, Progress)
     assert first.done == 5
+
+
+def test_a_set_goes_on_with_any_number_of_shards_that_can_hold_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The more the better; with few shards each has more images than may fit."""
+    config = tiny_config("cluster.shards=6")
+    pipeline = Pipeline([config], str(tmp_path))
+    for least, sizes in ((1, (5, 4, 3, 2, 1)), (3, (5, 4, 3)), (6, ())):
+        monkeypatch.setattr(pipeline, "_would_fit", lambda _, shards, __, least=least: shards >= least)
+        assert pipeline._fewer(config) == sizes

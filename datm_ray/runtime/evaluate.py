@@ -161,11 +161,10 @@ class EvaluateWorker:
             metrics = meter.measure() | {"datm_ray_evaluate_validation_accuracy_ratio": measured}
             yield Progress(len(trials), len(candidates), {"validation": measured}, metrics)
         chosen = max(trials, key=lambda trial: trial.validation_accuracy)
-        tested = with_learned = self._test_accuracy(chosen)
-        if step_size is None:
-            with_learned = None
-        elif chosen is not trials[0]:
-            with_learned = self._test_accuracy(trials[0])
+        tested = self._test_accuracy(chosen)
+        with_learned = None
+        if step_size:
+            with_learned = tested if chosen is trials[0] else self._test_accuracy(trials[0])
         spent = account.spent()
         result = {
             "row": row,
