@@ -123,10 +123,12 @@ def _require_listener(address: str) -> None:
                     )
 
 
-def first_line(failure: BaseException) -> str:
-    """Of what an error says."""
-    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
-    return lines[0] if lines else type(failure).__name__
+def first_line(said: BaseException | str) -> str:
+    """Of a message, or of what an error says; an error that says nothing has a kind at least."""
+    lines = [line.strip() for line in str(said).splitlines() if line.strip()]
+    if lines:
+        return lines[0][:200].rstrip(".")  # Ray may put a whole page into a line
+    return "" if isinstance(said, str) else type(said).__name__
 
 
 class Machines:

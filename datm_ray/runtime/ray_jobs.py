@@ -28,7 +28,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 import datm_ray
 from datm_ray.config import RunConfig, to_yaml
 from datm_ray.errors import ClusterError, ConfigError
-from datm_ray.runtime.ray_cluster import hush, use_token
+from datm_ray.runtime.ray_cluster import first_line, hush, use_token
 from datm_ray.store.filesystem import open_location
 
 AuthenticationError: Any = getattr(ray.exceptions, "AuthenticationError", ())
@@ -90,7 +90,7 @@ class Jobs:
             raise _no_token(address) from None
         except (OSError, RuntimeError) as failure:
             raise ClusterError(
-                f"no Ray cluster takes jobs at {address} ({_first_line(failure)})",
+                f"no Ray cluster takes jobs at {address} ({first_line(failure)})",
                 "the address is wrong, the head node is down, or its port cannot be reached from here",
                 "give the address of its dashboard, such as http://127.0.0.1:8265, through a tunnel if need be",
             ) from None
@@ -221,7 +221,7 @@ class Jobs:
             raise _no_token(self._address) from None
         except (OSError, RuntimeError) as failure:
             raise ClusterError(
-                f"the Ray cluster at {self._address} does not do it: {_first_line(failure)}",
+                f"the Ray cluster at {self._address} does not do it: {first_line(failure)}",
                 "it may have gone down, or refuse the job",
                 "`datm-ray job list` shows whether it answers; a job goes on without this connection",
             ) from None
@@ -245,7 +245,7 @@ def _job(details: JobDetails) -> Job:
         recipes=metadata.get(MINE, ""),
         out=metadata.get("out", ""),
         seconds=max(0.0, ended - started),
-        message=_first_line(details.message or ""),
+        message=first_line(details.message or ""),
         exit_code=details.driver_exit_code,
     )
 
@@ -297,8 +297,3 @@ def _requirements(path: str) -> list[str]:
                 remedy="write the packages themselves, one a line",
             )
     return wanted
-
-
-def _first_line(failure: object) -> str:
-    lines = [line.strip() for line in str(failure).splitlines()]
-    return next((line[:200].rstrip(".") for line in lines if line), type(failure).__name__)

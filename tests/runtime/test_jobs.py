@@ -200,3 +200,31 @@ def test_no_place_is_taken_that_the_job_has_not() -> None:
     _require_reachable("--out", "/shared/runs")
     with pytest.raises(ConfigError, match=r"--out 'runs' is relative.*s3://bucket/"):
         _require_reachable("--out", "runs")
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("", ""),
+        ("\n  it fell over.\nTraceback", "it fell over"),
+        (ValueError(), "ValueError"),
+        (ValueError("\nno such thing.\n"), "no such thing"),
+        ("x" * 300, "x" * 200),
+    ],
+)
+def test_a_line_is_made_of_what_somebody_says(said: BaseException | str, expected: str) -> None:
+    """Nothing where a message is empty; the kind of an error that says nothing."""
+    from datm_ray.runtime.ray_cluster import first_line
+
+    assert first_line(said) == expected
+
+
+def test_a_job_without_a_message_has_none() -> None:
+    """Ray leaves it out, or empty, at the start."""
+    from ray.job_submission import JobDetails
+
+    from datm_ray.runtime.ray_jobs import _job
+
+    for message in (None, ""):
+        details = JobDetails(type="SUBMISSION", submission_id="j", status="PENDING", entrypoint="", message=message)
+        assert (_job(details).id, _job(details).message) == ("j", "")
