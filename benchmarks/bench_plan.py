@@ -49,11 +49,12 @@ from datm_ray.runtime.cost import (
     parse_cluster,
 )
 from datm_ray.runtime.distill import INITIAL
-from datm_ray.runtime.plan import Layout, data_shape, parse_shape, show_bytes
+from datm_ray.runtime.plan import Layout, data_shape, parse_shape
 from datm_ray.runtime.speed import product_rate
 from datm_ray.runtime.workload import Proposal, as_it_is, propose, show_number, storage, transform_bytes
 from datm_ray.store.filesystem import open_location
 from datm_ray.store.tensors import read_tensors
+from datm_ray.store.trajectories import size_in_words
 
 SHARDS = 2
 LOOK = 0.1
@@ -393,7 +394,7 @@ def layout_rows() -> list[list[str]]:
                         *hours,
                         show_number(told.total_hours),
                         show_number(told.total_wall),
-                        show_bytes(storage(found.config, told_shape).total),
+                        size_in_words(storage(found.config, told_shape).total),
                     ]
                 )
     return rows

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datm_ray.config import RunConfig
-from datm_ray.report.words import size
 from datm_ray.runtime.checkpoint import read_curves
 from datm_ray.runtime.distill import read_cost
 from datm_ray.runtime.evaluate import Score, read_scores
 from datm_ray.runtime.experts import read_experts_cost
 from datm_ray.runtime.spent import Spent, total
 from datm_ray.store.filesystem import Location
+from datm_ray.store.trajectories import size_in_words
 
 Accuracies = Sequence[Sequence[float]]
 """In [0, 1], by distillation and network."""
@@ -203,7 +203,7 @@ def cost_table(found: Mapping[str, Any]) -> list[str]:
             if key in seen:  # shared with a row above
                 continue
             seen.add(key)
-            peak, read = size(cost["peak_memory_bytes"]), size(cost["read_bytes"])
+            peak, read = size_in_words(cost["peak_memory_bytes"]), size_in_words(cost["read_bytes"])
             seconds = [f"{cost[name]:.1f}" for name in ("seconds", "cpu_seconds", "gpu_seconds")]
             shared = title if title != part else f"{part}, of {name} and those it shares them with"
             rows.append([shared, *seconds, peak, read])

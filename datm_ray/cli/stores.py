@@ -23,7 +23,7 @@ Group = Annotated[
 def store_ls(uri: StoreUri) -> None:
     """The groups of interchangeable experts in a store: how many, what is kept of them, how large they are."""
     from datm_ray.errors import CorruptFileError
-    from datm_ray.store.trajectories import epochs_in_words
+    from datm_ray.store.trajectories import epochs_in_words, size_in_words
 
     for group in _groups(uri, unfinished=True):
         numbers = group.experts()
@@ -36,7 +36,7 @@ def store_ls(uri: StoreUri) -> None:
         except CorruptFileError:
             kept = "damaged, see `datm-ray store verify`"
         size = sum(group.size(number) for number in numbers)
-        print(f"{group.key}  {len(numbers)} expert(s), {kept}, {_size(size)}")
+        print(f"{group.key}  {len(numbers)} expert(s), {kept}, {size_in_words(size)}")
 
 
 @store_app.command("show")
@@ -57,7 +57,7 @@ def store_show(uri: StoreUri) -> None:
 def _expert_lines(group: ExpertGroup, number: int, *, with_recipe: bool) -> list[str]:
     import math
 
-    from datm_ray.store.trajectories import epochs_in_words
+    from datm_ray.store.trajectories import epochs_in_words, size_in_words
 
     info, progress = group.read_info(number), group.read_progress(number)
     lines = []
@@ -69,13 +69,15 @@ def _expert_lines(group: ExpertGroup, number: int, *, with_recipe: bool) -> list
     told = "imported" if "imported" in info.recipe else f"final train loss {progress.train_loss[-1]:.4f}"
     if math.isfinite(progress.test_accuracy[-1]):
         told += f", test accuracy {progress.test_accuracy[-1]:.4f}"
-    return [*lines, f"  expert {number:>5}: {epochs_in_words(progress.epochs)}, {told}, {_size(group.size(number))}"]
+    size = size_in_words(group.size(number))
+    return [*lines, f"  expert {number:>5}: {epochs_in_words(progress.epochs)}, {told}, {size}"]
 
 
 @store_app.command("verify")
 def store_verify(uri: StoreUri) -> None:
     """Read every byte of every expert, and of the transform beside them, and check it against its checksums."""
     from datm_ray.errors import CorruptFileError, StoreError
+    from datm_ray.store.trajectories import size_in_words
 
     checked = size = 0
     damaged: list[str] = []
@@ -97,7 +99,7 @@ def store_verify(uri: StoreUri) -> None:
             f"{len(damaged)} of the files in {uri} are damaged; the first: {damaged[0]}",
             remedy="delete them (`datm-ray store rm`) and run the step that wrote them again, or restore copies",
         )
-    print(f"{checked} expert(s) are whole, {_size(size)}")
+    print(f"{checked} expert(s) are whole, {size_in_words(size)}")
 
 
 @store_app.command("rm")
@@ -111,13 +113,14 @@ def store_rm(
 ) -> None:
     """Delete experts, or a whole group with its transform."""
     from datm_ray.errors import StoreError
+    from datm_ray.store.trajectories import size_in_words
 
     found = _group(uri, group, unfinished=True)
     numbers = sorted(set(expert or found.experts()))
     absent = set(numbers) - set(found.experts())
     if absent:
         raise StoreError(f"{group} has no expert {min(absent)}", remedy=f"`datm-ray store show {uri}` names them")
-    size = _size(sum(found.size(number) for number in numbers))
+    size = size_in_words(sum(found.size(number) for number in numbers))
     rest = "" if expert else ", their transform and what is in progress"
     what = f"{len(numbers)} expert(s) of {found.location.uri}{rest}, {size}"
     if not yes:
@@ -203,12 +206,3 @@ def _group(uri: str, name: str, *, unfinished: bool = False) -> ExpertGroup:
     if name not in found:
         raise StoreError(f"{uri} has no group {name}", remedy=f"it has {', '.join(found)}")
     return found[name]
-
-
-def _size(count: int) -> str:
-    """Bytes in words."""
-    size, units = float(count), ["B", "KiB", "MiB", "GiB"]
-    while size >= 1024 and len(units) > 1:
-        size /= 1024
-        units.pop(0)
-    return f"{size:,.0f} {units[0]}" if units[0] == "B" else f"{size:,.1f} {units[0]}"

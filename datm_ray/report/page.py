@@ -28,9 +28,10 @@ from datm_ray.report.runs import (
     scores_by_name,
     share_of_full,
 )
-from datm_ray.report.words import count, duration, listed, percent, size
+from datm_ray.report.words import count, duration, listed, percent
 from datm_ray.runtime.evaluate import FAIR_PARTS, FAIR_ROWS, ROWS, Score
 from datm_ray.store.filesystem import Location
+from datm_ray.store.trajectories import size_in_words
 
 
 def write_report(out: Location, runs: Sequence[RunSummary], name: str = "report.html") -> Location:
@@ -90,8 +91,8 @@ def _cost_cells(line: CostLine) -> tuple[str, ...]:
         f"{line.count:,}",
         duration(spent.seconds),
         f"{duration(line.processor_seconds)} {kind}" if known else "–",
-        size(spent.peak_memory_bytes) if known and spent.peak_memory_bytes else "–",
-        size(spent.read_bytes) if known else "–",
+        size_in_words(spent.peak_memory_bytes) if known and spent.peak_memory_bytes else "–",
+        size_in_words(spent.read_bytes) if known else "–",
     )
 
 

@@ -26,6 +26,7 @@ import numpy as np
 
 from datm_ray.config import parse_bytes
 from datm_ray.errors import ConfigError
+from datm_ray.store.trajectories import size_in_words
 
 Device = Literal["core", "GPU"]
 
@@ -424,7 +425,7 @@ def machine_of(
 def assumptions(machine: Machine, work: Workload, described: Described) -> list[str]:
     """What an estimate rests on, a line each."""
     link = "as given" if described.bandwidth else "measured on one machine" if machine.device == "core" else "assumed"
-    memory = "" if machine.memory is None else f", {machine.memory / 2**30:,.1f} GiB a worker as given"
+    memory = "" if machine.memory is None else f", {size_in_words(machine.memory)} a worker as given"
     lines = [
         f"student steps run at {machine.rate / 1e12:,.3g} TFLOP/s a worker ({machine.origin}){memory}",
         "experts, training and scoring run at "

@@ -33,7 +33,7 @@ from datm_ray.errors import CorruptFileError, StoreError
 from datm_ray.runtime.spent import Account, Spent
 from datm_ray.store.filesystem import Location
 from datm_ray.store.tensors import TensorFile, read_tensors, write_tensors
-from datm_ray.store.trajectories import ExpertGroup, Snapshot
+from datm_ray.store.trajectories import ExpertGroup, Snapshot, size_in_words
 
 WRITE_SHARE = 0.05
 """Of a worker's time that may go into writing progress: a lost worker costs some twenty times what a write takes."""
@@ -252,10 +252,10 @@ def wait_for_room(place: Location, size: int) -> Iterator[str]:
         if free > size + SPARE_BYTES:
             return
         if attempt == 0:
-            yield f"the disk of {place.uri} has {free / 2**20:,.0f} MiB left: waiting until there is room"
+            yield f"the disk of {place.uri} has {size_in_words(free)} left: waiting until there is room"
         time.sleep(ROOM_INTERVAL)
     raise StoreError(
-        f"the disk of {place.uri} has no room for {size / 2**20:,.0f} MiB",
+        f"the disk of {place.uri} has no room for {size_in_words(size)}",
         f"it has been full for {ROOM_INTERVAL * ROOM_ATTEMPTS / 60:.0f} minutes",
         "free some space, or give another --store; the same command again goes on from the last epoch written",
     )

@@ -37,6 +37,7 @@ from datm_ray.core.training import PROTOCOLS, predict_logits
 from datm_ray.data.sources import load_raw
 from datm_ray.errors import ConfigError
 from datm_ray.runtime.experts import network_spec
+from datm_ray.store.trajectories import size_in_words
 
 PROCESS_BYTES = 900 * 2**20
 """A worker without its tensors. Measured after importing torch and compiling both functions: 780 to 855 MiB resident,
@@ -44,8 +45,6 @@ of which 530 MiB are there after the import."""
 
 STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Of a parameter in the trajectory store."""
-
-_MIB, _GIB = 2**20, 2**30
 
 
 @dataclass(frozen=True)
@@ -156,24 +155,24 @@ class DistillationPlan:
         """The plan as text for people."""
         parts = self.footprint
         shares = f" on each of {self.shards} shards" if self.shards > 1 else ""
-        limit = "as the GPU allows" if self.budget is None else f"of {show_bytes(self.budget)}"
+        limit = "as the GPU allows" if self.budget is None else f"of {size_in_words(self.budget)}"
         rows = [
             ("images", f"{self.images:,}"),
             ("student steps", f"{self.steps:,} of {self.batch:,} images"),
             ("micro-batch", f"{self.chunk:,} images"),
-            ("process", show_bytes(parts.process)),
-            ("synthetic set", show_bytes(parts.synthetic)),
-            ("network", show_bytes(parts.network)),
-            ("trace", show_bytes(parts.trace)),
-            ("one micro-batch", show_bytes(parts.call)),
-            ("or validation", f"{show_bytes(parts.scoring + parts.gathered)}, in place of the two"),
-            *([("or MetaDD", f"{show_bytes(parts.meta)}, in place of the two")] if parts.meta else []),
-            ("total", f"{show_bytes(parts.total)} {limit}"),
-            ("training images", f"{show_bytes(self.data_bytes)}, shared by the workers of a machine"),
+            ("process", size_in_words(parts.process)),
+            ("synthetic set", size_in_words(parts.synthetic)),
+            ("network", size_in_words(parts.network)),
+            ("trace", size_in_words(parts.trace)),
+            ("one micro-batch", size_in_words(parts.call)),
+            ("or validation", f"{size_in_words(parts.scoring + parts.gathered)}, in place of the two"),
+            *([("or MetaDD", f"{size_in_words(parts.meta)}, in place of the two")] if parts.meta else []),
+            ("total", f"{size_in_words(parts.total)} {limit}"),
+            ("training images", f"{size_in_words(self.data_bytes)}, shared by the workers of a machine"),
             ("work", f"{self.flop / 1e12:,.3g} TFLOP an iteration"),
             *([("MetaDD's work", f"{self.meta_flop / 1e12:,.3g} TFLOP an iteration")] if self.meta_flop else []),
-            ("network traffic", f"{show_bytes(self.network_bytes)} summed an iteration{shares}"),
-            ("expert store", show_bytes(self.store_bytes)),
+            ("network traffic", f"{size_in_words(self.network_bytes)} summed an iteration{shares}"),
+            ("expert store", size_in_words(self.store_bytes)),
         ]
         return [self.name, *(f"  {label:<16} {value}" for label, value in rows)]
 
@@ -267,10 +266,10 @@ def _require_onlooker_fits(
     if parts.total > budget:
         place = role.seen_by[0] - 1
         raise ConfigError(
-            f"a worker that holds metadd.auxiliaries.{place} of {config.name} needs {show_bytes(parts.total)} and may "
-            f"take {show_bytes(budget)}",
+            f"a worker that holds metadd.auxiliaries.{place} of {config.name} needs {size_in_words(parts.total)} and "
+            f"may take {size_in_words(budget)}",
             f"the network has {looking['frozen']:,} parameters",
-            f"raise --memory (cluster.memory) to {show_bytes(1.01 * parts.total)}, or choose a smaller network",
+            f"raise --memory (cluster.memory) to {size_in_words(1.01 * parts.total)}, or choose a smaller network",
         )
 
 
@@ -446,13 +445,6 @@ def _reclaimable(group: Path) -> int:
     return 0
 
 
-def show_bytes(size: float) -> str:
-    """A size for people, in MiB or GiB."""
-    if size >= _GIB:
-        return f"{size / _GIB:,.2f} GiB"
-    return f"{size / _MIB:,.1f} MiB"
-
-
 def uses_gpu(config: RunConfig) -> bool:
     """Whether the recipe's workers compute on GPUs, as far as can be told from here."""
     cluster = config.cluster
@@ -514,7 +506,7 @@ def _require_fits(plan: DistillationPlan, shards_that_fit: int | None, *, shared
     if plan.budget is None or parts.total <= plan.budget:
         return
     largest = parts.largest_part
-    remedies = [f"raise --memory (cluster.memory) to {show_bytes(1.01 * parts.total)}"]
+    remedies = [f"raise --memory (cluster.memory) to {size_in_words(1.01 * parts.total)}"]
     if shards_that_fit is not None:
         remedies.insert(0, f"use --set cluster.shards={shards_that_fit}, which divides the set")
     if largest in LOWER:
@@ -522,7 +514,8 @@ def _require_fits(plan: DistillationPlan, shards_that_fit: int | None, *, shared
     if shared:
         remedies.insert(0, "lower cluster.workers, so that fewer sets are distilled at a time")
     raise ConfigError(
-        f"a worker that distils {plan.name} needs {show_bytes(parts.total)} and may take {show_bytes(plan.budget)}",
-        f"most of it, {show_bytes(getattr(parts, largest))}, is {WORDS[largest]}",
+        f"a worker that distils {plan.name} needs {size_in_words(parts.total)} and may take "
+        f"{size_in_words(plan.budget)}",
+        f"most of it, {size_in_words(getattr(parts, largest))}, is {WORDS[largest]}",
         ", or ".join(remedies),
     )

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, Resized, Task
+from datm_ray.store.trajectories import size_in_words
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars, TaskID
@@ -138,7 +139,7 @@ def _measured(metrics: Mapping[str, float]) -> str:
         if (rate := metrics.get(f"datm_ray_{stage}_images_per_second")) is not None:
             shown += f"  {rate:,.0f} images/s"
     memory = metrics.get("datm_ray_worker_memory_bytes", math.nan)
-    return shown if math.isnan(memory) else f"{shown}  {memory / 2**20:,.0f} MiB"
+    return shown if math.isnan(memory) else f"{shown}  {size_in_words(memory)}"
 
 
 def _line(task: Task, event: Lost | Resized | Note) -> str:

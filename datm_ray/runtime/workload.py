@@ -45,9 +45,9 @@ from datm_ray.runtime.plan import (
     Layout,
     distillation_plan,
     looking_flop,
-    show_bytes,
     uses_gpu,
 )
+from datm_ray.store.trajectories import size_in_words
 
 HISTORY_BYTES = 49
 """Of one iteration and backbone in a checkpoint: seven columns."""
@@ -258,13 +258,14 @@ class Proposal:
         )
         rows = [
             ("an iteration", f"{show_number(part.total)} s: {seconds}"),
-            ("a worker sends", f"{show_bytes(sent)} an iteration"),
+            ("a worker sends", f"{size_in_words(sent)} an iteration"),
             *[(stage, f"{show_number(hours)} {machine.hours}") for stage, hours in told.hours.items()],
             ("in all", f"{show_number(told.total_hours)} {machine.hours}"),
             (
                 "storage",
-                f"{show_bytes(kept.total)}: store {show_bytes(kept.store)}, results {show_bytes(kept.results)}, "
-                f"checkpoint {show_bytes(kept.checkpoint)} (twice while one replaces another)",
+                f"{size_in_words(kept.total)}: store {size_in_words(kept.store)}, "
+                f"results {size_in_words(kept.results)}, "
+                f"checkpoint {size_in_words(kept.checkpoint)} (twice while one replaces another)",
             ),
         ]
         if suggested:

@@ -211,7 +211,7 @@ def test_what_is_not_said_is_assumed_and_told() -> None:
     assert "3.12 GB/s in a sum (assumed)" in told
     given = parse_cluster("gpus=8,tflops=60,network=8Gbps,memory=80GiB")
     told = "\n".join(assumptions(machine_of(given), work_of(2), given))
-    assert "60 TFLOP/s a worker (as given), 80.0 GiB a worker as given" in told
+    assert "60 TFLOP/s a worker (as given), 80.00 GiB a worker as given" in told
     assert "1 GB/s in a sum (as given)" in told
 
 

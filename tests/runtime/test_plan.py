@@ -21,6 +21,7 @@ from datm_ray.runtime.plan import (
     rows_at_a_time,
     worker_budget,
 )
+from datm_ray.store.trajectories import size_in_words
 from tests.conftest import tiny_config
 
 GIB = 2**30
@@ -49,6 +50,25 @@ def test_sizes_are_read(text: str, size: int) -> None:
     """Binary and decimal units, with and without a space, or plain bytes."""
     assert parse_bytes(text) == size
     assert ClusterConfig(memory=text).memory_bytes == size
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1536, "1.5 KiB"),
+        (310 * 2**20, "310.0 MiB"),
+        (3.25 * GIB, "3.25 GiB"),
+        (5000 * GIB, "4.88 TiB"),
+        (2**60, "1048576.00 TiB"),
+    ],
+)
+def test_sizes_are_told_as_they_can_be_written(size: float, text: str) -> None:
+    """The same words everywhere, and those of an error can be given to --memory."""
+    assert size_in_words(size) == text
+    if size:
+        assert parse_bytes(text) == pytest.approx(size, rel=0.005)
 
 
 @pytest.mark.parametrize("text", ["", "much", "8 apples", "-1GiB", "8GiBs", "0", "1e9", "GiB", "8 Gi"])

@@ -36,7 +36,7 @@ def test_a_line_holds_what_is_worth_knowing_from_afar(lines) -> None:
     }
     assert lines(Progress(120, 300, values, metrics))[1:] == [
         "Distillation: 0/2 done; digits-ipc1 120/300  loss 0.4124  step size 0.0213  skipped 3  validation 0.9"
-        "  start below 12  12,346 images/s  310 MiB"
+        "  start below 12  12,346 images/s  310.0 MiB"
     ]
 
 
