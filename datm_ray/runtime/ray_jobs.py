@@ -39,6 +39,8 @@ AGENT_TIMEOUT = 60.0
 """Seconds to wait for a cluster that answers to have somebody who takes jobs."""
 END_TIMEOUT = 30.0
 """Seconds to wait for a job's state after the last line of its log."""
+_NUMBER = re.compile(r"\w[\w.+-]*")
+_NOT_FOUND = re.compile(r"status code 404: Job .* does not exist")
 _CREDENTIALS = re.compile(r"://[^/\s]*@")
 MINE = "datm_ray"
 """Key of a job's metadata that tells this package's jobs from others."""
@@ -145,7 +147,7 @@ class Jobs:
 
     def _require_nobody_at_work(self, out: str) -> None:
         for job in self.list():
-            if job.out == out and not job.is_over:
+            if job.out.rstrip("/") == out.rstrip("/") and not job.is_over:
                 raise ClusterError(
                     f"job {job.id} is {job.status} and writes to {out} already",
                     "two at once would write over each other",
@@ -164,20 +166,18 @@ class Jobs:
         Raises:
             ClusterError: there is none of that number.
         """
-        self._require(number)
-        with self._answers():
+        with self._answers(number):
             return _job(self._client.get_job_info(number))
 
     def logs(self, number: str) -> str:
         """All that a job has said so far."""
-        self._require(number)
-        with self._answers():
+        with self._answers(number):
             text: str = self._client.get_job_logs(number)
         return text
 
     def follow(self, number: str) -> Iterator[str]:
         """What a job says, as it says it, until it has ended. Leaving early does not stop the job."""
-        self._require(number)
+        self.job(number)  # for a socket that is refused does not say why
         loop = asyncio.new_event_loop()
         try:
             lines = self._client.tail_job_logs(number)
@@ -199,27 +199,29 @@ class Jobs:
 
     def stop(self, number: str) -> bool:
         """Stop a job; whether it was at work. What it has finished stays."""
-        self._require(number)
-        with self._answers():
+        with self._answers(number):
             stopped: bool = self._client.stop_job(number)
         return stopped
 
-    def _require(self, number: str) -> None:
-        with self._answers():
-            known = [job.submission_id for job in self._client.list_jobs()]
-        if number not in known:
-            raise ClusterError(
-                f"there is no job {number!r} at {self._address}", remedy="`datm-ray job list` shows those there are"
-            )
-
     @contextmanager
-    def _answers(self) -> Iterator[None]:
-        """Turns the ways in which a cluster fails to answer into one."""
+    def _answers(self, number: str | None = None) -> Iterator[None]:
+        """Turns the ways in which a cluster fails to answer into one.
+
+        Args:
+            number: of the job that the block asks for; none where it asks for no single one.
+        """
+        absent = ClusterError(
+            f"there is no job {number!r} at {self._address}", remedy="`datm-ray job list` shows those there are"
+        )
+        if number is not None and not _NUMBER.fullmatch(number):  # its address would be that of something else
+            raise absent
         try:
             yield
         except AuthenticationError:
             raise _no_token(self._address) from None
         except (OSError, RuntimeError) as failure:
+            if number is not None and _NOT_FOUND.search(str(failure)):
+                raise absent from None
             raise ClusterError(
                 f"the Ray cluster at {self._address} does not do it: {first_line(failure)}",
                 "it may have gone down, or refuse the job",
@@ -240,7 +242,7 @@ def _job(details: JobDetails) -> Job:
     started = (details.start_time or 0) / 1000
     ended = (details.end_time or 0) / 1000 or time.time()
     return Job(
-        id=details.submission_id or "",
+        id=details.submission_id or details.job_id or "",
         status=JobStatus(details.status).value.lower(),
         recipes=metadata.get(MINE, ""),
         out=metadata.get("out", ""),

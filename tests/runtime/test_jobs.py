@@ -9,10 +9,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from ray.job_submission import JobDetails
 
 from datm_ray.artifact import load
 from datm_ray.config import to_yaml
@@ -170,6 +171,69 @@ def test_a_server_that_never_answers_is_not_waited_for(monkeypatch: pytest.Monke
         Jobs(f"http://127.0.0.1:{silent.getsockname()[1]}")
 
 
+class Cluster:
+    """What Ray's client says of a cluster with one job, in Ray's own words; keeps what it was asked."""
+
+    def __init__(self, _address: str) -> None:
+        self.asked: list[str] = []
+        self.has_an_agent = True
+
+    def list_jobs(self) -> list[JobDetails]:
+        self.asked.append("list")
+        return [self.get_job_info("here")]
+
+    def get_job_info(self, number: str) -> JobDetails:
+        self.asked.append(f"job {number}")
+        if number != "here":
+            raise RuntimeError(f"Request failed with status code 404: Job {number} does not exist.")
+        metadata = {"datm_ray": "tiny", "out": "s3://bucket/runs"}
+        return JobDetails(type="SUBMISSION", submission_id=number, status="RUNNING", entrypoint="", metadata=metadata)
+
+    def get_job_logs(self, number: str) -> str:
+        self.get_job_info(number)
+        if self.has_an_agent:
+            return "Experts: 2 to do\n"
+        raise RuntimeError("Request failed with status code 500: Traceback\nthe agent of Job here does not exist.")
+
+    def stop_job(self, number: str) -> bool:
+        return bool(self.get_job_info(number))
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch) -> Jobs:
+    """Those of the cluster above."""
+    for name in ("_require_answer", "use_token"):
+        monkeypatch.setattr(f"datm_ray.runtime.ray_jobs.{name}", lambda *_: None)
+    monkeypatch.setattr("datm_ray.runtime.ray_jobs.JobSubmissionClient", Cluster)
+    return Jobs("http://127.0.0.1:8265")
+
+
+@pytest.mark.parametrize("ask", [Jobs.job, Jobs.logs, Jobs.stop, Jobs.ended, lambda jobs, job: next(jobs.follow(job))])
+@pytest.mark.parametrize("number", ["gone", "", ".", "../version", "here?x", "a b"])
+def test_a_job_that_is_not_there_is_told(jobs: Jobs, ask: Callable[[Jobs, str], object], number: str) -> None:
+    """Also one whose number would lead to another page of the dashboard."""
+    with pytest.raises(ClusterError, match=re.escape(f"there is no job {number!r} at")):
+        ask(jobs, number)
+
+
+def test_a_job_is_asked_for_once(jobs: Jobs) -> None:
+    """Without a list of all jobs before; and not every trouble means that there is none."""
+    assert jobs.logs("here") == "Experts: 2 to do\n"
+    assert jobs.job("here").status == "running"
+    assert jobs._client.asked == ["job here", "job here"]
+    jobs._client.has_an_agent = False
+    with pytest.raises(ClusterError, match="does not do it: Request failed with status code 500"):
+        jobs.logs("here")
+
+
+def test_a_slash_makes_no_other_folder(jobs: Jobs) -> None:
+    """Where a job writes to already, another is not handed in."""
+    for out in ("s3://bucket/runs", "s3://bucket/runs/"):
+        with pytest.raises(ClusterError, match=f"job here is running and writes to {out} already"):
+            jobs._require_nobody_at_work(out)
+    jobs._require_nobody_at_work("s3://bucket/runs2")
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
@@ -221,8 +285,6 @@ def test_a_line_is_made_of_what_somebody_says(said: BaseException | str, expecte
 
 def test_a_job_without_a_message_has_none() -> None:
     """Ray leaves it out, or empty, at the start."""
-    from ray.job_submission import JobDetails
-
     from datm_ray.runtime.ray_jobs import _job
 
     for message in (None, ""):
