@@ -69,16 +69,26 @@ def job_status(number: JobId, address: Dashboard = LOCAL_DASHBOARD) -> None:
     job = jobs.job(number)
     ended = "" if job.exit_code is None else f", exit code {job.exit_code}"
     print(f"{job.id}: {job.status}{ended}")
-    for title, value in (("recipes", job.recipes), ("out", job.out), ("time", f"{job.seconds:,.0f} s")):
+    told = {"recipes": job.recipes, "out": job.out, "time": f"{job.seconds:,.0f} s"}
+    for title, value in (told | highlights(jobs.logs(number), job.message)).items():
         print(f"  {title:<8} {value}")
-    lines = [line.strip() for line in jobs.logs(number).splitlines() if line.strip()]
-    for title, found in (
-        ("lost", [line for line in lines if "its worker died" in line]),
-        ("progress", [line for line in lines if " done; " in line]),
-        ("last", lines or [job.message]),
-    ):
-        count = f"{len(found)} worker(s), the last time: " if title == "lost" else ""
-        print(*[f"  {title:<8} {count}{line}" for line in found[-1:] if line], sep="\n", end="\n" if found else "")
+
+
+def highlights(log: str, message: str) -> dict[str, str]:
+    """What is worth a line of a job's log, as `telemetry` writes it, under its title.
+
+    Args:
+        message: of the cluster about the job, for one that has said nothing.
+    """
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    lost = [line for line in lines if ": its worker died (" in line]
+    progress = [line for line in lines if " done; " in line]
+    found = {
+        "lost": f"{len(lost)} worker(s), the last time: {lost[-1]}" if lost else "",
+        "progress": progress[-1] if progress else "",
+        "last": lines[-1] if lines else message,
+    }
+    return {title: line for title, line in found.items() if line}
 
 
 @job_app.command("logs")

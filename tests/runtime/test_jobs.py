@@ -16,9 +16,12 @@ import pytest
 from ray.job_submission import JobDetails
 
 from datm_ray.artifact import load
+from datm_ray.cli.jobs import highlights
 from datm_ray.config import to_yaml
 from datm_ray.errors import ClusterError, ConfigError
+from datm_ray.runtime.executor import Lost, Progress, Resized, Task
 from datm_ray.runtime.ray_jobs import Jobs
+from datm_ray.runtime.telemetry import Reporter
 from datm_ray.store.filesystem import open_location
 from datm_ray.store.trajectories import TrajectoryStore
 from tests.conftest import CommandLine, tiny_config
@@ -224,6 +227,33 @@ def test_a_job_is_asked_for_once(jobs: Jobs) -> None:
     jobs._client.has_an_agent = False
     with pytest.raises(ClusterError, match="does not do it: Request failed with status code 500"):
         jobs.logs("here")
+
+
+def test_a_status_tells_losses_progress_and_the_last_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the words in which a run writes its log; of a job without a log, what the cluster says."""
+    monkeypatch.setattr("datm_ray.runtime.telemetry.LINE_INTERVAL", 0.0)
+    reporter, task = Reporter(), Task("digits-ipc1", ())
+    reporter.message("Running on Ray, up to 2 worker(s) of 1 thread(s)")
+    with reporter.stage("Distillation", 1) as stage:
+        for event in (
+            Progress(1, 300, {"loss": 1.5}),
+            Lost("its node died", 1),
+            Progress(120, 300, {"loss": 0.41}),
+            Lost("it has not answered for 61 s", 2),
+            Resized(1, 2),
+        ):
+            stage.event(task, event)
+    assert highlights(capsys.readouterr().err, "Job is currently running.") == {
+        "lost": "2 worker(s), the last time: digits-ipc1: its worker died (it has not answered for 61 s); attempt 3"
+        " starts on another one",
+        "progress": "Distillation: 0/1 done; digits-ipc1 120/300  loss 0.41",
+        "last": "digits-ipc1: goes on with 1 of 2 worker(s), for the cluster has room for no more",
+    }
+    assert highlights(" \n", "Job is currently pending.") == {"last": "Job is currently pending."}
+    assert highlights("Experts: 2 to do\n\n", "") == {"last": "Experts: 2 to do"}
+    assert highlights("", "") == {}
 
 
 def test_a_slash_makes_no_other_folder(jobs: Jobs) -> None:
