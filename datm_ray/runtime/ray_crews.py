@@ -131,9 +131,9 @@ class Crew:
 
     def begin(self, task: Task, method: str) -> dict[int, Any]:
         """Give the crew a task: for every rank, Ray's generator of references to its events."""
-        # References, which Ray follows before it makes a call: nobody waits here until the workers are set up.
-        others = [actor.ready.remote() for actor in self.actors[1:]]
-        meeting = self.actors[0].meeting.remote(*others) if self.size > 1 else ""
+        # References, which Ray follows before it makes a call: nobody waits here until the workers are set up. There
+        # are none where all were seen ready, and nothing is to be waited for.
+        meeting = self.actors[0].meeting.remote(*self.ready[1:]) if self.size > 1 else ""
         return {
             rank: actor.work.options(num_returns="streaming").remote(method, rank, self.size, meeting, *task.arguments)
             for rank, actor in enumerate(self.actors)
