@@ -2,15 +2,15 @@
 
 A request is what one call of a `Location` asks for, however many messages that takes; a retry is a message to S3 that
 botocore or s3fs had to send again (what aiohttp mends below them, a connection that broke while idle, is not seen).
-What a local cache answers is no request. Sums only ever grow, so the
-traffic of a piece of work is the difference of two looks at them.
+What a local cache answers is no request. Sums only ever grow, so the traffic of a piece of work is the difference of
+two looks at them.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Literal
@@ -44,6 +44,7 @@ class Size:
     bytes = 0
 
 
+_NAMES = {each.name for each in fields(Traffic)}
 _lock = threading.Lock()
 _sums = Traffic()
 
@@ -56,24 +57,20 @@ def traffic() -> Traffic:
 @contextmanager
 def request(kind: Literal["read", "write", "look"]) -> Iterator[Size]:
     """Count the block as one request, also where it fails; its bytes are what the block enters."""
-    global _sums
     size, started = Size(), time.monotonic()
     try:
         yield size
     finally:
-        seconds = time.monotonic() - started
-        with _lock:
-            if kind == "read":
-                sums = {"reads": _sums.reads + 1, "read_bytes": _sums.read_bytes + size.bytes}
-            elif kind == "write":
-                sums = {"writes": _sums.writes + 1, "write_bytes": _sums.write_bytes + size.bytes}
-            else:
-                sums = {"looks": _sums.looks + 1}
-            _sums = replace(_sums, **sums, **{f"{kind}_seconds": getattr(_sums, f"{kind}_seconds") + seconds})
+        _add({f"{kind}s": 1, f"{kind}_bytes": size.bytes, f"{kind}_seconds": time.monotonic() - started})
 
 
 def count_retry() -> None:
     """Something was sent again."""
+    _add({"retries": 1})
+
+
+def _add(amounts: Mapping[str, float]) -> None:
     global _sums
     with _lock:
-        _sums = replace(_sums, retries=_sums.retries + 1)
+        known = _NAMES & set(amounts)  # no bytes of looks, which move none
+        _sums = replace(_sums, **{name: getattr(_sums, name) + amounts[name] for name in known})
