@@ -301,6 +301,47 @@ def test_results_that_workers_wrote_elsewhere_are_missed_at_once(tmp_path: Path)
         run_all(config, tmp_path, lambda: Elsewhere(config.cluster))
 
 
+def test_a_set_that_has_begun_goes_on_with_fewer_workers(tmp_path: Path) -> None:
+    """Machines may have been lost together with the command; one that has not begun wants all it asks for."""
+
+    class FirstTaskError(Exception):
+        pass
+
+    class Cramped(SerialExecutor):
+        """Has room for one worker; ends when it gets the first task."""
+
+        def require_room(self, name: str, size: int) -> None:
+            if size > 1:
+                raise ClusterError(f"{name} wants {size} workers at once")
+
+        def run(self, worker: Any, setup: Any, method: str, tasks: Any) -> Iterator[tuple[Any, Event]]:
+            raise FirstTaskError
+
+    config = tiny_config("cluster.shards=3", "cluster.memory=4GiB")
+    with pytest.raises(ClusterError, match="tiny wants 3 workers at once"):
+        run_all(config, tmp_path, lambda: Cramped(config.cluster))
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny/checkpoint.arrow").touch()
+    with pytest.raises(FirstTaskError):
+        run_all(config, tmp_path, lambda: Cramped(config.cluster))
+
+
+def test_a_precision_of_gpus_wants_one_where_the_workers_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On other machines a worker sees none unless it asks for one, whatever this machine has."""
+    config, out = tiny_config("cluster.precision=bfloat16"), str(tmp_path)
+    asks = tiny_config("cluster.precision=bfloat16", "cluster.gpus_per_worker=0.5")
+    for one_is_here in (False, True):
+        monkeypatch.setattr("torch.cuda.is_available", lambda here=one_is_here: here)
+        with pytest.raises(ClusterError, match=r"cluster\.precision is 'bfloat16', but there is no GPU"):
+            Pipeline([config], out, elsewhere=True)
+        Pipeline([asks], out, elsewhere=True)
+    Pipeline([config], out)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for refused in (config, asks):
+        with pytest.raises(ClusterError, match="there is no GPU"):
+            Pipeline([refused], out)
+
+
 def test_recipes_with_different_clusters_are_refused(tmp_path: Path) -> None:
     """Runs of one command share their workers."""
     with pytest.raises(ConfigError, match="cluster sections"):

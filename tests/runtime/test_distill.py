@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,14 @@ import torch
 
 from datm_ray.artifact import Artifact, load
 from datm_ray.config import RunConfig, load_config, to_yaml
-from datm_ray.errors import ConfigError, CorruptFileError
+from datm_ray.errors import ConfigError, CorruptFileError, RunDirectoryError
 from datm_ray.pipeline import Pipeline
-from datm_ray.runtime.checkpoint import Rows, load_checkpoint, read_curves
+from datm_ray.runtime.checkpoint import Rows, load_checkpoint, read_curves, save_checkpoint
 from datm_ray.runtime.distill import SYNTHETIC, DistillWorker
 from datm_ray.runtime.executor import Event, Finished, Lost, Progress, Seat, SerialExecutor
+from datm_ray.runtime.mesh import Alone
 from datm_ray.runtime.telemetry import Reporter
-from datm_ray.store.filesystem import open_location
+from datm_ray.store.filesystem import Location, open_location
 from datm_ray.store.tensors import read_tensors, write_tensors
 from tests.conftest import actor_processes, tiny_config
 
@@ -302,6 +304,44 @@ def test_a_checkpoint_of_another_format_is_named(tmp_path: Path) -> None:
         load_checkpoint(place, Rows(0, 10), rates, 1.0, torch.device("cpu"))
     with pytest.raises(CorruptFileError, match="no column for the backbones"):
         read_curves(place)
+
+
+def save_at(folder: Path, iteration: int) -> None:
+    """A checkpoint of one worker that has two rows."""
+    state: Any = SimpleNamespace(
+        iteration=iteration,
+        synthetic=SimpleNamespace(images=torch.zeros(2)),
+        to_arrays=lambda: ({"x": np.full(2, iteration)}, {"y": np.zeros(1)}),
+    )
+    save_checkpoint(open_location(str(folder)), state, Rows(0, 2), Alone(), {})
+
+
+def parts(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoint").iterdir())
+
+
+def test_a_checkpoint_clears_up_the_parts_of_earlier_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those of later ones, which somebody else may need; and it is no trouble if somebody else was faster."""
+    save_at(tmp_path, 2)
+    for name in ("00000009-0-2.arrow", "notes.txt"):
+        (tmp_path / "checkpoint" / name).write_bytes(b"")
+    found = Location.list
+    monkeypatch.setattr(Location, "list", lambda place: ["00000001-0-2.arrow", *found(place)])
+    save_at(tmp_path, 4)
+    assert parts(tmp_path) == ["00000004-0-2.arrow", "00000009-0-2.arrow", "notes.txt"]
+
+
+def test_a_checkpoint_that_is_ahead_is_not_replaced(tmp_path: Path) -> None:
+    """Of a command given twice the slower one ends; who has come as far may write."""
+    save_at(tmp_path, 6)
+    theirs = (tmp_path / "checkpoint.arrow").read_bytes()
+    with pytest.raises(RunDirectoryError, match=r"a checkpoint of iteration 6, later than 4.*started twice"):
+        save_at(tmp_path, 4)
+    assert (tmp_path / "checkpoint.arrow").read_bytes() == theirs
+    assert "00000006-0-2.arrow" in parts(tmp_path)
+    save_at(tmp_path, 6)
+    save_at(tmp_path, 8)
+    assert parts(tmp_path) == ["00000008-0-2.arrow"]
 
 
 @pytest.mark.parametrize(("shards", "sizes"), [(1, [10]), (2, [5, 5]), (4, [3, 3, 2, 2]), (10, [1] * 10)])
