@@ -321,6 +321,20 @@ def test_a_plan_for_a_cluster_suggests_a_layout_that_can_be_asked_for(datm_ray: 
         assert " 50,000\n" in told
 
 
+def test_a_plan_for_a_cluster_says_what_of_the_recipe_it_does_not_follow(datm_ray: CommandLine) -> None:
+    """Its own shards, workers and GPUs, in one line; nothing where the recipe leaves them open or has the same."""
+    own = ["cluster.shards=3", "cluster.workers=6", "cluster.gpus_per_worker=0.5"]
+    set_ = [word for each in own for word in ("--set", each)]
+    described = ["--memory", "3GiB", "--cluster", "gpus=1,memory=80GiB,tflops=60"]
+    code, out, err = datm_ray("plan", "digits-ipc1", *described, *set_)
+    assert (code, err) == (0, "")
+    told = [line for line in out.splitlines() if "not followed" in line]
+    assert told == [f"  not followed     {', '.join(own)} of the recipe: --cluster chooses these"]
+    for same in ([], ["--set", "cluster.gpus_per_worker=1"]):
+        assert "not followed" not in datm_ray("plan", "digits-ipc1", *described, *same)[1]
+    assert "not followed" not in datm_ray("plan", "digits-ipc1", "--memory", "3GiB", "--set", "cluster.shards=3")[1]
+
+
 def test_a_plan_may_time_the_machine_first(datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then hours follow what was measured."""
     from datm_ray.runtime import speed

@@ -102,7 +102,7 @@ def plan(
     from datm_ray.runtime.executor import require_precision
     from datm_ray.runtime.plan import Layout, data_shape as shape_of, parse_shape
     from datm_ray.runtime.speed import product_rate, require_measurable
-    from datm_ray.runtime.workload import as_it_is, described_here, propose
+    from datm_ray.runtime.workload import as_it_is, described_here, not_followed, propose
 
     described = None if cluster is None else parse_cluster(cluster)
     shape = None if data_shape is None else parse_shape(data_shape)
@@ -125,7 +125,8 @@ def plan(
             found = propose(config, known, here, machine)
         for planned in found.plans:
             print("\n".join(planned.lines()))
-        print("\n".join(found.lines(suggested=described is not None)))
+        others = [] if described is None else not_followed(config, found)
+        print("\n".join([*found.lines(suggested=described is not None), *others]))
 
 
 @app.command()

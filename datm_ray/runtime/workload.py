@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from datm_ray.config import Role, RunConfig
+from datm_ray.config import ClusterConfig, Role, RunConfig
 from datm_ray.core.experts import LARGEST_STACK
 from datm_ray.core.footprint import training_cost
 from datm_ray.core.metadd import IMAGES_AT_A_TIME
@@ -335,6 +335,17 @@ def propose(config: RunConfig, shape: DataShape, described: Described, machine: 
         )
     enough = 1.05 * min(_distilling(each) for each in found)
     return min((each for each in found if _distilling(each) <= enough), key=lambda each: each.work.workers)
+
+
+def not_followed(recipe: RunConfig, proposal: Proposal) -> list[str]:
+    """What a recipe sets for itself and the proposed layout has otherwise, a line at most."""
+    ours, theirs, usual = recipe.cluster, proposal.config.cluster, ClusterConfig()
+    said = [
+        f"cluster.{name}={value:g}"
+        for name in ("shards", "workers", "gpus_per_worker")
+        if (value := getattr(ours, name)) not in (getattr(usual, name), getattr(theirs, name))
+    ]
+    return [f"  {'not followed':<16} {', '.join(said)} of the recipe: --cluster chooses these"] if said else []
 
 
 def _distilling(proposal: Proposal) -> float:
