@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import ray.exceptions
+from aiohttp import ClientError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import datm_ray
@@ -219,7 +220,7 @@ class Jobs:
             yield
         except AuthenticationError:
             raise _no_token(self._address) from None
-        except (OSError, RuntimeError) as failure:
+        except (OSError, RuntimeError, ClientError) as failure:  # the last while a log is followed
             if number is not None and _NOT_FOUND.search(str(failure)):
                 raise absent from None
             raise ClusterError(

@@ -9,10 +9,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
+from aiohttp import ServerDisconnectedError
 from ray.job_submission import JobDetails
 
 from datm_ray.artifact import load
@@ -198,6 +199,10 @@ class Cluster:
             return "Experts: 2 to do\n"
         raise RuntimeError("Request failed with status code 500: Traceback\nthe agent of Job here does not exist.")
 
+    async def tail_job_logs(self, _number: str) -> AsyncIterator[str]:
+        yield "Experts: 2 to do\n"
+        raise ServerDisconnectedError
+
     def stop_job(self, number: str) -> bool:
         return bool(self.get_job_info(number))
 
@@ -227,6 +232,14 @@ def test_a_job_is_asked_for_once(jobs: Jobs) -> None:
     jobs._client.has_an_agent = False
     with pytest.raises(ClusterError, match="does not do it: Request failed with status code 500"):
         jobs.logs("here")
+
+
+def test_a_connection_that_breaks_while_a_job_is_followed_is_one_line(jobs: Jobs) -> None:
+    """The job goes on without it."""
+    lines = jobs.follow("here")
+    assert next(lines) == "Experts: 2 to do\n"
+    with pytest.raises(ClusterError, match="a job goes on without this connection"):
+        next(lines)
 
 
 def test_a_status_tells_losses_progress_and_the_last_line(
