@@ -11,17 +11,15 @@ folder of runs is kept, and the same command goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 from bench_fidelity import SEVERAL, run
 from cifar_part import SOURCE, TOLD, dataset_override
-from facts import common_facts, hardware
+from facts import common_facts, counted, head, result_path, save
 from fidelity_tables import cost_table, crossover_table, measured
 
 from datm_ray.config import RunConfig, override
@@ -98,8 +96,7 @@ Far from the published sizes, and below them in accuracy; what the rows say of o
   0–3; 0–9, to 0–19; 0–19, to 0–39, of 100). MTT: all start epochs; hard labels; any initial images.
 - Networks train 500 epochs on a synthetic set, {real} on all real data.
 
-{counted}. Accuracy on test images in %, mean ± standard deviation over all networks.
-{independent}"""
+Accuracy on test images in %, mean ± standard deviation over all networks. {independent}"""
 ONE = "Networks of one distillation share its set: the deviation is not that over distillations."
 
 
@@ -155,34 +152,25 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     found = measured(pipeline.out, runs, {}, arguments.ipc[0])
     facts = {
         **common_facts(__file__, sys.argv[1:] if words is None else words),
-        "seeds": f"{arguments.distillations} distillation(s) of each row (seeds 0 to {arguments.distillations - 1}), "
-        f"{arguments.seeds} networks each (numbers 0 to {arguments.seeds - 1})",
+        **counted(arguments.distillations, arguments.seeds),
     }
     lines = page(facts, found, arguments)
     print("\n".join(lines))
     out = arguments.out or (None if arguments.quick else Path(__file__).parent / "results")
     if out:
-        out.mkdir(parents=True, exist_ok=True)
-        path = out / f"cifar10-part_{hardware('cpu')[0]}_{date.today():%Y%m}"
-        path.with_suffix(".md").write_text("\n".join(lines) + "\n")
-        path.with_suffix(".json").write_text(json.dumps({**facts, **found}, indent=1) + "\n")
+        save(result_path(out, "cifar10-part"), lines, {**facts, **found})
     return found
 
 
 def page(facts: dict[str, str], found: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
     """The results as Markdown."""
-    counted = (
-        f"{arguments.distillations} distillation(s) of each row, {arguments.seeds} freshly trained networks for each"
-    )
-    lines = ["# A part of CIFAR-10: DATM, MTT and controls", ""]
-    lines += [*(f"{key}: {value}  " for key, value in facts.items()), ""]
+    lines = head("A part of CIFAR-10: DATM, MTT and controls", facts)
     lines += ["Tiny sizes, of no meaning (--quick); those told below are of a full run.", ""] if arguments.quick else []
     lines += [
         HEADER.format(
             told=TOLD,
             epochs=EPOCHS,
             real=REAL_EPOCHS,
-            counted=counted,
             independent=SEVERAL if arguments.distillations > 1 else ONE,
         ),
         "",

@@ -9,19 +9,17 @@ the machine does hits all of them alike. The first epoch of each, with its compi
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from facts import common_facts, head, result_path, save
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -39,7 +37,6 @@ from datm_ray.core.experts import (
 from datm_ray.core.networks import NetworkSpec, build_network
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.training import predict_logits
-from datm_ray.runtime.provenance import provenance
 
 HEADER = """One expert's epoch on random tensors of fixed seeds; ConvNet, instance normalisation, mean pooling.
 
@@ -248,17 +245,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results unless --quick")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    facts = provenance(torch.device(device))
-    cores = len(os.sched_getaffinity(0))
-    file_name = facts["device"].lower().replace(" ", "-") if device == "cuda" else f"{cores}-core-cpu"
-    about = {
-        "command": " ".join(["python", *sys.argv]),
-        "hardware": facts["device"] if device == "cuda" else f"{cores} cores of {facts['processor']}",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-        "date": str(date.today()),
-    }
+    facts = common_facts(__file__, sys.argv[1:], device)
     columns = "shape | threads | method | seconds | ratio | experts an hour | first epoch, s"
-    lines = ["# Expert training", "", *(f"{key}: {value}  " for key, value in about.items()), "", HEADER, ""]
+    lines = [*head("Expert training", facts), HEADER, ""]
     lines += [f"| {columns} |", "| --- " * 7 + "|"]
     print("\n".join(lines), flush=True)
     results: list[dict[str, Any]] = []
@@ -269,9 +258,7 @@ def main() -> None:
             print(lines[-1], flush=True)
     out = arguments.out or (None if arguments.quick else Path(__file__).parent / "results")
     if out:
-        path = out / f"experts_{file_name}_{date.today():%Y%m}"
-        path.with_suffix(".md").write_text("\n".join(lines) + "\n")
-        path.with_suffix(".json").write_text(json.dumps({**about, "rows": results}, indent=1) + "\n")
+        save(result_path(out, "experts", device), lines, {**facts, "rows": results})
 
 
 if __name__ == "__main__":

@@ -14,15 +14,13 @@ of the tables nothing is fed back. The folder of runs is kept, and the same comm
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from facts import common_facts, hardware
+from facts import common_facts, counted, head, result_path, save
 from fidelity_tables import ablation_table, cost_table, crossover_table, measured, range_table, without_set
 from fidelity_variants import FULL, QUICK, TESLA, Sizes, TeslaPipeline, ablation_runs, crossover_runs, estimate
 
@@ -34,7 +32,7 @@ from datm_ray.runtime.executor import Executor
 from datm_ray.runtime.provenance import provenance
 from datm_ray.runtime.telemetry import Reporter
 
-HEADER = """Real 8x8 digits, {images:,} training images; ConvNet of depth 2 and width 32. {counted}.
+HEADER = """Real 8x8 digits, {images:,} training images; ConvNet of depth 2 and width 32.
 Accuracy on test images in %, mean ± standard deviation over all networks. {independent}"""
 ONE = """Networks of one distillation share its
 set: the deviation is not that over distillations, and the standard error of a difference takes them for independent."""
@@ -98,7 +96,6 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = parsed(words)
     sizes = QUICK if arguments.quick else FULL
     crossover, ablation = wanted(arguments, sizes)
-    name, _ = hardware("cpu")
     cores = provenance(torch.device("cpu"))["cores"]
     seconds = estimate(crossover, ablation)
     sets = sum(map(len, (*crossover.values(), *ablation.values())))
@@ -116,29 +113,24 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     found = measured(pipeline.out, crossover, ablation, sizes.ablation_ipc)
     facts = {
         **common_facts(__file__, sys.argv[1:] if words is None else words),
-        "seeds": f"{arguments.distillations} distillation(s) of each row (seeds 0 to {arguments.distillations - 1}), "
-        f"{arguments.seeds} networks each (numbers 0 to {arguments.seeds - 1})",
+        **counted(arguments.distillations, arguments.seeds),
     }
     lines = page(facts, found, arguments)
     print("\n".join(lines))
     out = arguments.out or (None if arguments.quick else Path(__file__).parent / "results")
     if out:
-        write(out, f"fidelity-digits_{name}_{date.today():%Y%m}", facts, found, lines, arguments.part)
+        write(out, facts, found, lines, arguments.part)
     return found
 
 
 def page(facts: dict[str, str], found: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
     """The results as Markdown."""
     several = arguments.distillations > 1
-    counted = (
-        f"{arguments.distillations} distillation(s) of each row, {arguments.seeds} freshly trained networks for each"
-    )
-    lines = ["# Digits: difficulty, and what each part of DATM is worth", ""]
-    lines += [*(f"{key}: {value}  " for key, value in facts.items()), ""]
+    lines = head("Digits: difficulty, and what each part of DATM is worth", facts)
     if arguments.quick:
         lines += ["Tiny sizes, of no meaning (--quick).", ""]
     lines += [
-        HEADER.format(images=found["training_images"], counted=counted, independent=SEVERAL if several else ONE),
+        HEADER.format(images=found["training_images"], independent=SEVERAL if several else ONE),
         "",
     ]
     if len(found["crossover"]) > 1:
@@ -148,9 +140,9 @@ def page(facts: dict[str, str], found: dict[str, Any], arguments: argparse.Names
     return [*lines, "## Cost", "", *cost_table(found)]
 
 
-def write(out: Path, name: str, facts: dict[str, str], found: dict[str, Any], lines: Sequence[str], part: str) -> None:
+def write(out: Path, facts: dict[str, str], found: dict[str, Any], lines: Sequence[str], part: str) -> None:
     """The three files of a result; a part alone has a name of its own."""
-    path = out / (name if part == "all" else name.replace("digits_", f"digits-{part}_"))
+    path = result_path(out, "fidelity-digits" if part == "all" else f"fidelity-digits-{part}")
     out.mkdir(parents=True, exist_ok=True)
     shown = list(lines)
     if len(found["crossover"]) > 1:
@@ -158,8 +150,7 @@ def write(out: Path, name: str, facts: dict[str, str], found: dict[str, Any], li
 
         draw(found, path.with_suffix(".png"))
         shown[2:2] = [f"![Accuracy against images per class, a line for each range]({path.name}.png)", ""]
-    path.with_suffix(".md").write_text("\n".join(shown) + "\n")
-    path.with_suffix(".json").write_text(json.dumps({**facts, **found}, indent=1) + "\n")
+    save(path, shown, {**facts, **found})
 
 
 if __name__ == "__main__":

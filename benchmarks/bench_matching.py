@@ -22,13 +22,12 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from facts import common_facts, hardware, status
+from facts import common_facts, head, result_path, save, status
 from torch import Tensor
 
 from datm_ray.config import PUBLISHED_AUGMENTATION
@@ -444,7 +443,7 @@ def heading(facts: dict[str, str], device: str) -> list[str]:
     columns = (
         "shape | T | batch (chunk) | method | seconds | ratio | MiB | MiB beyond trace | error | warm-up, s | ceiling"
     )
-    lines = ["# Matching gradient", "", *(f"{key}: {value}  " for key, value in facts.items()), "", HEADER, ""]
+    lines = [*head("Matching gradient", facts), HEADER, ""]
     if device == "cpu":
         lines += [f"No CUDA device; with one, also: {CUDA_ONLY}, and the CUDA allocator's peaks.", ""]
     return [*lines, f"| {columns} |", "| --- " * 11 + "|"]
@@ -464,10 +463,9 @@ def main() -> None:
         child(arguments.child)
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    file_name, _ = hardware(device)
     facts = {**common_facts(__file__, sys.argv[1:], device), "threads": str(arguments.threads)}
     out = arguments.out or (None if arguments.quick else Path(__file__).parent / "results")
-    path = out / f"matching_{file_name}_{date.today():%Y%m}" if out else None
+    path = result_path(out, "matching", device) if out else None
     kept: list[list[dict[str, Any]]] = []
     if arguments.only is not None and not (path and path.with_suffix(".json").exists()):
         parser.error("--only measures one row of a result that is there already, of this month and machine")
@@ -483,8 +481,7 @@ def main() -> None:
         lines += [table_line(row) for row in results[-1]]
         print("\n".join(lines[-len(results[-1]) :]), flush=True)
         if path:  # after every row, so that a run that ends early has not been for nothing
-            path.with_suffix(".md").write_text("\n".join(lines) + "\n")
-            path.with_suffix(".json").write_text(json.dumps({**facts, "rows": results}, indent=1) + "\n")
+            save(path, lines, {**facts, "rows": results})
 
 
 if __name__ == "__main__":

@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 from cifar_part import SOURCE, TOLD, dataset_override
-from facts import common_facts, hardware
+from facts import common_facts, head, result_path, save
 from metadd_compare import by_architecture, compared, table
 from metadd_cost import TITLE, cost_rows, cost_table
 
@@ -247,7 +245,6 @@ def main() -> None:
     pipeline = Scoring([config for seed in zip(*runs.values(), strict=True) for config in seed], folder)
     pipeline.run_all(lambda: create_executor("ray", pipeline.configs[0].cluster, None), Reporter())
     rows = compared(pipeline, runs, len(SEEN))
-    file_name, _ = hardware("cpu")
     facts = {
         **common_facts(__file__, sys.argv[1:]),
         "recipe": recipe,
@@ -255,16 +252,14 @@ def main() -> None:
         "weights": f"variance {VARIANCE}, invariance {INVARIANCE}, position {POSITION}",
     }
     groups = next(row["groups"] for row in rows if row["variant"] != "without")
-    lines = ["# MetaDD", "", *(f"{key}: {value}  " for key, value in facts.items()), ""]
+    lines = head("MetaDD", facts)
     lines += ["Tiny sizes, of no meaning (--quick); those told below are of a full run.", ""] if quick else []
     lines += [heading(setting, groups, arguments.distillations, seeds), ""]
     lines += [*table(rows), "", *by_architecture(rows), *(["", TITLE, "", *cost_table(costs)] if costs else [])]
     print("\n".join(lines))
     out = arguments.out or (None if quick else Path(__file__).parent / "results")
     if out:
-        path = out / f"metadd-{recipe}_{file_name}_{date.today():%Y%m}"
-        path.with_suffix(".md").write_text("\n".join(lines) + "\n")
-        path.with_suffix(".json").write_text(json.dumps({**facts, "rows": rows, "cost": costs}, indent=1) + "\n")
+        save(result_path(out, f"metadd-{recipe}"), lines, {**facts, "rows": rows, "cost": costs})
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from facts import hardware
+from facts import hardware, head, result_path, save
 
 from datm_ray.config import RunConfig, override, to_yaml
 from datm_ray.recipes import get_recipe
@@ -480,7 +480,7 @@ def main() -> None:
     parts.append(run_until(command, folder, arguments.after, arguments.limit))
     resumed = went_on(parts, folder, initial)
     after = measured(parts, folder, runs / "experts")
-    file_name, machine = hardware("cpu")
+    _, machine = hardware("cpu")
     facts = {
         "command": "python " + shlex.join([str(Path(each).name if "/" in each else each) for each in sys.argv]),
         "hardware": machine,
@@ -489,7 +489,7 @@ def main() -> None:
     }
     seconds, cpu = times(parts), differences(parts, "cpu")
     iteration = found.estimate.iteration
-    lines = ["# Plan against a run", "", *(f"{key}: {value}  " for key, value in facts.items()), "", HEADER, ""]
+    lines = [*head("Plan against a run", facts), HEADER, ""]
     lines += [
         f"{config.distill.ipc} images per class of {found.shape.classes}: {found.work.images:,} of "
         f"{'x'.join(map(str, found.shape.image))}, {SHARDS} shards of one thread, T = {found.work.steps}, batch "
@@ -511,15 +511,14 @@ def main() -> None:
     print("\n".join(lines))
     out = arguments.out or (None if arguments.quick else Path(__file__).parent / "results")
     if out:
-        path = out / f"plan-{'digits' if arguments.quick else arguments.name}_{file_name}_{date.today():%Y%m}"
-        path.with_suffix(".md").write_text("\n".join(lines) + "\n")
         details = {
             "predicted": before,
             "measured": after,
             "resumed": resumed,
             "parts": [asdict(part) for part in parts],
         }
-        path.with_suffix(".json").write_text(json.dumps({**facts, "product": product, **details}, indent=1) + "\n")
+        name = f"plan-{'digits' if arguments.quick else arguments.name}"
+        save(result_path(out, name), lines, {**facts, "product": product, **details})
 
 
 if __name__ == "__main__":

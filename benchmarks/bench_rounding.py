@@ -10,17 +10,15 @@ convolutions, which is measured beside it.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 import torch
 from bench_matching import Gradient, Method, Ours, Problem, Shape, make_problem, unrolling
-from facts import common_facts, hardware
+from facts import common_facts, head, result_path, save
 from torch import Tensor
 from torch.nn.functional import conv2d
 
@@ -94,7 +92,6 @@ def main() -> None:
     arguments = parser.parse_args()
     size = (2, 4, (3, 8, 8), 4, 8, 8, (8, 2)) if arguments.quick else (3, 128, (3, 32, 32), 10, 20, 20, (20, 5))
     errors = errors_of(Shape("rounding", *size), arguments.problems)  # type: ignore[arg-type]
-    file_name, _ = hardware("cpu")
     facts = {**common_facts(__file__, sys.argv[1:]), "threads": str(len(os.sched_getaffinity(0)))}
     rounding = {
         "channels first": convolution_rounding(torch.contiguous_format),
@@ -102,19 +99,14 @@ def main() -> None:
     }
     told = ", ".join(f"{name} {value:.1e}" for name, value in rounding.items())
     lines = [
-        "# Rounding of the matching gradient",
-        "",
-        *(f"{key}: {value}  " for key, value in facts.items()),
-        "",
+        *head("Rounding of the matching gradient", facts),
         HEADER,
     ]
     lines += ["", *table(errors), "", f"Relative rounding of one convolution of 128 channels: {told}."]
     print("\n".join(lines))
     out = arguments.out or (None if arguments.quick else Path(__file__).parent / "results")
     if out:
-        path = out / f"rounding_{file_name}_{date.today():%Y%m}"
-        path.with_suffix(".md").write_text("\n".join(lines) + "\n")
-        path.with_suffix(".json").write_text(json.dumps({**facts, "convolution": rounding, "errors": errors}, indent=1))
+        save(result_path(out, "rounding"), lines, {**facts, "convolution": rounding, "errors": errors})
 
 
 if __name__ == "__main__":

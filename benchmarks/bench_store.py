@@ -10,7 +10,6 @@ for each range of it.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import shutil
@@ -22,14 +21,13 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import date
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from facts import common_facts, hardware
+from facts import common_facts, head, result_path, save
 
 from datm_ray.core.networks import NetworkSpec, build_network
 from datm_ray.core.parameters import FlatNetwork, flatten
@@ -287,13 +285,12 @@ def main() -> None:
     arguments = parser.parse_args()
     experts, epochs = (2, 10) if arguments.quick else (10, 50)
     bench = Bench(arguments.quick, experts, epochs, arguments.pairs or (20 if arguments.quick else 300))
-    file_name, _ = hardware("cpu")
     facts = {
         **common_facts(__file__, sys.argv[1:]),
         "experts": f"{experts} with epochs 0 to {epochs} of ConvNet-3/{spec(arguments.quick).width} at 32×32, "
         f"{bench.network.count:,} parameters",
     }
-    lines = ["# Trajectory store", "", *(f"{key}: {value}  " for key, value in facts.items()), "", HEADER, ""]
+    lines = [*head("Trajectory store", facts), HEADER, ""]
     lines += [f"| {COLUMNS} |", "| --- " * 7 + "|"]
     print("\n".join(lines), flush=True)
     folder, server = Path(tempfile.mkdtemp(prefix="bench-store-")), Server()
@@ -316,11 +313,7 @@ def main() -> None:
     lines += [row.line() for row in bench.rows]
     out = arguments.out or (None if arguments.quick else Path(__file__).parent / "results")
     if out:
-        path = out / f"store_{file_name}_{date.today():%Y%m}"
-        path.with_suffix(".md").write_text("\n".join(lines) + "\n")
-        path.with_suffix(".json").write_text(
-            json.dumps({**facts, "rows": [asdict(row) for row in bench.rows]}, indent=1) + "\n"
-        )
+        save(result_path(out, "store"), lines, {**facts, "rows": [asdict(row) for row in bench.rows]})
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""What stands above every committed result: the command, the machine, versions, commit, date."""
+"""What all results have in common: the command, the machine, versions, commit and date above them; their files."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,6 +30,31 @@ def common_facts(program: str, words: Sequence[str], device: str = "cpu") -> dic
         "commit": commit(),
         "date": str(date.today()),
     }
+
+
+def counted(distillations: int, networks: int) -> dict[str, str]:
+    """The fact of how often everything was done, and with which seeds."""
+    return {
+        "seeds": f"{distillations} distillation(s) of each row (seeds 0 to {distillations - 1}), "
+        f"{networks} freshly trained networks for each (numbers 0 to {networks - 1})"
+    }
+
+
+def head(title: str, facts: Mapping[str, str]) -> list[str]:
+    """The first lines of a page."""
+    return [f"# {title}", "", *(f"{key}: {value}  " for key, value in facts.items()), ""]
+
+
+def result_path(out: Path, name: str, device: str = "cpu") -> Path:
+    """Where a result lies, but for its suffix: by machine and month."""
+    return out / f"{name}_{hardware(device)[0]}_{date.today():%Y%m}"
+
+
+def save(path: Path, lines: Sequence[str], result: Mapping[str, Any]) -> None:
+    """The page for readers, and the numbers for programs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def without_places(words: Sequence[str]) -> list[str]:
