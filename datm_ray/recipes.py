@@ -103,19 +103,19 @@ def _digits(
 
 @recipe
 def digits_ipc1() -> RunConfig:
-    """Real digits, 1 image per class: early start epochs, 0-9."""
+    """Real digits, 1 image per class: early start epochs, 0-9. Here 92.4±1.0 %, all real data 98.6±0.4."""
     return _digits(1, iterations=500, starts=(0, 10), expert_epochs=3, learning_rate_images=20.0)
 
 
 @recipe
 def digits_ipc10() -> RunConfig:
-    """Real digits, 10 images per class: start epochs 5-29."""
+    """Real digits, 10 images per class: start epochs 5-29. Here 97.0±0.7 %, all real data 98.6±0.4."""
     return _digits(10, iterations=200, starts=(5, 30), expert_epochs=4, learning_rate_images=30.0)
 
 
 @recipe
 def digits_ipc30() -> RunConfig:
-    """Real digits, 30 images per class: late start epochs, 10-34."""
+    """Real digits, 30 images per class: late start epochs, 10-34. Here 98.9±0.2 %, all real data 98.6±0.4."""
     return _digits(30, iterations=250, starts=(10, 35), expert_epochs=4, learning_rate_images=30.0)
 
 
@@ -123,8 +123,9 @@ def digits_ipc30() -> RunConfig:
 def digits16_metadd_ipc1() -> RunConfig:
     """Real digits at 16x16, 1 image per class, with MetaDD: the set shall work on other networks too.
 
-    At 8x8 the last maps would have two pixels a side. The auxiliaries have an eighth of their published width; how the
-    weights were found is in benchmarks/LOG.md. Score it with
+    Here 90.0±1.4 % on its own architecture; README.md has others. At 8x8 the last maps would have two pixels a side.
+    The auxiliaries have an eighth of their published width; how the weights were found is in benchmarks/LOG.md. Score
+    it with
     `datm-ray evaluate digits16-metadd-ipc1 --arch resnet18,vgg11,lenet,alexnet:16,mlp,vit-small:32`.
     """
     base = digits_ipc1()
