@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_fidelity import SEVERAL, run
+from bench_fidelity import ERRORS, MEASURED
 from cifar_part import SOURCE, TOLD, dataset_override
-from facts import common_facts, counted, head, result_path, save
+from facts import common_facts, counted, going, head, result_path, save
 from fidelity_tables import cost_table, crossover_table, measured
+from program import options, run, settled, start
 
 from datm_ray.config import RunConfig, override
 from datm_ray.pipeline import Pipeline
@@ -41,9 +42,9 @@ class Scale:
     batch: int
     iterations: int
 
-    def overrides(self, ipc: int, range_of: str) -> list[str]:
-        """Of a recipe, by the method whose range it is."""
-        first, last = self.bounds if range_of == "datm" else (EPOCHS, EPOCHS)
+    def overrides(self, method: str) -> list[str]:
+        """Of a recipe, for a method's range."""
+        first, last = (EPOCHS, EPOCHS) if method == "mtt" else self.bounds
         return [
             "distill.first_start=0",
             f"distill.final_start_bound={last}",
@@ -57,7 +58,11 @@ class Scale:
 
 
 SCALES = {1: Scale((5, 5), 10, 500), 10: Scale((14, 28), 50, 300), 50: Scale((28, 30), 100, 300)}
-METHODS: Mapping[str, Sequence[str]] = {"datm": [], "mtt": ["distill.labels=hard", "distill.initial=random"]}
+METHODS: Mapping[str, Sequence[str]] = {
+    "datm": [],
+    "datm, any first images": ["distill.initial=random"],
+    "mtt": ["distill.labels=hard", "distill.initial=random"],
+}
 """Overrides, beside the range."""
 BASE = [
     "network={width: 32, depth: 3}",
@@ -93,11 +98,10 @@ Far from the published sizes, and below them in accuracy; what the rows say of o
   images and labels as published.
 - DATM's range: the epochs at which experts have taken as much training, steps times rate, as at the published ones:
   0–4; 0–13, growing to 0–27; 0–27, growing to 0–29, which are all, within the first tenth of the iterations (published:
-  0–3; 0–9, to 0–19; 0–19, to 0–39, of 100). MTT: all start epochs; hard labels; any initial images.
+  0–3; 0–9, to 0–19; 0–19, to 0–39, of 100). So IPC 50 tests labels and first images, and no range. MTT: all start
+  epochs; hard labels; any first images, where DATM takes those that an expert has right.
 - Networks train 500 epochs on a synthetic set, {real} on all real data.
-
-Accuracy on test images in %, mean ± standard deviation over all networks. {independent}"""
-ONE = "Networks of one distillation share its set: the deviation is not that over distillations."
+"""
 
 
 def runs_of(
@@ -111,11 +115,11 @@ def runs_of(
                 [
                     dataset,
                     *BASE,
-                    *SCALES[ipc].overrides(ipc, method),
+                    *SCALES[ipc].overrides(method),
                     *METHODS[method],
                     *(QUICK if quick else []),
                     f"evaluate.seeds={seeds}",
-                    f"name=ipc{ipc}-{method}-s{seed}",
+                    f"name=ipc{ipc}-{method.replace(', ', '-').replace(' ', '-')}-s{seed}",
                     f"seed={seed}",
                 ],
             )
@@ -126,39 +130,34 @@ def runs_of(
     }
 
 
-def parsed(words: Sequence[str] | None) -> argparse.Namespace:
+def asked(words: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes; written nowhere unless --out is given")
+    parser = options(__doc__, "runs/cifar", seeds=3)
     parser.add_argument("--ipc", type=int, nargs="+", choices=list(SCALES), default=list(SCALES))
-    parser.add_argument("--distillations", type=int, default=1, help="of each row, with seeds of their own")
-    parser.add_argument("--seeds", type=int, default=3, help="networks for each set")
     parser.add_argument("--cifar", type=Path, default=SOURCE, help="folder of the Parquet files")
-    parser.add_argument("--executor", choices=["ray", "serial"], default="ray")
-    parser.add_argument("--runs", help="folder of the runs; runs/cifar, or runs/cifar-quick")
-    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results unless --quick")
-    return parser.parse_args(words)
+    return settled(parser, parser.parse_args(words))
 
 
-def main(words: Sequence[str] | None = None) -> dict[str, Any]:
+def main(words: list[str] | None = None) -> dict[str, Any]:
     """Distil, score, compare; print the tables and write them down; what was measured."""
-    arguments = parsed(words)
-    folder = arguments.runs or ("runs/cifar-quick" if arguments.quick else "runs/cifar")
-    dataset = dataset_override(arguments.cifar, folder, arguments.quick)
+    arguments = asked(words)
+    dataset = dataset_override(arguments.cifar, arguments.runs, arguments.quick)
     runs = runs_of(arguments.ipc, arguments.distillations, arguments.seeds, dataset, arguments.quick)
     # A distillation of every row before the next one, so that what is there at any time can be compared.
     ordered = [config for seed in zip(*runs.values(), strict=True) for config in seed]
-    pipeline = run(ordered, Pipeline, folder, arguments.executor)
+    with going(arguments.runs):
+        pipeline = run(ordered, Pipeline, arguments.runs, arguments.executor)
     found = measured(pipeline.out, runs, {}, arguments.ipc[0])
     facts = {
-        **common_facts(__file__, sys.argv[1:] if words is None else words),
+        **common_facts(__file__, sys.argv[1:] if words is None else words, runs=arguments.runs),
         **counted(arguments.distillations, arguments.seeds),
     }
     lines = page(facts, found, arguments)
     print("\n".join(lines))
-    out = arguments.out or (None if arguments.quick else Path(__file__).parent / "results")
-    if out:
-        save(result_path(out, "cifar10-part"), lines, {**facts, **found})
+    if arguments.out:
+        part = "" if arguments.ipc == list(SCALES) else "-ipc" + "-".join(map(str, arguments.ipc))
+        name = f"cifar10-part{part}{'-quick' if arguments.quick else ''}"
+        save(result_path(arguments.out, name), lines, {**facts, **found})
     return found
 
 
@@ -171,12 +170,12 @@ def page(facts: dict[str, str], found: dict[str, Any], arguments: argparse.Names
             told=TOLD,
             epochs=EPOCHS,
             real=REAL_EPOCHS,
-            independent=SEVERAL if arguments.distillations > 1 else ONE,
         ),
+        MEASURED.format(errors=ERRORS[arguments.distillations > 1]),
         "",
     ]
     return [*lines, *crossover_table(found), "", "## Cost", "", *cost_table(found)]
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -15,68 +15,50 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from facts import common_facts, counted, head, result_path, save
+from facts import common_facts, counted, going, head, result_path, save
 from fidelity_tables import ablation_table, cost_table, crossover_table, measured, range_table, without_set
 from fidelity_variants import FULL, QUICK, TESLA, Sizes, TeslaPipeline, ablation_runs, crossover_runs, estimate
+from program import options, run, settled, start
 
-from datm_ray.config import RunConfig
-from datm_ray.pipeline import DatasetTask, Pipeline
-from datm_ray.runtime.create import create_executor
-from datm_ray.runtime.evaluate import ROWS, result_location
-from datm_ray.runtime.executor import Executor
+from datm_ray.config import NetworkConfig, RunConfig
+from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.provenance import provenance
-from datm_ray.runtime.telemetry import Reporter
 
-HEADER = """Real 8x8 digits, {images:,} training images; ConvNet of depth 2 and width 32.
-Accuracy on test images in %, mean ± standard deviation over all networks. {independent}"""
-ONE = """Networks of one distillation share its
-set: the deviation is not that over distillations, and the standard error of a difference takes them for independent."""
-SEVERAL = "Standard errors are over\ndistillations, by the means of their networks."
+HEADER = "Real 8x8 digits, {images:,} training images, {tests:,} test images; ConvNet of depth 2 and width 32."
+MEASURED = """Accuracy on test images in %, mean ± standard deviation over all networks. Random images are drawn anew
+for each network; networks of one distillation share its set. {errors}"""
+ERRORS = {
+    False: """With one distillation of a row, standard errors are over networks,
+and leave out by how much distillations differ.""",
+    True: "Standard errors are over distillations, by the means of their networks.",
+}
+"""By whether there are several distillations of a row."""
 
 
 class Scoring(Pipeline):
     """A pipeline that trains no controls for the ablation, whose sets are compared with one another."""
 
-    def _evaluate_tasks(self) -> list[DatasetTask]:
-        shown = {
-            result_location(self.out, config, self._raw[config.dataset].fingerprint, row, number).uri
-            for config in self.configs
-            for row in (["distilled"] if config.name.startswith("ablation") else ROWS)
-            for number in range(config.evaluate.seeds)
-        }
-        # By their places: a control that runs share is a task of any of them.
-        return [each for each in super()._evaluate_tasks() if each[1].arguments[3] in shown]
+    def scored_rows(self, config: RunConfig) -> list[tuple[str, NetworkConfig | None]]:
+        """Of the ablation the set alone."""
+        if config.name.startswith("ablation"):
+            return [("distilled", None)]
+        return super().scored_rows(config)
 
 
 class TeslaScoring(Scoring, TeslaPipeline):
     """The same with TESLA's approximation."""
 
 
-def run(configs: Sequence[RunConfig], kind: type[Pipeline], folder: str, executor: str) -> Pipeline:
-    """All stages of some runs that is not done yet."""
-    pipeline = kind(configs, folder, alone=executor == "serial")
-    start: Callable[[], Executor] = lambda: create_executor(executor, configs[0].cluster, None)  # noqa: E731
-    pipeline.run_all(start, Reporter())
-    return pipeline
-
-
-def parsed(words: Sequence[str] | None) -> argparse.Namespace:
+def asked(words: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes; written nowhere unless --out is given")
+    parser = options(__doc__, "runs/fidelity", seeds=5)
     parser.add_argument("--part", choices=["crossover", "ablation", "all"], default="all")
-    parser.add_argument("--distillations", type=int, default=1, help="of each row, with seeds of their own")
-    parser.add_argument("--seeds", type=int, default=5, help="networks for each set")
-    parser.add_argument("--executor", choices=["ray", "serial"], default="ray")
-    parser.add_argument("--runs", help="folder of the runs; runs/fidelity, or runs/fidelity-quick")
-    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results unless --quick")
     parser.add_argument("--estimate", action="store_true", help="say how long it will take, and do nothing")
-    return parser.parse_args(words)
+    return settled(parser, parser.parse_args(words))
 
 
 def wanted(
@@ -91,46 +73,43 @@ def wanted(
     return crossover, {} if arguments.part == "crossover" else ablation
 
 
-def main(words: Sequence[str] | None = None) -> dict[str, Any]:
+def main(words: list[str] | None = None) -> dict[str, Any]:
     """Distil, score, compare; print the tables, write them down and draw; what was measured."""
-    arguments = parsed(words)
+    arguments = asked(words)
     sizes = QUICK if arguments.quick else FULL
     crossover, ablation = wanted(arguments, sizes)
     cores = provenance(torch.device("cpu"))["cores"]
     seconds = estimate(crossover, ablation)
     sets = sum(map(len, (*crossover.values(), *ablation.values())))
-    if not arguments.quick:
-        print(
-            f"{sets} sets; about {seconds / 60:.0f} minutes of one core, so {seconds / 60 / min(2, cores):.0f} of two"
-        )
+    told = "sizes of --quick are not estimated" if arguments.quick else f"about {seconds / 60:.0f} minutes of one core"
+    print(f"{sets} sets; {told}" + (f", so {seconds / 60 / min(2, cores):.0f} of two" if not arguments.quick else ""))
     if arguments.estimate:
         return {"estimate": seconds}
-    folder = arguments.runs or ("runs/fidelity-quick" if arguments.quick else "runs/fidelity")
     exact = [config for runs in (*crossover.values(), *without_set(ablation, TESLA).values()) for config in runs]
-    pipeline = run(exact, Scoring, folder, arguments.executor)
-    if TESLA in ablation:
-        run(ablation[TESLA], TeslaScoring, folder, arguments.executor)
+    with going(arguments.runs):
+        pipeline = run(exact, Scoring, arguments.runs, arguments.executor)
+        if TESLA in ablation:
+            run(ablation[TESLA], TeslaScoring, arguments.runs, arguments.executor)
     found = measured(pipeline.out, crossover, ablation, sizes.ablation_ipc)
     facts = {
-        **common_facts(__file__, sys.argv[1:] if words is None else words),
+        **common_facts(__file__, sys.argv[1:] if words is None else words, runs=arguments.runs),
         **counted(arguments.distillations, arguments.seeds),
     }
     lines = page(facts, found, arguments)
     print("\n".join(lines))
-    out = arguments.out or (None if arguments.quick else Path(__file__).parent / "results")
-    if out:
-        write(out, facts, found, lines, arguments.part)
+    if arguments.out:
+        write(arguments, facts, found, lines)
     return found
 
 
 def page(facts: dict[str, str], found: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
     """The results as Markdown."""
-    several = arguments.distillations > 1
     lines = head("Digits: difficulty, and what each part of DATM is worth", facts)
     if arguments.quick:
         lines += ["Tiny sizes, of no meaning (--quick).", ""]
     lines += [
-        HEADER.format(images=found["training_images"], independent=SEVERAL if several else ONE),
+        HEADER.format(images=found["training_images"], tests=found["test_images"]),
+        MEASURED.format(errors=ERRORS[arguments.distillations > 1]),
         "",
     ]
     if len(found["crossover"]) > 1:
@@ -140,10 +119,10 @@ def page(facts: dict[str, str], found: dict[str, Any], arguments: argparse.Names
     return [*lines, "## Cost", "", *cost_table(found)]
 
 
-def write(out: Path, facts: dict[str, str], found: dict[str, Any], lines: Sequence[str], part: str) -> None:
-    """The three files of a result; a part alone has a name of its own."""
-    path = result_path(out, "fidelity-digits" if part == "all" else f"fidelity-digits-{part}")
-    out.mkdir(parents=True, exist_ok=True)
+def write(arguments: argparse.Namespace, facts: dict[str, str], found: dict[str, Any], lines: Sequence[str]) -> None:
+    """The three files of a result; a part alone, and tiny sizes, have a name of their own."""
+    part = "" if arguments.part == "all" else f"-{arguments.part}"
+    path = result_path(arguments.out, f"fidelity-digits{part}{'-quick' if arguments.quick else ''}")
     shown = list(lines)
     if len(found["crossover"]) > 1:
         from fidelity_plot import draw
@@ -154,4 +133,4 @@ def write(out: Path, facts: dict[str, str], found: dict[str, Any], lines: Sequen
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -19,15 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cifar_part import SOURCE, TOLD, dataset_override
-from facts import common_facts, head, result_path, save
+from facts import common_facts, counted, going, head, result_path, save
 from metadd_compare import by_architecture, compared, table
 from metadd_cost import TITLE, cost_rows, cost_table
+from program import options, run, settled, start
 
 from datm_ray.config import NetworkConfig, RunConfig, override
-from datm_ray.pipeline import DatasetTask, Pipeline
+from datm_ray.pipeline import Pipeline
 from datm_ray.recipes import get_recipe
-from datm_ray.runtime.create import create_executor
-from datm_ray.runtime.telemetry import Reporter
 
 SEEN = ["{architecture: resnet18, width: 16}", "{architecture: vgg11, width: 16}"]
 MORE_SEEN = ["{architecture: lenet}", "{architecture: alexnet, width: 16}"]
@@ -176,13 +175,9 @@ def _scored(config: RunConfig) -> RunConfig:
 class Scoring(Pipeline):
     """A pipeline that trains for evaluation only what the tables here are made of: no controls."""
 
-    def _evaluate_tasks(self) -> list[DatasetTask]:
-        return [each for each in super()._evaluate_tasks() if self._is_shown(each)]
-
-    @staticmethod
-    def _is_shown(task: DatasetTask) -> bool:
-        *_, row, _number, network = task[1].arguments
-        return row == "distilled" and network is not None
+    def scored_rows(self, config: RunConfig) -> list[tuple[str, NetworkConfig | None]]:
+        """The set alone, on every architecture."""
+        return [("distilled", network) for network in config.scored_networks]
 
 
 def heading(setting: Setting, groups: dict[str, list[str]], distillations: int, seeds: int) -> str:
@@ -201,20 +196,15 @@ def heading(setting: Setting, groups: dict[str, list[str]], distillations: int, 
     )
 
 
-def parsed() -> argparse.Namespace:
+def asked(words: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes; written nowhere unless --out is given")
+    parser = options(__doc__, "runs/metadd", seeds=5)
     parser.add_argument("--data", choices=list(SETTINGS), default="digits")
     parser.add_argument("--cifar", type=Path, default=SOURCE, help="folder of the files")
     parser.add_argument("--recipe", help="another one for digits")
-    parser.add_argument("--distillations", type=int, default=1, help="of each variant")
-    parser.add_argument("--seeds", type=int, default=5, help="networks of each architecture for each set")
     parser.add_argument("--variants", nargs="*", help="only these, and `without`")
     parser.add_argument("--no-cost", action="store_true", help="leave out the table of memory and time")
-    parser.add_argument("--runs", help="folder of the runs; runs/metadd, and a name more for other data or --quick")
-    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results unless --quick")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     if arguments.recipe and arguments.data != "digits":
         parser.error("--recipe is for digits")
     named = {variant.name for variant in variants()}
@@ -222,33 +212,33 @@ def parsed() -> argparse.Namespace:
         parser.error(f"--variants knows {', '.join(sorted(named))}, and not {', '.join(sorted(unknown))}")
     if arguments.variants is not None and not set(arguments.variants) - {"without"}:
         parser.error("--variants needs one beside `without`")
-    return arguments
+    if arguments.data != "digits":
+        arguments.default_runs = Path(f"runs/metadd-{arguments.data}")
+    return settled(parser, arguments)
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     """Distil, score, compare; print the tables and write them down."""
-    arguments = parsed()
+    arguments = asked(words)
     setting, quick = SETTINGS[arguments.data], arguments.quick
     recipe = arguments.recipe or setting.recipe
-    folder = arguments.runs or "-".join(
-        ["runs/metadd", *([arguments.data] if setting.is_cifar else []), *(["quick"] if quick else [])]
-    )
     seeds = 1 if quick else arguments.seeds
     base = [f"evaluate.seeds={seeds}", *(setting.quick if quick else [])]
     if setting.is_cifar:
-        base.append(dataset_override(arguments.cifar, folder, quick))
+        base.append(dataset_override(arguments.cifar, arguments.runs, quick))
     chosen = [each for each in variants() if not arguments.variants or each.name in ("without", *arguments.variants)]
     runs = {each.name: runs_of(each, setting, recipe, arguments.distillations, base) for each in chosen}
     costs = [] if arguments.no_cost else cost_rows(quick)
     print("\n".join(cost_table(costs)) if costs else "No cost measured", flush=True)
     # All variants of a seed before the next seed, so that what is there at any time can be compared.
-    pipeline = Scoring([config for seed in zip(*runs.values(), strict=True) for config in seed], folder)
-    pipeline.run_all(lambda: create_executor("ray", pipeline.configs[0].cluster, None), Reporter())
+    ordered = [config for seed in zip(*runs.values(), strict=True) for config in seed]
+    with going(arguments.runs):
+        pipeline = run(ordered, Scoring, arguments.runs, arguments.executor)
     rows = compared(pipeline, runs, len(SEEN))
     facts = {
-        **common_facts(__file__, sys.argv[1:]),
+        **common_facts(__file__, sys.argv[1:] if words is None else words, runs=arguments.runs),
         "recipe": recipe,
-        "n": f"{arguments.distillations} x {seeds}",
+        **counted(arguments.distillations, seeds),
         "weights": f"variance {VARIANCE}, invariance {INVARIANCE}, position {POSITION}",
     }
     groups = next(row["groups"] for row in rows if row["variant"] != "without")
@@ -257,10 +247,10 @@ def main() -> None:
     lines += [heading(setting, groups, arguments.distillations, seeds), ""]
     lines += [*table(rows), "", *by_architecture(rows), *(["", TITLE, "", *cost_table(costs)] if costs else [])]
     print("\n".join(lines))
-    out = arguments.out or (None if quick else Path(__file__).parent / "results")
-    if out:
-        save(result_path(out, f"metadd-{recipe}"), lines, {**facts, "rows": rows, "cost": costs})
+    if arguments.out:
+        name = f"metadd-{recipe}{'-quick' if quick else ''}"
+        save(result_path(arguments.out, name), lines, {**facts, "rows": rows, "cost": costs})
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

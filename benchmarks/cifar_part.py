@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from datm_ray.errors import DatasetError
+
 PER_CLASS = (1000, 500)
 """Training and test images that are taken."""
 FEW_PER_CLASS = (20, 20)
@@ -16,21 +18,33 @@ TOLD = (
     "A part of real CIFAR-10: the first 1000 training images (100 of them for validation) and 500 test images of\n"
     "each class."
 )
+FILES = ("cifar10-train.parquet", "cifar10-test.parquet")
 SOURCE = Path(__file__).resolve().parents[2] / "shared" / "data"
 """Where cifar10-train.parquet and cifar10-test.parquet are looked for."""
 
 
-def dataset_override(source: Path, runs: str, quick: bool) -> str:
-    """Write the part beside the runs, unchanged where it is there; what makes a recipe take it."""
-    part = Path(runs).resolve() / "cifar10-subset"
+def dataset_override(source: Path, runs: Path, quick: bool) -> str:
+    """Write the part beside the runs; what makes a recipe take it.
+
+    Raises:
+        DatasetError: the files are not there.
+    """
+    part = runs.resolve() / "cifar10-subset"
     write_part(source, part, FEW_PER_CLASS if quick else PER_CLASS)
-    return f"dataset={json.dumps({'source': 'parquet', 'path': str(part), 'validation': 0.1})}"
+    tiny = {"resize": 16} if quick else {}
+    return f"dataset={json.dumps({'source': 'parquet', 'path': str(part), 'validation': 0.1, **tiny})}"
 
 
 def write_part(source: Path, folder: Path, per_class: tuple[int, int]) -> None:
     """The first images of every class of cifar10-train.parquet and cifar10-test.parquet, in the same order."""
     import pyarrow.parquet as pq
 
+    missing = next((name for name in FILES if not (source / name).is_file()), None)
+    if missing:
+        raise DatasetError(
+            f"{source} holds no {missing}",
+            remedy="give the folder of CIFAR-10 as Parquet (`image.bytes`, `label`) with --cifar",
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for part, count in zip(("train", "test"), per_class, strict=True):
         images = pq.read_table(source / f"cifar10-{part}.parquet")

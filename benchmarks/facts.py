@@ -6,7 +6,9 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -20,15 +22,57 @@ PLACES = ("--runs", "--cifar", "--out")
 """Options that name folders of one machine, which decide no result."""
 
 
-def common_facts(program: str, words: Sequence[str], device: str = "cpu") -> dict[str, str]:
-    """Of a run of a file of this folder with these options."""
+GOES = "goes.json"
+"""In a folder of runs: which version worked on them, and for how long."""
+
+
+def common_facts(program: str, words: Sequence[str], device: str = "cpu", runs: Path | None = None) -> dict[str, str]:
+    """Of a run of a file of this folder with these options.
+
+    Args:
+        runs: folder of runs that several goes may have worked on, see `going`.
+    """
     versions = provenance(torch.device("cpu"))["versions"]
     return {
         "command": " ".join(["python", f"benchmarks/{Path(program).name}", *without_places(words)]),
         "hardware": hardware(device)[1],
         "versions": f"Python {platform.python_version()}, " + ", ".join(map(" ".join, versions.items())),
-        "commit": commit(),
+        **({"commit": commit()} if runs is None else _goes(runs)),
         "date": str(date.today()),
+    }
+
+
+@contextmanager
+def going(runs: Path) -> Iterator[None]:
+    """Note in a folder of runs that this version works on them, and how long the block took if it comes to its end."""
+    goes = _read_goes(runs)
+    goes.append({"commit": commit(), "began": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()), "seconds": None})
+    started = time.monotonic()
+    _write_goes(runs, goes)
+    yield
+    goes[-1]["seconds"] = round(time.monotonic() - started)
+    _write_goes(runs, goes)
+
+
+def _read_goes(runs: Path) -> list[dict[str, Any]]:
+    place = runs / GOES
+    found: list[dict[str, Any]] = json.loads(place.read_text()) if place.exists() else []
+    return found
+
+
+def _write_goes(runs: Path, goes: Sequence[Mapping[str, Any]]) -> None:
+    unfinished = runs / f"{GOES}.unfinished"
+    unfinished.write_text(json.dumps(goes, indent=1) + "\n")
+    os.replace(unfinished, runs / GOES)
+
+
+def _goes(runs: Path) -> dict[str, str]:
+    goes = _read_goes(runs)
+    ended = [each["seconds"] for each in goes if each["seconds"] is not None]
+    broken = f", {len(goes) - len(ended)} of them interrupted" if len(ended) < len(goes) else ""
+    return {
+        "commit": ", ".join(dict.fromkeys(each["commit"] for each in goes)),
+        "took": f"{sum(ended) / 60:.0f} minutes in {len(goes)} go(es){broken}",
     }
 
 

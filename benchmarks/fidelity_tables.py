@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from typing import Any
 
+from datm_ray.artifact import read_artifact
 from datm_ray.config import RunConfig
 from datm_ray.runtime.checkpoint import read_curves
-from datm_ray.runtime.distill import read_cost
+from datm_ray.runtime.distill import SYNTHETIC, read_cost
 from datm_ray.runtime.evaluate import Score, read_scores
 from datm_ray.runtime.experts import read_experts_cost
 from datm_ray.runtime.spent import Spent, total
@@ -35,15 +37,32 @@ def measured(
     """Every accuracy and cost, as plain data."""
     base = crossover[ablation_ipc, "datm"]
     rows = {"DATM": base, **ablation} if ablation else {}
+    digests = {name: [_digest(out, each) for each in runs] for name, runs in rows.items()}
     return {
         "crossover": [{"ipc": ipc, "range": name, **_of(out, runs)} for (ipc, name), runs in crossover.items()],
-        "ablation": [{"variant": name, "ipc": ablation_ipc, **_of(out, runs)} for name, runs in rows.items()],
+        "ablation": [
+            {
+                "variant": name,
+                "ipc": ablation_ipc,
+                "same_sets_as_base": sum(map(str.__eq__, digests[name], digests["DATM"])),
+                **_of(out, runs),
+            }
+            for name, runs in rows.items()
+        ],
         "training_images": _note(out, base[0])["training_images"],
+        "test_images": _note(out, base[0])["test_images"],
     }
 
 
 def _note(out: Location, config: RunConfig) -> Any:
     return (out / config.name / "dataset.json").read_json()
+
+
+def _digest(out: Location, config: RunConfig) -> str:
+    """Of the images and labels of a set, to find out that two are the same bit for bit."""
+    found = read_artifact(out / config.name / SYNTHETIC)
+    tensors = (found.images, found.soft_labels)
+    return sha256(b"".join(each.contiguous().numpy().tobytes() for each in tensors)).hexdigest()
 
 
 def _of(out: Location, runs: Sequence[RunConfig]) -> dict[str, Any]:
@@ -57,6 +76,8 @@ def _of(out: Location, runs: Sequence[RunConfig]) -> dict[str, Any]:
         "start_epochs": [distill.first_start, distill.final_start_bound - 1],
         "iterations": distill.iterations,
         "experts": runs[0].experts.count,
+        "optimiser": runs[0].experts.optimiser,
+        "recipe": runs[0].identity(),
         "accuracy": {row: [list(found[row].accuracies) for found in scores] for row in scores[0]},
         "validation": [float(max(curve["validation.accuracy"])) for curve in curves],
         "kept_at": [int(curve["validation.chosen_at"]) for curve in curves],
@@ -81,21 +102,35 @@ def mean(values: Accuracies) -> float:
     return statistics.fmean(map(statistics.fmean, values))
 
 
-def standard_error(values: Accuracies) -> float:
-    """Over distillations by their means; over networks where there is one distillation; nan for one network."""
-    units = [statistics.fmean(each) for each in values] if len(values) > 1 else values[0]
+def _units(values: Accuracies) -> Sequence[float]:
+    """What counts as one draw: a distillation, by its networks' mean; a network where there is one distillation."""
+    return [statistics.fmean(each) for each in values] if len(values) > 1 else values[0]
+
+
+def _error_of_mean(units: Sequence[float]) -> float:
+    """The standard error; nan for one draw."""
     return statistics.stdev(units) / math.sqrt(len(units)) if len(units) > 1 else math.nan
 
 
 def difference(these: Accuracies, those: Accuracies) -> tuple[float, float]:
     """Mean difference, and its standard error, of what are taken for independent draws."""
-    return mean(these) - mean(those), math.hypot(standard_error(these), standard_error(those))
+    return mean(these) - mean(those), math.hypot(_error_of_mean(_units(these)), _error_of_mean(_units(those)))
 
 
-def is_lossless(distilled: Accuracies, real: Accuracies) -> bool:
-    """Whether a set is not below all real data by more than one standard error of the difference."""
+def paired_difference(these: Accuracies, those: Accuracies) -> tuple[float, float]:
+    """The same, of draws that share their seed: experts, shuffle of the images, initial parameters of networks."""
+    gains = [one - other for one, other in zip(_units(these), _units(those), strict=True)]
+    return statistics.fmean(gains), _error_of_mean(gains)
+
+
+ROUNDING = 1e-9
+"""Accuracies are fractions of some hundred images, whose differences may tie."""
+
+
+def is_lossless(distilled: Accuracies, real: Accuracies) -> bool | None:
+    """Whether a set is not below all real data by more than one standard error of the difference; none: not known."""
     gain, error = difference(distilled, real)
-    return gain >= -error
+    return None if math.isnan(error) else gain >= -error - ROUNDING
 
 
 def cell(values: Accuracies | None) -> str:
@@ -106,6 +141,11 @@ def cell(values: Accuracies | None) -> str:
     return f"{100 * mean(values):.1f}" + (f" ± {100 * statistics.stdev(every):.1f}" if len(every) > 1 else "")
 
 
+def gain_cell(gain: float, error: float) -> str:
+    """Percent: a difference and its standard error."""
+    return f"{100 * gain:+.1f}" + ("" if math.isnan(error) else f" (se {100 * error:.1f})")
+
+
 # --- tables -------------------------------------------------------------------------------------------------------
 
 
@@ -113,33 +153,44 @@ def _lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(each)} |" for each in (head, ["---"] * len(head), *rows)]
 
 
+def _listed(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values))
+
+
+VERDICTS = {True: "lossless", False: "no", None: "not known"}
+
+
 def crossover_table(found: Mapping[str, Any]) -> list[str]:
     """Every IPC and range with both controls, all real data, and whether it is lossless."""
     rows = []
     for row in found["crossover"]:
         accuracy = row["accuracy"]
-        gain, error = difference(accuracy["distilled"], accuracy[REAL])
         share = 10 * row["ipc"] / found["training_images"]
-        verdict = "lossless" if is_lossless(accuracy["distilled"], accuracy[REAL]) else "no"
         rows.append(
             [
                 f"{row['ipc']} ({100 * share:.2g} %)",
                 f"{row['range']}, {row['start_epochs'][0]}–{row['start_epochs'][1]}",
-                *(cell(accuracy[name]) for name in ("random-hard", "random-soft", "distilled", REAL)),
-                f"{100 * gain:+.1f} (± {100 * error:.1f})",
-                verdict,
-                ", ".join(map(str, row["skipped"])),
+                *(cell(accuracy.get(name)) for name in ("random-hard", "random-soft", "distilled", REAL)),
+                gain_cell(*difference(accuracy["distilled"], accuracy[REAL])),
+                VERDICTS[is_lossless(accuracy["distilled"], accuracy[REAL])],
+                _listed(row["skipped"]),
+                f"{_listed(row['kept_at'])} of {row['iterations']}",
             ]
         )
     head = ["IPC (share)", "range, start epochs", "random, hard labels", "random, soft labels", "**distilled**"]
-    head += ["all real data", "distilled − all real (± standard error)", "lossless", "skipped"]
-    return [*_lines(head, rows), "", lossless_sentence(found)]
+    head += ["all real data", "distilled − all real", "lossless", "skipped", "kept"]
+    note = """se: standard error. Lossless: not below all real data by more than one. skipped: iterations whose matching
+loss exceeded the threshold, for each distillation. kept: the iteration whose set was kept, by validation images."""
+    return [note, "", *_lines(head, rows), "", lossless_sentence(found)]
 
 
 def lossless_sentence(found: Mapping[str, Any]) -> str:
     """From which share of the data on, with DATM's own range."""
     own = [row for row in found["crossover"] if row["range"] == "datm"]
-    enough = [r["ipc"] for r in own if is_lossless(r["accuracy"]["distilled"], r["accuracy"][REAL])]
+    verdicts = {row["ipc"]: is_lossless(row["accuracy"]["distilled"], row["accuracy"][REAL]) for row in own}
+    if None in verdicts.values():
+        return "Of one network no standard error is known, and so not whether a set is lossless."
+    enough = [ipc for ipc, verdict in verdicts.items() if verdict]
     if not enough:
         return "With DATM's own range no set is lossless."
     named = ", ".join(f"{ipc} ({1000 * ipc / found['training_images']:.2g} % of the data)" for ipc in enough)
@@ -152,11 +203,13 @@ def range_table(found: Mapping[str, Any]) -> list[str]:
     rows = []
     for ipc in dict.fromkeys(ipc for ipc, _ in by):
         ranges = [name for each, name in by if each == ipc]
-        gain, error = difference(by[ipc, "late"], by[ipc, "early"])
+        gain, error = paired_difference(by[ipc, "late"], by[ipc, "early"])
         best = max(ranges, key=lambda name, at=ipc: mean(by[at, name]))  # type: ignore[misc]
-        winner = "late" if gain > error else "early" if -gain > error else "neither by a standard error"
-        rows.append([str(ipc), f"{100 * gain:+.1f} (± {100 * error:.1f})", winner, best])
-    return _lines(["IPC", "late − early (± standard error)", "ahead", "highest mean of all ranges"], rows)
+        ahead = (
+            "not known" if math.isnan(error) else "late" if gain > error else "early" if -gain > error else "neither"
+        )
+        rows.append([str(ipc), gain_cell(gain, error), ahead, best])
+    return _lines(["IPC", "late − early, in pairs", "ahead by more than se", "highest mean of all ranges"], rows)
 
 
 def ablation_table(found: Mapping[str, Any]) -> list[str]:
@@ -164,26 +217,31 @@ def ablation_table(found: Mapping[str, Any]) -> list[str]:
     base = found["ablation"][0]
     rows = []
     for row in found["ablation"]:
-        accuracy = row["accuracy"]["distilled"]
-        gain, error = difference(accuracy, base["accuracy"]["distilled"])
-        distillation, experts = (row["cost"][part]["cpu_seconds"] for part in ("distillation", "experts"))
+        accuracy, sets = row["accuracy"]["distilled"], len(row["runs"])
+        gain = gain_cell(*paired_difference(accuracy, base["accuracy"]["distilled"]))
+        same = row["same_sets_as_base"]
+        told = f"{gain}; {same} of {sets} set(s) the same bit for bit" if same else gain
+        distillation, experts = (row["cost"][part]["cpu_seconds"] / sets for part in ("distillation", "experts"))
         rows.append(
             [
                 NAMES.get(row["variant"], row["variant"]),
                 f"{row['start_epochs'][0]}–{row['start_epochs'][1]}",
                 str(row["experts"]),
                 cell(accuracy),
-                "" if row is base else f"{100 * gain:+.1f} (± {100 * error:.1f})",
+                "" if row is base else told,
+                _listed(row["kept_at"]),
                 f"{100 * statistics.fmean(row['validation']):.1f}",
                 f"{distillation:.0f}",
                 f"{experts:.0f}",
             ]
         )
-    head = ["variant", "start epochs", "experts", "accuracy", "difference to DATM (± standard error)"]
-    head += ["validation, best", "distillation, CPU s", "experts, CPU s"]
-    note = f"""IPC {base["ipc"]}, {base["iterations"]} iterations each, so the same budget of student steps; one thing
-differs from the first row, as its name says. TESLA takes each step's gradient with its parameters held fixed; it is
-computed here by the same functions, so it takes no less time. Fewer experts are the first ones of the others."""
+    head = ["variant", "start epochs", "experts", "accuracy", "difference to DATM, in pairs", "kept at"]
+    head += ["validation, best", "distillation, CPU s a set", "experts, CPU s a set"]
+    note = f"""IPC {base["ipc"]}, {base["iterations"]} iterations each; one thing differs from the first row, as its
+name says (all values are in the JSON file). Which iteration's set is kept is decided on validation images, so that the
+sets differ in that too. TESLA takes each step's gradient with its parameters held fixed; it is computed here by the
+same functions, so it takes no less time. Fewer experts are the first ones of the others, and cost their share of
+those."""
     return [note, "", *_lines(head, rows)]
 
 
@@ -191,26 +249,28 @@ NAMES = {"tesla": "TESLA-style gradient", "DATM": "DATM (base)"}
 
 
 def cost_table(found: Mapping[str, Any]) -> list[str]:
-    """CPU seconds, peak memory and bytes read of every row; experts and controls are shared by rows."""
+    """CPU seconds, peak memory and bytes read of every row; experts and controls, which rows share, once."""
     rows = []
-    seen: set[str] = set()
     named = [(f"IPC {row['ipc']}, {row['range']}", row) for row in found["crossover"]]
     named += [(NAMES.get(row["variant"], row["variant"]), row) for row in found["ablation"][1:]]
+    groups = {row["optimiser"]: row for _, row in sorted(named, key=lambda each: each[1]["experts"])}
+    for optimiser, row in groups.items():  # of each kind the row with the most, of which others have some
+        count = len(row["seeds"]) * row["experts"]
+        rows.append(_cost_line(f"experts, {optimiser}", count, row["cost"]["experts"]))
+    controls: set[tuple[str, int | None]] = set()
     for name, row in named:
-        for part, cost in row["cost"].items():
-            title = f"{name}: {part}" if part in ("distillation", "distilled") else part
-            key = json_key(title, cost)
-            if key in seen:  # shared with a row above
-                continue
-            seen.add(key)
-            peak, read = size_in_words(cost["peak_memory_bytes"]), size_in_words(cost["read_bytes"])
-            seconds = [f"{cost[name]:.1f}" for name in ("seconds", "cpu_seconds", "gpu_seconds")]
-            shared = title if title != part else f"{part}, of {name} and those it shares them with"
-            rows.append([shared, *seconds, peak, read])
-    head = ["part", "worker s", "CPU s", "GPU s", "peak memory", "read"]
-    return _lines(head, rows)
+        rows.append(_cost_line(f"{name}: distillation", len(row["runs"]), row["cost"]["distillation"]))
+        for part, accuracies in row["accuracy"].items():
+            own = part == "distilled"
+            key = part, None if part == REAL else row["ipc"]
+            if own or key not in controls:
+                title = f"{name}: networks" if own else part if part == REAL else f"{part}, IPC {row['ipc']}"
+                rows.append(_cost_line(title, sum(map(len, accuracies)), row["cost"][part]))
+            controls |= set() if own else {key}
+    return _lines(["what", "number", "worker s", "CPU s", "GPU s", "peak memory", "read"], rows)
 
 
-def json_key(title: str, cost: Mapping[str, float]) -> str:
-    """The same for what is the same files' cost."""
-    return f"{title} {sorted(cost.items())}"
+def _cost_line(what: str, count: int, cost: Mapping[str, float]) -> list[str]:
+    seconds = [f"{cost[name]:.1f}" for name in ("seconds", "cpu_seconds", "gpu_seconds")]
+    sizes = [size_in_words(cost[name]) for name in ("peak_memory_bytes", "read_bytes")]
+    return [what, str(count), *seconds, *sizes]

@@ -85,7 +85,7 @@ FULL = Sizes(
     iterations={1: 500, 5: 250, 10: 200, 20: 250, 30: 250},
     ablation_ipc=10,
     expert_counts=(1, 4, 50),
-    base=["experts.keep_epochs=40", "distill.validation_seeds=1"],
+    base=["experts.keep_epochs=40"],
     everything=Range(0, 35),
 )
 QUICK = Sizes(

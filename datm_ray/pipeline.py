@@ -345,14 +345,17 @@ class Pipeline:
     def _evaluate(self, executor: Executor, reporter: Reporter) -> None:
         self._run("Evaluation", EvaluateWorker, "evaluate", self._evaluate_tasks, executor, reporter)
 
+    def scored_rows(self, config: RunConfig) -> list[tuple[str, NetworkConfig | None]]:
+        """What a run is scored on: rows of its table, and the network, none for the backbone."""
+        rows: list[tuple[str, NetworkConfig | None]] = [(row, None) for row in _rows_of(config)]
+        return rows + [(row, network) for network in config.scored_networks for row in ON_OTHERS]
+
     def _evaluate_tasks(self) -> list[DatasetTask]:
         tasks: dict[str, DatasetTask] = {}
         for config in self.configs:
             fingerprint = self._raw[config.dataset].fingerprint
-            rows: list[tuple[str, NetworkConfig | None]] = [(row, None) for row in _rows_of(config)]
-            rows += [(row, network) for network in config.scored_networks for row in ON_OTHERS]
             names = dict(zip(config.scored_networks, network_names(config.scored_networks), strict=True))
-            for row, network in rows:
+            for row, network in self.scored_rows(config):
                 for number in range(config.evaluate.seeds):
                     place = result_location(self.out, config, fingerprint, row, number, network)
                     if not place.exists():
@@ -448,7 +451,7 @@ class Pipeline:
             self._raw[d] = load_raw(d.source, d.path, resize=d.resize, validation=d.validation)
         raw = self._raw[config.dataset]
         note = self._folder(config) / DATA
-        if note.exists() and note.read_json() != self._data_note(config):
+        if note.exists() and note.read_json()["fingerprint"] != raw.fingerprint:
             raise RunDirectoryError(
                 f"{self._folder(config).uri} holds a run on other images than those of {raw.name}",
                 "the data set was changed, or dataset.path leads to another one",
@@ -551,7 +554,8 @@ class Pipeline:
 
     def _data_note(self, config: RunConfig) -> dict[str, Any]:
         raw = self._raw[config.dataset]
-        return {"name": raw.name, "fingerprint": raw.fingerprint, "training_images": len(raw.train)}
+        counts = {"training_images": len(raw.train), "test_images": len(raw.test)}
+        return {"name": raw.name, "fingerprint": raw.fingerprint, **counts}
 
 
 def report(out: str) -> Location:

@@ -221,12 +221,17 @@ def read_experts_cost(folder: Location) -> list[ExpertsCost]:
 
 
 def experts_cost(config: RunConfig, group: ExpertGroup) -> ExpertsCost:
-    """Of the experts that a recipe uses; of those that were trained more than once, each time."""
+    """Of the experts that a recipe uses; of those that were trained more than once, each time.
+
+    Of a stack that was trained together its share: others have the rest, but for what only filled up the stack.
+    """
     found: list[tuple[set[int], Spent]] = []
+    stored = set(group.experts())
     for cost in group.costs():
         used = {expert for expert in cost["experts"] if expert < config.experts.count}
         if used:
-            found.append((used, Spent.from_json(cost["spent"])))
+            every = used | (stored & set(cost["experts"]))
+            found.append((used, Spent.from_json(cost["spent"]).share(len(used) / len(every))))
     known = set().union(*(experts for experts, _ in found))
     return ExpertsCost(config.network.architecture, len(known), total(spent for _, spent in found))
 

@@ -43,6 +43,11 @@ class Spent:
         peak = max(self.peak_memory_bytes, other.peak_memory_bytes)
         return Spent(**{**added, "peak_memory_bytes": peak})
 
+    def share(self, part: float) -> Spent:
+        """A part of it, from 0 to 1; the peak stays."""
+        scaled = {each.name: part * getattr(self, each.name) for each in dataclasses.fields(self)}
+        return Spent(**{**scaled, "peak_memory_bytes": self.peak_memory_bytes})
+
     def to_json(self) -> dict[str, float]:
         """As plain data, for `from_json`."""
         return {name: round(value, 3) for name, value in dataclasses.asdict(self).items()}

@@ -1,14 +1,21 @@
-"""The CIFAR-10 benchmark: which runs it makes."""
+"""The CIFAR-10 benchmark: which runs it makes, and a tiny one of it all."""
 
 from __future__ import annotations
 
 import importlib
 import sys
+from io import BytesIO
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from numpy.typing import NDArray
+from PIL import Image
 
+from datm_ray.errors import DatasetError
 from datm_ray.pipeline import _differences
 
 
@@ -25,14 +32,17 @@ def bench() -> ModuleType:
 def test_methods_differ_in_what_is_told_of_them(bench: ModuleType) -> None:
     """Range, labels and initial images; experts and budget are the same."""
     runs = bench.runs_of([1, 10, 50], 2, 3, "dataset={source: cifar10, validation: 0.1}", False)
-    allowed = {"distill.first_start", "distill.start_bound", "distill.final_start_bound", "distill.expand_iterations"}
+    ranges = {"distill.first_start", "distill.start_bound", "distill.final_start_bound", "distill.expand_iterations"}
     for ipc in (1, 10, 50):
         for datm, mtt in zip(runs[ipc, "datm"], runs[ipc, "mtt"], strict=True):
             changed = {each.split(" ")[0] for each in _differences(datm.identity(), mtt.identity())} - {"name"}
             assert {"distill.labels", "distill.initial"} <= changed
-            assert changed <= {"distill.labels", "distill.initial", *allowed}
+            assert changed <= {"distill.labels", "distill.initial", *ranges}
             assert mtt.distill.final_start_bound == bench.EPOCHS == mtt.experts.epochs
             assert datm.distill.ipc == ipc
+        for datm, other in zip(runs[ipc, "datm"], runs[ipc, "datm, any first images"], strict=True):
+            changed = {each.split(" ")[0] for each in _differences(datm.identity(), other.identity())} - {"name"}
+            assert changed == {"distill.initial"}
     assert [each.seed for each in runs[1, "datm"]] == [0, 1]
 
 
@@ -43,3 +53,34 @@ def test_ranges_stand_for_the_published_amount_of_training(bench: ModuleType) ->
     for ipc, bounds in published.items():
         expected = [min(bench.EPOCHS, bound * per_epoch / ours) for bound in bounds]
         assert bench.SCALES[ipc].bounds == pytest.approx(expected, abs=0.6)
+
+
+@pytest.mark.slow
+def test_a_tiny_run_scores_every_method(bench: ModuleType, tmp_path: Path) -> None:
+    """From files in the real one's format; partial sizes have a name of their own."""
+    noise = np.random.default_rng(0)
+    for part in ("train", "test"):
+        images = [jpeg(noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(200)]
+        table = pa.table({"image": [{"bytes": image} for image in images], "label": [n % 10 for n in range(200)]})
+        pq.write_table(table, tmp_path / f"cifar10-{part}.parquet")
+    words = ["--quick", "--ipc", "1", "--seeds", "1", "--executor", "serial", "--cifar", str(tmp_path)]
+    found = bench.main([*words, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "results")])
+    assert [row["range"] for row in found["crossover"]] == list(bench.METHODS)
+    assert all(len(row["accuracy"]) == 4 for row in found["crossover"])
+    names = {file.name.partition("_")[0] for file in (tmp_path / "results").iterdir()}
+    assert names == {"cifar10-part-ipc1-quick"}
+    assert str(tmp_path) not in "".join(file.read_text() for file in (tmp_path / "results").iterdir())
+
+
+def test_files_that_are_not_there_are_one_line(bench: ModuleType, tmp_path: Path) -> None:
+    """Before anything starts."""
+    with pytest.raises(DatasetError, match=r"holds no cifar10-train.parquet.*--cifar"):
+        bench.main(["--cifar", str(tmp_path), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)])
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def jpeg(pixels: NDArray[np.uint8]) -> bytes:
+    """An image as data sets have it."""
+    file = BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG")
+    return file.getvalue()

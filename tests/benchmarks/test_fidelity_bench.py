@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,7 +19,7 @@ from PIL import Image
 from datm_ray.config import RunConfig
 from datm_ray.core.matching import matching_gradient
 from datm_ray.core.step_functions import StepOptions, StudentStepFunctions
-from datm_ray.pipeline import Pipeline, _differences
+from datm_ray.pipeline import _differences
 from datm_ray.recipes import get_recipe
 
 
@@ -131,14 +132,62 @@ def test_lossless_is_within_one_standard_error(bench: SimpleNamespace) -> None:
     assert (gain, found) == pytest.approx((0.0, error))
     for below, expected in ((-0.02, True), (0.9 * error, True), (1.1 * error, False)):
         assert bench.tables.is_lossless([[value - below for value in real[0]]], real) is expected
+    assert bench.tables.is_lossless([[0.9]], [[0.8]]) is None, "of one network each, no error is known"
+
+
+def test_a_tie_is_lossless(bench: SimpleNamespace) -> None:
+    """Of 359 test images: 0.8 below, where the standard error is 0.8 too, whatever floats make of it."""
+    right = ([352, 355, 352, 353, 353], [354, 356, 353, 353, 353])
+    distilled, real = ([[float(np.float32(count / 359)) for count in counts]] for counts in right)
+    gain, error = bench.tables.difference(distilled, real)
+    assert -gain == pytest.approx(error, rel=1e-6)
+    assert bench.tables.is_lossless(distilled, real) is True
 
 
 def test_several_distillations_are_compared_by_their_means(bench: SimpleNamespace) -> None:
-    """Networks of one set do not count as independent draws."""
-    values = [[0.8, 0.8, 0.8], [0.9, 0.9, 0.9]]
+    """Networks of one set do not count as independent draws; sets of one seed are compared with one another."""
+    values, others = [[0.8, 0.8, 0.8], [0.9, 0.9, 0.9]], [[0.7, 0.8, 0.6], [0.9, 0.8, 0.7]]
     assert bench.tables.mean(values) == pytest.approx(0.85)
-    assert bench.tables.standard_error(values) == pytest.approx(0.05)
+    assert bench.tables.difference(values, [[0.5], [0.5]]) == pytest.approx((0.35, 0.05))
+    assert bench.tables.paired_difference(values, others) == pytest.approx((0.1, 0.0), abs=1e-12)
     assert bench.tables.cell(values) == "85.0 ± 5.5"
+
+
+def ablation_row(name: str, distilled: list[list[float]], **other: Any) -> dict[str, Any]:
+    """As `measured` makes them."""
+    cost = {"seconds": 40.0, "cpu_seconds": 30.0, "gpu_seconds": 0.0, "peak_memory_bytes": 2**30, "read_bytes": 2**20}
+    row = {"variant": name, "ipc": 10, "iterations": 200, "start_epochs": [5, 29], "experts": 16, "optimiser": "sgd"}
+    row |= {"accuracy": {"distilled": distilled}, "validation": [0.98, 0.96], "kept_at": [100, 200], "seeds": [0, 1]}
+    row |= {"runs": [name, f"{name}-s1"], "same_sets_as_base": 0}
+    return row | {"cost": {"experts": cost, "distillation": cost, "distilled": cost}} | other
+
+
+def test_the_ablation_tells_where_nothing_was_changed(bench: SimpleNamespace) -> None:
+    """The pairs' difference, costs of one set, when it was kept; and a variant whose sets are the base's."""
+    base = ablation_row("DATM", [[0.95, 0.95], [0.97, 0.97]], same_sets_as_base=2)
+    rows = [base, ablation_row("other", [[0.96, 0.96], [0.99, 0.99]]), {**base, "variant": "no change"}]
+    table = bench.tables.ablation_table({"ablation": rows, "crossover": []})
+    cells = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in table if " | " in line}
+    assert cells["other"][4] == "+1.5 (se 0.5)"
+    assert cells["other"][5:9] == ["100, 200", "97.0", "15", "15 |"]
+    assert cells["no change"][4] == "+0.0 (se 0.0); 2 of 2 set(s) the same bit for bit"
+
+
+def test_costs_that_rows_share_are_counted_once(bench: SimpleNamespace) -> None:
+    """Of experts those of the row that has most; controls once for each IPC, all real data once."""
+    cost = ablation_row("", [[]])["cost"]["experts"]
+    accuracy = {"random-hard": [[0.9, 0.9]], "distilled": [[0.9, 0.9]], "full": [[0.9, 0.9]]}
+    parts = [*accuracy, "experts", "distillation"]
+    rows = [
+        ablation_row("", [], ipc=ipc, range=name, accuracy=accuracy, cost=dict.fromkeys(parts, cost))
+        for ipc, name in ((1, "early"), (1, "late"), (10, "early"))
+    ]
+    found = {"crossover": rows, "ablation": [rows[0], ablation_row("50 experts", [[0.9]], experts=50)]}
+    lines = [line.split(" | ")[:2] for line in bench.tables.cost_table(found)[2:]]
+    told = [name.strip("| ") for name, _ in lines]
+    assert told.count("experts, sgd") == told.count("full") == 1
+    assert [name for name in told if name.startswith("random-hard")] == ["random-hard, IPC 1", "random-hard, IPC 10"]
+    assert lines[0] == ["| experts, sgd", "100"], "fifty for each of two seeds"
 
 
 def test_who_is_ahead_is_told_only_beyond_a_standard_error(bench: SimpleNamespace) -> None:
@@ -150,7 +199,7 @@ def test_who_is_ahead_is_told_only_beyond_a_standard_error(bench: SimpleNamespac
         for (ipc, name), value in accuracy.items()
     ]
     lines = {line.split(" | ")[0]: line.split(" | ")[2] for line in bench.tables.range_table({"crossover": rows})}
-    assert (lines["| 1"], lines["| 10"], lines["| 5"]) == ("early", "late", "neither by a standard error")
+    assert (lines["| 1"], lines["| 10"], lines["| 5"]) == ("early", "late", "neither")
 
 
 @pytest.mark.slow
@@ -180,7 +229,40 @@ def test_a_tiny_run_leaves_tables_numbers_and_a_figure(bench: SimpleNamespace, t
 
 def nothing_is_left(bench: SimpleNamespace, runs: Path) -> bool:
     """Whether all tasks of the tiny run are done."""
-    sizes = bench.variants.QUICK
-    configs: list[Any] = [c for each in bench.variants.crossover_runs(sizes, 1, 2).values() for c in each]
-    plan = Pipeline(configs, str(runs)).plan()
-    return plan == ["0 experts to train", "0 sets to distil", "0 networks to train for evaluation"]
+    sizes, variants = bench.variants.QUICK, bench.variants
+    rows = [*variants.crossover_runs(sizes, 1, 2).values(), *variants.ablation_runs(sizes, 1, 2).values()]
+    plan = bench.main.Scoring([config for each in rows for config in each], str(runs)).plan()
+    return bool(plan == ["0 experts to train", "0 sets to distil", "0 networks to train for evaluation"])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--distillations", "0"], "0 is less than 1"),
+        (["--seeds", "-1"], "-1 is less than 1"),
+        (["--seeds", "many"], "invalid positive value: 'many'"),
+        (["--quick", "--out", "{file}"], "cannot be made a folder: File exists"),
+        (["--quick", "--runs", "{file}/runs"], "cannot be made a folder: Not a directory"),
+    ],
+)
+def test_bad_input_is_told_before_the_work(
+    bench: SimpleNamespace, capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str], expected: str
+) -> None:
+    """Exit code 2, before an executor is started."""
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        bench.main.main([word.format(file=tmp_path / "file") for word in words])
+    assert ended.value.code == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_several_goes_at_one_folder_are_told(bench: SimpleNamespace, tmp_path: Path) -> None:
+    """An interrupted one too, of which no time is known."""
+    facts = sys.modules["facts"]
+    with pytest.raises(KeyboardInterrupt), facts.going(tmp_path):
+        raise KeyboardInterrupt
+    with facts.going(tmp_path):
+        pass
+    found = facts.common_facts("bench_fidelity.py", [], runs=tmp_path)
+    assert found["took"] == "0 minutes in 2 go(es), 1 of them interrupted"
+    assert found["commit"] == facts.commit()

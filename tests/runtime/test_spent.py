@@ -18,7 +18,7 @@ from datm_ray.pipeline import Pipeline, report
 from datm_ray.runtime import expert_progress, spent as spent_module
 from datm_ray.runtime.distill import COST, over_workers, read_cost
 from datm_ray.runtime.executor import Progress, SerialExecutor
-from datm_ray.runtime.experts import ExpertWorker, expert_group
+from datm_ray.runtime.experts import ExpertWorker, expert_group, experts_cost
 from datm_ray.runtime.mesh import Alone
 from datm_ray.runtime.metrics import peak_memory
 from datm_ray.runtime.spent import Account, Spent, total
@@ -40,6 +40,7 @@ def test_costs_add_up_but_for_the_peak() -> None:
     both = Spent(1, 2, 3, 50, 5, 6) + Spent(10, 20, 30, 40, 50, 60)
     assert both == Spent(11, 22, 33, 50, 55, 66) == total([both, Spent()])
     assert Spent.from_json(json.loads(json.dumps(both.to_json()))) == both
+    assert both.share(0.5) == Spent(5.5, 11, 16.5, 50, 27.5, 33)
 
 
 def test_an_account_knows_nothing_of_what_was_before_it(tmp_path: Path) -> None:
@@ -222,6 +223,9 @@ def test_a_resumed_expert_adds_to_what_it_had_cost(tmp_path: Path, monkeypatch: 
     assert list(ExpertWorker(dataset, config.cluster).train(config, pipeline.store_uri, (0, 1)))
     (cost,) = group.costs()
     assert cost["experts"] == [0, 1]
+    one = config.model_copy(update={"experts": config.experts.model_copy(update={"count": 1})})
+    both, half = (experts_cost(each, group).spent.cpu_seconds for each in (config, one))
+    assert half == both / 2, "a stack was trained for both of its experts"
     assert cost["spent"]["cpu_seconds"] == 100.0 * laps[0] + 1.0
     assert laps[0] > before
     group.remove()

@@ -1,0 +1,72 @@
+"""The command line that benchmarks of whole runs share: options, checks before the work, errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from datm_ray.config import RunConfig
+from datm_ray.errors import DatmError
+from datm_ray.pipeline import Pipeline
+from datm_ray.runtime.create import create_executor
+from datm_ray.runtime.executor import Executor
+from datm_ray.runtime.telemetry import Reporter
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def options(description: str | None, runs: str, seeds: int) -> argparse.ArgumentParser:
+    """What every one of them takes; `runs` and `seeds` are defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes; written nowhere unless --out is given")
+    parser.add_argument("--distillations", type=positive, default=1, help="of each row, with seeds of their own")
+    parser.add_argument("--seeds", type=positive, default=seeds, help="networks for each set")
+    parser.add_argument("--executor", choices=["ray", "serial"], default="ray")
+    parser.add_argument("--runs", type=Path, help=f"folder of the runs; {runs}, with --quick {runs}-quick")
+    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results unless --quick")
+    parser.set_defaults(default_runs=Path(runs))
+    return parser
+
+
+def settled(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> argparse.Namespace:
+    """With both folders known and made, so that a run does not end before a place where nobody can write."""
+    default: Path = arguments.default_runs
+    arguments.runs = arguments.runs or default.with_name(default.name + ("-quick" if arguments.quick else ""))
+    arguments.out = arguments.out or (None if arguments.quick else RESULTS)
+    for folder in (arguments.runs, arguments.out):
+        if folder is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as failure:
+                parser.error(f"{folder} cannot be made a folder: {failure.strerror}")
+    return arguments
+
+
+def run(configs: Sequence[RunConfig], kind: type[Pipeline], folder: Path, executor: str) -> Pipeline:
+    """All stages of some runs that is not done yet."""
+    pipeline = kind(configs, str(folder), alone=executor == "serial")
+    start: Callable[[], Executor] = lambda: create_executor(executor, configs[0].cluster, None)  # noqa: E731
+    pipeline.run_all(start, Reporter())
+    return pipeline
+
+
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def start(main: Callable[[], object]) -> None:
+    """Run a program; what goes wrong is one line, and exit code 2."""
+    try:
+        main()
+    except DatmError as failure:
+        print(failure, file=sys.stderr)
+        sys.exit(failure.exit_code)
+    except KeyboardInterrupt:
+        print("Stopped. The same command again continues from here.", file=sys.stderr)
+        sys.exit(130)
