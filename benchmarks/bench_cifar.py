@@ -2,10 +2,10 @@
 
 python benchmarks/bench_cifar.py [--distillations 1] [--ipc 1 10 50] [--quick]         (make bench-cifar)
 
-At every IPC: DATM (its range of start epochs, correct initial images, learned soft labels), MTT (no range, any initial
-images, hard labels), the two controls and all real data. Sizes were scaled by the rules that the results state, and
-not chosen by what came out; the set that is kept and the controls' step sizes are chosen on validation images. The
-folder of runs is kept, and the same command goes on where it stopped.
+At every IPC: DATM (its range of start epochs, first images that an expert has right, learned soft labels), the same
+from any first images, MTT (no range, any first images, hard labels), the two controls and all real data. Sizes were
+scaled by the rules that the results state, and not chosen by what came out; the set that is kept and the controls' step
+sizes are chosen on validation images. The folder of runs is kept, and the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -165,15 +165,8 @@ def page(facts: dict[str, str], found: dict[str, Any], arguments: argparse.Names
     """The results as Markdown."""
     lines = head("A part of CIFAR-10: DATM, MTT and controls", facts)
     lines += ["Tiny sizes, of no meaning (--quick); those told below are of a full run.", ""] if arguments.quick else []
-    lines += [
-        HEADER.format(
-            told=TOLD,
-            epochs=EPOCHS,
-            real=REAL_EPOCHS,
-        ),
-        MEASURED.format(errors=ERRORS[arguments.distillations > 1]),
-        "",
-    ]
+    lines.append(HEADER.format(told=TOLD, epochs=EPOCHS, real=REAL_EPOCHS))
+    lines += [MEASURED.format(errors=ERRORS[arguments.distillations > 1]), ""]
     return [*lines, *crossover_table(found), "", "## Cost", "", *cost_table(found)]
 
 
