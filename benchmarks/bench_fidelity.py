@@ -58,7 +58,8 @@ def asked(words: list[str] | None) -> argparse.Namespace:
     parser = options(__doc__, "runs/fidelity", seeds=5)
     parser.add_argument("--part", choices=["crossover", "ablation", "all"], default="all")
     parser.add_argument("--estimate", action="store_true", help="say how long it will take, and do nothing")
-    return settled(parser, parser.parse_args(words))
+    arguments = parser.parse_args(words)
+    return arguments if arguments.estimate else settled(parser, arguments)
 
 
 def wanted(
@@ -81,8 +82,8 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     cores = provenance(torch.device("cpu"))["cores"]
     seconds = estimate(crossover, ablation)
     sets = sum(map(len, (*crossover.values(), *ablation.values())))
-    told = "sizes of --quick are not estimated" if arguments.quick else f"about {seconds / 60:.0f} minutes of one core"
-    print(f"{sets} sets; {told}" + (f", so {seconds / 60 / min(2, cores):.0f} of two" if not arguments.quick else ""))
+    minutes = f"about {seconds / 60:.0f} minutes of one core, so {seconds / 60 / min(2, cores):.0f} of two"
+    print(f"{sets} sets; {'sizes of --quick are not estimated' if arguments.quick else minutes}")
     if arguments.estimate:
         return {"estimate": seconds}
     exact = [config for runs in (*crossover.values(), *without_set(ablation, TESLA).values()) for config in runs]

@@ -36,7 +36,7 @@ def dataset_override(source: Path, runs: Path, quick: bool) -> str:
 
 
 def write_part(source: Path, folder: Path, per_class: tuple[int, int]) -> None:
-    """The first images of every class of cifar10-train.parquet and cifar10-test.parquet, in the same order."""
+    """The first training and test images of every class, in the same order."""
     import pyarrow.parquet as pq
 
     missing = next((name for name in FILES if not (source / name).is_file()), None)
@@ -46,8 +46,8 @@ def write_part(source: Path, folder: Path, per_class: tuple[int, int]) -> None:
             remedy="give the folder of CIFAR-10 as Parquet (`image.bytes`, `label`) with --cifar",
         )
     folder.mkdir(parents=True, exist_ok=True)
-    for part, count in zip(("train", "test"), per_class, strict=True):
-        images = pq.read_table(source / f"cifar10-{part}.parquet")
+    for part, name, count in zip(("train", "test"), FILES, per_class, strict=True):
+        images = pq.read_table(source / name)
         labels = images["label"].to_numpy()
         kept = [np.flatnonzero(labels == label)[:count] for label in np.unique(labels)]
         unfinished = folder / f"{part}.unfinished"

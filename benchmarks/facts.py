@@ -20,8 +20,6 @@ from datm_ray.runtime.provenance import provenance
 REPOSITORY = Path(__file__).resolve().parents[1]
 PLACES = ("--runs", "--cifar", "--out")
 """Options that name folders of one machine, which decide no result."""
-
-
 GOES = "goes.json"
 """In a folder of runs: which version worked on them, and for how long."""
 

@@ -1,4 +1,4 @@
-"""Finished runs of bench_fidelity.py as numbers and tables."""
+"""Finished runs of bench_fidelity.py and bench_cifar.py as numbers and tables."""
 
 from __future__ import annotations
 

@@ -271,14 +271,21 @@ def test_more_networks_can_be_scored_on_a_finished_run(tmp_path: Path) -> None:
 
 def test_changed_images_under_a_finished_run_are_noticed(reference: Path, tmp_path: Path) -> None:
     """The content of the data set decides, wherever it lies."""
-    import json
-    import shutil
-
     shutil.copytree(reference, tmp_path / "copy")
     note = tmp_path / "copy/tiny/dataset.json"
     note.write_text(json.dumps(json.loads(note.read_text()) | {"fingerprint": "0" * 16}))
     with pytest.raises(RunDirectoryError, match="other images"):
         Pipeline([tiny_config()], str(tmp_path / "copy"))
+
+
+def test_a_run_of_an_earlier_version_is_gone_on_with(reference: Path, tmp_path: Path) -> None:
+    """Whose note of its images tells less; that they are the same is told by their fingerprint alone."""
+    shutil.copytree(reference, tmp_path / "out")
+    note = tmp_path / "out" / "tiny" / "dataset.json"
+    known = json.loads(note.read_text())
+    assert known.pop("test_images") > 0
+    note.write_text(json.dumps(known))
+    assert Pipeline([tiny_config()], str(tmp_path / "out")).plan()[1] == "0 sets to distil"
 
 
 def test_places_given_to_workers_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
