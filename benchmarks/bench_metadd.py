@@ -17,10 +17,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cifar_part import SOURCE, TOLD, dataset_override
 from facts import common_facts, counted, going, head, result_path, save
-from metadd_compare import by_architecture, compared, table
+from metadd_compare import by_architecture, compared, experts_costs, spent_table, variant_table
 from metadd_cost import TITLE, cost_rows, cost_table
 from program import options, run, settled, start
 
@@ -105,6 +106,8 @@ trained network(s) of each architecture, of the same initial parameters in every
   paired t test and of Wilcoxon's{over_distillations}; pairs. {shared}
 - ratio: meta-feature ratio of the images under the backbone and {seen} of the same seed, at threshold
   0.3 / 0.5 / 0.7, mean over distillations. The threshold enters the ratio only: none of the losses has one."""
+SPENT = """Networks are trained at the learned step size and at those that are tried on validation images. 0: an earlier
+version did the work, and noted no cost."""
 ONE, SEVERAL = (
     "One distillation",
     "{count} distillations (seeds 0 to {last}, which decide experts, auxiliaries, draws, initial images and networks)",
@@ -235,21 +238,32 @@ def main(words: list[str] | None = None) -> None:
     with going(arguments.runs):
         pipeline = run(ordered, Scoring, arguments.runs, arguments.executor)
     rows = compared(pipeline, runs, len(SEEN))
+    found = {"rows": rows, "experts": experts_costs(pipeline, runs), "cost": costs}
     facts = {
         **common_facts(__file__, sys.argv[1:] if words is None else words, runs=arguments.runs),
         "recipe": recipe,
         **counted(arguments.distillations, seeds),
         "weights": f"variance {VARIANCE}, invariance {INVARIANCE}, position {POSITION}",
     }
-    groups = next(row["groups"] for row in rows if row["variant"] != "without")
-    lines = head("MetaDD", facts)
-    lines += ["Tiny sizes, of no meaning (--quick); those told below are of a full run.", ""] if quick else []
-    lines += [heading(setting, groups, arguments.distillations, seeds), ""]
-    lines += [*table(rows), "", *by_architecture(rows), *(["", TITLE, "", *cost_table(costs)] if costs else [])]
+    lines = page(facts, found, setting, arguments)
     print("\n".join(lines))
     if arguments.out:
-        name = f"metadd-{recipe}{'-quick' if quick else ''}"
-        save(result_path(arguments.out, name), lines, {**facts, "rows": rows, "cost": costs})
+        part = "".join(f"-{each.name}" for each in chosen[1:]) if arguments.variants else ""
+        name = f"metadd-{recipe}{part}{'-quick' if quick else ''}"
+        save(result_path(arguments.out, name), lines, {**facts, **found})
+
+
+def page(facts: dict[str, str], found: dict[str, Any], setting: Setting, arguments: argparse.Namespace) -> list[str]:
+    """The results as Markdown."""
+    rows, costs = found["rows"], found["cost"]
+    groups = next(row["groups"] for row in rows if row["variant"] != "without")
+    seeds = len(next(iter(rows[0]["tuned"].values()))[0])
+    lines = head("MetaDD", facts)
+    lines += ["Tiny sizes, of no meaning (--quick); those told below are of a full run.", ""] if arguments.quick else []
+    lines += [heading(setting, groups, arguments.distillations, seeds), ""]
+    lines += [*variant_table(rows), "", *by_architecture(rows), "", "## Cost", "", SPENT, ""]
+    lines += spent_table(rows, found["experts"])
+    return [*lines, "", TITLE, "", *cost_table(costs)] if costs else lines
 
 
 if __name__ == "__main__":

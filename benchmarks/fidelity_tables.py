@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
+from tables import COST_HEAD, cost_cells, table
+
 from datm_ray.artifact import read_artifact
 from datm_ray.config import RunConfig
 from datm_ray.runtime.checkpoint import read_curves
@@ -16,7 +18,6 @@ from datm_ray.runtime.evaluate import Score, read_scores
 from datm_ray.runtime.experts import read_experts_cost
 from datm_ray.runtime.spent import Spent, total
 from datm_ray.store.filesystem import Location
-from datm_ray.store.trajectories import size_in_words
 
 Accuracies = Sequence[Sequence[float]]
 """In [0, 1], by distillation and network."""
@@ -149,10 +150,6 @@ def gain_cell(gain: float, error: float) -> str:
 # --- tables -------------------------------------------------------------------------------------------------------
 
 
-def _lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(each)} |" for each in (head, ["---"] * len(head), *rows)]
-
-
 def _listed(values: Sequence[int]) -> str:
     return ", ".join(map(str, values))
 
@@ -181,7 +178,7 @@ def crossover_table(found: Mapping[str, Any]) -> list[str]:
     head += ["all real data", "distilled − all real", "lossless", "skipped", "kept"]
     note = """se: standard error. Lossless: not below all real data by more than one. skipped: iterations whose matching
 loss exceeded the threshold, for each distillation. kept: the iteration whose set was kept, by validation images."""
-    return [note, "", *_lines(head, rows), "", lossless_sentence(found)]
+    return [note, "", *table(head, rows), "", lossless_sentence(found)]
 
 
 def lossless_sentence(found: Mapping[str, Any]) -> str:
@@ -209,7 +206,7 @@ def range_table(found: Mapping[str, Any]) -> list[str]:
             "not known" if math.isnan(error) else "late" if gain > error else "early" if -gain > error else "neither"
         )
         rows.append([str(ipc), gain_cell(gain, error), ahead, best])
-    return _lines(["IPC", "late − early, in pairs", "ahead by more than se", "highest mean of all ranges"], rows)
+    return table(["IPC", "late − early, in pairs", "ahead by more than se", "highest mean of all ranges"], rows)
 
 
 def ablation_table(found: Mapping[str, Any]) -> list[str]:
@@ -242,7 +239,7 @@ name says (all values are in the JSON file). Which iteration's set is kept is de
 sets differ in that too. TESLA takes each step's gradient with its parameters held fixed; it is computed here by the
 same functions, so it takes no less time. Fewer experts are the first ones of the others, and cost their share of
 those."""
-    return [note, "", *_lines(head, rows)]
+    return [note, "", *table(head, rows)]
 
 
 NAMES = {"tesla": "TESLA-style gradient", "DATM": "DATM (base)"}
@@ -256,21 +253,15 @@ def cost_table(found: Mapping[str, Any]) -> list[str]:
     groups = {row["optimiser"]: row for _, row in sorted(named, key=lambda each: each[1]["experts"])}
     for optimiser, row in groups.items():  # of each kind the row with the most, of which others have some
         count = len(row["seeds"]) * row["experts"]
-        rows.append(_cost_line(f"experts, {optimiser}", count, row["cost"]["experts"]))
+        rows.append(cost_cells(f"experts, {optimiser}", count, row["cost"]["experts"]))
     controls: set[tuple[str, int | None]] = set()
     for name, row in named:
-        rows.append(_cost_line(f"{name}: distillation", len(row["runs"]), row["cost"]["distillation"]))
+        rows.append(cost_cells(f"{name}: distillation", len(row["runs"]), row["cost"]["distillation"]))
         for part, accuracies in row["accuracy"].items():
             own = part == "distilled"
             key = part, None if part == REAL else row["ipc"]
             if own or key not in controls:
                 title = f"{name}: networks" if own else part if part == REAL else f"{part}, IPC {row['ipc']}"
-                rows.append(_cost_line(title, sum(map(len, accuracies)), row["cost"][part]))
+                rows.append(cost_cells(title, sum(map(len, accuracies)), row["cost"][part]))
             controls |= set() if own else {key}
-    return _lines(["what", "number", "worker s", "CPU s", "GPU s", "peak memory", "read"], rows)
-
-
-def _cost_line(what: str, count: int, cost: Mapping[str, float]) -> list[str]:
-    seconds = [f"{cost[name]:.1f}" for name in ("seconds", "cpu_seconds", "gpu_seconds")]
-    sizes = [size_in_words(cost[name]) for name in ("peak_memory_bytes", "read_bytes")]
-    return [what, str(count), *seconds, *sizes]
+    return table(COST_HEAD, rows)

@@ -11,14 +11,17 @@ from typing import Any
 
 import torch
 from scipy.stats import ttest_1samp, ttest_rel, wilcoxon
+from tables import COST_HEAD, cost_cells, table
 
 from datm_ray.artifact import load
 from datm_ray.config import NetworkConfig, RunConfig
 from datm_ray.core.metadd import MetaDD, meta_feature_ratio, scaled_maps
 from datm_ray.pipeline import Pipeline
-from datm_ray.runtime.distill import SYNTHETIC
+from datm_ray.runtime.distill import SYNTHETIC, read_cost
 from datm_ray.runtime.evaluate import read_network_scores
 from datm_ray.runtime.expert_networks import ExpertNetworks
+from datm_ray.runtime.experts import ExpertsCost, read_experts_cost
+from datm_ray.runtime.spent import Spent, total
 
 MAIN = ("without", "var-ai-pos")
 """Shown architecture by architecture."""
@@ -85,9 +88,36 @@ def compared(pipeline: Pipeline, runs: dict[str, list[RunConfig]], auxiliaries: 
                 "ratio": [statistics.fmean(of_one_threshold) for of_one_threshold in zip(*measured, strict=True)],
                 "ratios": measured,
                 "tests": {group: paired(tuned, base, names) for group, names in groups.items()},
+                "cost": {part: spent.to_json() for part, spent in costs(pipeline, each).items()},
             }
         )
     return rows
+
+
+def costs(pipeline: Pipeline, runs: Sequence[RunConfig]) -> dict[str, Spent]:
+    """Of distilling all sets of a variant, and of the networks that scored them, by architecture."""
+    fingerprint = pipeline._raw[runs[0].dataset].fingerprint
+    found = {"distillation": total(read_cost(pipeline.out / config.name) for config in runs)}
+    for config in runs:
+        for scores in read_network_scores(pipeline.out, config, fingerprint):
+            name = label(scores.network)
+            found[name] = found.get(name, Spent()) + (scores.tuned.cost or Spent(seconds=scores.tuned.seconds))
+    return found
+
+
+def experts_costs(pipeline: Pipeline, runs: dict[str, list[RunConfig]]) -> dict[str, tuple[int, dict[str, float]]]:
+    """Architecture -> how many experts, and auxiliaries, all variants share, and what they have cost together."""
+    by: dict[tuple[int, str], ExpertsCost] = {}
+    for config in (config for each in runs.values() for config in each):
+        for cost in read_experts_cost(pipeline.out / config.name):
+            known = by.setdefault((config.seed, cost.architecture), cost)
+            if cost.known > known.known:
+                by[config.seed, cost.architecture] = cost
+    found = {}
+    for name in dict.fromkeys(architecture for _, architecture in by):
+        each = [cost for (_, architecture), cost in by.items() if architecture == name]
+        found[name] = sum(cost.known for cost in each), total(cost.spent for cost in each).to_json()
+    return found
 
 
 def flat(values: Accuracies, names: Sequence[str]) -> list[float]:
@@ -124,21 +154,29 @@ def paired(values: Accuracies, base: Accuracies, names: Sequence[str]) -> dict[s
     return found
 
 
-def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+def variant_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A line for each variant."""
-    lines = [
-        "| variant | same, tuned (learned) | seen | unseen | difference: same | seen | unseen | ratio |",
-        "| --- " * 8 + "|",
-    ]
+    lines = []
     for row in rows:
-        cells = []
+        cells = [row["variant"]]
         for names in row["groups"].values():
             tuned, learned = (statistics.fmean(flat(row[column], names)) for column in ("tuned", "learned"))
             cells.append(f"{tuned:.1f} ({learned:.1f})")
         cells += [told(row["tests"][group]) for group in row["groups"]]
-        cells.append(" / ".join(f"{ratio:.3f}" for ratio in row["ratio"]))
-        lines.append(f"| {row['variant']} | {' | '.join(cells)} |")
-    return lines
+        lines.append([*cells, " / ".join(f"{ratio:.3f}" for ratio in row["ratio"])])
+    head = ["variant", "same, tuned (learned)", "seen", "unseen", "difference: same", "seen", "unseen", "ratio"]
+    return table(head, lines)
+
+
+def spent_table(rows: Sequence[dict[str, Any]], experts: dict[str, tuple[int, dict[str, float]]]) -> list[str]:
+    """What every row has cost; experts and auxiliaries, which variants share, once."""
+    lines = [cost_cells(f"experts, {name}", number, cost) for name, (number, cost) in experts.items()]
+    for row in rows:
+        sets = len(next(iter(row["tuned"].values())))
+        for part, cost in row["cost"].items():
+            number = sets if part == "distillation" else sum(map(len, row["tuned"][part]))
+            lines.append(cost_cells(f"{row['variant']}: {part}", number, cost))
+    return table(COST_HEAD, lines)
 
 
 def told(test: dict[str, Any]) -> str:
@@ -151,14 +189,13 @@ def told(test: dict[str, Any]) -> str:
 
 
 def by_architecture(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Tuned accuracy of the first and the full variant on every architecture."""
-    chosen = [row for row in rows if row["variant"] in MAIN]
-    lines = [f"| architecture | {' | '.join(row['variant'] for row in chosen)} |", "| --- " * (1 + len(chosen)) + "|"]
-    for name in chosen[0]["tuned"]:
-        each = [flat(row["tuned"], [name]) for row in chosen]
-        cells = [f"{statistics.fmean(values):.1f} ± {spread(values)}" for values in each]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+    """Accuracy of the first and the full variant on every architecture, with the tuned and the learned step size."""
+    chosen = [(row, column) for row in rows if row["variant"] in MAIN for column in ("tuned", "learned")]
+    lines = []
+    for name in chosen[0][0]["tuned"]:
+        each = [flat(row[column], [name]) for row, column in chosen]
+        lines.append([name, *(f"{statistics.fmean(values):.1f} ± {spread(values)}" for values in each)])
+    return table(["architecture", *(f"{row['variant']}, {column}" for row, column in chosen)], lines)
 
 
 def spread(values: Sequence[float]) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from bench_matching import Shape
 from facts import status
+from tables import table
 
 from datm_ray.core.distillation import Distillation, LearningRates, Match, MetaTerm, Origin
 from datm_ray.core.matching import draw_student_steps
@@ -86,16 +87,21 @@ def cost_rows(quick: bool) -> list[dict[str, Any]]:
 
 def cost_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A line for each number of auxiliaries."""
-    lines = ["| auxiliaries | share of images | peak, MiB | ratio | seconds an iteration | ratio |", "| --- " * 6 + "|"]
-    base = rows[0]
+    base, lines = rows[0], []
     for row in rows:
         seconds, before = statistics.median(row["seconds"]), statistics.median(base["seconds"])
-        peak = f"{row['peak'] / 2**20:.0f} | {row['peak'] / base['peak']:.2f}"
+        spread = f"{min(row['seconds']):.2f} to {max(row['seconds']):.2f}"
         lines.append(
-            f"| {row['auxiliaries']} | {row['share']:g} | {peak} | "
-            f"{seconds:.2f} ({min(row['seconds']):.2f} to {max(row['seconds']):.2f}) | {seconds / before:.2f} |"
+            [
+                str(row["auxiliaries"]),
+                f"{row['share']:g}",
+                f"{row['peak'] / 2**20:.0f}",
+                f"{row['peak'] / base['peak']:.2f}",
+                f"{seconds:.2f} ({spread})",
+                f"{seconds / before:.2f}",
+            ]
         )
-    return lines
+    return table(["auxiliaries", "share of images", "peak, MiB", "ratio", "seconds an iteration", "ratio"], lines)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
+
+from datm_ray.runtime.experts import EXPERTS_COST
+from datm_ray.runtime.spent import Spent
+from datm_ray.store.filesystem import open_location
 
 pa = pytest.importorskip("pyarrow")
 
@@ -79,3 +83,34 @@ def test_results_name_no_folder_of_a_machine(bench: ModuleType) -> None:
     """What else was asked for is told."""
     words = ["--data", "cifar10", "--runs", "/here", "--out=/there", "--seeds", "3"]
     assert sys.modules["facts"].without_places(words) == ["--data", "cifar10", "--seeds", "3"]
+
+
+def test_experts_that_variants_share_are_counted_once(bench: ModuleType, compare: ModuleType, tmp_path: Path) -> None:
+    """Of each architecture and seed; sets and networks are told of each variant."""
+    runs = {
+        each.name: bench.runs_of(each, bench.DIGITS, "digits-ipc1", 2, [])
+        for each in bench.variants()
+        if each.name in ("without", "var-ai-pos")
+    }
+    spent = Spent(seconds=2.0, cpu_seconds=1.0).to_json()
+    for config in (config for each in runs.values() for config in each):
+        names = ["convnet", *(["vgg11"] if config.metadd else [])]
+        told = [{"architecture": name, "known": 8, "spent": spent} for name in names]
+        (open_location(str(tmp_path)) / config.name / EXPERTS_COST).write_json(told)
+    experts = compare.experts_costs(SimpleNamespace(out=open_location(str(tmp_path))), runs)
+    assert {name: (number, cost["cpu_seconds"]) for name, (number, cost) in experts.items()} == {
+        "convnet": (16, 2.0),
+        "vgg11": (16, 2.0),
+    }
+    row = {
+        "variant": "without",
+        "tuned": {"convnet": [[90.0], [91.0]]},
+        "cost": {"distillation": spent, "convnet": spent},
+    }
+    lines = compare.spent_table([row], experts)
+    assert [line.split(" | ")[:2] for line in lines[2:]] == [
+        ["| experts, convnet", "16"],
+        ["| experts, vgg11", "16"],
+        ["| without: distillation", "2"],
+        ["| without: convnet", "2"],
+    ]

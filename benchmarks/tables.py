@@ -1,0 +1,27 @@
+"""Markdown tables that several benchmarks share, among them what the rows of a comparison have cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from datm_ray.store.trajectories import size_in_words
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Its lines."""
+    return [f"| {' | '.join(each)} |" for each in (head, ["---"] * len(head), *rows)]
+
+
+COST_HEAD = ("what", "number", "worker s", "CPU s", "GPU s", "peak memory", "read")
+
+
+def cost_cells(what: str, number: int, cost: Mapping[str, float]) -> list[str]:
+    """A row under `COST_HEAD`.
+
+    Args:
+        number: of the things that cost so much together.
+        cost: of `Spent.to_json`.
+    """
+    seconds = [f"{cost[name]:.1f}" for name in ("seconds", "cpu_seconds", "gpu_seconds")]
+    sizes = [size_in_words(cost[name]) for name in ("peak_memory_bytes", "read_bytes")]
+    return [what, str(number), *seconds, *sizes]
