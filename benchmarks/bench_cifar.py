@@ -20,7 +20,7 @@ from typing import Any
 from bench_fidelity import ERRORS, MEASURED
 from cifar_part import SOURCE, TOLD, dataset_override
 from facts import common_facts, counted, going, head, result_path, save
-from fidelity_tables import cost_table, crossover_table, measured
+from fidelity_tables import cost_table, crossover_table, measured, progress_table
 from program import options, run, settled, start
 
 from datm_ray.config import RunConfig, override
@@ -167,7 +167,8 @@ def page(facts: dict[str, str], found: dict[str, Any], arguments: argparse.Names
     lines += ["Tiny sizes, of no meaning (--quick); those told below are of a full run.", ""] if arguments.quick else []
     lines.append(HEADER.format(told=TOLD, epochs=EPOCHS, real=REAL_EPOCHS))
     lines += [MEASURED.format(errors=ERRORS[arguments.distillations > 1]), ""]
-    return [*lines, *crossover_table(found), "", "## Cost", "", *cost_table(found)]
+    lines += [*crossover_table(found), "", "## On the way", "", *progress_table(found)]
+    return [*lines, "", "## Cost", "", *cost_table(found)]
 
 
 if __name__ == "__main__":

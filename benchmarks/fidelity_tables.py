@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -81,6 +82,13 @@ def _of(out: Location, runs: Sequence[RunConfig]) -> dict[str, Any]:
         "recipe": runs[0].identity(),
         "accuracy": {row: [list(found[row].accuracies) for found in scores] for row in scores[0]},
         "validation": [float(max(curve["validation.accuracy"])) for curve in curves],
+        "validation_curves": [
+            [
+                list(pair)
+                for pair in zip(*(curve[f"validation.{of}"].tolist() for of in ("iteration", "accuracy")), strict=True)
+            ]
+            for curve in curves
+        ],
         "kept_at": [int(curve["validation.chosen_at"]) for curve in curves],
         "skipped": [int(curve["history.skipped"].sum()) for curve in curves],
         "cost": {
@@ -192,6 +200,18 @@ def lossless_sentence(found: Mapping[str, Any]) -> str:
         return "With DATM's own range no set is lossless."
     named = ", ".join(f"{ipc} ({1000 * ipc / found['training_images']:.2g} % of the data)" for ipc in enough)
     return f"With DATM's own range the sets are lossless at IPC {named}."
+
+
+def progress_table(found: Mapping[str, Any]) -> list[str]:
+    """How far validation images say that each set had come, and so whether more iterations are worth trying."""
+    rows = []
+    for row in found["crossover"]:
+        by: dict[int, list[float]] = {}
+        for iteration, accuracy in itertools.chain(*row["validation_curves"]):
+            by.setdefault(iteration, []).append(accuracy)
+        told = ", ".join(f"{100 * statistics.fmean(each):.1f} at {iteration}" for iteration, each in by.items())
+        rows.append([str(row["ipc"]), row["range"], told])
+    return table(["IPC", "method", "accuracy on validation images, at iteration"], rows)
 
 
 def range_table(found: Mapping[str, Any]) -> list[str]:

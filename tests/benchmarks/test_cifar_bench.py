@@ -69,6 +69,12 @@ def test_a_tiny_run_scores_every_method(bench: ModuleType, tmp_path: Path) -> No
     assert all(len(row["accuracy"]) == 4 for row in found["crossover"])
     names = {file.name.partition("_")[0] for file in (tmp_path / "results").iterdir()}
     assert names == {"cifar10-part-ipc1-quick"}
+    (page,) = (tmp_path / "results").glob("*.md")
+    for row in found["crossover"]:
+        ((first, second),) = row["validation_curves"]
+        assert (first[0], second[0]) == (2, 4), "QUICK validates every two of four iterations"
+        told = f"| 1 | {row['range']} | {100 * first[1]:.1f} at 2, {100 * second[1]:.1f} at 4 |"
+        assert told in page.read_text().splitlines()
     assert str(tmp_path) not in "".join(file.read_text() for file in (tmp_path / "results").iterdir())
 
 
