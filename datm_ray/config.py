@@ -231,8 +231,8 @@ class ClusterConfig(Section):
     """Parallel workers; none takes as many as the CPUs (or GPUs) allow."""
     threads_per_worker: Count = 1
     """CPU threads of each worker. Fixed, because float sums depend on how many threads share them."""
-    gpus_per_worker: NonNegative = 0.0
-    """GPUs of each worker; a fraction lets several share one."""
+    gpus_per_worker: NonNegative | None = None
+    """GPUs of each worker on Ray; a fraction lets several share one. none takes one each where the cluster has GPUs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where a worker has one."""
     compile: bool = True

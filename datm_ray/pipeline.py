@@ -323,6 +323,8 @@ class Pipeline:
         return (*sizes, *alone)
 
     def _would_fit(self, config: RunConfig, shards: int, roles: tuple[Role, ...]) -> bool:
+        if self._elsewhere and config.cluster.memory is None:
+            return True  # workers look at their own memory, and executors then wait for more of them
         raw = self._raw[config.dataset]
         layout = Layout(shards, roles, 1)
         try:
@@ -537,9 +539,9 @@ class Pipeline:
                 )
 
     def _check_precision(self, config: RunConfig) -> None:
-        can_have = config.cluster.gpus_per_worker > 0 if self._elsewhere else torch.cuda.is_available()
-        has_gpu = config.cluster.device != "cpu" and can_have
-        require_precision(config.cluster, has_gpu)
+        cluster = config.cluster
+        can_have = cluster.gpus_per_worker != 0 and (self._elsewhere or torch.cuda.is_available())
+        require_precision(cluster, has_gpu=cluster.device != "cpu" and can_have)  # executors ask again
 
     def _require_experts(self, networks: Sequence[RunConfig]) -> None:
         for network in networks:

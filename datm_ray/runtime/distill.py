@@ -37,7 +37,7 @@ from datm_ray.core.synthetic import SyntheticSet, correct_rows, hard_logits, ran
 from datm_ray.core.training import PROTOCOLS, Pulse, Schedule, accuracy, train
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import ClusterError, DivergenceError
-from datm_ray.runtime.checkpoint import Rows, load_checkpoint, save_checkpoint
+from datm_ray.runtime.checkpoint import PARTS, Rows, load_checkpoint, save_checkpoint
 from datm_ray.runtime.executor import (
     Event,
     Finished,
@@ -284,6 +284,9 @@ class _Run:
         settings = self._config.distill
         of_labels = settings.learning_rate_labels if settings.labels == "soft" else 0.0
         rates = LearningRates(settings.learning_rate_images, of_labels, settings.learning_rate_step_size)
+        if self._mesh.rank == 0:
+            for place in (self._folder, self._folder / PARTS):
+                place.remove_leftovers()
         saved = load_checkpoint(self._folder, self._rows, rates, settings.threshold, self._device)
         self._require_one_state(-1 if saved is None else saved.iteration)
         if saved is not None:

@@ -29,7 +29,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from datm_ray.artifact import Artifact, read_artifact
@@ -196,12 +195,11 @@ class EvaluateWorker:
             learned = _learned_step_size(artifact, config, network)
             targets = artifact.labels if row == "distilled-hard" else artifact.soft_labels
             return artifact.images.to(self._device), targets.to(self._device), learned
-        all_images = to_device(self._dataset.train_images, self._device)
-        all_labels = to_device(self._dataset.train_labels, self._device)
+        all_images, all_labels = self._dataset.train_images, self._dataset.train_labels
         if row == "full":
-            return all_images, all_labels, None
-        rows = torch.from_numpy(random_rows(self._dataset.train_labels, config.distill.ipc, seed)).to(self._device)
-        images, labels = all_images[rows], all_labels[rows]
+            return to_device(all_images, self._device), to_device(all_labels, self._device), None
+        rows = random_rows(all_labels, config.distill.ipc, seed)
+        images, labels = to_device(all_images[rows], self._device), to_device(all_labels[rows], self._device)
         if row == "random-hard":
             return images, labels, None
         return images, self._expert_networks(config, store_uri).soft_labels(images, labels), None

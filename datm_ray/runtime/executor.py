@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -53,6 +54,15 @@ class Lost:
 
 
 @dataclass(frozen=True)
+class Failed:
+    """A task cannot be done; what runs beside it is finished before the stage ends with the error."""
+
+    reason: str
+    others: int
+    """Tasks that go on."""
+
+
+@dataclass(frozen=True)
 class Resized:
     """A task goes on with fewer workers than it had, or with more."""
 
@@ -69,7 +79,7 @@ class Note:
     text: str
 
 
-Event = Progress | Finished | Lost | Resized | Note
+Event = Progress | Finished | Lost | Failed | Resized | Note
 
 
 @dataclass(frozen=True)
@@ -125,6 +135,8 @@ class Executor(Protocol):
     ) -> Iterator[tuple[Task, Event]]:
         """Run every task once to its `Finished`, in any order and possibly in parallel.
 
+        Where one fails, none is begun any more; those that run beside it are finished before the error is raised.
+
         Args:
             worker: class, instantiated as worker(*setup) wherever it will live.
             method: name of the worker's generator method; called with each task's arguments.
@@ -144,8 +156,8 @@ class SerialExecutor:
     """One worker in this process, one task after the other."""
 
     def __init__(self, cluster: ClusterConfig) -> None:
-        prepare_device(cluster)  # so that a missing GPU is told before anything starts
-        self.description = f"this process, {cluster.threads_per_worker} thread(s)"
+        device = prepare_device(cluster)  # so that a missing GPU is told before anything starts
+        self.description = f"this process, {cluster.threads_per_worker} thread(s){', a GPU' * (device.type == 'cuda')}"
         self.workers = self.workers_per_machine = 1
 
     def require_room(self, name: str, size: int) -> None:
@@ -161,8 +173,9 @@ class SerialExecutor:
         """See `Executor.run`."""
         instance = worker(*setup) if tasks else None
         for task in tasks:
-            for event in getattr(instance, method)(*task.arguments):
-                yield task, event
+            with explaining_memory():
+                for event in getattr(instance, method)(*task.arguments):
+                    yield task, event
 
     def close(self) -> None:
         """Nothing is held."""
@@ -175,14 +188,39 @@ def prepare_device(cluster: ClusterConfig) -> torch.device:
         ClusterError: a GPU is asked for where there is none.
     """
     torch.set_num_threads(cluster.threads_per_worker)
-    available = torch.cuda.is_available()
-    if cluster.device == "cuda" and not available:
+    takes_one = torch.cuda.is_available() and cluster.gpus_per_worker != 0
+    if cluster.device == "cuda" and not takes_one:
         raise ClusterError(
-            "cluster.device is 'cuda', but this worker sees no GPU",
-            "the machine has none, or cluster.gpus_per_worker is 0, so that Ray hides it",
+            "cluster.device is 'cuda', but this worker has no GPU",
+            "its machine has none, torch is not built for it, or cluster.gpus_per_worker is 0",
             "set cluster.gpus_per_worker=1, or cluster.device=cpu",
         )
-    return torch.device("cuda" if available and cluster.device != "cpu" else "cpu")
+    if not takes_one or cluster.device == "cpu":
+        return torch.device("cpu")
+    # torch rounds the products of convolutions to 10 bits unless it is told not to; student steps have their own say.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    return torch.device("cuda")
+
+
+@contextmanager
+def explaining_memory() -> Iterator[None]:
+    """Raise a `ClusterError` where a GPU's memory does not suffice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as failure:
+        raise ClusterError(
+            f"a worker's GPU is out of memory: {' '.join(str(failure).split())[:200]}",
+            "others use it too, or the recipe takes more than was predicted",
+            "give a distilling worker less with --memory, lower cluster.experts_at_a_time, or let fewer workers share "
+            "a GPU with cluster.gpus_per_worker; the same command again goes on",
+        ) from None
+
+
+def uses_gpu(cluster: ClusterConfig) -> bool:
+    """Whether workers compute on GPUs, as far as can be told from here."""
+    if cluster.device == "cpu" or cluster.gpus_per_worker == 0:
+        return False
+    return cluster.device == "cuda" or cluster.gpus_per_worker is not None or torch.cuda.is_available()
 
 
 def require_precision(cluster: ClusterConfig, has_gpu: bool) -> None:

@@ -4,9 +4,11 @@
 
 Each file holds some epochs of a whole stack: those that the trajectory will keep, and the state after the last of them.
 Files are written whole, at the end of an epoch, as often as `WRITE_SHARE` allows; the trajectories are assembled from
-them at the end, an epoch at a time. Two who train one stack at the same moment write the same numbers under names of
-their own, and neither touches the other's. Each file tells too what was spent since the one before it; what a killed
-worker had not written yet is trained again, and its cost is not counted.
+them at the end, an epoch at a time. Two who train one stack at the same moment write under names of their own, and
+neither touches the other's; on processors they write the same numbers. On GPUs, whose sums may differ from run to run,
+they do not: there a worker that was given up but lives on, and its successor, may each have a part of one trajectory.
+Each file tells too what was spent since the one before it; what a killed worker had not written yet is trained again,
+and its cost is not counted.
 Shapes: e epochs, s experts, p parameters, q buffers.
 """
 

@@ -34,7 +34,7 @@ from datm_ray.core.stacked import can_be_stacked
 from datm_ray.core.training import accuracy
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import DivergenceError
-from datm_ray.runtime.executor import Event, Finished, Note, Progress, prepare_device, to_device
+from datm_ray.runtime.executor import Event, Finished, Note, Progress, prepare_device, to_device, uses_gpu
 from datm_ray.runtime.expert_progress import ExpertProgress, wait_for_room
 from datm_ray.runtime.metrics import Meter
 from datm_ray.runtime.spent import Account, Spent, total
@@ -61,8 +61,9 @@ def experts_at_a_time(config: RunConfig, image: tuple[int, int, int], classes: i
     cluster = config.cluster
     if cluster.experts_at_a_time is not None:
         return cluster.experts_at_a_time
-    if cluster.device == "cuda" or cluster.gpus_per_worker:
-        return LARGEST_STACK
+    if uses_gpu(cluster):
+        # Where there are more workers than largest stacks, smaller ones, so that none is idle.
+        return min(LARGEST_STACK, -(-config.experts.count // (cluster.workers or 1)))
     network = build_network(network_spec(config, image[0], image[1:], classes), seed=0)
     if not can_be_stacked(network):
         return 1

@@ -290,7 +290,7 @@ def open_mesh(
         except BaseException:
             # A peer may be in the midst of a sum that will never end; NCCL waits for it unless it is told not to.
             if dist.is_initialized() and "nccl" in backend:
-                dist.distributed_c10d._abort_process_group()
+                dist.distributed_c10d._abort_process_group(dist.group.WORLD)
             raise
         finally:
             if dist.is_initialized():

@@ -36,6 +36,7 @@ from datm_ray.core.step_functions import Order, Precision, StepOptions, StudentS
 from datm_ray.core.training import PROTOCOLS, predict_logits
 from datm_ray.data.sources import load_raw
 from datm_ray.errors import ConfigError
+from datm_ray.runtime.executor import uses_gpu
 from datm_ray.runtime.experts import network_spec
 from datm_ray.store.trajectories import size_in_words
 
@@ -218,7 +219,7 @@ def distillation_plan(
     data_bytes = 4 * training_images * math.prod(image)
     budget = worker_budget(config, data_bytes, layout.sharing)
     images, batch = settings.ipc * classes, min(settings.batch_size, settings.ipc * classes)
-    chunk = _chunk(need, layout.shards, batch, budget, None if uses_gpu(config) else CACHE_BYTES) or 1
+    chunk = _chunk(need, layout.shards, batch, budget, None if uses_gpu(config.cluster) else CACHE_BYTES) or 1
     parameters = need.parameters
     plan = DistillationPlan(
         name=config.name + (f", backbone {backbone}" if config.backbones else ""),
@@ -308,7 +309,7 @@ class _Need:
             parameters=counts[backbone],
             beside=sum(counts[other] for other in role.backbones if other != backbone),
             cost=_cost(specs[backbone], config.cluster.compile, config.cluster.channels_last, config.cluster.precision),
-            process=0 if uses_gpu(config) else PROCESS_BYTES,
+            process=0 if uses_gpu(config.cluster) else PROCESS_BYTES,
             scoring=_scoring(specs[0], config.distill.ipc * classes),
             **_of_meta(config, image, classes, role),
         )
@@ -386,6 +387,10 @@ def require_whole_classes(shards: int, classes: int, name: str) -> None:
         )
 
 
+GPU_SHARE = 0.9
+"""Of a GPU's free memory that a plan may fill: what is not predicted (workspaces, fragments) was measured on no GPU."""
+
+
 def worker_budget(config: RunConfig, data_bytes: int = 0, sharing: int = 1) -> int | None:
     """Bytes that one distilling worker may take: what the recipe says, or else what its device has free.
 
@@ -396,12 +401,18 @@ def worker_budget(config: RunConfig, data_bytes: int = 0, sharing: int = 1) -> i
     cluster = config.cluster
     if cluster.memory_bytes is not None:
         return cluster.memory_bytes
-    if uses_gpu(config):
+    if uses_gpu(cluster):
         if not torch.cuda.is_available():
             return None
-        share = cluster.gpus_per_worker if 0 < cluster.gpus_per_worker < 1 else 1.0
-        return int(torch.cuda.mem_get_info()[0] * share)
+        asked = cluster.gpus_per_worker or 1.0
+        return int(GPU_SHARE * min(asked, 1.0) * free_gpu_memory())
     return max(0, available_memory() - data_bytes) // sharing
+
+
+def free_gpu_memory() -> int:
+    """Bytes of the current GPU that this process can take: what nobody holds, and what it holds and does not use."""
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return int(torch.cuda.mem_get_info()[0]) + unused
 
 
 def available_memory(root: Path = Path("/")) -> int:
@@ -443,14 +454,6 @@ def _reclaimable(group: Path) -> int:
             int(line.split()[1]) for line in lines if line.split()[0] in ("inactive_file", "total_inactive_file")
         )
     return 0
-
-
-def uses_gpu(config: RunConfig) -> bool:
-    """Whether the recipe's workers compute on GPUs, as far as can be told from here."""
-    cluster = config.cluster
-    return cluster.device != "cpu" and (
-        torch.cuda.is_available() or cluster.device == "cuda" or cluster.gpus_per_worker > 0
-    )
 
 
 @functools.lru_cache(maxsize=16)

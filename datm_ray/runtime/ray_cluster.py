@@ -16,9 +16,10 @@ from ray.autoscaler.sdk import request_resources
 
 from datm_ray.config import ClusterConfig
 from datm_ray.errors import ClusterError
+from datm_ray.runtime.executor import require_precision
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# The driver holds no accelerator; without this Ray hides GPUs from actors that ask for none and warns about it.
+# Ray warns that it will no longer hide GPUs from actors that ask for none; ours hide them themselves.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 CONNECT_TIMEOUT = 10.0
@@ -182,9 +183,10 @@ class Machines:
 
     def _too_few(self, wanted: int) -> ClusterError:
         cluster, resources = self._cluster, ray.cluster_resources()
+        gpus = f"{cluster.gpus_per_worker or 0:g} GPU(s)"
         return ClusterError(
-            f"{wanted} worker(s) of {cluster.threads_per_worker} CPU(s) and {cluster.gpus_per_worker:g} GPU(s) are "
-            f"asked for, but the cluster has {resources.get('CPU', 0):g} CPU(s) and {resources.get('GPU', 0):g} GPU(s)",
+            f"{wanted} worker(s) of {cluster.threads_per_worker} CPU(s) and {gpus} are asked for, but the cluster has "
+            f"{resources.get('CPU', 0):g} CPU(s) and {resources.get('GPU', 0):g} GPU(s)",
             remedy="lower cluster.workers, threads_per_worker or gpus_per_worker, or add nodes; "
             "cluster.wait_for_nodes waits for those that come on demand",
         )
@@ -206,9 +208,29 @@ class Machines:
                 request_resources(bundles=[])
 
 
+def with_gpus(cluster: ClusterConfig) -> ClusterConfig:
+    """The settings, with the number of GPUs that a worker gets on the cluster we are connected to.
+
+    Raises:
+        ClusterError: a precision or device that there is no GPU for.
+    """
+    asked = cluster.gpus_per_worker
+    if asked is None:
+        has_some = cluster.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
+        cluster = cluster.model_copy(update={"gpus_per_worker": 1.0 if has_some else 0.0})
+    if cluster.device == "cuda" and not cluster.gpus_per_worker:
+        raise ClusterError(
+            "cluster.device is 'cuda', but no node of the cluster has a GPU",
+            "they come on demand, or Ray was started without them",
+            "say how many a worker gets with --set cluster.gpus_per_worker=1, or set cluster.device=auto",
+        )
+    require_precision(cluster, has_gpu=bool(cluster.gpus_per_worker) and cluster.device != "cpu")
+    return cluster
+
+
 def place(cluster: ClusterConfig) -> dict[str, float]:
     """Resources of one worker."""
-    wanted = {"CPU": float(cluster.threads_per_worker), "GPU": cluster.gpus_per_worker}
+    wanted = {"CPU": float(cluster.threads_per_worker), "GPU": cluster.gpus_per_worker or 0.0}
     return {name: count for name, count in wanted.items() if count}
 
 

@@ -6,6 +6,7 @@ would wait for each other for ever.
 
 from __future__ import annotations
 
+import os
 import secrets
 import socket
 import time
@@ -30,7 +31,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from datm_ray.config import ClusterConfig
 from datm_ray.errors import DatmError, PeerLostError, WorkerLostError
-from datm_ray.runtime.executor import Event, Seat, Task
+from datm_ray.runtime.executor import Event, Seat, Task, explaining_memory
 from datm_ray.runtime.ray_cluster import first_line, place
 from datm_ray.runtime.recovery import is_silent
 
@@ -60,6 +61,9 @@ class _Host:
     """An actor: a worker, and what it needs to work with others."""
 
     def __init__(self, worker: Callable[..., Any], *setup: Any) -> None:
+        if not ray.get_gpu_ids():
+            # Not every version of Ray hides what was not asked for; all workers of a machine would take its first GPU.
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self._worker = worker(*setup)
 
     def __repr__(self) -> str:
@@ -82,7 +86,8 @@ class _Host:
     def work(self, method: str, rank: int, size: int, meeting: str, *arguments: Any) -> Iterator[Event]:
         """Do a task, or this actor's part of it."""
         seat = {"seat": Seat(rank, size, meeting)} if size > 1 else {}
-        yield from getattr(self._worker, method)(*arguments, **seat)
+        with explaining_memory():
+            yield from getattr(self._worker, method)(*arguments, **seat)
 
 
 @dataclass(eq=False)
@@ -121,7 +126,7 @@ class Crew:
         for rank in range(self.size):
             actor = remote.options(
                 num_cpus=cluster.threads_per_worker,
-                num_gpus=cluster.gpus_per_worker,
+                num_gpus=cluster.gpus_per_worker or 0.0,
                 name=f"{title} {rank + 1} of {self.size}, {mark}",
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=rank),
             )

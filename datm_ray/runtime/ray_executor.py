@@ -17,9 +17,9 @@ import ray
 from ray.exceptions import ActorUnschedulableError, RayError, RaySystemError
 
 from datm_ray.config import ClusterConfig
-from datm_ray.errors import ClusterError, WorkerLostError
-from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, Resized, Task
-from datm_ray.runtime.ray_cluster import Machines, connect, first_line
+from datm_ray.errors import ClusterError, ConfigError, DatmError, WorkerLostError
+from datm_ray.runtime.executor import Event, Failed, Finished, Lost, Note, Progress, Resized, Task
+from datm_ray.runtime.ray_cluster import Machines, connect, first_line, with_gpus
 from datm_ray.runtime.ray_crews import LOSSES, Crew, reason, root_cause, unwrapped
 from datm_ray.runtime.ray_metrics import RayMetrics
 from datm_ray.runtime.recovery import History, grown, size_for
@@ -39,23 +39,26 @@ class RayExecutor:
     """Workers as Ray actors on a running cluster, or on one started on this machine for the run."""
 
     def __init__(self, cluster: ClusterConfig, address: str | None = None) -> None:
-        if cluster.device == "cuda" and not cluster.gpus_per_worker:
+        if cluster.device == "cuda" and cluster.gpus_per_worker == 0:
             raise ClusterError(
-                "cluster.device is 'cuda', but cluster.gpus_per_worker is 0, so that Ray hides the GPUs from workers",
+                "cluster.device is 'cuda', but cluster.gpus_per_worker is 0",
                 remedy="set cluster.gpus_per_worker=1, or cluster.device=auto",
             )
-        self._cluster = cluster
         self._owns_cluster = address is not None or not ray.is_initialized()
         dashboard = connect(address) if self._owns_cluster else ""
         self._machines = Machines(cluster)
         try:
+            self._cluster = cluster = with_gpus(cluster)
+            self._machines = Machines(cluster)
             self.workers, self.workers_per_machine = self._machines.require()
         except BaseException:  # an interrupt too: a cluster that grows would grow for nobody
             self._leave()
             raise
         self._metrics = RayMetrics()
         where = f", dashboard http://{dashboard}" if dashboard else ""
-        self.description = f"Ray, up to {self.workers} worker(s) of {cluster.threads_per_worker} thread(s){where}"
+        gpus = f" and {cluster.gpus_per_worker:g} GPU(s)" if cluster.gpus_per_worker else ""
+        each = f"{cluster.threads_per_worker} thread(s){gpus}"
+        self.description = f"Ray, up to {self.workers} worker(s) of {each}{where}"
 
     def share(self, value: Any) -> Any:
         """Put the value into the object store; actors of one node share its arrays without copies."""
@@ -109,13 +112,15 @@ class _Turn:
     """Of the crew that had it last; 0 before the first."""
     limit: int = 2**31
     """The largest crew to try, since there was no room for a larger one."""
+    too_few: int = 0
+    """Workers that found the task too large for them."""
     no_growth_before: float = 0.0
     """In seconds of the monotonic clock; others have the room that the machines seem to have."""
 
     @property
     def sizes(self) -> list[int]:
         """Of crews that may do it."""
-        return [size for size in (self.task.size, *self.task.fewer) if size <= self.limit]
+        return [size for size in (self.task.size, *self.task.fewer) if self.too_few < size <= self.limit]
 
 
 @dataclass(eq=False)
@@ -151,16 +156,20 @@ class _Stage:
         self._idle: list[Crew] = []
         self._running: list[_Running] = []
         self._asked = time.monotonic()
+        self._failure: DatmError | None = None
+        """Of the first task that failed; others that run are finished, and none is begun."""
         self._without_room = float("inf")
         """Since when nothing runs and there is room for nothing, in seconds of the monotonic clock."""
 
     def events(self) -> Iterator[tuple[Task, Event]]:
-        """Of all tasks, until every one is finished."""
-        while self._waiting or self._running:
+        """Of all tasks, until every one is finished, or one has failed and those beside it are finished."""
+        while self._running or (self._waiting and not self._failure):
             yield from self._take_crews()
             yield from self._take_places()
             yield from self._listen()
             yield from self._ask_after_health()
+        if self._failure:
+            raise self._failure
 
     def close(self) -> None:
         """Dismiss everybody."""
@@ -174,7 +183,7 @@ class _Stage:
 
     def _take_crews(self) -> Iterator[tuple[Task, Event]]:
         """Give crews to waiting tasks, in order, so that one of many workers is not passed by for ever."""
-        while self._waiting:
+        while self._waiting and not self._failure:
             turn, capacity = self._waiting[0], self._machines.capacity()
             # As large as the machines allow, whoever works on them now: it is the others' turn that is waited for.
             size = size_for(turn.sizes, capacity)
@@ -308,7 +317,11 @@ class _Stage:
 
     def _act_upon(self, current: _Running, event: Event) -> Iterator[tuple[Task, Event]]:
         """See to the crew of a task of which something was heard."""
-        if isinstance(event, Lost):
+        if isinstance(event, Failed):
+            for ended in [each for each in self._running if not each.streams]:  # of the failed one they were cleared
+                self._running.remove(ended)
+                ended.crew.dismiss()
+        elif isinstance(event, Lost):
             self._give_back(current)
             while self._idle:  # they may have been on the same machine, and cost nothing to replace
                 self._idle.pop().dismiss()
@@ -345,16 +358,34 @@ class _Stage:
                 yield current.turn.task, event
                 yield from self._act_upon(current, event)
 
-    def _lost(self, current: _Running, cause: BaseException) -> Lost:
+    def _lost(self, current: _Running, cause: BaseException) -> Lost | Failed | Note:
+        """What becomes of a task whose worker is gone; one that failed by itself is not tried again."""
+        if isinstance(cause, ConfigError) and current.crew.size < current.turn.task.size:
+            # With all its workers it had no such complaint, and machines may come back.
+            current.turn.too_few = current.crew.size
+            self._give_back(current)
+            return Note(f"waits for machines, as {current.crew.size} worker(s) will not do: {cause}")
+        if isinstance(cause, DatmError) and not isinstance(cause, WorkerLostError):
+            return self._failed(current, cause)
         if not isinstance(cause, (*LOSSES, WorkerLostError)):
             raise cause from None
         turn = current.turn
         turn.history = turn.history.after_loss(current.done)
         if turn.history.gives_up(self._cluster.retries):
-            raise WorkerLostError(
+            lost = WorkerLostError(
                 f"{turn.task.name} lost its worker {turn.history.in_vain} times without getting further, the last time "
                 f"because: {reason(cause)}",
                 "the machine may be out of memory, or the nodes are preempted faster than a task can save its work",
                 "look at the worker's log in the Ray dashboard, then give the same command again: it resumes",
-            ) from None
+            )
+            return self._failed(current, lost)
         return Lost(reason(cause), turn.history.losses)
+
+    def _failed(self, current: _Running, failure: DatmError) -> Failed:
+        """Where nothing else runs there is nothing to wait for. Raises the failure then."""
+        self._failure = self._failure or failure
+        current.streams.clear()
+        others = sum(bool(each.streams) for each in self._running)
+        if not others:
+            raise self._failure from None
+        return Failed(str(failure), others)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
-from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, Resized, Task
+from datm_ray.runtime.executor import Event, Failed, Finished, Lost, Note, Progress, Resized, Task
 from datm_ray.store.trajectories import size_in_words
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class _LineStage:
 
     def event(self, task: Task, event: Event) -> None:
         now = time.monotonic()
-        if isinstance(event, Lost | Resized | Note):
+        if isinstance(event, Lost | Failed | Resized | Note):
             self._reporter.message(_line(task, event))
         elif isinstance(event, Finished):
             self._finished += 1
@@ -86,7 +86,7 @@ class _BarStage:
         self._rows: dict[str, TaskID] = {}
 
     def event(self, task: Task, event: Event) -> None:
-        if isinstance(event, Lost | Resized | Note):
+        if isinstance(event, Lost | Failed | Resized | Note):
             self._bars.console.print(_line(task, event), markup=False, highlight=False)
         if isinstance(event, Resized | Note):
             return
@@ -142,9 +142,11 @@ def _measured(metrics: Mapping[str, float]) -> str:
     return shown if math.isnan(memory) else f"{shown}  {size_in_words(memory)}"
 
 
-def _line(task: Task, event: Lost | Resized | Note) -> str:
+def _line(task: Task, event: Lost | Failed | Resized | Note) -> str:
     if isinstance(event, Note):
         return f"{task.name}: {event.text}"
+    if isinstance(event, Failed):
+        return f"{task.name} failed: {event.reason} {event.others} other(s) go on first, and nothing new is begun"
     if isinstance(event, Resized):
         why = ", for the cluster has room for no more" if event.size < event.wanted else ""
         return f"{task.name}: goes on with {event.size} of {event.wanted} worker(s){why}"

@@ -37,6 +37,7 @@ from datm_ray.runtime.cost import (
     estimate,
 )
 from datm_ray.runtime.evaluate import CONTROL_STEP_SIZES, ON_OTHERS
+from datm_ray.runtime.executor import uses_gpu
 from datm_ray.runtime.experts import experts_at_a_time, network_spec
 from datm_ray.runtime.plan import (
     STORED_BYTES,
@@ -45,7 +46,6 @@ from datm_ray.runtime.plan import (
     Layout,
     distillation_plan,
     looking_flop,
-    uses_gpu,
 )
 from datm_ray.store.trajectories import size_in_words
 
@@ -293,7 +293,7 @@ class Proposal:
 def described_here(config: RunConfig) -> Described:
     """The workers that a recipe has without a description: those it asks for, or all that this machine has."""
     cluster = config.cluster
-    if uses_gpu(config):
+    if uses_gpu(cluster):
         return Described("GPU", cluster.workers or torch.cuda.device_count() or config.workers_per_set)
     cores = cluster.workers * cluster.threads_per_worker if cluster.workers else os.cpu_count() or 1
     return Described("core", max(cores, cluster.threads_per_worker))

@@ -142,6 +142,8 @@ class Location:
                 self._watch()
                 starts, ends = [start for start, _ in ranges], [end for _, end in ranges]
                 fetched = self.fs.cat_ranges([self.path] * len(ranges), starts, ends, on_error="raise")
+                for failure in (chunk for chunk in fetched if isinstance(chunk, Exception)):
+                    raise failure  # fsspec before 2025.3 returns them whatever it is told
                 chunks = [memoryview(chunk) for chunk in fetched]
             moved.bytes = sum(map(len, chunks))
             return chunks
@@ -201,8 +203,8 @@ class Location:
     def remove_leftovers(self) -> Sequence[str]:
         """Delete the temporary files that killed writers left in this folder, and return their names.
 
-        Those of writers still at work stay. Nothing to do but for local folders: an upload leaves nothing
-        behind.
+        Those of writers still at work stay. Nothing to do but for local folders: what an upload in parts leaves
+        behind (of files from 100 MB on) no listing shows, and a rule of the bucket must remove.
         """
         if self.local_path is None:
             return []
@@ -418,9 +420,14 @@ def _notice_retry(request: Any, **_: Any) -> None:
 
 
 def _retry_server_errors() -> None:
-    """Let s3fs retry all of a server's own failures; by itself it repeats 503 only where the server says SlowDown."""
+    """Let s3fs retry all of a server's own failures; by itself it repeats 503 only where the server says SlowDown.
+
+    Before 2026.2 it cannot be told; a failure that it does not repeat then costs a task an attempt.
+    """
     from s3fs import core
 
+    if not hasattr(core, "CUSTOM_ERROR_HANDLER"):
+        return
     earlier = core.CUSTOM_ERROR_HANDLER
     if not hasattr(earlier, "retries_server_errors"):
 

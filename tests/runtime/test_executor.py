@@ -17,7 +17,20 @@ import torch
 from datm_ray.config import ClusterConfig
 from datm_ray.errors import ClusterError, ConfigError, WorkerLostError
 from datm_ray.runtime.create import create_executor
-from datm_ray.runtime.executor import Executor, Finished, Lost, Note, Progress, Resized, Seat, SerialExecutor, Task
+from datm_ray.runtime.executor import (
+    Executor,
+    Failed,
+    Finished,
+    Lost,
+    Note,
+    Progress,
+    Resized,
+    Seat,
+    SerialExecutor,
+    Task,
+    prepare_device,
+    uses_gpu,
+)
 from datm_ray.runtime.mesh import open_mesh
 
 
@@ -73,6 +86,13 @@ class Adder:
         mark = Path(self._folder) / "mark"
         if trap == "raise":
             raise ConfigError("one of them failed")
+        if trap == "too few":
+            raise ConfigError("it does not fit")
+        if trap == "no memory":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        if trap == "wait":
+            time.sleep(5)
+            return
         if trap == "die" or not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -189,6 +209,25 @@ def test_expected_error_of_any_of_several_workers_reaches_the_caller(ray_cluster
     """The other one has lost a peer by then; what the user can mend comes first, and no attempt is spent on it."""
     with pytest.raises(ConfigError, match="one of them failed"):
         added(create_executor("ray", ClusterConfig()), [Task("sum", (1.0, 2, "raise"), 2)])
+
+
+@pytest.mark.ray
+def test_what_runs_beside_a_task_that_fails_is_finished(ray_cluster: Any) -> None:
+    """It may have worked for hours; what has not begun stays so, and the error comes at the end."""
+    tasks = [Task("fails", (1.0, 1, "raise")), Task("runs", (1.0, 1, "wait")), Task("waits", (1.0, 1))]
+    told: list[tuple[Task, Any]] = []
+    with pytest.raises(ConfigError, match="one of them failed"):
+        told.extend(create_executor("ray", ClusterConfig(workers=2)).run(Adder, (), "add", tasks))
+    events = {task.name: event for task, event in told}  # the last of each
+    assert events["fails"] == Failed("one of them failed.", 1)
+    assert isinstance(events["runs"], Finished)
+    assert "waits" not in events
+
+
+def test_a_gpu_without_memory_is_told_in_a_line(executor: Executor) -> None:
+    """With what gives it some, serially and on Ray."""
+    with pytest.raises(ClusterError, match=r"out of memory: CUDA out of memory. Tried .* --memory"):
+        added(executor, [Task("sum", (1.0, 1, "no memory"))])
 
 
 @pytest.mark.ray
@@ -500,6 +539,85 @@ def test_workers_that_fit_into_a_node(resources: dict[str, float], wish: dict[st
     from datm_ray.runtime.ray_cluster import fitting
 
     assert fitting(resources, ClusterConfig(**wish)) == count
+
+
+@pytest.mark.parametrize(
+    ("wish", "found", "gpus"),
+    [
+        ({}, 4.0, 1.0),
+        ({}, 0.0, 0.0),
+        ({"device": "cpu"}, 4.0, 0.0),
+        ({"gpus_per_worker": 0.0}, 4.0, 0.0),
+        ({"gpus_per_worker": 0.5}, 0.0, 0.5),  # machines with GPUs may come on demand
+    ],
+)
+def test_workers_have_a_gpu_each_where_there_are_some(
+    wish: dict[str, Any], found: float, gpus: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else all workers of a machine would share its first one."""
+    ray = pytest.importorskip("ray")
+    from datm_ray.runtime.ray_cluster import place, with_gpus
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": found})
+    cluster = with_gpus(ClusterConfig(**wish))
+    assert cluster.gpus_per_worker == gpus
+    assert place(cluster).get("GPU", 0.0) == gpus
+
+
+@pytest.mark.parametrize("wish", [{"device": "cuda"}, {"precision": "bfloat16"}])
+def test_what_needs_a_gpu_is_refused_on_a_cluster_without(
+    wish: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any work is begun."""
+    ray = pytest.importorskip("ray")
+    from datm_ray.runtime.ray_cluster import with_gpus
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
+    with pytest.raises(ClusterError, match="GPU"):
+        with_gpus(ClusterConfig(**wish))
+
+
+class Looker:
+    """A worker that tells which GPUs it may see."""
+
+    def look(self) -> Iterator[Finished]:
+        yield Finished(os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+@pytest.mark.ray
+def test_a_worker_that_was_given_no_gpu_sees_none(ray_cluster: Any) -> None:
+    """Whatever the version of Ray does."""
+    events = [event for _, event in create_executor("ray", ClusterConfig()).run(Looker, (), "look", [Task("look", ())])]
+    assert events == [Finished("")]
+
+
+def test_no_gpus_per_worker_means_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one process too, and a device that contradicts it is refused."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not uses_gpu(ClusterConfig(gpus_per_worker=0.0))
+    assert uses_gpu(ClusterConfig())
+    assert not uses_gpu(ClusterConfig(device="cpu", gpus_per_worker=1.0))
+    assert prepare_device(ClusterConfig(gpus_per_worker=0.0)) == torch.device("cpu")
+    with pytest.raises(ClusterError, match="gpus_per_worker=1"):
+        prepare_device(ClusterConfig(gpus_per_worker=0.0, device="cuda"))
+
+
+@pytest.mark.ray
+def test_a_task_too_large_for_fewer_workers_waits_for_more(ray_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What two can do and one cannot is no error of the recipe where a machine was lost."""
+    from datm_ray.runtime import ray_executor
+
+    monkeypatch.setattr(ray_executor, "PLACEMENT_TIMEOUT", 1.0)
+    executor = create_executor("ray", ClusterConfig(peer_timeout=1.0))
+    monkeypatch.setattr(executor._machines, "fits", lambda: [1])  # type: ignore[attr-defined]
+    executor.workers = 2
+    told: list[tuple[Task, Any]] = []
+    with pytest.raises(ClusterError, match="no room for 2 workers"):
+        told.extend(executor.run(Adder, (), "add", [Task("sum", (1.0, 1, "too few"), 2, (1,))]))
+    assert [event.text for _, event in told if isinstance(event, Note)] == [
+        "waits for machines, as 1 worker(s) will not do: it does not fit.",
+        "waits for machines: it wants 2 worker(s), there is room for 1",
+    ]
 
 
 def test_unknown_executor_is_named() -> None:
