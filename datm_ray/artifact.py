@@ -59,7 +59,13 @@ class Artifact:
         return TensorDataset(self.images, self.soft_labels.softmax(dim=1))
 
     def normalise(self, images: NDArray[np.float32]) -> Tensor:
-        """Real images [n c h w], black 0 and white 1, as networks trained on this set expect them."""
+        """Real images [n c h w], black 0 and white 1, as networks trained on this set expect them.
+
+        Raises:
+            TypeError: whole numbers, such as bytes from 0 to 255.
+        """
+        if not np.issubdtype(np.asarray(images).dtype, np.floating):
+            raise TypeError(f"images are {images.dtype}, not floats from 0 to 1: divide bytes by 255")
         return torch.from_numpy(self.transform.apply(images))
 
     def pixels(self) -> NDArray[np.uint8]:

@@ -37,6 +37,15 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _none_is_null(cls, values: object) -> object:
+        """YAML's null is what nobody types on a command line."""
+        if not isinstance(values, Mapping):
+            return values
+        optional = {name for name, field in cls.model_fields.items() if type(None) in get_args(field.annotation)}
+        return {key: None if key in optional and each in ("none", "None") else each for key, each in values.items()}
+
 
 class DatasetConfig(Section):
     """Which images, and how they are normalised."""
@@ -46,7 +55,7 @@ class DatasetConfig(Section):
     path: str | None = None
     """Where the data set lies; not needed for digits."""
     resize: Annotated[int, Field(ge=8)] | None = None
-    """Side in pixels to resize every image to; none keeps the size."""
+    """Side in pixels to resize every image to; null keeps the size."""
     normalisation: Literal["zca", "standard"] = "zca"
     """zca: whitening with eps 0.1, as published; standard: mean and standard deviation per channel."""
     validation: Fraction = 0.1
@@ -107,7 +116,7 @@ class ExpertConfig(Section):
     adaptive: bool = True
     """Of gsam: scale the neighbourhood with the size of each parameter."""
     keep_epochs: Count | None = None
-    """Epochs up to this one are stored, and the last one; none stores those that the recipe can match."""
+    """Epochs up to this one are stored, and the last one; null stores those that the recipe can match."""
     storage: Literal["float32", "float16", "bfloat16"] = "float32"
     """How parameters are stored; two bytes each halve the store and what is read of it, and round the trajectories."""
     test_every: Annotated[int, Field(ge=0)] = 0
@@ -228,11 +237,11 @@ class ClusterConfig(Section):
     """How the work is spread. Changes no result but in the last bits of float sums (threads, device, compilation)."""
 
     workers: Count | None = None
-    """Parallel workers; none takes as many as the CPUs (or GPUs) allow."""
+    """Parallel workers; null takes as many as the CPUs (or GPUs) allow."""
     threads_per_worker: Count = 1
     """CPU threads of each worker. Fixed, because float sums depend on how many threads share them."""
     gpus_per_worker: NonNegative | None = None
-    """GPUs of each worker on Ray; a fraction lets several share one. none takes one each where the cluster has GPUs."""
+    """GPUs of each worker on Ray; a fraction lets several share one. null takes one each where the cluster has GPUs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where a worker has one."""
     compile: bool = True
@@ -240,13 +249,13 @@ class ClusterConfig(Section):
     shards: Count = 1
     """Workers that share one distillation, each with some of the classes."""
     experts_at_a_time: Count | None = None
-    """Experts that one worker trains at a time, in shared calls; none takes the fastest, at most 8."""
+    """Experts that one worker trains at a time, in shared calls; null takes the fastest, at most 8."""
     backbones_apart: bool = False
     """Whether every backbone gets workers of its own, as many as there are shards."""
     auxiliaries_apart: bool = False
     """Whether every auxiliary network of metadd gets workers of its own, as many as there are shards."""
     memory: str | None = None
-    """What one distilling worker may take, e.g. 8GiB; none takes what the device has free."""
+    """What one distilling worker may take, e.g. 8GiB; null takes what the device has free."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """Of the student step's products; tf32 and bfloat16 need a GPU."""
     channels_last: bool = True
@@ -328,7 +337,7 @@ class RunConfig(Section):
     experts: ExpertConfig = ExpertConfig()
     distill: DistillConfig = DistillConfig()
     metadd: MetaConfig | None = None
-    """Losses that make the set work on other networks; none leaves them out. Such as `{auxiliaries: [...]}`."""
+    """Losses that make the set work on other networks; null leaves them out. Such as `{auxiliaries: [...]}`."""
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()
 

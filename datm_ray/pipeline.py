@@ -72,6 +72,7 @@ from datm_ray.runtime.loggers import Logger, open_logger, require_logger
 from datm_ray.runtime.plan import ALONE, Layout, distillation_plan, require_whole_classes
 from datm_ray.runtime.telemetry import Reporter
 from datm_ray.store.filesystem import Location, open_location
+from datm_ray.store.sealed import rejecting_nonsense
 from datm_ray.store.trajectories import ExpertGroup
 
 RECIPE, DATA = "recipe.yaml", "dataset.json"
@@ -138,6 +139,9 @@ class Pipeline:
             ConfigError: a set that does not fit into memory.
         """
         self._require_matchable()
+        self._require_device()
+        self.out.require_writable()
+        open_location(self.store_uri).require_writable()
         self._require_memory()
         lines = []
         experts = sum(len(self._missing_experts(config)) for config in self._expert_recipes())
@@ -149,6 +153,16 @@ class Pipeline:
             names = [task.name for _, task in tasks]
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             lines.append(f"{len(names) if count is None else count} {title}" + (f": {shown}" if names else ""))
+        return lines
+
+    def data_lines(self) -> list[str]:
+        """What was understood of each data set, a line each."""
+        lines = []
+        for raw in self._raw.values():
+            height, width = raw.size
+            parts = (("training", raw.train), ("validation", raw.validation), ("test", raw.test))
+            counts = ", ".join(f"{len(images):,} {name}" for name, images in parts)
+            lines.append(f"{raw.name}: {raw.classes} classes, {counts} images of {raw.channels}x{height}x{width}")
         return lines
 
     def run_all(self, start: Callable[[], Executor], reporter: Reporter) -> None:
@@ -444,7 +458,8 @@ class Pipeline:
             raise RunDirectoryError(
                 f"{self._folder(config).uri} holds a run of {config.name!r} with another configuration",
                 f"it differs in {', '.join(_differences(earlier.identity(), config.identity()))}",
-                "give another --out or --set name=...",
+                "give another --out or --set name=..., or, for the run that is there, "
+                f"{(self._folder(config) / RECIPE).uri} as the recipe",
             )
 
     def _check_data(self, config: RunConfig) -> None:
@@ -453,7 +468,7 @@ class Pipeline:
             self._raw[d] = load_raw(d.source, d.path, resize=d.resize, validation=d.validation)
         raw = self._raw[config.dataset]
         note = self._folder(config) / DATA
-        if note.exists() and note.read_json()["fingerprint"] != raw.fingerprint:
+        if note.exists() and _read_note(note)["fingerprint"] != raw.fingerprint:
             raise RunDirectoryError(
                 f"{self._folder(config).uri} holds a run on other images than those of {raw.name}",
                 "the data set was changed, or dataset.path leads to another one",
@@ -538,6 +553,17 @@ class Pipeline:
                     config, image, raw.classes, backbone=backbone, layout=layout, training_images=training_images
                 )
 
+    def _require_device(self) -> None:
+        """Refuse GPUs that this machine has not, where the workers are to run on it."""
+        cluster = self.configs[0].cluster
+        wanted = cluster.device == "cuda" or (bool(cluster.gpus_per_worker) and not self._alone)
+        if wanted and not self._elsewhere and not torch.cuda.is_available():
+            raise ClusterError(
+                "workers are to have GPUs (cluster.gpus_per_worker, cluster.device), and this machine has none",
+                "they are on a cluster, or torch is not built for them",
+                "give its --address, or leave both settings out",
+            )
+
     def _check_precision(self, config: RunConfig) -> None:
         cluster = config.cluster
         can_have = cluster.gpus_per_worker != 0 and (self._elsewhere or torch.cuda.is_available())
@@ -575,7 +601,7 @@ def report(out: str) -> Location:
 def _summaries(out: Location, configs: Sequence[RunConfig]) -> list[RunSummary]:
     summaries = []
     for config in configs:
-        note = (out / config.name / DATA).read_json()
+        note = _read_note(out / config.name / DATA)
         where = (out, config, note["fingerprint"])
         summaries.append(
             RunSummary(
@@ -589,6 +615,13 @@ def _summaries(out: Location, configs: Sequence[RunConfig]) -> list[RunSummary]:
             )
         )
     return summaries
+
+
+def _read_note(place: Location) -> dict[str, Any]:
+    """Of a run's data; see `Pipeline._data_note`."""
+    note = place.read_json()
+    with rejecting_nonsense(place):
+        return {"fingerprint": str(note["fingerprint"]), "training_images": int(note["training_images"])}
 
 
 def _rows_of(config: RunConfig) -> list[str]:

@@ -58,6 +58,12 @@ def artifact(path: Path) -> Artifact:
     return load(str(path))
 
 
+def test_bytes_are_not_taken_for_shares_of_white(artifact: Artifact) -> None:
+    """Images from 0 to 255 would be normalised to nonsense without a word."""
+    with pytest.raises(TypeError, match=r"images are uint8, .*divide bytes by 255"):
+        artifact.normalise(real_images())
+
+
 @pytest.mark.parametrize("kind", ["zca", "standard"])
 def test_saved_set_is_loaded_as_it_was(kind: Kind, tmp_path: Path) -> None:
     """Bit for bit: tensors, step size, names, transform, recipe and provenance."""

@@ -242,12 +242,52 @@ def test_store_commands_describe_the_experts(datm_ray: CommandLine, finished: Pa
     assert datm_ray("store", "verify", store)[1].startswith("2 expert(s) are whole")
 
 
+def test_an_interrupt_says_that_nothing_is_lost(datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C ends with the usual code, and with what to do next."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("datm_ray.pipeline.Pipeline.run_all", interrupted)
+    code, _, err = datm_ray("run", "digits-ipc1", "--executor", "serial")
+    assert (code, err) == (130, "datm-ray: stopped. The same command again goes on from here.\n")
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "evaluation/distilled-00.json", "cost.json", "experts-cost.json"])
+def test_a_result_of_another_shape_is_a_damaged_file(
+    name: str, datm_ray: CommandLine, finished: Path, tmp_path: Path
+) -> None:
+    """Valid JSON that nobody here has written is one line, with the file's name."""
+    out = shutil.copytree(finished, tmp_path / "copy")
+    (out / "tiny" / name).write_text('{"a": [1]}')
+    code, _, err = datm_ray("report", str(out))
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert name.split("/")[-1] in err
+
+
+def test_a_dry_run_refuses_what_the_run_would(datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A place where nobody can write, and GPUs that are not there."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    Path("file").touch()
+    for words, expected in (
+        (["--out", "file"], "file is not a folder"),
+        (["--set", "cluster.gpus_per_worker=1"], "this machine has none"),
+        (["--set", "cluster.device=cuda"], "this machine has none"),
+    ):
+        code, _, err = datm_ray("run", "digits-ipc1", "--dry-run", *words)
+        assert (code, len(err.splitlines())) == (2, 1)
+        assert expected in err
+
+
 def test_a_second_run_has_nothing_to_do(datm_ray: CommandLine, finished: Path) -> None:
     """The same command again finds everything finished; so does a dry run, which writes nothing."""
     before = files_below(finished)
     recipe = str(finished.parent / "tiny.yaml")
     code, out, _ = datm_ray("run", recipe, "--out", str(finished), "--dry-run")
-    assert (code, out.splitlines()[0]) == (0, "0 experts to train")
+    data, experts, *_ = out.splitlines()
+    assert (code, experts) == (0, "0 experts to train")
+    assert data == "digits: 10 classes, 1,222 training, 216 validation, 359 test images of 1x8x8"
     assert files_below(finished) == before
     code, _, err = datm_ray("run", recipe, "--out", str(finished), "--executor", "serial")
     assert code == 0

@@ -144,6 +144,14 @@ def test_recipe_survives_yaml(name: str) -> None:
     assert load_config_text(to_yaml(recipe), name) == recipe
 
 
+@pytest.mark.parametrize("text", ["none", "None", "null"])
+def test_none_is_null_where_there_may_be_nothing(text: str) -> None:
+    """And stays a word where it is one."""
+    config = override(RunConfig(), [f"dataset.resize={text}", f"cluster.memory={text}", f"metadd={text}"])
+    assert (config.dataset.resize, config.cluster.memory, config.metadd) == (None, None, None)
+    assert override(RunConfig(), ["cluster.log_to=none"]).cluster.log_to == "none"
+
+
 @pytest.mark.parametrize("text", ["1e5", "2024-11-20", "007", "null", "yes", "1", ".5e3"])
 def test_text_that_looks_like_something_else_survives_yaml(text: str) -> None:
     """Names and paths stay text; `#`, quotes and blanks too."""

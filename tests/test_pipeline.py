@@ -334,15 +334,20 @@ def test_a_set_that_has_begun_goes_on_with_fewer_workers(tmp_path: Path) -> None
 
 
 def test_a_precision_of_gpus_wants_one_where_the_workers_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On other machines a worker sees none unless it asks for one, whatever this machine has."""
+    """On other machines it is for them to say, whatever this machine has, unless workers are to have none."""
     config, out = tiny_config("cluster.precision=bfloat16"), str(tmp_path)
-    asks = tiny_config("cluster.precision=bfloat16", "cluster.gpus_per_worker=0.5")
+    asks, has_none = (
+        tiny_config("cluster.precision=bfloat16", f"cluster.gpus_per_worker={gpus}") for gpus in (0.5, 0.0)
+    )
     for one_is_here in (False, True):
         monkeypatch.setattr("torch.cuda.is_available", lambda here=one_is_here: here)
-        with pytest.raises(ClusterError, match=r"cluster\.precision is 'bfloat16', but there is no GPU"):
-            Pipeline([config], out, elsewhere=True)
-        Pipeline([asks], out, elsewhere=True)
-    Pipeline([config], out)
+        for elsewhere in (False, True):
+            with pytest.raises(ClusterError, match=r"cluster\.precision is 'bfloat16', but there is no GPU"):
+                Pipeline([has_none], out, elsewhere=elsewhere)
+        for accepted in (config, asks):
+            Pipeline([accepted], out, elsewhere=True)
+    for accepted in (config, asks):
+        Pipeline([accepted], out)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for refused in (config, asks):
         with pytest.raises(ClusterError, match="there is no GPU"):

@@ -13,6 +13,9 @@ from datm_ray.cli.runs import app, recipe_app
 from datm_ray.cli.stores import store_app
 from datm_ray.errors import DatmError
 
+INTERRUPTED = 130
+"""What typer makes of Ctrl-C."""
+
 __all__ = ["app", "main"]
 
 app.add_typer(recipe_app, name="recipe")
@@ -29,6 +32,7 @@ def main() -> None:
             raise
         print(f"datm-ray: {failure}", file=sys.stderr)
         sys.exit(failure.exit_code)
-    except KeyboardInterrupt:
-        print("datm-ray: stopped. The same command again continues from here.", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("datm-ray: stopped. The same command again goes on from here.", file=sys.stderr)
+        raise

@@ -222,6 +222,8 @@ def export(
 
     written = export_artifact(load(artifact), format_, open_location(out))
     print(f"Wrote {len(written)} file(s) to {out}")
+    if format_ == "png":
+        print("PNG holds images and classes; soft labels and step size are in the .arrow file, and with --format pt.")
 
 
 @recipe_app.command("list")
@@ -290,5 +292,6 @@ def _reporter() -> Reporter:
 
 
 def _print_plan(pipeline: Pipeline) -> None:
-    for line in pipeline.plan():
+    planned = pipeline.plan()
+    for line in [*pipeline.data_lines(), *planned]:
         print(line)

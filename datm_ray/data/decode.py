@@ -122,7 +122,7 @@ def _common_shape(
 def _mixed_sizes(first: str, a: _Header, other: str, b: _Header) -> DatasetError:
     return DatasetError(
         f"the images differ in size: {first} is {a.width}x{a.height}, {other} is {b.width}x{b.height}",
-        remedy=f"Set `resize` to make all of them squares of one size, e.g. resize={min(a.height, a.width)}",
+        remedy=f"Make all of them squares of one size, e.g. with --set dataset.resize={min(a.height, a.width)}",
     )
 
 

@@ -73,7 +73,7 @@ def file_tree(root: Path) -> Iterator[FileTree]:
             yield FileTree(root, names, lambda name: BytesIO(archive.read(name)))
     else:
         problem = "is neither a folder nor a zip archive" if root.exists() else "does not exist"
-        raise DatasetError(f"data set path {root} {problem}", remedy="Set `path` to where the data set is")
+        raise DatasetError(f"data set path {root} {problem}", remedy="Set dataset.path to where the data set is")
 
 
 def _walk(root: Path) -> Iterator[str]:

@@ -68,7 +68,7 @@ def find_files(path: str) -> ParquetFiles:
     if missing or len(named) > 2:
         raise DatasetError(
             f"no Parquet file at {missing[0]}" if missing else f"the path {path!r} names {len(named)} Parquet files",
-            remedy="Set `path` to a folder of Parquet files, to one file, or to TRAIN.parquet,TEST.parquet",
+            remedy="Set dataset.path to a folder of Parquet files, to one file, or to TRAIN.parquet,TEST.parquet",
         )
     return ParquetFiles(named[0].stem, (named[0],), tuple(named[1:]))
 
@@ -83,7 +83,7 @@ def _in_folder(folder: Path) -> ParquetFiles:
         raise DatasetError(
             f"the folder {folder} has no Parquet file of training images",
             f"It holds {', '.join(file.name for file in files[:5]) or 'no *.parquet file at all'}",
-            "Give them names with 'train' in it, or set `path` to TRAIN.parquet,TEST.parquet",
+            "Give them names with 'train' in it, or set dataset.path to TRAIN.parquet,TEST.parquet",
         )
     return ParquetFiles(folder.resolve().name, train, test or val)
 
@@ -104,7 +104,7 @@ def read_parquet(files: Sequence[Path]) -> ParquetSet:
             raise DatasetError(
                 f"the Parquet files {files[0].name} and {file.name} hold different classes",
                 "Files of several data sets lie in one folder",
-                "Set `path` to TRAIN.parquet,TEST.parquet",
+                "Set dataset.path to TRAIN.parquet,TEST.parquet",
             )
     labels = np.concatenate([shard.labels for shard in shards])
     starts = [0, *accumulate(len(shard.labels) for shard in shards)]

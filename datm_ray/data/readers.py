@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +69,8 @@ def _cifar(name: str, layout: Any, request: Request) -> Loaded:
     root = Path(request.path or DEFAULT_FOLDER).expanduser()
     if root.name == layout.base_folder:
         root = root.parent
+    if request.path is not None and not (root.is_dir() or root.parent.is_dir()):
+        raise DatasetError(f"data set path {root} does not exist", remedy=f"Give the folder of {layout.base_folder}")
     train, test = (_cifar_part(name, layout, root, train, request.download) for train in (True, False))
     return Loaded(
         name=name,
@@ -88,7 +91,7 @@ def _cifar_part(name: str, layout: Any, root: Path, train: bool, download: bool)
     except (OSError, RuntimeError) as error:
         raise DatasetError(
             f"the data set {name} is not in {root} and could not be {'downloaded' if download else 'read'} ({error})",
-            "The files are absent or damaged" + (", and there is no network" if download else ""),
+            "The files are absent or damaged" + (", and there is no network" if isinstance(error, URLError) else ""),
             f"Unpack {layout.filename} from {layout.url} there, so that {root / layout.base_folder} exists",
         ) from error
 
@@ -150,6 +153,11 @@ def _tiny_class_names(wnids: Sequence[str], words: Sequence[str]) -> tuple[str, 
     return tuple(name if shared[name] == 1 else wnid for name, wnid in zip(names, wnids, strict=True))
 
 
+ROLES = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+ROLES |= dict.fromkeys(("val", "valid", "validation"), "val")
+"""What folders are for, by their names in small letters."""
+
+
 @source("folder")
 def _folder(request: Request) -> Loaded:
     """Class folders of images below `path`/train and `path`/test (or val), or right below `path`.
@@ -159,15 +167,40 @@ def _folder(request: Request) -> Loaded:
     """
     with file_tree(_needed_path("folder", request)) as tree:
         images = tree.images()
-        roles = {parts[0] for parts in images if len(parts) > 2}  # class folders sit inside a role's folder
+        # Class folders sit inside a role's folder.
+        roles = {ROLES[parts[0].lower()]: parts[0] for parts in images if len(parts) > 2 and parts[0].lower() in ROLES}
         if "train" not in roles:
+            _require_classes(tree, images)
             return _class_folders(tree, [(parts[0], parts) for parts in images if len(parts) > 1], [], request)
-        held_out = next((role for role in ("test", "val") if role in roles), None)
+        held_out = roles.get("test", roles.get("val"))
+        _require_labelled(tree, images)
         train, test = (
-            [(parts[1], parts) for parts in images if len(parts) > 2 and parts[0] == role]
-            for role in ("train", held_out)
+            [(parts[1], parts) for parts in images if len(parts) > 2 and parts[0] == folder]
+            for folder in (roles["train"], held_out)
         )
         return _class_folders(tree, train, test, request)
+
+
+def _require_classes(tree: FileTree, images: Sequence[Sequence[str]]) -> None:
+    """That top folders are not parts of the set, under names nobody knows, or a level too many."""
+    tops = sorted({parts[0] for parts in images})
+    if len(tops) > 1 and all(len(parts) > 2 for parts in images):
+        raise DatasetError(
+            f"{tree.root} has no images in {', '.join(tops[:4])}, but folders",
+            "They may be parts of the set, or the path leads one folder too high",
+            "Name the parts train and test, with a folder for each class in both, or give the folder of the classes",
+        )
+
+
+def _require_labelled(tree: FileTree, images: Sequence[Sequence[str]]) -> None:
+    """That beside a training folder no images lie outside class folders, where they would be passed over."""
+    stray = next((parts for parts in images if len(parts) == 2 and parts[0].lower() in ROLES), None)
+    if stray:
+        raise DatasetError(
+            f"{'/'.join(stray)} in {tree.root} lies in no class folder",
+            "These images are unlabelled",
+            f"Sort {stray[0]} into a folder for each class, or move it away: a fifth is then held out for testing",
+        )
 
 
 def _class_folders(tree: FileTree, train: Named, test: Named, request: Request) -> Loaded:
@@ -199,7 +232,7 @@ def _parquet(request: Request) -> Loaded:
         raise DatasetError(
             f"the training and test files of {request.path} name different classes",
             "They belong to two data sets",
-            "Set `path` to TRAIN.parquet,TEST.parquet of one data set",
+            "Set dataset.path to TRAIN.parquet,TEST.parquet of one data set",
         )
     if not len(parts[0].encoded):
         raise _no_images(Path(request.path), "one image a row")
@@ -237,12 +270,12 @@ def _needed_path(name: str, request: Request) -> Path:
 
 
 def _no_path(name: str) -> DatasetError:
-    return DatasetError(f"source {name!r} needs a path", remedy="Set `path` to where the images are")
+    return DatasetError(f"source {name!r} needs a path", remedy="Set dataset.path to where the images are")
 
 
 def _no_images(root: Path, layout: str) -> DatasetError:
     return DatasetError(
         f"no training images found in {root}",
         f"Expected was {layout}",
-        "Check `path` and the layout below it",
+        "Check dataset.path and the layout below it",
     )

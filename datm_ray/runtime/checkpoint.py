@@ -118,7 +118,7 @@ def _unusable(folder: Location, what: str) -> CorruptFileError:
     return CorruptFileError(
         f"{(folder / CHECKPOINT).uri} {what}",
         "it was not written by this program, or for another recipe",
-        "delete it to start the distillation anew",
+        "delete it and give the same command: the set starts from iteration 0, and experts are kept",
     )
 
 

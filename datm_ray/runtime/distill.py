@@ -58,6 +58,7 @@ from datm_ray.runtime.provenance import provenance
 from datm_ray.runtime.spent import Account, Spent
 from datm_ray.store.filesystem import Location, open_location
 from datm_ray.store.prefetch import Prefetcher
+from datm_ray.store.sealed import rejecting_nonsense
 
 INITIAL, SYNTHETIC = "initial.arrow", "synthetic.arrow"
 LAST_GOOD = "last-good.arrow"
@@ -194,6 +195,12 @@ class _Run:
         if self._onlookers is not None and (self._folder / INITIAL).exists():
             initial = read_artifact(self._folder / INITIAL).images[self._rows.first : self._rows.last]
             self._onlookers.keep_maps(self._folder / MAPS, self._mesh, initial.to(self._device), final)
+        if 2 * state.skipped > settings.iterations:
+            yield Note(
+                f"in {state.skipped} of {settings.iterations} iterations the matching loss exceeded distill.threshold "
+                f"{settings.threshold:g}, and nothing was learned: lower distill.student_steps or the start epochs, or "
+                "raise distill.expert_epochs"
+            )
         self._note_cost()
         self._save_set(final, SYNTHETIC)
         yield Finished({"skipped": state.skipped, "chosen_at": state.chosen_at}, meter.measure())
@@ -423,7 +430,10 @@ def over_workers(mesh: Mesh, mine: Spent) -> Spent:
 def read_cost(folder: Location) -> Spent:
     """What the distillation in a folder has cost so far, as far as it was noted."""
     place = folder / COST
-    return Spent.from_json(place.read_json()) if place.exists() else Spent()
+    if not place.exists():
+        return Spent()
+    with rejecting_nonsense(place):
+        return Spent.from_json(place.read_json())
 
 
 def _shown(state: Distillation, records: list[IterationRecord]) -> dict[str, float]:

@@ -47,6 +47,7 @@ from datm_ray.runtime.metrics import Meter
 from datm_ray.runtime.provenance import provenance
 from datm_ray.runtime.spent import Account, Spent, total
 from datm_ray.store.filesystem import Location, open_location
+from datm_ray.store.sealed import rejecting_nonsense
 
 ROWS = {
     "random-hard": "random real images, hard labels",
@@ -319,7 +320,15 @@ def _finished(
     """The results of all seeds; none where one is missing."""
     seeds = range(config.evaluate.seeds)
     places = [result_location(out, config, dataset_fingerprint, row, number, network) for number in seeds]
-    return [place.read_json() for place in places] if all(place.exists() for place in places) else []
+    return [_read_result(place) for place in places] if all(place.exists() for place in places) else []
+
+
+def _read_result(place: Location) -> dict[str, Any]:
+    result = place.read_json()
+    with rejecting_nonsense(place):
+        _score("", [result])
+    found: dict[str, Any] = result
+    return found
 
 
 def _kind(network: NetworkConfig, config: RunConfig) -> str:

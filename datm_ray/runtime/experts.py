@@ -39,6 +39,7 @@ from datm_ray.runtime.expert_progress import ExpertProgress, wait_for_room
 from datm_ray.runtime.metrics import Meter
 from datm_ray.runtime.spent import Account, Spent, total
 from datm_ray.store.filesystem import Location
+from datm_ray.store.sealed import rejecting_nonsense
 from datm_ray.store.trajectories import ExpertGroup, TrajectoryInfo, TrajectoryStore
 
 
@@ -218,7 +219,8 @@ def read_experts_cost(folder: Location) -> list[ExpertsCost]:
     """Of every network of a run, in the order of its recipe; nothing where it was never noted."""
     place = folder / EXPERTS_COST
     told = place.read_json() if place.exists() else []
-    return [ExpertsCost(each["architecture"], each["known"], Spent.from_json(each["spent"])) for each in told]
+    with rejecting_nonsense(place):
+        return [ExpertsCost(each["architecture"], each["known"], Spent.from_json(each["spent"])) for each in told]
 
 
 def experts_cost(config: RunConfig, group: ExpertGroup) -> ExpertsCost:

@@ -425,6 +425,28 @@ def test_two_images_of_a_class_are_too_few(tmp_path: Path, encode: Encode) -> No
         load_raw("folder", str(write_files(tmp_path, folder_files(encode, ("",), count=2))))
 
 
+def test_parts_are_known_by_their_usual_names(tmp_path: Path, encode: Encode) -> None:
+    """In any case, and never taken for classes."""
+    root = write_files(tmp_path, folder_files(encode, ("Training/", "Validation/")))
+    raw = load_raw("folder", str(root))
+    assert raw.class_names == ("ants", "bees")
+    assert [len(images) for images in sets_of(raw)] == [18, 2, 20]
+
+
+def test_parts_of_unknown_names_are_not_taken_for_classes(tmp_path: Path, encode: Encode) -> None:
+    """Two folders of class folders are no two classes."""
+    root = write_files(tmp_path, folder_files(encode, ("one/", "two/")))
+    with pytest.raises(DatasetError, match=r"no images in one, two, but folders.* train and test"):
+        load_raw("folder", str(root))
+
+
+def test_unlabelled_test_images_are_not_passed_over(tmp_path: Path, encode: Encode) -> None:
+    """Else other images would be tested on than the user thinks."""
+    root = write_files(tmp_path, folder_files(encode, ("train/",)) | {"test/01.png": encode(3)})
+    with pytest.raises(DatasetError, match=r"test/01.png in .* lies in no class folder"):
+        load_raw("folder", str(root))
+
+
 def test_single_class_is_refused(tmp_path: Path, encode: Encode) -> None:
     """One class is nearly always a path one level off."""
     files = {f"insects/{name}": content for name, content in folder_files(encode, ("",)).items()}

@@ -24,7 +24,7 @@ from datm_ray.errors import ConfigError, CorruptFileError, RunDirectoryError
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.checkpoint import Rows, load_checkpoint, read_curves, save_checkpoint
 from datm_ray.runtime.distill import SYNTHETIC, DistillWorker
-from datm_ray.runtime.executor import Event, Finished, Lost, Progress, Seat, SerialExecutor
+from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, Seat, SerialExecutor
 from datm_ray.runtime.mesh import Alone
 from datm_ray.runtime.telemetry import Reporter
 from datm_ray.store.filesystem import Location, open_location
@@ -375,6 +375,8 @@ def test_result_says_how_many_updates_were_skipped(reference: Path, tmp_path: Pa
     config = tiny_config("distill.ipc=2", "distill.batch_size=7", "distill.threshold=1e-9", "name=skipping")
     pipeline = Pipeline([config], str(out))
     worker = DistillWorker(pipeline._dataset(config), config.cluster)
-    *_, last = worker.distill(config, pipeline.store_uri, str(out / "skipping"))
+    *_, told, last = worker.distill(config, pipeline.store_uri, str(out / "skipping"))
     assert isinstance(last, Finished)
     assert last.result["skipped"] == 6
+    assert isinstance(told, Note), "a set that learned nothing must not look like success"
+    assert told.text.startswith("in 6 of 6 iterations the matching loss exceeded distill.threshold 1e-09")
