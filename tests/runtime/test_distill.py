@@ -369,6 +369,18 @@ def test_serial_executor_distils_a_sharded_recipe_alone(reference: Path, tmp_pat
     assert torch.equal(learned(out).images, learned(reference).images)
 
 
+def test_what_a_killed_writer_left_is_removed(reference: Path, tmp_path: Path) -> None:
+    """Parts of checkpoints are as large as the set."""
+    out = with_experts_of(reference, tmp_path)
+    left = [out / "tiny" / place / f".tmp-{socket.gethostname()}-1-part" for place in (".", "checkpoint")]
+    for file in left:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"half")
+    config = tiny_config("distill.ipc=2", "distill.batch_size=7")
+    Pipeline([config], str(out)).distill(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    assert not any(file.exists() for file in left)
+
+
 def test_result_says_how_many_updates_were_skipped(reference: Path, tmp_path: Path) -> None:
     """The last event carries the counts that a report shows."""
     out = with_experts_of(reference, tmp_path)

@@ -23,7 +23,7 @@ from datm_ray.pipeline import Pipeline
 from datm_ray.runtime import expert_progress
 from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, SerialExecutor
 from datm_ray.runtime.expert_progress import ExpertProgress
-from datm_ray.runtime.experts import ExpertWorker, expert_group, network_spec, stacks
+from datm_ray.runtime.experts import ExpertWorker, expert_group, experts_at_a_time, network_spec, stacks
 from datm_ray.runtime.telemetry import Reporter
 from datm_ray.store.trajectories import ExpertGroup
 from tests.conftest import actor_processes, tiny_config
@@ -113,6 +113,13 @@ def test_stacks_follow_from_numbers_and_count_alone() -> None:
     assert stacks([5, 9], 4, 11) == [(4, 5, 6, 7), (8, 9, 10)]
     assert stacks([8], 4, 9) == [(8, 9)]
     assert stacks([], 4, 9) == []
+
+
+@pytest.mark.parametrize(("workers", "stack"), [(None, 8), (4, 8), (16, 7), (200, 1)])
+def test_stacks_on_gpus_leave_no_worker_idle(workers: int | None, stack: int) -> None:
+    """A hundred experts in stacks of eight would be work for thirteen."""
+    config = tiny_config("experts.count=100", "cluster.gpus_per_worker=1", f"cluster.workers={workers}")
+    assert experts_at_a_time(config, (3, 32, 32), 10) == stack
 
 
 def test_only_what_can_be_matched_is_kept(tmp_path: Path) -> None:

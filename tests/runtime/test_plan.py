@@ -163,6 +163,16 @@ def test_gpus_that_this_machine_does_not_see_set_no_limit(monkeypatch: pytest.Mo
     assert "as the GPU allows" in "\n".join(plan.lines())
 
 
+def test_memory_that_this_process_keeps_unused_on_a_gpu_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second set in one process would else find no room; and a tenth is left to what nobody predicts."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (4 * GIB, 80 * GIB))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda: 9 * GIB)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda: 3 * GIB)
+    assert worker_budget(tiny_config()) == int(0.9 * 10 * GIB)
+    assert worker_budget(tiny_config("cluster.gpus_per_worker=0.5")) == int(0.45 * 10 * GIB)
+
+
 def test_free_memory_is_read_or_else_all_memory_is_taken(tmp_path: Path) -> None:
     """From the kernel's table; without one, or with a strange one, from sysconf."""
     (tmp_path / "proc").mkdir()

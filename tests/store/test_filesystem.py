@@ -151,6 +151,21 @@ def test_a_draft_removed_before_its_lock_is_started_anew(local, monkeypatch):
     assert os.listdir(local.path) == ["file"]
 
 
+def test_an_s3fs_that_cannot_be_told_what_to_retry_is_left_alone(monkeypatch):
+    """Before 2026.2 it has no such hook."""
+    core = pytest.importorskip("s3fs.core")
+    monkeypatch.delattr(core, "CUSTOM_ERROR_HANDLER", raising=False)
+    filesystem._retry_server_errors()
+
+
+def test_a_range_that_cannot_be_read_has_the_cause_of_its_own_error(monkeypatch):
+    """Old versions of fsspec return the error in place of the bytes."""
+    location = open_location("memory://ranges/file")
+    monkeypatch.setattr(location.fs, "cat_ranges", lambda *_, **__: [b"1", FileNotFoundError("file")])
+    with pytest.raises(StoreError, match=r"Cannot read .*does not exist"):
+        location.read_ranges([(0, 1), (1, 2)])
+
+
 def test_nothing_is_left_over_elsewhere(folder):
     """Places without temporary files have nothing to clean."""
     (folder / "file").write_atomic(b"")
