@@ -138,7 +138,8 @@ class Machines:
     def __init__(self, cluster: ClusterConfig) -> None:
         self._cluster = cluster
         self._fits: list[int] = []
-        self._asked_for = 0
+        self._asked_for = self._wanted = 0
+        self._useful = sys.maxsize
         self._looked = float("-inf")
 
     def fits(self) -> list[int]:
@@ -172,7 +173,7 @@ class Machines:
         """As `require`, but without complaint where too few come."""
         patience = self._cluster.wait_for_nodes
         end = time.monotonic() + patience
-        if patience:  # for the whole run, so that machines which are lost are replaced
+        if patience:  # so that machines which are lost are replaced
             self.ask_for(wanted)
         if patience and sum(self.fits()) < wanted:
             told = f"there is room for {sum(self.fits())} of {wanted} worker(s)"
@@ -193,19 +194,27 @@ class Machines:
 
     def ask_for(self, workers: int) -> None:
         """Tell a cluster that grows on demand what is wanted, if it is more than before; others take no notice."""
-        workers = max(workers, self._cluster.workers or 0)
-        if workers <= self._asked_for:
-            return
-        self._asked_for = workers
-        with suppress(Exception):  # whatever an autoscaler's trouble is, there may be room without it
-            request_resources(bundles=[place(self._cluster)] * workers)
+        self._wanted = max(self._wanted, workers, self._cluster.workers or 0)
+        if min(self._wanted, self._useful) > self._asked_for:
+            self._request(min(self._wanted, self._useful))
+
+    def use(self, workers: int) -> None:
+        """Say how many a stage can use, so that nobody pays for the others; the next one may ask for them again."""
+        self._useful = workers
+        if self._asked_for:
+            self._request(min(self._wanted, workers))
 
     def ask_no_more(self) -> None:
         """Let a cluster that grew on demand shrink again; what was asked for would stand for ever."""
         if self._asked_for:
-            self._asked_for = 0
-            with suppress(Exception):
-                request_resources(bundles=[])
+            self._request(0)
+
+    def _request(self, workers: int) -> None:
+        if workers == self._asked_for:
+            return
+        self._asked_for = workers
+        with suppress(Exception):  # whatever an autoscaler's trouble is, there may be room without it
+            request_resources(bundles=[place(self._cluster)] * workers)
 
 
 def with_gpus(cluster: ClusterConfig) -> ClusterConfig:

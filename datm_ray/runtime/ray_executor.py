@@ -70,6 +70,7 @@ class RayExecutor:
         """See `Executor.run`."""
         for task in tasks:
             self.require_room(task.name, min((task.size, *task.fewer)))
+        self._machines.use(sum(task.size for task in tasks))
         self._metrics.begin(tasks, self.workers)
         stage = _Stage(self._cluster, self._machines, self._metrics, worker, setup, method, tasks)
         try:

@@ -394,6 +394,24 @@ def test_what_is_asked_of_a_growing_cluster_only_grows(monkeypatch: pytest.Monke
     assert asked == ([4] if workers else [2, 3])
 
 
+def test_a_stage_holds_no_machines_that_it_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One set is distilled for hours; the others that experts had may go meanwhile, and come again."""
+    pytest.importorskip("ray")
+    from datm_ray.runtime import ray_cluster
+
+    asked: list[int] = []
+    monkeypatch.setattr(ray_cluster, "request_resources", lambda bundles: asked.append(len(bundles)))
+    machines = ray_cluster.Machines(ClusterConfig(workers=4))
+    machines.use(13)
+    assert asked == [], "a cluster that was never asked to grow is left alone"
+    machines.ask_for(4)
+    machines.use(1)
+    machines.ask_for(1)  # after a loss
+    machines.use(32)
+    machines.ask_no_more()
+    assert asked == [4, 1, 4, 0]
+
+
 @pytest.mark.ray
 def test_a_start_that_fails_leaves_no_wish_behind(ray_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Machines would come for nobody."""
