@@ -322,7 +322,9 @@ def test_a_plan_is_a_table_of_parts_and_needs_no_data(datm_ray: CommandLine, tmp
         "plan", "digits-ipc10", "cifar10-ipc1", "--memory", "3GiB", "--set", "dataset.path=absent"
     )
     assert (code, err) == (0, "")
-    assert [line for line in out.splitlines() if not line.startswith(" ")] == ["digits-ipc10", "cifar10-ipc1"]
+    titles = [line.partition(":") for line in out.splitlines() if not line.startswith(" ")]
+    assert [title for title, *_ in titles] == ["digits-ipc10", "digits-ipc10", "cifar10-ipc1", "cifar10-ipc1"]
+    assert all("a worker, about" in told for _, _, told in titles[::2])
     for part in ("synthetic set", "trace", "one micro-batch", "training images", "TFLOP an iteration", "expert store"):
         assert out.count(part) == 2
     assert out.count("of 3.00 GiB") == 2
@@ -422,6 +424,8 @@ def test_a_plan_shows_every_backbone(datm_ray: CommandLine) -> None:
     code, out, _ = datm_ray("plan", "digits-ipc1", "--memory", "3GiB", "--set", wider)
     assert code == 0
     first, second = out.split("digits-ipc1, backbone 1\n")
+    headline, _, first = first.partition("\n")
+    assert re.fullmatch(r"digits-ipc1: [0-9.]+ MiB a worker, about [0-9.]+ CPU-hours, [0-9.]+ MiB of storage", headline)
     assert first.startswith("digits-ipc1, backbone 0\n")
     trace = [next(line for line in part.splitlines() if "  trace  " in line) for part in (first, second)]
     assert trace[0] != trace[1]

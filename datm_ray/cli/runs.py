@@ -123,6 +123,7 @@ def plan(
             found = as_it_is(config, known, Layout.of(config, wanted), here, machine)
         else:
             found = propose(config, known, here, machine)
+        print(found.headline())
         for planned in found.plans:
             print("\n".join(planned.lines()))
         others = [] if described is None else not_followed(config, found)

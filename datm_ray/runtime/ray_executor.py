@@ -27,6 +27,8 @@ from datm_ray.runtime.recovery import History, grown, size_for
 PLACEMENT_TIMEOUT = 60.0
 """Seconds to wait for room for a crew, or cluster.peer_timeout or cluster.wait_for_nodes where that is longer:
 dismissed workers take moments to give theirs back, and a cluster that grows on demand needs minutes."""
+PATIENCE_UNTOLD = 15.0
+"""Seconds to wait for that room before the user is told."""
 POLL_INTERVAL = 0.2
 """Seconds between looks at crews that wait for their places."""
 GROWTH_PAUSE = 600.0
@@ -136,6 +138,8 @@ class _Running:
     """Of rank 0."""
     done: int = 0
     """Of the last progress."""
+    told: bool = False
+    """Whether the user knows that it waits for its places."""
 
 
 class _Stage:
@@ -236,6 +240,14 @@ class _Stage:
                 self._give_back(current)  # a machine went while the crew waited for it
             elif time.monotonic() - crew.hired > self._patience():
                 yield from self._make_do(current)
+            elif not current.told and time.monotonic() - crew.hired > PATIENCE_UNTOLD:
+                current.told = True
+                yield (
+                    current.turn.task,
+                    Note(
+                        f"waits for room for {crew.size} worker(s), which others hold; up to {self._patience():.0f} s"
+                    ),
+                )
 
     def _make_do(self, current: _Running) -> Iterator[tuple[Task, Event]]:
         """Where others hold the room that a crew waits for: try with fewer, or wait for tasks of this run to end."""

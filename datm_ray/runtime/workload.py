@@ -245,6 +245,15 @@ class Proposal:
     estimate: Estimate
     described: Described
 
+    def headline(self) -> str:
+        """What most people want to know."""
+        memory = max(plan.footprint.total for plan in self.plans)
+        return (
+            f"{self.config.name}: {size_in_words(memory)} a worker, "
+            f"about {show_number(self.estimate.total_hours)} {self.machine.hours}, "
+            f"{size_in_words(storage(self.config, self.shape).total)} of storage"
+        )
+
     def lines(self, *, suggested: bool) -> list[str]:
         """Time, traffic, storage and what they rest on as text for people, to stand below the plans.
 

@@ -256,13 +256,21 @@ def test_workers_for_whom_no_room_comes_free_are_not_waited_for_for_ever(
 ) -> None:
     """Another job holds one of the two CPUs."""
     monkeypatch.setattr("datm_ray.runtime.ray_executor.PLACEMENT_TIMEOUT", 3.0)
+    monkeypatch.setattr("datm_ray.runtime.ray_executor.PATIENCE_UNTOLD", 0.5)
+    told: list[tuple[Task, Any]] = []
     other = ray_cluster.remote(num_cpus=1)(_Idler).remote()
     ray_cluster.get(other.here.remote())
     try:
         with pytest.raises(ClusterError, match=r"no room for 2 workers at once came free in 3 s.*Other jobs hold"):
-            added(create_executor("ray", ClusterConfig(peer_timeout=3.0)), [Task("sum", (1.0, 2), 2)])
+            told.extend(
+                create_executor("ray", ClusterConfig(peer_timeout=3.0)).run(
+                    Adder, (), "add", [Task("sum", (1.0, 2), 2)]
+                )
+            )
     finally:
         ray_cluster.kill(other)
+    (event,) = (event for _, event in told)
+    assert event == Note("waits for room for 2 worker(s), which others hold; up to 3 s")
 
 
 class Saver:
