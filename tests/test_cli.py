@@ -242,6 +242,13 @@ def test_store_commands_describe_the_experts(datm_ray: CommandLine, finished: Pa
     assert datm_ray("store", "verify", store)[1].startswith("2 expert(s) are whole")
 
 
+def test_the_store_inside_a_folder_of_runs_is_pointed_at(datm_ray: CommandLine, finished: Path) -> None:
+    """The output folder is what a user has at hand."""
+    code, _, err = datm_ray("store", "ls", str(finished))
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert f"ive its store, {finished / 'experts'}" in err
+
+
 def test_an_interrupt_says_that_nothing_is_lost(datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C ends with the usual code, and with what to do next."""
 

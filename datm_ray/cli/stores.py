@@ -183,10 +183,14 @@ def store_export(
 
 def _open_store(uri: str, *, unfinished: bool = False) -> TrajectoryStore:
     from datm_ray.errors import MissingExpertsError
+    from datm_ray.store.filesystem import open_location
     from datm_ray.store.trajectories import TrajectoryStore
 
     store = TrajectoryStore(uri)
     if not store.groups(unfinished=unfinished):
+        inside = open_location(uri) / "experts"
+        if inside.exists() and TrajectoryStore(inside.uri).groups(unfinished=unfinished):
+            raise MissingExpertsError(f"{uri} is a folder of runs", remedy=f"give its store, {inside.uri}")
         raise MissingExpertsError(
             f"{uri} holds no experts", "the path is wrong, or nothing was trained yet", "run `datm-ray experts RECIPE`"
         )
