@@ -72,9 +72,16 @@ class _LineStage:
         elif now - self._last > LINE_INTERVAL:
             self._last = now
             self._reporter.message(
-                f"{self._title}: {self._finished}/{self._tasks} done; {task.name} {event.done}/{event.total}"
-                f"{_values(event.values)}{_measured(event.metrics)}"
+                f"{self._title}: {self._finished}/{self._tasks} done; {self._left(now)}{task.name} "
+                f"{event.done}/{event.total}{_values(event.values)}{_measured(event.metrics)}"
             )
+
+    def _left(self, now: float) -> str:
+        """How long the others will take, if they are like those that are finished."""
+        if not self._finished:
+            return ""
+        seconds = (now - self._started) / self._finished * (self._tasks - self._finished)
+        return f"about {seconds / 60:.0f} min left; " if seconds >= 60 else "a minute left; "
 
 
 class _BarStage:
@@ -139,7 +146,7 @@ def _measured(metrics: Mapping[str, float]) -> str:
         if (rate := metrics.get(f"datm_ray_{stage}_images_per_second")) is not None:
             shown += f"  {rate:,.0f} images/s"
     memory = metrics.get("datm_ray_worker_memory_bytes", math.nan)
-    return shown if math.isnan(memory) else f"{shown}  {size_in_words(memory)}"
+    return shown if math.isnan(memory) else f"{shown}  memory {size_in_words(memory)}"
 
 
 def _line(task: Task, event: Lost | Failed | Resized | Note) -> str:

@@ -260,9 +260,7 @@ def open_location(uri: str) -> Location:
     except ImportError as error:
         raise StoreError(f"Cannot open {shown}", f"A Python package is missing: {error}") from error
     except ValueError as error:
-        raise StoreError(
-            f"Cannot open {shown}", _reason(error), "Use a local path or an s3:// URI"
-        ) from error
+        raise StoreError(f"Cannot open {shown}", _reason(error), "Use a local path or an s3:// URI") from error
     except Exception as error:
         raise StoreError(f"Cannot open {shown}", *_cause_and_remedy(error)) from error
     if isinstance(fs, CachingFileSystem):

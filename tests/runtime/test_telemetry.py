@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -36,7 +37,7 @@ def test_a_line_holds_what_is_worth_knowing_from_afar(lines) -> None:
     }
     assert lines(Progress(120, 300, values, metrics))[1:] == [
         "Distillation: 0/2 done; digits-ipc1 120/300  loss 0.4124  step size 0.0213  skipped 3  validation 0.9"
-        "  start below 12  12,346 images/s  310.0 MiB"
+        "  start below 12  12,346 images/s  memory 310.0 MiB"
     ]
 
 
@@ -47,6 +48,16 @@ def test_what_was_not_measured_is_not_said(lines) -> None:
         "Distillation: 0/2 done; digits-ipc1 1/4  loss 1.5  5,000 images/s",
         "Distillation: 0/2 done; digits-ipc1 2/4",
     ]
+
+
+@pytest.mark.parametrize(("passed", "left"), [(90.0, "about 2 min left; "), (30.0, "a minute left; ")])
+def test_a_line_says_how_long_the_rest_may_take(
+    passed: float, left: str, lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the tasks that are finished."""
+    times = itertools.chain([0.0], itertools.repeat(passed))
+    monkeypatch.setattr(telemetry.time, "monotonic", lambda: next(times))
+    assert lines(Finished(), Progress(1, 4))[1:] == [f"Distillation: 1/2 done; {left}digits-ipc1 1/4"]
 
 
 def test_losses_notes_and_ends_are_always_said(lines, monkeypatch: pytest.MonkeyPatch) -> None:
