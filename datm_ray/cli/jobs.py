@@ -46,7 +46,7 @@ def job_submit(
     require_together(configs)
     jobs = Jobs(address)
     number = jobs.submit(configs, out, store, requirements)
-    print(f"Job {number} on {address}\nNext: datm-ray job logs {number} --follow --address {address}")
+    print(f"Job {number}\nNext: datm-ray job logs {number} --follow --address {address}")
     if follow:
         _follow(jobs, number, address)
 

@@ -228,6 +228,8 @@ class _Stage:
     def _take_places(self) -> Iterator[tuple[Task, Event]]:
         """Start the crews whose places have come, and give up on those whose places will not."""
         for current in [each for each in self._running if not each.streams]:
+            if current not in self._running:
+                continue  # another one has failed meanwhile, and nothing is begun any more
             crew = current.crew
             same = next((idle for idle in self._idle if idle.size == crew.size), None)
             if same is not None and not crew.has_places():
