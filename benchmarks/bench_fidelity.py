@@ -7,8 +7,9 @@ packaged recipes; within an IPC nothing else differs. Which range wins where, an
 lossless: not below all real data by more than one standard error. Both controls stand beside every row. Ablation: at
 one IPC, one thing at a time. Experts are shared. How sets do on other architectures is measured by bench_metadd.py.
 
-Nothing is chosen on test images: the set that is kept and the controls' step sizes are chosen on validation images, and
-of the tables nothing is fed back. The folder of runs is kept, and the same command goes on where it stopped.
+Nothing is chosen on test images here: the set that is kept and the controls' step sizes are chosen on validation
+images, and of the tables nothing is fed back. (The ranges come from a prototype, which was scored on its test split.)
+The folder of runs is kept, and the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -123,7 +124,8 @@ def page(facts: dict[str, str], found: dict[str, Any], arguments: argparse.Names
 def write(arguments: argparse.Namespace, facts: dict[str, str], found: dict[str, Any], lines: Sequence[str]) -> None:
     """The three files of a result; a part alone, and tiny sizes, have a name of their own."""
     part = "" if arguments.part == "all" else f"-{arguments.part}"
-    path = result_path(arguments.out, f"fidelity-digits{part}{'-quick' if arguments.quick else ''}")
+    several = f"-{arguments.distillations}-distillations" if arguments.distillations > 1 else ""
+    path = result_path(arguments.out, f"fidelity-digits{part}{several}{'-quick' if arguments.quick else ''}")
     shown = list(lines)
     if len(found["crossover"]) > 1:
         from fidelity_plot import draw

@@ -67,7 +67,7 @@ def _write_goes(runs: Path, goes: Sequence[Mapping[str, Any]]) -> None:
 def _goes(runs: Path) -> dict[str, str]:
     goes = _read_goes(runs)
     ended = [each["seconds"] for each in goes if each["seconds"] is not None]
-    broken = f", {len(goes) - len(ended)} of them interrupted" if len(ended) < len(goes) else ""
+    broken = f", {len(goes) - len(ended)} of them interrupted and not counted" if len(ended) < len(goes) else ""
     return {
         "commit": ", ".join(dict.fromkeys(each["commit"] for each in goes)),
         "took": f"{sum(ended) / 60:.0f} minutes in {len(goes)} go(es){broken}",

@@ -79,7 +79,7 @@ class Sizes:
 
 FULL = Sizes(
     fixed={"early": Range(0, 4), "middle": Range(5, 19), "late": Range(20, 35)},
-    # At 1, 10 and 30 those of the packaged recipes, which were chosen on validation data; between them, between them.
+    # At 1, 10 and 30 those of the packaged recipes, from a prototype that was scored on its test split; else between.
     own={1: Range(0, 9), 5: Range(2, 19), 10: Range(5, 29), 20: Range(8, 32), 30: Range(10, 34)},
     recipes={1: "digits-ipc1", 5: "digits-ipc10", 10: "digits-ipc10", 20: "digits-ipc30", 30: "digits-ipc30"},
     iterations={1: 500, 5: 250, 10: 200, 20: 250, 30: 250},

@@ -195,11 +195,11 @@ class _Run:
         if self._onlookers is not None and (self._folder / INITIAL).exists():
             initial = read_artifact(self._folder / INITIAL).images[self._rows.first : self._rows.last]
             self._onlookers.keep_maps(self._folder / MAPS, self._mesh, initial.to(self._device), final)
-        if 2 * state.skipped > settings.iterations:
+        if 4 * state.skipped > settings.iterations:
             yield Note(
                 f"in {state.skipped} of {settings.iterations} iterations the matching loss exceeded distill.threshold "
-                f"{settings.threshold:g}, and nothing was learned: lower distill.student_steps or the start epochs, or "
-                "raise distill.expert_epochs"
+                f"{settings.threshold:g}, and they taught nothing: lower distill.student_steps or the start epochs, "
+                "raise distill.expert_epochs, or see in the report whether it came all at once"
             )
         self._note_cost()
         self._save_set(final, SYNTHETIC)

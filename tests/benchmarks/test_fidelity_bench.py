@@ -264,5 +264,5 @@ def test_several_goes_at_one_folder_are_told(bench: SimpleNamespace, tmp_path: P
     with facts.going(tmp_path):
         pass
     found = facts.common_facts("bench_fidelity.py", [], runs=tmp_path)
-    assert found["took"] == "0 minutes in 2 go(es), 1 of them interrupted"
+    assert found["took"] == "0 minutes in 2 go(es), 1 of them interrupted and not counted"
     assert found["commit"] == facts.commit()
