@@ -247,7 +247,7 @@ def test_a_full_disk_is_explained():
 
 def test_an_unknown_scheme_is_explained():
     """The schemes that work are named."""
-    with pytest.raises(StoreError, match=r"^Cannot open foo://x\..* Use a local path or a file://"):
+    with pytest.raises(StoreError, match=r"^Cannot open foo://x\..* Use a local path or an s3://"):
         open_location("foo://x")
 
 
