@@ -17,7 +17,7 @@ from datm_ray.runtime.checkpoint import read_curves
 from datm_ray.runtime.distill import SYNTHETIC, read_cost
 from datm_ray.runtime.evaluate import Score, read_scores
 from datm_ray.runtime.experts import read_experts_cost
-from datm_ray.runtime.spent import Spent, total
+from datm_ray.runtime.spent import total
 from datm_ray.store.filesystem import Location
 
 Accuracies = Sequence[Sequence[float]]
@@ -100,7 +100,7 @@ def _of(out: Location, runs: Sequence[RunConfig]) -> dict[str, Any]:
 
 
 def _cost(scores: Sequence[Score]) -> dict[str, float]:
-    return total(score.cost or Spent(seconds=score.seconds) for score in scores).to_json()
+    return total(score.spent for score in scores).to_json()
 
 
 # --- statistics ---------------------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def costs(pipeline: Pipeline, runs: Sequence[RunConfig]) -> dict[str, Spent]:
     for config in runs:
         for scores in read_network_scores(pipeline.out, config, fingerprint):
             name = label(scores.network)
-            found[name] = found.get(name, Spent()) + (scores.tuned.cost or Spent(seconds=scores.tuned.seconds))
+            found[name] = found.get(name, Spent()) + scores.tuned.spent
     return found
 
 

@@ -4,7 +4,8 @@ The values for CIFAR and Tiny-ImageNet are the published ones of DATM (arXiv 231
 files of 2024-04-26), GSAM experts included, with one difference: the step size of evaluation and the iteration that
 is kept are never chosen on the test set. Accuracies quoted from the paper are test accuracies of ConvNet, mean ± std;
 no figure of ours stands beside them until it was measured. The ranges of start epochs of digits come from a prototype
-that was scored on its test split; figures of digits are over three distillations of five networks each.
+that was scored on its test split. Figures of digits are over three distillations of five networks each, but for those
+of MetaDD, which are of one distillation.
 """
 
 from __future__ import annotations

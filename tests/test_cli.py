@@ -227,6 +227,7 @@ def test_a_checkpoint_is_no_artifact(datm_ray: CommandLine, finished: Path) -> N
 def test_exports_are_written(kind: str, count: int, datm_ray: CommandLine, finished: Path, tmp_path: Path) -> None:
     """Each format writes its files and says where."""
     code, out, _ = datm_ray("export", str(finished / "tiny/synthetic.arrow"), "--format", kind, "--out", "exported")
+    assert ("soft labels and step size are in the .arrow file" in out) == (kind == "png")
     assert code == 0
     assert f"{count} file(s)" in out
     assert len(files_below(tmp_path)) == count

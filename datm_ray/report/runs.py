@@ -92,7 +92,7 @@ def cost_lines(summary: RunSummary) -> list[CostLine]:
 
 
 def _cost_line(title: str, score: Score) -> CostLine:
-    return CostLine(title, score.n, score.cost or Spent(seconds=score.seconds), complete=score.cost is not None)
+    return CostLine(title, score.n, score.spent, complete=score.cost is not None)
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,8 @@ EPYC without AVX-512, 100 and 104 GFLOP/s; `plan --measure` takes this machine's
 
 MATCHING_OF_PRODUCT = 1.35
 """Of that rate, what compiled student steps reach. Operations are counted in the graph for processors, with Winograd's
-filtering in it, which GPUs do without: there they are some 15 % more. Measured at CIFAR-10's shape (ConvNet-3 of width
-128, 32x32, batch 100 in calls of 20, augmented), a process on each of two cores: 138 GFLOP/s."""
+filtering in it, which GPUs do without: at this shape there are 17 % more then. Measured at CIFAR-10's shape (ConvNet-3
+of width 128, 32x32, batch 100 in calls of 20, augmented), a process on each of two cores: 138 GFLOP/s."""
 
 RELATIVE = {"matching": 1.0, "experts": 1.15, "training": 0.54, "scoring": 0.42}
 """Rates of other work against student steps'. Measured as `MATCHING_OF_PRODUCT`: experts' compiled steps (batch 256)

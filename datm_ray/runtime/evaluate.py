@@ -27,7 +27,6 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -95,6 +94,11 @@ class Score:
     """Worker seconds spent, all seeds together."""
     cost: Spent | None = None
     """Of all seeds together; none where an earlier version scored one of them."""
+
+    @property
+    def spent(self) -> Spent:
+        """The cost; where it is not known, the seconds alone."""
+        return self.cost or Spent(seconds=self.seconds)
 
     @property
     def n(self) -> int:
@@ -300,7 +304,7 @@ def read_network_scores(out: Location, config: RunConfig, dataset_fingerprint: s
     for network in config.scored_networks:
         results = {row: _finished(out, config, dataset_fingerprint, row, network) for row in ON_OTHERS}
         if distilled := results["distilled"]:
-            learned = [{**each, "test_accuracy": each["test_accuracy_with_learned_step_size"]} for each in distilled]
+            learned = [dataclasses.replace(each, accuracy=each.with_learned_step_size) for each in distilled]
             control = results["random-soft"]
             scores.append(
                 NetworkScores(
@@ -314,21 +318,38 @@ def read_network_scores(out: Location, config: RunConfig, dataset_fingerprint: s
     return scores
 
 
+@dataclass(frozen=True)
+class _Result:
+    """What the file of one trained network says."""
+
+    accuracy: float
+    """On test images."""
+    with_learned_step_size: float
+    """The same with the step size that was learned; nan where there is none."""
+    seconds: float
+    cost: Spent | None
+    """None where an earlier version wrote it."""
+
+    @classmethod
+    def read(cls, place: Location) -> _Result:
+        told = place.read_json()
+        with rejecting_nonsense(place):
+            learned = told.get("test_accuracy_with_learned_step_size")
+            return cls(
+                float(told["test_accuracy"]),
+                math.nan if learned is None else float(learned),
+                float(told["seconds"]),
+                Spent.from_json(told["cost"]) if "cost" in told else None,
+            )
+
+
 def _finished(
     out: Location, config: RunConfig, dataset_fingerprint: str, row: str, network: NetworkConfig | None = None
-) -> list[dict[str, Any]]:
+) -> list[_Result]:
     """The results of all seeds; none where one is missing."""
     seeds = range(config.evaluate.seeds)
     places = [result_location(out, config, dataset_fingerprint, row, number, network) for number in seeds]
-    return [_read_result(place) for place in places] if all(place.exists() for place in places) else []
-
-
-def _read_result(place: Location) -> dict[str, Any]:
-    result = place.read_json()
-    with rejecting_nonsense(place):
-        _score("", [result])
-    found: dict[str, Any] = result
-    return found
+    return [_Result.read(place) for place in places] if all(place.exists() for place in places) else []
 
 
 def _kind(network: NetworkConfig, config: RunConfig) -> str:
@@ -378,7 +399,7 @@ def read_fair_scores(out: Location, config: RunConfig, dataset_fingerprint: str)
     found = {row: _finished(out, config, dataset_fingerprint, row) for row in rows} if config.evaluate.fair else {}
     if not found or not all(found.values()):
         return None
-    of = {row: [result["test_accuracy"] for result in results] for row, results in found.items()}
+    of = {row: [result.accuracy for result in results] for row, results in found.items()}
     label = tuple(
         label_robust(real_hard=real, distilled_hard=hard, distilled=own, random_soft=random)
         for real, hard, own, random in zip(
@@ -400,10 +421,11 @@ def read_fair_rows(out: Location, config: RunConfig, dataset_fingerprint: str) -
     return [_score(row, results) for row, results in found.items() if results]
 
 
-def _score(row: str, results: Sequence[dict[str, Any]]) -> Score:
+def _score(row: str, results: Sequence[_Result]) -> Score:
+    costs = [result.cost for result in results if result.cost is not None]
     return Score(
         row,
-        tuple(result["test_accuracy"] for result in results),
-        sum(result["seconds"] for result in results),
-        total(Spent.from_json(each["cost"]) for each in results) if all("cost" in each for each in results) else None,
+        tuple(result.accuracy for result in results),
+        sum(result.seconds for result in results),
+        total(costs) if len(costs) == len(results) else None,
     )

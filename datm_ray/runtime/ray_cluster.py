@@ -164,9 +164,13 @@ class Machines:
             ClusterError: fewer than asked for; they are waited for as long as the recipe says.
         """
         wanted = self._cluster.workers or 1
-        found = self.wait_for(wanted)
-        if sum(self.fits()) < wanted:
-            raise self._too_few(wanted)
+        try:
+            found = self.wait_for(wanted)
+            if sum(self.fits()) < wanted:
+                raise self._too_few(wanted)
+        except BaseException:  # an interrupt too: a cluster that grows would grow for nobody
+            self.ask_no_more()
+            raise
         return found
 
     def wait_for(self, wanted: int) -> tuple[int, int]:

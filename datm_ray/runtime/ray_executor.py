@@ -48,12 +48,11 @@ class RayExecutor:
             )
         self._owns_cluster = address is not None or not ray.is_initialized()
         dashboard = connect(address) if self._owns_cluster else ""
-        self._machines = Machines(cluster)
         try:
             self._cluster = cluster = with_gpus(cluster)
             self._machines = Machines(cluster)
             self.workers, self.workers_per_machine = self._machines.require()
-        except BaseException:  # an interrupt too: a cluster that grows would grow for nobody
+        except BaseException:
             self._leave()
             raise
         self._metrics = RayMetrics()
@@ -85,10 +84,10 @@ class RayExecutor:
     def close(self) -> None:
         """Disconnect; a cluster that was started for the run ends with it."""
         self._metrics.close()
+        self._machines.ask_no_more()
         self._leave()
 
     def _leave(self) -> None:
-        self._machines.ask_no_more()
         if self._owns_cluster:
             ray.shutdown()
 
@@ -244,12 +243,8 @@ class _Stage:
                 yield from self._make_do(current)
             elif not current.told and time.monotonic() - crew.hired > PATIENCE_UNTOLD:
                 current.told = True
-                yield (
-                    current.turn.task,
-                    Note(
-                        f"waits for room for {crew.size} worker(s), which others hold; up to {self._patience():.0f} s"
-                    ),
-                )
+                room = f"room for {crew.size} worker(s), which others hold; up to {self._patience():.0f} s"
+                yield current.turn.task, Note(f"waits for {room}")
 
     def _make_do(self, current: _Running) -> Iterator[tuple[Task, Event]]:
         """Where others hold the room that a crew waits for: try with fewer, or wait for tasks of this run to end."""

@@ -142,8 +142,9 @@ class Location:
                 self._watch()
                 starts, ends = [start for start, _ in ranges], [end for _, end in ranges]
                 fetched = self.fs.cat_ranges([self.path] * len(ranges), starts, ends, on_error="raise")
-                for failure in (chunk for chunk in fetched if isinstance(chunk, Exception)):
-                    raise failure  # fsspec before 2025.3 returns them whatever it is told
+                failure = next((chunk for chunk in fetched if isinstance(chunk, Exception)), None)
+                if failure is not None:  # fsspec 2025.5, for one, returns it whatever on_error is
+                    raise failure
                 chunks = [memoryview(chunk) for chunk in fetched]
             moved.bytes = sum(map(len, chunks))
             return chunks

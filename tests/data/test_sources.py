@@ -425,6 +425,14 @@ def test_two_images_of_a_class_are_too_few(tmp_path: Path, encode: Encode) -> No
         load_raw("folder", str(write_files(tmp_path, folder_files(encode, ("",), count=2))))
 
 
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_a_misspelt_folder_is_not_made_and_filled(name: str, tmp_path: Path) -> None:
+    """A download would make it; only the last part of a path may be new."""
+    with pytest.raises(DatasetError, match=r"typo/deep does not exist. Give the folder of cifar-10"):
+        load_raw(name, str(tmp_path / "typo/deep"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_parts_are_known_by_their_usual_names(tmp_path: Path, encode: Encode) -> None:
     """In any case, and never taken for classes."""
     root = write_files(tmp_path, folder_files(encode, ("Training/", "Validation/")))

@@ -628,6 +628,19 @@ def test_no_gpus_per_worker_means_processors(monkeypatch: pytest.MonkeyPatch) ->
         prepare_device(ClusterConfig(gpus_per_worker=0.0, device="cuda"))
 
 
+def test_products_are_not_rounded_on_gpus_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch rounds those of convolutions to 10 bits by itself."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    try:
+        matmul.allow_tf32 = cudnn.allow_tf32 = True
+        assert prepare_device(ClusterConfig()) == torch.device("cuda")
+        assert (matmul.allow_tf32, cudnn.allow_tf32) == (False, False)
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
 @pytest.mark.ray
 def test_a_task_too_large_for_fewer_workers_waits_for_more(ray_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What two can do and one cannot is no error of the recipe where a machine was lost."""

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from datm_ray.runtime import telemetry
-from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, Task
+from datm_ray.runtime.executor import Event, Failed, Finished, Lost, Note, Progress, Task
 from datm_ray.runtime.telemetry import Reporter
 
 
@@ -63,10 +63,12 @@ def test_a_line_says_how_long_the_rest_may_take(
 def test_losses_notes_and_ends_are_always_said(lines, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the interval between lines."""
     monkeypatch.setattr(telemetry, "LINE_INTERVAL", math.inf)
-    said = lines(Progress(1, 2), Note("compiled"), Lost("its node died", 1), Finished(), Finished())
-    assert said[:3] == [
+    ends = Lost("its node died", 1), Failed("It diverged.", 2), Finished(), Finished()
+    said = lines(Progress(1, 2), Note("compiled"), *ends)
+    assert said[:4] == [
         "Distillation: 2 to do",
         "digits-ipc1: compiled",
         "digits-ipc1: its worker died (its node died); attempt 2 starts on another one",
+        "digits-ipc1 failed: It diverged. 2 other(s) go on first, and nothing new is begun",
     ]
-    assert said[3].startswith("Distillation: done in")
+    assert said[4].startswith("Distillation: done in")

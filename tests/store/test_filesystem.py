@@ -159,7 +159,7 @@ def test_an_s3fs_that_cannot_be_told_what_to_retry_is_left_alone(monkeypatch):
 
 
 def test_a_range_that_cannot_be_read_has_the_cause_of_its_own_error(monkeypatch):
-    """Old versions of fsspec return the error in place of the bytes."""
+    """Versions of fsspec, 2025.5 for one, return the error in place of the bytes."""
     location = open_location("memory://ranges/file")
     monkeypatch.setattr(location.fs, "cat_ranges", lambda *_, **__: [b"1", FileNotFoundError("file")])
     with pytest.raises(StoreError, match=r"Cannot read .*does not exist"):
