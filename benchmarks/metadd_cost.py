@@ -22,7 +22,7 @@ from bench_matching import Shape
 from facts import status
 from tables import table
 
-from datm_ray.core.distillation import Distillation, LearningRates, Match, MetaTerm, Origin
+from datm_ray.core.distillation import Distillation, LearningRates, Limits, Match, MetaTerm, Origin
 from datm_ray.core.matching import draw_student_steps
 from datm_ray.core.metadd import MetaDD
 from datm_ray.core.networks import NetworkSpec, build_network
@@ -50,7 +50,7 @@ def cost_child(auxiliaries: int, quick: bool, share: float) -> None:
     state = Distillation(
         SyntheticSet(images, torch.randn(100, 10, generator=draw), torch.tensor([0.01]), labels),
         LearningRates(1e-3, 1e-3, 0.0),
-        threshold=1e9,
+        Limits(1e9),
     )
     start = flatten(networks[0])
     target = start + torch.randn(start.shape, generator=draw) / len(start) ** 0.5

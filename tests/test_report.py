@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from PIL import Image
 
 from datm_ray.artifact import save_artifact
 from datm_ray.config import RunConfig, load_config_text, override
-from datm_ray.core.distillation import Distillation, IterationRecord, LearningRates
+from datm_ray.core.distillation import Distillation, IterationRecord, LearningRates, Limits
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.data.transform import fit_transform
 from datm_ray.errors import CorruptFileError
@@ -71,9 +72,11 @@ def save_set(place: Location, config: RunConfig, class_names: Sequence[str], cha
 
 
 def save_checkpoint(folder: Location, config: RunConfig, losses: Sequence[float], validations: Sequence[float]) -> None:
-    state = Distillation(synthetic_set(config, 3), LearningRates(1, 1, 1), config.distill.threshold)
+    state = Distillation(synthetic_set(config, 3), LearningRates(1, 1, 1), Limits(config.distill.threshold))
     for k, loss in enumerate(losses):
-        state.history.append(IterationRecord(k, 0, 0, 1 + k % 2, loss, 0.01 + k / 1000, loss > state.threshold))
+        skipped = loss > state.limits.loss
+        overshoot = math.nan if skipped else loss  # a number of no meaning
+        state.history.append(IterationRecord(k, 0, 0, 1 + k % 2, loss, 0.01 + k / 1000, skipped, overshoot))
     state.validations = [(4 * (i + 1), accuracy) for i, accuracy in enumerate(validations)]
     state.chosen_at = max(state.validations, key=lambda validation: validation[1], default=(0, 0.0))[0]
     checkpoint.save_checkpoint(folder, state, Rows(0, len(state.synthetic.images)), Alone(), config.identity())
@@ -245,6 +248,20 @@ def test_unfinished_run_is_described(out: Location) -> None:
     assert "Not evaluated yet: random real images, soft labels; distilled; all real data." in text
     assert "Matching loss" in text
     assert "Validation accuracy" not in text
+
+
+@pytest.mark.parametrize(
+    ("limit", "told"),
+    [("0.75", "1 update would have overshot, and was shortened."), ("0.3", "2 updates would have overshot"), ("", "")],
+)
+def test_shortened_updates_are_told(out: Location, limit: str, told: str) -> None:
+    """As many as were longer than the recipe allows; none where it allows all."""
+    config = configure(overshoot=limit or "null")
+    save_set(out / config.name / INITIAL, config, ("a", "b", "c"))
+    save_checkpoint(out / config.name, config, [0.8, 0.5, 0.2, 0.95], [])
+    text = text_of(page_of(out, RunSummary(config, out / config.name, [])))
+    assert told in text
+    assert ("overshot" in text) == bool(told)
 
 
 def test_result_without_its_checkpoint_is_described(out: Location) -> None:

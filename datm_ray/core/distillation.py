@@ -45,6 +45,23 @@ class LearningRates:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What keeps one iteration from ruining the set."""
+
+    loss: float
+    """Normalised matching loss above which nothing is learned from an iteration."""
+    overshoot: float = math.inf
+    """How many times its own value an update may lower the loss to first order; a longer one is shortened to that.
+
+    A gradient through T student steps now and then explodes: at an ordinary loss it is up to two hundred times as long
+    as those before it, and the update along it leaves a set that nothing can be matched with (benchmarks/LOG.md). No
+    loss can fall below zero; with 1 an update ends where the tangent does, and beyond the limit the update is the
+    shorter the longer the gradient is: the stochastic Polyak step size (arXiv 2002.10542), with the learning rates as
+    its upper bound. The published code has no such limit.
+    """
+
+
+@dataclass(frozen=True)
 class Match:
     """What one backbone matches in one iteration."""
 
@@ -98,7 +115,10 @@ class IterationRecord:
     step_size: float
     """After the update."""
     skipped: bool
-    """Whether the loss exceeded the threshold, so that this backbone updated nothing."""
+    """Whether the loss exceeded its limit, so that this backbone updated nothing."""
+    overshoot: float = math.nan
+    """How many times its value the whole update would have lowered the loss to first order; nan where it was skipped,
+    and in what earlier versions have saved."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +139,7 @@ class Distillation:
 
     synthetic: SyntheticSet
     rates: LearningRates
-    threshold: float
+    limits: Limits
     momenta: dict[str, Tensor] = field(default_factory=dict)
     """One buffer per learned variable, empty before the first update."""
     history: list[IterationRecord] = field(default_factory=list)
@@ -145,8 +165,13 @@ class Distillation:
 
     @property
     def skipped(self) -> int:
-        """Updates skipped because their loss exceeded the threshold."""
+        """Updates skipped because their loss exceeded its limit."""
         return sum(record.skipped for record in self.history)
+
+    @property
+    def shortened(self) -> int:
+        """Updates that were shortened."""
+        return sum(record.overshoot > self.limits.overshoot for record in self.history)
 
     def step(
         self,
@@ -173,34 +198,37 @@ class Distillation:
             DivergenceError: a loss, a gradient or an updated value is not finite, or a step size is not positive.
                 The state is then the one before this iteration, in every shard.
         """
-        losses = torch.zeros(self.backbones, dtype=torch.float64)
+        # Of every backbone, filled in by those who match it: loss and overshoot.
+        told = torch.zeros(2, self.backbones, dtype=torch.float64)
         # First, so that processes which only look on are done with it while the others match.
         total, seen = self._look(meta, all_sum, sum_over_backbones)
 
         def match_all(all_sum: AllSum) -> None:
             for match in matches:
                 gradient = self._matched(match, all_sum)
-                losses[match.backbone] = gradient.loss
+                overshoot = self._shorten(match, gradient, all_sum)
+                told[:, match.backbone] = torch.tensor([gradient.loss, overshoot], dtype=torch.float64)
                 self._add(total, match, gradient)
 
         if in_rows is None:
             match_all(all_sum)
         else:
             in_rows(match_all)
-        losses = sum_over_backbones(losses.to(self.synthetic.images.device)).cpu()
+        losses, overshoots = sum_over_backbones(told.to(self.synthetic.images.device)).cpu()
         if not bool(losses.isfinite().all()):
             raise self._divergence("its matching loss is not finite")
-        skipped = losses > self.threshold
+        skipped = losses > self.limits.loss
         if not bool(skipped.all()):
             zeros = (name for name in LEARNED if name not in total)
             total |= {name: torch.zeros_like(getattr(self.synthetic, name)) for name in zeros}
             summed = {name: sum_over_backbones(total[name]) for name in LEARNED}
             self._update(summed, ~skipped.to(self.synthetic.step_sizes.device), all_sum)
             self.meta_history += seen
+        columns = (losses, self.synthetic.step_sizes, skipped, overshoots)
         records = [
             IterationRecord(self.iteration, number, origin.expert, origin.epoch, *rest)
             for number, (origin, *rest) in enumerate(
-                zip(origins, losses.tolist(), self.synthetic.step_sizes.tolist(), skipped.tolist(), strict=True)
+                zip(origins, *(column.tolist() for column in columns), strict=True)
             )
         ]
         self.history += records
@@ -262,9 +290,25 @@ class Distillation:
             match.steps,
             backbone=match.backbone,
             chunk=match.chunk,
-            skip_above=self.threshold,
+            skip_above=self.limits.loss,
             all_sum=all_sum,
         )
+
+    def _shorten(self, match: Match, gradient: MatchingGradient, all_sum: AllSum) -> float:
+        """Keep a backbone's part of the update within its limit; how far it would have gone, see `IterationRecord`."""
+        if not gradient.loss <= self.limits.loss:
+            return math.nan
+        # Norms first, for they make no copy of the images, which may be large; squares of long ones need float64.
+        images, labels = (
+            torch.linalg.vector_norm(each).double().square() for each in (gradient.images, gradient.soft_labels)
+        )
+        promised = all_sum((self.rates.images * images + self.rates.soft_labels * labels)[None])
+        promised = promised[0] + self.rates.step_sizes * gradient.step_size.double().square()
+        overshoot = match.weight * float(promised) / gradient.loss if gradient.loss else 0.0
+        if overshoot > self.limits.overshoot:
+            for each in (gradient.images, gradient.soft_labels, gradient.step_size):
+                each.mul_(self.limits.overshoot / overshoot)
+        return overshoot
 
     def _add(self, total: dict[str, Tensor], match: Match, gradient: MatchingGradient) -> None:
         """Add a backbone's gradient to the sum; the gradient's memory becomes the sum's, for it may be large."""
@@ -333,17 +377,17 @@ class Distillation:
 
     @classmethod
     def from_arrays(
-        cls, held: Arrays, shared: Arrays, rates: LearningRates, threshold: float, device: torch.device
+        cls, held: Arrays, shared: Arrays, rates: LearningRates, limits: Limits, device: torch.device
     ) -> Distillation:
         """The state that `to_arrays` saved; of any range of its rows."""
         arrays = {**held, **shared}
-        columns = [arrays[f"history.{column}"].tolist() for column in HISTORY_COLUMNS]
+        columns = [arrays[f"history.{column}"].tolist() for column in HISTORY_COLUMNS if f"history.{column}" in arrays]
         looks = [arrays[f"meta.{each.name}"].tolist() for each in fields(MetaRecord) if "meta.iteration" in arrays]
         curve = (arrays["validation.iteration"].tolist(), arrays["validation.accuracy"].tolist())
         return cls(
             synthetic=_set_from(arrays, "synthetic", device),
             rates=rates,
-            threshold=threshold,
+            limits=limits,
             momenta={
                 name: _to_torch(arrays[f"momentum.{name}"], device) for name in LEARNED if f"momentum.{name}" in arrays
             },
@@ -368,8 +412,9 @@ HISTORY_COLUMNS: dict[str, type[np.generic]] = {
     "loss": np.float64,
     "step_size": np.float64,
     "skipped": np.bool_,
+    "overshoot": np.float64,
 }
-"""Columns of the history in a checkpoint, in the order of `IterationRecord`'s fields."""
+"""Columns of the history in a checkpoint, as `IterationRecord` has them; earlier versions lack the last."""
 
 
 def _set_from(arrays: Arrays, prefix: str, device: torch.device) -> SyntheticSet:

@@ -180,6 +180,11 @@ def _state(run: Run) -> str:
             f"{count(run.skipped, 'iteration')} changed nothing, because the matching loss exceeded the threshold of "
             f"{run.config.distill.threshold:g}."
         )
+    if run.shortened:
+        sentences.append(
+            f"{count(run.shortened, 'update')} would have overshot, and {'was' if run.shortened == 1 else 'were'} "
+            "shortened."
+        )
     missing = [title for row, title in ROWS.items() if find_score(run.summary.scores, row) is None]
     if len(missing) == len(ROWS):
         sentences.append("Nothing is evaluated yet.")

@@ -124,6 +124,14 @@ class Run:
     def skipped(self) -> int:
         return 0 if self.history is None else int(self.history["history.skipped"].sum())
 
+    @property
+    def shortened(self) -> int:
+        """Updates that were shortened so far."""
+        limit = self.config.distill.overshoot
+        if self.history is None or limit is None or "history.overshoot" not in self.history:
+            return 0
+        return int((self.history["history.overshoot"] > limit).sum())
+
 
 def read_run(summary: RunSummary) -> Run:
     folder = summary.folder

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from datm_ray.core.distillation import Distillation, LearningRates
+from datm_ray.core.distillation import Distillation, LearningRates, Limits
 from datm_ray.errors import CorruptFileError, RunDirectoryError, StoreError
 from datm_ray.runtime.mesh import Mesh
 from datm_ray.store.filesystem import Location
@@ -65,7 +65,7 @@ def save_checkpoint(folder: Location, state: Distillation, rows: Rows, mesh: Mes
 
 
 def load_checkpoint(
-    folder: Location, rows: Rows, rates: LearningRates, threshold: float, device: torch.device
+    folder: Location, rows: Rows, rates: LearningRates, limits: Limits, device: torch.device
 ) -> Distillation | None:
     """The rows of the state that was saved last, whoever saved them; none where nothing was saved.
 
@@ -78,7 +78,7 @@ def load_checkpoint(
     if "parts" not in file.metadata:
         raise _unusable(folder, "names no parts")
     held = _read_rows(folder, file.metadata["parts"], rows)
-    return Distillation.from_arrays(held, file.arrays, rates, threshold, device)
+    return Distillation.from_arrays(held, file.arrays, rates, limits, device)
 
 
 def read_curves(folder: Location) -> dict[str, Any]:

@@ -25,9 +25,9 @@ import torch
 from numpy.typing import NDArray
 
 from datm_ray.artifact import read_artifact, save_artifact
-from datm_ray.config import ClusterConfig, RunConfig
+from datm_ray.config import ClusterConfig, DistillConfig, RunConfig
 from datm_ray.core.difficulty import DifficultyRange, draw_plan
-from datm_ray.core.distillation import Distillation, IterationRecord, LearningRates, Match, Origin
+from datm_ray.core.distillation import Distillation, IterationRecord, LearningRates, Limits, Match, Origin
 from datm_ray.core.matching import draw_student_steps
 from datm_ray.core.networks import build_network
 from datm_ray.core.parameters import FlatNetwork
@@ -195,15 +195,11 @@ class _Run:
         if self._onlookers is not None and (self._folder / INITIAL).exists():
             initial = read_artifact(self._folder / INITIAL).images[self._rows.first : self._rows.last]
             self._onlookers.keep_maps(self._folder / MAPS, self._mesh, initial.to(self._device), final)
-        if 4 * state.skipped > settings.iterations:
-            yield Note(
-                f"in {state.skipped} of {settings.iterations} iterations the matching loss exceeded distill.threshold "
-                f"{settings.threshold:g}, and they taught nothing: lower distill.student_steps or the start epochs, "
-                "raise distill.expert_epochs, or see in the report whether it came all at once"
-            )
+        yield from _warnings(state, settings)
         self._note_cost()
         self._save_set(final, SYNTHETIC)
-        yield Finished({"skipped": state.skipped, "chosen_at": state.chosen_at}, meter.measure())
+        told = {"skipped": state.skipped, "shortened": state.shortened, "chosen_at": state.chosen_at}
+        yield Finished(told, meter.measure())
 
     def _measured(self, state: Distillation, records: list[IterationRecord], seconds: float) -> dict[str, float]:
         """What is to be watched of an iteration."""
@@ -216,6 +212,7 @@ class _Run:
             "matching_loss": first.loss,
             "step_size": first.step_size,
             "skipped_steps": state.skipped,
+            "shortened_steps": state.shortened,
             "start_epoch": first.start,
             "upper_bound": difficulty_range(config).upper_bound(first.iteration),
             "images_per_second": seen / seconds,
@@ -294,13 +291,14 @@ class _Run:
         if self._mesh.rank == 0:
             for place in (self._folder, self._folder / PARTS):
                 place.remove_leftovers()
-        saved = load_checkpoint(self._folder, self._rows, rates, settings.threshold, self._device)
+        limits = Limits(settings.threshold, math.inf if settings.overshoot is None else settings.overshoot)
+        saved = load_checkpoint(self._folder, self._rows, rates, limits, self._device)
         self._require_one_state(-1 if saved is None else saved.iteration)
         if saved is not None:
             return saved
         synthetic = self._initial_set()
         self._save_set(synthetic, INITIAL)
-        return Distillation(synthetic, rates, settings.threshold)
+        return Distillation(synthetic, rates, limits)
 
     def _require_one_state(self, iteration: int) -> None:
         """That every worker goes on from the same iteration; -1 stands for the beginning."""
@@ -434,6 +432,21 @@ def read_cost(folder: Location) -> Spent:
         return Spent()
     with rejecting_nonsense(place):
         return Spent.from_json(place.read_json())
+
+
+def _warnings(state: Distillation, settings: DistillConfig) -> Iterator[Note]:
+    """What must not look like success: a set that learned nothing, or not what the recipe says."""
+    if 4 * state.skipped > settings.iterations:
+        yield Note(
+            f"in {state.skipped} of {settings.iterations} iterations the matching loss exceeded distill.threshold "
+            f"{settings.threshold:g}, and they taught nothing: lower distill.student_steps or the start epochs, "
+            "raise distill.expert_epochs, or see in the report whether it came all at once"
+        )
+    if 4 * state.shortened > settings.iterations:
+        yield Note(
+            f"in {state.shortened} of {settings.iterations} iterations the update would have overshot and was "
+            f"shortened, see distill.overshoot {settings.overshoot:g}: lower distill.learning_rate_images"
+        )
 
 
 def _shown(state: Distillation, records: list[IterationRecord]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from datm_ray.config import PUBLISHED_AUGMENTATION
 from datm_ray.core.augment import augment, draw_augmentation
-from datm_ray.core.distillation import Distillation, LearningRates, Match, Origin
+from datm_ray.core.distillation import Distillation, LearningRates, Limits, Match, Origin
 from datm_ray.core.matching import (
     MatchingGradient,
     StudentStep,
@@ -173,7 +173,7 @@ def test_backbones_add_up_to_the_gradient_of_the_weighted_sum() -> None:
     problems = [(network, start, target, 1.0), (other, other_start, other_target, 0.4)]
     steps = draw_student_steps(12, 3, 5, "scale", seed=1, iteration=0)
     rates = LearningRates(1.0, 1.0, 1e-3)
-    state = Distillation(synthetic.clone(), rates, threshold=100)
+    state = Distillation(synthetic.clone(), rates, Limits(100))
     state.step(
         [
             Match(eager(net), start, target, steps, number, weight)
@@ -203,7 +203,7 @@ def test_backbones_in_processes_of_their_own_learn_what_one_process_learns() -> 
     origins, barrier = [Origin(0, 0), Origin(1, 0)], Barrier(2)
 
     def learned(rows: Sequence[int], **sums: Callable[[Tensor], Tensor]) -> SyntheticSet:
-        state = Distillation(synthetic.clone(), LearningRates(1.0, 1.0, 1e-3), threshold=100)
+        state = Distillation(synthetic.clone(), LearningRates(1.0, 1.0, 1e-3), Limits(100))
         networks = [make_problem(width=6)[0], make_problem(width=4, seed=3)[0]]  # not shared between threads
         matches = [Match(eager(networks[row]), *problems[row][1:3], steps, row) for row in rows]
         for _ in range(3):

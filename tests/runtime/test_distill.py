@@ -276,7 +276,7 @@ def test_a_killed_shard_costs_an_attempt_and_not_the_result(ray_cluster: Any, re
 
 def state_of(out: Path, config: RunConfig) -> Any:
     rows = Rows.of_shard(0, 1, 10, config.distill.ipc)
-    return load_checkpoint(open_location(str(out / "tiny")), rows, None, 1.0, torch.device("cpu"))  # type: ignore[arg-type]
+    return load_checkpoint(open_location(str(out / "tiny")), rows, None, None, torch.device("cpu"))  # type: ignore[arg-type]
 
 
 def test_a_missing_part_of_a_checkpoint_is_named(reference: Path, tmp_path: Path) -> None:
@@ -288,11 +288,12 @@ def test_a_missing_part_of_a_checkpoint_is_named(reference: Path, tmp_path: Path
     (part,) = (folder / "checkpoint").iterdir()
     place = open_location(str(folder))
     rates: Any = None
+    limits: Any = None
     with pytest.raises(CorruptFileError, match="holds 20 of the 30 images"):
-        load_checkpoint(place, Rows(0, 30), rates, 1.0, torch.device("cpu"))
+        load_checkpoint(place, Rows(0, 30), rates, limits, torch.device("cpu"))
     part.unlink()
     with pytest.raises(Exception, match=part.name):
-        load_checkpoint(place, Rows(0, 20), rates, 1.0, torch.device("cpu"))
+        load_checkpoint(place, Rows(0, 20), rates, limits, torch.device("cpu"))
 
 
 def test_a_checkpoint_of_another_format_is_named(tmp_path: Path) -> None:
@@ -300,8 +301,9 @@ def test_a_checkpoint_of_another_format_is_named(tmp_path: Path) -> None:
     place = open_location(str(tmp_path))
     write_tensors(place / "checkpoint.arrow", {"x": np.zeros(1)}, kind="checkpoint", metadata={})
     rates: Any = None
+    limits: Any = None
     with pytest.raises(CorruptFileError, match="names no parts"):
-        load_checkpoint(place, Rows(0, 10), rates, 1.0, torch.device("cpu"))
+        load_checkpoint(place, Rows(0, 10), rates, limits, torch.device("cpu"))
     with pytest.raises(CorruptFileError, match="no column for the backbones"):
         read_curves(place)
 
@@ -392,3 +394,19 @@ def test_result_says_how_many_updates_were_skipped(reference: Path, tmp_path: Pa
     assert last.result["skipped"] == 6
     assert isinstance(told, Note), "a set that learned nothing must not look like success"
     assert told.text.startswith("in 6 of 6 iterations the matching loss exceeded distill.threshold 1e-09")
+    assert last.result["shortened"] == 0
+
+
+def test_result_says_how_many_updates_were_shortened(reference: Path, tmp_path: Path) -> None:
+    """The recipe's limit reaches the updates; where it decides most of them, that is said."""
+    out = with_experts_of(reference, tmp_path)
+    config = tiny_config("distill.ipc=2", "distill.batch_size=7", "distill.overshoot=1e-9", "name=short")
+    pipeline = Pipeline([config], str(out))
+    worker = DistillWorker(pipeline._dataset(config), config.cluster)
+    *_, told, last = worker.distill(config, pipeline.store_uri, str(out / "short"))
+    assert isinstance(last, Finished)
+    assert last.result["shortened"] == 6
+    assert isinstance(told, Note)
+    assert told.text.startswith("in 6 of 6 iterations the update would have overshot")
+    curves = read_curves(open_location(str(out / "short")))
+    assert (curves["history.overshoot"] > 1e-9).all()

@@ -119,7 +119,7 @@ def test_the_plan_s_sums_are_those_of_matching() -> None:
     config = tiny_config(*BASE, "cluster.shards=2", "cluster.memory=4GiB")
     (planned,) = plans_of(config, DIGITS, Layout.of(config))
     beside = traffic(config, DIGITS, config.roles[0]).over_classes - planned.network_bytes
-    assert beside == 4 * (2 + 2)  # the loss and how many have one; what is not finite
+    assert beside == 4 * (2 + 2 + 2)  # the loss and how many have one; the update's length; what is not finite
 
 
 @pytest.fixture(scope="module")
