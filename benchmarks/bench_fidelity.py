@@ -87,7 +87,9 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     print(f"{sets} sets; {'sizes of --quick are not estimated' if arguments.quick else minutes}")
     if arguments.estimate:
         return {"estimate": seconds}
-    exact = [config for runs in (*crossover.values(), *without_set(ablation, TESLA).values()) for config in runs]
+    rows = [*crossover.values(), *without_set(ablation, TESLA).values()]
+    # A distillation of every row before the next one, so that what is there at any time can be compared.
+    exact = [config for seed in zip(*rows, strict=True) for config in seed]
     with going(arguments.runs):
         pipeline = run(exact, Scoring, arguments.runs, arguments.executor)
         if TESLA in ablation:
