@@ -198,17 +198,13 @@ class Distillation:
             DivergenceError: a loss, a gradient or an updated value is not finite, or a step size is not positive.
                 The state is then the one before this iteration, in every shard.
         """
-        # Of every backbone, filled in by those who match it: loss and overshoot.
-        told = torch.zeros(2, self.backbones, dtype=torch.float64)
         # First, so that processes which only look on are done with it while the others match.
         total, seen = self._look(meta, all_sum, sum_over_backbones)
+        told = torch.zeros(2, self.backbones, dtype=torch.float64)
 
         def match_all(all_sum: AllSum) -> None:
             for match in matches:
-                gradient = self._matched(match, all_sum)
-                overshoot = self._shorten(match, gradient, all_sum)
-                told[:, match.backbone] = torch.tensor([gradient.loss, overshoot], dtype=torch.float64)
-                self._add(total, match, gradient)
+                told[:, match.backbone] = torch.tensor(self._match(match, total, all_sum), dtype=torch.float64)
 
         if in_rows is None:
             match_all(all_sum)
@@ -224,12 +220,10 @@ class Distillation:
             summed = {name: sum_over_backbones(total[name]) for name in LEARNED}
             self._update(summed, ~skipped.to(self.synthetic.step_sizes.device), all_sum)
             self.meta_history += seen
-        columns = (losses, self.synthetic.step_sizes, skipped, overshoots)
+        columns = [each.tolist() for each in (losses, self.synthetic.step_sizes, skipped, overshoots)]
         records = [
             IterationRecord(self.iteration, number, origin.expert, origin.epoch, *rest)
-            for number, (origin, *rest) in enumerate(
-                zip(origins, *(column.tolist() for column in columns), strict=True)
-            )
+            for number, (origin, *rest) in enumerate(zip(origins, *columns, strict=True))
         ]
         self.history += records
         return records
@@ -281,8 +275,9 @@ class Distillation:
             )
         return {"images": torch.zeros_like(self.synthetic.images).index_copy_(0, rows, gradient)}, [record]
 
-    def _matched(self, match: Match, all_sum: AllSum) -> MatchingGradient:
-        return matching_gradient(
+    def _match(self, match: Match, total: dict[str, Tensor], all_sum: AllSum) -> tuple[float, float]:
+        """Add a backbone's gradient to the sum; its loss and overshoot."""
+        gradient = matching_gradient(
             match.functions,
             match.start,
             match.target,
@@ -293,6 +288,13 @@ class Distillation:
             skip_above=self.limits.loss,
             all_sum=all_sum,
         )
+        overshoot = self._shorten(match, gradient, all_sum)
+        step_sizes = torch.zeros_like(self.synthetic.step_sizes)
+        step_sizes[match.backbone] = gradient.step_size
+        for name, value in zip(LEARNED, (gradient.images, gradient.soft_labels, step_sizes), strict=True):
+            weighted = value.mul_(match.weight)  # in place: its memory becomes the sum's, for it may be large
+            total[name] = total[name].add_(weighted) if name in total else weighted
+        return gradient.loss, overshoot
 
     def _shorten(self, match: Match, gradient: MatchingGradient, all_sum: AllSum) -> float:
         """Keep a backbone's part of the update within its limit; how far it would have gone, see `IterationRecord`."""
@@ -309,14 +311,6 @@ class Distillation:
             for each in (gradient.images, gradient.soft_labels, gradient.step_size):
                 each.mul_(self.limits.overshoot / overshoot)
         return overshoot
-
-    def _add(self, total: dict[str, Tensor], match: Match, gradient: MatchingGradient) -> None:
-        """Add a backbone's gradient to the sum; the gradient's memory becomes the sum's, for it may be large."""
-        step_sizes = torch.zeros_like(self.synthetic.step_sizes)
-        step_sizes[match.backbone] = gradient.step_size
-        for name, value in zip(LEARNED, (gradient.images, gradient.soft_labels, step_sizes), strict=True):
-            weighted = value.mul_(match.weight)
-            total[name] = total[name].add_(weighted) if name in total else weighted
 
     def _update(self, gradient: dict[str, Tensor], moved: Tensor, all_sum: AllSum) -> None:
         """Follow the gradients; `moved` [a] tells whose step sizes have one, for the others rest."""
