@@ -91,6 +91,7 @@ def _of(out: Location, runs: Sequence[RunConfig]) -> dict[str, Any]:
         ],
         "kept_at": [int(curve["validation.chosen_at"]) for curve in curves],
         "skipped": [int(curve["history.skipped"].sum()) for curve in curves],
+        "shortened": [int((curve["history.overshoot"] > (distill.overshoot or math.inf)).sum()) for curve in curves],
         "cost": {
             "experts": total(e.spent for each in runs for e in read_experts_cost(out / each.name)).to_json(),
             "distillation": total(read_cost(out / each.name) for each in runs).to_json(),
@@ -179,13 +180,15 @@ def crossover_table(found: Mapping[str, Any]) -> list[str]:
                 gain_cell(*difference(accuracy["distilled"], accuracy[REAL])),
                 VERDICTS[is_lossless(accuracy["distilled"], accuracy[REAL])],
                 _listed(row["skipped"]),
+                _listed(row["shortened"]),
                 f"{_listed(row['kept_at'])} of {row['iterations']}",
             ]
         )
     head = ["IPC (share)", "range, start epochs", "random, hard labels", "random, soft labels", "**distilled**"]
-    head += ["all real data", "distilled − all real", "lossless", "skipped", "kept"]
+    head += ["all real data", "distilled − all real", "lossless", "skipped", "shortened", "kept"]
     note = """se: standard error. Lossless: not below all real data by more than one. skipped: iterations whose matching
-loss exceeded the threshold, for each distillation. kept: the iteration whose set was kept, by validation images."""
+loss exceeded the threshold, for each distillation. shortened: updates that would have overshot (`distill.overshoot`).
+kept: the iteration whose set was kept, by validation images."""
     return [note, "", *table(head, rows), "", lossless_sentence(found)]
 
 
