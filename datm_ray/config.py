@@ -159,9 +159,8 @@ class DistillConfig(Section):
     threshold: Positive = 1.0
     """Iterations whose matching loss exceeds this are skipped and counted."""
     overshoot: Positive | None = 10.0
-    """Updates that to first order would lower the matching loss by more than so many times its value are shortened to
-    that, so that a gradient that explodes ruins no set. Mostly they would by 0.02 to 0.8 times; null shortens none, as
-    published."""
+    """A gradient is shortened where a step along it would, to first order, lower the matching loss by more than so many
+    times its value: one that explodes ruins a set. null shortens none, as published."""
     augmentation: str = PUBLISHED_AUGMENTATION
     """DSA operations of the student's steps."""
     validate_every: Count = 500
@@ -549,10 +548,26 @@ def load_config_text(text: str, origin: str, default_name: str = "run") -> RunCo
         origin: what to call the source in messages.
         default_name: the run's name where the text gives none.
     """
+    return parse_config({"name": default_name, **_read_sections(text, origin)}, origin)
+
+
+def load_recipe_of_run(text: str, origin: str) -> RunConfig:
+    """The recipe that `to_yaml` wrote for a run, from the file's text.
+
+    It names every field, so that one which is missing was not there yet, and the run was made without it.
+    """
+    values = _read_sections(text, origin)
+    distill = values.get("distill")
+    if isinstance(distill, dict):
+        distill.setdefault("overshoot", None)
+    return parse_config(values, origin)
+
+
+def _read_sections(text: str, origin: str) -> dict[str, Any]:
     values = _read_yaml(text, origin)
     if not isinstance(values, dict):
         raise ConfigError(f"{origin} holds no configuration", remedy="compare with `datm-ray recipe show`")
-    return parse_config({"name": default_name, **values}, origin)
+    return values
 
 
 def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from datm_ray.config import DatasetConfig, NetworkConfig, Role, RunConfig, load_config_text, network_names, to_yaml
+from datm_ray.config import DatasetConfig, NetworkConfig, Role, RunConfig, load_recipe_of_run, network_names, to_yaml
 from datm_ray.core.augment import parse_strategy
 from datm_ray.core.networks import build_network, require_maps
 from datm_ray.core.parameters import FlatNetwork
@@ -638,7 +638,7 @@ def _find_runs(folder: Location) -> list[RunConfig]:
 
 
 def _read_recipe(recipe: Location) -> RunConfig:
-    return load_config_text(recipe.read_bytes().decode(errors="replace"), recipe.uri)
+    return load_recipe_of_run(recipe.read_bytes().decode(errors="replace"), recipe.uri)
 
 
 def require_together(configs: Sequence[RunConfig]) -> None:

@@ -15,6 +15,7 @@ from datm_ray.config import (
     expert_fingerprint,
     load_config,
     load_config_text,
+    load_recipe_of_run,
     network_names,
     override,
     parse_config,
@@ -311,5 +312,16 @@ def test_choices_that_are_newer_than_finished_runs_do_not_change_them() -> None:
     plain = RunConfig()
     assert "initial" not in plain.identity()["distill"]
     assert "labels" not in plain.identity()["distill"]
-    for change in ("distill.initial=random", "distill.labels=hard"):
+    for change in ("distill.initial=random", "distill.labels=hard", "distill.overshoot=null"):
         assert override(plain, [change]).identity() != plain.identity()
+    assert "overshoot" not in override(plain, ["distill.overshoot=null"]).identity()["distill"]
+
+
+def test_run_of_an_earlier_version_had_no_limit() -> None:
+    """A run's recipe names every field, so one that is missing was not there; a recipe of a user takes the default."""
+    lines = to_yaml(RunConfig()).splitlines()
+    text = "\n".join(line for line in lines if not line.strip().startswith("overshoot:"))
+    assert len(text.splitlines()) == len(lines) - 1
+    assert load_recipe_of_run(text, "recipe.yaml").distill.overshoot is None
+    assert load_recipe_of_run(to_yaml(RunConfig()), "recipe.yaml") == RunConfig()
+    assert load_config_text(text, "mine.yaml").distill.overshoot == RunConfig().distill.overshoot

@@ -252,7 +252,7 @@ def test_unfinished_run_is_described(out: Location) -> None:
 
 @pytest.mark.parametrize(
     ("limit", "told"),
-    [("0.75", "1 update would have overshot, and was shortened."), ("0.3", "2 updates would have overshot"), ("", "")],
+    [("0.75", "1 gradient was shortened"), ("0.3", "2 gradients were shortened"), ("", "")],
 )
 def test_shortened_updates_are_told(out: Location, limit: str, told: str) -> None:
     """As many as were longer than the recipe allows; none where it allows all."""
@@ -261,7 +261,8 @@ def test_shortened_updates_are_told(out: Location, limit: str, told: str) -> Non
     save_checkpoint(out / config.name, config, [0.8, 0.5, 0.2, 0.95], [])
     text = text_of(page_of(out, RunSummary(config, out / config.name, [])))
     assert told in text
-    assert ("overshot" in text) == bool(told)
+    assert ("shortened: a step would" in text) == bool(told)
+    assert not told or f"by more than {limit} times its value" in text
 
 
 def test_result_without_its_checkpoint_is_described(out: Location) -> None:

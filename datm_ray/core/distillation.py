@@ -51,13 +51,16 @@ class Limits:
     loss: float
     """Normalised matching loss above which nothing is learned from an iteration."""
     overshoot: float = math.inf
-    """How many times its own value an update may lower the loss to first order; a longer one is shortened to that.
+    """How many times its own value a backbone's loss would fall, to first order, by one step of SGD without momentum
+    along its gradient: the sum over the learned variables of rate times squared length. A gradient that promises more
+    is shortened to that.
 
     A gradient through T student steps now and then explodes: at an ordinary loss it is up to two hundred times as long
-    as those before it, and the update along it leaves a set that nothing can be matched with (benchmarks/LOG.md). No
-    loss can fall below zero; with 1 an update ends where the tangent does, and beyond the limit the update is the
-    shorter the longer the gradient is: the stochastic Polyak step size (arXiv 2002.10542), with the learning rates as
-    its upper bound. The published code has no such limit.
+    as those before it, and an update along it leaves a set that nothing can be matched with (benchmarks/LOG.md). No
+    loss can fall below zero, so such a promise is empty. Beyond the limit a step is the shorter the longer the gradient
+    is, as with the stochastic Polyak step size (arXiv 2002.10542; a limit of 1 / c, with the rates as upper bound).
+    MetaDD's gradient is neither counted nor shortened, and each backbone is limited by itself. The published code has
+    no such limit.
     """
 
 
@@ -117,8 +120,8 @@ class IterationRecord:
     skipped: bool
     """Whether the loss exceeded its limit, so that this backbone updated nothing."""
     overshoot: float = math.nan
-    """How many times its value the whole update would have lowered the loss to first order; nan where it was skipped,
-    and in what earlier versions have saved."""
+    """What the gradient promised before it was shortened, see `Limits`; nan where the backbone was skipped, and in what
+    earlier versions have saved."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,7 @@ class Distillation:
 
     @property
     def shortened(self) -> int:
-        """Updates that were shortened."""
+        """Gradients that were shortened."""
         return sum(record.overshoot > self.limits.overshoot for record in self.history)
 
     def step(
@@ -297,7 +300,7 @@ class Distillation:
         return gradient.loss, overshoot
 
     def _shorten(self, match: Match, gradient: MatchingGradient, all_sum: AllSum) -> float:
-        """Keep a backbone's part of the update within its limit; how far it would have gone, see `IterationRecord`."""
+        """Keep a backbone's gradient within its limit; what it promised before, see `IterationRecord.overshoot`."""
         if not gradient.loss <= self.limits.loss:
             return math.nan
         # Norms first, for they make no copy of the images, which may be large; squares of long ones need float64.
@@ -375,7 +378,9 @@ class Distillation:
     ) -> Distillation:
         """The state that `to_arrays` saved; of any range of its rows."""
         arrays = {**held, **shared}
-        columns = [arrays[f"history.{column}"].tolist() for column in HISTORY_COLUMNS if f"history.{column}" in arrays]
+        unknown = np.full(len(arrays["history.iteration"]), np.nan)
+        arrays.setdefault("history.overshoot", unknown)  # earlier versions have not saved it
+        columns = [arrays[f"history.{column}"].tolist() for column in HISTORY_COLUMNS]
         looks = [arrays[f"meta.{each.name}"].tolist() for each in fields(MetaRecord) if "meta.iteration" in arrays]
         curve = (arrays["validation.iteration"].tolist(), arrays["validation.accuracy"].tolist())
         return cls(
@@ -408,7 +413,7 @@ HISTORY_COLUMNS: dict[str, type[np.generic]] = {
     "skipped": np.bool_,
     "overshoot": np.float64,
 }
-"""Columns of the history in a checkpoint, as `IterationRecord` has them; earlier versions lack the last."""
+"""Columns of the history in a checkpoint, in the order of `IterationRecord`'s fields."""
 
 
 def _set_from(arrays: Arrays, prefix: str, device: torch.device) -> SyntheticSet:

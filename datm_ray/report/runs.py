@@ -126,7 +126,7 @@ class Run:
 
     @property
     def shortened(self) -> int:
-        """Updates that were shortened so far."""
+        """Gradients that were shortened so far."""
         limit = self.config.distill.overshoot
         if self.history is None or limit is None or "history.overshoot" not in self.history:
             return 0

@@ -436,16 +436,17 @@ def read_cost(folder: Location) -> Spent:
 
 def _warnings(state: Distillation, settings: DistillConfig) -> Iterator[Note]:
     """What must not look like success: a set that learned nothing, or not what the recipe says."""
-    if 4 * state.skipped > settings.iterations:
+    updates = len(state.history)
+    if 4 * state.skipped > updates:
         yield Note(
-            f"in {state.skipped} of {settings.iterations} iterations the matching loss exceeded distill.threshold "
-            f"{settings.threshold:g}, and they taught nothing: lower distill.student_steps or the start epochs, "
-            "raise distill.expert_epochs, or see in the report whether it came all at once"
+            f"{state.skipped} of {updates} matching losses exceeded distill.threshold {settings.threshold:g}, and "
+            "taught nothing: lower distill.student_steps or the start epochs, raise distill.expert_epochs, or see in "
+            "the report whether it came all at once"
         )
-    if 4 * state.shortened > settings.iterations:
+    if 4 * state.shortened > updates:
         yield Note(
-            f"in {state.shortened} of {settings.iterations} iterations the update would have overshot and was "
-            f"shortened, see distill.overshoot {settings.overshoot:g}: lower distill.learning_rate_images"
+            f"{state.shortened} of {updates} gradients were shortened, for they promised more than distill.overshoot "
+            f"{settings.overshoot:g} times the loss: lower distill.learning_rate_images, or raise distill.overshoot"
         )
 
 

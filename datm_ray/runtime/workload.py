@@ -12,9 +12,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from datm_ray.config import ClusterConfig, Role, RunConfig
+from datm_ray.core.distillation import HISTORY_COLUMNS
 from datm_ray.core.experts import LARGEST_STACK
 from datm_ray.core.footprint import training_cost
 from datm_ray.core.metadd import IMAGES_AT_A_TIME
@@ -49,8 +51,8 @@ from datm_ray.runtime.plan import (
 )
 from datm_ray.store.trajectories import size_in_words
 
-HISTORY_BYTES = 49
-"""Of one iteration and backbone in a checkpoint: seven columns."""
+HISTORY_BYTES = sum(np.dtype(kind).itemsize for kind in HISTORY_COLUMNS.values())
+"""Of one iteration and backbone in a checkpoint."""
 
 
 @dataclass(frozen=True)

@@ -357,6 +357,19 @@ def test_restored_state_does_not_write_into_its_file() -> None:
     run(Distillation.from_arrays(*arrays, RATES, Limits(1.0), torch.device("cpu")), 1)
 
 
+def test_column_that_every_version_saves_is_not_made_up() -> None:
+    """A checkpoint without it is damaged."""
+    held, shared = make_state().to_arrays()
+    with pytest.raises(KeyError, match=r"history\.expert"):
+        Distillation.from_arrays(
+            held,
+            {name: array for name, array in shared.items() if name != "history.expert"},
+            RATES,
+            Limits(1.0),
+            torch.device("cpu"),
+        )
+
+
 def test_state_that_an_earlier_version_saved_goes_on() -> None:
     """One that kept no lengths of updates."""
     state = make_state()

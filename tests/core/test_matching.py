@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from datm_ray.core.matching import (
     MatchingGradient,
     StudentStep,
     draw_student_steps,
+    identity,
     matching_gradient,
 )
 from datm_ray.core.networks import NetworkSpec, build_network
@@ -192,6 +194,38 @@ def test_backbones_add_up_to_the_gradient_of_the_weighted_sum() -> None:
     assert relative_error(synthetic.images - state.synthetic.images, expected["images"]) < 1e-10
     assert relative_error(synthetic.soft_labels - state.synthetic.soft_labels, expected["soft_labels"]) < 1e-10
     assert relative_error(synthetic.step_sizes - state.synthetic.step_sizes, 1e-3 * step_sizes) < 1e-10
+
+
+def test_class_shards_shorten_what_one_process_shortens() -> None:
+    """By the length of the whole gradient, of which each holds a part."""
+    _, start, target, synthetic = make_problem()
+    steps = draw_student_steps(12, 3, 5, "scale", seed=1, iteration=0)
+    rates, ranges = LearningRates(1.0, 1.0, 1e-3), [(0, 3), (3, 12)]
+    barrier = Barrier(len(ranges))
+
+    def learned(first: int, last: int, overshoot: float, all_sum: Callable[[Tensor], Tensor]) -> Distillation:
+        held = {name: getattr(synthetic, name)[first:last] for name in ("images", "soft_labels", "labels")}
+        state = Distillation(dataclasses.replace(synthetic.clone(), **held), rates, Limits(100, overshoot))
+        drawn = [step.held_by(first, last) for step in steps]
+        state.step([Match(eager(make_problem()[0]), start, target, drawn)], [Origin(0, 0)], all_sum=all_sum)
+        return state
+
+    promised = learned(0, 12, math.inf, identity).history[0].overshoot
+    whole = learned(0, 12, promised / 3, identity)
+    with ThreadPoolExecutor(len(ranges)) as pool:
+        shards = list(
+            pool.map(
+                lambda rank: learned(*ranges[rank], promised / 3, functools.partial(barrier.all_sum, rank)),
+                range(len(ranges)),
+            )
+        )
+    for shard in shards:
+        assert shard.shortened == 1
+        assert shard.history[0].overshoot == pytest.approx(promised, rel=1e-12)
+        assert relative_error(shard.synthetic.step_sizes, whole.synthetic.step_sizes) < 1e-12
+    for name in ("images", "soft_labels"):
+        joined, before = torch.cat([getattr(shard.synthetic, name) for shard in shards]), getattr(synthetic, name)
+        assert relative_error(joined - before, getattr(whole.synthetic, name) - before) < 1e-9
 
 
 def test_backbones_in_processes_of_their_own_learn_what_one_process_learns() -> None:

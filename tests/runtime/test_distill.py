@@ -138,18 +138,22 @@ def test_checkpoint_is_resumed_by_any_number_of_shards(
 
 @pytest.mark.slow
 def test_backbones_apart_and_sharded_learn_what_one_process_learns(tmp_path: Path) -> None:
-    """Two networks by two shards, four processes, against all in one: set and both step sizes."""
+    """Two networks by two shards, four processes, against all in one: set, step sizes, and what is shortened."""
     (tmp_path / "one").mkdir()
     (tmp_path / "four").mkdir()
-    config = trained(tmp_path / "one", TWO_NETWORKS)
+    shortened = "distill.overshoot=0.01"
+    config = trained(tmp_path / "one", TWO_NETWORKS, shortened)
     distil(config, tmp_path / "one", size=1)
     out = with_experts_of(tmp_path / "one", tmp_path / "four")
     mesh = ("distill.ipc=2", "distill.batch_size=7", TWO_NETWORKS, "cluster.shards=2", "cluster.backbones_apart=true")
-    distil(tiny_config(*mesh), out, size=4)
+    distil(tiny_config(*mesh, shortened), out, size=4)
     assert_equal_but_for_rounding(learned(out), learned(tmp_path / "one"))
     states = [state_of(place, config) for place in (tmp_path / "one", out)]
     torch.testing.assert_close(states[0].synthetic.step_sizes, states[1].synthetic.step_sizes, rtol=1e-5, atol=0)
     assert len(states[0].history) == 12
+    promised = [[record.overshoot for record in state.history] for state in states]
+    assert promised[0] == pytest.approx(promised[1], rel=1e-3)
+    assert sum(each > 0.01 for each in promised[0]) >= 6
     assert states[0].synthetic.step_sizes[0] != states[0].synthetic.step_sizes[1]
 
 
@@ -393,7 +397,7 @@ def test_result_says_how_many_updates_were_skipped(reference: Path, tmp_path: Pa
     assert isinstance(last, Finished)
     assert last.result["skipped"] == 6
     assert isinstance(told, Note), "a set that learned nothing must not look like success"
-    assert told.text.startswith("in 6 of 6 iterations the matching loss exceeded distill.threshold 1e-09")
+    assert told.text.startswith("6 of 6 matching losses exceeded distill.threshold 1e-09, and taught nothing")
     assert last.result["shortened"] == 0
 
 
@@ -407,6 +411,6 @@ def test_result_says_how_many_updates_were_shortened(reference: Path, tmp_path: 
     assert isinstance(last, Finished)
     assert last.result["shortened"] == 6
     assert isinstance(told, Note)
-    assert told.text.startswith("in 6 of 6 iterations the update would have overshot")
+    assert told.text.startswith("6 of 6 gradients were shortened")
     curves = read_curves(open_location(str(out / "short")))
     assert (curves["history.overshoot"] > 1e-9).all()
