@@ -25,20 +25,16 @@ Accuracies = Sequence[Sequence[float]]
 REAL = "full"
 
 
-def without_set(runs: Mapping[str, list[RunConfig]], name: str) -> dict[str, list[RunConfig]]:
-    """All runs but those of one variant."""
-    return {each: configs for each, configs in runs.items() if each != name}
-
-
 def measured(
     out: Location,
     crossover: Mapping[tuple[int, str], Sequence[RunConfig]],
     ablation: Mapping[str, Sequence[RunConfig]],
     ablation_ipc: int,
+    unlimited: Mapping[tuple[int, str], Sequence[RunConfig]],
 ) -> dict[str, Any]:
     """Every accuracy and cost, as plain data."""
-    base = crossover[ablation_ipc, "datm"]
-    rows = {"DATM": base, **ablation} if ablation else {}
+    base = next(iter(crossover.values()))
+    rows = {"DATM": crossover[ablation_ipc, "datm"], **ablation} if ablation else {}
     digests = {name: [_digest(out, each) for each in runs] for name, runs in rows.items()}
     return {
         "crossover": [{"ipc": ipc, "range": name, **_of(out, runs)} for (ipc, name), runs in crossover.items()],
@@ -51,6 +47,7 @@ def measured(
             }
             for name, runs in rows.items()
         ],
+        "unlimited": [{"ipc": ipc, "range": name, **_of(out, runs)} for (ipc, name), runs in unlimited.items()],
         "training_images": _note(out, base[0])["training_images"],
         "test_images": _note(out, base[0])["test_images"],
     }
@@ -122,13 +119,11 @@ def _error_of_mean(units: Sequence[float]) -> float:
     return statistics.stdev(units) / math.sqrt(len(units)) if len(units) > 1 else math.nan
 
 
-def difference(these: Accuracies, those: Accuracies) -> tuple[float, float]:
-    """Mean difference, and its standard error, of what are taken for independent draws."""
-    return mean(these) - mean(those), math.hypot(_error_of_mean(_units(these)), _error_of_mean(_units(those)))
-
-
 def paired_difference(these: Accuracies, those: Accuracies) -> tuple[float, float]:
-    """The same, of draws that share their seed: experts, shuffle of the images, initial parameters of networks."""
+    """Mean difference and its standard error, of draws that share their seed.
+
+    Those of one seed have experts, validation images and initial parameters of networks in common.
+    """
     gains = [one - other for one, other in zip(_units(these), _units(those), strict=True)]
     return statistics.fmean(gains), _error_of_mean(gains)
 
@@ -138,9 +133,12 @@ ROUNDING = 1e-9
 
 
 def is_lossless(distilled: Accuracies, real: Accuracies) -> bool | None:
-    """Whether a set is not below all real data by more than one standard error of the difference; none: not known."""
-    gain, error = difference(distilled, real)
-    return None if math.isnan(error) else gain >= -error - ROUNDING
+    """Whether sets are not below all real data by more than one standard error of the difference; none: not known.
+
+    Of one distillation it is not: networks that share a set do not tell by how much sets differ.
+    """
+    gain, error = paired_difference(distilled, real)
+    return None if len(distilled) < 2 else gain >= -error - ROUNDING
 
 
 def cell(values: Accuracies | None) -> str:
@@ -151,9 +149,10 @@ def cell(values: Accuracies | None) -> str:
     return f"{100 * mean(values):.1f}" + (f" ± {100 * statistics.stdev(every):.1f}" if len(every) > 1 else "")
 
 
-def gain_cell(gain: float, error: float) -> str:
-    """Percent: a difference and its standard error."""
-    return f"{100 * gain:+.1f}" + ("" if math.isnan(error) else f" (se {100 * error:.1f})")
+def gain_cell(these: Accuracies, those: Accuracies) -> str:
+    """Percent: a difference in pairs and its standard error."""
+    gain, error = paired_difference(these, those)
+    return f"{100 * gain:+.2f}" + ("" if math.isnan(error) else f" (se {100 * error:.2f})")
 
 
 # --- tables -------------------------------------------------------------------------------------------------------
@@ -177,7 +176,7 @@ def crossover_table(found: Mapping[str, Any]) -> list[str]:
                 f"{row['ipc']} ({100 * share:.2g} %)",
                 f"{row['range']}, {row['start_epochs'][0]}–{row['start_epochs'][1]}",
                 *(cell(accuracy.get(name)) for name in ("random-hard", "random-soft", "distilled", REAL)),
-                gain_cell(*difference(accuracy["distilled"], accuracy[REAL])),
+                gain_cell(accuracy["distilled"], accuracy[REAL]),
                 VERDICTS[is_lossless(accuracy["distilled"], accuracy[REAL])],
                 _listed(row["skipped"]),
                 _listed(row["shortened"]),
@@ -186,9 +185,11 @@ def crossover_table(found: Mapping[str, Any]) -> list[str]:
         )
     head = ["IPC (share)", "range, start epochs", "random, hard labels", "random, soft labels", "**distilled**"]
     head += ["all real data", "distilled − all real", "lossless", "skipped", "shortened", "kept"]
-    note = """se: standard error. Lossless: not below all real data by more than one. skipped: iterations whose matching
-loss exceeded the threshold, for each distillation. shortened: updates that would have overshot (`distill.overshoot`).
-kept: the iteration whose set was kept, by validation images."""
+    images = found["test_images"]
+    note = f"""se: standard error of the difference, in pairs of the same seed. Lossless: not below all real data by more
+than one; of one distillation this is not known. All of it is of one split: {100 / images:.2f} is one of its {images:,}
+test images. skipped: iterations whose matching loss exceeded the threshold, for each distillation. shortened: gradients
+that promised more than `distill.overshoot` allows. kept: the iteration whose set was kept, by validation images."""
     return [note, "", *table(head, rows), "", lossless_sentence(found)]
 
 
@@ -197,7 +198,7 @@ def lossless_sentence(found: Mapping[str, Any]) -> str:
     own = [row for row in found["crossover"] if row["range"] == "datm"]
     verdicts = {row["ipc"]: is_lossless(row["accuracy"]["distilled"], row["accuracy"][REAL]) for row in own}
     if None in verdicts.values():
-        return "Of one network no standard error is known, and so not whether a set is lossless."
+        return "Whether a set is lossless is not known of one distillation."
     enough = [ipc for ipc, verdict in verdicts.items() if verdict]
     if not enough:
         return "With DATM's own range no set is lossless."
@@ -223,12 +224,13 @@ def range_table(found: Mapping[str, Any]) -> list[str]:
     rows = []
     for ipc in dict.fromkeys(ipc for ipc, _ in by):
         ranges = [name for each, name in by if each == ipc]
-        gain, error = paired_difference(by[ipc, "late"], by[ipc, "early"])
+        late, early = by[ipc, "late"], by[ipc, "early"]
+        gain, error = paired_difference(late, early)
         best = max(ranges, key=lambda name, at=ipc: mean(by[at, name]))  # type: ignore[misc]
         ahead = (
             "not known" if math.isnan(error) else "late" if gain > error else "early" if -gain > error else "neither"
         )
-        rows.append([str(ipc), gain_cell(gain, error), ahead, best])
+        rows.append([str(ipc), gain_cell(late, early), ahead, best])
     return table(["IPC", "late − early, in pairs", "ahead by more than se", "highest mean of all ranges"], rows)
 
 
@@ -238,7 +240,7 @@ def ablation_table(found: Mapping[str, Any]) -> list[str]:
     rows = []
     for row in found["ablation"]:
         accuracy, sets = row["accuracy"]["distilled"], len(row["runs"])
-        gain = gain_cell(*paired_difference(accuracy, base["accuracy"]["distilled"]))
+        gain = gain_cell(accuracy, base["accuracy"]["distilled"])
         same = row["same_sets_as_base"]
         told = f"{gain}; {same} of {sets} set(s) the same bit for bit" if same else gain
         distillation, experts = (row["cost"][part]["cpu_seconds"] / sets for part in ("distillation", "experts"))
@@ -250,19 +252,45 @@ def ablation_table(found: Mapping[str, Any]) -> list[str]:
                 cell(accuracy),
                 "" if row is base else told,
                 _listed(row["kept_at"]),
+                _listed(row["shortened"]),
                 f"{100 * statistics.fmean(row['validation']):.1f}",
                 f"{distillation:.0f}",
                 f"{experts:.0f}",
             ]
         )
-    head = ["variant", "start epochs", "experts", "accuracy", "difference to DATM, in pairs", "kept at"]
+    head = ["variant", "start epochs", "experts", "accuracy", "difference to DATM, in pairs", "kept at", "shortened"]
     head += ["validation, best", "distillation, CPU s a set", "experts, CPU s a set"]
     note = f"""IPC {base["ipc"]}, {base["iterations"]} iterations each; one thing differs from the first row, as its
 name says (all values are in the JSON file). Which iteration's set is kept is decided on validation images, so that the
-sets differ in that too. TESLA takes each step's gradient with its parameters held fixed; it is computed here by the
-same functions, so it takes no less time. Fewer experts are the first ones of the others, and cost their share of
-those."""
+sets differ in that too. All differences are to the same base, so that what it has by chance is in all of them; other
+experts also give other soft labels to begin with. TESLA takes each step's gradient with its parameters held fixed; it
+is computed here by the same functions, so it takes no less time. Fewer experts are the first ones of the others, and
+cost their share of those."""
     return [note, "", *table(head, rows)]
+
+
+def unlimited_table(found: Mapping[str, Any]) -> list[str]:
+    """What the limit on gradients is worth: the same runs without it."""
+    limited = {(row["ipc"], row["range"]): row for row in found["crossover"]}
+    rows = []
+    for row in found["unlimited"]:
+        other = limited[row["ipc"], row["range"]]
+        these, those = other["accuracy"]["distilled"], row["accuracy"]["distilled"]
+        rows.append(
+            [
+                f"{row['ipc']}, {row['range']}",
+                _listed(row["skipped"]),
+                _listed(other["skipped"]),
+                _listed(other["shortened"]),
+                cell(those),
+                cell(these),
+                gain_cell(these, those),
+            ]
+        )
+    head = ["IPC, range", "skipped without", "skipped with", "shortened with", "accuracy without", "accuracy with"]
+    note = """The same runs with `distill.overshoot=null`. Once a gradient has ruined a set, all iterations are skipped; what
+is kept then is the set that validation images had chosen before."""
+    return [note, "", *table([*head, "with − without, in pairs"], rows)]
 
 
 NAMES = {"tesla": "TESLA-style gradient", "DATM": "DATM (base)"}
@@ -270,9 +298,12 @@ NAMES = {"tesla": "TESLA-style gradient", "DATM": "DATM (base)"}
 
 def cost_table(found: Mapping[str, Any]) -> list[str]:
     """CPU seconds, peak memory and bytes read of every row; experts and controls, which rows share, once."""
-    rows = []
+    note = """Peak memory is of a worker's process, which does one task after another and keeps some of what it took;
+torch and the images are 0.85 GiB of it."""
+    rows: list[list[str]] = []
     named = [(f"IPC {row['ipc']}, {row['range']}", row) for row in found["crossover"]]
     named += [(NAMES.get(row["variant"], row["variant"]), row) for row in found["ablation"][1:]]
+    named += [(f"IPC {row['ipc']}, {row['range']}, no limit", row) for row in found["unlimited"]]
     groups = {row["optimiser"]: row for _, row in sorted(named, key=lambda each: each[1]["experts"])}
     for optimiser, row in groups.items():  # of each kind the row with the most, of which others have some
         count = len(row["seeds"]) * row["experts"]
@@ -287,4 +318,4 @@ def cost_table(found: Mapping[str, Any]) -> list[str]:
                 title = f"{name}: networks" if own else part if part == REAL else f"{part}, IPC {row['ipc']}"
                 rows.append(cost_cells(title, sum(map(len, accuracies)), row["cost"][part]))
             controls |= set() if own else {key}
-    return table(COST_HEAD, rows)
+    return [note, "", *table(COST_HEAD, rows)]
