@@ -104,6 +104,9 @@ trained network(s) of each architecture, of the same initial parameters in every
 - accuracy: mean over architectures, distillations and networks, test images, in %.
 - difference: tuned, to the sets without MetaDD, over pairs of the same architecture, distillation and network; p of a
   paired t test and of Wilcoxon's{over_distillations}; pairs. {shared}
+  A table of many variants has many tests, of which one in twenty is below 0.05 by chance.
+- With another number of auxiliaries other architectures are seen: accuracies are then of those, and differences are to
+  the sets without MetaDD on the same ones.
 - ratio: meta-feature ratio of the images under the backbone and {seen} of the same seed, at threshold
   0.3 / 0.5 / 0.7, mean over distillations. The threshold enters the ratio only: none of the losses has one."""
 SPENT = """Networks are trained at the learned step size and at those that are tried on validation images. 0: an earlier

@@ -185,10 +185,10 @@ def crossover_table(found: Mapping[str, Any]) -> list[str]:
         )
     head = ["IPC (share)", "range, start epochs", "random, hard labels", "random, soft labels", "**distilled**"]
     head += ["all real data", "distilled − all real", "lossless", "skipped", "shortened", "kept"]
-    images = found["test_images"]
-    note = f"""se: standard error of the difference, in pairs of the same seed. Lossless: not below all real data by more
-than one; of one distillation this is not known. All of it is of one split: {100 / images:.2f} is one of its {images:,}
-test images. skipped: iterations whose matching loss exceeded the threshold, for each distillation. shortened: gradients
+    images = f"{100 / found['test_images']:.2f} is one of its {found['test_images']:,} test images"
+    note = f"""se: standard error of the difference, in pairs of the same seed. Lossless: not below all real data by
+more than one; of one distillation this is not known. All of it is of one split: {images}. skipped:
+iterations whose matching loss exceeded the threshold, for each distillation. shortened: gradients
 that promised more than `distill.overshoot` allows. kept: the iteration whose set was kept, by validation images."""
     return [note, "", *table(head, rows), "", lossless_sentence(found)]
 
@@ -288,8 +288,8 @@ def unlimited_table(found: Mapping[str, Any]) -> list[str]:
             ]
         )
     head = ["IPC, range", "skipped without", "skipped with", "shortened with", "accuracy without", "accuracy with"]
-    note = """The same runs with `distill.overshoot=null`. Once a gradient has ruined a set, all iterations are skipped; what
-is kept then is the set that validation images had chosen before."""
+    note = """The same runs with `distill.overshoot=null`. Once a gradient has ruined a set, all iterations are
+skipped; what is kept then is the set that validation images had chosen before."""
     return [note, "", *table([*head, "with − without, in pairs"], rows)]
 
 

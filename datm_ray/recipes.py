@@ -2,10 +2,11 @@
 
 The values for CIFAR and Tiny-ImageNet are the published ones of DATM (arXiv 2310.05773, the authors' configuration
 files of 2024-04-26), GSAM experts included, with two differences: the step size of evaluation and the iteration that
-is kept are never chosen on the test set, and a gradient that explodes is shortened (`distill.overshoot`). Accuracies
-quoted from the paper are test accuracies of ConvNet, mean ± std; no figure of ours stands beside them until it was
-measured. The ranges of start epochs of digits come from a prototype that was scored on its test split. Figures of
-digits are over three distillations of five networks each, but for those of MetaDD, which are of one distillation.
+is kept are never chosen on the test set, and a gradient that promises more than ten times the loss is shortened
+(`distill.overshoot`). Accuracies quoted from the paper are test accuracies of ConvNet, mean ± std; no figure of ours
+stands beside them until it was measured. The ranges of start epochs of digits come from a prototype that was scored
+on its test split. Figures of digits are over three distillations of five networks each, but for those of MetaDD,
+which are of one distillation.
 """
 
 from __future__ import annotations
