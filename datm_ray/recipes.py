@@ -195,7 +195,7 @@ def cifar10_ipc1() -> RunConfig:
     """CIFAR-10, 1 image per class. The paper reports 46.9±0.5 % with 100 GSAM experts.
 
     Not run at this size yet. Here 33.4±1.1 % on a fifth of the data with a quarter of the width, 8 experts and 500
-    iterations (random images with soft labels 18.9), see benchmarks/results.
+    iterations (one distillation, three networks; random images with soft labels 18.9), see benchmarks/results.
     """
     return _published(
         "cifar10",
@@ -216,7 +216,7 @@ def cifar10_ipc10() -> RunConfig:
     """CIFAR-10, 10 images per class. The paper reports 66.8±0.2 % with 100 GSAM experts.
 
     Not run at this size yet. Here 48.8±0.6 % on a fifth of the data with a quarter of the width, 8 experts and 300
-    iterations (random images with soft labels 40.0), see benchmarks/results.
+    iterations (one distillation, three networks; random images with soft labels 40.0), see benchmarks/results.
     """
     return _published(
         "cifar10",
@@ -237,7 +237,7 @@ def cifar10_ipc50() -> RunConfig:
     """CIFAR-10, 50 images per class. The paper reports 76.1±0.3 % with 100 GSAM experts.
 
     Not run at this size yet. Here 56.2±1.0 % on a fifth of the data with a quarter of the width, 8 experts and 300
-    iterations (random images with soft labels 57.5), see benchmarks/results.
+    iterations (one distillation, three networks; random images with soft labels 57.5), see benchmarks/results.
     """
     return _published(
         "cifar10",
