@@ -387,16 +387,22 @@ def test_what_a_killed_writer_left_is_removed(reference: Path, tmp_path: Path) -
     assert not any(file.exists() for file in left)
 
 
+def last_two_events(config: RunConfig, out: Path) -> tuple[Note, Finished]:
+    """Of a distillation whose set must not look like success."""
+    pipeline = Pipeline([config], str(out))
+    worker = DistillWorker(pipeline._dataset(config), config.cluster)
+    *_, told, last = worker.distill(config, pipeline.store_uri, str(out / config.name))
+    assert isinstance(told, Note)
+    assert isinstance(last, Finished)
+    return told, last
+
+
 def test_result_says_how_many_updates_were_skipped(reference: Path, tmp_path: Path) -> None:
     """The last event carries the counts that a report shows."""
     out = with_experts_of(reference, tmp_path)
     config = tiny_config("distill.ipc=2", "distill.batch_size=7", "distill.threshold=1e-9", "name=skipping")
-    pipeline = Pipeline([config], str(out))
-    worker = DistillWorker(pipeline._dataset(config), config.cluster)
-    *_, told, last = worker.distill(config, pipeline.store_uri, str(out / "skipping"))
-    assert isinstance(last, Finished)
+    told, last = last_two_events(config, out)
     assert last.result["skipped"] == 6
-    assert isinstance(told, Note), "a set that learned nothing must not look like success"
     assert told.text.startswith("6 of 6 matching losses exceeded distill.threshold 1e-09, and taught nothing")
     assert last.result["shortened"] == 0
 
@@ -405,12 +411,8 @@ def test_result_says_how_many_updates_were_shortened(reference: Path, tmp_path: 
     """The recipe's limit reaches the updates; where it decides most of them, that is said."""
     out = with_experts_of(reference, tmp_path)
     config = tiny_config("distill.ipc=2", "distill.batch_size=7", "distill.overshoot=1e-9", "name=short")
-    pipeline = Pipeline([config], str(out))
-    worker = DistillWorker(pipeline._dataset(config), config.cluster)
-    *_, told, last = worker.distill(config, pipeline.store_uri, str(out / "short"))
-    assert isinstance(last, Finished)
+    told, last = last_two_events(config, out)
     assert last.result["shortened"] == 6
-    assert isinstance(told, Note)
     assert told.text.startswith("6 of 6 gradients were shortened")
     curves = read_curves(open_location(str(out / "short")))
     assert (curves["history.overshoot"] > 1e-9).all()
