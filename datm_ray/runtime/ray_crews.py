@@ -26,7 +26,7 @@ from ray.exceptions import (
     RayTaskError,
     WorkerCrashedError,
 )
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from datm_ray.config import ClusterConfig
@@ -115,7 +115,8 @@ class Crew:
 
     def has_places(self) -> bool:
         """Whether all places are there."""
-        return bool(self.actors) or bool(self.group.wait(timeout_seconds=0.0))
+        # Not group.wait(0), which says no whenever the answer is not there at once, be the places there or not.
+        return bool(self.actors) or placement_group_table(self.group).get("state") == "CREATED"
 
     def start(self, worker: Callable[..., Any], setup: tuple[Any, ...], cluster: ClusterConfig) -> None:
         """Let the workers take their places, each under a name that the dashboard shows."""

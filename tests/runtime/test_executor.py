@@ -273,6 +273,20 @@ def test_workers_for_whom_no_room_comes_free_are_not_waited_for_for_ever(
     assert event == Note("waits for room for 2 worker(s), which others hold; up to 3 s")
 
 
+@pytest.mark.ray
+def test_places_that_are_there_are_seen_at_every_look(ray_cluster: Any) -> None:
+    """However long the cluster takes to answer: a look that gives it no time would miss them now and then."""
+    from datm_ray.runtime.ray_crews import Crew
+
+    crew = Crew.hire(1, ClusterConfig())
+    try:
+        assert crew.group.wait(30)
+        assert all(crew.has_places() for _ in range(200))
+    finally:
+        crew.dismiss()
+    assert not crew.has_places()
+
+
 class Saver:
     """A worker that counts slowly, and has saved what it did after every number."""
 
@@ -310,11 +324,14 @@ def test_a_task_makes_do_with_fewer_workers_and_grows_when_it_has_saved(
     ray_cluster.get(other.here.remote())
     events = []
     executor = create_executor("ray", ClusterConfig(peer_timeout=2.0))
-    # As long as it takes for a second worker to start, which on a busy machine is long.
-    for _, event in executor.run(Saver, (str(tmp_path),), "count", [Task("count", (1000,), 2, fewer=(1,))]):
-        if isinstance(event, Progress) and event.done == 3:
-            ray_cluster.kill(other)
-        events.append(event)
+    try:
+        # As long as it takes for a second worker to start, which on a busy machine is long.
+        for _, event in executor.run(Saver, (str(tmp_path),), "count", [Task("count", (1000,), 2, fewer=(1,))]):
+            if isinstance(event, Progress) and event.done == 3:
+                ray_cluster.kill(other)
+            events.append(event)
+    finally:
+        ray_cluster.kill(other)  # the tests that follow want its place, even if this one fails
     assert [event for event in events if isinstance(event, Resized)] == [Resized(1, 2), Resized(2, 2)]
     assert not any(isinstance(event, Lost) for event in events)
     progress = [event for event in events if isinstance(event, Progress)]

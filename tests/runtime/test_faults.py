@@ -28,9 +28,12 @@ from datm_ray.store.filesystem import open_location
 from tests.conftest import tiny_config
 from tests.runtime.nodes import Nodes
 
-TOLERANCE = 1e-4
-"""Of images and labels, relative to the largest: one shard and two differ by the order in which floats are summed, and
-forty iterations carry that on; seen was 1.4e-6."""
+ITERATIONS = 40
+TOLERANCE = 0.2
+"""Of what one iteration changes on average. One shard and two differ by the order in which floats are summed, which is
+2e-4 of an iteration (20 of 20 runs that rounding disturbed) as long as it carries no rectifier over its kink. One that
+is lost makes 1.4 or more (each of six left out in turn). The rate of images is low, for at higher ones such kinks were
+crossed, and what they make grows from iteration to iteration."""
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
@@ -51,9 +54,10 @@ def test_machines_are_lost_in_training_and_in_distillation_and_one_comes_back(tm
         "experts.count=4",
         "cluster.shards=2",
         "cluster.experts_at_a_time=1",
-        "distill.iterations=40",
+        f"distill.iterations={ITERATIONS}",
         "distill.student_steps=10",
         "distill.initial_step_size=0.01",
+        "distill.learning_rate_images=1",
         "distill.learning_rate_step_size=1e-7",
         "distill.validate_every=40",
         "distill.checkpoint_every=1",
@@ -89,14 +93,14 @@ def test_machines_are_lost_in_training_and_in_distillation_and_one_comes_back(tm
     assert "raylet" not in text
     experts = [path.read_bytes() for path in sorted((out / "experts").rglob("expert-*.arrow"))]
     assert experts == [path.read_bytes() for path in sorted((tmp_path / "undisturbed/experts").rglob("expert-*.arrow"))]
+    initial = load(str(out / "tiny/initial.arrow"))
     found, expected = (load(str(folder / "tiny/synthetic.arrow")) for folder in (out, tmp_path / "undisturbed"))
     for part in ("images", "soft_labels"):
-        ours, theirs = getattr(found, part), getattr(expected, part)
-        difference = float((ours - theirs).abs().max() / theirs.abs().max())
-        print(f"{part}: {difference:.1e}")
-        assert difference < TOLERANCE
-        assert not torch.equal(theirs, getattr(load(str(out / "tiny/initial.arrow")), part)), "nothing was learned"
-    assert found.step_size == pytest.approx(expected.step_size, rel=TOLERANCE)
+        before, ours, theirs = getattr(initial, part), getattr(found, part), getattr(expected, part)
+        iterations_apart = ITERATIONS * float((ours - theirs).norm() / (theirs - before).norm())
+        print(f"{part}: {iterations_apart:.1e} of an iteration")
+        assert iterations_apart < TOLERANCE
+    assert found.step_size == pytest.approx(expected.step_size, rel=1e-4)
     assert torch.equal(found.labels, expected.labels)
 
 
