@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint type fmt check bench-cifar bench-experts bench-matching bench-metadd bench-plan bench-rounding bench-store fidelity clean
+.PHONY: help install demo test test-slow test-all lint type fmt check bench-cifar bench-experts bench-matching bench-metadd bench-plan bench-rounding bench-store fidelity clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -20,8 +20,17 @@ $(VENV)/installed: pyproject.toml
 demo: install  ## experts, DATM at 1 and 10 images per class, evaluation and report on real digits
 	$(BIN)/datm-ray run digits-ipc1 digits-ipc10 --out runs/demo
 
-test: install  ## all tests
-	$(BIN)/python -m pytest
+# Two processes, one thread each; Ray's tests share one of them and its cluster.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test: install  ## the tests that find most faults, in minutes
+	$(PYTEST) -m "not slow"
+
+test-slow: install  ## the other tests: lost nodes, jobs over HTTP, compiled variants, benchmarks
+	$(PYTEST) -m slow
+
+test-all: install  ## all tests
+	$(PYTEST)
 
 lint: install  ## style
 	$(BIN)/ruff check .
@@ -34,7 +43,7 @@ fmt: install  ## mend style where it can be done automatically
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-check: lint type test  ## all that must be green before a commit
+check: lint type test-all  ## all that must be green before a commit
 
 bench-experts: install  ## experts an hour against the published loop
 	$(BIN)/python benchmarks/bench_experts.py

@@ -7,7 +7,7 @@ import os
 import sys
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,35 @@ TINY = (
     "cluster.compile=false",
 )
 """Real digits, seconds on one core; compilation is tested by itself."""
+
+
+BUDGET = 10.0
+"""Seconds that one phase of a test not marked slow may take on an idle machine."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give all processes of a session one compiler cache, so that each graph is compiled once."""
+    cache = config.cache
+    if cache is not None and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache.mkdir("inductor"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a file's tests in one process, which shares their fixtures, and all Ray tests in one, for Ray's cluster."""
+    for item in items:
+        group = "ray" if item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fail a test that exceeds its budget; on a busy machine the budget grows with the load."""
+    report = yield
+    budget = BUDGET * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    if report.passed and report.duration > budget and not item.get_closest_marker("slow"):
+        report.outcome = "failed"
+        report.longrepr = f"{report.when} took {report.duration:.1f} s, more than {budget:.1f} s: mark the test slow"
+    return report
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -101,13 +101,6 @@ def test_legends_name_labels_that_there_are() -> None:
                     assert label in grouped[1].split(", ")
 
 
-def test_rows_are_those_of_the_stages() -> None:
-    """And what has no data in every run says so."""
-    rows = [panel["title"] for panel in DASHBOARD["panels"] if panel["type"] == "row"]
-    assert rows == ["Run", "Experts", "Distillation", "MetaDD", "Evaluation", "Store", "Faults", "Machines"]
-    assert {panel["title"] for panel in panels() if panel["description"].startswith("Only ")} == CONDITIONAL
-
-
 def test_panels_do_not_overlap() -> None:
     """Each has a place and a number of its own."""
     cells = [

@@ -41,11 +41,6 @@ def test_unknown_name_is_an_attribute_error() -> None:
     assert not hasattr(datm_ray, "lod")
 
 
-def test_version_is_the_installed_one() -> None:
-    """One place states it; the distribution's metadata repeat it."""
-    assert datm_ray.__version__ == importlib.metadata.version("datm-ray")
-
-
 def test_types_are_shipped() -> None:
     """Type checkers take the annotations of a package only where it has this marker."""
     assert importlib.resources.files("datm_ray").joinpath("py.typed").is_file()

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from datm_ray import pipeline as pipeline_module
+from datm_ray import cli, pipeline as pipeline_module
 from datm_ray.artifact import Artifact, load
 from datm_ray.config import RunConfig, to_yaml
 from datm_ray.core.synthetic import random_rows
@@ -38,6 +36,7 @@ from datm_ray.runtime.experts import expert_group
 from datm_ray.runtime.telemetry import Reporter
 from datm_ray.store.trajectories import TrajectoryStore
 from tests.conftest import actor_processes, tiny_config
+from tests.processes import PROCESSES
 
 QUIET = Reporter(quiet=True)
 
@@ -146,27 +145,30 @@ def test_a_run_stopped_at_any_event_ends_with_the_same_set(tmp_path: Path, refer
     assert accuracies(pipeline) == accuracies(Pipeline([config], str(reference)))
 
 
-@pytest.mark.slow
-def test_a_run_killed_with_sigkill_at_random_moments_ends_with_the_same_set(tmp_path: Path, reference: Path) -> None:
-    """The process of the command line is killed without warning, several times, and started again."""
-    recipe = tmp_path / "tiny.yaml"
+def command_line(*arguments: str) -> None:
+    """Run `datm-ray` with these arguments; the target of a process that a test kills."""
+    sys.argv = ["datm-ray", *arguments]
+    torch.set_num_threads(1)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        cli.main()
+
+
+def test_a_run_killed_with_sigkill_in_every_stage_ends_with_the_same_set(tmp_path: Path, reference: Path) -> None:
+    """The command is killed once an expert, a checkpoint and a score are there, and each time started again."""
+    recipe, out = tmp_path / "tiny.yaml", tmp_path / "out"
     recipe.write_text(to_yaml(tiny_config()))
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "datm_ray", "run", str(recipe), "--out", str(out), "--executor", "serial"]
-    draw, kills = random.Random(0), 0
-    for attempt in range(12):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        started_at = time.monotonic()
-        # Long enough to get past the imports, so that the kills fall into the stages.
-        patience = draw.uniform(3, 6) + attempt
-        while process.poll() is None and time.monotonic() - started_at < patience:
-            time.sleep(0.05)
-        if process.poll() is not None:
-            break
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        kills += 1
-    assert process.returncode == 0
+    kills = 0
+    for written in ("experts/**/expert-*.arrow", "tiny/checkpoint.arrow", "tiny/evaluation/*.json", ""):
+        arguments = ("run", str(recipe), "--out", str(out), "--executor", "serial")
+        process = PROCESSES.Process(target=command_line, args=arguments)
+        process.start()
+        while process.is_alive() and not (written and any(out.glob(written))):
+            time.sleep(0.01)
+        if written and process.is_alive():
+            process.kill()
+            kills += 1
+        process.join()
+    assert process.exitcode == 0
     assert kills > 0
     assert_same_set(load(str(out / "tiny/synthetic.arrow")), load(str(reference / "tiny/synthetic.arrow")))
 

@@ -61,25 +61,6 @@ def test_the_schema_notices(broken: dict[str, Any], prepared: dict[str, Any]) ->
         validate_config(prepared | broken)
 
 
-def test_workers_come_and_go_on_spot(prepared: dict[str, Any]) -> None:
-    """None at first, some at most, away when idle; the head is on demand and takes no work."""
-    types = prepared["available_node_types"]
-    assert list(types) == [prepared["head_node_type"], *WORKERS]
-    assert types["head"]["resources"] == {"CPU": 0, "GPU": 0}
-    assert "InstanceMarketOptions" not in types["head"]["node_config"]
-    for name in WORKERS:
-        assert types[name]["min_workers"] == 0
-        assert types[name]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
-        assert types[name]["resources"]["GPU"] >= 1
-    assert types["gpu-a100"]["max_workers"] == 0, "the README says that it is off"
-    assert 0 < types["gpu-l4"]["max_workers"] <= prepared["max_workers"]
-    assert prepared["idle_timeout_minutes"] == 10, "the READMEs say so"
-    assert prepared["provider"]["cache_stopped_nodes"] is False
-    zones = prepared["provider"]["availability_zone"].split(",")
-    assert len(zones) > 1, "spot capacity differs between them"
-    assert {zone[:-1] for zone in zones} == {prepared["provider"]["region"]}
-
-
 def test_machines_have_identities_of_their_own() -> None:
     """No key is put on them; and what they have is not given to whoever can make them fetch a URL."""
     for name, node in configuration()["available_node_types"].items():

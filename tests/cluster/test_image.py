@@ -50,16 +50,6 @@ def test_every_file_has_the_image_s_ray() -> None:
     assert {path for path, _ in found} == files
 
 
-def test_base_is_ray_s_own_image_with_the_version_kept() -> None:
-    """FROM and pip take the same argument, so that installing the package cannot change Ray."""
-    assert instructions("FROM") == ["rayproject/ray:${RAY_VERSION}-py311-gpu"]
-    after = DOCKERFILE.partition("\nFROM ")[2]
-    assert re.search(r"^ARG RAY_VERSION$", after, re.MULTILINE), "an argument ends at FROM unless it is named again"
-    (install,) = [line for line in instructions("RUN") if "pip install" in line]
-    assert '"ray[default]==${RAY_VERSION}"' in install
-    assert "/tmp/datm_ray" in install
-
-
 def test_it_does_not_run_as_root() -> None:
     """The last user is a number that is not 0, which Kubernetes can check."""
     user = instructions("USER")[-1]

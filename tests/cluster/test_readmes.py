@@ -12,9 +12,8 @@ import typer.main
 from datm_ray.cli import app
 from datm_ray.config import override
 from datm_ray.recipes import get_recipe
-from tests.cluster.files import CLUSTER, READMES, ROOT, commands, mentioned_commands, shell_blocks, told_commands
+from tests.cluster.files import CLUSTER, READMES, ROOT, commands, mentioned_commands, told_commands
 
-FOLDERS = ["local", "aws", "kuberay"]
 TEXTS = sorted(path for path in CLUSTER.rglob("*") if path.is_file() and path.suffix not in (".png", ".pyc"))
 SECRETS = [
     r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
@@ -110,16 +109,6 @@ def test_mentioned_settings_exist(place: Path) -> None:
     for setting in sorted(names):
         name, _, value = setting.partition("=")
         override(get_recipe("cifar10-ipc10"), [f"{name}={value or 1}"])
-
-
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_three_commands_and_what_it_costs(folder: str) -> None:
-    """The first block of each README has three commands, and a section tells the price."""
-    readme = CLUSTER / folder / "README.md"
-    lines = [line for line in shell_blocks(readme)[0].replace("\\\n", " ").splitlines() if line.strip()]
-    assert len(lines) == 3
-    assert re.search(r"^## What it costs", readme.read_text(), re.MULTILINE)
-    assert f"]({folder}/README.md)" in (CLUSTER / "README.md").read_text()
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))

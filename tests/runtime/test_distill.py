@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import signal
 import socket
@@ -30,6 +29,7 @@ from datm_ray.runtime.telemetry import Reporter
 from datm_ray.store.filesystem import Location, open_location
 from datm_ray.store.tensors import read_tensors, write_tensors
 from tests.conftest import actor_processes, tiny_config
+from tests.processes import PROCESSES
 
 METADD = (
     "metadd={auxiliaries: [{architecture: lenet}, {width: 2, depth: 1, norm: batch}], share: 0.5, variance: 0.01,"
@@ -60,13 +60,12 @@ def distil(config: RunConfig, out: Path, size: int, stop_at: int | None = None, 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = f"127.0.0.1:{free.getsockname()[1]}"
-    context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
     for rank in range(size):
-        ours, theirs = context.Pipe()
+        ours, theirs = PROCESSES.Pipe()
         folder = elsewhere if elsewhere and rank else out
         arguments = (str(out / "config.yaml"), str(folder), Seat(rank, size, meeting), stop_at, theirs)
-        processes.append(context.Process(target=as_rank, args=arguments))
+        processes.append(PROCESSES.Process(target=as_rank, args=arguments))
         pipes.append(ours)
     for process in processes:
         process.start()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -21,9 +20,9 @@ from datm_ray.core.training import Pulse
 from datm_ray.errors import ConfigError, PeerLostError
 from datm_ray.runtime.executor import Seat
 from datm_ray.runtime.mesh import Alone, Mesh, open_mesh
+from tests.processes import PROCESSES
 
 CPU = torch.device("cpu")
-SPAWN = multiprocessing.get_context("spawn")
 
 
 def free_port() -> int:
@@ -44,32 +43,32 @@ def take_part(
             return failure, time.monotonic() - start
 
 
-PROCESSES: list[ProcessPoolExecutor] = []
-"""They import torch, which takes seconds, once for all tests. One executor each, for one that loses a process ends."""
+POOL: list[ProcessPoolExecutor] = []
+"""One executor for each rank, because an executor that loses its process cannot be used again."""
 
 
 @pytest.fixture(autouse=True, scope="module")
 def end_of_processes() -> Iterator[None]:
     """What the tests of this file started ends with them."""
     yield
-    while PROCESSES:
-        PROCESSES.pop().shutdown()
+    while POOL:
+        POOL.pop().shutdown()
 
 
 def together(work: Callable[..., Any], rows: int, columns: int, *arguments: Any, timeout: float = 30.0) -> list[Any]:
     """What the work returns on every rank; None from a process that was killed."""
     size, meeting = rows * columns, f"127.0.0.1:{free_port()}"
-    while len(PROCESSES) < size:
-        PROCESSES.append(ProcessPoolExecutor(1, mp_context=SPAWN))
+    while len(POOL) < size:
+        POOL.append(ProcessPoolExecutor(1, mp_context=PROCESSES))
     futures = [
-        PROCESSES[rank].submit(take_part, work, Seat(rank, size, meeting), (rows, columns), timeout, arguments)
+        POOL[rank].submit(take_part, work, Seat(rank, size, meeting), (rows, columns), timeout, arguments)
         for rank in range(size)
     ]
     wait(futures)
     killed = [isinstance(future.exception(), BrokenProcessPool) for future in futures]
     for rank in reversed(range(size)):
         if killed[rank]:
-            PROCESSES.pop(rank).shutdown()
+            POOL.pop(rank).shutdown()
     return [None if gone else future.result() for gone, future in zip(killed, futures, strict=True)]
 
 
