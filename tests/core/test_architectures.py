@@ -24,13 +24,13 @@ SPATIAL = tuple(name for name in (*NORMALISED, *UNNORMALISED) if name != "mlp")
 UNCOUPLED = [(name, norm) for name in NORMALISED for norm in ("instance", "group", "none")]
 UNCOUPLED += [(name, "none") for name in UNNORMALISED]
 VARIANTS = [*UNCOUPLED, *((name, "batch") for name in NORMALISED)]
-SIZES = (8, 16, 28, 32, 64, 96)
 
 
-def spec_of(name: str, size: int | tuple[int, int] = 8, channels: int = 3, norm: Any = "none") -> NetworkSpec:
-    """Three classes; small where the size is not the published one."""
+def spec_of(
+    name: str, size: int | tuple[int, int] = 8, channels: int = 3, norm: Any = "none", width: int = 8
+) -> NetworkSpec:
+    """Three classes, and a sixteenth of the published width: every layer is there and costs little."""
     sides = (size, size) if isinstance(size, int) else size
-    width = 8 if name in ("convnet", "mlp") else 128
     return NetworkSpec(name, channels, sides, 3, width=width, depth=2, norm=norm)
 
 
@@ -52,34 +52,33 @@ def test_every_registered_architecture_is_tested_here() -> None:
     assert sorted((*NORMALISED, *UNNORMALISED)) == network_names()
 
 
-@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("name", "norm"), VARIANTS)
-def test_logits_depend_on_the_image(name: str, norm: str, size: int) -> None:
+def test_logits_depend_on_the_image(name: str, norm: str) -> None:
     """No normalisation, pool or initial value hides what the image shows, down to 8x8 pixels."""
-    channels = 1 if size in (8, 28) else 3
-    network = build_network(spec_of(name, size, channels, norm), 0)
-    images = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(size))
-    with torch.no_grad():
-        one, other = network(images)
-    assert one.shape == (3,)
-    assert one.isfinite().all()
-    assert (one - other).norm() > 1e-2 * one.norm()
+    width = 8 if name in ("convnet", "mlp") else 128
+    for size, channels in ((8, 1), (28, 1), (32, 3), (64, 3)):
+        network = build_network(spec_of(name, size, channels, norm, width), 0)
+        images = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(size))
+        with torch.no_grad():
+            one, other = network(images)
+        assert one.shape == (3,), size
+        assert one.isfinite().all(), size
+        assert (one - other).norm() > 1e-2 * one.norm(), size
 
 
-@pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(("name", "norm"), VARIANTS)
-def test_any_size_and_channels_give_logits(name: str, norm: str, channels: int) -> None:
+def test_any_size_and_channels_give_logits(name: str, norm: str) -> None:
     """Sides that are neither equal nor powers of two, and those of larger images."""
-    for size in (*((side, side) for side in SIZES), (9, 14), (30, 40), (128, 96), (128, 128)):
-        network = meta_network(spec_of(name, size, channels, norm))
-        assert network(torch.empty(2, channels, *size, device="meta")).shape == (2, 3)
+    for channels, *size in ((1, 9, 14), (3, 30, 40), (1, 128, 96), (3, 128, 128)):
+        network = meta_network(spec_of(name, (size[0], size[1]), channels, norm))
+        assert network(torch.empty(2, channels, *size, device="meta")).shape == (2, 3), size
 
 
 @pytest.mark.parametrize("name", NORMALISED)
 def test_no_instance_is_normalised_over_one_pixel(name: str) -> None:
     """A single pixel would leave nothing but the bias."""
     pixels: list[int] = []
-    for side in (*range(8, 41), 64, 65, 96):
+    for side in (*range(8, 18), 31, 32, 33, 40, 64, 65, 96):
         network = meta_network(spec_of(name, side, norm="instance"))
         norms = [part for part in network.modules() if isinstance(part, InstanceNorm)]
         assert norms
@@ -145,7 +144,7 @@ def test_vgg11_equals_torchvisions() -> None:
 
 def test_vit_small_equals_torchvisions_encoder() -> None:
     """Layer by layer the same map of tokens, whatever is classified of them."""
-    network = build_network(spec_of("vit-small"), 0)
+    network = build_network(spec_of("vit-small", width=128), 0)
     assert isinstance(network, SpatialNetwork)
     assert isinstance(network.features, nn.Sequential)
     embed, *layers, _ = network.features
@@ -199,15 +198,6 @@ def test_gradients_can_be_matched(name: str) -> None:
         assert (value - reference).norm() <= 1e-10 * reference.norm()
 
 
-@pytest.mark.parametrize("name", [*NORMALISED, *UNNORMALISED])
-def test_network_compiles_to_one_graph(name: str) -> None:
-    """Nothing in a forward pass needs Python's help, and the graph gives the same logits."""
-    network, images, _ = make(name, "instance")
-    torch._dynamo.reset()
-    graph = torch.compile(network, fullgraph=True, dynamic=False, backend="aot_eager")
-    torch.testing.assert_close(graph(images), network(images), atol=1e-10, rtol=0)
-
-
 @pytest.mark.parametrize(("name", "norm"), VARIANTS)
 def test_only_batch_norm_couples_samples(name: str, norm: str) -> None:
     """Also inside residual blocks."""
@@ -227,7 +217,7 @@ def test_only_batch_norm_couples_samples(name: str, norm: str) -> None:
 )
 def test_spatial_features_are_the_last_maps(name: str, shape: tuple[int, ...]) -> None:
     """Before they are pooled; the logits are the network's, and depend on the maps."""
-    network = build_network(spec_of(name, 32), 0)
+    network = build_network(spec_of(name, 32, width=8 if name == "convnet" else 128), 0)
     images = torch.randn(2, 3, 32, 32)
     maps, logits = spatial_features(network, images)
     assert maps.shape == (2, *shape)
@@ -296,7 +286,8 @@ def test_images_too_small_are_refused_with_the_least_size(name: str) -> None:
 @pytest.mark.parametrize(("size", "tokens"), [(8, 8), (12, 6), (28, 7), (30, 10), (32, 8), (64, 8), (96, 8), (128, 8)])
 def test_vit_small_has_about_eight_tokens_a_side(size: int, tokens: int) -> None:
     """With patches that divide the image."""
-    maps, _ = spatial_features(meta_network(spec_of("vit-small", size)), torch.empty(1, 3, size, size, device="meta"))
+    network = meta_network(spec_of("vit-small", size, width=128))
+    maps, _ = spatial_features(network, torch.empty(1, 3, size, size, device="meta"))
     assert maps.shape == (1, 384, tokens, tokens)
 
 

@@ -55,6 +55,12 @@ def planned(size: int, width: int, depth: int, channels: int = 3, classes: int =
     return functions
 
 
+@functools.cache
+def cost_of(size: int, width: int, depth: int, channels: int = 3, classes: int = 10) -> CallCost:
+    """What a call of these functions costs; tracing them takes seconds, so each is traced once."""
+    return call_cost(planned(size, width, depth, channels, classes), (channels, size, size), classes)
+
+
 def test_inputs_are_not_counted_and_views_share_their_memory() -> None:
     """Two products are two matrices, however often the first is viewed."""
     graph = traced(lambda a, b: (a @ b).view(2, 50).view(10, 10).t() @ b)
@@ -138,18 +144,17 @@ def test_multiply_adds_are_two_operations() -> None:
     assert flop(traced(convolved, MAPS, WEIGHT)) == 2 * (2 * 5 * 4 * 4) * (3 * 3 * 3)
 
 
-@pytest.mark.parametrize("images", [1, 3, 9, 40])
-def test_two_small_traces_tell_any_number_of_images(images: int) -> None:
+def test_two_small_traces_tell_any_number_of_images() -> None:
     """Bytes are affine in each stage and operations proportional: as counted in a trace of that very size."""
-    functions = planned(16, width=8, depth=2)
-    cost = call_cost(functions, (3, 16, 16), 10)
-    graphs = functions.graphs(images, (3, 16, 16), 10)
-    exact = WORKSPACE_BYTES + COMPILED_SHARE * max(call_bytes(graph) for graph in graphs)
-    if images == 1:  # a single image has no memory order, and its weights no copies
-        assert cost.bytes(1) >= int(exact)
-    else:
-        assert cost.bytes(images) == pytest.approx(exact, abs=2)
-    assert (images * cost.forward_flop, images * cost.reverse_flop) == tuple(flop(graph) for graph in graphs)
+    functions, cost = planned(16, width=8, depth=2), cost_of(16, 8, 2)
+    for images in (1, 3, 40):
+        graphs = functions.graphs(images, (3, 16, 16), 10)
+        exact = WORKSPACE_BYTES + COMPILED_SHARE * max(call_bytes(graph) for graph in graphs)
+        if images == 1:  # a single image has no memory order, and its weights no copies
+            assert cost.bytes(1) >= int(exact)
+        else:
+            assert cost.bytes(images) == pytest.approx(exact, abs=2)
+        assert (images * cost.forward_flop, images * cost.reverse_flop) == tuple(flop(graph) for graph in graphs)
 
 
 @pytest.mark.parametrize(
@@ -160,17 +165,14 @@ def test_the_prediction_is_near_what_was_measured(
     shape: tuple[int, int, int, int, int], images: int, measured: float
 ) -> None:
     """Peak resident MiB of a compiled `reverse`: at most a tenth below, at most a quarter above."""
-    size, width, depth, channels, classes = shape
-    cost = call_cost(planned(size, width, depth, channels, classes), (channels, size, size), classes)
-    assert 0.9 * measured <= cost.bytes(images) / 2**20 <= 1.25 * measured
+    assert 0.9 * measured <= cost_of(*shape).bytes(images) / 2**20 <= 1.25 * measured
 
 
 def test_uncompiled_functions_take_more() -> None:
     """Without fusion, and with the graphs of derivatives kept, a call takes several times the memory."""
-    image = (3, 16, 16)
     plain = StudentStepFunctions(planned(16, 8, 2).network, StepOptions(compiled=False))
-    compiled, uncompiled = call_cost(planned(16, 8, 2), image, 10), call_cost(plain, image, 10, compiled=False)
-    assert uncompiled.bytes(100) > 2 * compiled.bytes(100)
+    uncompiled = call_cost(plain, (3, 16, 16), 10, compiled=False)
+    assert uncompiled.bytes(100) > 2 * cost_of(16, 8, 2).bytes(100)
 
 
 COST = CallCost(((1000.0, 100.0), (4000.0, 50.0)), forward_flop=1, reverse_flop=3)
@@ -212,7 +214,7 @@ def test_the_chunk_is_even_and_within_batch_budget_and_cache(
 
 def test_convnet_3_computes_about_twenty_images_at_a_time() -> None:
     """What was measured fastest is what the constant gives, in parts of one size."""
-    cost = call_cost(planned(32, width=128, depth=3), (3, 32, 32), 10)
+    cost = cost_of(32, 128, 3)
     assert choose_chunk(cost, (3, 32, 32), 10, batch=100, budget=2**34) == 20
     assert 18 <= choose_chunk(cost, (3, 32, 32), 10, batch=500, budget=2**34) <= 24
 
