@@ -220,8 +220,9 @@ class MetaConfig(Section):
 class EvaluateConfig(Section):
     """Training fresh networks on the synthetic set and scoring them on the test set."""
 
-    protocol: Literal["published", "short"] = "published"
-    """published: 1001 epochs, learning rate divided by ten half way; short: 500 epochs."""
+    protocol: Literal["published", "short", "quick"] = "published"
+    """published: 1001 epochs, learning rate divided by ten half way; short: 500 epochs; quick: 20, also at validation,
+    to see that a run works, not how good its set is."""
     seeds: Count = 5
     """Fresh networks for each row of the table."""
     networks: Annotated[tuple[NetworkConfig, ...], Field(strict=False, max_length=64)] = ()

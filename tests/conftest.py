@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 
 from datm_ray import cli
-from datm_ray.config import RunConfig, override
+from datm_ray.config import RunConfig, override, to_yaml
+from datm_ray.pipeline import Pipeline, report
 from datm_ray.recipes import get_recipe
 from datm_ray.runtime.executor import Executor, SerialExecutor
+from datm_ray.runtime.telemetry import Reporter
 from tests.store import proxy
 
 TINY = (
@@ -37,6 +39,7 @@ TINY = (
     "distill.validation_seeds=1",
     "distill.checkpoint_every=2",
     "distill.threshold=10",
+    "evaluate.protocol=quick",
     "evaluate.seeds=2",
     "evaluate.real_epochs=1",
     "cluster.compile=false",
@@ -90,6 +93,20 @@ def tiny() -> RunConfig:
 def tiny_config(*changes: str) -> RunConfig:
     """The tiny run with some values changed."""
     return override(get_recipe("digits-ipc1"), ["name=tiny", *TINY, *changes])
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of one finished serial run of the tiny configuration; who changes it copies it first.
+
+    Its recipe lies beside it, in `tiny.yaml`.
+    """
+    folder, config = tmp_path_factory.mktemp("finished"), tiny_config()
+    (folder / "tiny.yaml").write_text(to_yaml(config))
+    pipeline = Pipeline([config], str(folder / "runs"))
+    pipeline.run_all(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    report(str(folder / "runs"))
+    return folder / "runs"
 
 
 def actor_processes(ancestor: int | None = None) -> list[int]:

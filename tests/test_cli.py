@@ -22,20 +22,6 @@ from datm_ray.core.networks import ConvNet
 from tests.conftest import CommandLine, tiny_config
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An output folder with one finished run, made by the command line itself."""
-    out = tmp_path_factory.mktemp("finished")
-    recipe = out / "tiny.yaml"
-    recipe.write_text(to_yaml(tiny_config()))
-    command = [sys.executable, "-m", "datm_ray", "run", str(recipe), "--executor", "serial", "--out", str(out / "runs")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert "distilled" in result.stdout
-    assert "report.html" in result.stdout
-    return out / "runs"
-
-
 def files_below(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
@@ -187,10 +173,10 @@ def test_an_output_folder_that_cannot_be_written_is_one_line(datm_ray: CommandLi
     assert len(err.splitlines()) == 1
 
 
-def test_a_truncated_store_file_is_named(datm_ray: CommandLine, finished: Path, tmp_path: Path) -> None:
+def test_a_truncated_store_file_is_named(datm_ray: CommandLine, finished_run: Path, tmp_path: Path) -> None:
     """`store verify` and `distill` both name the damaged file and never use it."""
 
-    shutil.copytree(finished, tmp_path / "runs")
+    shutil.copytree(finished_run, tmp_path / "runs")
     (expert,) = (tmp_path / "runs").rglob("expert-00001.arrow")
     expert.write_bytes(expert.read_bytes()[:-1000])
     code, _, err = datm_ray("store", "verify", "runs/experts")
@@ -199,7 +185,7 @@ def test_a_truncated_store_file_is_named(datm_ray: CommandLine, finished: Path, 
     assert len(err.splitlines()) == 1
     for name in ("synthetic.arrow", "checkpoint.arrow", "initial.arrow"):
         (tmp_path / "runs/tiny" / name).unlink()
-    code, _, err = datm_ray("distill", str(finished.parent / "tiny.yaml"), "--executor", "serial")
+    code, _, err = datm_ray("distill", str(finished_run.parent / "tiny.yaml"), "--executor", "serial")
     assert code == 2
     assert "expert-00001.arrow" in err.splitlines()[-1]
     assert not (tmp_path / "runs/tiny/synthetic.arrow").exists()
@@ -216,26 +202,26 @@ def test_a_file_that_is_no_artifact_is_named(content: bytes, datm_ray: CommandLi
     assert files_below(tmp_path) == ["set.arrow"]
 
 
-def test_a_checkpoint_is_no_artifact(datm_ray: CommandLine, finished: Path) -> None:
+def test_a_checkpoint_is_no_artifact(datm_ray: CommandLine, finished_run: Path) -> None:
     """A file of another kind is told apart."""
-    code, _, err = datm_ray("export", str(finished / "tiny/checkpoint.arrow"), "--out", "x")
+    code, _, err = datm_ray("export", str(finished_run / "tiny/checkpoint.arrow"), "--out", "x")
     assert code == 2
     assert "checkpoint" in err
 
 
 @pytest.mark.parametrize(("kind", "count"), [("png", 10), ("parquet", 1), ("pt", 3)])
-def test_exports_are_written(kind: str, count: int, datm_ray: CommandLine, finished: Path, tmp_path: Path) -> None:
+def test_exports_are_written(kind: str, count: int, datm_ray: CommandLine, finished_run: Path, tmp_path: Path) -> None:
     """Each format writes its files and says where."""
-    code, out, _ = datm_ray("export", str(finished / "tiny/synthetic.arrow"), "--format", kind, "--out", "exported")
+    code, out, _ = datm_ray("export", str(finished_run / "tiny/synthetic.arrow"), "--format", kind, "--out", "exported")
     assert ("soft labels and step size are in the .arrow file" in out) == (kind == "png")
     assert code == 0
     assert f"{count} file(s)" in out
     assert len(files_below(tmp_path)) == count
 
 
-def test_store_commands_describe_the_experts(datm_ray: CommandLine, finished: Path) -> None:
+def test_store_commands_describe_the_experts(datm_ray: CommandLine, finished_run: Path) -> None:
     """ls, show and verify agree that there are two experts of one recipe."""
-    store = str(finished / "experts")
+    store = str(finished_run / "experts")
     assert "2 expert(s)" in datm_ray("store", "ls", store)[1]
     shown = datm_ray("store", "show", store)[1]
     assert "epochs 0-5" in shown
@@ -243,11 +229,11 @@ def test_store_commands_describe_the_experts(datm_ray: CommandLine, finished: Pa
     assert datm_ray("store", "verify", store)[1].startswith("2 expert(s) are whole")
 
 
-def test_the_store_inside_a_folder_of_runs_is_pointed_at(datm_ray: CommandLine, finished: Path) -> None:
+def test_the_store_inside_a_folder_of_runs_is_pointed_at(datm_ray: CommandLine, finished_run: Path) -> None:
     """The output folder is what a user has at hand."""
-    code, _, err = datm_ray("store", "ls", str(finished))
+    code, _, err = datm_ray("store", "ls", str(finished_run))
     assert (code, len(err.splitlines())) == (2, 1)
-    assert f"ive its store, {finished / 'experts'}" in err
+    assert f"ive its store, {finished_run / 'experts'}" in err
 
 
 def test_an_interrupt_says_that_nothing_is_lost(datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,10 +249,10 @@ def test_an_interrupt_says_that_nothing_is_lost(datm_ray: CommandLine, monkeypat
 
 @pytest.mark.parametrize("name", ["dataset.json", "evaluation/distilled-00.json", "cost.json", "experts-cost.json"])
 def test_a_result_of_another_shape_is_a_damaged_file(
-    name: str, datm_ray: CommandLine, finished: Path, tmp_path: Path
+    name: str, datm_ray: CommandLine, finished_run: Path, tmp_path: Path
 ) -> None:
     """Valid JSON that nobody here has written is one line, with the file's name."""
-    out = shutil.copytree(finished, tmp_path / "copy")
+    out = shutil.copytree(finished_run, tmp_path / "copy")
     (out / "tiny" / name).write_text('{"a": [1]}')
     code, _, err = datm_ray("report", str(out))
     assert code == 2
@@ -288,23 +274,23 @@ def test_a_dry_run_refuses_what_the_run_would(datm_ray: CommandLine, monkeypatch
         assert expected in err
 
 
-def test_a_second_run_has_nothing_to_do(datm_ray: CommandLine, finished: Path) -> None:
+def test_a_second_run_has_nothing_to_do(datm_ray: CommandLine, finished_run: Path) -> None:
     """The same command again finds everything finished; so does a dry run, which writes nothing."""
-    before = files_below(finished)
-    recipe = str(finished.parent / "tiny.yaml")
-    code, out, _ = datm_ray("run", recipe, "--out", str(finished), "--dry-run")
+    before = files_below(finished_run)
+    recipe = str(finished_run.parent / "tiny.yaml")
+    code, out, _ = datm_ray("run", recipe, "--out", str(finished_run), "--dry-run")
     data, experts, *_ = out.splitlines()
     assert (code, experts) == (0, "0 experts to train")
     assert data == "digits: 10 classes, 1,222 training, 216 validation, 359 test images of 1x8x8"
-    assert files_below(finished) == before
-    code, _, err = datm_ray("run", recipe, "--out", str(finished), "--executor", "serial")
+    assert files_below(finished_run) == before
+    code, _, err = datm_ray("run", recipe, "--out", str(finished_run), "--executor", "serial")
     assert code == 0
     assert err.count("nothing to do") == 3
 
 
-def test_stages_one_by_one_lead_from_one_to_the_next(datm_ray: CommandLine, finished: Path, tmp_path: Path) -> None:
+def test_stages_one_by_one_lead_from_one_to_the_next(datm_ray: CommandLine, finished_run: Path, tmp_path: Path) -> None:
     """experts, distill, evaluate and report each name the next command, and the report is written."""
-    recipe = str(finished.parent / "tiny.yaml")
+    recipe = str(finished_run.parent / "tiny.yaml")
     for command, following in (("experts", "distill"), ("distill", "evaluate"), ("evaluate", "report")):
         code, out, _ = datm_ray(command, recipe, "--executor", "serial")
         assert code == 0

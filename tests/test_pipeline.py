@@ -58,52 +58,44 @@ def assert_same_set(one: Artifact, other: Artifact) -> None:
     assert one.step_size == other.step_size
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed serial run of the tiny configuration."""
-    out = tmp_path_factory.mktemp("reference")
-    run_all(tiny_config(), out)
-    return out
-
-
 def accuracies(pipeline: Pipeline) -> dict[str, tuple[float, ...]]:
     (summary,) = pipeline_module._summaries(pipeline.out, pipeline.configs)
     return {score.row: score.accuracies for score in summary.scores}
 
 
-def test_a_run_leaves_experts_a_set_and_every_row_of_the_table(reference: Path) -> None:
+def test_a_run_leaves_experts_a_set_and_every_row_of_the_table(finished_run: Path) -> None:
     """All stages ran: experts in the store, a loadable set, two seeds of each row, a report."""
-    pipeline = Pipeline([tiny_config()], str(reference))
+    pipeline = Pipeline([tiny_config()], str(finished_run))
     assert pipeline.plan() == ["0 experts to train", "0 sets to distil", "0 networks to train for evaluation"]
-    (key,) = TrajectoryStore(str(reference / "experts")).groups()
+    (key,) = TrajectoryStore(str(finished_run / "experts")).groups()
     assert (key.dataset, key.architecture) == ("digits", "convnet")
-    artifact = load(str(reference / "tiny" / "synthetic.arrow"))
+    artifact = load(str(finished_run / "tiny" / "synthetic.arrow"))
     assert artifact.images.shape == (10, 1, 8, 8)
     assert artifact.labels.tolist() == list(range(10))
     assert {row: len(values) for row, values in accuracies(pipeline).items()} == dict.fromkeys(ROWS, 2)
-    assert pipeline_module.report(str(reference)).exists()
+    assert pipeline_module.report(str(finished_run)).exists()
 
 
-def test_distillation_changes_images_labels_and_step_size(reference: Path) -> None:
+def test_distillation_changes_images_labels_and_step_size(finished_run: Path) -> None:
     """All three variables are learned."""
-    before, after = (load(str(reference / "tiny" / name)) for name in ("initial.arrow", "synthetic.arrow"))
+    before, after = (load(str(finished_run / "tiny" / name)) for name in ("initial.arrow", "synthetic.arrow"))
     assert not torch.equal(before.images, after.images)
     assert not torch.equal(before.soft_labels, after.soft_labels)
     assert before.step_size != after.step_size
 
 
-def test_either_executor_gives_the_same_set_and_scores(executor: Executor, tmp_path: Path, reference: Path) -> None:
+def test_either_executor_gives_the_same_set_and_scores(executor: Executor, tmp_path: Path, finished_run: Path) -> None:
     """Serial and Ray agree bit for bit."""
     config = tiny_config()
     pipeline = run_all(config, tmp_path, lambda: executor)
-    assert_same_set(load(str(tmp_path / "tiny/synthetic.arrow")), load(str(reference / "tiny/synthetic.arrow")))
-    assert accuracies(pipeline) == accuracies(Pipeline([config], str(reference)))
+    assert_same_set(load(str(tmp_path / "tiny/synthetic.arrow")), load(str(finished_run / "tiny/synthetic.arrow")))
+    assert accuracies(pipeline) == accuracies(Pipeline([config], str(finished_run)))
 
 
-def test_fair_scores_can_be_added_to_a_finished_run(tmp_path: Path, reference: Path) -> None:
+def test_fair_scores_can_be_added_to_a_finished_run(tmp_path: Path, finished_run: Path) -> None:
     """Only the further rows are trained; who asks no more for them later still finds them in the report."""
     out = tmp_path / "out"
-    shutil.copytree(reference, out)
+    shutil.copytree(finished_run, out)
     fair = tiny_config("evaluate.fair=true")
     pipeline = Pipeline([fair], str(out))
     assert pipeline.plan()[-1].startswith("6 networks to train for evaluation: tiny distilled-hard 0,")
@@ -131,7 +123,7 @@ class StopsAfter(SerialExecutor):
             yield task, event
 
 
-def test_a_run_stopped_at_any_event_ends_with_the_same_set(tmp_path: Path, reference: Path) -> None:
+def test_a_run_stopped_at_any_event_ends_with_the_same_set(tmp_path: Path, finished_run: Path) -> None:
     """Stopped again and again after a few more events, the run gets to its end and nothing differs."""
     config = tiny_config()
     stops = 0
@@ -141,8 +133,8 @@ def test_a_run_stopped_at_any_event_ends_with_the_same_set(tmp_path: Path, refer
             break
         stops += 1
     assert 3 <= stops < 30
-    assert_same_set(load(str(tmp_path / "tiny/synthetic.arrow")), load(str(reference / "tiny/synthetic.arrow")))
-    assert accuracies(pipeline) == accuracies(Pipeline([config], str(reference)))
+    assert_same_set(load(str(tmp_path / "tiny/synthetic.arrow")), load(str(finished_run / "tiny/synthetic.arrow")))
+    assert accuracies(pipeline) == accuracies(Pipeline([config], str(finished_run)))
 
 
 def command_line(*arguments: str) -> None:
@@ -153,7 +145,7 @@ def command_line(*arguments: str) -> None:
         cli.main()
 
 
-def test_a_run_killed_with_sigkill_in_every_stage_ends_with_the_same_set(tmp_path: Path, reference: Path) -> None:
+def test_a_run_killed_with_sigkill_in_every_stage_ends_with_the_same_set(tmp_path: Path, finished_run: Path) -> None:
     """The command is killed once an expert, a checkpoint and a score are there, and each time started again."""
     recipe, out = tmp_path / "tiny.yaml", tmp_path / "out"
     recipe.write_text(to_yaml(tiny_config()))
@@ -170,12 +162,12 @@ def test_a_run_killed_with_sigkill_in_every_stage_ends_with_the_same_set(tmp_pat
         process.join()
     assert process.exitcode == 0
     assert kills > 0
-    assert_same_set(load(str(out / "tiny/synthetic.arrow")), load(str(reference / "tiny/synthetic.arrow")))
+    assert_same_set(load(str(out / "tiny/synthetic.arrow")), load(str(finished_run / "tiny/synthetic.arrow")))
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_killed_ray_actors_of_every_stage_change_nothing(ray_cluster: Any, tmp_path: Path, reference: Path) -> None:
+def test_killed_ray_actors_of_every_stage_change_nothing(ray_cluster: Any, tmp_path: Path, finished_run: Path) -> None:
     """One actor is killed with SIGKILL in each stage; the losses are reported and the results are the same bits."""
     from datm_ray.runtime.ray_executor import RayExecutor
 
@@ -195,11 +187,11 @@ def test_killed_ray_actors_of_every_stage_change_nothing(ray_cluster: Any, tmp_p
     config = tiny_config()
     pipeline = run_all(config, tmp_path, lambda: Murderous(config.cluster))
     assert len(losses) >= 2  # a killed actor may just have been idle
-    assert_same_set(load(str(tmp_path / "tiny/synthetic.arrow")), load(str(reference / "tiny/synthetic.arrow")))
-    assert accuracies(pipeline) == accuracies(Pipeline([config], str(reference)))
+    assert_same_set(load(str(tmp_path / "tiny/synthetic.arrow")), load(str(finished_run / "tiny/synthetic.arrow")))
+    assert accuracies(pipeline) == accuracies(Pipeline([config], str(finished_run)))
 
 
-def test_finished_work_is_not_done_again(reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_work_is_not_done_again(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A finished run gives no task to any executor."""
 
     class Forbidden(SerialExecutor):
@@ -207,7 +199,7 @@ def test_finished_work_is_not_done_again(reference: Path, monkeypatch: pytest.Mo
             raise AssertionError("a task was given out")
 
     config = tiny_config()
-    run_all(config, reference, lambda: Forbidden(config.cluster))
+    run_all(config, finished_run, lambda: Forbidden(config.cluster))
 
 
 def test_runs_of_one_folder_share_experts_and_the_full_data_control(tmp_path: Path) -> None:
@@ -251,10 +243,10 @@ def test_divergence_names_the_iteration_and_keeps_the_last_good_state(tmp_path: 
     assert (arrays["synthetic.step_sizes"] > 0).all()
 
 
-def test_another_configuration_under_the_same_name_is_refused(reference: Path) -> None:
+def test_another_configuration_under_the_same_name_is_refused(finished_run: Path) -> None:
     """A run folder is never mixed from two configurations; the error names what differs."""
     with pytest.raises(RunDirectoryError, match=r"distill\.iterations \(6 there, 7 here\)"):
-        Pipeline([tiny_config("distill.iterations=7")], str(reference))
+        Pipeline([tiny_config("distill.iterations=7")], str(finished_run))
 
 
 def test_more_images_per_class_than_a_class_has_is_refused(tmp_path: Path) -> None:
@@ -271,18 +263,18 @@ def test_more_networks_can_be_scored_on_a_finished_run(tmp_path: Path) -> None:
     assert [line.split()[0] for line in pipeline.plan()] == ["0", "0", "4"]
 
 
-def test_changed_images_under_a_finished_run_are_noticed(reference: Path, tmp_path: Path) -> None:
+def test_changed_images_under_a_finished_run_are_noticed(finished_run: Path, tmp_path: Path) -> None:
     """The content of the data set decides, wherever it lies."""
-    shutil.copytree(reference, tmp_path / "copy")
+    shutil.copytree(finished_run, tmp_path / "copy")
     note = tmp_path / "copy/tiny/dataset.json"
     note.write_text(json.dumps(json.loads(note.read_text()) | {"fingerprint": "0" * 16}))
     with pytest.raises(RunDirectoryError, match="other images"):
         Pipeline([tiny_config()], str(tmp_path / "copy"))
 
 
-def test_a_run_of_an_earlier_version_is_gone_on_with(reference: Path, tmp_path: Path) -> None:
+def test_a_run_of_an_earlier_version_is_gone_on_with(finished_run: Path, tmp_path: Path) -> None:
     """Whose note of its images tells less; that they are the same is told by their fingerprint alone."""
-    shutil.copytree(reference, tmp_path / "out")
+    shutil.copytree(finished_run, tmp_path / "out")
     note = tmp_path / "out" / "tiny" / "dataset.json"
     known = json.loads(note.read_text())
     assert known.pop("test_images") > 0

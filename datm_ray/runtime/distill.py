@@ -34,7 +34,7 @@ from datm_ray.core.parameters import FlatNetwork
 from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.core.synthetic import SyntheticSet, correct_rows, hard_logits, random_rows
-from datm_ray.core.training import PROTOCOLS, Pulse, Schedule, accuracy, train
+from datm_ray.core.training import PROTOCOLS, Pulse, Schedule, accuracy, train, validation_protocol
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import ClusterError, DivergenceError
 from datm_ray.runtime.checkpoint import PARTS, Rows, load_checkpoint, save_checkpoint
@@ -372,7 +372,8 @@ class _Run:
     def _accuracy(self, whole: SyntheticSet, number: int, pulse: Pulse) -> float:
         config, dataset = self._config, self._dataset
         spec = network_spec(config, dataset.channels, dataset.size, dataset.classes)
-        schedule = evaluation_schedule(config, float(whole.step_size), protocol="short")
+        protocol = validation_protocol(config.evaluate.protocol)
+        schedule = evaluation_schedule(config, float(whole.step_size), protocol)
         seed = derive_seed(config.seed, Purpose.VALIDATION, number)
         network = build_network(spec, seed).to(self._device)
         for _ in train(network, whole.images, whole.soft_labels, schedule, seed):

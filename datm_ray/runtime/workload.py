@@ -22,7 +22,7 @@ from datm_ray.core.footprint import training_cost
 from datm_ray.core.metadd import IMAGES_AT_A_TIME
 from datm_ray.core.networks import NetworkSpec, build_network
 from datm_ray.core.parameters import FlatNetwork, float_buffers
-from datm_ray.core.training import PROTOCOLS
+from datm_ray.core.training import PROTOCOLS, validation_protocol
 from datm_ray.errors import ConfigError
 from datm_ray.runtime.cost import (
     Described,
@@ -83,6 +83,7 @@ def workload(config: RunConfig, shape: DataShape, plans: Sequence[DistillationPl
     training = round(shape.training_images * (1 - config.dataset.validation))
     validation = shape.training_images - training
     gradient, scoring = _training(_specs(config, shape)[0])
+    epochs = PROTOCOLS[validation_protocol(config.evaluate.protocol)].epochs
     return Workload(
         experts=tuple(_expert_trainings(config, shape, training)),
         evaluation=tuple(_evaluation(config, shape, training)),
@@ -99,7 +100,7 @@ def workload(config: RunConfig, shape: DataShape, plans: Sequence[DistillationPl
         # expert labels those that were chosen.
         choosing=images * (2 + config.experts.count) * scoring,
         validations=-(-settings.iterations // settings.validate_every),
-        validation_flop=settings.validation_seeds * PROTOCOLS["short"].epochs * images * gradient,
+        validation_flop=settings.validation_seeds * epochs * images * gradient,
         scoring_flop=settings.validation_seeds * validation * scoring,
         checkpoints=-(-settings.iterations // settings.checkpoint_every),
     )

@@ -85,7 +85,13 @@ def test_bytes_as_a_number_in_yaml_are_a_size() -> None:
     assert ClusterConfig().memory_bytes is None
 
 
-@pytest.mark.parametrize("name", recipe_names())
+MOST_DEMANDING = {"cifar10-metadd-ipc10", "tiny-imagenet-ipc50"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in MOST_DEMANDING else pytest.param(name, marks=pytest.mark.slow) for name in recipe_names()],
+)
 def test_every_packaged_recipe_can_be_planned(name: str) -> None:
     """Within 8 GiB a worker, or the published sizes could not be run here at all; two shards where the set is large."""
     plan = plan_of(override(get_recipe(name), ["cluster.memory=8GiB", "cluster.shards=2"]))
@@ -220,7 +226,7 @@ def test_networks_matched_in_turn_lie_beside_each_other() -> None:
 
 def test_networks_of_metadd_count_where_they_live() -> None:
     """Their parameters and, in place of a trace, their activations; apart, only the backbone's own."""
-    auxiliaries = "metadd={auxiliaries: [{architecture: resnet18, width: 32}]}"
+    auxiliaries = "metadd={auxiliaries: [{architecture: resnet18, width: 8}]}"
     alone, with_meta = (
         plan_of(tiny_config("cluster.memory=4GiB")),
         plan_of(tiny_config("cluster.memory=4GiB", auxiliaries)),
@@ -231,9 +237,9 @@ def test_networks_of_metadd_count_where_they_live() -> None:
     assert with_meta.meta_flop > apart.meta_flop > alone.meta_flop == 0
     assert "MetaDD" in "\n".join(with_meta.lines())
     assert "MetaDD" not in "\n".join(alone.lines())
-    large = "metadd={auxiliaries: [{architecture: resnet18, width: 1024}]}"
+    large = "metadd={auxiliaries: [{architecture: resnet18, width: 200}]}"
     with pytest.raises(ConfigError, match=r"a worker that holds metadd\.auxiliaries\.0 of tiny needs"):
-        plan_of(tiny_config(large, "cluster.memory=2GiB", "cluster.auxiliaries_apart=true"))
+        plan_of(tiny_config(large, "cluster.memory=950MiB", "cluster.auxiliaries_apart=true"))
     enough = f"cluster.memory={alone.footprint.total}"
     assert plan_of(tiny_config(enough)).footprint == alone.footprint
     with pytest.raises(ConfigError, match="a worker that distils tiny needs"):

@@ -133,18 +133,9 @@ def test_workers_of_a_mesh_are_added_up() -> None:
     assert over_workers(Alone(), Spent(1, 2, 3, 4, 5, 6)) == Spent(1, 2, 3, 4, 5, 6)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole run."""
-    config, out = tiny_config(), tmp_path_factory.mktemp("finished")
-    Pipeline([config], str(out)).run_all(lambda: SerialExecutor(config.cluster), QUIET)
-    return out
-
-
-def test_every_part_of_a_run_tells_what_it_cost(finished: Path) -> None:
+def test_every_part_of_a_run_tells_what_it_cost(finished_run: Path) -> None:
     """Experts, distillation and each row, in their own files, in the summary and on the page."""
-    report(str(finished))
-    (told,) = json.loads((finished / "summary.json").read_text())
+    (told,) = json.loads((finished_run / "summary.json").read_text())
     parts = {part["what"]: part for part in told["cost"]}
     assert list(parts) == [
         "experts, convnet",
@@ -164,18 +155,18 @@ def test_every_part_of_a_run_tells_what_it_cost(finished: Path) -> None:
     assert parts["distillation"]["read_bytes"] > needed
     assert parts["random real images, hard labels"]["read_bytes"] == 0
     assert parts["random real images, soft labels"]["read_bytes"] > 0
-    for place in finished.rglob("*-0[01].json"):
+    for place in finished_run.rglob("*-0[01].json"):
         if place.parent.name != "costs":
             result = json.loads(place.read_text())
             assert result["cost"]["seconds"] == pytest.approx(result["seconds"], abs=1e-3)
-    page = (finished / "report.html").read_text()
+    page = (finished_run / "report.html").read_text()
     assert "experts, convnet</th><td>2</td>" in page
     assert " s CPU</td>" in page
 
 
-def test_a_resumed_distillation_adds_to_what_it_had_cost(finished: Path, tmp_path: Path) -> None:
+def test_a_resumed_distillation_adds_to_what_it_had_cost(finished_run: Path, tmp_path: Path) -> None:
     """And its set has the same bits as that of a run that was never stopped."""
-    (tmp_path / "experts").symlink_to(finished / "experts")
+    (tmp_path / "experts").symlink_to(finished_run / "experts")
     config = tiny_config()
     pipeline = Pipeline([config], str(tmp_path))
     with suppress(KeyboardInterrupt):
@@ -188,7 +179,7 @@ def test_a_resumed_distillation_adds_to_what_it_had_cost(finished: Path, tmp_pat
     assert read_cost(place).cpu_seconds > 1e6
     assert read_cost(place).peak_memory_bytes == 2.0**50
     assert read_cost(place).seconds > first.seconds
-    both = [(out / "tiny" / "synthetic.arrow").read_bytes() for out in (tmp_path, finished)]
+    both = [(out / "tiny" / "synthetic.arrow").read_bytes() for out in (tmp_path, finished_run)]
     assert both[0] == both[1]
 
 
@@ -240,10 +231,10 @@ def test_a_resumed_expert_adds_to_what_it_had_cost(tmp_path: Path, monkeypatch: 
     assert not list(Path(tmp_path, "experts").rglob("costs"))
 
 
-def test_results_of_earlier_versions_are_shown_without_what_they_lack(finished: Path, tmp_path: Path) -> None:
+def test_results_of_earlier_versions_are_shown_without_what_they_lack(finished_run: Path, tmp_path: Path) -> None:
     """Their seconds are known; the rest is a dash."""
     out = tmp_path / "out"
-    shutil.copytree(finished, out)
+    shutil.copytree(finished_run, out)
     (out / "tiny" / COST).unlink()
     for place in out.rglob("distilled-0*.json"):
         place.write_text(json.dumps({k: v for k, v in json.loads(place.read_text()).items() if k != "cost"}))
