@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.data.transform import Transform
+from datm_ray.data.transform import Images, Normaliser, Transform
 from datm_ray.errors import ConfigError, CorruptFileError
 from datm_ray.store.filesystem import Location, open_location
 from datm_ray.store.tensors import read_tensors, write_tensors
@@ -58,20 +58,31 @@ class Artifact:
         """
         return TensorDataset(self.images, self.soft_labels.softmax(dim=1))
 
-    def normalise(self, images: NDArray[np.float32]) -> Tensor:
-        """Real images [n c h w], black 0 and white 1, as networks trained on this set expect them.
+    def normalise(self, images: Images) -> Tensor:
+        """Real images as networks trained on this set expect them: float32, of the same shape, on the same device.
+
+        Args:
+            images: a batch [n c h w] or one image [c h w], as tensor or array; floats from 0 (black) to 1 (white), or
+                uint8 from 0 to 255.
 
         Raises:
-            TypeError: whole numbers, such as bytes from 0 to 255.
+            DatasetError: the images are not of the set's shape.
+            TypeError: the images are integers other than uint8.
         """
-        if not np.issubdtype(np.asarray(images).dtype, np.floating):
-            raise TypeError(f"images are {images.dtype}, not floats from 0 to 1: divide bytes by 255")
-        return torch.from_numpy(self.transform.apply(images))
+        return self.transform.normalise(images)
+
+    def normaliser(self) -> Normaliser:
+        """`normalise` as a module, on the CPU: a layer before a network, or a step of torchvision's `Compose`."""
+        return self.transform.normaliser()
+
+    def denormalise(self, images: Tensor) -> Tensor:
+        """Normalised images, such as those of this set, back to 0 (black) to 1 (white), not clipped to it."""
+        return self.transform.denormalise(images)
 
     def pixels(self) -> NDArray[np.uint8]:
         """The synthetic images as ordinary pixels [n h w c], 0..255, clipped."""
-        unit = self.transform.invert(self.images.numpy())
-        pixels: NDArray[np.uint8] = np.rint(unit.clip(0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+        unit = self.denormalise(self.images).clamp(0, 1)
+        pixels: NDArray[np.uint8] = (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return pixels
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -58,10 +60,25 @@ def artifact(path: Path) -> Artifact:
     return load(str(path))
 
 
-def test_bytes_are_not_taken_for_shares_of_white(artifact: Artifact) -> None:
-    """Images from 0 to 255 would be normalised to nonsense without a word."""
-    with pytest.raises(TypeError, match=r"images are uint8, .*divide bytes by 255"):
-        artifact.normalise(real_images())
+README = Path(__file__).parents[1] / "README.md"
+
+
+@pytest.mark.parametrize("kind", ["zca", "standard"])
+def test_the_snippet_of_the_readme_runs(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a reader copies trains a network on a set and tests it, whatever its normalisation."""
+    section = README.read_text().partition("### Use a set\n")[2]
+    snippet = section.partition("```python\n")[2].partition("```")[0]
+    place = re.search(r'load\("(.+)"\)', snippet)
+    assert place is not None
+    save(tmp_path / place[1], kind)
+    monkeypatch.chdir(tmp_path)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(90, 2))
+    before = network[1].weight.detach().clone()
+    test_images = torch.from_numpy(real_images().astype(np.float32) / 255)
+    names: dict[str, Any] = {"network": network, "test_images": test_images, "test_labels": torch.arange(20) % 2}
+    exec(snippet, names)
+    assert 0 <= float(names["accuracy"]) <= 1
+    assert not torch.equal(network[1].weight, before)
 
 
 @pytest.mark.parametrize("kind", ["zca", "standard"])
@@ -72,6 +89,8 @@ def test_saved_set_is_loaded_as_it_was(kind: Kind, tmp_path: Path) -> None:
     images = real_images().astype(np.float32) / 255
     assert torch.equal(loaded.images, torch.from_numpy(transform.apply(images)))
     assert torch.equal(loaded.normalise(images), loaded.images)
+    torch.testing.assert_close(loaded.normaliser()(torch.from_numpy(real_images())), loaded.images)
+    torch.testing.assert_close(loaded.denormalise(loaded.images), torch.from_numpy(images), atol=1e-5, rtol=0)
     assert torch.equal(loaded.soft_labels, torch.randn(20, 2, generator=torch.Generator().manual_seed(0)))
     assert loaded.labels.tolist() == [0, 1] * 10
     assert loaded.step_size == float(torch.tensor(0.0123))

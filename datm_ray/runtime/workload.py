@@ -164,9 +164,9 @@ def storage(config: RunConfig, shape: DataShape) -> Storage:
 
 
 def transform_bytes(config: RunConfig, shape: DataShape) -> int:
-    """Of a data set's normalisation: whitening has a matrix with a row and a column for every value of an image."""
+    """Of a data set's normalisation: whitening has eigenvectors, each with a value for every value of an image."""
     values = math.prod(shape.image)
-    return 4 * values * (values + 1) if config.dataset.normalisation == "zca" else 8 * shape.image[0]
+    return 4 * values * (values + 3) if config.dataset.normalisation == "zca" else 8 * shape.image[0]
 
 
 def _row(config: RunConfig, shape: DataShape, role: Role, plans: Sequence[DistillationPlan]) -> Row:

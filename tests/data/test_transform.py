@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
+import pickle
 from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torchvision.transforms import Compose
 
 from datm_ray.data import Transform, fit_transform, transform
-from datm_ray.data.transform import Kind
+from datm_ray.data.transform import Kind, Normaliser
 from datm_ray.errors import CorruptFileError, DatasetError
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -42,7 +46,6 @@ def test_zca_is_the_published_formula(levels: int, eps: float) -> None:
     images = np.minimum(photographs(), levels).astype(np.uint8)
     fitted = fit_transform("zca", images, levels, eps=eps)
     mean, matrix = published_zca(images, levels, eps)
-    assert fitted.matrix is not None
     np.testing.assert_allclose(fitted.mean, mean, atol=1e-7)
     np.testing.assert_allclose(fitted.matrix, matrix, rtol=1e-5, atol=1e-6 * np.abs(matrix).max())
     assert np.array_equal(fitted.matrix, fitted.matrix.T)
@@ -51,11 +54,8 @@ def test_zca_is_the_published_formula(levels: int, eps: float) -> None:
 def test_zca_whitens_with_the_published_eps() -> None:
     """The default eps is the 0.1 of the published experiments."""
     images = photographs()
-    assert np.array_equal(fit_transform("zca", images, 255).to_arrays()["matrix"], whitening(images, 0.1))
-
-
-def whitening(images: NDArray[np.uint8], eps: float) -> NDArray[Any]:
-    return fit_transform("zca", images, 255, eps=eps).to_arrays()["matrix"]
+    published = fit_transform("zca", images, 255, eps=0.1)
+    assert np.array_equal(fit_transform("zca", images, 255).matrix, published.matrix)
 
 
 def test_whitened_images_have_the_expected_covariance() -> None:
@@ -103,6 +103,99 @@ def test_apply_in_chunks_equals_apply_at_once(kind: Kind, monkeypatch: pytest.Mo
     monkeypatch.setattr(transform, "_CHUNK_BYTES", 4 * 72 * 7)
     np.testing.assert_allclose(fit_transform(kind, images, 255).apply(pixels), whole, atol=1e-5)
     assert np.array_equal(pixels, scaled(images))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_form_of_an_image_is_normalised_alike(kind: Kind) -> None:
+    """Arrays and tensors, floats and bytes, a batch and a single image, contiguous or read-only: the same values."""
+    images = photographs()
+    fitted = fit_transform(kind, images, 255)
+    expected = torch.from_numpy(fitted.apply(scaled(images)))
+    floats, bytes_ = torch.from_numpy(scaled(images)), torch.from_numpy(images)
+    frozen = scaled(images)
+    frozen.flags.writeable = False
+    forms: dict[str, Any] = {
+        "float32 tensor": floats,
+        "float64 tensor": floats.double(),
+        "uint8 tensor": bytes_,
+        "uint8 array": images,
+        "float64 array": scaled(images).astype(np.float64),
+        "read-only array": frozen,
+        "array of other strides": np.asfortranarray(scaled(images)),
+        "channels-last tensor": floats.to(memory_format=torch.channels_last),
+    }
+    for name, form in forms.items():
+        found = fitted.normalise(form)
+        assert (found.dtype, found.device) == (torch.float32, torch.device("cpu")), name
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(fitted.normalise(form[3]), expected[3], atol=1e-6, rtol=0)
+    torch.testing.assert_close(fitted.denormalise(expected), floats, atol=1e-5, rtol=0)
+    torch.testing.assert_close(fitted.denormalise(expected[3]), floats[3], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_integers_other_than_bytes_are_refused(kind: Kind) -> None:
+    """Their range is not known, so they would be normalised to nonsense without a word."""
+    fitted = fit_transform(kind, photographs(), 255)
+    for images in (photographs().astype(np.int64), torch.from_numpy(photographs()).long()):
+        with pytest.raises(TypeError, match=r"int64: give floats from 0 to 1, or uint8 from 0 to 255"):
+            fitted.normalise(images)
+    with pytest.raises(TypeError, match=r"not torch\.uint8"):
+        fitted.denormalise(torch.from_numpy(photographs()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_normaliser_is_a_module_like_any_other(kind: Kind) -> None:
+    """It composes, converts, saves, lets gradients through, and is nobody else's; autocast does not touch it."""
+    images = photographs()
+    fitted = fit_transform(kind, images, 255)
+    floats = torch.from_numpy(scaled(images))
+    expected = fitted.normalise(floats)
+    module = fitted.normaliser()
+    steps = Compose([torch.from_numpy, module])
+    assert torch.equal(steps(scaled(images)), expected)
+    model = torch.nn.Sequential(module, torch.nn.Flatten())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model(floats), expected.flatten(1))
+    wide = copy.deepcopy(module).double()(floats)
+    assert wide.dtype == torch.float64
+    torch.testing.assert_close(wide.float(), expected, atol=1e-5, rtol=0)
+    assert copy.deepcopy(module).to("meta")(floats.to("meta")).device.type == "meta"
+    leaf = floats[:2].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(module(leaf)[0, 0, 0, 0], leaf)
+    assert not gradient[1].any()
+    flat = torch.func.jacrev(module)(floats[:1]).reshape(72, 72)
+    torch.testing.assert_close(gradient[0].flatten(), flat[0])
+    module.load_state_dict({name: torch.zeros_like(value) for name, value in module.state_dict().items()})
+    assert torch.equal(fitted.normalise(floats), expected)
+    assert isinstance(module, Normaliser)
+
+
+def test_a_whitening_matrix_of_an_earlier_version_still_whitens() -> None:
+    """Transforms that hold the matrix, and no eigenvectors, lead to whitened images and back, bit for bit as stored."""
+    images = photographs()
+    fitted = fit_transform("zca", images, 255)
+    metadata = {name: value for name, value in fitted.to_metadata().items() if name != "eps"}
+    old = Transform.from_arrays({"mean": fitted.mean, "matrix": fitted.matrix}, metadata)
+    assert np.array_equal(old.apply(scaled(images)), fitted.apply(scaled(images)))
+    np.testing.assert_allclose(old.invert(old.apply(scaled(images))), scaled(images), atol=1e-5)
+    assert list(old.to_arrays()) == ["mean", "matrix"]
+    assert old.digest != fitted.digest
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_digest_is_that_of_the_bits(kind: Kind) -> None:
+    """It survives a round trip and a pickle without caches, and no change of an array or of a setting."""
+    fitted = fit_transform(kind, photographs(), 255)
+    fitted.apply(scaled(photographs()))
+    size, copied = len(pickle.dumps(fitted)), pickle.loads(pickle.dumps(fitted))
+    assert fitted.nbytes < size < fitted.nbytes + 2000
+    assert copied.digest == Transform.from_arrays(fitted.to_arrays(), fitted.to_metadata()).digest == fitted.digest
+    assert len(fitted.digest) == 32
+    for name, array in fitted.to_arrays().items():
+        other = fitted.to_arrays() | {name: np.nextafter(array, 2)}
+        assert Transform.from_arrays(other, fitted.to_metadata()).digest != fitted.digest
+    assert dataclasses.replace(fitted, fingerprint="other").digest != fitted.digest
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -157,7 +250,11 @@ def test_arrays_and_json_carry_a_transform(kind: Kind) -> None:
 @pytest.mark.parametrize(
     ("arrays", "metadata", "message"),
     [
-        ({"matrix": None}, {}, "matrix"),
+        ({"vectors": None}, {}, "vectors"),
+        ({"values": np.full(72, -1.0)}, {}, "eigenvalue is negative"),
+        ({"vectors": np.full((72, 72), np.nan)}, {}, "vectors holds values that are not finite"),
+        ({}, {"eps": 0}, r"eps is 0\.0"),
+        ({}, {"shape": [-1, -4, 6]}, "no image has the shape"),
         ({"mean": np.zeros(5)}, {}, r"mean has shape \(5,\), not \(72,\)"),
         ({}, {"kind": "pca"}, "pca"),
         ({}, {"shape": [3, 4]}, "ValueError"),
@@ -199,10 +296,10 @@ def test_fitting_on_a_gpu_gives_the_same_transform() -> None:
         pytest.skip("no CUDA device")
     host, device = (fit_transform("zca", photographs(), 255, device=name) for name in ("cpu", "cuda"))
     assert host.fingerprint == device.fingerprint
-    np.testing.assert_allclose(host.to_arrays()["matrix"], device.to_arrays()["matrix"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(host.matrix, device.matrix, rtol=1e-5, atol=1e-6)
 
 
 def test_another_device_takes_torchs_decomposition() -> None:
     """The path taken on a GPU, run on the CPU, agrees with numpy's."""
     host, other = (fit_transform("zca", photographs(), 255, device=name) for name in ("cpu", "cpu:0"))
-    np.testing.assert_allclose(host.to_arrays()["matrix"], other.to_arrays()["matrix"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(host.matrix, other.matrix, rtol=1e-5, atol=1e-6)
