@@ -91,13 +91,21 @@ class ExpertFunctions:
     """
 
     def __init__(
-        self, network: nn.Module, *, stacked: int = 1, compile_: bool = True, chunk: int | None = None
+        self,
+        network: nn.Module,
+        *,
+        stacked: int = 1,
+        compile_: bool = True,
+        chunk: int | None = None,
+        channels_last: bool = True,
     ) -> None:
         """For stacks of so many networks like this one.
 
         Args:
             chunk: images of one call; a batch takes several, and their sums. None takes every batch whole.
+            channels_last: keep maps with their channels innermost, which is faster on CPUs and rounds more coarsely.
         """
+        self._channels_last = channels_last
         self.note = compiler_problem(next(network.parameters()).device.type) if compile_ else ""
         # Statistics of a batch are written in place, which a traced graph may not do.
         self._has_statistics = couples_samples(network)
@@ -144,7 +152,8 @@ class ExpertFunctions:
         return losses, gradients, buffers
 
     def _part(self, parameters: Tensor, images: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        images, labels = _channels_innermost(images), labels.contiguous()
+        images = _channels_innermost(images) if self._channels_last else images.contiguous()
+        labels = labels.contiguous()
         return self._function(parameters, images, labels)(parameters, images, labels, weights)
 
     def _function(self, parameters: Tensor, images: Tensor, labels: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -155,7 +164,7 @@ class ExpertFunctions:
             with FakeTensorMode(allow_non_fake_inputs=True):
                 like = (torch.empty_like(parameters), torch.empty_like(images), torch.empty_like(labels))
                 graph = traced(self._all, *like, like[0].new_empty(images.shape[1]))
-            self._built[key] = Compiled(graph, parameters.device.type)
+            self._built[key] = Compiled(graph, parameters.device.type, channels_last=self._channels_last)
         return self._built[key]
 
     def _all(self, parameters: Tensor, images: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

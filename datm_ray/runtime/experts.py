@@ -87,7 +87,7 @@ class ExpertWorker:
 
     def __init__(self, dataset: Dataset, cluster: ClusterConfig) -> None:
         self._device = prepare_device(cluster)
-        self._compile, self._cluster = cluster.compile, cluster
+        self._cluster = cluster
         self._dataset = dataset
         self._images = to_device(dataset.train_images, self._device)
         self._labels = to_device(dataset.train_labels, self._device)
@@ -126,7 +126,13 @@ class ExpertWorker:
         networks = [build_network(spec, seed).to(self._device) for seed in seeds]
         image = (dataset.channels, *dataset.size)
         chunk = chunk_in_cache(networks[0], image, len(experts)) if self._device.type == "cpu" else None
-        functions = ExpertFunctions(networks[0], stacked=len(experts), compile_=self._compile, chunk=chunk)
+        functions = ExpertFunctions(
+            networks[0],
+            stacked=len(experts),
+            compile_=self._cluster.compile,
+            chunk=chunk,
+            channels_last=self._cluster.channels_last,
+        )
         if functions.note:
             yield Note(functions.note)
         state = progress.resume(self._device)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from datm_ray.config import ClusterConfig, RunConfig
+from datm_ray.core.experts import ExpertFunctions
 from datm_ray.core.networks import build_network
 from datm_ray.core.parameters import unflatten_buffers_into, unflatten_into
 from datm_ray.errors import DivergenceError, MissingExpertsError, StoreError
@@ -74,6 +75,24 @@ def test_an_expert_goes_on_from_its_last_epoch_with_the_same_bits(tmp_path: Path
     assert 1 not in resumed
     assert content(group, 0) == content(worker_of(config, tmp_path / "whole")[1], 0)
     assert group.progress.list() == []
+
+
+def test_memory_order_of_maps_reaches_the_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cluster.channels_last=false is obeyed by experts and auxiliaries alike, and finds the same experts."""
+    asked: list[bool] = []
+
+    class Recorded(ExpertFunctions):
+        def __init__(self, *arguments: Any, channels_last: bool, **options: Any) -> None:
+            asked.append(channels_last)
+            super().__init__(*arguments, channels_last=channels_last, **options)
+
+    monkeypatch.setattr("datm_ray.runtime.experts.ExpertFunctions", Recorded)
+    metadd = "metadd={auxiliaries: [{architecture: lenet}], experts: {epochs: 1}}"
+    first, last = (tiny_config(metadd, f"cluster.channels_last={each}") for each in ("false", "true"))
+    Pipeline([first], str(tmp_path)).train_experts(lambda: SerialExecutor(first.cluster), Reporter(quiet=True))
+    assert asked == [False, False]  # a stack of each network
+    Pipeline([last], str(tmp_path)).train_experts(lambda: SerialExecutor(last.cluster), Reporter(quiet=True))
+    assert asked == [False, False]  # nothing is trained again
 
 
 def test_damaged_progress_is_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
