@@ -157,7 +157,7 @@ class DistillConfig(Section):
     initial_step_size: Positive = 0.01
     """The student's step size at the start."""
     threshold: Positive = 1.0
-    """Iterations whose matching loss exceeds this are skipped and counted."""
+    """Iterations whose matching loss exceeds this are skipped and counted, as are those that overflow."""
     overshoot: Positive | None = 10.0
     """A gradient is shortened where a step along it would, to first order, lower the matching loss by more than so many
     times its value: one that explodes ruins a set. null shortens none, as published."""
@@ -263,7 +263,7 @@ class ClusterConfig(Section):
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """Of the student step's products; tf32 and bfloat16 need a GPU."""
     channels_last: bool = True
-    """Keep maps with their channels innermost: faster on processors, with convolutions that round more coarsely."""
+    """Keep maps of experts and students with their channels innermost: faster on CPUs, and rounds more coarsely."""
     peer_timeout: Annotated[float, Field(ge=0.1, le=86_400)] = 300.0
     """Seconds after which a worker that others wait for counts as lost; a student step must be shorter."""
     wait_for_nodes: Annotated[float, Field(ge=0, le=7 * 86_400)] = 0.0

@@ -69,9 +69,9 @@ class ClusterError(DatmError):
 
 
 class DivergenceError(DatmError):
-    """Training or distillation produced a value that is not finite, or a step size that is not positive.
+    """An expert's loss is not finite, or a distillation diverged in too many iterations without an update between.
 
-    What was good before has been saved before this is raised.
+    The last good state has been saved before this is raised.
     """
 
     exit_code = 1

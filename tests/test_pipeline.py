@@ -24,7 +24,6 @@ from datm_ray.errors import (
     ClusterError,
     ConfigError,
     DatasetError,
-    DivergenceError,
     MissingExpertsError,
     RunDirectoryError,
 )
@@ -227,20 +226,6 @@ def test_a_set_may_start_from_any_images_and_keep_hard_labels(tmp_path: Path) ->
     assert not torch.equal(before.images, after.images)
     assert torch.equal(before.soft_labels, after.soft_labels)
     assert torch.allclose(after.soft_labels.softmax(dim=1), torch.eye(10), atol=1e-7)
-
-
-def test_divergence_names_the_iteration_and_keeps_the_last_good_state(tmp_path: Path) -> None:
-    """An absurd learning rate stops with one clear error; the checkpoint is from before that iteration."""
-    config = tiny_config("distill.learning_rate_step_size=1e9", "distill.threshold=1e30")
-    with pytest.raises(DivergenceError, match=r"diverged at iteration \d+"):
-        run_all(config, tmp_path)
-    assert not (tmp_path / "tiny/synthetic.arrow").exists()
-    assert torch.isfinite(load(str(tmp_path / "tiny/last-good.arrow")).images).all()
-    checkpoint = pipeline_module.open_location(str(tmp_path / "tiny/checkpoint.arrow"))
-    from datm_ray.store.tensors import read_tensors
-
-    arrays = read_tensors(checkpoint, kind="checkpoint").arrays
-    assert (arrays["synthetic.step_sizes"] > 0).all()
 
 
 def test_another_configuration_under_the_same_name_is_refused(finished_run: Path) -> None:

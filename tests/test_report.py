@@ -74,7 +74,7 @@ def save_set(place: Location, config: RunConfig, class_names: Sequence[str], cha
 def save_checkpoint(folder: Location, config: RunConfig, losses: Sequence[float], validations: Sequence[float]) -> None:
     state = Distillation(synthetic_set(config, 3), LearningRates(1, 1, 1), Limits(config.distill.threshold))
     for k, loss in enumerate(losses):
-        skipped = loss > state.limits.loss
+        skipped = not loss <= state.limits.loss
         overshoot = math.nan if skipped else loss  # a number of no meaning
         state.history.append(IterationRecord(k, 0, 0, 1 + k % 2, loss, 0.01 + k / 1000, skipped, overshoot))
     state.validations = [(4 * (i + 1), accuracy) for i, accuracy in enumerate(validations)]
@@ -276,8 +276,8 @@ def test_result_without_its_checkpoint_is_described(out: Location) -> None:
 
 @pytest.mark.parametrize(
     "losses",
-    [[], [0.5], [7.0, float("inf")], [1e-9, 1e-9]],
-    ids=["no iteration", "one iteration", "all skipped", "tiny losses"],
+    [[], [0.5], [7.0, math.inf], [0.5, math.nan, 0.4], [math.nan, math.inf], [1e-9, 1e-9]],
+    ids=["no iteration", "one iteration", "all skipped", "one nan", "none finite", "tiny losses"],
 )
 def test_odd_histories_are_drawn(out: Location, losses: list[float]) -> None:
     """A history of any length is drawn, also where every iteration was skipped."""

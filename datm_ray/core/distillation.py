@@ -31,6 +31,10 @@ IMAGE_MOMENTUM, LABEL_MOMENTUM, STEP_SIZE_MOMENTUM = 0.5, 0.9, 0.5
 
 LEARNED = ("images", "soft_labels", "step_sizes")
 
+MOST_DIVERGED = 100
+"""Diverged iterations of one backbone without an update between them after which a distillation stops. Every iteration
+draws another expert, start epoch and minibatches, so a hundred in a row are the set's fault and not a draw's."""
+
 InRows = Callable[[Callable[[AllSum], None]], None]
 """Has work done that is shared with the class shards of a backbone alone, see `Mesh.in_rows`."""
 
@@ -118,10 +122,19 @@ class IterationRecord:
     step_size: float
     """After the update."""
     skipped: bool
-    """Whether the loss exceeded its limit, so that this backbone updated nothing."""
+    """Whether this backbone updated nothing: its loss exceeded its limit, or it diverged, see `diverged`."""
     overshoot: float = math.nan
     """What the gradient promised before it was shortened, see `Limits`; nan where the backbone was skipped, and in what
     earlier versions have saved."""
+
+
+def diverged(loss: NDArray[np.float64], skipped: NDArray[np.bool_], limit: float) -> NDArray[np.bool_]:
+    """Which iterations were skipped for another reason than a finite loss above its limit.
+
+    Their loss, gradient, MetaDD's part or an updated value was not finite, or a step size would not have stayed
+    positive.
+    """
+    return skipped & ~(np.isfinite(loss) & (loss > limit))
 
 
 @dataclass(frozen=True)
@@ -168,8 +181,13 @@ class Distillation:
 
     @property
     def skipped(self) -> int:
-        """Updates skipped because their loss exceeded its limit."""
+        """Updates skipped, for whatever reason."""
         return sum(record.skipped for record in self.history)
+
+    @property
+    def diverged(self) -> int:
+        """Updates skipped for another reason than a finite loss above its limit, see `diverged`."""
+        return int(self._diverged(self.history).sum())
 
     @property
     def shortened(self) -> int:
@@ -188,6 +206,10 @@ class Distillation:
     ) -> list[IterationRecord]:
         """One iteration: match, update the set, append to the history.
 
+        A backbone that diverges (its loss or gradient is not finite, or its step size would not stay positive) is
+        skipped as one whose loss exceeds its limit, and the others go on. Where MetaDD's part or an updated value is
+        not finite, all are skipped. All shards and backbones decide alike.
+
         Args:
             matches: of the backbones that this process works on; one after the other.
             origins: of all backbones, in order.
@@ -198,12 +220,13 @@ class Distillation:
                 none where nobody waits.
 
         Raises:
-            DivergenceError: a loss, a gradient or an updated value is not finite, or a step size is not positive.
-                The state is then the one before this iteration, in every shard.
+            DivergenceError: a backbone has diverged `MOST_DIVERGED` times since its last update, or a multiple of
+                that, so that another call tries as many more. The set is that of the last update, and the history is
+                up to date, in every shard.
         """
         # First, so that processes which only look on are done with it while the others match.
-        total, seen = self._look(meta, all_sum, sum_over_backbones)
-        told = torch.zeros(2, self.backbones, dtype=torch.float64)
+        total, seen, is_lost = self._look(meta, all_sum, sum_over_backbones)
+        told = torch.zeros(3, self.backbones, dtype=torch.float64)
 
         def match_all(all_sum: AllSum) -> None:
             for match in matches:
@@ -213,23 +236,39 @@ class Distillation:
             match_all(all_sum)
         else:
             in_rows(match_all)
-        losses, overshoots = sum_over_backbones(told.to(self.synthetic.images.device)).cpu()
-        if not bool(losses.isfinite().all()):
-            raise self._divergence("its matching loss is not finite")
-        skipped = losses > self.limits.loss
+        told[2] += is_lost
+        losses, overshoots, unusable = sum_over_backbones(told.to(self.synthetic.images.device)).cpu()
+        skipped = (losses > self.limits.loss) | (unusable > 0)
         if not bool(skipped.all()):
             zeros = (name for name in LEARNED if name not in total)
             total |= {name: torch.zeros_like(getattr(self.synthetic, name)) for name in zeros}
             summed = {name: sum_over_backbones(total[name]) for name in LEARNED}
-            self._update(summed, ~skipped.to(self.synthetic.step_sizes.device), all_sum)
-            self.meta_history += seen
+            if self._update(summed, ~skipped.to(self.synthetic.step_sizes.device), all_sum):
+                self.meta_history += seen
+            else:
+                skipped.fill_(True)
+        overshoots[skipped] = math.nan
         columns = [each.tolist() for each in (losses, self.synthetic.step_sizes, skipped, overshoots)]
         records = [
             IterationRecord(self.iteration, number, origin.expert, origin.epoch, *rest)
             for number, (origin, *rest) in enumerate(zip(origins, *columns, strict=True))
         ]
         self.history += records
+        self._require_progress(is_lost)
         return records
+
+    def _diverged(self, records: Sequence[IterationRecord]) -> NDArray[np.bool_]:
+        losses, skipped = [record.loss for record in records], [record.skipped for record in records]
+        return diverged(np.array(losses, np.float64), np.array(skipped, np.bool_), self.limits.loss)
+
+    def _require_progress(self, is_lost: bool) -> None:
+        """Raise a `DivergenceError` if a backbone has diverged too often since its last update."""
+        for number in np.flatnonzero(self._diverged(self.history[-self.backbones :])).tolist():
+            own = self.history[number :: self.backbones]
+            since = next((back for back, record in enumerate(reversed(own)) if not record.skipped), len(own))
+            times = int(self._diverged(own[len(own) - since :]).sum())
+            if times % MOST_DIVERGED == 0:
+                raise self._divergence(times, own[-1].loss, is_lost)
 
     def record_validation(self, accuracy: float, standard_error: float = 0.0) -> bool:
         """Note the accuracy of the current set and choose the set if it is not clearly worse than an earlier one.
@@ -254,10 +293,13 @@ class Distillation:
 
     def _look(
         self, meta: MetaTerm | None, all_sum: AllSum, sum_over_backbones: AllSum
-    ) -> tuple[dict[str, Tensor], list[MetaRecord]]:
-        """This process's part of MetaDD's gradient in the images, and the losses of all."""
+    ) -> tuple[dict[str, Tensor], list[MetaRecord], bool]:
+        """This process's part of MetaDD's gradient in the images, the losses of all, and whether they are lost.
+
+        Lost: the loss or the gradient is not finite, in any shard.
+        """
         if meta is None:
-            return {}, []
+            return {}, [], False
         rows = torch.from_numpy(meta.rows).to(self.synthetic.images.device)
         loss, gradient = meta.metadd.gradient(
             self.synthetic.images[rows],
@@ -267,19 +309,18 @@ class Distillation:
             over=meta.images,
             all_sum=sum_over_backbones,
         )
-        values = torch.stack([loss.total, loss.variance, loss.invariance, loss.position, loss.ratio])
-        record = MetaRecord(self.iteration, *all_sum(values).tolist())
-        if not math.isfinite(record.total):
-            raise DivergenceError(
-                f"distillation diverged at iteration {self.iteration}: MetaDD's loss is not finite",
-                "a weight under metadd is too large, or an auxiliary is no trained network",
-                "lower metadd.variance, invariance or position and start with a new --out; the set as it was before is "
-                "saved as last-good.arrow",
-            )
-        return {"images": torch.zeros_like(self.synthetic.images).index_copy_(0, rows, gradient)}, [record]
+        values = torch.stack([loss.total, loss.variance, loss.invariance, loss.position, loss.ratio, _bad(gradient)])
+        *told, bad = all_sum(values).tolist()
+        record = MetaRecord(self.iteration, *told)
+        if bad or not math.isfinite(record.total):
+            return {}, [], True
+        return {"images": torch.zeros_like(self.synthetic.images).index_copy_(0, rows, gradient)}, [record], False
 
-    def _match(self, match: Match, total: dict[str, Tensor], all_sum: AllSum) -> tuple[float, float]:
-        """Add a backbone's gradient to the sum; its loss and overshoot."""
+    def _match(self, match: Match, total: dict[str, Tensor], all_sum: AllSum) -> tuple[float, float, bool]:
+        """Add a backbone's gradient to the sum; its loss, its overshoot, and whether it has diverged.
+
+        Nothing is added of one that has diverged, or whose loss exceeds its limit.
+        """
         gradient = matching_gradient(
             match.functions,
             match.start,
@@ -291,33 +332,53 @@ class Distillation:
             skip_above=self.limits.loss,
             all_sum=all_sum,
         )
+        if not gradient.loss <= self.limits.loss:
+            return gradient.loss, math.nan, not math.isfinite(gradient.loss)
         overshoot = self._shorten(match, gradient, all_sum)
+        if math.isnan(overshoot) or not self._stays_positive(match, gradient):
+            return gradient.loss, math.nan, True
         step_sizes = torch.zeros_like(self.synthetic.step_sizes)
         step_sizes[match.backbone] = gradient.step_size
         for name, value in zip(LEARNED, (gradient.images, gradient.soft_labels, step_sizes), strict=True):
             weighted = value.mul_(match.weight)  # in place: its memory becomes the sum's, for it may be large
             total[name] = total[name].add_(weighted) if name in total else weighted
-        return gradient.loss, overshoot
+        return gradient.loss, overshoot, False
 
     def _shorten(self, match: Match, gradient: MatchingGradient, all_sum: AllSum) -> float:
-        """Keep a backbone's gradient within its limit; what it promised before, see `IterationRecord.overshoot`."""
-        if not gradient.loss <= self.limits.loss:
-            return math.nan
+        """Keep a backbone's gradient within its limit; what it promised before, see `IterationRecord.overshoot`.
+
+        nan where the gradient is not finite, in any shard.
+        """
         # Norms first, for they make no copy of the images, which may be large; squares of long ones need float64.
         images, labels = (
             torch.linalg.vector_norm(each).double().square() for each in (gradient.images, gradient.soft_labels)
         )
-        promised = all_sum((self.rates.images * images + self.rates.soft_labels * labels)[None])
-        promised = promised[0] + self.rates.step_sizes * gradient.step_size.double().square()
+        promised = self.rates.images * images + self.rates.soft_labels * labels
+        promised, bad = all_sum(
+            torch.stack([promised, _bad(gradient.images, gradient.soft_labels, gradient.step_size).double()])
+        )
+        if bool(bad):
+            return math.nan
+        promised = promised + self.rates.step_sizes * gradient.step_size.double().square()
         overshoot = match.weight * float(promised) / gradient.loss if gradient.loss else 0.0
         if overshoot > self.limits.overshoot:
             for each in (gradient.images, gradient.soft_labels, gradient.step_size):
                 each.mul_(self.limits.overshoot / overshoot)
         return overshoot
 
-    def _update(self, gradient: dict[str, Tensor], moved: Tensor, all_sum: AllSum) -> None:
-        """Follow the gradients; `moved` [a] tells whose step sizes have one, for the others rest."""
-        wrong = [not all(bool(value.isfinite().all()) for value in gradient.values())]
+    def _stays_positive(self, match: Match, gradient: MatchingGradient) -> bool:
+        """Whether an update leaves the backbone's step size positive; every shard finds the same."""
+        moved = match.weight * gradient.step_size
+        if "step_sizes" in self.momenta:
+            moved = moved + STEP_SIZE_MOMENTUM * self.momenta["step_sizes"][match.backbone]
+        return bool(self.synthetic.step_sizes[match.backbone] - self.rates.step_sizes * moved > 0)
+
+    def _update(self, gradient: dict[str, Tensor], moved: Tensor, all_sum: AllSum) -> bool:
+        """Follow the gradients, if no value of any shard stops being finite; whether they were followed.
+
+        Args:
+            moved: [a] whose step sizes have a gradient; the others rest.
+        """
         updated = self.synthetic.clone()
         for name, momentum in zip(LEARNED, (IMAGE_MOMENTUM, LABEL_MOMENTUM, STEP_SIZE_MOMENTUM), strict=True):
             if name in self.momenta:
@@ -326,22 +387,30 @@ class Distillation:
         torch.where(moved, updated.step_sizes, self.synthetic.step_sizes, out=updated.step_sizes)
         if self.momenta:
             gradient["step_sizes"] = torch.where(moved, gradient["step_sizes"], self.momenta["step_sizes"])
-        wrong.append(not updated.is_valid())
-        # Each shard sees its own rows; all must stop, or none.
-        anywhere = all_sum(torch.tensor(wrong, dtype=torch.float32, device=updated.images.device)).tolist()
-        if anywhere[0]:
-            raise self._divergence("its gradient is not finite")
-        if anywhere[1]:
-            smallest = float(updated.step_sizes.min())
-            raise self._divergence(f"it would make the step size {smallest:.3g}, or an image not finite")
+        is_bad = bool(_bad(*gradient.values())) or not updated.is_valid()
+        # Each shard sees its own rows; all must follow, or none.
+        if bool(all_sum(torch.tensor([float(is_bad)], device=updated.images.device))):
+            return False
         self.synthetic, self.momenta = updated, gradient
+        return True
 
-    def _divergence(self, what: str) -> DivergenceError:
+    def _divergence(self, times: int, loss: float, is_lost: bool) -> DivergenceError:
+        if is_lost:
+            what, cause = (
+                "MetaDD's loss or gradient",
+                "a weight under metadd is too large, or an auxiliary is untrained",
+            )
+            lower = "metadd.variance, invariance or position"
+        else:
+            what = "its gradient, an updated value or a step size" if math.isfinite(loss) else "its matching loss"
+            cause = "a learning rate is too high for these experts, or a product overflows in cluster.precision"
+            lower = "distill.learning_rate_images or learning_rate_step_size"
         return DivergenceError(
-            f"distillation diverged at iteration {self.iteration}: {what}",
-            "a learning rate is too high for these experts",
-            "lower distill.learning_rate_images or learning_rate_step_size and start with a new --out; "
-            "the set as it was before is saved as last-good.arrow",
+            f"distillation diverged {times} times up to iteration {self.iteration} without an update between: {what} "
+            "is not finite, or not positive",
+            cause,
+            f"lower {lower} and start with a new --out; the set of the last update is saved as last-good.arrow, and "
+            f"the same command tries {MOST_DIVERGED} more",
         )
 
     def to_arrays(self) -> tuple[Arrays, Arrays]:
@@ -414,6 +483,11 @@ HISTORY_COLUMNS: dict[str, type[np.generic]] = {
     "overshoot": np.float64,
 }
 """Columns of the history in a checkpoint, in the order of `IterationRecord`'s fields."""
+
+
+def _bad(*values: Tensor) -> Tensor:
+    """[] 1 where any value is not finite, else 0; of the first one's type."""
+    return torch.stack([~value.isfinite().all() for value in values]).any().to(values[0].dtype)
 
 
 def _set_from(arrays: Arrays, prefix: str, device: torch.device) -> SyntheticSet:

@@ -175,10 +175,15 @@ def _state(run: Run) -> str:
         sentences = ["Distillation has only begun: its initial images are there, but no checkpoint yet."]
     else:
         sentences = ["Distillation has not begun: there are no images yet."]
-    if run.skipped:
+    if above := run.skipped - run.diverged:
         sentences.append(
-            f"{count(run.skipped, 'iteration')} changed nothing, because the matching loss exceeded the threshold of "
+            f"{count(above, 'iteration')} changed nothing, because the matching loss exceeded the threshold of "
             f"{run.config.distill.threshold:g}."
+        )
+    if run.diverged:
+        sentences.append(
+            f"{count(run.diverged, 'iteration')} changed nothing, because a value was not finite or a step size would "
+            "not have stayed positive."
         )
     if run.shortened:
         sentences.append(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from datm_ray.artifact import Artifact, read_artifact
 from datm_ray.config import RunConfig, network_names
+from datm_ray.core.distillation import diverged
 from datm_ray.runtime.checkpoint import CHECKPOINT, read_curves
 from datm_ray.runtime.distill import COST, INITIAL, MAPS, SYNTHETIC, read_cost
 from datm_ray.runtime.evaluate import FAIR_PARTS, FAIR_ROWS, ROWS, FairScores, NetworkScores, Score
@@ -123,6 +124,14 @@ class Run:
     @property
     def skipped(self) -> int:
         return 0 if self.history is None else int(self.history["history.skipped"].sum())
+
+    @property
+    def diverged(self) -> int:
+        """Iterations skipped for another reason than a finite loss above the threshold."""
+        if self.history is None:
+            return 0
+        loss, skipped = self.history["history.loss"], self.history["history.skipped"]
+        return int(diverged(loss, skipped, self.config.distill.threshold).sum())
 
     @property
     def shortened(self) -> int:

@@ -6,7 +6,7 @@ The files of a run's folder, each written atomically:
                        are in checkpoint/, see `checkpoint`
     maps.arrow         with MetaDD: what its networks see in some images, before and after
     synthetic.arrow    the result; there only when the distillation is finished
-    last-good.arrow    after a divergence: the set as it was before
+    last-good.arrow    after too many diverged iterations in a row: the set of the last update
     cost.json          what it has cost so far, over all workers and attempts; replaced after every checkpoint, so what
                        a killed attempt spent after its last one is not counted. A file of its own, for the others are
                        the same however often a run was stopped
@@ -36,7 +36,7 @@ from datm_ray.core.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.core.synthetic import SyntheticSet, correct_rows, hard_logits, random_rows
 from datm_ray.core.training import PROTOCOLS, Pulse, Schedule, accuracy, train, validation_protocol
 from datm_ray.data.dataset import Dataset
-from datm_ray.errors import ClusterError, DivergenceError
+from datm_ray.errors import ClusterError, DivergenceError, StoreError
 from datm_ray.runtime.checkpoint import PARTS, Rows, load_checkpoint, save_checkpoint
 from datm_ray.runtime.executor import (
     Event,
@@ -59,6 +59,7 @@ from datm_ray.runtime.spent import Account, Spent
 from datm_ray.store.filesystem import Location, open_location
 from datm_ray.store.prefetch import Prefetcher
 from datm_ray.store.sealed import rejecting_nonsense
+from datm_ray.store.trajectories import ExpertGroup
 
 INITIAL, SYNTHETIC = "initial.arrow", "synthetic.arrow"
 LAST_GOOD = "last-good.arrow"
@@ -89,7 +90,8 @@ class DistillWorker:
 
         Raises:
             MissingExpertsError: the store has not all experts of the recipe.
-            DivergenceError: a value stopped being finite; the last good state is in the checkpoint.
+            DivergenceError: too many iterations in a row diverged; the set of the last update is in the checkpoint.
+            StoreError: a start epoch and its target are the same.
             PeerLostError: another worker of the mesh died.
         """
         folder, account = open_location(folder_uri), Account(self._device, self._cluster)
@@ -109,8 +111,10 @@ class _Backbone:
     """One network that this worker matches."""
 
     number: int
+    group: ExpertGroup
+    """Its experts."""
     snapshots: Prefetcher
-    """Of its experts."""
+    """Reads them."""
     functions: StudentStepFunctions
     chunk: int
     """Images of a micro-batch."""
@@ -159,7 +163,7 @@ class _Run:
         image = (dataset.channels, *dataset.size)
         layout = Layout(self._mesh.columns, self._roles, sharing)
         plan = distillation_plan(config, image, dataset.classes, backbone=number, layout=layout)
-        return _Backbone(number, Prefetcher(experts.group), functions, plan.chunk)
+        return _Backbone(number, experts.group, Prefetcher(experts.group), functions, plan.chunk)
 
     def close(self) -> None:
         """Read nothing ahead any longer."""
@@ -198,7 +202,12 @@ class _Run:
         yield from _warnings(state, settings)
         self._note_cost()
         self._save_set(final, SYNTHETIC)
-        told = {"skipped": state.skipped, "shortened": state.shortened, "chosen_at": state.chosen_at}
+        told = {
+            "skipped": state.skipped,
+            "diverged": state.diverged,
+            "shortened": state.shortened,
+            "chosen_at": state.chosen_at,
+        }
         yield Finished(told, meter.measure())
 
     def _measured(self, state: Distillation, records: list[IterationRecord], seconds: float) -> dict[str, float]:
@@ -273,15 +282,30 @@ class _Run:
             state.iteration,
             backbone.number,
         )
-        start, target = backbone.snapshots.read_params(*self._wanted(origin))
+        start, target = (
+            to_device(each, self._device) for each in backbone.snapshots.read_params(*self._wanted(origin))
+        )
+        if torch.equal(start, target):
+            raise self._standstill(backbone, origin)
         return Match(
             backbone.functions,
-            to_device(start, self._device),
-            to_device(target, self._device),
+            start,
+            target,
             [step.held_by(self._rows.first, self._rows.last) for step in steps],
             backbone.number,
             config.weights[backbone.number],
             backbone.chunk,
+        )
+
+    def _standstill(self, backbone: _Backbone, origin: Origin) -> StoreError:
+        expert, (start, target) = self._wanted(origin)
+        group = backbone.group
+        return StoreError(
+            f"epochs {start} and {target} of expert {expert} in {group.location.uri} are identical: its trajectory "
+            "does not move there, and there is nothing to match",
+            "it was imported from a script that stored the same parameters at every epoch, or experts.learning_rate "
+            "is too low for experts.storage",
+            f"delete {group.key} with `datm-ray store rm`, then train or import these experts again",
         )
 
     def _resume_or_start(self) -> Distillation:
@@ -437,12 +461,18 @@ def read_cost(folder: Location) -> Spent:
 
 def _warnings(state: Distillation, settings: DistillConfig) -> Iterator[Note]:
     """What must not look like success: a set that learned nothing, or not what the recipe says."""
-    updates = len(state.history)
-    if 4 * state.skipped > updates:
+    updates, above = len(state.history), state.skipped - state.diverged
+    if 4 * above > updates:
         yield Note(
-            f"{state.skipped} of {updates} matching losses exceeded distill.threshold {settings.threshold:g}, and "
+            f"{above} of {updates} matching losses exceeded distill.threshold {settings.threshold:g}, and "
             "taught nothing: lower distill.student_steps or the start epochs, raise distill.expert_epochs, or see in "
             "the report whether it came all at once"
+        )
+    if 4 * state.diverged > updates:
+        yield Note(
+            f"{state.diverged} of {updates} updates were skipped because a value was not finite or a step size not "
+            "positive: lower distill.learning_rate_images or learning_rate_step_size, or use "
+            "cluster.precision=float32"
         )
     if 4 * state.shortened > updates:
         yield Note(

@@ -73,7 +73,9 @@ CATALOGUE: dict[str, Metric] = {
     "datm_ray_distill_iteration": _gauge("", "Iterations done"),
     "datm_ray_distill_matching_loss": _gauge("", "Normalised matching loss of the first backbone"),
     "datm_ray_distill_step_size": _gauge("", "The student's learned step size, for the first backbone"),
-    "datm_ray_distill_skipped_steps": _gauge("", "Updates skipped so far because their loss exceeded the threshold"),
+    "datm_ray_distill_skipped_steps": _gauge(
+        "", "Updates skipped so far: loss above the threshold, or value not finite"
+    ),
     "datm_ray_distill_shortened_steps": _gauge("", "Gradients shortened so far because they promised too much"),
     "datm_ray_distill_start_epoch": _gauge("", "Expert epoch at which the student has started"),
     "datm_ray_distill_upper_bound": _gauge("", "First start epoch that may not be drawn yet"),

@@ -115,14 +115,14 @@ def traffic(config: RunConfig, shape: DataShape, role: Role) -> Traffic:
     specs = _specs(config, shape)
     found = Traffic()
     if shards > 1:
-        # A gradient for every student step, one with s for every step back, the loss, the length of the update (in
-        # float64); at the end, what is not finite.
+        # A gradient for every student step, one with s for every step back, the loss, the length of the update and
+        # whether it is finite (in float64); at the end, whether the updated set is.
         steps = settings.student_steps
         parameters = sum(_parameters(specs[number]) for number in role.backbones)
-        values = steps * (2 * parameters + len(role.backbones)) + 4 * len(role.backbones) + 2
+        values = steps * (2 * parameters + len(role.backbones)) + 6 * len(role.backbones) + 1
         sums = len(role.backbones) * (2 * steps + 2) + 1
         if config.metadd is not None:
-            values, sums = values + 5, sums + 1
+            values, sums = values + 6, sums + 1
         found = Traffic(over_classes=4 * values, class_sums=sums)
     if rows > 1:
         over, sums = _over_networks(config, shape)
@@ -134,8 +134,8 @@ def _over_networks(config: RunConfig, shape: DataShape) -> tuple[int, int]:
     """Bytes and sums of a worker with those that hold its rows for other networks."""
     settings, backbones = config.distill, len(config.weights)
     held = settings.ipc * -(-shape.classes // config.cluster.shards)
-    # Losses and overshoots in float64; then images, soft labels and step sizes of all together.
-    size = 16 * backbones + 4 * (held * (math.prod(shape.image) + shape.classes) + backbones)
+    # Losses, overshoots and what diverged in float64; then images, soft labels and step sizes of all together.
+    size = 24 * backbones + 4 * (held * (math.prod(shape.image) + shape.classes) + backbones)
     sums = 4
     if config.metadd is not None:
         looked = config.metadd.share * held
