@@ -90,6 +90,8 @@ class Machine:
     """Where the rate comes from, in words."""
     cores: int = 1
     """Of one worker, where it has no GPU."""
+    float32_rate: float | None = None
+    """FLOP/s that one worker's student steps would reach in float32, in which all other work runs; None for `rate`."""
 
     @property
     def hours(self) -> str:
@@ -97,8 +99,9 @@ class Machine:
         return "GPU-hours" if self.device == "GPU" else "CPU-hours"
 
     def seconds(self, flop: float, kind: str = "matching") -> float:
-        """That one worker takes for so many operations."""
-        return flop / (self.rate * RELATIVE[kind])
+        """That one worker takes for so many operations of a kind, in the precision that the kind runs in."""
+        rate = self.rate if kind == "matching" else self.float32_rate or self.rate
+        return flop / (rate * RELATIVE[kind])
 
 
 @dataclass(frozen=True)
@@ -397,7 +400,7 @@ def machine_of(
     """Workers of a described cluster.
 
     Args:
-        precision: of the recipe's student steps, on GPUs.
+        precision: of the recipe's student steps, on GPUs; experts, training and scoring always run in float32.
         threads: cores of a worker, where there are no GPUs.
         product: FLOP/s of a matrix product on one core of this machine, where it was measured.
 
@@ -409,7 +412,10 @@ def machine_of(
         rate = described.flops or GPU_SHARE * GPU_PEAK[precision]
         assumed = f"assumed, {GPU_SHARE:.0%} of an H200's peak in {precision}; not measured on any GPU"
         origin = "as given" if described.flops else assumed
-        return Machine("GPU", described.count, rate, described.memory, bandwidth, LATENCY, origin)
+        float32_rate = rate * GPU_PEAK["float32"] / GPU_PEAK[precision]
+        return Machine(
+            "GPU", described.count, rate, described.memory, bandwidth, LATENCY, origin, float32_rate=float32_rate
+        )
     workers = described.count // threads
     if not workers:
         raise ConfigError(
@@ -426,11 +432,14 @@ def assumptions(machine: Machine, work: Workload, described: Described) -> list[
     """What an estimate rests on, a line each."""
     link = "as given" if described.bandwidth else "measured on one machine" if machine.device == "core" else "assumed"
     memory = "" if machine.memory is None else f", {size_in_words(machine.memory)} a worker as given"
+    base = "that"
+    if machine.float32_rate not in (None, machine.rate):
+        base = f"{machine.float32_rate / 1e12:,.3g} TFLOP/s, their float32 rate by the ratio of an H200's peaks"
     lines = [
         f"student steps run at {machine.rate / 1e12:,.3g} TFLOP/s a worker ({machine.origin}){memory}",
         "experts, training and scoring run at "
         + ", ".join(f"{RELATIVE[each]:g}" for each in ("experts", "training", "scoring"))
-        + " of that"
+        + f" of {base}"
         + (" (measured at 32x32 on cores, on GPUs assumed)" if machine.device == "GPU" else " (measured at 32x32)"),
         f"a worker sends {machine.bandwidth / 1e9:,.3g} GB/s in a sum ({link}), and a round takes "
         f"{1000 * machine.latency:g} ms; no sum overlaps with computing",

@@ -12,6 +12,7 @@ from datm_ray.errors import ConfigError
 from datm_ray.runtime.cost import (
     BANDWIDTH,
     CORE_PRODUCT,
+    GPU_PEAK,
     MATCHING_OF_PRODUCT,
     Described,
     Machine,
@@ -213,6 +214,31 @@ def test_what_is_not_said_is_assumed_and_told() -> None:
     told = "\n".join(assumptions(machine_of(given), work_of(2), given))
     assert "60 TFLOP/s a worker (as given), 80.00 GiB a worker as given" in told
     assert "1 GB/s in a sum (as given)" in told
+
+
+def test_only_student_steps_run_in_the_recipe_s_precision() -> None:
+    """Experts, training and scoring take as long in every one, whether a speed is assumed or given."""
+    assert GPU_PEAK == {"bfloat16": 790e12, "tf32": 395e12, "float32": 67e12}
+    for text, float32 in (("gpus=8", 6.7e12), ("gpus=8,tflops=60", 60e12)):
+        for precision, times in (("float32", 1.0), ("tf32", 395 / 67), ("bfloat16", 790 / 67)):
+            gpus = machine_of(parse_cluster(text), precision=precision)
+            plain = gpus.rate / times
+            assert gpus.seconds(1e15) == pytest.approx(1e15 / gpus.rate), (text, precision)
+            for kind, share in (("experts", 1.15), ("training", 0.54), ("scoring", 0.42)):
+                assert gpus.seconds(1e15, kind) == pytest.approx(1e15 / (share * plain)), (text, precision, kind)
+            if text == "gpus=8":
+                assert plain == pytest.approx(float32), precision
+            else:
+                assert gpus.rate == float32, precision
+    hours = {each: estimate(work_of(), machine_of(parse_cluster("gpus=8"), precision=each)).hours for each in GPU_PEAK}
+    for stage in ("experts", "evaluation", "validation"):
+        assert hours["bfloat16"][stage] == pytest.approx(hours["float32"][stage]), stage
+    told = "\n".join(
+        assumptions(machine_of(parse_cluster("gpus=8"), precision="tf32"), work_of(), parse_cluster("gpus=8"))
+    )
+    assert "1.15, 0.54, 0.42 of 6.7 TFLOP/s, their float32 rate" in told
+    cores = machine_of(parse_cluster("cpus=2,gflops=140"))
+    assert cores.seconds(1e12, "experts") == pytest.approx(1e12 / (1.15 * 140e9))
 
 
 def test_cores_are_shared_out_to_workers() -> None:
