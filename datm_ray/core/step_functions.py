@@ -84,6 +84,18 @@ class StudentStepFunctions:
         self.network = FlatNetwork(self._arranged(network.module))
         self._built: dict[tuple[Any, ...], tuple[Callable[..., Tensor], Callable[..., Reversed]]] = {}
 
+    @property
+    def facts(self) -> dict[str, str | bool]:
+        """How a step is really computed, as plain data; the order of differentiation is final once it was prepared."""
+        precision, device = self._options.precision, self.network.device.type
+        return {
+            "precision": precision,
+            "tf32": precision == "tf32" and device == "cuda",
+            "compiled": self._compiled,
+            "order": self._order,
+            "channels_last": self._options.channels_last,
+        }
+
     def forward(self, theta: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
         """The student's gradient g [p].
 

@@ -206,10 +206,10 @@ def _dataset_name(run: Run) -> str:
 
 
 def _provenance_lines(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [
-        (
-            key.replace("_", " "),
-            " · ".join(f"{name} {part}" for name, part in value.items()) if isinstance(value, Mapping) else str(value),
-        )
-        for key, value in provenance.items()
-    ]
+    return [(key.replace("_", " "), _in_words(value)) for key, value in provenance.items()]
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " · ".join(f"{str(name).replace('_', ' ')} {part}" for name, part in value.items())
+    return "; ".join(map(_in_words, value)) if isinstance(value, list) else str(value)

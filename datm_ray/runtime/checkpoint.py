@@ -10,7 +10,7 @@ checkpoint the one. Killed at any moment, the run finds either the old parts wit
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -49,8 +49,19 @@ class Rows:
         return range(self.first // ipc, self.last // ipc)
 
 
-def save_checkpoint(folder: Location, state: Distillation, rows: Rows, mesh: Mesh, recipe: Mapping[str, Any]) -> None:
-    """Write the state, all shards together."""
+def save_checkpoint(
+    folder: Location,
+    state: Distillation,
+    rows: Rows,
+    mesh: Mesh,
+    recipe: Mapping[str, Any],
+    computed: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Write the state, all shards together.
+
+    Args:
+        computed: how student steps were computed, see `read_computed`.
+    """
     held, shared = state.to_arrays()
     if mesh.row == 0:
         write_tensors(folder / PARTS / _part_name(state.iteration, rows), held, kind=KIND, metadata={})
@@ -58,7 +69,7 @@ def save_checkpoint(folder: Location, state: Distillation, rows: Rows, mesh: Mes
     mesh.barrier()
     if written is not None:
         names = [_part_name(state.iteration, Rows(*bounds)) for bounds in written.tolist()]
-        metadata = {"recipe": recipe, "iteration": state.iteration, "parts": names}
+        metadata = {"recipe": recipe, "iteration": state.iteration, "parts": names, "computed": list(computed)}
         _require_nobody_ahead(folder, state.iteration)
         write_tensors(folder / CHECKPOINT, shared, kind=KIND, metadata=metadata)
         _delete_older_parts(folder / PARTS, state.iteration)
@@ -79,6 +90,15 @@ def load_checkpoint(
         raise _unusable(folder, "names no parts")
     held = _read_rows(folder, file.metadata["parts"], rows)
     return Distillation.from_arrays(held, file.arrays, rates, limits, device)
+
+
+def read_computed(folder: Location) -> list[dict[str, Any]]:
+    """How student steps were computed up to the checkpoint: an entry for every change, with its first iteration.
+
+    Empty where there is no checkpoint, or one of an earlier version.
+    """
+    place = folder / CHECKPOINT
+    return list(read_tensors(place, kind=KIND).metadata.get("computed", ())) if place.exists() else []
 
 
 def read_curves(folder: Location) -> dict[str, Any]:

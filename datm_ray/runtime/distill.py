@@ -37,7 +37,7 @@ from datm_ray.core.synthetic import SyntheticSet, correct_rows, hard_logits, ran
 from datm_ray.core.training import PROTOCOLS, Pulse, Schedule, accuracy, train, validation_protocol
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import ClusterError, DivergenceError, StoreError
-from datm_ray.runtime.checkpoint import PARTS, Rows, load_checkpoint, save_checkpoint
+from datm_ray.runtime.checkpoint import PARTS, Rows, load_checkpoint, read_computed, save_checkpoint
 from datm_ray.runtime.executor import (
     Event,
     Finished,
@@ -54,7 +54,7 @@ from datm_ray.runtime.mesh import Mesh, open_mesh
 from datm_ray.runtime.metadd import Onlookers
 from datm_ray.runtime.metrics import Meter
 from datm_ray.runtime.plan import Layout, distillation_plan
-from datm_ray.runtime.provenance import provenance
+from datm_ray.runtime.provenance import provenance, workers_in_words
 from datm_ray.runtime.spent import Account, Spent
 from datm_ray.store.filesystem import Location, open_location
 from datm_ray.store.prefetch import Prefetcher
@@ -142,6 +142,7 @@ class _Run:
         networks = [ExpertNetworks(each, dataset, store_uri, device) for each in config.each_backbone()]
         self._first = networks[0]
         self._fingerprints = [experts.group.key.fingerprint for experts in networks]
+        self._computed = read_computed(folder)
         self._roles = config.roles if mesh.rows > 1 else ()
         role = self._roles[mesh.row] if self._roles else config.whole_role
         self._backbones = [self._backbone(number, networks[number], sharing) for number in role.backbones]
@@ -177,6 +178,7 @@ class _Run:
             yield Note(note)
         state = self._resume_or_start()
         self._mesh.until_all_are_done(self._prepare)
+        yield from self._computed_otherwise(state.iteration)
         first = state.iteration
         while state.iteration < settings.iterations:
             began = time.monotonic()
@@ -209,6 +211,26 @@ class _Run:
             "chosen_at": state.chosen_at,
         }
         yield Finished(told, meter.measure())
+
+    def _computed_otherwise(self, iteration: int) -> Iterator[Note]:
+        """Note how student steps are computed from here on, and say so where it was done otherwise before."""
+        if not self._backbones:
+            return
+        functions = self._backbones[0].functions
+        now = functions.facts | ({"not_compiled_because": functions.note} if functions.note else {})
+        before = {name: value for name, value in (self._computed or [{}])[-1].items() if name != "from_iteration"}
+        changed = [
+            f"{name} {before[name]} before, {value} now"
+            for name, value in now.items()
+            if before.get(name, value) != value
+        ]
+        if before != now:
+            self._computed.append({"from_iteration": iteration, **now})
+        if changed:
+            yield Note(
+                f"student steps are computed otherwise from iteration {iteration} on ({'; '.join(changed)}): the "
+                "result differs in rounding from one without the change"
+            )
 
     def _measured(self, state: Distillation, records: list[IterationRecord], seconds: float) -> dict[str, float]:
         """What is to be watched of an iteration."""
@@ -418,7 +440,7 @@ class _Run:
         self._mesh.barrier()  # the first error that arrives ends all workers
 
     def _save_checkpoint(self, state: Distillation) -> None:
-        save_checkpoint(self._folder, state, self._rows, self._mesh, self._config.identity())
+        save_checkpoint(self._folder, state, self._rows, self._mesh, self._config.identity(), self._computed)
         self._note_cost()
 
     def _note_cost(self) -> None:
@@ -428,15 +450,22 @@ class _Run:
             (self._folder / COST).write_json((self._spent_before + now).to_json())
 
     def _save_set(self, held: SyntheticSet, name: str) -> None:
-        whole = self._whole(held)
+        whole, mesh = self._whole(held), self._mesh
+        workers = workers_in_words(self._device, mesh.sum_over_all, mesh.rank, mesh.rows * mesh.columns)
         if whole is None:
             return
         dataset = self._dataset
         origin = provenance(self._device) | {
+            "workers": workers,
+            "shards": mesh.columns,
             "dataset": dataset.name,
             "dataset_fingerprint": dataset.fingerprint,
             "expert_fingerprint": ", ".join(self._fingerprints),
         }
+        if self._computed:
+            origin["student_steps"] = self._computed[-1]
+        if self._computed[1:]:
+            origin["student_steps_before"] = self._computed[:-1]
         place, recipe = self._folder / name, self._config.identity()
         save_artifact(place, whole, dataset.transform, dataset.class_names, recipe, origin)
 

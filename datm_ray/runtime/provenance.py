@@ -5,10 +5,16 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+WORDS_BYTES = 128
+"""Of what one worker says of itself."""
 
 PACKAGES = ("datm-ray", "torch", "torchvision", "numpy", "pyarrow", "ray")
 
@@ -23,6 +29,20 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
     }
+
+
+def workers_in_words(device: torch.device, sum_over_all: Callable[[Tensor], Tensor], rank: int, size: int) -> str:
+    """Torch's version and the device of all workers of a task, such as "2 x torch 2.14.1 on cpu".
+
+    Args:
+        sum_over_all: sums a tensor over the workers, all of which call this.
+    """
+    facts = provenance(device)
+    own = f"torch {facts['versions']['torch']} on {facts['device']}".encode()[:WORDS_BYTES]
+    words = torch.zeros(size, WORDS_BYTES, dtype=torch.int64)
+    words[rank, : len(own)] = torch.tensor(list(own))
+    lines = [bytes(each).rstrip(b"\0").decode(errors="replace") for each in sum_over_all(words).tolist()]
+    return "; ".join(f"{count} x {line}" for line, count in sorted(Counter(lines).items()))
 
 
 def _version(package: str) -> str | None:
