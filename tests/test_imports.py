@@ -100,7 +100,7 @@ def test_ray_is_imported_where_the_name_says_so() -> None:
     [
         ("datm_ray.core.matching", {"ray", "typer", "pydantic", "pyarrow"}),
         ("datm_ray.store.trajectories", {"ray", "typer", "pydantic", "torch"}),
-        ("datm_ray.pipeline", {"ray", "typer"}),
+        ("datm_ray.pipeline", {"ray", "typer", "matplotlib"}),
         ("datm_ray.cli", {"ray", "torch", "numpy", "pyarrow", "pydantic"}),
     ],
 )

@@ -9,9 +9,7 @@ from typing import Any
 import jinja2
 
 from datm_ray.config import to_yaml
-from datm_ray.report.charts import charts_of
 from datm_ray.report.gallery import galleries, left_out
-from datm_ray.report.maps import map_pictures
 from datm_ray.report.runs import (
     NETWORK_COLUMNS,
     CostLine,
@@ -64,6 +62,10 @@ def render(runs: Sequence[Run]) -> str:
 
 
 def _run_view(run: Run) -> dict[str, Any]:
+    # matplotlib takes most of a second to import, which commands that draw nothing need not spend.
+    from datm_ray.report.charts import charts_of
+    from datm_ray.report.maps import map_pictures
+
     return {
         "name": run.config.name,
         "figures": _key_figures(run),
