@@ -1,6 +1,7 @@
 """Error of the float32 matching gradient over many problems: unrolling, and this package in both memory orders.
 
 python benchmarks/bench_rounding.py [--problems 24]         (make bench-rounding)
+python benchmarks/bench_rounding.py --experts               the same of an expert's step, with its time; prints only
 
 A single problem says little: where rounding carries an activation over a rectifier's kink, a second derivative is taken
 on its other side, and the error jumps from 1e-6 to 1e-3. How often that happens depends on the rounding of the
@@ -10,17 +11,22 @@ convolutions, which is measured beside it.
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from bench_matching import Gradient, Method, Ours, Problem, Shape, make_problem, unrolling
 from facts import common_facts, head, result_path, save
-from torch import Tensor
-from torch.nn.functional import conv2d
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, cross_entropy
+
+from datm_ray.core.experts import ExpertFunctions, ExpertState
+from datm_ray.core.networks import NetworkSpec, build_network
 
 JUMP = 1e-5
 """Error of the image gradient from which on a kink was crossed: rounding alone leaves less than 2e-6."""
@@ -83,13 +89,78 @@ def table(errors: dict[str, list[list[float]]]) -> list[str]:
     return lines
 
 
+def expert_lines(problems: int) -> Iterator[str]:
+    """A table: error of an expert's float32 gradient against float64, and its time, in both memory orders."""
+    shapes = {
+        "digits, 6 experts, batch 32": (6, 32, NetworkSpec("convnet", 1, (8, 8), 10, width=32, depth=2)),
+        "CIFAR, 1 expert, batch 20": (1, 20, NetworkSpec("convnet", 3, (32, 32), 10)),
+    }
+    yield "| shape | method | median error | largest error | ms a call |"
+    yield "| --- " * 5 + "|"
+    for shape, (stacked, batch, spec) in shapes.items():
+        errors, seconds = _expert_errors(stacked, batch, spec, problems)
+        for name, values in errors.items():
+            cells = [shape, name, f"{statistics.median(values):.1e}", f"{max(values):.0e}"]
+            yield f"| {' | '.join(cells)} | {1000 * statistics.median(seconds[name]):.3g} |"
+
+
+def _expert_errors(
+    stacked: int, batch: int, spec: NetworkSpec, problems: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Errors and seconds of every method, the methods taking turns."""
+    networks = [build_network(spec, seed) for seed in range(stacked)]
+    state, weights = ExpertState.initial(networks), torch.full((batch,), 1 / batch)
+    ours = {
+        f"ours, channels {'last' if last else 'first'}{'' if compiled else ', uncompiled'}": ExpertFunctions(
+            networks[0], stacked=stacked, compile_=compiled, channels_last=last
+        )
+        for compiled in (True, False)
+        for last in (True, False)
+    }
+    names = ["plain torch", *ours]
+    errors: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for seed in range(problems):
+        draw = torch.Generator().manual_seed(seed)
+        images = torch.randn(stacked, batch, spec.channels, *spec.size, generator=draw)
+        labels = torch.randint(spec.classes, (stacked, batch), generator=draw)
+        exact = _plainly(networks, images.double(), labels)
+        for name in names:
+            calls: list[Tensor] = []
+            for _ in range(3):
+                started = time.perf_counter()
+                if name == "plain torch":
+                    calls.append(_plainly(networks, images, labels))
+                else:
+                    calls.append(ours[name](state.parameters, state.buffers, images, labels, weights)[1])
+                seconds[name].append(time.perf_counter() - started)
+            errors[name] += [relative_error(one, right) for one, right in zip(calls[-1], exact, strict=True)]
+    return errors, seconds
+
+
+def _plainly(networks: Sequence[nn.Module], images: Tensor, labels: Tensor) -> Tensor:
+    """Gradients [s p] of modules one after the other, by autograd."""
+    rows = []
+    for network, x, y in zip(networks, images, labels, strict=True):
+        own = copy.deepcopy(network).to(x.dtype)
+        parts = torch.autograd.grad(cross_entropy(own(x), y), list(own.parameters()))
+        rows.append(torch.cat([part.flatten() for part in parts]))
+    return torch.stack(rows)
+
+
 def main() -> None:
     """Compute all problems; print the table and write it down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", type=int, default=24)
+    parser.add_argument("--experts", action="store_true", help="of an expert's step; written nowhere")
     parser.add_argument("--quick", action="store_true", help="tiny sizes; written nowhere unless --out is given")
     parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results unless --quick")
     arguments = parser.parse_args()
+    if arguments.experts:
+        torch.set_num_threads(1)
+        for line in expert_lines(arguments.problems):
+            print(line, flush=True)
+        return
     size = (2, 4, (3, 8, 8), 4, 8, 8, (8, 2)) if arguments.quick else (3, 128, (3, 32, 32), 10, 20, 20, (20, 5))
     errors = errors_of(Shape("rounding", *size), arguments.problems)  # type: ignore[arg-type]
     facts = {**common_facts(__file__, sys.argv[1:]), "threads": str(len(os.sched_getaffinity(0)))}
