@@ -8,8 +8,9 @@ commonest way to lose a distilled set's accuracy, so it never travels without. `
 from __future__ import annotations
 
 import io
+import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.data.transform import Images, Normaliser, Transform
 from datm_ray.errors import ConfigError, CorruptFileError
 from datm_ray.store.filesystem import Location, open_location
+from datm_ray.store.sealed import rejecting_nonsense
 from datm_ray.store.tensors import read_tensors, write_tensors
 
 KIND = "synthetic-set"
@@ -117,7 +119,7 @@ def load(uri: str) -> Artifact:
 
     Raises:
         StoreError: there is no such file.
-        CorruptFileError: the file is no synthetic set, or is truncated or altered.
+        CorruptFileError: the file is no synthetic set, is truncated or altered, or its parts contradict each other.
     """
     return read_artifact(open_location(uri))
 
@@ -128,8 +130,16 @@ def read_artifact(location: Location) -> Artifact:
     arrays, metadata = file.arrays, file.metadata
     prefix = "transform."
     pieces = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-    try:
-        return Artifact(
+    missing = {"images", "soft_labels", "labels", "step_size"} - arrays.keys()
+    missing |= {"class_names", "transform", "recipe", "provenance"} - metadata.keys()
+    if missing:
+        raise CorruptFileError(
+            f"{location.uri} has no part {', '.join(map(repr, sorted(missing)))}",
+            "It was written by another version",
+            "Distil it again",
+        )
+    with rejecting_nonsense(location):
+        artifact = Artifact(
             images=torch.tensor(arrays["images"]),
             soft_labels=torch.tensor(arrays["soft_labels"]),
             labels=torch.tensor(arrays["labels"]),
@@ -140,10 +150,48 @@ def read_artifact(location: Location) -> Artifact:
             recipe=metadata["recipe"],
             provenance=metadata["provenance"],
         )
-    except KeyError as missing:
+    _require_sound(artifact, location.uri)
+    return artifact
+
+
+def _require_sound(artifact: Artifact, uri: str) -> None:
+    """Refuse a set that nobody can use, whatever its checksums say: anyone can write a file.
+
+    Raises:
+        CorruptFileError: a shape, label, name or value contradicts the others.
+    """
+    fault = next(_faults(artifact), None)
+    if fault:
         raise CorruptFileError(
-            f"{location.uri} has no part {missing}", "it was written by another version", "distil it again"
-        ) from None
+            f"{uri} is no usable synthetic set: {fault}",
+            "It was written by another program or another version, or altered",
+            "Distil it again, or restore a copy",
+        )
+
+
+def _faults(artifact: Artifact) -> Iterator[str]:
+    """What is wrong with a set, in words; each check relies on those before it."""
+    images, soft_labels, labels = artifact.images, artifact.soft_labels, artifact.labels
+    n, k, rates = len(labels) if labels.ndim else 0, len(artifact.class_names), artifact.step_sizes
+    for name, tensor, dtype, shape in (
+        ("images", images, torch.float32, (n, *artifact.transform.shape)),
+        ("soft_labels", soft_labels, torch.float32, (n, k)),
+        ("labels", labels, torch.int64, (n,)),
+    ):
+        if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
+            yield f"{name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}"
+        elif not bool(tensor.isfinite().all()):
+            yield f"{name} has {int((~tensor.isfinite()).sum())} value(s) that are not finite"
+    if not n or not k:
+        yield f"it has {n} image(s) of {k} class(es)"
+    elif not 0 <= int(labels.min()) <= int(labels.max()) < k:
+        yield f"its labels are {int(labels.min())}..{int(labels.max())}, and its classes are 0..{k - 1}"
+    if not all(isinstance(name, str) for name in artifact.class_names):
+        yield "a class has a name that is no text"
+    if not all(isinstance(rate, float) and 0 < rate < math.inf for rate in (artifact.step_size, *rates)) or not rates:
+        yield f"its step sizes are {[artifact.step_size, *rates]}, not positive numbers"
+    if not isinstance(artifact.recipe, dict) or not isinstance(artifact.provenance, dict):
+        yield "its recipe or its provenance is no mapping"
 
 
 def export(artifact: Artifact, kind: str, out: Location) -> list[str]:

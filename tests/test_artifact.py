@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,58 @@ def test_file_without_a_part_is_refused(tmp_path: Path) -> None:
     """The message names what is missing."""
     path = tmp_path / "synthetic.arrow"
     write_tensors(open_location(str(path)), {"images": np.zeros(1)}, kind="synthetic-set", metadata={})
-    assert "has no part 'soft_labels'" in message(path)
+    assert "has no part 'class_names', 'labels', " in message(path)
+
+
+def replaced(name: str, value: object) -> Callable[[dict[str, NDArray[Any]], dict[str, Any]], None]:
+    """An edit of a set's file: another array, or another value in its metadata, under this name."""
+
+    def edit(arrays: dict[str, NDArray[Any]], metadata: dict[str, Any]) -> None:
+        part: dict[str, Any] = arrays if isinstance(value, np.ndarray) else metadata
+        part[name] = value
+
+    return edit
+
+
+NAN, INFINITY = np.float32("nan"), np.float32("inf")
+UNSOUND = {
+    "a label outside the classes": (replaced("labels", np.arange(20)), "labels are 0..19, and its classes are 0..1"),
+    "a negative label": (replaced("labels", np.full(20, -1)), "labels are -1..-1"),
+    "labels of another type": (replaced("labels", np.zeros(20)), "labels is torch.float64"),
+    "too few labels": (replaced("labels", np.zeros(3, np.int64)), "images is torch.float32 [20, 3, 6, 5], not"),
+    "no images": (replaced("labels", np.zeros(0, np.int64)), "images is"),
+    "a scalar for labels": (replaced("labels", np.array(1)), "images is"),
+    "nan in an image": (replaced("images", np.full((20, 3, 6, 5), NAN)), "images has 1800 value(s) that are not"),
+    "images of another size": (replaced("images", np.zeros((20, 3, 5, 6), np.float32)), "[20, 3, 5, 6], not"),
+    "infinite soft labels": (replaced("soft_labels", np.full((20, 2), INFINITY)), "soft_labels has 40 value(s)"),
+    "soft labels of other classes": (replaced("soft_labels", np.zeros((20, 3), np.float32)), "[20, 3], not"),
+    "a class too many": (replaced("class_names", ["a", "b", "c"]), "soft_labels is torch.float32 [20, 2], not"),
+    "class names that are numbers": (replaced("class_names", [1, 2]), "a name that is no text"),
+    "no class names": (replaced("class_names", 5), "TypeError"),
+    "a step size of zero": (replaced("step_sizes", np.array([0.1, 0.0])), "its step sizes are"),
+    "a step size that is nan": (replaced("step_size", np.array(NAN)), "its step sizes are"),
+    "no step sizes": (replaced("step_sizes", np.zeros(0)), "its step sizes are"),
+    "a table of step sizes": (replaced("step_sizes", np.ones((2, 2))), "its step sizes are"),
+    "a recipe that is a list": (replaced("recipe", []), "no mapping"),
+    "nan in the transform": (replaced("transform.mean", np.full(3, NAN)), "mean holds values that are not finite"),
+    "a deviation of zero": (replaced("transform.std", np.zeros(3, np.float32)), "a deviation is not positive"),
+    "a transform without a size": (replaced("transform", {"kind": "standard", "shape": [3, 0, 5]}), "3x0x5"),
+    "a transform of a list": (replaced("transform", []), "transform"),
+}
+
+
+def test_a_set_whose_parts_disagree_is_refused(tmp_path: Path) -> None:
+    """A right checksum says who wrote last, not that labels, shapes and numbers fit together: one line says what."""
+    path = tmp_path / "synthetic.arrow"
+    save(path, "standard")
+    file = read_tensors(open_location(str(path)), kind=KIND)
+    for case, (edit, words) in UNSOUND.items():
+        arrays, metadata = dict(file.arrays), dict(file.metadata)
+        edit(arrays, metadata)
+        write_tensors(open_location(str(path)), arrays, kind=KIND, metadata=metadata)
+        with pytest.raises(CorruptFileError) as caught:
+            load(str(path))
+        assert words in str(caught.value), case
 
 
 def test_file_of_another_program_is_refused(tmp_path: Path) -> None:

@@ -181,12 +181,14 @@ class Transform:
         try:
             kind: Kind = metadata["kind"]
             channels, height, width = map(int, metadata["shape"])
+            if min(channels, height, width) < 1:
+                raise ValueError(f"its images are {channels}x{height}x{width}")
             shape = (channels, height, width)
             expected = _array_shapes(kind, shape, "matrix" if "matrix" in arrays else "vectors")
             wide = {"values": np.float64}
             found: dict[str, Any] = {name: np.asarray(arrays[name], wide.get(name, np.float32)) for name in expected}
             fingerprint, eps = str(metadata["fingerprint"]), float(metadata.get("eps", PUBLISHED_EPS))
-        except (KeyError, TypeError, ValueError) as error:
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise _unusable(f"{type(error).__name__}: {error}") from error
         for name, array in found.items():
             if array.shape != expected[name]:
