@@ -20,6 +20,7 @@ from datm_ray.runtime.experts import read_experts_cost
 from datm_ray.runtime.metadd import MAPS_KIND
 from datm_ray.runtime.spent import Spent
 from datm_ray.store.filesystem import Location
+from datm_ray.store.sealed import rejecting_nonsense
 from datm_ray.store.tensors import read_tensors
 
 
@@ -155,9 +156,10 @@ def _maps(place: Location) -> Maps | None:
         return None
     file = read_tensors(place, kind=MAPS_KIND)
     told, arrays = file.metadata, file.arrays
-    scaled = (np.asarray(arrays["initial"], np.float32), np.asarray(arrays["final"], np.float32))
-    before, after = told["ratios"]
-    return Maps(told["networks"], arrays["rows"].tolist(), scaled, (before, after), told["threshold"])
+    with rejecting_nonsense(place):
+        scaled = (np.asarray(arrays["initial"], np.float32), np.asarray(arrays["final"], np.float32))
+        before, after = told["ratios"]
+        return Maps(told["networks"], arrays["rows"].tolist(), scaled, (before, after), told["threshold"])
 
 
 def _artifact(place: Location) -> Artifact | None:

@@ -23,6 +23,7 @@ from datm_ray.core.distillation import Distillation, LearningRates, Limits
 from datm_ray.errors import CorruptFileError, RunDirectoryError, StoreError
 from datm_ray.runtime.mesh import Mesh
 from datm_ray.store.filesystem import Location
+from datm_ray.store.sealed import rejecting_nonsense
 from datm_ray.store.tensors import read_tensors, write_tensors
 
 CHECKPOINT = "checkpoint.arrow"
@@ -88,8 +89,11 @@ def load_checkpoint(
     file = read_tensors(folder / CHECKPOINT, kind=KIND)
     if "parts" not in file.metadata:
         raise _unusable(folder, "names no parts")
-    held = _read_rows(folder, file.metadata["parts"], rows)
-    return Distillation.from_arrays(held, file.arrays, rates, limits, device)
+    with rejecting_nonsense(folder / CHECKPOINT):
+        held = _read_rows(folder, file.metadata["parts"], rows)
+        state = Distillation.from_arrays(held, file.arrays, rates, limits, device)
+        _require_shapes(folder, state)
+    return state
 
 
 def read_computed(folder: Location) -> list[dict[str, Any]]:
@@ -106,8 +110,9 @@ def read_curves(folder: Location) -> dict[str, Any]:
     arrays = read_tensors(folder / CHECKPOINT, kind=KIND).arrays
     if "history.backbone" not in arrays:
         raise _unusable(folder, "has no column for the backbones")
-    first = arrays["history.backbone"] == 0
-    curves = {name: array[first] for name, array in arrays.items() if name.startswith("history.")}
+    with rejecting_nonsense(folder / CHECKPOINT):
+        first = arrays["history.backbone"] == 0
+        curves = {name: array[first] for name, array in arrays.items() if name.startswith("history.")}
     return curves | {name: array for name, array in arrays.items() if name.startswith(("validation.", "meta."))}
 
 
@@ -119,12 +124,32 @@ def _read_rows(folder: Location, names: list[str], rows: Rows) -> dict[str, NDAr
         first, last = max(rows.first, part.first), min(rows.last, part.last)
         if first < last:
             arrays = read_tensors(folder / PARTS / name, kind=KIND).arrays
+            if {len(array) for array in arrays.values()} != {part.last - part.first}:
+                raise _unusable(folder, f"has a part {name} with other rows than its name says")
             cut = slice(first - part.first, last - part.first)
             pieces.append({key: array[cut] for key, array in arrays.items()})
             found += last - first
     if found != rows.last:
         raise _unusable(folder, f"holds {found - rows.first} of the {rows.last - rows.first} images asked for")
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def _require_shapes(folder: Location, state: Distillation) -> None:
+    """Arrays of one set agree, and are of floats; the checksums do not say so."""
+    for held in (state.synthetic, state.chosen or state.synthetic):
+        shapes = [tuple(each.shape) for each in (held.images, held.soft_labels, held.step_sizes, held.labels)]
+        floats = all(each.is_floating_point() for each in (held.images, held.soft_labels, held.step_sizes))
+        n = len(held.labels)
+        if (
+            list(map(len, shapes)) != [4, 2, 1, 1]
+            or {shapes[0][0], shapes[1][0]} != {n}
+            or not floats
+            or not shapes[2][0]
+        ):
+            raise _unusable(folder, f"has a set whose shapes disagree: {shapes}")
+    for name, momentum in state.momenta.items():
+        if momentum.shape != getattr(state.synthetic, name).shape:
+            raise _unusable(folder, f"has momenta of {name} in another shape")
 
 
 def _part_rows(folder: Location, name: str) -> Rows:
@@ -149,7 +174,8 @@ def _part_name(iteration: int, rows: Rows) -> str:
 def _require_nobody_ahead(folder: Location, iteration: int) -> None:
     """Somebody else may work at the same set: the command given twice, or a worker that was thought to be lost."""
     if (folder / CHECKPOINT).exists():
-        theirs = read_tensors(folder / CHECKPOINT, kind=KIND).metadata.get("iteration", 0)
+        with rejecting_nonsense(folder / CHECKPOINT):
+            theirs = int(read_tensors(folder / CHECKPOINT, kind=KIND).metadata.get("iteration", 0))
         if theirs > iteration:
             raise RunDirectoryError(
                 f"{folder.uri} has a checkpoint of iteration {theirs}, later than {iteration}, where this command is",

@@ -34,6 +34,7 @@ from datm_ray.core.experts import ExpertState
 from datm_ray.errors import CorruptFileError, StoreError
 from datm_ray.runtime.spent import Account, Spent
 from datm_ray.store.filesystem import Location
+from datm_ray.store.sealed import rejecting_nonsense
 from datm_ray.store.tensors import TensorFile, read_tensors, write_tensors
 from datm_ray.store.trajectories import ExpertGroup, Snapshot, size_in_words
 
@@ -86,16 +87,32 @@ class ExpertProgress:
             if file is None:  # without it another file may reach as far
                 return self.resume(device)
             state = _state(file.arrays, device)
-            self._spent += Spent.from_json(file.metadata["spent"]) if "spent" in file.metadata else Spent()
+            self._spent += _spent(file)
         return state
 
     def _readable(self, name: str) -> TensorFile | None:
         """A file; None where it was damaged, and is removed."""
         try:
-            return read_tensors(self._folder / name, kind=KIND)
+            return self._read(name)
         except CorruptFileError:
             (self._folder / name).remove()
             return None
+
+    def _read(self, name: str) -> TensorFile:
+        """A file whose arrays fit the stack. Raises CorruptFileError."""
+        place = self._folder / name
+        file = read_tensors(place, kind=KIND)
+        with rejecting_nonsense(place):
+            arrays, stack = file.arrays, (len(file.arrays["epoch"]), len(self._experts))
+            shapes = [arrays[key].shape for key in ("loss", "accuracy", "parameters", "buffers", "step")]
+            fitting = 0 not in stack and shapes[:2] == [stack, stack] and shapes[4] == stack[:1]
+            fitting = fitting and all(len(shape) == 3 and shape[:2] == stack for shape in shapes[2:4])
+            fitting = fitting and arrays.get("velocity", arrays["parameters"][-1]).shape == shapes[2][1:]
+            last = _FILE.fullmatch(name)
+            if not fitting or last is None or int(arrays["epoch"][-1]) != int(last[2]):
+                raise ValueError(f"it is not of {stack[1]} experts, or of other epochs than its name says")
+            _spent(file)
+        return file
 
     def add(
         self, state: ExpertState, losses: Tensor, accuracies: Tensor | None = None, *, last: bool = False
@@ -123,7 +140,7 @@ class ExpertProgress:
         """One expert's kept epochs, in order."""
         place = self._experts.index(expert)
         for name, start in self._chain():
-            arrays = read_tensors(self._folder / name, kind=KIND).arrays
+            arrays = self._read(name).arrays
             for row, epoch in enumerate(arrays["epoch"].tolist()):
                 if epoch >= start and epoch in self._kept:
                     yield Snapshot(
@@ -216,6 +233,11 @@ def _remove_folder(folder: Location) -> None:
             (folder / name).remove()
     if folder.local_path is not None:
         shutil.rmtree(folder.local_path, ignore_errors=True)
+
+
+def _spent(file: TensorFile) -> Spent:
+    """What a file says was spent on it; nothing in files of earlier versions."""
+    return Spent.from_json(file.metadata["spent"]) if "spent" in file.metadata else Spent()
 
 
 def _state(arrays: Mapping[str, NDArray[Any]], device: torch.device) -> ExpertState:

@@ -226,7 +226,9 @@ def read_experts_cost(folder: Location) -> list[ExpertsCost]:
     place = folder / EXPERTS_COST
     told = place.read_json() if place.exists() else []
     with rejecting_nonsense(place):
-        return [ExpertsCost(each["architecture"], each["known"], Spent.from_json(each["spent"])) for each in told]
+        return [
+            ExpertsCost(str(each["architecture"]), int(each["known"]), Spent.from_json(each["spent"])) for each in told
+        ]
 
 
 def experts_cost(config: RunConfig, group: ExpertGroup) -> ExpertsCost:
@@ -236,11 +238,12 @@ def experts_cost(config: RunConfig, group: ExpertGroup) -> ExpertsCost:
     """
     found: list[tuple[set[int], Spent]] = []
     stored = set(group.experts())
-    for cost in group.costs():
-        used = {expert for expert in cost["experts"] if expert < config.experts.count}
-        if used:
-            every = used | (stored & set(cost["experts"]))
-            found.append((used, Spent.from_json(cost["spent"]).share(len(used) / len(every))))
+    with rejecting_nonsense(group.location):
+        for cost in group.costs():
+            used = {expert for expert in cost["experts"] if expert < config.experts.count}
+            if used:
+                every = used | (stored & set(cost["experts"]))
+                found.append((used, Spent.from_json(cost["spent"]).share(len(used) / len(every))))
     known = set().union(*(experts for experts, _ in found))
     return ExpertsCost(config.network.architecture, len(known), total(spent for _, spent in found))
 

@@ -153,7 +153,7 @@ class Location:
         """The value written by `write_json`. Raises CorruptFileError if the file is not JSON."""
         try:
             return json.loads(self.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CorruptFileError(f"{self.uri} is not valid JSON", str(error)) from error
 
     @contextmanager

@@ -6,8 +6,8 @@ its own, with the columns
     name string | dtype string | shape list<int64> | data large_binary (C order, little-endian)
 
 and the kind and metadata of the file in the schema metadata. The files are sealed (see `sealed`): what is
-read is what was written, or an error. The same arrays and metadata give the same bytes. Trajectories have a
-format of their own.
+read is what was written, or an error; the arrays of a file are together no larger than the file. The same arrays
+and metadata give the same bytes. Trajectories have a format of their own.
 """
 
 from __future__ import annotations
@@ -89,8 +89,10 @@ def read_tensors(location: Location, *, kind: str) -> TensorFile:
         if sealed.header["kind"] != kind:
             raise CorruptFileError(f'{location.uri} is a "{sealed.header["kind"]}", not a "{kind}"')
         metadata = json.loads(sealed.header["metadata"])
+        if not isinstance(metadata, dict) or not sealed.schema.equals(_SCHEMA):
+            raise damaged(location, "It has other columns or metadata than a file of tensors")
         named = [_array(batch) for batch in sealed.batches(range(sealed.n_batches))]
-        if [name for name, _ in named] != sealed.summary["names"]:
+        if [name for name, _ in named] != sealed.summary["names"] or len(dict(named)) != len(named):
             raise damaged(location, "Its arrays are not those it announces")
     return TensorFile(dict(named), metadata, kind)
 
@@ -116,4 +118,8 @@ def _batch(name: str, array: NDArray[Any]) -> pa.RecordBatch:
 def _array(batch: pa.RecordBatch) -> tuple[str, NDArray[Any]]:
     name, dtype, shape = (batch.column(key)[0].as_py() for key in ("name", "dtype", "shape"))
     data = batch.column("data")[0].as_buffer()
+    if dtype not in DTYPES or any(size < 0 for size in shape):
+        raise ValueError(f"the array {name!r} is {dtype} {shape}")
+    if dtype == "bool" and np.frombuffer(data, np.uint8).max(initial=0) > 1:
+        raise ValueError(f"the array {name!r} holds bytes that are neither true nor false")
     return name, np.frombuffer(data, np.dtype(dtype).newbyteorder("<")).reshape(shape).copy()

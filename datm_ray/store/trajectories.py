@@ -359,7 +359,9 @@ def _open_expert(location: Location, key: GroupKey, expert: int) -> _OpenedExper
         info = _info_from_json(sealed.header["info"])
         measured = (np.array(sealed.summary[name], np.float32) for name in ("train_loss", "test_accuracy"))
         progress = Progress(info.epochs, *measured)
-        consistent = sealed.n_batches == len(info.epochs) and sealed.schema.equals(_schema(info))
+        measured_epochs = {progress.train_loss.shape, progress.test_accuracy.shape}
+        consistent = sealed.n_batches == len(info.epochs) and measured_epochs == {(len(info.epochs),)}
+        consistent = consistent and sealed.schema.equals(_schema(info))
     if (info.key, info.expert) != (key, expert):
         raise CorruptFileError(
             f"{location.uri} holds expert {info.expert} of {info.key}",
@@ -435,13 +437,24 @@ def _snapshot(batch: pa.RecordBatch, info: TrajectoryInfo) -> Snapshot:
 
 
 def _info_from_json(text: str) -> TrajectoryInfo:
-    """The inverse of `json.dumps(asdict(info))`: JSON has no tuples."""
+    """The inverse of `json.dumps(asdict(info))`: JSON has no tuples. Anything else is a TypeError or ValueError."""
     fields = json.loads(text)
     for name in ("parameter_names", "buffer_names", "epochs"):
         fields[name] = tuple(fields.get(name, ()))
     for name in ("parameter_shapes", "buffer_shapes"):
         fields[name] = tuple(tuple(shape) for shape in fields.get(name, ()))
-    return TrajectoryInfo(**fields)
+    info = TrajectoryInfo(**fields)
+    texts = (info.dataset, info.dataset_fingerprint, info.architecture, info.fingerprint, info.storage)
+    sizes = [size for shape in (*info.parameter_shapes, *info.buffer_shapes) for size in shape]
+    if not all(isinstance(text, str) for text in (*texts, *info.parameter_names, *info.buffer_names)):
+        raise TypeError("a name is no text")
+    if not all(type(number) is int for number in (info.seed, info.expert, info.format_version, *info.epochs, *sizes)):
+        raise TypeError("a number is not whole")
+    if min(sizes, default=0) < 0 or list(info.epochs) != sorted(set(info.epochs)):
+        raise ValueError("a size is negative, or the epochs are not in order")
+    if not isinstance(info.recipe, dict):
+        raise TypeError("the recipe is no mapping")
+    return info
 
 
 def _is_safe(key: GroupKey) -> bool:
