@@ -6,15 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor, nn
 
+from datm_ray.artifact import encode_png
 from datm_ray.config import to_yaml
 from datm_ray.core import networks
 from datm_ray.core.networks import build_network
 from datm_ray.core.parameters import unflatten_into
 from datm_ray.runtime.experts import network_spec
+from datm_ray.store.filesystem import open_location
+from datm_ray.store.torch_files import read_torch_file
 from datm_ray.store.trajectories import ExpertGroup, GroupKey, Snapshot, TrajectoryInfo, TrajectoryStore
 from tests.conftest import CommandLine, tiny_config
 
@@ -158,7 +163,7 @@ class PublishedConvNet(nn.Module):
         layers: list[nn.Module] = []
         for block in range(depth):
             layers += [
-                nn.Conv2d(width if block else 1, width, kernel_size=3, padding=1),
+                nn.Conv2d(width if block else 3, width, kernel_size=3, padding=1),
                 nn.GroupNorm(width, width, affine=True),
                 nn.ReLU(inplace=True),
                 nn.AvgPool2d(kernel_size=2, stride=2),
@@ -172,7 +177,14 @@ class PublishedConvNet(nn.Module):
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> str:
-    (tmp_path / "tiny.yaml").write_text(to_yaml(tiny_config("experts.count=3")))
+    """The tiny recipe, for images of three channels."""
+    rows = [
+        {"bytes": encode_png(pixels), "path": None}
+        for pixels in np.random.default_rng(0).integers(0, 256, (100, 8, 8, 3), dtype=np.uint8)
+    ]
+    pq.write_table(pa.table({"image": rows, "label": [*range(10)] * 10}), tmp_path / "train.parquet")
+    config = tiny_config("experts.count=3", "dataset.source=parquet", f"dataset.path={tmp_path / 'train.parquet'}")
+    (tmp_path / "tiny.yaml").write_text(to_yaml(config))
     return str(tmp_path / "tiny.yaml")
 
 
@@ -207,8 +219,8 @@ def test_imported_experts_are_the_networks_they_were(datm_ray: CommandLine, reci
     group = imported_group("s")
     assert group.experts() == [0, 1]
     assert out.splitlines()[0] == f"{group.key} expert 0"
-    network = build_network(network_spec(tiny_config(), 1, (8, 8), 10), seed=0)
-    images = torch.randn(4, 1, 8, 8)
+    network = build_network(network_spec(tiny_config(), 3, (8, 8), 10), seed=0)
+    images = torch.randn(4, 3, 8, 8)
     for expert in (0, 1):
         for epoch in group.read_info(expert).epochs:
             unflatten_into(network, torch.from_numpy(group.read_params(expert, [epoch])[0]))
@@ -299,21 +311,47 @@ UNFIT = {
     "another width": (
         lambda: [trajectory(1)],
         ["--set", "network.width=8"],
-        "features.0.weight is [4, 1, 3, 3] in epoch 0, and [8, 1, 3, 3] in the recipe's network",
+        "features.0.weight is [4, 3, 3, 3] in epoch 0, and [8, 3, 3, 3] in the recipe's network",
     ),
     "another depth": (lambda: [trajectory(1)], ["--set", "network.depth=1"], "tensors, the recipe's network 6"),
-    "no trajectories": (lambda: {"weights": torch.zeros(3)}, [], "It holds something else than trajectories"),
-    "code": (lambda: [[[print]]], [], "It cannot be read as tensors"),
+    "no trajectories": (lambda: [torch.zeros(3)], [], "It holds something else than trajectories"),
+    "nan": (lambda: [[[torch.full((3,), torch.nan)]]], [], "lists of finite tensors"),
+    "a state dict": (lambda: {"weights": torch.zeros(3)}, [], "It cannot be read as lists of tensors"),
+    "a name of code": (lambda: [[[print]]], [], "It holds something else than trajectories"),
+    "a call": (lambda: [[[Path("a")]]], [], "It cannot be read as lists of tensors"),
+    "live weights": (
+        lambda: [trajectory(1), [trajectory(2)[0]] * (EPOCHS + 1)],
+        [],
+        "Trajectory 1 of",
+        "holds the same parameters 6 times, one for each epoch. It was written on a CPU",
+    ),
+    "copies of the same weights": (
+        lambda: [[[tensor.clone() for tensor in trajectory(2)[0]] for _ in range(EPOCHS + 1)]],
+        [],
+        "Trajectory 0 of",
+        "`p.detach().clone().cpu()`",
+    ),
+    "images of one channel": (
+        lambda: [trajectory(1)],
+        ["--set", "dataset.source=digits", "--set", "dataset.path=null"],
+        "the published ConvNet pads them by 3 pixels at its first convolution and this one by 1",
+    ),
+    "a tensor of 4 TB in a kilobyte": (lambda: [[[torch.zeros(1).expand(2**40)]]], [], "lists of tensors"),
+    "one tensor 6,000 times": (
+        lambda: [[[torch.zeros(1)], [torch.ones(1)]] * 3000],
+        [],
+        "something else than trajectories",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", UNFIT)
 def test_a_file_that_does_not_fit_is_one_line(case: str, datm_ray: CommandLine, recipe: str, tmp_path: Path) -> None:
     """What differs is said, nothing is executed, and nothing is stored."""
-    content, changes, words = UNFIT[case]
+    content, changes, *words = UNFIT[case]
     torch.save(content(), "buffer.pt")
     arguments = ["store", "import", "buffer.pt", "--recipe", recipe, "--store", "s", *changes]
-    assert_one_line(datm_ray(*arguments), "buffer.pt", words)
+    assert_one_line(datm_ray(*arguments), "buffer.pt", *words)
     assert not (tmp_path / "s").exists()
 
 
@@ -321,12 +359,44 @@ def test_an_expert_with_batch_norms_is_not_imported(
     datm_ray: CommandLine, recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A replay buffer lacks the running statistics, without which the network is another one."""
-    batch_norm = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 10))
+    batch_norm = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 10))
     monkeypatch.setitem(networks._BUILDERS, "batch-norm", lambda spec: batch_norm)
-    torch.save([[[parameter.detach() for parameter in batch_norm.parameters()]] * (EPOCHS + 1)], "buffer.pt")
+    torch.save([[[p.detach() + epoch for p in batch_norm.parameters()] for epoch in range(EPOCHS + 1)]], "buffer.pt")
     arguments = ["--recipe", recipe, "--store", "s", "--set", "network.architecture=batch-norm"]
     result = datm_ray("store", "import", "buffer.pt", *arguments)
     assert_one_line(result, "running statistics are in no replay buffer")
+
+
+def test_what_torch_save_writes_is_read_as_it_was(tmp_path: Path) -> None:
+    """Views, layouts, parameters and narrower numbers come back with their values; a padded storage does not matter."""
+    whole = torch.arange(24, dtype=torch.float32)
+    tensors = [
+        whole[4:10].reshape(2, 3),
+        torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        nn.Parameter(torch.randn(3)),
+        torch.randn(3).half(),
+        torch.randn(3).bfloat16(),
+        torch.randn(2, 2).double(),
+        torch.tensor(1.5),
+        torch.zeros(0, 3),
+    ]
+    for protocol in (2, 4):
+        torch.save([tensors], tmp_path / "x.pt", pickle_protocol=protocol)
+        (found,) = read_torch_file(open_location(str(tmp_path / "x.pt")))
+        for one, other in zip(found, tensors, strict=True):
+            assert np.array_equal(one, other.detach().to(torch.promote_types(other.dtype, torch.float32)).numpy())
+
+
+def test_export_warns_that_one_channel_is_padded_otherwise(datm_ray: CommandLine, tmp_path: Path) -> None:
+    """The published network of the same parameters computes something else, so its owner is told."""
+    group = TrajectoryStore(str(tmp_path / "s")).group(*str(KEY).split("/"))
+    info = TrajectoryInfo(
+        *(KEY.dataset, "d1", KEY.architecture, {}, KEY.fingerprint, 0, 0), ("w",), ((4, 1, 3, 3),), (0,)
+    )
+    group.write_expert(0, [Snapshot(0, 0, 0.5, 0.9, np.zeros(36, np.float32))], info)
+    code, out, _ = datm_ray("store", "export", "s", str(KEY), "--out", "out")
+    assert code == 0
+    assert "the published ConvNet pads images of one channel by 3 pixels, ours by 1" in out
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and then nothing", b"not a file of tensors"])

@@ -65,6 +65,7 @@ def _expert_lines(group: ExpertGroup, number: int, *, with_recipe: bool) -> list
         buffers = f"   buffers {info.buffer_count:,}" if info.buffer_count else ""
         lines.append(f"  parameters {info.parameter_count:,}{buffers}   {info.storage}   format {info.format_version}")
         for section, values in info.recipe.items():
+            values = values if isinstance(values, dict) else {"": values}
             lines.append(f"  {section}: {', '.join(f'{name}={value}' for name, value in values.items())}")
     told = "imported" if "imported" in info.recipe else f"final train loss {progress.train_loss[-1]:.4f}"
     if math.isfinite(progress.test_accuracy[-1]):
@@ -176,6 +177,8 @@ def store_export(
     print(f"Wrote {len(exported.files)} file(s) to {out}")
     if exported.without_statistics:
         print("Without the running statistics of batch norms, for which a replay buffer has no place")
+    if exported.padded_otherwise:
+        print("Warning: the published ConvNet pads images of one channel by 3 pixels, ours by 1: it is another network")
     if exported.left_out:
         epochs = ", ".join(map(str, exported.left_out))
         print(f"Without epoch(s) {epochs}, which come after a gap: a buffer's positions are its epochs")

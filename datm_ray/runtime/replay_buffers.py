@@ -3,7 +3,8 @@
 A replay buffer is a `torch.save` of trajectories; a trajectory is a list of snapshots, epochs 0, 1, ... by position; a
 snapshot is the list of a network's parameters in the order in which the modules were made. The ConvNet of those
 projects makes its modules in the order of ours (blocks of convolution and norm, then the classifier) and normalises
-with the same epsilon, so the parameters need no mapping: shapes that agree mean the same.
+with the same epsilon, so the parameters need no mapping: shapes that agree mean the same. There is one exception: for
+images of one channel theirs pads the first convolution by 3, ours by 1. Such experts are refused.
 
 What a buffer does not tell is taken from a recipe: data set, network, number of epochs. Nor does it hold the transform
 of its experts' images. Imported experts are stored beside the transform that the recipe's data set has here; where
@@ -11,18 +12,18 @@ theirs was another one (other whitening, or fitted on the images that are set as
 synthetic images less well. That an expert was imported, and from which file, stands in the recipe of its info.
 
 Buffers of batch norms are in no replay buffer: such experts cannot be imported, and are exported without them. Files
-are loaded with `weights_only`, which executes nothing.
+are read as data, see `store.torch_files`: nothing in them is executed.
 """
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import count
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,11 +38,15 @@ from datm_ray.data.transform import fit_transform
 from datm_ray.errors import CorruptFileError, StoreError
 from datm_ray.runtime.experts import expert_group, network_spec
 from datm_ray.store.filesystem import Location, open_location
+from datm_ray.store.torch_files import read_torch_file
 from datm_ray.store.trajectories import ExpertGroup, Snapshot, TrajectoryInfo, epochs_in_words
 
 PUBLISHED_PER_FILE = 10
 
-_Trajectory = list[list[Tensor]]
+PUBLISHED_PADDING = 3
+"""Pixels by which the published ConvNet pads images of one channel at its first convolution; ours pads all by 1."""
+
+_Trajectory = list[list[NDArray[Any]]]
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ class Exported:
     """Epochs of the first expert after a gap: the position in a buffer is the epoch, so they have no place there."""
     without_statistics: bool
     """Whether the experts have running statistics of batch norms, which have no place there either."""
+    padded_otherwise: bool
+    """Whether the published ConvNet computes something else with the parameters, see `pads_differently`."""
 
 
 def import_replay_buffers(files: Sequence[str], config: RunConfig, store_uri: str) -> Iterator[Imported]:
@@ -120,7 +127,14 @@ def export_replay_buffers(group: ExpertGroup, out: Location, per_file: int = PUB
             torch.save(trajectories, file)
         files.append(name)
     info = group.read_info(experts[0])
-    return Exported(tuple(files), info.epochs[len(_unbroken(info.epochs)) :], info.buffer_count > 0)
+    channels = info.parameter_shapes[0][1:2]
+    padded_otherwise = bool(channels) and pads_differently(info.architecture, channels[0])
+    return Exported(tuple(files), info.epochs[len(_unbroken(info.epochs)) :], info.buffer_count > 0, padded_otherwise)
+
+
+def pads_differently(architecture: str, channels: int) -> bool:
+    """Whether the published network of this name is another function of the same parameters."""
+    return architecture == "convnet" and channels == 1
 
 
 class _Network:
@@ -131,12 +145,18 @@ class _Network:
         self._config, self._raw = config, raw
         self._flat = FlatNetwork(module)
         self._has_buffers = bool(float_buffers(module))
+        self._pads_differently = pads_differently(config.network.architecture, raw.channels)
         self._group = expert_group(store_uri, config, raw.name, raw.fingerprint)
         self._known: dict[str, int] | None = None
 
     def difference(self, trajectory: _Trajectory) -> str | None:
         """Why the trajectory cannot be one of this network's, in words; none where it can."""
         epochs, wanted = len(trajectory) - 1, self._config.experts.epochs
+        if self._pads_differently:
+            return (
+                f"Its images have one channel: the published ConvNet pads them by {PUBLISHED_PADDING} pixels at its "
+                "first convolution and this one by 1, so equal parameters are another network"
+            )
         if self._has_buffers:
             return "The recipe's network has batch norms, whose running statistics are in no replay buffer"
         if epochs < wanted:
@@ -219,51 +239,75 @@ class _Network:
 
 
 def _read(location: Location) -> list[_Trajectory]:
-    """The trajectories of one file. Raises CorruptFileError if it holds anything else."""
-    content = io.BytesIO(location.read_bytes())
+    """The trajectories of one file, together no larger than the file.
+
+    Raises:
+        CorruptFileError: it holds anything else, or a trajectory that never moves.
+    """
     try:
-        trajectories = torch.load(content, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling has no common error
+        trajectories = read_torch_file(location)
+    except StoreError:
+        raise
+    except Exception as error:  # neither archives nor pickles have a common error
         raise CorruptFileError(
             f"{location.uri} is no replay buffer",
-            "It cannot be read as tensors: it is another file, was cut off, or holds objects that could run code",
+            "It cannot be read as lists of tensors: it is another file, was cut off, holds objects that could run "
+            "code, or was written by torch before 1.6",
             "Check that it was downloaded whole",
         ) from error
-    if not _is_buffer(trajectories):
-        raise CorruptFileError(
-            f"{location.uri} is no replay buffer",
-            "It holds something else than trajectories: lists of snapshots, which are lists of finite tensors",
-        )
+    left = location.size()
+    for position, trajectory in enumerate(_items(trajectories, location)):
+        snapshots = [_items(snapshot, location) for snapshot in _items(trajectory, location)]
+        _require_training(snapshots, f"Trajectory {position} of {location.uri}")
+        for snapshot in snapshots:
+            left -= 1 + sum(1 + getattr(tensor, "nbytes", 0) for tensor in snapshot)
+            if left < 0 or not all(map(_is_parameter, snapshot)):
+                raise _no_buffer(location)
     found: list[_Trajectory] = trajectories
     return found
 
 
-def _is_buffer(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(
-            isinstance(trajectory, list)
-            and all(isinstance(snapshot, list) and all(map(_is_parameter, snapshot)) for snapshot in trajectory)
-            for trajectory in value
-        )
+def _items(value: object, location: Location) -> list[Any]:
+    """A list that is not empty."""
+    if not isinstance(value, list) or not value:
+        raise _no_buffer(location)
+    return value
+
+
+def _no_buffer(location: Location) -> CorruptFileError:
+    return CorruptFileError(
+        f"{location.uri} is no replay buffer",
+        "It holds something else than trajectories: lists of snapshots, which are lists of finite tensors",
     )
 
 
+def _require_training(trajectory: list[list[Any]], place: str) -> None:
+    """The parameters change from the first epoch to some other."""
+    first = trajectory[0]
+    still = all(
+        len(snapshot) == len(first)
+        and all(one is other or np.array_equal(one, other) for one, other in zip(first, snapshot, strict=True))
+        for snapshot in trajectory
+    )
+    if still and len(trajectory) > 1:
+        raise CorruptFileError(
+            f"{place} holds the same parameters {len(trajectory)} times, one for each epoch",
+            "It was written on a CPU, where the published code stores references to the live weights and not copies",
+            "Train these experts again on a GPU, or with `p.detach().clone().cpu()` in the place of `p.detach().cpu()`",
+        )
+
+
 def _is_parameter(value: object) -> bool:
-    """Whether it is an ordinary tensor of finite real numbers."""
-    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
-        return False
-    return value.is_floating_point() and bool(value.isfinite().all())
+    """Whether it is an array of finite numbers."""
+    return isinstance(value, np.ndarray) and bool(np.isfinite(value).all())
 
 
-def _vector(snapshot: list[Tensor]) -> NDArray[np.float32]:
+def _vector(snapshot: list[NDArray[Any]]) -> NDArray[np.float32]:
     """[p]"""
-    vector: NDArray[np.float32] = torch.cat([tensor.detach().float().reshape(-1) for tensor in snapshot]).numpy()
-    return vector
+    return np.concatenate([tensor.reshape(-1) for tensor in snapshot], dtype=np.float32, casting="same_kind")
 
 
-def _trajectory(group: ExpertGroup, expert: int) -> _Trajectory:
+def _trajectory(group: ExpertGroup, expert: int) -> list[list[Tensor]]:
     """The epochs from 0 on, up to the first that was not kept."""
     info = group.read_info(expert)
     epochs = _unbroken(info.epochs)
