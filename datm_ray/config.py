@@ -534,7 +534,8 @@ def load_config(path: str) -> RunConfig:
         ConfigError: no such file, not YAML, or not a valid configuration.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_LARGEST_TEXT + 1)
     except OSError as failure:
         raise ConfigError(f"cannot read {path}: {failure.strerror}", remedy="check the path") from None
     except UnicodeDecodeError:
@@ -681,6 +682,34 @@ class _Loader(yaml.SafeLoader):
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
         return super().construct_mapping(node, deep)
 
+    def get_single_node(self) -> yaml.Node | None:
+        """The document, whose aliases do not make much out of little, nor anything without an end."""
+        node = super().get_single_node()
+        if node is not None and _written_out(node, {}) > _LARGEST_TEXT:
+            raise yaml.constructor.ConstructorError(None, None, "its aliases stand for too much", node.start_mark)
+        return node
+
+
+def _written_out(node: yaml.Node, known: dict[int, float]) -> float:
+    """Nodes below and with this one, were every alias written out; infinite where one stands in itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # while it is counted
+        parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+        inner = (each for part in parts for each in (part if isinstance(part, tuple) else (part,)))
+        known[id(node)] = 1 + sum(_written_out(each, known) for each in inner)
+    return known[id(node)]
+
+
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
+    """An integer of 128 bits at most: larger ones are no setting, and Python refuses to print the largest."""
+    value = int(loader.construct_yaml_int(node)) if len(node.value) < 100 else 2**128
+    if abs(value) >= 2**128:
+        raise yaml.constructor.ConstructorError(None, None, "a number is too large", node.start_mark)
+    return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+
 
 class _Dumper(yaml.SafeDumper):
     """Quotes what `_Loader` would not read as the text it is."""
@@ -696,13 +725,18 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
+_LARGEST_TEXT = 2**16  # characters of a recipe, and values in it; PyYAML takes quadratic time for some
+
+
 def _read_yaml(text: str, origin: str) -> Any:
+    if len(text) > _LARGEST_TEXT:
+        raise ConfigError(f"{origin} is too long for a recipe", "it is another file", "give a recipe's name or file")
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as failure:
         line = f" at line {failure.problem_mark.line + 1}" if failure.problem_mark else ""
         what = f"not valid YAML{line}: {failure.problem}"
-    except (yaml.YAMLError, ValueError, AttributeError, RecursionError):
+    except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
         # PyYAML does not guard the conversions of explicit tags such as !!int, nor its own depth.
         what = "not valid YAML"
     raise ConfigError(f"{origin} is {what}", remedy="compare with `datm-ray recipe show`")
