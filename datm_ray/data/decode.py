@@ -8,11 +8,13 @@ channel, which are refused because halving their depth is a choice the user shou
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
@@ -23,6 +25,10 @@ from datm_ray.errors import DatasetError
 
 T = TypeVar("T")
 
+PIXELS_FREE, PIXELS_PER_BYTE = 2**24, 100
+"""An image may have 16 million pixels and 100 for each byte of its file besides: photographs have 1 to 10 a byte."""
+
+_FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")  # Pillow knows some that start other programs
 _BLOCK = 256  # images a thread takes at a time: few enough to balance the threads, enough to queue cheaply
 _GRAY = frozenset({"1", "L"})
 _DEEP = ("I", "F")  # first letters of Pillow's modes of 16 and 32 bits
@@ -56,9 +62,11 @@ def decode(sets: Sequence[Encoded], resize: int | None = None) -> list[NDArray[n
     Raises:
         DatasetError: a file is broken or too deep, or sizes differ and `resize` is None.
     """
-    headers = [_in_parallel(len(files), partial(_header, files)) for files in sets]
-    shape = _common_shape(sets, headers, resize)
-    return [_decode_set(files, shape) for files in sets]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        headers = [_in_parallel(len(files), partial(_header, files)) for files in sets]
+        shape = _common_shape(sets, headers, resize)
+        return [_decode_set(files, shape) for files in sets]
 
 
 def resize_images(images: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
@@ -95,14 +103,26 @@ def _header(files: Encoded, index: int) -> _Header:
 
 def _with_image(files: Encoded, index: int, use: Callable[[Image.Image], T]) -> T:
     try:
-        with files.open(index) as file, Image.open(file) as image:
-            return use(image)
+        with files.open(index) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            with Image.open(file, formats=_formats()) as image:
+                if math.prod(image.size) > PIXELS_FREE + PIXELS_PER_BYTE * size:
+                    raise ValueError(f"{size} bytes are no image of {image.width}x{image.height} pixels")
+                return use(image)
     except Exception as error:  # a malformed file can raise almost anything inside its decoder
         raise DatasetError(
             f"image {files.name(index)} cannot be read ({type(error).__name__}: {error})",
             "The file is missing, truncated or not an image",
             "Replace or delete it",
         ) from error
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of the formats that Pillow was built with."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def _common_shape(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +17,9 @@ import numpy as np
 
 from datm_ray.data.decode import Encoded
 from datm_ray.errors import DatasetError
+
+UNPACKED_FREE, UNPACKED_RATIO = 2**20, 200
+"""A member of an archive may unpack to 1 MiB and to 200 times its packed size besides; encoded images hardly shrink."""
 
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 
@@ -45,8 +50,11 @@ class FileTree:
                 "The folder or archive is incomplete, or is not the one meant",
                 "Check the path, or fetch the data set again",
             )
-        with self.open(name) as file:
-            return [line for line in file.read().decode("utf-8").splitlines() if line.strip()]
+        try:
+            with self.open(name) as file:
+                return [line for line in file.read().decode("utf-8").splitlines() if line.strip()]
+        except (*_DAMAGED, UnicodeDecodeError) as error:
+            raise _damaged(self.root / name, error) from error
 
     def encoded(self, files: Sequence[tuple[str, int]]) -> Encoded:
         """The named files with their labels, ready to be decoded while the tree is open."""
@@ -68,12 +76,55 @@ def file_tree(root: Path) -> Iterator[FileTree]:
         names = tuple(sorted(_walk(root)))
         yield FileTree(root, names, lambda name: (root / name).open("rb"))
     elif zipfile.is_zipfile(root):
-        with zipfile.ZipFile(root) as archive:
+        with _opened(root) as archive:
             names = tuple(sorted(name for name in archive.namelist() if not name.endswith("/")))
-            yield FileTree(root, names, lambda name: BytesIO(archive.read(name)))
+            yield FileTree(root, names, lambda name: BytesIO(_unpacked(archive, name)))
     else:
         problem = "is neither a folder nor a zip archive" if root.exists() else "does not exist"
         raise DatasetError(f"data set path {root} {problem}", remedy="Set dataset.path to where the data set is")
+
+
+def _opened(root: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(root)
+    except _DAMAGED as error:
+        raise _damaged(root, error) from error
+
+
+_DAMAGED = (
+    OSError,
+    ValueError,
+    NotImplementedError,
+    RuntimeError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+)
+"""What zipfile raises for archives that are damaged, encrypted or of another kind."""
+
+
+def _damaged(file: Path, error: Exception) -> DatasetError:
+    return DatasetError(
+        f"{file} cannot be read ({type(error).__name__}: {error})",
+        "It is truncated, damaged or packed in another way",
+        "Fetch it again, or unpack it and give the folder",
+    )
+
+
+def _unpacked(archive: zipfile.ZipFile, name: str) -> bytes:
+    """A member's content, which may not be larger than some multiple of what it takes in the archive.
+
+    Raises:
+        ValueError: it would be, or it is packed by a method that cannot be unpacked bit by bit.
+    """
+    member = archive.getinfo(name)
+    if member.file_size > UNPACKED_FREE + UNPACKED_RATIO * member.compress_size:
+        raise ValueError(f"{member.compress_size} bytes that unpack to {member.file_size} are no image")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError("packed by another method than deflate")
+    with archive.open(member) as file:
+        return file.read(member.file_size)  # with a size, zipfile unpacks no more than it, whatever the header says
 
 
 def _walk(root: Path) -> Iterator[str]:

@@ -22,6 +22,10 @@ from numpy.typing import NDArray
 from datm_ray.data.decode import Encoded
 from datm_ray.errors import DatasetError
 
+DECODED_FREE, DECODED_RATIO = 2**26, 20
+"""Images may take 64 MiB as they stand in memory, encoded, and 20 times the file's size besides."""
+
+_ROWS = 16  # read at a time
 _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
 
@@ -132,18 +136,48 @@ def _read_shard(file: Path) -> _Shard:
         schema = parquet.schema_arrow
         image = _column(file, schema.names, _IMAGE_COLUMNS)
         label = _column(file, schema.names, _LABEL_COLUMNS)
-        table = parquet.read(columns=[image, label])
-    except (OSError, ValueError) as error:  # pyarrow's own errors derive from these two
+        table = _read_columns(file, parquet, (image, label))
+        images, labels = table.column(image), table.column(label)
+    except (OSError, ValueError, LookupError, TypeError) as error:  # pyarrow's own errors derive from these
         raise DatasetError(
             f"the file {file} cannot be read as Parquet ({str(error).splitlines()[0]})",
             "The file is truncated or of another format",
             "Fetch it again",
         ) from error
     return _Shard(
-        images=_image_bytes(file, table.column(image)),
-        labels=_labels(file, table.column(label)),
+        images=_image_bytes(file, images),
+        labels=_labels(file, labels),
         class_names=_class_names(schema.metadata or {}, label),
     )
+
+
+def _read_columns(file: Path, parquet: Any, columns: Sequence[str]) -> Any:
+    """The table of these columns, a few rows at a time, as one value may be said to stand in a million of them.
+
+    Raises:
+        ValueError: it takes much more memory than the file has bytes, or the file says that it would.
+    """
+    import pyarrow as pa
+
+    limit = DECODED_FREE + DECODED_RATIO * file.stat().st_size
+    metadata = parquet.metadata
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    said = sum(
+        group.column(number).total_uncompressed_size
+        for group in groups
+        for number in range(group.num_columns)
+        if group.column(number).path_in_schema.split(".")[0] in columns
+    )
+    batches, size = [], 0
+    for batch in parquet.iter_batches(_ROWS, columns=list(columns)) if said <= limit else ():
+        batch.validate(full=True)
+        batches.append(batch)
+        size += batch.nbytes
+        if size > limit:
+            break
+    if max(said, size) > limit:
+        raise ValueError(f"its {file.stat().st_size} bytes unpack to {max(said, size)} or more")
+    return pa.Table.from_batches(batches, schema=None if batches else parquet.schema_arrow)
 
 
 def _column(file: Path, present: Sequence[str], wanted: Sequence[str]) -> str:
@@ -194,6 +228,6 @@ def _labels(file: Path, column: Any) -> NDArray[np.int64]:
 def _class_names(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...] | None:
     try:
         names = json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]
-    except (KeyError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError, RecursionError):
         return None  # written by another tool, which is fine
     return tuple(map(str, names)) if isinstance(names, list) else None
