@@ -41,6 +41,7 @@ Images = Tensor | AnyFloats | NDArray[np.uint8]
 """A batch [n c h w] or one image [c h w]: floats from 0 (black) to 1 (white), or uint8 from 0 to 255."""
 
 PUBLISHED_EPS = 0.1
+_TOO_LARGE = 2**20  # pixels on a side, in files
 _CHUNK_BYTES = 1 << 26  # 64 MiB of temporaries while pixels are normalised
 _CENTRE = 128  # subtracted from uint8 pixels, so that they lie in -128..127
 _EXACT_ROWS = 1024  # float32 holds integers up to 2^24 exactly: 1024 products of at most 128 * 128
@@ -181,7 +182,7 @@ class Transform:
         try:
             kind: Kind = metadata["kind"]
             channels, height, width = map(int, metadata["shape"])
-            if min(channels, height, width) < 1:
+            if not all(1 <= side < _TOO_LARGE for side in (channels, height, width)):
                 raise ValueError(f"its images are {channels}x{height}x{width}")
             shape = (channels, height, width)
             expected = _array_shapes(kind, shape, "matrix" if "matrix" in arrays else "vectors")

@@ -204,7 +204,9 @@ _NONSENSE = (
     pa.ArrowException,
     ArithmeticError,
     AttributeError,
+    EOFError,
     LookupError,
+    OSError,  # Arrow's, for a flatbuffer that is none; errors of a place are StoreErrors by now
     RecursionError,
     TypeError,
     ValueError,

@@ -1,0 +1,445 @@
+"""Files from somebody else: whatever is in them, reading gives the right values or one line, and never a crash.
+
+A sample of every kind that is read is mutated at random, by a seed: bytes flipped, cut off, inserted, removed, swapped.
+Sealed files are also mutated below their seal, which is then made right again, for anyone can do that. The quick test
+takes some of each kind in this process; the slow one takes many more, each kind in a process whose memory is limited.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import resource
+import struct
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from datm_ray.artifact import KIND, load, save_artifact
+from datm_ray.cli.stores import _expert_lines
+from datm_ray.config import load_config, to_yaml
+from datm_ray.core.distillation import Distillation, IterationRecord, LearningRates, Limits
+from datm_ray.core.experts import ExpertState
+from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.data import Transform, fit_transform, load_raw, parquet
+from datm_ray.errors import CorruptFileError, DatasetError, DatmError
+from datm_ray.pipeline import _read_note
+from datm_ray.runtime.checkpoint import CHECKPOINT, PARTS, Rows, load_checkpoint, read_curves
+from datm_ray.runtime.evaluate import _Result
+from datm_ray.runtime.expert_progress import ExpertProgress
+from datm_ray.runtime.experts import read_experts_cost
+from datm_ray.runtime.replay_buffers import _read
+from datm_ray.runtime.spent import Spent
+from datm_ray.store import sealed
+from datm_ray.store.filesystem import open_location
+from datm_ray.store.tensors import write_tensors
+from datm_ray.store.trajectories import ExpertGroup, TrajectoryStore
+from tests.conftest import tiny_config
+from tests.store.contract import KEY, make_info, make_snapshots_with_buffers, with_buffers
+
+CPU = torch.device("cpu")
+DRAW = np.random.default_rng(0)
+MEMORY = 6 * 2**30  # bytes of address space of a process that reads mutations
+
+
+def synthetic_set() -> SyntheticSet:
+    images = torch.randn(4, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    return SyntheticSet(images, torch.eye(2).repeat(2, 1), torch.tensor([0.01]), torch.arange(4) % 2)
+
+
+def write_set(folder: Path) -> Path:
+    transform = fit_transform("zca", DRAW.integers(0, 256, (9, 1, 3, 3), dtype=np.uint8), 255)
+    place = open_location(str(folder / "set.arrow"))
+    save_artifact(place, synthetic_set(), transform, ("a", "b"), {"name": "x"}, {"torch": "1"})
+    return folder / "set.arrow"
+
+
+def read_set(path: Path) -> object:
+    found = load(str(path))
+    images = found.normalise(np.ones((1, *found.transform.shape), np.float32))
+    return [found.images, found.soft_labels, found.labels, found.step_sizes, found.pixels(), images, found.recipe]
+
+
+def group_of(path: Path) -> ExpertGroup:
+    return TrajectoryStore(str(path.parents[3])).group(*str(KEY).split("/"))
+
+
+def write_expert(folder: Path) -> Path:
+    info = with_buffers(make_info(epochs=2))
+    path = folder / str(KEY) / "expert-00000.arrow"
+    group_of(path).write_expert(0, make_snapshots_with_buffers(info), info)
+    return path
+
+
+def read_expert(path: Path) -> object:
+    group = group_of(path)
+    lines = _expert_lines(group, 0, with_recipe=True)
+    snapshots = [group.read_snapshot(0, epoch) for epoch in group.read_info(0).epochs]
+    return [lines, *((each.epoch, each.step, each.params, each.buffers) for each in snapshots)]
+
+
+def write_transform(folder: Path) -> Path:
+    transform = fit_transform("standard", DRAW.integers(0, 256, (9, 3, 2, 2), dtype=np.uint8), 255)
+    path = folder / str(KEY) / "transform.arrow"
+    group_of(path).write_transform(transform.to_arrays(), transform.to_metadata())
+    return path
+
+
+def read_transform(path: Path) -> object:
+    file = group_of(path).read_transform()
+    transform = Transform.from_arrays(file.arrays, file.metadata)
+    return [transform.apply(np.ones((1, *transform.shape), np.float32)), transform.fingerprint]
+
+
+def write_checkpoint(folder: Path) -> Path:
+    record = IterationRecord(0, 0, 1, 2, 0.5, 0.01, False, 0.1)
+    state = Distillation(synthetic_set(), LearningRates(1, 1, 1), Limits(1), {}, [record])
+    state.record_validation(0.5)
+    held, shared = state.to_arrays()
+    metadata = {"recipe": {}, "iteration": 1, "parts": ["00000001-0-4.arrow"]}
+    write_tensors(open_location(str(folder / PARTS / "00000001-0-4.arrow")), held, kind="checkpoint", metadata={})
+    write_tensors(open_location(str(folder / CHECKPOINT)), shared, kind="checkpoint", metadata=metadata)
+    return folder / CHECKPOINT
+
+
+def write_part(folder: Path) -> Path:
+    return write_checkpoint(folder).parent / PARTS / "00000001-0-4.arrow"
+
+
+def read_checkpoint(path: Path) -> object:
+    folder = open_location(str(path.parent if path.name == CHECKPOINT else path.parents[1]))
+    state = load_checkpoint(folder, Rows(0, 4), LearningRates(1, 1, 1), Limits(1), CPU)
+    assert state is not None
+    return [*vars(state.synthetic).values(), [vars(each) for each in state.history], read_curves(folder)]
+
+
+def progress_of(folder: Path) -> ExpertProgress:
+    return ExpertProgress(TrajectoryStore(str(folder)).group(*str(KEY).split("/")), [0, 1], [0, 1], [0, 1])
+
+
+def write_progress(folder: Path) -> Path:
+    progress = progress_of(folder)
+    for epoch in (0, 1):
+        state = ExpertState(torch.full((2, 5), float(epoch)), torch.zeros(2, 3), torch.ones(2, 5), epoch, 7 * epoch)
+        list(progress.add(state, torch.ones(2), last=epoch == 1))
+    return max(folder.rglob("*-*-*.arrow"))
+
+
+def read_progress(path: Path) -> object:
+    progress = progress_of(path.parents[5])
+    state = progress.resume(CPU)
+    if state is None or not path.exists():
+        raise CorruptFileError("it was damaged, and was removed")
+    snapshots = [(each.epoch, each.step, each.params, each.buffers) for each in progress.snapshots(1)]
+    return [snapshots, state.parameters, state.velocity, state.epoch, state.step]
+
+
+def json_kind(value: object, read: Callable[[Path], object]) -> Kind:
+    def write(folder: Path) -> Path:
+        (folder / "experts-cost.json").write_text(json.dumps(value))
+        return folder / "experts-cost.json"
+
+    return Kind(write, read, exact=False)
+
+
+def write_recipe(folder: Path) -> Path:
+    (folder / "recipe.yaml").write_text(to_yaml(tiny_config()))
+    return folder / "recipe.yaml"
+
+
+def picture(number: int, form: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(number).integers(0, 256, (6, 5, 3), dtype=np.uint8)).save(file, form)
+    return file.getvalue()
+
+
+def write_parquet(folder: Path) -> Path:
+    rows = [{"bytes": picture(number), "path": None} for number in range(10)]
+    names = json.dumps({"info": {"features": {"label": {"names": ["a", "b"]}}}})
+    table = pa.table({"image": rows, "label": [0, 1] * 5}).replace_schema_metadata({"huggingface": names})
+    pq.write_table(table, folder / "x.parquet")
+    return folder / "x.parquet"
+
+
+def write_zip(folder: Path) -> Path:
+    with zipfile.ZipFile(folder / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(10):
+            archive.writestr(f"{'ab'[number % 2]}/{number}.png", picture(number))
+    return folder / "x.zip"
+
+
+def write_images(form: str) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        for number in range(10):
+            file = folder / "images" / "ab"[number % 2] / f"{number}.{form.lower()}"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(picture(number, form))
+        return folder / "images" / "a" / f"0.{form.lower()}"
+
+    return write
+
+
+def pixels(source: str, path: Path) -> object:
+    raw = load_raw(source, str(path), validation=0.3)
+    return [part for images in (raw.train, raw.validation, raw.test) for part in (images.images, images.labels)]
+
+
+def write_buffer(folder: Path) -> Path:
+    torch.save([[[torch.randn(2, 3), torch.randn(3)] for _ in range(3)]], folder / "buffer.pt")
+    return folder / "buffer.pt"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file."""
+
+    write: Callable[[Path], Path]
+    read: Callable[[Path], object]
+    exact: bool = True
+    """Whether checksums cover it, so that what is read must be what was written."""
+    sealed: bool = False
+    count: int = 150
+    """Mutations in the quick test."""
+
+
+SPENT = Spent(1, 2, 3, 4, 5, 6).to_json()
+RESULT = {"test_accuracy": 0.5, "test_accuracy_with_learned_step_size": None, "seconds": 3, "cost": SPENT}
+COSTS = [{"architecture": "convnet", "known": 3, "spent": SPENT}]
+KINDS = {
+    "synthetic set": Kind(write_set, read_set, sealed=True),
+    "expert": Kind(write_expert, read_expert, sealed=True),
+    "transform": Kind(write_transform, read_transform, sealed=True),
+    "checkpoint": Kind(write_checkpoint, read_checkpoint, sealed=True, count=80),
+    "part of a checkpoint": Kind(write_part, read_checkpoint, sealed=True, count=80),
+    "expert progress": Kind(write_progress, read_progress, sealed=True, count=50),
+    "data note": json_kind({"fingerprint": "x", "training_images": 3}, lambda p: _read_note(open_location(str(p)))),
+    "result": json_kind(RESULT, lambda p: _Result.read(open_location(str(p)))),
+    "experts' cost": json_kind(COSTS, lambda p: read_experts_cost(open_location(str(p.parent)))),
+    "recipe": Kind(write_recipe, lambda path: load_config(str(path)), exact=False, count=40),
+    "replay buffer": Kind(write_buffer, lambda path: _read(open_location(str(path)))),
+    "parquet": Kind(write_parquet, lambda path: pixels("parquet", path), exact=False),
+    "zip": Kind(write_zip, lambda path: pixels("folder", path), exact=False, count=100),
+    "png": Kind(write_images("PNG"), lambda path: pixels("folder", path.parents[1]), exact=False, count=50),
+    "jpeg": Kind(write_images("JPEG"), lambda path: pixels("folder", path.parents[1]), exact=False, count=50),
+    "webp": Kind(write_images("WEBP"), lambda path: pixels("folder", path.parents[1]), exact=False, count=50),
+    "tiff": Kind(write_images("TIFF"), lambda path: pixels("folder", path.parents[1]), exact=False, count=50),
+}
+
+
+def mutated(content: bytes, draw: np.random.Generator) -> bytes:
+    """One mutation: bytes flipped, a number replaced, or a stretch cut off, removed, inserted, zeroed or doubled."""
+    place, length = int(draw.integers(0, len(content) + 1)), int(draw.integers(1, 60))
+    before, after = content[:place], content[place + length :]
+    match int(draw.integers(0, 8)):
+        case 0 | 1:
+            return before + bytes([int(draw.integers(0, 256))]) + content[place + 1 :]
+        case 2:
+            return before
+        case 3:
+            return before + after
+        case 4:
+            return before + draw.bytes(length) + content[place:]
+        case 5:
+            return before + bytes(length) + after
+        case 6:
+            return before + content[place : place + length] + content[place:]
+    place -= place % 8
+    number = int(draw.choice([-1, 0, 1, 2**31 - 1, 2**31, 2**40, 2**62, -(2**63), 200_000]))
+    return content[:place] + struct.pack("<q", number) + content[place + 8 :]
+
+
+def taken_apart(content: bytes) -> tuple[dict[str, Any], list[bytes], bytes]:
+    """The index, the parts of the stream, and the footer of a sealed file."""
+    footer_size = 10 + struct.unpack_from("<i", content, len(content) - 10)[0]
+    end = len(content) - footer_size - sealed._SEAL_END.size
+    size = sealed._SEAL_END.unpack_from(content, end)[1]
+    index = json.loads(content[end - size : end])
+    ends = accumulate((length for length, _ in index["parts"]), initial=0)
+    return index, [content[first:last] for first, last in pairwise(ends)], content[-footer_size:]
+
+
+def with_seal(index: dict[str, Any], parts: list[bytes], footer: bytes) -> bytes:
+    """A sealed file, with a right digest whatever is in it."""
+    text = json.dumps(index).encode()
+    seal = sealed._SEAL_END.pack(sha256(text + footer).digest(), len(text), sealed._SEAL_MAGIC)
+    return b"".join(parts) + text + seal + footer
+
+
+def digests(parts: list[bytes]) -> list[list[object]]:
+    """What an index says about parts."""
+    return [[len(part), sha256(part).hexdigest()] for part in parts]
+
+
+def resealed(content: bytes, draw: np.random.Generator) -> bytes:
+    """A mutation of a sealed file below its seal, with digests and lengths that are right."""
+    index, parts, footer = taken_apart(content)
+    what = int(draw.integers(0, len(parts) + 2))
+    if what == len(parts):
+        footer = mutated(footer[:-10], draw)
+        return with_seal(index, parts, footer + struct.pack("<i6s", len(footer), b"ARROW1"))
+    if what > len(parts):
+        return with_seal(mutated_value(index, draw), parts, footer)
+    parts[what] = mutated(parts[what], draw)
+    return with_seal({**index, "parts": digests(parts)}, parts, footer)
+
+
+def mutated_value(value: Any, draw: np.random.Generator) -> Any:
+    """A JSON value in which one, at any depth, is another one."""
+    if isinstance(value, dict | list) and value and draw.random() < 0.8:
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        key = keys[int(draw.integers(0, len(keys)))]
+        pairs = [(each, mutated_value(value[each], draw) if each == key else value[each]) for each in keys]
+        return dict(pairs) if isinstance(value, dict) else [each for _, each in pairs]
+    return [None, -1, 0, 2**70, 1.5, float("nan"), "x", [], {}, True, [[1]]][int(draw.integers(0, 11))]
+
+
+def mutations(kind: Kind, content: bytes, count: int, seed: int) -> Iterator[tuple[bytes, bool]]:
+    """Contents, and whether what is read from each must be the truth."""
+    draw = np.random.default_rng(seed)
+    for _ in range(count):
+        yield mutated(content, draw), kind.exact
+        if kind.sealed:
+            yield resealed(content, draw), False
+            yield with_other_metadata(content, draw), False
+        elif content[:1] in b"[{":
+            yield json.dumps(mutated_value(json.loads(content), draw)).encode(), False
+
+
+def with_other_metadata(content: bytes, draw: np.random.Generator) -> bytes:
+    """A sealed file of the same batches, one value of whose metadata is another one; as another program may write."""
+    place = open_location("memory://mutations") / "x.arrow"
+    place.write_atomic(content)
+    file = sealed.SealedFile(place, *_schema_of(content))
+    header = dict(file.header)
+    key = "info" if "info" in header else "metadata"
+    header[key] = json.dumps(mutated_value(json.loads(header[key]), draw))
+    names = {"format_name": header.pop("format"), "format_version": int(header.pop("format_version"))}
+    target = io.BytesIO()
+    writer = sealed.SealedWriter(target, file.schema, **names, header=header)
+    for batch in file.batches(range(file.n_batches)):
+        writer.write(batch)
+    writer.close(file.summary)
+    return target.getvalue()
+
+
+def _schema_of(content: bytes) -> Any:
+    place = open_location("memory://mutations") / "x.arrow"
+    name = "datm_ray.trajectory" if b"datm_ray.trajectory" in content else "datm_ray.tensors"
+    file = sealed.open_sealed(place, format_name=name, format_version=9)
+    return file.schema, file.header, file.parts, file.summary
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values that a kind's `read` gave are equal to the last bit."""
+    return plain(one) == plain(other)
+
+
+def plain(value: Any) -> object:
+    if isinstance(value, torch.Tensor):
+        return plain(value.numpy())
+    if isinstance(value, np.ndarray):
+        return (value.dtype.str, value.shape, value.tobytes())
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    return repr(value)
+
+
+def read_mutations(name: str, folder: Path, count: int, seed: int) -> int:
+    """Read mutations of a kind of file; the number of those that are refused. Fails at any other error."""
+    kind, refused = KINDS[name], 0
+    path = kind.write(folder)
+    content, truth = path.read_bytes(), kind.read(path)
+    for number, (mutation, exact) in enumerate(mutations(kind, content, count, seed)):
+        path.unlink(missing_ok=True)
+        path.write_bytes(mutation)
+        try:
+            found = kind.read(path)
+        except DatmError as error:
+            refused += len(str(error).splitlines()) == 1
+            continue
+        except Exception as error:
+            raise AssertionError(f"mutation {number} of seed {seed} of a {name}: {error!r}") from error
+        assert not exact or same(found, truth), f"mutation {number} of seed {seed} of a {name} is read wrongly"
+    return refused
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_mutated_file_is_refused_or_read_right(name: str, tmp_path: Path) -> None:
+    """No mutation of a file of any kind ends in a traceback, a crash, a hang or another value."""
+    assert read_mutations(name, tmp_path, KINDS[name].count, seed=0) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_thousands_of_mutations_in_little_memory_crash_nothing(name: str, tmp_path: Path) -> None:
+    """The same for twenty times as many, in a process of its own that may take 6 GiB of addresses."""
+    command = [sys.executable, "-m", "tests.test_foreign_files", name, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_set_that_points_beyond_its_end_is_refused(tmp_path: Path) -> None:
+    """Offsets 200,000 bytes further, under a right seal, neither show memory of the process nor end it."""
+    path = tmp_path / "x.arrow"
+    write_tensors(open_location(str(path)), {"images": np.arange(4, dtype=np.float32)}, kind=KIND, metadata={})
+    index, parts, footer = taken_apart(path.read_bytes())
+    head, batch, *rest = parts
+    for distance in (200_000, 200_000_000):
+        before, offsets, after = batch.rpartition(struct.pack("<qq", 0, 16))
+        assert offsets
+        changed = [head, before + struct.pack("<qq", distance, distance + 16) + after, *rest]
+        path.write_bytes(with_seal({**index, "parts": digests(changed)}, changed, footer))
+        with pytest.raises(CorruptFileError, match="makes no sense"):
+            load(str(path))
+
+
+def test_compressed_batches_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of 8 KB whose batch would unpack to 8 MB is refused before it is unpacked."""
+    new_file, options = pa.ipc.new_file, pa.ipc.IpcWriteOptions(compression="zstd")
+    monkeypatch.setattr(pa.ipc, "new_file", lambda file, schema: new_file(file, schema, options=options))
+    place = open_location(str(tmp_path / "x.arrow"))
+    write_tensors(place, {"images": np.zeros(2_000_000, np.float32)}, kind=KIND, metadata={})
+    assert place.size() < 10_000
+    with pytest.raises(CorruptFileError, match="a batch is compressed"):
+        load(place.uri)
+
+
+def test_archives_parquet_and_images_that_unpack_to_too_much_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is one line that names the file, before the memory is taken."""
+    monkeypatch.setattr(parquet, "DECODED_FREE", 2**20)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("a/1.png", "b/1.png"):
+            archive.writestr(name, picture(0) + bytes(2_000_000))
+    rows = [{"bytes": picture(0) + bytes(2_000_000), "path": None}, {"bytes": picture(1), "path": None}]
+    pq.write_table(pa.table({"image": rows, "label": [0, 1]}), tmp_path / "b.parquet", compression="zstd")
+    (tmp_path / "c" / "a").mkdir(parents=True)
+    Image.new("1", (5000, 5000)).save(tmp_path / "c" / "a" / "0.png")
+    for source, name, words in (
+        ("folder", "a.zip", r"a\.zip/a/1\.png cannot be read .*bytes that unpack to 2000"),
+        ("parquet", "b.parquet", r"b\.parquet cannot be read as Parquet \(its \d+ bytes unpack to 2000"),
+        ("folder", "c", r"0\.png cannot be read .* bytes are no image of 5000x5000 pixels"),
+    ):
+        with pytest.raises(DatasetError, match=words):
+            load_raw(source, str(tmp_path / name))
+
+
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    read_mutations(sys.argv[1], Path(sys.argv[2]), 20 * KINDS[sys.argv[1]].count, seed=1)
