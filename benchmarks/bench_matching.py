@@ -38,7 +38,7 @@ from datm_ray.core.networks import NetworkSpec, build_network
 from datm_ray.core.parameters import FlatNetwork, flatten
 from datm_ray.core.step_functions import Order, Precision, StepOptions, StudentStepFunctions, soft_cross_entropy
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.runtime.plan import available_memory
+from datm_ray.memory import available_memory
 
 HEADER = """Matching loss and its gradient in images, soft labels and step size; ConvNet, instance normalisation, mean
 pooling; random tensors of fixed seeds; every minibatch is the whole set; step size 0.01.

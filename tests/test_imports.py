@@ -28,12 +28,13 @@ FORBIDDEN = {
 
 ALLOWED = {
     "errors.py": (),
+    "memory.py": (),
     "_version.py": (),
     "config.py": ("errors",),
     "recipes.py": ("config", "errors"),
     "core": ("core", "errors"),
     "store": ("store", "errors"),
-    "data": ("data", "errors"),
+    "data": ("data", "errors", "memory"),
     "artifact.py": ("core", "data", "store", "errors"),
 }
 """Folder or file -> parts of this package that it may use."""

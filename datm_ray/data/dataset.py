@@ -15,7 +15,8 @@ from datm_ray.data.sources import ImageSet, RawDataset
 from datm_ray.data.transform import Kind, Transform, fit_transform
 from datm_ray.errors import DatasetError
 
-_CHUNK = 2048  # images scaled to [0, 1] at a time: 100 MB for 64x64 RGB
+_CHUNK = 2048  # images scaled to [0, 1] at a time, 100 MB for 64x64 RGB; fewer where they are larger
+_CHUNK_BYTES = 1 << 27
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +89,8 @@ def prepare(raw: RawDataset, kind: Kind, transform: Transform | None = None, *, 
 def _normalise(images: ImageSet, levels: int, transform: Transform) -> NDArray[np.float32]:
     pixels = images.images
     result = np.empty(pixels.shape, dtype=np.float32)
-    for start in range(0, len(pixels), _CHUNK):
-        rows = slice(start, start + _CHUNK)
+    step = max(1, min(_CHUNK, _CHUNK_BYTES // (4 * pixels[:1].size)))
+    for start in range(0, len(pixels), step):
+        rows = slice(start, start + step)
         result[rows] = transform.apply(pixels[rows].astype(np.float32) / np.float32(levels))
     return result

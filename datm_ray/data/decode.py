@@ -1,7 +1,10 @@
 """Encoded images to one uint8 array, in threads and without a second copy of the pixels.
 
 All images of a data set get the same shape: one channel where every image is grayscale, RGB otherwise; the
-common size, or a square of `resize` pixels (bilinear with antialiasing; the aspect ratio is not kept). Left
+common size, or a square of `resize` pixels (bilinear with antialiasing; the aspect ratio is not kept). Sizes are
+read from the files' headers first, and what does not fit into memory is refused then. Each image is resized as soon
+as it is decoded, so the images are never all in memory at their full size. JPEG files are decoded at their full size
+too: Pillow's `draft` mode is faster, but the pixels differ. Left
 out: EXIF rotation, which is not applied, transparency, which is dropped, and images of more than 8 bits a
 channel, which are refused because halving their depth is a choice the user should make.
 """
@@ -22,6 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from datm_ray.errors import DatasetError
+from datm_ray.memory import available_memory
 
 T = TypeVar("T")
 
@@ -54,18 +58,24 @@ class _Header(NamedTuple):
     height: int
 
 
-def decode(sets: Sequence[Encoded], resize: int | None = None) -> list[NDArray[np.uint8]]:
+def decode(sets: Sequence[Encoded], resize: int | None = None, copies: int = 1) -> list[NDArray[np.uint8]]:
     """Pixels [n c h w] of each set, with c, h and w common to all of them.
 
     Opens every file twice, for its header and for its pixels, so that the array can be allocated once.
 
+    Args:
+        resize: side in pixels of the squares that all images become; None keeps their size.
+        copies: float32 copies of all pixels that the caller will make.
+
     Raises:
-        DatasetError: a file is broken or too deep, or sizes differ and `resize` is None.
+        DatasetError: a file is broken or too deep, sizes differ and `resize` is None, or memory does not suffice.
+            The last two are raised before any image is decoded.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         headers = [_in_parallel(len(files), partial(_header, files)) for files in sets]
         shape = _common_shape(sets, headers, resize)
+        require_memory(sum(map(len, sets)), shape, copies, f", such as {sets[0].name(0)},")
         return [_decode_set(files, shape) for files in sets]
 
 
@@ -79,6 +89,43 @@ def resize_images(images: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 
     _in_parallel(len(images), one)
     return resized
+
+
+_SIDES = (128, 64, 32, 16, 8)
+"""Sizes that an error may suggest, in pixels."""
+
+
+def require_memory(images: int, shape: tuple[int, int, int], copies: int, example: str = "") -> None:
+    """Raise a `DatasetError` if so many images do not fit into the memory that is free.
+
+    Counted are one byte for every value as it is read, and four for every value of each float32 copy.
+
+    Args:
+        shape: channels, height and width.
+        copies: float32 copies of all of them: one where a single process does everything, two with Ray, whose object
+            store has its own.
+        example: names one of the images in the message.
+    """
+    free = available_memory()
+
+    def needed(height: int, width: int) -> int:
+        return images * shape[0] * height * width * (1 + 4 * copies)
+
+    if needed(*shape[1:]) <= free:
+        return
+    side = next((side for side in _SIDES if side < min(shape[1:]) and needed(side, side) <= free), None)
+    raise DatasetError(
+        f"{images:,} images of {'x'.join(map(str, shape))}{example} need {_gib(needed(*shape[1:]))} of memory, and "
+        f"{_gib(free)} is free",
+        f"They are kept in memory as they are read and, as float32, {'twice' if copies > 1 else 'once'} more",
+        f"Use --set dataset.resize={side}, which resizes each image as it is read"
+        if side
+        else "Use fewer images, or a smaller dataset.resize",
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB"
 
 
 def _decode_set(files: Encoded, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
@@ -140,9 +187,10 @@ def _common_shape(
 
 
 def _mixed_sizes(first: str, a: _Header, other: str, b: _Header) -> DatasetError:
+    side = min(a.height, a.width, _SIDES[0])
     return DatasetError(
         f"the images differ in size: {first} is {a.width}x{a.height}, {other} is {b.width}x{b.height}",
-        remedy=f"Make all of them squares of one size, e.g. with --set dataset.resize={min(a.height, a.width)}",
+        remedy=f"Make all of them squares of one size, e.g. with --set dataset.resize={side}",
     )
 
 

@@ -17,7 +17,7 @@ from urllib.error import URLError
 import numpy as np
 from numpy.typing import NDArray
 
-from datm_ray.data.decode import decode, resize_images
+from datm_ray.data.decode import decode, require_memory, resize_images
 from datm_ray.data.files import FileTree, file_tree
 from datm_ray.data.parquet import find_files, read_parquet
 from datm_ray.data.sources import ImageSet, Loaded, Request, source
@@ -43,6 +43,7 @@ def _digits(request: Request) -> Loaded:
     images = bunch.images.astype(np.uint8)[:, None]
     levels = 16
     if request.resize is not None:
+        require_memory(len(images), (1, request.resize, request.resize), request.copies)
         # Interpolated values need finer steps than sixteen.
         images, levels = resize_images(np.rint(images * (255 / 16)).astype(np.uint8), request.resize), 255
     labelled = ImageSet(images, bunch.target.astype(np.int64))
@@ -72,6 +73,8 @@ def _cifar(name: str, layout: Any, request: Request) -> Loaded:
     if request.path is not None and not (root.is_dir() or root.parent.is_dir()):
         raise DatasetError(f"data set path {root} does not exist", remedy=f"Give the folder of {layout.base_folder}")
     train, test = (_cifar_part(name, layout, root, train, request.download) for train in (True, False))
+    height, width = (request.resize, request.resize) if request.resize else train.data.shape[1:3]
+    require_memory(len(train.data) + len(test.data), (3, height, width), request.copies)
     return Loaded(
         name=name,
         class_names=tuple(train.classes),
@@ -237,7 +240,7 @@ def _parquet(request: Request) -> Loaded:
     if not len(parts[0].encoded):
         raise _no_images(Path(request.path), "one image a row")
     names = parts[0].class_names or _numbered(parts[0].encoded.labels)
-    pixels = decode([part.encoded for part in parts], request.resize)
+    pixels = decode([part.encoded for part in parts], request.resize, request.copies)
     sets = [ImageSet(images, part.encoded.labels) for images, part in zip(pixels, parts, strict=True)]
     return Loaded(files.name, names, sets[0], sets[1] if len(sets) > 1 else None)
 
@@ -258,7 +261,7 @@ def _decoded(
     if not train:
         raise _no_images(tree.root, "train/<class>/*.png, <class>/*.png or, for tiny-imagenet, the official layout")
     encoded = [tree.encoded(files) for files in (train, test) if files]
-    pixels = decode(encoded, request.resize)
+    pixels = decode(encoded, request.resize, request.copies)
     sets = [ImageSet(images, files.labels) for images, files in zip(pixels, encoded, strict=True)]
     return Loaded(name, class_names, sets[0], sets[1] if test else None)
 

@@ -77,6 +77,8 @@ class Request:
     """Side in pixels of the squares all images become; None keeps them as they are."""
     download: bool
     """Whether files that are absent may be fetched."""
+    copies: int = 1
+    """Float32 copies of all pixels that will be made: they have to fit into memory too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +120,7 @@ def load_raw(
     resize: int | None = None,
     validation: float = 0.1,
     download: bool = True,
+    copies: int = 1,
 ) -> RawDataset:
     """Reads a data set and splits it; the same input gives the same sets on every machine and for every seed.
 
@@ -128,12 +131,14 @@ def load_raw(
         resize: side in pixels of the squares that all images become.
         validation: share of each class's training images to set aside, in (0, 1).
         download: fetch `cifar10` and `cifar100` where their files are absent.
+        copies: float32 copies of all pixels that the caller will make. What does not fit into memory with them is
+            refused before any image is decoded.
 
     Raises:
         DatasetError: anything wrong with the arguments or the files, always naming the first thing to mend.
     """
     _check_options(resize, validation)
-    loaded = _find_source(source)(Request(path, resize, download))
+    loaded = _find_source(source)(Request(path, resize, download, copies))
     _check_labels("training", loaded.train.labels, loaded.class_names)
     train, test = loaded.train, loaded.test
     if test is None:

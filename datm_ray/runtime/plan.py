@@ -11,9 +11,7 @@ import inspect
 import math
 import os
 import re
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -34,8 +32,10 @@ from datm_ray.core.networks import NetworkSpec, build_network
 from datm_ray.core.parameters import FlatNetwork
 from datm_ray.core.step_functions import Order, Precision, StepOptions, StudentStepFunctions
 from datm_ray.core.training import PROTOCOLS, predict_logits
+from datm_ray.data.decode import require_memory
 from datm_ray.data.sources import load_raw
 from datm_ray.errors import ConfigError
+from datm_ray.memory import available_memory
 from datm_ray.runtime.executor import uses_gpu
 from datm_ray.runtime.experts import network_spec
 from datm_ray.store.trajectories import size_in_words
@@ -178,18 +178,24 @@ class DistillationPlan:
         return [self.name, *(f"  {label:<16} {value}" for label, value in rows)]
 
 
-def data_shape(dataset: DatasetConfig) -> DataShape:
+def data_shape(dataset: DatasetConfig, *, here: bool = False) -> DataShape:
     """The shape of a recipe's data; files are read only where the source does not tell it.
 
+    Args:
+        here: whether the run will be on this machine, where resized images of any source must fit into memory. Files
+            that are read must fit in any case.
+
     Raises:
-        DatasetError: a folder or file of images that cannot be read.
+        DatasetError: a folder or file of images that cannot be read, or does not fit into memory.
     """
     if dataset.source not in KNOWN_SHAPES:
-        raw = load_raw(dataset.source, dataset.path, resize=dataset.resize, validation=dataset.validation)
+        raw = load_raw(dataset.source, dataset.path, resize=dataset.resize, validation=dataset.validation, copies=2)
         return DataShape((raw.channels, *raw.size), raw.classes, len(raw.train) + len(raw.validation))
     shape = KNOWN_SHAPES[dataset.source]
     if dataset.resize is None:
         return shape
+    if here:
+        require_memory(shape.training_images, (shape.image[0], dataset.resize, dataset.resize), copies=2)
     return DataShape((shape.image[0], dataset.resize, dataset.resize), shape.classes, shape.training_images)
 
 
@@ -413,47 +419,6 @@ def free_gpu_memory() -> int:
     """Bytes of the current GPU that this process can take: what nobody holds, and what it holds and does not use."""
     unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return int(torch.cuda.mem_get_info()[0]) + unused
-
-
-def available_memory(root: Path = Path("/")) -> int:
-    """Bytes of main memory that can be taken without swapping, of the machine or of this process's container."""
-    # No Linux: all there is, for what is in use is not told in a way that all systems share.
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError, ValueError, IndexError, StopIteration):
-        lines = (root / "proc/meminfo").read_text().splitlines()
-        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    return min([free, *_left_in_control_groups(root)])
-
-
-def _left_in_control_groups(root: Path) -> list[int]:
-    """What the limits of the process's control group, and of those above it, leave; none where there are no limits."""
-    left = []
-    with suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers not in ("", "memory"):
-                continue
-            base = root / "sys/fs/cgroup" / controllers
-            names = (
-                ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
-            )
-            group = base / path.lstrip("/")
-            # In a container the path may be that of the host, which is not there; its own group is then the base.
-            for place in [base, *(each for each in (group, *group.parents) if base in each.parents)]:
-                with suppress(OSError, ValueError):  # "max", or a group without limits
-                    limit, used = (int((place / name).read_text()) for name in names)
-                    left.append(max(0, limit - used + _reclaimable(place)))
-    return left
-
-
-def _reclaimable(group: Path) -> int:
-    """Of the memory in use, what the kernel gives back when asked: files that were read."""
-    with suppress(OSError, ValueError, StopIteration):
-        lines = (group / "memory.stat").read_text().splitlines()
-        return next(
-            int(line.split()[1]) for line in lines if line.split()[0] in ("inactive_file", "total_inactive_file")
-        )
-    return 0
 
 
 @functools.lru_cache(maxsize=16)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import struct
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,18 @@ def encode() -> Encode:
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, format=format)
         return file.getvalue()
+
+    return write
+
+
+@pytest.fixture
+def header() -> Encode:
+    """header(width, height) -> a PNG file of 45 bytes that says so, and has no pixels."""
+
+    def write(width: int, height: int) -> bytes:
+        chunks = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT"
+        packed = [struct.pack(">I", len(each) - 4) + each + struct.pack(">I", zlib.crc32(each)) for each in chunks]
+        return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
     return write
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import pickle
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datm_ray.data import ImageSet, Loaded, RawDataset, Request, known_sources, load_raw, source, sources
+from datm_ray.data import ImageSet, Loaded, RawDataset, Request, decode, known_sources, load_raw, source, sources
 from datm_ray.data.splits import Stream, stratified_split
 from datm_ray.errors import DatasetError
 
@@ -368,6 +369,76 @@ def test_mixed_sizes_need_resize(tmp_path: Path, encode: Encode) -> None:
     with pytest.raises(DatasetError, match=r"00\.png is 6x4, .*zz\.png is 9x5.*resize=4"):
         load_raw("folder", root)
     assert load_raw("folder", root, resize=5).size == (5, 5)
+
+
+def write_photos(folder: Path, header: Encode, kind: str, sizes: list[tuple[int, int]]) -> str:
+    """A folder or a Parquet file of two classes whose images are headers of these sizes; its path."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if kind == "folder":
+        files = {f"{'ants' if i % 2 else 'bees'}/{i:03}.png": header(*size) for i, size in enumerate(sizes)}
+        return str(write_files(folder / "photos", files))
+    images = [{"bytes": header(*size)} for size in sizes]
+    pq.write_table(pa.table({"image": images, "label": [i % 2 for i in range(len(sizes))]}), folder / "photos.parquet")
+    return str(folder / "photos.parquet")
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet"])
+def test_images_beyond_memory_are_refused_by_their_headers(
+    kind: str, tmp_path: Path, header: Encode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is decoded: bytes, floats of the set and of Ray's copy are counted, and a size that fits is named."""
+    monkeypatch.setattr(decode, "available_memory", lambda: 2**30)
+    path = write_photos(tmp_path, header, kind, [(4000, 3000)] * 40)
+    message = r"40 images of 3x3000x4000, such as .*photos.*, need 6\.7 GiB of memory, and 1\.0 GiB is free.*resize=128"
+    with pytest.raises(DatasetError, match=message):
+        load_raw(kind, path)
+    with pytest.raises(DatasetError, match=r"need 12\.1 GiB.*twice more"):
+        load_raw(kind, path, copies=2)
+    with pytest.raises(DatasetError, match=r"40 images of 3x2000x2000.*resize=128"):
+        load_raw(kind, path, resize=2000)
+    with pytest.raises(DatasetError, match="cannot be read"):  # small enough: now it is decoded
+        load_raw(kind, path, resize=128)
+    monkeypatch.setattr(decode, "available_memory", lambda: 1000)
+    with pytest.raises(DatasetError, match="Use fewer images"):
+        load_raw(kind, path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet"])
+def test_mixed_sizes_are_refused_by_their_headers(kind: str, tmp_path: Path, header: Encode) -> None:
+    """Before anything is decoded, and with a size that is fit for distillation."""
+    path = write_photos(tmp_path, header, kind, [(4000, 3000)] * 9 + [(3000, 4000)])
+    with pytest.raises(DatasetError, match=r"differ in size: .*4000x3000, .*3000x4000.*resize=128"):
+        load_raw(kind, path)
+
+
+def test_resized_digits_and_cifar_are_refused_before_they_are_resized(
+    cifar10: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their files are small; what they become may not be."""
+    with pytest.raises(DatasetError, match=r"1,797 images of 1x8000x8000 need .*resize=128"):
+        load_raw("digits", resize=8000)
+    with pytest.raises(DatasetError, match=r"images of 3x90000x90000 need .*resize=128"):
+        load_raw("cifar10", str(cifar10), resize=90_000)
+    monkeypatch.setattr(decode, "available_memory", lambda: 1000)
+    with pytest.raises(DatasetError, match=r"images of 3x32x32 need"):
+        load_raw("cifar10", str(cifar10))
+
+
+def test_images_are_resized_one_by_one(tmp_path: Path, encode: Encode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of forty images at most one for each thread is in memory at its full size."""
+    monkeypatch.setattr(decode.os, "cpu_count", lambda: 2)
+    root = write_files(tmp_path, folder_files(encode, ("",), count=20, size=(700, 500)))
+    load_raw("folder", str(root), resize=8)  # so that Pillow's own modules are loaded
+    tracemalloc.start()
+    try:
+        raw = load_raw("folder", str(root), resize=8)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert raw.size == (8, 8)
+    assert peak < 4 * 700 * 500 * 3
 
 
 def test_resize_is_antialiased(tmp_path: Path, encode: Encode) -> None:

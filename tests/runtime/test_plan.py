@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from datm_ray.config import ClusterConfig, RunConfig, override, parse_bytes
-from datm_ray.errors import ConfigError
+from datm_ray.errors import ConfigError, DatasetError
+from datm_ray.memory import available_memory
 from datm_ray.recipes import get_recipe, recipe_names
 from datm_ray.runtime.plan import (
     KNOWN_SHAPES,
     DistillationPlan,
     Layout,
-    available_memory,
     data_shape,
     distillation_plan,
     parse_shape,
@@ -211,6 +211,15 @@ def test_a_container_s_limit_counts(tmp_path: Path, line: str, folder: str, limi
     assert available_memory(tmp_path) == 7000
     (group / "memory.stat").write_text("anon 2000\ninactive_file 500\n")
     assert available_memory(tmp_path) == 7500
+
+
+def test_resized_images_of_a_run_on_this_machine_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A known source need not be read to be refused; on another machine's memory there is nothing to say."""
+    monkeypatch.setattr("datm_ray.data.decode.available_memory", lambda: 20 * GIB)
+    dataset = get_recipe("tiny-imagenet-ipc1").dataset.model_copy(update={"resize": 512})
+    with pytest.raises(DatasetError, match=r"100,000 images of 3x512x512 need 659\.2 GiB.*resize=64"):
+        data_shape(dataset, here=True)
+    assert data_shape(dataset).image == (3, 512, 512)
 
 
 def test_networks_matched_in_turn_lie_beside_each_other() -> None:

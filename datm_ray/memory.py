@@ -1,0 +1,51 @@
+"""How much main memory this process can still take: of the machine, and of the container that it runs in.
+
+Memory of GPUs is not covered. Tests: tests/runtime/test_plan.py.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes of main memory that can be taken without swapping, of the machine or of this process's container."""
+    # No Linux: all there is, for what is in use is not told in a way that all systems share.
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError, IndexError, StopIteration):
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    return min([free, *_left_in_control_groups(root)])
+
+
+def _left_in_control_groups(root: Path) -> list[int]:
+    """What the limits of the process's control group, and of those above it, leave; none where there are no limits."""
+    left = []
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers not in ("", "memory"):
+                continue
+            base = root / "sys/fs/cgroup" / controllers
+            names = (
+                ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+            )
+            group = base / path.lstrip("/")
+            # In a container the path may be that of the host, which is not there; its own group is then the base.
+            for place in [base, *(each for each in (group, *group.parents) if base in each.parents)]:
+                with suppress(OSError, ValueError):  # "max", or a group without limits
+                    limit, used = (int((place / name).read_text()) for name in names)
+                    left.append(max(0, limit - used + _reclaimable(place)))
+    return left
+
+
+def _reclaimable(group: Path) -> int:
+    """Of the memory in use, what the kernel gives back when asked: files that were read."""
+    with suppress(OSError, ValueError, StopIteration):
+        lines = (group / "memory.stat").read_text().splitlines()
+        return next(
+            int(line.split()[1]) for line in lines if line.split()[0] in ("inactive_file", "total_inactive_file")
+        )
+    return 0
