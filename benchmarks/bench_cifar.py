@@ -21,7 +21,7 @@ from bench_fidelity import ERRORS, MEASURED
 from cifar_part import SOURCE, TOLD, dataset_override
 from facts import common_facts, counted, going, head, result_path, save
 from fidelity_tables import cost_table, crossover_table, measured, progress_table
-from program import options, run, settled, start
+from program import options, resolved, run, settled, start
 
 from datm_ray.config import RunConfig, override
 from datm_ray.pipeline import Pipeline
@@ -147,6 +147,7 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     ordered = [config for seed in zip(*runs.values(), strict=True) for config in seed]
     with going(arguments.runs):
         pipeline = run(ordered, Pipeline, arguments.runs, arguments.executor)
+    runs = resolved(runs, pipeline)
     found = measured(pipeline.out, runs, {}, arguments.ipc[0], {})
     facts = {
         **common_facts(__file__, sys.argv[1:] if words is None else words, runs=arguments.runs),

@@ -23,7 +23,7 @@ from cifar_part import SOURCE, TOLD, dataset_override
 from facts import common_facts, counted, going, head, result_path, save
 from metadd_compare import by_architecture, compared, experts_costs, spent_table, variant_table
 from metadd_cost import TITLE, cost_rows, cost_table
-from program import options, run, settled, start
+from program import options, resolved, run, settled, start
 
 from datm_ray.config import NetworkConfig, RunConfig, override
 from datm_ray.pipeline import Pipeline
@@ -240,6 +240,7 @@ def main(words: list[str] | None = None) -> None:
     ordered = [config for seed in zip(*runs.values(), strict=True) for config in seed]
     with going(arguments.runs):
         pipeline = run(ordered, Scoring, arguments.runs, arguments.executor)
+    runs = resolved(runs, pipeline)
     rows = compared(pipeline, runs, len(SEEN))
     found = {"rows": rows, "experts": experts_costs(pipeline, runs), "cost": costs}
     facts = {

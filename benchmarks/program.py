@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from datm_ray.config import RunConfig
@@ -50,6 +50,12 @@ def run(configs: Sequence[RunConfig], kind: type[Pipeline], folder: Path, execut
     start: Callable[[], Executor] = lambda: create_executor(executor, configs[0].cluster, None)  # noqa: E731
     pipeline.run_all(start, Reporter())
     return pipeline
+
+
+def resolved(groups: Mapping[str, list[RunConfig]], pipeline: Pipeline) -> dict[str, list[RunConfig]]:
+    """Groups of runs as the pipeline has them: with what the size of their images decides filled in."""
+    found = {config.name: config for config in pipeline.configs}
+    return {name: [found[config.name] for config in configs] for name, configs in groups.items()}
 
 
 def positive(text: str) -> int:

@@ -56,10 +56,49 @@ class DatasetConfig(Section):
     """Where the data set lies; not needed for digits."""
     resize: Annotated[int, Field(ge=8)] | None = None
     """Side in pixels to resize every image to; null keeps the size."""
-    normalisation: Literal["zca", "standard"] = "zca"
-    """zca: whitening with eps 0.1, as published; standard: mean and standard deviation per channel."""
+    normalisation: Literal["auto", "zca", "standard"] = "auto"
+    """zca: whitening with eps 0.1, as published; standard: mean and standard deviation per channel; auto: zca up to
+    64x64 pixels, standard above."""
     validation: Fraction = 0.1
     """Share of the training images set aside for validation. Nothing is ever chosen on the test set."""
+
+    @property
+    def kind(self) -> Literal["zca", "standard"]:
+        """`normalisation`, which must not be auto any more: see `RunConfig.resolved`."""
+        if self.normalisation == "auto":
+            raise ValueError(_UNRESOLVED)
+        return self.normalisation
+
+    def resolved(self, size: tuple[int, int]) -> DatasetConfig:
+        """The same with the normalisation that auto means for images of that height and width in pixels.
+
+        Fitting zca takes memory with the fourth power of an image's side and time with the sixth: 6 GB and half an hour
+        on two CPU cores at 64x64 RGB, the largest published size, 30 GB and six hours at 96x96.
+        """
+        if self.normalisation != "auto":
+            return self
+        return self.model_copy(update={"normalisation": "zca" if size[0] * size[1] <= MOST_WHITENED else "standard"})
+
+
+_UNRESOLVED = "the configuration still leaves something to the size of the images; call RunConfig.resolved first"
+MOST_WHITENED = 64 * 64
+"""Pixels of an image up to which normalisation auto means zca."""
+SMALLEST_MAP = 3
+"""Pixels a side that depth null leaves of the last maps at least, where the network then has more than two blocks."""
+PUBLISHED_DEPTH = 3
+"""Depth of mlp in the literature; all architectures but convnet have it where depth is null."""
+
+
+def depth_for(architecture: str, size: tuple[int, int]) -> int:
+    """Depth of a network without one, for images of that height and width in pixels.
+
+    convnet gets as many blocks as leave maps of 3 pixels a side or more, and 2 at least: 2 up to 23 pixels, 3 from 24,
+    4 from 48, 5 from 96, 6 from 192. Published networks for 28, 32, 64 and 128 pixels have the same. mlp gets its
+    published 3 layers at any size; other architectures ignore depth.
+    """
+    if architecture != "convnet":
+        return PUBLISHED_DEPTH
+    return max(2, (min(size) // SMALLEST_MAP).bit_length() - 1)
 
 
 PUBLISHED_WIDTH = 128
@@ -73,12 +112,19 @@ class NetworkConfig(Section):
     """Name in the registry of networks."""
     width: Count = PUBLISHED_WIDTH
     """Channels of every convolution of convnet, 128 as published; others are narrower or wider in proportion."""
-    depth: Count = 3
-    """Convolution blocks: 3 at 32x32, 4 at 64x64."""
+    depth: Count | None = None
+    """Convolution blocks, each halving the image; null follows its smaller side: 2 up to 23 pixels, 3 from 24, 4 from
+    48, 5 from 96, 6 from 192. mlp has this many layers, 3 where it is null."""
     norm: Literal["instance", "batch", "group", "none"] = "instance"
     """Normalisation; batch cannot be matched."""
     pooling: Literal["avg", "max", "none"] = "avg"
     """2x2 pooling that ends every block."""
+
+    def resolved(self, size: tuple[int, int]) -> NetworkConfig:
+        """The same with the depth that null means for images of that height and width in pixels."""
+        if self.depth is not None:
+            return self
+        return self.model_copy(update={"depth": depth_for(self.architecture, size)})
 
 
 class BackboneConfig(Section):
@@ -399,6 +445,29 @@ class RunConfig(Section):
         }
         return [key for key, network in networks.items() if network.norm == "batch"]
 
+    def resolved(self, size: tuple[int, int]) -> RunConfig:
+        """The run for images of that height and width in pixels: its normalisation is not auto and no depth is null.
+
+        A run is the same as one that gives these values itself. Identities, fingerprints and everything that is
+        written to a run's folder come from a resolved configuration.
+
+        Raises:
+            ConfigError: two of metadd.auxiliaries have become the same network.
+        """
+        changes: dict[str, Any] = {
+            "dataset": self.dataset.resolved(size),
+            "network": self.network.resolved(size),
+            "backbones": tuple(
+                each.model_copy(update={"network": each.network.resolved(size)}) for each in self.backbones
+            ),
+        }
+        if self.metadd is not None:
+            auxiliaries = tuple(each.resolved(size) for each in self.metadd.auxiliaries)
+            changes["metadd"] = self.metadd.model_copy(update={"auxiliaries": auxiliaries})
+        scored = dict.fromkeys(each.resolved(size) for each in self.evaluate.networks)
+        changes["evaluate"] = self.evaluate.model_copy(update={"networks": tuple(scored)})
+        return parse_config(self.model_copy(update=changes).model_dump(), self.name)
+
     def each_backbone(self) -> list[RunConfig]:
         """The run with each of its networks alone: what decides that network's experts."""
         networks = [self.network, *(backbone.network for backbone in self.backbones)]
@@ -466,7 +535,7 @@ class RunConfig(Section):
         return (*range(min(self.kept_bound + 1, self.experts.epochs)), self.experts.epochs)
 
     def identity(self) -> dict[str, Any]:
-        """Everything that decides the synthetic set and each single accuracy, as plain data.
+        """Everything that decides the synthetic set and each single accuracy, as plain data, of a resolved run.
 
         Not `cluster`; not where the data set lies, for its content has a fingerprint; not how many networks are scored,
         with which optimiser and for which scores, for more can be added to a finished run (results of each have places
@@ -497,14 +566,20 @@ def stable_hash(value: Any) -> str:
 
 
 def expert_fingerprint(config: RunConfig, dataset_fingerprint: str) -> str:
-    """Sixteen hex digits shared by all runs that can use the same experts, and by no others."""
+    """Sixteen hex digits shared by all runs that can use the same experts, and by no others.
+
+    Raises:
+        ValueError: the configuration is not resolved, see `RunConfig.resolved`.
+    """
+    if config.network.depth is None:
+        raise ValueError(_UNRESOLVED)
     recipe = config.experts.model_dump(exclude={"count", "keep_epochs", "test_every"})
     if config.experts.optimiser == "sgd":
         recipe = {name: value for name, value in recipe.items() if name not in ("rho", "alpha", "adaptive")}
     return stable_hash(
         {
             "dataset": dataset_fingerprint,
-            "normalisation": config.dataset.normalisation,
+            "normalisation": config.dataset.kind,
             "network": config.network.model_dump(),
             "experts": recipe,
             "seed": config.seed,

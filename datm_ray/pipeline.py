@@ -33,7 +33,7 @@ from datm_ray.core.networks import build_network, require_maps
 from datm_ray.core.parameters import FlatNetwork
 from datm_ray.data.dataset import Dataset, prepare
 from datm_ray.data.sources import RawDataset, load_raw
-from datm_ray.data.transform import Transform
+from datm_ray.data.transform import FitCost, Transform
 from datm_ray.errors import (
     ClusterError,
     ConfigError,
@@ -112,7 +112,6 @@ class Pipeline:
             alone: whether one process will do all the work.
             asked: how networks to score on were asked for, where a recipe's `evaluate.networks` did not name them.
         """
-        self.configs = list(configs)
         self._elsewhere, self._alone = elsewhere, alone
         self._asked = asked or {}
         self.out = open_location(out)
@@ -120,17 +119,17 @@ class Pipeline:
         self.store_uri = open_location(store).uri if store else (self.out / "experts").uri
         self._raw: dict[DatasetConfig, RawDataset] = {}
         self._prepared: dict[DatasetConfig, Dataset] = {}
-        require_together(self.configs)
+        require_together(configs)
+        self._log_to = configs[0].cluster.log_to
         self._log = Logger()
         require_logger(self._log_to, self.out)
-        for config in self.configs:
+        for config in configs:
             self._check_precision(config)
+        self.configs = [self._read(config) for config in configs]
+        """The runs, resolved: no normalisation is auto and no depth null."""
+        for config in self.configs:
             self._check_folder(config)
             self._check_data(config)
-
-    @property
-    def _log_to(self) -> str:
-        return self.configs[0].cluster.log_to
 
     def plan(self) -> list[str]:
         """What is left to do, a line for each stage that has something to do.
@@ -158,11 +157,15 @@ class Pipeline:
     def data_lines(self) -> list[str]:
         """What was understood of each data set, a line each."""
         lines = []
-        for raw in self._raw.values():
+        for raw in dict.fromkeys(self._raw.values()):
             height, width = raw.size
             parts = (("training", raw.train), ("validation", raw.validation), ("test", raw.test))
             counts = ", ".join(f"{len(images):,} {name}" for name, images in parts)
             lines.append(f"{raw.name}: {raw.classes} classes, {counts} images of {raw.channels}x{height}x{width}")
+        for dataset, raw in self._raw.items():
+            cost = FitCost.of(dataset.kind, (raw.channels, *raw.size))
+            if cost.minutes >= 1 and self._group_with_transform(dataset) is None:
+                lines.append(f"{raw.name}: fitting zca takes {cost}, once")
         return lines
 
     def run_all(self, start: Callable[[], Executor], reporter: Reporter) -> None:
@@ -431,8 +434,8 @@ class Pipeline:
             raw = self._raw[config.dataset]
             self._prepared[config.dataset] = prepare(
                 raw,
-                config.dataset.normalisation,
-                self._stored_transform(config),
+                config.dataset.kind,
+                self._stored_transform(config.dataset),
                 device="cuda" if torch.cuda.is_available() else "cpu",
             )
         return self._prepared[config.dataset]
@@ -440,12 +443,17 @@ class Pipeline:
     def _prepared_dataset(self, dataset: DatasetConfig) -> Dataset:
         return self._dataset(next(config for config in self.configs if config.dataset == dataset))
 
-    def _stored_transform(self, config: RunConfig) -> Transform | None:
-        group = self._group(config)
-        if not group.has_transform():
+    def _stored_transform(self, dataset: DatasetConfig) -> Transform | None:
+        group = self._group_with_transform(dataset)
+        if group is None:
             return None
         stored = group.read_transform()
         return Transform.from_arrays(stored.arrays, stored.metadata)
+
+    def _group_with_transform(self, dataset: DatasetConfig) -> ExpertGroup | None:
+        """A group of experts that has the data set's transform, of any network of the runs; None if none has it."""
+        groups = (self._group(each) for each in self._networks() if each.dataset == dataset)
+        return next((group for group in groups if group.has_transform()), None)
 
     def _earlier(self, config: RunConfig) -> RunConfig | None:
         """The run as an earlier command has written it into its folder."""
@@ -462,10 +470,21 @@ class Pipeline:
                 f"{(self._folder(config) / RECIPE).uri} as the recipe",
             )
 
+    def _read(self, config: RunConfig) -> RunConfig:
+        """Read the run's images, unless another run has; the run, resolved for their size."""
+        d = config.dataset
+        alike = (
+            raw for each, raw in self._raw.items() if each.model_copy(update={"normalisation": d.normalisation}) == d
+        )
+        raw = next(alike, None)
+        if raw is None:
+            copies = 1 if self._alone else 2  # Ray's object store has one of its own
+            raw = load_raw(d.source, d.path, resize=d.resize, validation=d.validation, copies=copies)
+        config = config.resolved(raw.size)
+        self._raw[config.dataset] = raw
+        return config
+
     def _check_data(self, config: RunConfig) -> None:
-        if config.dataset not in self._raw:
-            d = config.dataset
-            self._raw[d] = load_raw(d.source, d.path, resize=d.resize, validation=d.validation)
         raw = self._raw[config.dataset]
         note = self._folder(config) / DATA
         if note.exists() and _read_note(note)["fingerprint"] != raw.fingerprint:
@@ -483,6 +502,8 @@ class Pipeline:
             )
         require_whole_classes(config.cluster.shards, raw.classes, raw.name)
         self._check_networks(config)
+        if self._group_with_transform(config.dataset) is None:
+            FitCost.of(config.dataset.kind, (raw.channels, *raw.size)).require_memory()
         strategies = [config.experts.augmentation, config.distill.augmentation, config.evaluate.augmentation]
         for strategy in (*strategies, *(each.experts.augmentation for each in config.each_auxiliary())):
             parse_strategy(strategy)
@@ -501,8 +522,9 @@ class Pipeline:
                     "MetaDD compares what different architectures see",
                     "give another one, such as {architecture: resnet18}",
                 )
+        asked = {network.resolved(self._raw[config.dataset].size): name for network, name in self._asked.items()}
         for number, network in enumerate(config.evaluate.networks):
-            self._check_network(config, network, self._asked.get(network, f"evaluate.networks.{number}"))
+            self._check_network(config, network, asked.get(network, f"evaluate.networks.{number}"))
 
     def _check_network(
         self, config: RunConfig, network: NetworkConfig, key: str, *, has_maps: bool = False

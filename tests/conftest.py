@@ -91,8 +91,9 @@ def tiny() -> RunConfig:
 
 
 def tiny_config(*changes: str) -> RunConfig:
-    """The tiny run with some values changed."""
-    return override(get_recipe("digits-ipc1"), ["name=tiny", *TINY, *changes])
+    """The tiny run with some values changed, resolved for its images as the pipeline would."""
+    config = override(get_recipe("digits-ipc1"), ["name=tiny", *TINY, *changes])
+    return config.resolved((config.dataset.resize or 8,) * 2)
 
 
 @pytest.fixture(scope="session")

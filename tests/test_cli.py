@@ -92,6 +92,13 @@ BAD_INPUT = {
         "absent",
     ),
     "path for digits": (["run", "digits-ipc1", "--set", "dataset.path=absent"], "take no dataset.path"),
+    **{
+        f"images beyond memory, {' '.join(command)}": (
+            [*command, "digits-ipc1", "--set", "dataset.resize=9000"],
+            "of 1x9000x9000 need",
+        )
+        for command in (["plan"], ["run"], ["run", "--dry-run"], ["experts"], ["distill"], ["evaluate"])
+    },
     "reserved name": (["run", "digits-ipc1", "--set", "name=experts"], "choose another name"),
     "name of a logger's folder": (["run", "digits-ipc1", "--set", "name=tensorboard"], "choose another name"),
     "folder is a file": (["run", "digits-ipc1", "--out", "/dev/null/runs"], "/dev/null is not a folder"),
@@ -322,6 +329,7 @@ def test_a_plan_is_a_table_of_parts_and_needs_no_data(datm_ray: CommandLine, tmp
     for part in ("synthetic set", "trace", "one micro-batch", "training images", "TFLOP an iteration", "expert store"):
         assert out.count(part) == 2
     assert out.count("of 3.00 GiB") == 2
+    assert out.count("fitting zca      0.4 GiB of memory, once for each data set") == 1  # digits are not whitened
     assert files_below(tmp_path) == []
 
 
@@ -352,6 +360,7 @@ def test_a_plan_for_a_cluster_suggests_a_layout_that_can_be_asked_for(datm_ray: 
     again = datm_ray("plan", "tiny-imagenet-ipc50", "--data-shape", "3x64x64,1000,1281167", *shlex.split(command))
     assert again[0] == 0, again[2]
     assert "on the clock" in out
+    assert "fitting zca      5.6 GiB of memory and about 32 minutes on two CPU cores" in out
     for told in (again[1], out):
         assert "GPU-hours" in told
         assert " 50,000\n" in told

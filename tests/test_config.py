@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from datm_ray.config import (
+    DatasetConfig,
     NetworkConfig,
     RunConfig,
     expert_fingerprint,
@@ -53,7 +54,10 @@ def refusal(text: str | bytes, folder: Path) -> str:
         ("experts: {learning_rate: yes}", "experts.learning_rate is True: input should be a valid number"),
         ("distill:", "distill is None: input should be a section of keys and values"),
         ("distill: [1]", "distill is [1]: input should be a section of keys and values"),
-        ("dataset: {normalisation: ZCA}", "dataset.normalisation is 'ZCA': input should be 'zca' or 'standard'"),
+        (
+            "dataset: {normalisation: ZCA}",
+            "dataset.normalisation is 'ZCA': input should be 'auto', 'zca' or",
+        ),
         ("name: my run", "name is 'my run': string should match pattern '^[A-Za-z0-9]"),
         ("name: ../x", "name is '../x'"),
         ("seed: -1", "seed is -1: input should be greater than or equal to 0"),
@@ -248,13 +252,14 @@ def test_stable_hash_has_its_pinned_value() -> None:
 )
 def test_expert_fingerprint_changes_with_what_experts_depend_on(change: str) -> None:
     """Experts of different settings never share a folder."""
-    base = RunConfig()
+    base = RunConfig().resolved((32, 32))
     assert expert_fingerprint(override(base, [change]), "d") != expert_fingerprint(base, "d")
 
 
 def test_expert_fingerprint_changes_with_the_data() -> None:
     """The data set's own fingerprint is part of it."""
-    assert expert_fingerprint(RunConfig(), "d") != expert_fingerprint(RunConfig(), "e")
+    config = RunConfig().resolved((32, 32))
+    assert expert_fingerprint(config, "d") != expert_fingerprint(config, "e")
 
 
 @pytest.mark.parametrize(
@@ -262,8 +267,53 @@ def test_expert_fingerprint_changes_with_the_data() -> None:
 )
 def test_runs_share_experts_that_do_not_depend_on_what_differs(change: str) -> None:
     """More experts or another synthetic set reuse those already trained."""
-    base = RunConfig()
+    base = RunConfig().resolved((32, 32))
     assert expert_fingerprint(override(base, [change]), "d") == expert_fingerprint(base, "d")
+
+
+def test_runs_and_experts_from_before_the_size_decided_are_found_again() -> None:
+    """A run without normalisation and depth is the run that names them, with the fingerprints of earlier versions."""
+    networks = "backbones=[{network: {width: 64}}]", "metadd={auxiliaries: [{architecture: lenet}]}"
+    scored = "evaluate.networks=[{architecture: mlp}, {width: 8}]"
+    before = override(RunConfig(), [*networks, scored, "dataset.normalisation=zca", "network.depth=3"])
+    before = override(before, ["backbones=[{network: {width: 64, depth: 3}}]"])
+    before = override(before, ["metadd={auxiliaries: [{architecture: lenet, depth: 3}]}"])
+    before = override(before, ["evaluate.networks=[{architecture: mlp, depth: 3}, {width: 8, depth: 3}]"])
+    now = override(RunConfig(), [*networks, scored]).resolved((32, 32))
+    assert now == before == before.resolved((64, 64))
+    assert now.identity() == before.identity()
+    assert load_recipe_of_run(to_yaml(now), "recipe.yaml") == before
+    assert expert_fingerprint(RunConfig().resolved((32, 32)), "d") == "e4846a6253ab6d5c"
+    auxiliary = get_recipe("tiny-imagenet-metadd-ipc50").resolved((64, 64)).each_auxiliary()[0]
+    assert expert_fingerprint(auxiliary, "d") == "6b9292582ef83b87"
+
+
+def test_experts_have_no_fingerprint_before_the_size_of_images_is_known() -> None:
+    """The experts of one unresolved configuration would be different networks on different data."""
+    for change in ("network.depth=null", "dataset.normalisation=auto"):
+        config = override(RunConfig().resolved((32, 32)), [change])
+        with pytest.raises(ValueError, match=r"RunConfig\.resolved first"):
+            expert_fingerprint(config, "d")
+
+
+def test_the_size_of_images_decides_normalisation_and_depth() -> None:
+    """At every size of a packaged recipe as it has them, and at the other published sizes; what is given stays."""
+    depths = {(s, s): d for s, d in {8: 2, 16: 2, 28: 3, 32: 3, 48: 4, 64: 4, 96: 5, 128: 5, 224: 6}.items()}
+    for size, depth in {**depths, (4, 4): 2, (23, 99): 2, (99, 24): 3}.items():
+        assert NetworkConfig().resolved(size).depth == depth, size
+        assert NetworkConfig(architecture="mlp").resolved(size).depth == 3
+        assert NetworkConfig(depth=1).resolved(size).depth == 1
+        kind = "zca" if max(size) <= 64 or size == (23, 99) or size == (99, 24) else "standard"
+        assert DatasetConfig().resolved(size).kind == kind, size
+        assert DatasetConfig(normalisation="zca").resolved(size).kind == "zca"
+
+
+def test_auxiliaries_that_become_the_same_network_are_refused() -> None:
+    """Where the size of the images gives one the depth that the other names."""
+    config = override(RunConfig(), ["metadd={auxiliaries: [{width: 8}, {width: 8, depth: 4}]}"])
+    config.resolved((32, 32))
+    with pytest.raises(ConfigError, match=r"metadd\.auxiliaries\.1 is there already"):
+        config.resolved((64, 64))
 
 
 def test_safe_loader_of_others_is_untouched() -> None:

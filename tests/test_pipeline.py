@@ -18,7 +18,7 @@ import torch
 
 from datm_ray import cli, pipeline as pipeline_module
 from datm_ray.artifact import Artifact, load
-from datm_ray.config import RunConfig, to_yaml
+from datm_ray.config import RunConfig, override, to_yaml
 from datm_ray.core.synthetic import random_rows
 from datm_ray.errors import (
     ClusterError,
@@ -246,6 +246,53 @@ def test_more_networks_can_be_scored_on_a_finished_run(tmp_path: Path) -> None:
     run_all(tiny_config("evaluate.seeds=1"), tmp_path)
     pipeline = Pipeline([tiny_config("evaluate.seeds=2")], str(tmp_path))
     assert [line.split()[0] for line in pipeline.plan()] == ["0", "0", "4"]
+
+
+def test_whitening_that_does_not_fit_is_refused_unless_it_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is written, with the options that help; what the store has costs nothing, for any network."""
+    white = tiny_config("dataset.normalisation=zca", "experts.count=1")
+    pipeline = Pipeline([white], str(tmp_path / "done"))
+    with monkeypatch.context() as scarce:
+        scarce.setattr("datm_ray.data.transform.available_memory", lambda: 40 * 64**2 - 1)
+        message = r"zca to images of 1x8x8 takes .* is free\..*dataset\.normalisation=standard.*dataset\.resize"
+        with pytest.raises(DatasetError, match=message):
+            Pipeline([white], str(tmp_path / "out"))
+        with pytest.raises(DatasetError, match=message):
+            pipeline._dataset(white)
+        Pipeline([tiny_config()], str(tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
+    transform = pipeline._dataset(white).transform
+    pipeline._group(white).write_transform(transform.to_arrays(), transform.to_metadata())
+    monkeypatch.setattr("datm_ray.data.transform.available_memory", lambda: 0)
+    other = tiny_config("dataset.normalisation=zca", "network.width=8", "name=other")
+    again = Pipeline([other, white], str(tmp_path / "done"))
+    assert again._dataset(other).transform.fingerprint == transform.fingerprint
+
+
+def test_whitening_that_takes_minutes_is_planned(tmp_path: Path) -> None:
+    """With its memory and its time, until it is stored; a standard transform takes next to nothing."""
+    plain = tiny_config("dataset.resize=64")
+    white = override(plain, ["dataset.normalisation=auto"])
+    _, line = Pipeline([white], str(tmp_path)).data_lines()
+    assert line == "digits: fitting zca takes 0.6 GiB of memory and about 1.2 minutes on two CPU cores, once"
+    assert len(Pipeline([plain], str(tmp_path)).data_lines()) == 1
+
+
+def test_runs_are_resolved_for_the_size_of_their_images(tmp_path: Path) -> None:
+    """Everything that is written names the normalisation and the depth, and the run is found under either recipe."""
+    config = override(tiny_config("experts.count=1"), ["dataset.normalisation=auto", "network.depth=null"])
+    named = tiny_config("dataset.normalisation=zca", "network.depth=2", "experts.count=1")
+    pipeline = Pipeline([config], str(tmp_path))
+    pipeline.train_experts(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    recipe = (tmp_path / "tiny/recipe.yaml").read_text()
+    assert "normalisation: zca " in recipe
+    assert "depth: 2 " in recipe
+    for each in (config, named):
+        assert Pipeline([each], str(tmp_path)).plan()[0] == "0 experts to train"
+    with pytest.raises(RunDirectoryError, match=r"dataset\.normalisation \('zca' there, 'standard' here\)"):
+        Pipeline([override(config, ["dataset.normalisation=standard"])], str(tmp_path))
 
 
 def test_changed_images_under_a_finished_run_are_noticed(finished_run: Path, tmp_path: Path) -> None:

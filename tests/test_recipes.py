@@ -60,7 +60,7 @@ def test_setting_around_it_is_the_published_one(name: str) -> None:
     config = get_recipe(name)
     source, ipc = name.rsplit("-ipc", 1)
     assert (config.dataset.source, config.distill.ipc) == (source, int(ipc))
-    assert config.dataset.normalisation == "zca"
+    assert config.resolved(data_shape(config.dataset).image[1:]).dataset.normalisation == "zca"
     assert (config.network.architecture, config.network.width, config.network.norm) == ("convnet", 128, "instance")
     assert config.network.depth == (4 if source == "tiny-imagenet" else 3)
     experts = config.experts
@@ -68,6 +68,16 @@ def test_setting_around_it_is_the_published_one(name: str) -> None:
     assert (experts.learning_rate, experts.momentum, experts.weight_decay) == (0.01, 0, 0)
     assert experts.augmentation == config.evaluate.augmentation == "color_crop_cutout_flip_scale_rotate"
     assert (config.evaluate.protocol, config.evaluate.seeds) == ("published", 5)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_have_the_normalisation_and_depth_that_their_images_would_give(name: str) -> None:
+    """So that the rule is the published practice; digits alone are small enough to differ, and are not whitened."""
+    config = get_recipe(name)
+    size = data_shape(config.dataset).image[1:]
+    assert config.network == config.network.model_copy(update={"depth": None}).resolved(size)
+    if config.dataset.source != "digits":
+        assert config.resolved(size).dataset.kind == "zca"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

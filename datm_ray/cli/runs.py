@@ -118,7 +118,8 @@ def plan(
         machine = machine_of(
             here, precision=config.cluster.precision, threads=config.cluster.threads_per_worker, product=product
         )
-        known = shape or shape_of(config.dataset)
+        known = shape or shape_of(config.dataset, here=described is None)
+        config = config.resolved(known.image[1:])
         if described is None:
             found = as_it_is(config, known, Layout.of(config, wanted), here, machine)
         else:

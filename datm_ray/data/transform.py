@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from datm_ray.errors import CorruptFileError, DatasetError
+from datm_ray.memory import available_memory
 
 Kind = Literal["zca", "standard"]
 Floats = NDArray[np.float32]
@@ -297,6 +298,46 @@ def _shared(array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(plain)
 
 
+@dataclass(frozen=True)
+class FitCost:
+    """What fitting a transform takes, beside the images."""
+
+    kind: Kind
+    shape: tuple[int, int, int]
+    """Channels, height and width of the images."""
+    size: int
+    """Bytes of memory at the peak; 0 for `standard`, which takes next to nothing."""
+    minutes: float
+    """On two CPU cores. A GPU takes less."""
+
+    @classmethod
+    def of(cls, kind: Kind, shape: tuple[int, int, int]) -> FitCost:
+        """Cost for images of that shape, by a rule that was measured at 32x32 RGB: 0.4 GB, half a minute.
+
+        `zca` holds five matrices [d d] of float64 while it decomposes one of them, d = c * h * w, in time O(d^3).
+        """
+        values = math.prod(shape)
+        return cls(kind, shape, 40 * values**2, 0.5 * (values / 3072) ** 3) if kind == "zca" else cls(kind, shape, 0, 0)
+
+    def __str__(self) -> str:
+        size = f"{self.size / 2**30:,.1f} GiB of memory"
+        if self.minutes < 1:
+            return size
+        time = f"{self.minutes / 60:,.1f} hours" if self.minutes >= 100 else f"{self.minutes:.2g} minutes"
+        return f"{size} and about {time} on two CPU cores"
+
+    def require_memory(self) -> None:
+        """Raise a `DatasetError` if fitting takes more memory than is free."""
+        free = available_memory()
+        if self.size > free:
+            raise DatasetError(
+                f"fitting zca to images of {'x'.join(map(str, self.shape))} takes {self}, and "
+                f"{free / 2**30:,.1f} GiB is free",
+                "Whitening has a row and a column for every value of an image",
+                "Use --set dataset.normalisation=standard, or a smaller dataset.resize",
+            )
+
+
 def fit_transform(
     kind: Kind,
     images: NDArray[np.uint8],  # [n c h w]
@@ -307,12 +348,12 @@ def fit_transform(
 ) -> Transform:
     """The normalisation of these training images, with x = images / levels.
 
-    `zca` costs O(n d^2 + d^3) and at its peak about 5 d^2 float64 numbers: 0.4 GB for 32x32 RGB, 6 GB for
-    64x64. `device` is where torch decomposes the covariance: half a minute on two cores for 32x32 RGB, 64 times
-    that for 64x64, which is worth a GPU. A channel without any variation is only centred by `standard`.
+    `zca` costs O(n d^2 + d^3), see `FitCost`. `device` is where torch decomposes the covariance, which is worth a GPU
+    from 64x64 RGB. A channel without any variation is only centred by `standard`.
 
     Raises:
-        DatasetError: the kind is unknown, eps is not positive, or there are fewer than two images.
+        DatasetError: the kind is unknown, eps is not positive, there are fewer than two images, or memory does not
+            suffice.
     """
     if kind not in ("zca", "standard"):
         raise DatasetError(f"unknown normalisation {kind!r}", remedy="Use 'zca' or 'standard'")
@@ -320,6 +361,7 @@ def fit_transform(
         raise DatasetError(
             f"a set of {len(images)} image(s) is too small to fit a {kind} transform", remedy="Use two or more"
         )
+    FitCost.of(kind, _image_shape(images)).require_memory()
     return _fit_zca(images, levels, eps, device) if kind == "zca" else _fit_standard(images, levels)
 
 

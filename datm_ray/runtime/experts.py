@@ -45,7 +45,7 @@ from datm_ray.store.trajectories import ExpertGroup, TrajectoryInfo, TrajectoryS
 
 def network_spec(config: RunConfig, channels: int, size: tuple[int, int], classes: int) -> NetworkSpec:
     """The backbone of a run, for images of that shape."""
-    return NetworkSpec(channels=channels, size=size, classes=classes, **config.network.model_dump())
+    return NetworkSpec(channels=channels, size=size, classes=classes, **config.network.resolved(size).model_dump())
 
 
 def expert_group(store_uri: str, config: RunConfig, dataset: str, dataset_fingerprint: str) -> ExpertGroup:

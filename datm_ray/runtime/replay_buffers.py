@@ -89,7 +89,7 @@ def import_replay_buffers(files: Sequence[str], config: RunConfig, store_uri: st
     """
     d = config.dataset
     raw = load_raw(d.source, d.path, resize=d.resize, validation=d.validation)
-    networks = [_Network(backbone, raw, store_uri) for backbone in config.each_backbone()]
+    networks = [_Network(backbone, raw, store_uri) for backbone in config.resolved(raw.size).each_backbone()]
     locations = [open_location(file) for file in files]
     for location in locations:  # all of them, before anything is written
         for position, trajectory in enumerate(_read(location)):
@@ -213,7 +213,7 @@ class _Network:
     def _store_transform(self) -> None:
         if not self._group.has_transform():
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            train, kind = self._raw.train.images, self._config.dataset.normalisation
+            train, kind = self._raw.train.images, self._config.dataset.kind
             transform = fit_transform(kind, train, self._raw.levels, device=device)
             self._group.write_transform(transform.to_arrays(), transform.to_metadata())
 

@@ -23,6 +23,7 @@ from datm_ray.core.metadd import IMAGES_AT_A_TIME
 from datm_ray.core.networks import NetworkSpec, build_network
 from datm_ray.core.parameters import FlatNetwork, float_buffers
 from datm_ray.core.training import PROTOCOLS, validation_protocol
+from datm_ray.data.transform import FitCost
 from datm_ray.errors import ConfigError
 from datm_ray.runtime.cost import (
     Described,
@@ -166,7 +167,7 @@ def storage(config: RunConfig, shape: DataShape) -> Storage:
 def transform_bytes(config: RunConfig, shape: DataShape) -> int:
     """Of a data set's normalisation: whitening has eigenvectors, each with a value for every value of an image."""
     values = math.prod(shape.image)
-    return 4 * values * (values + 3) if config.dataset.normalisation == "zca" else 8 * shape.image[0]
+    return 4 * values * (values + 3) if config.dataset.resolved(shape.image[1:]).kind == "zca" else 8 * shape.image[0]
 
 
 def _row(config: RunConfig, shape: DataShape, role: Role, plans: Sequence[DistillationPlan]) -> Row:
@@ -281,6 +282,11 @@ class Proposal:
                 f"checkpoint {size_in_words(kept.checkpoint)} (twice while one replaces another)",
             ),
         ]
+        fitting = FitCost.of(self.config.dataset.resolved(self.shape.image[1:]).kind, self.shape.image)
+        if fitting.size:
+            rows.insert(
+                -1, ("fitting zca", f"{fitting}, once for each data set, by the process that starts the workers")
+            )
         if suggested:
             clock = ", ".join(f"{stage} {show_number(hours)}" for stage, hours in told.wall.items())
             rows += [
