@@ -43,14 +43,13 @@ from datm_ray.runtime.executor import (
     Finished,
     Note,
     Progress,
-    Seat,
     prepare_device,
     require_precision,
     to_device,
 )
 from datm_ray.runtime.expert_networks import ExpertNetworks
 from datm_ray.runtime.experts import network_spec
-from datm_ray.runtime.mesh import Mesh, open_mesh
+from datm_ray.runtime.mesh import Mesh, Seat, open_mesh
 from datm_ray.runtime.metadd import Onlookers
 from datm_ray.runtime.metrics import Meter
 from datm_ray.runtime.plan import Layout, distillation_plan

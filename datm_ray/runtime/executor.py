@@ -83,18 +83,6 @@ Event = Progress | Finished | Lost | Failed | Resized | Note
 
 
 @dataclass(frozen=True)
-class Seat:
-    """The place of one worker among those that do a task together."""
-
-    rank: int
-    """0 ... size - 1; the events of rank 0 are the task's."""
-    size: int
-    """Workers of the task."""
-    meeting: str
-    """host:port at which rank 0 waits for the others."""
-
-
-@dataclass(frozen=True)
 class Task:
     """One call of a worker's method."""
 

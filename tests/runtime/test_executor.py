@@ -25,13 +25,12 @@ from datm_ray.runtime.executor import (
     Note,
     Progress,
     Resized,
-    Seat,
     SerialExecutor,
     Task,
     prepare_device,
     uses_gpu,
 )
-from datm_ray.runtime.mesh import open_mesh
+from datm_ray.runtime.mesh import Seat, open_mesh
 
 
 class Squarer:
