@@ -13,19 +13,16 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from facts import common_facts, head, result_path, save
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from published_experts import Epochs, loader_epochs
+from published_matching import AUGMENTATION
+from torch import Tensor
 
-from datm_ray.config import PUBLISHED_AUGMENTATION
-from datm_ray.core.augment import augment, draw_augmentation
 from datm_ray.core.experts import (
     ExpertFunctions,
     ExpertSchedule,
@@ -35,7 +32,6 @@ from datm_ray.core.experts import (
     train_experts,
 )
 from datm_ray.core.networks import NetworkSpec, build_network
-from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.training import predict_logits
 
 HEADER = """One expert's epoch on random tensors of fixed seeds; ConvNet, instance normalisation, mean pooling.
@@ -47,9 +43,6 @@ HEADER = """One expert's epoch on random tensors of fixed seeds; ConvNet, instan
   loader's seconds to the method's in the same turn; median (smallest to largest).
 - experts an hour: of one process, for so many epochs each.
 - first epoch: of the whole stack, with compilation, where there is any."""
-
-Epochs = Iterator[None]
-"""Trains one epoch for every step of the iteration."""
 
 
 @dataclass(frozen=True)
@@ -84,55 +77,11 @@ def images_of(shape: Shape, count: int, device: str) -> tuple[Tensor, Tensor]:
     return images.to(device), torch.randint(shape.spec.classes, (count,), generator=draw).to(device)
 
 
-def loader_epochs(shape: Shape, device: str, *, test_pass: bool) -> Epochs:
+def published_epochs(shape: Shape, device: str, *, test_pass: bool) -> Epochs:
     """The published loop."""
     network = build_network(shape.spec, 0).to(device)
-    images, labels = images_of(shape, shape.images, device)
-    loader = DataLoader(TensorDataset(images, labels), shape.batch, shuffle=True)
-    test = DataLoader(TensorDataset(*images_of(shape, shape.test_images, device)), shape.batch)
-    optimiser = torch.optim.SGD(network.parameters(), 0.01)
-    epoch = 0
-    while True:
-        for batch, (x, y) in enumerate(loader):
-            draw = generator(0, Purpose.TRAINING_AUGMENTATION, epoch, batch)
-            inputs = augment(x, draw_augmentation(shape.augmentation, len(x), draw))
-            (gsam_step if shape.gsam else sgd_step)(network, inputs, y, optimiser)
-        if test_pass:
-            with torch.no_grad():
-                for x, y in test:
-                    float((network(x).argmax(dim=1) == y).float().mean())
-        _ = [parameter.detach().cpu().clone() for parameter in network.parameters()]
-        epoch += 1
-        yield
-
-
-def sgd_step(network: nn.Module, x: Tensor, y: Tensor, optimiser: torch.optim.Optimizer) -> None:
-    """Forward, backward, step."""
-    loss = cross_entropy(network(x), y)
-    optimiser.zero_grad()
-    loss.backward()
-    optimiser.step()
-
-
-def gsam_step(network: nn.Module, x: Tensor, y: Tensor, optimiser: torch.optim.Optimizer) -> None:
-    """Layer by layer, as the published code."""
-    layers = list(network.parameters())
-    gradient = torch.autograd.grad(cross_entropy(network(x), y), layers)
-    pairs = list(zip(layers, gradient, strict=True))
-    length = torch.stack([(w.detach().abs() * g).norm() for w, g in pairs]).norm()
-    moves = [w.detach().square() * g * (0.01 / (length + 1e-12)) for w, g in pairs]
-    with torch.no_grad():
-        for w, e in zip(layers, moves, strict=True):
-            w.add_(e)
-    sharp = torch.autograd.grad(cross_entropy(network(x), y), layers)
-    norms = [torch.stack([part.norm() for part in parts]).norm() for parts in (gradient, sharp)]
-    inner = torch.stack([(g * s).sum() for g, s in zip(gradient, sharp, strict=True)]).sum()
-    cosine = inner / (norms[0] * norms[1] + 1e-12)
-    with torch.no_grad():
-        for w, e, g, s in zip(layers, moves, gradient, sharp, strict=True):
-            w.sub_(e)
-            w.grad = s - 0.3 * (g - cosine * norms[0] * s / (norms[1] + 1e-12))
-    optimiser.step()
+    train, test = (images_of(shape, count, "cpu") for count in (shape.images, shape.test_images))
+    return loader_epochs(network, train, test if test_pass else None, shape.batch, shape.augmentation, gsam=shape.gsam)
 
 
 def our_epochs(shape: Shape, device: str, stacked: int, *, compile_: bool, test_pass: bool = False) -> Epochs:
@@ -157,8 +106,8 @@ def our_epochs(shape: Shape, device: str, stacked: int, *, compile_: bool, test_
 def methods_of(shape: Shape, device: str, stacks: list[int]) -> list[Method]:
     """In the order of the table; the first is what the others are compared with."""
     methods = [
-        Method("loader", 1, loader_epochs(shape, device, test_pass=False)),
-        Method("loader + test pass", 1, loader_epochs(shape, device, test_pass=True)),
+        Method("loader", 1, published_epochs(shape, device, test_pass=False)),
+        Method("loader + test pass", 1, published_epochs(shape, device, test_pass=True)),
         Method("ours, 1, uncompiled", 1, our_epochs(shape, device, 1, compile_=False)),
     ]
     methods += [Method(f"ours, {size}", size, our_epochs(shape, device, size, compile_=True)) for size in stacks]
@@ -227,11 +176,11 @@ def shapes(quick: bool, device: str) -> list[tuple[Shape, list[int]]]:
     return [
         (digits, [1, 6, 8]),
         (
-            Shape("CIFAR, SGD", cifar_spec, images, test_images, 256, PUBLISHED_AUGMENTATION, cores, 100),
+            Shape("CIFAR, SGD", cifar_spec, images, test_images, 256, AUGMENTATION, cores, 100),
             [1, 4, 16] if cuda else [1],
         ),
         (
-            Shape("CIFAR, GSAM", cifar_spec, images, test_images, 256, PUBLISHED_AUGMENTATION, cores, 100, gsam=True),
+            Shape("CIFAR, GSAM", cifar_spec, images, test_images, 256, AUGMENTATION, cores, 100, gsam=True),
             [1, 8] if cuda else [1],
         ),
     ]

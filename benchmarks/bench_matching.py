@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from facts import common_facts, head, result_path, save, status
+from published_matching import AUGMENTATION, Gradient, Problem, make_problem, tesla, unrolling
 from torch import Tensor
 
-from datm_ray.config import PUBLISHED_AUGMENTATION
-from datm_ray.core.augment import augment
 from datm_ray.core.footprint import flop
-from datm_ray.core.matching import StudentStep, draw_student_steps, identity, matching_gradient
-from datm_ray.core.networks import NetworkSpec, build_network
-from datm_ray.core.parameters import FlatNetwork, flatten
-from datm_ray.core.step_functions import Order, Precision, StepOptions, StudentStepFunctions, soft_cross_entropy
+from datm_ray.core.matching import identity, matching_gradient
+from datm_ray.core.networks import NetworkSpec
+from datm_ray.core.parameters import FlatNetwork
+from datm_ray.core.step_functions import Order, Precision, StepOptions, StudentStepFunctions
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.memory import available_memory
 
@@ -74,6 +73,12 @@ class Shape:
     reference: tuple[int, int]
     """Images and steps of the problem on which errors are measured."""
 
+    @property
+    def spec(self) -> NetworkSpec:
+        """The ConvNet."""
+        channels, *size = self.image
+        return NetworkSpec("convnet", channels, (size[0], size[1]), self.classes, width=self.width, depth=self.depth)
+
 
 @dataclass(frozen=True)
 class Method:
@@ -104,82 +109,6 @@ class Method:
         ]
         chosen = [v for v in variants if v and v != "1 shards"]
         return f"{self.name} ({', '.join(chosen)})" if chosen else self.name
-
-
-@dataclass(frozen=True)
-class Problem:
-    """The arguments of a matching gradient."""
-
-    network: FlatNetwork
-    start: Tensor
-    target: Tensor
-    synthetic: SyntheticSet
-    steps: list[StudentStep]
-
-
-Gradient = tuple[float, tuple[Tensor, Tensor, Tensor]]
-"""Loss, and its gradient in images, soft labels and step size."""
-
-
-def make_problem(method: Method, batch: int, steps: int, dtype: torch.dtype, seed: int = 0) -> Problem:
-    """The problem of a shape: the same numbers in every process and precision; the target lies at distance 1."""
-    shape = method.shape
-    spec = NetworkSpec("convnet", shape.image[0], shape.image[1:], shape.classes, width=shape.width, depth=shape.depth)
-    module = build_network(spec, seed)
-    draw = torch.Generator().manual_seed(seed)
-    start = flatten(module)
-    way = torch.randn(start.shape, generator=draw)
-    images = torch.randn(batch, *shape.image, generator=draw)
-    soft_labels = torch.randn(batch, shape.classes, generator=draw)
-    there = {"device": method.device, "dtype": dtype}
-    labels = torch.arange(batch, device=method.device) % shape.classes
-    synthetic = SyntheticSet(images.to(**there), soft_labels.to(**there), torch.tensor([0.01]).to(**there), labels)
-    drawn = draw_student_steps(batch, steps, batch, method.strategy, seed=0, iteration=0)
-    start, target = start.to(**there), (start + way / way.norm()).to(**there)
-    return Problem(FlatNetwork(module.to(**there)), start, target, synthetic, drawn)
-
-
-def step_loss(problem: Problem, theta: Tensor, learned: Sequence[Tensor], step: StudentStep) -> Tensor:
-    """The student's loss on one minibatch."""
-    rows = torch.from_numpy(step.rows).to(theta.device)
-    x = augment(learned[0][rows], step.augmentation)
-    return soft_cross_entropy(
-        problem.network(theta, x), learned[1][rows], torch.full_like(x[:, 0, 0, 0], 1 / len(rows))
-    )
-
-
-def unrolling(problem: Problem) -> Gradient:
-    """Through the graph of all steps."""
-    synthetic = problem.synthetic
-    learned = [t.clone().requires_grad_() for t in (synthetic.images, synthetic.soft_labels, synthetic.step_sizes[0])]
-    theta = problem.start.clone().requires_grad_()
-    for step in problem.steps:
-        (g,) = torch.autograd.grad(step_loss(problem, theta, learned, step), theta, create_graph=True)
-        theta = theta - learned[2] * g
-    loss = (theta - problem.target).square().sum() / (problem.start - problem.target).square().sum()
-    images, soft_labels, step_size = torch.autograd.grad(loss, learned)
-    return float(loss.detach()), (images, soft_labels, step_size)
-
-
-def tesla(problem: Problem) -> Gradient:
-    """Step by step, as if no step's parameters depended on the images."""
-    synthetic = problem.synthetic
-    learned = [t.clone().requires_grad_() for t in (synthetic.images, synthetic.soft_labels)]
-    trace = [problem.start]
-    for step in problem.steps:
-        theta = trace[-1].detach().requires_grad_()
-        (g,) = torch.autograd.grad(step_loss(problem, theta, [t.detach() for t in learned], step), theta)
-        trace.append(trace[-1] - synthetic.step_sizes[0] * g)
-    gap, distance = trace[-1] - problem.target, (problem.start - problem.target).square().sum()
-    total = [torch.zeros_like(t) for t in (*learned, synthetic.step_sizes[0])]
-    for theta, step in zip(trace, problem.steps, strict=False):
-        theta = theta.detach().requires_grad_()
-        (g,) = torch.autograd.grad(step_loss(problem, theta, learned, step), theta, create_graph=True)
-        s = torch.dot(g, 2 * gap / distance)
-        for sum_, part in zip(total, torch.autograd.grad(s, learned), strict=False):
-            sum_ -= synthetic.step_sizes[0] * part
-        total[2] -= s.detach()
-    return float(gap.square().sum() / distance), (total[0], total[1], total[2])
 
 
 class Ours:
@@ -276,16 +205,17 @@ def child(request: dict[str, Any]) -> None:
 
 def answers_of(method: Method, request: dict[str, Any]) -> Any:
     """What a child reports: the warm-up, then each call."""
-    small = (*method.shape.reference, torch.float64 if method.name == "reference" else torch.float32)
+    shape, there = method.shape, {"device": method.device, "strategy": method.strategy}
     if method.name == "reference":
-        torch.save(unrolling(make_problem(method, *small))[1], request["reference"])
+        exact = unrolling(make_problem(shape.spec, *shape.reference, dtype=torch.float64, **there))
+        torch.save(exact[1], request["reference"])
         yield {"warm_up": 0.0}
         return
     if method.shards > 1:
         dist.init_process_group(
             "gloo", init_method=f"file://{request['meeting']}", rank=request["rank"], world_size=method.shards
         )
-    problem = make_problem(method, method.shape.batch, method.steps, torch.float32)
+    problem = make_problem(shape.spec, shape.batch, method.steps, **there)
     ours = Ours(method, problem.network, request["rank"]) if method.name == "ours" else None
     compute = ours or {"unrolling": unrolling, "tesla": tesla}[method.name]
     seconds, _ = timed(lambda: compute(replace(problem, steps=problem.steps[:1])), method.device)
@@ -295,7 +225,7 @@ def answers_of(method: Method, request: dict[str, Any]) -> Any:
         report["rate"] = matmul_rate(method.device, method.precision)
     if request["reference"]:
         exact = torch.load(request["reference"])
-        _, gradient = compute(make_problem(method, *small))
+        _, gradient = compute(make_problem(shape.spec, *shape.reference, **there))
         pairs = zip(gradient, exact, strict=True)
         report["error"] = [float((value.double() - e).norm() / e.norm()) for value, e in pairs]
     yield report
@@ -420,7 +350,7 @@ def rows_to_run(quick: bool, threads: int, device: str) -> list[tuple[list[Metho
     outermost = replace(three(small, first)[-1], channels_last=False)
     rows.append(([*three(small, first), outermost], True))
     rows += [(three(small, steps), True) for steps in longer]
-    rows.append((three(small, 2 if quick else 5, PUBLISHED_AUGMENTATION), True))
+    rows.append((three(small, 2 if quick else 5, AUGMENTATION), True))
     rows += [(three(large, steps), True) for steps in ([2] if quick else [5, 10])]
     ours = three(small, 2)[-1]
     tenfold = replace(small, batch=10 * small.batch)

@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from bench_matching import Gradient, Method, Ours, Problem, Shape, make_problem, unrolling
+from bench_matching import Method, Ours, Shape
 from facts import common_facts, head, result_path, save
+from published_matching import Gradient, Problem, make_problem, unrolling
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, cross_entropy
 
@@ -52,7 +53,7 @@ def convolution_rounding(memory_format: torch.memory_format) -> float:
 
 def methods(shape: Shape) -> dict[str, Callable[[Problem], Gradient]]:
     """What is compared."""
-    problem = make_problem(Method(shape, 1), *shape.reference, torch.float32)
+    problem = make_problem(shape.spec, *shape.reference)
     first, last = (
         Ours(Method(shape, 1, channels_last=channels_last), problem.network, 0) for channels_last in (False, True)
     )
@@ -64,9 +65,8 @@ def errors_of(shape: Shape, problems: int) -> dict[str, list[list[float]]]:
     computed = methods(shape)
     errors: dict[str, list[list[float]]] = {name: [] for name in computed}
     for seed in range(problems):
-        method = Method(shape, shape.reference[1])
-        _, exact = unrolling(make_problem(method, *shape.reference, torch.float64, seed))
-        problem = make_problem(method, *shape.reference, torch.float32, seed)
+        _, exact = unrolling(make_problem(shape.spec, *shape.reference, dtype=torch.float64, seed=seed))
+        problem = make_problem(shape.spec, *shape.reference, seed=seed)
         for name, compute in computed.items():
             pairs = zip(compute(problem)[1], exact, strict=True)
             errors[name].append([relative_error(value, e) for value, e in pairs])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from datm_ray.store.trajectories import size_in_words
-
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Its lines."""
@@ -22,6 +20,8 @@ def cost_cells(what: str, number: int, cost: Mapping[str, float]) -> list[str]:
         number: of the things that cost so much together.
         cost: of `Spent.to_json`.
     """
+    from datm_ray.store.trajectories import size_in_words  # tables without costs need no store
+
     seconds = [f"{cost[name]:.1f}" for name in ("seconds", "cpu_seconds", "gpu_seconds")]
     sizes = [size_in_words(cost[name]) for name in ("peak_memory_bytes", "read_bytes")]
     return [what, str(number), *seconds, *sizes]

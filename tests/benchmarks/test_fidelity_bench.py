@@ -18,6 +18,7 @@ from PIL import Image
 
 from datm_ray.config import RunConfig
 from datm_ray.core.matching import matching_gradient
+from datm_ray.core.networks import NetworkSpec
 from datm_ray.core.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.pipeline import _differences
 from datm_ray.recipes import get_recipe
@@ -29,7 +30,7 @@ def bench() -> Iterator[SimpleNamespace]:
     sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
     try:
         names = {"main": "bench_fidelity", "variants": "fidelity_variants", "tables": "fidelity_tables"}
-        names |= {"plot": "fidelity_plot", "matching": "bench_matching"}
+        names |= {"plot": "fidelity_plot", "matching": "published_matching"}
         yield SimpleNamespace(**{short: importlib.import_module(name) for short, name in names.items()})
     finally:
         sys.path.pop(0)
@@ -111,9 +112,8 @@ def test_the_full_sizes_are_estimated_to_fit_into_half_an_hour_of_two_cores(benc
 def test_tesla_leaves_out_what_parameters_owe_to_the_images(bench: SimpleNamespace) -> None:
     """Its gradient is that of a plain program that differentiates step by step, and not the exact one."""
     matching = bench.matching
-    shape = matching.Shape("tiny", 2, 4, (3, 8, 8), 4, 8, 4, (8, 2))
-    method = matching.Method(shape, 4, compiled=False)
-    problem = matching.make_problem(method, 8, 4, torch.float64)
+    spec = NetworkSpec("convnet", 3, (8, 8), 4, width=4, depth=2)
+    problem = matching.make_problem(spec, 8, 4, dtype=torch.float64)
     problem.synthetic.step_sizes.fill_(0.3)
     loss, expected = matching.tesla(problem)
     tesla, exact = (

@@ -1,0 +1,110 @@
+"""The matching gradient as others compute it, and the problems on which it is compared with `matching_gradient`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from datm_ray.core.augment import augment
+from datm_ray.core.matching import StudentStep, draw_student_steps
+from datm_ray.core.networks import NetworkSpec, build_network
+from datm_ray.core.parameters import FlatNetwork, flatten
+from datm_ray.core.step_functions import soft_cross_entropy
+from datm_ray.core.synthetic import SyntheticSet
+
+AUGMENTATION = "color_crop_cutout_flip_scale_rotate"
+"""The DSA operations of MTT, FTD, TESLA and DATM. `datm_ray.config` has the same, and needs more packages."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The arguments of a matching gradient."""
+
+    network: FlatNetwork
+    start: Tensor
+    target: Tensor
+    synthetic: SyntheticSet
+    steps: list[StudentStep]
+
+
+Gradient = tuple[float, tuple[Tensor, Tensor, Tensor]]
+"""Loss, and its gradient in images, soft labels and step size."""
+
+
+def make_problem(
+    spec: NetworkSpec,
+    batch: int,
+    steps: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    strategy: str = "",
+    images: int | None = None,
+    seed: int = 0,
+) -> Problem:
+    """Random tensors: the same numbers in every process, on every device and in every precision.
+
+    The target lies at distance 1 from the start.
+
+    Args:
+        images: in the set; None makes every minibatch the whole set.
+    """
+    count = images or batch
+    module = build_network(spec, seed)
+    draw = torch.Generator().manual_seed(seed)
+    start = flatten(module)
+    way = torch.randn(start.shape, generator=draw)
+    pixels = torch.randn(count, spec.channels, *spec.size, generator=draw)
+    soft_labels = torch.randn(count, spec.classes, generator=draw)
+    there = {"device": device, "dtype": dtype}
+    labels = torch.arange(count, device=device) % spec.classes
+    synthetic = SyntheticSet(pixels.to(**there), soft_labels.to(**there), torch.tensor([0.01]).to(**there), labels)
+    drawn = draw_student_steps(count, steps, batch, strategy, seed=0, iteration=0)
+    start, target = start.to(**there), (start + way / way.norm()).to(**there)
+    return Problem(FlatNetwork(module.to(**there)), start, target, synthetic, drawn)
+
+
+def step_loss(problem: Problem, theta: Tensor, learned: Sequence[Tensor], step: StudentStep) -> Tensor:
+    """The student's loss on one minibatch."""
+    rows = torch.from_numpy(step.rows).to(theta.device)
+    x = augment(learned[0][rows], step.augmentation)
+    return soft_cross_entropy(
+        problem.network(theta, x), learned[1][rows], torch.full_like(x[:, 0, 0, 0], 1 / len(rows))
+    )
+
+
+def unrolling(problem: Problem) -> Gradient:
+    """Through the graph of all steps."""
+    synthetic = problem.synthetic
+    learned = [t.clone().requires_grad_() for t in (synthetic.images, synthetic.soft_labels, synthetic.step_sizes[0])]
+    theta = problem.start.clone().requires_grad_()
+    for step in problem.steps:
+        (g,) = torch.autograd.grad(step_loss(problem, theta, learned, step), theta, create_graph=True)
+        theta = theta - learned[2] * g
+    loss = (theta - problem.target).square().sum() / (problem.start - problem.target).square().sum()
+    images, soft_labels, step_size = torch.autograd.grad(loss, learned)
+    return float(loss.detach()), (images, soft_labels, step_size)
+
+
+def tesla(problem: Problem) -> Gradient:
+    """Step by step, as if no step's parameters depended on the images."""
+    synthetic = problem.synthetic
+    learned = [t.clone().requires_grad_() for t in (synthetic.images, synthetic.soft_labels)]
+    trace = [problem.start]
+    for step in problem.steps:
+        theta = trace[-1].detach().requires_grad_()
+        (g,) = torch.autograd.grad(step_loss(problem, theta, [t.detach() for t in learned], step), theta)
+        trace.append(trace[-1] - synthetic.step_sizes[0] * g)
+    gap, distance = trace[-1] - problem.target, (problem.start - problem.target).square().sum()
+    total = [torch.zeros_like(t) for t in (*learned, synthetic.step_sizes[0])]
+    for theta, step in zip(trace, problem.steps, strict=False):
+        theta = theta.detach().requires_grad_()
+        (g,) = torch.autograd.grad(step_loss(problem, theta, learned, step), theta, create_graph=True)
+        s = torch.dot(g, 2 * gap / distance)
+        for sum_, part in zip(total, torch.autograd.grad(s, learned), strict=False):
+            sum_ -= synthetic.step_sizes[0] * part
+        total[2] -= s.detach()
+    return float(gap.square().sum() / distance), (total[0], total[1], total[2])
