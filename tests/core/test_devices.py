@@ -1,0 +1,152 @@
+"""Everything that computes stays on the device of its tensors; see `tests/other_device.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from datm_ray.core.augment import augment, draw_augmentation, parse_strategy
+from datm_ray.core.distillation import Distillation, LearningRates, Limits, Match, MetaTerm, Origin
+from datm_ray.core.experts import ExpertFunctions, ExpertSchedule, ExpertState, Gsam, train_experts
+from datm_ray.core.matching import draw_student_steps
+from datm_ray.core.metadd import MetaDD
+from datm_ray.core.networks import NetworkSpec, build_network
+from datm_ray.core.parameters import FlatNetwork, flatten
+from datm_ray.core.step_functions import Order, StepOptions, StudentStepFunctions
+from datm_ray.core.synthetic import SyntheticSet, hard_logits, mean_correct_logits
+from datm_ray.core.training import Schedule, accuracy, train_to_end
+from tests.other_device import DEVICE, OtherDevice
+
+STRATEGY = "color_crop_cutout_flip_scale_rotate"
+SPEC = NetworkSpec("convnet", 3, (8, 8), 4, width=4, depth=2)
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # What says that a value is not finite must read as zero, and a mean over shards would divide by it.
+    monkeypatch.setattr("datm_ray.core.matching._agreed", lambda loss, all_sum: 1.0)
+    with OtherDevice(torch.zeros):
+        yield
+
+
+def there(spec: NetworkSpec = SPEC, seed: int = 0) -> nn.Module:
+    return build_network(spec, seed).to(DEVICE)
+
+
+def tensor(*shape: int) -> Tensor:
+    return torch.empty(shape, device=DEVICE)
+
+
+def classes(count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.int64, device=DEVICE)
+
+
+def synthetic_set() -> SyntheticSet:
+    return SyntheticSet(tensor(6, 3, 8, 8), tensor(6, 4), torch.full((1,), 0.01, device=DEVICE), classes(6))
+
+
+def failures(cases: dict[str, Callable[[], Any]]) -> dict[str, str]:
+    """What went wrong, by case."""
+
+    def failure(case: Callable[[], Any]) -> str:
+        try:
+            case()
+        except Exception as failed:
+            return f"{type(failed).__name__}: {failed}"
+        return ""
+
+    return {name: wrong for name, case in cases.items() if (wrong := failure(case))}
+
+
+def test_mixing_is_noticed() -> None:
+    """A tensor of the CPU cannot meet one of the device, but for a number in element-wise operations."""
+    with pytest.raises(RuntimeError, match="mixes devices"):
+        tensor(3) + torch.zeros(3)
+    with pytest.raises(RuntimeError, match="mixes devices"):
+        tensor(3)[torch.zeros(2, dtype=torch.int64)]
+    with pytest.raises(RuntimeError, match="mixes devices"):
+        torch.stack([tensor(), torch.zeros(())])
+    assert (tensor(3) * torch.ones(())).device == DEVICE
+    assert tensor(3).cpu().isfinite().all()
+
+
+@pytest.mark.parametrize("order", ["reverse-over-forward", "reverse-over-reverse"])
+def test_a_distillation_stays_on_its_device(order: Order) -> None:
+    """Matching, MetaDD, momentum, limits, and the state saved and restored."""
+    functions = StudentStepFunctions(FlatNetwork(there()), StepOptions(compiled=False, order=order))
+    start = flatten(functions.network.module)
+    metadd = MetaDD([there(), there(replace(SPEC, architecture="lenet"))])
+    state = Distillation(synthetic_set(), LearningRates(1.0, 1.0, 0.0), Limits(1e9, 1e-3))
+    for _ in range(2):
+        steps = draw_student_steps(6, 2, 4, STRATEGY, 0, state.iteration)
+        meta = MetaTerm(metadd, 2, np.arange(5), 6)
+        state.step([Match(functions, start, torch.rand_like(start), steps, chunk=3)], [Origin(0, 0)], meta=meta)
+        held, shared = state.to_arrays()
+        state = Distillation.from_arrays(held, dict(shared), state.rates, state.limits, DEVICE)
+    assert state.synthetic.images.device == state.momenta["step_sizes"].device == DEVICE
+
+
+def test_every_operation_of_augmentation_stays_on_its_device() -> None:
+    """Values and derivatives."""
+
+    def case(operation: str) -> None:
+        images = tensor(5, 3, 8, 8).requires_grad_()
+        result = augment(images, draw_augmentation(operation, 5, np.random.default_rng(0)))
+        torch.autograd.grad(result.sum(), images)
+
+    assert not failures({name: lambda name=name: case(name) for name in parse_strategy(STRATEGY)})  # type: ignore[misc]
+
+
+def test_experts_stay_on_their_device() -> None:
+    """Alone, side by side, vectorised and with batch statistics, by SGD and GSAM, in parts of a batch."""
+
+    def case(spec: NetworkSpec, stacked: int, gsam: bool) -> None:
+        networks = [there(spec, seed) for seed in range(stacked)]
+        functions = ExpertFunctions(networks[0], stacked=stacked, compile_=False, chunk=2)
+        schedule = ExpertSchedule(
+            1, 3, 0.1, momentum=0.9, weight_decay=1e-4, augmentation=STRATEGY, gsam=Gsam(0.1, 0.3) if gsam else None
+        )
+        state = ExpertState.initial(networks)
+        for losses in train_experts(functions, tensor(5, 3, 8, 8), classes(5), schedule, range(stacked), state):
+            assert losses.device == state.parameters.device == state.buffers.device == DEVICE
+
+    cases: dict[str, Callable[[], Any]] = {
+        "one, SGD": lambda: case(SPEC, 1, False),
+        "side by side, GSAM": lambda: case(SPEC, 2, True),
+        "batch statistics, GSAM": lambda: case(replace(SPEC, norm="batch"), 2, True),
+        "vectorised, SGD": lambda: case(replace(SPEC, architecture="mlp"), 2, False),
+    }
+    assert not failures(cases)
+
+
+def test_evaluation_stays_on_its_device() -> None:
+    """Training with both optimisers, scoring, hard labels and the experts' soft ones."""
+    images, network = tensor(5, 3, 8, 8), there()
+
+    def case(schedule: Schedule, targets: Tensor) -> None:
+        train_to_end(network, images, targets, schedule, 0)
+
+    schedule = Schedule(2, 3, 0.1, momentum=0.9, augmentation=STRATEGY, decay_epoch=1)
+    cases: dict[str, Callable[[], Any]] = {
+        "SGD": lambda: case(schedule, tensor(5, 4)),
+        "AdamW": lambda: case(replace(schedule, optimiser="adamw"), classes(5)),
+        "accuracy": lambda: accuracy(network, images, classes(5)),
+        "attention": lambda: accuracy(there(replace(SPEC, architecture="vit-small")), images, classes(5)),
+        "hard labels": lambda: hard_logits(classes(5), 4),
+        "soft labels": lambda: mean_correct_logits([tensor(5, 4), tensor(5, 4)], classes(5)),
+    }
+    assert not failures(cases)
+
+
+def test_a_compiled_step_makes_no_tensor_elsewhere() -> None:
+    """A traced graph names no device but that of its arguments, and holds no constant of another."""
+    functions = StudentStepFunctions(FlatNetwork(there()), StepOptions(compiled=False, order="reverse-over-forward"))
+    for graph in functions.graphs(2, (3, 8, 8), 4):
+        assert not {node.kwargs["device"] for node in graph.graph.nodes if "device" in node.kwargs} - {DEVICE}
+        assert not [node for node in graph.graph.nodes if node.op == "get_attr"]
