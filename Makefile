@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all lint type fmt check bench-cifar bench-experts bench-matching bench-metadd bench-plan bench-rounding bench-store fidelity clean
+.PHONY: help install demo test test-slow test-all lint type fmt check bench-cifar bench-experts bench-matching bench-metadd bench-plan bench-rounding bench-store fidelity gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -68,6 +68,9 @@ bench-store: install  ## bytes on the wire and latency of reading two snapshots,
 
 fidelity: install  ## start ranges against images per class, and an ablation, on digits: half an hour on two cores
 	$(BIN)/python benchmarks/bench_fidelity.py
+
+gpu:  ## a GPU in nine minutes: exactness, speed, memory, accuracy; needs torch, not Ray. DEVICE=cpu in small, DATA=folder of CIFAR-10's Parquet files
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/bench_gpu.py $(if $(DEVICE),--device $(DEVICE)) $(if $(DATA),--data $(DATA)) $(if $(OUT),--out $(OUT))
 
 clean:  ## remove the virtual environment, runs and caches
 	rm -rf $(VENV) runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

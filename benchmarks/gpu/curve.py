@@ -1,0 +1,259 @@
+"""Accuracy against minutes: experts, a distillation and its control from real images, in the time that is left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from published_matching import AUGMENTATION
+from torch import Tensor
+
+from datm_ray.core.difficulty import DifficultyRange, draw_plan
+from datm_ray.core.distillation import Distillation, LearningRates, Limits, Match, Origin
+from datm_ray.core.experts import ExpertFunctions, ExpertSchedule, ExpertState, Gsam, train_experts
+from datm_ray.core.matching import draw_student_steps
+from datm_ray.core.networks import NetworkSpec, build_network
+from datm_ray.core.parameters import FlatNetwork, unflatten_into
+from datm_ray.core.step_functions import StepOptions, StudentStepFunctions
+from datm_ray.core.synthetic import SyntheticSet, correct_rows, mean_correct_logits, random_rows
+from datm_ray.core.training import PROTOCOLS, accuracy, predict_logits, train_to_end
+from gpu.machine import Machine
+from gpu.sections import Clock, Row, Section
+
+FILES = ("cifar10-train.parquet", "cifar10-test.parquet")
+EXPERTS_SHARE = 0.4
+"""Of the section's time that experts may take."""
+POINTS = 6
+"""Of the curve."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """Real ones, normalised, on the device."""
+
+    name: str
+    spec: NetworkSpec
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is distilled: 1 image per class."""
+
+    experts: ExpertSchedule
+    """Epochs: as many as starts and span need."""
+    stacks: int
+    """Of experts, at most."""
+    stacked: int
+    """Experts of a stack."""
+    starts: int
+    """Exclusive upper bound of the start epochs."""
+    span: int
+    """Epochs that a student imitates."""
+    steps: int
+    """T."""
+    rates: LearningRates
+    limits: Limits
+    step_size: float
+    augmentation: str
+    evaluation_epochs: int
+
+
+def recipe_of(machine: Machine, images: Images) -> Recipe:
+    """The packaged recipes cifar10-ipc1 and digits-ipc1, with fewer and shorter experts."""
+    if images.name == "CIFAR-10":
+        gsam = ExpertSchedule(6, 256, 0.01, augmentation=AUGMENTATION, gsam=Gsam(0.01, 0.3))
+        return Recipe(gsam, 3, 4, 4, 2, 80, LearningRates(100.0, 5.0, 1e-7), Limits(1.1, 10.0), 0.01, AUGMENTATION, 500)
+    sgd = ExpertSchedule(13, 32, 0.02)
+    rates, plain = LearningRates(20.0, 5.0, 5e-5), "crop_scale_rotate"
+    whole = Recipe(sgd, 2, 4, 10, 3, 40, rates, Limits(1.0, 10.0), 0.03, plain, 500)
+    if not machine.small:
+        return whole
+    return replace(whole, experts=replace(sgd, epochs=5), stacks=1, stacked=2, starts=2, steps=4, evaluation_epochs=30)
+
+
+def read_images(machine: Machine) -> Images:
+    """CIFAR-10, whitened, from its folder; else scikit-learn's digits."""
+    from datm_ray.data import load_raw, prepare
+
+    # As plain names: a folder's relative paths would have to tell what is what.
+    if machine.data is not None:
+        files = [str(Path(machine.data) / name) for name in FILES]
+        name, raw = "CIFAR-10", load_raw("parquet", ",".join(files), validation=0.02)
+    else:
+        name, raw = "digits", load_raw("digits", validation=0.15)
+    found = prepare(raw, "zca" if machine.data is not None else "standard", device=machine.device)
+    channels, height, width = found.train_images.shape[1:]
+    small = {} if machine.data is not None else {"width": 32, "depth": 2}
+    spec = NetworkSpec("convnet", channels, (height, width), len(found.class_names), **small)
+    arrays = (found.train_images, found.train_labels, found.test_images, found.test_labels)
+    return Images(name, spec, *(torch.tensor(array).to(machine.device) for array in arrays))
+
+
+def expert_trajectories(machine: Machine, images: Images, recipe: Recipe, clock: Clock) -> Tensor:
+    """[experts epochs p] parameters before the first epoch and after every one; as many as the time allows."""
+    end = Clock.of(EXPERTS_SHARE * clock.left())
+    found: list[Tensor] = []
+    for stack in range(recipe.stacks):
+        began = time.monotonic()
+        seeds = list(range(stack * recipe.stacked, (stack + 1) * recipe.stacked))
+        networks = [build_network(images.spec, seed).to(machine.device) for seed in seeds]
+        functions = ExpertFunctions(networks[0], stacked=len(seeds), compile_=machine.compiled)
+        state = ExpertState.initial(networks)
+        kept = [state.parameters]
+        for _ in train_experts(functions, images.train, images.train_labels, recipe.experts, seeds, state):
+            kept.append(state.parameters)
+            if end.left() < 0 and len(kept) > recipe.span + 1:
+                break
+        found.append(torch.stack(kept, dim=1))
+        if end.left() < time.monotonic() - began:
+            break
+    epochs = min(each.shape[1] for each in found)
+    return torch.cat([each[:, :epochs] for each in found])
+
+
+class _Experts:
+    """The last snapshots of the experts as networks."""
+
+    def __init__(self, images: Images, trajectories: Tensor) -> None:
+        self._images, self._last = images, trajectories[:, -1]
+        self._network = build_network(images.spec, 0).to(images.train.device)
+
+    def logits(self, expert: int, pixels: Tensor) -> Tensor:
+        unflatten_into(self._network, self._last[expert])
+        return predict_logits(self._network, pixels)
+
+    def soft_labels(self, rows: Tensor) -> Tensor:
+        """Of real images, as published."""
+        each = (self.logits(expert, self._images.train[rows]) for expert in range(len(self._last)))
+        return mean_correct_logits(each, self._images.train_labels[rows])
+
+    def predict(self, expert: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        pixels = self._images.train[torch.from_numpy(rows).to(self._last.device)]
+        predicted: NDArray[np.int64] = self.logits(expert, pixels).argmax(dim=1).cpu().numpy()
+        return predicted
+
+    def real_set(self, recipe: Recipe, rows: NDArray[np.int64]) -> SyntheticSet:
+        """Real images with soft labels."""
+        there = torch.from_numpy(rows).to(self._last.device)
+        images = self._images
+        step_sizes = torch.tensor([recipe.step_size], device=there.device)
+        return SyntheticSet(images.train[there], self.soft_labels(there), step_sizes, images.train_labels[there])
+
+
+def scored(images: Images, recipe: Recipe, held: SyntheticSet, networks: int) -> list[float]:
+    """Test accuracies, percent, of fresh networks; nothing is chosen by them."""
+    schedule = replace(
+        PROTOCOLS["short"],
+        epochs=recipe.evaluation_epochs,
+        decay_epoch=recipe.evaluation_epochs // 2,
+        learning_rate=float(held.step_size),
+        augmentation=recipe.augmentation,
+    )
+    found = []
+    for seed in range(networks):
+        network = build_network(images.spec, 1_000 + seed).to(images.train.device)
+        train_to_end(network, held.images, held.soft_labels, schedule, seed)
+        found.append(100 * accuracy(network, images.test, images.test_labels))
+    return found
+
+
+def curve(machine: Machine, images: Images, recipe: Recipe, trajectories: Tensor, clock: Clock) -> Iterator[Row]:
+    """Distil until the time is over, and score the set now and then."""
+    experts, labels = _Experts(images, trajectories), images.train_labels.cpu().numpy()
+    count = len(trajectories)
+    networks = 1 if machine.small else 3
+    began = time.monotonic()
+    random = experts.real_set(recipe, random_rows(labels, 1, seed=0))
+    yield {"set": "random real images, the same soft labels", "accuracy, %": scored(images, recipe, random, networks)}
+    scoring = (time.monotonic() - began) / networks
+    state = Distillation(
+        experts.real_set(recipe, correct_rows(labels, 1, 0, experts=count, predict=experts.predict)),
+        recipe.rates,
+        recipe.limits,
+    )
+    module = build_network(images.spec, 0).to(machine.device)
+    functions = StudentStepFunctions(FlatNetwork(module), StepOptions(compiled=machine.compiled))
+    functions.prepare(len(random.images), tuple(random.images.shape[1:]), images.spec.classes)  # type: ignore[arg-type]
+    bound = min(recipe.starts, trajectories.shape[1] - recipe.span)
+    started, worked = time.monotonic(), 0.0
+    last = networks * scoring * 1.5 + 2
+    interval = max(0.0, clock.left() - last) / POINTS - scoring
+    while clock.left() > last or not state.iteration:
+        point = time.monotonic()
+        while not state.iteration or (time.monotonic() - point < interval and clock.left() > last):
+            _iterate(state, functions, recipe, trajectories, bound)
+            if machine.small and state.iteration % 2 == 0:
+                break
+        worked += time.monotonic() - point
+        done = clock.left() <= last or machine.small
+        yield {
+            "set": "distilled",
+            "minutes": worked / 60,
+            "iterations": state.iteration,
+            "loss": state.history[-1].loss,
+            "step size": state.history[-1].step_size,
+            "skipped": state.skipped,
+            "shortened": state.shortened,
+            "since start, s": time.monotonic() - started,
+            "accuracy, %": scored(images, recipe, state.synthetic, networks if done else 1),
+        }
+        if done:
+            break
+
+
+def _iterate(
+    state: Distillation, functions: StudentStepFunctions, recipe: Recipe, trajectories: Tensor, bound: int
+) -> None:
+    images = len(state.synthetic.images)
+    plan = draw_plan(DifficultyRange(0, bound, bound, 0), len(trajectories), 0, state.iteration)
+    strategy = recipe.experts.augmentation
+    steps = draw_student_steps(images, recipe.steps, images, strategy, 0, state.iteration)
+    start, target = (trajectories[plan.expert, epoch] for epoch in (plan.start, plan.start + recipe.span))
+    state.step([Match(functions, start, target, steps)], [Origin(plan.expert, plan.start)])
+
+
+def measure(machine: Machine, clock: Clock) -> Iterator[Row]:
+    """Images, experts, the control, the curve."""
+    if machine.data is not None and not all((Path(machine.data) / name).is_file() for name in FILES):
+        yield {"set": f"no {' and '.join(FILES)} in the folder given: digits instead"}
+        machine = replace(machine, data=None)
+    began = time.monotonic()
+    try:
+        images = read_images(machine)
+    except ImportError as absent:
+        yield {"set": f"nothing to read images with: {absent}"}
+        return
+    recipe = recipe_of(machine, images)
+    yield {
+        "set": f"{images.name}: {len(images.train)} images, 1 per class distilled",
+        "minutes": (time.monotonic() - began) / 60,
+    }
+    began = time.monotonic()
+    trajectories = expert_trajectories(machine, images, recipe, clock)
+    count, epochs = trajectories.shape[0], trajectories.shape[1] - 1
+    yield {"set": f"{count} experts of {epochs} epochs", "minutes": (time.monotonic() - began) / 60}
+    yield from curve(machine, images, recipe, trajectories, clock)
+
+
+SECTION = Section(
+    "curve",
+    "7. What accuracy after how many minutes?",
+    "Real images, 1 per class: the packaged recipe's values, but for what was cut: experts are few (the recipe has 100 "
+    "for CIFAR-10, 16 for digits), end where the latest target lies and give the soft labels from there (100 epochs in "
+    "the recipe), iterations are as many as fit (10,000; 500), and networks are trained for 500 epochs (1,001). "
+    "Minutes: of distilling alone, without scoring. Test accuracy of fresh ConvNets: of one, of three for the control "
+    "and the last point. Nothing is chosen on the test set.",
+    ("set", "minutes", "iterations", "accuracy, %", "loss", "step size", "skipped", "shortened"),
+    seconds=600,
+    least=45,
+    measure=measure,
+)

@@ -1,0 +1,330 @@
+"""Whether every path computes on the device what it computes elsewhere."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from published_matching import AUGMENTATION, Problem, make_problem, unrolling
+from torch import Tensor
+from torch.nn.functional import group_norm
+
+from datm_ray.core.augment import augment, draw_augmentation, parse_strategy
+from datm_ray.core.distillation import Distillation, LearningRates, Limits, Match, Origin
+from datm_ray.core.experts import ExpertFunctions, ExpertSchedule, ExpertState, Gsam, train_experts
+from datm_ray.core.instance_norm import instance_norm
+from datm_ray.core.matching import matching_gradient
+from datm_ray.core.metadd import MetaDD
+from datm_ray.core.networks import NetworkSpec, build_network, network_names
+from datm_ray.core.randomness import Purpose, generator
+from datm_ray.core.step_functions import Precision, StepOptions, StudentStepFunctions
+from datm_ray.core.training import Schedule, predict_logits, train_to_end
+from gpu.machine import Machine
+from gpu.sections import Clock, Row, Section, tried
+
+LIMIT = 1e-9
+"""Of a relative error in float64; rounding gives some 1e-14, a wrong term some 1e-2."""
+ROUNDED = {"float32": 5e-2, "tf32": 0.3, "bfloat16": 1.0}
+"""The same in lower precisions: more says that something is wrong, less says nothing. In all of them a rectifier that
+rounding carries over its kink may cost what many roundings do."""
+
+Tensors = Sequence[Tensor]
+
+
+def spec_of(machine: Machine) -> NetworkSpec:
+    """The network of the checks."""
+    if machine.small:
+        return NetworkSpec("convnet", 3, (8, 8), 4, width=4, depth=2)
+    return NetworkSpec("convnet", 3, (16, 16), 10, width=32, depth=2)
+
+
+def error(found: Tensors, exact: Tensors) -> list[float]:
+    """Relative norms of the differences."""
+    wide = [(a.detach().cpu().double(), b.detach().cpu().double()) for a, b in zip(found, exact, strict=True)]
+    return [float((a - b).norm() / b.norm().clamp_min(1e-300)) for a, b in wide]
+
+
+def compared(found: Tensors, exact: Tensors, limit: float = LIMIT) -> Row:
+    """Errors, the cosine of the first pair, and whether they are within the limit."""
+    errors = error(found, exact)
+    one, other = (each[0].detach().cpu().double().flatten() for each in (found, exact))
+    cosine = float(torch.dot(one, other) / (one.norm() * other.norm()).clamp_min(1e-300))
+    fine = all(each <= limit for each in errors)  # false where one is nan
+    return {
+        "error": " / ".join(f"{each:.1e}" for each in errors),
+        "1 - cosine": f"{1 - cosine:.1e}",
+        "limit": f"{limit:.0e}",
+        "verdict": "ok" if fine else "TOO LARGE",
+        "errors": errors,
+    }
+
+
+def gradient_of(problem: Problem, options: StepOptions | None = None, chunk: int | None = None) -> Tensors:
+    """The matching gradient in images, soft labels and step size."""
+    functions = StudentStepFunctions(problem.network, options or StepOptions(compiled=False))
+    if functions.note:
+        raise RuntimeError(functions.note)
+    found = matching_gradient(functions, problem.start, problem.target, problem.synthetic, problem.steps, chunk=chunk)
+    return found.images, found.soft_labels, found.step_size
+
+
+class _Matching:
+    """One problem, whose set no minibatch divides, on any device and in any precision."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self.batch, self._steps = (6, 2) if machine.small else (20, 4)
+
+    def problem(self, device: str | None = None, dtype: torch.dtype = torch.float64) -> Problem:
+        spec, device = spec_of(self._machine), device or self._machine.device
+        return make_problem(
+            spec, self.batch, self._steps, dtype=dtype, device=device, strategy=AUGMENTATION, images=self.batch + 3
+        )
+
+    @functools.cached_property
+    def exact(self) -> Tensors:
+        return unrolling(self.problem())[1]
+
+    def eager(self, device: str | None = None, chunk: int | None = None) -> Row:
+        return compared(
+            gradient_of(self.problem(), chunk=chunk), gradient_of(self.problem(device)) if device else self.exact
+        )
+
+    def compiled(self, chunk: int | None = None, **options: Any) -> Row:
+        how = StepOptions(self._machine.compiled, **options)
+        return compared(gradient_of(self.problem(), how, chunk or self.batch), self.exact)
+
+    def rounded(self, precision: Precision) -> Row:
+        options = StepOptions(self._machine.compiled, precision=precision)
+        found = gradient_of(self.problem(dtype=torch.float32), options, self.batch)
+        return compared(found, self.exact, ROUNDED[precision])
+
+    def unrolled(self) -> Row:
+        return compared(unrolling(self.problem(dtype=torch.float32))[1], self.exact, ROUNDED["float32"])
+
+
+Checks = list[tuple[str, Callable[[], Row]]]
+
+
+def matching_checks(machine: Machine) -> Checks:
+    """The matching gradient without a compiler."""
+    matching = _Matching(machine)
+    return [
+        ("matching gradient, float64, against full unrolling", matching.eager),
+        ("the same against the CPU", partial(matching.eager, "cpu")),
+        ("in micro-batches of 4", partial(matching.eager, chunk=4)),
+        ("float32 full unrolling, against float64", matching.unrolled),
+    ]
+
+
+def rounding_checks(machine: Machine) -> Checks:
+    """The matching gradient in every precision."""
+    matching = _Matching(machine)
+    return [(f"{each}, {machine.how}, against float64", partial(matching.rounded, each)) for each in machine.precisions]
+
+
+def compiled_checks(machine: Machine) -> Checks:
+    """The matching gradient and experts compiled, which takes longest and is last."""
+    matching, how = _Matching(machine), machine.how
+    return [
+        (f"{how}, float64", matching.compiled),
+        (f"{how}, reverse over reverse", partial(matching.compiled, order="reverse-over-reverse")),
+        (f"{how}, channels first, micro-batches of 4", partial(matching.compiled, 4, channels_last=False)),
+        compiled_experts(machine),
+    ]
+
+
+def architecture_checks(machine: Machine) -> Checks:
+    """The matching gradient of the other architectures."""
+
+    def check(name: str) -> Row:
+        spec = NetworkSpec(name, 3, (16, 16), 10, width=16, depth=2)
+        problem = make_problem(spec, 4, 2, dtype=torch.float64, device=machine.device)
+        return compared(gradient_of(problem), unrolling(problem)[1])
+
+    names = [name for name in network_names() if name != "convnet"]
+    if machine.small:
+        names = ["lenet"]
+    return [(f"matching gradient of {name}, float64", partial(check, name)) for name in names]
+
+
+def distilled(machine: Machine, device: str) -> Tensors:
+    """The set, and what a checkpoint holds of its momenta, after three iterations with momentum."""
+    problem = _Matching(machine).problem(device)
+    functions = StudentStepFunctions(problem.network, StepOptions(compiled=False))
+    state = Distillation(problem.synthetic, LearningRates(0.1, 0.1, 1e-5), Limits(1e9, 10.0))
+    for _ in range(3):
+        state.step([Match(functions, problem.start, problem.target, problem.steps)], [Origin(0, 0)])
+    held, shared = state.to_arrays()
+    names = ("synthetic.images", "momentum.images", "momentum.soft_labels")
+    return [*(torch.tensor(held[name]) for name in names), torch.tensor(shared["synthetic.step_sizes"])]
+
+
+def trained_experts(
+    machine: Machine,
+    device: str,
+    spec: NetworkSpec,
+    *,
+    gsam: bool,
+    dtype: torch.dtype = torch.float64,
+    compiled: bool = False,
+) -> Tensors:
+    """Parameters and losses of two experts after an epoch of three steps."""
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randn(20, spec.channels, *spec.size, generator=draw)
+    labels = torch.randint(spec.classes, (20,), generator=draw).to(device)
+    networks = [build_network(spec, seed).to(device, dtype) for seed in range(2)]
+    functions = ExpertFunctions(networks[0], stacked=2, compile_=compiled)
+    schedule = ExpertSchedule(
+        1, 8, 0.02, momentum=0.9, weight_decay=5e-4, augmentation=AUGMENTATION, gsam=Gsam(0.01, 0.3) if gsam else None
+    )
+    state = ExpertState.initial(networks)
+    (losses,) = train_experts(functions, images.to(device, dtype), labels, schedule, [0, 1], state)
+    return state.parameters, losses
+
+
+def expert_checks(machine: Machine) -> Checks:
+    """Steps of experts, side by side, vectorised and with batch statistics, by SGD and GSAM."""
+    chain = spec_of(machine)
+    branched = NetworkSpec("resnet18", 3, (8, 8), 4, width=4)
+    kinds = {"stacked": chain, "with batch statistics": replace(chain, norm="batch"), "vectorised (resnet18)": branched}
+
+    def check(spec: NetworkSpec, gsam: bool) -> Row:
+        return compared(*(trained_experts(machine, each, spec, gsam=gsam) for each in (machine.device, "cpu")))
+
+    return [
+        (f"experts {kind}, {'GSAM' if gsam else 'SGD'}, float64, against the CPU", partial(check, spec, gsam))
+        for kind, spec in kinds.items()
+        for gsam in (False, True)
+        if not machine.small or kind == "stacked"
+    ]
+
+
+def compiled_experts(machine: Machine) -> tuple[str, Callable[[], Row]]:
+    """Steps by GSAM, compiled."""
+
+    def check() -> Row:
+        how = {"spec": spec_of(machine), "gsam": True}
+        found = trained_experts(machine, machine.device, dtype=torch.float32, compiled=machine.compiled, **how)
+        return compared(found, trained_experts(machine, "cpu", **how), ROUNDED["float32"])
+
+    return f"experts stacked, GSAM, float32, {machine.how}, against the CPU in float64", check
+
+
+def augmented(operation: str, device: str) -> Tensors:
+    """Images after an operation, and its derivative in them."""
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randn(8, 3, 16, 16, generator=draw, dtype=torch.float64).to(device).requires_grad_()
+    weights = torch.randn(8, 3, 16, 16, generator=draw, dtype=torch.float64).to(device)
+    drawn = draw_augmentation(operation, 8, generator(0, Purpose.TRAINING_AUGMENTATION, 0, 0))
+    result = augment(images, drawn)
+    return result, torch.autograd.grad((weights * result).sum(), images)[0]
+
+
+def worst_augmentation(machine: Machine) -> Row:
+    """All DSA operations; the row of the worst."""
+    rows = []
+    for operation in parse_strategy(AUGMENTATION):
+        row = compared(*(augmented(operation, device) for device in (machine.device, "cpu")))
+        rows.append({**row, "operation": operation})
+    return max(rows, key=lambda row: float("inf") if row["verdict"] != "ok" else max(row["errors"]))
+
+
+def metadd_gradient(machine: Machine, device: str) -> Tensors:
+    """The gradient in the images, and the loss."""
+    draw = torch.Generator().manual_seed(0)
+    specs = [NetworkSpec(name, 3, (16, 16), 4, width=16, depth=2) for name in ("convnet", "resnet18", "vit-small")]
+    specs = specs[:2] if machine.small else specs
+    networks = [build_network(spec, seed).to(device, torch.float64) for seed, spec in enumerate(specs)]
+    images = torch.randn(6, 3, 16, 16, generator=draw, dtype=torch.float64).to(device)
+    loss, gradient = MetaDD(networks).gradient(images, torch.arange(6, device=device) % 4, chunk=4)
+    return gradient, loss.total
+
+
+def normalised(device: str, *, explicit: bool) -> Tensors:
+    """Instance normalisation, its derivative along a direction, and the derivatives of that."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((4, 6, 8, 8), (6,), (6,))
+    values, directions = (
+        tuple(torch.randn(shape, generator=draw, dtype=torch.float64).to(device) for shape in shapes) for _ in range(2)
+    )
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return instance_norm(x, weight, bias, 1e-5, explicit=True) if explicit else group_norm(x, 6, weight, bias)
+
+    def along(*values: Tensor) -> Tensor:
+        if explicit:
+            _, tangent = torch.func.jvp(norm, values, directions)
+            return tangent.square().sum()
+        # Twice backwards: what torch differentiates itself.
+        like = torch.zeros_like(values[0]).requires_grad_()
+        pulled = torch.autograd.grad(norm(*values), values, like, create_graph=True)
+        (tangent,) = torch.autograd.grad(
+            sum((p * d).sum() for p, d in zip(pulled, directions, strict=True)), like, create_graph=True
+        )
+        return tangent.square().sum()
+
+    given = tuple(value.requires_grad_() for value in values)
+    return [norm(*given), *torch.autograd.grad(along(*given), given[:2])]
+
+
+def evaluated(machine: Machine, device: str) -> Tensors:
+    """Logits of a network after some epochs of the evaluation's training loop."""
+    spec, draw = spec_of(machine), torch.Generator().manual_seed(0)
+    images = torch.randn(20, spec.channels, *spec.size, generator=draw, dtype=torch.float64).to(device)
+    labels = torch.randn(20, spec.classes, generator=draw, dtype=torch.float64).to(device)
+    network = build_network(spec, 0).to(device, torch.float64)
+    schedule = Schedule(4, 8, 0.01, momentum=0.9, weight_decay=5e-4, augmentation=AUGMENTATION, decay_epoch=2)
+    train_to_end(network, images, labels, schedule, 0)
+    return [predict_logits(network, images, batch_size=7)]
+
+
+def other_checks(machine: Machine) -> Checks:
+    """What is not a matching gradient and not an expert."""
+    both = (machine.device, "cpu")
+    return [
+        (
+            "three iterations with momentum and limits, float64, against the CPU",
+            lambda: compared(*(distilled(machine, device) for device in both)),
+        ),
+        ("augmentation, the worst operation, float64, against the CPU", lambda: worst_augmentation(machine)),
+        (
+            "MetaDD's gradient, float64, against the CPU",
+            lambda: compared(*(metadd_gradient(machine, device) for device in both)),
+        ),
+        (
+            "instance norm and its derivatives, float64, against torch's",
+            lambda: compared(normalised(machine.device, explicit=True), normalised(machine.device, explicit=False)),
+        ),
+        (
+            "training for evaluation, float64, against the CPU",
+            lambda: compared(*(evaluated(machine, device) for device in both)),
+        ),
+    ]
+
+
+EVERY = (matching_checks, other_checks, expert_checks, architecture_checks, rounding_checks, compiled_checks)
+
+
+def measure(machine: Machine, _: Clock) -> Iterator[Row]:
+    """Every check."""
+    for checks in EVERY:
+        for what, check in checks(machine):
+            yield tried({"what": what}, check)
+
+
+SECTION = Section(
+    "exactness",
+    "1. Is it exact?",
+    "Relative norm of the difference: of images / soft labels / step size where it is a matching gradient, else of "
+    "what is named. Everything is augmented where it can be. The limit says that something is wrong, not how good it "
+    "is.",
+    ("what", "error", "1 - cosine", "limit", "verdict"),
+    seconds=110,
+    least=5,
+    measure=measure,
+)

@@ -1,0 +1,108 @@
+"""Experts an hour: the published loop, and `train_experts` in stacks."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from published_experts import Data, Epochs, loader_epochs
+from published_matching import AUGMENTATION
+
+from datm_ray.core.experts import ExpertFunctions, ExpertSchedule, ExpertState, Gsam, train_experts
+from datm_ray.core.networks import NetworkSpec, build_network
+from gpu.machine import Machine, free_memory, tf32, timed
+from gpu.sections import Clock, Row, Section, tried
+
+IMAGES, EPOCHS = 50_000, 100
+"""Of a whole expert's epoch, and of a whole expert, as published."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained."""
+
+    spec: NetworkSpec
+    images: int
+    """In the epochs that are timed."""
+    batch: int
+
+
+def setting(machine: Machine) -> Setting:
+    """CIFAR-10's shape; 40 batches of it."""
+    if machine.small:
+        return Setting(NetworkSpec("convnet", 3, (8, 8), 4, width=4, depth=2), 64, 32)
+    return Setting(NetworkSpec("convnet", 3, (32, 32), 10), 10_240, 256)
+
+
+def data_of(how: Setting, device: str) -> Data:
+    """Random images and classes."""
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randn(how.images, how.spec.channels, *how.spec.size, generator=draw)
+    return images.to(device), torch.randint(how.spec.classes, (how.images,), generator=draw).to(device)
+
+
+def our_epochs(machine: Machine, how: Setting, stacked: int, *, gsam: bool, compiled: bool) -> Epochs:
+    """`train_experts` for longer than anyone asks."""
+    networks = [build_network(how.spec, seed).to(machine.device) for seed in range(stacked)]
+    functions = ExpertFunctions(networks[0], stacked=stacked, compile_=compiled)
+    schedule = ExpertSchedule(10**6, how.batch, 0.01, augmentation=AUGMENTATION, gsam=Gsam(0.01, 0.3) if gsam else None)
+    state = ExpertState.initial(networks)
+    for _ in train_experts(functions, *data_of(how, machine.device), schedule, list(range(stacked)), state):
+        state.parameters.cpu()  # a snapshot, as every epoch leaves
+        yield
+
+
+def published(machine: Machine, how: Setting, *, gsam: bool) -> Row:
+    """The published loop."""
+    network = build_network(how.spec, 0).to(machine.device)
+    epochs = loader_epochs(network, data_of(how, "cpu"), None, how.batch, AUGMENTATION, gsam=gsam)
+    return row_of(machine, how, epochs, 1)
+
+
+def ours(machine: Machine, how: Setting, stacked: int, *, gsam: bool, compiled: bool, tf32_: bool = False) -> Row:
+    """So many experts at a time."""
+    with tf32(tf32_):
+        return row_of(machine, how, our_epochs(machine, how, stacked, gsam=gsam, compiled=compiled), stacked)
+
+
+def row_of(machine: Machine, how: Setting, epochs: Epochs, experts: int) -> Row:
+    """Seconds of an expert's whole epoch, and experts an hour."""
+    first, _ = timed(partial(next, epochs), machine.device)
+    whole = IMAGES / how.images / experts
+    seconds = [timed(partial(next, epochs), machine.device)[0] * whole for _ in range(1 if machine.small else 3)]
+    return {"epoch, s": seconds, "experts an hour": 3600 / (EPOCHS * statistics.median(seconds)), "first, s": first}
+
+
+def measure(machine: Machine, _: Clock) -> Iterator[Row]:
+    """SGD, then GSAM; the published loop before ours."""
+    how, stacks = setting(machine), (2,) if machine.small else (1, 8, 4)
+    for gsam in (False, True):
+        mine = partial(ours, machine, how, gsam=gsam)
+        works: dict[str, Callable[[], Row]] = {"loader": partial(published, machine, how, gsam=gsam)}
+        works |= {
+            f"ours, {each} at a time": partial(mine, each, compiled=machine.compiled)
+            for each in (stacks if not gsam else stacks[:2])
+        }
+        if not machine.small:
+            works["ours, 8 at a time, tf32"] = partial(mine, 8, compiled=True, tf32_=True)
+            works["ours, 1 at a time, uncompiled"] = partial(mine, 1, compiled=False)
+        for method, work in works.items():
+            yield tried({"optimiser": "GSAM" if gsam else "SGD", "method": method}, work)
+            free_memory(machine.device)
+
+
+SECTION = Section(
+    "experts",
+    "4. How many experts an hour?",
+    f"ConvNet-3 at CIFAR-10's shape, batch 256, all DSA operations. `loader`: torch's DataLoader, sample by sample, in "
+    f"the training process, as published. Seconds of an expert's epoch of {IMAGES:,} images, from epochs of 40 "
+    f"batches; experts of {EPOCHS} epochs. float32 without TF32 unless it is said. First: those 40 batches with "
+    "compilation, of all experts of a stack.",
+    ("optimiser", "method", "epoch, s", "experts an hour", "first, s"),
+    seconds=60,
+    least=15,
+    measure=measure,
+)

@@ -1,0 +1,125 @@
+"""The device, and how seconds and memory are measured on it."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from datm_ray.core.step_functions import Precision
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where everything runs, and how large it is."""
+
+    device: str
+    """cuda or cpu."""
+    small: bool
+    """Tiny sizes, which try the program and measure nothing."""
+    data: str | None = None
+    """Folder of cifar10-train.parquet and cifar10-test.parquet; None takes scikit-learn's digits."""
+
+    compiles: bool = False
+    """Compile in small too, where it takes longer than all the rest."""
+
+    @property
+    def compiled(self) -> bool:
+        """Whether student and expert steps are compiled."""
+        return self.compiles or not self.small
+
+    @property
+    def how(self) -> str:
+        """The same in a word."""
+        return "compiled" if self.compiled else "not compiled"
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """Of student steps, the most interesting one first."""
+        return ("float32", "tf32", "bfloat16") if self.device == "cuda" else ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Calls of one function."""
+
+    seconds: list[float]
+    peak: int
+    """Most bytes of the device's allocator beyond what was held before; 0 on a CPU, where they are not counted."""
+    result: Any
+
+    @property
+    def median(self) -> float:
+        """Seconds of a call."""
+        return statistics.median(self.seconds)
+
+
+def timed(call: Callable[[], Any], device: str) -> tuple[float, Any]:
+    """Seconds and result of a call; on a GPU between two events, with the device idle before and after."""
+    if device != "cuda":
+        began = time.perf_counter()
+        result = call()
+        return time.perf_counter() - began, result
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    first.record()
+    result = call()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1000, result
+
+
+def measured(call: Callable[[], Any], device: str, calls: int, *, warm: int = 1) -> Measured:
+    """So many calls after some that are not counted.
+
+    Raises:
+        torch.OutOfMemoryError: the device's memory is too small; what the call held is given back.
+    """
+    for _ in range(warm):
+        timed(call, device)
+    before = 0
+    if device == "cuda":
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    seconds: list[float] = []
+    result = None
+    for _ in range(calls):
+        took, result = timed(call, device)
+        seconds.append(took)
+    return Measured(seconds, torch.cuda.max_memory_allocated() - before if device == "cuda" else 0, result)
+
+
+def free_memory(device: str) -> None:
+    """Give back what is not in use, after a failure or a large problem."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """TF32 in every product and convolution of the block, or in none."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def ceiling(machine: Machine, precision: Precision) -> float:
+    """Floating-point operations per second of a large product of random matrices; a multiply-add is two."""
+    side = 256 if machine.small else 8192
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    a, b = (torch.randn(side, side, device=machine.device).to(dtype) for _ in range(2))
+    with tf32(precision == "tf32"):
+        found = measured(lambda: a @ b, machine.device, 2 if machine.small else 10, warm=2)
+    return float(2 * side**3 / found.median)

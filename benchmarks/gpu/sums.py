@@ -1,0 +1,148 @@
+"""Sums between processes: `runtime.mesh` over NCCL and gloo, with as many GPUs as there are.
+
+A worker is a process of its own: `python -m gpu.sums RANK SIZE ADDRESS DEVICE SMALL` in the folder `benchmarks`. It
+prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from published_matching import AUGMENTATION, Problem, make_problem
+
+from datm_ray.core.distillation import Distillation, LearningRates, Limits, Match, Origin
+from datm_ray.core.matching import matching_gradient
+from datm_ray.core.step_functions import StepOptions, StudentStepFunctions
+from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.runtime.mesh import Mesh, Seat, open_mesh
+from gpu.exactness import compared, spec_of
+from gpu.machine import Machine, timed
+from gpu.sections import Clock, Row, Section, tried
+
+WAIT = 40.0
+"""Seconds for all processes of a row; in small, where others may have the machine, five times as many."""
+
+
+def problem_of(machine: Machine) -> Problem:
+    """The same in every process: 8 images, so that 2 shards have 4 each."""
+    return make_problem(
+        spec_of(machine), 6, 3, dtype=torch.float64, device=machine.device, strategy=AUGMENTATION, images=8
+    )
+
+
+def work(mesh: Mesh, machine: Machine, size: int, rank: int) -> dict[str, Any]:
+    """The error of the gradient of this shard, and how long a sum of a ConvNet's parameters takes."""
+    problem = problem_of(machine)
+    functions = StudentStepFunctions(problem.network, StepOptions(compiled=False))
+    synthetic = problem.synthetic
+    whole = matching_gradient(functions, problem.start, problem.target, synthetic, problem.steps)
+    first, last = (len(synthetic.images) * end // size for end in (rank, rank + 1))
+    held = slice(first, last)
+    mine = SyntheticSet(
+        synthetic.images[held], synthetic.soft_labels[held], synthetic.step_sizes, synthetic.labels[held]
+    )
+    steps = [step.held_by(first, last) for step in problem.steps]
+    # Over all, not over the row: at one process a row has nobody to sum with.
+    part = matching_gradient(functions, problem.start, problem.target, mine, steps, all_sum=mesh.sum_over_all)
+    row = compared(
+        [part.images, part.soft_labels, part.step_size], [whole.images[held], whole.soft_labels[held], whole.step_size]
+    )
+    state = Distillation(mine, LearningRates(0.1, 0.1, 1e-5), Limits(1e9, 10.0))
+    match = Match(functions, problem.start, problem.target, steps)
+    state.step(
+        [match],
+        [Origin(0, 0)],
+        all_sum=mesh.sum_over_all,
+        sum_over_backbones=mesh.sum_over_backbones,
+        in_rows=mesh.in_rows if size > 1 else None,
+    )
+    gathered = mesh.gather(state.synthetic.images)
+    mesh.barrier()
+    vector = torch.randn(1_000 if machine.small else 320_010, device=machine.device)
+    seconds = [timed(lambda: mesh.sum_over_all(vector), machine.device)[0] for _ in range(3 if machine.small else 20)]
+    alone = mesh.until_all_are_done(lambda pulse: rank)
+    return {
+        **row,
+        "seconds": seconds[1:],
+        "gathered": None if gathered is None else len(gathered),
+        "rank": alone,
+        "backend": str(dist.get_backend_config()),
+    }
+
+
+def child(rank: int, size: int, address: str, device: str, small: str) -> None:
+    """One worker."""
+    machine = Machine(device, small == "small")
+    torch.set_num_threads(1)
+    with open_mesh(Seat(rank, size, address), 1, size, torch.device(device), 2 * WAIT) as mesh:
+        print(json.dumps(work(mesh, machine, size, rank)), flush=True)
+
+
+def together(machine: Machine, size: int) -> Row:
+    """What so many workers on this device find; of errors and seconds those of the worst."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    place = Path(__file__).resolve().parents[1]
+    words = [sys.executable, "-m", "gpu.sums"]
+    sized = "small" if machine.small else "large"
+    processes = [
+        subprocess.Popen(
+            [*words, str(rank), str(size), address, machine.device, sized],
+            cwd=place,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(place.parent)},
+        )
+        for rank in range(size)
+    ]
+    end = time.monotonic() + (5 * WAIT if machine.small else WAIT)
+    try:
+        told = [process.communicate(timeout=max(1.0, end - time.monotonic())) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    for out, err in told:
+        if not out:
+            raise RuntimeError((err.strip().splitlines() or ["a worker died without a word"])[-1])
+    rows = [json.loads(out.splitlines()[-1]) for out, _ in told]
+    worst = max(rows, key=lambda row: row["errors"] if row["verdict"] == "ok" else [float("inf")])
+    return {**worst, "seconds": max(rows, key=lambda row: sum(row["seconds"]))["seconds"]}
+
+
+def measure(machine: Machine, _: Clock) -> Iterator[Row]:
+    """Alone on the device; two that share it or have one each; two without it."""
+    cpu = Machine("cpu", machine.small)
+    rows = [(machine, 2)] if machine.device == "cpu" else [(machine, 1), (machine, 2), (cpu, 2)]
+    for where, size in rows:
+        yield tried({"processes": size, "device": where.device}, partial(together, where, size))
+
+
+SECTION = Section(
+    "sums",
+    "2. Do processes sum to the same?",
+    "Class shards in processes of their own (`runtime.mesh`), float64: error of their gradients against one process, "
+    "and seconds of a sum of 320,010 float32 numbers (a ConvNet-3). Two processes on one GPU cannot use NCCL, and sum "
+    "through gloo.",
+    ("processes", "device", "backend", "error", "seconds", "verdict"),
+    seconds=45,
+    least=10,
+    measure=measure,
+)
+
+if __name__ == "__main__":
+    number, count, *others = sys.argv[1:]
+    child(int(number), int(count), *others)

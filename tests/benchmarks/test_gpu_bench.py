@@ -1,0 +1,120 @@
+"""What must be right before the GPU is there: bookkeeping, budget, failures, tables, and what is imported."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from datm_ray.config import PUBLISHED_AUGMENTATION
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ABSENT = ("ray", "pydantic", "rich", "s3fs", "fsspec", "yaml", "typer", "jinja2", "matplotlib")
+"""Packages that a machine with a GPU need not have."""
+
+Rows = Iterator[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[SimpleNamespace]:
+    """The benchmark's modules, found as they are when it is run."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        names = {"main": "bench_gpu", "sections": "gpu.sections", "machine": "gpu.machine"}
+        names |= {"matching": "published_matching"}
+        yield SimpleNamespace(**{short: importlib.import_module(name) for short, name in names.items()})
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+def section(bench: SimpleNamespace, name: str, measure: Callable[..., Rows], seconds: float = 60.0) -> Any:
+    return bench.sections.Section(name, name.capitalize(), "A note.", ("what", "value"), seconds, 1.0, measure)
+
+
+def test_a_section_that_fails_is_told_and_stops_no_other(bench: SimpleNamespace) -> None:
+    """What it had found before is kept, with the error, and saved after every row."""
+
+    def fails(*_: Any) -> Rows:
+        yield {"what": "before", "value": 1.0}
+        raise ValueError("no such kernel\nmore")
+
+    def works(*_: Any) -> Rows:
+        yield bench.sections.tried({"what": "a row"}, lambda: 1 / 0)
+        yield {"what": "after", "value": [1.0, 3.0, 2.0]}
+
+    saved: list[list[int]] = []
+    machine = bench.machine.Machine("cpu", small=True)
+    first, second = bench.sections.run_sections(
+        [section(bench, "one", fails), section(bench, "two", works)],
+        machine,
+        60.0,
+        lambda outcomes: saved.append([len(each.rows) for each in outcomes]),
+    )
+    assert saved == [[1], [1], [1, 1], [1, 2], [1, 2]]
+    assert (first.status, first.failures) == ("failed: ValueError: no such kernel", 1)
+    assert "Traceback" in first.error
+    assert (second.status, second.failures) == ("done", 1)
+    assert "| a row | ZeroDivisionError: division by zero |" in second.lines()
+    assert "| after | 2 (1 to 3), n = 3 |" in second.lines()
+    assert first.as_json()["rows"] == [{"what": "before", "value": 1.0}]
+
+
+def test_a_section_is_stopped_when_its_time_is_over_and_skipped_where_there_is_none(bench: SimpleNamespace) -> None:
+    """A loop that hangs is interrupted; the next section has what is left; the last is skipped in a line."""
+
+    def hangs(*_: Any) -> Rows:
+        yield {"what": "before"}
+        while True:
+            time.sleep(0.01)
+
+    def looks(_: Any, clock: Any) -> Rows:
+        yield {"what": "left", "value": clock.left()}
+        time.sleep(60.0)
+
+    sections = [section(bench, "one", hangs, 0.2), section(bench, "two", looks), section(bench, "three", hangs)]
+    outcomes = bench.sections.run_sections(sections, None, 1.5, lambda _: None)
+    assert outcomes[0].status == "stopped: its 0 s were over"
+    assert outcomes[0].rows == [{"what": "before"}]
+    assert 0.5 < outcomes[1].rows[0]["value"] < 1.3
+    assert outcomes[2].status.startswith("skipped: 0 s are left")
+    assert not any(each.failures for each in outcomes), "a lack of time is no failure"
+
+
+def test_what_is_not_exact_is_a_failure(bench: SimpleNamespace) -> None:
+    """So that a run that computes nonsense does not end with 0."""
+    outcome = bench.sections.Outcome(section(bench, "one", lambda *_: iter(())))
+    outcome.rows += [{"verdict": "ok"}, {"verdict": "TOO LARGE"}, {"what": "no verdict"}]
+    assert outcome.failures == 1
+
+
+def test_options_that_cannot_be_had_are_one_line(
+    bench: SimpleNamespace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unknown section, and a GPU where there is none."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for words, wanted in ((["--only", "speed"], "speed is no section"), ([], "torch sees no GPU here")):
+        with pytest.raises(SystemExit) as ended:
+            bench.main.parsed(words)
+        assert ended.value.code == 2
+        assert wanted in capsys.readouterr().err
+
+
+def test_augmentation_is_that_of_the_package(bench: SimpleNamespace) -> None:
+    """The benchmarks name it themselves, for the package's configuration needs pydantic."""
+    assert bench.matching.AUGMENTATION == PUBLISHED_AUGMENTATION
+
+
+def test_it_needs_neither_ray_nor_pydantic() -> None:
+    """All sections are imported, what they import on the way too, where those packages are not installed."""
+    program = (
+        f"import sys\nfor name in {ABSENT!r}: sys.modules[name] = None\n"
+        "import bench_gpu, facts, datm_ray.data\nassert len(bench_gpu.SECTIONS) == 7\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=BENCHMARKS, check=True, timeout=120)
