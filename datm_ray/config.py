@@ -369,7 +369,7 @@ class Role:
     """Networks of metadd that it holds: 0 is the first backbone, then the auxiliaries."""
 
 
-RESERVED_NAMES = frozenset({"experts", "controls", "report.html", "summary.json", "tensorboard", "wandb"})
+RESERVED_NAMES = frozenset({"experts", "controls", "report.html", "summary.json", "tensorboard", "transforms", "wandb"})
 """What lies beside the runs in an output folder."""
 
 

@@ -8,6 +8,7 @@ An output folder holds any number of runs that share experts and controls:
     <out>/<run>/experts-cost.json what its experts have cost, as the store knows it
     <out>/<run>/*.arrow           see `distill`
     <out>/<run>/evaluation/       one JSON file per row and seed
+    <out>/transforms/             normalisations of the sets, once each; see `artifact`
     <out>/controls/               training on real images, shared by runs
     <out>/report.html, summary.json
 
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from datm_ray.artifact import TRANSFORMS, keep_transform
 from datm_ray.config import DatasetConfig, NetworkConfig, Role, RunConfig, load_recipe_of_run, network_names, to_yaml
 from datm_ray.core.augment import parse_strategy
 from datm_ray.core.networks import build_network, require_maps
@@ -254,7 +256,8 @@ class Pipeline:
             group = self._group(config)
             if not group.has_transform():
                 transform = self._dataset(config).transform
-                group.write_transform(transform.to_arrays(), transform.to_metadata())
+                twin = keep_transform(transform, self.out / TRANSFORMS)
+                group.write_transform(transform.to_arrays(), transform.to_metadata(), twin)
         self._clear_up()
         self._run("Experts", ExpertWorker, "train", self._expert_tasks, executor, reporter)
         self._note_experts_cost()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.numpy import save as numpy_file
 from torch.utils.data import DataLoader
 
 from datm_ray.artifact import EXPORTS, KIND, Artifact, export, load, save_artifact
@@ -314,4 +316,107 @@ def test_unknown_export_is_refused_with_those_known(artifact: Artifact, tmp_path
     with pytest.raises(ConfigError, match=r"no export 'npz'\. Choose one of: png, parquet, pt"):
         export(artifact, "npz", open_location(str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
-    assert list(EXPORTS) == ["png", "parquet", "pt"]
+    assert list(EXPORTS) == ["png", "parquet", "pt", "arrow", "safetensors"]
+
+
+def save_kept(folder: Path, run: str, side: int = 12) -> Artifact:
+    """A set in <folder>/<run>/synthetic.arrow, whose whitening is too large to travel inside."""
+    images = np.random.default_rng(0).integers(0, 256, (20, 1, side, side), dtype=np.uint8)
+    transform = fit_transform("zca", images, 255)
+    synthetic = SyntheticSet(transform.normalise(images), torch.zeros(20, 2), torch.ones(1), torch.arange(20) % 2)
+    root = open_location(str(folder))
+    save_artifact(root / run / "synthetic.arrow", synthetic, transform, NAMES, RECIPE, PROVENANCE, root / "transforms")
+    return load(str(folder / run / "synthetic.arrow"))
+
+
+def test_whitening_is_kept_once_for_all_sets(tmp_path: Path) -> None:
+    """A set's file is as large as its images, and finds its transform beside the runs, or beside itself."""
+    sets = [save_kept(tmp_path / "out", run) for run in ("a", "b")]
+    (kept,) = (tmp_path / "out/transforms").iterdir()
+    written = kept.stat().st_mtime_ns
+    assert kept.stat().st_size > 4 * 144**2
+    assert (tmp_path / "out/a/synthetic.arrow").stat().st_size < sets[0].images.nbytes + 6000
+    save_kept(tmp_path / "out", "a")
+    assert kept.stat().st_mtime_ns == written
+    expected = sets[0].transform
+    assert expected.digest == kept.stem
+    assert sets[1].pixels().shape == (20, 12, 12, 1)
+    for place in ("here", "here/transforms", "transforms"):
+        other = tmp_path / place.replace("here", "elsewhere/run")
+        other.mkdir(parents=True, exist_ok=True)
+        (other / kept.name).write_bytes(kept.read_bytes())
+        moved = tmp_path / "elsewhere/run/synthetic.arrow"
+        moved.write_bytes((tmp_path / "out/a/synthetic.arrow").read_bytes())
+        assert load(str(moved)).transform.digest == expected.digest, place
+        (other / kept.name).unlink()
+
+
+def test_set_without_its_transform_has_images_and_says_what_is_missing(tmp_path: Path) -> None:
+    """Images, labels and step size need no transform; pixels do, and the error names file and remedy."""
+    save_kept(tmp_path / "out", "a")
+    (kept,) = (tmp_path / "out/transforms").iterdir()
+    content = kept.read_bytes()
+    kept.unlink()
+    alone = load(str(tmp_path / "out/a/synthetic.arrow"))
+    assert (len(alone.dataset()), alone.labels.tolist(), alone.step_size) == (20, [0, 1] * 10, 1.0)
+    with pytest.raises(StoreError, match=rf"a/synthetic\.arrow is missing, transforms/{kept.name}.*--format arrow"):
+        alone.pixels()
+    other = fit_transform("zca", real_images(), 255)
+    write_tensors(open_location(str(kept)), other.to_arrays(), kind="transform", metadata=other.to_metadata())
+    with pytest.raises(CorruptFileError, match="another transform than its name says"):
+        alone.pixels()
+    kept.write_bytes(content)
+    assert alone.pixels().shape == (20, 12, 12, 1)
+
+
+def test_a_digest_that_is_a_path_is_refused(tmp_path: Path) -> None:
+    """A file of somebody else cannot have other files read."""
+    save_kept(tmp_path, "a")
+    place = open_location(str(tmp_path / "a/synthetic.arrow"))
+    file = read_tensors(place, kind=KIND)
+    for digest in ("../" * 4 + "etc", "A" * 32, 5, "0" * 31):
+        metadata = file.metadata | {"transform": file.metadata["transform"] | {"digest": digest}}
+        write_tensors(place, file.arrays, kind=KIND, metadata=metadata)
+        message(tmp_path / "a/synthetic.arrow")
+
+
+@pytest.mark.parametrize("kind", ["arrow", "safetensors"])
+def test_whole_exports_load_anywhere(kind: str, tmp_path: Path) -> None:
+    """One file, without the folder of transforms, has everything bit for bit, and exports to itself."""
+    original = save_kept(tmp_path / "out", "a")
+    (name,) = export(original, kind, open_location(str(tmp_path / "b")))
+    transform = original.transform
+    shutil.rmtree(tmp_path / "out")
+    loaded = load(str(tmp_path / "b" / name))
+    for part in ("images", "soft_labels", "labels"):
+        assert torch.equal(getattr(loaded, part), getattr(original, part))
+    for part in ("step_size", "step_sizes", "class_names", "recipe", "provenance"):
+        assert getattr(loaded, part) == getattr(original, part)
+    assert loaded.transform.digest == transform.digest
+    export(loaded, kind, open_location(str(tmp_path / "c")))
+    assert (tmp_path / "c" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_safetensors_of_others_are_refused(artifact: Artifact, tmp_path: Path) -> None:
+    """Truncated, lying about its length, without our metadata, or no such file at all: one line each."""
+    export(artifact, "safetensors", open_location(str(tmp_path)))
+    place = tmp_path / "synthetic.safetensors"
+    whole = place.read_bytes()
+    foreign = numpy_file({"images": np.zeros(3, np.float32)})
+    nested = numpy_file({"images": np.zeros(3, np.float32)}, {KIND: "[" * 100_000})
+    cases = [b"", whole[:7], whole[:-1], whole + b"x", b"\xff" * 8 + whole[8:], whole[8:], foreign, nested]
+    for content in [*cases, numpy_file({"images": np.zeros(3, np.float32)}, {KIND: "5"})]:
+        place.write_bytes(content)
+        message(place)
+
+
+def test_sets_of_the_first_format_are_read(tmp_path: Path) -> None:
+    """A file of an earlier version, with its whitening matrix inside, leads to the pixels it was made of."""
+    sample = Path(__file__).parent / "samples/synthetic-with-matrix.arrow"
+    old = load(str(sample))
+    assert (old.step_sizes, old.class_names, old.transform.kind) == ((0.5,), ("even", "odd"), "zca")
+    pixels = np.arange(4 * 2 * 3 * 3).reshape(4, 2, 3, 3) * 3
+    assert np.array_equal(old.pixels(), pixels.transpose(0, 2, 3, 1))
+    torch.testing.assert_close(old.normalise(pixels.astype(np.uint8)), old.images)
+    (name,) = export(old, "arrow", open_location(str(tmp_path)))
+    assert load(str(tmp_path / name)).transform.digest == old.transform.digest

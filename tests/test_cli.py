@@ -216,7 +216,7 @@ def test_a_checkpoint_is_no_artifact(datm_ray: CommandLine, finished_run: Path) 
     assert "checkpoint" in err
 
 
-@pytest.mark.parametrize(("kind", "count"), [("png", 10), ("parquet", 1), ("pt", 3)])
+@pytest.mark.parametrize(("kind", "count"), [("png", 10), ("parquet", 1), ("pt", 3), ("arrow", 1), ("safetensors", 1)])
 def test_exports_are_written(kind: str, count: int, datm_ray: CommandLine, finished_run: Path, tmp_path: Path) -> None:
     """Each format writes its files and says where."""
     code, out, _ = datm_ray("export", str(finished_run / "tiny/synthetic.arrow"), "--format", kind, "--out", "exported")

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from datm_ray import cli, pipeline as pipeline_module
-from datm_ray.artifact import Artifact, load
+from datm_ray.artifact import Artifact, KeptTransform, load
 from datm_ray.config import RunConfig, override, to_yaml
 from datm_ray.core.synthetic import random_rows
 from datm_ray.errors import (
@@ -201,8 +201,9 @@ def test_finished_work_is_not_done_again(finished_run: Path, monkeypatch: pytest
     run_all(config, finished_run, lambda: Forbidden(config.cluster))
 
 
-def test_runs_of_one_folder_share_experts_and_the_full_data_control(tmp_path: Path) -> None:
-    """Two recipes with the same experts train them once, and score all real data once."""
+def test_runs_of_one_folder_share_what_they_have_in_common(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two recipes of the same experts train them once, score all real data once, and keep whitening once on a disk."""
+    monkeypatch.setattr("datm_ray.artifact.INLINE_BYTES", 0)
     configs = [tiny_config(), tiny_config("name=other", "distill.ipc=2")]
     pipeline = Pipeline(configs, str(tmp_path))
     assert pipeline.plan()[0].startswith("2 experts to train")
@@ -213,6 +214,13 @@ def test_runs_of_one_folder_share_experts_and_the_full_data_control(tmp_path: Pa
     table = pipeline.table()
     assert "tiny" in table
     assert "other" in table
+    (kept,) = (tmp_path / "transforms").iterdir()
+    (beside_experts,) = (tmp_path / "experts").rglob("transform.arrow")
+    assert kept.samefile(beside_experts)
+    for name in ("tiny/initial.arrow", "tiny/synthetic.arrow", "other/synthetic.arrow"):
+        held = load(str(tmp_path / name)).held_transform
+        assert isinstance(held, KeptTransform)
+        assert held.transform.digest == kept.stem
 
 
 def test_a_set_may_start_from_any_images_and_keep_hard_labels(tmp_path: Path) -> None:

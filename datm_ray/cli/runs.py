@@ -211,14 +211,23 @@ def report(out: Annotated[str, typer.Argument(metavar="OUT", help="Output folder
 
 @app.command()
 def export(
-    artifact: Annotated[str, typer.Argument(metavar="FILE", help="A synthetic.arrow file.")],
+    artifact: Annotated[str, typer.Argument(metavar="FILE", help="A synthetic.arrow or .safetensors file.")],
     out: Annotated[str, typer.Option("--out", metavar="URI", help="Folder to write to.")],
     format_: Annotated[
-        Literal["png", "parquet", "pt"],
-        typer.Option("--format", help="png: a folder per class; parquet: Hugging Face layout; pt: DATM's three files."),
+        Literal["png", "parquet", "pt", "arrow", "safetensors"],
+        typer.Option(
+            "--format",
+            help="png: a folder per class, to look at. parquet: Hugging Face layout; soft labels are probabilities. "
+            "pt: DATM's three files; soft labels are logits. "
+            "arrow, safetensors: one file with everything, transform included, for datm_ray.load.",
+        ),
     ] = "png",
 ) -> None:
-    """Write a synthetic set in another format."""
+    """Write a synthetic set in another format.
+
+    Soft labels are logits in pt, arrow and safetensors, and probabilities (their softmax) in parquet. DD-Ranking takes
+    logits: give it those of pt.
+    """
     from datm_ray.artifact import export as export_artifact, load
     from datm_ray.store.filesystem import open_location
 

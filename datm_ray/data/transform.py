@@ -465,8 +465,6 @@ def _image_shape(images: NDArray[np.uint8]) -> tuple[int, int, int]:
 
 
 def _array_shapes(kind: Kind, shape: tuple[int, int, int], whitening: str) -> dict[str, tuple[int, ...]]:
-    if min(shape) < 1:
-        raise ValueError(f"no image has the shape {shape}")
     channels, pixels = shape[0], math.prod(shape)
     square = {whitening: (pixels, pixels)}
     known: dict[str, dict[str, tuple[int, ...]]] = {

@@ -10,6 +10,7 @@ The files of a run's folder, each written atomically:
     cost.json          what it has cost so far, over all workers and attempts; replaced after every checkpoint, so what
                        a killed attempt spent after its last one is not counted. A file of its own, for the others are
                        the same however often a run was stopped
+A transform that is large, as whitening is, lies once for all sets of all runs in ../transforms, see `artifact`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from datm_ray.artifact import read_artifact, save_artifact
+from datm_ray.artifact import TRANSFORMS, read_artifact, save_artifact
 from datm_ray.config import ClusterConfig, DistillConfig, RunConfig
 from datm_ray.core.difficulty import DifficultyRange, draw_plan
 from datm_ray.core.distillation import Distillation, IterationRecord, LearningRates, Limits, Match, Origin
@@ -466,7 +467,8 @@ class _Run:
         if self._computed[1:]:
             origin["student_steps_before"] = self._computed[:-1]
         place, recipe = self._folder / name, self._config.identity()
-        save_artifact(place, whole, dataset.transform, dataset.class_names, recipe, origin)
+        transforms = self._folder.parent / TRANSFORMS
+        save_artifact(place, whole, dataset.transform, dataset.class_names, recipe, origin, transforms)
 
 
 def over_workers(mesh: Mesh, mine: Spent) -> Spent:

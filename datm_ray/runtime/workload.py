@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from datm_ray.artifact import INLINE_BYTES
 from datm_ray.config import ClusterConfig, Role, RunConfig
 from datm_ray.core.distillation import HISTORY_COLUMNS
 from datm_ray.core.experts import LARGEST_STACK
@@ -65,7 +66,7 @@ class Storage:
     checkpoint: int
     """Of the last; while one replaces another there are two."""
     results: int
-    """The initial and the final set, each with its transform."""
+    """The initial and the final set, and their transform."""
 
     @property
     def total(self) -> int:
@@ -160,7 +161,7 @@ def storage(config: RunConfig, shape: DataShape) -> Storage:
     return Storage(
         store=store,
         checkpoint=checkpoint_bytes(images, row, chosen=True) + history,
-        results=2 * (images * (row + 8) + transform),
+        results=2 * images * (row + 8) + (2 if transform <= INLINE_BYTES else 1) * transform,
     )
 
 

@@ -66,6 +66,14 @@ class Location:
         return Location(self.fs, f"{self.path.rstrip('/')}/{name}", f"{self.uri.rstrip('/')}/{name}")
 
     @property
+    def parent(self) -> Location:
+        """The folder that this file or folder is in; itself where it is in none, as a bucket is."""
+        path, uri = self.path.rstrip("/"), self.uri.rstrip("/")
+        if "/" not in path:
+            return self
+        return Location(self.fs, path.rpartition("/")[0] or "/", uri.rpartition("/")[0] or "/")
+
+    @property
     def local_path(self) -> str | None:
         """The path on this machine's filesystem, or None where the file is elsewhere."""
         return self.path if isinstance(self.fs, LocalFileSystem) else None
@@ -180,6 +188,20 @@ class Location:
                     raise AlreadyExistsError(f"{self.uri} exists already") from None
         finally:
             draft.discard()
+
+    def link(self, source: Location) -> bool:
+        """Give a finished file this second name, without a second copy of its bytes.
+
+        False, and nothing is done, where that cannot be: the two are not on one local disk, or the name is taken.
+        """
+        if self.local_path is None or source.local_path is None:
+            return False
+        try:
+            os.makedirs(os.path.dirname(self.local_path), exist_ok=True)
+            os.link(source.local_path, self.local_path)
+        except OSError:
+            return False
+        return True
 
     def write_atomic(self, data: bytes) -> None:
         """Write or replace the whole file; a reader sees the old content or the new, never a part."""

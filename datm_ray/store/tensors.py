@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -68,13 +68,30 @@ def write_tensors(
         StoreError: the place cannot be written.
         TypeError: an array of a dtype not in DTYPES, or metadata that is not JSON.
     """
-    header = {"kind": kind, "metadata": json.dumps(metadata, sort_keys=True)}
-    batches = [_batch(name, np.asarray(array)) for name, array in arrays.items()]
+    header, batches = _encoded(arrays, kind, metadata)
     with location.create(replace=replace) as file, location.explaining("write"):
-        writer = SealedWriter(file, _SCHEMA, format_name=FORMAT, format_version=FORMAT_VERSION, header=header)
-        for batch in batches:
-            writer.write(batch)
-        writer.close(summary={"names": list(arrays)})
+        _write(file, header, batches, list(arrays))
+
+
+def dump_tensors(
+    file: BinaryIO, arrays: Mapping[str, NDArray[Any]], *, kind: str, metadata: Mapping[str, object]
+) -> None:
+    """`write_tensors` into an empty binary file that can be read back."""
+    _write(file, *_encoded(arrays, kind, metadata), list(arrays))
+
+
+def _encoded(
+    arrays: Mapping[str, NDArray[Any]], kind: str, metadata: Mapping[str, object]
+) -> tuple[dict[str, str], list[pa.RecordBatch]]:
+    header = {"kind": kind, "metadata": json.dumps(metadata, sort_keys=True)}
+    return header, [_batch(name, np.asarray(array)) for name, array in arrays.items()]
+
+
+def _write(file: BinaryIO, header: dict[str, str], batches: list[pa.RecordBatch], names: list[str]) -> None:
+    writer = SealedWriter(file, _SCHEMA, format_name=FORMAT, format_version=FORMAT_VERSION, header=header)
+    for batch in batches:
+        writer.write(batch)
+    writer.close(summary={"names": names})
 
 
 def read_tensors(location: Location, *, kind: str) -> TensorFile:

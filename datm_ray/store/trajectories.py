@@ -288,12 +288,18 @@ class ExpertGroup:
         opened.sealed.verify()
         return opened.info
 
-    def write_transform(self, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, object]) -> bool:
-        """Store the transform of the experts' data, once; False if there is one already, which stays."""
+    def write_transform(
+        self, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, object], twin: Location | None = None
+    ) -> bool:
+        """Store the transform of the experts' data, once; False if there is one already, which stays.
+
+        Args:
+            twin: file that holds this very transform; on the same local disk its bytes are shared, not copied.
+        """
+        place = self.location / _TRANSFORM_FILE
         try:
-            write_tensors(
-                self.location / _TRANSFORM_FILE, arrays, kind=TRANSFORM_KIND, metadata=metadata, replace=False
-            )
+            if twin is None or not place.link(twin):
+                write_tensors(place, arrays, kind=TRANSFORM_KIND, metadata=metadata, replace=False)
         except AlreadyExistsError:
             return False
         return True

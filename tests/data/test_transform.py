@@ -254,7 +254,7 @@ def test_arrays_and_json_carry_a_transform(kind: Kind) -> None:
         ({"values": np.full(72, -1.0)}, {}, "eigenvalue is negative"),
         ({"vectors": np.full((72, 72), np.nan)}, {}, "vectors holds values that are not finite"),
         ({}, {"eps": 0}, r"eps is 0\.0"),
-        ({}, {"shape": [-1, -4, 6]}, "no image has the shape"),
+        ({}, {"shape": [-1, -4, 6]}, "its images are -1x-4x6"),
         ({"mean": np.zeros(5)}, {}, r"mean has shape \(5,\), not \(72,\)"),
         ({}, {"kind": "pca"}, "pca"),
         ({}, {"shape": [3, 4]}, "ValueError"),

@@ -17,6 +17,7 @@ import pytest
 
 from datm_ray.errors import CorruptFileError, StoreError
 from datm_ray.store.filesystem import Location
+from datm_ray.store.tensors import write_tensors
 from datm_ray.store.trajectories import ExpertGroup, GroupKey, Snapshot, TrajectoryInfo, TrajectoryStore
 
 KEY = GroupKey("digits", "ConvNetD2", "5f2a9c")
@@ -441,6 +442,15 @@ class TrajectoryStoreContract:
             name: array.tolist() for name, array in arrays.items()
         }
         assert group.experts() == [0]
+
+    def test_a_transform_may_share_the_bytes_of_its_twin(self, group):
+        """What is read is the same wherever the twin lies, and lasts when the twin is deleted."""
+        arrays, twin = {"mean": np.arange(3, dtype=np.float32)}, group.location / "twin.arrow"
+        write_tensors(twin, arrays, kind="transform", metadata={"eps": 0.1})
+        assert group.write_transform(arrays, {"eps": 0.1}, twin)
+        assert not group.write_transform(arrays, {"eps": 0.1}, twin)
+        twin.remove()
+        assert group.read_transform().arrays["mean"].tolist() == [0, 1, 2]
 
     def test_a_missing_transform_is_named(self, group):
         """Reading the transform of a group without one is a StoreError."""

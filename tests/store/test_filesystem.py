@@ -112,6 +112,29 @@ def test_writing_once_needs_no_hard_links(local, monkeypatch):
     assert (local / "file").read_bytes() == b"first"
 
 
+def test_a_second_name_copies_no_bytes(local):
+    """On a local disk a finished file gets another name, unless that is taken; either may be deleted."""
+    (local / "a").write_text("one")
+    assert (local / "new" / "b").link(local / "a")
+    (local / "a").remove()
+    assert (local / "new" / "b").read_bytes() == b"one"
+    (local / "c").write_text("three")
+    assert not (local / "c").link(local / "new" / "b")
+    assert not (local / "d").link(local / "absent")
+    assert not (open_location("memory://x") / "b").link(local / "c")
+    assert (local / "c").read_bytes() == b"three"
+
+
+@pytest.mark.parametrize("uri", ["/tmp/a", "file:///tmp/a", "memory://bucket/a", "s3://bucket/a"])
+def test_a_place_has_a_parent(uri):
+    """The folder around it, by path and by name, up to the root or the bucket."""
+    place = open_location(uri)
+    assert (place / "b" / "c").parent.parent == place
+    top = place.parent.parent.parent
+    assert top.parent == top
+    assert (top / "x").parent.path.rstrip("/") == top.path.rstrip("/")
+
+
 def test_leftovers_of_dead_writers_are_removed(local):
     """A temporary file no process holds is deleted; one in work is not, and neither shows in a listing."""
     host = filesystem.socket.gethostname()
