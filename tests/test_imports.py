@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -92,8 +93,30 @@ def test_part_uses_only(place: str) -> None:
 def test_ray_is_imported_where_the_name_says_so() -> None:
     """Ray is one of several ways to run a plan; who uses it is called so, and nobody else asks for those but lazily."""
     users = {file for file, module in imports_of(".") if module.split(".")[0] == "ray"}
-    names = ("cluster", "crews", "executor", "jobs", "metrics")
+    names = ("cluster", "compat", "crews", "executor", "jobs", "metrics")
     assert users == {str(Path("runtime", f"ray_{name}.py")) for name in names}
+
+
+def private_parts(source: str) -> list[str]:
+    """Dotted names of private parts of torch and Ray that a source file imports or reads."""
+    found = [ast.unparse(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)]
+    found += [
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    ]
+    found += imported(source)
+    owners = ("torch", "ray", "nn", "_ATEN")
+    return [name for name in found if re.match(rf"({'|'.join(owners)})(\.\w+)*\._[a-zA-Z]|.*\._cdata$", name)]
+
+
+def test_private_parts_of_torch_and_ray_are_used_in_one_module_each() -> None:
+    """What another version may change without a word is looked for in one place."""
+    seen = "import torch._a\nfrom ray._b import c\nfrom torch.d import _e\nnn.f._g\n_ATEN._h.default\ni()._cdata"
+    assert len({*private_parts(seen)} & {"torch._a", "ray._b", "torch.d._e", "nn.f._g", "_ATEN._h", "i()._cdata"}) == 6
+    users = {str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if private_parts(path.read_text())}
+    assert users == {str(Path("core", "torch_compat.py")), str(Path("runtime", "ray_compat.py"))}
 
 
 @pytest.mark.parametrize(

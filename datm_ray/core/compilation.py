@@ -3,6 +3,9 @@
 A function is traced once, for one shape of its arguments: no Python of the network, no graph break and no second
 compilation is left. The graph is rid of what is known to be zero and of slow weight gradients, and it tells how much
 memory a call takes (`footprint.py`). Where the machine has no compiler, that is said in one line.
+
+A graph computes the same whatever strides its operations give their results. Tensors without memory predict strides,
+and what they predict differs between versions of torch, from kernel to kernel, and after a term was left out.
 """
 
 from __future__ import annotations
@@ -13,10 +16,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch._inductor
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
+from datm_ray.core.torch_compat import UNSAFE_VIEW, ZEROS_LIKE_VALUE, compile_graph, schema_of, trace
 from datm_ray.core.weight_gradient import QuickWeightGradients
 
 
@@ -57,7 +59,7 @@ class Compiled:
             self._require_fit(arguments)
             self._fitting.add(layout)
         if self._function is None:
-            self._function = torch._inductor.compile(self._graph, list(arguments), self._options)
+            self._function = compile_graph(self._graph, arguments, self._options)
         result = self._function(*arguments)
         return tuple(result) if isinstance(result, list) else result
 
@@ -87,12 +89,54 @@ def compiler_problem(device_type: str) -> str:
 
 def traced(function: Callable[..., Any], *arguments: Tensor) -> fx.GraphModule:
     """The function as a graph, for arguments of these shapes, which may be fake."""
-    graph: fx.GraphModule = make_fx(lambda *inputs: function(*inputs))(*arguments)  # make_fx miscounts a bound self
+    graph = trace(function, *arguments)
     _drop_zero_terms(graph.graph)
-    _drop_unused(graph)
-    graph = make_fx(lambda *inputs: QuickWeightGradients(graph).run(*inputs))(*arguments)
-    _drop_unused(graph)
+    _free_of_strides(graph)
+    graph = trace(QuickWeightGradients(graph).run, *arguments)
+    _free_of_strides(graph)
     return graph
+
+
+def _free_of_strides(graph: fx.GraphModule) -> None:
+    """Replace what was decided by the strides seen in tracing, and drop what is unused then.
+
+    A view becomes a reshape, which copies where the strides of a call do not allow a view. What reads strides, and a
+    view of memory that is written to, gets them as they were traced, by a copy.
+    """
+    written = {_owner(node) for node in graph.graph.nodes if _writes(node)}
+    for node in list(graph.graph.nodes):
+        is_view, owner = node.target in (_ATEN.view.default, UNSAFE_VIEW), _owner(node)
+        is_fixed = owner.op != "call_function" or owner.target is _ATEN.new_empty_strided.default
+        if is_view and owner not in written and not is_fixed:
+            node.target = _ATEN.reshape.default
+        elif (is_view or node.target in _READS_STRIDES) and not is_fixed:
+            _with_traced_strides(owner)
+        if node.target in _SAME_ORDER:
+            _with_traced_order(node, _SAME_ORDER[node.target])
+    _drop_unused(graph)
+
+
+def _with_traced_strides(owner: fx.Node) -> None:
+    """Copy a value into memory with the strides that it was traced with."""
+    value = owner.meta["val"]
+    with owner.graph.inserting_after(owner):
+        memory = owner.graph.call_function(_ATEN.new_empty_strided.default, (owner, value.shape, value.stride()))
+    with owner.graph.inserting_after(memory):
+        copy = owner.graph.call_function(_ATEN.copy_.default, (memory, owner))
+    owner.replace_all_uses_with(copy, delete_user_cb=lambda user: user not in (memory, copy))
+    memory.meta["val"] = copy.meta["val"] = value
+
+
+def _with_traced_order(node: fx.Node, places: Sequence[int]) -> None:
+    """Have the arguments with channels innermost, or outermost, as the last of them was traced."""
+    last = node.args[places[-1]]
+    assert isinstance(last, fx.Node)
+    order = torch.contiguous_format if last.meta["val"].is_contiguous() else torch.channels_last
+    for place in places:
+        with node.graph.inserting_before(node):
+            ordered = node.graph.call_function(_ATEN.contiguous.default, (node.args[place],), {"memory_format": order})
+        ordered.meta["val"] = node.args[place].meta["val"]  # type: ignore[union-attr]
+        node.update_arg(place, ordered)
 
 
 def _drop_unused(graph: fx.GraphModule) -> None:
@@ -105,18 +149,23 @@ def _drop_unused(graph: fx.GraphModule) -> None:
 
 def _writes(node: fx.Node) -> bool:
     """Whether the node changes a value in place, so that it counts although nothing uses its result."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    schema = schema_of(node)
+    return schema is not None and bool(schema.is_mutable)
 
 
 def _drop_zero_terms(graph: fx.Graph) -> None:
-    """Leave out what is added but known to be zero.
+    """Leave out what is added but known to be zero, and copies of a tangent into the memory order of its value.
 
     The images have no tangent along v, which automatic differentiation writes as a map of zeros and then convolves: in
     the first layer, on its largest maps, that was 7 % of a reverse step.
     """
+    for node in list(graph.nodes):
+        if _is_needless_copy(node):
+            node.replace_all_uses_with(node.args[1])
+            graph.erase_node(node)
     zeros: set[fx.Node] = set()
     written = {_owner(node) for node in graph.nodes if _writes(node)}
-    for node in list(graph.nodes):
+    for node in graph.nodes:
         if _is_zero(node, zeros) and _owner(node) not in written:
             zeros.add(node)
         elif node.target is _ATEN.add.Tensor and not node.kwargs:
@@ -124,31 +173,27 @@ def _drop_zero_terms(graph: fx.Graph) -> None:
                 if term in zeros and isinstance(other, fx.Node) and _same_shape(node, other):
                     node.replace_all_uses_with(other)
                     break
-        elif _is_needless_copy(node):
-            node.replace_all_uses_with(node.args[1])
-        elif node.target is _ATEN.view.default:
-            node.target = _ATEN.reshape.default  # what is left of a sum may have another memory order than the sum
 
 
 def _is_needless_copy(node: fx.Node) -> bool:
-    """Whether the node copies a tangent into the memory order of its value, and the tangent has that order already."""
+    """Whether the node does nothing but give a tangent the memory order of its value."""
     if node.target is not _ATEN.copy_.default:
         return False
     into, source = node.args[0], node.args[1]
     if not isinstance(into, fx.Node) or not isinstance(source, fx.Node):
         return False
-    fresh = into.target is _ATEN._new_zeros_with_same_feature_meta.default
-    return bool(fresh and _same_shape(node, source) and into.meta["val"].stride() == source.meta["val"].stride())
+    return into.target is ZEROS_LIKE_VALUE and list(into.users) == [node] and _same_shape(node, source)
 
 
 def _owner(node: fx.Node) -> fx.Node:
     """The node that made the memory which this one's value is a view of, or is written into."""
-    while isinstance(node.target, torch._ops.OpOverload) and isinstance(node.args[0] if node.args else None, fx.Node):
-        returned = node.target._schema.returns
-        if not returned or returned[0].alias_info is None:
-            break
-        node = node.args[0]  # type: ignore[assignment]
-    return node
+    while True:
+        maker = node.args[0] if node.target is operator.getitem else node  # one of several views, or of several results
+        assert isinstance(maker, fx.Node)
+        schema = schema_of(maker)
+        if schema is None or not schema.returns or schema.returns[0].alias_info is None:
+            return node
+        (node,) = maker.all_input_nodes[:1]
 
 
 def _is_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
@@ -174,3 +219,8 @@ def _same_shape(one: fx.Node, other: fx.Node) -> bool:
 
 
 _ATEN = torch.ops.aten
+_READS_STRIDES = (_ATEN.as_strided.default, _ATEN.as_strided_copy.default, _ATEN.as_strided_scatter.default)
+"""Their result depends on the strides of what they read."""
+_SAME_ORDER = {_ATEN.native_group_norm.default: (0,), _ATEN.native_group_norm_backward.default: (0, 1)}
+"""Operations -> arguments that must all have their channels innermost, or all outermost. Torch 2.11 computes a wrong
+gradient otherwise, and without an error."""

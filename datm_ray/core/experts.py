@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, grad_and_value, vmap
 from torch.nn.functional import pad
 
@@ -29,6 +28,7 @@ from datm_ray.core.networks import couples_samples
 from datm_ray.core.parameters import FlatNetwork, flatten, flatten_buffers
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.stacked import StackedNetwork, can_be_stacked
+from datm_ray.core.torch_compat import BatchNorm, shapes_only
 from datm_ray.core.training import Sgd
 
 SMALLEST_NORM = 1e-12
@@ -152,8 +152,10 @@ class ExpertFunctions:
         return losses, gradients, buffers
 
     def _part(self, parameters: Tensor, images: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        images = _channels_innermost(images) if self._channels_last else images.contiguous()
-        labels = labels.contiguous()
+        # Under vmap torch 2.11 cannot put channels innermost, which group norms ask for where their input's are.
+        is_mapped = len(parameters) > 1 and self._stacked is None
+        innermost = self._channels_last and not is_mapped
+        images, labels = _channels_innermost(images) if innermost else images.contiguous(), labels.contiguous()
         return self._function(parameters, images, labels)(parameters, images, labels, weights)
 
     def _function(self, parameters: Tensor, images: Tensor, labels: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -161,7 +163,7 @@ class ExpertFunctions:
             return self._all
         key = (parameters.shape, images.shape)
         if key not in self._built:
-            with FakeTensorMode(allow_non_fake_inputs=True):
+            with shapes_only():
                 like = (torch.empty_like(parameters), torch.empty_like(images), torch.empty_like(labels))
                 graph = traced(self._all, *like, like[0].new_empty(images.shape[1]))
             self._built[key] = Compiled(graph, parameters.device.type, channels_last=self._channels_last)
@@ -214,7 +216,7 @@ def largest_map(network: nn.Module, image: tuple[int, int, int]) -> int:
         for part in network.modules()
     ]
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with shapes_only(), torch.no_grad():
             network(next(network.parameters()).new_empty(2, *image))
     finally:
         for hook in hooks:
@@ -348,6 +350,6 @@ def _without_counters(network: nn.Module) -> nn.Module:
     """A copy whose batch normalisations do not count their batches, for nothing here reads the count."""
     network = copy.deepcopy(network)
     for part in network.modules():
-        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+        if isinstance(part, BatchNorm):
             part.num_batches_tracked = None
     return network

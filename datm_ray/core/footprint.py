@@ -28,12 +28,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import flop_registry
 
 from datm_ray.core.parameters import FlatNetwork
 from datm_ray.core.step_functions import StudentStepFunctions
+from datm_ray.core.torch_compat import schema_of, shapes_only, storage_id, trace
 
 KEEP_ABOVE_READS = 4
 """A value with several uses is kept when it is made from more values than this, and else computed for each use; the
@@ -311,12 +310,12 @@ def _derivative_and_scoring(
     def loss(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
         return torch.nn.functional.cross_entropy(network(theta, x), y)
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with shapes_only():
         theta = torch.empty(network.count)
         x, y = theta.new_empty(batch, *image), theta.new_empty(batch, classes)
-        derivative = make_fx(torch.func.grad(loss, argnums=argument))(theta, x, y)
+        derivative = trace(torch.func.grad(loss, argnums=argument), theta, x, y)
         with torch.no_grad():
-            scoring = make_fx(lambda theta, x: network(theta, x))(theta, theta.new_empty(scored, *image))
+            scoring = trace(network, theta, theta.new_empty(scored, *image))
     return derivative, scoring
 
 
@@ -401,7 +400,7 @@ class _Lifetimes:
 
     def _own_sources(self, node: fx.Node) -> frozenset[tuple[int, int]]:
         """The memory that the node's value lies in, with the place in it: two layers of one vector are two reads."""
-        return frozenset((_storage(tensor), int(tensor.storage_offset())) for tensor in _tensors(_value(node)))
+        return frozenset((storage_id(tensor), int(tensor.storage_offset())) for tensor in _tensors(_value(node)))
 
 
 def _uncompiled_bytes(graph: fx.GraphModule) -> int:
@@ -420,7 +419,7 @@ def _is_elementwise(node: fx.Node) -> bool:
 
 
 def _is_written_in_place(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node)
     return bool(schema is not None and schema.is_mutable)
 
 
@@ -460,13 +459,9 @@ def _tensors(value: Any) -> list[Tensor]:
     return [tensor for tensor in value if isinstance(tensor, Tensor)] if isinstance(value, (list, tuple)) else []
 
 
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
 def _storages(node: fx.Node) -> dict[int, int]:
     """Storages of the node's tensors, and the bytes of each."""
-    return {_storage(tensor): int(tensor.untyped_storage().nbytes()) for tensor in _tensors(_value(node))}
+    return {storage_id(tensor): int(tensor.untyped_storage().nbytes()) for tensor in _tensors(_value(node))}
 
 
 def _channels_innermost(tensor: Tensor) -> bool:

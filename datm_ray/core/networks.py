@@ -26,6 +26,7 @@ from datm_ray.core.architectures import (
     vit_small,
 )
 from datm_ray.core.randomness import Purpose, derive_seed
+from datm_ray.core.torch_compat import BatchNorm
 from datm_ray.errors import ConfigError
 
 __all__ = [
@@ -88,7 +89,7 @@ def build_network(spec: NetworkSpec, seed: int) -> nn.Module:
 
 def couples_samples(network: nn.Module) -> bool:
     """Whether one sample's output in training mode depends on the others of its batch (batch statistics)."""
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+    return any(isinstance(module, BatchNorm) for module in network.modules())
 
 
 def spatial_features(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,13 +23,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, grad_and_value, jvp
 
 from datm_ray.core.compilation import Compiled, compiler_problem, traced
 from datm_ray.core.instance_norm import InstanceNorm
 from datm_ray.core.networks import couples_samples
 from datm_ray.core.parameters import FlatNetwork, flatten
+from datm_ray.core.torch_compat import shapes_only
 from datm_ray.core.training import Pulse, no_pulse
 from datm_ray.errors import ConfigError
 
@@ -132,7 +132,7 @@ class StudentStepFunctions:
 
     def graphs(self, batch: int, image: tuple[int, int, int], classes: int) -> tuple[fx.GraphModule, fx.GraphModule]:
         """`forward` and `reverse` for so many images as graphs of tensor operations, traced without memory for them."""
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with shapes_only():
             like = next(self.network.module.parameters())
             theta = torch.empty(self.network.count, dtype=like.dtype, device=like.device)
             x = self.layout(theta.new_empty(batch, *image))
@@ -205,7 +205,7 @@ def _has_wrong_tangents(graph: fx.GraphModule) -> bool:
 def _load_tangent_rules() -> None:
     """Have torch load its rules for tangents, which it does on the first one, warning of its own deprecated code."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", FutureWarning)  # of torch.jit, with which torch 2.14 defines them
         jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
 
 

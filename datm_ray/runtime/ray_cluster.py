@@ -17,6 +17,7 @@ from ray.autoscaler.sdk import request_resources
 from datm_ray.config import ClusterConfig
 from datm_ray.errors import ClusterError
 from datm_ray.runtime.executor import require_precision
+from datm_ray.runtime.ray_compat import silence_raylets
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray warns that it will no longer hide GPUs from actors that ask for none; ours hide them themselves.
@@ -38,32 +39,12 @@ def connect(address: str | None) -> str:
     try:
         if address:
             _require_listener(address)
-        _silence_raylets()
+        silence_raylets()
         with _quiet_library() if address else nullcontext():
             context = ray.init(**where, logging_level=logging.CRITICAL, log_to_driver=False)
     except (OSError, ValueError, RuntimeError) as failure:
         raise _not_connected(address, failure) from None
     return str(context.dashboard_url or "")
-
-
-def use_token() -> None:
-    """Show the token that this user has, where the environment neither asks for nor refuses it.
-
-    New versions of Ray ask for one by default, and old ones know of none. For jobs only: a driver with a token cannot
-    start actors on a cluster without.
-    """
-    with suppress(ImportError):
-        from ray._private.authentication import authentication_token_setup as setup
-
-        hush()
-        setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-
-
-def hush() -> None:
-    """Ray tells of every file that it packs, and of the token; some of its loggers have levels of their own."""
-    for name in list(logging.root.manager.loggerDict):
-        if name == "ray" or name.startswith("ray."):
-            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _not_connected(address: str | None, failure: BaseException) -> ClusterError:
@@ -78,16 +59,6 @@ def _not_connected(address: str | None, failure: BaseException) -> ClusterError:
         else f"Ray does not start on this machine: {first_line(failure)}",
         remedy="check the address; set RAY_AUTH_MODE=token if the cluster asks for one; or use --executor serial",
     )
-
-
-def _silence_raylets() -> None:
-    """Keep what raylets publish out of standard output, where results belong.
-
-    A raylet that dies says so in thirty lines of statistics, whatever `log_to_driver` is, and there is no setting for
-    it. What it means for a run the executor tells in one line; the rest is in Ray's logs.
-    """
-    if hasattr(ray._private.worker, "print_to_stdstream"):
-        ray._private.worker.print_to_stdstream = lambda *_, **__: None
 
 
 @contextmanager

@@ -29,7 +29,8 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 import datm_ray
 from datm_ray.config import RunConfig, to_yaml
 from datm_ray.errors import ClusterError, ConfigError
-from datm_ray.runtime.ray_cluster import first_line, hush, use_token
+from datm_ray.runtime.ray_cluster import first_line
+from datm_ray.runtime.ray_compat import hush, use_token
 from datm_ray.store.filesystem import open_location
 
 AuthenticationError: Any = getattr(ray.exceptions, "AuthenticationError", ())

@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, fx, nn
 from torch.nn.functional import conv2d, layer_norm
+from torch.utils._pytree import tree_map_only
 
 from datm_ray.core.compilation import Compiled, compiler_problem, traced
 from datm_ray.core.instance_norm import InstanceNorm
 from datm_ray.core.networks import NetworkSpec, build_network
 from datm_ray.core.parameters import FlatNetwork, flatten
 from datm_ray.core.step_functions import Order, StepOptions, StudentStepFunctions, soft_cross_entropy
+from datm_ray.core.torch_compat import shapes_only
 from datm_ray.errors import ConfigError
 
 BATCH, IMAGE, CLASSES = 5, (3, 8, 8), 4
@@ -76,6 +77,31 @@ def assert_equal(values: list[Tensor], expected: list[Tensor], bound: float = 1e
         assert float((value - reference).norm() / reference.norm()) < bound
 
 
+class Contiguous(fx.Interpreter):
+    """Runs a graph as if every kernel gave its result with contiguous strides."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One node; what lies in the memory of an argument, or is asked for with these strides, stays as it is."""
+        result = super().call_function(target, args, kwargs)
+        schema = getattr(target, "_schema", None)
+        if schema is None or any(value.alias_info for value in schema.returns) or "strided" in schema.name:
+            return result
+        return tree_map_only(Tensor, self.restrided, result)
+
+    def restrided(self, tensor: Tensor) -> Tensor:
+        """The same values with other strides."""
+        return tensor.contiguous()
+
+
+class Reversed(Contiguous):
+    """Runs a graph as if every kernel gave its result with the first dimension innermost."""
+
+    def restrided(self, tensor: Tensor) -> Tensor:
+        """The same values with other strides."""
+        dims = tuple(reversed(range(tensor.dim())))
+        return tensor.permute(dims).contiguous().permute(dims)
+
+
 @pytest.fixture
 def compilations(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The graphs that the compiler is given from now on; the trial of the compiler is over."""
@@ -108,16 +134,38 @@ def test_both_orders_of_differentiation_are_exact(order: Order, norm: str) -> No
     ("norm", "explicit"), [("instance", True), ("instance", False), ("group", True), ("none", True)]
 )
 def test_traced_graphs_are_exact(order: Order, channels_last: bool, pooling: str, norm: str, explicit: bool) -> None:
-    """The graphs that would be compiled, run operation by operation, and again on other values."""
+    """The graphs that would be compiled, run operation by operation, whatever strides the operations' results have."""
     network = make_network(pooling=pooling, norm=norm)
     options = StepOptions(compiled=False, order=order, channels_last=channels_last)
     functions = arranged(network, options, explicit) if norm == "instance" else StudentStepFunctions(network, options)
     forward, reverse = functions.graphs(BATCH, IMAGE, CLASSES)
-    for seed in (0, 1):
+    for seed, run in enumerate((fx.Interpreter, Contiguous, Reversed)):
         inputs = draw(network, seed)
         theta, x, y, weights, v = inputs
         x = functions.layout(x)
-        assert_equal([forward(theta, x, y, weights), *reverse(theta, x, y, weights, v)], plain(network, inputs))
+        found = [run(forward).run(theta, x, y, weights), *run(reverse).run(theta, x, y, weights, v)]
+        assert_equal(found, plain(network, inputs))
+
+
+def test_what_reads_strides_finds_them_as_traced() -> None:
+    """Views that are written through and `as_strided` give the function's values, whatever a kernel's strides are."""
+
+    def read_through_strides(x: Tensor) -> Tensor:
+        return (x.exp() + 1).transpose(0, 1).exp().as_strided((3,), (4,)) * 2
+
+    def write_through_views(x: Tensor) -> Tensor:
+        total = torch.zeros_like(x).exp()
+        first, second = total.view(-1).split(6)
+        first.add_(x.flatten()[:6])
+        second.mul_(2)
+        return total.view(3, 4) + x.sum()
+
+    x = torch.arange(12.0).view(3, 4)
+    for function in (read_through_strides, write_through_views):
+        with shapes_only():
+            graph = traced(function, torch.empty(3, 4))
+        for run in (fx.Interpreter, Contiguous, Reversed):
+            assert torch.equal(run(graph).run(x), function(x)), (function.__name__, run.__name__)
 
 
 class _WithLayerNorm(nn.Module):
@@ -239,7 +287,7 @@ def test_maps_keep_their_order_of_memory_if_asked_to() -> None:
     def convolve_twice(maps: Tensor, kernel: Tensor) -> Tensor:
         return conv2d(conv2d(maps, kernel, padding=1).relu(), kernel, padding=1)
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with shapes_only():
         graph = traced(convolve_twice, torch.empty_like(maps), torch.empty_like(kernel))
     function = Compiled(graph, "cpu", channels_last=False)
     assert torch.equal(function(maps, kernel), convolve_twice(maps, kernel))

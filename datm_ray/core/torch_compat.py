@@ -1,0 +1,55 @@
+"""Private parts of torch, which may change with any version; no other module of this package uses private parts.
+
+Their behaviour was observed with the versions in docs/versions.md, from torch 2.8 to 2.15.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+"""Base class of every batch normalisation."""
+
+UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
+"""A view of a value that nothing else uses."""
+
+ZEROS_LIKE_VALUE = torch.ops.aten._new_zeros_with_same_feature_meta.default
+"""Zeros in the memory order of a value, into which forward differentiation copies the value's tangent."""
+
+
+def shapes_only() -> AbstractContextManager[Any]:
+    """Context in which new tensors have a shape, a type and strides, but no memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def trace(function: Callable[..., Any], *arguments: Tensor) -> fx.GraphModule:
+    """Graph of the tensor operations that the function executes for these arguments."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    graph: fx.GraphModule = make_fx(lambda *inputs: function(*inputs))(*arguments)  # make_fx miscounts a bound self
+    return graph
+
+
+def compile_graph(graph: fx.GraphModule, arguments: Sequence[Tensor], options: dict[str, Any]) -> Callable[..., Any]:
+    """The graph as compiled code, without the capture and the guards of `torch.compile`."""
+    import torch._inductor
+
+    compiled: Callable[..., Any] = torch._inductor.compile(graph, list(arguments), options)
+    return compiled
+
+
+def schema_of(node: fx.Node) -> Any:
+    """Signature of the node's operation, with what it aliases and mutates; `None` if it is no tensor operation."""
+    return node.target._schema if isinstance(node.target, torch._ops.OpOverload) else None
+
+
+def storage_id(tensor: Tensor) -> int:
+    """Number that tensors share if and only if they lie in the same memory, also without memory."""
+    return int(tensor.untyped_storage()._cdata)
