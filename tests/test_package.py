@@ -6,10 +6,12 @@ import importlib.metadata
 import importlib.resources
 import subprocess
 import sys
+import warnings
 
 import pytest
 
 import datm_ray
+from tests.conftest import CommandLine
 
 
 def test_public_names_are_those_of_their_modules() -> None:
@@ -32,6 +34,36 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
         "assert 'pydantic' in sys.modules and 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+WARN = "import warnings; warnings.warn('it will change', FutureWarning)"
+
+
+@pytest.mark.parametrize("module", ["datm_ray", "datm_ray.core.matching", __name__, "benchmarks.bench_store"])
+def test_warnings_of_our_own_code_are_errors(module: str) -> None:
+    """Whatever is deprecated where the package calls it is mended before a version without it is out."""
+    with pytest.raises(FutureWarning, match="it will change"):
+        exec(WARN, {"__name__": module})
+
+
+@pytest.mark.parametrize("module", ["torch.func", "ray", "numpy", "datm_rays", "test"])
+def test_warnings_of_a_dependency_are_no_errors(module: str) -> None:
+    """A dependency's own deprecations change with its version and say nothing about this package."""
+    with warnings.catch_warnings(record=True) as issued:
+        exec(WARN, {"__name__": module})
+    assert [warning.category for warning in issued] == [FutureWarning]
+
+
+def test_users_see_no_deprecations_of_dependencies(datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line hides them, unless Python's option -W asks for warnings; the package's own stay visible."""
+    for options, seen in (([], 0), (["default"], 1)):
+        monkeypatch.setattr(sys, "warnoptions", options)
+        with warnings.catch_warnings(record=True) as issued:
+            datm_ray("recipe", "list")
+            exec(WARN, {"__name__": "torch.func"})
+            with pytest.raises(FutureWarning):
+                exec(WARN, {"__name__": "datm_ray.store"})
+        assert len(issued) == seen
 
 
 def test_unknown_name_is_an_attribute_error() -> None:

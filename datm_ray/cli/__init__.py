@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 
 from datm_ray.cli.jobs import job_app
 from datm_ray.cli.runs import app, recipe_app
@@ -25,6 +26,7 @@ app.add_typer(store_app, name="store")
 
 def main() -> None:
     """Run the command line; expected failures are one line on standard error and an exit code."""
+    _hide_deprecations()
     try:
         app()
     except DatmError as failure:
@@ -36,3 +38,10 @@ def main() -> None:
         if end.code == INTERRUPTED:
             print("datm-ray: stopped. The same command again goes on from here.", file=sys.stderr)
         raise
+
+
+def _hide_deprecations() -> None:
+    """Hide what a dependency has deprecated, which a user cannot change; Python's option -W shows it."""
+    if not sys.warnoptions:
+        for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+            warnings.filterwarnings("ignore", category=category, module="(?!datm_ray)")

@@ -11,9 +11,6 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp
 
 from datm_ray.core.instance_norm import InstanceNorm
 
-# torch loads its rules for tangents with a call that it deprecates itself.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
-
 WIDTH = 3
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 Three = tuple[Tensor, Tensor, Tensor]
