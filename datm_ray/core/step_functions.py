@@ -126,9 +126,14 @@ class StudentStepFunctions:
 
     def layout(self, x: Tensor) -> Tensor:
         """Images in the memory order that the functions want."""
-        return x.contiguous(
-            memory_format=torch.channels_last if self._options.channels_last else torch.contiguous_format
-        )
+        return x.contiguous(memory_format=torch.channels_last if self._is_channels_last else torch.contiguous_format)
+
+    @functools.cached_property
+    def _is_channels_last(self) -> bool:
+        # Torch 2.11 cannot take the tangent of its own group norm with channels innermost.
+        own_norms = (part for part in self.network.module.modules() if isinstance(part, nn.GroupNorm))
+        has_own = any(not getattr(part, "explicit", False) for part in own_norms)
+        return self._options.channels_last and not (self._order == "reverse-over-forward" and has_own)
 
     def graphs(self, batch: int, image: tuple[int, int, int], classes: int) -> tuple[fx.GraphModule, fx.GraphModule]:
         """`forward` and `reverse` for so many images as graphs of tensor operations, traced without memory for them."""
