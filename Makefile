@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all lint type fmt check bench-cifar bench-experts bench-matching bench-metadd bench-plan bench-rounding bench-store fidelity gpu clean
+.PHONY: help install demo test test-slow test-all test-versions lint type fmt check bench-cifar bench-experts bench-matching bench-metadd bench-plan bench-rounding bench-store fidelity gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -31,6 +31,9 @@ test-slow: install  ## the other tests: lost nodes, jobs over HTTP, compiled var
 
 test-all: install  ## all tests
 	$(PYTEST)
+
+test-versions:  ## numeric tests and small runs at the versions of docs/versions.md: ROWS="lowest 2.11 2.14 highest"
+	.ci/versions $(ROWS)
 
 lint: install  ## style
 	$(BIN)/ruff check .
@@ -72,5 +75,5 @@ fidelity: install  ## start ranges against images per class, and an ablation, on
 gpu:  ## a GPU in nine minutes: exactness, speed, memory, accuracy; needs torch, not Ray. DEVICE=cpu in small, DATA=folder of CIFAR-10's Parquet files
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/bench_gpu.py $(if $(DEVICE),--device $(DEVICE)) $(if $(DATA),--data $(DATA)) $(if $(OUT),--out $(OUT))
 
-clean:  ## remove the virtual environment, runs and caches
-	rm -rf $(VENV) runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+clean:  ## remove the virtual environments, runs and caches
+	rm -rf $(VENV) .venv-versions runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

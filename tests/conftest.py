@@ -47,7 +47,7 @@ TINY = (
 """Real digits, seconds on one core; compilation is tested by itself."""
 
 
-BUDGET = 10.0
+BUDGET = float(os.environ.get("TEST_BUDGET", "10"))
 """Seconds that one phase of a test not marked slow may take on an idle machine."""
 
 
