@@ -72,8 +72,8 @@ bench-store: install  ## bytes on the wire and latency of reading two snapshots,
 fidelity: install  ## start ranges against images per class, and an ablation, on digits: half an hour on two cores
 	$(BIN)/python benchmarks/bench_fidelity.py
 
-gpu:  ## a GPU in nine minutes: exactness, speed, memory, accuracy; needs torch, not Ray. DEVICE=cpu in small, DATA=folder of CIFAR-10's Parquet files
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/bench_gpu.py $(if $(DEVICE),--device $(DEVICE)) $(if $(DATA),--data $(DATA)) $(if $(OUT),--out $(OUT))
+gpu:  ## a GPU in nine minutes: exactness, speed, memory, accuracy; needs torch, not Ray. DEVICE=cpu in small, CIFAR=folder of its Parquet files
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/bench_gpu.py $(if $(DEVICE),--device $(DEVICE)) $(if $(CIFAR),--cifar $(CIFAR)) $(if $(OUT),--out $(OUT))
 
 clean:  ## remove the virtual environments, runs and caches
 	rm -rf $(VENV) .venv-versions runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,6 +1,6 @@
 """Everything that is to be known of a GPU, in nine minutes: exactness, speed and memory, accuracy.
 
-python benchmarks/bench_gpu.py [--data FOLDER]                    (make gpu, make gpu DATA=FOLDER)
+python benchmarks/bench_gpu.py [--cifar FOLDER]                    (make gpu, make gpu CIFAR=FOLDER)
 python benchmarks/bench_gpu.py --device cpu                       (make gpu DEVICE=cpu: tiny, tries the program)
 
 Needs torch and numpy; for the last section also pyarrow and Pillow, or scikit-learn. Results are written row by row, so
@@ -71,7 +71,7 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     names = [section.name for section in SECTIONS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu runs all of it in small")
-    parser.add_argument("--data", help=f"folder of {' and '.join(curve.FILES)}; digits without")
+    parser.add_argument("--cifar", help=f"folder of {' and '.join(curve.FILES)}; digits without")
     parser.add_argument("--compile", action="store_true", help="on a CPU too, where it takes longer than all the rest")
     parser.add_argument("--minutes", type=float, default=9.0, help="of all sections together")
     parser.add_argument("--only", help=f"sections, joined by commas: {', '.join(names)}")
@@ -88,7 +88,7 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> int:
     """Run the sections; 1 if anything failed."""
     arguments = parsed(words)
-    machine = Machine(arguments.device, arguments.device == "cpu", arguments.data, arguments.compile)
+    machine = Machine(arguments.device, arguments.device == "cpu", arguments.cifar, arguments.compile)
     # Tiny tensors gain nothing from a second thread, and on a busy machine lose everything by waiting for it.
     torch.set_num_threads(1 if machine.small else len(os.sched_getaffinity(0)))
     # As in a run: torch itself would round convolutions to TF32.

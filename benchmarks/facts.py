@@ -18,7 +18,7 @@ import torch
 from datm_ray.runtime.provenance import provenance
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PLACES = ("--runs", "--cifar", "--data", "--out")
+PLACES = ("--runs", "--cifar", "--out")
 """Options that name folders of one machine, which decide no result."""
 GOES = "goes.json"
 """In a folder of runs: which version worked on them, and for how long."""

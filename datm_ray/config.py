@@ -70,7 +70,7 @@ class DatasetConfig(Section):
         return self.normalisation
 
     def resolved(self, size: tuple[int, int]) -> DatasetConfig:
-        """The same with the normalisation that auto means for images of that height and width in pixels.
+        """Copy with the normalisation that auto means for images of that height and width in pixels.
 
         Fitting zca takes memory with the fourth power of an image's side and time with the sixth: 6 GB and half an hour
         on two CPU cores at 64x64 RGB, the largest published size, 30 GB and six hours at 96x96.
@@ -121,7 +121,7 @@ class NetworkConfig(Section):
     """2x2 pooling that ends every block."""
 
     def resolved(self, size: tuple[int, int]) -> NetworkConfig:
-        """The same with the depth that null means for images of that height and width in pixels."""
+        """Copy with the depth that null means for images of that height and width in pixels."""
         if self.depth is not None:
             return self
         return self.model_copy(update={"depth": depth_for(self.architecture, size)})
@@ -446,7 +446,7 @@ class RunConfig(Section):
         return [key for key, network in networks.items() if network.norm == "batch"]
 
     def resolved(self, size: tuple[int, int]) -> RunConfig:
-        """The run for images of that height and width in pixels: its normalisation is not auto and no depth is null.
+        """Copy for images of that height and width in pixels, in which no normalisation is auto and no depth is null.
 
         A run is the same as one that gives these values itself. Identities, fingerprints and everything that is
         written to a run's folder come from a resolved configuration.

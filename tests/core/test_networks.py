@@ -84,7 +84,7 @@ def test_too_deep_a_network_is_refused_with_the_depth_that_fits() -> None:
 def test_any_architecture_can_be_named_alone(name: str) -> None:
     """The other values of the configuration, which are made for ConvNet, stand in nobody's way."""
     config = override(RunConfig(), [f"network.architecture={name}"])
-    spec = NetworkSpec(channels=1, size=(8, 8), classes=10, **config.network.model_dump())
+    spec = NetworkSpec(channels=1, size=(8, 8), classes=10, **config.network.resolved((8, 8)).model_dump())
     with torch.device("meta"):
         assert build_network(spec, 0)(torch.empty(2, 1, 8, 8)).shape == (2, 10)
 

@@ -119,7 +119,8 @@ def test_the_plan_s_sums_are_those_of_matching() -> None:
     config = tiny_config(*BASE, "cluster.shards=2", "cluster.memory=4GiB")
     (planned,) = plans_of(config, DIGITS, Layout.of(config))
     beside = traffic(config, DIGITS, config.roles[0]).over_classes - planned.network_bytes
-    assert beside == 4 * (2 + 2 + 2)  # the loss and how many have one; the update's length; what is not finite
+    # The loss and how many have one; in float64, the update's length and whether it is finite; whether the set is.
+    assert beside == 4 * (2 + 2 * 2 + 1)
 
 
 @pytest.fixture(scope="module")
