@@ -7,7 +7,7 @@ standard deviation.
 
 A transform keeps U in float32 and S, from which either direction follows without inverting a matrix: W is composed
 at its first use, in float64; the way back is two products with U. On CIFAR-10, U in float32 moves W by 1.4e-7 and
-whitened images by 3e-6 (rms 2e-7 of values around 1), no more than a float32 product with the exact W does.
+whitened images by at most 3e-6, no more than a float32 product with the exact W does.
 
 The statistics are exact: pixels are integers, so their sums and products are too, and they are accumulated
 without any rounding. Hence the fingerprint, taken from those sums, is the same on every machine, although the
