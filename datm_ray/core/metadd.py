@@ -6,8 +6,8 @@ over images, are added to the loss of any distillation:
 
     variance     of the maps, scaled to [0, 1], over the networks: mean over pixels of 1/M sum_m (c_m - mean c)^2
     invariance   sum over the auxiliaries of CE(f_m(x), y) + divergence * KL(f_m(x) || f_0(x)), f_0 the backbone
-    position     mean over networks and pixels of relu(-map): evidence against y. The paper's text of its third and
-                 smallest term is not public; this is our reading of it.
+    position     mean over networks and pixels of relu(-map): evidence against y. Our reading of the paper's third and
+                 smallest term.
 
 The sign of the divergence is described in both ways, so it is yours to choose. All of it is a function of the maps and
 logits of single images. So images may be taken in any parts, and processes that hold different networks have to
