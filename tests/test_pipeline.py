@@ -83,6 +83,9 @@ def test_distillation_changes_images_labels_and_step_size(finished_run: Path) ->
     assert before.step_size != after.step_size
 
 
+@pytest.mark.parametrize(
+    "executor", ["serial", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.slow])], indirect=True
+)
 def test_either_executor_gives_the_same_set_and_scores(executor: Executor, tmp_path: Path, finished_run: Path) -> None:
     """Serial and Ray agree bit for bit."""
     config = tiny_config()
@@ -144,6 +147,7 @@ def command_line(*arguments: str) -> None:
         cli.main()
 
 
+@pytest.mark.slow
 def test_a_run_killed_with_sigkill_in_every_stage_ends_with_the_same_set(tmp_path: Path, finished_run: Path) -> None:
     """The command is killed once an expert, a checkpoint and a score are there, and each time started again."""
     recipe, out = tmp_path / "tiny.yaml", tmp_path / "out"

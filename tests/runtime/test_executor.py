@@ -166,6 +166,7 @@ def test_a_task_for_several_workers_is_done_alone_where_there_is_one_process() -
     assert events["sum"] == [Progress(0, 2), Progress(2, 2), Finished((5.0, 1, os.getpid()))]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_tasks_of_several_workers_and_of_one_take_turns(ray_cluster: Any) -> None:
     """Three pairs, each of which fills the cluster, and a single task among them: all finish, and pairs are reused."""
@@ -188,6 +189,7 @@ def test_the_loss_of_one_of_several_workers_costs_an_attempt_of_all(ray_cluster:
     assert events[-1].result[:2] == (3, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_several_workers_of_which_one_always_dies_are_given_up(ray_cluster: Any, tmp_path: Path) -> None:
     """The whole task counts, with one clear error in the end."""
@@ -312,6 +314,7 @@ class Saver:
         yield Finished(os.getpid())
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_task_makes_do_with_fewer_workers_and_grows_when_it_has_saved(
     ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -464,6 +467,7 @@ class Slow:
         yield Finished("done")
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_worker_that_is_never_set_up_is_found(
     ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -660,6 +664,7 @@ def test_products_are_not_rounded_on_gpus_unless_asked_for(monkeypatch: pytest.M
         matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_task_too_large_for_fewer_workers_waits_for_more(ray_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What two can do and one cannot is no error of the recipe where a machine was lost."""

@@ -25,6 +25,7 @@ from datm_ray.store.trajectories import size_in_words
 from tests.conftest import tiny_config
 
 GIB = 2**30
+QUICK = ("digits16-metadd-ipc1", "tiny-imagenet-ipc50")
 
 
 def plan_of(config: RunConfig) -> DistillationPlan:
@@ -85,12 +86,9 @@ def test_bytes_as_a_number_in_yaml_are_a_size() -> None:
     assert ClusterConfig().memory_bytes is None
 
 
-MOST_DEMANDING = {"cifar10-metadd-ipc10", "tiny-imagenet-ipc50"}
-
-
 @pytest.mark.parametrize(
     "name",
-    [name if name in MOST_DEMANDING else pytest.param(name, marks=pytest.mark.slow) for name in recipe_names()],
+    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in recipe_names()],
 )
 def test_every_packaged_recipe_can_be_planned(name: str) -> None:
     """Within 8 GiB a worker, or the published sizes could not be run here at all; two shards where the set is large."""
@@ -99,6 +97,7 @@ def test_every_packaged_recipe_can_be_planned(name: str) -> None:
     assert 1 <= plan.chunk <= plan.batch <= plan.images
 
 
+@pytest.mark.slow
 def test_tiny_imagenet_with_fifty_images_fits_six_gibibytes_on_two_shards() -> None:
     """Ten thousand images of 64x64, batches of a thousand: memory does not depend on the batch."""
     config = override(get_recipe("tiny-imagenet-ipc50"), ["cluster.memory=6GiB", "cluster.shards=2"])

@@ -98,10 +98,10 @@ def counted(config: RunConfig, out: Path, rank: int) -> Traffic:
     [
         (),
         ("cluster.shards=2",),
-        ("cluster.shards=3", TWO_NETWORKS),
+        pytest.param(("cluster.shards=3", TWO_NETWORKS), marks=pytest.mark.slow),
         ("cluster.shards=2", TWO_NETWORKS, "cluster.backbones_apart=true"),
         ("cluster.shards=2", METADD),
-        (METADD, "cluster.auxiliaries_apart=true"),
+        pytest.param((METADD, "cluster.auxiliaries_apart=true"), marks=pytest.mark.slow),
         ("cluster.shards=2", METADD, TWO_NETWORKS, "cluster.auxiliaries_apart=true", "cluster.backbones_apart=true"),
     ],
 )
@@ -189,6 +189,7 @@ def test_work_follows_the_recipe() -> None:
     assert sum(row.looking for row in rows[1]) == pytest.approx(rows[0][0].looking, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_layout_is_one_that_fits_and_is_fastest() -> None:
     """Little memory asks for shards; a slow network is not crossed; where there is room, more workers are used."""
     config = get_recipe("tiny-imagenet-ipc50")
