@@ -349,6 +349,7 @@ def test_a_plan_tells_hours_traffic_and_storage(datm_ray: CommandLine) -> None:
     assert "layout" not in lines
 
 
+@pytest.mark.slow
 def test_a_plan_for_a_cluster_suggests_a_layout_that_can_be_asked_for(datm_ray: CommandLine) -> None:
     """What it says to set is a valid configuration, for a data set that nobody has here."""
     described = ["--cluster", "gpus=64,memory=80GiB,tflops=60,network=25Gbps"]

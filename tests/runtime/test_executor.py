@@ -136,6 +136,7 @@ def test_expected_errors_reach_the_caller_as_they_were_raised(executor: Executor
     assert str(caught.value).startswith("the task is wrong" if trap == "raise" else "the setup is wrong")
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_killed_workers_cost_one_attempt_each(ray_cluster: Any, tmp_path: Path) -> None:
     """Every task's first worker is killed with SIGKILL; every task still finishes, with the loss reported."""
@@ -212,6 +213,7 @@ def test_expected_error_of_any_of_several_workers_reaches_the_caller(ray_cluster
         added(create_executor("ray", ClusterConfig()), [Task("sum", (1.0, 2, "raise"), 2)])
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_what_runs_beside_a_task_that_fails_is_finished(ray_cluster: Any) -> None:
     """It may have worked for hours; what has not begun stays so, and the error comes at the end."""

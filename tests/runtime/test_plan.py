@@ -25,7 +25,7 @@ from datm_ray.store.trajectories import size_in_words
 from tests.conftest import tiny_config
 
 GIB = 2**30
-QUICK = ("digits16-metadd-ipc1", "tiny-imagenet-ipc50")
+QUICK = ("digits16-metadd-ipc1", "cifar10-ipc50")
 
 
 def plan_of(config: RunConfig) -> DistillationPlan:

@@ -137,6 +137,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]
     return config, out
 
 
+@pytest.mark.slow
 def test_storage_is_what_lies_on_disk(finished: tuple[RunConfig, Path]) -> None:
     """Experts with their transforms, the checkpoint, both sets with one; within headers of some kB a file."""
     config, out = finished
