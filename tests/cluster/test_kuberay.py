@@ -114,3 +114,22 @@ def test_the_job_resumes_and_cleans_up() -> None:
     assert words[words.index("--address") + 1] == "auto"
     workers = int(re.search(r"cluster\.workers=(\d+)", spec["entrypoint"])[1])  # type: ignore[index]
     assert workers <= spec["rayClusterSpec"]["workerGroupSpecs"][0]["maxReplicas"]
+
+
+def test_pods_get_what_they_ask_for(spec: dict[str, Any]) -> None:
+    """Limits equal requests, of CPU and memory, and only workers have GPUs."""
+    for group in groups(spec):
+        container = group["template"]["spec"]["containers"][0]
+        resources = container["resources"]
+        assert resources["limits"] == resources["requests"]
+        wanted = {"cpu", "memory"} | (set() if group is spec["headGroupSpec"] else {"nvidia.com/gpu"})
+        assert set(resources["limits"]) == wanted
+    options = spec["autoscalerOptions"]["resources"]
+    assert options["limits"] == options["requests"]
+
+
+def test_scaling_is_on_and_within_bounds(spec: dict[str, Any]) -> None:
+    """Without the switch the numbers would mean nothing."""
+    assert spec["enableInTreeAutoscaling"] is True
+    for group in spec["workerGroupSpecs"]:
+        assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]

@@ -110,8 +110,7 @@ def assert_equal_but_for_rounding(one: Artifact, other: Artifact) -> None:
     assert one.step_size == pytest.approx(other.step_size, rel=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shards", [2, 4])
+@pytest.mark.parametrize("shards", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_shards_learn_what_one_process_learns(shards: int, reference: Path, tmp_path: Path) -> None:
     """2 even shards of five classes each, and 4 uneven ones of 3, 3, 2 and 2."""
     out = with_experts_of(reference, tmp_path)
