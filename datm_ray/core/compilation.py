@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from datm_ray.core.torch_compat import UNSAFE_VIEW, ZEROS_LIKE_VALUE, compile_graph, schema_of, trace
-from datm_ray.core.weight_gradient import QuickWeightGradients
+from datm_ray.core.weight_gradient import QuickWeightGradients, has_slow_weight_gradients
 
 
 class Compiled:
@@ -92,8 +92,9 @@ def traced(function: Callable[..., Any], *arguments: Tensor) -> fx.GraphModule:
     graph = trace(function, *arguments)
     _drop_zero_terms(graph.graph)
     _free_of_strides(graph)
-    graph = trace(QuickWeightGradients(graph).run, *arguments)
-    _free_of_strides(graph)
+    if has_slow_weight_gradients(graph.graph):
+        graph = trace(QuickWeightGradients(graph).run, *arguments)
+        _free_of_strides(graph)
     return graph
 
 

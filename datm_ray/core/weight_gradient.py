@@ -52,6 +52,12 @@ class QuickWeightGradients(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
 
+def has_slow_weight_gradients(graph: fx.Graph) -> bool:
+    """Whether `QuickWeightGradients` would change anything in a traced graph."""
+    derivatives = [node.args for node in graph.nodes if node.target is _ATEN.convolution_backward.default]
+    return any(_applies(*(fx.map_arg(each, lambda node: node.meta["val"]) for each in args)) for args in derivatives)
+
+
 def _applies(
     y_: Tensor,
     x: Tensor,
