@@ -325,6 +325,12 @@ UNFIT = {
         "Trajectory 1 of",
         "holds the same parameters 6 times, one for each epoch. It was written on a CPU",
     ),
+    "views of the live weights": (
+        lambda: [[[weight.detach()] for _ in range(EPOCHS + 1)] for weight in [torch.zeros(10_000)]],
+        [],
+        "Trajectory 0 of",
+        "holds the same parameters 6 times",
+    ),
     "copies of the same weights": (
         lambda: [[[tensor.clone() for tensor in trajectory(2)[0]] for _ in range(EPOCHS + 1)]],
         [],

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import resource
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -438,6 +440,85 @@ def test_archives_parquet_and_images_that_unpack_to_too_much_are_refused(
     ):
         with pytest.raises(DatasetError, match=words):
             load_raw(source, str(tmp_path / name))
+
+
+def text(value: str) -> bytes:
+    """The operation that puts a text of up to 255 bytes on a pickle's stack."""
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def stored(key: bytes = text("0"), dtype: bytes = b"ctorch\nFloatStorage\n", count: bytes = b"K\x03") -> bytes:
+    """The operations that take the three values of `replay_buffer`."""
+    return b"(" + text("storage") + dtype + key + text("cpu") + count + b"tQ"
+
+
+def tensor(storage: bytes, sizes: bytes) -> bytes:
+    """The operations of a tensor whose offset, shape and strides `sizes` makes."""
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + sizes + b"tR"
+
+
+NESTED = b"K\x00" + b"q\x00h\x00\x86" * 25  # a pair of twice the same pair, and so on: 33 million numbers if looked at
+NUMBER = b"\x8a\xff" + bytes(254) + b"\x7f"  # 2**2039 - 2**2032
+REPEATED = tensor(stored(), b"K\x02K\x03\x85K\x00\x85")
+PICKLES = {
+    "a call of nested pairs": (NESTED + b")R", "calls a tuple with a tuple"),
+    "a call with a number": (b"ccollections\nOrderedDict\nK\x00R", "OrderedDict|with a int"),
+    "a class named by nested pairs": (stored(dtype=text("torch") + NESTED + b"\x93"), "something else than texts"),
+    "a storage of nested pairs": (stored(dtype=NESTED), "something else than floats"),
+    "a storage named by nested pairs": (stored(key=NESTED), "something else than floats"),
+    "a storage as long as nested pairs": (stored(count=NESTED), "something else than floats"),
+    "an identifier of a storage that is a text": (text("01234") + b"Q", "something else than floats"),
+    "parameters that are nested pairs": (b"]]]" + NESTED + b"aa]" + NESTED + b"aaa", None),
+    "a large number": (NUMBER, "more than 64 bits"),
+    "a shape of large numbers": (
+        tensor(stored(), b"K\x00(" + NUMBER + b"q\x01" + b"h\x01" * 20_000 + b"t)"),
+        "than 64",
+    ),
+    "a shape of 20,000 numbers": (
+        tensor(stored(), b"K\x00(" + b"\x8a\x08" + bytes(7) + b"\x7fq\x01" + b"h\x01" * 20_000 + b"t)"),
+        "20001 dimensions and 0 strides",
+    ),
+    "a shape of nested pairs": (tensor(stored(), b"K\x00" + NESTED + NESTED), "no numbers"),
+    "a stride of zero": (REPEATED, "has values twice"),
+    "strides that meet": (tensor(stored(), b"K\x00K\x02K\x02\x86K\x01K\x01\x86"), "has values twice"),
+    "a tensor beyond its storage": (tensor(stored(), b"K\x01K\x03\x85K\x01\x85"), "larger than its storage of 3"),
+    "a tensor whose storage is a tensor": (
+        tensor(tensor(stored(), b"K\x00K\x03\x85K\x01\x85"), b"K\x00K\x03\x85K\x01\x85"),
+        "no storage",
+    ),
+    "two equal tensors by turns": (
+        b"]("
+        + b"](]("
+        + tensor(stored(), b"K\x00K\x01\x85K\x01\x85")
+        + b"eq\x01"
+        + b"]("
+        + tensor(stored(), b"K\x01K\x01\x85K\x01\x85")
+        + b"eq\x02"
+        + b"h\x01h\x02" * 100
+        + b"ee",
+        None,
+    ),
+}
+
+
+def replay_buffer(path: Path, pickle: bytes) -> Path:
+    """An archive as torch.save writes it, of any pickle and a storage of three equal values."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", b"\x80\x04" + pickle + b".")
+        archive.writestr("x/data/0", bytes(12))
+    return path
+
+
+def test_pickles_of_replay_buffers_are_refused_before_they_take_time_or_memory(tmp_path: Path) -> None:
+    """A small file costs no more than it is long, and shows nothing of the memory behind its storages."""
+    for name, (pickle, words) in PICKLES.items():
+        place = open_location(str(replay_buffer(tmp_path / "x.pt", pickle)))
+        start = time.process_time()
+        with pytest.raises(CorruptFileError, match=r"x\.pt is no replay buffer") as refusal:
+            _read(place)
+        assert time.process_time() - start < 1, name
+        cause = refusal.value.__cause__
+        assert (cause is None) if words is None else re.search(words, str(cause)), (name, cause)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ are read as data, see `store.torch_files`: nothing in them is executed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import count
@@ -258,11 +258,16 @@ def _read(location: Location) -> list[_Trajectory]:
     left = location.size()
     for position, trajectory in enumerate(_items(trajectories, location)):
         snapshots = [_items(snapshot, location) for snapshot in _items(trajectory, location)]
-        _require_training(snapshots, f"Trajectory {position} of {location.uri}")
-        for snapshot in snapshots:
-            left -= 1 + sum(1 + getattr(tensor, "nbytes", 0) for tensor in snapshot)
-            if left < 0 or not all(map(_is_parameter, snapshot)):
-                raise _no_buffer(location)
+        place = f"Trajectory {position} of {location.uri}"
+        left -= sum(1 + len(snapshot) for snapshot in snapshots)
+        if left < 0:
+            raise _no_buffer(location)
+        _require_training(snapshots, _is_same_view, place)  # before the bytes: live weights are in the file only once
+        tensors = [tensor for snapshot in snapshots for tensor in snapshot]
+        left -= sum(getattr(tensor, "nbytes", 0) for tensor in tensors)
+        if left < 0 or not all(map(_is_parameter, tensors)):
+            raise _no_buffer(location)
+        _require_training(snapshots, np.array_equal, place)
     found: list[_Trajectory] = trajectories
     return found
 
@@ -281,20 +286,23 @@ def _no_buffer(location: Location) -> CorruptFileError:
     )
 
 
-def _require_training(trajectory: list[list[Any]], place: str) -> None:
+def _require_training(trajectory: list[list[Any]], same: Callable[[Any, Any], bool], place: str) -> None:
     """The parameters change from the first epoch to some other."""
     first = trajectory[0]
-    still = all(
-        len(snapshot) == len(first)
-        and all(one is other or np.array_equal(one, other) for one, other in zip(first, snapshot, strict=True))
-        for snapshot in trajectory
-    )
+    still = all(len(snapshot) == len(first) and all(map(same, first, snapshot)) for snapshot in trajectory)
     if still and len(trajectory) > 1:
         raise CorruptFileError(
             f"{place} holds the same parameters {len(trajectory)} times, one for each epoch",
             "It was written on a CPU, where the published code stores references to the live weights and not copies",
             "Train these experts again on a GPU, or with `p.detach().clone().cpu()` in the place of `p.detach().cpu()`",
         )
+
+
+def _is_same_view(one: object, other: object) -> bool:
+    """Whether both are arrays of the same values in memory; no value is looked at."""
+    if not isinstance(one, np.ndarray) or not isinstance(other, np.ndarray):
+        return False
+    return one is other or bool(one.__array_interface__ == other.__array_interface__)
 
 
 def _is_parameter(value: object) -> bool:

@@ -2,15 +2,17 @@
 
 torch.load believes what a file says about itself: 1.3 KB can ask for a tensor of 4 TB, or call a class that takes 8 GB.
 Here the pickle inside is followed operation by operation, and only those operations are known that torch.save uses for
-lists of tensors. Nothing is called or executed, no tensor has more values than its storage, and all storages together
+lists of tensors. Nothing is called or executed, no tensor has a value of its storage twice, and all storages together
 are no larger than the file. The archive's checksums are checked.
+
+What a call gets is checked by type first: 300 bytes can hold a tuple of tuples that would take hours to print, to hash
+or to compare.
 
 Left out: dictionaries, sparse and quantised tensors, and files from before torch 1.6, which are no archives.
 """
 
 from __future__ import annotations
 
-import math
 import pickletools
 import zipfile
 from dataclasses import dataclass
@@ -39,6 +41,17 @@ class _Global:
     module: str
     name: str
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.module, str) or not isinstance(self.name, str):
+            raise ValueError("the pickle names a class by something else than texts")
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """Values [count] that several tensors may share; an array of the file is none, for it may repeat values."""
+
+    values: NDArray[Any]
+
 
 def read_torch_file(location: Location) -> Tensors:
     """The lists of tensors in a file; a local file is mapped, and the caller's arrays are read-only.
@@ -57,7 +70,7 @@ class _Reader:
 
     def __init__(self, archive: zipfile.ZipFile, size: int) -> None:
         self._archive, self._left = archive, size
-        self._storages: dict[str, NDArray[Any]] = {}
+        self._storages: dict[str, _Storage] = {}
         pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise ValueError(f"the archive has {len(pickles)} pickles, not one")
@@ -94,6 +107,8 @@ class _Reader:
                 case "PROTO" | "FRAME":
                     pass
                 case name if name in _PLAIN:
+                    if isinstance(argument, int) and not -(2**63) <= argument < 2**63:
+                        raise ValueError("the pickle has an integer of more than 64 bits")
                     stack.append(argument)
                 case name if name in _CONSTANTS:
                     stack.append(_CONSTANTS[name])
@@ -122,7 +137,7 @@ class _Reader:
                 case "STACK_GLOBAL":
                     stack.append(_Global(*pop(2)))
                 case "BINPERSID":
-                    stack.append(self._storage(*pop(1)[0]))
+                    stack.append(self._storage(*pop(1)))
                 case "REDUCE":
                     stack.append(_call(*pop(2)))
                 case "STOP":
@@ -131,15 +146,17 @@ class _Reader:
                     raise ValueError(f"the pickle makes something else than lists of tensors ({name})")
         raise ValueError("the pickle has no end")
 
-    def _storage(self, kind: str, dtype: _Global, key: str, device: str, count: int) -> NDArray[Any]:
-        """The values [count] that several tensors may share."""
-        if kind != "storage" or dtype.module != "torch" or dtype.name not in _DTYPES:
-            raise ValueError(f"a tensor is stored as {dtype}")
+    def _storage(self, identifier: Any) -> _Storage:
+        match identifier:
+            case ("storage", _Global("torch", dtype), str(key), _, int(count)) if dtype in _DTYPES:
+                pass
+            case _:
+                raise ValueError("a tensor is stored as something else than floats")
         if key not in self._storages:
-            values = np.frombuffer(self._member(f"data/{key}"), _DTYPES[dtype.name])
-            self._storages[key] = from_storage(values, "bfloat16") if dtype.name == "BFloat16Storage" else values
-        if len(self._storages[key]) != count:
-            raise ValueError(f"a storage has {len(self._storages[key])} values, not {count}")
+            values = np.frombuffer(self._member(f"data/{key}"), _DTYPES[dtype])
+            self._storages[key] = _Storage(from_storage(values, "bfloat16") if dtype == "BFloat16Storage" else values)
+        if self._storages[key].values.size != count:
+            raise ValueError(f"a storage has {self._storages[key].values.size} values, not {count}")
         return self._storages[key]
 
 
@@ -149,8 +166,10 @@ def _list(value: Any) -> list[Any]:
     return value
 
 
-def _call(function: _Global, arguments: tuple[Any, ...]) -> Any:
+def _call(function: Any, arguments: Any) -> Any:
     """What a call that torch.save writes would return; hooks are empty, and a parameter is its tensor."""
+    if not isinstance(function, _Global) or not isinstance(arguments, tuple):
+        raise ValueError(f"the pickle calls a {type(function).__name__} with a {type(arguments).__name__}")
     match function:
         case _Global("torch._utils", "_rebuild_tensor_v2"):
             return _tensor(*arguments[:4])
@@ -161,16 +180,23 @@ def _call(function: _Global, arguments: tuple[Any, ...]) -> Any:
     raise ValueError(f"the pickle calls {function}")
 
 
-def _tensor(storage: Any, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> NDArray[Any]:
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> NDArray[Any]:
     """A view of a storage, all of whose values lie in it and none of which is there twice."""
-    sizes = (offset, *shape, *strides)
-    if not isinstance(storage, np.ndarray) or storage.ndim != 1 or not all(type(s) is int and s >= 0 for s in sizes):
+    if not isinstance(storage, _Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
         raise ValueError("a tensor has no storage or no shape")
-    count = math.prod(shape)
-    end = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
-    if len(shape) > _MAX_DIMENSIONS or count > storage.size or (count and end > storage.size):
-        raise ValueError(f"a tensor {list(shape)} is larger than its storage of {storage.size} values")
-    if not count:
-        return np.zeros(shape, storage.dtype)
-    steps = [stride * storage.itemsize for stride in strides]
-    return np.lib.stride_tricks.as_strided(storage[offset:], shape, steps, writeable=False)
+    if not len(shape) == len(strides) <= _MAX_DIMENSIONS:
+        raise ValueError(f"a tensor has {len(shape)} dimensions and {len(strides)} strides")
+    if not all(type(number) is int and number >= 0 for number in (offset, *shape, *strides)):
+        raise ValueError("a tensor has sizes that are no numbers, or are negative")
+    values = storage.values
+    if 0 in shape:
+        return np.zeros(shape, values.dtype)
+    last = 0  # the furthest value so far: a step beyond it meets none again, and so count <= last + 1
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size > 1 and stride <= last:
+            raise ValueError(f"a tensor {list(shape)} of strides {list(strides)} has values twice")
+        last += (size - 1) * stride
+    if offset + last >= values.size:
+        raise ValueError(f"a tensor {list(shape)} is larger than its storage of {values.size} values")
+    steps = [stride * values.itemsize for stride in strides]
+    return np.lib.stride_tricks.as_strided(values[offset:], shape, steps, writeable=False)
