@@ -93,7 +93,7 @@ class StudentStepFunctions:
             "tf32": precision == "tf32" and device == "cuda",
             "compiled": self._compiled,
             "order": self._order,
-            "channels_last": self._options.channels_last,
+            "channels_last": self._is_channels_last,
         }
 
     def forward(self, theta: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class StudentStepFunctions:
         key = (x.shape, y.shape, theta.dtype)
         if key not in self._built:
             forward, reverse = (
-                Compiled(graph, theta.device.type, channels_last=self._options.channels_last)
+                Compiled(graph, theta.device.type, channels_last=self._is_channels_last)
                 for graph in self.graphs(batch, (image[0], image[1], image[2]), y.shape[1])
             )
             self._built[key] = forward, reverse

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.functional import conv2d, layer_norm
 from torch.utils._pytree import tree_map_only
 
+from datm_ray.core import step_functions
 from datm_ray.core.compilation import Compiled, compiler_problem, traced
 from datm_ray.core.instance_norm import InstanceNorm
 from datm_ray.core.networks import NetworkSpec, build_network
@@ -235,6 +236,31 @@ def test_channels_last_changes_rounding_only() -> None:
         assert functions.layout(inputs[1]).is_contiguous(memory_format=torch.channels_last) is channels_last
         for given in (inputs, swapped):
             assert_equal(results(functions, given), plain(network, inputs))
+
+
+def test_the_memory_order_told_and_compiled_is_that_of_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Facts and compiler get the order that `layout` gives, also where a group norm keeps channels outermost."""
+    asked: list[bool] = []
+
+    class Recorder:
+        def __init__(self, graph: fx.GraphModule, device_type: str, *, channels_last: bool) -> None:
+            asked.append(channels_last)
+
+        def __call__(self, *arguments: Tensor) -> None: ...
+
+    monkeypatch.setattr(step_functions, "Compiled", Recorder)
+    monkeypatch.setattr(step_functions, "compiler_problem", lambda device_type: "")
+    found = set()
+    for norm, order, channels_last in itertools.product(("instance", "group"), ORDERS, (True, False)):
+        network = make_network(norm=norm)
+        theta, x, y, weights, _ = draw(network)
+        functions = StudentStepFunctions(network, StepOptions(order=order, channels_last=channels_last))
+        functions.forward(theta, x, y, weights)
+        innermost = functions.layout(x).is_contiguous(memory_format=torch.channels_last)
+        assert (functions.facts["channels_last"], *asked) == (innermost,) * 3, (norm, order, channels_last)
+        asked.clear()
+        found.add((channels_last, innermost))
+    assert found == {(True, True), (True, False), (False, False)}
 
 
 @pytest.mark.parametrize("explicit", [True, False])
