@@ -226,19 +226,19 @@ class Distillation:
         """
         # First, so that processes which only look on are done with it while the others match.
         total, seen, is_lost = self._look(meta, all_sum, sum_over_backbones)
-        told = torch.zeros(3, self.backbones, dtype=torch.float64)
+        told = torch.zeros(4, self.backbones, dtype=torch.float64)
 
         def match_all(all_sum: AllSum) -> None:
             for match in matches:
-                told[:, match.backbone] = torch.tensor(self._match(match, total, all_sum), dtype=torch.float64)
+                told[:3, match.backbone] = torch.tensor(self._match(match, total, all_sum), dtype=torch.float64)
 
         if in_rows is None:
             match_all(all_sum)
         else:
             in_rows(match_all)
-        told[2] += is_lost
-        losses, overshoots, unusable = sum_over_backbones(told.to(self.synthetic.images.device)).cpu()
-        skipped = (losses > self.limits.loss) | (unusable > 0)
+        told[3] = is_lost
+        losses, overshoots, unusable, lost = sum_over_backbones(told.to(self.synthetic.images.device)).cpu()
+        skipped = (losses > self.limits.loss) | (unusable > 0) | (lost > 0)
         if not bool(skipped.all()):
             zeros = (name for name in LEARNED if name not in total)
             total |= {name: torch.zeros_like(getattr(self.synthetic, name)) for name in zeros}
@@ -254,7 +254,7 @@ class Distillation:
             for number, (origin, *rest) in enumerate(zip(origins, *columns, strict=True))
         ]
         self.history += records
-        self._require_progress(is_lost)
+        self._require_progress(bool(lost.any()))
         return records
 
     def _diverged(self, records: Sequence[IterationRecord]) -> NDArray[np.bool_]:

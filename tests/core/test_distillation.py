@@ -112,6 +112,39 @@ def test_metadd_that_is_not_finite_skips_the_iteration(
         state.step(*arguments, meta=meta)
 
 
+def test_all_processes_blame_metadd_for_a_gradient_that_one_of_them_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that matches has no fault of its own, and its error still names MetaDD's weights."""
+    monkeypatch.setattr(distillation, "MOST_DIVERGED", 1)
+    monkeypatch.setattr(distillation, "matching_gradient", lambda *_, **__: make_gradient())
+    barrier, parts, errors = threading.Barrier(2), {}, {}
+    nothing = torch.empty(0)
+
+    def process(name: str, matches: Any, is_lost: bool) -> None:
+        def all_sum(tensor: Tensor) -> Tensor:
+            parts[name] = tensor
+            barrier.wait(30)
+            total = parts["matching"] + parts["auxiliaries"]
+            barrier.wait(30)
+            return total
+
+        state: Any = make_state()
+        state._look = lambda *_: ({}, [], is_lost)
+        try:
+            state.step(matches, [Origin(4, 7)], sum_over_backbones=all_sum)
+        except DivergenceError as error:
+            errors[name] = str(error)
+
+    match: Any = Match(None, nothing, nothing, [])  # type: ignore[arg-type]
+    each = (("matching", [match], False), ("auxiliaries", [], True))
+    threads = [threading.Thread(target=process, args=arguments) for arguments in each]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert errors["matching"] == errors["auxiliaries"]
+    assert "MetaDD's loss or gradient is not finite" in errors["matching"]
+
+
 def test_update_is_torchs_sgd_with_the_published_momenta(step: Scripted) -> None:
     """0.5 for images, 0.9 for soft labels, 0.5 for the step size, on the same gradients."""
     state, reference = make_state(), make_state().synthetic
