@@ -91,7 +91,7 @@ class DistillWorker:
         Raises:
             MissingExpertsError: the store has not all experts of the recipe.
             DivergenceError: too many iterations in a row diverged; the set of the last update is in the checkpoint.
-            StoreError: a start epoch and its target are the same.
+            StoreError: an expert's first and last epochs are the same, and so are a start and its target.
             PeerLostError: another worker of the mesh died.
         """
         folder, account = open_location(folder_uri), Account(self._device, self._cluster)
@@ -308,7 +308,7 @@ class _Run:
             to_device(each, self._device) for each in backbone.snapshots.read_params(*self._wanted(origin))
         )
         if torch.equal(start, target):
-            raise self._standstill(backbone, origin)
+            self._require_motion(backbone, origin)  # a single pair costs its iteration, for its loss is not finite
         return Match(
             backbone.functions,
             start,
@@ -319,12 +319,16 @@ class _Run:
             backbone.chunk,
         )
 
-    def _standstill(self, backbone: _Backbone, origin: Origin) -> StoreError:
+    def _require_motion(self, backbone: _Backbone, origin: Origin) -> None:
+        """Raise a `StoreError` if the expert ends where it began, given that its start and target are identical."""
         expert, (start, target) = self._wanted(origin)
         group = backbone.group
-        return StoreError(
-            f"epochs {start} and {target} of expert {expert} in {group.location.uri} are identical: its trajectory "
-            "does not move there, and there is nothing to match",
+        epochs = group.read_info(expert).epochs
+        if not np.array_equal(*group.read_params(expert, [epochs[0], epochs[-1]])):
+            return
+        raise StoreError(
+            f"epochs {start} and {target} of expert {expert} in {group.location.uri} are identical, and so are its "
+            f"first and last, {epochs[0]} and {epochs[-1]}: it does not move, and there is nothing to match",
             "it was imported from a script that stored the same parameters at every epoch, or experts.learning_rate "
             "is too low for experts.storage",
             f"delete {group.key} with `datm-ray store rm`, then train or import these experts again",

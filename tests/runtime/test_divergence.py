@@ -118,3 +118,22 @@ def test_a_trajectory_that_stands_still_is_named(experts: Path, tmp_path: Path) 
     assert caught.value.exit_code == 2
     assert "learning_rate_images" not in str(caught.value)
     assert not (tmp_path / "tiny/checkpoint.arrow").exists()
+
+
+def test_one_identical_pair_costs_an_iteration_and_not_the_run(experts: Path, tmp_path: Path) -> None:
+    """Experts that rest for one epoch teach nothing from there, and everything from the other epochs."""
+    config = tiny_config()
+    dataset = Pipeline([config], str(tmp_path))._dataset(config)
+    moving, resting = (
+        expert_group(str(place), config, dataset.name, dataset.fingerprint) for place in (experts, tmp_path / "resting")
+    )
+    for expert in range(config.experts.count):
+        info = moving.read_info(expert)
+        every = {epoch: moving.read_snapshot(expert, epoch) for epoch in info.epochs}
+        every[2] = replace(every[1], epoch=2)
+        resting.write_expert(expert, list(every.values()), info)
+    distil(config, tmp_path, tmp_path / "resting")
+    curves = curves_of(tmp_path)
+    assert set(curves["history.skipped"]) == {True, False}
+    assert curves["history.skipped"].tolist() == (curves["history.start"] == 1).tolist()
+    assert np.isfinite(curves["history.loss"]).tolist() == (curves["history.start"] != 1).tolist()
