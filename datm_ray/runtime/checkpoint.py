@@ -100,9 +100,16 @@ def read_computed(folder: Location) -> list[dict[str, Any]]:
     """How student steps were computed up to the checkpoint: an entry for every change, with its first iteration.
 
     Empty where there is no checkpoint, or one of an earlier version.
+
+    Raises:
+        CorruptFileError: the checkpoint is damaged, or its entries are no mappings.
     """
     place = folder / CHECKPOINT
-    return list(read_tensors(place, kind=KIND).metadata.get("computed", ())) if place.exists() else []
+    if not place.exists():
+        return []
+    metadata = read_tensors(place, kind=KIND).metadata
+    with rejecting_nonsense(place):
+        return [{**entry} for entry in metadata.get("computed", ())]
 
 
 def read_curves(folder: Location) -> dict[str, Any]:

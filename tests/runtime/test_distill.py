@@ -21,7 +21,7 @@ from datm_ray.artifact import Artifact, load
 from datm_ray.config import RunConfig, load_config, to_yaml
 from datm_ray.errors import ConfigError, CorruptFileError, RunDirectoryError
 from datm_ray.pipeline import Pipeline
-from datm_ray.runtime.checkpoint import Rows, load_checkpoint, read_curves, save_checkpoint
+from datm_ray.runtime.checkpoint import Rows, load_checkpoint, read_computed, read_curves, save_checkpoint
 from datm_ray.runtime.distill import SYNTHETIC, DistillWorker
 from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, SerialExecutor
 from datm_ray.runtime.mesh import Alone, Seat
@@ -306,6 +306,20 @@ def test_a_checkpoint_of_another_format_is_named(tmp_path: Path) -> None:
         load_checkpoint(place, Rows(0, 10), rates, limits, torch.device("cpu"))
     with pytest.raises(CorruptFileError, match="no column for the backbones"):
         read_curves(place)
+
+
+def test_entries_on_student_steps_that_are_no_mappings_are_a_damaged_checkpoint(tmp_path: Path) -> None:
+    """One line that names the file, and no missing attribute later; an entry that is one is read."""
+    place = open_location(str(tmp_path))
+    for computed in ([1], [{}, None], [[]], None, 5, "ab", {"a": 1}):
+        write_tensors(
+            place / "checkpoint.arrow", {"x": np.zeros(1)}, kind="checkpoint", metadata={"computed": computed}
+        )
+        with pytest.raises(CorruptFileError, match=r"checkpoint\.arrow is damaged"):
+            read_computed(place)
+    metadata = {"computed": [{"from_iteration": 0}]}
+    write_tensors(place / "checkpoint.arrow", {"x": np.zeros(1)}, kind="checkpoint", metadata=metadata)
+    assert read_computed(place) == [{"from_iteration": 0}]
 
 
 def save_at(folder: Path, iteration: int) -> None:
