@@ -27,14 +27,14 @@ from gpu.sections import Clock, Row, Section
 
 FILES = ("cifar10-train.parquet", "cifar10-test.parquet")
 EXPERTS_SHARE = 0.4
-"""Of the section's time that experts may take."""
+"""Share of the section's time that experts may take."""
 POINTS = 6
-"""Of the curve."""
+"""Points of the curve, if time allows."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """Real ones, normalised, on the device."""
+    """Real images, normalised, on the device."""
 
     name: str
     spec: NetworkSpec
@@ -51,7 +51,7 @@ class Recipe:
     experts: ExpertSchedule
     """Epochs: as many as starts and span need."""
     stacks: int
-    """Of experts, at most."""
+    """Most stacks of experts; fewer where time runs out."""
     stacked: int
     """Experts of a stack."""
     starts: int
@@ -132,7 +132,7 @@ class _Experts:
         return predict_logits(self._network, pixels)
 
     def soft_labels(self, rows: Tensor) -> Tensor:
-        """Of real images, as published."""
+        """The experts' mean correct logits for real images, as published."""
         each = (self.logits(expert, self._images.train[rows]) for expert in range(len(self._last)))
         return mean_correct_logits(each, self._images.train_labels[rows])
 
@@ -188,8 +188,8 @@ def curve(machine: Machine, images: Images, recipe: Recipe, trajectories: Tensor
     last = networks * scoring * 1.5 + 2
     interval = max(0.0, clock.left() - last) / POINTS - scoring
     while clock.left() > last or not state.iteration:
-        point = time.monotonic()
-        while not state.iteration or (time.monotonic() - point < interval and clock.left() > last):
+        point, before = time.monotonic(), state.iteration
+        while state.iteration == before or (time.monotonic() - point < interval and clock.left() > last):
             _iterate(state, functions, recipe, trajectories, bound)
             if machine.small and state.iteration % 2 == 0:
                 break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import subprocess
 import sys
 import time
@@ -12,8 +13,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from datm_ray.config import PUBLISHED_AUGMENTATION
+from datm_ray.core.distillation import IterationRecord, Limits
+from datm_ray.core.networks import NetworkSpec
+from datm_ray.core.synthetic import SyntheticSet
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ABSENT = ("ray", "pydantic", "rich", "s3fs", "fsspec", "yaml", "typer", "jinja2", "matplotlib")
@@ -28,7 +33,7 @@ def bench() -> Iterator[SimpleNamespace]:
     sys.path.insert(0, str(BENCHMARKS))
     try:
         names = {"main": "bench_gpu", "sections": "gpu.sections", "machine": "gpu.machine"}
-        names |= {"matching": "published_matching"}
+        names |= {"matching": "published_matching", "exactness": "gpu.exactness", "curve": "gpu.curve"}
         yield SimpleNamespace(**{short: importlib.import_module(name) for short, name in names.items()})
     finally:
         sys.path.remove(str(BENCHMARKS))
@@ -92,6 +97,57 @@ def test_what_is_not_exact_is_a_failure(bench: SimpleNamespace) -> None:
     outcome = bench.sections.Outcome(section(bench, "one", lambda *_: iter(())))
     outcome.rows += [{"verdict": "ok"}, {"verdict": "TOO LARGE"}, {"what": "no verdict"}]
     assert outcome.failures == 1
+
+
+def test_a_gradient_of_zeros_or_in_another_direction_is_not_exact(bench: SimpleNamespace) -> None:
+    """In no precision; a rounded one is, within the limit."""
+    exact, limits = [torch.tensor([1.0, 0.0])], bench.exactness.ROUNDED
+    for found, precisions, verdict in (
+        ([0.0, 0.0], limits, "TOO LARGE"),
+        ([math.nan, 0.0], limits, "TOO LARGE"),
+        ([0.2, 0.4], ["bfloat16"], "OTHER DIRECTION"),
+        ([1.0, 0.5], ["bfloat16"], "ok"),
+        ([1.0, 0.01], limits, "ok"),
+    ):
+        for precision in precisions:
+            row = bench.exactness.compared([torch.tensor(found)], exact, limits[precision])
+            assert row["verdict"] == verdict, (found, precision)
+
+
+def test_every_point_of_the_curve_has_iterations_of_its_own(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where scoring takes longer than a point's share of the time, no set is scored twice."""
+    now = 0.0
+
+    def work(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def iterate(state: Any, *_: Any) -> None:
+        work(0.1)
+        state.history.append(IterationRecord(state.iteration, 0, 0, 0, 0.5, 0.1, False))
+
+    def scored(images: Any, recipe: Any, held: Any, networks: int) -> list[float]:
+        work(1.0 * networks)
+        return [50.0]
+
+    held = SyntheticSet(torch.zeros(3, 1, 8, 8), torch.zeros(3, 3), torch.ones(1), torch.arange(3))
+    experts = SimpleNamespace(real_set=lambda *_: held, predict=None)
+    functions = SimpleNamespace(prepare=lambda *_: None)
+    fakes = {"_Experts": lambda *_: experts, "StudentStepFunctions": lambda *_: functions, "scored": scored}
+    fakes |= {"_iterate": iterate, "correct_rows": lambda *_, **__: None, "random_rows": lambda *_, **__: None}
+    fakes |= {"time": SimpleNamespace(monotonic=lambda: now)}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(bench.curve, name, fake)
+    spec = NetworkSpec("convnet", 1, (8, 8), 3, width=3, depth=1)
+    images = SimpleNamespace(spec=spec, train_labels=torch.arange(3))
+    recipe = SimpleNamespace(starts=2, span=1, rates=None, limits=Limits(1.0))
+    machine, clock = bench.machine.Machine("cpu"), SimpleNamespace(left=lambda: 14.0 - now)
+    rows = list(bench.curve.curve(machine, images, recipe, torch.zeros(1, 4, 2), clock))
+    iterations = [row["iterations"] for row in rows[1:]]
+    assert iterations == sorted(set(iterations))
+    assert len(iterations) > 2
 
 
 def test_options_that_cannot_be_had_are_one_line(
