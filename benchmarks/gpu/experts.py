@@ -17,7 +17,7 @@ from gpu.machine import Machine, free_memory, tf32, timed
 from gpu.sections import Clock, Row, Section, tried
 
 IMAGES, EPOCHS = 50_000, 100
-"""Of a whole expert's epoch, and of a whole expert, as published."""
+"""Images of an expert's epoch, and epochs of an expert, as published."""
 
 
 @dataclass(frozen=True)

@@ -36,12 +36,12 @@ class Machine:
 
     @property
     def how(self) -> str:
-        """The same in a word."""
+        """In a word, whether steps are compiled."""
         return "compiled" if self.compiled else "not compiled"
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
-        """Of student steps, the most interesting one first."""
+        """Precisions of student steps, the most interesting one first."""
         return ("float32", "tf32", "bfloat16") if self.device == "cuda" else ("float32", "bfloat16")
 
 

@@ -77,7 +77,7 @@ class Outcome:
         return bad + self.status.startswith("failed")
 
     def lines(self) -> list[str]:
-        """As Markdown."""
+        """The section as lines of Markdown."""
         took = f"{self.status}; {self.seconds:.0f} s" if self.seconds else self.status
         cells = [
             [
@@ -98,7 +98,7 @@ class Outcome:
         ]
 
     def as_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """The section as plain data for JSON."""
         return {
             "name": self.section.name,
             "status": self.status,

@@ -27,7 +27,7 @@ class Shape:
     images: int
     """In the set."""
     batch: int
-    """Of a student step."""
+    """Images of a student step."""
     steps: int
     """T."""
     chunk: int

@@ -35,7 +35,7 @@ WAIT = 40.0
 
 
 def problem_of(machine: Machine) -> Problem:
-    """The same in every process: 8 images, so that 2 shards have 4 each."""
+    """One problem for every process: 8 images, so that 2 shards have 4 each."""
     return make_problem(
         spec_of(machine), 6, 3, dtype=torch.float64, device=machine.device, strategy=AUGMENTATION, images=8
     )

@@ -167,7 +167,7 @@ def _with_image(files: Encoded, index: int, use: Callable[[Image.Image], T]) -> 
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those of the formats that Pillow was built with."""
+    """The names in `_FORMATS` that this machine's Pillow can open."""
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 WORDS_BYTES = 128
-"""Of what one worker says of itself."""
+"""Space for what one worker says of itself; more is cut off."""
 
 PACKAGES = ("datm-ray", "torch", "torchvision", "numpy", "pyarrow", "ray")
 

@@ -166,7 +166,7 @@ def storage(config: RunConfig, shape: DataShape) -> Storage:
 
 
 def transform_bytes(config: RunConfig, shape: DataShape) -> int:
-    """Of a data set's normalisation: whitening has eigenvectors, each with a value for every value of an image."""
+    """Bytes of a data set's normalisation. Whitening has an eigenvector for every value of an image, and is large."""
     values = math.prod(shape.image)
     return 4 * values * (values + 3) if config.dataset.resolved(shape.image[1:]).kind == "zca" else 8 * shape.image[0]
 
