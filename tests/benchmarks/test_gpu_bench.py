@@ -143,7 +143,7 @@ def test_every_point_of_the_curve_has_iterations_of_its_own(
     spec = NetworkSpec("convnet", 1, (8, 8), 3, width=3, depth=1)
     images = SimpleNamespace(spec=spec, train_labels=torch.arange(3))
     recipe = SimpleNamespace(starts=2, span=1, rates=None, limits=Limits(1.0))
-    machine, clock = bench.machine.Machine("cpu"), SimpleNamespace(left=lambda: 14.0 - now)
+    machine, clock = bench.machine.Machine("cpu", small=False), SimpleNamespace(left=lambda: 14.0 - now)
     rows = list(bench.curve.curve(machine, images, recipe, torch.zeros(1, 4, 2), clock))
     iterations = [row["iterations"] for row in rows[1:]]
     assert iterations == sorted(set(iterations))
