@@ -324,7 +324,8 @@ class _Run:
         expert, (start, target) = self._wanted(origin)
         group = backbone.group
         epochs = group.read_info(expert).epochs
-        if not np.array_equal(*group.read_params(expert, [epochs[0], epochs[-1]])):
+        first, last = group.read_params(expert, [epochs[0], epochs[-1]])
+        if not np.array_equal(first, last):
             return
         raise StoreError(
             f"epochs {start} and {target} of expert {expert} in {group.location.uri} are identical, and so are its "
