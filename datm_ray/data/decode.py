@@ -72,7 +72,7 @@ def decode(sets: Sequence[Encoded], resize: int | None = None, copies: int = 1) 
             The last two are raised before any image is decoded.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_with_image` bounds the pixels
         headers = [_in_parallel(len(files), partial(_header, files)) for files in sets]
         shape = _common_shape(sets, headers, resize)
         require_memory(sum(map(len, sets)), shape, copies, f", such as {sets[0].name(0)},")
@@ -155,8 +155,20 @@ def _with_image(files: Encoded, index: int, use: Callable[[Image.Image], T]) -> 
             file.seek(0)
             with Image.open(file, formats=_formats()) as image:
                 if math.prod(image.size) > PIXELS_FREE + PIXELS_PER_BYTE * size:
-                    raise ValueError(f"{size} bytes are no image of {image.width}x{image.height} pixels")
+                    raise DatasetError(
+                        f"image {files.name(index)} has {image.width}x{image.height} pixels in only {size:,} bytes",
+                        f"More than {PIXELS_PER_BYTE} pixels a byte may be made to fill the memory",
+                        "Scale it down, or delete it",
+                    )
                 return use(image)
+    except DatasetError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise DatasetError(
+            f"image {files.name(index)} is too large ({error})",
+            "Pillow, which decodes images, refuses so many pixels",
+            "Scale it down",
+        ) from error
     except Exception as error:  # a malformed file can raise almost anything inside its decoder
         raise DatasetError(
             f"image {files.name(index)} cannot be read ({type(error).__name__}: {error})",

@@ -468,6 +468,19 @@ def test_unusable_image_is_named(content: bytes | None, message: str, tmp_path: 
         load_raw("folder", str(root))
 
 
+def test_large_photographs_are_read_and_larger_ones_refused_rightly(
+    tmp_path: Path, encode: Encode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow's warning, from 89 megapixels on, stops nothing; its error, at twice that, says to scale it down."""
+    root = str(write_files(tmp_path, folder_files(encode, ("",))))  # of 24 pixels
+    expected = load_raw("folder", root, resize=3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    assert load_raw("folder", root, resize=3).fingerprint == expected.fingerprint
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(DatasetError, match=r"\.png is too large \(Image size \(24 pixels\) .*\. Scale it down\.$"):
+        load_raw("folder", root, resize=3)
+
+
 def test_truncated_image_is_named(tmp_path: Path, encode: Encode) -> None:
     """A file whose header is whole but whose pixels are not is found while decoding."""
     files = folder_files(encode, ("",), size=(64, 64), format="BMP")
