@@ -11,6 +11,7 @@ import math
 import re
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,7 @@ from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.stacked import can_be_stacked
 from datm_ray.core.training import accuracy
 from datm_ray.data.dataset import Dataset
-from datm_ray.errors import DivergenceError
+from datm_ray.errors import CorruptFileError, DivergenceError
 from datm_ray.runtime.executor import Event, Finished, Note, Progress, prepare_device, to_device, uses_gpu
 from datm_ray.runtime.expert_progress import ExpertProgress, wait_for_room
 from datm_ray.runtime.metrics import Meter
@@ -238,14 +239,26 @@ def experts_cost(config: RunConfig, group: ExpertGroup) -> ExpertsCost:
     """
     found: list[tuple[set[int], Spent]] = []
     stored = set(group.experts())
-    with rejecting_nonsense(group.location):
-        for cost in group.costs():
+    for place in group.costs():
+        with _losing_only_a_cost(place):
+            cost = place.read_json()
             used = {expert for expert in cost["experts"] if expert < config.experts.count}
             if used:
                 every = used | (stored & set(cost["experts"]))
                 found.append((used, Spent.from_json(cost["spent"]).share(len(used) / len(every))))
     known = set().union(*(experts for experts, _ in found))
     return ExpertsCost(config.network.architecture, len(known), total(spent for _, spent in found))
+
+
+@contextmanager
+def _losing_only_a_cost(place: Location) -> Iterator[None]:
+    """Report a note that makes no sense with the remedy that is right for it."""
+    try:
+        with rejecting_nonsense(place):
+            yield
+    except CorruptFileError as error:
+        remedy = "Delete this note; the experts stay, and only what it says of their cost is lost"
+        raise CorruptFileError(error.fact, error.cause, remedy) from error
 
 
 def _require_finite(losses: torch.Tensor, experts: Sequence[int], epoch: int) -> None:

@@ -242,10 +242,10 @@ class ExpertGroup:
         """Note what some of the experts have cost, as plain data; replaces what was noted under this name."""
         (self.location / _COSTS / f"{name}.json").write_json(value)
 
-    def costs(self) -> list[Mapping[str, Any]]:
-        """All that `write_cost` noted."""
+    def costs(self) -> list[Location]:
+        """The JSON files of all that `write_cost` noted."""
         folder = self.location / _COSTS
-        return [(folder / name).read_json() for name in sorted(folder.list()) if name.endswith(".json")]
+        return [folder / name for name in folder.list() if name.endswith(".json")]
 
     def remove(self) -> None:
         """Delete all experts, damaged ones too, the transform, what they cost, and what was in progress."""

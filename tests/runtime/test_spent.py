@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from datm_ray.config import ClusterConfig
+from datm_ray.errors import CorruptFileError
 from datm_ray.pipeline import Pipeline, report
 from datm_ray.runtime import expert_progress, spent as spent_module
 from datm_ray.runtime.distill import COST, over_workers, read_cost
@@ -219,12 +220,17 @@ def test_a_resumed_expert_adds_to_what_it_had_cost(tmp_path: Path, monkeypatch: 
     before = laps[0]
     assert before >= 2
     assert list(ExpertWorker(dataset, config.cluster).train(config, pipeline.store_uri, (0, 1)))
-    (cost,) = group.costs()
+    (note,) = group.costs()
+    cost = note.read_json()
     assert cost["experts"] == [0, 1]
     one = config.model_copy(update={"experts": config.experts.model_copy(update={"count": 1})})
     both, half = (experts_cost(each, group).spent.cpu_seconds for each in (config, one))
     assert half == both / 2, "a stack was trained for both of its experts"
     assert cost["spent"]["cpu_seconds"] == 100.0 * laps[0] + 1.0
+    for content in (b"[", b"5", b'{"experts": [0]}', b'{"experts": ["x"], "spent": {}}'):
+        note.write_atomic(content)
+        with pytest.raises(CorruptFileError, match=rf"^{note.uri} .*Delete this note; the experts stay"):
+            experts_cost(config, group)
     assert laps[0] > before
     group.remove()
     assert group.costs() == []
