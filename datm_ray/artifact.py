@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,7 @@ TRANSFORMS = "transforms"
 INLINE_BYTES = 64 * 1024
 """Size of the largest transform that travels inside every set's file."""
 _PARENTS = 3  # folders above a set's own in which its transform is looked for
+_CHECKSUM = "sha256"  # in the metadata of the export "safetensors", whose format has none
 _PREFIX = "transform."  # of the transform's arrays among those of a set
 
 
@@ -68,19 +70,25 @@ class KeptTransform:
             StoreError: it is in none of them.
             CorruptFileError: what is there is damaged, or is another transform.
         """
+        failure: StoreError | None = None
         for place in self._places():
-            if _is_there(place):
+            try:
+                there = place.exists()
+            except StoreError as error:  # a folder above may be closed to us, so the search goes on
+                failure = failure or error
+                continue
+            if there:
                 file = read_tensors(place, kind=TRANSFORM_KIND)
-                transform = Transform.from_arrays(file.arrays, file.metadata)
+                transform = Transform.from_arrays(file.arrays, file.metadata, place.uri)
                 if (transform.digest, transform.shape) != (self.digest, self.shape):
                     raise damaged(place, "It holds another transform than its name says")
                 return transform
         name = f"{TRANSFORMS}/{self.digest}.arrow"
         raise StoreError(
             f"the transform of {self.set_location.uri} is missing, {name} in its folder or one above",
-            "The file was moved away from the runs it was made with",
+            str(failure or "The file was moved away from the runs it was made with"),
             f"Copy {name} of their output folder beside it, or export the set there with --format arrow",
-        )
+        ) from failure
 
     def _places(self) -> Iterator[Location]:
         name, folder = f"{self.digest}.arrow", self.set_location.parent
@@ -88,13 +96,6 @@ class KeptTransform:
         for _ in range(_PARENTS + 1):
             yield folder / TRANSFORMS / name
             folder = folder.parent
-
-
-def _is_there(place: Location) -> bool:
-    try:
-        return place.exists()
-    except StoreError:  # a folder above may be closed to us
-        return False
 
 
 @dataclass(frozen=True)
@@ -314,7 +315,7 @@ def _transform_of(
 ) -> Transform | KeptTransform:
     if "digest" not in metadata:
         pieces = {name.removeprefix(_PREFIX): array for name, array in arrays.items() if name.startswith(_PREFIX)}
-        return Transform.from_arrays(pieces, metadata)
+        return Transform.from_arrays(pieces, metadata, location.uri)
     if not re.fullmatch(r"[0-9a-f]{32}", str(metadata["digest"])):  # it becomes part of a path
         raise damaged(location, "The digest of its transform is none")
     return KeptTransform(location, metadata["digest"], tuple(map(int, metadata["shape"])))
@@ -330,15 +331,32 @@ def _read_safetensors(location: Location) -> tuple[dict[str, NDArray[Any]], Mapp
         arrays = parse(data)  # checks that every array lies within the file
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         metadata = json.loads(header["__metadata__"][KIND])
+        if not isinstance(metadata, dict):
+            raise TypeError("its metadata is no mapping")
+        written, found = metadata.pop(_CHECKSUM, None), _checksum(arrays, metadata)
     except (SafetensorError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise CorruptFileError(
             f"{location.uri} is no synthetic set in safetensors format ({type(error).__name__}: {error})",
             "It is damaged, or was written by another program",
             "Export the set again with `datm-ray export FILE --format safetensors`",
         ) from error
-    if not isinstance(metadata, dict):
-        raise damaged(location, "Its metadata is no mapping")
+    if written != found:
+        fault = "no checksum" if written is None else "another checksum than it says"
+        raise CorruptFileError(
+            f"{location.uri} has {fault}",
+            "It was altered, or was written by another program",
+            "Export the set again with `datm-ray export FILE --format safetensors`",
+        )
     return arrays, metadata
+
+
+def _checksum(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any]) -> str:
+    """SHA-256 over a set's metadata and its arrays' names, types, shapes and bytes, in hex digits."""
+    digest = sha256(json.dumps(json.loads(json.dumps(metadata)), sort_keys=True).encode())  # as it will be read
+    for name, array in sorted(arrays.items()):
+        digest.update(json.dumps([name, array.dtype.str, array.shape]).encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def export(artifact: Artifact, kind: str, out: Location) -> list[str]:
@@ -434,6 +452,7 @@ def _safetensors_file(artifact: Artifact) -> dict[str, bytes]:
 
     arrays, metadata = _whole(artifact)
     contiguous = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}
+    metadata[_CHECKSUM] = _checksum(contiguous, metadata)
     return {"synthetic.safetensors": save(contiguous, {KIND: json.dumps(metadata, sort_keys=True)})}
 
 

@@ -451,7 +451,7 @@ class Pipeline:
         if group is None:
             return None
         stored = group.read_transform()
-        return Transform.from_arrays(stored.arrays, stored.metadata)
+        return Transform.from_arrays(stored.arrays, stored.metadata, group.transform_file.uri)
 
     def _group_with_transform(self, dataset: DatasetConfig) -> ExpertGroup | None:
         """A group of experts that has the data set's transform, of any network of the runs; None if none has it."""

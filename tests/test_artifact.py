@@ -16,7 +16,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.numpy import save as numpy_file
+from safetensors.numpy import load as parse_numpy, save as numpy_file
 from torch.utils.data import DataLoader
 
 from datm_ray.artifact import EXPORTS, KIND, Artifact, export, load, save_artifact
@@ -24,7 +24,7 @@ from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.data import Transform, fit_transform, load_raw
 from datm_ray.data.transform import Kind
 from datm_ray.errors import ConfigError, CorruptFileError, StoreError
-from datm_ray.store.filesystem import open_location
+from datm_ray.store.filesystem import Location, open_location
 from datm_ray.store.tensors import read_tensors, write_tensors
 
 NAMES = ("a cat", "dog")
@@ -369,6 +369,40 @@ def test_set_without_its_transform_has_images_and_says_what_is_missing(tmp_path:
     assert alone.pixels().shape == (20, 12, 12, 1)
 
 
+def test_a_place_that_cannot_be_asked_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Expired credentials are no missing file; where the transform is found all the same they do not matter."""
+    alone = save_kept(tmp_path / "out", "a")
+    look, closed = Location.exists, str(tmp_path / "out/a")
+
+    def exists(place: Location) -> bool:
+        if place.uri.startswith(closed):
+            raise StoreError(f"Cannot look for {place.uri}", "The token has expired", "Log in again")
+        return look(place)
+
+    monkeypatch.setattr(Location, "exists", exists)
+    assert alone.transform.shape == (1, 12, 12)
+    alone = load(str(tmp_path / "out/a/synthetic.arrow"))
+    closed = str(tmp_path)
+    with pytest.raises(StoreError, match=r"is missing, .*Cannot look for .*expired\. Log in again\. Copy transforms/"):
+        alone.pixels()
+
+
+def test_an_unusable_transform_is_named(tmp_path: Path) -> None:
+    """The error names the file that it is in: the set's, or its own."""
+    save(tmp_path / "whole.arrow", "standard")
+    save_kept(tmp_path, "a")
+    (kept,) = (tmp_path / "transforms").iterdir()
+    for path, used, kind, name in (
+        (tmp_path / "whole.arrow", tmp_path / "whole.arrow", KIND, "transform.mean"),
+        (kept, tmp_path / "a/synthetic.arrow", "transform", "mean"),
+    ):
+        file = read_tensors(open_location(str(path)), kind=kind)
+        arrays = {**file.arrays, name: np.full_like(file.arrays[name], NAN)}
+        write_tensors(open_location(str(path)), arrays, kind=kind, metadata=file.metadata)
+        with pytest.raises(CorruptFileError, match=rf"the transform in {path} is unusable \(mean holds"):
+            load(str(used)).pixels()
+
+
 def test_a_digest_that_is_a_path_is_refused(tmp_path: Path) -> None:
     """A file of somebody else cannot have other files read."""
     save_kept(tmp_path, "a")
@@ -408,6 +442,26 @@ def test_safetensors_of_others_are_refused(artifact: Artifact, tmp_path: Path) -
     for content in [*cases, numpy_file({"images": np.zeros(3, np.float32)}, {KIND: "5"})]:
         place.write_bytes(content)
         message(place)
+
+
+def test_altered_safetensors_are_refused(artifact: Artifact, tmp_path: Path) -> None:
+    """One bit of an image, a name in the metadata, another type, or no checksum, as another program writes it."""
+    export(artifact, "safetensors", open_location(str(tmp_path)))
+    place = tmp_path / "synthetic.safetensors"
+    whole = place.read_bytes()
+    arrays = parse_numpy(whole)
+    told = json.loads(json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])["__metadata__"][KIND])
+    flipped = bytearray(whole)
+    flipped[whole.index(arrays["images"].tobytes()) + 5] ^= 1
+    cases = [bytes(flipped), whole.replace(b"dog", b"cow")]
+    cases.append(numpy_file({**arrays, "soft_labels": arrays["soft_labels"].view(np.int32)}, {KIND: json.dumps(told)}))
+    for content in cases:
+        assert content != whole
+        place.write_bytes(content)
+        assert "has another checksum than it says. It was altered" in message(place)
+    assert told.pop("sha256")
+    place.write_bytes(numpy_file(arrays, {KIND: json.dumps(told)}))
+    assert "has no checksum. It was altered, or was written by another program" in message(place)
 
 
 def test_sets_of_the_first_format_are_read(tmp_path: Path) -> None:

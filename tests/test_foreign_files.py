@@ -30,7 +30,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datm_ray.artifact import KIND, load, save_artifact
+from datm_ray.artifact import KIND, export, load, save_artifact
 from datm_ray.cli.stores import _expert_lines
 from datm_ray.config import load_config, to_yaml
 from datm_ray.core.distillation import Distillation, IterationRecord, LearningRates, Limits
@@ -69,10 +69,34 @@ def write_set(folder: Path) -> Path:
     return folder / "set.arrow"
 
 
+def write_safetensors(folder: Path) -> Path:
+    (name,) = export(load(str(write_set(folder))), "safetensors", open_location(str(folder)))
+    return folder / name
+
+
+def write_set_apart(folder: Path) -> Path:
+    """A set in a run's folder, whose transform is too large to travel inside."""
+    images = DRAW.integers(0, 256, (9, 1, 12, 12), dtype=np.uint8)
+    transform, root = fit_transform("zca", images, 255), open_location(str(folder))
+    synthetic = SyntheticSet(transform.normalise(images), torch.zeros(9, 2), torch.ones(1), torch.arange(9) % 2)
+    save_artifact(root / "run/set.arrow", synthetic, transform, ("a", "b"), {}, {}, root / "transforms")
+    return folder / "run/set.arrow"
+
+
+def write_transform_apart(folder: Path) -> Path:
+    write_set_apart(folder)
+    (path,) = (folder / "transforms").iterdir()
+    return path
+
+
 def read_set(path: Path) -> object:
     found = load(str(path))
     images = found.normalise(np.ones((1, *found.transform.shape), np.float32))
     return [found.images, found.soft_labels, found.labels, found.step_sizes, found.pixels(), images, found.recipe]
+
+
+def read_of_transform(path: Path) -> object:
+    return read_set(path.parents[1] / "run/set.arrow")
 
 
 def group_of(path: Path) -> ExpertGroup:
@@ -222,6 +246,9 @@ RESULT = {"test_accuracy": 0.5, "test_accuracy_with_learned_step_size": None, "s
 COSTS = [{"architecture": "convnet", "known": 3, "spent": SPENT}]
 KINDS = {
     "synthetic set": Kind(write_set, read_set, sealed=True),
+    "set in safetensors": Kind(write_safetensors, read_set),
+    "set without its transform": Kind(write_set_apart, read_set, sealed=True, count=80),
+    "transform of sets": Kind(write_transform_apart, read_of_transform, sealed=True, count=80),
     "expert": Kind(write_expert, read_expert, sealed=True),
     "transform": Kind(write_transform, read_transform, sealed=True),
     "checkpoint": Kind(write_checkpoint, read_checkpoint, sealed=True, count=80),

@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -44,6 +44,7 @@ Images = Tensor | AnyFloats | NDArray[np.uint8]
 PUBLISHED_EPS = 0.1
 _TOO_LARGE = 2**20  # pixels on a side, in files
 _CHUNK_BYTES = 1 << 26  # 64 MiB of temporaries while pixels are normalised
+_CPU = torch.device("cpu")
 _CENTRE = 128  # subtracted from uint8 pixels, so that they lie in -128..127
 _EXACT_ROWS = 1024  # float32 holds integers up to 2^24 exactly: 1024 products of at most 128 * 128
 
@@ -119,8 +120,7 @@ class Transform:
             DatasetError: the images have another shape than those the transform was fitted on.
             TypeError: the images are integers other than uint8.
         """
-        device = images.device if isinstance(images, Tensor) else "cpu"
-        return self._normaliser.to(device)(images)  # type: ignore[no-any-return]
+        return self._normaliser(_device_of(images))(images)  # type: ignore[no-any-return]
 
     def denormalise(self, images: Tensor | AnyFloats) -> Tensor:
         """Normalised images back in the space of [0, 1] pixels, not clipped to it; shape and device stay.
@@ -131,8 +131,7 @@ class Transform:
         """
         if not (images.is_floating_point() if isinstance(images, Tensor) else np.issubdtype(images.dtype, np.floating)):
             raise TypeError(f"normalised images are floats, not {images.dtype}")
-        device = images.device if isinstance(images, Tensor) else torch.device("cpu")
-        return _map_chunks(self._inverse(device), images, self.kind, self.shape, torch.float32)
+        return _map_chunks(self._inverse(_device_of(images)), images, self.kind, self.shape, torch.float32)
 
     def apply(self, images: AnyFloats) -> Floats:
         """`normalise` from array to array."""
@@ -144,7 +143,7 @@ class Transform:
 
     def normaliser(self) -> Normaliser:
         """A module of its own that does what `normalise` does, on the CPU."""
-        return copy.deepcopy(self._normaliser).cpu()
+        return copy.deepcopy(self._normaliser(_CPU))
 
     @cached_property
     def matrix(self) -> Floats:
@@ -174,12 +173,18 @@ class Transform:
         return plain if self.vectors is None else plain | {"eps": self.eps}
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any]) -> Transform:
+    def from_arrays(
+        cls, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any], place: str = "memory"
+    ) -> Transform:
         """The transform that `to_arrays` and `to_metadata` were taken from, in this version or an earlier one.
+
+        Args:
+            place: where they were read, for messages.
 
         Raises:
             CorruptFileError: something is missing, of the wrong shape or no number.
         """
+        unusable = partial(_unusable, place)
         try:
             kind: Kind = metadata["kind"]
             channels, height, width = map(int, metadata["shape"])
@@ -191,18 +196,18 @@ class Transform:
             found: dict[str, Any] = {name: np.asarray(arrays[name], wide.get(name, np.float32)) for name in expected}
             fingerprint, eps = str(metadata["fingerprint"]), float(metadata.get("eps", PUBLISHED_EPS))
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-            raise _unusable(f"{type(error).__name__}: {error}") from error
+            raise unusable(f"{type(error).__name__}: {error}") from error
         for name, array in found.items():
             if array.shape != expected[name]:
-                raise _unusable(f"{name} has shape {array.shape}, not {expected[name]}")
+                raise unusable(f"{name} has shape {array.shape}, not {expected[name]}")
             if not np.isfinite(array).all():
-                raise _unusable(f"{name} holds values that are not finite")
+                raise unusable(f"{name} holds values that are not finite")
         if not 0 < eps < math.inf:
-            raise _unusable(f"eps is {eps}")
+            raise unusable(f"eps is {eps}")
         if "values" in found and found["values"].min() < 0:
-            raise _unusable("an eigenvalue is negative")
+            raise unusable("an eigenvalue is negative")
         if "std" in found and found["std"].min() <= 0:
-            raise _unusable("a deviation is not positive")
+            raise unusable("a deviation is not positive")
         matrix = found.pop("matrix", None)
         return cls(kind, shape, fingerprint=fingerprint, eps=eps, stored_matrix=matrix, **found)
 
@@ -210,12 +215,26 @@ class Transform:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
-    def _normaliser(self) -> Normaliser:
-        """Shares memory with the arrays; handed to nobody, so that nobody changes them."""
-        if self.kind == "zca":
-            return Normaliser(self.kind, self.shape, _shared(self.matrix), _shared(-self.mean))
-        scale, shift = np.reciprocal(self._std), -self.mean / self._std
-        return Normaliser(self.kind, self.shape, _shared(scale), _shared(shift))
+    def _normalisers(self) -> dict[torch.device, Normaliser]:
+        return {}
+
+    @cached_property
+    def _inverses(self) -> dict[torch.device, Callable[[Tensor], Tensor]]:
+        return {}
+
+    def _normaliser(self, device: torch.device) -> Normaliser:
+        """Made once for each device; on the CPU it shares memory with the arrays.
+
+        It never moves and is handed to nobody, so that nobody changes it.
+        """
+        if device not in self._normalisers:
+            if self.kind == "zca":
+                scale, shift = self.matrix, -self.mean
+            else:
+                scale, shift = np.reciprocal(self._std), -self.mean / self._std
+            made = Normaliser(self.kind, self.shape, _shared(scale).to(device), _shared(shift).to(device))
+            self._normalisers[device] = made
+        return self._normalisers[device]
 
     def _composed(self) -> Floats:
         """W from U and S; at its peak U once more, in float64, beside U and W."""
@@ -235,7 +254,12 @@ class Transform:
         return deviations
 
     def _inverse(self, device: torch.device) -> Callable[[Tensor], Tensor]:
-        """What leads a chunk of images back, with its tensors on the device."""
+        """What leads a chunk of images back, with its tensors on the device; made once for each."""
+        if device not in self._inverses:
+            self._inverses[device] = self._made_inverse(device)
+        return self._inverses[device]
+
+    def _made_inverse(self, device: torch.device) -> Callable[[Tensor], Tensor]:
         mean = _shared(self.mean).to(device)
         if self.kind == "standard":
             std = _shared(self._std).to(device)
@@ -282,6 +306,10 @@ def _map_chunks(
             chunk = batch[rows].to(dtype)
             result[rows] = function(chunk / 255 if images.dtype == torch.uint8 else chunk)
     return result if images.ndim == 4 else result[0]
+
+
+def _device_of(images: Images) -> torch.device:
+    return images.device if isinstance(images, Tensor) else _CPU
 
 
 def _without_autocast(device: torch.device) -> Any:
@@ -481,9 +509,9 @@ def _digest(*parts: Any, digits: int = 16) -> str:
     return digest.hexdigest()[:digits]
 
 
-def _unusable(detail: str) -> CorruptFileError:
+def _unusable(place: str, detail: str) -> CorruptFileError:
     return CorruptFileError(
-        f"the stored transform is unusable ({detail})",
+        f"the transform in {place} is unusable ({detail})",
         "The file was altered or written by another program",
         "Restore the file or prepare the data set again",
     )

@@ -262,7 +262,7 @@ class ExpertGroup:
         if self.progress.local_path is not None:
             shutil.rmtree(self.progress.local_path, ignore_errors=True)  # the empty folders; elsewhere there are none
         if self.has_transform():
-            (self.location / _TRANSFORM_FILE).remove()
+            self.transform_file.remove()
 
     def read_params(self, expert: int, epochs: Sequence[int]) -> list[NDArray[np.float32]]:
         """The parameters [p] after each of these epochs, exactly as stored; the caller owns them.
@@ -296,7 +296,7 @@ class ExpertGroup:
         Args:
             twin: file that holds this very transform; on the same local disk its bytes are shared, not copied.
         """
-        place = self.location / _TRANSFORM_FILE
+        place = self.transform_file
         try:
             if twin is None or not place.link(twin):
                 write_tensors(place, arrays, kind=TRANSFORM_KIND, metadata=metadata, replace=False)
@@ -304,13 +304,18 @@ class ExpertGroup:
             return False
         return True
 
+    @property
+    def transform_file(self) -> Location:
+        """Where the transform of the experts' data lies, or would."""
+        return self.location / _TRANSFORM_FILE
+
     def has_transform(self) -> bool:
         """Whether the transform of the experts' data is stored."""
-        return (self.location / _TRANSFORM_FILE).exists()
+        return self.transform_file.exists()
 
     def read_transform(self) -> TensorFile:
         """The stored transform. Raises StoreError if there is none, CorruptFileError if it is damaged."""
-        return read_tensors(self.location / _TRANSFORM_FILE, kind=TRANSFORM_KIND)
+        return read_tensors(self.transform_file, kind=TRANSFORM_KIND)
 
     def _file(self, expert: int) -> Location:
         if not 0 <= expert <= _MAX_EXPERT:

@@ -134,6 +134,24 @@ def test_every_form_of_an_image_is_normalised_alike(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_another_device_leaves_the_cpu_as_it_was(kind: Kind) -> None:
+    """Each device has its own copy, made once; that of the CPU shares the arrays' memory before and after."""
+    images = torch.from_numpy(photographs())
+    fitted = fit_transform(kind, photographs(), 255)
+    expected = fitted.normalise(images)
+    back = fitted.denormalise(expected)
+    for _ in range(2):
+        for way in (fitted.normalise, fitted.denormalise):
+            assert way(images.float().to("meta")).device.type == "meta"
+        assert torch.equal(fitted.normalise(images), expected)
+        assert torch.equal(fitted.denormalise(expected), back)
+    assert fitted.normaliser().scale.device.type == "cpu"
+    assert {device.type for device in fitted._normalisers} == {"cpu", "meta"}
+    if kind == "zca":
+        assert fitted._normaliser(torch.device("cpu")).scale.data_ptr() == fitted.matrix.ctypes.data
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_integers_other_than_bytes_are_refused(kind: Kind) -> None:
     """Their range is not known, so they would be normalised to nonsense without a word."""
     fitted = fit_transform(kind, photographs(), 255)
@@ -266,8 +284,8 @@ def test_damaged_transform_is_refused(arrays: dict[str, Any], metadata: dict[str
     fitted = fit_transform("zca", photographs(), 255)
     arrays = {name: value for name, value in (fitted.to_arrays() | arrays).items() if value is not None}
     metadata = {name: value for name, value in (fitted.to_metadata() | metadata).items() if value is not None}
-    with pytest.raises(CorruptFileError, match=message):
-        Transform.from_arrays(arrays, metadata)
+    with pytest.raises(CorruptFileError, match=rf"the transform in x\.arrow is unusable .*{message}"):
+        Transform.from_arrays(arrays, metadata, "x.arrow")
 
 
 @pytest.mark.parametrize("kind", KINDS)
