@@ -136,8 +136,8 @@ def _over_networks(config: RunConfig, shape: DataShape) -> tuple[int, int]:
     """Bytes and sums of a worker with those that hold its rows for other networks."""
     settings, backbones = config.distill, len(config.weights)
     held = settings.ipc * -(-shape.classes // config.cluster.shards)
-    # Losses, overshoots and what diverged in float64; then images, soft labels and step sizes of all together.
-    size = 24 * backbones + 4 * (held * (math.prod(shape.image) + shape.classes) + backbones)
+    # Losses, overshoots, what diverged and whether MetaDD did, in float64; then images, soft labels and step sizes.
+    size = 32 * backbones + 4 * (held * (math.prod(shape.image) + shape.classes) + backbones)
     sums = 4
     if config.metadd is not None:
         looked = config.metadd.share * held
