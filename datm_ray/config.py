@@ -72,8 +72,8 @@ class DatasetConfig(Section):
     def resolved(self, size: tuple[int, int]) -> DatasetConfig:
         """Copy with the normalisation that auto means for images of that height and width in pixels.
 
-        Fitting zca takes memory with the fourth power of an image's side and time with the sixth: 6 GB and half an hour
-        on two CPU cores at 64x64 RGB, the largest published size, 30 GB and six hours at 96x96.
+        Fitting zca takes memory with the fourth power of an image's side and time with the sixth. Estimates on two CPU
+        cores: 6 GB and half an hour at 64x64 RGB, the largest published size, 30 GB and six hours at 96x96.
         """
         if self.normalisation != "auto":
             return self
