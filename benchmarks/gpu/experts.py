@@ -13,7 +13,8 @@ from published_matching import AUGMENTATION
 
 from datm_ray.core.experts import ExpertFunctions, ExpertSchedule, ExpertState, Gsam, train_experts
 from datm_ray.core.networks import NetworkSpec, build_network
-from gpu.machine import Machine, free_memory, tf32, timed
+from datm_ray.core.step_functions import tf32_products
+from gpu.machine import Machine, free_memory, timed
 from gpu.sections import Clock, Row, Section, tried
 
 IMAGES, EPOCHS = 50_000, 100
@@ -64,7 +65,7 @@ def published(machine: Machine, how: Setting, *, gsam: bool) -> Row:
 
 def ours(machine: Machine, how: Setting, stacked: int, *, gsam: bool, compiled: bool, tf32_: bool = False) -> Row:
     """So many experts at a time."""
-    with tf32(tf32_):
+    with tf32_products(tf32_, torch.device(machine.device)):
         return row_of(machine, how, our_epochs(machine, how, stacked, gsam=gsam, compiled=compiled), stacked)
 
 

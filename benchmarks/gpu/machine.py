@@ -5,14 +5,13 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from datm_ray.core.step_functions import Precision
+from datm_ray.core.step_functions import Precision, tf32_products
 
 
 @dataclass(frozen=True)
@@ -103,23 +102,11 @@ def free_memory(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-@contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """TF32 in every product and convolution of the block, or in none."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
-
-
 def ceiling(machine: Machine, precision: Precision) -> float:
     """Floating-point operations per second of a large product of random matrices; a multiply-add is two."""
     side = 256 if machine.small else 8192
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     a, b = (torch.randn(side, side, device=machine.device).to(dtype) for _ in range(2))
-    with tf32(precision == "tf32"):
+    with tf32_products(precision == "tf32", torch.device(machine.device)):
         found = measured(lambda: a @ b, machine.device, 2 if machine.small else 10, warm=2)
     return float(2 * side**3 / found.median)

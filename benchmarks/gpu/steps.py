@@ -13,8 +13,8 @@ from published_matching import AUGMENTATION, Gradient, Problem, make_problem, te
 from datm_ray.core.footprint import flop
 from datm_ray.core.matching import matching_gradient
 from datm_ray.core.networks import NetworkSpec
-from datm_ray.core.step_functions import Precision, StepOptions, StudentStepFunctions
-from gpu.machine import Machine, ceiling, free_memory, measured, tf32, timed
+from datm_ray.core.step_functions import Precision, StepOptions, StudentStepFunctions, tf32_products
+from gpu.machine import Machine, ceiling, free_memory, measured, timed
 from gpu.sections import Clock, Row, Section, in_a_line
 
 
@@ -115,7 +115,7 @@ def rows_of(machine: Machine, shape: Shape, rates: dict[Precision, float], clock
     for name, method in (("full unrolling", unrolling), ("TESLA", tesla)):
         yield measured_row(machine, shape, name, "float32", functools.partial(method, problem), clock, None)
     if machine.device == "cuda":
-        with tf32(True):
+        with tf32_products(True, torch.device(machine.device)):
             yield measured_row(
                 machine, shape, "full unrolling", "tf32", functools.partial(unrolling, problem), clock, None
             )

@@ -105,12 +105,12 @@ class StudentStepFunctions:
             y: [b k] soft labels as logits.
             weights: [b] of the images' losses in the sum; see `soft_cross_entropy`.
         """
-        with _tf32_products(self._options.precision == "tf32", theta.device):
+        with tf32_products(self._options.precision == "tf32", theta.device):
             return self._functions(theta, x, y)[0](theta, self.layout(x), y, weights)
 
     def reverse(self, theta: Tensor, x: Tensor, y: Tensor, weights: Tensor, v: Tensor) -> Reversed:
         """s = <v, g> [] and its derivatives in theta [p], x [b c h w] and y [b k]; arguments as `forward`, v [p]."""
-        with _tf32_products(self._options.precision == "tf32", theta.device):
+        with tf32_products(self._options.precision == "tf32", theta.device):
             return self._functions(theta, x, y)[1](theta, self.layout(x), y, weights, v)
 
     def prepare(self, batch: int, image: tuple[int, int, int], classes: int, pulse: Pulse = no_pulse) -> None:
@@ -215,7 +215,7 @@ def _load_tangent_rules() -> None:
 
 
 @contextmanager
-def _tf32_products(allowed: bool, device: torch.device) -> Iterator[None]:
+def tf32_products(allowed: bool, device: torch.device) -> Iterator[None]:
     """Allow or forbid TF32 in the block; torch itself allows it in convolutions by default."""
     if device.type != "cuda":
         yield
