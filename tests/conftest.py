@@ -20,6 +20,7 @@ from datm_ray.pipeline import Pipeline, report
 from datm_ray.recipes import get_recipe
 from datm_ray.runtime.executor import Executor, SerialExecutor
 from datm_ray.runtime.telemetry import Reporter
+from tests import processes
 from tests.store import proxy
 
 TINY = (
@@ -89,6 +90,13 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def end_of_processes() -> Iterator[None]:
+    """What tests have started in other processes ends with the session."""
+    yield
+    processes.end_all()
 
 
 @pytest.fixture

@@ -6,9 +6,7 @@ import dataclasses
 import os
 import signal
 import socket
-import traceback
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +27,7 @@ from datm_ray.runtime.telemetry import Reporter
 from datm_ray.store.filesystem import Location, open_location
 from datm_ray.store.tensors import read_tensors, write_tensors
 from tests.conftest import actor_processes, tiny_config
-from tests.processes import PROCESSES
+from tests.processes import side_by_side
 
 METADD = (
     "metadd={auxiliaries: [{architecture: lenet}, {width: 2, depth: 1, norm: batch}], share: 0.5, variance: 0.01,"
@@ -38,20 +36,16 @@ METADD = (
 TWO_NETWORKS = "backbones=[{network: {width: 3, depth: 2, norm: group}, weight: 0.5}]"
 
 
-def as_rank(config_file: str, out: str, seat: Seat, stop_at: int | None, pipe: Connection) -> None:
-    """One process of the mesh; sends back what went wrong, or nothing."""
-    try:
-        torch.set_num_threads(1)
-        config = load_config(config_file)
-        pipeline = Pipeline([config], out)
-        worker = DistillWorker(pipeline._dataset(config), config.cluster)
-        arguments = (config, pipeline.store_uri, str(Path(out, config.name)))
-        for event in worker.distill(*arguments, seat=seat if seat.size > 1 else None):
-            if isinstance(event, Progress) and event.done == stop_at:
-                break
-        pipe.send("")
-    except BaseException:
-        pipe.send(traceback.format_exc())
+def as_rank(config_file: str, out: str, seat: Seat, stop_at: int | None) -> None:
+    """One process of the mesh."""
+    torch.set_num_threads(1)
+    config = load_config(config_file)
+    pipeline = Pipeline([config], out)
+    worker = DistillWorker(pipeline._dataset(config), config.cluster)
+    arguments = (config, pipeline.store_uri, str(Path(out, config.name)))
+    for event in worker.distill(*arguments, seat=seat if seat.size > 1 else None):
+        if isinstance(event, Progress) and event.done == stop_at:
+            break
 
 
 def distil(config: RunConfig, out: Path, size: int, stop_at: int | None = None, elsewhere: Path | None = None) -> None:
@@ -60,20 +54,13 @@ def distil(config: RunConfig, out: Path, size: int, stop_at: int | None = None, 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = f"127.0.0.1:{free.getsockname()[1]}"
-    pipes, processes = [], []
-    for rank in range(size):
-        ours, theirs = PROCESSES.Pipe()
-        folder = elsewhere if elsewhere and rank else out
-        arguments = (str(out / "config.yaml"), str(folder), Seat(rank, size, meeting), stop_at, theirs)
-        processes.append(PROCESSES.Process(target=as_rank, args=arguments))
-        pipes.append(ours)
-    for process in processes:
-        process.start()
-    failures = [pipe.recv() if pipe.poll(120) else "no answer" for pipe in pipes]
-    for process in processes:
-        process.join(timeout=10)
-        process.kill()
-    if any(failures):
+    folders = [elsewhere if elsewhere and rank else out for rank in range(size)]
+    file = str(out / "config.yaml")
+    calls = side_by_side(
+        as_rank, [(file, str(folder), Seat(rank, size, meeting), stop_at) for rank, folder in enumerate(folders)]
+    )
+    failures = [str(call.exception()) for call in calls if call.exception()]
+    if failures:
         raise AssertionError("\n".join(failures))
 
 

@@ -276,12 +276,17 @@ def test_progress_of_a_stack_of_another_size_goes_when_its_experts_are_stored(tm
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_actors_cost_no_expert_and_no_bit(ray_cluster: Any, tmp_path: Path) -> None:
-    """Twenty experts, actors killed at random moments (DATM_RAY_KILLS of them); finished ones are not touched again."""
+    """Actors are killed at random moments, DATM_RAY_KILLS of them; finished experts are not touched again."""
     from datm_ray.runtime.ray_executor import RayExecutor
 
-    wanted, rng = int(os.environ.get("DATM_RAY_KILLS", "4")), random.Random(0)
+    wanted, rng = int(os.environ.get("DATM_RAY_KILLS", "3")), random.Random(0)
+    count, epochs = 2 * wanted, 12
     config = tiny_config(
-        "experts.count=20", "experts.epochs=30", "cluster.retries=50", "cluster.experts_at_a_time=1", *RICH
+        f"experts.count={count}",
+        f"experts.epochs={epochs}",
+        "cluster.retries=50",
+        "cluster.experts_at_a_time=1",
+        *RICH,
     )
     kills: list[int] = []
     finished: dict[str, int] = {}
@@ -290,7 +295,7 @@ def test_killed_actors_cost_no_expert_and_no_bit(ray_cluster: Any, tmp_path: Pat
     class Murderous(RayExecutor):
         def run(self, *arguments: Any) -> Iterator[tuple[Any, Event]]:
             for task, event in super().run(*arguments):
-                if isinstance(event, Progress) and len(kills) < wanted and rng.random() < wanted / 400:
+                if isinstance(event, Progress) and len(kills) < wanted and rng.random() < 1 / epochs:
                     kills.append(actor_processes()[rng.randrange(len(actor_processes()))])
                     os.kill(kills[-1], signal.SIGKILL)
                 if isinstance(event, Lost):
@@ -306,5 +311,5 @@ def test_killed_actors_cost_no_expert_and_no_bit(ray_cluster: Any, tmp_path: Pat
     assert len(kills) == wanted
     assert lost
     groups = [worker_of(config, tmp_path / name)[1] for name in ("killed", "whole")]
-    assert groups[0].experts() == list(range(20))
-    assert [content(groups[0], expert) for expert in range(20)] == [content(groups[1], expert) for expert in range(20)]
+    assert groups[0].experts() == list(range(count))
+    assert [content(groups[0], each) for each in range(count)] == [content(groups[1], each) for each in range(count)]

@@ -6,8 +6,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, wait
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 from datm_ray.core.training import Pulse
 from datm_ray.errors import ConfigError, PeerLostError
 from datm_ray.runtime.mesh import Alone, Mesh, Seat, open_mesh
-from tests.processes import PROCESSES
+from tests.processes import side_by_side
 
 CPU = torch.device("cpu")
 
@@ -42,33 +41,12 @@ def take_part(
             return failure, time.monotonic() - start
 
 
-POOL: list[ProcessPoolExecutor] = []
-"""One executor for each rank, because an executor that loses its process cannot be used again."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def end_of_processes() -> Iterator[None]:
-    """What the tests of this file started ends with them."""
-    yield
-    while POOL:
-        POOL.pop().shutdown()
-
-
 def together(work: Callable[..., Any], rows: int, columns: int, *arguments: Any, timeout: float = 30.0) -> list[Any]:
     """What the work returns on every rank; None from a process that was killed."""
     size, meeting = rows * columns, f"127.0.0.1:{free_port()}"
-    while len(POOL) < size:
-        POOL.append(ProcessPoolExecutor(1, mp_context=PROCESSES))
-    futures = [
-        POOL[rank].submit(take_part, work, Seat(rank, size, meeting), (rows, columns), timeout, arguments)
-        for rank in range(size)
-    ]
-    wait(futures)
-    killed = [isinstance(future.exception(), BrokenProcessPool) for future in futures]
-    for rank in reversed(range(size)):
-        if killed[rank]:
-            POOL.pop(rank).shutdown()
-    return [None if gone else future.result() for gone, future in zip(killed, futures, strict=True)]
+    seats = [Seat(rank, size, meeting) for rank in range(size)]
+    calls = side_by_side(take_part, [(work, seat, (rows, columns), timeout, arguments) for seat in seats])
+    return [None if isinstance(call.exception(), BrokenProcessPool) else call.result() for call in calls]
 
 
 def part_of(rank: int, size: int = 10_007) -> Tensor:
