@@ -85,6 +85,7 @@ QUICK = [
     "distill.student_steps=2",
     "distill.learning_rate_step_size=0",
     "distill.threshold=10",
+    "evaluate.protocol=quick",
     "evaluate.real_epochs=1",
     "cluster.compile=false",
 ]

@@ -104,6 +104,7 @@ QUICK = Sizes(
         "distill.student_steps=2",
         "distill.validation_seeds=1",
         "distill.threshold=10",
+        "evaluate.protocol=quick",
         "evaluate.real_epochs=1",
         "cluster.compile=false",
     ],
