@@ -50,6 +50,7 @@ from datm_ray.store.filesystem import open_location
 from datm_ray.store.tensors import write_tensors
 from datm_ray.store.trajectories import ExpertGroup, TrajectoryStore
 from tests.conftest import tiny_config
+from tests.processes import side_by_side
 from tests.store.contract import KEY, make_info, make_snapshots_with_buffers, with_buffers
 
 CPU = torch.device("cpu")
@@ -446,6 +447,17 @@ def test_compressed_batches_are_refused(tmp_path: Path, monkeypatch: pytest.Monk
     assert place.size() < 10_000
     with pytest.raises(CorruptFileError, match="a batch is compressed"):
         load(place.uri)
+
+
+def test_statistics_that_disagree_in_a_parquet_file_do_not_end_the_process(tmp_path: Path) -> None:
+    """A histogram of levels that is too short: an exception of C++ to which pyarrow gives no way out in places."""
+    path = write_parquet(tmp_path)
+    before, histogram, after = path.read_bytes().rpartition(b"\x26\x00\x14")  # 2 numbers: 0, and 10 in zigzag
+    assert histogram
+    footer_size = struct.unpack("<i", after[-8:-4])[0]
+    path.write_bytes(before + b"\x16\x14" + after[:-8] + struct.pack("<i", footer_size - 1) + b"PAR1")
+    (call,) = side_by_side(load_raw, [("parquet", str(path))])
+    assert isinstance(call.exception(), DatasetError), call.exception()
 
 
 def test_archives_parquet_and_images_that_unpack_to_too_much_are_refused(
