@@ -7,6 +7,7 @@ takes some of each kind in this process; the slow one takes many more, each kind
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import re
@@ -458,6 +459,19 @@ def test_statistics_that_disagree_in_a_parquet_file_do_not_end_the_process(tmp_p
     path.write_bytes(before + b"\x16\x14" + after[:-8] + struct.pack("<i", footer_size - 1) + b"PAR1")
     (call,) = side_by_side(load_raw, [("parquet", str(path))])
     assert isinstance(call.exception(), DatasetError), call.exception()
+
+
+def test_a_parquet_file_of_integers_of_a_few_bits_is_refused(tmp_path: Path) -> None:
+    """Arrow's own schema in it has an integer of 4 bits, for which pyarrow has an error of another kind."""
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"image": [picture(0)], "label": pa.array([0], pa.uint8())}), path)
+    content = path.read_bytes()
+    (schema,) = re.findall(rb"[A-Za-z0-9+/=]{100,}", content)
+    before, bits, after = base64.b64decode(schema).rpartition(struct.pack("<i", 8))
+    assert bits
+    path.write_bytes(content.replace(schema, base64.b64encode(before + struct.pack("<i", 4) + after)))
+    with pytest.raises(DatasetError, match=r"cannot be read as Parquet \(Integers with less than 8 bits"):
+        load_raw("parquet", str(path))
 
 
 def test_archives_parquet_and_images_that_unpack_to_too_much_are_refused(

@@ -129,6 +129,7 @@ def read_parquet(files: Sequence[Path]) -> ParquetSet:
 
 
 def _read_shard(file: Path) -> _Shard:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
@@ -138,7 +139,7 @@ def _read_shard(file: Path) -> _Shard:
         label = _column(file, schema.names, _LABEL_COLUMNS)
         table = _read_columns(file, parquet, (image, label))
         images, labels = table.column(image), table.column(label)
-    except (OSError, ValueError, LookupError, TypeError) as error:  # pyarrow's own errors derive from these
+    except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
         raise DatasetError(
             f"the file {file} cannot be read as Parquet ({str(error).splitlines()[0]})",
             "The file is truncated or of another format",
