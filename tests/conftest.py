@@ -59,6 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache.mkdir("inductor"))
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep a file's tests in one process, which shares their fixtures, and all Ray tests in one, for Ray's cluster."""
     for item in items:

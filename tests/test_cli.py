@@ -113,14 +113,14 @@ BAD_INPUT = {
     "unreachable cluster": (["experts", "digits-ipc1", "--address", "ray://127.0.0.1:1"], "127.0.0.1:1"),
     "too many workers": (["experts", "digits-ipc1", "--set", "cluster.workers=500"], "500 worker"),
     "unreadable memory": (["run", "digits-ipc1", "--memory", "8 apples"], "write it like 8GiB"),
-    "too little memory": (["plan", "tiny-imagenet-ipc1", "--memory", "1GiB"], "may take 1.00 GiB"),
+    "too little memory": (["plan", "digits-ipc1", "--memory", "100MiB"], "may take 100.0 MiB"),
     "unreadable cluster": (["plan", "digits-ipc1", "--cluster", "gpus=many"], "gpus is 'many'"),
     "cluster without workers": (["plan", "digits-ipc1", "--cluster", "memory=8GiB"], "it needs gpus= or cpus="),
     "cluster of fewer cores than a worker": (
         ["plan", "digits-ipc1", "--cluster", "cpus=1", "--set", "cluster.threads_per_worker=2"],
         "a worker takes 2 cores, and the cluster has 1",
     ),
-    "cluster of too little memory": (["plan", "tiny-imagenet-ipc1", "--cluster", "gpus=2,memory=9MiB"], "may take 9.0"),
+    "cluster of too little memory": (["plan", "digits-ipc10", "--cluster", "gpus=2,memory=2MiB"], "may take 2.0"),
     "unreadable data shape": (["plan", "digits-ipc1", "--data-shape", "64x64,10"], "3x64x64,1000,1281167"),
     "more classes than given": (
         ["plan", "digits-ipc1", "--data-shape", "1x8x8,2,90", "--set", "cluster.shards=3"],

@@ -25,7 +25,8 @@ from datm_ray.core.distillation import Distillation, LearningRates, Limits, Matc
 from datm_ray.core.matching import matching_gradient
 from datm_ray.core.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.runtime.mesh import Mesh, Seat, open_mesh
+from datm_ray.runtime.executor import Seat
+from datm_ray.runtime.mesh import Mesh, open_mesh
 from gpu.exactness import compared, spec_of
 from gpu.machine import Machine, timed
 from gpu.sections import Clock, Row, Section, tried

@@ -1,6 +1,6 @@
 """Private parts of torch, which may change with any version; no other module of this package uses private parts.
 
-Their behaviour was observed with the versions in docs/versions.md, from torch 2.8 to 2.15.
+Their behaviour was observed with the versions in docs/versions.md, from torch 2.9 to 2.15.
 """
 
 from __future__ import annotations

@@ -39,20 +39,12 @@ from datm_ray.core.training import PROTOCOLS, Pulse, Schedule, accuracy, train, 
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import ClusterError, DivergenceError, StoreError
 from datm_ray.runtime.checkpoint import PARTS, Rows, load_checkpoint, read_computed, save_checkpoint
-from datm_ray.runtime.executor import (
-    Event,
-    Finished,
-    Note,
-    Progress,
-    prepare_device,
-    require_precision,
-    to_device,
-)
+from datm_ray.runtime.devices import Meter, prepare_device, to_device
+from datm_ray.runtime.executor import Event, Finished, Note, Progress, Seat, require_precision
 from datm_ray.runtime.expert_networks import ExpertNetworks
 from datm_ray.runtime.experts import network_spec
-from datm_ray.runtime.mesh import Mesh, Seat, open_mesh
+from datm_ray.runtime.mesh import Mesh, open_mesh
 from datm_ray.runtime.metadd import Onlookers
-from datm_ray.runtime.metrics import Meter
 from datm_ray.runtime.plan import Layout, distillation_plan
 from datm_ray.runtime.provenance import provenance, workers_in_words
 from datm_ray.runtime.spent import Account, Spent

@@ -38,11 +38,11 @@ from datm_ray.core.scores import AugmentationRobust, LabelRobust, augmentation_r
 from datm_ray.core.synthetic import random_rows
 from datm_ray.core.training import Schedule, accuracy, train_to_end
 from datm_ray.data.dataset import Dataset
+from datm_ray.runtime.devices import Meter, prepare_device, to_device
 from datm_ray.runtime.distill import SYNTHETIC, evaluation_schedule
-from datm_ray.runtime.executor import Finished, Progress, prepare_device, to_device
+from datm_ray.runtime.executor import Finished, Progress
 from datm_ray.runtime.expert_networks import ExpertNetworks
 from datm_ray.runtime.experts import network_spec
-from datm_ray.runtime.metrics import Meter
 from datm_ray.runtime.provenance import provenance
 from datm_ray.runtime.spent import Account, Spent, total
 from datm_ray.store.filesystem import Location, open_location

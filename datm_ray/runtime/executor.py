@@ -6,19 +6,15 @@ An executor decides where workers live and what happens when one dies; the numbe
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-
-from datm_ray.config import ClusterConfig
 from datm_ray.errors import ClusterError
+
+if TYPE_CHECKING:  # a mesh of processes takes its seats from here, and needs no pydantic
+    from datm_ray.config import ClusterConfig
 
 
 @dataclass(frozen=True)
@@ -100,6 +96,18 @@ class Task:
     """As the user knows it: experts, distillation, evaluation."""
 
 
+@dataclass(frozen=True)
+class Seat:
+    """The place of one worker among those that do a task together."""
+
+    rank: int
+    """0 ... size - 1; the events of rank 0 are the task's."""
+    size: int
+    """Workers of the task."""
+    meeting: str
+    """host:port at which rank 0 waits for the others."""
+
+
 class Executor(Protocol):
     """Runs tasks on workers."""
 
@@ -144,6 +152,10 @@ class SerialExecutor:
     """One worker in this process, one task after the other."""
 
     def __init__(self, cluster: ClusterConfig) -> None:
+        from datm_ray.runtime.devices import (
+            prepare_device,  # torch, which who waits for workers elsewhere does not need
+        )
+
         device = prepare_device(cluster)  # so that a missing GPU is told before anything starts
         self.description = f"this process, {cluster.threads_per_worker} thread(s){', a GPU' * (device.type == 'cuda')}"
         self.workers = self.workers_per_machine = 1
@@ -169,46 +181,20 @@ class SerialExecutor:
         """Nothing is held."""
 
 
-def prepare_device(cluster: ClusterConfig) -> torch.device:
-    """Set this process's thread count and choose its device; every worker calls it first.
-
-    Raises:
-        ClusterError: a GPU is asked for where there is none.
-    """
-    torch.set_num_threads(cluster.threads_per_worker)
-    takes_one = torch.cuda.is_available() and cluster.gpus_per_worker != 0
-    if cluster.device == "cuda" and not takes_one:
-        raise ClusterError(
-            "cluster.device is 'cuda', but this worker has no GPU",
-            "its machine has none, torch is not built for it, or cluster.gpus_per_worker is 0",
-            "set cluster.gpus_per_worker=1, or cluster.device=cpu",
-        )
-    if not takes_one or cluster.device == "cpu":
-        return torch.device("cpu")
-    # torch rounds the products of convolutions to 10 bits unless it is told not to; student steps have their own say.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    return torch.device("cuda")
-
-
 @contextmanager
 def explaining_memory() -> Iterator[None]:
     """Raise a `ClusterError` where a GPU's memory does not suffice."""
     try:
         yield
-    except torch.OutOfMemoryError as failure:
+    except RuntimeError as failure:
+        if type(failure).__name__ != "OutOfMemoryError":  # torch's, which not every worker has imported
+            raise
         raise ClusterError(
             f"a worker's GPU is out of memory: {' '.join(str(failure).split())[:200]}",
             "others use it too, or the recipe takes more than was predicted",
             "give a distilling worker less with --memory, lower cluster.experts_at_a_time, or let fewer workers share "
             "a GPU with cluster.gpus_per_worker; the same command again goes on",
         ) from None
-
-
-def uses_gpu(cluster: ClusterConfig) -> bool:
-    """Whether workers compute on GPUs, as far as can be told from here."""
-    if cluster.device == "cpu" or cluster.gpus_per_worker == 0:
-        return False
-    return cluster.device == "cuda" or cluster.gpus_per_worker is not None or torch.cuda.is_available()
 
 
 def require_precision(cluster: ClusterConfig, has_gpu: bool) -> None:
@@ -219,14 +205,3 @@ def require_precision(cluster: ClusterConfig, has_gpu: bool) -> None:
             "processors compute it far more slowly than float32, or not at all",
             "use --set cluster.precision=float32",
         )
-
-
-def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
-    """A tensor with the array's content, for reading only; on the CPU it shares the array's memory.
-
-    Arrays from Ray's object store or from a memory map are read-only. torch has no read-only tensors and warns; the
-    copy it would ask for is what must not happen, once for every worker of a node.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.as_tensor(array, device=device)

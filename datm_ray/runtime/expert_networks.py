@@ -12,7 +12,7 @@ from datm_ray.core.synthetic import mean_correct_logits
 from datm_ray.core.training import Pulse, no_pulse, predict_logits
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import MissingExpertsError
-from datm_ray.runtime.executor import to_device
+from datm_ray.runtime.devices import to_device
 from datm_ray.runtime.experts import expert_group, network_spec
 
 

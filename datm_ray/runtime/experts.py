@@ -35,9 +35,9 @@ from datm_ray.core.stacked import can_be_stacked
 from datm_ray.core.training import accuracy
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import CorruptFileError, DivergenceError
-from datm_ray.runtime.executor import Event, Finished, Note, Progress, prepare_device, to_device, uses_gpu
+from datm_ray.runtime.devices import Meter, prepare_device, to_device, uses_gpu
+from datm_ray.runtime.executor import Event, Finished, Note, Progress
 from datm_ray.runtime.expert_progress import ExpertProgress, wait_for_room
-from datm_ray.runtime.metrics import Meter
 from datm_ray.runtime.spent import Account, Spent, total
 from datm_ray.store.filesystem import Location
 from datm_ray.store.sealed import rejecting_nonsense

@@ -26,6 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from datm_ray.core.training import Pulse
 from datm_ray.errors import PeerLostError
+from datm_ray.runtime.executor import Seat
 
 Result = TypeVar("Result")
 
@@ -37,18 +38,6 @@ EAGER_WAIT = 0.01
 """Seconds for which the end of a sum on GPUs is looked for more often than NCCL does, which is once a millisecond."""
 READ_ADDRESS = 0x8915
 """Linux's SIOCGIFADDR."""
-
-
-@dataclass(frozen=True)
-class Seat:
-    """The place of one worker among those that do a task together."""
-
-    rank: int
-    """0 ... size - 1; the events of rank 0 are the task's."""
-    size: int
-    """Workers of the task."""
-    meeting: str
-    """host:port at which rank 0 waits for the others."""
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,12 @@ which would be a time series for ever; what they count is summed over all worker
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-
 from datm_ray.runtime.executor import Event, Finished, Lost, Progress, Task
-from datm_ray.store.traffic import traffic
 
 Kind = Literal["gauge", "counter", "histogram"]
 
@@ -254,28 +250,3 @@ def _progress(watched: _Watched, event: Progress, known: Mapping[str, float]) ->
 def _sample(name: str, value: float, task: Task, **more: str) -> Sample:
     tags = {"run": task.run, "stage": task.stage, "task": task.name, **more}
     return Sample(name, float(value), {tag: tags[tag] for tag in CATALOGUE[name].tags})
-
-
-class Meter:
-    """Measures what all workers tell: their memory, and what they move to and from files since the meter was made."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._before = device, traffic()
-
-    def measure(self) -> dict[str, float]:
-        """Values for `Progress.metrics`."""
-        moved = traffic() - self._before
-        sums = {f"datm_ray_store_{name}_total": float(value) for name, value in dataclasses.asdict(moved).items()}
-        return {**sums, "datm_ray_worker_memory_bytes": peak_memory(self._device)}
-
-
-def peak_memory(device: torch.device) -> float:
-    """Bytes: the most that torch has held on this GPU, or this process in memory; nan where it cannot be told."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    try:
-        # Not getrusage, whose peak is that of the process that started this one where that was larger.
-        with open("/proc/self/status", encoding="ascii") as file:
-            return next(1024.0 * int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        return math.nan

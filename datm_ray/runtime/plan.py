@@ -36,7 +36,7 @@ from datm_ray.data.decode import require_memory
 from datm_ray.data.sources import load_raw
 from datm_ray.errors import ConfigError
 from datm_ray.memory import available_memory
-from datm_ray.runtime.executor import uses_gpu
+from datm_ray.runtime.devices import uses_gpu
 from datm_ray.runtime.experts import network_spec
 from datm_ray.store.trajectories import size_in_words
 

@@ -31,8 +31,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from datm_ray.config import ClusterConfig
 from datm_ray.errors import DatmError, PeerLostError, WorkerLostError
-from datm_ray.runtime.executor import Event, Task, explaining_memory
-from datm_ray.runtime.mesh import Seat
+from datm_ray.runtime.executor import Event, Seat, Task, explaining_memory
 from datm_ray.runtime.ray_cluster import first_line, place
 from datm_ray.runtime.recovery import is_silent
 

@@ -40,8 +40,8 @@ from datm_ray.runtime.cost import (
     checkpoint_bytes,
     estimate,
 )
+from datm_ray.runtime.devices import uses_gpu
 from datm_ray.runtime.evaluate import CONTROL_STEP_SIZES, ON_OTHERS
-from datm_ray.runtime.executor import uses_gpu
 from datm_ray.runtime.experts import experts_at_a_time, network_spec
 from datm_ray.runtime.plan import (
     STORED_BYTES,

@@ -214,7 +214,7 @@ def test_the_chunk_is_even_and_within_batch_budget_and_cache(
 
 def test_convnet_3_computes_about_twenty_images_at_a_time() -> None:
     """What was measured fastest is what the constant gives, in parts of one size."""
-    cost = cost_of(32, 128, 3)
+    cost = cost_of(32, 128, 3, 3, 10)
     assert choose_chunk(cost, (3, 32, 32), 10, batch=100, budget=2**34) == 20
     assert 18 <= choose_chunk(cost, (3, 32, 32), 10, batch=500, budget=2**34) <= 24
 

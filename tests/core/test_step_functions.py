@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,7 +23,6 @@ from datm_ray.core.parameters import FlatNetwork, flatten
 from datm_ray.core.step_functions import Order, StepOptions, StudentStepFunctions, soft_cross_entropy
 from datm_ray.core.torch_compat import shapes_only
 from datm_ray.errors import ConfigError
-from tests.processes import PROCESSES
 
 BATCH, IMAGE, CLASSES = 5, (3, 8, 8), 4
 ORDERS: tuple[Order, Order] = ("reverse-over-forward", "reverse-over-reverse")
@@ -367,8 +367,9 @@ def test_without_a_working_compiler_the_step_runs_eagerly_and_says_so(compiler: 
     if compiler == "broken":
         cxx.write_text('#!/bin/sh\n[ "$1" = --version ] && echo 12.0 && exit\nexit 1\n')
         cxx.chmod(0o755)
-    ours, theirs = PROCESSES.Pipe()
-    process = PROCESSES.Process(target=step_with, args=(str(cxx), str(tmp_path / "cache"), theirs))
+    fresh = multiprocessing.get_context("spawn")
+    ours, theirs = fresh.Pipe()
+    process = fresh.Process(target=step_with, args=(str(cxx), str(tmp_path / "cache"), theirs))
     process.start()
     theirs.close()
     note, is_finite = ours.recv()

@@ -21,8 +21,8 @@ from datm_ray.errors import ConfigError, CorruptFileError, RunDirectoryError
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.checkpoint import Rows, load_checkpoint, read_computed, read_curves, save_checkpoint
 from datm_ray.runtime.distill import SYNTHETIC, DistillWorker
-from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, SerialExecutor
-from datm_ray.runtime.mesh import Alone, Seat
+from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, Seat, SerialExecutor
+from datm_ray.runtime.mesh import Alone
 from datm_ray.runtime.telemetry import Reporter
 from datm_ray.store.filesystem import Location, open_location
 from datm_ray.store.tensors import read_tensors, write_tensors

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import torch
 from datm_ray.config import ClusterConfig
 from datm_ray.errors import ClusterError, ConfigError, WorkerLostError
 from datm_ray.runtime.create import create_executor
+from datm_ray.runtime.devices import prepare_device, uses_gpu
 from datm_ray.runtime.executor import (
     Executor,
     Failed,
@@ -27,74 +26,8 @@ from datm_ray.runtime.executor import (
     Resized,
     SerialExecutor,
     Task,
-    prepare_device,
-    uses_gpu,
 )
-from datm_ray.runtime.mesh import Seat, open_mesh
-
-
-class Squarer:
-    """A worker that holds an array and squares its entries."""
-
-    def __init__(self, values: np.ndarray, trap: str = "") -> None:
-        if trap == "setup":
-            raise ConfigError("the setup is wrong")
-        self._values, self._trap = values, trap
-
-    def square(self, index: int) -> Iterator[Progress | Finished]:
-        yield Progress(1, 2, {"index": float(index)})
-        if self._trap == "raise":
-            raise ConfigError("the task is wrong", "a cause", "a remedy")
-        if self._trap and Path(self._trap).is_dir():
-            self._die_once_each(index)
-        yield Progress(2, 2)
-        yield Finished(int(self._values[index]) ** 2)
-
-    def _die_once_each(self, index: int) -> None:
-        mark = Path(self._trap) / str(index)
-        if not mark.exists():
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def always_die(self, index: int) -> Iterator[Progress | Finished]:
-        yield Progress(1, 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-        yield Finished()
-
-
-class Adder:
-    """A worker that adds numbers up together with others."""
-
-    def __init__(self, folder: str = "") -> None:
-        self._folder = folder
-        if folder == "no folder":
-            raise ConfigError("the setup is wrong")
-
-    def add(self, number: float, size: int, trap: str = "", seat: Seat | None = None) -> Iterator[Progress | Finished]:
-        rank = seat.rank if seat else 0
-        yield Progress(rank, size)
-        with open_mesh(seat, 1, size, torch.device("cpu"), timeout=60.0) as mesh:
-            mesh.barrier()
-            if trap and rank == size - 1:
-                self._fall_into(trap)
-            total = mesh.sum_over_all(torch.tensor(number + rank))
-            yield Progress(size, size)
-            yield Finished((float(total), mesh.columns, os.getpid()))
-
-    def _fall_into(self, trap: str) -> None:
-        mark = Path(self._folder) / "mark"
-        if trap == "raise":
-            raise ConfigError("one of them failed")
-        if trap == "too few":
-            raise ConfigError("it does not fit")
-        if trap == "no memory":
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        if trap == "wait":
-            time.sleep(5)
-            return
-        if trap == "die" or not mark.exists():
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+from tests.runtime.workers import Adder, Idler, Looker, Neighbour, Saver, Slow, Squarer
 
 
 def added(executor: Executor, tasks: list[Task], folder: Path | str = "") -> dict[str, list[Any]]:
@@ -261,7 +194,7 @@ def test_workers_for_whom_no_room_comes_free_are_not_waited_for_for_ever(
     monkeypatch.setattr("datm_ray.runtime.ray_executor.PLACEMENT_TIMEOUT", 3.0)
     monkeypatch.setattr("datm_ray.runtime.ray_executor.PATIENCE_UNTOLD", 0.5)
     told: list[tuple[Task, Any]] = []
-    other = ray_cluster.remote(num_cpus=1)(_Idler).remote()
+    other = ray_cluster.remote(num_cpus=1)(Idler).remote()
     ray_cluster.get(other.here.remote())
     try:
         with pytest.raises(ClusterError, match=r"no room for 2 workers at once came free in 3 s.*Other jobs hold"):
@@ -290,32 +223,6 @@ def test_places_that_are_there_are_seen_at_every_look(ray_cluster: Any) -> None:
     assert not crew.has_places()
 
 
-class Saver:
-    """A worker that counts slowly, and has saved what it did after every number."""
-
-    def __init__(self, folder: str) -> None:
-        self._file = Path(folder) / "count"
-
-    def count(self, numbers: int, seat: Seat | None = None, by_two: int = 5) -> Iterator[Progress | Finished]:
-        """To so many; or to fewer, once two have counted `by_two` of them."""
-        start = int(self._file.read_text()) if self._file.exists() else 0
-        end = min(numbers, start + by_two) if seat and seat.size == 2 else numbers
-        for number in range(start, end):
-            time.sleep(0.1)
-            if seat is None or seat.rank == 0:
-                self._file.write_text(str(number + 1))
-            yield Progress(number + 1, numbers, {"size": float(seat.size if seat else 1)}, saved=True)
-        yield Finished()
-
-    def freeze_once(self) -> Iterator[Progress | Finished]:
-        yield Progress(1, 2)
-        if not self._file.exists():
-            self._file.touch()
-            os.kill(os.getpid(), signal.SIGSTOP)
-            time.sleep(600)  # this thread may get some way before the signal stops it
-        yield Finished(os.getpid())
-
-
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_task_makes_do_with_fewer_workers_and_grows_when_it_has_saved(
@@ -324,7 +231,7 @@ def test_a_task_makes_do_with_fewer_workers_and_grows_when_it_has_saved(
     """Another job holds one of the two CPUs, and goes; no number is counted twice."""
     monkeypatch.setattr("datm_ray.runtime.ray_executor.PLACEMENT_TIMEOUT", 6.0)
     monkeypatch.setattr("datm_ray.runtime.ray_executor.GROWTH_PAUSE", 0.0)
-    other = ray_cluster.remote(num_cpus=1)(_Idler).remote()
+    other = ray_cluster.remote(num_cpus=1)(Idler).remote()
     ray_cluster.get(other.here.remote())
     events = []
     executor = create_executor("ray", ClusterConfig(peer_timeout=2.0))
@@ -456,19 +363,6 @@ def test_a_start_that_fails_leaves_no_wish_behind(ray_cluster: Any, monkeypatch:
     assert asked == [99, 0]
 
 
-class Slow:
-    """A worker that takes for ever to be set up, the first time."""
-
-    def __init__(self, folder: str) -> None:
-        mark = Path(folder) / "mark"
-        if not mark.exists():
-            mark.touch()
-            time.sleep(1000)
-
-    def work(self) -> Iterator[Finished]:
-        yield Finished("done")
-
-
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_worker_that_is_never_set_up_is_found(
@@ -496,26 +390,6 @@ def test_idle_workers_that_died_cost_no_attempt(ray_cluster: Any, tmp_path: Path
     lost = [event for name, event in events if isinstance(event, Lost)]
     assert [event.attempt for event in lost] == [1]
     assert events[-1] == ("long", Finished("done"))
-
-
-class Neighbour:
-    """A worker whose machine is lost with another one on it, which is idle by then."""
-
-    def __init__(self, folder: str) -> None:
-        self._folder = Path(folder)
-        (self._folder / f"process {os.getpid()}").touch()
-
-    def work(self, name: str) -> Iterator[Progress | Finished]:
-        yield Progress(1, 2)
-        mark = self._folder / "lost"
-        if name == "long" and not mark.exists():
-            while not (self._folder / "quick is done").exists():
-                time.sleep(0.05)
-            mark.touch()
-            processes = [int(path.name.split()[1]) for path in self._folder.glob("process *")]
-            for process in sorted(processes, key=lambda process: process == os.getpid()):
-                os.kill(process, signal.SIGKILL)
-        yield Finished("done")
 
 
 @pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "http"])
@@ -566,11 +440,6 @@ def test_what_was_asked_of_a_growing_cluster_is_taken_back(monkeypatch: pytest.M
     machines.ask_for(3)
     machines.ask_no_more()
     assert asked == [[{"CPU": 2.0, "GPU": 0.5}] * 3, []]
-
-
-class _Idler:
-    def here(self) -> bool:
-        return True
 
 
 @pytest.mark.parametrize(
@@ -626,13 +495,6 @@ def test_what_needs_a_gpu_is_refused_on_a_cluster_without(
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
     with pytest.raises(ClusterError, match="GPU"):
         with_gpus(ClusterConfig(**wish))
-
-
-class Looker:
-    """A worker that tells which GPUs it may see."""
-
-    def look(self) -> Iterator[Finished]:
-        yield Finished(os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 @pytest.mark.ray

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from datm_ray.core.training import Pulse
 from datm_ray.errors import ConfigError, PeerLostError
-from datm_ray.runtime.mesh import Alone, Mesh, Seat, open_mesh
+from datm_ray.runtime.executor import Seat
+from datm_ray.runtime.mesh import Alone, Mesh, open_mesh
 from tests.processes import side_by_side
 
 CPU = torch.device("cpu")

@@ -15,8 +15,9 @@ import torch
 from datm_ray.config import ClusterConfig
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.create import create_executor
+from datm_ray.runtime.devices import Meter
 from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, SerialExecutor, Task
-from datm_ray.runtime.metrics import CATALOGUE, REASONS, Meter, Readings, Sample, reason_kind
+from datm_ray.runtime.metrics import CATALOGUE, REASONS, Readings, Sample, reason_kind
 from datm_ray.runtime.telemetry import Reporter
 from datm_ray.store.filesystem import open_location
 from tests.conftest import tiny_config

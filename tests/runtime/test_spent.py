@@ -18,11 +18,11 @@ from datm_ray.config import ClusterConfig
 from datm_ray.errors import CorruptFileError
 from datm_ray.pipeline import Pipeline, report
 from datm_ray.runtime import expert_progress, spent as spent_module
+from datm_ray.runtime.devices import peak_memory
 from datm_ray.runtime.distill import COST, over_workers, read_cost
 from datm_ray.runtime.executor import Progress, SerialExecutor
 from datm_ray.runtime.experts import ExpertWorker, expert_group, experts_cost
 from datm_ray.runtime.mesh import Alone
-from datm_ray.runtime.metrics import peak_memory
 from datm_ray.runtime.spent import Account, Spent, total
 from datm_ray.runtime.telemetry import Reporter
 from datm_ray.store.filesystem import open_location

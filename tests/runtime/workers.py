@@ -1,0 +1,157 @@
+"""Workers for tests of executors. Most import no torch, which takes a worker's process four CPU-seconds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from datm_ray.errors import ConfigError
+from datm_ray.runtime.executor import Finished, Progress, Seat
+
+
+class Squarer:
+    """A worker that holds an array and squares its entries."""
+
+    def __init__(self, values: np.ndarray, trap: str = "") -> None:
+        if trap == "setup":
+            raise ConfigError("the setup is wrong")
+        self._values, self._trap = values, trap
+
+    def square(self, index: int) -> Iterator[Progress | Finished]:
+        yield Progress(1, 2, {"index": float(index)})
+        if self._trap == "raise":
+            raise ConfigError("the task is wrong", "a cause", "a remedy")
+        if self._trap and Path(self._trap).is_dir():
+            self._die_once_each(index)
+        yield Progress(2, 2)
+        yield Finished(int(self._values[index]) ** 2)
+
+    def _die_once_each(self, index: int) -> None:
+        mark = Path(self._trap) / str(index)
+        if not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def always_die(self, index: int) -> Iterator[Progress | Finished]:
+        yield Progress(1, 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+        yield Finished()
+
+
+class Adder:
+    """A worker that adds numbers up together with others."""
+
+    def __init__(self, folder: str = "") -> None:
+        self._folder = folder
+        if folder == "no folder":
+            raise ConfigError("the setup is wrong")
+
+    def add(self, number: float, size: int, trap: str = "", seat: Seat | None = None) -> Iterator[Progress | Finished]:
+        import torch
+
+        from datm_ray.runtime.mesh import open_mesh
+
+        rank = seat.rank if seat else 0
+        yield Progress(rank, size)
+        with open_mesh(seat, 1, size, torch.device("cpu"), timeout=60.0) as mesh:
+            mesh.barrier()
+            if trap and rank == size - 1:
+                self._fall_into(trap)
+            total = mesh.sum_over_all(torch.tensor(number + rank))
+            yield Progress(size, size)
+            yield Finished((float(total), mesh.columns, os.getpid()))
+
+    def _fall_into(self, trap: str) -> None:
+        mark = Path(self._folder) / "mark"
+        if trap == "raise":
+            raise ConfigError("one of them failed")
+        if trap == "too few":
+            raise ConfigError("it does not fit")
+        if trap == "no memory":
+            import torch
+
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        if trap == "wait":
+            time.sleep(5)
+            return
+        if trap == "die" or not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Saver:
+    """A worker that counts slowly, and has saved what it did after every number."""
+
+    def __init__(self, folder: str) -> None:
+        self._file = Path(folder) / "count"
+
+    def count(self, numbers: int, seat: Seat | None = None, by_two: int = 5) -> Iterator[Progress | Finished]:
+        """To so many; or to fewer, once two have counted `by_two` of them."""
+        start = int(self._file.read_text()) if self._file.exists() else 0
+        end = min(numbers, start + by_two) if seat and seat.size == 2 else numbers
+        for number in range(start, end):
+            time.sleep(0.1)
+            if seat is None or seat.rank == 0:
+                self._file.write_text(str(number + 1))
+            yield Progress(number + 1, numbers, {"size": float(seat.size if seat else 1)}, saved=True)
+        yield Finished()
+
+    def freeze_once(self) -> Iterator[Progress | Finished]:
+        yield Progress(1, 2)
+        if not self._file.exists():
+            self._file.touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(600)  # this thread may get some way before the signal stops it
+        yield Finished(os.getpid())
+
+
+class Slow:
+    """A worker that takes for ever to be set up, the first time."""
+
+    def __init__(self, folder: str) -> None:
+        mark = Path(folder) / "mark"
+        if not mark.exists():
+            mark.touch()
+            time.sleep(1000)
+
+    def work(self) -> Iterator[Finished]:
+        yield Finished("done")
+
+
+class Neighbour:
+    """A worker whose machine is lost with another one on it, which is idle by then."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = Path(folder)
+        (self._folder / f"process {os.getpid()}").touch()
+
+    def work(self, name: str) -> Iterator[Progress | Finished]:
+        yield Progress(1, 2)
+        mark = self._folder / "lost"
+        if name == "long" and not mark.exists():
+            while not (self._folder / "quick is done").exists():
+                time.sleep(0.05)
+            mark.touch()
+            processes = [int(path.name.split()[1]) for path in self._folder.glob("process *")]
+            for process in sorted(processes, key=lambda process: process == os.getpid()):
+                os.kill(process, signal.SIGKILL)
+        yield Finished("done")
+
+
+class Idler:
+    """Somebody else's actor."""
+
+    def here(self) -> bool:
+        return True
+
+
+class Looker:
+    """A worker that tells which GPUs it may see."""
+
+    def look(self) -> Iterator[Finished]:
+        yield Finished(os.environ.get("CUDA_VISIBLE_DEVICES"))
