@@ -61,9 +61,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's tests in one process, which shares their fixtures, and all Ray tests in one, for Ray's cluster."""
+    """Keep a file's tests in one process, which shares their fixtures, and all of the shared Ray cluster in another."""
     for item in items:
-        group = "ray" if item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
+        shared = {"ray_cluster", "executor"} & set(getattr(item, "fixturenames", ()))
+        group = "ray" if shared and item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
         item.add_marker(pytest.mark.xdist_group(group))
 
 

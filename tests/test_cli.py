@@ -121,6 +121,10 @@ BAD_INPUT = {
         "a worker takes 2 cores, and the cluster has 1",
     ),
     "cluster of too little memory": (["plan", "digits-ipc10", "--cluster", "gpus=2,memory=2MiB"], "may take 2.0"),
+    "whitening of large images": (
+        ["plan", "digits-ipc1", "--data-shape", "1x600x600,10,90", "--set", "dataset.normalisation=zca"],
+        "fitting zca to images of 1x600x600 takes",
+    ),
     "unreadable data shape": (["plan", "digits-ipc1", "--data-shape", "64x64,10"], "3x64x64,1000,1281167"),
     "more classes than given": (
         ["plan", "digits-ipc1", "--data-shape", "1x8x8,2,90", "--set", "cluster.shards=3"],

@@ -98,6 +98,7 @@ def plan(
     In --cluster, memory is that of a GPU, or of all cores together; tflops (or gflops) is the speed of student steps on
     one GPU or core, not its peak; network is what one of them can send.
     """
+    from datm_ray.data.transform import FitCost
     from datm_ray.runtime.cost import machine_of, parse_cluster
     from datm_ray.runtime.executor import require_precision
     from datm_ray.runtime.plan import Layout, data_shape as shape_of, parse_shape
@@ -121,6 +122,7 @@ def plan(
         known = shape or shape_of(config.dataset, here=described is None)
         config = config.resolved(known.image[1:])
         if described is None:
+            FitCost.of(config.dataset.kind, known.image).require_memory()
             found = as_it_is(config, known, Layout.of(config, wanted), here, machine)
         else:
             found = propose(config, known, here, machine)

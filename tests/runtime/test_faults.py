@@ -64,7 +64,8 @@ def test_machines_are_lost_in_training_and_in_distillation_and_one_comes_back(tm
         "evaluate.seeds=1",
     )
     pipeline = Pipeline([config], str(tmp_path / "undisturbed"))
-    pipeline.run_all(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    for stage in (pipeline.train_experts, pipeline.distill):
+        stage(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
     (tmp_path / "tiny.yaml").write_text(to_yaml(config))
     out, log = tmp_path / "out", tmp_path / "log"
     with Nodes() as nodes, log.open("w") as told:
