@@ -79,7 +79,9 @@ def until(condition: object, seconds: float = 120) -> None:
 def test_a_job_is_stopped_and_goes_on_where_it_was(datm_ray: CommandLine, dashboard: str, bucket: str) -> None:
     """In a bucket, without any shared disk. The same submission finishes the run, and is followed to its end."""
     out = f"s3://{bucket}/shared"
-    Path("tiny.yaml").write_text(to_yaml(tiny_config("distill.iterations=150", "distill.checkpoint_every=5")))
+    Path("tiny.yaml").write_text(
+        to_yaml(tiny_config("distill.iterations=150", "distill.checkpoint_every=5", "evaluate.seeds=1"))
+    )
     arguments = ("job", "submit", "tiny.yaml", "--out", out, "--address", dashboard)
     code, told, err = datm_ray(*arguments)
     assert code == 0, err
