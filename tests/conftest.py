@@ -76,10 +76,11 @@ def busy_processes() -> float:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Fail a test that exceeds its budget, which grows with what else runs on the machine, other test processes too."""
+    """Fail a test that exceeds its budget, which grows with the load; on a machine that others keep busy, none does."""
     report = yield
     beside = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    budget = BUDGET * max(beside, busy_processes() / len(os.sched_getaffinity(0)))
+    load = busy_processes() / len(os.sched_getaffinity(0))
+    budget = BUDGET * max(beside, load) if load < 2 else float("inf")
     if report.passed and report.duration > budget and not item.get_closest_marker("slow"):
         report.outcome = "failed"
         report.longrepr = f"{report.when} took {report.duration:.1f} s, more than {budget:.1f} s: mark the test slow"

@@ -69,7 +69,6 @@ def test_expected_errors_reach_the_caller_as_they_were_raised(executor: Executor
     assert str(caught.value).startswith("the task is wrong" if trap == "raise" else "the setup is wrong")
 
 
-@pytest.mark.slow
 @pytest.mark.ray
 def test_killed_workers_cost_one_attempt_each(ray_cluster: Any, tmp_path: Path) -> None:
     """Every task's first worker is killed with SIGKILL; every task still finishes, with the loss reported."""
@@ -113,6 +112,7 @@ def test_tasks_of_several_workers_and_of_one_take_turns(ray_cluster: Any) -> Non
     assert found["a"][2] == found["b"][2]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_loss_of_one_of_several_workers_costs_an_attempt_of_all(ray_cluster: Any, tmp_path: Path) -> None:
     """The user hears of the one that was killed, not of those that missed it, and the task finishes."""
