@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.torch_version import TorchVersion
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 """Base class of every batch normalisation."""
@@ -41,8 +42,29 @@ def compile_graph(graph: fx.GraphModule, arguments: Sequence[Tensor], options: d
     """The graph as compiled code, without the capture and the guards of `torch.compile`."""
     import torch._inductor
 
+    if TorchVersion(torch.__version__) < "2.14":
+        _add_biases_apart(graph)
     compiled: Callable[..., Any] = torch._inductor.compile(graph, list(arguments), options)
     return compiled
+
+
+def _add_biases_apart(graph: fx.GraphModule) -> None:
+    """Add biases after convolutions, since torch below 2.14 cannot compile a bias that is a view of a computed value.
+
+    Seen with 2.8 to 2.11, on CPUs, for stacks of experts; on GPUs the compiler adds them apart itself.
+    """
+    aten = torch.ops.aten
+    for node in graph.graph.find_nodes(op="call_function", target=aten.convolution.default):
+        bias = node.args[2]
+        if isinstance(bias, fx.Node):
+            node.update_arg(2, None)
+            with graph.graph.inserting_after(node):
+                total = graph.graph.call_function(aten.add.Tensor, (node, bias))
+            node.replace_all_uses_with(total, delete_user_cb=lambda user, total=total: user is not total)
+            shape = [-1] + [1] * (node.meta["val"].dim() - 2)
+            with graph.graph.inserting_before(total):
+                total.update_arg(1, graph.graph.call_function(aten.reshape.default, (bias, shape)))
+    graph.recompile()
 
 
 def schema_of(node: fx.Node) -> Any:
