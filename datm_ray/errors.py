@@ -7,6 +7,9 @@ All errors survive pickling, because they cross process borders between Ray acto
 
 from __future__ import annotations
 
+import re
+import unicodedata
+
 
 class DatmError(Exception):
     """Base of all expected failures.
@@ -27,7 +30,13 @@ class DatmError(Exception):
     def __str__(self) -> str:
         # The fact may begin with a user's key, path or command, which stays as it was typed.
         sentences = [_ended(self.fact), *(_ended(_capital(part)) for part in (self.cause, self.remedy))]
-        return " ".join(" ".join(sentences).split())
+        return one_line(" ".join(sentence for sentence in sentences if sentence))
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks, and with control characters, which a terminal would obey, as escapes."""
+    text = re.sub(r"[^\S\r\n]*[\r\n]\s*", " ", text.strip())
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
 
 
 def _ended(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -508,3 +510,109 @@ def test_a_set_is_scored_on_other_architectures(datm_ray: CommandLine) -> None:
     code, _, err = datm_ray("run", "tiny.yaml", "--executor", "serial", "--set", "evaluate.seeds=2")
     assert code == 0, err
     assert "mlp (width 8)" in Path("runs/report.html").read_text()  # later commands keep what was scored
+
+
+def fails_with(monkeypatch: pytest.MonkeyPatch, failure: BaseException) -> None:
+    """Let every run fail."""
+
+    def run_all(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr("datm_ray.pipeline.Pipeline.run_all", run_all)
+
+
+class RuntimeEnvSetupError(Exception):
+    """Of Ray's name and words."""
+
+
+def test_a_failure_that_nobody_expects_is_one_line_and_a_log(
+    datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The traceback is in the output folder, or in a temporary file where there is no such folder."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    Path("temporary").mkdir()
+    Path("there").mkdir()
+    environment = RuntimeEnvSetupError("Failed to set up runtime environment.\nThe package is too large.\n  at x\n")
+    for failure, expected in (
+        (ZeroDivisionError("division\nby zero"), "unexpected ZeroDivisionError: division by zero. The traceback"),
+        (MemoryError(), "the memory does not suffice (MemoryError). Try: `datm-ray plan`"),
+        (environment, "The package is too large. at x). It packs the working folder under `uv run`"),
+        (BrokenPipeError(32, "Broken pipe"), "unexpected BrokenPipeError: [Errno 32] Broken pipe"),  # a server's
+    ):
+        fails_with(monkeypatch, failure)
+        for out in ("there", "absent"):
+            code, printed, err = datm_ray("run", "digits-ipc1", "--executor", "serial", "--out", out)
+            assert (code, printed, len(err.splitlines())) == (1, "", 1), err
+            assert expected in err
+            log = Path(err.rpartition(" is in ")[2].rstrip(".\n"))
+            assert log.parent == (Path("there") if out == "there" else tmp_path / "temporary")
+            assert "Traceback" in log.read_text()
+            assert "run digits-ipc1" in log.read_text()
+    assert not Path("absent").exists()
+
+
+def test_a_reader_that_has_gone_ends_a_command_in_silence(
+    datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`datm-ray recipe list | head -1` has the exit code of other tools, whenever the pipe is found closed."""
+    for line_buffering in (True, False):
+        read, write = os.pipe()
+        os.close(read)
+        with monkeypatch.context() as patched, open(write, "w", encoding="utf-8") as pipe:
+            pipe.reconfigure(line_buffering=line_buffering)
+            patched.setattr(sys, "stdout", pipe)
+            code, _, err = datm_ray("recipe", "list")
+        assert (code, err) == (141, "")
+
+
+@pytest.mark.parametrize(("encoding", "expected"), [("ascii", "92.1+-1.1"), ("cp1252", "92.1±1.1"), ("utf-8", "±")])
+def test_output_is_what_the_stream_can_show(
+    encoding: str, expected: str, datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Signs are spelled in ASCII, bytes of file names come out as they are, and nothing fails."""
+    shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", shown)
+    assert datm_ray("recipe", "list")[0] == 0
+    print("caf\udce9 →")
+    shown.flush()
+    content = shown.buffer.getvalue()  # type: ignore[attr-defined]
+    assert expected.encode(encoding) in content
+    assert b"caf\xe9 " in content
+
+
+def test_a_full_disk_under_the_output_is_one_line(datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was printed is not there, and the exit code says so."""
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        code, _, err = datm_ray("recipe", "list")
+        monkeypatch.undo()
+        with suppress(OSError):
+            full.close()
+    assert (code, len(err.splitlines())) == (1, 1)
+    assert "No space left on device" in err
+
+
+def test_the_report_is_written_before_anything_is_printed(
+    datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch, finished_run: Path, tmp_path: Path
+) -> None:
+    """A terminal that fails cannot take the report with it."""
+    out = shutil.copytree(finished_run, tmp_path / "copy")
+    (out / "report.html").unlink()
+    read, write = os.pipe()
+    os.close(read)
+    with monkeypatch.context() as patched, open(write, "w", buffering=1, encoding="utf-8") as pipe:
+        patched.setattr(sys, "stdout", pipe)
+        code, _, _ = datm_ray("run", str(finished_run.parent / "tiny.yaml"), "--executor", "serial", "--out", str(out))
+    assert code == 141
+    assert (out / "report.html").exists()
+
+
+def test_a_user_without_a_home_folder_has_one_for_the_time(
+    datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HOME unset and a user id that no table knows, as in a container, are no reason to fail."""
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}["uid"])
+    monkeypatch.setenv("HOME", "x")
+    monkeypatch.delenv("HOME")
+    assert datm_ray("run", "digits-ipc1", "--dry-run")[0] == 0
+    assert Path.home().is_dir()

@@ -42,11 +42,13 @@ def test_every_error_is_here() -> None:
         (("it failed",), "it failed."),
         (("it failed", "", "try again"), "it failed. Try again."),
         (("Who?", "nobody knows!", "ask again."), "Who? Nobody knows! Ask again."),
-        (("two\n  lines", "and\ta tab"), "two lines. And a tab."),
+        (("two\n  lines", "and\ta tab"), "two lines. And\\ta tab."),
+        (("a  b is gone",), "a  b is gone."),
+        (("\x1b[31mred\r\u2028is gone",), "\\x1b[31mred is gone."),
     ],
 )
 def test_message_is_one_line_of_sentences(parts: tuple[str, ...], message: str) -> None:
-    """Empty parts are left out, each other one ends in one punctuation mark, and line breaks become blanks."""
+    """Each part that is not empty ends in one punctuation mark; what a terminal would obey is spelled."""
     assert str(ConfigError(*parts)) == message
 
 

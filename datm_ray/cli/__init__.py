@@ -5,17 +5,13 @@ Nothing heavy is imported before a command runs, so that `--help` answers at onc
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 
+from datm_ray.cli.ending import adapt_streams, end_cleanly, find_home
 from datm_ray.cli.jobs import job_app
 from datm_ray.cli.runs import app, recipe_app
 from datm_ray.cli.stores import store_app
-from datm_ray.errors import DatmError
-
-INTERRUPTED = 130
-"""What typer makes of Ctrl-C."""
 
 __all__ = ["app", "main"]
 
@@ -25,19 +21,12 @@ app.add_typer(store_app, name="store")
 
 
 def main() -> None:
-    """Run the command line; expected failures are one line on standard error and an exit code."""
+    """Run the command line; whatever fails is one line on standard error and an exit code."""
+    adapt_streams()
     _hide_deprecations()
-    try:
-        app()
-    except DatmError as failure:
-        if os.environ.get("DATM_RAY_DEBUG") == "1":
-            raise
-        print(f"datm-ray: {failure}", file=sys.stderr)
-        sys.exit(failure.exit_code)
-    except SystemExit as end:
-        if end.code == INTERRUPTED:
-            print("datm-ray: stopped. The same command again goes on from here.", file=sys.stderr)
-        raise
+    find_home()
+    noted: dict[str, str] = {}
+    end_cleanly(lambda: app(obj=noted), lambda: noted.get("out"))
 
 
 def _hide_deprecations() -> None:

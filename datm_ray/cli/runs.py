@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from datm_ray._version import __version__
+from datm_ray.cli.ending import Commands, note_out
 from datm_ray.cli.options import Recipes, Said, Set, Store, config_of
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from datm_ray.runtime.telemetry import Reporter
 
 app = typer.Typer(
+    cls=Commands,
     help="Dataset distillation at cluster scale: a large labelled image set becomes a tiny synthetic one.",
     epilog="Start with: datm-ray run digits-ipc1 digits-ipc10",
     no_args_is_help=True,
@@ -28,7 +30,9 @@ app = typer.Typer(
 )
 recipe_app = typer.Typer(help="Packaged recipes.", no_args_is_help=True, rich_markup_mode=None)
 
-Out = Annotated[str, typer.Option("--out", metavar="URI", help="Folder for everything the run writes.")]
+Out = Annotated[
+    str, typer.Option("--out", metavar="URI", callback=note_out, help="Folder for everything the run writes.")
+]
 ExecutorName = Annotated[
     Literal["ray", "serial"], typer.Option("--executor", help="ray: parallel actors; serial: this process alone.")
 ]
@@ -70,8 +74,8 @@ def run(
         _print_plan(pipeline)
         return
     pipeline.run_all(start, _reporter())
-    print(pipeline.table())
-    print(f"\nReport: {write_report(out).uri}")
+    written = write_report(out)
+    print(f"{pipeline.table()}\n\nReport: {written.uri}")
 
 
 @app.command()

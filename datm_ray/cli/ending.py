@@ -1,0 +1,199 @@
+"""How the command line ends: one line for every failure, an exit code, and a log for what nobody expected.
+
+Exit codes: 0, 1 for work that failed, 2 for bad input, 130 for Ctrl-C, 141 where the reader of the output has gone.
+With DATM_RAY_DEBUG=1 a failure is shown with its traceback. Tests: tests/test_cli.py.
+"""
+
+from __future__ import annotations
+
+import atexit
+import codecs
+import io
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+import typer
+from typer.core import TyperGroup
+
+from datm_ray.errors import DatmError, one_line
+
+INTERRUPTED = 130
+"""Exit code that typer, as a shell does, gives to Ctrl-C."""
+READER_GONE = 141
+"""Exit code of a program that a closed pipe ends, as a shell shows it."""
+LOG = "datm-ray-error.log"
+"""Name of the file with tracebacks, in a run's output folder."""
+_SPELLED = str.maketrans({"±": "+-", "×": "x", "–": "-", "—": "-", "…": "...", "·": "-", "’": "'"})
+
+
+class _PipeClosed(Exception):
+    """A pipe or connection was closed at its other end; typer would end in silence whichever it was."""
+
+    def __init__(self, failure: BrokenPipeError) -> None:
+        super().__init__()
+        self.failure = failure
+
+
+class Commands(TyperGroup):
+    """The commands; `end_cleanly` sees what they raise."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as failure:
+            raise _PipeClosed(failure) from failure
+
+
+def end_cleanly(command: Callable[[], object], out: Callable[[], str | None]) -> None:
+    """Run a command and end the process: with 0, or with one line on standard error and another exit code.
+
+    Args:
+        out: the output folder that the command was given; None where it was given none.
+    """
+    try:
+        command()
+        _flush()
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            _say("stopped. The same command again goes on from here.")
+        if not end.code:
+            _exit_flushed()
+        raise
+    except KeyboardInterrupt:
+        _say("stopped. The same command again goes on from here.")
+        sys.exit(INTERRUPTED)
+    except _PipeClosed as closed:
+        _end_with(closed.failure, out())
+    except Exception as failure:
+        _end_with(failure, out())
+
+
+def _exit_flushed() -> None:
+    """End a command that has done its work, if all that it printed could be written."""
+    try:
+        _flush()
+    except OSError as failure:
+        _end_with(failure, None)
+
+
+def _end_with(failure: Exception, out: str | None) -> None:
+    if isinstance(failure, BrokenPipeError) and any([_has_no_reader(sys.stdout), _has_no_reader(sys.stderr)]):
+        sys.exit(READER_GONE)
+    if os.environ.get("DATM_RAY_DEBUG") == "1":
+        raise failure
+    if isinstance(failure, DatmError):
+        _say(str(failure))
+        sys.exit(failure.exit_code)
+    log = _write_log(failure, out)
+    where = f" The traceback is in {log}." if log else " Set DATM_RAY_DEBUG=1 for the traceback."
+    _say(f"{_in_words(failure)}{where}")
+    sys.exit(1)
+
+
+def _in_words(failure: Exception) -> str:
+    """An exception that no part of this package expects, in a line with what to do where that is known."""
+    kinds = {each.__name__ for each in type(failure).__mro__}
+    said = one_line(str(failure)).rstrip(". ")
+    shown = type(failure).__name__ + (f": {said[:300]}" if said else "")
+    if kinds & {"MemoryError", "OutOfMemoryError"}:
+        return (
+            f"the memory does not suffice ({shown}). "
+            "Try: `datm-ray plan` with the same recipe, fewer workers, or a machine with more memory."
+        )
+    if "RuntimeEnvSetupError" in kinds:
+        return (
+            f"Ray cannot prepare its workers' environment ({shown}). It packs the working folder under `uv run`. "
+            "Try: RAY_ENABLE_UV_RUN_RUNTIME_ENV=0, or a smaller working folder."
+        )
+    if isinstance(failure, RuntimeError) and "home directory" in said:
+        return f"this user has no home folder ({shown}). Try: give dataset.path, or set HOME to a folder of yours."
+    return f"unexpected {shown}."
+
+
+def _write_log(failure: Exception, out: str | None) -> str | None:
+    """Keep the traceback, in the output folder if it is there and else in a temporary file; the file's path."""
+    lines = [
+        time.strftime("%Y-%m-%d %H:%M:%S "),
+        shlex.join(sys.argv),
+        "\n",
+        *traceback.format_exception(failure),
+        "\n",
+    ]
+    text = "".join(lines).encode(errors="backslashreplace")
+    with suppress(OSError, ValueError):
+        if out is not None and Path(out).is_dir():
+            with open(Path(out) / LOG, "ab") as file:
+                file.write(text)
+            return str(Path(out) / LOG)
+    with suppress(OSError):
+        with tempfile.NamedTemporaryFile(prefix="datm-ray-error-", suffix=".log", delete=False) as kept:
+            kept.write(text)
+        return kept.name
+    return None
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # nobody is there to read it
+        print(f"datm-ray: {text}", file=sys.stderr, flush=True)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+
+
+def _has_no_reader(stream: TextIO | None) -> bool:
+    """Whether the stream is a pipe that nobody reads; if so, what is left in it goes nowhere, without a complaint."""
+    try:
+        if stream is not None:
+            stream.flush()
+    except BrokenPipeError:
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def adapt_streams() -> None:
+    """Let standard output and error show what they can of any text, instead of failing at what they cannot."""
+    codecs.register_error("datm-ray", _spelled)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="datm-ray")
+
+
+def _spelled(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Bytes of a file name as they are, signs that this package prints in ASCII, and others as escapes."""
+    assert isinstance(error, UnicodeEncodeError)
+    with suppress(UnicodeEncodeError):
+        return error.object[error.start : error.end].encode("ascii", "surrogateescape"), error.end
+    spelled = error.object[error.start : error.end].translate(_SPELLED)
+    return spelled.encode("ascii", "backslashreplace").decode(), error.end
+
+
+def find_home() -> None:
+    """Give a user without a home folder, as in a container with any user id, a temporary one until the command ends."""
+    if os.path.expanduser("~") == "~":
+        os.environ["HOME"] = folder = tempfile.mkdtemp(prefix="datm-ray-home-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
+def note_out(context: typer.Context, value: str) -> str:
+    """Keep the output folder of a command, for `end_cleanly`."""
+    context.find_root().obj["out"] = value
+    return value
