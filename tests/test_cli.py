@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -616,3 +617,29 @@ def test_a_user_without_a_home_folder_has_one_for_the_time(
     monkeypatch.delenv("HOME")
     assert datm_ray("run", "digits-ipc1", "--dry-run")[0] == 0
     assert Path.home().is_dir()
+
+
+def test_a_log_is_followed_into_a_pipe_that_closes(datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`job logs JOB --follow | head` ends with the log that is read, without a word; the interrupt's code is usual."""
+    from datm_ray.runtime import ray_jobs
+
+    class Jobs:
+        failure: type[BaseException] | None = None
+
+        def __init__(self, _address: str) -> None: ...
+
+        def follow(self, _number: str) -> Iterator[str]:
+            yield from ["line\n"] * 3
+            if self.failure:
+                raise self.failure
+
+    monkeypatch.setattr(ray_jobs, "Jobs", Jobs)
+    read, write = os.pipe()
+    os.close(read)
+    with monkeypatch.context() as patched, open(write, "w", encoding="utf-8") as pipe:
+        patched.setattr(sys, "stdout", pipe)
+        assert datm_ray("job", "logs", "here", "--follow")[::2] == (141, "")
+    Jobs.failure = KeyboardInterrupt
+    code, out, err = datm_ray("job", "logs", "here", "--follow")
+    assert (code, out) == (130, "line\n" * 3)
+    assert err == "\nThe job goes on: datm-ray job logs here --follow --address http://127.0.0.1:8265\n"

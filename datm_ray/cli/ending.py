@@ -27,7 +27,7 @@ from typer.core import TyperGroup
 from datm_ray.errors import DatmError, one_line
 
 INTERRUPTED = 130
-"""Exit code that typer, as a shell does, gives to Ctrl-C."""
+"""Exit code of Ctrl-C, as a shell shows it."""
 READER_GONE = 141
 """Exit code of a program that a closed pipe ends, as a shell shows it."""
 LOG = "datm-ray-error.log"
@@ -35,10 +35,10 @@ LOG = "datm-ray-error.log"
 _SPELLED = str.maketrans({"±": "+-", "×": "x", "–": "-", "—": "-", "…": "...", "·": "-", "’": "'"})
 
 
-class _PipeClosed(Exception):
-    """A pipe or connection was closed at its other end; typer would end in silence whichever it was."""
+class _Caught(Exception):
+    """Ctrl-C, or a closed pipe or connection, of which typer would leave an exit code alone."""
 
-    def __init__(self, failure: BrokenPipeError) -> None:
+    def __init__(self, failure: BaseException) -> None:
         super().__init__()
         self.failure = failure
 
@@ -50,8 +50,8 @@ class Commands(TyperGroup):
         """Run a command."""
         try:
             return super().invoke(ctx)
-        except BrokenPipeError as failure:
-            raise _PipeClosed(failure) from failure
+        except (BrokenPipeError, KeyboardInterrupt) as failure:
+            raise _Caught(failure) from failure
 
 
 def end_cleanly(command: Callable[[], object], out: Callable[[], str | None]) -> None:
@@ -62,18 +62,12 @@ def end_cleanly(command: Callable[[], object], out: Callable[[], str | None]) ->
     """
     try:
         command()
-        _flush()
     except SystemExit as end:
-        if end.code == INTERRUPTED:
-            _say("stopped. The same command again goes on from here.")
         if not end.code:
             _exit_flushed()
         raise
-    except KeyboardInterrupt:
-        _say("stopped. The same command again goes on from here.")
-        sys.exit(INTERRUPTED)
-    except _PipeClosed as closed:
-        _end_with(closed.failure, out())
+    except _Caught as caught:
+        _end_with(caught.failure, out())
     except Exception as failure:
         _end_with(failure, out())
 
@@ -81,12 +75,17 @@ def end_cleanly(command: Callable[[], object], out: Callable[[], str | None]) ->
 def _exit_flushed() -> None:
     """End a command that has done its work, if all that it printed could be written."""
     try:
-        _flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
     except OSError as failure:
         _end_with(failure, None)
 
 
-def _end_with(failure: Exception, out: str | None) -> None:
+def _end_with(failure: BaseException, out: str | None) -> None:
+    if isinstance(failure, KeyboardInterrupt):
+        _say("stopped. The same command again goes on from here.")
+        sys.exit(INTERRUPTED)
     if isinstance(failure, BrokenPipeError) and any([_has_no_reader(sys.stdout), _has_no_reader(sys.stderr)]):
         sys.exit(READER_GONE)
     if os.environ.get("DATM_RAY_DEBUG") == "1":
@@ -100,7 +99,7 @@ def _end_with(failure: Exception, out: str | None) -> None:
     sys.exit(1)
 
 
-def _in_words(failure: Exception) -> str:
+def _in_words(failure: BaseException) -> str:
     """An exception that no part of this package expects, in a line with what to do where that is known."""
     kinds = {each.__name__ for each in type(failure).__mro__}
     said = one_line(str(failure)).rstrip(". ")
@@ -120,7 +119,7 @@ def _in_words(failure: Exception) -> str:
     return f"unexpected {shown}."
 
 
-def _write_log(failure: Exception, out: str | None) -> str | None:
+def _write_log(failure: BaseException, out: str | None) -> str | None:
     """Keep the traceback, in the output folder if it is there and else in a temporary file; the file's path."""
     lines = [
         time.strftime("%Y-%m-%d %H:%M:%S "),
@@ -147,17 +146,12 @@ def _say(text: str) -> None:
         print(f"datm-ray: {text}", file=sys.stderr, flush=True)
 
 
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.flush()
-
-
 def _has_no_reader(stream: TextIO | None) -> bool:
     """Whether the stream is a pipe that nobody reads; if so, what is left in it goes nowhere, without a complaint."""
+    if stream is None:
+        return False
     try:
-        if stream is not None:
-            stream.flush()
+        stream.flush()
     except BrokenPipeError:
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)

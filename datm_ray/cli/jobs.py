@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from datm_ray.cli.ending import INTERRUPTED
 from datm_ray.cli.options import Recipes, Set, Store, config_of
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def _follow(jobs: Jobs, number: str, address: str) -> None:
             print(text, end="", flush=True)
     except KeyboardInterrupt:
         print(f"\nThe job goes on: datm-ray job logs {number} --follow --address {address}", file=sys.stderr)
-        raise typer.Exit(0) from None
+        sys.exit(INTERRUPTED)
     job = jobs.ended(number)
     print(f"Job {number} {job.status}{f': {job.message}' if job.status == 'failed' and job.message else ''}")
     if job.status != "succeeded":

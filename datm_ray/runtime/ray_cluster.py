@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -9,10 +10,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.autoscaler.sdk import request_resources
+from ray.exceptions import RayError
 
 from datm_ray.config import ClusterConfig
 from datm_ray.errors import ClusterError
@@ -29,36 +32,70 @@ PROBE_TIMEOUT = 2.0
 """Seconds to wait for a web server to show itself; Ray's own port says nothing that a web server would."""
 LOOK_INTERVAL = 1.0
 """Seconds between looks at the machines of a cluster."""
+_NO_START = "Ray does not start on this machine"
 
 
 def connect(address: str | None) -> str:
     """Connect to, or start, a cluster. Returns the dashboard's host and port, or ""."""
+    given = "--address" if address else "RAY_ADDRESS"
     address = address or os.environ.get("RAY_ADDRESS")
     # "local", for without an address Ray would join whatever cluster was last started on this machine.
     where: dict[str, Any] = {"address": address} if address else {"address": "local", "dashboard_host": "127.0.0.1"}
     try:
         if address:
-            _require_listener(address)
+            _require_listener(address, given)
         silence_raylets()
         with _quiet_library() if address else nullcontext():
             context = ray.init(**where, logging_level=logging.CRITICAL, log_to_driver=False)
-    except (OSError, ValueError, RuntimeError) as failure:
-        raise _not_connected(address, failure) from None
+    except (OSError, ValueError, RuntimeError, RayError) as failure:
+        raise _not_connected(address, given, failure) from None
     return str(context.dashboard_url or "")
 
 
-def _not_connected(address: str | None, failure: BaseException) -> ClusterError:
+def _not_connected(address: str | None, given: str, failure: Exception) -> ClusterError:
+    if isinstance(failure, OSError) and failure.filename:
+        return _not_written(failure, f"cannot connect to Ray at {address}" if address else _NO_START)
+    if address is None:
+        too_long = "AF_UNIX path" in str(failure)  # of Ray's sockets, 107 bytes at most
+        remedy = "set RAY_TMPDIR to a folder with a shorter path, or " if too_long else ""
+        return ClusterError(f"{_NO_START}: {first_line(failure)}", remedy=f"{remedy}use --executor serial")
     if "version mismatch" in str(failure).lower():
         return ClusterError(
             f"the cluster at {address} has other versions than this machine: {' '.join(str(failure).split())}",
             remedy="install the cluster's versions here, or hand the run in as a job: `datm-ray job submit`",
         )
+    token = "" if isinstance(failure, OSError) else "; set RAY_AUTH_MODE=token if the cluster asks for one"
     return ClusterError(
-        f"cannot connect to Ray at {address}: {first_line(failure)}"
-        if address
-        else f"Ray does not start on this machine: {first_line(failure)}",
-        remedy="check the address; set RAY_AUTH_MODE=token if the cluster asks for one; or use --executor serial",
+        f"cannot connect to Ray at {address}: {first_line(failure)}",
+        remedy=f"check {given}{token}; or use --executor serial",
     )
+
+
+def _not_written(failure: OSError, what: str) -> ClusterError:
+    """Ray keeps files in the home folder and in one for temporary files; one of them does not take them."""
+    place = os.path.abspath(os.fsdecode(failure.filename))
+    home = os.path.expanduser("~")
+    fact = f"{what}: cannot write {place} ({failure.strerror or type(failure).__name__})"
+    at_home = place.startswith(os.path.join(home, ".ray"))
+    remedy = (
+        "set HOME to a folder of yours, such as HOME=$(mktemp -d)"
+        if at_home
+        else "set RAY_TMPDIR to a folder of yours with a short path, such as RAY_TMPDIR=$(mktemp -d)"
+    )
+    if failure.errno in (errno.EACCES, errno.EPERM):
+        nearest = next(str(folder) for folder in Path(place).parents if folder.exists())
+        whose = f"{nearest} belongs to {_owner(nearest)}, and this process is of user id {os.geteuid()}"
+        return ClusterError(fact, f"HOME is {home}; {whose}" if at_home else whose, remedy)
+    if failure.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ClusterError(fact, "the disk or the quota is full", f"make room, or {remedy}")
+    return ClusterError(fact, remedy=remedy)
+
+
+def _owner(folder: str) -> str:
+    try:
+        return Path(folder).owner()
+    except (KeyError, OSError):
+        return "somebody else"
 
 
 @contextmanager
@@ -75,24 +112,31 @@ def _quiet_library() -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _require_listener(address: str) -> None:
+def _require_listener(address: str, given: str) -> None:
     """Fail at once where nothing listens, or a dashboard does: Ray itself would try for minutes."""
     if address.startswith("ray://"):
         raise ClusterError(
-            f"--address {address!r} is one of Ray Client, which cannot hand data sets to workers",
+            f"{given} {address!r} is one of Ray Client, which cannot hand data sets to workers",
             remedy="give HOST:6379 from a machine of the cluster, or hand the run in with `datm-ray job submit`",
         )
-    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if address.startswith(("http://", "https://")):
+        raise _of_web_server(address, given)
+    host, colon, port = address.rpartition("://")[2].rstrip("/").rpartition(":")
     if colon and port.isdigit():
         with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT) as line:
             line.settimeout(PROBE_TIMEOUT)
             line.sendall(b"GET / HTTP/1.0\r\n\r\n")
             with suppress(OSError):
                 if line.recv(5) == b"HTTP/":
-                    raise ClusterError(
-                        f"--address {address!r} is that of a dashboard or another web server",
-                        remedy="give the port of `ray start`, 6379 if it was not chosen, or use `datm-ray job submit`",
-                    )
+                    raise _of_web_server(address, given)
+
+
+def _of_web_server(address: str, given: str) -> ClusterError:
+    return ClusterError(
+        f"{given} {address!r} is that of a dashboard or another web server",
+        "Ray's own commands for jobs take RAY_ADDRESS so" if given == "RAY_ADDRESS" else "",
+        "give the port of `ray start`, 6379 if it was not chosen, with --address, or use `datm-ray job submit`",
+    )
 
 
 def first_line(said: BaseException | str) -> str:

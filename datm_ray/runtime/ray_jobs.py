@@ -8,6 +8,7 @@ process's environment travels, so that no secret can: the cluster has its own cr
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import shlex
 import tempfile
@@ -18,6 +19,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -85,6 +87,9 @@ class Jobs:
         """
         self._address = address
         _require_web_address(address)
+        _go_around_proxy(address)
+        if address.startswith("https:"):
+            _share_authorities()
         try:
             _require_answer(address)
             use_token()
@@ -94,9 +99,7 @@ class Jobs:
             raise _no_token(address) from None
         except (OSError, RuntimeError) as failure:
             raise ClusterError(
-                f"no Ray cluster takes jobs at {address} ({first_line(failure)})",
-                "the address is wrong, the head node is down, or its port cannot be reached from here",
-                "give the address of its dashboard, such as http://127.0.0.1:8265, through a tunnel if need be",
+                f"no Ray cluster takes jobs at {address} ({first_line(failure)})", *_why_not(address, failure)
             ) from None
 
     def submit(
@@ -181,8 +184,8 @@ class Jobs:
         """What a job says, as it says it, until it has ended. Leaving early does not stop the job."""
         self.job(number)  # for a socket that is refused does not say why
         loop = asyncio.new_event_loop()
+        lines: Any = self._client.tail_job_logs(number)
         try:
-            lines = self._client.tail_job_logs(number)
             with self._answers(), suppress(StopAsyncIteration):
                 while True:
                     with warnings.catch_warnings():
@@ -190,6 +193,8 @@ class Jobs:
                         text = loop.run_until_complete(anext(lines))
                     yield text
         finally:
+            with suppress(Exception):  # or it would complain about the connection that nobody has closed
+                loop.run_until_complete(lines.aclose())
             loop.close()
 
     def ended(self, number: str) -> Job:
@@ -226,7 +231,8 @@ class Jobs:
                 raise absent from None
             raise ClusterError(
                 f"the Ray cluster at {self._address} does not do it: {first_line(failure)}",
-                "it may have gone down, or refuse the job",
+                "it may have gone down, or refuse the job"
+                + (f"; requests go through {proxy}" if (proxy := _proxy_of(self._address)) else ""),
                 "`datm-ray job list` shows whether it answers; a job goes on without this connection",
             ) from None
 
@@ -261,9 +267,60 @@ def _require_web_address(address: str) -> None:
     except ValueError:
         good = False
     if not good:
+        given = "RAY_API_SERVER_ADDRESS" if os.environ.get("RAY_API_SERVER_ADDRESS") == address else "--address"
         raise ClusterError(
-            f"--address {address!r} is no address of a dashboard", remedy="write it like http://127.0.0.1:8265"
+            f"{given} {address!r} is no address of a dashboard", remedy="write it like http://127.0.0.1:8265"
         )
+
+
+def _go_around_proxy(address: str) -> None:
+    """Let this process reach an address on this machine directly: a proxy elsewhere would look for it there."""
+    host = urlsplit(address).hostname or ""
+    if not urllib.request.getproxies() or urllib.request.proxy_bypass(urlsplit(address).netloc):
+        return
+    with suppress(ValueError):
+        if host == "localhost" or ip_address(host).is_loopback:
+            # The lower-case name counts where both are set; a host in brackets is urllib's, one without requests'.
+            known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+            names = [host, f"[{host}]"] if ":" in host else [host]
+            os.environ["no_proxy"] = ",".join([*filter(None, [known]), *names])
+
+
+def _share_authorities() -> None:
+    """Let one variable be enough for a company's certificates: Python reads one, Ray's client the other."""
+    one, other = "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"
+    for name, twin in ((one, other), (other, one)):
+        if os.environ.get(twin) and os.path.isfile(os.environ[twin]):
+            os.environ.setdefault(name, os.environ[twin])
+
+
+def _proxy_of(address: str) -> str | None:
+    """The variable and the address of the proxy that requests go through, without credentials; None for no proxy."""
+    parts = urlsplit(address)
+    for name in (f"{parts.scheme}_proxy", f"{parts.scheme.upper()}_PROXY", "all_proxy", "ALL_PROXY"):
+        if os.environ.get(name):
+            if urllib.request.proxy_bypass(parts.netloc):
+                return None
+            return f"the proxy of {name}, {_CREDENTIALS.sub('://', os.environ[name])}"
+    return None
+
+
+def _why_not(address: str, failure: Exception) -> tuple[str, str]:
+    """Likely cause, and remedy, where a dashboard does not answer."""
+    if "CERTIFICATE_VERIFY_FAILED" in str(failure):
+        return (
+            "its certificate is of an authority that is unknown here, such as a company's own",
+            "set SSL_CERT_FILE and REQUESTS_CA_BUNDLE to the file of the authority's certificate",
+        )
+    if proxy := _proxy_of(address):
+        return (
+            f"the request went through {proxy}",
+            f"check that variable, or set no_proxy={urlsplit(address).hostname} to reach the address directly",
+        )
+    return (
+        "the address is wrong, the head node is down, or its port cannot be reached from here",
+        "give the address of its dashboard, such as http://127.0.0.1:8265, through a tunnel if need be",
+    )
 
 
 def _require_answer(address: str) -> None:

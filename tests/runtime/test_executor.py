@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 import time
@@ -11,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ray.exceptions import RuntimeEnvSetupError
 
+import datm_ray.runtime
 from datm_ray.config import ClusterConfig
 from datm_ray.errors import ClusterError, ConfigError, WorkerLostError
 from datm_ray.runtime.create import create_executor
@@ -409,6 +412,60 @@ def test_an_address_that_is_not_rays_own_is_told_at_once(address: str) -> None:
     finally:
         server.shutdown()
         server.server_close()
+
+
+REFUSED = {
+    "a dashboard": (None, "http://127.0.0.1:8265/", r"RAY_ADDRESS 'http://127.0.0.1:8265/' is that of a dashboard"),
+    "a slash": (None, "127.0.0.1:1/", r"Connection refused\. Check RAY_ADDRESS; or"),
+    "nothing that listens": ("127.0.0.1:1", None, r"Connection refused\. Check --address; or"),
+    "no home folder": (PermissionError(13, "Permission denied", "/.ray"), None, r"HOME is /; / belongs to .* Set HOME"),
+    "another's folder": (
+        PermissionError(13, "Permission denied", "/etc/ray/session_1"),
+        None,
+        r"cannot write /etc/ray/session_1 \(Permission denied\)\. /etc belongs to root, .*Set RAY_TMPDIR",
+    ),
+    "a full disk": (OSError(28, "No space left", "/tmp/ray/x"), None, r"The disk or the quota is full\. Make room, or"),
+    "a long path": (OSError("AF_UNIX path length cannot exceed 107 bytes"), None, r"with a shorter path, or use"),
+    "its environment": (
+        RuntimeEnvSetupError("no room"),
+        None,
+        r"does not start .*Failed to set up runtime environment",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_why_ray_is_not_there_is_told_by_what_it_says(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By errno, and with the variable or option that the address came from."""
+    ray = pytest.importorskip("ray")
+    from datm_ray.runtime import ray_cluster
+
+    given, variable, expected = REFUSED[case]
+    monkeypatch.setenv("HOME", "/")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if variable:
+        monkeypatch.setenv("RAY_ADDRESS", variable)
+
+    def refuse(**_: Any) -> None:
+        assert isinstance(given, Exception), "Ray was asked"
+        raise given
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(ClusterError, match=expected) as caught:
+        ray_cluster.connect(given if isinstance(given, str) else None)
+    assert "RAY_AUTH_MODE" not in str(caught.value)
+
+
+@pytest.mark.parametrize("before", [None, "1"])
+def test_ray_packs_no_folder_under_uv_unless_it_is_asked_to(
+    before: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user's setting stays."""
+    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", before or "")
+    if before is None:
+        monkeypatch.delenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV")
+    importlib.reload(datm_ray.runtime)
+    assert os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] == (before or "0")
 
 
 def test_another_version_on_the_cluster_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import re
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 from collections.abc import AsyncIterator, Callable, Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
+import requests
 from aiohttp import ServerDisconnectedError
 from ray.job_submission import JobDetails
 
@@ -335,3 +340,85 @@ def test_a_job_without_a_message_has_none() -> None:
     for message in (None, ""):
         details = JobDetails(type="SUBMISSION", submission_id="j", status="PENDING", entrypoint="", message=message)
         assert (_job(details).id, _job(details).message) == ("j", "")
+
+
+PROXIES = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY")
+
+
+@pytest.fixture
+def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take away what the environment says about proxies and certificates; all of it is restored afterwards."""
+    for name in (*PROXIES, "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
+def test_an_address_on_this_machine_goes_around_the_proxy(
+    host: str, monkeypatch: pytest.MonkeyPatch, no_proxies: None
+) -> None:
+    """Both clients do, and what the user has excepted stays excepted."""
+    monkeypatch.setattr("datm_ray.runtime.ray_jobs.JobSubmissionClient", Cluster)
+    monkeypatch.setattr("datm_ray.runtime.ray_jobs.use_token", lambda: None)
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("NO_PROXY", "inside.example")
+    server_kind = type("Server", (ThreadingHTTPServer,), {"address_family": socket.AF_INET6 if ":" in host else 2})
+    with server_kind((host.strip("[]"), 0), SimpleHTTPRequestHandler) as server:
+        monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://{host}:{server.server_port}"
+        Jobs(address)
+        Jobs(address)  # a second time nothing is added
+        server.shutdown()
+    assert requests.utils.get_environ_proxies(address) == {}
+    assert requests.utils.get_environ_proxies("http://inside.example:8265") == {}
+    assert len(requests.utils.get_environ_proxies("http://outside.example:8265")) > 0
+    assert os.environ["no_proxy"].count(host.strip("[]")) == (2 if ":" in host else 1)
+
+
+def test_a_proxy_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, no_proxies: None) -> None:
+    """With the variable it came from, without its password, and with how to go around it."""
+    monkeypatch.setenv("http_proxy", f"http://me:{SECRET}@127.0.0.1:{free_port()}")
+    with pytest.raises(ClusterError, match=r"the proxy of http_proxy, http://127.*no_proxy=head\.example") as caught:
+        Jobs("http://head.example:8265")
+    assert SECRET not in str(caught.value)
+
+
+def test_certificates_of_a_company_are_named(monkeypatch: pytest.MonkeyPatch, no_proxies: None, tmp_path: Path) -> None:
+    """Either variable is enough, and a failure names both."""
+    refused = urllib.error.URLError(ssl.SSLCertVerificationError(1, "[SSL: CERTIFICATE_VERIFY_FAILED] self-signed"))
+
+    def refuse(*_: object) -> None:
+        raise refused
+
+    monkeypatch.setattr("datm_ray.runtime.ray_jobs._require_answer", refuse)
+    (tmp_path / "company.pem").touch()
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "company.pem"))
+    with pytest.raises(ClusterError, match="Set SSL_CERT_FILE and REQUESTS_CA_BUNDLE to the file"):
+        Jobs("https://head.example:8265")
+    assert os.environ["REQUESTS_CA_BUNDLE"] == os.environ["SSL_CERT_FILE"]
+
+
+def test_a_reader_of_a_log_that_goes_leaves_nothing_open(jobs: Jobs) -> None:
+    """The connection is closed with the generator, so that `job logs --follow | head` says nothing more."""
+    closed: list[bool] = []
+
+    async def endless(_number: str) -> AsyncIterator[str]:
+        try:
+            while True:
+                yield "line\n"
+        finally:
+            closed.append(True)
+
+    jobs._client.tail_job_logs = endless
+    lines = jobs.follow("here")
+    assert next(lines) == "line\n"
+    lines.close()  # type: ignore[attr-defined]
+    assert closed == [True]
+
+
+def test_an_address_of_the_environment_is_blamed_on_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own variable for jobs."""
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "head:8265")
+    with pytest.raises(ClusterError, match=r"^RAY_API_SERVER_ADDRESS 'head:8265' is no address"):
+        Jobs("head:8265")
