@@ -48,6 +48,7 @@ INLINE_BYTES = 64 * 1024
 """Size of the largest transform that travels inside every set's file."""
 _PARENTS = 3  # folders above a set's own in which its transform is looked for
 _CHECKSUM = "sha256"  # in the metadata of the export "safetensors", whose format has none
+_LONGEST_FOLDER = 200  # bytes of a class's folder; file systems take 255
 _PREFIX = "transform."  # of the transform's arrays among those of a set
 
 
@@ -158,6 +159,12 @@ class Artifact:
     def denormalise(self, images: Tensor) -> Tensor:
         """Normalised images, such as those of this set, back to 0 (black) to 1 (white), not clipped to it."""
         return self.transform.denormalise(images)
+
+    def clipped_share(self) -> float:
+        """Share of the images' values, from 0 to 1, that are darker than 0 or brighter than 1, where `pixels` clips."""
+        unit = self.denormalise(self.images)
+        half = 0.5 / 255  # what rounding to a pixel changes anyway
+        return float(((unit < -half) | (unit > 1 + half)).float().mean())
 
     def pixels(self) -> NDArray[np.uint8]:
         """The synthetic images as ordinary pixels [n h w c], 0..255, clipped."""
@@ -379,6 +386,33 @@ def export(artifact: Artifact, kind: str, out: Location) -> list[str]:
     return written
 
 
+def left_out(artifact: Artifact, kind: str) -> list[str]:
+    """What an export of this kind, see `export`, does not hold of the set or holds otherwise, in sentences."""
+    lines = []
+    if kind in ("png", "parquet") and (share := artifact.clipped_share()):
+        shown = f"{100 * share:.0f} %" if share >= 0.01 else "Less than 1 %"
+        lines.append(f"{shown} of the pixels' values lay outside 0..1 and were clipped; the other formats keep them.")
+    if kind == "png":
+        lines.append(
+            "PNG holds images and classes; soft labels and step size are in the .arrow file, and with --format pt."
+        )
+        renamed = [
+            f"{name!r} is in {folder!r}"
+            for name, folder in zip(artifact.class_names, _folders(artifact.class_names), strict=True)
+            if name != folder
+        ]
+        if renamed:
+            more = f", and {len(renamed) - 3} more" if len(renamed) > 3 else ""
+            lines.append(f"Folders named otherwise than their classes: {', '.join(renamed[:3])}{more}.")
+    if kind == "parquet":
+        lines.append("Parquet holds images, classes and soft labels; the step size is in the .arrow file.")
+    if kind == "pt":
+        lines.append("These files hold neither class names nor the transform; both are in the .arrow file.")
+        if len(artifact.step_sizes) > 1:
+            lines.append(f"lr_best.pt holds the first of {len(artifact.step_sizes)} step sizes.")
+    return lines
+
+
 def _png_files(artifact: Artifact) -> dict[str, bytes]:
     files = {}
     folders = _folders(artifact.class_names)
@@ -481,5 +515,6 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
 def _folders(class_names: tuple[str, ...]) -> list[str]:
     """Each class's name as a folder's name; names that would share a folder end in their number too."""
     plain = ["".join(c if c.isalnum() or c in "-_ " else "_" for c in name).strip() or "_" for name in class_names]
+    plain = [name.encode()[:_LONGEST_FOLDER].decode(errors="ignore") for name in plain]
     folded = Counter(name.casefold() for name in plain)
     return [name if folded[name.casefold()] == 1 else f"{name}-{label}" for label, name in enumerate(plain)]

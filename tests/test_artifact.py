@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -19,7 +20,7 @@ from PIL import Image
 from safetensors.numpy import load as parse_numpy, save as numpy_file
 from torch.utils.data import DataLoader
 
-from datm_ray.artifact import EXPORTS, KIND, Artifact, export, load, save_artifact
+from datm_ray.artifact import EXPORTS, KIND, Artifact, export, left_out, load, save_artifact
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.data import Transform, fit_transform, load_raw
 from datm_ray.data.transform import Kind
@@ -474,3 +475,20 @@ def test_sets_of_the_first_format_are_read(tmp_path: Path) -> None:
     torch.testing.assert_close(old.normalise(pixels.astype(np.uint8)), old.images)
     (name,) = export(old, "arrow", open_location(str(tmp_path)))
     assert load(str(tmp_path / name)).transform.digest == old.transform.digest
+
+
+def test_what_an_export_lacks_is_told(artifact: Artifact) -> None:
+    """The share that was clipped, folders that are not named as their classes, and parts that have no place."""
+    told = {kind: " ".join(left_out(artifact, kind)) for kind in EXPORTS}
+    assert artifact.clipped_share() == 0  # images of real ones
+    assert "clipped" not in told["png"] + told["parquet"]
+    assert (told["arrow"], told["safetensors"]) == ("", "")
+    assert "step size is in the .arrow file" in told["parquet"]
+    assert "neither class names nor the transform" in told["pt"]
+    brighter = dataclasses.replace(artifact, class_names=("a/b", "x" * 300), images=artifact.images + 100)
+    told = {kind: " ".join(left_out(brighter, kind)) for kind in EXPORTS}
+    assert told["parquet"].startswith("100 % of the pixels' values lay outside 0..1 and were clipped")
+    assert "'a/b' is in 'a_b'" in told["png"]
+    assert {len(name.partition("/")[0]) for name in EXPORTS["png"](brighter)} >= {200}
+    assert "lr_best.pt holds the first of 2 step sizes" in told["pt"]
+    assert "step sizes" not in " ".join(left_out(dataclasses.replace(artifact, step_sizes=(0.1,)), "pt"))

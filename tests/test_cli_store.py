@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -307,13 +308,25 @@ def test_export_says_which_epochs_have_no_place(datm_ray: CommandLine, group: Ex
 
 
 UNFIT = {
-    "too short": (lambda: [trajectory(1, epochs=3)], [], "It ends after 3 epochs, and experts.epochs is 5"),
+    "too short": (
+        lambda: [trajectory(1, epochs=3)],
+        [],
+        "It ends after 3 epochs, and experts.epochs is 5. Give --set experts.epochs=3.",
+    ),
+    "shorter than what is matched": (
+        lambda: [trajectory(1, epochs=2)],
+        ["--set", "distill.expert_epochs=2", "--set", "distill.final_start_bound=4", "--set", "distill.start_bound=4"],
+        "Give --set experts.epochs=2 --set distill.expert_epochs=1 --set distill.final_start_bound=2 "
+        "--set distill.start_bound=2.",
+    ),
+    "of an untrained network": (lambda: [trajectory(1, epochs=0)], [], "It ends after 0 epochs", "Give the recipe of"),
     "another width": (
         lambda: [trajectory(1)],
         ["--set", "network.width=8"],
-        "features.0.weight is [4, 3, 3, 3] in epoch 0, and [8, 3, 3, 3] in the recipe's network",
+        "features.0.weight is [4, 3, 3, 3] in epoch 0, and [8, 3, 3, 3] in the recipe's network. "
+        "Give --set network.width=4.",
     ),
-    "another depth": (lambda: [trajectory(1)], ["--set", "network.depth=1"], "tensors, the recipe's network 6"),
+    "another depth": (lambda: [trajectory(1)], ["--set", "network.depth=1"], "network 6. Give --set network.depth=2."),
     "no trajectories": (lambda: [torch.zeros(3)], [], "It holds something else than trajectories"),
     "nan": (lambda: [[[torch.full((3,), torch.nan)]]], [], "lists of finite tensors"),
     "a state dict": (lambda: {"weights": torch.zeros(3)}, [], "It cannot be read as lists of tensors"),
@@ -353,12 +366,17 @@ UNFIT = {
 
 @pytest.mark.parametrize("case", UNFIT)
 def test_a_file_that_does_not_fit_is_one_line(case: str, datm_ray: CommandLine, recipe: str, tmp_path: Path) -> None:
-    """What differs is said, nothing is executed, and nothing is stored."""
+    """What differs is said, nothing is executed or stored, and settings that are advised do fit."""
     content, changes, *words = UNFIT[case]
     torch.save(content(), "buffer.pt")
     arguments = ["store", "import", "buffer.pt", "--recipe", recipe, "--store", "s", *changes]
-    assert_one_line(datm_ray(*arguments), "buffer.pt", *words)
+    result = datm_ray(*arguments)
+    assert_one_line(result, "buffer.pt", *words)
     assert not (tmp_path / "s").exists()
+    given = re.findall(r"--set (\S+[^.\s])", result[2])
+    if given:  # what it says is what it takes
+        more = [word for setting in given for word in ("--set", setting)]
+        assert datm_ray(*arguments, *more)[0] == 0
 
 
 def test_an_expert_with_batch_norms_is_not_imported(

@@ -234,13 +234,12 @@ def export(
     Soft labels are logits in pt, arrow and safetensors, and probabilities (their softmax) in parquet. DD-Ranking takes
     logits: give it those of pt.
     """
-    from datm_ray.artifact import export as export_artifact, load
+    from datm_ray.artifact import export as export_artifact, left_out, load
     from datm_ray.store.filesystem import open_location
 
-    written = export_artifact(load(artifact), format_, open_location(out))
-    print(f"Wrote {len(written)} file(s) to {out}")
-    if format_ == "png":
-        print("PNG holds images and classes; soft labels and step size are in the .arrow file, and with --format pt.")
+    loaded = load(artifact)
+    written = export_artifact(loaded, format_, open_location(out))
+    print("\n".join([f"Wrote {len(written)} file(s) to {out}", *left_out(loaded, format_)]))
 
 
 @recipe_app.command("list")

@@ -148,10 +148,9 @@ def store_import(
     config = config_of(recipe, set_)
     from datm_ray.runtime.replay_buffers import import_replay_buffers
 
-    imported = []
-    for each in import_replay_buffers(files, config, store):
+    imported = list(import_replay_buffers(files, config, store))  # all, before a print that may fail
+    for each in imported:
         print(f"{each.group} expert {each.expert}" + ("" if each.new else " was there already"))
-        imported.append(each)
     new = sum(each.new for each in imported)
     print(f"{new} trajectories were stored in {store}, {len(imported) - new} were there already")
     count = min(len(_group(store, group).experts()) for group in {each.group for each in imported})

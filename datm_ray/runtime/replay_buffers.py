@@ -30,12 +30,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from datm_ray.config import RunConfig
+from datm_ray.config import RunConfig, override
 from datm_ray.core.networks import build_network
 from datm_ray.core.parameters import FlatNetwork, float_buffers
 from datm_ray.data.sources import RawDataset, load_raw
 from datm_ray.data.transform import fit_transform
-from datm_ray.errors import CorruptFileError, StoreError
+from datm_ray.errors import CorruptFileError, DatmError, StoreError
 from datm_ray.runtime.experts import expert_group, network_spec
 from datm_ray.store.filesystem import Location, open_location
 from datm_ray.store.torch_files import read_torch_file
@@ -45,6 +45,8 @@ PUBLISHED_PER_FILE = 10
 
 PUBLISHED_PADDING = 3
 """Pixels by which the published ConvNet pads images of one channel at its first convolution; ours pads all by 1."""
+
+_ANOTHER_RECIPE = "give the recipe of these experts: their data set, network and epochs"
 
 _Trajectory = list[list[NDArray[Any]]]
 
@@ -106,7 +108,9 @@ def _network_of(trajectory: _Trajectory, networks: Sequence[_Network], place: st
     """The one that the trajectory is of. Raises StoreError if it is of none."""
     differences = [network.difference(trajectory) for network in networks]
     if None not in differences:
-        raise StoreError(f"{place} does not fit {recipe}", str(differences[0]), "Give the recipe of these experts")
+        settings = networks[0].settings_for(trajectory) if len(networks) == 1 else []
+        remedy = " ".join(["give", *(f"--set {each}" for each in settings)]) if settings else _ANOTHER_RECIPE
+        raise StoreError(f"{place} does not fit {recipe}", str(differences[0]), remedy)
     return networks[differences.index(None)]
 
 
@@ -142,7 +146,7 @@ class _Network:
 
     def __init__(self, config: RunConfig, raw: RawDataset, store_uri: str) -> None:
         module = build_network(network_spec(config, raw.channels, raw.size, raw.classes), seed=0)
-        self._config, self._raw = config, raw
+        self._config, self._raw, self._store_uri = config, raw, store_uri
         self._flat = FlatNetwork(module)
         self._has_buffers = bool(float_buffers(module))
         self._pads_differently = pads_differently(config.network.architecture, raw.channels)
@@ -169,6 +173,30 @@ class _Network:
                 if shape != own:
                     return f"{name} is {list(shape)} in epoch {epoch}, and {list(own)} in the recipe's network"
         return None
+
+    def settings_for(self, trajectory: _Trajectory) -> list[str]:
+        """Settings of the recipe, `section.field=value`, with which the trajectory fits; none where there are none."""
+        config, d = self._config, self._config.distill
+        wanted: dict[str, int] = {}
+        epochs = min(len(trajectory) - 1, config.experts.epochs)
+        wanted["experts.epochs"] = epochs
+        if config.latest_matched > epochs:
+            span = min(d.expert_epochs, max(1, epochs // 2))
+            bound = epochs + 1 - span
+            start = min(d.start_bound, bound) if d.expand_iterations else bound
+            wanted |= {"distill.expert_epochs": span, "distill.final_start_bound": bound, "distill.start_bound": start}
+            wanted["distill.first_start"] = min(d.first_start, start - 1)
+        if config.network.architecture == "convnet" and config.network.depth and trajectory[0][0].ndim == 4:
+            a_block = (len(self._flat.shapes) - 2) // config.network.depth
+            wanted["network.width"] = trajectory[0][0].shape[0]
+            wanted["network.depth"] = (len(trajectory[0]) - 2) // a_block
+        now = config.model_dump()
+        changes = [f"{key}={value}" for key, value in wanted.items() if value != _value_at(now, key)]
+        try:
+            other = _Network(override(config, changes), self._raw, self._store_uri)
+        except DatmError:
+            return []
+        return changes if other.difference(trajectory) is None else []
 
     def store(self, trajectory: _Trajectory, origin: dict[str, object]) -> Imported:
         """Store one trajectory whose shapes are right."""
@@ -236,6 +264,11 @@ class _Network:
             epochs=config.kept_epochs,
             storage=config.experts.storage,
         )
+
+
+def _value_at(values: dict[str, Any], key: str) -> Any:
+    section, _, field = key.partition(".")
+    return values[section][field]
 
 
 def _read(location: Location) -> list[_Trajectory]:
