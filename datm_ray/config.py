@@ -615,7 +615,12 @@ def load_config(path: str) -> RunConfig:
         raise ConfigError(f"cannot read {path}: {failure.strerror}", remedy="check the path") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not a text file", remedy="give a recipe's name or a YAML file") from None
-    return load_config_text(text, path, default_name=Path(path).stem)
+    return load_config_text(text, path, default_name=_plain_name(Path(path).stem))
+
+
+def _plain_name(stem: str) -> str:
+    """A file's name as a run may be called; "run" where nothing is left of it."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._") or "run"
 
 
 def load_config_text(text: str, origin: str, default_name: str = "run") -> RunConfig:
@@ -650,6 +655,9 @@ def _read_sections(text: str, origin: str) -> dict[str, Any]:
 def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
     """Apply `section.field=value` overrides; values are read as YAML.
 
+    The value of a field of text is taken as it stands, without blanks around it, unless it is empty, null or in
+    quotes.
+
     Raises:
         ConfigError: not an assignment, unknown key, wrong type or impossible range.
     """
@@ -666,8 +674,23 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
             target = target[section]
             if not isinstance(target, dict):
                 raise ConfigError(f"--set {assignment!r}: {section!r} is no section", remedy=_known_keys(()))
-        target[field] = _read_yaml(text, f"--set {assignment!r}")
+        bare = text.strip(" \t")
+        is_text = _takes_text([*sections, field]) and bare not in ("", "null") and not _QUOTED.fullmatch(bare)
+        target[field] = bare if is_text else _read_yaml(text, f"--set {assignment!r}")
     return parse_config(values, "--set")
+
+
+_QUOTED = re.compile(r"\"(.*)\"|'(.*)'", re.DOTALL)
+
+
+def _takes_text(path: Sequence[str]) -> bool:
+    """Whether the field takes any text, so that a path such as `a #1` or a name such as 1e3 stays what it is."""
+    model: type[BaseModel] | None = RunConfig
+    for section in path[:-1]:
+        field = model.model_fields.get(section) if model else None
+        model = _section_of(field.annotation) if field else None
+    field = model.model_fields.get(path[-1]) if model else None
+    return field is not None and str in (field.annotation, *get_args(field.annotation))
 
 
 def network_names(networks: Sequence[NetworkConfig]) -> list[str]:
@@ -831,7 +854,8 @@ def _config_error(failure: ValidationError, origin: str) -> ConfigError:
         message = "input should be a section of keys and values"
     if first["type"] == "tuple_type":
         message = "input should be a list: [...]"
-    return ConfigError(f"{origin}: {key} is {first['input']!r}: {message[0].lower()}{message[1:]}")
+    remedy = "put it into quotes" if first["type"] == "string_type" else ""
+    return ConfigError(f"{origin}: {key} is {first['input']!r}: {message[0].lower()}{message[1:]}", remedy=remedy)
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:

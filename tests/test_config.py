@@ -203,7 +203,7 @@ def test_overrides_replace_single_values() -> None:
         ("distill.ipc=many", "distill.ipc is 'many': input should be a valid integer"),
         ("distill.threshold=nan", "distill.threshold is 'nan'"),
         ("distill.ipc=[1", "not valid YAML"),
-        ("name=!!int x", "not valid YAML"),
+        ("seed=!!int x", "not valid YAML"),
         ("distill=3", "distill is 3: input should be a section"),
         ("experts.epochs=5", "beyond the trajectory's 5"),
     ],
@@ -382,3 +382,53 @@ def test_run_of_an_earlier_version_had_no_limit() -> None:
     assert load_recipe_of_run(text, "recipe.yaml").distill.overshoot is None
     assert load_recipe_of_run(to_yaml(RunConfig()), "recipe.yaml") == RunConfig()
     assert load_config_text(text, "mine.yaml").distill.overshoot == RunConfig().distill.overshoot
+
+
+_WORDS = (
+    "null ~ 1e3 1_000 0x1f yes on 2024-11-20 1:30 [bold] {a} *x &x !x %x @x `x =1+1 = << ? - | > --- ... #a a=b 'a .5 "
+    ".inf 0o17 1. +1 -1e5 09 a] \u2028x \x1b[31m caf\udce9 é 😀 \ufeff \x7f a::b s3:x C:\\x $HOME a%20b <b> \x85 a'b"
+)
+LOOKS_LIKE_SYNTAX = [
+    *_WORDS.split(" "),
+    "a: b",
+    "a #b",
+    "- a",
+    " a",
+    "a ",
+    "a\nb",
+    "a\n",
+    "\ta",
+    "/data/[bold] a=b, c #1",
+    "'q'",
+    '"q"',
+]
+
+
+def test_text_that_looks_like_syntax_comes_out_of_a_file_as_it_went_in() -> None:
+    """Paths, words that YAML reads as numbers, and control characters."""
+    config = get_recipe("digits-ipc1")
+    for text in LOOKS_LIKE_SYNTAX:
+        dataset = config.dataset.model_copy(update={"path": text})
+        there = config.model_copy(update={"dataset": dataset})
+        assert load_config_text(to_yaml(there), "test") == there, text
+
+
+def test_text_that_is_set_is_taken_as_it_stands() -> None:
+    """A path with a # is not cut at it; null, quotes and blanks around it are YAML's."""
+    config = get_recipe("digits-ipc1")
+    for text in LOOKS_LIKE_SYNTAX:
+        quoted = f"'{text}'" if text.strip(" \t") != text or text in ("null", "'q'", '"q"') else text
+        quoted = {"'q'": "\"'q'\"", "a\n": '"a\\n"'}.get(text, quoted)
+        assert override(config, [f"dataset.path={quoted}"]).dataset.path == text, text
+    assert override(config, ["dataset.path=null"]).dataset.path is None
+    assert override(config, ["name=1e3", "cluster.memory=1000"]).name == "1e3"
+    assert override(config, ["distill.ipc=2 # two"]).distill.ipc == 2
+    with pytest.raises(ConfigError, match=r"name is None: input should be a valid string. Put it into quotes"):
+        override(config, ["name=null"])
+
+
+def test_a_file_s_name_becomes_a_run_s_name(tmp_path: Path) -> None:
+    """A name with blanks is no mistake of the recipe."""
+    for name, expected in (("my recipe (1)", "my-recipe-1"), ("a=b", "a-b"), ("[é]", "run"), ("null", "null")):
+        (tmp_path / f"{name}.yaml").write_text("seed: 3")
+        assert load_config(str(tmp_path / f"{name}.yaml")).name == expected

@@ -177,9 +177,10 @@ def test_recipe_on_the_page_can_be_run_again(out: Location) -> None:
 
 def test_names_are_escaped(out: Location) -> None:
     """A class name that looks like markup or mathematics, in any script, is shown as it is."""
-    page = page_of(out, finished_run(out, configure(), class_names=(MARKUP_NAME, 'b"', "c\x07")))
+    page = page_of(out, finished_run(out, configure(), class_names=(MARKUP_NAME, 'caf\udce9 b"', "c\x07")))
     assert "<b>" not in page
     assert MARKUP_NAME in text_of(page)
+    assert r'caf\udce9 b"' in text_of(page)  # a folder's name that is no UTF-8
     (soft_labels,) = (image for image in Images(page).found if "heat map" in image["alt"])
     assert MARKUP_NAME in "".join(ElementTree.fromstring(soft_labels["content"]).itertext())
 

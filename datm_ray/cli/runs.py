@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -204,7 +205,7 @@ def evaluate(
     pipeline, start = _prepare(Said(recipes, set_, out, store, executor, address), arch)
     pipeline.evaluate(start, _reporter())
     print(pipeline.table())
-    print(f"Next: datm-ray report {out}")
+    print(f"Next: {shlex.join(['datm-ray', 'report', out])}")
 
 
 @app.command()
@@ -308,6 +309,8 @@ def _reporter() -> Reporter:
 
 
 def _print_plan(pipeline: Pipeline) -> None:
+    from datm_ray.errors import one_line
+
     planned = pipeline.plan()
     for line in [*pipeline.data_lines(), *planned]:
-        print(line)
+        print(one_line(line))

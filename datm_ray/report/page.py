@@ -39,7 +39,8 @@ def write_report(out: Location, runs: Sequence[RunSummary], name: str = "report.
         CorruptFileError: a file of a run is damaged. A missing one is no error: the page says so.
     """
     place = out / name
-    place.write_text(render([read_run(run) for run in runs]))
+    page = render([read_run(run) for run in runs])
+    place.write_atomic(page.encode(errors="backslashreplace"))  # a class may have a name that is no UTF-8
     return place
 
 

@@ -331,12 +331,12 @@ def _require_answer(address: str) -> None:
 
 def _require_reachable(name: str, place: str) -> None:
     """A job runs on other machines, in a folder that is deleted afterwards."""
-    if "://" not in place and not Path(place).is_absolute():
+    is_local = open_location(place).local_path is not None  # refuses what is no place for files
+    if is_local and not place.startswith(("/", "file:///")):
         raise ConfigError(
             f"{name} {place!r} is relative to a folder that the job's machines do not have",
             remedy="give a URI such as s3://bucket/folder, or an absolute path on a disk that all machines share",
         )
-    open_location(place)  # refuses what is no place for files
 
 
 def _requirements(path: str) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
+from datm_ray.errors import one_line
 from datm_ray.runtime.executor import Event, Failed, Finished, Lost, Note, Progress, Resized, Task
 from datm_ray.store.trajectories import size_in_words
 
@@ -35,7 +36,7 @@ class Reporter:
     def message(self, text: str) -> None:
         """A line of its own."""
         if not self._quiet:
-            print(text, file=sys.stderr, flush=True)
+            print(one_line(text), file=sys.stderr, flush=True)
 
     @contextmanager
     def stage(self, title: str, tasks: int) -> Iterator[Stage]:
@@ -89,12 +90,12 @@ class _BarStage:
 
     def __init__(self, bars: Bars, title: str, tasks: int) -> None:
         self._bars = bars
-        self._whole = bars.add_task(f"[bold]{title}", total=tasks, values="")
+        self._whole = bars.add_task(title, total=tasks, values="")
         self._rows: dict[str, TaskID] = {}
 
     def event(self, task: Task, event: Event) -> None:
         if isinstance(event, Lost | Failed | Resized | Note):
-            self._bars.console.print(_line(task, event), markup=False, highlight=False)
+            self._bars.console.print(one_line(_line(task, event)), markup=False, highlight=False)
         if isinstance(event, Resized | Note):
             return
         if isinstance(event, Progress):
@@ -123,12 +124,12 @@ def _bars(bars: type[Bars]) -> Bars:
             return Text(f"{speed:.1f}/s" if speed else "", style="dim")
 
     return bars(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         Rate(),
         TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[values]}"),
+        TextColumn("{task.fields[values]}", style="dim", markup=False),
         console=Console(stderr=True),
     )
 

@@ -30,14 +30,17 @@ from io import BytesIO
 from typing import Any, BinaryIO, Protocol
 from weakref import WeakKeyDictionary
 
-from fsspec import AbstractFileSystem
+from fsspec import AbstractFileSystem, filesystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.cached import CachingFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import known_implementations
 
 from datm_ray.errors import CorruptFileError, DatmError, StoreError
 from datm_ray.store.traffic import count_retry, request
 
+# Of filesystems that do not lie upon another one, with or without the slashes.
+_LIKE_URI = re.compile(r"(s3a?|gs|gcs|az|abfs|https?|hdfs|file|memory):(//)?", re.IGNORECASE)
 _TEMPORARY = ".tmp-"
 _WRITER = "datm-ray-writer"
 _CONFLICTS = 5  # times that S3 may ask to repeat an upload because of another one at the same moment
@@ -264,8 +267,11 @@ class Location:
 def open_location(uri: str) -> Location:
     """The place named by a local path or by a file://, memory:// or s3:// URI. It need not exist.
 
+    A text without "://" is a local path, whatever else is in it.
+
     Raises:
-        StoreError: an unknown scheme, a missing package, credentials in an s3:// URI, or one of fsspec's caches.
+        StoreError: an unknown scheme, a missing package, credentials in an s3:// URI, one of fsspec's caches, or a
+            text that could be read in two ways.
     """
     shown = _without_credentials(uri)
     scheme, separator, _ = uri.partition("://")
@@ -277,6 +283,9 @@ def open_location(uri: str) -> Location:
             "They would end up in logs and records",
             "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, instead",
         )
+    if _is_local(uri):
+        return _local(uri)
+    _require_one_meaning(uri)
     try:
         # Without the listings cache: files written by other processes must be seen at once.
         fs, path = url_to_fs(uri, use_listings_cache=False)
@@ -295,6 +304,44 @@ def open_location(uri: str) -> Location:
     if _is_s3(fs):
         _retry_server_errors()
     return Location(fs, path, shown if separator else path)
+
+
+def _is_local(uri: str) -> bool:
+    """Whether a text is a path on this machine, and neither a URI nor something that was meant as one."""
+    if uri.startswith(("/", "./", "../", "~")):
+        return True
+    return "://" not in uri and not _LIKE_URI.match(uri) and uri.partition("::")[0] not in known_implementations
+
+
+def _require_one_meaning(uri: str) -> None:
+    """Refuse what looks like a URI and is none, and what fsspec would read as a chain of filesystems and is none."""
+    shown = _without_credentials(uri)
+    if not (like := _LIKE_URI.match(uri)):
+        return
+    scheme = like[1].lower()
+    if like[0] != f"{scheme}://":
+        uri = f"{scheme}://{'/' if scheme == 'file' else ''}{shown[like.end() :].lstrip(':/')}"
+        raise StoreError(
+            f"{shown!r} is no URI",
+            "a URI has a scheme in small letters and two slashes",
+            f"write {uri}, or ./{shown} for a local place of that name",
+        )
+    if scheme == "file" and not uri.startswith("file:///"):
+        raise StoreError(
+            f"{shown!r} is no URI of a local place",
+            "a machine's name would come after file://",
+            "write file:///folder, or a path",
+        )
+    if "::" in uri:
+        raise StoreError(f"cannot open {shown}", "'::' stands between filesystems", "give a name without it")
+
+
+def _local(path: str) -> Location:
+    """The place of a local path, made absolute."""
+    while path.startswith("./"):
+        path = path[2:].lstrip("/")
+    path = os.path.join(os.getcwd(), os.path.expanduser(path) if path not in ("", ".") else "").rstrip("/") or "/"
+    return Location(filesystem("file", use_listings_cache=False), path, path)
 
 
 class _Draft(Protocol):

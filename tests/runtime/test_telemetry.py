@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
+import re
 
 import pytest
 
+from datm_ray.cli.ending import adapt_streams
 from datm_ray.runtime import telemetry
 from datm_ray.runtime.executor import Event, Failed, Finished, Lost, Note, Progress, Task
 from datm_ray.runtime.telemetry import Reporter
@@ -72,3 +75,28 @@ def test_losses_notes_and_ends_are_always_said(lines, monkeypatch: pytest.Monkey
         "digits-ipc1 failed: It diverged. 2 other(s) go on first, and nothing new is begun",
     ]
     assert said[4].startswith("Distillation: done in")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_bars_show_names_as_they_are_on_any_terminal(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name in brackets is no markup, and what a terminal cannot show does not stop the work."""
+    pytest.importorskip("rich")
+
+    class Terminal(io.TextIOWrapper):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal(io.BytesIO(), encoding=encoding)
+    for name, value in (("TERM", "xterm"), ("COLUMNS", "200")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stderr", terminal)
+    adapt_streams()
+    task = Task("[bold] a=b [/x] {c}", ())
+    with Reporter().stage("[red] stage", 2) as stage:
+        for event in (Progress(1, 3, {"loss": 0.5}), Note("caf\udce9 ± [/y]"), Finished()):
+            stage.event(task, event)
+    terminal.flush()
+    shown = re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b"", terminal.buffer.getvalue())  # type: ignore[attr-defined]
+    assert b"[red] stage" in shown
+    assert b"[bold] a=b [/x] {c}" in shown
+    assert b"caf\xe9 " + "±".encode(encoding, "datm-ray") + b" [/y]" in shown

@@ -298,3 +298,50 @@ def test_credentials_in_s3_uris_are_refused():
     """They would be taken for a part of the bucket's name."""
     with pytest.raises(StoreError, match=r"URI s3://bucket/x carries credentials.* Set AWS_ACCESS_KEY_ID"):
         open_location("s3://key:secret@bucket/x")
+
+
+def test_a_path_is_a_path_whatever_it_looks_like(tmp_path, monkeypatch):
+    """No part of a name is syntax, for a file written there and for whoever opens the shown name."""
+    monkeypatch.chdir(tmp_path)
+    names = [
+        "a::b",
+        "runs::x",
+        "local:x",
+        "data:x",
+        "a=b",
+        " a ",
+        "a\nb",
+        "[x]",
+        "a*?",
+        "~nobody-of-this-name",
+        "C:\\x",
+    ]
+    names += ["a%20b", "a#b", "-x", "caf\udce9", "./s3:x", "./s3://x", "{a}", "$HOME", "a?versionId=1"]
+    for name in names:
+        place = open_location(name) / "file"
+        place.write_text(name.encode(errors="replace").decode())
+        assert (tmp_path / name / "file").is_file(), name
+        assert open_location(place.uri).read_bytes() == name.encode(errors="replace")
+        assert open_location(name).list() == ["file"]
+    assert {path.name for path in tmp_path.iterdir()} == {name.removeprefix("./").split("/")[0] for name in names}
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("s3:x", "Write s3://x, or ./s3:x for a local place"),
+        ("s3:/bucket/x", "Write s3://bucket/x, or"),
+        ("S3://bucket/x", "Write s3://bucket/x, or"),
+        ("s3::x", "Write s3://x, or"),
+        ("file:/x", "Write file:///x, or"),
+        ("file://runs/x", "write file:///folder"),
+        ("s3://bucket/a::b", "stands between filesystems"),
+        ("file:///tmp/a::b", "stands between filesystems"),
+        ("memory://a::b", "stands between filesystems"),
+    ],
+)
+def test_what_could_be_read_in_two_ways_is_refused(uri, expected):
+    """Before anything is written, and with how to write either."""
+    with pytest.raises(StoreError) as caught:
+        open_location(uri)
+    assert expected.lower() in str(caught.value).lower()
