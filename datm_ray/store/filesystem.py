@@ -332,6 +332,12 @@ def _require_one_meaning(uri: str) -> None:
             "a machine's name would come after file://",
             "write file:///folder, or a path",
         )
+    if scheme in ("s3", "s3a") and re.search(r"\?versionId=|[\x00-\x1f\x7f]", uri):
+        raise StoreError(
+            f"cannot open {shown!r}",
+            "'?versionId=' and control characters are no part of a name for s3fs",
+            "give a name without them",
+        )
     if "::" in uri:
         raise StoreError(f"cannot open {shown}", "'::' stands between filesystems", "give a name without it")
 

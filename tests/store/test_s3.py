@@ -14,6 +14,7 @@ import pytest
 
 from datm_ray import cli
 from datm_ray.config import to_yaml
+from datm_ray.errors import StoreError
 from datm_ray.store.filesystem import AlreadyExistsError, open_location
 from datm_ray.store.trajectories import ExpertGroup, Snapshot, TrajectoryStore
 from tests.conftest import tiny_config
@@ -228,3 +229,34 @@ def test_wrong_credentials_are_one_line(bucket, datm_ray, monkeypatch):
     monkeypatch.setattr("moto.settings.INITIAL_NO_AUTH_ACTION_COUNT", 0.0)  # from now on it looks at credentials
     for command in commands(f"s3://{bucket}/store"):
         assert_one_line(datm_ray(*command), "Access is denied")
+
+
+def test_a_key_is_a_key_whatever_it_looks_like(bucket):
+    """No part of a key is syntax: it is listed, found and read under the name that it was written under."""
+    names = ["a b", "a=b", "[x]", "a*?", "a%20b", "a#b", "a?b", "a+b", "{a}", "é", "😀", "<b>", "a&b;c", "~", "-x"]
+    for name in names:
+        place = open_location(f"s3://{bucket}/{name}") / "file"
+        place.write_text(name)
+        assert (place.exists(), place.size()) == (True, len(name.encode())), name
+        assert open_location(place.uri).read_bytes().decode() == name
+        assert bytes(place.read_ranges([(0, 1)])[0]) == name.encode()[:1]
+        assert place.parent.list() == ["file"], name
+    assert open_location(f"s3://{bucket}").list() == sorted(names)
+    for name in names:
+        (open_location(f"s3://{bucket}/{name}") / "file").remove()
+    assert open_location(f"s3://{bucket}").list() == []
+
+
+@pytest.mark.parametrize(
+    "name", ["a?versionId=1", "a?versionId=1/b", "../b", "a/../b", "./a", "a//b", "a\nb", "caf\udce9"]
+)
+def test_a_key_that_would_lead_elsewhere_is_refused_or_taken(name, bucket):
+    """What s3fs or a server would change is a StoreError, and writes nothing."""
+    try:
+        place = open_location(f"s3://{bucket}/{name}")
+        place.write_text("content")
+    except StoreError:
+        assert open_location(f"s3://{bucket}").list() == []
+    else:
+        found = [path.removeprefix(f"{bucket}/") for path in place.fs.find(bucket)]
+        assert found == [name], found
