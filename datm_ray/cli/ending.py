@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import atexit
 import codecs
+import errno
 import io
 import os
+import select
 import shlex
 import shutil
 import sys
@@ -63,6 +65,8 @@ def end_cleanly(command: Callable[[], object], out: Callable[[], str | None]) ->
     try:
         command()
     except SystemExit as end:
+        if any([_has_no_reader(sys.__stdout__), _has_no_reader(sys.__stderr__)]):
+            sys.exit(READER_GONE)  # typer has found it while it printed its help
         if not end.code:
             _exit_flushed()
         raise
@@ -104,11 +108,13 @@ def _in_words(failure: BaseException) -> str:
     kinds = {each.__name__ for each in type(failure).__mro__}
     said = one_line(str(failure)).rstrip(". ")
     shown = type(failure).__name__ + (f": {said[:300]}" if said else "")
-    if kinds & {"MemoryError", "OutOfMemoryError"}:
+    if kinds & {"MemoryError", "OutOfMemoryError"} or "t allocate memory" in said.replace("Cannot", "can't"):
         return (
             f"the memory does not suffice ({shown}). "
             "Try: `datm-ray plan` with the same recipe, fewer workers, or a machine with more memory."
         )
+    if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"a disk is full, or a quota used up ({shown}). Try: make room, then give the same command again."
     if "RuntimeEnvSetupError" in kinds:
         return (
             f"Ray cannot prepare its workers' environment ({shown}). It packs the working folder under `uv run`. "
@@ -151,16 +157,16 @@ def _has_no_reader(stream: TextIO | None) -> bool:
     if stream is None:
         return False
     try:
-        stream.flush()
-    except BrokenPipeError:
-        with suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
-        return True
-    except OSError:
+        number, poll = stream.fileno(), select.poll()
+        poll.register(number, 0)
+        if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            return False
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, number)
+        os.close(nowhere)
+    except (OSError, ValueError):  # of a stream without a descriptor
         return False
-    return False
+    return True
 
 
 def adapt_streams() -> None:
