@@ -65,8 +65,8 @@ def end_cleanly(command: Callable[[], object], out: Callable[[], str | None]) ->
     try:
         command()
     except SystemExit as end:
-        if any([_has_no_reader(sys.__stdout__), _has_no_reader(sys.__stderr__)]):
-            sys.exit(READER_GONE)  # typer has found it while it printed its help
+        if end.code == 1 and any([_has_no_reader(sys.__stdout__), _has_no_reader(sys.__stderr__)]):
+            sys.exit(READER_GONE)  # typer met it while it printed its help
         if not end.code:
             _exit_flushed()
         raise
@@ -148,8 +148,9 @@ def _write_log(failure: BaseException, out: str | None) -> str | None:
 
 
 def _say(text: str) -> None:
-    with suppress(OSError):  # nobody is there to read it
-        print(f"datm-ray: {text}", file=sys.stderr, flush=True)
+    if sys.stderr is not None:
+        with suppress(OSError):  # nobody is there to read it
+            print(f"datm-ray: {text}", file=sys.stderr, flush=True)
 
 
 def _has_no_reader(stream: TextIO | None) -> bool:
