@@ -77,6 +77,8 @@ def _not_written(failure: OSError, what: str) -> ClusterError:
     home = os.path.expanduser("~")
     fact = f"{what}: cannot write {place} ({failure.strerror or type(failure).__name__})"
     at_home = place.startswith(os.path.join(home, ".ray"))
+    if not at_home and "ray" not in Path(place).parts:  # a program that Ray would start, say
+        return ClusterError(f"{what}: {place}: {failure.strerror}", remedy="use --executor serial")
     remedy = (
         "set HOME to a folder of yours, such as HOME=$(mktemp -d)"
         if at_home

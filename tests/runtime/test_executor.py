@@ -424,6 +424,11 @@ REFUSED = {
         None,
         r"cannot write /etc/ray/session_1 \(Permission denied\)\. /etc belongs to root, .*Set RAY_TMPDIR",
     ),
+    "a program": (
+        PermissionError(13, "Permission denied", "/usr/bin/x"),
+        None,
+        r"machine: /usr/bin/x: Permission denied",
+    ),
     "a full disk": (OSError(28, "No space left", "/tmp/ray/x"), None, r"The disk or the quota is full\. Make room, or"),
     "a long path": (OSError("AF_UNIX path length cannot exceed 107 bytes"), None, r"with a shorter path, or use"),
     "its environment": (
