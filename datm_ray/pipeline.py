@@ -496,12 +496,14 @@ class Pipeline:
                 "the data set was changed, or dataset.path leads to another one",
                 "give another --out or --set name=...",
             )
-        smallest = int(np.bincount(raw.train.labels, minlength=raw.classes).min())
-        if config.distill.ipc > smallest:
+        smallest = int(np.bincount(raw.train.labels, minlength=raw.classes).argmin())
+        left, held_out, tested = (int((of.labels == smallest).sum()) for of in (raw.train, raw.validation, raw.test))
+        if config.distill.ipc > left:
+            name, share = raw.class_names[smallest], config.dataset.validation
             raise DatasetError(
-                f"distill.ipc is {config.distill.ipc}, but the smallest class of {raw.name} has {smallest} training "
-                "images",
-                remedy="lower distill.ipc",
+                f"distill.ipc is {config.distill.ipc}, but class {name!r} of {raw.name} has {left} training images",
+                f"{held_out} more are for validation (dataset.validation={share:g}) and {tested} for testing",
+                f"use --set distill.ipc={left}, or add images of this class",
             )
         require_whole_classes(config.cluster.shards, raw.classes, raw.name)
         self._check_networks(config)

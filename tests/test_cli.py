@@ -40,7 +40,7 @@ BAD_INPUT = {
         ["run", "digits-ipc1", "--set", "distill.final_start_bound=500", "--set", "distill.start_bound=500"],
         "beyond the trajectory's",
     ),
-    "ipc beyond class": (["run", "digits-ipc1", "--set", "distill.ipc=5000"], "lower distill.ipc"),
+    "ipc beyond class": (["run", "digits-ipc1", "--set", "distill.ipc=5000"], "use --set distill.ipc=118"),
     "batch norm backbone": (["run", "digits-ipc1", "--set", "network.norm=batch"], "network.norm=instance"),
     "batch norm further backbone": (
         ["run", "digits-ipc1", "--set", "backbones=[{network: {norm: batch}}]"],

@@ -253,6 +253,28 @@ def test_more_images_per_class_than_a_class_has_is_refused(tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
+def photos(folder: Path, count: int) -> RunConfig:
+    """The tiny run on two classes of so many images of 8 x 8 pixels each, with as many test images; a thumbnail too."""
+    for i in range(count):
+        for place in ("train/cat", "train/dog", "test/cat", "test/dog"):
+            (folder / place).mkdir(parents=True, exist_ok=True)
+            (folder / place / f"{i}.pgm").write_bytes(b"P5 8 8 255\n" + bytes([i] * 32 + [len(place) * 9] * 32))
+    (folder / "train/cat/._0.pgm").write_bytes(b"")
+    return tiny_config("dataset.source=folder", f"dataset.path={folder}", "dataset.validation=0.2")
+
+
+def test_the_largest_ipc_of_a_small_class_is_computed(tmp_path: Path) -> None:
+    """Ten images, two of which are for validation, leave eight; that is the remedy, and it works."""
+    config = photos(tmp_path / "data", 10)
+    with pytest.raises(DatasetError) as caught:
+        Pipeline([override(config, ["distill.ipc=10"])], str(tmp_path / "out"))
+    assert str(caught.value) == (
+        "distill.ipc is 10, but class 'cat' of data has 8 training images. 2 more are for validation "
+        "(dataset.validation=0.2) and 10 for testing. Use --set distill.ipc=8, or add images of this class."
+    )
+    Pipeline([override(config, ["distill.ipc=8"])], str(tmp_path / "out"))
+
+
 def test_more_networks_can_be_scored_on_a_finished_run(tmp_path: Path) -> None:
     """More seeds later are added to those that are there; nothing else is done again."""
     run_all(tiny_config("evaluate.seeds=1"), tmp_path)
