@@ -157,13 +157,14 @@ class Pipeline:
         return lines
 
     def data_lines(self) -> list[str]:
-        """What was understood of each data set, a line each."""
+        """What was understood of each data set, and how its files were read."""
         lines = []
         for raw in dict.fromkeys(self._raw.values()):
             height, width = raw.size
             parts = (("training", raw.train), ("validation", raw.validation), ("test", raw.test))
             counts = ", ".join(f"{len(images):,} {name}" for name, images in parts)
             lines.append(f"{raw.name}: {raw.classes} classes, {counts} images of {raw.channels}x{height}x{width}")
+            lines += [f"{raw.name}: {note}" for note in raw.notes]
         for dataset, raw in self._raw.items():
             cost = FitCost.of(dataset.kind, (raw.channels, *raw.size))
             if cost.minutes >= 1 and self._group_with_transform(dataset) is None:
@@ -230,7 +231,7 @@ class Pipeline:
                     fewer = self._fewer(config) if has_begun else ()
                     executor.require_room(config.name, min((config.workers_per_set, *fewer)))
                 self._require_memory(executor)
-            reporter.message(f"Running on {executor.description}")
+            reporter.message("\n".join([f"Running on {executor.description}", *self.data_lines()]))
             self._log = open_logger(self._log_to, self.out, self.configs, reporter.message)
             for config in self.configs:
                 # The recipe last: it is what marks a folder as a run's, for `report` too.

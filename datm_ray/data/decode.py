@@ -4,26 +4,31 @@ All images of a data set get the same shape: one channel where every image is gr
 common size, or a square of `resize` pixels (bilinear with antialiasing; the aspect ratio is not kept). Sizes are
 read from the files' headers first, and what does not fit into memory is refused then. Each image is resized as soon
 as it is decoded, so the images are never all in memory at their full size. JPEG files are decoded at their full size
-too: Pillow's `draft` mode is faster, but the pixels differ. Left
-out: EXIF rotation, which is not applied, transparency, which is dropped, and images of more than 8 bits a
-channel, which are refused because halving their depth is a choice the user should make.
+too: Pillow's `draft` mode is faster, but the pixels differ. Images are turned as their EXIF data says. Whatever else
+is done to pixels is counted, for a user to see. Left out: transparency, which is dropped, the lower half of 16 bits,
+frames after the first, colour profiles, and images of 32 bits or floats, which are refused as nobody knows their
+range.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError, features
 
+from datm_ray.data.contents import HEAD_BYTES, Content, recognise, unreadable
 from datm_ray.errors import DatasetError
 from datm_ray.memory import available_memory
 
@@ -32,10 +37,37 @@ T = TypeVar("T")
 PIXELS_FREE, PIXELS_PER_BYTE = 2**24, 100
 """An image may have 16 million pixels and 100 for each byte of its file besides: photographs have 1 to 10 a byte."""
 
-_FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")  # Pillow knows some that start other programs
+TEXT_BYTES = 2**26
+"""A PNG may have 64 MiB of text. Pillow's own limit is as much for all its texts, but 1 MiB for a packed one."""
+
+_FORMATS = (
+    "AVIF",
+    "BMP",
+    "GIF",
+    "JPEG",
+    "MPO",
+    "PNG",
+    "PPM",
+    "TIFF",
+    "WEBP",
+)  # Pillow knows some that start other programs
 _BLOCK = 256  # images a thread takes at a time: few enough to balance the threads, enough to queue cheaply
 _GRAY = frozenset({"1", "L"})
-_DEEP = ("I", "F")  # first letters of Pillow's modes of 16 and 32 bits
+_MODES = {"1": "black and white", "L": "grey", "I;16": "16-bit grey", "P": "palette"}  # in words
+_ALPHA = frozenset({"LA", "PA", "La", "RGBA", "RGBa"})
+_NO_IMAGE = Content("no image of a known kind", "Replace or delete it")
+_ORIENTATION = 0x0112  # the EXIF tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # without a handler, its warnings go to the terminal
 
 
 @dataclass(frozen=True)
@@ -52,14 +84,29 @@ class Encoded:
         return len(self.labels)
 
 
+class Decoded(NamedTuple):
+    """Pixels, and what was done to them."""
+
+    pixels: list[NDArray[np.uint8]]  # [n c h w] of each set, with c, h and w common to all of them
+    notes: tuple[str, ...]
+    """A line that counts the images that were changed in some way; none if none was."""
+
+
 class _Header(NamedTuple):
     mode: str
+    """Pillow's; "I;16" for every kind of 16-bit grey."""
     width: int
     height: int
+    """Both as the image is shown."""
+    is_turned: bool = False
+    is_transparent: bool = False
+    is_deep: bool = False
+    """Whether it has 16 bits a channel."""
+    has_frames: bool = False
 
 
-def decode(sets: Sequence[Encoded], resize: int | None = None, copies: int = 1) -> list[NDArray[np.uint8]]:
-    """Pixels [n c h w] of each set, with c, h and w common to all of them.
+def decode(sets: Sequence[Encoded], resize: int | None = None, copies: int = 1) -> Decoded:
+    """Decode image files to arrays of one shape.
 
     Opens every file twice, for its header and for its pixels, so that the array can be allocated once.
 
@@ -68,15 +115,38 @@ def decode(sets: Sequence[Encoded], resize: int | None = None, copies: int = 1) 
         copies: float32 copies of all pixels that the caller will make.
 
     Raises:
-        DatasetError: a file is broken or too deep, sizes differ and `resize` is None, or memory does not suffice.
+        DatasetError: files are broken or too deep, sizes differ and `resize` is None, or memory does not suffice.
             The last two are raised before any image is decoded.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_with_image` bounds the pixels
+    with _pillow_prepared():
         headers = [_in_parallel(len(files), partial(_header, files)) for files in sets]
-        shape = _common_shape(sets, headers, resize)
+        if any(isinstance(header, _Unreadable) for of_set in headers for header in of_set):
+            # So that one message counts the files that are cut off too.
+            loaded = [_in_parallel(len(files), partial(_with_image, files, use=_turned)) for files in sets]
+            _require_readable(sets, loaded)
+        good = _require_readable(sets, headers)
+        shape = _common_shape(sets, good, resize)
         require_memory(sum(map(len, sets)), shape, copies, f", such as {sets[0].name(0)},")
-        return [_decode_set(files, shape) for files in sets]
+        pixels = [np.empty((len(files), *shape), dtype=np.uint8) for files in sets]
+        done = [
+            _in_parallel(len(files), partial(_decode_one, files, resize, of_set))
+            for files, of_set in zip(sets, pixels, strict=True)
+        ]
+        _require_readable(sets, done)
+    return Decoded(pixels, _notes(pixels, good, resize))
+
+
+@contextmanager
+def _pillow_prepared() -> Iterator[None]:
+    """Pillow's own limits and warnings as they are to be while images are decoded."""
+    limit = PngImagePlugin.MAX_TEXT_CHUNK
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `_with_image` bounds the pixels; what else it warns of, it mends
+        PngImagePlugin.MAX_TEXT_CHUNK = max(limit, TEXT_BYTES)
+        try:
+            yield
+        finally:
+            PngImagePlugin.MAX_TEXT_CHUNK = limit
 
 
 def resize_images(images: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
@@ -128,29 +198,78 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:,.1f} GiB"
 
 
-def _decode_set(files: Encoded, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    pixels = np.empty((len(files), *shape), dtype=np.uint8)
+def _decode_one(files: Encoded, resize: int | None, pixels: NDArray[np.uint8], index: int) -> _Unreadable | None:
+    def use(image: Image.Image) -> None:
+        turned = _turned(image)
+        if resize is None and turned.size[::-1] != pixels.shape[2:]:  # its EXIF data came after its pixels
+            raise _mixed_sizes(files.name(0), pixels.shape[:1:-1], files.name(index), turned.size)
+        pixels[index] = _pixels(turned, pixels.shape[1:])
 
-    def one(i: int) -> None:
-        pixels[i] = _with_image(files, i, lambda image: _pixels(image, shape))
-
-    _in_parallel(len(files), one)
-    return pixels
+    return _with_image(files, index, use)
 
 
-def _header(files: Encoded, index: int) -> _Header:
-    header = _with_image(files, index, lambda image: _Header(image.mode, *image.size))
-    if header.mode.startswith(_DEEP):
+def _header(files: Encoded, index: int) -> _Header | _Unreadable:
+    header = _with_image(files, index, _read_header)
+    if isinstance(header, _Header) and header.mode[0] in "IF" and header.mode != "I;16":
         raise DatasetError(
-            f"image {files.name(index)} has more than 8 bits a channel (mode {header.mode})",
-            remedy="Convert it to an 8-bit image first",
+            f"image {files.name(index)} has neither 8 nor 16 bits a channel (mode {header.mode})",
+            "Which of its values are black and white is not known",
+            "Convert it to an image of 8 or 16 bits first",
         )
     return header
 
 
-def _with_image(files: Encoded, index: int, use: Callable[[Image.Image], T]) -> T:
+def _read_header(image: ImageFile.ImageFile) -> _Header:
+    args = image.tile[0][3] if image.tile else ""
+    raw, *more = args if isinstance(args, tuple) and args else (args,)  # such as "RGB;16B"; of PPM also the brightest
+    is_16bit = ";16" in str(raw) or (image.format == "PPM" and more[:1] > [255])
+    is_grey = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    orientation = _orientation(image)
+    if orientation > 4 and image.format == "TIFF":
+        image.load()  # Pillow turns these itself, and some versions tell their size only then
+    width, height = image.size if orientation <= 4 or image.format == "TIFF" else image.size[::-1]
+    return _Header(
+        mode=image.mode if not is_grey else "I;16" if is_16bit or image.mode == "I" else str(raw),
+        width=width,
+        height=height,
+        is_turned=orientation in _TURNS,
+        is_transparent=image.mode in _ALPHA or "transparency" in image.info,
+        is_deep=is_16bit or is_grey,
+        has_frames=_has_frames(image),
+    )
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1, which is upright, where there is none that can be read."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1  # Pillow would decode the pixels, to see what comes after them
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+        return orientation if orientation in _TURNS else 1
+    except Exception:  # a malformed tag can raise almost anything
+        return 1
+
+
+def _has_frames(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # the next frame is damaged, and not needed
+        return True
+
+
+class _Unreadable(NamedTuple):
+    """Why an image cannot be read."""
+
+    reason: str
+    cause: str
+    remedy: str
+
+
+def _with_image(files: Encoded, index: int, use: Callable[[ImageFile.ImageFile], T]) -> T | _Unreadable:
+    head = b""
     try:
         with files.open(index) as file:
+            head = file.read(HEAD_BYTES)
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
             with Image.open(file, formats=_formats()) as image:
@@ -170,45 +289,111 @@ def _with_image(files: Encoded, index: int, use: Callable[[Image.Image], T]) -> 
             "Scale it down",
         ) from error
     except Exception as error:  # a malformed file can raise almost anything inside its decoder
+        content = recognise(head)
+        if content is not None and content.suffix in image_suffixes():
+            content = None  # the right kind, but damaged
+        elif content is None and isinstance(error, UnidentifiedImageError):
+            content = _NO_IMAGE
+        return _Unreadable(*unreadable(error, content))
+
+
+def _require_readable(sets: Sequence[Encoded], results: Sequence[Sequence[T | _Unreadable]]) -> list[list[T]]:
+    """The results, none of which may be `_Unreadable`."""
+    bad = [
+        (files.name(i), result)
+        for files, of_set in zip(sets, results, strict=True)
+        for i, result in enumerate(of_set)
+        if isinstance(result, _Unreadable)
+    ]
+    if len(bad) == 1:
+        ((name, only),) = bad
+        raise DatasetError(f"image {name} cannot be read ({only.reason})", only.cause, only.remedy)
+    if bad:
+        folder = os.path.commonpath([name for name, _ in bad])
+        named = ", ".join(f"{os.path.relpath(name, folder)} ({each.reason})" for name, each in bad[:3])
+        total, more = sum(map(len, sets)), f" and {len(bad) - 3} more" * (len(bad) > 3)
         raise DatasetError(
-            f"image {files.name(index)} cannot be read ({type(error).__name__}: {error})",
-            "The file is missing, truncated or not an image",
-            "Replace or delete it",
-        ) from error
+            f"{len(bad)} of {total} images cannot be read, in {folder}: {named}{more}",
+            remedy=". ".join(dict.fromkeys(each.remedy.split(":")[0] for _, each in bad)),
+        )
+    return [[result for result in of_set if not isinstance(result, _Unreadable)] for of_set in results]
+
+
+def image_suffixes() -> frozenset[str]:
+    """Suffixes, in small letters, of the images that this machine's Pillow can decode."""
+    Image.init()
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in _formats())
 
 
 @cache
 def _formats() -> tuple[str, ...]:
     """The names in `_FORMATS` that this machine's Pillow can open."""
     Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)
+    lacking = {name for name in ("AVIF", "WEBP") if name.lower() not in features.get_supported()}
+    return tuple(name for name in _FORMATS if name in Image.OPEN and name not in lacking)
 
 
 def _common_shape(
     sets: Sequence[Encoded], headers: Sequence[Sequence[_Header]], resize: int | None
 ) -> tuple[int, int, int]:
     every = [header for of_set in headers for header in of_set]
-    channels = 1 if all(header.mode in _GRAY for header in every) else 3
+    channels = 1 if all(header.mode in _GRAY or header.mode == "I;16" for header in every) else 3
     if resize is not None:
         return channels, resize, resize
     for files, of_set in zip(sets, headers, strict=True):
         for i, header in enumerate(of_set):
-            if header[1:] != every[0][1:]:
-                raise _mixed_sizes(sets[0].name(0), every[0], files.name(i), header)
+            if header[1:3] != every[0][1:3]:
+                raise _mixed_sizes(sets[0].name(0), every[0][1:3], files.name(i), header[1:3])
     return channels, every[0].height, every[0].width
 
 
-def _mixed_sizes(first: str, a: _Header, other: str, b: _Header) -> DatasetError:
-    side = min(a.height, a.width, _SIDES[0])
+def _mixed_sizes(first: str, a: tuple[int, ...], other: str, b: tuple[int, ...]) -> DatasetError:
+    """The error for two images of other width and height."""
     return DatasetError(
-        f"the images differ in size: {first} is {a.width}x{a.height}, {other} is {b.width}x{b.height}",
-        remedy=f"Make all of them squares of one size, e.g. with --set dataset.resize={side}",
+        f"the images differ in size: {first} is {a[0]}x{a[1]}, {other} is {b[0]}x{b[1]}",
+        remedy=f"Make all of them squares of one size, e.g. with --set dataset.resize={min(*a, *b, _SIDES[0])}",
     )
+
+
+def _notes(
+    pixels: Sequence[NDArray[np.uint8]], sets: Sequence[Sequence[_Header]], resize: int | None
+) -> tuple[str, ...]:
+    headers = [header for of_set in sets for header in of_set]
+    target = "L" if pixels[0].shape[1] == 1 else "RGB"
+    modes = Counter(_MODES.get(header.mode, header.mode) for header in headers if header.mode != target)
+    named = ", ".join(f"{mode} {count}" for mode, count in modes.most_common())
+    counts = (
+        (f"converted to {'grey' if target == 'L' else 'RGB'} ({named})", modes.total()),
+        ("turned by EXIF", sum(header.is_turned for header in headers)),
+        ("left without their transparency", sum(header.is_transparent for header in headers)),
+        ("cut from 16 to 8 bits", sum(header.is_deep for header in headers)),
+        ("read as the first of several frames", sum(header.has_frames for header in headers)),
+        (
+            "changed in aspect ratio by dataset.resize",
+            sum(resize is not None and header.width != header.height for header in headers),
+        ),
+    )
+    changes = ", ".join(f"{count:,} {what}" for what, count in counts if count)
+    images = (image for of_set in pixels for image in of_set)
+    brightest = max(
+        (int(image.max()) for image, header in zip(images, headers, strict=True) if header.mode == "I;16"), default=255
+    )
+    dark = f"the brightest pixel of the 16-bit images is {brightest} of 255; scale them if they use fewer than 16 bits"
+    return (*([f"of {len(headers):,} images: {changes}"] if changes else []), *([dark] if brightest < 64 else []))
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """The image as it is to be shown."""
+    image.load()  # then EXIF data that follow the pixels are known too
+    turn = None if image.format == "TIFF" else _TURNS.get(_orientation(image))  # Pillow turns TIFF images itself
+    return image if turn is None else image.transpose(turn)
 
 
 def _pixels(image: Image.Image, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """Pixels [c h w] of one image converted to the given shape."""
     channels, height, width = shape
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     converted = image.convert("L" if channels == 1 else "RGB")
     if converted.size != (width, height):
         converted = converted.resize((width, height), Image.Resampling.BILINEAR)

@@ -78,7 +78,7 @@ def file_tree(root: Path) -> Iterator[FileTree]:
     elif zipfile.is_zipfile(root):
         with _opened(root) as archive:
             names = tuple(sorted(name for name in archive.namelist() if not name.endswith("/")))
-            yield FileTree(root, names, lambda name: BytesIO(_unpacked(archive, name)))
+            yield FileTree(root, names, lambda name: BytesIO(_unpacked(root, archive, name)))
     else:
         problem = "is neither a folder nor a zip archive" if root.exists() else "does not exist"
         raise DatasetError(f"data set path {root} {problem}", remedy="Set dataset.path to where the data set is")
@@ -112,17 +112,24 @@ def _damaged(file: Path, error: Exception) -> DatasetError:
     )
 
 
-def _unpacked(archive: zipfile.ZipFile, name: str) -> bytes:
+def _unpacked(root: Path, archive: zipfile.ZipFile, name: str) -> bytes:
     """A member's content, which may not be larger than some multiple of what it takes in the archive.
 
     Raises:
-        ValueError: it would be, or it is packed by a method that cannot be unpacked bit by bit.
+        DatasetError: it would be, or it is packed by a method that cannot be unpacked bit by bit.
     """
     member = archive.getinfo(name)
     if member.file_size > UNPACKED_FREE + UNPACKED_RATIO * member.compress_size:
-        raise ValueError(f"{member.compress_size} bytes that unpack to {member.file_size} are no image")
+        raise DatasetError(
+            f"{root / name} cannot be read ({member.compress_size} bytes that unpack to {member.file_size})",
+            "No image shrinks so much, but what is made to fill the memory does",
+            "Delete it from the archive, or unpack the archive and give the folder",
+        )
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError("packed by another method than deflate")
+        raise DatasetError(
+            f"{root / name} cannot be read (it is packed by another method than deflate)",
+            remedy="Unpack the archive and give the folder",
+        )
     with archive.open(member) as file:
         return file.read(member.file_size)  # with a size, zipfile unpacks no more than it, whatever the header says
 

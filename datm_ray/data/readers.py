@@ -240,9 +240,9 @@ def _parquet(request: Request) -> Loaded:
     if not len(parts[0].encoded):
         raise _no_images(Path(request.path), "one image a row")
     names = parts[0].class_names or _numbered(parts[0].encoded.labels)
-    pixels = decode([part.encoded for part in parts], request.resize, request.copies)
-    sets = [ImageSet(images, part.encoded.labels) for images, part in zip(pixels, parts, strict=True)]
-    return Loaded(files.name, names, sets[0], sets[1] if len(sets) > 1 else None)
+    decoded = decode([part.encoded for part in parts], request.resize, request.copies)
+    sets = [ImageSet(images, part.encoded.labels) for images, part in zip(decoded.pixels, parts, strict=True)]
+    return Loaded(files.name, names, sets[0], sets[1] if len(sets) > 1 else None, notes=decoded.notes)
 
 
 def _numbered(labels: NDArray[np.int64]) -> tuple[str, ...]:
@@ -261,9 +261,9 @@ def _decoded(
     if not train:
         raise _no_images(tree.root, "train/<class>/*.png, <class>/*.png or, for tiny-imagenet, the official layout")
     encoded = [tree.encoded(files) for files in (train, test) if files]
-    pixels = decode(encoded, request.resize, request.copies)
-    sets = [ImageSet(images, files.labels) for images, files in zip(pixels, encoded, strict=True)]
-    return Loaded(name, class_names, sets[0], sets[1] if test else None)
+    decoded = decode(encoded, request.resize, request.copies)
+    sets = [ImageSet(images, files.labels) for images, files in zip(decoded.pixels, encoded, strict=True)]
+    return Loaded(name, class_names, sets[0], sets[1] if test else None, notes=decoded.notes)
 
 
 def _needed_path(name: str, request: Request) -> Path:

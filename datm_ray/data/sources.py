@@ -52,6 +52,8 @@ class RawDataset:
     """The uint8 value that means 1.0: 16 for digits, 255 for photographs."""
     fingerprint: str
     """16 hex digits over all pixels, labels, class names, levels and the split."""
+    notes: tuple[str, ...] = ()
+    """Lines on what was passed over, which files went where and what was done to pixels; printable."""
 
     @property
     def channels(self) -> int:
@@ -91,6 +93,8 @@ class Loaded:
     test: ImageSet | None
     """None where the source has no test set of its own; one is then split off `train`."""
     levels: int = 255
+    notes: tuple[str, ...] = ()
+    """Lines for the user on how the files were read."""
 
 
 Loader = Callable[[Request], Loaded]
@@ -153,6 +157,7 @@ def load_raw(
         test=test,
         levels=loaded.levels,
         fingerprint=_fingerprint(loaded.class_names, loaded.levels, (train, held_out, test)),
+        notes=tuple("".join(c if c.isprintable() else "?" for c in note) for note in loaded.notes),
     )
 
 

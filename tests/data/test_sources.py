@@ -453,18 +453,10 @@ def test_resize_is_antialiased(tmp_path: Path, encode: Encode) -> None:
     assert np.abs(ants.astype(int) - 127).max() < 20
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"\x89PNG nonsense", r"zz\.png cannot be read"), (None, r"more than 8 bits a channel \(mode I(;16)?\)")],
-)
-def test_unusable_image_is_named(content: bytes | None, message: str, tmp_path: Path, encode: Encode) -> None:
-    """Broken and 16-bit files are reported with their path."""
-    root = write_files(tmp_path, folder_files(encode, ("",)))
-    if content is None:
-        Image.fromarray(np.zeros((4, 6), dtype=np.uint16)).save(root / "ants" / "zz.png")
-    else:
-        (root / "ants" / "zz.png").write_bytes(content)
-    with pytest.raises(DatasetError, match=message):
+def test_unusable_image_is_named(tmp_path: Path, encode: Encode) -> None:
+    """A broken file is reported with its path."""
+    root = write_files(tmp_path, folder_files(encode, ("",)) | {"ants/zz.png": b"\x89PNG nonsense"})
+    with pytest.raises(DatasetError, match=r"zz\.png cannot be read \(no image of a known kind\)"):
         load_raw("folder", str(root))
 
 
@@ -628,7 +620,7 @@ def test_parquet_of_plain_bytes(tmp_path: Path, write_parquet: WriteParquet) -> 
         ({"columns": ("image", "species")}, r"no column 'label'.*columns are 'image', 'species'"),
         ({"images": [{"path": "x.png"}] * 30}, r"image column .* holds struct<path"),
         ({"images": [{"bytes": None}, *[{"bytes": b"x"}] * 29]}, r"1 row\(s\) without image bytes"),
-        ({"images": [{"bytes": b"x"}] * 30}, r"bad\.parquet row 0 cannot be read"),
+        ({"images": [{"bytes": b"x"}] * 30}, r"30 of 30 images cannot be read, .*: bad\.parquet row 0 \("),
         ({"class_names": ("ant", "bee")}, r"label 2, outside 0\.\.1"),
         ({"class_names": ("ant", "bee", "cow", "dog")}, r"no image of 1 of 4 classes, 'dog'"),
     ],

@@ -1,0 +1,161 @@
+"""What is done to pixels: turned by EXIF, cut to 8 bits, converted; each is counted, and nothing else is printed."""
+
+from __future__ import annotations
+
+import io
+import logging
+import struct
+import warnings
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps, PngImagePlugin, features
+
+from datm_ray.data.decode import Encoded, decode
+from datm_ray.errors import DatasetError
+
+FORMATS = ["JPEG", "PNG", "TIFF", "WEBP"] + ["AVIF"] * ("avif" in features.get_supported_modules())
+
+
+def encoded(*contents: bytes) -> Encoded:
+    return Encoded(np.zeros(len(contents), np.int64), lambda i: io.BytesIO(contents[i]), lambda i: f"/data/{i}.png")
+
+
+def saved(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def ramp(width: int = 24, height: int = 16) -> Image.Image:
+    """An image whose corners differ."""
+    y, x = np.indices((height, width))
+    return Image.fromarray(np.stack([x * 9, y * 14, (x + y) * 5], axis=-1).astype(np.uint8))
+
+
+def with_orientation(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG file."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_images_are_turned_as_their_exif_data_say(form: str) -> None:
+    """All eight orientations, in every format, are what Pillow's own function gives; the size is the turned one."""
+    for orientation in range(1, 9):
+        content = saved(ramp(), form, exif=with_orientation(orientation))
+        alike = (
+            saved(ramp(), exif=with_orientation(orientation)) if form == "TIFF" else content
+        )  # Pillow 10 turns it twice
+        with Image.open(io.BytesIO(alike)) as image:
+            expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB")).transpose(2, 0, 1)
+        (pixels,), notes = decode([encoded(content)])
+        assert pixels.shape[2:] == ((24, 16) if orientation > 4 else (16, 24)), orientation
+        assert np.array_equal(pixels[0], expected), orientation
+        assert notes == (() if orientation == 1 else ("of 1 images: 1 turned by EXIF",)), orientation
+
+
+def test_exif_data_after_the_pixels_count_too() -> None:
+    """A PNG may have them at its end; sizes that only show then are refused by name, and resized where asked."""
+    plain = saved(ramp())
+    end = plain.index(b"IEND") - 4
+    late = plain[:end] + chunk(b"eXIf", with_orientation(6).tobytes().removeprefix(b"Exif\0\0")) + plain[end:]
+    early = saved(ramp(), exif=with_orientation(6))
+    (pixels,), _ = decode([encoded(late)], 8)
+    assert np.array_equal(pixels, decode([encoded(early)], 8).pixels[0])
+    with pytest.raises(DatasetError, match=r"differ in size: /data/0\.png is 24x16, /data/1\.png is 16x24"):
+        decode([encoded(plain, late)])
+
+
+def test_broken_exif_data_are_no_error() -> None:
+    """Nonsense instead of tags, a number of no orientation, and a text for a number leave the image as it is."""
+    text = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x02x\0\0\0\0\0\0\0"
+    for exif in (
+        b"Exif\0\0nonsense",
+        b"Exif\0\0II*\0\xff\xff\xff\xff",
+        with_orientation(9).tobytes(),
+        text,
+        b"Exif\0\0",
+    ):
+        for form in ("JPEG", "PNG", "WEBP"):
+            (pixels,), notes = decode([encoded(saved(ramp(), form, exif=exif))])
+            assert (pixels.shape, notes) == ((1, 3, 16, 24), ()), (exif, form)
+
+
+def grey16(values: np.ndarray, form: str, **options: Any) -> bytes:
+    return saved(Image.fromarray(values.astype(np.uint16)), form, **options)
+
+
+def test_sixteen_bits_of_grey_become_eight() -> None:
+    """The upper half of each value is kept, in PNG, TIFF and PGM, and never clipped; the images are counted."""
+    values = np.arange(256).reshape(16, 16)
+    contents = {
+        "png": grey16(values * 257, "PNG"),
+        "tiff": grey16(values * 257, "TIFF", compression="tiff_lzw"),
+        "big-endian tiff": saved(Image.frombytes("I;16B", (16, 16), (values * 256).astype(">u2").tobytes()), "TIFF"),
+        "pgm": b"P5 16 16 65535\n" + (values * 256 + 255).astype(">u2").tobytes(),
+    }
+    (pixels,), notes = decode([encoded(*contents.values())])
+    for name, image in zip(contents, pixels, strict=True):
+        assert np.array_equal(image[0], values), name
+    assert notes == ("of 4 images: 4 converted to grey (16-bit grey 4), 4 cut from 16 to 8 bits",)
+
+
+def test_sixteen_bits_of_colour_are_counted() -> None:
+    """Pillow itself keeps the upper half of theirs."""
+    ppm = b"P6 1 1 65535\n" + struct.pack(">HHH", 0x1234, 0x5678, 0x9ABC)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
+    row = zlib.compress(b"\0" + struct.pack(">HHH", 0x1234, 0x5678, 0x9ABC))
+    png = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", row) + chunk(b"IEND", b"")
+    (pixels,), notes = decode([encoded(ppm, png)])
+    assert np.abs(pixels[:, :, 0, 0].astype(int) - [0x12, 0x56, 0x9A]).max() <= 1
+    assert notes == ("of 2 images: 2 cut from 16 to 8 bits",)
+
+
+def test_images_that_use_few_of_their_sixteen_bits_are_told() -> None:
+    """Scanners store 12 bits so; nearly black images are what becomes of them."""
+    assert decode([encoded(grey16(np.full((4, 4), 4095), "PNG"))]).notes[1:] == (
+        "the brightest pixel of the 16-bit images is 15 of 255; scale them if they use fewer than 16 bits",
+    )
+
+
+def test_values_of_no_known_range_are_refused() -> None:
+    """Floats and 32-bit integers by name: which of them is white is not known."""
+    for mode in ("F", "I"):
+        content = saved(Image.new(mode, (4, 4), 1000), "TIFF")
+        with pytest.raises(
+            DatasetError, match=rf"neither 8 nor 16 bits a channel \(mode {mode}\)\. .*8 or 16 bits first"
+        ):
+            decode([encoded(content)])
+
+
+def test_what_pillow_warns_of_reaches_nobody(recwarn: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    """Neither its warnings nor its log; they would come once for each image."""
+    palette = ramp().quantize(4)
+    odd = saved(palette, "PNG", transparency=b"\0\x80\xff\xff")
+    animated = saved(ramp(), "PNG")
+    animated = animated[:33] + chunk(b"acTL", struct.pack(">II", 0, 0)) + animated[33:]
+    warnings.simplefilter("always")
+    for content in (odd, animated, saved(ramp(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")):
+        decode([encoded(content)])
+    assert not recwarn.list
+    assert capfd.readouterr() == ("", "")
+    assert logging.getLogger("PIL").handlers, "without one, Python prints what is logged"
+
+
+def test_texts_in_png_files_do_not_matter() -> None:
+    """Two megabytes of them, packed or not, are no reason to refuse an image; Pillow's limit is then as before."""
+    limit = PngImagePlugin.MAX_TEXT_CHUNK
+    for add, packed in (("add_text", True), ("add_text", False), ("add_itxt", True)):
+        info = PngImagePlugin.PngInfo()
+        getattr(info, add)("workflow", "x" * 2_000_000, zip=packed)
+        (pixels,), _ = decode([encoded(saved(ramp(), pnginfo=info))])
+        assert np.array_equal(pixels[0].transpose(1, 2, 0), np.asarray(ramp())), (add, packed)
+    assert limit == PngImagePlugin.MAX_TEXT_CHUNK
