@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from datm_ray.artifact import KIND, export, load, save_artifact
 from datm_ray.cli.stores import _expert_lines
@@ -266,6 +266,11 @@ KINDS = {
     "png": Kind(write_images("PNG"), lambda path: pixels("folder", path.parents[1]), exact=False, count=50),
     "jpeg": Kind(write_images("JPEG"), lambda path: pixels("folder", path.parents[1]), exact=False, count=50),
     "webp": Kind(write_images("WEBP"), lambda path: pixels("folder", path.parents[1]), exact=False, count=50),
+    **(
+        {"avif": Kind(write_images("AVIF"), lambda path: pixels("folder", path.parents[1]), exact=False, count=30)}
+        if "avif" in features.get_supported_modules()
+        else {}
+    ),
     "tiff": Kind(write_images("TIFF"), lambda path: pixels("folder", path.parents[1]), exact=False, count=50),
 }
 

@@ -275,6 +275,28 @@ def test_the_largest_ipc_of_a_small_class_is_computed(tmp_path: Path) -> None:
     Pipeline([override(config, ["distill.ipc=8"])], str(tmp_path / "out"))
 
 
+def test_how_the_files_were_read_is_told_before_and_in_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What was passed over and which files went where stands in the dry run, and among a run's messages."""
+    config = photos(tmp_path / "data", 10)
+    pipeline = Pipeline([config], str(tmp_path / "out"))
+    lines = pipeline.data_lines()
+    assert lines == [
+        "data: 2 classes, 16 training, 4 validation, 20 test images of 1x8x8",
+        "data: 1 file or folder was not taken: hidden 1",
+        "data: training images: train; test images: test",
+    ]
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.train_experts(serial(config), Stopped())
+    assert capfd.readouterr().err.splitlines()[1:4] == lines
+
+
+class Stopped(Reporter):
+    """Stops the command when its first stage begins."""
+
+    def stage(self, title: str, tasks: int) -> Any:
+        raise KeyboardInterrupt
+
+
 def test_more_networks_can_be_scored_on_a_finished_run(tmp_path: Path) -> None:
     """More seeds later are added to those that are there; nothing else is done again."""
     run_all(tiny_config("evaluate.seeds=1"), tmp_path)

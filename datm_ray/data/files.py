@@ -1,42 +1,197 @@
-"""A folder or a zip archive as one list of files, so that a source need not know which it reads."""
+"""One rule of what is data below a folder or in a zip archive, so that a source need not know which it reads.
+
+Hidden files and folders are left out, links are followed but never upwards, and each file is taken once. What is
+passed over is counted, for a class that loses its files shifts the labels of the others. Left out: archives of other
+kinds, and links inside archives.
+"""
 
 from __future__ import annotations
 
 import os
+import posixpath
+import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import numpy as np
 
+from datm_ray.data.contents import recognise_file, unreadable
 from datm_ray.data.decode import Encoded
 from datm_ray.errors import DatasetError
 
 UNPACKED_FREE, UNPACKED_RATIO = 2**20, 200
 """A member of an archive may unpack to 1 MiB and to 200 times its packed size besides; encoded images hardly shrink."""
 
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
+_TAKEN = "links to what is taken already"
+
+_HIDDEN = {
+    *("__MACOSX", "__pycache__", "@eaDir", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot", "$RECYCLE.BIN"),
+    *("System Volume Information", "lost+found"),
+}
+"""Folders that operating systems and network drives add. Names that begin with "." are hidden too."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files below one root that are data, and what was passed over."""
+
+    files: tuple[str, ...]
+    """Sorted, relative to the root, with "/" between the parts on every system."""
+    folders: tuple[str, ...]
+    """Every folder that is not hidden, also without a file; sorted."""
+    passed_over: Counter[str]
+    """How many files and folders were not taken, by reason: a suffix such as ".heic", "hidden", ..."""
+
+    def subfolders(self, folder: str) -> list[str]:
+        """Names of the folders right in a folder; "" is the root."""
+        below = (
+            name.removeprefix(f"{folder}/") for name in self.folders if name.startswith(f"{folder}/" if folder else "")
+        )
+        return [name for name in below if "/" not in name]
+
+    def notes(self) -> tuple[str, ...]:
+        """A line that counts what was passed over; none if nothing was."""
+        reasons = sorted(self.passed_over.items(), key=lambda each: (-each[1], each[0]))
+        shown = ", ".join(f"{reason} {count}" for reason, count in reasons[:6])
+        more = sum(count for _, count in reasons[6:])
+        total = self.passed_over.total()
+        count = "1 file or folder was" if total == 1 else f"{total:,} files or folders were"
+        return (f"{count} not taken: {shown}" + (f", others {more}" if more else ""),) if reasons else ()
+
+
+def list_folder(root: Path, suffixes: Collection[str]) -> Listing:
+    """The files below a folder that end in one of the suffixes, whatever their case.
+
+    A link to a folder at or above `root` or the link itself is left out. A file or folder that several paths lead to
+    is taken once: by the path with the fewest links, else by the first in order.
+
+    Raises:
+        DatasetError: a folder cannot be read.
+    """
+    walk = _Walk(root, suffixes)
+    links = [("", walk.top)]
+    while links:  # a round takes what has as many links in its path
+        links = [more for name, target in sorted(links) for more in walk.take(name, target)]
+    return Listing(tuple(sorted(walk.files)), tuple(sorted(walk.folders)[1:]), walk.passed_over)
+
+
+class _Walk:
+    """What is found below a folder."""
+
+    def __init__(self, root: Path, suffixes: Collection[str]) -> None:
+        self.top = os.path.realpath(root)
+        self.files: list[str] = []
+        self.folders: list[str] = []
+        self.passed_over: Counter[str] = Counter()
+        self._root, self._suffixes = root, suffixes
+        self._seen: set[str] = set()  # real paths of the folders that were read, and of files that links lead to
+
+    def take(self, name: str, target: str) -> list[tuple[str, str]]:
+        """Take what a name leads to; the links below it and where they lead, for later."""
+        if os.path.isdir(target):
+            return self._take_folder(name, target)
+        if not _has_suffix(name, self._suffixes):
+            # Perhaps a class whose disk is not mounted.
+            if not os.path.exists(target):
+                self.folders.append(name)
+            self.passed_over[_suffix(name) if os.path.exists(target) else "links to nothing"] += 1
+        elif target in self._seen or self._is_taken(target):
+            self.passed_over[_TAKEN] += 1
+        else:
+            self.files.append(name)
+            self._seen.add(target)
+        return []
+
+    def _is_taken(self, target: str) -> bool:
+        folder, name = os.path.split(target)
+        listed = folder in self._seen and _has_suffix(name, self._suffixes) and not _is_hidden(name)
+        return listed and os.path.exists(target)
+
+    def _take_folder(self, name: str, target: str) -> list[tuple[str, str]]:
+        links, stack = [], [(name, target)]
+        while stack:
+            name, target = stack.pop()
+            self.folders.append(name)
+            if target in self._seen:
+                self.passed_over[_TAKEN] += 1
+                continue
+            self._seen.add(target)
+            for entry in self._entries(name, target):
+                path, real = posixpath.join(name, entry.name), os.path.join(target, entry.name)
+                if _is_hidden(entry.name):
+                    self.passed_over["hidden"] += 1
+                elif entry.is_symlink():
+                    real = os.path.realpath(real)
+                    if any(Path(below).is_relative_to(real) for below in (target, self.top)):
+                        self.passed_over["links upwards"] += 1
+                    else:
+                        links.append((path, real))
+                elif entry.is_dir():
+                    stack.append((path, real))
+                elif real in self._seen:
+                    self.passed_over[_TAKEN] += 1
+                elif entry.is_file() and _has_suffix(path, self._suffixes):
+                    self.files.append(path)
+                else:
+                    self.passed_over[_suffix(path) if entry.is_file() else "special files"] += 1
+        return links
+
+    def _entries(self, name: str, folder: str) -> list[os.DirEntry[str]]:
+        try:
+            with os.scandir(folder) as entries:
+                return list(entries)
+        except OSError as error:
+            raise _damaged(self._root / name, error) from error
+
+
+def _list_archive(names: Iterable[str], suffixes: Collection[str]) -> Listing:
+    """The same of the names in an archive, in which folders end in "/"."""
+    files: list[str] = []
+    folders: set[str] = set()
+    hidden: set[str] = set()
+    passed_over: Counter[str] = Counter()
+    for name in names:
+        parts = name.split("/")
+        depth = next((depth for depth, part in enumerate(parts) if _is_hidden(part)), len(parts) - 1)
+        folders.update("/".join(parts[:end]) for end in range(1, depth + 1))
+        if _is_hidden(parts[depth]):
+            hidden.add("/".join(parts[: depth + 1]))
+        elif parts[-1] and _has_suffix(name, suffixes):
+            files.append(name)
+        elif parts[-1]:
+            passed_over[_suffix(name)] += 1
+    passed_over["hidden"] = len(hidden)
+    return Listing(tuple(sorted(files)), tuple(sorted(folders)), +passed_over)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in _HIDDEN
+
+
+def _has_suffix(name: str, suffixes: Collection[str]) -> bool:
+    return PurePosixPath(name.lower()).suffix in suffixes
+
+
+def _suffix(name: str) -> str:
+    suffix = PurePosixPath(name.lower()).suffix
+    return suffix if re.fullmatch(r"\.\w{1,12}", suffix) else "without a suffix"
 
 
 @dataclass(frozen=True)
 class FileTree:
-    """All files below one root."""
+    """The data files below one root."""
 
     root: Path
-    names: tuple[str, ...]
-    """Sorted, relative to the root, with "/" between the parts on every system."""
+    listing: Listing
     open: Callable[[str], BinaryIO]
-
-    def images(self) -> list[tuple[str, ...]]:
-        """Path parts of every image file, hidden files and folders left out."""
-        split = [tuple(name.split("/")) for name in self.names if name.lower().endswith(_IMAGE_SUFFIXES)]
-        return [parts for parts in split if not any(part.startswith((".", "__MACOSX")) for part in parts)]
 
     def lines(self, name: str) -> list[str]:
         """Non-empty lines of a UTF-8 text file.
@@ -44,7 +199,7 @@ class FileTree:
         Raises:
             DatasetError: there is no such file.
         """
-        if name not in self.names:
+        if name not in self.listing.files:
             raise DatasetError(
                 f"the data set {self.root} has no file {name}",
                 "The folder or archive is incomplete, or is not the one meant",
@@ -66,29 +221,42 @@ class FileTree:
 
 
 @contextmanager
-def file_tree(root: Path) -> Iterator[FileTree]:
-    """The files below a folder, or in a zip archive, which stays open inside the `with` block.
+def file_tree(root: Path, suffixes: Collection[str]) -> Iterator[FileTree]:
+    """The data files below a folder, or in a zip archive, which stays open inside the `with` block.
+
+    A folder that holds everything else in an archive is left out of the names.
 
     Raises:
-        DatasetError: there is nothing at `root`, or it is neither a folder nor a zip archive.
+        DatasetError: there is nothing at `root`, or it is neither a folder nor a zip archive that can be read.
     """
     if root.is_dir():
-        names = tuple(sorted(_walk(root)))
-        yield FileTree(root, names, lambda name: (root / name).open("rb"))
+        yield FileTree(root, list_folder(root, suffixes), lambda name: (root / name).open("rb"))
     elif zipfile.is_zipfile(root):
         with _opened(root) as archive:
-            names = tuple(sorted(name for name in archive.namelist() if not name.endswith("/")))
-            yield FileTree(root, names, lambda name: BytesIO(_unpacked(root, archive, name)))
+            members = _members(archive)
+            listing = _list_archive(members, suffixes)
+            yield FileTree(root, listing, lambda name: BytesIO(_unpacked(root, archive, members[name])))
+    elif root.exists():
+        content = recognise_file(root)
+        known = f"is {content.name}" if content else "is neither a folder nor a zip archive"
+        raise DatasetError(
+            f"data set path {root} {known}",
+            "Its end is missing" if content and content.suffix == ".zip" else "",
+            content.remedy if content else "Set dataset.path to where the data set is",
+        )
     else:
-        problem = "is neither a folder nor a zip archive" if root.exists() else "does not exist"
-        raise DatasetError(f"data set path {root} {problem}", remedy="Set dataset.path to where the data set is")
+        raise DatasetError(f"data set path {root} does not exist", remedy="Set dataset.path to where the data set is")
 
 
 def _opened(root: Path) -> zipfile.ZipFile:
     try:
-        return zipfile.ZipFile(root)
+        archive = zipfile.ZipFile(root)
     except _DAMAGED as error:
         raise _damaged(root, error) from error
+    if any(member.flag_bits & 1 for member in archive.infolist()):
+        archive.close()
+        raise DatasetError(f"the archive {root} is encrypted", remedy="Unpack it with its password and give the folder")
+    return archive
 
 
 _DAMAGED = (
@@ -105,11 +273,25 @@ _DAMAGED = (
 
 
 def _damaged(file: Path, error: Exception) -> DatasetError:
-    return DatasetError(
-        f"{file} cannot be read ({type(error).__name__}: {error})",
-        "It is truncated, damaged or packed in another way",
-        "Fetch it again, or unpack it and give the folder",
-    )
+    reason, cause, remedy = unreadable(error, recognise_file(file))
+    return DatasetError(f"{file} cannot be read ({reason})", cause, remedy)
+
+
+def _members(archive: zipfile.ZipFile) -> dict[str, str]:
+    """The archive's own names by those that a folder would have, without one folder around everything.
+
+    Some programs write "./a.png" or "a\\b.png". Of a name that occurs twice the last counts, as for `unzip`.
+    """
+    members = {}
+    for own in archive.namelist():
+        name = own.replace("\\", "/")
+        members[posixpath.normpath(name).lstrip("/") + "/" * name.endswith("/")] = own
+    visible = [name for name in members if not any(map(_is_hidden, name.split("/")))]
+    around = {name.split("/")[0] for name in visible}
+    if len(around) != 1 or not any(name.count("/") > 1 for name in visible):
+        return members
+    (top,) = around
+    return {name.removeprefix(f"{top}/"): own for name, own in members.items() if name != f"{top}/"}
 
 
 def _unpacked(root: Path, archive: zipfile.ZipFile, name: str) -> bytes:
@@ -132,10 +314,3 @@ def _unpacked(root: Path, archive: zipfile.ZipFile, name: str) -> bytes:
         )
     with archive.open(member) as file:
         return file.read(member.file_size)  # with a size, zipfile unpacks no more than it, whatever the header says
-
-
-def _walk(root: Path) -> Iterator[str]:
-    # Class folders are often links to where the pixels are kept, hence followlinks.
-    for folder, _, files in os.walk(root, followlinks=True):
-        for name in files:
-            yield (Path(folder) / name).relative_to(root).as_posix()

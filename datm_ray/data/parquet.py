@@ -1,15 +1,16 @@
 """Parquet files as Hugging Face writes image data sets.
 
-A row is one image: a struct whose `bytes` field is an encoded JPEG or PNG (or that field on its own), and an
-integer label. Class names come from the schema's `huggingface` metadata where it has them. Images kept
-outside the file, string labels and nested folders of images are left out.
+A row is one image: a struct whose `bytes` field is an encoded JPEG or PNG (or that field on its own), and a label. An
+integer label numbers a class, whose name comes from the schema's `huggingface` metadata if it is there; a text is the
+class's name. Images kept outside the file and nested folders of images are left out.
 """
 
 from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import accumulate
@@ -19,7 +20,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from datm_ray.data.contents import recognise_file, unreadable
 from datm_ray.data.decode import Encoded
+from datm_ray.data.files import list_folder
+from datm_ray.data.splits import role_of, went_where
 from datm_ray.errors import DatasetError
 
 DECODED_FREE, DECODED_RATIO = 2**26, 20
@@ -38,6 +42,8 @@ class ParquetFiles:
     train: tuple[Path, ...]
     test: tuple[Path, ...]
     """Empty where one set has to serve for both."""
+    notes: tuple[str, ...] = ()
+    """Lines on which files were passed over, and which went where."""
 
 
 @dataclass(frozen=True)
@@ -52,22 +58,23 @@ class ParquetSet:
 @dataclass(frozen=True)
 class _Shard:
     images: Any  # pyarrow.ChunkedArray of binary [n]
-    labels: NDArray[np.int64]  # [n]
+    labels: NDArray[np.int64] | list[str]  # [n]; texts are names of classes
     class_names: tuple[str, ...] | None
 
 
 def find_files(path: str) -> ParquetFiles:
     """Files meant by a folder, by "TRAIN.parquet,TEST.parquet" or by a single file.
 
-    In a folder the relative path tells the role: "train", else "test", else "val" must occur in it. Where
-    there are test files those with "val" are left unused.
+    In a folder names tell what files are for; see `role_of`. Test files need labels, or else those for validation
+    are the test set.
 
     Raises:
         DatasetError: nothing is there, or a folder of several files does not say which are for training.
     """
-    named = [Path(part.strip()).expanduser() for part in path.split(",")]
-    if len(named) == 1 and named[0].is_dir():
-        return _in_folder(named[0])
+    whole = Path(path).expanduser()
+    if whole.is_dir():
+        return _in_folder(whole)
+    named = [whole] if whole.exists() else [Path(part.strip()).expanduser() for part in path.split(",")]
     missing = [file for file in named if not file.is_file()]
     if missing or len(named) > 2:
         raise DatasetError(
@@ -78,39 +85,66 @@ def find_files(path: str) -> ParquetFiles:
 
 
 def _in_folder(folder: Path) -> ParquetFiles:
-    files = sorted(folder.rglob("*.parquet"))
-    roles = {file: _role(file.relative_to(folder).as_posix().lower()) for file in files}
-    train, test, val = (tuple(file for file in files if roles[file] == role) for role in ("train", "test", "val"))
+    listing = list_folder(folder, {".parquet"})
+    files = listing.files
+    roles = {file: role_of(*reversed(file.split("/"))) for file in files}
+    train, test, val = ([file for file in files if roles[file] == role] for role in ("train", "test", "val"))
     if len(files) == 1:
-        train, test, val = tuple(files), (), ()
+        train, test, val = list(files), [], []
     if not train:
         raise DatasetError(
             f"the folder {folder} has no Parquet file of training images",
-            f"It holds {', '.join(file.name for file in files[:5]) or 'no *.parquet file at all'}",
-            "Give them names with 'train' in it, or set dataset.path to TRAIN.parquet,TEST.parquet",
+            f"It holds {', '.join(files[:5])}" if files else " ".join(("It holds no *.parquet file", *listing.notes())),
+            "Give them names with the word 'train' in it, or set dataset.path to TRAIN.parquet,TEST.parquet",
         )
-    return ParquetFiles(folder.resolve().name, train, test or val)
+    held_out = next((part for part in (test, val) if any(_is_labelled(folder / file) for file in part)), [])
+    unused = [
+        file if held_out or file not in test + val else f"{file} (without labels)"
+        for file in files
+        if file not in (*train, *held_out)
+    ]
+    return ParquetFiles(
+        folder.resolve().name,
+        tuple(folder / file for file in train),
+        tuple(folder / file for file in held_out),
+        (*listing.notes(), went_where(train, held_out, unused)),
+    )
 
 
-def _role(relative: str) -> str | None:
-    return next((role for role in ("train", "test", "val") if role in relative), None)
+def _is_labelled(file: Path) -> bool:
+    """Whether a row has a label: test images are often given -1 or nothing."""
+    import pyarrow as pa
+
+    with _reading(file) as parquet:
+        label = next((name for name in _LABEL_COLUMNS if name in parquet.schema_arrow.names), None)
+        if label is None:
+            return False
+        column = _decategorised(_read_columns(file, parquet, (label,)).column(label)).drop_null()
+        return len(column) > 0 and not (pa.types.is_integer(column.type) and (column.to_numpy() == -1).all())
 
 
-def read_parquet(files: Sequence[Path]) -> ParquetSet:
+def read_parquet(files: Sequence[Path], class_names: tuple[str, ...] | None = None) -> ParquetSet:
     """The shards one after another. Keeps the encoded bytes in memory, not the pixels.
+
+    Args:
+        class_names: names of the training classes, by which test labels that are texts are numbered; None for the
+            training files, whose texts in alphabetical order are the classes.
 
     Raises:
         DatasetError: a file cannot be read, lacks a column, or names other classes than the first one.
     """
     shards = [_read_shard(file) for file in files]
     for file, shard in zip(files, shards, strict=True):
-        if shard.class_names != shards[0].class_names:
+        if (shard.class_names, type(shard.labels)) != (shards[0].class_names, type(shards[0].labels)):
             raise DatasetError(
                 f"the Parquet files {files[0].name} and {file.name} hold different classes",
                 "Files of several data sets lie in one folder",
                 "Set dataset.path to TRAIN.parquet,TEST.parquet",
             )
-    labels = np.concatenate([shard.labels for shard in shards])
+    names = shards[0].class_names
+    if isinstance(shards[0].labels, list):
+        names = class_names or tuple(sorted({label for shard in shards for label in shard.labels}))
+    labels = np.concatenate([_numbered(file, shard, names) for file, shard in zip(files, shards, strict=True)])
     starts = [0, *accumulate(len(shard.labels) for shard in shards)]
 
     def place(index: int) -> tuple[int, int]:
@@ -125,31 +159,59 @@ def read_parquet(files: Sequence[Path]) -> ParquetSet:
         shard, row = place(index)
         return f"{files[shard]} row {row}"
 
-    return ParquetSet(Encoded(labels, open_row, name), shards[0].class_names)
+    return ParquetSet(Encoded(labels, open_row, name), names)
 
 
-def _read_shard(file: Path) -> _Shard:
+def _numbered(file: Path, shard: _Shard, names: tuple[str, ...] | None) -> NDArray[np.int64]:
+    """The labels [n] as numbers of classes."""
+    if not isinstance(shard.labels, list):
+        return shard.labels
+    number = {name: label for label, name in enumerate(names or ())}
+    unknown = next((label for label in shard.labels if label not in number), None)
+    if unknown is not None:
+        raise DatasetError(
+            f"the file {file} has a class {unknown!r} that the training files lack",
+            f"They have {', '.join((names or ())[:8])}",
+            "Give both the same classes",
+        )
+    return np.array([number[label] for label in shard.labels], dtype=np.int64)
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[Any]:
+    """A `pyarrow.parquet.ParquetFile`, all of whose errors are a `DatasetError`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        parquet = pq.ParquetFile(file)
+        with pq.ParquetFile(file) as parquet:
+            yield parquet
+    except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
+        content = recognise_file(file)
+        is_other = content is not None and content.suffix != ".parquet"
+        reason, cause, remedy = unreadable(error, content if is_other else None)
+        raise DatasetError(f"the file {file} cannot be read as Parquet ({reason})", cause, remedy) from error
+
+
+def _read_shard(file: Path) -> _Shard:
+    with _reading(file) as parquet:
         schema = parquet.schema_arrow
         image = _column(file, schema.names, _IMAGE_COLUMNS)
         label = _column(file, schema.names, _LABEL_COLUMNS)
         table = _read_columns(file, parquet, (image, label))
-        images, labels = table.column(image), table.column(label)
-    except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
-        raise DatasetError(
-            f"the file {file} cannot be read as Parquet ({str(error).splitlines()[0]})",
-            "The file is truncated or of another format",
-            "Fetch it again",
-        ) from error
+        images, labels = table.column(image), _decategorised(table.column(label))
     return _Shard(
         images=_image_bytes(file, images),
         labels=_labels(file, labels),
         class_names=_class_names(schema.metadata or {}, label),
     )
+
+
+def _decategorised(column: Any) -> Any:
+    """The values of a column, also where they are kept as categories."""
+    import pyarrow as pa
+
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
 def _read_columns(file: Path, parquet: Any, columns: Sequence[str]) -> Any:
@@ -208,14 +270,19 @@ def _image_bytes(file: Path, column: Any) -> Any:
     return column
 
 
-def _labels(file: Path, column: Any) -> NDArray[np.int64]:
+def _labels(file: Path, column: Any) -> NDArray[np.int64] | list[str]:
     import pyarrow as pa
 
-    if not pa.types.is_integer(column.type) or column.null_count:
+    kind = column.type
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if not (is_text or pa.types.is_integer(kind)) or column.null_count:
         raise DatasetError(
-            f"the label column of {file} holds {column.type} with {column.null_count} missing value(s)",
-            remedy="Write the labels as integers from 0 to the number of classes - 1",
+            f"the label column of {file} holds {kind} with {column.null_count} missing value(s)",
+            remedy="Write the labels as names of classes, or as integers from 0 to the number of classes - 1",
         )
+    if is_text:
+        names: list[str] = column.to_pylist()
+        return names
     labels: NDArray[np.int64] = column.to_numpy().astype(np.int64)
     return labels
 

@@ -17,15 +17,17 @@ from urllib.error import URLError
 import numpy as np
 from numpy.typing import NDArray
 
-from datm_ray.data.decode import decode, require_memory, resize_images
+from datm_ray.data.decode import decode, image_suffixes, require_memory, resize_images
 from datm_ray.data.files import FileTree, file_tree
 from datm_ray.data.parquet import find_files, read_parquet
 from datm_ray.data.sources import ImageSet, Loaded, Request, source
+from datm_ray.data.splits import Role, role_of, went_where
 from datm_ray.errors import DatasetError
 
 DEFAULT_FOLDER = Path("~/.cache/datm_ray")
 
-Named = list[tuple[str, tuple[str, ...]]]  # class name and path parts of each image
+Parts = tuple[str, ...]  # of a path
+Named = list[tuple[str, Parts]]  # class name and path of each image
 
 
 @source("digits")
@@ -108,11 +110,11 @@ def _cifar_images(part: Any, resize: int | None) -> ImageSet:
 @source("tiny-imagenet")
 def _tiny_imagenet(request: Request) -> Loaded:
     """`path` is `tiny-imagenet-200.zip` or the unpacked folder; its validation set is our test set."""
-    with file_tree(_tiny_root(request.path)) as tree:
+    with file_tree(_tiny_root(request.path), {".jpeg", ".txt"}) as tree:
         prefix = _tiny_prefix(tree)
         wnids = [line.strip() for line in tree.lines(f"{prefix}wnids.txt")]
         label_of = {wnid: label for label, wnid in enumerate(wnids)}
-        train, test = _tiny_train(tree, prefix, label_of), _tiny_test(tree, prefix, label_of)
+        train, test = _tiny_sorted(tree, f"{prefix}train", label_of), _tiny_test(tree, prefix, label_of)
         names = _tiny_class_names(wnids, tree.lines(f"{prefix}words.txt"))
         return _decoded("tiny-imagenet", names, tree, train, test, request)
 
@@ -126,17 +128,22 @@ def _tiny_root(path: str | None) -> Path:
 
 def _tiny_prefix(tree: FileTree) -> str:
     """What comes before `wnids.txt`: the archive, and a folder one level too high, have a top folder."""
-    lists = [name for name in tree.names if name.split("/")[-1] == "wnids.txt"]
+    lists = [name for name in tree.listing.files if name.split("/")[-1] == "wnids.txt"]
     return min(lists, key=len, default="").removesuffix("wnids.txt")
 
 
-def _tiny_train(tree: FileTree, prefix: str, label_of: dict[str, int]) -> list[tuple[str, int]]:
-    layout = re.compile(re.escape(prefix) + r"train/([^/]+)/images/[^/]+\.JPEG")
-    matches = ((name, layout.fullmatch(name)) for name in tree.names)
+def _tiny_sorted(tree: FileTree, folder: str, label_of: dict[str, int]) -> list[tuple[str, int]]:
+    """Images in class folders, with or without a folder `images` in them."""
+    layout = re.compile(re.escape(folder) + r"/([^/]+)/(?:images/)?[^/]+\.JPEG")
+    matches = ((name, layout.fullmatch(name)) for name in tree.listing.files)
     return [(name, label_of[match[1]]) for name, match in matches if match and match[1] in label_of]
 
 
 def _tiny_test(tree: FileTree, prefix: str, label_of: dict[str, int]) -> list[tuple[str, int]]:
+    """The validation set: as it is published, or sorted into class folders, in the order of its images' numbers."""
+    by_class = _tiny_sorted(tree, f"{prefix}val", label_of)
+    if by_class and not any(name.startswith(f"{prefix}val/images/") for name in tree.listing.files):
+        return sorted(by_class, key=lambda image: (len(image[0].split("/")[-1]), image[0].split("/")[-1]))
     rows = [line.split("\t") for line in tree.lines(f"{prefix}val/val_annotations.txt")]
     for row in rows:
         if len(row) < 2 or row[1] not in label_of:
@@ -156,37 +163,63 @@ def _tiny_class_names(wnids: Sequence[str], words: Sequence[str]) -> tuple[str, 
     return tuple(name if shared[name] == 1 else wnid for name, wnid in zip(names, wnids, strict=True))
 
 
-ROLES = {"train": "train", "training": "train", "test": "test", "testing": "test"}
-ROLES |= dict.fromkeys(("val", "valid", "validation"), "val")
-"""What folders are for, by their names in small letters."""
-
-
 @source("folder")
 def _folder(request: Request) -> Loaded:
     """Class folders of images below `path`/train and `path`/test (or val), or right below `path`.
 
-    Without a test folder a fixed fifth of each class is the test set. `path` may also be a zip archive of the
-    same.
+    Without a test folder that has labels a fixed fifth of each class is the test set. `path` may also be a zip
+    archive of the same.
     """
-    with file_tree(_needed_path("folder", request)) as tree:
-        images = tree.images()
-        # Class folders sit inside a role's folder.
-        roles = {ROLES[parts[0].lower()]: parts[0] for parts in images if len(parts) > 2 and parts[0].lower() in ROLES}
-        if "train" not in roles:
+    with file_tree(_needed_path("folder", request), image_suffixes()) as tree:
+        images = [tuple(name.split("/")) for name in tree.listing.files]
+        training = _folder_for("train", tree, images)
+        if training is None:
             _require_classes(tree, images)
-            return _class_folders(tree, [(parts[0], parts) for parts in images if len(parts) > 1], [], request)
-        held_out = roles.get("test", roles.get("val"))
-        _require_labelled(tree, images)
-        train, test = (
-            [(parts[1], parts) for parts in images if len(parts) > 2 and parts[0] == folder]
-            for folder in (roles["train"], held_out)
+            return _class_folders(tree, "", [(parts[0], parts) for parts in images if len(parts) > 1], "", [], request)
+        stray = next((parts for parts in images if len(parts) == 2 and parts[0] == training), None)
+        if stray:
+            raise DatasetError(
+                f"{'/'.join(stray)} in {tree.root} lies in no class folder",
+                "Images beside class folders have no label",
+                f"Sort {training} into a folder for each class, or move these images away",
+            )
+        train = _labelled(images, training)
+        for role in ("test", "val"):
+            held_out = _folder_for(role, tree, images)
+            test = _labelled(images, held_out)
+            # One folder of another name holds images without labels, such as test/images.
+            if held_out and (len({name for name, _ in test}) > 1 or {name for name, _ in test} & dict(train).keys()):
+                return _class_folders(tree, training, train, held_out, test, request)
+        return _class_folders(tree, training, train, "", [], request)
+
+
+def _folder_for(role: Role, tree: FileTree, images: Sequence[Parts]) -> str | None:
+    """The top folder of class folders for training or testing; one of just such a name comes first."""
+    tops = sorted({parts[0] for parts in images if len(parts) > 2 and role_of(parts[0]) == role})
+    plain = [top for top in tops if top.isalpha()]
+    if len(plain or tops) > 1:
+        raise DatasetError(
+            f"the folders {' and '.join((plain or tops)[:3])} in {tree.root} are both for {role}, by their names",
+            remedy="Put their images into one, or rename the others",
         )
-        return _class_folders(tree, train, test, request)
+    return next(iter(plain or tops), None)
 
 
-def _require_classes(tree: FileTree, images: Sequence[Sequence[str]]) -> None:
-    """That top folders are not parts of the set, under names nobody knows, or a level too many."""
-    tops = sorted({parts[0] for parts in images})
+def _labelled(images: Sequence[Parts], folder: str | None) -> Named:
+    """The images in the class folders of a folder."""
+    return [(parts[1], parts) for parts in images if len(parts) > 2 and parts[0] == folder]
+
+
+def _require_classes(tree: FileTree, images: Sequence[Parts]) -> None:
+    """That top folders are not parts of the set, or a level too many."""
+    tops = sorted({parts[0] for parts in images if len(parts) > 1})
+    parted = [top for top in tops if top.isalpha() and role_of(top)]
+    if parted and (parted == tops or any(role_of(top) != "train" for top in parted)):  # a class may well be of trains
+        raise DatasetError(
+            f"{tree.root} has a folder {parted[0]}, but no folder train with a folder of images for each class",
+            "; ".join((f"By its name {parted[0]} is a part of the set and no class", *tree.listing.notes())),
+            "Sort the images into train/CLASS and test/CLASS, or rename the folder if it is a class",
+        )
     if len(tops) > 1 and all(len(parts) > 2 for parts in images):
         raise DatasetError(
             f"{tree.root} has no images in {', '.join(tops[:4])}, but folders",
@@ -195,19 +228,18 @@ def _require_classes(tree: FileTree, images: Sequence[Sequence[str]]) -> None:
         )
 
 
-def _require_labelled(tree: FileTree, images: Sequence[Sequence[str]]) -> None:
-    """That beside a training folder no images lie outside class folders, where they would be passed over."""
-    stray = next((parts for parts in images if len(parts) == 2 and parts[0].lower() in ROLES), None)
-    if stray:
+def _class_folders(tree: FileTree, training: str, train: Named, held_out: str, test: Named, request: Request) -> Loaded:
+    """The data set of class folders below the folders `training`, "" for the root, and `held_out`, "" for none."""
+    listing = tree.listing
+    names = {name for name, _ in train}
+    empty = sorted(set(listing.subfolders(training)) - names)
+    if names and empty:
         raise DatasetError(
-            f"{'/'.join(stray)} in {tree.root} lies in no class folder",
-            "These images are unlabelled",
-            f"Sort {stray[0]} into a folder for each class, or move it away: a fifth is then held out for testing",
+            f"class {empty[0]!r}{f' (and {len(empty) - 1} more)' * (len(empty) > 1)} of {tree.root} has no image left",
+            "; ".join(listing.notes()) or "Its folder is empty",
+            "Add images that are PNG or JPEG, or move the folder away if it is no class",
         )
-
-
-def _class_folders(tree: FileTree, train: Named, test: Named, request: Request) -> Loaded:
-    class_names = tuple(sorted({name for name, _ in train}))
+    class_names = tuple(sorted(names))
     label_of = {name: label for label, name in enumerate(class_names)}
     unknown = sorted({name for name, _ in test} - label_of.keys())
     if unknown:
@@ -220,7 +252,11 @@ def _class_folders(tree: FileTree, train: Named, test: Named, request: Request) 
         [("/".join(parts), label_of[name]) for name, parts in images] for images in (train, test)
     )
     name = tree.root.resolve().name.removesuffix(".zip")
-    return _decoded(name, class_names, tree, train_files, test_files, request)
+    left_out = set(listing.files) - dict(train_files + test_files).keys()
+    left = Counter(file.split("/")[0] if "/" in file else "beside the folders" for file in left_out)
+    unused = [f"{top} ({count} image{'s' * (count > 1)})" for top, count in sorted(left.items())]
+    notes = (*listing.notes(), went_where([training or "all folders"], [held_out] if held_out else [], unused))
+    return _decoded(name, class_names, tree, train_files, test_files, request, notes)
 
 
 @source("parquet")
@@ -229,7 +265,8 @@ def _parquet(request: Request) -> Loaded:
     if request.path is None:
         raise _no_path("parquet")
     files = find_files(request.path)
-    parts = [read_parquet(shards) for shards in (files.train, files.test) if shards]
+    parts = [read_parquet(files.train)]
+    parts += [read_parquet(files.test, parts[0].class_names)] if files.test else []
     named = {part.class_names for part in parts}
     if len(named) > 1:
         raise DatasetError(
@@ -242,7 +279,8 @@ def _parquet(request: Request) -> Loaded:
     names = parts[0].class_names or _numbered(parts[0].encoded.labels)
     decoded = decode([part.encoded for part in parts], request.resize, request.copies)
     sets = [ImageSet(images, part.encoded.labels) for images, part in zip(decoded.pixels, parts, strict=True)]
-    return Loaded(files.name, names, sets[0], sets[1] if len(sets) > 1 else None, notes=decoded.notes)
+    notes = (*files.notes, *decoded.notes)
+    return Loaded(files.name, names, sets[0], sets[1] if len(sets) > 1 else None, notes=notes)
 
 
 def _numbered(labels: NDArray[np.int64]) -> tuple[str, ...]:
@@ -257,13 +295,16 @@ def _decoded(
     train: list[tuple[str, int]],
     test: list[tuple[str, int]],
     request: Request,
+    notes: tuple[str, ...] = (),
 ) -> Loaded:
     if not train:
-        raise _no_images(tree.root, "train/<class>/*.png, <class>/*.png or, for tiny-imagenet, the official layout")
+        raise _no_images(
+            tree.root, "train/<class>/*.png, <class>/*.png or, for tiny-imagenet, the official layout", notes
+        )
     encoded = [tree.encoded(files) for files in (train, test) if files]
     decoded = decode(encoded, request.resize, request.copies)
     sets = [ImageSet(images, files.labels) for images, files in zip(decoded.pixels, encoded, strict=True)]
-    return Loaded(name, class_names, sets[0], sets[1] if test else None, notes=decoded.notes)
+    return Loaded(name, class_names, sets[0], sets[1] if test else None, notes=(*notes, *decoded.notes))
 
 
 def _needed_path(name: str, request: Request) -> Path:
@@ -276,9 +317,9 @@ def _no_path(name: str) -> DatasetError:
     return DatasetError(f"source {name!r} needs a path", remedy="Set dataset.path to where the images are")
 
 
-def _no_images(root: Path, layout: str) -> DatasetError:
+def _no_images(root: Path, layout: str, notes: Sequence[str] = ()) -> DatasetError:
     return DatasetError(
         f"no training images found in {root}",
-        f"Expected was {layout}",
+        "; ".join((f"Expected was {layout}", *notes)),
         "Check dataset.path and the layout below it",
     )

@@ -1,19 +1,54 @@
-"""Stratified splits that are the same on every machine, in every run and under every numpy.
+"""Which images are trained on and which are tested on: by their files' names, else by a stratified split.
 
-Each image gets a 64-bit key from a fixed stream; in every class the images with the smallest keys are held
-out. Only raw generator output is used, because numpy freezes that between versions and its shuffles not. The
-run's seed plays no part: two runs that differ in seed must be judged on the same images.
+A split is the same on every machine, in every run and under every numpy. Each image gets a 64-bit key from a fixed
+stream; in every class the images with the smallest keys are held out. Only raw generator output is used, because numpy
+freezes that between versions and its shuffles not. The run's seed plays no part: two runs that differ in seed must be
+judged on the same images.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from datm_ray.errors import DatasetError
+
+Role = Literal["train", "test", "val"]
+
+_ROLES: dict[str, Role] = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+_ROLES |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
+
+
+def role_of(*names: str) -> Role | None:
+    """What files are for by the first name that says it; None if none does.
+
+    A name says it if it has a whole word for one role, in any case: "train-00000" does, "retrain" and
+    "train_test_split" do not.
+
+    Args:
+        names: name of a file or folder, then that of the folder around it, and so on.
+    """
+    for name in names:
+        words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name))
+        roles = {_ROLES[word] for word in map(str.lower, words) if word in _ROLES}
+        if len(roles) == 1:
+            return roles.pop()
+    return None
+
+
+def went_where(train: Sequence[str], test: Sequence[str], unused: Sequence[str]) -> str:
+    """A line on which files or folders are used for what."""
+    held_out = f"test images: {_few(test)}" if test else "test images: a fixed fifth of each class of these"
+    return f"training images: {_few(train)}; {held_out}" + (f"; not used: {_few(unused)}" if unused else "")
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 class Stream(IntEnum):
