@@ -231,7 +231,8 @@ class Pipeline:
                     fewer = self._fewer(config) if has_begun else ()
                     executor.require_room(config.name, min((config.workers_per_set, *fewer)))
                 self._require_memory(executor)
-            reporter.message("\n".join([f"Running on {executor.description}", *self.data_lines()]))
+            for line in (f"Running on {executor.description}", *self.data_lines()):
+                reporter.message(line)
             self._log = open_logger(self._log_to, self.out, self.configs, reporter.message)
             for config in self.configs:
                 # The recipe last: it is what marks a folder as a run's, for `report` too.

@@ -196,5 +196,5 @@ def find_home() -> None:
 
 def note_out(context: typer.Context, value: str) -> str:
     """Keep the output folder of a command, for `end_cleanly`."""
-    context.find_root().obj["out"] = value
+    context.find_root().ensure_object(dict)["out"] = value
     return value
