@@ -179,8 +179,12 @@ def datm_ray(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 def ray_cluster() -> Iterator[Any]:
     """A local Ray cluster with two CPUs, started once."""
     ray = pytest.importorskip("ray")
+    before = Path.cwd()
+    # Workers look for the tests in the folder of this moment, and the first test that asks may be in one of its own.
+    os.chdir(Path(__file__).parents[1])
     # "local", or it would join a cluster that somebody has started on this machine.
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    os.chdir(before)
     yield ray
     ray.shutdown()
 
