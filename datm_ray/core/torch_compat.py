@@ -43,15 +43,15 @@ def compile_graph(graph: fx.GraphModule, arguments: Sequence[Tensor], options: d
     import torch._inductor
 
     if TorchVersion(torch.__version__) < "2.14":
-        _add_biases_apart(graph)
+        add_biases_apart(graph)
     compiled: Callable[..., Any] = torch._inductor.compile(graph, list(arguments), options)
     return compiled
 
 
-def _add_biases_apart(graph: fx.GraphModule) -> None:
+def add_biases_apart(graph: fx.GraphModule) -> None:
     """Add biases after convolutions, since torch below 2.14 cannot compile a bias that is a view of a computed value.
 
-    Seen with 2.8 to 2.11, on CPUs, for stacks of experts; on GPUs the compiler adds them apart itself.
+    Seen with 2.8, 2.9 and 2.11, on CPUs, for stacks of experts; on GPUs the compiler adds them apart itself.
     """
     aten = torch.ops.aten
     for node in graph.graph.find_nodes(op="call_function", target=aten.convolution.default):

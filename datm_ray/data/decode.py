@@ -40,17 +40,8 @@ PIXELS_FREE, PIXELS_PER_BYTE = 2**24, 100
 TEXT_BYTES = 2**26
 """A PNG may have 64 MiB of text. Pillow's own limit is as much for all its texts, but 1 MiB for a packed one."""
 
-_FORMATS = (
-    "AVIF",
-    "BMP",
-    "GIF",
-    "JPEG",
-    "MPO",
-    "PNG",
-    "PPM",
-    "TIFF",
-    "WEBP",
-)  # Pillow knows some that start other programs
+# Pillow knows some that start other programs.
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 _BLOCK = 256  # images a thread takes at a time: few enough to balance the threads, enough to queue cheaply
 _GRAY = frozenset({"1", "L"})
 _MODES = {"1": "black and white", "L": "grey", "I;16": "16-bit grey", "P": "palette"}  # in words
@@ -121,9 +112,9 @@ def decode(sets: Sequence[Encoded], resize: int | None = None, copies: int = 1) 
     with _pillow_prepared():
         headers = [_in_parallel(len(files), partial(_header, files)) for files in sets]
         if any(isinstance(header, _Unreadable) for of_set in headers for header in of_set):
-            # So that one message counts the files that are cut off too.
-            loaded = [_in_parallel(len(files), partial(_with_image, files, use=_turned)) for files in sets]
-            _require_readable(sets, loaded)
+            # So that one message counts the files that are cut off too. No image is kept: they may not fit.
+            tried = [_in_parallel(len(files), partial(_with_image, files, use=_try)) for files in sets]
+            _require_readable(sets, tried)
         good = _require_readable(sets, headers)
         shape = _common_shape(sets, good, resize)
         require_memory(sum(map(len, sets)), shape, copies, f", such as {sets[0].name(0)},")
@@ -380,6 +371,11 @@ def _notes(
     )
     dark = f"the brightest pixel of the 16-bit images is {brightest} of 255; scale them if they use fewer than 16 bits"
     return (*([f"of {len(headers):,} images: {changes}"] if changes else []), *([dark] if brightest < 64 else []))
+
+
+def _try(image: Image.Image) -> None:
+    """Decode an image to see whether it can be."""
+    image.load()
 
 
 def _turned(image: Image.Image) -> Image.Image:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datm_ray.data.splits import Stream, stratified_split
-from datm_ray.errors import DatasetError
+from datm_ray.errors import DatasetError, one_line
 
 TEST_FRACTION = 0.2
 """Share of the images that becomes the test set where a source has none of its own."""
@@ -53,7 +53,7 @@ class RawDataset:
     fingerprint: str
     """16 hex digits over all pixels, labels, class names, levels and the split."""
     notes: tuple[str, ...] = ()
-    """Lines on what was passed over, which files went where and what was done to pixels; printable."""
+    """Lines on what was passed over, which files went where and what was done to pixels; no control characters."""
 
     @property
     def channels(self) -> int:
@@ -157,7 +157,7 @@ def load_raw(
         test=test,
         levels=loaded.levels,
         fingerprint=_fingerprint(loaded.class_names, loaded.levels, (train, held_out, test)),
-        notes=tuple("".join(c if c.isprintable() else "?" for c in note) for note in loaded.notes),
+        notes=tuple(map(one_line, loaded.notes)),
     )
 
 

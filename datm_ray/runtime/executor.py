@@ -152,9 +152,8 @@ class SerialExecutor:
     """One worker in this process, one task after the other."""
 
     def __init__(self, cluster: ClusterConfig) -> None:
-        from datm_ray.runtime.devices import (
-            prepare_device,  # torch, which who waits for workers elsewhere does not need
-        )
+        # Here, as it needs torch, which a process that waits for workers elsewhere need not import.
+        from datm_ray.runtime.devices import prepare_device
 
         device = prepare_device(cluster)  # so that a missing GPU is told before anything starts
         self.description = f"this process, {cluster.threads_per_worker} thread(s){', a GPU' * (device.type == 'cuda')}"

@@ -51,6 +51,7 @@ def trained(
 ) -> tuple[ExpertState, list[Tensor]]:
     """The state at the end, and the losses of every epoch."""
     functions = ExpertFunctions(networks[0], stacked=len(networks), compile_=compile_)
+    assert functions.note == "", "without compiled code nothing of it would be tested"
     state = ExpertState.initial(networks)
     images, labels = data(state.parameters.dtype)
     return state, list(train_experts(functions, images, labels, schedule, seeds, state))

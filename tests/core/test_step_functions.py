@@ -21,7 +21,7 @@ from datm_ray.core.instance_norm import InstanceNorm
 from datm_ray.core.networks import NetworkSpec, build_network
 from datm_ray.core.parameters import FlatNetwork, flatten
 from datm_ray.core.step_functions import Order, StepOptions, StudentStepFunctions, soft_cross_entropy
-from datm_ray.core.torch_compat import shapes_only
+from datm_ray.core.torch_compat import add_biases_apart, shapes_only
 from datm_ray.errors import ConfigError
 
 BATCH, IMAGE, CLASSES = 5, (3, 8, 8), 4
@@ -310,6 +310,23 @@ def test_compiled_functions_are_exact_and_compiled_once(
         inputs = draw(network, seed)
         assert_equal(results(functions, inputs), plain(network, inputs))
     assert len(compilations) == 2
+
+
+def test_biases_added_after_convolutions_change_nothing() -> None:
+    """As the compiler of earlier versions of torch needs them, whoever reads the convolution's result."""
+    draw_ = torch.Generator().manual_seed(0)
+    maps, kernel, bias = (torch.randn(*shape, generator=draw_) for shape in ((2, 3, 5, 5), (4, 3, 3, 3), (2, 2)))
+
+    def convolve(maps: Tensor, kernel: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        found = conv2d(maps, kernel, bias.exp().reshape(4))
+        return found, found.relu()
+
+    with shapes_only():
+        graph = traced(convolve, *map(torch.empty_like, (maps, kernel, bias)))
+    add_biases_apart(graph)
+    (convolution,) = (node for node in graph.graph.nodes if "convolution" in node.name)
+    assert convolution.args[2] is None
+    torch.testing.assert_close(graph(maps, kernel, bias), convolve(maps, kernel, bias))
 
 
 @pytest.mark.slow

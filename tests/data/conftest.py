@@ -70,3 +70,12 @@ def write_parquet(encode: Encode) -> WriteParquet:
         return path
 
     return write
+
+
+def write_files(root: Path, files: dict[str, bytes]) -> Path:
+    """Write files by their names relative to the root, with the folders that they need; the root."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return root

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from datm_ray.data import load_raw
+from datm_ray.data import decode, load_raw
 from datm_ray.data.contents import recognise
 from datm_ray.data.files import file_tree, list_folder
 from datm_ray.errors import DatasetError
+from tests.data.conftest import write_files
 
 Encode = Callable[..., bytes]
 WriteParquet = Callable[..., Path]
@@ -23,15 +25,9 @@ WriteParquet = Callable[..., Path]
 @pytest.fixture
 def animals(tmp_path: Path, encode: Encode) -> Path:
     """Two class folders of ten images."""
-    return write(tmp_path / "animals", {f"{name}/{i:02}.png": encode(i) for name in ("cat", "dog") for i in range(10)})
-
-
-def write(root: Path, files: dict[str, bytes]) -> Path:
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    return root
+    return write_files(
+        tmp_path / "animals", {f"{name}/{i:02}.png": encode(i) for name in ("cat", "dog") for i in range(10)}
+    )
 
 
 def packed(root: Path, archive: Path, spelt: Callable[[str], str] = str) -> Path:
@@ -64,7 +60,7 @@ def test_what_programs_and_drives_add_is_no_data(animals: Path, tmp_path: Path) 
     expected = load_raw("folder", str(animals))
     assert "not taken" not in " ".join(expected.notes)
     for name in HIDDEN:
-        write(animals, {name: (animals / "cat/00.png").read_bytes()})
+        write_files(animals, {name: (animals / "cat/00.png").read_bytes()})
     for path in (animals, packed(animals, tmp_path / "animals.zip")):
         raw = load_raw("folder", str(path))
         assert raw.fingerprint == expected.fingerprint, path
@@ -94,7 +90,7 @@ def link(root: Path, **targets: str) -> None:
 def test_links_upwards_are_not_followed(animals: Path, tmp_path: Path) -> None:
     """A link to the root, to a folder above it or above the link itself adds nothing, and ends."""
     expected = load_raw("folder", str(animals))
-    pool = write(tmp_path / "pool", {"x/note.txt": b""})
+    pool = write_files(tmp_path / "pool", {"x/note.txt": b""})
     link(animals, here=".", above="..", everything="/")
     link(animals / "cat", up="..", self=".", pool=str(pool / "x"))
     link(pool / "x", pool=str(pool))
@@ -105,8 +101,8 @@ def test_links_upwards_are_not_followed(animals: Path, tmp_path: Path) -> None:
 
 def test_each_file_is_taken_once_by_its_path_with_fewest_links(tmp_path: Path) -> None:
     """Links to files and folders that are taken already are passed over, in whatever order they are found."""
-    root = write(tmp_path / "root", {"b/1.png": b"", "c/2.png": b"", "pool/3.txt": b""})
-    write(tmp_path / "out", {"4.png": b"", "5.png": b"", "blob": b"", ".hidden/6.png": b""})
+    root = write_files(tmp_path / "root", {"b/1.png": b"", "c/2.png": b"", "pool/3.txt": b""})
+    write_files(tmp_path / "out", {"4.png": b"", "5.png": b"", "blob": b"", ".hidden/6.png": b""})
     link(root, a="b", d="../out", e="../out")
     link(root / "b", again="../c")
     link(
@@ -146,7 +142,7 @@ def test_a_class_without_an_image_is_refused(animals: Path, tmp_path: Path) -> N
             bee.symlink_to(target)
         else:
             bee.mkdir()
-            write(bee, {f"{i}.{suffix}": b"" for i, suffix in enumerate(files)})
+            write_files(bee, {f"{i}.{suffix}": b"" for i, suffix in enumerate(files)})
             paths.append(packed(animals, tmp_path / "animals.zip"))
         for path in paths:
             with pytest.raises(DatasetError, match=rf"class 'bee' of .*animals.* has no image left\. {said}\. Add"):
@@ -162,7 +158,7 @@ def test_suffixes_of_jpeg_and_avif_are_read(animals: Path, encode: Encode) -> No
     suffixes = ["jfif", "jpe", "JPG", "webp"] + ["avif"] * ("avif" in features.get_supported_modules())
     for suffix in suffixes:
         form = {"webp": "WEBP", "avif": "AVIF"}.get(suffix, "JPEG")
-        write(animals, {f"cat/{i}.{suffix}": encode(9, format=form) for i in range(2)})
+        write_files(animals, {f"cat/{i}.{suffix}": encode(9, format=form) for i in range(2)})
     raw = load_raw("folder", str(animals))
     assert sum(map(len, (raw.train, raw.validation, raw.test))) == 20 + 2 * len(suffixes)
     assert raw.fingerprint != expected.fingerprint
@@ -170,7 +166,7 @@ def test_suffixes_of_jpeg_and_avif_are_read(animals: Path, encode: Encode) -> No
 
 def test_images_beside_class_folders_are_told(animals: Path, encode: Encode) -> None:
     """They have no label, so they are not used, and a note says how many."""
-    write(animals, {"contact sheet.png": encode(1)})
+    write_files(animals, {"contact sheet.png": encode(1)})
     assert load_raw("folder", str(animals)).notes[-1].endswith("; not used: beside the folders (1 image)")
 
 
@@ -209,12 +205,12 @@ def test_pipes_are_not_opened(animals: Path) -> None:
 
 
 def test_names_of_files_cannot_write_to_the_terminal(tmp_path: Path, write_parquet: WriteParquet) -> None:
-    """Notes show control characters as question marks, and are one line each."""
+    """Notes show control characters as escapes, and are one line each."""
     write_parquet(tmp_path / "train\x1b[2J\n.parquet", [0, 1, 2] * 10)
     (tmp_path / "x.\x1b[2J").write_bytes(b"")
     notes = load_raw("parquet", str(tmp_path)).notes
     assert notes[0] == "1 file or folder was not taken: without a suffix 1"
-    assert notes[1].startswith("training images: train?[2J?.parquet;")
+    assert notes[1].startswith(r"training images: train\x1b[2J .parquet;")
 
 
 # ------------------------------------------------------------------------------------------ files of another kind
@@ -283,6 +279,22 @@ def test_bad_images_are_counted_and_three_are_named(animals: Path, encode: Encod
     (animals / "dog/09.png").unlink()
     (animals / "dog/09.png").symlink_to("nowhere.png")
     assert_refused(animals, r"4 of 20 images .* and 1 more\. ")
+
+
+def test_no_image_is_kept_while_bad_ones_are_counted(animals: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may not fit into memory at their full size."""
+    kept: list[object] = []
+    require = decode._require_readable
+
+    def watched(sets: Any, results: Any) -> Any:
+        kept.extend(result for of_set in results for result in of_set)
+        return require(sets, results)
+
+    monkeypatch.setattr(decode, "_require_readable", watched)
+    (animals / "cat/01.png").write_bytes(b"")
+    assert_refused(animals, r"cat/01\.png cannot be read")
+    assert len(kept) == 20
+    assert not any(isinstance(each, Image.Image) for each in kept)
 
 
 def assert_refused(path: Path, words: str) -> None:

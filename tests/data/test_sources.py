@@ -20,6 +20,7 @@ from PIL import Image
 from datm_ray.data import ImageSet, Loaded, RawDataset, Request, decode, known_sources, load_raw, source, sources
 from datm_ray.data.splits import Stream, stratified_split
 from datm_ray.errors import DatasetError
+from tests.data.conftest import write_files
 
 Encode = Callable[..., bytes]
 WriteParquet = Callable[..., Path]
@@ -240,14 +241,6 @@ def tiny_files(encode: Encode) -> dict[str, bytes]:
     files["val/val_annotations.txt"] = b"val_50.JPEG\tn01\t0\t32\t44\t62\nval_150.JPEG\tn02\t0\t32\t44\t62\n"
     files["test/images/test_0.JPEG"] = encode(0, (64, 64), "RGB", "JPEG")
     return files
-
-
-def write_files(root: Path, files: dict[str, bytes]) -> Path:
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    return root
 
 
 def write_zip(path: Path, files: dict[str, bytes], prefix: str = "") -> Path:
