@@ -63,6 +63,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep a file's tests in one process, which shares their fixtures, and all of the shared Ray cluster in another."""
     for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(900))  # on a machine that others keep busy
         shared = {"ray_cluster", "executor"} & set(getattr(item, "fixturenames", ()))
         group = "ray" if shared and item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
         item.add_marker(pytest.mark.xdist_group(group))

@@ -83,17 +83,6 @@ def test_distillation_changes_images_labels_and_step_size(finished_run: Path) ->
     assert before.step_size != after.step_size
 
 
-@pytest.mark.parametrize(
-    "executor", ["serial", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.slow])], indirect=True
-)
-def test_either_executor_gives_the_same_set_and_scores(executor: Executor, tmp_path: Path, finished_run: Path) -> None:
-    """Serial and Ray agree bit for bit."""
-    config = tiny_config()
-    pipeline = run_all(config, tmp_path, lambda: executor)
-    assert_same_set(load(str(tmp_path / "tiny/synthetic.arrow")), load(str(finished_run / "tiny/synthetic.arrow")))
-    assert accuracies(pipeline) == accuracies(Pipeline([config], str(finished_run)))
-
-
 def test_fair_scores_can_be_added_to_a_finished_run(tmp_path: Path, finished_run: Path) -> None:
     """Only the further rows are trained; who asks no more for them later still finds them in the report."""
     out = tmp_path / "out"

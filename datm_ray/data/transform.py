@@ -43,6 +43,7 @@ Images = Tensor | AnyFloats | NDArray[np.uint8]
 
 PUBLISHED_EPS = 0.1
 _TOO_LARGE = 2**20  # pixels on a side, in files
+_SMALLEST_DEVIATION = 1e-30  # in files; float32 holds the quotient of any pixel and it
 _CHUNK_BYTES = 1 << 26  # 64 MiB of temporaries while pixels are normalised
 _CPU = torch.device("cpu")
 _CENTRE = 128  # subtracted from uint8 pixels, so that they lie in -128..127
@@ -206,8 +207,11 @@ class Transform:
             raise unusable(f"eps is {eps}")
         if "values" in found and found["values"].min() < 0:
             raise unusable("an eigenvalue is negative")
-        if "std" in found and found["std"].min() <= 0:
-            raise unusable("a deviation is not positive")
+        if "vectors" in found and np.abs(found["vectors"]).max() > 1.01:
+            raise unusable("an eigenvector is longer than 1")
+        smallest = found["std"].min() if "std" in found else math.sqrt(found.get("values", np.ones(1)).min() + eps)
+        if smallest < _SMALLEST_DEVIATION:
+            raise unusable(f"a deviation is {smallest:.3g}")
         matrix = found.pop("matrix", None)
         return cls(kind, shape, fingerprint=fingerprint, eps=eps, stored_matrix=matrix, **found)
 
