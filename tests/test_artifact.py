@@ -215,7 +215,7 @@ UNSOUND = {
     "a recipe that is a list": (replaced("recipe", []), "no mapping"),
     "nan in the transform": (replaced("transform.mean", np.full(3, NAN)), "mean holds values that are not finite"),
     "a deviation of zero": (replaced("transform.std", np.zeros(3, np.float32)), "a deviation is 0"),
-    "a deviation that leads out of float32": (replaced("transform.std", np.full(3, 1e-40, np.float32)), "a deviation is"),
+    "a deviation out of float32": (replaced("transform.std", np.full(3, 1e-40, np.float32)), "a deviation is 1e-40"),
     "a transform without a size": (replaced("transform", {"kind": "standard", "shape": [3, 0, 5]}), "3x0x5"),
     "a transform of a list": (replaced("transform", []), "transform"),
 }

@@ -345,8 +345,11 @@ def test_maps_keep_their_order_of_memory_if_asked_to() -> None:
 
 
 @pytest.mark.slow
-def test_another_number_of_images_is_another_graph(compilations: list[Any]) -> None:
-    """Chunks of several sizes live side by side, each compiled once."""
+def test_another_number_of_images_is_another_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of several sizes live side by side, each compiled once; the graphs run here as they are."""
+    assert compiler_problem("cpu") == ""
+    compilations: list[Any] = []
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, *_: compilations.append(graph) or graph)
     network = make_network()
     functions = StudentStepFunctions(network, StepOptions())
     for batch in (2, 3, 2):
