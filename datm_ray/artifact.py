@@ -240,10 +240,21 @@ def load(uri: str) -> Artifact:
     """Read a synthetic set written by datm_ray, .arrow or .safetensors, from a path or any URI.
 
     Raises:
-        StoreError: there is no such file.
+        StoreError: there is no such file, or it is a folder.
         CorruptFileError: the file is no synthetic set, is truncated or altered, or its parts contradict each other.
     """
-    return read_artifact(open_location(uri))
+    location = open_location(uri)
+    try:
+        return read_artifact(location)
+    except StoreError as error:
+        is_folder = isinstance(error.__cause__, IsADirectoryError | FileNotFoundError)
+        names = location.list() if is_folder else []
+        found = [name for name in names if name in ("synthetic.arrow", "synthetic.safetensors")]
+        found += [f"{name}/synthetic.arrow" for name in names if (location / name / "synthetic.arrow").exists()]
+        if not found:
+            raise
+        places = " or ".join((location / name).uri for name in found[:3])
+        raise StoreError(f"{uri} is a folder", remedy=f"Give a set in it: {places}") from error
 
 
 def read_artifact(location: Location) -> Artifact:
@@ -391,7 +402,9 @@ def left_out(artifact: Artifact, kind: str) -> list[str]:
     lines = []
     if kind in ("png", "parquet") and (share := artifact.clipped_share()):
         shown = f"{100 * share:.0f} %" if share >= 0.01 else "Less than 1 %"
-        lines.append(f"{shown} of the pixels' values lay outside 0..1 and were clipped; the other formats keep them.")
+        lines.append(
+            f"{shown} of the pixels' values lay outside 0..1 and were clipped; arrow, safetensors and pt keep them."
+        )
     if kind == "png":
         lines.append(
             "PNG holds images and classes; soft labels and step size are in the .arrow file, and with --format pt."

@@ -248,6 +248,19 @@ def test_missing_file_is_a_store_error(tmp_path: Path) -> None:
         load(str(tmp_path / "none.arrow"))
 
 
+def test_a_folder_is_answered_with_the_sets_in_it(tmp_path: Path) -> None:
+    """Of a run, of several runs, and of an export; another folder is only called one."""
+    run = tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)
+    save(run / "synthetic.arrow", "standard")
+    for folder in (run, tmp_path / "runs"):
+        with pytest.raises(StoreError) as caught:
+            load(str(folder))
+        assert str(caught.value) == f"{folder} is a folder. Give a set in it: {run / 'synthetic.arrow'}."
+    with pytest.raises(StoreError, match=r"Cannot read .*\. Is a directory"):
+        load(str(tmp_path))
+
+
 def test_png_export_has_a_folder_per_class(artifact: Artifact, tmp_path: Path) -> None:
     """Lossless, and numbered in the order of the set."""
     written = export(artifact, "png", open_location(str(tmp_path / "out")))
