@@ -2,7 +2,7 @@
 
 Hidden files and folders are left out, links are followed but never upwards, and each file is taken once. What is
 passed over is counted, for a class that loses its files shifts the labels of the others. Left out: archives of other
-kinds, and links inside archives.
+kinds, and where links inside archives lead.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import posixpath
 import re
+import stat
 import struct
 import zipfile
 import zlib
@@ -234,7 +235,9 @@ def file_tree(root: Path, suffixes: Collection[str]) -> Iterator[FileTree]:
     elif zipfile.is_zipfile(root):
         with _opened(root) as archive:
             members = _members(archive)
-            listing = _list_archive(members, suffixes)
+            links = [name for name, own in members.items() if stat.S_ISLNK(archive.getinfo(own).external_attr >> 16)]
+            listing = _list_archive(members.keys() - links, suffixes)
+            listing.passed_over.update({"links in an archive": len(links)} if links else {})
             yield FileTree(root, listing, lambda name: BytesIO(_unpacked(root, archive, members[name])))
     elif root.exists():
         content = recognise_file(root)

@@ -302,6 +302,19 @@ def assert_refused(path: Path, words: str) -> None:
         load_raw("folder", str(path))
 
 
+def test_links_in_an_archive_are_counted(animals: Path, tmp_path: Path) -> None:
+    """They hold the path of another file, which is taken by its own name or lies elsewhere."""
+    archive = packed(animals, tmp_path / "animals.zip")
+    plain = load_raw("folder", str(archive))
+    link = zipfile.ZipInfo("cat/link.png")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(archive, "a") as file:
+        file.writestr(link, "../dog/0.png")
+    found = load_raw("folder", str(archive))
+    assert found.notes[0] == "1 file or folder was not taken: links in an archive 1"
+    assert found.fingerprint == plain.fingerprint
+
+
 def test_an_archive_stays_open_while_it_is_read(animals: Path, tmp_path: Path) -> None:
     """Names in it are those that a folder would have."""
     with file_tree(packed(animals, tmp_path / "a.zip", lambda name: f"top/{name}"), {".png"}) as tree:
