@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all test-versions lint type fmt check bench-cifar bench-experts bench-matching bench-metadd bench-plan bench-rounding bench-store fidelity gpu clean
+.PHONY: help install demo test test-slow test-all test-versions docs lint type fmt check bench-cifar bench-experts bench-matching bench-metadd bench-plan bench-rounding bench-store fidelity gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -42,11 +42,18 @@ lint: install  ## style
 type: install  ## types
 	$(BIN)/mypy
 
+docs: install  ## the documentation, into build/site; links and references must be right
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	rm -rf build/pages && mkdir -p build/pages
+	git ls-files -z -- '*.md' '*.png' '*.yaml' '*.json' '*.sh' '*.yml' 'cluster/*' 'datm_ray/*.py' pyproject.toml \
+	  | grep -zv '^tests/' | xargs -0 cp --parents -t build/pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file .ci/mkdocs.yml
+
 fmt: install  ## mend style where it can be done automatically
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-check: lint type test-all  ## all that must be green before a commit
+check: lint type docs test-all  ## all that must be green before a commit
 
 bench-experts: install  ## experts an hour against the published loop
 	$(BIN)/python benchmarks/bench_experts.py

@@ -1,4 +1,4 @@
-"""The files under cluster/, and the commands that they tell people to give."""
+"""The files under cluster/, and the commands that they and all documents tell people to give."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
-READMES = sorted(CLUSTER.rglob("README.md"))
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted(CLUSTER.rglob("README.md")),
+]
 MANIFESTS = sorted((CLUSTER / "kuberay").glob("*.yaml"))
 SCRIPTS = sorted(CLUSTER.rglob("*.sh"))
 
@@ -45,7 +49,10 @@ def commands(shell: str) -> list[list[str]]:
         lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;()")
         lexer.whitespace_split = True
         words: list[str] = []
-        for word in [*lexer, ";"]:
+        given = list(lexer)
+        for place, word in enumerate([*given, ";"]):
+            if ">" in (word, given[place - 1] if place else ""):
+                continue
             if set(word) <= set("|&;()"):
                 found += [words] if words else []
                 words = []
@@ -56,7 +63,7 @@ def commands(shell: str) -> list[list[str]]:
 
 def told_commands() -> list[tuple[str, list[str]]]:
     """Every whole `datm-ray` command that READMEs, scripts and manifests tell someone to give, with where it stands."""
-    told = [(readme, words) for readme in READMES for text in shell_blocks(readme) for words in commands(text)]
+    told = [(readme, words) for readme in DOCUMENTS for text in shell_blocks(readme) for words in commands(text)]
     for script in SCRIPTS:
         text = re.sub(r"\$\w+", "1", script.read_text())
         told += [(script, words) for line in re.findall(r"datm-ray (?:run|job) .*", text) for words in commands(line)]
@@ -70,6 +77,6 @@ def mentioned_commands() -> list[tuple[str, list[str]]]:
     """Every `datm-ray` command that a README names within a sentence, whole or not."""
     return [
         (str(readme.relative_to(ROOT)), shlex.split(text))
-        for readme in READMES
+        for readme in DOCUMENTS
         for text in re.findall(r"`(datm-ray [^`]+)`", readme.read_text())
     ]
