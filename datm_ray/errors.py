@@ -18,7 +18,7 @@ class DatmError(Exception):
         fact: what is wrong, with the offending value.
         cause: the likely reason, or "" where the fact says it all.
         remedy: what to do next, or "" where there is only one thing to do.
-        exit_code: of the command line; 2 for bad input, 1 for work that failed.
+        exit_code: of the command line; 2 for bad input, 1 for work that failed, 75 for a job that is out of sight.
     """
 
     exit_code = 2
@@ -75,6 +75,16 @@ class RunDirectoryError(DatmError):
 
 class ClusterError(DatmError):
     """Ray is missing, unreachable, or has not the resources asked for."""
+
+
+class JobNotFoundError(ClusterError):
+    """A cluster does not know the job that is asked for."""
+
+
+class JobUnreachableError(ClusterError):
+    """The cluster of a job that is followed has not answered for long; the job may be at work all the same."""
+
+    exit_code = 75  # EX_TEMPFAIL: the same command again may succeed
 
 
 class DivergenceError(DatmError):

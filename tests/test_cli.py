@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -629,10 +629,14 @@ def test_a_log_is_followed_into_a_pipe_that_closes(datm_ray: CommandLine, monkey
 
         def __init__(self, _address: str) -> None: ...
 
-        def follow(self, _number: str) -> Iterator[str]:
-            yield from ["line\n"] * 3
+        def follow(self, _number: str, show: Callable[[str], None], warn: object) -> None:
+            for _ in range(3):
+                show("line\n")
             if self.failure:
                 raise self.failure
+
+        def command(self, number: str) -> str:
+            return f"follow {number}"
 
     monkeypatch.setattr(ray_jobs, "Jobs", Jobs)
     read, write = os.pipe()
@@ -643,4 +647,4 @@ def test_a_log_is_followed_into_a_pipe_that_closes(datm_ray: CommandLine, monkey
     Jobs.failure = KeyboardInterrupt
     code, out, err = datm_ray("job", "logs", "here", "--follow")
     assert (code, out) == (130, "line\n" * 3)
-    assert err == "\nThe job goes on: datm-ray job logs here --follow --address http://127.0.0.1:8265\n"
+    assert err == "\nThe job goes on: follow here\n"

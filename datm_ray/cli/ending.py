@@ -1,6 +1,7 @@
 """How the command line ends: one line for every failure, an exit code, and a log for what nobody expected.
 
-Exit codes: 0, 1 for work that failed, 2 for bad input, 130 for Ctrl-C, 141 where the reader of the output has gone.
+Exit codes: 0, 1 for work that failed, 2 for bad input, 75 where a job that is followed is out of sight, 130 for Ctrl-C,
+141 where the reader of the output has gone.
 With DATM_RAY_DEBUG=1 a failure is shown with its traceback. Tests: tests/test_cli.py.
 """
 

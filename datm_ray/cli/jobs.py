@@ -22,6 +22,13 @@ Dashboard = Annotated[
     ),
 ]
 LOCAL_DASHBOARD = "http://127.0.0.1:8265"
+Follow = Annotated[
+    bool,
+    typer.Option(
+        "--follow",
+        help="Show the log until the job ends, and end as it ends; 75 if the cluster has not answered for 10 minutes.",
+    ),
+]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's number, as `job list` shows it.")]
 
 
@@ -35,7 +42,7 @@ def job_submit(
     requirements: Annotated[
         str | None, typer.Option("--requirements", metavar="FILE", help="Packages that the cluster lacks, for pip.")
     ] = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Show the job's log, and end as it ends.")] = False,
+    follow: Follow = False,
 ) -> None:
     """Hand `run` in as a job, which goes on when this terminal is closed. The same again resumes a job that ended."""
     from datm_ray.pipeline import require_together
@@ -47,9 +54,9 @@ def job_submit(
     require_together(configs)
     jobs = Jobs(address)
     number = jobs.submit(configs, out, store, requirements)
-    print(f"Job {number}\nNext: datm-ray job logs {number} --follow --address {address}")
+    print(f"Job {number}\nNext: {jobs.command(number)}", flush=True)
     if follow:
-        _follow(jobs, number, address)
+        _follow(jobs, number)
 
 
 @job_app.command("list")
@@ -96,14 +103,14 @@ def highlights(log: str, message: str) -> dict[str, str]:
 def job_logs(
     number: JobId,
     address: Dashboard = LOCAL_DASHBOARD,
-    follow: Annotated[bool, typer.Option("--follow", help="Go on until the job ends, and end as it ends.")] = False,
+    follow: Follow = False,
 ) -> None:
     """What a job has said."""
     from datm_ray.runtime.ray_jobs import Jobs
 
     jobs = Jobs(address)
     if follow:
-        _follow(jobs, number, address)
+        _follow(jobs, number)
     else:
         print(jobs.logs(number), end="")
 
@@ -116,15 +123,17 @@ def job_stop(number: JobId, address: Dashboard = LOCAL_DASHBOARD) -> None:
     print(f"Job {number} {'is being stopped' if Jobs(address).stop(number) else 'had ended already'}")
 
 
-def _follow(jobs: Jobs, number: str, address: str) -> None:
+def _follow(jobs: Jobs, number: str) -> None:
     """Show a job's log and end with its exit code; an interrupt leaves the job alone."""
     try:
-        for text in jobs.follow(number):
-            print(text, end="", flush=True)
+        job = jobs.follow(
+            number,
+            show=lambda text: print(text, end="", flush=True),
+            warn=lambda text: print(f"datm-ray: {text}", file=sys.stderr, flush=True),
+        )
     except KeyboardInterrupt:
-        print(f"\nThe job goes on: datm-ray job logs {number} --follow --address {address}", file=sys.stderr)
+        print(f"\nThe job goes on: {jobs.command(number)}", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    job = jobs.ended(number)
     print(f"Job {number} {job.status}{f': {job.message}' if job.status == 'failed' and job.message else ''}")
     if job.status != "succeeded":
         raise typer.Exit(job.exit_code or 1)

@@ -1,4 +1,4 @@
-"""Private parts of Ray, which may change with any version; no other module of this package uses private parts.
+"""Private parts of Ray, which may change with any version; of other modules only ray_dashboard uses one.
 
 Their behaviour was observed with the versions in docs/versions.md, from Ray 2.40 to 2.60. A version that lacks one of
 them loses a convenience, not a function.

@@ -7,42 +7,35 @@ process's environment travels, so that no secret can: the cluster has its own cr
 
 from __future__ import annotations
 
-import asyncio
-import os
 import re
 import shlex
 import tempfile
 import time
-import urllib.error
-import urllib.request
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import ray.exceptions
-from aiohttp import ClientError
-from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from ray.job_submission import JobDetails, JobStatus
 
 import datm_ray
 from datm_ray.config import RunConfig, to_yaml
-from datm_ray.errors import ClusterError, ConfigError
+from datm_ray.errors import ClusterError, ConfigError, JobNotFoundError, JobUnreachableError
 from datm_ray.runtime.ray_cluster import first_line
-from datm_ray.runtime.ray_compat import hush, use_token
+from datm_ray.runtime.ray_dashboard import Dashboard, masked
 from datm_ray.store.filesystem import open_location
 
-AuthenticationError: Any = getattr(ray.exceptions, "AuthenticationError", ())
-"""Of versions of Ray that know tokens."""
-CONNECT_TIMEOUT = 10.0
-"""Seconds to wait for a cluster to answer."""
 AGENT_TIMEOUT = 60.0
 """Seconds to wait for a cluster that answers to have somebody who takes jobs."""
-END_TIMEOUT = 30.0
-"""Seconds to wait for a job's state after the last line of its log."""
+FOLLOW_INTERVAL = (1.0, 5.0)
+"""Seconds between two looks at a log that grows, and at one that does not."""
+FOLLOW_SHARE = 0.1
+"""Share of the time that may go into fetching a log, which comes whole each time: 100 MiB take seconds."""
+FOLLOW_TIMEOUT = 600.0
+"""Seconds without an answer after which a job is no longer followed."""
+LAST_LINES_TIMEOUT = 30.0
+"""Seconds to wait for the log of a job that has ended."""
 _NUMBER = re.compile(r"\w[\w.+-]*")
 _NOT_FOUND = re.compile(r"status code 404: Job .* does not exist")
 _CREDENTIALS = re.compile(r"://[^/\s]*@")
@@ -85,22 +78,12 @@ class Jobs:
         Raises:
             ClusterError: nothing answers there, or no Ray cluster does.
         """
-        self._address = address
-        _require_web_address(address)
-        _go_around_proxy(address)
-        if address.startswith("https:"):
-            _share_authorities()
-        try:
-            _require_answer(address)
-            use_token()
-            self._client = JobSubmissionClient(address)
-            hush()
-        except AuthenticationError:
-            raise _no_token(address) from None
-        except (OSError, RuntimeError) as failure:
-            raise ClusterError(
-                f"no Ray cluster takes jobs at {address} ({first_line(failure)})", *_why_not(address, failure)
-            ) from None
+        self._shown = masked(address)
+        self._client = Dashboard(address)
+
+    def command(self, number: str) -> str:
+        """What to type to follow a job."""
+        return f"datm-ray job logs {number} --follow --address {shlex.quote(self._shown)}"
 
     def submit(
         self, configs: Sequence[RunConfig], out: str, store: str | None = None, requirements: str | None = None
@@ -129,24 +112,31 @@ class Jobs:
         command = ["python", "-m", "datm_ray", "run", *files, "--out", out, "--address", "auto"]
         command += ["--store", store] if store is not None else []
         names = ", ".join(config.name for config in configs)
-        with tempfile.TemporaryDirectory(prefix="datm-ray-job-") as folder, self._answers():
+        number = _new_number()
+        with tempfile.TemporaryDirectory(prefix="datm-ray-job-") as folder:
             for file, config in zip(files, configs, strict=True):
                 (Path(folder) / file).write_text(to_yaml(config), encoding="utf-8")
-            return self._submit(
+            self._submit(
                 entrypoint=shlex.join(command),
-                submission_id=f"datm-ray-{time.strftime('%Y%m%d-%H%M%S')}-{time.monotonic_ns() % 10**6:06d}",
+                submission_id=number,
                 runtime_env={**environment, "working_dir": folder},
                 metadata={MINE: names, "out": out},
             )
+        return number
 
-    def _submit(self, **job: Any) -> str:
+    def _submit(self, submission_id: str, **job: Any) -> None:
         """Hand in a job, to a cluster that may have started a moment ago and have nobody yet to take it."""
         end = time.monotonic() + AGENT_TIMEOUT
         while True:
             try:
-                return str(self._client.submit_job(**job))
-            except RuntimeError as failure:
-                if "No available agent" not in str(failure) or time.monotonic() > end:
+                with self._answers():
+                    self._client.submit_job(submission_id=submission_id, **job)
+                return
+            except ClusterError as failure:
+                with suppress(ClusterError):  # the answer may be lost, and not the job
+                    self.job(submission_id)
+                    return
+                if "No available agent" not in failure.fact or time.monotonic() > end:
                     raise
             time.sleep(1.0)
 
@@ -156,7 +146,7 @@ class Jobs:
                 raise ClusterError(
                     f"job {job.id} is {job.status} and writes to {out} already",
                     "two at once would write over each other",
-                    f"follow it with `datm-ray job logs {job.id} --follow`, stop it first, or give another --out",
+                    f"follow it with `{self.command(job.id)}`, stop it first, or give another --out",
                 )
 
     def list(self) -> list[Job]:
@@ -180,29 +170,51 @@ class Jobs:
             text: str = self._client.get_job_logs(number)
         return text
 
-    def follow(self, number: str) -> Iterator[str]:
-        """What a job says, as it says it, until it has ended. Leaving early does not stop the job."""
-        self.job(number)  # for a socket that is refused does not say why
-        loop = asyncio.new_event_loop()
-        lines: Any = self._client.tail_job_logs(number)
-        try:
-            with self._answers(), suppress(StopAsyncIteration):
-                while True:
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore", DeprecationWarning)  # in how Ray calls its web client
-                        text = loop.run_until_complete(anext(lines))
-                    yield text
-        finally:
-            with suppress(Exception):  # or it would complain about the connection that nobody has closed
-                loop.run_until_complete(lines.aclose())
-            loop.close()
+    def follow(self, number: str, show: Callable[[str], object], warn: Callable[[str], object]) -> Job:
+        """Show what a job says, as it says it, until it has ended; the job as it ended.
 
-    def ended(self, number: str) -> Job:
-        """A job that has said its last line, as it ended."""
-        end = time.monotonic() + END_TIMEOUT
-        while not (job := self.job(number)).is_over and time.monotonic() < end:
-            time.sleep(0.5)
-        return job
+        A connection that ends is made again, and the log goes on where it was. Leaving early does not stop the job.
+
+        Args:
+            show: called with every new part of the log.
+            warn: called with a sentence, once every time when the cluster does not answer.
+
+        Raises:
+            JobNotFoundError: there is no job of that number, or no longer.
+            JobUnreachableError: nothing has answered for `FOLLOW_TIMEOUT` seconds.
+        """
+        often, seldom = FOLLOW_INTERVAL
+        shown, pause, answered, warned = 0, often, time.monotonic(), False
+        while True:
+            start, job = time.monotonic(), None
+            try:
+                job = self.job(number)  # before its log, which then is whole if the job has ended
+                log = self.logs(number)
+            except JobNotFoundError:
+                raise
+            except ClusterError as failure:
+                silent = start - answered
+                if job is not None and job.is_over and silent > LAST_LINES_TIMEOUT:
+                    warn(f"the rest of the log cannot be read: {failure.fact}.")
+                    return job
+                if silent > FOLLOW_TIMEOUT:
+                    raise JobUnreachableError(
+                        f"{failure.fact}, for {silent / 60:.0f} minutes now",
+                        "the job goes on without this connection",
+                        f"follow it again with `{self.command(number)}`",
+                    ) from None
+                if not warned:
+                    warn(f"{failure.fact}. Trying again for {FOLLOW_TIMEOUT / 60:.0f} minutes; the job goes on.")
+                pause, warned = seldom, True
+            else:
+                if len(log) > shown:
+                    show(log[shown:])
+                if job.is_over:
+                    return job
+                answered, warned = time.monotonic(), False
+                pause = often if len(log) > shown else min(1.5 * pause, seldom)
+                pause, shown = max(pause, (answered - start) / FOLLOW_SHARE), max(shown, len(log))
+            time.sleep(pause)
 
     def stop(self, number: str) -> bool:
         """Stop a job; whether it was at work. What it has finished stays."""
@@ -212,43 +224,45 @@ class Jobs:
 
     @contextmanager
     def _answers(self, number: str | None = None) -> Iterator[None]:
-        """Turns the ways in which a cluster fails to answer into one.
+        """Turns the ways in which a cluster that answers refuses into one.
 
         Args:
             number: of the job that the block asks for; none where it asks for no single one.
         """
-        absent = ClusterError(
-            f"there is no job {number!r} at {self._address}", remedy="`datm-ray job list` shows those there are"
+        absent = JobNotFoundError(
+            f"there is no job {number!r} at {self._shown}",
+            remedy=f"`datm-ray job list --address {shlex.quote(self._shown)}` shows those there are",
         )
         if number is not None and not _NUMBER.fullmatch(number):  # its address would be that of something else
             raise absent
         try:
             yield
-        except AuthenticationError:
-            raise _no_token(self._address) from None
-        except (OSError, RuntimeError, ClientError) as failure:  # the last while a log is followed
+        except (OSError, RuntimeError, ValueError, TypeError, KeyError) as failure:  # the others of a strange answer
             if number is not None and _NOT_FOUND.search(str(failure)):
                 raise absent from None
             raise ClusterError(
-                f"the Ray cluster at {self._address} does not do it: {first_line(failure)}",
-                "it may have gone down, or refuse the job"
-                + (f"; requests go through {proxy}" if (proxy := _proxy_of(self._address)) else ""),
-                "`datm-ray job list` shows whether it answers; a job goes on without this connection",
+                f"the Ray cluster at {self._shown} does not do it ({_said(failure)})",
+                "it refuses the job, or has a trouble of its own",
+                f"`datm-ray job list --address {shlex.quote(self._shown)}` shows whether it answers",
             ) from None
 
 
-def _no_token(address: str) -> ClusterError:
-    return ClusterError(
-        f"the Ray cluster at {address} asks for an authentication token, and does not accept the one from here",
-        "no token was given, or that of another cluster",
-        "put the cluster's token into ~/.ray/auth_token, or set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH",
-    )
+def _said(failure: Exception) -> str:
+    """What Ray says of a refusal: the last line where it sends a traceback, else the first."""
+    text = str(failure).partition("Request failed with ")[2] or str(failure)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    is_traceback = any(line.startswith(("Traceback", "File ")) or "Traceback (most" in line for line in lines)
+    return masked(first_line(lines[-1] if is_traceback else text) or type(failure).__name__)
+
+
+def _new_number() -> str:
+    return f"datm-ray-{time.strftime('%Y%m%d-%H%M%S')}-{time.monotonic_ns() % 10**6:06d}"
 
 
 def _job(details: JobDetails) -> Job:
     metadata = details.metadata or {}
-    started = (details.start_time or 0) / 1000
     ended = (details.end_time or 0) / 1000 or time.time()
+    started = (details.start_time or 0) / 1000 or ended
     return Job(
         id=details.submission_id or details.job_id or "",
         status=JobStatus(details.status).value.lower(),
@@ -258,75 +272,6 @@ def _job(details: JobDetails) -> Job:
         message=first_line(details.message or ""),
         exit_code=details.driver_exit_code,
     )
-
-
-def _require_web_address(address: str) -> None:
-    try:
-        parts = urlsplit(address)
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        good = False
-    if not good:
-        given = "RAY_API_SERVER_ADDRESS" if os.environ.get("RAY_API_SERVER_ADDRESS") == address else "--address"
-        raise ClusterError(
-            f"{given} {address!r} is no address of a dashboard", remedy="write it like http://127.0.0.1:8265"
-        )
-
-
-def _go_around_proxy(address: str) -> None:
-    """Let this process reach an address on this machine directly: a proxy elsewhere would look for it there."""
-    host = urlsplit(address).hostname or ""
-    if not urllib.request.getproxies() or urllib.request.proxy_bypass(urlsplit(address).netloc):
-        return
-    with suppress(ValueError):
-        if host == "localhost" or ip_address(host).is_loopback:
-            # The lower-case name counts where both are set; a host in brackets is urllib's, one without requests'.
-            known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-            names = [host, f"[{host}]"] if ":" in host else [host]
-            os.environ["no_proxy"] = ",".join([*filter(None, [known]), *names])
-
-
-def _share_authorities() -> None:
-    """Let one variable be enough for a company's certificates: Python reads one, Ray's client the other."""
-    one, other = "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"
-    for name, twin in ((one, other), (other, one)):
-        if os.environ.get(twin) and os.path.isfile(os.environ[twin]):
-            os.environ.setdefault(name, os.environ[twin])
-
-
-def _proxy_of(address: str) -> str | None:
-    """The variable and the address of the proxy that requests go through, without credentials; None for no proxy."""
-    parts = urlsplit(address)
-    for name in (f"{parts.scheme}_proxy", f"{parts.scheme.upper()}_PROXY", "all_proxy", "ALL_PROXY"):
-        if os.environ.get(name):
-            if urllib.request.proxy_bypass(parts.netloc):
-                return None
-            return f"the proxy of {name}, {_CREDENTIALS.sub('://', os.environ[name])}"
-    return None
-
-
-def _why_not(address: str, failure: Exception) -> tuple[str, str]:
-    """Likely cause, and remedy, where a dashboard does not answer."""
-    if "CERTIFICATE_VERIFY_FAILED" in str(failure):
-        return (
-            "its certificate is of an authority that is unknown here, such as a company's own",
-            "set SSL_CERT_FILE and REQUESTS_CA_BUNDLE to the file of the authority's certificate",
-        )
-    if proxy := _proxy_of(address):
-        return (
-            f"the request went through {proxy}",
-            f"check that variable, or set no_proxy={urlsplit(address).hostname} to reach the address directly",
-        )
-    return (
-        "the address is wrong, the head node is down, or its port cannot be reached from here",
-        "give the address of its dashboard, such as http://127.0.0.1:8265, through a tunnel if need be",
-    )
-
-
-def _require_answer(address: str) -> None:
-    """Raise an `OSError` if nobody answers in time: Ray's own client would wait for ever."""
-    with suppress(urllib.error.HTTPError):  # an answer too, such as that a token is missing
-        urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=CONNECT_TIMEOUT).close()
 
 
 def _require_reachable(name: str, place: str) -> None:

@@ -1,46 +1,35 @@
-"""Jobs on a real Ray cluster over real HTTP: handed in, followed, stopped, handed in again."""
+"""Jobs on a real Ray cluster over real HTTP, handed in, followed, stopped, handed in again; and on one that fails."""
 
 from __future__ import annotations
 
 import os
 import re
 import socket
-import ssl
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-from collections.abc import AsyncIterator, Callable, Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from threading import Thread
+from types import SimpleNamespace
 
 import pytest
-import requests
-from aiohttp import ServerDisconnectedError
 from ray.job_submission import JobDetails
 
 from datm_ray.artifact import load
 from datm_ray.cli.jobs import highlights
 from datm_ray.config import to_yaml
-from datm_ray.errors import ClusterError, ConfigError
+from datm_ray.errors import ClusterError, ConfigError, JobNotFoundError
 from datm_ray.runtime.executor import Lost, Progress, Resized, Task
-from datm_ray.runtime.ray_jobs import Jobs
+from datm_ray.runtime.ray_jobs import Job, Jobs
 from datm_ray.runtime.telemetry import Reporter
 from datm_ray.store.filesystem import open_location
 from datm_ray.store.trajectories import TrajectoryStore
 from tests.conftest import CommandLine, tiny_config
+from tests.runtime import dashboard as dashboards
+from tests.runtime.dashboard import free_port
 
 SECRET = "no-log-shows-this"
-
-
-def free_port() -> int:
-    """That nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.fixture(scope="module")
@@ -81,59 +70,60 @@ def until(condition: object, seconds: float = 120) -> None:
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.s3
-def test_a_job_is_stopped_and_goes_on_where_it_was(datm_ray: CommandLine, dashboard: str, bucket: str) -> None:
-    """In a bucket, without any shared disk. The same submission finishes the run, and is followed to its end."""
-    out = f"s3://{bucket}/shared"
-    Path("tiny.yaml").write_text(
-        to_yaml(tiny_config("distill.iterations=150", "distill.checkpoint_every=5", "evaluate.seeds=1"))
-    )
-    arguments = ("job", "submit", "tiny.yaml", "--out", out, "--address", dashboard)
+def test_a_job_is_stopped_and_goes_on_where_it_was(
+    datm_ray: CommandLine, dashboard: str, bucket: str, tmp_path: Path
+) -> None:
+    """In a bucket, without any shared disk. The same submission finishes the run, and is followed to its end.
+
+    A second job beside it ends with the exit code of its command, and the reason in its log.
+    """
+    out, address = f"s3://{bucket}/shared", ("--address", dashboard)
+    Path("tiny.yaml").write_text(to_yaml(tiny_config("evaluate.seeds=1", "cluster.workers=1")))
+    Path("bad.yaml").write_text(to_yaml(tiny_config("dataset.source=folder", f"dataset.path={tmp_path}/none")))
+    arguments = ("job", "submit", "tiny.yaml", "--out", out, *address)
     code, told, err = datm_ray(*arguments)
     assert code == 0, err
     number = re.findall(r"^Job (\S+)$", told, re.MULTILINE)[0]
-    place = open_location(out)
-    until(lambda: (place / "tiny/checkpoint.arrow").exists())
-    assert "running" in datm_ray("job", "list", "--address", dashboard)[1]
     code, _, err = datm_ray(*arguments)
     assert (code, len(err.splitlines())) == (2, 1)
     assert f"writes to {out} already" in err
-    assert "is being stopped" in datm_ray("job", "stop", number, "--address", dashboard)[1]
+    assert f"datm-ray job logs {number} --follow --address {dashboard}" in err
+
+    code, told, _ = datm_ray("job", "submit", "bad.yaml", "--out", str(tmp_path / "out"), *address, "--follow")
+    assert code == 2
+    assert f"{tmp_path}/none" in told
+    assert "Traceback" not in told
+    bad = re.findall(r"^Job (\S+)$", told, re.MULTILINE)[0]
+    code, log, _ = datm_ray("job", "logs", bad, *address)
+    assert code == 0
+    assert told == told.partition("\n")[0] + f"\nNext: {Jobs(dashboard).command(bad)}\n{log}Job {bad} failed: " + (
+        f"{Jobs(dashboard).job(bad).message}\n"
+    )
+
+    until(lambda: "Distillation: 1 to do" in Jobs(dashboard).logs(number))
+    assert re.search(f"{number} +running", datm_ray("job", "list", *address)[1])
+    assert "is being stopped" in datm_ray("job", "stop", number, *address)[1]
     until(lambda: Jobs(dashboard).job(number).is_over)
-    code, told, _ = datm_ray("job", "status", number, "--address", dashboard)
+    code, told, _ = datm_ray("job", "status", number, *address)
     assert "stopped" in told
     assert out in told
+    place, store = open_location(out), TrajectoryStore(f"{out}/experts")
     assert not (place / "tiny/synthetic.arrow").exists()
-    store = TrajectoryStore(f"{out}/experts")
     (key,) = store.groups()
     assert store.group(key.dataset, key.architecture, key.fingerprint).experts() == [0, 1]
+
     code, told, err = datm_ray(*arguments, "--follow")
     assert code == 0, told + err
     assert "Experts: nothing to do" in told
     assert told.rstrip().endswith("succeeded")
     assert load(f"{out}/tiny/synthetic.arrow").images.shape[0] == 10
     assert (place / "report.html").exists()
-    assert len(datm_ray("job", "list", "--address", dashboard)[1].splitlines()) == 2
-    told += "".join(Jobs(dashboard).logs(job.id) + str(job) for job in Jobs(dashboard).list())
+    jobs = Jobs(dashboard).list()
+    assert [job.status for job in jobs] == ["stopped", "failed", "succeeded"]
+    told += "".join(Jobs(dashboard).logs(job.id) + str(job) for job in jobs)
     token = Path("~/.ray/auth_token").expanduser()
     assert SECRET not in told
     assert not token.exists() or token.read_text().strip() not in told
-
-
-@pytest.mark.slow
-@pytest.mark.ray
-def test_a_job_ends_with_the_exit_code_of_its_command(datm_ray: CommandLine, dashboard: str, tmp_path: Path) -> None:
-    """Whoever follows it gets the reason in the log, and the code."""
-    Path("tiny.yaml").write_text(to_yaml(tiny_config("dataset.source=folder", f"dataset.path={tmp_path}/none")))
-    code, told, _ = datm_ray(
-        "job", "submit", "tiny.yaml", "--out", str(tmp_path / "out"), "--address", dashboard, "--follow"
-    )
-    assert code == 2
-    assert f"{tmp_path}/none" in told
-    assert "Traceback" not in told
-    number = re.findall(r"^Job (\S+)$", told, re.MULTILINE)[0]
-    code, log, _ = datm_ray("job", "logs", number, "--address", dashboard)
-    assert code == 0
-    assert f"{tmp_path}/none" in log
 
 
 @pytest.mark.slow
@@ -158,95 +148,156 @@ def test_bad_input_hands_nothing_in(datm_ray: CommandLine, dashboard: str, tmp_p
     assert len(Jobs(dashboard).list()) == before
 
 
-@pytest.mark.parametrize(
-    ("address", "expected"),
-    [("127.0.0.1:8265", "is no address of a dashboard"), ("http://127.0.0.1:x", "is no address of a dashboard")],
-)
-def test_an_address_that_is_none_is_refused(address: str, expected: str) -> None:
-    """With how to write it."""
-    with pytest.raises(ClusterError, match=expected):
-        Jobs(address)
-
-
-def test_an_address_where_nobody_is_is_refused() -> None:
-    """Or where somebody else is."""
-    with pytest.raises(ClusterError, match="no Ray cluster takes jobs"):
-        Jobs(f"http://127.0.0.1:{free_port()}")
-
-
-def test_a_server_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes the connection and says nothing."""
-    monkeypatch.setattr("datm_ray.runtime.ray_jobs.CONNECT_TIMEOUT", 0.5)
-    expected = r"no Ray cluster takes jobs .*timed out"
-    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(ClusterError, match=expected):
-        Jobs(f"http://127.0.0.1:{silent.getsockname()[1]}")
-
-
-class Cluster:
-    """What Ray's client says of a cluster with one job, in Ray's own words; keeps what it was asked."""
-
-    def __init__(self, _address: str) -> None:
-        self.asked: list[str] = []
-        self.has_an_agent = True
-
-    def list_jobs(self) -> list[JobDetails]:
-        self.asked.append("list")
-        return [self.get_job_info("here")]
-
-    def get_job_info(self, number: str) -> JobDetails:
-        self.asked.append(f"job {number}")
-        if number != "here":
-            raise RuntimeError(f"Request failed with status code 404: Job {number} does not exist.")
-        metadata = {"datm_ray": "tiny", "out": "s3://bucket/runs"}
-        return JobDetails(type="SUBMISSION", submission_id=number, status="RUNNING", entrypoint="", metadata=metadata)
-
-    def get_job_logs(self, number: str) -> str:
-        self.get_job_info(number)
-        if self.has_an_agent:
-            return "Experts: 2 to do\n"
-        raise RuntimeError("Request failed with status code 500: Traceback\nthe agent of Job here does not exist.")
-
-    async def tail_job_logs(self, _number: str) -> AsyncIterator[str]:
-        yield "Experts: 2 to do\n"
-        raise ServerDisconnectedError
-
-    def stop_job(self, number: str) -> bool:
-        return bool(self.get_job_info(number))
+@pytest.fixture
+def there(monkeypatch: pytest.MonkeyPatch) -> Iterator[dashboards.Dashboard]:
+    """A dashboard in this process that has one job; logs are looked at often."""
+    monkeypatch.setattr("datm_ray.runtime.ray_dashboard.use_token", lambda: None)
+    monkeypatch.setattr("datm_ray.runtime.ray_jobs.FOLLOW_INTERVAL", (0.01, 0.01))
+    monkeypatch.setattr("datm_ray.runtime.ray_jobs.FOLLOW_SHARE", 10)
+    with dashboards.serving(log="Experts: 2 to do\n") as there:
+        yield there
 
 
 @pytest.fixture
-def jobs(monkeypatch: pytest.MonkeyPatch) -> Jobs:
-    """Those of the cluster above."""
-    for name in ("_require_answer", "use_token"):
-        monkeypatch.setattr(f"datm_ray.runtime.ray_jobs.{name}", lambda *_: None)
-    monkeypatch.setattr("datm_ray.runtime.ray_jobs.JobSubmissionClient", Cluster)
-    return Jobs("http://127.0.0.1:8265")
+def jobs(there: dashboards.Dashboard) -> Jobs:
+    """Those of the dashboard above."""
+    return Jobs(there.address)
 
 
-@pytest.mark.parametrize("ask", [Jobs.job, Jobs.logs, Jobs.stop, Jobs.ended, lambda jobs, job: next(jobs.follow(job))])
+def followed(jobs: Jobs, number: str = "here") -> tuple[Job, str, list[str]]:
+    """A job as it ended, its log as it was shown, and the warnings."""
+    shown, warned = [], []  # type: ignore[var-annotated]
+    return jobs.follow(number, shown.append, warned.append), "".join(shown), warned
+
+
+@pytest.mark.parametrize("ask", [Jobs.job, Jobs.logs, Jobs.stop, followed])
 @pytest.mark.parametrize("number", ["gone", "", ".", "../version", "here?x", "a b"])
 def test_a_job_that_is_not_there_is_told(jobs: Jobs, ask: Callable[[Jobs, str], object], number: str) -> None:
     """Also one whose number would lead to another page of the dashboard."""
-    with pytest.raises(ClusterError, match=re.escape(f"there is no job {number!r} at")):
+    with pytest.raises(JobNotFoundError, match=re.escape(f"there is no job {number!r} at")):
         ask(jobs, number)
 
 
-def test_a_job_is_asked_for_once(jobs: Jobs) -> None:
+def test_a_job_is_asked_for_once(jobs: Jobs, there: dashboards.Dashboard) -> None:
     """Without a list of all jobs before; and not every trouble means that there is none."""
     assert jobs.logs("here") == "Experts: 2 to do\n"
     assert jobs.job("here").status == "running"
-    assert jobs._client.asked == ["job here", "job here"]
-    jobs._client.has_an_agent = False
-    with pytest.raises(ClusterError, match="does not do it: Request failed with status code 500"):
+    assert there.paths() == ["/api/jobs/here/logs", "/api/jobs/here"]
+    said = "Traceback (most recent call last):\n  File x\nOSError: the agent of Job here does not exist"
+    there.plan = lambda _: (500, {"Content-Type": "text/plain"}, said)
+    with pytest.raises(ClusterError, match=r"does not do it \(OSError: the agent of Job here does not exist\)"):
         jobs.logs("here")
 
 
-def test_a_connection_that_breaks_while_a_job_is_followed_is_one_line(jobs: Jobs) -> None:
-    """The job goes on without it."""
-    lines = jobs.follow("here")
-    assert next(lines) == "Experts: 2 to do\n"
-    with pytest.raises(ClusterError, match="a job goes on without this connection"):
-        next(lines)
+@pytest.mark.parametrize("fault", [dashboards.LOST, dashboards.page(502), dashboards.page(200), dashboards.page(503)])
+def test_a_log_goes_on_where_a_connection_ended(
+    fault: dashboards.Answer, jobs: Jobs, there: dashboards.Dashboard
+) -> None:
+    """However the connection ends: no line is lost or shown twice, and an outage is told once."""
+    lines = [f"line {n}\n" for n in range(40)]
+    moments = iter(range(1000))
+
+    def plan(asked: dashboards.Asked) -> dashboards.Answer | None:
+        moment = next(moments)
+        there.log = "".join(lines[: 1 + moment // 2])[:-1]  # a look may fall into a line
+        if moment >= 100:
+            there.log, there.status, there.exit_code = "".join(lines), "FAILED", 3
+        return fault if moment % 40 in range(25, 32) else None
+
+    there.plan = plan
+    job, shown, warned = followed(jobs)
+    assert shown == "".join(lines)
+    assert (job.status, job.exit_code) == ("failed", 3)
+    assert len(warned) == 2
+    assert all("Trying again for 10 minutes; the job goes on." in line for line in warned)
+
+
+def test_a_log_of_which_parts_are_lost_is_not_begun_again(jobs: Jobs, there: dashboards.Dashboard) -> None:
+    """A cluster says that a log is empty where the machine that has it does not answer."""
+    logs = iter(["one\n", "one\ntwo\n", "", "one\n", "one\ntwo\nthree\n"])
+
+    def plan(asked: dashboards.Asked) -> None:
+        if asked.path.endswith("logs"):
+            there.log = next(logs, "one\ntwo\nthree\n")
+            there.status = "SUCCEEDED" if "three" in there.log else "RUNNING"
+
+    there.plan = plan
+    job, shown, warned = followed(jobs)
+    assert (job.status, shown, warned) == ("succeeded", "one\ntwo\nthree\n", [])
+
+
+def test_a_cluster_that_is_silent_for_long_is_left(
+    datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch, there: dashboards.Dashboard
+) -> None:
+    """With an exit code of its own, and the command that follows the job again."""
+    monkeypatch.setattr("datm_ray.runtime.ray_jobs.FOLLOW_TIMEOUT", 0.1)
+    there.plan = lambda asked: dashboards.page(502) if len(there.asked) > 6 else None
+    code, told, err = datm_ray("job", "logs", "here", "--follow", "--address", there.address)
+    assert (code, told) == (75, "Experts: 2 to do\n")
+    warning, end = err.splitlines()
+    assert "502 Bad Gateway" in warning
+    assert "the job goes on" in warning
+    assert end.endswith(
+        "The job goes on without this connection. "
+        f"Follow it again with `datm-ray job logs here --follow --address {there.address}`."
+    )
+
+
+def test_a_cluster_that_forgets_a_job_has_ended_it(jobs: Jobs, there: dashboards.Dashboard) -> None:
+    """It was restarted; waiting would not help."""
+    there.plan = lambda asked: there.job.update(submission_id="another") if len(there.asked) > 8 else None
+    with pytest.raises(JobNotFoundError):
+        followed(jobs)
+
+
+def test_a_job_that_has_ended_ends_though_its_log_is_gone(
+    monkeypatch: pytest.MonkeyPatch, jobs: Jobs, there: dashboards.Dashboard
+) -> None:
+    """The machine with the log went with the job."""
+    monkeypatch.setattr("datm_ray.runtime.ray_jobs.LAST_LINES_TIMEOUT", 0.1)
+    there.status = "SUCCEEDED"
+    there.plan = lambda asked: (500, {}, "no agent") if asked.path.endswith("logs") else None
+    job, shown, warned = followed(jobs)
+    assert (job.status, shown) == ("succeeded", "")
+    assert "the rest of the log cannot be read" in warned[-1]
+
+
+def test_a_long_log_is_fetched_less_often(
+    monkeypatch: pytest.MonkeyPatch, jobs: Jobs, there: dashboards.Dashboard
+) -> None:
+    """It comes whole each time, so that the time it takes is a tenth of the time that passes."""
+    pauses = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        there.status = "SUCCEEDED" if len(pauses) == 3 else "RUNNING"
+
+    times = iter([0.0, 0.0, 4.0, 10.0, 10.1, 20.0, 20.0, 30.0, 30.0])
+    monkeypatch.setattr("datm_ray.runtime.ray_jobs.FOLLOW_INTERVAL", (1.0, 5.0))
+    monkeypatch.setattr("datm_ray.runtime.ray_jobs.FOLLOW_SHARE", 0.1)
+    clock = SimpleNamespace(sleep=sleep, monotonic=lambda: next(times), time=time.time)
+    monkeypatch.setattr("datm_ray.runtime.ray_jobs.time", clock)
+    followed(jobs)
+    assert pauses == pytest.approx([40.0, 5.0, 5.0])
+
+
+def test_a_submission_whose_answer_is_lost_counts(
+    monkeypatch: pytest.MonkeyPatch, jobs: Jobs, there: dashboards.Dashboard, tmp_path: Path
+) -> None:
+    """The job is there, and a second one would only find its folder taken; one that is not there is an error."""
+    there.status = "SUCCEEDED"
+
+    def plan(asked: dashboards.Asked) -> dashboards.Answer | None:
+        if asked.method == "POST" and there.log.startswith("datm"):
+            there.job = {"submission_id": there.log}
+        return dashboards.page(504) if asked.method == "POST" else None
+
+    there.plan = plan
+    with pytest.raises(ClusterError, match="504 Gateway Timeout"):
+        jobs.submit([tiny_config()], str(tmp_path))
+    monkeypatch.setattr("datm_ray.runtime.ray_jobs._new_number", lambda: "datm-ray-1")
+    there.log = "datm-ray-1"
+    assert jobs.submit([tiny_config()], str(tmp_path)) == "datm-ray-1"
 
 
 def test_a_status_tells_losses_progress_and_the_last_line(
@@ -340,85 +391,3 @@ def test_a_job_without_a_message_has_none() -> None:
     for message in (None, ""):
         details = JobDetails(type="SUBMISSION", submission_id="j", status="PENDING", entrypoint="", message=message)
         assert (_job(details).id, _job(details).message) == ("j", "")
-
-
-PROXIES = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY")
-
-
-@pytest.fixture
-def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take away what the environment says about proxies and certificates; all of it is restored afterwards."""
-    for name in (*PROXIES, "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
-def test_an_address_on_this_machine_goes_around_the_proxy(
-    host: str, monkeypatch: pytest.MonkeyPatch, no_proxies: None
-) -> None:
-    """Both clients do, and what the user has excepted stays excepted."""
-    monkeypatch.setattr("datm_ray.runtime.ray_jobs.JobSubmissionClient", Cluster)
-    monkeypatch.setattr("datm_ray.runtime.ray_jobs.use_token", lambda: None)
-    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
-    monkeypatch.setenv("NO_PROXY", "inside.example")
-    server_kind = type("Server", (ThreadingHTTPServer,), {"address_family": socket.AF_INET6 if ":" in host else 2})
-    with server_kind((host.strip("[]"), 0), SimpleHTTPRequestHandler) as server:
-        monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
-        Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://{host}:{server.server_port}"
-        Jobs(address)
-        Jobs(address)  # a second time nothing is added
-        server.shutdown()
-    assert requests.utils.get_environ_proxies(address) == {}
-    assert requests.utils.get_environ_proxies("http://inside.example:8265") == {}
-    assert len(requests.utils.get_environ_proxies("http://outside.example:8265")) > 0
-    assert os.environ["no_proxy"].count(host.strip("[]")) == (2 if ":" in host else 1)
-
-
-def test_a_proxy_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, no_proxies: None) -> None:
-    """With the variable it came from, without its password, and with how to go around it."""
-    monkeypatch.setenv("http_proxy", f"http://me:{SECRET}@127.0.0.1:{free_port()}")
-    with pytest.raises(ClusterError, match=r"the proxy of http_proxy, http://127.*no_proxy=head\.example") as caught:
-        Jobs("http://head.example:8265")
-    assert SECRET not in str(caught.value)
-
-
-def test_certificates_of_a_company_are_named(monkeypatch: pytest.MonkeyPatch, no_proxies: None, tmp_path: Path) -> None:
-    """Either variable is enough, and a failure names both."""
-    refused = urllib.error.URLError(ssl.SSLCertVerificationError(1, "[SSL: CERTIFICATE_VERIFY_FAILED] self-signed"))
-
-    def refuse(*_: object) -> None:
-        raise refused
-
-    monkeypatch.setattr("datm_ray.runtime.ray_jobs._require_answer", refuse)
-    (tmp_path / "company.pem").touch()
-    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "company.pem"))
-    with pytest.raises(ClusterError, match="Set SSL_CERT_FILE and REQUESTS_CA_BUNDLE to the file"):
-        Jobs("https://head.example:8265")
-    assert os.environ["REQUESTS_CA_BUNDLE"] == os.environ["SSL_CERT_FILE"]
-
-
-def test_a_reader_of_a_log_that_goes_leaves_nothing_open(jobs: Jobs) -> None:
-    """The connection is closed with the generator, so that `job logs --follow | head` says nothing more."""
-    closed: list[bool] = []
-
-    async def endless(_number: str) -> AsyncIterator[str]:
-        try:
-            while True:
-                yield "line\n"
-        finally:
-            closed.append(True)
-
-    jobs._client.tail_job_logs = endless
-    lines = jobs.follow("here")
-    assert next(lines) == "line\n"
-    lines.close()  # type: ignore[attr-defined]
-    assert closed == [True]
-
-
-def test_an_address_of_the_environment_is_blamed_on_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's own variable for jobs."""
-    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "head:8265")
-    with pytest.raises(ClusterError, match=r"^RAY_API_SERVER_ADDRESS 'head:8265' is no address"):
-        Jobs("head:8265")
