@@ -14,7 +14,7 @@ import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.client import HTTPException
+from http.client import BadStatusLine, HTTPException
 from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urldefrag, urlsplit
@@ -38,7 +38,11 @@ OWN_ADDRESS = "RAY_API_SERVER_ADDRESS"
 """Ray's variable for the dashboard's address."""
 PORT = 8265
 """Port of a dashboard, where nobody has chosen another one."""
-_CREDENTIALS = re.compile(r"(\w+://|^)[^\s'\"]*@")
+OTHER_PORTS = ("6379", "10001")
+"""Ports of Ray that speak no HTTP: for drivers, and for Ray's client."""
+VERSION = "/api/version"
+"""Where a client asks first."""
+_CREDENTIALS = re.compile(r"(\w+://)[^\s'\"]*@|^[^\s:@/]+:[^\s@]*@")
 
 
 ESCAPES = "with %40, %2F and %3A for @, / and : in a password"
@@ -81,7 +85,7 @@ class Dashboard(JobSubmissionClient):
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
         """Send a request, through which all of Ray's client goes."""
-        seconds = CONNECT_TIMEOUT if endpoint == "/api/version" else ANSWER_TIMEOUT
+        seconds = CONNECT_TIMEOUT if endpoint == VERSION else ANSWER_TIMEOUT
         if _is_this_machine(self._url):  # a proxy elsewhere would look for it there
             options["proxies"] = {"http": None, "https": None, "all": None}
         try:
@@ -98,8 +102,8 @@ class Dashboard(JobSubmissionClient):
         status, is_page = answer.status_code, "html" in answer.headers.get("Content-Type", "").lower()
         said = answer.text if status in (401, 403) and not is_page else answer.headers.get("Location", "")
         failure = _refused(self._url, status, answer.reason, said)
-        if failure is None and is_page:
-            failure = _stranger(self._url, f"{status} {answer.reason} and a web page")
+        if failure is None and (is_page or (status != 200 and answer.url.endswith(VERSION))):
+            failure = _stranger(self._url, f"{status} {answer.reason}{' and a web page' if is_page else ''}")
         if failure is not None:
             answer.close()
             raise failure
@@ -127,10 +131,11 @@ def _require_web_address(address: str) -> None:
         good = False
     if not good:
         given = OWN_ADDRESS if os.environ.get(OWN_ADDRESS) == address else "--address"
-        host = re.fullmatch(r"(?:\w+://|(?!\w+://))([\w.-]+)(?::\w*)?(?:[/?].*)?", address)
-        example = f"http://{host[1] if host and host[1] != 'auto' else '127.0.0.1'}:{PORT}"
+        host = re.fullmatch(r"(?:\w+://|(?!\w+://))([\w.-]+)(?::(\w*))?(?:[/?].*)?", address)
+        name, port = host.groups() if host and host[1] != "auto" else ("127.0.0.1", None)
+        port = port if port and port.isdigit() and port not in ("0", *OTHER_PORTS) else str(PORT)
         raise ClusterError(
-            f"{given} {masked(address)!r} is no address of a dashboard", remedy=f"write it like {example}"
+            f"{given} {masked(address)!r} is no address of a dashboard", remedy=f"write it like http://{name}:{port}"
         )
 
 
@@ -271,6 +276,7 @@ def _unreachable(address: str, failure: Exception, seconds: float) -> ClusterErr
         cause = f"there is no host {parts.hostname!r}, or its name is known in another network only"
         remedy = "check the spelling, or go through a tunnel or a VPN"
     elif isinstance(first, (HTTPException, ConnectionResetError)):
+        said = "it answers in something else than HTTP" if type(first) is BadStatusLine else said
         cause = "the port speaks https, or is another one of Ray's" if parts.scheme == "http" else "a gateway closed it"
         remedy = (
             f"write https:// if the dashboard has a certificate; its port is {PORT} where nobody has chosen another"

@@ -10,6 +10,7 @@ import re
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -137,8 +138,8 @@ def test_an_answer_of_somebody_else_is_not_taken_for_rays(there: Dashboard, monk
         "401 Unauthorized.*A gateway on the way wants a login": page(401),
         "403 Forbidden.*A gateway on the way wants a login": page(403),
         "404 Not Found and a web page": page(404),
-        "405 Client Error": (405, text, "no"),
-        "Version check returned 404.*Another server": (404, text, "404: Not Found"),
+        r"405 Method Not Allowed\).*Another server": (405, text, "no"),
+        r"404 Not Found\).*Another server": (404, text, "404: Not Found"),
         "407 .*proxy wants a user name and a password": page(407),
         "429 .*too many requests": page(429),
         "500 .*web page": page(500),
@@ -190,6 +191,7 @@ def test_a_way_that_leads_nowhere_is_told(monkeypatch: pytest.MonkeyPatch, there
     company, other = make_certificate(tmp_path / "company.pem"), make_certificate(tmp_path / "o.pem", "other.example")
     old, text = make_certificate(tmp_path / "old.pem", days=-1), tmp_path / "text.pem"
     text.write_text("no certificate")
+    other_kind = speaks(b"\x00\x00\x06\x04\x00@\r\n")
     nobody = f"http://me:{SECRET}@127.0.0.1:{free_port()}"
     with (
         serving(certificate=company) as safe,
@@ -201,6 +203,7 @@ def test_a_way_that_leads_nowhere_is_told(monkeypatch: pytest.MonkeyPatch, there
         cases: list[tuple[str, str, dict[str, str]]] = [
             ("Connection refused.*head node is down.*http://127.0.0.1:8265", "http://127.0.0.1", {}),
             ("no answer in 0 s.*head node is down", quiet, {}),
+            ("something else than HTTP.*another one of Ray's", f"http://127.0.0.1:{other_kind}", {}),
             ("There is no host 'head.invalid'", "http://head.invalid:8265", {}),
             ("does not speak https.*Write http://", there.address.replace("http:", "https:"), {}),
             ("The port speaks https", safe.address.replace("https:", "http:"), {}),
@@ -224,10 +227,25 @@ def test_a_way_that_leads_nowhere_is_told(monkeypatch: pytest.MonkeyPatch, there
                 assert re.search(expected, refusal(address)), (expected, address)
 
 
+def speaks(answer: bytes) -> int:
+    """The port of a server that gives one answer, once."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        with server, server.accept()[0] as connection:
+            connection.recv(10_000)
+            connection.sendall(answer)
+
+    Thread(target=serve, daemon=True).start()
+    port: int = server.getsockname()[1]
+    return port
+
+
 @pytest.mark.parametrize(
     ("address", "example"),
     [
-        ("head:8265", "http://head:8265"),
+        ("head:8266", "http://head:8266"),
+        ("head:0", "http://head:8265"),
         ("head", "http://head:8265"),
         ("head:6379", "http://head:8265"),
         ("ray://head:10001", "http://head:8265"),
