@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import InvalidRequirement, Requirement
 from ray.job_submission import JobDetails, JobStatus
 
 import datm_ray
@@ -34,6 +35,8 @@ FOLLOW_SHARE = 0.1
 """Share of the time that may go into fetching a log, which comes whole each time: 100 MiB take seconds."""
 FOLLOW_TIMEOUT = 600.0
 """Seconds without an answer after which a job is no longer followed."""
+WAIT_TOLD = 15.0
+"""Seconds after which a job that has not started is said to wait."""
 LAST_LINES_TIMEOUT = 30.0
 """Seconds to wait for the log of a job that has ended."""
 _NUMBER = re.compile(r"\w[\w.+-]*")
@@ -177,7 +180,7 @@ class Jobs:
 
         Args:
             show: called with every new part of the log.
-            warn: called with a sentence, once every time when the cluster does not answer.
+            warn: called with a sentence, once every time when the cluster does not answer, and for a job that waits.
 
         Raises:
             JobNotFoundError: there is no job of that number, or no longer.
@@ -185,6 +188,7 @@ class Jobs:
         """
         often, seldom = FOLLOW_INTERVAL
         shown, pause, answered, warned = 0, often, time.monotonic(), False
+        tell_at: float | None = answered + WAIT_TOLD
         while True:
             start, job = time.monotonic(), None
             try:
@@ -212,6 +216,10 @@ class Jobs:
                 if job.is_over:
                     return job
                 answered, warned = time.monotonic(), False
+                if tell_at is not None and (log or answered > tell_at):
+                    if not log and job.message:
+                        warn(f"the job is {job.status} ({job.message}).")
+                    tell_at = None
                 pause = often if len(log) > shown else min(1.5 * pause, seldom)
                 pause, shown = max(pause, (answered - start) / FOLLOW_SHARE), max(shown, len(log))
             time.sleep(pause)
@@ -269,9 +277,15 @@ def _job(details: JobDetails) -> Job:
         recipes=metadata.get(MINE, ""),
         out=metadata.get("out", ""),
         seconds=max(0.0, ended - started),
-        message=first_line(details.message or ""),
+        message=_message(details.message or ""),
         exit_code=details.driver_exit_code,
     )
+
+
+def _message(text: str) -> str:
+    """What a cluster says of a job, in a line: its first one, and the last error of pip's where it has that below."""
+    errors = [line.strip() for line in text.splitlines() if line.strip().startswith("ERROR: ")]
+    return first_line(text) + (f" ({masked(first_line(errors[-1][len('ERROR: ') :]))})" if errors else "")
 
 
 def _require_reachable(name: str, place: str) -> None:
@@ -302,4 +316,19 @@ def _requirements(path: str) -> list[str]:
                 f"{path} has the line {line!r}, which names something that does not travel with the job",
                 remedy="write the packages themselves, one a line",
             )
+        if not line.startswith("-") and not _is_package(re.split(r"\s(?:#|--)", line)[0]):
+            raise ConfigError(
+                f"{path} has the line {line!r}, which names no package that the cluster could get",
+                remedy="write it as pip takes it, such as numpy>=2 or https://HOST/package.whl; files do not travel",
+            )
     return wanted
+
+
+def _is_package(text: str) -> bool:
+    """Whether another machine may install it: a name with or without versions, or a URL that is not of a file here."""
+    if "://" in text and "@ " not in text:
+        return not text.startswith("file:")
+    try:
+        return not (Requirement(text).url or "").startswith("file:")
+    except InvalidRequirement:
+        return False
