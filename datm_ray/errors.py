@@ -81,6 +81,12 @@ class JobNotFoundError(ClusterError):
     """A cluster does not know the job that is asked for."""
 
 
+class JobLostError(ClusterError):
+    """A job is gone with the cluster that it ran on."""
+
+    exit_code = 1
+
+
 class JobUnreachableError(ClusterError):
     """The cluster of a job that is followed has not answered for long; the job may be at work all the same."""
 

@@ -12,6 +12,7 @@ from datm_ray.errors import (
     ConfigError,
     DatmError,
     DivergenceError,
+    JobLostError,
     JobUnreachableError,
     PeerLostError,
     WorkerLostError,
@@ -78,6 +79,6 @@ def test_keys_and_paths_stay_as_they_are_written(fact: str) -> None:
 def test_exit_code_tells_bad_input_from_failed_work() -> None:
     """2 for what the user can mend, 1 for work that went wrong, 75 for work of which nothing is known."""
     failed = {error for error in ERRORS if error.exit_code == 1}
-    assert failed == {DivergenceError, WorkerLostError, PeerLostError}
+    assert failed == {DivergenceError, JobLostError, WorkerLostError, PeerLostError}
     assert JobUnreachableError.exit_code == 75
     assert all(error.exit_code == 2 for error in set(ERRORS) - failed - {JobUnreachableError})

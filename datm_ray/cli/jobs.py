@@ -136,4 +136,5 @@ def _follow(jobs: Jobs, number: str) -> None:
         sys.exit(INTERRUPTED)
     print(f"Job {number} {job.status}{f': {job.message}' if job.status == 'failed' and job.message else ''}")
     if job.status != "succeeded":
-        raise typer.Exit(job.exit_code or 1)
+        code = job.exit_code or 1
+        raise typer.Exit(code if code > 0 else 128 - code)  # as a shell shows a signal

@@ -22,7 +22,7 @@ from ray.job_submission import JobDetails, JobStatus
 
 import datm_ray
 from datm_ray.config import RunConfig, to_yaml
-from datm_ray.errors import ClusterError, ConfigError, JobNotFoundError, JobUnreachableError
+from datm_ray.errors import ClusterError, ConfigError, JobLostError, JobNotFoundError, JobUnreachableError
 from datm_ray.runtime.ray_cluster import first_line
 from datm_ray.runtime.ray_dashboard import Dashboard, masked
 from datm_ray.store.filesystem import open_location
@@ -183,19 +183,27 @@ class Jobs:
             warn: called with a sentence, once every time when the cluster does not answer, and for a job that waits.
 
         Raises:
-            JobNotFoundError: there is no job of that number, or no longer.
+            JobNotFoundError: there is no job of that number.
+            JobLostError: there is none any more.
             JobUnreachableError: nothing has answered for `FOLLOW_TIMEOUT` seconds.
         """
         often, seldom = FOLLOW_INTERVAL
-        shown, pause, answered, warned = 0, often, time.monotonic(), False
+        shown, pause, answered = 0, often, time.monotonic()
+        known = warned = False
         tell_at: float | None = answered + WAIT_TOLD
         while True:
             start, job = time.monotonic(), None
             try:
                 job = self.job(number)  # before its log, which then is whole if the job has ended
                 log = self.logs(number)
-            except JobNotFoundError:
-                raise
+            except JobNotFoundError as absent:
+                if not known:
+                    raise
+                raise JobLostError(
+                    f"{absent.fact} any more",
+                    "the cluster was started anew, and the job ended with the old one",
+                    "the same `datm-ray job submit` goes on from what it had finished",
+                ) from None
             except ClusterError as failure:
                 silent = start - answered
                 if job is not None and job.is_over and silent > LAST_LINES_TIMEOUT:
@@ -215,9 +223,9 @@ class Jobs:
                     show(log[shown:])
                 if job.is_over:
                     return job
-                answered, warned = time.monotonic(), False
+                answered, known, warned = time.monotonic(), True, False
                 if tell_at is not None and (log or answered > tell_at):
-                    if not log and job.message:
+                    if job.status == "pending" and job.message:
                         warn(f"the job is {job.status} ({job.message}).")
                     tell_at = None
                 pause = often if len(log) > shown else min(1.5 * pause, seldom)
@@ -285,7 +293,9 @@ def _job(details: JobDetails) -> Job:
 def _message(text: str) -> str:
     """What a cluster says of a job, in a line: its first one, and the last error of pip's where it has that below."""
     errors = [line.strip() for line in text.splitlines() if line.strip().startswith("ERROR: ")]
-    return first_line(text) + (f" ({masked(first_line(errors[-1][len('ERROR: ') :]))})" if errors else "")
+    return first_line(text).partition(", last available logs")[0] + (
+        f" ({masked(first_line(errors[-1][len('ERROR: ') :]))})" if errors else ""
+    )
 
 
 def _require_reachable(name: str, place: str) -> None:

@@ -19,7 +19,7 @@ from ray.job_submission import JobDetails
 from datm_ray.artifact import load
 from datm_ray.cli.jobs import highlights
 from datm_ray.config import to_yaml
-from datm_ray.errors import ClusterError, ConfigError, JobNotFoundError
+from datm_ray.errors import ClusterError, ConfigError, JobLostError, JobNotFoundError
 from datm_ray.runtime.executor import Lost, Progress, Resized, Task
 from datm_ray.runtime.ray_jobs import Job, Jobs
 from datm_ray.runtime.telemetry import Reporter
@@ -220,10 +220,13 @@ def test_a_log_of_which_parts_are_lost_is_not_begun_again(jobs: Jobs, there: das
 
 
 def test_a_job_ends_with_the_exit_code_of_its_command(datm_ray: CommandLine, there: dashboards.Dashboard) -> None:
-    """Whoever follows it gets the reason, and the code; 1 where it was killed or stopped."""
+    """Whoever follows it gets the reason, and the code: 1 where it was stopped, that of the shell after a signal."""
     follow = ("job", "logs", "here", "--follow", "--address", there.address)
     there.status, there.exit_code = "FAILED", 2
     assert datm_ray(*follow) == (2, "Experts: 2 to do\nJob here failed: Job is FAILED\n", "")
+    there.job["message"] = "It failed with exit code -9, last available logs (truncated to 20,000 chars):\nExperts"
+    there.exit_code = -9
+    assert datm_ray(*follow) == (137, "Experts: 2 to do\nJob here failed: It failed with exit code -9\n", "")
     there.status, there.exit_code = "STOPPED", None
     assert datm_ray(*follow) == (1, "Experts: 2 to do\nJob here stopped\n", "")
 
@@ -261,7 +264,7 @@ def test_a_cluster_that_is_silent_for_long_is_left(
 def test_a_cluster_that_forgets_a_job_has_ended_it(jobs: Jobs, there: dashboards.Dashboard) -> None:
     """It was restarted; waiting would not help."""
     there.plan = lambda asked: there.job.update(submission_id="another") if len(there.asked) > 8 else None
-    with pytest.raises(JobNotFoundError):
+    with pytest.raises(JobLostError, match=r"there is no job 'here' at .* any more\. The cluster was started anew"):
         followed(jobs)
 
 
