@@ -33,18 +33,14 @@ SECRET = "no-log-shows-this"
 
 @pytest.fixture(scope="module")
 def dashboard(s3_server: str) -> Iterator[str]:
-    """The address of a cluster of its own, with two CPUs, whose machines have credentials for a bucket."""
+    """The address of a cluster of its own, with one CPU, whose machines have credentials for a bucket."""
     port, agent = free_port(), free_port()
     ports = [f"--dashboard-port={port}", f"--dashboard-agent-listen-port={agent}", f"--port={free_port()}"]
-    command = ["ray", "start", "--head", "--block", "--num-cpus=2", "--dashboard-host=127.0.0.1", *ports]
+    command = ["ray", "start", "--head", "--block", "--num-cpus=1", "--dashboard-host=127.0.0.1", *ports]
     command += ["--include-log-monitor=False", "--disable-usage-stats"]
     credentials = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1"}
-    environment = {
-        "AWS_ENDPOINT_URL": s3_server,
-        "NO_PROXY": "127.0.0.1",
-        "PATH": os.environ["PATH"],
-    }
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {"AWS_ENDPOINT_URL": s3_server, "NO_PROXY": "127.0.0.1", "PATH": path}
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder:  # short, for sockets have short names
         cluster = subprocess.Popen(
             [str(Path(sys.executable).parent / command[0]), *command[1:], f"--temp-dir={folder}"],
@@ -68,7 +64,7 @@ def until(condition: object, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.5)
+        time.sleep(1)
 
 
 @pytest.mark.slow
