@@ -110,14 +110,16 @@ class Dashboard(JobSubmissionClient):
 @contextmanager
 def _instead_of_variables(address: str) -> Iterator[None]:
     """Make Ray take this address; its client prefers those of two variables to the one it is given."""
-    before = os.environ.get(OWN_ADDRESS)
-    os.environ[OWN_ADDRESS] = address
+    names = (OWN_ADDRESS, "RAY_ADDRESS")  # older versions look at the second one only
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, address))
     try:
         yield
     finally:
-        os.environ.pop(OWN_ADDRESS)
-        if before is not None:
-            os.environ[OWN_ADDRESS] = before
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _require_web_address(address: str) -> None:

@@ -134,9 +134,11 @@ def serving(host: str = "127.0.0.1", certificate: Path | None = None, **told: An
         dashboard.address = f"{scheme}://{shown}:{server.server_port}{dashboard.prefix}"
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
-        yield dashboard
-        server.shutdown()
-        thread.join()
+        try:
+            yield dashboard
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def free_port() -> int:
