@@ -1,7 +1,7 @@
 """Dataset distillation at cluster scale: DATM and MetaDD on Ray, with an Arrow trajectory store.
 
 >>> import datm_ray
->>> synthetic = datm_ray.load("runs/digits-ipc10/synthetic.arrow")
+>>> synthetic = datm_ray.run("digits-ipc10").synthetic  # or: datm_ray.load("runs/digits-ipc10/synthetic.arrow")
 >>> loader = torch.utils.data.DataLoader(synthetic.dataset(), batch_size=128, shuffle=True)
 """
 
@@ -12,15 +12,20 @@ from typing import TYPE_CHECKING, Any
 from datm_ray._version import __version__
 
 if TYPE_CHECKING:
+    from datm_ray.api import distill, evaluate, run, train_experts
     from datm_ray.artifact import Artifact, load
     from datm_ray.config import RunConfig
     from datm_ray.recipes import get_recipe
 
-__all__ = ["Artifact", "RunConfig", "__version__", "get_recipe", "load"]
+__all__ = ["Artifact", "RunConfig", "__version__", "distill", "evaluate", "get_recipe", "load", "run", "train_experts"]
 
 _HOME = {
     "Artifact": "datm_ray.artifact",
     "load": "datm_ray.artifact",
+    "run": "datm_ray.api",
+    "train_experts": "datm_ray.api",
+    "distill": "datm_ray.api",
+    "evaluate": "datm_ray.api",
     "RunConfig": "datm_ray.config",
     "get_recipe": "datm_ray.recipes",
 }

@@ -209,10 +209,10 @@ class Pipeline:
 
     def table(self) -> str:
         """The accuracy table as text, and those of other architectures."""
-        summaries = _summaries(self.out, self.configs)
-        others = [networks_table(summary) for summary in summaries if summary.networks]
-        fair = [fair_table(summaries)] if any(summary.fair for summary in summaries) else []
-        return "\n\n".join([accuracy_table(summaries), *fair, *others])
+        found = summaries(self.out, self.configs)
+        others = [networks_table(summary) for summary in found if summary.networks]
+        fair = [fair_table(found)] if any(summary.fair for summary in found) else []
+        return "\n\n".join([accuracy_table(found), *fair, *others])
 
     # --- stages ---------------------------------------------------------------------------------------------------
 
@@ -622,17 +622,18 @@ def report(out: str) -> Location:
         RunDirectoryError: the folder holds no runs.
     """
     folder = open_location(out)
-    summaries = _summaries(folder, _find_runs(folder))
-    write_summary(folder, summaries)
-    return write_report(folder, summaries)
+    found = summaries(folder, _find_runs(folder))
+    write_summary(folder, found)
+    return write_report(folder, found)
 
 
-def _summaries(out: Location, configs: Sequence[RunConfig]) -> list[RunSummary]:
-    summaries = []
+def summaries(out: Location, configs: Sequence[RunConfig]) -> list[RunSummary]:
+    """Scores of runs of one output folder, and what the report needs to know of them."""
+    found = []
     for config in configs:
         note = _read_note(out / config.name / DATA)
         where = (out, config, note["fingerprint"])
-        summaries.append(
+        found.append(
             RunSummary(
                 config,
                 out / config.name,
@@ -643,7 +644,7 @@ def _summaries(out: Location, configs: Sequence[RunConfig]) -> list[RunSummary]:
                 fair_rows=read_fair_rows(*where),
             )
         )
-    return summaries
+    return found
 
 
 def _read_note(place: Location) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 from collections.abc import Callable
 
 from datm_ray.config import (
@@ -24,6 +25,7 @@ from datm_ray.config import (
     MetaConfig,
     NetworkConfig,
     RunConfig,
+    load_config,
 )
 from datm_ray.errors import ConfigError
 
@@ -43,11 +45,13 @@ def recipe_names() -> list[str]:
 
 
 def get_recipe(name: str) -> RunConfig:
-    """The packaged recipe of that name.
+    """Packaged recipe of that name, or recipe in the file of that name: one that ends in .yaml or .yml, or has a "/".
 
     Raises:
-        ConfigError: no such recipe.
+        ConfigError: there is no such recipe, or the file is none.
     """
+    if name.endswith((".yaml", ".yml")) or os.sep in name:
+        return load_config(name)
     return _lookup(name)().model_copy(update={"name": name})
 
 

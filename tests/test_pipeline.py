@@ -58,7 +58,7 @@ def assert_same_set(one: Artifact, other: Artifact) -> None:
 
 
 def accuracies(pipeline: Pipeline) -> dict[str, tuple[float, ...]]:
-    (summary,) = pipeline_module._summaries(pipeline.out, pipeline.configs)
+    (summary,) = pipeline_module.summaries(pipeline.out, pipeline.configs)
     return {score.row: score.accuracies for score in summary.scores}
 
 

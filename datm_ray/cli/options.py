@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
@@ -25,11 +24,10 @@ Store = Annotated[
 
 def config_of(name: str, set_: list[str] | None) -> RunConfig:
     """The recipe of that name, or of that file, with its values overridden."""
-    from datm_ray.config import load_config, override
+    from datm_ray.config import override
     from datm_ray.recipes import get_recipe
 
-    is_file = name.endswith((".yaml", ".yml")) or os.sep in name
-    return override(load_config(name) if is_file else get_recipe(name), set_ or [])
+    return override(get_recipe(name), set_ or [])
 
 
 class Said(NamedTuple):

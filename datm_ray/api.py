@@ -1,0 +1,130 @@
+"""The stages of a run as Python calls: each takes one recipe, does what the command of that name does, returns a value.
+
+Running a call again resumes it, and several recipes with the same `out` share experts and controls, as on the command
+line. Jobs on clusters are left out. Tests: tests/test_api.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypedDict
+
+from datm_ray.artifact import Artifact, read_artifact
+from datm_ray.config import RunConfig, override
+from datm_ray.pipeline import Pipeline, report, summaries
+from datm_ray.recipes import get_recipe
+from datm_ray.runtime.create import create_executor
+from datm_ray.runtime.executor import Executor
+from datm_ray.runtime.telemetry import Reporter
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Settings = Mapping[str, object]
+"""Values that replace those of a recipe, by `section.field`, such as {"distill.iterations": 100}."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    name: str
+    """Name of the recipe, and of the run's folder within the output folder."""
+    synthetic: Artifact
+    """The synthetic set."""
+    accuracies: Mapping[str, tuple[float, ...]]
+    """Row of the table ("random-hard", "random-soft", "distilled", "full") -> test accuracy of each network, 0 to 1."""
+    report: str
+    """Path or URI of the HTML report over all runs of the output folder."""
+
+
+class Options(TypedDict, total=False):
+    """Options that all calls have."""
+
+    settings: Settings
+    """Values that replace the recipe's."""
+    store: str
+    """Trajectory store, a path or URI. Default: the folder `experts` in the output folder."""
+    executor: Literal["ray", "serial"]
+    """`ray` (default) runs parallel workers; `serial` uses this process alone, with the same results."""
+    address: str
+    """Ray cluster to run on. Default: one that is started on this machine."""
+    progress: bool
+    """Whether progress is shown. Default: True."""
+
+
+def recipe_of(recipe: str | RunConfig, settings: Settings | None = None) -> RunConfig:
+    """The recipe with other settings.
+
+    Args:
+        recipe: name of a packaged recipe, path of a YAML file, or a configuration.
+        settings: values that replace the recipe's.
+
+    Raises:
+        ConfigError: there is no such recipe, or a value is impossible.
+    """
+    config = get_recipe(recipe) if isinstance(recipe, str) else recipe
+    return override(config, [f"{key}={json.dumps(value)}" for key, value in (settings or {}).items()])
+
+
+def run(recipe: str | RunConfig, out: str = "runs", **options: Unpack[Options]) -> Result:
+    """Train experts, distil, evaluate and write the report.
+
+    >>> result = datm_ray.run("digits-ipc1", out="runs/demo", settings={"evaluate.seeds": 2})
+    >>> result.accuracies["distilled"], result.synthetic.images.shape
+
+    Args:
+        recipe: name of a packaged recipe, path of a YAML file, or a configuration.
+        out: output folder, a path or URI.
+        **options: see `Options`.
+
+    Raises:
+        DatmError: bad input, or work that failed; running the call again resumes.
+    """
+    stages, start, reporter = _prepared(recipe, out, options)
+    stages.run_all(start, reporter)
+    return _result(stages, out)
+
+
+def train_experts(recipe: str | RunConfig, out: str = "runs", **options: Unpack[Options]) -> str:
+    """Train the experts that are missing from the store; returns the store's path or URI. Arguments: see `run`."""
+    stages, start, reporter = _prepared(recipe, out, options)
+    stages.train_experts(start, reporter)
+    return stages.store_uri
+
+
+def distill(recipe: str | RunConfig, out: str = "runs", **options: Unpack[Options]) -> Artifact:
+    """Distil a set from experts that are trained already, and return it. Arguments: see `run`."""
+    stages, start, reporter = _prepared(recipe, out, options)
+    stages.distill(start, reporter)
+    return _set_of(stages)
+
+
+def evaluate(recipe: str | RunConfig, out: str = "runs", **options: Unpack[Options]) -> Result:
+    """Score a distilled set and its controls on the test images, and write the report. Arguments: see `run`."""
+    stages, start, reporter = _prepared(recipe, out, options)
+    stages.evaluate(start, reporter)
+    return _result(stages, out)
+
+
+def _prepared(recipe: str | RunConfig, out: str, options: Options) -> tuple[Pipeline, Callable[[], Executor], Reporter]:
+    """The run's stages, the start of its workers, and its progress display."""
+    config = recipe_of(recipe, options.get("settings"))
+    executor, address = options.get("executor", "ray"), options.get("address")
+    elsewhere = bool(address or os.environ.get("RAY_ADDRESS"))
+    stages = Pipeline([config], out, options.get("store"), elsewhere=elsewhere, alone=executor == "serial")
+    reporter = Reporter(quiet=not options.get("progress", True))
+    return stages, lambda: create_executor(executor, config.cluster, address), reporter
+
+
+def _set_of(stages: Pipeline) -> Artifact:
+    return read_artifact(stages.out / stages.configs[0].name / "synthetic.arrow")
+
+
+def _result(stages: Pipeline, out: str) -> Result:
+    (summary,) = summaries(stages.out, stages.configs)
+    accuracies = {score.row: score.accuracies for score in summary.scores}
+    return Result(stages.configs[0].name, _set_of(stages), accuracies, report(out).uri)

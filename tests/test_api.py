@@ -1,0 +1,71 @@
+"""The stages as Python calls: the values that they return, and that they are those of the command line."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import datm_ray
+from datm_ray.api import recipe_of
+from datm_ray.config import to_yaml
+from datm_ray.errors import ConfigError, MissingExpertsError
+from tests.conftest import tiny_config
+
+Capture = pytest.CaptureFixture[str]
+SERIAL: Any = {"executor": "serial", "progress": False}
+
+
+def test_a_run_returns_its_set_and_scores(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A finished run gives them at once: rows of the table, one accuracy for each network, the report's place."""
+    shutil.copytree(finished_run, tmp_path / "runs")
+    result = datm_ray.run(tiny_config(), str(tmp_path / "runs"), **SERIAL)
+    assert result.name == "tiny"
+    assert {row: len(values) for row, values in result.accuracies.items()} == dict.fromkeys(
+        ("random-hard", "random-soft", "distilled", "full"), 2
+    )
+    assert all(0 <= accuracy <= 1 for values in result.accuracies.values() for accuracy in values)
+    expected = datm_ray.load(str(finished_run / "tiny/synthetic.arrow"))
+    assert torch.equal(result.synthetic.images, expected.images)
+    assert Path(result.report).read_text().startswith("<!doctype html>")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_stages_can_be_called_one_by_one(finished_run: Path, tmp_path: Path) -> None:
+    """Each returns its own value, and one that lacks an earlier one says so."""
+    out, config = str(tmp_path / "runs"), tiny_config()
+    with pytest.raises(MissingExpertsError, match="datm-ray experts"):
+        datm_ray.distill(config, out, **SERIAL)
+    store = datm_ray.train_experts(config, out, **SERIAL)
+    assert len(list(Path(store).rglob("expert-*.arrow"))) == config.experts.count
+    synthetic = datm_ray.distill(config, out, **SERIAL)
+    result = datm_ray.evaluate(config, out, settings={"evaluate.seeds": 1}, **SERIAL)
+    assert torch.equal(result.synthetic.images, synthetic.images)
+    assert torch.equal(synthetic.images, datm_ray.load(str(finished_run / "tiny/synthetic.arrow")).images)
+    assert len(result.accuracies["distilled"]) == 1
+
+
+def test_settings_replace_those_of_a_recipe(tmp_path: Path) -> None:
+    """Numbers, texts, truth values, None and lists, in a packaged recipe, a file or a configuration."""
+    settings = {
+        "name": "mine",
+        "distill.iterations": 7,
+        "network.depth": None,
+        "cluster.compile": False,
+        "dataset.path": "a: b",
+        "distill.augmentation": "",
+    }
+    (tmp_path / "other.yaml").write_text(to_yaml(datm_ray.get_recipe("digits-ipc1")))
+    for recipe in ("digits-ipc1", datm_ray.get_recipe("digits-ipc1"), str(tmp_path / "other.yaml")):
+        config = recipe_of(recipe, settings)
+        assert (config.name, config.distill.iterations, config.network.depth) == ("mine", 7, None)
+        assert (config.cluster.compile, config.dataset.path, config.distill.augmentation) == (False, "a: b", "")
+    with pytest.raises(ConfigError, match="unknown key 'distil'"):
+        recipe_of("digits-ipc1", {"distil.ipc": 3})
+    with pytest.raises(ConfigError, match="Did you mean 'digits-ipc1'"):
+        datm_ray.run("digits-ipc", str(tmp_path))
