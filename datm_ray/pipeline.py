@@ -229,7 +229,7 @@ class Pipeline:
                     # What has begun goes on with fewer workers too: machines may have been lost with the command.
                     has_begun = (self._folder(config) / CHECKPOINT).exists()
                     fewer = self._fewer(config) if has_begun else ()
-                    executor.require_room(config.name, min((config.workers_per_set, *fewer)))
+                    executor.require_workers(config.name, min((config.workers_per_set, *fewer)))
                 self._require_memory(executor)
             for line in (f"Running on {executor.description}", *self.data_lines()):
                 reporter.message(line)

@@ -93,7 +93,7 @@ def test_part_uses_only(place: str) -> None:
 def test_ray_is_imported_where_the_name_says_so() -> None:
     """Ray is one of several ways to run a plan; who uses it is called so, and nobody else asks for those but lazily."""
     users = {file for file, module in imports_of(".") if module.split(".")[0] == "ray"}
-    names = ("cluster", "compat", "crews", "dashboard", "executor", "jobs", "metrics")
+    names = ("cluster", "compat", "dashboard", "executor", "jobs", "metrics", "worker_groups")
     assert users == {str(Path("runtime", f"ray_{name}.py")) for name in names}
 
 

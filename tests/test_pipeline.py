@@ -388,7 +388,7 @@ def test_a_set_that_has_begun_goes_on_with_fewer_workers(tmp_path: Path) -> None
     class Cramped(SerialExecutor):
         """Has room for one worker; ends when it gets the first task."""
 
-        def require_room(self, name: str, size: int) -> None:
+        def require_workers(self, name: str, size: int) -> None:
             if size > 1:
                 raise ClusterError(f"{name} wants {size} workers at once")
 

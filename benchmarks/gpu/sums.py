@@ -25,7 +25,7 @@ from datm_ray.core.distillation import Distillation, LearningRates, Limits, Matc
 from datm_ray.core.matching import matching_gradient
 from datm_ray.core.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.runtime.executor import Seat
+from datm_ray.runtime.executor import WorkerRank
 from datm_ray.runtime.mesh import Mesh, open_mesh
 from gpu.exactness import compared, spec_of
 from gpu.machine import Machine, timed
@@ -72,7 +72,7 @@ def work(mesh: Mesh, machine: Machine, size: int, rank: int) -> dict[str, Any]:
     mesh.barrier()
     vector = torch.randn(1_000 if machine.small else 320_010, device=machine.device)
     seconds = [timed(lambda: mesh.sum_over_all(vector), machine.device)[0] for _ in range(3 if machine.small else 20)]
-    alone = mesh.until_all_are_done(lambda pulse: rank)
+    alone = mesh.until_all_are_done(lambda heartbeat: rank)
     return {
         **row,
         "seconds": seconds[1:],
@@ -86,7 +86,7 @@ def child(rank: int, size: int, address: str, device: str, small: str) -> None:
     """One worker."""
     machine = Machine(device, small == "small")
     torch.set_num_threads(1)
-    with open_mesh(Seat(rank, size, address), 1, size, torch.device(device), 2 * WAIT) as mesh:
+    with open_mesh(WorkerRank(rank, size, address), 1, size, torch.device(device), 2 * WAIT) as mesh:
         print(json.dumps(work(mesh, machine, size, rank)), flush=True)
 
 

@@ -30,7 +30,7 @@ from datm_ray.core.instance_norm import InstanceNorm
 from datm_ray.core.networks import couples_samples
 from datm_ray.core.parameters import FlatNetwork, flatten
 from datm_ray.core.torch_compat import shapes_only
-from datm_ray.core.training import Pulse, no_pulse
+from datm_ray.core.training import Heartbeat, no_heartbeat
 from datm_ray.errors import ConfigError
 
 Precision = Literal["float32", "tf32", "bfloat16"]
@@ -113,7 +113,7 @@ class StudentStepFunctions:
         with tf32_products(self._options.precision == "tf32", theta.device):
             return self._functions(theta, x, y)[1](theta, self.layout(x), y, weights, v)
 
-    def prepare(self, batch: int, image: tuple[int, int, int], classes: int, pulse: Pulse = no_pulse) -> None:
+    def prepare(self, batch: int, image: tuple[int, int, int], classes: int, pulse: Heartbeat = no_heartbeat) -> None:
         """Compile for so many images, which takes from seconds to minutes; `pulse` is called between the two."""
         if not self._compiled:
             return

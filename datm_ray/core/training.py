@@ -16,12 +16,12 @@ from torch.nn.functional import cross_entropy
 from datm_ray.core.augment import augment, draw_augmentation
 from datm_ray.core.randomness import Purpose, generator
 
-Pulse = Callable[[], None]
-"""Called after every bit of a long piece of work, so that others can be told that it goes on."""
+Heartbeat = Callable[[], None]
+"""Heartbeat callback, called regularly during long work, so that waiting workers know it is running."""
 
 
-def no_pulse() -> None:
-    """Tell nobody."""
+def no_heartbeat() -> None:
+    """Send no heartbeat."""
 
 
 @dataclass(frozen=True)
@@ -116,21 +116,23 @@ def train_to_end(network: nn.Module, images: Tensor, targets: Tensor, schedule: 
 
 
 @torch.no_grad()
-def predict_logits(network: nn.Module, images: Tensor, pulse: Pulse = no_pulse, *, batch_size: int = 250) -> Tensor:
+def predict_logits(
+    network: nn.Module, images: Tensor, heartbeat: Heartbeat = no_heartbeat, *, batch_size: int = 250
+) -> Tensor:
     """Logits [n k] in evaluation mode, so many images at a time: at 64x64 a thousand would take 4 GB."""
     was_training = network.training
     network.eval()
     logits = []
     for chunk in images.split(batch_size):
         logits.append(network(chunk))
-        pulse()
+        heartbeat()
     network.train(was_training)
     return torch.cat(logits)
 
 
-def accuracy(network: nn.Module, images: Tensor, labels: Tensor, pulse: Pulse = no_pulse) -> float:
+def accuracy(network: nn.Module, images: Tensor, labels: Tensor, heartbeat: Heartbeat = no_heartbeat) -> float:
     """Share of the images [n c h w] that are classified as their labels [n], in [0, 1]."""
-    return float((predict_logits(network, images, pulse).argmax(dim=1) == labels).float().mean())
+    return float((predict_logits(network, images, heartbeat).argmax(dim=1) == labels).float().mean())
 
 
 def _optimizer(network: nn.Module, schedule: Schedule, learning_rate: float) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""An executor by name; what it needs is imported only when it is chosen."""
+"""Executors by name. The packages of an executor are imported only when it is chosen."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ EXECUTORS = ("ray", "serial")
 
 
 def create_executor(name: str, cluster: ClusterConfig, address: str | None = None) -> Executor:
-    """The executor of that name, connected and ready.
+    """Create an executor, connected and ready to run tasks.
 
     Args:
-        address: of a running Ray cluster; none starts one on this machine.
+        name: one of `EXECUTORS`.
+        address: address of a running Ray cluster; `None` starts one on this machine, unless RAY_ADDRESS is set.
 
     Raises:
         ClusterError: unknown name, Ray not installed or not reachable, or too few resources.
@@ -21,7 +22,7 @@ def create_executor(name: str, cluster: ClusterConfig, address: str | None = Non
     if name == "serial":
         return SerialExecutor(cluster)
     if name != "ray":
-        raise ClusterError(f"there is no executor {name!r}", remedy=f"choose one of: {', '.join(EXECUTORS)}")
+        raise ClusterError(f"unknown executor {name!r}", remedy=f"choose one of: {', '.join(EXECUTORS)}")
     try:
         from datm_ray.runtime.ray_executor import RayExecutor
     except ImportError:

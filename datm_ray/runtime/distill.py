@@ -35,16 +35,16 @@ from datm_ray.core.parameters import FlatNetwork
 from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.core.synthetic import SyntheticSet, correct_rows, hard_logits, random_rows
-from datm_ray.core.training import PROTOCOLS, Pulse, Schedule, accuracy, train, validation_protocol
+from datm_ray.core.training import PROTOCOLS, Heartbeat, Schedule, accuracy, train, validation_protocol
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import ClusterError, DivergenceError, StoreError
 from datm_ray.runtime.checkpoint import PARTS, Rows, load_checkpoint, read_computed, save_checkpoint
 from datm_ray.runtime.devices import Meter, prepare_device, to_device
-from datm_ray.runtime.executor import Event, Finished, Note, Progress, Seat, require_precision
+from datm_ray.runtime.executor import Event, Finished, Note, Progress, WorkerRank, require_precision
 from datm_ray.runtime.expert_networks import ExpertNetworks
 from datm_ray.runtime.experts import network_spec
 from datm_ray.runtime.mesh import Mesh, open_mesh
-from datm_ray.runtime.metadd import Onlookers
+from datm_ray.runtime.metadd import MetaNetworks
 from datm_ray.runtime.plan import Layout, distillation_plan
 from datm_ray.runtime.provenance import provenance, workers_in_words
 from datm_ray.runtime.spent import Account, Spent
@@ -72,13 +72,18 @@ class DistillWorker:
         self._dataset = dataset
 
     def distill(
-        self, config: RunConfig, store_uri: str, folder_uri: str, sharing: int = 1, seat: Seat | None = None
+        self,
+        config: RunConfig,
+        store_uri: str,
+        folder_uri: str,
+        sharing: int = 1,
+        worker_rank: WorkerRank | None = None,
     ) -> Iterator[Event]:
         """Distil one recipe into its folder, from the last checkpoint if there is one.
 
         Args:
             sharing: distilling workers that may be on this machine at a time.
-            seat: this worker's place among those that distil the recipe together.
+            worker_rank: this worker's place among those that distil the recipe together.
 
         Raises:
             MissingExpertsError: the store has not all experts of the recipe.
@@ -90,9 +95,9 @@ class DistillWorker:
         if (folder / SYNTHETIC).exists():
             yield Finished()
             return
-        rows = len(config.roles) if seat else 1
-        columns = seat.size // rows if seat else 1
-        with open_mesh(seat, rows, columns, self._device, self._cluster.peer_timeout) as mesh:
+        rows = len(config.roles) if worker_rank else 1
+        columns = worker_rank.world_size // rows if worker_rank else 1
+        with open_mesh(worker_rank, rows, columns, self._device, self._cluster.peer_timeout) as mesh:
             run = _Run(config, self._dataset, store_uri, folder, mesh, self._device, sharing, account, self.functions)
             with closing(run):
                 yield from run.events()
@@ -141,7 +146,7 @@ class _Run:
         self._onlookers = (
             None
             if config.metadd is None
-            else Onlookers(config, config.metadd, dataset, store_uri, role, self._first, self._rows, device)
+            else MetaNetworks(config, config.metadd, dataset, store_uri, role, self._first, self._rows, device)
         )
 
     def _backbone(self, number: int, experts: ExpertNetworks, sharing: int) -> _Backbone:
@@ -251,7 +256,7 @@ class _Run:
             metrics |= {f"datm_ray_metadd_{name}": value for name, value in named.items()}
         return metrics | {"datm_ray_mesh_workers": float(self._mesh.rows * self._mesh.columns)}
 
-    def _prepare(self, pulse: Pulse) -> None:
+    def _prepare(self, pulse: Heartbeat) -> None:
         """Compile, which takes one network's workers longer than another's."""
         image = (self._dataset.channels, *self._dataset.size)
         for backbone in self._backbones:
@@ -367,7 +372,7 @@ class _Run:
         labels = torch.tensor(rows.classes(config.distill.ipc), device=self._device)
         labels = labels.repeat_interleave(config.distill.ipc)
 
-        def choose(pulse: Pulse) -> None:
+        def choose(pulse: Heartbeat) -> None:
             if self._mesh.row == 0:
                 images.copy_(torch.tensor(dataset.train_images[self._initial_rows(pulse)]))
                 if config.distill.labels == "hard":
@@ -380,7 +385,7 @@ class _Run:
         images, soft_labels = self._mesh.sum_over_backbones(images), self._mesh.sum_over_backbones(soft_labels)
         return SyntheticSet(images, soft_labels, step_sizes, labels)
 
-    def _initial_rows(self, pulse: Pulse) -> NDArray[np.int64]:
+    def _initial_rows(self, pulse: Heartbeat) -> NDArray[np.int64]:
         dataset, settings = self._dataset, self._config.distill
         if settings.initial == "random":
             return random_rows(dataset.train_labels, settings.ipc, self._config.seed)[
@@ -404,7 +409,7 @@ class _Run:
         """Mean validation accuracy of fresh networks trained on the whole set, and its standard error."""
         whole, seeds = self._whole(held), self._config.distill.validation_seeds
 
-        def work(pulse: Pulse) -> float:
+        def work(pulse: Heartbeat) -> float:
             assert whole is not None
             return sum(self._accuracy(whole, number, pulse) for number in range(seeds)) / seeds
 
@@ -412,7 +417,7 @@ class _Run:
         # Over images only: networks scored on the same images are not independent draws.
         return mean, math.sqrt(mean * (1 - mean) / len(self._dataset.validation_labels))
 
-    def _accuracy(self, whole: SyntheticSet, number: int, pulse: Pulse) -> float:
+    def _accuracy(self, whole: SyntheticSet, number: int, pulse: Heartbeat) -> float:
         config, dataset = self._config, self._dataset
         spec = network_spec(config, dataset.channels, dataset.size, dataset.classes)
         protocol = validation_protocol(config.evaluate.protocol)

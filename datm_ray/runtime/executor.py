@@ -1,7 +1,7 @@
-"""Where tasks run: the contract, and the serial executor that is its reference.
+"""Interface of executors, which run tasks on workers, and the serial executor as its reference.
 
-A worker is a plain class. Its methods are generators: they yield `Progress` while they work and end with `Finished`.
-An executor decides where workers live and what happens when one dies; the numbers are the same everywhere.
+A worker is a plain class. Its methods are generators: they yield `Progress` while they work and end with `Finished`. An
+executor decides where workers run and what happens when one is lost; results are the same everywhere.
 """
 
 from __future__ import annotations
@@ -13,64 +13,64 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from datm_ray.errors import ClusterError
 
-if TYPE_CHECKING:  # a mesh of processes takes its seats from here, and needs no pydantic
+if TYPE_CHECKING:  # mesh imports this module, and needs no pydantic
     from datm_ray.config import ClusterConfig
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A task has come this far."""
+    """Progress of a task: `done` of `total` steps."""
 
     done: int
     total: int
     values: Mapping[str, float] = field(default_factory=dict)
-    """What to show beside the bar, e.g. {"loss": 0.41}."""
+    """Values to show beside the progress bar, such as {"loss": 0.41}."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Everything that was measured, by the names of `metrics.CATALOGUE`. Counters grow from 0 in every attempt."""
+    """Measurements, by the names in `metrics.CATALOGUE`. Counters start from 0 in every attempt."""
     saved: bool = False
-    """Whether all until here is kept, so that other workers could go on at no loss."""
+    """Whether the work up to `done` is saved, so that other workers can resume without loss."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A task is done."""
+    """End of a task, with its result."""
 
     result: Any = None
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """As those of `Progress`, for what came after the last of it."""
+    """Measurements since the last `Progress`, by the names in `metrics.CATALOGUE`."""
 
 
 @dataclass(frozen=True)
 class Lost:
-    """The worker of a task died; the task is given to another one."""
+    """Loss of a task's worker. The executor starts the task again on another one."""
 
     reason: str
     attempt: int
-    """Of the attempt that failed, counted from 1."""
+    """Number of the attempt that failed, counted from 1."""
 
 
 @dataclass(frozen=True)
 class Failed:
-    """A task cannot be done; what runs beside it is finished before the stage ends with the error."""
+    """Failure of a task that is not retried. Running tasks finish before the stage raises the error."""
 
     reason: str
     others: int
-    """Tasks that go on."""
+    """Number of other tasks still running."""
 
 
 @dataclass(frozen=True)
 class Resized:
-    """A task goes on with fewer workers than it had, or with more."""
+    """Change of a task's number of workers, at its start or after a loss."""
 
     size: int
-    """Workers now."""
+    """Number of workers from now on."""
     wanted: int
-    """Workers that it would like to have."""
+    """Number of workers that the task can use at most."""
 
 
 @dataclass(frozen=True)
 class Note:
-    """Something the user should know."""
+    """Message to the user about a task."""
 
     text: str
 
@@ -83,87 +83,91 @@ class Task:
     """One call of a worker's method."""
 
     name: str
-    """Shown to the user and unique within its stage."""
+    """Name shown to the user, unique within its stage."""
     arguments: tuple[Any, ...]
     size: int = 1
-    """Workers that do it together. Above 1 the method gets `seat=Seat(...)` wherever there are several processes; an
-    executor of one process does the whole task alone, without a seat."""
+    """Number of workers that run the task together. Above 1 the method gets `worker_rank=WorkerRank(...)` if there are
+    several processes; an executor of one process runs the whole task without it."""
     fewer: tuple[int, ...] = ()
-    """Smaller numbers of workers that could do it too, where machines are lost on the way."""
+    """Smaller group sizes that can run the task too, used when nodes are lost."""
     run: str = ""
-    """Of which it is a part."""
+    """Name of the run that the task belongs to."""
     stage: str = ""
-    """As the user knows it: experts, distillation, evaluation."""
+    """Name of the stage: "experts", "distillation" or "evaluation"."""
 
 
 @dataclass(frozen=True)
-class Seat:
-    """The place of one worker among those that do a task together."""
+class WorkerRank:
+    """Rank of one worker in its group, and where the group meets."""
 
     rank: int
-    """0 ... size - 1; the events of rank 0 are the task's."""
-    size: int
-    """Workers of the task."""
-    meeting: str
-    """host:port at which rank 0 waits for the others."""
+    """Rank from 0 to `world_size` - 1, inclusive. The events of rank 0 are the task's."""
+    world_size: int
+    """Number of workers in the group."""
+    rendezvous: str
+    """Rendezvous address, host:port, at which rank 0 waits for the other ranks."""
 
 
 class Executor(Protocol):
     """Runs tasks on workers."""
 
     description: str
-    """Where tasks run, in words."""
+    """Description of where tasks run, for the user."""
     workers: int
-    """At work at the same time, at most."""
+    """Highest number of workers that run at the same time."""
     workers_per_machine: int
-    """Of those, the most that one machine has."""
+    """Highest number of workers on one node."""
 
-    def require_room(self, name: str, size: int) -> None:
-        """Raise a `ClusterError` if a task of so many workers could never run."""
+    def require_workers(self, name: str, size: int) -> None:
+        """Raise a `ClusterError` if a task of `size` workers can never run."""
         ...
 
     def share(self, value: Any) -> Any:
-        """Make a large read-only value cheap to hand to every worker; pass the result on as a setup argument."""
+        """Share a large read-only value with all workers. Pass the returned value as a setup argument."""
         ...
 
     def run(
         self, worker: Callable[..., Any], setup: tuple[Any, ...], method: str, tasks: Sequence[Task]
     ) -> Iterator[tuple[Task, Event]]:
-        """Run every task once to its `Finished`, in any order and possibly in parallel.
+        """Run every task to its `Finished`, in any order and possibly in parallel.
 
-        Where one fails, none is begun any more; those that run beside it are finished before the error is raised.
+        After a task fails, no new task starts. Running tasks finish before the error is raised.
 
         Args:
-            worker: class, instantiated as worker(*setup) wherever it will live.
-            method: name of the worker's generator method; called with each task's arguments.
+            worker: class, constructed as worker(*setup) in the process where it runs.
+            setup: arguments of the constructor.
+            method: name of the worker's generator method, called with each task's arguments.
+            tasks: tasks to run.
 
         Raises:
-            DatmError: as raised by the worker.
-            WorkerLostError: a task's workers died too often.
+            DatmError: the worker raised it.
+            WorkerLostError: a task's workers were lost too often.
         """
         ...
 
     def close(self) -> None:
-        """Release what the executor holds."""
+        """Release the executor's resources."""
         ...
 
 
 class SerialExecutor:
-    """One worker in this process, one task after the other."""
+    """One worker in this process, which runs one task after another."""
 
     def __init__(self, cluster: ClusterConfig) -> None:
-        # Here, as it needs torch, which a process that waits for workers elsewhere need not import.
+        # Imported here because it needs torch, which the process that drives remote workers does not import.
         from datm_ray.runtime.devices import prepare_device
 
-        device = prepare_device(cluster)  # so that a missing GPU is told before anything starts
-        self.description = f"this process, {cluster.threads_per_worker} thread(s){', a GPU' * (device.type == 'cuda')}"
+        device = prepare_device(cluster)  # reports a missing GPU before anything starts
+        self.description = (
+            f"this process, {counted(cluster.threads_per_worker, 'thread')}{', a GPU' * (device.type == 'cuda')}"
+        )
         self.workers = self.workers_per_machine = 1
 
-    def require_room(self, name: str, size: int) -> None:
-        """One worker does the whole of any task."""
+    def require_workers(self, name: str, size: int) -> None:
+        """Accept any size: one worker runs the whole task."""
 
     def share(self, value: Any) -> Any:
-        """The value itself."""
+        """Return the value itself."""
         return value
 
     def run(
@@ -177,30 +181,35 @@ class SerialExecutor:
                     yield task, event
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: this executor holds no resources."""
 
 
 @contextmanager
 def explaining_memory() -> Iterator[None]:
-    """Raise a `ClusterError` where a GPU's memory does not suffice."""
+    """Turn torch's error for exhausted GPU memory into a `ClusterError`."""
     try:
         yield
     except RuntimeError as failure:
-        if type(failure).__name__ != "OutOfMemoryError":  # torch's, which not every worker has imported
+        if type(failure).__name__ != "OutOfMemoryError":  # by name: not every worker imports torch
             raise
         raise ClusterError(
             f"a worker's GPU is out of memory: {' '.join(str(failure).split())[:200]}",
-            "others use it too, or the recipe takes more than was predicted",
-            "give a distilling worker less with --memory, lower cluster.experts_at_a_time, or let fewer workers share "
-            "a GPU with cluster.gpus_per_worker; the same command again goes on",
+            "other processes use the GPU too, or the recipe needs more memory than predicted",
+            "limit a distilling worker with --memory, lower cluster.experts_at_a_time, or raise "
+            "cluster.gpus_per_worker; then run the same command again: it resumes",
         ) from None
 
 
 def require_precision(cluster: ClusterConfig, has_gpu: bool) -> None:
-    """Raise a `ClusterError` for a precision that processors have not."""
+    """Raise a `ClusterError` for a precision other than float32 on workers without a GPU."""
     if cluster.precision != "float32" and not has_gpu:
         raise ClusterError(
             f"cluster.precision is {cluster.precision!r}, but there is no GPU to compute it",
-            "processors compute it far more slowly than float32, or not at all",
+            "CPUs compute it far more slowly than float32, or not at all",
             "use --set cluster.precision=float32",
         )
+
+
+def counted(count: int, noun: str) -> str:
+    """Count and noun, such as "1 worker" or "2 workers"."""
+    return f"{count} {noun}{'s' * (count != 1)}"

@@ -1,4 +1,4 @@
-"""Experts as networks: restored from the store, and what they say of real images."""
+"""Experts as networks: restored from the store, with their logits and soft labels of real images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from datm_ray.config import RunConfig
 from datm_ray.core.networks import build_network
 from datm_ray.core.parameters import unflatten_buffers_into, unflatten_into
 from datm_ray.core.synthetic import mean_correct_logits
-from datm_ray.core.training import Pulse, no_pulse, predict_logits
+from datm_ray.core.training import Heartbeat, no_heartbeat, predict_logits
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import MissingExpertsError
 from datm_ray.runtime.devices import to_device
@@ -17,7 +17,7 @@ from datm_ray.runtime.experts import expert_group, network_spec
 
 
 class ExpertNetworks:
-    """The experts of one network as networks: their snapshots, and logits of real images from the last ones."""
+    """Experts of one backbone, restored from their last snapshots."""
 
     def __init__(self, config: RunConfig, dataset: Dataset, store_uri: str, device: torch.device) -> None:
         self.group = expert_group(store_uri, config, dataset.name, dataset.fingerprint)
@@ -38,16 +38,16 @@ class ExpertNetworks:
             )
 
     def restored(self, expert: int) -> nn.Module:
-        """The network as an expert left it; the same module for every expert."""
+        """Network with an expert's last snapshot. Every call returns the same module with other parameters."""
         last = self.group.read_snapshot(expert, self._last_epoch)
         unflatten_into(self.network, to_device(last.params, self._device))
         unflatten_buffers_into(self.network, to_device(last.buffers, self._device))
         return self.network
 
-    def logits(self, expert: int, images: Tensor, pulse: Pulse = no_pulse) -> Tensor:
-        """Logits [n k] of an expert's last snapshot; `pulse` is called as they are computed."""
-        return predict_logits(self.restored(expert), images, pulse)
+    def logits(self, expert: int, images: Tensor, heartbeat: Heartbeat = no_heartbeat) -> Tensor:
+        """Logits [n k] of images [n c h w], by an expert's last snapshot. `heartbeat` is called after each batch."""
+        return predict_logits(self.restored(expert), images, heartbeat)
 
-    def soft_labels(self, images: Tensor, labels: Tensor, pulse: Pulse = no_pulse) -> Tensor:
-        """Soft labels [n k]: the mean logits of the experts that classify each image correctly."""
-        return mean_correct_logits((self.logits(expert, images, pulse) for expert in range(self.count)), labels)
+    def soft_labels(self, images: Tensor, labels: Tensor, heartbeat: Heartbeat = no_heartbeat) -> Tensor:
+        """Soft labels [n k]: mean logits over the experts that classify an image correctly."""
+        return mean_correct_logits((self.logits(expert, images, heartbeat) for expert in range(self.count)), labels)

@@ -1,11 +1,11 @@
-"""What can be watched of a run: the catalogue of metrics, and the translation of events into it.
+"""Catalogue of a run's metrics, and the translation of events into samples.
 
-Workers measure and put what they have measured into `Progress.metrics`, under names of the catalogue; they know no
-monitoring system. `Readings` turns the events of an executor into samples, which `ray_metrics` exports. What runs where
-is known from the events too, so a lost worker, a smaller mesh and the workers at work are metrics like the others.
+Workers put their measurements into `Progress.metrics`, under names of the catalogue; they know no monitoring system.
+`Readings` turns an executor's events into samples, and `ray_metrics` exports them. Events also show which tasks run, so
+lost workers, smaller groups and busy workers are metrics too.
 
-Gauges belong to a task that is at work. Counters and histograms do not, for a run may have thousands of tasks, each of
-which would be a time series for ever; what they count is summed over all workers.
+A gauge belongs to a running task. Counters and histograms have no task: a run may have thousands of tasks, and each
+would be a time series for ever. They are sums over all workers.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from datm_ray.runtime.executor import Event, Finished, Lost, Progress, Task
 Kind = Literal["gauge", "counter", "histogram"]
 
 TASK, STAGE = ("run", "stage", "task"), ("run", "stage")
-"""What tells the series of a gauge apart, and those of a counter."""
+"""Tags of a gauge's time series, and of a counter's."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One thing that can be watched."""
+    """Definition of one metric."""
 
     kind: Kind
     unit: str
-    """Base units, as Prometheus wants them: seconds, bytes, ratios; "" for what is counted or has none."""
+    """Base unit as in Prometheus: "seconds", "bytes", "ratio"; "" for counts and numbers without a unit."""
     description: str
     tags: tuple[str, ...] = TASK
     boundaries: tuple[float, ...] = ()
-    """Upper ends of a histogram's buckets."""
+    """Inclusive upper bounds of a histogram's buckets."""
 
 
 def _gauge(unit: str, description: str, tags: tuple[str, ...] = TASK) -> Metric:
@@ -46,38 +46,40 @@ def _counter(unit: str, description: str, *more_tags: str) -> Metric:
 
 CATALOGUE: dict[str, Metric] = {
     # --- every stage ---
-    "datm_ray_task_done_ratio": _gauge("ratio", "How much of a task is done, from 0 to 1"),
-    "datm_ray_tasks_finished_total": _counter("", "Tasks that were finished"),
+    "datm_ray_task_done_ratio": _gauge("ratio", "Completed share of a task, from 0 to 1"),
+    "datm_ray_tasks_finished_total": _counter("", "Finished tasks"),
     "datm_ray_workers_wanted": _gauge(
-        "", "Workers that the open tasks could use, at most those there is room for", ("stage",)
+        "", "Workers that the unfinished tasks can use, at most those that the cluster can hold", ("stage",)
     ),
     "datm_ray_workers_at_work": _gauge(
-        "", "Workers at a task that has been heard of since it was given out", ("stage",)
+        "", "Workers of tasks that have sent an event since their last start", ("stage",)
     ),
     "datm_ray_worker_memory_bytes": _gauge(
-        "bytes", "Peak memory of the worker since its task began: of its GPU where it has one, else of its process"
+        "bytes", "Peak memory since the task started, of the worker's GPU if it has one, else of its process"
     ),
     # --- experts ---
-    "datm_ray_expert_epoch": _gauge("", "Epochs done of a stack of experts"),
+    "datm_ray_expert_epoch": _gauge("", "Finished epochs of a stack of experts"),
     "datm_ray_expert_loss": _gauge("", "Training loss, mean over the stack"),
     "datm_ray_expert_accuracy_ratio": _gauge(
-        "ratio", "Accuracy on the test set where experts.test_every asks for it, mean over the stack"
+        "ratio", "Test accuracy in epochs chosen by experts.test_every, mean over the stack"
     ),
-    "datm_ray_expert_images_per_second": _gauge("1/second", "Training images, summed over the stack"),
-    "datm_ray_expert_epochs_total": _counter("", "Epochs of single experts"),
+    "datm_ray_expert_images_per_second": _gauge("1/second", "Training images per second, summed over the stack"),
+    "datm_ray_expert_epochs_total": _counter("", "Finished epochs, summed over single experts"),
     # --- distillation ---
-    "datm_ray_distill_iteration": _gauge("", "Iterations done"),
+    "datm_ray_distill_iteration": _gauge("", "Finished iterations"),
     "datm_ray_distill_matching_loss": _gauge("", "Normalised matching loss of the first backbone"),
     "datm_ray_distill_step_size": _gauge("", "The student's learned step size, for the first backbone"),
     "datm_ray_distill_skipped_steps": _gauge(
         "", "Updates skipped so far: loss above the threshold, or value not finite"
     ),
-    "datm_ray_distill_shortened_steps": _gauge("", "Gradients shortened so far because they promised too much"),
-    "datm_ray_distill_start_epoch": _gauge("", "Expert epoch at which the student has started"),
-    "datm_ray_distill_upper_bound": _gauge("", "First start epoch that may not be drawn yet"),
-    "datm_ray_distill_images_per_second": _gauge("1/second", "Synthetic images through the student, all workers"),
-    "datm_ray_distill_validation_accuracy_ratio": _gauge("ratio", "Of networks trained on the set, on validation data"),
-    "datm_ray_distill_iterations_total": _counter("", "Iterations computed, those repeated after a fault included"),
+    "datm_ray_distill_shortened_steps": _gauge("", "Gradients shortened by the gradient limit so far"),
+    "datm_ray_distill_start_epoch": _gauge("", "Expert epoch from which the student starts"),
+    "datm_ray_distill_upper_bound": _gauge("", "Exclusive upper bound of the start epoch at this iteration"),
+    "datm_ray_distill_images_per_second": _gauge(
+        "1/second", "Synthetic images per second through the student, summed over workers"
+    ),
+    "datm_ray_distill_validation_accuracy_ratio": _gauge("ratio", "Validation accuracy of networks trained on the set"),
+    "datm_ray_distill_iterations_total": _counter("", "Computed iterations, including those repeated after a fault"),
     "datm_ray_distill_iteration_seconds": Metric(
         "histogram",
         "seconds",
@@ -87,50 +89,52 @@ CATALOGUE: dict[str, Metric] = {
     ),
     # --- MetaDD ---
     "datm_ray_metadd_loss": _gauge("", "MetaDD's loss, weighted sum"),
-    "datm_ray_metadd_variance": _gauge("", "Its variance of the maps, before its weight"),
-    "datm_ray_metadd_invariance": _gauge("", "Its cross-entropy and divergence of the auxiliaries, before its weight"),
-    "datm_ray_metadd_position": _gauge("", "Its evidence against the class, before its weight"),
-    "datm_ray_metadd_feature_ratio": _gauge("ratio", "Pixels that all networks look at, of those that any looks at"),
+    "datm_ray_metadd_variance": _gauge("", "Unweighted MetaDD term: variance of the maps"),
+    "datm_ray_metadd_invariance": _gauge("", "Unweighted MetaDD term: cross-entropy and divergence of the auxiliaries"),
+    "datm_ray_metadd_position": _gauge("", "Unweighted MetaDD term: evidence against the class"),
+    "datm_ray_metadd_feature_ratio": _gauge(
+        "ratio", "Pixels that all MetaDD networks attend to, divided by those that any attends to"
+    ),
     # --- evaluation ---
-    "datm_ray_evaluate_validation_accuracy_ratio": _gauge("ratio", "Of the last network trained, on validation data"),
+    "datm_ray_evaluate_validation_accuracy_ratio": _gauge("ratio", "Validation accuracy of the last network trained"),
     # --- store ---
-    "datm_ray_store_reads_total": _counter("", "Requests for content of files"),
-    "datm_ray_store_read_bytes_total": _counter("bytes", "Content read"),
-    "datm_ray_store_read_seconds_total": _counter("seconds", "Time that reads took"),
+    "datm_ray_store_reads_total": _counter("", "Requests that read file content"),
+    "datm_ray_store_read_bytes_total": _counter("bytes", "Bytes read"),
+    "datm_ray_store_read_seconds_total": _counter("seconds", "Duration of reads"),
     "datm_ray_store_writes_total": _counter("", "Files written"),
-    "datm_ray_store_write_bytes_total": _counter("bytes", "Content written"),
-    "datm_ray_store_write_seconds_total": _counter("seconds", "Time that writes took"),
-    "datm_ray_store_looks_total": _counter("", "Requests without content: does it exist, what is there, delete"),
-    "datm_ray_store_look_seconds_total": _counter("seconds", "Time that those took"),
-    "datm_ray_store_retries_total": _counter("", "Messages to S3 that had to be sent again"),
+    "datm_ray_store_write_bytes_total": _counter("bytes", "Bytes written"),
+    "datm_ray_store_write_seconds_total": _counter("seconds", "Duration of writes"),
+    "datm_ray_store_looks_total": _counter("", "Requests without content: exists, list, delete"),
+    "datm_ray_store_look_seconds_total": _counter("seconds", "Duration of requests without content"),
+    "datm_ray_store_retries_total": _counter("", "S3 requests sent again after an error"),
     # --- faults ---
-    "datm_ray_workers_lost_total": _counter("", "Workers lost, by what they were lost to", "reason"),
-    "datm_ray_task_retries_total": _counter("", "Times that a task was given to another worker"),
-    "datm_ray_mesh_workers": _gauge("", "Workers that do a task together"),
-    "datm_ray_mesh_rebuilt_total": _counter("", "Times that a task went on with fewer or more workers", "change"),
+    "datm_ray_workers_lost_total": _counter("", "Lost workers, by reason", "reason"),
+    "datm_ray_task_retries_total": _counter("", "Tasks started again after a lost worker"),
+    "datm_ray_mesh_workers": _gauge("", "Workers that run the task together"),
+    "datm_ray_mesh_rebuilt_total": _counter("", "Tasks resumed with fewer or more workers", "change"),
 }
-"""Every metric by its name; Ray puts `ray_` before it."""
+"""Every metric by its name. Ray prefixes the name with `ray_`."""
 
 
 REASONS: dict[str, tuple[str, ...]] = {
     "memory": ("running low on memory", "out of memory", "oom"),
-    "node": ("node has died", "node was", "node died", "node failure", "preempt", "drain", "be reached"),
-    "timeout": ("timed out", "timeout", "not answered"),
+    "node": ("node has died", "node was", "node died", "node failure", "preempt", "drain", "unreachable"),
+    "timeout": ("timed out", "timeout", "heartbeat"),
     "peer": ("lost its peers",),
     "process": ("exit", "died", "dead", "killed", "connection error"),
 }
-"""What a worker is lost to -> words by which that is told from the reason given, the first that fits."""
+"""Kind of loss -> words of its reason. The first kind with a matching word counts."""
 
 
 def reason_kind(reason: str) -> str:
-    """What a worker was lost to, in one of the words of `REASONS`, or "other"."""
+    """Kind of a loss: a key of `REASONS`, or "other"."""
     text = reason.lower()
     return next((kind for kind, words in REASONS.items() if any(word in text for word in words)), "other")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One value of a metric: the present one of a gauge, the increase of a counter, an observation of a histogram."""
+    """One value of a metric: a gauge's value, a counter's increase, or a histogram's observation."""
 
     name: str
     value: float
@@ -138,113 +142,116 @@ class Sample:
 
 
 @dataclass
-class _Watched:
-    """A task of which something was heard, and that is not finished."""
+class _Observed:
+    """Unfinished task that has sent an event."""
 
     task: Task
     workers: int = 0
-    """As many as did it together when last heard of; 0 before that was told."""
+    """Number of workers of the task's group at its last `Progress`; 0 before the first."""
     at_work: bool = True
     sums: dict[tuple[int, str], float] = field(default_factory=dict)
-    """The counters as each of its workers last told them."""
+    """Last value of each counter, by rank and name."""
     gauges: dict[str, float] = field(default_factory=dict)
 
 
 class Readings:
-    """Events in, samples out. One for each executor; knows no clock and no Ray.
+    """Translation of one executor's events into samples, without a clock and without Ray.
 
-    Takes the same time for an event however many tasks there are.
+    The time for one event does not depend on the number of tasks.
     """
 
     def __init__(self) -> None:
         self._stage = ""
         self._workers = 0
         self._open = 0
-        """Workers that all unfinished tasks could use."""
-        self._watched: dict[str, _Watched] = {}
+        """Number of workers that all unfinished tasks can use."""
+        self._observed: dict[str, _Observed] = {}
 
     def begin(self, tasks: Sequence[Task], workers: int) -> list[Sample]:
-        """A stage, or a part of one, begins.
+        """Start a stage, or a part of one.
 
         Args:
-            workers: that may be at work at the same time.
+            tasks: its tasks.
+            workers: highest number of workers that run at the same time.
         """
         self._stage = tasks[0].stage if tasks else self._stage
         self._workers, self._open = workers, sum(task.size for task in tasks)
-        self._watched = {}
-        return list(self._crews())
+        self._observed = {}
+        return list(self._worker_counts())
 
     def take(self, task: Task, event: Event, rank: int = 0) -> list[Sample]:
-        """What an event says.
+        """Samples of an event.
 
         Args:
-            rank: of the worker, among those that do the task together. Of those above 0 only the counters are taken;
-                all of theirs come before the `Finished` of rank 0.
+            task: task of the event.
+            event: event of one worker.
+            rank: rank of that worker within the task's group. Ranks above 0 contribute only counters, all of
+                them before the `Finished` of rank 0.
         """
         self._stage = task.stage
-        watched = self._watched.setdefault(task.name, _Watched(task))
+        observed = self._observed.setdefault(task.name, _Observed(task))
         measured = event.metrics if isinstance(event, Progress | Finished) else {}
         known = {name: value for name, value in measured.items() if name in CATALOGUE and math.isfinite(value)}
-        samples = list(_increases(watched, known, rank))
+        samples = list(_increases(observed, known, rank))
         if rank:
             return samples
         if isinstance(event, Progress):
-            samples += _progress(watched, event, known)
-        watched.at_work = True
+            samples += _progress(observed, event, known)
+        observed.at_work = True
         if isinstance(event, Lost):
-            self._watched[task.name] = _Watched(task, watched.workers, at_work=False)
+            self._observed[task.name] = _Observed(task, observed.workers, at_work=False)
             samples += [
                 _sample("datm_ray_workers_lost_total", 1.0, task, reason=reason_kind(event.reason)),
                 _sample("datm_ray_task_retries_total", 1.0, task),
             ]
         elif isinstance(event, Finished):
-            del self._watched[task.name]
+            del self._observed[task.name]
             self._open -= task.size
             samples.append(_sample("datm_ray_tasks_finished_total", 1.0, task))
-        return [*samples, *self._crews()]
+        return [*samples, *self._worker_counts()]
 
     def gauges(self) -> list[Sample]:
-        """The present value of every gauge; those of finished tasks are no more."""
+        """Present value of every gauge of unfinished tasks."""
         of_tasks = [
-            _sample(name, value, watched.task)
-            for watched in self._watched.values()
-            for name, value in watched.gauges.items()
+            _sample(name, value, observed.task)
+            for observed in self._observed.values()
+            for name, value in observed.gauges.items()
         ]
-        return [*of_tasks, *self._crews()]
+        return [*of_tasks, *self._worker_counts()]
 
-    def _crews(self) -> Iterator[Sample]:
-        """Workers wanted and at work."""
-        working = sum(watched.workers or 1 for watched in self._watched.values() if watched.at_work)
+    def _worker_counts(self) -> Iterator[Sample]:
+        """Number of workers wanted and at work."""
+        working = sum(observed.workers or 1 for observed in self._observed.values() if observed.at_work)
         tags = {"stage": self._stage}
         yield Sample("datm_ray_workers_wanted", float(max(0, min(self._workers, self._open))), tags)
         yield Sample("datm_ray_workers_at_work", float(working), tags)
 
 
-def _increases(watched: _Watched, known: Mapping[str, float], rank: int) -> Iterator[Sample]:
-    """By how much counters have grown. Workers tell sums from 0, so one smaller than before is told by a new worker."""
+def _increases(observed: _Observed, known: Mapping[str, float], rank: int) -> Iterator[Sample]:
+    """Increases of counters. A worker counts from 0, so a smaller value comes from a new worker."""
     for name, value in known.items():
         if CATALOGUE[name].kind == "counter":
-            before = watched.sums.get((rank, name), 0.0)
-            watched.sums[rank, name] = value
+            before = observed.sums.get((rank, name), 0.0)
+            observed.sums[rank, name] = value
             if increase := value - before if value >= before else value:
-                yield _sample(name, increase, watched.task)
+                yield _sample(name, increase, observed.task)
 
 
-def _progress(watched: _Watched, event: Progress, known: Mapping[str, float]) -> Iterator[Sample]:
-    """Gauges and histograms, and whether the task's workers have become fewer or more."""
+def _progress(observed: _Observed, event: Progress, known: Mapping[str, float]) -> Iterator[Sample]:
+    """Samples of gauges and histograms, and of a group that has become smaller or larger."""
     for name, value in known.items():
         if CATALOGUE[name].kind == "gauge":
-            watched.gauges[name] = value
+            observed.gauges[name] = value
         elif CATALOGUE[name].kind == "histogram":
-            yield _sample(name, value, watched.task)
-    watched.gauges["datm_ray_task_done_ratio"] = event.done / max(1, event.total)
-    for name, value in watched.gauges.items():
-        yield _sample(name, value, watched.task)
-    workers = round(watched.gauges.get("datm_ray_mesh_workers", 1))
-    if watched.workers not in (0, workers):
-        change = "smaller" if workers < watched.workers else "grown"
-        yield _sample("datm_ray_mesh_rebuilt_total", 1.0, watched.task, change=change)
-    watched.workers = workers
+            yield _sample(name, value, observed.task)
+    observed.gauges["datm_ray_task_done_ratio"] = event.done / max(1, event.total)
+    for name, value in observed.gauges.items():
+        yield _sample(name, value, observed.task)
+    workers = round(observed.gauges.get("datm_ray_mesh_workers", 1))
+    if observed.workers not in (0, workers):
+        change = "smaller" if workers < observed.workers else "grown"
+        yield _sample("datm_ray_mesh_rebuilt_total", 1.0, observed.task, change=change)
+    observed.workers = workers
 
 
 def _sample(name: str, value: float, task: Task, **more: str) -> Sample:

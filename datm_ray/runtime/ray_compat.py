@@ -1,7 +1,7 @@
-"""Private parts of Ray, which may change with any version; of other modules only ray_dashboard uses one.
+"""Private parts of Ray, which may change with any version. Only `ray_dashboard` uses another one.
 
-Their behaviour was observed with the versions in docs/versions.md, from Ray 2.40 to 2.60. A version that lacks one of
-them loses a convenience, not a function.
+They were tested with the versions in docs/versions.md, Ray 2.40 to 2.60. A version without one of them loses a
+convenience, not a function.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import ray
 
 
 def use_token() -> None:
-    """Use the token that this user has, where the environment neither requires nor forbids it.
+    """Use the user's Ray token, if there is one and the environment neither requires nor forbids it.
 
-    New versions of Ray require a token by default, and old ones have none. For jobs only: a driver with a token cannot
-    start actors on a cluster without.
+    New versions of Ray require a token by default, and old ones have none. Only job commands call this: a driver with a
+    token cannot start actors on a cluster without one.
     """
     with suppress(ImportError):
         from ray._private.authentication import authentication_token_setup as setup
@@ -26,17 +26,17 @@ def use_token() -> None:
 
 
 def hush() -> None:
-    """Silence Ray's reports of every file it packs and of the token; some of its loggers have levels of their own."""
+    """Silence Ray's log lines about the token and each uploaded file. Some of its loggers set their own level."""
     for name in list(logging.root.manager.loggerDict):
         if name == "ray" or name.startswith("ray."):
             logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def silence_raylets() -> None:
-    """Keep what raylets publish out of standard output, where results belong.
+    """Keep the raylets' messages out of standard output, which carries results.
 
-    A raylet that dies writes thirty lines of statistics, whatever `log_to_driver` is, and no setting turns them off.
-    The executor reports the loss in one line; the rest is in Ray's logs.
+    A raylet that dies prints thirty lines of statistics, and no setting of Ray's prevents it. The executor logs the
+    loss in one line; Ray's log files keep the rest.
     """
     if hasattr(ray._private.worker, "print_to_stdstream"):
         ray._private.worker.print_to_stdstream = lambda *_, **__: None

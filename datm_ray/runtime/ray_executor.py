@@ -1,8 +1,8 @@
-"""Tasks on Ray actors.
+"""Executor that runs tasks on Ray actors.
 
-Events stream back through Ray's generators, so a dead actor shows at once; one that hangs shows because it answers no
-more. Its task goes to a new crew, of as many workers as the cluster then has room for, and grows back when it has room
-again. See `recovery` for what is decided and why, `ray_crews` for the actors.
+Events stream back through Ray's generators, so a dead actor is noticed at once. A hung one is noticed because its
+heartbeats stop. The task of a lost worker goes to a new worker group, as large as the remaining nodes allow, and grows
+back when nodes are added. Module `recovery` holds the decisions and their reasons, `ray_worker_groups` the actors.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from ray.exceptions import ActorUnschedulableError, RayError, RaySystemError
 
 from datm_ray.config import ClusterConfig
 from datm_ray.errors import ClusterError, ConfigError, DatmError, WorkerLostError
-from datm_ray.runtime.executor import Event, Failed, Finished, Lost, Note, Progress, Resized, Task
-from datm_ray.runtime.ray_cluster import Machines, connect, first_line, with_gpus
-from datm_ray.runtime.ray_crews import LOSSES, Crew, reason, root_cause, unwrapped
+from datm_ray.runtime.executor import Event, Failed, Finished, Lost, Note, Progress, Resized, Task, counted
+from datm_ray.runtime.ray_cluster import ClusterNodes, connect, first_line, with_gpus
 from datm_ray.runtime.ray_metrics import RayMetrics
+from datm_ray.runtime.ray_worker_groups import LOSSES, WorkerGroup, reason, root_cause, unwrapped
 from datm_ray.runtime.recovery import History, grown, size_for
 
 PLACEMENT_TIMEOUT = 60.0
-"""Seconds to wait for room for a crew, or cluster.peer_timeout or cluster.wait_for_nodes where that is longer:
-dismissed workers take moments to give theirs back, and a cluster that grows on demand needs minutes."""
-PATIENCE_UNTOLD = 15.0
-"""Seconds to wait for that room before the user is told."""
+"""Seconds to wait for a group's resources, or `cluster.peer_timeout` or `cluster.wait_for_nodes` if longer. Stopped
+workers free theirs after moments; an autoscaler needs minutes."""
+WAIT_LOG_DELAY = 15.0
+"""Seconds to wait for a group's resources before the wait is logged."""
 POLL_INTERVAL = 0.2
-"""Seconds between looks at crews that wait for their places."""
+"""Seconds between two checks of groups that wait for their resources."""
 GROWTH_PAUSE = 600.0
-"""Seconds for which a task does not try to grow again after room for it did not come free."""
-HEALTH_INTERVAL = 5.0
-"""Seconds between questions to workers whether they are alive."""
+"""Seconds for which a task does not try to grow again, after resources for it did not become free."""
+HEARTBEAT_INTERVAL = 5.0
+"""Seconds between two checks of the workers' heartbeats."""
 
 
 class RayExecutor:
-    """Workers as Ray actors on a running cluster, or on one started on this machine for the run."""
+    """Executor whose workers are Ray actors, on a running cluster or on one started on this machine for the run."""
 
     def __init__(self, cluster: ClusterConfig, address: str | None = None) -> None:
         if cluster.device == "cuda" and cluster.gpus_per_worker == 0:
@@ -50,19 +50,19 @@ class RayExecutor:
         dashboard = connect(address) if self._owns_cluster else ""
         try:
             self._cluster = cluster = with_gpus(cluster)
-            self._machines = Machines(cluster)
-            self.workers, self.workers_per_machine = self._machines.require()
+            self._nodes = ClusterNodes(cluster)
+            self.workers, self.workers_per_machine = self._nodes.require()
         except BaseException:
             self._leave()
             raise
         self._metrics = RayMetrics()
         where = f", dashboard http://{dashboard}" if dashboard else ""
         gpus = f" and {cluster.gpus_per_worker:g} GPU(s)" if cluster.gpus_per_worker else ""
-        each = f"{cluster.threads_per_worker} thread(s){gpus}"
-        self.description = f"Ray, up to {self.workers} worker(s) of {each}{where}"
+        each = f"{counted(cluster.threads_per_worker, 'thread')}{gpus}"
+        self.description = f"Ray, up to {counted(self.workers, 'worker')} with {each} each{where}"
 
     def share(self, value: Any) -> Any:
-        """Put the value into the object store; actors of one node share its arrays without copies."""
+        """Put the value into Ray's object store. Actors of one node share its arrays without copies."""
         return ray.put(value)
 
     def run(
@@ -70,10 +70,10 @@ class RayExecutor:
     ) -> Iterator[tuple[Task, Event]]:
         """See `Executor.run`."""
         for task in tasks:
-            self.require_room(task.name, min((task.size, *task.fewer)))
-        self._machines.use(sum(task.size for task in tasks))
+            self.require_workers(task.name, min((task.size, *task.fewer)))
+        self._nodes.limit_to(sum(task.size for task in tasks))
         self._metrics.begin(tasks, self.workers)
-        stage = _Stage(self._cluster, self._machines, self._metrics, worker, setup, method, tasks)
+        stage = _Stage(self._cluster, self._nodes, self._metrics, worker, setup, method, tasks)
         try:
             for task, event in stage.events():
                 self._metrics.record(task, event)
@@ -82,235 +82,235 @@ class RayExecutor:
             stage.close()
 
     def close(self) -> None:
-        """Disconnect; a cluster that was started for the run ends with it."""
+        """Disconnect. A cluster that was started for the run ends with it."""
         self._metrics.close()
-        self._machines.ask_no_more()
+        self._nodes.release()
         self._leave()
 
     def _leave(self) -> None:
         if self._owns_cluster:
             ray.shutdown()
 
-    def require_room(self, name: str, size: int) -> None:
-        """See `Executor.require_room`. Machines that come on demand are waited for."""
+    def require_workers(self, name: str, size: int) -> None:
+        """See `Executor.require_workers`. Waits up to `cluster.wait_for_nodes` seconds for nodes."""
         if size > self.workers and self._cluster.workers is None:
-            self.workers, self.workers_per_machine = self._machines.wait_for(size)
+            self.workers, self.workers_per_machine = self._nodes.wait_for(size)
         if size > self.workers:
             raise ClusterError(
-                f"{name} wants {size} workers at once, but there is room for {self.workers}",
-                "cluster.shards asks for so many, times the networks that cluster.backbones_apart and "
-                "auxiliaries_apart set apart",
+                f"{name} needs {size} workers at the same time, but the cluster can hold {self.workers}",
+                "the number is cluster.shards times the networks that cluster.backbones_apart and auxiliaries_apart "
+                "put on workers of their own",
                 "lower them, raise cluster.workers if it is set, or add nodes",
             )
 
 
 @dataclass(eq=False)
-class _Turn:
-    """A task that waits for a crew."""
+class _Queued:
+    """Task that waits for a worker group, with its past attempts."""
 
     task: Task
     history: History = field(default_factory=History)
     size: int = 0
-    """Of the crew that had it last; 0 before the first."""
+    """Size of the last group that ran the task; 0 before the first."""
     limit: int = 2**31
-    """The largest crew to try, since there was no room for a larger one."""
-    too_few: int = 0
-    """Workers that found the task too large for them."""
+    """Largest group size to try, inclusive. Larger ones did not get their resources."""
+    insufficient: int = 0
+    """Largest group size that was too small for the task; 0 if none was."""
     no_growth_before: float = 0.0
-    """In seconds of the monotonic clock; others have the room that the machines seem to have."""
+    """Time before which the task does not try to grow, in seconds of the monotonic clock."""
 
     @property
     def sizes(self) -> list[int]:
-        """Of crews that may do it."""
-        return [size for size in (self.task.size, *self.task.fewer) if self.too_few < size <= self.limit]
+        """Group sizes to try, without those found too small or too large."""
+        return [size for size in (self.task.size, *self.task.fewer) if self.insufficient < size <= self.limit]
 
 
 @dataclass(eq=False)
 class _Running:
-    """A task with its crew."""
+    """Task assigned to a worker group."""
 
-    turn: _Turn
-    crew: Crew
+    queued: _Queued
+    group: WorkerGroup
     streams: dict[int, Any] = field(default_factory=dict)
-    """For every rank that has not finished, Ray's generator of references to its events; none before the start."""
+    """Rank -> Ray's generator of references to events, for ranks that have not finished. Empty before the start."""
     result: Finished = field(default_factory=Finished)
-    """Of rank 0."""
+    """Result of rank 0."""
     done: int = 0
-    """Of the last progress."""
-    told: bool = False
-    """Whether the user knows that it waits for its places."""
+    """`Progress.done` of the last event."""
+    logged: bool = False
+    """Whether the wait for resources is logged."""
 
 
 class _Stage:
-    """Tasks of one kind, from the first to the last."""
+    """One stage: runs tasks of the same worker class from the first to the last."""
 
     def __init__(
         self,
         cluster: ClusterConfig,
-        machines: Machines,
+        nodes: ClusterNodes,
         metrics: RayMetrics,
         worker: Callable[..., Any],
         setup: tuple[Any, ...],
         method: str,
         tasks: Sequence[Task],
     ) -> None:
-        self._cluster, self._machines, self._metrics = cluster, machines, metrics
+        self._cluster, self._nodes, self._metrics = cluster, nodes, metrics
         self._worker, self._setup, self._method = worker, setup, method
-        self._waiting = deque(_Turn(task) for task in tasks)
-        self._idle: list[Crew] = []
+        self._queue = deque(_Queued(task) for task in tasks)
+        self._idle: list[WorkerGroup] = []
         self._running: list[_Running] = []
-        self._asked = time.monotonic()
+        self._last_check = time.monotonic()
         self._failure: DatmError | None = None
-        """Of the first task that failed; others that run are finished, and none is begun."""
-        self._without_room = float("inf")
-        """Since when nothing runs and there is room for nothing, in seconds of the monotonic clock."""
+        """Error of the first task that failed. Running tasks finish, and none starts."""
+        self._blocked_since = float("inf")
+        """Time since which no task runs and none can start, in seconds of the monotonic clock; infinite otherwise."""
 
     def events(self) -> Iterator[tuple[Task, Event]]:
-        """Of all tasks, until every one is finished, or one has failed and those beside it are finished."""
-        while self._running or (self._waiting and not self._failure):
-            yield from self._take_crews()
-            yield from self._take_places()
-            yield from self._listen()
-            yield from self._ask_after_health()
+        """Events of all tasks, until all are finished, or one failed and the running ones are finished."""
+        while self._running or (self._queue and not self._failure):
+            yield from self._assign_groups()
+            yield from self._start_groups()
+            yield from self._next_events()
+            yield from self._check_heartbeats()
         if self._failure:
             raise self._failure
 
     def close(self) -> None:
-        """Dismiss everybody."""
-        for crew in [*self._idle, *(current.crew for current in self._running)]:
-            crew.dismiss()
+        """Stop all groups."""
+        for group in [*self._idle, *(current.group for current in self._running)]:
+            group.stop()
 
-    # --- from waiting to running ----------------------------------------------------------------------------------
+    # --- from queued to running -----------------------------------------------------------------------------------
 
     def _busy(self) -> int:
-        return sum(current.crew.size for current in self._running)
+        return sum(current.group.size for current in self._running)
 
-    def _take_crews(self) -> Iterator[tuple[Task, Event]]:
-        """Give crews to waiting tasks, in order, so that one of many workers is not passed by for ever."""
-        while self._waiting and not self._failure:
-            turn, capacity = self._waiting[0], self._machines.capacity()
-            # As large as the machines allow, whoever works on them now: it is the others' turn that is waited for.
-            size = size_for(turn.sizes, capacity)
+    def _assign_groups(self) -> Iterator[tuple[Task, Event]]:
+        """Assign groups to queued tasks, in order, so that small tasks do not overtake a large one for ever."""
+        while self._queue and not self._failure:
+            queued, capacity = self._queue[0], self._nodes.capacity()
+            # The size that the nodes can hold, used or not: tasks of other sizes wait until this one has started.
+            size = size_for(queued.sizes, capacity)
             if size is None or self._busy() + size > capacity:
-                yield from self._wait_for_machines(turn, size)
+                yield from self._wait_for_nodes(queued, size)
                 return
-            self._without_room = float("inf")
-            self._running.append(_Running(self._waiting.popleft(), self._crew(size, capacity - self._busy())))
-            if size != (turn.size or turn.task.size):
-                yield turn.task, Resized(size, turn.task.size)
-            turn.size = size
+            self._blocked_since = float("inf")
+            self._running.append(_Running(self._queue.popleft(), self._group(size, capacity - self._busy())))
+            if size != (queued.size or queued.task.size):
+                yield queued.task, Resized(size, queued.task.size)
+            queued.size = size
 
-    def _crew(self, size: int, room: int) -> Crew:
-        """One that is idle, or else a new one in the place of those that would leave no room for it."""
-        for crew in self._idle:
-            if crew.size == size:
-                self._idle.remove(crew)
-                return crew
-        while self._idle and sum(crew.size for crew in self._idle) + size > room:
-            self._idle.pop(0).dismiss()
-        return Crew.hire(size, self._cluster)
+    def _group(self, size: int, free: int) -> WorkerGroup:
+        """Idle group of this size, or a new one. Idle groups are stopped if they use the resources it needs."""
+        for group in self._idle:
+            if group.size == size:
+                self._idle.remove(group)
+                return group
+        while self._idle and sum(group.size for group in self._idle) + size > free:
+            self._idle.pop(0).stop()
+        return WorkerGroup.reserve(size, self._cluster)
 
-    def _wait_for_machines(self, turn: _Turn, size: int | None) -> Iterator[tuple[Task, Event]]:
-        """Where nothing runs and nothing can: say so once, and not for ever."""
+    def _wait_for_nodes(self, queued: _Queued, size: int | None) -> Iterator[tuple[Task, Event]]:
+        """If no task runs and none can start, log it once, and raise after the timeout."""
         if self._running or size is not None:
             return
         now = time.monotonic()
-        if self._without_room > now:
-            self._without_room = now
-            self._machines.ask_for(turn.task.size)
-            fits = sum(self._machines.fits())
-            yield turn.task, Note(f"waits for machines: it wants {turn.task.size} worker(s), there is room for {fits}")
-        if now - self._without_room > self._patience():
-            raise self._no_room(turn.task.size)
+        if self._blocked_since > now:
+            self._blocked_since = now
+            self._nodes.request(queued.task.size)
+            needed, fits = counted(queued.task.size, "worker"), sum(self._nodes.fits())
+            yield queued.task, Note(f"waiting for nodes: needs {needed}, the cluster can hold {fits}")
+        if now - self._blocked_since > self._placement_timeout():
+            raise self._not_enough_resources(queued.task.size)
         time.sleep(POLL_INTERVAL)
 
-    def _take_places(self) -> Iterator[tuple[Task, Event]]:
-        """Start the crews whose places have come, and give up on those whose places will not."""
+    def _start_groups(self) -> Iterator[tuple[Task, Event]]:
+        """Start the groups whose resources are reserved. Give up on those that wait too long."""
         for current in [each for each in self._running if not each.streams]:
             if current not in self._running:
-                continue  # another one has failed meanwhile, and nothing is begun any more
-            crew = current.crew
-            same = next((idle for idle in self._idle if idle.size == crew.size), None)
-            if same is not None and not crew.has_places():
-                self._idle.remove(same)  # another task has ended first
-                crew.dismiss()
-                current.crew = crew = same
-            if crew.has_places():
-                yield from self._begin(current)
-            elif crew.size > sum(self._machines.fits()):
-                self._give_back(current)  # a machine went while the crew waited for it
-            elif time.monotonic() - crew.hired > self._patience():
-                yield from self._make_do(current)
-            elif not current.told and time.monotonic() - crew.hired > PATIENCE_UNTOLD:
-                current.told = True
-                room = f"room for {crew.size} worker(s), which others hold; up to {self._patience():.0f} s"
-                yield current.turn.task, Note(f"waits for {room}")
+                continue  # another task failed meanwhile, so nothing starts any more
+            group = current.group
+            same = next((idle for idle in self._idle if idle.size == group.size), None)
+            if same is not None and not group.is_placed():
+                self._idle.remove(same)  # another task finished first
+                group.stop()
+                current.group = group = same
+            if group.is_placed():
+                yield from self._submit(current)
+            elif group.size > sum(self._nodes.fits()):
+                self._requeue(current)  # a node was lost while the group waited for it
+            elif time.monotonic() - group.reserved_at > self._placement_timeout():
+                yield from self._reduce_or_wait(current)
+            elif not current.logged and time.monotonic() - group.reserved_at > WAIT_LOG_DELAY:
+                current.logged = True
+                wait, free = f"{self._placement_timeout():.0f} s", counted(group.size, "free worker")
+                yield current.queued.task, Note(f"waiting up to {wait} for {free} (in use by other jobs)")
 
-    def _make_do(self, current: _Running) -> Iterator[tuple[Task, Event]]:
-        """Where others hold the room that a crew waits for: try with fewer, or wait for tasks of this run to end."""
-        crew, turn = current.crew, current.turn
-        fewer = [size for size in turn.sizes if size < crew.size]
+    def _reduce_or_wait(self, current: _Running) -> Iterator[tuple[Task, Event]]:
+        """If other jobs use the resources: try a smaller group, or wait for this run's other tasks, or raise."""
+        group, queued = current.group, current.queued
+        fewer = [size for size in queued.sizes if size < group.size]
         if fewer:
-            self._give_back(current)
-            turn.limit, turn.no_growth_before = crew.size - 1, time.monotonic() + GROWTH_PAUSE
-            yield turn.task, Note(f"no room for {crew.size} workers came free, although the machines have it")
+            self._requeue(current)
+            queued.limit, queued.no_growth_before = group.size - 1, time.monotonic() + GROWTH_PAUSE
+            yield queued.task, Note(f"{counted(group.size, 'worker')} did not become free; trying with fewer")
         elif any(each.streams for each in self._running):
-            crew.hired = time.monotonic()
+            group.reserved_at = time.monotonic()
         else:
-            raise self._no_room(crew.size)
+            raise self._not_enough_resources(group.size)
 
-    def _begin(self, current: _Running) -> Iterator[tuple[Task, Event]]:
-        """Start a crew that has its places, if they are not lost in that moment."""
+    def _submit(self, current: _Running) -> Iterator[tuple[Task, Event]]:
+        """Start a group's actors and submit its task. Its node may be lost at that moment."""
         try:
-            if not current.crew.actors:
-                current.crew.start(self._worker, self._setup, self._cluster)
-            current.streams = current.crew.begin(current.turn.task, self._method)
+            if not current.group.actors:
+                current.group.start(self._worker, self._setup, self._cluster)
+            current.streams = current.group.submit(current.queued.task, self._method)
         except (ActorUnschedulableError, RaySystemError) as failure:
-            event = self._lost(current, WorkerLostError(f"it could not start: {first_line(failure)}"))
-            yield current.turn.task, event
-            yield from self._act_upon(current, event)
+            event = self._lost(current, WorkerLostError(f"it could not be started: {first_line(failure)}"))
+            yield current.queued.task, event
+            yield from self._handle(current, event)
 
-    def _give_back(self, current: _Running) -> None:
-        """Take a task from its crew; it waits for another, before all others."""
+    def _requeue(self, current: _Running) -> None:
+        """Stop the group of a task, and put the task first in the queue."""
         self._running.remove(current)
-        current.crew.dismiss()
-        self._waiting.appendleft(current.turn)
+        current.group.stop()
+        self._queue.appendleft(current.queued)
 
-    def _patience(self) -> float:
+    def _placement_timeout(self) -> float:
         return max(PLACEMENT_TIMEOUT, self._cluster.peer_timeout, self._cluster.wait_for_nodes)
 
-    def _no_room(self, size: int) -> ClusterError:
-        fits = self._machines.fits()
+    def _not_enough_resources(self, size: int) -> ClusterError:
+        fits = self._nodes.fits()
         fewer = sum(fits) < size
         return ClusterError(
-            f"no room for {size} workers at once came free in {self._patience():g} s; "
-            f"the cluster has {len(fits)} node(s) with room for {sum(fits)}",
-            "nodes were lost" if fewer else "other jobs hold its CPUs or GPUs",
-            "give the same command again when there are nodes, it resumes; or raise cluster.wait_for_nodes"
+            f"{counted(size, 'worker')} did not become free within {self._placement_timeout():g} s; "
+            f"the cluster has {counted(len(fits), 'node')} that can hold {counted(sum(fits), 'worker')}",
+            "nodes were lost" if fewer else "other jobs use its CPUs or GPUs",
+            "run the same command again when nodes are back, it resumes; or raise cluster.wait_for_nodes"
             if fewer
-            else "stop what holds them, or raise cluster.wait_for_nodes",
+            else "stop the other jobs, or raise cluster.wait_for_nodes",
         )
 
     # --- while they run -------------------------------------------------------------------------------------------
 
-    def _listen(self) -> Iterator[tuple[Task, Event]]:
-        """Wait for what happens next; not long, for there is more to look after."""
+    def _next_events(self) -> Iterator[tuple[Task, Event]]:
+        """Wait briefly for the next events and handle them."""
         streams = [(current, rank, stream) for current in self._running for rank, stream in current.streams.items()]
-        wait = HEALTH_INTERVAL if all(current.streams for current in self._running) else POLL_INTERVAL
+        wait = HEARTBEAT_INTERVAL if all(current.streams for current in self._running) else POLL_INTERVAL
         if not streams:
             time.sleep(wait if self._running else 0)
             return
         arrived, _ = ray.wait([stream for *_, stream in streams], num_returns=1, timeout=wait, fetch_local=False)
         for current, rank in [(current, rank) for current, rank, stream in streams if stream in arrived]:
             self._running.remove(current)
-            self._running.append(current)  # the others' events come first next time
+            self._running.append(current)  # events of other tasks come first next time
             event = self._event(current, rank)
             if event is not None:
-                yield current.turn.task, event
-                yield from self._act_upon(current, event)
+                yield current.queued.task, event
+                yield from self._handle(current, event)
 
     def _event(self, current: _Running, rank: int) -> Event | None:
-        """What a worker says; None where it is not for the user."""
+        """Next event of a rank, or `None` if the user does not need it."""
         try:
             event: Event = ray.get(next(current.streams[rank]))
         except StopIteration:
@@ -318,81 +318,84 @@ class _Stage:
         except RayError as failure:
             return self._lost(current, root_cause(current.streams, rank, unwrapped(failure)))
         if rank:
-            self._metrics.record(current.turn.task, event, rank)
+            self._metrics.record(current.queued.task, event, rank)
         if not isinstance(event, Finished):
             return event if rank == 0 else None
         del current.streams[rank]
         current.result = event if rank == 0 else current.result
         return None if current.streams else current.result
 
-    def _act_upon(self, current: _Running, event: Event) -> Iterator[tuple[Task, Event]]:
-        """See to the crew of a task of which something was heard."""
+    def _handle(self, current: _Running, event: Event) -> Iterator[tuple[Task, Event]]:
+        """Update the group and the queue after an event of a task."""
         if isinstance(event, Failed):
-            for ended in [each for each in self._running if not each.streams]:  # of the failed one they were cleared
+            for ended in [each for each in self._running if not each.streams]:  # a failed task's streams are cleared
                 self._running.remove(ended)
-                ended.crew.dismiss()
+                ended.group.stop()
         elif isinstance(event, Lost):
-            self._give_back(current)
-            while self._idle:  # they may have been on the same machine, and cost nothing to replace
-                self._idle.pop().dismiss()
+            self._requeue(current)
+            while self._idle:  # they may have been on the lost node, and replacing them is cheap
+                self._idle.pop().stop()
         elif isinstance(event, Finished):
             self._running.remove(current)
-            self._idle.append(current.crew)
+            self._idle.append(current.group)
         elif isinstance(event, Progress):
             current.done = event.done
             if event.saved and self._grows(current):
-                self._give_back(current)
-                yield current.turn.task, Note("has saved its work, to go on with more workers")
+                self._requeue(current)
+                yield current.queued.task, Note("checkpoint saved; restarting with more workers")
 
     def _grows(self, current: _Running) -> bool:
-        size, turn = current.crew.size, current.turn
-        if size >= turn.task.size or time.monotonic() < turn.no_growth_before:
+        size, queued = current.group.size, current.queued
+        if size >= queued.task.size or time.monotonic() < queued.no_growth_before:
             return False
-        sizes = (turn.task.size, *turn.task.fewer)
-        free = self._machines.free() + sum(crew.size for crew in self._idle)
-        better = grown(sizes, size, self._machines.capacity(), self._busy(), free)
-        turn.limit = max(turn.limit, better or 0)  # there is room now
+        sizes = (queued.task.size, *queued.task.fewer)
+        free = self._nodes.free() + sum(group.size for group in self._idle)
+        better = grown(sizes, size, self._nodes.capacity(), self._busy(), free)
+        queued.limit = max(queued.limit, better or 0)  # resources are free now
         return better is not None
 
-    def _ask_after_health(self) -> Iterator[tuple[Task, Event]]:
-        """Find those that are there, and do not live."""
-        if time.monotonic() - self._asked < HEALTH_INTERVAL:
+    def _check_heartbeats(self) -> Iterator[tuple[Task, Event]]:
+        """Find workers whose process exists but does not respond."""
+        if time.monotonic() - self._last_check < HEARTBEAT_INTERVAL:
             return
-        self._asked = time.monotonic()
+        self._last_check = time.monotonic()
         for current in [each for each in self._running if each.streams]:
-            rank = current.crew.silent(self._cluster.peer_timeout)
+            rank = current.group.silent_rank(self._cluster.peer_timeout)
             if rank is not None:
-                since = current.crew.asked[rank][1] if rank in current.crew.asked else current.crew.started
+                since = (
+                    current.group.unanswered[rank][1] if rank in current.group.unanswered else current.group.started_at
+                )
                 silence = time.monotonic() - since
-                event = self._lost(current, WorkerLostError(f"it has not answered for {silence:.0f} s"))
-                yield current.turn.task, event
-                yield from self._act_upon(current, event)
+                event = self._lost(current, WorkerLostError(f"no heartbeat for {silence:.0f} s"))
+                yield current.queued.task, event
+                yield from self._handle(current, event)
 
     def _lost(self, current: _Running, cause: BaseException) -> Lost | Failed | Note:
-        """What becomes of a task whose worker is gone; one that failed by itself is not tried again."""
-        if isinstance(cause, ConfigError) and current.crew.size < current.turn.task.size:
-            # With all its workers it had no such complaint, and machines may come back.
-            current.turn.too_few = current.crew.size
-            self._give_back(current)
-            return Note(f"waits for machines, as {current.crew.size} worker(s) will not do: {cause}")
+        """Event for a task that ended with an error: `Lost` if retried, `Failed` if not, `Note` if it waits for
+        nodes."""
+        if isinstance(cause, ConfigError) and current.group.size < current.queued.task.size:
+            # The error did not occur with all workers, and nodes may come back.
+            current.queued.insufficient = current.group.size
+            self._requeue(current)
+            return Note(f"waiting for nodes: {counted(current.group.size, 'worker')} cannot run it: {cause}")
         if isinstance(cause, DatmError) and not isinstance(cause, WorkerLostError):
             return self._failed(current, cause)
         if not isinstance(cause, (*LOSSES, WorkerLostError)):
             raise cause from None
-        turn = current.turn
-        turn.history = turn.history.after_loss(current.done)
-        if turn.history.gives_up(self._cluster.retries):
+        queued = current.queued
+        queued.history = queued.history.after_loss(current.done)
+        if queued.history.gives_up(self._cluster.retries):
             lost = WorkerLostError(
-                f"{turn.task.name} lost its worker {turn.history.in_vain} times without getting further, the last time "
-                f"because: {reason(cause)}",
-                "the machine may be out of memory, or the nodes are preempted faster than a task can save its work",
-                "look at the worker's log in the Ray dashboard, then give the same command again: it resumes",
+                f"{queued.task.name} lost its worker {queued.history.without_progress} times without progress; "
+                f"last reason: {reason(cause)}",
+                "the node may be out of memory, or nodes are preempted faster than a task can save its work",
+                "check the worker's log in the Ray dashboard, then run the same command again: it resumes",
             )
             return self._failed(current, lost)
-        return Lost(reason(cause), turn.history.losses)
+        return Lost(reason(cause), queued.history.losses)
 
     def _failed(self, current: _Running, failure: DatmError) -> Failed:
-        """Where nothing else runs there is nothing to wait for. Raises the failure then."""
+        """Record the first failure. Raises it if no other task runs."""
         self._failure = self._failure or failure
         current.streams.clear()
         others = sum(bool(each.streams) for each in self._running)

@@ -1,8 +1,8 @@
-"""A run's metrics on Ray: every node's agent offers them to Prometheus, see cluster/monitoring.
+"""Export of a run's metrics through Ray. Every node's agent offers them to Prometheus, see cluster/monitoring.
 
-They are set in the driver, from the events that arrive there anyway: a call of Ray's takes some three microseconds. Ray
-forgets a gauge that was not set for two of its report intervals (20 s), and an iteration may take longer, so a thread
-sets all of them again now and then; those of finished tasks are left to be forgotten.
+The driver sets them, from the events that arrive there; one call of Ray takes about three microseconds. Ray drops a
+gauge that is not set for two of its report intervals (20 s), and an iteration may take longer. So a thread sets all
+gauges of running tasks again every few seconds. Gauges of finished tasks expire.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from ray.util.metrics import Counter, Gauge, Histogram
 from datm_ray.runtime.executor import Event, Task
 from datm_ray.runtime.metrics import CATALOGUE, Readings, Sample
 
-REPEAT = 5.0
-"""Seconds after which gauges are set again."""
+REFRESH_INTERVAL = 5.0
+"""Seconds after which all gauges are set again."""
 
 
 class RayMetrics:
-    """Exports what the events of one executor say. The executor must be connected."""
+    """Exporter of the events of one executor, which must be connected."""
 
     def __init__(self) -> None:
         self._readings = Readings()
@@ -32,22 +32,22 @@ class RayMetrics:
         self._thread.start()
 
     def begin(self, tasks: Sequence[Task], workers: int) -> None:
-        """These tasks will be done, by at most so many workers at a time."""
+        """Start a stage with these tasks, on at most `workers` workers."""
         with self._lock:
             self._export(self._readings.begin(tasks, workers))
 
     def record(self, task: Task, event: Event, rank: int = 0) -> None:
-        """Export what an event says; `rank` is the worker's among those of the task."""
+        """Export the measurements of an event. `rank` is the worker's rank within the task's group."""
         with self._lock:
             self._export(self._readings.take(task, event, rank))
 
     def close(self) -> None:
-        """End the thread. Call it before Ray is left."""
+        """Stop the thread. Must be called before Ray disconnects."""
         self._closed.set()
         self._thread.join()
 
-    def set_again(self) -> None:
-        """Set every gauge to the value it has."""
+    def refresh(self) -> None:
+        """Set every gauge again to its present value."""
         with self._lock:
             self._export(self._readings.gauges())
 
@@ -63,7 +63,7 @@ class RayMetrics:
                 metric.observe(sample.value, tags)
 
     def _make(self, name: str) -> Gauge | Counter | Histogram:
-        """A metric of Ray's for one of the catalogue."""
+        """Create Ray's metric for an entry of the catalogue."""
         ours = CATALOGUE[name]
         text = f"{ours.description} ({ours.unit})" if ours.unit else ours.description
         made: Gauge | Counter | Histogram
@@ -75,11 +75,11 @@ class RayMetrics:
         return made
 
 
-def _repeat(of: ref[RayMetrics], closed: threading.Event) -> None:
-    """Until it is closed or forgotten."""
-    while not closed.wait(REPEAT):
-        metrics = of()
+def _repeat(reference: ref[RayMetrics], closed: threading.Event) -> None:
+    """Refresh the gauges until `closed` is set or the metrics are garbage-collected."""
+    while not closed.wait(REFRESH_INTERVAL):
+        metrics = reference()
         if metrics is None:
             return
-        metrics.set_again()
+        metrics.refresh()
         del metrics

@@ -1,4 +1,4 @@
-"""What to do when workers are lost and machines come and go: decisions, and nothing that acts on them."""
+"""Decisions about lost workers and about nodes added or lost. Pure functions; the executor acts on them."""
 
 from __future__ import annotations
 
@@ -9,53 +9,54 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class History:
-    """How a task has fared so far."""
+    """Attempts of one task so far."""
 
     losses: int = 0
-    """Attempts that ended because a worker was lost."""
-    in_vain: int = 0
-    """Of these the last ones, since one got further than all before it."""
+    """Number of attempts that ended because a worker was lost."""
+    without_progress: int = 0
+    """Number of the latest losses since an attempt got further than all earlier ones."""
     furthest: int = 0
-    """`Progress.done` of the attempt that got furthest."""
+    """Highest `Progress.done` of all attempts."""
 
     def after_loss(self, done: int) -> History:
-        """The history with one more attempt, which was lost when it had come this far."""
+        """History with one more lost attempt, whose last `Progress.done` is `done`."""
         further = done > self.furthest
         return dataclasses.replace(
             self,
             losses=self.losses + 1,
-            in_vain=1 if further else self.in_vain + 1,
+            without_progress=1 if further else self.without_progress + 1,
             furthest=max(done, self.furthest),
         )
 
     def gives_up(self, retries: int) -> bool:
-        """Whether to stop. Machines that are taken away now and then never end a task that gets on between."""
-        return self.in_vain > retries
+        """Whether to stop retrying. A task that progresses between losses is never given up."""
+        return self.without_progress > retries
 
 
-def size_for(sizes: Sequence[int], room: int) -> int | None:
-    """The most workers that a task can use where there is room for so many; None where it can use none.
+def size_for(sizes: Sequence[int], free: int) -> int | None:
+    """Largest group size, at most `free`, that can run the task; `None` if no size fits.
 
     Args:
-        sizes: numbers of workers that can do the task.
+        sizes: group sizes that can run the task.
+        free: workers for which there are free resources.
     """
-    return max((size for size in sizes if size <= room), default=None)
+    return max((size for size in sizes if size <= free), default=None)
 
 
 def grown(sizes: Sequence[int], size: int, capacity: int, busy: int, free: int) -> int | None:
-    """The size to which a task of fewer workers than it could use should grow; None where it should go on as it is.
+    """Larger group size that a task should resume with, or `None` if it should keep its workers.
 
     Args:
-        sizes: numbers of workers that can do the task.
-        size: of those that do it now.
-        capacity: workers for which the cluster has room in all.
-        busy: workers at work, these ones too.
-        free: further workers for whom nobody holds the room.
+        sizes: group sizes that can run the task.
+        size: workers that run the task now.
+        capacity: workers that the cluster can hold in all.
+        busy: workers that run any task, including this one.
+        free: further workers for which there are free resources.
     """
     better = size_for(sizes, min(capacity - (busy - size), size + free))
     return better if better is not None and better > size else None
 
 
 def is_silent(sent: float | None, now: float, limit: float) -> bool:
-    """Whether a worker counts as lost that was asked at `sent` and has not answered yet; times in seconds."""
+    """Whether a heartbeat requested at `sent` is late by more than `limit`, in seconds; `sent=None` never is."""
     return sent is not None and now - sent > limit

@@ -21,7 +21,7 @@ from datm_ray.errors import ConfigError, CorruptFileError, RunDirectoryError
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.checkpoint import Rows, load_checkpoint, read_computed, read_curves, save_checkpoint
 from datm_ray.runtime.distill import SYNTHETIC, DistillWorker
-from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, Seat, SerialExecutor
+from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, SerialExecutor, WorkerRank
 from datm_ray.runtime.mesh import Alone
 from datm_ray.runtime.telemetry import Reporter
 from datm_ray.store.filesystem import Location, open_location
@@ -36,14 +36,14 @@ METADD = (
 TWO_NETWORKS = "backbones=[{network: {width: 3, depth: 2, norm: group}, weight: 0.5}]"
 
 
-def as_rank(config_file: str, out: str, seat: Seat, stop_at: int | None) -> None:
+def as_rank(config_file: str, out: str, worker_rank: WorkerRank, stop_at: int | None) -> None:
     """One process of the mesh."""
     torch.set_num_threads(1)
     config = load_config(config_file)
     pipeline = Pipeline([config], out)
     worker = DistillWorker(pipeline._dataset(config), config.cluster)
     arguments = (config, pipeline.store_uri, str(Path(out, config.name)))
-    for event in worker.distill(*arguments, seat=seat if seat.size > 1 else None):
+    for event in worker.distill(*arguments, worker_rank=worker_rank if worker_rank.world_size > 1 else None):
         if isinstance(event, Progress) and event.done == stop_at:
             break
 
@@ -53,11 +53,12 @@ def distil(config: RunConfig, out: Path, size: int, stop_at: int | None = None, 
     (out / "config.yaml").write_text(to_yaml(config))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        meeting = f"127.0.0.1:{free.getsockname()[1]}"
+        rendezvous = f"127.0.0.1:{free.getsockname()[1]}"
     folders = [elsewhere if elsewhere and rank else out for rank in range(size)]
     file = str(out / "config.yaml")
     calls = side_by_side(
-        as_rank, [(file, str(folder), Seat(rank, size, meeting), stop_at) for rank, folder in enumerate(folders)]
+        as_rank,
+        [(file, str(folder), WorkerRank(rank, size, rendezvous), stop_at) for rank, folder in enumerate(folders)],
     )
     failures = [str(call.exception()) for call in calls if call.exception()]
     if failures:

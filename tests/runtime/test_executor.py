@@ -97,7 +97,7 @@ def test_more_than_the_cluster_has_is_refused_before_anything_starts(ray_cluster
 
 
 def test_a_task_for_several_workers_is_done_alone_where_there_is_one_process() -> None:
-    """The serial executor gives no seat, and the worker finds itself alone."""
+    """The serial executor passes no rank, and the worker finds itself alone."""
     events = added(SerialExecutor(ClusterConfig()), [Task("sum", (5.0, 2), size=2)])
     assert events["sum"] == [Progress(0, 2), Progress(2, 2), Finished((5.0, 1, os.getpid()))]
 
@@ -131,7 +131,7 @@ def test_the_loss_of_one_of_several_workers_costs_an_attempt_of_all(ray_cluster:
 def test_several_workers_of_which_one_always_dies_are_given_up(ray_cluster: Any, tmp_path: Path) -> None:
     """The whole task counts, with one clear error in the end."""
     executor = create_executor("ray", ClusterConfig(retries=1))
-    with pytest.raises(WorkerLostError, match=r"sum lost its worker 2 times without .* because: Worker"):
+    with pytest.raises(WorkerLostError, match=r"sum lost its worker 2 times without .* last reason: Worker"):
         added(executor, [Task("sum", (1.0, 2, "die"), 2)], tmp_path)
 
 
@@ -154,10 +154,10 @@ def test_expected_error_of_any_of_several_workers_reaches_the_caller(ray_cluster
 def test_what_runs_beside_a_task_that_fails_is_finished(ray_cluster: Any) -> None:
     """It may have worked for hours; what has not begun stays so, and the error comes at the end."""
     tasks = [Task("fails", (1.0, 1, "raise")), Task("runs", (1.0, 1, "wait")), Task("waits", (1.0, 1))]
-    told: list[tuple[Task, Any]] = []
+    logged: list[tuple[Task, Any]] = []
     with pytest.raises(ConfigError, match="one of them failed"):
-        told.extend(create_executor("ray", ClusterConfig(workers=2)).run(Adder, (), "add", tasks))
-    events = {task.name: event for task, event in told}  # the last of each
+        logged.extend(create_executor("ray", ClusterConfig(workers=2)).run(Adder, (), "add", tasks))
+    events = {task.name: event for task, event in logged}  # the last of each
     assert events["fails"] == Failed("one of them failed.", 1)
     assert isinstance(events["runs"], Finished)
     assert "waits" not in events
@@ -185,7 +185,9 @@ def test_several_workers_leave_when_nobody_wants_the_rest(ray_cluster: Any) -> N
 @pytest.mark.ray
 def test_a_task_for_more_workers_than_there_are_is_refused(ray_cluster: Any) -> None:
     """It is refused before another task starts, with the setting to change."""
-    with pytest.raises(ClusterError, match=r"sum wants 3 workers at once, but there is room for 2\. cluster.shards"):
+    with pytest.raises(
+        ClusterError, match=r"sum needs 3 workers at the same time, but the cluster can hold 2\. The number is"
+    ):
         added(create_executor("ray", ClusterConfig()), [Task("first", (1.0, 1)), Task("sum", (1.0, 3), 3)])
 
 
@@ -195,35 +197,35 @@ def test_workers_for_whom_no_room_comes_free_are_not_waited_for_for_ever(
 ) -> None:
     """Another job holds one of the two CPUs."""
     monkeypatch.setattr("datm_ray.runtime.ray_executor.PLACEMENT_TIMEOUT", 3.0)
-    monkeypatch.setattr("datm_ray.runtime.ray_executor.PATIENCE_UNTOLD", 0.5)
-    told: list[tuple[Task, Any]] = []
+    monkeypatch.setattr("datm_ray.runtime.ray_executor.WAIT_LOG_DELAY", 0.5)
+    logged: list[tuple[Task, Any]] = []
     other = ray_cluster.remote(num_cpus=1)(Idler).remote()
     ray_cluster.get(other.here.remote())
     try:
-        with pytest.raises(ClusterError, match=r"no room for 2 workers at once came free in 3 s.*Other jobs hold"):
-            told.extend(
+        with pytest.raises(ClusterError, match=r"2 workers did not become free within 3 s.*Other jobs use"):
+            logged.extend(
                 create_executor("ray", ClusterConfig(peer_timeout=3.0)).run(
                     Adder, (), "add", [Task("sum", (1.0, 2), 2)]
                 )
             )
     finally:
         ray_cluster.kill(other)
-    (event,) = (event for _, event in told)
-    assert event == Note("waits for room for 2 worker(s), which others hold; up to 3 s")
+    (event,) = (event for _, event in logged)
+    assert event == Note("waiting up to 3 s for 2 free workers (in use by other jobs)")
 
 
 @pytest.mark.ray
-def test_places_that_are_there_are_seen_at_every_look(ray_cluster: Any) -> None:
-    """However long the cluster takes to answer: a look that gives it no time would miss them now and then."""
-    from datm_ray.runtime.ray_crews import Crew
+def test_reserved_resources_are_observed_at_every_check(ray_cluster: Any) -> None:
+    """A check without a timeout would miss them now and then, when the cluster takes long to answer."""
+    from datm_ray.runtime.ray_worker_groups import WorkerGroup
 
-    crew = Crew.hire(1, ClusterConfig())
+    group = WorkerGroup.reserve(1, ClusterConfig())
     try:
-        assert crew.group.wait(30)
-        assert all(crew.has_places() for _ in range(200))
+        assert group.placement.wait(30)
+        assert all(group.is_placed() for _ in range(200))
     finally:
-        crew.dismiss()
-    assert not crew.has_places()
+        group.stop()
+    assert not group.is_placed()
 
 
 @pytest.mark.slow
@@ -260,12 +262,12 @@ def test_a_worker_that_hangs_is_found_by_asking_it(
     ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Its process is there and says nothing; the task goes to another one."""
-    monkeypatch.setattr("datm_ray.runtime.ray_executor.HEALTH_INTERVAL", 0.5)
-    monkeypatch.setattr("datm_ray.runtime.ray_crews.SHORTEST_SILENCE", 2.0)
+    monkeypatch.setattr("datm_ray.runtime.ray_executor.HEARTBEAT_INTERVAL", 0.5)
+    monkeypatch.setattr("datm_ray.runtime.ray_worker_groups.SHORTEST_SILENCE", 2.0)
     executor = create_executor("ray", ClusterConfig(peer_timeout=2.0))
     events = [event for _, event in executor.run(Saver, (str(tmp_path),), "freeze_once", [Task("freeze", ())])]
     (lost,) = [event for event in events if isinstance(event, Lost)]
-    assert "has not answered for" in lost.reason
+    assert "no heartbeat for" in lost.reason
     assert isinstance(events[-1], Finished)
 
 
@@ -275,26 +277,26 @@ def test_where_all_machines_are_lost_they_are_waited_for(
     ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, come_back: bool
 ) -> None:
     """The user hears why nothing happens; after the time allowed there is one clear error."""
-    from datm_ray.runtime.ray_cluster import Machines
+    from datm_ray.runtime.ray_cluster import ClusterNodes
 
     monkeypatch.setattr("datm_ray.runtime.ray_executor.PLACEMENT_TIMEOUT", 60.0 if come_back else 2.0)
     executor = create_executor("ray", ClusterConfig(peer_timeout=1.0))
-    there, looks = Machines.fits, itertools.count()
+    there, checks = ClusterNodes.fits, itertools.count()
 
-    def fits(machines: Machines) -> list[int]:
-        return there(machines) if come_back and next(looks) > 6 else []
+    def fits(nodes: ClusterNodes) -> list[int]:
+        return there(nodes) if come_back and next(checks) > 6 else []
 
-    monkeypatch.setattr(Machines, "fits", fits)
+    monkeypatch.setattr(ClusterNodes, "fits", fits)
     events: list[Any] = []
     work = executor.run(Squarer, (np.arange(3),), "square", [Task("square", (2,))])
     if come_back:
         events += [event for _, event in work]
         assert events[-1] == Finished(4)
     else:
-        with pytest.raises(ClusterError, match=r"no room for 1 workers .*0 node\(s\).*Nodes were lost"):
+        with pytest.raises(ClusterError, match=r"1 worker did not .*0 nodes.*Nodes were lost"):
             events += (event for _, event in work)
     notes = [event.text for event in events if isinstance(event, Note)]
-    assert notes == ["waits for machines: it wants 1 worker(s), there is room for 0"]
+    assert notes == ["waiting for nodes: needs 1 worker, the cluster can hold 0"]
 
 
 @pytest.mark.parametrize("patience", [0.0, 60.0])
@@ -306,19 +308,19 @@ def test_machines_that_come_on_demand_are_asked_for_and_waited_for(
     from datm_ray.runtime import ray_cluster
 
     node = {"Alive": True, "Resources": {"CPU": 2.0}}
-    looks = iter([[], [node], [node, node]])
+    checks = iter([[], [node], [node, node]])
     asked: list[int] = []
-    monkeypatch.setattr(ray_cluster, "LOOK_INTERVAL", 0.01)
-    monkeypatch.setattr(ray, "nodes", lambda: next(looks))
+    monkeypatch.setattr(ray_cluster, "CHECK_INTERVAL", 0.01)
+    monkeypatch.setattr(ray, "nodes", lambda: next(checks))
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 0.0})
     monkeypatch.setattr(ray_cluster, "request_resources", lambda bundles: asked.append(len(bundles)))
-    machines = ray_cluster.Machines(ClusterConfig(workers=4, wait_for_nodes=patience))
+    nodes = ray_cluster.ClusterNodes(ClusterConfig(workers=4, wait_for_nodes=patience))
     if patience:
-        assert machines.require() == (4, 2)
+        assert nodes.require() == (4, 2)
         assert asked == [4]
     else:
-        with pytest.raises(ClusterError, match=r"4 worker\(s\) .* are asked for, but the cluster has 0 CPU"):
-            machines.require()
+        with pytest.raises(ClusterError, match=r"4 workers .* do not fit: the cluster has 0 CPU"):
+            nodes.require()
         assert asked == []
 
 
@@ -330,9 +332,9 @@ def test_what_is_asked_of_a_growing_cluster_only_grows(monkeypatch: pytest.Monke
 
     asked: list[int] = []
     monkeypatch.setattr(ray_cluster, "request_resources", lambda bundles: asked.append(len(bundles)))
-    machines = ray_cluster.Machines(ClusterConfig(workers=workers))
+    nodes = ray_cluster.ClusterNodes(ClusterConfig(workers=workers))
     for wanted in (2, 1, 3):
-        machines.ask_for(wanted)
+        nodes.request(wanted)
     assert asked == ([4] if workers else [2, 3])
 
 
@@ -343,25 +345,25 @@ def test_a_stage_holds_no_machines_that_it_cannot_use(monkeypatch: pytest.Monkey
 
     asked: list[int] = []
     monkeypatch.setattr(ray_cluster, "request_resources", lambda bundles: asked.append(len(bundles)))
-    machines = ray_cluster.Machines(ClusterConfig(workers=4))
-    machines.use(13)
+    nodes = ray_cluster.ClusterNodes(ClusterConfig(workers=4))
+    nodes.limit_to(13)
     assert asked == [], "a cluster that was never asked to grow is left alone"
-    machines.ask_for(4)
-    machines.use(1)
-    machines.ask_for(1)  # after a loss
-    machines.use(32)
-    machines.ask_no_more()
+    nodes.request(4)
+    nodes.limit_to(1)
+    nodes.request(1)  # after a loss
+    nodes.limit_to(32)
+    nodes.release()
     assert asked == [4, 1, 4, 0]
 
 
 @pytest.mark.ray
 def test_a_start_that_fails_leaves_no_wish_behind(ray_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Machines would come for nobody."""
+    """ClusterNodes would come for nobody."""
     from datm_ray.runtime import ray_cluster as module
 
     asked: list[int] = []
     monkeypatch.setattr(module, "request_resources", lambda bundles: asked.append(len(bundles)))
-    with pytest.raises(ClusterError, match=r"99 worker\(s\) .* asked for"):
+    with pytest.raises(ClusterError, match=r"99 workers .* do not fit"):
         create_executor("ray", ClusterConfig(workers=99, wait_for_nodes=0.5))
     assert asked == [99, 0]
 
@@ -372,12 +374,14 @@ def test_a_worker_that_is_never_set_up_is_found(
     ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Its constructor hangs, and it cannot answer."""
-    monkeypatch.setattr("datm_ray.runtime.ray_executor.HEALTH_INTERVAL", 0.5)
-    monkeypatch.setattr("datm_ray.runtime.ray_crews.LONGEST_START", 12.0)  # others need seconds where much else runs
+    monkeypatch.setattr("datm_ray.runtime.ray_executor.HEARTBEAT_INTERVAL", 0.5)
+    monkeypatch.setattr(
+        "datm_ray.runtime.ray_worker_groups.LONGEST_START", 12.0
+    )  # others need seconds where much else runs
     executor = create_executor("ray", ClusterConfig(peer_timeout=2.0))
     events = [event for _, event in executor.run(Slow, (str(tmp_path),), "work", [Task("slow", ())])]
     assert [type(event) for event in events] == [Lost, Finished]
-    assert "has not answered" in events[0].reason
+    assert "no heartbeat for" in events[0].reason
 
 
 @pytest.mark.ray
@@ -415,7 +419,11 @@ def test_an_address_that_is_not_rays_own_is_told_at_once(address: str) -> None:
 
 
 REFUSED = {
-    "a dashboard": (None, "http://127.0.0.1:8265/", r"RAY_ADDRESS 'http://127.0.0.1:8265/' is that of a dashboard"),
+    "a dashboard": (
+        None,
+        "http://127.0.0.1:8265/",
+        r"RAY_ADDRESS 'http://127.0.0.1:8265/' is the address of a dashboard",
+    ),
     "a slash": (None, "127.0.0.1:1/", r"Connection refused\. Check RAY_ADDRESS; or"),
     "nothing that listens": ("127.0.0.1:1", None, r"Connection refused\. Check --address; or"),
     "no home folder": (PermissionError(13, "Permission denied", "/.ray"), None, r"HOME is /; / belongs to .* Set HOME"),
@@ -429,7 +437,11 @@ REFUSED = {
         None,
         r"machine: /usr/bin/x: Permission denied",
     ),
-    "a full disk": (OSError(28, "No space left", "/tmp/ray/x"), None, r"The disk or the quota is full\. Make room, or"),
+    "a full disk": (
+        OSError(28, "No space left", "/tmp/ray/x"),
+        None,
+        r"The disk or the quota is full\. Free some space, or",
+    ),
     "a long path": (OSError("AF_UNIX path length cannot exceed 107 bytes"), None, r"with a shorter path, or use"),
     "its environment": (
         RuntimeEnvSetupError("no room"),
@@ -490,17 +502,17 @@ def test_another_version_on_the_cluster_is_told_in_one_line(monkeypatch: pytest.
 
 
 def test_what_was_asked_of_a_growing_cluster_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or its machines would be paid for ever."""
+    """Or its nodes would be paid for ever."""
     pytest.importorskip("ray")
     from datm_ray.runtime import ray_cluster
 
     asked: list[list[dict[str, float]]] = []
     monkeypatch.setattr(ray_cluster, "request_resources", lambda bundles: asked.append(bundles))
-    machines = ray_cluster.Machines(ClusterConfig(threads_per_worker=2, gpus_per_worker=0.5))
-    machines.ask_no_more()
+    nodes = ray_cluster.ClusterNodes(ClusterConfig(threads_per_worker=2, gpus_per_worker=0.5))
+    nodes.release()
     assert asked == []
-    machines.ask_for(3)
-    machines.ask_no_more()
+    nodes.request(3)
+    nodes.release()
     assert asked == [[{"CPU": 2.0, "GPU": 0.5}] * 3, []]
 
 
@@ -530,7 +542,7 @@ def test_workers_that_fit_into_a_node(resources: dict[str, float], wish: dict[st
         ({}, 0.0, 0.0),
         ({"device": "cpu"}, 4.0, 0.0),
         ({"gpus_per_worker": 0.0}, 4.0, 0.0),
-        ({"gpus_per_worker": 0.5}, 0.0, 0.5),  # machines with GPUs may come on demand
+        ({"gpus_per_worker": 0.5}, 0.0, 0.5),  # nodes with GPUs may come on demand
     ],
 )
 def test_workers_have_a_gpu_each_where_there_are_some(
@@ -538,12 +550,12 @@ def test_workers_have_a_gpu_each_where_there_are_some(
 ) -> None:
     """Else all workers of a machine would share its first one."""
     ray = pytest.importorskip("ray")
-    from datm_ray.runtime.ray_cluster import place, with_gpus
+    from datm_ray.runtime.ray_cluster import with_gpus, worker_resources
 
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": found})
     cluster = with_gpus(ClusterConfig(**wish))
     assert cluster.gpus_per_worker == gpus
-    assert place(cluster).get("GPU", 0.0) == gpus
+    assert worker_resources(cluster).get("GPU", 0.0) == gpus
 
 
 @pytest.mark.parametrize("wish", [{"device": "cuda"}, {"precision": "bfloat16"}])
@@ -598,14 +610,14 @@ def test_a_task_too_large_for_fewer_workers_waits_for_more(ray_cluster: Any, mon
 
     monkeypatch.setattr(ray_executor, "PLACEMENT_TIMEOUT", 10.0)
     executor = create_executor("ray", ClusterConfig(peer_timeout=1.0))
-    monkeypatch.setattr(executor._machines, "fits", lambda: [1])  # type: ignore[attr-defined]
+    monkeypatch.setattr(executor._nodes, "fits", lambda: [1])  # type: ignore[attr-defined]
     executor.workers = 2
-    told: list[tuple[Task, Any]] = []
-    with pytest.raises(ClusterError, match="no room for 2 workers"):
-        told.extend(executor.run(Adder, (), "add", [Task("sum", (1.0, 1, "too few"), 2, (1,))]))
-    assert [event.text for _, event in told if isinstance(event, Note)] == [
-        "waits for machines, as 1 worker(s) will not do: it does not fit.",
-        "waits for machines: it wants 2 worker(s), there is room for 1",
+    logged: list[tuple[Task, Any]] = []
+    with pytest.raises(ClusterError, match="2 workers did not become free"):
+        logged.extend(executor.run(Adder, (), "add", [Task("sum", (1.0, 1, "too few"), 2, (1,))]))
+    assert [event.text for _, event in logged if isinstance(event, Note)] == [
+        "waiting for nodes: 1 worker cannot run it: it does not fit.",
+        "waiting for nodes: needs 2 workers, the cluster can hold 1",
     ]
 
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from datm_ray.core.training import Pulse
+from datm_ray.core.training import Heartbeat
 from datm_ray.errors import ConfigError, PeerLostError
-from datm_ray.runtime.executor import Seat
+from datm_ray.runtime.executor import WorkerRank
 from datm_ray.runtime.mesh import Alone, Mesh, open_mesh
 from tests.processes import side_by_side
 
@@ -30,11 +30,15 @@ def free_port() -> int:
 
 
 def take_part(
-    work: Callable[..., Any], seat: Seat, shape: tuple[int, int], timeout: float, arguments: tuple[Any, ...]
+    work: Callable[..., Any],
+    worker_rank: WorkerRank,
+    shape: tuple[int, int],
+    timeout: float,
+    arguments: tuple[Any, ...],
 ) -> Any:
     """One process: what the work returns, or the DatmError and the seconds until it came."""
     torch.set_num_threads(1)
-    with open_mesh(seat, *shape, CPU, timeout) as mesh:
+    with open_mesh(worker_rank, *shape, CPU, timeout) as mesh:
         start = time.monotonic()
         try:
             return work(mesh, *arguments)
@@ -44,9 +48,9 @@ def take_part(
 
 def together(work: Callable[..., Any], rows: int, columns: int, *arguments: Any, timeout: float = 30.0) -> list[Any]:
     """What the work returns on every rank; None from a process that was killed."""
-    size, meeting = rows * columns, f"127.0.0.1:{free_port()}"
-    seats = [Seat(rank, size, meeting) for rank in range(size)]
-    calls = side_by_side(take_part, [(work, seat, (rows, columns), timeout, arguments) for seat in seats])
+    size, rendezvous = rows * columns, f"127.0.0.1:{free_port()}"
+    ranks = [WorkerRank(rank, size, rendezvous) for rank in range(size)]
+    calls = side_by_side(take_part, [(work, worker_rank, (rows, columns), timeout, arguments) for worker_rank in ranks])
     return [None if isinstance(call.exception(), BrokenProcessPool) else call.result() for call in calls]
 
 
@@ -118,11 +122,11 @@ def test_gathering_takes_the_first_row() -> None:
 def slow_work(mesh: Mesh, steps: int) -> tuple[float, bool]:
     worked = []
 
-    def work(pulse: Pulse) -> float:
+    def work(heartbeat: Heartbeat) -> float:
         for _ in range(steps):
             time.sleep(0.2)
             worked.append(True)
-            pulse()
+            heartbeat()
         return 1 / 3
 
     return mesh.from_first(work), bool(worked)
@@ -144,10 +148,10 @@ def unlike_work(mesh: Mesh) -> tuple[int, float]:
     """Every worker has a second more to do than the one before it."""
     started = time.monotonic()
 
-    def work(pulse: Pulse) -> int:
+    def work(heartbeat: Heartbeat) -> int:
         for _ in range(5 * mesh.rank):
             time.sleep(0.2)
-            pulse()
+            heartbeat()
         return mesh.rank
 
     return mesh.until_all_are_done(work), time.monotonic() - started
@@ -236,7 +240,7 @@ def test_error_of_one_releases_the_others() -> None:
 def test_meeting_that_nobody_comes_to(rank: int) -> None:
     """The first waits for others and the others for the first, both no longer than the timeout."""
     start = time.monotonic()
-    mesh = open_mesh(Seat(rank, 2, f"127.0.0.1:{free_port()}"), 1, 2, CPU, timeout=4.0)
+    mesh = open_mesh(WorkerRank(rank, 2, f"127.0.0.1:{free_port()}"), 1, 2, CPU, timeout=4.0)
     with pytest.raises(PeerLostError, match=f"worker {rank + 1} of 2 lost its peers: .*[a-z]"), mesh:
         pass
     assert time.monotonic() - start < 20  # not the half hour that torch waits by itself
@@ -246,23 +250,26 @@ def test_one_process_meets_again_after_it_left() -> None:
     """Nothing is left of a mesh that could disturb the next one, nor of one that failed."""
     environment = dict(os.environ)
     for value in (1.0, 2.0):
-        with open_mesh(Seat(0, 1, f"127.0.0.1:{free_port()}"), 1, 1, CPU, timeout=10.0) as mesh:
+        with open_mesh(WorkerRank(0, 1, f"127.0.0.1:{free_port()}"), 1, 1, CPU, timeout=10.0) as mesh:
             assert mesh.sum_over_all(torch.tensor(value)) == value
             assert mesh.sum_over_classes(torch.tensor(value)) == value
-        with pytest.raises(ConfigError), open_mesh(Seat(0, 1, f"127.0.0.1:{free_port()}"), 1, 1, CPU, timeout=10.0):
+        with (
+            pytest.raises(ConfigError),
+            open_mesh(WorkerRank(0, 1, f"127.0.0.1:{free_port()}"), 1, 1, CPU, timeout=10.0),
+        ):
             raise ConfigError("failed within")
     assert dict(os.environ) == environment
 
 
 def test_grid_that_does_not_fit_the_workers() -> None:
     """A slip of the caller, found before anybody waits."""
-    mesh = open_mesh(Seat(0, 3, "127.0.0.1:1"), 2, 2, CPU, timeout=1.0)
-    with pytest.raises(ValueError, match="3 workers cannot stand in a grid of 2 x 2"), mesh:
+    mesh = open_mesh(WorkerRank(0, 3, "127.0.0.1:1"), 2, 2, CPU, timeout=1.0)
+    with pytest.raises(ValueError, match="3 workers do not form a grid of 2 x 2"), mesh:
         pass
 
 
 def test_alone_everything_is_as_it_was() -> None:
-    """Without a seat there is nothing to meet and nothing to sum with, however large the grid was to be."""
+    """Without a rank there is nothing to meet and nothing to sum with, however large the grid was to be."""
     tensor = torch.randn(3)
     with open_mesh(None, 3, 4, CPU, timeout=1.0) as mesh:
         assert isinstance(mesh, Alone)

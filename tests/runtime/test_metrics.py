@@ -105,7 +105,7 @@ def test_a_loss_is_told_with_its_reason() -> None:
         ("The actor died because its node has died. Node Id: 3f", "node"),
         ("Task was killed due to the node running low on memory.", "memory"),
         ("worker 1 of 2 lost its peers: Connection closed by peer", "peer"),
-        ("it has not answered for 300 s", "timeout"),
+        ("no heartbeat for 300 s", "timeout"),
         ("something else", "other"),
     ],
 )
@@ -240,7 +240,7 @@ def test_ray_is_told_what_the_events_say(ray_cluster: Any, monkeypatch: pytest.M
     next(events)
     loss = ("Gauge", metrics[0], 2.0, {**tags, "task": metrics[0]})
     assert told.count(loss) == 1
-    executor._metrics.set_again()
+    executor._metrics.refresh()
     assert told.count(loss) == 2
     list(events)
     assert told.count(("Counter", BYTES, 2.0, tags)) == 2

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from datm_ray.errors import ConfigError
-from datm_ray.runtime.executor import Finished, Progress, Seat
+from datm_ray.runtime.executor import Finished, Progress, WorkerRank
 
 
 class Squarer:
@@ -51,14 +51,16 @@ class Adder:
         if folder == "no folder":
             raise ConfigError("the setup is wrong")
 
-    def add(self, number: float, size: int, trap: str = "", seat: Seat | None = None) -> Iterator[Progress | Finished]:
+    def add(
+        self, number: float, size: int, trap: str = "", worker_rank: WorkerRank | None = None
+    ) -> Iterator[Progress | Finished]:
         import torch
 
         from datm_ray.runtime.mesh import open_mesh
 
-        rank = seat.rank if seat else 0
+        rank = worker_rank.rank if worker_rank else 0
         yield Progress(rank, size)
-        with open_mesh(seat, 1, size, torch.device("cpu"), timeout=60.0) as mesh:
+        with open_mesh(worker_rank, 1, size, torch.device("cpu"), timeout=60.0) as mesh:
             mesh.barrier()
             if trap and rank == size - 1:
                 self._fall_into(trap)
@@ -90,15 +92,19 @@ class Saver:
     def __init__(self, folder: str) -> None:
         self._file = Path(folder) / "count"
 
-    def count(self, numbers: int, seat: Seat | None = None, by_two: int = 5) -> Iterator[Progress | Finished]:
+    def count(
+        self, numbers: int, worker_rank: WorkerRank | None = None, by_two: int = 5
+    ) -> Iterator[Progress | Finished]:
         """To so many; or to fewer, once two have counted `by_two` of them."""
         start = int(self._file.read_text()) if self._file.exists() else 0
-        end = min(numbers, start + by_two) if seat and seat.size == 2 else numbers
+        end = min(numbers, start + by_two) if worker_rank and worker_rank.world_size == 2 else numbers
         for number in range(start, end):
             time.sleep(0.1)
-            if seat is None or seat.rank == 0:
+            if worker_rank is None or worker_rank.rank == 0:
                 self._file.write_text(str(number + 1))
-            yield Progress(number + 1, numbers, {"size": float(seat.size if seat else 1)}, saved=True)
+            yield Progress(
+                number + 1, numbers, {"size": float(worker_rank.world_size if worker_rank else 1)}, saved=True
+            )
         yield Finished()
 
     def freeze_once(self) -> Iterator[Progress | Finished]:
