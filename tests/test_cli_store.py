@@ -277,7 +277,7 @@ def test_experts_of_a_group_keep_the_same_epochs(datm_ray: CommandLine, recipe: 
     more = ["--set", "experts.keep_epochs=3"]
     code, _, err = datm_ray("store", "import", "b.pt", "--recipe", recipe, "--store", "s", *more)
     assert code == 2
-    assert "the experts of a group are kept alike" in err.lower()
+    assert "all experts of a group keep the same epochs" in err.lower()
     assert imported_group("s").experts() == [0]
 
 
@@ -327,10 +327,10 @@ UNFIT = {
         "Give --set network.width=4.",
     ),
     "another depth": (lambda: [trajectory(1)], ["--set", "network.depth=1"], "network 6. Give --set network.depth=2."),
-    "no trajectories": (lambda: [torch.zeros(3)], [], "It holds something else than trajectories"),
+    "no trajectories": (lambda: [torch.zeros(3)], [], "It does not hold trajectories"),
     "nan": (lambda: [[[torch.full((3,), torch.nan)]]], [], "lists of finite tensors"),
     "a state dict": (lambda: {"weights": torch.zeros(3)}, [], "It cannot be read as lists of tensors"),
-    "a name of code": (lambda: [[[print]]], [], "It holds something else than trajectories"),
+    "a name of code": (lambda: [[[print]]], [], "It does not hold trajectories"),
     "a call": (lambda: [[[Path("a")]]], [], "It cannot be read as lists of tensors"),
     "live weights": (
         lambda: [trajectory(1), [trajectory(2)[0]] * (EPOCHS + 1)],
@@ -359,7 +359,7 @@ UNFIT = {
     "one tensor 6,000 times": (
         lambda: [[[torch.zeros(1)], [torch.ones(1)]] * 3000],
         [],
-        "something else than trajectories",
+        "does not hold trajectories",
     ),
 }
 
@@ -388,7 +388,7 @@ def test_an_expert_with_batch_norms_is_not_imported(
     torch.save([[[p.detach() + epoch for p in batch_norm.parameters()] for epoch in range(EPOCHS + 1)]], "buffer.pt")
     arguments = ["--recipe", recipe, "--store", "s", "--set", "network.architecture=batch-norm"]
     result = datm_ray("store", "import", "buffer.pt", *arguments)
-    assert_one_line(result, "running statistics are in no replay buffer")
+    assert_one_line(result, "running statistics replay buffers do not contain")
 
 
 def test_what_torch_save_writes_is_read_as_it_was(tmp_path: Path) -> None:
@@ -428,7 +428,7 @@ def test_a_file_that_is_no_buffer_is_one_line(content: bytes, datm_ray: CommandL
     """Damaged and foreign files are named."""
     Path("buffer.pt").write_bytes(content)
     result = datm_ray("store", "import", "buffer.pt", "--recipe", recipe, "--store", "s")
-    assert_one_line(result, "buffer.pt is no replay buffer")
+    assert_one_line(result, "buffer.pt is not a replay buffer")
 
 
 def test_a_missing_buffer_is_one_line(datm_ray: CommandLine, recipe: str) -> None:

@@ -572,7 +572,7 @@ def test_pickles_of_replay_buffers_are_refused_before_they_take_time_or_memory(t
     for name, (pickle, words) in PICKLES.items():
         place = open_location(str(replay_buffer(tmp_path / "x.pt", pickle)))
         start = time.process_time()
-        with pytest.raises(CorruptFileError, match=r"x\.pt is no replay buffer") as refusal:
+        with pytest.raises(CorruptFileError, match=r"x\.pt is not a replay buffer") as refusal:
             _read(place)
         assert time.process_time() - start < 1, name
         cause = refusal.value.__cause__

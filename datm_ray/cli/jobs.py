@@ -88,9 +88,11 @@ def highlights(log: str, message: str) -> dict[str, str]:
     Args:
         message: of the cluster about the job, for one that has said nothing.
     """
+    from datm_ray.runtime.telemetry import TASKS_DONE, WORKER_LOST
+
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    lost = [line for line in lines if ": its worker died (" in line]
-    progress = [line for line in lines if " done; " in line]
+    lost = [line for line in lines if WORKER_LOST in line]
+    progress = [line for line in lines if TASKS_DONE in line]
     found = {
         "lost": f"{len(lost)} worker(s), the last time: {lost[-1]}" if lost else "",
         "progress": progress[-1] if progress else "",

@@ -1,4 +1,4 @@
-"""The device that a worker computes on: choosing it, filling it, and what was taken of it."""
+"""Device that a worker computes on: choosing it, copying arrays to it, and measuring its memory."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from datm_ray.store.traffic import traffic
 
 
 def prepare_device(cluster: ClusterConfig) -> torch.device:
-    """Set this process's thread count and choose its device; every worker calls it first.
+    """Set this process's thread count and choose its device. Every worker calls it first.
 
     Raises:
-        ClusterError: a GPU is asked for where there is none.
+        ClusterError: a GPU is required and there is none.
     """
     torch.set_num_threads(cluster.threads_per_worker)
     takes_one = torch.cuda.is_available() and cluster.gpus_per_worker != 0
     if cluster.device == "cuda" and not takes_one:
         raise ClusterError(
             "cluster.device is 'cuda', but this worker has no GPU",
-            "its machine has none, torch is not built for it, or cluster.gpus_per_worker is 0",
+            "its node has none, torch is built without CUDA, or cluster.gpus_per_worker is 0",
             "set cluster.gpus_per_worker=1, or cluster.device=cpu",
         )
     if not takes_one or cluster.device == "cpu":
         return torch.device("cpu")
-    # torch rounds the products of convolutions to 10 bits unless it is told not to; student steps have their own say.
+    # By default torch rounds the products of convolutions to 10 bits (TF32). Student steps choose their own precision.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return torch.device("cuda")
 
 
 def uses_gpu(cluster: ClusterConfig) -> bool:
-    """Whether workers compute on GPUs, as far as can be told from here."""
+    """Whether workers compute on GPUs, by the settings and, if they leave it open, by this machine's GPU."""
     if cluster.device == "cpu" or cluster.gpus_per_worker == 0:
         return False
     return cluster.device == "cuda" or cluster.gpus_per_worker is not None or torch.cuda.is_available()
 
 
 def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
-    """A tensor with the array's content, for reading only; on the CPU it shares the array's memory.
+    """Tensor with the array's content, which must only be read. On the CPU it shares the array's memory.
 
-    Arrays from Ray's object store or from a memory map are read-only. torch has no read-only tensors and warns; the
-    copy it would ask for is what must not happen, once for every worker of a node.
+    Arrays from Ray's object store or a memory map are read-only. torch has no read-only tensors and warns. Making the
+    copy that it asks for would multiply the memory by the workers of a node.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -56,24 +56,24 @@ def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
 
 
 class Meter:
-    """Measures what all workers tell: their memory, and what they move to and from files since the meter was made."""
+    """Meter of a worker's peak memory, and of its reads and writes of files since the construction."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._before = device, traffic()
 
     def measure(self) -> dict[str, float]:
-        """Values for `Progress.metrics`."""
+        """Measurements for `Progress.metrics`."""
         moved = traffic() - self._before
         sums = {f"datm_ray_store_{name}_total": float(value) for name, value in dataclasses.asdict(moved).items()}
         return {**sums, "datm_ray_worker_memory_bytes": peak_memory(self._device)}
 
 
 def peak_memory(device: torch.device) -> float:
-    """Bytes: the most that torch has held on this GPU, or this process in memory; nan where it cannot be told."""
+    """Peak memory in bytes: of torch on this GPU, or of this process. nan if unknown."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     try:
-        # Not getrusage, whose peak is that of the process that started this one where that was larger.
+        # getrusage is not used: its peak is that of the parent process if that was larger.
         with open("/proc/self/status", encoding="ascii") as file:
             return next(1024.0 * int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
     except (OSError, StopIteration):

@@ -1,23 +1,24 @@
-"""Evaluating: one task, one fresh network trained on a set and scored on the test set.
+"""Evaluation: each task trains one fresh network on a set and scores it on the test set.
 
-Rows of the table: the distilled set, and three controls that it must be read against. Random real images with hard
-labels, and the same images with the same kind of soft labels, say how much the distilled pixels are worth; all real
-data is the ceiling. A control's learning rate is chosen on validation data, seed by seed; the distilled set uses the
-step size it learned. The test set is used once per row and seed, and chooses nothing.
+The table has the distilled set and three controls. Random real images with hard labels, and with soft labels, show what
+the distilled pixels are worth. All real data is the ceiling. A control's learning rate is chosen on validation data for
+each seed; the distilled set uses its learned step size. Each row uses the test set once per seed, and never to choose
+anything.
 
-A set is also scored on other architectures (`ON_OTHERS`), where its step size, which was learned on its backbone, need
-not be the best one: so the accuracy is reported with it, and with the one of some that does best on validation data. A
-network that was matched too has learned a step size of its own. With AdamW, which trains what SGD does not, no step
-size was learned, and all are chosen on validation data.
+A set is also scored on other architectures (`ON_OTHERS`). Its learned step size belongs to its backbone, so two
+accuracies are reported: with the learned step size, and with the candidate that is best on validation data. Every
+matched network has its own learned step size. With AdamW no step size was learned, and all are chosen on validation
+data.
 
-With `evaluate.fair` there are three more rows (`FAIR_ROWS`), of which, with those of the table, DD-Ranking's scores are
-made (see `core.scores`), seed by seed, each network of a seed with the same initial parameters. The distilled images
-with hard labels choose their step size on validation data, the learned one among them, for it was learned with other
-labels; without augmentation the distilled set keeps the learned one, and random images choose as they always do. "Own
-labels" of random images are the experts' mean correct logits, as those that the distilled set started from. This is
-not what DD-Ranking's program (0.2.0) does in all: it chooses step sizes on the test set, keeps the best of every 20
-epochs by test accuracy (here: the last epoch), labels random images by one teacher, and leaves augmentation away with
-hard labels unless told otherwise (here every row has it that is not said to go without).
+`evaluate.fair` adds three rows (`FAIR_ROWS`). DD-Ranking's scores are computed from them and the rows of the table (see
+`core.scores`), seed by seed. All networks of a seed have the same initial parameters. Distilled images with hard labels
+choose their step size on validation data; the learned one is among the candidates. Without augmentation the distilled
+set keeps the learned step size, and random images choose theirs on validation data. Soft labels of random images are
+the experts' mean correct logits, from which the distilled set's labels started as well.
+
+DD-Ranking's program (0.2.0) differs in four points. It chooses step sizes on the test set. It keeps the best of every
+20 epochs by test accuracy (here: the last epoch). It labels random images by one teacher. By default it does not
+augment with hard labels (here only `PLAIN` rows are not augmented).
 """
 
 from __future__ import annotations
@@ -54,32 +55,32 @@ ROWS = {
     "distilled": "distilled",
     "full": "all real data",
 }
-"""Rows of the table, in the order in which they are shown."""
+"""Rows of the table -> titles, in the order shown."""
 
 FAIR_ROWS = {
     "distilled-hard": "distilled, hard labels",
     "distilled-plain": "distilled, not augmented",
     "random-plain": "random real images, soft labels, not augmented",
 }
-"""Further rows, for DD-Ranking's scores."""
+"""Further rows for DD-Ranking's scores -> titles."""
 
 DISTILLED = ("distilled", "distilled-hard", "distilled-plain")
-"""Rows that depend on the distillation."""
+"""Keys of the rows trained on distilled images."""
 
 PLAIN = ("distilled-plain", "random-plain")
-"""Rows that are trained without augmentation."""
+"""Keys of the rows trained without augmentation."""
 
 ON_OTHERS = ("random-soft", "distilled")
-"""Rows that are scored on every one of `evaluate.networks`."""
+"""Keys of the rows scored on every network of `evaluate.networks`."""
 
 CONTROL_STEP_SIZES = (0.01, 0.03, 0.1)
-"""Learning rates a control, or a set on another architecture, may choose from, on validation data; momentum is 0.9."""
+"""Candidate learning rates of SGD with momentum 0.9, for controls and for other architectures."""
 
 ADAMW_STEP_SIZES = (3e-4, 1e-3, 3e-3)
-"""The same of AdamW, for every row."""
+"""Candidate learning rates of AdamW, for every row."""
 
 ADAMW_WEIGHT_DECAY = 0.05
-"""As transformers are usually trained."""
+"""Weight decay of AdamW, a usual value for transformers."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +90,15 @@ class Score:
     row: str
     """Key of `ROWS` or `FAIR_ROWS`."""
     accuracies: tuple[float, ...]
-    """In [0, 1], one per seed."""
+    """Test accuracies in [0, 1], one per seed."""
     seconds: float
-    """Worker seconds spent, all seeds together."""
+    """Wall-clock seconds of workers, summed over seeds."""
     cost: Spent | None = None
-    """Of all seeds together; none where an earlier version scored one of them."""
+    """Cost, summed over seeds; `None` if an earlier version of this package wrote one of the results."""
 
     @property
     def spent(self) -> Spent:
-        """The cost; where it is not known, the seconds alone."""
+        """Cost, or the seconds alone if it is unknown."""
         return self.cost or Spent(seconds=self.seconds)
 
     @property
@@ -107,7 +108,7 @@ class Score:
 
     @property
     def mean(self) -> float:
-        """Mean accuracy."""
+        """Mean accuracy, in [0, 1]."""
         return statistics.fmean(self.accuracies)
 
     @property
@@ -116,12 +117,12 @@ class Score:
         return statistics.stdev(self.accuracies) if self.n > 1 else math.nan
 
     def __str__(self) -> str:
-        """Percent, as in papers: mean ± std."""
+        """Mean ± standard deviation in percent, such as "47.1 ± 0.3"."""
         return f"{100 * self.mean:.1f} ± {100 * self.std:.1f}" if self.n > 1 else f"{100 * self.mean:.1f}"
 
 
 class EvaluateWorker:
-    """Trains and scores fresh networks on one data set."""
+    """Worker that trains and scores fresh networks on one data set."""
 
     def __init__(self, dataset: Dataset, cluster: ClusterConfig) -> None:
         self._device = prepare_device(cluster)
@@ -139,11 +140,17 @@ class EvaluateWorker:
         number: int,
         network: NetworkConfig | None = None,
     ) -> Iterator[Progress | Finished]:
-        """Score one row with seed `number`; writes the result's file last, so it is there only when complete.
+        """Score one row with one seed. The result's file is written last, so an existing file is complete.
 
         Args:
-            network: to train and score, with a tuned step size too; none takes the backbone, with the learned one.
-                Where the optimiser is not SGD, none was learned.
+            config: recipe of the run.
+            store_uri: store of the experts, for soft labels of random images.
+            folder_uri: folder with the distilled set.
+            result_uri: file to write.
+            row: key of `ROWS` or `FAIR_ROWS`.
+            number: number of the seed, from 0.
+            network: network to score with the learned and with a tuned step size; `None` scores the backbone with
+                the learned one. With AdamW there is no learned step size.
         """
         account, meter = Account(self._device, self._cluster), Meter(self._device)
         seed = derive_seed(config.seed, Purpose.EVALUATION, number)
@@ -153,7 +160,7 @@ class EvaluateWorker:
         if schedule.optimiser == "adamw":
             step_size, others = None, ADAMW_STEP_SIZES
         learned = (step_size,) if step_size else ()
-        # Whether the step size was learned with this network and these labels.
+        # True if the step size was learned with this network and these labels.
         is_its_own = network is None and row != "distilled-hard"
         candidates = learned if learned and is_its_own else (*learned, *others)
         tried = config if network is None else config.model_copy(update={"network": network})
@@ -194,7 +201,7 @@ class EvaluateWorker:
     def _training_set(
         self, config: RunConfig, store_uri: str, folder: Location, row: str, seed: int, network: NetworkConfig | None
     ) -> tuple[Tensor, Tensor, float | None]:
-        """(images, targets, step size or None where it is to be chosen on validation data)."""
+        """Return (images, targets, step size). The step size is `None` if it must be chosen on validation data."""
         if row in DISTILLED:
             artifact = read_artifact(folder / SYNTHETIC)
             learned = _learned_step_size(artifact, config, network)
@@ -215,7 +222,7 @@ class EvaluateWorker:
         return self._experts[config.name]
 
     def _trial(self, config: RunConfig, images: Tensor, targets: Tensor, schedule: Schedule, seed: int) -> _Trial:
-        """A fresh network, trained and scored on validation data."""
+        """Train a fresh network and score it on validation data."""
         dataset = self._dataset
         network = build_network(network_spec(config, dataset.channels, dataset.size, dataset.classes), seed)
         network.to(self._device)
@@ -229,7 +236,7 @@ class EvaluateWorker:
 
 
 def _row_schedule(config: RunConfig, row: str) -> Schedule:
-    """How networks of a row are trained, but for the step size."""
+    """Training schedule of a row's networks, except for the step size."""
     schedule = evaluation_schedule(config, 0.0)
     if config.evaluate.optimiser == "adamw":
         schedule = dataclasses.replace(schedule, optimiser="adamw", weight_decay=ADAMW_WEIGHT_DECAY)
@@ -241,7 +248,7 @@ def _row_schedule(config: RunConfig, row: str) -> Schedule:
 
 @dataclass(frozen=True)
 class _Trial:
-    """A network trained with one of the learning rates that may be chosen from."""
+    """Network trained with one of the candidate learning rates."""
 
     network: nn.Module
     step_size: float
@@ -249,7 +256,7 @@ class _Trial:
 
 
 def _learned_step_size(artifact: Artifact, config: RunConfig, network: NetworkConfig | None) -> float:
-    """That of the network where it was matched, else that of the first one."""
+    """Step size learned with this network if it was matched, otherwise with the first backbone."""
     matched = [each.network for each in config.each_backbone()]
     number = matched.index(network) if network in matched else 0
     return artifact.step_sizes[number] if number < len(artifact.step_sizes) else artifact.step_size
@@ -263,10 +270,18 @@ def result_location(
     number: int,
     network: NetworkConfig | None = None,
 ) -> Location:
-    """Where one result lies; of the backbone, or of another architecture.
+    """Location of one result.
 
-    A control does not depend on the distillation, so runs share it: all real data among those with one network, random
-    images among those with as many for each class and the same experts, whose soft labels they get.
+    A control does not depend on the distillation, so runs share it. All real data is shared between runs with the same
+    network. Random images also need the same number per class and the same experts, which give their soft labels.
+
+    Args:
+        out: output folder of the run.
+        config: recipe of the run.
+        dataset_fingerprint: fingerprint of the data set.
+        row: key of `ROWS` or `FAIR_ROWS`.
+        number: number of the seed, from 0.
+        network: scored network; `None` for the backbone.
     """
     if row in DISTILLED:
         folder = out / config.name / "evaluation"
@@ -285,24 +300,24 @@ def result_location(
 
 @dataclass(frozen=True)
 class NetworkScores:
-    """What a set is worth to one architecture."""
+    """Scores of a set on one architecture."""
 
     network: NetworkConfig
     kind: str
-    """same: the backbone; seen: matched or looked at while distilling; unseen."""
+    """"same": the backbone; "seen": matched or a MetaDD network of the distillation; "unseen": neither."""
     learned: Score | None
-    """With the step size that was learned; none for another optimiser than SGD, whose it is."""
+    """Score with the learned step size; `None` with AdamW, for which none was learned."""
     tuned: Score
-    """With one chosen on validation data, which may be the learned one."""
+    """Score with a step size chosen on validation data, which may be the learned one."""
     control: Score | None
-    """Random real images with soft labels; a step size chosen on validation data."""
+    """Score of random real images with soft labels and a tuned step size; `None` if unfinished."""
 
 
 def read_network_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[NetworkScores]:
-    """Of the architectures on which every seed is finished, in the order in which they are asked for."""
+    """Scores on the architectures for which every seed is finished, in the recipe's order."""
     scores = []
     for network in config.scored_networks:
-        results = {row: _finished(out, config, dataset_fingerprint, row, network) for row in ON_OTHERS}
+        results = {row: _read_all_seeds(out, config, dataset_fingerprint, row, network) for row in ON_OTHERS}
         if distilled := results["distilled"]:
             learned = [dataclasses.replace(each, accuracy=each.with_learned_step_size) for each in distilled]
             control = results["random-soft"]
@@ -320,33 +335,33 @@ def read_network_scores(out: Location, config: RunConfig, dataset_fingerprint: s
 
 @dataclass(frozen=True)
 class _Result:
-    """What the file of one trained network says."""
+    """Content of one result's file."""
 
     accuracy: float
-    """On test images."""
+    """Test accuracy, in [0, 1]."""
     with_learned_step_size: float
-    """The same with the step size that was learned; nan where there is none."""
+    """Test accuracy with the learned step size; nan if there is none."""
     seconds: float
     cost: Spent | None
-    """None where an earlier version wrote it."""
+    """Cost; `None` if an earlier version of this package wrote the file."""
 
     @classmethod
     def read(cls, place: Location) -> _Result:
-        told = place.read_json()
+        content = place.read_json()
         with rejecting_nonsense(place):
-            learned = told.get("test_accuracy_with_learned_step_size")
+            learned = content.get("test_accuracy_with_learned_step_size")
             return cls(
-                float(told["test_accuracy"]),
+                float(content["test_accuracy"]),
                 math.nan if learned is None else float(learned),
-                float(told["seconds"]),
-                Spent.from_json(told["cost"]) if "cost" in told else None,
+                float(content["seconds"]),
+                Spent.from_json(content["cost"]) if "cost" in content else None,
             )
 
 
-def _finished(
+def _read_all_seeds(
     out: Location, config: RunConfig, dataset_fingerprint: str, row: str, network: NetworkConfig | None = None
 ) -> list[_Result]:
-    """The results of all seeds; none where one is missing."""
+    """Results of all seeds; empty if one is missing."""
     seeds = range(config.evaluate.seeds)
     places = [result_location(out, config, dataset_fingerprint, row, number, network) for number in seeds]
     return [_Result.read(place) for place in places] if all(place.exists() for place in places) else []
@@ -360,20 +375,20 @@ def _kind(network: NetworkConfig, config: RunConfig) -> str:
 
 
 def read_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[Score]:
-    """The rows of which every seed is finished, in the table's order."""
-    found = {row: _finished(out, config, dataset_fingerprint, row) for row in ROWS}
+    """Rows for which every seed is finished, in the table's order."""
+    found = {row: _read_all_seeds(out, config, dataset_fingerprint, row) for row in ROWS}
     return [_score(row, results) for row, results in found.items() if results]
 
 
 @dataclass(frozen=True)
 class FairScores:
-    """DD-Ranking's scores of a set, seed by seed."""
+    """DD-Ranking's scores of a set, one per seed."""
 
     label: tuple[LabelRobust, ...]
     augmentation: tuple[AugmentationRobust, ...]
 
     def parts(self) -> dict[str, tuple[float, ...]]:
-        """Both scores and what they are made of, each one value a seed, under their names of `FAIR_PARTS`."""
+        """Both scores and their parts: key of `FAIR_PARTS` -> one value per seed."""
         return {
             "LRS": tuple(each.score for each in self.label),
             "HLR": tuple(each.hlr for each in self.label),
@@ -385,18 +400,20 @@ class FairScores:
 
 FAIR_PARTS = {
     "LRS": "label-robust score",
-    "HLR": "hard-label recovery: all real data − distilled, both with hard labels; less is better",
+    "HLR": "hard-label recovery: all real data − distilled, both with hard labels; lower is better",
     "IOR": "improvement over random: distilled − random real images, both with soft labels",
     "ARS": "augmentation-robust score",
     "beta": "distilled − random real images, mean of augmented and not",
 }
-"""What `FairScores.parts` gives -> what it is."""
+"""Keys of `FairScores.parts` -> meaning."""
 
 
 def read_fair_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> FairScores | None:
-    """Of a run that asks for them; None where a row has not every seed yet."""
+    """DD-Ranking's scores; `None` if the recipe does not set `evaluate.fair` or a row is unfinished."""
     rows = ("full", "random-soft", "distilled", *FAIR_ROWS)
-    found = {row: _finished(out, config, dataset_fingerprint, row) for row in rows} if config.evaluate.fair else {}
+    found = (
+        {row: _read_all_seeds(out, config, dataset_fingerprint, row) for row in rows} if config.evaluate.fair else {}
+    )
     if not found or not all(found.values()):
         return None
     of = {row: [result.accuracy for result in results] for row, results in found.items()}
@@ -416,8 +433,8 @@ def read_fair_scores(out: Location, config: RunConfig, dataset_fingerprint: str)
 
 
 def read_fair_rows(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[Score]:
-    """The further rows of which every seed is finished, of a run that asks for them."""
-    found = {row: _finished(out, config, dataset_fingerprint, row) for row in FAIR_ROWS if config.evaluate.fair}
+    """Rows of `FAIR_ROWS` for which every seed is finished; empty without `evaluate.fair`."""
+    found = {row: _read_all_seeds(out, config, dataset_fingerprint, row) for row in FAIR_ROWS if config.evaluate.fair}
     return [_score(row, results) for row, results in found.items() if results]
 
 

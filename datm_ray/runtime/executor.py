@@ -28,7 +28,7 @@ class Progress:
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Measurements, by the names in `metrics.CATALOGUE`. Counters start from 0 in every attempt."""
     saved: bool = False
-    """Whether the work up to `done` is saved, so that other workers can resume without loss."""
+    """Whether the work so far is saved, so that other workers can resume without loss."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ class Task:
     """Name shown to the user, unique within its stage."""
     arguments: tuple[Any, ...]
     size: int = 1
-    """Number of workers that run the task together. Above 1 the method gets `worker_rank=WorkerRank(...)` if there are
-    several processes; an executor of one process runs the whole task without it."""
+    """Number of workers that run the task together. Above 1 each gets `worker_rank=WorkerRank(...)`, except in an
+    executor of one process, whose worker runs the whole task."""
     fewer: tuple[int, ...] = ()
     """Smaller group sizes that can run the task too, used when nodes are lost."""
     run: str = ""
@@ -98,7 +98,7 @@ class Task:
 
 @dataclass(frozen=True)
 class WorkerRank:
-    """Rank of one worker in its group, and where the group meets."""
+    """Rank of one worker in its group, and the rendezvous address of the group."""
 
     rank: int
     """Rank from 0 to `world_size` - 1, inclusive. The events of rank 0 are the task's."""
@@ -167,13 +167,13 @@ class SerialExecutor:
         """Accept any size: one worker runs the whole task."""
 
     def share(self, value: Any) -> Any:
-        """Return the value itself."""
+        """Return the value itself: the worker lives in this process."""
         return value
 
     def run(
         self, worker: Callable[..., Any], setup: tuple[Any, ...], method: str, tasks: Sequence[Task]
     ) -> Iterator[tuple[Task, Event]]:
-        """See `Executor.run`."""
+        """Run the tasks one after another in this process, see `Executor.run`."""
         instance = worker(*setup) if tasks else None
         for task in tasks:
             with explaining_memory():

@@ -1,15 +1,17 @@
-"""What is kept of experts that are still in training, so that nothing but the last seconds is ever trained twice.
+"""Saved progress of experts in training, so that a lost worker costs only its last seconds of training.
 
-    <group>/progress/<first expert>-<stack size>-<what is kept>/<first epoch>-<last epoch>-<writer>.arrow
+    <group>/progress/<first expert>-<stack size>-<hash of the kept epochs>/<first epoch>-<last epoch>-<writer>.arrow
 
-Each file holds some epochs of a whole stack: those that the trajectory will keep, and the state after the last of them.
-Files are written whole, at the end of an epoch, as often as `WRITE_SHARE` allows; the trajectories are assembled from
-them at the end, an epoch at a time. Two who train one stack at the same moment write under names of their own, and
-neither touches the other's; on processors they write the same numbers. On GPUs, whose sums may differ from run to run,
-they do not: there a worker that was given up but lives on, and its successor, may each have a part of one trajectory.
-Each file tells too what was spent since the one before it; what a killed worker had not written yet is trained again,
-and its cost is not counted.
-Shapes: e epochs, s experts, p parameters, q buffers.
+Each file holds some epochs of a whole stack: those that the trajectory keeps, and the state after the last one. A file
+is written at the end of an epoch, as often as `WRITE_SHARE` allows. At the end the trajectories are assembled from the
+files, one epoch at a time.
+
+Two workers may train the same stack at the same time, such as a hung worker and its successor. Each writes under its
+own name and never touches the other's files. On CPUs both write the same numbers. On GPUs, whose sums may differ from
+run to run, a trajectory may then consist of parts of both.
+
+Each file also holds the cost since the one before it. Epochs that a killed worker had not written are trained again,
+and their cost is lost. Shapes: e epochs, s experts, p parameters, q buffers.
 """
 
 from __future__ import annotations
@@ -39,13 +41,13 @@ from datm_ray.store.tensors import TensorFile, read_tensors, write_tensors
 from datm_ray.store.trajectories import ExpertGroup, Snapshot, size_in_words
 
 WRITE_SHARE = 0.05
-"""Of a worker's time that may go into writing progress: a lost worker costs some twenty times what a write takes."""
+"""Largest share of a worker's time for writing progress. A lost worker then costs about 20 times one write."""
 LARGEST_WRITE = 256 * 2**20
-"""Bytes of epochs that are kept in memory at most before they are written, but for one epoch."""
-ROOM_INTERVAL, ROOM_ATTEMPTS = 10.0, 60
-"""Seconds between looks at a full disk, and how many looks."""
+"""Largest size in bytes of epochs kept in memory before they are written; one epoch may be larger."""
+DISK_CHECK_INTERVAL, DISK_CHECKS = 10.0, 60
+"""Seconds between two checks of a full disk, and the number of checks."""
 SPARE_BYTES = 256 * 2**20
-"""Room that is left to others on a disk."""
+"""Bytes of a disk left free for other programs."""
 
 KIND = "expert progress"
 _FOLDER = re.compile(r"(\d+)-(\d+)-[0-9a-f]+")
@@ -53,7 +55,7 @@ _FILE = re.compile(r"(\d+)-(\d+)-[0-9a-f]+\.arrow")
 
 
 class ExpertProgress:
-    """The progress folder of one stack."""
+    """Progress folder of one stack."""
 
     def __init__(
         self,
@@ -63,12 +65,14 @@ class ExpertProgress:
         wanted: Sequence[int],
         account: Account | None = None,
     ) -> None:
-        """Of a stack.
+        """Open the folder of a stack.
 
         Args:
-            kept: epochs of the trajectories.
-            wanted: those of the experts that will be stored.
-            account: of who trains it; none does not train.
+            group: the experts' group in the store.
+            experts: numbers of the stack's experts.
+            kept: epochs that the trajectories keep.
+            wanted: experts of the stack that will be stored.
+            account: meter of the worker that trains the stack; `None` for a reader.
         """
         self._group, self._account, self._spent = group, account, Spent()
         self._experts, self._kept = list(experts), frozenset(kept)
@@ -77,21 +81,21 @@ class ExpertProgress:
         self._folder, self._wanted = group.progress / self._name, list(wanted)
         self._writer = uuid.uuid4().hex
         self._pending: list[_Epoch] = []
-        self._due = time.monotonic()
+        self._next_write = time.monotonic()
 
     def resume(self, device: torch.device) -> ExpertState | None:
-        """The state to go on from; None at the beginning. Damaged files are removed."""
+        """State to resume from, or `None` if there is no progress. Removes damaged files."""
         state, self._spent = None, Spent()
         for name, _ in self._chain():
             file = self._readable(name)
-            if file is None:  # without it another file may reach as far
+            if file is None:  # without it another file may lead to a later epoch
                 return self.resume(device)
             state = _state(file.arrays, device)
             self._spent += _spent(file)
         return state
 
     def _readable(self, name: str) -> TensorFile | None:
-        """A file; None where it was damaged, and is removed."""
+        """Content of a file, or `None` if the file was damaged. A damaged file is removed."""
         try:
             return self._read(name)
         except CorruptFileError:
@@ -99,7 +103,7 @@ class ExpertProgress:
             return None
 
     def _read(self, name: str) -> TensorFile:
-        """A file whose arrays fit the stack. Raises CorruptFileError."""
+        """Content of a file. Raises `CorruptFileError` if its arrays do not fit the stack."""
         place = self._folder / name
         file = read_tensors(place, kind=KIND)
         with rejecting_nonsense(place):
@@ -110,17 +114,18 @@ class ExpertProgress:
             fitting = fitting and arrays.get("velocity", arrays["parameters"][-1]).shape == shapes[2][1:]
             last = _FILE.fullmatch(name)
             if not fitting or last is None or int(arrays["epoch"][-1]) != int(last[2]):
-                raise ValueError(f"it is not of {stack[1]} experts, or of other epochs than its name says")
+                raise ValueError(f"it does not hold {stack[1]} experts, or its epochs differ from its name")
             _spent(file)
         return file
 
     def add(
         self, state: ExpertState, losses: Tensor, accuracies: Tensor | None = None, *, last: bool = False
     ) -> Iterator[str]:
-        """Take the state after an epoch, and write when it is time; yields why it has to wait for the disk.
+        """Add the state after an epoch, and write it if due. Yields a message if the disk is full.
 
         Args:
-            losses, accuracies: [s] of the epoch.
+            state: the stack after the epoch.
+            losses, accuracies: [s] values of the epoch; accuracies may be `None`.
             last: whether the training is over.
         """
         measured = torch.full_like(losses, float("nan")) if accuracies is None else accuracies
@@ -134,10 +139,10 @@ class ExpertProgress:
                 _to_numpy(state.buffers),
             )
         )
-        return self._write_if_due(state, last)
+        return self._maybe_write(state, last)
 
     def snapshots(self, expert: int) -> Iterator[Snapshot]:
-        """One expert's kept epochs, in order."""
+        """Snapshots of one expert's kept epochs, in order."""
         place = self._experts.index(expert)
         for name, start in self._chain():
             arrays = self._read(name).arrays
@@ -153,41 +158,41 @@ class ExpertProgress:
                     )
 
     def require_whole(self, epochs: int) -> None:
-        """Raise a `StoreError` where not all epochs are there: somebody else has finished the stack, or cleared up."""
+        """Raise a `StoreError` if epochs are missing because another process finished the stack or deleted files."""
         names = [name for name, _ in self._chain()]
         match = _FILE.fullmatch(names[-1]) if names else None
         if match is None or int(match[2]) != epochs:
             raise StoreError(
-                f"{self._folder.uri} lost what was in it while experts were trained",
-                "another command trains them too, or somebody deleted it",
-                "give the same command again",
+                f"files disappeared from {self._folder.uri} during expert training",
+                "another command trains the same experts, or somebody deleted the files",
+                "run the same command again",
             )
 
     def note_cost(self) -> None:
-        """Write down, beside the experts, what the training of all epochs has cost."""
+        """Write the training cost of all epochs beside the experts."""
         spent = self._spent + (self._account.spent() if self._account else Spent())
         self._group.write_cost(self._name, {"experts": self._wanted, "spent": spent.to_json()})
 
     def remove(self) -> None:
-        """Remove the folder of a stack that is finished."""
+        """Remove the folder of a finished stack."""
         _remove_folder(self._folder)
 
     @staticmethod
     def clear_up(group: ExpertGroup) -> None:
-        """Remove the folders of stacks, of whatever size, whose experts are all stored by now."""
+        """Remove the folders of all stacks, of any size, whose experts are stored."""
         stored = set(group.experts())
         for name in group.progress.list():
             match = _FOLDER.fullmatch(name)
             if match and set(range(int(match[1]), int(match[1]) + int(match[2]))) <= stored:
                 _remove_folder(group.progress / name)
 
-    def _write_if_due(self, state: ExpertState, last: bool) -> Iterator[str]:
+    def _maybe_write(self, state: ExpertState, last: bool) -> Iterator[str]:
         size = sum(epoch.parameters.nbytes for epoch in self._pending)
         started = time.monotonic()
-        if not (last or started > self._due or size > LARGEST_WRITE):
+        if not (last or started > self._next_write or size > LARGEST_WRITE):
             return
-        yield from wait_for_room(self._folder, 2 * size)
-        # The state must be there after the last epoch; of the others only what is kept.
+        yield from wait_for_disk_space(self._folder, 2 * size)
+        # The state after the last epoch is needed to resume; other epochs only if the trajectory keeps them.
         rows = [epoch for epoch in self._pending[:-1] if epoch.number in self._kept] + self._pending[-1:]
         first, newest = self._pending[0].number, self._pending[-1].number
         arrays: dict[str, NDArray[Any]] = {
@@ -205,12 +210,14 @@ class ExpertProgress:
         name = f"{first:05d}-{newest:05d}-{self._writer}.arrow"
         write_tensors(self._folder / name, arrays, kind=KIND, metadata=metadata)
         ended = time.monotonic()
-        self._pending, self._due = [], ended + (ended - started) / WRITE_SHARE
+        self._pending, self._next_write = [], ended + (ended - started) / WRITE_SHARE
 
     def _chain(self) -> list[tuple[str, int]]:
-        """Files that follow one another from the first epoch on, and of each the first epoch that is not before it.
+        """Files that cover the epochs from the first one without a gap.
 
-        Where two writers' files overlap, either will do; the one that reaches further is taken.
+        Returns:
+            (name, first epoch not covered by the file before it) of each. Where files of two writers overlap, the
+                one that reaches further is taken.
         """
         chain: list[tuple[str, int]] = []
         following, found = 0, self._found()
@@ -229,19 +236,19 @@ class ExpertProgress:
 
 def _remove_folder(folder: Location) -> None:
     for name in folder.list():
-        with suppress(StoreError):  # somebody else was faster
+        with suppress(StoreError):  # another process was faster
             (folder / name).remove()
     if folder.local_path is not None:
         shutil.rmtree(folder.local_path, ignore_errors=True)
 
 
 def _spent(file: TensorFile) -> Spent:
-    """What a file says was spent on it; nothing in files of earlier versions."""
+    """Cost recorded in a file; zero in files of earlier versions."""
     return Spent.from_json(file.metadata["spent"]) if "spent" in file.metadata else Spent()
 
 
 def _state(arrays: Mapping[str, NDArray[Any]], device: torch.device) -> ExpertState:
-    """After the last epoch of a file."""
+    """State after the last epoch of a file."""
     return ExpertState(
         parameters=torch.tensor(arrays["parameters"][-1], device=device),
         buffers=torch.tensor(arrays["buffers"][-1], device=device),
@@ -253,7 +260,7 @@ def _state(arrays: Mapping[str, NDArray[Any]], device: torch.device) -> ExpertSt
 
 @dataclass(frozen=True)
 class _Epoch:
-    """A stack after one epoch."""
+    """State of a stack after one epoch."""
 
     number: int
     step: int
@@ -263,30 +270,30 @@ class _Epoch:
     buffers: NDArray[np.float32]
 
 
-def wait_for_room(place: Location, size: int) -> Iterator[str]:
-    """Wait while a disk has no room for so many bytes; yields why, once.
+def wait_for_disk_space(place: Location, size: int) -> Iterator[str]:
+    """Wait until a disk has `size` free bytes besides `SPARE_BYTES`. Yields a message once if it must wait.
 
     Raises:
-        StoreError: it stays full.
+        StoreError: the disk stays full.
     """
     if place.local_path is None:
         return
-    for attempt in range(ROOM_ATTEMPTS):
+    for attempt in range(DISK_CHECKS):
         free = shutil.disk_usage(_existing(place.local_path)).free
         if free > size + SPARE_BYTES:
             return
         if attempt == 0:
-            yield f"the disk of {place.uri} has {size_in_words(free)} left: waiting until there is room"
-        time.sleep(ROOM_INTERVAL)
+            yield f"waiting for disk space: the disk of {place.uri} has {size_in_words(free)} left"
+        time.sleep(DISK_CHECK_INTERVAL)
     raise StoreError(
-        f"the disk of {place.uri} has no room for {size_in_words(size)}",
-        f"it has been full for {ROOM_INTERVAL * ROOM_ATTEMPTS / 60:.0f} minutes",
-        "free some space, or give another --store; the same command again goes on from the last epoch written",
+        f"the disk of {place.uri} has no space for {size_in_words(size)}",
+        f"it has been full for {DISK_CHECK_INTERVAL * DISK_CHECKS / 60:.0f} minutes",
+        "free some space, or give another --store; then run the same command again: it resumes",
     )
 
 
 def _existing(path: str) -> Path:
-    """The folder, or the nearest one above it that exists."""
+    """Folder itself, or its nearest parent that exists."""
     return next(each for each in (Path(path), *Path(path).parents) if each.exists())
 
 

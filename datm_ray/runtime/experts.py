@@ -37,7 +37,7 @@ from datm_ray.data.dataset import Dataset
 from datm_ray.errors import CorruptFileError, DivergenceError
 from datm_ray.runtime.devices import Meter, prepare_device, to_device, uses_gpu
 from datm_ray.runtime.executor import Event, Finished, Note, Progress
-from datm_ray.runtime.expert_progress import ExpertProgress, wait_for_room
+from datm_ray.runtime.expert_progress import ExpertProgress, wait_for_disk_space
 from datm_ray.runtime.spent import Account, Spent, total
 from datm_ray.store.filesystem import Location
 from datm_ray.store.sealed import rejecting_nonsense
@@ -111,7 +111,7 @@ class ExpertWorker:
             for expert in set(wanted) - set(group.experts()):
                 progress.require_whole(config.experts.epochs)
                 info = self._info(config, group, expert)
-                for waiting in wait_for_room(group.location, 4 * info.parameter_count * len(info.epochs)):
+                for waiting in wait_for_disk_space(group.location, 4 * info.parameter_count * len(info.epochs)):
                     yield Note(waiting)
                 group.write_expert(expert, progress.snapshots(expert), info)
             progress.note_cost()

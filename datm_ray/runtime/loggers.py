@@ -1,8 +1,8 @@
-"""Curves for those who have TensorBoard or Weights & Biases: `cluster.log_to`.
+"""Curves in TensorBoard or Weights & Biases: `cluster.log_to`.
 
-What is logged is what the workers measure (see `metrics`), a curve for each task, over the task's own steps: epochs of
-experts, iterations of a distillation. Nothing else leaves: no addresses, no paths, no environment. Neither package is
-needed otherwise, and neither can stop a run once it goes.
+Each task has a curve of every measurement (see `metrics`) over its own steps: epochs of experts, iterations of a
+distillation. Nothing else is sent: no addresses, paths or environment variables. Both packages are optional, and a
+failure after the start never stops a run.
 """
 
 from __future__ import annotations
@@ -20,48 +20,49 @@ from datm_ray.runtime.metrics import CATALOGUE
 from datm_ray.store.filesystem import Location
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
-"""`cluster.log_to` -> what must be installed."""
+"""`cluster.log_to` -> package that must be installed."""
 
 FOLDER = "tensorboard"
 PROJECT = "datm-ray"
 
 
 class Backend(Protocol):
-    """Somewhere to log to."""
+    """Interface of a logging service."""
 
     def log(self, task: Task, step: int, values: Mapping[str, float]) -> None:
-        """Keep what a task has measured at a step of its own."""
+        """Record a task's measurements at a step of its own."""
         ...
 
     def finish(self, task: Task) -> None:
-        """The task will log no more."""
+        """End a task's curves."""
         ...
 
     def close(self) -> None:
-        """The run is over, or stopped."""
+        """End the log, after the run has finished or stopped."""
         ...
 
 
 class Logger:
-    """Logs the events of a run, as long as that works."""
+    """Logger of a run's events, which stops at its first failure."""
 
-    def __init__(self, backend: Backend | None = None, complain: Callable[[str], None] = print) -> None:
-        """Log to a backend, or nowhere.
+    def __init__(self, backend: Backend | None = None, on_failure: Callable[[str], None] = print) -> None:
+        """Log to a backend, or nowhere if it is `None`.
 
         Args:
-            complain: told once, if logging fails; nothing is logged any more then.
+            backend: where to log.
+            on_failure: called with a message, once, if logging fails. Nothing is logged after that.
         """
-        self._backend, self._complain = backend, complain
+        self._backend, self._on_failure = backend, on_failure
 
     def event(self, task: Task, event: Event) -> None:
-        """Log what an event says."""
+        """Log an event's measurements."""
         if isinstance(event, Progress):
             self._do(lambda backend: backend.log(task, event.done, _curves(event)))
         elif isinstance(event, Finished):
             self._do(lambda backend: backend.finish(task))
 
     def close(self) -> None:
-        """Write what is not written yet."""
+        """Write what is pending, and end the log."""
         self._do(lambda backend: backend.close())
         self._backend = None
 
@@ -70,14 +71,14 @@ class Logger:
             return
         try:
             what(self._backend)
-        except Exception as failure:  # of whatever kind: curves are not worth a run
+        except Exception as failure:  # any failure: a run must not stop because of its curves
             self._backend = None
-            # Not what it says: it may quote an address with a key in it.
-            self._complain(f"Logging has failed ({type(failure).__name__}); the run goes on without")
+            # Without the failure's message, which may quote an address with a key in it.
+            self._on_failure(f"Logging failed ({type(failure).__name__}); the run continues without it")
 
 
 def require_logger(name: str, out: Location) -> None:
-    """Raise a ConfigError if `cluster.log_to` asks for what cannot be had."""
+    """Raise a `ConfigError` if the package or the folder that `cluster.log_to` needs is missing."""
     package = PACKAGES.get(name)
     if package and find_spec(package) is None:
         raise ConfigError(
@@ -86,17 +87,23 @@ def require_logger(name: str, out: Location) -> None:
         )
     if name == "tensorboard" and out.local_path is None:
         raise ConfigError(
-            f"cluster.log_to is 'tensorboard', but {out.uri} is no local folder",
-            "TensorBoard's writer appends to its files, which object stores have not",
-            "give a local --out, or use --set cluster.log_to=none; metrics are on Ray's dashboard anyway",
+            f"cluster.log_to is 'tensorboard', but {out.uri} is not a local folder",
+            "TensorBoard's writer appends to its files, which object stores do not support",
+            "give a local --out, or use --set cluster.log_to=none; Ray's dashboard shows the metrics too",
         )
 
 
-def open_logger(name: str, out: Location, configs: Sequence[RunConfig], complain: Callable[[str], None]) -> Logger:
-    """What `cluster.log_to` asks for, ready.
+def open_logger(name: str, out: Location, configs: Sequence[RunConfig], on_failure: Callable[[str], None]) -> Logger:
+    """Open the logger that `cluster.log_to` names.
+
+    Args:
+        name: value of `cluster.log_to`.
+        out: the run's output folder.
+        configs: recipes of the run.
+        on_failure: called with a message, once, if logging fails later.
 
     Raises:
-        ConfigError: as `require_logger`; or the service cannot be begun with.
+        ConfigError: a package or folder is missing, or the service does not start.
     """
     require_logger(name, out)
     if name == "none":
@@ -109,11 +116,11 @@ def open_logger(name: str, out: Location, configs: Sequence[RunConfig], complain
             "wandb has no account or no network" if name == "wandb" else "its installation is broken",
             "try `wandb login`, or WANDB_MODE=offline" if name == "wandb" else "use --set cluster.log_to=none",
         ) from None
-    return Logger(backend, complain)
+    return Logger(backend, on_failure)
 
 
 class _TensorBoard:
-    """A folder of event files for every task, under <out>/tensorboard."""
+    """TensorBoard backend: one folder of event files per task, under <out>/tensorboard."""
 
     def __init__(self, out: Location) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -124,7 +131,7 @@ class _TensorBoard:
 
     def log(self, task: Task, step: int, values: Mapping[str, float]) -> None:
         if task.name not in self._writers:
-            self._writers[task.name] = self._open(f"{self._folder}/{task.stage}/{_plain(task.name)}")
+            self._writers[task.name] = self._open(f"{self._folder}/{task.stage}/{_safe_name(task.name)}")
         for name, value in values.items():
             self._writers[task.name].add_scalar(name, value, step)
 
@@ -138,7 +145,7 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    """One run of W&B's for all recipes; every task has its own curves and its own steps."""
+    """Weights & Biases backend: one run for all recipes, with separate curves and steps per task."""
 
     def __init__(self, out: Location, configs: Sequence[RunConfig]) -> None:
         import wandb
@@ -148,7 +155,7 @@ class _WeightsAndBiases:
             name=", ".join(config.name for config in configs),
             config={config.name: config.identity() for config in configs},
             dir=out.local_path,
-            # By itself it would send the command line, which may hold addresses, the console and the sources.
+            # By default wandb sends the command line, which may contain addresses, the console output and the sources.
             settings=wandb.Settings(
                 x_disable_meta=True, x_disable_machine_info=True, console="off", save_code=False, disable_git=True
             ),
@@ -156,26 +163,26 @@ class _WeightsAndBiases:
         self._known: set[str] = set()
 
     def log(self, task: Task, step: int, values: Mapping[str, float]) -> None:
-        name = _plain(task.name)
+        name = _safe_name(task.name)
         if name not in self._known:
             self._known.add(name)
             self._run.define_metric(f"{name}/*", step_metric=f"{name}/step")
         self._run.log({f"{name}/{key}": value for key, value in {"step": step, **values}.items()})
 
     def finish(self, task: Task) -> None:
-        """Its curves end by themselves."""
+        """Do nothing: curves of Weights & Biases need no end."""
 
     def close(self) -> None:
         self._run.finish()
 
 
-def _plain(name: str) -> str:
-    """A task's name without spaces and slashes."""
+def _safe_name(name: str) -> str:
+    """Task name in which every character but letters, digits and ._+=- is replaced by a hyphen."""
     return re.sub(r"[^A-Za-z0-9._+=-]+", "-", name)
 
 
 def _curves(event: Progress) -> dict[str, float]:
-    """What is worth a curve, without the prefix; sums of a single attempt are not."""
+    """Values for curves: finite gauges and histograms, without the prefix datm_ray_. Counters get no curve."""
     return {
         name.removeprefix("datm_ray_"): value
         for name, value in event.metrics.items()

@@ -125,19 +125,19 @@ class Alone(Mesh):
     """Mesh of one worker, which runs the whole task."""
 
     def sum_over_classes(self, tensor: Tensor) -> Tensor:
-        """Return the tensor itself."""
+        """Return the tensor itself: there are no other workers."""
         return tensor
 
     def sum_over_backbones(self, tensor: Tensor) -> Tensor:
-        """Return the tensor itself."""
+        """Return the tensor itself: there are no other workers."""
         return tensor
 
     def sum_over_all(self, tensor: Tensor) -> Tensor:
-        """Return the tensor itself."""
+        """Return the tensor itself: there are no other workers."""
         return tensor
 
     def gather(self, tensor: Tensor) -> Tensor | None:
-        """Return the tensor itself."""
+        """Return the tensor itself: there are no other workers."""
         return tensor
 
     def barrier(self) -> None:
@@ -164,19 +164,19 @@ class ProcessMesh(Mesh):
     """Seconds to wait for a peer."""
 
     def sum_over_classes(self, tensor: Tensor) -> Tensor:
-        """See `Mesh.sum_over_classes`."""
+        """Sum over this row, see `Mesh.sum_over_classes`."""
         return self._sum(tensor, self.row_group) if self.row_group else tensor
 
     def sum_over_backbones(self, tensor: Tensor) -> Tensor:
-        """See `Mesh.sum_over_backbones`."""
+        """Sum over this column, see `Mesh.sum_over_backbones`."""
         return self._sum(tensor, self.column_group) if self.column_group else tensor
 
     def sum_over_all(self, tensor: Tensor) -> Tensor:
-        """See `Mesh.sum_over_all`."""
+        """Sum over all workers, see `Mesh.sum_over_all`."""
         return self._sum(tensor, dist.group.WORLD)
 
     def gather(self, tensor: Tensor) -> Tensor | None:
-        """See `Mesh.gather`. Parts pass through the CPU: the call is rare, and so it works without NCCL."""
+        """Concatenate the tensors of row 0, see `Mesh.gather`. They pass through the CPU, so NCCL is not needed."""
         if self.is_first:
             return self._receive_parts(tensor.detach())
         if self.row == 0:
@@ -187,11 +187,11 @@ class ProcessMesh(Mesh):
         return None
 
     def barrier(self) -> None:
-        """See `Mesh.barrier`."""
+        """Wait until all workers call this, see `Mesh.barrier`."""
         self.sum_over_all(torch.zeros(1))
 
     def until_all_are_done(self, work: Callable[[Heartbeat], Result]) -> Result:
-        """See `Mesh.until_all_are_done`."""
+        """Do this worker's own work and wait for the others, see `Mesh.until_all_are_done`."""
         last = time.monotonic()
 
         def heartbeat() -> None:
@@ -206,7 +206,7 @@ class ProcessMesh(Mesh):
         return result
 
     def in_rows(self, work: Callable[[Callable[[Tensor], Tensor]], None]) -> None:
-        """See `Mesh.in_rows`."""
+        """Do this row's own work and wait for the other rows, see `Mesh.in_rows`."""
         if self.rows == 1:
             work(self.sum_over_classes)
             return
@@ -228,7 +228,7 @@ class ProcessMesh(Mesh):
             pass
 
     def _count_working(self, working: bool) -> int:
-        """Number of workers still at work. Every worker states with its call whether it is one of them."""
+        """Number of workers still at work. `working` says whether this one is; every worker must call this."""
         return int(self.sum_over_all(torch.tensor([int(working)])))
 
     def _sum(self, tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -338,9 +338,8 @@ def _group_of(parts: list[list[int]], timeout: timedelta) -> dist.ProcessGroup |
         return None
     # Every worker must create all groups, including those without it, in the same order.
     groups = [dist.new_group(ranks, timeout=timeout) for ranks in parts]
-    return next(
-        group for group in groups if isinstance(group, dist.ProcessGroup)
-    )  # other rows' or columns' groups are a number here
+    # Groups without this worker are a number here.
+    return next(group for group in groups if isinstance(group, dist.ProcessGroup))
 
 
 @contextmanager

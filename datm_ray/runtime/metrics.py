@@ -25,7 +25,7 @@ TASK, STAGE = ("run", "stage", "task"), ("run", "stage")
 
 @dataclass(frozen=True)
 class Metric:
-    """Definition of one metric."""
+    """Definition of one metric: kind, unit, description and tags."""
 
     kind: Kind
     unit: str
@@ -123,11 +123,11 @@ REASONS: dict[str, tuple[str, ...]] = {
     "peer": ("lost its peers",),
     "process": ("exit", "died", "dead", "killed", "connection error"),
 }
-"""Kind of loss -> words of its reason. The first kind with a matching word counts."""
+"""Kind of reason why a worker was lost -> words in its text. The first kind with a matching word counts."""
 
 
 def reason_kind(reason: str) -> str:
-    """Kind of a loss: a key of `REASONS`, or "other"."""
+    """Kind of reason why a worker was lost: a key of `REASONS`, or "other"."""
     text = reason.lower()
     return next((kind for kind, words in REASONS.items() if any(word in text for word in words)), "other")
 
@@ -164,7 +164,7 @@ class Readings:
         self._stage = ""
         self._workers = 0
         self._open = 0
-        """Number of workers that all unfinished tasks can use."""
+        """Number of workers that all unfinished tasks together can use."""
         self._observed: dict[str, _Observed] = {}
 
     def begin(self, tasks: Sequence[Task], workers: int) -> list[Sample]:
@@ -220,7 +220,7 @@ class Readings:
         return [*of_tasks, *self._worker_counts()]
 
     def _worker_counts(self) -> Iterator[Sample]:
-        """Number of workers wanted and at work."""
+        """Samples of the numbers of wanted and of busy workers."""
         working = sum(observed.workers or 1 for observed in self._observed.values() if observed.at_work)
         tags = {"stage": self._stage}
         yield Sample("datm_ray_workers_wanted", float(max(0, min(self._workers, self._open))), tags)

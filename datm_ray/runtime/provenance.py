@@ -1,4 +1,4 @@
-"""Where a result came from: versions and hardware, for artifacts, evaluations and reports."""
+"""Origin of a result: versions and hardware, for artifacts, evaluations and reports."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WORDS_BYTES = 128
-"""Space for what one worker says of itself; more is cut off."""
+DESCRIPTION_BYTES = 128
+"""Longest description of one worker in bytes. A longer one is cut."""
 
 PACKAGES = ("datm-ray", "torch", "torchvision", "numpy", "pyarrow", "ray")
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Versions, processor and device as plain data; no host or user names."""
+    """Versions, CPU and device as plain data, without names of hosts or users."""
     return {
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
         "python": platform.python_version(),
-        "processor": _processor(),
+        "processor": _cpu_model(),
         "cores": os.cpu_count(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
@@ -32,14 +32,17 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def workers_in_words(device: torch.device, sum_over_all: Callable[[Tensor], Tensor], rank: int, size: int) -> str:
-    """Torch's version and the device of all workers of a task, such as "2 x torch 2.14.1 on cpu".
+    """Torch's version and device of all workers of a task, such as "2 x torch 2.14.1 on cpu".
 
     Args:
-        sum_over_all: sums a tensor over the workers, all of which call this.
+        device: device of this worker.
+        sum_over_all: sums a tensor over the workers. All of them must call this function.
+        rank: rank of this worker.
+        size: number of workers.
     """
     facts = provenance(device)
-    own = f"torch {facts['versions']['torch']} on {facts['device']}".encode()[:WORDS_BYTES]
-    words = torch.zeros(size, WORDS_BYTES, dtype=torch.int64)
+    own = f"torch {facts['versions']['torch']} on {facts['device']}".encode()[:DESCRIPTION_BYTES]
+    words = torch.zeros(size, DESCRIPTION_BYTES, dtype=torch.int64)
     words[rank, : len(own)] = torch.tensor(list(own))
     lines = [bytes(each).rstrip(b"\0").decode(errors="replace") for each in sum_over_all(words).tolist()]
     return "; ".join(f"{count} x {line}" for line, count in sorted(Counter(lines).items()))
@@ -52,8 +55,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _processor() -> str:
-    """The processor's model where the system tells it, otherwise its architecture."""
+def _cpu_model() -> str:
+    """Model name of the CPU if the system reports it, otherwise the architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -76,7 +76,7 @@ def _connection_error(address: str | None, given: str, failure: Exception) -> Cl
 
 
 def _unwritable(failure: OSError, what: str) -> ClusterError:
-    """Error for a file that Ray cannot write, with the environment variable that moves it elsewhere."""
+    """Error for a file that Ray cannot write, with the environment variable that changes its folder."""
     place = os.path.abspath(os.fsdecode(failure.filename))
     home = os.path.expanduser("~")
     fact = f"{what}: cannot write {place} ({failure.strerror or type(failure).__name__})"
@@ -221,19 +221,19 @@ class ClusterNodes:
         )
 
     def request(self, workers: int) -> None:
-        """Request that the autoscaler provides this many workers, if more than before. Other clusters ignore it."""
+        """Request at least this many workers from the autoscaler. A cluster without one ignores the request."""
         self._wanted = max(self._wanted, workers, self._cluster.workers or 0)
         if min(self._wanted, self._limit) > self._requested:
             self._send_request(min(self._wanted, self._limit))
 
     def limit_to(self, workers: int) -> None:
-        """Limit the request to the workers that a stage can use. A later stage may raise it again."""
+        """Limit the request for workers to those that a stage can use. A later stage may raise the limit."""
         self._limit = workers
         if self._requested:
             self._send_request(min(self._wanted, workers))
 
     def release(self) -> None:
-        """Withdraw the request, so that the autoscaler can remove nodes. Ray would keep it for ever."""
+        """Withdraw the request for workers. Otherwise the autoscaler would keep its nodes for ever."""
         if self._requested:
             self._send_request(0)
 

@@ -62,13 +62,13 @@ class RayExecutor:
         self.description = f"Ray, up to {counted(self.workers, 'worker')} with {each} each{where}"
 
     def share(self, value: Any) -> Any:
-        """Put the value into Ray's object store. Actors of one node share its arrays without copies."""
+        """Put a value into Ray's object store. Actors of one node share its arrays without copies."""
         return ray.put(value)
 
     def run(
         self, worker: Callable[..., Any], setup: tuple[Any, ...], method: str, tasks: Sequence[Task]
     ) -> Iterator[tuple[Task, Event]]:
-        """See `Executor.run`."""
+        """Run every task on Ray actors and yield its events, see `Executor.run`."""
         for task in tasks:
             self.require_workers(task.name, min((task.size, *task.fewer)))
         self._nodes.limit_to(sum(task.size for task in tasks))
@@ -82,7 +82,7 @@ class RayExecutor:
             stage.close()
 
     def close(self) -> None:
-        """Disconnect. A cluster that was started for the run ends with it."""
+        """Disconnect, and stop a cluster that was started for the run."""
         self._metrics.close()
         self._nodes.release()
         self._leave()
@@ -92,7 +92,8 @@ class RayExecutor:
             ray.shutdown()
 
     def require_workers(self, name: str, size: int) -> None:
-        """See `Executor.require_workers`. Waits up to `cluster.wait_for_nodes` seconds for nodes."""
+        """Raise a `ClusterError` if `size` workers never fit, after waiting `cluster.wait_for_nodes` seconds for
+        nodes."""
         if size > self.workers and self._cluster.workers is None:
             self.workers, self.workers_per_machine = self._nodes.wait_for(size)
         if size > self.workers:
@@ -121,7 +122,7 @@ class _Queued:
 
     @property
     def sizes(self) -> list[int]:
-        """Group sizes to try, without those found too small or too large."""
+        """Group sizes to try: above `insufficient` and up to `limit`."""
         return [size for size in (self.task.size, *self.task.fewer) if self.insufficient < size <= self.limit]
 
 
@@ -138,11 +139,11 @@ class _Running:
     done: int = 0
     """`Progress.done` of the last event."""
     logged: bool = False
-    """Whether the wait for resources is logged."""
+    """Whether the wait for resources has been reported to the user."""
 
 
 class _Stage:
-    """One stage: runs tasks of the same worker class from the first to the last."""
+    """One stage, which runs tasks of one worker class from the first to the last."""
 
     def __init__(
         self,
@@ -201,7 +202,7 @@ class _Stage:
             queued.size = size
 
     def _group(self, size: int, free: int) -> WorkerGroup:
-        """Idle group of this size, or a new one. Idle groups are stopped if they use the resources it needs."""
+        """Idle or new group of `size` workers. Idle groups are stopped if a new one needs their resources."""
         for group in self._idle:
             if group.size == size:
                 self._idle.remove(group)
@@ -211,7 +212,7 @@ class _Stage:
         return WorkerGroup.reserve(size, self._cluster)
 
     def _wait_for_nodes(self, queued: _Queued, size: int | None) -> Iterator[tuple[Task, Event]]:
-        """If no task runs and none can start, log it once, and raise after the timeout."""
+        """Log once that no task runs and none can start. Raises a `ClusterError` after the timeout."""
         if self._running or size is not None:
             return
         now = time.monotonic()
@@ -247,7 +248,7 @@ class _Stage:
                 yield current.queued.task, Note(f"waiting up to {wait} for {free} (in use by other jobs)")
 
     def _reduce_or_wait(self, current: _Running) -> Iterator[tuple[Task, Event]]:
-        """If other jobs use the resources: try a smaller group, or wait for this run's other tasks, or raise."""
+        """Handle resources in use by other jobs: try a smaller group, wait for tasks of this run, or raise."""
         group, queued = current.group, current.queued
         fewer = [size for size in queued.sizes if size < group.size]
         if fewer:
@@ -260,7 +261,7 @@ class _Stage:
             raise self._not_enough_resources(group.size)
 
     def _submit(self, current: _Running) -> Iterator[tuple[Task, Event]]:
-        """Start a group's actors and submit its task. Its node may be lost at that moment."""
+        """Start a group's actors and submit its task. Yields `Lost` if Ray cannot start the actors."""
         try:
             if not current.group.actors:
                 current.group.start(self._worker, self._setup, self._cluster)
@@ -310,7 +311,7 @@ class _Stage:
                 yield from self._handle(current, event)
 
     def _event(self, current: _Running, rank: int) -> Event | None:
-        """Next event of a rank, or `None` if the user does not need it."""
+        """Next event of a rank, or `None` if the user need not see the event."""
         try:
             event: Event = ray.get(next(current.streams[rank]))
         except StopIteration:
@@ -371,8 +372,7 @@ class _Stage:
                 yield from self._handle(current, event)
 
     def _lost(self, current: _Running, cause: BaseException) -> Lost | Failed | Note:
-        """Event for a task that ended with an error: `Lost` if retried, `Failed` if not, `Note` if it waits for
-        nodes."""
+        """Event of a task that ended with an error: `Lost` if retried, `Failed` if not, `Note` if nodes are missing."""
         if isinstance(cause, ConfigError) and current.group.size < current.queued.task.size:
             # The error did not occur with all workers, and nodes may come back.
             current.queued.insufficient = current.group.size
@@ -395,7 +395,7 @@ class _Stage:
         return Lost(reason(cause), queued.history.losses)
 
     def _failed(self, current: _Running, failure: DatmError) -> Failed:
-        """Record the first failure. Raises it if no other task runs."""
+        """Record the first failure. Raises the failure if no other task runs."""
         self._failure = self._failure or failure
         current.streams.clear()
         others = sum(bool(each.streams) for each in self._running)

@@ -47,7 +47,7 @@ class RayMetrics:
         self._thread.join()
 
     def refresh(self) -> None:
-        """Set every gauge again to its present value."""
+        """Set every gauge again to its present value, so that Ray does not drop it."""
         with self._lock:
             self._export(self._readings.gauges())
 

@@ -36,14 +36,14 @@ from datm_ray.runtime.ray_cluster import first_line, worker_resources
 from datm_ray.runtime.recovery import is_silent
 
 ROOT_CAUSE_TIMEOUT = 3.0
-"""Seconds to wait for the error of the worker that was lost first, after another one lost its peers."""
+"""Seconds to wait for the original error, after a worker reports that it lost its peers."""
 LONGEST_START = 900.0
 """Seconds within which a worker must start, or `cluster.peer_timeout` if that is longer. Ray may have to install
 packages first."""
 SHORTEST_SILENCE = 30.0
 """Seconds without a heartbeat during which no worker is declared lost, however short `cluster.peer_timeout` is."""
 HEARTBEAT = "heartbeat"
-"""Ray concurrency group of an actor: its own thread answers heartbeats while another one works."""
+"""Name of the concurrency group of an actor whose thread answers heartbeats while the worker is busy."""
 
 LOSSES: tuple[type[BaseException], ...] = (
     ActorDiedError,

@@ -14,7 +14,7 @@ class History:
     losses: int = 0
     """Number of attempts that ended because a worker was lost."""
     without_progress: int = 0
-    """Number of the latest losses since an attempt got further than all earlier ones."""
+    """Number of losses since the last attempt that got further than all before it, including its own."""
     furthest: int = 0
     """Highest `Progress.done` of all attempts."""
 

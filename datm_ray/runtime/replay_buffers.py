@@ -1,18 +1,18 @@
-"""Expert trajectories of the MTT family: `replay_buffer_*.pt` files into a trajectory store, and back.
+"""Import and export of expert trajectories of the MTT family: `replay_buffer_*.pt` files.
 
-A replay buffer is a `torch.save` of trajectories; a trajectory is a list of snapshots, epochs 0, 1, ... by position; a
-snapshot is the list of a network's parameters in the order in which the modules were made. The ConvNet of those
-projects makes its modules in the order of ours (blocks of convolution and norm, then the classifier) and normalises
-with the same epsilon, so the parameters need no mapping: shapes that agree mean the same. There is one exception: for
-images of one channel theirs pads the first convolution by 3, ours by 1. Such experts are refused.
+A replay buffer is a `torch.save` of a list of trajectories. A trajectory is a list of snapshots, whose position is the
+epoch. A snapshot is a list of a network's parameters, in the order in which its modules were created. The ConvNet of
+those projects creates its modules in the same order as this package's (blocks of convolution and norm, then the
+classifier) and normalises with the same epsilon. So parameters need no mapping if their shapes agree. One exception is
+refused: for images of one channel the published ConvNet pads the first convolution by 3 pixels, this one by 1.
 
-What a buffer does not tell is taken from a recipe: data set, network, number of epochs. Nor does it hold the transform
-of its experts' images. Imported experts are stored beside the transform that the recipe's data set has here; where
-theirs was another one (other whitening, or fitted on the images that are set aside here for validation), they match
-synthetic images less well. That an expert was imported, and from which file, stands in the recipe of its info.
+A buffer does not name its data set, network or number of epochs: these come from a recipe. Nor does it hold its
+experts' image transform. Imported experts are stored with the transform of the recipe's data set. If theirs was
+different (other whitening, or fitted on images that are validation data here), they match synthetic images less well.
+An expert's info records that it was imported, and from which file.
 
-Buffers of batch norms are in no replay buffer: such experts cannot be imported, and are exported without them. Files
-are read as data, see `store.torch_files`: nothing in them is executed.
+Replay buffers contain no running statistics of batch norms. Experts with batch norms cannot be imported, and are
+exported without them. Files are read as data, see `store.torch_files`: nothing in them is executed.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ from datm_ray.store.torch_files import read_torch_file
 from datm_ray.store.trajectories import ExpertGroup, Snapshot, TrajectoryInfo, epochs_in_words
 
 PUBLISHED_PER_FILE = 10
+"""Experts in each published file."""
 
 PUBLISHED_PADDING = 3
-"""Pixels by which the published ConvNet pads images of one channel at its first convolution; ours pads all by 1."""
+"""Padding in pixels of the published ConvNet's first convolution for one channel; this package pads by 1."""
 
 _ANOTHER_RECIPE = "give the recipe of these experts: their data set, network and epochs"
 
@@ -53,59 +54,65 @@ _Trajectory = list[list[NDArray[Any]]]
 
 @dataclass(frozen=True)
 class Imported:
-    """One trajectory of a replay buffer, in the store."""
+    """Trajectory of a replay buffer that is in the store."""
 
     group: str
-    """The group it went to, or lay in already."""
+    """Key of the expert group that holds the trajectory."""
 
     expert: int
-    """Its number there."""
+    """Number of the trajectory's expert in its group."""
 
     new: bool
-    """False where the same trajectory had been imported before."""
+    """Whether this import stored the trajectory; False if an earlier import had."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What went into replay buffers."""
+    """Result of an export to replay buffers."""
 
     files: tuple[str, ...]
+    """Names of the written files."""
     left_out: tuple[int, ...]
-    """Epochs of the first expert after a gap: the position in a buffer is the epoch, so they have no place there."""
+    """Epochs of the first expert that were not exported, because they follow a gap."""
     without_statistics: bool
-    """Whether the experts have running statistics of batch norms, which have no place there either."""
+    """Whether the experts have running statistics of batch norms, which replay buffers cannot hold."""
     padded_otherwise: bool
-    """Whether the published ConvNet computes something else with the parameters, see `pads_differently`."""
+    """Whether the published ConvNet is another function of the same parameters, see `pads_differently`."""
 
 
 def import_replay_buffers(files: Sequence[str], config: RunConfig, store_uri: str) -> Iterator[Imported]:
     """Store every trajectory of the files as an expert of the recipe, under the next free numbers.
 
-    A trajectory that was imported before is found by its content and not stored again, so an import can be repeated.
-    Stored are the epochs that the recipe keeps, as `experts.storage` says. Loads one file at
-    a time, whole, and all of them twice: nothing is stored unless everything fits.
+    A trajectory that was imported before is recognised by its content and not stored again, so an import can be
+    repeated. Only the epochs of `experts.keep_epochs` are stored, in the format of `experts.storage`. Each file is
+    loaded whole, and twice: nothing is stored unless all files fit.
+
+    Args:
+        files: paths or URIs of the files.
+        config: recipe of the experts.
+        store_uri: store to write to.
 
     Raises:
-        CorruptFileError: a file is no replay buffer.
-        StoreError: its trajectories do not fit the recipe, or a place cannot be read or written.
+        CorruptFileError: a file is not a replay buffer.
+        StoreError: a trajectory does not fit the recipe, or a location cannot be read or written.
     """
     d = config.dataset
     raw = load_raw(d.source, d.path, resize=d.resize, validation=d.validation)
     networks = [_Network(backbone, raw, store_uri) for backbone in config.resolved(raw.size).each_backbone()]
     locations = [open_location(file) for file in files]
-    for location in locations:  # all of them, before anything is written
+    for location in locations:  # check all of them before anything is written
         for position, trajectory in enumerate(_read(location)):
             _network_of(trajectory, networks, f"Trajectory {position} of {location.uri}", config.name)
     for location in locations:
         trajectories = _read(location)
         for position, trajectory in enumerate(trajectories):
             network = _network_of(trajectory, networks, f"Trajectory {position} of {location.uri}", config.name)
-            trajectories[position] = []  # read and done with: the next one needs the room
+            trajectories[position] = []  # free its memory for the next one
             yield network.store(trajectory, {"file": PurePosixPath(location.path).name, "position": position})
 
 
 def _network_of(trajectory: _Trajectory, networks: Sequence[_Network], place: str, recipe: str) -> _Network:
-    """The one that the trajectory is of. Raises StoreError if it is of none."""
+    """Network of the recipe with the trajectory's shapes. Raises `StoreError` if there is none."""
     differences = [network.difference(trajectory) for network in networks]
     if None not in differences:
         settings = networks[0].settings_for(trajectory) if len(networks) == 1 else []
@@ -115,10 +122,15 @@ def _network_of(trajectory: _Trajectory, networks: Sequence[_Network], place: st
 
 
 def export_replay_buffers(group: ExpertGroup, out: Location, per_file: int = PUBLISHED_PER_FILE) -> Exported:
-    """Write all experts of a group as `replay_buffer_<n>.pt`, some experts a file, replacing files of that name.
+    """Write all experts of a group as `replay_buffer_<n>.pt`. Existing files of these names are replaced.
+
+    Args:
+        group: experts to export.
+        out: folder to write to.
+        per_file: experts per file.
 
     Raises:
-        StoreError: there are no experts, or one whose epoch 0 was not kept.
+        StoreError: there are no experts, or one has no epoch 0.
     """
     experts = group.experts()
     if not experts:
@@ -142,7 +154,7 @@ def pads_differently(architecture: str, channels: int) -> bool:
 
 
 class _Network:
-    """One network of the recipe, and the group of its experts."""
+    """Network of the recipe, with the group of its experts."""
 
     def __init__(self, config: RunConfig, raw: RawDataset, store_uri: str) -> None:
         module = build_network(network_spec(config, raw.channels, raw.size, raw.classes), seed=0)
@@ -154,15 +166,15 @@ class _Network:
         self._known: dict[str, int] | None = None
 
     def difference(self, trajectory: _Trajectory) -> str | None:
-        """Why the trajectory cannot be one of this network's, in words; none where it can."""
+        """Reason why the trajectory does not belong to this network, or `None` if it does."""
         epochs, wanted = len(trajectory) - 1, self._config.experts.epochs
         if self._pads_differently:
             return (
                 f"Its images have one channel: the published ConvNet pads them by {PUBLISHED_PADDING} pixels at its "
-                "first convolution and this one by 1, so equal parameters are another network"
+                "first convolution and this one by 1, so equal parameters give another network"
             )
         if self._has_buffers:
-            return "The recipe's network has batch norms, whose running statistics are in no replay buffer"
+            return "The recipe's network has batch norms, whose running statistics replay buffers do not contain"
         if epochs < wanted:
             return f"It ends after {epochs} epochs, and experts.epochs is {wanted}"
         for epoch in self._config.kept_epochs:
@@ -175,7 +187,7 @@ class _Network:
         return None
 
     def settings_for(self, trajectory: _Trajectory) -> list[str]:
-        """Settings of the recipe, `section.field=value`, with which the trajectory fits; none where there are none."""
+        """Settings `section.field=value` with which the trajectory fits the recipe; empty if none are found."""
         config, d = self._config, self._config.distill
         wanted: dict[str, int] = {}
         epochs = min(len(trajectory) - 1, config.experts.epochs)
@@ -199,7 +211,7 @@ class _Network:
         return changes if other.difference(trajectory) is None else []
 
     def store(self, trajectory: _Trajectory, origin: dict[str, object]) -> Imported:
-        """Store one trajectory whose shapes are right."""
+        """Store one trajectory whose shapes were checked, unless it is stored already."""
         epochs = self._config.kept_epochs
         vectors = [_vector(trajectory[epoch]) for epoch in epochs]
         digest = sha256(b"".join(sha256(vector.tobytes()).digest() for vector in vectors)).hexdigest()
@@ -214,7 +226,7 @@ class _Network:
         for expert in count():
             if expert not in taken:
                 info = self._info(expert, {**origin, "digest": digest})
-                if self._group.write_expert(expert, snapshots, info):  # else another import was faster
+                if self._group.write_expert(expert, snapshots, info):  # False if another import took the number
                     known[digest] = expert
                     return Imported(str(self._group.key), expert, new=True)
         raise AssertionError("count() ends")
@@ -225,12 +237,12 @@ class _Network:
             if tuple(kept) != tuple(epochs):
                 raise StoreError(
                     f"{self._group.key} holds {epochs_in_words(kept)}, and these would be {epochs_in_words(epochs)}",
-                    "the experts of a group are kept alike, so that a recipe can match any of them",
-                    "give the same experts.keep_epochs as before, or another --store",
+                    "all experts of a group keep the same epochs, so that a recipe can match any of them",
+                    "use the same experts.keep_epochs as before, or another --store",
                 )
 
     def _imported(self) -> dict[str, int]:
-        """Digest -> number of the experts that were imported into the group so far."""
+        """Digest -> expert number of the trajectories imported into the group."""
         if self._known is None:
             recipes = {expert: self._group.read_info(expert).recipe for expert in self._group.experts()}
             self._known = {
@@ -272,18 +284,18 @@ def _value_at(values: dict[str, Any], key: str) -> Any:
 
 
 def _read(location: Location) -> list[_Trajectory]:
-    """The trajectories of one file, together no larger than the file.
+    """Read the trajectories of one file, which together are at most as large as the file.
 
     Raises:
-        CorruptFileError: it holds anything else, or a trajectory that never moves.
+        CorruptFileError: the file holds anything else, or a trajectory whose parameters never change.
     """
     try:
         trajectories = read_torch_file(location)
     except StoreError:
         raise
-    except Exception as error:  # neither archives nor pickles have a common error
+    except Exception as error:  # archives and pickles raise errors of many classes
         raise CorruptFileError(
-            f"{location.uri} is no replay buffer",
+            f"{location.uri} is not a replay buffer",
             "It cannot be read as lists of tensors: it is another file, was cut off, holds objects that could run "
             "code, or was written by torch before 1.6",
             "Check that it was downloaded whole",
@@ -295,7 +307,7 @@ def _read(location: Location) -> list[_Trajectory]:
         left -= sum(1 + len(snapshot) for snapshot in snapshots)
         if left < 0:
             raise _no_buffer(location)
-        _require_training(snapshots, _is_same_view, place)  # before the bytes: live weights are in the file only once
+        _require_training(snapshots, _is_same_view, place)  # before counting bytes: live weights are in the file once
         tensors = [tensor for snapshot in snapshots for tensor in snapshot]
         left -= sum(getattr(tensor, "nbytes", 0) for tensor in tensors)
         if left < 0 or not all(map(_is_parameter, tensors)):
@@ -306,7 +318,7 @@ def _read(location: Location) -> list[_Trajectory]:
 
 
 def _items(value: object, location: Location) -> list[Any]:
-    """A list that is not empty."""
+    """Return a value that is a non-empty list, otherwise raise `CorruptFileError`."""
     if not isinstance(value, list) or not value:
         raise _no_buffer(location)
     return value
@@ -314,13 +326,13 @@ def _items(value: object, location: Location) -> list[Any]:
 
 def _no_buffer(location: Location) -> CorruptFileError:
     return CorruptFileError(
-        f"{location.uri} is no replay buffer",
-        "It holds something else than trajectories: lists of snapshots, which are lists of finite tensors",
+        f"{location.uri} is not a replay buffer",
+        "It does not hold trajectories: lists of snapshots, which are lists of finite tensors",
     )
 
 
 def _require_training(trajectory: list[list[Any]], same: Callable[[Any, Any], bool], place: str) -> None:
-    """The parameters change from the first epoch to some other."""
+    """Raise `CorruptFileError` if all snapshots of a trajectory have the same parameters."""
     first = trajectory[0]
     still = all(len(snapshot) == len(first) and all(map(same, first, snapshot)) for snapshot in trajectory)
     if still and len(trajectory) > 1:
@@ -332,24 +344,24 @@ def _require_training(trajectory: list[list[Any]], same: Callable[[Any, Any], bo
 
 
 def _is_same_view(one: object, other: object) -> bool:
-    """Whether both are arrays of the same values in memory; no value is looked at."""
+    """Whether both are arrays that share the same memory. No value is compared."""
     if not isinstance(one, np.ndarray) or not isinstance(other, np.ndarray):
         return False
     return one is other or bool(one.__array_interface__ == other.__array_interface__)
 
 
 def _is_parameter(value: object) -> bool:
-    """Whether it is an array of finite numbers."""
+    """Whether a value is an array of finite numbers."""
     return isinstance(value, np.ndarray) and bool(np.isfinite(value).all())
 
 
 def _vector(snapshot: list[NDArray[Any]]) -> NDArray[np.float32]:
-    """[p]"""
+    """Concatenate a snapshot's parameters to a vector [p]."""
     return np.concatenate([tensor.reshape(-1) for tensor in snapshot], dtype=np.float32, casting="same_kind")
 
 
 def _trajectory(group: ExpertGroup, expert: int) -> list[list[Tensor]]:
-    """The epochs from 0 on, up to the first that was not kept."""
+    """Read an expert's epochs from 0 up to the first gap, as lists of parameters."""
     info = group.read_info(expert)
     epochs = _unbroken(info.epochs)
     if not epochs:
@@ -369,5 +381,5 @@ def _trajectory(group: ExpertGroup, expert: int) -> list[list[Tensor]]:
 
 
 def _unbroken(epochs: Sequence[int]) -> list[int]:
-    """0, 1, ... as far as they are there."""
+    """Epochs from 0 up to the first gap."""
     return [epoch for position, epoch in enumerate(epochs) if position == epoch]

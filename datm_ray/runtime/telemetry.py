@@ -1,4 +1,4 @@
-"""What a user sees while work goes on: progress bars on a terminal, now and then a line elsewhere."""
+"""Progress and messages for the user: bars on a terminal, otherwise a log line every few seconds."""
 
 from __future__ import annotations
 
@@ -10,37 +10,41 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from datm_ray.errors import one_line
-from datm_ray.runtime.executor import Event, Failed, Finished, Lost, Note, Progress, Resized, Task
+from datm_ray.runtime.executor import Event, Failed, Finished, Lost, Note, Progress, Resized, Task, counted
 from datm_ray.store.trajectories import size_in_words
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars, TaskID
 
+WORKER_LOST = ": worker lost ("
+TASKS_DONE = " tasks done; "
+"""Parts of the log lines about a lost worker and about progress, by which `cli.jobs` finds them."""
+
 LINE_INTERVAL = 15.0
-"""Seconds between lines where there is no terminal to draw bars on."""
+"""Seconds between progress lines where no terminal shows bars."""
 
 
 class Stage(Protocol):
-    """Shows the events of one stage's tasks."""
+    """Display of one stage's events."""
 
     def event(self, task: Task, event: Event) -> None:
-        """Take notice of an event."""
+        """Show an event of a task."""
 
 
 class Reporter:
-    """Shows messages and stages. Everything goes to standard error; results belong on standard output."""
+    """Display of messages and stages on standard error. Standard output is reserved for results."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
 
     def message(self, text: str) -> None:
-        """A line of its own."""
+        """Print a message on a line of its own."""
         if not self._quiet:
             print(one_line(text), file=sys.stderr, flush=True)
 
     @contextmanager
     def stage(self, title: str, tasks: int) -> Iterator[Stage]:
-        """Show one stage of so many tasks while the block runs."""
+        """Show a stage of `tasks` tasks while the context lasts."""
         if not self._quiet and sys.stderr.isatty():
             try:
                 from rich.progress import Progress as Bars
@@ -54,13 +58,13 @@ class Reporter:
 
 
 class _LineStage:
-    """A line when a stage starts and ends, when a worker is lost, and at intervals in between."""
+    """Display by lines: when a stage starts or ends, when a worker is lost, and every `LINE_INTERVAL` seconds."""
 
     def __init__(self, reporter: Reporter, title: str, tasks: int) -> None:
         self._reporter, self._title, self._tasks = reporter, title, tasks
         self._finished = 0
         self._started = self._last = time.monotonic()
-        reporter.message(f"{title}: {tasks} to do")
+        reporter.message(f"{title}: {counted(tasks, 'task')} to run")
 
     def event(self, task: Task, event: Event) -> None:
         now = time.monotonic()
@@ -73,12 +77,12 @@ class _LineStage:
         elif now - self._last > LINE_INTERVAL:
             self._last = now
             self._reporter.message(
-                f"{self._title}: {self._finished}/{self._tasks} done; {self._left(now)}{task.name} "
+                f"{self._title}: {self._finished}/{self._tasks}{TASKS_DONE}{self._left(now)}{task.name} "
                 f"{event.done}/{event.total}{_values(event.values)}{_measured(event.metrics)}"
             )
 
     def _left(self, now: float) -> str:
-        """How long the others will take, if they are like those that are finished."""
+        """Estimated time for the remaining tasks, if they take as long as the finished ones on average."""
         if not self._finished:
             return ""
         seconds = (now - self._started) / self._finished * (self._tasks - self._finished)
@@ -86,7 +90,7 @@ class _LineStage:
 
 
 class _BarStage:
-    """One bar for the stage and one for each task in work."""
+    """Display by bars: one for the stage and one for each running task."""
 
     def __init__(self, bars: Bars, title: str, tasks: int) -> None:
         self._bars = bars
@@ -117,7 +121,7 @@ def _bars(bars: type[Bars]) -> Bars:
     from rich.text import Text
 
     class Rate(ProgressColumn):
-        """Steps a second."""
+        """Column with the steps per second."""
 
         def render(self, task: object) -> Text:
             speed = getattr(task, "speed", None)
@@ -139,7 +143,7 @@ def _values(values: Mapping[str, float]) -> str:
 
 
 def _measured(metrics: Mapping[str, float]) -> str:
-    """What else a line says, for whoever watches a job from afar."""
+    """Further measurements of a progress line: start epoch, speed and memory."""
     shown = ""
     if (bound := metrics.get("datm_ray_distill_upper_bound")) is not None:
         shown += f"  start below {bound:.0f}"
@@ -154,8 +158,8 @@ def _line(task: Task, event: Lost | Failed | Resized | Note) -> str:
     if isinstance(event, Note):
         return f"{task.name}: {event.text}"
     if isinstance(event, Failed):
-        return f"{task.name} failed: {event.reason} {event.others} other(s) go on first, and nothing new is begun"
+        return f"{task.name} failed: {event.reason} Finishing {counted(event.others, 'running task')}, then stopping."
     if isinstance(event, Resized):
-        why = ", for the cluster has room for no more" if event.size < event.wanted else ""
-        return f"{task.name}: goes on with {event.size} of {event.wanted} worker(s){why}"
-    return f"{task.name}: its worker died ({event.reason}); attempt {event.attempt + 1} starts on another one"
+        why = " (the cluster can hold no more)" if event.size < event.wanted else ""
+        return f"{task.name}: runs with {event.size} of {counted(event.wanted, 'worker')}{why}"
+    return f"{task.name}{WORKER_LOST}{event.reason}); starting attempt {event.attempt + 1} on another one"

@@ -35,7 +35,7 @@ def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def there() -> Iterator[Dashboard]:
     """A dashboard, which may also be a proxy or a gateway."""
-    with serving(log="Experts: 2 to do\n") as there:
+    with serving(log="Experts: 2 tasks to run\n") as there:
         yield there
 
 
@@ -54,7 +54,7 @@ def all_commands(datm_ray: CommandLine, address: str, folder: Path) -> None:
     assert "here  running" in datm_ray("job", "list", *there)[1]
     code, told, _ = datm_ray("job", "status", "here", *there)
     assert (code, told.splitlines()[0]) == (0, "here: running")
-    assert datm_ray("job", "logs", "here", *there)[1] == "Experts: 2 to do\n"
+    assert datm_ray("job", "logs", "here", *there)[1] == "Experts: 2 tasks to run\n"
     assert datm_ray("job", "stop", "here", *there)[1] == "Job here is being stopped\n"
     code, told, err = datm_ray("job", "submit", "digits-ipc1", "--out", str(folder / "out"), *there)
     assert (code, err) == (0, "")
@@ -62,7 +62,7 @@ def all_commands(datm_ray: CommandLine, address: str, folder: Path) -> None:
     number = told.split()[1]
     assert SECRET not in told
     code, told, err = datm_ray("job", "logs", number, "--follow", *there)
-    assert (code, told, err) == (0, f"Experts: 2 to do\nJob {number} succeeded\n", "")
+    assert (code, told, err) == (0, f"Experts: 2 tasks to run\nJob {number} succeeded\n", "")
 
 
 def test_every_command_goes_through_what_stands_in_front(
@@ -106,7 +106,7 @@ def test_every_command_goes_through_what_stands_in_front(
         ),
     }
     for number, (given, variables, address, plan) in enumerate(cases.values()):
-        with serving(log="Experts: 2 to do\n", **given) as there, monkeypatch.context() as patched:
+        with serving(log="Experts: 2 tasks to run\n", **given) as there, monkeypatch.context() as patched:
             there.plan = lambda asked, there=there, plan=plan: plan(asked, there)  # type: ignore[misc]
             host = there.address.partition("://")[2]
             for name, value in variables.items():

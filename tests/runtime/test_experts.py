@@ -208,15 +208,15 @@ def test_running_statistics_travel_with_the_parameters(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_waited_for_and_then_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A note says why nothing happens; when room comes the expert is finished, and when none comes it is refused."""
-    monkeypatch.setattr(expert_progress, "ROOM_INTERVAL", 0.0)
+    monkeypatch.setattr(expert_progress, "DISK_CHECK_INTERVAL", 0.0)
     full, roomy = SimpleNamespace(free=10**6), SimpleNamespace(free=10**12)
     answers = iter([full, full])
     monkeypatch.setattr(expert_progress.shutil, "disk_usage", lambda _: next(answers, roomy))
     events = train(tiny_config(), tmp_path / "roomy")
-    assert next(event.text for event in events if isinstance(event, Note)).endswith("waiting until there is room")
+    assert next(event.text for event in events if isinstance(event, Note)).startswith("waiting for disk space: ")
     assert isinstance(events[-1], Finished)
     monkeypatch.setattr(expert_progress.shutil, "disk_usage", lambda _: full)
-    with pytest.raises(StoreError, match="has no room for"):
+    with pytest.raises(StoreError, match="has no space for"):
         train(tiny_config(), tmp_path / "full")
 
 

@@ -143,7 +143,7 @@ def there(monkeypatch: pytest.MonkeyPatch) -> Iterator[dashboards.Dashboard]:
     monkeypatch.setattr("datm_ray.runtime.ray_dashboard.use_token", lambda: None)
     monkeypatch.setattr("datm_ray.runtime.ray_jobs.FOLLOW_INTERVAL", (0.01, 0.01))
     monkeypatch.setattr("datm_ray.runtime.ray_jobs.FOLLOW_SHARE", 10)
-    with dashboards.serving(log="Experts: 2 to do\n") as there:
+    with dashboards.serving(log="Experts: 2 tasks to run\n") as there:
         yield there
 
 
@@ -169,7 +169,7 @@ def test_a_job_that_is_not_there_is_told(jobs: Jobs, ask: Callable[[Jobs, str], 
 
 def test_a_job_is_asked_for_once(jobs: Jobs, there: dashboards.Dashboard) -> None:
     """Without a list of all jobs before; and not every trouble means that there is none."""
-    assert jobs.logs("here") == "Experts: 2 to do\n"
+    assert jobs.logs("here") == "Experts: 2 tasks to run\n"
     assert jobs.job("here").status == "running"
     assert there.paths() == ["/api/jobs/here/logs", "/api/jobs/here"]
     said = "Traceback (most recent call last):\n  File x\nOSError: the agent of Job here does not exist"
@@ -219,12 +219,12 @@ def test_a_job_ends_with_the_exit_code_of_its_command(datm_ray: CommandLine, the
     """Whoever follows it gets the reason, and the code: 1 where it was stopped, that of the shell after a signal."""
     follow = ("job", "logs", "here", "--follow", "--address", there.address)
     there.status, there.exit_code = "FAILED", 2
-    assert datm_ray(*follow) == (2, "Experts: 2 to do\nJob here failed: Job is FAILED\n", "")
+    assert datm_ray(*follow) == (2, "Experts: 2 tasks to run\nJob here failed: Job is FAILED\n", "")
     there.job["message"] = "It failed with exit code -9, last available logs (truncated to 20,000 chars):\nExperts"
     there.exit_code = -9
-    assert datm_ray(*follow) == (137, "Experts: 2 to do\nJob here failed: It failed with exit code -9\n", "")
+    assert datm_ray(*follow) == (137, "Experts: 2 tasks to run\nJob here failed: It failed with exit code -9\n", "")
     there.status, there.exit_code = "STOPPED", None
-    assert datm_ray(*follow) == (1, "Experts: 2 to do\nJob here stopped\n", "")
+    assert datm_ray(*follow) == (1, "Experts: 2 tasks to run\nJob here stopped\n", "")
 
 
 def test_a_job_that_waits_says_so(monkeypatch: pytest.MonkeyPatch, jobs: Jobs, there: dashboards.Dashboard) -> None:
@@ -247,7 +247,7 @@ def test_a_cluster_that_is_silent_for_long_is_left(
     monkeypatch.setattr("datm_ray.runtime.ray_jobs.FOLLOW_TIMEOUT", 0.1)
     there.plan = lambda asked: dashboards.page(502) if len(there.asked) > 6 else None
     code, told, err = datm_ray("job", "logs", "here", "--follow", "--address", there.address)
-    assert (code, told) == (75, "Experts: 2 to do\n")
+    assert (code, told) == (75, "Experts: 2 tasks to run\n")
     warning, end = err.splitlines()
     assert "502 Bad Gateway" in warning
     assert "the job goes on" in warning
@@ -320,24 +320,24 @@ def test_a_status_tells_losses_progress_and_the_last_line(
     """In the words in which a run writes its log; of a job without a log, what the cluster says."""
     monkeypatch.setattr("datm_ray.runtime.telemetry.LINE_INTERVAL", 0.0)
     reporter, task = Reporter(), Task("digits-ipc1", ())
-    reporter.message("Running on Ray, up to 2 worker(s) of 1 thread(s)")
+    reporter.message("Running on Ray, up to 2 workers with 1 thread each")
     with reporter.stage("Distillation", 1) as stage:
         for event in (
             Progress(1, 300, {"loss": 1.5}),
             Lost("its node died", 1),
             Progress(120, 300, {"loss": 0.41}),
-            Lost("it has not answered for 61 s", 2),
+            Lost("no heartbeat for 61 s", 2),
             Resized(1, 2),
         ):
             stage.event(task, event)
     assert highlights(capsys.readouterr().err, "Job is currently running.") == {
-        "lost": "2 worker(s), the last time: digits-ipc1: its worker died (it has not answered for 61 s); attempt 3"
-        " starts on another one",
-        "progress": "Distillation: 0/1 done; digits-ipc1 120/300  loss 0.41",
-        "last": "digits-ipc1: goes on with 1 of 2 worker(s), for the cluster has room for no more",
+        "lost": "2 worker(s), the last time: digits-ipc1: worker lost (no heartbeat for 61 s); starting attempt 3"
+        " on another one",
+        "progress": "Distillation: 0/1 tasks done; digits-ipc1 120/300  loss 0.41",
+        "last": "digits-ipc1: runs with 1 of 2 workers (the cluster can hold no more)",
     }
     assert highlights(" \n", "Job is currently pending.") == {"last": "Job is currently pending."}
-    assert highlights("Experts: 2 to do\n\n", "") == {"last": "Experts: 2 to do"}
+    assert highlights("Experts: 2 tasks to run\n\n", "") == {"last": "Experts: 2 tasks to run"}
     assert highlights("", "") == {}
 
 

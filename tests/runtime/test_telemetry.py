@@ -39,7 +39,7 @@ def test_a_line_holds_what_is_worth_knowing_from_afar(lines) -> None:
         "datm_ray_store_reads_total": 3.0,
     }
     assert lines(Progress(120, 300, values, metrics))[1:] == [
-        "Distillation: 0/2 done; digits-ipc1 120/300  loss 0.4124  step size 0.0213  skipped 3  validation 0.9"
+        "Distillation: 0/2 tasks done; digits-ipc1 120/300  loss 0.4124  step size 0.0213  skipped 3  validation 0.9"
         "  start below 12  12,346 images/s  memory 310.0 MiB"
     ]
 
@@ -48,8 +48,8 @@ def test_what_was_not_measured_is_not_said(lines) -> None:
     """Experts have no range, some systems tell no memory, and a worker of another version may tell nothing."""
     metrics = {"datm_ray_expert_images_per_second": 5000.0, "datm_ray_worker_memory_bytes": math.nan}
     assert lines(Progress(1, 4, {"loss": 1.5}, metrics), Progress(2, 4))[1:] == [
-        "Distillation: 0/2 done; digits-ipc1 1/4  loss 1.5  5,000 images/s",
-        "Distillation: 0/2 done; digits-ipc1 2/4",
+        "Distillation: 0/2 tasks done; digits-ipc1 1/4  loss 1.5  5,000 images/s",
+        "Distillation: 0/2 tasks done; digits-ipc1 2/4",
     ]
 
 
@@ -60,7 +60,7 @@ def test_a_line_says_how_long_the_rest_may_take(
     """From the tasks that are finished."""
     times = itertools.chain([0.0], itertools.repeat(passed))
     monkeypatch.setattr(telemetry.time, "monotonic", lambda: next(times))
-    assert lines(Finished(), Progress(1, 4))[1:] == [f"Distillation: 1/2 done; {left}digits-ipc1 1/4"]
+    assert lines(Finished(), Progress(1, 4))[1:] == [f"Distillation: 1/2 tasks done; {left}digits-ipc1 1/4"]
 
 
 def test_losses_notes_and_ends_are_always_said(lines, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,10 +69,10 @@ def test_losses_notes_and_ends_are_always_said(lines, monkeypatch: pytest.Monkey
     ends = Lost("its node died", 1), Failed("It diverged.", 2), Finished(), Finished()
     said = lines(Progress(1, 2), Note("compiled"), *ends)
     assert said[:4] == [
-        "Distillation: 2 to do",
+        "Distillation: 2 tasks to run",
         "digits-ipc1: compiled",
-        "digits-ipc1: its worker died (its node died); attempt 2 starts on another one",
-        "digits-ipc1 failed: It diverged. 2 other(s) go on first, and nothing new is begun",
+        "digits-ipc1: worker lost (its node died); starting attempt 2 on another one",
+        "digits-ipc1 failed: It diverged. Finishing 2 running tasks, then stopping.",
     ]
     assert said[4].startswith("Distillation: done in")
 
