@@ -1,5 +1,5 @@
-"""The numerics: networks, augmentation, matching, the synthetic set.
+"""Numerics: networks, augmentation, matching, and the synthetic set.
 
-Needs torch and numpy only. Nothing in this folder imports ray, typer or pyarrow, reads the disk or prints: all of
-it runs in one process on a machine without a cluster, and everything random is a function of explicit counters.
+This folder needs torch and numpy only. No module here imports ray, typer or pyarrow, reads the disk or prints. All code
+runs in one process without a cluster, and all random numbers are functions of explicit counters.
 """

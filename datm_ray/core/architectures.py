@@ -1,17 +1,17 @@
-"""The architectures: ConvNet, ResNet-18, VGG-11, AlexNet, LeNet, a perceptron and a small vision transformer.
+"""Architectures: ConvNet, ResNet-18, VGG-11, AlexNet, LeNet, a multilayer perceptron and a small vision transformer.
 
-Each is a function of a `NetworkSpec`. Names and seeds are in `networks.py`, training in `training.py`.
+Each architecture is a function of a `NetworkSpec`. Names and seeds are in `networks.py`, training is in `training.py`.
 
-A forward pass draws nothing, never looks at a value and, batch statistics aside, changes nothing in place, so every
-network runs under `torch.func` to any order of derivative and compiles to one graph. All is written in torch alone,
-as the rest of `core`; where torchvision's definitions apply, the networks equal them
-(tests/core/test_architectures.py). torchvision's transformer could not be matched: its attention takes a fused kernel,
-which has no second derivative.
+A forward pass draws no random numbers and never branches on a value. Apart from batch statistics, nothing changes in
+place. So every network runs under `torch.func` to any order of derivative and compiles to one graph. Where
+torchvision's definitions apply, the networks equal them (tests/core/test_architectures.py). torchvision itself is not
+used, because `core` needs torch alone. Its transformer cannot be matched: its attention calls a fused kernel without a
+second derivative.
 
-Instance normalisation leaves nothing of a map of one pixel but the bias. So ResNet-18 and VGG-11 halve a map only
-where two pixels a side remain; which halvings that leaves out is said there.
+Instance normalisation of a map of one pixel leaves only the bias. So ResNet-18 and VGG-11 halve a map only if at least
+two pixels a side remain; their docstrings name the halvings that are left out.
 
-Shapes: b images, c channels, h w height and width, k classes; t tokens, d numbers in each.
+Shapes: b images, c channels, h w height and width, k classes, t tokens, d numbers per token.
 """
 
 from __future__ import annotations
@@ -30,38 +30,37 @@ Norm = Literal["instance", "batch", "group", "none"]
 Pooling = Literal["avg", "max", "none"]
 
 LEAST_SIDE = 8
-"""Pixels; smaller images are for `convnet` and `mlp` alone."""
+"""Smallest image side in pixels, inclusive, except for `convnet` and `mlp`, which take smaller images."""
 
 
 @dataclass(frozen=True)
 class NetworkSpec:
     """Everything that decides a network's shape; two equal specs have interchangeable parameters.
 
-    Beside images and classes an architecture reads only
+    Every architecture reads channels, size and classes, and besides these only:
 
         convnet               width, depth, norm, pooling
         mlp                   width, depth
         resnet18, vgg11       width, norm
         alexnet, vit-small    width
-        lenet                 nothing: its size is the published one
+        lenet                 nothing more: its size is the published one
 
-    and ignores the others. Those that have no normalisation to choose (mlp and the last two rows) ignore norm where it
-    is "instance", the default, or "none", and refuse the others.
+    Architectures whose row has no norm accept only norm "instance", the default, or "none", and ignore it.
     """
 
     architecture: str
-    """Name in the registry."""
+    """Name in the registry of networks."""
     channels: int
     """Input channels."""
     size: tuple[int, int]
-    """Input height and width, pixels."""
+    """Height and width of the input in pixels."""
     classes: int
     """Number of logits."""
     width: int = 128
-    """Channels of every convolution (convnet), or units of every hidden layer (mlp). Others have their published sizes
-    at 128, and all their layers narrower or wider in proportion."""
+    """Channels of every convolution (convnet), or units of every hidden layer (mlp). Other architectures have their
+    published sizes at 128, and all their layers scale in proportion."""
     depth: int = 3
-    """Number of convolution blocks (convnet), or of linear layers, the one that gives the logits included (mlp)."""
+    """Number of convolution blocks (convnet), or of linear layers including the one that computes the logits (mlp)."""
     norm: Norm = "instance"
     """Normalisation after every convolution."""
     pooling: Pooling = "avg"
@@ -69,12 +68,12 @@ class NetworkSpec:
 
 
 class SpatialNetwork(nn.Module):
-    """A network with a last feature map: features -> pooling -> flat -> classifier.
+    """A network with a last feature map: features -> pooling -> flatten -> classifier.
 
     Attributes:
-        features: images [b c h w] to the last maps, before they are pooled.
-        pooling: those maps to smaller ones, or to one number for each.
-        classifier: the pooled maps as vectors to logits.
+        features: maps images [b c h w] to the last feature maps, before pooling.
+        pooling: maps the feature maps to smaller ones, or to one number each.
+        classifier: maps the flattened pooled feature maps to logits.
     """
 
     def __init__(self, features: nn.Module, pooling: nn.Module, classifier: nn.Module) -> None:
@@ -84,19 +83,19 @@ class SpatialNetwork(nn.Module):
         self.classifier = classifier
 
     def logits(self, maps: Tensor) -> Tensor:
-        """Logits [b k] of the last feature maps [b c h w]."""
+        """Compute logits [b k] from the last feature maps [b c h w]."""
         logits: Tensor = self.classifier(self.pooling(maps).flatten(1))
         return logits
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [b k] of images [b c h w]."""
+        """Compute logits [b k] of images [b c h w]."""
         return self.logits(self.features(images))
 
 
 class ConvNet(SpatialNetwork):
-    """depth x [conv 3x3 -> norm -> ReLU -> pool 2x2], then one linear layer over the flattened map.
+    """ConvNet: depth x [conv 3x3 -> norm -> ReLU -> pool 2x2], then one linear layer over the flattened map.
 
-    The network of DC, DSA, MTT, FTD, TESLA and DATM: width 128, depth 3 at 32x32, 4 at 64x64, 5 at 128x128.
+    DC, DSA, MTT, FTD, TESLA and DATM use this network with width 128 and depth 3 at 32x32, 4 at 64x64, 5 at 128x128.
     """
 
     def __init__(self, spec: NetworkSpec) -> None:
@@ -104,7 +103,7 @@ class ConvNet(SpatialNetwork):
         shrink = 1 if spec.pooling == "none" else 2**spec.depth
         if min(height, width) < shrink:
             raise ConfigError(
-                f"network.depth {spec.depth} halves a {height}x{width} image to nothing",
+                f"network.depth {spec.depth} is too large for a {height}x{width} image, which every block halves",
                 remedy=f"use a depth of at most {min(height, width).bit_length() - 1}, or dataset.resize",
             )
         layers: list[nn.Module] = []
@@ -122,11 +121,11 @@ class ConvNet(SpatialNetwork):
 
 
 def resnet18(spec: NetworkSpec) -> SpatialNetwork:
-    """ResNet-18 (arXiv 1512.03385), convolutions initialised as He et al. do.
+    """ResNet-18 (arXiv 1512.03385) with convolutions initialised as by He et al.
 
-    Up to 64 pixels it starts with one 3x3 convolution and no pooling, as is usual for small images; beyond, with the
-    published 7x7 convolution and 3x3 pooling, which divide the side by four. Three of its four stages halve the map.
-    At 8x8 the last one does not, so that the map stays at 2x2.
+    Images up to 64 pixels meet one 3x3 convolution and no pooling first, as is usual for small images. Larger images
+    meet the published 7x7 convolution and 3x3 pooling, which divide the side by four. Three of the four stages halve
+    the map. At 8x8 the last stage does not, so that the map stays at 2x2.
     """
     _require_least_side(spec)
     side, first = min(spec.size), _scaled(64, spec)
@@ -148,7 +147,7 @@ def resnet18(spec: NetworkSpec) -> SpatialNetwork:
 
 
 class _ResidualBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut, which is a 1x1 convolution where the map's shape changes."""
+    """Two 3x3 convolutions beside a shortcut; the shortcut is a 1x1 convolution where the map's shape changes."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, norm: Norm) -> None:
         super().__init__()
@@ -170,11 +169,11 @@ class _ResidualBlock(nn.Module):
 
 
 def vgg11(spec: NetworkSpec) -> SpatialNetwork:
-    """VGG-11 (arXiv 1409.1556) with normalisation and one linear layer, convolutions initialised as torchvision does.
+    """VGG-11 (arXiv 1409.1556) with normalisation and one linear layer, convolutions initialised as by torchvision.
 
-    Five stages of 3x3 convolutions, each ended by a 2x2 maximum; what is left of the map is averaged. At 32x32 that
-    is one pixel. The pools after the fourth stage below 32 pixels, and after the third below 16, are left out: the
-    next convolution would see one pixel.
+    Five stages of 3x3 convolutions each end in 2x2 max pooling; the remaining map (one pixel at 32x32) is averaged.
+    Below 32 pixels the pooling after the fourth stage is left out, below 16 that after the third too: otherwise the
+    next convolution would read one pixel.
     """
     _require_least_side(spec)
     side, inputs = min(spec.size), spec.channels
@@ -194,8 +193,8 @@ def vgg11(spec: NetworkSpec) -> SpatialNetwork:
 def alexnet(spec: NetworkSpec) -> SpatialNetwork:
     """AlexNet as the distillation literature fits it to 32x32 pixels.
 
-    Five convolutions, after the first, second and last of them a 2x2 maximum, no normalisation, and one linear layer
-    over the flattened map in place of three.
+    Five convolutions without normalisation, 2x2 max pooling after the first, second and last, and one linear layer over
+    the flattened map instead of three.
     """
     _require_least_side(spec)
     _refuse_norm(spec)
@@ -219,10 +218,10 @@ def alexnet(spec: NetworkSpec) -> SpatialNetwork:
 
 
 def lenet(spec: NetworkSpec) -> SpatialNetwork:
-    """LeNet-5 with rectifiers and maxima: two 5x5 convolutions, each pooled 2x2, and three linear layers.
+    """LeNet-5 with ReLU and max pooling: two 5x5 convolutions, each pooled 2x2, and three linear layers.
 
-    It was made for 32x32 pixels. Below, the first convolution pads its input by two, as is done for the 28x28 of
-    MNIST; below 16, the second one too.
+    The network was made for 32x32 pixels. Below 32 pixels the first convolution pads its input by two, as is usual for
+    the 28x28 of MNIST. Below 16 pixels the second one does too.
     """
     _require_least_side(spec)
     _refuse_norm(spec)
@@ -242,9 +241,9 @@ def lenet(spec: NetworkSpec) -> SpatialNetwork:
 
 
 def mlp(spec: NetworkSpec) -> nn.Sequential:
-    """A perceptron of `depth` linear layers with `width` units in each but the last; depth 1 is linear regression.
+    """Multilayer perceptron of `depth` linear layers with `width` units in each but the last.
 
-    The literature's has width 128 and depth 3.
+    The literature uses width 128 and depth 3. Depth 1 is a linear classifier.
     """
     _refuse_norm(spec)
     layers: list[nn.Module] = [nn.Flatten()]
@@ -258,9 +257,9 @@ def mlp(spec: NetworkSpec) -> nn.Sequential:
 def vit_small(spec: NetworkSpec) -> SpatialNetwork:
     """ViT-Small: 12 layers of 384 numbers a token and 6 heads of 64, with layer normalisation and no dropout.
 
-    A patch is the part of the shorter side nearest to an eighth that divides both sides: 1 pixel at 8x8, 4 at 28x28
-    and 32x32, so about 64 tokens. The tokens' mean is classified, not a token beside them (arXiv 2205.01580), so the
-    logits are a function of the map that the tokens make.
+    The patch side divides both sides of the image and is nearest to an eighth of the shorter one: 1 pixel at 8x8, 4 at
+    28x28 and 32x32. So there are about 64 tokens. The mean of the tokens is classified, not an extra class token (arXiv
+    2205.01580), so the logits are a function of the map that the tokens form.
     """
     _require_least_side(spec)
     _refuse_norm(spec)
@@ -278,33 +277,37 @@ def vit_small(spec: NetworkSpec) -> SpatialNetwork:
 
 
 def _patch(height: int, width: int) -> int:
-    """Side in pixels of a transformer's patches."""
+    """Side in pixels of a transformer's patches for images of this height and width.
+
+    Raises:
+        ConfigError: no patch side divides the image into 4 to 16 patches a side.
+    """
     side, common = min(height, width), math.gcd(height, width)
     patches = [patch for patch in range(1, common + 1) if common % patch == 0 and 4 <= side // patch <= 16]
     if not patches:
         raise ConfigError(
-            f"vit-small finds no patch that divides a {height}x{width} image into 4 to 16 a side",
+            f"vit-small has no patch size that divides a {height}x{width} image into 4 to 16 patches a side",
             remedy=f"use dataset.resize={max(1, round(side / 8)) * 8}",
         )
     return min(patches, key=lambda patch: abs(side // patch - 8))
 
 
 class _PatchTokens(nn.Module):
-    """Images [b c h w] to tokens [b t d]: each patch through one linear map, plus what is learned for its place."""
+    """Map images [b c h w] to tokens [b t d]: a linear map of each patch plus a learned position embedding."""
 
     def __init__(self, channels: int, patch: int, tokens: int, hidden: int) -> None:
         super().__init__()
         self.patches = nn.Conv2d(channels, hidden, kernel_size=patch, stride=patch)
-        self.places = nn.Parameter(torch.empty(1, tokens, hidden))
-        nn.init.normal_(self.places, std=0.02)
+        self.positions = nn.Parameter(torch.empty(1, tokens, hidden))
+        nn.init.normal_(self.positions, std=0.02)
 
     def forward(self, images: Tensor) -> Tensor:
         tokens: Tensor = self.patches(images).flatten(2).transpose(1, 2)
-        return tokens + self.places
+        return tokens + self.positions
 
 
 class _TransformerLayer(nn.Module):
-    """Attention, then two linear layers with four times as many numbers between them, each added to what it reads."""
+    """Transformer layer: attention, then two linear layers with 4 d hidden units, each with a residual connection."""
 
     def __init__(self, hidden: int, heads: int) -> None:
         super().__init__()
@@ -320,10 +323,10 @@ class _TransformerLayer(nn.Module):
 
 
 class _LayerNorm(nn.LayerNorm):
-    """Every token [.. d] to mean 0 and variance 1, scaled and shifted.
+    """Normalise every token [.. d] to mean 0 and variance 1, then scale and shift.
 
-    torch's own takes mean and variance for constants where a tangent of it is differentiated backwards, and says
-    nothing: the derivative is wrong by tens of percent, which is what a student step in that order would get.
+    torch's own layer is silently wrong when a tangent of it is differentiated backwards, as a student step does: it
+    treats mean and variance as constants, and the derivative is off by tens of percent.
     """
 
     def __init__(self, hidden: int) -> None:
@@ -338,7 +341,7 @@ class _LayerNorm(nn.LayerNorm):
 
 
 class _Attention(nn.Module):
-    """Attention of tokens [b t d] to each other in several heads, written as matrix products."""
+    """Multi-head self-attention of tokens [b t d], written as matrix products."""
 
     def __init__(self, hidden: int, heads: int) -> None:
         super().__init__()
@@ -356,7 +359,7 @@ class _Attention(nn.Module):
 
 
 class _TokenMaps(nn.Module):
-    """Tokens [b t d] to maps [b d h w], each where its patch was."""
+    """Arrange tokens [b t d] as maps [b d h w], each token at its patch's position."""
 
     def __init__(self, height: int, width: int) -> None:
         super().__init__()
@@ -368,14 +371,14 @@ class _TokenMaps(nn.Module):
 
 
 class GlobalAverage(nn.Module):
-    """Maps [b c h w] to their means [b c]."""
+    """Average maps [b c h w] over their positions to [b c]."""
 
     def forward(self, maps: Tensor) -> Tensor:
         return maps.mean(dim=(2, 3))
 
 
 def _scaled(published: int, spec: NetworkSpec) -> int:
-    """Of a network whose published size is at width 128."""
+    """Size of a layer whose published size belongs to width 128, scaled to the spec's width; at least 1."""
     return max(1, published * spec.width // 128)
 
 
@@ -396,9 +399,9 @@ def _pooling(pooling: Pooling) -> nn.Module:
 
 
 def _he_initialised(network: SpatialNetwork) -> SpatialNetwork:
-    """Convolutions that keep the size of maps and gradients.
+    """Initialise convolutions so that they keep the scale of maps and gradients.
 
-    From torch's default, the last maps of VGG-11 without normalisation differ between images by 1e-4.
+    With torch's default, the last maps of VGG-11 without normalisation differ between images by 1e-4 only.
     """
     for part in network.modules():
         if isinstance(part, nn.Conv2d):
@@ -412,7 +415,7 @@ def _require_least_side(spec: NetworkSpec) -> None:
     height, width = spec.size
     if min(height, width) < LEAST_SIDE:
         raise ConfigError(
-            f"{spec.architecture} takes images from {LEAST_SIDE}x{LEAST_SIDE} pixels, not {height}x{width}",
+            f"{spec.architecture} takes images of at least {LEAST_SIDE}x{LEAST_SIDE} pixels, not {height}x{width}",
             remedy=f"use dataset.resize={LEAST_SIDE} or more, or network.architecture=convnet",
         )
 
@@ -420,6 +423,6 @@ def _require_least_side(spec: NetworkSpec) -> None:
 def _refuse_norm(spec: NetworkSpec) -> None:
     if spec.norm in ("batch", "group"):
         raise ConfigError(
-            f"network.norm is {spec.norm!r}, but {spec.architecture} has no normalisation to choose",
+            f"network.norm is {spec.norm!r}, but {spec.architecture} has no choice of normalisation",
             remedy="use network.norm=none",
         )

@@ -1,9 +1,9 @@
 """Differentiable siamese augmentation (DSA) with the published values, driven by explicit parameters.
 
-An `Augmentation` is a value: which operation, and its parameters for every sample of a batch. Drawing it and
-applying it are separate, so that it can be drawn for a global batch and applied to the slice one shard holds, and
-applied again in the reverse sweep without a saved graph. As published, one operation of the strategy is drawn per
-batch and its parameters per sample; pixels are whitened ones and are not clamped. Shapes: b samples, c h w image.
+An `Augmentation` is a value: an operation and its parameters for every sample of a batch. Drawing and applying are
+separate. So an augmentation is drawn for a global batch and applied to the slice of one shard, and is applied again in
+the reverse sweep without a saved graph. One operation of the strategy is drawn per batch, and its parameters per
+sample, as published. Pixels are whitened and are not clamped. Shapes: b samples, c h w image.
 
 Reference: VICO-UoE/DatasetCondensation `ParamDiffAug`, used unchanged by MTT, FTD, TESLA and DATM.
 """
@@ -23,35 +23,35 @@ from torch.nn.functional import affine_grid, grid_sample
 from datm_ray.errors import ConfigError
 
 CROP_RATIO = 0.125
-"""Largest shift of `crop`, as a share of the side."""
+"""Largest shift of `crop`, as a share of the image's side."""
 CUTOUT_RATIO = 0.5
-"""Side of the square that `cutout` blanks, as a share of the image's."""
+"""Side of the square that `cutout` blanks, as a share of the image's side."""
 SCALE_RATIO = 1.2
-"""`scale` draws both factors from [1/1.2, 1.2], independently."""
+"""Largest factor of `scale`, which draws the factors of height and width from [1/1.2, 1.2] independently."""
 ROTATE_DEGREES = 15.0
-"""`rotate` turns by at most this much either way."""
+"""Largest angle of `rotate` in degrees, in either direction."""
 BRIGHTNESS, SATURATION, CONTRAST = 1.0, 2.0, 0.5
-"""Widths of the three parts of `color`."""
+"""Widths of the ranges from which `color` draws brightness, saturation and contrast."""
 
 NO_AUGMENTATION = ""
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """One operation with its parameters for each sample."""
+    """One operation of DSA with its parameters for each sample."""
 
     operation: str
-    """A key of the operation table, or "" for none."""
+    """Key of the operation table; "" for no operation."""
     parameters: NDArray[np.float32]
-    """[b 3] numbers in [0, 1); what they mean depends on the operation."""
+    """[b 3] numbers in [0, 1); their meaning depends on the operation."""
 
     def take(self, rows: NDArray[np.int64]) -> Augmentation:
-        """The same operation for a subset of the samples."""
+        """Select the samples at these indices, with the operation unchanged."""
         return Augmentation(self.operation, self.parameters[rows])
 
 
 def draw_augmentation(strategy: str, batch: int, generator: np.random.Generator) -> Augmentation:
-    """One operation of the `_`-separated strategy, with parameters for `batch` samples."""
+    """Draw one operation of the `_`-separated strategy, with parameters for `batch` samples."""
     operations = parse_strategy(strategy)
     if not operations:
         return Augmentation(NO_AUGMENTATION, np.zeros((batch, 3), np.float32))
@@ -60,16 +60,16 @@ def draw_augmentation(strategy: str, batch: int, generator: np.random.Generator)
 
 
 def parse_strategy(strategy: str) -> list[str]:
-    """The operations of a strategy such as "crop_flip"; "" means no augmentation.
+    """Split a strategy such as "crop_flip" into its operations; "" means no augmentation.
 
     Raises:
-        ConfigError: an operation that does not exist.
+        ConfigError: the strategy names an operation that does not exist.
     """
     operations = [name for name in strategy.split("_") if name]
     for name in operations:
         if name not in _OPERATIONS:
             raise ConfigError(
-                f"augmentation {strategy!r} names {name!r}, which is no operation",
+                f"augmentation {strategy!r} names {name!r}, which is not an operation",
                 remedy=f"join any of {', '.join(_OPERATIONS)} with underscores, or use '' for none",
             )
     return operations
@@ -84,7 +84,7 @@ def augment(images: Tensor, augmentation: Augmentation) -> Tensor:
 
 
 def _color(images: Tensor, uniform: Tensor) -> Tensor:
-    """Brightness, then saturation about the mean over channels, then contrast about the mean over the image."""
+    """Change brightness, then saturation about the mean over channels, then contrast about the mean over the image."""
     brightness, saturation, contrast = uniform[:, :, None, None, None].unbind(1)
     images = images + (brightness - 0.5) * BRIGHTNESS
     grey = images.mean(dim=1, keepdim=True)
@@ -94,7 +94,7 @@ def _color(images: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _crop(images: Tensor, uniform: Tensor) -> Tensor:
-    """Shift by a whole number of pixels, zeros moving in at the border."""
+    """Shift by a whole number of pixels; zeros enter at the border."""
     for axis, column in ((2, 0), (3, 1)):
         side = images.shape[axis]
         reach = int(side * CROP_RATIO + 0.5)
@@ -104,8 +104,8 @@ def _crop(images: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _shift(images: Tensor, shift: Tensor, axis: int) -> Tensor:
-    # gather, not indexing: each source pixel has one reader of non-zero weight, so the backward pass adds in no
-    # particular order only zeros and is reproducible on a GPU too.
+    # gather, not indexing: each source pixel has one reader of non-zero weight. So only zeros are added in no
+    # particular order, and the backward pass is reproducible on a GPU too.
     side = images.shape[axis]
     source = torch.arange(side, device=images.device) + shift[:, None]
     inside = (source >= 0) & (source < side)
@@ -116,7 +116,7 @@ def _shift(images: Tensor, shift: Tensor, axis: int) -> Tensor:
 
 
 def _cutout(images: Tensor, uniform: Tensor) -> Tensor:
-    """Blank a square whose centre may lie anywhere, also at the border."""
+    """Blank a square whose centre lies anywhere in the image, also at the border."""
     keep = torch.ones((), dtype=torch.bool, device=images.device)
     for axis, column in ((2, 0), (3, 1)):
         side = images.shape[axis]
@@ -129,7 +129,7 @@ def _cutout(images: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _flip(images: Tensor, uniform: Tensor) -> Tensor:
-    """Mirror left and right with probability one half."""
+    """Mirror left and right with probability 1/2."""
     return torch.where((uniform[:, 0] < 0.5).view(-1, 1, 1, 1), images.flip(3), images)
 
 

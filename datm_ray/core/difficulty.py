@@ -1,7 +1,7 @@
 """Difficulty alignment: which expert epochs may be matched at iteration k (DATM, section 4).
 
-Early epochs teach easy patterns, late epochs hard ones. Starts are drawn from [lowest, upper_bound(k)); the bound
-may float upwards, so that easy patterns are learned before hard ones.
+Early epochs teach easy patterns, late epochs hard ones. Start epochs are drawn from [lowest, upper_bound(k)). The bound
+may grow with k, so that easy patterns are learned before hard ones.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ class DifficultyRange:
     """The range of start epochs and how its upper bound grows."""
 
     lowest: int
-    """Earliest start epoch, inclusive (the paper's T-)."""
+    """Earliest start epoch, inclusive (T- in the paper)."""
     initial_upper: int
-    """Upper bound at iteration 0, exclusive (T). Equal to `upper` where the range does not grow."""
+    """Upper bound at iteration 0, exclusive (T in the paper). Equal to `upper` if the range does not grow."""
     upper: int
-    """Final upper bound, exclusive (T+)."""
+    """Final upper bound, exclusive (T+ in the paper)."""
     expand_iterations: int
-    """Iterations until the final bound is reached; 0 where the range does not grow."""
+    """Iterations until the final bound is reached; 0 if the range does not grow."""
 
     def upper_bound(self, iteration: int) -> int:
-        """First start epoch that may not be drawn at this iteration."""
+        """Exclusive upper bound of the start epoch at this iteration."""
         if self.expand_iterations == 0:
             return self.upper
         grown = (self.upper - self.initial_upper) * iteration // self.expand_iterations
@@ -34,18 +34,18 @@ class DifficultyRange:
 
 @dataclass(frozen=True)
 class MatchPlan:
-    """What one iteration matches: the student starts at `start` of `expert` and aims at `start + span`."""
+    """Expert and start epoch that one iteration matches."""
 
     expert: int
-    """Position in the list of available experts."""
+    """Index in the list of available experts."""
     start: int
-    """Start epoch."""
+    """Epoch from which the student starts."""
 
 
 def draw_plan(difficulty: DifficultyRange, experts: int, seed: int, iteration: int, backbone: int = 0) -> MatchPlan:
-    """The plan of one iteration: experts in a shuffled sweep, start epochs uniform in the current range.
+    """Draw the plan of one iteration: experts in a shuffled order, start epochs uniform in the current range.
 
-    As published, every expert is visited once before any is visited twice. Every backbone has draws of its own.
+    Every expert is drawn once before any is drawn twice, as published. Every backbone has draws of its own.
     """
     sweep, position = divmod(iteration, experts)
     order = generator(seed, Purpose.EXPERT_CHOICE, backbone, sweep).permutation(experts)

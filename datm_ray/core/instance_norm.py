@@ -1,10 +1,10 @@
-"""Instance normalisation with its derivatives, and theirs, written out.
+"""Instance normalisation with hand-written first and second derivatives.
 
 The literature's "instancenorm" is a group normalisation with one group per channel. Matching differentiates it three
-times over: along a direction (tangent), backwards, and backwards through the tangent. Left to automatic
-differentiation of mean and variance that takes about ten passes over the largest maps of the network; written out,
-the sums of a derivative need one pass and its result another. In a compiled student step this took normalisation,
-activation and pooling from 20 to 7 ms forward and from 43 to 18 ms in reverse (benchmarks/LOG.md).
+times: along a direction (tangent), backwards, and backwards through the tangent. Automatic differentiation of mean and
+variance takes about ten passes over the largest maps of the network. Written out, a derivative needs one pass for its
+sums and one for its result. In a compiled student step, normalisation, activation and pooling became faster: 7 instead
+of 20 ms forward, 18 instead of 43 ms in reverse (benchmarks/LOG.md).
 
 Notation, per image and channel with means over its map: h = (z - mean z) r with r = (var z + eps)^-1/2, y = g h + b.
 Along a direction (zt, gt, bt): ht = r (zt - mean zt - h mean(zt h)). A trailing underscore is the cotangent of a value.
@@ -21,11 +21,11 @@ from torch.nn.functional import group_norm
 
 
 class InstanceNorm(nn.GroupNorm):
-    """One group per channel, with a learned scale and shift.
+    """Group normalisation with one group per channel, and a learned scale and shift.
 
     Attributes:
-        explicit: take the derivatives of this module, which a compiler fuses well, and not torch's own kernels, which
-            are faster where nothing is compiled. Same values but for rounding.
+        explicit: whether to use this module's derivatives, which a compiler fuses well. Otherwise torch's own kernels
+            are used, which are faster without a compiler. The values differ by rounding only.
     """
 
     def __init__(self, width: int) -> None:
@@ -33,15 +33,19 @@ class InstanceNorm(nn.GroupNorm):
         self.explicit = False
 
     def forward(self, images: Tensor) -> Tensor:
-        """Maps [b c h w] with mean 0 and variance 1 in each image and channel, scaled and shifted."""
+        """Normalise maps [b c h w] to mean 0 and variance 1 in each image and channel, then scale and shift."""
         return instance_norm(images, self.weight, self.bias, self.eps, explicit=self.explicit)
 
 
 def instance_norm(images: Tensor, weight: Tensor, bias: Tensor, eps: float, *, explicit: bool) -> Tensor:
-    """Maps [b c h w] with mean 0 and variance 1 in each image and channel, scaled and shifted by [c]; see the class."""
+    """Normalise maps [b c h w] to mean 0 and variance 1 per image and channel, then scale and shift by [c].
+
+    Args:
+        explicit: see `InstanceNorm`.
+    """
     if not explicit:
         return group_norm(images, len(weight), weight, bias, eps)
-    wide = torch.promote_types(images.dtype, torch.float32)  # sums over a map are too long for bfloat16
+    wide = torch.promote_types(images.dtype, torch.float32)  # bfloat16 is too coarse for sums over a map
     y: Tensor = _Norm.apply(images.to(wide), weight.to(wide), bias.to(wide), eps)
     return y.to(images.dtype)
 
@@ -55,19 +59,19 @@ def _per_channel(values: Tensor) -> Tensor:
 
 
 def _normalise(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """h and r."""
+    """Compute h and r of the module's notation."""
     centred = z - _mean(z)
     r = torch.rsqrt(_mean(centred * centred) + eps)
     return centred * r, r
 
 
 def _sum_over_images(means: Tensor, z: Tensor) -> Tensor:
-    """[c] the sum over all positions, from the means over each map: no second pass over the maps."""
+    """Sum over all positions [c], computed from the means over each map: no second pass over the maps."""
     return means.sum(dim=(0, 2, 3)) * (z.shape[2] * z.shape[3])
 
 
 class _Norm(torch.autograd.Function):
-    """y(z, g, b)."""
+    """Normalisation y(z, g, b) in the module's notation."""
 
     @staticmethod
     def forward(z: Tensor, g: Tensor, b: Tensor, eps: float) -> Tensor:
@@ -96,7 +100,7 @@ class _Norm(torch.autograd.Function):
 
 
 class _NormTangent(torch.autograd.Function):
-    """yt(z, zt, g, gt, bt) = g ht + gt h + bt."""
+    """Tangent yt(z, zt, g, gt, bt) = g ht + gt h + bt in the module's notation."""
 
     @staticmethod
     def forward(z: Tensor, zt: Tensor, g: Tensor, gt: Tensor, bt: Tensor, eps: float) -> Tensor:

@@ -1,22 +1,24 @@
-"""The matching loss and its exact gradient, keeping the graph of a few images of one student step, never of all T.
+"""The matching loss and its exact gradient. Only the graph of a few images of one student step is kept, never all T.
 
     student step     theta_{i+1} = theta_i - alpha * g_i,     g_i = grad_theta l(theta_i; A_i(X[b_i]), Y[b_i])
     matching loss    L = |theta_T - theta*|^2 / |theta_0 - theta*|^2
 
-Full unrolling keeps T graphs. Here only the T parameter vectors are kept, and the reverse sweep is the adjoint of
-the recursion above: with v_T = dL/dtheta_T and, for i = T-1 ... 0, s_i = <v_{i+1}, g_i>,
+Full unrolling keeps T graphs. This module keeps only the T parameter vectors, and the reverse sweep is the adjoint of
+the recursion above. With v_T = dL/dtheta_T and, for i = T-1 ... 0, s_i = <v_{i+1}, g_i>:
 
     X.grad -= alpha ds_i/dX     Y.grad -= alpha ds_i/dY     alpha.grad -= s_i     v_i = v_{i+1} - alpha ds_i/dtheta_i
 
 The result is the gradient of full unrolling, not an approximation of it (TESLA drops the last term's effect).
-Augmentation A_i is applied outside the compiled step and pulled back through its own vector-Jacobian product: it
-does not depend on theta, so this is exact too.
+Augmentation A_i is applied outside the compiled step and pulled back through its own vector-Jacobian product. A_i does
+not depend on theta, so this is exact too.
 
-l is a mean over the minibatch, so g_i and s_i are sums over its images. They are summed over chunks (micro-batches),
-which makes memory flat in the batch, and over class shards, each of which holds some rows of the set.
+The loss l is a mean over the minibatch, so g_i and s_i are sums over its images. These are summed over chunks
+(micro-batches), so that memory does not grow with the batch. They are summed over class shards too; each holds
+some rows of the set.
 
-Shapes: n synthetic images, b batch, k classes, p parameters, T student steps. Written for one process; a class shard
-passes `all_sum`, which adds a tensor over all shards (see `runtime/mesh.py`). Tests: tests/core/test_matching.py.
+Shapes: n synthetic images, b batch, k classes, p parameters, T student steps. The code is written for one process; a
+class shard passes `all_sum`, which adds a tensor over all shards (see `runtime/mesh.py`). Tests:
+tests/core/test_matching.py.
 """
 
 from __future__ import annotations
@@ -37,32 +39,32 @@ from datm_ray.core.step_functions import StudentStepFunctions
 from datm_ray.core.synthetic import SyntheticSet
 
 AllSum = Callable[[Tensor], Tensor]
-"""Adds a tensor over all class shards and gives every shard the sum."""
+"""Function that adds a tensor over all class shards and gives every shard the sum."""
 
 
 def identity(tensor: Tensor) -> Tensor:
-    """The `AllSum` of a process that holds every class."""
+    """Return the tensor: the `AllSum` of a process that holds every class."""
     return tensor
 
 
 @dataclass(frozen=True)
 class StudentStep:
-    """The minibatch of one student step: which images, and how each is augmented."""
+    """Minibatch of one student step: which images are used, and how each is augmented."""
 
     rows: NDArray[np.int64]
-    """[b] rows of the synthetic set, none twice."""
+    """[b] indices of rows of the synthetic set, without repetition."""
     augmentation: Augmentation
-    """Drawn for exactly these rows."""
+    """Augmentation of exactly these rows."""
     global_batch: int
-    """Images of the minibatch over all shards; the loss is the mean over these."""
+    """Number of images in the minibatch over all shards; the loss is the mean over these."""
 
     def held_by(self, first: int, last: int) -> StudentStep:
-        """The part of the minibatch that a shard with rows [first, last) of the set holds, counted from its first."""
+        """Part of the minibatch held by a shard with rows [first, last) of the set; rows are counted from its first."""
         held = np.flatnonzero((self.rows >= first) & (self.rows < last))
         return StudentStep(self.rows[held] - first, self.augmentation.take(held), self.global_batch)
 
     def chunks(self, size: int | None) -> Iterator[StudentStep]:
-        """The minibatch in pieces of at most so many images; none for one piece."""
+        """Split the minibatch into pieces of at most `size` images; None for one piece."""
         for start in range(0, len(self.rows), size or max(1, len(self.rows))):
             piece = np.arange(start, min(start + (size or len(self.rows)), len(self.rows)))
             yield StudentStep(self.rows[piece], self.augmentation.take(piece), self.global_batch)
@@ -71,9 +73,9 @@ class StudentStep:
 def draw_student_steps(
     images: int, steps: int, batch: int, strategy: str, seed: int, iteration: int, backbone: int = 0
 ) -> list[StudentStep]:
-    """The minibatches of one iteration of one backbone: shuffled passes over the set, cut into batches.
+    """Draw the minibatches of one iteration of one backbone: shuffled passes over the set, cut into batches.
 
-    Where the batch does not divide the set, the short batch comes first in each pass, as published.
+    If the batch does not divide the set, the short batch comes first in each pass, as published.
     """
     drawn: list[StudentStep] = []
     batch = min(batch, images)
@@ -96,11 +98,11 @@ class MatchingGradient:
     loss: float
     """Normalised matching loss; 1 means that the student came no closer to the target."""
     images: Tensor
-    """[n c h w]."""
+    """[n c h w] gradient in the images."""
     soft_labels: Tensor
-    """[n k]."""
+    """[n k] gradient in the soft-label logits."""
     step_size: Tensor
-    """[]."""
+    """[] gradient in the student's step size."""
 
 
 def matching_gradient(
@@ -117,17 +119,17 @@ def matching_gradient(
 ) -> MatchingGradient:
     """Exact gradient of the normalised matching loss in images, soft labels and step size.
 
-    Keeps len(steps) + 1 parameter vectors, one gradient accumulator per learned variable, and the activations of one
-    chunk of one student step.
+    The call keeps len(steps) + 1 parameter vectors, one gradient accumulator per learned variable, and the activations
+    of one chunk of one student step.
 
     Args:
-        start, target: [p] expert parameters at the start epoch and at the epoch to land on.
+        start, target: [p] expert parameters at the start epoch and at the target epoch.
         synthetic: the set, or the rows of it that this shard holds.
-        steps: minibatches, as from `draw_student_steps`; of a shard, what it holds of them.
-        backbone: whose step size the student takes.
-        chunk: images per call of `functions`; a smaller rest is filled up with images of no weight, so that there is
-            one shape to compile. None takes every minibatch whole.
-        skip_above: a loss above this is not differentiated; its gradient is given as zero.
+        steps: minibatches, as from `draw_student_steps`; in a shard, the parts that it holds.
+        backbone: index of the backbone whose step size the student takes.
+        chunk: images per call of `functions`; None for whole minibatches. A smaller rest is padded with images of
+            weight 0, so that there is one shape to compile.
+        skip_above: losses above this value are not differentiated, and their gradient is zero.
         all_sum: sum over class shards.
     """
     step_size = synthetic.step_sizes[backbone]
@@ -151,19 +153,19 @@ def matching_gradient(
 
 
 def _agreed(loss: Tensor, all_sum: AllSum) -> float:
-    """The mean of what the shards have: on unlike machines they may round differently, and all must skip or none."""
+    """Mean of the shards' losses. Unlike machines may round differently, and all must skip an iteration or none."""
     total, shards = all_sum(torch.stack([loss, torch.ones_like(loss)])).tolist()
     return float(total / shards)
 
 
 class _Sweep:
-    """One minibatch through the step functions, chunk by chunk."""
+    """Runs a minibatch through the step functions, chunk by chunk."""
 
     def __init__(self, functions: StudentStepFunctions, synthetic: SyntheticSet, chunk: int | None) -> None:
         self._functions, self._synthetic, self._chunk = functions, synthetic, chunk
 
     def student_gradient(self, theta: Tensor, step: StudentStep) -> Tensor:
-        """[p] the part of g that this shard's images give."""
+        """Compute this shard's part [p] of the student's gradient g."""
         total = torch.zeros_like(theta)
         for piece in step.chunks(self._chunk):
             rows = self._rows(piece)
@@ -172,7 +174,7 @@ class _Sweep:
         return total
 
     def reverse(self, theta: Tensor, step: StudentStep, v: Tensor, images: Tensor, soft_labels: Tensor) -> Tensor:
-        """[p + 1] this shard's part of ds/dtheta and s; ds/dX and ds/dY are added to `images` and `soft_labels`."""
+        """Compute this shard's part [p + 1] of ds/dtheta and s; add ds/dX and ds/dY to `images` and `soft_labels`."""
         total = theta.new_zeros(len(theta) + 1)
         for piece in step.chunks(self._chunk):
             rows = self._rows(piece)
@@ -189,7 +191,7 @@ class _Sweep:
         return torch.from_numpy(piece.rows).to(self._synthetic.images.device)
 
     def _filled_up(self, x: Tensor, rows: Tensor, piece: StudentStep) -> tuple[Tensor, Tensor, Tensor]:
-        """Images, soft labels and weights, with images of no weight up to the size of a chunk."""
+        """Images, soft labels and weights of a piece, padded with images of weight 0 to the size of a chunk."""
         missing = (self._chunk or len(rows)) - len(rows)
         weights = torch.full((len(rows),), 1 / piece.global_batch, dtype=x.dtype, device=x.device)
         y = self._synthetic.soft_labels[rows]

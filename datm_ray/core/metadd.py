@@ -1,19 +1,20 @@
 """MetaDD: losses that make synthetic images show the same evidence to every architecture (arXiv 2410.05103).
 
-Trained, frozen networks of several architectures look at an image of class y. Each one's class activation map says
-where it sees y. What all of them use are the image's meta features, the rest is heterogeneous. Three terms, each a mean
-over images, are added to the loss of any distillation:
+Trained, frozen networks of several architectures classify an image of class y. Each network's class activation map
+shows where it finds y. Features that all networks use are the image's meta features; the others are heterogeneous.
+Three terms, each a mean over images, are added to the loss of any distillation:
 
     variance     of the maps, scaled to [0, 1], over the networks: mean over pixels of 1/M sum_m (c_m - mean c)^2
     invariance   sum over the auxiliaries of CE(f_m(x), y) + divergence * KL(f_m(x) || f_0(x)), f_0 the backbone
-    position     mean over networks and pixels of relu(-map): evidence against y. Our reading of the paper's third and
-                 smallest term.
+    position     mean over networks and pixels of relu(-map): evidence against y. This is our reading of the paper's
+                 third and smallest term.
 
-The sign of the divergence is described in both ways, so it is yours to choose. All of it is a function of the maps and
-logits of single images. So images may be taken in any parts, and processes that hold different networks have to
-exchange maps and logits only: each then differentiates the whole loss through its own networks, and the gradients add
-up to that of one process with all of them. Shapes: m networks, the backbone first; b images, c h w of one, k classes.
-Tests: tests/core/test_metadd.py.
+The paper describes the divergence with either sign, so its weight may be negative. Every term is a function of the maps
+and logits of single images. So images may be taken in parts. Processes that hold different networks exchange only maps
+and logits: each differentiates the whole loss through its own networks, and the gradients add up to that of one process
+with all networks.
+
+Shapes: m networks, the backbone first; b images, c h w of one, k classes. Tests: tests/core/test_metadd.py.
 """
 
 from __future__ import annotations
@@ -32,59 +33,62 @@ from datm_ray.core.networks import spatial_features
 from datm_ray.errors import ConfigError
 
 IMAGES_AT_A_TIME = 10
-"""Of a part, where not said otherwise; the graph of one network on so many images is what `gradient` holds."""
+"""Default number of images per part; `gradient` holds the graph of one network on this many images."""
 
 
 ROUNDING = 16
-"""Multiples of the smallest relative difference that the values of a map must differ by to be told apart."""
+"""Smallest relative difference between the values of a map that counts, in multiples of the dtype's epsilon."""
 
 
 @dataclass(frozen=True)
 class MetaOptions:
-    """What the loss is made of."""
+    """Weights and thresholds of MetaDD's loss."""
 
     variance: float = 1.0
     """Weight of the maps' variance over the networks."""
     invariance: float = 0.01
-    """Weight of the auxiliaries' classification and divergence."""
+    """Weight of the auxiliaries' cross-entropy and divergence from the backbone."""
     position: float = 0.1
     """Weight of evidence against the class."""
     divergence: float = 1.0
-    """Of the auxiliaries from the backbone, within invariance; negative pushes them apart, 0 leaves it out."""
+    """Weight, within invariance, of the auxiliaries' divergence from the backbone; negative pushes them apart, 0 leaves
+    it out."""
     threshold: float = 0.5
-    """Of a map in [0, 1], from which on a pixel counts as a feature. Decides masks and ratios, not the loss."""
+    """Value of a map in [0, 1] from which a pixel counts as a feature, inclusive. It affects masks and ratios, not the
+    loss."""
     variance_of: Literal["maps", "logits"] = "maps"
-    """logits: a control, the variance of each network's standardised logits in place of that of its maps."""
+    """"logits" is a control: the variance of the networks' standardised logits instead of their maps."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What networks see in images of known classes."""
+    """Class activation maps and logits of networks for images of known classes."""
 
     maps: Tensor
-    """[.. b h w] class activation maps at the images' size; a map's mean is about the class's logit."""
+    """[.. b h w] class activation maps at the images' size; a map's mean is roughly the class's logit."""
     logits: Tensor
-    """[.. b k]."""
+    """[.. b k] logits."""
 
 
 @dataclass(frozen=True)
 class MetaLoss:
-    """The loss and its parts, each a mean over images; `total` carries their weights, the others do not."""
+    """The loss and its terms, each a mean over images; only `total` contains their weights."""
 
     total: Tensor
     variance: Tensor
     invariance: Tensor
     position: Tensor
     ratio: Tensor
-    """Meta-feature ratio: pixels that are a feature to all networks, as a share of those that are to any."""
+    """Meta-feature ratio in [0, 1]: pixels that are a feature to all networks, divided by those that are to any."""
 
     def detach(self) -> MetaLoss:
-        """The values alone."""
+        """Copy without derivatives."""
         return MetaLoss(*(getattr(self, each.name).detach() for each in fields(self)))
 
 
 class MetaDD:
-    """The loss for given networks: `loss(images, labels).total` joins any distillation's own before `backward()`.
+    """MetaDD's loss for given networks: add `loss(images, labels).total` to a distillation's own loss before
+    `backward()`.
 
         metadd = MetaDD([backbone, resnet, vit])
         loss = distribution_matching(synthetic, real) + metadd.loss(synthetic, labels).total
@@ -94,30 +98,31 @@ class MetaDD:
     """
 
     def __init__(self, networks: Sequence[nn.Module] | Mapping[int, nn.Module], options: MetaOptions | None = None):
-        """Copies the networks, frozen and in evaluation mode.
+        """Copy the networks, frozen and in evaluation mode.
 
         Args:
-            networks: trained ones, the backbone first; of a process that holds only some of them, by their places.
+            networks: trained networks, the backbone first. A process that holds only some of them gives a mapping from
+                their indices.
 
         Raises:
-            ConfigError: fewer than two networks.
+            ConfigError: fewer than two networks are given.
         """
-        places = dict(networks) if isinstance(networks, Mapping) else dict(enumerate(networks))
-        if not isinstance(networks, Mapping) and len(places) < 2:
+        numbered = dict(networks) if isinstance(networks, Mapping) else dict(enumerate(networks))
+        if not isinstance(networks, Mapping) and len(numbered) < 2:
             raise ConfigError(
-                f"MetaDD compares what several networks see, and was given {len(places)}",
+                f"MetaDD compares several networks, and was given {len(numbered)}",
                 remedy="give the backbone and at least one trained network of another architecture",
             )
         self.options = options or MetaOptions()
-        self._networks = {place: _frozen(network) for place, network in places.items()}
+        self._networks = {index: _frozen(network) for index, network in numbered.items()}
 
     def loss(self, images: Tensor, labels: Tensor) -> MetaLoss:
-        """The loss of images [b c h w] of classes [b], differentiable in the images.
+        """Compute the loss of images [b c h w] of classes [b], differentiable in the images.
 
-        Keeps the graph of every network; `gradient` keeps that of one.
+        The graphs of all networks are kept; `gradient` keeps that of one.
 
         Raises:
-            ConfigError: a network without feature maps, or networks that tell different numbers of classes apart.
+            ConfigError: a network has no feature maps, or the networks have different numbers of classes.
         """
         each = [evidence(network, images, labels) for network in self._networks.values()]
         _require_one_label_set([one.logits for one in each])
@@ -135,27 +140,28 @@ class MetaDD:
         chunk: int = IMAGES_AT_A_TIME,
         all_sum: AllSum = identity,
     ) -> tuple[MetaLoss, Tensor]:
-        """The loss and its gradient in the images [b c h w], from one network's graph on a part of them at a time.
+        """Compute the loss and its gradient in the images [b c h w], from the graph of one network on one part at a
+        time.
 
         Args:
-            images: [b c h w], which may be none.
+            images: [b c h w]; b may be 0.
             labels: [b].
-            networks: of all processes together; those held here where not given.
-            classes: that networks tell apart; to be given where none is held here.
-            over: images that the means are over, of which these may be some.
-            chunk: images of a part.
-            all_sum: sum over the processes that hold the other networks. Each returns the same loss, and the part of
-                the gradient that goes through its own networks.
+            networks: number of networks in all processes; None for those held here.
+            classes: number of classes of the networks; required if none is held here.
+            over: number of images in the means, if `images` are only some of them; None for b.
+            chunk: images per part.
+            all_sum: sum over the processes that hold the other networks. Each process returns the same loss, and the
+                part of the gradient that goes through its own networks.
         """
         over, total = over or max(1, len(images)), torch.zeros_like(images)
         losses = [images.new_zeros(len(fields(MetaLoss)))]
         for first in range(0, len(images), chunk):
             rows = slice(first, first + chunk)
             part, own = images[rows], labels[rows]
-            seen = self._seen_by_all(part, own, networks or len(self._networks), classes, all_sum)
-            losses.append(_values(meta_loss(seen, own, self.options)) * len(part))
-            for place, network in self._networks.items():
-                total[rows] += self._through(network, place, part, own, seen) * (len(part) / over)
+            shared = self._gathered(part, own, networks or len(self._networks), classes, all_sum)
+            losses.append(_values(meta_loss(shared, own, self.options)) * len(part))
+            for index, network in self._networks.items():
+                total[rows] += self._through(network, index, part, own, shared) * (len(part) / over)
         return MetaLoss(*(torch.stack(losses).sum(dim=0) / over).unbind()), total
 
     def evidence(
@@ -168,39 +174,40 @@ class MetaDD:
         chunk: int = IMAGES_AT_A_TIME,
         all_sum: AllSum = identity,
     ) -> Evidence:
-        """What every network sees: maps [m b h w] and logits [m b k], without derivatives; arguments as `gradient`."""
+        """Compute all networks' maps [m b h w] and logits [m b k], without derivatives; arguments as in `gradient`."""
         parts = [
-            self._seen_by_all(part, own, networks or len(self._networks), classes, all_sum)
+            self._gathered(part, own, networks or len(self._networks), classes, all_sum)
             for part, own in zip(images.split(chunk), labels.split(chunk), strict=True)
         ]
         return Evidence(torch.cat([part.maps for part in parts], 1), torch.cat([part.logits for part in parts], 1))
 
-    def _seen_by_all(self, images: Tensor, labels: Tensor, networks: int, classes: int, all_sum: AllSum) -> Evidence:
-        """[m b ..] of all processes."""
-        here = {place: _values_of(evidence(each, images.detach(), labels)) for place, each in self._networks.items()}
+    def _gathered(self, images: Tensor, labels: Tensor, networks: int, classes: int, all_sum: AllSum) -> Evidence:
+        """Gather the evidence [m b ..] of all processes."""
+        here = {index: _values_of(evidence(each, images.detach(), labels)) for index, each in self._networks.items()}
         _require_one_label_set([one.logits for one in here.values()])
         classes = classes or next(iter(here.values())).logits.shape[1]
         maps = images.new_zeros(networks, len(images), *images.shape[2:])
         logits = images.new_zeros(networks, len(images), classes)
-        for place, own in here.items():
-            maps[place], logits[place] = own.maps, own.logits
+        for index, own in here.items():
+            maps[index], logits[index] = own.maps, own.logits
         return Evidence(all_sum(maps), all_sum(logits))
 
-    def _through(self, network: nn.Module, place: int, images: Tensor, labels: Tensor, seen: Evidence) -> Tensor:
-        """The gradient [b c h w] of the mean loss through one network, what the others see held constant."""
+    def _through(self, network: nn.Module, index: int, images: Tensor, labels: Tensor, shared: Evidence) -> Tensor:
+        """Gradient [b c h w] of the mean loss through one network, with the other networks' evidence held constant."""
         images = images.detach().requires_grad_()
         own = evidence(network, images, labels)
-        together = Evidence(_with(seen.maps, place, own.maps), _with(seen.logits, place, own.logits))
+        together = Evidence(_with(shared.maps, index, own.maps), _with(shared.logits, index, own.logits))
         (gradient,) = torch.autograd.grad(meta_loss(together, labels, self.options).total, images)
         return gradient
 
 
 def evidence(network: nn.Module, images: Tensor, labels: Tensor) -> Evidence:
-    """One network's class activation maps [b h w] and logits [b k] for images [b c h w] of classes [b].
+    """Compute one network's class activation maps [b h w] and logits [b k] for images [b c h w] of classes [b].
 
-    Grad-CAM: the last feature maps, each weighted with the sum over its positions of the derivative of the class's
-    logit. For a network that averages its maps before one linear layer these weights are that layer's, and this is the
-    original class activation map. A transformer's maps are its tokens. Differentiable to any order.
+    This is Grad-CAM. Each of the last feature maps is weighted with the sum over its positions of the derivative of the
+    class's logit. If a network averages its maps before one linear layer, these weights are that layer's, and the
+    result is the original class activation map. A transformer's maps are its tokens. The result is differentiable to
+    any order.
 
     Raises:
         ConfigError: the network has no feature maps.
@@ -216,37 +223,37 @@ def evidence(network: nn.Module, images: Tensor, labels: Tensor) -> Evidence:
     return Evidence(full, logits)
 
 
-def meta_loss(seen: Evidence, labels: Tensor, options: MetaOptions) -> MetaLoss:
-    """The loss from what all networks see: maps [m b h w] and logits [m b k], the backbone first; labels [b]."""
-    scaled = scaled_maps(seen.maps)
-    compared = scaled.flatten(2) if options.variance_of == "maps" else _standardised(seen.logits)
+def meta_loss(shared: Evidence, labels: Tensor, options: MetaOptions) -> MetaLoss:
+    """Compute the loss from all networks' maps [m b h w] and logits [m b k], the backbone first, and labels [b]."""
+    scaled = scaled_maps(shared.maps)
+    compared = scaled.flatten(2) if options.variance_of == "maps" else _standardised(shared.logits)
     variance = compared.var(dim=0, unbiased=False).mean()
-    invariance = _invariance(seen.logits, labels, options.divergence)
-    position = torch.relu(-seen.maps).mean()
+    invariance = _invariance(shared.logits, labels, options.divergence)
+    position = torch.relu(-shared.maps).mean()
     total = options.variance * variance + options.invariance * invariance + options.position * position
     return MetaLoss(total, variance, invariance, position, meta_feature_ratio(scaled, options.threshold).mean())
 
 
 def scaled_maps(maps: Tensor) -> Tensor:
-    """Maps [.. h w], each from 0 to 1; a map of one value becomes 0, and has no derivative."""
+    """Scale each of the maps [.. h w] to [0, 1]; a constant map becomes 0 and has no derivative."""
     lowest, highest = maps.amin(dim=(-2, -1), keepdim=True), maps.amax(dim=(-2, -1), keepdim=True)
-    # Resizing leaves rounding on a map of one value, which is nothing to see either.
+    # Resizing a constant map leaves rounding errors, which are no evidence either.
     varies = highest - lowest > ROUNDING * torch.finfo(maps.dtype).eps * torch.maximum(highest.abs(), lowest.abs())
     return torch.where(varies, (maps - lowest) / torch.where(varies, highest - lowest, 1), 0)
 
 
 def meta_features(scaled: Tensor, threshold: float = 0.5) -> Tensor:
-    """[b h w] whether a pixel is a feature to all networks, from scaled maps [m b h w]."""
+    """Mask [b h w] of pixels that are a feature to all networks, from scaled maps [m b h w]."""
     return (scaled >= threshold).all(dim=0)
 
 
 def heterogeneous_features(scaled: Tensor, threshold: float = 0.5) -> Tensor:
-    """[m b h w] whether a pixel is a feature to the network but not to all."""
+    """Mask [m b h w] of pixels that are a feature to the network but not to all networks."""
     return (scaled >= threshold) & ~meta_features(scaled, threshold)
 
 
 def meta_feature_ratio(scaled: Tensor, threshold: float = 0.5) -> Tensor:
-    """[b] pixels that are a feature to all networks, as a share of those that are to any; 0 where there are none."""
+    """Meta-feature ratio [b]: pixels that are a feature to all networks over those that are to any; 0 for none."""
     shared, any_ = meta_features(scaled, threshold), (scaled >= threshold).any(dim=0)
     return shared.sum(dim=(1, 2)) / any_.sum(dim=(1, 2)).clamp_min(1).to(scaled.dtype)
 
@@ -260,7 +267,8 @@ def _invariance(logits: Tensor, labels: Tensor, divergence: float) -> Tensor:
 
 
 def _standardised(logits: Tensor) -> Tensor:
-    """Logits [m b k] with mean 0 and variance 1 over the classes, so that no network's scale decides."""
+    """Shift and scale logits [m b k] to mean 0 and variance 1 over the classes, so that no network's scale
+    dominates."""
     centred = logits - logits.mean(dim=2, keepdim=True)
     return centred / centred.square().mean(dim=2, keepdim=True).sqrt().clamp_min(torch.finfo(logits.dtype).eps)
 
@@ -273,9 +281,9 @@ def _values(loss: MetaLoss) -> Tensor:
     return torch.stack([getattr(loss, each.name).detach() for each in fields(MetaLoss)])
 
 
-def _with(all_: Tensor, place: int, own: Tensor) -> Tensor:
-    """The same [m ..] with one network's part, which carries derivatives."""
-    return torch.cat([all_[:place], own[None], all_[place + 1 :]])
+def _with(values: Tensor, index: int, own: Tensor) -> Tensor:
+    """Copy of `values` [m ..] in which one network's entry is replaced by `own`, which carries derivatives."""
+    return torch.cat([values[:index], own[None], values[index + 1 :]])
 
 
 def _frozen(network: nn.Module) -> nn.Module:
@@ -290,15 +298,15 @@ def _require_usable(network: nn.Module, maps: Tensor, logits: Tensor, labels: Te
         )
     if maps.shape[2] * maps.shape[3] == 1:
         raise ConfigError(
-            f"the last feature maps of {name} have one position, where nothing can be told apart",
+            f"the last feature maps of {name} have only one position, so a class activation map says nothing",
             "the images are too small for it",
             "give larger images (dataset.resize) or another network",
         )
     if len(labels) and int(labels.max()) >= logits.shape[1]:
         raise ConfigError(
-            f"{name} tells {logits.shape[1]} classes apart, but an image is of class {int(labels.max())}",
+            f"{name} has {logits.shape[1]} classes, but an image is of class {int(labels.max())}",
             "it was trained on another data set or label set",
-            "give networks that were trained on the images that are distilled",
+            "give networks trained on the data set that is distilled",
         )
 
 
@@ -306,7 +314,7 @@ def _require_one_label_set(logits: Sequence[Tensor]) -> None:
     classes = sorted({each.shape[1] for each in logits})
     if len(classes) > 1:
         raise ConfigError(
-            f"MetaDD's networks tell {' and '.join(map(str, classes))} classes apart",
+            f"MetaDD's networks have {' and '.join(map(str, classes))} classes",
             "they were trained on different data sets or label sets",
-            "give networks that were trained on the images that are distilled",
+            "give networks trained on the data set that is distilled",
         )

@@ -1,8 +1,7 @@
-"""Networks by name: a registry, parameters from a seed, and what one may ask of any network.
+"""Networks by name: a registry, parameters from a seed, and feature maps of any network.
 
-A network maps images [b c h w] to logits [b k]. Further architectures join with `@register_network`.
-Not covered here: the architectures themselves (`architectures.py`), parameters as one vector (`parameters.py`) and
-training (`training.py`).
+A network maps images [b c h w] to logits [b k]. `@register_network` adds further architectures. The architectures are
+in `architectures.py`, parameters as one vector in `parameters.py`, training in `training.py`.
 """
 
 from __future__ import annotations
@@ -67,15 +66,15 @@ def register_network(name: str) -> Callable[[Builder], Builder]:
 
 
 def network_names() -> list[str]:
-    """The registered architectures, sorted."""
+    """Names of the registered architectures, sorted."""
     return sorted(_BUILDERS)
 
 
 def build_network(spec: NetworkSpec, seed: int) -> nn.Module:
-    """The network of `spec` as its architecture initialises it, drawn from `seed` alone.
+    """Build the network of `spec` with its architecture's initialisation, drawn from `seed` alone.
 
     Raises:
-        ConfigError: unknown architecture, images too small for it, or a normalisation that it cannot have.
+        ConfigError: the architecture is unknown, the images are too small for it, or it cannot have the normalisation.
     """
     if spec.architecture not in _BUILDERS:
         raise ConfigError(
@@ -88,20 +87,20 @@ def build_network(spec: NetworkSpec, seed: int) -> nn.Module:
 
 
 def couples_samples(network: nn.Module) -> bool:
-    """Whether one sample's output in training mode depends on the others of its batch (batch statistics)."""
+    """Whether an output in training mode depends on the other images of its batch, as with batch statistics."""
     return any(isinstance(module, BatchNorm) for module in network.modules())
 
 
 def spatial_features(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The last feature maps [b c h w], before they are pooled, and the logits [b k] of images [b c h w].
+    """Compute the last feature maps [b c h w] before pooling, and the logits [b k] of images [b c h w].
 
-    The logits are computed from the maps, so their derivative in the maps, which class activation maps weight the maps
-    with, is one call of `torch.autograd.grad`. A transformer's maps are its tokens, each where its patch was. Of a
-    convolutional network that is no `SpatialNetwork`, torchvision's for instance, they are the last output of any of
-    its modules that has more than one position.
+    The logits are computed from the maps. So the derivative of the logits in the maps, which class activation maps use
+    as weights, is one call of `torch.autograd.grad`. A transformer's maps are its tokens, each at its patch's position.
+    For a convolutional network that is no `SpatialNetwork`, such as torchvision's, the maps are the last module output
+    with more than one position.
 
     Raises:
-        ConfigError: the network has no maps, as an mlp, or none that can be found.
+        ConfigError: the network has no feature maps, as an mlp, or none that can be found.
     """
     if isinstance(network, SpatialNetwork):
         maps: Tensor = network.features(images)
@@ -109,18 +108,18 @@ def spatial_features(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor
     found = [] if _has_attention(network) else _maps_and_logits(network, images)
     if len(found) < 2:
         raise ConfigError(
-            f"{type(network).__name__} has no feature maps to show",
-            "it flattens its images at once, as mlp does, or is a transformer, whose maps only its author knows",
-            "choose another architecture, such as convnet, or wrap it: SpatialNetwork(features, pooling, classifier)",
+            f"{type(network).__name__} has no feature maps",
+            "it flattens its images at once, as mlp does, or is a transformer, whose maps cannot be found",
+            "choose another architecture, such as convnet, or wrap it in SpatialNetwork(features, pooling, classifier)",
         )
     return found[-2], found[-1]
 
 
 def require_maps(network: nn.Module) -> None:
-    """Raise a `ConfigError` if a registered network has no feature maps to show."""
+    """Raise a `ConfigError` if the registered network of `spec` has no feature maps."""
     if not isinstance(network, SpatialNetwork):
         raise ConfigError(
-            "network.architecture has no feature maps to show",
+            "network.architecture has no feature maps",
             "it flattens its images at once, as mlp does, or was registered without being a SpatialNetwork",
             "choose another network.architecture, such as convnet",
         )
@@ -131,14 +130,14 @@ def _has_attention(network: nn.Module) -> bool:
 
 
 def _maps_and_logits(network: nn.Module, images: Tensor) -> list[Tensor]:
-    """The outputs of the network's modules that have more than one position, then the logits."""
+    """Outputs of the network's modules that have more than one position, then the logits."""
     found: list[Tensor] = []
     convolved = False
 
     def keep(part: nn.Module, _: object, output: object) -> None:
         nonlocal convolved
         convolved = convolved or isinstance(part, nn.Conv2d)
-        # Adaptive pooling may blow a map of one position up.
+        # Adaptive pooling may enlarge a map of one position.
         is_map = isinstance(output, Tensor) and output.dim() == 4 and output.shape[2] * output.shape[3] > 1
         if isinstance(output, Tensor) and is_map and convolved and not isinstance(part, nn.AdaptiveAvgPool2d):
             found.append(output)

@@ -1,7 +1,7 @@
 """A network as a pure function of one flat parameter vector.
 
-Trajectories, students and their gradients are vectors [p]; only inside a forward pass do they become layers.
-Buffers (running statistics) are a vector of their own, [q], which is empty for most networks.
+Trajectories, students and their gradients are vectors [p]; they become layers only inside a forward pass. Buffers
+(running statistics) are a separate vector [q], which is empty for most networks.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from torch.func import functional_call
 
 
 class FlatNetwork:
-    """`network(parameters [p], images [b c h w]) -> logits [b k]`, differentiable in both, safe to compile.
+    """Network as a function of parameters [p] and images [b c h w] that returns logits [b k].
+
+    The function is differentiable in both arguments and safe to compile.
 
     Attributes:
-        names, shapes: of the parameters, in the order in which they lie in the vector.
+        names, shapes: names and shapes of the parameters, in the order of the vector.
         count: p, the length of the vector.
     """
 
@@ -30,7 +32,7 @@ class FlatNetwork:
 
     @property
     def device(self) -> torch.device:
-        """Where the module lives."""
+        """Device of the module's parameters."""
         return next(self.module.parameters()).device
 
     def __call__(self, parameters: Tensor, images: Tensor) -> Tensor:
@@ -38,33 +40,33 @@ class FlatNetwork:
         return logits
 
     def with_buffers(self, parameters: Tensor, buffers: Tensor, images: Tensor) -> Tensor:
-        """The same with the module's `float_buffers` [q], which training mode updates in place."""
+        """Function like this one that also takes the module's `float_buffers` [q]; training updates them in place."""
         pieces = buffers.split([shape.numel() for shape in self._buffers.values()])
         named = {name: piece.view(shape) for (name, shape), piece in zip(self._buffers.items(), pieces, strict=True)}
         logits: Tensor = functional_call(self.module, {**self.layers(parameters), **named}, (images,))
         return logits
 
     def layers(self, parameters: Tensor) -> dict[str, Tensor]:
-        """Views of the vector [p] as the module's parameters, by name."""
+        """Split the vector [p] into views that are the module's parameters, by name."""
         pieces = parameters.split(self.sizes)
         return {name: piece.view(shape) for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)}
 
 
 def flatten(module: nn.Module) -> Tensor:
-    """A copy of the module's parameters as one vector [p].
+    """Copy the module's parameters into one vector [p].
 
-    Always a copy: a view of live weights would make every epoch of a trajectory the last one.
+    A view of live weights would make every epoch of a trajectory equal the last one.
     """
     return torch.cat([parameter.detach().reshape(-1) for parameter in module.parameters()])
 
 
 def float_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """The module's buffers that hold numbers which training changes: running statistics, but no counters."""
+    """Buffers of the module that training changes and that hold floats: running statistics, but no counters."""
     return {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
 
 
 def flatten_buffers(module: nn.Module) -> Tensor:
-    """A copy of the module's `float_buffers` as one vector [q]."""
+    """Copy the module's `float_buffers` into one vector [q]."""
     pieces = [buffer.detach().reshape(-1) for buffer in float_buffers(module).values()]
     return torch.cat(pieces) if pieces else torch.empty(0, device=next(module.parameters()).device)
 
@@ -80,9 +82,9 @@ def unflatten_into(module: nn.Module, parameters: Tensor) -> None:
     """Write the vector [p] into the module's parameters.
 
     Raises:
-        ValueError: it has more or fewer numbers than they have.
+        ValueError: the vector has more or fewer numbers than the parameters.
     """
     count = sum(parameter.numel() for parameter in module.parameters())
-    if parameters.numel() != count:  # torch would take the first of more
+    if parameters.numel() != count:  # torch would ignore the surplus
         raise ValueError(f"{parameters.numel():,} numbers for a network of {count:,} parameters")
     torch.nn.utils.vector_to_parameters(parameters, module.parameters())

@@ -1,9 +1,9 @@
 """Counter-based randomness: every draw is a function of (seed, purpose, counters) and of nothing else.
 
-There is no global generator whose state must be saved. Iteration k draws the same numbers whether or not iteration
-k-1 ran in this process, so a resumed run equals an undisturbed one; and because draws are made for the global batch
-and then sliced, the number of shards does not change them. The generator is numpy's Philox, seeded on the CPU on
-every device, so a GPU run draws what a CPU run draws.
+There is no global generator whose state must be saved. Iteration k draws the same numbers whether or not iteration k-1
+ran in this process, so a resumed run equals an undisturbed one. Draws are made for the global batch and then sliced, so
+the number of shards does not change them. The generator is numpy's Philox on the CPU, so a GPU run draws the same
+numbers as a CPU run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 
 class Purpose(IntEnum):
-    """What a stream of numbers is for. Values are part of the run's identity: append, never renumber."""
+    """Purposes of random streams. Values are part of a run's identity: append new ones, never renumber."""
 
     INITIAL_PARAMETERS = 1
     TRAINING_ORDER = 2
@@ -31,13 +31,13 @@ class Purpose(IntEnum):
 
 
 def generator(seed: int, purpose: Purpose, *counters: int) -> np.random.Generator:
-    """A fresh generator for one purpose at one place of the run.
+    """Fresh generator for one purpose and one set of counters.
 
     Args:
-        seed: of the run, the expert or the evaluation, in [0, 2**64).
-        purpose: separates streams that would otherwise share their counters.
-        counters: at most three non-negative integers, the most significant first (epoch, batch; iteration, step).
-            A purpose always has the same number of them: (5,) and (0, 5) are one place.
+        seed: seed of the run, the expert or the evaluation, in [0, 2**64).
+        purpose: separates streams with equal counters.
+        counters: at most three non-negative integers, the most significant first (epoch, batch; iteration, step). A
+            purpose always has the same number of them, because (5,) and (0, 5) give the same stream.
     """
     if len(counters) > 3:
         raise ValueError(f"at most three counters fit beside the block index, got {len(counters)}")
@@ -49,5 +49,5 @@ def generator(seed: int, purpose: Purpose, *counters: int) -> np.random.Generato
 
 
 def derive_seed(seed: int, purpose: Purpose, *counters: int) -> int:
-    """A new 63-bit seed: of expert 7, of evaluation 3, of a module's initialisation."""
+    """New 63-bit seed, such as that of expert 7, of evaluation 3 or of a module's initialisation."""
     return int(generator(seed, purpose, *counters).integers(2**63))

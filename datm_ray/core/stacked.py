@@ -1,8 +1,8 @@
-"""Several networks of one kind as one network: their maps side by side, every convolution with a group for each.
+"""Several networks of one kind as one network: feature maps side by side, convolutions with a group per network.
 
-Under `torch.func.vmap` the layers between the convolutions would each want the maps in another order; here they stay
-as they are, [b, s c, h, w]. Only chains of the layers named in `_LAYERS` can be stacked this way: ConvNet, VGG,
-AlexNet, LeNet. Shapes: s networks, b images, c h w an image or a map of one network, p parameters, k classes.
+Under `torch.func.vmap` each layer between the convolutions would reorder the maps; here they stay [b, s c, h, w]. Only
+chains of the layers in `_LAYERS` can be stacked: ConvNet, VGG, AlexNet, LeNet. Shapes: s networks, b images, c h w an
+image or a map of one network, p parameters, k classes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LAYERS = (nn.Conv2d, nn.GroupNorm, nn.ReLU, nn.AvgPool2d, nn.MaxPool2d, nn.Iden
 
 
 def can_be_stacked(network: nn.Module) -> bool:
-    """Whether the network is a chain of layers that have a stacked form, with linear ones at its end."""
+    """Whether the network is a chain of layers that have a stacked form, with linear layers at its end."""
     if not isinstance(network, SpatialNetwork):
         return False
     chain = [*network.features.modules(), *network.pooling.modules()]
@@ -30,7 +30,7 @@ def can_be_stacked(network: nn.Module) -> bool:
 
 
 class StackedNetwork:
-    """Logits [s b k] of s networks with parameters [s p], each for its own images [s b c h w]."""
+    """Function that computes logits [s b k] of s networks with parameters [s p] on their own images [s b c h w]."""
 
     def __init__(self, network: FlatNetwork) -> None:
         self._network = network
@@ -54,7 +54,7 @@ class StackedNetwork:
 
 
 def _maps(layer: nn.Module, name: str, layers: dict[str, Tensor], maps: Tensor, size: int) -> Tensor:
-    """One layer over all networks' maps [b, s c, h, w]."""
+    """Apply one layer to the maps [b, s c, h, w] of all networks."""
     if isinstance(layer, nn.Sequential):
         for place, part in layer.named_children():
             maps = _maps(part, f"{name}.{place}", layers, maps, size)
@@ -75,7 +75,7 @@ def _maps(layer: nn.Module, name: str, layers: dict[str, Tensor], maps: Tensor, 
 
 
 def _vectors(layer: nn.Module, name: str, layers: dict[str, Tensor], vectors: Tensor) -> Tensor:
-    """One layer over all networks' vectors [s b d]."""
+    """Apply one layer to the vectors [s b d] of all networks."""
     if isinstance(layer, nn.Sequential):
         for place, part in layer.named_children():
             vectors = _vectors(part, f"{name}.{place}", layers, vectors)

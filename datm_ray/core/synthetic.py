@@ -1,6 +1,6 @@
-"""The synthetic set: what is learned, and how it starts.
+"""The synthetic set: what is learned, and how it is initialised.
 
-Rows are ordered by class, so that a class shard is a range of them. Shapes: n synthetic images, k classes, a backbones,
+Rows are ordered by class, so that a class shard is a range of rows. Shapes: n synthetic images, k classes, a backbones,
 c h w image.
 """
 
@@ -20,24 +20,24 @@ from datm_ray.errors import DatasetError
 
 @dataclass
 class SyntheticSet:
-    """The learned variables and the classes they were made for."""
+    """The learned variables and the images' classes."""
 
     images: Tensor
-    """[n c h w], normalised as the experts' training images were."""
+    """[n c h w] images, normalised like the experts' training images."""
     soft_labels: Tensor
     """[n k] logits; a student is trained towards their softmax."""
     step_sizes: Tensor
-    """[a] the student's SGD step size with each backbone."""
+    """[a] step size of the student's SGD for each backbone."""
     labels: Tensor
-    """[n] int64, the class each image was started from; not learned."""
+    """[n] int64 class of the real image that each image started from; not learned."""
 
     @property
     def step_size(self) -> Tensor:
-        """[] that of the first backbone, with which the set is evaluated."""
+        """[] step size of the first backbone, with which the set is evaluated."""
         return self.step_sizes[0]
 
     def clone(self) -> SyntheticSet:
-        """An independent copy, detached from any graph."""
+        """Copy that is independent and detached from any graph."""
         return SyntheticSet(
             self.images.detach().clone(),
             self.soft_labels.detach().clone(),
@@ -46,7 +46,7 @@ class SyntheticSet:
         )
 
     def is_valid(self) -> bool:
-        """Whether every value is finite and the step sizes are positive."""
+        """Whether all learned values are finite and all step sizes are positive."""
         learned = (self.images, self.soft_labels, self.step_sizes)
         return all(bool(t.isfinite().all()) for t in learned) and bool((self.step_sizes > 0).all())
 
@@ -55,7 +55,7 @@ def random_rows(labels: NDArray[np.int64], ipc: int, seed: int) -> NDArray[np.in
     """Rows of `ipc` random images of each class, class by class.
 
     Raises:
-        DatasetError: a class has fewer images than asked for.
+        DatasetError: a class has fewer than `ipc` images.
     """
     order = _shuffled_by_class(labels, seed)
     _require_ipc(order, ipc)
@@ -73,17 +73,18 @@ def correct_rows(
 ) -> NDArray[np.int64]:
     """Rows of `ipc` images of each class that an expert classifies correctly, class by class.
 
-    As published: in shuffled order, those that expert 0 gets right; if a class is short, those of expert 1, and
-    so on. A class that all experts together leave short is filled with its other images.
+    Images are taken in shuffled order, as published: those that expert 0 classifies correctly, then, for classes that
+    are still short, those of expert 1, and so on. A class that is short after all experts is filled with its other
+    images.
 
     Args:
         labels: [n] classes of the real training images.
-        experts: how many experts may be asked.
-        predict: (expert, rows) -> the classes it predicts for those images; asked for no more than needed.
-        classes: those to choose for; none for all.
+        experts: number of experts to use at most.
+        predict: function (expert, rows) -> predicted classes of those images; called for no more rows than needed.
+        classes: classes to choose images for; None for all.
 
     Raises:
-        DatasetError: a class has fewer images than asked for.
+        DatasetError: a class has fewer than `ipc` images.
     """
     order = _shuffled_by_class(labels, seed)
     _require_ipc(order, ipc)
@@ -92,7 +93,8 @@ def correct_rows(
     chosen: list[list[int]] = [[] for _ in order]
     for expert in range(experts):
         asked = 0
-        # Twice the images wanted at a time: most are right, so that a large data set is not predicted whole.
+        # Twice the images still wanted at a time: most are classified correctly, so a large data set is not predicted
+        # whole.
         while any(len(taken) < ipc and asked < len(rows) for rows, taken in zip(order, chosen, strict=True)):
             block = [
                 [int(row) for row in rows[asked : asked + 2 * ipc] if row not in taken] if len(taken) < ipc else []
@@ -111,17 +113,17 @@ def correct_rows(
 
 
 def hard_logits(labels: Tensor, classes: int) -> Tensor:
-    """Hard labels [n] as soft ones [n k]: the softmax gives every other class 2e-9."""
+    """Turn hard labels [n] into soft-label logits [n k] whose softmax gives every other class 2e-9."""
     return 20.0 * torch.nn.functional.one_hot(labels, classes).to(torch.float32)
 
 
 def mean_correct_logits(logits: Iterable[Tensor], labels: Tensor) -> Tensor:
-    """Soft labels [n k]: for each image the mean logits of those experts that classify it correctly.
+    """Soft labels [n k]: for each image the mean logits of the experts that classify it correctly.
 
-    An image that no expert gets right (possible among random ones) takes the mean over all experts.
+    An image that no expert classifies correctly (possible among random ones) gets the mean over all experts.
 
     Args:
-        logits: [n k] of one expert after the other; not kept.
+        logits: logits [n k] of one expert after the other.
         labels: [n] true classes.
     """
     zero = torch.zeros((), device=labels.device)

@@ -153,7 +153,7 @@ def test_vit_small_equals_torchvisions_encoder() -> None:
     )
     ours = [parameter for layer in layers for parameter in layer.parameters()]
     torch.nn.utils.vector_to_parameters(
-        torch.cat([embed.places.flatten(), *(parameter.flatten() for parameter in ours)]), reference.parameters()
+        torch.cat([embed.positions.flatten(), *(parameter.flatten() for parameter in ours)]), reference.parameters()
     )
     images = torch.randn(2, 3, 8, 8)
     patches = embed.patches(images).flatten(2).transpose(1, 2)
@@ -279,7 +279,9 @@ def test_normalisation_that_cannot_be_had_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", ["resnet18", "vgg11", "alexnet", "lenet", "vit-small"])
 def test_images_too_small_are_refused_with_the_least_size(name: str) -> None:
     """One side is enough to be too small."""
-    with pytest.raises(ConfigError, match=rf"{name} takes images from 8x8 pixels, not 7x32\. Use dataset\.resize=8"):
+    with pytest.raises(
+        ConfigError, match=rf"{name} takes images of at least 8x8 pixels, not 7x32\. Use dataset\.resize=8"
+    ):
         meta_network(spec_of(name, (7, 32)))
 
 

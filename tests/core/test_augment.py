@@ -173,5 +173,5 @@ def test_empty_strategy_leaves_images_alone() -> None:
 @pytest.mark.parametrize("strategy", ["blur", "crop_blur", "Crop"])
 def test_unknown_operation_is_refused_with_those_known(strategy: str) -> None:
     """Before any image is touched."""
-    with pytest.raises(ConfigError, match=r"no operation.*color, crop, cutout, flip, scale, rotate"):
+    with pytest.raises(ConfigError, match=r"not an operation.*color, crop, cutout, flip, scale, rotate"):
         draw_augmentation(strategy, 1, generator(0, Purpose.STUDENT_AUGMENTATION))

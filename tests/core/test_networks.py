@@ -76,7 +76,7 @@ def test_building_leaves_the_global_generator_alone() -> None:
 def test_too_deep_a_network_is_refused_with_the_depth_that_fits() -> None:
     """Three halvings leave one pixel of eight; a fourth leaves nothing."""
     build_network(NetworkSpec("convnet", 1, (8, 9), 2, width=4, depth=3), 0)
-    with pytest.raises(ConfigError, match=r"8x9 image to nothing\. Use a depth of at most 3"):
+    with pytest.raises(ConfigError, match=r"8x9 image, which every block halves\. Use a depth of at most 3"):
         build_network(NetworkSpec("convnet", 1, (8, 9), 2, width=4, depth=4), 0)
 
 
