@@ -88,7 +88,9 @@ def _of(out: Location, runs: Sequence[RunConfig]) -> dict[str, Any]:
         ],
         "kept_at": [int(curve["validation.chosen_at"]) for curve in curves],
         "skipped": [int(curve["history.skipped"].sum()) for curve in curves],
-        "shortened": [int((curve["history.overshoot"] > (distill.overshoot or math.inf)).sum()) for curve in curves],
+        "shortened": [
+            int((curve["history.decrease"] > (distill.gradient_limit or math.inf)).sum()) for curve in curves
+        ],
         "cost": {
             "experts": total(e.spent for each in runs for e in read_experts_cost(out / each.name)).to_json(),
             "distillation": total(read_cost(out / each.name) for each in runs).to_json(),
@@ -189,7 +191,7 @@ def crossover_table(found: Mapping[str, Any]) -> list[str]:
     note = f"""se: standard error of the difference, in pairs of the same seed. Lossless: not below all real data by
 more than one; of one distillation this is not known. All of it is of one split: {images}. skipped:
 iterations whose matching loss exceeded the threshold, for each distillation. shortened: gradients
-that promised more than `distill.overshoot` allows. kept: the iteration whose set was kept, by validation images."""
+beyond `distill.gradient_limit`. kept: the iteration whose set was kept, by validation images."""
     return [note, "", *table(head, rows), "", lossless_sentence(found)]
 
 
@@ -288,7 +290,7 @@ def unlimited_table(found: Mapping[str, Any]) -> list[str]:
             ]
         )
     head = ["IPC, range", "skipped without", "skipped with", "shortened with", "accuracy without", "accuracy with"]
-    note = """The same runs with `distill.overshoot=null`. Once a gradient has ruined a set, all iterations are
+    note = """The same runs with `distill.gradient_limit=null`. Once a gradient has ruined a set, all iterations are
 skipped; what is kept then is the set that validation images had chosen before."""
     return [note, "", *table([*head, "with − without, in pairs"], rows)]
 

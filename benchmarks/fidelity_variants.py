@@ -135,7 +135,7 @@ def unlimited_runs(sizes: Sizes, distillations: int, seeds: int) -> Rows:
     found = {}
     for ipc, name in sizes.unlimited:
         start = {**sizes.fixed, "datm": sizes.own[ipc]}[name]
-        changes = [*start.overrides(), "distill.overshoot=null"]
+        changes = [*start.overrides(), "distill.gradient_limit=null"]
         found[ipc, name] = _runs(sizes, ipc, f"{UNLIMITED}-ipc{ipc}-{name}", changes, distillations, seeds)
     return found
 

@@ -1,6 +1,6 @@
-"""The configuration of a run: what is computed (`RunConfig`) and how it is spread over machines (`cluster`).
+"""The configuration of a run: what is computed (`RunConfig`) and how it is spread over machines (`ClusterConfig`).
 
-Frozen, strict models: an unknown key, a wrong type or an impossible range is a `ConfigError` with one clear line,
+All models are frozen and strict. An unknown key, a wrong type or an impossible range raises a `ConfigError` of one line
 before anything starts. A run is one YAML file; `datm-ray recipe show NAME` prints a packaged one to start from.
 """
 
@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,18 +30,18 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 PUBLISHED_AUGMENTATION = "color_crop_cutout_flip_scale_rotate"
-"""The DSA operations of MTT, FTD, TESLA and DATM, for experts, students and evaluation alike."""
+"""DSA operations of MTT, FTD, TESLA and DATM: the default for experts, students and evaluation."""
 
 
 class Section(BaseModel):
-    """Base of all sections: immutable, no unknown keys, no silent conversion of types."""
+    """Base class of all sections: immutable, without unknown keys, without silent conversion of types."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod
     def _none_is_null(cls, values: object) -> object:
-        """YAML's null is what nobody types on a command line."""
+        """Read the text "none" or "None" as null in fields that may be null, for use on a command line."""
         if not isinstance(values, Mapping):
             return values
         optional = {name for name, field in cls.model_fields.items() if type(None) in get_args(field.annotation)}
@@ -48,53 +49,58 @@ class Section(BaseModel):
 
 
 class DatasetConfig(Section):
-    """Which images, and how they are normalised."""
+    """Which images are used, and how they are normalised."""
 
     source: str = "digits"
     """digits, cifar10, cifar100, tiny-imagenet, folder or parquet."""
     path: str | None = None
-    """Where the data set lies; not needed for digits."""
+    """Path of the data set; not needed for digits."""
     resize: Annotated[int, Field(ge=8)] | None = None
     """Side in pixels to resize every image to; null keeps the size."""
     normalisation: Literal["auto", "zca", "standard"] = "auto"
-    """zca: whitening with eps 0.1, as published; standard: mean and standard deviation per channel; auto: zca up to
-    64x64 pixels, standard above."""
+    """zca: whitening with eps 0.1, as published. standard: mean and deviation per channel. auto: zca up to 64x64
+    pixels, else standard."""
     validation: Fraction = 0.1
-    """Share of the training images set aside for validation. Nothing is ever chosen on the test set."""
+    """Share of training images used for validation, in (0, 1)."""
 
     @property
     def kind(self) -> Literal["zca", "standard"]:
-        """`normalisation`, which must not be auto any more: see `RunConfig.resolved`."""
+        """Value of `normalisation` in a resolved configuration, see `RunConfig.resolved`.
+
+        Raises:
+            ValueError: the value is still auto.
+        """
         if self.normalisation == "auto":
             raise ValueError(_UNRESOLVED)
         return self.normalisation
 
     def resolved(self, size: tuple[int, int]) -> DatasetConfig:
-        """Copy with the normalisation that auto means for images of that height and width in pixels.
+        """Copy in which "auto" is replaced by the normalisation for images of `size` (height, width) in pixels.
 
-        Fitting zca takes memory with the fourth power of an image's side and time with the sixth. Estimates on two CPU
-        cores: 6 GB and half an hour at 64x64 RGB, the largest published size, 30 GB and six hours at 96x96.
+        Memory of fitting zca grows with the fourth power of an image's side, time with the sixth. Estimates on two CPU
+        cores: 6 GB and half an hour at 64x64 RGB, the largest published size; 30 GB and six hours at 96x96.
         """
         if self.normalisation != "auto":
             return self
         return self.model_copy(update={"normalisation": "zca" if size[0] * size[1] <= MOST_WHITENED else "standard"})
 
 
-_UNRESOLVED = "the configuration still leaves something to the size of the images; call RunConfig.resolved first"
+_UNRESOLVED = "the configuration still has values that depend on the size of the images; call RunConfig.resolved first"
 MOST_WHITENED = 64 * 64
-"""Pixels of an image up to which normalisation auto means zca."""
+"""Largest number of pixels in an image for which normalisation "auto" means zca, inclusive."""
 SMALLEST_MAP = 3
-"""Pixels a side that depth null leaves of the last maps at least, where the network then has more than two blocks."""
+"""Least side in pixels of the last feature maps when depth is null; smaller images get two blocks all the same."""
 PUBLISHED_DEPTH = 3
-"""Depth of mlp in the literature; all architectures but convnet have it where depth is null."""
+"""Depth of mlp in the literature; every architecture but convnet gets this value where depth is null."""
 
 
 def depth_for(architecture: str, size: tuple[int, int]) -> int:
-    """Depth of a network without one, for images of that height and width in pixels.
+    """Default depth of a network for images of `size` (height, width) in pixels.
 
-    convnet gets as many blocks as leave maps of 3 pixels a side or more, and 2 at least: 2 up to 23 pixels, 3 from 24,
-    4 from 48, 5 from 96, 6 from 192. Published networks for 28, 32, 64 and 128 pixels have the same. mlp gets its
-    published 3 layers at any size; other architectures ignore depth.
+    convnet gets as many blocks as leave feature maps of at least 3 pixels a side, and at least 2 blocks. By the image's
+    smaller side these are 2 up to 23 pixels, 3 from 24, 4 from 48, 5 from 96, 6 from 192. Published networks for 28,
+    32, 64 and 128 pixels have these depths. mlp gets its published 3 layers at any size; other architectures ignore
+    depth.
     """
     if architecture != "convnet":
         return PUBLISHED_DEPTH
@@ -102,115 +108,114 @@ def depth_for(architecture: str, size: tuple[int, int]) -> int:
 
 
 PUBLISHED_WIDTH = 128
-"""Channels of ConvNet's convolutions; other architectures have their own published width where theirs is this."""
+"""Channels of ConvNet's convolutions as published; at this value other architectures have their own published width."""
 
 
 class NetworkConfig(Section):
-    """The backbone: experts, students and evaluation networks."""
+    """The backbone: architecture of experts, students and evaluation networks."""
 
     architecture: str = "convnet"
-    """Name in the registry of networks."""
+    """Registered name: convnet, resnet18, vgg11, lenet, mlp, ..."""
     width: Count = PUBLISHED_WIDTH
-    """Channels of every convolution of convnet, 128 as published; others are narrower or wider in proportion."""
+    """Channels of convnet's layers; others scale in proportion."""
     depth: Count | None = None
-    """Convolution blocks, each halving the image; null follows its smaller side: 2 up to 23 pixels, 3 from 24, 4 from
-    48, 5 from 96, 6 from 192. mlp has this many layers, 3 where it is null."""
+    """Blocks of convnet (each halves the image) or layers of mlp. null: 2 to 6 by image size; mlp 3."""
     norm: Literal["instance", "batch", "group", "none"] = "instance"
-    """Normalisation; batch cannot be matched."""
+    """Normalisation layers; networks with batch cannot be distilled."""
     pooling: Literal["avg", "max", "none"] = "avg"
-    """2x2 pooling that ends every block."""
+    """2x2 pooling at the end of every convnet block."""
 
     def resolved(self, size: tuple[int, int]) -> NetworkConfig:
-        """Copy with the depth that null means for images of that height and width in pixels."""
+        """Copy in which a depth of None is replaced by the default for images of `size` (height, width) in pixels."""
         if self.depth is not None:
             return self
         return self.model_copy(update={"depth": depth_for(self.architecture, size)})
 
 
 class BackboneConfig(Section):
-    """A further network that is matched together with the first, on experts of its own."""
+    """A further network that is matched together with the first, against experts of its own."""
 
     network: NetworkConfig
-    """The network; its experts are trained as those of the first."""
+    """The network; its experts are trained like those of the first network."""
     weight: Positive = 1.0
-    """Of its matching loss; the first network's has weight 1."""
+    """Weight of this network's matching loss; the first network has weight 1."""
 
 
 class ExpertConfig(Section):
-    """Training of the expert trajectories on real data: SGD as in MTT, or GSAM as in FTD and DATM."""
+    """Training of the experts on real data: SGD as in MTT, or GSAM as in FTD and DATM."""
 
     count: Annotated[int, Field(ge=1, le=100_000)] = 100
-    """Number of experts."""
+    """Number of experts, 1 to 100000."""
     epochs: Count = 100
-    """Epochs of each; parameters are stored before the first and after every one."""
+    """Epochs of training per expert."""
     batch_size: Count = 256
     """Images per SGD step; the last, smaller batch is kept."""
     learning_rate: Positive = 0.01
-    """Constant."""
+    """Learning rate, constant."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Zero as published: trajectories without it are easier to imitate."""
+    """Momentum in [0, 1); 0 as published, for easier matching."""
     weight_decay: NonNegative = 0.0
     """L2 penalty."""
     augmentation: str = PUBLISHED_AUGMENTATION
     """DSA operations joined by underscores; '' for none."""
     optimiser: Literal["sgd", "gsam"] = "sgd"
-    """gsam takes two gradients a step and finds flatter trajectories, which are easier to imitate."""
+    """gsam: two gradients per step, flatter trajectories."""
     rho: Positive = 0.01
-    """Of gsam: length of the step to the worst point nearby; 0.01 in all published runs, not FTD's default of 2."""
+    """gsam: length of the ascent step; 0.01 as published."""
     alpha: NonNegative = 0.3
-    """Of gsam: share that is taken off of the gradient's part at right angles to the one at the worst point."""
+    """gsam: how much of the orthogonal gradient part is subtracted."""
     adaptive: bool = True
-    """Of gsam: scale the neighbourhood with the size of each parameter."""
+    """gsam: scale the ascent step by each parameter's size."""
     keep_epochs: Count | None = None
-    """Epochs up to this one are stored, and the last one; null stores those that the recipe can match."""
+    """Store epochs 0 to this one and the last; null: all matchable."""
     storage: Literal["float32", "float16", "bfloat16"] = "float32"
-    """How parameters are stored; two bytes each halve the store and what is read of it, and round the trajectories."""
+    """Type of stored parameters; 16 bits halve the store but round."""
     test_every: Annotated[int, Field(ge=0)] = 0
-    """Epochs between measurements of test accuracy, to look at only; 0 for none. Stored with the epochs that are."""
+    """Epochs between measurements of test accuracy (for display only); 0 for none. Only stored epochs have one."""
 
 
 class DistillConfig(Section):
-    """Difficulty-aligned trajectory matching."""
+    """Difficulty-aligned trajectory matching (DATM)."""
 
     ipc: Count = 10
     """Synthetic images per class."""
     iterations: Count = 10_000
     """Matching iterations."""
     student_steps: Count = 80
-    """SGD steps T of the student in one iteration."""
+    """SGD steps of the student per iteration (T)."""
     expert_epochs: Count = 2
-    """How many epochs past the start the target lies (M)."""
+    """Epochs from the start to the target on the trajectory (M)."""
     batch_size: Count = 100
     """Synthetic images per student step."""
     first_start: Epoch = 0
-    """Earliest start epoch."""
+    """Earliest start epoch, inclusive."""
     start_bound: Count = 10
-    """First start epoch that is too late at iteration 0."""
+    """Exclusive upper bound of the start epoch at iteration 0."""
     final_start_bound: Count = 20
-    """First start epoch that is too late once the range has grown; equal to start_bound for a fixed range."""
+    """Final exclusive bound; equal to start_bound if fixed."""
     expand_iterations: Annotated[int, Field(ge=0)] = 1000
     """Iterations over which the bound grows; 0 for a fixed range."""
     learning_rate_images: Positive = 100.0
-    """Of SGD on the pixels, momentum 0.5."""
+    """Learning rate of SGD on the pixels, momentum 0.5."""
     learning_rate_labels: NonNegative = 2.0
-    """Of SGD on the soft-label logits, momentum 0.9; 0 keeps the initial soft labels."""
+    """Learning rate of the soft labels, momentum 0.9; 0: none."""
     learning_rate_step_size: NonNegative = 1e-5
-    """Of SGD on the student's step size, momentum 0.5."""
+    """Learning rate of the student's step size, momentum 0.5."""
     initial: Literal["correct", "random"] = "correct"
-    """Real images to start from: those that an expert classifies correctly, as DATM, or any."""
+    """Real images to start from: correctly classified, or any."""
     labels: Literal["soft", "hard"] = "soft"
-    """soft: the experts' mean correct logits, then learned, as DATM; hard: the classes, not learned, as MTT."""
+    """soft: the experts' mean logits, then learned; hard: fixed."""
     initial_step_size: Positive = 0.01
     """The student's step size at the start."""
     threshold: Positive = 1.0
-    """Iterations whose matching loss exceeds this are skipped and counted, as are those that overflow."""
-    overshoot: Positive | None = 10.0
-    """A gradient is shortened where a step along it would, to first order, lower the matching loss by more than so many
-    times its value: one that explodes ruins a set. null shortens none, as published."""
+    """Matching loss above which an iteration is skipped."""
+    gradient_limit: Positive | None = 10.0
+    """Largest first-order decrease of the loss by one step, in multiples of the loss; longer gradients are shortened.
+    null: no limit, as published."""
     augmentation: str = PUBLISHED_AUGMENTATION
     """DSA operations of the student's steps."""
     validate_every: Count = 500
-    """Iterations between trainings on the current set that are scored on validation data, to choose the set to keep."""
+    """Iterations between validations, which choose the set to keep."""
     validation_seeds: Count = 1
     """Networks trained at each validation."""
     checkpoint_every: Count = 100
@@ -218,113 +223,112 @@ class DistillConfig(Section):
 
 
 class AuxiliaryExpertConfig(ExpertConfig):
-    """Training of MetaDD's auxiliaries, of which only the last epoch is used."""
+    """Training of MetaDD's auxiliaries; only their last epoch is used."""
 
     count: Annotated[int, Field(ge=1, le=100)] = 1
-    """Number of experts of each network; they take turns."""
+    """Experts per network, 1 to 100; used in turn."""
     epochs: Count = 50
-    """Epochs of each."""
+    """Epochs of training per expert."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """These are not imitated, so they may be trained as networks usually are."""
+    """Momentum in [0, 1)."""
     keep_epochs: Count | None = 1
-    """Epochs up to this one are stored, and the last one."""
+    """Store epochs 0 to this one and the last; null: all."""
 
 
 class MetaConfig(Section):
-    """MetaDD: losses on class activation maps, so that the set works on networks that it was not made with."""
+    """MetaDD: losses on class activation maps, for sets that work on other networks."""
 
     auxiliaries: Annotated[tuple[NetworkConfig, ...], Field(strict=False, min_length=1, max_length=16)]
-    """Architectures that look at the images beside the first backbone, e.g. `[{architecture: resnet18}]`."""
+    """Architectures beside the first network, such as `[{architecture: resnet18}]`."""
     experts: AuxiliaryExpertConfig = AuxiliaryExpertConfig()
-    """How the auxiliaries are trained; only the last epoch is used. Several experts of each take turns."""
+    """Training of the auxiliaries; only their last epoch is used."""
     variance: NonNegative = 1.0
     """Weight of the maps' variance over the networks."""
     invariance: NonNegative = 0.01
-    """Weight of the auxiliaries' cross-entropy and divergence from the backbone."""
+    """Weight of the auxiliaries' cross-entropy and divergence."""
     position: NonNegative = 0.1
     """Weight of evidence against the class."""
     divergence: Annotated[float, Field(allow_inf_nan=False)] = 1.0
-    """Of the auxiliaries from the backbone, within invariance; negative pushes them apart."""
+    """Weight, within invariance, of the auxiliaries' divergence from the first network; negative pushes them apart."""
     variance_of: Literal["maps", "logits"] = "maps"
-    """logits: a control, the variance of the networks' logits in place of that of their maps."""
+    """logits: as a control, variance of logits instead of maps."""
     threshold: Fraction = 0.5
-    """Of a map from 0 to 1, from which on a pixel counts as a feature; decides the reported ratio only."""
+    """Map value in (0, 1) from which a pixel counts as a feature; affects only the reported ratio."""
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Of the images, drawn anew for every iteration, that the losses look at."""
+    """Share of images used per iteration, in (0, 1]; drawn anew."""
 
     @model_validator(mode="after")
     def _auxiliaries_differ(self) -> MetaConfig:
         for number, network in enumerate(self.auxiliaries):
             if network in self.auxiliaries[:number]:
                 raise ValueError(
-                    f"metadd.auxiliaries.{number} is there already; give each network once, and raise "
+                    f"metadd.auxiliaries.{number} repeats an earlier network; give each network once, and raise "
                     "metadd.experts.count for several experts of it"
                 )
         return self
 
 
 class EvaluateConfig(Section):
-    """Training fresh networks on the synthetic set and scoring them on the test set."""
+    """Training of fresh networks on the synthetic set, scored on the test set."""
 
     protocol: Literal["published", "short", "quick"] = "published"
-    """published: 1001 epochs, learning rate divided by ten half way; short: 500 epochs; quick: 20, also at validation,
-    to see that a run works, not how good its set is."""
+    """published: 1001 epochs, learning rate divided by 10 halfway. short: 500 epochs. quick: 20, a trial."""
     seeds: Count = 5
-    """Fresh networks for each row of the table."""
+    """Fresh networks per row of the table."""
     networks: Annotated[tuple[NetworkConfig, ...], Field(strict=False, max_length=64)] = ()
-    """Architectures to score the set on, beside the table, each with the learned and with a tuned step size."""
+    """Architectures to score the set on as well, each with the learned and with a tuned step size."""
     optimiser: Literal["sgd", "adamw"] = "sgd"
-    """adamw for what SGD does not train, as transformers; the learned step size is SGD's, so all are tuned then."""
+    """adamw: for networks that SGD does not train (transformers); its step size is always tuned."""
     real_epochs: Count = 100
     """Epochs of the control that trains on all real data."""
     fair: bool = False
-    """Also train what DD-Ranking's label-robust and augmentation-robust scores need: three more rows of networks."""
+    """Also compute DD-Ranking's LRS and ARS: three more rows."""
     augmentation: str = PUBLISHED_AUGMENTATION
-    """DSA operations while training."""
+    """DSA operations during evaluation."""
 
 
 class ClusterConfig(Section):
-    """How the work is spread. Changes no result but in the last bits of float sums (threads, device, compilation)."""
+    """How the work is spread. Only threads, device, precision and compilation change results, by rounding."""
 
     workers: Count | None = None
-    """Parallel workers; null takes as many as the CPUs (or GPUs) allow."""
+    """Parallel workers; null: as many as CPUs (or GPUs) allow."""
     threads_per_worker: Count = 1
-    """CPU threads of each worker. Fixed, because float sums depend on how many threads share them."""
+    """CPU threads per worker; fixed, as it affects rounding."""
     gpus_per_worker: NonNegative | None = None
-    """GPUs of each worker on Ray; a fraction lets several share one. null takes one each where the cluster has GPUs."""
+    """GPUs per worker on Ray; a fraction lets several workers share one. null: 1, or 0 if the cluster has none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU where a worker has one."""
+    """auto: a GPU where a worker has one, else the CPU."""
     compile: bool = True
-    """Compile the student step where a C++ compiler is present."""
+    """Compile the student step if there is a C++ compiler."""
     shards: Count = 1
-    """Workers that share one distillation, each with some of the classes."""
+    """Workers per distillation, each with some of the classes."""
     experts_at_a_time: Count | None = None
-    """Experts that one worker trains at a time, in shared calls; null takes the fastest, at most 8."""
+    """Experts trained at once per worker; null: fastest, up to 8."""
     backbones_apart: bool = False
-    """Whether every backbone gets workers of its own, as many as there are shards."""
+    """Give every network under `backbones` workers of its own."""
     auxiliaries_apart: bool = False
-    """Whether every auxiliary network of metadd gets workers of its own, as many as there are shards."""
+    """Give every auxiliary of metadd workers of its own."""
     memory: str | None = None
-    """What one distilling worker may take, e.g. 8GiB; null takes what the device has free."""
+    """Memory per distilling worker, such as 8GiB; null: all free."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
-    """Of the student step's products; tf32 and bfloat16 need a GPU."""
+    """Products of the student step; tf32 and bfloat16 need a GPU."""
     channels_last: bool = True
-    """Keep maps of experts and students with their channels innermost: faster on CPUs, and rounds more coarsely."""
+    """Keep channels innermost: faster on CPUs, coarser rounding."""
     peer_timeout: Annotated[float, Field(ge=0.1, le=86_400)] = 300.0
-    """Seconds after which a worker that others wait for counts as lost; a student step must be shorter."""
+    """Seconds without an answer before a worker is declared lost; must exceed one student step."""
     wait_for_nodes: Annotated[float, Field(ge=0, le=7 * 86_400)] = 0.0
-    """Seconds to wait for machines where there is no room: for cluster.workers at the start, and for any after losses,
-    where it is a minute at least. A cluster that grows on demand needs minutes."""
+    """Seconds to wait for free resources, at the start and after a loss (then at least 60); autoscaling needs
+    minutes."""
     retries: Annotated[int, Field(ge=0)] = 3
-    """How often in a row a task that gets no further is given to new workers after a worker was lost."""
+    """Restarts of a task without progress after lost workers."""
     log_to: Literal["none", "tensorboard", "wandb"] = "none"
-    """Curves beside Ray's own metrics: tensorboard writes to <out>/tensorboard; both must be installed."""
+    """Curves beside Ray's metrics: tensorboard writes to <out>/tensorboard. Either must be installed."""
 
     @field_validator("memory", mode="before")
     @classmethod
     def _memory_is_a_size(cls, value: Any) -> Any:
         if isinstance(value, int) and not isinstance(value, bool):
-            value = str(value)  # YAML reads a plain number of bytes as one
+            value = str(value)  # YAML reads a plain number of bytes as an integer
         if isinstance(value, str):
             try:
                 parse_bytes(value)
@@ -334,7 +338,7 @@ class ClusterConfig(Section):
 
     @property
     def memory_bytes(self) -> int | None:
-        """`memory` in bytes."""
+        """Value of `memory` in bytes; None if it is null."""
         return None if self.memory is None else parse_bytes(self.memory)
 
 
@@ -342,10 +346,10 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b|([kmgt]))?\s*", re.I
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of a size in words: 8GiB, 512 MiB, 6 GB (of 10^9 bytes), 8G (the same), or a plain number of bytes.
+    """Number of bytes in a size such as 8GiB, 512 MiB, 6 GB or 6G (10^9 bytes each), or a plain number of bytes.
 
     Raises:
-        ConfigError: it cannot be read, or is less than one byte.
+        ConfigError: the text is no size, or the size is less than one byte.
     """
     match = _SIZE.fullmatch(text)
     size = 0
@@ -355,56 +359,60 @@ def parse_bytes(text: str) -> int:
         value = float(number) * (1024 if binary else 1000) ** power
         size = int(value) if math.isfinite(value) else 0
     if size < 1:
-        raise ConfigError(f"{text!r} is no size of memory", remedy="write it like 8GiB, 512MiB or 6GB")
+        raise ConfigError(f"invalid size {text!r}", remedy="use a number with a unit, such as 8GiB or 512MiB")
     return size
 
 
 @dataclass(frozen=True)
 class Role:
-    """What one worker of a set computes."""
+    """Part of the work that one worker computes for a synthetic set."""
 
     backbones: tuple[int, ...]
-    """That it matches, by number."""
-    seen_by: tuple[int, ...]
-    """Networks of metadd that it holds: 0 is the first backbone, then the auxiliaries."""
+    """Numbers of the backbones that this worker matches; 0 is `RunConfig.network`."""
+    meta_networks: tuple[int, ...]
+    """Numbers of the MetaDD networks that this worker holds: 0 is the first backbone, then the auxiliaries."""
 
 
 RESERVED_NAMES = frozenset({"experts", "controls", "report.html", "summary.json", "tensorboard", "transforms", "wandb"})
-"""What lies beside the runs in an output folder."""
+"""File and folder names beside the runs in an output folder; no run may have one of them."""
 
 
 class RunConfig(Section):
     """One run: experts, distillation, evaluation."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
-    """Names the run's folder and its row in tables."""
+    """Name of the run's folder and of its row in tables."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Everything random follows from it."""
+    """Seed of all random numbers, 0 to 2^63 - 1."""
     dataset: DatasetConfig = DatasetConfig()
     network: NetworkConfig = NetworkConfig()
     backbones: Annotated[tuple[BackboneConfig, ...], Field(strict=False)] = ()
-    """Further networks to match at the same time, each `{network: {...}, weight: 1.0}`; the first evaluates."""
+    """Further networks to match at the same time, each `{network: {...}, weight: 1.0}`. The first network evaluates."""
     experts: ExpertConfig = ExpertConfig()
     distill: DistillConfig = DistillConfig()
     metadd: MetaConfig | None = None
-    """Losses that make the set work on other networks; null leaves them out. Such as `{auxiliaries: [...]}`."""
+    """MetaDD's losses, such as `{auxiliaries: [...]}`, for sets that work on other networks; null for none."""
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
     def _ranges_are_possible(self) -> RunConfig:
         if self.name in RESERVED_NAMES:
-            raise ValueError(f"name is {self.name!r}, which is a file or folder beside the runs; choose another name")
+            raise ValueError(
+                f"name is {self.name!r}, which is reserved for a file or folder of the output; choose another name"
+            )
         d = self.distill
         if d.first_start >= d.start_bound:
-            raise ValueError(f"distill.first_start {d.first_start} leaves no start below start_bound {d.start_bound}")
+            raise ValueError(f"distill.first_start {d.first_start} is not below distill.start_bound {d.start_bound}")
         if d.start_bound > d.final_start_bound:
-            raise ValueError(f"distill.start_bound {d.start_bound} exceeds final_start_bound {d.final_start_bound}")
+            raise ValueError(
+                f"distill.start_bound {d.start_bound} exceeds distill.final_start_bound {d.final_start_bound}"
+            )
         latest = d.final_start_bound - 1 + d.expert_epochs
         if latest > self.experts.epochs:
             raise ValueError(
                 f"distill.final_start_bound {d.final_start_bound} with expert_epochs {d.expert_epochs} needs epoch "
-                f"{latest}, beyond the trajectory's {self.experts.epochs} (experts.epochs)"
+                f"{latest}, but experts.epochs is {self.experts.epochs}"
             )
         keep = self.experts.keep_epochs
         if keep is not None and keep < min(latest, self.experts.epochs - 1):
@@ -417,39 +425,39 @@ class RunConfig(Section):
             raise ValueError("cluster.auxiliaries_apart is set, but the recipe has no metadd section")
         if self.cluster.workers is not None and self.workers_per_set > self.cluster.workers:
             raise ValueError(
-                f"one set takes {self.workers_per_set} workers at once (cluster.shards, times the networks that "
-                f"cluster.backbones_apart and auxiliaries_apart set apart), but cluster.workers is "
-                f"{self.cluster.workers}"
+                f"one set needs {self.workers_per_set} workers at once (cluster.shards, times the networks that have "
+                f"workers of their own), but cluster.workers is {self.cluster.workers}"
             )
         return self
 
     @property
     def is_matchable(self) -> bool:
-        """Whether every network of the run can be matched, and not only trained."""
+        """Whether every network of the run can be matched. Networks with batch normalisation can only be trained."""
         return not self._unmatchable
 
     def require_matchable(self) -> None:
-        """Raise a `ConfigError` if a network of the run can only be trained, and not matched."""
+        """Raise a `ConfigError` if a network of the run can be trained but not matched."""
         for key in self._unmatchable:
             raise ConfigError(
                 f"{key}.norm is 'batch', which cannot be matched",
-                "batch statistics couple the images of a batch, so its gradient is not a sum over images",
+                "batch statistics couple the images of a batch, so the gradient is not a sum over images",
                 f"use {key}.norm=instance; `datm-ray experts` trains networks with any norm",
             )
 
     @property
     def _unmatchable(self) -> list[str]:
-        """Keys of the networks that cannot be matched."""
+        """Configuration keys of the networks that cannot be matched."""
         networks = {"network": self.network} | {
             f"backbones.{number}.network": backbone.network for number, backbone in enumerate(self.backbones)
         }
         return [key for key, network in networks.items() if network.norm == "batch"]
 
     def resolved(self, size: tuple[int, int]) -> RunConfig:
-        """Copy for images of that height and width in pixels, in which no normalisation is auto and no depth is null.
+        """Copy for images of `size` (height, width) in pixels, without "auto" normalisation and without a depth of
+        None.
 
-        A run is the same as one that gives these values itself. Identities, fingerprints and everything that is
-        written to a run's folder come from a resolved configuration.
+        The copy equals a run that gives these values itself. Identities, fingerprints and everything that is written to
+        a run's folder come from a resolved configuration.
 
         Raises:
             ConfigError: two of metadd.auxiliaries have become the same network.
@@ -469,13 +477,13 @@ class RunConfig(Section):
         return parse_config(self.model_copy(update=changes).model_dump(), self.name)
 
     def each_backbone(self) -> list[RunConfig]:
-        """The run with each of its networks alone: what decides that network's experts."""
+        """One copy of the run per backbone, with this network alone: it decides the network's experts."""
         networks = [self.network, *(backbone.network for backbone in self.backbones)]
         alone = {"backbones": (), "metadd": None}
         return [self.model_copy(update={"network": network, **alone}) for network in networks]
 
     def each_auxiliary(self) -> list[RunConfig]:
-        """The run with each auxiliary network of metadd alone: what decides that network's experts."""
+        """One copy of the run per auxiliary of metadd, with this network alone: it decides the network's experts."""
         if self.metadd is None:
             return []
         alone = {"backbones": (), "metadd": None, "experts": self.metadd.experts}
@@ -483,63 +491,65 @@ class RunConfig(Section):
 
     @property
     def weights(self) -> list[float]:
-        """Of each backbone's matching loss."""
+        """Weights of the backbones' matching losses, in the order of `each_backbone`."""
         return [1.0, *(backbone.weight for backbone in self.backbones)]
 
     @property
     def workers_per_set(self) -> int:
-        """Workers that distil one set together."""
+        """Number of workers that distil one set together."""
         return self.cluster.shards * len(self.roles)
 
     @property
     def scored_networks(self) -> tuple[NetworkConfig, ...]:
-        """Architectures that the set is scored on beside the table, the backbone always among them; or none."""
+        """Architectures to score the set on beside the table, the first backbone included; empty for none."""
         others = [network for network in self.evaluate.networks if network != self.network]
         return (self.network, *others) if self.evaluate.networks else ()
 
     @property
     def whole_role(self) -> Role:
-        """Of one worker, or row of shards, that does everything."""
-        return Role(tuple(range(len(self.weights))), tuple(range(0 if self.metadd is None else self.networks_looking)))
+        """Role of a worker, or of each worker in a row of shards, that computes all networks."""
+        return Role(
+            tuple(range(len(self.weights))), tuple(range(0 if self.metadd is None else self.meta_network_count))
+        )
 
     @property
-    def networks_looking(self) -> int:
-        """Networks of metadd: the first backbone and the auxiliaries."""
+    def meta_network_count(self) -> int:
+        """Number of MetaDD networks: the first backbone and the auxiliaries; 1 without metadd."""
         return 1 + len(self.each_auxiliary())
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """Of the rows of workers that distil one set together; the first has the first backbone."""
+        """Roles of the rows of workers that distil one set together; the first row has the first backbone."""
         cluster = self.cluster
-        backbones, auxiliaries = range(len(self.weights)), range(1, self.networks_looking)
+        backbones, auxiliaries = range(len(self.weights)), range(1, self.meta_network_count)
         first = Role(
             backbones=(0,) if cluster.backbones_apart else tuple(backbones),
-            seen_by=() if self.metadd is None else (0,) if cluster.auxiliaries_apart else (0, *auxiliaries),
+            meta_networks=() if self.metadd is None else (0,) if cluster.auxiliaries_apart else (0, *auxiliaries),
         )
         more = [Role((number,), ()) for number in backbones[1:] if cluster.backbones_apart]
         return (first, *more, *(Role((), (number,)) for number in auxiliaries if cluster.auxiliaries_apart))
 
     @property
     def latest_matched(self) -> int:
-        """The last epoch of a trajectory that is ever a start or a target."""
+        """Last epoch of a trajectory that can be a start or a target, inclusive."""
         return self.distill.final_start_bound - 1 + self.distill.expert_epochs
 
     @property
     def kept_bound(self) -> int:
-        """The last epoch of each expert that is stored, but for the very last one."""
+        """Last epoch of the stored range, inclusive; an expert's very last epoch is stored besides."""
         return self.experts.keep_epochs or self.latest_matched
 
     @property
     def kept_epochs(self) -> tuple[int, ...]:
-        """The epochs of each expert that are stored: those that may be matched, and the last, whose logits are used."""
+        """Stored epochs of each expert: those that may be matched, and the last, whose logits are used."""
         return (*range(min(self.kept_bound + 1, self.experts.epochs)), self.experts.epochs)
 
     def identity(self) -> dict[str, Any]:
-        """Everything that decides the synthetic set and each single accuracy, as plain data, of a resolved run.
+        """Plain data that decides the synthetic set and each single accuracy; needs a resolved run.
 
-        Not `cluster`; not where the data set lies, for its content has a fingerprint; not how many networks are scored,
-        with which optimiser and for which scores, for more can be added to a finished run (results of each have places
-        of their own); and not what of the experts is kept beyond what is matched.
+        Left out are `cluster` and the data set's path, because the data set's content has a fingerprint of its own.
+        Number of seeds, further networks, their optimiser and `fair` are left out, because they can be added to a
+        finished run. Stored epochs beyond the matched ones are left out too.
         """
         left_out: dict[str, Any] = {
             "cluster": True,
@@ -548,10 +558,10 @@ class RunConfig(Section):
             "experts": {"keep_epochs", "test_every"},
         }
         identity = self.model_dump(exclude=left_out)
-        for name, default in (("initial", "correct"), ("labels", "soft"), ("overshoot", None)):
-            if identity["distill"][name] == default:  # as before there was such a choice
+        for name, default in (("initial", "correct"), ("labels", "soft"), ("gradient_limit", None)):
+            if identity["distill"][name] == default:  # keeps the identity of runs made before the key existed
                 identity["distill"].pop(name)
-        if self.metadd is None:  # as before there was such a section
+        if self.metadd is None:  # keeps the identity of runs made before the section existed
             identity.pop("metadd")
         else:
             for name in ("keep_epochs", "test_every"):
@@ -560,13 +570,13 @@ class RunConfig(Section):
 
 
 def stable_hash(value: Any) -> str:
-    """Sixteen hex digits that depend on the content of plain data and on nothing else."""
+    """Hash of plain data, sixteen hex digits; equal data have equal hashes on every machine."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def expert_fingerprint(config: RunConfig, dataset_fingerprint: str) -> str:
-    """Sixteen hex digits shared by all runs that can use the same experts, and by no others.
+    """Fingerprint of the experts that a run needs, sixteen hex digits; equal for two runs if they can share experts.
 
     Raises:
         ValueError: the configuration is not resolved, see `RunConfig.resolved`.
@@ -591,10 +601,10 @@ def parse_config(values: Mapping[str, Any], origin: str) -> RunConfig:
     """Validate plain data as a `RunConfig`.
 
     Args:
-        origin: what to call the source in messages, e.g. the file's name.
+        origin: name of the source in messages, such as the file's name.
 
     Raises:
-        ConfigError: the first thing that is wrong, in one line.
+        ConfigError: a key or value is wrong; the message names the first one.
     """
     try:
         return RunConfig.model_validate(values)
@@ -606,7 +616,7 @@ def load_config(path: str) -> RunConfig:
     """Read a run's YAML file.
 
     Raises:
-        ConfigError: no such file, not YAML, or not a valid configuration.
+        ConfigError: the file is missing, not YAML, or not a valid configuration.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -619,29 +629,38 @@ def load_config(path: str) -> RunConfig:
 
 
 def _plain_name(stem: str) -> str:
-    """A file's name as a run may be called; "run" where nothing is left of it."""
+    """Name of a run made from a file's name without its suffix; "run" if no allowed character is left."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._") or "run"
 
 
 def load_config_text(text: str, origin: str, default_name: str = "run") -> RunConfig:
-    """As `load_config`, from the file's text.
+    """Read a run's configuration from YAML text.
 
     Args:
-        origin: what to call the source in messages.
-        default_name: the run's name where the text gives none.
+        origin: name of the source in messages.
+        default_name: name of the run if the text gives none.
     """
     return parse_config({"name": default_name, **_read_sections(text, origin)}, origin)
 
 
-def load_recipe_of_run(text: str, origin: str) -> RunConfig:
-    """The recipe that `to_yaml` wrote for a run, from the file's text.
+RENAMED = {"distill.overshoot": "distill.gradient_limit"}  # former name
+"""Keys of earlier versions and their present names; recipes of saved runs may still have the former."""
 
-    It names every field, so that one which is missing was not there yet, and the run was made without it.
+
+def load_recipe_of_run(text: str, origin: str) -> RunConfig:
+    """Read the recipe that `to_yaml` wrote for a run, by this version or an earlier one.
+
+    `to_yaml` writes every field. A missing field did not exist yet, so the run was made without it.
     """
     values = _read_sections(text, origin)
     distill = values.get("distill")
     if isinstance(distill, dict):
-        distill.setdefault("overshoot", None)
+        for old, new in RENAMED.items():
+            section, _, field = old.partition(".")
+            keys = values.get(section)
+            if isinstance(keys, dict) and field in keys:
+                keys[new.partition(".")[2]] = keys.pop(field)
+        distill.setdefault("gradient_limit", None)
     return parse_config(values, origin)
 
 
@@ -653,19 +672,18 @@ def _read_sections(text: str, origin: str) -> dict[str, Any]:
 
 
 def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
-    """Apply `section.field=value` overrides; values are read as YAML.
+    """Apply overrides of the form `section.field=value`; values are read as YAML.
 
-    The value of a field of text is taken as it stands, without blanks around it, unless it is empty, null or in
-    quotes.
+    Text fields take the value literally, without surrounding blanks, unless it is empty, null or quoted.
 
     Raises:
-        ConfigError: not an assignment, unknown key, wrong type or impossible range.
+        ConfigError: an override is no assignment, or has an unknown key, a wrong type or an impossible range.
     """
     values = config.model_dump()
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
-            raise ConfigError(f"--set {assignment!r} is no assignment", remedy="write --set section.field=value")
+            raise ConfigError(f"--set {assignment!r} is not an assignment", remedy="write --set section.field=value")
         *sections, field = key.strip().split(".")
         target = values
         for section in sections:
@@ -673,7 +691,7 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
                 target[section] = {}
             target = target[section]
             if not isinstance(target, dict):
-                raise ConfigError(f"--set {assignment!r}: {section!r} is no section", remedy=_known_keys(()))
+                raise ConfigError(f"--set {assignment!r}: {section!r} is not a section", remedy=_known_keys(()))
         bare = text.strip(" \t")
         is_text = _takes_text([*sections, field]) and bare not in ("", "null") and not _QUOTED.fullmatch(bare)
         target[field] = bare if is_text else _read_yaml(text, f"--set {assignment!r}")
@@ -684,7 +702,7 @@ _QUOTED = re.compile(r"\"(.*)\"|'(.*)'", re.DOTALL)
 
 
 def _takes_text(path: Sequence[str]) -> bool:
-    """Whether the field takes any text, so that a path such as `a #1` or a name such as 1e3 stays what it is."""
+    """Whether the field at this path takes any text; then `a #1` or `1e3` stay what they are."""
     model: type[BaseModel] | None = RunConfig
     for section in path[:-1]:
         field = model.model_fields.get(section) if model else None
@@ -694,7 +712,7 @@ def _takes_text(path: Sequence[str]) -> bool:
 
 
 def network_names(networks: Sequence[NetworkConfig]) -> list[str]:
-    """Short: the architecture, a width that is not the published one, and what else tells those of one apart."""
+    """Short names of networks: the architecture, a width that is not the published one, and further differences."""
 
     def told(network: NetworkConfig) -> Iterator[str]:
         alike = [each for each in networks if each.architecture == network.architecture]
@@ -711,20 +729,20 @@ def network_names(networks: Sequence[NetworkConfig]) -> list[str]:
 
 
 def scored_on(config: RunConfig, names: Sequence[str]) -> RunConfig:
-    """The run, to be scored on the architectures of these names, see `networks_named`, too."""
+    """Copy of the run that is also scored on the architectures of these names, see `networks_named`."""
     evaluate = config.evaluate.model_copy(update={"networks": tuple(networks_named(config, names))})
     return config.model_copy(update={"evaluate": evaluate})
 
 
 def networks_named(config: RunConfig, names: Sequence[str]) -> dict[NetworkConfig, str]:
-    """The networks that are meant by names of architectures, each with the name that stands for it.
+    """Networks given by names of architectures, each with the name that stands for it.
 
     Args:
-        names: NAME or NAME:WIDTH. A NAME is every network of that architecture that the recipe has, or else the
-            published one; with a WIDTH it is the first of them, narrower or wider.
+        names: NAME or NAME:WIDTH. A NAME means every network of that architecture in the recipe, or else the published
+            one. NAME:WIDTH means the first of them with another width.
 
     Raises:
-        ConfigError: a width that is no number.
+        ConfigError: a width is no number.
     """
     own = [config.network, *(backbone.network for backbone in config.backbones)]
     own += config.metadd.auxiliaries if config.metadd else ()
@@ -746,52 +764,62 @@ def networks_named(config: RunConfig, names: Sequence[str]) -> dict[NetworkConfi
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The configuration as YAML with a comment beside every field, readable by `load_config`."""
+    """YAML text of the configuration with a comment for every field, readable by `load_config`."""
     lines: list[str] = []
     for name in RunConfig.model_fields:
         value = getattr(config, name)
         if not isinstance(value, Section):
-            lines.append(_yaml_line(config, name))
+            lines += _yaml_lines(config, name, "")
             continue
-        lines += ["", f"{name}:  # {_first_sentence(type(value).__doc__)}"]
-        lines += ["  " + _yaml_line(value, field) for field in type(value).model_fields]
+        lines += ["", *_commented(f"{name}:", type(value).__doc__)]
+        lines += [line for field in type(value).model_fields for line in _yaml_lines(value, field, "  ")]
     return "\n".join(lines) + "\n"
 
 
-def _yaml_line(section: Section, field: str) -> str:
+def _yaml_lines(section: Section, field: str, indent: str) -> list[str]:
     plain = section.model_dump(mode="json")[field]
     value = yaml.dump(plain, Dumper=_Dumper, default_flow_style=True, width=10_000)
-    text = f"{field}: {value.removesuffix(chr(10)).removesuffix('...').strip()}"
-    return f"{text:<40}  # {_first_sentence(type(section).model_fields[field].description)}"
+    text = f"{indent}{field}: {value.removesuffix(chr(10)).removesuffix('...').strip()}"
+    return _commented(f"{text:<{_COMMENT_COLUMN}}", type(section).model_fields[field].description)
 
 
-def _first_sentence(text: str | None) -> str:
-    return " ".join((text or "").split())
+def _commented(text: str, comment: str | None) -> list[str]:
+    """A line of YAML with its comment behind it, or on lines above it if that would be too long."""
+    comment = " ".join((comment or "").split())
+    line = f"{text}  # {comment}"
+    if len(line) <= _YAML_COLUMNS:
+        return [line]
+    above = " " * (len(text) - len(text.lstrip())) + "# "
+    wrapped = textwrap.wrap(comment, _YAML_COLUMNS, initial_indent=above, subsequent_indent=above)
+    return [*wrapped, text.rstrip()]
+
+
+_COMMENT_COLUMN, _YAML_COLUMNS = 34, 100
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-5 is a number and 2024-11-20 is text, and which no key may enter twice."""
+    """YAML reader in which 1e-5 is a number, 2024-11-20 is text, and a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is repeated", key.start_mark)
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
         return super().construct_mapping(node, deep)
 
     def get_single_node(self) -> yaml.Node | None:
-        """The document, whose aliases do not make much out of little, nor anything without an end."""
+        """The document's root node; aliases that expand to too much, or without end, are an error."""
         node = super().get_single_node()
         if node is not None and _written_out(node, {}) > _LARGEST_TEXT:
-            raise yaml.constructor.ConstructorError(None, None, "its aliases stand for too much", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, "its aliases expand to too much", node.start_mark)
         return node
 
 
 def _written_out(node: yaml.Node, known: dict[int, float]) -> float:
-    """Nodes below and with this one, were every alias written out; infinite where one stands in itself."""
+    """Number of nodes from this one down with all aliases expanded; infinite if one contains itself."""
     if id(node) not in known:
-        known[id(node)] = math.inf  # while it is counted
+        known[id(node)] = math.inf  # marks a node that is being counted
         parts = node.value if isinstance(node, yaml.CollectionNode) else ()
         inner = (each for part in parts for each in (part if isinstance(part, tuple) else (part,)))
         known[id(node)] = 1 + sum(_written_out(each, known) for each in inner)
@@ -799,7 +827,7 @@ def _written_out(node: yaml.Node, known: dict[int, float]) -> float:
 
 
 def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
-    """An integer of 128 bits at most: larger ones are no setting, and Python refuses to print the largest."""
+    """Integer of at most 128 bits. Larger ones are an error, because Python refuses to print the largest."""
     value = int(loader.construct_yaml_int(node)) if len(node.value) < 100 else 2**128
     if abs(value) >= 2**128:
         raise yaml.constructor.ConstructorError(None, None, "a number is too large", node.start_mark)
@@ -810,10 +838,10 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would not read as the text it is."""
+    """YAML writer that quotes text which `_Loader` would read as something else."""
 
 
-# YAML 1.1, which PyYAML implements, wants a point and a sign: 1.0e-5.
+# YAML 1.1, which PyYAML implements, requires a point and a sign: 1.0e-5.
 _EXPONENT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 for _yaml in (_Loader, _Dumper):
     _yaml.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
@@ -823,25 +851,27 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-_LARGEST_TEXT = 2**16  # characters of a recipe, and values in it; PyYAML takes quadratic time for some
+_LARGEST_TEXT = 2**16  # limits on a recipe's characters and values, because PyYAML takes quadratic time for some
 
 
 def _read_yaml(text: str, origin: str) -> Any:
     if len(text) > _LARGEST_TEXT:
-        raise ConfigError(f"{origin} is too long for a recipe", "it is another file", "give a recipe's name or file")
+        raise ConfigError(
+            f"{origin} is too long for a recipe", "it is probably another file", "give a recipe's name or file"
+        )
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as failure:
         line = f" at line {failure.problem_mark.line + 1}" if failure.problem_mark else ""
         what = f"not valid YAML{line}: {failure.problem}"
     except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
-        # PyYAML does not guard the conversions of explicit tags such as !!int, nor its own depth.
+        # PyYAML does not catch errors in explicit tags such as !!int, nor its own recursion depth.
         what = "not valid YAML"
     raise ConfigError(f"{origin} is {what}", remedy="compare with `datm-ray recipe show`")
 
 
 def _config_error(failure: ValidationError, origin: str) -> ConfigError:
-    # A key that is misspelt is missing too; what was typed tells more.
+    # A misspelt key is also a missing one; the unknown key says more.
     first = min(failure.errors(), key=lambda error: error["type"] != "extra_forbidden")
     path = tuple(str(part) for part in first["loc"])
     key = ".".join(path)
@@ -859,21 +889,23 @@ def _config_error(failure: ValidationError, origin: str) -> ConfigError:
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds, or holds many of."""
+    """Class of the section that a field holds, alone or in a list; None if it holds no section."""
     kinds = (annotation, *get_args(annotation))
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _known_keys(path: Sequence[str]) -> str:
-    """A remedy: the nearest existing key, or all keys of the section."""
+    """Remedy for an unknown key: the nearest existing key, or all keys of its section."""
     fields = dict(RunConfig.model_fields)
     for part in path[:-1]:
-        if part.isdigit():  # a place in a list of sections
+        if part.isdigit():  # index in a list of sections
             continue
         section = _section_of(fields[part].annotation) if part in fields else None
         if section is None:
             break
         fields = dict(section.model_fields)
+    if ".".join(path) in RENAMED:
+        return f"its new name is {RENAMED['.'.join(path)]!r}"
     near = difflib.get_close_matches(path[-1], fields, n=1) if path else []
     if near:
         return f"did you mean {'.'.join([*path[:-1], near[0]])!r}?"

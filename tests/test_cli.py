@@ -38,7 +38,7 @@ BAD_INPUT = {
     "no assignment": (["run", "digits-ipc1", "--set", "distill.ipc"], "--set section.field=value"),
     "start beyond trajectory": (
         ["run", "digits-ipc1", "--set", "distill.final_start_bound=500", "--set", "distill.start_bound=500"],
-        "beyond the trajectory's",
+        "but experts.epochs is",
     ),
     "ipc beyond class": (["run", "digits-ipc1", "--set", "distill.ipc=5000"], "use --set distill.ipc=118"),
     "batch norm backbone": (["run", "digits-ipc1", "--set", "network.norm=batch"], "network.norm=instance"),
@@ -57,7 +57,7 @@ BAD_INPUT = {
     ),
     "auxiliary given twice": (
         ["run", "digits-ipc1", "--set", "metadd={auxiliaries: [{width: 4}, {width: 4}]}"],
-        "metadd.auxiliaries.1 is there already",
+        "metadd.auxiliaries.1 repeats an earlier network",
     ),
     "weight without metadd": (["run", "digits-ipc1", "--set", "metadd.variance=2.0"], "metadd.auxiliaries"),
     "scored with batch norm": (["evaluate", "digits-ipc1", "--set", "network.norm=batch"], "network.norm=instance"),
@@ -79,7 +79,7 @@ BAD_INPUT = {
     ),
     "image too small for what is asked for": (
         ["evaluate", "digits-ipc1", "--arch", "vit-small:32", "--set", "dataset.resize=17"],
-        "--arch vit-small:32: vit-small finds no patch",
+        "--arch vit-small:32: vit-small has no patch size",
     ),
     "recipe's own network to score on": (
         ["evaluate", "digits-ipc1", "--set", "evaluate.networks=[{architecture: lenet}, {architecture: resnet}]"],
@@ -89,7 +89,7 @@ BAD_INPUT = {
     "batch norm planned": (["plan", "digits-ipc1", "--set", "network.norm=batch"], "network.norm=instance"),
     "too deep": (["run", "digits-ipc1", "--set", "network.depth=9"], "depth of at most"),
     "unknown network": (["run", "digits-ipc1", "--set", "network.architecture=resnet"], "choose one of: alexnet"),
-    "unknown augmentation": (["run", "digits-ipc1", "--set", "distill.augmentation=blur"], "no operation"),
+    "unknown augmentation": (["run", "digits-ipc1", "--set", "distill.augmentation=blur"], "is not an operation"),
     "missing data": (
         ["run", "digits-ipc1", "--set", "dataset.source=folder", "--set", "dataset.path=absent"],
         "absent",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -70,21 +71,24 @@ def refusal(text: str | bytes, folder: Path) -> str:
         ("experts: {momentum: .nan}", "experts.momentum is nan"),
         ("dataset: {validation: .nan}", "dataset.validation is nan"),
         ("cluster: {gpus_per_worker: .inf}", "cluster.gpus_per_worker is inf"),
-        ("distill: {first_start: 10}", "first_start 10 leaves no start below start_bound 10"),
-        ("distill: {start_bound: 21}", "start_bound 21 exceeds final_start_bound 20"),
+        ("distill: {first_start: 10}", "first_start 10 is not below distill.start_bound 10"),
+        ("distill: {start_bound: 21}", "start_bound 21 exceeds distill.final_start_bound 20"),
         ("distill: {expand_iterations: 0}", "expand_iterations is 0, so start_bound must equal final_start_bound"),
-        ("experts: {epochs: 20}", "with expert_epochs 2 needs epoch 21, beyond the trajectory's 20"),
+        ("experts: {epochs: 20}", "with expert_epochs 2 needs epoch 21, but experts.epochs is 20"),
         ("a: [1", "not valid YAML at line 1"),
         ("seed: 1\nname:\tx: y", "not valid YAML at line 2"),
-        ("seed: 1\nseed: 2", "not valid YAML at line 2: 'seed' is given twice"),
-        ("distill:\n  ipc: 1\nseed: 1\ndistill:\n  threshold: 2.0", "not valid YAML at line 4: 'distill' is given"),
+        ("seed: 1\nseed: 2", "not valid YAML at line 2: key 'seed' is repeated"),
+        (
+            "distill:\n  ipc: 1\nseed: 1\ndistill:\n  threshold: 2.0",
+            "not valid YAML at line 4: key 'distill' is repeated",
+        ),
         ("!!python/object/apply:os.getcwd []", "not valid YAML"),
         ("seed: !!int many", "not valid YAML"),
         ("name: !!timestamp soon", "not valid YAML"),
         ("seed: *x", "not valid YAML"),
-        ("&a [*a]", "not valid YAML at line 1: its aliases stand for too much"),
-        ("\n".join(f"a{i}: &a{i} [{f'*a{i - 1}, ' * 10 if i else 'x'}]" for i in range(12)), "stand for too much"),
-        ("\n".join(f"a{i}: &a{i} {{<<: [{f'*a{i - 1}, ' * 10 if i else ''}]}}" for i in range(12)), "for too much"),
+        ("&a [*a]", "not valid YAML at line 1: its aliases expand to too much"),
+        ("\n".join(f"a{i}: &a{i} [{f'*a{i - 1}, ' * 10 if i else 'x'}]" for i in range(12)), "expand to too much"),
+        ("\n".join(f"a{i}: &a{i} {{<<: [{f'*a{i - 1}, ' * 10 if i else ''}]}}" for i in range(12)), "to too much"),
         ("network: {width: " + "1:" * 20_000 + "1}", "a number is too large"),
         ("network: {width: 1e+400}", "network.width is inf"),
         ("network: {width: " + "1:" * 2_000 + "1.5}", "not valid YAML"),
@@ -174,11 +178,15 @@ def test_text_that_looks_like_something_else_survives_yaml(text: str) -> None:
 
 
 def test_yaml_comments_on_every_field() -> None:
-    """Each line of a value says what it is."""
-    lines = [line for line in to_yaml(RunConfig()).splitlines() if line]
-    assert all(len(line.partition("  # ")[2]) > 5 for line in lines)
-    sections = [value for value in RunConfig().model_dump().values() if isinstance(value, dict)]
-    assert len(lines) == len(RunConfig.model_fields) + sum(map(len, sections))
+    """Every field and section has a comment, behind or above it, in lines of at most 100 columns beside long values."""
+    config = get_recipe("digits16-metadd-ipc1")
+    lines = [line for line in to_yaml(config).splitlines() if line]
+    for above, line in itertools.pairwise(["", *lines]):
+        assert "# " in line or above.strip().startswith("# "), line
+    sections = [value for value in config.model_dump().values() if isinstance(value, dict)]
+    keys = [line for line in lines if not line.strip().startswith("# ")]
+    assert len(keys) == len(RunConfig.model_fields) + sum(map(len, sections))
+    assert all(len(line) <= 100 for line in lines if "#" in line)
 
 
 def test_overrides_replace_single_values() -> None:
@@ -194,18 +202,18 @@ def test_overrides_replace_single_values() -> None:
 @pytest.mark.parametrize(
     ("assignment", "expected"),
     [
-        ("distill.ipc", "'distill.ipc' is no assignment. Write --set section.field=value"),
-        ("=3", "is no assignment"),
+        ("distill.ipc", "'distill.ipc' is not an assignment. Write --set section.field=value"),
+        ("=3", "is not an assignment"),
         ("distill.icp=3", "Did you mean 'distill.ipc'?"),
         ("nowhere.ipc=3", "unknown key 'nowhere'"),
         (".=3", "unknown key ''"),
-        ("seed.x=3", "'seed' is no section. Known keys: name, seed, dataset"),
+        ("seed.x=3", "'seed' is not a section. Known keys: name, seed, dataset"),
         ("distill.ipc=many", "distill.ipc is 'many': input should be a valid integer"),
         ("distill.threshold=nan", "distill.threshold is 'nan'"),
         ("distill.ipc=[1", "not valid YAML"),
         ("seed=!!int x", "not valid YAML"),
         ("distill=3", "distill is 3: input should be a section"),
-        ("experts.epochs=5", "beyond the trajectory's 5"),
+        ("experts.epochs=5", "but experts.epochs is 5"),
     ],
 )
 def test_bad_override_is_refused_in_one_line(assignment: str, expected: str) -> None:
@@ -312,7 +320,7 @@ def test_auxiliaries_that_become_the_same_network_are_refused() -> None:
     """Where the size of the images gives one the depth that the other names."""
     config = override(RunConfig(), ["metadd={auxiliaries: [{width: 8}, {width: 8, depth: 4}]}"])
     config.resolved((32, 32))
-    with pytest.raises(ConfigError, match=r"metadd\.auxiliaries\.1 is there already"):
+    with pytest.raises(ConfigError, match=r"metadd\.auxiliaries\.1 repeats an earlier network"):
         config.resolved((64, 64))
 
 
@@ -334,7 +342,7 @@ def test_what_each_row_of_workers_computes() -> None:
     }
     for apart, roles in expected.items():
         config = override(RunConfig(), [*networks, *(f"cluster.{name}_apart=true" for name in apart)])
-        assert [(role.backbones, role.seen_by) for role in config.roles] == roles
+        assert [(role.backbones, role.meta_networks) for role in config.roles] == roles
         assert config.workers_per_set == len(roles)
     assert RunConfig().roles == (RunConfig().whole_role,)
 
@@ -369,19 +377,31 @@ def test_choices_that_are_newer_than_finished_runs_do_not_change_them() -> None:
     plain = RunConfig()
     assert "initial" not in plain.identity()["distill"]
     assert "labels" not in plain.identity()["distill"]
-    for change in ("distill.initial=random", "distill.labels=hard", "distill.overshoot=null"):
+    for change in ("distill.initial=random", "distill.labels=hard", "distill.gradient_limit=null"):
         assert override(plain, [change]).identity() != plain.identity()
-    assert "overshoot" not in override(plain, ["distill.overshoot=null"]).identity()["distill"]
+    assert "gradient_limit" not in override(plain, ["distill.gradient_limit=null"]).identity()["distill"]
 
 
 def test_run_of_an_earlier_version_had_no_limit() -> None:
     """A run's recipe names every field, so one that is missing was not there; a recipe of a user takes the default."""
     lines = to_yaml(RunConfig()).splitlines()
-    text = "\n".join(line for line in lines if not line.strip().startswith("overshoot:"))
+    text = "\n".join(line for line in lines if not line.strip().startswith("gradient_limit:"))
     assert len(text.splitlines()) == len(lines) - 1
-    assert load_recipe_of_run(text, "recipe.yaml").distill.overshoot is None
+    assert load_recipe_of_run(text, "recipe.yaml").distill.gradient_limit is None
     assert load_recipe_of_run(to_yaml(RunConfig()), "recipe.yaml") == RunConfig()
-    assert load_config_text(text, "mine.yaml").distill.overshoot == RunConfig().distill.overshoot
+    assert load_config_text(text, "mine.yaml").distill.gradient_limit == RunConfig().distill.gradient_limit
+
+
+def test_renamed_key_is_named_and_saved_runs_keep_their_value() -> None:
+    """A key's former name is refused with the present one, and is read in the recipe of a saved run."""
+    with pytest.raises(
+        ConfigError, match=r"unknown key 'distill\.overshoot'\. Its new name is 'distill\.gradient_limit'"
+    ):
+        override(RunConfig(), ["distill.overshoot=3"])
+    text = to_yaml(override(RunConfig(), ["distill.gradient_limit=3.0"])).replace("gradient_limit", "overshoot")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: unknown key .* Its new name is 'distill\.gradient_limit'"):
+        load_config_text(text, "mine.yaml")
+    assert load_recipe_of_run(text, "recipe.yaml").distill.gradient_limit == 3
 
 
 _WORDS = (

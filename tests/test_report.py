@@ -75,8 +75,8 @@ def save_checkpoint(folder: Location, config: RunConfig, losses: Sequence[float]
     state = Distillation(synthetic_set(config, 3), LearningRates(1, 1, 1), Limits(config.distill.threshold))
     for k, loss in enumerate(losses):
         skipped = not loss <= state.limits.loss
-        overshoot = math.nan if skipped else loss  # a number of no meaning
-        state.history.append(IterationRecord(k, 0, 0, 1 + k % 2, loss, 0.01 + k / 1000, skipped, overshoot))
+        decrease = math.nan if skipped else loss  # a number of no meaning
+        state.history.append(IterationRecord(k, 0, 0, 1 + k % 2, loss, 0.01 + k / 1000, skipped, decrease))
     state.validations = [(4 * (i + 1), accuracy) for i, accuracy in enumerate(validations)]
     state.chosen_at = max(state.validations, key=lambda validation: validation[1], default=(0, 0.0))[0]
     checkpoint.save_checkpoint(folder, state, Rows(0, len(state.synthetic.images)), Alone(), config.identity())
@@ -257,7 +257,7 @@ def test_unfinished_run_is_described(out: Location) -> None:
 )
 def test_shortened_updates_are_told(out: Location, limit: str, told: str) -> None:
     """As many as were longer than the recipe allows; none where it allows all."""
-    config = configure(overshoot=limit or "null")
+    config = configure(gradient_limit=limit or "null")
     save_set(out / config.name / INITIAL, config, ("a", "b", "c"))
     save_checkpoint(out / config.name, config, [0.8, 0.5, 0.2, 0.95], [])
     text = text_of(page_of(out, RunSummary(config, out / config.name, [])))

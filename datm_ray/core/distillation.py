@@ -1,12 +1,12 @@
 """One distillation as a value that can be stepped, saved and restored.
 
-Holds the synthetic set, the optimisers' momenta, the iteration counter, the loss curve and the set chosen on
-validation data: everything that a checkpoint must carry. Reads no experts and no disk; the caller hands over the
-parameters to match and decides when to validate and to save.
+The value holds everything that a checkpoint needs: the synthetic set, the optimisers' momenta, the loss curve and the
+set chosen on validation data. No code here reads experts or the disk. The caller passes the parameters to match, and
+decides when to validate and to save.
 
-A class shard holds the rows of its classes and all that does not belong to rows; every shard makes the same updates,
-so what they share stays the same. The learned variables follow the sum of the matching losses of all backbones, each
-with its weight and its own step size. Shapes: n rows held, a backbones.
+A class shard holds the rows of its classes and everything that has no rows. All shards make the same updates, so what
+they share stays equal. The learned variables follow the gradient of the sum of all backbones' matching losses; each
+backbone has a weight and a step size. Shapes: n rows held, a backbones.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,21 +28,22 @@ from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.errors import DivergenceError
 
 IMAGE_MOMENTUM, LABEL_MOMENTUM, STEP_SIZE_MOMENTUM = 0.5, 0.9, 0.5
-"""Momenta of the three SGD optimisers, as published."""
+"""Momenta of SGD on the images, the soft labels and the step sizes, as published."""
 
 LEARNED = ("images", "soft_labels", "step_sizes")
 
 MOST_DIVERGED = 100
-"""Diverged iterations of one backbone without an update between them after which a distillation stops. Every iteration
-draws another expert, start epoch and minibatches, so a hundred in a row are the set's fault and not a draw's."""
+"""Number of diverged iterations of one backbone without an update between them at which a distillation stops. Every
+iteration draws another expert, start epoch and minibatches, so a hundred in a row are caused by the set, not by a
+draw."""
 
 InRows = Callable[[Callable[[AllSum], None]], None]
-"""Has work done that is shared with the class shards of a backbone alone, see `Mesh.in_rows`."""
+"""Runs work that only the class shards of one backbone share, see `Mesh.in_rows`."""
 
 
 @dataclass(frozen=True)
 class LearningRates:
-    """Of SGD on the three learned variables."""
+    """Learning rates of SGD on the three learned variables."""
 
     images: float
     soft_labels: float
@@ -50,63 +52,64 @@ class LearningRates:
 
 @dataclass(frozen=True)
 class Limits:
-    """What keeps one iteration from ruining the set."""
+    """Limits that keep one iteration from ruining the set."""
 
     loss: float
-    """Normalised matching loss above which nothing is learned from an iteration."""
-    overshoot: float = math.inf
-    """How many times its own value a backbone's loss would fall, to first order, by one step of SGD without momentum
-    along its gradient: the sum over the learned variables of rate times squared length. A gradient that promises more
-    is shortened to that.
+    """Normalised matching loss above which an iteration updates nothing, exclusive."""
+    decrease: float = math.inf
+    """Largest first-order decrease of a backbone's loss in one step, in multiples of the loss; inf for no limit.
 
-    A gradient through T student steps now and then explodes: at an ordinary loss it is up to two hundred times as long
-    as those before it, and an update along it leaves a set that nothing can be matched with (benchmarks/LOG.md). No
-    loss can fall below zero, so such a promise is empty. Beyond the limit a step is the shorter the longer the gradient
-    is, as with the stochastic Polyak step size (arXiv 2002.10542; a limit of 1 / c, with the rates as upper bound).
-    MetaDD's gradient is neither counted nor shortened, and each backbone is limited by itself. The published code has
-    no such limit.
+    The first-order decrease is that of one step of SGD without momentum: the sum over the learned variables of learning
+    rate times squared gradient norm. A gradient beyond the limit is shortened to it.
+
+    A gradient through T student steps explodes now and then: at an ordinary loss it is up to two hundred times as long
+    as those before it. An update along it leaves a set that nothing can be matched with (benchmarks/LOG.md). No loss
+    can fall below zero, so such a first-order decrease is impossible. Beyond the limit the step is the shorter the
+    longer the gradient is. So it is with the stochastic Polyak step size too (arXiv 2002.10542): there the limit is 1 /
+    c, and the learning rates are the upper bound. Each backbone is limited separately, and MetaDD's gradient is neither
+    counted nor shortened. The published code has no such limit.
     """
 
 
 @dataclass(frozen=True)
 class Match:
-    """What one backbone matches in one iteration."""
+    """Inputs of one backbone's matching in one iteration."""
 
     functions: StudentStepFunctions
     start: Tensor
-    """[p] expert parameters from which the student starts."""
+    """[p] expert parameters at the start epoch, from which the student starts."""
     target: Tensor
-    """[p] those it should land on."""
+    """[p] expert parameters at the target epoch."""
     steps: Sequence[StudentStep]
-    """What this shard holds of the student's minibatches."""
+    """Minibatches of the student; in a class shard, the rows of them that it holds."""
     backbone: int = 0
     weight: float = 1.0
-    """Of its loss in the sum."""
+    """Weight of this backbone's matching loss in the sum."""
     chunk: int | None = None
-    """See `matching_gradient`."""
+    """Images per call of the step functions; None for a whole minibatch, see `matching_gradient`."""
 
 
 @dataclass(frozen=True)
 class MetaTerm:
-    """What MetaDD looks at in one iteration."""
+    """Inputs of MetaDD in one iteration."""
 
     metadd: MetaDD
-    """The networks that this process holds."""
+    """MetaDD with the networks that this process holds."""
     networks: int
-    """Of all processes."""
+    """Number of MetaDD networks in all processes."""
     rows: NDArray[np.int64]
-    """[b] of the rows held, those looked at."""
+    """[b] indices of the images used, among the rows held."""
     images: int
-    """Looked at, over all shards."""
+    """Number of images used, over all shards."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the parameters came from that a backbone matched."""
+    """Source of the parameters that a backbone matched."""
 
     expert: int
     epoch: int
-    """At which the student started."""
+    """Start epoch of the student."""
 
 
 @dataclass(frozen=True)
@@ -120,18 +123,18 @@ class IterationRecord:
     loss: float
     """Normalised matching loss."""
     step_size: float
-    """After the update."""
+    """The student's step size after the update."""
     skipped: bool
-    """Whether this backbone updated nothing: its loss exceeded its limit, or it diverged, see `diverged`."""
-    overshoot: float = math.nan
-    """What the gradient promised before it was shortened, see `Limits`; nan where the backbone was skipped, and in what
-    earlier versions have saved."""
+    """Whether this backbone updated nothing: its loss exceeded the limit, or it diverged, see `diverged`."""
+    decrease: float = math.nan
+    """First-order decrease before the gradient was shortened, in multiples of the loss, see `Limits`. nan if the
+    backbone was skipped, or if an earlier version saved the record."""
 
 
 def diverged(loss: NDArray[np.float64], skipped: NDArray[np.bool_], limit: float) -> NDArray[np.bool_]:
-    """Which iterations were skipped for another reason than a finite loss above its limit.
+    """Mask of the iterations that were skipped for another reason than a finite loss above the limit.
 
-    Their loss, gradient, MetaDD's part or an updated value was not finite, or a step size would not have stayed
+    Then the loss, the gradient, MetaDD's part or an updated value was not finite, or a step size would not have stayed
     positive.
     """
     return skipped & ~(np.isfinite(loss) & (loss > limit))
@@ -139,7 +142,7 @@ def diverged(loss: NDArray[np.float64], skipped: NDArray[np.bool_], limit: float
 
 @dataclass(frozen=True)
 class MetaRecord:
-    """MetaDD's part in one iteration: the loss, its parts before their weights, and the meta-feature ratio."""
+    """MetaDD's part in one iteration: the loss, its terms before weighting, and the meta-feature ratio."""
 
     iteration: int
     total: float
@@ -151,48 +154,48 @@ class MetaRecord:
 
 @dataclass
 class Distillation:
-    """The state of one distillation, or of one class shard of it."""
+    """State of one distillation, or of one class shard of it."""
 
     synthetic: SyntheticSet
     rates: LearningRates
     limits: Limits
     momenta: dict[str, Tensor] = field(default_factory=dict)
-    """One buffer per learned variable, empty before the first update."""
+    """One buffer per learned variable; empty before the first update."""
     history: list[IterationRecord] = field(default_factory=list)
-    """Iteration by iteration, in the order of the backbones."""
+    """Records in the order of iterations, and of backbones within one."""
     meta_history: list[MetaRecord] = field(default_factory=list)
-    """Of the iterations in which anything was updated, where MetaDD takes part."""
+    """MetaDD's records of the iterations that updated the set; empty without MetaDD."""
     validations: list[tuple[int, float]] = field(default_factory=list)
-    """(iterations done, validation accuracy)."""
+    """Pairs (iterations done, validation accuracy in [0, 1])."""
     chosen: SyntheticSet | None = None
-    """The set chosen on validation data so far."""
+    """Set chosen on validation data so far; None before the first validation."""
     chosen_at: int = 0
-    """Iterations done when it was chosen."""
+    """Number of iterations that were done when `chosen` was chosen."""
 
     @property
     def backbones(self) -> int:
-        """How many networks are matched."""
+        """Number of networks that are matched."""
         return len(self.synthetic.step_sizes)
 
     @property
     def iteration(self) -> int:
-        """Iterations done."""
+        """Number of iterations done."""
         return len(self.history) // self.backbones
 
     @property
     def skipped(self) -> int:
-        """Updates skipped, for whatever reason."""
+        """Number of updates skipped, for any reason."""
         return sum(record.skipped for record in self.history)
 
     @property
     def diverged(self) -> int:
-        """Updates skipped for another reason than a finite loss above its limit, see `diverged`."""
+        """Number of updates skipped for another reason than a finite loss above the limit, see `diverged`."""
         return int(self._diverged(self.history).sum())
 
     @property
     def shortened(self) -> int:
-        """Gradients that were shortened."""
-        return sum(record.overshoot > self.limits.overshoot for record in self.history)
+        """Number of gradients that were shortened, see `Limits`."""
+        return sum(record.decrease > self.limits.decrease for record in self.history)
 
     def step(
         self,
@@ -204,51 +207,51 @@ class Distillation:
         sum_over_backbones: AllSum = identity,
         in_rows: InRows | None = None,
     ) -> list[IterationRecord]:
-        """One iteration: match, update the set, append to the history.
+        """Run one iteration: match, update the set, append to the history.
 
-        A backbone that diverges (its loss or gradient is not finite, or its step size would not stay positive) is
-        skipped as one whose loss exceeds its limit, and the others go on. Where MetaDD's part or an updated value is
-        not finite, all are skipped. All shards and backbones decide alike.
+        A backbone diverges if its loss or gradient is not finite, or if its step size would not stay positive. A
+        backbone that diverges, or whose loss exceeds the limit, is skipped, and the others are updated. If MetaDD's
+        part or an updated value is not finite, all are skipped. All shards and backbones decide alike.
 
         Args:
-            matches: of the backbones that this process works on; one after the other.
-            origins: of all backbones, in order.
-            meta: of the networks that this process looks through; None where it has none.
+            matches: one per backbone that this process computes, in sequence.
+            origins: one per backbone of the run, in order.
+            meta: MetaDD's inputs; None if this process holds no MetaDD network.
             all_sum: sum over the class shards of a backbone.
             sum_over_backbones: sum over the processes that hold the same rows for other networks.
-            in_rows: does what it is given with an `all_sum` of its own, and knows how to wait for other backbones;
-                none where nobody waits.
+            in_rows: calls its argument with an `all_sum` of its own, and knows how to wait for other backbones; None if
+                no process waits.
 
         Raises:
-            DivergenceError: a backbone has diverged `MOST_DIVERGED` times since its last update, or a multiple of
-                that, so that another call tries as many more. The set is that of the last update, and the history is
-                up to date, in every shard.
+            DivergenceError: a backbone has diverged `MOST_DIVERGED` times since its last update, or a multiple of that,
+                so that another call tries as many again. In every shard the set is that of the last update and the
+                history is complete.
         """
-        # First, so that processes which only look on are done with it while the others match.
-        total, seen, is_lost = self._look(meta, all_sum, sum_over_backbones)
-        told = torch.zeros(4, self.backbones, dtype=torch.float64)
+        # MetaDD first, so that processes with MetaDD networks alone finish it while the others match.
+        total, meta_records, is_lost = self._meta_gradient(meta, all_sum, sum_over_backbones)
+        outcome = torch.zeros(4, self.backbones, dtype=torch.float64)
 
         def match_all(all_sum: AllSum) -> None:
             for match in matches:
-                told[:3, match.backbone] = torch.tensor(self._match(match, total, all_sum), dtype=torch.float64)
+                outcome[:3, match.backbone] = torch.tensor(self._match(match, total, all_sum), dtype=torch.float64)
 
         if in_rows is None:
             match_all(all_sum)
         else:
             in_rows(match_all)
-        told[3] = is_lost
-        losses, overshoots, unusable, lost = sum_over_backbones(told.to(self.synthetic.images.device)).cpu()
+        outcome[3] = is_lost
+        losses, decreases, unusable, lost = sum_over_backbones(outcome.to(self.synthetic.images.device)).cpu()
         skipped = (losses > self.limits.loss) | (unusable > 0) | (lost > 0)
         if not bool(skipped.all()):
             zeros = (name for name in LEARNED if name not in total)
             total |= {name: torch.zeros_like(getattr(self.synthetic, name)) for name in zeros}
             summed = {name: sum_over_backbones(total[name]) for name in LEARNED}
             if self._update(summed, ~skipped.to(self.synthetic.step_sizes.device), all_sum):
-                self.meta_history += seen
+                self.meta_history += meta_records
             else:
                 skipped.fill_(True)
-        overshoots[skipped] = math.nan
-        columns = [each.tolist() for each in (losses, self.synthetic.step_sizes, skipped, overshoots)]
+        decreases[skipped] = math.nan
+        columns = [each.tolist() for each in (losses, self.synthetic.step_sizes, skipped, decreases)]
         records = [
             IterationRecord(self.iteration, number, origin.expert, origin.epoch, *rest)
             for number, (origin, *rest) in enumerate(zip(origins, *columns, strict=True))
@@ -271,15 +274,15 @@ class Distillation:
                 raise self._divergence(times, own[-1].loss, is_lost)
 
     def record_validation(self, accuracy: float, standard_error: float = 0.0) -> bool:
-        """Note the accuracy of the current set and choose the set if it is not clearly worse than an earlier one.
+        """Record the accuracy of the current set, and choose the set if it is not clearly worse than an earlier one.
 
-        Not clearly worse: within one standard error of the best accuracy so far. Validation sets are small, so the
-        highest of many noisy accuracies says little; what must be caught is a collapse, and otherwise the set that
-        was optimised longest is the one to have.
+        "Not clearly worse" means within one standard error of the best accuracy so far. Validation sets are small, so
+        the highest of many noisy accuracies says little. The check must catch a collapse; without one, the set that was
+        optimised longest is best.
 
         Args:
-            accuracy: in [0, 1].
-            standard_error: of an accuracy measured on so many validation images.
+            accuracy: validation accuracy in [0, 1].
+            standard_error: standard error of an accuracy measured on this many validation images.
 
         Returns:
             Whether the current set was chosen.
@@ -291,12 +294,13 @@ class Distillation:
             self.chosen, self.chosen_at = self.synthetic.clone(), self.iteration
         return is_chosen
 
-    def _look(
+    def _meta_gradient(
         self, meta: MetaTerm | None, all_sum: AllSum, sum_over_backbones: AllSum
     ) -> tuple[dict[str, Tensor], list[MetaRecord], bool]:
-        """This process's part of MetaDD's gradient in the images, the losses of all, and whether they are lost.
+        """Compute MetaDD: this process's part of the gradient in the images, the record of all, and whether they are
+        lost.
 
-        Lost: the loss or the gradient is not finite, in any shard.
+        They are lost if the loss or the gradient is not finite in any shard.
         """
         if meta is None:
             return {}, [], False
@@ -310,16 +314,17 @@ class Distillation:
             all_sum=sum_over_backbones,
         )
         values = torch.stack([loss.total, loss.variance, loss.invariance, loss.position, loss.ratio, _bad(gradient)])
-        *told, bad = all_sum(values).tolist()
-        record = MetaRecord(self.iteration, *told)
+        *means, bad = all_sum(values).tolist()
+        record = MetaRecord(self.iteration, *means)
         if bad or not math.isfinite(record.total):
             return {}, [], True
         return {"images": torch.zeros_like(self.synthetic.images).index_copy_(0, rows, gradient)}, [record], False
 
     def _match(self, match: Match, total: dict[str, Tensor], all_sum: AllSum) -> tuple[float, float, bool]:
-        """Add a backbone's gradient to the sum; its loss, its overshoot, and whether it has diverged.
+        """Add a backbone's gradient to `total`. Returns its loss, its first-order decrease, and whether it has
+        diverged.
 
-        Nothing is added of one that has diverged, or whose loss exceeds its limit.
+        Nothing is added if the backbone has diverged or its loss exceeds the limit.
         """
         gradient = matching_gradient(
             match.functions,
@@ -334,37 +339,38 @@ class Distillation:
         )
         if not gradient.loss <= self.limits.loss:
             return gradient.loss, math.nan, not math.isfinite(gradient.loss)
-        overshoot = self._shorten(match, gradient, all_sum)
-        if math.isnan(overshoot) or not self._stays_positive(match, gradient):
+        decrease = self._shorten(match, gradient, all_sum)
+        if math.isnan(decrease) or not self._stays_positive(match, gradient):
             return gradient.loss, math.nan, True
         step_sizes = torch.zeros_like(self.synthetic.step_sizes)
         step_sizes[match.backbone] = gradient.step_size
         for name, value in zip(LEARNED, (gradient.images, gradient.soft_labels, step_sizes), strict=True):
-            weighted = value.mul_(match.weight)  # in place: its memory becomes the sum's, for it may be large
+            weighted = value.mul_(match.weight)  # in place: its memory becomes the sum's, because it may be large
             total[name] = total[name].add_(weighted) if name in total else weighted
-        return gradient.loss, overshoot, False
+        return gradient.loss, decrease, False
 
     def _shorten(self, match: Match, gradient: MatchingGradient, all_sum: AllSum) -> float:
-        """Keep a backbone's gradient within its limit; what it promised before, see `IterationRecord.overshoot`.
+        """Shorten a backbone's gradient to its limit. Returns the first-order decrease before that, in multiples of the
+        loss.
 
-        nan where the gradient is not finite, in any shard.
+        The result is nan if the gradient is not finite in any shard.
         """
-        # Norms first, for they make no copy of the images, which may be large; squares of long ones need float64.
+        # Norms make no copy of the images, which may be large. Squares of long ones need float64.
         images, labels = (
             torch.linalg.vector_norm(each).double().square() for each in (gradient.images, gradient.soft_labels)
         )
-        promised = self.rates.images * images + self.rates.soft_labels * labels
-        promised, bad = all_sum(
-            torch.stack([promised, _bad(gradient.images, gradient.soft_labels, gradient.step_size).double()])
+        fall = self.rates.images * images + self.rates.soft_labels * labels
+        fall, bad = all_sum(
+            torch.stack([fall, _bad(gradient.images, gradient.soft_labels, gradient.step_size).double()])
         )
         if bool(bad):
             return math.nan
-        promised = promised + self.rates.step_sizes * gradient.step_size.double().square()
-        overshoot = match.weight * float(promised) / gradient.loss if gradient.loss else 0.0
-        if overshoot > self.limits.overshoot:
+        fall = fall + self.rates.step_sizes * gradient.step_size.double().square()
+        decrease = match.weight * float(fall) / gradient.loss if gradient.loss else 0.0
+        if decrease > self.limits.decrease:
             for each in (gradient.images, gradient.soft_labels, gradient.step_size):
-                each.mul_(self.limits.overshoot / overshoot)
-        return overshoot
+                each.mul_(self.limits.decrease / decrease)
+        return decrease
 
     def _stays_positive(self, match: Match, gradient: MatchingGradient) -> bool:
         """Whether an update leaves the backbone's step size positive; every shard finds the same."""
@@ -374,10 +380,10 @@ class Distillation:
         return bool(self.synthetic.step_sizes[match.backbone] - self.rates.step_sizes * moved > 0)
 
     def _update(self, gradient: dict[str, Tensor], moved: Tensor, all_sum: AllSum) -> bool:
-        """Follow the gradients, if no value of any shard stops being finite; whether they were followed.
+        """Follow the gradients unless a value of any shard would not be finite. Returns whether they were followed.
 
         Args:
-            moved: [a] whose step sizes have a gradient; the others rest.
+            moved: [a] whether a backbone's step size has a gradient; the others stay.
         """
         updated = self.synthetic.clone()
         for name, momentum in zip(LEARNED, (IMAGE_MOMENTUM, LABEL_MOMENTUM, STEP_SIZE_MOMENTUM), strict=True):
@@ -388,7 +394,7 @@ class Distillation:
         if self.momenta:
             gradient["step_sizes"] = torch.where(moved, gradient["step_sizes"], self.momenta["step_sizes"])
         is_bad = bool(_bad(*gradient.values())) or not updated.is_valid()
-        # Each shard sees its own rows; all must follow, or none.
+        # Each shard checks its own rows; all must follow, or none.
         if bool(all_sum(torch.tensor([float(is_bad)], device=updated.images.device))):
             return False
         self.synthetic, self.momenta = updated, gradient
@@ -406,15 +412,15 @@ class Distillation:
             cause = "a learning rate is too high for these experts, or a product overflows in cluster.precision"
             lower = "distill.learning_rate_images or learning_rate_step_size"
         return DivergenceError(
-            f"distillation diverged {times} times up to iteration {self.iteration} without an update between: {what} "
+            f"distillation diverged {times} times without an update up to iteration {self.iteration}: {what} "
             "is not finite, or not positive",
             cause,
-            f"lower {lower} and start with a new --out; the set of the last update is saved as last-good.arrow, and "
-            f"the same command tries {MOST_DIVERGED} more",
+            f"lower {lower} and start with a new --out. The set of the last update is saved as last-good.arrow. "
+            f"Running the same command again tries {MOST_DIVERGED} more iterations",
         )
 
     def to_arrays(self) -> tuple[Arrays, Arrays]:
-        """The whole state as named arrays for a checkpoint: those with a row for each image held, and all others."""
+        """Named arrays of the state for a checkpoint: those with a row for each image held, and all others."""
         held: dict[str, Tensor] = {}
         shared: dict[str, Tensor] = {}
         sets = {"synthetic": self.synthetic} | ({} if self.chosen is None else {"chosen": self.chosen})
@@ -445,12 +451,12 @@ class Distillation:
     def from_arrays(
         cls, held: Arrays, shared: Arrays, rates: LearningRates, limits: Limits, device: torch.device
     ) -> Distillation:
-        """The state that `to_arrays` saved; of any range of its rows."""
-        arrays = {**held, **shared}
+        """Restore the state that `to_arrays` saved; `held` may be any range of its rows."""
+        arrays = {**held, **with_present_names(shared)}
         unknown = np.full(len(arrays["history.iteration"]), np.nan)
-        arrays.setdefault("history.overshoot", unknown)  # earlier versions have not saved it
+        arrays.setdefault("history.decrease", unknown)  # absent in checkpoints of earlier versions
         columns = [arrays[f"history.{column}"].tolist() for column in HISTORY_COLUMNS]
-        looks = [arrays[f"meta.{each.name}"].tolist() for each in fields(MetaRecord) if "meta.iteration" in arrays]
+        meta_rows = [arrays[f"meta.{each.name}"].tolist() for each in fields(MetaRecord) if "meta.iteration" in arrays]
         curve = (arrays["validation.iteration"].tolist(), arrays["validation.accuracy"].tolist())
         return cls(
             synthetic=_set_from(arrays, "synthetic", device),
@@ -460,7 +466,7 @@ class Distillation:
                 name: _to_torch(arrays[f"momentum.{name}"], device) for name in LEARNED if f"momentum.{name}" in arrays
             },
             history=[IterationRecord(*row) for row in zip(*columns, strict=True)],
-            meta_history=[MetaRecord(*row) for row in zip(*looks, strict=True)],
+            meta_history=[MetaRecord(*row) for row in zip(*meta_rows, strict=True)],
             validations=list(zip(*curve, strict=True)),
             chosen=_set_from(arrays, "chosen", device) if "chosen.images" in arrays else None,
             chosen_at=int(arrays["validation.chosen_at"]),
@@ -470,7 +476,7 @@ class Distillation:
 Arrays = Mapping[str, NDArray[np.generic]]
 
 ROWS = ("images", "soft_labels")
-"""The learned variables that have a row for every image."""
+"""Learned variables that have one row per image."""
 
 HISTORY_COLUMNS: dict[str, type[np.generic]] = {
     "iteration": np.int64,
@@ -480,13 +486,22 @@ HISTORY_COLUMNS: dict[str, type[np.generic]] = {
     "loss": np.float64,
     "step_size": np.float64,
     "skipped": np.bool_,
-    "overshoot": np.float64,
+    "decrease": np.float64,
 }
-"""Columns of the history in a checkpoint, in the order of `IterationRecord`'s fields."""
+"""Columns of the history in a checkpoint and their types, in the order of `IterationRecord`'s fields."""
+
+
+FORMER_NAMES = {"history.overshoot": "history.decrease"}  # former name
+"""Names of arrays in checkpoints of earlier versions and their present names."""
+
+
+def with_present_names(arrays: Arrays) -> dict[str, NDArray[Any]]:
+    """Arrays of a checkpoint of this or an earlier version under their present names."""
+    return {FORMER_NAMES.get(name, name): array for name, array in arrays.items()}
 
 
 def _bad(*values: Tensor) -> Tensor:
-    """[] 1 where any value is not finite, else 0; of the first one's type."""
+    """Scalar of the first value's type: 1 if any number in `values` is not finite, else 0."""
     return torch.stack([~value.isfinite().all() for value in values]).any().to(values[0].dtype)
 
 
@@ -500,4 +515,4 @@ def _to_numpy(tensor: Tensor) -> NDArray[np.generic]:
 
 
 def _to_torch(array: NDArray[np.generic], device: torch.device) -> Tensor:
-    return torch.tensor(array, device=device)  # a copy: the array may be a read-only view of a file
+    return torch.tensor(array, device=device)  # copies, because the array may be a read-only view of a file

@@ -191,7 +191,7 @@ def _state(run: Run) -> str:
     if run.shortened:
         sentences.append(
             f"{count(run.shortened, 'gradient')} {'was' if run.shortened == 1 else 'were'} shortened: a step would, to "
-            f"first order, have lowered the loss by more than {run.config.distill.overshoot:g} times its value."
+            f"first order, have lowered the loss by more than {run.config.distill.gradient_limit:g} times its value."
         )
     missing = [title for row, title in ROWS.items() if find_score(run.summary.scores, row) is None]
     if len(missing) == len(ROWS):

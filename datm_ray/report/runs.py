@@ -137,10 +137,10 @@ class Run:
     @property
     def shortened(self) -> int:
         """Gradients that were shortened so far."""
-        limit = self.config.distill.overshoot
-        if self.history is None or limit is None or "history.overshoot" not in self.history:
+        limit = self.config.distill.gradient_limit
+        if self.history is None or limit is None or "history.decrease" not in self.history:
             return 0
-        return int((self.history["history.overshoot"] > limit).sum())
+        return int((self.history["history.decrease"] > limit).sum())
 
 
 def read_run(summary: RunSummary) -> Run:

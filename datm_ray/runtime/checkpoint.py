@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from datm_ray.core.distillation import Distillation, LearningRates, Limits
+from datm_ray.core.distillation import Distillation, LearningRates, Limits, with_present_names
 from datm_ray.errors import CorruptFileError, RunDirectoryError, StoreError
 from datm_ray.runtime.mesh import Mesh
 from datm_ray.store.filesystem import Location
@@ -114,7 +114,7 @@ def read_computed(folder: Location) -> list[dict[str, Any]]:
 
 def read_curves(folder: Location) -> dict[str, Any]:
     """The history columns of the first backbone, of MetaDD and of validation in a run's checkpoint, by name."""
-    arrays = read_tensors(folder / CHECKPOINT, kind=KIND).arrays
+    arrays = with_present_names(read_tensors(folder / CHECKPOINT, kind=KIND).arrays)
     if "history.backbone" not in arrays:
         raise _unusable(folder, "has no column for the backbones")
     with rejecting_nonsense(folder / CHECKPOINT):

@@ -339,7 +339,7 @@ class _Run:
         if self._mesh.rank == 0:
             for place in (self._folder, self._folder / PARTS):
                 place.remove_leftovers()
-        limits = Limits(settings.threshold, math.inf if settings.overshoot is None else settings.overshoot)
+        limits = Limits(settings.threshold, math.inf if settings.gradient_limit is None else settings.gradient_limit)
         saved = load_checkpoint(self._folder, self._rows, rates, limits, self._device)
         self._require_one_state(-1 if saved is None else saved.iteration)
         if saved is not None:
@@ -508,8 +508,8 @@ def _warnings(state: Distillation, settings: DistillConfig) -> Iterator[Note]:
         )
     if 4 * state.shortened > updates:
         yield Note(
-            f"{state.shortened} of {updates} gradients were shortened, for they promised more than distill.overshoot "
-            f"{settings.overshoot:g} times the loss: lower distill.learning_rate_images, or raise distill.overshoot"
+            f"{state.shortened} of {updates} gradients were shortened to distill.gradient_limit, "
+            f"{settings.gradient_limit:g} times the loss: lower distill.learning_rate_images, or raise the limit"
         )
 
 

@@ -59,7 +59,7 @@ class MetaNetworks:
         auxiliaries = config.each_auxiliary()
         experts = {
             place: ExpertNetworks(auxiliaries[place - 1], dataset, store_uri, device) if place else backbone
-            for place in role.seen_by
+            for place in role.meta_networks
         }
         self._ensembles = [
             MetaDD({place: each.restored(turn % each.count) for place, each in experts.items()}, options)
@@ -80,14 +80,14 @@ class MetaNetworks:
             drawn = np.sort(draws.choice(self._images, count, replace=False))
         held = drawn[(drawn >= self._rows.first) & (drawn < self._rows.last)] - self._rows.first
         metadd = self._ensembles[iteration % len(self._ensembles)]
-        return MetaTerm(metadd, self._config.networks_looking, held, count)
+        return MetaTerm(metadd, self._config.meta_network_count, held, count)
 
     def _maps(self, images: Tensor, labels: Tensor, mesh: Mesh) -> Tensor:
         """Maps [m b h w] from 0 to 1 of images [b c h w], for all m networks."""
         seen = self._ensembles[0].evidence(
             images,
             labels,
-            networks=self._config.networks_looking,
+            networks=self._config.meta_network_count,
             classes=self._classes,
             all_sum=mesh.sum_over_backbones,
         )

@@ -271,7 +271,7 @@ def _require_onlooker_fits(
         meta=looking["meta"],
     )
     if parts.total > budget:
-        place = role.seen_by[0] - 1
+        place = role.meta_networks[0] - 1
         raise ConfigError(
             f"a worker that holds metadd.auxiliaries.{place} of {config.name} needs {size_in_words(parts.total)} and "
             f"may take {size_in_words(budget)}",
@@ -345,10 +345,10 @@ class _Need:
 
 def _of_meta(config: RunConfig, image: tuple[int, int, int], classes: int, role: Role) -> dict[str, int]:
     """Parameters and activations of the networks of MetaDD that a worker holds."""
-    if config.metadd is None or not role.seen_by:
+    if config.metadd is None or not role.meta_networks:
         return {"frozen": 0, "meta": 0, "meta_flop": 0}
     looking = [config.each_backbone()[0], *config.each_auxiliary()]
-    specs = [network_spec(looking[place], image[0], image[1:], classes) for place in role.seen_by]
+    specs = [network_spec(looking[place], image[0], image[1:], classes) for place in role.meta_networks]
     counts = [FlatNetwork(build_network(spec, seed=0)).count for spec in specs]
     costs = [_looking(spec, IMAGES_AT_A_TIME) for spec in specs]
     return {

@@ -136,13 +136,14 @@ def _over_networks(config: RunConfig, shape: DataShape) -> tuple[int, int]:
     """Bytes and sums of a worker with those that hold its rows for other networks."""
     settings, backbones = config.distill, len(config.weights)
     held = settings.ipc * -(-shape.classes // config.cluster.shards)
-    # Losses, overshoots, what diverged and whether MetaDD did, in float64; then images, soft labels and step sizes.
+    # In float64: losses, first-order decreases, what diverged and whether MetaDD did. Then images, soft labels and step
+    # sizes.
     size = 32 * backbones + 4 * (held * (math.prod(shape.image) + shape.classes) + backbones)
     sums = 4
     if config.metadd is not None:
         looked = config.metadd.share * held
         # Maps and logits of every network, of some images at a time.
-        size += round(4 * config.networks_looking * looked * (math.prod(shape.image[1:]) + shape.classes))
+        size += round(4 * config.meta_network_count * looked * (math.prod(shape.image[1:]) + shape.classes))
         sums += 2 * math.ceil(looked / IMAGES_AT_A_TIME)
     return size, sums
 

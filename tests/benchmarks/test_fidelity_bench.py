@@ -90,7 +90,7 @@ def test_runs_without_the_limit_differ_in_it_alone(bench: SimpleNamespace) -> No
     sizes = bench.variants.FULL
     crossover = bench.variants.crossover_runs(sizes, 1, 5)
     for row, (config,) in bench.variants.unlimited_runs(sizes, 1, 5).items():
-        assert differences(crossover[row][0], config) == {"distill.overshoot"}
+        assert differences(crossover[row][0], config) == {"distill.gradient_limit"}
 
 
 def test_further_distillations_keep_the_first_ones_folders(bench: SimpleNamespace) -> None:

@@ -27,14 +27,14 @@ RATES = LearningRates(images=3.0, soft_labels=2.0, step_sizes=1e-3)
 LEARNED = ("images", "soft_labels", "step_sizes")
 
 
-def make_state(loss: float = 1.0, overshoot: float = math.inf) -> Distillation:
+def make_state(loss: float = 1.0, decrease: float = math.inf) -> Distillation:
     draw = torch.Generator().manual_seed(0)
     images = torch.randn(6, 1, 8, 8, generator=draw)
     soft_labels = torch.randn(6, 3, generator=draw)
     return Distillation(
         SyntheticSet(images, soft_labels, torch.tensor([0.05]), torch.arange(3).repeat_interleave(2)),
         RATES,
-        Limits(loss, overshoot),
+        Limits(loss, decrease),
     )
 
 
@@ -128,7 +128,7 @@ def test_all_processes_blame_metadd_for_a_gradient_that_one_of_them_lost(monkeyp
             return total
 
         state: Any = make_state()
-        state._look = lambda *_: ({}, [], is_lost)
+        state._meta_gradient = lambda *_: ({}, [], is_lost)
         try:
             state.step(matches, [Origin(4, 7)], sum_over_backbones=all_sum)
         except DivergenceError as error:
@@ -168,8 +168,8 @@ def test_iteration_is_recorded(step: Scripted) -> None:
     """With the step size after the update."""
     state = make_state()
     record = step(state, make_gradient(0.25))
-    step_size, overshoot = float(state.synthetic.step_size), promise(make_gradient()) / 0.25
-    assert record == IterationRecord(0, 0, 4, 7, 0.25, step_size, skipped=False, overshoot=pytest.approx(overshoot))
+    step_size, decrease = float(state.synthetic.step_size), first_order_decrease(make_gradient()) / 0.25
+    assert record == IterationRecord(0, 0, 4, 7, 0.25, step_size, skipped=False, decrease=pytest.approx(decrease))
     assert record.step_size != pytest.approx(0.05)
     assert step(state, make_gradient(0.5)).iteration == 1
     assert state.history[0] == record
@@ -209,18 +209,18 @@ def test_step_size_of_a_backbone_that_is_skipped_rests(monkeypatch: pytest.Monke
     assert state.synthetic.step_sizes[0] != before[0]
 
 
-def promise(gradient: MatchingGradient) -> float:
+def first_order_decrease(gradient: MatchingGradient) -> float:
     """How far a step of SGD along a gradient lowers the loss to first order."""
     parts = (gradient.images, gradient.soft_labels, gradient.step_size)
     return sum(rate * float((part * part).sum()) for rate, part in zip(astuple(RATES), parts, strict=True))
 
 
-def test_update_that_would_overshoot_is_shortened(step: Scripted) -> None:
+def test_update_that_beyond_the_limit_is_shortened(step: Scripted) -> None:
     """To the one that to first order lowers the loss by as much as is allowed; its direction stays."""
     allowed, gradient = 0.25, make_gradient(0.5)
-    factor = allowed * 0.5 / promise(gradient)
+    factor = allowed * 0.5 / first_order_decrease(gradient)
     assert factor < 0.01
-    state, reference = make_state(overshoot=allowed), make_state()
+    state, reference = make_state(decrease=allowed), make_state()
     record = step(state, gradient)
     shortened = MatchingGradient(
         0.5, *(part * factor for part in (gradient.images, gradient.soft_labels, gradient.step_size))
@@ -229,7 +229,7 @@ def test_update_that_would_overshoot_is_shortened(step: Scripted) -> None:
     for name in LEARNED:
         torch.testing.assert_close(getattr(state.synthetic, name), getattr(reference.synthetic, name))
         torch.testing.assert_close(state.momenta[name], reference.momenta[name])
-    assert record.overshoot == pytest.approx(promise(gradient) / 0.5)
+    assert record.decrease == pytest.approx(first_order_decrease(gradient) / 0.5)
     assert (state.shortened, state.skipped) == (1, 0)
 
 
@@ -237,8 +237,8 @@ def test_the_longer_a_gradient_the_shorter_its_update(step: Scripted) -> None:
     """One that has exploded moves the set less than one just within the limit."""
     moved = []
     for length in (1.0, 10.0, 1e4):
-        state, gradient = make_state(overshoot=1.0), make_gradient(0.5)
-        scale = length * math.sqrt(0.5 / promise(gradient))  # 1: the update that reaches the limit
+        state, gradient = make_state(decrease=1.0), make_gradient(0.5)
+        scale = length * math.sqrt(0.5 / first_order_decrease(gradient))  # 1: the update that reaches the limit
         for part in (gradient.images, gradient.soft_labels, gradient.step_size):
             part.mul_(scale)
         before = state.synthetic.images.clone()
@@ -250,35 +250,35 @@ def test_the_longer_a_gradient_the_shorter_its_update(step: Scripted) -> None:
 
 def test_update_within_its_limit_is_taken_whole(step: Scripted) -> None:
     """Bit for bit as without a limit, and so is every one where there is none."""
-    limited, unlimited = make_state(overshoot=1e6), make_state()
+    limited, unlimited = make_state(decrease=1e6), make_state()
     for seed in range(3):
         record = step(limited, make_gradient(seed=seed))
         step(unlimited, make_gradient(seed=seed))
-        assert record.overshoot == pytest.approx(promise(make_gradient(seed=seed)) / 0.5)
+        assert record.decrease == pytest.approx(first_order_decrease(make_gradient(seed=seed)) / 0.5)
     assert_same(everything(limited), everything(unlimited))
     assert limited.shortened == 0
 
 
 def test_gradient_whose_square_overflows_moves_nothing(step: Scripted) -> None:
     """It is as long as can be, so its update is as short as can be."""
-    state, gradient = make_state(overshoot=1.0), make_gradient()
+    state, gradient = make_state(decrease=1.0), make_gradient()
     gradient.images.fill_(3e38)
     before = state.synthetic.clone()
-    assert step(state, gradient).overshoot == math.inf
+    assert step(state, gradient).decrease == math.inf
     assert all(torch.equal(getattr(state.synthetic, name), getattr(before, name)) for name in LEARNED)
     assert state.shortened == 1
 
 
 def test_perfect_match_has_nothing_to_shorten(step: Scripted) -> None:
     """Loss and gradient are zero."""
-    state, gradient = make_state(overshoot=1.0), make_gradient(0.0)
+    state, gradient = make_state(decrease=1.0), make_gradient(0.0)
     for part in (gradient.images, gradient.soft_labels, gradient.step_size):
         part.zero_()
-    assert step(state, gradient).overshoot == 0.0
+    assert step(state, gradient).decrease == 0.0
     assert state.shortened == 0
 
 
-def test_only_the_backbone_that_overshoots_is_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_backbone_beyond_its_limit_is_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each by its own loss, gradient and weight; a skipped one has no length."""
     exploded = make_gradient(0.5, seed=1)
     for part in (exploded.images, exploded.soft_labels, exploded.step_size):
@@ -286,16 +286,16 @@ def test_only_the_backbone_that_overshoots_is_shortened(monkeypatch: pytest.Monk
     gradients = [make_gradient(0.5), exploded, make_gradient(2.0)]
     scripted = iter(copy.deepcopy(gradients))
     monkeypatch.setattr(distillation, "matching_gradient", lambda *_, **__: next(scripted))
-    state = make_state(overshoot=2 * promise(gradients[0]) / 0.5)
+    state = make_state(decrease=2 * first_order_decrease(gradients[0]) / 0.5)
     state.synthetic = replace(state.synthetic, step_sizes=torch.full((3,), 0.05))
     before = state.synthetic.images.clone()
     matches: list[Any] = [Match(None, None, None, (), number, 1.0 + number) for number in range(3)]  # type: ignore[arg-type]
     first, second, third = state.step(matches, [Origin(0, 0)] * 3)
-    assert first.overshoot == pytest.approx(promise(gradients[0]) / 0.5)
-    assert second.overshoot == pytest.approx(2 * promise(exploded) / 0.5)
-    assert math.isnan(third.overshoot)
+    assert first.decrease == pytest.approx(first_order_decrease(gradients[0]) / 0.5)
+    assert second.decrease == pytest.approx(2 * first_order_decrease(exploded) / 0.5)
+    assert math.isnan(third.decrease)
     assert third.skipped
-    factor = state.limits.overshoot / second.overshoot
+    factor = state.limits.decrease / second.decrease
     expected = gradients[0].images + 2 * factor * exploded.images
     torch.testing.assert_close(state.synthetic.images, before - RATES.images * expected, rtol=1e-4, atol=1e-4)
     assert state.shortened == 1
@@ -336,7 +336,7 @@ def test_what_is_not_finite_or_not_positive_is_skipped_and_counted(step: Scripte
             before = everything(state)
             record = step(state, spoiled(what, value))
             assert record.skipped, (what, value)
-            assert math.isnan(record.overshoot), (what, value)
+            assert math.isnan(record.decrease), (what, value)
             assert_skipped(before, everything(state), (what, value))
             assert (state.iteration, state.skipped, state.diverged) == (updates + 1, 1, 1), (what, value)
             step(state, make_gradient(seed=5))
@@ -416,14 +416,16 @@ def test_many_divergences_without_an_update_stop_the_run(step: Scripted, monkeyp
     for gradient in (make_gradient(), bad, above, above, bad):
         step(state, gradient)
     before = everything(state)
-    with pytest.raises(DivergenceError, match=r"diverged 3 times up to iteration 6 .* its matching loss is not finite"):
+    with pytest.raises(
+        DivergenceError, match=r"diverged 3 times without an update up to iteration 6: its matching loss is not finite"
+    ):
         step(state, bad)
     assert_skipped(before, everything(state), "stopped")
     resumed = Distillation.from_arrays(*state.to_arrays(), RATES, state.limits, torch.device("cpu"))
     assert (resumed.iteration, resumed.diverged) == (6, 3)
     step(resumed, bad)
     step(resumed, bad)
-    with pytest.raises(DivergenceError, match="diverged 6 times up to iteration 9"):
+    with pytest.raises(DivergenceError, match="diverged 6 times without an update up to iteration 9"):
         step(resumed, bad)
     for gradient in (make_gradient(), bad, bad, make_gradient(), bad, above, bad):
         step(resumed, gradient)
@@ -511,13 +513,17 @@ def test_column_that_every_version_saves_is_not_made_up() -> None:
         )
 
 
-def test_state_that_an_earlier_version_saved_goes_on() -> None:
-    """One that kept no lengths of updates."""
+def test_state_that_an_earlier_version_saved_resumes() -> None:
+    """A checkpoint resumes whose first-order decreases have their former name, or are missing."""
     state = make_state()
     run(state, 2)
     held, shared = state.to_arrays()
-    shared = {name: array for name, array in shared.items() if name != "history.overshoot"}
+    former = {**shared, "history.overshoot": np.array([0.25, 4.0])}
+    former.pop("history.decrease")
+    resumed = Distillation.from_arrays(held, former, RATES, Limits(1.0), torch.device("cpu"))
+    assert [record.decrease for record in resumed.history] == [0.25, 4.0]
+    shared = {name: array for name, array in shared.items() if name != "history.decrease"}
     resumed = Distillation.from_arrays(held, shared, RATES, Limits(1.0, 0.5), torch.device("cpu"))
-    assert [math.isnan(record.overshoot) for record in resumed.history] == [True, True]
+    assert [math.isnan(record.decrease) for record in resumed.history] == [True, True]
     run(resumed, 1)
-    assert not math.isnan(resumed.history[-1].overshoot)
+    assert not math.isnan(resumed.history[-1].decrease)

@@ -203,25 +203,25 @@ def test_class_shards_shorten_what_one_process_shortens() -> None:
     rates, ranges = LearningRates(1.0, 1.0, 1e-3), [(0, 3), (3, 12)]
     barrier = Barrier(len(ranges))
 
-    def learned(first: int, last: int, overshoot: float, all_sum: Callable[[Tensor], Tensor]) -> Distillation:
+    def learned(first: int, last: int, decrease: float, all_sum: Callable[[Tensor], Tensor]) -> Distillation:
         held = {name: getattr(synthetic, name)[first:last] for name in ("images", "soft_labels", "labels")}
-        state = Distillation(dataclasses.replace(synthetic.clone(), **held), rates, Limits(100, overshoot))
+        state = Distillation(dataclasses.replace(synthetic.clone(), **held), rates, Limits(100, decrease))
         drawn = [step.held_by(first, last) for step in steps]
         state.step([Match(eager(make_problem()[0]), start, target, drawn)], [Origin(0, 0)], all_sum=all_sum)
         return state
 
-    promised = learned(0, 12, math.inf, identity).history[0].overshoot
-    whole = learned(0, 12, promised / 3, identity)
+    decrease = learned(0, 12, math.inf, identity).history[0].decrease
+    whole = learned(0, 12, decrease / 3, identity)
     with ThreadPoolExecutor(len(ranges)) as pool:
         shards = list(
             pool.map(
-                lambda rank: learned(*ranges[rank], promised / 3, functools.partial(barrier.all_sum, rank)),
+                lambda rank: learned(*ranges[rank], decrease / 3, functools.partial(barrier.all_sum, rank)),
                 range(len(ranges)),
             )
         )
     for shard in shards:
         assert shard.shortened == 1
-        assert shard.history[0].overshoot == pytest.approx(promised, rel=1e-12)
+        assert shard.history[0].decrease == pytest.approx(decrease, rel=1e-12)
         assert relative_error(shard.synthetic.step_sizes, whole.synthetic.step_sizes) < 1e-12
     for name in ("images", "soft_labels"):
         joined, before = torch.cat([getattr(shard.synthetic, name) for shard in shards]), getattr(synthetic, name)

@@ -127,7 +127,7 @@ def test_backbones_apart_and_sharded_learn_what_one_process_learns(tmp_path: Pat
     """Two networks by two shards, four processes, against all in one: set, step sizes, and what is shortened."""
     (tmp_path / "one").mkdir()
     (tmp_path / "four").mkdir()
-    shortened = "distill.overshoot=0.01"
+    shortened = "distill.gradient_limit=0.01"
     config = trained(tmp_path / "one", TWO_NETWORKS, shortened)
     distil(config, tmp_path / "one", size=1)
     out = with_experts_of(tmp_path / "one", tmp_path / "four")
@@ -137,9 +137,9 @@ def test_backbones_apart_and_sharded_learn_what_one_process_learns(tmp_path: Pat
     states = [state_of(place, config) for place in (tmp_path / "one", out)]
     torch.testing.assert_close(states[0].synthetic.step_sizes, states[1].synthetic.step_sizes, rtol=1e-5, atol=0)
     assert len(states[0].history) == 12
-    promised = [[record.overshoot for record in state.history] for state in states]
-    assert promised[0] == pytest.approx(promised[1], rel=1e-3)
-    assert sum(each > 0.01 for each in promised[0]) >= 6
+    decreases = [[record.decrease for record in state.history] for state in states]
+    assert decreases[0] == pytest.approx(decreases[1], rel=1e-3)
+    assert sum(each > 0.01 for each in decreases[0]) >= 6
     assert states[0].synthetic.step_sizes[0] != states[0].synthetic.step_sizes[1]
 
 
@@ -408,9 +408,9 @@ def test_result_says_how_many_updates_were_skipped(reference: Path, tmp_path: Pa
 def test_result_says_how_many_updates_were_shortened(reference: Path, tmp_path: Path) -> None:
     """The recipe's limit reaches the updates; where it decides most of them, that is said."""
     out = with_experts_of(reference, tmp_path)
-    config = tiny_config("distill.ipc=2", "distill.batch_size=7", "distill.overshoot=1e-9", "name=short")
+    config = tiny_config("distill.ipc=2", "distill.batch_size=7", "distill.gradient_limit=1e-9", "name=short")
     told, last = last_two_events(config, out)
     assert last.result["shortened"] == 6
     assert told.text.startswith("6 of 6 gradients were shortened")
     curves = read_curves(open_location(str(out / "short")))
-    assert (curves["history.overshoot"] > 1e-9).all()
+    assert (curves["history.decrease"] > 1e-9).all()
