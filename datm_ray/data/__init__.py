@@ -1,8 +1,8 @@
 """Real images: where they come from, how they are split and how their pixels are normalised.
 
-`load_raw` turns a named source into three sets of uint8 images, `prepare` normalises them, and the
-`Transform` in between travels with every distilled set, because images in whitened space mean nothing without
-it. Nothing in this folder trains, distributes or keeps state.
+`load_raw` turns a named source into three sets of uint8 images, and `prepare` normalises them. The `Transform` between
+them is kept with every distilled set, because whitened images mean nothing without it. No module here trains,
+distributes or keeps state.
 """
 
 import datm_ray.data.readers  # noqa: F401 -- registers the built-in sources

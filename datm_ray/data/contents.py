@@ -1,6 +1,6 @@
-"""What a file is that is not what its name says, told by its first bytes.
+"""Recognise files by their first bytes when the content does not match the name.
 
-Serves images, Parquet files and archives alike. Left out: whether a file of the right kind is whole.
+Covers images, Parquet files and archives. Not covered: whether a file of the right kind is complete.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ HEAD_BYTES = 512
 
 
 class Content(NamedTuple):
-    """What a file is, and how to get the one that was meant."""
+    """Kind of a file, and how to get the file that was meant."""
 
     name: str
     remedy: str
     suffix: str = ""
-    """The usual suffix, of kinds that this package reads."""
+    """Usual suffix of a kind that this package reads; "" for other kinds."""
 
 
 _AGAIN = "Fetch it again"
@@ -46,12 +46,12 @@ _KINDS: tuple[tuple[bytes, Content], ...] = (
 
 
 def recognise(head: bytes) -> Content | None:
-    """What a file is by its first `HEAD_BYTES` bytes; None if they say nothing."""
+    """Kind of a file from its first `HEAD_BYTES` bytes; None if unknown."""
     return next((content for pattern, content in _KINDS if re.match(pattern, head)), None)
 
 
 def recognise_file(path: Path) -> Content | None:
-    """What the file at a path is; None if it cannot be told."""
+    """Kind of the file at a path; None if unknown or unreadable."""
     try:
         with path.open("rb") as file:
             return recognise(file.read(HEAD_BYTES))
@@ -60,7 +60,7 @@ def recognise_file(path: Path) -> Content | None:
 
 
 def unreadable(error: Exception, content: Content | None) -> tuple[str, str, str]:
-    """Why a file cannot be read, in a few words, then the likely cause and the remedy."""
+    """Reason why a file cannot be read, in a few words, then the likely cause and the remedy."""
     if isinstance(error, OSError) and error.errno is not None:
         reason = (error.strerror or errno.errorcode.get(error.errno, "")).lower()
         return reason, "", "Check the file, its links and its permissions"

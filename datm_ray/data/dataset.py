@@ -1,7 +1,7 @@
 """A data set ready for training: three sets of normalised images, and the transform that normalised them.
 
-Everything is a plain numpy array, so that an object store can share one copy between all workers of a
-machine. Splitting and reading are `datm_ray.data.sources`; augmentation happens where the batches are used.
+All values are plain numpy arrays, so that an object store can share one copy between all workers of a node. Splitting
+and reading are in `datm_ray.data.sources`. Augmentation is applied where batches are used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from datm_ray.data.sources import ImageSet, RawDataset
 from datm_ray.data.transform import Kind, Transform, fit_transform
 from datm_ray.errors import DatasetError
 
-_CHUNK = 2048  # images scaled to [0, 1] at a time, 100 MB for 64x64 RGB; fewer where they are larger
+_CHUNK = 2048  # images normalised at a time: 100 MB for 64x64 RGB, fewer if they are larger
 _CHUNK_BYTES = 1 << 27
 
 
@@ -33,11 +33,11 @@ class Dataset:
     test_labels: NDArray[np.int64]
     transform: Transform
     fingerprint: str
-    """The raw data set's; the transform has its own."""
+    """Fingerprint of the raw data set; the transform has its own."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width."""
+        """Channels, height and width of an image."""
         return self.transform.shape
 
     @property
@@ -46,7 +46,7 @@ class Dataset:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
+        """Height and width of an image in pixels."""
         return self.image_shape[1:]
 
     @property
@@ -55,11 +55,13 @@ class Dataset:
 
 
 def prepare(raw: RawDataset, kind: Kind, transform: Transform | None = None, *, device: str = "cpu") -> Dataset:
-    """Normalises the three sets with `transform`, or else with one fitted on the training images.
+    """Normalise the three sets with `transform`; None fits one on the training images.
 
-    Hand over the transform that belongs to stored experts or to a distilled set: whitened images are comparable only
-    under the very same one. Otherwise `device` is where torch fits the new one. Keeps one float32 copy of each set and
-    small chunks besides.
+    Pass the transform that belongs to stored experts or to a distilled set, because whitened images are comparable only
+    under one transform. The call keeps one float32 copy of each set, and small chunks besides.
+
+    Args:
+        device: where torch fits a new transform.
 
     Raises:
         DatasetError: `transform` is of another kind or image shape than asked for.
@@ -68,7 +70,7 @@ def prepare(raw: RawDataset, kind: Kind, transform: Transform | None = None, *, 
         transform = fit_transform(kind, raw.train.images, raw.levels, device=device)
     if transform.kind != kind:
         raise DatasetError(
-            f"the transform handed over is {transform.kind!r}, but {kind!r} is asked for",
+            f"the given transform is {transform.kind!r}, but {kind!r} is asked for",
             "It was stored by a run with other settings",
             f"Ask for {transform.kind!r}, or fit a new transform",
         )

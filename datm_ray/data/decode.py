@@ -1,13 +1,14 @@
-"""Encoded images to one uint8 array, in threads and without a second copy of the pixels.
+"""Decode image files into one uint8 array, in threads and without a second copy of the pixels.
 
-All images of a data set get the same shape: one channel where every image is grayscale, RGB otherwise; the
-common size, or a square of `resize` pixels (bilinear with antialiasing; the aspect ratio is not kept). Sizes are
-read from the files' headers first, and what does not fit into memory is refused then. Each image is resized as soon
-as it is decoded, so the images are never all in memory at their full size. JPEG files are decoded at their full size
-too: Pillow's `draft` mode is faster, but the pixels differ. Images are turned as their EXIF data says. Whatever else
-is done to pixels is counted, for a user to see. Left out: transparency, which is dropped, the lower half of 16 bits,
-frames after the first, colour profiles, and images of 32 bits or floats, which are refused as nobody knows their
-range.
+All images of a data set get one shape: one channel if every image is grayscale, else RGB. The size is the common size,
+or a square of `resize` pixels (bilinear with antialiasing; the aspect ratio is not kept). Sizes are read from the
+files' headers first, and sets that do not fit into memory are refused then. Each image is resized as soon as it is
+decoded, so the images are never all in memory at full size. JPEG files are decoded at full size too: Pillow's `draft`
+mode is faster, but gives other pixels. Images are turned as their EXIF data says. All further changes to pixels are
+counted and reported.
+
+Not covered: transparency (dropped), the lower half of 16 bits, frames after the first, and colour profiles. Images of
+32 bits or floats are refused, because their range is unknown.
 """
 
 from __future__ import annotations
@@ -35,19 +36,20 @@ from datm_ray.memory import available_memory
 T = TypeVar("T")
 
 PIXELS_FREE, PIXELS_PER_BYTE = 2**24, 100
-"""An image may have 16 million pixels and 100 for each byte of its file besides: photographs have 1 to 10 a byte."""
+"""Limit on the pixels of an image: 16 million plus 100 per byte of its file. Photographs have 1 to 10 per byte."""
 
 TEXT_BYTES = 2**26
-"""A PNG may have 64 MiB of text. Pillow's own limit is as much for all its texts, but 1 MiB for a packed one."""
+"""Limit on the text in a PNG: 64 MiB. Pillow's own limit is the same for all texts together, but 1 MiB for a compressed
+one."""
 
-# Pillow knows some that start other programs.
+# Pillow supports some formats by starting other programs.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
-_BLOCK = 256  # images a thread takes at a time: few enough to balance the threads, enough to queue cheaply
+_BLOCK = 256  # images per task of a thread: few enough to balance the threads, enough to queue cheaply
 _GRAY = frozenset({"1", "L"})
-_MODES = {"1": "black and white", "L": "grey", "I;16": "16-bit grey", "P": "palette"}  # in words
+_MODES = {"1": "black and white", "L": "grey", "I;16": "16-bit grey", "P": "palette"}  # depth in words, for messages
 _ALPHA = frozenset({"LA", "PA", "La", "RGBA", "RGBa"})
 _NO_IMAGE = Content("no image of a known kind", "Replace or delete it")
-_ORIENTATION = 0x0112  # the EXIF tag
+_ORIENTATION = 0x0112  # EXIF tag of the orientation
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -58,14 +60,16 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-logging.getLogger("PIL").addHandler(logging.NullHandler())  # without a handler, its warnings go to the terminal
+logging.getLogger("PIL").addHandler(
+    logging.NullHandler()
+)  # without a handler, Pillow's warnings would go to the terminal
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Image files not yet decoded, and what they show."""
+    """Image files that are not decoded yet, with their labels."""
 
-    labels: NDArray[np.int64]  # [n]
+    labels: NDArray[np.int64]  # labels [n]
     open: Callable[[int], BinaryIO]
     """Opens the i-th file; called from several threads at once."""
     name: Callable[[int], str]
@@ -76,43 +80,43 @@ class Encoded:
 
 
 class Decoded(NamedTuple):
-    """Pixels, and what was done to them."""
+    """Decoded pixels, and what was changed in them."""
 
-    pixels: list[NDArray[np.uint8]]  # [n c h w] of each set, with c, h and w common to all of them
+    pixels: list[NDArray[np.uint8]]  # images [n c h w] of each set; c, h and w are common to all sets
     notes: tuple[str, ...]
-    """A line that counts the images that were changed in some way; none if none was."""
+    """One line per kind of change with the number of images; empty if no image was changed."""
 
 
 class _Header(NamedTuple):
     mode: str
-    """Pillow's; "I;16" for every kind of 16-bit grey."""
+    """Pillow's mode; "I;16" for every kind of 16-bit grayscale."""
     width: int
     height: int
-    """Both as the image is shown."""
+    """Height in pixels; width and height are those of the displayed image."""
     is_turned: bool = False
     is_transparent: bool = False
     is_deep: bool = False
-    """Whether it has 16 bits a channel."""
+    """Whether the image has 16 bits per channel."""
     has_frames: bool = False
 
 
 def decode(sets: Sequence[Encoded], resize: int | None = None, copies: int = 1) -> Decoded:
     """Decode image files to arrays of one shape.
 
-    Opens every file twice, for its header and for its pixels, so that the array can be allocated once.
+    Every file is opened twice, for its header and for its pixels, so that the array is allocated once.
 
     Args:
         resize: side in pixels of the squares that all images become; None keeps their size.
         copies: float32 copies of all pixels that the caller will make.
 
     Raises:
-        DatasetError: files are broken or too deep, sizes differ and `resize` is None, or memory does not suffice.
-            The last two are raised before any image is decoded.
+        DatasetError: files are broken or too deep, sizes differ and `resize` is None, or memory does not suffice. The
+            last two are raised before any image is decoded.
     """
     with _pillow_prepared():
         headers = [_in_parallel(len(files), partial(_header, files)) for files in sets]
         if any(isinstance(header, _Unreadable) for of_set in headers for header in of_set):
-            # So that one message counts the files that are cut off too. No image is kept: they may not fit.
+            # One message then counts the truncated files too. Images are not kept, because they may not fit.
             tried = [_in_parallel(len(files), partial(_with_image, files, use=_try)) for files in sets]
             _require_readable(sets, tried)
         good = _require_readable(sets, headers)
@@ -129,10 +133,12 @@ def decode(sets: Sequence[Encoded], resize: int | None = None, copies: int = 1) 
 
 @contextmanager
 def _pillow_prepared() -> Iterator[None]:
-    """Pillow's own limits and warnings as they are to be while images are decoded."""
+    """Set Pillow's own limits and warnings for the time in which images are decoded."""
     limit = PngImagePlugin.MAX_TEXT_CHUNK
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # `_with_image` bounds the pixels; what else it warns of, it mends
+        warnings.simplefilter(
+            "ignore"
+        )  # `_with_image` limits the pixels; Pillow repairs the other faults that it warns of
         PngImagePlugin.MAX_TEXT_CHUNK = max(limit, TEXT_BYTES)
         try:
             yield
@@ -141,7 +147,7 @@ def _pillow_prepared() -> Iterator[None]:
 
 
 def resize_images(images: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """Images [n c h w], c in {1, 3}, resized to [n c side side]."""
+    """Resize images [n c h w], c in {1, 3}, to [n c side side]."""
     resized = np.empty((*images.shape[:2], side, side), dtype=np.uint8)
 
     def one(i: int) -> None:
@@ -153,19 +159,19 @@ def resize_images(images: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 
 
 _SIDES = (128, 64, 32, 16, 8)
-"""Sizes that an error may suggest, in pixels."""
+"""Sizes in pixels that an error may suggest."""
 
 
 def require_memory(images: int, shape: tuple[int, int, int], copies: int, example: str = "") -> None:
-    """Raise a `DatasetError` if so many images do not fit into the memory that is free.
+    """Raise a `DatasetError` if the images do not fit into free memory.
 
-    Counted are one byte for every value as it is read, and four for every value of each float32 copy.
+    The need is one byte per value for the images as read, and four bytes per value for each float32 copy.
 
     Args:
         shape: channels, height and width.
-        copies: float32 copies of all of them: one where a single process does everything, two with Ray, whose object
-            store has its own.
-        example: names one of the images in the message.
+        copies: float32 copies of all images: one if a single process does everything; two with Ray, whose object store
+            has its own.
+        example: name of one of the images, for the message.
     """
     free = available_memory()
 
@@ -192,7 +198,7 @@ def _gib(size: int) -> str:
 def _decode_one(files: Encoded, resize: int | None, pixels: NDArray[np.uint8], index: int) -> _Unreadable | None:
     def use(image: Image.Image) -> None:
         turned = _turned(image)
-        if resize is None and turned.size[::-1] != pixels.shape[2:]:  # its EXIF data came after its pixels
+        if resize is None and turned.size[::-1] != pixels.shape[2:]:  # its EXIF data followed its pixels
             raise _mixed_sizes(files.name(0), pixels.shape[:1:-1], files.name(index), turned.size)
         pixels[index] = _pixels(turned, pixels.shape[1:])
 
@@ -212,12 +218,14 @@ def _header(files: Encoded, index: int) -> _Header | _Unreadable:
 
 def _read_header(image: ImageFile.ImageFile) -> _Header:
     args = image.tile[0][3] if image.tile else ""
-    raw, *more = args if isinstance(args, tuple) and args else (args,)  # such as "RGB;16B"; of PPM also the brightest
+    raw, *more = (
+        args if isinstance(args, tuple) and args else (args,)
+    )  # such as "RGB;16B"; for PPM also the largest value
     is_16bit = ";16" in str(raw) or (image.format == "PPM" and more[:1] > [255])
     is_grey = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     orientation = _orientation(image)
     if orientation > 4 and image.format == "TIFF":
-        image.load()  # Pillow turns these itself, and some versions tell their size only then
+        image.load()  # Pillow turns these itself, and some versions know their size only then
     width, height = image.size if orientation <= 4 or image.format == "TIFF" else image.size[::-1]
     return _Header(
         mode=image.mode if not is_grey else "I;16" if is_16bit or image.mode == "I" else str(raw),
@@ -231,9 +239,9 @@ def _read_header(image: ImageFile.ImageFile) -> _Header:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1, which is upright, where there is none that can be read."""
+    """EXIF orientation, 1 to 8; 1 (upright) if the file has none that can be read."""
     if image.format == "PNG" and "exif" not in image.info:
-        return 1  # Pillow would decode the pixels, to see what comes after them
+        return 1  # Pillow would decode the pixels to read what follows them
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
         return orientation if orientation in _TURNS else 1
@@ -249,7 +257,7 @@ def _has_frames(image: Image.Image) -> bool:
 
 
 class _Unreadable(NamedTuple):
-    """Why an image cannot be read."""
+    """Reason why an image cannot be read."""
 
     reason: str
     cause: str
@@ -267,7 +275,7 @@ def _with_image(files: Encoded, index: int, use: Callable[[ImageFile.ImageFile],
                 if math.prod(image.size) > PIXELS_FREE + PIXELS_PER_BYTE * size:
                     raise DatasetError(
                         f"image {files.name(index)} has {image.width}x{image.height} pixels in only {size:,} bytes",
-                        f"More than {PIXELS_PER_BYTE} pixels a byte may be made to fill the memory",
+                        f"An image of more than {PIXELS_PER_BYTE} pixels a byte may be crafted to fill the memory",
                         "Scale it down, or delete it",
                     )
                 return use(image)
@@ -289,7 +297,7 @@ def _with_image(files: Encoded, index: int, use: Callable[[ImageFile.ImageFile],
 
 
 def _require_readable(sets: Sequence[Encoded], results: Sequence[Sequence[T | _Unreadable]]) -> list[list[T]]:
-    """The results, none of which may be `_Unreadable`."""
+    """Return the results; raise a `DatasetError` if any of them is `_Unreadable`."""
     bad = [
         (files.name(i), result)
         for files, of_set in zip(sets, results, strict=True)
@@ -311,14 +319,14 @@ def _require_readable(sets: Sequence[Encoded], results: Sequence[Sequence[T | _U
 
 
 def image_suffixes() -> frozenset[str]:
-    """Suffixes, in small letters, of the images that this machine's Pillow can decode."""
+    """Suffixes, in lower case, of the images that this machine's Pillow can decode."""
     Image.init()
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in _formats())
 
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """The names in `_FORMATS` that this machine's Pillow can open."""
+    """Names in `_FORMATS` that this machine's Pillow can open."""
     Image.init()
     lacking = {name for name in ("AVIF", "WEBP") if name.lower() not in features.get_supported()}
     return tuple(name for name in _FORMATS if name in Image.OPEN and name not in lacking)
@@ -339,7 +347,7 @@ def _common_shape(
 
 
 def _mixed_sizes(first: str, a: tuple[int, ...], other: str, b: tuple[int, ...]) -> DatasetError:
-    """The error for two images of other width and height."""
+    """Error for two images of different width or height."""
     return DatasetError(
         f"the images differ in size: {first} is {a[0]}x{a[1]}, {other} is {b[0]}x{b[1]}",
         remedy=f"Make all of them squares of one size, e.g. with --set dataset.resize={min(*a, *b, _SIDES[0])}",
@@ -374,19 +382,19 @@ def _notes(
 
 
 def _try(image: Image.Image) -> None:
-    """Decode an image to see whether it can be."""
+    """Decode an image to check whether it is readable."""
     image.load()
 
 
 def _turned(image: Image.Image) -> Image.Image:
-    """The image as it is to be shown."""
-    image.load()  # then EXIF data that follow the pixels are known too
+    """Turn the image as its EXIF orientation says."""
+    image.load()  # so that EXIF data behind the pixels is known too
     turn = None if image.format == "TIFF" else _TURNS.get(_orientation(image))  # Pillow turns TIFF images itself
     return image if turn is None else image.transpose(turn)
 
 
 def _pixels(image: Image.Image, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Pixels [c h w] of one image converted to the given shape."""
+    """Pixels [c h w] of one image, converted to the given shape."""
     channels, height, width = shape
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -398,7 +406,7 @@ def _pixels(image: Image.Image, shape: tuple[int, ...]) -> NDArray[np.uint8]:
 
 
 def _in_parallel(count: int, work: Callable[[int], T]) -> list[T]:
-    """[work(0), ..., work(count - 1)], in threads, as Pillow releases the GIL; raises the first failure."""
+    """Compute [work(0), ..., work(count - 1)] in threads, because Pillow releases the GIL; raise the first failure."""
 
     def block(start: int) -> list[T]:
         return [work(i) for i in range(start, min(start + _BLOCK, count))]

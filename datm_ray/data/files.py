@@ -1,8 +1,8 @@
-"""One rule of what is data below a folder or in a zip archive, so that a source need not know which it reads.
+"""One rule for which files below a folder or in a zip archive are data, so that sources treat both alike.
 
-Hidden files and folders are left out, links are followed but never upwards, and each file is taken once. What is
-passed over is counted, for a class that loses its files shifts the labels of the others. Left out: archives of other
-kinds, and where links inside archives lead.
+Hidden files and folders are left out. Links are followed but never upwards, and each file is taken once. Left-out files
+are counted and reported, because a class that loses its files shifts the labels of the others. Not covered: archives of
+other kinds, and links inside archives.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from datm_ray.data.decode import Encoded
 from datm_ray.errors import DatasetError
 
 UNPACKED_FREE, UNPACKED_RATIO = 2**20, 200
-"""A member of an archive may unpack to 1 MiB and to 200 times its packed size besides; encoded images hardly shrink."""
+"""Limit on the unpacked size of an archive's member: 1 MiB plus 200 times its packed size. Encoded images hardly
+shrink."""
 
 _TAKEN = "links to what is taken already"
 
@@ -42,24 +43,24 @@ _HIDDEN = {
 
 @dataclass(frozen=True)
 class Listing:
-    """The files below one root that are data, and what was passed over."""
+    """Data files below one root, and what was left out."""
 
     files: tuple[str, ...]
-    """Sorted, relative to the root, with "/" between the parts on every system."""
+    """Paths relative to the root, sorted, with "/" between the parts on every system."""
     folders: tuple[str, ...]
-    """Every folder that is not hidden, also without a file; sorted."""
+    """All folders that are not hidden, also without a file; sorted."""
     passed_over: Counter[str]
-    """How many files and folders were not taken, by reason: a suffix such as ".heic", "hidden", ..."""
+    """Number of files and folders left out, by reason: a suffix such as ".heic", "hidden", ..."""
 
     def subfolders(self, folder: str) -> list[str]:
-        """Names of the folders right in a folder; "" is the root."""
+        """Names of the direct subfolders of a folder; "" is the root."""
         below = (
             name.removeprefix(f"{folder}/") for name in self.folders if name.startswith(f"{folder}/" if folder else "")
         )
         return [name for name in below if "/" not in name]
 
     def notes(self) -> tuple[str, ...]:
-        """A line that counts what was passed over; none if nothing was."""
+        """One line that counts what was left out; empty if nothing was."""
         reasons = sorted(self.passed_over.items(), key=lambda each: (-each[1], each[0]))
         shown = ", ".join(f"{reason} {count}" for reason, count in reasons[:6])
         more = sum(count for _, count in reasons[6:])
@@ -69,23 +70,23 @@ class Listing:
 
 
 def list_folder(root: Path, suffixes: Collection[str]) -> Listing:
-    """The files below a folder that end in one of the suffixes, whatever their case.
+    """List the files below a folder that end in one of the suffixes, in upper or lower case.
 
-    A link to a folder at or above `root` or the link itself is left out. A file or folder that several paths lead to
-    is taken once: by the path with the fewest links, else by the first in order.
+    A link to a folder at or above `root`, or above the link itself, is left out. A file or folder with several paths is
+    taken once: by the path with the fewest links, else by the first in order.
 
     Raises:
         DatasetError: a folder cannot be read.
     """
     walk = _Walk(root, suffixes)
     links = [("", walk.top)]
-    while links:  # a round takes what has as many links in its path
+    while links:  # one round takes the paths with equally many links
         links = [more for name, target in sorted(links) for more in walk.take(name, target)]
     return Listing(tuple(sorted(walk.files)), tuple(sorted(walk.folders)[1:]), walk.passed_over)
 
 
 class _Walk:
-    """What is found below a folder."""
+    """Search below a folder."""
 
     def __init__(self, root: Path, suffixes: Collection[str]) -> None:
         self.top = os.path.realpath(root)
@@ -93,10 +94,10 @@ class _Walk:
         self.folders: list[str] = []
         self.passed_over: Counter[str] = Counter()
         self._root, self._suffixes = root, suffixes
-        self._seen: set[str] = set()  # real paths of the folders that were read, and of files that links lead to
+        self._seen: set[str] = set()  # real paths of the folders that were read, and of files that links point to
 
     def take(self, name: str, target: str) -> list[tuple[str, str]]:
-        """Take what a name leads to; the links below it and where they lead, for later."""
+        """Add the entry of a name; the links below it are kept for a later round with their targets."""
         if os.path.isdir(target):
             return self._take_folder(name, target)
         if not _has_suffix(name, self._suffixes):
@@ -154,7 +155,7 @@ class _Walk:
 
 
 def _list_archive(names: Iterable[str], suffixes: Collection[str]) -> Listing:
-    """The same of the names in an archive, in which folders end in "/"."""
+    """List the data files among the names in an archive, in which folders end in "/"."""
     files: list[str] = []
     folders: set[str] = set()
     hidden: set[str] = set()
@@ -198,12 +199,12 @@ class FileTree:
         """Non-empty lines of a UTF-8 text file.
 
         Raises:
-            DatasetError: there is no such file.
+            DatasetError: the file does not exist.
         """
         if name not in self.listing.files:
             raise DatasetError(
                 f"the data set {self.root} has no file {name}",
-                "The folder or archive is incomplete, or is not the one meant",
+                "The folder or archive is incomplete, or is another one",
                 "Check the path, or fetch the data set again",
             )
         try:
@@ -213,7 +214,7 @@ class FileTree:
             raise _damaged(self.root / name, error) from error
 
     def encoded(self, files: Sequence[tuple[str, int]]) -> Encoded:
-        """The named files with their labels, ready to be decoded while the tree is open."""
+        """Named files with their labels, ready to be decoded while the tree is open."""
         return Encoded(
             labels=np.array([label for _, label in files], dtype=np.int64),
             open=lambda i: self.open(files[i][0]),
@@ -223,12 +224,12 @@ class FileTree:
 
 @contextmanager
 def file_tree(root: Path, suffixes: Collection[str]) -> Iterator[FileTree]:
-    """The data files below a folder, or in a zip archive, which stays open inside the `with` block.
+    """Data files below a folder, or in a zip archive that stays open inside the `with` block.
 
-    A folder that holds everything else in an archive is left out of the names.
+    If one folder holds everything in an archive, the names leave it out.
 
     Raises:
-        DatasetError: there is nothing at `root`, or it is neither a folder nor a zip archive that can be read.
+        DatasetError: `root` does not exist, or is neither a folder nor a readable zip archive.
     """
     if root.is_dir():
         yield FileTree(root, list_folder(root, suffixes), lambda name: (root / name).open("rb"))
@@ -272,7 +273,7 @@ _DAMAGED = (
     zlib.error,
     zipfile.BadZipFile,
 )
-"""What zipfile raises for archives that are damaged, encrypted or of another kind."""
+"""Exceptions of zipfile for archives that are damaged, encrypted or of another kind."""
 
 
 def _damaged(file: Path, error: Exception) -> DatasetError:
@@ -281,9 +282,9 @@ def _damaged(file: Path, error: Exception) -> DatasetError:
 
 
 def _members(archive: zipfile.ZipFile) -> dict[str, str]:
-    """The archive's own names by those that a folder would have, without one folder around everything.
+    r"""Archive's own names, by the names that an unpacked folder would have, without one folder around everything.
 
-    Some programs write "./a.png" or "a\\b.png". Of a name that occurs twice the last counts, as for `unzip`.
+    Some programs write "./a.png" or "a\b.png". If a name occurs twice the last one counts, as for `unzip`.
     """
     members = {}
     for own in archive.namelist():
@@ -298,16 +299,16 @@ def _members(archive: zipfile.ZipFile) -> dict[str, str]:
 
 
 def _unpacked(root: Path, archive: zipfile.ZipFile, name: str) -> bytes:
-    """A member's content, which may not be larger than some multiple of what it takes in the archive.
+    """Content of a member, whose size is limited by what it takes in the archive.
 
     Raises:
-        DatasetError: it would be, or it is packed by a method that cannot be unpacked bit by bit.
+        DatasetError: the content is too large, or is packed by a method that cannot be unpacked bit by bit.
     """
     member = archive.getinfo(name)
     if member.file_size > UNPACKED_FREE + UNPACKED_RATIO * member.compress_size:
         raise DatasetError(
             f"{root / name} cannot be read ({member.compress_size} bytes that unpack to {member.file_size})",
-            "No image shrinks so much, but what is made to fill the memory does",
+            "No image compresses so well. The file may be crafted to fill the memory",
             "Delete it from the archive, or unpack the archive and give the folder",
         )
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -316,4 +317,4 @@ def _unpacked(root: Path, archive: zipfile.ZipFile, name: str) -> bytes:
             remedy="Unpack the archive and give the folder",
         )
     with archive.open(member) as file:
-        return file.read(member.file_size)  # with a size, zipfile unpacks no more than it, whatever the header says
+        return file.read(member.file_size)  # given a size, zipfile unpacks no more than that, whatever the header says

@@ -1,8 +1,8 @@
 """Parquet files as Hugging Face writes image data sets.
 
 A row is one image: a struct whose `bytes` field is an encoded JPEG or PNG (or that field on its own), and a label. An
-integer label numbers a class, whose name comes from the schema's `huggingface` metadata if it is there; a text is the
-class's name. Images kept outside the file and nested folders of images are left out.
+integer label is a class's number; the class's name comes from the schema's `huggingface` metadata if it exists. A text
+label is the class's name. Not covered: images stored outside the file, and nested folders of images.
 """
 
 from __future__ import annotations
@@ -27,49 +27,49 @@ from datm_ray.data.splits import role_of, went_where
 from datm_ray.errors import DatasetError
 
 DECODED_FREE, DECODED_RATIO = 2**26, 20
-"""Images may take 64 MiB as they stand in memory, encoded, and 20 times the file's size besides."""
+"""Limit on encoded images in memory: 64 MiB plus 20 times the file's size."""
 
-_ROWS = 16  # read at a time
+_ROWS = 16  # rows read at a time
 _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
 
 
 @dataclass(frozen=True)
 class ParquetFiles:
-    """Which files hold the training and the test images, each sorted by name."""
+    """Files of the training and of the test images, each sorted by name."""
 
     name: str
     train: tuple[Path, ...]
     test: tuple[Path, ...]
-    """Empty where one set has to serve for both."""
+    """Test files; empty if one set serves for both."""
     notes: tuple[str, ...] = ()
-    """Lines on which files were passed over, and which went where."""
+    """Lines on which files were left out, and how files are used."""
 
 
 @dataclass(frozen=True)
 class ParquetSet:
-    """The rows of one or several shards."""
+    """Rows of one or several shards."""
 
     encoded: Encoded
     class_names: tuple[str, ...] | None
-    """None where the schema does not say."""
+    """Names of the classes; None if the schema has none."""
 
 
 @dataclass(frozen=True)
 class _Shard:
     images: Any  # pyarrow.ChunkedArray of binary [n]
-    labels: NDArray[np.int64] | list[str]  # [n]; texts are names of classes
+    labels: NDArray[np.int64] | list[str]  # labels [n]; texts are names of classes
     class_names: tuple[str, ...] | None
 
 
 def find_files(path: str) -> ParquetFiles:
-    """Files meant by a folder, by "TRAIN.parquet,TEST.parquet" or by a single file.
+    """Find the files given by a folder, by "TRAIN.parquet,TEST.parquet" or by a single file.
 
-    In a folder names tell what files are for; see `role_of`. Test files need labels, or else those for validation
-    are the test set.
+    In a folder the names decide how files are used, see `role_of`. Test files without labels are left out; then the
+    validation files are the test set.
 
     Raises:
-        DatasetError: nothing is there, or a folder of several files does not say which are for training.
+        DatasetError: the path has no Parquet files, or a folder of several files does not name those for training.
     """
     whole = Path(path).expanduser()
     if whole.is_dir():
@@ -112,7 +112,7 @@ def _in_folder(folder: Path) -> ParquetFiles:
 
 
 def _is_labelled(file: Path) -> bool:
-    """Whether a row has a label: test images are often given -1 or nothing."""
+    """Whether the first row has a label: test images often have -1 or nothing."""
     import pyarrow as pa
 
     with _reading(file) as parquet:
@@ -124,14 +124,14 @@ def _is_labelled(file: Path) -> bool:
 
 
 def read_parquet(files: Sequence[Path], class_names: tuple[str, ...] | None = None) -> ParquetSet:
-    """The shards one after another. Keeps the encoded bytes in memory, not the pixels.
+    """Read the shards in order. The encoded bytes are kept in memory, not the pixels.
 
     Args:
-        class_names: names of the training classes, by which test labels that are texts are numbered; None for the
-            training files, whose texts in alphabetical order are the classes.
+        class_names: names of the training classes, which number the text labels of test files; None for the training
+            files, whose texts in alphabetical order are the classes.
 
     Raises:
-        DatasetError: a file cannot be read, lacks a column, or names other classes than the first one.
+        DatasetError: a file cannot be read, lacks a column, or has other classes than the first one.
     """
     shards = [_read_shard(file) for file in files]
     for file, shard in zip(files, shards, strict=True):
@@ -163,7 +163,7 @@ def read_parquet(files: Sequence[Path], class_names: tuple[str, ...] | None = No
 
 
 def _numbered(file: Path, shard: _Shard, names: tuple[str, ...] | None) -> NDArray[np.int64]:
-    """The labels [n] as numbers of classes."""
+    """Labels [n] as numbers of classes."""
     if not isinstance(shard.labels, list):
         return shard.labels
     number = {name: label for label, name in enumerate(names or ())}
@@ -179,7 +179,7 @@ def _numbered(file: Path, shard: _Shard, names: tuple[str, ...] | None) -> NDArr
 
 @contextmanager
 def _reading(file: Path) -> Iterator[Any]:
-    """A `pyarrow.parquet.ParquetFile`, all of whose errors are a `DatasetError`."""
+    """Open a `pyarrow.parquet.ParquetFile`; all its errors become a `DatasetError`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -208,32 +208,32 @@ def _read_shard(file: Path) -> _Shard:
 
 
 def _decategorised(column: Any) -> Any:
-    """The values of a column, also where they are kept as categories."""
+    """Values of a column; categories are replaced by their values."""
     import pyarrow as pa
 
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
 def _read_columns(file: Path, parquet: Any, columns: Sequence[str]) -> Any:
-    """The table of these columns, a few rows at a time, as one value may be said to stand in a million of them.
+    """Read these columns as a table, a few rows at a time, because a file may repeat one value in a million rows.
 
     Raises:
-        ValueError: it takes much more memory than the file has bytes, or the file says that it would.
+        ValueError: the table takes much more memory than the file has bytes, or the header announces so.
     """
     import pyarrow as pa
 
     limit = DECODED_FREE + DECODED_RATIO * file.stat().st_size
-    # Not row_group(n).column(n): pyarrow lets an exception of C++ end the process there, whoever wrote the file.
-    said = sum(parquet.metadata.row_group(number).total_byte_size for number in range(parquet.num_row_groups))
+    # Not row_group(n).column(n): a C++ exception there ends the process, whoever wrote the file.
+    stated = sum(parquet.metadata.row_group(number).total_byte_size for number in range(parquet.num_row_groups))
     batches, size = [], 0
-    for batch in parquet.iter_batches(_ROWS, columns=list(columns)) if said <= limit else ():
+    for batch in parquet.iter_batches(_ROWS, columns=list(columns)) if stated <= limit else ():
         batch.validate(full=True)
         batches.append(batch)
         size += batch.nbytes
         if size > limit:
             break
-    if max(said, size) > limit:
-        raise ValueError(f"its {file.stat().st_size} bytes unpack to {max(said, size)} or more")
+    if max(stated, size) > limit:
+        raise ValueError(f"its {file.stat().st_size} bytes unpack to {max(stated, size)} or more")
     return pa.Table.from_batches(batches, schema=None if batches else parquet.schema_arrow)
 
 

@@ -1,7 +1,7 @@
-"""The built-in sources: digits, CIFAR, Tiny-ImageNet, image folders and Parquet files.
+"""Built-in sources: digits, CIFAR, Tiny-ImageNet, image folders and Parquet files.
 
-Each is one registered function from a `Request` to what it found; `datm_ray.data.sources.load_raw` does the rest. To
-add a source, register a function of your own in the same way, from any module that is imported before `load_raw` runs.
+Each is a registered function from a `Request` to a `Loaded`; `datm_ray.data.sources.load_raw` does the rest. To add a
+source, register a function in the same way, in any module that is imported before `load_raw` runs.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from datm_ray.errors import DatasetError
 
 DEFAULT_FOLDER = Path("~/.cache/datm_ray")
 
-Parts = tuple[str, ...]  # of a path
+Parts = tuple[str, ...]  # parts of a path
 Named = list[tuple[str, Parts]]  # class name and path of each image
 
 
 @source("digits")
 def _digits(request: Request) -> Loaded:
-    """scikit-learn's bundled handwritten digits: 1797 images of 8x8 pixels, values 0..16; needs no files."""
+    """Read scikit-learn's handwritten digits: 1797 images of 8x8 pixels, values 0..16; needs no files."""
     from sklearn.datasets import load_digits
 
     if request.path is not None:
@@ -54,7 +54,7 @@ def _digits(request: Request) -> Loaded:
 
 @source("cifar10")
 def _cifar10(request: Request) -> Loaded:
-    """`path` is the folder that holds, or will hold, `cifar-10-batches-py`."""
+    """Read CIFAR-10; `path` is the folder that holds, or will hold, `cifar-10-batches-py`."""
     from torchvision.datasets import CIFAR10
 
     return _cifar("cifar10", CIFAR10, request)
@@ -62,7 +62,7 @@ def _cifar10(request: Request) -> Loaded:
 
 @source("cifar100")
 def _cifar100(request: Request) -> Loaded:
-    """`path` is the folder that holds, or will hold, `cifar-100-python`. The labels are the 100 fine ones."""
+    """Read CIFAR-100 with its 100 fine labels; `path` is the folder that holds, or will hold, `cifar-100-python`."""
     from torchvision.datasets import CIFAR100
 
     return _cifar("cifar100", CIFAR100, request)
@@ -86,8 +86,8 @@ def _cifar(name: str, layout: Any, request: Request) -> Loaded:
 
 
 def _cifar_part(name: str, layout: Any, root: Path, train: bool, download: bool) -> Any:
-    # The official files are pickles. torchvision compares each with its published MD5 sum before it unpickles
-    # anything, and raises RuntimeError where one differs; nothing here opens them on its own.
+    # The official files are pickles. torchvision checks each against its published MD5 sum before it unpickles
+    # anything, and raises RuntimeError if one differs. No code here opens them itself.
     try:
         with warnings.catch_warnings():
             # The pickles were written by Python 2 and spell a dtype in a way that numpy 2.4 warns of.
@@ -109,7 +109,7 @@ def _cifar_images(part: Any, resize: int | None) -> ImageSet:
 
 @source("tiny-imagenet")
 def _tiny_imagenet(request: Request) -> Loaded:
-    """`path` is `tiny-imagenet-200.zip` or the unpacked folder; its validation set is our test set."""
+    """Read Tiny-ImageNet with its validation set as test set; `path` is `tiny-imagenet-200.zip` or a folder."""
     with file_tree(_tiny_root(request.path), {".jpeg", ".txt"}) as tree:
         prefix = _tiny_prefix(tree)
         wnids = [line.strip() for line in tree.lines(f"{prefix}wnids.txt")]
@@ -127,20 +127,20 @@ def _tiny_root(path: str | None) -> Path:
 
 
 def _tiny_prefix(tree: FileTree) -> str:
-    """What comes before `wnids.txt`: the archive, and a folder one level too high, have a top folder."""
+    """Path in front of `wnids.txt`: an archive has a top folder, and so has a folder one level too high."""
     lists = [name for name in tree.listing.files if name.split("/")[-1] == "wnids.txt"]
     return min(lists, key=len, default="").removesuffix("wnids.txt")
 
 
 def _tiny_sorted(tree: FileTree, folder: str, label_of: dict[str, int]) -> list[tuple[str, int]]:
-    """Images in class folders, with or without a folder `images` in them."""
+    """Images in class folders, with or without a subfolder `images`."""
     layout = re.compile(re.escape(folder) + r"/([^/]+)/(?:images/)?[^/]+\.JPEG")
     matches = ((name, layout.fullmatch(name)) for name in tree.listing.files)
     return [(name, label_of[match[1]]) for name, match in matches if match and match[1] in label_of]
 
 
 def _tiny_test(tree: FileTree, prefix: str, label_of: dict[str, int]) -> list[tuple[str, int]]:
-    """The validation set: as it is published, or sorted into class folders, in the order of its images' numbers."""
+    """Validation set of Tiny-ImageNet, published or in class folders, in the order of the images' numbers."""
     by_class = _tiny_sorted(tree, f"{prefix}val", label_of)
     if by_class and not any(name.startswith(f"{prefix}val/images/") for name in tree.listing.files):
         return sorted(by_class, key=lambda image: (len(image[0].split("/")[-1]), image[0].split("/")[-1]))
@@ -156,7 +156,7 @@ def _tiny_test(tree: FileTree, prefix: str, label_of: dict[str, int]) -> list[tu
 
 
 def _tiny_class_names(wnids: Sequence[str], words: Sequence[str]) -> tuple[str, ...]:
-    """The first synonym of each class, or its id where several classes share that word or none is listed."""
+    """Class names: the first synonym of each class, or its id if several classes share that word or none is listed."""
     synonyms = dict(line.split("\t", 1) for line in words if "\t" in line)
     names = [synonyms.get(wnid, wnid).split(",")[0].strip() for wnid in wnids]
     shared = Counter(names)
@@ -165,10 +165,10 @@ def _tiny_class_names(wnids: Sequence[str], words: Sequence[str]) -> tuple[str, 
 
 @source("folder")
 def _folder(request: Request) -> Loaded:
-    """Class folders of images below `path`/train and `path`/test (or val), or right below `path`.
+    """Read class folders of images below `path`/train and `path`/test (or val), or directly below `path`.
 
-    Without a test folder that has labels a fixed fifth of each class is the test set. `path` may also be a zip
-    archive of the same.
+    Without a labelled test folder, a fixed fifth of each class is the test set. `path` may also be a zip archive with
+    this layout.
     """
     with file_tree(_needed_path("folder", request), image_suffixes()) as tree:
         images = [tuple(name.split("/")) for name in tree.listing.files]
@@ -194,7 +194,7 @@ def _folder(request: Request) -> Loaded:
 
 
 def _folder_for(role: Role, tree: FileTree, images: Sequence[Parts]) -> str | None:
-    """The top folder of class folders for training or testing; one of just such a name comes first."""
+    """Top folder of class folders for training or testing; a name that is exactly the role comes first."""
     tops = sorted({parts[0] for parts in images if len(parts) > 2 and role_of(parts[0]) == role})
     plain = [top for top in tops if top.isalpha()]
     if len(plain or tops) > 1:
@@ -206,12 +206,12 @@ def _folder_for(role: Role, tree: FileTree, images: Sequence[Parts]) -> str | No
 
 
 def _labelled(images: Sequence[Parts], folder: str | None) -> Named:
-    """The images in the class folders of a folder."""
+    """Images in the class folders of a folder."""
     return [(parts[1], parts) for parts in images if len(parts) > 2 and parts[0] == folder]
 
 
 def _require_classes(tree: FileTree, images: Sequence[Parts]) -> None:
-    """That top folders are not parts of the set, or a level too many."""
+    """Raise a `DatasetError` if the class folders are parts of the set, or one level too high."""
     tops = sorted({parts[0] for parts in images if len(parts) > 1})
     parted = [top for top in tops if top.isalpha() and role_of(top)]
     if parted and (parted == tops or any(role_of(top) != "train" for top in parted)):  # a class may well be of trains
@@ -229,7 +229,7 @@ def _require_classes(tree: FileTree, images: Sequence[Parts]) -> None:
 
 
 def _class_folders(tree: FileTree, training: str, train: Named, held_out: str, test: Named, request: Request) -> Loaded:
-    """The data set of class folders below the folders `training`, "" for the root, and `held_out`, "" for none."""
+    """Load class folders below the folders `training` ("" for the root) and `held_out` ("" for none)."""
     listing = tree.listing
     names = {name for name, _ in train}
     empty = sorted(set(listing.subfolders(training)) - names)
@@ -261,7 +261,10 @@ def _class_folders(tree: FileTree, training: str, train: Named, held_out: str, t
 
 @source("parquet")
 def _parquet(request: Request) -> Loaded:
-    """`path` is a folder of *train* and *test* or *val* files, one file, or TRAIN.parquet,TEST.parquet."""
+    """Read Parquet files from a folder of *train* and *test* or *val* files, from one file, or from two.
+
+    Two files are given as TRAIN.parquet,TEST.parquet.
+    """
     if request.path is None:
         raise _no_path("parquet")
     files = find_files(request.path)
@@ -284,7 +287,7 @@ def _parquet(request: Request) -> Loaded:
 
 
 def _numbered(labels: NDArray[np.int64]) -> tuple[str, ...]:
-    """Class names "0", "1", ...; never more than images and one, whatever a damaged label column says."""
+    """Class names "0", "1", ...; at most one more than there are images, even if a label column is damaged."""
     return tuple(map(str, range(min(int(labels.max()), len(labels)) + 1)))
 
 

@@ -1,10 +1,9 @@
-"""Named sources to raw images in three sets: training, validation, test.
+"""Named sources of raw images in three sets: training, validation, test.
 
-A source is one function, registered under its name, that reads its files into uint8 arrays; everything after
-that (splits, checks, the fingerprint) is the same for all of them. The validation set is always split off the
-training images and the test set is the source's own where it has one, so that nothing is ever chosen on test
-images. Normalisation and augmentation are left out: see `datm_ray.data.transform` and
-`datm_ray.core.augment`.
+A source is one function, registered under its name, that reads its files into uint8 arrays. Splits, checks and the
+fingerprint are common to all sources. The validation set is always split off the training images. The test set is the
+source's own if it has one, so that no choice depends on test images. Not covered: normalisation
+(`datm_ray.data.transform`) and augmentation (`datm_ray.core.augment`).
 """
 
 from __future__ import annotations
@@ -21,27 +20,27 @@ from datm_ray.data.splits import Stream, stratified_split
 from datm_ray.errors import DatasetError, one_line
 
 TEST_FRACTION = 0.2
-"""Share of the images that becomes the test set where a source has none of its own."""
+"""Share of the images that becomes the test set if a source has none of its own."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images and what they show."""
+    """Images and their labels."""
 
-    images: NDArray[np.uint8]  # [n c h w]
-    labels: NDArray[np.int64]  # [n]
+    images: NDArray[np.uint8]  # images [n c h w]
+    labels: NDArray[np.int64]  # labels [n]
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, indices: NDArray[np.int64]) -> ImageSet:
-        """A copy of the images at these places."""
+        """Copy the images at these indices."""
         return ImageSet(self.images[indices], self.labels[indices])
 
 
 @dataclass(frozen=True, eq=False)
 class RawDataset:
-    """A data set as it was read: unnormalised, checked, split."""
+    """A data set as read: unnormalised, checked, split."""
 
     name: str
     class_names: tuple[str, ...]
@@ -49,11 +48,11 @@ class RawDataset:
     validation: ImageSet
     test: ImageSet
     levels: int
-    """The uint8 value that means 1.0: 16 for digits, 255 for photographs."""
+    """Value of a uint8 pixel that means 1.0: 16 for digits, 255 for photographs."""
     fingerprint: str
     """16 hex digits over all pixels, labels, class names, levels and the split."""
     notes: tuple[str, ...] = ()
-    """Lines on what was passed over, which files went where and what was done to pixels; no control characters."""
+    """Lines on files left out, how files are used and changes to pixels; without control characters."""
 
     @property
     def channels(self) -> int:
@@ -71,16 +70,16 @@ class RawDataset:
 
 @dataclass(frozen=True)
 class Request:
-    """What a source is asked for."""
+    """What a caller asks of a source."""
 
     path: str | None
-    """File or folder; each source says what it takes."""
+    """File or folder, as the source defines it; None for the source's default."""
     resize: int | None
-    """Side in pixels of the squares all images become; None keeps them as they are."""
+    """Side in pixels of the squares that all images become; None keeps their size."""
     download: bool
-    """Whether files that are absent may be fetched."""
+    """Whether missing files may be downloaded."""
     copies: int = 1
-    """Float32 copies of all pixels that will be made: they have to fit into memory too."""
+    """Float32 copies of all pixels that the caller will make; they must fit into memory too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +90,7 @@ class Loaded:
     class_names: tuple[str, ...]
     train: ImageSet
     test: ImageSet | None
-    """None where the source has no test set of its own; one is then split off `train`."""
+    """Test set of the source; None to split one off `train`."""
     levels: int = 255
     notes: tuple[str, ...] = ()
     """Lines for the user on how the files were read."""
@@ -103,7 +102,7 @@ _SOURCES: dict[str, Loader] = {}
 
 
 def source(name: str) -> Callable[[Loader], Loader]:
-    """Registers the decorated function as the source called `name`."""
+    """Decorator: register the function as the source called `name`."""
 
     def register(loader: Loader) -> Loader:
         _SOURCES[name] = loader
@@ -113,7 +112,7 @@ def source(name: str) -> Callable[[Loader], Loader]:
 
 
 def known_sources() -> tuple[str, ...]:
-    """Names that `load_raw` takes, sorted."""
+    """Names that `load_raw` accepts, sorted."""
     return tuple(sorted(_SOURCES))
 
 
@@ -126,20 +125,20 @@ def load_raw(
     download: bool = True,
     copies: int = 1,
 ) -> RawDataset:
-    """Reads a data set and splits it; the same input gives the same sets on every machine and for every seed.
+    """Read a data set and split it; equal input gives equal sets on every machine and for every seed.
 
     Args:
         source: one of `known_sources()`.
-        path: where its files are; `digits` takes none, `cifar10`, `cifar100` and `tiny-imagenet` look in
-            `~/.cache/datm_ray` without one.
-        resize: side in pixels of the squares that all images become.
-        validation: share of each class's training images to set aside, in (0, 1).
-        download: fetch `cifar10` and `cifar100` where their files are absent.
-        copies: float32 copies of all pixels that the caller will make. What does not fit into memory with them is
+        path: folder or file of the source. `digits` takes none. For `cifar10`, `cifar100` and `tiny-imagenet`, None
+            means `~/.cache/datm_ray`.
+        resize: side in pixels of the squares that all images become; None keeps their size.
+        validation: share of each class's training images used for validation, in (0, 1).
+        download: whether to download missing files of `cifar10` and `cifar100`.
+        copies: float32 copies of all pixels that the caller will make. Sets that do not fit into memory with them are
             refused before any image is decoded.
 
     Raises:
-        DatasetError: anything wrong with the arguments or the files, always naming the first thing to mend.
+        DatasetError: an argument or a file is wrong; the message names the first thing to mend.
     """
     _check_options(resize, validation)
     loaded = _find_source(source)(Request(path, resize, download, copies))
@@ -184,7 +183,7 @@ def _find_source(name: str) -> Loader:
 
 
 def _check_labels(role: str, labels: NDArray[np.int64], class_names: Sequence[str]) -> None:
-    """There are two classes or more, every label names one, and each has an image."""
+    """Check that there are at least two classes, that every label is one of them, and that each class has an image."""
     if len(class_names) < 2:
         raise DatasetError(
             f"the {role} set has {len(class_names)} class(es), {', '.join(map(repr, class_names))}",

@@ -1,9 +1,9 @@
-"""Which images are trained on and which are tested on: by their files' names, else by a stratified split.
+"""Which images are for training and which for testing: by file names, else by a stratified split.
 
-A split is the same on every machine, in every run and under every numpy. Each image gets a 64-bit key from a fixed
-stream; in every class the images with the smallest keys are held out. Only raw generator output is used, because numpy
-freezes that between versions and its shuffles not. The run's seed plays no part: two runs that differ in seed must be
-judged on the same images.
+A split is equal on every machine, in every run and under every numpy. Each image gets a 64-bit key from a fixed stream;
+in every class the images with the smallest keys are held out. The split uses only raw generator output, because numpy
+may change its shuffles between versions. The run's seed plays no part: two runs that differ in seed must be judged on
+the same images.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _ROLES |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
 
 
 def role_of(*names: str) -> Role | None:
-    """What files are for by the first name that says it; None if none does.
+    """Role of files from the first name that states one; None if none does.
 
-    A name says it if it has a whole word for one role, in any case: "train-00000" does, "retrain" and
-    "train_test_split" do not.
+    A name states a role if it contains a whole word for one role only, in upper or lower case. "train-00000" does,
+    "retrain" and "train_test_split" do not.
 
     Args:
-        names: name of a file or folder, then that of the folder around it, and so on.
+        names: name of a file or folder, then that of its parent folder, and so on.
     """
     for name in names:
         words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name))
@@ -42,7 +42,7 @@ def role_of(*names: str) -> Role | None:
 
 
 def went_where(train: Sequence[str], test: Sequence[str], unused: Sequence[str]) -> str:
-    """A line on which files or folders are used for what."""
+    """Line for the user on which files or folders are used for what."""
     held_out = f"test images: {_few(test)}" if test else "test images: a fixed fifth of each class of these"
     return f"training images: {_few(train)}; {held_out}" + (f"; not used: {_few(unused)}" if unused else "")
 
@@ -52,22 +52,22 @@ def _few(names: Sequence[str]) -> str:
 
 
 class Stream(IntEnum):
-    """Which split the keys are for. The values are part of every data set's identity: never renumber."""
+    """Which split the keys are for. Values are part of every data set's identity: never renumber."""
 
     TEST = 1
     VALIDATION = 2
 
 
 def stratified_split(
-    labels: NDArray[np.int64],  # [n]
+    labels: NDArray[np.int64],  # labels [n]
     fraction: float,
     stream: Stream,
     class_names: Sequence[str],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Ascending indices of the images kept [n - m] and of those held out [m].
 
-    Of each class `fraction` (in (0, 1)) is held out, rounded, but at least one image, and at least one is
-    kept.
+    In each class the share `fraction`, in (0, 1), is held out. The number is rounded, and at least one image is held
+    out and one is kept.
 
     Raises:
         DatasetError: a class has fewer than two images.

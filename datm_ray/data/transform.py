@@ -1,17 +1,16 @@
-"""From pixels in [0, 1] to what networks are trained on, and back.
+"""From pixels in [0, 1] to normalised images for networks, and back.
 
-Two kinds. `zca` is the whitening that published distillation results use: W = U diag(1/sqrt(S + eps)) U^T,
-with U S U^T the unbiased covariance of the training images in [0, 1], and whitened = (x - mean) W (the
-formula of kornia's ZCAWhitening with eps = 0.1). `standard` subtracts each channel's mean and divides by its
-standard deviation.
+There are two kinds. `zca` is the whitening that published distillation results use: W = U diag(1/sqrt(S + eps)) U^T. U
+S U^T is the unbiased covariance of the training images in [0, 1], and whitened = (x - mean) W (the formula of kornia's
+ZCAWhitening with eps = 0.1). `standard` subtracts each channel's mean and divides by its standard deviation.
 
-A transform keeps U in float32 and S, from which either direction follows without inverting a matrix: W is composed
-at its first use, in float64; the way back is two products with U. On CIFAR-10, U in float32 moves W by 1.4e-7 and
+A transform keeps U in float32, and S. Either direction follows from them without inverting a matrix: W is composed at
+its first use, in float64, and the inverse is two products with U. On CIFAR-10, U in float32 changes W by 1.4e-7 and
 whitened images by at most 3e-6, no more than a float32 product with the exact W does.
 
-The statistics are exact: pixels are integers, so their sums and products are too, and they are accumulated
-without any rounding. Hence the fingerprint, taken from those sums, is the same on every machine, although the
-last bits of U depend on the linear algebra library. Augmentation and clipping are left out.
+The statistics are exact: pixels are integers, and their sums and products are accumulated without rounding. So the
+fingerprint, computed from those sums, is equal on every machine, although the last bits of U depend on the linear
+algebra library. Not covered: augmentation and clipping.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ Images = Tensor | AnyFloats | NDArray[np.uint8]
 """A batch [n c h w] or one image [c h w]: floats from 0 (black) to 1 (white), or uint8 from 0 to 255."""
 
 PUBLISHED_EPS = 0.1
-_TOO_LARGE = 2**20  # pixels on a side, in files
-_SMALLEST_DEVIATION = 1e-30  # in files; float32 holds the quotient of any pixel and it
+_TOO_LARGE = 2**20  # largest side in pixels that a file may state
+_SMALLEST_DEVIATION = 1e-30  # smallest deviation that a file may state; float32 holds any pixel divided by it
 _CHUNK_BYTES = 1 << 26  # 64 MiB of temporaries while pixels are normalised
 _CPU = torch.device("cpu")
 _CENTRE = 128  # subtracted from uint8 pixels, so that they lie in -128..127
@@ -51,20 +50,20 @@ _EXACT_ROWS = 1024  # float32 holds integers up to 2^24 exactly: 1024 products o
 
 
 class Normaliser(nn.Module):
-    """Turns images from 0 to 1 into what networks trained under a transform expect.
+    """Module that normalises images in [0, 1] as networks trained under a transform expect them.
 
-    A layer to put before a network, or a step of `torchvision.transforms.Compose` after `ToTensor` or `PILToTensor`.
-    It moves with `.to(device)`, and images must be on its device.
+    Use the module as a layer before a network, or as a step of `torchvision.transforms.Compose` after `ToTensor` or
+    `PILToTensor`. `.to(device)` moves it, and images must be on its device.
 
-    It computes and returns the dtype of its buffers, which is float32 unless the module is converted. Images of another
-    float dtype are cast to that, uint8 images are cast and divided by 255. Autocast does not lower its precision.
-    Gradients flow through it. Besides the result it takes at most 64 MiB, however many images there are.
+    The result has the dtype of the module's buffers: float32 unless the module is converted. Images of another float
+    dtype are cast to it; uint8 images are cast and divided by 255. Autocast does not lower the precision. Gradients
+    flow through. Besides the result a call takes at most 64 MiB, for any number of images.
     """
 
     scale: Tensor
-    """The whitening matrix [d d], d = c * h * w, for `zca`; the reciprocal deviations [c] for `standard`."""
+    """Whitening matrix [d d] with d = c * h * w for `zca`; reciprocal deviations [c] for `standard`."""
     shift: Tensor
-    """[d], added before the product for `zca`; [c], added after it for `standard`."""
+    """Shift [d] added before the product for `zca`; [c] added after it for `standard`."""
 
     def __init__(self, kind: Kind, shape: tuple[int, int, int], scale: Tensor, shift: Tensor) -> None:
         super().__init__()
@@ -73,7 +72,7 @@ class Normaliser(nn.Module):
         self.register_buffer("shift", shift)
 
     def forward(self, images: Images) -> Tensor:
-        """Normalised images of the same shape.
+        """Normalise images; the shape stays.
 
         Raises:
             DatasetError: the images have another shape than those the transform was fitted on.
@@ -92,28 +91,28 @@ class Normaliser(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Transform:
-    """A fitted normalisation of images [n c h w] and its inverse. Pickles without what it has computed."""
+    """A fitted normalisation of images [n c h w] and its inverse. Cached results are not pickled."""
 
     kind: Kind
     shape: tuple[int, int, int]
-    """Channels, height and width it was fitted on."""
+    """Channels, height and width of the images it was fitted on."""
     mean: Floats
-    """[d], d = c * h * w, for `zca`; [c] for `standard`; in units of [0, 1] pixels."""
+    """Mean [d], d = c * h * w, for `zca`; [c] for `standard`; in units of [0, 1] pixels."""
     fingerprint: str
     """16 hex digits over the kind, eps and the exact statistics of the images it was fitted on."""
     std: Floats | None = None
-    """[c]; None for `zca`."""
+    """Standard deviations [c] for `standard`; None for `zca`."""
     vectors: Floats | None = None
-    """Eigenvectors of the covariance, the columns of [d d]; None for `standard` and where `stored_matrix` is there."""
+    """Eigenvectors of the covariance, the columns of [d d]; None for `standard` and if `stored_matrix` is given."""
     values: NDArray[np.float64] | None = None
-    """Their eigenvalues [d], none negative; None where there are no vectors."""
+    """Eigenvalues [d] of the eigenvectors, none negative; None if there are no vectors."""
     eps: float = PUBLISHED_EPS
-    """Added to every eigenvalue; without meaning where there are no vectors."""
+    """Number added to every eigenvalue; unused if there are no vectors."""
     stored_matrix: Floats | None = None
-    """The whitening matrix [d d] as files of earlier versions hold it, without eigenvectors; else None."""
+    """Whitening matrix [d d] from files of earlier versions, which have no eigenvectors; else None."""
 
     def normalise(self, images: Images) -> Tensor:
-        """Images as networks expect them, float32, of the same shape and on the same device; see `Normaliser`.
+        """Normalise images to float32; shape and device stay; see `Normaliser`.
 
         The first call for `zca` composes the whitening matrix, O(d^3) in float64; the matrix is kept.
 
@@ -124,7 +123,7 @@ class Transform:
         return self._normaliser(_device_of(images))(images)  # type: ignore[no-any-return]
 
     def denormalise(self, images: Tensor | AnyFloats) -> Tensor:
-        """Normalised images back in the space of [0, 1] pixels, not clipped to it; shape and device stay.
+        """Map normalised images back to the space of [0, 1] pixels, without clipping; shape and device stay.
 
         Raises:
             DatasetError: the images have another shape than those the transform was fitted on.
@@ -135,41 +134,41 @@ class Transform:
         return _map_chunks(self._inverse(_device_of(images)), images, self.kind, self.shape, torch.float32)
 
     def apply(self, images: AnyFloats) -> Floats:
-        """`normalise` from array to array."""
+        """Apply `normalise` to an array and return an array."""
         return self.normalise(images).numpy()
 
     def invert(self, images: AnyFloats) -> Floats:
-        """`denormalise` from array to array."""
+        """Apply `denormalise` to an array and return an array."""
         return self.denormalise(images).numpy()
 
     def normaliser(self) -> Normaliser:
-        """A module of its own that does what `normalise` does, on the CPU."""
+        """New module on the CPU that computes `normalise`."""
         return copy.deepcopy(self._normaliser(_CPU))
 
     @cached_property
     def matrix(self) -> Floats:
-        """The symmetric whitening matrix [d d] of `zca`."""
+        """Symmetric whitening matrix [d d] of `zca`."""
         return self._composed() if self.stored_matrix is None else self.stored_matrix
 
     @cached_property
     def digest(self) -> str:
-        """32 hex digits over all it consists of: transforms of the same digest have the same bits."""
+        """32 hex digits over all arrays and metadata: transforms with equal digests have equal bits."""
         arrays = [part for name, array in self.to_arrays().items() for part in (name, array.shape, array)]
         return _digest(json.dumps(self.to_metadata(), sort_keys=True), *arrays, digits=32)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its arrays."""
+        """Size of all arrays in bytes."""
         return sum(array.nbytes for array in self.to_arrays().values())
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
-        """Named arrays that, with `to_metadata`, are all there is to it."""
+        """Named arrays from which, with `to_metadata`, the transform can be restored."""
         named = {"mean": self.mean, "std": self.std, "vectors": self.vectors, "values": self.values}
         named["matrix"] = self.stored_matrix
         return {name: array for name, array in named.items() if array is not None}
 
     def to_metadata(self) -> dict[str, Any]:
-        """What goes with the arrays; strings, numbers and lists only, so that JSON can hold it."""
+        """Metadata for the arrays; strings, numbers and lists only, so that JSON can hold it."""
         plain = {"kind": self.kind, "shape": list(self.shape), "fingerprint": self.fingerprint}
         return plain if self.vectors is None else plain | {"eps": self.eps}
 
@@ -177,13 +176,13 @@ class Transform:
     def from_arrays(
         cls, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any], place: str = "memory"
     ) -> Transform:
-        """The transform that `to_arrays` and `to_metadata` were taken from, in this version or an earlier one.
+        """Restore a transform from `to_arrays` and `to_metadata` of this version or an earlier one.
 
         Args:
-            place: where they were read, for messages.
+            place: where the arrays were read, for messages.
 
         Raises:
-            CorruptFileError: something is missing, of the wrong shape or no number.
+            CorruptFileError: a part is missing, has a wrong shape or is no number.
         """
         unusable = partial(_unusable, place)
         try:
@@ -227,9 +226,9 @@ class Transform:
         return {}
 
     def _normaliser(self, device: torch.device) -> Normaliser:
-        """Made once for each device; on the CPU it shares memory with the arrays.
+        """Normaliser for a device, made once; on the CPU it shares memory with the arrays.
 
-        It never moves and is handed to nobody, so that nobody changes it.
+        It is never moved or handed out, so no caller changes it.
         """
         if device not in self._normalisers:
             if self.kind == "zca":
@@ -241,7 +240,7 @@ class Transform:
         return self._normalisers[device]
 
     def _composed(self) -> Floats:
-        """W from U and S; at its peak U once more, in float64, beside U and W."""
+        """Compute W from U and S. The peak is one more U in float64, beside U and W."""
         assert self.vectors is not None
         wide = self.vectors.astype(np.float64)
         matrix = np.empty_like(self.vectors)
@@ -258,7 +257,7 @@ class Transform:
         return deviations
 
     def _inverse(self, device: torch.device) -> Callable[[Tensor], Tensor]:
-        """What leads a chunk of images back, with its tensors on the device; made once for each."""
+        """Function that maps a chunk of images back, with its tensors on the device; made once for each device."""
         if device not in self._inverses:
             self._inverses[device] = self._made_inverse(device)
         return self._inverses[device]
@@ -278,7 +277,8 @@ class Transform:
 
     @cached_property
     def _inverse_of_stored(self) -> Floats:
-        # Of the float32 matrix as stored, not of the one before rounding: this undoes what `normalise` did.
+        # Inverse of the float32 matrix as stored, not of the one before rounding: this inverts what `normalise`
+        # computes.
         assert self.stored_matrix is not None
         return np.linalg.inv(self.stored_matrix.astype(np.float64)).astype(np.float32)
 
@@ -291,7 +291,7 @@ class Transform:
 def _map_chunks(
     function: Callable[[Tensor], Tensor], images: Images, kind: str, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> Tensor:
-    """The function of each few images [m c h w] in this dtype, put together as the images are."""
+    """Apply the function to chunks [m c h w] of this dtype, and join the results in the images' type."""
     if not isinstance(images, Tensor):
         images = _shared(images)
     if not images.is_floating_point() and images.dtype != torch.uint8:
@@ -317,34 +317,34 @@ def _device_of(images: Images) -> torch.device:
 
 
 def _without_autocast(device: torch.device) -> Any:
-    """Three digits, which autocast leaves, are too few for whitened images."""
+    """Turn off autocast, whose three digits are too few for whitened images."""
     known = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def _shared(array: NDArray[Any]) -> Tensor:
-    """A tensor for reading only, with the array's memory where torch can have it."""
+    """Tensor for reading only, which shares the array's memory if torch allows it."""
     plain = np.ascontiguousarray(array)
-    with warnings.catch_warnings():  # of arrays from Ray's object store, which torch cannot mark as read-only
+    with warnings.catch_warnings():  # arrays from Ray's object store, which torch cannot mark as read-only
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(plain)
 
 
 @dataclass(frozen=True)
 class FitCost:
-    """What fitting a transform takes, beside the images."""
+    """Memory and time of fitting a transform, beside the images."""
 
     kind: Kind
     shape: tuple[int, int, int]
     """Channels, height and width of the images."""
     size: int
-    """Bytes of memory at the peak; 0 for `standard`, which takes next to nothing."""
+    """Peak memory in bytes; 0 for `standard`, which takes almost nothing."""
     minutes: float
-    """On two CPU cores. A GPU takes less."""
+    """Minutes on two CPU cores. A GPU is faster."""
 
     @classmethod
     def of(cls, kind: Kind, shape: tuple[int, int, int]) -> FitCost:
-        """Cost for images of that shape, by a rule that was measured at 32x32 RGB: 0.4 GB, half a minute.
+        """Cost for images of this shape, extrapolated from a measurement at 32x32 RGB: 0.4 GB, half a minute.
 
         `zca` holds five matrices [d d] of float64 while it decomposes one of them, d = c * h * w, in time O(d^3).
         """
@@ -372,16 +372,18 @@ class FitCost:
 
 def fit_transform(
     kind: Kind,
-    images: NDArray[np.uint8],  # [n c h w]
+    images: NDArray[np.uint8],  # images [n c h w]
     levels: int,
     *,
     eps: float = PUBLISHED_EPS,
     device: str = "cpu",
 ) -> Transform:
-    """The normalisation of these training images, with x = images / levels.
+    """Fit the normalisation of these training images, with x = images / levels.
 
-    `zca` costs O(n d^2 + d^3), see `FitCost`. `device` is where torch decomposes the covariance, which is worth a GPU
-    from 64x64 RGB. A channel without any variation is only centred by `standard`.
+    `zca` costs O(n d^2 + d^3), see `FitCost`. For `standard`, a channel without variation is only centred.
+
+    Args:
+        device: where torch decomposes the covariance; a GPU pays off from 64x64 RGB.
 
     Raises:
         DatasetError: the kind is unknown, eps is not positive, there are fewer than two images, or memory does not
@@ -422,15 +424,15 @@ def _fit_zca(images: NDArray[np.uint8], levels: int, eps: float, device: str) ->
 @dataclass(frozen=True, eq=False)
 class _Sums:
     count: int
-    total: NDArray[np.float64]  # [d], of pixels - _CENTRE
-    products: NDArray[np.float64]  # [d d], likewise
+    total: NDArray[np.float64]  # sums [d] of pixels - _CENTRE
+    products: NDArray[np.float64]  # sums [d d] of products of pixels - _CENTRE
 
 
 def _exact_sums(images: NDArray[np.uint8]) -> _Sums:
-    """Sums over images of each pixel and of each product of two, free of rounding.
+    """Sums over images of each pixel and of each product of two pixels, without rounding.
 
-    A chunk's sums are integers that float32 holds exactly, and sums of chunks integers that float64 does:
-    single precision speed, and the same bits whatever the order in which a library adds.
+    The sums of a chunk are integers that float32 holds exactly, and the sums of chunks are integers that float64 holds.
+    So the speed is that of single precision, and the bits do not depend on the order in which a library adds.
     """
     width = images[0].size
     total, products = np.zeros(width), np.zeros((width, width))
