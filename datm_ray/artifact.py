@@ -1,16 +1,16 @@
 """The product: a synthetic set as one self-describing file, and its exports.
 
-The file carries the images in the normalised space in which they were learned, the soft labels, the learned step
-size, the recipe and where it came from. The transform that leads back to pixels is in the file where it is small.
-Whitening is 38 MB for 32x32 RGB and 604 MB for 64x64, whatever the set's size. It lies once, under the digest of its
-bits, in a folder beside the runs, and the file names the digest:
+The file holds the images in the normalised space in which they were learned, the soft labels, the learned step size,
+the recipe and the provenance. A small transform to pixels is inside the file. Whitening takes 38 MB for 32x32 RGB and
+604 MB for 64x64, for any size of the set. It is stored once in a folder beside the runs, under a digest of its bits,
+and the set's file names the digest:
 
     <out>/transforms/<digest>.arrow
     <out>/<run>/synthetic.arrow
 
-`datm_ray.load(path)` reads a set, and its transform at its first use: from the set's own folder, or from the folder
-`transforms` in it or in one of the folders above. The exports "arrow" and "safetensors" are one file with everything,
-which `load` reads wherever it lies.
+`datm_ray.load(path)` reads a set. Its transform is read at its first use: from the set's own folder, or from the folder
+`transforms` in it or in a folder above. The exports "arrow" and "safetensors" are single files with everything, which
+`load` reads from any place.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ KIND = "synthetic-set"
 TRANSFORMS = "transforms"
 """Folder of the transforms that are kept apart from their sets."""
 INLINE_BYTES = 64 * 1024
-"""Size of the largest transform that travels inside every set's file."""
-_PARENTS = 3  # folders above a set's own in which its transform is looked for
-_CHECKSUM = "sha256"  # in the metadata of the export "safetensors", whose format has none
-_LONGEST_FOLDER = 200  # bytes of a class's folder; file systems take 255
-_PREFIX = "transform."  # of the transform's arrays among those of a set
+"""Largest size in bytes of a transform that is stored inside every set's file, inclusive."""
+_PARENTS = 3  # number of folders above a set's own in which its transform is searched
+_CHECKSUM = "sha256"  # key in the metadata of the export "safetensors", whose format has no checksum
+_LONGEST_FOLDER = 200  # longest name of a class's folder in bytes; file systems take 255
+_PREFIX = "transform."  # prefix of the transform's arrays among those of a set
 
 
 @dataclass(frozen=True)
@@ -57,36 +57,36 @@ class KeptTransform:
     """A transform in a file of its own, read at its first use."""
 
     set_location: Location
-    """The set's file."""
+    """Location of the set's file."""
     digest: str
-    """`Transform.digest`, which is the file's name too."""
+    """Digest of the transform, see `Transform.digest`; also the name of its file."""
     shape: tuple[int, ...]
-    """Channels, height and width, as the set's file says."""
+    """Channels, height and width of an image, as the set's file states them."""
 
     @cached_property
     def transform(self) -> Transform:
-        """The transform, from the first of the places where there is such a file.
+        """Read the transform from the first place that has its file.
 
         Raises:
-            StoreError: it is in none of them.
-            CorruptFileError: what is there is damaged, or is another transform.
+            StoreError: no place has the file.
+            CorruptFileError: the file is damaged, or holds another transform.
         """
         failure: StoreError | None = None
         for place in self._places():
             try:
                 there = place.exists()
-            except StoreError as error:  # a folder above may be closed to us, so the search goes on
+            except StoreError as error:  # a folder above may be unreadable, so the search continues
                 failure = failure or error
                 continue
             if there:
                 file = read_tensors(place, kind=TRANSFORM_KIND)
                 transform = Transform.from_arrays(file.arrays, file.metadata, place.uri)
                 if (transform.digest, transform.shape) != (self.digest, self.shape):
-                    raise damaged(place, "It holds another transform than its name says")
+                    raise damaged(place, "Its transform does not match its name")
                 return transform
         name = f"{TRANSFORMS}/{self.digest}.arrow"
         raise StoreError(
-            f"the transform of {self.set_location.uri} is missing, {name} in its folder or one above",
+            f"the transform of {self.set_location.uri} is missing: no {name} in its folder or one above",
             str(failure or "The file was moved away from the runs it was made with"),
             f"Copy {name} of their output folder beside it, or export the set there with --format arrow",
         ) from failure
@@ -104,70 +104,71 @@ class Artifact:
     """A synthetic set with everything needed to use it elsewhere."""
 
     images: Tensor
-    """[n c h w] float32, normalised by `transform`; feed them to a network as they are."""
+    """[n c h w] float32 images, normalised by `transform`; feed them to a network unchanged."""
     soft_labels: Tensor
     """[n k] logits; train towards their softmax."""
     labels: Tensor
-    """[n] int64, the class each image was made for."""
+    """[n] int64 class that each image was made for."""
     step_size: float
-    """The learning rate that was learned with the images, for SGD and the recipe's first network."""
+    """Learning rate that was learned with the images, for SGD and the recipe's first network."""
     step_sizes: tuple[float, ...]
-    """The same for every network that was matched, the first included; alone in it in files of earlier versions."""
+    """Learning rates for all matched networks, the first included. Files of earlier versions have that of the first
+    only."""
     class_names: tuple[str, ...]
-    """k names."""
+    """Names of the k classes."""
     held_transform: Transform | KeptTransform
-    """The transform, or where it lies; see `transform`."""
+    """The transform, or the place of its file; use `transform` to get it."""
     recipe: Mapping[str, Any]
-    """The run's configuration."""
+    """Configuration of the run."""
     provenance: Mapping[str, Any]
-    """Versions, hardware, data set and experts."""
+    """Versions, hardware, data set and experts of the run."""
 
     @property
     def transform(self) -> Transform:
-        """Turns real images into what networks trained on the set expect, and the synthetic ones into pixels.
+        """Transform from real images to what networks trained on the set expect, and from synthetic images to pixels.
 
         Raises:
-            StoreError: it is kept in a file of its own, which is nowhere to be found.
+            StoreError: the transform has a file of its own, which is not found.
         """
         held = self.held_transform
         return held if isinstance(held, Transform) else held.transform
 
     def dataset(self) -> TensorDataset:
-        """(image [c h w], class probabilities [k]) pairs, ready for a `DataLoader`.
+        """Data set of pairs (image [c h w], class probabilities [k]), ready for a `DataLoader`.
 
-        torch's cross_entropy takes such probabilities as its target.
+        torch's cross_entropy accepts such probabilities as its target.
         """
         return TensorDataset(self.images, self.soft_labels.softmax(dim=1))
 
     def normalise(self, images: Images) -> Tensor:
-        """Real images as networks trained on this set expect them: float32, of the same shape, on the same device.
+        """Normalise real images as networks trained on this set expect them: float32; shape and device stay.
 
         Args:
             images: a batch [n c h w] or one image [c h w], as tensor or array; floats from 0 (black) to 1 (white), or
                 uint8 from 0 to 255.
 
         Raises:
-            DatasetError: the images are not of the set's shape.
+            DatasetError: the images do not have the set's shape.
             TypeError: the images are integers other than uint8.
         """
         return self.transform.normalise(images)
 
     def normaliser(self) -> Normaliser:
-        """`normalise` as a module, on the CPU: a layer before a network, or a step of torchvision's `Compose`."""
+        """Module on the CPU that computes `normalise`: a layer before a network, or a step of a `Compose`."""
         return self.transform.normaliser()
 
     def denormalise(self, images: Tensor) -> Tensor:
-        """Normalised images, such as those of this set, back to 0 (black) to 1 (white), not clipped to it."""
+        """Map normalised images, such as those of this set, back to 0 (black) to 1 (white), without clipping."""
         return self.transform.denormalise(images)
 
     def clipped_share(self) -> float:
-        """Share of the images' values, from 0 to 1, that are darker than 0 or brighter than 1, where `pixels` clips."""
+        """Share in [0, 1] of the images' values that are darker than 0 or brighter than 1, which `pixels` clips."""
         unit = self.denormalise(self.images)
-        half = 0.5 / 255  # what rounding to a pixel changes anyway
+        half = 0.5 / 255  # changes by rounding to a pixel do not count
         return float(((unit < -half) | (unit > 1 + half)).float().mean())
 
     def pixels(self) -> NDArray[np.uint8]:
-        """The synthetic images as ordinary pixels [n h w c], 0..255, clipped."""
+        """Synthetic images as ordinary pixels [n h w c], 0..255, clipped."""
         unit = self.denormalise(self.images).clamp(0, 1)
         pixels: NDArray[np.uint8] = (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return pixels
@@ -185,14 +186,16 @@ def save_artifact(
     """Write the set as one file, atomically.
 
     Args:
-        transforms: folder in which a large transform is kept, once, named by its digest; `load` must find it from the
-            set's file. None puts it into the file.
+        transforms: folder for large transforms, each stored once and named by its digest; `load` must find it from the
+            set's file. None stores the transform in the set's file.
     """
     arrays = {
         "images": synthetic.images.detach().cpu().numpy(),
         "soft_labels": synthetic.soft_labels.detach().cpu().numpy(),
         "labels": synthetic.labels.cpu().numpy(),
-        "step_size": synthetic.step_size.detach().cpu().numpy(),  # beside the others, for earlier versions
+        "step_size": synthetic.step_size.detach()
+        .cpu()
+        .numpy(),  # beside `step_sizes`, for earlier versions of this program
         "step_sizes": synthetic.step_sizes.detach().cpu().numpy(),
     }
     kept = transforms is not None and keep_transform(transform, transforms) is not None
@@ -209,15 +212,15 @@ def _with_context(
     *,
     kept: bool = False,
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """Arrays and metadata of a set's file; of a transform that is kept elsewhere its digest alone."""
-    told = transform.to_metadata()
+    """Arrays and metadata of a set's file; if `kept`, only the digest of the transform, which has a file of its own."""
+    transform_metadata = transform.to_metadata()
     if kept:
-        told["digest"] = transform.digest
+        transform_metadata["digest"] = transform.digest
     else:
         arrays = arrays | {_PREFIX + name: array for name, array in transform.to_arrays().items()}
     metadata = {
         "class_names": list(class_names),
-        "transform": told,
+        "transform": transform_metadata,
         "recipe": dict(recipe),
         "provenance": dict(provenance),
     }
@@ -225,7 +228,7 @@ def _with_context(
 
 
 def keep_transform(transform: Transform, transforms: Location) -> Location | None:
-    """Write a large transform into the folder unless it is there; its file. None for one that sets carry inside."""
+    """Write a large transform into the folder unless it exists. Returns its file, or None for a small transform."""
     if transform.nbytes <= INLINE_BYTES:
         return None
     place = transforms / f"{transform.digest}.arrow"
@@ -240,8 +243,8 @@ def load(uri: str) -> Artifact:
     """Read a synthetic set written by datm_ray, .arrow or .safetensors, from a path or any URI.
 
     Raises:
-        StoreError: there is no such file, or it is a folder.
-        CorruptFileError: the file is no synthetic set, is truncated or altered, or its parts contradict each other.
+        StoreError: the file does not exist, or is a folder.
+        CorruptFileError: the file is not a synthetic set, is truncated or altered, or its parts contradict each other.
     """
     location = open_location(uri)
     try:
@@ -258,7 +261,7 @@ def load(uri: str) -> Artifact:
 
 
 def read_artifact(location: Location) -> Artifact:
-    """As `load`, from a location."""
+    """Read a synthetic set from a location, see `load`."""
     if location.path.endswith(".safetensors"):
         arrays, metadata = _read_safetensors(location)
     else:
@@ -289,7 +292,7 @@ def read_artifact(location: Location) -> Artifact:
 
 
 def _require_sound(artifact: Artifact, uri: str) -> None:
-    """Refuse a set that nobody can use, whatever its checksums say: anyone can write a file.
+    """Refuse a set that cannot be used, even if its checksums are right: any program can write a file.
 
     Raises:
         CorruptFileError: a shape, label, name or value contradicts the others.
@@ -297,14 +300,14 @@ def _require_sound(artifact: Artifact, uri: str) -> None:
     fault = next(_faults(artifact), None)
     if fault:
         raise CorruptFileError(
-            f"{uri} is no usable synthetic set: {fault}",
+            f"{uri} is not a usable synthetic set: {fault}",
             "It was written by another program or another version, or altered",
             "Distil it again, or restore a copy",
         )
 
 
 def _faults(artifact: Artifact) -> Iterator[str]:
-    """What is wrong with a set, in words; each check relies on those before it."""
+    """Faults of a set, in words; each check relies on those before it."""
     images, soft_labels, labels = artifact.images, artifact.soft_labels, artifact.labels
     n, k, rates = len(labels) if labels.ndim else 0, len(artifact.class_names), artifact.step_sizes
     for name, tensor, dtype, shape in (
@@ -321,11 +324,11 @@ def _faults(artifact: Artifact) -> Iterator[str]:
     elif not 0 <= int(labels.min()) <= int(labels.max()) < k:
         yield f"its labels are {int(labels.min())}..{int(labels.max())}, and its classes are 0..{k - 1}"
     if not all(isinstance(name, str) for name in artifact.class_names):
-        yield "a class has a name that is no text"
+        yield "a class has a name that is not text"
     if not all(isinstance(rate, float) and 0 < rate < math.inf for rate in (artifact.step_size, *rates)) or not rates:
         yield f"its step sizes are {[artifact.step_size, *rates]}, not positive numbers"
     if not isinstance(artifact.recipe, dict) or not isinstance(artifact.provenance, dict):
-        yield "its recipe or its provenance is no mapping"
+        yield "its recipe or its provenance is not a mapping"
 
 
 def _transform_of(
@@ -334,13 +337,13 @@ def _transform_of(
     if "digest" not in metadata:
         pieces = {name.removeprefix(_PREFIX): array for name, array in arrays.items() if name.startswith(_PREFIX)}
         return Transform.from_arrays(pieces, metadata, location.uri)
-    if not re.fullmatch(r"[0-9a-f]{32}", str(metadata["digest"])):  # it becomes part of a path
-        raise damaged(location, "The digest of its transform is none")
+    if not re.fullmatch(r"[0-9a-f]{32}", str(metadata["digest"])):  # the digest becomes part of a path
+        raise damaged(location, "The digest of its transform is invalid")
     return KeptTransform(location, metadata["digest"], tuple(map(int, metadata["shape"])))
 
 
 def _read_safetensors(location: Location) -> tuple[dict[str, NDArray[Any]], Mapping[str, Any]]:
-    """Arrays and metadata of a file that the export "safetensors" wrote."""
+    """Read arrays and metadata of a file that the export "safetensors" wrote."""
     from safetensors import SafetensorError
     from safetensors.numpy import load as parse
 
@@ -350,16 +353,16 @@ def _read_safetensors(location: Location) -> tuple[dict[str, NDArray[Any]], Mapp
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         metadata = json.loads(header["__metadata__"][KIND])
         if not isinstance(metadata, dict):
-            raise TypeError("its metadata is no mapping")
+            raise TypeError("its metadata is not a mapping")
         written, found = metadata.pop(_CHECKSUM, None), _checksum(arrays, metadata)
     except (SafetensorError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise CorruptFileError(
-            f"{location.uri} is no synthetic set in safetensors format ({type(error).__name__}: {error})",
+            f"{location.uri} is not a synthetic set in safetensors format ({type(error).__name__}: {error})",
             "It is damaged, or was written by another program",
             "Export the set again with `datm-ray export FILE --format safetensors`",
         ) from error
     if written != found:
-        fault = "no checksum" if written is None else "another checksum than it says"
+        fault = "no checksum" if written is None else "a wrong checksum"
         raise CorruptFileError(
             f"{location.uri} has {fault}",
             "It was altered, or was written by another program",
@@ -369,8 +372,10 @@ def _read_safetensors(location: Location) -> tuple[dict[str, NDArray[Any]], Mapp
 
 
 def _checksum(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any]) -> str:
-    """SHA-256 over a set's metadata and its arrays' names, types, shapes and bytes, in hex digits."""
-    digest = sha256(json.dumps(json.loads(json.dumps(metadata)), sort_keys=True).encode())  # as it will be read
+    """SHA-256 in hex digits over a set's metadata and the names, types, shapes and bytes of its arrays."""
+    digest = sha256(
+        json.dumps(json.loads(json.dumps(metadata)), sort_keys=True).encode()
+    )  # in the form in which JSON is read back
     for name, array in sorted(arrays.items()):
         digest.update(json.dumps([name, array.dtype.str, array.shape]).encode())
         digest.update(np.ascontiguousarray(array).data)
@@ -386,10 +391,10 @@ def export(artifact: Artifact, kind: str, out: Location) -> list[str]:
             with everything, the transform included, which `load` reads).
 
     Raises:
-        ConfigError: no such kind.
+        ConfigError: the kind does not exist.
     """
     if kind not in EXPORTS:
-        raise ConfigError(f"there is no export {kind!r}", remedy=f"choose one of: {', '.join(EXPORTS)}")
+        raise ConfigError(f"unknown export format {kind!r}", remedy=f"choose one of: {', '.join(EXPORTS)}")
     written = []
     for name, data in EXPORTS[kind](artifact).items():
         (out / name).write_atomic(data)
@@ -398,7 +403,7 @@ def export(artifact: Artifact, kind: str, out: Location) -> list[str]:
 
 
 def left_out(artifact: Artifact, kind: str) -> list[str]:
-    """What an export of this kind, see `export`, does not hold of the set or holds otherwise, in sentences."""
+    """Sentences on what an export of this kind loses or changes, see `export`."""
     lines = []
     if kind in ("png", "parquet") and (share := artifact.clipped_share()):
         shown = f"{100 * share:.0f} %" if share >= 0.01 else "Less than 1 %"
@@ -407,7 +412,7 @@ def left_out(artifact: Artifact, kind: str) -> list[str]:
         )
     if kind == "png":
         lines.append(
-            "PNG holds images and classes; soft labels and step size are in the .arrow file, and with --format pt."
+            "PNG holds images and classes; soft labels and step size are in the .arrow file, and in --format pt."
         )
         renamed = [
             f"{name!r} is in {folder!r}"
@@ -416,7 +421,7 @@ def left_out(artifact: Artifact, kind: str) -> list[str]:
         ]
         if renamed:
             more = f", and {len(renamed) - 3} more" if len(renamed) > 3 else ""
-            lines.append(f"Folders named otherwise than their classes: {', '.join(renamed[:3])}{more}.")
+            lines.append(f"Folders with other names than their classes: {', '.join(renamed[:3])}{more}.")
     if kind == "parquet":
         lines.append("Parquet holds images, classes and soft labels; the step size is in the .arrow file.")
     if kind == "pt":
@@ -461,7 +466,7 @@ def _parquet_file(artifact: Artifact) -> dict[str, bytes]:
 
 
 def _datm_files(artifact: Artifact) -> dict[str, bytes]:
-    """As DATM's evaluation.py reads them: normalised images, soft-label logits, learned step size."""
+    """Files for DATM's evaluation.py: normalised images, soft-label logits, learned step size."""
     parts = {
         "images_best.pt": artifact.images,
         "labels_best.pt": artifact.soft_labels,
@@ -476,7 +481,7 @@ def _datm_files(artifact: Artifact) -> dict[str, bytes]:
 
 
 def _whole(artifact: Artifact) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """Arrays and metadata of a set with its transform, as `read_artifact` takes them."""
+    """Arrays and metadata of a set with its transform, in the form that `read_artifact` reads."""
     arrays = {
         "images": artifact.images.cpu().numpy(),
         "soft_labels": artifact.soft_labels.cpu().numpy(),
@@ -517,7 +522,7 @@ def _encode_all(artifact: Artifact) -> list[bytes]:
 
 
 def encode_png(pixels: NDArray[np.uint8]) -> bytes:
-    """One image [h w c], c 1 or 3, as a PNG file."""
+    """Encode one image [h w c], c 1 or 3, as a PNG file."""
     from PIL import Image
 
     sink = io.BytesIO()
@@ -526,7 +531,7 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def _folders(class_names: tuple[str, ...]) -> list[str]:
-    """Each class's name as a folder's name; names that would share a folder end in their number too."""
+    """Names of the classes' folders; names that would share a folder also end in the class's number."""
     plain = ["".join(c if c.isalnum() or c in "-_ " else "_" for c in name).strip() or "_" for name in class_names]
     plain = [name.encode()[:_LONGEST_FOLDER].decode(errors="ignore") for name in plain]
     folded = Counter(name.casefold() for name in plain)

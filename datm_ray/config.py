@@ -208,7 +208,7 @@ class DistillConfig(Section):
     initial_step_size: Positive = 0.01
     """The student's step size at the start."""
     threshold: Positive = 1.0
-    """Matching loss above which an iteration is skipped."""
+    """Iterations with a larger matching loss are skipped."""
     gradient_limit: Positive | None = 10.0
     """Largest first-order decrease of the loss by one step, in multiples of the loss; longer gradients are shortened.
     null: no limit, as published."""
@@ -714,14 +714,14 @@ def _takes_text(path: Sequence[str]) -> bool:
 def network_names(networks: Sequence[NetworkConfig]) -> list[str]:
     """Short names of networks: the architecture, a width that is not the published one, and further differences."""
 
-    def told(network: NetworkConfig) -> Iterator[str]:
+    def differing(network: NetworkConfig) -> Iterator[str]:
         alike = [each for each in networks if each.architecture == network.architecture]
         for field in NetworkConfig.model_fields:
             value = getattr(network, field)
             if any(getattr(each, field) != value for each in alike) or (field == "width" and value != PUBLISHED_WIDTH):
                 yield f"{field} {value}"
 
-    details = [", ".join(told(network)) for network in networks]
+    details = [", ".join(differing(network)) for network in networks]
     return [
         f"{network.architecture} ({detail})" if detail else network.architecture
         for network, detail in zip(networks, details, strict=True)

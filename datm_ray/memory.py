@@ -1,6 +1,6 @@
-"""How much main memory this process can still take: of the machine, and of the container that it runs in.
+"""Main memory that this process can still allocate, on the machine and in the container that it runs in.
 
-Memory of GPUs is not covered. Tests: tests/runtime/test_plan.py.
+Not covered: memory of GPUs. Tests: tests/runtime/test_plan.py.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from pathlib import Path
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes of main memory that can be taken without swapping, of the machine or of this process's container."""
-    # No Linux: all there is, for what is in use is not told in a way that all systems share.
+    """Bytes of main memory that can be allocated without swapping, on the machine or in this process's container."""
+    # Without Linux: all memory, because systems report the used part in different ways.
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with suppress(OSError, ValueError, IndexError, StopIteration):
         lines = (root / "proc/meminfo").read_text().splitlines()
@@ -21,7 +21,7 @@ def available_memory(root: Path = Path("/")) -> int:
 
 
 def _left_in_control_groups(root: Path) -> list[int]:
-    """What the limits of the process's control group, and of those above it, leave; none where there are no limits."""
+    """Bytes left by the limit of the process's control group, and of each group above it; empty without limits."""
     left = []
     with suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
@@ -33,7 +33,8 @@ def _left_in_control_groups(root: Path) -> list[int]:
                 ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
             )
             group = base / path.lstrip("/")
-            # In a container the path may be that of the host, which is not there; its own group is then the base.
+            # In a container the path may be that of the host, which does not exist there; then the base is the own
+            # group.
             for place in [base, *(each for each in (group, *group.parents) if base in each.parents)]:
                 with suppress(OSError, ValueError):  # "max", or a group without limits
                     limit, used = (int((place / name).read_text()) for name in names)
@@ -42,7 +43,7 @@ def _left_in_control_groups(root: Path) -> list[int]:
 
 
 def _reclaimable(group: Path) -> int:
-    """Of the memory in use, what the kernel gives back when asked: files that were read."""
+    """Bytes of the used memory that the kernel frees on demand: cached files."""
     with suppress(OSError, ValueError, StopIteration):
         lines = (group / "memory.stat").read_text().splitlines()
         return next(

@@ -1,12 +1,13 @@
-"""Packaged recipes: one function per named run, its docstring the source and what to expect of it.
+"""Packaged recipes: one function per named run; its docstring gives the source and the expected result.
 
 The values for CIFAR and Tiny-ImageNet are the published ones of DATM (arXiv 2310.05773, the authors' configuration
-files of 2024-04-26), GSAM experts included, with two differences: the step size of evaluation and the iteration that
-is kept are never chosen on the test set, and a gradient that promises more than ten times the loss is shortened
-(`distill.overshoot`). Accuracies quoted from the paper are test accuracies of ConvNet, mean ± std; no figure of ours
-stands beside them until it was measured. The ranges of start epochs of digits come from a prototype that was scored
-on its test split. Figures of digits are over four distillations of two networks each, but for those of MetaDD, which
-are of one distillation.
+files of 2024-04-26), GSAM experts included. There are two differences. The evaluation's step size and the kept
+iteration are never chosen on the test set. A gradient whose first-order decrease exceeds ten times the loss is
+shortened (`distill.gradient_limit`).
+
+Accuracies quoted from the paper are test accuracies of ConvNet, mean ± std. Figures of our own are given only where
+they were measured. The ranges of start epochs of digits come from a prototype that was scored on its test split.
+Figures of digits are over four distillations of two networks each; those of MetaDD are of one distillation.
 """
 
 from __future__ import annotations
@@ -34,21 +35,21 @@ _RECIPES: dict[str, Recipe] = {}
 
 
 def recipe(function: Recipe) -> Recipe:
-    """Register a recipe under its function's name, with dashes."""
+    """Decorator: register a recipe under its function's name, with dashes."""
     _RECIPES[function.__name__.replace("_", "-")] = function
     return function
 
 
 def recipe_names() -> list[str]:
-    """All packaged recipes, in the order of this file."""
+    """Names of all packaged recipes, in the order of this file."""
     return list(_RECIPES)
 
 
 def get_recipe(name: str) -> RunConfig:
-    """Packaged recipe of that name, or recipe in the file of that name: one that ends in .yaml or .yml, or has a "/".
+    """Packaged recipe of this name, or the recipe in a file if the name ends in .yaml or .yml or contains a "/".
 
     Raises:
-        ConfigError: there is no such recipe, or the file is none.
+        ConfigError: the recipe does not exist, or the file holds no recipe.
     """
     if name.endswith((".yaml", ".yml")) or os.sep in name:
         return load_config(name)
@@ -56,7 +57,7 @@ def get_recipe(name: str) -> RunConfig:
 
 
 def recipe_notes(name: str) -> str:
-    """The recipe's docstring: where its values come from and what to expect."""
+    """Docstring of a recipe: where its values come from and what to expect."""
     return inspect.cleandoc(_lookup(name).__doc__ or "")
 
 
@@ -65,7 +66,7 @@ def _lookup(name: str) -> Recipe:
         return _RECIPES[name]
     near = difflib.get_close_matches(name, _RECIPES, n=1)
     raise ConfigError(
-        f"there is no recipe {name!r}",
+        f"unknown recipe {name!r}",
         remedy=f"did you mean {near[0]!r}?" if near else "`datm-ray recipe list` shows them; a file ends in .yaml",
     )
 
@@ -73,11 +74,11 @@ def _lookup(name: str) -> Recipe:
 # --- digits: scikit-learn's 1,797 real 8x8 digits, the embedded default -------------------------------------------
 
 DIGITS_AUGMENTATION = "crop_scale_rotate"
-"""For evaluation: no flip (a mirrored digit is none), no cutout (it blanks the digit), no colour. Experts and students
-go without: at 8x8 pixels that gave the better sets on validation data."""
+"""Operations for evaluation on digits: no flip (a mirrored digit is none), no cutout (it blanks the digit), no colour.
+Experts and students use no augmentation: at 8x8 pixels that gave better sets on validation data."""
 DIGITS_REAL_EPOCHS = 150
-"""Of networks on all real data: with 40, the set that all others are compared with would have had a quarter of the
-updates of networks on 300 synthetic images."""
+"""Epochs of networks on all real digits. With 40, this reference set would have had a quarter of the updates of
+networks on 300 synthetic images."""
 
 
 def _digits(
@@ -113,29 +114,29 @@ def _digits(
 
 @recipe
 def digits_ipc1() -> RunConfig:
-    """Real digits, 1 image per class: early start epochs, 0-9. Here 92.1±1.1 %, all real data 98.9±0.3."""
+    """Real digits, 1 image per class: start epochs 0-9, early. Measured 92.1±1.1 %, all real data 98.9±0.3."""
     return _digits(1, iterations=500, starts=(0, 10), expert_epochs=3, learning_rate_images=20.0)
 
 
 @recipe
 def digits_ipc10() -> RunConfig:
-    """Real digits, 10 images per class: start epochs 5-29. Here 98.0±0.7 %, all real data 98.9±0.3."""
+    """Real digits, 10 images per class: start epochs 5-29. Measured 98.0±0.7 %, all real data 98.9±0.3."""
     return _digits(10, iterations=200, starts=(5, 30), expert_epochs=4, learning_rate_images=30.0)
 
 
 @recipe
 def digits_ipc30() -> RunConfig:
-    """Real digits, 30 images per class: late start epochs, 10-34. Here 99.0±0.3 %, all real data 98.9±0.3."""
+    """Real digits, 30 images per class: start epochs 10-34, late. Measured 99.0±0.3 %, all real data 98.9±0.3."""
     return _digits(30, iterations=250, starts=(10, 35), expert_epochs=4, learning_rate_images=30.0)
 
 
 @recipe
 def digits16_metadd_ipc1() -> RunConfig:
-    """Real digits at 16x16, 1 image per class, with MetaDD: the set shall work on other networks too.
+    """Real digits at 16x16, 1 image per class, with MetaDD, for sets that work on other networks too.
 
-    Here 90.0±1.4 % on its own architecture; README.md has others. At 8x8 the last maps would have two pixels a side.
-    The auxiliaries have an eighth of their published width; how the weights were found is in benchmarks/LOG.md. Score
-    it with
+    Measured 90.0±1.4 % on its own architecture; README.md has others. At 8x8 the last maps would have two pixels a
+    side. The auxiliaries have an eighth of their published width; benchmarks/LOG.md says how the weights were found.
+    Score the set with
     `datm-ray evaluate digits16-metadd-ipc1 --arch resnet18,vgg11,lenet,alexnet:16,mlp,vit-small:32`.
     """
     base = digits_ipc1()
@@ -151,7 +152,7 @@ def digits16_metadd_ipc1() -> RunConfig:
 
 
 LATEST_MATCHED = {"cifar10": 61, "cifar100": 71, "tiny-imagenet": 71}
-"""The last epoch that any published recipe matches, by data set."""
+"""Last epoch that any published recipe matches, by data set, inclusive."""
 
 
 def _published(
@@ -169,12 +170,12 @@ def _published(
     expert_epochs: int = 2,
     threshold: float = 1.0,
 ) -> RunConfig:
-    """A row of DATM's table; `starts` is (first, bound at iteration 0, final bound)."""
+    """Recipe from a row of DATM's table; `starts` is (first, bound at iteration 0, final bound), bounds exclusive."""
     first, bound, final = starts
     return RunConfig(
         dataset=DatasetConfig(source=source, validation=0.02),
         network=NetworkConfig(depth=depth),
-        # GSAM as in DATM; what any recipe of the family may match is kept, so that all share the experts.
+        # GSAM as in DATM. All epochs are kept that any recipe of the family may match, so that all share the experts.
         experts=ExpertConfig(optimiser="gsam", keep_epochs=LATEST_MATCHED[source]),
         distill=DistillConfig(
             ipc=ipc,
@@ -198,7 +199,7 @@ def _published(
 def cifar10_ipc1() -> RunConfig:
     """CIFAR-10, 1 image per class. The paper reports 46.9±0.5 % with 100 GSAM experts.
 
-    Not run at this size yet. Here 33.4±1.1 % on a fifth of the data with a quarter of the width, 8 experts and 500
+    Not run at this size yet. Measured 33.4±1.1 % on a fifth of the data with a quarter of the width, 8 experts and 500
     iterations (one distillation, three networks; random images with soft labels 18.9), see benchmarks/results.
     """
     return _published(
@@ -219,7 +220,7 @@ def cifar10_ipc1() -> RunConfig:
 def cifar10_ipc10() -> RunConfig:
     """CIFAR-10, 10 images per class. The paper reports 66.8±0.2 % with 100 GSAM experts.
 
-    Not run at this size yet. Here 48.8±0.6 % on a fifth of the data with a quarter of the width, 8 experts and 300
+    Not run at this size yet. Measured 48.8±0.6 % on a fifth of the data with a quarter of the width, 8 experts and 300
     iterations (one distillation, three networks; random images with soft labels 40.0), see benchmarks/results.
     """
     return _published(
@@ -240,7 +241,7 @@ def cifar10_ipc10() -> RunConfig:
 def cifar10_ipc50() -> RunConfig:
     """CIFAR-10, 50 images per class. The paper reports 76.1±0.3 % with 100 GSAM experts.
 
-    Not run at this size yet. Here 56.2±1.0 % on a fifth of the data with a quarter of the width, 8 experts and 300
+    Not run at this size yet. Measured 56.2±1.0 % on a fifth of the data with a quarter of the width, 8 experts and 300
     iterations (one distillation, three networks; random images with soft labels 57.5), see benchmarks/results.
     """
     return _published(
@@ -290,7 +291,7 @@ def cifar10_ipc1000() -> RunConfig:
 
 
 def _with_auxiliaries(base: RunConfig, share: float) -> RunConfig:
-    """The same with MetaDD and the four auxiliaries of published size."""
+    """Copy of a recipe with MetaDD and the four auxiliaries of published size."""
     metadd = MetaConfig(
         auxiliaries=tuple(NetworkConfig(architecture=name) for name in ("resnet18", "vgg11", "alexnet", "vit-small")),
         share=share,
@@ -302,10 +303,9 @@ def _with_auxiliaries(base: RunConfig, share: float) -> RunConfig:
 def cifar10_metadd_ipc10() -> RunConfig:
     """CIFAR-10, 10 images per class, DATM as in cifar10-ipc10 and MetaDD with four auxiliaries.
 
-    No figure is published for DATM with MetaDD; MTT with MetaDD has 53.1 % over its unseen networks. This was not run
-    at its full size yet. On a fifth of the data, with narrow networks and 200 iterations, the meta-feature ratio rose
-    from 0.11 to 0.41 and accuracy on other architectures did not (README.md). A fifth of the images is looked at in
-    every iteration.
+    No figure is published for DATM with MetaDD; MTT with MetaDD has 53.1 % over its unseen networks. Not run at this
+    size yet. On a fifth of the data, with narrow networks and 200 iterations, the meta-feature ratio rose from 0.11 to
+    0.41 and accuracy on other architectures did not (README.md). Each iteration uses a fifth of the images.
     """
     return _with_auxiliaries(cifar10_ipc10(), share=0.2)
 
@@ -352,7 +352,8 @@ def cifar100_ipc10() -> RunConfig:
 def cifar100_ipc50() -> RunConfig:
     """CIFAR-100, 50 images per class. The paper reports 55.0±0.2 % with 100 GSAM experts.
 
-    The published run starts from random real images; this one from correctly classified ones, as the others do.
+    The published run starts from random real images; this recipe starts from correctly classified ones, like the
+    others.
     """
     return _published(
         "cifar100",
@@ -446,8 +447,7 @@ def tiny_imagenet_ipc100() -> RunConfig:
 def tiny_imagenet_metadd_ipc10() -> RunConfig:
     """Tiny-ImageNet, 10 images per class, DATM as in tiny-imagenet-ipc10 and MetaDD with four auxiliaries.
 
-    No figure is published for DATM with MetaDD, and this was not run yet. A fifth of the images, 400, is looked at in
-    every iteration.
+    No figure is published for DATM with MetaDD. Not run yet. Each iteration uses a fifth of the images, 400.
     """
     return _with_auxiliaries(tiny_imagenet_ipc10(), share=0.2)
 
@@ -456,8 +456,8 @@ def tiny_imagenet_metadd_ipc10() -> RunConfig:
 def tiny_imagenet_metadd_ipc50() -> RunConfig:
     """Tiny-ImageNet, 50 images per class, DATM as in tiny-imagenet-ipc50 and MetaDD with four auxiliaries.
 
-    No figure is published for DATM with MetaDD (SRe2L with MetaDD has 30.1 % on other networks), and this was not run
-    yet. A twentieth of the images, 500, is looked at in every iteration.
+    No figure is published for DATM with MetaDD; SRe2L with MetaDD has 30.1 % on other networks. Not run yet. Each
+    iteration uses a twentieth of the images, 500.
     """
     return _with_auxiliaries(tiny_imagenet_ipc50(), share=0.05)
 
@@ -466,6 +466,6 @@ def tiny_imagenet_metadd_ipc50() -> RunConfig:
 def tiny_imagenet_metadd_ipc100() -> RunConfig:
     """Tiny-ImageNet, 100 images per class, the values of tiny-imagenet-ipc100 and MetaDD with four auxiliaries.
 
-    Nothing is published for it, and it was not run yet. 500 of the 20,000 images are looked at in every iteration.
+    No figure is published. Not run yet. Each iteration uses 500 of the 20,000 images.
     """
     return _with_auxiliaries(tiny_imagenet_ipc100(), share=0.025)

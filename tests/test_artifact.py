@@ -206,13 +206,13 @@ UNSOUND = {
     "infinite soft labels": (replaced("soft_labels", np.full((20, 2), INFINITY)), "soft_labels has 40 value(s)"),
     "soft labels of other classes": (replaced("soft_labels", np.zeros((20, 3), np.float32)), "[20, 3], not"),
     "a class too many": (replaced("class_names", ["a", "b", "c"]), "soft_labels is torch.float32 [20, 2], not"),
-    "class names that are numbers": (replaced("class_names", [1, 2]), "a name that is no text"),
+    "class names that are numbers": (replaced("class_names", [1, 2]), "a name that is not text"),
     "no class names": (replaced("class_names", 5), "TypeError"),
     "a step size of zero": (replaced("step_sizes", np.array([0.1, 0.0])), "its step sizes are"),
     "a step size that is nan": (replaced("step_size", np.array(NAN)), "its step sizes are"),
     "no step sizes": (replaced("step_sizes", np.zeros(0)), "its step sizes are"),
     "a table of step sizes": (replaced("step_sizes", np.ones((2, 2))), "its step sizes are"),
-    "a recipe that is a list": (replaced("recipe", []), "no mapping"),
+    "a recipe that is a list": (replaced("recipe", []), "not a mapping"),
     "nan in the transform": (replaced("transform.mean", np.full(3, NAN)), "mean holds values that are not finite"),
     "a deviation of zero": (replaced("transform.std", np.zeros(3, np.float32)), "a deviation is 0"),
     "a deviation out of float32": (replaced("transform.std", np.full(3, 1e-40, np.float32)), "a deviation is 1e-40"),
@@ -328,7 +328,7 @@ def test_pt_export_is_what_datms_evaluation_reads(artifact: Artifact, tmp_path: 
 
 def test_unknown_export_is_refused_with_those_known(artifact: Artifact, tmp_path: Path) -> None:
     """And nothing is written."""
-    with pytest.raises(ConfigError, match=r"no export 'npz'\. Choose one of: png, parquet, pt"):
+    with pytest.raises(ConfigError, match=r"unknown export format 'npz'\. Choose one of: png, parquet, pt"):
         export(artifact, "npz", open_location(str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
     assert list(EXPORTS) == ["png", "parquet", "pt", "arrow", "safetensors"]
@@ -374,11 +374,11 @@ def test_set_without_its_transform_has_images_and_says_what_is_missing(tmp_path:
     kept.unlink()
     alone = load(str(tmp_path / "out/a/synthetic.arrow"))
     assert (len(alone.dataset()), alone.labels.tolist(), alone.step_size) == (20, [0, 1] * 10, 1.0)
-    with pytest.raises(StoreError, match=rf"a/synthetic\.arrow is missing, transforms/{kept.name}.*--format arrow"):
+    with pytest.raises(StoreError, match=rf"a/synthetic\.arrow is missing: no transforms/{kept.name}.*--format arrow"):
         alone.pixels()
     other = fit_transform("zca", real_images(), 255)
     write_tensors(open_location(str(kept)), other.to_arrays(), kind="transform", metadata=other.to_metadata())
-    with pytest.raises(CorruptFileError, match="another transform than its name says"):
+    with pytest.raises(CorruptFileError, match="Its transform does not match its name"):
         alone.pixels()
     kept.write_bytes(content)
     assert alone.pixels().shape == (20, 12, 12, 1)
@@ -398,7 +398,7 @@ def test_a_place_that_cannot_be_asked_is_told(tmp_path: Path, monkeypatch: pytes
     assert alone.transform.shape == (1, 12, 12)
     alone = load(str(tmp_path / "out/a/synthetic.arrow"))
     closed = str(tmp_path)
-    with pytest.raises(StoreError, match=r"is missing, .*Cannot look for .*expired\. Log in again\. Copy transforms/"):
+    with pytest.raises(StoreError, match=r"is missing: .*Cannot look for .*expired\. Log in again\. Copy transforms/"):
         alone.pixels()
 
 
@@ -473,7 +473,7 @@ def test_altered_safetensors_are_refused(artifact: Artifact, tmp_path: Path) -> 
     for content in cases:
         assert content != whole
         place.write_bytes(content)
-        assert "has another checksum than it says. It was altered" in message(place)
+        assert "has a wrong checksum. It was altered" in message(place)
     assert told.pop("sha256")
     place.write_bytes(numpy_file(arrays, {KIND: json.dumps(told)}))
     assert "has no checksum. It was altered, or was written by another program" in message(place)

@@ -115,7 +115,7 @@ BAD_INPUT = {
     "missing artifact": (["export", "absent.arrow", "--out", "x"], "absent.arrow"),
     "unreachable cluster": (["experts", "digits-ipc1", "--address", "ray://127.0.0.1:1"], "127.0.0.1:1"),
     "too many workers": (["experts", "digits-ipc1", "--set", "cluster.workers=500"], "500 worker"),
-    "unreadable memory": (["run", "digits-ipc1", "--memory", "8 apples"], "write it like 8GiB"),
+    "unreadable memory": (["run", "digits-ipc1", "--memory", "8 apples"], "use a number with a unit"),
     "too little memory": (["plan", "digits-ipc1", "--memory", "100MiB"], "may take 100.0 MiB"),
     "unreadable cluster": (["plan", "digits-ipc1", "--cluster", "gpus=many"], "gpus is 'many'"),
     "cluster without workers": (["plan", "digits-ipc1", "--cluster", "memory=8GiB"], "it needs gpus= or cpus="),
@@ -318,10 +318,7 @@ def test_recipes_are_listed_and_shown_as_files_that_run(datm_ray: CommandLine, t
     assert {"digits-ipc1", "digits-ipc10", "cifar10-ipc50", "tiny-imagenet-ipc50"} <= set(names)
     shown = datm_ray("recipe", "show", "digits-ipc10")[1]
     (tmp_path / "digits-ipc10.yaml").write_text(shown)
-    assert (
-        datm_ray("recipe", "show", "digits-ipc10.yaml")[1]
-        == "\n".join(line for line in shown.splitlines(keepends=False) if not line.startswith("# ")) + "\n"
-    )
+    assert datm_ray("recipe", "show", "digits-ipc10.yaml")[1] == shown[shown.index("\nname:") + 1 :]
 
 
 def test_a_plan_is_a_table_of_parts_and_needs_no_data(datm_ray: CommandLine, tmp_path: Path) -> None:

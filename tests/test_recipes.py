@@ -143,9 +143,9 @@ def test_recipe_is_a_valid_configuration_with_its_own_name(name: str) -> None:
 
 def test_unknown_recipe_suggests_the_nearest() -> None:
     """Or how to see them all."""
-    with pytest.raises(ConfigError, match=r"no recipe 'cifar10-icp10'\. Did you mean 'cifar10-ipc10'\?"):
+    with pytest.raises(ConfigError, match=r"unknown recipe 'cifar10-icp10'\. Did you mean 'cifar10-ipc10'\?"):
         get_recipe("cifar10-icp10")
     with pytest.raises(ConfigError, match="recipe list"):
         get_recipe("zzz")
-    with pytest.raises(ConfigError, match="no recipe"):
+    with pytest.raises(ConfigError, match="unknown recipe"):
         recipe_notes("zzz")

@@ -225,7 +225,7 @@ def test_colour_images_keep_their_colours(out: Location) -> None:
 def test_run_that_has_not_begun_is_described(out: Location) -> None:
     """A run without any file gets its recipe and a sentence, not an error."""
     text = text_of(page_of(out, RunSummary(configure(), out / "tiny", [])))
-    assert "Distillation has not begun: there are no images yet. Nothing is evaluated yet." in text
+    assert "Distillation has not started: there are no images yet. Nothing is evaluated yet." in text
     assert "No run is evaluated yet" in text
     assert "2 images per class" in text
 
@@ -262,8 +262,8 @@ def test_shortened_updates_are_told(out: Location, limit: str, told: str) -> Non
     save_checkpoint(out / config.name, config, [0.8, 0.5, 0.2, 0.95], [])
     text = text_of(page_of(out, RunSummary(config, out / config.name, [])))
     assert told in text
-    assert ("shortened: a step would" in text) == bool(told)
-    assert not told or f"by more than {limit} times its value" in text
+    assert ("shortened: the first-order decrease" in text) == bool(told)
+    assert not told or f"exceeded {limit} times the loss" in text
 
 
 def test_result_without_its_checkpoint_is_described(out: Location) -> None:

@@ -1,4 +1,4 @@
-"""The course of a distillation as charts: SVG with text that stays text, in one calm style."""
+"""Charts of a distillation's course: SVG whose text stays text, in one style."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 8,
     "legend.labelcolor": MUTED,
     "lines.linewidth": 1.6,
-    "savefig.dpi": 200,  # of the rasterised layers
+    "savefig.dpi": 200,  # resolution of the rasterised layers
     "svg.fonttype": "none",
     "svg.hashsalt": "datm_ray",  # otherwise the identifiers in the file are random
 }
@@ -68,7 +68,7 @@ class Picture:
 
     title: str
     source: str
-    """A data: URI."""
+    """Image data as a data: URI."""
     alt: str
     caption: str
 
@@ -89,7 +89,7 @@ def charts_of(run: Run) -> list[Picture]:
 
 def _svg(draw: Callable[[Figure], None]) -> str:
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        # Class names may be in any script: the browser has glyphs that matplotlib's measuring font has not.
+        # Class names may be in any script: the browser has glyphs that matplotlib's measuring font lacks.
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
         figure = Figure(figsize=(5.2, 3.2), layout="constrained")
         draw(figure)
@@ -121,7 +121,7 @@ def _loss_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
     mean = _running_mean(used, window)
     threshold = run.config.distill.threshold
     highest = float(np.nanmax(used)) if np.isfinite(used).any() else threshold
-    near = bool(skipped.any()) or threshold <= 2 * highest  # a far threshold would flatten the curve
+    near = bool(skipped.any()) or threshold <= 2 * highest  # a distant threshold would flatten the curve
 
     def draw(figure: Figure) -> None:
         axes = _iteration_axes(figure, len(loss), "matching loss")
@@ -151,7 +151,7 @@ def _loss_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
         _svg(draw),
         f"Matching loss over {count(len(loss), 'iteration')}; its running mean goes{course}. "
         f"{count(int(skipped.sum()), 'iteration')} skipped.",
-        "How far the student lands from the expert, relative to how far it had to go: 0 is a perfect match, 1 is no "
+        "Distance of the student from the target, relative to that at its start: 0 is a perfect match, 1 is no "
         f"progress.{tail}",
     )
 
@@ -161,7 +161,7 @@ def _start_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
     allowed = difficulty_range(run.config)
     iteration = history["history.iteration"]
     bounds = np.array([allowed.upper_bound(int(k)) for k in iteration])
-    steps = np.flatnonzero(np.diff(bounds)) + 1  # where the bound changes
+    steps = np.flatnonzero(np.diff(bounds)) + 1  # iterations at which the bound changes
     epochs = np.arange(allowed.lowest, allowed.upper)
     counts = np.array([(starts == epoch).sum() for epoch in epochs])
     expected = np.array([(1 / (bounds - allowed.lowest))[bounds > epoch].sum() for epoch in epochs])
@@ -197,7 +197,7 @@ def _start_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
         f"Start epoch of every iteration, between {starts.min()} and {starts.max()}, within the allowed range from "
         f"{allowed.lowest} to a bound that goes from {bounds[0] - 1} to {bounds[-1] - 1}; at the side, how often each "
         "epoch was drawn.",
-        "Where on the expert’s way each iteration began. The tinted area is the allowed range; at the side, how often "
+        "Start epoch of the student in each iteration. The tinted area is the allowed range; at the side, how often "
         "each epoch was drawn, with the expected number as a line.",
     )
 
@@ -229,7 +229,7 @@ def _validation_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
         _svg(draw),
         f"Validation accuracy at {count(len(accuracy), 'point')}; chosen was the set of iteration "
         f"{iteration[kept]}, with {accuracy[kept]:.1f} %.",
-        f"{networks} trained on the set as it stood, scored on images held back from training. Kept is the last "
+        f"{networks} trained on the current set, scored on images held back from training. Kept is the last "
         "set within one standard error of the best.",
     )
 
@@ -248,7 +248,7 @@ def _step_size_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
         "Step size",
         _svg(draw),
         f"Step size of the student, from {steps[0]:.3g} to {steps[-1]:.3g} over {count(run.iterations, 'iteration')}.",
-        "The student’s learning rate, learned together with the images; dashed, where it began.",
+        "The student’s learning rate, learned together with the images; dashed: the initial value.",
     )
 
 
@@ -266,7 +266,7 @@ def _ratio_chart(history: Mapping[str, NDArray[Any]]) -> Picture:
         title="Meta-feature ratio",
         source=_svg(draw),
         alt=f"Meta-feature ratio over iterations, {ratio[0]:.1f} % at first and {ratio[-1]:.1f} % at last.",
-        caption="Of the pixels in which any of MetaDD’s networks sees the class, those in which all of them do.",
+        caption="Pixels that are a feature to all MetaDD networks, as a share of those that are to any.",
     )
 
 
@@ -280,7 +280,7 @@ def _soft_label_chart(artifact: Artifact, *, finished: bool) -> Picture:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        # The root of the probability: small shares of other classes are the point of soft labels.
+        # Square root of the probability: small shares of other classes are the purpose of soft labels.
         shown = axes.imshow(100 * mean, cmap=BLUES, norm=PowerNorm(0.5, 0, 100), aspect="auto", interpolation="nearest")
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
@@ -314,7 +314,7 @@ def _short(name: str) -> str:
 
 
 def _running_mean(values: Floats, window: int) -> Floats:
-    """Mean of the finite values among the last `window`; nan where there are none."""
+    """Mean of the finite values among the last `window`; nan if there are none."""
     known = np.isfinite(values)
     sums, counts = np.cumsum(np.where(known, values, 0.0)), np.cumsum(known)
     sums = sums - np.append(np.zeros(window), sums[:-window])[: len(sums)]

@@ -1,4 +1,4 @@
-"""The images of a synthetic set on one sheet, a row for each class."""
+"""Images of a synthetic set on one sheet, a row per class."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from datm_ray.artifact import Artifact
 from datm_ray.report.runs import Run
 
 IMAGES_SHOWN, CLASSES_SHOWN = 10, 20
-"""At most so many images of a class, and so many classes, in a gallery."""
+"""Largest numbers of images per class, and of classes, in a gallery."""
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Images of a set, one row for each class, as one picture."""
+    """Images of a set as one picture, a row per class."""
 
     title: str
     source: str
     alt: str
     class_names: Sequence[str]
-    """Labels of the rows."""
+    """Class names, one per row."""
     width: int
-    """CSS pixels, a multiple of the picture's own."""
+    """Width in CSS pixels, a multiple of the picture's own."""
     enlarged: bool
-    """Whether a pixel of an image takes several on the screen, and should stay a square."""
+    """Whether an image's pixel covers several on the screen, and should stay a square."""
 
 
 def galleries(run: Run) -> list[Gallery]:
@@ -53,7 +53,7 @@ def _gallery(title: str, artifact: Artifact) -> Gallery:
 
 
 def contact_sheet(artifact: Artifact) -> tuple[NDArray[np.uint8], int, int]:
-    """The set's images as one RGBA picture [h w 4], transparent between them, with its numbers of rows and columns."""
+    """Draw the set's images as one RGBA picture [h w 4]. Returns it with its numbers of rows and columns."""
     rows = _shown_rows(artifact)
     columns = max(map(len, rows))
     flat = [index for row in rows for index in row]
@@ -70,14 +70,14 @@ def contact_sheet(artifact: Artifact) -> tuple[NDArray[np.uint8], int, int]:
 
 
 def _shown_rows(artifact: Artifact) -> list[list[int]]:
-    """Positions of the images shown, class by class."""
+    """Indices of the images to show, class by class."""
     labels = artifact.labels.numpy()
     classes = range(min(CLASSES_SHOWN, len(artifact.class_names)))
     return [np.flatnonzero(labels == label)[:IMAGES_SHOWN].tolist() for label in classes]
 
 
 def left_out(run: Run) -> str:
-    """A sentence on what the galleries do not show; empty where they show everything."""
+    """Sentence on what the galleries leave out; "" if they show everything."""
     if run.latest is None:
         return ""
     ipc, classes = run.config.distill.ipc, len(run.latest.class_names)

@@ -1,4 +1,4 @@
-"""What MetaDD's networks see in the same images, before and after: maps laid over them, and what all agree on."""
+"""Class activation maps of MetaDD's networks over the same images, before and after, and the features all share."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from datm_ray.report.runs import Maps, Run
 from datm_ray.report.words import percent
 
 IMAGES_DRAWN = 6
-"""At most so many, of as many classes."""
+"""Largest number of images drawn, each of another class."""
 OPACITY = 0.55
-"""Of a map over its image."""
+"""Opacity of a map over its image, in [0, 1]."""
 
 
 def map_pictures(run: Run) -> list[Picture]:
-    """One picture before and one after; none without MetaDD, or before it is finished."""
+    """One picture before and one after distillation; empty without MetaDD, or before it is finished."""
     if run.maps is None:
         return []
     stages = (("Before: real images", run.initial, 0), ("After: synthetic images", run.synthetic, 1))
@@ -32,20 +32,20 @@ def map_pictures(run: Run) -> list[Picture]:
 
 def _picture(title: str, artifact: Artifact, maps: Maps, stage: int) -> Picture:
     rows = list(maps.rows)[:IMAGES_DRAWN]
-    pixels = np.repeat(artifact.pixels()[rows], 3 // artifact.images.shape[1], axis=3)  # one channel as grey
+    pixels = np.repeat(artifact.pixels()[rows], 3 // artifact.images.shape[1], axis=3)  # show one channel as grayscale
     return Picture(
         title=title,
         source=_drawn((pixels / 255).astype(np.float32), maps.scaled[stage][:, : len(rows)], maps),
         alt=f"{title}: class activation maps of {len(maps.networks)} networks over {len(rows)} images.",
         caption=(
-            "Warm is where a network sees the image’s class. White in the last column is where all of them do (maps "
-            f"from {maps.threshold:g} on): over all images {percent(maps.ratios[stage])} of what any of them sees."
+            "Warm colours are a network’s evidence for the image’s class. White in the last column: features of all "
+            f"networks (from {maps.threshold:g} on). Over all images: {percent(maps.ratios[stage])} of those of any."
         ),
     )
 
 
 def _drawn(pixels: NDArray[np.float32], scaled: NDArray[np.float32], maps: Maps) -> str:
-    """Images [b h w 3] and maps [m b h w] as one picture: the image, a column for each network, what all share."""
+    """Draw images [b h w 3] and maps [m b h w] as one picture: the image, a column per network, the shared features."""
     titles = ["image", *(name.replace(" (", "\n(").replace(", ", ",\n") for name in maps.networks), "all"]
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
@@ -64,14 +64,14 @@ def _drawn(pixels: NDArray[np.float32], scaled: NDArray[np.float32], maps: Maps)
 
 
 def _over(image: NDArray[np.float32], seen: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A map [h w] in colours over an image [h w 3]."""
+    """Lay a map [h w] in colours over an image [h w 3]."""
     coloured = matplotlib.colormaps["inferno"](seen)[..., :3]
     mixed: NDArray[np.float32] = ((1 - OPACITY) * image + OPACITY * coloured).astype(np.float32)
     return mixed
 
 
 def _shared(scaled: NDArray[np.float32], threshold: float) -> NDArray[np.float32]:
-    """[h w 3]: white where all maps [m h w] have a feature, grey where one has."""
+    """Draw shared features of maps [m h w] as [h w 3]: white if all maps have a feature, grey if one has."""
     features = scaled >= threshold
     value = np.where(features.all(axis=0), 1.0, np.where(features.any(axis=0), 0.45, 0.1)).astype(np.float32)
     return np.repeat(value[..., None], 3, axis=2)

@@ -1,4 +1,4 @@
-"""The page: what is said about each run, and how it becomes one HTML file."""
+"""The page: text and tables for each run, written as one HTML file."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from datm_ray.store.trajectories import size_in_words
 
 
 def write_report(out: Location, runs: Sequence[RunSummary], name: str = "report.html") -> Location:
-    """Write the page about these runs into the output folder; its place.
+    """Write the page about these runs into the output folder. Returns its location.
 
     Raises:
-        CorruptFileError: a file of a run is damaged. A missing one is no error: the page says so.
+        CorruptFileError: a file of a run is damaged. A missing file is no error: the page states it.
     """
     place = out / name
     page = render([read_run(run) for run in runs])
-    place.write_atomic(page.encode(errors="backslashreplace"))  # a class may have a name that is no UTF-8
+    place.write_atomic(page.encode(errors="backslashreplace"))  # a class's name may not be valid UTF-8
     return place
 
 
@@ -63,7 +63,7 @@ def render(runs: Sequence[Run]) -> str:
 
 
 def _run_view(run: Run) -> dict[str, Any]:
-    # matplotlib takes most of a second to import, which commands that draw nothing need not spend.
+    # Importing matplotlib takes most of a second, which commands without charts save.
     from datm_ray.report.charts import charts_of
     from datm_ray.report.maps import map_pictures
 
@@ -86,21 +86,21 @@ def _run_view(run: Run) -> dict[str, Any]:
 
 
 def _cost_cells(line: CostLine) -> tuple[str, ...]:
-    """Title, how many, worker time, time of its processor or GPU, peak memory, bytes read."""
+    """Cells of a cost line: title, count, worker time, time of CPU or GPU, peak memory, bytes read."""
     spent, known = line.spent, line.complete
     kind = "GPU" if spent.gpu_seconds else "CPU"
     return (
         line.title,
         f"{line.count:,}",
         duration(spent.seconds),
-        f"{duration(line.processor_seconds)} {kind}" if known else "–",
+        f"{duration(line.device_seconds)} {kind}" if known else "–",
         size_in_words(spent.peak_memory_bytes) if known and spent.peak_memory_bytes else "–",
         size_in_words(spent.read_bytes) if known else "–",
     )
 
 
 def _networks_view(summary: RunSummary) -> dict[str, Any] | None:
-    """The table of architectures: columns, lines and means."""
+    """Table of architectures: columns, lines and means."""
     if not summary.networks:
         return None
     lines = []
@@ -109,7 +109,7 @@ def _networks_view(summary: RunSummary) -> dict[str, Any] | None:
         shown: list[Any] = [
             (str(cells[column]), cells[column].n) if column in cells else None for column in NETWORK_COLUMNS
         ]
-        if each.learned is None:  # and never will be
+        if each.learned is None:  # another optimiser has no learned step size
             shown[0] = "–"
         lines.append((name, each.kind, shown))
     means = [
@@ -123,13 +123,13 @@ def _networks_view(summary: RunSummary) -> dict[str, Any] | None:
 
 
 def _cell(scores: Sequence[Score], row: str) -> tuple[str, int] | None:
-    """(mean ± standard deviation in percent, number of networks)."""
+    """Pair (mean ± standard deviation in percent, number of networks)."""
     score = find_score(scores, row)
     return (str(score), score.n) if score else None
 
 
 def _what_was_done(run: Run) -> str:
-    """One run in one sentence."""
+    """Description of one run in one sentence."""
     config, real = run.config, run.summary.training_images
     verb = "were" if run.synthetic else "are being" if run.initial else "are to be"
     origin = f"{count(real, 'real image')} of {_dataset_name(run)}" if real else f"The images of {_dataset_name(run)}"
@@ -140,7 +140,7 @@ def _what_was_done(run: Run) -> str:
 
 
 def _size(run: Run) -> str:
-    """The synthetic set's size, and its share of the real one."""
+    """Size of the synthetic set, and its share of the real one."""
     if run.latest is None:
         return f"{count(run.config.distill.ipc, 'image')} per class"
     synthetic, real = len(run.latest.images), run.summary.training_images
@@ -148,7 +148,7 @@ def _size(run: Run) -> str:
 
 
 def _key_figures(run: Run) -> list[tuple[str, str]]:
-    """(value, what it is) pairs for the strip below a run's name."""
+    """Pairs (value, meaning) for the strip below a run's name."""
     figures = []
     real, scores = run.summary.training_images, run.summary.scores
     if run.synthetic is not None:
@@ -165,7 +165,7 @@ def _key_figures(run: Run) -> list[tuple[str, str]]:
 
 
 def _state(run: Run) -> str:
-    """How far the run has come, in sentences."""
+    """Progress of the run, in sentences."""
     total = run.config.distill.iterations
     if run.synthetic is not None:
         sentences = [f"Distillation is finished: {count(run.iterations or total, 'iteration')}."]
@@ -175,9 +175,9 @@ def _state(run: Run) -> str:
             "checkpoint, and there is no synthetic set yet."
         ]
     elif run.initial is not None:
-        sentences = ["Distillation has only begun: its initial images are there, but no checkpoint yet."]
+        sentences = ["Distillation has started: its initial images are there, but no checkpoint yet."]
     else:
-        sentences = ["Distillation has not begun: there are no images yet."]
+        sentences = ["Distillation has not started: there are no images yet."]
     if above := run.skipped - run.diverged:
         sentences.append(
             f"{count(above, 'iteration')} changed nothing, because the matching loss exceeded the threshold of "
@@ -190,8 +190,8 @@ def _state(run: Run) -> str:
         )
     if run.shortened:
         sentences.append(
-            f"{count(run.shortened, 'gradient')} {'was' if run.shortened == 1 else 'were'} shortened: a step would, to "
-            f"first order, have lowered the loss by more than {run.config.distill.gradient_limit:g} times its value."
+            f"{count(run.shortened, 'gradient')} {'was' if run.shortened == 1 else 'were'} shortened: the "
+            f"first-order decrease exceeded {run.config.distill.gradient_limit:g} times the loss."
         )
     missing = [title for row, title in ROWS.items() if find_score(run.summary.scores, row) is None]
     if len(missing) == len(ROWS):

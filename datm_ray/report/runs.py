@@ -1,4 +1,4 @@
-"""What the report is told of a run, and what it reads from the run's folder."""
+"""Data of a run for the report: given by the caller, or read from the run's folder."""
 
 from __future__ import annotations
 
@@ -26,57 +26,57 @@ from datm_ray.store.tensors import read_tensors
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What the report is told of one run; it reads the rest from the run's folder."""
+    """Data of one run that the caller gives; the report reads the rest from the run's folder."""
 
     config: RunConfig
     folder: Location
-    """Holds initial.arrow, checkpoint.arrow and synthetic.arrow, as far as the run has come."""
+    """Folder of the run with initial.arrow, checkpoint.arrow and synthetic.arrow, if they exist yet."""
     scores: list[Score]
-    """The finished rows, in any order; empty before evaluation."""
+    """Finished rows, in any order; empty before evaluation."""
     training_images: int | None = None
-    """Real training images, where the caller knows their number."""
+    """Number of real training images; None if the caller does not know it."""
     networks: Sequence[NetworkScores] = ()
-    """What the set is worth to other architectures, as far as that is known."""
+    """Scores of the set on other architectures that are known so far."""
     fair: FairScores | None = None
-    """DD-Ranking's scores, where they were asked for and all networks they need are trained."""
+    """DD-Ranking's scores; None if not asked for, or if networks for them are not trained yet."""
     fair_rows: Sequence[Score] = ()
-    """The rows beyond the table's that these are made of."""
+    """Rows beyond the table's that DD-Ranking's scores need."""
 
 
 @dataclass(frozen=True)
 class Maps:
-    """Class activation maps of some images, before and after."""
+    """Class activation maps of some images, before and after distillation."""
 
     networks: Sequence[str]
-    """The backbone first."""
+    """Names of the networks, the backbone first."""
     rows: Sequence[int]
-    """Of the images in the set."""
+    """Indices of the images in the set."""
     scaled: tuple[NDArray[np.float32], NDArray[np.float32]]
-    """[m b h w] from 0 to 1."""
+    """Maps [m b h w] scaled to [0, 1], before and after."""
     ratios: tuple[float, float]
-    """Meta-feature ratio of all images."""
+    """Meta-feature ratio in [0, 1] over all images, before and after."""
     threshold: float
 
 
 @dataclass(frozen=True)
 class CostLine:
-    """What one part of a run has cost."""
+    """Cost of one part of a run."""
 
     title: str
     count: int
-    """Experts, sets or networks behind it."""
+    """Number of experts, sets or networks."""
     spent: Spent
     complete: bool = True
-    """Whether everything was measured; of results of earlier versions only the seconds are known."""
+    """Whether everything was measured; results of earlier versions have seconds only."""
 
     @property
-    def processor_seconds(self) -> float:
-        """Of the GPUs where it had any, else of the CPUs."""
+    def device_seconds(self) -> float:
+        """Seconds of GPUs if the part used any, else of CPUs."""
         return self.spent.gpu_seconds or self.spent.cpu_seconds
 
 
 def cost_lines(summary: RunSummary) -> list[CostLine]:
-    """Of experts, distillation, every row of the table and every other architecture, as far as they are there."""
+    """Known costs of experts, distillation, every row of the table and every other architecture."""
     lines = [
         CostLine(f"experts, {each.architecture}", each.known, each.spent)
         for each in read_experts_cost(summary.folder)
@@ -88,7 +88,7 @@ def cost_lines(summary: RunSummary) -> list[CostLine]:
     ordered = sorted((*summary.scores, *summary.fair_rows), key=lambda score: list(titles).index(score.row))
     lines += [_cost_line(titles[score.row], score) for score in ordered]
     for name, each in zip(names_of(summary.networks), summary.networks, strict=True):
-        rows = (each.tuned, each.control)  # the learned step size is one of those that were tried for the tuned one
+        rows = (each.tuned, each.control)  # the learned step size is among those tried for the tuned one
         lines += [_cost_line(f"{titles[score.row]}, on {name}", score) for score in rows if score]
     return lines
 
@@ -99,15 +99,15 @@ def _cost_line(title: str, score: Score) -> CostLine:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything the page says about one run."""
+    """Everything that the page shows of one run."""
 
     summary: RunSummary
     initial: Artifact | None
     synthetic: Artifact | None
     history: Mapping[str, NDArray[Any]] | None
-    """Columns of the checkpoint; None where there is none, or none with an iteration in it."""
+    """Columns of the checkpoint; None if it is missing or has no iteration."""
     maps: Maps | None = None
-    """What MetaDD's networks see; None where it takes no part, or is not finished."""
+    """Maps of MetaDD's networks; None without MetaDD, or before it is finished."""
 
     @property
     def config(self) -> RunConfig:
@@ -119,7 +119,7 @@ class Run:
 
     @property
     def iterations(self) -> int:
-        """Iterations done, as far as the checkpoint knows."""
+        """Iterations done, from the checkpoint."""
         return 0 if self.history is None else len(self.history["history.iteration"])
 
     @property
@@ -136,7 +136,7 @@ class Run:
 
     @property
     def shortened(self) -> int:
-        """Gradients that were shortened so far."""
+        """Number of gradients that were shortened so far."""
         limit = self.config.distill.gradient_limit
         if self.history is None or limit is None or "history.decrease" not in self.history:
             return 0
@@ -155,11 +155,11 @@ def _maps(place: Location) -> Maps | None:
     if not place.exists():
         return None
     file = read_tensors(place, kind=MAPS_KIND)
-    told, arrays = file.metadata, file.arrays
+    metadata, arrays = file.metadata, file.arrays
     with rejecting_nonsense(place):
         scaled = (np.asarray(arrays["initial"], np.float32), np.asarray(arrays["final"], np.float32))
-        before, after = told["ratios"]
-        return Maps(told["networks"], arrays["rows"].tolist(), scaled, (before, after), told["threshold"])
+        before, after = metadata["ratios"]
+        return Maps(metadata["networks"], arrays["rows"].tolist(), scaled, (before, after), metadata["threshold"])
 
 
 def _artifact(place: Location) -> Artifact | None:
@@ -167,7 +167,7 @@ def _artifact(place: Location) -> Artifact | None:
 
 
 def write_summary(out: Location, summaries: Sequence[RunSummary], name: str = "summary.json") -> Location:
-    """Write recipes, accuracies seed by seed, costs, versions and hardware of the runs as JSON; the file's place."""
+    """Write recipes, accuracies per seed, costs, versions and hardware of the runs as JSON. Returns the location."""
     place = out / name
     place.write_json([_summary(summary) for summary in summaries])
     return place
@@ -218,7 +218,7 @@ def _summary(summary: RunSummary) -> dict[str, Any]:
 
 
 def accuracy_table(summaries: Sequence[RunSummary]) -> str:
-    """Test accuracy of every run and row as aligned text: one column for each run."""
+    """Test accuracy of every run and row as aligned text, one column per run."""
     if not any(summary.scores for summary in summaries):
         return "No test accuracy yet: no row of any run is evaluated."
     lines = [["test accuracy in %", *map(column_name, summaries)]]
@@ -232,18 +232,18 @@ def accuracy_table(summaries: Sequence[RunSummary]) -> str:
 
 
 def fair_parts(summary: RunSummary) -> list[tuple[str, tuple[float, ...]]]:
-    """DD-Ranking's scores and their parts, a value for each seed; nothing where they are not known."""
+    """DD-Ranking's scores and their parts, one value per seed; empty if they are not known."""
     return [] if summary.fair is None else list(summary.fair.parts().items())
 
 
 def fair_cell(values: Sequence[float]) -> str:
-    """Mean ± standard deviation; scores are no percentages."""
+    """Text of mean ± standard deviation; DD-Ranking's scores are no percentages."""
     spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.3f}{spread}"
 
 
 def fair_table(summaries: Sequence[RunSummary]) -> str:
-    """DD-Ranking's scores of the runs that have them, and their parts, as aligned text."""
+    """DD-Ranking's scores and their parts as aligned text, for the runs that have them."""
     known = [summary for summary in summaries if summary.fair is not None]
     lines = [["DD-Ranking's scores, of accuracies from 0 to 1", *map(column_name, known)]]
     parts = [dict(fair_parts(summary)) for summary in known]
@@ -253,7 +253,7 @@ def fair_table(summaries: Sequence[RunSummary]) -> str:
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Columns as wide as their widest cell, the first one to the left; a rule below the heading."""
+    """Align rows to columns of equal width, the first one to the left, with a rule below the heading."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join([first.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]).rstrip() for first, *cells in lines]
     text.insert(1, "  ".join("-" * width for width in widths))
@@ -261,7 +261,7 @@ def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def column_name(summary: RunSummary) -> str:
-    """The run's, with the optimiser of its networks where it is not the one that the step size was learned for."""
+    """Heading of a run's column: its name, and its networks' optimiser if the step size was learned for another."""
     return summary.config.name + (" (AdamW)" if summary.config.evaluate.optimiser == "adamw" else "")
 
 
@@ -270,11 +270,11 @@ NETWORK_COLUMNS = {
     "tuned": "tuned step size",
     "control": "random real images, soft labels, tuned",
 }
-"""Columns of the table of architectures."""
+"""Columns of the table of architectures, with their headings."""
 
 
 def scores_by_name(scores: NetworkScores) -> dict[str, Score]:
-    """By column of `NETWORK_COLUMNS`, those that are there."""
+    """Existing scores of an architecture by column of `NETWORK_COLUMNS`."""
     found = {"learned": scores.learned, "tuned": scores.tuned, "control": scores.control}
     return {name: score for name, score in found.items() if score is not None}
 
@@ -285,14 +285,14 @@ def names_of(networks: Sequence[NetworkScores]) -> list[str]:
 
 
 def mean_over_networks(networks: Sequence[NetworkScores], column: str, kinds: Sequence[str]) -> str | None:
-    """Mean accuracy in percent over the architectures of these kinds; None where one is missing."""
+    """Mean accuracy in percent over the architectures of these kinds; None if one is missing."""
     found = [scores_by_name(each).get(column) for each in networks if each.kind in kinds]
     means = [score.mean for score in found if score is not None]
     return f"{100 * statistics.fmean(means):.1f}" if means and len(means) == len(found) else None
 
 
 def networks_table(summary: RunSummary) -> str:
-    """Accuracy on every architecture as aligned text, then the means over those seen and unseen."""
+    """Accuracy on every architecture as aligned text, then the means over seen and unseen ones."""
     lines = [[f"{column_name(summary)}: test accuracy in %", "", *NETWORK_COLUMNS.values()]]
     for name, each in zip(names_of(summary.networks), summary.networks, strict=True):
         cells = scores_by_name(each)
@@ -317,7 +317,7 @@ def find_score(scores: Sequence[Score], row: str) -> Score | None:
 
 
 def share_of_full(scores: Sequence[Score]) -> str | None:
-    """Accuracy of the distilled set relative to all real data."""
+    """Accuracy of the distilled set relative to that of all real data, as text."""
     distilled, full = find_score(scores, "distilled"), find_score(scores, "full")
     if distilled is None or full is None or not full.mean:
         return None
@@ -325,7 +325,7 @@ def share_of_full(scores: Sequence[Score]) -> str | None:
 
 
 def _networks_behind(summaries: Sequence[RunSummary]) -> str:
-    """How many networks a cell of the table rests on, in one sentence."""
+    """Number of networks behind each cell of the table, in one sentence."""
     numbers = {summary.config.name: sorted({score.n for score in summary.scores}) for summary in summaries}
     known = {name: " or ".join(map(str, n)) for name, n in numbers.items() if n}
     if len(set(known.values())) == 1:

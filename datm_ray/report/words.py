@@ -1,4 +1,4 @@
-"""Numbers and lists as a reader would write them."""
+"""Numbers and lists as text for readers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def count(number: int, noun: str) -> str:
 
 
 def percent(share: float) -> str:
-    """Two digits that mean something, for shares from 0.02 % to 100 %."""
+    """Percentage with two significant digits, for shares from 0.02 % to 100 %."""
     digits = 3 if share >= 0.1 else 2
     return f"{100 * share:.{digits}g}\N{NO-BREAK SPACE}%"
 
