@@ -155,7 +155,7 @@ class ExpertConfig(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Momentum in [0, 1); 0 as published, for easier matching."""
     weight_decay: NonNegative = 0.0
-    """L2 penalty."""
+    """L2 penalty on the parameters."""
     augmentation: str = PUBLISHED_AUGMENTATION
     """DSA operations joined by underscores; '' for none."""
     optimiser: Literal["sgd", "gsam"] = "sgd"
@@ -232,7 +232,7 @@ class AuxiliaryExpertConfig(ExpertConfig):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Momentum in [0, 1)."""
     keep_epochs: Count | None = 1
-    """Store epochs 0 to this one and the last; null: all."""
+    """Store epochs 0 to this one and the last; null: all matchable."""
 
 
 class MetaConfig(Section):
@@ -255,7 +255,7 @@ class MetaConfig(Section):
     threshold: Fraction = 0.5
     """Map value in (0, 1) from which a pixel counts as a feature; affects only the reported ratio."""
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of images used per iteration, in (0, 1]; drawn anew."""
+    """Share of images that the losses use, drawn per iteration."""
 
     @model_validator(mode="after")
     def _auxiliaries_differ(self) -> MetaConfig:
@@ -282,7 +282,7 @@ class EvaluateConfig(Section):
     real_epochs: Count = 100
     """Epochs of the control that trains on all real data."""
     fair: bool = False
-    """Also compute DD-Ranking's LRS and ARS: three more rows."""
+    """Also compute DD-Ranking's LRS and ARS (three more table rows)."""
     augmentation: str = PUBLISHED_AUGMENTATION
     """DSA operations during evaluation."""
 
@@ -293,7 +293,7 @@ class ClusterConfig(Section):
     workers: Count | None = None
     """Parallel workers; null: as many as CPUs (or GPUs) allow."""
     threads_per_worker: Count = 1
-    """CPU threads per worker; fixed, as it affects rounding."""
+    """CPU threads per worker; the number affects rounding."""
     gpus_per_worker: NonNegative | None = None
     """GPUs per worker on Ray; a fraction lets several workers share one. null: 1, or 0 if the cluster has none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -311,16 +311,16 @@ class ClusterConfig(Section):
     memory: str | None = None
     """Memory per distilling worker, such as 8GiB; null: all free."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
-    """Products of the student step; tf32 and bfloat16 need a GPU."""
+    """Products in the student step; tf32 and bfloat16 need a GPU."""
     channels_last: bool = True
-    """Keep channels innermost: faster on CPUs, coarser rounding."""
+    """Store maps channels-last: faster on CPUs, coarser rounding."""
     peer_timeout: Annotated[float, Field(ge=0.1, le=86_400)] = 300.0
     """Seconds without an answer before a worker is declared lost; must exceed one student step."""
     wait_for_nodes: Annotated[float, Field(ge=0, le=7 * 86_400)] = 0.0
     """Seconds to wait for free resources, at the start and after a loss (then at least 60); autoscaling needs
     minutes."""
     retries: Annotated[int, Field(ge=0)] = 3
-    """Restarts of a task without progress after lost workers."""
+    """Restarts in a row, without progress, after lost workers."""
     log_to: Literal["none", "tensorboard", "wandb"] = "none"
     """Curves beside Ray's metrics: tensorboard writes to <out>/tensorboard. Either must be installed."""
 
@@ -387,7 +387,8 @@ class RunConfig(Section):
     dataset: DatasetConfig = DatasetConfig()
     network: NetworkConfig = NetworkConfig()
     backbones: Annotated[tuple[BackboneConfig, ...], Field(strict=False)] = ()
-    """Further networks to match at the same time, each `{network: {...}, weight: 1.0}`. The first network evaluates."""
+    """Further networks to match at the same time, each `{network: {...}, weight: 1.0}`. Evaluation uses
+    the first network alone."""
     experts: ExpertConfig = ExpertConfig()
     distill: DistillConfig = DistillConfig()
     metadd: MetaConfig | None = None
@@ -501,7 +502,7 @@ class RunConfig(Section):
 
     @property
     def scored_networks(self) -> tuple[NetworkConfig, ...]:
-        """Architectures to score the set on beside the table, the first backbone included; empty for none."""
+        """Architectures of the table of architectures, the first backbone included; empty if the run has no such table."""
         others = [network for network in self.evaluate.networks if network != self.network]
         return (self.network, *others) if self.evaluate.networks else ()
 

@@ -33,9 +33,8 @@ IMAGE_MOMENTUM, LABEL_MOMENTUM, STEP_SIZE_MOMENTUM = 0.5, 0.9, 0.5
 LEARNED = ("images", "soft_labels", "step_sizes")
 
 MOST_DIVERGED = 100
-"""Number of diverged iterations of one backbone without an update between them at which a distillation stops. Every
-iteration draws another expert, start epoch and minibatches, so a hundred in a row are caused by the set, not by a
-draw."""
+"""A distillation stops when one backbone has diverged this often since its last update. Every iteration draws another
+expert, start epoch and minibatches, so a hundred divergences are caused by the set, not by a draw."""
 
 InRows = Callable[[Callable[[AllSum], None]], None]
 """Runs work that only the class shards of one backbone share, see `Mesh.in_rows`."""

@@ -165,7 +165,7 @@ class _Sweep:
         self._functions, self._synthetic, self._chunk = functions, synthetic, chunk
 
     def student_gradient(self, theta: Tensor, step: StudentStep) -> Tensor:
-        """Compute this shard's part [p] of the student's gradient g."""
+        """Compute this shard's part [p] of the student's gradient g_i, see the module."""
         total = torch.zeros_like(theta)
         for piece in step.chunks(self._chunk):
             rows = self._rows(piece)
@@ -174,7 +174,10 @@ class _Sweep:
         return total
 
     def reverse(self, theta: Tensor, step: StudentStep, v: Tensor, images: Tensor, soft_labels: Tensor) -> Tensor:
-        """Compute this shard's part [p + 1] of ds/dtheta and s; add ds/dX and ds/dY to `images` and `soft_labels`."""
+        """Compute this shard's part of the derivatives of s_i for one student step, in the module's notation.
+
+        Returns ds_i/dtheta_i and s_i as one vector [p + 1], and adds ds_i/dX and ds_i/dY to `images` and `soft_labels`.
+        """
         total = theta.new_zeros(len(theta) + 1)
         for piece in step.chunks(self._chunk):
             rows = self._rows(piece)

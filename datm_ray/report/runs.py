@@ -274,7 +274,7 @@ NETWORK_COLUMNS = {
 
 
 def scores_by_name(scores: NetworkScores) -> dict[str, Score]:
-    """Existing scores of an architecture by column of `NETWORK_COLUMNS`."""
+    """Scores of one architecture that exist, keyed by column of `NETWORK_COLUMNS`."""
     found = {"learned": scores.learned, "tuned": scores.tuned, "control": scores.control}
     return {name: score for name, score in found.items() if score is not None}
 
