@@ -502,7 +502,7 @@ class RunConfig(Section):
 
     @property
     def scored_networks(self) -> tuple[NetworkConfig, ...]:
-        """Architectures of the table of architectures, the first backbone included; empty if the run has no such table."""
+        """Architectures of the second table, the first backbone included; empty if the run has no such table."""
         others = [network for network in self.evaluate.networks if network != self.network]
         return (self.network, *others) if self.evaluate.networks else ()
 

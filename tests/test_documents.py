@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -149,3 +150,24 @@ def test_nothing_listens_for_the_world(path: Path) -> None:
     text = path.read_text()
     assert not re.search(r"dashboard[-_]host[ =:]+[\"']?(?!127\.0\.0\.1)\S", text)
     assert not re.search(r"0\.0\.0\.0|::/0|LoadBalancer|NodePort|hostNetwork|hostPort|kind: Ingress", text)
+
+
+def test_words_to_avoid_are_found_in_docstrings_messages_and_names(tmp_path: Path) -> None:
+    """`.ci/words` names the line of each fault, and passes a file without one."""
+    faults = runpy.run_path(str(ROOT / ".ci" / "words"))["faults"]
+    (tmp_path / "bad.py").write_text(
+        '"""Numbers."""\n\nsize = 1\n"""Of an image."""\nclass NoPulse:\n    """The crew."""\n\n'
+        'def f(told: int) -> str:\n    """The same."""\n    return "a promise"\n'
+        'old = "told"  # former name\n'
+    )
+    found = [fault.removeprefix(f"{tmp_path / 'bad.py'}:").split(":")[:2] for fault in faults(tmp_path / "bad.py")]
+    assert sorted((int(line), what.strip()) for line, what in found) == [
+        (4, "a docstring begins with 'Of'"),
+        (5, "'Pulse'"),
+        (6, "'crew'"),
+        (8, "'told'"),
+        (9, "a docstring begins with 'The same'"),
+        (10, "'promise'"),
+    ]
+    (tmp_path / "good.py").write_text('"""Numbers."""\n\nsize = 1\n"""Size of an image in pixels; None keeps it."""\n')
+    assert not list(faults(tmp_path / "good.py"))

@@ -240,9 +240,9 @@ def test_a_tiny_run_leaves_tables_numbers_and_a_figure(bench: SimpleNamespace, t
         assert row["cost"]["distillation"]["cpu_seconds"] > 0
     assert [row["variant"] for row in told["ablation"]][:1] == ["DATM"]
     assert "tesla" in {row["variant"] for row in told["ablation"]}
-    assert [(row["ipc"], row["range"], row["recipe"]["distill"].get("overshoot")) for row in told["unlimited"]] == [
-        (1, "early", None)
-    ]
+    assert [
+        (row["ipc"], row["range"], row["recipe"]["distill"].get("gradient_limit")) for row in told["unlimited"]
+    ] == [(1, "early", None)]
     with Image.open(files[".png"]) as image:
         assert min(image.size) > 500
     assert nothing_is_left(bench, tmp_path / "runs")
