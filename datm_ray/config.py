@@ -454,8 +454,7 @@ class RunConfig(Section):
         return [key for key, network in networks.items() if network.norm == "batch"]
 
     def resolved(self, size: tuple[int, int]) -> RunConfig:
-        """Copy for images of `size` (height, width) in pixels, without "auto" normalisation and without a depth of
-        None.
+        """Copy for images of `size` (height, width) in pixels, without "auto" normalisation or a depth of None.
 
         The copy equals a run that gives these values itself. Identities, fingerprints and everything that is written to
         a run's folder come from a resolved configuration.

@@ -494,7 +494,11 @@ def test_archives_parquet_and_images_that_unpack_to_too_much_are_refused(
     for source, name, words in (
         ("folder", "a.zip", r"a\.zip/a/1\.png cannot be read .*bytes that unpack to 2000"),
         ("parquet", "b.parquet", r"b\.parquet cannot be read as Parquet \(its \d+ bytes unpack to 2000"),
-        ("folder", "c", r"0\.png has 5000x5000 pixels in only [\d,]+ bytes\. More than 100 pixels .* Scale it"),
+        (
+            "folder",
+            "c",
+            r"0\.png has 5000x5000 pixels in only [\d,]+ bytes\. An image of more than 100 pixels .* Scale it",
+        ),
     ):
         with pytest.raises(DatasetError, match=words):
             load_raw(source, str(tmp_path / name))

@@ -296,10 +296,9 @@ class Distillation:
     def _meta_gradient(
         self, meta: MetaTerm | None, all_sum: AllSum, sum_over_backbones: AllSum
     ) -> tuple[dict[str, Tensor], list[MetaRecord], bool]:
-        """Compute MetaDD: this process's part of the gradient in the images, the record of all, and whether they are
-        lost.
+        """Compute this process's part of MetaDD's gradient in the images, the record, and whether they are lost.
 
-        They are lost if the loss or the gradient is not finite in any shard.
+        "Lost" means that the loss or the gradient is not finite in any shard.
         """
         if meta is None:
             return {}, [], False
@@ -320,8 +319,7 @@ class Distillation:
         return {"images": torch.zeros_like(self.synthetic.images).index_copy_(0, rows, gradient)}, [record], False
 
     def _match(self, match: Match, total: dict[str, Tensor], all_sum: AllSum) -> tuple[float, float, bool]:
-        """Add a backbone's gradient to `total`. Returns its loss, its first-order decrease, and whether it has
-        diverged.
+        """Add a backbone's gradient to `total`. Returns its loss, first-order decrease, and whether it diverged.
 
         Nothing is added if the backbone has diverged or its loss exceeds the limit.
         """
@@ -349,10 +347,9 @@ class Distillation:
         return gradient.loss, decrease, False
 
     def _shorten(self, match: Match, gradient: MatchingGradient, all_sum: AllSum) -> float:
-        """Shorten a backbone's gradient to its limit. Returns the first-order decrease before that, in multiples of the
-        loss.
+        """Shorten a backbone's gradient to its limit. Returns the first-order decrease before that.
 
-        The result is nan if the gradient is not finite in any shard.
+        The result is in multiples of the loss, and nan if the gradient is not finite in any shard.
         """
         # Norms make no copy of the images, which may be large. Squares of long ones need float64.
         images, labels = (

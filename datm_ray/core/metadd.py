@@ -87,8 +87,7 @@ class MetaLoss:
 
 
 class MetaDD:
-    """MetaDD's loss for given networks: add `loss(images, labels).total` to a distillation's own loss before
-    `backward()`.
+    """MetaDD's loss for given networks, to be added to any distillation's own loss.
 
         metadd = MetaDD([backbone, resnet, vit])
         loss = distribution_matching(synthetic, real) + metadd.loss(synthetic, labels).total
@@ -140,8 +139,7 @@ class MetaDD:
         chunk: int = IMAGES_AT_A_TIME,
         all_sum: AllSum = identity,
     ) -> tuple[MetaLoss, Tensor]:
-        """Compute the loss and its gradient in the images [b c h w], from the graph of one network on one part at a
-        time.
+        """Compute the loss and its gradient in the images [b c h w], one network and one part at a time.
 
         Args:
             images: [b c h w]; b may be 0.
@@ -267,8 +265,7 @@ def _invariance(logits: Tensor, labels: Tensor, divergence: float) -> Tensor:
 
 
 def _standardised(logits: Tensor) -> Tensor:
-    """Shift and scale logits [m b k] to mean 0 and variance 1 over the classes, so that no network's scale
-    dominates."""
+    """Shift and scale logits [m b k] to mean 0 and variance 1 over the classes, so that no scale dominates."""
     centred = logits - logits.mean(dim=2, keepdim=True)
     return centred / centred.square().mean(dim=2, keepdim=True).sqrt().clamp_min(torch.finfo(logits.dtype).eps)
 

@@ -70,7 +70,7 @@ def test_better_with_hard_labels_or_over_random_is_better() -> None:
 @pytest.mark.parametrize("percent", [84.8, -0.1, math.nan])
 def test_percentage_points_are_refused(percent: float) -> None:
     """The exponential of percentage points is what sends DD-Ranking's program out of range."""
-    with pytest.raises(ValueError, match="no fraction"):
+    with pytest.raises(ValueError, match="not a fraction"):
         lrs(percent, 0.5, 0.5, 0.5)
-    with pytest.raises(ValueError, match="no fraction"):
+    with pytest.raises(ValueError, match="not a fraction"):
         ars(0.5, percent, 0.5, 0.5)
