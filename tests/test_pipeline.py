@@ -332,8 +332,8 @@ def test_runs_are_resolved_for_the_size_of_their_images(tmp_path: Path) -> None:
     pipeline = Pipeline([config], str(tmp_path))
     pipeline.train_experts(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
     recipe = (tmp_path / "tiny/recipe.yaml").read_text()
-    assert "normalisation: zca " in recipe
-    assert "depth: 2 " in recipe
+    assert "normalisation: zca\n" in recipe
+    assert "depth: 2\n" in recipe
     for each in (config, named):
         assert Pipeline([each], str(tmp_path)).plan()[0] == "0 experts to train"
     with pytest.raises(RunDirectoryError, match=r"dataset\.normalisation \('zca' there, 'standard' here\)"):
