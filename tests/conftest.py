@@ -204,6 +204,17 @@ def executor(request: pytest.FixtureRequest, tiny: RunConfig) -> Executor:
 
 # --- S3: a local server over HTTP, and an environment that leads to it as a user's would ---
 
+AWS_SETTINGS = (
+    "AWS_PROFILE",
+    "AWS_SESSION_TOKEN",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_MAX_ATTEMPTS",
+    "AWS_CA_BUNDLE",
+    "AWS_REQUEST_CHECKSUM_CALCULATION",
+    "AWS_RESPONSE_CHECKSUM_VALIDATION",
+)
+"""Variables that a user's environment may have and a test's has not."""
+
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
@@ -222,13 +233,21 @@ def s3_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], 
 
     s3fs keeps its filesystems, each with the environment it was made in, so they are forgotten before and after.
     """
-    from s3fs import S3FileSystem
+    from datm_ray.store.s3 import S3
 
     def use(url: str) -> None:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-        S3FileSystem.clear_instance_cache()
+        S3.clear_instance_cache()
 
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "HTTP_PROXY", "http_proxy"):
+    for name in (
+        "AWS_PROFILE",
+        "AWS_SESSION_TOKEN",
+        "AWS_ENDPOINT_URL_S3",
+        "AWS_MAX_ATTEMPTS",
+        "AWS_CA_BUNDLE",
+        "HTTP_PROXY",
+        "http_proxy",
+    ):
         monkeypatch.delenv(name, raising=False)
     for name, value in {
         "AWS_ACCESS_KEY_ID": "testing",
@@ -240,9 +259,9 @@ def s3_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], 
         "NO_PROXY": "127.0.0.1",
     }.items():
         monkeypatch.setenv(name, value)
-    S3FileSystem.clear_instance_cache()
+    S3.clear_instance_cache()
     yield use
-    S3FileSystem.clear_instance_cache()
+    S3.clear_instance_cache()
 
 
 @pytest.fixture
@@ -255,8 +274,11 @@ def bucket(s3_server: str, s3_environment: Callable[[str], None]) -> str:
 
 
 @pytest.fixture
-def s3_proxy(s3_server: str, bucket: str, s3_environment: Callable[[str], None]) -> Iterator[proxy.Proxy]:
-    """A proxy between the environment and the server."""
+def s3_proxy(
+    s3_server: str, bucket: str, s3_environment: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[proxy.Proxy]:
+    """A proxy between the environment and the server. What it fails is asked for again at once."""
+    monkeypatch.setattr("datm_ray.store.s3.LONGEST_PAUSE", 0.02)
     with proxy.serving(s3_server) as running:
         s3_environment(running.url)
         yield running

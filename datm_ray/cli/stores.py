@@ -76,31 +76,45 @@ def _expert_lines(group: ExpertGroup, number: int, *, with_recipe: bool) -> list
 
 @store_app.command("verify")
 def store_verify(uri: StoreUri) -> None:
-    """Read every byte of every expert, and of the transform beside them, and check it against its checksums."""
-    from datm_ray.errors import CorruptFileError, StoreError
+    """Read every byte of every expert, and of the transform beside them, and check it against its checksums.
+
+    Reads eight files at a time and holds at most one snapshot of each in memory.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    from datm_ray.errors import CorruptFileError
     from datm_ray.store.trajectories import size_in_words
 
-    checked = size = 0
-    damaged: list[str] = []
-    for group in _groups(uri):
-        for number in group.experts():
-            checked += 1
-            size += group.size(number)
-            try:
-                group.verify(number)
-            except (CorruptFileError, StoreError) as failure:
-                damaged.append(f"{failure.fact}. {failure.cause}")
-        try:
-            group.read_transform()
-        except (CorruptFileError, StoreError) as failure:
-            damaged.append(f"{failure.fact}. {failure.cause}")
+    groups = _groups(uri)
+    files = [(group, number) for group in groups for number in (*group.experts(), None)]
+    with ThreadPoolExecutor(8, "verify") as threads:
+        found = list(threads.map(lambda file: _verified(*file), files))
+    checked = sum(number is not None for _, number in files)
+    size = sum(size for size, _ in found)
+    damaged = [complaint for _, complaint in found if complaint]
     if damaged:
         print("\n".join(damaged))
         raise CorruptFileError(
             f"{len(damaged)} of the files in {uri} are damaged; the first: {damaged[0]}",
-            remedy="delete them (`datm-ray store rm`) and run the step that wrote them again, or restore copies",
+            remedy="restore copies, or delete them (`datm-ray store rm`) and run the step that wrote them again",
         )
     print(f"{checked} expert(s) are whole, {size_in_words(size)}")
+
+
+def _verified(group: ExpertGroup, number: int | None) -> tuple[int, str]:
+    """Size in bytes of an expert's file, and what is wrong with it, "" if nothing; None stands for the transform."""
+    from datm_ray.errors import CorruptFileError, StoreError
+
+    size = 0
+    try:
+        if number is None:
+            group.read_transform()
+        else:
+            size = group.size(number)
+            group.verify(number)
+    except (CorruptFileError, StoreError) as failure:
+        return size, f"{failure.fact}. {failure.cause}"
+    return size, ""
 
 
 @store_app.command("rm")

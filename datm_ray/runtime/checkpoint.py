@@ -170,7 +170,8 @@ def _unusable(folder: Location, what: str) -> CorruptFileError:
     return CorruptFileError(
         f"{(folder / CHECKPOINT).uri} {what}",
         "it was not written by this program, or for another recipe",
-        "delete it and give the same command: the set starts from iteration 0, and experts are kept",
+        "if no other command works on it, move it away and give the same command: the set starts from iteration 0, "
+        "and experts are kept",
     )
 
 

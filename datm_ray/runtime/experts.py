@@ -257,7 +257,7 @@ def _losing_only_a_cost(place: Location) -> Iterator[None]:
         with rejecting_nonsense(place):
             yield
     except CorruptFileError as error:
-        remedy = "Delete this note; the experts stay, and only what it says of their cost is lost"
+        remedy = "Move this note away; the experts stay, and only what it says of their cost is lost"
         raise CorruptFileError(error.fact, error.cause, remedy) from error
 
 

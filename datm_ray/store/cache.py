@@ -38,9 +38,10 @@ class Cache:
         try:
             with open(path, "rb") as file:
                 content = file.read()
-            os.utime(path)  # used now
         except OSError:
             return None
+        with suppress(OSError):  # an entry of somebody else may be read, and not touched
+            os.utime(path)  # used now
         return memoryview(content) if sha256(content).hexdigest() == digest else None
 
     def put(self, digest: str, content: memoryview) -> None:

@@ -5,30 +5,20 @@ A file appears under its name whole or not at all, whatever happens to its write
 the small JSON files of `write_json`.
 
 S3 is configured as s3fs and botocore are: AWS_ENDPOINT_URL, AWS_PROFILE, AWS_MAX_ATTEMPTS and the like, and
-FSSPEC_S3_<ARGUMENT> for any argument of `s3fs.S3FileSystem`. They also retry what fails for the moment: five
-attempts by botocore, and five times those by s3fs where the connection broke in mid-answer or the server answered
-5xx. A server that cannot be reached at all is given up after botocore's five, less than a minute; one that takes
-requests and never answers, after five times five read timeouts, some six minutes.
+FSSPEC_S3_<ARGUMENT> for any argument of `s3fs.S3FileSystem`. What is its own lies in `s3`, what is of local files in
+`local`.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
-import mmap
 import os
 import re
-import socket
-import time
-import uuid
-from asyncio import Task, current_task
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
-from typing import Any, BinaryIO, Protocol
-from weakref import WeakKeyDictionary
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from fsspec import AbstractFileSystem, filesystem
 from fsspec.core import url_to_fs
@@ -37,15 +27,14 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
 
 from datm_ray.errors import CorruptFileError, DatmError, StoreError
-from datm_ray.store.traffic import count_retry, request
+from datm_ray.store import local
+from datm_ray.store.causes import cause_and_remedy, lacks_bucket, reason, without_credentials
+from datm_ray.store.traffic import request
+
+T = TypeVar("T")
 
 # Of filesystems that do not lie upon another one, with or without the slashes.
 _LIKE_URI = re.compile(r"(s3a?|gs|gcs|az|abfs|https?|hdfs|file|memory):(//)?", re.IGNORECASE)
-_TEMPORARY = ".tmp-"
-_WRITER = "datm-ray-writer"
-_CONFLICTS = 5  # times that S3 may ask to repeat an upload because of another one at the same moment
-_ABANDONED_AFTER = 24 * 3600.0  # seconds; for temporary files of other machines
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]*@")
 
 
 class AlreadyExistsError(StoreError):
@@ -86,9 +75,9 @@ class Location:
         # Not fs.exists(): it also answers False where access is denied or the server does not answer.
         with self._asking("look for"):
             try:
-                self.fs.info(self.path)
+                self._ask(lambda: self.fs.info(self.path))
             except (FileNotFoundError, NotADirectoryError) as error:
-                if _lacks_bucket(error):
+                if lacks_bucket(error):
                     raise
                 return False
             return True
@@ -112,7 +101,7 @@ class Location:
     def size(self) -> int:
         """Size of the file in bytes."""
         with self._asking("read"):
-            return int(self.fs.info(self.path)["size"])
+            return int(self._ask(lambda: self.fs.info(self.path))["size"])
 
     def list(self) -> Sequence[str]:
         """Sorted names of the files and folders in this folder; none where it is missing.
@@ -122,9 +111,9 @@ class Location:
         folder = self.path.rstrip("/")
         with self._asking("list"):
             try:
-                paths = self.fs.ls(self.path, detail=False)
+                paths = self._ask(lambda: self.fs.ls(self.path, detail=False))
             except (FileNotFoundError, NotADirectoryError) as error:
-                if _lacks_bucket(error):
+                if lacks_bucket(error):
                     raise
                 return []
         # ls() of a file gives the file itself, and of some S3 folders the folder too: neither is a child.
@@ -134,8 +123,7 @@ class Location:
     def read_bytes(self) -> bytes:
         """The whole file."""
         with self.explaining("read"), request("read") as moved:
-            self._watch()
-            content = bytes(self.fs.cat_file(self.path))
+            content = bytes(self._ask(lambda: self.fs.cat_file(self.path)))
             moved.bytes = len(content)
             return content
 
@@ -147,18 +135,29 @@ class Location:
         """
         with self.explaining("read"), request("read") as moved:
             if self.local_path is not None:
-                content = _map(self.local_path)
-                chunks = [content[start:end] for start, end in ranges]
+                content = local.content(self.local_path)
+                chunks: Sequence[memoryview] = [content[start:end] for start, end in ranges]
             else:
-                self._watch()
-                starts, ends = [start for start, _ in ranges], [end for _, end in ranges]
-                fetched = self.fs.cat_ranges([self.path] * len(ranges), starts, ends, on_error="raise")
-                failure = next((chunk for chunk in fetched if isinstance(chunk, Exception)), None)
-                if failure is not None:  # fsspec 2025.5, for one, returns it whatever on_error is
-                    raise failure
-                chunks = [memoryview(chunk) for chunk in fetched]
+                chunks = self._fetch(ranges)
             moved.bytes = sum(map(len, chunks))
             return chunks
+
+    def _fetch(self, ranges: Sequence[tuple[int, int]]) -> Sequence[memoryview]:
+        """Ranges of a file that is elsewhere; of those that fail for the moment only these are asked for again."""
+        found: dict[tuple[int, int], memoryview] = {}
+
+        def fetch_rest() -> None:
+            rest = [each for each in dict.fromkeys(ranges) if each not in found]
+            starts, ends = [start for start, _ in rest], [end for _, end in rest]
+            # As a value, or the first failure would lose the others; fsspec 2025.5 always returns it.
+            fetched = self.fs.cat_ranges([self.path] * len(rest), starts, ends, on_error="return")
+            read = {each: chunk for each, chunk in zip(rest, fetched, strict=True) if not isinstance(chunk, Exception)}
+            found.update((each, memoryview(chunk)) for each, chunk in read.items())
+            if len(read) < len(rest):
+                raise next(chunk for chunk in fetched if isinstance(chunk, Exception))
+
+        self._ask(fetch_rest)
+        return [found[each] for each in ranges]
 
     def read_json(self) -> Any:
         """The value written by `write_json`. Raises CorruptFileError if the file is not JSON."""
@@ -178,13 +177,12 @@ class Location:
             AlreadyExistsError: `replace` is false and the file is there when the block ends; it stays.
         """
         with self.explaining("write"):
-            draft = _Upload(self) if self.local_path is None else _LocalDraft(self.local_path)
+            draft: _Draft = _Upload(self) if self.local_path is None else local.LocalDraft(self.local_path)
         try:
             yield draft.file
             with self.explaining("write"), request("write") as moved:
                 size = draft.file.seek(0, os.SEEK_END)
                 try:
-                    self._watch()
                     draft.commit(replace=replace)
                     moved.bytes = size
                 except FileExistsError:
@@ -223,14 +221,14 @@ class Location:
         """Delete the file. Raises StoreError if it is not there."""
         with self._asking("delete"):
             if self.local_path is None:
-                self.fs.info(self.path)  # object stores delete what is not there without a word
-            self.fs.rm_file(self.path)
+                self._ask(lambda: self.fs.info(self.path))  # object stores delete what is not there without a word
+            self._ask(lambda: self.fs.rm_file(self.path))
 
     def remove_leftovers(self) -> Sequence[str]:
         """Delete the temporary files that killed writers left in this folder, and return their names.
 
         Those of writers still at work stay. Nothing to do but for local folders: what an upload in parts leaves
-        behind (of files from 100 MB on) no listing shows, and a rule of the bucket must remove.
+        behind (of files from 5 GiB on) no listing shows, and a rule of the bucket must remove.
         """
         if self.local_path is None:
             return []
@@ -239,19 +237,20 @@ class Location:
                 names = sorted(filter(_is_temporary, os.listdir(self.local_path)))
             except FileNotFoundError:
                 return []
-            return [name for name in names if _remove_if_abandoned(os.path.join(self.local_path, name))]
+            return [name for name in names if local.remove_if_abandoned(os.path.join(self.local_path, name))]
 
     @contextmanager
     def _asking(self, action: str) -> Iterator[None]:
         """`explaining`, for a request that moves no content."""
         with self.explaining(action), request("look"):
-            self._watch()
             yield
 
-    def _watch(self) -> None:
-        """Count what is sent to S3 again, by botocore or by s3fs; may connect."""
-        if _is_s3(self.fs):
-            self.fs.s3.meta.events.register("before-send.s3", _notice_retry, unique_id="datm-ray")
+    def _ask(self, call: Callable[[], T]) -> T:
+        """What a request returns; one to S3 is repeated where it fails for the moment."""
+        if not _is_s3(self.fs):
+            return call()
+        found: T = self.fs.patiently(self.path, call)
+        return found
 
     @contextmanager
     def explaining(self, action: str) -> Iterator[None]:
@@ -261,7 +260,8 @@ class Location:
         except DatmError:
             raise
         except Exception as error:  # each filesystem has its own errors; botocore's are not even OSErrors
-            raise StoreError(f"Cannot {action} {self.uri}", *_cause_and_remedy(error)) from error
+            clearer = self.fs.clearer(error, self.path) if _is_s3(self.fs) else error
+            raise StoreError(f"Cannot {action} {self.uri}", *cause_and_remedy(clearer, action)) from error
 
 
 def open_location(uri: str) -> Location:
@@ -273,7 +273,7 @@ def open_location(uri: str) -> Location:
         StoreError: an unknown scheme, a missing package, credentials in an s3:// URI, one of fsspec's caches, or a
             text that could be read in two ways.
     """
-    shown = _without_credentials(uri)
+    shown = without_credentials(uri)
     scheme, separator, _ = uri.partition("://")
     if not uri:
         raise StoreError("The name of a folder or file is empty", remedy="Give a path or a URI")
@@ -288,21 +288,24 @@ def open_location(uri: str) -> Location:
     _require_one_meaning(uri)
     try:
         # Without the listings cache: files written by other processes must be seen at once.
-        fs, path = url_to_fs(uri, use_listings_cache=False)
+        if scheme in ("s3", "s3a"):
+            from datm_ray.store.s3 import S3  # here, for it takes a second to import
+
+            fs, path = S3(use_listings_cache=False), S3._strip_protocol(uri)
+        else:
+            fs, path = url_to_fs(uri, use_listings_cache=False)
     except ImportError as error:
         raise StoreError(f"Cannot open {shown}", f"A Python package is missing: {error}") from error
     except ValueError as error:
-        raise StoreError(f"Cannot open {shown}", _reason(error), "Use a local path or an s3:// URI") from error
+        raise StoreError(f"Cannot open {shown}", reason(error), "Use a local path or an s3:// URI") from error
     except Exception as error:
-        raise StoreError(f"Cannot open {shown}", *_cause_and_remedy(error)) from error
+        raise StoreError(f"Cannot open {shown}", *cause_and_remedy(error, "open")) from error
     if isinstance(fs, CachingFileSystem):
         raise StoreError(
             f"Cannot open {shown}",
             "fsspec's caches show files that another process is still fetching, and cannot write a file just once",
             "Leave the cache out of the URI and set DATM_RAY_CACHE to a local folder instead",
         )
-    if _is_s3(fs):
-        _retry_server_errors()
     return Location(fs, path, shown if separator else path)
 
 
@@ -315,7 +318,7 @@ def _is_local(uri: str) -> bool:
 
 def _require_one_meaning(uri: str) -> None:
     """Refuse what looks like a URI and is none, and what fsspec would read as a chain of filesystems and is none."""
-    shown = _without_credentials(uri)
+    shown = without_credentials(uri)
     if not (like := _LIKE_URI.match(uri)):
         return
     scheme = like[1].lower()
@@ -360,62 +363,6 @@ class _Draft(Protocol):
     def discard(self) -> None: ...
 
 
-class _LocalDraft:
-    """A temporary file in the target's own folder, locked while its writer lives."""
-
-    def __init__(self, path: str) -> None:
-        self._target = path
-        self._folder, name = os.path.split(path)
-        os.makedirs(self._folder, exist_ok=True)
-        while True:
-            unique = f"{_TEMPORARY}{socket.gethostname()}-{uuid.uuid4().hex}-{name}"
-            self._temporary = os.path.join(self._folder, unique)
-            descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-            self.file = os.fdopen(descriptor, "w+b")
-            # The kernel drops the lock when the writer dies, however it dies: that is how leftovers are told
-            # from files in work. Some network filesystems have no locks; there leftovers stay.
-            with suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            # The race: a cleaner can lock and unlink the file between its creation and our lock. It has no
-            # name then, and writing it would lead nowhere.
-            if os.fstat(descriptor).st_nlink:
-                return
-            self.file.close()
-
-    def commit(self, *, replace: bool) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        if replace:
-            os.replace(self._temporary, self._target)
-        else:
-            self._link()
-        folder = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-    def _link(self) -> None:
-        """Put the file under its name unless the name is taken: link() tests and names in one step."""
-        try:
-            os.link(self._temporary, self._target)
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
-                raise
-            # No hard links here (FAT, some network filesystems). The race: of two writers that both find the
-            # name free, the later one replaces the earlier one's file. Both files are whole.
-            if os.path.exists(self._target):
-                raise FileExistsError(self._target) from None
-            os.replace(self._temporary, self._target)
-
-    def discard(self) -> None:
-        """Remove the temporary name, if it is still there, and close the file (which ends the lock)."""
-        with suppress(OSError):
-            os.unlink(self._temporary)
-        with suppress(OSError):  # the disk may be full; what counts was flushed by commit
-            self.file.close()
-
-
 class _Upload:
     """A file kept in memory, then uploaded in one piece: object stores show that whole or not at all."""
 
@@ -423,47 +370,14 @@ class _Upload:
         self._location = location
         self._content = BytesIO()
         self.file: BinaryIO = self._content
-        # Only S3 is told who writes: of the others fsspec does not know how, nor whether it repeats a request.
-        self._writer = uuid.uuid4().hex if _is_s3(location.fs) else None
 
     def commit(self, *, replace: bool) -> None:
-        for _ in range(_CONFLICTS):
-            if self._try(replace=replace):
-                return
-            count_retry()
-        raise OSError(errno.EBUSY, "Others write it again and again at the same moment")
-
-    def _try(self, *, replace: bool) -> bool:
-        """Upload; False where S3 asks to do it again because of another upload at the same moment."""
-        try:
-            self._put(replace=replace)
-        except Exception as error:
-            if self._writer is None:
-                raise
-            # An upload whose answer was lost is sent again, and then finds itself there already, or its parts gone.
-            # So whatever the error says, what counts is whose upload lies there now.
-            owner = self._owner()
-            if owner == self._writer:
-                return True
-            if owner is not None and not replace:
-                raise FileExistsError(self._location.path) from None
-            if _code(error) != "ConditionalRequestConflict":
-                raise
-            return False
-        return True
-
-    def _put(self, *, replace: bool) -> None:
         location = self._location
-        mode = "overwrite" if replace else "create"
-        marked = {"Metadata": {_WRITER: self._writer}} if self._writer else {}
-        location.fs.pipe_file(location.path, self._content.getvalue(), mode=mode, **marked)
-
-    def _owner(self) -> str | None:
-        """Who wrote the file that is there, "" if that is not said; None where there is none or it is not told."""
-        try:
-            return str(self._location.fs.metadata(self._location.path, refresh=True).get(_WRITER, ""))
-        except Exception:  # the error of the upload is the one to report
-            return None
+        if _is_s3(location.fs):
+            location.fs.put(location.path, self._content, replace=replace)
+        else:
+            mode = "overwrite" if replace else "create"
+            location.fs.pipe_file(location.path, self._content.getvalue(), mode=mode)
 
     def discard(self) -> None:
         self._content.close()
@@ -473,116 +387,5 @@ def _is_s3(fs: AbstractFileSystem) -> bool:
     return "s3" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
 
 
-_sent: WeakKeyDictionary[Task[Any], set[tuple[str, ...]]] = WeakKeyDictionary()
-"""For every request in work, what was sent for it."""
-
-
-def _notice_retry(request: Any, **_: Any) -> None:
-    """Called by botocore with every message it is about to send, in the asyncio task of the request.
-
-    A task asks for one thing at a time, so what it sends a second time is a retry: by botocore, or by s3fs, which
-    repeats what broke in mid-answer without telling anybody.
-    """
-    task = current_task()
-    if task is None:
-        return
-    message = (request.method, request.url, str(request.headers.get("Range", "")))
-    sent = _sent.setdefault(task, set())
-    if message in sent:
-        count_retry()
-    sent.add(message)
-
-
-def _retry_server_errors() -> None:
-    """Let s3fs retry all of a server's own failures; by itself it repeats 503 only where the server says SlowDown.
-
-    Before 2026.2 it cannot be told; a failure that it does not repeat then costs a task an attempt.
-    """
-    from s3fs import core
-
-    if not hasattr(core, "CUSTOM_ERROR_HANDLER"):
-        return
-    earlier = core.CUSTOM_ERROR_HANDLER
-    if not hasattr(earlier, "retries_server_errors"):
-
-        def handler(error: Exception) -> bool:
-            response = getattr(error, "response", None) or {}
-            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-            return status in (500, 502, 503, 504) or bool(earlier(error))
-
-        handler.retries_server_errors = True  # type: ignore[attr-defined]
-        core.set_custom_error_handler(handler)
-
-
-def _code(error: BaseException | None) -> str:
-    """The code that an S3 server gave for an error, such as "NoSuchBucket"; "" where there is none."""
-    while error is not None:
-        response = getattr(error, "response", None)
-        if isinstance(response, dict):
-            return str(response.get("Error", {}).get("Code", ""))
-        error = error.__cause__ or error.__context__
-    return ""
-
-
-def _lacks_bucket(error: Exception) -> bool:
-    """Whether S3 answered that the bucket is missing; s3fs says so of a file too, but then without S3's answer."""
-    return _code(error) in ("NoSuchBucket", "404")
-
-
 def _is_temporary(name: str) -> bool:
-    return name.startswith(_TEMPORARY)
-
-
-def _remove_if_abandoned(path: str) -> bool:
-    """Delete a temporary file if its writer is dead; whether it did."""
-    try:
-        with open(path, "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Locks are certain only among processes of one machine (NFS can be mounted with local ones), so a
-            # file of another machine must also have been left alone for long.
-            here = os.path.basename(path).startswith(f"{_TEMPORARY}{socket.gethostname()}-")
-            if not here and time.time() - os.fstat(file.fileno()).st_mtime < _ABANDONED_AFTER:
-                return False
-            os.unlink(path)
-            return True
-    except OSError:  # locked by its writer, already gone, or not ours to delete
-        return False
-
-
-def _map(path: str) -> memoryview:
-    """The content of a local file, memory-mapped.
-
-    As with any mapping, a file that another program truncates in place while it is read ends this process
-    with SIGBUS. Nothing here does that: files are replaced or deleted, and a mapping outlives both.
-    """
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:  # cannot be mapped
-            return memoryview(b"")
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-
-
-def _cause_and_remedy(error: Exception) -> tuple[str, str]:
-    names = {kind.__name__ for kind in type(error).__mro__}
-    if _lacks_bucket(error):
-        return "The bucket does not exist", "Check its spelling and AWS_ENDPOINT_URL, or create it"
-    if isinstance(error, FileNotFoundError):
-        return "It, or its folder or bucket, does not exist", "Check the spelling"
-    if isinstance(error, PermissionError):
-        return f"Access is denied ({_reason(error)})", "Check the owner of the folder, or the credentials"
-    if names & {"HTTPClientError", "ConnectionError"}:
-        return f"The server does not answer ({_reason(error)})", "Check the network and AWS_ENDPOINT_URL"
-    if names & {"NoCredentialsError", "PartialCredentialsError"}:
-        return "No credentials were found", "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return _reason(error), "Free some space and start again; nothing finished is lost"
-    return _reason(error), ""
-
-
-def _reason(error: Exception) -> str:
-    """The error in words, on one line and without credentials."""
-    words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return _without_credentials(" ".join(words.split())) or type(error).__name__
-
-
-def _without_credentials(text: str) -> str:
-    return _CREDENTIALS.sub("", text)
+    return name.startswith(local.TEMPORARY)

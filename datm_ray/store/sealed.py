@@ -23,12 +23,12 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import accumulate, pairwise
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 
@@ -43,6 +43,9 @@ _SEAL_END = struct.Struct("<32sQ8s")  # sha256, length of the index, magic
 _SEAL_MAGIC = b"DATMSEAL"
 _FIRST_READ = 64 * 1024  # bytes; more than the end of an expert with 400 snapshots
 _CHUNK = 1024 * 1024  # bytes hashed at a time while writing
+_READS = 3  # of a file that looks damaged
+
+T = TypeVar("T")
 
 
 class SealedWriter:
@@ -115,6 +118,9 @@ class SealedFile:
 
     summary: Mapping[str, Any]
 
+    whole: bytes | None = None
+    """The content of a remote file that came with its end, so that nothing is fetched twice; else None."""
+
     @property
     def n_batches(self) -> int:
         return len(self.parts) - 2
@@ -127,7 +133,8 @@ class SealedFile:
         Raises:
             CorruptFileError: a batch is not what was written.
         """
-        chunks = self._read([number + 1 for number in numbers], cache if self.location.local_path is None else None)
+        is_far = self.location.local_path is None and self.whole is None
+        chunks = self._read([number + 1 for number in numbers], cache if is_far else None)
         with rejecting_nonsense(self.location):
             return [_record_batch(chunk, self.schema) for chunk in chunks]
 
@@ -145,7 +152,11 @@ class SealedFile:
         return [next(fetched) if chunk is None else chunk for chunk in found]
 
     def _fetch(self, parts: Sequence[Part], cache: Cache | None) -> Sequence[memoryview]:
-        chunks = self.location.read_ranges([(part.start, part.end) for part in parts]) if parts else []
+        ranges = [(part.start, part.end) for part in parts]
+        if self.whole is not None:
+            chunks: Sequence[memoryview] = [memoryview(self.whole)[start:end] for start, end in ranges]
+        else:
+            chunks = self.location.read_ranges(ranges) if parts else []
         for part, chunk in zip(parts, chunks, strict=True):
             if sha256(chunk).hexdigest() != part.sha256:
                 raise damaged(self.location, f"Bytes {part.start} to {part.end} are not those written")
@@ -157,12 +168,15 @@ class SealedFile:
 def open_sealed(location: Location, *, format_name: str, format_version: int) -> SealedFile:
     """Read and check the end of a sealed file: one look at its size and, as a rule, one read.
 
+    A remote file of up to 64 KiB is fetched whole by that read.
+
     Raises:
         StoreError: there is no such file.
         CorruptFileError: it is truncated or altered, of another format or of a newer version of this one.
     """
     size = location.size()
-    index, footer = _read_end(location, size)
+    index, footer, tail = _read_end(location, size)
+    whole = bytes(tail) if len(tail) == size and location.local_path is None else None
     with rejecting_nonsense(location):
         # Arrow accepts the end of a file for the file, as long as something precedes the footer.
         arrow = pa.ipc.open_file(pa.BufferReader(bytes(_ARROW_HEAD) + footer))
@@ -174,7 +188,7 @@ def open_sealed(location: Location, *, format_name: str, format_version: int) ->
         ends = list(accumulate(lengths, initial=0))
         digests = [digest for _, digest in content["parts"]]
         parts = tuple(Part(start, end, digest) for (start, end), digest in zip(pairwise(ends), digests, strict=True))
-        sealed = SealedFile(location, arrow.schema, header, parts, content["summary"])
+        sealed = SealedFile(location, arrow.schema, header, parts, content["summary"], whole)
         consistent = sealed.n_batches == arrow.num_record_batches
         _check_format(sealed, format_name, format_version)
     if not consistent or ends[-1] + len(index) + _SEAL_END.size + len(footer) != size:
@@ -182,13 +196,23 @@ def open_sealed(location: Location, *, format_name: str, format_version: int) ->
     return sealed
 
 
+def reading_again(read: Callable[[], T]) -> T:
+    """What `read` returns; it is called again where it finds a damaged file, which may just have been replaced.
+
+    `read` opens the file itself. Raises CorruptFileError where the file is damaged every time.
+    """
+    for _ in range(_READS - 1):
+        with suppress(CorruptFileError):
+            return read()
+    return read()
+
+
 def damaged(location: Location, cause: str) -> CorruptFileError:
     """The error for a file that is not as it was written."""
-    return CorruptFileError(
-        f"{location.uri} is damaged",
-        cause,
-        "Delete it and run the step that wrote it again, or restore a copy",
-    )
+    return CorruptFileError(f"{location.uri} is damaged", cause, _MEND)
+
+
+_MEND = "Restore a copy; or, if no other command writes it, move it away and run the step that wrote it again"
 
 
 @contextmanager
@@ -250,8 +274,8 @@ def _is_compressed(message: memoryview) -> bool:
     return bool(header) and bool(field(header + number("<I", header), 3))
 
 
-def _read_end(location: Location, size: int) -> tuple[bytes, bytes]:
-    """Index and Arrow footer (up to the end of the file), checked against the digest in the seal."""
+def _read_end(location: Location, size: int) -> tuple[bytes, bytes, memoryview]:
+    """Index and Arrow footer (up to the end of the file), checked against the digest in the seal; all that was read."""
     tail = memoryview(b"")
 
     def last(count: int) -> memoryview:
@@ -273,14 +297,14 @@ def _read_end(location: Location, size: int) -> tuple[bytes, bytes]:
     index, footer = bytes(end[:index_size]), bytes(end[-footer_size:])
     if sha256(index + footer).digest() != digest:
         raise damaged(location, "Its footer is not the one written")
-    return index, footer
+    return index, footer, tail
 
 
 def _unknown(location: Location) -> CorruptFileError:
     return CorruptFileError(
         f"{location.uri} has no seal at its end",
         "It is truncated, or was not written by datm_ray",
-        "Check the name; if it is right, delete the file and run the step that wrote it again",
+        f"Check the name. {_MEND}",
     )
 
 

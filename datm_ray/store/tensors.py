@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from datm_ray.errors import CorruptFileError
 from datm_ray.store.filesystem import Location
-from datm_ray.store.sealed import SealedWriter, damaged, open_sealed, rejecting_nonsense
+from datm_ray.store.sealed import SealedWriter, damaged, open_sealed, reading_again, rejecting_nonsense
 
 FORMAT = "datm_ray.tensors"
 FORMAT_VERSION = 1
@@ -101,6 +101,10 @@ def read_tensors(location: Location, *, kind: str) -> TensorFile:
         StoreError: the file is missing or cannot be read.
         CorruptFileError: it is damaged, of another kind or of a newer format.
     """
+    return reading_again(lambda: _read(location, kind))
+
+
+def _read(location: Location, kind: str) -> TensorFile:
     sealed = open_sealed(location, format_name=FORMAT, format_version=FORMAT_VERSION)
     with rejecting_nonsense(location):
         if sealed.header["kind"] != kind:

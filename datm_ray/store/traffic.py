@@ -1,7 +1,7 @@
 """What this process has read from and written to its files so far: a few sums, kept by `filesystem`.
 
-A request is what one call of a `Location` asks for, however many messages that takes; a retry is a message to S3 that
-botocore or s3fs had to send again (what aiohttp mends below them, a connection that broke while idle, is not seen).
+A request is what one call of a `Location` asks for, however many messages that takes. A retry is a request to S3 that
+failed for the moment and was sent again; a connection that broke while idle is mended below and not seen.
 What a local cache answers is no request. Sums only ever grow, so the traffic of a piece of work is the difference of
 two looks at them.
 """
@@ -65,7 +65,7 @@ def request(kind: Literal["read", "write", "look"]) -> Iterator[Size]:
 
 
 def count_retry() -> None:
-    """Something was sent again."""
+    """Count a request that is sent again."""
     _add({"retries": 1})
 
 

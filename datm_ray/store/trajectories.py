@@ -35,7 +35,7 @@ from datm_ray.errors import CorruptFileError, DatmError, StoreError
 from datm_ray.store.cache import configured_cache
 from datm_ray.store.filesystem import AlreadyExistsError, Location, open_location
 from datm_ray.store.precision import from_storage, storage_type, to_storage
-from datm_ray.store.sealed import SealedFile, SealedWriter, damaged, open_sealed, rejecting_nonsense
+from datm_ray.store.sealed import SealedFile, SealedWriter, damaged, open_sealed, reading_again, rejecting_nonsense
 from datm_ray.store.tensors import TensorFile, read_tensors, write_tensors
 
 FORMAT = "datm_ray.trajectory"
@@ -284,9 +284,13 @@ class ExpertGroup:
 
     def verify(self, expert: int) -> TrajectoryInfo:
         """Check every byte of the file, read afresh and past any cache; its info. Raises CorruptFileError."""
-        opened = _open_expert(self._file(expert), self.key, expert)
-        opened.sealed.verify()
-        return opened.info
+
+        def verify() -> TrajectoryInfo:
+            opened = _open_expert(self._file(expert), self.key, expert)
+            opened.sealed.verify()
+            return opened.info
+
+        return reading_again(verify)
 
     def write_transform(
         self, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, object], twin: Location | None = None
@@ -323,19 +327,20 @@ class ExpertGroup:
         return self.location / f"expert-{expert:05d}.arrow"
 
     def _open(self, expert: int) -> _OpenedExpert:
-        """The expert's footer, read once: a committed file does not change."""
+        """The expert's footer, read once: a committed file does not change, unless it is deleted and written anew."""
         if expert not in self._opened:
-            self._opened[expert] = _open_expert(self._file(expert), self.key, expert)
+            self._opened[expert] = reading_again(lambda: _open_expert(self._file(expert), self.key, expert))
         return self._opened[expert]
 
     def _read(self, expert: int, epochs: Sequence[int]) -> list[Snapshot]:
-        opened = self._open(expert)
-        try:
-            return opened.snapshots(epochs)
-        except DatmError:
-            # The file may have been deleted and written anew: let the next call look again.
-            self._opened.pop(expert, None)
-            raise
+        def read() -> list[Snapshot]:
+            try:
+                return self._open(expert).snapshots(epochs)
+            except DatmError:
+                self._opened.pop(expert, None)  # the next time look again
+                raise
+
+        return reading_again(read)
 
 
 @dataclass(frozen=True)

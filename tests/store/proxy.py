@@ -1,15 +1,16 @@
-"""An HTTP proxy in front of an S3 server: it counts what goes over the wire, and fails requests on purpose."""
+"""An HTTP or HTTPS proxy in front of an S3 server: it counts what goes over the wire, and fails requests on purpose."""
 
 from __future__ import annotations
 
 import http.client
 import random
 import socket
+import ssl
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
@@ -17,7 +18,12 @@ BUSY, LOST_REQUEST, LOST_ANSWER = "503", "lost request", "lost answer"
 FAULTS = (BUSY, LOST_REQUEST, LOST_ANSWER)
 
 Plan = Callable[[str, str], str | None]
-"""Method and path of a request -> how it fails, if it does."""
+"""Method and path of a request -> how it fails, if it does: one of FAULTS, or a refusal."""
+
+
+def refusal(status: int, code: str, message: str = "") -> str:
+    """A fault: the server refuses a request with this code of S3."""
+    return f"{status} {code} {message}".strip()
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,9 @@ class Exchange:
 
     fault: str | None
 
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Of the request, by names in small letters."""
+
 
 class Proxy:
     """Forwards to `upstream`; `plan` decides which requests fail."""
@@ -38,6 +47,7 @@ class Proxy:
     def __init__(self, upstream: str) -> None:
         self.upstream = upstream
         self.plan: Plan = lambda method, path: None
+        self.plan_by_headers: Callable[[str, Mapping[str, str]], str | None] = lambda method, headers: None
         self.exchanges: list[Exchange] = []
         self.lock = threading.Lock()
         self.url = ""
@@ -60,8 +70,8 @@ def every_fifth(seed: int) -> Plan:
 
 
 @contextmanager
-def serving(upstream: str) -> Iterator[Proxy]:
-    """A proxy on a free port while the block lasts."""
+def serving(upstream: str, certificate: str | None = None) -> Iterator[Proxy]:
+    """A proxy on a free port while the block lasts; over TLS where there is a file with a certificate and its key."""
     proxy = Proxy(upstream)
 
     class Handler(_Handler):
@@ -69,7 +79,11 @@ def serving(upstream: str) -> Iterator[Proxy]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    proxy.url = f"http://127.0.0.1:{server.server_port}"
+    if certificate:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    proxy.url = f"http{'s' * bool(certificate)}://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:
@@ -80,24 +94,35 @@ def serving(upstream: str) -> Iterator[Proxy]:
         server.server_close()
 
 
+def _refused(method: str, status: str, code: str, message: str = "") -> bytes:
+    """An answer of S3, whose body says why; to HEAD it has none."""
+    said = f"<Message>{message}</Message>" if message else ""
+    body = f"<Error><Code>{code}</Code>{said}</Error>".encode()
+    head = f"HTTP/1.1 {status} Refused\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body * (method != "HEAD")
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     shared: Proxy
 
     def _serve(self) -> None:
         proxy = self.shared
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = self._body()
+        headers = {name.lower(): value for name, value in self.headers.items()}
         with proxy.lock:
-            fault = proxy.plan(self.command, self.path)
+            fault = proxy.plan(self.command, self.path) or proxy.plan_by_headers(self.command, headers)
         answer = b""
-        if fault == BUSY:
+        if fault and fault not in FAULTS:
+            answer = _refused(self.command, *fault.split(" ", 2))
+        elif fault == BUSY:
             answer = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n"
         elif fault != LOST_REQUEST:
             answer = self._forward(body)
         if fault == LOST_ANSWER:
             answer = b""
         with proxy.lock:
-            proxy.exchanges.append(Exchange(self.command, self.path, len(answer), fault))
+            proxy.exchanges.append(Exchange(self.command, self.path, len(answer), fault, headers))
         if answer:
             self.wfile.write(answer)
         else:
@@ -105,6 +130,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _serve
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        del self.headers["Transfer-Encoding"]
+        chunks = []
+        while size := int(self.rfile.readline(), 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
 
     def _forward(self, body: bytes) -> bytes:
         host = urlsplit(self.shared.upstream).netloc

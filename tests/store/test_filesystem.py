@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import pickle
+import socket
 import time
 import uuid
+from collections.abc import Callable
 
 import pytest
 
 from datm_ray.errors import CorruptFileError, StoreError
-from datm_ray.store import filesystem
 from datm_ray.store.filesystem import AlreadyExistsError, Location, open_location
 
 
@@ -112,6 +114,55 @@ def test_writing_once_needs_no_hard_links(local, monkeypatch):
     assert (local / "file").read_bytes() == b"first"
 
 
+def failing(code: int) -> Callable[..., None]:
+    """A call of the system that fails with an errno."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS])
+@pytest.mark.parametrize("call", ["os.fsync", "os.link", "fcntl.flock", "mmap.mmap"])
+def test_a_safeguard_that_a_file_system_lacks_is_passed_over(local, monkeypatch, call, code):
+    """CIFS and folders shared with virtual machines cannot flush, link, lock or map: files are written and read."""
+    monkeypatch.setattr(call, failing(code))
+    for replace in (False, True):
+        with (local / "file").create(replace=replace) as draft:
+            draft.write(b"content")
+        assert [bytes(part) for part in (local / "file").read_ranges([(1, 3)])] == [b"on"]
+    with pytest.raises(AlreadyExistsError), (local / "file").create(replace=False) as draft:
+        draft.write(b"another")
+    assert (local / "file").read_bytes() == b"content"
+    assert os.listdir(local.path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("call", "code"), [("os.fsync", errno.EIO), ("os.fsync", errno.ENOSPC), ("os.link", errno.EIO)]
+)
+def test_an_error_of_the_device_is_not_passed_over(local, monkeypatch, call, code):
+    """A file that may not have reached the device is an error, and leaves no temporary file."""
+    monkeypatch.setattr(call, failing(code))
+    with pytest.raises(StoreError, match=os.strerror(code)), (local / "file").create(replace=False) as draft:
+        draft.write(b"content")
+    assert not [name for name in os.listdir(local.path) if name.startswith(".tmp-")]
+
+
+def test_files_without_a_count_of_names_are_written(local, monkeypatch):
+    """Some file systems count no names of a file: 0 does not mean that it was deleted."""
+    fstat = os.fstat
+
+    def without_names(descriptor: int) -> os.stat_result:
+        told = list(fstat(descriptor))
+        told[3] = 0
+        return os.stat_result(told)
+
+    monkeypatch.setattr(os, "fstat", without_names)
+    (local / "file").write_text("content")
+    assert os.listdir(local.path) == ["file"]
+
+
 def test_a_second_name_copies_no_bytes(local):
     """On a local disk a finished file gets another name, unless that is taken; either may be deleted."""
     (local / "a").write_text("one")
@@ -137,7 +188,7 @@ def test_a_place_has_a_parent(uri):
 
 def test_leftovers_of_dead_writers_are_removed(local):
     """A temporary file no process holds is deleted; one in work is not, and neither shows in a listing."""
-    host = filesystem.socket.gethostname()
+    host = socket.gethostname()
     (local / f".tmp-{host}-1-file").write_atomic(b"half")
     with (local / "file").create() as draft:
         draft.write(b"whole")
@@ -159,7 +210,7 @@ def test_leftovers_of_other_machines_are_removed_when_old(local):
 
 def test_a_draft_removed_before_its_lock_is_started_anew(local, monkeypatch):
     """A cleaner that comes between the creation of a temporary file and its lock does no harm."""
-    flock = filesystem.fcntl.flock
+    flock = fcntl.flock
     stolen = []
 
     def after_a_cleaner(descriptor, operation):
@@ -168,17 +219,10 @@ def test_a_draft_removed_before_its_lock_is_started_anew(local, monkeypatch):
             os.unlink(os.path.join(local.path, stolen[0]))
         flock(descriptor, operation)
 
-    monkeypatch.setattr(filesystem.fcntl, "flock", after_a_cleaner)
+    monkeypatch.setattr(fcntl, "flock", after_a_cleaner)
     (local / "file").write_atomic(b"whole")
     assert stolen[0].startswith(".tmp-")
     assert os.listdir(local.path) == ["file"]
-
-
-def test_an_s3fs_that_cannot_be_told_what_to_retry_is_left_alone(monkeypatch):
-    """Before 2026.2 it has no such hook."""
-    core = pytest.importorskip("s3fs.core")
-    monkeypatch.delattr(core, "CUSTOM_ERROR_HANDLER", raising=False)
-    filesystem._retry_server_errors()
 
 
 def test_a_range_that_cannot_be_read_has_the_cause_of_its_own_error(monkeypatch):

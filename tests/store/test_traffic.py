@@ -52,7 +52,7 @@ def test_what_fails_is_a_request_without_bytes(folder: Location) -> None:
 @pytest.mark.s3
 @pytest.mark.parametrize("failures", [1, 7])
 def test_every_message_that_is_sent_again_is_one_retry(bucket: str, s3_proxy: Proxy, failures: int) -> None:
-    """A server that says 503 once, which botocore repeats, or seven times, which s3fs has to repeat as well."""
+    """A server that says 503 once, or seven times, is asked that much more often."""
     file = open_location(f"s3://{bucket}/folder") / "file"
     file.write_atomic(b"x" * 1000)
     left = [BUSY] * failures

@@ -1,0 +1,151 @@
+"""What an exception of a file system or an S3 server means: its likely cause, and what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import ssl
+from typing import Any
+
+from datm_ray.errors import one_line
+
+_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]*@")
+_KEYS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile of AWS_PROFILE"
+_NOTHING_LOST = "and give the same command again; nothing finished is lost"
+
+_CODES: dict[str, tuple[str, str]] = {
+    "NoSuchBucket": ("The bucket does not exist", "Check its spelling and AWS_ENDPOINT_URL, or create it"),
+    "InvalidBucketName": ("No bucket can have this name", "Check its spelling"),
+    "InvalidAccessKeyId": ("The server does not know this access key", f"Check {_KEYS}, and AWS_ENDPOINT_URL"),
+    "SignatureDoesNotMatch": ("The secret key is not that of the access key", f"Check {_KEYS}"),
+    "ExpiredToken": ("The session token has expired", f"Get new credentials {_NOTHING_LOST}"),
+    "InvalidToken": ("The session token is not valid", "Check AWS_SESSION_TOKEN, or unset it if the keys need none"),
+    "RequestTimeTooSkewed": ("The clocks of this machine and of the server differ too much", "Set this clock"),
+    "AuthorizationHeaderMalformed": ("The bucket is in another region", "Set AWS_DEFAULT_REGION to its region"),
+    "QuotaExceeded": (
+        "The quota of the bucket or its user is used up",
+        f"Raise it or free some space, {_NOTHING_LOST}",
+    ),
+    "EntityTooLarge": ("The server takes no file of this size", "Raise its limit, or give a local --store"),
+    "NotImplemented": ("The server does not know a part of this request", "Update it, or give another server"),
+}
+"""S3's code of an error: cause and remedy."""
+
+for _code, _same in {
+    "404": "NoSuchBucket",
+    "AccessDeniedInvalidKey": "InvalidAccessKeyId",
+    "TokenRefreshRequired": "ExpiredToken",
+    "301": "AuthorizationHeaderMalformed",
+    "PermanentRedirect": "AuthorizationHeaderMalformed",
+    "IllegalLocationConstraintException": "AuthorizationHeaderMalformed",
+    "XMinioStorageFull": "QuotaExceeded",
+    "InsufficientCapacity": "QuotaExceeded",
+    "507": "QuotaExceeded",
+    "413": "EntityTooLarge",
+    "501": "NotImplemented",
+}.items():
+    _CODES[_code] = _CODES[_same]
+
+_PERMISSIONS = {
+    "list": "s3:ListBucket on the bucket",
+    "write": "s3:PutObject on its objects",
+    "delete": "s3:DeleteObject on its objects",
+}
+_LOOKING = "s3:GetObject on its objects, and s3:ListBucket on the bucket, without which a missing file is denied too"
+
+
+def cause_and_remedy(error: Exception, action: str) -> tuple[str, str]:
+    """Cause and remedy in words.
+
+    Args:
+        action: what was tried: "look for", "list", "read", "write" or "delete".
+    """
+    names, code = {kind.__name__ for kind in type(error).__mro__}, code_of(error)
+    if code in _CODES and (code != "404" or lacks_bucket(error)):
+        return _CODES[code]
+    if isinstance(error, FileNotFoundError):
+        return "It, or its folder or bucket, does not exist", "Check the spelling"
+    if isinstance(error, PermissionError) and code:
+        needed = _PERMISSIONS.get(action, _LOOKING)
+        return (
+            f"Access is denied ({_said(error)})",
+            f"If the bucket is yours, allow this user {needed}; if not, check its spelling",
+        )
+    if isinstance(error, PermissionError):
+        return f"Access is denied ({reason(error)})", "Check the owner of the folder, or the credentials"
+    if names & {"SSLError"}:
+        return _of_tls(error)
+    if lacks_certificates(error):
+        return (
+            f"The certificates to trust cannot be read ({reason(error)})",
+            f"AWS_CA_BUNDLE is {os.environ.get('AWS_CA_BUNDLE', 'not set')!r}: give a file that is there",
+        )
+    if names & {"HTTPClientError", "ConnectionError"}:
+        return f"The server does not answer ({reason(error)})", "Check the network and AWS_ENDPOINT_URL"
+    if names & {"NoCredentialsError", "PartialCredentialsError"}:
+        return "No credentials were found", "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return reason(error), "Free some space and start again; nothing finished is lost"
+    return reason(error), ""
+
+
+def _of_tls(error: Exception) -> tuple[str, str]:
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return (
+            f"The server's certificate is not trusted ({reason(error)})",
+            "Set AWS_CA_BUNDLE to the file with the certificate of the authority that signed it",
+        )
+    return (
+        f"No secure connection to the server ({reason(error)})",
+        "Check whether AWS_ENDPOINT_URL should begin with http://; AWS_CA_BUNDLE names the certificates to trust",
+    )
+
+
+def lacks_certificates(error: Exception) -> bool:
+    """Whether a request failed because the file of certificates to trust is missing or is none."""
+    inner = getattr(error, "kwargs", {}).get("error")
+    return isinstance(inner, (FileNotFoundError, PermissionError, IsADirectoryError, ssl.SSLError))
+
+
+def code_of(error: BaseException | None) -> str:
+    """The code that an S3 server gave for an error, such as "NoSuchBucket"; "" where there is none."""
+    return str(_answer(error).get("Error", {}).get("Code", ""))
+
+
+def status_of(error: BaseException | None) -> int:
+    """The HTTP status of a server's answer; 0 where there is none."""
+    return int(_answer(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _answer(error: BaseException | None) -> dict[str, dict[str, Any]]:
+    """What botocore has read of a server's answer."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            return response
+        error = error.__cause__ or error.__context__
+    return {}
+
+
+def lacks_bucket(error: Exception) -> bool:
+    """Whether S3 answered that the bucket is missing; s3fs says so of a file too, but then without S3's answer."""
+    return code_of(error) in ("NoSuchBucket", "404")
+
+
+def reason(error: Exception) -> str:
+    """The error in words, on one line and without credentials."""
+    words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    words = "" if words == "None" else words  # of servers that send no message
+    return without_credentials(" ".join(words.split())) or code_of(error) or type(error).__name__
+
+
+def _said(error: Exception) -> str:
+    """The server's code, with its message where that says more."""
+    code, words = code_of(error), str(_answer(error).get("Error", {}).get("Message") or "")
+    return code if words.replace(" ", "") in ("", code, "Forbidden") else f"{code}: {one_line(words)}"
+
+
+def without_credentials(text: str) -> str:
+    """The text without what stands before the @ of a URI."""
+    return _CREDENTIALS.sub("", text)

@@ -1,0 +1,128 @@
+"""Files on this machine: drafts that become files whole or not at all, what killed writers leave, and mappings.
+
+Some file systems lack a safeguard: CIFS and shared folders of virtual machines cannot flush, FAT has no hard links,
+some network mounts have no locks, and some FUSE mounts cannot map. The work goes on without it. An input/output error
+of a device is never passed over.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import socket
+import time
+import uuid
+from contextlib import suppress
+from typing import BinaryIO
+
+TEMPORARY = ".tmp-"
+"""Begins the names of unfinished files."""
+
+_ABANDONED_AFTER = 24 * 3600.0  # seconds; for temporary files of other machines
+_LACKING = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # what a call answers that is not supported
+_NO_LINKS = _LACKING | {errno.EPERM, errno.EMLINK}
+_NO_MAPPING = _LACKING | {errno.ENODEV, errno.EACCES, errno.EPERM}
+
+
+class LocalDraft:
+    """A temporary file in the target's own folder, locked while its writer lives."""
+
+    def __init__(self, path: str) -> None:
+        self._target = path
+        self._folder, name = os.path.split(path)
+        os.makedirs(self._folder, exist_ok=True)
+        while True:
+            unique = f"{TEMPORARY}{socket.gethostname()}-{uuid.uuid4().hex}-{name}"
+            self._temporary = os.path.join(self._folder, unique)
+            descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            self.file: BinaryIO = os.fdopen(descriptor, "w+b")
+            # The kernel drops the lock when the writer dies, however it dies: that is how leftovers are told
+            # from files in work. Some network filesystems have no locks; there leftovers stay.
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            # The race: a cleaner can lock and unlink the file between its creation and our lock. It has no
+            # name then, and writing it would lead nowhere.
+            if os.path.lexists(self._temporary):
+                return
+            self.file.close()
+
+    def commit(self, *, replace: bool) -> None:
+        """Flush the file to the device and put it under its name. FileExistsError where it is taken and stays."""
+        self.file.flush()
+        _flush(self.file.fileno())
+        if replace:
+            os.replace(self._temporary, self._target)
+        else:
+            self._link()
+        try:
+            folder = os.open(self._folder, os.O_RDONLY)
+        except PermissionError:  # a folder that may be written and not read
+            return
+        try:
+            _flush(folder)
+        finally:
+            os.close(folder)
+
+    def _link(self) -> None:
+        """Put the file under its name unless the name is taken: link() tests and names in one step."""
+        try:
+            os.link(self._temporary, self._target)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            # No hard links here. The race: of two writers that both find the name free, the later one replaces the
+            # earlier one's file. Both files are whole.
+            if os.path.exists(self._target):
+                raise FileExistsError(self._target) from None
+            os.replace(self._temporary, self._target)
+
+    def discard(self) -> None:
+        """Remove the temporary name, if it is still there, and close the file (which ends the lock)."""
+        with suppress(OSError):
+            os.unlink(self._temporary)
+        with suppress(OSError):  # the disk may be full; what counts was flushed by commit
+            self.file.close()
+
+
+def _flush(descriptor: int) -> None:
+    """Flush a file or folder to the device, where its file system can."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _LACKING:
+            raise
+
+
+def remove_if_abandoned(path: str) -> bool:
+    """Delete a temporary file if its writer is dead; whether it did."""
+    try:
+        with open(path, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Locks are certain only among processes of one machine (NFS can be mounted with local ones), so a
+            # file of another machine must also have been left alone for long.
+            here = os.path.basename(path).startswith(f"{TEMPORARY}{socket.gethostname()}-")
+            if not here and time.time() - os.fstat(file.fileno()).st_mtime < _ABANDONED_AFTER:
+                return False
+            os.unlink(path)
+            return True
+    except OSError:  # locked by its writer, already gone, or not ours to delete
+        return False
+
+
+def content(path: str) -> memoryview:
+    """The content of a file, memory-mapped where its file system can, and read elsewhere.
+
+    As with any mapping, a file that another program truncates in place while it is read ends this process
+    with SIGBUS. Nothing here does that: files are replaced or deleted, and a mapping outlives both.
+    """
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:  # cannot be mapped
+            return memoryview(b"")
+        try:
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except OSError as error:
+            if error.errno not in _NO_MAPPING:
+                raise
+            return memoryview(file.read())
