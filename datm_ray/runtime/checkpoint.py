@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from datm_ray.core.distillation import Distillation, LearningRates, Limits, with_present_names
 from datm_ray.errors import CorruptFileError, RunDirectoryError, StoreError
 from datm_ray.runtime.mesh import Mesh
-from datm_ray.store.filesystem import Location
-from datm_ray.store.sealed import rejecting_nonsense
+from datm_ray.store.filesystem import Location, MissingFileError
+from datm_ray.store.sealed import reading_again, rejecting_nonsense
 from datm_ray.store.tensors import read_tensors, write_tensors
 
 CHECKPOINT = "checkpoint.arrow"
@@ -73,7 +73,8 @@ def save_checkpoint(
         metadata = {"recipe": recipe, "iteration": state.iteration, "parts": names, "computed": list(computed)}
         _require_nobody_ahead(folder, state.iteration)
         write_tensors(folder / CHECKPOINT, shared, kind=KIND, metadata=metadata)
-        _delete_older_parts(folder / PARTS, state.iteration)
+        if not set(names) <= set(_delete_older_parts(folder / PARTS, state.iteration)):
+            raise _overtaken(folder, f"has no parts of iteration {state.iteration} any more, which was just written")
 
 
 def load_checkpoint(
@@ -86,6 +87,14 @@ def load_checkpoint(
     """
     if not (folder / CHECKPOINT).exists():
         return None
+    try:
+        # Another command that goes on with the same run replaces it, and deletes the parts of the one before.
+        return reading_again(lambda: _load(folder, rows, rates, limits, device), MissingFileError)
+    except MissingFileError as error:
+        raise _unusable(folder, f"names the part {error.fact.rpartition('/')[2]}, which is missing") from error
+
+
+def _load(folder: Location, rows: Rows, rates: LearningRates, limits: Limits, device: torch.device) -> Distillation:
     file = read_tensors(folder / CHECKPOINT, kind=KIND)
     if "parts" not in file.metadata:
         raise _unusable(folder, "names no parts")
@@ -185,17 +194,30 @@ def _require_nobody_ahead(folder: Location, iteration: int) -> None:
         with rejecting_nonsense(folder / CHECKPOINT):
             theirs = int(read_tensors(folder / CHECKPOINT, kind=KIND).metadata.get("iteration", 0))
         if theirs > iteration:
-            raise RunDirectoryError(
-                f"{folder.uri} has a checkpoint of iteration {theirs}, later than {iteration}, where this command is",
-                "the same run was started twice and goes on elsewhere",
-                "let the other one finish, `datm-ray job list` shows jobs; or give another --out",
+            raise _overtaken(
+                folder, f"has a checkpoint of iteration {theirs}, later than {iteration}, where this command is"
             )
 
 
-def _delete_older_parts(parts: Location, iteration: int) -> None:
-    """Those of this iteration or later may be named by somebody else's checkpoint; the next one clears them up."""
+def _overtaken(folder: Location, what: str) -> RunDirectoryError:
+    return RunDirectoryError(
+        f"{folder.uri} {what}",
+        "the same run was started twice and goes on elsewhere",
+        "let the other one finish, `datm-ray job list` shows jobs; or give another --out",
+    )
+
+
+def _delete_older_parts(parts: Location, iteration: int) -> list[str]:
+    """Delete parts of earlier iterations; the names of the others.
+
+    Those of this iteration or later may be named by somebody else's checkpoint; the next one clears them up.
+    """
+    kept = []
     for name in parts.list():
         match = _PART.fullmatch(name)
         if match and int(match[1]) < iteration:
             with suppress(StoreError):  # somebody else was faster
                 (parts / name).remove()
+        else:
+            kept.append(name)
+    return kept

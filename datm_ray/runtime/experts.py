@@ -34,7 +34,7 @@ from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.stacked import can_be_stacked
 from datm_ray.core.training import accuracy
 from datm_ray.data.dataset import Dataset
-from datm_ray.errors import CorruptFileError, DivergenceError
+from datm_ray.errors import CorruptFileError, DivergenceError, StoreError
 from datm_ray.runtime.devices import Meter, prepare_device, to_device, uses_gpu
 from datm_ray.runtime.executor import Event, Finished, Note, Progress
 from datm_ray.runtime.expert_progress import ExpertProgress, wait_for_disk_space
@@ -105,18 +105,28 @@ class ExpertWorker:
         wanted = [expert for expert in experts if expert < config.experts.count]
         account, meter = Account(self._device, self._cluster), Meter(self._device)
         progress = progress_of(config, group, experts, account)
-        if not set(wanted) <= set(group.experts()):
-            yield from self._train(config, group, experts, progress, meter)
-            progress.note_cost()  # before, for who finds all experts stored does not come here again
-            for expert in set(wanted) - set(group.experts()):
-                progress.require_whole(config.experts.epochs)
-                info = self._info(config, group, expert)
-                for waiting in wait_for_disk_space(group.location, 4 * info.parameter_count * len(info.epochs)):
-                    yield Note(waiting)
-                group.write_expert(expert, progress.snapshots(expert), info)
-            progress.note_cost()
+        try:
+            if not set(wanted) <= set(group.experts()):
+                yield from self._train_and_store(config, group, experts, progress, meter)
+        except (StoreError, CorruptFileError):
+            # Another command that trains them too has stored them meanwhile, and cleared up what both were reading.
+            if not set(wanted) <= set(group.experts()):
+                raise
         progress.remove()
         yield Finished(metrics=meter.measure())
+
+    def _train_and_store(
+        self, config: RunConfig, group: ExpertGroup, experts: Sequence[int], progress: ExpertProgress, meter: Meter
+    ) -> Iterator[Event]:
+        yield from self._train(config, group, experts, progress, meter)
+        progress.note_cost()  # before, for who finds all experts stored does not come here again
+        for expert in {each for each in experts if each < config.experts.count} - set(group.experts()):
+            progress.require_whole(config.experts.epochs)
+            info = self._info(config, group, expert)
+            for waiting in wait_for_disk_space(group.location, 4 * info.parameter_count * len(info.epochs)):
+                yield Note(waiting)
+            group.write_expert(expert, progress.snapshots(expert), info)
+        progress.note_cost()
 
     def _train(
         self, config: RunConfig, group: ExpertGroup, experts: Sequence[int], progress: ExpertProgress, meter: Meter

@@ -91,9 +91,9 @@ def cause_and_remedy(error: Exception, action: str) -> tuple[str, str]:
 
 
 def _of_tls(error: Exception) -> tuple[str, str]:
-    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+    if refused := re.search(r"certificate verify failed: ([^(\]]+)", str(error)):
         return (
-            f"The server's certificate is not trusted ({reason(error)})",
+            f"The server's certificate is not trusted ({refused[1].strip()})",
             "Set AWS_CA_BUNDLE to the file with the certificate of the authority that signed it",
         )
     return (

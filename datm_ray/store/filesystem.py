@@ -41,6 +41,10 @@ class AlreadyExistsError(StoreError):
     """A put-once file is there already; it was left as it is."""
 
 
+class MissingFileError(StoreError):
+    """A file that is not there, or not any more."""
+
+
 @dataclass(frozen=True)
 class Location:
     """A file or folder, which need not exist. Small, picklable, and safe to print."""
@@ -261,7 +265,9 @@ class Location:
             raise
         except Exception as error:  # each filesystem has its own errors; botocore's are not even OSErrors
             clearer = self.fs.clearer(error, self.path) if _is_s3(self.fs) else error
-            raise StoreError(f"Cannot {action} {self.uri}", *cause_and_remedy(clearer, action)) from error
+            is_missing = isinstance(error, FileNotFoundError) and not lacks_bucket(error)
+            kind = MissingFileError if is_missing else StoreError
+            raise kind(f"Cannot {action} {self.uri}", *cause_and_remedy(clearer, action)) from error
 
 
 def open_location(uri: str) -> Location:

@@ -213,7 +213,7 @@ class S3(S3FileSystem):  # type: ignore[misc]
         return error
 
 
-def _passes(error: BaseException) -> bool:
+def _passes(error: Exception) -> bool:
     """Whether the same request may succeed later."""
     status, code = status_of(error), code_of(error)
     if status or code:

@@ -32,7 +32,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 
-from datm_ray.errors import CorruptFileError
+from datm_ray.errors import CorruptFileError, DatmError
 from datm_ray.store.cache import Cache
 from datm_ray.store.filesystem import Location
 
@@ -196,13 +196,18 @@ def open_sealed(location: Location, *, format_name: str, format_version: int) ->
     return sealed
 
 
-def reading_again(read: Callable[[], T]) -> T:
+def reading_again(read: Callable[[], T], *failures: type[DatmError]) -> T:
     """What `read` returns; it is called again where it finds a damaged file, which may just have been replaced.
 
-    `read` opens the file itself. Raises CorruptFileError where the file is damaged every time.
+    Args:
+        read: opens the file itself.
+        failures: other errors after which it is called again.
+
+    Raises:
+        CorruptFileError: the file is damaged every time.
     """
     for _ in range(_READS - 1):
-        with suppress(CorruptFileError):
+        with suppress(CorruptFileError, *failures):
             return read()
     return read()
 

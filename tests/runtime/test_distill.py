@@ -19,6 +19,7 @@ from datm_ray.artifact import Artifact, load
 from datm_ray.config import RunConfig, load_config, to_yaml
 from datm_ray.errors import ConfigError, CorruptFileError, RunDirectoryError
 from datm_ray.pipeline import Pipeline
+from datm_ray.runtime import checkpoint
 from datm_ray.runtime.checkpoint import Rows, load_checkpoint, read_computed, read_curves, save_checkpoint
 from datm_ray.runtime.distill import SYNTHETIC, DistillWorker
 from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, SerialExecutor, WorkerRank
@@ -346,6 +347,50 @@ def test_a_checkpoint_that_is_ahead_is_not_replaced(tmp_path: Path) -> None:
     save_at(tmp_path, 6)
     save_at(tmp_path, 8)
     assert parts(tmp_path) == ["00000008-0-2.arrow"]
+
+
+def test_a_checkpoint_whose_parts_the_other_command_deletes_is_not_taken_for_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one came by between the look at its checkpoint and the writing of this one's."""
+    save_at(tmp_path, 4)
+    require = "datm_ray.runtime.checkpoint._require_nobody_ahead"
+
+    def overtaken(*_: object) -> None:
+        monkeypatch.undo()
+        save_at(tmp_path, 8)
+
+    monkeypatch.setattr(require, overtaken)
+    with pytest.raises(RunDirectoryError, match=r"no parts of iteration 6 any more.*started twice.*--out"):
+        save_at(tmp_path, 6)
+
+
+def test_a_checkpoint_that_moves_on_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts that the other command has deleted meanwhile are no error; parts that stay away are one."""
+    place, state = open_location(str(tmp_path)), []
+    save_at(tmp_path, 2)
+
+    def rows_of(held: Any, *_: Any) -> Any:
+        state.append(held["x"].tolist())
+        return SimpleNamespace(synthetic=None)
+
+    monkeypatch.setattr("datm_ray.runtime.checkpoint.Distillation", SimpleNamespace(from_arrays=rows_of))
+    monkeypatch.setattr("datm_ray.runtime.checkpoint._require_shapes", lambda *_: None)
+    original = checkpoint._read_rows
+
+    def moving(folder: Location, names: list[str], rows: Rows) -> Any:
+        if not state and len(parts(tmp_path)) == 1 and names[0].startswith("00000002"):
+            save_at(tmp_path, 4)
+        return original(folder, names, rows)
+
+    monkeypatch.setattr(checkpoint, "_read_rows", moving)
+    load_checkpoint(place, Rows(0, 2), *[None] * 3)
+    assert state == [[4, 4]]
+    (tmp_path / "checkpoint" / "00000004-0-2.arrow").unlink()
+    with pytest.raises(CorruptFileError, match=r"names the part 00000004-0-2\.arrow, which is missing.*move it away"):
+        load_checkpoint(place, Rows(0, 2), *[None] * 3)
 
 
 @pytest.mark.parametrize(("shards", "sizes"), [(1, [10]), (2, [5, 5]), (4, [3, 3, 2, 2]), (10, [1] * 10)])

@@ -234,6 +234,49 @@ def test_two_who_train_the_same_expert_do_not_disturb_each_other(
     assert content(workers[0][1], 0) == content(worker_of(config, tmp_path / "whole")[1], 0)
 
 
+@pytest.mark.parametrize("far", [1, 3, 5])
+def test_who_finds_its_experts_stored_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, far: int) -> None:
+    """The other one finishes and clears up at any moment of this one's training; both end well, with one expert."""
+    monkeypatch.setattr(expert_progress, "WRITE_SHARE", 1e9)
+    config = tiny_config()
+    (slow, group, uri), (fast, _, _) = (worker_of(config, tmp_path) for _ in range(2))
+    events = []
+    for event in slow.train(config, uri, (0, 1)):
+        events.append(event)
+        if isinstance(event, Progress) and event.done == far:
+            assert isinstance(list(fast.train(config, uri, (0, 1)))[-1], Finished)
+            stored = [content(group, expert) for expert in (0, 1)]
+    assert isinstance(events[-1], Finished)
+    assert [content(group, expert) for expert in (0, 1)] == stored
+    assert group.progress.list() == []
+
+
+@pytest.mark.parametrize("method", ["_chain", "_read", "_maybe_write"])
+def test_progress_that_another_command_clears_up_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Not while it is listed, read or written either, where the experts are stored; where they are not, it is one."""
+    config = tiny_config()
+    worker, group, uri = worker_of(config, tmp_path)
+    train(config, tmp_path, stop_after=3)
+    original, storing = getattr(ExpertProgress, method), [True]
+
+    def cleared(progress: ExpertProgress, *given: Any) -> Any:
+        monkeypatch.setattr(ExpertProgress, method, original)
+        if storing:
+            list(worker_of(config, tmp_path)[0].train(config, uri, (0, 1)))
+        raise StoreError("the folder is gone")
+
+    monkeypatch.setattr(ExpertProgress, method, cleared)
+    assert isinstance(list(worker.train(config, uri, (0, 1)))[-1], Finished)
+    for expert in group.experts():
+        group.remove_expert(expert)
+    storing.clear()
+    monkeypatch.setattr(ExpertProgress, method, cleared)
+    with pytest.raises(StoreError, match="the folder is gone"):
+        list(worker.train(config, uri, (0, 1)))
+
+
 def test_what_a_worker_left_that_died_after_storing_is_cleared_away(tmp_path: Path) -> None:
     """By the next command, which has nothing to train."""
     config = tiny_config("cluster.experts_at_a_time=1", "experts.count=1")

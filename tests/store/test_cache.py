@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from datm_ray.errors import CorruptFileError, StoreError
 from datm_ray.store.cache import Cache, configured_cache
 from datm_ray.store.filesystem import open_location
-from datm_ray.store.trajectories import ExpertGroup, TrajectoryStore
+from datm_ray.store.trajectories import ExpertGroup, TrajectoryInfo, TrajectoryStore
 from tests.store.contract import KEY, assert_same, make_info, make_snapshots
 
 
@@ -34,19 +35,36 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def group(folder: Path) -> ExpertGroup:
-    """A group in memory, which counts as remote, with expert 0."""
+    """A group in memory, which counts as remote, with expert 0, too large to be read whole with its end."""
     group = open_group(f"memory://{uuid.uuid4().hex}")
-    group.write_expert(0, make_snapshots(make_info()), make_info())
+    group.write_expert(0, make_snapshots(make_large_info()), make_large_info())
     return group
+
+
+def make_large_info() -> TrajectoryInfo:
+    """An expert whose snapshots are fetched one by one."""
+    return replace(make_info(), parameter_names=("w",), parameter_shapes=((20_000,),))
+
+
+def test_an_entry_that_cannot_be_touched_is_used(group, folder, monkeypatch):
+    """An entry of another user may be read, but its time of use stays."""
+    group.read_params(0, [4])
+
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "utime", refuse)
+    monkeypatch.setattr("datm_ray.store.filesystem.Location.read_ranges", refuse)
+    assert_same(group.read_snapshot(0, 4), make_snapshots(make_large_info())[2])
 
 
 @pytest.mark.s3
 def test_a_second_read_sends_no_request(bucket, s3_proxy, folder):
     """What was read once comes from the local disk; another process asks for the end of the file alone."""
     uri = f"s3://{bucket}/store"
-    group = open_group(uri)
-    snapshots = make_snapshots(make_info())
-    group.write_expert(0, snapshots, make_info())
+    group, info = open_group(uri), make_large_info()
+    snapshots = make_snapshots(info)
+    group.write_expert(0, snapshots, info)
     group.read_params(0, [2, 4])
     del s3_proxy.exchanges[:]
     assert_same(group.read_snapshot(0, 4), snapshots[2])
@@ -59,7 +77,7 @@ def test_a_second_read_sends_no_request(bucket, s3_proxy, folder):
 
 def test_a_damaged_entry_is_fetched_anew(group, folder):
     """The cache cannot yield wrong parameters."""
-    snapshots = make_snapshots(make_info())
+    snapshots = make_snapshots(make_large_info())
     group.read_params(0, [4])
     (entry,) = folder.iterdir()
     whole = entry.read_bytes()
@@ -74,7 +92,7 @@ def test_damage_of_the_store_does_not_enter_the_cache(group, folder):
     group.read_params(0, [2])
     file = group.location / "expert-00000.arrow"
     content = bytearray(file.read_bytes())
-    for snapshot in make_snapshots(make_info())[1:3]:
+    for snapshot in make_snapshots(make_large_info())[1:3]:
         content[content.find(snapshot.params.tobytes())] ^= 1
     file.write_atomic(bytes(content))
     with pytest.raises(CorruptFileError):
@@ -88,8 +106,8 @@ def test_a_rewritten_expert_is_not_read_from_the_cache(group, folder):
     """Entries are named by content, so they cannot be stale."""
     group.read_params(0, [4])
     group.remove_expert(0)
-    others = make_snapshots(make_info(), seed=1)
-    group.write_expert(0, others, make_info())
+    others = make_snapshots(make_large_info(), seed=1)
+    group.write_expert(0, others, make_large_info())
     assert_same(group.read_snapshot(0, 4), others[2])
 
 

@@ -6,7 +6,10 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -93,6 +96,43 @@ def test_a_pair_costs_two_snapshots_on_the_wire(bucket, s3_proxy):
     assert [exchange.method for exchange in s3_proxy.exchanges] == ["GET", "GET"]
     sent = sum(exchange.sent for exchange in s3_proxy.exchanges)
     assert 2 * 200_000 < sent <= 1.05 * 2 * 200_000
+
+
+def test_a_small_file_is_fetched_once(bucket, s3_proxy):
+    """Below 64 KiB what came with the end of a file is not asked for again, of an expert or of a set."""
+    group = group_of(bucket)
+    group.write_expert(0, make_snapshots(make_info()), make_info())
+    group.write_transform({"mean": np.zeros(2000, np.float32), "matrix": np.eye(30, dtype=np.float32)}, {})
+    for read in (group.verify, lambda _: group.read_transform(), lambda expert: group.read_params(expert, [0, 4, 8])):
+        del s3_proxy.exchanges[:]
+        read(0)
+        assert [exchange.method for exchange in s3_proxy.exchanges] == ["HEAD", "GET"]
+
+
+def test_verify_reads_files_side_by_side(bucket, s3_proxy, datm_ray):
+    """Eight at a time and no more; what it prints is in order, as if they were read one after the other."""
+    group = group_of(bucket)
+    for expert in range(24):
+        group.write_expert(expert, make_snapshots(make_info(expert)), make_info(expert))
+    group.write_transform({"mean": np.zeros(3, np.float32)}, {})
+    for expert in (3, 17):
+        file = group.location / f"expert-{expert:05d}.arrow"
+        file.write_atomic(file.read_bytes()[:-100])
+    lock, at_work, most = threading.Lock(), 0, 0
+
+    def slowly(method: str, path: str) -> None:
+        nonlocal at_work, most
+        if method == "HEAD":
+            with lock:
+                at_work += 1
+                most = max(most, at_work)
+            time.sleep(0.05)
+            with lock:
+                at_work -= 1
+
+    s3_proxy.plan, s3_proxy.lock = slowly, nullcontext()
+    assert_one_line(datm_ray("store", "verify", f"s3://{bucket}/store"), "2 of the files in")
+    assert 4 <= most <= 8
 
 
 def test_a_server_that_fails_every_fifth_request_is_put_up_with(bucket, s3_proxy):
