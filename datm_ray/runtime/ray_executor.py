@@ -35,6 +35,8 @@ GROWTH_PAUSE = 600.0
 """Seconds for which a task does not try to grow again, after resources for it did not become free."""
 HEARTBEAT_INTERVAL = 5.0
 """Seconds between two checks of the workers' heartbeats."""
+WARNING_INTERVAL = 20.0
+"""Seconds for which the same warning of another worker is not shown again."""
 
 
 class RayExecutor:
@@ -161,6 +163,8 @@ class _Stage:
         self._idle: list[WorkerGroup] = []
         self._running: list[_Running] = []
         self._last_check = time.monotonic()
+        self._warned: dict[str, float] = {}
+        """Time at which each warning was shown last, in seconds of the monotonic clock."""
         self._failure: DatmError | None = None
         """Error of the first task that failed. Running tasks finish, and none starts."""
         self._blocked_since = float("inf")
@@ -362,6 +366,8 @@ class _Stage:
         self._last_check = time.monotonic()
         for current in [each for each in self._running if each.streams]:
             rank = current.group.silent_rank(self._cluster.peer_timeout)
+            for warning in self._new(current.group.warnings):
+                yield current.queued.task, Note(warning)
             if rank is not None:
                 since = (
                     current.group.unanswered[rank][1] if rank in current.group.unanswered else current.group.started_at
@@ -370,6 +376,16 @@ class _Stage:
                 event = self._lost(current, WorkerLostError(f"no heartbeat for {silence:.0f} s"))
                 yield current.queued.task, event
                 yield from self._handle(current, event)
+
+    def _new(self, warnings: list[str]) -> list[str]:
+        """Remove all warnings from the list, and return those that no worker gave in the last WARNING_INTERVAL."""
+        now, new = time.monotonic(), []
+        while warnings:
+            warning = warnings.pop(0)
+            if now - self._warned.get(warning.partition(" (")[0], -WARNING_INTERVAL) >= WARNING_INTERVAL:
+                self._warned[warning.partition(" (")[0]] = now
+                new.append(warning)
+        return new
 
     def _lost(self, current: _Running, cause: BaseException) -> Lost | Failed | Note:
         """Event of a task that ended with an error: `Lost` if retried, `Failed` if not, `Note` if nodes are missing."""

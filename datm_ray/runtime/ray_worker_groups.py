@@ -6,11 +6,14 @@ of theirs would wait for each other for ever.
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +60,17 @@ LOSSES: tuple[type[BaseException], ...] = (
 """Errors after which a task is tried again."""
 
 
+class _Warnings(logging.Handler):
+    """Log handler that keeps the last warnings of this package, such as that a store does not answer."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: deque[str] = deque(maxlen=10)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
 class _Host:
     """Ray actor that holds one worker and runs its part of a task."""
 
@@ -65,6 +79,8 @@ class _Host:
             # Some versions of Ray do not hide GPUs that were not requested. All workers of a node would use its first
             # GPU.
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        self._warnings = _Warnings()
+        logging.getLogger("datm_ray").addHandler(self._warnings)
         self._worker = worker(*setup)
 
     def __repr__(self) -> str:
@@ -74,8 +90,10 @@ class _Host:
     def ready(self) -> None:
         """Return once the worker is constructed."""
 
-    def heartbeat(self) -> None:
-        """Return at once. No answer means that the process hangs or its node is unreachable."""
+    def heartbeat(self) -> list[str]:
+        """Return new warnings at once. No answer means that the process hangs or its node is unreachable."""
+        lines = self._warnings.lines
+        return [lines.popleft() for _ in range(len(lines))]
 
     def rendezvous(self, *_others: None) -> str:
         """Return "host:port", at which rank 0 waits for the other ranks. The arguments are results of their `ready`."""
@@ -109,6 +127,8 @@ class WorkerGroup:
     """Time at which the actors were started, in seconds of the monotonic clock."""
     unanswered: dict[int, tuple[Any, float]] = field(default_factory=dict)
     """Heartbeat requests without an answer: rank -> (reference, time of the request)."""
+    warnings: list[str] = field(default_factory=list)
+    """Warnings that came with heartbeats and were not shown yet."""
 
     @classmethod
     def reserve(cls, size: int, cluster: ClusterConfig) -> WorkerGroup:
@@ -166,6 +186,8 @@ class WorkerGroup:
             request = self.unanswered.get(rank)
             # An error counts as an answer: the stream of events reports why an actor ended.
             if request is not None and ray.wait([request[0]], timeout=0, fetch_local=False)[0]:
+                with suppress(RayError):
+                    self.warnings += ray.get(request[0])
                 request = None
             if is_silent(request and request[1], now, limit):
                 return rank

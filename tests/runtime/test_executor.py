@@ -30,7 +30,7 @@ from datm_ray.runtime.executor import (
     SerialExecutor,
     Task,
 )
-from tests.runtime.workers import Adder, Idler, Looker, Neighbour, Saver, Slow, Squarer
+from tests.runtime.workers import Adder, Idler, Looker, Neighbour, Saver, Slow, Squarer, Warner
 
 
 def added(executor: Executor, tasks: list[Task], folder: Path | str = "") -> dict[str, list[Any]]:
@@ -255,6 +255,19 @@ def test_a_task_makes_do_with_fewer_workers_and_grows_when_it_has_saved(
     sizes = [event.values["size"] for event in progress]
     assert sizes == sorted(sizes)
     assert (sizes[0], sizes[-1]) == (1.0, 2.0)
+
+
+@pytest.mark.ray
+def test_a_store_that_does_not_answer_a_worker_is_told_to_the_user(
+    ray_cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, although two workers of two tasks wait for the same store."""
+    monkeypatch.setattr("datm_ray.runtime.ray_executor.HEARTBEAT_INTERVAL", 0.2)
+    executor = create_executor("ray", ClusterConfig())
+    events = [event for _, event in executor.run(Warner, (), "wait", [Task("one", ()), Task("two", ())])]
+    assert [event.text for event in events if isinstance(event, Note)] == [
+        "s3://bucket does not answer (it is down); trying again"
+    ]
 
 
 @pytest.mark.ray

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -127,6 +128,15 @@ class Slow:
 
     def work(self) -> Iterator[Finished]:
         yield Finished("done")
+
+
+class Warner:
+    """A worker whose store does not answer for a while."""
+
+    def wait(self) -> Iterator[Progress | Finished]:
+        logging.getLogger("datm_ray.store.s3").warning("s3://bucket does not answer (it is %s); trying again", "down")
+        time.sleep(2)
+        yield Finished()
 
 
 class Neighbour:
