@@ -89,7 +89,11 @@ def load_checkpoint(
         return None
     try:
         # Another command that goes on with the same run replaces it, and deletes the parts of the one before.
-        return reading_again(lambda: _load(folder, rows, rates, limits, device), MissingFileError)
+        return reading_again(
+            folder / CHECKPOINT,
+            lambda: _load(folder, rows, rates, limits, device),
+            (CorruptFileError, MissingFileError),
+        )
     except MissingFileError as error:
         raise _unusable(folder, f"names the part {error.fact.rpartition('/')[2]}, which is missing") from error
 

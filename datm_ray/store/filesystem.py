@@ -107,6 +107,11 @@ class Location:
         with self._asking("read"):
             return int(self._ask(lambda: self.fs.info(self.path))["size"])
 
+    def stamp(self) -> str:
+        """A text that changes when the file is replaced."""
+        with self._asking("read"):
+            return str(self._ask(lambda: self.fs.ukey(self.path)))
+
     def list(self) -> Sequence[str]:
         """Sorted names of the files and folders in this folder; none where it is missing.
 

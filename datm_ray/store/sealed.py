@@ -23,8 +23,9 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import accumulate, pairwise
@@ -32,7 +33,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 
-from datm_ray.errors import CorruptFileError, DatmError
+from datm_ray.errors import CorruptFileError, DatmError, StoreError
 from datm_ray.store.cache import Cache
 from datm_ray.store.filesystem import Location
 
@@ -43,7 +44,7 @@ _SEAL_END = struct.Struct("<32sQ8s")  # sha256, length of the index, magic
 _SEAL_MAGIC = b"DATMSEAL"
 _FIRST_READ = 64 * 1024  # bytes; more than the end of an expert with 400 snapshots
 _CHUNK = 1024 * 1024  # bytes hashed at a time while writing
-_READS = 3  # of a file that looks damaged
+_READS = 12  # of a file that looks damaged, at most
 
 T = TypeVar("T")
 
@@ -196,20 +197,34 @@ def open_sealed(location: Location, *, format_name: str, format_version: int) ->
     return sealed
 
 
-def reading_again(read: Callable[[], T], *failures: type[DatmError]) -> T:
-    """What `read` returns; it is called again where it finds a damaged file, which may just have been replaced.
+def reading_again(
+    location: Location, read: Callable[[], T], failures: tuple[type[DatmError], ...] = (CorruptFileError,)
+) -> T:
+    """What `read` returns; it is called again where it finds a damaged file that has changed meanwhile.
 
     Args:
+        location: the file that another process may replace.
         read: opens the file itself.
-        failures: other errors after which it is called again.
+        failures: errors after which it is called again.
 
     Raises:
-        CorruptFileError: the file is damaged every time.
+        CorruptFileError: the file is damaged and stays as it is.
+        StoreError: the file changes all the time.
     """
-    for _ in range(_READS - 1):
-        with suppress(CorruptFileError, *failures):
+    stamp = ""
+    for attempt in range(_READS):
+        try:
             return read()
-    return read()
+        except failures:
+            before, stamp = stamp, location.stamp()
+            if stamp == before:
+                raise
+        time.sleep(0.02 * attempt)
+    raise StoreError(
+        f"{location.uri} has changed each of the {_READS} times that it was read",
+        "another command writes it again and again",
+        "let that one finish, and give the same command again",
+    )
 
 
 def damaged(location: Location, cause: str) -> CorruptFileError:

@@ -101,7 +101,7 @@ def read_tensors(location: Location, *, kind: str) -> TensorFile:
         StoreError: the file is missing or cannot be read.
         CorruptFileError: it is damaged, of another kind or of a newer format.
     """
-    return reading_again(lambda: _read(location, kind))
+    return reading_again(location, lambda: _read(location, kind))
 
 
 def _read(location: Location, kind: str) -> TensorFile:

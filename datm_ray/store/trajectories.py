@@ -290,7 +290,7 @@ class ExpertGroup:
             opened.sealed.verify()
             return opened.info
 
-        return reading_again(verify)
+        return reading_again(self._file(expert), verify)
 
     def write_transform(
         self, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, object], twin: Location | None = None
@@ -329,7 +329,8 @@ class ExpertGroup:
     def _open(self, expert: int) -> _OpenedExpert:
         """The expert's footer, read once: a committed file does not change, unless it is deleted and written anew."""
         if expert not in self._opened:
-            self._opened[expert] = reading_again(lambda: _open_expert(self._file(expert), self.key, expert))
+            file = self._file(expert)
+            self._opened[expert] = reading_again(file, lambda: _open_expert(file, self.key, expert))
         return self._opened[expert]
 
     def _read(self, expert: int, epochs: Sequence[int]) -> list[Snapshot]:
@@ -340,7 +341,7 @@ class ExpertGroup:
                 self._opened.pop(expert, None)  # the next time look again
                 raise
 
-        return reading_again(read)
+        return reading_again(self._file(expert), read)
 
 
 @dataclass(frozen=True)

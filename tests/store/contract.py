@@ -445,6 +445,11 @@ class TrajectoryStoreContract:
                 read(0)
                 left, group._opened = [*range(1, times + 1)], {}
                 read(0)
+        file.write_atomic(contents[1])
+        left, group._opened = [*range(10_001)], {}
+        monkeypatch.setattr("datm_ray.store.sealed.time.sleep", lambda _: None)
+        with pytest.raises(StoreError, match=r"has changed each of the 12 times.*Another command writes it"):
+            group.verify(0)
 
     def test_a_renamed_expert_is_noticed(self, group, snapshots, file):
         """A file under another's name does not pass for that expert."""
