@@ -68,8 +68,8 @@ bench-cifar: install  ## DATM, MTT and controls on a part of CIFAR-10: CIFAR=fol
 bench-metadd: install  ## accuracy on other architectures with and without MetaDD, its terms, and its cost
 	$(BIN)/python benchmarks/bench_metadd.py
 
-bench-plan: install  ## what `plan` says against a real run; DATA=TRAIN.parquet for Tiny-ImageNet, digits without
-	$(BIN)/python benchmarks/bench_plan.py $(if $(DATA),--data $(DATA),--quick)
+bench-plan: install  ## what `plan` says against short runs: time and memory
+	$(BIN)/python benchmarks/bench_plan.py
 
 bench-rounding: install  ## float32 error of the matching gradient over many problems
 	$(BIN)/python benchmarks/bench_rounding.py

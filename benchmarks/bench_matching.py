@@ -28,10 +28,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from facts import common_facts, head, result_path, save, status
-from published_matching import AUGMENTATION, Gradient, Problem, make_problem, tesla, unrolling
+from published_matching import AUGMENTATION, Gradient, Problem, make_problem, step_operations, tesla, unrolling
 from torch import Tensor
 
-from datm_ray.core.footprint import flop
 from datm_ray.core.matching import identity, matching_gradient
 from datm_ray.core.networks import NetworkSpec
 from datm_ray.core.parameters import FlatNetwork
@@ -138,8 +137,7 @@ class Ours:
 
     def operations(self) -> int:
         """Floating-point operations of one image's forward and reverse step."""
-        shape = self._method.shape
-        return sum(flop(graph) for graph in self.functions.graphs(1, shape.image, shape.classes))
+        return step_operations(self.functions, self._method.shape.image, self._method.shape.classes)
 
 
 def _summed_over_processes(tensor: Tensor) -> Tensor:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from datm_ray.core.augment import augment
 from datm_ray.core.matching import StudentStep, draw_student_steps
 from datm_ray.core.networks import NetworkSpec, build_network
 from datm_ray.core.parameters import FlatNetwork, flatten
-from datm_ray.core.step_functions import soft_cross_entropy
+from datm_ray.core.step_functions import StudentStepFunctions, soft_cross_entropy
 from datm_ray.core.synthetic import SyntheticSet
 
 AUGMENTATION = "color_crop_cutout_flip_scale_rotate"
@@ -108,3 +109,15 @@ def tesla(problem: Problem) -> Gradient:
             sum_ -= synthetic.step_sizes[0] * part
         total[2] -= s.detach()
     return float(gap.square().sum() / distance), (total[0], total[1], total[2])
+
+
+def step_operations(functions: StudentStepFunctions, image: tuple[int, int, int], classes: int) -> int:
+    """Floating-point operations of one image's forward and reverse step: products and convolutions, as traced."""
+    theta, images = flatten(functions.network.module), 2
+    x, y = functions.layout(theta.new_zeros(images, *image)), theta.new_zeros(images, classes)
+    arguments = (theta, x, y, theta.new_zeros(images))
+    forward, reverse = functions.graphs(images, image, classes)
+    with FlopCounterMode(display=False) as counted:
+        forward(*arguments)
+        reverse(*arguments, theta)
+    return int(counted.get_total_flops()) // images

@@ -71,7 +71,7 @@ from datm_ray.runtime.experts import (
     write_experts_cost,
 )
 from datm_ray.runtime.loggers import Logger, open_logger, require_logger
-from datm_ray.runtime.plan import ALONE, Layout, distillation_plan, require_whole_classes
+from datm_ray.runtime.plan import ALONE, DataShape, Layout, plans_of, require_whole_classes
 from datm_ray.runtime.telemetry import Reporter
 from datm_ray.store.filesystem import Location, open_location
 from datm_ray.store.sealed import rejecting_nonsense
@@ -348,10 +348,8 @@ class Pipeline:
         if self._elsewhere and config.cluster.memory is None:
             return True  # workers look at their own memory, and executors then wait for more of them
         raw = self._raw[config.dataset]
-        layout = Layout(shards, roles, 1)
         try:
-            for backbone in range(len(config.weights)):
-                distillation_plan(config, (raw.channels, *raw.size), raw.classes, backbone=backbone, layout=layout)
+            plans_of(config, DataShape((raw.channels, *raw.size), raw.classes, 0), Layout(shards, roles, 1))
         except ConfigError:
             return False
         return True
@@ -575,12 +573,9 @@ class Pipeline:
         for config in self._unfinished():
             if self._elsewhere and config.cluster.memory is None:
                 continue
-            raw, layout = self._raw[config.dataset], self._layout(config, executor)
-            image, training_images = (raw.channels, *raw.size), len(raw.train) + len(raw.validation)
-            for backbone in range(len(config.weights)):
-                distillation_plan(
-                    config, image, raw.classes, backbone=backbone, layout=layout, training_images=training_images
-                )
+            raw = self._raw[config.dataset]
+            shape = DataShape((raw.channels, *raw.size), raw.classes, len(raw.train) + len(raw.validation))
+            plans_of(config, shape, self._layout(config, executor))
 
     def _require_device(self) -> None:
         """Refuse GPUs that this machine has not, where the workers are to run on it."""

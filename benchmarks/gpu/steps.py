@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from published_matching import AUGMENTATION, Gradient, Problem, make_problem, tesla, unrolling
+from published_matching import AUGMENTATION, Gradient, Problem, make_problem, step_operations, tesla, unrolling
 
-from datm_ray.core.footprint import flop
 from datm_ray.core.matching import matching_gradient
 from datm_ray.core.networks import NetworkSpec
 from datm_ray.core.step_functions import Precision, StepOptions, StudentStepFunctions, tf32_products
@@ -56,7 +55,7 @@ def operations(spec: NetworkSpec) -> int:
     """
     problem = make_problem(spec, 2, 1)
     functions = StudentStepFunctions(problem.network, StepOptions(compiled=False))
-    return sum(flop(graph) for graph in functions.graphs(2, (spec.channels, *spec.size), spec.classes)) // 2
+    return step_operations(functions, (spec.channels, *spec.size), spec.classes)
 
 
 def ours(problem: Problem, functions: StudentStepFunctions, chunk: int) -> Gradient:

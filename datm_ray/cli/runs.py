@@ -96,46 +96,46 @@ def plan(
         str | None,
         typer.Option("--data-shape", metavar="CxHxW,CLASSES,IMAGES", help="Of a data set that is not here."),
     ] = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Time this machine's cores first, for a second.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time a few real steps here first: seconds, minutes where they compile.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Also parts of the memory and of an iteration.")
+    ] = False,
 ) -> None:
-    """What a recipe takes, before anything starts: memory of a worker, work, hours, traffic, storage; and a layout.
+    """Estimate what a recipe takes before anything starts: memory, hours, storage; and a layout for a cluster.
 
     In --cluster, memory is that of a GPU, or of all cores together; tflops (or gflops) is the speed of student steps on
-    one GPU or core, not its peak; network is what one of them can send.
+    one GPU or core, not its peak; network is what one of them can send. Hours of GPUs need tflops or --measure.
     """
-    from datm_ray.data.transform import FitCost
-    from datm_ray.runtime.cost import machine_of, parse_cluster
-    from datm_ray.runtime.executor import require_precision
-    from datm_ray.runtime.plan import Layout, data_shape as shape_of, parse_shape
-    from datm_ray.runtime.speed import product_rate, require_measurable
-    from datm_ray.runtime.workload import as_it_is, described_here, not_followed, propose
+    from dataclasses import replace
 
-    described = None if cluster is None else parse_cluster(cluster)
+    from datm_ray.data.transform import FitCost
+    from datm_ray.runtime.cost import Proposal, measured, not_followed, propose
+    from datm_ray.runtime.executor import require_precision
+    from datm_ray.runtime.machines import machine_here, parse_cluster, require_measurable
+    from datm_ray.runtime.plan import Layout, data_shape as shape_of, parse_shape, plans_of
+
     shape = None if data_shape is None else parse_shape(data_shape)
     configs = [config_of(name, _with_memory(set_, memory)) for name in recipes]
     wanted = sum(config.workers_per_set for config in configs)  # a run distils its recipes side by side
     for config in configs:
         config.require_matchable()
-        here = described or described_here(config)
-        require_precision(config.cluster, here.device == "GPU")
+        machine = machine_here(config) if cluster is None else parse_cluster(cluster, config.cluster.threads_per_worker)
+        require_precision(config.cluster, machine.device == "GPU")
         if measure:
-            require_measurable(here)
-        product = product_rate() if measure else None
-        machine = machine_of(
-            here, precision=config.cluster.precision, threads=config.cluster.threads_per_worker, product=product
-        )
-        known = shape or shape_of(config.dataset, here=described is None)
+            require_measurable(machine)
+        known = shape or shape_of(config.dataset, here=cluster is None)
         config = config.resolved(known.image[1:])
-        if described is None:
+        if cluster is None:
             FitCost.of(config.dataset.kind, known.image).require_memory()
-            found = as_it_is(config, known, Layout.of(config, wanted), here, machine)
+            found = Proposal(config, known, plans_of(config, known, Layout.of(config, wanted)), machine)
         else:
-            found = propose(config, known, here, machine)
-        print(found.headline())
-        for planned in found.plans:
-            print("\n".join(planned.lines()))
-        others = [] if described is None else not_followed(config, found)
-        print("\n".join([*found.lines(suggested=described is not None), *others]))
+            found = propose(config, known, machine)
+        if measure:
+            found = replace(found, machine=measured(found))
+        others = [] if cluster is None else not_followed(config, found)
+        print("\n".join([*found.lines(suggested=cluster is not None, verbose=verbose), *others]))
 
 
 @app.command()

@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 
 from datm_ray.core.augment import augment, draw_augmentation
 from datm_ray.core.compilation import Compiled, compiler_problem, traced
+from datm_ray.core.image_cost import image_cost
 from datm_ray.core.instance_norm import InstanceNorm
 from datm_ray.core.networks import couples_samples
 from datm_ray.core.parameters import FlatNetwork, flatten, flatten_buffers
@@ -206,27 +207,9 @@ class ExpertFunctions:
         return torch.stack(losses), torch.stack(gradients), after
 
 
-def largest_map(network: nn.Module, image: tuple[int, int, int]) -> int:
-    """Bytes of the largest output of a layer, for one image [c h w]; computes nothing."""
-    sizes = [1]
-    hooks = [
-        part.register_forward_hook(
-            lambda _, __, output: sizes.append(output.nbytes if isinstance(output, Tensor) else 0)
-        )
-        for part in network.modules()
-    ]
-    try:
-        with shapes_only(), torch.no_grad():
-            network(next(network.parameters()).new_empty(2, *image))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return max(sizes) // 2
-
-
 def chunk_in_cache(network: nn.Module, image: tuple[int, int, int], stacked: int) -> int:
     """Images of a call whose maps stay in a processor's cache."""
-    return max(1, CACHED_MAP_BYTES // (stacked * largest_map(network, image)))
+    return max(1, CACHED_MAP_BYTES // (stacked * image_cost(network, image).largest))
 
 
 def train_experts(

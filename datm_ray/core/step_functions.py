@@ -114,10 +114,13 @@ class StudentStepFunctions:
             return self._functions(theta, x, y)[1](theta, self.layout(x), y, weights, v)
 
     def prepare(self, batch: int, image: tuple[int, int, int], classes: int, pulse: Heartbeat = no_heartbeat) -> None:
-        """Compile for so many images, which takes from seconds to minutes; `pulse` is called between the two."""
-        if not self._compiled:
-            return
+        """Compile for so many images, which takes from seconds to minutes; `pulse` is called between the two.
+
+        On a GPU both are computed in any case, so that the caller learns whether there is memory for them.
+        """
         theta = flatten(self.network.module)
+        if not self._compiled and theta.device.type == "cpu":
+            return
         x, y, weights = theta.new_zeros(batch, *image), theta.new_zeros(batch, classes), theta.new_zeros(batch)
         self.forward(theta, x, y, weights)
         pulse()

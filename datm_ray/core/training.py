@@ -20,6 +20,10 @@ Heartbeat = Callable[[], None]
 """Heartbeat callback, called regularly during long work, so that waiting workers know it is running."""
 
 
+SCORING_BATCH = 250
+"""Images that are scored at a time; a thousand of 64x64 would take 4 GB."""
+
+
 def no_heartbeat() -> None:
     """Send no heartbeat."""
 
@@ -117,9 +121,9 @@ def train_to_end(network: nn.Module, images: Tensor, targets: Tensor, schedule: 
 
 @torch.no_grad()
 def predict_logits(
-    network: nn.Module, images: Tensor, heartbeat: Heartbeat = no_heartbeat, *, batch_size: int = 250
+    network: nn.Module, images: Tensor, heartbeat: Heartbeat = no_heartbeat, *, batch_size: int = SCORING_BATCH
 ) -> Tensor:
-    """Logits [n k] in evaluation mode, so many images at a time: at 64x64 a thousand would take 4 GB."""
+    """Logits [n k] in evaluation mode, so many images at a time."""
     was_training = network.training
     network.eval()
     logits = []

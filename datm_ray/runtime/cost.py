@@ -1,515 +1,303 @@
-"""How long a run takes and what it sends, from what it computes and from a machine described in a few numbers.
+"""How long a run takes on a machine, in which layout a set is distilled soonest, and what a run stores.
 
-Pure functions of plain numbers: nothing is built, started or measured here. What a recipe computes is counted in
-`workload.py`; memory is `plan.py`'s. The model of one matching iteration:
-
-    seconds = looking + matching      of the row of workers that takes longest, and in it of the shard that has most
-              + sums          bytes on the wire / bandwidth + latency * rounds, for every sum
-              + update        bytes of the shard's part of the set / UPDATE_RATE
-
-Everything that is not counted is a named constant below, with where it was measured; what was not is called assumed.
-Checked against runs of another shape than the one it was calibrated on: benchmarks/bench_plan.py. Tests:
-tests/runtime/test_cost.py.
+Work is counted in image passes: one image, once through one training step. Operations of a pass over the machine's
+rate are seconds; `measured` finds the rates on this machine from a few real steps. Not counted are compiling, starting
+workers, choosing the first images, and faults. Accuracy: benchmarks/README.md. Tests: tests/runtime/test_cost.py.
 """
 
 from __future__ import annotations
 
-import functools
-import heapq
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
-from datm_ray.config import parse_bytes
+from datm_ray.artifact import INLINE_BYTES
+from datm_ray.config import ClusterConfig, RunConfig
+from datm_ray.core.distillation import HISTORY_COLUMNS
+from datm_ray.core.experts import LARGEST_STACK, ExpertFunctions, ExpertState, chunk_in_cache, train_experts
+from datm_ray.core.matching import draw_student_steps, matching_gradient
+from datm_ray.core.networks import build_network
+from datm_ray.core.parameters import FlatNetwork, flatten, float_buffers
+from datm_ray.core.step_functions import StepOptions, StudentStepFunctions
+from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.core.training import PROTOCOLS, train, validation_protocol
+from datm_ray.data.transform import FitCost
 from datm_ray.errors import ConfigError
+from datm_ray.runtime.devices import prepare_device
+from datm_ray.runtime.distill import evaluation_schedule
+from datm_ray.runtime.evaluate import CONTROL_STEP_SIZES, ON_OTHERS, ROWS
+from datm_ray.runtime.experts import expert_schedule, experts_at_a_time, network_spec
+from datm_ray.runtime.machines import Machine
+from datm_ray.runtime.plan import DataShape, DistillationPlan, network_cost, plans_of, total
 from datm_ray.store.trajectories import size_in_words
 
-Device = Literal["core", "GPU"]
-
-CORE_PRODUCT = 102e9
-"""FLOP/s of a float32 matrix product of side 2048 on one core, the others busy with the same. Measured: 2 cores of AMD
-EPYC without AVX-512, 100 and 104 GFLOP/s; `plan --measure` takes this machine's own."""
-
-MATCHING_OF_PRODUCT = 1.35
-"""Of that rate, what compiled student steps reach. Operations are counted in the graph for processors, with Winograd's
-filtering in it, which GPUs do without: at this shape there are 17 % more then. Measured at CIFAR-10's shape (ConvNet-3
-of width 128, 32x32, batch 100 in calls of 20, augmented), a process on each of two cores: 138 GFLOP/s."""
-
-RELATIVE = {"matching": 1.0, "experts": 1.15, "training": 0.54, "scoring": 0.42}
-"""Rates of other work against student steps'. Measured as `MATCHING_OF_PRODUCT`: experts' compiled steps (batch 256)
-158 GFLOP/s, uncompiled training for validation and evaluation (batch 128) 74, scoring (250 images at a time) 57. On
-GPUs assumed to be the same."""
-
-CALL_SECONDS = 0.0005
-"""Of a micro-batch's two calls beside their operations. Measured with networks too small to count: 0.52 ms. On GPUs
-assumed."""
-
-UPDATE_RATE: dict[Device, float] = {"core": 340e6, "GPU": 100e9}
-"""Bytes of images and soft labels that are updated in a second: checked, moved, momentum included. Measured on one
-core: 340 MB/s for sets of 49 and 98 MB. On GPUs assumed: a fiftieth of what their memory is said to move."""
-
-WRITE_RATE = 370e6
-"""Bytes of a checkpoint that one worker writes in a second, its checksums included. Measured: 273 to 602 MB/s, median
-373, two workers writing to one local disk at a time. Elsewhere assumed."""
-
-GPU_PEAK = {"bfloat16": 790e12, "tf32": 395e12, "float32": 67e12}
-"""FLOP/s of large products on an H200: the first measured elsewhere, the second half of it, the third as its maker
-states."""
-GPU_SHARE = 0.1
-"""Of the peak, what student steps are assumed to reach on a GPU where no speed is given; not measured."""
-
-BANDWIDTH: dict[Device, float] = {"core": 0.75e9, "GPU": 25e9 / 8}
-"""Bytes a second that a worker sends while others sum with it. Measured between two processes on one machine (gloo):
-320,010 floats in 1.25 ms, 857,160 in 4.7 ms, so 1.0 and 0.7 GB/s. Of GPUs without `network=` assumed: 25 Gbps."""
-LATENCY = 0.0002
-"""Seconds of a round of a sum. Measured between two processes on one machine: 0.16 ms. Elsewhere assumed."""
-
-EXAMPLE = "gpus=64,memory=80GiB,tflops=60,network=25Gbps or cpus=2,memory=24GiB,gflops=140"
+FORWARD_PASSES = {"matching": 11, "experts": 3, "training": 3}
+"""Operations of one image pass of each kind, as a multiple of one forward pass."""
+STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of a parameter in the trajectory store."""
+REPEATED, STEPS = 3, 10
+"""Repetitions of each kind of work that `measured` times, after one that warms up, and student steps of each."""
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Workers of one kind."""
+class Proposal:
+    """A recipe in a layout on a machine, and what it takes there."""
 
-    device: Device
-    workers: int
-    """At work at a time."""
-    rate: float
-    """FLOP/s that one worker's student steps reach."""
-    memory: int | None = None
-    """Bytes that one worker may take; none where it is not known."""
-    bandwidth: float = 0.0
-    """Bytes a second that one worker sends in a sum."""
-    latency: float = LATENCY
-    """Seconds of a round of a sum."""
-    origin: str = ""
-    """Where the rate comes from, in words."""
-    cores: int = 1
-    """Of one worker, where it has no GPU."""
-    float32_rate: float | None = None
-    """FLOP/s that one worker's student steps would reach in float32, in which all other work runs; None for `rate`."""
+    config: RunConfig
+    """The recipe with that layout."""
+    shape: DataShape
+    plans: list[DistillationPlan]
+    """Plans of the networks that it matches."""
+    machine: Machine
+
+    def seconds(self, kind: str, network: RunConfig, passes: float) -> float:
+        """Seconds that one worker takes for so many image passes through a network."""
+        return FORWARD_PASSES[kind] * network_cost(network, self.shape).flop * passes / self.machine.rates[kind]
 
     @property
-    def hours(self) -> str:
-        """What hours of its workers are called."""
-        return "GPU-hours" if self.device == "GPU" else "CPU-hours"
-
-    def seconds(self, flop: float, kind: str = "matching") -> float:
-        """That one worker takes for so many operations of a kind, in the precision that the kind runs in."""
-        rate = self.rate if kind == "matching" else self.float32_rate or self.rate
-        return flop / (rate * RELATIVE[kind])
-
-
-@dataclass(frozen=True)
-class Matched:
-    """One network that a worker matches."""
-
-    flop: float
-    """Of one image in one student step, forward and reverse."""
-    chunk: int
-    """Images of a micro-batch."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of workers: what each of its shards computes in an iteration."""
-
-    matched: tuple[Matched, ...]
-    looking: float = 0.0
-    """FLOP of MetaDD, over all shards."""
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """What one worker hands to sums in one iteration; what travels is a little more, see `sum_seconds`."""
-
-    over_classes: int = 0
-    """Bytes summed with the other shards."""
-    class_sums: int = 0
-    over_networks: int = 0
-    """Bytes summed with the workers that hold the same rows for other networks."""
-    network_sums: int = 0
-
-    def sent(self, shards: int, rows: int) -> float:
-        """Bytes that one worker puts on the wire."""
-        return _on_the_wire(self.over_classes, shards) + _on_the_wire(self.over_networks, rows)
-
-
-@dataclass(frozen=True)
-class Training:
-    """Networks that are trained alike, each a task or in stacks."""
-
-    name: str
-    networks: int
-    flop: float
-    """Of one network."""
-    kind: str = "training"
-    """Key of `RELATIVE`."""
-    at_a_time: int = 1
-    """Networks of one task."""
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What a recipe computes, for one layout of its distillation."""
-
-    experts: tuple[Training, ...]
-    evaluation: tuple[Training, ...]
-    iterations: int
-    steps: int
-    batch: int
-    """Images of a student step over all shards."""
-    images: int
-    """Of the set."""
-    held: int
-    """Images of the largest shard."""
-    row_bytes: int
-    """Of one image and its soft label."""
-    rows: tuple[Row, ...]
-    traffic: Traffic
-    """Of the worker that sums most."""
-    shards: int
-    choosing: float
-    """FLOP of choosing the first images and labelling them, over all shards."""
-    validations: int
-    validation_flop: float
-    """Of training the networks of one validation; the first worker does it."""
-    scoring_flop: float
-    """Of scoring them."""
-    checkpoints: int
+    def iteration(self) -> tuple[float, float]:
+        """Seconds of one matching iteration: computing on the slowest worker, and sums over workers."""
+        config, steps, shards = self.config, self.config.distill.student_steps, self.config.cluster.shards
+        backbones, held = config.each_backbone(), config.distill.ipc * -(-self.shape.classes // shards)
+        looking, share = [backbones[0], *config.each_auxiliary()], config.metadd.share if config.metadd else 0.0
+        computing, summing = 0.0, 0.0
+        for role in config.roles:
+            plans = [self.plans[number] for number in role.backbones]
+            passes = [steps * -(-plan.rows // plan.chunk) * plan.chunk for plan in plans]  # the last chunk is filled up
+            own = sum(self.seconds("matching", backbones[n], p) for n, p in zip(role.backbones, passes, strict=True))
+            own += sum(self.seconds("training", looking[place], share * held) for place in role.meta_networks)
+            size = sum(plan.network_bytes for plan in plans)
+            summing = max(summing, self.machine.sum_seconds(size, 2 * steps * len(plans), shards))
+            computing = max(computing, own)
+        rows = 4 * held * (math.prod(self.shape.image) + self.shape.classes)
+        return computing, summing + self.machine.sum_seconds(rows, 4, len(config.roles))
 
     @property
-    def workers(self) -> int:
-        """That distil the set together."""
-        return self.shards * len(self.rows)
+    def stages(self) -> dict[str, tuple[float, float]]:
+        """Stage -> hours of all GPUs or cores that are held for it, and hours on the clock."""
+        config, settings, workers = self.config, self.config.distill, self.machine.workers
+        images = settings.ipc * self.shape.classes
+        training = self.shape.training_images * (1 - config.dataset.validation)
+        validations = -(-settings.iterations // settings.validate_every) * settings.validation_seeds
+        epochs = PROTOCOLS[validation_protocol(config.evaluate.protocol)].epochs
+        experts, clock = 0.0, 0.0
+        for network in (*config.each_backbone(), *config.each_auxiliary()):
+            own, stack = network.experts, experts_at_a_time(network, self.shape.image, self.shape.classes)
+            passes = own.epochs * training * (2 if own.optimiser == "gsam" else 1)
+            one = self.seconds("experts", network, passes)
+            experts += own.count * one
+            clock += min(own.count, stack * -(-own.count // (stack * workers))) * one
+        distillation = settings.iterations * sum(self.iteration)
+        validation = self.seconds("training", config.each_backbone()[0], validations * epochs * images)
+        evaluation, rows = self._evaluation(images, training), len(ROWS) * config.evaluate.seeds
+        seconds = {
+            "experts": (experts, clock),
+            "distillation": (distillation * config.workers_per_set, distillation),
+            "validation": (validation * config.workers_per_set, validation),  # a set's other workers wait
+            "evaluation": (evaluation, evaluation / min(workers, rows)),
+        }
+        return {name: (self.machine.cores * held / 3600, wall / 3600) for name, (held, wall) in seconds.items()}
+
+    def _evaluation(self, images: int, training: float) -> float:
+        """Seconds of all networks of the tables; a row without a learned step size tries several."""
+        settings, tried = self.config.evaluate, len(CONTROL_STEP_SIZES)
+        epochs, backbone = PROTOCOLS[settings.protocol].epochs, self.config.each_backbone()[0]
+        on_set = 1 + 2 * tried + (2 + 2 * tried if settings.fair else 0)
+        passes = on_set * epochs * images + tried * settings.real_epochs * training
+        total = self.seconds("training", backbone, passes)
+        for network in self.config.scored_networks:
+            other = backbone.model_copy(update={"network": network})
+            total += self.seconds("training", other, (1 + len(ON_OTHERS) * tried) * epochs * images)
+        return settings.seeds * total
+
+    def lines(self, *, suggested: bool = False, verbose: bool = False) -> list[str]:
+        """What the recipe takes, as text for people; `suggested`: in a layout chosen for a described cluster."""
+        config, shape, machine, plan = self.config, self.shape, self.machine, self.plans[0]
+        settings, evaluated, kept, stages = config.distill, config.evaluate, storage(config, shape), self.stages
+        unit, image = f"{machine.device.replace('core', 'CPU')}-hours", "x".join(map(str, shape.image))
+        hours, clock = (
+            {"in all": sum(each), **dict(zip(stages, each, strict=True))} for each in zip(*stages.values(), strict=True)
+        )
+        networks = (*config.each_backbone(), *config.each_auxiliary())
+        trained = (
+            f"{each.experts.count:,} {each.network.architecture}, {each.experts.epochs:,} epochs" for each in networks
+        )
+        rows = {
+            "data": f"{shape.training_images:,} training images of {image} in {shape.classes:,} classes: "
+            f"{size_in_words(shape.bytes)}, shared by the workers of a machine",
+            "experts": "; ".join(trained),
+            "distillation": f"{settings.iterations:,} iterations of {settings.student_steps:,} student steps of "
+            f"{plan.batch:,} of {plan.images:,} images, in micro-batches of {plan.chunk:,}",
+            "evaluation": f"{evaluated.seeds:,} networks a row, {PROTOCOLS[evaluated.protocol].epochs:,} epochs",
+            unit: f"{_listed(hours)}; {machine.basis}" if machine.basis else NO_HOURS,
+            "storage": ", ".join(f"{name} {size_in_words(size)}" for name, size in kept.items()),
+        }
+        fitting = FitCost.of(config.dataset.resolved(shape.image[1:]).kind, shape.image)
+        if fitting.size:
+            rows["fitting zca"] = f"{fitting}, once, by the process that starts the workers"
+        if suggested:
+            rows["layout"] = f"{self.settings()}: {config.workers_per_set} of {machine.workers} workers distil"
+        if machine.basis and (suggested or verbose):
+            rows["hours on clock"] = _listed(clock)
+        if verbose:
+            computing, sums = map(show_number, self.iteration)
+            size = size_in_words(sum(each.network_bytes for each in self.plans))
+            rows["an iteration"] = f"{computing} s computing, {sums} s sums; a shard sums {size}"
+        worst = max(self.plans, key=lambda each: total(each.parts))
+        about = f"about {show_number(hours['in all'])} {unit}, " if machine.basis else ""
+        found = [f"{config.name}: {worst.memory} a worker, {about}{size_in_words(sum(kept.values()))} of storage"]
+        found += [f"  {label:<16} {value}" for label, value in rows.items()]
+        return [*found, *(line for each in self.plans if verbose for line in each.lines())]
+
+    def settings(self) -> str:
+        """Options that ask for the layout on the command line."""
+        cluster, size = self.config.cluster, self.machine.memory
+        named = {
+            "shards": cluster.shards,
+            "gpus_per_worker": f"{cluster.gpus_per_worker:g}" if cluster.gpus_per_worker else None,
+            "experts_at_a_time": cluster.experts_at_a_time,
+        }
+        said = [f"--set cluster.{name}={value}" for name, value in named.items() if value]
+        if size is not None:
+            said.append(f"--memory {size if size % 2**30 else f'{size // 2**30}GiB'}")
+        return " ".join(said)
 
 
-@dataclass(frozen=True)
-class IterationTime:
-    """Seconds of one matching iteration, by part."""
-
-    compute: float
-    sums: float
-    update: float
-
-    @property
-    def total(self) -> float:
-        """All parts, one after the other."""
-        return self.compute + self.sums + self.update
+NO_HOURS = "unknown: no GPU was measured. Give its speed as tflops= in --cluster, or use --measure where it is"
 
 
-STAGES = ("experts", "distillation", "validation", "evaluation")
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a recipe takes on a machine."""
-
-    iteration: IterationTime
-    start: float
-    """Seconds until the first iteration, without starting processes and compiling."""
-    checkpoint: float
-    """Seconds of one checkpoint."""
-    hours: Mapping[str, float]
-    """Of GPUs or cores, by stage: those of a set are held while the first of them validates."""
-    wall: Mapping[str, float]
-    """Hours on the clock, by stage."""
-
-    @property
-    def total_hours(self) -> float:
-        """Of GPUs or cores."""
-        return sum(self.hours.values())
-
-    @property
-    def total_wall(self) -> float:
-        """Hours on the clock, one stage after the other."""
-        return sum(self.wall.values())
-
-
-@functools.lru_cache(maxsize=256)
-def slowest_calls(batch: int, held: int, shards: int, chunk: int) -> float:
-    """Micro-batches that the slowest shard has of a minibatch, on average.
-
-    A minibatch is drawn without regard to shards, so their parts are uneven and all wait for the largest; and a
-    micro-batch is computed whole, however many images it has.
-
-    Args:
-        held: images of every shard; of the largest, where they differ.
-    """
-    fair = -(-batch // shards)
-    if shards == 1 or batch >= held * shards:
-        return math.ceil(fair / chunk)
-    expected, calls = 0.0, 0
-    while True:  # the mean of a count is the sum over n of the chance that it exceeds n
-        more = 1 - _chance_of_no_more(calls * chunk, batch, held, shards) if calls * chunk >= fair else 1.0
-        if more < 1e-6:
-            return expected
-        expected, calls = expected + more, calls + 1
-
-
-def _chance_of_no_more(most: int, batch: int, held: int, shards: int) -> float:
-    """That of a minibatch drawn from all shards none has more than so many images."""
-    images = held * shards
-    share, most = batch / images, min(most, batch, held)
-    each = np.exp([_log_chance(count, held, share) for count in range(most + 1)])
-    together, power = np.ones(1), shards
-    while power:  # the shards' sum, by squaring; what exceeds the batch is of no interest
-        if power & 1:
-            together = np.convolve(together, each)[: batch + 1]
-        each, power = np.convolve(each, each)[: batch + 1], power >> 1
-    return float(together[batch] / math.exp(_log_chance(batch, images, share))) if len(together) > batch else 0.0
-
-
-def _log_chance(count: int, held: int, share: float) -> float:
-    """Of so many of the images held, each taken with that chance."""
-    ways = math.lgamma(held + 1) - math.lgamma(count + 1) - math.lgamma(held - count + 1)
-    return ways + count * math.log(share) + (held - count) * math.log1p(-share)
-
-
-def iteration_seconds(work: Workload, machine: Machine) -> IterationTime:
-    """Of one matching iteration."""
-    # Nobody has looked before all have, for each needs what the others see; then each matches by itself.
-    compute = max(machine.seconds(row.looking / work.shards, "training") for row in work.rows)
-    compute += max(sum(_matching_seconds(work, each, machine) for each in row.matched) for row in work.rows)
-    sums = sum_seconds(work.traffic.over_classes, work.traffic.class_sums, work.shards, machine)
-    sums += sum_seconds(work.traffic.over_networks, work.traffic.network_sums, len(work.rows), machine)
-    return IterationTime(compute, sums, work.held * work.row_bytes / UPDATE_RATE[machine.device])
-
-
-def _matching_seconds(work: Workload, matched: Matched, machine: Machine) -> float:
-    calls = slowest_calls(work.batch, work.held, work.shards, matched.chunk)
-    return work.steps * calls * (machine.seconds(matched.chunk * matched.flop) + CALL_SECONDS)
-
-
-def sum_seconds(size: int, sums: int, members: int, machine: Machine) -> float:
-    """Of so many sums of so many bytes together: a member sends 2 (m - 1) / m of them, in log2(m) rounds at least."""
-    if members == 1 or not sums:
-        return 0.0
-    return _on_the_wire(size, members) / machine.bandwidth + sums * machine.latency * math.ceil(math.log2(members))
-
-
-def estimate(work: Workload, machine: Machine) -> Estimate:
-    """Hours of workers and on the clock, stage by stage."""
-    iteration = iteration_seconds(work, machine)
-    checkpoint = checkpoint_bytes(work.held, work.row_bytes, chosen=True) / WRITE_RATE
-    start = machine.seconds(work.choosing / work.shards, "scoring")
-    validation = work.validations * (
-        machine.seconds(work.validation_flop, "training") + machine.seconds(work.scoring_flop, "scoring")
-    )
-    distillation = start + work.iterations * iteration.total + work.checkpoints * checkpoint
-    wall = {
-        "experts": makespan(_tasks(work.experts, machine), machine.workers),
-        "distillation": distillation,
-        "validation": validation,
-        "evaluation": makespan(_tasks(work.evaluation, machine), machine.workers),
-    }
-    hours = {
-        "experts": sum(_tasks(work.experts, machine)),
-        "distillation": distillation * work.workers,
-        "validation": validation * work.workers,
-        "evaluation": sum(_tasks(work.evaluation, machine)),
-    }
-    return Estimate(
-        iteration,
-        start,
-        checkpoint,
-        {name: machine.cores * seconds / 3600 for name, seconds in hours.items()},
-        {name: seconds / 3600 for name, seconds in wall.items()},
-    )
-
-
-def checkpoint_bytes(images: int, row_bytes: int, *, chosen: bool) -> int:
-    """Of a checkpoint with so many images: the set and its momentum; from the first validation on, the chosen set."""
-    return images * (row_bytes * (3 if chosen else 2) + 8 * (2 if chosen else 1))
-
-
-def makespan(seconds: Iterable[float], workers: int) -> float:
-    """On the clock, for tasks that are given out longest first, each to the worker that is free first."""
-    busy = [0.0] * workers
-    for each in sorted(seconds, reverse=True):
-        heapq.heapreplace(busy, busy[0] + each)
-    return max(busy)
-
-
-def candidate_shards(workers: int, classes: int) -> list[int]:
-    """Numbers of shards worth a look: powers of two, as many as there are workers, and one class each."""
-    most = min(workers, classes)
-    return sorted({2**power for power in range(most.bit_length())} | {most} if most else set())
-
-
-# --- machines -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Described:
-    """A cluster in the user's words; what was not said is none."""
-
-    device: Device
-    count: int
-    memory: int | None = None
-    """Of each GPU; of all cores of one machine together."""
-    flops: float | None = None
-    bandwidth: float | None = None
-    """Bytes a second."""
-
-
-_AMOUNT = re.compile(r"\d+(\.\d+)?")
-_LINK = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT])bps", re.IGNORECASE)
-
-
-def parse_cluster(text: str) -> Described:
-    """A cluster such as `gpus=64,memory=80GiB,tflops=60,network=25Gbps` or `cpus=2,memory=24GiB,gflops=140`.
-
-    memory is that of a GPU, or of all cores together; tflops or gflops is the speed of student steps on one GPU or
-    core, not its peak; network is what one GPU or core can send.
+def propose(config: RunConfig, shape: DataShape, machine: Machine) -> Proposal:
+    """Fewest shards, among powers of two, that distil and validate at most 5 % longer than the fastest.
 
     Raises:
-        ConfigError: it cannot be read; what is wrong, in one line.
+        ConfigError: the set fits in none, or the machine has fewer workers than the recipe wants at least.
     """
-    values: dict[str, str] = {}
-    for part in text.split(","):
-        name, equals, value = (each.strip() for each in part.partition("="))
-        if not equals or name not in _READERS:
-            raise _unreadable(text, f"{part.strip()!r} is not one of {', '.join(f'{each}=' for each in _READERS)}")
-        if name in values:
-            raise _unreadable(text, f"{name} is there twice")
-        values[name] = value
-    counts, speeds = [name for name in ("gpus", "cpus") if name in values], {"tflops", "gflops"} & set(values)
-    if len(counts) != 1:
-        raise _unreadable(text, "it needs gpus= or cpus=, and not both")
-    if len(speeds) > 1:
-        raise _unreadable(text, "it has tflops= and gflops=")
-    read = {name: _read(text, name, value) for name, value in values.items()}
-    flops = [read[name] for name in speeds]
-    return Described(
-        device="GPU" if counts[0] == "gpus" else "core",
-        count=int(read[counts[0]]),
-        memory=int(read["memory"]) if "memory" in read else None,
-        flops=flops[0] if flops else None,
-        bandwidth=read.get("network"),
-    )
-
-
-def machine_of(
-    described: Described, *, precision: str = "float32", threads: int = 1, product: float | None = None
-) -> Machine:
-    """Workers of a described cluster.
-
-    Args:
-        precision: of the recipe's student steps, on GPUs; experts, training and scoring always run in float32.
-        threads: cores of a worker, where there are no GPUs.
-        product: FLOP/s of a matrix product on one core of this machine, where it was measured.
-
-    Raises:
-        ConfigError: fewer cores than one worker takes.
-    """
-    bandwidth = described.bandwidth or BANDWIDTH[described.device]
-    if described.device == "GPU":
-        rate = described.flops or GPU_SHARE * GPU_PEAK[precision]
-        assumed = f"assumed, {GPU_SHARE:.0%} of an H200's peak in {precision}; not measured on any GPU"
-        origin = "as given" if described.flops else assumed
-        float32_rate = rate * GPU_PEAK["float32"] / GPU_PEAK[precision]
-        return Machine(
-            "GPU", described.count, rate, described.memory, bandwidth, LATENCY, origin, float32_rate=float32_rate
+    rows, found, failure = len(config.roles), [], None
+    most = min(machine.workers // rows, shape.classes)
+    for shards in sorted({2**power for power in range(most.bit_length())} | {most} if most else set()):
+        laid_out = _laid_out(config, machine, shards)
+        try:
+            found.append(Proposal(laid_out, shape, plans_of(laid_out, shape), machine))
+        except ConfigError as unfit:
+            failure = unfit
+    if not found:
+        raise failure or ConfigError(
+            f"{config.name} wants {rows} workers at once, and the cluster has {machine.workers}",
+            "its networks are apart",
+            "lower cluster.backbones_apart, or describe a larger cluster",
         )
-    workers = described.count // threads
-    if not workers:
-        raise ConfigError(
-            f"a worker takes {threads} cores, and the cluster has {described.count}",
-            remedy="lower cluster.threads_per_worker, or describe a larger cluster",
-        )
-    core = described.flops or MATCHING_OF_PRODUCT * (product or CORE_PRODUCT)
-    origin = "as given" if described.flops else "measured here now" if product else "measured on 2 cores, AMD EPYC"
-    memory = described.memory // workers if described.memory else None
-    return Machine("core", workers, threads * core, memory, bandwidth, LATENCY, origin, threads)
+    clock = [each.stages["distillation"][1] + each.stages["validation"][1] for each in found]
+    return next(each for each, hours in zip(found, clock, strict=True) if hours <= 1.05 * min(clock))
 
 
-def assumptions(machine: Machine, work: Workload, described: Described) -> list[str]:
-    """What an estimate rests on, a line each."""
-    link = "as given" if described.bandwidth else "measured on one machine" if machine.device == "core" else "assumed"
-    memory = "" if machine.memory is None else f", {size_in_words(machine.memory)} a worker as given"
-    base = "that"
-    if machine.float32_rate not in (None, machine.rate):
-        base = f"{machine.float32_rate / 1e12:,.3g} TFLOP/s, their float32 rate by the ratio of an H200's peaks"
-    lines = [
-        f"student steps run at {machine.rate / 1e12:,.3g} TFLOP/s a worker ({machine.origin}){memory}",
-        "experts, training and scoring run at "
-        + ", ".join(f"{RELATIVE[each]:g}" for each in ("experts", "training", "scoring"))
-        + f" of {base}"
-        + (" (measured at 32x32 on cores, on GPUs assumed)" if machine.device == "GPU" else " (measured at 32x32)"),
-        f"a worker sends {machine.bandwidth / 1e9:,.3g} GB/s in a sum ({link}), and a round takes "
-        f"{1000 * machine.latency:g} ms; no sum overlaps with computing",
-        "an expert takes as long alone as in a stack",
-        "these are rates of 128 channels; narrow networks on small images, as for digits, reach a third of them",
-        "an expert gets half of the images right from which the first are chosen; the stages follow each other",
-        f"no iteration is skipped, nothing is lost to faults, and compiling and starting workers take no time; "
-        f"a checkpoint is written at {WRITE_RATE / 1e6:,.0f} MB/s a worker",
+def _laid_out(config: RunConfig, machine: Machine, shards: int) -> RunConfig:
+    """The recipe as it would be run on a machine."""
+    own, gpu, share = config.cluster, machine.device == "GPU", -(-config.experts.count // machine.workers)
+    update = {
+        "shards": shards,
+        "workers": None,
+        "device": "auto" if gpu else "cpu",
+        "gpus_per_worker": 1.0 if gpu else 0.0,
+        "memory": own.memory if machine.memory is None else str(machine.memory),
+        # Smaller stacks, where the largest would leave GPUs without experts.
+        "experts_at_a_time": own.experts_at_a_time or (share if gpu and share < LARGEST_STACK else None),
+    }
+    return config.model_copy(update={"cluster": own.model_copy(update=update)})
+
+
+def not_followed(recipe: RunConfig, proposal: Proposal) -> list[str]:
+    """What a recipe sets for itself and the proposed layout has otherwise, in at most one line."""
+    ours, theirs, usual = recipe.cluster, proposal.config.cluster, ClusterConfig()
+    said = [
+        f"cluster.{name}={value:g}"
+        for name in ("shards", "workers", "gpus_per_worker")
+        if (value := getattr(ours, name)) not in (getattr(usual, name), getattr(theirs, name))
     ]
-    if work.shards > 1:
-        lines.append("every sum crosses the network, also between workers of one machine")
-    return lines
+    return [f"  {'not followed':<16} {', '.join(said)} of the recipe: --cluster chooses these"] if said else []
 
 
-def _tasks(trainings: Iterable[Training], machine: Machine) -> list[float]:
-    """Seconds of every task; the last stack may be smaller."""
+def storage(config: RunConfig, shape: DataShape) -> dict[str, int]:
+    """Bytes that a finished run leaves behind, but for reports: `store`, the last `checkpoint`, and `results`."""
+    images, values = config.distill.ipc * shape.classes, math.prod(shape.image)
+    row, whitened = 4 * (values + shape.classes), config.dataset.resolved(shape.image[1:]).kind == "zca"
+    transform = 4 * values * (values + 3) if whitened else 8 * shape.image[0]
+    store = 0
+    for each in (*config.each_backbone(), *config.each_auxiliary()):
+        network = build_network(network_spec(each, shape.image[0], shape.image[1:], shape.classes), seed=0)
+        buffers = sum(buffer.numel() for buffer in float_buffers(network).values())
+        snapshot = STORED_BYTES[each.experts.storage] * FlatNetwork(network).count + 4 * buffers
+        store += each.experts.count * len(each.kept_epochs) * snapshot + transform
+    history = sum(np.dtype(kind).itemsize for kind in HISTORY_COLUMNS.values()) * len(config.weights)
+    return {
+        "store": store,
+        "checkpoint": images * (3 * row + 16) + history * config.distill.iterations,  # set, momentum, set kept
+        "results": 2 * images * (row + 8) + (2 if transform <= INLINE_BYTES else 1) * transform,
+    }
+
+
+def measured(proposal: Proposal) -> Machine:
+    """The proposal's machine, with rates measured on this one by a few real steps of every kind on made-up images.
+
+    Takes seconds, and up to minutes where steps have to be compiled first; a run that follows here finds them compiled.
+    """
+    plan, config, cluster = proposal.plans[0], proposal.config, proposal.config.cluster
+    device, backbone, image = prepare_device(cluster), config.each_backbone()[0], proposal.shape.image
+    spec = network_spec(backbone, image[0], image[1:], proposal.shape.classes)
+    stack, many = experts_at_a_time(backbone, image, spec.classes), max(plan.chunk, config.experts.batch_size)
+    networks = [build_network(spec, seed).to(device) for seed in range(stack)]
+    images, labels = torch.randn(many, *image, device=device), torch.arange(many, device=device) % spec.classes
+    soft, step_size = torch.zeros(plan.chunk, spec.classes, device=device), torch.full((1,), 0.01, device=device)
+    synthetic, start = SyntheticSet(images[: plan.chunk], soft, step_size, labels[: plan.chunk]), flatten(networks[0])
+    steps = draw_student_steps(plan.chunk, STEPS, plan.chunk, config.distill.augmentation, 0, 0)
+    options = StepOptions(cluster.compile, channels_last=cluster.channels_last, precision=cluster.precision)
+    functions = StudentStepFunctions(FlatNetwork(networks[0]), options)
+    expert = ExpertFunctions(
+        networks[0],
+        stacked=stack,
+        compile_=cluster.compile,
+        chunk=chunk_in_cache(networks[0], image, stack) if device.type == "cpu" else None,
+        channels_last=cluster.channels_last,
+    )
+    own, epochs = expert_schedule(config.experts), REPEATED + 1
+    evaluated = replace(evaluation_schedule(config, 0.01), epochs=epochs, decay_epoch=None)
+    state, seeds = ExpertState.initial(networks), range(stack)
+    timed: dict[str, tuple[Iterator[object], int]] = {
+        "matching": (
+            (matching_gradient(functions, start, start + 1, synthetic, steps, chunk=plan.chunk) for _ in range(epochs)),
+            STEPS * plan.chunk,
+        ),
+        "experts": (
+            train_experts(expert, images, labels, replace(own, epochs=epochs), seeds, state),
+            stack * many * (2 if own.gsam else 1),
+        ),
+        "training": (train(networks[0], images, labels, evaluated, 0), many),
+    }
+    flop = network_cost(backbone, proposal.shape).flop
+    rates = {kind: FORWARD_PASSES[kind] * flop * passes / _seconds(work) for kind, (work, passes) in timed.items()}
+    return replace(proposal.machine, rates=rates, basis="measured here")
+
+
+def _seconds(repeated: Iterator[object]) -> float:
+    """Median seconds of some repetitions, after a first one that warms up."""
     found = []
-    for each in trainings:
-        one = machine.seconds(each.flop, each.kind)
-        whole, rest = divmod(each.networks, each.at_a_time)
-        found += [one * each.at_a_time] * whole + ([one * rest] if rest else [])
-    return found
+    for _ in range(REPEATED + 1):
+        began = time.perf_counter()
+        next(repeated)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - began)
+    return statistics.median(found[1:])
 
 
-def _on_the_wire(size: float, members: int) -> float:
-    return 2 * (members - 1) / members * size
+def _listed(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {show_number(value)}" for name, value in values.items())
 
 
-def _unreadable(text: str, fact: str) -> ConfigError:
-    return ConfigError(f"--cluster {text!r}: {fact}", remedy=f"write it like {EXAMPLE}")
-
-
-def _count(value: str) -> float:
-    return float(value) if value.isascii() and value.isdecimal() else 0.0
-
-
-def _amount(unit: float) -> Callable[[str], float]:
-    return lambda value: unit * float(value) if _AMOUNT.fullmatch(value) else 0.0
-
-
-def _link(value: str) -> float:
-    match = _LINK.fullmatch(value)
-    return float(match[1]) * 1000.0 ** (" KMGT".index(match[2].upper())) / 8 if match else 0.0
-
-
-def _memory(value: str) -> float:
-    try:
-        return float(parse_bytes(value))
-    except ConfigError:
-        return 0.0
-
-
-_READERS: dict[str, Callable[[str], float]] = {
-    "gpus": _count,
-    "cpus": _count,
-    "memory": _memory,
-    "tflops": _amount(1e12),
-    "gflops": _amount(1e9),
-    "network": _link,
-}
-"""Of each key; 0 for what cannot be read."""
-
-
-def _read(text: str, name: str, value: str) -> float:
-    number = _READERS[name](value)
-    lowest, highest = _BOUNDS.get(name, (0.0, 1e18))
-    if not (lowest < number < highest):
-        raise _unreadable(text, f"{name} is {value!r}")
-    return number
-
-
-_BOUNDS = {"gpus": (0.0, 1e5), "cpus": (0.0, 1e6), "memory": (2.0**20, 1e18)}
-"""Between which a value makes sense; a memory of 8 is one whose unit was forgotten."""
+def show_number(value: float) -> str:
+    """Number with three digits that matter, and thousands apart."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -45,7 +45,7 @@ from datm_ray.runtime.expert_networks import ExpertNetworks
 from datm_ray.runtime.experts import network_spec
 from datm_ray.runtime.mesh import Mesh, open_mesh
 from datm_ray.runtime.metadd import MetaNetworks
-from datm_ray.runtime.plan import Layout, distillation_plan
+from datm_ray.runtime.plan import DataShape, DistillationPlan, Layout, chunk_by_trial, plans_of
 from datm_ray.runtime.provenance import provenance, workers_in_words
 from datm_ray.runtime.spent import Account, Spent
 from datm_ray.store.filesystem import Location, open_location
@@ -113,6 +113,8 @@ class _Backbone:
     snapshots: Prefetcher
     """Reads them."""
     functions: StudentStepFunctions
+    plan: DistillationPlan
+    """Its memory."""
     chunk: int
     """Images of a micro-batch."""
 
@@ -142,26 +144,31 @@ class _Run:
         self._computed = read_computed(folder)
         self._roles = config.roles if mesh.rows > 1 else ()
         role = self._roles[mesh.row] if self._roles else config.whole_role
-        self._backbones = [self._backbone(number, networks[number], sharing) for number in role.backbones]
+        self._image = (dataset.channels, *dataset.size)
+        steps = {number: self._step_functions(networks[number]) for number in role.backbones}
+        planned = config
+        if any(each.note for each in steps.values()):  # what runs uncompiled takes more memory
+            uncompiled = config.cluster.model_copy(update={"compile": False})
+            planned = config.model_copy(update={"cluster": uncompiled})
+        shape, layout = DataShape(self._image, dataset.classes, 0), Layout(mesh.columns, self._roles, sharing)
+        plans = plans_of(planned, shape, layout)
+        self._backbones = [
+            _Backbone(number, group, Prefetcher(group), steps[number], plans[number], plans[number].chunk)
+            for number in role.backbones
+            for group in [networks[number].group]
+        ]
         self._onlookers = (
             None
             if config.metadd is None
             else MetaNetworks(config, config.metadd, dataset, store_uri, role, self._first, self._rows, device)
         )
 
-    def _backbone(self, number: int, experts: ExpertNetworks, sharing: int) -> _Backbone:
-        cluster, dataset = self._config.cluster, self._dataset
+    def _step_functions(self, experts: ExpertNetworks) -> StudentStepFunctions:
+        cluster = self._config.cluster
         options = StepOptions(
             compiled=cluster.compile, channels_last=cluster.channels_last, precision=cluster.precision
         )
-        functions = self._functions(FlatNetwork(experts.network), options)
-        config = self._config
-        if functions.note:  # what runs uncompiled takes more memory
-            config = config.model_copy(update={"cluster": cluster.model_copy(update={"compile": False})})
-        image = (dataset.channels, *dataset.size)
-        layout = Layout(self._mesh.columns, self._roles, sharing)
-        plan = distillation_plan(config, image, dataset.classes, backbone=number, layout=layout)
-        return _Backbone(number, experts.group, Prefetcher(experts.group), functions, plan.chunk)
+        return self._functions(FlatNetwork(experts.network), options)
 
     def close(self) -> None:
         """Read nothing ahead any longer."""
@@ -257,10 +264,17 @@ class _Run:
         return metrics | {"datm_ray_mesh_workers": float(self._mesh.rows * self._mesh.columns)}
 
     def _prepare(self, pulse: Heartbeat) -> None:
-        """Compile, which takes one network's workers longer than another's."""
-        image = (self._dataset.channels, *self._dataset.size)
-        for backbone in self._backbones:
-            backbone.functions.prepare(backbone.chunk, image, self._dataset.classes, pulse)
+        """Compile, which takes one network's workers longer than another's; on a GPU, find what it has room for."""
+        for place, backbone in enumerate(self._backbones):
+
+            def step(chunk: int, functions: StudentStepFunctions = backbone.functions) -> None:
+                functions.prepare(chunk, self._image, self._dataset.classes, pulse)
+
+            if self._device.type == "cuda":
+                chunk = chunk_by_trial(step, backbone.plan, self._device)
+                self._backbones[place] = dataclasses.replace(backbone, chunk=chunk)
+            else:
+                step(backbone.chunk)
 
     def _iterate(self, state: Distillation) -> list[IterationRecord]:
         origins = self._origins(state.iteration)

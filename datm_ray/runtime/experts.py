@@ -25,9 +25,9 @@ from datm_ray.core.experts import (
     ExpertState,
     Gsam,
     chunk_in_cache,
-    largest_map,
     train_experts,
 )
+from datm_ray.core.image_cost import image_cost
 from datm_ray.core.networks import NetworkSpec, build_network
 from datm_ray.core.parameters import FlatNetwork, float_buffers, unflatten_buffers_into, unflatten_into
 from datm_ray.core.randomness import Purpose, derive_seed
@@ -69,7 +69,7 @@ def experts_at_a_time(config: RunConfig, image: tuple[int, int, int], classes: i
     network = build_network(network_spec(config, image[0], image[1:], classes), seed=0)
     if not can_be_stacked(network):
         return 1
-    whole = config.experts.batch_size * largest_map(network, image)
+    whole = config.experts.batch_size * image_cost(network, image).largest
     return max(1, min(LARGEST_STACK, STACKED_MAP_BYTES // whole))
 
 
@@ -151,7 +151,7 @@ class ExpertWorker:
             state = ExpertState.initial(networks)
             progress.add(state, torch.full((len(experts),), float("nan")))
         first, began = state.epoch, time.monotonic()
-        for losses in train_experts(functions, self._images, self._labels, _schedule(settings), seeds, state):
+        for losses in train_experts(functions, self._images, self._labels, expert_schedule(settings), seeds, state):
             seconds = time.monotonic() - began
             _require_finite(losses, experts, state.epoch)
             measured = self._accuracies(networks[0], state, settings)
@@ -281,7 +281,8 @@ def _require_finite(losses: torch.Tensor, experts: Sequence[int], epoch: int) ->
             )
 
 
-def _schedule(settings: ExpertConfig) -> ExpertSchedule:
+def expert_schedule(settings: ExpertConfig) -> ExpertSchedule:
+    """How a recipe's experts are trained."""
     gsam = Gsam(settings.rho, settings.alpha, settings.adaptive) if settings.optimiser == "gsam" else None
     return ExpertSchedule(
         epochs=settings.epochs,

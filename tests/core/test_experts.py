@@ -21,7 +21,6 @@ from datm_ray.core.experts import (
     ExpertState,
     Gsam,
     descent,
-    largest_map,
     perturbation,
     train_experts,
 )
@@ -178,12 +177,6 @@ def test_every_network_trains_in_a_stack(name: str) -> None:
     for place, network in enumerate(networks):
         alone, _ = trained([network], schedule, [place + 1])
         assert_close(together.parameters[place], alone.parameters[0], 1e-9)
-
-
-def test_the_largest_map_is_found() -> None:
-    """In bytes of one image: width channels of 8 x 8 float64, before the first pooling."""
-    (network,) = make_networks(1)
-    assert largest_map(network, (3, 8, 8)) == 8 * 4 * 8 * 8
 
 
 def test_running_statistics_are_those_of_the_module() -> None:

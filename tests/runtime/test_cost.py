@@ -1,251 +1,243 @@
-"""The model of time: what must hold for any machine, and clusters in the user's words."""
+"""Hours, layouts and storage of a recipe, clusters in the user's words, and an estimate against a real run."""
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
-import numpy as np
 import pytest
 
+from datm_ray.config import override
+from datm_ray.core.networks import NetworkSpec, build_network
+from datm_ray.core.parameters import FlatNetwork
 from datm_ray.errors import ConfigError
-from datm_ray.runtime.cost import (
-    BANDWIDTH,
-    CORE_PRODUCT,
-    GPU_PEAK,
-    MATCHING_OF_PRODUCT,
-    Described,
-    Machine,
-    Matched,
-    Row,
-    Traffic,
-    Training,
-    Workload,
-    assumptions,
-    candidate_shards,
-    checkpoint_bytes,
-    estimate,
-    iteration_seconds,
-    machine_of,
-    makespan,
-    parse_cluster,
-    slowest_calls,
-    sum_seconds,
-)
+from datm_ray.pipeline import Pipeline
+from datm_ray.recipes import get_recipe
+from datm_ray.runtime.cost import Proposal, measured, propose, show_number, storage
+from datm_ray.runtime.distill import read_cost
+from datm_ray.runtime.executor import SerialExecutor
+from datm_ray.runtime.machines import BANDWIDTH, CORE_RATES, machine_here, parse_cluster, require_measurable
+from datm_ray.runtime.plan import KNOWN_SHAPES, DataShape, plans_of
+from datm_ray.runtime.telemetry import Reporter
+from datm_ray.store.filesystem import open_location
+from tests.conftest import tiny_config
 
 GIB = 2**30
-GPUS = Machine("GPU", workers=64, rate=60e12, bandwidth=3e9)
+DIGITS = KNOWN_SHAPES["digits"]
+METADD = "metadd={auxiliaries: [{architecture: lenet}], experts: {count: 3, epochs: 9}}"
 
 
-def work_of(shards: int = 1, **changes: object) -> Workload:
-    """Tiny-ImageNet at IPC 50, about."""
-    base = Workload(
-        experts=(Training("100 convnet", 100, 1e15, "experts", 8),),
-        evaluation=(Training("controls", 10, 4e16), Training("distilled", 5, 1.3e16)),
-        iterations=10_000,
-        steps=20,
-        batch=10_000,
-        images=10_000,
-        held=-(-200 // shards) * 50,
-        row_bytes=50_000,
-        rows=(Row((Matched(4e9, chunk=25),)),),
-        traffic=Traffic(4 * 20 * (2 * 857_160 + 1) if shards > 1 else 0, 41 if shards > 1 else 0),
-        shards=shards,
-        choosing=4e14,
-        validations=20,
-        validation_flop=6e15,
-        scoring_flop=1e12,
-        checkpoints=100,
-    )
-    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
-
-
-def test_twice_the_shards_halve_the_compute() -> None:
-    """Where every minibatch is the whole set, so that no shard gets more than its part."""
-    one, two, four = (iteration_seconds(work_of(shards), GPUS).compute for shards in (1, 2, 4))
-    assert two == pytest.approx(one / 2)
-    assert four == pytest.approx(one / 4)
-
-
-def test_more_shards_are_never_slower_unless_the_network_is() -> None:
-    """Without a cost of sums more help always; over a slow network there is a number that is best."""
-    fast = dataclasses.replace(GPUS, bandwidth=1e18, latency=0.0)
-    slow = dataclasses.replace(GPUS, bandwidth=1e8, latency=0.01)
-    numbers = (1, 2, 4, 8, 20, 40, 100, 200)
-    times = [iteration_seconds(work_of(shards, batch=1000), fast).total for shards in numbers]
-    assert all(later < earlier for earlier, later in itertools.pairwise(times))
-    times = [iteration_seconds(work_of(shards, batch=1000), slow).total for shards in numbers]
-    assert min(times) < times[-1]
-    assert iteration_seconds(work_of(200), slow).sums > iteration_seconds(work_of(200), slow).compute
-
-
-def test_a_sum_costs_what_travels_and_its_rounds() -> None:
-    """Of two members each sends all, of many nearly twice as much; alone nothing is sent."""
-    machine = Machine("core", 2, 1e9, bandwidth=1e6, latency=0.5)
-    assert sum_seconds(3_000_000, 2, 1, machine) == 0
-    assert sum_seconds(3_000_000, 2, 2, machine) == pytest.approx(3 + 2 * 0.5)
-    assert sum_seconds(3_000_000, 2, 4, machine) == pytest.approx(1.5 * 3 + 2 * 2 * 0.5)
-
-
-@pytest.mark.parametrize(
-    ("batch", "shards", "chunk"), [(20, 2, 5), (200, 2, 5), (100, 4, 10), (1000, 8, 64), (3, 2, 1)]
-)
-def test_the_slowest_shard_is_that_of_drawn_minibatches(batch: int, shards: int, chunk: int) -> None:
-    """Against 2,000 draws: micro-batches of the shard that has most, a micro-batch being computed whole."""
-    images = 1000 * shards
-    draw = np.random.default_rng(0)
-    most = [
-        max(-(-count // chunk) for count in np.bincount(draw.permutation(images)[:batch] // 1000, minlength=shards))
-        for _ in range(2000)
-    ]
-    assert slowest_calls(batch, 1000, shards, chunk) == pytest.approx(np.mean(most), rel=0.02)
-
-
-def test_one_shard_or_a_whole_batch_leave_nothing_to_chance() -> None:
-    """Then the number of micro-batches is known."""
-    assert slowest_calls(100, 1000, 1, 30) == 4
-    assert slowest_calls(1000, 250, 4, 25) == 10
-
-
-def test_rows_work_at_the_same_time() -> None:
-    """The row that takes longest decides, first of looking and then of matching."""
-    row = Row((Matched(4e9, 25),))
-    one = iteration_seconds(work_of(), GPUS).compute
-    assert iteration_seconds(work_of(rows=(row, row)), GPUS).compute == one
-    assert iteration_seconds(work_of(rows=(Row((*row.matched, *row.matched)),)), GPUS).compute == pytest.approx(2 * one)
-    looking = Row(row.matched, looking=1e13)
-    more = iteration_seconds(work_of(rows=(looking,)), GPUS).compute - one
-    assert more == pytest.approx(GPUS.seconds(1e13, "training"))
-    elsewhere = iteration_seconds(work_of(rows=(row, Row((), looking=1e13))), GPUS).compute - one
-    assert elsewhere == pytest.approx(more)  # the others wait for what is seen there
-
-
-def test_hours_are_those_of_the_stages() -> None:
-    """They add up; a set's workers are held while it is distilled and validated."""
-    told = estimate(work_of(8), GPUS)
-    assert told.total_hours == pytest.approx(sum(told.hours.values()))
-    assert told.total_wall == pytest.approx(sum(told.wall.values()))
-    assert told.hours["distillation"] == pytest.approx(8 * told.wall["distillation"])
-    assert told.hours["validation"] == pytest.approx(8 * told.wall["validation"])
-    assert told.hours["experts"] == pytest.approx(100 * GPUS.seconds(1e15, "experts") / 3600)
-    iterations = 10_000 * told.iteration.total + 100 * told.checkpoint + told.start
-    assert told.wall["distillation"] == pytest.approx(iterations / 3600)
-    threads = estimate(work_of(8), dataclasses.replace(GPUS, device="core", cores=4))
-    assert threads.hours["experts"] == pytest.approx(4 * told.hours["experts"])
-
-
-def test_tasks_are_given_out_longest_first() -> None:
-    """A stack of experts is one task, so more workers than stacks do not help."""
-    assert makespan([3, 3, 2, 2, 2], 2) == 7
-    assert makespan([], 3) == 0
-    told = [estimate(work_of(), dataclasses.replace(GPUS, workers=workers)).wall["experts"] for workers in (1, 13, 64)]
-    assert told[0] == pytest.approx(100 * GPUS.seconds(1e15, "experts") / 3600)
-    assert told[1] == told[2] == pytest.approx(8 * GPUS.seconds(1e15, "experts") / 3600)
-
-
-def test_a_checkpoint_grows_with_the_chosen_set() -> None:
-    """Set and momentum, and from the first validation on the chosen set; labels of 8 bytes beside each set."""
-    assert checkpoint_bytes(10, 100, chosen=False) == 10 * (200 + 8)
-    assert checkpoint_bytes(10, 100, chosen=True) == 10 * (300 + 16)
-
-
-def test_candidates_divide_by_two_and_end_with_all() -> None:
-    """As many shards as there are workers or classes, whichever is less."""
-    assert candidate_shards(64, 200) == [1, 2, 4, 8, 16, 32, 64]
-    assert candidate_shards(6, 10) == [1, 2, 4, 6]
-    assert candidate_shards(64, 10) == [1, 2, 4, 8, 10]
-    assert candidate_shards(0, 10) == []
+def proposal(*changes: str, machine: str = "cpus=2,gflops=140") -> Proposal:
+    """The tiny recipe as it is on a machine."""
+    config = tiny_config("cluster.memory=64GiB", *changes)
+    return Proposal(config, DIGITS, plans_of(config, DIGITS), parse_cluster(machine))
 
 
 def test_clusters_are_read() -> None:
-    """All keys, in any order, with spaces or without."""
-    assert parse_cluster("gpus=64,memory=80GiB,tflops=60,network=25Gbps") == Described(
-        "GPU", 64, 80 * GIB, 60e12, 3.125e9
-    )
-    assert parse_cluster(" network = 10 gbps , cpus = 2, gflops=137.5") == Described("core", 2, None, 137.5e9, 1.25e9)
-    assert parse_cluster("gpus=1") == Described("GPU", 1)
-
-
-@pytest.mark.parametrize(
-    ("text", "fact"),
-    [
-        ("", "'' is not one of gpus=, cpus="),
-        ("64", "'64' is not one of"),
-        ("gpus", "'gpus' is not one of"),
-        ("memory=80GiB", "it needs gpus= or cpus="),
-        ("gpus=1,cpus=2", "it needs gpus= or cpus=, and not both"),
-        ("gpus=1,gpus=2", "gpus is there twice"),
-        ("gpus=0", "gpus is '0'"),
-        ("gpus=-1", "gpus is '-1'"),
-        ("gpus=1.5", "gpus is '1.5'"),
-        ("gpus=¹", "gpus is '¹'"),
-        ("gpus=1,", "'' is not one of"),
-        ("gpus=1,speed=3", "'speed=3' is not one of"),
-        ("gpus=1,tflops=fast", "tflops is 'fast'"),
-        ("gpus=1,tflops=0", "tflops is '0'"),
-        ("gpus=1,tflops=nan", "tflops is 'nan'"),
-        ("gpus=1,tflops=1,gflops=1", "it has tflops= and gflops="),
-        ("gpus=1,memory=much", "memory is 'much'"),
-        ("gpus=1,network=25", "network is '25'"),
-        ("gpus=1,network=25GiB", "network is '25GiB'"),
-        ("gpus=" + "9" * 400, "gpus is '999"),
-        ("gpus=999999999", "gpus is '999999999'"),
-        ("gpus=1,memory=8", "memory is '8'"),
-    ],
-)
-def test_an_unreadable_cluster_is_one_line(text: str, fact: str) -> None:
-    """What is wrong, and how to write it."""
-    with pytest.raises(ConfigError) as caught:
-        parse_cluster(text)
-    assert str(caught.value).startswith(f"--cluster {text!r}: ")
-    assert fact in caught.value.fact
-    assert "gpus=64,memory=80GiB,tflops=60,network=25Gbps" in str(caught.value)
-    assert len(str(caught.value).splitlines()) == 1
-
-
-def test_what_is_not_said_is_assumed_and_told() -> None:
-    """Speed and network of a machine, with where they come from."""
-    gpus = machine_of(parse_cluster("gpus=8"), precision="bfloat16")
-    assert (gpus.workers, gpus.rate, gpus.bandwidth) == (8, 79e12, BANDWIDTH["GPU"])
-    told = "\n".join(assumptions(gpus, work_of(2), parse_cluster("gpus=8")))
-    assert "not measured on any GPU" in told
-    assert "3.12 GB/s in a sum (assumed)" in told
-    given = parse_cluster("gpus=8,tflops=60,network=8Gbps,memory=80GiB")
-    told = "\n".join(assumptions(machine_of(given), work_of(2), given))
-    assert "60 TFLOP/s a worker (as given), 80.00 GiB a worker as given" in told
-    assert "1 GB/s in a sum (as given)" in told
-
-
-def test_only_student_steps_run_in_the_recipe_s_precision() -> None:
-    """Experts, training and scoring take as long in every one, whether a speed is assumed or given."""
-    assert GPU_PEAK == {"bfloat16": 790e12, "tf32": 395e12, "float32": 67e12}
-    for text, float32 in (("gpus=8", 6.7e12), ("gpus=8,tflops=60", 60e12)):
-        for precision, times in (("float32", 1.0), ("tf32", 395 / 67), ("bfloat16", 790 / 67)):
-            gpus = machine_of(parse_cluster(text), precision=precision)
-            plain = gpus.rate / times
-            assert gpus.seconds(1e15) == pytest.approx(1e15 / gpus.rate), (text, precision)
-            for kind, share in (("experts", 1.15), ("training", 0.54), ("scoring", 0.42)):
-                assert gpus.seconds(1e15, kind) == pytest.approx(1e15 / (share * plain)), (text, precision, kind)
-            if text == "gpus=8":
-                assert plain == pytest.approx(float32), precision
-            else:
-                assert gpus.rate == float32, precision
-    hours = {each: estimate(work_of(), machine_of(parse_cluster("gpus=8"), precision=each)).hours for each in GPU_PEAK}
-    for stage in ("experts", "evaluation", "validation"):
-        assert hours["bfloat16"][stage] == pytest.approx(hours["float32"][stage]), stage
-    told = "\n".join(
-        assumptions(machine_of(parse_cluster("gpus=8"), precision="tf32"), work_of(), parse_cluster("gpus=8"))
-    )
-    assert "1.15, 0.54, 0.42 of 6.7 TFLOP/s, their float32 rate" in told
-    cores = machine_of(parse_cluster("cpus=2,gflops=140"))
-    assert cores.seconds(1e12, "experts") == pytest.approx(1e12 / (1.15 * 140e9))
-
-
-def test_cores_are_shared_out_to_workers() -> None:
-    """With their memory; a worker of two threads is twice as fast as a core."""
-    two = machine_of(parse_cluster("cpus=9,memory=24GiB"), threads=2)
-    assert (two.workers, two.memory, two.cores) == (4, 6 * GIB, 2)
-    assert two.rate == pytest.approx(2 * MATCHING_OF_PRODUCT * CORE_PRODUCT)
-    assert machine_of(parse_cluster("cpus=9"), product=1e9).rate == pytest.approx(MATCHING_OF_PRODUCT * 1e9)
+    """All keys, in any order, with spaces or without; a worker of two threads has two cores and their memory."""
+    given = parse_cluster("gpus=64,memory=80GiB,tflops=60,network=25Gbps")
+    assert (given.device, given.workers, given.memory, given.bandwidth) == ("GPU", 64, 80 * GIB, 3.125e9)
+    assert given.basis == "as given"
+    assert given.rates["matching"] == pytest.approx(60e12)
+    given = parse_cluster(" network = 10 gbps , cpus = 9, memory=24GiB", threads=2)
+    assert (given.device, given.workers, given.cores, given.memory) == ("core", 4, 2, 6 * GIB)
+    assert given.bandwidth == 1.25e9
+    assert given.rates["training"] == pytest.approx(2 * CORE_RATES["training"])
+    unknown = parse_cluster("gpus=1")
+    assert (unknown.memory, unknown.bandwidth, unknown.basis) == (None, BANDWIDTH["GPU"], "")
     with pytest.raises(ConfigError, match="a worker takes 4 cores, and the cluster has 2"):
-        machine_of(parse_cluster("cpus=2"), threads=4)
+        parse_cluster("cpus=2", threads=4)
+
+
+UNREADABLE = {
+    "": "'' is not one of gpus=, cpus=",
+    "64": "'64' is not one of",
+    "gpus": "'gpus' is not one of",
+    "memory=80GiB": "it needs gpus= or cpus=",
+    "gpus=1,cpus=2": "it needs gpus= or cpus=, and not both",
+    "gpus=1,gpus=2": "gpus is there twice",
+    "gpus=0": "gpus is '0'",
+    "gpus=-1": "gpus is '-1'",
+    "gpus=1.5": "gpus is '1.5'",
+    "gpus=¹": "gpus is '¹'",
+    "gpus=1,": "'' is not one of",
+    "gpus=1,speed=3": "'speed=3' is not one of",
+    "gpus=1,tflops=fast": "tflops is 'fast'",
+    "gpus=1,tflops=0": "tflops is '0'",
+    "gpus=1,tflops=nan": "tflops is 'nan'",
+    "gpus=1,tflops=1,gflops=1": "it has tflops= and gflops=",
+    "gpus=1,memory=much": "memory is 'much'",
+    "gpus=1,memory=8": "memory is '8'",
+    "gpus=1,network=25": "network is '25'",
+    "gpus=1,network=25GiB": "network is '25GiB'",
+    "gpus=" + "9" * 400: "gpus is '999",
+}
+
+
+def test_an_unreadable_cluster_is_one_line() -> None:
+    """What is wrong, and how to write it."""
+    for text, fact in UNREADABLE.items():
+        with pytest.raises(ConfigError) as caught:
+            parse_cluster(text)
+        assert str(caught.value).startswith(f"--cluster {text!r}: "), text
+        assert fact in caught.value.fact, text
+        assert "gpus=64,memory=80GiB,tflops=60,network=25Gbps" in str(caught.value), text
+        assert len(str(caught.value).splitlines()) == 1, text
+
+
+def test_workers_without_a_description_are_those_asked_for() -> None:
+    """Never fewer than one; GPUs where workers have some."""
+    asked = machine_here(tiny_config("cluster.workers=3", "cluster.threads_per_worker=2"))
+    assert (asked.device, asked.workers, asked.cores) == ("core", 3, 2)
+    assert machine_here(tiny_config("cluster.threads_per_worker=999")).workers == 1
+    assert machine_here(tiny_config()).workers == os.cpu_count()
+    gpus = machine_here(tiny_config("cluster.workers=4", "cluster.gpus_per_worker=1"))
+    assert (gpus.device, gpus.workers, gpus.basis) == ("GPU", 4, "")
+
+
+def test_a_machine_is_measured_only_where_it_tells_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where the speed is given, nor where the workers compute on what this machine has not."""
+    require_measurable(parse_cluster("cpus=2"))
+    for cluster in ("cpus=2,gflops=140", "gpus=2"):
+        with pytest.raises(ConfigError, match="--measure times steps on this machine, which has no GPU"):
+            require_measurable(parse_cluster(cluster))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    require_measurable(parse_cluster("gpus=2"))
+
+
+def test_hours_follow_the_recipe() -> None:
+    """Twice the iterations take twice the hours, GSAM two gradients, a set's other workers wait for validation."""
+    base, longer, gsam, shared = (
+        proposal(*changes).stages
+        for changes in ((), ("distill.iterations=12",), ("experts.optimiser=gsam",), ("cluster.shards=2",))
+    )
+    assert longer["distillation"][0] == pytest.approx(2 * base["distillation"][0])
+    assert gsam["experts"][0] == pytest.approx(2 * base["experts"][0])
+    assert shared["validation"] == pytest.approx((2 * base["validation"][0], base["validation"][1]))
+    passes = 3 * 10  # steps of ten images, eleven forward passes each
+    seconds = 6 * passes * 11 * FORWARD / 140e9  # the speed that is given
+    assert base["distillation"][0] == pytest.approx(seconds / 3600)
+    assert proposal(machine="cpus=2,gflops=70").stages["experts"][0] == pytest.approx(2 * base["experts"][0])
+    with_meta = proposal(METADD)
+    assert with_meta.iteration[0] > proposal().iteration[0]
+    assert with_meta.stages["experts"][0] > base["experts"][0]
+
+
+FORWARD = plans_of(tiny_config("cluster.memory=64GiB"), DIGITS)[0]._cost(0).flop
+
+
+def test_more_shards_are_faster_unless_the_network_is_slow() -> None:
+    """Where every minibatch is the whole set a shard computes its part; sums cost what travels and their rounds."""
+    whole = ("distill.batch_size=10", "cluster.memory=64GiB")
+    alone, ten = (proposal(*whole, f"cluster.shards={shards}") for shards in (1, 10))
+    assert alone.iteration[0] == pytest.approx(10 * ten.iteration[0])
+    assert alone.iteration[1] == 0
+    machine = replace(parse_cluster("cpus=4"), bandwidth=1e6)
+    assert machine.sum_seconds(3_000_000, 2, 1) == 0
+    assert machine.sum_seconds(3_000_000, 0, 2) == pytest.approx(3)
+    assert machine.sum_seconds(3_000_000, 2, 4) == pytest.approx(1.5 * 3 + 2 * 2 * 0.0002)
+
+
+def test_a_layout_is_one_that_fits_and_is_fastest() -> None:
+    """Little memory asks for shards; a slow network is not crossed; where there is room, more workers are used."""
+    config, shape = get_recipe("tiny-imagenet-ipc50"), KNOWN_SHAPES["tiny-imagenet"]
+
+    def proposed(text: str) -> Proposal:
+        found = propose(config, shape, parse_cluster(text))
+        assert f"--set cluster.shards={found.config.cluster.shards} " in found.settings()
+        return found
+
+    alone = proposed("gpus=1,tflops=20,network=25Gbps")
+    eight = proposed("gpus=8,tflops=20,network=25Gbps")
+    slow = proposed("gpus=8,tflops=20,network=10Mbps")
+    assert [each.config.cluster.shards for each in (alone, eight, slow)] == [1, 8, 1]
+    assert sum(alone.iteration) / 8 < sum(eight.iteration) < sum(alone.iteration) / 4
+    assert proposed("gpus=16,memory=2500MiB,tflops=20,network=10Mbps").config.cluster.shards in (8, 16)
+    with pytest.raises(ConfigError, match=r"needs .* and may take"):
+        proposed("gpus=2,memory=200MiB")
+    apart = tiny_config("backbones=[{network: {width: 3, depth: 2}}]", "cluster.backbones_apart=true")
+    with pytest.raises(ConfigError, match="tiny wants 2 workers at once, and the cluster has 1"):
+        propose(apart, DIGITS, parse_cluster("gpus=1"))
+
+
+def test_experts_stand_in_smaller_stacks_where_gpus_would_be_left_without() -> None:
+    """A hundred experts in stacks of eight would occupy thirteen GPUs of sixty-four."""
+    for gpus, stack in ((8, None), (13, None), (64, 2), (200, 1)):
+        found = propose(get_recipe("cifar10-ipc10"), KNOWN_SHAPES["cifar10"], parse_cluster(f"gpus={gpus},tflops=60"))
+        assert found.config.cluster.experts_at_a_time == stack, gpus
+        assert ("cluster.experts_at_a_time" in found.settings()) == (stack is not None), gpus
+
+
+def test_hours_of_gpus_are_told_only_with_a_speed() -> None:
+    """No GPU was measured; the numbers of steps stand there all the same."""
+    config, shape = get_recipe("cifar10-ipc10").resolved((32, 32)), KNOWN_SHAPES["cifar10"]
+    unknown, given = (
+        "\n".join(propose(config, shape, parse_cluster(text)).lines(suggested=True))
+        for text in ("gpus=8,memory=80GiB", "gpus=8,memory=80GiB,tflops=60")
+    )
+    assert "10,000 iterations of 80 student steps of 100 of 100 images" in unknown
+    assert "GPU-hours        unknown: no GPU was measured. Give its speed as tflops=" in unknown
+    assert "about" not in unknown.splitlines()[0]
+    assert "hours on clock" not in unknown
+    assert "; as given" in given
+    assert "hours on clock" in given
+    assert len(given.splitlines()) <= 10
+
+
+@pytest.mark.slow
+def test_a_measured_estimate_is_within_three_times_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU seconds of a tiny distillation, uncompiled; validation, of one epoch, is in both."""
+    # CPU seconds on both sides, for other work on the machine is in neither.
+    monkeypatch.setattr("datm_ray.runtime.cost.time.perf_counter", time.process_time)
+    longer = ("network.width=32", "distill.ipc=10", "distill.batch_size=50", "distill.student_steps=10")
+    more = ("distill.iterations=10", "distill.validate_every=10", "cluster.compile=false", "cluster.workers=1")
+    config = tiny_config(*longer, *more, "distill.threshold=1e9")
+    found = Proposal(config, DIGITS, plans_of(config, DIGITS), machine_here(config))
+    found = replace(found, machine=measured(found))
+    hours = found.stages["distillation"][0] + found.stages["validation"][0]
+    pipeline = Pipeline([config], str(tmp_path), alone=True)
+    start: Callable[[], SerialExecutor] = lambda: SerialExecutor(config.cluster)  # noqa: E731
+    pipeline.train_experts(start, Reporter(quiet=True))
+    pipeline.distill(start, Reporter(quiet=True))
+    spent = read_cost(open_location(str(tmp_path)) / "tiny").cpu_seconds
+    print(f"estimated {3600 * hours:.2f}, spent {spent:.2f} CPU seconds")
+    assert spent / 3 < 3600 * hours < 3 * spent
+
+
+@pytest.mark.slow
+def test_storage_is_what_lies_on_disk(tmp_path: Path) -> None:
+    """Experts with their transforms, the checkpoint, both sets with one; within headers of some kB a file."""
+    wide = ("network.width=32", "dataset.resize=16", "dataset.normalisation=zca", "distill.ipc=10")
+    config = tiny_config(METADD, *wide, "distill.iterations=4", "distill.threshold=1e9")
+    pipeline = Pipeline([config], str(tmp_path))
+    start: Callable[[], SerialExecutor] = lambda: SerialExecutor(config.cluster)  # noqa: E731
+    pipeline.train_experts(start, Reporter(quiet=True))
+    pipeline.distill(start, Reporter(quiet=True))
+    told = storage(config, DataShape((1, 16, 16), 10, 1438))
+    for name, *patterns in (
+        ("store", "experts/*"),
+        ("checkpoint", "tiny/checkpoint*"),
+        ("results", "tiny/[is]*.arrow", "transforms/*"),
+    ):
+        found = [path for pattern in patterns for path in tmp_path.glob(pattern)]
+        files = {each for path in found for each in (path, *path.rglob("*")) if each.is_file()}
+        written = sum(each.stat().st_size for each in files)
+        assert told[name] == pytest.approx(written, abs=16_384 * len(files)), name
+        assert 2 * 16_384 * len(files) < written, name
+
+
+def test_auxiliaries_and_whitening_have_their_part_of_the_store() -> None:
+    """Of an auxiliary the first epochs are stored and the last; whitening has a row for every value of an image."""
+    alone, more = (storage(tiny_config(*changes), DIGITS)["store"] for changes in ((), (METADD,)))
+    lenet = FlatNetwork(build_network(NetworkSpec("lenet", 1, (8, 8), 10), seed=0)).count
+    assert more - alone == 3 * 3 * 4 * lenet + 8
+    whitened = storage(override(get_recipe("tiny-imagenet-ipc1"), []), KNOWN_SHAPES["tiny-imagenet"])["results"]
+    assert whitened > 4 * 12_288 * 12_291
+
+
+def test_numbers_keep_three_digits() -> None:
+    """Or all before the point."""
+    assert [show_number(value) for value in (0.00123456, 1.5, 99.96, 12345.6)] == ["0.00123", "1.5", "100", "12,346"]
