@@ -79,7 +79,7 @@ COLUMNS = (
 )
 
 
-def made_up(folder: Path, side: int, classes: int, each: int = 10) -> Path:
+def made_up(folder: Path, side: int, classes: int, each: int = 20) -> Path:
     """A Parquet file of noise."""
     draw = np.random.default_rng(0)
     files = []
