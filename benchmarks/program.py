@@ -74,5 +74,5 @@ def start(main: Callable[[], object]) -> None:
         print(failure, file=sys.stderr)
         sys.exit(failure.exit_code)
     except KeyboardInterrupt:
-        print("Stopped. The same command again continues from here.", file=sys.stderr)
+        print("Stopped. Run the same command again to resume.", file=sys.stderr)
         sys.exit(130)

@@ -12,8 +12,8 @@ An output folder holds any number of runs that share experts and controls:
     <out>/controls/               training on real images, shared by runs
     <out>/report.html, summary.json
 
-A stage is a list of tasks; a task whose result is there is not given out. So the same command again continues where
-it stopped, however it stopped.
+A stage is a list of tasks; a task whose result exists is skipped. So running the same command again resumes where it
+stopped, for whatever reason it stopped.
 """
 
 from __future__ import annotations
@@ -226,9 +226,9 @@ class Pipeline:
         try:
             if distils:
                 for config in self._unfinished():
-                    # What has begun goes on with fewer workers too: machines may have been lost with the command.
-                    has_begun = (self._folder(config) / CHECKPOINT).exists()
-                    fewer = self._fewer(config) if has_begun else ()
+                    # An unfinished distillation may resume with fewer workers: nodes may be lost since it started.
+                    is_unfinished = (self._folder(config) / CHECKPOINT).exists()
+                    fewer = self._fewer(config) if is_unfinished else ()
                     executor.require_workers(config.name, min((config.workers_per_set, *fewer)))
                 self._require_memory(executor)
             for line in (f"Running on {executor.description}", *self.data_lines()):
@@ -335,7 +335,7 @@ class Pipeline:
         return tasks
 
     def _fewer(self, config: RunConfig) -> tuple[int, ...]:
-        """Smaller numbers of workers with which a set can go on, as far as their memory is known."""
+        """Smaller numbers of workers that can resume a set, the largest first. Unknown memory is taken to suffice."""
         rows, roles = len(config.roles), config.roles if len(config.roles) > 1 else ()
         fewer = range(1, config.cluster.shards)
         # What fits some shards fits more of them, since each then holds no more images.
@@ -358,7 +358,7 @@ class Pipeline:
         return [config for config in self.configs if not (self._folder(config) / SYNTHETIC).exists()]
 
     def _layout(self, config: RunConfig, executor: Executor | None) -> Layout:
-        """Who distils a set, among the others; where nothing runs yet, as far as it can be told from here."""
+        """Workers that distil a set beside the other sets. Without an executor, it has this machine's CPUs."""
         if self._alone or (executor is not None and config.workers_per_set > executor.workers):
             return ALONE
         wanted = sum(each.workers_per_set for each in self._unfinished())
@@ -643,7 +643,7 @@ def summaries(out: Location, configs: Sequence[RunConfig]) -> list[RunSummary]:
 
 
 def _read_note(place: Location) -> dict[str, Any]:
-    """Of a run's data; see `Pipeline._data_note`."""
+    """Fingerprint and number of training images, as `Pipeline._data_note` wrote them."""
     note = place.read_json()
     with rejecting_nonsense(place):
         return {"fingerprint": str(note["fingerprint"]), "training_images": int(note["training_images"])}

@@ -258,7 +258,7 @@ def test_an_interrupt_says_that_nothing_is_lost(datm_ray: CommandLine, monkeypat
 
     monkeypatch.setattr("datm_ray.pipeline.Pipeline.run_all", interrupted)
     code, _, err = datm_ray("run", "digits-ipc1", "--executor", "serial")
-    assert (code, err) == (130, "datm-ray: stopped. The same command again goes on from here.\n")
+    assert (code, err) == (130, "datm-ray: stopped. Run the same command again to resume.\n")
 
 
 @pytest.mark.parametrize("name", ["dataset.json", "evaluation/distilled-00.json", "cost.json", "experts-cost.json"])
@@ -641,4 +641,4 @@ def test_a_log_is_followed_into_a_pipe_that_closes(datm_ray: CommandLine, monkey
     Jobs.failure = KeyboardInterrupt
     code, out, err = datm_ray("job", "logs", "here", "--follow")
     assert (code, out) == (130, "line\n" * 3)
-    assert err == "\nThe job goes on: follow here\n"
+    assert err == "\nThe job keeps running. Follow it again with: follow here\n"

@@ -1,4 +1,4 @@
-"""How the command line ends: one line for every failure, an exit code, and a log for what nobody expected.
+"""End of the command line: one line per failure, an exit code, and a log of unexpected failures.
 
 Exit codes: 0, 1 for work that failed, 2 for bad input, 75 where a job that is followed is out of sight, 130 for Ctrl-C,
 141 where the reader of the output has gone.
@@ -39,7 +39,7 @@ _SPELLED = str.maketrans({"±": "+-", "×": "x", "–": "-", "—": "-", "…": 
 
 
 class _Caught(Exception):
-    """Ctrl-C, or a closed pipe or connection, of which typer would leave an exit code alone."""
+    """Carrier of Ctrl-C or of a closed pipe, which Typer would otherwise reduce to an exit code."""
 
     def __init__(self, failure: BaseException) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ def _exit_flushed() -> None:
 
 def _end_with(failure: BaseException, out: str | None) -> None:
     if isinstance(failure, KeyboardInterrupt):
-        _say("stopped. The same command again goes on from here.")
+        _say("stopped. Run the same command again to resume.")
         sys.exit(INTERRUPTED)
     if isinstance(failure, BrokenPipeError) and any([_has_no_reader(sys.stdout), _has_no_reader(sys.stderr)]):
         sys.exit(READER_GONE)
@@ -107,9 +107,9 @@ def _end_with(failure: BaseException, out: str | None) -> None:
 def _in_words(failure: BaseException) -> str:
     """An exception that no part of this package expects, in a line with what to do where that is known."""
     kinds = {each.__name__ for each in type(failure).__mro__}
-    said = one_line(str(failure)).rstrip(". ")
-    shown = type(failure).__name__ + (f": {said[:300]}" if said else "")
-    if kinds & {"MemoryError", "OutOfMemoryError"} or "t allocate memory" in said.replace("Cannot", "can't"):
+    words = one_line(str(failure)).rstrip(". ")
+    shown = type(failure).__name__ + (f": {words[:300]}" if words else "")
+    if kinds & {"MemoryError", "OutOfMemoryError"} or "t allocate memory" in words.replace("Cannot", "can't"):
         return (
             f"the memory does not suffice ({shown}). "
             "Try: `datm-ray plan` with the same recipe, fewer workers, or a machine with more memory."
@@ -121,13 +121,16 @@ def _in_words(failure: BaseException) -> str:
             f"Ray cannot prepare its workers' environment ({shown}). It packs the working folder under `uv run`. "
             "Try: RAY_ENABLE_UV_RUN_RUNTIME_ENV=0, or a smaller working folder."
         )
-    if isinstance(failure, RuntimeError) and "home directory" in said:
+    if isinstance(failure, RuntimeError) and "home directory" in words:
         return f"this user has no home folder ({shown}). Try: give dataset.path, or set HOME to a folder of yours."
     return f"unexpected {shown}."
 
 
 def _write_log(failure: BaseException, out: str | None) -> str | None:
-    """Keep the traceback, in the output folder if it is there and else in a temporary file; the file's path."""
+    """Append the traceback to the output folder's log, or write a temporary file. Returns the path.
+
+    `None` means that no file could be written.
+    """
     lines = [
         time.strftime("%Y-%m-%d %H:%M:%S "),
         shlex.join(sys.argv),
@@ -155,7 +158,7 @@ def _say(text: str) -> None:
 
 
 def _has_no_reader(stream: TextIO | None) -> bool:
-    """Whether the stream is a pipe that nobody reads; if so, what is left in it goes nowhere, without a complaint."""
+    """Whether the stream is a pipe without a reader. If so, its remaining output is discarded."""
     if stream is None:
         return False
     try:
@@ -172,7 +175,7 @@ def _has_no_reader(stream: TextIO | None) -> bool:
 
 
 def adapt_streams() -> None:
-    """Let standard output and error show what they can of any text, instead of failing at what they cannot."""
+    """Make standard output and error replace characters that they cannot encode, instead of failing."""
     codecs.register_error("datm-ray", _spelled)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -189,7 +192,7 @@ def _spelled(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def find_home() -> None:
-    """Give a user without a home folder, as in a container with any user id, a temporary one until the command ends."""
+    """Set HOME to a temporary folder where the user has none, as in some containers."""
     if os.path.expanduser("~") == "~":
         os.environ["HOME"] = folder = tempfile.mkdtemp(prefix="datm-ray-home-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Commands about runs as jobs of a Ray cluster."""
+"""Commands that submit, follow and stop runs as jobs of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from datm_ray.cli.options import Recipes, Set, Store, config_of
 if TYPE_CHECKING:
     from datm_ray.runtime.ray_jobs import Jobs
 
-job_app = typer.Typer(help="Runs as jobs of a Ray cluster.", no_args_is_help=True, rich_markup_mode=None)
+job_app = typer.Typer(
+    help="Submit, follow and stop runs as jobs of a Ray cluster.", no_args_is_help=True, rich_markup_mode=None
+)
 
 Dashboard = Annotated[
     str,
@@ -29,7 +31,7 @@ Follow = Annotated[
         help="Show the log until the job ends, and end as it ends; 75 if the cluster has not answered for 10 minutes.",
     ),
 ]
-JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's number, as `job list` shows it.")]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="Job id, as `job list` shows it.")]
 
 
 @job_app.command("submit")
@@ -44,7 +46,10 @@ def job_submit(
     ] = None,
     follow: Follow = False,
 ) -> None:
-    """Hand `run` in as a job, which goes on when this terminal is closed. The same again resumes a job that ended."""
+    """Submit `run` as a job of the cluster.
+
+    The job keeps running when this terminal is closed. Submitting it again resumes a job that ended.
+    """
     from datm_ray.pipeline import require_together
     from datm_ray.runtime.ray_jobs import Jobs
 
@@ -61,7 +66,7 @@ def job_submit(
 
 @job_app.command("list")
 def job_list(address: Dashboard = LOCAL_DASHBOARD) -> None:
-    """This package's jobs on the cluster, a line each, the oldest first."""
+    """List this package's jobs on the cluster, oldest first."""
     from datm_ray.runtime.ray_jobs import Jobs
 
     for job in Jobs(address).list():
@@ -70,23 +75,23 @@ def job_list(address: Dashboard = LOCAL_DASHBOARD) -> None:
 
 @job_app.command("status")
 def job_status(number: JobId, address: Dashboard = LOCAL_DASHBOARD) -> None:
-    """What a job does, and the last line of its log."""
+    """Show a job's state, progress and last log line."""
     from datm_ray.runtime.ray_jobs import Jobs
 
     jobs = Jobs(address)
     job = jobs.job(number)
     ended = "" if job.exit_code is None else f", exit code {job.exit_code}"
     print(f"{job.id}: {job.status}{ended}")
-    told = {"recipes": job.recipes, "out": job.out, "time": f"{job.seconds:,.0f} s"}
-    for title, value in (told | highlights(jobs.logs(number), job.message)).items():
+    facts = {"recipes": job.recipes, "out": job.out, "time": f"{job.seconds:,.0f} s"}
+    for title, value in (facts | highlights(jobs.logs(number), job.message)).items():
         print(f"  {title:<8} {value}")
 
 
 def highlights(log: str, message: str) -> dict[str, str]:
-    """What is worth a line of a job's log, as `telemetry` writes it, under its title.
+    """Lost workers, latest progress and last line of a job's log, by title.
 
     Args:
-        message: of the cluster about the job, for one that has said nothing.
+        message: the cluster's message about the job, shown while its log is empty.
     """
     from datm_ray.runtime.telemetry import TASKS_DONE, WORKER_LOST
 
@@ -107,7 +112,7 @@ def job_logs(
     address: Dashboard = LOCAL_DASHBOARD,
     follow: Follow = False,
 ) -> None:
-    """What a job has said."""
+    """Print a job's log."""
     from datm_ray.runtime.ray_jobs import Jobs
 
     jobs = Jobs(address)
@@ -119,14 +124,17 @@ def job_logs(
 
 @job_app.command("stop")
 def job_stop(number: JobId, address: Dashboard = LOCAL_DASHBOARD) -> None:
-    """Stop a job; what it has finished stays, and `job submit` with the same arguments goes on from there."""
+    """Stop a job and keep what it has finished.
+
+    `job submit` with the same arguments resumes from there.
+    """
     from datm_ray.runtime.ray_jobs import Jobs
 
     print(f"Job {number} {'is being stopped' if Jobs(address).stop(number) else 'had ended already'}")
 
 
 def _follow(jobs: Jobs, number: str) -> None:
-    """Show a job's log and end with its exit code; an interrupt leaves the job alone."""
+    """Show a job's log and end with its exit code. Ctrl-C does not stop the job."""
     try:
         job = jobs.follow(
             number,
@@ -134,7 +142,7 @@ def _follow(jobs: Jobs, number: str) -> None:
             warn=lambda text: print(f"datm-ray: {text}", file=sys.stderr, flush=True),
         )
     except KeyboardInterrupt:
-        print(f"\nThe job goes on: {jobs.command(number)}", file=sys.stderr)
+        print(f"\nThe job keeps running. Follow it again with: {jobs.command(number)}", file=sys.stderr)
         sys.exit(INTERRUPTED)
     print(f"Job {number} {job.status}{f': {job.message}' if job.status == 'failed' and job.message else ''}")
     if job.status != "succeeded":

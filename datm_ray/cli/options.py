@@ -30,8 +30,8 @@ def config_of(name: str, set_: list[str] | None) -> RunConfig:
     return override(get_recipe(name), set_ or [])
 
 
-class Said(NamedTuple):
-    """What was said for a stage, and is to be said again for the next one."""
+class Invocation(NamedTuple):
+    """Arguments of one stage's command, which the command for the next stage repeats."""
 
     recipes: list[str]
     set_: list[str] | None

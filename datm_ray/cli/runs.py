@@ -1,4 +1,4 @@
-"""Commands that plan, compute and look at runs, and those about recipes."""
+"""Commands that plan, run and report, and commands about recipes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from datm_ray._version import __version__
 from datm_ray.cli.ending import Commands, note_out
-from datm_ray.cli.options import Recipes, Said, Set, Store, config_of
+from datm_ray.cli.options import Invocation, Recipes, Set, Store, config_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-recipe_app = typer.Typer(help="Packaged recipes.", no_args_is_help=True, rich_markup_mode=None)
+recipe_app = typer.Typer(help="List and print recipes.", no_args_is_help=True, rich_markup_mode=None)
 
 Out = Annotated[
     str, typer.Option("--out", metavar="URI", callback=note_out, help="Folder for everything the run writes.")
@@ -39,18 +39,18 @@ ExecutorName = Annotated[
 ]
 Address = Annotated[
     str | None,
-    typer.Option("--address", metavar="ADDRESS", help="Ray cluster to run on; none starts one on this machine."),
+    typer.Option("--address", metavar="ADDRESS", help="Ray cluster to run on; without it, Ray starts here."),
 ]
 Memory = Annotated[
     str | None,
-    typer.Option("--memory", metavar="SIZE", help="What one distilling worker may take, e.g. 8GiB (cluster.memory)."),
+    typer.Option("--memory", metavar="SIZE", help="Memory of one distilling worker, e.g. 8GiB (cluster.memory)."),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would be done, write nothing.")]
 
 
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
-    """Print the version, or go on to the command."""
+    """Print the version, or run the command."""
     if version:
         print(__version__)
         raise typer.Exit
@@ -67,10 +67,13 @@ def run(
     memory: Memory = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Train experts, distil, evaluate, report. The same command again continues where it stopped."""
+    """Train experts, distil, evaluate and write the report.
+
+    Stopped at any time, the same command resumes where it was.
+    """
     from datm_ray.pipeline import report as write_report
 
-    pipeline, start = _prepare(Said(recipes, _with_memory(set_, memory), out, store, executor, address))
+    pipeline, start = _prepare(Invocation(recipes, _with_memory(set_, memory), out, store, executor, address))
     if dry_run:
         _print_plan(pipeline)
         return
@@ -94,19 +97,20 @@ def plan(
     ] = None,
     data_shape: Annotated[
         str | None,
-        typer.Option("--data-shape", metavar="CxHxW,CLASSES,IMAGES", help="Of a data set that is not here."),
+        typer.Option("--data-shape", metavar="CxHxW,CLASSES,IMAGES", help="Shape of a data set that is not here."),
     ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Time a few real steps here first: seconds, minutes where they compile.")
     ] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Also parts of the memory and of an iteration.")
+        bool, typer.Option("--verbose", "-v", help="Print the parts of the memory and of an iteration too.")
     ] = False,
 ) -> None:
-    """Estimate what a recipe takes before anything starts: memory, hours, storage; and a layout for a cluster.
+    """Estimate memory, hours and storage before anything starts.
 
-    In --cluster, memory is that of a GPU, or of all cores together; tflops (or gflops) is the speed of student steps on
-    one GPU or core, not its peak; network is what one of them can send. Hours of GPUs need tflops or --measure.
+    With --cluster it also suggests a layout for that cluster. There, memory is that of one GPU, or of all cores
+    together; tflops (or gflops) is the speed of student steps on one GPU or core, not its peak; network is what one GPU
+    or core can send. Hours of GPUs need tflops or --measure.
     """
     from dataclasses import replace
 
@@ -147,13 +151,13 @@ def experts(
     executor: ExecutorName = "ray",
     address: Address = None,
 ) -> None:
-    """Train the expert trajectories that the recipes need and the store has not."""
-    said = Said(recipes, set_, out, store, executor, address)
-    pipeline, start = _prepare(said)
+    """Train the experts that are missing from the store."""
+    invocation = Invocation(recipes, set_, out, store, executor, address)
+    pipeline, start = _prepare(invocation)
     pipeline.train_experts(start, _reporter())
     print(f"Experts are in {pipeline.store_uri}")
     if all(config.is_matchable for config in pipeline.configs):
-        print(f"Next: {said.next('distill')}")
+        print(f"Next: {invocation.next('distill')}")
 
 
 @app.command()
@@ -166,13 +170,13 @@ def distill(
     address: Address = None,
     memory: Memory = None,
 ) -> None:
-    """Distil synthetic sets from experts that are already trained."""
-    said = Said(recipes, _with_memory(set_, memory), out, store, executor, address)
-    pipeline, start = _prepare(said)
+    """Distil synthetic sets from trained experts."""
+    invocation = Invocation(recipes, _with_memory(set_, memory), out, store, executor, address)
+    pipeline, start = _prepare(invocation)
     pipeline.distill(start, _reporter())
     for config in pipeline.configs:
         print(f"{config.name}: {(pipeline.out / config.name / 'synthetic.arrow').uri}")
-    print(f"Next: {said.next('evaluate')}")
+    print(f"Next: {invocation.next('evaluate')}")
 
 
 @app.command()
@@ -189,20 +193,23 @@ def evaluate(
     ] = None,
     seeds: Annotated[int | None, typer.Option("--seeds", metavar="N", help="Networks a row (evaluate.seeds).")] = None,
     fair: Annotated[
-        bool, typer.Option("--fair", help="Also DD-Ranking's scores, of three more rows of networks (evaluate.fair).")
+        bool,
+        typer.Option("--fair", help="Add DD-Ranking's scores, from three more rows of networks (evaluate.fair)."),
     ] = False,
 ) -> None:
-    """Train fresh networks on the synthetic sets and on the controls, and score them on the test set.
+    """Score the synthetic sets and their controls on the test set.
+
+    Fresh networks are trained on each synthetic set and on each control, and tested on the real test images.
 
     Other architectures get the step size that was learned, and one chosen on validation data. A name means the recipe's
     own network, backbone or auxiliary of that name where it has one; widths are relative to 128. What SGD does not
     train, such as vit-small, takes --set evaluate.optimiser=adamw.
 
-    --fair asks what is left of the set's accuracy with hard labels, and without augmentation.
+    --fair also measures the set's accuracy with hard labels and without augmentation.
     """
     set_ = [*(set_ or []), *([f"evaluate.seeds={seeds}"] if seeds is not None else [])]
     set_ += ["evaluate.fair=true"] if fair else []
-    pipeline, start = _prepare(Said(recipes, set_, out, store, executor, address), arch)
+    pipeline, start = _prepare(Invocation(recipes, set_, out, store, executor, address), arch)
     pipeline.evaluate(start, _reporter())
     print(pipeline.table())
     print(f"Next: {shlex.join(['datm-ray', 'report', out])}")
@@ -210,7 +217,7 @@ def evaluate(
 
 @app.command()
 def report(out: Annotated[str, typer.Argument(metavar="OUT", help="Output folder of earlier runs.")] = "runs") -> None:
-    """Write the HTML report over all runs of an output folder."""
+    """Write the HTML report on all runs of an output folder."""
     from datm_ray.pipeline import report as write_report
 
     print(f"Report: {write_report(out).uri}")
@@ -245,7 +252,7 @@ def export(
 
 @recipe_app.command("list")
 def recipe_list() -> None:
-    """The packaged recipes, a line each."""
+    """List the packaged recipes, one per line."""
     from datm_ray.recipes import recipe_names, recipe_notes
 
     for name in recipe_names():
@@ -257,7 +264,10 @@ def recipe_show(
     name: Annotated[str, typer.Argument(metavar="RECIPE|FILE.yaml", help="A packaged recipe or a YAML file.")],
     set_: Set = None,
 ) -> None:
-    """A recipe as YAML, with a comment on every field; a starting point for your own file."""
+    """Print a recipe as YAML, with a comment on every field.
+
+    The output is a starting point for your own file.
+    """
     from datm_ray.config import to_yaml
     from datm_ray.recipes import recipe_names, recipe_notes
 
@@ -267,9 +277,9 @@ def recipe_show(
     print(to_yaml(config), end="")
 
 
-def _prepare(said: Said, arch: str | None = None) -> tuple[Pipeline, Callable[[], Executor]]:
-    """The pipeline, checked, and how to start its executor."""
-    configs = [config_of(name, said.set_) for name in said.recipes]
+def _prepare(invocation: Invocation, arch: str | None = None) -> tuple[Pipeline, Callable[[], Executor]]:
+    """Checked pipeline, and a function that starts its executor."""
+    configs = [config_of(name, invocation.set_) for name in invocation.recipes]
     asked: dict[NetworkConfig, str] = {}
     if arch is not None:
         from datm_ray.config import networks_named, scored_on
@@ -280,10 +290,10 @@ def _prepare(said: Said, arch: str | None = None) -> tuple[Pipeline, Callable[[]
     from datm_ray.pipeline import Pipeline
     from datm_ray.runtime.create import create_executor
 
-    elsewhere = bool(said.address or os.environ.get("RAY_ADDRESS"))
-    alone = said.executor == "serial"
-    pipeline = Pipeline(configs, said.out, said.store, elsewhere=elsewhere, alone=alone, asked=asked)
-    return pipeline, lambda: create_executor(said.executor, configs[0].cluster, said.address)
+    elsewhere = bool(invocation.address or os.environ.get("RAY_ADDRESS"))
+    alone = invocation.executor == "serial"
+    pipeline = Pipeline(configs, invocation.out, invocation.store, elsewhere=elsewhere, alone=alone, asked=asked)
+    return pipeline, lambda: create_executor(invocation.executor, configs[0].cluster, invocation.address)
 
 
 def _with_memory(set_: list[str] | None, memory: str | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Commands about trajectory stores."""
+"""Commands that inspect, check, import and export stored experts."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from datm_ray.cli.options import Said, Set, config_of
+from datm_ray.cli.options import Invocation, Set, config_of
 
 if TYPE_CHECKING:
     from datm_ray.store.trajectories import ExpertGroup, TrajectoryStore
 
-store_app = typer.Typer(help="Look into a trajectory store.", no_args_is_help=True, rich_markup_mode=None)
+store_app = typer.Typer(
+    help="Inspect, check, import and export stored experts.", no_args_is_help=True, rich_markup_mode=None
+)
 
 StoreUri = Annotated[str, typer.Argument(metavar="URI", help="Trajectory store: local path, file:// or s3:// URI.")]
 Group = Annotated[
@@ -21,7 +23,10 @@ Group = Annotated[
 
 @store_app.command("ls")
 def store_ls(uri: StoreUri) -> None:
-    """The groups of interchangeable experts in a store: how many, what is kept of them, how large they are."""
+    """List the groups of experts in a store.
+
+    Each line has the number of experts, the stored epochs, their precision and their size.
+    """
     from datm_ray.errors import CorruptFileError
     from datm_ray.store.trajectories import epochs_in_words, size_in_words
 
@@ -41,7 +46,7 @@ def store_ls(uri: StoreUri) -> None:
 
 @store_app.command("show")
 def store_show(uri: StoreUri) -> None:
-    """The experts of every group: epochs, loss, size, recipe."""
+    """Show the recipe, epochs, loss and size of every expert."""
     from datm_ray.errors import CorruptFileError
 
     for group in _groups(uri):
@@ -67,18 +72,19 @@ def _expert_lines(group: ExpertGroup, number: int, *, with_recipe: bool) -> list
         for section, values in info.recipe.items():
             values = values if isinstance(values, dict) else {"": values}
             lines.append(f"  {section}: {', '.join(f'{name}={value}' for name, value in values.items())}")
-    told = "imported" if "imported" in info.recipe else f"final train loss {progress.train_loss[-1]:.4f}"
+    result = "imported" if "imported" in info.recipe else f"final train loss {progress.train_loss[-1]:.4f}"
     if math.isfinite(progress.test_accuracy[-1]):
-        told += f", test accuracy {progress.test_accuracy[-1]:.4f}"
+        result += f", test accuracy {progress.test_accuracy[-1]:.4f}"
     size = size_in_words(group.size(number))
-    return [*lines, f"  expert {number:>5}: {epochs_in_words(progress.epochs)}, {told}, {size}"]
+    return [*lines, f"  expert {number:>5}: {epochs_in_words(progress.epochs)}, {result}, {size}"]
 
 
 @store_app.command("verify")
 def store_verify(uri: StoreUri) -> None:
-    """Read every byte of every expert, and of the transform beside them, and check it against its checksums.
+    """Check every file of a store against its checksums.
 
-    Reads eight files at a time and holds at most one snapshot of each in memory.
+    Every byte of the experts and of their transforms is read, eight files at a time. At most one snapshot of each file
+    is in memory.
     """
     from concurrent.futures import ThreadPoolExecutor
 
@@ -102,7 +108,7 @@ def store_verify(uri: StoreUri) -> None:
 
 
 def _verified(group: ExpertGroup, number: int | None) -> tuple[int, str]:
-    """Size in bytes of an expert's file, and what is wrong with it, "" if nothing; None stands for the transform."""
+    """Size in bytes of an expert's file, and its fault or "". None stands for the group's transform."""
     from datm_ray.errors import CorruptFileError, StoreError
 
     size = 0
@@ -124,7 +130,7 @@ def store_rm(
     expert: Annotated[
         list[int] | None, typer.Option("--expert", metavar="N", help="This expert alone; may be given again.")
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would be deleted.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only print what would be deleted.")] = False,
 ) -> None:
     """Delete experts, or a whole group with its transform."""
     from datm_ray.errors import StoreError
@@ -158,7 +164,7 @@ def store_import(
     store: Annotated[str, typer.Option("--store", metavar="URI", help="Trajectory store to write to.")],
     set_: Set = None,
 ) -> None:
-    """Store other projects' expert trajectories as experts of a recipe."""
+    """Store expert trajectories of other projects as a recipe's."""
     config = config_of(recipe, set_)
     from datm_ray.runtime.replay_buffers import import_replay_buffers
 
@@ -169,7 +175,7 @@ def store_import(
     print(f"{new} trajectories were stored in {store}, {len(imported) - new} were there already")
     count = min(len(_group(store, group).experts()) for group in {each.group for each in imported})
     settings = [*(set_ or []), f"experts.count={count}"]
-    print(f"Next: {Said([recipe], settings, 'runs', store, 'ray', None).next('distill')}")
+    print(f"Next: {Invocation([recipe], settings, 'runs', store, 'ray', None).next('distill')}")
 
 
 @store_app.command("export")
@@ -177,9 +183,12 @@ def store_export(
     uri: StoreUri,
     group: Group,
     out: Annotated[str, typer.Option("--out", metavar="URI", help="Folder to write to.")],
-    per_file: Annotated[int, typer.Option("--per-file", metavar="N", min=1, help="Experts a file.")] = 10,
+    per_file: Annotated[int, typer.Option("--per-file", metavar="N", min=1, help="Experts per file.")] = 10,
 ) -> None:
-    """Write the experts of a group as replay_buffer_<n>.pt files, for MTT's family."""
+    """Write a group's experts as replay_buffer_<n>.pt files.
+
+    MTT and the methods built on it read these files.
+    """
     from datm_ray.store.filesystem import open_location
 
     found = _group(uri, group)

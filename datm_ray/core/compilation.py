@@ -1,8 +1,8 @@
 """Functions of tensors as flat graphs of tensor operations, and those graphs as compiled code.
 
 A function is traced once, for one shape of its arguments: no Python of the network, no graph break and no second
-compilation is left. The graph is rid of what is known to be zero and of slow weight gradients. Where the machine has no
-compiler, that is said in one line.
+compilation is left. The graph is rid of what is known to be zero and of slow weight gradients. A machine without a
+compiler runs the functions uncompiled, and one line reports it.
 
 A graph computes the same whatever strides its operations give their results. Tensors without memory predict strides,
 and what they predict differs between versions of torch, from kernel to kernel, and after a term was left out.

@@ -35,21 +35,22 @@ from datm_ray.core.training import Sgd
 SMALLEST_NORM = 1e-12
 """Keeps GSAM's division by a norm finite, as published."""
 CACHED_MAP_BYTES = 10 * 2**20
-"""Of the largest map of a call on a processor: 20 images of 32x32 with 128 channels, as for a student step."""
+"""Bytes that the largest map of one call may have on a CPU: 20 images of 32x32 with 128 channels."""
 STACKED_MAP_BYTES = 3 * 2**19
-"""Of the largest map of a stack's whole batch on a processor: six experts of digits at batch 32 ran 1.9 times as fast
-as one, eight, whose maps leave the second-level cache, 1.2 times."""
+"""Bytes that the largest map of a stack's whole batch may have on a CPU, so that it stays in the second-level cache.
+
+Measured with experts of digits at batch 32: six ran 1.9 times as fast as one, eight, above this size, 1.2 times."""
 LARGEST_STACK = 8
 
 
 @dataclass(frozen=True)
 class Gsam:
-    """Of one step: g at w, g' at w + e with e = rho t^2 g / |t g|, then SGD along g' - alpha (g across g')."""
+    """GSAM step: gradient g at w, g' at w + e with e = rho t^2 g / |t g|, then SGD along g' - alpha (g across g')."""
 
     rho: float
     """Length of the step to the worst point nearby."""
     alpha: float
-    """Share that is taken off of the part of g which is at right angles to g'."""
+    """GSAM's alpha: how much of g's component orthogonal to g' is subtracted."""
     adaptive: bool = True
     """t = |w|, so that the neighbourhood scales with each parameter; else t = 1."""
 
@@ -67,11 +68,11 @@ class ExpertState:
     """A stack of experts in training: all that the next step depends on."""
 
     parameters: Tensor
-    """[s p]."""
+    """Flat parameters of every expert [s p]."""
     buffers: Tensor
-    """[s q]."""
+    """Flat buffers of every expert [s q], such as running statistics."""
     velocity: Tensor | None = None
-    """[s p], of momentum; None without momentum or before the first step."""
+    """Momentum's velocity [s p]; `None` without momentum or before the first step."""
     epoch: int = 0
     """Epochs done."""
     step: int = 0
@@ -79,7 +80,7 @@ class ExpertState:
 
     @classmethod
     def initial(cls, networks: Sequence[nn.Module]) -> ExpertState:
-        """Of networks as they were built."""
+        """State before the first step, with the networks' own parameters and buffers."""
         parameters = torch.stack([flatten(network) for network in networks])
         return cls(parameters, torch.stack([flatten_buffers(network) for network in networks]))
 
@@ -208,7 +209,7 @@ class ExpertFunctions:
 
 
 def chunk_in_cache(network: nn.Module, image: tuple[int, int, int], stacked: int) -> int:
-    """Images of a call whose maps stay in a processor's cache."""
+    """Number of images per call with which the largest map fits the CPU's cache; at least 1."""
     return max(1, CACHED_MAP_BYTES // (stacked * image_cost(network, image).largest))
 
 
@@ -244,7 +245,7 @@ def train_experts(
 
 
 def _filled_up(images: Tensor, labels: Tensor, weights: Tensor, missing: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same [s b c h w], [s b] and [b] with so many images of no weight at the end."""
+    """Images [s b c h w], labels [s b] and weights [b], filled up with `missing` images of weight zero."""
     if not missing:  # torch would copy
         return images, labels, weights
     return pad(images, (0, 0) * 3 + (0, missing)), pad(labels, (0, missing)), pad(weights, (0, missing))
@@ -314,10 +315,10 @@ def _norm(vectors: Tensor) -> Tensor:
 
 
 def _channels_innermost(images: Tensor) -> Tensor:
-    """The same images [s b c h w] in memory as [b h w s c].
+    """Images [s b c h w], copied so that memory has the order [b h w s c].
 
     Stacked, a network's convolutions are one with a group for each expert, which reads [b, s c, h, w]: in this order of
-    memory without a copy, and on processors in less than half the time (benchmarks/LOG.md).
+    memory without a copy, and on CPUs in less than half the time (benchmarks/LOG.md).
     """
     return images.permute(1, 3, 4, 0, 2).contiguous().permute(3, 0, 4, 1, 2)
 

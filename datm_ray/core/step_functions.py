@@ -5,7 +5,7 @@
 
 s is the derivative of the loss along v, so there are two ways to `reverse`: differentiate the loss along v and then
 backwards (reverse over forward), or the gradient backwards (reverse over reverse). Both are exact; the first was the
-faster one compiled, the second the faster one uncompiled (benchmarks/LOG.md; processors only so far).
+faster one compiled, the second the faster one uncompiled (benchmarks/LOG.md; CPUs only so far).
 
 To be compiled a function is traced once, for one number of images (`compilation.py`).
 Shapes: b images of one call, c h w image, k classes, p parameters.
@@ -46,8 +46,8 @@ class StepOptions:
     compiled: bool = True
     """Compile where the machine can."""
     order: Order | None = None
-    """Of differentiation; none takes the faster one. Compiled, a network with a layer norm gets reverse-over-reverse
-    whatever this is."""
+    """Order of differentiation; `None` takes the faster one. A compiled network with a layer norm always gets
+    reverse-over-reverse."""
     channels_last: bool = True
     """Keep maps with their channels innermost, where the device computes convolutions faster that way."""
     precision: Precision = "float32"
@@ -113,8 +113,10 @@ class StudentStepFunctions:
         with tf32_products(self._options.precision == "tf32", theta.device):
             return self._functions(theta, x, y)[1](theta, self.layout(x), y, weights, v)
 
-    def prepare(self, batch: int, image: tuple[int, int, int], classes: int, pulse: Heartbeat = no_heartbeat) -> None:
-        """Compile for so many images, which takes from seconds to minutes; `pulse` is called between the two.
+    def prepare(
+        self, batch: int, image: tuple[int, int, int], classes: int, heartbeat: Heartbeat = no_heartbeat
+    ) -> None:
+        """Compile both functions for `batch` images, which takes seconds to minutes. Calls `heartbeat` after each.
 
         On a GPU both are computed in any case, so that the caller learns whether there is memory for them.
         """
@@ -123,9 +125,9 @@ class StudentStepFunctions:
             return
         x, y, weights = theta.new_zeros(batch, *image), theta.new_zeros(batch, classes), theta.new_zeros(batch)
         self.forward(theta, x, y, weights)
-        pulse()
+        heartbeat()
         self.reverse(theta, x, y, weights, torch.zeros_like(theta))
-        pulse()
+        heartbeat()
 
     def layout(self, x: Tensor) -> Tensor:
         """Images in the memory order that the functions want."""

@@ -37,9 +37,9 @@ class Sgd:
     batch_size: int
     """Images per step; the last, smaller batch is kept."""
     learning_rate: float
-    """Of SGD."""
+    """Step size of the updates."""
     momentum: float = 0.0
-    """Of SGD."""
+    """SGD's momentum; 0 for none."""
     weight_decay: float = 0.0
     """L2 penalty."""
     augmentation: str = ""
@@ -48,7 +48,7 @@ class Sgd:
 
 @dataclass(frozen=True)
 class Schedule(Sgd):
-    """The same with a learning rate that may be divided by ten once."""
+    """How to train a network that is scored: SGD or AdamW, with at most one decay of the learning rate."""
 
     decay_epoch: int | None = None
     """Epoch before which the learning rate is divided by ten; the momentum is lost there, as published."""

@@ -1,4 +1,4 @@
-"""Weight gradients of 3x3 convolutions with fewer multiplications, for processors.
+"""Weight gradients of 3x3 convolutions with fewer multiplications, for CPUs.
 
 The gradient in the weights is itself a convolution: of the input with the output's cotangent, 3x3 of it wanted.
 Winograd's minimal filtering computes it from tiles of 2x2 cotangents and the 4x4 inputs around them, with 16 instead of

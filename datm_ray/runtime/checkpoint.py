@@ -206,7 +206,7 @@ def _require_nobody_ahead(folder: Location, iteration: int) -> None:
 def _overtaken(folder: Location, what: str) -> RunDirectoryError:
     return RunDirectoryError(
         f"{folder.uri} {what}",
-        "the same run was started twice and goes on elsewhere",
+        "the same run was started twice, and another command writes to it",
         "let the other one finish, `datm-ray job list` shows jobs; or give another --out",
     )
 

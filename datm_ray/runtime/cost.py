@@ -162,10 +162,10 @@ class Proposal:
             "gpus_per_worker": f"{cluster.gpus_per_worker:g}" if cluster.gpus_per_worker else None,
             "experts_at_a_time": cluster.experts_at_a_time,
         }
-        said = [f"--set cluster.{name}={value}" for name, value in named.items() if value]
+        options = [f"--set cluster.{name}={value}" for name, value in named.items() if value]
         if size is not None:
-            said.append(f"--memory {size if size % 2**30 else f'{size // 2**30}GiB'}")
-        return " ".join(said)
+            options.append(f"--memory {size if size % 2**30 else f'{size // 2**30}GiB'}")
+        return " ".join(options)
 
 
 NO_HOURS = "unknown: no GPU was measured. Give its speed as tflops= in --cluster, or use --measure where it is"
@@ -213,12 +213,12 @@ def _laid_out(config: RunConfig, machine: Machine, shards: int) -> RunConfig:
 def not_followed(recipe: RunConfig, proposal: Proposal) -> list[str]:
     """What a recipe sets for itself and the proposed layout has otherwise, in at most one line."""
     ours, theirs, usual = recipe.cluster, proposal.config.cluster, ClusterConfig()
-    said = [
+    ignored = [
         f"cluster.{name}={value:g}"
         for name in ("shards", "workers", "gpus_per_worker")
         if (value := getattr(ours, name)) not in (getattr(usual, name), getattr(theirs, name))
     ]
-    return [f"  {'not followed':<16} {', '.join(said)} of the recipe: --cluster chooses these"] if said else []
+    return [f"  {'not followed':<16} {', '.join(ignored)} of the recipe: --cluster chooses these"] if ignored else []
 
 
 def storage(config: RunConfig, shape: DataShape) -> dict[str, int]:

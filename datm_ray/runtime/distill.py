@@ -157,7 +157,7 @@ class _Run:
             for number in role.backbones
             for group in [networks[number].group]
         ]
-        self._onlookers = (
+        self._meta_networks = (
             None
             if config.metadd is None
             else MetaNetworks(config, config.metadd, dataset, store_uri, role, self._first, self._rows, device)
@@ -202,19 +202,19 @@ class _Run:
             metrics["datm_ray_distill_iterations_total"] = float(state.iteration - first)
             yield Progress(state.iteration, settings.iterations, _shown(state, records), metrics, saved=saves)
         final = state.chosen or state.synthetic
-        if self._onlookers is not None and (self._folder / INITIAL).exists():
+        if self._meta_networks is not None and (self._folder / INITIAL).exists():
             initial = read_artifact(self._folder / INITIAL).images[self._rows.first : self._rows.last]
-            self._onlookers.keep_maps(self._folder / MAPS, self._mesh, initial.to(self._device), final)
+            self._meta_networks.keep_maps(self._folder / MAPS, self._mesh, initial.to(self._device), final)
         yield from _warnings(state, settings)
         self._note_cost()
         self._save_set(final, SYNTHETIC)
-        told = {
+        counts = {
             "skipped": state.skipped,
             "diverged": state.diverged,
             "shortened": state.shortened,
             "chosen_at": state.chosen_at,
         }
-        yield Finished(told, meter.measure())
+        yield Finished(counts, meter.measure())
 
     def _computed_otherwise(self, iteration: int) -> Iterator[Note]:
         """Note how student steps are computed from here on, and say so where it was done otherwise before."""
@@ -263,12 +263,12 @@ class _Run:
             metrics |= {f"datm_ray_metadd_{name}": value for name, value in named.items()}
         return metrics | {"datm_ray_mesh_workers": float(self._mesh.rows * self._mesh.columns)}
 
-    def _prepare(self, pulse: Heartbeat) -> None:
+    def _prepare(self, heartbeat: Heartbeat) -> None:
         """Compile, which takes one network's workers longer than another's; on a GPU, find what it has room for."""
         for place, backbone in enumerate(self._backbones):
 
             def step(chunk: int, functions: StudentStepFunctions = backbone.functions) -> None:
-                functions.prepare(chunk, self._image, self._dataset.classes, pulse)
+                functions.prepare(chunk, self._image, self._dataset.classes, heartbeat)
 
             if self._device.type == "cuda":
                 chunk = chunk_by_trial(step, backbone.plan, self._device)
@@ -286,7 +286,7 @@ class _Run:
         return state.step(
             matches,
             origins,
-            meta=None if self._onlookers is None else self._onlookers.term(state.iteration),
+            meta=None if self._meta_networks is None else self._meta_networks.term(state.iteration),
             all_sum=self._mesh.sum_over_classes,
             sum_over_backbones=self._mesh.sum_over_backbones,
             in_rows=self._mesh.in_rows,
@@ -363,7 +363,7 @@ class _Run:
         return Distillation(synthetic, rates, limits)
 
     def _require_one_state(self, iteration: int) -> None:
-        """That every worker goes on from the same iteration; -1 stands for the beginning."""
+        """Raise an error unless every worker resumes at the same iteration; -1 stands for a new distillation."""
         mine = torch.tensor([iteration, 1.0], dtype=torch.float64)
         total, workers = self._mesh.sum_over_all(mine).tolist()
         if total != iteration * workers:
@@ -386,20 +386,20 @@ class _Run:
         labels = torch.tensor(rows.classes(config.distill.ipc), device=self._device)
         labels = labels.repeat_interleave(config.distill.ipc)
 
-        def choose(pulse: Heartbeat) -> None:
+        def choose(heartbeat: Heartbeat) -> None:
             if self._mesh.row == 0:
-                images.copy_(torch.tensor(dataset.train_images[self._initial_rows(pulse)]))
+                images.copy_(torch.tensor(dataset.train_images[self._initial_rows(heartbeat)]))
                 if config.distill.labels == "hard":
                     soft_labels.copy_(hard_logits(labels, dataset.classes))
                 else:
-                    soft_labels.copy_(self._first.soft_labels(images, labels, pulse))
+                    soft_labels.copy_(self._first.soft_labels(images, labels, heartbeat))
 
         self._mesh.until_all_are_done(choose)
         # To the other backbones' workers as it is, for machines may round differently; x + 0 is x.
         images, soft_labels = self._mesh.sum_over_backbones(images), self._mesh.sum_over_backbones(soft_labels)
         return SyntheticSet(images, soft_labels, step_sizes, labels)
 
-    def _initial_rows(self, pulse: Heartbeat) -> NDArray[np.int64]:
+    def _initial_rows(self, heartbeat: Heartbeat) -> NDArray[np.int64]:
         dataset, settings = self._dataset, self._config.distill
         if settings.initial == "random":
             return random_rows(dataset.train_labels, settings.ipc, self._config.seed)[
@@ -408,7 +408,7 @@ class _Run:
 
         def predict(expert: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
             images = torch.tensor(dataset.train_images[rows], device=self._device)
-            return self._first.logits(expert, images, pulse).argmax(dim=1).cpu().numpy()
+            return self._first.logits(expert, images, heartbeat).argmax(dim=1).cpu().numpy()
 
         return correct_rows(
             dataset.train_labels,
@@ -423,15 +423,15 @@ class _Run:
         """Mean validation accuracy of fresh networks trained on the whole set, and its standard error."""
         whole, seeds = self._whole(held), self._config.distill.validation_seeds
 
-        def work(pulse: Heartbeat) -> float:
+        def work(heartbeat: Heartbeat) -> float:
             assert whole is not None
-            return sum(self._accuracy(whole, number, pulse) for number in range(seeds)) / seeds
+            return sum(self._accuracy(whole, number, heartbeat) for number in range(seeds)) / seeds
 
         mean = self._mesh.from_first(work)
         # Over images only: networks scored on the same images are not independent draws.
         return mean, math.sqrt(mean * (1 - mean) / len(self._dataset.validation_labels))
 
-    def _accuracy(self, whole: SyntheticSet, number: int, pulse: Heartbeat) -> float:
+    def _accuracy(self, whole: SyntheticSet, number: int, heartbeat: Heartbeat) -> float:
         config, dataset = self._config, self._dataset
         spec = network_spec(config, dataset.channels, dataset.size, dataset.classes)
         protocol = validation_protocol(config.evaluate.protocol)
@@ -439,9 +439,9 @@ class _Run:
         seed = derive_seed(config.seed, Purpose.VALIDATION, number)
         network = build_network(spec, seed).to(self._device)
         for _ in train(network, whole.images, whole.soft_labels, schedule, seed):
-            pulse()
+            heartbeat()
         images = to_device(dataset.validation_images, self._device)
-        return accuracy(network, images, to_device(dataset.validation_labels, self._device), pulse)
+        return accuracy(network, images, to_device(dataset.validation_labels, self._device), heartbeat)
 
     def _whole(self, held: SyntheticSet) -> SyntheticSet | None:
         """All shards' rows, on the first worker."""
@@ -491,13 +491,13 @@ def over_workers(mesh: Mesh, mine: Spent) -> Spent:
     """What all workers have spent; every one gets the same."""
     sums = [mine.seconds, mine.cpu_seconds, mine.gpu_seconds, mine.read_bytes, mine.write_bytes]
     peaks = [mine.peak_memory_bytes * (rank == mesh.rank) for rank in range(mesh.rows * mesh.columns)]
-    told = mesh.sum_over_all(torch.tensor([*sums, *peaks], dtype=torch.float64)).tolist()
-    seconds, cpu_seconds, gpu_seconds, read, written = told[: len(sums)]
-    return Spent(seconds, cpu_seconds, gpu_seconds, max(told[len(sums) :]), read, written)
+    summed = mesh.sum_over_all(torch.tensor([*sums, *peaks], dtype=torch.float64)).tolist()
+    seconds, cpu_seconds, gpu_seconds, read, written = summed[: len(sums)]
+    return Spent(seconds, cpu_seconds, gpu_seconds, max(summed[len(sums) :]), read, written)
 
 
 def read_cost(folder: Location) -> Spent:
-    """What the distillation in a folder has cost so far, as far as it was noted."""
+    """Cost of the distillation in a folder until its last note; zero without a note."""
     place = folder / COST
     if not place.exists():
         return Spent()

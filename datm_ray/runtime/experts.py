@@ -1,7 +1,7 @@
 """Training experts: one task, a stack of experts that share every call, one file in the trajectory store for each.
 
-Killed at any moment, a stack goes on from the last epoch that lies in its progress folder (see `expert_progress`), and
-ends with the same bits. Which experts stand together follows from their numbers and count alone, so it is the same on
+Killed at any moment, a stack resumes after the last epoch in its progress folder (see `expert_progress`), with
+bit-identical results. Which experts stand together follows from their numbers and count alone, so it is the same on
 every attempt; experts of a stack that are in the store already keep their place and are not stored again.
 """
 
@@ -233,19 +233,19 @@ def write_experts_cost(folder: Location, costs: Sequence[ExpertsCost]) -> None:
 
 
 def read_experts_cost(folder: Location) -> list[ExpertsCost]:
-    """Of every network of a run, in the order of its recipe; nothing where it was never noted."""
+    """Costs of a run's experts, one per network in the recipe's order; empty if none were noted."""
     place = folder / EXPERTS_COST
-    told = place.read_json() if place.exists() else []
+    costs = place.read_json() if place.exists() else []
     with rejecting_nonsense(place):
         return [
-            ExpertsCost(str(each["architecture"]), int(each["known"]), Spent.from_json(each["spent"])) for each in told
+            ExpertsCost(str(each["architecture"]), int(each["known"]), Spent.from_json(each["spent"])) for each in costs
         ]
 
 
 def experts_cost(config: RunConfig, group: ExpertGroup) -> ExpertsCost:
-    """Of the experts that a recipe uses; of those that were trained more than once, each time.
+    """Cost of the experts that a recipe uses, with every training of those that were trained more than once.
 
-    Of a stack that was trained together its share: others have the rest, but for what only filled up the stack.
+    A stack's cost is divided among its stored and used experts; those that only filled it up get no share.
     """
     found: list[tuple[set[int], Spent]] = []
     stored = set(group.experts())

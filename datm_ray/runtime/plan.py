@@ -62,7 +62,7 @@ class DataShape:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the training images as float32, of which the workers of a machine share one copy."""
+        """Bytes of the training images as float32. Workers on one node share one copy."""
         return 4 * self.training_images * math.prod(self.image)
 
 

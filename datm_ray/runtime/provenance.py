@@ -24,7 +24,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     return {
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
         "python": platform.python_version(),
-        "processor": _cpu_model(),
+        "processor": _cpu_model(),  # former name
         "cores": os.cpu_count(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),

@@ -98,8 +98,8 @@ class Dashboard(JobSubmissionClient):
         Ray answers with JSON, or with plain text that tells what it refuses.
         """
         status, is_page = answer.status_code, "html" in answer.headers.get("Content-Type", "").lower()
-        said = answer.text if status in (401, 403) and not is_page else answer.headers.get("Location", "")
-        failure = _refused(self._url, status, answer.reason, said)
+        detail = answer.text if status in (401, 403) and not is_page else answer.headers.get("Location", "")
+        failure = _refused(self._url, status, answer.reason, detail)
         if failure is None and (is_page or (status != 200 and answer.url.endswith(VERSION))):
             failure = _stranger(self._url, f"{status} {answer.reason}{' and a web page' if is_page else ''}")
         if failure is not None:
@@ -175,11 +175,11 @@ def _no_answer(address: str, what: str, cause: str, remedy: str) -> ClusterError
     return ClusterError(f"no Ray cluster answers at {masked(address)} ({masked(what)})", cause, remedy)
 
 
-def _refused(address: str, status: int, reason: str, said: str = "") -> ClusterError | None:
-    """What a status means that Ray has for nothing but a token; None for another status.
+def _refused(address: str, status: int, reason: str, detail: str = "") -> ClusterError | None:
+    """Error for a status by which a proxy, a gateway or Ray's token check refuses a request; `None` for other statuses.
 
     Args:
-        said: what the answer says of it: its text, or where a redirect leads to.
+        detail: text of the answer, or the target of a redirect.
     """
     proxy = _proxy_of(address)
     between = f"{proxy}, or a gateway behind it," if proxy else "a gateway on the way"
@@ -194,12 +194,12 @@ def _refused(address: str, status: int, reason: str, said: str = "") -> ClusterE
     if 300 <= status < 400:
         return _no_answer(
             address,
-            f"{status} {reason} to {said.partition('?')[0] or 'nowhere'}",
+            f"{status} {reason} to {detail.partition('?')[0] or 'nowhere'}",
             f"{between} wants a login, or the dashboard has another address",
             f"give that address if it is the dashboard's, or {around}",
         )
-    if status in (401, 403) and "authentication token" in said:  # Ray's own words
-        return _no_token(address, first_line(said))
+    if status in (401, 403) and "authentication token" in detail:  # Ray's own words
+        return _no_token(address, first_line(detail))
     if status in (401, 403):
         return _no_answer(
             address,
@@ -217,20 +217,20 @@ def _refused(address: str, status: int, reason: str, said: str = "") -> ClusterE
     return None
 
 
-def _no_token(address: str, said: str) -> ClusterError:
+def _no_token(address: str, detail: str) -> ClusterError:
     return ClusterError(
-        f"the Ray cluster at {masked(address)} asks for an authentication token ({said})",
+        f"the Ray cluster at {masked(address)} asks for an authentication token ({detail})",
         "no token was given, or that of another cluster",
         "put the cluster's token into ~/.ray/auth_token, or set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH",
     )
 
 
-def _stranger(address: str, said: str) -> ClusterError:
-    """Something answers that is not Ray."""
+def _stranger(address: str, detail: str) -> ClusterError:
+    """Error for an answer that does not come from Ray."""
     parts, proxy = urlsplit(address), _proxy_of(address)
     return _no_answer(
         address,
-        said,
+        detail,
         f"another server answers there, or the login page of {proxy or 'a gateway'}",
         f"a dashboard's port is {PORT} where nobody has chosen another: {parts.scheme}://{parts.hostname}:{PORT}"
         if parts.port is None
@@ -239,24 +239,24 @@ def _stranger(address: str, said: str) -> ClusterError:
 
 
 def _unreachable(address: str, failure: Exception, seconds: float) -> ClusterError:
-    """Why no answer was had at all."""
+    """Error for a request without any answer, with its likely cause."""
     chain = list(_chain(failure))
     first, proxy, parts = chain[-1], _proxy_of(address), urlsplit(address)
-    said = getattr(first, "strerror", None) or first_line(first)
-    if "Tunnel connection failed: " in said:  # of a proxy that is asked for https
-        status, _, reason = said.partition("failed: ")[2].partition(" ")
+    detail = getattr(first, "strerror", None) or first_line(first)
+    if "Tunnel connection failed: " in detail:  # of a proxy that is asked for https
+        status, _, reason = detail.partition("failed: ")[2].partition(" ")
         if status.isdigit() and (refused := _refused(address, int(status), reason)):
             return refused
     if isinstance(failure, requests.Timeout):
-        said = f"no answer in {seconds:.0f} s"
+        detail = f"no answer in {seconds:.0f} s"
     certificate = next((each for each in chain if isinstance(each, ssl.SSLCertVerificationError)), None)
-    said = said if certificate is None else certificate.verify_message
+    detail = detail if certificate is None else certificate.verify_message
     variable = next((name for name in AUTHORITIES if os.environ.get(name)), None)
     if certificate is not None and certificate.verify_code in (62, 64):  # X509_V_ERR_HOSTNAME_MISMATCH, IP_ADDRESS
         cause, remedy = "the certificate is that of another host name", "give the address with the name that is in it"
     elif certificate is not None and certificate.verify_code == 10:  # X509_V_ERR_CERT_HAS_EXPIRED
         cause, remedy = "the certificate is too old, or this machine's clock wrong", "have it renewed"
-    elif certificate is not None or "certificate or crl" in said:
+    elif certificate is not None or "certificate or crl" in detail:
         known = f"not in {os.environ[variable]}, the file of {variable}" if variable else "unknown here"
         cause = f"the certificate is of an authority that is {known}, such as a company's own"
         remedy = "set REQUESTS_CA_BUNDLE or SSL_CERT_FILE to the file of the authority's certificate, in PEM"
@@ -264,7 +264,7 @@ def _unreachable(address: str, failure: Exception, seconds: float) -> ClusterErr
         cause = "the port does not speak https"
         remedy = f"write http:// if the dashboard has no certificate: {masked(address).replace('https:', 'http:', 1)}"
     elif proxy and isinstance(failure, requests.exceptions.InvalidURL):
-        said = "no request can be sent"  # what is said has parts of the password
+        detail = "no request can be sent"  # the failure's own text has parts of the password
         cause, remedy = (
             f"the address of {proxy} cannot be read",
             f"write it like http://USER:PASSWORD@PROXY:PORT, {ESCAPES}",
@@ -276,7 +276,7 @@ def _unreachable(address: str, failure: Exception, seconds: float) -> ClusterErr
         cause = f"there is no host {parts.hostname!r}, or its name is known in another network only"
         remedy = "check the spelling, or go through a tunnel or a VPN"
     elif isinstance(first, (HTTPException, ConnectionResetError)):
-        said = "it answers in something else than HTTP" if type(first) is BadStatusLine else said
+        detail = "it answers in something else than HTTP" if type(first) is BadStatusLine else detail
         cause = "the port speaks https, or is another one of Ray's" if parts.scheme == "http" else "a gateway closed it"
         remedy = (
             f"write https:// if the dashboard has a certificate; its port is {PORT} where nobody has chosen another"
@@ -285,7 +285,7 @@ def _unreachable(address: str, failure: Exception, seconds: float) -> ClusterErr
         cause = "the address is wrong, the head node is down, or its port cannot be reached from here"
         port = f"{parts.scheme}://{parts.hostname}:{PORT}" if parts.port is None else f"http://127.0.0.1:{PORT}"
         remedy = f"give the address of its dashboard, such as {port}, through a tunnel if need be"
-    return _no_answer(address, said, cause, remedy)
+    return _no_answer(address, detail, cause, remedy)
 
 
 def _chain(failure: BaseException) -> Iterator[BaseException]:

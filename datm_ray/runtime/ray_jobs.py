@@ -1,4 +1,4 @@
-"""Runs as jobs of a Ray cluster: handed in over HTTP from anywhere, they go on when the terminal is closed.
+"""Runs as jobs of a Ray cluster: submitted over HTTP from anywhere, they keep running when the terminal is closed.
 
 The recipes and this package travel with the job; the cluster must have the other packages, or be given a file of
 requirements. A job needs no disk that machines share if its folder is a URI that all of them can open. Nothing of this
@@ -35,8 +35,8 @@ FOLLOW_SHARE = 0.1
 """Share of the time that may go into fetching a log, which comes whole each time: 100 MiB take seconds."""
 FOLLOW_TIMEOUT = 600.0
 """Seconds without an answer after which a job is no longer followed."""
-WAIT_TOLD = 15.0
-"""Seconds after which a job that has not started is said to wait."""
+PENDING_REPORTED = 15.0
+"""Seconds after which a line reports that a job has not started."""
 LAST_LINES_TIMEOUT = 30.0
 """Seconds to wait for the log of a job that has ended."""
 _NUMBER = re.compile(r"\w[\w.+-]*")
@@ -58,10 +58,10 @@ class Job:
     out: str
     """Where they write to."""
     seconds: float
-    """Since it was handed in, or until it ended."""
+    """Seconds since the job was submitted, or between submission and end."""
     message: str
     exit_code: int | None
-    """Of the command; None before it has ended, or where it was killed."""
+    """Exit code of the job's command; `None` before it has ended, or if it was killed."""
 
     @property
     def is_over(self) -> bool:
@@ -91,13 +91,13 @@ class Jobs:
     def submit(
         self, configs: Sequence[RunConfig], out: str, store: str | None = None, requirements: str | None = None
     ) -> str:
-        """Hand in a job that runs the recipes to the end. Its number.
+        """Submit a job that runs the recipes to the end, and return its job id.
 
-        The same again, after a job has ended however it ended, goes on where that one stopped.
+        Submitting the same recipes again resumes a job that has ended, for whatever reason it ended.
 
         Args:
-            out: of the runs; a URI, or a path on a disk that all machines share.
-            store: of the experts; none puts it into `out`.
+            out: output folder of the runs; a URI, or a path on a disk that all nodes share.
+            store: store of the experts; `None` means a folder in `out`.
             requirements: path of a file of packages, as pip takes it.
 
         Raises:
@@ -128,7 +128,7 @@ class Jobs:
         return number
 
     def _submit(self, submission_id: str, **job: Any) -> None:
-        """Hand in a job, to a cluster that may have started a moment ago and have nobody yet to take it."""
+        """Submit a job, trying again while a cluster that has just started cannot take it yet."""
         end = time.monotonic() + AGENT_TIMEOUT
         while True:
             try:
@@ -168,15 +168,15 @@ class Jobs:
             return _job(self._client.get_job_info(number))
 
     def logs(self, number: str) -> str:
-        """All that a job has said so far."""
+        """Log of a job so far."""
         with self._answers(number):
             text: str = self._client.get_job_logs(number)
         return text
 
     def follow(self, number: str, show: Callable[[str], object], warn: Callable[[str], object]) -> Job:
-        """Show what a job says, as it says it, until it has ended; the job as it ended.
+        """Show a job's log as it grows, until the job has ended. Returns the ended job.
 
-        A connection that ends is made again, and the log goes on where it was. Leaving early does not stop the job.
+        A broken connection is made again, and the log continues where it was. Leaving early does not stop the job.
 
         Args:
             show: called with every new part of the log.
@@ -190,7 +190,7 @@ class Jobs:
         often, seldom = FOLLOW_INTERVAL
         shown, pause, answered = 0, often, time.monotonic()
         known = warned = False
-        tell_at: float | None = answered + WAIT_TOLD
+        tell_at: float | None = answered + PENDING_REPORTED
         while True:
             start, job = time.monotonic(), None
             try:
@@ -202,7 +202,7 @@ class Jobs:
                 raise JobLostError(
                     f"{absent.fact} any more",
                     "the cluster was started anew, and the job ended with the old one",
-                    "the same `datm-ray job submit` goes on from what it had finished",
+                    "run the same `datm-ray job submit` again to resume from what it had finished",
                 ) from None
             except ClusterError as failure:
                 silent = start - answered
@@ -212,11 +212,11 @@ class Jobs:
                 if silent > FOLLOW_TIMEOUT:
                     raise JobUnreachableError(
                         f"{failure.fact}, for {silent / 60:.0f} minutes now",
-                        "the job goes on without this connection",
+                        "the job keeps running without this connection",
                         f"follow it again with `{self.command(number)}`",
                     ) from None
                 if not warned:
-                    warn(f"{failure.fact}. Trying again for {FOLLOW_TIMEOUT / 60:.0f} minutes; the job goes on.")
+                    warn(f"{failure.fact}. Trying again for {FOLLOW_TIMEOUT / 60:.0f} minutes; the job keeps running.")
                 pause, warned = seldom, True
             else:
                 if len(log) > shown:
@@ -233,7 +233,7 @@ class Jobs:
             time.sleep(pause)
 
     def stop(self, number: str) -> bool:
-        """Stop a job; whether it was at work. What it has finished stays."""
+        """Stop a job, and return whether it was running. What it has finished stays."""
         with self._answers(number):
             stopped: bool = self._client.stop_job(number)
         return stopped
@@ -257,14 +257,14 @@ class Jobs:
             if number is not None and _NOT_FOUND.search(str(failure)):
                 raise absent from None
             raise ClusterError(
-                f"the Ray cluster at {self._shown} does not do it ({_said(failure)})",
+                f"the Ray cluster at {self._shown} does not do it ({_refusal(failure)})",
                 "it refuses the job, or has a trouble of its own",
                 f"`datm-ray job list --address {shlex.quote(self._shown)}` shows whether it answers",
             ) from None
 
 
-def _said(failure: Exception) -> str:
-    """What Ray says of a refusal: the last line where it sends a traceback, else the first."""
+def _refusal(failure: Exception) -> str:
+    """Line of Ray's answer that explains a refusal: the last of a traceback, else the first."""
     text = str(failure).partition("Request failed with ")[2] or str(failure)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     is_traceback = any(line.startswith(("Traceback", "File ")) or "Traceback (most" in line for line in lines)

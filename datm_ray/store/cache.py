@@ -25,7 +25,7 @@ _ENTRY = re.compile(r"[0-9a-f]{64}|\.tmp-[0-9a-f]{32}")  # nothing else in the f
 
 
 class Cache:
-    """A folder of pieces, of which those not used for longest are dropped."""
+    """Folder of pieces with a limited size: the least recently used pieces are dropped first."""
 
     def __init__(self, folder: str, size: int) -> None:
         """`size` in bytes; each process that writes may exceed it by a twentieth for a while."""

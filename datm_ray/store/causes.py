@@ -69,7 +69,7 @@ def cause_and_remedy(error: Exception, action: str) -> tuple[str, str]:
     if isinstance(error, PermissionError) and code:
         needed = _PERMISSIONS.get(action, _LOOKING)
         return (
-            f"Access is denied ({_said(error)})",
+            f"Access is denied ({_code_and_message(error)})",
             f"If the bucket is yours, allow this user {needed}; if not, check its spelling",
         )
     if isinstance(error, PermissionError):
@@ -140,8 +140,8 @@ def reason(error: Exception) -> str:
     return without_credentials(" ".join(words.split())) or code_of(error) or type(error).__name__
 
 
-def _said(error: Exception) -> str:
-    """The server's code, with its message where that says more."""
+def _code_and_message(error: Exception) -> str:
+    """S3 error code of an answer, with its message where that adds something."""
     code, words = code_of(error), str(_answer(error).get("Error", {}).get("Message") or "")
     return code if words.replace(" ", "") in ("", code, "Forbidden") else f"{code}: {one_line(words)}"
 

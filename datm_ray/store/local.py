@@ -1,8 +1,8 @@
 """Files on this machine: drafts that become files whole or not at all, what killed writers leave, and mappings.
 
 Some file systems lack a safeguard: CIFS and shared folders of virtual machines cannot flush, FAT has no hard links,
-some network mounts have no locks, and some FUSE mounts cannot map. The work goes on without it. An input/output error
-of a device is never passed over.
+some network mounts have no locks, and some FUSE mounts cannot map. Without one, the files
+are written and read all the same. An input/output error of a device is never passed over.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Prefetcher:
         self._announced[request] = self._thread.submit(self._group.read_params, expert, epochs)
 
     def read_params(self, expert: int, epochs: Sequence[int]) -> list[NDArray[np.float32]]:
-        """As `ExpertGroup.read_params`, errors included, and at once where it was announced early enough."""
+        """Parameters of `epochs`, read ahead if announced. Raises what `ExpertGroup.read_params` raises."""
         announced = self._announced.pop((expert, tuple(epochs)), None)
         return self._group.read_params(expert, epochs) if announced is None else announced.result()
 

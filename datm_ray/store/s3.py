@@ -45,7 +45,7 @@ T = TypeVar("T")
 PATIENCE = 300.0
 """Seconds for which a request is asked again."""
 FIRST_PATIENCE = 5.0
-"""The same, where the server has never answered and cannot be reached."""
+"""Seconds for which a request is asked again, if the server has never answered and cannot be reached."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 20.0
 """Seconds between two attempts: at first, and at most."""
 LINE_AFTER, LINE_EVERY = 3.0, 30.0
@@ -208,8 +208,8 @@ class S3(S3FileSystem):  # type: ignore[misc]
         bucket, key, _ = self.split_path(path)
         try:
             self.call_s3("list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1)
-        except Exception as told:
-            return told if code_of(told) not in ("", "400", "403") else error
+        except Exception as listing:
+            return listing if code_of(listing) not in ("", "400", "403") else error
         return error
 
 
@@ -235,13 +235,13 @@ def _bucket(path: str) -> str:
     return f"s3://{path.partition('/')[0]}"
 
 
-_said: set[str] = set()
-_saying = threading.Lock()
+_logged: set[str] = set()
+_logging = threading.Lock()
 
 
 def _say_once(text: str) -> None:
-    with _saying:
-        is_new = text not in _said
-        _said.add(text)
+    with _logging:
+        is_new = text not in _logged
+        _logged.add(text)
     if is_new:
         _log.warning(text)

@@ -260,9 +260,9 @@ _NONSENSE = (
 
 
 def _record_batch(chunk: memoryview, schema: pa.Schema) -> pa.RecordBatch:
-    """A batch of one row without nulls, all of whose offsets and lengths lie inside the chunk.
+    """Batch of one row without nulls, checked so that all its offsets and lengths lie inside the chunk.
 
-    Arrow believes them until it is told to check, and would read whatever lies beyond.
+    Arrow trusts them unless `validate` is called, and would read whatever lies beyond.
     """
     message = pa.ipc.read_message(pa.py_buffer(chunk))
     if _is_compressed(memoryview(message.metadata)):

@@ -44,10 +44,10 @@ class TensorFile:
     """The content of a tensor file."""
 
     arrays: dict[str, NDArray[Any]]
-    """By name, in the order written; writable and independent of the file."""
+    """Arrays by name, in the order written; writable and independent of the file."""
 
     metadata: dict[str, Any]
-    """As written, after a round trip through JSON (so tuples come back as lists)."""
+    """Metadata after a round trip through JSON: tuples come back as lists."""
 
     kind: str
     """What the file is for, such as "synthetic-set"."""

@@ -181,7 +181,7 @@ def _call(function: Any, arguments: Any) -> Any:
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> NDArray[Any]:
-    """A view of a storage, all of whose values lie in it and none of which is there twice."""
+    """View of a storage, checked so that all its values lie inside and none occurs twice."""
     if not isinstance(storage, _Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
         raise ValueError("a tensor has no storage or no shape")
     if not len(shape) == len(strides) <= _MAX_DIMENSIONS:

@@ -90,21 +90,21 @@ class TrajectoryInfo:
     """Digest of the recipe; the name of the group's folder."""
 
     seed: int
-    """Of the initialisation and the batches; -1 where not known."""
+    """Seed of the initialisation and the batches; -1 if unknown."""
 
     expert: int
     """Number of the expert, from 0."""
 
     parameter_names: tuple[str, ...]
     parameter_shapes: tuple[tuple[int, ...], ...]
-    """Of the network's parameters, in the order in which they follow one another in the flat vector."""
+    """Shapes of the network's parameters, in their order in the flat vector."""
 
     epochs: tuple[int, ...]
     """The epochs stored, ascending; not every epoch of the training need be among them."""
 
     buffer_names: tuple[str, ...] = ()
     buffer_shapes: tuple[tuple[int, ...], ...] = ()
-    """Of the network's floating-point buffers, in the order in which they follow one another in their vector."""
+    """Shapes of the network's floating-point buffers, in their order in the vector of buffers."""
 
     storage: str = "float32"
     """How the parameters are stored: "float32", "float16" or "bfloat16"; buffers are always stored as float32."""

@@ -198,7 +198,7 @@ def test_a_log_goes_on_where_a_connection_ended(
     assert shown == "".join(lines)
     assert (job.status, job.exit_code) == ("failed", 3)
     assert len(warned) == 2
-    assert all("Trying again for 10 minutes; the job goes on." in line for line in warned)
+    assert all("Trying again for 10 minutes; the job keeps running." in line for line in warned)
 
 
 def test_a_log_of_which_parts_are_lost_is_not_begun_again(jobs: Jobs, there: dashboards.Dashboard) -> None:
@@ -229,7 +229,7 @@ def test_a_job_ends_with_the_exit_code_of_its_command(datm_ray: CommandLine, the
 
 def test_a_job_that_waits_says_so(monkeypatch: pytest.MonkeyPatch, jobs: Jobs, there: dashboards.Dashboard) -> None:
     """Once, where nothing is said for long, as while packages are installed."""
-    monkeypatch.setattr("datm_ray.runtime.ray_jobs.WAIT_TOLD", 0.1)
+    monkeypatch.setattr("datm_ray.runtime.ray_jobs.PENDING_REPORTED", 0.1)
     there.log, there.status = "", "PENDING"
 
     def plan(asked: dashboards.Asked) -> None:
@@ -250,9 +250,9 @@ def test_a_cluster_that_is_silent_for_long_is_left(
     assert (code, told) == (75, "Experts: 2 tasks to run\n")
     warning, end = err.splitlines()
     assert "502 Bad Gateway" in warning
-    assert "the job goes on" in warning
+    assert "the job keeps running" in warning
     assert end.endswith(
-        "The job goes on without this connection. "
+        "The job keeps running without this connection. "
         f"Follow it again with `datm-ray job logs here --follow --address {there.address}`."
     )
 

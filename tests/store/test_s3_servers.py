@@ -133,7 +133,7 @@ def test_an_unknown_certificate_is_one_line_that_names_the_variable(bucket, tls_
 @pytest.fixture
 def warnings_of_s3(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
     """What the store has said; nothing was said before."""
-    monkeypatch.setattr(s3, "_said", set())
+    monkeypatch.setattr(s3, "_logged", set())
     caplog.set_level(logging.WARNING)
     return lambda: [record.getMessage() for record in caplog.records if record.name == s3.__name__]
 
