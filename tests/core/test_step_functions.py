@@ -380,6 +380,7 @@ def step_with(compiler: str, cache: str, pipe: Connection) -> None:
     pipe.send((functions.note, bool(gradient.isfinite().all())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["absent", "broken"])
 def test_without_a_working_compiler_the_step_runs_eagerly_and_says_so(compiler: str, tmp_path: Path) -> None:
     """No compiler, or one that answers and then fails, costs speed and one line, not the run."""

@@ -229,7 +229,7 @@ def test_a_resumed_expert_adds_to_what_it_had_cost(tmp_path: Path, monkeypatch: 
     assert cost["spent"]["cpu_seconds"] == 100.0 * laps[0] + 1.0
     for content in (b"[", b"5", b'{"experts": [0]}', b'{"experts": ["x"], "spent": {}}'):
         note.write_atomic(content)
-        with pytest.raises(CorruptFileError, match=rf"^{note.uri} .*Delete this note; the experts stay"):
+        with pytest.raises(CorruptFileError, match=rf"^{note.uri} .*Move this note away; the experts stay"):
             experts_cost(config, group)
     assert laps[0] > before
     group.remove()
