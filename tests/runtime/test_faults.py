@@ -28,7 +28,7 @@ from datm_ray.store.filesystem import open_location
 from tests.conftest import tiny_config
 from tests.runtime.nodes import Nodes
 
-ITERATIONS = 40
+ITERATIONS = 24
 TOLERANCE = 0.2
 """Of what one iteration changes on average. One shard and two differ by the order in which floats are summed, which is
 2e-4 of an iteration (20 of 20 runs that rounding disturbed) as long as it carries no rectifier over its kink. One that
@@ -49,9 +49,9 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 120) -> Non
 def test_machines_are_lost_in_training_and_in_distillation_and_one_comes_back(tmp_path: Path) -> None:
     """One is killed while experts train, one while two shards distil; the run goes on with one shard, then with two."""
     config = tiny_config(
-        "experts.epochs=60",
+        "experts.epochs=40",
         "experts.keep_epochs=5",
-        "experts.count=4",
+        "experts.count=3",
         "cluster.shards=2",
         "cluster.experts_at_a_time=1",
         f"distill.iterations={ITERATIONS}",
@@ -59,7 +59,7 @@ def test_machines_are_lost_in_training_and_in_distillation_and_one_comes_back(tm
         "distill.initial_step_size=0.01",
         "distill.learning_rate_images=1",
         "distill.learning_rate_step_size=1e-7",
-        "distill.validate_every=40",
+        "distill.validate_every=24",
         "distill.checkpoint_every=1",
         "evaluate.seeds=1",
     )
@@ -214,7 +214,7 @@ def test_faults_at_random_moments_change_nothing(tmp_path: Path) -> None:
     changes = [
         "experts.epochs=40",
         "experts.keep_epochs=5",
-        "experts.count=4",
+        "experts.count=3",
         "cluster.experts_at_a_time=1",
         f"distill.iterations={30 * FAULTS}",
         "distill.student_steps=20",
