@@ -97,6 +97,19 @@ def test_verify_goes_on_after_a_missing_transform(datm_ray: CommandLine, group: 
     assert "transform.arrow" in out
 
 
+def test_verify_calls_nothing_damaged_that_it_cannot_read(
+    datm_ray: CommandLine, group: ExpertGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A denial or an outage says nothing about a file, and its line advises no deletion."""
+    denied = PermissionError(13, "Permission denied")
+    monkeypatch.setattr("datm_ray.store.local.content", lambda path: (_ for _ in ()).throw(denied))
+    code, out, err = datm_ray("store", "verify", "experts")
+    assert (code, out) == (2, "")
+    assert "Access is denied" in err
+    assert "damaged" not in err
+    assert "rm" not in err.split()
+
+
 def test_verify_names_every_damaged_file(datm_ray: CommandLine, group: ExpertGroup, tmp_path: Path) -> None:
     """It goes on after the first, and ends with exit code 2 and one line."""
     folder = tmp_path / "experts" / str(KEY)
@@ -105,7 +118,9 @@ def test_verify_names_every_damaged_file(datm_ray: CommandLine, group: ExpertGro
         content[len(content) // 2] ^= 1
         (folder / name).write_bytes(content)
     code, out, err = datm_ray("store", "verify", "experts")
-    assert_one_line((code, out, err), "3 of the files in experts are damaged", "expert-00000.arrow", "store rm")
+    assert_one_line(
+        (code, out, err), "3 of the files in experts are damaged or missing", "expert-00000.arrow", "store rm"
+    )
     assert [line.partition(" is damaged")[0].rpartition("/")[2] for line in out.splitlines()] == [
         "expert-00000.arrow",
         "expert-00002.arrow",

@@ -101,15 +101,20 @@ def store_verify(uri: StoreUri) -> None:
     if damaged:
         print("\n".join(damaged))
         raise CorruptFileError(
-            f"{len(damaged)} of the files in {uri} are damaged; the first: {damaged[0]}",
+            f"{len(damaged)} of the files in {uri} are damaged or missing; the first: {damaged[0]}",
             remedy="restore copies, or delete them (`datm-ray store rm`) and run the step that wrote them again",
         )
     print(f"{checked} expert(s) are whole, {size_in_words(size)}")
 
 
 def _verified(group: ExpertGroup, number: int | None) -> tuple[int, str]:
-    """Size in bytes of an expert's file, and its fault or "". None stands for the group's transform."""
-    from datm_ray.errors import CorruptFileError, StoreError
+    """Size in bytes of an expert's file, and its fault or "". None stands for the group's transform.
+
+    Raises:
+        StoreError: the file cannot be read at all, which says nothing about it.
+    """
+    from datm_ray.errors import CorruptFileError
+    from datm_ray.store.filesystem import MissingFileError
 
     size = 0
     try:
@@ -118,7 +123,7 @@ def _verified(group: ExpertGroup, number: int | None) -> tuple[int, str]:
         else:
             size = group.size(number)
             group.verify(number)
-    except (CorruptFileError, StoreError) as failure:
+    except (CorruptFileError, MissingFileError) as failure:
         return size, f"{failure.fact}. {failure.cause}"
     return size, ""
 

@@ -12,7 +12,7 @@ import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,11 +136,31 @@ class Jobs:
                     self._client.submit_job(submission_id=submission_id, **job)
                 return
             except ClusterError as failure:
-                with suppress(ClusterError):  # the answer may be lost, and not the job
-                    self.job(submission_id)
+                if self._took(submission_id, failure, end):
                     return
                 if "No available agent" not in failure.fact or time.monotonic() > end:
                     raise
+            time.sleep(1.0)
+
+    def _took(self, number: str, failure: ClusterError, end: float) -> bool:
+        """Whether the cluster has a job although its submission failed: the answer may be lost, and not the job.
+
+        Raises:
+            JobUnreachableError: the cluster does not answer that until `end`.
+        """
+        while True:
+            try:
+                self.job(number)
+                return True
+            except JobNotFoundError:
+                return False
+            except ClusterError as silence:
+                if time.monotonic() > end:
+                    raise JobUnreachableError(
+                        f"{failure.fact}; whether job {number} was submitted is not known ({silence.fact})",
+                        failure.cause,
+                        f"find out with `{self.command(number)}`",
+                    ) from None
             time.sleep(1.0)
 
     def _require_nobody_at_work(self, out: str) -> None:

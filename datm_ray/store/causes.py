@@ -10,7 +10,7 @@ from typing import Any
 
 from datm_ray.errors import one_line
 
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]*@")
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s]*@")
 _KEYS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile of AWS_PROFILE"
 _NOTHING_LOST = "and give the same command again; nothing finished is lost"
 
@@ -76,10 +76,20 @@ def cause_and_remedy(error: Exception, action: str) -> tuple[str, str]:
         return f"Access is denied ({reason(error)})", "Check the owner of the folder, or the credentials"
     if names & {"SSLError"}:
         return _of_tls(error)
+    if names & {"ProxyConnectionError"}:
+        return (
+            f"The proxy of http_proxy or https_proxy does not answer ({reason(error)})",
+            "Check that variable, or add the server's host to no_proxy",
+        )
     if lacks_certificates(error):
         return (
             f"The certificates to trust cannot be read ({reason(error)})",
             f"AWS_CA_BUNDLE is {os.environ.get('AWS_CA_BUNDLE', 'not set')!r}: give a file that is there",
+        )
+    if names & {"ResponseParserError"} or (status_of(error) >= 400 and (code == "" or code.isdigit())):
+        return (
+            f"No S3 server gave this answer ({f'HTTP {status_of(error)}' if status_of(error) else reason(error)})",
+            "Check host, port and http or https of AWS_ENDPOINT_URL, and the proxy or gateway before it",
         )
     if names & {"HTTPClientError", "ConnectionError"}:
         return f"The server does not answer ({reason(error)})", "Check the network and AWS_ENDPOINT_URL"
@@ -131,6 +141,11 @@ def _answer(error: BaseException | None) -> dict[str, dict[str, Any]]:
 def lacks_bucket(error: Exception) -> bool:
     """Whether S3 answered that the bucket is missing; s3fs says so of a file too, but then without S3's answer."""
     return code_of(error) in ("NoSuchBucket", "404")
+
+
+def is_beyond_the_end(error: Exception) -> bool:
+    """Whether a range was asked for that begins after the end of the file."""
+    return status_of(error) == 416 or code_of(error) == "InvalidRange"
 
 
 def reason(error: Exception) -> str:

@@ -11,6 +11,7 @@ FSSPEC_S3_<ARGUMENT> for any argument of `s3fs.S3FileSystem`. What is its own li
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -28,7 +29,7 @@ from fsspec.registry import known_implementations
 
 from datm_ray.errors import CorruptFileError, DatmError, StoreError
 from datm_ray.store import local
-from datm_ray.store.causes import cause_and_remedy, lacks_bucket, reason, without_credentials
+from datm_ray.store.causes import cause_and_remedy, is_beyond_the_end, lacks_bucket, reason, without_credentials
 from datm_ray.store.traffic import request
 
 T = TypeVar("T")
@@ -105,7 +106,10 @@ class Location:
     def size(self) -> int:
         """Size of the file in bytes."""
         with self._asking("read"):
-            return int(self._ask(lambda: self.fs.info(self.path))["size"])
+            found = self._ask(lambda: self.fs.info(self.path))
+            if found["type"] == "directory":
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            return int(found["size"])
 
     def stamp(self) -> str:
         """A text that changes when the file is replaced."""
@@ -160,6 +164,8 @@ class Location:
             starts, ends = [start for start, _ in rest], [end for _, end in rest]
             # As a value, or the first failure would lose the others; fsspec 2025.5 always returns it.
             fetched = self.fs.cat_ranges([self.path] * len(rest), starts, ends, on_error="return")
+            # A file may have become shorter than it was.
+            fetched = [b"" if isinstance(each, Exception) and is_beyond_the_end(each) else each for each in fetched]
             read = {each: chunk for each, chunk in zip(rest, fetched, strict=True) if not isinstance(chunk, Exception)}
             found.update((each, memoryview(chunk)) for each, chunk in read.items())
             if len(read) < len(rest):
@@ -288,9 +294,9 @@ def open_location(uri: str) -> Location:
     scheme, separator, _ = uri.partition("://")
     if not uri:
         raise StoreError("The name of a folder or file is empty", remedy="Give a path or a URI")
-    if scheme in ("s3", "s3a") and shown != uri:
+    if scheme in ("s3", "s3a") and re.search("[:@]", uri.partition("://")[2].partition("/")[0]):
         raise StoreError(
-            f"The URI {shown} carries credentials",
+            f"The URI {scheme}://{uri.rpartition('@')[2]} carries credentials",
             "They would end up in logs and records",
             "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, instead",
         )

@@ -1,8 +1,8 @@
 """All that is S3's alone: how its client is set up, how long it is asked again, and how a file is written just once.
 
 A request that fails for the moment is asked again for five minutes, with a line about it, or as many times as
-AWS_MAX_ATTEMPTS says. A server that has never answered this process is given up after a few seconds: its address is
-probably wrong.
+AWS_MAX_ATTEMPTS says. A server that has never answered this process as S3 does is given up after a few seconds: its
+address is probably wrong.
 
 Put-once is kept by servers that respect If-None-Match, for files up to 5 GiB. Larger files are sent in parts, and
 servers differ in whether they respect it then; some servers refuse it altogether. There the file is looked for before
@@ -16,10 +16,12 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from io import BytesIO
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -45,7 +47,7 @@ T = TypeVar("T")
 PATIENCE = 300.0
 """Seconds for which a request is asked again."""
 FIRST_PATIENCE = 5.0
-"""Seconds for which a request is asked again, if the server has never answered and cannot be reached."""
+"""Seconds for which a request is asked again, if no S3 server has answered yet."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 20.0
 """Seconds between two attempts: at first, and at most."""
 LINE_AFTER, LINE_EVERY = 3.0, 30.0
@@ -74,6 +76,7 @@ class S3(S3FileSystem):  # type: ignore[misc]
     """s3fs's file system, with retries of its own in place of s3fs's and botocore's."""
 
     retries = 1  # of s3fs
+    read_timeout = 60  # seconds; a gateway may be silent for long while it passes a large file on
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -92,6 +95,7 @@ class S3(S3FileSystem):  # type: ignore[misc]
         if client is not self._ready:
             # It asks a server whether it wants a file before that is sent, and waits for ever for one that is silent.
             client.meta.events.unregister("before-call.s3", add_expect_header)
+            client.meta.events.register("before-parse.s3", _refuse_page)
             self._leave_out_checksums(client)
             self._ready = client
         return client
@@ -118,7 +122,7 @@ class S3(S3FileSystem):  # type: ignore[misc]
             try:
                 found = call()
             except Exception as error:
-                self._has_answered = self._has_answered or status_of(error) > 0
+                self._has_answered = self._has_answered or _is_of_s3(error)
                 pause = self._pause(path, error, attempt, time.monotonic() - began)
                 if pause is None:
                     raise
@@ -130,9 +134,9 @@ class S3(S3FileSystem):  # type: ignore[misc]
 
     def _pause(self, path: str, error: Exception, attempt: int, waited: float) -> float | None:
         """Seconds until the next attempt; None where there is to be none. Says so now and then where it takes long."""
-        if not _passes(error) or attempt == self._attempts:
+        if not _passes(error) or (self._attempts is not None and attempt >= self._attempts):
             return None
-        is_first = isinstance(error, _UNREACHABLE) and not self._has_answered
+        is_first = not self._has_answered
         pause: float = min(FIRST_PAUSE * 2.0 ** min(attempt - 1, 10), LONGEST_PAUSE) * random.uniform(0.5, 1)
         left = (FIRST_PATIENCE if is_first else PATIENCE) - waited
         if self._attempts is None and pause > left:
@@ -159,7 +163,9 @@ class S3(S3FileSystem):  # type: ignore[misc]
             except Exception as error:
                 # An upload whose answer was lost is sent again, and then finds itself there already. So whatever the
                 # error says, what counts is whose upload lies there now.
-                owner = self._writer_of(path)
+                owner = None
+                with suppress(Exception):  # the error of the upload is the one to report
+                    owner = self._writer_of(path)
                 if owner == writer:
                     return
                 if owner is not None and not replace:
@@ -195,10 +201,10 @@ class S3(S3FileSystem):  # type: ignore[misc]
             raise FileExistsError(path)
 
     def _writer_of(self, path: str) -> str | None:
-        """Writer id in the metadata of a file: "" if it has none, None if the file is missing or unreadable."""
+        """Writer id in the metadata of a file: "" if it has none, None if the file is missing."""
         try:
-            return str(self.patiently(path, lambda: self.metadata(path)).get(_WRITER, ""))
-        except Exception:  # the error of the upload is the one to report
+            return str(self.metadata(path).get(_WRITER, ""))
+        except FileNotFoundError:
             return None
 
     def clearer(self, error: Exception, path: str) -> Exception:
@@ -213,12 +219,27 @@ class S3(S3FileSystem):  # type: ignore[misc]
         return error
 
 
+def _refuse_page(response_dict: Any, **_: object) -> None:
+    """Raise an error if a web page is the answer; botocore would take it for a folder without files."""
+    body = response_dict["body"]  # no bytes, where it is a file's content
+    if isinstance(body, bytes) and re.match(rb"(?i)\s*<(!doctype|html)", body):
+        raise ResponseParserError("a web page")
+
+
+def _is_of_s3(error: Exception) -> bool:
+    """Whether an S3 server answered, and nothing that stands in its place or before it: it names its reasons."""
+    code = code_of(error)
+    return isinstance(error, FileNotFoundError) or (code != "" and not code.isdigit())
+
+
 def _passes(error: Exception) -> bool:
     """Whether the same request may succeed later."""
     status, code = status_of(error), code_of(error)
     if status or code:
         return status in (429, 500, 502, 503, 504) or code in _PASSING or "Throttl" in code
-    if lacks_certificates(error) or (isinstance(error, SSLError) and "CERTIFICATE" in str(error)):
+    if isinstance(error, SSLError):
+        return "CERTIFICATE" not in str(error)
+    if lacks_certificates(error):
         return False
     return isinstance(error, (*_UNREACHABLE, *_BROKEN)) or type(error).__module__.startswith("aiohttp")
 

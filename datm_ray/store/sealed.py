@@ -304,6 +304,8 @@ def _read_end(location: Location, size: int) -> tuple[bytes, bytes, memoryview]:
             raise _unknown(location)
         if count > len(tail):
             (tail,) = location.read_ranges([(max(0, size - max(count, _FIRST_READ)), size)])
+            if len(tail) < count:  # it has just become shorter
+                raise _unknown(location)
         return tail[-count:]
 
     footer_length, magic = _ARROW_END.unpack(last(_ARROW_END.size))

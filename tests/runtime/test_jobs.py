@@ -19,7 +19,7 @@ from ray.job_submission import JobDetails
 from datm_ray.artifact import load
 from datm_ray.cli.jobs import highlights
 from datm_ray.config import to_yaml
-from datm_ray.errors import ClusterError, ConfigError, JobLostError, JobNotFoundError
+from datm_ray.errors import ClusterError, ConfigError, JobLostError, JobNotFoundError, JobUnreachableError
 from datm_ray.runtime.executor import Lost, Progress, Resized, Task
 from datm_ray.runtime.ray_jobs import Job, Jobs
 from datm_ray.runtime.telemetry import Reporter
@@ -312,6 +312,32 @@ def test_a_submission_whose_answer_is_lost_counts(
     monkeypatch.setattr("datm_ray.runtime.ray_jobs._new_number", lambda: "datm-ray-1")
     there.log = "datm-ray-1"
     assert jobs.submit([tiny_config()], str(tmp_path)) == "datm-ray-1"
+
+
+def test_a_submission_is_asked_for_until_the_cluster_answers(
+    monkeypatch: pytest.MonkeyPatch, jobs: Jobs, there: dashboards.Dashboard, tmp_path: Path
+) -> None:
+    """A gateway may be away for a while when the answer is lost; if it stays away, the line names the job."""
+    there.status = "SUCCEEDED"
+    monkeypatch.setattr("datm_ray.runtime.ray_jobs._new_number", lambda: "datm-ray-1")
+    monkeypatch.setattr("datm_ray.runtime.ray_jobs.time.sleep", lambda _: None)
+    away, left = 3, 0
+
+    def plan(asked: dashboards.Asked) -> dashboards.Answer | None:
+        nonlocal left
+        if asked.method == "POST":
+            there.job, left = {"submission_id": "datm-ray-1"}, away
+            return dashboards.page(504)
+        left -= 1
+        return dashboards.page(502) if left >= 0 else None
+
+    there.plan = plan
+    assert jobs.submit([tiny_config()], str(tmp_path)) == "datm-ray-1"
+    assert left == -1
+    away = 10**9
+    monkeypatch.setattr("datm_ray.runtime.ray_jobs.AGENT_TIMEOUT", 0.1)
+    with pytest.raises(JobUnreachableError, match=r"whether job datm-ray-1 was submitted is not known"):
+        jobs.submit([tiny_config()], str(tmp_path))
 
 
 def test_a_status_tells_losses_progress_and_the_last_line(

@@ -342,6 +342,11 @@ def test_credentials_in_s3_uris_are_refused():
     """They would be taken for a part of the bucket's name."""
     with pytest.raises(StoreError, match=r"URI s3://bucket/x carries credentials.* Set AWS_ACCESS_KEY_ID"):
         open_location("s3://key:secret@bucket/x")
+    for uri in ("s3://key:with/slash@bucket/x", "s3://key:with@sign@bucket/x", "s3://key@bucket/x"):
+        with pytest.raises(StoreError, match=r"URI s3://bucket/x carries") as caught:
+            open_location(uri)
+        assert "with" not in str(caught.value)
+    assert open_location("s3://bucket/a:b@c").path == "bucket/a:b@c"
 
 
 def test_a_path_is_a_path_whatever_it_looks_like(tmp_path, monkeypatch):

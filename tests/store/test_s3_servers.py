@@ -9,12 +9,16 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
+from botocore.exceptions import SSLError
 
 from datm_ray.errors import StoreError
 from datm_ray.store import s3
 from datm_ray.store.filesystem import AlreadyExistsError, Location, open_location
+from datm_ray.store.tensors import read_tensors, write_tensors
 from datm_ray.store.traffic import traffic
 from tests.store.proxy import BUSY, LOST_ANSWER, LOST_REQUEST, Plan, Proxy, refusal, serving
 
@@ -316,6 +320,79 @@ def test_an_address_where_nobody_answers_is_given_up_within_seconds(s3_environme
     assert warnings_of_s3() == []
 
 
+@pytest.mark.parametrize("answer", ["a web page", "no HTTP"])
+def test_another_server_than_s3_is_given_up_within_seconds(s3_environment, warnings_of_s3, answer):
+    """A web console, or a port that speaks something else: the line blames the address and not the network."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if answer == "a web page":
+                self.send_response(200)
+                self.send_header("Content-Type", "text/html")
+                self.end_headers()
+                self.wfile.write(b"<html>hello</html>")
+            else:
+                self.wfile.write(b"SSH-2.0-OpenSSH_9.2\r\n")
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Page)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    s3_environment(f"http://127.0.0.1:{server.server_port}")
+    began = time.monotonic()
+    with pytest.raises(StoreError, match="AWS_ENDPOINT_URL"):
+        open_location("s3://bucket/folder").list()
+    server.shutdown()
+    server.server_close()
+    assert time.monotonic() - began < 8
+    assert warnings_of_s3() == []
+
+
+def test_tls_that_fails_for_a_while_is_waited_for_and_a_certificate_is_not():
+    """A gateway that restarts sends alerts; one that is not trusted stays so."""
+    address = "https://127.0.0.1"
+    assert s3._passes(SSLError(endpoint_url=address, error="[SSL: TLSV1_ALERT_INTERNAL_ERROR] internal error"))
+    assert not s3._passes(SSLError(endpoint_url=address, error="[SSL: CERTIFICATE_VERIFY_FAILED] self-signed"))
+
+
+def test_a_second_best_writer_that_cannot_look_writes_nothing(file, s3_proxy):
+    """Where neither the condition nor a look is allowed, nobody knows whether the file is there."""
+    file.write_text("first")
+    refusing_conditions(s3_proxy, refusal(501, "NotImplemented"))
+    conditions = s3_proxy.plan
+    s3_proxy.plan = lambda method, path: refusal(403, "AccessDenied") if method == "HEAD" else conditions(method, path)
+    with pytest.raises(StoreError, match="s3:"), file.create(replace=False) as draft:
+        draft.write(b"second")
+    s3_proxy.plan = lambda *_: None
+    assert file.read_bytes() == b"first"
+
+
+def test_a_file_that_becomes_shorter_is_read_again(file, s3_proxy, monkeypatch):
+    """Its size was asked for before; no server has bytes beyond the end of what is there now."""
+    write_tensors(file, {"x": np.zeros(100_000, np.float32)}, kind="test", metadata={})
+    read_ranges = Location.read_ranges
+    left = [1]
+
+    def replaced(location, ranges):
+        if left:
+            left.pop()
+            write_tensors(file, {"x": np.ones(3, np.float32)}, kind="test", metadata={})
+        return read_ranges(location, ranges)
+
+    monkeypatch.setattr(Location, "read_ranges", replaced)
+    assert read_tensors(file, kind="test").arrays["x"].tolist() == [1, 1, 1]
+
+
+def test_a_folder_is_no_file(file):
+    """As on a disk, and no damaged file."""
+    file.write_text("content")
+    with pytest.raises(StoreError, match="Is a directory"):
+        file.parent.size()
+
+
 def test_attempts_are_the_users_to_choose(file, s3_proxy, monkeypatch):
     """AWS_MAX_ATTEMPTS counts attempts, in place of minutes."""
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
@@ -325,6 +402,11 @@ def test_attempts_are_the_users_to_choose(file, s3_proxy, monkeypatch):
     with pytest.raises(StoreError):
         place.exists()
     assert s3_proxy.count("HEAD") == 3
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "0")
+    s3.S3.clear_instance_cache()
+    with pytest.raises(StoreError):
+        open_location(file.uri).exists()
+    assert s3_proxy.count("HEAD") == 4
 
 
 def test_a_slow_upload_is_not_given_up(s3_environment, monkeypatch):
