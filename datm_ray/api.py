@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 from datm_ray.artifact import Artifact, read_artifact
-from datm_ray.config import RunConfig, override
+from datm_ray.config import NetworkConfig, RunConfig, override
 from datm_ray.pipeline import Pipeline, report, summaries
 from datm_ray.recipes import get_recipe
 from datm_ray.runtime.create import create_executor
@@ -53,7 +53,7 @@ class Options(TypedDict, total=False):
     address: str
     """Ray cluster to run on. Default: one that is started on this machine."""
     progress: bool
-    """Whether progress is shown. Default: True."""
+    """True (default) to show progress."""
 
 
 def recipe_of(recipe: str | RunConfig, settings: Settings | None = None) -> RunConfig:
@@ -68,6 +68,20 @@ def recipe_of(recipe: str | RunConfig, settings: Settings | None = None) -> RunC
     """
     config = get_recipe(recipe) if isinstance(recipe, str) else recipe
     return override(config, [f"{key}={json.dumps(value)}" for key, value in (settings or {}).items()])
+
+
+def stages_of(
+    configs: Sequence[RunConfig],
+    out: str,
+    store: str | None,
+    executor: str,
+    address: str | None,
+    asked: Mapping[NetworkConfig, str] | None = None,
+) -> tuple[Pipeline, Callable[[], Executor]]:
+    """Check runs, and return their stages and a function that starts their workers. Arguments: see `Pipeline`."""
+    elsewhere = bool(address or os.environ.get("RAY_ADDRESS"))
+    stages = Pipeline(configs, out, store, elsewhere=elsewhere, alone=executor == "serial", asked=asked)
+    return stages, lambda: create_executor(executor, configs[0].cluster, address)
 
 
 def run(recipe: str | RunConfig, out: str = "runs", **options: Unpack[Options]) -> Result:
@@ -113,11 +127,10 @@ def evaluate(recipe: str | RunConfig, out: str = "runs", **options: Unpack[Optio
 def _prepared(recipe: str | RunConfig, out: str, options: Options) -> tuple[Pipeline, Callable[[], Executor], Reporter]:
     """The run's stages, the start of its workers, and its progress display."""
     config = recipe_of(recipe, options.get("settings"))
-    executor, address = options.get("executor", "ray"), options.get("address")
-    elsewhere = bool(address or os.environ.get("RAY_ADDRESS"))
-    stages = Pipeline([config], out, options.get("store"), elsewhere=elsewhere, alone=executor == "serial")
-    reporter = Reporter(quiet=not options.get("progress", True))
-    return stages, lambda: create_executor(executor, config.cluster, address), reporter
+    stages, start = stages_of(
+        [config], out, options.get("store"), options.get("executor", "ray"), options.get("address")
+    )
+    return stages, start, Reporter(quiet=not options.get("progress", True))
 
 
 def _set_of(stages: Pipeline) -> Artifact:

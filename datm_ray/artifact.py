@@ -46,6 +46,7 @@ TRANSFORMS = "transforms"
 """Folder of the transforms that are kept apart from their sets."""
 INLINE_BYTES = 64 * 1024
 """Largest size in bytes of a transform that is stored inside every set's file, inclusive."""
+_SEARCHED = 50  # names in a folder that is given for a set, each of which may be a run's
 _PARENTS = 3  # number of folders above a set's own in which its transform is searched
 _CHECKSUM = "sha256"  # key in the metadata of the export "safetensors", whose format has no checksum
 _LONGEST_FOLDER = 200  # longest name of a class's folder in bytes; file systems take 255
@@ -193,9 +194,8 @@ def save_artifact(
         "images": synthetic.images.detach().cpu().numpy(),
         "soft_labels": synthetic.soft_labels.detach().cpu().numpy(),
         "labels": synthetic.labels.cpu().numpy(),
-        "step_size": synthetic.step_size.detach()
-        .cpu()
-        .numpy(),  # beside `step_sizes`, for earlier versions of this program
+        # Beside `step_sizes`, for earlier versions of this program.
+        "step_size": synthetic.step_size.detach().cpu().numpy(),
         "step_sizes": synthetic.step_sizes.detach().cpu().numpy(),
     }
     kept = transforms is not None and keep_transform(transform, transforms) is not None
@@ -251,7 +251,7 @@ def load(uri: str) -> Artifact:
         return read_artifact(location)
     except StoreError as error:
         is_folder = isinstance(error.__cause__, IsADirectoryError | FileNotFoundError)
-        names = location.list() if is_folder else []
+        names = location.list()[:_SEARCHED] if is_folder else []
         found = [name for name in names if name in ("synthetic.arrow", "synthetic.safetensors")]
         found += [f"{name}/synthetic.arrow" for name in names if (location / name / "synthetic.arrow").exists()]
         if not found:
@@ -373,9 +373,8 @@ def _read_safetensors(location: Location) -> tuple[dict[str, NDArray[Any]], Mapp
 
 def _checksum(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any]) -> str:
     """SHA-256 in hex digits over a set's metadata and the names, types, shapes and bytes of its arrays."""
-    digest = sha256(
-        json.dumps(json.loads(json.dumps(metadata)), sort_keys=True).encode()
-    )  # in the form in which JSON is read back
+    # In the form in which JSON is read back.
+    digest = sha256(json.dumps(json.loads(json.dumps(metadata)), sort_keys=True).encode())
     for name, array in sorted(arrays.items()):
         digest.update(json.dumps([name, array.dtype.str, array.shape]).encode())
         digest.update(np.ascontiguousarray(array).data)

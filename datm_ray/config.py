@@ -282,7 +282,7 @@ class EvaluateConfig(Section):
     real_epochs: Count = 100
     """Epochs of the control that trains on all real data."""
     fair: bool = False
-    """Also compute DD-Ranking's LRS and ARS (three more table rows)."""
+    """Compute DD-Ranking's LRS and ARS (three more table rows)."""
     augmentation: str = PUBLISHED_AUGMENTATION
     """DSA operations during evaluation."""
 
@@ -433,7 +433,7 @@ class RunConfig(Section):
 
     @property
     def is_matchable(self) -> bool:
-        """Whether every network of the run can be matched. Networks with batch normalisation can only be trained."""
+        """True if every network of the run can be matched. Networks with batch normalisation can only be trained."""
         return not self._unmatchable
 
     def require_matchable(self) -> None:
@@ -702,7 +702,7 @@ _QUOTED = re.compile(r"\"(.*)\"|'(.*)'", re.DOTALL)
 
 
 def _takes_text(path: Sequence[str]) -> bool:
-    """Whether the field at this path takes any text; then `a #1` or `1e3` stay what they are."""
+    """True if the field at this path takes any text; then `a #1` or `1e3` stay what they are."""
     model: type[BaseModel] | None = RunConfig
     for section in path[:-1]:
         field = model.model_fields.get(section) if model else None

@@ -158,7 +158,7 @@ def _say(text: str) -> None:
 
 
 def _has_no_reader(stream: TextIO | None) -> bool:
-    """Whether the stream is a pipe without a reader. If so, its remaining output is discarded."""
+    """True if the stream is a pipe without a reader. If so, its remaining output is discarded."""
     if stream is None:
         return False
     try:

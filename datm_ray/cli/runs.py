@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -287,13 +286,9 @@ def _prepare(invocation: Invocation, arch: str | None = None) -> tuple[Pipeline,
         for config in configs:
             asked |= {network: f"--arch {name}" for network, name in networks_named(config, arch.split(",")).items()}
         configs = [scored_on(config, arch.split(",")) for config in configs]
-    from datm_ray.pipeline import Pipeline
-    from datm_ray.runtime.create import create_executor
+    from datm_ray.api import stages_of
 
-    elsewhere = bool(invocation.address or os.environ.get("RAY_ADDRESS"))
-    alone = invocation.executor == "serial"
-    pipeline = Pipeline(configs, invocation.out, invocation.store, elsewhere=elsewhere, alone=alone, asked=asked)
-    return pipeline, lambda: create_executor(invocation.executor, configs[0].cluster, invocation.address)
+    return stages_of(configs, invocation.out, invocation.store, invocation.executor, invocation.address, asked)
 
 
 def _with_memory(set_: list[str] | None, memory: str | None) -> list[str]:

@@ -149,7 +149,7 @@ def _drop_unused(graph: fx.GraphModule) -> None:
 
 
 def _writes(node: fx.Node) -> bool:
-    """Whether the node changes a value in place, so that it counts although nothing uses its result."""
+    """True if the node changes a value in place, so that it counts although nothing uses its result."""
     schema = schema_of(node)
     return schema is not None and bool(schema.is_mutable)
 
@@ -177,7 +177,7 @@ def _drop_zero_terms(graph: fx.Graph) -> None:
 
 
 def _is_needless_copy(node: fx.Node) -> bool:
-    """Whether the node does nothing but give a tangent the memory order of its value."""
+    """True if the node does nothing but give a tangent the memory order of its value."""
     if node.target is not _ATEN.copy_.default:
         return False
     into, source = node.args[0], node.args[1]
@@ -198,7 +198,7 @@ def _owner(node: fx.Node) -> fx.Node:
 
 
 def _is_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
-    """Whether every entry of the node's value is zero, whatever the arguments of the graph."""
+    """True if every entry of the node's value is zero, whatever the arguments of the graph."""
     if node.target in (_ATEN.zeros.default, _ATEN.zeros_like.default):
         return True
     if node.target in (_ATEN.expand.default, _ATEN.view.default, _ATEN.alias.default):
@@ -221,7 +221,7 @@ def _same_shape(one: fx.Node, other: fx.Node) -> bool:
 
 _ATEN = torch.ops.aten
 _READS_STRIDES = (_ATEN.as_strided.default, _ATEN.as_strided_copy.default, _ATEN.as_strided_scatter.default)
-"""Their result depends on the strides of what they read."""
+"""Operations whose result depends on the strides of what they read."""
 _SAME_ORDER = {_ATEN.native_group_norm.default: (0,), _ATEN.native_group_norm_backward.default: (0, 1)}
 """Operations -> arguments that must all have their channels innermost, or all outermost. Torch 2.11 computes a wrong
 gradient otherwise, and without an error."""

@@ -124,7 +124,7 @@ class IterationRecord:
     step_size: float
     """The student's step size after the update."""
     skipped: bool
-    """Whether this backbone updated nothing: its loss exceeded the limit, or it diverged, see `diverged`."""
+    """True if this backbone updated nothing: its loss exceeded the limit, or it diverged, see `diverged`."""
     decrease: float = math.nan
     """First-order decrease before the gradient was shortened, in multiples of the loss, see `Limits`. nan if the
     backbone was skipped, or if an earlier version saved the record."""
@@ -250,14 +250,20 @@ class Distillation:
             else:
                 skipped.fill_(True)
         decreases[skipped] = math.nan
-        columns = [each.tolist() for each in (losses, self.synthetic.step_sizes, skipped, decreases)]
-        records = [
-            IterationRecord(self.iteration, number, origin.expert, origin.epoch, *rest)
-            for number, (origin, *rest) in enumerate(zip(origins, *columns, strict=True))
-        ]
+        records = self._records(origins, losses, skipped, decreases)
         self.history += records
         self._require_progress(bool(lost.any()))
         return records
+
+    def _records(
+        self, origins: Sequence[Origin], losses: Tensor, skipped: Tensor, decreases: Tensor
+    ) -> list[IterationRecord]:
+        """Records of this iteration, one per backbone."""
+        columns = [each.tolist() for each in (losses, self.synthetic.step_sizes, skipped, decreases)]
+        return [
+            IterationRecord(self.iteration, number, origin.expert, origin.epoch, *rest)
+            for number, (origin, *rest) in enumerate(zip(origins, *columns, strict=True))
+        ]
 
     def _diverged(self, records: Sequence[IterationRecord]) -> NDArray[np.bool_]:
         losses, skipped = [record.loss for record in records], [record.skipped for record in records]
@@ -369,7 +375,7 @@ class Distillation:
         return decrease
 
     def _stays_positive(self, match: Match, gradient: MatchingGradient) -> bool:
-        """Whether an update leaves the backbone's step size positive; every shard finds the same."""
+        """True if an update leaves the backbone's step size positive; every shard finds the same."""
         moved = match.weight * gradient.step_size
         if "step_sizes" in self.momenta:
             moved = moved + STEP_SIZE_MOMENTUM * self.momenta["step_sizes"][match.backbone]

@@ -101,7 +101,7 @@ class ExpertFunctions:
         chunk: int | None = None,
         channels_last: bool = True,
     ) -> None:
-        """For stacks of so many networks like this one.
+        """Prepare stacks of so many networks like this one.
 
         Args:
             chunk: images of one call; a batch takes several, and their sums. None takes every batch whole.
@@ -123,7 +123,7 @@ class ExpertFunctions:
 
     @property
     def fills_up(self) -> bool:
-        """Whether a batch may be filled up with images of no weight, so that all batches have one size."""
+        """True if a batch may be filled up with images of no weight, so that all batches have one size."""
         return self._is_compiled
 
     def __call__(

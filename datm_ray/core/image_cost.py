@@ -63,8 +63,9 @@ class _Counter(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
-        result = func(*args, **(kwargs or {}))
-        read = [each for each in args if isinstance(each, Tensor)]
+        named = kwargs or {}
+        result = func(*args, **named)
+        read = [each for each in (*args, *named.values()) if isinstance(each, Tensor)]
         if isinstance(result, Tensor) and storage_id(result) not in map(storage_id, read):
             self.sizes.append(result.nbytes)
             if name in ("linear", "matmul", "__matmul__"):

@@ -87,7 +87,7 @@ def build_network(spec: NetworkSpec, seed: int) -> nn.Module:
 
 
 def couples_samples(network: nn.Module) -> bool:
-    """Whether an output in training mode depends on the other images of its batch, as with batch statistics."""
+    """True if an output in training mode depends on the other images of its batch, as with batch statistics."""
     return any(isinstance(module, BatchNorm) for module in network.modules())
 
 

@@ -207,7 +207,7 @@ def soft_cross_entropy(logits: Tensor, soft_labels: Tensor, weights: Tensor) -> 
 
 
 def _has_wrong_tangents(graph: fx.GraphModule) -> bool:
-    """Whether torch differentiates the tangent of an operation wrongly, as it does a layer norm's, and silently."""
+    """True if torch differentiates the tangent of an operation wrongly, as it does a layer norm's, and silently."""
     return any(node.target is torch.ops.aten.native_layer_norm.default for node in graph.graph.nodes)
 
 

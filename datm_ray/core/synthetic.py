@@ -46,7 +46,7 @@ class SyntheticSet:
         )
 
     def is_valid(self) -> bool:
-        """Whether all learned values are finite and all step sizes are positive."""
+        """True if all learned values are finite and all step sizes are positive."""
         learned = (self.images, self.soft_labels, self.step_sizes)
         return all(bool(t.isfinite().all()) for t in learned) and bool((self.step_sizes > 0).all())
 

@@ -53,7 +53,7 @@ class QuickWeightGradients(fx.Interpreter):
 
 
 def has_slow_weight_gradients(graph: fx.Graph) -> bool:
-    """Whether `QuickWeightGradients` would change anything in a traced graph."""
+    """True if `QuickWeightGradients` would change anything in a traced graph."""
     derivatives = [node.args for node in graph.nodes if node.target is _ATEN.convolution_backward.default]
     return any(_applies(*(fx.map_arg(each, lambda node: node.meta["val"]) for each in args)) for args in derivatives)
 
@@ -71,7 +71,7 @@ def _applies(
     groups: int,
     wants: list[bool],
 ) -> bool:
-    """Whether a convolution's derivative wants a weight gradient that is computed faster here."""
+    """True if a convolution's derivative wants a weight gradient that is computed faster here."""
     plain = (list(stride), list(padding), list(dilation), transposed, groups) == ([1, 1], [1, 1], [1, 1], False, 1)
     sides = tuple(weight.shape[2:]) == (3, 3) and x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
     wide = min(weight.shape[:2]) >= LEAST_CHANNELS

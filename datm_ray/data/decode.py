@@ -96,7 +96,7 @@ class _Header(NamedTuple):
     is_turned: bool = False
     is_transparent: bool = False
     is_deep: bool = False
-    """Whether the image has 16 bits per channel."""
+    """True if the image has 16 bits per channel."""
     has_frames: bool = False
 
 

@@ -112,7 +112,7 @@ def _in_folder(folder: Path) -> ParquetFiles:
 
 
 def _is_labelled(file: Path) -> bool:
-    """Whether any row has a label other than -1: test images often have -1 or nothing."""
+    """True if any row has a label other than -1: test images often have -1 or nothing."""
     import pyarrow as pa
 
     with _reading(file) as parquet:

@@ -77,7 +77,7 @@ class Request:
     resize: int | None
     """Side in pixels of the squares that all images become; None keeps their size."""
     download: bool
-    """Whether missing files may be downloaded."""
+    """True if missing files may be downloaded."""
     copies: int = 1
     """Float32 copies of all pixels that the caller will make; they must fit into memory too."""
 

@@ -31,7 +31,7 @@ class Gallery:
     width: int
     """Width in CSS pixels, a multiple of the picture's own."""
     enlarged: bool
-    """Whether an image's pixel covers several on the screen, and should stay a square."""
+    """True if an image's pixel covers several on the screen, and should stay a square."""
 
 
 def galleries(run: Run) -> list[Gallery]:

@@ -67,7 +67,7 @@ class CostLine:
     """Number of experts, sets or networks."""
     spent: Spent
     complete: bool = True
-    """Whether everything was measured; results of earlier versions have seconds only."""
+    """True if everything was measured; results of earlier versions have seconds only."""
 
     @property
     def device_seconds(self) -> float:

@@ -41,7 +41,7 @@ class Rows:
 
     @classmethod
     def of_shard(cls, shard: int, shards: int, classes: int, ipc: int) -> Rows:
-        """Those of its classes; the first shards have one class more where the number does not divide."""
+        """Rows of a shard's classes; the first shards have one class more where the number does not divide."""
         bounds = [part[0] for part in np.array_split(np.arange(classes), shards)] + [classes]
         return cls(int(bounds[shard]) * ipc, int(bounds[shard + 1]) * ipc)
 

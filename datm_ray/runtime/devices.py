@@ -38,7 +38,7 @@ def prepare_device(cluster: ClusterConfig) -> torch.device:
 
 
 def uses_gpu(cluster: ClusterConfig) -> bool:
-    """Whether workers compute on GPUs, by the settings and, if they leave it open, by this machine's GPU."""
+    """True if workers compute on GPUs, by the settings and, if they leave it open, by this machine's GPU."""
     if cluster.device == "cpu" or cluster.gpus_per_worker == 0:
         return False
     return cluster.device == "cuda" or cluster.gpus_per_worker is not None or torch.cuda.is_available()

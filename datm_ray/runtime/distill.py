@@ -109,12 +109,12 @@ class _Backbone:
 
     number: int
     group: ExpertGroup
-    """Its experts."""
+    """Experts of the network."""
     snapshots: Prefetcher
     """Reads them."""
     functions: StudentStepFunctions
     plan: DistillationPlan
-    """Its memory."""
+    """Memory plan of the network."""
     chunk: int
     """Images of a micro-batch."""
 
@@ -374,9 +374,9 @@ class _Run:
             )
 
     def _initial_set(self) -> SyntheticSet:
-        """This shard's rows: real images that experts classify correctly, with their mean correct logits.
+        """Choose the first rows of this shard: real images that experts classify correctly, with their mean logits.
 
-        Or any images, or hard labels, where the recipe says so.
+        The recipe may ask for any images, or for hard labels.
         """
         config, dataset, rows = self._config, self._dataset, self._rows
         step_sizes = torch.full((len(config.weights),), config.distill.initial_step_size, device=self._device)

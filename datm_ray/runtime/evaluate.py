@@ -156,13 +156,10 @@ class EvaluateWorker:
         seed = derive_seed(config.seed, Purpose.EVALUATION, number)
         folder = open_location(folder_uri)
         images, targets, step_size = self._training_set(config, store_uri, folder, row, seed, network)
-        schedule, others = _row_schedule(config, row), CONTROL_STEP_SIZES
+        schedule = _row_schedule(config, row)
         if schedule.optimiser == "adamw":
-            step_size, others = None, ADAMW_STEP_SIZES
-        learned = (step_size,) if step_size else ()
-        # True if the step size was learned with this network and these labels.
-        is_its_own = network is None and row != "distilled-hard"
-        candidates = learned if learned and is_its_own else (*learned, *others)
+            step_size = None
+        candidates = _candidates(schedule, step_size, is_its_own=network is None and row != "distilled-hard")
         tried = config if network is None else config.model_copy(update={"network": network})
         trials: list[_Trial] = []
         for candidate in candidates:
@@ -233,6 +230,19 @@ class EvaluateWorker:
             to_device(dataset.validation_labels, self._device),
         )
         return _Trial(network, schedule.learning_rate, validation_accuracy)
+
+
+def _candidates(schedule: Schedule, learned: float | None, *, is_its_own: bool) -> tuple[float, ...]:
+    """Step sizes among which validation chooses: a learned one alone, if `is_its_own`.
+
+    Args:
+        learned: step size that was learned with the set, if any.
+        is_its_own: True if it was learned with this network and these labels.
+    """
+    if learned and is_its_own:
+        return (learned,)
+    others = ADAMW_STEP_SIZES if schedule.optimiser == "adamw" else CONTROL_STEP_SIZES
+    return (learned, *others) if learned else others
 
 
 def _row_schedule(config: RunConfig, row: str) -> Schedule:

@@ -28,7 +28,7 @@ class Progress:
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Measurements, by the names in `metrics.CATALOGUE`. Counters start from 0 in every attempt."""
     saved: bool = False
-    """Whether the work so far is saved, so that other workers can resume without loss."""
+    """True if the work so far is saved, so that other workers can resume without loss."""
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def network_spec(config: RunConfig, channels: int, size: tuple[int, int], classe
 
 
 def expert_group(store_uri: str, config: RunConfig, dataset: str, dataset_fingerprint: str) -> ExpertGroup:
-    """Where the experts of a run lie in the store."""
+    """Place of a run's experts in the store."""
     store = TrajectoryStore(store_uri)
     fingerprint = expert_fingerprint(config, dataset_fingerprint)
     # A data set may be named after any folder; the fingerprint tells apart what becomes the same name here.
@@ -222,7 +222,7 @@ class ExpertsCost:
 
 
 EXPERTS_COST = "experts-cost.json"
-"""In the folder of a run."""
+"""Name of the file with the experts' costs in the folder of a run."""
 
 
 def write_experts_cost(folder: Location, costs: Sequence[ExpertsCost]) -> None:

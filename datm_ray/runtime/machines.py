@@ -44,7 +44,7 @@ class Machine:
     rates: dict[str, float]
     """FLOP/s of one worker, by kind of work: keys as in `CORE_RATES`."""
     basis: str
-    """Where the rates come from, in words; "" where nobody measured them, so that no hours are shown."""
+    """Source of the rates, in words; "" if nobody measured them, and then no hours are shown."""
     bandwidth: float
     """Bytes a second that one worker sends in a sum."""
     memory: int | None = None

@@ -66,7 +66,7 @@ class Mesh(ABC):
 
     @property
     def is_first(self) -> bool:
-        """Whether this worker has rank 0, which reports and writes."""
+        """True if this worker has rank 0, which reports and writes."""
         return self.rank == 0
 
     @abstractmethod

@@ -41,7 +41,7 @@ PORT = 8265
 OTHER_PORTS = ("6379", "10001")
 """Ports of Ray that speak no HTTP: for drivers, and for Ray's client."""
 VERSION = "/api/version"
-"""Where a client asks first."""
+"""Path of a client's first request."""
 ESCAPES = "with %40, %2F and %3A for @, / and : in a password"
 _CREDENTIALS = re.compile(r"(\w+://)[^\s'\"]*@|^[^\s:@/]+:[^\s@]*@")
 

@@ -141,7 +141,7 @@ class _Running:
     done: int = 0
     """`Progress.done` of the last event."""
     logged: bool = False
-    """Whether the wait for resources has been reported to the user."""
+    """True if the wait for resources has been reported to the user."""
 
 
 class _Stage:

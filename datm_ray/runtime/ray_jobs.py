@@ -56,7 +56,7 @@ class Job:
     recipes: str
     """Names of the runs."""
     out: str
-    """Where they write to."""
+    """Output folder of the runs."""
     seconds: float
     """Seconds since the job was submitted, or between submission and end."""
     message: str
@@ -65,7 +65,7 @@ class Job:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more will happen."""
+        """True if nothing more will happen."""
         return self.status in ("stopped", "succeeded", "failed")
 
 
@@ -143,7 +143,7 @@ class Jobs:
             time.sleep(1.0)
 
     def _took(self, number: str, failure: ClusterError, end: float) -> bool:
-        """Whether the cluster has a job although its submission failed: the answer may be lost, and not the job.
+        """True if the cluster has a job although its submission failed: the answer may be lost, and not the job.
 
         Raises:
             JobUnreachableError: the cluster does not answer that until `end`.
@@ -173,7 +173,7 @@ class Jobs:
                 )
 
     def list(self) -> list[Job]:
-        """This package's jobs, the oldest first."""
+        """List this package's jobs, the oldest first."""
         with self._answers():
             found = [job for job in self._client.list_jobs() if MINE in (job.metadata or {})]
         return [_job(job) for job in sorted(found, key=lambda job: job.start_time or 0)]
@@ -355,7 +355,7 @@ def _requirements(path: str) -> list[str]:
 
 
 def _is_package(text: str) -> bool:
-    """Whether another machine may install it: a name with or without versions, or a URL that is not of a file here."""
+    """True if another machine may install it: a name with or without versions, or a URL that is not of a file here."""
     if "://" in text and "@ " not in text:
         return not text.startswith("file:")
     try:

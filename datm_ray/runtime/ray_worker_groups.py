@@ -136,7 +136,7 @@ class WorkerGroup:
         return cls(size, placement_group([worker_resources(cluster)] * size), time.monotonic())
 
     def is_placed(self) -> bool:
-        """Whether Ray has reserved the resources of all workers."""
+        """True if Ray has reserved the resources of all workers."""
         # group.wait(0) would return False whenever the answer takes time, even if the resources are reserved.
         return bool(self.actors) or placement_group_table(self.placement).get("state") == "CREATED"
 

@@ -29,7 +29,7 @@ class History:
         )
 
     def gives_up(self, retries: int) -> bool:
-        """Whether to stop retrying. A task that progresses between losses is never given up."""
+        """True if to stop retrying. A task that progresses between losses is never given up."""
         return self.without_progress > retries
 
 
@@ -58,5 +58,5 @@ def grown(sizes: Sequence[int], size: int, capacity: int, busy: int, free: int) 
 
 
 def is_silent(sent: float | None, now: float, limit: float) -> bool:
-    """Whether a heartbeat requested at `sent` is late by more than `limit`, in seconds; `sent=None` never is."""
+    """True if a heartbeat requested at `sent` is late by more than `limit`, in seconds; `sent=None` never is."""
     return sent is not None and now - sent > limit

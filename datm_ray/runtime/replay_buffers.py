@@ -63,7 +63,7 @@ class Imported:
     """Number of the trajectory's expert in its group."""
 
     new: bool
-    """Whether this import stored the trajectory; False if an earlier import had."""
+    """True if this import stored the trajectory; False if an earlier import had."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ class Exported:
     left_out: tuple[int, ...]
     """Epochs of the first expert that were not exported, because they follow a gap."""
     without_statistics: bool
-    """Whether the experts have running statistics of batch norms, which replay buffers cannot hold."""
+    """True if the experts have running statistics of batch norms, which replay buffers cannot hold."""
     padded_otherwise: bool
-    """Whether the published ConvNet is another function of the same parameters, see `pads_differently`."""
+    """True if the published ConvNet is another function of the same parameters, see `pads_differently`."""
 
 
 def import_replay_buffers(files: Sequence[str], config: RunConfig, store_uri: str) -> Iterator[Imported]:
@@ -149,7 +149,7 @@ def export_replay_buffers(group: ExpertGroup, out: Location, per_file: int = PUB
 
 
 def pads_differently(architecture: str, channels: int) -> bool:
-    """Whether the published network of this name is another function of the same parameters."""
+    """True if the published network of this name is another function of the same parameters."""
     return architecture == "convnet" and channels == 1
 
 
@@ -344,14 +344,14 @@ def _require_training(trajectory: list[list[Any]], same: Callable[[Any, Any], bo
 
 
 def _is_same_view(one: object, other: object) -> bool:
-    """Whether both are arrays that share the same memory. No value is compared."""
+    """True if both are arrays that share the same memory. No value is compared."""
     if not isinstance(one, np.ndarray) or not isinstance(other, np.ndarray):
         return False
     return one is other or bool(one.__array_interface__ == other.__array_interface__)
 
 
 def _is_parameter(value: object) -> bool:
-    """Whether a value is an array of finite numbers."""
+    """True if a value is an array of finite numbers."""
     return isinstance(value, np.ndarray) and bool(np.isfinite(value).all())
 
 

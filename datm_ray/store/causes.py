@@ -113,7 +113,7 @@ def _of_tls(error: Exception) -> tuple[str, str]:
 
 
 def lacks_certificates(error: Exception) -> bool:
-    """Whether a request failed because the file of certificates to trust is missing or is none."""
+    """True if a request failed because the file of certificates to trust is missing or is none."""
     inner = getattr(error, "kwargs", {}).get("error")
     return isinstance(inner, (FileNotFoundError, PermissionError, IsADirectoryError, ssl.SSLError))
 
@@ -139,12 +139,12 @@ def _answer(error: BaseException | None) -> dict[str, dict[str, Any]]:
 
 
 def lacks_bucket(error: Exception) -> bool:
-    """Whether S3 answered that the bucket is missing; s3fs says so of a file too, but then without S3's answer."""
+    """True if S3 answered that the bucket is missing; s3fs says so of a file too, but then without S3's answer."""
     return code_of(error) in ("NoSuchBucket", "404")
 
 
 def is_beyond_the_end(error: Exception) -> bool:
-    """Whether a range was asked for that begins after the end of the file."""
+    """True if a range was asked for that begins after the end of the file."""
     return status_of(error) == 416 or code_of(error) == "InvalidRange"
 
 

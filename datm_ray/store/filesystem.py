@@ -76,7 +76,7 @@ class Location:
         return self.path if isinstance(self.fs, LocalFileSystem) else None
 
     def exists(self) -> bool:
-        """Whether there is a file or folder. Raises StoreError where that cannot be found out."""
+        """True if there is a file or folder. Raises StoreError where that cannot be found out."""
         # Not fs.exists(): it also answers False where access is denied or the server does not answer.
         with self._asking("look for"):
             try:
@@ -327,7 +327,7 @@ def open_location(uri: str) -> Location:
 
 
 def _is_local(uri: str) -> bool:
-    """Whether a text is a path on this machine, and neither a URI nor something that was meant as one."""
+    """True if a text is a path on this machine, and neither a URI nor something that was meant as one."""
     if uri.startswith(("/", "./", "../", "~")):
         return True
     return "://" not in uri and not _LIKE_URI.match(uri) and uri.partition("::")[0] not in known_implementations

@@ -227,13 +227,13 @@ def _refuse_page(response_dict: Any, **_: object) -> None:
 
 
 def _is_of_s3(error: Exception) -> bool:
-    """Whether an S3 server answered, and nothing that stands in its place or before it: it names its reasons."""
+    """True if an S3 server answered, and nothing that stands in its place or before it: it names its reasons."""
     code = code_of(error)
     return isinstance(error, FileNotFoundError) or (code != "" and not code.isdigit())
 
 
 def _passes(error: Exception) -> bool:
-    """Whether the same request may succeed later."""
+    """True if the same request may succeed later."""
     status, code = status_of(error), code_of(error)
     if status or code:
         return status in (429, 500, 502, 503, 504) or code in _PASSING or "Throttl" in code
@@ -245,7 +245,7 @@ def _passes(error: Exception) -> bool:
 
 
 def _refuses_conditions(error: Exception) -> bool:
-    """Whether a server does not know If-None-Match on uploads."""
+    """True if a server does not know If-None-Match on uploads."""
     code = code_of(error)
     return code in ("NotImplemented", "501") or (
         400 <= status_of(error) < 500 and "if-none-match" in str(error).lower()

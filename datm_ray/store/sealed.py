@@ -275,7 +275,7 @@ def _record_batch(chunk: memoryview, schema: pa.Schema) -> pa.RecordBatch:
 
 
 def _is_compressed(message: memoryview) -> bool:
-    """Whether an Arrow message says that its body is compressed: then nothing bounds what a few bytes unpack to.
+    """True if an Arrow message says that its body is compressed: then nothing bounds what a few bytes unpack to.
 
     pyarrow does not tell, so the flatbuffer that it has verified is followed: Message.header, RecordBatch.compression.
     """
@@ -284,7 +284,7 @@ def _is_compressed(message: memoryview) -> bool:
         return int(struct.unpack_from(layout, message, place)[0])
 
     def field(table: int, index: int) -> int:
-        """Where a table has the field; 0 where it has none."""
+        """Position of a field in a table; 0 if the table lacks it."""
         entries = table - number("<i", table)
         entry = 4 + 2 * index
         offset = number("<H", entries + entry) if entry < number("<H", entries) else 0

@@ -76,7 +76,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class TrajectoryInfo:
-    """Where an expert comes from and what its vectors mean."""
+    """Origin of an expert, and the meaning of its vectors."""
 
     dataset: str
     dataset_fingerprint: str
@@ -235,7 +235,7 @@ class ExpertGroup:
 
     @property
     def progress(self) -> Location:
-        """Where those who train experts keep what is not finished, in folders of files."""
+        """Folder for the unfinished work of those who train experts."""
         return self.location / "progress"
 
     def write_cost(self, name: str, value: Mapping[str, object]) -> None:
@@ -310,11 +310,11 @@ class ExpertGroup:
 
     @property
     def transform_file(self) -> Location:
-        """Where the transform of the experts' data lies, or would."""
+        """Place of the transform of the experts' data, which may be missing."""
         return self.location / _TRANSFORM_FILE
 
     def has_transform(self) -> bool:
-        """Whether the transform of the experts' data is stored."""
+        """True if the transform of the experts' data is stored."""
         return self.transform_file.exists()
 
     def read_transform(self) -> TensorFile:
@@ -479,7 +479,7 @@ def _is_safe(key: GroupKey) -> bool:
 
 
 def epochs_in_words(epochs: Sequence[int]) -> str:
-    """Such as "epochs 0-10, 40"; epochs that follow one another are one stretch."""
+    """Epochs in words, such as "epochs 0-10, 40": consecutive ones are one stretch."""
     stretches: list[list[int]] = []
     for epoch in epochs:
         if stretches and epoch == stretches[-1][-1] + 1:

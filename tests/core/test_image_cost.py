@@ -23,3 +23,18 @@ def test_the_largest_map_is_that_before_the_first_pooling() -> None:
     """It decides micro-batches and stacks: 128 channels of 32x32, as a float32."""
     network = build_network(NetworkSpec("convnet", 3, (32, 32), 10, width=128, depth=3), seed=0)
     assert image_cost(network, (3, 32, 32)).largest == 4 * 128 * 32 * 32
+
+
+def test_functions_may_be_called_by_keywords() -> None:
+    """A network of somebody's own may write conv2d(input=..., weight=...)."""
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel, self.last = nn.Parameter(torch.ones(5, 3, 3, 3)), nn.Parameter(torch.ones(10, 20))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            maps = torch.conv2d(input=images, weight=self.kernel)
+            return nn.functional.linear(input=maps.flatten(1), weight=self.last)
+
+    assert image_cost(Own(), (3, 4, 4)) == ImageCost(4 * 30, 4 * 3 * 16, 2 * (20 * 27 + 200), 5 * 27 + 200)
