@@ -31,7 +31,7 @@ from datm_ray.core.experts import (
     chunk_in_cache,
     train_experts,
 )
-from datm_ray.core.networks import NetworkSpec, build_network
+from datm_ray.core.networks.registry import NetworkSpec, build_network
 from datm_ray.core.training import predict_logits
 
 HEADER = """One expert's epoch on random tensors of fixed seeds; ConvNet, instance normalisation, mean pooling.

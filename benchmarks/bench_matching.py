@@ -31,12 +31,12 @@ from facts import common_facts, head, result_path, save, status
 from published_matching import AUGMENTATION, Gradient, Problem, make_problem, step_operations, tesla, unrolling
 from torch import Tensor
 
-from datm_ray.core.matching import identity, matching_gradient
-from datm_ray.core.networks import NetworkSpec
-from datm_ray.core.parameters import FlatNetwork
-from datm_ray.core.step_functions import Order, Precision, StepOptions, StudentStepFunctions
+from datm_ray.core.networks.parameters import FlatNetwork
+from datm_ray.core.networks.registry import NetworkSpec
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.memory import available_memory
+from datm_ray.methods.trajectory.matching import identity, matching_gradient
+from datm_ray.methods.trajectory.step_functions import Order, Precision, StepOptions, StudentStepFunctions
 
 HEADER = """Matching loss and its gradient in images, soft labels and step size; ConvNet, instance normalisation, mean
 pooling; random tensors of fixed seeds; every minibatch is the whole set; step size 0.01.

@@ -29,14 +29,14 @@ from facts import common_facts, head, result_path, save
 from PIL import Image
 
 from datm_ray.config import RunConfig, load_config, override, to_yaml
+from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
+from datm_ray.planning.duration import Proposal, measured, show_number
+from datm_ray.planning.fit import data_shape, plans_of, total
+from datm_ray.planning.machines import machine_here
 from datm_ray.recipes import get_recipe
-from datm_ray.runtime.cost import Proposal, measured, show_number
-from datm_ray.runtime.distill import read_cost
 from datm_ray.runtime.executor import Event, Progress, SerialExecutor, Task
-from datm_ray.runtime.machines import machine_here
-from datm_ray.runtime.plan import data_shape, plans_of, total
-from datm_ray.runtime.telemetry import Reporter
+from datm_ray.stages.distill import read_cost
 from datm_ray.store.trajectories import size_in_words
 
 CASES = {

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, cross_entropy
 
 from datm_ray.core.experts import ExpertFunctions, ExpertState
-from datm_ray.core.networks import NetworkSpec, build_network
+from datm_ray.core.networks.registry import NetworkSpec, build_network
 
 JUMP = 1e-5
 """Error of the image gradient from which on a kink was crossed: rounding alone leaves less than 2e-6."""

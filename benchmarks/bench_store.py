@@ -29,11 +29,11 @@ import numpy as np
 import torch
 from facts import common_facts, head, result_path, save
 
-from datm_ray.core.networks import NetworkSpec, build_network
-from datm_ray.core.parameters import FlatNetwork, flatten
-from datm_ray.runtime.replay_buffers import export_replay_buffers
+from datm_ray.core.networks.parameters import FlatNetwork, flatten
+from datm_ray.core.networks.registry import NetworkSpec, build_network
+from datm_ray.interop.replay_buffers import export_replay_buffers
 from datm_ray.store.cache import FOLDER
-from datm_ray.store.filesystem import open_location
+from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.prefetch import Prefetcher
 from datm_ray.store.trajectories import ExpertGroup, GroupKey, Snapshot, TrajectoryInfo, TrajectoryStore
 

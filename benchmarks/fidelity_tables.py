@@ -13,12 +13,12 @@ from tables import COST_HEAD, cost_cells, table
 
 from datm_ray.artifact import read_artifact
 from datm_ray.config import RunConfig
-from datm_ray.runtime.checkpoint import read_curves
-from datm_ray.runtime.distill import SYNTHETIC, read_cost
-from datm_ray.runtime.evaluate import Score, read_scores
-from datm_ray.runtime.experts import read_experts_cost
-from datm_ray.runtime.spent import total
-from datm_ray.store.filesystem import Location
+from datm_ray.monitor.spent import total
+from datm_ray.stages.checkpoint import read_curves
+from datm_ray.stages.distill import SYNTHETIC, read_cost
+from datm_ray.stages.evaluate import Score, read_scores
+from datm_ray.stages.experts import read_experts_cost
+from datm_ray.store.files.filesystem import Location
 
 Accuracies = Sequence[Sequence[float]]
 """In [0, 1], by distillation and network."""

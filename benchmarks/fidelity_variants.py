@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from datm_ray.config import RunConfig, override
-from datm_ray.core.step_functions import Reversed, StudentStepFunctions
+from datm_ray.methods.trajectory.step_functions import Reversed, StudentStepFunctions
 from datm_ray.pipeline import Pipeline
 from datm_ray.recipes import get_recipe
-from datm_ray.runtime.distill import DistillWorker
+from datm_ray.stages.distill import DistillWorker
 
 
 class TeslaStepFunctions(StudentStepFunctions):

@@ -16,12 +16,12 @@ from tables import COST_HEAD, cost_cells, table
 from datm_ray.artifact import load
 from datm_ray.config import NetworkConfig, RunConfig
 from datm_ray.core.metadd import MetaDD, meta_feature_ratio, scaled_maps
+from datm_ray.monitor.spent import Spent, total
 from datm_ray.pipeline import Pipeline
-from datm_ray.runtime.distill import SYNTHETIC, read_cost
-from datm_ray.runtime.evaluate import read_network_scores
-from datm_ray.runtime.expert_networks import ExpertNetworks
-from datm_ray.runtime.experts import ExpertsCost, read_experts_cost
-from datm_ray.runtime.spent import Spent, total
+from datm_ray.stages.distill import SYNTHETIC, read_cost
+from datm_ray.stages.evaluate import read_network_scores
+from datm_ray.stages.expert_networks import ExpertNetworks
+from datm_ray.stages.experts import ExpertsCost, read_experts_cost
 
 MAIN = ("without", "var-ai-pos")
 """Shown architecture by architecture."""

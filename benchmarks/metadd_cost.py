@@ -22,13 +22,13 @@ from bench_matching import Shape
 from facts import status
 from tables import table
 
-from datm_ray.core.distillation import Distillation, LearningRates, Limits, Match, MetaTerm, Origin
-from datm_ray.core.matching import draw_student_steps
 from datm_ray.core.metadd import MetaDD
-from datm_ray.core.networks import NetworkSpec, build_network
-from datm_ray.core.parameters import FlatNetwork, flatten
-from datm_ray.core.step_functions import StudentStepFunctions
+from datm_ray.core.networks.parameters import FlatNetwork, flatten
+from datm_ray.core.networks.registry import NetworkSpec, build_network
 from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.methods.trajectory.distillation import Distillation, LearningRates, Limits, Match, MetaTerm, Origin
+from datm_ray.methods.trajectory.matching import draw_student_steps
+from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
 
 TITLE = (
     "Cost of an iteration at CIFAR-10's shape, IPC 10, ConvNet-3/128, T = 10, batch 100, auxiliaries of published "

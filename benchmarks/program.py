@@ -9,10 +9,10 @@ from pathlib import Path
 
 from datm_ray.config import RunConfig
 from datm_ray.errors import DatmError
+from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.create import create_executor
 from datm_ray.runtime.executor import Executor
-from datm_ray.runtime.telemetry import Reporter
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from datm_ray.core.augment import augment
-from datm_ray.core.matching import StudentStep, draw_student_steps
-from datm_ray.core.networks import NetworkSpec, build_network
-from datm_ray.core.parameters import FlatNetwork, flatten
-from datm_ray.core.step_functions import StudentStepFunctions, soft_cross_entropy
+from datm_ray.core.networks.parameters import FlatNetwork, flatten
+from datm_ray.core.networks.registry import NetworkSpec, build_network
 from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.methods.trajectory.matching import StudentStep, draw_student_steps
+from datm_ray.methods.trajectory.step_functions import StudentStepFunctions, soft_cross_entropy
 
 AUGMENTATION = "color_crop_cutout_flip_scale_rotate"
 """The DSA operations of MTT, FTD, TESLA and DATM. `datm_ray.config` has the same, and needs more packages."""

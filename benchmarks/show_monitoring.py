@@ -34,11 +34,11 @@ import ray
 from ray.util.state import list_actors
 
 from datm_ray.config import override
+from datm_ray.monitor.progress import Reporter, Stage
 from datm_ray.pipeline import Pipeline
 from datm_ray.recipes import get_recipe
 from datm_ray.runtime.create import create_executor
 from datm_ray.runtime.executor import Event, Lost, Progress, Task
-from datm_ray.runtime.telemetry import Reporter, Stage
 
 MONITORING = Path(__file__).parents[1] / "cluster" / "monitoring"
 FAULTS = ("Workers lost", "Tasks given to other workers")

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 
 from datm_ray.artifact import Artifact, read_artifact
 from datm_ray.config import NetworkConfig, RunConfig, override
+from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline, report, summaries
 from datm_ray.recipes import get_recipe
 from datm_ray.runtime.create import create_executor
 from datm_ray.runtime.executor import Executor
-from datm_ray.runtime.telemetry import Reporter
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -36,7 +36,7 @@ from torch.utils.data import TensorDataset
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.data.transform import Images, Normaliser, Transform
 from datm_ray.errors import ConfigError, CorruptFileError, StoreError
-from datm_ray.store.filesystem import AlreadyExistsError, Location, open_location
+from datm_ray.store.files.filesystem import AlreadyExistsError, Location, open_location
 from datm_ray.store.sealed import damaged, rejecting_nonsense
 from datm_ray.store.tensors import dump_tensors, read_tensors, write_tensors
 from datm_ray.store.trajectories import TRANSFORM_KIND

@@ -29,10 +29,19 @@ import torch
 from torch import nn
 
 from datm_ray.artifact import TRANSFORMS, keep_transform
-from datm_ray.config import DatasetConfig, NetworkConfig, Role, RunConfig, load_recipe_of_run, network_names, to_yaml
+from datm_ray.config import (
+    DatasetConfig,
+    NetworkConfig,
+    Role,
+    RunConfig,
+    load_recipe_of_run,
+    network_names,
+    run_identity,
+    to_yaml,
+)
 from datm_ray.core.augment import parse_strategy
-from datm_ray.core.networks import build_network, require_maps
-from datm_ray.core.parameters import FlatNetwork
+from datm_ray.core.networks.parameters import FlatNetwork
+from datm_ray.core.networks.registry import build_network, require_maps
 from datm_ray.data.dataset import Dataset, prepare
 from datm_ray.data.sources import RawDataset, load_raw
 from datm_ray.data.transform import FitCost, Transform
@@ -44,10 +53,14 @@ from datm_ray.errors import (
     RunDirectoryError,
     StoreError,
 )
+from datm_ray.monitor.loggers import Logger, open_logger, require_logger
+from datm_ray.monitor.progress import Reporter
+from datm_ray.planning.fit import ALONE, DataShape, Layout, plans_of, require_whole_classes
 from datm_ray.report import RunSummary, accuracy_table, fair_table, networks_table, write_report, write_summary
-from datm_ray.runtime.checkpoint import CHECKPOINT
-from datm_ray.runtime.distill import SYNTHETIC, DistillWorker
-from datm_ray.runtime.evaluate import (
+from datm_ray.runtime.executor import Executor, Task, require_precision
+from datm_ray.stages.checkpoint import CHECKPOINT
+from datm_ray.stages.distill import SYNTHETIC, DistillWorker
+from datm_ray.stages.evaluate import (
     FAIR_ROWS,
     ON_OTHERS,
     ROWS,
@@ -58,9 +71,8 @@ from datm_ray.runtime.evaluate import (
     read_scores,
     result_location,
 )
-from datm_ray.runtime.executor import Executor, Task, require_precision
-from datm_ray.runtime.expert_progress import ExpertProgress
-from datm_ray.runtime.experts import (
+from datm_ray.stages.expert_progress import ExpertProgress
+from datm_ray.stages.experts import (
     ExpertWorker,
     expert_group,
     experts_at_a_time,
@@ -70,10 +82,7 @@ from datm_ray.runtime.experts import (
     stacks,
     write_experts_cost,
 )
-from datm_ray.runtime.loggers import Logger, open_logger, require_logger
-from datm_ray.runtime.plan import ALONE, DataShape, Layout, plans_of, require_whole_classes
-from datm_ray.runtime.telemetry import Reporter
-from datm_ray.store.filesystem import Location, open_location
+from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.sealed import rejecting_nonsense
 from datm_ray.store.trajectories import ExpertGroup
 
@@ -465,10 +474,10 @@ class Pipeline:
 
     def _check_folder(self, config: RunConfig) -> None:
         earlier = self._earlier(config)
-        if earlier is not None and earlier.identity() != config.identity():
+        if earlier is not None and run_identity(earlier) != run_identity(config):
             raise RunDirectoryError(
                 f"{self._folder(config).uri} holds a run of {config.name!r} with another configuration",
-                f"it differs in {', '.join(_differences(earlier.identity(), config.identity()))}",
+                f"it differs in {', '.join(_differences(run_identity(earlier), run_identity(config)))}",
                 "give another --out or --set name=..., or, for the run that is there, "
                 f"{(self._folder(config) / RECIPE).uri} as the recipe",
             )

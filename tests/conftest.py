@@ -16,10 +16,10 @@ import pytest
 
 from datm_ray import cli
 from datm_ray.config import RunConfig, override, to_yaml
+from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline, report
 from datm_ray.recipes import get_recipe
 from datm_ray.runtime.executor import Executor, SerialExecutor
-from datm_ray.runtime.telemetry import Reporter
 from tests import processes
 from tests.store import proxy
 
@@ -197,7 +197,7 @@ def executor(request: pytest.FixtureRequest, tiny: RunConfig) -> Executor:
     if request.param == "serial":
         return SerialExecutor(tiny.cluster)
     request.getfixturevalue("ray_cluster")
-    from datm_ray.runtime.ray_executor import RayExecutor
+    from datm_ray.runtime.ray.executor import RayExecutor
 
     return RayExecutor(tiny.cluster)
 
@@ -233,7 +233,7 @@ def s3_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], 
 
     s3fs keeps its filesystems, each with the environment it was made in, so they are forgotten before and after.
     """
-    from datm_ray.store.s3 import S3
+    from datm_ray.store.files.s3 import S3
 
     def use(url: str) -> None:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
@@ -278,7 +278,7 @@ def s3_proxy(
     s3_server: str, bucket: str, s3_environment: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[proxy.Proxy]:
     """A proxy between the environment and the server. What it fails is asked for again at once."""
-    monkeypatch.setattr("datm_ray.store.s3.LONGEST_PAUSE", 0.02)
+    monkeypatch.setattr("datm_ray.store.files.s3.LONGEST_PAUSE", 0.02)
     with proxy.serving(s3_server) as running:
         s3_environment(running.url)
         yield running

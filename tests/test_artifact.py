@@ -25,7 +25,7 @@ from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.data import Transform, fit_transform, load_raw
 from datm_ray.data.transform import Kind
 from datm_ray.errors import ConfigError, CorruptFileError, StoreError
-from datm_ray.store.filesystem import Location, open_location
+from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.tensors import read_tensors, write_tensors
 
 NAMES = ("a cat", "dog")

@@ -21,8 +21,7 @@ import pytest
 
 from datm_ray import cli
 from datm_ray.config import to_yaml
-from datm_ray.core import networks
-from datm_ray.core.networks import ConvNet
+from datm_ray.core.networks.registry import ConvNet, registry as networks
 from tests.conftest import CommandLine, tiny_config
 
 
@@ -394,7 +393,7 @@ def test_a_plan_for_a_cluster_says_what_of_the_recipe_it_does_not_follow(datm_ra
 
 def test_a_plan_may_time_real_steps_first(datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then hours follow what was measured here; the other lines stay."""
-    from datm_ray.runtime import cost
+    from datm_ray.planning import duration as cost
 
     said = ["plan", "digits-ipc1", "--memory", "3GiB", "--set", "cluster.compile=false", "--measure"]
     told = []
@@ -625,7 +624,7 @@ def test_a_user_without_a_home_folder_has_one_for_the_time(
 
 def test_a_log_is_followed_into_a_pipe_that_closes(datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     """`job logs JOB --follow | head` ends with the log that is read, without a word; the interrupt's code is usual."""
-    from datm_ray.runtime import ray_jobs
+    from datm_ray.runtime.ray import jobs as ray_jobs
 
     class Jobs:
         failure: type[BaseException] | None = None

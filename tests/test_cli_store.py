@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from datm_ray.artifact import encode_png
 from datm_ray.config import to_yaml
-from datm_ray.core import networks
-from datm_ray.core.networks import build_network
-from datm_ray.core.parameters import unflatten_into
-from datm_ray.runtime.experts import network_spec
-from datm_ray.store.filesystem import open_location
-from datm_ray.store.torch_files import read_torch_file
+from datm_ray.core.networks.parameters import unflatten_into
+from datm_ray.core.networks.registry import build_network, registry as networks
+from datm_ray.interop.torch_files import read_torch_file
+from datm_ray.stages.experts import network_spec
+from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.trajectories import ExpertGroup, GroupKey, Snapshot, TrajectoryInfo, TrajectoryStore
 from tests.conftest import CommandLine, tiny_config
 
@@ -102,7 +101,7 @@ def test_verify_calls_nothing_damaged_that_it_cannot_read(
 ) -> None:
     """A denial or an outage says nothing about a file, and its line advises no deletion."""
     denied = PermissionError(13, "Permission denied")
-    monkeypatch.setattr("datm_ray.store.local.content", lambda path: (_ for _ in ()).throw(denied))
+    monkeypatch.setattr("datm_ray.store.files.local.content", lambda path: (_ for _ in ()).throw(denied))
     code, out, err = datm_ray("store", "verify", "experts")
     assert (code, out) == (2, "")
     assert "Access is denied" in err

@@ -21,6 +21,7 @@ from datm_ray.config import (
     network_names,
     override,
     parse_config,
+    run_identity,
     scored_on,
     stable_hash,
     to_yaml,
@@ -150,7 +151,7 @@ def test_dates_and_quoted_numbers_are_text() -> None:
 def test_whole_numbers_are_numbers() -> None:
     """100 and 100.0 are the same learning rate, also for the identity."""
     whole, point = (load_config_text(f"distill: {{learning_rate_images: {x}}}", "test") for x in ("100", "100.0"))
-    assert stable_hash(whole.identity()) == stable_hash(point.identity())
+    assert stable_hash(run_identity(whole)) == stable_hash(run_identity(point))
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -238,14 +239,14 @@ def test_identity_leaves_out_where_things_are_and_how_many_are_scored() -> None:
     """Where a run happens does not decide its result; any other value may."""
     config = RunConfig()
     elsewhere = override(config, ["cluster.workers=9", "cluster.device=cpu", "cluster.gpus_per_worker=0.5"])
-    assert stable_hash(elsewhere.identity()) == stable_hash(config.identity())
-    assert config.identity().keys() == RunConfig.model_fields.keys() - {
+    assert stable_hash(run_identity(elsewhere)) == stable_hash(run_identity(config))
+    assert run_identity(config).keys() == RunConfig.model_fields.keys() - {
         "cluster",
         "metadd",
     }  # which is in it where it is set
     for same in ("evaluate.seeds=6", "dataset.path=elsewhere"):
-        assert stable_hash(override(config, [same]).identity()) == stable_hash(config.identity())
-    assert stable_hash(override(config, ["distill.ipc=3"]).identity()) != stable_hash(config.identity())
+        assert stable_hash(run_identity(override(config, [same]))) == stable_hash(run_identity(config))
+    assert stable_hash(run_identity(override(config, ["distill.ipc=3"]))) != stable_hash(run_identity(config))
 
 
 def test_stable_hash_has_its_pinned_value() -> None:
@@ -289,7 +290,7 @@ def test_runs_and_experts_from_before_the_size_decided_are_found_again() -> None
     before = override(before, ["evaluate.networks=[{architecture: mlp, depth: 3}, {width: 8, depth: 3}]"])
     now = override(RunConfig(), [*networks, scored]).resolved((32, 32))
     assert now == before == before.resolved((64, 64))
-    assert now.identity() == before.identity()
+    assert run_identity(now) == run_identity(before)
     assert load_recipe_of_run(to_yaml(now), "recipe.yaml") == before
     assert expert_fingerprint(RunConfig().resolved((32, 32)), "d") == "e4846a6253ab6d5c"
     auxiliary = get_recipe("tiny-imagenet-metadd-ipc50").resolved((64, 64)).each_auxiliary()[0]
@@ -349,12 +350,12 @@ def test_what_each_row_of_workers_computes() -> None:
 
 def test_metadd_is_part_of_a_run_only_where_it_is_set() -> None:
     """Runs from before there was such a section stay what they were; scoring on more networks changes no run."""
-    assert "metadd" not in RunConfig().identity()
+    assert "metadd" not in run_identity(RunConfig())
     with_meta = override(RunConfig(), ["metadd={auxiliaries: [{architecture: lenet}]}"])
-    assert with_meta.identity()["metadd"]["variance"] == 1.0
-    assert override(with_meta, ["metadd.variance=2.0"]).identity() != with_meta.identity()
+    assert run_identity(with_meta)["metadd"]["variance"] == 1.0
+    assert run_identity(override(with_meta, ["metadd.variance=2.0"])) != run_identity(with_meta)
     scored = scored_on(with_meta, ["lenet", "mlp", "resnet18:16", "convnet"])
-    assert scored.identity() == with_meta.identity()
+    assert run_identity(scored) == run_identity(with_meta)
     names = [(network.architecture, network.width) for network in scored.scored_networks]
     assert names == [("convnet", 128), ("lenet", 128), ("mlp", 128), ("resnet18", 16)]
 
@@ -375,11 +376,11 @@ def test_networks_of_one_architecture_have_names_of_their_own() -> None:
 def test_choices_that_are_newer_than_finished_runs_do_not_change_them() -> None:
     """A value that is as everything was before there was a choice is no part of a run's identity; another is."""
     plain = RunConfig()
-    assert "initial" not in plain.identity()["distill"]
-    assert "labels" not in plain.identity()["distill"]
+    assert "initial" not in run_identity(plain)["distill"]
+    assert "labels" not in run_identity(plain)["distill"]
     for change in ("distill.initial=random", "distill.labels=hard", "distill.gradient_limit=null"):
-        assert override(plain, [change]).identity() != plain.identity()
-    assert "gradient_limit" not in override(plain, ["distill.gradient_limit=null"]).identity()["distill"]
+        assert run_identity(override(plain, [change])) != run_identity(plain)
+    assert "gradient_limit" not in run_identity(override(plain, ["distill.gradient_limit=null"]))["distill"]
 
 
 def test_run_of_an_earlier_version_had_no_limit() -> None:

@@ -17,7 +17,7 @@ from datm_ray.errors import (
     PeerLostError,
     WorkerLostError,
 )
-from datm_ray.store.filesystem import AlreadyExistsError
+from datm_ray.store.files.filesystem import AlreadyExistsError
 
 
 def all_errors(base: type[DatmError] = DatmError) -> Iterator[type[DatmError]]:

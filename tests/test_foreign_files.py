@@ -34,20 +34,20 @@ from PIL import Image, features
 from datm_ray.artifact import KIND, export, load, save_artifact
 from datm_ray.cli.stores import _expert_lines
 from datm_ray.config import load_config, to_yaml
-from datm_ray.core.distillation import Distillation, IterationRecord, LearningRates, Limits
 from datm_ray.core.experts import ExpertState
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.data import Transform, fit_transform, load_raw, parquet
 from datm_ray.errors import CorruptFileError, DatasetError, DatmError
+from datm_ray.interop.replay_buffers import _read
+from datm_ray.methods.trajectory.distillation import Distillation, IterationRecord, LearningRates, Limits
+from datm_ray.monitor.spent import Spent
 from datm_ray.pipeline import _read_note
-from datm_ray.runtime.checkpoint import CHECKPOINT, PARTS, Rows, load_checkpoint, read_curves
-from datm_ray.runtime.evaluate import _Result
-from datm_ray.runtime.expert_progress import ExpertProgress
-from datm_ray.runtime.experts import read_experts_cost
-from datm_ray.runtime.replay_buffers import _read
-from datm_ray.runtime.spent import Spent
+from datm_ray.stages.checkpoint import CHECKPOINT, PARTS, Rows, load_checkpoint, read_curves
+from datm_ray.stages.evaluate import _Result
+from datm_ray.stages.expert_progress import ExpertProgress
+from datm_ray.stages.experts import read_experts_cost
 from datm_ray.store import sealed
-from datm_ray.store.filesystem import open_location
+from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.tensors import write_tensors
 from datm_ray.store.trajectories import ExpertGroup, TrajectoryStore
 from tests.conftest import tiny_config

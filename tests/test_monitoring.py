@@ -18,7 +18,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 import yaml
 
-from datm_ray.runtime.metrics import CATALOGUE
+from datm_ray.monitor.metrics import CATALOGUE
 
 ROOT = Path(__file__).parents[1]
 MONITORING = ROOT / "cluster" / "monitoring"

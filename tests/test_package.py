@@ -39,7 +39,9 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 WARN = "import warnings; warnings.warn('it will change', FutureWarning)"
 
 
-@pytest.mark.parametrize("module", ["datm_ray", "datm_ray.core.matching", __name__, "benchmarks.bench_store"])
+@pytest.mark.parametrize(
+    "module", ["datm_ray", "datm_ray.methods.trajectory.matching", __name__, "benchmarks.bench_store"]
+)
 def test_warnings_of_our_own_code_are_errors(module: str) -> None:
     """Whatever is deprecated where the package calls it is mended before a version without it is out."""
     with pytest.raises(FutureWarning, match="it will change"):

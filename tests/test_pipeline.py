@@ -27,12 +27,12 @@ from datm_ray.errors import (
     MissingExpertsError,
     RunDirectoryError,
 )
+from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
-from datm_ray.runtime.distill import DistillWorker
-from datm_ray.runtime.evaluate import FAIR_PARTS, ROWS
 from datm_ray.runtime.executor import Event, Executor, Lost, Progress, SerialExecutor
-from datm_ray.runtime.experts import expert_group
-from datm_ray.runtime.telemetry import Reporter
+from datm_ray.stages.distill import DistillWorker
+from datm_ray.stages.evaluate import FAIR_PARTS, ROWS
+from datm_ray.stages.experts import expert_group
 from datm_ray.store.trajectories import TrajectoryStore
 from tests.conftest import actor_processes, tiny_config
 from tests.processes import PROCESSES
@@ -161,7 +161,7 @@ def test_a_run_killed_with_sigkill_in_every_stage_ends_with_the_same_set(tmp_pat
 @pytest.mark.slow
 def test_killed_ray_actors_of_every_stage_change_nothing(ray_cluster: Any, tmp_path: Path, finished_run: Path) -> None:
     """One actor is killed with SIGKILL in each stage; the losses are reported and the results are the same bits."""
-    from datm_ray.runtime.ray_executor import RayExecutor
+    from datm_ray.runtime.ray.executor import RayExecutor
 
     losses: list[str] = []
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from datm_ray.config import RunConfig
-from datm_ray.core.networks import build_network, spatial_features
+from datm_ray.core.networks.registry import build_network, spatial_features
 from datm_ray.errors import ConfigError
+from datm_ray.planning.fit import data_shape
 from datm_ray.recipes import get_recipe, recipe_names, recipe_notes
-from datm_ray.runtime.experts import network_spec
-from datm_ray.runtime.plan import data_shape
+from datm_ray.stages.experts import network_spec
 
 # name: steps, epochs, batch, lr images, lr step size, lr labels, (min, cur, max), end, threshold
 PUBLISHED = {

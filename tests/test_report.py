@@ -19,18 +19,18 @@ import torch
 from PIL import Image
 
 from datm_ray.artifact import save_artifact
-from datm_ray.config import RunConfig, load_config_text, override
-from datm_ray.core.distillation import Distillation, IterationRecord, LearningRates, Limits
+from datm_ray.config import RunConfig, load_config_text, override, run_identity
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.data.transform import fit_transform
 from datm_ray.errors import CorruptFileError
+from datm_ray.methods.trajectory.distillation import Distillation, IterationRecord, LearningRates, Limits
 from datm_ray.report import RunSummary, accuracy_table, write_report
-from datm_ray.runtime import checkpoint
-from datm_ray.runtime.checkpoint import CHECKPOINT, Rows
-from datm_ray.runtime.distill import INITIAL, SYNTHETIC
-from datm_ray.runtime.evaluate import Score
 from datm_ray.runtime.mesh import Alone
-from datm_ray.store.filesystem import Location, open_location
+from datm_ray.stages import checkpoint
+from datm_ray.stages.checkpoint import CHECKPOINT, Rows
+from datm_ray.stages.distill import INITIAL, SYNTHETIC
+from datm_ray.stages.evaluate import Score
+from datm_ray.store.files.filesystem import Location, open_location
 
 SCORES = [
     Score("random-hard", (0.70, 0.72), 3.0),
@@ -68,7 +68,7 @@ def save_set(place: Location, config: RunConfig, class_names: Sequence[str], cha
     pixels = np.random.default_rng(1).integers(0, 256, (30, channels, SIDE, SIDE), dtype=np.uint8)
     transform = fit_transform("standard", pixels, 255)
     synthetic = synthetic_set(config, len(class_names), channels)
-    save_artifact(place, synthetic, transform, tuple(class_names), config.identity(), PROVENANCE)
+    save_artifact(place, synthetic, transform, tuple(class_names), run_identity(config), PROVENANCE)
 
 
 def save_checkpoint(folder: Location, config: RunConfig, losses: Sequence[float], validations: Sequence[float]) -> None:
@@ -79,7 +79,7 @@ def save_checkpoint(folder: Location, config: RunConfig, losses: Sequence[float]
         state.history.append(IterationRecord(k, 0, 0, 1 + k % 2, loss, 0.01 + k / 1000, skipped, decrease))
     state.validations = [(4 * (i + 1), accuracy) for i, accuracy in enumerate(validations)]
     state.chosen_at = max(state.validations, key=lambda validation: validation[1], default=(0, 0.0))[0]
-    checkpoint.save_checkpoint(folder, state, Rows(0, len(state.synthetic.images)), Alone(), config.identity())
+    checkpoint.save_checkpoint(folder, state, Rows(0, len(state.synthetic.images)), Alone(), run_identity(config))
 
 
 def finished_run(

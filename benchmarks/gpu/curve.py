@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 from published_matching import AUGMENTATION
 from torch import Tensor
 
-from datm_ray.core.difficulty import DifficultyRange, draw_plan
-from datm_ray.core.distillation import Distillation, LearningRates, Limits, Match, Origin
 from datm_ray.core.experts import ExpertFunctions, ExpertSchedule, ExpertState, Gsam, train_experts
-from datm_ray.core.matching import draw_student_steps
-from datm_ray.core.networks import NetworkSpec, build_network
-from datm_ray.core.parameters import FlatNetwork, unflatten_into
-from datm_ray.core.step_functions import StepOptions, StudentStepFunctions
+from datm_ray.core.networks.parameters import FlatNetwork, unflatten_into
+from datm_ray.core.networks.registry import NetworkSpec, build_network
 from datm_ray.core.synthetic import SyntheticSet, correct_rows, mean_correct_logits, random_rows
 from datm_ray.core.training import PROTOCOLS, accuracy, predict_logits, train_to_end
+from datm_ray.methods.trajectory.difficulty import DifficultyRange, draw_plan
+from datm_ray.methods.trajectory.distillation import Distillation, LearningRates, Limits, Match, Origin
+from datm_ray.methods.trajectory.matching import draw_student_steps
+from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from gpu.machine import Machine
 from gpu.sections import Clock, Row, Section
 

@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.nn.functional import group_norm
 
 from datm_ray.core.augment import augment, draw_augmentation, parse_strategy
-from datm_ray.core.distillation import Distillation, LearningRates, Limits, Match, Origin
 from datm_ray.core.experts import ExpertFunctions, ExpertSchedule, ExpertState, Gsam, train_experts
-from datm_ray.core.instance_norm import instance_norm
-from datm_ray.core.matching import matching_gradient
 from datm_ray.core.metadd import MetaDD
-from datm_ray.core.networks import NetworkSpec, build_network, network_names
+from datm_ray.core.networks.instance_norm import instance_norm
+from datm_ray.core.networks.registry import NetworkSpec, build_network, network_names
 from datm_ray.core.randomness import Purpose, generator
-from datm_ray.core.step_functions import Precision, StepOptions, StudentStepFunctions
 from datm_ray.core.training import Schedule, predict_logits, train_to_end
+from datm_ray.methods.trajectory.distillation import Distillation, LearningRates, Limits, Match, Origin
+from datm_ray.methods.trajectory.matching import matching_gradient
+from datm_ray.methods.trajectory.step_functions import Precision, StepOptions, StudentStepFunctions
 from gpu.machine import Machine
 from gpu.sections import Clock, Row, Section, tried
 

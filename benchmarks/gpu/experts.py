@@ -12,8 +12,8 @@ from published_experts import Data, Epochs, loader_epochs
 from published_matching import AUGMENTATION
 
 from datm_ray.core.experts import ExpertFunctions, ExpertSchedule, ExpertState, Gsam, train_experts
-from datm_ray.core.networks import NetworkSpec, build_network
-from datm_ray.core.step_functions import tf32_products
+from datm_ray.core.networks.registry import NetworkSpec, build_network
+from datm_ray.methods.trajectory.step_functions import tf32_products
 from gpu.machine import Machine, free_memory, timed
 from gpu.sections import Clock, Row, Section, tried
 

@@ -10,7 +10,7 @@ import torch
 from published_matching import AUGMENTATION
 
 from datm_ray.core.metadd import MetaDD
-from datm_ray.core.networks import NetworkSpec, build_network
+from datm_ray.core.networks.registry import NetworkSpec, build_network
 from datm_ray.core.training import PROTOCOLS, predict_logits, train_to_end
 from gpu.machine import Machine, free_memory, measured
 from gpu.sections import Clock, Row, Section, tried

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from published_matching import AUGMENTATION, Gradient, Problem, make_problem, step_operations, tesla, unrolling
 
-from datm_ray.core.matching import matching_gradient
-from datm_ray.core.networks import NetworkSpec
-from datm_ray.core.step_functions import Precision, StepOptions, StudentStepFunctions, tf32_products
+from datm_ray.core.networks.registry import NetworkSpec
+from datm_ray.methods.trajectory.matching import matching_gradient
+from datm_ray.methods.trajectory.step_functions import Precision, StepOptions, StudentStepFunctions, tf32_products
 from gpu.machine import Machine, ceiling, free_memory, measured, timed
 from gpu.sections import Clock, Row, Section, in_a_line
 

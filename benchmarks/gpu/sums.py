@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 from published_matching import AUGMENTATION, Problem, make_problem
 
-from datm_ray.core.distillation import Distillation, LearningRates, Limits, Match, Origin
-from datm_ray.core.matching import matching_gradient
-from datm_ray.core.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.methods.trajectory.distillation import Distillation, LearningRates, Limits, Match, Origin
+from datm_ray.methods.trajectory.matching import matching_gradient
+from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.runtime.executor import WorkerRank
 from datm_ray.runtime.mesh import Mesh, open_mesh
 from gpu.exactness import compared, spec_of

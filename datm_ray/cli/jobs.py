@@ -11,7 +11,7 @@ from datm_ray.cli.ending import INTERRUPTED
 from datm_ray.cli.options import Recipes, Set, Store, config_of
 
 if TYPE_CHECKING:
-    from datm_ray.runtime.ray_jobs import Jobs
+    from datm_ray.runtime.ray.jobs import Jobs
 
 job_app = typer.Typer(
     help="Submit, follow and stop runs as jobs of a Ray cluster.", no_args_is_help=True, rich_markup_mode=None
@@ -51,7 +51,7 @@ def job_submit(
     The job keeps running when this terminal is closed. Submitting it again resumes a job that ended.
     """
     from datm_ray.pipeline import require_together
-    from datm_ray.runtime.ray_jobs import Jobs
+    from datm_ray.runtime.ray.jobs import Jobs
 
     configs = [config_of(name, set_) for name in recipes]
     for config in configs:
@@ -67,7 +67,7 @@ def job_submit(
 @job_app.command("list")
 def job_list(address: Dashboard = LOCAL_DASHBOARD) -> None:
     """List this package's jobs on the cluster, oldest first."""
-    from datm_ray.runtime.ray_jobs import Jobs
+    from datm_ray.runtime.ray.jobs import Jobs
 
     for job in Jobs(address).list():
         print(f"{job.id}  {job.status:<9}  {job.seconds:>7,.0f} s  {job.recipes}  {job.out}")
@@ -76,7 +76,7 @@ def job_list(address: Dashboard = LOCAL_DASHBOARD) -> None:
 @job_app.command("status")
 def job_status(number: JobId, address: Dashboard = LOCAL_DASHBOARD) -> None:
     """Show a job's state, progress and last log line."""
-    from datm_ray.runtime.ray_jobs import Jobs
+    from datm_ray.runtime.ray.jobs import Jobs
 
     jobs = Jobs(address)
     job = jobs.job(number)
@@ -93,7 +93,7 @@ def highlights(log: str, message: str) -> dict[str, str]:
     Args:
         message: the cluster's message about the job, shown while its log is empty.
     """
-    from datm_ray.runtime.telemetry import TASKS_DONE, WORKER_LOST
+    from datm_ray.monitor.progress import TASKS_DONE, WORKER_LOST
 
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     lost = [line for line in lines if WORKER_LOST in line]
@@ -113,7 +113,7 @@ def job_logs(
     follow: Follow = False,
 ) -> None:
     """Print a job's log."""
-    from datm_ray.runtime.ray_jobs import Jobs
+    from datm_ray.runtime.ray.jobs import Jobs
 
     jobs = Jobs(address)
     if follow:
@@ -128,7 +128,7 @@ def job_stop(number: JobId, address: Dashboard = LOCAL_DASHBOARD) -> None:
 
     `job submit` with the same arguments resumes from there.
     """
-    from datm_ray.runtime.ray_jobs import Jobs
+    from datm_ray.runtime.ray.jobs import Jobs
 
     print(f"Job {number} {'is being stopped' if Jobs(address).stop(number) else 'had ended already'}")
 

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from datm_ray.config import NetworkConfig
+    from datm_ray.monitor.progress import Reporter
     from datm_ray.pipeline import Pipeline
     from datm_ray.runtime.executor import Executor
-    from datm_ray.runtime.telemetry import Reporter
 
 app = typer.Typer(
     cls=Commands,
@@ -114,10 +114,10 @@ def plan(
     from dataclasses import replace
 
     from datm_ray.data.transform import FitCost
-    from datm_ray.runtime.cost import Proposal, measured, not_followed, propose
+    from datm_ray.planning.duration import Proposal, measured, not_followed, propose
+    from datm_ray.planning.fit import Layout, data_shape as shape_of, parse_shape, plans_of
+    from datm_ray.planning.machines import machine_here, parse_cluster, require_measurable
     from datm_ray.runtime.executor import require_precision
-    from datm_ray.runtime.machines import machine_here, parse_cluster, require_measurable
-    from datm_ray.runtime.plan import Layout, data_shape as shape_of, parse_shape, plans_of
 
     shape = None if data_shape is None else parse_shape(data_shape)
     configs = [config_of(name, _with_memory(set_, memory)) for name in recipes]
@@ -242,7 +242,7 @@ def export(
     logits: give it those of pt.
     """
     from datm_ray.artifact import export as export_artifact, left_out, load
-    from datm_ray.store.filesystem import open_location
+    from datm_ray.store.files.filesystem import open_location
 
     loaded = load(artifact)
     written = export_artifact(loaded, format_, open_location(out))
@@ -308,7 +308,7 @@ def _with_memory(set_: list[str] | None, memory: str | None) -> list[str]:
 
 
 def _reporter() -> Reporter:
-    from datm_ray.runtime.telemetry import Reporter
+    from datm_ray.monitor.progress import Reporter
 
     return Reporter()
 

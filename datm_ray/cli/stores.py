@@ -114,7 +114,7 @@ def _verified(group: ExpertGroup, number: int | None) -> tuple[int, str]:
         StoreError: the file cannot be read at all, which says nothing about it.
     """
     from datm_ray.errors import CorruptFileError
-    from datm_ray.store.filesystem import MissingFileError
+    from datm_ray.store.files.filesystem import MissingFileError
 
     size = 0
     try:
@@ -171,7 +171,7 @@ def store_import(
 ) -> None:
     """Store expert trajectories of other projects as a recipe's."""
     config = config_of(recipe, set_)
-    from datm_ray.runtime.replay_buffers import import_replay_buffers
+    from datm_ray.interop.replay_buffers import import_replay_buffers
 
     imported = list(import_replay_buffers(files, config, store))  # all, before a print that may fail
     for each in imported:
@@ -194,10 +194,10 @@ def store_export(
 
     MTT and the methods built on it read these files.
     """
-    from datm_ray.store.filesystem import open_location
+    from datm_ray.store.files.filesystem import open_location
 
     found = _group(uri, group)
-    from datm_ray.runtime.replay_buffers import export_replay_buffers
+    from datm_ray.interop.replay_buffers import export_replay_buffers
 
     open_location(out).require_writable()
     exported = export_replay_buffers(found, open_location(out), per_file)
@@ -213,7 +213,7 @@ def store_export(
 
 def _open_store(uri: str, *, unfinished: bool = False) -> TrajectoryStore:
     from datm_ray.errors import MissingExpertsError
-    from datm_ray.store.filesystem import open_location
+    from datm_ray.store.files.filesystem import open_location
     from datm_ray.store.trajectories import TrajectoryStore
 
     store = TrajectoryStore(uri)

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from datm_ray.core.networks.weight_gradient import QuickWeightGradients, has_slow_weight_gradients
 from datm_ray.core.torch_compat import UNSAFE_VIEW, ZEROS_LIKE_VALUE, compile_graph, schema_of, trace
-from datm_ray.core.weight_gradient import QuickWeightGradients, has_slow_weight_gradients
 
 
 class Compiled:

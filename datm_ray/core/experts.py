@@ -23,12 +23,12 @@ from torch.nn.functional import pad
 
 from datm_ray.core.augment import augment, draw_augmentation
 from datm_ray.core.compilation import Compiled, compiler_problem, traced
-from datm_ray.core.image_cost import image_cost
-from datm_ray.core.instance_norm import InstanceNorm
-from datm_ray.core.networks import couples_samples
-from datm_ray.core.parameters import FlatNetwork, flatten, flatten_buffers
+from datm_ray.core.networks.image_cost import image_cost
+from datm_ray.core.networks.instance_norm import InstanceNorm
+from datm_ray.core.networks.parameters import FlatNetwork, flatten, flatten_buffers
+from datm_ray.core.networks.registry import couples_samples
+from datm_ray.core.networks.stacked import StackedNetwork, can_be_stacked
 from datm_ray.core.randomness import Purpose, generator
-from datm_ray.core.stacked import StackedNetwork, can_be_stacked
 from datm_ray.core.torch_compat import BatchNorm, shapes_only
 from datm_ray.core.training import Sgd
 

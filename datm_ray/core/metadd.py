@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
-from datm_ray.core.matching import AllSum, identity
-from datm_ray.core.networks import spatial_features
+from datm_ray.core.networks.registry import spatial_features
+from datm_ray.core.synthetic import AllSum, identity
 from datm_ray.errors import ConfigError
 
 IMAGES_AT_A_TIME = 10

@@ -27,8 +27,8 @@ from datm_ray.report.runs import (
     share_of_full,
 )
 from datm_ray.report.words import count, duration, listed, percent
-from datm_ray.runtime.evaluate import FAIR_PARTS, FAIR_ROWS, ROWS, Score
-from datm_ray.store.filesystem import Location
+from datm_ray.stages.evaluate import FAIR_PARTS, FAIR_ROWS, ROWS, Score
+from datm_ray.store.files.filesystem import Location
 from datm_ray.store.trajectories import size_in_words
 
 

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from datm_ray.artifact import Artifact, read_artifact
 from datm_ray.config import RunConfig, network_names
-from datm_ray.core.distillation import diverged
-from datm_ray.runtime.checkpoint import CHECKPOINT, read_curves
-from datm_ray.runtime.distill import COST, INITIAL, MAPS, SYNTHETIC, read_cost
-from datm_ray.runtime.evaluate import FAIR_PARTS, FAIR_ROWS, ROWS, FairScores, NetworkScores, Score
-from datm_ray.runtime.experts import read_experts_cost
-from datm_ray.runtime.metadd import MAPS_KIND
-from datm_ray.runtime.spent import Spent
-from datm_ray.store.filesystem import Location
+from datm_ray.methods.trajectory.distillation import diverged
+from datm_ray.monitor.spent import Spent
+from datm_ray.stages.checkpoint import CHECKPOINT, read_curves
+from datm_ray.stages.distill import COST, INITIAL, MAPS, SYNTHETIC, read_cost
+from datm_ray.stages.evaluate import FAIR_PARTS, FAIR_ROWS, ROWS, FairScores, NetworkScores, Score
+from datm_ray.stages.experts import read_experts_cost
+from datm_ray.stages.metadd import MAPS_KIND
+from datm_ray.store.files.filesystem import Location
 from datm_ray.store.sealed import rejecting_nonsense
 from datm_ray.store.tensors import read_tensors
 

@@ -1,6 +1,6 @@
-"""Doing the work: workers for each stage, executors that place them, progress.
+"""Places that work runs in: executors that place workers, devices, sums over workers, and recovery from lost ones.
 
-Workers are plain classes that know nothing of Ray; only the modules named `ray_...` import it.
+The serial executor is the reference; `runtime/ray/` is the only folder that imports Ray.
 """
 
 import os

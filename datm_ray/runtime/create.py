@@ -24,7 +24,7 @@ def create_executor(name: str, cluster: ClusterConfig, address: str | None = Non
     if name != "ray":
         raise ClusterError(f"unknown executor {name!r}", remedy=f"choose one of: {', '.join(EXECUTORS)}")
     try:
-        from datm_ray.runtime.ray_executor import RayExecutor
+        from datm_ray.runtime.ray.executor import RayExecutor
     except ImportError:
         raise ClusterError(
             "ray is not installed", remedy="`pip install 'ray[default]'`, or use --executor serial"

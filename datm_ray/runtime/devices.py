@@ -13,7 +13,7 @@ from torch import Tensor
 
 from datm_ray.config import ClusterConfig
 from datm_ray.errors import ClusterError
-from datm_ray.store.traffic import traffic
+from datm_ray.store.files.traffic import traffic
 
 
 def prepare_device(cluster: ClusterConfig) -> torch.device:

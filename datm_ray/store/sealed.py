@@ -35,7 +35,7 @@ import pyarrow as pa
 
 from datm_ray.errors import CorruptFileError, DatmError, StoreError
 from datm_ray.store.cache import Cache
-from datm_ray.store.filesystem import Location
+from datm_ray.store.files.filesystem import Location
 
 _ARROW_MAGIC = b"ARROW1"
 _ARROW_HEAD = 8  # bytes: the magic and two of padding

@@ -22,7 +22,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from datm_ray.errors import CorruptFileError
-from datm_ray.store.filesystem import Location
+from datm_ray.store.files.filesystem import Location
 from datm_ray.store.sealed import SealedWriter, damaged, open_sealed, reading_again, rejecting_nonsense
 
 FORMAT = "datm_ray.tensors"

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from datm_ray.errors import CorruptFileError, DatmError, StoreError
 from datm_ray.store.cache import configured_cache
-from datm_ray.store.filesystem import AlreadyExistsError, Location, open_location
+from datm_ray.store.files.filesystem import AlreadyExistsError, Location, open_location
 from datm_ray.store.precision import from_storage, storage_type, to_storage
 from datm_ray.store.sealed import SealedFile, SealedWriter, damaged, open_sealed, reading_again, rejecting_nonsense
 from datm_ray.store.tensors import TensorFile, read_tensors, write_tensors

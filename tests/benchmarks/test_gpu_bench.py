@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from datm_ray.config import PUBLISHED_AUGMENTATION
-from datm_ray.core.distillation import IterationRecord, Limits
-from datm_ray.core.networks import NetworkSpec
+from datm_ray.core.networks.registry import NetworkSpec
 from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.methods.trajectory.distillation import IterationRecord, Limits
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ABSENT = ("ray", "pydantic", "rich", "s3fs", "fsspec", "yaml", "typer", "jinja2", "matplotlib")

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from datm_ray.runtime.experts import EXPERTS_COST
-from datm_ray.runtime.spent import Spent
-from datm_ray.store.filesystem import open_location
+from datm_ray.monitor.spent import Spent
+from datm_ray.stages.experts import EXPERTS_COST
+from datm_ray.store.files.filesystem import open_location
 
 pa = pytest.importorskip("pyarrow")
 

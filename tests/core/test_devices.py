@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from datm_ray.core.augment import augment, draw_augmentation, parse_strategy
-from datm_ray.core.distillation import Distillation, LearningRates, Limits, Match, MetaTerm, Origin
 from datm_ray.core.experts import ExpertFunctions, ExpertSchedule, ExpertState, Gsam, train_experts
-from datm_ray.core.matching import draw_student_steps
 from datm_ray.core.metadd import MetaDD
-from datm_ray.core.networks import NetworkSpec, build_network
-from datm_ray.core.parameters import FlatNetwork, flatten
-from datm_ray.core.step_functions import Order, StepOptions, StudentStepFunctions
+from datm_ray.core.networks.parameters import FlatNetwork, flatten
+from datm_ray.core.networks.registry import NetworkSpec, build_network
 from datm_ray.core.synthetic import SyntheticSet, hard_logits, mean_correct_logits
 from datm_ray.core.training import Schedule, accuracy, train_to_end
+from datm_ray.methods.trajectory.distillation import Distillation, LearningRates, Limits, Match, MetaTerm, Origin
+from datm_ray.methods.trajectory.matching import draw_student_steps
+from datm_ray.methods.trajectory.step_functions import Order, StepOptions, StudentStepFunctions
 from tests.other_device import DEVICE, OtherDevice
 
 STRATEGY = "color_crop_cutout_flip_scale_rotate"
@@ -30,7 +30,7 @@ SPEC = NetworkSpec("convnet", 3, (8, 8), 4, width=4, depth=2)
 @pytest.fixture(autouse=True)
 def _elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # What says that a value is not finite must read as zero, and a mean over shards would divide by it.
-    monkeypatch.setattr("datm_ray.core.matching._agreed", lambda loss, all_sum: 1.0)
+    monkeypatch.setattr("datm_ray.methods.trajectory.matching._agreed", lambda loss, all_sum: 1.0)
     with OtherDevice(torch.zeros):
         yield
 

@@ -24,10 +24,10 @@ from datm_ray.core.experts import (
     perturbation,
     train_experts,
 )
-from datm_ray.core.networks import NetworkSpec, build_network
-from datm_ray.core.parameters import flatten, flatten_buffers
+from datm_ray.core.networks.parameters import flatten, flatten_buffers
+from datm_ray.core.networks.registry import NetworkSpec, build_network
+from datm_ray.core.networks.stacked import can_be_stacked
 from datm_ray.core.randomness import Purpose, generator
-from datm_ray.core.stacked import can_be_stacked
 
 COUNT, CLASSES = 22, 3
 SGD = ExpertSchedule(epochs=2, batch_size=8, learning_rate=0.05)

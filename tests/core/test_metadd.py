@@ -23,7 +23,7 @@ from datm_ray.core.metadd import (
     meta_loss,
     scaled_maps,
 )
-from datm_ray.core.networks import NetworkSpec, SpatialNetwork, build_network, network_names
+from datm_ray.core.networks.registry import NetworkSpec, SpatialNetwork, build_network, network_names
 from datm_ray.errors import ConfigError
 
 CLASSES, SIZE = 4, (16, 16)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from datm_ray.core.augment import augment, draw_augmentation
-from datm_ray.core.networks import NetworkSpec, build_network
-from datm_ray.core.parameters import flatten
+from datm_ray.core.networks.parameters import flatten
+from datm_ray.core.networks.registry import NetworkSpec, build_network
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.training import PROTOCOLS, Schedule, accuracy, predict_logits, train, train_to_end
 

@@ -196,8 +196,8 @@ def test_workers_for_whom_no_room_comes_free_are_not_waited_for_for_ever(
     ray_cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another job holds one of the two CPUs."""
-    monkeypatch.setattr("datm_ray.runtime.ray_executor.PLACEMENT_TIMEOUT", 3.0)
-    monkeypatch.setattr("datm_ray.runtime.ray_executor.WAIT_LOG_DELAY", 0.5)
+    monkeypatch.setattr("datm_ray.runtime.ray.executor.PLACEMENT_TIMEOUT", 3.0)
+    monkeypatch.setattr("datm_ray.runtime.ray.executor.WAIT_LOG_DELAY", 0.5)
     logged: list[tuple[Task, Any]] = []
     other = ray_cluster.remote(num_cpus=1)(Idler).remote()
     ray_cluster.get(other.here.remote())
@@ -217,7 +217,7 @@ def test_workers_for_whom_no_room_comes_free_are_not_waited_for_for_ever(
 @pytest.mark.ray
 def test_reserved_resources_are_observed_at_every_check(ray_cluster: Any) -> None:
     """A check without a timeout would miss them now and then, when the cluster takes long to answer."""
-    from datm_ray.runtime.ray_worker_groups import WorkerGroup
+    from datm_ray.runtime.ray.worker_groups import WorkerGroup
 
     group = WorkerGroup.reserve(1, ClusterConfig())
     try:
@@ -234,8 +234,8 @@ def test_a_task_makes_do_with_fewer_workers_and_grows_when_it_has_saved(
     ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Another job holds one of the two CPUs, and goes; no number is counted twice."""
-    monkeypatch.setattr("datm_ray.runtime.ray_executor.PLACEMENT_TIMEOUT", 6.0)
-    monkeypatch.setattr("datm_ray.runtime.ray_executor.GROWTH_PAUSE", 0.0)
+    monkeypatch.setattr("datm_ray.runtime.ray.executor.PLACEMENT_TIMEOUT", 6.0)
+    monkeypatch.setattr("datm_ray.runtime.ray.executor.GROWTH_PAUSE", 0.0)
     other = ray_cluster.remote(num_cpus=1)(Idler).remote()
     ray_cluster.get(other.here.remote())
     events = []
@@ -262,7 +262,7 @@ def test_a_store_that_does_not_answer_a_worker_is_told_to_the_user(
     ray_cluster: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once, although two workers of two tasks wait for the same store."""
-    monkeypatch.setattr("datm_ray.runtime.ray_executor.HEARTBEAT_INTERVAL", 0.2)
+    monkeypatch.setattr("datm_ray.runtime.ray.executor.HEARTBEAT_INTERVAL", 0.2)
     executor = create_executor("ray", ClusterConfig())
     events = [event for _, event in executor.run(Warner, (), "wait", [Task("one", ()), Task("two", ())])]
     assert [event.text for event in events if isinstance(event, Note)] == [
@@ -275,8 +275,8 @@ def test_a_worker_that_hangs_is_found_by_asking_it(
     ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Its process is there and says nothing; the task goes to another one."""
-    monkeypatch.setattr("datm_ray.runtime.ray_executor.HEARTBEAT_INTERVAL", 0.5)
-    monkeypatch.setattr("datm_ray.runtime.ray_worker_groups.SHORTEST_SILENCE", 2.0)
+    monkeypatch.setattr("datm_ray.runtime.ray.executor.HEARTBEAT_INTERVAL", 0.5)
+    monkeypatch.setattr("datm_ray.runtime.ray.worker_groups.SHORTEST_SILENCE", 2.0)
     executor = create_executor("ray", ClusterConfig(peer_timeout=2.0))
     events = [event for _, event in executor.run(Saver, (str(tmp_path),), "freeze_once", [Task("freeze", ())])]
     (lost,) = [event for event in events if isinstance(event, Lost)]
@@ -290,9 +290,9 @@ def test_where_all_machines_are_lost_they_are_waited_for(
     ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, come_back: bool
 ) -> None:
     """The user hears why nothing happens; after the time allowed there is one clear error."""
-    from datm_ray.runtime.ray_cluster import ClusterNodes
+    from datm_ray.runtime.ray.cluster import ClusterNodes
 
-    monkeypatch.setattr("datm_ray.runtime.ray_executor.PLACEMENT_TIMEOUT", 60.0 if come_back else 2.0)
+    monkeypatch.setattr("datm_ray.runtime.ray.executor.PLACEMENT_TIMEOUT", 60.0 if come_back else 2.0)
     executor = create_executor("ray", ClusterConfig(peer_timeout=1.0))
     there, checks = ClusterNodes.fits, itertools.count()
 
@@ -318,7 +318,7 @@ def test_machines_that_come_on_demand_are_asked_for_and_waited_for(
 ) -> None:
     """Only where the recipe says for how long; else too few are refused at once."""
     ray = pytest.importorskip("ray")
-    from datm_ray.runtime import ray_cluster
+    from datm_ray.runtime.ray import cluster as ray_cluster
 
     node = {"Alive": True, "Resources": {"CPU": 2.0}}
     checks = iter([[], [node], [node, node]])
@@ -341,7 +341,7 @@ def test_machines_that_come_on_demand_are_asked_for_and_waited_for(
 def test_what_is_asked_of_a_growing_cluster_only_grows(monkeypatch: pytest.MonkeyPatch, workers: int | None) -> None:
     """After losses too, a run wants all the workers that it wanted before."""
     pytest.importorskip("ray")
-    from datm_ray.runtime import ray_cluster
+    from datm_ray.runtime.ray import cluster as ray_cluster
 
     asked: list[int] = []
     monkeypatch.setattr(ray_cluster, "request_resources", lambda bundles: asked.append(len(bundles)))
@@ -354,7 +354,7 @@ def test_what_is_asked_of_a_growing_cluster_only_grows(monkeypatch: pytest.Monke
 def test_a_stage_holds_no_machines_that_it_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
     """One set is distilled for hours; the others that experts had may go meanwhile, and come again."""
     pytest.importorskip("ray")
-    from datm_ray.runtime import ray_cluster
+    from datm_ray.runtime.ray import cluster as ray_cluster
 
     asked: list[int] = []
     monkeypatch.setattr(ray_cluster, "request_resources", lambda bundles: asked.append(len(bundles)))
@@ -372,7 +372,7 @@ def test_a_stage_holds_no_machines_that_it_cannot_use(monkeypatch: pytest.Monkey
 @pytest.mark.ray
 def test_a_start_that_fails_leaves_no_wish_behind(ray_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """ClusterNodes would come for nobody."""
-    from datm_ray.runtime import ray_cluster as module
+    from datm_ray.runtime.ray import cluster as module
 
     asked: list[int] = []
     monkeypatch.setattr(module, "request_resources", lambda bundles: asked.append(len(bundles)))
@@ -387,9 +387,9 @@ def test_a_worker_that_is_never_set_up_is_found(
     ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Its constructor hangs, and it cannot answer."""
-    monkeypatch.setattr("datm_ray.runtime.ray_executor.HEARTBEAT_INTERVAL", 0.5)
+    monkeypatch.setattr("datm_ray.runtime.ray.executor.HEARTBEAT_INTERVAL", 0.5)
     monkeypatch.setattr(
-        "datm_ray.runtime.ray_worker_groups.LONGEST_START", 12.0
+        "datm_ray.runtime.ray.worker_groups.LONGEST_START", 12.0
     )  # others need seconds where much else runs
     executor = create_executor("ray", ClusterConfig(peer_timeout=2.0))
     events = [event for _, event in executor.run(Slow, (str(tmp_path),), "work", [Task("slow", ())])]
@@ -419,7 +419,7 @@ def test_an_address_that_is_not_rays_own_is_told_at_once(address: str) -> None:
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
     from threading import Thread
 
-    from datm_ray.runtime import ray_cluster
+    from datm_ray.runtime.ray import cluster as ray_cluster
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
     Thread(target=server.serve_forever, daemon=True).start()
@@ -468,7 +468,7 @@ REFUSED = {
 def test_why_ray_is_not_there_is_told_by_what_it_says(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By errno, and with the variable or option that the address came from."""
     ray = pytest.importorskip("ray")
-    from datm_ray.runtime import ray_cluster
+    from datm_ray.runtime.ray import cluster as ray_cluster
 
     given, variable, expected = REFUSED[case]
     monkeypatch.setenv("HOME", "/")
@@ -501,7 +501,7 @@ def test_ray_packs_no_folder_under_uv_unless_it_is_asked_to(
 def test_another_version_on_the_cluster_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's message has many."""
     ray = pytest.importorskip("ray")
-    from datm_ray.runtime import ray_cluster
+    from datm_ray.runtime.ray import cluster as ray_cluster
 
     def refuse(**_: Any) -> None:
         raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.1.0\n    Python: 3.9.1\n")
@@ -517,7 +517,7 @@ def test_another_version_on_the_cluster_is_told_in_one_line(monkeypatch: pytest.
 def test_what_was_asked_of_a_growing_cluster_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or its nodes would be paid for ever."""
     pytest.importorskip("ray")
-    from datm_ray.runtime import ray_cluster
+    from datm_ray.runtime.ray import cluster as ray_cluster
 
     asked: list[list[dict[str, float]]] = []
     monkeypatch.setattr(ray_cluster, "request_resources", lambda bundles: asked.append(bundles))
@@ -543,7 +543,7 @@ def test_what_was_asked_of_a_growing_cluster_is_taken_back(monkeypatch: pytest.M
 def test_workers_that_fit_into_a_node(resources: dict[str, float], wish: dict[str, Any], count: int) -> None:
     """Neither a node's CPUs nor a GPU is split beyond what can be placed, for what cannot would wait for ever."""
     pytest.importorskip("ray")
-    from datm_ray.runtime.ray_cluster import fitting
+    from datm_ray.runtime.ray.cluster import fitting
 
     assert fitting(resources, ClusterConfig(**wish)) == count
 
@@ -563,7 +563,7 @@ def test_workers_have_a_gpu_each_where_there_are_some(
 ) -> None:
     """Else all workers of a machine would share its first one."""
     ray = pytest.importorskip("ray")
-    from datm_ray.runtime.ray_cluster import with_gpus, worker_resources
+    from datm_ray.runtime.ray.cluster import with_gpus, worker_resources
 
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": found})
     cluster = with_gpus(ClusterConfig(**wish))
@@ -577,7 +577,7 @@ def test_what_needs_a_gpu_is_refused_on_a_cluster_without(
 ) -> None:
     """Before any work is begun."""
     ray = pytest.importorskip("ray")
-    from datm_ray.runtime.ray_cluster import with_gpus
+    from datm_ray.runtime.ray.cluster import with_gpus
 
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
     with pytest.raises(ClusterError, match="GPU"):
@@ -619,7 +619,7 @@ def test_products_are_not_rounded_on_gpus_unless_asked_for(monkeypatch: pytest.M
 @pytest.mark.ray
 def test_a_task_too_large_for_fewer_workers_waits_for_more(ray_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What two can do and one cannot is no error of the recipe where a machine was lost."""
-    from datm_ray.runtime import ray_executor
+    from datm_ray.runtime.ray import executor as ray_executor
 
     monkeypatch.setattr(ray_executor, "PLACEMENT_TIMEOUT", 10.0)
     executor = create_executor("ray", ClusterConfig(peer_timeout=1.0))
@@ -645,7 +645,7 @@ def test_serial_executor_needs_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.delitem(sys.modules, "datm_ray.runtime.ray_executor", raising=False)
+    monkeypatch.delitem(sys.modules, "datm_ray.runtime.ray.executor", raising=False)
     assert results(create_executor("serial", ClusterConfig()))["task 2"][-1] == Finished(4)
     with pytest.raises(ClusterError, match="pip install"):
         create_executor("ray", ClusterConfig())

@@ -20,11 +20,11 @@ import torch
 
 from datm_ray.artifact import load
 from datm_ray.config import to_yaml
+from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
-from datm_ray.runtime.evaluate import read_scores
 from datm_ray.runtime.executor import SerialExecutor
-from datm_ray.runtime.telemetry import Reporter
-from datm_ray.store.filesystem import open_location
+from datm_ray.stages.evaluate import read_scores
+from datm_ray.store.files.filesystem import open_location
 from tests.conftest import tiny_config
 from tests.runtime.nodes import Nodes
 

@@ -134,7 +134,9 @@ class Warner:
     """A worker whose store does not answer for a while."""
 
     def wait(self) -> Iterator[Progress | Finished]:
-        logging.getLogger("datm_ray.store.s3").warning("s3://bucket does not answer (it is %s); trying again", "down")
+        logging.getLogger("datm_ray.store.files.s3").warning(
+            "s3://bucket does not answer (it is %s); trying again", "down"
+        )
         time.sleep(2)
         yield Finished()
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 
 from datm_ray.errors import CorruptFileError, StoreError
-from datm_ray.store.filesystem import Location
+from datm_ray.store.files.filesystem import Location
 from datm_ray.store.tensors import write_tensors
 from datm_ray.store.trajectories import ExpertGroup, GroupKey, Snapshot, TrajectoryInfo, TrajectoryStore
 

@@ -13,7 +13,7 @@ import pytest
 
 from datm_ray.errors import CorruptFileError, StoreError
 from datm_ray.store.cache import Cache, configured_cache
-from datm_ray.store.filesystem import open_location
+from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.trajectories import ExpertGroup, TrajectoryInfo, TrajectoryStore
 from tests.store.contract import KEY, assert_same, make_info, make_snapshots
 
@@ -54,7 +54,7 @@ def test_an_entry_that_cannot_be_touched_is_used(group, folder, monkeypatch):
         raise PermissionError
 
     monkeypatch.setattr(os, "utime", refuse)
-    monkeypatch.setattr("datm_ray.store.filesystem.Location.read_ranges", refuse)
+    monkeypatch.setattr("datm_ray.store.files.filesystem.Location.read_ranges", refuse)
     assert_same(group.read_snapshot(0, 4), make_snapshots(make_large_info())[2])
 
 

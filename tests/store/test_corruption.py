@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from datm_ray.errors import CorruptFileError
-from datm_ray.store.filesystem import Location, open_location
+from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.sealed import open_sealed
 from datm_ray.store.tensors import read_tensors, write_tensors
 from datm_ray.store.trajectories import FORMAT, FORMAT_VERSION, ExpertGroup, Snapshot, TrajectoryStore

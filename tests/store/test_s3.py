@@ -18,7 +18,7 @@ import pytest
 from datm_ray import cli
 from datm_ray.config import to_yaml
 from datm_ray.errors import StoreError
-from datm_ray.store.filesystem import AlreadyExistsError, open_location
+from datm_ray.store.files.filesystem import AlreadyExistsError, open_location
 from datm_ray.store.trajectories import ExpertGroup, Snapshot, TrajectoryStore
 from tests.conftest import tiny_config
 from tests.store.contract import KEY, TrajectoryStoreContract, assert_same, make_info, make_snapshots
@@ -72,7 +72,9 @@ def test_the_environment_configures_s3_as_it_does_for_s3fs(bucket, s3_server, mo
         {**bare, "AWS_PROFILE": "mine", "AWS_CONFIG_FILE": str(tmp_path / "config")},
         {**bare, "FSSPEC_S3_ENDPOINT_URL": s3_server, "FSSPEC_S3_KEY": "testing", "FSSPEC_S3_SECRET": "testing"},
     ):
-        code = "import sys; from datm_ray.store.filesystem import open_location as o; print(o(sys.argv[1]).list())"
+        code = (
+            "import sys; from datm_ray.store.files.filesystem import open_location as o; print(o(sys.argv[1]).list())"
+        )
         command = [sys.executable, "-c", code, f"s3://{bucket}"]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert result.stdout == "['file']\n", result.stderr
@@ -198,7 +200,7 @@ def test_a_lost_answer_does_not_hide_that_another_writer_came_first(bucket, s3_p
 @pytest.mark.parametrize("fault", FAULTS)
 def test_an_upload_in_parts_is_whole_or_absent(bucket, s3_proxy, fault, monkeypatch):
     """A file too large for one upload is put together once, even where the answer to that is lost."""
-    monkeypatch.setattr("datm_ray.store.s3.LARGEST_PUT", 2**20)
+    monkeypatch.setattr("datm_ray.store.files.s3.LARGEST_PUT", 2**20)
     file = open_location(f"s3://{bucket}/file")
     pipe_file = file.fs.pipe_file
     monkeypatch.setattr(file.fs, "pipe_file", lambda *given, **named: pipe_file(*given, chunksize=2**23, **named))

@@ -10,7 +10,7 @@ import pytest
 
 from datm_ray.errors import CorruptFileError, StoreError
 from datm_ray.store import tensors
-from datm_ray.store.filesystem import AlreadyExistsError, Location, open_location
+from datm_ray.store.files.filesystem import AlreadyExistsError, Location, open_location
 from datm_ray.store.sealed import SealedWriter
 from datm_ray.store.tensors import DTYPES, read_tensors, write_tensors
 

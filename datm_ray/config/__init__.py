@@ -1,0 +1,53 @@
+"""The configuration of a run: what is computed, and how it is spread over a cluster.
+
+A run is one YAML file or a packaged recipe. A wrong key or value raises a `ConfigError` of one line before anything
+starts. Needs the standard library, pydantic and PyYAML.
+"""
+
+from datm_ray.config.files import load_config, load_config_text, load_recipe_of_run, override, to_yaml
+from datm_ray.config.identity import expert_fingerprint, run_identity, stable_hash
+from datm_ray.config.networks import network_names, networks_named, scored_on
+from datm_ray.config.schema import Role, RunConfig, parse_config
+from datm_ray.config.sections import (
+    PUBLISHED_AUGMENTATION,
+    AuxiliaryExpertConfig,
+    BackboneConfig,
+    ClusterConfig,
+    DatasetConfig,
+    DistillConfig,
+    EvaluateConfig,
+    ExpertConfig,
+    MetaConfig,
+    NetworkConfig,
+    Section,
+    parse_bytes,
+)
+
+__all__ = [
+    "PUBLISHED_AUGMENTATION",
+    "AuxiliaryExpertConfig",
+    "BackboneConfig",
+    "ClusterConfig",
+    "DatasetConfig",
+    "DistillConfig",
+    "EvaluateConfig",
+    "ExpertConfig",
+    "MetaConfig",
+    "NetworkConfig",
+    "Role",
+    "RunConfig",
+    "Section",
+    "expert_fingerprint",
+    "load_config",
+    "load_config_text",
+    "load_recipe_of_run",
+    "network_names",
+    "networks_named",
+    "override",
+    "parse_bytes",
+    "parse_config",
+    "run_identity",
+    "scored_on",
+    "stable_hash",
+    "to_yaml",
+]

@@ -1,0 +1,222 @@
+"""A run's configuration as YAML text: reading it, writing it with comments, and overriding single keys.
+
+`datm-ray recipe show NAME` prints a packaged recipe to start from. Tests: tests/test_config.py.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel
+
+from datm_ray.config.schema import RENAMED, RunConfig, known_keys, parse_config, section_of
+from datm_ray.config.sections import Section
+from datm_ray.errors import ConfigError
+
+
+def load_config(path: str) -> RunConfig:
+    """Read a run's YAML file.
+
+    Raises:
+        ConfigError: the file is missing, not YAML, or not a valid configuration.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_LARGEST_TEXT + 1)
+    except OSError as failure:
+        raise ConfigError(f"cannot read {path}: {failure.strerror}", remedy="check the path") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not a text file", remedy="give a recipe's name or a YAML file") from None
+    return load_config_text(text, path, default_name=_plain_name(Path(path).stem))
+
+
+def _plain_name(stem: str) -> str:
+    """Name of a run made from a file's name without its suffix; "run" if no allowed character is left."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._") or "run"
+
+
+def load_config_text(text: str, origin: str, default_name: str = "run") -> RunConfig:
+    """Read a run's configuration from YAML text.
+
+    Args:
+        origin: name of the source in messages.
+        default_name: name of the run if the text gives none.
+    """
+    return parse_config({"name": default_name, **_read_sections(text, origin)}, origin)
+
+
+def load_recipe_of_run(text: str, origin: str) -> RunConfig:
+    """Read the recipe that `to_yaml` wrote for a run, by this version or an earlier one.
+
+    `to_yaml` writes every field. A missing field did not exist yet, so the run was made without it.
+    """
+    values = _read_sections(text, origin)
+    distill = values.get("distill")
+    if isinstance(distill, dict):
+        for old, new in RENAMED.items():
+            section, _, field = old.partition(".")
+            keys = values.get(section)
+            if isinstance(keys, dict) and field in keys:
+                keys[new.partition(".")[2]] = keys.pop(field)
+        distill.setdefault("gradient_limit", None)
+    return parse_config(values, origin)
+
+
+def _read_sections(text: str, origin: str) -> dict[str, Any]:
+    values = _read_yaml(text, origin)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{origin} holds no configuration", remedy="compare with `datm-ray recipe show`")
+    return values
+
+
+def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
+    """Apply overrides of the form `section.field=value`; values are read as YAML.
+
+    Text fields take the value literally, without surrounding blanks, unless it is empty, null or quoted.
+
+    Raises:
+        ConfigError: an override is no assignment, or has an unknown key, a wrong type or an impossible range.
+    """
+    values = config.model_dump()
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {assignment!r} is not an assignment", remedy="write --set section.field=value")
+        *sections, field = key.strip().split(".")
+        target = values
+        for section in sections:
+            if target.get(section) is None:
+                target[section] = {}
+            target = target[section]
+            if not isinstance(target, dict):
+                raise ConfigError(f"--set {assignment!r}: {section!r} is not a section", remedy=known_keys(()))
+        bare = text.strip(" \t")
+        is_text = _takes_text([*sections, field]) and bare not in ("", "null") and not _QUOTED.fullmatch(bare)
+        target[field] = bare if is_text else _read_yaml(text, f"--set {assignment!r}")
+    return parse_config(values, "--set")
+
+
+_QUOTED = re.compile(r"\"(.*)\"|'(.*)'", re.DOTALL)
+
+
+def _takes_text(path: Sequence[str]) -> bool:
+    """True if the field at this path takes any text; then `a #1` or `1e3` stay what they are."""
+    model: type[BaseModel] | None = RunConfig
+    for section in path[:-1]:
+        field = model.model_fields.get(section) if model else None
+        model = section_of(field.annotation) if field else None
+    field = model.model_fields.get(path[-1]) if model else None
+    return field is not None and str in (field.annotation, *get_args(field.annotation))
+
+
+def to_yaml(config: RunConfig) -> str:
+    """YAML text of the configuration with a comment for every field, readable by `load_config`."""
+    lines: list[str] = []
+    for name in RunConfig.model_fields:
+        value = getattr(config, name)
+        if not isinstance(value, Section):
+            lines += _yaml_lines(config, name, "")
+            continue
+        lines += ["", *_commented(f"{name}:", type(value).__doc__)]
+        lines += [line for field in type(value).model_fields for line in _yaml_lines(value, field, "  ")]
+    return "\n".join(lines) + "\n"
+
+
+def _yaml_lines(section: Section, field: str, indent: str) -> list[str]:
+    plain = section.model_dump(mode="json")[field]
+    value = yaml.dump(plain, Dumper=_Dumper, default_flow_style=True, width=10_000)
+    text = f"{indent}{field}: {value.removesuffix(chr(10)).removesuffix('...').strip()}"
+    return _commented(f"{text:<{_COMMENT_COLUMN}}", type(section).model_fields[field].description)
+
+
+def _commented(text: str, comment: str | None) -> list[str]:
+    """A line of YAML with its comment behind it, or on lines above it if that would be too long."""
+    comment = " ".join((comment or "").split())
+    line = f"{text}  # {comment}"
+    if len(line) <= _YAML_COLUMNS:
+        return [line]
+    above = " " * (len(text) - len(text.lstrip())) + "# "
+    wrapped = textwrap.wrap(comment, _YAML_COLUMNS, initial_indent=above, subsequent_indent=above)
+    return [*wrapped, text.rstrip()]
+
+
+_COMMENT_COLUMN, _YAML_COLUMNS = 34, 100
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML reader in which 1e-5 is a number, 2024-11-20 is text, and a repeated key is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is repeated", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep)
+
+    def get_single_node(self) -> yaml.Node | None:
+        """The document's root node; aliases that expand to too much, or without end, are an error."""
+        node = super().get_single_node()
+        if node is not None and _written_out(node, {}) > _LARGEST_TEXT:
+            raise yaml.constructor.ConstructorError(None, None, "its aliases expand to too much", node.start_mark)
+        return node
+
+
+def _written_out(node: yaml.Node, known: dict[int, float]) -> float:
+    """Number of nodes from this one down with all aliases expanded; infinite if one contains itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # marks a node that is being counted
+        parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+        inner = (each for part in parts for each in (part if isinstance(part, tuple) else (part,)))
+        known[id(node)] = 1 + sum(_written_out(each, known) for each in inner)
+    return known[id(node)]
+
+
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
+    """Integer of at most 128 bits. Larger ones are an error, because Python refuses to print the largest."""
+    value = int(loader.construct_yaml_int(node)) if len(node.value) < 100 else 2**128
+    if abs(value) >= 2**128:
+        raise yaml.constructor.ConstructorError(None, None, "a number is too large", node.start_mark)
+    return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML writer that quotes text which `_Loader` would read as something else."""
+
+
+# YAML 1.1, which PyYAML implements, requires a point and a sign: 1.0e-5.
+_EXPONENT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+
+
+_LARGEST_TEXT = 2**16  # limits on a recipe's characters and values, because PyYAML takes quadratic time for some
+
+
+def _read_yaml(text: str, origin: str) -> Any:
+    if len(text) > _LARGEST_TEXT:
+        raise ConfigError(
+            f"{origin} is too long for a recipe", "it is probably another file", "give a recipe's name or file"
+        )
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as failure:
+        line = f" at line {failure.problem_mark.line + 1}" if failure.problem_mark else ""
+        what = f"not valid YAML{line}: {failure.problem}"
+    except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        # PyYAML does not catch errors in explicit tags such as !!int, nor its own recursion depth.
+        what = "not valid YAML"
+    raise ConfigError(f"{origin} is {what}", remedy="compare with `datm-ray recipe show`")

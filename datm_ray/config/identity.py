@@ -1,0 +1,66 @@
+"""What decides a result: plain data that is equal for two runs if they have the same set, and fingerprints of experts.
+
+Tests: tests/test_config.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from datm_ray.config.schema import RunConfig
+from datm_ray.config.sections import UNRESOLVED
+
+
+def run_identity(config: RunConfig) -> dict[str, Any]:
+    """Plain data that decides the synthetic set and each single accuracy; needs a resolved run.
+
+    Left out are `cluster` and the data set's path, because the data set's content has a fingerprint of its own.
+    Number of seeds, further networks, their optimiser and `fair` are left out, because they can be added to a
+    finished run. Stored epochs beyond the matched ones are left out too.
+    """
+    left_out: dict[str, Any] = {
+        "cluster": True,
+        "dataset": {"path"},
+        "evaluate": {"seeds", "networks", "optimiser", "fair"},
+        "experts": {"keep_epochs", "test_every"},
+    }
+    identity = config.model_dump(exclude=left_out)
+    for name, default in (("initial", "correct"), ("labels", "soft"), ("gradient_limit", None)):
+        if identity["distill"][name] == default:  # keeps the identity of runs made before the key existed
+            identity["distill"].pop(name)
+    if config.metadd is None:  # keeps the identity of runs made before the section existed
+        identity.pop("metadd")
+    else:
+        for name in ("keep_epochs", "test_every"):
+            identity["metadd"]["experts"].pop(name)
+    return identity
+
+
+def stable_hash(value: Any) -> str:
+    """Hash of plain data, sixteen hex digits; equal data have equal hashes on every machine."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def expert_fingerprint(config: RunConfig, dataset_fingerprint: str) -> str:
+    """Fingerprint of the experts that a run needs, sixteen hex digits; equal for two runs if they can share experts.
+
+    Raises:
+        ValueError: the configuration is not resolved, see `RunConfig.resolved`.
+    """
+    if config.network.depth is None:
+        raise ValueError(UNRESOLVED)
+    recipe = config.experts.model_dump(exclude={"count", "keep_epochs", "test_every"})
+    if config.experts.optimiser == "sgd":
+        recipe = {name: value for name, value in recipe.items() if name not in ("rho", "alpha", "adaptive")}
+    return stable_hash(
+        {
+            "dataset": dataset_fingerprint,
+            "normalisation": config.dataset.kind,
+            "network": config.network.model_dump(),
+            "experts": recipe,
+            "seed": config.seed,
+        }
+    )

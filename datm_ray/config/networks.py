@@ -1,0 +1,61 @@
+"""Short names of a run's networks, for tables and for `--arch` on the command line. Tests: tests/test_config.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from datm_ray.config.schema import RunConfig
+from datm_ray.config.sections import PUBLISHED_WIDTH, NetworkConfig
+from datm_ray.errors import ConfigError
+
+
+def network_names(networks: Sequence[NetworkConfig]) -> list[str]:
+    """Short names of networks: the architecture, a width that is not the published one, and further differences."""
+
+    def differing(network: NetworkConfig) -> Iterator[str]:
+        alike = [each for each in networks if each.architecture == network.architecture]
+        for field in NetworkConfig.model_fields:
+            value = getattr(network, field)
+            if any(getattr(each, field) != value for each in alike) or (field == "width" and value != PUBLISHED_WIDTH):
+                yield f"{field} {value}"
+
+    details = [", ".join(differing(network)) for network in networks]
+    return [
+        f"{network.architecture} ({detail})" if detail else network.architecture
+        for network, detail in zip(networks, details, strict=True)
+    ]
+
+
+def scored_on(config: RunConfig, names: Sequence[str]) -> RunConfig:
+    """Copy of the run that is also scored on the architectures of these names, see `networks_named`."""
+    evaluate = config.evaluate.model_copy(update={"networks": tuple(networks_named(config, names))})
+    return config.model_copy(update={"evaluate": evaluate})
+
+
+def networks_named(config: RunConfig, names: Sequence[str]) -> dict[NetworkConfig, str]:
+    """Networks given by names of architectures, each with the name that stands for it.
+
+    Args:
+        names: NAME or NAME:WIDTH. A NAME means every network of that architecture in the recipe, or else the published
+            one. NAME:WIDTH means the first of them with another width.
+
+    Raises:
+        ConfigError: a width is no number.
+    """
+    own = [config.network, *(backbone.network for backbone in config.backbones)]
+    own += config.metadd.auxiliaries if config.metadd else ()
+    networks: dict[NetworkConfig, str] = {}
+    for name in map(str.strip, names):
+        architecture, _, width = name.partition(":")
+        if width and not (width.isdecimal() and int(width)):
+            raise ConfigError(
+                f"--arch {name!r} has no number after the colon", remedy="write NAME:WIDTH, as resnet18:32"
+            )
+        found = [each for each in own if each.architecture == architecture] or [
+            NetworkConfig(architecture=architecture)
+        ]
+        if width:
+            found = [found[0].model_copy(update={"width": int(width)})]
+        for each in found:
+            networks.setdefault(each, name)
+    return networks

@@ -1,0 +1,266 @@
+"""The configuration of one run, `RunConfig`, and its validation with messages of one line. Tests: tests/test_config.py."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, get_args
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from datm_ray.config.sections import (
+    BackboneConfig,
+    ClusterConfig,
+    DatasetConfig,
+    DistillConfig,
+    EvaluateConfig,
+    ExpertConfig,
+    MetaConfig,
+    NetworkConfig,
+    Section,
+)
+from datm_ray.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Role:
+    """Part of the work that one worker computes for a synthetic set."""
+
+    backbones: tuple[int, ...]
+    """Numbers of the backbones that this worker matches; 0 is `RunConfig.network`."""
+    meta_networks: tuple[int, ...]
+    """Numbers of the MetaDD networks that this worker holds: 0 is the first backbone, then the auxiliaries."""
+
+
+RESERVED_NAMES = frozenset({"experts", "controls", "report.html", "summary.json", "tensorboard", "transforms", "wandb"})
+"""File and folder names beside the runs in an output folder; no run may have one of them."""
+
+
+class RunConfig(Section):
+    """One run: experts, distillation, evaluation."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    """Name of the run's folder and of its row in tables."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of all random numbers, 0 to 2^63 - 1."""
+    dataset: DatasetConfig = DatasetConfig()
+    network: NetworkConfig = NetworkConfig()
+    backbones: Annotated[tuple[BackboneConfig, ...], Field(strict=False)] = ()
+    """Further networks to match at the same time, each `{network: {...}, weight: 1.0}`. Evaluation uses
+    the first network alone."""
+    experts: ExpertConfig = ExpertConfig()
+    distill: DistillConfig = DistillConfig()
+    metadd: MetaConfig | None = None
+    """MetaDD's losses, such as `{auxiliaries: [...]}`, for sets that work on other networks; null for none."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _ranges_are_possible(self) -> RunConfig:
+        if self.name in RESERVED_NAMES:
+            raise ValueError(
+                f"name is {self.name!r}, which is reserved for a file or folder of the output; choose another name"
+            )
+        d = self.distill
+        if d.first_start >= d.start_bound:
+            raise ValueError(f"distill.first_start {d.first_start} is not below distill.start_bound {d.start_bound}")
+        if d.start_bound > d.final_start_bound:
+            raise ValueError(
+                f"distill.start_bound {d.start_bound} exceeds distill.final_start_bound {d.final_start_bound}"
+            )
+        latest = d.final_start_bound - 1 + d.expert_epochs
+        if latest > self.experts.epochs:
+            raise ValueError(
+                f"distill.final_start_bound {d.final_start_bound} with expert_epochs {d.expert_epochs} needs epoch "
+                f"{latest}, but experts.epochs is {self.experts.epochs}"
+            )
+        keep = self.experts.keep_epochs
+        if keep is not None and keep < min(latest, self.experts.epochs - 1):
+            raise ValueError(f"experts.keep_epochs {keep} leaves out epoch {latest}, which the recipe can match")
+        if d.expand_iterations == 0 and d.start_bound != d.final_start_bound:
+            raise ValueError("distill.expand_iterations is 0, so start_bound must equal final_start_bound")
+        if self.cluster.backbones_apart and not self.backbones:
+            raise ValueError("cluster.backbones_apart is set, but the recipe has no further network under backbones")
+        if self.cluster.auxiliaries_apart and self.metadd is None:
+            raise ValueError("cluster.auxiliaries_apart is set, but the recipe has no metadd section")
+        if self.cluster.workers is not None and self.workers_per_set > self.cluster.workers:
+            raise ValueError(
+                f"one set needs {self.workers_per_set} workers at once (cluster.shards, times the networks that have "
+                f"workers of their own), but cluster.workers is {self.cluster.workers}"
+            )
+        return self
+
+    @property
+    def is_matchable(self) -> bool:
+        """True if every network of the run can be matched. Networks with batch normalisation can only be trained."""
+        return not self._unmatchable
+
+    def require_matchable(self) -> None:
+        """Raise a `ConfigError` if a network of the run can be trained but not matched."""
+        for key in self._unmatchable:
+            raise ConfigError(
+                f"{key}.norm is 'batch', which cannot be matched",
+                "batch statistics couple the images of a batch, so the gradient is not a sum over images",
+                f"use {key}.norm=instance; `datm-ray experts` trains networks with any norm",
+            )
+
+    @property
+    def _unmatchable(self) -> list[str]:
+        """Configuration keys of the networks that cannot be matched."""
+        networks = {"network": self.network} | {
+            f"backbones.{number}.network": backbone.network for number, backbone in enumerate(self.backbones)
+        }
+        return [key for key, network in networks.items() if network.norm == "batch"]
+
+    def resolved(self, size: tuple[int, int]) -> RunConfig:
+        """Copy for images of `size` (height, width) in pixels, without "auto" normalisation or a depth of None.
+
+        The copy equals a run that gives these values itself. Identities, fingerprints and everything that is written to
+        a run's folder come from a resolved configuration.
+
+        Raises:
+            ConfigError: two of metadd.auxiliaries have become the same network.
+        """
+        changes: dict[str, Any] = {
+            "dataset": self.dataset.resolved(size),
+            "network": self.network.resolved(size),
+            "backbones": tuple(
+                each.model_copy(update={"network": each.network.resolved(size)}) for each in self.backbones
+            ),
+        }
+        if self.metadd is not None:
+            auxiliaries = tuple(each.resolved(size) for each in self.metadd.auxiliaries)
+            changes["metadd"] = self.metadd.model_copy(update={"auxiliaries": auxiliaries})
+        scored = dict.fromkeys(each.resolved(size) for each in self.evaluate.networks)
+        changes["evaluate"] = self.evaluate.model_copy(update={"networks": tuple(scored)})
+        return parse_config(self.model_copy(update=changes).model_dump(), self.name)
+
+    def each_backbone(self) -> list[RunConfig]:
+        """One copy of the run per backbone, with this network alone: it decides the network's experts."""
+        networks = [self.network, *(backbone.network for backbone in self.backbones)]
+        alone = {"backbones": (), "metadd": None}
+        return [self.model_copy(update={"network": network, **alone}) for network in networks]
+
+    def each_auxiliary(self) -> list[RunConfig]:
+        """One copy of the run per auxiliary of metadd, with this network alone: it decides the network's experts."""
+        if self.metadd is None:
+            return []
+        alone = {"backbones": (), "metadd": None, "experts": self.metadd.experts}
+        return [self.model_copy(update={"network": network, **alone}) for network in self.metadd.auxiliaries]
+
+    @property
+    def weights(self) -> list[float]:
+        """Weights of the backbones' matching losses, in the order of `each_backbone`."""
+        return [1.0, *(backbone.weight for backbone in self.backbones)]
+
+    @property
+    def workers_per_set(self) -> int:
+        """Number of workers that distil one set together."""
+        return self.cluster.shards * len(self.roles)
+
+    @property
+    def scored_networks(self) -> tuple[NetworkConfig, ...]:
+        """Architectures of the second table, the first backbone included; empty if the run has no such table."""
+        others = [network for network in self.evaluate.networks if network != self.network]
+        return (self.network, *others) if self.evaluate.networks else ()
+
+    @property
+    def whole_role(self) -> Role:
+        """Role of a worker, or of each worker in a row of shards, that computes all networks."""
+        return Role(
+            tuple(range(len(self.weights))), tuple(range(0 if self.metadd is None else self.meta_network_count))
+        )
+
+    @property
+    def meta_network_count(self) -> int:
+        """Number of MetaDD networks: the first backbone and the auxiliaries; 1 without metadd."""
+        return 1 + len(self.each_auxiliary())
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """Roles of the rows of workers that distil one set together; the first row has the first backbone."""
+        cluster = self.cluster
+        backbones, auxiliaries = range(len(self.weights)), range(1, self.meta_network_count)
+        first = Role(
+            backbones=(0,) if cluster.backbones_apart else tuple(backbones),
+            meta_networks=() if self.metadd is None else (0,) if cluster.auxiliaries_apart else (0, *auxiliaries),
+        )
+        more = [Role((number,), ()) for number in backbones[1:] if cluster.backbones_apart]
+        return (first, *more, *(Role((), (number,)) for number in auxiliaries if cluster.auxiliaries_apart))
+
+    @property
+    def latest_matched(self) -> int:
+        """Last epoch of a trajectory that can be a start or a target, inclusive."""
+        return self.distill.final_start_bound - 1 + self.distill.expert_epochs
+
+    @property
+    def kept_bound(self) -> int:
+        """Last epoch of the stored range, inclusive; an expert's very last epoch is stored besides."""
+        return self.experts.keep_epochs or self.latest_matched
+
+    @property
+    def kept_epochs(self) -> tuple[int, ...]:
+        """Stored epochs of each expert: those that may be matched, and the last, whose logits are used."""
+        return (*range(min(self.kept_bound + 1, self.experts.epochs)), self.experts.epochs)
+
+
+def parse_config(values: Mapping[str, Any], origin: str) -> RunConfig:
+    """Validate plain data as a `RunConfig`.
+
+    Args:
+        origin: name of the source in messages, such as the file's name.
+
+    Raises:
+        ConfigError: a key or value is wrong; the message names the first one.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as failure:
+        raise _config_error(failure, origin) from None
+
+
+RENAMED = {"distill.overshoot": "distill.gradient_limit"}  # former name
+"""Keys of earlier versions and their present names; recipes of saved runs may still have the former."""
+
+
+def _config_error(failure: ValidationError, origin: str) -> ConfigError:
+    # A misspelt key is also a missing one; the unknown key says more.
+    first = min(failure.errors(), key=lambda error: error["type"] != "extra_forbidden")
+    path = tuple(str(part) for part in first["loc"])
+    key = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        return ConfigError(f"{origin}: unknown key {key!r}", remedy=known_keys(path))
+    if first["type"] == "value_error":
+        return ConfigError(f"{origin}: {str(first['msg']).removeprefix('Value error, ')}")
+    message = str(first["msg"])
+    if first["type"] == "model_type":
+        message = "input should be a section of keys and values"
+    if first["type"] == "tuple_type":
+        message = "input should be a list: [...]"
+    remedy = "put it into quotes" if first["type"] == "string_type" else ""
+    return ConfigError(f"{origin}: {key} is {first['input']!r}: {message[0].lower()}{message[1:]}", remedy=remedy)
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """Class of the section that a field holds, alone or in a list; None if it holds no section."""
+    kinds = (annotation, *get_args(annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def known_keys(path: Sequence[str]) -> str:
+    """Remedy for an unknown key: the nearest existing key, or all keys of its section."""
+    fields = dict(RunConfig.model_fields)
+    for part in path[:-1]:
+        if part.isdigit():  # index in a list of sections
+            continue
+        section = section_of(fields[part].annotation) if part in fields else None
+        if section is None:
+            break
+        fields = dict(section.model_fields)
+    if ".".join(path) in RENAMED:
+        return f"its new name is {RENAMED['.'.join(path)]!r}"
+    near = difflib.get_close_matches(path[-1], fields, n=1) if path else []
+    if near:
+        return f"did you mean {'.'.join([*path[:-1], near[0]])!r}?"
+    return f"known keys: {', '.join(fields)}"

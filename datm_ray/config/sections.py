@@ -1,0 +1,355 @@
+"""Sections of a run's configuration: the data set, networks, stages, and how the work is spread over a cluster.
+
+All sections are frozen and strict: an unknown key, a wrong type or an impossible value is an error. Tests: tests/test_config.py.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from datm_ray.errors import ConfigError
+
+Count = Annotated[int, Field(ge=1)]
+Epoch = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+PUBLISHED_AUGMENTATION = "color_crop_cutout_flip_scale_rotate"
+"""DSA operations of MTT, FTD, TESLA and DATM: the default for experts, students and evaluation."""
+
+
+class Section(BaseModel):
+    """Base class of all sections: immutable, without unknown keys, without silent conversion of types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none_is_null(cls, values: object) -> object:
+        """Read the text "none" or "None" as null in fields that may be null, for use on a command line."""
+        if not isinstance(values, Mapping):
+            return values
+        optional = {name for name, field in cls.model_fields.items() if type(None) in get_args(field.annotation)}
+        return {key: None if key in optional and each in ("none", "None") else each for key, each in values.items()}
+
+
+class DatasetConfig(Section):
+    """Which images are used, and how they are normalised."""
+
+    source: str = "digits"
+    """digits, cifar10, cifar100, tiny-imagenet, folder or parquet."""
+    path: str | None = None
+    """Path of the data set; not needed for digits."""
+    resize: Annotated[int, Field(ge=8)] | None = None
+    """Side in pixels to resize every image to; null keeps the size."""
+    normalisation: Literal["auto", "zca", "standard"] = "auto"
+    """zca: whitening with eps 0.1, as published. standard: mean and deviation per channel. auto: zca up to 64x64
+    pixels, else standard."""
+    validation: Fraction = 0.1
+    """Share of training images used for validation, in (0, 1)."""
+
+    @property
+    def kind(self) -> Literal["zca", "standard"]:
+        """Value of `normalisation` in a resolved configuration, see `RunConfig.resolved`.
+
+        Raises:
+            ValueError: the value is still auto.
+        """
+        if self.normalisation == "auto":
+            raise ValueError(UNRESOLVED)
+        return self.normalisation
+
+    def resolved(self, size: tuple[int, int]) -> DatasetConfig:
+        """Copy in which "auto" is replaced by the normalisation for images of `size` (height, width) in pixels.
+
+        Memory of fitting zca grows with the fourth power of an image's side, time with the sixth. Estimates on two CPU
+        cores: 6 GB and half an hour at 64x64 RGB, the largest published size; 30 GB and six hours at 96x96.
+        """
+        if self.normalisation != "auto":
+            return self
+        return self.model_copy(update={"normalisation": "zca" if size[0] * size[1] <= MOST_WHITENED else "standard"})
+
+
+UNRESOLVED = "the configuration still has values that depend on the size of the images; call RunConfig.resolved first"
+MOST_WHITENED = 64 * 64
+"""Largest number of pixels in an image for which normalisation "auto" means zca, inclusive."""
+SMALLEST_MAP = 3
+"""Least side in pixels of the last feature maps when depth is null; smaller images get two blocks all the same."""
+PUBLISHED_DEPTH = 3
+"""Depth of mlp in the literature; every architecture but convnet gets this value where depth is null."""
+
+
+def depth_for(architecture: str, size: tuple[int, int]) -> int:
+    """Default depth of a network for images of `size` (height, width) in pixels.
+
+    convnet gets as many blocks as leave feature maps of at least 3 pixels a side, and at least 2 blocks. By the image's
+    smaller side these are 2 up to 23 pixels, 3 from 24, 4 from 48, 5 from 96, 6 from 192. Published networks for 28,
+    32, 64 and 128 pixels have these depths. mlp gets its published 3 layers at any size; other architectures ignore
+    depth.
+    """
+    if architecture != "convnet":
+        return PUBLISHED_DEPTH
+    return max(2, (min(size) // SMALLEST_MAP).bit_length() - 1)
+
+
+PUBLISHED_WIDTH = 128
+"""Channels of ConvNet's convolutions as published; at this value other architectures have their own published width."""
+
+
+class NetworkConfig(Section):
+    """The backbone: architecture of experts, students and evaluation networks."""
+
+    architecture: str = "convnet"
+    """Registered name: convnet, resnet18, vgg11, lenet, mlp, ..."""
+    width: Count = PUBLISHED_WIDTH
+    """Channels of convnet's layers; others scale in proportion."""
+    depth: Count | None = None
+    """Blocks of convnet (each halves the image) or layers of mlp. null: 2 to 6 by image size; mlp 3."""
+    norm: Literal["instance", "batch", "group", "none"] = "instance"
+    """Normalisation layers; networks with batch cannot be distilled."""
+    pooling: Literal["avg", "max", "none"] = "avg"
+    """2x2 pooling at the end of every convnet block."""
+
+    def resolved(self, size: tuple[int, int]) -> NetworkConfig:
+        """Copy in which a depth of None is replaced by the default for images of `size` (height, width) in pixels."""
+        if self.depth is not None:
+            return self
+        return self.model_copy(update={"depth": depth_for(self.architecture, size)})
+
+
+class BackboneConfig(Section):
+    """A further network that is matched together with the first, against experts of its own."""
+
+    network: NetworkConfig
+    """The network; its experts are trained like those of the first network."""
+    weight: Positive = 1.0
+    """Weight of this network's matching loss; the first network has weight 1."""
+
+
+class ExpertConfig(Section):
+    """Training of the experts on real data: SGD as in MTT, or GSAM as in FTD and DATM."""
+
+    count: Annotated[int, Field(ge=1, le=100_000)] = 100
+    """Number of experts, 1 to 100000."""
+    epochs: Count = 100
+    """Epochs of training per expert."""
+    batch_size: Count = 256
+    """Images per SGD step; the last, smaller batch is kept."""
+    learning_rate: Positive = 0.01
+    """Learning rate, constant."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Momentum in [0, 1); 0 as published, for easier matching."""
+    weight_decay: NonNegative = 0.0
+    """L2 penalty on the parameters."""
+    augmentation: str = PUBLISHED_AUGMENTATION
+    """DSA operations joined by underscores; '' for none."""
+    optimiser: Literal["sgd", "gsam"] = "sgd"
+    """gsam: two gradients per step, flatter trajectories."""
+    rho: Positive = 0.01
+    """gsam: length of the ascent step; 0.01 as published."""
+    alpha: NonNegative = 0.3
+    """gsam: how much of the orthogonal gradient part is subtracted."""
+    adaptive: bool = True
+    """gsam: scale the ascent step by each parameter's size."""
+    keep_epochs: Count | None = None
+    """Store epochs 0 to this one and the last; null: all matchable."""
+    storage: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Type of stored parameters; 16 bits halve the store but round."""
+    test_every: Annotated[int, Field(ge=0)] = 0
+    """Epochs between measurements of test accuracy (for display only); 0 for none. Only stored epochs have one."""
+
+
+class DistillConfig(Section):
+    """Difficulty-aligned trajectory matching (DATM)."""
+
+    ipc: Count = 10
+    """Synthetic images per class."""
+    iterations: Count = 10_000
+    """Matching iterations."""
+    student_steps: Count = 80
+    """SGD steps of the student per iteration (T)."""
+    expert_epochs: Count = 2
+    """Epochs from the start to the target on the trajectory (M)."""
+    batch_size: Count = 100
+    """Synthetic images per student step."""
+    first_start: Epoch = 0
+    """Earliest start epoch, inclusive."""
+    start_bound: Count = 10
+    """Exclusive upper bound of the start epoch at iteration 0."""
+    final_start_bound: Count = 20
+    """Final exclusive bound; equal to start_bound if fixed."""
+    expand_iterations: Annotated[int, Field(ge=0)] = 1000
+    """Iterations over which the bound grows; 0 for a fixed range."""
+    learning_rate_images: Positive = 100.0
+    """Learning rate of SGD on the pixels, momentum 0.5."""
+    learning_rate_labels: NonNegative = 2.0
+    """Learning rate of the soft labels, momentum 0.9; 0: none."""
+    learning_rate_step_size: NonNegative = 1e-5
+    """Learning rate of the student's step size, momentum 0.5."""
+    initial: Literal["correct", "random"] = "correct"
+    """Real images to start from: correctly classified, or any."""
+    labels: Literal["soft", "hard"] = "soft"
+    """soft: the experts' mean logits, then learned; hard: fixed."""
+    initial_step_size: Positive = 0.01
+    """The student's step size at the start."""
+    threshold: Positive = 1.0
+    """Iterations with a larger matching loss are skipped."""
+    gradient_limit: Positive | None = 10.0
+    """Largest first-order decrease of the loss by one step, in multiples of the loss; longer gradients are shortened.
+    null: no limit, as published."""
+    augmentation: str = PUBLISHED_AUGMENTATION
+    """DSA operations of the student's steps."""
+    validate_every: Count = 500
+    """Iterations between validations, which choose the set to keep."""
+    validation_seeds: Count = 1
+    """Networks trained at each validation."""
+    checkpoint_every: Count = 100
+    """Iterations between checkpoints."""
+
+
+class AuxiliaryExpertConfig(ExpertConfig):
+    """Training of MetaDD's auxiliaries; only their last epoch is used."""
+
+    count: Annotated[int, Field(ge=1, le=100)] = 1
+    """Experts per network, 1 to 100; used in turn."""
+    epochs: Count = 50
+    """Epochs of training per expert."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum in [0, 1)."""
+    keep_epochs: Count | None = 1
+    """Store epochs 0 to this one and the last; null: all matchable."""
+
+
+class MetaConfig(Section):
+    """MetaDD: losses on class activation maps, for sets that work on other networks."""
+
+    auxiliaries: Annotated[tuple[NetworkConfig, ...], Field(strict=False, min_length=1, max_length=16)]
+    """Architectures beside the first network, such as `[{architecture: resnet18}]`."""
+    experts: AuxiliaryExpertConfig = AuxiliaryExpertConfig()
+    """Training of the auxiliaries; only their last epoch is used."""
+    variance: NonNegative = 1.0
+    """Weight of the maps' variance over the networks."""
+    invariance: NonNegative = 0.01
+    """Weight of the auxiliaries' cross-entropy and divergence."""
+    position: NonNegative = 0.1
+    """Weight of evidence against the class."""
+    divergence: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    """Weight, within invariance, of the auxiliaries' divergence from the first network; negative pushes them apart."""
+    variance_of: Literal["maps", "logits"] = "maps"
+    """logits: as a control, variance of logits instead of maps."""
+    threshold: Fraction = 0.5
+    """Map value in (0, 1) from which a pixel counts as a feature; affects only the reported ratio."""
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of images that the losses use, drawn per iteration."""
+
+    @model_validator(mode="after")
+    def _auxiliaries_differ(self) -> MetaConfig:
+        for number, network in enumerate(self.auxiliaries):
+            if network in self.auxiliaries[:number]:
+                raise ValueError(
+                    f"metadd.auxiliaries.{number} repeats an earlier network; give each network once, and raise "
+                    "metadd.experts.count for several experts of it"
+                )
+        return self
+
+
+class EvaluateConfig(Section):
+    """Training of fresh networks on the synthetic set, scored on the test set."""
+
+    protocol: Literal["published", "short", "quick"] = "published"
+    """published: 1001 epochs, learning rate divided by 10 halfway. short: 500 epochs. quick: 20, a trial."""
+    seeds: Count = 5
+    """Fresh networks per row of the table."""
+    networks: Annotated[tuple[NetworkConfig, ...], Field(strict=False, max_length=64)] = ()
+    """Architectures to score the set on as well, each with the learned and with a tuned step size."""
+    optimiser: Literal["sgd", "adamw"] = "sgd"
+    """adamw: for networks that SGD does not train (transformers); its step size is always tuned."""
+    real_epochs: Count = 100
+    """Epochs of the control that trains on all real data."""
+    fair: bool = False
+    """Compute DD-Ranking's LRS and ARS (three more table rows)."""
+    augmentation: str = PUBLISHED_AUGMENTATION
+    """DSA operations during evaluation."""
+
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b|([kmgt]))?\s*", re.IGNORECASE)
+
+
+def parse_bytes(text: str) -> int:
+    """Number of bytes in a size such as 8GiB, 512 MiB, 6 GB or 6G (10^9 bytes each), or a plain number of bytes.
+
+    Raises:
+        ConfigError: the text is no size, or the size is less than one byte.
+    """
+    match = _SIZE.fullmatch(text)
+    size = 0
+    if match:
+        number, prefix, binary, short = match.groups()
+        power = " kmgt".index((prefix or short or " ").lower())
+        value = float(number) * (1024 if binary else 1000) ** power
+        size = int(value) if math.isfinite(value) else 0
+    if size < 1:
+        raise ConfigError(f"invalid size {text!r}", remedy="use a number with a unit, such as 8GiB or 512MiB")
+    return size
+
+
+class ClusterConfig(Section):
+    """How the work is spread. Only threads, device, precision and compilation change results, by rounding."""
+
+    workers: Count | None = None
+    """Parallel workers; null: as many as CPUs (or GPUs) allow."""
+    threads_per_worker: Count = 1
+    """CPU threads per worker; the number affects rounding."""
+    gpus_per_worker: NonNegative | None = None
+    """GPUs per worker on Ray; a fraction lets several workers share one. null: 1, or 0 if the cluster has none."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where a worker has one, else the CPU."""
+    compile: bool = True
+    """Compile the student step if there is a C++ compiler."""
+    shards: Count = 1
+    """Workers per distillation, each with some of the classes."""
+    experts_at_a_time: Count | None = None
+    """Experts trained at once per worker; null: fastest, up to 8."""
+    backbones_apart: bool = False
+    """Give every network under `backbones` workers of its own."""
+    auxiliaries_apart: bool = False
+    """Give every auxiliary of metadd workers of its own."""
+    memory: str | None = None
+    """Memory per distilling worker, such as 8GiB; null: all free."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """Products in the student step; tf32 and bfloat16 need a GPU."""
+    channels_last: bool = True
+    """Store maps channels-last: faster on CPUs, coarser rounding."""
+    peer_timeout: Annotated[float, Field(ge=0.1, le=86_400)] = 300.0
+    """Seconds without an answer before a worker is declared lost; must exceed one student step."""
+    wait_for_nodes: Annotated[float, Field(ge=0, le=7 * 86_400)] = 0.0
+    """Seconds to wait for free resources, at the start and after a loss (then at least 60); autoscaling needs
+    minutes."""
+    retries: Annotated[int, Field(ge=0)] = 3
+    """Restarts in a row, without progress, after lost workers."""
+    log_to: Literal["none", "tensorboard", "wandb"] = "none"
+    """Curves beside Ray's metrics: tensorboard writes to <out>/tensorboard. Either must be installed."""
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _memory_is_a_size(cls, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)  # YAML reads a plain number of bytes as an integer
+        if isinstance(value, str):
+            try:
+                parse_bytes(value)
+            except ConfigError as failure:
+                raise ValueError(f"cluster.memory: {failure}") from None
+        return value
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Value of `memory` in bytes; None if it is null."""
+        return None if self.memory is None else parse_bytes(self.memory)

@@ -1,0 +1,428 @@
+"""Architectures: ConvNet, ResNet-18, VGG-11, AlexNet, LeNet, a multilayer perceptron and a small vision transformer.
+
+Each architecture is a function of a `NetworkSpec`. Names and seeds are in `networks.py`, training is in `training.py`.
+
+A forward pass draws no random numbers and never branches on a value. Apart from batch statistics, nothing changes in
+place. So every network runs under `torch.func` to any order of derivative and compiles to one graph. Where
+torchvision's definitions apply, the networks equal them (tests/core/networks/test_architectures.py). torchvision itself
+is not used, because `core` needs torch alone. Its transformer cannot be matched: its attention calls a fused kernel
+without a second derivative.
+
+Instance normalisation of a map of one pixel leaves only the bias. So ResNet-18 and VGG-11 halve a map only if at least
+two pixels a side remain; their docstrings name the halvings that are left out.
+
+Shapes: b images, c channels, h w height and width, k classes, t tokens, d numbers per token.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from datm_ray.core.networks.instance_norm import InstanceNorm
+from datm_ray.errors import ConfigError
+
+Norm = Literal["instance", "batch", "group", "none"]
+Pooling = Literal["avg", "max", "none"]
+
+LEAST_SIDE = 8
+"""Smallest image side in pixels, inclusive, except for `convnet` and `mlp`, which take smaller images."""
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """Everything that decides a network's shape; two equal specs have interchangeable parameters.
+
+    Every architecture reads channels, size and classes, and besides these only:
+
+        convnet               width, depth, norm, pooling
+        mlp                   width, depth
+        resnet18, vgg11       width, norm
+        alexnet, vit-small    width
+        lenet                 nothing more: its size is the published one
+
+    Architectures whose row has no norm accept only norm "instance", the default, or "none", and ignore it.
+    """
+
+    architecture: str
+    """Name in the registry of networks."""
+    channels: int
+    """Input channels."""
+    size: tuple[int, int]
+    """Height and width of the input in pixels."""
+    classes: int
+    """Number of logits."""
+    width: int = 128
+    """Channels of every convolution (convnet), or units of every hidden layer (mlp). Other architectures have their
+    published sizes at 128, and all their layers scale in proportion."""
+    depth: int = 3
+    """Number of convolution blocks (convnet), or of linear layers including the one that computes the logits (mlp)."""
+    norm: Norm = "instance"
+    """Normalisation after every convolution."""
+    pooling: Pooling = "avg"
+    """Pooling that ends every block, 2x2 with stride 2 (convnet)."""
+
+
+class SpatialNetwork(nn.Module):
+    """A network with a last feature map: features -> pooling -> flatten -> classifier.
+
+    Attributes:
+        features: maps images [b c h w] to the last feature maps, before pooling.
+        pooling: maps the feature maps to smaller ones, or to one number each.
+        classifier: maps the flattened pooled feature maps to logits.
+    """
+
+    def __init__(self, features: nn.Module, pooling: nn.Module, classifier: nn.Module) -> None:
+        super().__init__()
+        self.features = features
+        self.pooling = pooling
+        self.classifier = classifier
+
+    def logits(self, maps: Tensor) -> Tensor:
+        """Compute logits [b k] from the last feature maps [b c h w]."""
+        logits: Tensor = self.classifier(self.pooling(maps).flatten(1))
+        return logits
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute logits [b k] of images [b c h w]."""
+        return self.logits(self.features(images))
+
+
+class ConvNet(SpatialNetwork):
+    """ConvNet: depth x [conv 3x3 -> norm -> ReLU -> pool 2x2], then one linear layer over the flattened map.
+
+    DC, DSA, MTT, FTD, TESLA and DATM use this network with width 128 and depth 3 at 32x32, 4 at 64x64, 5 at 128x128.
+    """
+
+    def __init__(self, spec: NetworkSpec) -> None:
+        height, width = spec.size
+        shrink = 1 if spec.pooling == "none" else 2**spec.depth
+        if min(height, width) < shrink:
+            raise ConfigError(
+                f"network.depth {spec.depth} is too large for a {height}x{width} image, which every block halves",
+                remedy=f"use a depth of at most {min(height, width).bit_length() - 1}, or dataset.resize",
+            )
+        layers: list[nn.Module] = []
+        channels = spec.channels
+        for _ in range(spec.depth):
+            layers += [
+                nn.Conv2d(channels, spec.width, kernel_size=3, padding=1),
+                _normalisation(spec.norm, spec.width),
+                nn.ReLU(),
+                _pooling(spec.pooling),
+            ]
+            channels = spec.width
+        flat = spec.width * (height // shrink) * (width // shrink)
+        super().__init__(nn.Sequential(*layers[:-1]), layers[-1], nn.Linear(flat, spec.classes))
+
+
+def resnet18(spec: NetworkSpec) -> SpatialNetwork:
+    """ResNet-18 (arXiv 1512.03385) with convolutions initialised as by He et al.
+
+    Images up to 64 pixels meet one 3x3 convolution and no pooling first, as is usual for small images. Larger images
+    meet the published 7x7 convolution and 3x3 pooling, which divide the side by four. Three of the four stages halve
+    the map. At 8x8 the last stage does not, so that the map stays at 2x2.
+    """
+    _require_least_side(spec)
+    side, first = min(spec.size), _scaled(64, spec)
+    if side <= 64:
+        layers: list[nn.Module] = [nn.Conv2d(spec.channels, first, kernel_size=3, padding=1, bias=False)]
+    else:
+        layers = [nn.Conv2d(spec.channels, first, kernel_size=7, stride=2, padding=3, bias=False)]
+    layers += [_normalisation(spec.norm, first), nn.ReLU()]
+    if side > 64:
+        layers.append(nn.MaxPool2d(kernel_size=3, stride=2, padding=1))
+        side = math.ceil(side / 4)
+    inputs = first
+    for width in (first, 2 * first, 4 * first, 8 * first):
+        stride = 2 if width > inputs and side > 2 else 1
+        layers += [_ResidualBlock(inputs, width, stride, spec.norm), _ResidualBlock(width, width, 1, spec.norm)]
+        inputs, side = width, math.ceil(side / stride)
+    network = SpatialNetwork(nn.Sequential(*layers), GlobalAverage(), nn.Linear(inputs, spec.classes))
+    return _he_initialised(network)
+
+
+class _ResidualBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut; the shortcut is a 1x1 convolution where the map's shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: Norm) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False),
+            _normalisation(norm, outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, kernel_size=3, padding=1, bias=False),
+            _normalisation(norm, outputs),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, kernel_size=1, stride=stride, bias=False), _normalisation(norm, outputs)
+            )
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return torch.relu(self.branch(maps) + self.shortcut(maps))
+
+
+def vgg11(spec: NetworkSpec) -> SpatialNetwork:
+    """VGG-11 (arXiv 1409.1556) with normalisation and one linear layer, convolutions initialised as by torchvision.
+
+    Five stages of 3x3 convolutions each end in 2x2 max pooling; the remaining map (one pixel at 32x32) is averaged.
+    Below 32 pixels the pooling after the fourth stage is left out, below 16 that after the third too: otherwise the
+    next convolution would read one pixel.
+    """
+    _require_least_side(spec)
+    side, inputs = min(spec.size), spec.channels
+    layers: list[nn.Module] = []
+    for stage in ((64,), (128,), (256, 256), (512, 512), (512, 512)):
+        if layers and side >= 4:
+            layers.append(nn.MaxPool2d(2))
+            side //= 2
+        for published in stage:
+            width = _scaled(published, spec)
+            layers += [nn.Conv2d(inputs, width, kernel_size=3, padding=1), _normalisation(spec.norm, width), nn.ReLU()]
+            inputs = width
+    pooling = nn.Sequential(nn.MaxPool2d(2), GlobalAverage())
+    return _he_initialised(SpatialNetwork(nn.Sequential(*layers), pooling, nn.Linear(inputs, spec.classes)))
+
+
+def alexnet(spec: NetworkSpec) -> SpatialNetwork:
+    """AlexNet as the distillation literature fits it to 32x32 pixels.
+
+    Five convolutions without normalisation, 2x2 max pooling after the first, second and last, and one linear layer over
+    the flattened map instead of three.
+    """
+    _require_least_side(spec)
+    _refuse_norm(spec)
+    height, width = (side // 8 for side in spec.size)
+    few, some, many = (_scaled(published, spec) for published in (128, 192, 256))
+    features = nn.Sequential(
+        nn.Conv2d(spec.channels, few, kernel_size=5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(few, some, kernel_size=5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(some, many, kernel_size=3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(many, some, kernel_size=3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(some, some, kernel_size=3, padding=1),
+        nn.ReLU(),
+    )
+    return SpatialNetwork(features, nn.MaxPool2d(2), nn.Linear(some * height * width, spec.classes))
+
+
+def lenet(spec: NetworkSpec) -> SpatialNetwork:
+    """LeNet-5 with ReLU and max pooling: two 5x5 convolutions, each pooled 2x2, and three linear layers.
+
+    The network was made for 32x32 pixels. Below 32 pixels the first convolution pads its input by two, as is usual for
+    the 28x28 of MNIST. Below 16 pixels the second one does too.
+    """
+    _require_least_side(spec)
+    _refuse_norm(spec)
+    first, second = (2 if min(spec.size) < bound else 0 for bound in (32, 16))
+    height, width = (((side - 4 + 2 * first) // 2 - 4 + 2 * second) // 2 for side in spec.size)
+    features = nn.Sequential(
+        nn.Conv2d(spec.channels, 6, kernel_size=5, padding=first),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, kernel_size=5, padding=second),
+        nn.ReLU(),
+    )
+    classifier = nn.Sequential(
+        nn.Linear(16 * height * width, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, spec.classes)
+    )
+    return SpatialNetwork(features, nn.MaxPool2d(2), classifier)
+
+
+def mlp(spec: NetworkSpec) -> nn.Sequential:
+    """Multilayer perceptron of `depth` linear layers with `width` units in each but the last.
+
+    The literature uses width 128 and depth 3. Depth 1 is a linear classifier.
+    """
+    _refuse_norm(spec)
+    layers: list[nn.Module] = [nn.Flatten()]
+    inputs = spec.channels * spec.size[0] * spec.size[1]
+    for _ in range(spec.depth - 1):
+        layers += [nn.Linear(inputs, spec.width), nn.ReLU()]
+        inputs = spec.width
+    return nn.Sequential(*layers, nn.Linear(inputs, spec.classes))
+
+
+def vit_small(spec: NetworkSpec) -> SpatialNetwork:
+    """ViT-Small: 12 layers of 384 numbers a token and 6 heads of 64, with layer normalisation and no dropout.
+
+    The patch side divides both sides of the image and is nearest to an eighth of the shorter one: 1 pixel at 8x8, 4 at
+    28x28 and 32x32. So there are about 64 tokens. The mean of the tokens is classified, not an extra class token (arXiv
+    2205.01580), so the logits are a function of the map that the tokens form.
+    """
+    _require_least_side(spec)
+    _refuse_norm(spec)
+    patch = _patch(*spec.size)
+    height, width = (side // patch for side in spec.size)
+    heads = max(1, _scaled(6, spec))
+    hidden = heads * (_scaled(384, spec) // heads)
+    features = nn.Sequential(
+        _PatchTokens(spec.channels, patch, height * width, hidden),
+        *(_TransformerLayer(hidden, heads) for _ in range(12)),
+        _LayerNorm(hidden),
+        _TokenMaps(height, width),
+    )
+    return SpatialNetwork(features, GlobalAverage(), nn.Linear(hidden, spec.classes))
+
+
+def _patch(height: int, width: int) -> int:
+    """Side in pixels of a transformer's patches for images of this height and width.
+
+    Raises:
+        ConfigError: no patch side divides the image into 4 to 16 patches a side.
+    """
+    side, common = min(height, width), math.gcd(height, width)
+    patches = [patch for patch in range(1, common + 1) if common % patch == 0 and 4 <= side // patch <= 16]
+    if not patches:
+        raise ConfigError(
+            f"vit-small has no patch size that divides a {height}x{width} image into 4 to 16 patches a side",
+            remedy=f"use dataset.resize={max(1, round(side / 8)) * 8}",
+        )
+    return min(patches, key=lambda patch: abs(side // patch - 8))
+
+
+class _PatchTokens(nn.Module):
+    """Map images [b c h w] to tokens [b t d]: a linear map of each patch plus a learned position embedding."""
+
+    def __init__(self, channels: int, patch: int, tokens: int, hidden: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(channels, hidden, kernel_size=patch, stride=patch)
+        self.positions = nn.Parameter(torch.empty(1, tokens, hidden))
+        nn.init.normal_(self.positions, std=0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens: Tensor = self.patches(images).flatten(2).transpose(1, 2)
+        return tokens + self.positions
+
+
+class _TransformerLayer(nn.Module):
+    """Transformer layer: attention, then two linear layers with 4 d hidden units, each with a residual connection."""
+
+    def __init__(self, hidden: int, heads: int) -> None:
+        super().__init__()
+        self.attention = nn.Sequential(_LayerNorm(hidden), _Attention(hidden, heads))
+        self.perceptron = nn.Sequential(
+            _LayerNorm(hidden), nn.Linear(hidden, 4 * hidden), nn.GELU(), nn.Linear(4 * hidden, hidden)
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        mixed: Tensor = tokens + self.attention(tokens)
+        changed: Tensor = mixed + self.perceptron(mixed)
+        return changed
+
+
+class _LayerNorm(nn.LayerNorm):
+    """Normalise every token [.. d] to mean 0 and variance 1, then scale and shift.
+
+    torch's own layer is silently wrong when a tangent of it is differentiated backwards, as a student step does: it
+    treats mean and variance as constants, and the derivative is off by tens of percent.
+    """
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__(hidden, eps=1e-6)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))  # for sums in bfloat16
+        centred = wide - wide.mean(dim=-1, keepdim=True)
+        normal = centred * torch.rsqrt((centred * centred).mean(dim=-1, keepdim=True) + self.eps)
+        scaled: Tensor = normal.to(tokens.dtype) * self.weight + self.bias
+        return scaled
+
+
+class _Attention(nn.Module):
+    """Multi-head self-attention of tokens [b t d], written as matrix products."""
+
+    def __init__(self, hidden: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.scale = (hidden // heads) ** -0.5
+        self.projection = nn.Linear(hidden, 3 * hidden)
+        self.output = nn.Linear(hidden, hidden)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        parts = self.projection(tokens).unflatten(2, (3, self.heads, -1))  # [b t 3 heads d/heads]
+        queries, keys, values = parts.permute(2, 0, 3, 1, 4).unbind(0)  # [b heads t d/heads] each
+        shares = (queries @ keys.transpose(2, 3) * self.scale).softmax(dim=3)  # [b heads t t]
+        mixed: Tensor = self.output((shares @ values).transpose(1, 2).flatten(2))
+        return mixed
+
+
+class _TokenMaps(nn.Module):
+    """Arrange tokens [b t d] as maps [b d h w], each token at its patch's position."""
+
+    def __init__(self, height: int, width: int) -> None:
+        super().__init__()
+        self.grid = (height, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        maps: Tensor = tokens.transpose(1, 2).unflatten(2, self.grid)
+        return maps
+
+
+class GlobalAverage(nn.Module):
+    """Average maps [b c h w] over their positions to [b c]."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return maps.mean(dim=(2, 3))
+
+
+def _scaled(published: int, spec: NetworkSpec) -> int:
+    """Size of a layer whose published size belongs to width 128, scaled to the spec's width; at least 1."""
+    return max(1, published * spec.width // 128)
+
+
+def _normalisation(norm: Norm, width: int) -> nn.Module:
+    if norm == "instance":
+        return InstanceNorm(width)
+    if norm == "group":
+        return nn.GroupNorm(math.gcd(32, width), width)  # at most 32 groups, all of one size
+    if norm == "batch":
+        return nn.BatchNorm2d(width)
+    return nn.Identity()
+
+
+def _pooling(pooling: Pooling) -> nn.Module:
+    if pooling == "none":
+        return nn.Identity()
+    return nn.AvgPool2d(2) if pooling == "avg" else nn.MaxPool2d(2)
+
+
+def _he_initialised(network: SpatialNetwork) -> SpatialNetwork:
+    """Initialise convolutions so that they keep the scale of maps and gradients.
+
+    With torch's default, the last maps of VGG-11 without normalisation differ between images by 1e-4 only.
+    """
+    for part in network.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+    return network
+
+
+def _require_least_side(spec: NetworkSpec) -> None:
+    height, width = spec.size
+    if min(height, width) < LEAST_SIDE:
+        raise ConfigError(
+            f"{spec.architecture} takes images of at least {LEAST_SIDE}x{LEAST_SIDE} pixels, not {height}x{width}",
+            remedy=f"use dataset.resize={LEAST_SIDE} or more, or network.architecture=convnet",
+        )
+
+
+def _refuse_norm(spec: NetworkSpec) -> None:
+    if spec.norm in ("batch", "group"):
+        raise ConfigError(
+            f"network.norm is {spec.norm!r}, but {spec.architecture} has no choice of normalisation",
+            remedy="use network.norm=none",
+        )

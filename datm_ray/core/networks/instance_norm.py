@@ -1,0 +1,133 @@
+"""Instance normalisation with hand-written first and second derivatives.
+
+The literature's "instancenorm" is a group normalisation with one group per channel. Matching differentiates it three
+times: along a direction (tangent), backwards, and backwards through the tangent. Automatic differentiation of mean and
+variance takes about ten passes over the largest maps of the network. Written out, a derivative needs one pass for its
+sums and one for its result. In a compiled student step, normalisation, activation and pooling became faster: 7 instead
+of 20 ms forward, 18 instead of 43 ms in reverse (benchmarks/LOG.md).
+
+Notation, per image and channel with means over its map: h = (z - mean z) r with r = (var z + eps)^-1/2, y = g h + b.
+Along a direction (zt, gt, bt): ht = r (zt - mean zt - h mean(zt h)). A trailing underscore is the cotangent of a value.
+Shapes: z [b c h w], g and b [c]. Tests: tests/core/networks/test_instance_norm.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import group_norm
+
+
+class InstanceNorm(nn.GroupNorm):
+    """Group normalisation with one group per channel, and a learned scale and shift.
+
+    Attributes:
+        explicit: whether to use this module's derivatives, which a compiler fuses well. Otherwise torch's own kernels
+            are used, which are faster without a compiler. The values differ by rounding only.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width)
+        self.explicit = False
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalise maps [b c h w] to mean 0 and variance 1 in each image and channel, then scale and shift."""
+        return instance_norm(images, self.weight, self.bias, self.eps, explicit=self.explicit)
+
+
+def instance_norm(images: Tensor, weight: Tensor, bias: Tensor, eps: float, *, explicit: bool) -> Tensor:
+    """Normalise maps [b c h w] to mean 0 and variance 1 per image and channel, then scale and shift by [c].
+
+    Args:
+        explicit: see `InstanceNorm`.
+    """
+    if not explicit:
+        return group_norm(images, len(weight), weight, bias, eps)
+    wide = torch.promote_types(images.dtype, torch.float32)  # bfloat16 is too coarse for sums over a map
+    y: Tensor = _Norm.apply(images.to(wide), weight.to(wide), bias.to(wide), eps)
+    return y.to(images.dtype)
+
+
+def _mean(maps: Tensor) -> Tensor:
+    return maps.mean(dim=(2, 3), keepdim=True)
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    return values[:, None, None]
+
+
+def _normalise(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Compute h and r of the module's notation."""
+    centred = z - _mean(z)
+    r = torch.rsqrt(_mean(centred * centred) + eps)
+    return centred * r, r
+
+
+def _sum_over_images(means: Tensor, z: Tensor) -> Tensor:
+    """Sum over all positions [c], computed from the means over each map: no second pass over the maps."""
+    return means.sum(dim=(0, 2, 3)) * (z.shape[2] * z.shape[3])
+
+
+class _Norm(torch.autograd.Function):
+    """Normalisation y(z, g, b) in the module's notation."""
+
+    @staticmethod
+    def forward(z: Tensor, g: Tensor, b: Tensor, eps: float) -> Tensor:
+        h, _ = _normalise(z, eps)
+        return h * _per_channel(g) + _per_channel(b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        z, g, _, ctx.eps = inputs
+        ctx.save_for_backward(z, g)
+        ctx.save_for_forward(z, g)
+
+    @staticmethod
+    def backward(ctx: Any, y_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        z, g = ctx.saved_tensors
+        h, r = _normalise(z, ctx.eps)
+        mean_y_, mean_y_h = _mean(y_), _mean(y_ * h)
+        z_ = (r * _per_channel(g)) * (y_ - mean_y_ - h * mean_y_h)
+        return z_, _sum_over_images(mean_y_h, z), _sum_over_images(mean_y_, z), None
+
+    @staticmethod
+    def jvp(ctx: Any, zt: Tensor, gt: Tensor, bt: Tensor, _: None) -> Tensor:
+        z, g = ctx.saved_tensors
+        yt: Tensor = _NormTangent.apply(z, zt, g, gt, bt, ctx.eps)
+        return yt
+
+
+class _NormTangent(torch.autograd.Function):
+    """Tangent yt(z, zt, g, gt, bt) = g ht + gt h + bt in the module's notation."""
+
+    @staticmethod
+    def forward(z: Tensor, zt: Tensor, g: Tensor, gt: Tensor, bt: Tensor, eps: float) -> Tensor:
+        h, r = _normalise(z, eps)
+        ht = r * (zt - _mean(zt) - h * _mean(zt * h))
+        return ht * _per_channel(g) + h * _per_channel(gt) + _per_channel(bt)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        z, zt, g, gt, _, ctx.eps = inputs
+        ctx.save_for_backward(z, zt, g, gt)
+
+    @staticmethod
+    def backward(ctx: Any, yt_: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, None]:
+        z, zt, g, gt = ctx.saved_tensors
+        g, gt = _per_channel(g), _per_channel(gt)
+        h, r = _normalise(z, ctx.eps)
+        mean_zt, mean_zt_h = _mean(zt), _mean(zt * h)
+        mean_yt_, mean_yt_h, mean_yt_zt = _mean(yt_), _mean(yt_ * h), _mean(yt_ * zt)
+        mean_yt_ht = r * (mean_yt_zt - mean_zt * mean_yt_ - mean_zt_h * mean_yt_h)
+        # ht is symmetric in zt and yt_: the same projection carries the cotangent back.
+        zt_ = (r * g) * (yt_ - mean_yt_ - h * mean_yt_h)
+        # The cotangent of h is along * yt_ + across * zt; it goes back through the projection, and r adds a multiple
+        # of h.
+        along, across = gt - r * mean_zt_h * g, -r * g * mean_yt_h
+        mean_h_ = along * mean_yt_ + across * mean_zt
+        mean_h_h = along * mean_yt_h + across * mean_zt_h
+        z_ = r * (along * yt_ + across * zt - mean_h_ - h * (mean_h_h + g * mean_yt_ht))
+        sums = (_sum_over_images(means, z) for means in (mean_yt_ht, mean_yt_h, mean_yt_))
+        return z_, zt_, *sums, None

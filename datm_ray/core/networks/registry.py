@@ -1,0 +1,151 @@
+"""Networks by name: a registry, parameters from a seed, and feature maps of any network.
+
+A network maps images [b c h w] to logits [b k]. `@register_network` adds further architectures. The architectures are
+in `architectures.py`, parameters as one vector in `parameters.py`, training in `training.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from datm_ray.core.networks.architectures import (
+    ConvNet,
+    NetworkSpec,
+    Norm,
+    Pooling,
+    SpatialNetwork,
+    alexnet,
+    lenet,
+    mlp,
+    resnet18,
+    vgg11,
+    vit_small,
+)
+from datm_ray.core.randomness import Purpose, derive_seed
+from datm_ray.core.torch_compat import BatchNorm
+from datm_ray.errors import ConfigError
+
+__all__ = [
+    "Builder",
+    "ConvNet",
+    "NetworkSpec",
+    "Norm",
+    "Pooling",
+    "SpatialNetwork",
+    "build_network",
+    "couples_samples",
+    "network_names",
+    "register_network",
+    "require_maps",
+    "spatial_features",
+]
+
+Builder = Callable[[NetworkSpec], nn.Module]
+_BUILDERS: dict[str, Builder] = {
+    "alexnet": alexnet,
+    "convnet": ConvNet,
+    "lenet": lenet,
+    "mlp": mlp,
+    "resnet18": resnet18,
+    "vgg11": vgg11,
+    "vit-small": vit_small,
+}
+
+
+def register_network(name: str) -> Callable[[Builder], Builder]:
+    """Class or function decorator: make `name` a valid `NetworkSpec.architecture`."""
+
+    def register(builder: Builder) -> Builder:
+        _BUILDERS[name] = builder
+        return builder
+
+    return register
+
+
+def network_names() -> list[str]:
+    """Names of the registered architectures, sorted."""
+    return sorted(_BUILDERS)
+
+
+def build_network(spec: NetworkSpec, seed: int) -> nn.Module:
+    """Build the network of `spec` with its architecture's initialisation, drawn from `seed` alone.
+
+    Raises:
+        ConfigError: the architecture is unknown, the images are too small for it, or it cannot have the normalisation.
+    """
+    if spec.architecture not in _BUILDERS:
+        raise ConfigError(
+            f"network.architecture is {spec.architecture!r}, which is not registered",
+            remedy=f"choose one of: {', '.join(network_names())}",
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, Purpose.INITIAL_PARAMETERS))
+        return _BUILDERS[spec.architecture](spec)
+
+
+def couples_samples(network: nn.Module) -> bool:
+    """True if an output in training mode depends on the other images of its batch, as with batch statistics."""
+    return any(isinstance(module, BatchNorm) for module in network.modules())
+
+
+def spatial_features(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the last feature maps [b c h w] before pooling, and the logits [b k] of images [b c h w].
+
+    The logits are computed from the maps. So the derivative of the logits in the maps, which class activation maps use
+    as weights, is one call of `torch.autograd.grad`. A transformer's maps are its tokens, each at its patch's position.
+    For a convolutional network that is no `SpatialNetwork`, such as torchvision's, the maps are the last module output
+    with more than one position.
+
+    Raises:
+        ConfigError: the network has no feature maps, as an mlp, or none that can be found.
+    """
+    if isinstance(network, SpatialNetwork):
+        maps: Tensor = network.features(images)
+        return maps, network.logits(maps)
+    found = [] if _has_attention(network) else _maps_and_logits(network, images)
+    if len(found) < 2:
+        raise ConfigError(
+            f"{type(network).__name__} has no feature maps",
+            "it flattens its images at once, as mlp does, or is a transformer, whose maps cannot be found",
+            "choose another architecture, such as convnet, or wrap it in SpatialNetwork(features, pooling, classifier)",
+        )
+    return found[-2], found[-1]
+
+
+def require_maps(network: nn.Module) -> None:
+    """Raise a `ConfigError` if the registered network of `spec` has no feature maps."""
+    if not isinstance(network, SpatialNetwork):
+        raise ConfigError(
+            "network.architecture has no feature maps",
+            "it flattens its images at once, as mlp does, or was registered without being a SpatialNetwork",
+            "choose another network.architecture, such as convnet",
+        )
+
+
+def _has_attention(network: nn.Module) -> bool:
+    return any("attention" in type(part).__name__.lower() for part in network.modules())
+
+
+def _maps_and_logits(network: nn.Module, images: Tensor) -> list[Tensor]:
+    """Outputs of the network's modules that have more than one position, then the logits."""
+    found: list[Tensor] = []
+    convolved = False
+
+    def keep(part: nn.Module, _: object, output: object) -> None:
+        nonlocal convolved
+        convolved = convolved or isinstance(part, nn.Conv2d)
+        # Adaptive pooling may enlarge a map of one position.
+        is_map = isinstance(output, Tensor) and output.dim() == 4 and output.shape[2] * output.shape[3] > 1
+        if isinstance(output, Tensor) and is_map and convolved and not isinstance(part, nn.AdaptiveAvgPool2d):
+            found.append(output)
+
+    hooks = [part.register_forward_hook(keep) for part in network.modules() if part is not network]
+    try:
+        logits: Tensor = network(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [*found, logits]

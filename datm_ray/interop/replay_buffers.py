@@ -1,0 +1,385 @@
+"""Import and export of expert trajectories of the MTT family: `replay_buffer_*.pt` files.
+
+A replay buffer is a `torch.save` of a list of trajectories. A trajectory is a list of snapshots, whose position is the
+epoch. A snapshot is a list of a network's parameters, in the order in which its modules were created. The ConvNet of
+those projects creates its modules in the same order as this package's (blocks of convolution and norm, then the
+classifier) and normalises with the same epsilon. So parameters need no mapping if their shapes agree. One exception is
+refused: for images of one channel the published ConvNet pads the first convolution by 3 pixels, this one by 1.
+
+A buffer does not name its data set, network or number of epochs: these come from a recipe. Nor does it hold its
+experts' image transform. Imported experts are stored with the transform of the recipe's data set. If theirs was
+different (other whitening, or fitted on images that are validation data here), they match synthetic images less well.
+An expert's info records that it was imported, and from which file.
+
+Replay buffers contain no running statistics of batch norms. Experts with batch norms cannot be imported, and are
+exported without them. Files are read as data, see `store.torch_files`: nothing in them is executed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import count
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from datm_ray.config import RunConfig, override
+from datm_ray.core.networks.parameters import FlatNetwork, float_buffers
+from datm_ray.core.networks.registry import build_network
+from datm_ray.data.sources import RawDataset, load_raw
+from datm_ray.data.transform import fit_transform
+from datm_ray.errors import CorruptFileError, DatmError, StoreError
+from datm_ray.interop.torch_files import read_torch_file
+from datm_ray.stages.experts import expert_group, network_spec
+from datm_ray.store.files.filesystem import Location, open_location
+from datm_ray.store.trajectories import ExpertGroup, Snapshot, TrajectoryInfo, epochs_in_words
+
+PUBLISHED_PER_FILE = 10
+"""Experts in each published file."""
+
+PUBLISHED_PADDING = 3
+"""Padding in pixels of the published ConvNet's first convolution for one channel; this package pads by 1."""
+
+_ANOTHER_RECIPE = "give the recipe of these experts: their data set, network and epochs"
+
+_Trajectory = list[list[NDArray[Any]]]
+
+
+@dataclass(frozen=True)
+class Imported:
+    """Trajectory of a replay buffer that is in the store."""
+
+    group: str
+    """Key of the expert group that holds the trajectory."""
+
+    expert: int
+    """Number of the trajectory's expert in its group."""
+
+    new: bool
+    """True if this import stored the trajectory; False if an earlier import had."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Result of an export to replay buffers."""
+
+    files: tuple[str, ...]
+    """Names of the written files."""
+    left_out: tuple[int, ...]
+    """Epochs of the first expert that were not exported, because they follow a gap."""
+    without_statistics: bool
+    """True if the experts have running statistics of batch norms, which replay buffers cannot hold."""
+    padded_otherwise: bool
+    """True if the published ConvNet is another function of the same parameters, see `pads_differently`."""
+
+
+def import_replay_buffers(files: Sequence[str], config: RunConfig, store_uri: str) -> Iterator[Imported]:
+    """Store every trajectory of the files as an expert of the recipe, under the next free numbers.
+
+    A trajectory that was imported before is recognised by its content and not stored again, so an import can be
+    repeated. Only the epochs of `experts.keep_epochs` are stored, in the format of `experts.storage`. Each file is
+    loaded whole, and twice: nothing is stored unless all files fit.
+
+    Args:
+        files: paths or URIs of the files.
+        config: recipe of the experts.
+        store_uri: store to write to.
+
+    Raises:
+        CorruptFileError: a file is not a replay buffer.
+        StoreError: a trajectory does not fit the recipe, or a location cannot be read or written.
+    """
+    d = config.dataset
+    raw = load_raw(d.source, d.path, resize=d.resize, validation=d.validation)
+    networks = [_Network(backbone, raw, store_uri) for backbone in config.resolved(raw.size).each_backbone()]
+    locations = [open_location(file) for file in files]
+    for location in locations:  # check all of them before anything is written
+        for position, trajectory in enumerate(_read(location)):
+            _network_of(trajectory, networks, f"Trajectory {position} of {location.uri}", config.name)
+    for location in locations:
+        trajectories = _read(location)
+        for position, trajectory in enumerate(trajectories):
+            network = _network_of(trajectory, networks, f"Trajectory {position} of {location.uri}", config.name)
+            trajectories[position] = []  # free its memory for the next one
+            yield network.store(trajectory, {"file": PurePosixPath(location.path).name, "position": position})
+
+
+def _network_of(trajectory: _Trajectory, networks: Sequence[_Network], place: str, recipe: str) -> _Network:
+    """Network of the recipe with the trajectory's shapes. Raises `StoreError` if there is none."""
+    differences = [network.difference(trajectory) for network in networks]
+    if None not in differences:
+        settings = networks[0].settings_for(trajectory) if len(networks) == 1 else []
+        remedy = " ".join(["give", *(f"--set {each}" for each in settings)]) if settings else _ANOTHER_RECIPE
+        raise StoreError(f"{place} does not fit {recipe}", str(differences[0]), remedy)
+    return networks[differences.index(None)]
+
+
+def export_replay_buffers(group: ExpertGroup, out: Location, per_file: int = PUBLISHED_PER_FILE) -> Exported:
+    """Write all experts of a group as `replay_buffer_<n>.pt`. Existing files of these names are replaced.
+
+    Args:
+        group: experts to export.
+        out: folder to write to.
+        per_file: experts per file.
+
+    Raises:
+        StoreError: there are no experts, or one has no epoch 0.
+    """
+    experts = group.experts()
+    if not experts:
+        raise StoreError(f"{group.location.uri} holds no experts", remedy="`datm-ray store ls` names the groups")
+    files = []
+    for number, start in enumerate(range(0, len(experts), per_file)):
+        trajectories = [_trajectory(group, expert) for expert in experts[start : start + per_file]]
+        name = f"replay_buffer_{number}.pt"
+        with (out / name).create() as file, (out / name).explaining("write"):
+            torch.save(trajectories, file)
+        files.append(name)
+    info = group.read_info(experts[0])
+    channels = info.parameter_shapes[0][1:2]
+    padded_otherwise = bool(channels) and pads_differently(info.architecture, channels[0])
+    return Exported(tuple(files), info.epochs[len(_unbroken(info.epochs)) :], info.buffer_count > 0, padded_otherwise)
+
+
+def pads_differently(architecture: str, channels: int) -> bool:
+    """True if the published network of this name is another function of the same parameters."""
+    return architecture == "convnet" and channels == 1
+
+
+class _Network:
+    """Network of the recipe, with the group of its experts."""
+
+    def __init__(self, config: RunConfig, raw: RawDataset, store_uri: str) -> None:
+        module = build_network(network_spec(config, raw.channels, raw.size, raw.classes), seed=0)
+        self._config, self._raw, self._store_uri = config, raw, store_uri
+        self._flat = FlatNetwork(module)
+        self._has_buffers = bool(float_buffers(module))
+        self._pads_differently = pads_differently(config.network.architecture, raw.channels)
+        self._group = expert_group(store_uri, config, raw.name, raw.fingerprint)
+        self._known: dict[str, int] | None = None
+
+    def difference(self, trajectory: _Trajectory) -> str | None:
+        """Reason why the trajectory does not belong to this network, or `None` if it does."""
+        epochs, wanted = len(trajectory) - 1, self._config.experts.epochs
+        if self._pads_differently:
+            return (
+                f"Its images have one channel: the published ConvNet pads them by {PUBLISHED_PADDING} pixels at its "
+                "first convolution and this one by 1, so equal parameters give another network"
+            )
+        if self._has_buffers:
+            return "The recipe's network has batch norms, whose running statistics replay buffers do not contain"
+        if epochs < wanted:
+            return f"It ends after {epochs} epochs, and experts.epochs is {wanted}"
+        for epoch in self._config.kept_epochs:
+            shapes = [tuple(tensor.shape) for tensor in trajectory[epoch]]
+            if len(shapes) != len(self._flat.shapes):
+                return f"Epoch {epoch} has {len(shapes)} tensors, the recipe's network {len(self._flat.shapes)}"
+            for name, shape, own in zip(self._flat.names, shapes, self._flat.shapes, strict=True):
+                if shape != own:
+                    return f"{name} is {list(shape)} in epoch {epoch}, and {list(own)} in the recipe's network"
+        return None
+
+    def settings_for(self, trajectory: _Trajectory) -> list[str]:
+        """Settings `section.field=value` with which the trajectory fits the recipe; empty if none are found."""
+        config, d = self._config, self._config.distill
+        wanted: dict[str, int] = {}
+        epochs = min(len(trajectory) - 1, config.experts.epochs)
+        wanted["experts.epochs"] = epochs
+        if config.latest_matched > epochs:
+            span = min(d.expert_epochs, max(1, epochs // 2))
+            bound = epochs + 1 - span
+            start = min(d.start_bound, bound) if d.expand_iterations else bound
+            wanted |= {"distill.expert_epochs": span, "distill.final_start_bound": bound, "distill.start_bound": start}
+            wanted["distill.first_start"] = min(d.first_start, start - 1)
+        if config.network.architecture == "convnet" and config.network.depth and trajectory[0][0].ndim == 4:
+            a_block = (len(self._flat.shapes) - 2) // config.network.depth
+            wanted["network.width"] = trajectory[0][0].shape[0]
+            wanted["network.depth"] = (len(trajectory[0]) - 2) // a_block
+        now = config.model_dump()
+        changes = [f"{key}={value}" for key, value in wanted.items() if value != _value_at(now, key)]
+        try:
+            other = _Network(override(config, changes), self._raw, self._store_uri)
+        except DatmError:
+            return []
+        return changes if other.difference(trajectory) is None else []
+
+    def store(self, trajectory: _Trajectory, origin: dict[str, object]) -> Imported:
+        """Store one trajectory whose shapes were checked, unless it is stored already."""
+        epochs = self._config.kept_epochs
+        vectors = [_vector(trajectory[epoch]) for epoch in epochs]
+        digest = sha256(b"".join(sha256(vector.tobytes()).digest() for vector in vectors)).hexdigest()
+        known = self._imported()
+        if digest in known:
+            return Imported(str(self._group.key), known[digest], new=False)
+        self._require_same_epochs(epochs)
+        self._store_transform()
+        nan = float("nan")
+        snapshots = [Snapshot(epoch, -1, nan, nan, vector) for epoch, vector in zip(epochs, vectors, strict=True)]
+        taken = set(self._group.experts())
+        for expert in count():
+            if expert not in taken:
+                info = self._info(expert, {**origin, "digest": digest})
+                if self._group.write_expert(expert, snapshots, info):  # False if another import took the number
+                    known[digest] = expert
+                    return Imported(str(self._group.key), expert, new=True)
+        raise AssertionError("count() ends")
+
+    def _require_same_epochs(self, epochs: Sequence[int]) -> None:
+        for expert in self._group.experts()[:1]:
+            kept = self._group.read_info(expert).epochs
+            if tuple(kept) != tuple(epochs):
+                raise StoreError(
+                    f"{self._group.key} holds {epochs_in_words(kept)}, and these would be {epochs_in_words(epochs)}",
+                    "all experts of a group keep the same epochs, so that a recipe can match any of them",
+                    "use the same experts.keep_epochs as before, or another --store",
+                )
+
+    def _imported(self) -> dict[str, int]:
+        """Digest -> expert number of the trajectories imported into the group."""
+        if self._known is None:
+            recipes = {expert: self._group.read_info(expert).recipe for expert in self._group.experts()}
+            self._known = {
+                recipe["imported"]["digest"]: expert for expert, recipe in recipes.items() if "imported" in recipe
+            }
+        return self._known
+
+    def _store_transform(self) -> None:
+        if not self._group.has_transform():
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            train, kind = self._raw.train.images, self._config.dataset.kind
+            transform = fit_transform(kind, train, self._raw.levels, device=device)
+            self._group.write_transform(transform.to_arrays(), transform.to_metadata())
+
+    def _info(self, expert: int, imported: dict[str, object]) -> TrajectoryInfo:
+        config = self._config
+        return TrajectoryInfo(
+            dataset=self._group.key.dataset,
+            dataset_fingerprint=self._raw.fingerprint,
+            architecture=config.network.architecture,
+            recipe={
+                "network": config.network.model_dump(),
+                "experts": config.experts.model_dump(exclude={"count"}),
+                "imported": imported,
+            },
+            fingerprint=self._group.key.fingerprint,
+            seed=-1,
+            expert=expert,
+            parameter_names=self._flat.names,
+            parameter_shapes=self._flat.shapes,
+            epochs=config.kept_epochs,
+            storage=config.experts.storage,
+        )
+
+
+def _value_at(values: dict[str, Any], key: str) -> Any:
+    section, _, field = key.partition(".")
+    return values[section][field]
+
+
+def _read(location: Location) -> list[_Trajectory]:
+    """Read the trajectories of one file, which together are at most as large as the file.
+
+    Raises:
+        CorruptFileError: the file holds anything else, or a trajectory whose parameters never change.
+    """
+    try:
+        trajectories = read_torch_file(location)
+    except StoreError:
+        raise
+    except Exception as error:  # archives and pickles raise errors of many classes
+        raise CorruptFileError(
+            f"{location.uri} is not a replay buffer",
+            "It cannot be read as lists of tensors: it is another file, was cut off, holds objects that could run "
+            "code, or was written by torch before 1.6",
+            "Check that it was downloaded whole",
+        ) from error
+    left = location.size()
+    for position, trajectory in enumerate(_items(trajectories, location)):
+        snapshots = [_items(snapshot, location) for snapshot in _items(trajectory, location)]
+        place = f"Trajectory {position} of {location.uri}"
+        left -= sum(1 + len(snapshot) for snapshot in snapshots)
+        if left < 0:
+            raise _no_buffer(location)
+        _require_training(snapshots, _is_same_view, place)  # before counting bytes: live weights are in the file once
+        tensors = [tensor for snapshot in snapshots for tensor in snapshot]
+        left -= sum(getattr(tensor, "nbytes", 0) for tensor in tensors)
+        if left < 0 or not all(map(_is_parameter, tensors)):
+            raise _no_buffer(location)
+        _require_training(snapshots, np.array_equal, place)
+    found: list[_Trajectory] = trajectories
+    return found
+
+
+def _items(value: object, location: Location) -> list[Any]:
+    """Return a value that is a non-empty list, otherwise raise `CorruptFileError`."""
+    if not isinstance(value, list) or not value:
+        raise _no_buffer(location)
+    return value
+
+
+def _no_buffer(location: Location) -> CorruptFileError:
+    return CorruptFileError(
+        f"{location.uri} is not a replay buffer",
+        "It does not hold trajectories: lists of snapshots, which are lists of finite tensors",
+    )
+
+
+def _require_training(trajectory: list[list[Any]], same: Callable[[Any, Any], bool], place: str) -> None:
+    """Raise `CorruptFileError` if all snapshots of a trajectory have the same parameters."""
+    first = trajectory[0]
+    still = all(len(snapshot) == len(first) and all(map(same, first, snapshot)) for snapshot in trajectory)
+    if still and len(trajectory) > 1:
+        raise CorruptFileError(
+            f"{place} holds the same parameters {len(trajectory)} times, one for each epoch",
+            "It was written on a CPU, where the published code stores references to the live weights and not copies",
+            "Train these experts again on a GPU, or with `p.detach().clone().cpu()` in the place of `p.detach().cpu()`",
+        )
+
+
+def _is_same_view(one: object, other: object) -> bool:
+    """True if both are arrays that share the same memory. No value is compared."""
+    if not isinstance(one, np.ndarray) or not isinstance(other, np.ndarray):
+        return False
+    return one is other or bool(one.__array_interface__ == other.__array_interface__)
+
+
+def _is_parameter(value: object) -> bool:
+    """True if a value is an array of finite numbers."""
+    return isinstance(value, np.ndarray) and bool(np.isfinite(value).all())
+
+
+def _vector(snapshot: list[NDArray[Any]]) -> NDArray[np.float32]:
+    """Concatenate a snapshot's parameters to a vector [p]."""
+    return np.concatenate([tensor.reshape(-1) for tensor in snapshot], dtype=np.float32, casting="same_kind")
+
+
+def _trajectory(group: ExpertGroup, expert: int) -> list[list[Tensor]]:
+    """Read an expert's epochs from 0 up to the first gap, as lists of parameters."""
+    info = group.read_info(expert)
+    epochs = _unbroken(info.epochs)
+    if not epochs:
+        raise StoreError(
+            f"Expert {expert} of {group.key} has no epoch 0",
+            "A replay buffer begins with the initialisation",
+            "Export experts that were stored from epoch 0 on",
+        )
+    sizes = [math.prod(shape) for shape in info.parameter_shapes]
+    return [
+        [
+            piece.reshape(shape).clone()
+            for piece, shape in zip(torch.from_numpy(vector).split(sizes), info.parameter_shapes, strict=True)
+        ]
+        for vector in group.read_params(expert, epochs)
+    ]
+
+
+def _unbroken(epochs: Sequence[int]) -> list[int]:
+    """Epochs from 0 up to the first gap."""
+    return [epoch for position, epoch in enumerate(epochs) if position == epoch]

@@ -1,0 +1,520 @@
+"""One distillation as a value that can be stepped, saved and restored.
+
+The value holds everything that a checkpoint needs: the synthetic set, the optimisers' momenta, the loss curve and the
+set chosen on validation data. No code here reads experts or the disk. The caller passes the parameters to match, and
+decides when to validate and to save.
+
+A class shard holds the rows of its classes and everything that has no rows. All shards make the same updates, so what
+they share stays equal. The learned variables follow the gradient of the sum of all backbones' matching losses; each
+backbone has a weight and a step size. Shapes: n rows held, a backbones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from datm_ray.core.metadd import MetaDD
+from datm_ray.core.synthetic import AllSum, SyntheticSet, identity
+from datm_ray.errors import DivergenceError
+from datm_ray.methods.trajectory.matching import MatchingGradient, StudentStep, matching_gradient
+from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
+
+IMAGE_MOMENTUM, LABEL_MOMENTUM, STEP_SIZE_MOMENTUM = 0.5, 0.9, 0.5
+"""Momenta of SGD on the images, the soft labels and the step sizes, as published."""
+
+LEARNED = ("images", "soft_labels", "step_sizes")
+
+MOST_DIVERGED = 100
+"""A distillation stops when one backbone has diverged this often since its last update. Every iteration draws another
+expert, start epoch and minibatches, so a hundred divergences are caused by the set, not by a draw."""
+
+InRows = Callable[[Callable[[AllSum], None]], None]
+"""Runs work that only the class shards of one backbone share, see `Mesh.in_rows`."""
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """Learning rates of SGD on the three learned variables."""
+
+    images: float
+    soft_labels: float
+    step_sizes: float
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits that keep one iteration from ruining the set."""
+
+    loss: float
+    """Normalised matching loss above which an iteration updates nothing, exclusive."""
+    decrease: float = math.inf
+    """Largest first-order decrease of a backbone's loss in one step, in multiples of the loss; inf for no limit.
+
+    The first-order decrease is that of one step of SGD without momentum: the sum over the learned variables of learning
+    rate times squared gradient norm. A gradient beyond the limit is shortened to it.
+
+    A gradient through T student steps explodes now and then: at an ordinary loss it is up to two hundred times as long
+    as those before it. An update along it leaves a set that nothing can be matched with (benchmarks/LOG.md). No loss
+    can fall below zero, so such a first-order decrease is impossible. Beyond the limit the step is the shorter the
+    longer the gradient is. So it is with the stochastic Polyak step size too (arXiv 2002.10542): there the limit is 1 /
+    c, and the learning rates are the upper bound. Each backbone is limited separately, and MetaDD's gradient is neither
+    counted nor shortened. The published code has no such limit.
+    """
+
+
+@dataclass(frozen=True)
+class Match:
+    """Inputs of one backbone's matching in one iteration."""
+
+    functions: StudentStepFunctions
+    start: Tensor
+    """[p] expert parameters at the start epoch, from which the student starts."""
+    target: Tensor
+    """[p] expert parameters at the target epoch."""
+    steps: Sequence[StudentStep]
+    """Minibatches of the student; in a class shard, the rows of them that it holds."""
+    backbone: int = 0
+    weight: float = 1.0
+    """Weight of this backbone's matching loss in the sum."""
+    chunk: int | None = None
+    """Images per call of the step functions; None for a whole minibatch, see `matching_gradient`."""
+
+
+@dataclass(frozen=True)
+class MetaTerm:
+    """Inputs of MetaDD in one iteration."""
+
+    metadd: MetaDD
+    """MetaDD with the networks that this process holds."""
+    networks: int
+    """Number of MetaDD networks in all processes."""
+    rows: NDArray[np.int64]
+    """[b] indices of the images used, among the rows held."""
+    images: int
+    """Number of images used, over all shards."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Source of the parameters that a backbone matched."""
+
+    expert: int
+    epoch: int
+    """Start epoch of the student."""
+
+
+@dataclass(frozen=True)
+class IterationRecord:
+    """One row of the run's history: one backbone in one iteration."""
+
+    iteration: int
+    backbone: int
+    expert: int
+    start: int
+    loss: float
+    """Normalised matching loss."""
+    step_size: float
+    """The student's step size after the update."""
+    skipped: bool
+    """True if this backbone updated nothing: its loss exceeded the limit, or it diverged, see `diverged`."""
+    decrease: float = math.nan
+    """First-order decrease before the gradient was shortened, in multiples of the loss, see `Limits`. nan if the
+    backbone was skipped, or if an earlier version saved the record."""
+
+
+def diverged(loss: NDArray[np.float64], skipped: NDArray[np.bool_], limit: float) -> NDArray[np.bool_]:
+    """Mask of the iterations that were skipped for another reason than a finite loss above the limit.
+
+    Then the loss, the gradient, MetaDD's part or an updated value was not finite, or a step size would not have stayed
+    positive.
+    """
+    return skipped & ~(np.isfinite(loss) & (loss > limit))
+
+
+@dataclass(frozen=True)
+class MetaRecord:
+    """MetaDD's part in one iteration: the loss, its terms before weighting, and the meta-feature ratio."""
+
+    iteration: int
+    total: float
+    variance: float
+    invariance: float
+    position: float
+    ratio: float
+
+
+@dataclass
+class Distillation:
+    """State of one distillation, or of one class shard of it."""
+
+    synthetic: SyntheticSet
+    rates: LearningRates
+    limits: Limits
+    momenta: dict[str, Tensor] = field(default_factory=dict)
+    """One buffer per learned variable; empty before the first update."""
+    history: list[IterationRecord] = field(default_factory=list)
+    """Records in the order of iterations, and of backbones within one."""
+    meta_history: list[MetaRecord] = field(default_factory=list)
+    """MetaDD's records of the iterations that updated the set; empty without MetaDD."""
+    validations: list[tuple[int, float]] = field(default_factory=list)
+    """Pairs (iterations done, validation accuracy in [0, 1])."""
+    chosen: SyntheticSet | None = None
+    """Set chosen on validation data so far; None before the first validation."""
+    chosen_at: int = 0
+    """Number of iterations that were done when `chosen` was chosen."""
+
+    @property
+    def backbones(self) -> int:
+        """Number of networks that are matched."""
+        return len(self.synthetic.step_sizes)
+
+    @property
+    def iteration(self) -> int:
+        """Number of iterations done."""
+        return len(self.history) // self.backbones
+
+    @property
+    def skipped(self) -> int:
+        """Number of updates skipped, for any reason."""
+        return sum(record.skipped for record in self.history)
+
+    @property
+    def diverged(self) -> int:
+        """Number of updates skipped for another reason than a finite loss above the limit, see `diverged`."""
+        return int(self._diverged(self.history).sum())
+
+    @property
+    def shortened(self) -> int:
+        """Number of gradients that were shortened, see `Limits`."""
+        return sum(record.decrease > self.limits.decrease for record in self.history)
+
+    def step(
+        self,
+        matches: Sequence[Match],
+        origins: Sequence[Origin],
+        *,
+        meta: MetaTerm | None = None,
+        all_sum: AllSum = identity,
+        sum_over_backbones: AllSum = identity,
+        in_rows: InRows | None = None,
+    ) -> list[IterationRecord]:
+        """Run one iteration: match, update the set, append to the history.
+
+        A backbone diverges if its loss or gradient is not finite, or if its step size would not stay positive. A
+        backbone that diverges, or whose loss exceeds the limit, is skipped, and the others are updated. If MetaDD's
+        part or an updated value is not finite, all are skipped. All shards and backbones decide alike.
+
+        Args:
+            matches: one per backbone that this process computes, in sequence.
+            origins: one per backbone of the run, in order.
+            meta: MetaDD's inputs; None if this process holds no MetaDD network.
+            all_sum: sum over the class shards of a backbone.
+            sum_over_backbones: sum over the processes that hold the same rows for other networks.
+            in_rows: calls its argument with an `all_sum` of its own, and knows how to wait for other backbones; None if
+                no process waits.
+
+        Raises:
+            DivergenceError: a backbone has diverged `MOST_DIVERGED` times since its last update, or a multiple of that,
+                so that another call tries as many again. In every shard the set is that of the last update and the
+                history is complete.
+        """
+        # MetaDD first, so that processes with MetaDD networks alone finish it while the others match.
+        total, meta_records, is_lost = self._meta_gradient(meta, all_sum, sum_over_backbones)
+        outcome = torch.zeros(4, self.backbones, dtype=torch.float64)
+
+        def match_all(all_sum: AllSum) -> None:
+            for match in matches:
+                outcome[:3, match.backbone] = torch.tensor(self._match(match, total, all_sum), dtype=torch.float64)
+
+        if in_rows is None:
+            match_all(all_sum)
+        else:
+            in_rows(match_all)
+        outcome[3] = is_lost
+        losses, decreases, unusable, lost = sum_over_backbones(outcome.to(self.synthetic.images.device)).cpu()
+        skipped = (losses > self.limits.loss) | (unusable > 0) | (lost > 0)
+        if not bool(skipped.all()):
+            zeros = (name for name in LEARNED if name not in total)
+            total |= {name: torch.zeros_like(getattr(self.synthetic, name)) for name in zeros}
+            summed = {name: sum_over_backbones(total[name]) for name in LEARNED}
+            if self._update(summed, ~skipped.to(self.synthetic.step_sizes.device), all_sum):
+                self.meta_history += meta_records
+            else:
+                skipped.fill_(True)
+        decreases[skipped] = math.nan
+        records = self._records(origins, losses, skipped, decreases)
+        self.history += records
+        self._require_progress(bool(lost.any()))
+        return records
+
+    def _records(
+        self, origins: Sequence[Origin], losses: Tensor, skipped: Tensor, decreases: Tensor
+    ) -> list[IterationRecord]:
+        """Records of this iteration, one per backbone."""
+        columns = [each.tolist() for each in (losses, self.synthetic.step_sizes, skipped, decreases)]
+        return [
+            IterationRecord(self.iteration, number, origin.expert, origin.epoch, *rest)
+            for number, (origin, *rest) in enumerate(zip(origins, *columns, strict=True))
+        ]
+
+    def _diverged(self, records: Sequence[IterationRecord]) -> NDArray[np.bool_]:
+        losses, skipped = [record.loss for record in records], [record.skipped for record in records]
+        return diverged(np.array(losses, np.float64), np.array(skipped, np.bool_), self.limits.loss)
+
+    def _require_progress(self, is_lost: bool) -> None:
+        """Raise a `DivergenceError` if a backbone has diverged too often since its last update."""
+        for number in np.flatnonzero(self._diverged(self.history[-self.backbones :])).tolist():
+            own = self.history[number :: self.backbones]
+            since = next((back for back, record in enumerate(reversed(own)) if not record.skipped), len(own))
+            times = int(self._diverged(own[len(own) - since :]).sum())
+            if times % MOST_DIVERGED == 0:
+                raise self._divergence(times, own[-1].loss, is_lost)
+
+    def record_validation(self, accuracy: float, standard_error: float = 0.0) -> bool:
+        """Record the accuracy of the current set, and choose the set if it is not clearly worse than an earlier one.
+
+        "Not clearly worse" means within one standard error of the best accuracy so far. Validation sets are small, so
+        the highest of many noisy accuracies says little. The check must catch a collapse; without one, the set that was
+        optimised longest is best.
+
+        Args:
+            accuracy: validation accuracy in [0, 1].
+            standard_error: standard error of an accuracy measured on this many validation images.
+
+        Returns:
+            Whether the current set was chosen.
+        """
+        best = max((earlier for _, earlier in self.validations), default=accuracy)
+        is_chosen = accuracy >= best - standard_error
+        self.validations.append((self.iteration, accuracy))
+        if is_chosen:
+            self.chosen, self.chosen_at = self.synthetic.clone(), self.iteration
+        return is_chosen
+
+    def _meta_gradient(
+        self, meta: MetaTerm | None, all_sum: AllSum, sum_over_backbones: AllSum
+    ) -> tuple[dict[str, Tensor], list[MetaRecord], bool]:
+        """Compute this process's part of MetaDD's gradient in the images, the record, and whether they are lost.
+
+        "Lost" means that the loss or the gradient is not finite in any shard.
+        """
+        if meta is None:
+            return {}, [], False
+        rows = torch.from_numpy(meta.rows).to(self.synthetic.images.device)
+        loss, gradient = meta.metadd.gradient(
+            self.synthetic.images[rows],
+            self.synthetic.labels[rows],
+            networks=meta.networks,
+            classes=self.synthetic.soft_labels.shape[1],
+            over=meta.images,
+            all_sum=sum_over_backbones,
+        )
+        values = torch.stack([loss.total, loss.variance, loss.invariance, loss.position, loss.ratio, _bad(gradient)])
+        *means, bad = all_sum(values).tolist()
+        record = MetaRecord(self.iteration, *means)
+        if bad or not math.isfinite(record.total):
+            return {}, [], True
+        return {"images": torch.zeros_like(self.synthetic.images).index_copy_(0, rows, gradient)}, [record], False
+
+    def _match(self, match: Match, total: dict[str, Tensor], all_sum: AllSum) -> tuple[float, float, bool]:
+        """Add a backbone's gradient to `total`. Returns its loss, first-order decrease, and whether it diverged.
+
+        Nothing is added if the backbone has diverged or its loss exceeds the limit.
+        """
+        gradient = matching_gradient(
+            match.functions,
+            match.start,
+            match.target,
+            self.synthetic,
+            match.steps,
+            backbone=match.backbone,
+            chunk=match.chunk,
+            skip_above=self.limits.loss,
+            all_sum=all_sum,
+        )
+        if not gradient.loss <= self.limits.loss:
+            return gradient.loss, math.nan, not math.isfinite(gradient.loss)
+        decrease = self._shorten(match, gradient, all_sum)
+        if math.isnan(decrease) or not self._stays_positive(match, gradient):
+            return gradient.loss, math.nan, True
+        step_sizes = torch.zeros_like(self.synthetic.step_sizes)
+        step_sizes[match.backbone] = gradient.step_size
+        for name, value in zip(LEARNED, (gradient.images, gradient.soft_labels, step_sizes), strict=True):
+            weighted = value.mul_(match.weight)  # in place: its memory becomes the sum's, because it may be large
+            total[name] = total[name].add_(weighted) if name in total else weighted
+        return gradient.loss, decrease, False
+
+    def _shorten(self, match: Match, gradient: MatchingGradient, all_sum: AllSum) -> float:
+        """Shorten a backbone's gradient to its limit. Returns the first-order decrease before that.
+
+        The result is in multiples of the loss, and nan if the gradient is not finite in any shard.
+        """
+        # Norms make no copy of the images, which may be large. Squares of long ones need float64.
+        images, labels = (
+            torch.linalg.vector_norm(each).double().square() for each in (gradient.images, gradient.soft_labels)
+        )
+        fall = self.rates.images * images + self.rates.soft_labels * labels
+        fall, bad = all_sum(
+            torch.stack([fall, _bad(gradient.images, gradient.soft_labels, gradient.step_size).double()])
+        )
+        if bool(bad):
+            return math.nan
+        fall = fall + self.rates.step_sizes * gradient.step_size.double().square()
+        decrease = match.weight * float(fall) / gradient.loss if gradient.loss else 0.0
+        if decrease > self.limits.decrease:
+            for each in (gradient.images, gradient.soft_labels, gradient.step_size):
+                each.mul_(self.limits.decrease / decrease)
+        return decrease
+
+    def _stays_positive(self, match: Match, gradient: MatchingGradient) -> bool:
+        """True if an update leaves the backbone's step size positive; every shard finds the same."""
+        moved = match.weight * gradient.step_size
+        if "step_sizes" in self.momenta:
+            moved = moved + STEP_SIZE_MOMENTUM * self.momenta["step_sizes"][match.backbone]
+        return bool(self.synthetic.step_sizes[match.backbone] - self.rates.step_sizes * moved > 0)
+
+    def _update(self, gradient: dict[str, Tensor], moved: Tensor, all_sum: AllSum) -> bool:
+        """Follow the gradients unless a value of any shard would not be finite. Returns whether they were followed.
+
+        Args:
+            moved: [a] whether a backbone's step size has a gradient; the others stay.
+        """
+        updated = self.synthetic.clone()
+        for name, momentum in zip(LEARNED, (IMAGE_MOMENTUM, LABEL_MOMENTUM, STEP_SIZE_MOMENTUM), strict=True):
+            if name in self.momenta:
+                gradient[name].add_(self.momenta[name], alpha=momentum)  # in place: it becomes the new momentum
+            getattr(updated, name).sub_(gradient[name], alpha=getattr(self.rates, name))
+        torch.where(moved, updated.step_sizes, self.synthetic.step_sizes, out=updated.step_sizes)
+        if self.momenta:
+            gradient["step_sizes"] = torch.where(moved, gradient["step_sizes"], self.momenta["step_sizes"])
+        is_bad = bool(_bad(*gradient.values())) or not updated.is_valid()
+        # Each shard checks its own rows; all must follow, or none.
+        if bool(all_sum(torch.tensor([float(is_bad)], device=updated.images.device))):
+            return False
+        self.synthetic, self.momenta = updated, gradient
+        return True
+
+    def _divergence(self, times: int, loss: float, is_lost: bool) -> DivergenceError:
+        if is_lost:
+            what, cause = (
+                "MetaDD's loss or gradient",
+                "a weight under metadd is too large, or an auxiliary is untrained",
+            )
+            lower = "metadd.variance, invariance or position"
+        else:
+            what = "its gradient, an updated value or a step size" if math.isfinite(loss) else "its matching loss"
+            cause = "a learning rate is too high for these experts, or a product overflows in cluster.precision"
+            lower = "distill.learning_rate_images or learning_rate_step_size"
+        return DivergenceError(
+            f"distillation diverged {times} times without an update up to iteration {self.iteration}: {what} "
+            "is not finite, or not positive",
+            cause,
+            f"lower {lower} and start with a new --out. The set of the last update is saved as last-good.arrow. "
+            f"Running the same command again tries {MOST_DIVERGED} more iterations",
+        )
+
+    def to_arrays(self) -> tuple[Arrays, Arrays]:
+        """Named arrays of the state for a checkpoint: those with a row for each image held, and all others."""
+        held: dict[str, Tensor] = {}
+        shared: dict[str, Tensor] = {}
+        sets = {"synthetic": self.synthetic} | ({} if self.chosen is None else {"chosen": self.chosen})
+        for prefix, of_set in sets.items():
+            held |= {f"{prefix}.{name}": getattr(of_set, name) for name in (*ROWS, "labels")}
+            shared[f"{prefix}.step_sizes"] = of_set.step_sizes
+        for name, buffer in self.momenta.items():
+            (held if name in ROWS else shared)[f"momentum.{name}"] = buffer
+        return (
+            {name: _to_numpy(value) for name, value in held.items()},
+            {name: _to_numpy(value) for name, value in shared.items()} | self._curves(),
+        )
+
+    def _curves(self) -> dict[str, NDArray[np.generic]]:
+        curves: dict[str, NDArray[np.generic]] = {
+            f"history.{column}": np.array([getattr(record, column) for record in self.history], kind)
+            for column, kind in HISTORY_COLUMNS.items()
+        }
+        for each in fields(MetaRecord) if self.meta_history else ():
+            kind = np.int64 if each.name == "iteration" else np.float64
+            curves[f"meta.{each.name}"] = np.array([getattr(record, each.name) for record in self.meta_history], kind)
+        curves["validation.iteration"] = np.array([iteration for iteration, _ in self.validations], np.int64)
+        curves["validation.accuracy"] = np.array([accuracy for _, accuracy in self.validations], np.float64)
+        curves["validation.chosen_at"] = np.array(self.chosen_at, np.int64)
+        return curves
+
+    @classmethod
+    def from_arrays(
+        cls, held: Arrays, shared: Arrays, rates: LearningRates, limits: Limits, device: torch.device
+    ) -> Distillation:
+        """Restore the state that `to_arrays` saved; `held` may be any range of its rows."""
+        arrays = {**held, **with_present_names(shared)}
+        unknown = np.full(len(arrays["history.iteration"]), np.nan)
+        arrays.setdefault("history.decrease", unknown)  # absent in checkpoints of earlier versions
+        columns = [arrays[f"history.{column}"].tolist() for column in HISTORY_COLUMNS]
+        meta_rows = [arrays[f"meta.{each.name}"].tolist() for each in fields(MetaRecord) if "meta.iteration" in arrays]
+        curve = (arrays["validation.iteration"].tolist(), arrays["validation.accuracy"].tolist())
+        return cls(
+            synthetic=_set_from(arrays, "synthetic", device),
+            rates=rates,
+            limits=limits,
+            momenta={
+                name: _to_torch(arrays[f"momentum.{name}"], device) for name in LEARNED if f"momentum.{name}" in arrays
+            },
+            history=[IterationRecord(*row) for row in zip(*columns, strict=True)],
+            meta_history=[MetaRecord(*row) for row in zip(*meta_rows, strict=True)],
+            validations=list(zip(*curve, strict=True)),
+            chosen=_set_from(arrays, "chosen", device) if "chosen.images" in arrays else None,
+            chosen_at=int(arrays["validation.chosen_at"]),
+        )
+
+
+Arrays = Mapping[str, NDArray[np.generic]]
+
+ROWS = ("images", "soft_labels")
+"""Learned variables that have one row per image."""
+
+HISTORY_COLUMNS: dict[str, type[np.generic]] = {
+    "iteration": np.int64,
+    "backbone": np.int64,
+    "expert": np.int64,
+    "start": np.int64,
+    "loss": np.float64,
+    "step_size": np.float64,
+    "skipped": np.bool_,
+    "decrease": np.float64,
+}
+"""Columns of the history in a checkpoint and their types, in the order of `IterationRecord`'s fields."""
+
+
+FORMER_NAMES = {"history.overshoot": "history.decrease"}  # former name
+"""Names of arrays in checkpoints of earlier versions and their present names."""
+
+
+def with_present_names(arrays: Arrays) -> dict[str, NDArray[Any]]:
+    """Arrays of a checkpoint of this or an earlier version under their present names."""
+    return {FORMER_NAMES.get(name, name): array for name, array in arrays.items()}
+
+
+def _bad(*values: Tensor) -> Tensor:
+    """Scalar of the first value's type: 1 if any number in `values` is not finite, else 0."""
+    return torch.stack([~value.isfinite().all() for value in values]).any().to(values[0].dtype)
+
+
+def _set_from(arrays: Arrays, prefix: str, device: torch.device) -> SyntheticSet:
+    return SyntheticSet(**{name: _to_torch(arrays[f"{prefix}.{name}"], device) for name in (*LEARNED, "labels")})
+
+
+def _to_numpy(tensor: Tensor) -> NDArray[np.generic]:
+    array: NDArray[np.generic] = tensor.detach().cpu().numpy()
+    return array
+
+
+def _to_torch(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    return torch.tensor(array, device=device)  # copies, because the array may be a read-only view of a file

@@ -1,0 +1,193 @@
+"""The matching loss and its exact gradient. Only the graph of a few images of one student step is kept, never all T.
+
+    student step     theta_{i+1} = theta_i - alpha * g_i,     g_i = grad_theta l(theta_i; A_i(X[b_i]), Y[b_i])
+    matching loss    L = |theta_T - theta*|^2 / |theta_0 - theta*|^2
+
+Full unrolling keeps T graphs. This module keeps only the T parameter vectors, and the reverse sweep is the adjoint of
+the recursion above. With v_T = dL/dtheta_T and, for i = T-1 ... 0, s_i = <v_{i+1}, g_i>:
+
+    X.grad -= alpha ds_i/dX     Y.grad -= alpha ds_i/dY     alpha.grad -= s_i     v_i = v_{i+1} - alpha ds_i/dtheta_i
+
+The result is the gradient of full unrolling, not an approximation of it (TESLA drops the last term's effect).
+Augmentation A_i is applied outside the compiled step and pulled back through its own vector-Jacobian product. A_i does
+not depend on theta, so this is exact too.
+
+The loss l is a mean over the minibatch, so g_i and s_i are sums over its images. These are summed over chunks
+(micro-batches), so that memory does not grow with the batch. They are summed over class shards too; each holds
+some rows of the set.
+
+Shapes: n synthetic images, b batch, k classes, p parameters, T student steps. The code is written for one process; a
+class shard passes `all_sum`, which adds a tensor over all shards (see `runtime/mesh.py`). Tests:
+tests/methods/trajectory/test_matching.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import pad
+
+from datm_ray.core.augment import Augmentation, augment, draw_augmentation
+from datm_ray.core.randomness import Purpose, generator
+from datm_ray.core.synthetic import AllSum, SyntheticSet, identity
+from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
+
+
+@dataclass(frozen=True)
+class StudentStep:
+    """Minibatch of one student step: which images are used, and how each is augmented."""
+
+    rows: NDArray[np.int64]
+    """[b] indices of rows of the synthetic set, without repetition."""
+    augmentation: Augmentation
+    """Augmentation of exactly these rows."""
+    global_batch: int
+    """Number of images in the minibatch over all shards; the loss is the mean over these."""
+
+    def held_by(self, first: int, last: int) -> StudentStep:
+        """Part of the minibatch held by a shard with rows [first, last) of the set; rows are counted from its first."""
+        held = np.flatnonzero((self.rows >= first) & (self.rows < last))
+        return StudentStep(self.rows[held] - first, self.augmentation.take(held), self.global_batch)
+
+    def chunks(self, size: int | None) -> Iterator[StudentStep]:
+        """Split the minibatch into pieces of at most `size` images; None for one piece."""
+        for start in range(0, len(self.rows), size or max(1, len(self.rows))):
+            piece = np.arange(start, min(start + (size or len(self.rows)), len(self.rows)))
+            yield StudentStep(self.rows[piece], self.augmentation.take(piece), self.global_batch)
+
+
+def draw_student_steps(
+    images: int, steps: int, batch: int, strategy: str, seed: int, iteration: int, backbone: int = 0
+) -> list[StudentStep]:
+    """Draw the minibatches of one iteration of one backbone: shuffled passes over the set, cut into batches.
+
+    If the batch does not divide the set, the short batch comes first in each pass, as published.
+    """
+    drawn: list[StudentStep] = []
+    batch = min(batch, images)
+    per_pass = -(-images // batch)
+    for step in range(steps):
+        number, position = divmod(step, per_pass)
+        if position == 0:
+            order = generator(seed, Purpose.STUDENT_ORDER, backbone, iteration, number).permutation(images)
+            chunks = [order[first : first + batch] for first in range(0, images, batch)][::-1]
+        rows = chunks[position]
+        draw = generator(seed, Purpose.STUDENT_AUGMENTATION, backbone, iteration, step)
+        drawn.append(StudentStep(rows, draw_augmentation(strategy, len(rows), draw), len(rows)))
+    return drawn
+
+
+@dataclass(frozen=True)
+class MatchingGradient:
+    """Loss and gradient of one iteration."""
+
+    loss: float
+    """Normalised matching loss; 1 means that the student came no closer to the target."""
+    images: Tensor
+    """[n c h w] gradient in the images."""
+    soft_labels: Tensor
+    """[n k] gradient in the soft-label logits."""
+    step_size: Tensor
+    """[] gradient in the student's step size."""
+
+
+def matching_gradient(
+    functions: StudentStepFunctions,
+    start: Tensor,
+    target: Tensor,
+    synthetic: SyntheticSet,
+    steps: Sequence[StudentStep],
+    *,
+    backbone: int = 0,
+    chunk: int | None = None,
+    skip_above: float = math.inf,
+    all_sum: AllSum = identity,
+) -> MatchingGradient:
+    """Exact gradient of the normalised matching loss in images, soft labels and step size.
+
+    The call keeps len(steps) + 1 parameter vectors, one gradient accumulator per learned variable, and the activations
+    of one chunk of one student step.
+
+    Args:
+        start, target: [p] expert parameters at the start epoch and at the target epoch.
+        synthetic: the set, or the rows of it that this shard holds.
+        steps: minibatches, as from `draw_student_steps`; in a shard, the parts that it holds.
+        backbone: index of the backbone whose step size the student takes.
+        chunk: images per call of `functions`; None for whole minibatches. A smaller rest is padded with images of
+            weight 0, so that there is one shape to compile.
+        skip_above: losses above this value are not differentiated, and their gradient is zero.
+        all_sum: sum over class shards.
+    """
+    step_size = synthetic.step_sizes[backbone]
+    sweep = _Sweep(functions, synthetic, chunk)
+    trace = [start]
+    for step in steps:
+        trace.append(trace[-1] - step_size * all_sum(sweep.student_gradient(trace[-1], step)))
+    distance = (start - target).square().sum()
+    gap = trace.pop() - target
+    loss = _agreed(gap.square().sum() / distance, all_sum)
+    images, soft_labels = torch.zeros_like(synthetic.images), torch.zeros_like(synthetic.soft_labels)
+    d_step_size = torch.zeros_like(step_size)
+    if not loss <= skip_above:
+        return MatchingGradient(loss, images, soft_labels, d_step_size)
+    v = 2 * gap / distance
+    for step in reversed(steps):
+        summed = all_sum(sweep.reverse(trace.pop(), step, v, images, soft_labels))
+        d_step_size -= summed[-1]
+        v = v - step_size * summed[:-1]
+    return MatchingGradient(loss, images.mul_(-step_size), soft_labels.mul_(-step_size), d_step_size)
+
+
+def _agreed(loss: Tensor, all_sum: AllSum) -> float:
+    """Mean of the shards' losses. Unlike machines may round differently, and all must skip an iteration or none."""
+    total, shards = all_sum(torch.stack([loss, torch.ones_like(loss)])).tolist()
+    return float(total / shards)
+
+
+class _Sweep:
+    """Runs a minibatch through the step functions, chunk by chunk."""
+
+    def __init__(self, functions: StudentStepFunctions, synthetic: SyntheticSet, chunk: int | None) -> None:
+        self._functions, self._synthetic, self._chunk = functions, synthetic, chunk
+
+    def student_gradient(self, theta: Tensor, step: StudentStep) -> Tensor:
+        """Compute this shard's part [p] of the student's gradient g_i, see the module."""
+        total = torch.zeros_like(theta)
+        for piece in step.chunks(self._chunk):
+            rows = self._rows(piece)
+            x = augment(self._synthetic.images[rows], piece.augmentation)
+            total += self._functions.forward(theta, *self._filled_up(x, rows, piece))
+        return total
+
+    def reverse(self, theta: Tensor, step: StudentStep, v: Tensor, images: Tensor, soft_labels: Tensor) -> Tensor:
+        """Compute this shard's part of the derivatives of s_i for one student step, in the module's notation.
+
+        Returns ds_i/dtheta_i and s_i as one vector [p + 1], and adds ds_i/dX and ds_i/dY to `images` and `soft_labels`.
+        """
+        total = theta.new_zeros(len(theta) + 1)
+        for piece in step.chunks(self._chunk):
+            rows = self._rows(piece)
+            raw = self._synthetic.images[rows].requires_grad_()
+            x = augment(raw, piece.augmentation)
+            s, d_theta, d_x, d_y = self._functions.reverse(theta, *self._filled_up(x.detach(), rows, piece), v)
+            total[:-1] += d_theta
+            total[-1] += s
+            images[rows] += torch.autograd.grad(x, raw, d_x[: len(rows)])[0]
+            soft_labels[rows] += d_y[: len(rows)]
+        return total
+
+    def _rows(self, piece: StudentStep) -> Tensor:
+        return torch.from_numpy(piece.rows).to(self._synthetic.images.device)
+
+    def _filled_up(self, x: Tensor, rows: Tensor, piece: StudentStep) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, soft labels and weights of a piece, padded with images of weight 0 to the size of a chunk."""
+        missing = (self._chunk or len(rows)) - len(rows)
+        weights = torch.full((len(rows),), 1 / piece.global_batch, dtype=x.dtype, device=x.device)
+        y = self._synthetic.soft_labels[rows]
+        return pad(x, (0, 0) * 3 + (0, missing)), pad(y, (0, 0, 0, missing)), pad(weights, (0, missing))

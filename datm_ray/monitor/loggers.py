@@ -1,0 +1,190 @@
+"""Curves in TensorBoard or Weights & Biases: `cluster.log_to`.
+
+Each task has a curve of every measurement (see `metrics`) over its own steps: epochs of experts, iterations of a
+distillation. Nothing else is sent: no addresses, paths or environment variables. Both packages are optional, and a
+failure after the start never stops a run.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+from datm_ray.config import RunConfig, run_identity
+from datm_ray.errors import ConfigError
+from datm_ray.monitor.metrics import CATALOGUE
+from datm_ray.runtime.executor import Event, Finished, Progress, Task
+from datm_ray.store.files.filesystem import Location
+
+PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
+"""`cluster.log_to` -> package that must be installed."""
+
+FOLDER = "tensorboard"
+PROJECT = "datm-ray"
+
+
+class Backend(Protocol):
+    """Interface of a logging service."""
+
+    def log(self, task: Task, step: int, values: Mapping[str, float]) -> None:
+        """Record a task's measurements at a step of its own."""
+        ...
+
+    def finish(self, task: Task) -> None:
+        """End a task's curves."""
+        ...
+
+    def close(self) -> None:
+        """End the log, after the run has finished or stopped."""
+        ...
+
+
+class Logger:
+    """Logger of a run's events, which stops at its first failure."""
+
+    def __init__(self, backend: Backend | None = None, on_failure: Callable[[str], None] = print) -> None:
+        """Log to a backend, or nowhere if it is `None`.
+
+        Args:
+            backend: where to log.
+            on_failure: called with a message, once, if logging fails. Nothing is logged after that.
+        """
+        self._backend, self._on_failure = backend, on_failure
+
+    def event(self, task: Task, event: Event) -> None:
+        """Log an event's measurements."""
+        if isinstance(event, Progress):
+            self._do(lambda backend: backend.log(task, event.done, _curves(event)))
+        elif isinstance(event, Finished):
+            self._do(lambda backend: backend.finish(task))
+
+    def close(self) -> None:
+        """Write what is pending, and end the log."""
+        self._do(lambda backend: backend.close())
+        self._backend = None
+
+    def _do(self, what: Callable[[Backend], None]) -> None:
+        if self._backend is None:
+            return
+        try:
+            what(self._backend)
+        except Exception as failure:  # any failure: a run must not stop because of its curves
+            self._backend = None
+            # Without the failure's message, which may quote an address with a key in it.
+            self._on_failure(f"Logging failed ({type(failure).__name__}); the run continues without it")
+
+
+def require_logger(name: str, out: Location) -> None:
+    """Raise a `ConfigError` if the package or the folder that `cluster.log_to` needs is missing."""
+    package = PACKAGES.get(name)
+    if package and find_spec(package) is None:
+        raise ConfigError(
+            f"cluster.log_to is {name!r}, but the package {package} is not installed",
+            remedy=f"`pip install {package}`, or use --set cluster.log_to=none",
+        )
+    if name == "tensorboard" and out.local_path is None:
+        raise ConfigError(
+            f"cluster.log_to is 'tensorboard', but {out.uri} is not a local folder",
+            "TensorBoard's writer appends to its files, which object stores do not support",
+            "give a local --out, or use --set cluster.log_to=none; Ray's dashboard shows the metrics too",
+        )
+
+
+def open_logger(name: str, out: Location, configs: Sequence[RunConfig], on_failure: Callable[[str], None]) -> Logger:
+    """Open the logger that `cluster.log_to` names.
+
+    Args:
+        name: value of `cluster.log_to`.
+        out: the run's output folder.
+        configs: recipes of the run.
+        on_failure: called with a message, once, if logging fails later.
+
+    Raises:
+        ConfigError: a package or folder is missing, or the service does not start.
+    """
+    require_logger(name, out)
+    if name == "none":
+        return Logger()
+    try:
+        backend = _TensorBoard(out) if name == "tensorboard" else _WeightsAndBiases(out, configs)
+    except Exception as failure:
+        raise ConfigError(
+            f"{name} does not start: {type(failure).__name__}",
+            "wandb has no account or no network" if name == "wandb" else "its installation is broken",
+            "try `wandb login`, or WANDB_MODE=offline" if name == "wandb" else "use --set cluster.log_to=none",
+        ) from None
+    return Logger(backend, on_failure)
+
+
+class _TensorBoard:
+    """TensorBoard backend: one folder of event files per task, under <out>/tensorboard."""
+
+    def __init__(self, out: Location) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._open: Callable[..., Any] = SummaryWriter
+        self._folder = (out / FOLDER).path
+        self._writers: dict[str, Any] = {}
+
+    def log(self, task: Task, step: int, values: Mapping[str, float]) -> None:
+        if task.name not in self._writers:
+            self._writers[task.name] = self._open(f"{self._folder}/{task.stage}/{_safe_name(task.name)}")
+        for name, value in values.items():
+            self._writers[task.name].add_scalar(name, value, step)
+
+    def finish(self, task: Task) -> None:
+        if task.name in self._writers:
+            self._writers.pop(task.name).close()
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+
+class _WeightsAndBiases:
+    """Weights & Biases backend: one run for all recipes, with separate curves and steps per task."""
+
+    def __init__(self, out: Location, configs: Sequence[RunConfig]) -> None:
+        import wandb
+
+        self._run: Any = wandb.init(
+            project=PROJECT,
+            name=", ".join(config.name for config in configs),
+            config={config.name: run_identity(config) for config in configs},
+            dir=out.local_path,
+            # By default wandb sends the command line, which may contain addresses, the console output and the sources.
+            settings=wandb.Settings(
+                x_disable_meta=True, x_disable_machine_info=True, console="off", save_code=False, disable_git=True
+            ),
+        )
+        self._known: set[str] = set()
+
+    def log(self, task: Task, step: int, values: Mapping[str, float]) -> None:
+        name = _safe_name(task.name)
+        if name not in self._known:
+            self._known.add(name)
+            self._run.define_metric(f"{name}/*", step_metric=f"{name}/step")
+        self._run.log({f"{name}/{key}": value for key, value in {"step": step, **values}.items()})
+
+    def finish(self, task: Task) -> None:
+        """Do nothing: curves of Weights & Biases need no end."""
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _safe_name(name: str) -> str:
+    """Task name in which every character but letters, digits and ._+=- is replaced by a hyphen."""
+    return re.sub(r"[^A-Za-z0-9._+=-]+", "-", name)
+
+
+def _curves(event: Progress) -> dict[str, float]:
+    """Values for curves: finite gauges and histograms, without the prefix datm_ray_. Counters get no curve."""
+    return {
+        name.removeprefix("datm_ray_"): value
+        for name, value in event.metrics.items()
+        if name in CATALOGUE and CATALOGUE[name].kind != "counter" and math.isfinite(value)
+    }

@@ -1,0 +1,102 @@
+"""Cost of work on its workers: seconds, peak memory, and bytes read from and written to files.
+
+CPU seconds are summed over all threads of the worker's process and over finished child processes, such as compilers.
+GPU seconds are wall-clock seconds times the worker's share of a GPU, busy or not. Bytes are those counted by
+`store.traffic`: experts, checkpoints, results, but not images, which come from memory. The start of a worker (imports,
+transfer of images) is not counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from datm_ray.config import ClusterConfig
+from datm_ray.runtime.devices import peak_memory
+from datm_ray.store.files.traffic import traffic
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Cost of some work; the sum over workers or attempts if there are several."""
+
+    seconds: float = 0.0
+    """Wall-clock seconds, summed over workers."""
+    cpu_seconds: float = 0.0
+    gpu_seconds: float = 0.0
+    peak_memory_bytes: float = 0.0
+    """Peak memory of the worker with the highest one: of its GPU if it has one, else of its process. 0 if unknown."""
+    read_bytes: float = 0
+    write_bytes: float = 0
+
+    def __add__(self, other: Spent) -> Spent:
+        """Sum of two costs, with the higher of the two peaks."""
+        added = {each.name: getattr(self, each.name) + getattr(other, each.name) for each in dataclasses.fields(self)}
+        peak = max(self.peak_memory_bytes, other.peak_memory_bytes)
+        return Spent(**{**added, "peak_memory_bytes": peak})
+
+    def share(self, part: float) -> Spent:
+        """Cost multiplied by `part`, from 0 to 1. The peak stays."""
+        scaled = {each.name: part * getattr(self, each.name) for each in dataclasses.fields(self)}
+        return Spent(**{**scaled, "peak_memory_bytes": self.peak_memory_bytes})
+
+    def to_json(self) -> dict[str, float]:
+        """Cost as plain data, rounded to three decimals, for `from_json`."""
+        return {name: round(value, 3) for name, value in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Spent:
+        """Cost from the data of `to_json`."""
+        return cls(**{each.name: float(value[each.name]) for each in dataclasses.fields(cls)})
+
+
+def total(costs: Iterable[Spent]) -> Spent:
+    """Sum of costs."""
+    return sum(costs, start=Spent())
+
+
+class Account:
+    """Meter of this process's cost, from its construction on."""
+
+    def __init__(self, device: torch.device, cluster: ClusterConfig) -> None:
+        self._device = device
+        self._gpus = (cluster.gpus_per_worker or 1.0) if device.type == "cuda" else 0.0
+        _forget_peak(device)
+        self._before = self._read()
+
+    def spent(self) -> Spent:
+        """Cost since the construction or the last `lap`. The peak is that since the construction."""
+        now = self._read()
+        clock, cpu, read, written = (late - early for late, early in zip(now, self._before, strict=True))
+        peak = peak_memory(self._device)
+        known = 0.0 if math.isnan(peak) else peak
+        return Spent(clock, cpu, clock * self._gpus, known, read, written)
+
+    def lap(self) -> Spent:
+        """Cost since the construction or the last `lap`, which starts a new lap."""
+        found, self._before = self.spent(), self._read()
+        return found
+
+    @staticmethod
+    def _read() -> tuple[float, float, float, float]:
+        moved, times = traffic(), os.times()
+        cpu = times.user + times.system + times.children_user + times.children_system
+        return time.monotonic(), cpu, moved.read_bytes, moved.write_bytes
+
+
+def _forget_peak(device: torch.device) -> None:
+    """Reset the peak memory, if the system supports it."""
+    if device.type == "cuda":
+        torch.cuda.init()  # resetting statistics before CUDA is initialised is an error
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")

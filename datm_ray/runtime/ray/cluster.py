@@ -1,0 +1,280 @@
+"""Connection to a Ray cluster, and the number of workers that its nodes can hold."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.autoscaler.sdk import request_resources
+from ray.exceptions import RayError
+
+from datm_ray.config import ClusterConfig
+from datm_ray.errors import ClusterError
+from datm_ray.runtime.executor import counted, require_precision
+from datm_ray.runtime.ray.compat import silence_raylets
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray warns that it will stop hiding GPUs from actors that request none. These actors hide the GPUs themselves.
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+CONNECT_TIMEOUT = 10.0
+"""Seconds to wait for a cluster's head node to answer."""
+PROBE_TIMEOUT = 2.0
+"""Seconds to wait for a web server's answer to a probe. Ray's own port never answers it."""
+CHECK_INTERVAL = 1.0
+"""Seconds between two checks of the cluster's nodes."""
+_NO_START = "Ray does not start on this machine"
+
+
+def connect(address: str | None) -> str:
+    """Connect to the cluster at the address or in RAY_ADDRESS; without either, start one on this machine.
+
+    Returns:
+        The dashboard's "host:port", or "" if there is no dashboard.
+    """
+    given = "--address" if address else "RAY_ADDRESS"
+    address = address or os.environ.get("RAY_ADDRESS")
+    # Without "local", Ray would join whatever cluster was last started on this machine.
+    where: dict[str, Any] = {"address": address} if address else {"address": "local", "dashboard_host": "127.0.0.1"}
+    try:
+        if address:
+            _require_listener(address, given)
+        silence_raylets()
+        with _quiet_library() if address else nullcontext():
+            context = ray.init(**where, logging_level=logging.CRITICAL, log_to_driver=False)
+    except (OSError, ValueError, RuntimeError, RayError) as failure:
+        raise _connection_error(address, given, failure) from None
+    return str(context.dashboard_url or "")
+
+
+def _connection_error(address: str | None, given: str, failure: Exception) -> ClusterError:
+    if isinstance(failure, OSError) and failure.filename:
+        return _unwritable(failure, f"cannot connect to Ray at {address}" if address else _NO_START)
+    if address is None:
+        too_long = "AF_UNIX path" in str(failure)  # Ray's socket paths are limited to 107 bytes
+        remedy = "set RAY_TMPDIR to a folder with a shorter path, or " if too_long else ""
+        return ClusterError(f"{_NO_START}: {first_line(failure)}", remedy=f"{remedy}use --executor serial")
+    if "version mismatch" in str(failure).lower():
+        return ClusterError(
+            f"the cluster at {address} has other versions than this machine: {' '.join(str(failure).split())}",
+            remedy="install the cluster's versions here, or submit the run as a job: `datm-ray job submit`",
+        )
+    token = "" if isinstance(failure, OSError) else "; set RAY_AUTH_MODE=token if the cluster asks for one"
+    return ClusterError(
+        f"cannot connect to Ray at {address}: {first_line(failure)}",
+        remedy=f"check {given}{token}; or use --executor serial",
+    )
+
+
+def _unwritable(failure: OSError, what: str) -> ClusterError:
+    """Error for a file that Ray cannot write, with the environment variable that changes its folder."""
+    place = os.path.abspath(os.fsdecode(failure.filename))
+    home = os.path.expanduser("~")
+    fact = f"{what}: cannot write {place} ({failure.strerror or type(failure).__name__})"
+    at_home = place.startswith(os.path.join(home, ".ray"))
+    if not at_home and "ray" not in Path(place).parts:  # for example, a program that Ray starts
+        return ClusterError(f"{what}: {place}: {failure.strerror}", remedy="use --executor serial")
+    remedy = (
+        "set HOME to a folder of yours, such as HOME=$(mktemp -d)"
+        if at_home
+        else "set RAY_TMPDIR to a folder of yours with a short path, such as RAY_TMPDIR=$(mktemp -d)"
+    )
+    if failure.errno in (errno.EACCES, errno.EPERM):
+        nearest = next(str(folder) for folder in Path(place).parents if folder.exists())
+        whose = f"{nearest} belongs to {_owner(nearest)}, and this process runs as user id {os.geteuid()}"
+        return ClusterError(fact, f"HOME is {home}; {whose}" if at_home else whose, remedy)
+    if failure.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ClusterError(fact, "the disk or the quota is full", f"free some space, or {remedy}")
+    return ClusterError(fact, remedy=remedy)
+
+
+def _owner(folder: str) -> str:
+    try:
+        return Path(folder).owner()
+    except (KeyError, OSError):
+        return "another user"
+
+
+@contextmanager
+def _quiet_library() -> Iterator[None]:
+    """Silence the driver's C++ log, which prints a line for every connection attempt. Workers keep theirs."""
+    name = "RAY_BACKEND_LOG_LEVEL"
+    ours = name not in os.environ
+    if ours:
+        os.environ[name] = "fatal"
+    try:
+        yield
+    finally:
+        if ours:
+            os.environ.pop(name, None)
+
+
+def _require_listener(address: str, given: str) -> None:
+    """Raise at once if nothing, or a web server, listens at the address. Ray itself would retry for minutes."""
+    if address.startswith("ray://"):
+        raise ClusterError(
+            f"{given} {address!r} is a Ray Client address, and Ray Client cannot send data sets to workers",
+            remedy="give HOST:6379 on a node of the cluster, or submit the run with `datm-ray job submit`",
+        )
+    if address.startswith(("http://", "https://")):
+        raise _web_server_error(address, given)
+    host, colon, port = address.rpartition("://")[2].rstrip("/").rpartition(":")
+    if colon and port.isdigit():
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT) as line:
+            line.settimeout(PROBE_TIMEOUT)
+            line.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            with suppress(OSError):
+                if line.recv(5) == b"HTTP/":
+                    raise _web_server_error(address, given)
+
+
+def _web_server_error(address: str, given: str) -> ClusterError:
+    return ClusterError(
+        f"{given} {address!r} is the address of a dashboard or another web server",
+        "Ray's own job commands expect the dashboard in RAY_ADDRESS" if given == "RAY_ADDRESS" else "",
+        "give the port of `ray start` (default 6379) with --address, or use `datm-ray job submit`",
+    )
+
+
+def first_line(message: BaseException | str) -> str:
+    """First non-empty line of a message, at most 200 characters. An error without a message gives its class name."""
+    lines = [line.strip() for line in str(message).splitlines() if line.strip()]
+    if lines:
+        return lines[0][:200].rstrip(".")  # Ray may put a whole page on one line
+    return "" if isinstance(message, str) else type(message).__name__
+
+
+class ClusterNodes:
+    """Number of workers that the cluster's nodes can hold, and the request to an autoscaler for more."""
+
+    def __init__(self, cluster: ClusterConfig) -> None:
+        self._cluster = cluster
+        self._fits: list[int] = []
+        self._requested = self._wanted = 0
+        self._limit = sys.maxsize
+        self._checked = float("-inf")
+
+    def fits(self) -> list[int]:
+        """Workers that each live node can hold, in use or not. Checked at most once per `CHECK_INTERVAL`."""
+        if time.monotonic() - self._checked > CHECK_INTERVAL:
+            self._fits = [fitting(node["Resources"], self._cluster) for node in ray.nodes() if node["Alive"]]
+            self._checked = time.monotonic()
+        return self._fits
+
+    def capacity(self) -> int:
+        """Workers that the cluster can hold, at most `cluster.workers`."""
+        return min(self._cluster.workers or sum(self.fits()), sum(self.fits()))
+
+    def free(self) -> int:
+        """Workers that the cluster's free resources can hold, approximately: resources of all nodes are added up."""
+        return fitting(ray.available_resources(), self._cluster)
+
+    def require(self) -> tuple[int, int]:
+        """Wait up to `cluster.wait_for_nodes` seconds for the requested workers.
+
+        Returns:
+            (workers to plan with, most workers of one node).
+
+        Raises:
+            ClusterError: the cluster can hold fewer workers than requested.
+        """
+        wanted = self._cluster.workers or 1
+        try:
+            found = self.wait_for(wanted)
+            if sum(self.fits()) < wanted:
+                raise self._too_few(wanted)
+        except BaseException:  # an interrupt too: the autoscaler would start nodes that nothing uses
+            self.release()
+            raise
+        return found
+
+    def wait_for(self, wanted: int) -> tuple[int, int]:
+        """Same as `require`, but too few workers are no error."""
+        timeout = self._cluster.wait_for_nodes
+        end = time.monotonic() + timeout
+        if timeout:  # so that lost nodes are replaced
+            self.request(wanted)
+        if timeout and sum(self.fits()) < wanted:
+            held = f"the cluster can hold {sum(self.fits())} of {counted(wanted, 'worker')}"
+            print(f"Waiting up to {timeout:g} s for nodes: {held}", file=sys.stderr, flush=True)
+        while sum(self.fits()) < wanted and time.monotonic() < end:
+            time.sleep(CHECK_INTERVAL)
+        return self._cluster.workers or sum(self.fits()), min(self.capacity(), max(self.fits(), default=0))
+
+    def _too_few(self, wanted: int) -> ClusterError:
+        cluster, resources = self._cluster, ray.cluster_resources()
+        gpus = f"{cluster.gpus_per_worker or 0:g} GPU(s)"
+        return ClusterError(
+            f"{counted(wanted, 'worker')} with {cluster.threads_per_worker} CPU(s) and {gpus} each do not fit: "
+            f"the cluster has {resources.get('CPU', 0):g} CPU(s) and {resources.get('GPU', 0):g} GPU(s)",
+            remedy="lower cluster.workers, threads_per_worker or gpus_per_worker, or add nodes; "
+            "set cluster.wait_for_nodes to wait for nodes started on demand",
+        )
+
+    def request(self, workers: int) -> None:
+        """Request at least this many workers from the autoscaler. A cluster without one ignores the request."""
+        self._wanted = max(self._wanted, workers, self._cluster.workers or 0)
+        if min(self._wanted, self._limit) > self._requested:
+            self._send_request(min(self._wanted, self._limit))
+
+    def limit_to(self, workers: int) -> None:
+        """Limit the request for workers to those that a stage can use. A later stage may raise the limit."""
+        self._limit = workers
+        if self._requested:
+            self._send_request(min(self._wanted, workers))
+
+    def release(self) -> None:
+        """Withdraw the request for workers. Otherwise the autoscaler would keep its nodes for ever."""
+        if self._requested:
+            self._send_request(0)
+
+    def _send_request(self, workers: int) -> None:
+        if workers == self._requested:
+            return
+        self._requested = workers
+        with suppress(Exception):  # an autoscaler that fails does not stop a run whose nodes suffice
+            request_resources(bundles=[worker_resources(self._cluster)] * workers)
+
+
+def with_gpus(cluster: ClusterConfig) -> ClusterConfig:
+    """Copy of the settings in which `gpus_per_worker` is a number, chosen by the connected cluster if it is `None`.
+
+    Raises:
+        ClusterError: the precision or device needs a GPU, and workers have none.
+    """
+    asked = cluster.gpus_per_worker
+    if asked is None:
+        has_some = cluster.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
+        cluster = cluster.model_copy(update={"gpus_per_worker": 1.0 if has_some else 0.0})
+    if cluster.device == "cuda" and not cluster.gpus_per_worker:
+        raise ClusterError(
+            "cluster.device is 'cuda', but no node of the cluster has a GPU",
+            "nodes with GPUs start on demand, or Ray was started without its GPUs",
+            "set the GPUs of a worker with --set cluster.gpus_per_worker=1, or set cluster.device=auto",
+        )
+    require_precision(cluster, has_gpu=bool(cluster.gpus_per_worker) and cluster.device != "cpu")
+    return cluster
+
+
+def worker_resources(cluster: ClusterConfig) -> dict[str, float]:
+    """Ray resources of one worker, name -> amount, without zeros."""
+    wanted = {"CPU": float(cluster.threads_per_worker), "GPU": cluster.gpus_per_worker or 0.0}
+    return {name: count for name, count in wanted.items() if count}
+
+
+def fitting(resources: dict[str, float], cluster: ClusterConfig) -> int:
+    """Workers that a node with these resources can hold. No worker spans nodes, and no fraction of a GPU spans GPUs."""
+    fits = int(resources.get("CPU", 0) // cluster.threads_per_worker)
+    per_worker, gpus = cluster.gpus_per_worker, resources.get("GPU", 0)
+    if not per_worker:
+        return fits
+    return min(fits, int(gpus) * int(1 / per_worker + 1e-9) if per_worker < 1 else int(gpus // per_worker))

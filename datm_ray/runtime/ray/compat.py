@@ -1,0 +1,42 @@
+"""Private parts of Ray, which may change with any version. Only `dashboard` uses another one.
+
+They were tested with the versions in docs/versions.md, Ray 2.40 to 2.60. A version without one of them loses a
+convenience, not a function.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+
+import ray
+
+
+def use_token() -> None:
+    """Use the user's Ray token, if there is one and the environment neither requires nor forbids it.
+
+    New versions of Ray require a token by default, and old ones have none. Only job commands call this: a driver with a
+    token cannot start actors on a cluster without one.
+    """
+    with suppress(ImportError):
+        from ray._private.authentication import authentication_token_setup as setup
+
+        hush()
+        setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+def hush() -> None:
+    """Silence Ray's log lines about the token and each uploaded file. Some of its loggers set their own level."""
+    for name in list(logging.root.manager.loggerDict):
+        if name == "ray" or name.startswith("ray."):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def silence_raylets() -> None:
+    """Keep the raylets' messages out of standard output, which carries results.
+
+    A raylet that dies prints thirty lines of statistics, and no setting of Ray's prevents it. The executor logs the
+    loss in one line; Ray's log files keep the rest.
+    """
+    if hasattr(ray._private.worker, "print_to_stdstream"):
+        ray._private.worker.print_to_stdstream = lambda *_, **__: None

@@ -1,0 +1,299 @@
+"""A cluster's dashboard, reached over plain HTTP through proxies and gateways, and the reason where it is not.
+
+Ray's own client waits for ever, follows redirects to login pages and takes any answer for Ray's. This one limits every
+request in time, and turns every failure and every answer of somebody else into one `ClusterError` that names the cause.
+For that it overrides a private method of Ray's client; a version without it loses limits and reasons, not a function.
+Websockets are left out: many gateways do not pass them, and Ray's client leads them around a proxy that is needed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import BadStatusLine, HTTPException
+from ipaddress import ip_address
+from typing import Any
+from urllib.parse import urldefrag, urlsplit
+
+import ray.exceptions
+import requests
+from ray.job_submission import JobSubmissionClient
+from requests.utils import get_environ_proxies, select_proxy
+
+from datm_ray.errors import ClusterError
+from datm_ray.runtime.ray.cluster import first_line
+from datm_ray.runtime.ray.compat import hush, use_token
+
+CONNECT_TIMEOUT = 10.0
+"""Seconds to wait for a cluster's first answer."""
+ANSWER_TIMEOUT = 60.0
+"""Seconds to wait for an answer of a cluster that has answered before."""
+AUTHORITIES = ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "CURL_CA_BUNDLE")
+"""Variables that name a file of certificates, the one that counts first."""
+OWN_ADDRESS = "RAY_API_SERVER_ADDRESS"
+"""Ray's variable for the dashboard's address."""
+PORT = 8265
+"""Port of a dashboard, where nobody has chosen another one."""
+OTHER_PORTS = ("6379", "10001")
+"""Ports of Ray that speak no HTTP: for drivers, and for Ray's client."""
+VERSION = "/api/version"
+"""Path of a client's first request."""
+ESCAPES = "with %40, %2F and %3A for @, / and : in a password"
+_CREDENTIALS = re.compile(r"(\w+://)[^\s'\"]*@|^[^\s:@/]+:[^\s@]*@")
+
+
+def masked(text: str) -> str:
+    """The text with placeholders instead of the user names and passwords in its URLs."""
+    return _CREDENTIALS.sub(r"\1USER:PASSWORD@", text)
+
+
+class Dashboard(JobSubmissionClient):
+    """Ray's client for jobs, with limits of time and with reasons."""
+
+    def __init__(self, address: str) -> None:
+        """Connect.
+
+        Args:
+            address: such as http://127.0.0.1:8265, or http://HOST/PATH of a gateway; what follows a # is left out, so
+                that it may be copied from a browser.
+
+        Raises:
+            ClusterError: no cluster answers there.
+        """
+        _require_web_address(address)
+        self._url = address = urldefrag(address).url.rstrip("/")
+        authorities = _authorities(address)
+        use_token()
+        try:
+            with _instead_of_variables(address):
+                super().__init__(address, verify=authorities)
+        except getattr(ray.exceptions, "AuthenticationError", ()) as failure:  # in newer versions
+            raise _no_token(address, first_line(failure)) from None
+        except ssl.SSLError as failure:  # of a file that holds no certificate
+            raise _unreachable(address, failure, 0) from None
+        except (ValueError, TypeError, KeyError):
+            raise _stranger(address, "200 OK and no version of Ray") from None
+        except (OSError, RuntimeError) as failure:
+            raise _stranger(address, first_line(failure)) from None
+        hush()
+
+    def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+        """Send a request, through which all of Ray's client goes."""
+        seconds = CONNECT_TIMEOUT if endpoint == VERSION else ANSWER_TIMEOUT
+        if _is_this_machine(self._url):  # a proxy elsewhere would look for it there
+            options["proxies"] = {"http": None, "https": None, "all": None}
+        try:
+            hooks = {"response": self._require_ray}
+            return super()._do_request(method, endpoint, timeout=seconds, hooks=hooks, **options)
+        except (OSError, ValueError) as failure:
+            raise _unreachable(self._url, failure, seconds) from None
+
+    def _require_ray(self, answer: requests.Response, **_: object) -> None:
+        """Raise an error if a proxy, a gateway or another server gave the answer; called before a redirect is followed.
+
+        Ray answers with JSON, or with plain text that tells what it refuses.
+        """
+        status, is_page = answer.status_code, "html" in answer.headers.get("Content-Type", "").lower()
+        detail = answer.text if status in (401, 403) and not is_page else answer.headers.get("Location", "")
+        failure = _refused(self._url, status, answer.reason, detail)
+        if failure is None and (is_page or (status != 200 and answer.url.endswith(VERSION))):
+            failure = _stranger(self._url, f"{status} {answer.reason}{' and a web page' if is_page else ''}")
+        if failure is not None:
+            answer.close()
+            raise failure
+
+
+@contextmanager
+def _instead_of_variables(address: str) -> Iterator[None]:
+    """Make Ray take this address; its client prefers those of two variables to the one it is given."""
+    names = (OWN_ADDRESS, "RAY_ADDRESS")  # older versions look at the second one only
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, address))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _require_web_address(address: str) -> None:
+    try:
+        parts = urlsplit(address)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        good = good and not parts.query and not re.search(r"\s", address)
+    except ValueError:
+        good = False
+    if not good:
+        given = OWN_ADDRESS if os.environ.get(OWN_ADDRESS) == address else "--address"
+        host = re.fullmatch(r"(?:\w+://|(?!\w+://))([\w.-]+)(?::(\w*))?(?:[/?].*)?", address)
+        name, port = host.groups() if host and host[1] != "auto" else ("127.0.0.1", None)
+        port = port if port and port.isdigit() and port not in ("0", *OTHER_PORTS) else str(PORT)
+        raise ClusterError(
+            f"{given} {masked(address)!r} is no address of a dashboard", remedy=f"write it like http://{name}:{port}"
+        )
+
+
+def _authorities(address: str) -> str | bool:
+    """The file of the authorities whose certificates are accepted; True for those that are known here anyway."""
+    name = next((name for name in AUTHORITIES if os.environ.get(name)), None)
+    if name is None or urlsplit(address).scheme != "https":
+        return True
+    if not os.path.exists(os.environ[name]):
+        raise ClusterError(
+            f"{name} is {os.environ[name]!r}, and there is no such file",
+            remedy="set it to the file of the certificate of the dashboard's authority, in PEM, or unset it",
+        )
+    return os.environ[name]
+
+
+def _is_this_machine(address: str) -> bool:
+    host = urlsplit(address).hostname or ""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _proxy_of(address: str) -> str | None:
+    """The variable and the address of the proxy that requests go through, without credentials; None for no proxy."""
+    proxy = None if _is_this_machine(address) else select_proxy(address, get_environ_proxies(address))
+    if proxy is None:
+        return None
+    scheme = urlsplit(address).scheme
+    names = (f"{scheme}_proxy", f"{scheme.upper()}_PROXY", "all_proxy", "ALL_PROXY")
+    name = next((name for name in names if os.environ.get(name) == proxy), "this system's settings")
+    return f"the proxy {masked(proxy)} (of {name})"
+
+
+def _no_answer(address: str, what: str, cause: str, remedy: str) -> ClusterError:
+    return ClusterError(f"no Ray cluster answers at {masked(address)} ({masked(what)})", cause, remedy)
+
+
+def _refused(address: str, status: int, reason: str, detail: str = "") -> ClusterError | None:
+    """Error for a status by which a proxy, a gateway or Ray's token check refuses a request; `None` for other statuses.
+
+    Args:
+        detail: text of the answer, or the target of a redirect.
+    """
+    proxy = _proxy_of(address)
+    between = f"{proxy}, or a gateway behind it," if proxy else "a gateway on the way"
+    around = f"reach the dashboard without it, such as through `ssh -L {PORT}:127.0.0.1:{PORT} HOST`"
+    if status == 407:
+        return _no_answer(
+            address,
+            f"{status} {reason}",
+            f"{proxy or 'a proxy'} wants a user name and a password, or does not accept those it was given",
+            f"write them into that variable, like http://USER:PASSWORD@PROXY:PORT, {ESCAPES}",
+        )
+    if 300 <= status < 400:
+        return _no_answer(
+            address,
+            f"{status} {reason} to {detail.partition('?')[0] or 'nowhere'}",
+            f"{between} wants a login, or the dashboard has another address",
+            f"give that address if it is the dashboard's, or {around}",
+        )
+    if status in (401, 403) and "authentication token" in detail:  # Ray's own words
+        return _no_token(address, first_line(detail))
+    if status in (401, 403):
+        return _no_answer(
+            address,
+            f"{status} {reason}",
+            f"{between} wants a login, or does not accept this one",
+            f"write it into the address, like http://USER:PASSWORD@HOST, where that is enough, or {around}",
+        )
+    if status in (429, 502, 503, 504):
+        return _no_answer(
+            address,
+            f"{status} {reason}",
+            f"{between} {'has had too many requests' if status == 429 else 'cannot reach the dashboard'}",
+            "check the address, and whether the head node is up, or try again in a minute",
+        )
+    return None
+
+
+def _no_token(address: str, detail: str) -> ClusterError:
+    return ClusterError(
+        f"the Ray cluster at {masked(address)} asks for an authentication token ({detail})",
+        "no token was given, or that of another cluster",
+        "put the cluster's token into ~/.ray/auth_token, or set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH",
+    )
+
+
+def _stranger(address: str, detail: str) -> ClusterError:
+    """Error for an answer that does not come from Ray."""
+    parts, proxy = urlsplit(address), _proxy_of(address)
+    return _no_answer(
+        address,
+        detail,
+        f"another server answers there, or the login page of {proxy or 'a gateway'}",
+        f"a dashboard's port is {PORT} where nobody has chosen another: {parts.scheme}://{parts.hostname}:{PORT}"
+        if parts.port is None
+        else "give the address at which a browser shows the dashboard, up to the #",
+    )
+
+
+def _unreachable(address: str, failure: Exception, seconds: float) -> ClusterError:
+    """Error for a request without any answer, with its likely cause."""
+    chain = list(_chain(failure))
+    first, proxy, parts = chain[-1], _proxy_of(address), urlsplit(address)
+    detail = getattr(first, "strerror", None) or first_line(first)
+    if "Tunnel connection failed: " in detail:  # of a proxy that is asked for https
+        status, _, reason = detail.partition("failed: ")[2].partition(" ")
+        if status.isdigit() and (refused := _refused(address, int(status), reason)):
+            return refused
+    if isinstance(failure, requests.Timeout):
+        detail = f"no answer in {seconds:.0f} s"
+    certificate = next((each for each in chain if isinstance(each, ssl.SSLCertVerificationError)), None)
+    detail = detail if certificate is None else certificate.verify_message
+    variable = next((name for name in AUTHORITIES if os.environ.get(name)), None)
+    if certificate is not None and certificate.verify_code in (62, 64):  # X509_V_ERR_HOSTNAME_MISMATCH, IP_ADDRESS
+        cause, remedy = "the certificate is that of another host name", "give the address with the name that is in it"
+    elif certificate is not None and certificate.verify_code == 10:  # X509_V_ERR_CERT_HAS_EXPIRED
+        cause, remedy = "the certificate is too old, or this machine's clock wrong", "have it renewed"
+    elif certificate is not None or "certificate or crl" in detail:
+        known = f"not in {os.environ[variable]}, the file of {variable}" if variable else "unknown here"
+        cause = f"the certificate is of an authority that is {known}, such as a company's own"
+        remedy = "set REQUESTS_CA_BUNDLE or SSL_CERT_FILE to the file of the authority's certificate, in PEM"
+    elif isinstance(first, ssl.SSLError):
+        cause = "the port does not speak https"
+        remedy = f"write http:// if the dashboard has no certificate: {masked(address).replace('https:', 'http:', 1)}"
+    elif proxy and isinstance(failure, requests.exceptions.InvalidURL):
+        detail = "no request can be sent"  # the failure's own text has parts of the password
+        cause, remedy = (
+            f"the address of {proxy} cannot be read",
+            f"write it like http://USER:PASSWORD@PROXY:PORT, {ESCAPES}",
+        )
+    elif proxy:
+        cause = f"the request went through {proxy}"
+        remedy = f"check that variable, or set no_proxy={parts.hostname} to reach the address directly"
+    elif isinstance(first, socket.gaierror):
+        cause = f"there is no host {parts.hostname!r}, or its name is known in another network only"
+        remedy = "check the spelling, or go through a tunnel or a VPN"
+    elif isinstance(first, (HTTPException, ConnectionResetError)):
+        detail = "it answers in something else than HTTP" if type(first) is BadStatusLine else detail
+        cause = "the port speaks https, or is another one of Ray's" if parts.scheme == "http" else "a gateway closed it"
+        remedy = (
+            f"write https:// if the dashboard has a certificate; its port is {PORT} where nobody has chosen another"
+        )
+    else:
+        cause = "the address is wrong, the head node is down, or its port cannot be reached from here"
+        port = f"{parts.scheme}://{parts.hostname}:{PORT}" if parts.port is None else f"http://127.0.0.1:{PORT}"
+        remedy = f"give the address of its dashboard, such as {port}, through a tunnel if need be"
+    return _no_answer(address, detail, cause, remedy)
+
+
+def _chain(failure: BaseException) -> Iterator[BaseException]:
+    """An exception and those that led to it, the first of them last."""
+    seen: list[BaseException | None] = [None]
+    following: object = failure
+    while isinstance(following, BaseException) and following not in seen:
+        yield following
+        seen.append(following)
+        inside = [getattr(following, "reason", None), *following.args, following.__cause__, following.__context__]
+        following = next((each for each in inside if isinstance(each, BaseException) and each not in seen), None)

@@ -1,0 +1,363 @@
+"""Runs as jobs of a Ray cluster: submitted over HTTP from anywhere, they keep running when the terminal is closed.
+
+The recipes and this package travel with the job; the cluster must have the other packages, or be given a file of
+requirements. A job needs no disk that machines share if its folder is a URI that all of them can open. Nothing of this
+process's environment travels, so that no secret can: the cluster has its own credentials.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import InvalidRequirement, Requirement
+from ray.job_submission import JobDetails, JobStatus
+
+from datm_ray.config import RunConfig, to_yaml
+from datm_ray.errors import ClusterError, ConfigError, JobLostError, JobNotFoundError, JobUnreachableError
+from datm_ray.runtime.ray.cluster import first_line
+from datm_ray.runtime.ray.dashboard import Dashboard, masked
+from datm_ray.store.files.filesystem import open_location
+
+AGENT_TIMEOUT = 60.0
+"""Seconds to wait for a cluster that answers to have somebody who takes jobs."""
+FOLLOW_INTERVAL = (1.0, 5.0)
+"""Seconds between two looks at a log that grows, and at one that does not."""
+FOLLOW_SHARE = 0.1
+"""Share of the time that may go into fetching a log, which comes whole each time: 100 MiB take seconds."""
+FOLLOW_TIMEOUT = 600.0
+"""Seconds without an answer after which a job is no longer followed."""
+PENDING_REPORTED = 15.0
+"""Seconds after which a line reports that a job has not started."""
+LAST_LINES_TIMEOUT = 30.0
+"""Seconds to wait for the log of a job that has ended."""
+_NUMBER = re.compile(r"\w[\w.+-]*")
+_NOT_FOUND = re.compile(r"status code 404: Job .* does not exist")
+_CREDENTIALS = re.compile(r"://[^/\s]*@")
+MINE = "datm_ray"
+"""Key of a job's metadata that tells this package's jobs from others."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is known about one job."""
+
+    id: str
+    status: str
+    """pending, running, stopped, succeeded or failed."""
+    recipes: str
+    """Names of the runs."""
+    out: str
+    """Output folder of the runs."""
+    seconds: float
+    """Seconds since the job was submitted, or between submission and end."""
+    message: str
+    exit_code: int | None
+    """Exit code of the job's command; `None` before it has ended, or if it was killed."""
+
+    @property
+    def is_over(self) -> bool:
+        """True if nothing more will happen."""
+        return self.status in ("stopped", "succeeded", "failed")
+
+
+class Jobs:
+    """The jobs of one cluster."""
+
+    def __init__(self, address: str) -> None:
+        """Connect.
+
+        Args:
+            address: of the cluster's dashboard, such as http://127.0.0.1:8265.
+
+        Raises:
+            ClusterError: nothing answers there, or no Ray cluster does.
+        """
+        self._shown = masked(address)
+        self._client = Dashboard(address)
+
+    def command(self, number: str) -> str:
+        """What to type to follow a job."""
+        return f"datm-ray job logs {number} --follow --address {shlex.quote(self._shown)}"
+
+    def submit(
+        self, configs: Sequence[RunConfig], out: str, store: str | None = None, requirements: str | None = None
+    ) -> str:
+        """Submit a job that runs the recipes to the end, and return its job id.
+
+        Submitting the same recipes again resumes a job that has ended, for whatever reason it ended.
+
+        Args:
+            out: output folder of the runs; a URI, or a path on a disk that all nodes share.
+            store: store of the experts; `None` means a folder in `out`.
+            requirements: path of a file of packages, as pip takes it.
+
+        Raises:
+            ConfigError: a place or file that cannot be used.
+            ClusterError: the cluster does not take the job.
+        """
+        for name, place in (("--out", out), ("--store", store)):
+            if place is not None:
+                _require_reachable(name, place)
+        self._require_nobody_at_work(out)
+        environment: dict[str, object] = {"py_modules": [str(Path(__file__).parents[2])]}
+        if requirements is not None:
+            environment["pip"] = _requirements(requirements)
+        files = [f"{number}-{config.name}.yaml" for number, config in enumerate(configs)]
+        command = ["python", "-m", "datm_ray", "run", *files, "--out", out, "--address", "auto"]
+        command += ["--store", store] if store is not None else []
+        names = ", ".join(config.name for config in configs)
+        number = _new_number()
+        with tempfile.TemporaryDirectory(prefix="datm-ray-job-") as folder:
+            for file, config in zip(files, configs, strict=True):
+                (Path(folder) / file).write_text(to_yaml(config), encoding="utf-8")
+            self._submit(
+                entrypoint=shlex.join(command),
+                submission_id=number,
+                runtime_env={**environment, "working_dir": folder},
+                metadata={MINE: names, "out": out},
+            )
+        return number
+
+    def _submit(self, submission_id: str, **job: Any) -> None:
+        """Submit a job, trying again while a cluster that has just started cannot take it yet."""
+        end = time.monotonic() + AGENT_TIMEOUT
+        while True:
+            try:
+                with self._answers():
+                    self._client.submit_job(submission_id=submission_id, **job)
+                return
+            except ClusterError as failure:
+                if self._took(submission_id, failure, end):
+                    return
+                if "No available agent" not in failure.fact or time.monotonic() > end:
+                    raise
+            time.sleep(1.0)
+
+    def _took(self, number: str, failure: ClusterError, end: float) -> bool:
+        """True if the cluster has a job although its submission failed: the answer may be lost, and not the job.
+
+        Raises:
+            JobUnreachableError: the cluster does not answer that until `end`.
+        """
+        while True:
+            try:
+                self.job(number)
+                return True
+            except JobNotFoundError:
+                return False
+            except ClusterError as silence:
+                if time.monotonic() > end:
+                    raise JobUnreachableError(
+                        f"{failure.fact}; whether job {number} was submitted is not known ({silence.fact})",
+                        failure.cause,
+                        f"find out with `{self.command(number)}`",
+                    ) from None
+            time.sleep(1.0)
+
+    def _require_nobody_at_work(self, out: str) -> None:
+        for job in self.list():
+            if job.out.rstrip("/") == out.rstrip("/") and not job.is_over:
+                raise ClusterError(
+                    f"job {job.id} is {job.status} and writes to {out} already",
+                    "two at once would write over each other",
+                    f"follow it with `{self.command(job.id)}`, stop it first, or give another --out",
+                )
+
+    def list(self) -> list[Job]:
+        """List this package's jobs, the oldest first."""
+        with self._answers():
+            found = [job for job in self._client.list_jobs() if MINE in (job.metadata or {})]
+        return [_job(job) for job in sorted(found, key=lambda job: job.start_time or 0)]
+
+    def job(self, number: str) -> Job:
+        """One job.
+
+        Raises:
+            ClusterError: there is none of that number.
+        """
+        with self._answers(number):
+            return _job(self._client.get_job_info(number))
+
+    def logs(self, number: str) -> str:
+        """Log of a job so far."""
+        with self._answers(number):
+            text: str = self._client.get_job_logs(number)
+        return text
+
+    def follow(self, number: str, show: Callable[[str], object], warn: Callable[[str], object]) -> Job:
+        """Show a job's log as it grows, until the job has ended. Returns the ended job.
+
+        A broken connection is made again, and the log continues where it was. Leaving early does not stop the job.
+
+        Args:
+            show: called with every new part of the log.
+            warn: called with a sentence, once every time when the cluster does not answer, and for a job that waits.
+
+        Raises:
+            JobNotFoundError: there is no job of that number.
+            JobLostError: there is none any more.
+            JobUnreachableError: nothing has answered for `FOLLOW_TIMEOUT` seconds.
+        """
+        often, seldom = FOLLOW_INTERVAL
+        shown, pause, answered = 0, often, time.monotonic()
+        known = warned = False
+        tell_at: float | None = answered + PENDING_REPORTED
+        while True:
+            start, job = time.monotonic(), None
+            try:
+                job = self.job(number)  # before its log, which then is whole if the job has ended
+                log = self.logs(number)
+            except JobNotFoundError as absent:
+                if not known:
+                    raise
+                raise JobLostError(
+                    f"{absent.fact} any more",
+                    "the cluster was started anew, and the job ended with the old one",
+                    "run the same `datm-ray job submit` again to resume from what it had finished",
+                ) from None
+            except ClusterError as failure:
+                silent = start - answered
+                if job is not None and job.is_over and silent > LAST_LINES_TIMEOUT:
+                    warn(f"the rest of the log cannot be read: {failure.fact}.")
+                    return job
+                if silent > FOLLOW_TIMEOUT:
+                    raise JobUnreachableError(
+                        f"{failure.fact}, for {silent / 60:.0f} minutes now",
+                        "the job keeps running without this connection",
+                        f"follow it again with `{self.command(number)}`",
+                    ) from None
+                if not warned:
+                    warn(f"{failure.fact}. Trying again for {FOLLOW_TIMEOUT / 60:.0f} minutes; the job keeps running.")
+                pause, warned = seldom, True
+            else:
+                if len(log) > shown:
+                    show(log[shown:])
+                if job.is_over:
+                    return job
+                answered, known, warned = time.monotonic(), True, False
+                if tell_at is not None and (log or answered > tell_at):
+                    if job.status == "pending" and job.message:
+                        warn(f"the job is {job.status} ({job.message}).")
+                    tell_at = None
+                pause = often if len(log) > shown else min(1.5 * pause, seldom)
+                pause, shown = max(pause, (answered - start) / FOLLOW_SHARE), max(shown, len(log))
+            time.sleep(pause)
+
+    def stop(self, number: str) -> bool:
+        """Stop a job, and return whether it was running. What it has finished stays."""
+        with self._answers(number):
+            stopped: bool = self._client.stop_job(number)
+        return stopped
+
+    @contextmanager
+    def _answers(self, number: str | None = None) -> Iterator[None]:
+        """Turns the ways in which a cluster that answers refuses into one.
+
+        Args:
+            number: of the job that the block asks for; none where it asks for no single one.
+        """
+        absent = JobNotFoundError(
+            f"there is no job {number!r} at {self._shown}",
+            remedy=f"`datm-ray job list --address {shlex.quote(self._shown)}` shows those there are",
+        )
+        if number is not None and not _NUMBER.fullmatch(number):  # its address would be that of something else
+            raise absent
+        try:
+            yield
+        except (OSError, RuntimeError, ValueError, TypeError, KeyError) as failure:  # the others of a strange answer
+            if number is not None and _NOT_FOUND.search(str(failure)):
+                raise absent from None
+            raise ClusterError(
+                f"the Ray cluster at {self._shown} does not do it ({_refusal(failure)})",
+                "it refuses the job, or has a trouble of its own",
+                f"`datm-ray job list --address {shlex.quote(self._shown)}` shows whether it answers",
+            ) from None
+
+
+def _refusal(failure: Exception) -> str:
+    """Line of Ray's answer that explains a refusal: the last of a traceback, else the first."""
+    text = str(failure).partition("Request failed with ")[2] or str(failure)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    is_traceback = any(line.startswith(("Traceback", "File ")) or "Traceback (most" in line for line in lines)
+    return masked(first_line(lines[-1] if is_traceback else text) or type(failure).__name__)
+
+
+def _new_number() -> str:
+    return f"datm-ray-{time.strftime('%Y%m%d-%H%M%S')}-{time.monotonic_ns() % 10**6:06d}"
+
+
+def _job(details: JobDetails) -> Job:
+    metadata = details.metadata or {}
+    ended = (details.end_time or 0) / 1000 or time.time()
+    started = (details.start_time or 0) / 1000 or ended
+    return Job(
+        id=details.submission_id or details.job_id or "",
+        status=JobStatus(details.status).value.lower(),
+        recipes=metadata.get(MINE, ""),
+        out=metadata.get("out", ""),
+        seconds=max(0.0, ended - started),
+        message=_message(details.message or ""),
+        exit_code=details.driver_exit_code,
+    )
+
+
+def _message(text: str) -> str:
+    """What a cluster says of a job, in a line: its first one, and the last error of pip's where it has that below."""
+    errors = [line.strip() for line in text.splitlines() if line.strip().startswith("ERROR: ")]
+    return first_line(text).partition(", last available logs")[0] + (
+        f" ({masked(first_line(errors[-1][len('ERROR: ') :]))})" if errors else ""
+    )
+
+
+def _require_reachable(name: str, place: str) -> None:
+    """A job runs on other machines, in a folder that is deleted afterwards."""
+    is_local = open_location(place).local_path is not None  # refuses what is no place for files
+    if is_local and not place.startswith(("/", "file:///")):
+        raise ConfigError(
+            f"{name} {place!r} is relative to a folder that the job's machines do not have",
+            remedy="give a URI such as s3://bucket/folder, or an absolute path on a disk that all machines share",
+        )
+
+
+def _requirements(path: str) -> list[str]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as failure:
+        reason = failure.strerror if isinstance(failure, OSError) else "it is no text"
+        raise ConfigError(f"cannot read {path}: {reason}", remedy="check --requirements") from None
+    wanted = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    for line in wanted:
+        if _CREDENTIALS.search(line):
+            raise ConfigError(
+                f"{path} has a line with a user name or password in it, which everybody would see among the job's data",
+                remedy="give the cluster's machines their own credentials, such as in ~/.netrc",
+            )
+        if line.startswith(("-r", "-c", "-e", "--requirement", "--constraint", "--editable")) or line.endswith("\\"):
+            raise ConfigError(
+                f"{path} has the line {line!r}, which names something that does not travel with the job",
+                remedy="write the packages themselves, one a line",
+            )
+        if not line.startswith("-") and not _is_package(re.split(r"\s(?:#|--)", line)[0]):
+            raise ConfigError(
+                f"{path} has the line {line!r}, which names no package that the cluster could get",
+                remedy="write it as pip takes it, such as numpy>=2 or https://HOST/package.whl; files do not travel",
+            )
+    return wanted
+
+
+def _is_package(text: str) -> bool:
+    """True if another machine may install it: a name with or without versions, or a URL that is not of a file here."""
+    if "://" in text and "@ " not in text:
+        return not text.startswith("file:")
+    try:
+        return not (Requirement(text).url or "").startswith("file:")
+    except InvalidRequirement:
+        return False

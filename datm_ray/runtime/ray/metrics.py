@@ -1,0 +1,85 @@
+"""Export of a run's metrics through Ray. Every node's agent offers them to Prometheus, see cluster/monitoring.
+
+The driver sets them, from the events that arrive there; one call of Ray takes about three microseconds. Ray drops a
+gauge that is not set for two of its report intervals (20 s), and an iteration may take longer. So a thread sets all
+gauges of running tasks again every few seconds. Gauges of finished tasks expire.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from weakref import ref
+
+from ray.util.metrics import Counter, Gauge, Histogram
+
+from datm_ray.monitor.metrics import CATALOGUE, Readings, Sample
+from datm_ray.runtime.executor import Event, Task
+
+REFRESH_INTERVAL = 5.0
+"""Seconds after which all gauges are set again."""
+
+
+class RayMetrics:
+    """Exporter of the events of one executor, which must be connected."""
+
+    def __init__(self) -> None:
+        self._readings = Readings()
+        self._ours: dict[str, Gauge | Counter | Histogram] = {}
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=_repeat, args=(ref(self), self._closed), name="metrics", daemon=True)
+        self._thread.start()
+
+    def begin(self, tasks: Sequence[Task], workers: int) -> None:
+        """Start a stage with these tasks, on at most `workers` workers."""
+        with self._lock:
+            self._export(self._readings.begin(tasks, workers))
+
+    def record(self, task: Task, event: Event, rank: int = 0) -> None:
+        """Export the measurements of an event. `rank` is the worker's rank within the task's group."""
+        with self._lock:
+            self._export(self._readings.take(task, event, rank))
+
+    def close(self) -> None:
+        """Stop the thread. Must be called before Ray disconnects."""
+        self._closed.set()
+        self._thread.join()
+
+    def refresh(self) -> None:
+        """Set every gauge again to its present value, so that Ray does not drop it."""
+        with self._lock:
+            self._export(self._readings.gauges())
+
+    def _export(self, samples: Iterable[Sample]) -> None:
+        for sample in samples:
+            metric = self._ours.get(sample.name) or self._make(sample.name)
+            tags = dict(sample.tags)
+            if isinstance(metric, Gauge):
+                metric.set(sample.value, tags)
+            elif isinstance(metric, Counter):
+                metric.inc(sample.value, tags)
+            else:
+                metric.observe(sample.value, tags)
+
+    def _make(self, name: str) -> Gauge | Counter | Histogram:
+        """Create Ray's metric for an entry of the catalogue."""
+        ours = CATALOGUE[name]
+        text = f"{ours.description} ({ours.unit})" if ours.unit else ours.description
+        made: Gauge | Counter | Histogram
+        if ours.kind == "histogram":
+            made = Histogram(name, text, boundaries=list(ours.boundaries), tag_keys=ours.tags)
+        else:
+            made = (Gauge if ours.kind == "gauge" else Counter)(name, text, tag_keys=ours.tags)
+        self._ours[name] = made
+        return made
+
+
+def _repeat(reference: ref[RayMetrics], closed: threading.Event) -> None:
+    """Refresh the gauges until `closed` is set or the metrics are garbage-collected."""
+    while not closed.wait(REFRESH_INTERVAL):
+        metrics = reference()
+        if metrics is None:
+            return
+        metrics.refresh()
+        del metrics

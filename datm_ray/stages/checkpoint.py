@@ -1,0 +1,227 @@
+"""Checkpoints of a distillation, written by any number of class shards and read by any other number.
+
+    checkpoint.arrow    what all shards share: step sizes, curves, counters, and the names of the parts
+    checkpoint/<iteration>-<first row>-<last row>.arrow     the rows of one shard, the last one exclusive
+
+Every shard writes its part; when all have, the first worker replaces checkpoint.arrow, and only then is the new
+checkpoint the one. Killed at any moment, the run finds either the old parts with the old file or the new with the new.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from datm_ray.errors import CorruptFileError, RunDirectoryError, StoreError
+from datm_ray.methods.trajectory.distillation import Distillation, LearningRates, Limits, with_present_names
+from datm_ray.runtime.mesh import Mesh
+from datm_ray.store.files.filesystem import Location, MissingFileError
+from datm_ray.store.sealed import reading_again, rejecting_nonsense
+from datm_ray.store.tensors import read_tensors, write_tensors
+
+CHECKPOINT = "checkpoint.arrow"
+PARTS = "checkpoint"
+KIND = "checkpoint"
+_PART = re.compile(r"(\d{8})-(\d+)-(\d+)\.arrow")
+
+
+@dataclass(frozen=True, order=True)
+class Rows:
+    """The rows [first, last) of the synthetic set that a shard holds."""
+
+    first: int
+    last: int
+
+    @classmethod
+    def of_shard(cls, shard: int, shards: int, classes: int, ipc: int) -> Rows:
+        """Rows of a shard's classes; the first shards have one class more where the number does not divide."""
+        bounds = [part[0] for part in np.array_split(np.arange(classes), shards)] + [classes]
+        return cls(int(bounds[shard]) * ipc, int(bounds[shard + 1]) * ipc)
+
+    def classes(self, ipc: int) -> range:
+        """The classes of these rows."""
+        return range(self.first // ipc, self.last // ipc)
+
+
+def save_checkpoint(
+    folder: Location,
+    state: Distillation,
+    rows: Rows,
+    mesh: Mesh,
+    recipe: Mapping[str, Any],
+    computed: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Write the state, all shards together.
+
+    Args:
+        computed: how student steps were computed, see `read_computed`.
+    """
+    held, shared = state.to_arrays()
+    if mesh.row == 0:
+        write_tensors(folder / PARTS / _part_name(state.iteration, rows), held, kind=KIND, metadata={})
+    written = mesh.gather(torch.tensor([[rows.first, rows.last]], device=state.synthetic.images.device))
+    mesh.barrier()
+    if written is not None:
+        names = [_part_name(state.iteration, Rows(*bounds)) for bounds in written.tolist()]
+        metadata = {"recipe": recipe, "iteration": state.iteration, "parts": names, "computed": list(computed)}
+        _require_nobody_ahead(folder, state.iteration)
+        write_tensors(folder / CHECKPOINT, shared, kind=KIND, metadata=metadata)
+        if not set(names) <= set(_delete_older_parts(folder / PARTS, state.iteration)):
+            raise _overtaken(folder, f"has no parts of iteration {state.iteration} any more, which was just written")
+
+
+def load_checkpoint(
+    folder: Location, rows: Rows, rates: LearningRates, limits: Limits, device: torch.device
+) -> Distillation | None:
+    """The rows of the state that was saved last, whoever saved them; none where nothing was saved.
+
+    Raises:
+        CorruptFileError: a part is missing, damaged or does not fit.
+    """
+    if not (folder / CHECKPOINT).exists():
+        return None
+    try:
+        # Another command that goes on with the same run replaces it, and deletes the parts of the one before.
+        return reading_again(
+            folder / CHECKPOINT,
+            lambda: _load(folder, rows, rates, limits, device),
+            (CorruptFileError, MissingFileError),
+        )
+    except MissingFileError as error:
+        raise _unusable(folder, f"names the part {error.fact.rpartition('/')[2]}, which is missing") from error
+
+
+def _load(folder: Location, rows: Rows, rates: LearningRates, limits: Limits, device: torch.device) -> Distillation:
+    file = read_tensors(folder / CHECKPOINT, kind=KIND)
+    if "parts" not in file.metadata:
+        raise _unusable(folder, "names no parts")
+    with rejecting_nonsense(folder / CHECKPOINT):
+        held = _read_rows(folder, file.metadata["parts"], rows)
+        state = Distillation.from_arrays(held, file.arrays, rates, limits, device)
+        _require_shapes(folder, state)
+    return state
+
+
+def read_computed(folder: Location) -> list[dict[str, Any]]:
+    """How student steps were computed up to the checkpoint: an entry for every change, with its first iteration.
+
+    Empty where there is no checkpoint, or one of an earlier version.
+
+    Raises:
+        CorruptFileError: the checkpoint is damaged, or its entries are no mappings.
+    """
+    place = folder / CHECKPOINT
+    if not place.exists():
+        return []
+    metadata = read_tensors(place, kind=KIND).metadata
+    with rejecting_nonsense(place):
+        return [{**entry} for entry in metadata.get("computed", ())]
+
+
+def read_curves(folder: Location) -> dict[str, Any]:
+    """The history columns of the first backbone, of MetaDD and of validation in a run's checkpoint, by name."""
+    arrays = with_present_names(read_tensors(folder / CHECKPOINT, kind=KIND).arrays)
+    if "history.backbone" not in arrays:
+        raise _unusable(folder, "has no column for the backbones")
+    with rejecting_nonsense(folder / CHECKPOINT):
+        first = arrays["history.backbone"] == 0
+        curves = {name: array[first] for name, array in arrays.items() if name.startswith("history.")}
+    return curves | {name: array for name, array in arrays.items() if name.startswith(("validation.", "meta."))}
+
+
+def _read_rows(folder: Location, names: list[str], rows: Rows) -> dict[str, NDArray[Any]]:
+    """The arrays of the rows, cut from the parts that hold them."""
+    pieces: list[dict[str, NDArray[Any]]] = []
+    found = rows.first
+    for part, name in sorted((_part_rows(folder, name), name) for name in names):
+        first, last = max(rows.first, part.first), min(rows.last, part.last)
+        if first < last:
+            arrays = read_tensors(folder / PARTS / name, kind=KIND).arrays
+            if {len(array) for array in arrays.values()} != {part.last - part.first}:
+                raise _unusable(folder, f"has a part {name} with other rows than its name says")
+            cut = slice(first - part.first, last - part.first)
+            pieces.append({key: array[cut] for key, array in arrays.items()})
+            found += last - first
+    if found != rows.last:
+        raise _unusable(folder, f"holds {found - rows.first} of the {rows.last - rows.first} images asked for")
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def _require_shapes(folder: Location, state: Distillation) -> None:
+    """Arrays of one set agree, and are of floats; the checksums do not say so."""
+    for held in (state.synthetic, state.chosen or state.synthetic):
+        shapes = [tuple(each.shape) for each in (held.images, held.soft_labels, held.step_sizes, held.labels)]
+        floats = all(each.is_floating_point() for each in (held.images, held.soft_labels, held.step_sizes))
+        n = len(held.labels)
+        if (
+            list(map(len, shapes)) != [4, 2, 1, 1]
+            or {shapes[0][0], shapes[1][0]} != {n}
+            or not floats
+            or not shapes[2][0]
+        ):
+            raise _unusable(folder, f"has a set whose shapes disagree: {shapes}")
+    for name, momentum in state.momenta.items():
+        if momentum.shape != getattr(state.synthetic, name).shape:
+            raise _unusable(folder, f"has momenta of {name} in another shape")
+
+
+def _part_rows(folder: Location, name: str) -> Rows:
+    match = _PART.fullmatch(name)
+    if match is None:
+        raise _unusable(folder, f"names {name!r} as a part of it")
+    return Rows(int(match[2]), int(match[3]))
+
+
+def _unusable(folder: Location, what: str) -> CorruptFileError:
+    return CorruptFileError(
+        f"{(folder / CHECKPOINT).uri} {what}",
+        "it was not written by this program, or for another recipe",
+        "if no other command works on it, move it away and give the same command: the set starts from iteration 0, "
+        "and experts are kept",
+    )
+
+
+def _part_name(iteration: int, rows: Rows) -> str:
+    return f"{iteration:08d}-{rows.first}-{rows.last}.arrow"
+
+
+def _require_nobody_ahead(folder: Location, iteration: int) -> None:
+    """Somebody else may work at the same set: the command given twice, or a worker that was thought to be lost."""
+    if (folder / CHECKPOINT).exists():
+        with rejecting_nonsense(folder / CHECKPOINT):
+            theirs = int(read_tensors(folder / CHECKPOINT, kind=KIND).metadata.get("iteration", 0))
+        if theirs > iteration:
+            raise _overtaken(
+                folder, f"has a checkpoint of iteration {theirs}, later than {iteration}, where this command is"
+            )
+
+
+def _overtaken(folder: Location, what: str) -> RunDirectoryError:
+    return RunDirectoryError(
+        f"{folder.uri} {what}",
+        "the same run was started twice, and another command writes to it",
+        "let the other one finish, `datm-ray job list` shows jobs; or give another --out",
+    )
+
+
+def _delete_older_parts(parts: Location, iteration: int) -> list[str]:
+    """Delete parts of earlier iterations; the names of the others.
+
+    Those of this iteration or later may be named by somebody else's checkpoint; the next one clears them up.
+    """
+    kept = []
+    for name in parts.list():
+        match = _PART.fullmatch(name)
+        if match and int(match[1]) < iteration:
+            with suppress(StoreError):  # somebody else was faster
+                (parts / name).remove()
+        else:
+            kept.append(name)
+    return kept

@@ -1,0 +1,458 @@
+"""Evaluation: each task trains one fresh network on a set and scores it on the test set.
+
+The table has the distilled set and three controls. Random real images with hard labels, and with soft labels, show what
+the distilled pixels are worth. All real data is the ceiling. A control's learning rate is chosen on validation data for
+each seed; the distilled set uses its learned step size. Each row uses the test set once per seed, and never to choose
+anything.
+
+A set is also scored on other architectures (`ON_OTHERS`). Its learned step size belongs to its backbone, so two
+accuracies are reported: with the learned step size, and with the candidate that is best on validation data. Every
+matched network has its own learned step size. With AdamW no step size was learned, and all are chosen on validation
+data.
+
+`evaluate.fair` adds three rows (`FAIR_ROWS`). DD-Ranking's scores are computed from them and the rows of the table (see
+`core.scores`), seed by seed. All networks of a seed have the same initial parameters. Distilled images with hard labels
+choose their step size on validation data; the learned one is among the candidates. Without augmentation the distilled
+set keeps the learned step size, and random images choose theirs on validation data. Soft labels of random images are
+the experts' mean correct logits, from which the distilled set's labels started as well.
+
+DD-Ranking's program (0.2.0) differs in four points. It chooses step sizes on the test set. It keeps the best of every
+20 epochs by test accuracy (here: the last epoch). It labels random images by one teacher. By default it does not
+augment with hard labels (here only `PLAIN` rows are not augmented).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from datm_ray.artifact import Artifact, read_artifact
+from datm_ray.config import ClusterConfig, NetworkConfig, RunConfig, run_identity, stable_hash
+from datm_ray.core.networks.registry import build_network
+from datm_ray.core.randomness import Purpose, derive_seed
+from datm_ray.core.scores import AugmentationRobust, LabelRobust, augmentation_robust, label_robust
+from datm_ray.core.synthetic import random_rows
+from datm_ray.core.training import Schedule, accuracy, train_to_end
+from datm_ray.data.dataset import Dataset
+from datm_ray.monitor.spent import Account, Spent, total
+from datm_ray.runtime.devices import Meter, prepare_device, to_device
+from datm_ray.runtime.executor import Finished, Progress
+from datm_ray.stages.distill import SYNTHETIC, evaluation_schedule
+from datm_ray.stages.expert_networks import ExpertNetworks
+from datm_ray.stages.experts import network_spec
+from datm_ray.stages.provenance import provenance
+from datm_ray.store.files.filesystem import Location, open_location
+from datm_ray.store.sealed import rejecting_nonsense
+
+ROWS = {
+    "random-hard": "random real images, hard labels",
+    "random-soft": "random real images, soft labels",
+    "distilled": "distilled",
+    "full": "all real data",
+}
+"""Rows of the table -> titles, in the order shown."""
+
+FAIR_ROWS = {
+    "distilled-hard": "distilled, hard labels",
+    "distilled-plain": "distilled, not augmented",
+    "random-plain": "random real images, soft labels, not augmented",
+}
+"""Further rows for DD-Ranking's scores -> titles."""
+
+DISTILLED = ("distilled", "distilled-hard", "distilled-plain")
+"""Keys of the rows trained on distilled images."""
+
+PLAIN = ("distilled-plain", "random-plain")
+"""Keys of the rows trained without augmentation."""
+
+ON_OTHERS = ("random-soft", "distilled")
+"""Keys of the rows scored on every network of `evaluate.networks`."""
+
+CONTROL_STEP_SIZES = (0.01, 0.03, 0.1)
+"""Candidate learning rates of SGD with momentum 0.9, for controls and for other architectures."""
+
+ADAMW_STEP_SIZES = (3e-4, 1e-3, 3e-3)
+"""Candidate learning rates of AdamW, for every row."""
+
+ADAMW_WEIGHT_DECAY = 0.05
+"""Weight decay of AdamW, a usual value for transformers."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Test accuracy of one row over several seeds."""
+
+    row: str
+    """Key of `ROWS` or `FAIR_ROWS`."""
+    accuracies: tuple[float, ...]
+    """Test accuracies in [0, 1], one per seed."""
+    seconds: float
+    """Wall-clock seconds of workers, summed over seeds."""
+    cost: Spent | None = None
+    """Cost, summed over seeds; `None` if an earlier version of this package wrote one of the results."""
+
+    @property
+    def spent(self) -> Spent:
+        """Cost, or the seconds alone if it is unknown."""
+        return self.cost or Spent(seconds=self.seconds)
+
+    @property
+    def n(self) -> int:
+        """Number of seeds."""
+        return len(self.accuracies)
+
+    @property
+    def mean(self) -> float:
+        """Mean accuracy, in [0, 1]."""
+        return statistics.fmean(self.accuracies)
+
+    @property
+    def std(self) -> float:
+        """Sample standard deviation; nan for one seed."""
+        return statistics.stdev(self.accuracies) if self.n > 1 else math.nan
+
+    def __str__(self) -> str:
+        """Mean ± standard deviation in percent, such as "47.1 ± 0.3"."""
+        return f"{100 * self.mean:.1f} ± {100 * self.std:.1f}" if self.n > 1 else f"{100 * self.mean:.1f}"
+
+
+class EvaluateWorker:
+    """Worker that trains and scores fresh networks on one data set."""
+
+    def __init__(self, dataset: Dataset, cluster: ClusterConfig) -> None:
+        self._device = prepare_device(cluster)
+        self._cluster = cluster
+        self._dataset = dataset
+        self._experts: dict[str, ExpertNetworks] = {}
+
+    def evaluate(
+        self,
+        config: RunConfig,
+        store_uri: str,
+        folder_uri: str,
+        result_uri: str,
+        row: str,
+        number: int,
+        network: NetworkConfig | None = None,
+    ) -> Iterator[Progress | Finished]:
+        """Score one row with one seed. The result's file is written last, so an existing file is complete.
+
+        Args:
+            config: recipe of the run.
+            store_uri: store of the experts, for soft labels of random images.
+            folder_uri: folder with the distilled set.
+            result_uri: file to write.
+            row: key of `ROWS` or `FAIR_ROWS`.
+            number: number of the seed, from 0.
+            network: network to score with the learned and with a tuned step size; `None` scores the backbone with
+                the learned one. With AdamW there is no learned step size.
+        """
+        account, meter = Account(self._device, self._cluster), Meter(self._device)
+        seed = derive_seed(config.seed, Purpose.EVALUATION, number)
+        folder = open_location(folder_uri)
+        images, targets, step_size = self._training_set(config, store_uri, folder, row, seed, network)
+        schedule = _row_schedule(config, row)
+        if schedule.optimiser == "adamw":
+            step_size = None
+        candidates = _candidates(schedule, step_size, is_its_own=network is None and row != "distilled-hard")
+        tried = config if network is None else config.model_copy(update={"network": network})
+        trials: list[_Trial] = []
+        for candidate in candidates:
+            trial_schedule = dataclasses.replace(schedule, learning_rate=candidate)
+            trials.append(self._trial(tried, images, targets, trial_schedule, seed))
+            measured = trials[-1].validation_accuracy
+            metrics = meter.measure() | {"datm_ray_evaluate_validation_accuracy_ratio": measured}
+            yield Progress(len(trials), len(candidates), {"validation": measured}, metrics)
+        chosen = max(trials, key=lambda trial: trial.validation_accuracy)
+        tested = self._test_accuracy(chosen)
+        with_learned = None
+        if step_size:
+            with_learned = tested if chosen is trials[0] else self._test_accuracy(trials[0])
+        spent = account.spent()
+        result = {
+            "row": row,
+            "number": number,
+            "seed": seed,
+            "test_accuracy": tested,
+            "test_accuracy_with_learned_step_size": with_learned,
+            "validation_accuracy": chosen.validation_accuracy,
+            "step_size": chosen.step_size,
+            "learned_step_size": step_size,
+            "images": len(images),
+            "seconds": spent.seconds,
+            "cost": spent.to_json(),
+            "provenance": provenance(self._device),
+        }
+        open_location(result_uri).write_json(result)
+        yield Finished(result, meter.measure())
+
+    def _test_accuracy(self, trial: _Trial) -> float:
+        images = to_device(self._dataset.test_images, self._device)
+        return accuracy(trial.network, images, to_device(self._dataset.test_labels, self._device))
+
+    def _training_set(
+        self, config: RunConfig, store_uri: str, folder: Location, row: str, seed: int, network: NetworkConfig | None
+    ) -> tuple[Tensor, Tensor, float | None]:
+        """Return (images, targets, step size). The step size is `None` if it must be chosen on validation data."""
+        if row in DISTILLED:
+            artifact = read_artifact(folder / SYNTHETIC)
+            learned = _learned_step_size(artifact, config, network)
+            targets = artifact.labels if row == "distilled-hard" else artifact.soft_labels
+            return artifact.images.to(self._device), targets.to(self._device), learned
+        all_images, all_labels = self._dataset.train_images, self._dataset.train_labels
+        if row == "full":
+            return to_device(all_images, self._device), to_device(all_labels, self._device), None
+        rows = random_rows(all_labels, config.distill.ipc, seed)
+        images, labels = to_device(all_images[rows], self._device), to_device(all_labels[rows], self._device)
+        if row == "random-hard":
+            return images, labels, None
+        return images, self._expert_networks(config, store_uri).soft_labels(images, labels), None
+
+    def _expert_networks(self, config: RunConfig, store_uri: str) -> ExpertNetworks:
+        if config.name not in self._experts:
+            self._experts[config.name] = ExpertNetworks(config, self._dataset, store_uri, self._device)
+        return self._experts[config.name]
+
+    def _trial(self, config: RunConfig, images: Tensor, targets: Tensor, schedule: Schedule, seed: int) -> _Trial:
+        """Train a fresh network and score it on validation data."""
+        dataset = self._dataset
+        network = build_network(network_spec(config, dataset.channels, dataset.size, dataset.classes), seed)
+        network.to(self._device)
+        train_to_end(network, images, targets, schedule, seed)
+        validation_accuracy = accuracy(
+            network,
+            to_device(dataset.validation_images, self._device),
+            to_device(dataset.validation_labels, self._device),
+        )
+        return _Trial(network, schedule.learning_rate, validation_accuracy)
+
+
+def _candidates(schedule: Schedule, learned: float | None, *, is_its_own: bool) -> tuple[float, ...]:
+    """Step sizes among which validation chooses: a learned one alone, if `is_its_own`.
+
+    Args:
+        learned: step size that was learned with the set, if any.
+        is_its_own: True if it was learned with this network and these labels.
+    """
+    if learned and is_its_own:
+        return (learned,)
+    others = ADAMW_STEP_SIZES if schedule.optimiser == "adamw" else CONTROL_STEP_SIZES
+    return (learned, *others) if learned else others
+
+
+def _row_schedule(config: RunConfig, row: str) -> Schedule:
+    """Training schedule of a row's networks, except for the step size."""
+    schedule = evaluation_schedule(config, 0.0)
+    if config.evaluate.optimiser == "adamw":
+        schedule = dataclasses.replace(schedule, optimiser="adamw", weight_decay=ADAMW_WEIGHT_DECAY)
+    if row == "full":
+        epochs = config.evaluate.real_epochs
+        schedule = dataclasses.replace(schedule, epochs=epochs, decay_epoch=(epochs + 1) // 2)
+    return dataclasses.replace(schedule, augmentation="") if row in PLAIN else schedule
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Network trained with one of the candidate learning rates."""
+
+    network: nn.Module
+    step_size: float
+    validation_accuracy: float
+
+
+def _learned_step_size(artifact: Artifact, config: RunConfig, network: NetworkConfig | None) -> float:
+    """Step size learned with this network if it was matched, otherwise with the first backbone."""
+    matched = [each.network for each in config.each_backbone()]
+    number = matched.index(network) if network in matched else 0
+    return artifact.step_sizes[number] if number < len(artifact.step_sizes) else artifact.step_size
+
+
+def result_location(
+    out: Location,
+    config: RunConfig,
+    dataset_fingerprint: str,
+    row: str,
+    number: int,
+    network: NetworkConfig | None = None,
+) -> Location:
+    """Location of one result.
+
+    A control does not depend on the distillation, so runs share it. All real data is shared between runs with the same
+    network. Random images also need the same number per class and the same experts, which give their soft labels.
+
+    Args:
+        out: output folder of the run.
+        config: recipe of the run.
+        dataset_fingerprint: fingerprint of the data set.
+        row: key of `ROWS` or `FAIR_ROWS`.
+        number: number of the seed, from 0.
+        network: scored network; `None` for the backbone.
+    """
+    if row in DISTILLED:
+        folder = out / config.name / "evaluation"
+    else:
+        identity = run_identity(config)
+        for section in ("name", "distill", "metadd", *(["experts"] if row == "full" else [])):
+            identity.pop(section, None)
+        ipc = {} if row == "full" else {"ipc": config.distill.ipc}
+        folder = out / "controls" / stable_hash({"dataset": dataset_fingerprint, **identity, **ipc})
+    if config.evaluate.optimiser != "sgd":
+        folder = folder / config.evaluate.optimiser
+    if network is not None:
+        folder = folder / f"{network.architecture}-{stable_hash(network.model_dump())}"
+    return folder / f"{row}-{number:02d}.json"
+
+
+@dataclass(frozen=True)
+class NetworkScores:
+    """Scores of a set on one architecture."""
+
+    network: NetworkConfig
+    kind: str
+    """"same": the backbone; "seen": matched or a MetaDD network of the distillation; "unseen": neither."""
+    learned: Score | None
+    """Score with the learned step size; `None` with AdamW, for which none was learned."""
+    tuned: Score
+    """Score with a step size chosen on validation data, which may be the learned one."""
+    control: Score | None
+    """Score of random real images with soft labels and a tuned step size; `None` if unfinished."""
+
+
+def read_network_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[NetworkScores]:
+    """Scores on the architectures for which every seed is finished, in the recipe's order."""
+    scores = []
+    for network in config.scored_networks:
+        results = {row: _read_all_seeds(out, config, dataset_fingerprint, row, network) for row in ON_OTHERS}
+        if distilled := results["distilled"]:
+            learned = [dataclasses.replace(each, accuracy=each.with_learned_step_size) for each in distilled]
+            control = results["random-soft"]
+            scores.append(
+                NetworkScores(
+                    network,
+                    _kind(network, config),
+                    None if config.evaluate.optimiser == "adamw" else _score("distilled", learned),
+                    _score("distilled", distilled),
+                    _score("random-soft", control) if control else None,
+                )
+            )
+    return scores
+
+
+@dataclass(frozen=True)
+class _Result:
+    """Content of one result's file."""
+
+    accuracy: float
+    """Test accuracy, in [0, 1]."""
+    with_learned_step_size: float
+    """Test accuracy with the learned step size; nan if there is none."""
+    seconds: float
+    cost: Spent | None
+    """Cost; `None` if an earlier version of this package wrote the file."""
+
+    @classmethod
+    def read(cls, place: Location) -> _Result:
+        content = place.read_json()
+        with rejecting_nonsense(place):
+            learned = content.get("test_accuracy_with_learned_step_size")
+            return cls(
+                float(content["test_accuracy"]),
+                math.nan if learned is None else float(learned),
+                float(content["seconds"]),
+                Spent.from_json(content["cost"]) if "cost" in content else None,
+            )
+
+
+def _read_all_seeds(
+    out: Location, config: RunConfig, dataset_fingerprint: str, row: str, network: NetworkConfig | None = None
+) -> list[_Result]:
+    """Results of all seeds; empty if one is missing."""
+    seeds = range(config.evaluate.seeds)
+    places = [result_location(out, config, dataset_fingerprint, row, number, network) for number in seeds]
+    return [_Result.read(place) for place in places] if all(place.exists() for place in places) else []
+
+
+def _kind(network: NetworkConfig, config: RunConfig) -> str:
+    if network == config.network:
+        return "same"
+    seen = [backbone.network for backbone in config.backbones]
+    return "seen" if network in (*seen, *(config.metadd.auxiliaries if config.metadd else ())) else "unseen"
+
+
+def read_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[Score]:
+    """Rows for which every seed is finished, in the table's order."""
+    found = {row: _read_all_seeds(out, config, dataset_fingerprint, row) for row in ROWS}
+    return [_score(row, results) for row, results in found.items() if results]
+
+
+@dataclass(frozen=True)
+class FairScores:
+    """DD-Ranking's scores of a set, one per seed."""
+
+    label: tuple[LabelRobust, ...]
+    augmentation: tuple[AugmentationRobust, ...]
+
+    def parts(self) -> dict[str, tuple[float, ...]]:
+        """Both scores and their parts: key of `FAIR_PARTS` -> one value per seed."""
+        return {
+            "LRS": tuple(each.score for each in self.label),
+            "HLR": tuple(each.hlr for each in self.label),
+            "IOR": tuple(each.ior for each in self.label),
+            "ARS": tuple(each.score for each in self.augmentation),
+            "beta": tuple(each.beta for each in self.augmentation),
+        }
+
+
+FAIR_PARTS = {
+    "LRS": "label-robust score",
+    "HLR": "hard-label recovery: all real data − distilled, both with hard labels; lower is better",
+    "IOR": "improvement over random: distilled − random real images, both with soft labels",
+    "ARS": "augmentation-robust score",
+    "beta": "distilled − random real images, mean of augmented and not",
+}
+"""Keys of `FairScores.parts` -> meaning."""
+
+
+def read_fair_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> FairScores | None:
+    """DD-Ranking's scores; `None` if the recipe does not set `evaluate.fair` or a row is unfinished."""
+    rows = ("full", "random-soft", "distilled", *FAIR_ROWS)
+    found = (
+        {row: _read_all_seeds(out, config, dataset_fingerprint, row) for row in rows} if config.evaluate.fair else {}
+    )
+    if not found or not all(found.values()):
+        return None
+    of = {row: [result.accuracy for result in results] for row, results in found.items()}
+    label = tuple(
+        label_robust(real_hard=real, distilled_hard=hard, distilled=own, random_soft=random)
+        for real, hard, own, random in zip(
+            of["full"], of["distilled-hard"], of["distilled"], of["random-soft"], strict=True
+        )
+    )
+    augmentation = tuple(
+        augmentation_robust(distilled=own, random=random, distilled_plain=own_plain, random_plain=random_plain)
+        for own, random, own_plain, random_plain in zip(
+            of["distilled"], of["random-soft"], of["distilled-plain"], of["random-plain"], strict=True
+        )
+    )
+    return FairScores(label, augmentation)
+
+
+def read_fair_rows(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[Score]:
+    """Rows of `FAIR_ROWS` for which every seed is finished; empty without `evaluate.fair`."""
+    found = {row: _read_all_seeds(out, config, dataset_fingerprint, row) for row in FAIR_ROWS if config.evaluate.fair}
+    return [_score(row, results) for row, results in found.items() if results]
+
+
+def _score(row: str, results: Sequence[_Result]) -> Score:
+    costs = [result.cost for result in results if result.cost is not None]
+    return Score(
+        row,
+        tuple(result.accuracy for result in results),
+        sum(result.seconds for result in results),
+        total(costs) if len(costs) == len(results) else None,
+    )

@@ -1,0 +1,53 @@
+"""Experts as networks: restored from the store, with their logits and soft labels of real images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from datm_ray.config import RunConfig
+from datm_ray.core.networks.parameters import unflatten_buffers_into, unflatten_into
+from datm_ray.core.networks.registry import build_network
+from datm_ray.core.synthetic import mean_correct_logits
+from datm_ray.core.training import Heartbeat, no_heartbeat, predict_logits
+from datm_ray.data.dataset import Dataset
+from datm_ray.errors import MissingExpertsError
+from datm_ray.runtime.devices import to_device
+from datm_ray.stages.experts import expert_group, network_spec
+
+
+class ExpertNetworks:
+    """Experts of one backbone, restored from their last snapshots."""
+
+    def __init__(self, config: RunConfig, dataset: Dataset, store_uri: str, device: torch.device) -> None:
+        self.group = expert_group(store_uri, config, dataset.name, dataset.fingerprint)
+        self.count = config.experts.count
+        self._require_all(config)
+        spec = network_spec(config, dataset.channels, dataset.size, dataset.classes)
+        self.network = build_network(spec, seed=0).to(device)
+        self._last_epoch = config.experts.epochs
+        self._device = device
+
+    def _require_all(self, config: RunConfig) -> None:
+        available = sum(expert < self.count for expert in self.group.experts())
+        if available < self.count:
+            raise MissingExpertsError(
+                f"{self.group.location.uri} holds {available} of the {self.count} experts that {config.name} needs",
+                "expert training has not finished for this recipe",
+                f"run `datm-ray experts {config.name}` with the same --out and --store",
+            )
+
+    def restored(self, expert: int) -> nn.Module:
+        """Network with an expert's last snapshot. Every call returns the same module with other parameters."""
+        last = self.group.read_snapshot(expert, self._last_epoch)
+        unflatten_into(self.network, to_device(last.params, self._device))
+        unflatten_buffers_into(self.network, to_device(last.buffers, self._device))
+        return self.network
+
+    def logits(self, expert: int, images: Tensor, heartbeat: Heartbeat = no_heartbeat) -> Tensor:
+        """Logits [n k] of images [n c h w], by an expert's last snapshot. `heartbeat` is called after each batch."""
+        return predict_logits(self.restored(expert), images, heartbeat)
+
+    def soft_labels(self, images: Tensor, labels: Tensor, heartbeat: Heartbeat = no_heartbeat) -> Tensor:
+        """Soft labels [n k]: mean logits over the experts that classify an image correctly."""
+        return mean_correct_logits((self.logits(expert, images, heartbeat) for expert in range(self.count)), labels)

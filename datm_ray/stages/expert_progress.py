@@ -1,0 +1,302 @@
+"""Saved progress of experts in training, so that a lost worker costs only its last seconds of training.
+
+    <group>/progress/<first expert>-<stack size>-<hash of the kept epochs>/<first epoch>-<last epoch>-<writer>.arrow
+
+Each file holds some epochs of a whole stack: those that the trajectory keeps, and the state after the last one. A file
+is written at the end of an epoch, as often as `WRITE_SHARE` allows. At the end the trajectories are assembled from the
+files, one epoch at a time.
+
+Two workers may train the same stack at the same time, such as a hung worker and its successor. Each writes under its
+own name and never touches the other's files. On CPUs both write the same numbers. On GPUs, whose sums may differ from
+run to run, a trajectory may then consist of parts of both.
+
+Each file also holds the cost since the one before it. Epochs that a killed worker had not written are trained again,
+and their cost is lost. Shapes: e epochs, s experts, p parameters, q buffers.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from datm_ray.config import stable_hash
+from datm_ray.core.experts import ExpertState
+from datm_ray.errors import CorruptFileError, StoreError
+from datm_ray.monitor.spent import Account, Spent
+from datm_ray.store.files.filesystem import Location
+from datm_ray.store.sealed import rejecting_nonsense
+from datm_ray.store.tensors import TensorFile, read_tensors, write_tensors
+from datm_ray.store.trajectories import ExpertGroup, Snapshot, size_in_words
+
+WRITE_SHARE = 0.05
+"""Largest share of a worker's time for writing progress. A lost worker then costs about 20 times one write."""
+LARGEST_WRITE = 256 * 2**20
+"""Largest size in bytes of epochs kept in memory before they are written; one epoch may be larger."""
+DISK_CHECK_INTERVAL, DISK_CHECKS = 10.0, 60
+"""Seconds between two checks of a full disk, and the number of checks."""
+SPARE_BYTES = 256 * 2**20
+"""Bytes of a disk left free for other programs."""
+
+KIND = "expert progress"
+_FOLDER = re.compile(r"(\d+)-(\d+)-[0-9a-f]+")
+_FILE = re.compile(r"(\d+)-(\d+)-[0-9a-f]+\.arrow")
+
+
+class ExpertProgress:
+    """Progress folder of one stack."""
+
+    def __init__(
+        self,
+        group: ExpertGroup,
+        experts: Sequence[int],
+        kept: Sequence[int],
+        wanted: Sequence[int],
+        account: Account | None = None,
+    ) -> None:
+        """Open the folder of a stack.
+
+        Args:
+            group: the experts' group in the store.
+            experts: numbers of the stack's experts.
+            kept: epochs that the trajectories keep.
+            wanted: experts of the stack that will be stored.
+            account: meter of the worker that trains the stack; `None` for a reader.
+        """
+        self._group, self._account, self._spent = group, account, Spent()
+        self._experts, self._kept = list(experts), frozenset(kept)
+        what = stable_hash({"kept": sorted(kept), "wanted": sorted(wanted)})
+        self._name = f"{experts[0]:05d}-{len(experts)}-{what}"
+        self._folder, self._wanted = group.progress / self._name, list(wanted)
+        self._writer = uuid.uuid4().hex
+        self._pending: list[_Epoch] = []
+        self._next_write = time.monotonic()
+
+    def resume(self, device: torch.device) -> ExpertState | None:
+        """State to resume from, or `None` if there is no progress. Removes damaged files."""
+        state, self._spent = None, Spent()
+        for name, _ in self._chain():
+            file = self._readable(name)
+            if file is None:  # without it another file may lead to a later epoch
+                return self.resume(device)
+            state = _state(file.arrays, device)
+            self._spent += _spent(file)
+        return state
+
+    def _readable(self, name: str) -> TensorFile | None:
+        """Content of a file, or `None` if the file was damaged. A damaged file is removed."""
+        try:
+            return self._read(name)
+        except CorruptFileError:
+            (self._folder / name).remove()
+            return None
+
+    def _read(self, name: str) -> TensorFile:
+        """Content of a file. Raises `CorruptFileError` if its arrays do not fit the stack."""
+        place = self._folder / name
+        file = read_tensors(place, kind=KIND)
+        with rejecting_nonsense(place):
+            arrays, stack = file.arrays, (len(file.arrays["epoch"]), len(self._experts))
+            shapes = [arrays[key].shape for key in ("loss", "accuracy", "parameters", "buffers", "step")]
+            fitting = 0 not in stack and shapes[:2] == [stack, stack] and shapes[4] == stack[:1]
+            fitting = fitting and all(len(shape) == 3 and shape[:2] == stack for shape in shapes[2:4])
+            fitting = fitting and arrays.get("velocity", arrays["parameters"][-1]).shape == shapes[2][1:]
+            last = _FILE.fullmatch(name)
+            if not fitting or last is None or int(arrays["epoch"][-1]) != int(last[2]):
+                raise ValueError(f"it does not hold {stack[1]} experts, or its epochs differ from its name")
+            _spent(file)
+        return file
+
+    def add(
+        self, state: ExpertState, losses: Tensor, accuracies: Tensor | None = None, *, last: bool = False
+    ) -> Iterator[str]:
+        """Add the state after an epoch, and write it if due. Yields a message if the disk is full.
+
+        Args:
+            state: the stack after the epoch.
+            losses, accuracies: [s] values of the epoch; accuracies may be `None`.
+            last: whether the training is over.
+        """
+        measured = torch.full_like(losses, float("nan")) if accuracies is None else accuracies
+        self._pending.append(
+            _Epoch(
+                state.epoch,
+                state.step,
+                losses.numpy(),
+                measured.numpy(),
+                _to_numpy(state.parameters),
+                _to_numpy(state.buffers),
+            )
+        )
+        return self._maybe_write(state, last)
+
+    def snapshots(self, expert: int) -> Iterator[Snapshot]:
+        """Snapshots of one expert's kept epochs, in order."""
+        place = self._experts.index(expert)
+        for name, start in self._chain():
+            arrays = self._read(name).arrays
+            for row, epoch in enumerate(arrays["epoch"].tolist()):
+                if epoch >= start and epoch in self._kept:
+                    yield Snapshot(
+                        epoch,
+                        int(arrays["step"][row]),
+                        float(arrays["loss"][row, place]),
+                        float(arrays["accuracy"][row, place]),
+                        arrays["parameters"][row, place],
+                        arrays["buffers"][row, place],
+                    )
+
+    def require_whole(self, epochs: int) -> None:
+        """Raise a `StoreError` if epochs are missing because another process finished the stack or deleted files."""
+        names = [name for name, _ in self._chain()]
+        match = _FILE.fullmatch(names[-1]) if names else None
+        if match is None or int(match[2]) != epochs:
+            raise StoreError(
+                f"files disappeared from {self._folder.uri} during expert training",
+                "another command trains the same experts, or somebody deleted the files",
+                "run the same command again",
+            )
+
+    def note_cost(self) -> None:
+        """Write the training cost of all epochs beside the experts."""
+        spent = self._spent + (self._account.spent() if self._account else Spent())
+        self._group.write_cost(self._name, {"experts": self._wanted, "spent": spent.to_json()})
+
+    def remove(self) -> None:
+        """Remove the folder of a finished stack."""
+        _remove_folder(self._folder)
+
+    @staticmethod
+    def clear_up(group: ExpertGroup) -> None:
+        """Remove the folders of all stacks, of any size, whose experts are stored."""
+        stored = set(group.experts())
+        for name in group.progress.list():
+            match = _FOLDER.fullmatch(name)
+            if match and set(range(int(match[1]), int(match[1]) + int(match[2]))) <= stored:
+                _remove_folder(group.progress / name)
+
+    def _maybe_write(self, state: ExpertState, last: bool) -> Iterator[str]:
+        size = sum(epoch.parameters.nbytes for epoch in self._pending)
+        started = time.monotonic()
+        if not (last or started > self._next_write or size > LARGEST_WRITE):
+            return
+        yield from wait_for_disk_space(self._folder, 2 * size)
+        # The state after the last epoch is needed to resume; other epochs only if the trajectory keeps them.
+        rows = [epoch for epoch in self._pending[:-1] if epoch.number in self._kept] + self._pending[-1:]
+        first, newest = self._pending[0].number, self._pending[-1].number
+        arrays: dict[str, NDArray[Any]] = {
+            "epoch": np.array([row.number for row in rows], np.int64),
+            "step": np.array([row.step for row in rows], np.int64),
+            "loss": np.stack([row.losses for row in rows]),
+            "accuracy": np.stack([row.accuracies for row in rows]),
+            "parameters": np.stack([row.parameters for row in rows]),
+            "buffers": np.stack([row.buffers for row in rows]),
+        }
+        if state.velocity is not None:
+            arrays["velocity"] = _to_numpy(state.velocity)
+        lap = self._account.lap() if self._account else Spent()
+        self._spent, metadata = self._spent + lap, {"spent": lap.to_json()}
+        name = f"{first:05d}-{newest:05d}-{self._writer}.arrow"
+        write_tensors(self._folder / name, arrays, kind=KIND, metadata=metadata)
+        ended = time.monotonic()
+        self._pending, self._next_write = [], ended + (ended - started) / WRITE_SHARE
+
+    def _chain(self) -> list[tuple[str, int]]:
+        """Files that cover the epochs from the first one without a gap.
+
+        Returns:
+            (name, first epoch not covered by the file before it) of each. Where files of two writers overlap, the
+                one that reaches further is taken.
+        """
+        chain: list[tuple[str, int]] = []
+        following, found = 0, self._found()
+        while True:
+            fitting = [(last, name) for name, first, last in found if first <= following <= last]
+            if not fitting:
+                return chain
+            last, name = max(fitting)
+            chain.append((name, following))
+            following = last + 1
+
+    def _found(self) -> list[tuple[str, int, int]]:
+        matches = [(name, _FILE.fullmatch(name)) for name in self._folder.list()]
+        return [(name, int(match[1]), int(match[2])) for name, match in matches if match]
+
+
+def _remove_folder(folder: Location) -> None:
+    for name in folder.list():
+        with suppress(StoreError):  # another process was faster
+            (folder / name).remove()
+    if folder.local_path is not None:
+        shutil.rmtree(folder.local_path, ignore_errors=True)
+
+
+def _spent(file: TensorFile) -> Spent:
+    """Cost recorded in a file; zero in files of earlier versions."""
+    return Spent.from_json(file.metadata["spent"]) if "spent" in file.metadata else Spent()
+
+
+def _state(arrays: Mapping[str, NDArray[Any]], device: torch.device) -> ExpertState:
+    """State after the last epoch of a file."""
+    return ExpertState(
+        parameters=torch.tensor(arrays["parameters"][-1], device=device),
+        buffers=torch.tensor(arrays["buffers"][-1], device=device),
+        velocity=torch.tensor(arrays["velocity"], device=device) if "velocity" in arrays else None,
+        epoch=int(arrays["epoch"][-1]),
+        step=int(arrays["step"][-1]),
+    )
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """State of a stack after one epoch."""
+
+    number: int
+    step: int
+    losses: NDArray[np.float32]
+    accuracies: NDArray[np.float32]
+    parameters: NDArray[np.float32]
+    buffers: NDArray[np.float32]
+
+
+def wait_for_disk_space(place: Location, size: int) -> Iterator[str]:
+    """Wait until a disk has `size` free bytes besides `SPARE_BYTES`. Yields a message once if it must wait.
+
+    Raises:
+        StoreError: the disk stays full.
+    """
+    if place.local_path is None:
+        return
+    for attempt in range(DISK_CHECKS):
+        free = shutil.disk_usage(_existing(place.local_path)).free
+        if free > size + SPARE_BYTES:
+            return
+        if attempt == 0:
+            yield f"waiting for disk space: the disk of {place.uri} has {size_in_words(free)} left"
+        time.sleep(DISK_CHECK_INTERVAL)
+    raise StoreError(
+        f"the disk of {place.uri} has no space for {size_in_words(size)}",
+        f"it has been full for {DISK_CHECK_INTERVAL * DISK_CHECKS / 60:.0f} minutes",
+        "free some space, or give another --store; then run the same command again: it resumes",
+    )
+
+
+def _existing(path: str) -> Path:
+    """Folder itself, or its nearest parent that exists."""
+    return next(each for each in (Path(path), *Path(path).parents) if each.exists())
+
+
+def _to_numpy(tensor: Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = tensor.detach().cpu().numpy()
+    return array

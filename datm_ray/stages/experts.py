@@ -1,0 +1,295 @@
+"""Training experts: one task, a stack of experts that share every call, one file in the trajectory store for each.
+
+Killed at any moment, a stack resumes after the last epoch in its progress folder (see `expert_progress`), with
+bit-identical results. Which experts stand together follows from their numbers and count alone, so it is the same on
+every attempt; experts of a stack that are in the store already keep their place and are not stored again.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from datm_ray.config import ClusterConfig, ExpertConfig, RunConfig, expert_fingerprint
+from datm_ray.core.experts import (
+    LARGEST_STACK,
+    STACKED_MAP_BYTES,
+    ExpertFunctions,
+    ExpertSchedule,
+    ExpertState,
+    Gsam,
+    chunk_in_cache,
+    train_experts,
+)
+from datm_ray.core.networks.image_cost import image_cost
+from datm_ray.core.networks.parameters import FlatNetwork, float_buffers, unflatten_buffers_into, unflatten_into
+from datm_ray.core.networks.registry import NetworkSpec, build_network
+from datm_ray.core.networks.stacked import can_be_stacked
+from datm_ray.core.randomness import Purpose, derive_seed
+from datm_ray.core.training import accuracy
+from datm_ray.data.dataset import Dataset
+from datm_ray.errors import CorruptFileError, DivergenceError, StoreError
+from datm_ray.monitor.spent import Account, Spent, total
+from datm_ray.runtime.devices import Meter, prepare_device, to_device, uses_gpu
+from datm_ray.runtime.executor import Event, Finished, Note, Progress
+from datm_ray.stages.expert_progress import ExpertProgress, wait_for_disk_space
+from datm_ray.store.files.filesystem import Location
+from datm_ray.store.sealed import rejecting_nonsense
+from datm_ray.store.trajectories import ExpertGroup, TrajectoryInfo, TrajectoryStore
+
+
+def network_spec(config: RunConfig, channels: int, size: tuple[int, int], classes: int) -> NetworkSpec:
+    """The backbone of a run, for images of that shape."""
+    return NetworkSpec(channels=channels, size=size, classes=classes, **config.network.resolved(size).model_dump())
+
+
+def expert_group(store_uri: str, config: RunConfig, dataset: str, dataset_fingerprint: str) -> ExpertGroup:
+    """Place of a run's experts in the store."""
+    store = TrajectoryStore(store_uri)
+    fingerprint = expert_fingerprint(config, dataset_fingerprint)
+    # A data set may be named after any folder; the fingerprint tells apart what becomes the same name here.
+    folder = re.sub(r"[^A-Za-z0-9._+=-]+", "-", dataset).lstrip("._+=-") or "dataset"
+    return store.group(folder, config.network.architecture, fingerprint)
+
+
+def experts_at_a_time(config: RunConfig, image: tuple[int, int, int], classes: int) -> int:
+    """Experts of a stack: as many as the user says, or as the device computes fastest."""
+    cluster = config.cluster
+    if cluster.experts_at_a_time is not None:
+        return cluster.experts_at_a_time
+    if uses_gpu(cluster):
+        # Where there are more workers than largest stacks, smaller ones, so that none is idle.
+        return min(LARGEST_STACK, -(-config.experts.count // (cluster.workers or 1)))
+    network = build_network(network_spec(config, image[0], image[1:], classes), seed=0)
+    if not can_be_stacked(network):
+        return 1
+    whole = config.experts.batch_size * image_cost(network, image).largest
+    return max(1, min(LARGEST_STACK, STACKED_MAP_BYTES // whole))
+
+
+def stacks(missing: Sequence[int], size: int, count: int) -> list[tuple[int, ...]]:
+    """The stacks that hold any of the missing experts; expert e stands in stack e // size.
+
+    The last stack ends with the last expert, but for one that would stand alone: it keeps a companion, for a network on
+    its own rounds differently from one in a stack.
+    """
+    firsts = sorted({each // size * size for each in missing})
+    return [tuple(range(first, min(first + size, max(count, first + 2)))) for first in firsts]
+
+
+class ExpertWorker:
+    """Trains experts on one data set."""
+
+    def __init__(self, dataset: Dataset, cluster: ClusterConfig) -> None:
+        self._device = prepare_device(cluster)
+        self._cluster = cluster
+        self._dataset = dataset
+        self._images = to_device(dataset.train_images, self._device)
+        self._labels = to_device(dataset.train_labels, self._device)
+
+    def train(self, config: RunConfig, store_uri: str, experts: Sequence[int]) -> Iterator[Event]:
+        """Train a stack and commit the trajectories of those whose number is below the recipe's count.
+
+        What is committed already is left alone.
+
+        Raises:
+            StoreError: the store cannot be written, or has no room and gets none.
+        """
+        group = expert_group(store_uri, config, self._dataset.name, self._dataset.fingerprint)
+        wanted = [expert for expert in experts if expert < config.experts.count]
+        account, meter = Account(self._device, self._cluster), Meter(self._device)
+        progress = progress_of(config, group, experts, account)
+        try:
+            if not set(wanted) <= set(group.experts()):
+                yield from self._train_and_store(config, group, experts, progress, meter)
+        except (StoreError, CorruptFileError):
+            # Another command that trains them too has stored them meanwhile, and cleared up what both were reading.
+            if not set(wanted) <= set(group.experts()):
+                raise
+        progress.remove()
+        yield Finished(metrics=meter.measure())
+
+    def _train_and_store(
+        self, config: RunConfig, group: ExpertGroup, experts: Sequence[int], progress: ExpertProgress, meter: Meter
+    ) -> Iterator[Event]:
+        yield from self._train(config, group, experts, progress, meter)
+        progress.note_cost()  # before, for who finds all experts stored does not come here again
+        for expert in {each for each in experts if each < config.experts.count} - set(group.experts()):
+            progress.require_whole(config.experts.epochs)
+            info = self._info(config, group, expert)
+            for waiting in wait_for_disk_space(group.location, 4 * info.parameter_count * len(info.epochs)):
+                yield Note(waiting)
+            group.write_expert(expert, progress.snapshots(expert), info)
+        progress.note_cost()
+
+    def _train(
+        self, config: RunConfig, group: ExpertGroup, experts: Sequence[int], progress: ExpertProgress, meter: Meter
+    ) -> Iterator[Event]:
+        dataset, settings = self._dataset, config.experts
+        spec = network_spec(config, dataset.channels, dataset.size, dataset.classes)
+        seeds = [derive_seed(config.seed, Purpose.EXPERT, expert) for expert in experts]
+        networks = [build_network(spec, seed).to(self._device) for seed in seeds]
+        image = (dataset.channels, *dataset.size)
+        chunk = chunk_in_cache(networks[0], image, len(experts)) if self._device.type == "cpu" else None
+        functions = ExpertFunctions(
+            networks[0],
+            stacked=len(experts),
+            compile_=self._cluster.compile,
+            chunk=chunk,
+            channels_last=self._cluster.channels_last,
+        )
+        if functions.note:
+            yield Note(functions.note)
+        state = progress.resume(self._device)
+        if state is None:
+            state = ExpertState.initial(networks)
+            progress.add(state, torch.full((len(experts),), float("nan")))
+        first, began = state.epoch, time.monotonic()
+        for losses in train_experts(functions, self._images, self._labels, expert_schedule(settings), seeds, state):
+            seconds = time.monotonic() - began
+            _require_finite(losses, experts, state.epoch)
+            measured = self._accuracies(networks[0], state, settings)
+            for waiting in progress.add(state, losses.cpu(), measured, last=state.epoch == settings.epochs):
+                yield Note(waiting)
+            shown = {"loss": float(losses.mean())}
+            metrics = meter.measure() | {
+                "datm_ray_expert_epoch": float(state.epoch),
+                "datm_ray_expert_loss": shown["loss"],
+                "datm_ray_expert_images_per_second": len(experts) * len(self._labels) / seconds,
+                "datm_ray_expert_epochs_total": float(len(experts) * (state.epoch - first)),
+            }
+            if measured is not None:
+                shown["test_accuracy"] = metrics["datm_ray_expert_accuracy_ratio"] = float(measured.mean())
+            yield Progress(state.epoch, settings.epochs, shown, metrics)
+            began = time.monotonic()
+
+    def _accuracies(self, network: torch.nn.Module, state: ExpertState, settings: ExpertConfig) -> torch.Tensor | None:
+        """[s] on the test set, in the epochs in which it is asked for."""
+        if not settings.test_every or state.epoch % settings.test_every:
+            return None
+        images = to_device(self._dataset.test_images, self._device)
+        labels = to_device(self._dataset.test_labels, self._device)
+        measured = []
+        for parameters, buffers in zip(state.parameters, state.buffers, strict=True):
+            unflatten_into(network, parameters)
+            unflatten_buffers_into(network, buffers)
+            measured.append(accuracy(network, images, labels))
+        return torch.tensor(measured)
+
+    def _info(self, config: RunConfig, group: ExpertGroup, expert: int) -> TrajectoryInfo:
+        dataset, seed = self._dataset, derive_seed(config.seed, Purpose.EXPERT, expert)
+        network = build_network(network_spec(config, dataset.channels, dataset.size, dataset.classes), seed)
+        flat, buffers = FlatNetwork(network), float_buffers(network)
+        return TrajectoryInfo(
+            dataset=group.key.dataset,
+            dataset_fingerprint=self._dataset.fingerprint,
+            architecture=config.network.architecture,
+            recipe={"network": config.network.model_dump(), "experts": config.experts.model_dump(exclude={"count"})},
+            fingerprint=group.key.fingerprint,
+            seed=seed,
+            expert=expert,
+            parameter_names=flat.names,
+            parameter_shapes=flat.shapes,
+            epochs=config.kept_epochs,
+            buffer_names=tuple(buffers),
+            buffer_shapes=tuple(tuple(buffer.shape) for buffer in buffers.values()),
+            storage=config.experts.storage,
+        )
+
+
+def progress_of(
+    config: RunConfig, group: ExpertGroup, experts: Sequence[int], account: Account | None = None
+) -> ExpertProgress:
+    """What is kept of a stack while it is trained for a recipe, by whose account it is."""
+    wanted = [expert for expert in experts if expert < config.experts.count]
+    return ExpertProgress(group, experts, config.kept_epochs, wanted, account)
+
+
+@dataclass(frozen=True)
+class ExpertsCost:
+    """What the experts of one network have cost."""
+
+    architecture: str
+    known: int
+    """Experts whose cost is known; it is not for those that were imported, or trained by an earlier version."""
+    spent: Spent
+
+
+EXPERTS_COST = "experts-cost.json"
+"""Name of the file with the experts' costs in the folder of a run."""
+
+
+def write_experts_cost(folder: Location, costs: Sequence[ExpertsCost]) -> None:
+    """Into the folder of a run."""
+    (folder / EXPERTS_COST).write_json(
+        [{"architecture": each.architecture, "known": each.known, "spent": each.spent.to_json()} for each in costs]
+    )
+
+
+def read_experts_cost(folder: Location) -> list[ExpertsCost]:
+    """Costs of a run's experts, one per network in the recipe's order; empty if none were noted."""
+    place = folder / EXPERTS_COST
+    costs = place.read_json() if place.exists() else []
+    with rejecting_nonsense(place):
+        return [
+            ExpertsCost(str(each["architecture"]), int(each["known"]), Spent.from_json(each["spent"])) for each in costs
+        ]
+
+
+def experts_cost(config: RunConfig, group: ExpertGroup) -> ExpertsCost:
+    """Cost of the experts that a recipe uses, with every training of those that were trained more than once.
+
+    A stack's cost is divided among its stored and used experts; those that only filled it up get no share.
+    """
+    found: list[tuple[set[int], Spent]] = []
+    stored = set(group.experts())
+    for place in group.costs():
+        with _losing_only_a_cost(place):
+            cost = place.read_json()
+            used = {expert for expert in cost["experts"] if expert < config.experts.count}
+            if used:
+                every = used | (stored & set(cost["experts"]))
+                found.append((used, Spent.from_json(cost["spent"]).share(len(used) / len(every))))
+    known = set().union(*(experts for experts, _ in found))
+    return ExpertsCost(config.network.architecture, len(known), total(spent for _, spent in found))
+
+
+@contextmanager
+def _losing_only_a_cost(place: Location) -> Iterator[None]:
+    """Report a note that makes no sense with the remedy that is right for it."""
+    try:
+        with rejecting_nonsense(place):
+            yield
+    except CorruptFileError as error:
+        remedy = "Move this note away; the experts stay, and only what it says of their cost is lost"
+        raise CorruptFileError(error.fact, error.cause, remedy) from error
+
+
+def _require_finite(losses: torch.Tensor, experts: Sequence[int], epoch: int) -> None:
+    for expert, loss in zip(experts, losses.tolist(), strict=True):
+        if not math.isfinite(loss):
+            raise DivergenceError(
+                f"expert {expert} diverged in epoch {epoch}: its loss is {loss}",
+                "the learning rate is too high for this network and data",
+                "lower experts.learning_rate",
+            )
+
+
+def expert_schedule(settings: ExpertConfig) -> ExpertSchedule:
+    """How a recipe's experts are trained."""
+    gsam = Gsam(settings.rho, settings.alpha, settings.adaptive) if settings.optimiser == "gsam" else None
+    return ExpertSchedule(
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        augmentation=settings.augmentation,
+        gsam=gsam,
+    )

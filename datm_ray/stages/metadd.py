@@ -1,0 +1,126 @@
+"""MetaDD in a distillation: its networks, the images of each iteration, and the maps that are kept."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from datm_ray.config import MetaConfig, Role, RunConfig, network_names
+from datm_ray.core.metadd import IMAGES_AT_A_TIME, MetaDD, MetaOptions, meta_feature_ratio, scaled_maps
+from datm_ray.core.randomness import Purpose, generator
+from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.data.dataset import Dataset
+from datm_ray.methods.trajectory.distillation import MetaTerm
+from datm_ray.runtime.mesh import Mesh
+from datm_ray.stages.checkpoint import Rows
+from datm_ray.stages.expert_networks import ExpertNetworks
+from datm_ray.store.files.filesystem import Location
+from datm_ray.store.tensors import write_tensors
+
+MAPS_KIND = "class activation maps"
+MAPS_KEPT = 10
+"""Number of images whose maps are kept: the first image of each of the first classes."""
+
+
+class MetaNetworks:
+    """MetaDD networks of one worker: last snapshots of experts, with one ensemble per expert number."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        settings: MetaConfig,
+        dataset: Dataset,
+        store_uri: str,
+        role: Role,
+        backbone: ExpertNetworks,
+        rows: Rows,
+        device: torch.device,
+    ) -> None:
+        """Restore the networks.
+
+        Args:
+            backbone: experts of the first backbone.
+            rows: rows of the synthetic set that this worker holds.
+
+        Raises:
+            MissingExpertsError: an auxiliary has no experts.
+        """
+        self._config, self._settings, self._rows, self._classes = config, settings, rows, dataset.classes
+        options = MetaOptions(
+            settings.variance,
+            settings.invariance,
+            settings.position,
+            settings.divergence,
+            settings.threshold,
+            settings.variance_of,
+        )
+        auxiliaries = config.each_auxiliary()
+        experts = {
+            place: ExpertNetworks(auxiliaries[place - 1], dataset, store_uri, device) if place else backbone
+            for place in role.meta_networks
+        }
+        self._ensembles = [
+            MetaDD({place: each.restored(turn % each.count) for place, each in experts.items()}, options)
+            for turn in range(settings.experts.count)
+        ]
+
+    @property
+    def _images(self) -> int:
+        """Number of images of the whole synthetic set."""
+        return self._config.distill.ipc * self._classes
+
+    def term(self, iteration: int) -> MetaTerm:
+        """MetaDD's term for an iteration, with the drawn images that this shard holds."""
+        count = max(1, round(self._settings.share * self._images))
+        drawn = np.arange(self._images)
+        if count < self._images:
+            draws = generator(self._config.seed, Purpose.META_IMAGES, iteration)
+            drawn = np.sort(draws.choice(self._images, count, replace=False))
+        held = drawn[(drawn >= self._rows.first) & (drawn < self._rows.last)] - self._rows.first
+        metadd = self._ensembles[iteration % len(self._ensembles)]
+        return MetaTerm(metadd, self._config.meta_network_count, held, count)
+
+    def _maps(self, images: Tensor, labels: Tensor, mesh: Mesh) -> Tensor:
+        """Maps [m b h w] from 0 to 1 of images [b c h w], for all m networks."""
+        seen = self._ensembles[0].evidence(
+            images,
+            labels,
+            networks=self._config.meta_network_count,
+            classes=self._classes,
+            all_sum=mesh.sum_over_backbones,
+        )
+        return scaled_maps(seen.maps)
+
+    def _ratio(self, images: Tensor, labels: Tensor, mesh: Mesh) -> Tensor:
+        """Sum of the meta-feature ratio over images [n c h w], computed in batches."""
+        parts = zip(images.split(IMAGES_AT_A_TIME), labels.split(IMAGES_AT_A_TIME), strict=True)
+        ratios = [meta_feature_ratio(self._maps(*part, mesh), self._settings.threshold).sum() for part in parts]
+        return torch.stack(ratios).sum()
+
+    def keep_maps(self, place: Location, mesh: Mesh, initial: Tensor, final: SyntheticSet) -> None:
+        """Write the networks' maps of some images, and the mean meta-feature ratio of all, before and after the
+        distillation.
+
+        Args:
+            place: file to write.
+            mesh: the workers of the distillation.
+            initial: [n c h w] the images of this worker before the first iteration.
+            final: the synthetic set of this worker after the last iteration.
+        """
+        labels, ratios = final.labels, []
+        arrays: dict[str, NDArray[np.generic]] = {}
+        shown = torch.stack([(labels == label).nonzero()[0, 0] for label in labels.unique()[:MAPS_KEPT]])
+        for name, images in (("initial", initial), ("final", final.images)):
+            ratio = self._ratio(images, labels, mesh)
+            ratios.append(float(mesh.sum_over_classes(ratio)) / self._images)
+            maps = mesh.gather(self._maps(images[shown], labels[shown], mesh).transpose(0, 1))
+            if maps is not None:
+                arrays[name] = maps[:MAPS_KEPT].transpose(0, 1).cpu().numpy()
+        rows = mesh.gather(shown + self._rows.first)
+        if mesh.is_first and rows is not None:
+            arrays["rows"] = rows[:MAPS_KEPT].cpu().numpy()
+            names = network_names([each.network for each in (self._config, *self._config.each_auxiliary())])
+            metadata = {"networks": names, "ratios": ratios, "threshold": self._settings.threshold}
+            write_tensors(place, arrays, kind=MAPS_KIND, metadata=metadata)

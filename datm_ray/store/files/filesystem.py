@@ -1,0 +1,408 @@
+"""Places to keep files: one `Location` type for local paths, file://, memory:// and s3:// URIs.
+
+A file appears under its name whole or not at all, whatever happens to its writer, and every failure is a
+`StoreError` that names the place without its credentials. What a file contains is not known here, except for
+the small JSON files of `write_json`.
+
+S3 is configured as s3fs and botocore are: AWS_ENDPOINT_URL, AWS_PROFILE, AWS_MAX_ATTEMPTS and the like, and
+FSSPEC_S3_<ARGUMENT> for any argument of `s3fs.S3FileSystem`. What is its own lies in `s3`, what is of local files in
+`local`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from io import BytesIO
+from typing import Any, BinaryIO, Protocol, TypeVar
+
+from fsspec import AbstractFileSystem, filesystem
+from fsspec.core import url_to_fs
+from fsspec.implementations.cached import CachingFileSystem
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import known_implementations
+
+from datm_ray.errors import CorruptFileError, DatmError, StoreError
+from datm_ray.store.files import local
+from datm_ray.store.files.causes import cause_and_remedy, is_beyond_the_end, lacks_bucket, reason, without_credentials
+from datm_ray.store.files.traffic import request
+
+T = TypeVar("T")
+
+# Of filesystems that do not lie upon another one, with or without the slashes.
+_LIKE_URI = re.compile(r"(s3a?|gs|gcs|az|abfs|https?|hdfs|file|memory):(//)?", re.IGNORECASE)
+
+
+class AlreadyExistsError(StoreError):
+    """A put-once file is there already; it was left as it is."""
+
+
+class MissingFileError(StoreError):
+    """A file that is not there, or not any more."""
+
+
+@dataclass(frozen=True)
+class Location:
+    """A file or folder, which need not exist. Small, picklable, and safe to print."""
+
+    fs: AbstractFileSystem = field(repr=False)
+    """The filesystem, connected with the credentials of the environment or of the URI."""
+
+    path: str = field(repr=False)
+    """The name of the file or folder within `fs`."""
+
+    uri: str
+    """The name shown in messages and records, without credentials."""
+
+    def __truediv__(self, name: str) -> Location:
+        return Location(self.fs, f"{self.path.rstrip('/')}/{name}", f"{self.uri.rstrip('/')}/{name}")
+
+    @property
+    def parent(self) -> Location:
+        """The folder that this file or folder is in; itself where it is in none, as a bucket is."""
+        path, uri = self.path.rstrip("/"), self.uri.rstrip("/")
+        if "/" not in path:
+            return self
+        return Location(self.fs, path.rpartition("/")[0] or "/", uri.rpartition("/")[0] or "/")
+
+    @property
+    def local_path(self) -> str | None:
+        """The path on this machine's filesystem, or None where the file is elsewhere."""
+        return self.path if isinstance(self.fs, LocalFileSystem) else None
+
+    def exists(self) -> bool:
+        """True if there is a file or folder. Raises StoreError where that cannot be found out."""
+        # Not fs.exists(): it also answers False where access is denied or the server does not answer.
+        with self._asking("look for"):
+            try:
+                self._ask(lambda: self.fs.info(self.path))
+            except (FileNotFoundError, NotADirectoryError) as error:
+                if lacks_bucket(error):
+                    raise
+                return False
+            return True
+
+    def require_writable(self) -> None:
+        """Raise StoreError where a local folder cannot be made or written, or another place does not answer.
+
+        Elsewhere nothing is written: bucket, network and the right to look are tried, the right to write is not.
+        """
+        if self.local_path is None:
+            self.exists()
+            return
+        nearest = os.path.abspath(self.local_path)
+        while not os.path.lexists(nearest):
+            nearest = os.path.dirname(nearest)
+        if not os.path.isdir(nearest):
+            raise StoreError(f"Cannot write {self.uri}", f"{nearest} is not a folder", "Give another place")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise StoreError(f"Cannot write {self.uri}", f"{nearest} is not yours to write", "Give another place")
+
+    def size(self) -> int:
+        """Size of the file in bytes."""
+        with self._asking("read"):
+            found = self._ask(lambda: self.fs.info(self.path))
+            if found["type"] == "directory":
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            return int(found["size"])
+
+    def stamp(self) -> str:
+        """A text that changes when the file is replaced."""
+        with self._asking("read"):
+            return str(self._ask(lambda: self.fs.ukey(self.path)))
+
+    def list(self) -> Sequence[str]:
+        """Sorted names of the files and folders in this folder; none where it is missing.
+
+        Temporary files of writers at work, or of killed ones, are left out.
+        """
+        folder = self.path.rstrip("/")
+        with self._asking("list"):
+            try:
+                paths = self._ask(lambda: self.fs.ls(self.path, detail=False))
+            except (FileNotFoundError, NotADirectoryError) as error:
+                if lacks_bucket(error):
+                    raise
+                return []
+        # ls() of a file gives the file itself, and of some S3 folders the folder too: neither is a child.
+        children = (path.rstrip("/").rpartition("/") for path in paths)
+        return sorted(name for parent, _, name in children if parent == folder and not _is_temporary(name))
+
+    def read_bytes(self) -> bytes:
+        """The whole file."""
+        with self.explaining("read"), request("read") as moved:
+            content = bytes(self._ask(lambda: self.fs.cat_file(self.path)))
+            moved.bytes = len(content)
+            return content
+
+    def read_ranges(self, ranges: Sequence[tuple[int, int]]) -> Sequence[memoryview]:
+        """The bytes [start, end) of each range; shorter where the file ends sooner.
+
+        Local files are memory-mapped: nothing is copied, and a view keeps its file mapped. Elsewhere only
+        these ranges are fetched, all at once.
+        """
+        with self.explaining("read"), request("read") as moved:
+            if self.local_path is not None:
+                content = local.content(self.local_path)
+                chunks: Sequence[memoryview] = [content[start:end] for start, end in ranges]
+            else:
+                chunks = self._fetch(ranges)
+            moved.bytes = sum(map(len, chunks))
+            return chunks
+
+    def _fetch(self, ranges: Sequence[tuple[int, int]]) -> Sequence[memoryview]:
+        """Ranges of a file that is elsewhere; of those that fail for the moment only these are asked for again."""
+        found: dict[tuple[int, int], memoryview] = {}
+
+        def fetch_rest() -> None:
+            rest = [each for each in dict.fromkeys(ranges) if each not in found]
+            starts, ends = [start for start, _ in rest], [end for _, end in rest]
+            # As a value, or the first failure would lose the others; fsspec 2025.5 always returns it.
+            fetched = self.fs.cat_ranges([self.path] * len(rest), starts, ends, on_error="return")
+            # A file may have become shorter than it was.
+            fetched = [b"" if isinstance(each, Exception) and is_beyond_the_end(each) else each for each in fetched]
+            read = {each: chunk for each, chunk in zip(rest, fetched, strict=True) if not isinstance(chunk, Exception)}
+            found.update((each, memoryview(chunk)) for each, chunk in read.items())
+            if len(read) < len(rest):
+                raise next(chunk for chunk in fetched if isinstance(chunk, Exception))
+
+        self._ask(fetch_rest)
+        return [found[each] for each in ranges]
+
+    def read_json(self) -> Any:
+        """The value written by `write_json`. Raises CorruptFileError if the file is not JSON."""
+        try:
+            return json.loads(self.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise CorruptFileError(f"{self.uri} is not valid JSON", str(error)) from error
+
+    @contextmanager
+    def create(self, *, replace: bool = True) -> Iterator[BinaryIO]:
+        """Write the file atomically: yields an empty binary file, open for reading and writing.
+
+        The content appears under this name when the block ends, and not at all if it raises. On a local disk
+        it is flushed to the device by then. Missing folders are made.
+
+        Raises:
+            AlreadyExistsError: `replace` is false and the file is there when the block ends; it stays.
+        """
+        with self.explaining("write"):
+            draft: _Draft = _Upload(self) if self.local_path is None else local.LocalDraft(self.local_path)
+        try:
+            yield draft.file
+            with self.explaining("write"), request("write") as moved:
+                size = draft.file.seek(0, os.SEEK_END)
+                try:
+                    draft.commit(replace=replace)
+                    moved.bytes = size
+                except FileExistsError:
+                    raise AlreadyExistsError(f"{self.uri} exists already") from None
+        finally:
+            draft.discard()
+
+    def link(self, source: Location) -> bool:
+        """Give a finished file this second name, without a second copy of its bytes.
+
+        False, and nothing is done, where that cannot be: the two are not on one local disk, or the name is taken.
+        """
+        if self.local_path is None or source.local_path is None:
+            return False
+        try:
+            os.makedirs(os.path.dirname(self.local_path), exist_ok=True)
+            os.link(source.local_path, self.local_path)
+        except OSError:
+            return False
+        return True
+
+    def write_atomic(self, data: bytes) -> None:
+        """Write or replace the whole file; a reader sees the old content or the new, never a part."""
+        with self.create() as file, self.explaining("write"):
+            file.write(data)
+
+    def write_text(self, text: str) -> None:
+        """`write_atomic` of UTF-8 text."""
+        self.write_atomic(text.encode())
+
+    def write_json(self, value: object) -> None:
+        """`write_atomic` of indented JSON."""
+        self.write_text(json.dumps(value, indent=2) + "\n")
+
+    def remove(self) -> None:
+        """Delete the file. Raises StoreError if it is not there."""
+        with self._asking("delete"):
+            if self.local_path is None:
+                self._ask(lambda: self.fs.info(self.path))  # object stores delete what is not there without a word
+            self._ask(lambda: self.fs.rm_file(self.path))
+
+    def remove_leftovers(self) -> Sequence[str]:
+        """Delete the temporary files that killed writers left in this folder, and return their names.
+
+        Those of writers still at work stay. Nothing to do but for local folders: what an upload in parts leaves
+        behind (of files from 5 GiB on) no listing shows, and a rule of the bucket must remove.
+        """
+        if self.local_path is None:
+            return []
+        with self.explaining("clean"):
+            try:
+                names = sorted(filter(_is_temporary, os.listdir(self.local_path)))
+            except FileNotFoundError:
+                return []
+            return [name for name in names if local.remove_if_abandoned(os.path.join(self.local_path, name))]
+
+    @contextmanager
+    def _asking(self, action: str) -> Iterator[None]:
+        """`explaining`, for a request that moves no content."""
+        with self.explaining(action), request("look"):
+            yield
+
+    def _ask(self, call: Callable[[], T]) -> T:
+        """What a request returns; one to S3 is repeated where it fails for the moment."""
+        if not _is_s3(self.fs):
+            return call()
+        found: T = self.fs.patiently(self.path, call)
+        return found
+
+    @contextmanager
+    def explaining(self, action: str) -> Iterator[None]:
+        """Turn whatever the filesystem raises in the block into a StoreError: "Cannot <action> <uri>"."""
+        try:
+            yield
+        except DatmError:
+            raise
+        except Exception as error:  # each filesystem has its own errors; botocore's are not even OSErrors
+            clearer = self.fs.clearer(error, self.path) if _is_s3(self.fs) else error
+            is_missing = isinstance(error, FileNotFoundError) and not lacks_bucket(error)
+            kind = MissingFileError if is_missing else StoreError
+            raise kind(f"Cannot {action} {self.uri}", *cause_and_remedy(clearer, action)) from error
+
+
+def open_location(uri: str) -> Location:
+    """The place named by a local path or by a file://, memory:// or s3:// URI. It need not exist.
+
+    A text without "://" is a local path, whatever else is in it.
+
+    Raises:
+        StoreError: an unknown scheme, a missing package, credentials in an s3:// URI, one of fsspec's caches, or a
+            text that could be read in two ways.
+    """
+    shown = without_credentials(uri)
+    scheme, separator, _ = uri.partition("://")
+    if not uri:
+        raise StoreError("The name of a folder or file is empty", remedy="Give a path or a URI")
+    if scheme in ("s3", "s3a") and re.search("[:@]", uri.partition("://")[2].partition("/")[0]):
+        raise StoreError(
+            f"The URI {scheme}://{uri.rpartition('@')[2]} carries credentials",
+            "They would end up in logs and records",
+            "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, instead",
+        )
+    if _is_local(uri):
+        return _local(uri)
+    _require_one_meaning(uri)
+    try:
+        # Without the listings cache: files written by other processes must be seen at once.
+        if scheme in ("s3", "s3a"):
+            from datm_ray.store.files.s3 import S3  # here, for it takes a second to import
+
+            fs, path = S3(use_listings_cache=False), S3._strip_protocol(uri)
+        else:
+            fs, path = url_to_fs(uri, use_listings_cache=False)
+    except ImportError as error:
+        raise StoreError(f"Cannot open {shown}", f"A Python package is missing: {error}") from error
+    except ValueError as error:
+        raise StoreError(f"Cannot open {shown}", reason(error), "Use a local path or an s3:// URI") from error
+    except Exception as error:
+        raise StoreError(f"Cannot open {shown}", *cause_and_remedy(error, "open")) from error
+    if isinstance(fs, CachingFileSystem):
+        raise StoreError(
+            f"Cannot open {shown}",
+            "fsspec's caches show files that another process is still fetching, and cannot write a file just once",
+            "Leave the cache out of the URI and set DATM_RAY_CACHE to a local folder instead",
+        )
+    return Location(fs, path, shown if separator else path)
+
+
+def _is_local(uri: str) -> bool:
+    """True if a text is a path on this machine, and neither a URI nor something that was meant as one."""
+    if uri.startswith(("/", "./", "../", "~")):
+        return True
+    return "://" not in uri and not _LIKE_URI.match(uri) and uri.partition("::")[0] not in known_implementations
+
+
+def _require_one_meaning(uri: str) -> None:
+    """Refuse what looks like a URI and is none, and what fsspec would read as a chain of filesystems and is none."""
+    shown = without_credentials(uri)
+    if not (like := _LIKE_URI.match(uri)):
+        return
+    scheme = like[1].lower()
+    if like[0] != f"{scheme}://":
+        uri = f"{scheme}://{'/' if scheme == 'file' else ''}{shown[like.end() :].lstrip(':/')}"
+        raise StoreError(
+            f"{shown!r} is no URI",
+            "a URI has a scheme in small letters and two slashes",
+            f"write {uri}, or ./{shown} for a local place of that name",
+        )
+    if scheme == "file" and not uri.startswith("file:///"):
+        raise StoreError(
+            f"{shown!r} is no URI of a local place",
+            "a machine's name would come after file://",
+            "write file:///folder, or a path",
+        )
+    if scheme in ("s3", "s3a") and re.search(r"\?versionId=|[\x00-\x1f\x7f]", uri):
+        raise StoreError(
+            f"cannot open {shown!r}",
+            "'?versionId=' and control characters are no part of a name for s3fs",
+            "give a name without them",
+        )
+    if "::" in uri:
+        raise StoreError(f"cannot open {shown}", "'::' stands between filesystems", "give a name without it")
+
+
+def _local(path: str) -> Location:
+    """The place of a local path, made absolute."""
+    while path.startswith("./"):
+        path = path[2:].lstrip("/")
+    path = os.path.join(os.getcwd(), os.path.expanduser(path) if path not in ("", ".") else "").rstrip("/") or "/"
+    return Location(filesystem("file", use_listings_cache=False), path, path)
+
+
+class _Draft(Protocol):
+    """A file being written, not yet visible under its name."""
+
+    file: BinaryIO
+
+    def commit(self, *, replace: bool) -> None: ...
+
+    def discard(self) -> None: ...
+
+
+class _Upload:
+    """A file kept in memory, then uploaded in one piece: object stores show that whole or not at all."""
+
+    def __init__(self, location: Location) -> None:
+        self._location = location
+        self._content = BytesIO()
+        self.file: BinaryIO = self._content
+
+    def commit(self, *, replace: bool) -> None:
+        location = self._location
+        if _is_s3(location.fs):
+            location.fs.put(location.path, self._content, replace=replace)
+        else:
+            mode = "overwrite" if replace else "create"
+            location.fs.pipe_file(location.path, self._content.getvalue(), mode=mode)
+
+    def discard(self) -> None:
+        self._content.close()
+
+
+def _is_s3(fs: AbstractFileSystem) -> bool:
+    return "s3" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(local.TEMPORARY)

@@ -1,0 +1,268 @@
+"""All that is S3's alone: how its client is set up, how long it is asked again, and how a file is written just once.
+
+A request that fails for the moment is asked again for five minutes, with a line about it, or as many times as
+AWS_MAX_ATTEMPTS says. A server that has never answered this process as S3 does is given up after a few seconds: its
+address is probably wrong.
+
+Put-once is kept by servers that respect If-None-Match, for files up to 5 GiB. Larger files are sent in parts, and
+servers differ in whether they respect it then; some servers refuse it altogether. There the file is looked for before
+and after the upload: of two writers at the same moment the later one replaces the earlier one's file, and only a
+writer whose own file is there counts as having stored it. A server that ignores If-None-Match without a word lets the
+later one win.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from io import BytesIO
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import botocore.session
+from botocore.exceptions import (
+    ConnectionError as NoConnectionError,
+    HTTPClientError,
+    IncompleteReadError,
+    ResponseStreamingError,
+    SSLError,
+)
+from botocore.handlers import add_expect_header
+from botocore.parsers import ResponseParserError
+from fsspec.asyn import sync_wrapper
+from s3fs import S3FileSystem
+
+from datm_ray.store.files.causes import code_of, lacks_certificates, reason, status_of
+from datm_ray.store.files.traffic import count_retry
+
+T = TypeVar("T")
+
+PATIENCE = 300.0
+"""Seconds for which a request is asked again."""
+FIRST_PATIENCE = 5.0
+"""Seconds for which a request is asked again, if no S3 server has answered yet."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.25, 20.0
+"""Seconds between two attempts: at first, and at most."""
+LINE_AFTER, LINE_EVERY = 3.0, 30.0
+"""Seconds without an answer until a line says so, and between two such lines."""
+LARGEST_PUT = 5 * 2**30
+"""Bytes of one upload; what is larger goes in parts."""
+
+_WRITER = "datm-ray-writer"
+_AWS = (".amazonaws.com", ".amazonaws.com.cn", ".api.aws")
+_CHECKSUMS = ("request_checksum_calculation", "response_checksum_validation")
+_UNREACHABLE = (NoConnectionError, ConnectionError)
+_BROKEN = (HTTPClientError, IncompleteReadError, ResponseParserError, ResponseStreamingError, TimeoutError)
+_PASSING = {
+    "SlowDown",
+    "RequestTimeout",
+    "InternalError",
+    "ServiceUnavailable",
+    "OperationAborted",
+    "ConditionalRequestConflict",
+    "XAmzContentSHA256Mismatch",
+}
+_log = logging.getLogger(__name__)
+
+
+class S3(S3FileSystem):  # type: ignore[misc]
+    """s3fs's file system, with retries of its own in place of s3fs's and botocore's."""
+
+    retries = 1  # of s3fs
+    read_timeout = 60  # seconds; a gateway may be silent for long while it passes a large file on
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._has_answered, self._last_line = False, -LINE_EVERY
+        self._takes_conditions = True
+        self._attempts: int | None = None
+        self._ready: Any = None  # the client that was set up last
+
+    async def set_session(self, refresh: bool = False, kwargs: Any = None) -> Any:
+        """Make the client, once; s3fs calls this before every request."""
+        if self._s3 is None or refresh:
+            settings = botocore.session.Session(**self.kwargs)
+            self._attempts = settings.get_config_variable("max_attempts")
+            self.config_kwargs.setdefault("retries", {"total_max_attempts": 1})
+        client = await super().set_session(refresh=refresh)
+        if client is not self._ready:
+            # It asks a server whether it wants a file before that is sent, and waits for ever for one that is silent.
+            client.meta.events.unregister("before-call.s3", add_expect_header)
+            client.meta.events.register("before-parse.s3", _refuse_page)
+            self._leave_out_checksums(client)
+            self._ready = client
+        return client
+
+    connect = sync_wrapper(set_session)
+
+    def _leave_out_checksums(self, client: Any) -> None:
+        """Send and expect checksums only where S3 demands them, unless the server is AWS's or the user decides.
+
+        Many other servers do not know the trailers in which they are sent.
+        """
+        if (urlsplit(client.meta.endpoint_url).hostname or "").endswith(_AWS):
+            return
+        profile = self.session.get_scoped_config()
+        for name in _CHECKSUMS:
+            if not (self.config_kwargs.get(name) or os.environ.get(f"AWS_{name.upper()}") or profile.get(name)):
+                setattr(client.meta.config, name, "when_required")
+
+    def patiently(self, path: str, call: Callable[[], T]) -> T:
+        """What a call returns that may be repeated. Where it fails for the moment, it is called again."""
+        began, attempt = time.monotonic(), 0
+        while True:
+            attempt += 1
+            try:
+                found = call()
+            except Exception as error:
+                self._has_answered = self._has_answered or _is_of_s3(error)
+                pause = self._pause(path, error, attempt, time.monotonic() - began)
+                if pause is None:
+                    raise
+                time.sleep(pause)
+                count_retry()
+                continue
+            self._has_answered = True
+            return found
+
+    def _pause(self, path: str, error: Exception, attempt: int, waited: float) -> float | None:
+        """Seconds until the next attempt; None where there is to be none. Says so now and then where it takes long."""
+        if not _passes(error) or (self._attempts is not None and attempt >= self._attempts):
+            return None
+        is_first = not self._has_answered
+        pause: float = min(FIRST_PAUSE * 2.0 ** min(attempt - 1, 10), LONGEST_PAUSE) * random.uniform(0.5, 1)
+        left = (FIRST_PATIENCE if is_first else PATIENCE) - waited
+        if self._attempts is None and pause > left:
+            return None
+        now = time.monotonic()
+        if waited + pause > LINE_AFTER and now - self._last_line > LINE_EVERY and not is_first:
+            self._last_line = now
+            until = (
+                f"for up to {max(1, round(left / 60))} min" if self._attempts is None else "as AWS_MAX_ATTEMPTS says"
+            )
+            _log.warning("%s does not answer (%s); trying again %s", _bucket(path), reason(error), until)
+        return pause
+
+    def put(self, path: str, content: BytesIO, *, replace: bool) -> None:
+        """Write a file whole. Raises FileExistsError where it is there, it stays, and `replace` is false.
+
+        The content is not copied, but for files of more than LARGEST_PUT.
+        """
+        writer = uuid.uuid4().hex
+
+        def upload() -> None:
+            try:
+                self._upload(path, content, writer, replace=replace)
+            except Exception as error:
+                # An upload whose answer was lost is sent again, and then finds itself there already. So whatever the
+                # error says, what counts is whose upload lies there now.
+                owner = None
+                with suppress(Exception):  # the error of the upload is the one to report
+                    owner = self._writer_of(path)
+                if owner == writer:
+                    return
+                if owner is not None and not replace:
+                    raise FileExistsError(path) from None
+                if not replace and self._takes_conditions and _refuses_conditions(error):
+                    self._takes_conditions = False
+                    upload()
+                    _say_once(
+                        f"{_bucket(path)} cannot write a file only if it is missing (If-None-Match). It is looked for "
+                        "before and after instead: of two commands that write it at one moment, the later one wins"
+                    )
+                    return
+                raise
+
+        self.patiently(path, upload)
+
+    def _upload(self, path: str, content: BytesIO, writer: str, *, replace: bool) -> None:
+        size = content.seek(0, os.SEEK_END)
+        content.seek(0)
+        only_if_missing = not replace and self._takes_conditions
+        is_certain = replace or (only_if_missing and size <= LARGEST_PUT)
+        if not is_certain and self._writer_of(path) is not None:
+            raise FileExistsError(path)
+        options: dict[str, Any] = {"Metadata": {_WRITER: writer}}
+        if size <= LARGEST_PUT:
+            condition = {"IfNoneMatch": "*"} if only_if_missing else {}
+            bucket, key, _ = self.split_path(path)
+            self.call_s3("put_object", Bucket=bucket, Key=key, Body=content, **options, **condition)
+        else:
+            mode = "create" if only_if_missing else "overwrite"
+            self.pipe_file(path, content.getvalue(), mode=mode, **options)
+        if not is_certain and self._writer_of(path) != writer:
+            raise FileExistsError(path)
+
+    def _writer_of(self, path: str) -> str | None:
+        """Writer id in the metadata of a file: "" if it has none, None if the file is missing."""
+        try:
+            return str(self.metadata(path).get(_WRITER, ""))
+        except FileNotFoundError:
+            return None
+
+    def clearer(self, error: Exception, path: str) -> Exception:
+        """The error, or a clearer one: answers to HEAD have no body, and so no code that says why."""
+        if code_of(error) not in ("400", "403"):
+            return error
+        bucket, key, _ = self.split_path(path)
+        try:
+            self.call_s3("list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1)
+        except Exception as listing:
+            return listing if code_of(listing) not in ("", "400", "403") else error
+        return error
+
+
+def _refuse_page(response_dict: Any, **_: object) -> None:
+    """Raise an error if a web page is the answer; botocore would take it for a folder without files."""
+    body = response_dict["body"]  # no bytes, where it is a file's content
+    if isinstance(body, bytes) and re.match(rb"(?i)\s*<(!doctype|html)", body):
+        raise ResponseParserError("a web page")
+
+
+def _is_of_s3(error: Exception) -> bool:
+    """True if an S3 server answered, and nothing that stands in its place or before it: it names its reasons."""
+    code = code_of(error)
+    return isinstance(error, FileNotFoundError) or (code != "" and not code.isdigit())
+
+
+def _passes(error: Exception) -> bool:
+    """True if the same request may succeed later."""
+    status, code = status_of(error), code_of(error)
+    if status or code:
+        return status in (429, 500, 502, 503, 504) or code in _PASSING or "Throttl" in code
+    if isinstance(error, SSLError):
+        return "CERTIFICATE" not in str(error)
+    if lacks_certificates(error):
+        return False
+    return isinstance(error, (*_UNREACHABLE, *_BROKEN)) or type(error).__module__.startswith("aiohttp")
+
+
+def _refuses_conditions(error: Exception) -> bool:
+    """True if a server does not know If-None-Match on uploads."""
+    code = code_of(error)
+    return code in ("NotImplemented", "501") or (
+        400 <= status_of(error) < 500 and "if-none-match" in str(error).lower()
+    )
+
+
+def _bucket(path: str) -> str:
+    return f"s3://{path.partition('/')[0]}"
+
+
+_logged: set[str] = set()
+_logging = threading.Lock()
+
+
+def _say_once(text: str) -> None:
+    with _logging:
+        is_new = text not in _logged
+        _logged.add(text)
+    if is_new:
+        _log.warning(text)

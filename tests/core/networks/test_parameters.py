@@ -1,0 +1,71 @@
+"""Parameters as one vector: a copy, in a fixed order, and differentiable."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from datm_ray.core.networks.parameters import FlatNetwork, flatten, unflatten_into
+from datm_ray.core.networks.registry import NetworkSpec, build_network
+
+SPEC = NetworkSpec("convnet", 1, (8, 8), 3, width=4, depth=2)
+
+
+def test_flatten_is_a_copy() -> None:
+    """Training on does not change a stored snapshot: a view would make every epoch the last one."""
+    module = build_network(SPEC, 0)
+    snapshot = flatten(module)
+    before = snapshot.clone()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(1)
+    assert torch.equal(snapshot, before)
+    assert not snapshot.requires_grad
+
+
+def test_unflatten_undoes_flatten() -> None:
+    """A network of another initialisation becomes the first one, and does not share the vector's memory."""
+    source, other = build_network(SPEC, 0), build_network(SPEC, 1)
+    vector = flatten(source)
+    unflatten_into(other, vector)
+    assert torch.equal(flatten(other), vector)
+    for name, parameter in other.named_parameters():
+        assert torch.equal(parameter, source.get_parameter(name))
+
+
+def test_layers_are_the_named_parameters() -> None:
+    """The vector's pieces carry the module's names and shapes, in its order."""
+    module = build_network(SPEC, 0)
+    network = FlatNetwork(module)
+    layers = network.layers(flatten(module))
+    assert list(layers) == list(network.names) == [name for name, _ in module.named_parameters()]
+    assert all(torch.equal(layers[name], parameter) for name, parameter in module.named_parameters())
+    assert network.count == sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_flat_network_equals_the_module_at_those_parameters() -> None:
+    """And leaves the module's own parameters as they were."""
+    module, other = build_network(SPEC, 0), build_network(SPEC, 1)
+    before, images = flatten(module), torch.randn(5, 1, 8, 8)
+    assert torch.equal(FlatNetwork(module)(flatten(other), images), other(images))
+    assert torch.equal(flatten(module), before)
+
+
+def test_gradient_through_the_vector_equals_the_modules() -> None:
+    """Autograd sees the same function in both forms."""
+    module, images = build_network(SPEC, 0), torch.randn(5, 1, 8, 8)
+    module(images).square().sum().backward()
+    expected = torch.cat(
+        [parameter.grad.reshape(-1) for parameter in module.parameters() if parameter.grad is not None]
+    )
+    vector = flatten(module).requires_grad_()
+    (gradient,) = torch.autograd.grad(FlatNetwork(module)(vector, images).square().sum(), vector)
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("more", [-1, 1])
+def test_a_vector_of_another_network_is_refused(more: int) -> None:
+    """Of one that is too long, the first numbers would do."""
+    network = build_network(NetworkSpec("convnet", 1, (8, 8), 3, width=2, depth=1), 0)
+    with pytest.raises(ValueError, match="numbers for a network of"):
+        unflatten_into(network, torch.zeros(len(flatten(network)) + more))

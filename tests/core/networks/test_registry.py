@@ -1,0 +1,114 @@
+"""The ConvNet of the literature, the registry, and initialisation from a seed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from datm_ray.config import RunConfig, override
+from datm_ray.core.networks.parameters import flatten
+from datm_ray.core.networks.registry import (
+    NetworkSpec,
+    build_network,
+    couples_samples,
+    network_names,
+    register_network,
+    registry as networks,
+)
+from datm_ray.errors import ConfigError
+
+TINY = NetworkSpec("convnet", 1, (8, 8), 3, width=4, depth=2)
+
+
+@pytest.mark.parametrize(
+    ("size", "classes", "depth", "count"),
+    [(32, 10, 3, 320_010), (32, 100, 3, 504_420), (64, 200, 4, 857_160)],
+    ids=["CIFAR-10", "CIFAR-100", "Tiny-ImageNet"],
+)
+def test_convnet_has_the_published_number_of_parameters(size: int, classes: int, depth: int, count: int) -> None:
+    """Width, depth, normalisation and head are those of the published experiments."""
+    network = build_network(NetworkSpec("convnet", 3, (size, size), classes, depth=depth), 0)
+    assert len(flatten(network)) == count
+
+
+@pytest.mark.parametrize("pooling", ["avg", "max", "none"])
+@pytest.mark.parametrize("norm", ["instance", "group", "batch", "none"])
+@pytest.mark.parametrize(("channels", "size"), [(1, (8, 8)), (3, (9, 14))])
+def test_every_variant_gives_logits(channels: int, size: tuple[int, int], norm: str, pooling: str) -> None:
+    """Any channels, and sides that are neither equal nor powers of two."""
+    spec = NetworkSpec("convnet", channels, size, 5, width=4, depth=2, norm=norm, pooling=pooling)  # type: ignore[arg-type]
+    logits = build_network(spec, 0)(torch.randn(2, channels, *size))
+    assert logits.shape == (2, 5)
+    assert logits.isfinite().all()
+
+
+def test_instance_norm_normalises_each_channel_of_each_image() -> None:
+    """At the start every map has mean 0 and variance 1, whatever the rest of the batch."""
+    block = build_network(TINY, 0).get_submodule("features.1")
+    maps = torch.randn(2, 4, 8, 8) * 7 + 3
+    normal = block(maps)
+    torch.testing.assert_close(normal.mean(dim=(2, 3)), torch.zeros(2, 4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(normal.var(dim=(2, 3), unbiased=False), torch.ones(2, 4), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("norm", "couples"), [("instance", False), ("group", False), ("none", False), ("batch", True)])
+def test_only_batch_norm_couples_samples(norm: str, couples: bool) -> None:
+    """`couples_samples` says whether another image of the batch changes an image's logits."""
+    network = build_network(NetworkSpec("convnet", 1, (8, 8), 3, width=4, depth=2, norm=norm), 0)  # type: ignore[arg-type]
+    image, one, other = torch.randn(3, 1, 1, 8, 8)
+    logits = [network(torch.cat([image, companion]))[0] for companion in (one, other)]
+    assert couples_samples(network) is couples
+    assert torch.allclose(*logits, atol=1e-6) is not couples
+
+
+def test_seed_alone_decides_the_parameters() -> None:
+    """Whatever the state of torch's global generator, and with the pinned values."""
+    torch.manual_seed(1)
+    first = flatten(build_network(TINY, 5))
+    torch.manual_seed(2)
+    assert torch.equal(flatten(build_network(TINY, 5)), first)
+    assert not torch.equal(flatten(build_network(TINY, 6)), first)
+    torch.testing.assert_close(first[-3:], torch.tensor([0.0412257, -0.0696071, 0.1790131]), atol=1e-6, rtol=0)
+
+
+def test_building_leaves_the_global_generator_alone() -> None:
+    """Code around us draws what it would have drawn without us."""
+    before = torch.random.get_rng_state()
+    build_network(TINY, 0)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_too_deep_a_network_is_refused_with_the_depth_that_fits() -> None:
+    """Three halvings leave one pixel of eight; a fourth leaves nothing."""
+    build_network(NetworkSpec("convnet", 1, (8, 9), 2, width=4, depth=3), 0)
+    with pytest.raises(ConfigError, match=r"8x9 image, which every block halves\. Use a depth of at most 3"):
+        build_network(NetworkSpec("convnet", 1, (8, 9), 2, width=4, depth=4), 0)
+
+
+@pytest.mark.parametrize("name", network_names())
+def test_any_architecture_can_be_named_alone(name: str) -> None:
+    """The other values of the configuration, which are made for ConvNet, stand in nobody's way."""
+    config = override(RunConfig(), [f"network.architecture={name}"])
+    spec = NetworkSpec(channels=1, size=(8, 8), classes=10, **config.network.resolved((8, 8)).model_dump())
+    with torch.device("meta"):
+        assert build_network(spec, 0)(torch.empty(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_unknown_architecture_is_refused_with_those_known() -> None:
+    """The message names what there is."""
+    with pytest.raises(ConfigError, match=r"'resnet-1'.*convnet.*resnet18"):
+        build_network(NetworkSpec("resnet-1", 1, (8, 8), 2), 0)
+
+
+def test_registered_architecture_can_be_built_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network of one's own joins with a decorator and gets its seed's initialisation."""
+    monkeypatch.setattr(networks, "_BUILDERS", dict(networks._BUILDERS))
+
+    @register_network("linear")
+    def linear(spec: NetworkSpec) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(spec.channels * spec.size[0] * spec.size[1], spec.classes))
+
+    assert "linear" in network_names()
+    spec = NetworkSpec("linear", 1, (2, 2), 3)
+    assert torch.equal(flatten(build_network(spec, 1)), flatten(build_network(spec, 1)))

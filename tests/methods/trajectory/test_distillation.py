@@ -1,0 +1,538 @@
+"""The state of a distillation: its updates, what it refuses, and what a checkpoint carries."""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+from dataclasses import astuple, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from datm_ray.core.metadd import MetaDD, MetaOptions
+from datm_ray.core.networks.parameters import FlatNetwork, flatten
+from datm_ray.core.networks.registry import NetworkSpec, build_network
+from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.errors import DivergenceError
+from datm_ray.methods.trajectory import distillation
+from datm_ray.methods.trajectory.distillation import (
+    Distillation,
+    IterationRecord,
+    LearningRates,
+    Limits,
+    Match,
+    MetaTerm,
+    Origin,
+)
+from datm_ray.methods.trajectory.matching import MatchingGradient, draw_student_steps
+from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
+
+RATES = LearningRates(images=3.0, soft_labels=2.0, step_sizes=1e-3)
+LEARNED = ("images", "soft_labels", "step_sizes")
+
+
+def make_state(loss: float = 1.0, decrease: float = math.inf) -> Distillation:
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randn(6, 1, 8, 8, generator=draw)
+    soft_labels = torch.randn(6, 3, generator=draw)
+    return Distillation(
+        SyntheticSet(images, soft_labels, torch.tensor([0.05]), torch.arange(3).repeat_interleave(2)),
+        RATES,
+        Limits(loss, decrease),
+    )
+
+
+def make_gradient(loss: float = 0.5, seed: int = 0) -> MatchingGradient:
+    draw = torch.Generator().manual_seed(seed)
+    shapes = ((6, 1, 8, 8), (6, 3), ())
+    return MatchingGradient(loss, *(torch.randn(shape, generator=draw) for shape in shapes))
+
+
+class Scripted:
+    """Steps a state with gradients given in advance."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch = monkeypatch
+
+    def __call__(self, state: Distillation, gradient: MatchingGradient) -> IterationRecord:
+        self.monkeypatch.setattr(distillation, "matching_gradient", lambda *_, **__: copy.deepcopy(gradient))
+        nothing = torch.empty(0)
+        (record,) = state.step([Match(None, nothing, nothing, [])], [Origin(4, 7)])  # type: ignore[arg-type]
+        return record
+
+
+@pytest.fixture
+def step(monkeypatch: pytest.MonkeyPatch) -> Scripted:
+    return Scripted(monkeypatch)
+
+
+def everything(state: Distillation) -> dict[str, np.ndarray]:
+    held, shared = state.to_arrays()
+    return {name: array.copy() for name, array in {**held, **shared}.items()}
+
+
+def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    assert list(one) == list(other)
+    for name, array in one.items():
+        assert array.dtype == other[name].dtype, name
+        assert array.tobytes() == other[name].tobytes(), name
+
+
+class Spoiled(MetaDD):
+    """MetaDD with a finite loss and a gradient that is not."""
+
+    def gradient(self, *arguments: Any, **options: Any) -> Any:
+        loss, gradient = super().gradient(*arguments, **options)
+        gradient[-1] = math.nan
+        return loss, gradient
+
+
+@pytest.mark.parametrize(("kind", "variance"), [(MetaDD, math.inf), (Spoiled, 1.0)], ids=["loss", "gradient"])
+def test_metadd_that_is_not_finite_skips_the_iteration(
+    kind: type[MetaDD], variance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing moves, the row of the history keeps its matching loss, and the error in the end names the weights."""
+    module = build_network(NetworkSpec("convnet", 1, (8, 8), 3, width=2, depth=1), 0)
+    other = build_network(NetworkSpec("convnet", 1, (8, 8), 3, width=3, depth=1), 1)
+    functions = StudentStepFunctions(FlatNetwork(module), StepOptions(compiled=False))
+    labels = torch.arange(3)
+    images = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    state = Distillation(
+        SyntheticSet(images, torch.zeros(3, 3), torch.tensor([0.1]), labels),
+        LearningRates(1.0, 1.0, 0.0),
+        Limits(9.0),
+    )
+    start = flatten(module)
+    steps = draw_student_steps(3, 1, 3, "", 0, 0)
+    meta = MetaTerm(kind([module, other], MetaOptions(variance=variance)), 2, np.arange(3), 3)
+    arguments: Any = ([Match(functions, start, start + 1, steps)], [Origin(0, 0)])
+    (record,) = state.step(*arguments, meta=meta)
+    assert record.skipped
+    assert 0 < record.loss < 9
+    assert torch.equal(state.synthetic.images, images)
+    assert (state.iteration, state.diverged, state.meta_history, state.momenta) == (1, 1, [], {})
+    monkeypatch.setattr(distillation, "MOST_DIVERGED", 2)
+    with pytest.raises(DivergenceError, match=r"MetaDD's loss or gradient is not finite.*metadd\.variance"):
+        state.step(*arguments, meta=meta)
+
+
+def test_all_processes_blame_metadd_for_a_gradient_that_one_of_them_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that matches has no fault of its own, and its error still names MetaDD's weights."""
+    monkeypatch.setattr(distillation, "MOST_DIVERGED", 1)
+    monkeypatch.setattr(distillation, "matching_gradient", lambda *_, **__: make_gradient())
+    barrier, parts, errors = threading.Barrier(2), {}, {}
+    nothing = torch.empty(0)
+
+    def process(name: str, matches: Any, is_lost: bool) -> None:
+        def all_sum(tensor: Tensor) -> Tensor:
+            parts[name] = tensor
+            barrier.wait(30)
+            total = parts["matching"] + parts["auxiliaries"]
+            barrier.wait(30)
+            return total
+
+        state: Any = make_state()
+        state._meta_gradient = lambda *_: ({}, [], is_lost)
+        try:
+            state.step(matches, [Origin(4, 7)], sum_over_backbones=all_sum)
+        except DivergenceError as error:
+            errors[name] = str(error)
+
+    match: Any = Match(None, nothing, nothing, [])  # type: ignore[arg-type]
+    each = (("matching", [match], False), ("auxiliaries", [], True))
+    threads = [threading.Thread(target=process, args=arguments) for arguments in each]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert errors["matching"] == errors["auxiliaries"]
+    assert "MetaDD's loss or gradient is not finite" in errors["matching"]
+
+
+def test_update_is_torchs_sgd_with_the_published_momenta(step: Scripted) -> None:
+    """0.5 for images, 0.9 for soft labels, 0.5 for the step size, on the same gradients."""
+    state, reference = make_state(), make_state().synthetic
+    optimizers = [
+        torch.optim.SGD([getattr(reference, name)], rate, momentum)
+        for name, rate, momentum in zip(LEARNED, astuple(RATES), (0.5, 0.9, 0.5), strict=True)
+    ]
+    for iteration in range(6):
+        gradient = make_gradient(seed=iteration)
+        step(state, gradient)
+        for name, optimizer in zip(LEARNED, optimizers, strict=True):
+            value = gradient.step_size[None] if name == "step_sizes" else getattr(gradient, name)
+            getattr(reference, name).grad = value.clone()
+            optimizer.step()
+    for name in LEARNED:
+        torch.testing.assert_close(getattr(state.synthetic, name), getattr(reference, name), rtol=1e-5, atol=1e-5)
+    assert torch.equal(state.synthetic.labels, reference.labels)
+
+
+def test_iteration_is_recorded(step: Scripted) -> None:
+    """With the step size after the update."""
+    state = make_state()
+    record = step(state, make_gradient(0.25))
+    step_size, decrease = float(state.synthetic.step_size), first_order_decrease(make_gradient()) / 0.25
+    assert record == IterationRecord(0, 0, 4, 7, 0.25, step_size, skipped=False, decrease=pytest.approx(decrease))
+    assert record.step_size != pytest.approx(0.05)
+    assert step(state, make_gradient(0.5)).iteration == 1
+    assert state.history[0] == record
+    assert state.iteration == 2
+
+
+def test_loss_above_its_limit_is_skipped_and_counted(step: Scripted) -> None:
+    """Neither the set nor the momenta move; a loss equal to the threshold is still taken, as published."""
+    state = make_state(loss=1.0)
+    step(state, make_gradient(0.5))
+    before = everything(state)
+    assert step(state, make_gradient(1.0001)).skipped
+    after = everything(state)
+    for name in before:
+        if not name.startswith("history"):
+            assert np.array_equal(before[name], after[name]), name
+    assert (state.iteration, state.skipped) == (2, 1)
+    assert not step(state, make_gradient(1.0)).skipped
+    assert state.skipped == 1
+
+
+def test_step_size_of_a_backbone_that_is_skipped_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its momentum too, while the others go on."""
+    losses = iter([0.5, 0.5, 0.5, 2.0])
+    monkeypatch.setattr(
+        "datm_ray.methods.trajectory.distillation.matching_gradient",
+        lambda *_, **__: make_gradient(next(losses), seed=0),
+    )
+    state = make_state()
+    state.synthetic = replace(state.synthetic, step_sizes=torch.tensor([0.05, 0.05]))
+    matches: list[Any] = [Match(None, None, None, (), number) for number in (0, 1)]  # type: ignore[arg-type]
+    origins = [Origin(0, 0)] * 2
+    state.step(matches, origins)
+    before, momentum = state.synthetic.step_sizes.clone(), state.momenta["step_sizes"].clone()
+    assert [record.skipped for record in state.step(matches, origins)] == [False, True]
+    assert state.synthetic.step_sizes[1] == before[1]
+    assert state.momenta["step_sizes"][1] == momentum[1]
+    assert state.synthetic.step_sizes[0] != before[0]
+
+
+def first_order_decrease(gradient: MatchingGradient) -> float:
+    """How far a step of SGD along a gradient lowers the loss to first order."""
+    parts = (gradient.images, gradient.soft_labels, gradient.step_size)
+    return sum(rate * float((part * part).sum()) for rate, part in zip(astuple(RATES), parts, strict=True))
+
+
+def test_update_that_beyond_the_limit_is_shortened(step: Scripted) -> None:
+    """To the one that to first order lowers the loss by as much as is allowed; its direction stays."""
+    allowed, gradient = 0.25, make_gradient(0.5)
+    factor = allowed * 0.5 / first_order_decrease(gradient)
+    assert factor < 0.01
+    state, reference = make_state(decrease=allowed), make_state()
+    record = step(state, gradient)
+    shortened = MatchingGradient(
+        0.5, *(part * factor for part in (gradient.images, gradient.soft_labels, gradient.step_size))
+    )
+    step(reference, shortened)
+    for name in LEARNED:
+        torch.testing.assert_close(getattr(state.synthetic, name), getattr(reference.synthetic, name))
+        torch.testing.assert_close(state.momenta[name], reference.momenta[name])
+    assert record.decrease == pytest.approx(first_order_decrease(gradient) / 0.5)
+    assert (state.shortened, state.skipped) == (1, 0)
+
+
+def test_the_longer_a_gradient_the_shorter_its_update(step: Scripted) -> None:
+    """One that has exploded moves the set less than one just within the limit."""
+    moved = []
+    for length in (1.0, 10.0, 1e4):
+        state, gradient = make_state(decrease=1.0), make_gradient(0.5)
+        scale = length * math.sqrt(0.5 / first_order_decrease(gradient))  # 1: the update that reaches the limit
+        for part in (gradient.images, gradient.soft_labels, gradient.step_size):
+            part.mul_(scale)
+        before = state.synthetic.images.clone()
+        step(state, gradient)
+        moved.append(float((state.synthetic.images - before).norm()))
+    assert moved[1] == pytest.approx(moved[0] / 10, rel=1e-3)
+    assert moved[2] == pytest.approx(moved[0] / 1e4, rel=1e-2)
+
+
+def test_update_within_its_limit_is_taken_whole(step: Scripted) -> None:
+    """Bit for bit as without a limit, and so is every one where there is none."""
+    limited, unlimited = make_state(decrease=1e6), make_state()
+    for seed in range(3):
+        record = step(limited, make_gradient(seed=seed))
+        step(unlimited, make_gradient(seed=seed))
+        assert record.decrease == pytest.approx(first_order_decrease(make_gradient(seed=seed)) / 0.5)
+    assert_same(everything(limited), everything(unlimited))
+    assert limited.shortened == 0
+
+
+def test_gradient_whose_square_overflows_moves_nothing(step: Scripted) -> None:
+    """It is as long as can be, so its update is as short as can be."""
+    state, gradient = make_state(decrease=1.0), make_gradient()
+    gradient.images.fill_(3e38)
+    before = state.synthetic.clone()
+    assert step(state, gradient).decrease == math.inf
+    assert all(torch.equal(getattr(state.synthetic, name), getattr(before, name)) for name in LEARNED)
+    assert state.shortened == 1
+
+
+def test_perfect_match_has_nothing_to_shorten(step: Scripted) -> None:
+    """Loss and gradient are zero."""
+    state, gradient = make_state(decrease=1.0), make_gradient(0.0)
+    for part in (gradient.images, gradient.soft_labels, gradient.step_size):
+        part.zero_()
+    assert step(state, gradient).decrease == 0.0
+    assert state.shortened == 0
+
+
+def test_only_the_backbone_beyond_its_limit_is_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each by its own loss, gradient and weight; a skipped one has no length."""
+    exploded = make_gradient(0.5, seed=1)
+    for part in (exploded.images, exploded.soft_labels, exploded.step_size):
+        part.mul_(100)
+    gradients = [make_gradient(0.5), exploded, make_gradient(2.0)]
+    scripted = iter(copy.deepcopy(gradients))
+    monkeypatch.setattr(distillation, "matching_gradient", lambda *_, **__: next(scripted))
+    state = make_state(decrease=2 * first_order_decrease(gradients[0]) / 0.5)
+    state.synthetic = replace(state.synthetic, step_sizes=torch.full((3,), 0.05))
+    before = state.synthetic.images.clone()
+    matches: list[Any] = [Match(None, None, None, (), number, 1.0 + number) for number in range(3)]  # type: ignore[arg-type]
+    first, second, third = state.step(matches, [Origin(0, 0)] * 3)
+    assert first.decrease == pytest.approx(first_order_decrease(gradients[0]) / 0.5)
+    assert second.decrease == pytest.approx(2 * first_order_decrease(exploded) / 0.5)
+    assert math.isnan(third.decrease)
+    assert third.skipped
+    factor = state.limits.decrease / second.decrease
+    expected = gradients[0].images + 2 * factor * exploded.images
+    torch.testing.assert_close(state.synthetic.images, before - RATES.images * expected, rtol=1e-4, atol=1e-4)
+    assert state.shortened == 1
+
+
+def spoiled(what: str, value: float) -> MatchingGradient:
+    """A gradient of which one value is another one, or whose loss is."""
+    gradient = make_gradient()
+    if what == "loss":
+        return replace(gradient, loss=value)
+    getattr(gradient, what).view(-1)[-1] = value
+    return gradient
+
+
+SPOILED = [
+    *((what, value) for what in ("loss", "images", "soft_labels", "step_size") for value in (math.nan, math.inf)),
+    ("images", 3e38),  # finite, but the update is not
+    ("step_size", 100.0),  # it would become -0.05
+    ("step_size", 60.0),  # -0.01
+]
+
+
+def assert_skipped(before: dict[str, np.ndarray], after: dict[str, np.ndarray], case: object) -> None:
+    """Nothing but the history has changed."""
+    for name in before:
+        if not name.startswith("history"):
+            assert before[name].tobytes() == after[name].tobytes(), (name, case)
+
+
+def test_what_is_not_finite_or_not_positive_is_skipped_and_counted(step: Scripted) -> None:
+    """Set and momenta stay bit for bit, at the beginning and later; the next iteration is not disturbed."""
+    for what, value in SPOILED:
+        for updates in (0, 1):
+            state, undisturbed = make_state(), make_state()
+            for seed in range(updates):
+                step(state, make_gradient(seed=seed))
+                step(undisturbed, make_gradient(seed=seed))
+            before = everything(state)
+            record = step(state, spoiled(what, value))
+            assert record.skipped, (what, value)
+            assert math.isnan(record.decrease), (what, value)
+            assert_skipped(before, everything(state), (what, value))
+            assert (state.iteration, state.skipped, state.diverged) == (updates + 1, 1, 1), (what, value)
+            step(state, make_gradient(seed=5))
+            step(undisturbed, make_gradient(seed=5))
+            assert_skipped(everything(undisturbed), everything(state), (what, value))
+
+
+def test_a_step_size_that_its_momentum_would_turn_negative_is_skipped(step: Scripted) -> None:
+    """The next gradient alone would have left it positive."""
+    state, gradient = make_state(), make_gradient()
+    gradient.step_size.fill_(30.0)
+    assert not step(state, gradient).skipped  # 0.05 - 0.03
+    before = everything(state)
+    for value in (10.0, 1.5):  # 0.02 - 0.01 - 0.015
+        gradient.step_size.fill_(value)
+        assert step(state, gradient).skipped == (value == 10.0)
+        if value == 10.0:
+            assert_skipped(before, everything(state), value)
+
+
+def test_only_the_backbone_that_diverges_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others learn bit for bit what they learn without it."""
+    matches: list[Any] = [Match(None, None, None, (), number) for number in range(3)]  # type: ignore[arg-type]
+    for what, value in SPOILED:
+        if value == 3e38:  # of the sum of all
+            continue
+        states = []
+        for middle in (spoiled(what, value), make_gradient(2.0)):  # not finite, or above the limit
+            scripted = iter([make_gradient(seed=1), copy.deepcopy(middle), make_gradient(seed=2)] * 2)
+            monkeypatch.setattr(distillation, "matching_gradient", lambda *_, s=scripted, **__: copy.deepcopy(next(s)))
+            state = make_state()
+            state.synthetic = replace(state.synthetic, step_sizes=torch.full((3,), 0.05))
+            for _ in range(2):
+                records = state.step(matches, [Origin(0, 0)] * 3)
+                assert [record.skipped for record in records] == [False, True, False], (what, value)
+            assert (state.synthetic.step_sizes != 0.05).tolist() == [True, False, True]
+            states.append(state)
+        assert_skipped(everything(states[1]), everything(states[0]), (what, value))
+        assert [state.diverged for state in states] == [2, 0], (what, value)
+
+
+def test_shards_skip_what_one_of_them_cannot_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value of one shard's rows is not finite: no shard moves, and their histories are the same."""
+    for what, value in (("images", math.nan), ("soft_labels", math.inf), ("images", 3e38)):
+        gradients = {"good": make_gradient(), "bad": spoiled(what, value)}
+        monkeypatch.setattr(
+            distillation, "matching_gradient", lambda functions, *_, g=gradients, **__: copy.deepcopy(g[functions])
+        )
+        barrier, parts, states = threading.Barrier(2), {}, {name: make_state() for name in gradients}
+
+        def shard(name: str, barrier: threading.Barrier = barrier, parts: dict = parts, states: dict = states) -> None:
+            def all_sum(tensor: Tensor) -> Tensor:
+                parts[name] = tensor
+                barrier.wait(30)
+                total = parts["good"] + parts["bad"]
+                barrier.wait(30)
+                return total
+
+            nothing = torch.empty(0)
+            states[name].step([Match(name, nothing, nothing, [])], [Origin(4, 7)], all_sum=all_sum)  # type: ignore[arg-type]
+
+        threads = [threading.Thread(target=shard, args=(name,)) for name in gradients]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        for state in states.values():
+            assert (state.iteration, state.diverged, state.momenta) == (1, 1, {}), (what, value)
+            assert torch.equal(state.synthetic.images, make_state().synthetic.images), (what, value)
+
+
+def test_many_divergences_without_an_update_stop_the_run(step: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses above the limit neither count nor begin anew; another call tries as many more, and an update forgives."""
+    monkeypatch.setattr(distillation, "MOST_DIVERGED", 3)
+    bad, above = spoiled("loss", math.inf), make_gradient(2.0)
+    state = make_state()
+    for gradient in (make_gradient(), bad, above, above, bad):
+        step(state, gradient)
+    before = everything(state)
+    with pytest.raises(
+        DivergenceError, match=r"diverged 3 times without an update up to iteration 6: its matching loss is not finite"
+    ):
+        step(state, bad)
+    assert_skipped(before, everything(state), "stopped")
+    resumed = Distillation.from_arrays(*state.to_arrays(), RATES, state.limits, torch.device("cpu"))
+    assert (resumed.iteration, resumed.diverged) == (6, 3)
+    step(resumed, bad)
+    step(resumed, bad)
+    with pytest.raises(DivergenceError, match="diverged 6 times without an update up to iteration 9"):
+        step(resumed, bad)
+    for gradient in (make_gradient(), bad, bad, make_gradient(), bad, above, bad):
+        step(resumed, gradient)
+    with pytest.raises(DivergenceError, match="its gradient, an updated value or a step size is not finite, or not"):
+        step(resumed, spoiled("step_size", 100.0))
+
+
+def test_last_set_not_clearly_worse_than_the_best_is_chosen(step: Scripted) -> None:
+    """Within one standard error of the best validation accuracy the later set wins, as it was then."""
+    state, kept = make_state(), []
+    for accuracy in (0.5, 0.7, 0.65, 0.6):
+        step(state, make_gradient())
+        kept.append(state.record_validation(accuracy, standard_error=0.06))
+        if kept[-1]:
+            expected = state.synthetic.images.clone()
+    assert kept == [True, True, True, False]
+    assert state.validations == [(1, 0.5), (2, 0.7), (3, 0.65), (4, 0.6)]
+    assert state.chosen is not None
+    assert state.chosen_at == 3
+    assert torch.equal(state.chosen.images, expected)
+    assert not torch.equal(state.synthetic.images, expected)
+
+
+def run(state: Distillation, iterations: int) -> None:
+    """Real iterations of a tiny network, and a validation after every third."""
+    spec = NetworkSpec("convnet", 1, (8, 8), 3, width=3, depth=2)
+    module = build_network(spec, 0)
+    functions = StudentStepFunctions(FlatNetwork(module), StepOptions(compiled=False))
+    start = flatten(module)
+    for _ in range(iterations):
+        k = state.iteration
+        target: Tensor = start + 0.05 * torch.randn(start.shape, generator=torch.Generator().manual_seed(k))
+        steps = draw_student_steps(6, 3, 4, "crop_flip", 1, k)
+        state.step([Match(functions, start, target, steps)], [Origin(k % 2, k)])
+        if state.iteration % 3 == 0:
+            state.record_validation(float(state.synthetic.images.mean()))
+
+
+@pytest.mark.parametrize("done", [0, 1, 5])
+def test_resumed_distillation_equals_an_undisturbed_one(done: int) -> None:
+    """Bit for bit: set, momenta, history, validations and chosen set, wherever it was interrupted."""
+    undisturbed, first = make_state(1.005, 1.5e-3), make_state(1.005, 1.5e-3)
+    run(undisturbed, 8)
+    run(first, done)
+    arrays = everything(first)
+    resumed = Distillation.from_arrays(*first.to_arrays(), RATES, first.limits, torch.device("cpu"))
+    assert_same(everything(resumed), arrays)
+    run(resumed, 8 - done)
+    assert_same(everything(resumed), everything(undisturbed))
+    assert repr(resumed.history) == repr(undisturbed.history)  # nan is not equal to itself
+    assert 0 < resumed.skipped < 8
+    assert 0 < resumed.shortened < 8 - resumed.skipped
+    assert resumed.chosen is not None
+
+
+def test_saved_arrays_do_not_change_when_the_run_goes_on(step: Scripted) -> None:
+    """A checkpoint may be written while the next iteration runs."""
+    state = make_state()
+    step(state, make_gradient())
+    state.record_validation(0.5)
+    held, shared = state.to_arrays()
+    before = everything(state)
+    step(state, make_gradient(seed=1))
+    assert_same({**held, **shared}, before)
+
+
+def test_restored_state_does_not_write_into_its_file() -> None:
+    """The arrays may be read-only views of a memory-mapped file."""
+    arrays = make_state().to_arrays()
+    for array in (*arrays[0].values(), *arrays[1].values()):
+        array.flags.writeable = False
+    run(Distillation.from_arrays(*arrays, RATES, Limits(1.0), torch.device("cpu")), 1)
+
+
+def test_column_that_every_version_saves_is_not_made_up() -> None:
+    """A checkpoint without it is damaged."""
+    held, shared = make_state().to_arrays()
+    with pytest.raises(KeyError, match=r"history\.expert"):
+        Distillation.from_arrays(
+            held,
+            {name: array for name, array in shared.items() if name != "history.expert"},
+            RATES,
+            Limits(1.0),
+            torch.device("cpu"),
+        )
+
+
+def test_state_that_an_earlier_version_saved_resumes() -> None:
+    """A checkpoint resumes whose first-order decreases have their former name, or are missing."""
+    state = make_state()
+    run(state, 2)
+    held, shared = state.to_arrays()
+    former = {**shared, "history.overshoot": np.array([0.25, 4.0])}
+    former.pop("history.decrease")
+    resumed = Distillation.from_arrays(held, former, RATES, Limits(1.0), torch.device("cpu"))
+    assert [record.decrease for record in resumed.history] == [0.25, 4.0]
+    shared = {name: array for name, array in shared.items() if name != "history.decrease"}
+    resumed = Distillation.from_arrays(held, shared, RATES, Limits(1.0, 0.5), torch.device("cpu"))
+    assert [math.isnan(record.decrease) for record in resumed.history] == [True, True]
+    run(resumed, 1)
+    assert not math.isnan(resumed.history[-1].decrease)

@@ -1,0 +1,290 @@
+"""The exact gradient: against full unrolling, finite differences, and its own compiled form."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from datm_ray.config import PUBLISHED_AUGMENTATION
+from datm_ray.core.augment import augment, draw_augmentation
+from datm_ray.core.networks.parameters import FlatNetwork, flatten
+from datm_ray.core.networks.registry import NetworkSpec, build_network
+from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.methods.trajectory.distillation import Distillation, LearningRates, Limits, Match, Origin
+from datm_ray.methods.trajectory.matching import (
+    MatchingGradient,
+    StudentStep,
+    draw_student_steps,
+    identity,
+    matching_gradient,
+)
+from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions, soft_cross_entropy
+
+OPERATIONS = PUBLISHED_AUGMENTATION.split("_")
+
+
+def make_problem(
+    *, channels: int = 3, size: int = 8, width: int = 6, classes: int = 4, ipc: int = 3, seed: int = 0
+) -> tuple[FlatNetwork, Tensor, Tensor, SyntheticSet]:
+    """A float64 ConvNet, two parameter vectors and a synthetic set."""
+    spec = NetworkSpec("convnet", channels, (size, size), classes, width=width, depth=2)
+    module = build_network(spec, seed).double()
+    start = flatten(module)
+    draw = torch.Generator().manual_seed(seed)
+    target = start + 0.05 * torch.randn(start.shape, generator=draw, dtype=torch.float64)
+    images = torch.randn(classes * ipc, channels, size, size, generator=draw, dtype=torch.float64)
+    soft_labels = 3 * torch.randn(classes * ipc, classes, generator=draw, dtype=torch.float64)
+    labels = torch.arange(classes).repeat_interleave(ipc)
+    return FlatNetwork(module), start, target, SyntheticSet(images, soft_labels, torch.tensor([0.1]).double(), labels)
+
+
+def eager(network: FlatNetwork) -> StudentStepFunctions:
+    return StudentStepFunctions(network, StepOptions(compiled=False))
+
+
+def unrolled(
+    network: FlatNetwork, start: Tensor, target: Tensor, synthetic: SyntheticSet, steps: list[StudentStep]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Loss and gradients through the whole graph, as the published code computes them."""
+    learned = [t.clone().requires_grad_() for t in (synthetic.images, synthetic.soft_labels, synthetic.step_size)]
+    images, soft_labels, step_size = learned
+    theta = start.clone().requires_grad_()
+    for step in steps:
+        x = augment(images[step.rows], step.augmentation)
+        weights = torch.full((len(step.rows),), 1 / len(step.rows), dtype=x.dtype)
+        loss = soft_cross_entropy(network(theta, x), soft_labels[step.rows], weights)
+        (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
+        theta = theta - step_size * gradient
+    matching = (theta - target).square().sum() / (start - target).square().sum()
+    return matching.detach(), torch.autograd.grad(matching, learned)
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    return float((value - reference).norm() / reference.norm())
+
+
+def parts(gradient: MatchingGradient) -> tuple[Tensor, Tensor, Tensor]:
+    return gradient.images, gradient.soft_labels, gradient.step_size
+
+
+@pytest.mark.parametrize("operation", ["", *OPERATIONS, PUBLISHED_AUGMENTATION])
+def test_gradient_equals_full_unrolling(operation: str) -> None:
+    """Images, labels and step size agree with the unrolled graph to 1e-10 under every augmentation."""
+    network, start, target, synthetic = make_problem()
+    steps = draw_student_steps(12, 7, 5, operation, seed=1, iteration=3)
+    functions = eager(network)
+    ours = matching_gradient(functions, start, target, synthetic, steps)
+    loss, reference = unrolled(network, start, target, synthetic, steps)
+    assert ours.loss == pytest.approx(float(loss), rel=1e-12)
+    for value, expected in zip(parts(ours), reference, strict=True):
+        assert relative_error(value, expected) < 1e-10
+
+
+def test_gradient_equals_finite_differences() -> None:
+    """Directional derivatives in all three variables agree with central differences of the loss."""
+    network, start, target, synthetic = make_problem(channels=1, width=3, classes=3, ipc=2)
+    steps = draw_student_steps(6, 4, 4, "color_crop_flip_scale_rotate", seed=2, iteration=0)
+    functions = eager(network)
+    ours = matching_gradient(functions, start, target, synthetic, steps)
+    draw = torch.Generator().manual_seed(5)
+    for name in ("images", "soft_labels", "step_size"):
+        value = getattr(synthetic, name)
+        direction = torch.randn(value.shape, generator=draw, dtype=torch.float64)
+        losses = []
+        for sign in (1, -1):
+            moved = synthetic.clone()
+            getattr(moved, name).add_(sign * 1e-5 * direction)
+            losses.append(matching_gradient(functions, start, target, moved, steps).loss)
+        numeric = (losses[0] - losses[1]) / 2e-5
+        assert float((getattr(ours, name) * direction).sum()) == pytest.approx(numeric, rel=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 12])
+def test_chunks_of_any_size_give_the_same_gradient(chunk: int) -> None:
+    """Micro-batches, also those that must be filled up with images of no weight, change rounding only."""
+    network, start, target, synthetic = make_problem()
+    steps = draw_student_steps(12, 4, 5, PUBLISHED_AUGMENTATION, seed=1, iteration=2)
+    functions = eager(network)
+    whole = matching_gradient(functions, start, target, synthetic, steps)
+    chunked = matching_gradient(functions, start, target, synthetic, steps, chunk=chunk)
+    assert chunked.loss == pytest.approx(whole.loss, rel=1e-13)
+    for value, expected in zip(parts(chunked), parts(whole), strict=True):
+        assert relative_error(value, expected) < 1e-12
+
+
+class Barrier:
+    """Adds tensors over threads; the sum is taken in one order, so every thread gets the same bits."""
+
+    def __init__(self, size: int) -> None:
+        self._barrier, self._slots = threading.Barrier(size), [torch.empty(0)] * size
+
+    def all_sum(self, rank: int, tensor: Tensor) -> Tensor:
+        self._slots[rank] = tensor
+        self._barrier.wait(timeout=60)
+        total = torch.stack(self._slots).sum(dim=0)
+        self._barrier.wait(timeout=60)
+        return total
+
+
+@pytest.mark.parametrize("bounds", [(0, 12), (0, 5, 12), (0, 3, 6, 9, 12), (0, 1, 2, 3, 12)])
+@pytest.mark.parametrize("batch", [12, 4])
+def test_class_shards_add_up_to_one_process(bounds: tuple[int, ...], batch: int) -> None:
+    """1, 2 or 4 shards, even or not, also where a minibatch has no image of a shard: 1e-12 in float64."""
+    network, start, target, synthetic = make_problem()
+    whole_steps = draw_student_steps(12, 4, batch, "crop", seed=1, iteration=0)
+    whole = matching_gradient(eager(network), start, target, synthetic, whole_steps)
+    ranges = list(itertools.pairwise(bounds))
+    barrier = Barrier(len(ranges))
+
+    def shard(rank: int) -> MatchingGradient:
+        first, last = ranges[rank]
+        held = SyntheticSet(
+            synthetic.images[first:last],
+            synthetic.soft_labels[first:last],
+            synthetic.step_sizes,
+            synthetic.labels[first:last],
+        )
+        steps = [step.held_by(first, last) for step in whole_steps]
+        # A network of its own: a functional call swaps the module's parameters and is not safe across threads.
+        functions, all_sum = eager(make_problem()[0]), functools.partial(barrier.all_sum, rank)
+        return matching_gradient(functions, start, target, held, steps, chunk=2, all_sum=all_sum)
+
+    with ThreadPoolExecutor(len(ranges)) as pool:
+        shards = list(pool.map(shard, range(len(ranges))))
+    assert relative_error(torch.cat([s.images for s in shards]), whole.images) < 1e-12
+    assert relative_error(torch.cat([s.soft_labels for s in shards]), whole.soft_labels) < 1e-12
+    assert all(relative_error(s.step_size, whole.step_size) < 1e-12 for s in shards)
+    assert all(s.loss == shards[0].loss for s in shards)
+
+
+def test_backbones_add_up_to_the_gradient_of_the_weighted_sum() -> None:
+    """Two networks, each with trajectories, step size and weight of its own, against unrolling both."""
+    network, start, target, synthetic = make_problem(width=6)
+    other, other_start, other_target, _ = make_problem(width=4, seed=3)
+    synthetic.step_sizes = torch.tensor([0.1, 0.03], dtype=torch.float64)
+    problems = [(network, start, target, 1.0), (other, other_start, other_target, 0.4)]
+    steps = draw_student_steps(12, 3, 5, "scale", seed=1, iteration=0)
+    rates = LearningRates(1.0, 1.0, 1e-3)
+    state = Distillation(synthetic.clone(), rates, Limits(100))
+    state.step(
+        [
+            Match(eager(net), start, target, steps, number, weight)
+            for number, (net, start, target, weight) in enumerate(problems)
+        ],
+        [Origin(0, 0), Origin(0, 0)],
+    )
+    expected = {"images": torch.zeros_like(synthetic.images), "soft_labels": torch.zeros_like(synthetic.soft_labels)}
+    step_sizes = torch.zeros(2, dtype=torch.float64)
+    for number, (net, start, target, weight) in enumerate(problems):
+        alone = dataclasses.replace(synthetic, step_sizes=synthetic.step_sizes[number : number + 1])
+        _, (images, soft_labels, step_size) = unrolled(net, start, target, alone, steps)
+        expected["images"] += weight * images
+        expected["soft_labels"] += weight * soft_labels
+        step_sizes[number] = weight * step_size
+    assert relative_error(synthetic.images - state.synthetic.images, expected["images"]) < 1e-10
+    assert relative_error(synthetic.soft_labels - state.synthetic.soft_labels, expected["soft_labels"]) < 1e-10
+    assert relative_error(synthetic.step_sizes - state.synthetic.step_sizes, 1e-3 * step_sizes) < 1e-10
+
+
+def test_class_shards_shorten_what_one_process_shortens() -> None:
+    """By the length of the whole gradient, of which each holds a part."""
+    _, start, target, synthetic = make_problem()
+    steps = draw_student_steps(12, 3, 5, "scale", seed=1, iteration=0)
+    rates, ranges = LearningRates(1.0, 1.0, 1e-3), [(0, 3), (3, 12)]
+    barrier = Barrier(len(ranges))
+
+    def learned(first: int, last: int, decrease: float, all_sum: Callable[[Tensor], Tensor]) -> Distillation:
+        held = {name: getattr(synthetic, name)[first:last] for name in ("images", "soft_labels", "labels")}
+        state = Distillation(dataclasses.replace(synthetic.clone(), **held), rates, Limits(100, decrease))
+        drawn = [step.held_by(first, last) for step in steps]
+        state.step([Match(eager(make_problem()[0]), start, target, drawn)], [Origin(0, 0)], all_sum=all_sum)
+        return state
+
+    decrease = learned(0, 12, math.inf, identity).history[0].decrease
+    whole = learned(0, 12, decrease / 3, identity)
+    with ThreadPoolExecutor(len(ranges)) as pool:
+        shards = list(
+            pool.map(
+                lambda rank: learned(*ranges[rank], decrease / 3, functools.partial(barrier.all_sum, rank)),
+                range(len(ranges)),
+            )
+        )
+    for shard in shards:
+        assert shard.shortened == 1
+        assert shard.history[0].decrease == pytest.approx(decrease, rel=1e-12)
+        assert relative_error(shard.synthetic.step_sizes, whole.synthetic.step_sizes) < 1e-12
+    for name in ("images", "soft_labels"):
+        joined, before = torch.cat([getattr(shard.synthetic, name) for shard in shards]), getattr(synthetic, name)
+        assert relative_error(joined - before, getattr(whole.synthetic, name) - before) < 1e-9
+
+
+def test_backbones_in_processes_of_their_own_learn_what_one_process_learns() -> None:
+    """Rows of the mesh: each works on its backbone, and the column sums pixel, label and step size gradients."""
+    problems = [make_problem(width=6), make_problem(width=4, seed=3)]
+    synthetic = problems[0][3]
+    synthetic.step_sizes = torch.tensor([0.1, 0.03], dtype=torch.float64)
+    steps = draw_student_steps(12, 3, 5, "scale", seed=1, iteration=0)
+    origins, barrier = [Origin(0, 0), Origin(1, 0)], Barrier(2)
+
+    def learned(rows: Sequence[int], **sums: Callable[[Tensor], Tensor]) -> SyntheticSet:
+        state = Distillation(synthetic.clone(), LearningRates(1.0, 1.0, 1e-3), Limits(100))
+        networks = [make_problem(width=6)[0], make_problem(width=4, seed=3)[0]]  # not shared between threads
+        matches = [Match(eager(networks[row]), *problems[row][1:3], steps, row) for row in rows]
+        for _ in range(3):
+            state.step(matches, origins, **sums)
+        return state.synthetic
+
+    def apart(row: int) -> SyntheticSet:
+        return learned([row], sum_over_backbones=functools.partial(barrier.all_sum, row))
+
+    together = learned([0, 1])
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(apart, range(2)))
+    for name in ("images", "soft_labels", "step_sizes"):
+        assert torch.equal(getattr(both[0], name), getattr(both[1], name))
+        assert relative_error(getattr(both[0], name), getattr(together, name)) < 1e-12
+
+
+def test_loss_above_the_limit_is_not_differentiated() -> None:
+    """The reverse sweep of an iteration that will be skipped is not paid for."""
+    network, start, target, synthetic = make_problem()
+    functions = eager(network)
+    functions.reverse = lambda *_: pytest.fail("differentiated")  # type: ignore[method-assign]
+    steps = draw_student_steps(12, 2, 5, "", seed=1, iteration=0)
+    gradient = matching_gradient(functions, start, target, synthetic, steps, skip_above=1e-9)
+    assert gradient.loss > 1e-9
+    assert not any(bool(value.any()) for value in parts(gradient))
+
+
+def test_batches_cover_the_set_once_a_pass_and_the_short_one_comes_first() -> None:
+    """Every image is used once before any is used twice."""
+    steps = draw_student_steps(10, 6, 4, "", seed=0, iteration=0)
+    assert [len(step.rows) for step in steps] == [2, 4, 4, 2, 4, 4]
+    for one_pass in (steps[:3], steps[3:]):
+        assert sorted(np.concatenate([step.rows for step in one_pass])) == list(range(10))
+
+
+def test_draws_depend_on_the_iteration_and_on_nothing_before_it() -> None:
+    """The same iteration draws the same batches in any process; another one draws others."""
+    first, again, other = (draw_student_steps(10, 3, 5, PUBLISHED_AUGMENTATION, 7, k) for k in (4, 4, 5))
+    assert all(np.array_equal(a.rows, b.rows) for a, b in zip(first, again, strict=True))
+    assert not all(np.array_equal(a.rows, b.rows) for a, b in zip(first, other, strict=True))
+
+
+def test_strategy_draws_the_same_whatever_the_slice() -> None:
+    """Parameters drawn for a global batch, then sliced, augment each image as the whole batch would."""
+    images = torch.randn(6, 3, 8, 8, dtype=torch.float64)
+    for operation in OPERATIONS:
+        drawn = draw_augmentation(operation, 6, np.random.Generator(np.random.Philox(1)))
+        rows = np.array([4, 1])
+        assert torch.equal(augment(images, drawn)[rows], augment(images[rows], drawn.take(rows)))

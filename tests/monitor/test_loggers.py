@@ -1,0 +1,188 @@
+"""Curves in TensorBoard and Weights & Biases: what is logged, what never is, and how they fail."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from datm_ray.config import RunConfig, run_identity
+from datm_ray.errors import ConfigError
+from datm_ray.monitor import loggers
+from datm_ray.monitor.loggers import Logger, open_logger
+from datm_ray.monitor.progress import Reporter
+from datm_ray.pipeline import Pipeline
+from datm_ray.runtime.executor import Finished, Lost, Progress, SerialExecutor, Task
+from datm_ray.store.files.filesystem import open_location
+from tests.conftest import CommandLine, tiny_config
+
+TASK = Task("experts 0-1 of digits/convnet/5f", (), run="tiny", stage="experts")
+METRICS = {"datm_ray_expert_loss": 0.5, "datm_ray_expert_epochs_total": 2.0, "datm_ray_metadd_loss": float("nan")}
+
+
+class FakeWriter:
+    """In the place of torch's SummaryWriter."""
+
+    made: dict[str, FakeWriter]
+
+    def __init__(self, folder: str) -> None:
+        self.scalars: list[tuple[str, float, int]] = []
+        self.closed = False
+        FakeWriter.made[folder] = self
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.scalars.append((name, value, step))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeRun:
+    """In the place of a run of W&B's."""
+
+    def __init__(self) -> None:
+        self.logged: list[dict[str, float]] = []
+        self.steps: dict[str, str] = {}
+        self.finished = False
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        self.steps[name] = step_metric
+
+    def log(self, values: dict[str, float]) -> None:
+        self.logged.append(values)
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+@pytest.fixture
+def writers(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeWriter]:
+    """TensorBoard, as far as it is used here: the writers by their folders."""
+    FakeWriter.made = {}
+    module = ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = FakeWriter  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setattr(loggers, "find_spec", lambda name: object())
+    return FakeWriter.made
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """W&B, as far as it is used here; `begun` has what it was begun with, `run` what was logged."""
+    module: Any = ModuleType("wandb")
+    module.begun, module.run, module.Settings = {}, FakeRun(), dict
+
+    def init(**arguments: Any) -> FakeRun:
+        module.begun.update(arguments)
+        return module.run
+
+    module.init = init
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setattr(loggers, "find_spec", lambda name: object())
+    return module
+
+
+def feed(logger: Logger) -> None:
+    """Two epochs with a loss between, and the end."""
+    for event in (Progress(1, 2, {}, METRICS), Lost("died", 1), Progress(2, 2, {}, METRICS), Finished()):
+        logger.event(TASK, event)
+
+
+def test_tensorboard_gets_a_folder_for_every_task(writers: dict[str, FakeWriter], tmp_path: Path) -> None:
+    """Gauges over the task's own steps; neither sums of one attempt nor what is no number."""
+    feed(open_logger("tensorboard", open_location(str(tmp_path)), [], print))
+    ((folder, writer),) = writers.items()
+    assert folder == f"{tmp_path}/tensorboard/experts/experts-0-1-of-digits-convnet-5f"
+    assert writer.scalars == [("expert_loss", 0.5, 1), ("expert_loss", 0.5, 2)]
+    assert writer.closed
+
+
+def test_wandb_gets_steps_of_every_tasks_own(wandb: Any, tiny: RunConfig, tmp_path: Path) -> None:
+    """One run of W&B's; its configuration is the recipe's identity, in which no place of a file is."""
+    secret = tiny.model_copy(update={"dataset": tiny.dataset.model_copy(update={"path": "s3://secret"})})
+    logger = open_logger("wandb", open_location(str(tmp_path)), [secret], print)
+    feed(logger)
+    logger.close()
+    name = "experts-0-1-of-digits-convnet-5f"
+    assert wandb.run.steps == {f"{name}/*": f"{name}/step"}
+    assert wandb.run.logged == [{f"{name}/step": step, f"{name}/expert_loss": 0.5} for step in (1, 2)]
+    assert wandb.run.finished
+    assert wandb.begun["config"] == {"tiny": run_identity(secret)}
+    assert "secret" not in repr(wandb.begun)
+    settings = {"x_disable_meta": True, "console": "off", "save_code": False, "disable_git": True}
+    assert settings.items() <= wandb.begun["settings"].items()
+
+
+def test_a_run_is_logged_from_any_executor(writers: dict[str, FakeWriter], tmp_path: Path) -> None:
+    """All three stages leave curves, and every writer is closed in the end."""
+    config = tiny_config("cluster.log_to=tensorboard")
+    Pipeline([config], str(tmp_path)).run_all(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    assert {Path(folder).parent.name for folder in writers} == {"experts", "distillation", "evaluation"}
+    losses = writers[f"{tmp_path}/tensorboard/distillation/tiny"].scalars
+    assert [step for name, _, step in losses if name == "distill_matching_loss"] == [1, 2, 3, 4, 5, 6]
+    assert all(writer.closed for writer in writers.values())
+
+
+def test_where_to_log_changes_nothing_of_a_run() -> None:
+    """A finished run may be gone on with, logged to anywhere."""
+    assert run_identity(tiny_config("cluster.log_to=wandb")) == run_identity(tiny_config())
+
+
+def test_a_missing_package_is_one_line_before_anything_starts(
+    datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Exit code 2, and no folder was made."""
+    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
+    for name in ("tensorboard", "wandb"):
+        code, _, said = datm_ray("run", "digits-ipc1", "--set", f"cluster.log_to={name}", "--executor", "serial")
+        assert (code, said.count("\n")) == (2, 1)
+        assert f"the package {name} is not installed. `pip install {name}`, or" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_wants_a_local_folder(writers: dict[str, FakeWriter]) -> None:
+    """An object store is refused beforehand."""
+    with pytest.raises(ConfigError, match=r"memory://out is not a local folder\..* Give a local --out"):
+        Pipeline([tiny_config("cluster.log_to=tensorboard")], "memory://out")
+
+
+def test_a_service_that_does_not_start_is_one_line_without_its_words(wandb: Any, tmp_path: Path) -> None:
+    """What it says may quote a key; and no run's folder is made."""
+
+    def refuse(**_: Any) -> None:
+        raise RuntimeError("key 123-secret is wrong")
+
+    wandb.init = refuse
+    config = tiny_config("cluster.log_to=wandb")
+    with pytest.raises(ConfigError, match="wandb does not start: RuntimeError") as caught:
+        Pipeline([config], str(tmp_path)).run_all(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    assert "secret" not in str(caught.value)
+    assert not (tmp_path / config.name).exists()
+
+
+def test_logging_that_fails_half_way_does_not_end_the_run(writers: dict[str, FakeWriter], tmp_path: Path) -> None:
+    """A full disk, a network that is gone: said once, without quoting, and then no more is tried."""
+    said: list[str] = []
+    logger = open_logger("tensorboard", open_location(str(tmp_path)), [], said.append)
+    logger.event(TASK, Progress(1, 2, {}, METRICS))
+    (writer,) = writers.values()
+    writer.add_scalar = None  # type: ignore[assignment]
+    feed(logger)
+    logger.close()
+    assert said == ["Logging failed (TypeError); the run continues without it"]
+
+
+def test_tensorboard_itself_reads_what_was_logged(tmp_path: Path) -> None:
+    """With the real package, where it is installed."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = open_logger("tensorboard", open_location(str(tmp_path)), [], print)
+    feed(logger)
+    logger.close()
+    read = EventAccumulator(str(tmp_path / "tensorboard/experts/experts-0-1-of-digits-convnet-5f"))
+    read.Reload()
+    assert [(each.step, each.value) for each in read.Scalars("expert_loss")] == [(1, 0.5), (2, 0.5)]

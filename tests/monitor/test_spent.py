@@ -1,0 +1,253 @@
+"""What work costs: measured from its beginning, summed over workers and attempts, told in files and report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import mmap
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from datm_ray.config import ClusterConfig
+from datm_ray.errors import CorruptFileError
+from datm_ray.monitor import spent as spent_module
+from datm_ray.monitor.progress import Reporter
+from datm_ray.monitor.spent import Account, Spent, total
+from datm_ray.pipeline import Pipeline, report
+from datm_ray.runtime.devices import peak_memory
+from datm_ray.runtime.executor import Progress, SerialExecutor
+from datm_ray.runtime.mesh import Alone
+from datm_ray.stages import expert_progress
+from datm_ray.stages.distill import COST, over_workers, read_cost
+from datm_ray.stages.experts import ExpertWorker, expert_group, experts_cost
+from datm_ray.store.files.filesystem import open_location
+from tests.conftest import tiny_config
+
+CPU, QUIET = torch.device("cpu"), Reporter(quiet=True)
+
+
+def can_forget_peaks() -> bool:
+    with suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii"):
+        return True
+    return False
+
+
+def test_costs_add_up_but_for_the_peak() -> None:
+    """Memory is that of the worker that took most; plain data and back gives the same."""
+    both = Spent(1, 2, 3, 50, 5, 6) + Spent(10, 20, 30, 40, 50, 60)
+    assert both == Spent(11, 22, 33, 50, 55, 66) == total([both, Spent()])
+    assert Spent.from_json(json.loads(json.dumps(both.to_json()))) == both
+    assert both.share(0.5) == Spent(5.5, 11, 16.5, 50, 27.5, 33)
+
+
+def test_an_account_knows_nothing_of_what_was_before_it(tmp_path: Path) -> None:
+    """Neither seconds nor bytes; a lap begins anew."""
+    file = open_location(str(tmp_path / "file"))
+    file.write_atomic(b"x" * 100)
+    file.read_bytes()
+    account = Account(CPU, ClusterConfig())
+    assert (account.spent().read_bytes, account.spent().write_bytes) == (0, 0)
+    assert account.spent().cpu_seconds < 0.5
+    file.read_bytes()
+    while account.spent().cpu_seconds < 0.05:
+        torch.randn(100, 100).exp()
+    lap = account.lap()
+    assert lap.read_bytes == 100
+    assert lap.seconds > 0
+    assert lap.cpu_seconds >= 0.05
+    assert lap.gpu_seconds == 0, "there is none"
+    assert account.spent().read_bytes == 0
+    assert account.spent().cpu_seconds < lap.cpu_seconds
+
+
+@pytest.mark.skipif(not can_forget_peaks(), reason="this system does not let a process forget its peak")
+def test_the_peak_is_that_of_the_work() -> None:
+    """What was held before and let go is no cost of what comes after it."""
+    hold_and_let_go(300 * 2**20)
+    before = peak_memory(CPU)
+    account = Account(CPU, ClusterConfig())
+    peak = account.spent().peak_memory_bytes
+    assert peak < before - 200 * 2**20
+    hold_and_let_go(300 * 2**20)
+    assert account.spent().peak_memory_bytes > peak + 200 * 2**20
+
+
+def hold_and_let_go(size: int) -> None:
+    """Pages of their own, which go back at once: the heap of a long session of tests may keep what it is given."""
+    with mmap.mmap(-1, size) as pages:
+        for first in range(0, size, mmap.PAGESIZE):
+            pages[first] = 1
+
+
+def test_seconds_of_a_gpu_are_those_of_the_share_that_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of a GPU for four seconds is one second of a GPU."""
+    monkeypatch.setattr(spent_module, "_forget_peak", lambda _: None)
+    monkeypatch.setattr(spent_module, "peak_memory", lambda _: 7.0)
+    readings = iter([(0.0, 0.0, 0.0, 0.0), (4.0, 1.0, 2.0, 3.0)])
+    monkeypatch.setattr(Account, "_read", staticmethod(lambda: next(readings)))
+    account = Account(torch.device("cuda"), ClusterConfig(gpus_per_worker=0.25))
+    assert account.spent() == Spent(4.0, 1.0, 1.0, 7.0, 2.0, 3.0)
+
+
+def test_a_gpu_is_awake_before_its_peak_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker's first task begins before anything is on the GPU."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "init", lambda: calls.append("init"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append(str(device)))
+    spent_module._forget_peak(torch.device("cuda"))
+    assert calls == ["init", "cuda"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_the_peak_of_a_gpu_is_that_of_the_work() -> None:
+    """What was held there before and let go is no cost of what comes after it."""
+    device = torch.device("cuda")
+    held = torch.zeros(2**26, device=device)
+    del held
+    account = Account(device, ClusterConfig(gpus_per_worker=0.5))
+    again = torch.zeros(2**20, device=device)
+    spent = account.spent()
+    assert 2**22 <= spent.peak_memory_bytes < 2**27
+    assert spent.gpu_seconds == pytest.approx(spent.seconds / 2)
+    del again
+
+
+class WithAnother(Alone):
+    """A mesh of two, of which the other has spent something too."""
+
+    def sum_over_all(self, tensor: Tensor) -> Tensor:
+        other = torch.tensor([10.0, 20, 30, 40, 50, 99, 0], dtype=torch.float64)
+        assert tensor.tolist()[5:] == [0.0, 4.0], "each worker's peak has a place of its own"
+        return tensor + other
+
+
+def test_workers_of_a_mesh_are_added_up() -> None:
+    """Seconds and bytes of all, and the higher peak."""
+    mesh = WithAnother(rank=1, rows=1, columns=2)
+    assert over_workers(mesh, Spent(1, 2, 3, 4, 5, 6)) == Spent(11, 22, 33, 99, 45, 56)
+    assert over_workers(Alone(), Spent(1, 2, 3, 4, 5, 6)) == Spent(1, 2, 3, 4, 5, 6)
+
+
+def test_every_part_of_a_run_tells_what_it_cost(finished_run: Path) -> None:
+    """Experts, distillation and each row, in their own files, in the summary and on the page."""
+    (told,) = json.loads((finished_run / "summary.json").read_text())
+    parts = {part["what"]: part for part in told["cost"]}
+    assert list(parts) == [
+        "experts, convnet",
+        "distillation",
+        "random real images, hard labels",
+        "random real images, soft labels",
+        "distilled",
+        "all real data",
+    ]
+    assert [part["n"] for part in told["cost"]] == [2, 1, 2, 2, 2, 2]
+    for name, part in parts.items():
+        assert part["cpu_seconds"] > 0, name
+        assert part["seconds"] > 0, name
+        assert part["gpu_seconds"] == 0 or torch.cuda.is_available()
+        assert part["peak_memory_bytes"] > 2**20, name
+    needed = 6 * 2 * 4 * 1_000  # two snapshots an iteration; the tiny network has 1,000 parameters at least, of 4 bytes
+    assert parts["distillation"]["read_bytes"] > needed
+    assert parts["random real images, hard labels"]["read_bytes"] == 0
+    assert parts["random real images, soft labels"]["read_bytes"] > 0
+    for place in finished_run.rglob("*-0[01].json"):
+        if place.parent.name != "costs":
+            result = json.loads(place.read_text())
+            assert result["cost"]["seconds"] == pytest.approx(result["seconds"], abs=1e-3)
+    page = (finished_run / "report.html").read_text()
+    assert "experts, convnet</th><td>2</td>" in page
+    assert " s CPU</td>" in page
+
+
+def test_a_resumed_distillation_adds_to_what_it_had_cost(finished_run: Path, tmp_path: Path) -> None:
+    """And its set has the same bits as that of a run that was never stopped."""
+    (tmp_path / "experts").symlink_to(finished_run / "experts")
+    config = tiny_config()
+    pipeline = Pipeline([config], str(tmp_path))
+    with suppress(KeyboardInterrupt):
+        pipeline.distill(lambda: StopsAt(config.cluster, iteration=3), QUIET)
+    place = open_location(str(tmp_path / "tiny"))
+    first = read_cost(place)
+    assert first.cpu_seconds > 0
+    (place / COST).write_json(dataclasses.replace(first, cpu_seconds=1e6, peak_memory_bytes=2.0**50).to_json())
+    pipeline.distill(lambda: SerialExecutor(config.cluster), QUIET)
+    assert read_cost(place).cpu_seconds > 1e6
+    assert read_cost(place).peak_memory_bytes == 2.0**50
+    assert read_cost(place).seconds > first.seconds
+    both = [(out / "tiny" / "synthetic.arrow").read_bytes() for out in (tmp_path, finished_run)]
+    assert both[0] == both[1]
+
+
+class StopsAt(SerialExecutor):
+    """Seems to die after an iteration, which is one after a checkpoint."""
+
+    def __init__(self, cluster: ClusterConfig, iteration: int) -> None:
+        super().__init__(cluster)
+        self._iteration = iteration
+
+    def run(self, *arguments: object) -> Iterator:  # type: ignore[type-arg]
+        for task, event in super().run(*arguments):  # type: ignore[arg-type]
+            yield task, event
+            if isinstance(event, Progress) and event.done == self._iteration:
+                raise KeyboardInterrupt
+
+
+def test_a_resumed_expert_adds_to_what_it_had_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file of its progress tells a part; deleting a group deletes what it cost."""
+    monkeypatch.setattr(expert_progress, "WRITE_SHARE", 1e9)
+    laps = [0]
+
+    def lap(account: Account) -> Spent:
+        laps[0] += 1
+        return Spent(cpu_seconds=100.0)
+
+    monkeypatch.setattr(Account, "lap", lap)
+    monkeypatch.setattr(Account, "spent", lambda _: Spent(cpu_seconds=1.0))
+    config = tiny_config()
+    pipeline = Pipeline([config], str(tmp_path))
+    dataset = pipeline._dataset(config)
+    group = expert_group(pipeline.store_uri, config, dataset.name, dataset.fingerprint)
+    for event in ExpertWorker(dataset, config.cluster).train(config, pipeline.store_uri, (0, 1)):
+        if isinstance(event, Progress) and event.done == 3:
+            break
+    assert group.costs() == []
+    before = laps[0]
+    assert before >= 2
+    assert list(ExpertWorker(dataset, config.cluster).train(config, pipeline.store_uri, (0, 1)))
+    (note,) = group.costs()
+    cost = note.read_json()
+    assert cost["experts"] == [0, 1]
+    one = config.model_copy(update={"experts": config.experts.model_copy(update={"count": 1})})
+    both, half = (experts_cost(each, group).spent.cpu_seconds for each in (config, one))
+    assert half == both / 2, "a stack was trained for both of its experts"
+    assert cost["spent"]["cpu_seconds"] == 100.0 * laps[0] + 1.0
+    for content in (b"[", b"5", b'{"experts": [0]}', b'{"experts": ["x"], "spent": {}}'):
+        note.write_atomic(content)
+        with pytest.raises(CorruptFileError, match=rf"^{note.uri} .*Move this note away; the experts stay"):
+            experts_cost(config, group)
+    assert laps[0] > before
+    group.remove()
+    assert group.costs() == []
+    assert not list(Path(tmp_path, "experts").rglob("costs"))
+
+
+def test_results_of_earlier_versions_are_shown_without_what_they_lack(finished_run: Path, tmp_path: Path) -> None:
+    """Their seconds are known; the rest is a dash."""
+    out = tmp_path / "out"
+    shutil.copytree(finished_run, out)
+    (out / "tiny" / COST).unlink()
+    for place in out.rglob("distilled-0*.json"):
+        place.write_text(json.dumps({k: v for k, v in json.loads(place.read_text()).items() if k != "cost"}))
+    report(str(out))
+    (told,) = json.loads((out / "summary.json").read_text())
+    parts = {part["what"]: part for part in told["cost"]}
+    assert "distillation" not in parts
+    assert set(parts["distilled"]) == {"what", "n", "seconds"}
+    assert "<td>–</td><td>–</td><td>–</td>" in (out / "report.html").read_text()

@@ -1,0 +1,243 @@
+"""Hours, layouts and storage of a recipe, clusters in the user's words, and an estimate against a real run."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from datm_ray.config import override
+from datm_ray.core.networks.parameters import FlatNetwork
+from datm_ray.core.networks.registry import NetworkSpec, build_network
+from datm_ray.errors import ConfigError
+from datm_ray.monitor.progress import Reporter
+from datm_ray.pipeline import Pipeline
+from datm_ray.planning.duration import Proposal, measured, propose, show_number, storage
+from datm_ray.planning.fit import KNOWN_SHAPES, DataShape, plans_of
+from datm_ray.planning.machines import BANDWIDTH, CORE_RATES, machine_here, parse_cluster, require_measurable
+from datm_ray.recipes import get_recipe
+from datm_ray.runtime.executor import SerialExecutor
+from datm_ray.stages.distill import read_cost
+from datm_ray.store.files.filesystem import open_location
+from tests.conftest import tiny_config
+
+GIB = 2**30
+DIGITS = KNOWN_SHAPES["digits"]
+METADD = "metadd={auxiliaries: [{architecture: lenet}], experts: {count: 3, epochs: 9}}"
+
+
+def proposal(*changes: str, machine: str = "cpus=2,gflops=140") -> Proposal:
+    """The tiny recipe as it is on a machine."""
+    config = tiny_config("cluster.memory=64GiB", *changes)
+    return Proposal(config, DIGITS, plans_of(config, DIGITS), parse_cluster(machine))
+
+
+def test_clusters_are_read() -> None:
+    """All keys, in any order, with spaces or without; a worker of two threads has two cores and their memory."""
+    given = parse_cluster("gpus=64,memory=80GiB,tflops=60,network=25Gbps")
+    assert (given.device, given.workers, given.memory, given.bandwidth) == ("GPU", 64, 80 * GIB, 3.125e9)
+    assert given.basis == "as given"
+    assert given.rates["matching"] == pytest.approx(60e12)
+    given = parse_cluster(" network = 10 gbps , cpus = 9, memory=24GiB", threads=2)
+    assert (given.device, given.workers, given.cores, given.memory) == ("core", 4, 2, 6 * GIB)
+    assert given.bandwidth == 1.25e9
+    assert given.rates["training"] == pytest.approx(2 * CORE_RATES["training"])
+    unknown = parse_cluster("gpus=1")
+    assert (unknown.memory, unknown.bandwidth, unknown.basis) == (None, BANDWIDTH["GPU"], "")
+    with pytest.raises(ConfigError, match="a worker takes 4 cores, and the cluster has 2"):
+        parse_cluster("cpus=2", threads=4)
+
+
+UNREADABLE = {
+    "": "'' is not one of gpus=, cpus=",
+    "64": "'64' is not one of",
+    "gpus": "'gpus' is not one of",
+    "memory=80GiB": "it needs gpus= or cpus=",
+    "gpus=1,cpus=2": "it needs gpus= or cpus=, and not both",
+    "gpus=1,gpus=2": "gpus is there twice",
+    "gpus=0": "gpus is '0'",
+    "gpus=-1": "gpus is '-1'",
+    "gpus=1.5": "gpus is '1.5'",
+    "gpus=¹": "gpus is '¹'",
+    "gpus=1,": "'' is not one of",
+    "gpus=1,speed=3": "'speed=3' is not one of",
+    "gpus=1,tflops=fast": "tflops is 'fast'",
+    "gpus=1,tflops=0": "tflops is '0'",
+    "gpus=1,tflops=nan": "tflops is 'nan'",
+    "gpus=1,tflops=1,gflops=1": "it has tflops= and gflops=",
+    "gpus=1,memory=much": "memory is 'much'",
+    "gpus=1,memory=8": "memory is '8'",
+    "gpus=1,network=25": "network is '25'",
+    "gpus=1,network=25GiB": "network is '25GiB'",
+    "gpus=" + "9" * 400: "gpus is '999",
+}
+
+
+def test_an_unreadable_cluster_is_one_line() -> None:
+    """What is wrong, and how to write it."""
+    for text, fact in UNREADABLE.items():
+        with pytest.raises(ConfigError) as caught:
+            parse_cluster(text)
+        assert str(caught.value).startswith(f"--cluster {text!r}: "), text
+        assert fact in caught.value.fact, text
+        assert "gpus=64,memory=80GiB,tflops=60,network=25Gbps" in str(caught.value), text
+        assert len(str(caught.value).splitlines()) == 1, text
+
+
+def test_workers_without_a_description_are_those_asked_for() -> None:
+    """Never fewer than one; GPUs where workers have some."""
+    asked = machine_here(tiny_config("cluster.workers=3", "cluster.threads_per_worker=2"))
+    assert (asked.device, asked.workers, asked.cores) == ("core", 3, 2)
+    assert machine_here(tiny_config("cluster.threads_per_worker=999")).workers == 1
+    assert machine_here(tiny_config()).workers == os.cpu_count()
+    gpus = machine_here(tiny_config("cluster.workers=4", "cluster.gpus_per_worker=1"))
+    assert (gpus.device, gpus.workers, gpus.basis) == ("GPU", 4, "")
+
+
+def test_a_machine_is_measured_only_where_it_tells_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where the speed is given, nor where the workers compute on what this machine has not."""
+    require_measurable(parse_cluster("cpus=2"))
+    for cluster in ("cpus=2,gflops=140", "gpus=2"):
+        with pytest.raises(ConfigError, match="--measure times steps on this machine, which has no GPU"):
+            require_measurable(parse_cluster(cluster))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    require_measurable(parse_cluster("gpus=2"))
+
+
+def test_hours_follow_the_recipe() -> None:
+    """Twice the iterations take twice the hours, GSAM two gradients, a set's other workers wait for validation."""
+    base, longer, gsam, shared = (
+        proposal(*changes).stages
+        for changes in ((), ("distill.iterations=12",), ("experts.optimiser=gsam",), ("cluster.shards=2",))
+    )
+    assert longer["distillation"][0] == pytest.approx(2 * base["distillation"][0])
+    assert gsam["experts"][0] == pytest.approx(2 * base["experts"][0])
+    assert shared["validation"] == pytest.approx((2 * base["validation"][0], base["validation"][1]))
+    passes = 3 * 10  # steps of ten images, eleven forward passes each
+    seconds = 6 * passes * 11 * FORWARD / 140e9  # the speed that is given
+    assert base["distillation"][0] == pytest.approx(seconds / 3600)
+    assert proposal(machine="cpus=2,gflops=70").stages["experts"][0] == pytest.approx(2 * base["experts"][0])
+    with_meta = proposal(METADD)
+    assert with_meta.iteration[0] > proposal().iteration[0]
+    assert with_meta.stages["experts"][0] > base["experts"][0]
+
+
+FORWARD = plans_of(tiny_config("cluster.memory=64GiB"), DIGITS)[0]._cost(0).flop
+
+
+def test_more_shards_are_faster_unless_the_network_is_slow() -> None:
+    """Where every minibatch is the whole set a shard computes its part; sums cost what travels and their rounds."""
+    whole = ("distill.batch_size=10", "cluster.memory=64GiB")
+    alone, ten = (proposal(*whole, f"cluster.shards={shards}") for shards in (1, 10))
+    assert alone.iteration[0] == pytest.approx(10 * ten.iteration[0])
+    assert alone.iteration[1] == 0
+    machine = replace(parse_cluster("cpus=4"), bandwidth=1e6)
+    assert machine.sum_seconds(3_000_000, 2, 1) == 0
+    assert machine.sum_seconds(3_000_000, 0, 2) == pytest.approx(3)
+    assert machine.sum_seconds(3_000_000, 2, 4) == pytest.approx(1.5 * 3 + 2 * 2 * 0.0002)
+
+
+def test_a_layout_is_one_that_fits_and_is_fastest() -> None:
+    """Little memory asks for shards; a slow network is not crossed; where there is room, more workers are used."""
+    config, shape = get_recipe("tiny-imagenet-ipc50"), KNOWN_SHAPES["tiny-imagenet"]
+
+    def proposed(text: str) -> Proposal:
+        found = propose(config, shape, parse_cluster(text))
+        assert f"--set cluster.shards={found.config.cluster.shards} " in found.settings()
+        return found
+
+    alone = proposed("gpus=1,tflops=20,network=25Gbps")
+    eight = proposed("gpus=8,tflops=20,network=25Gbps")
+    slow = proposed("gpus=8,tflops=20,network=10Mbps")
+    assert [each.config.cluster.shards for each in (alone, eight, slow)] == [1, 8, 1]
+    assert sum(alone.iteration) / 8 < sum(eight.iteration) < sum(alone.iteration) / 4
+    assert proposed("gpus=16,memory=2500MiB,tflops=20,network=10Mbps").config.cluster.shards in (8, 16)
+    with pytest.raises(ConfigError, match=r"needs .* and may take"):
+        proposed("gpus=2,memory=200MiB")
+    apart = tiny_config("backbones=[{network: {width: 3, depth: 2}}]", "cluster.backbones_apart=true")
+    with pytest.raises(ConfigError, match="tiny wants 2 workers at once, and the cluster has 1"):
+        propose(apart, DIGITS, parse_cluster("gpus=1"))
+
+
+def test_experts_stand_in_smaller_stacks_where_gpus_would_be_left_without() -> None:
+    """A hundred experts in stacks of eight would occupy thirteen GPUs of sixty-four."""
+    for gpus, stack in ((8, None), (13, None), (64, 2), (200, 1)):
+        found = propose(get_recipe("cifar10-ipc10"), KNOWN_SHAPES["cifar10"], parse_cluster(f"gpus={gpus},tflops=60"))
+        assert found.config.cluster.experts_at_a_time == stack, gpus
+        assert ("cluster.experts_at_a_time" in found.settings()) == (stack is not None), gpus
+
+
+def test_hours_of_gpus_are_told_only_with_a_speed() -> None:
+    """No GPU was measured; the numbers of steps stand there all the same."""
+    config, shape = get_recipe("cifar10-ipc10").resolved((32, 32)), KNOWN_SHAPES["cifar10"]
+    unknown, given = (
+        "\n".join(propose(config, shape, parse_cluster(text)).lines(suggested=True))
+        for text in ("gpus=8,memory=80GiB", "gpus=8,memory=80GiB,tflops=60")
+    )
+    assert "10,000 iterations of 80 student steps of 100 of 100 images" in unknown
+    assert "GPU-hours        unknown: no GPU was measured. Give its speed as tflops=" in unknown
+    assert "about" not in unknown.splitlines()[0]
+    assert "hours on clock" not in unknown
+    assert "; as given" in given
+    assert "hours on clock" in given
+    assert len(given.splitlines()) <= 10
+
+
+@pytest.mark.slow
+def test_a_measured_estimate_is_within_three_times_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU seconds of a tiny distillation, uncompiled; validation, of one epoch, is in both."""
+    # CPU seconds on both sides, for other work on the machine is in neither.
+    monkeypatch.setattr("datm_ray.planning.duration.time.perf_counter", time.process_time)
+    longer = ("network.width=32", "distill.ipc=10", "distill.batch_size=50", "distill.student_steps=10")
+    more = ("distill.iterations=10", "distill.validate_every=10", "cluster.compile=false", "cluster.workers=1")
+    config = tiny_config(*longer, *more, "distill.threshold=1e9")
+    found = Proposal(config, DIGITS, plans_of(config, DIGITS), machine_here(config))
+    found = replace(found, machine=measured(found))
+    hours = found.stages["distillation"][0] + found.stages["validation"][0]
+    pipeline = Pipeline([config], str(tmp_path), alone=True)
+    start: Callable[[], SerialExecutor] = lambda: SerialExecutor(config.cluster)  # noqa: E731
+    pipeline.train_experts(start, Reporter(quiet=True))
+    pipeline.distill(start, Reporter(quiet=True))
+    spent = read_cost(open_location(str(tmp_path)) / "tiny").cpu_seconds
+    print(f"estimated {3600 * hours:.2f}, spent {spent:.2f} CPU seconds")
+    assert spent / 3 < 3600 * hours < 3 * spent
+
+
+@pytest.mark.slow
+def test_storage_is_what_lies_on_disk(tmp_path: Path) -> None:
+    """Experts with their transforms, the checkpoint, both sets with one; within headers of some kB a file."""
+    wide = ("network.width=32", "dataset.resize=16", "dataset.normalisation=zca", "distill.ipc=10")
+    config = tiny_config(METADD, *wide, "distill.iterations=4", "distill.threshold=1e9")
+    pipeline = Pipeline([config], str(tmp_path))
+    start: Callable[[], SerialExecutor] = lambda: SerialExecutor(config.cluster)  # noqa: E731
+    pipeline.train_experts(start, Reporter(quiet=True))
+    pipeline.distill(start, Reporter(quiet=True))
+    told = storage(config, DataShape((1, 16, 16), 10, 1438))
+    for name, *patterns in (
+        ("store", "experts/*"),
+        ("checkpoint", "tiny/checkpoint*"),
+        ("results", "tiny/[is]*.arrow", "transforms/*"),
+    ):
+        found = [path for pattern in patterns for path in tmp_path.glob(pattern)]
+        files = {each for path in found for each in (path, *path.rglob("*")) if each.is_file()}
+        written = sum(each.stat().st_size for each in files)
+        assert told[name] == pytest.approx(written, abs=16_384 * len(files)), name
+        assert 2 * 16_384 * len(files) < written, name
+
+
+def test_auxiliaries_and_whitening_have_their_part_of_the_store() -> None:
+    """Of an auxiliary the first epochs are stored and the last; whitening has a row for every value of an image."""
+    alone, more = (storage(tiny_config(*changes), DIGITS)["store"] for changes in ((), (METADD,)))
+    lenet = FlatNetwork(build_network(NetworkSpec("lenet", 1, (8, 8), 10), seed=0)).count
+    assert more - alone == 3 * 3 * 4 * lenet + 8
+    whitened = storage(override(get_recipe("tiny-imagenet-ipc1"), []), KNOWN_SHAPES["tiny-imagenet"])["results"]
+    assert whitened > 4 * 12_288 * 12_291
+
+
+def test_numbers_keep_three_digits() -> None:
+    """Or all before the point."""
+    assert [show_number(value) for value in (0.00123456, 1.5, 99.96, 12345.6)] == ["0.00123", "1.5", "100", "12,346"]

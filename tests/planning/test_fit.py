@@ -1,0 +1,386 @@
+"""Planning: what fits is not refused, what does not is refused with the option that helps."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from datm_ray.config import ClusterConfig, RunConfig, override, parse_bytes
+from datm_ray.errors import ConfigError, DatasetError
+from datm_ray.memory import available_memory
+from datm_ray.planning.fit import (
+    KNOWN_SHAPES,
+    MARGIN,
+    PROCESS_BYTES,
+    DataShape,
+    DistillationPlan,
+    Layout,
+    chunk_by_trial,
+    data_shape,
+    parse_shape,
+    plans_of,
+    rows_at_a_time,
+    total,
+    worker_budget,
+)
+from datm_ray.recipes import get_recipe, recipe_names
+from datm_ray.store.trajectories import size_in_words
+from tests.conftest import tiny_config
+
+GIB, MIB = 2**30, 2**20
+
+
+def plan_of(config: RunConfig) -> DistillationPlan:
+    """The plan of a recipe's first network, whose data's shape is known."""
+    shape = data_shape(config.dataset)
+    return plans_of(config.resolved(shape.image[1:]), shape)[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("8GiB", 8 * GIB),
+        ("512MiB", 512 * 2**20),
+        ("6 GB", 6 * 10**9),
+        ("1.5gib", 3 * GIB // 2),
+        (" 2 G ", 2 * 10**9),
+        ("100kB", 100_000),
+        ("4096", 4096),
+        ("4096B", 4096),
+    ],
+)
+def test_sizes_are_read(text: str, size: int) -> None:
+    """Binary and decimal units, with and without a space, or plain bytes."""
+    assert parse_bytes(text) == size
+    assert ClusterConfig(memory=text).memory_bytes == size
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1536, "1.5 KiB"),
+        (310 * 2**20, "310.0 MiB"),
+        (3.25 * GIB, "3.25 GiB"),
+        (5000 * GIB, "4.88 TiB"),
+        (2**60, "1048576.00 TiB"),
+    ],
+)
+def test_sizes_are_told_as_they_can_be_written(size: float, text: str) -> None:
+    """The same words everywhere, and those of an error can be given to --memory."""
+    assert size_in_words(size) == text
+    if size:
+        assert parse_bytes(text) == pytest.approx(size, rel=0.005)
+
+
+@pytest.mark.parametrize("text", ["", "much", "8 apples", "-1GiB", "8GiBs", "0", "1e9", "GiB", "8 Gi"])
+def test_an_unreadable_size_is_one_line(text: str) -> None:
+    """Named together with how to write it."""
+    with pytest.raises(ConfigError, match="8GiB or 512MiB") as caught:
+        override(get_recipe("digits-ipc1"), [f"cluster.memory='{text}'"])
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_bytes_as_a_number_in_yaml_are_a_size() -> None:
+    """--set cluster.memory=8589934592 needs no quotes; none stays none."""
+    assert override(get_recipe("digits-ipc1"), ["cluster.memory=8589934592"]).cluster.memory_bytes == 8 * GIB
+    assert ClusterConfig().memory_bytes is None
+
+
+def test_every_packaged_recipe_fits_a_machine_of_24_gib() -> None:
+    """Two workers, two shards of the large sets, as two CPU cores have them: nothing that fits is refused."""
+    for name in recipe_names():
+        plan = plan_of(override(get_recipe(name), ["cluster.memory=11GiB", "cluster.shards=2", "cluster.device=cpu"]))
+        assert total(plan.parts) <= 11 * GIB, name
+        assert 1 <= plan.chunk <= plan.batch <= plan.images, name
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "measured"),
+    [
+        ("digits-ipc1", (), 952),
+        ("digits-ipc10", (), 966),
+        ("digits-ipc30", (), 980),
+        ("digits16-metadd-ipc1", (), 962),
+        ("cifar10-ipc10", ("network={width: 32, depth: 3}", "distill.batch_size=50"), 1239),
+        ("tiny-imagenet-ipc50", ("cluster.shards=2", "distill.student_steps=20", "distill.batch_size=20"), 2661),
+    ],
+)
+def test_the_estimate_is_never_below_what_was_measured(recipe: str, changes: tuple[str, ...], measured: int) -> None:
+    """Peak resident MiB of a worker, from benchmarks/results; and at most twice as much."""
+    plan = plan_of(override(get_recipe(recipe), ["cluster.memory=64GiB", "cluster.device=cpu", *changes]))
+    assert measured <= total(plan.parts) / MIB <= 2 * measured
+
+
+@pytest.mark.parametrize(
+    ("size", "images", "compiled", "measured"),
+    [(32, 20, True, 82), (32, 100, True, 402), (64, 5, True, 82), (32, 20, False, 328), (64, 5, False, 362)],
+)
+def test_a_step_takes_about_what_was_measured(size: int, images: int, compiled: bool, measured: int) -> None:
+    """Peak resident MiB of a reverse step of ConvNet of width 128 (log of experiments, 2026-11-21)."""
+    recipe = "cifar10-ipc10" if size == 32 else "tiny-imagenet-ipc10"
+    plan = plan_of(override(get_recipe(recipe), ["cluster.memory=64GiB", f"cluster.compile={str(compiled).lower()}"]))
+    estimated = plan.parts_with(1, images)["call"] / MIB
+    assert measured <= MARGIN * estimated <= 1.7 * measured
+
+
+def test_parts_are_counted() -> None:
+    """By hand: five copies of ten images with labels, T + 1 vectors, eight vectors; matching or validation."""
+    alone = plan_of(tiny_config("cluster.memory=4GiB"))
+    shared = plan_of(tiny_config("cluster.memory=4GiB", "cluster.shards=2"))
+    p, row = alone.parts["trace"] // (4 * (3 + 1)), 4 * (64 + 10)
+    assert (alone.parts["synthetic"], alone.parts["network"]) == (5 * 10 * row, 4 * 8 * p)
+    assert shared.parts["synthetic"] * 2 == alone.parts["synthetic"]
+    assert shared.parts["validation"] == alone.parts["validation"] + 10 * row  # the first shard gathers the set
+    assert (alone.network_bytes, shared.network_bytes) == (0, 4 * 3 * (2 * p + 1))
+    parts = alone.parts
+    worst = max(parts["trace"] + parts["call"], parts["validation"])
+    assert total(parts) == PROCESS_BYTES + math.ceil(MARGIN * (parts["synthetic"] + parts["network"] + worst))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (["cluster.memory=100MiB"], "raise --memory"),
+        (["cluster.memory=2GiB", "distill.student_steps=1000000"], "lower distill.student_steps"),
+        (["cluster.memory=3GiB", "dataset.source=cifar10", "distill.ipc=5000"], r"use --set cluster\.shards=\d"),
+        (
+            ["cluster.memory=1250MiB", "dataset.source=cifar10", "network.width=256"],
+            "is validation.*lower network.width",
+        ),
+        (["cluster.memory=100kB", "cluster.gpus_per_worker=1"], "raise --memory"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_option_that_helps(changes: list[str], expected: str) -> None:
+    """One line: what it takes, what it may take, which part, what to change."""
+    with pytest.raises(ConfigError, match=f"(?i){expected}") as caught:
+        plan_of(tiny_config(*changes))
+    assert "needs" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_workers_that_share_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the data set that all of them use; a worker less is what helps."""
+    monkeypatch.setattr("datm_ray.planning.fit.available_memory", lambda: 10 * GIB)
+    config = tiny_config("cluster.device=cpu", "cluster.workers=4")
+    assert worker_budget(config) == 10 * GIB
+    assert worker_budget(config, data_bytes=2 * GIB, sharing=2) == 4 * GIB
+    assert worker_budget(config, data_bytes=20 * GIB) == 0
+    assert worker_budget(tiny_config("cluster.memory=3GiB"), 2 * GIB, 2) == 3 * GIB
+    large = DataShape((1, 8, 8), 10, 9 * GIB // 256)
+    with pytest.raises(ConfigError, match=r"may take \d+\.\d MiB.*Lower cluster\.workers"):
+        plans_of(config, large, Layout.of(config, 4))
+
+
+def test_micro_batches_shrink_to_what_is_left_of_the_budget() -> None:
+    """As large as the cache likes, then as fits, in parts that are as even as can be; refused when not one fits."""
+    changes = ("dataset.source=cifar10", "distill.ipc=50", "distill.batch_size=500", "network.width=64")
+    roomy = plan_of(tiny_config(*changes, "cluster.memory=8GiB", "cluster.compile=true"))
+    assert roomy.chunk == 39  # 40 are in the cache: 12 * 39 + 32
+    parts = {**roomy.parts, "call": 0, "validation": 0}
+    each = roomy.parts["call"] // roomy.chunk
+    tight = int(total(parts) + MARGIN * 5 * each) + 1
+    plan = DistillationPlan(roomy.config, roomy.shape, roomy.role, 0, 1, tight)
+    assert plan.chunk == 5
+    assert total({**plan.parts, "validation": 0}) <= tight
+
+
+def test_results_depend_on_micro_batches_that_stay() -> None:
+    """Their size decides the last bits of a set: of the packaged recipes it is what it always was."""
+    found = {name: plan_of(override(get_recipe(name), ["cluster.memory=64GiB", "cluster.device=cpu"])).chunk
+             for name in recipe_names()}  # fmt: skip
+    for name, chunk in found.items():
+        usual = 5 if name.startswith("tiny") else 10 if name.endswith("-ipc1") else 50 if "digits" in name else 20
+        assert chunk == (20 if name == "cifar100-ipc1" else usual), name
+
+
+def test_gpus_that_this_machine_does_not_see_set_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver of a cluster may have none: nothing is refused, and a micro-batch may be a whole batch."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    plan = plan_of(tiny_config("cluster.gpus_per_worker=1"))
+    assert plan.budget is None
+    assert (plan.chunk, plan.parts["process"]) == (plan.batch, 0)
+    assert plan.memory.endswith("as the GPU allows")
+
+
+class FakeGpu:
+    """A GPU of so many bytes: a step takes a hundred for every image, and the trace what it takes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+        self.size, self.peak, self.tried = size, 0, list[int]()
+        for name in ("empty_cache", "memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name, lambda *_: 0))
+
+    def max_memory_allocated(self, _: torch.device) -> int:
+        """Bytes of the last step."""
+        return self.peak
+
+    def step(self, chunk: int) -> None:
+        """A student step."""
+        self.tried.append(chunk)
+        self.peak = 100 * chunk
+        if self.peak > self.size:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("size", "budget", "tried"),
+    [
+        (10**9, None, [10]),
+        (500, None, [10, 5]),
+        (10**9, 250, [10, 5, 2]),
+        (100, 10**9, [10, 5, 2, 1]),
+        (99, None, [10, 5, 2, 1]),
+    ],
+    ids=["fits", "runs out of memory", "exceeds its share", "one image", "not even one"],
+)
+def test_a_trial_step_finds_the_micro_batch_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, size: int, budget: int | None, tried: list[int]
+) -> None:
+    """Halved while memory runs out or the worker's share is exceeded; refused where one image is too much."""
+    gpu, planned = FakeGpu(monkeypatch, size), plan_of(tiny_config("cluster.memory=4GiB"))
+    plan = DistillationPlan(planned.config, planned.shape, planned.role, 0, 1, None)
+    monkeypatch.setitem(plan.__dict__, "budget", budget)
+    monkeypatch.setitem(plan.__dict__, "chunk", 10)
+    if size < 100:
+        with pytest.raises(ConfigError, match=r"distils tiny finds no room on its GPU for a step of one image"):
+            chunk_by_trial(gpu.step, plan, torch.device("cpu"))
+    else:
+        assert chunk_by_trial(gpu.step, plan, torch.device("cpu")) == tried[-1]
+    assert gpu.tried == tried
+
+
+def test_memory_that_this_process_keeps_unused_on_a_gpu_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second set in one process would else find no room; and a tenth is left to what nobody estimates."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (4 * GIB, 80 * GIB))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda: 9 * GIB)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda: 3 * GIB)
+    assert worker_budget(tiny_config()) == int(0.9 * 10 * GIB)
+    assert worker_budget(tiny_config("cluster.gpus_per_worker=0.5")) == int(0.45 * 10 * GIB)
+
+
+def test_networks_count_where_they_live() -> None:
+    """Several in one worker lie beside each other; apart, each worker has its own, MetaDD's too."""
+    two, seen = (
+        "backbones=[{network: {width: 64, depth: 2}}]",
+        "metadd={auxiliaries: [{architecture: resnet18, width: 8}]}",
+    )
+    alone, together, apart, looking, looking_apart = (
+        plan_of(tiny_config("cluster.memory=4GiB", *changes))
+        for changes in (
+            (),
+            (two,),
+            (two, "cluster.backbones_apart=true"),
+            (seen,),
+            (seen, "cluster.auxiliaries_apart=true"),
+        )
+    )
+    assert apart.parts == alone.parts
+    assert together.parts["network"] > 2 * alone.parts["network"]
+    assert together.parts["synthetic"] * 5 == alone.parts["synthetic"] * 6
+    for part in ("network", "meta"):
+        assert looking.parts[part] > looking_apart.parts[part] > alone.parts[part] * (part == "network")
+    assert (alone.name, together.name) == ("distils tiny", "distils tiny, backbone 0")
+    large = "metadd={auxiliaries: [{architecture: resnet18, width: 200}]}"
+    with pytest.raises(ConfigError, match=r"a worker that holds metadd\.auxiliaries\.0 of tiny needs"):
+        plan_of(tiny_config(large, "cluster.memory=1250MiB", "cluster.auxiliaries_apart=true"))
+
+
+def test_more_shards_than_classes_are_refused() -> None:
+    """A plan is not made for what a run would refuse."""
+    with pytest.raises(ConfigError, match=r"cluster\.shards is 11, but digits-ipc10 has 10 classes"):
+        plan_of(override(get_recipe("digits-ipc10"), ["cluster.shards=11"]))
+
+
+def test_free_memory_is_read_or_else_all_memory_is_taken(tmp_path: Path) -> None:
+    """From the kernel's table; without one, or with a strange one, from sysconf."""
+    (tmp_path / "proc").mkdir()
+    table = tmp_path / "proc/meminfo"
+    table.write_text("MemTotal: 100 kB\nMemAvailable:   7 kB\n")
+    assert available_memory(tmp_path) == 7 * 1024
+    table.write_text("MemAvailable: much\n")
+    assert available_memory(tmp_path) == available_memory(tmp_path / "absent") > 2**20
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "limit", "usage"),
+    [
+        ("0::/", "", "memory.max", "memory.current"),
+        ("0::/jobs/one", "jobs", "memory.max", "memory.current"),
+        ("4:memory:/docker/abc", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ],
+)
+def test_a_container_s_limit_counts(tmp_path: Path, line: str, folder: str, limit: str, usage: str) -> None:
+    """Of its own group, of a group above it, and in the older layout; files that were read can be given back."""
+    group = tmp_path / "sys/fs/cgroup" / folder
+    group.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemAvailable: 1000000 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text(f"7:cpuset:/x\n{line}\n")
+    (group / usage).write_text("3000\n")
+    (group / limit).write_text("max\n")
+    assert available_memory(tmp_path) == 1_024_000_000
+    (group / limit).write_text("10000\n")
+    assert available_memory(tmp_path) == 7000
+    (group / "memory.stat").write_text("anon 2000\ninactive_file 500\n")
+    assert available_memory(tmp_path) == 7500
+
+
+def test_resized_images_of_a_run_on_this_machine_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A known source need not be read to be refused; on another machine's memory there is nothing to say."""
+    monkeypatch.setattr("datm_ray.data.decode.available_memory", lambda: 20 * GIB)
+    dataset = get_recipe("tiny-imagenet-ipc1").dataset.model_copy(update={"resize": 512})
+    with pytest.raises(DatasetError, match=r"100,000 images of 3x512x512 need 659\.2 GiB.*resize=64"):
+        data_shape(dataset, here=True)
+    assert data_shape(dataset).image == (3, 512, 512)
+
+
+def test_sets_that_are_distilled_side_by_side_share_the_machine() -> None:
+    """As many workers as all sets want, but no more than the machine has room for."""
+    config = tiny_config("cluster.shards=2", "cluster.workers=4")
+    assert Layout.of(config).sharing == 2
+    assert Layout.of(config, workers_of_all_sets=6).sharing == 4
+    assert Layout.of(config, workers_of_all_sets=6, workers_here=3).sharing == 3
+
+
+def test_shapes_are_known_without_files() -> None:
+    """Named sources need no files, and their shapes follow dataset.resize; digits are as they are embedded."""
+    config = override(get_recipe("tiny-imagenet-ipc1"), ["dataset.resize=32", "dataset.path=absent"])
+    assert data_shape(config.dataset).image == (3, 32, 32)
+    digits = data_shape(get_recipe("digits-ipc1").dataset)
+    from datm_ray.data.sources import load_raw
+
+    raw = load_raw("digits", validation=0.15)
+    assert digits == KNOWN_SHAPES["digits"]
+    assert (digits.image, digits.classes) == ((raw.channels, *raw.size), raw.classes)
+    assert digits.training_images == len(raw.train) + len(raw.validation)
+
+
+def test_micro_batches_leave_room_for_an_uneven_draw() -> None:
+    """The part of a minibatch that a shard holds seldom needs a second call; of a batch of all images it is known."""
+    draw = np.random.default_rng(0)
+    drawn = [(draw.permutation(100)[:50] < 50).sum() for _ in range(2000)]
+    room = rows_at_a_time(100, 50, 50)
+    assert np.mean(np.array(drawn) > room) < 0.01
+    assert room <= 34
+    assert rows_at_a_time(100, 50, 100) == 50
+    assert rows_at_a_time(100, 100, 40) == 40
+    assert rows_at_a_time(100, 10, 50) <= 10
+
+
+def test_data_shapes_are_read_or_refused_in_one_line() -> None:
+    """Image, classes, training images; what is written otherwise, or cannot be, says how to write it."""
+    assert parse_shape(" 3x64x64,1000,1281167 ") == DataShape((3, 64, 64), 1000, 1_281_167)
+    unreadable = ("", "3x64x64", "3x64,200,10", "3x64x64,200", "0x8x8,10,10", "3x64x64,200,1e5", "-1x8x8,2,3")
+    impossible = ("3x64x64,99999999999,9999999999999", "3x64x64,1000,10", "99999x1x1,2,2")
+    for text in (*unreadable, *impossible):
+        fact = "larger than any data set, or has fewer" if text in impossible else "is no shape"
+        with pytest.raises(ConfigError, match=rf"{fact}.*Write channels x height x width") as caught:
+            parse_shape(text)
+        assert len(str(caught.value).splitlines()) == 1, text

@@ -1,0 +1,275 @@
+"""A dashboard is reached through what stands in front of it; where it is not, one line names the cause and no password.
+
+Run with `pytest tests/runtime/ray/test_dashboard.py`; the servers are in this process.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from datm_ray.errors import ClusterError
+from datm_ray.runtime.ray.jobs import Jobs
+from tests.conftest import CommandLine
+from tests.runtime.dashboard import LOST, Answer, Asked, Dashboard, free_port, make_certificate, page, serving
+
+SECRET = "no-line-shows-this"
+VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take away what the environment says about proxies, certificates, addresses and tokens."""
+    files = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+    for name in (*VARIABLES, *map(str.upper, VARIABLES), *files):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("datm_ray.runtime.ray.dashboard.use_token", lambda: None)
+
+
+@pytest.fixture
+def there() -> Iterator[Dashboard]:
+    """A dashboard, which may also be a proxy or a gateway."""
+    with serving(log="Experts: 2 tasks to run\n") as there:
+        yield there
+
+
+def refusal(address: str) -> str:
+    """The line for an address at which no cluster answers; it has no password in it."""
+    with pytest.raises(ClusterError) as caught:
+        Jobs(address)
+    line = str(caught.value)
+    assert SECRET not in line
+    return line
+
+
+def all_commands(datm_ray: CommandLine, address: str, folder: Path) -> None:
+    """Every command about jobs does its work at an address."""
+    there = ("--address", address)
+    assert "here  running" in datm_ray("job", "list", *there)[1]
+    code, told, _ = datm_ray("job", "status", "here", *there)
+    assert (code, told.splitlines()[0]) == (0, "here: running")
+    assert datm_ray("job", "logs", "here", *there)[1] == "Experts: 2 tasks to run\n"
+    assert datm_ray("job", "stop", "here", *there)[1] == "Job here is being stopped\n"
+    code, told, err = datm_ray("job", "submit", "digits-ipc1", "--out", str(folder / "out"), *there)
+    assert (code, err) == (0, "")
+    assert told.startswith("Job datm-ray-")
+    number = told.split()[1]
+    assert SECRET not in told
+    code, told, err = datm_ray("job", "logs", number, "--follow", *there)
+    assert (code, told, err) == (0, f"Experts: 2 tasks to run\nJob {number} succeeded\n", "")
+
+
+def test_every_command_goes_through_what_stands_in_front(
+    datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A proxy without which there is no way, with a password; a gateway with a path, one with a login; certificates."""
+    certificate = make_certificate(tmp_path / "company.pem")
+
+    def ending(asked: Asked, there: Dashboard) -> None:
+        there.status = "SUCCEEDED" if there.job.get("submission_id") else "RUNNING"
+
+    def login(header: str) -> Callable[[Asked, Dashboard], Answer | None]:
+        wanted = "Basic " + base64.b64encode(f"me:{SECRET}".encode()).decode()
+        return lambda asked, there: (
+            ending(asked, there) if asked.headers.get(header) == wanted else page(407 if "Proxy" in header else 401)
+        )
+
+    cases: dict[str, tuple[dict[str, object], dict[str, str], Callable[[str], str], Callable[..., Answer | None]]] = {
+        "plain": ({}, {}, lambda url: url, ending),
+        "copied from a browser": ({}, {}, lambda url: f"{url}/#/jobs", ending),
+        "a variable of Ray's that leads elsewhere": ({}, {"RAY_ADDRESS": "http://127.0.0.1:1"}, str, ending),
+        "a needed proxy with a password": (
+            {},
+            {"http_proxy": "http://me:{SECRET}@{host}"},
+            lambda url: "http://head.example:8265",
+            login("Proxy-Authorization"),
+        ),
+        "a gateway with a path": ({"prefix": "/ray"}, {}, lambda url: f"{url}/", ending),
+        "a gateway with a login": (
+            {},
+            {},
+            lambda url: url.replace("://", f"://me:{SECRET}@"),
+            login("Authorization"),
+        ),
+        "a company's certificate": ({"certificate": certificate}, {"SSL_CERT_FILE": str(certificate)}, str, ending),
+        "the same by the other variable": (
+            {"certificate": certificate},
+            {"REQUESTS_CA_BUNDLE": str(certificate), "SSL_CERT_FILE": "/none"},
+            str,
+            ending,
+        ),
+    }
+    for number, (given, variables, address, plan) in enumerate(cases.values()):
+        with serving(log="Experts: 2 tasks to run\n", **given) as there, monkeypatch.context() as patched:
+            there.plan = lambda asked, there=there, plan=plan: plan(asked, there)  # type: ignore[misc]
+            host = there.address.partition("://")[2]
+            for name, value in variables.items():
+                patched.setenv(name, value.format(SECRET=SECRET, host=host))
+            all_commands(datm_ray, address(there.address), tmp_path / str(number))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+def test_an_address_on_this_machine_goes_around_the_proxy(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy elsewhere would look for it there, and would know what no other proxy is to see."""
+    with serving() as proxy, serving(host) as there:
+        for name in ("http_proxy", "all_proxy"):
+            monkeypatch.setenv(name, proxy.address)
+        assert Jobs(there.address).job("here").status == "running"
+        assert proxy.asked == []
+        assert Jobs("http://head.example").job("here").status == "running"
+        assert len(proxy.asked) == 3
+
+
+def test_an_answer_of_somebody_else_is_not_taken_for_rays(there: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its status, and who may have given it; and a token is asked for in Ray's words alone."""
+    text = {"Content-Type": "text/plain"}
+    gateway = {
+        "200 OK and a web page.*login page of a gateway": page(200),
+        r"302 Found to https://sso\.example/login\). A gateway on the way wants a login": page(
+            302, Location=f"https://sso.example/login?state={SECRET}"
+        ),
+        "301 .*Give that address if it is the dashboard's": page(301, Location="https://head.example/"),
+        "401 Unauthorized.*A gateway on the way wants a login": page(401),
+        "403 Forbidden.*A gateway on the way wants a login": page(403),
+        "404 Not Found and a web page": page(404),
+        r"405 Method Not Allowed\).*Another server": (405, text, "no"),
+        r"404 Not Found\).*Another server": (404, text, "404: Not Found"),
+        "407 .*proxy wants a user name and a password": page(407),
+        "429 .*too many requests": page(429),
+        "500 .*web page": page(500),
+        "502 Bad Gateway.*A gateway on the way cannot reach the dashboard": page(502),
+        "503 Service Unavailable.*A gateway on the way cannot": (503, text, "no"),
+        "504 Gateway Timeout.*A gateway on the way cannot": page(504),
+        "200 OK and no version of Ray.*Another server": (200, text, "OK"),
+        "no version of Ray": (200, {"Content-Type": "application/json"}, "[]"),
+        "no version of Ray ": (200, {"Content-Type": "application/json"}, '{"version": 1}'),
+        "asks for an authentication token": (401, text, "Unauthorized: Missing authentication token"),
+        "closed connection.*port speaks https": LOST,
+    }
+    for expected, answer in gateway.items():
+        there.plan = lambda _, answer=answer: answer  # type: ignore[misc]
+        assert re.search(expected.strip(), refusal(there.address)), expected
+    proxies = {
+        "407 Proxy Authentication Required.*wants a user name and a password.*Write them into that variable": page(407),
+        "403 Forbidden.*or a gateway behind it, wants a login": page(403),
+        "503 Service Unavailable.*or a gateway behind it, cannot reach the dashboard": page(503),
+    }
+    for scheme in ("http", "https"):
+        monkeypatch.setenv(f"{scheme}_proxy", there.address.replace("://", f"://me:{SECRET}@"))
+        for expected, answer in proxies.items():
+            there.plan = lambda _, answer=answer: answer  # type: ignore[misc]
+            line = refusal(f"{scheme}://head.example:8265")
+            assert re.search(expected, line), expected
+            assert re.search(rf"The proxy http://USER:PASSWORD@127\.0\.0\.1:\d+ \(of {scheme}_proxy\)", line)
+
+
+def test_an_answer_of_somebody_else_is_told_by_every_command(
+    datm_ray: CommandLine, there: Dashboard, tmp_path: Path
+) -> None:
+    """Also where the cluster has answered a moment before: one line, exit code 2."""
+    commands = (["list"], ["status", "here"], ["logs", "here"], ["stop", "here"])
+    for command in (*commands, ["submit", "digits-ipc1", "--out", str(tmp_path / "out")]):
+        there.plan = lambda asked: None if asked.path == "/api/version" else page(502)
+        code, told, err = datm_ray("job", *command, "--address", there.address)
+        assert (code, told, len(err.splitlines())) == (2, "", 1), command
+        assert "502 Bad Gateway" in err, command
+        there.plan = lambda asked: None if asked.path == "/api/version" else (200, {}, "3")
+        code, told, err = datm_ray("job", *command, "--address", there.address)
+        assert (code, told, len(err.splitlines())) == (2, "", 1), command
+        assert "unexpected" not in err, command
+
+
+def test_a_way_that_leads_nowhere_is_told(monkeypatch: pytest.MonkeyPatch, there: Dashboard, tmp_path: Path) -> None:
+    """The proxy, the name, the port, the scheme or the certificate, whichever it is."""
+    monkeypatch.setattr("datm_ray.runtime.ray.dashboard.CONNECT_TIMEOUT", 0.2)
+    company, other = make_certificate(tmp_path / "company.pem"), make_certificate(tmp_path / "o.pem", "other.example")
+    old, text = make_certificate(tmp_path / "old.pem", days=-1), tmp_path / "text.pem"
+    text.write_text("no certificate")
+    other_kind = speaks(b"\x00\x00\x06\x04\x00@\r\n")
+    nobody = f"http://me:{SECRET}@127.0.0.1:{free_port()}"
+    with (
+        serving(certificate=company) as safe,
+        serving(certificate=other) as strange,
+        serving(certificate=old) as expired,
+        socket.create_server(("127.0.0.1", 0)) as silent,
+    ):
+        quiet = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        cases: list[tuple[str, str, dict[str, str]]] = [
+            ("Connection refused.*head node is down.*http://127.0.0.1:8265", "http://127.0.0.1", {}),
+            ("no answer in 0 s.*head node is down", quiet, {}),
+            ("something else than HTTP.*another one of Ray's", f"http://127.0.0.1:{other_kind}", {}),
+            ("There is no host 'head.invalid'", "http://head.invalid:8265", {}),
+            ("does not speak https.*Write http://", there.address.replace("http:", "https:"), {}),
+            ("The port speaks https", safe.address.replace("https:", "http:"), {}),
+            ("at http://USER:PASSWORD@127.* .Connection refused", nobody, {}),
+            (r"refused.*the proxy http://USER:PASSWORD@127\S+ \(of http_proxy\)", "http://h:1", {"http_proxy": nobody}),
+            ("no_proxy=h to reach", "http://h:1", {"all_proxy": nobody}),
+            ("SOCKS.*of all_proxy", "http://h:1", {"all_proxy": "socks5://127.0.0.1:1080"}),
+            ("cannot be read.*%2F", "http://h:1", {"http_proxy": f"http://me:{SECRET}/@127.0.0.1:1"}),
+            ("cannot be read.*%2F", "http://h:1", {"http_proxy": f"me:{SECRET}@127.0.0.1:1"}),
+            ("self-signed.*authority that is unknown here.*SSL_CERT_FILE", safe.address, {}),
+            (f"not in {old}, the file of REQUESTS_CA_BUNDLE", safe.address, {"REQUESTS_CA_BUNDLE": str(old)}),
+            ("no certificate.*not in .*text.pem", safe.address, {"SSL_CERT_FILE": str(text)}),
+            ("SSL_CERT_FILE is '/none', and there is no such file", safe.address, {"SSL_CERT_FILE": "/none"}),
+            ("is that of another host name", strange.address, {"SSL_CERT_FILE": str(other)}),
+            ("has expired.*is too old", expired.address, {"SSL_CERT_FILE": str(old)}),
+        ]
+        for expected, address, variables in cases:
+            with monkeypatch.context() as patched:
+                for name, value in variables.items():
+                    patched.setenv(name, value)
+                assert re.search(expected, refusal(address)), (expected, address)
+
+
+def speaks(answer: bytes) -> int:
+    """The port of a server that gives one answer, once."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        with server, server.accept()[0] as connection:
+            connection.recv(10_000)
+            connection.sendall(answer)
+
+    Thread(target=serve, daemon=True).start()
+    port: int = server.getsockname()[1]
+    return port
+
+
+@pytest.mark.parametrize(
+    ("address", "example"),
+    [
+        ("head:8266", "http://head:8266"),
+        ("head:0", "http://head:8265"),
+        ("head", "http://head:8265"),
+        ("head:6379", "http://head:8265"),
+        ("ray://head:10001", "http://head:8265"),
+        ("http://head:x", "http://head:8265"),
+        ("http://head?job=1", "http://head:8265"),
+        ("auto", "http://127.0.0.1:8265"),
+        ("http://", "http://127.0.0.1:8265"),
+        ("http://[::1", "http://127.0.0.1:8265"),
+        ("http://a b", "http://127.0.0.1:8265"),
+        (f"me:{SECRET}@head:8265", "http://127.0.0.1:8265"),
+        (f"http://me:{SECRET}@", "http://127.0.0.1:8265"),
+    ],
+)
+def test_an_address_that_is_none_is_refused(address: str, example: str) -> None:
+    """With the host in the remedy where there is one."""
+    line = refusal(address)
+    assert "is no address of a dashboard" in line
+    assert line.endswith(f"Write it like {example}.")
+
+
+def test_an_address_of_the_environment_is_blamed_on_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own variable for jobs, which stays as it was."""
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "head:8265")
+    assert refusal("head:8265").startswith("RAY_API_SERVER_ADDRESS 'head:8265' is no address")
+    with serving() as there:
+        Jobs(there.address)
+    assert refusal("head:8265").startswith("RAY_API_SERVER_ADDRESS")

@@ -1,0 +1,442 @@
+"""Jobs on a real Ray cluster over real HTTP, handed in, followed, stopped, handed in again; and on one that fails."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from ray.job_submission import JobDetails
+
+from datm_ray.artifact import load
+from datm_ray.cli.jobs import highlights
+from datm_ray.config import to_yaml
+from datm_ray.errors import ClusterError, ConfigError, JobLostError, JobNotFoundError, JobUnreachableError
+from datm_ray.monitor.progress import Reporter
+from datm_ray.runtime.executor import Lost, Progress, Resized, Task
+from datm_ray.runtime.ray.jobs import Job, Jobs
+from datm_ray.store.files.filesystem import open_location
+from tests.conftest import CommandLine, tiny_config
+from tests.runtime import dashboard as dashboards
+from tests.runtime.dashboard import free_port
+
+SECRET = "no-log-shows-this"
+
+
+@pytest.fixture(scope="module")
+def dashboard(s3_server: str) -> Iterator[str]:
+    """The address of a cluster of its own, with one CPU, whose machines have credentials for a bucket."""
+    port, agent = free_port(), free_port()
+    ports = [f"--dashboard-port={port}", f"--dashboard-agent-listen-port={agent}", f"--port={free_port()}"]
+    command = ["ray", "start", "--head", "--block", "--num-cpus=1", "--dashboard-host=127.0.0.1", *ports]
+    command += ["--include-log-monitor=False", "--disable-usage-stats"]
+    credentials = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1"}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {"AWS_ENDPOINT_URL": s3_server, "NO_PROXY": "127.0.0.1", "PATH": path}
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder:  # short, for sockets have short names
+        cluster = subprocess.Popen(
+            [str(Path(sys.executable).parent / command[0]), *command[1:], f"--temp-dir={folder}"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | credentials | environment,
+        )
+        until(lambda: _listens(port))
+        yield f"http://127.0.0.1:{port}"
+        cluster.terminate()
+        cluster.wait(60)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def until(condition: object, seconds: float = 120) -> None:
+    """Wait for something to become true."""
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(1)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.s3
+def test_a_job_is_stopped_and_goes_on_where_it_was(datm_ray: CommandLine, dashboard: str, bucket: str) -> None:
+    """In a bucket, without any shared disk, with experts made elsewhere. The same submission is followed to its end.
+
+    A job's processes start for half a minute, and those of each stage anew: two jobs, and no stage twice.
+    """
+    out, store, address = f"s3://{bucket}/shared", f"s3://{bucket}/experts", ("--address", dashboard)
+    Path("tiny.yaml").write_text(to_yaml(tiny_config("evaluate.seeds=1", "cluster.workers=1")))
+    code, _, err = datm_ray("experts", "tiny.yaml", "--executor", "serial", "--out", "elsewhere", "--store", store)
+    assert code == 0, err
+    arguments = ("job", "submit", "tiny.yaml", "--out", out, "--store", store, *address)
+    code, told, err = datm_ray(*arguments)
+    assert code == 0, err
+    number = re.findall(r"^Job (\S+)$", told, re.MULTILINE)[0]
+    code, _, err = datm_ray(*arguments)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert f"writes to {out} already" in err
+    assert f"datm-ray job logs {number} --follow --address {dashboard}" in err
+    jobs = Jobs(dashboard)
+    until(lambda: "Evaluation: " in jobs.logs(number))
+    assert re.search(f"{number} +running", datm_ray("job", "list", *address)[1])
+    assert "is being stopped" in datm_ray("job", "stop", number, *address)[1]
+    until(lambda: jobs.job(number).is_over)
+    code, told, _ = datm_ray("job", "status", number, *address)
+    assert "stopped" in told
+    assert out in told
+    place = open_location(out)
+    assert not (place / "report.html").exists()
+    assert load(f"{out}/tiny/synthetic.arrow").images.shape[0] == 10
+    code, told, err = datm_ray(*arguments, "--follow")
+    assert code == 0, told + err
+    assert "Experts: nothing to do" in told
+    assert "Distillation: nothing to do" in told
+    assert "Evaluation: done" in told
+    assert told.rstrip().endswith("succeeded")
+    assert (place / "report.html").exists()
+    first, second = jobs.list()
+    assert (first.status, second.status, second.exit_code) == ("stopped", "succeeded", 0)
+    log = jobs.logs(second.id)
+    assert told == f"Job {second.id}\nNext: {jobs.command(second.id)}\n{log}Job {second.id} succeeded\n"
+    told += log + jobs.logs(first.id) + f"{first} {second}"
+    token = Path("~/.ray/auth_token").expanduser()
+    assert SECRET not in told
+    assert not token.exists() or token.read_text().strip() not in told
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_bad_input_hands_nothing_in(datm_ray: CommandLine, dashboard: str, tmp_path: Path) -> None:
+    """One line, exit code 2, and no job more."""
+    before = len(Jobs(dashboard).list())
+    out = str(tmp_path / "out")
+    bad = {
+        "relative to a folder": ["submit", "digits-ipc1", "--out", "runs"],
+        "cannot read absent.txt": ["submit", "digits-ipc1", "--out", out, "--requirements", "absent.txt"],
+        "Did you mean 'digits-ipc1'": ["submit", "digits-ipc2", "--out", out],
+        "there is no job 'j'": ["status", "j"],
+        "bogus": ["submit", "digits-ipc1", "--out", "bogus://x/y"],
+        "two runs are both named 'digits-ipc1'": ["submit", "digits-ipc1", "digits-ipc1", "--out", out],
+    }
+    for expected, arguments in bad.items():
+        code, told, err = datm_ray("job", *arguments, "--address", dashboard)
+        assert (code, told) == (2, "")
+        assert expected in err
+        assert len(err.splitlines()) == 1
+    assert len(Jobs(dashboard).list()) == before
+
+
+@pytest.fixture
+def there(monkeypatch: pytest.MonkeyPatch) -> Iterator[dashboards.Dashboard]:
+    """A dashboard in this process that has one job; logs are looked at often."""
+    monkeypatch.setattr("datm_ray.runtime.ray.dashboard.use_token", lambda: None)
+    monkeypatch.setattr("datm_ray.runtime.ray.jobs.FOLLOW_INTERVAL", (0.01, 0.01))
+    monkeypatch.setattr("datm_ray.runtime.ray.jobs.FOLLOW_SHARE", 10)
+    with dashboards.serving(log="Experts: 2 tasks to run\n") as there:
+        yield there
+
+
+@pytest.fixture
+def jobs(there: dashboards.Dashboard) -> Jobs:
+    """Those of the dashboard above."""
+    return Jobs(there.address)
+
+
+def followed(jobs: Jobs, number: str = "here") -> tuple[Job, str, list[str]]:
+    """A job as it ended, its log as it was shown, and the warnings."""
+    shown, warned = [], []  # type: ignore[var-annotated]
+    return jobs.follow(number, shown.append, warned.append), "".join(shown), warned
+
+
+@pytest.mark.parametrize("ask", [Jobs.job, Jobs.logs, Jobs.stop, followed])
+def test_a_job_that_is_not_there_is_told(jobs: Jobs, ask: Callable[[Jobs, str], object]) -> None:
+    """Also one whose number would lead to another page of the dashboard."""
+    for number in ("gone", "", ".", "../version", "here?x", "a b"):
+        with pytest.raises(JobNotFoundError, match=re.escape(f"there is no job {number!r} at")):
+            ask(jobs, number)
+
+
+def test_a_job_is_asked_for_once(jobs: Jobs, there: dashboards.Dashboard) -> None:
+    """Without a list of all jobs before; and not every trouble means that there is none."""
+    assert jobs.logs("here") == "Experts: 2 tasks to run\n"
+    assert jobs.job("here").status == "running"
+    assert there.paths() == ["/api/jobs/here/logs", "/api/jobs/here"]
+    said = "Traceback (most recent call last):\n  File x\nOSError: the agent of Job here does not exist"
+    there.plan = lambda _: (500, {"Content-Type": "text/plain"}, said)
+    with pytest.raises(ClusterError, match=r"does not do it \(OSError: the agent of Job here does not exist\)"):
+        jobs.logs("here")
+
+
+@pytest.mark.parametrize("fault", [dashboards.LOST, dashboards.page(502), dashboards.page(200), dashboards.page(503)])
+def test_a_log_goes_on_where_a_connection_ended(
+    fault: dashboards.Answer, jobs: Jobs, there: dashboards.Dashboard
+) -> None:
+    """However the connection ends: no line is lost or shown twice, and an outage is told once."""
+    lines = [f"line {n}\n" for n in range(20)]
+    moments = iter(range(1000))
+
+    def plan(asked: dashboards.Asked) -> dashboards.Answer | None:
+        moment = next(moments)
+        there.log = "".join(lines[: 1 + moment // 2])[:-1]  # a look may fall into a line
+        if moment >= 60:
+            there.log, there.status, there.exit_code = "".join(lines), "FAILED", 3
+        return fault if moment % 30 in range(15, 20) else None
+
+    there.plan = plan
+    job, shown, warned = followed(jobs)
+    assert shown == "".join(lines)
+    assert (job.status, job.exit_code) == ("failed", 3)
+    assert len(warned) == 2
+    assert all("Trying again for 10 minutes; the job keeps running." in line for line in warned)
+
+
+def test_a_log_of_which_parts_are_lost_is_not_begun_again(jobs: Jobs, there: dashboards.Dashboard) -> None:
+    """A cluster says that a log is empty where the machine that has it does not answer."""
+    logs = iter(["one\n", "one\ntwo\n", "", "one\n", "one\ntwo\nthree\n"])
+
+    def plan(asked: dashboards.Asked) -> None:
+        if asked.path.endswith("logs"):
+            there.log = next(logs, "one\ntwo\nthree\n")
+            there.status = "SUCCEEDED" if "three" in there.log else "RUNNING"
+
+    there.plan = plan
+    job, shown, warned = followed(jobs)
+    assert (job.status, shown, warned) == ("succeeded", "one\ntwo\nthree\n", [])
+
+
+def test_a_job_ends_with_the_exit_code_of_its_command(datm_ray: CommandLine, there: dashboards.Dashboard) -> None:
+    """Whoever follows it gets the reason, and the code: 1 where it was stopped, that of the shell after a signal."""
+    follow = ("job", "logs", "here", "--follow", "--address", there.address)
+    there.status, there.exit_code = "FAILED", 2
+    assert datm_ray(*follow) == (2, "Experts: 2 tasks to run\nJob here failed: Job is FAILED\n", "")
+    there.job["message"] = "It failed with exit code -9, last available logs (truncated to 20,000 chars):\nExperts"
+    there.exit_code = -9
+    assert datm_ray(*follow) == (137, "Experts: 2 tasks to run\nJob here failed: It failed with exit code -9\n", "")
+    there.status, there.exit_code = "STOPPED", None
+    assert datm_ray(*follow) == (1, "Experts: 2 tasks to run\nJob here stopped\n", "")
+
+
+def test_a_job_that_waits_says_so(monkeypatch: pytest.MonkeyPatch, jobs: Jobs, there: dashboards.Dashboard) -> None:
+    """Once, where nothing is said for long, as while packages are installed."""
+    monkeypatch.setattr("datm_ray.runtime.ray.jobs.PENDING_REPORTED", 0.1)
+    there.log, there.status = "", "PENDING"
+
+    def plan(asked: dashboards.Asked) -> None:
+        if len(there.asked) > 100:
+            there.status = "SUCCEEDED"
+
+    there.plan = plan
+    assert followed(jobs)[1:] == ("", ["the job is pending (Job is PENDING)."])
+
+
+def test_a_cluster_that_is_silent_for_long_is_left(
+    datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch, there: dashboards.Dashboard
+) -> None:
+    """With an exit code of its own, and the command that follows the job again."""
+    monkeypatch.setattr("datm_ray.runtime.ray.jobs.FOLLOW_TIMEOUT", 0.1)
+    there.plan = lambda asked: dashboards.page(502) if len(there.asked) > 6 else None
+    code, told, err = datm_ray("job", "logs", "here", "--follow", "--address", there.address)
+    assert (code, told) == (75, "Experts: 2 tasks to run\n")
+    warning, end = err.splitlines()
+    assert "502 Bad Gateway" in warning
+    assert "the job keeps running" in warning
+    assert end.endswith(
+        "The job keeps running without this connection. "
+        f"Follow it again with `datm-ray job logs here --follow --address {there.address}`."
+    )
+
+
+def test_a_cluster_that_forgets_a_job_has_ended_it(jobs: Jobs, there: dashboards.Dashboard) -> None:
+    """It was restarted; waiting would not help."""
+    there.plan = lambda asked: there.job.update(submission_id="another") if len(there.asked) > 8 else None
+    with pytest.raises(JobLostError, match=r"there is no job 'here' at .* any more\. The cluster was started anew"):
+        followed(jobs)
+
+
+def test_a_job_that_has_ended_ends_though_its_log_is_gone(
+    monkeypatch: pytest.MonkeyPatch, jobs: Jobs, there: dashboards.Dashboard
+) -> None:
+    """The machine with the log went with the job."""
+    monkeypatch.setattr("datm_ray.runtime.ray.jobs.LAST_LINES_TIMEOUT", 0.1)
+    there.status = "SUCCEEDED"
+    there.plan = lambda asked: (500, {}, "no agent") if asked.path.endswith("logs") else None
+    job, shown, warned = followed(jobs)
+    assert (job.status, shown) == ("succeeded", "")
+    assert "the rest of the log cannot be read" in warned[-1]
+
+
+def test_a_long_log_is_fetched_less_often(
+    monkeypatch: pytest.MonkeyPatch, jobs: Jobs, there: dashboards.Dashboard
+) -> None:
+    """It comes whole each time, so that the time it takes is a tenth of the time that passes."""
+    pauses = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        there.status = "SUCCEEDED" if len(pauses) == 3 else "RUNNING"
+
+    times = iter([0.0, 0.0, 4.0, 10.0, 10.1, 20.0, 20.0, 30.0, 30.0])
+    monkeypatch.setattr("datm_ray.runtime.ray.jobs.FOLLOW_INTERVAL", (1.0, 5.0))
+    monkeypatch.setattr("datm_ray.runtime.ray.jobs.FOLLOW_SHARE", 0.1)
+    clock = SimpleNamespace(sleep=sleep, monotonic=lambda: next(times), time=time.time)
+    monkeypatch.setattr("datm_ray.runtime.ray.jobs.time", clock)
+    followed(jobs)
+    assert pauses == pytest.approx([40.0, 5.0, 5.0])
+
+
+def test_a_submission_whose_answer_is_lost_counts(
+    monkeypatch: pytest.MonkeyPatch, jobs: Jobs, there: dashboards.Dashboard, tmp_path: Path
+) -> None:
+    """The job is there, and a second one would only find its folder taken; one that is not there is an error."""
+    there.status = "SUCCEEDED"
+
+    def plan(asked: dashboards.Asked) -> dashboards.Answer | None:
+        if asked.method == "POST" and there.log.startswith("datm"):
+            there.job = {"submission_id": there.log}
+        return dashboards.page(504) if asked.method == "POST" else None
+
+    there.plan = plan
+    with pytest.raises(ClusterError, match="504 Gateway Timeout"):
+        jobs.submit([tiny_config()], str(tmp_path))
+    monkeypatch.setattr("datm_ray.runtime.ray.jobs._new_number", lambda: "datm-ray-1")
+    there.log = "datm-ray-1"
+    assert jobs.submit([tiny_config()], str(tmp_path)) == "datm-ray-1"
+
+
+def test_a_submission_is_asked_for_until_the_cluster_answers(
+    monkeypatch: pytest.MonkeyPatch, jobs: Jobs, there: dashboards.Dashboard, tmp_path: Path
+) -> None:
+    """A gateway may be away for a while when the answer is lost; if it stays away, the line names the job."""
+    there.status = "SUCCEEDED"
+    monkeypatch.setattr("datm_ray.runtime.ray.jobs._new_number", lambda: "datm-ray-1")
+    monkeypatch.setattr("datm_ray.runtime.ray.jobs.time.sleep", lambda _: None)
+    away, left = 3, 0
+
+    def plan(asked: dashboards.Asked) -> dashboards.Answer | None:
+        nonlocal left
+        if asked.method == "POST":
+            there.job, left = {"submission_id": "datm-ray-1"}, away
+            return dashboards.page(504)
+        left -= 1
+        return dashboards.page(502) if left >= 0 else None
+
+    there.plan = plan
+    assert jobs.submit([tiny_config()], str(tmp_path)) == "datm-ray-1"
+    assert left == -1
+    away = 10**9
+    monkeypatch.setattr("datm_ray.runtime.ray.jobs.AGENT_TIMEOUT", 0.1)
+    with pytest.raises(JobUnreachableError, match=r"whether job datm-ray-1 was submitted is not known"):
+        jobs.submit([tiny_config()], str(tmp_path))
+
+
+def test_a_status_tells_losses_progress_and_the_last_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the words in which a run writes its log; of a job without a log, what the cluster says."""
+    monkeypatch.setattr("datm_ray.monitor.progress.LINE_INTERVAL", 0.0)
+    reporter, task = Reporter(), Task("digits-ipc1", ())
+    reporter.message("Running on Ray, up to 2 workers with 1 thread each")
+    with reporter.stage("Distillation", 1) as stage:
+        for event in (
+            Progress(1, 300, {"loss": 1.5}),
+            Lost("its node died", 1),
+            Progress(120, 300, {"loss": 0.41}),
+            Lost("no heartbeat for 61 s", 2),
+            Resized(1, 2),
+        ):
+            stage.event(task, event)
+    assert highlights(capsys.readouterr().err, "Job is currently running.") == {
+        "lost": "2 worker(s), the last time: digits-ipc1: worker lost (no heartbeat for 61 s); starting attempt 3"
+        " on another one",
+        "progress": "Distillation: 0/1 tasks done; digits-ipc1 120/300  loss 0.41",
+        "last": "digits-ipc1: runs with 1 of 2 workers (the cluster can hold no more)",
+    }
+    assert highlights(" \n", "Job is currently pending.") == {"last": "Job is currently pending."}
+    assert highlights("Experts: 2 tasks to run\n\n", "") == {"last": "Experts: 2 tasks to run"}
+    assert highlights("", "") == {}
+
+
+def test_a_slash_makes_no_other_folder(jobs: Jobs) -> None:
+    """Where a job writes to already, another is not handed in."""
+    for out in ("s3://bucket/runs", "s3://bucket/runs/"):
+        with pytest.raises(ClusterError, match=f"job here is running and writes to {out} already"):
+            jobs._require_nobody_at_work(out)
+    jobs._require_nobody_at_work("s3://bucket/runs2")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("--index-url https://user:secret@host/simple", "user name or password"),
+        ("-r other.txt", "does not travel"),
+        ("-e .", "does not travel"),
+        ("torch==2.9 \\", "does not travel"),
+        ("this is !! no requirement", "names no package"),
+        ("./mine.whl", "names no package"),
+        ("mine @ file:///home/me/mine.whl", "names no package"),
+        ("file:///home/me/mine.whl", "names no package"),
+    ],
+)
+def test_requirements_that_cannot_travel_are_refused(tmp_path: Path, line: str, expected: str) -> None:
+    """A job's data can be read by all who reach the dashboard, so nothing secret may be among it."""
+    from datm_ray.runtime.ray.jobs import _requirements
+
+    file = tmp_path / "requirements.txt"
+    file.write_text(f"# packages\nnumpy\n{line}\n")
+    with pytest.raises(ConfigError, match=expected) as caught:
+        _requirements(str(file))
+    assert "secret" not in str(caught.value)
+    good = ["numpy>=2", "timm[extra]==1.0; python_version > '3'  # why", "x==1 --hash=sha256:0", "--pre"]
+    good += ["https://host/package.whl", "git+https://host/a/b@main", "name @ git+https://host/a/b@main"]
+    file.write_text("# packages\n\n" + "\n".join(good) + "\n")
+    assert _requirements(str(file)) == good
+
+
+def test_no_place_is_taken_that_the_job_has_not() -> None:
+    """A relative path would lie in the job's own folder, which is deleted."""
+    from datm_ray.runtime.ray.jobs import _require_reachable
+
+    _require_reachable("--out", "s3://bucket/runs")
+    _require_reachable("--out", "/shared/runs")
+    with pytest.raises(ConfigError, match=r"--out 'runs' is relative.*s3://bucket/"):
+        _require_reachable("--out", "runs")
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("", ""),
+        ("\n  it fell over.\nTraceback", "it fell over"),
+        (ValueError(), "ValueError"),
+        (ValueError("\nno such thing.\n"), "no such thing"),
+        ("x" * 300, "x" * 200),
+    ],
+)
+def test_a_line_is_made_of_what_somebody_says(said: BaseException | str, expected: str) -> None:
+    """Nothing where a message is empty; the kind of an error that says nothing."""
+    from datm_ray.runtime.ray.cluster import first_line
+
+    assert first_line(said) == expected
+
+
+def test_a_jobs_message_is_a_line() -> None:
+    """Ray leaves it out, or empty, at the start; and pip's reason is at the end of a page."""
+    from datm_ray.runtime.ray.jobs import _job
+
+    for message in (None, ""):
+        details = JobDetails(type="SUBMISSION", submission_id="j", status="PENDING", entrypoint="", message=message)
+        assert (_job(details).id, _job(details).message) == ("j", "")
+    pip = "runtime_env setup failed: No.\nTraceback\n    ERROR: No version of a==9\n    ERROR: No a==9 at https://me:x@host\n"
+    details = JobDetails(type="SUBMISSION", submission_id="j", status="FAILED", entrypoint="", message=pip)
+    assert _job(details).message == "runtime_env setup failed: No (No a==9 at https://USER:PASSWORD@host)"

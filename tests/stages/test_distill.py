@@ -1,0 +1,461 @@
+"""Distilling on a mesh of processes: any number of shards learns what one process learns, from any checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from datm_ray.artifact import Artifact, load
+from datm_ray.config import RunConfig, load_config, to_yaml
+from datm_ray.errors import ConfigError, CorruptFileError, RunDirectoryError
+from datm_ray.monitor.progress import Reporter
+from datm_ray.pipeline import Pipeline
+from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, SerialExecutor, WorkerRank
+from datm_ray.runtime.mesh import Alone
+from datm_ray.stages import checkpoint
+from datm_ray.stages.checkpoint import Rows, load_checkpoint, read_computed, read_curves, save_checkpoint
+from datm_ray.stages.distill import SYNTHETIC, DistillWorker
+from datm_ray.store.files.filesystem import Location, open_location
+from datm_ray.store.tensors import read_tensors, write_tensors
+from tests.conftest import actor_processes, tiny_config
+from tests.processes import side_by_side
+
+METADD = (
+    "metadd={auxiliaries: [{architecture: lenet}, {width: 2, depth: 1, norm: batch}], share: 0.5, variance: 0.01,"
+    " invariance: 0.01, experts: {count: 2, epochs: 2, learning_rate: 0.02, momentum: 0.9, augmentation: ''}}"
+)
+TWO_NETWORKS = "backbones=[{network: {width: 3, depth: 2, norm: group}, weight: 0.5}]"
+
+
+def as_rank(config_file: str, out: str, worker_rank: WorkerRank, stop_at: int | None) -> None:
+    """One process of the mesh."""
+    torch.set_num_threads(1)
+    config = load_config(config_file)
+    pipeline = Pipeline([config], out)
+    worker = DistillWorker(pipeline._dataset(config), config.cluster)
+    arguments = (config, pipeline.store_uri, str(Path(out, config.name)))
+    for event in worker.distill(*arguments, worker_rank=worker_rank if worker_rank.world_size > 1 else None):
+        if isinstance(event, Progress) and event.done == stop_at:
+            break
+
+
+def distil(config: RunConfig, out: Path, size: int, stop_at: int | None = None, elsewhere: Path | None = None) -> None:
+    """Distil in `size` processes, to the end or up to an iteration; all but the first may have another folder."""
+    (out / "config.yaml").write_text(to_yaml(config))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        rendezvous = f"127.0.0.1:{free.getsockname()[1]}"
+    folders = [elsewhere if elsewhere and rank else out for rank in range(size)]
+    file = str(out / "config.yaml")
+    calls = side_by_side(
+        as_rank,
+        [(file, str(folder), WorkerRank(rank, size, rendezvous), stop_at) for rank, folder in enumerate(folders)],
+    )
+    failures = [str(call.exception()) for call in calls if call.exception()]
+    if failures:
+        raise AssertionError("\n".join(failures))
+
+
+def trained(out: Path, *changes: str) -> RunConfig:
+    """A tiny run whose experts are in the store."""
+    config = tiny_config("distill.ipc=2", "distill.batch_size=7", *changes)
+    Pipeline([config], str(out)).train_experts(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    return config
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, one backbone, to the end."""
+    out = tmp_path_factory.mktemp("reference")
+    distil(trained(out), out, size=1)
+    return out
+
+
+def with_experts_of(reference: Path, out: Path) -> Path:
+    (out / "experts").symlink_to(reference / "experts")
+    return out
+
+
+def learned(out: Path) -> Artifact:
+    return load(str(out / "tiny" / SYNTHETIC))
+
+
+def assert_equal_but_for_rounding(one: Artifact, other: Artifact) -> None:
+    """Shards add float32 gradients in another order: after 6 iterations of 3 steps that leaves 1e-4 of the change."""
+    assert one.labels.tolist() == other.labels.tolist()
+    for name in ("images", "soft_labels"):
+        difference = (getattr(one, name) - getattr(other, name)).norm()
+        assert float(difference / getattr(other, name).norm()) < 1e-5
+    assert one.step_size == pytest.approx(other.step_size, rel=1e-5)
+
+
+@pytest.mark.parametrize("shards", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_shards_learn_what_one_process_learns(shards: int, reference: Path, tmp_path: Path) -> None:
+    """2 even shards of five classes each, and 4 uneven ones of 3, 3, 2 and 2."""
+    out = with_experts_of(reference, tmp_path)
+    distil(tiny_config("distill.ipc=2", "distill.batch_size=7", f"cluster.shards={shards}"), out, shards)
+    assert_equal_but_for_rounding(learned(out), learned(reference))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3)])
+def test_checkpoint_is_resumed_by_any_number_of_shards(
+    before: int, after: int, reference: Path, tmp_path: Path
+) -> None:
+    """Stopped after 5 of 6 iterations (the last checkpoint is of the fourth) and continued by fewer or more."""
+    out = with_experts_of(reference, tmp_path)
+    settings = ("distill.ipc=2", "distill.batch_size=7")
+    distil(tiny_config(*settings, f"cluster.shards={before}"), out, before, stop_at=5)
+    assert not (out / "tiny" / SYNTHETIC).exists()
+    assert len(list((out / "tiny/checkpoint").glob("00000004-*"))) == before
+    distil(tiny_config(*settings, f"cluster.shards={after}"), out, after)
+    assert_equal_but_for_rounding(learned(out), learned(reference))
+    assert len(list((out / "tiny/checkpoint").iterdir())) == after
+
+
+@pytest.mark.slow
+def test_backbones_apart_and_sharded_learn_what_one_process_learns(tmp_path: Path) -> None:
+    """Two networks by two shards, four processes, against all in one: set, step sizes, and what is shortened."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "four").mkdir()
+    shortened = "distill.gradient_limit=0.01"
+    config = trained(tmp_path / "one", TWO_NETWORKS, shortened)
+    distil(config, tmp_path / "one", size=1)
+    out = with_experts_of(tmp_path / "one", tmp_path / "four")
+    mesh = ("distill.ipc=2", "distill.batch_size=7", TWO_NETWORKS, "cluster.shards=2", "cluster.backbones_apart=true")
+    distil(tiny_config(*mesh, shortened), out, size=4)
+    assert_equal_but_for_rounding(learned(out), learned(tmp_path / "one"))
+    states = [state_of(place, config) for place in (tmp_path / "one", out)]
+    torch.testing.assert_close(states[0].synthetic.step_sizes, states[1].synthetic.step_sizes, rtol=1e-5, atol=0)
+    assert len(states[0].history) == 12
+    decreases = [[record.decrease for record in state.history] for state in states]
+    assert decreases[0] == pytest.approx(decreases[1], rel=1e-3)
+    assert sum(each > 0.01 for each in decreases[0]) >= 6
+    assert states[0].synthetic.step_sizes[0] != states[0].synthetic.step_sizes[1]
+
+
+@pytest.fixture(scope="module")
+def looked_at(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two backbones and MetaDD's auxiliaries, all in one process, to the end."""
+    out = tmp_path_factory.mktemp("looked_at")
+    distil(trained(out, TWO_NETWORKS, METADD), out, size=1)
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("apart", "size"),
+    [
+        (["cluster.auxiliaries_apart=true"], 3),
+        (["cluster.backbones_apart=true"], 2),
+        (["cluster.shards=2"], 2),
+        (["cluster.auxiliaries_apart=true", "cluster.backbones_apart=true"], 4),
+    ],
+)
+def test_networks_of_metadd_may_live_anywhere(apart: list[str], size: int, looked_at: Path, tmp_path: Path) -> None:
+    """Actors that exchange maps and logits learn what one process learns, and know the same losses."""
+    out = with_experts_of(looked_at, tmp_path)
+    config = tiny_config("distill.ipc=2", "distill.batch_size=7", TWO_NETWORKS, METADD, *apart)
+    assert config.workers_per_set == size
+    distil(config, out, size)
+    assert_equal_but_for_rounding(learned(out), learned(looked_at))
+    mine, theirs = (state_of(place, config).meta_history for place in (out, looked_at))
+    assert [record.iteration for record in mine] == list(range(6))
+    for one, other in zip(mine, theirs, strict=True):
+        assert dataclasses.astuple(one) == pytest.approx(dataclasses.astuple(other), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_metadd_changes_the_set_and_is_resumed(looked_at: Path, tmp_path: Path) -> None:
+    """Stopped after iteration 5, resumed from the fourth; without MetaDD another set is learned."""
+    (tmp_path / "resumed").mkdir()
+    (tmp_path / "without").mkdir()
+    settings = ("distill.ipc=2", "distill.batch_size=7", TWO_NETWORKS)
+    resumed, without = (with_experts_of(looked_at, tmp_path / name) for name in ("resumed", "without"))
+    distil(tiny_config(*settings, METADD), resumed, size=1, stop_at=5)
+    distil(tiny_config(*settings, METADD), resumed, size=1)
+    assert torch.equal(learned(resumed).images, learned(looked_at).images)
+    assert len(state_of(resumed, tiny_config(*settings, METADD)).meta_history) == 6
+    distil(tiny_config(*settings), without, size=1)
+    difference = learned(without).images - learned(looked_at).images
+    assert float(difference.norm() / learned(without).images.norm()) > 1e-3
+
+
+@pytest.mark.slow
+def test_backbones_may_part_on_resume(tmp_path: Path) -> None:
+    """Matched in turn by one process up to iteration 5, and by one process each from the checkpoint of the fourth."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    distil(trained(tmp_path / "one", TWO_NETWORKS), tmp_path / "one", size=1)
+    out = with_experts_of(tmp_path / "one", tmp_path / "two")
+    settings = ("distill.ipc=2", "distill.batch_size=7", TWO_NETWORKS)
+    distil(tiny_config(*settings), out, size=1, stop_at=5)
+    distil(tiny_config(*settings, "cluster.backbones_apart=true"), out, size=2)
+    assert_equal_but_for_rounding(learned(out), learned(tmp_path / "one"))
+
+
+@pytest.mark.slow
+def test_divergence_in_the_rows_of_one_shard_is_skipped_by_all(reference: Path, tmp_path: Path) -> None:
+    """A momentum of the second shard's images is infinite: no process moves, and both end with the same history."""
+    out = with_experts_of(reference, tmp_path)
+    config = tiny_config("distill.ipc=2", "distill.batch_size=7", "cluster.shards=2")
+    distil(config, out, 2, stop_at=5)
+    part = out / "tiny/checkpoint/00000004-10-20.arrow"
+    file = read_tensors(open_location(str(part)), kind="checkpoint")
+    momentum = file.arrays["momentum.images"].copy()
+    momentum[-1] = np.inf
+    write_tensors(
+        open_location(str(part)), {**file.arrays, "momentum.images": momentum}, kind="checkpoint", metadata={}
+    )
+    before = state_of(out, config).synthetic.images
+    distil(config, out, 2)
+    after = state_of(out, config)
+    assert [record.skipped for record in after.history] == [False] * 4 + [True] * 2
+    assert torch.equal(after.synthetic.images, before)
+
+
+@pytest.mark.slow
+def test_folders_that_are_not_shared_are_told(reference: Path, tmp_path: Path) -> None:
+    """One process finds a checkpoint where the other finds none."""
+    outs = [tmp_path / "here", tmp_path / "there"]
+    for out in outs:
+        out.mkdir()
+        with_experts_of(reference, out)
+    distil(tiny_config("distill.ipc=2", "distill.batch_size=7"), outs[0], 1, stop_at=5)
+    config = tiny_config("distill.ipc=2", "distill.batch_size=7", "cluster.shards=2")
+    with pytest.raises(AssertionError) as caught:
+        distil(config, outs[0], 2, elsewhere=outs[1])
+    assert str(caught.value).count("see different checkpoints") == 2
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_shard_costs_an_attempt_and_not_the_result(ray_cluster: Any, reference: Path, tmp_path: Path) -> None:
+    """On Ray actors that sum over processes: one of two is killed with SIGKILL in the midst of distilling."""
+    from datm_ray.runtime.ray.executor import RayExecutor
+
+    losses: list[str] = []
+
+    class Murderous(RayExecutor):
+        def run(self, *arguments: Any) -> Iterator[tuple[Any, Event]]:
+            for task, event in super().run(*arguments):
+                if isinstance(event, Progress) and event.done == 3 and not losses:
+                    os.kill(actor_processes()[-1], signal.SIGKILL)
+                if isinstance(event, Lost):
+                    losses.append(event.reason)
+                yield task, event
+
+    out = with_experts_of(reference, tmp_path)
+    config = tiny_config("distill.ipc=2", "distill.batch_size=7", "cluster.shards=2")
+    Pipeline([config], str(out)).distill(lambda: Murderous(config.cluster), Reporter(quiet=True))
+    assert len(losses) == 1
+    assert len(list((out / "tiny/checkpoint").iterdir())) == 2
+    assert_equal_but_for_rounding(learned(out), learned(reference))
+
+
+def state_of(out: Path, config: RunConfig) -> Any:
+    rows = Rows.of_shard(0, 1, 10, config.distill.ipc)
+    return load_checkpoint(open_location(str(out / "tiny")), rows, None, None, torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def test_a_missing_part_of_a_checkpoint_is_named(reference: Path, tmp_path: Path) -> None:
+    """Neither a traceback nor a set with holes: the checkpoint is refused."""
+    import shutil
+
+    folder = tmp_path / "tiny"
+    shutil.copytree(reference / "tiny", folder)
+    (part,) = (folder / "checkpoint").iterdir()
+    place = open_location(str(folder))
+    rates: Any = None
+    limits: Any = None
+    with pytest.raises(CorruptFileError, match="holds 20 of the 30 images"):
+        load_checkpoint(place, Rows(0, 30), rates, limits, torch.device("cpu"))
+    part.unlink()
+    with pytest.raises(Exception, match=part.name):
+        load_checkpoint(place, Rows(0, 20), rates, limits, torch.device("cpu"))
+
+
+def test_a_checkpoint_of_another_format_is_named(tmp_path: Path) -> None:
+    """By resuming and by the report alike: one line and not a missing key."""
+    place = open_location(str(tmp_path))
+    write_tensors(place / "checkpoint.arrow", {"x": np.zeros(1)}, kind="checkpoint", metadata={})
+    rates: Any = None
+    limits: Any = None
+    with pytest.raises(CorruptFileError, match="names no parts"):
+        load_checkpoint(place, Rows(0, 10), rates, limits, torch.device("cpu"))
+    with pytest.raises(CorruptFileError, match="no column for the backbones"):
+        read_curves(place)
+
+
+def test_entries_on_student_steps_that_are_no_mappings_are_a_damaged_checkpoint(tmp_path: Path) -> None:
+    """One line that names the file, and no missing attribute later; an entry that is one is read."""
+    place = open_location(str(tmp_path))
+    for computed in ([1], [{}, None], [[]], None, 5, "ab", {"a": 1}):
+        write_tensors(
+            place / "checkpoint.arrow", {"x": np.zeros(1)}, kind="checkpoint", metadata={"computed": computed}
+        )
+        with pytest.raises(CorruptFileError, match=r"checkpoint\.arrow is damaged"):
+            read_computed(place)
+    metadata = {"computed": [{"from_iteration": 0}]}
+    write_tensors(place / "checkpoint.arrow", {"x": np.zeros(1)}, kind="checkpoint", metadata=metadata)
+    assert read_computed(place) == [{"from_iteration": 0}]
+
+
+def save_at(folder: Path, iteration: int) -> None:
+    """A checkpoint of one worker that has two rows."""
+    state: Any = SimpleNamespace(
+        iteration=iteration,
+        synthetic=SimpleNamespace(images=torch.zeros(2)),
+        to_arrays=lambda: ({"x": np.full(2, iteration)}, {"y": np.zeros(1)}),
+    )
+    save_checkpoint(open_location(str(folder)), state, Rows(0, 2), Alone(), {})
+
+
+def parts(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoint").iterdir())
+
+
+def test_a_checkpoint_clears_up_the_parts_of_earlier_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those of later ones, which somebody else may need; and it is no trouble if somebody else was faster."""
+    save_at(tmp_path, 2)
+    for name in ("00000009-0-2.arrow", "notes.txt"):
+        (tmp_path / "checkpoint" / name).write_bytes(b"")
+    found = Location.list
+    monkeypatch.setattr(Location, "list", lambda place: ["00000001-0-2.arrow", *found(place)])
+    save_at(tmp_path, 4)
+    assert parts(tmp_path) == ["00000004-0-2.arrow", "00000009-0-2.arrow", "notes.txt"]
+
+
+def test_a_checkpoint_that_is_ahead_is_not_replaced(tmp_path: Path) -> None:
+    """Of a command given twice the slower one ends; who has come as far may write."""
+    save_at(tmp_path, 6)
+    theirs = (tmp_path / "checkpoint.arrow").read_bytes()
+    with pytest.raises(RunDirectoryError, match=r"a checkpoint of iteration 6, later than 4.*started twice"):
+        save_at(tmp_path, 4)
+    assert (tmp_path / "checkpoint.arrow").read_bytes() == theirs
+    assert "00000006-0-2.arrow" in parts(tmp_path)
+    save_at(tmp_path, 6)
+    save_at(tmp_path, 8)
+    assert parts(tmp_path) == ["00000008-0-2.arrow"]
+
+
+def test_a_checkpoint_whose_parts_the_other_command_deletes_is_not_taken_for_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one came by between the look at its checkpoint and the writing of this one's."""
+    save_at(tmp_path, 4)
+    require = "datm_ray.stages.checkpoint._require_nobody_ahead"
+
+    def overtaken(*_: object) -> None:
+        monkeypatch.undo()
+        save_at(tmp_path, 8)
+
+    monkeypatch.setattr(require, overtaken)
+    with pytest.raises(RunDirectoryError, match=r"no parts of iteration 6 any more.*started twice.*--out"):
+        save_at(tmp_path, 6)
+
+
+def test_a_checkpoint_that_moves_on_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts that the other command has deleted meanwhile are no error; parts that stay away are one."""
+    place, state = open_location(str(tmp_path)), []
+    save_at(tmp_path, 2)
+
+    def rows_of(held: Any, *_: Any) -> Any:
+        state.append(held["x"].tolist())
+        return SimpleNamespace(synthetic=None)
+
+    monkeypatch.setattr("datm_ray.stages.checkpoint.Distillation", SimpleNamespace(from_arrays=rows_of))
+    monkeypatch.setattr("datm_ray.stages.checkpoint._require_shapes", lambda *_: None)
+    original = checkpoint._read_rows
+
+    def moving(folder: Location, names: list[str], rows: Rows) -> Any:
+        if not state and len(parts(tmp_path)) == 1 and names[0].startswith("00000002"):
+            save_at(tmp_path, 4)
+        return original(folder, names, rows)
+
+    monkeypatch.setattr(checkpoint, "_read_rows", moving)
+    load_checkpoint(place, Rows(0, 2), *[None] * 3)
+    assert state == [[4, 4]]
+    (tmp_path / "checkpoint" / "00000004-0-2.arrow").unlink()
+    with pytest.raises(CorruptFileError, match=r"names the part 00000004-0-2\.arrow, which is missing.*move it away"):
+        load_checkpoint(place, Rows(0, 2), *[None] * 3)
+
+
+@pytest.mark.parametrize(("shards", "sizes"), [(1, [10]), (2, [5, 5]), (4, [3, 3, 2, 2]), (10, [1] * 10)])
+def test_every_class_is_in_one_shard(shards: int, sizes: list[int]) -> None:
+    """Ranges of rows, in order, whole classes, as even as can be."""
+    ranges = [Rows.of_shard(shard, shards, 10, 7) for shard in range(shards)]
+    assert [len(rows.classes(7)) for rows in ranges] == sizes
+    assert [rows.last - rows.first for rows in ranges] == [7 * size for size in sizes]
+    assert ranges[0].first == 0
+    assert [rows.last for rows in ranges[:-1]] == [rows.first for rows in ranges[1:]]
+
+
+def test_more_shards_than_classes_are_refused(tmp_path: Path) -> None:
+    """Before anything is written, with the number that works."""
+    with pytest.raises(ConfigError, match=r"cluster\.shards is 11, but digits has 10 classes.*shards=10"):
+        Pipeline([tiny_config("cluster.shards=11")], str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_serial_executor_distils_a_sharded_recipe_alone(reference: Path, tmp_path: Path) -> None:
+    """One process does what several would; there is nothing to add up, so the bits are those of one process."""
+    out = with_experts_of(reference, tmp_path)
+    config = tiny_config("distill.ipc=2", "distill.batch_size=7", "cluster.shards=2")
+    Pipeline([config], str(out)).distill(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    assert torch.equal(learned(out).images, learned(reference).images)
+
+
+def test_what_a_killed_writer_left_is_removed(reference: Path, tmp_path: Path) -> None:
+    """Parts of checkpoints are as large as the set."""
+    out = with_experts_of(reference, tmp_path)
+    left = [out / "tiny" / place / f".tmp-{socket.gethostname()}-1-part" for place in (".", "checkpoint")]
+    for file in left:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"half")
+    config = tiny_config("distill.ipc=2", "distill.batch_size=7")
+    Pipeline([config], str(out)).distill(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    assert not any(file.exists() for file in left)
+
+
+def last_two_events(config: RunConfig, out: Path) -> tuple[Note, Finished]:
+    """Of a distillation whose set must not look like success."""
+    pipeline = Pipeline([config], str(out))
+    worker = DistillWorker(pipeline._dataset(config), config.cluster)
+    *_, told, last = worker.distill(config, pipeline.store_uri, str(out / config.name))
+    assert isinstance(told, Note)
+    assert isinstance(last, Finished)
+    return told, last
+
+
+def test_result_says_how_many_updates_were_skipped(reference: Path, tmp_path: Path) -> None:
+    """The last event carries the counts that a report shows."""
+    out = with_experts_of(reference, tmp_path)
+    config = tiny_config("distill.ipc=2", "distill.batch_size=7", "distill.threshold=1e-9", "name=skipping")
+    told, last = last_two_events(config, out)
+    assert last.result["skipped"] == 6
+    assert told.text.startswith("6 of 6 matching losses exceeded distill.threshold 1e-09, and taught nothing")
+    assert last.result["shortened"] == 0
+
+
+def test_result_says_how_many_updates_were_shortened(reference: Path, tmp_path: Path) -> None:
+    """The recipe's limit reaches the updates; where it decides most of them, that is said."""
+    out = with_experts_of(reference, tmp_path)
+    config = tiny_config("distill.ipc=2", "distill.batch_size=7", "distill.gradient_limit=1e-9", "name=short")
+    told, last = last_two_events(config, out)
+    assert last.result["shortened"] == 6
+    assert told.text.startswith("6 of 6 gradients were shortened")
+    curves = read_curves(open_location(str(out / "short")))
+    assert (curves["history.decrease"] > 1e-9).all()

@@ -1,0 +1,139 @@
+"""What a run does where the student overflows, and where a trajectory stands still."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Container
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from datm_ray import pipeline as pipeline_module
+from datm_ray.artifact import load
+from datm_ray.config import RunConfig
+from datm_ray.errors import DivergenceError, StoreError
+from datm_ray.methods.trajectory import distillation
+from datm_ray.monitor.progress import Reporter
+from datm_ray.pipeline import Pipeline
+from datm_ray.runtime.executor import SerialExecutor
+from datm_ray.stages.checkpoint import read_curves
+from datm_ray.stages.distill import _Run
+from datm_ray.stages.experts import expert_group
+from datm_ray.store.files.filesystem import open_location
+from tests.conftest import tiny_config
+
+QUIET = Reporter(quiet=True)
+
+
+@pytest.fixture(autouse=True)
+def no_training_of_validation_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes most of the time and is of no interest here."""
+    monkeypatch.setattr(_Run, "_validate", lambda self, held: (0.5, 0.1))
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with the experts of the tiny configuration."""
+    out, config = tmp_path_factory.mktemp("experts"), tiny_config()
+    Pipeline([config], str(out)).train_experts(lambda: SerialExecutor(config.cluster), QUIET)
+    return out / "experts"
+
+
+def distil(config: RunConfig, out: Path, store: Path) -> None:
+    Pipeline([config], str(out), str(store)).distill(lambda: SerialExecutor(config.cluster), QUIET)
+
+
+def overflow(monkeypatch: pytest.MonkeyPatch, iterations: Container[int]) -> None:
+    """In these iterations the student starts so far away that its loss is not a number."""
+    match_of = _Run._match
+
+    def far_away(self: Any, backbone: Any, origin: Any, state: Any) -> Any:
+        match = match_of(self, backbone, origin, state)
+        return replace(match, start=1e30 * match.start) if state.iteration in iterations else match
+
+    monkeypatch.setattr(_Run, "_match", far_away)
+
+
+def curves_of(out: Path) -> Any:
+    return read_curves(open_location(str(out / "tiny")))
+
+
+def test_an_overflow_costs_an_iteration_and_not_the_run(
+    experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The set moves in the other iterations, and checkpoint, report and JSON cope with nan."""
+    overflow(monkeypatch, {1})
+    distil(tiny_config(), tmp_path, experts)
+    curves = curves_of(tmp_path)
+    assert curves["history.skipped"].tolist() == [False, True, False, False, False, False]
+    assert np.isfinite(curves["history.loss"]).tolist() == [True, False, True, True, True, True]
+    page = pipeline_module.report(str(tmp_path)).read_bytes().decode()
+    assert "1 iteration changed nothing, because a value was not finite" in page
+    assert "exceeded the threshold" not in page
+    json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert torch.isfinite(load(str(tmp_path / "tiny/synthetic.arrow")).images).all()
+
+
+def test_nothing_but_overflows_ends_with_one_error_and_can_be_tried_again(
+    experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The set of the last update is kept; the same command tries as many iterations more, with other draws."""
+    monkeypatch.setattr(distillation, "MOST_DIVERGED", 3)
+    overflow(monkeypatch, range(1, 5))
+    with pytest.raises(DivergenceError, match="diverged 3 times without an update up to iteration 4") as caught:
+        distil(tiny_config(), tmp_path, experts)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "tiny/synthetic.arrow").exists()
+    assert torch.isfinite(load(str(tmp_path / "tiny/last-good.arrow")).images).all()
+    distil(tiny_config(), tmp_path, experts)
+    assert curves_of(tmp_path)["history.skipped"].tolist() == [False, True, True, True, True, False]
+
+
+def test_a_step_size_that_would_turn_negative_is_never_taken(experts: Path, tmp_path: Path) -> None:
+    """An absurd learning rate: the run ends, says how many updates it skipped, and the step size is positive."""
+    config = tiny_config("distill.learning_rate_step_size=1e9", "distill.threshold=1e30")
+    distil(config, tmp_path, experts)
+    curves = curves_of(tmp_path)
+    assert curves["history.skipped"].any()
+    assert (curves["history.step_size"] > 0).all()
+
+
+def test_a_trajectory_that_stands_still_is_named(experts: Path, tmp_path: Path) -> None:
+    """Bad input in one line, before anything is learned; no learning rate of the distillation is blamed."""
+    config = tiny_config()
+    dataset = Pipeline([config], str(tmp_path))._dataset(config)
+    moving, still = (
+        expert_group(str(place), config, dataset.name, dataset.fingerprint) for place in (experts, tmp_path / "still")
+    )
+    for expert in range(config.experts.count):
+        info = moving.read_info(expert)
+        first = moving.read_snapshot(expert, 0)
+        still.write_expert(expert, [replace(first, epoch=epoch) for epoch in info.epochs], info)
+    with pytest.raises(StoreError, match=r"epochs \d and \d of expert \d in .*still.* are identical") as caught:
+        distil(config, tmp_path, tmp_path / "still")
+    assert caught.value.exit_code == 2
+    assert "learning_rate_images" not in str(caught.value)
+    assert not (tmp_path / "tiny/checkpoint.arrow").exists()
+
+
+def test_one_identical_pair_costs_an_iteration_and_not_the_run(experts: Path, tmp_path: Path) -> None:
+    """Experts that rest for one epoch teach nothing from there, and everything from the other epochs."""
+    config = tiny_config()
+    dataset = Pipeline([config], str(tmp_path))._dataset(config)
+    moving, resting = (
+        expert_group(str(place), config, dataset.name, dataset.fingerprint) for place in (experts, tmp_path / "resting")
+    )
+    for expert in range(config.experts.count):
+        info = moving.read_info(expert)
+        every = {epoch: moving.read_snapshot(expert, epoch) for epoch in info.epochs}
+        every[2] = replace(every[1], epoch=2)
+        resting.write_expert(expert, list(every.values()), info)
+    distil(config, tmp_path, tmp_path / "resting")
+    curves = curves_of(tmp_path)
+    assert set(curves["history.skipped"]) == {True, False}
+    assert curves["history.skipped"].tolist() == (curves["history.start"] == 1).tolist()
+    assert np.isfinite(curves["history.loss"]).tolist() == (curves["history.start"] != 1).tolist()

@@ -1,0 +1,308 @@
+"""Scoring: what is chosen on validation data, what is reported, and which results runs share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from datm_ray.artifact import save_artifact
+from datm_ray.config import NetworkConfig, RunConfig, override, run_identity, scored_on
+from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.monitor.progress import Reporter
+from datm_ray.pipeline import Pipeline
+from datm_ray.report import RunSummary, fair_table, networks_table, write_report, write_summary
+from datm_ray.runtime.executor import Finished, SerialExecutor
+from datm_ray.stages.distill import SYNTHETIC
+from datm_ray.stages.evaluate import (
+    ADAMW_STEP_SIZES,
+    CONTROL_STEP_SIZES,
+    FAIR_PARTS,
+    FAIR_ROWS,
+    ON_OTHERS,
+    ROWS,
+    EvaluateWorker,
+    _Trial,
+    read_fair_rows,
+    read_fair_scores,
+    read_network_scores,
+    result_location,
+)
+from datm_ray.store.files.filesystem import Location, open_location
+from tests.conftest import tiny_config
+
+LEARNED = 0.5
+VALIDATION = {LEARNED: 0.6, 0.01: 0.2, 0.03: 0.9, 0.1: 0.3}
+TEST = {LEARNED: 0.7, 0.01: 0.99, 0.03: 0.4, 0.1: 0.98}
+WITH_ADAMW = {3e-4: 0.1, 1e-3: 0.8, 3e-3: 0.95}
+"""By step size; the test set would choose otherwise than the validation set."""
+
+
+@pytest.fixture
+def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateWorker:
+    """One whose trainings end with the accuracies above."""
+    config = tiny_config()
+    dataset = Pipeline([config], str(tmp_path))._dataset(config)
+    worker = EvaluateWorker(dataset, config.cluster)
+    network = torch.nn.Identity()
+
+    def trial(_: Any, __: Any, ___: Any, schedule: Any, ____: Any) -> _Trial:
+        accuracies = VALIDATION if schedule.optimiser == "sgd" else WITH_ADAMW
+        return _Trial(network, schedule.learning_rate, accuracies[schedule.learning_rate])
+
+    monkeypatch.setattr(worker, "_trial", trial)
+    monkeypatch.setattr(worker, "_test_accuracy", lambda trial: {**TEST, **WITH_ADAMW}[trial.step_size])
+    images = torch.zeros(1, 1, 8, 8)
+    monkeypatch.setattr(worker, "_training_set", lambda *_: (images, images, LEARNED))
+    return worker
+
+
+def result_of(worker: EvaluateWorker, tmp_path: Path, network: NetworkConfig | None, *changes: str) -> dict[str, Any]:
+    """Of the distilled set."""
+    place = str(tmp_path / "result.json")
+    events = list(worker.evaluate(tiny_config(*changes), "", str(tmp_path), place, "distilled", 0, network))
+    assert isinstance(events[-1], Finished)
+    assert open_location(place).read_json() == events[-1].result
+    return dict(events[-1].result)
+
+
+def test_the_backbone_has_the_step_size_that_was_learned(worker: EvaluateWorker, tmp_path: Path) -> None:
+    """Whatever others would reach."""
+    result = result_of(worker, tmp_path, None)
+    assert (result["step_size"], result["test_accuracy"]) == (LEARNED, TEST[LEARNED])
+
+
+def test_other_architectures_have_both_and_choose_on_validation_data(worker: EvaluateWorker, tmp_path: Path) -> None:
+    """The learned one's accuracy, and that of the best on validation images, though the test set likes another."""
+    assert set(VALIDATION) == {LEARNED, *CONTROL_STEP_SIZES}
+    result = result_of(worker, tmp_path, NetworkConfig(architecture="lenet"))
+    assert (result["step_size"], result["test_accuracy"], result["validation_accuracy"]) == (0.03, TEST[0.03], 0.9)
+    assert (result["learned_step_size"], result["test_accuracy_with_learned_step_size"]) == (LEARNED, TEST[LEARNED])
+
+
+def place(config: RunConfig, row: str, network: NetworkConfig | None = None) -> str:
+    """Of the first result."""
+    return result_location(open_location("/runs"), config, "d" * 16, row, 0, network).path
+
+
+@pytest.mark.parametrize("network", [None, NetworkConfig(architecture="lenet")])
+def test_runs_share_what_does_not_depend_on_their_distillation(network: NetworkConfig | None) -> None:
+    """Controls by images per class and experts, all real data by neither; a distilled set by its run alone."""
+    base = tiny_config("name=base")
+    shared = {
+        "name=other": {"random-hard", "random-soft", "full"},
+        "distill.iterations=7": {"random-hard", "random-soft", "full"},
+        "metadd={auxiliaries: [{architecture: lenet}]}": {"random-hard", "random-soft", "full"},
+        "distill.ipc=2": {"full"},
+        "experts.learning_rate=0.5": {"full"},
+        "evaluate.protocol=published": set(),
+        "seed=5": set(),
+    }
+    for change, expected in shared.items():
+        other = override(base, [change, *(["name=other"] if not change.startswith("name") else [])])
+        rows = ("random-hard", "random-soft", "full", "distilled")
+        same = {row for row in rows if place(base, row, network) == place(other, row, network)}
+        assert same == expected, change
+    assert place(base, "distilled", network) == place(override(base, ["distill.ipc=2"]), "distilled", network)
+
+
+def test_networks_are_told_apart_by_what_they_had_to_do_with_the_set(tmp_path: Path) -> None:
+    """Same, seen by matching or looking, unseen; only those of which every seed is there."""
+    changes = ["backbones=[{network: {width: 8, depth: 2}}]", "metadd={auxiliaries: [{architecture: lenet}]}"]
+    config = scored_on(tiny_config(*changes, "evaluate.seeds=1"), ["convnet", "lenet", "mlp", "vgg11"])
+    out = open_location(str(tmp_path))
+    for number, network in enumerate(config.scored_networks[:-1]):
+        for row in ON_OTHERS:
+            values = {"test_accuracy": number / 10, "test_accuracy_with_learned_step_size": 0.0, "seconds": 1.0}
+            result_location(out, config, "d", row, 0, network).write_json(values)
+    scores = read_network_scores(out, config, "d")
+    assert [(each.network.architecture, each.kind) for each in scores] == [
+        ("convnet", "same"),
+        ("convnet", "seen"),
+        ("lenet", "seen"),
+        ("mlp", "unseen"),
+    ]
+    assert [each.tuned.mean for each in scores] == [0.0, 0.1, 0.2, 0.3]
+    assert all(each.learned.mean == 0.0 and each.control is not None for each in scores)
+
+
+@pytest.mark.parametrize(("stored", "second"), [([0.1, 0.2], 0.2), ([0.1], 0.1)])
+def test_a_network_that_was_matched_too_has_a_step_size_of_its_own(
+    tmp_path: Path, stored: list[float], second: float
+) -> None:
+    """The others, and all where an earlier version has kept one only, have the first network's."""
+    config = tiny_config("backbones=[{network: {width: 8, depth: 2}}]")
+    dataset = Pipeline([config], str(tmp_path))._dataset(config)
+    synthetic = SyntheticSet(
+        torch.zeros(10, 1, 8, 8), torch.zeros(10, 10), torch.tensor(stored, dtype=torch.float64), torch.arange(10)
+    )
+    folder = open_location(str(tmp_path / "tiny"))
+    save_artifact(folder / SYNTHETIC, synthetic, dataset.transform, dataset.class_names, run_identity(config), {})
+    worker = EvaluateWorker(dataset, config.cluster)
+
+    def learned(network: NetworkConfig | None) -> float | None:
+        return worker._training_set(config, "", folder, "distilled", 0, network)[2]
+
+    assert learned(config.backbones[0].network) == second
+    assert [learned(network) for network in (None, config.network, NetworkConfig(architecture="mlp"))] == [0.1] * 3
+
+
+@pytest.mark.parametrize("network", [None, NetworkConfig(architecture="vit-small")])
+def test_with_adamw_no_step_size_was_learned(
+    worker: EvaluateWorker, tmp_path: Path, network: NetworkConfig | None
+) -> None:
+    """All are chosen on validation data, among some that are usual for it."""
+    assert set(WITH_ADAMW) == set(ADAMW_STEP_SIZES)
+    result = result_of(worker, tmp_path, network, "evaluate.optimiser=adamw")
+    assert (result["step_size"], result["validation_accuracy"]) == (3e-3, 0.95)
+    assert result["learned_step_size"] is result["test_accuracy_with_learned_step_size"] is None
+
+
+@pytest.mark.parametrize("network", [None, NetworkConfig(architecture="lenet")])
+@pytest.mark.parametrize("row", ROWS)
+def test_results_of_each_optimiser_have_places_of_their_own(row: str, network: NetworkConfig | None) -> None:
+    """In a finished run too, whose set they do not change; those of SGD lie where they always did."""
+    sgd, adamw = tiny_config(), tiny_config("evaluate.optimiser=adamw")
+    assert run_identity(sgd) == run_identity(adamw)
+    assert "optimiser" not in run_identity(sgd)["evaluate"]
+    assert place(sgd, row, network) != place(adamw, row, network)
+
+
+def test_the_column_of_the_learned_step_size_is_empty_with_adamw(tmp_path: Path) -> None:
+    """A dash in the table; the name of the run tells why."""
+    config = scored_on(tiny_config("evaluate.optimiser=adamw", "evaluate.seeds=1"), ["lenet"])
+    out = open_location(str(tmp_path))
+    for network in config.scored_networks:
+        values = {"test_accuracy": 0.5, "test_accuracy_with_learned_step_size": None, "seconds": 1.0}
+        result_location(out, config, "d", "distilled", 0, network).write_json(values)
+    scores = read_network_scores(out, config, "d")
+    assert [(each.learned, each.tuned.mean) for each in scores] == [(None, 0.5)] * 2
+    summary = RunSummary(config, out / config.name, [], networks=scores)
+    head, _, first, *_ = networks_table(summary).splitlines()
+    assert head.startswith("tiny (AdamW):")
+    assert first.split()[-3:] == ["-", "50.0", "-"]
+    page = write_report(out, [summary]).read_bytes().decode()
+    assert "<td>–</td>" in page
+    assert "trained with AdamW" in page
+
+
+# --- DD-Ranking's scores ------------------------------------------------------------------------------------------
+
+
+def test_the_fair_rows_are_asked_for_without_changing_the_run() -> None:
+    """They may be added to a finished run; results that were there keep their places, and new ones have their own."""
+    plain, fair = tiny_config(), tiny_config("evaluate.fair=true")
+    assert run_identity(plain) == run_identity(fair)
+    assert "fair" not in run_identity(plain)["evaluate"]
+    assert all(place(plain, row) == place(fair, row) for row in ROWS)
+    places = [place(fair, row) for row in (*ROWS, *FAIR_ROWS)]
+    assert len(set(places)) == len(places)
+    controls = [row for row in (*ROWS, *FAIR_ROWS) if "/controls/" in place(fair, row)]
+    assert controls == ["random-hard", "random-soft", "full", "random-plain"]
+
+
+def test_places_of_results_have_not_moved() -> None:
+    """What earlier versions have written is found again."""
+    assert (
+        place(tiny_config("evaluate.protocol=short"), "random-soft")
+        == "/runs/controls/3a29616d194fe605/random-soft-00.json"
+    )
+
+
+def test_hard_labels_choose_a_step_size_on_validation_data(worker: EvaluateWorker, tmp_path: Path) -> None:
+    """The learned one was learned with other labels; without augmentation it is still the set's own."""
+    chosen = {}
+    for row in ("distilled-hard", "distilled-plain"):
+        uri = str(tmp_path / f"{row}.json")
+        list(worker.evaluate(tiny_config("evaluate.fair=true"), "", str(tmp_path), uri, row, 0))
+        chosen[row] = open_location(uri).read_json()["step_size"]
+    assert chosen == {"distilled-hard": 0.03, "distilled-plain": LEARNED}
+
+
+def test_rows_are_trained_as_their_names_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hard labels are classes; plain rows are not augmented, all others as the recipe says."""
+    config = tiny_config("evaluate.fair=true")
+    pipeline = Pipeline([config], str(tmp_path))
+    pipeline.train_experts(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    dataset = pipeline._dataset(config)
+    synthetic = SyntheticSet(torch.zeros(10, 1, 8, 8), torch.randn(10, 10), torch.tensor([0.1]), torch.arange(10))
+    folder = open_location(str(tmp_path / "tiny"))
+    save_artifact(folder / SYNTHETIC, synthetic, dataset.transform, dataset.class_names, run_identity(config), {})
+    worker, seen = EvaluateWorker(dataset, config.cluster), {}
+
+    def trial(_: Any, images: torch.Tensor, targets: torch.Tensor, schedule: Any, __: Any) -> _Trial:
+        seen[row] = (len(images), targets.is_floating_point(), schedule.augmentation)
+        return _Trial(torch.nn.Identity(), schedule.learning_rate, 0.5)
+
+    monkeypatch.setattr(worker, "_trial", trial)
+    monkeypatch.setattr(worker, "_test_accuracy", lambda _: 0.5)
+    for row in (*ROWS, *FAIR_ROWS):
+        list(worker.evaluate(config, pipeline.store_uri, folder.uri, str(tmp_path / "result.json"), row, 0))
+    real, augmentation = len(dataset.train_images), config.evaluate.augmentation
+    assert augmentation
+    assert seen == {
+        "random-hard": (10, False, augmentation),
+        "random-soft": (10, True, augmentation),
+        "distilled": (10, True, augmentation),
+        "full": (real, False, augmentation),
+        "distilled-hard": (10, False, augmentation),
+        "distilled-plain": (10, True, ""),
+        "random-plain": (10, True, ""),
+    }
+
+
+ACCURACIES = {
+    "full": (0.9, 0.8),
+    "random-soft": (0.7, 0.6),
+    "distilled": (0.8, 0.8),
+    "distilled-hard": (0.6, 0.8),
+    "distilled-plain": (0.7, 0.5),
+    "random-plain": (0.3, 0.5),
+}
+"""Of two seeds."""
+
+
+def write_accuracies(out: Location, config: RunConfig, rows: Sequence[str]) -> None:
+    for row in rows:
+        for number, value in enumerate(ACCURACIES[row]):
+            result_location(out, config, "d", row, number).write_json({"test_accuracy": value, "seconds": 1.0})
+
+
+def test_the_scores_are_made_of_the_rows_seed_by_seed(tmp_path: Path) -> None:
+    """Seed 0: HLR 0.3, IOR 0.1, beta (0.1 + 0.4) / 2; seed 1: HLR 0, IOR 0.2, beta (0.2 + 0) / 2."""
+    config, out = tiny_config("evaluate.fair=true"), open_location(str(tmp_path))
+    write_accuracies(out, config, list(ACCURACIES)[:-1])
+    assert read_fair_scores(out, config, "d") is None, "a row is missing"
+    write_accuracies(out, config, list(ACCURACIES))
+    assert read_fair_scores(out, tiny_config(), "d") is None, "not asked for"
+    scores = read_fair_scores(out, config, "d")
+    assert scores is not None
+    parts = scores.parts()
+    assert list(parts) == list(FAIR_PARTS)
+    assert parts["HLR"] == pytest.approx((0.3, 0.0))
+    assert parts["IOR"] == pytest.approx((0.1, 0.2))
+    assert parts["beta"] == pytest.approx((0.25, 0.1))
+    assert parts["LRS"] == pytest.approx((0.228454, 0.313687), abs=1e-6)
+    assert parts["ARS"] == pytest.approx((0.389783, 0.313687), abs=1e-6)
+
+
+def test_the_scores_are_told_with_their_parts_and_n(tmp_path: Path) -> None:
+    """In the text, on the page and in the summary."""
+    config, out = tiny_config("evaluate.fair=true"), open_location(str(tmp_path))
+    write_accuracies(out, config, list(ACCURACIES))
+    where = (out, config, "d")
+    summary = RunSummary(config, out / config.name, [], fair=read_fair_scores(*where), fair_rows=read_fair_rows(*where))
+    lines = {line.split(",")[0]: line.split() for line in fair_table([summary, summary]).splitlines()}
+    assert lines["LRS"][-6:] == ["0.271", "±", "0.060"] * 2
+    assert lines["HLR"][-3:] == ["0.150", "±", "0.212"]
+    page = write_report(out, [summary]).read_bytes().decode()
+    assert "0.271 ± 0.060" in page
+    assert "distilled, hard labels 70.0 ± 14.1 (2)" in page
+    (told,) = write_summary(out, [summary]).read_json()
+    assert told["fair"]["beta"]["n"] == 2
+    assert told["test_accuracy"]["random-plain"]["seeds"] == [0.3, 0.5]
+    without = RunSummary(config, out / config.name, [])
+    assert "Fair scores" not in write_report(out, [without]).read_bytes().decode()

@@ -1,0 +1,358 @@
+"""Training experts into a store: resumed, stacked, thinned out, killed, with the same bits every time."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from datm_ray.config import ClusterConfig, RunConfig
+from datm_ray.core.experts import ExpertFunctions
+from datm_ray.core.networks.parameters import unflatten_buffers_into, unflatten_into
+from datm_ray.core.networks.registry import build_network
+from datm_ray.errors import DivergenceError, MissingExpertsError, StoreError
+from datm_ray.monitor.progress import Reporter
+from datm_ray.pipeline import Pipeline
+from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, SerialExecutor
+from datm_ray.stages import expert_progress
+from datm_ray.stages.expert_progress import ExpertProgress
+from datm_ray.stages.experts import ExpertWorker, expert_group, experts_at_a_time, network_spec, stacks
+from datm_ray.store.trajectories import ExpertGroup
+from tests.conftest import actor_processes, tiny_config
+
+RICH = ("experts.optimiser=gsam", "experts.momentum=0.5", "experts.augmentation=crop_scale")
+
+
+def worker_of(config: RunConfig, out: Path) -> tuple[ExpertWorker, ExpertGroup, str]:
+    """A worker for the run's experts, and where they go."""
+    pipeline = Pipeline([config], str(out))
+    dataset = pipeline._dataset(config)
+    group = expert_group(pipeline.store_uri, config, dataset.name, dataset.fingerprint)
+    return ExpertWorker(dataset, config.cluster), group, pipeline.store_uri
+
+
+def train(config: RunConfig, out: Path, experts: tuple[int, ...] = (0,), stop_after: int | None = None) -> list[Event]:
+    """Train a stack, to the end or up to an epoch; the events."""
+    worker, _, uri = worker_of(config, out)
+    events: list[Event] = []
+    for event in worker.train(config, uri, experts):
+        events.append(event)
+        if isinstance(event, Progress) and event.done == stop_after:
+            break
+    return events
+
+
+def epochs_trained(events: list[Event]) -> list[int]:
+    return [event.done for event in events if isinstance(event, Progress)]
+
+
+def content(group: ExpertGroup, expert: int) -> list[bytes]:
+    """All that is stored of an expert, bit by bit."""
+    epochs = group.read_info(expert).epochs
+    progress = group.read_progress(expert)
+    arrays = [*group.read_params(expert, epochs), progress.train_loss]
+    return [array.tobytes() for array in arrays]
+
+
+def test_an_expert_goes_on_from_its_last_epoch_with_the_same_bits(tmp_path: Path) -> None:
+    """Stopped after the third of five epochs, with momentum and GSAM; what was in progress is cleared away."""
+    config = tiny_config(*RICH)
+    assert epochs_trained(train(config, tmp_path / "whole")) == [1, 2, 3, 4, 5]
+    train(config, tmp_path / "parts", stop_after=3)
+    _, group, _ = worker_of(config, tmp_path / "parts")
+    assert group.experts() == []
+    resumed = epochs_trained(train(config, tmp_path / "parts"))
+    assert resumed[-1] == 5
+    assert 1 not in resumed
+    assert content(group, 0) == content(worker_of(config, tmp_path / "whole")[1], 0)
+    assert group.progress.list() == []
+
+
+def test_memory_order_of_maps_reaches_the_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cluster.channels_last=false is obeyed by experts and auxiliaries alike, and finds the same experts."""
+    asked: list[bool] = []
+
+    class Recorded(ExpertFunctions):
+        def __init__(self, *arguments: Any, channels_last: bool, **options: Any) -> None:
+            asked.append(channels_last)
+            super().__init__(*arguments, channels_last=channels_last, **options)
+
+    monkeypatch.setattr("datm_ray.stages.experts.ExpertFunctions", Recorded)
+    metadd = "metadd={auxiliaries: [{architecture: lenet}], experts: {epochs: 1}}"
+    first, last = (tiny_config(metadd, f"cluster.channels_last={each}") for each in ("false", "true"))
+    Pipeline([first], str(tmp_path)).train_experts(lambda: SerialExecutor(first.cluster), Reporter(quiet=True))
+    assert asked == [False, False]  # a stack of each network
+    Pipeline([last], str(tmp_path)).train_experts(lambda: SerialExecutor(last.cluster), Reporter(quiet=True))
+    assert asked == [False, False]  # nothing is trained again
+
+
+def test_damaged_progress_is_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file that is damaged and those behind it do not count; the result is the same."""
+    monkeypatch.setattr(expert_progress, "WRITE_SHARE", 1e9)
+    config = tiny_config()
+    train(config, tmp_path / "whole")
+    train(config, tmp_path / "parts", stop_after=4)
+    files = sorted((tmp_path / "parts").rglob("progress/*/*.arrow"))
+    assert len(files) >= 2
+    files[1].write_bytes(files[1].read_bytes()[:-100])
+    events = epochs_trained(train(config, tmp_path / "parts"))
+    assert events[-1] == 5
+    assert content(worker_of(config, tmp_path / "parts")[1], 0) == content(worker_of(config, tmp_path / "whole")[1], 0)
+
+
+def test_a_stack_stores_each_expert_that_is_missing(tmp_path: Path) -> None:
+    """One that is there is left alone, one beyond the count is not stored, and the others are as in a whole stack."""
+    config = tiny_config("experts.count=3")
+    train(config, tmp_path / "whole", (0, 1, 2, 3))
+    train(config, tmp_path / "parts", (0, 1, 2, 3))
+    _, group, _ = worker_of(config, tmp_path / "parts")
+    _, whole, _ = worker_of(config, tmp_path / "whole")
+    assert whole.experts() == [0, 1, 2]
+    file = next((tmp_path / "parts").rglob("expert-00001.arrow"))
+    before = file.stat().st_mtime_ns
+    group.remove_expert(2)
+    train(config, tmp_path / "parts", (0, 1, 2, 3))
+    assert file.stat().st_mtime_ns == before
+    assert [content(group, expert) for expert in range(3)] == [content(whole, expert) for expert in range(3)]
+
+
+def test_stacks_follow_from_numbers_and_count_alone() -> None:
+    """An expert has the same companions whichever are missing, and none beyond the count but to not be alone."""
+    assert stacks([0, 1, 2], 1, 3) == [(0,), (1,), (2,)]
+    assert stacks([5, 9], 4, 20) == [(4, 5, 6, 7), (8, 9, 10, 11)]
+    assert stacks([5, 9], 4, 11) == [(4, 5, 6, 7), (8, 9, 10)]
+    assert stacks([8], 4, 9) == [(8, 9)]
+    assert stacks([], 4, 9) == []
+
+
+@pytest.mark.parametrize(("workers", "stack"), [(None, 8), (4, 8), (16, 7), (200, 1)])
+def test_stacks_on_gpus_leave_no_worker_idle(workers: int | None, stack: int) -> None:
+    """A hundred experts in stacks of eight would be work for thirteen."""
+    config = tiny_config("experts.count=100", "cluster.gpus_per_worker=1", f"cluster.workers={workers}")
+    assert experts_at_a_time(config, (3, 32, 32), 10) == stack
+
+
+def test_only_what_can_be_matched_is_kept(tmp_path: Path) -> None:
+    """Epochs up to the latest target, and the last one; a recipe that needs more is refused before it starts."""
+    config = tiny_config("experts.epochs=8", "experts.keep_epochs=null")
+    train(config, tmp_path)
+    _, group, _ = worker_of(config, tmp_path)
+    assert group.read_info(0).epochs == (0, 1, 2, 3, 8)
+    later = tiny_config(
+        "experts.epochs=8",
+        "experts.keep_epochs=null",
+        "distill.final_start_bound=6",
+        "distill.start_bound=6",
+        "name=later",
+    )
+    with pytest.raises(MissingExpertsError, match=r"later can match epoch 4, which the experts in .* lack"):
+        Pipeline([later], str(tmp_path))
+
+
+def test_runs_that_share_experts_keep_what_any_of_them_matches(tmp_path: Path) -> None:
+    """Two recipes in one command: as many experts, and as many epochs, as the more demanding one asks for."""
+    short = tiny_config("experts.epochs=8", "experts.keep_epochs=null", "experts.count=1")
+    longer = tiny_config(
+        "experts.epochs=8",
+        "experts.keep_epochs=null",
+        "distill.final_start_bound=6",
+        "distill.start_bound=6",
+        "name=longer",
+    )
+    pipeline = Pipeline([short, longer], str(tmp_path))
+    pipeline.train_experts(lambda: SerialExecutor(short.cluster), Reporter(quiet=True))
+    _, group, _ = worker_of(short, tmp_path)
+    assert group.experts() == [0, 1]
+    assert group.read_info(0).epochs == (0, 1, 2, 3, 4, 5, 6, 8)
+
+
+def test_two_byte_storage_is_another_group_of_experts(tmp_path: Path) -> None:
+    """Rounded parameters are other parameters: half the bytes, close to the exact ones, not mixed with them."""
+    exact, rounded = tiny_config(), tiny_config("experts.storage=bfloat16")
+    for config in (exact, rounded):
+        train(config, tmp_path)
+    groups = [worker_of(config, tmp_path)[1] for config in (exact, rounded)]
+    assert groups[0].key != groups[1].key
+    values = [group.read_params(0, [3])[0] for group in groups]
+    np.testing.assert_allclose(values[1], values[0], rtol=2**-8)
+    assert not np.array_equal(values[0], values[1])
+
+
+def test_running_statistics_travel_with_the_parameters(tmp_path: Path) -> None:
+    """A network with batch normalisation, restored from its last snapshot, predicts in evaluation mode."""
+    config = tiny_config("experts.test_every=5")
+    network = config.network.model_copy(update={"norm": "batch"})  # no backbone, but an auxiliary network may be
+    config = config.model_copy(update={"network": network})
+    pipeline = Pipeline([tiny_config()], str(tmp_path))
+    dataset = pipeline._dataset(tiny_config())
+    worker = ExpertWorker(dataset, config.cluster)
+    list(worker.train(config, pipeline.store_uri, (0,)))
+    group = expert_group(pipeline.store_uri, config, dataset.name, dataset.fingerprint)
+    last = group.read_snapshot(0, 5)
+    module = build_network(network_spec(config, dataset.channels, dataset.size, dataset.classes), 1)
+    unflatten_into(module, torch.from_numpy(last.params))
+    unflatten_buffers_into(module, torch.from_numpy(last.buffers))
+    right = module.eval()(torch.from_numpy(dataset.test_images)).argmax(1).numpy() == dataset.test_labels
+    assert right.mean() == pytest.approx(last.test_accuracy)
+    assert not np.array_equal(last.buffers, group.read_snapshot(0, 0).buffers)
+
+
+def test_a_full_disk_is_waited_for_and_then_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A note says why nothing happens; when room comes the expert is finished, and when none comes it is refused."""
+    monkeypatch.setattr(expert_progress, "DISK_CHECK_INTERVAL", 0.0)
+    full, roomy = SimpleNamespace(free=10**6), SimpleNamespace(free=10**12)
+    answers = iter([full, full])
+    monkeypatch.setattr(expert_progress.shutil, "disk_usage", lambda _: next(answers, roomy))
+    events = train(tiny_config(), tmp_path / "roomy")
+    assert next(event.text for event in events if isinstance(event, Note)).startswith("waiting for disk space: ")
+    assert isinstance(events[-1], Finished)
+    monkeypatch.setattr(expert_progress.shutil, "disk_usage", lambda _: full)
+    with pytest.raises(StoreError, match="has no space for"):
+        train(tiny_config(), tmp_path / "full")
+
+
+def test_two_who_train_the_same_expert_do_not_disturb_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Epoch by epoch in turns, on one store; the first to finish stores it, and the other ends well too."""
+    monkeypatch.setattr(expert_progress, "WRITE_SHARE", 1e9)
+    config = tiny_config()
+    train(config, tmp_path / "whole")
+    workers = [worker_of(config, tmp_path / "shared") for _ in range(2)]
+    streams = [worker.train(config, uri, (0,)) for worker, _, uri in workers]
+    events = [event for pair in itertools.zip_longest(*streams) for event in pair]
+    assert sum(isinstance(event, Finished) for event in events) == 2
+    assert content(workers[0][1], 0) == content(worker_of(config, tmp_path / "whole")[1], 0)
+
+
+@pytest.mark.parametrize("far", [1, 3, 5])
+def test_who_finds_its_experts_stored_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, far: int) -> None:
+    """The other one finishes and clears up at any moment of this one's training; both end well, with one expert."""
+    monkeypatch.setattr(expert_progress, "WRITE_SHARE", 1e9)
+    config = tiny_config()
+    (slow, group, uri), (fast, _, _) = (worker_of(config, tmp_path) for _ in range(2))
+    events = []
+    for event in slow.train(config, uri, (0, 1)):
+        events.append(event)
+        if isinstance(event, Progress) and event.done == far:
+            assert isinstance(list(fast.train(config, uri, (0, 1)))[-1], Finished)
+            stored = [content(group, expert) for expert in (0, 1)]
+    assert isinstance(events[-1], Finished)
+    assert [content(group, expert) for expert in (0, 1)] == stored
+    assert group.progress.list() == []
+
+
+@pytest.mark.parametrize("method", ["_chain", "_read", "_maybe_write"])
+def test_progress_that_another_command_clears_up_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Not while it is listed, read or written either, where the experts are stored; where they are not, it is one."""
+    config = tiny_config()
+    worker, group, uri = worker_of(config, tmp_path)
+    train(config, tmp_path, stop_after=3)
+    original, storing = getattr(ExpertProgress, method), [True]
+
+    def cleared(progress: ExpertProgress, *given: Any) -> Any:
+        monkeypatch.setattr(ExpertProgress, method, original)
+        if storing:
+            list(worker_of(config, tmp_path)[0].train(config, uri, (0, 1)))
+        raise StoreError("the folder is gone")
+
+    monkeypatch.setattr(ExpertProgress, method, cleared)
+    assert isinstance(list(worker.train(config, uri, (0, 1)))[-1], Finished)
+    for expert in group.experts():
+        group.remove_expert(expert)
+    storing.clear()
+    monkeypatch.setattr(ExpertProgress, method, cleared)
+    with pytest.raises(StoreError, match="the folder is gone"):
+        list(worker.train(config, uri, (0, 1)))
+
+
+def test_what_a_worker_left_that_died_after_storing_is_cleared_away(tmp_path: Path) -> None:
+    """By the next command, which has nothing to train."""
+    config = tiny_config("cluster.experts_at_a_time=1", "experts.count=1")
+    train(config, tmp_path, stop_after=3)
+    (left,) = (tmp_path / "experts").rglob("progress/*")
+    kept = [(file.name, file.read_bytes()) for file in left.iterdir()]
+    train(config, tmp_path)
+    left.mkdir(parents=True)
+    for name, data in kept:
+        (left / name).write_bytes(data)
+    Pipeline([config], str(tmp_path)).train_experts(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    assert not left.exists()
+
+
+def test_an_expert_that_diverges_is_not_stored(tmp_path: Path) -> None:
+    """One line names it and the setting to lower."""
+    with pytest.raises(
+        DivergenceError,
+        match=r"expert 0 diverged in epoch \d+.*[Ll]ower experts\.learning_rate",
+    ):
+        train(tiny_config("experts.learning_rate=1e30"), tmp_path)
+    assert not list(tmp_path.rglob("expert-*.arrow"))
+
+
+def test_progress_of_a_stack_of_another_size_goes_when_its_experts_are_stored(tmp_path: Path) -> None:
+    """And not before; a stack with an expert that is not stored keeps it."""
+    config = tiny_config("experts.count=3")
+    _, group, _ = worker_of(config, tmp_path)
+    files = [group.progress / name / "00000-00001-ab.arrow" for name in ("00000-2-ab", "00002-2-ab")]
+    for file in files:
+        file.write_text("state")
+    ExpertProgress.clear_up(group)
+    assert all(file.exists() for file in files)
+    train(config, tmp_path, (0, 1, 2))
+    ExpertProgress.clear_up(group)
+    assert [file.exists() for file in files] == [False, True]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_actors_cost_no_expert_and_no_bit(ray_cluster: Any, tmp_path: Path) -> None:
+    """Actors are killed at random moments, DATM_RAY_KILLS of them; finished experts are not touched again."""
+    from datm_ray.runtime.ray.executor import RayExecutor
+
+    wanted, rng = int(os.environ.get("DATM_RAY_KILLS", "3")), random.Random(0)
+    count, epochs = 2 * wanted, 12
+    config = tiny_config(
+        f"experts.count={count}",
+        f"experts.epochs={epochs}",
+        "cluster.retries=50",
+        "cluster.experts_at_a_time=1",
+        *RICH,
+    )
+    kills: list[int] = []
+    finished: dict[str, int] = {}
+    lost: list[str] = []
+
+    class Murderous(RayExecutor):
+        def run(self, *arguments: Any) -> Iterator[tuple[Any, Event]]:
+            for task, event in super().run(*arguments):
+                if isinstance(event, Progress) and len(kills) < wanted and rng.random() < 1 / epochs:
+                    kills.append(actor_processes()[rng.randrange(len(actor_processes()))])
+                    os.kill(kills[-1], signal.SIGKILL)
+                if isinstance(event, Lost):
+                    lost.append(event.reason)
+                for file in (tmp_path / "killed").rglob("expert-*.arrow"):
+                    assert finished.setdefault(file.name, file.stat().st_mtime_ns) == file.stat().st_mtime_ns
+                yield task, event
+
+    Pipeline([config], str(tmp_path / "killed")).train_experts(lambda: Murderous(config.cluster), Reporter(quiet=True))
+    Pipeline([config], str(tmp_path / "whole")).train_experts(
+        lambda: SerialExecutor(ClusterConfig()), Reporter(quiet=True)
+    )
+    assert len(kills) == wanted
+    assert lost
+    groups = [worker_of(config, tmp_path / name)[1] for name in ("killed", "whole")]
+    assert groups[0].experts() == list(range(count))
+    assert [content(groups[0], each) for each in range(count)] == [content(groups[1], each) for each in range(count)]

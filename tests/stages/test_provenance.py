@@ -1,0 +1,94 @@
+"""What an artifact says of how it was computed, and what a run says that is resumed otherwise."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from datm_ray.artifact import load
+from datm_ray.config import RunConfig
+from datm_ray.methods.trajectory import step_functions
+from datm_ray.monitor.progress import Reporter
+from datm_ray.pipeline import Pipeline
+from datm_ray.runtime.executor import Note, Progress, SerialExecutor
+from datm_ray.stages.distill import DistillWorker, _Run
+from datm_ray.stages.provenance import workers_in_words
+from tests.conftest import tiny_config
+
+PLAIN = {"precision": "float32", "tf32": False, "compiled": False, "order": "reverse-over-reverse"}
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with the experts of the tiny configuration."""
+    out, config = tmp_path_factory.mktemp("experts"), tiny_config()
+    Pipeline([config], str(out)).train_experts(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    return out / "experts"
+
+
+@pytest.fixture(autouse=True)
+def no_training_of_validation_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes most of the time and is of no interest here."""
+    monkeypatch.setattr(_Run, "_validate", lambda self, held: (0.5, 0.1))
+
+
+def events(config: RunConfig, out: Path, store: Path) -> Iterator[Any]:
+    pipeline = Pipeline([config], str(out), str(store))
+    worker = DistillWorker(pipeline._dataset(config), config.cluster)
+    return worker.distill(config, pipeline.store_uri, str(out / config.name))
+
+
+def test_a_set_says_how_it_was_computed(experts: Path, tmp_path: Path) -> None:
+    """Precision, compilation, order of differentiation, memory order, shards, and the workers."""
+    list(events(tiny_config(), tmp_path, experts))
+    told = load(str(tmp_path / "tiny/synthetic.arrow")).provenance
+    assert told["student_steps"] == {"from_iteration": 0, **PLAIN, "channels_last": True}
+    assert "student_steps_before" not in told
+    assert (told["shards"], told["workers"]) == (1, f"1 x torch {importlib.metadata.version('torch')} on cpu")
+
+
+def test_a_set_says_why_it_was_not_compiled(experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no compiler the option alone would tell the wrong story."""
+    monkeypatch.setattr(step_functions, "compiler_problem", lambda device_type: "no compiler here")
+    list(events(tiny_config("cluster.compile=true"), tmp_path, experts))
+    told = load(str(tmp_path / "tiny/synthetic.arrow")).provenance["student_steps"]
+    assert (told["compiled"], told["not_compiled_because"]) == (False, "no compiler here")
+
+
+def test_a_run_that_is_resumed_otherwise_says_so(experts: Path, tmp_path: Path) -> None:
+    """In one line, at once; the artifact knows both parts. Resumed alike it says nothing."""
+    for event in events(tiny_config(), tmp_path, experts):
+        if isinstance(event, Progress) and event.done == 3:
+            break
+    alike = [event for event in events(tiny_config(), tmp_path, experts) if not isinstance(event, Progress)]
+    assert not any(isinstance(event, Note) for event in alike)
+    (tmp_path / "tiny/synthetic.arrow").unlink()
+    other = tiny_config("cluster.channels_last=false")
+    notes = [event.text for event in events(other, tmp_path, experts) if isinstance(event, Note)]
+    assert notes == [
+        "student steps are computed otherwise from iteration 6 on (channels_last True before, False now): the result "
+        "differs in rounding from one without the change"
+    ]
+    told = load(str(tmp_path / "tiny/synthetic.arrow")).provenance
+    assert told["student_steps"] == {"from_iteration": 6, **PLAIN, "channels_last": False}
+    assert told["student_steps_before"] == [{"from_iteration": 0, **PLAIN, "channels_last": True}]
+
+
+def test_workers_that_differ_are_all_named() -> None:
+    """Each gets a row of the sum."""
+    device = torch.device("cpu")
+
+    def with_another(words: Tensor) -> Tensor:
+        other = b"torch 2.11.0 on NVIDIA H100"
+        words[0, : len(other)] = torch.tensor(list(other))
+        return words
+
+    told = workers_in_words(device, with_another, rank=1, size=2)
+    assert told.startswith("1 x torch 2.")
+    assert "1 x torch 2.11.0 on NVIDIA H100" in told

@@ -1,0 +1,396 @@
+"""Places: URIs, atomic writes, leftovers, and errors in words."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import pickle
+import socket
+import time
+import uuid
+from collections.abc import Callable
+
+import pytest
+
+from datm_ray.errors import CorruptFileError, StoreError
+from datm_ray.store.files.filesystem import AlreadyExistsError, Location, open_location
+
+
+@pytest.fixture(params=["local", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path) -> Location:
+    root = str(tmp_path) if request.param == "local" else f"memory://{uuid.uuid4().hex}"
+    return open_location(root) / "runs"
+
+
+@pytest.fixture
+def local(tmp_path) -> Location:
+    return open_location(str(tmp_path))
+
+
+def test_a_file_comes_back(folder):
+    """Bytes, text and JSON are read as written; folders on the way are made."""
+    (folder / "a" / "bytes").write_atomic(b"\x00\xff")
+    (folder / "text").write_text("größer\n")
+    (folder / "state.json").write_json({"step": 3, "losses": [0.5, None]})
+    assert (folder / "a" / "bytes").read_bytes() == b"\x00\xff"
+    assert (folder / "text").read_bytes().decode() == "größer\n"
+    assert (folder / "state.json").read_json() == {"step": 3, "losses": [0.5, None]}
+    assert folder.list() == ["a", "state.json", "text"]
+
+
+def test_existence_and_size_are_known(folder):
+    """A file exists from its writing to its removal; a folder while there is something in it."""
+    file = folder / "file"
+    assert not file.exists()
+    file.write_atomic(b"12345")
+    assert (file.exists(), folder.exists(), file.size()) == (True, True, 5)
+    assert not (file / "below").exists()
+    file.remove()
+    assert not file.exists()
+
+
+def test_listing_what_is_not_a_folder_is_empty(folder):
+    """Neither a missing folder nor a file has anything in it."""
+    (folder / "file").write_atomic(b"")
+    assert (folder / "file").list() == []
+    assert (folder / "missing").list() == []
+
+
+def test_ranges_are_read_in_order(folder):
+    """Ranges may overlap, and end where the file ends."""
+    (folder / "file").write_atomic(b"0123456789")
+    found = (folder / "file").read_ranges([(5, 8), (0, 1), (7, 99)])
+    assert [bytes(part) for part in found] == [b"567", b"0", b"789"]
+    (folder / "empty").write_atomic(b"")
+    assert [bytes(part) for part in (folder / "empty").read_ranges([(0, 9)])] == [b""]
+
+
+def test_a_file_appears_only_when_it_is_complete(folder):
+    """Until the block ends the old content is there, and nothing else is listed."""
+    file = folder / "file"
+    file.write_atomic(b"old")
+    with file.create() as draft:
+        draft.write(b"new")
+        assert file.read_bytes() == b"old"
+        assert folder.list() == ["file"]
+    assert file.read_bytes() == b"new"
+
+
+def test_an_error_while_writing_leaves_the_old_file(folder):
+    """The error passes through unchanged and no trace of the new content stays."""
+    file = folder / "file"
+    file.write_atomic(b"old")
+    with pytest.raises(ZeroDivisionError), file.create() as draft:
+        draft.write(b"new" * (1 // 0))
+    assert file.read_bytes() == b"old"
+    if folder.local_path:
+        assert os.listdir(folder.local_path) == ["file"]
+
+
+def test_a_file_written_once_stays(folder):
+    """With replace=False the first file wins and the second writer is told."""
+    file = folder / "file"
+    with file.create(replace=False) as draft:
+        draft.write(b"first")
+    with pytest.raises(AlreadyExistsError, match=r"/file exists already\.$"), file.create(replace=False) as draft:
+        draft.write(b"second")
+    assert file.read_bytes() == b"first"
+    assert folder.list() == ["file"]
+
+
+def test_writing_once_needs_no_hard_links(local, monkeypatch):
+    """On filesystems without hard links the first file stays too."""
+
+    def no_links(source, target):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    with (local / "file").create(replace=False) as draft:
+        draft.write(b"first")
+    with pytest.raises(AlreadyExistsError), (local / "file").create(replace=False) as draft:
+        draft.write(b"second")
+    assert os.listdir(local.path) == ["file"]
+    assert (local / "file").read_bytes() == b"first"
+
+
+def failing(code: int) -> Callable[..., None]:
+    """A call of the system that fails with an errno."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS])
+@pytest.mark.parametrize("call", ["os.fsync", "os.link", "fcntl.flock", "mmap.mmap"])
+def test_a_safeguard_that_a_file_system_lacks_is_passed_over(local, monkeypatch, call, code):
+    """CIFS and folders shared with virtual machines cannot flush, link, lock or map: files are written and read."""
+    monkeypatch.setattr(call, failing(code))
+    for replace in (False, True):
+        with (local / "file").create(replace=replace) as draft:
+            draft.write(b"content")
+        assert [bytes(part) for part in (local / "file").read_ranges([(1, 3)])] == [b"on"]
+    with pytest.raises(AlreadyExistsError), (local / "file").create(replace=False) as draft:
+        draft.write(b"another")
+    assert (local / "file").read_bytes() == b"content"
+    assert os.listdir(local.path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("call", "code"), [("os.fsync", errno.EIO), ("os.fsync", errno.ENOSPC), ("os.link", errno.EIO)]
+)
+def test_an_error_of_the_device_is_not_passed_over(local, monkeypatch, call, code):
+    """A file that may not have reached the device is an error, and leaves no temporary file."""
+    monkeypatch.setattr(call, failing(code))
+    with pytest.raises(StoreError, match=os.strerror(code)), (local / "file").create(replace=False) as draft:
+        draft.write(b"content")
+    assert not [name for name in os.listdir(local.path) if name.startswith(".tmp-")]
+
+
+def test_files_without_a_count_of_names_are_written(local, monkeypatch):
+    """Some file systems count no names of a file: 0 does not mean that it was deleted."""
+    fstat = os.fstat
+
+    def without_names(descriptor: int) -> os.stat_result:
+        told = list(fstat(descriptor))
+        told[3] = 0
+        return os.stat_result(told)
+
+    monkeypatch.setattr(os, "fstat", without_names)
+    (local / "file").write_text("content")
+    assert os.listdir(local.path) == ["file"]
+
+
+def test_a_second_name_copies_no_bytes(local):
+    """On a local disk a finished file gets another name, unless that is taken; either may be deleted."""
+    (local / "a").write_text("one")
+    assert (local / "new" / "b").link(local / "a")
+    (local / "a").remove()
+    assert (local / "new" / "b").read_bytes() == b"one"
+    (local / "c").write_text("three")
+    assert not (local / "c").link(local / "new" / "b")
+    assert not (local / "d").link(local / "absent")
+    assert not (open_location("memory://x") / "b").link(local / "c")
+    assert (local / "c").read_bytes() == b"three"
+
+
+@pytest.mark.parametrize("uri", ["/tmp/a", "file:///tmp/a", "memory://bucket/a", "s3://bucket/a"])
+def test_a_place_has_a_parent(uri):
+    """The folder around it, by path and by name, up to the root or the bucket."""
+    place = open_location(uri)
+    assert (place / "b" / "c").parent.parent == place
+    top = place.parent.parent.parent
+    assert top.parent == top
+    assert (top / "x").parent.path.rstrip("/") == top.path.rstrip("/")
+
+
+def test_leftovers_of_dead_writers_are_removed(local):
+    """A temporary file no process holds is deleted; one in work is not, and neither shows in a listing."""
+    host = socket.gethostname()
+    (local / f".tmp-{host}-1-file").write_atomic(b"half")
+    with (local / "file").create() as draft:
+        draft.write(b"whole")
+        assert local.remove_leftovers() == [f".tmp-{host}-1-file"]
+        assert local.list() == []
+    assert os.listdir(local.path) == ["file"]
+    assert (local / "missing").remove_leftovers() == []
+
+
+def test_leftovers_of_other_machines_are_removed_when_old(local):
+    """Locks may not reach across machines, so there a day must have passed as well."""
+    name = ".tmp-elsewhere-1-file"
+    (local / name).write_atomic(b"half")
+    assert local.remove_leftovers() == []
+    yesterday = time.time() - 25 * 3600
+    os.utime(os.path.join(local.path, name), (yesterday, yesterday))
+    assert local.remove_leftovers() == [name]
+
+
+def test_a_draft_removed_before_its_lock_is_started_anew(local, monkeypatch):
+    """A cleaner that comes between the creation of a temporary file and its lock does no harm."""
+    flock = fcntl.flock
+    stolen = []
+
+    def after_a_cleaner(descriptor, operation):
+        if not stolen:
+            stolen.extend(os.listdir(local.path))
+            os.unlink(os.path.join(local.path, stolen[0]))
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", after_a_cleaner)
+    (local / "file").write_atomic(b"whole")
+    assert stolen[0].startswith(".tmp-")
+    assert os.listdir(local.path) == ["file"]
+
+
+def test_a_range_that_cannot_be_read_has_the_cause_of_its_own_error(monkeypatch):
+    """Versions of fsspec, 2025.5 for one, return the error in place of the bytes."""
+    location = open_location("memory://ranges/file")
+    monkeypatch.setattr(location.fs, "cat_ranges", lambda *_, **__: [b"1", FileNotFoundError("file")])
+    with pytest.raises(StoreError, match=r"Cannot read .*does not exist"):
+        location.read_ranges([(0, 1), (1, 2)])
+
+
+def test_nothing_is_left_over_elsewhere(folder):
+    """Places without temporary files have nothing to clean."""
+    (folder / "file").write_atomic(b"")
+    assert folder.remove_leftovers() == []
+
+
+def test_a_location_survives_pickling(folder):
+    """Locations travel to other workers."""
+    (folder / "file").write_atomic(b"content")
+    assert pickle.loads(pickle.dumps(folder / "file")) == folder / "file"
+    assert pickle.loads(pickle.dumps(folder / "file")).read_bytes() == b"content"
+
+
+def test_paths_become_absolute(tmp_path, monkeypatch):
+    """A relative path means the same after a change of folder, and in another process."""
+    monkeypatch.chdir(tmp_path)
+    location = open_location("store") / "file"
+    assert location.uri == location.path == location.local_path == str(tmp_path / "store" / "file")
+
+
+def test_only_local_files_have_a_local_path():
+    """Readers that map files learn here whether they can."""
+    assert open_location("file:///a/b").local_path == "/a/b"
+    assert open_location("memory://a/b").local_path is None
+
+
+def test_a_missing_file_is_explained(folder):
+    """Reading or deleting what is not there is one line with its name."""
+    for action in (Location.read_bytes, Location.size, Location.read_json, Location.remove):
+        with pytest.raises(StoreError, match=r"^Cannot (read|delete) .*/missing\. .*does not exist\. Check"):
+            action(folder / "missing")
+    with pytest.raises(StoreError, match="does not exist"):
+        (folder / "missing").read_ranges([(0, 1)])
+
+
+def test_invalid_json_is_explained(folder):
+    """A file that is no JSON is a damaged file, with its name."""
+    (folder / "state.json").write_text('{"step": ')
+    with pytest.raises(CorruptFileError, match=r"state\.json is not valid JSON"):
+        (folder / "state.json").read_json()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
+def test_an_unwritable_folder_is_explained(local):
+    """A folder without write permission is named, with what to check."""
+    os.chmod(local.path, 0o500)
+    with pytest.raises(StoreError, match=r"^Cannot write .*Access is denied.* Check the owner"):
+        (local / "file").write_atomic(b"")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), "Access is denied (Permission denied). Check"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device. Free some space"),
+        (type("NoCredentialsError", (Exception,), {})("boto"), "No credentials were found. Set AWS_ACCESS"),
+        (RuntimeError("No route to\n http://me:secret@host/x"), "No route to http://host/x."),
+        (TimeoutError(), "TimeoutError."),
+    ],
+)
+def test_failures_are_explained_in_one_line(local, error, words):
+    """Whatever a filesystem raises becomes a StoreError: fact, cause, remedy, and no secrets."""
+    with pytest.raises(StoreError) as caught, (local / "file").explaining("write"):
+        raise error
+    assert str(caught.value).startswith(f"Cannot write {local.path}/file. {words}")
+    assert "\n" not in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_full_disk_is_explained():
+    """What the kernel refuses while a file is written arrives as a StoreError."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    full = open_location("/dev/full")
+    explained = pytest.raises(StoreError, match="No space left")
+    with open("/dev/full", "wb", buffering=0) as file, explained, full.explaining("write"):
+        file.write(b"x")
+
+
+def test_an_unknown_scheme_is_explained():
+    """The schemes that work are named."""
+    with pytest.raises(StoreError, match=r"^Cannot open foo://x\..* Use a local path or an s3://"):
+        open_location("foo://x")
+
+
+def test_a_missing_package_is_explained():
+    """A scheme whose package is not installed says which."""
+    with pytest.raises(StoreError, match=r"^Cannot open gs://bucket\. A Python package is missing: .*gcsfs"):
+        open_location("gs://bucket")
+
+
+def test_an_empty_name_is_refused():
+    """An empty string is not taken for the current folder."""
+    with pytest.raises(StoreError, match="is empty"):
+        open_location("")
+
+
+@pytest.mark.parametrize("uri", ["s3://key:secret@bucket/x", "foo://me:secret@host/x", "s3://secret@bucket"])
+def test_credentials_are_never_shown(uri):
+    """Credentials in a URI appear neither in the message nor in the fields of the error."""
+    with pytest.raises(StoreError) as caught:
+        open_location(uri)
+    assert "secret" not in str(caught.value) + repr(caught.value)
+
+
+def test_credentials_in_s3_uris_are_refused():
+    """They would be taken for a part of the bucket's name."""
+    with pytest.raises(StoreError, match=r"URI s3://bucket/x carries credentials.* Set AWS_ACCESS_KEY_ID"):
+        open_location("s3://key:secret@bucket/x")
+    for uri in ("s3://key:with/slash@bucket/x", "s3://key:with@sign@bucket/x", "s3://key@bucket/x"):
+        with pytest.raises(StoreError, match=r"URI s3://bucket/x carries") as caught:
+            open_location(uri)
+        assert "with" not in str(caught.value)
+    assert open_location("s3://bucket/a:b@c").path == "bucket/a:b@c"
+
+
+def test_a_path_is_a_path_whatever_it_looks_like(tmp_path, monkeypatch):
+    """No part of a name is syntax, for a file written there and for whoever opens the shown name."""
+    monkeypatch.chdir(tmp_path)
+    names = [
+        "a::b",
+        "runs::x",
+        "local:x",
+        "data:x",
+        "a=b",
+        " a ",
+        "a\nb",
+        "[x]",
+        "a*?",
+        "~nobody-of-this-name",
+        "C:\\x",
+    ]
+    names += ["a%20b", "a#b", "-x", "caf\udce9", "./s3:x", "./s3://x", "{a}", "$HOME", "a?versionId=1"]
+    for name in names:
+        place = open_location(name) / "file"
+        place.write_text(name.encode(errors="replace").decode())
+        assert (tmp_path / name / "file").is_file(), name
+        assert open_location(place.uri).read_bytes() == name.encode(errors="replace")
+        assert open_location(name).list() == ["file"]
+    assert {path.name for path in tmp_path.iterdir()} == {name.removeprefix("./").split("/")[0] for name in names}
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("s3:x", "Write s3://x, or ./s3:x for a local place"),
+        ("s3:/bucket/x", "Write s3://bucket/x, or"),
+        ("S3://bucket/x", "Write s3://bucket/x, or"),
+        ("s3::x", "Write s3://x, or"),
+        ("file:/x", "Write file:///x, or"),
+        ("file://runs/x", "write file:///folder"),
+        ("s3://bucket/a::b", "stands between filesystems"),
+        ("file:///tmp/a::b", "stands between filesystems"),
+        ("memory://a::b", "stands between filesystems"),
+    ],
+)
+def test_what_could_be_read_in_two_ways_is_refused(uri, expected):
+    """Before anything is written, and with how to write either."""
+    with pytest.raises(StoreError) as caught:
+        open_location(uri)
+    assert expected.lower() in str(caught.value).lower()

@@ -1,0 +1,436 @@
+"""Servers that speak S3 and are not AWS: what they lack, refuse, or lose for a while. Needs moto."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from botocore.exceptions import SSLError
+
+from datm_ray.errors import StoreError
+from datm_ray.store.files import s3
+from datm_ray.store.files.filesystem import AlreadyExistsError, Location, open_location
+from datm_ray.store.files.traffic import traffic
+from datm_ray.store.tensors import read_tensors, write_tensors
+from tests.store.proxy import BUSY, LOST_ANSWER, LOST_REQUEST, Plan, Proxy, refusal, serving
+
+pytestmark = pytest.mark.s3
+
+
+@pytest.fixture
+def file(bucket: str, s3_proxy: Proxy) -> Location:
+    """A place for a file, behind the proxy."""
+    return open_location(f"s3://{bucket}/folder/file")
+
+
+def always(method: str, fault: str) -> Plan:
+    return lambda given, path: fault if given == method else None
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file with a key and a certificate of 127.0.0.1 that no authority signed."""
+    x509 = pytest.importorskip("cryptography.x509")
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    built = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    built = built.not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(now + datetime.timedelta(days=1))
+    alternative = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    signed = built.add_extension(alternative, critical=False).sign(key, hashes.SHA256())
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    path = tmp_path_factory.mktemp("tls") / "server.pem"
+    path.write_bytes(
+        signed.public_bytes(pem) + key.private_bytes(pem, serialization.PrivateFormat.TraditionalOpenSSL, plain)
+    )
+    return str(path)
+
+
+@pytest.fixture
+def tls_proxy(s3_server: str, bucket: str, s3_environment: Callable[[str], None], certificate: str) -> Iterator[Proxy]:
+    """A proxy over TLS between the environment, which does not trust it, and the server."""
+    with serving(s3_server, certificate) as running:
+        s3_environment(running.url)
+        yield running
+
+
+# --- checksums and TLS ---
+
+
+def chunked(proxy: Proxy) -> int:
+    """Uploads with checksums in trailers, which many servers do not know."""
+    puts = [each.headers for each in proxy.exchanges if each.method == "PUT"]
+    return sum("x-amz-trailer" in put or "aws-chunked" in put.get("content-encoding", "") for put in puts)
+
+
+def test_no_checksum_is_sent_over_tls_unless_asked_for(bucket, tls_proxy, certificate, monkeypatch, tmp_path):
+    """Where an endpoint is given uploads have no trailers; variables and profiles of the user's decide otherwise."""
+    monkeypatch.setenv("AWS_CA_BUNDLE", certificate)
+    file = open_location(f"s3://{bucket}/file")
+    file.write_text("content")
+    assert file.read_bytes() == b"content"
+    with pytest.raises(AlreadyExistsError), file.create(replace=False) as draft:
+        draft.write(b"another")
+    assert (tls_proxy.count("PUT"), chunked(tls_proxy)) == (2, 0)
+    assert not [each for each in tls_proxy.exchanges if "x-amz-checksum-mode" in each.headers]
+    (tmp_path / "config").write_text("[default]\nrequest_checksum_calculation = when_supported\n")
+    for name, value in {
+        "AWS_REQUEST_CHECKSUM_CALCULATION": "when_supported",
+        "AWS_CONFIG_FILE": str(tmp_path / "config"),
+    }.items():
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            s3.S3.clear_instance_cache()
+            before = chunked(tls_proxy)
+            open_location(f"s3://{bucket}/file").write_text("content")
+            assert chunked(tls_proxy) == before + 1, name
+
+
+@pytest.mark.parametrize("setting", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "FSSPEC_S3_ENDPOINT_URL", "profile"])
+def test_an_endpoint_is_known_wherever_it_is_given(s3_environment, monkeypatch, tmp_path, setting):
+    """The finished client tells its endpoint: of AWS's own servers checksums stay, of others they go."""
+    s3_environment("")
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    for endpoint, expected in (
+        ("https://s3.example.com", "when_required"),
+        ("https://s3.eu-west-1.amazonaws.com", "when_supported"),
+    ):
+        (tmp_path / "config").write_text(f"[default]\nendpoint_url = {endpoint}\n")
+        options = {"endpoint_url": endpoint} if setting.startswith("FSSPEC") else {}
+        variable = ("AWS_CONFIG_FILE", str(tmp_path / "config")) if setting == "profile" else (setting, endpoint)
+        monkeypatch.setenv(*variable)
+        s3.S3.clear_instance_cache()
+        file_system = s3.S3(use_listings_cache=False, **options)
+        file_system.connect()
+        assert file_system._ready.meta.endpoint_url == endpoint
+        assert file_system._ready.meta.config.request_checksum_calculation == expected
+        assert file_system._ready.meta.config.response_checksum_validation == expected
+
+
+def test_an_unknown_certificate_is_one_line_that_names_the_variable(bucket, tls_proxy, monkeypatch, tmp_path):
+    """At once, with AWS_CA_BUNDLE; also where the variable names a file that is not there."""
+    file, began = open_location(f"s3://{bucket}/file"), time.monotonic()
+    with pytest.raises(StoreError, match=r"certificate is not trusted .*Set AWS_CA_BUNDLE to the file") as caught:
+        file.write_text("content")
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - began < 3
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "missing.pem"))
+    s3.S3.clear_instance_cache()
+    with pytest.raises(StoreError, match=r"AWS_CA_BUNDLE"):
+        open_location(f"s3://{bucket}/file").write_text("content")
+
+
+# --- put-once ---
+
+
+@pytest.fixture
+def warnings_of_s3(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """What the store has said; nothing was said before."""
+    monkeypatch.setattr(s3, "_logged", set())
+    caplog.set_level(logging.WARNING)
+    return lambda: [record.getMessage() for record in caplog.records if record.name == s3.__name__]
+
+
+def refusing_conditions(proxy: Proxy, fault: str) -> None:
+    """Let the proxy refuse uploads with a condition, as some servers do."""
+    proxy.plan_by_headers = lambda method, headers: fault if "if-none-match" in headers else None
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        refusal(501, "NotImplemented", "A header you provided implies functionality that is not implemented"),
+        refusal(400, "InvalidArgument", "Unsupported header If-None-Match"),
+    ],
+)
+def test_write_once_has_a_second_best(file, s3_proxy, warnings_of_s3, fault):
+    """Where a server refuses the condition, files are looked for before and after, and a line says so, once."""
+    refusing_conditions(s3_proxy, fault)
+    for number in range(2):
+        place = file.parent / str(number)
+        with place.create(replace=False) as draft:
+            draft.write(b"first")
+        with pytest.raises(AlreadyExistsError), place.create(replace=False) as draft:
+            draft.write(b"second")
+        assert place.read_bytes() == b"first"
+    (line,) = warnings_of_s3()
+    assert "cannot write a file only if it is missing (If-None-Match)" in line
+    assert s3_proxy.faults == {fault: 1}  # not asked for again
+
+
+def test_of_two_second_best_writers_at_one_moment_one_stores(file, s3_proxy, monkeypatch):
+    """The one whose file is replaced says that it is there already."""
+    refusing_conditions(s3_proxy, refusal(501, "NotImplemented"))
+    call, others = s3.S3.call_s3, []
+
+    def overtaken(self, method, *given, **named):
+        out = call(self, method, *given, **named)
+        if method == "put_object" and "IfNoneMatch" not in named and not others:
+            others.append(method)
+            file.write_text("another's")
+        return out
+
+    monkeypatch.setattr(s3.S3, "call_s3", overtaken)
+    with pytest.raises(AlreadyExistsError), file.create(replace=False) as draft:
+        draft.write(b"mine")
+    assert file.read_bytes() == b"another's"
+
+
+def test_a_large_file_is_one_upload(file, s3_proxy):
+    """120 MB go in one conditional PUT, which servers keep that ignore the condition of uploads in parts."""
+    content = bytes(120 * 2**20)
+    with file.create(replace=False) as draft:
+        draft.write(content)
+    assert [each.method for each in s3_proxy.exchanges if each.method in ("PUT", "POST")] == ["PUT"]
+    assert s3_proxy.exchanges[0].headers["if-none-match"] == "*"
+    assert file.size() == len(content)
+
+
+def test_a_file_in_parts_is_looked_for_before_and_after(file, s3_proxy, monkeypatch):
+    """What is larger than one upload is stored once by a server that ignores the condition of its completion, too."""
+    monkeypatch.setattr(s3, "LARGEST_PUT", 10)
+    pipe_file = file.fs.pipe_file
+    with file.create(replace=False) as draft:
+        draft.write(b"first" * 3)
+    ignoring = lambda path, data, mode, **named: pipe_file(path, data, mode="overwrite", **named)  # noqa: E731
+    monkeypatch.setattr(file.fs, "pipe_file", ignoring)
+    with pytest.raises(AlreadyExistsError), file.create(replace=False) as draft:
+        draft.write(b"second" * 3)
+    assert file.read_bytes() == b"first" * 3
+
+    def overtaken(path, data, mode, **named):
+        pipe_file(path, data, mode="overwrite", **named)
+        pipe_file(path, b"another's", mode="overwrite")
+
+    monkeypatch.setattr(file.fs, "pipe_file", overtaken)
+    with pytest.raises(AlreadyExistsError), (file.parent / "new").create(replace=False) as draft:
+        draft.write(b"third" * 3)
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "words"),
+    [
+        (403, "InvalidAccessKeyId", "The server does not know this access key. Check AWS_ACCESS_KEY_ID"),
+        (403, "SignatureDoesNotMatch", "The secret key is not that of the access key. Check AWS_"),
+        (403, "AccessDenied", "Access is denied (AccessDenied). If the bucket is yours, allow this user s3:"),
+        (400, "ExpiredToken", "The session token has expired. Get new credentials and give the same command again"),
+        (403, "RequestTimeTooSkewed", "The clocks of this machine and of the server differ too much. Set"),
+        (403, "QuotaExceeded", "The quota of the bucket or its user is used up. Raise it or free some space"),
+        (404, "NoSuchBucket", "The bucket does not exist. Check its spelling"),
+        (400, "IllegalLocationConstraintException", "The bucket is in another region. Set AWS_DEFAULT_REGION"),
+    ],
+)
+def test_each_refusal_has_its_own_cause_and_remedy(file, s3_proxy, status, code, words):
+    """Whatever is asked first, also by HEAD, whose answer does not tell the code, and where there is no message."""
+    s3_proxy.plan = lambda method, path: refusal(status, code)
+    for action in (file.read_bytes, file.exists, file.size, file.parent.list, lambda: file.write_text("content")):
+        with pytest.raises(StoreError) as caught:
+            action()
+        assert words in str(caught.value)
+        assert "None" not in str(caught.value)
+
+
+def test_the_missing_permission_is_named(file, s3_proxy):
+    """Without s3:ListBucket S3 answers 403 for what is missing; each action names what it needs."""
+    denied = refusal(403, "AccessDenied", "Access Denied")
+    for method, action, permission in (
+        ("HEAD", file.exists, "s3:ListBucket on the bucket, without which a missing file is denied too"),
+        ("GET", file.read_bytes, "s3:GetObject"),
+        ("GET", file.parent.list, "s3:ListBucket"),
+        ("PUT", lambda: file.write_text("x"), "s3:PutObject"),
+        ("DELETE", file.remove, "s3:DeleteObject"),
+    ):
+        s3_proxy.plan = lambda *_: None
+        file.write_text("content")
+        s3_proxy.plan = always(method, denied)
+        with pytest.raises(StoreError, match=permission):
+            action()
+
+
+# --- servers that do not answer for a while ---
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Minutes of patience become tenths of seconds, in proportion."""
+    for name in ("PATIENCE", "FIRST_PATIENCE", "FIRST_PAUSE", "LONGEST_PAUSE", "LINE_AFTER", "LINE_EVERY"):
+        monkeypatch.setattr(s3, name, getattr(s3, name) / 100)
+
+
+def until(moment: float, fault: str) -> Plan:
+    """Every request fails before a moment of the monotonic clock."""
+    return lambda *_: fault if time.monotonic() < moment else None
+
+
+@pytest.mark.parametrize("fault", [BUSY, LOST_REQUEST, LOST_ANSWER])
+def test_a_server_that_restarts_is_waited_for(file, s3_proxy, quick, warnings_of_s3, fault):
+    """Reads, writes, listings and deletions go on when it is back; a line says so now and then, and retries count."""
+    file.write_text("content")
+    before = traffic()
+    for action, expected in (
+        (file.read_bytes, b"content"),
+        (file.exists, True),
+        (file.parent.list, ["file"]),
+        (lambda: file.write_text("new"), None),
+        (file.remove, None),
+    ):
+        s3_proxy.plan = until(time.monotonic() + 0.5, fault)  # 50 seconds, that is
+        assert action() == expected
+    lines = warnings_of_s3()
+    assert 3 <= len(lines) <= 12
+    bucket = file.path.partition("/")[0]
+    assert lines[0].startswith(f"s3://{bucket} does not answer (")
+    assert "trying again for up to " in lines[0]
+    assert (traffic() - before).retries > 10
+
+
+def test_a_server_that_stays_away_ends_the_run_after_minutes(file, s3_proxy, quick):
+    """With one error, which says that the server does not answer."""
+    file.write_text("content")
+    s3_proxy.plan = lambda *_: LOST_REQUEST
+    began = time.monotonic()
+    with pytest.raises(StoreError, match="The server does not answer"):
+        file.read_bytes()
+    assert 2 < time.monotonic() - began < 6  # a hundredth of 300 s
+
+
+def test_an_address_where_nobody_answers_is_given_up_within_seconds(s3_environment, warnings_of_s3):
+    """At the first contact it is taken for a mistake, without a line about waiting."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # taken, so that nobody listens there
+        s3_environment(f"http://127.0.0.1:{unused.getsockname()[1]}")
+        began = time.monotonic()
+        with pytest.raises(StoreError, match=r"The server does not answer .*Check the network and AWS_ENDPOINT_URL"):
+            open_location("s3://bucket/file").exists()
+    assert time.monotonic() - began < 8
+    assert warnings_of_s3() == []
+
+
+@pytest.mark.parametrize("answer", ["a web page", "no HTTP"])
+def test_another_server_than_s3_is_given_up_within_seconds(s3_environment, warnings_of_s3, answer):
+    """A web console, or a port that speaks something else: the line blames the address and not the network."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if answer == "a web page":
+                self.send_response(200)
+                self.send_header("Content-Type", "text/html")
+                self.end_headers()
+                self.wfile.write(b"<html>hello</html>")
+            else:
+                self.wfile.write(b"SSH-2.0-OpenSSH_9.2\r\n")
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Page)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    s3_environment(f"http://127.0.0.1:{server.server_port}")
+    began = time.monotonic()
+    with pytest.raises(StoreError, match="AWS_ENDPOINT_URL"):
+        open_location("s3://bucket/folder").list()
+    server.shutdown()
+    server.server_close()
+    assert time.monotonic() - began < 8
+    assert warnings_of_s3() == []
+
+
+def test_tls_that_fails_for_a_while_is_waited_for_and_a_certificate_is_not():
+    """A gateway that restarts sends alerts; one that is not trusted stays so."""
+    address = "https://127.0.0.1"
+    assert s3._passes(SSLError(endpoint_url=address, error="[SSL: TLSV1_ALERT_INTERNAL_ERROR] internal error"))
+    assert not s3._passes(SSLError(endpoint_url=address, error="[SSL: CERTIFICATE_VERIFY_FAILED] self-signed"))
+
+
+def test_a_second_best_writer_that_cannot_look_writes_nothing(file, s3_proxy):
+    """Where neither the condition nor a look is allowed, nobody knows whether the file is there."""
+    file.write_text("first")
+    refusing_conditions(s3_proxy, refusal(501, "NotImplemented"))
+    conditions = s3_proxy.plan
+    s3_proxy.plan = lambda method, path: refusal(403, "AccessDenied") if method == "HEAD" else conditions(method, path)
+    with pytest.raises(StoreError, match="s3:"), file.create(replace=False) as draft:
+        draft.write(b"second")
+    s3_proxy.plan = lambda *_: None
+    assert file.read_bytes() == b"first"
+
+
+def test_a_file_that_becomes_shorter_is_read_again(file, s3_proxy, monkeypatch):
+    """Its size was asked for before; no server has bytes beyond the end of what is there now."""
+    write_tensors(file, {"x": np.zeros(100_000, np.float32)}, kind="test", metadata={})
+    read_ranges = Location.read_ranges
+    left = [1]
+
+    def replaced(location, ranges):
+        if left:
+            left.pop()
+            write_tensors(file, {"x": np.ones(3, np.float32)}, kind="test", metadata={})
+        return read_ranges(location, ranges)
+
+    monkeypatch.setattr(Location, "read_ranges", replaced)
+    assert read_tensors(file, kind="test").arrays["x"].tolist() == [1, 1, 1]
+
+
+def test_a_folder_is_no_file(file):
+    """As on a disk, and no damaged file."""
+    file.write_text("content")
+    with pytest.raises(StoreError, match="Is a directory"):
+        file.parent.size()
+
+
+def test_attempts_are_the_users_to_choose(file, s3_proxy, monkeypatch):
+    """AWS_MAX_ATTEMPTS counts attempts, in place of minutes."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
+    s3.S3.clear_instance_cache()
+    place = open_location(file.uri)
+    s3_proxy.plan = lambda *_: BUSY
+    with pytest.raises(StoreError):
+        place.exists()
+    assert s3_proxy.count("HEAD") == 3
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "0")
+    s3.S3.clear_instance_cache()
+    with pytest.raises(StoreError):
+        open_location(file.uri).exists()
+    assert s3_proxy.count("HEAD") == 4
+
+
+def test_a_slow_upload_is_not_given_up(s3_environment, monkeypatch):
+    """The time that an answer may take begins when the file is sent, however long that took."""
+    monkeypatch.setattr(s3.S3, "read_timeout", 1)
+    monkeypatch.setattr(s3, "PATIENCE", 1.0)
+    content = bytes(50 * 2**20)
+
+    def take_slowly(server: socket.socket) -> None:  # and without a word before the end
+        connection, _ = server.accept()
+        with connection, connection.makefile("rb") as request:
+            while request.readline().strip():
+                pass
+            for _ in range(50):
+                request.read(len(content) // 50)
+                time.sleep(0.05)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+        taking = threading.Thread(target=take_slowly, args=(server,), daemon=True)
+        taking.start()
+        s3_environment(f"http://127.0.0.1:{server.getsockname()[1]}")
+        before = traffic()
+        open_location("s3://bucket/file").write_atomic(content)
+        taking.join()
+    assert (traffic() - before).retries == 0
