@@ -21,7 +21,8 @@ import pytest
 
 from datm_ray import cli
 from datm_ray.config import to_yaml
-from datm_ray.core.networks.registry import ConvNet, registry as networks
+from datm_ray.core.networks import registry as networks
+from datm_ray.core.networks.registry import ConvNet
 from tests.conftest import CommandLine, tiny_config
 
 

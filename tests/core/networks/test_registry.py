@@ -7,15 +7,9 @@ import torch
 from torch import nn
 
 from datm_ray.config import RunConfig, override
+from datm_ray.core.networks import registry as networks
 from datm_ray.core.networks.parameters import flatten
-from datm_ray.core.networks.registry import (
-    NetworkSpec,
-    build_network,
-    couples_samples,
-    network_names,
-    register_network,
-    registry as networks,
-)
+from datm_ray.core.networks.registry import NetworkSpec, build_network, couples_samples, network_names, register_network
 from datm_ray.errors import ConfigError
 
 TINY = NetworkSpec("convnet", 1, (8, 8), 3, width=4, depth=2)
