@@ -40,7 +40,7 @@ def label(network: NetworkConfig) -> str:
 
 def accuracies(pipeline: Pipeline, runs: Sequence[RunConfig], column: str) -> Accuracies:
     """Of one variant; `column` is tuned or learned."""
-    fingerprint = pipeline._raw[runs[0].dataset].fingerprint
+    fingerprint = pipeline.runs.raw(runs[0]).fingerprint
     found: Accuracies = {}
     for config in runs:
         for scores in read_network_scores(pipeline.out, config, fingerprint):
@@ -51,7 +51,7 @@ def accuracies(pipeline: Pipeline, runs: Sequence[RunConfig], column: str) -> Ac
 
 def ratios(pipeline: Pipeline, config: RunConfig, looking: RunConfig) -> list[float]:
     """Of a run's set, under the networks of another run, at every threshold."""
-    dataset, cpu = pipeline._dataset(config), torch.device("cpu")
+    dataset, cpu = pipeline.runs.dataset(config.dataset), torch.device("cpu")
     networks = [*looking.each_backbone()[:1], *looking.each_auxiliary()]
     restored = [ExpertNetworks(each, dataset, pipeline.store_uri, cpu).restored(0) for each in networks]
     found = load(f"{(pipeline.out / config.name / SYNTHETIC).uri}")
@@ -96,7 +96,7 @@ def compared(pipeline: Pipeline, runs: dict[str, list[RunConfig]], auxiliaries: 
 
 def costs(pipeline: Pipeline, runs: Sequence[RunConfig]) -> dict[str, Spent]:
     """Of distilling all sets of a variant, and of the networks that scored them, by architecture."""
-    fingerprint = pipeline._raw[runs[0].dataset].fingerprint
+    fingerprint = pipeline.runs.raw(runs[0]).fingerprint
     found = {"distillation": total(read_cost(pipeline.out / config.name) for config in runs)}
     for config in runs:
         for scores in read_network_scores(pipeline.out, config, fingerprint):

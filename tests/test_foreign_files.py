@@ -41,7 +41,7 @@ from datm_ray.errors import CorruptFileError, DatasetError, DatmError
 from datm_ray.interop.replay_buffers import _read
 from datm_ray.methods.trajectory.distillation import Distillation, IterationRecord, LearningRates, Limits
 from datm_ray.monitor.spent import Spent
-from datm_ray.pipeline import _read_note
+from datm_ray.pipeline.folder import DATA, DataNote
 from datm_ray.stages.checkpoint import CHECKPOINT, PARTS, Rows, load_checkpoint, read_curves
 from datm_ray.stages.evaluate import _Result
 from datm_ray.stages.expert_progress import ExpertProgress
@@ -175,10 +175,10 @@ def read_progress(path: Path) -> object:
     return [snapshots, state.parameters, state.velocity, state.epoch, state.step]
 
 
-def json_kind(value: object, read: Callable[[Path], object]) -> Kind:
+def json_kind(value: object, read: Callable[[Path], object], name: str = "experts-cost.json") -> Kind:
     def write(folder: Path) -> Path:
-        (folder / "experts-cost.json").write_text(json.dumps(value))
-        return folder / "experts-cost.json"
+        (folder / name).write_text(json.dumps(value))
+        return folder / name
 
     return Kind(write, read, exact=False)
 
@@ -256,7 +256,9 @@ KINDS = {
     "checkpoint": Kind(write_checkpoint, read_checkpoint, sealed=True, count=80),
     "part of a checkpoint": Kind(write_part, read_checkpoint, sealed=True, count=80),
     "expert progress": Kind(write_progress, read_progress, sealed=True, count=50),
-    "data note": json_kind({"fingerprint": "x", "training_images": 3}, lambda p: _read_note(open_location(str(p)))),
+    "data note": json_kind(
+        {"fingerprint": "x", "training_images": 3}, lambda p: DataNote.read(open_location(str(p.parent))), DATA
+    ),
     "result": json_kind(RESULT, lambda p: _Result.read(open_location(str(p)))),
     "experts' cost": json_kind(COSTS, lambda p: read_experts_cost(open_location(str(p.parent)))),
     "recipe": Kind(write_recipe, lambda path: load_config(str(path)), exact=False, count=40),

@@ -28,7 +28,7 @@ from datm_ray.errors import (
     RunDirectoryError,
 )
 from datm_ray.monitor.progress import Reporter
-from datm_ray.pipeline import Pipeline
+from datm_ray.pipeline import Pipeline, tasks
 from datm_ray.runtime.executor import Event, Executor, Lost, Progress, SerialExecutor
 from datm_ray.stages.distill import DistillWorker
 from datm_ray.stages.evaluate import FAIR_PARTS, ROWS
@@ -221,7 +221,7 @@ def test_a_set_may_start_from_any_images_and_keep_hard_labels(tmp_path: Path) ->
     config = tiny_config("distill.initial=random", "distill.labels=hard")
     run_all(config, tmp_path)
     before, after = (load(str(tmp_path / "tiny" / name)) for name in ("initial.arrow", "synthetic.arrow"))
-    dataset = Pipeline([config], str(tmp_path))._dataset(config)
+    dataset = Pipeline([config], str(tmp_path)).runs.dataset(config.dataset)
     rows = random_rows(dataset.train_labels, config.distill.ipc, config.seed)
     assert torch.equal(before.images, torch.from_numpy(dataset.train_images[rows]))
     assert not torch.equal(before.images, after.images)
@@ -305,11 +305,11 @@ def test_whitening_that_does_not_fit_is_refused_unless_it_is_stored(
         with pytest.raises(DatasetError, match=message):
             Pipeline([white], str(tmp_path / "out"))
         with pytest.raises(DatasetError, match=message):
-            pipeline._dataset(white)
+            pipeline.runs.dataset(white.dataset)
         Pipeline([tiny_config()], str(tmp_path / "out"))
         assert not (tmp_path / "out").exists()
-    transform = pipeline._dataset(white).transform
-    pipeline._group(white).write_transform(transform.to_arrays(), transform.to_metadata())
+    transform = pipeline.runs.dataset(white.dataset).transform
+    pipeline.runs.experts(white).write_transform(transform.to_arrays(), transform.to_metadata())
     monkeypatch.setattr("datm_ray.data.transform.available_memory", lambda: 0)
     other = tiny_config("dataset.normalisation=zca", "network.width=8", "name=other")
     again = Pipeline([other, white], str(tmp_path / "done"))
@@ -451,7 +451,7 @@ def test_resuming_from_a_checkpoint_starts_at_its_iteration(tmp_path: Path, tiny
     """What is finished is not repeated: the first progress after a stop is the next iteration."""
     pipeline = Pipeline([tiny], str(tmp_path))
     pipeline.train_experts(serial(tiny), QUIET)
-    dataset = pipeline._dataset(tiny)
+    dataset = pipeline.runs.dataset(tiny.dataset)
     arguments = (tiny, pipeline.store_uri, str(tmp_path / "tiny"))
     events = DistillWorker(dataset, tiny.cluster).distill(*arguments)
     for event in events:
@@ -471,5 +471,5 @@ def test_a_set_goes_on_with_any_number_of_shards_that_can_hold_it(
     config = tiny_config("cluster.shards=6")
     pipeline = Pipeline([config], str(tmp_path))
     for least, sizes in ((1, (5, 4, 3, 2, 1)), (3, (5, 4, 3)), (6, ())):
-        monkeypatch.setattr(pipeline, "_would_fit", lambda _, shards, __, least=least: shards >= least)
-        assert pipeline._fewer(config) == sizes
+        monkeypatch.setattr(tasks, "_would_fit", lambda _, __, shards, ___, least=least: shards >= least)
+        assert tasks.smaller_groups(pipeline.runs, config) == sizes

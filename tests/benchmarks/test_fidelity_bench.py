@@ -20,7 +20,7 @@ from datm_ray.config import RunConfig, run_identity
 from datm_ray.core.networks.registry import NetworkSpec
 from datm_ray.methods.trajectory.matching import matching_gradient
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
-from datm_ray.pipeline import _differences
+from datm_ray.pipeline.checks import differences as keys_that_differ
 from datm_ray.recipes import get_recipe
 
 
@@ -38,7 +38,7 @@ def bench() -> Iterator[SimpleNamespace]:
 
 def differences(one: RunConfig, other: RunConfig) -> set[str]:
     """Keys in which two runs differ, but for their names."""
-    keys = {each.split(" ")[0] for each in _differences(run_identity(one), run_identity(other))}
+    keys = {each.split(" ")[0] for each in keys_that_differ(run_identity(one), run_identity(other))}
     return keys - {"name"}
 
 

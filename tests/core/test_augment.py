@@ -136,7 +136,7 @@ def test_flip_has_probability_one_half() -> None:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_gradient_equals_finite_differences(operation: str) -> None:
+def test_gradient_equals_finitedifferences(operation: str) -> None:
     """Every operation passes pixels' gradients on exactly."""
     images = torch.randn(3, 2, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     drawn = draw_augmentation(operation, 3, generator(1, Purpose.STUDENT_AUGMENTATION))

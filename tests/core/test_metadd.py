@@ -84,7 +84,7 @@ def test_maps_of_averaging_networks_are_class_activation_maps(name: str) -> None
     assert torch.allclose(logits, seen.logits.gather(1, labels[:, None])[:, 0])
 
 
-def test_the_derivative_of_maps_matches_finite_differences(three: list[nn.Module]) -> None:
+def test_the_derivative_of_maps_matches_finitedifferences(three: list[nn.Module]) -> None:
     """Of the whole loss, in float64, along random directions."""
     images, labels = draw(3)
     metadd = MetaDD(three)

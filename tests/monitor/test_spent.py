@@ -212,7 +212,7 @@ def test_a_resumed_expert_adds_to_what_it_had_cost(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(Account, "spent", lambda _: Spent(cpu_seconds=1.0))
     config = tiny_config()
     pipeline = Pipeline([config], str(tmp_path))
-    dataset = pipeline._dataset(config)
+    dataset = pipeline.runs.dataset(config.dataset)
     group = expert_group(pipeline.store_uri, config, dataset.name, dataset.fingerprint)
     for event in ExpertWorker(dataset, config.cluster).train(config, pipeline.store_uri, (0, 1)):
         if isinstance(event, Progress) and event.done == 3:

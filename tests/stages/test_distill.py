@@ -42,7 +42,7 @@ def as_rank(config_file: str, out: str, worker_rank: WorkerRank, stop_at: int | 
     torch.set_num_threads(1)
     config = load_config(config_file)
     pipeline = Pipeline([config], out)
-    worker = DistillWorker(pipeline._dataset(config), config.cluster)
+    worker = DistillWorker(pipeline.runs.dataset(config.dataset), config.cluster)
     arguments = (config, pipeline.store_uri, str(Path(out, config.name)))
     for event in worker.distill(*arguments, worker_rank=worker_rank if worker_rank.world_size > 1 else None):
         if isinstance(event, Progress) and event.done == stop_at:
@@ -433,7 +433,7 @@ def test_what_a_killed_writer_left_is_removed(reference: Path, tmp_path: Path) -
 def last_two_events(config: RunConfig, out: Path) -> tuple[Note, Finished]:
     """Of a distillation whose set must not look like success."""
     pipeline = Pipeline([config], str(out))
-    worker = DistillWorker(pipeline._dataset(config), config.cluster)
+    worker = DistillWorker(pipeline.runs.dataset(config.dataset), config.cluster)
     *_, told, last = worker.distill(config, pipeline.store_uri, str(out / config.name))
     assert isinstance(told, Note)
     assert isinstance(last, Finished)

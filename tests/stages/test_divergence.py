@@ -105,7 +105,7 @@ def test_a_step_size_that_would_turn_negative_is_never_taken(experts: Path, tmp_
 def test_a_trajectory_that_stands_still_is_named(experts: Path, tmp_path: Path) -> None:
     """Bad input in one line, before anything is learned; no learning rate of the distillation is blamed."""
     config = tiny_config()
-    dataset = Pipeline([config], str(tmp_path))._dataset(config)
+    dataset = Pipeline([config], str(tmp_path)).runs.dataset(config.dataset)
     moving, still = (
         expert_group(str(place), config, dataset.name, dataset.fingerprint) for place in (experts, tmp_path / "still")
     )
@@ -123,7 +123,7 @@ def test_a_trajectory_that_stands_still_is_named(experts: Path, tmp_path: Path) 
 def test_one_identical_pair_costs_an_iteration_and_not_the_run(experts: Path, tmp_path: Path) -> None:
     """Experts that rest for one epoch teach nothing from there, and everything from the other epochs."""
     config = tiny_config()
-    dataset = Pipeline([config], str(tmp_path))._dataset(config)
+    dataset = Pipeline([config], str(tmp_path)).runs.dataset(config.dataset)
     moving, resting = (
         expert_group(str(place), config, dataset.name, dataset.fingerprint) for place in (experts, tmp_path / "resting")
     )

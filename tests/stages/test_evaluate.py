@@ -45,7 +45,7 @@ WITH_ADAMW = {3e-4: 0.1, 1e-3: 0.8, 3e-3: 0.95}
 def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateWorker:
     """One whose trainings end with the accuracies above."""
     config = tiny_config()
-    dataset = Pipeline([config], str(tmp_path))._dataset(config)
+    dataset = Pipeline([config], str(tmp_path)).runs.dataset(config.dataset)
     worker = EvaluateWorker(dataset, config.cluster)
     network = torch.nn.Identity()
 
@@ -135,7 +135,7 @@ def test_a_network_that_was_matched_too_has_a_step_size_of_its_own(
 ) -> None:
     """The others, and all where an earlier version has kept one only, have the first network's."""
     config = tiny_config("backbones=[{network: {width: 8, depth: 2}}]")
-    dataset = Pipeline([config], str(tmp_path))._dataset(config)
+    dataset = Pipeline([config], str(tmp_path)).runs.dataset(config.dataset)
     synthetic = SyntheticSet(
         torch.zeros(10, 1, 8, 8), torch.zeros(10, 10), torch.tensor(stored, dtype=torch.float64), torch.arange(10)
     )
@@ -227,7 +227,7 @@ def test_rows_are_trained_as_their_names_say(tmp_path: Path, monkeypatch: pytest
     config = tiny_config("evaluate.fair=true")
     pipeline = Pipeline([config], str(tmp_path))
     pipeline.train_experts(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
-    dataset = pipeline._dataset(config)
+    dataset = pipeline.runs.dataset(config.dataset)
     synthetic = SyntheticSet(torch.zeros(10, 1, 8, 8), torch.randn(10, 10), torch.tensor([0.1]), torch.arange(10))
     folder = open_location(str(tmp_path / "tiny"))
     save_artifact(folder / SYNTHETIC, synthetic, dataset.transform, dataset.class_names, run_identity(config), {})

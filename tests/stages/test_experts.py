@@ -35,7 +35,7 @@ RICH = ("experts.optimiser=gsam", "experts.momentum=0.5", "experts.augmentation=
 def worker_of(config: RunConfig, out: Path) -> tuple[ExpertWorker, ExpertGroup, str]:
     """A worker for the run's experts, and where they go."""
     pipeline = Pipeline([config], str(out))
-    dataset = pipeline._dataset(config)
+    dataset = pipeline.runs.dataset(config.dataset)
     group = expert_group(pipeline.store_uri, config, dataset.name, dataset.fingerprint)
     return ExpertWorker(dataset, config.cluster), group, pipeline.store_uri
 

@@ -40,7 +40,7 @@ def no_training_of_validation_networks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def events(config: RunConfig, out: Path, store: Path) -> Iterator[Any]:
     pipeline = Pipeline([config], str(out), str(store))
-    worker = DistillWorker(pipeline._dataset(config), config.cluster)
+    worker = DistillWorker(pipeline.runs.dataset(config.dataset), config.cluster)
     return worker.distill(config, pipeline.store_uri, str(out / config.name))
 
 

@@ -119,7 +119,7 @@ def test_every_entry_of_the_second_derivative() -> None:
             assert_close(value, block)
 
 
-def test_second_derivative_equals_finite_differences() -> None:
+def test_second_derivative_equals_finitedifferences() -> None:
     """Gradient of the written-out derivative along a direction, against central differences of that derivative."""
     at, along, other = draw(0), draw(1), draw(2)
 

@@ -90,7 +90,7 @@ def test_gradient_equals_full_unrolling(operation: str) -> None:
         assert relative_error(value, expected) < 1e-10
 
 
-def test_gradient_equals_finite_differences() -> None:
+def test_gradient_equals_finitedifferences() -> None:
     """Directional derivatives in all three variables agree with central differences of the loss."""
     network, start, target, synthetic = make_problem(channels=1, width=3, classes=3, ipc=2)
     steps = draw_student_steps(6, 4, 4, "color_crop_flip_scale_rotate", seed=2, iteration=0)

@@ -1,0 +1,23 @@
+"""A run from recipe to report: which stages there are, what each needs, and what is already done.
+
+An output folder holds any number of runs that share experts and controls:
+
+    <out>/experts/                the trajectory store, unless another one is given
+    <out>/<run>/recipe.yaml       the run's configuration
+    <out>/<run>/dataset.json      fingerprint and size of its data set
+    <out>/<run>/experts-cost.json what its experts have cost, as the store knows it
+    <out>/<run>/*.arrow           see `stages/distill.py`
+    <out>/<run>/evaluation/       one JSON file per row and seed
+    <out>/transforms/             normalisations of the sets, once each; see `artifact.py`
+    <out>/controls/               training on real images, shared by runs
+    <out>/report.html, summary.json
+
+A stage is a list of tasks; a task whose result exists is skipped. So running the same command again resumes where it
+stopped, for whatever reason it stopped.
+"""
+
+from datm_ray.pipeline.checks import require_together
+from datm_ray.pipeline.folder import report, summaries
+from datm_ray.pipeline.pipeline import Pipeline
+
+__all__ = ["Pipeline", "report", "require_together", "summaries"]

@@ -1,0 +1,245 @@
+"""Checks before a run starts. Each raises a `DatmError` of one line and writes nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from datm_ray.config import NetworkConfig, RunConfig, run_identity
+from datm_ray.core.augment import parse_strategy
+from datm_ray.core.networks.parameters import FlatNetwork
+from datm_ray.core.networks.registry import build_network, require_maps
+from datm_ray.data.transform import FitCost
+from datm_ray.errors import (
+    ClusterError,
+    ConfigError,
+    DatasetError,
+    MissingExpertsError,
+    RunDirectoryError,
+    StoreError,
+)
+from datm_ray.monitor.loggers import require_logger
+from datm_ray.pipeline.folder import RECIPE, DataNote, read_recipe
+from datm_ray.pipeline.runs import Runs
+from datm_ray.pipeline.tasks import layout
+from datm_ray.planning.fit import plans_of, require_whole_classes
+from datm_ray.runtime.executor import Executor, require_precision
+from datm_ray.stages.distill import SYNTHETIC
+from datm_ray.stages.experts import network_spec
+from datm_ray.store.files.filesystem import open_location
+
+
+def require_together(configs: Sequence[RunConfig]) -> None:
+    """Raise a `DatmError` for runs that one command cannot have."""
+    names = [config.name for config in configs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise RunDirectoryError(
+            f"two runs are both named {twice[0]!r}",
+            remedy="give each recipe once; runs under one --out need different names",
+        )
+    if any(config.cluster != configs[0].cluster for config in configs):
+        raise ConfigError(
+            "the recipes differ in their cluster sections, and runs of one command share their workers",
+            remedy="make the sections alike, or give one command for each",
+        )
+
+
+def check(runs: Runs) -> None:
+    """Raise a `DatmError` for runs whose configuration fits neither their images, nor their folder, nor their store."""
+    require_logger(runs.configs[0].cluster.log_to, runs.out)
+    for config in runs.configs:
+        _check_folder(runs, config)
+        _check_data(runs, config)
+
+
+def check_before_reading(configs: Sequence[RunConfig], *, elsewhere: bool) -> None:
+    """Raise a `DatmError` for what is wrong whatever the images are. Arguments: see `Runs`."""
+    require_together(configs)
+    cluster = configs[0].cluster
+    can_have = cluster.gpus_per_worker != 0 and (elsewhere or torch.cuda.is_available())
+    require_precision(cluster, has_gpu=cluster.device != "cpu" and can_have)  # executors ask again
+
+
+def require_startable(runs: Runs) -> None:
+    """Raise a `DatmError` if the runs cannot be distilled or written here, or do not fit into memory."""
+    require_matchable(runs)
+    _require_device(runs)
+    require_writable(runs)
+    require_memory(runs)
+
+
+def require_writable(runs: Runs) -> None:
+    """Raise a `StoreError` if the output folder or the trajectory store cannot be written."""
+    runs.out.require_writable()
+    open_location(runs.store_uri).require_writable()
+
+
+def require_sets(runs: Runs) -> None:
+    """Raise a `RunDirectoryError` for a run without a synthetic set."""
+    for config in runs.configs:
+        if not (runs.folder(config) / SYNTHETIC).exists():
+            raise RunDirectoryError(
+                f"{runs.folder(config).uri} holds no synthetic set",
+                "this recipe has not been distilled there",
+                f"run `datm-ray distill {config.name}` with the same --out first",
+            )
+
+
+def _check_folder(runs: Runs, config: RunConfig) -> None:
+    earlier = read_recipe(runs.folder(config))
+    if earlier is not None and run_identity(earlier) != run_identity(config):
+        raise RunDirectoryError(
+            f"{runs.folder(config).uri} holds a run of {config.name!r} with another configuration",
+            f"it differs in {', '.join(differences(run_identity(earlier), run_identity(config)))}",
+            "give another --out or --set name=..., or, for the run that is there, "
+            f"{(runs.folder(config) / RECIPE).uri} as the recipe",
+        )
+
+
+def _check_data(runs: Runs, config: RunConfig) -> None:
+    raw = runs.raw(config)
+    note = DataNote.read(runs.folder(config))
+    if note is not None and note.fingerprint != raw.fingerprint:
+        raise RunDirectoryError(
+            f"{runs.folder(config).uri} holds a run on other images than those of {raw.name}",
+            "the data set was changed, or dataset.path leads to another one",
+            "give another --out or --set name=...",
+        )
+    smallest = int(np.bincount(raw.train.labels, minlength=raw.classes).argmin())
+    left, held_out, tested = (int((of.labels == smallest).sum()) for of in (raw.train, raw.validation, raw.test))
+    if config.distill.ipc > left:
+        name, share = raw.class_names[smallest], config.dataset.validation
+        raise DatasetError(
+            f"distill.ipc is {config.distill.ipc}, but class {name!r} of {raw.name} has {left} training images",
+            f"{held_out} more are for validation (dataset.validation={share:g}) and {tested} for testing",
+            f"use --set distill.ipc={left}, or add images of this class",
+        )
+    require_whole_classes(config.cluster.shards, raw.classes, raw.name)
+    _check_networks(runs, config)
+    if runs.group_with_transform(config.dataset) is None:
+        FitCost.of(config.dataset.kind, (raw.channels, *raw.size)).require_memory()
+    strategies = [config.experts.augmentation, config.distill.augmentation, config.evaluate.augmentation]
+    for strategy in (*strategies, *(each.experts.augmentation for each in config.each_auxiliary())):
+        parse_strategy(strategy)
+
+
+def _check_networks(runs: Runs, config: RunConfig) -> None:
+    for number, backbone in enumerate(config.each_backbone()):
+        looks = config.metadd is not None and number == 0
+        key = f"backbones.{number - 1}.network" if number else "network"
+        _check_experts(runs, backbone, _check_network(runs, config, backbone.network, key, has_maps=looks))
+    for number, auxiliary in enumerate(config.each_auxiliary()):
+        key = f"metadd.auxiliaries.{number}"
+        _check_experts(runs, auxiliary, _check_network(runs, config, auxiliary.network, key, has_maps=True))
+        if auxiliary.network == config.network:
+            raise ConfigError(
+                f"{key} is the backbone itself",
+                "MetaDD compares what different architectures see",
+                "give another one, such as {architecture: resnet18}",
+            )
+    asked = {network.resolved(runs.raw(config).size): name for network, name in runs.asked.items()}
+    for number, network in enumerate(config.evaluate.networks):
+        _check_network(runs, config, network, asked.get(network, f"evaluate.networks.{number}"))
+
+
+def _check_network(
+    runs: Runs, config: RunConfig, network: NetworkConfig, key: str, *, has_maps: bool = False
+) -> nn.Module:
+    """The network for the images, which shows feature maps where it has to."""
+    raw = runs.raw(config)
+    spec = network_spec(config.model_copy(update={"network": network}), raw.channels, raw.size, raw.classes)
+    try:
+        built = build_network(spec, seed=0)
+        if has_maps:
+            require_maps(built)
+    except ConfigError as failure:
+        raise _under(failure, key) from None
+    return built
+
+
+def _check_experts(runs: Runs, config: RunConfig, network: nn.Module) -> None:
+    """Experts that are stored may lack epochs that this recipe matches, or be of another version's network."""
+    group = runs.experts(config)
+    for expert in group.experts()[:1]:  # all of a group are kept alike, but for a change of mind half way
+        info = group.read_info(expert)
+        if tuple(map(tuple, info.parameter_shapes)) != tuple(FlatNetwork(network).shapes):
+            raise StoreError(
+                f"the experts in {group.location.uri} are not of the {config.network.architecture} that it is now",
+                "another version of this package trained them",
+                f"give another --store, or delete them with `datm-ray store rm {runs.store_uri} {group.key}`",
+            )
+        missing = set(config.kept_epochs) - set(info.epochs)
+        if missing:
+            raise MissingExpertsError(
+                f"{config.name} can match epoch {min(missing)}, which the experts in {group.location.uri} lack",
+                "they were trained for recipes that match earlier epochs only",
+                "give another --store, and experts.keep_epochs, so that all recipes can share them",
+            )
+
+
+def require_matchable(runs: Runs) -> None:
+    """Raise a `ConfigError` if a network of a run can be trained but not matched."""
+    for config in runs.configs:
+        config.require_matchable()
+
+
+def require_memory(runs: Runs, executor: Executor | None = None) -> None:
+    """Raise a `ConfigError` for a set that would not fit, before hours go into its experts. Workers check again."""
+    for config in runs.unfinished():
+        if runs.elsewhere and config.cluster.memory is None:
+            continue
+        plans_of(config, runs.shape(config), layout(runs, config, executor))
+
+
+def _require_device(runs: Runs) -> None:
+    """Refuse GPUs that this machine has not, where the workers are to run on it."""
+    cluster = runs.configs[0].cluster
+    wanted = cluster.device == "cuda" or (bool(cluster.gpus_per_worker) and not runs.alone)
+    if wanted and not runs.elsewhere and not torch.cuda.is_available():
+        raise ClusterError(
+            "workers are to have GPUs (cluster.gpus_per_worker, cluster.device), and this machine has none",
+            "they are on a cluster, or torch is not built for them",
+            "give its --address, or leave both settings out",
+        )
+
+
+def require_experts(runs: Runs, networks: Sequence[RunConfig]) -> None:
+    """Raise a `MissingExpertsError` for a network whose experts are not all in the store."""
+    for network in networks:
+        group, count = runs.experts(network), network.experts.count
+        available = sum(expert < count for expert in group.experts())
+        if available < count:
+            raise MissingExpertsError(
+                f"{group.location.uri} holds {available} of {count} experts of {network.name}",
+                "expert training has not finished for this recipe, or it used another --store",
+                f"run `datm-ray experts {network.name}` with the same --out and --store first",
+            )
+
+
+def _under(failure: ConfigError, key: str) -> ConfigError:
+    """A failure of a network that stands elsewhere in the recipe than under `network`, or on the command line."""
+    parts = (failure.fact, failure.cause, failure.remedy)
+    if key.startswith("--"):
+        fact, *more = (re.sub(r"\bnetwork\.(?=\w)", "", part) for part in parts)
+        return ConfigError(f"{key}: {fact}", *more)
+    return ConfigError(*(re.sub(r"\bnetwork\.(?=\w)", f"{key}.", part) for part in parts))
+
+
+def differences(earlier: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Keys at which two configurations differ."""
+    keys: list[str] = []
+    for key in {**earlier, **now}:
+        there, here = (side.get(key, "not set") for side in (earlier, now))
+        if isinstance(there, dict) and isinstance(here, dict):
+            keys += differences(there, here, f"{prefix}{key}.")
+        elif isinstance(there, dict) or isinstance(here, dict):
+            keys.append(f"{prefix}{key} ({'set' if isinstance(there, dict) else 'not set'} there)")
+        elif there != here:
+            keys.append(f"{prefix}{key} ({there!r} there, {here!r} here)")
+    return keys

@@ -1,0 +1,95 @@
+"""What an output folder knows of its runs: recipes and notes on data sets, and the report over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from datm_ray.config import RunConfig, load_recipe_of_run
+from datm_ray.data.sources import RawDataset
+from datm_ray.errors import RunDirectoryError
+from datm_ray.report import RunSummary, write_report, write_summary
+from datm_ray.stages.evaluate import read_fair_rows, read_fair_scores, read_network_scores, read_scores
+from datm_ray.store.files.filesystem import Location, open_location
+from datm_ray.store.sealed import rejecting_nonsense
+
+RECIPE, DATA = "recipe.yaml", "dataset.json"
+
+
+@dataclass(frozen=True)
+class DataNote:
+    """Note in a run's folder about the data set that the run was made from."""
+
+    fingerprint: str
+    training_images: int
+
+    @classmethod
+    def read(cls, folder: Location) -> DataNote | None:
+        """Read a run's note; None if its folder has none.
+
+        Raises:
+            CorruptFileError: the file holds something else.
+        """
+        place = folder / DATA
+        if not place.exists():
+            return None
+        note = place.read_json()
+        with rejecting_nonsense(place):
+            return cls(str(note["fingerprint"]), int(note["training_images"]))
+
+
+def write_note(folder: Location, raw: RawDataset) -> None:
+    """Write the note about a run's data set."""
+    counts = {"training_images": len(raw.train), "test_images": len(raw.test)}
+    (folder / DATA).write_json({"name": raw.name, "fingerprint": raw.fingerprint, **counts})
+
+
+def read_recipe(folder: Location) -> RunConfig | None:
+    """Read the configuration that an earlier command wrote into a run's folder; None if there is none."""
+    place = folder / RECIPE
+    if not place.exists():
+        return None
+    return load_recipe_of_run(place.read_bytes().decode(errors="replace"), place.uri)
+
+
+def report(out: str) -> Location:
+    """Write report.html and summary.json over all runs of an output folder, and return the report's location.
+
+    No data set is needed.
+
+    Raises:
+        RunDirectoryError: the folder holds no runs.
+    """
+    folder = open_location(out)
+    configs = [config for name in folder.list() if (config := read_recipe(folder / name))]
+    if not configs:
+        raise RunDirectoryError(f"{folder.uri} holds no runs", remedy="give the --out of an earlier `datm-ray run`")
+    found = summaries(folder, configs)
+    write_summary(folder, found)
+    return write_report(folder, found)
+
+
+def summaries(out: Location, configs: Sequence[RunConfig]) -> list[RunSummary]:
+    """Scores of runs of one output folder, and what the report needs to know of them."""
+    found = []
+    for config in configs:
+        note = DataNote.read(out / config.name)
+        if note is None:
+            raise RunDirectoryError(
+                f"{(out / config.name / DATA).uri} is missing",
+                "the run's folder is not complete",
+                "run the recipe again with the same --out",
+            )
+        where = (out, config, note.fingerprint)
+        found.append(
+            RunSummary(
+                config,
+                out / config.name,
+                read_scores(*where),
+                note.training_images,
+                read_network_scores(*where),
+                fair=read_fair_scores(*where),
+                fair_rows=read_fair_rows(*where),
+            )
+        )
+    return found

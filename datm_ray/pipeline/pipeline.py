@@ -1,0 +1,262 @@
+"""The stages of some runs, in order. Tests: tests/test_pipeline.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from datm_ray.artifact import TRANSFORMS, keep_transform
+from datm_ray.config import DatasetConfig, NetworkConfig, RunConfig, to_yaml
+from datm_ray.data.transform import FitCost
+from datm_ray.errors import ClusterError
+from datm_ray.monitor.loggers import Logger, open_logger
+from datm_ray.monitor.progress import Reporter
+from datm_ray.pipeline import checks, tasks
+from datm_ray.pipeline.folder import RECIPE, read_recipe, summaries, write_note
+from datm_ray.pipeline.runs import Runs
+from datm_ray.pipeline.tasks import DatasetTask
+from datm_ray.report import accuracy_table, fair_table, networks_table
+from datm_ray.runtime.executor import Executor, Task
+from datm_ray.stages.checkpoint import CHECKPOINT
+from datm_ray.stages.distill import DistillWorker
+from datm_ray.stages.evaluate import FAIR_ROWS, ON_OTHERS, ROWS, EvaluateWorker
+from datm_ray.stages.expert_progress import ExpertProgress
+from datm_ray.stages.experts import ExpertWorker, experts_cost, progress_of, stacks, write_experts_cost
+from datm_ray.store.files.filesystem import Location
+
+
+class Pipeline:
+    """The stages for some runs that share an output folder.
+
+    Creating it checks everything that can be checked beforehand and writes nothing.
+
+    Raises:
+        DatmError: a data set, path or range that cannot be used.
+    """
+
+    distill_worker: type[DistillWorker] = DistillWorker
+    """Worker class that distils; a benchmark may put another one here."""
+
+    def __init__(
+        self,
+        configs: Sequence[RunConfig],
+        out: str,
+        store: str | None = None,
+        *,
+        elsewhere: bool = False,
+        alone: bool = False,
+        asked: Mapping[NetworkConfig, str] | None = None,
+    ) -> None:
+        """Check runs. Arguments: see `Runs`."""
+        checks.check_before_reading(configs, elsewhere=elsewhere)
+        self.runs = Runs(configs, out, store, elsewhere=elsewhere, alone=alone, asked=asked)
+        checks.check(self.runs)
+        self._log = Logger()
+
+    @property
+    def configs(self) -> Sequence[RunConfig]:
+        """The runs, resolved: no normalisation is auto and no depth null."""
+        return self.runs.configs
+
+    @property
+    def out(self) -> Location:
+        """Output folder."""
+        return self.runs.out
+
+    @property
+    def store_uri(self) -> str:
+        """Trajectory store, an absolute path or a URI."""
+        return self.runs.store_uri
+
+    def plan(self) -> list[str]:
+        """What is left to do, a line for each stage that has something to do.
+
+        Raises:
+            ConfigError: a set that does not fit into memory.
+        """
+        checks.require_startable(self.runs)
+        lines = []
+        experts = sum(len(self.runs.missing_experts(config)) for config in tasks.expert_recipes(self.runs))
+        for title, count, left in (
+            ("experts to train", experts, tasks.expert_tasks(self.runs)),
+            ("sets to distil", None, tasks.distill_tasks(self.runs)),
+            ("networks to train for evaluation", None, tasks.evaluate_tasks(self.runs, self.scored_rows)),
+        ):
+            names = [task.name for _, task in left]
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            lines.append(f"{len(names) if count is None else count} {title}" + (f": {shown}" if names else ""))
+        return lines
+
+    def data_lines(self) -> list[str]:
+        """What was understood of each data set, and how its files were read."""
+        lines = []
+        for raw in dict.fromkeys(self.runs.datasets.values()):
+            height, width = raw.size
+            parts = (("training", raw.train), ("validation", raw.validation), ("test", raw.test))
+            counts = ", ".join(f"{len(images):,} {name}" for name, images in parts)
+            lines.append(f"{raw.name}: {raw.classes} classes, {counts} images of {raw.channels}x{height}x{width}")
+            lines += [f"{raw.name}: {note}" for note in raw.notes]
+        for dataset, raw in self.runs.datasets.items():
+            cost = FitCost.of(dataset.kind, (raw.channels, *raw.size))
+            if cost.minutes >= 1 and self.runs.group_with_transform(dataset) is None:
+                lines.append(f"{raw.name}: fitting zca takes {cost}, once")
+        return lines
+
+    def run_all(self, start: Callable[[], Executor], reporter: Reporter) -> None:
+        """Experts, distillation, evaluation."""
+        checks.require_matchable(self.runs)
+        with self._started(start, reporter, distils=True) as executor:
+            self._experts(executor, reporter)
+            self._distill(executor, reporter)
+            self._evaluate(executor, reporter)
+
+    def train_experts(self, start: Callable[[], Executor], reporter: Reporter) -> None:
+        """Train the experts that are missing in the store."""
+        with self._started(start, reporter) as executor:
+            self._experts(executor, reporter)
+
+    def distill(self, start: Callable[[], Executor], reporter: Reporter) -> None:
+        """Distil the sets that are not finished."""
+        checks.require_matchable(self.runs)
+        for config in self.configs:
+            checks.require_experts(self.runs, [*config.each_backbone(), *config.each_auxiliary()])
+        with self._started(start, reporter, distils=True) as executor:
+            self._note_experts_cost()  # they may have been trained by another command
+            self._distill(executor, reporter)
+
+    def evaluate(self, start: Callable[[], Executor], reporter: Reporter) -> None:
+        """Score the rows that are missing."""
+        checks.require_matchable(self.runs)
+        for config in self.configs:
+            checks.require_experts(self.runs, config.each_backbone())
+        checks.require_sets(self.runs)
+        with self._started(start, reporter) as executor:
+            self._evaluate(executor, reporter)
+
+    def table(self) -> str:
+        """The accuracy table as text, and those of other architectures."""
+        found = summaries(self.out, self.configs)
+        others = [networks_table(summary) for summary in found if summary.networks]
+        fair = [fair_table(found)] if any(summary.fair for summary in found) else []
+        return "\n\n".join([accuracy_table(found), *fair, *others])
+
+    def scored_rows(self, config: RunConfig) -> list[tuple[str, NetworkConfig | None]]:
+        """Rows that a run is scored on, each with its network; None for the backbone. Benchmarks leave rows out."""
+        rows = (*ROWS, *(FAIR_ROWS if config.evaluate.fair else ()))
+        others = ((row, network) for network in config.scored_networks for row in ON_OTHERS)
+        return [*((row, None) for row in rows), *others]
+
+    @contextmanager
+    def _started(
+        self, start: Callable[[], Executor], reporter: Reporter, *, distils: bool = False
+    ) -> Iterator[Executor]:
+        checks.require_writable(self.runs)
+        executor = start()
+        try:
+            if distils:
+                for config in self.runs.unfinished():
+                    # An unfinished distillation may resume with fewer workers: nodes may be lost since it started.
+                    is_unfinished = (self.runs.folder(config) / CHECKPOINT).exists()
+                    fewer = tasks.smaller_groups(self.runs, config) if is_unfinished else ()
+                    executor.require_workers(config.name, min((config.workers_per_set, *fewer)))
+                checks.require_memory(self.runs, executor)
+            for line in (f"Running on {executor.description}", *self.data_lines()):
+                reporter.message(line)
+            self._log = open_logger(self.configs[0].cluster.log_to, self.out, self.configs, reporter.message)
+            for config in self.configs:
+                # The recipe last: it is what marks a folder as a run's, for `report` too.
+                write_note(self.runs.folder(config), self.runs.raw(config))
+                (self.runs.folder(config) / RECIPE).write_text(to_yaml(self._with_rows_before(config)))
+            yield executor
+        finally:
+            self._log.close()
+            executor.close()
+
+    def _with_rows_before(self, config: RunConfig) -> RunConfig:
+        """The run, with the architectures and rows too that an earlier command has scored it on."""
+        earlier = read_recipe(self.runs.folder(config))
+        before = earlier.evaluate.networks if earlier else ()
+        more = tuple(network for network in before if network not in config.evaluate.networks)
+        networks = (*config.evaluate.networks, *more)
+        fair = config.evaluate.fair or bool(earlier and earlier.evaluate.fair)
+        more_rows = {"networks": networks, "fair": fair}
+        return config.model_copy(update={"evaluate": config.evaluate.model_copy(update=more_rows)})
+
+    def _experts(self, executor: Executor, reporter: Reporter) -> None:
+        for config in self.runs.networks():
+            group = self.runs.experts(config)
+            if not group.has_transform():
+                transform = self.runs.dataset(config.dataset).transform
+                twin = keep_transform(transform, self.out / TRANSFORMS)
+                group.write_transform(transform.to_arrays(), transform.to_metadata(), twin)
+        self._clear_up()
+        self._run("Experts", ExpertWorker, "train", tasks.expert_tasks, executor, reporter)
+        self._note_experts_cost()
+
+    def _note_experts_cost(self) -> None:
+        """Write the experts' cost into the runs' folders, where the report finds it without the store."""
+        for config in self.configs:
+            costs = [
+                experts_cost(each, self.runs.experts(each))
+                for each in (*config.each_backbone(), *config.each_auxiliary())
+            ]
+            write_experts_cost(self.runs.folder(config), costs)
+
+    def _clear_up(self) -> None:
+        """Remove progress files of experts whose worker died after it had stored them."""
+        for config in tasks.expert_recipes(self.runs):
+            group, missing = self.runs.experts(config), set(self.runs.missing_experts(config))
+            if group.progress.list():
+                ExpertProgress.clear_up(group)
+                for stack in stacks(
+                    range(config.experts.count), tasks.stack_size(self.runs, config), config.experts.count
+                ):
+                    if not missing & set(stack):
+                        progress_of(config, group, stack).remove()
+
+    def _distill(self, executor: Executor, reporter: Reporter) -> None:
+        def open_tasks(runs: Runs) -> list[DatasetTask]:
+            return tasks.distill_tasks(runs, executor)
+
+        self._run("Distillation", self.distill_worker, "distill", open_tasks, executor, reporter)
+
+    def _evaluate(self, executor: Executor, reporter: Reporter) -> None:
+        def open_tasks(runs: Runs) -> list[DatasetTask]:
+            return tasks.evaluate_tasks(runs, self.scored_rows)
+
+        self._run("Evaluation", EvaluateWorker, "evaluate", open_tasks, executor, reporter)
+
+    def _run(
+        self,
+        title: str,
+        worker: Callable[..., Any],
+        method: str,
+        open_tasks: Callable[[Runs], Sequence[DatasetTask]],
+        executor: Executor,
+        reporter: Reporter,
+    ) -> None:
+        """Run the open tasks of one stage, data set by data set.
+
+        Raises:
+            ClusterError: afterwards, where workers have written to a place that this process does not see.
+        """
+        left = open_tasks(self.runs)
+        if not left:
+            reporter.message(f"{title}: nothing to do, all finished")
+            return
+        by_dataset: dict[DatasetConfig, list[Task]] = {}
+        for dataset, task in left:
+            by_dataset.setdefault(dataset, []).append(task)
+        with reporter.stage(title, len(left)) as stage:
+            for dataset, group in by_dataset.items():
+                setup = (executor.share(self.runs.dataset(dataset)), self.configs[0].cluster)
+                for task, event in executor.run(worker, setup, method, group):
+                    stage.event(task, event)
+                    self._log.event(task, event)
+        if unseen := open_tasks(self.runs):
+            raise ClusterError(
+                f"{title}: {len(unseen)} result(s), {unseen[0][1].name} the first, cannot be seen from here",
+                "the workers run on machines that do not share this disk",
+                "give --out and --store on a shared file system or on s3://",
+            )

@@ -1,0 +1,117 @@
+"""Some runs that share an output folder: their configurations, images and experts, and where everything is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from datm_ray.config import DatasetConfig, NetworkConfig, RunConfig
+from datm_ray.data.dataset import Dataset, prepare
+from datm_ray.data.sources import RawDataset, load_raw
+from datm_ray.data.transform import Transform
+from datm_ray.planning.fit import DataShape
+from datm_ray.stages.distill import SYNTHETIC
+from datm_ray.stages.experts import expert_group
+from datm_ray.store.files.filesystem import Location, open_location
+from datm_ray.store.trajectories import ExpertGroup
+
+
+class Runs:
+    """Runs of one command, with their images."""
+
+    def __init__(
+        self,
+        configs: Sequence[RunConfig],
+        out: str,
+        store: str | None = None,
+        *,
+        elsewhere: bool = False,
+        alone: bool = False,
+        asked: Mapping[NetworkConfig, str] | None = None,
+    ) -> None:
+        """Read the runs' images.
+
+        Args:
+            configs: the runs; at least one.
+            out: output folder, a path or URI.
+            store: trajectory store, a path or URI; None puts it into the output folder.
+            elsewhere: True if the workers may run on other nodes, whose memory is not this one's.
+            alone: True if one process will do all the work.
+            asked: how networks to score on were asked for, where a recipe's `evaluate.networks` did not name them.
+        """
+        self.elsewhere, self.alone, self.asked = elsewhere, alone, asked or {}
+        self.out = open_location(out)
+        # Absolute, for workers resolve it too and may have another working directory.
+        self.store_uri = open_location(store).uri if store else (self.out / "experts").uri
+        self._raw: dict[DatasetConfig, RawDataset] = {}
+        self._prepared: dict[DatasetConfig, Dataset] = {}
+        self.configs = [self._read(config) for config in configs]
+        """The runs, resolved: no normalisation is auto and no depth null."""
+
+    def _read(self, config: RunConfig) -> RunConfig:
+        """Read a run's images, unless another run has. Returns the run, resolved for their size."""
+        d = config.dataset
+        alike = (
+            raw for each, raw in self._raw.items() if each.model_copy(update={"normalisation": d.normalisation}) == d
+        )
+        raw = next(alike, None)
+        if raw is None:
+            copies = 1 if self.alone else 2  # Ray's object store has one of its own
+            raw = load_raw(d.source, d.path, resize=d.resize, validation=d.validation, copies=copies)
+        config = config.resolved(raw.size)
+        self._raw[config.dataset] = raw
+        return config
+
+    @property
+    def datasets(self) -> Mapping[DatasetConfig, RawDataset]:
+        """Images of every data set of the runs."""
+        return self._raw
+
+    def raw(self, config: RunConfig) -> RawDataset:
+        """Images of a run, as they were read."""
+        return self._raw[config.dataset]
+
+    def shape(self, config: RunConfig) -> DataShape:
+        """Shape and number of a run's images, for planning."""
+        raw = self.raw(config)
+        return DataShape((raw.channels, *raw.size), raw.classes, len(raw.train) + len(raw.validation))
+
+    def folder(self, config: RunConfig) -> Location:
+        """Folder of a run."""
+        return self.out / config.name
+
+    def unfinished(self) -> list[RunConfig]:
+        """Runs whose set is not distilled yet."""
+        return [config for config in self.configs if not (self.folder(config) / SYNTHETIC).exists()]
+
+    def networks(self) -> list[RunConfig]:
+        """Every network of every run that needs experts, as a run with that network alone."""
+        return [each for config in self.configs for each in (*config.each_backbone(), *config.each_auxiliary())]
+
+    def experts(self, config: RunConfig) -> ExpertGroup:
+        """Experts of a run with one network, in the store."""
+        raw = self.raw(config)
+        return expert_group(self.store_uri, config, raw.name, raw.fingerprint)
+
+    def missing_experts(self, config: RunConfig) -> list[int]:
+        """Numbers of the experts that a run with one network needs and the store does not hold."""
+        done = set(self.experts(config).experts())
+        return [expert for expert in range(config.experts.count) if expert not in done]
+
+    def group_with_transform(self, dataset: DatasetConfig) -> ExpertGroup | None:
+        """A group of experts that has the data set's transform, of any network of the runs; None if none has it."""
+        groups = (self.experts(each) for each in self.networks() if each.dataset == dataset)
+        return next((group for group in groups if group.has_transform()), None)
+
+    def dataset(self, dataset: DatasetConfig) -> Dataset:
+        """Images under the transform that the runs' experts were trained with; fitted if there is none yet."""
+        if dataset not in self._prepared:
+            group = self.group_with_transform(dataset)
+            transform = None
+            if group is not None:
+                stored = group.read_transform()
+                transform = Transform.from_arrays(stored.arrays, stored.metadata, group.transform_file.uri)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            self._prepared[dataset] = prepare(self._raw[dataset], dataset.kind, transform, device=device)
+        return self._prepared[dataset]
