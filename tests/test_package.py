@@ -7,6 +7,7 @@ import importlib.resources
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +33,19 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
         "assert not {'torch', 'ray', 'numpy', 'pydantic'} & set(sys.modules), 'too much'\n"
         "datm_ray.get_recipe\n"
         "assert 'pydantic' in sys.modules and 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_set_is_loaded_without_ray_and_without_locks() -> None:
+    """Loading needs neither what trains networks on clusters nor file locks, which Windows does not have."""
+    sample = Path(__file__).parent / "samples/synthetic-with-matrix.arrow"
+    code = (
+        "import sys, datm_ray\n"
+        "sys.modules['fcntl'] = None\n"
+        f"assert len(datm_ray.load({str(sample)!r}).images)\n"
+        "heavy = {'ray', 'torchvision', 'sklearn', 'matplotlib', 's3fs', 'typer', 'torch._dynamo'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -8,7 +8,6 @@ are written and read all the same. An input/output error of a device is never pa
 from __future__ import annotations
 
 import errno
-import fcntl
 import mmap
 import os
 import socket
@@ -41,7 +40,7 @@ class LocalDraft:
             # The kernel drops the lock when the writer dies, however it dies: that is how leftovers are told
             # from files in work. Some network filesystems have no locks; there leftovers stay.
             with suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                _lock(descriptor, wait=True)
             # The race: a cleaner can lock and unlink the file between its creation and our lock. It has no
             # name then, and writing it would lead nowhere.
             if os.path.lexists(self._temporary):
@@ -86,6 +85,19 @@ class LocalDraft:
             self.file.close()
 
 
+def _lock(descriptor: int, *, wait: bool) -> None:
+    """Lock a file until it is closed.
+
+    Raises:
+        OSError: another process has locked it and `wait` is False, or there are no locks here, as on Windows.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        raise OSError(errno.ENOTSUP, "no file locks") from None
+    fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
 def _flush(descriptor: int) -> None:
     """Flush a file or folder to the device, where its file system can."""
     try:
@@ -99,7 +111,7 @@ def remove_if_abandoned(path: str) -> bool:
     """Delete a temporary file if its writer is dead; whether it did."""
     try:
         with open(path, "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file.fileno(), wait=False)
             # Locks are certain only among processes of one machine (NFS can be mounted with local ones), so a
             # file of another machine must also have been left alone for long.
             here = os.path.basename(path).startswith(f"{TEMPORARY}{socket.gethostname()}-")
