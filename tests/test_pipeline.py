@@ -313,7 +313,7 @@ def test_whitening_that_does_not_fit_is_refused_unless_it_is_stored(
     monkeypatch.setattr("datm_ray.data.transform.available_memory", lambda: 0)
     other = tiny_config("dataset.normalisation=zca", "network.width=8", "name=other")
     again = Pipeline([other, white], str(tmp_path / "done"))
-    assert again._dataset(other).transform.fingerprint == transform.fingerprint
+    assert again.runs.dataset(other.dataset).transform.fingerprint == transform.fingerprint
 
 
 def test_whitening_that_takes_minutes_is_planned(tmp_path: Path) -> None:

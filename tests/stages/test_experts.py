@@ -193,7 +193,7 @@ def test_running_statistics_travel_with_the_parameters(tmp_path: Path) -> None:
     network = config.network.model_copy(update={"norm": "batch"})  # no backbone, but an auxiliary network may be
     config = config.model_copy(update={"network": network})
     pipeline = Pipeline([tiny_config()], str(tmp_path))
-    dataset = pipeline._dataset(tiny_config())
+    dataset = pipeline.runs.dataset(tiny_config().dataset)
     worker = ExpertWorker(dataset, config.cluster)
     list(worker.train(config, pipeline.store_uri, (0,)))
     group = expert_group(pipeline.store_uri, config, dataset.name, dataset.fingerprint)
