@@ -41,8 +41,8 @@ from fidelity_variants import (
 from program import options, run, settled, start
 
 from datm_ray.config import NetworkConfig, RunConfig
+from datm_ray.monitor.provenance import provenance
 from datm_ray.pipeline import Pipeline
-from datm_ray.stages.provenance import provenance
 
 HEADER = "Real 8x8 digits, {images:,} training images, {tests:,} test images; ConvNet of depth 2 and width 32."
 MEASURED = """Accuracy on test images in %, mean ± standard deviation over all networks. Random images are drawn anew

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from datm_ray.stages.provenance import provenance
+from datm_ray.monitor.provenance import provenance
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PLACES = ("--runs", "--cifar", "--out")

@@ -13,6 +13,7 @@ from datm_ray.methods.trajectory.step_functions import Reversed, StudentStepFunc
 from datm_ray.pipeline import Pipeline
 from datm_ray.recipes import get_recipe
 from datm_ray.stages.distill import DistillWorker
+from datm_ray.stages.trajectory import TrajectoryMatching
 
 
 class TeslaStepFunctions(StudentStepFunctions):
@@ -27,10 +28,16 @@ class TeslaStepFunctions(StudentStepFunctions):
         return s, torch.zeros_like(d_theta), d_x, d_y
 
 
+class TeslaMatching(TrajectoryMatching):
+    """Trajectory matching with TESLA's approximation of the gradient."""
+
+    functions = TeslaStepFunctions
+
+
 class TeslaWorker(DistillWorker):
     """Distils with TESLA's approximation of the gradient."""
 
-    functions = TeslaStepFunctions
+    method = TeslaMatching
 
 
 class TeslaPipeline(Pipeline):

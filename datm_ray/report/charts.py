@@ -20,7 +20,7 @@ from datm_ray.artifact import Artifact
 from datm_ray.report.gallery import CLASSES_SHOWN, data_uri
 from datm_ray.report.runs import Run
 from datm_ray.report.words import count
-from datm_ray.stages.distill import difficulty_range
+from datm_ray.stages.trajectory import difficulty_range
 
 Floats = NDArray[np.float64]
 

@@ -18,40 +18,33 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from datm_ray.artifact import TRANSFORMS, read_artifact, save_artifact
-from datm_ray.config import ClusterConfig, DistillConfig, RunConfig, run_identity
-from datm_ray.core.networks.parameters import FlatNetwork
+from datm_ray.config import ClusterConfig, RunConfig, run_identity
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.randomness import Purpose, derive_seed
-from datm_ray.core.synthetic import SyntheticSet, correct_rows, hard_logits, random_rows
+from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training import PROTOCOLS, Heartbeat, Schedule, accuracy, train, validation_protocol
 from datm_ray.data.dataset import Dataset
-from datm_ray.errors import ClusterError, DivergenceError, StoreError
-from datm_ray.methods.trajectory.difficulty import DifficultyRange, draw_plan
-from datm_ray.methods.trajectory.distillation import Distillation, IterationRecord, LearningRates, Limits, Match, Origin
-from datm_ray.methods.trajectory.matching import draw_student_steps
-from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
+from datm_ray.errors import ClusterError, DivergenceError
+from datm_ray.methods.trajectory.distillation import Distillation, IterationRecord, LearningRates, Limits, MetaTerm
+from datm_ray.monitor.provenance import provenance, workers_in_words
 from datm_ray.monitor.spent import Account, Spent
-from datm_ray.planning.fit import DataShape, DistillationPlan, Layout, chunk_by_trial, plans_of
 from datm_ray.runtime.devices import Meter, prepare_device, to_device
 from datm_ray.runtime.executor import Event, Finished, Note, Progress, WorkerRank, require_precision
 from datm_ray.runtime.mesh import Mesh, open_mesh
-from datm_ray.stages.checkpoint import PARTS, Rows, load_checkpoint, read_computed, save_checkpoint
-from datm_ray.stages.expert_networks import ExpertNetworks
+from datm_ray.stages.checkpoint import PARTS, load_checkpoint, read_computed, save_checkpoint
 from datm_ray.stages.experts import network_spec
+from datm_ray.stages.initial import initial_set
 from datm_ray.stages.metadd import MetaNetworks
-from datm_ray.stages.provenance import provenance, workers_in_words
+from datm_ray.stages.method import Method, Part
+from datm_ray.stages.trajectory import TrajectoryMatching
 from datm_ray.store.files.filesystem import Location, open_location
-from datm_ray.store.prefetch import Prefetcher
 from datm_ray.store.sealed import rejecting_nonsense
-from datm_ray.store.trajectories import ExpertGroup
 
 INITIAL, SYNTHETIC = "initial.arrow", "synthetic.arrow"
 LAST_GOOD = "last-good.arrow"
@@ -62,8 +55,8 @@ COST = "cost.json"
 class DistillWorker:
     """Distils synthetic sets from one data set and its experts, alone or with others."""
 
-    functions: type[StudentStepFunctions] = StudentStepFunctions
-    """How a student step and its reverse are computed; a benchmark may put another one here."""
+    method: type[TrajectoryMatching] = TrajectoryMatching
+    """Method that changes the set; a benchmark may put another one here."""
 
     def __init__(self, dataset: Dataset, cluster: ClusterConfig) -> None:
         self._device = prepare_device(cluster)
@@ -98,96 +91,42 @@ class DistillWorker:
         rows = len(config.roles) if worker_rank else 1
         columns = worker_rank.world_size // rows if worker_rank else 1
         with open_mesh(worker_rank, rows, columns, self._device, self._cluster.peer_timeout) as mesh:
-            run = _Run(config, self._dataset, store_uri, folder, mesh, self._device, sharing, account, self.functions)
-            with closing(run):
-                yield from run.events()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Backbone:
-    """One network that this worker matches."""
-
-    number: int
-    group: ExpertGroup
-    """Experts of the network."""
-    snapshots: Prefetcher
-    """Reads them."""
-    functions: StudentStepFunctions
-    plan: DistillationPlan
-    """Memory plan of the network."""
-    chunk: int
-    """Images of a micro-batch."""
+            part = Part(config, self._dataset, store_uri, mesh, self._device, sharing)
+            with closing(self.method(part)) as method:
+                yield from _Run(part, folder, method, account).events()
 
 
 class _Run:
-    """One worker's part in the distillation of one recipe."""
+    """One worker's part in the distillation of one set."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        dataset: Dataset,
-        store_uri: str,
-        folder: Location,
-        mesh: Mesh,
-        device: torch.device,
-        sharing: int,
-        account: Account | None = None,
-        functions: type[StudentStepFunctions] = StudentStepFunctions,
-    ) -> None:
-        self._functions = functions
-        self._account, self._spent_before = account or Account(device, config.cluster), read_cost(folder)
-        self._config, self._dataset, self._folder, self._mesh, self._device = config, dataset, folder, mesh, device
-        self._rows = Rows.of_shard(mesh.column, mesh.columns, dataset.classes, config.distill.ipc)
-        networks = [ExpertNetworks(each, dataset, store_uri, device) for each in config.each_backbone()]
-        self._first = networks[0]
-        self._fingerprints = [experts.group.key.fingerprint for experts in networks]
+    def __init__(self, part: Part, folder: Location, method: Method, account: Account) -> None:
+        config, dataset, mesh, device = part.config, part.dataset, part.mesh, part.device
+        self._part, self._method, self._folder, self._account = part, method, folder, account
+        self._config, self._dataset, self._mesh, self._device = config, dataset, mesh, device
+        self._rows = part.rows
+        self._spent_before = read_cost(folder)
+        self._fingerprints = [experts.group.key.fingerprint for experts in method.experts]
         self._computed = read_computed(folder)
-        self._roles = config.roles if mesh.rows > 1 else ()
-        role = self._roles[mesh.row] if self._roles else config.whole_role
-        self._image = (dataset.channels, *dataset.size)
-        steps = {number: self._step_functions(networks[number]) for number in role.backbones}
-        planned = config
-        if any(each.note for each in steps.values()):  # what runs uncompiled takes more memory
-            uncompiled = config.cluster.model_copy(update={"compile": False})
-            planned = config.model_copy(update={"cluster": uncompiled})
-        shape, layout = DataShape(self._image, dataset.classes, 0), Layout(mesh.columns, self._roles, sharing)
-        plans = plans_of(planned, shape, layout)
-        self._backbones = [
-            _Backbone(number, group, Prefetcher(group), steps[number], plans[number], plans[number].chunk)
-            for number in role.backbones
-            for group in [networks[number].group]
-        ]
         self._meta_networks = (
             None
             if config.metadd is None
-            else MetaNetworks(config, config.metadd, dataset, store_uri, role, self._first, self._rows, device)
+            else MetaNetworks(
+                config, config.metadd, dataset, part.store_uri, part.role, method.experts[0], self._rows, device
+            )
         )
-
-    def _step_functions(self, experts: ExpertNetworks) -> StudentStepFunctions:
-        cluster = self._config.cluster
-        options = StepOptions(
-            compiled=cluster.compile, channels_last=cluster.channels_last, precision=cluster.precision
-        )
-        return self._functions(FlatNetwork(experts.network), options)
-
-    def close(self) -> None:
-        """Read nothing ahead any longer."""
-        for backbone in self._backbones:
-            backbone.snapshots.close()
 
     def events(self) -> Iterator[Event]:
         """Iterate to the end; every worker gives the same events."""
         settings, meter = self._config.distill, Meter(self._device)
-        for note in {backbone.functions.note for backbone in self._backbones} - {""}:
-            yield Note(note)
+        yield from map(Note, self._method.notes)
         state = self._resume_or_start()
-        self._mesh.until_all_are_done(self._prepare)
+        self._mesh.until_all_are_done(self._method.prepare)
         yield from self._computed_otherwise(state.iteration)
         first = state.iteration
         while state.iteration < settings.iterations:
             began = time.monotonic()
             try:
-                records = self._iterate(state)
+                records = self._method.step(state, self._meta_term(state.iteration))
             except DivergenceError:
                 self._keep_last_good(state)
                 raise
@@ -205,7 +144,7 @@ class _Run:
         if self._meta_networks is not None and (self._folder / INITIAL).exists():
             initial = read_artifact(self._folder / INITIAL).images[self._rows.first : self._rows.last]
             self._meta_networks.keep_maps(self._folder / MAPS, self._mesh, initial.to(self._device), final)
-        yield from _warnings(state, settings)
+        yield from map(Note, self._method.warnings(state))
         self._note_cost()
         self._save_set(final, SYNTHETIC)
         counts = {
@@ -218,10 +157,9 @@ class _Run:
 
     def _computed_otherwise(self, iteration: int) -> Iterator[Note]:
         """Note how student steps are computed from here on, and say so where it was done otherwise before."""
-        if not self._backbones:
+        now = dict(self._method.facts)
+        if not now:
             return
-        functions = self._backbones[0].functions
-        now = functions.facts | ({"not_compiled_because": functions.note} if functions.note else {})
         before = {name: value for name, value in (self._computed or [{}])[-1].items() if name != "from_iteration"}
         changed = [
             f"{name} {before[name]} before, {value} now"
@@ -236,22 +174,16 @@ class _Run:
                 "result differs in rounding from one without the change"
             )
 
-    def _measured(self, state: Distillation, records: list[IterationRecord], seconds: float) -> dict[str, float]:
-        """What is to be watched of an iteration."""
-        config, first = self._config, records[0]
-        images = config.distill.ipc * self._dataset.classes
-        batches = -(-images // min(images, config.distill.batch_size))  # in a pass; the first of them may be short
-        seen = config.distill.student_steps * images / batches * len(config.weights)
+    def _meta_term(self, iteration: int) -> MetaTerm | None:
+        return None if self._meta_networks is None else self._meta_networks.term(iteration)
+
+    def _measured(self, state: Distillation, records: Sequence[IterationRecord], seconds: float) -> dict[str, float]:
+        """Measurements of one iteration, by the names in `monitor/metrics.py`."""
         values = {
             "iteration": state.iteration,
-            "matching_loss": first.loss,
-            "step_size": first.step_size,
-            "skipped_steps": state.skipped,
-            "shortened_steps": state.shortened,
-            "start_epoch": first.start,
-            "upper_bound": difficulty_range(config).upper_bound(first.iteration),
-            "images_per_second": seen / seconds,
+            "images_per_second": self._method.images_seen() / seconds,
             "iteration_seconds": seconds,
+            **self._method.measured(state, records),
         }
         if state.validations:
             values["validation_accuracy_ratio"] = state.validations[-1][1]
@@ -262,89 +194,6 @@ class _Run:
             named |= {"position": meta.position, "feature_ratio": meta.ratio}
             metrics |= {f"datm_ray_metadd_{name}": value for name, value in named.items()}
         return metrics | {"datm_ray_mesh_workers": float(self._mesh.rows * self._mesh.columns)}
-
-    def _prepare(self, heartbeat: Heartbeat) -> None:
-        """Compile, which takes one network's workers longer than another's; on a GPU, find what it has room for."""
-        for place, backbone in enumerate(self._backbones):
-
-            def step(chunk: int, functions: StudentStepFunctions = backbone.functions) -> None:
-                functions.prepare(chunk, self._image, self._dataset.classes, heartbeat)
-
-            if self._device.type == "cuda":
-                chunk = chunk_by_trial(step, backbone.plan, self._device)
-                self._backbones[place] = dataclasses.replace(backbone, chunk=chunk)
-            else:
-                step(backbone.chunk)
-
-    def _iterate(self, state: Distillation) -> list[IterationRecord]:
-        origins = self._origins(state.iteration)
-        matches = [self._match(backbone, origins[backbone.number], state) for backbone in self._backbones]
-        if state.iteration + 1 < self._config.distill.iterations:
-            following = self._origins(state.iteration + 1)
-            for backbone in self._backbones:
-                backbone.snapshots.announce(*self._wanted(following[backbone.number]))
-        return state.step(
-            matches,
-            origins,
-            meta=None if self._meta_networks is None else self._meta_networks.term(state.iteration),
-            all_sum=self._mesh.sum_over_classes,
-            sum_over_backbones=self._mesh.sum_over_backbones,
-            in_rows=self._mesh.in_rows,
-        )
-
-    def _origins(self, iteration: int) -> list[Origin]:
-        config, difficulty = self._config, difficulty_range(self._config)
-        plans = [
-            draw_plan(difficulty, config.experts.count, config.seed, iteration, backbone)
-            for backbone in range(len(config.weights))
-        ]
-        return [Origin(plan.expert, plan.start) for plan in plans]
-
-    def _wanted(self, origin: Origin) -> tuple[int, list[int]]:
-        """The expert and the epochs of a start and its target."""
-        return origin.expert, [origin.epoch, origin.epoch + self._config.distill.expert_epochs]
-
-    def _match(self, backbone: _Backbone, origin: Origin, state: Distillation) -> Match:
-        config, settings = self._config, self._config.distill
-        steps = draw_student_steps(
-            settings.ipc * self._dataset.classes,
-            settings.student_steps,
-            settings.batch_size,
-            settings.augmentation,
-            config.seed,
-            state.iteration,
-            backbone.number,
-        )
-        start, target = (
-            to_device(each, self._device) for each in backbone.snapshots.read_params(*self._wanted(origin))
-        )
-        if torch.equal(start, target):
-            self._require_motion(backbone, origin)  # a single pair costs its iteration, for its loss is not finite
-        return Match(
-            backbone.functions,
-            start,
-            target,
-            [step.held_by(self._rows.first, self._rows.last) for step in steps],
-            backbone.number,
-            config.weights[backbone.number],
-            backbone.chunk,
-        )
-
-    def _require_motion(self, backbone: _Backbone, origin: Origin) -> None:
-        """Raise a `StoreError` if the expert ends where it began, given that its start and target are identical."""
-        expert, (start, target) = self._wanted(origin)
-        group = backbone.group
-        epochs = group.read_info(expert).epochs
-        first, last = group.read_params(expert, [epochs[0], epochs[-1]])
-        if not np.array_equal(first, last):
-            return
-        raise StoreError(
-            f"epochs {start} and {target} of expert {expert} in {group.location.uri} are identical, and so are its "
-            f"first and last, {epochs[0]} and {epochs[-1]}: it does not move, and there is nothing to match",
-            "it was imported from a script that stored the same parameters at every epoch, or experts.learning_rate "
-            "is too low for experts.storage",
-            f"delete {group.key} with `datm-ray store rm`, then train or import these experts again",
-        )
 
     def _resume_or_start(self) -> Distillation:
         settings = self._config.distill
@@ -358,7 +207,7 @@ class _Run:
         self._require_one_state(-1 if saved is None else saved.iteration)
         if saved is not None:
             return saved
-        synthetic = self._initial_set()
+        synthetic = initial_set(self._part, self._method.experts[0])
         self._save_set(synthetic, INITIAL)
         return Distillation(synthetic, rates, limits)
 
@@ -372,52 +221,6 @@ class _Run:
                 "they run on machines that do not share this disk",
                 "give --out and --store on a shared file system or on s3://",
             )
-
-    def _initial_set(self) -> SyntheticSet:
-        """Choose the first rows of this shard: real images that experts classify correctly, with their mean logits.
-
-        The recipe may ask for any images, or for hard labels.
-        """
-        config, dataset, rows = self._config, self._dataset, self._rows
-        step_sizes = torch.full((len(config.weights),), config.distill.initial_step_size, device=self._device)
-        shape = (rows.last - rows.first, dataset.channels, *dataset.size)
-        images = torch.zeros(shape, device=self._device)
-        soft_labels = torch.zeros(len(images), dataset.classes, device=self._device)
-        labels = torch.tensor(rows.classes(config.distill.ipc), device=self._device)
-        labels = labels.repeat_interleave(config.distill.ipc)
-
-        def choose(heartbeat: Heartbeat) -> None:
-            if self._mesh.row == 0:
-                images.copy_(torch.tensor(dataset.train_images[self._initial_rows(heartbeat)]))
-                if config.distill.labels == "hard":
-                    soft_labels.copy_(hard_logits(labels, dataset.classes))
-                else:
-                    soft_labels.copy_(self._first.soft_labels(images, labels, heartbeat))
-
-        self._mesh.until_all_are_done(choose)
-        # To the other backbones' workers as it is, for machines may round differently; x + 0 is x.
-        images, soft_labels = self._mesh.sum_over_backbones(images), self._mesh.sum_over_backbones(soft_labels)
-        return SyntheticSet(images, soft_labels, step_sizes, labels)
-
-    def _initial_rows(self, heartbeat: Heartbeat) -> NDArray[np.int64]:
-        dataset, settings = self._dataset, self._config.distill
-        if settings.initial == "random":
-            return random_rows(dataset.train_labels, settings.ipc, self._config.seed)[
-                self._rows.first : self._rows.last
-            ]
-
-        def predict(expert: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-            images = torch.tensor(dataset.train_images[rows], device=self._device)
-            return self._first.logits(expert, images, heartbeat).argmax(dim=1).cpu().numpy()
-
-        return correct_rows(
-            dataset.train_labels,
-            settings.ipc,
-            self._config.seed,
-            experts=self._first.count,
-            predict=predict,
-            classes=self._rows.classes(settings.ipc),
-        )
 
     def _validate(self, held: SyntheticSet) -> tuple[float, float]:
         """Mean validation accuracy of fresh networks trained on the whole set, and its standard error."""
@@ -505,43 +308,13 @@ def read_cost(folder: Location) -> Spent:
         return Spent.from_json(place.read_json())
 
 
-def _warnings(state: Distillation, settings: DistillConfig) -> Iterator[Note]:
-    """What must not look like success: a set that learned nothing, or not what the recipe says."""
-    updates, above = len(state.history), state.skipped - state.diverged
-    if 4 * above > updates:
-        yield Note(
-            f"{above} of {updates} matching losses exceeded distill.threshold {settings.threshold:g}, and "
-            "taught nothing: lower distill.student_steps or the start epochs, raise distill.expert_epochs, or see in "
-            "the report whether it came all at once"
-        )
-    if 4 * state.diverged > updates:
-        yield Note(
-            f"{state.diverged} of {updates} updates were skipped because a value was not finite or a step size not "
-            "positive: lower distill.learning_rate_images or learning_rate_step_size, or use "
-            "cluster.precision=float32"
-        )
-    if 4 * state.shortened > updates:
-        yield Note(
-            f"{state.shortened} of {updates} gradients were shortened to distill.gradient_limit, "
-            f"{settings.gradient_limit:g} times the loss: lower distill.learning_rate_images, or raise the limit"
-        )
-
-
-def _shown(state: Distillation, records: list[IterationRecord]) -> dict[str, float]:
+def _shown(state: Distillation, records: Sequence[IterationRecord]) -> dict[str, float]:
     values = {"loss": records[0].loss, "step_size": records[0].step_size, "skipped": float(state.skipped)}
     if state.meta_history:
         values["metadd"], values["ratio"] = state.meta_history[-1].total, state.meta_history[-1].ratio
     if state.validations:
         values["validation"] = state.validations[-1][1]
     return values
-
-
-def difficulty_range(config: RunConfig) -> DifficultyRange:
-    """The start epochs that the recipe allows."""
-    settings = config.distill
-    return DifficultyRange(
-        settings.first_start, settings.start_bound, settings.final_start_bound, settings.expand_iterations
-    )
 
 
 def evaluation_schedule(config: RunConfig, step_size: float, protocol: str | None = None) -> Schedule:

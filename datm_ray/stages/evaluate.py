@@ -39,13 +39,13 @@ from datm_ray.core.scores import AugmentationRobust, LabelRobust, augmentation_r
 from datm_ray.core.synthetic import random_rows
 from datm_ray.core.training import Schedule, accuracy, train_to_end
 from datm_ray.data.dataset import Dataset
+from datm_ray.monitor.provenance import provenance
 from datm_ray.monitor.spent import Account, Spent, total
 from datm_ray.runtime.devices import Meter, prepare_device, to_device
 from datm_ray.runtime.executor import Finished, Progress
 from datm_ray.stages.distill import SYNTHETIC, evaluation_schedule
 from datm_ray.stages.expert_networks import ExpertNetworks
 from datm_ray.stages.experts import network_spec
-from datm_ray.stages.provenance import provenance
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.sealed import rejecting_nonsense
 

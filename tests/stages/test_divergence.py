@@ -23,6 +23,7 @@ from datm_ray.runtime.executor import SerialExecutor
 from datm_ray.stages.checkpoint import read_curves
 from datm_ray.stages.distill import _Run
 from datm_ray.stages.experts import expert_group
+from datm_ray.stages.trajectory import TrajectoryMatching
 from datm_ray.store.files.filesystem import open_location
 from tests.conftest import tiny_config
 
@@ -49,13 +50,13 @@ def distil(config: RunConfig, out: Path, store: Path) -> None:
 
 def overflow(monkeypatch: pytest.MonkeyPatch, iterations: Container[int]) -> None:
     """In these iterations the student starts so far away that its loss is not a number."""
-    match_of = _Run._match
+    match_of = TrajectoryMatching._match
 
     def far_away(self: Any, backbone: Any, origin: Any, state: Any) -> Any:
         match = match_of(self, backbone, origin, state)
         return replace(match, start=1e30 * match.start) if state.iteration in iterations else match
 
-    monkeypatch.setattr(_Run, "_match", far_away)
+    monkeypatch.setattr(TrajectoryMatching, "_match", far_away)
 
 
 def curves_of(out: Path) -> Any:

@@ -15,10 +15,10 @@ from datm_ray.artifact import load
 from datm_ray.config import RunConfig
 from datm_ray.methods.trajectory import step_functions
 from datm_ray.monitor.progress import Reporter
+from datm_ray.monitor.provenance import workers_in_words
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.executor import Note, Progress, SerialExecutor
 from datm_ray.stages.distill import DistillWorker, _Run
-from datm_ray.stages.provenance import workers_in_words
 from tests.conftest import tiny_config
 
 PLAIN = {"precision": "float32", "tf32": False, "compiled": False, "order": "reverse-over-reverse"}

@@ -1,0 +1,98 @@
+"""The seam between distillation and methods: what a method is given, and what it gives.
+
+`stages/distill.py` resumes, iterates, validates and saves whatever the method. A method is a class with the members
+of `Method`, made from a `Part`; `METHODS` in `stages/distill.py` lists them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from datm_ray.config import Role, RunConfig
+from datm_ray.core.training import Heartbeat
+from datm_ray.data.dataset import Dataset
+from datm_ray.methods.trajectory.distillation import Distillation, IterationRecord, MetaTerm
+from datm_ray.runtime.mesh import Mesh
+from datm_ray.stages.checkpoint import Rows
+from datm_ray.stages.expert_networks import ExpertNetworks
+
+
+@dataclass(frozen=True)
+class Part:
+    """One worker's part in the distillation of one set."""
+
+    config: RunConfig
+    dataset: Dataset
+    store_uri: str
+    mesh: Mesh
+    """Workers that distil the set together."""
+    device: torch.device
+    sharing: int
+    """Distilling workers that may be on this node at a time."""
+
+    @property
+    def rows(self) -> Rows:
+        """Rows of the synthetic set that the worker holds."""
+        return Rows.of_shard(self.mesh.column, self.mesh.columns, self.dataset.classes, self.config.distill.ipc)
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """Roles of the rows of workers; empty if one row does everything."""
+        return self.config.roles if self.mesh.rows > 1 else ()
+
+    @property
+    def role(self) -> Role:
+        """Networks that this worker computes."""
+        return self.roles[self.mesh.row] if self.roles else self.config.whole_role
+
+    @property
+    def image(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        return (self.dataset.channels, *self.dataset.size)
+
+
+class Method(Protocol):
+    """One way to change a synthetic set, as one worker computes it. Made by `Method(part)`."""
+
+    @property
+    def experts(self) -> Sequence[ExpertNetworks]:
+        """Trained networks of every backbone; the first backbone's choose and label the first images."""
+        ...
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Messages to the user before the first iteration."""
+        ...
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """How iterations are computed, as far as it affects rounding; kept in checkpoints."""
+        ...
+
+    def prepare(self, heartbeat: Heartbeat) -> None:
+        """Do once what takes long, such as compiling."""
+        ...
+
+    def step(self, state: Distillation, meta: MetaTerm | None) -> Sequence[IterationRecord]:
+        """Run one iteration together with the other workers of the mesh."""
+        ...
+
+    def measured(self, state: Distillation, records: Sequence[IterationRecord]) -> Mapping[str, float]:
+        """Measurements of an iteration, by the ends of their names in `monitor/metrics.py`."""
+        ...
+
+    def images_seen(self) -> float:
+        """Number of images that a network sees in one iteration, on average and over all workers."""
+        ...
+
+    def warnings(self, state: Distillation) -> Iterator[str]:
+        """Messages after the last iteration, if the set learned less than the recipe says."""
+        ...
+
+    def close(self) -> None:
+        """Release files and threads."""
+        ...
