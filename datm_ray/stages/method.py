@@ -70,7 +70,7 @@ class Method(Protocol):
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """How iterations are computed, as far as it affects rounding; kept in checkpoints."""
+        """Settings and facts that decide how an iteration is rounded, such as precision; kept in checkpoints."""
         ...
 
     def prepare(self, heartbeat: Heartbeat) -> None:
