@@ -44,12 +44,11 @@ class Scale:
 
     def overrides(self, method: str) -> list[str]:
         """Of a recipe, for a method's range."""
-        first, last = (EPOCHS, EPOCHS) if method == "mtt" else self.bounds
+        bound, final = (EPOCHS, EPOCHS) if method == "mtt" else self.bounds
+        grows = f"{{bound: {bound}, final_bound: {final}, expand_iterations: {self.iterations // 10}}}"
+        starts = grows if bound < final else [0, bound]
         return [
-            "distill.first_start=0",
-            f"distill.final_start_bound={last}",
-            f"distill.start_bound={first}",
-            f"distill.expand_iterations={self.iterations // 10 if first < last else 0}",
+            f"distill.start_epochs={starts}",
             f"distill.batch_size={self.batch}",
             f"distill.iterations={self.iterations}",
             f"distill.validate_every={self.iterations // 4}",

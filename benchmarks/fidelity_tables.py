@@ -12,7 +12,7 @@ from typing import Any
 from tables import COST_HEAD, cost_cells, table
 
 from datm_ray.artifact import read_artifact
-from datm_ray.config import RunConfig
+from datm_ray.config import RunConfig, run_identity
 from datm_ray.monitor.spent import total
 from datm_ray.stages.checkpoint import read_curves
 from datm_ray.stages.distill import SYNTHETIC, read_cost
@@ -72,11 +72,11 @@ def _of(out: Location, runs: Sequence[RunConfig]) -> dict[str, Any]:
     return {
         "runs": [each.name for each in runs],
         "seeds": [each.seed for each in runs],
-        "start_epochs": [distill.first_start, distill.final_start_bound - 1],
+        "start_epochs": [distill.start_epochs.first, distill.start_epochs.last],
         "iterations": distill.iterations,
         "experts": runs[0].experts.count,
         "optimiser": runs[0].experts.optimiser,
-        "recipe": runs[0].identity(),
+        "recipe": run_identity(runs[0]),
         "accuracy": {row: [list(found[row].accuracies) for found in scores] for row in scores[0]},
         "validation": [float(max(curve["validation.accuracy"])) for curve in curves],
         "validation_curves": [

@@ -54,13 +54,8 @@ class Range:
     last: int
 
     def overrides(self) -> list[str]:
-        """Of a recipe; in one value, for between two of them the range would be impossible."""
-        return [
-            f"distill.first_start={self.first}",
-            f"distill.final_start_bound={self.last + 1}",
-            f"distill.start_bound={self.last + 1}",
-            "distill.expand_iterations=0",
-        ]
+        """Of a recipe."""
+        return [f"distill.start_epochs=[{self.first}, {self.last + 1}]"]
 
 
 @dataclass(frozen=True)
@@ -154,12 +149,11 @@ def ablation_runs(sizes: Sizes, distillations: int, seeds: int) -> dict[str, lis
     """
     ipc = sizes.ablation_ipc
     own = sizes.own[ipc]
+    half, grows = (own.first + own.last + 2) // 2, max(1, sizes.iterations[ipc] // 2)
+    keys = f"first: {own.first}, bound: {half}, final_bound: {own.last + 1}, expand_iterations: {grows}"
     changes: dict[str, list[str]] = {
         "no range": sizes.everything.overrides(),
-        "floating bound": [
-            f"distill.start_bound={(own.first + own.last + 2) // 2}",
-            f"distill.expand_iterations={max(1, sizes.iterations[ipc] // 2)}",
-        ],
+        "floating bound": [f"distill.start_epochs={{{keys}}}"],
         "labels not learned": ["distill.learning_rate_labels=0"],
         "hard labels": ["distill.labels=hard"],
         "random initial images": ["distill.initial=random"],

@@ -38,7 +38,7 @@ BAD_INPUT = {
     "wrong type": (["run", "digits-ipc1", "--set", "distill.ipc=many"], "distill.ipc is 'many'"),
     "no assignment": (["run", "digits-ipc1", "--set", "distill.ipc"], "--set section.field=value"),
     "start beyond trajectory": (
-        ["run", "digits-ipc1", "--set", "distill.final_start_bound=500", "--set", "distill.start_bound=500"],
+        ["run", "digits-ipc1", "--set", "distill.start_epochs=[0, 500]"],
         "but experts.epochs is",
     ),
     "ipc beyond class": (["run", "digits-ipc1", "--set", "distill.ipc=5000"], "use --set distill.ipc=118"),

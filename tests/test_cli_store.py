@@ -330,9 +330,8 @@ UNFIT = {
     ),
     "shorter than what is matched": (
         lambda: [trajectory(1, epochs=2)],
-        ["--set", "distill.expert_epochs=2", "--set", "distill.final_start_bound=4", "--set", "distill.start_bound=4"],
-        "Give --set experts.epochs=2 --set distill.expert_epochs=1 --set distill.final_start_bound=2 "
-        "--set distill.start_bound=2.",
+        ["--set", "distill.expert_epochs=2", "--set", "distill.start_epochs=[0, 4]"],
+        "Give --set experts.epochs=2 --set distill.expert_epochs=1 --set distill.start_epochs.bound=2.",
     ),
     "of an untrained network": (lambda: [trajectory(1, epochs=0)], [], "It ends after 0 epochs", "Give the recipe of"),
     "another width": (

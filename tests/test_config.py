@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from datm_ray.config import (
     DatasetConfig,
     NetworkConfig,
     RunConfig,
+    StartEpochs,
     expert_fingerprint,
     load_config,
     load_config_text,
@@ -27,6 +29,7 @@ from datm_ray.config import (
     to_yaml,
 )
 from datm_ray.errors import ConfigError
+from datm_ray.pipeline.checks import differences
 from datm_ray.recipes import get_recipe, recipe_names
 
 
@@ -72,10 +75,21 @@ def refusal(text: str | bytes, folder: Path) -> str:
         ("experts: {momentum: .nan}", "experts.momentum is nan"),
         ("dataset: {validation: .nan}", "dataset.validation is nan"),
         ("cluster: {gpus_per_worker: .inf}", "cluster.gpus_per_worker is inf"),
-        ("distill: {first_start: 10}", "first_start 10 is not below distill.start_bound 10"),
-        ("distill: {start_bound: 21}", "start_bound 21 exceeds distill.final_start_bound 20"),
-        ("distill: {expand_iterations: 0}", "expand_iterations is 0, so start_bound must equal final_start_bound"),
-        ("experts: {epochs: 20}", "with expert_epochs 2 needs epoch 21, but experts.epochs is 20"),
+        ("distill: {start_epochs: [10, 10]}", "distill.start_epochs has no epoch: first 10 must be below bound 10"),
+        ("distill: {start_epochs: [10]}", "distill.start_epochs is [10]; give two epochs, such as [5, 30]"),
+        ("distill: {start_epochs: 10}", "distill.start_epochs is 10; give two epochs, such as [5, 30]"),
+        ("distill: {start_epochs: [early, 10]}", "distill.start_epochs.first is 'early': input should be a valid int"),
+        ("distill: {start_epochs: {first: 10}}", "distill.start_epochs.bound is missing"),
+        ("distill: {start_epochs: {bound: 21, final_bound: 20}}", "final_bound 20 is below bound 21; the range only"),
+        (
+            "distill: {start_epochs: {bound: 1, final_bound: 2}}",
+            "expand_iterations is 0, so the bound cannot grow from",
+        ),
+        ("distill: {start_bound: 10}", "key 'distill.start_bound'. Its new name is 'distill.start_epochs.bound'."),
+        (
+            "experts: {epochs: 20}",
+            "start_epochs up to 19 with expert_epochs 2 needs epoch 21, but experts.epochs is 20",
+        ),
         ("a: [1", "not valid YAML at line 1"),
         ("seed: 1\nname:\tx: y", "not valid YAML at line 2"),
         ("seed: 1\nseed: 2", "not valid YAML at line 2: key 'seed' is repeated"),
@@ -111,9 +125,9 @@ def test_bad_file_is_refused_in_one_line(text: str | bytes, expected: str, tmp_p
 
 def test_latest_start_that_still_has_a_target_is_accepted() -> None:
     """Start 18 with a span of 2 needs epoch 20 of 20; the next does not fit."""
-    values: dict[str, Any] = {"experts": {"epochs": 20}, "distill": {"start_bound": 19, "final_start_bound": 19}}
+    values: dict[str, Any] = {"experts": {"epochs": 20}, "distill": {"start_epochs": [0, 19]}}
     parse_config(values, "test")
-    values["distill"] = {"start_bound": 20, "final_start_bound": 20}
+    values["distill"] = {"start_epochs": [0, 20]}
     with pytest.raises(ConfigError, match="needs epoch 21"):
         parse_config(values, "test")
 
@@ -403,6 +417,46 @@ def test_renamed_key_is_named_and_saved_runs_keep_their_value() -> None:
     with pytest.raises(ConfigError, match=r"mine\.yaml: unknown key .* Its new name is 'distill\.gradient_limit'"):
         load_config_text(text, "mine.yaml")
     assert load_recipe_of_run(text, "recipe.yaml").distill.gradient_limit == 3
+
+
+def test_start_epochs_are_one_value() -> None:
+    """Two epochs stand for a fixed range; single keys can be overridden, and the rest follows."""
+    recipe, fixed = get_recipe("cifar10-ipc10"), get_recipe("digits-ipc10")
+    assert "\n  start_epochs: {first: 0, bound: 10, final_bound: 20, expand_iterations: 1000}" in to_yaml(recipe)
+    assert "\n  start_epochs: [5, 30]  " in to_yaml(fixed)
+    assert override(recipe, ["distill.start_epochs=[0,20]"]).distill.start_epochs == StartEpochs(bound=20)
+    assert override(fixed, ["distill.start_epochs.bound=12"]).distill.start_epochs == StartEpochs(first=5, bound=12)
+    longer = {"distill.start_epochs.final_bound": 30, "distill.start_epochs.expand_iterations": 5}
+    changed = override(recipe, [f"{key}={value}" for key, value in longer.items()]).distill.start_epochs
+    assert changed == StartEpochs(bound=10, final_bound=30, expand_iterations=5)
+    unlike = differences(run_identity(recipe), run_identity(override(recipe, ["distill.start_epochs.bound=12"])))
+    assert unlike == ["distill.start_epochs.bound (10 there, 12 here)"]
+
+
+def test_runs_from_before_start_epochs_were_one_key_are_the_runs_they_were() -> None:
+    """Saved recipes are read, and the identity of a run has its pinned hash."""
+    pinned = {
+        "digits-ipc1": "1fb950465396ce36",
+        "digits16-metadd-ipc1": "a63fcd34a03e3161",
+        "cifar10-ipc10": "1666f0a406d8aabb",
+        "cifar10-ipc500": "2a86ee4d687355be",
+        "tiny-imagenet-metadd-ipc50": "ba64a93f982648c2",
+    }
+    for name, expected in pinned.items():
+        now = get_recipe(name).resolved((32, 32))
+        assert stable_hash(run_identity(now)) == expected, name
+        keys = "first_start", "start_bound", "final_start_bound", "expand_iterations"
+        lines = "\n".join(f"  {key}: {run_identity(now)['distill'][key]}" for key in keys)
+        text, count = re.subn(r"^  start_epochs: .*$", lines, to_yaml(now), flags=re.MULTILINE)
+        assert count == 1
+        before = load_recipe_of_run(text, "recipe.yaml")
+        assert run_identity(before) == run_identity(now), name
+        with pytest.raises(
+            ConfigError, match=r"key 'distill\.first_start'\. Its new name is 'distill\.start_epochs\.f"
+        ):
+            load_config_text(text, "mine.yaml")
+    with pytest.raises(ConfigError, match=r"^recipe\.yaml: 'distill\.start_epochs' is not a section"):
+        load_recipe_of_run("distill: {start_epochs: 3, first_start: 0}", "recipe.yaml")
 
 
 _WORDS = (

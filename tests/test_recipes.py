@@ -46,8 +46,8 @@ def test_distillation_has_the_published_values(name: str) -> None:
         d.learning_rate_images,
         d.learning_rate_step_size,
         d.learning_rate_labels,
-        (d.first_start, d.start_bound, d.final_start_bound),
-        d.expand_iterations,
+        (d.start_epochs.first, d.start_epochs.bound, d.start_epochs.last + 1),
+        d.start_epochs.expand_iterations,
         d.threshold,
     ) == PUBLISHED[name]
     assert (d.iterations, d.initial_step_size) == (10_000, 0.01)

@@ -48,8 +48,8 @@ def out(tmp_path: Path) -> Location:
 
 
 def configure(name: str = "tiny", **distill: Any) -> RunConfig:
-    values = {"ipc": 2, "iterations": 12, "first_start": 1, "start_bound": 3, "final_start_bound": 6} | distill
-    values |= {"expand_iterations": 8, "threshold": 0.9}
+    grows = "{first: 1, bound: 3, final_bound: 6, expand_iterations: 8}"
+    values = {"ipc": 2, "iterations": 12, "threshold": 0.9, "start_epochs": grows} | distill
     return override(RunConfig(), [f"name={name}", *(f"distill.{key}={value}" for key, value in values.items())])
 
 
@@ -289,7 +289,7 @@ def test_odd_histories_are_drawn(out: Location, losses: list[float]) -> None:
 
 def test_fixed_range_of_start_epochs_is_drawn(out: Location) -> None:
     """A range of a single start epoch that never grows has a chart, too."""
-    config = configure(first_start=2, start_bound=3, final_start_bound=3)
+    config = configure(start_epochs="[2, 3]")
     assert "Start epochs" in page_of(out, finished_run(out, config))
 
 

@@ -18,7 +18,7 @@ from datm_ray.core.networks.parameters import FlatNetwork, unflatten_into
 from datm_ray.core.networks.registry import NetworkSpec, build_network
 from datm_ray.core.synthetic import SyntheticSet, correct_rows, mean_correct_logits, random_rows
 from datm_ray.core.training import PROTOCOLS, accuracy, predict_logits, train_to_end
-from datm_ray.methods.trajectory.difficulty import DifficultyRange, draw_plan
+from datm_ray.methods.trajectory.difficulty import draw_plan
 from datm_ray.methods.trajectory.distillation import Distillation, LearningRates, Limits, Match, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
@@ -214,7 +214,7 @@ def _iterate(
     state: Distillation, functions: StudentStepFunctions, recipe: Recipe, trajectories: Tensor, bound: int
 ) -> None:
     images = len(state.synthetic.images)
-    plan = draw_plan(DifficultyRange(0, bound, bound, 0), len(trajectories), 0, state.iteration)
+    plan = draw_plan(range(bound), len(trajectories), 0, state.iteration)
     strategy = recipe.experts.augmentation
     steps = draw_student_steps(images, recipe.steps, images, strategy, 0, state.iteration)
     start, target = (trajectories[plan.expert, epoch] for epoch in (plan.start, plan.start + recipe.span))

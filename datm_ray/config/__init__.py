@@ -20,6 +20,7 @@ from datm_ray.config.sections import (
     MetaConfig,
     NetworkConfig,
     Section,
+    StartEpochs,
     parse_bytes,
 )
 
@@ -37,6 +38,7 @@ __all__ = [
     "Role",
     "RunConfig",
     "Section",
+    "StartEpochs",
     "expert_fingerprint",
     "load_config",
     "load_config_text",

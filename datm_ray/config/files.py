@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel
 
 from datm_ray.config.schema import RENAMED, RunConfig, known_keys, parse_config, section_of
-from datm_ray.config.sections import Section
+from datm_ray.config.sections import Section, StartEpochs
 from datm_ray.errors import ConfigError
 
 
@@ -63,7 +63,7 @@ def load_recipe_of_run(text: str, origin: str) -> RunConfig:
             section, _, field = old.partition(".")
             keys = values.get(section)
             if isinstance(keys, dict) and field in keys:
-                keys[new.partition(".")[2]] = keys.pop(field)
+                _assign(values, new.split("."), keys.pop(field), origin)
         distill.setdefault("gradient_limit", None)
     return parse_config(values, origin)
 
@@ -83,23 +83,36 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
     Raises:
         ConfigError: an override is no assignment, or has an unknown key, a wrong type or an impossible range.
     """
-    values = config.model_dump()
+    values = config.model_dump(mode="json")
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
             raise ConfigError(f"--set {assignment!r} is not an assignment", remedy="write --set section.field=value")
-        *sections, field = key.strip().split(".")
-        target = values
-        for section in sections:
-            if target.get(section) is None:
-                target[section] = {}
-            target = target[section]
-            if not isinstance(target, dict):
-                raise ConfigError(f"--set {assignment!r}: {section!r} is not a section", remedy=known_keys(()))
-        bare = text.strip(" \t")
-        is_text = _takes_text([*sections, field]) and bare not in ("", "null") and not _QUOTED.fullmatch(bare)
-        target[field] = bare if is_text else _read_yaml(text, f"--set {assignment!r}")
+        path, bare = key.strip().split("."), text.strip(" \t")
+        is_text = _takes_text(path) and bare not in ("", "null") and not _QUOTED.fullmatch(bare)
+        origin = f"--set {assignment!r}"
+        _assign(values, path, bare if is_text else _read_yaml(text, origin), origin)
     return parse_config(values, "--set")
+
+
+def _assign(values: Any, path: Sequence[str], value: Any, origin: str) -> None:
+    """Set the value at a path of keys, and of indices in lists, within plain data; missing sections are made."""
+    for place, part in enumerate(path):
+        above = ".".join(path[:place])
+        if isinstance(values, list) and part not in map(str, range(len(values))):
+            raise ConfigError(
+                f"{origin}: {above} has no element {part!r}",
+                f"it is a list of {len(values)}, counted from 0",
+                f"give the whole list: --set '{above}=[...]'",
+            )
+        if not isinstance(values, dict | list):
+            raise ConfigError(f"{origin}: {above!r} is not a section", remedy=known_keys(()))
+        key: Any = int(part) if isinstance(values, list) else part
+        if place == len(path) - 1:
+            values[key] = value
+        elif isinstance(values, dict) and values.get(part) is None:
+            values[part] = {}
+        values = values[key]
 
 
 _QUOTED = re.compile(r"\"(.*)\"|'(.*)'", re.DOTALL)
@@ -129,8 +142,10 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def _yaml_lines(section: Section, field: str, indent: str) -> list[str]:
-    plain = section.model_dump(mode="json")[field]
-    value = yaml.dump(plain, Dumper=_Dumper, default_flow_style=True, width=10_000)
+    plain, starts = section.model_dump(mode="json")[field], getattr(section, field)
+    if isinstance(starts, StartEpochs) and starts == StartEpochs(first=starts.first, bound=starts.bound):
+        plain = [starts.first, starts.bound]
+    value = yaml.dump(plain, Dumper=_Dumper, default_flow_style=True, sort_keys=False, width=10_000)
     text = f"{indent}{field}: {value.removesuffix(chr(10)).removesuffix('...').strip()}"
     return _commented(f"{text:<{_COMMENT_COLUMN}}", type(section).model_fields[field].description)
 

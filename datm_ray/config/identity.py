@@ -27,6 +27,14 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
         "experts": {"keep_epochs", "test_every"},
     }
     identity = config.model_dump(exclude=left_out)
+    starts = config.distill.start_epochs
+    identity["distill"].pop("start_epochs")
+    identity["distill"] |= {  # the keys of earlier versions, whose runs keep their identity
+        "first_start": starts.first,
+        "start_bound": starts.bound,
+        "final_start_bound": starts.last + 1,
+        "expand_iterations": starts.expand_iterations,
+    }
     for name, default in (("initial", "correct"), ("labels", "soft"), ("gradient_limit", None)):
         if identity["distill"][name] == default:  # keeps the identity of runs made before the key existed
             identity["distill"].pop(name)

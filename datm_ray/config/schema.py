@@ -62,24 +62,15 @@ class RunConfig(Section):
             raise ValueError(
                 f"name is {self.name!r}, which is reserved for a file or folder of the output; choose another name"
             )
-        d = self.distill
-        if d.first_start >= d.start_bound:
-            raise ValueError(f"distill.first_start {d.first_start} is not below distill.start_bound {d.start_bound}")
-        if d.start_bound > d.final_start_bound:
-            raise ValueError(
-                f"distill.start_bound {d.start_bound} exceeds distill.final_start_bound {d.final_start_bound}"
-            )
-        latest = d.final_start_bound - 1 + d.expert_epochs
+        latest = self.latest_matched
         if latest > self.experts.epochs:
             raise ValueError(
-                f"distill.final_start_bound {d.final_start_bound} with expert_epochs {d.expert_epochs} needs epoch "
-                f"{latest}, but experts.epochs is {self.experts.epochs}"
+                f"distill.start_epochs up to {self.distill.start_epochs.last} with expert_epochs "
+                f"{self.distill.expert_epochs} needs epoch {latest}, but experts.epochs is {self.experts.epochs}"
             )
         keep = self.experts.keep_epochs
         if keep is not None and keep < min(latest, self.experts.epochs - 1):
             raise ValueError(f"experts.keep_epochs {keep} leaves out epoch {latest}, which the recipe can match")
-        if d.expand_iterations == 0 and d.start_bound != d.final_start_bound:
-            raise ValueError("distill.expand_iterations is 0, so start_bound must equal final_start_bound")
         if self.cluster.backbones_apart and not self.backbones:
             raise ValueError("cluster.backbones_apart is set, but the recipe has no further network under backbones")
         if self.cluster.auxiliaries_apart and self.metadd is None:
@@ -192,7 +183,7 @@ class RunConfig(Section):
     @property
     def latest_matched(self) -> int:
         """Last epoch of a trajectory that can be a start or a target, inclusive."""
-        return self.distill.final_start_bound - 1 + self.distill.expert_epochs
+        return self.distill.start_epochs.last + self.distill.expert_epochs
 
     @property
     def kept_bound(self) -> int:
@@ -220,7 +211,13 @@ def parse_config(values: Mapping[str, Any], origin: str) -> RunConfig:
         raise _config_error(failure, origin) from None
 
 
-RENAMED = {"distill.overshoot": "distill.gradient_limit"}  # former name
+RENAMED = {
+    "distill.overshoot": "distill.gradient_limit",  # former name
+    "distill.first_start": "distill.start_epochs.first",
+    "distill.start_bound": "distill.start_epochs.bound",
+    "distill.final_start_bound": "distill.start_epochs.final_bound",
+    "distill.expand_iterations": "distill.start_epochs.expand_iterations",
+}
 """Keys of earlier versions and their present names; recipes of saved runs may still have the former."""
 
 
@@ -233,6 +230,8 @@ def _config_error(failure: ValidationError, origin: str) -> ConfigError:
         return ConfigError(f"{origin}: unknown key {key!r}", remedy=known_keys(path))
     if first["type"] == "value_error":
         return ConfigError(f"{origin}: {str(first['msg']).removeprefix('Value error, ')}")
+    if first["type"] == "missing":
+        return ConfigError(f"{origin}: {key} is missing")
     message = str(first["msg"])
     if first["type"] == "model_type":
         message = "input should be a section of keys and values"

@@ -167,6 +167,61 @@ class ExpertConfig(Section):
     """Epochs between measurements of test accuracy (for display only); 0 for none. Only stored epochs have one."""
 
 
+class StartEpochs(Section):
+    """Epochs at which students start. `[5, 30]` means 5 to 29; with keys, the range can grow with the iterations."""
+
+    first: Epoch = 0
+    """Earliest start epoch, inclusive (T- in the paper)."""
+    bound: Count
+    """Upper bound at iteration 0, exclusive (T in the paper)."""
+    final_bound: Count | None = None
+    """Upper bound from iteration `expand_iterations` on, exclusive (T+ in the paper); null: `bound`."""
+    expand_iterations: Annotated[int, Field(ge=0)] = 0
+    """Iterations over which the bound grows; 0 for a fixed range."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pair_is_a_fixed_range(cls, values: object) -> object:
+        if isinstance(values, list | tuple) and len(values) == 2:
+            return {"first": values[0], "bound": values[1]}
+        if isinstance(values, Mapping | cls):
+            return values
+        raise ValueError(
+            f"distill.start_epochs is {values!r}; give two epochs, such as [5, 30] for 5 to 29, or "
+            "{first: 0, bound: 10, final_bound: 20, expand_iterations: 1000}"
+        )
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> StartEpochs:
+        if self.first >= self.bound:
+            raise ValueError(
+                f"distill.start_epochs has no epoch: first {self.first} must be below bound {self.bound}, which is "
+                "exclusive"
+            )
+        if self.last < self.bound - 1:
+            raise ValueError(
+                f"distill.start_epochs.final_bound {self.final_bound} is below bound {self.bound}; the range only grows"
+            )
+        if self.expand_iterations == 0 and self.last >= self.bound:
+            raise ValueError(
+                f"distill.start_epochs.expand_iterations is 0, so the bound cannot grow from {self.bound} to "
+                f"{self.final_bound}"
+            )
+        return self
+
+    @property
+    def last(self) -> int:
+        """Latest start epoch of the whole run, inclusive."""
+        return (self.final_bound or self.bound) - 1
+
+    def upper_bound(self, iteration: int) -> int:
+        """Exclusive upper bound of the start epoch at this iteration."""
+        if self.expand_iterations == 0:
+            return self.bound
+        grown = (self.last + 1 - self.bound) * iteration // self.expand_iterations
+        return min(self.last + 1, self.bound + grown)
+
+
 class DistillConfig(Section):
     """Difficulty-aligned trajectory matching (DATM)."""
 
@@ -180,14 +235,8 @@ class DistillConfig(Section):
     """Epochs from the start to the target on the trajectory (M)."""
     batch_size: Count = 100
     """Synthetic images per student step."""
-    first_start: Epoch = 0
-    """Earliest start epoch, inclusive."""
-    start_bound: Count = 10
-    """Exclusive upper bound of the start epoch at iteration 0."""
-    final_start_bound: Count = 20
-    """Final exclusive bound; equal to start_bound if fixed."""
-    expand_iterations: Annotated[int, Field(ge=0)] = 1000
-    """Iterations over which the bound grows; 0 for a fixed range."""
+    start_epochs: StartEpochs = StartEpochs(bound=10, final_bound=20, expand_iterations=1000)
+    """Epochs at which students start; [0, 20] means 0 to 19."""
     learning_rate_images: Positive = 100.0
     """Learning rate of SGD on the pixels, momentum 0.5."""
     learning_rate_labels: NonNegative = 2.0

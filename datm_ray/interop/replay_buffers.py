@@ -20,8 +20,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from hashlib import sha256
 from itertools import count
+from operator import getitem
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -195,9 +197,12 @@ class _Network:
         if config.latest_matched > epochs:
             span = min(d.expert_epochs, max(1, epochs // 2))
             bound = epochs + 1 - span
-            start = min(d.start_bound, bound) if d.expand_iterations else bound
-            wanted |= {"distill.expert_epochs": span, "distill.final_start_bound": bound, "distill.start_bound": start}
-            wanted["distill.first_start"] = min(d.first_start, start - 1)
+            starts = d.start_epochs
+            start = min(starts.bound, bound) if starts.final_bound else bound
+            wanted |= {"distill.expert_epochs": span, "distill.start_epochs.bound": start}
+            wanted["distill.start_epochs.first"] = min(starts.first, start - 1)
+            if starts.final_bound:
+                wanted["distill.start_epochs.final_bound"] = bound
         if config.network.architecture == "convnet" and config.network.depth and trajectory[0][0].ndim == 4:
             a_block = (len(self._flat.shapes) - 2) // config.network.depth
             wanted["network.width"] = trajectory[0][0].shape[0]
@@ -279,8 +284,7 @@ class _Network:
 
 
 def _value_at(values: dict[str, Any], key: str) -> Any:
-    section, _, field = key.partition(".")
-    return values[section][field]
+    return reduce(getitem, key.split("."), values)
 
 
 def _read(location: Location) -> list[_Trajectory]:

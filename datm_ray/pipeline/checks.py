@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from datm_ray.config import NetworkConfig, RunConfig, run_identity
+from datm_ray.config.schema import RENAMED
 from datm_ray.core.augment import parse_strategy
 from datm_ray.core.networks.parameters import FlatNetwork
 from datm_ray.core.networks.registry import build_network, require_maps
@@ -236,10 +237,11 @@ def differences(earlier: dict[str, Any], now: dict[str, Any], prefix: str = "") 
     keys: list[str] = []
     for key in {**earlier, **now}:
         there, here = (side.get(key, "not set") for side in (earlier, now))
+        name = RENAMED.get(f"{prefix}{key}", f"{prefix}{key}")
         if isinstance(there, dict) and isinstance(here, dict):
             keys += differences(there, here, f"{prefix}{key}.")
         elif isinstance(there, dict) or isinstance(here, dict):
-            keys.append(f"{prefix}{key} ({'set' if isinstance(there, dict) else 'not set'} there)")
+            keys.append(f"{name} ({'set' if isinstance(there, dict) else 'not set'} there)")
         elif there != here:
-            keys.append(f"{prefix}{key} ({there!r} there, {here!r} here)")
+            keys.append(f"{name} ({there!r} there, {here!r} here)")
     return keys

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datm_ray.config import RunConfig
+from datm_ray.config import RunConfig, StartEpochs
 from datm_ray.recipes.published import published, with_auxiliaries
 
 
@@ -21,7 +21,7 @@ def cifar10_ipc1() -> RunConfig:
         learning_rate_images=100.0,
         learning_rate_step_size=1e-7,
         learning_rate_labels=5.0,
-        starts=(0, 4, 4),
+        start_epochs=StartEpochs(bound=4),
         threshold=1.1,
     )
 
@@ -41,8 +41,7 @@ def cifar10_ipc10() -> RunConfig:
         learning_rate_images=100.0,
         learning_rate_step_size=1e-5,
         learning_rate_labels=2.0,
-        starts=(0, 10, 20),
-        expand_iterations=1000,
+        start_epochs=StartEpochs(bound=10, final_bound=20, expand_iterations=1000),
     )
 
 
@@ -61,8 +60,7 @@ def cifar10_ipc50() -> RunConfig:
         learning_rate_images=1000.0,
         learning_rate_step_size=1e-5,
         learning_rate_labels=2.0,
-        starts=(0, 20, 40),
-        expand_iterations=2000,
+        start_epochs=StartEpochs(bound=20, final_bound=40, expand_iterations=2000),
     )
 
 
@@ -77,7 +75,7 @@ def cifar10_ipc500() -> RunConfig:
         learning_rate_images=50.0,
         learning_rate_step_size=1e-5,
         learning_rate_labels=10.0,
-        starts=(40, 60, 60),
+        start_epochs=StartEpochs(first=40, bound=60),
     )
 
 
@@ -92,7 +90,7 @@ def cifar10_ipc1000() -> RunConfig:
         learning_rate_images=50.0,
         learning_rate_step_size=1e-5,
         learning_rate_labels=10.0,
-        starts=(40, 60, 60),
+        start_epochs=StartEpochs(first=40, bound=60),
     )
 
 

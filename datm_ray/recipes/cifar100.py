@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datm_ray.config import RunConfig
+from datm_ray.config import RunConfig, StartEpochs
 from datm_ray.recipes.published import published
 
 
@@ -17,8 +17,7 @@ def cifar100_ipc1() -> RunConfig:
         learning_rate_images=1000.0,
         learning_rate_step_size=1e-5,
         learning_rate_labels=10.0,
-        starts=(0, 10, 20),
-        expand_iterations=1000,
+        start_epochs=StartEpochs(bound=10, final_bound=20, expand_iterations=1000),
         expert_epochs=3,
     )
 
@@ -34,8 +33,7 @@ def cifar100_ipc10() -> RunConfig:
         learning_rate_images=1000.0,
         learning_rate_step_size=1e-5,
         learning_rate_labels=10.0,
-        starts=(0, 30, 50),
-        expand_iterations=2000,
+        start_epochs=StartEpochs(bound=30, final_bound=50, expand_iterations=2000),
     )
 
 
@@ -54,7 +52,7 @@ def cifar100_ipc50() -> RunConfig:
         learning_rate_images=1000.0,
         learning_rate_step_size=1e-5,
         learning_rate_labels=10.0,
-        starts=(20, 70, 70),
+        start_epochs=StartEpochs(first=20, bound=70),
     )
 
 
@@ -69,5 +67,5 @@ def cifar100_ipc100() -> RunConfig:
         learning_rate_images=50.0,
         learning_rate_step_size=1e-5,
         learning_rate_labels=10.0,
-        starts=(30, 70, 70),
+        start_epochs=StartEpochs(first=30, bound=70),
     )

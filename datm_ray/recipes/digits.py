@@ -15,6 +15,7 @@ from datm_ray.config import (
     MetaConfig,
     NetworkConfig,
     RunConfig,
+    StartEpochs,
 )
 
 DIGITS_AUGMENTATION = "crop_scale_rotate"
@@ -26,9 +27,8 @@ networks on 300 synthetic images."""
 
 
 def _digits(
-    ipc: int, *, iterations: int, starts: tuple[int, int], expert_epochs: int, learning_rate_images: float
+    ipc: int, *, iterations: int, starts: StartEpochs, expert_epochs: int, learning_rate_images: float
 ) -> RunConfig:
-    first, bound = starts
     return RunConfig(
         dataset=DatasetConfig(source="digits", normalisation="standard", validation=0.15),
         network=NetworkConfig(width=32, depth=2),
@@ -39,10 +39,7 @@ def _digits(
             student_steps=40,
             expert_epochs=expert_epochs,
             batch_size=50,
-            first_start=first,
-            start_bound=bound,
-            final_start_bound=bound,
-            expand_iterations=0,
+            start_epochs=starts,
             learning_rate_images=learning_rate_images,
             learning_rate_labels=5.0,
             learning_rate_step_size=5e-5,
@@ -58,17 +55,21 @@ def _digits(
 
 def digits_ipc1() -> RunConfig:
     """Real digits, 1 image per class: start epochs 0-9, early. Measured 92.1±1.1 %, all real data 98.9±0.3."""
-    return _digits(1, iterations=500, starts=(0, 10), expert_epochs=3, learning_rate_images=20.0)
+    return _digits(1, iterations=500, starts=StartEpochs(bound=10), expert_epochs=3, learning_rate_images=20.0)
 
 
 def digits_ipc10() -> RunConfig:
     """Real digits, 10 images per class: start epochs 5-29. Measured 98.0±0.7 %, all real data 98.9±0.3."""
-    return _digits(10, iterations=200, starts=(5, 30), expert_epochs=4, learning_rate_images=30.0)
+    return _digits(
+        10, iterations=200, starts=StartEpochs(first=5, bound=30), expert_epochs=4, learning_rate_images=30.0
+    )
 
 
 def digits_ipc30() -> RunConfig:
     """Real digits, 30 images per class: start epochs 10-34, late. Measured 99.0±0.3 %, all real data 98.9±0.3."""
-    return _digits(30, iterations=250, starts=(10, 35), expert_epochs=4, learning_rate_images=30.0)
+    return _digits(
+        30, iterations=250, starts=StartEpochs(first=10, bound=35), expert_epochs=4, learning_rate_images=30.0
+    )
 
 
 def digits16_metadd_ipc1() -> RunConfig:

@@ -10,6 +10,7 @@ from datm_ray.config import (
     MetaConfig,
     NetworkConfig,
     RunConfig,
+    StartEpochs,
 )
 
 LATEST_MATCHED = {"cifar10": 61, "cifar100": 71, "tiny-imagenet": 71}
@@ -26,13 +27,11 @@ def published(
     learning_rate_images: float,
     learning_rate_step_size: float,
     learning_rate_labels: float,
-    starts: tuple[int, int, int],
-    expand_iterations: int = 0,
+    start_epochs: StartEpochs,
     expert_epochs: int = 2,
     threshold: float = 1.0,
 ) -> RunConfig:
-    """Recipe from a row of DATM's table; `starts` is (first, bound at iteration 0, final bound), bounds exclusive."""
-    first, bound, final = starts
+    """Recipe from a row of DATM's table."""
     return RunConfig(
         dataset=DatasetConfig(source=source, validation=0.02),
         network=NetworkConfig(depth=depth),
@@ -46,10 +45,7 @@ def published(
             learning_rate_images=learning_rate_images,
             learning_rate_step_size=learning_rate_step_size,
             learning_rate_labels=learning_rate_labels,
-            first_start=first,
-            start_bound=bound,
-            final_start_bound=final,
-            expand_iterations=expand_iterations,
+            start_epochs=start_epochs,
             threshold=threshold,
         ),
         evaluate=EvaluateConfig(),

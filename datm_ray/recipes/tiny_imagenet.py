@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datm_ray.config import RunConfig
+from datm_ray.config import RunConfig, StartEpochs
 from datm_ray.recipes.published import published, with_auxiliaries
 
 
@@ -17,8 +17,7 @@ def tiny_imagenet_ipc1() -> RunConfig:
         learning_rate_images=10000.0,
         learning_rate_step_size=1e-4,
         learning_rate_labels=10.0,
-        starts=(0, 15, 20),
-        expand_iterations=2000,
+        start_epochs=StartEpochs(bound=15, final_bound=20, expand_iterations=2000),
     )
 
 
@@ -33,7 +32,7 @@ def tiny_imagenet_ipc10() -> RunConfig:
         learning_rate_images=100.0,
         learning_rate_step_size=1e-4,
         learning_rate_labels=10.0,
-        starts=(10, 50, 50),
+        start_epochs=StartEpochs(first=10, bound=50),
     )
 
 
@@ -48,7 +47,7 @@ def tiny_imagenet_ipc50() -> RunConfig:
         learning_rate_images=100.0,
         learning_rate_step_size=1e-4,
         learning_rate_labels=10.0,
-        starts=(40, 70, 70),
+        start_epochs=StartEpochs(first=40, bound=70),
     )
 
 

@@ -20,7 +20,6 @@ from datm_ray.artifact import Artifact
 from datm_ray.report.gallery import CLASSES_SHOWN, data_uri
 from datm_ray.report.runs import Run
 from datm_ray.report.words import count
-from datm_ray.stages.trajectory import difficulty_range
 
 Floats = NDArray[np.float64]
 
@@ -158,18 +157,18 @@ def _loss_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
 
 def _start_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
     starts, skipped = history["history.start"], history["history.skipped"]
-    allowed = difficulty_range(run.config)
+    allowed = run.config.distill.start_epochs
     iteration = history["history.iteration"]
     bounds = np.array([allowed.upper_bound(int(k)) for k in iteration])
     steps = np.flatnonzero(np.diff(bounds)) + 1  # iterations at which the bound changes
-    epochs = np.arange(allowed.lowest, allowed.upper)
+    epochs = np.arange(allowed.first, allowed.last + 1)
     counts = np.array([(starts == epoch).sum() for epoch in epochs])
-    expected = np.array([(1 / (bounds - allowed.lowest))[bounds > epoch].sum() for epoch in epochs])
+    expected = np.array([(1 / (bounds - allowed.first))[bounds > epoch].sum() for epoch in epochs])
 
     def draw(figure: Figure) -> None:
         axes, margin = figure.subplots(1, 2, sharey=True, width_ratios=(4, 1))
         tops, edges = bounds[[0, *steps]] - 0.5, np.array([0, *steps, len(bounds)]) + 0.5
-        axes.stairs(tops, edges, baseline=allowed.lowest - 0.5, fill=True, color="#f1f5fa")
+        axes.stairs(tops, edges, baseline=allowed.first - 0.5, fill=True, color="#f1f5fa")
         axes.stairs(tops, edges, baseline=None, color=MUTED, linewidth=1)
         size = float(np.clip(1200 / len(starts), 1.5, 14))
         for chosen, color in ((~skipped, ACCENT), (skipped, SIGNAL)):
@@ -177,14 +176,14 @@ def _start_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
                 iteration[chosen] + 1, starts[chosen], s=size, color=color, alpha=0.7, linewidths=0, rasterized=True
             )
         axes.set_xlim(0, len(starts))
-        axes.set_ylim(allowed.lowest - 0.5 - 0.04 * len(epochs), allowed.upper - 0.5 + 0.04 * len(epochs))
+        axes.set_ylim(allowed.first - 0.5 - 0.04 * len(epochs), allowed.last + 0.5 + 0.04 * len(epochs))
         axes.set_xlabel("iteration")
         axes.set_ylabel("start epoch")
         axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
         _tidy(axes)
         axes.grid(visible=False)
         margin.barh(epochs, counts, height=0.8, color=PALE)
-        sides = np.append(epochs, allowed.upper) - 0.5
+        sides = np.append(epochs, allowed.last + 1) - 0.5
         margin.stairs(expected, sides, orientation="horizontal", color=MUTED, linewidth=1, baseline=None)
         margin.spines["left"].set_visible(False)
         margin.tick_params(axis="y", length=0, labelleft=False)
@@ -195,7 +194,7 @@ def _start_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
         "Start epochs",
         _svg(draw),
         f"Start epoch of every iteration, between {starts.min()} and {starts.max()}, within the allowed range from "
-        f"{allowed.lowest} to a bound that goes from {bounds[0] - 1} to {bounds[-1] - 1}; at the side, how often each "
+        f"{allowed.first} to a bound that goes from {bounds[0] - 1} to {bounds[-1] - 1}; at the side, how often each "
         "epoch was drawn.",
         "Start epoch of the student in each iteration. The tinted area is the allowed range; at the side, how often "
         "each epoch was drawn, with the expected number as a line.",

@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from datm_ray.config import RunConfig
 from datm_ray.core.networks.parameters import FlatNetwork
 from datm_ray.core.training import Heartbeat
 from datm_ray.errors import StoreError
-from datm_ray.methods.trajectory.difficulty import DifficultyRange, draw_plan
+from datm_ray.methods.trajectory.difficulty import draw_plan
 from datm_ray.methods.trajectory.distillation import Distillation, IterationRecord, Match, MetaTerm, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
@@ -105,9 +104,10 @@ class TrajectoryMatching:
         )
 
     def _origins(self, iteration: int) -> list[Origin]:
-        config, difficulty = self._part.config, difficulty_range(self._part.config)
+        config, allowed = self._part.config, self._part.config.distill.start_epochs
+        starts = range(allowed.first, allowed.upper_bound(iteration))
         plans = [
-            draw_plan(difficulty, config.experts.count, config.seed, iteration, backbone)
+            draw_plan(starts, config.experts.count, config.seed, iteration, backbone)
             for backbone in range(len(config.weights))
         ]
         return [Origin(plan.expert, plan.start) for plan in plans]
@@ -167,7 +167,7 @@ class TrajectoryMatching:
             "skipped_steps": state.skipped,
             "shortened_steps": state.shortened,
             "start_epoch": first.start,
-            "upper_bound": difficulty_range(self._part.config).upper_bound(first.iteration),
+            "upper_bound": self._part.config.distill.start_epochs.upper_bound(first.iteration),
         }
 
     def images_seen(self) -> float:
@@ -198,11 +198,3 @@ class TrajectoryMatching:
                 f"{state.shortened} of {updates} gradients were shortened to distill.gradient_limit, "
                 f"{settings.gradient_limit:g} times the loss: lower distill.learning_rate_images, or raise the limit"
             )
-
-
-def difficulty_range(config: RunConfig) -> DifficultyRange:
-    """The start epochs that the recipe allows."""
-    settings = config.distill
-    return DifficultyRange(
-        settings.first_start, settings.start_bound, settings.final_start_bound, settings.expand_iterations
-    )

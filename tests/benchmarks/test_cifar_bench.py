@@ -33,13 +33,13 @@ def bench() -> ModuleType:
 def test_methods_differ_in_what_is_told_of_them(bench: ModuleType) -> None:
     """Range, labels and initial images; experts and budget are the same."""
     runs = bench.runs_of([1, 10, 50], 2, 3, "dataset={source: cifar10, validation: 0.1}", False)
-    ranges = {"distill.first_start", "distill.start_bound", "distill.final_start_bound", "distill.expand_iterations"}
+    ranges = {f"distill.start_epochs.{key}" for key in ("first", "bound", "final_bound", "expand_iterations")}
     for ipc in (1, 10, 50):
         for datm, mtt in zip(runs[ipc, "datm"], runs[ipc, "mtt"], strict=True):
             changed = {each.split(" ")[0] for each in differences(run_identity(datm), run_identity(mtt))} - {"name"}
             assert {"distill.labels", "distill.initial"} <= changed
             assert changed <= {"distill.labels", "distill.initial", *ranges}
-            assert mtt.distill.final_start_bound == bench.EPOCHS == mtt.experts.epochs
+            assert mtt.distill.start_epochs.last + 1 == bench.EPOCHS == mtt.experts.epochs
             assert datm.distill.ipc == ipc
         for datm, other in zip(runs[ipc, "datm"], runs[ipc, "datm, any first images"], strict=True):
             changed = {each.split(" ")[0] for each in differences(run_identity(datm), run_identity(other))} - {"name"}

@@ -150,8 +150,7 @@ def test_only_what_can_be_matched_is_kept(tmp_path: Path) -> None:
     later = tiny_config(
         "experts.epochs=8",
         "experts.keep_epochs=null",
-        "distill.final_start_bound=6",
-        "distill.start_bound=6",
+        "distill.start_epochs=[0, 6]",
         "name=later",
     )
     with pytest.raises(MissingExpertsError, match=r"later can match epoch 4, which the experts in .* lack"):
@@ -164,8 +163,7 @@ def test_runs_that_share_experts_keep_what_any_of_them_matches(tmp_path: Path) -
     longer = tiny_config(
         "experts.epochs=8",
         "experts.keep_epochs=null",
-        "distill.final_start_bound=6",
-        "distill.start_bound=6",
+        "distill.start_epochs=[0, 6]",
         "name=longer",
     )
     pipeline = Pipeline([short, longer], str(tmp_path))

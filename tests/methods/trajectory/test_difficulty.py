@@ -5,15 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from datm_ray.methods.trajectory.difficulty import DifficultyRange, draw_plan
+from datm_ray.config import StartEpochs
+from datm_ray.methods.trajectory.difficulty import MatchPlan, draw_plan
 
-GROWING = DifficultyRange(lowest=2, initial_upper=6, upper=12, expand_iterations=30)
+GROWING = StartEpochs(first=2, bound=6, final_bound=12, expand_iterations=30)
+
+
+def drawn(experts: int, seed: int, iteration: int) -> MatchPlan:
+    """Plan of one iteration of the growing range."""
+    return draw_plan(range(GROWING.first, GROWING.upper_bound(iteration)), experts, seed, iteration)
 
 
 @pytest.mark.parametrize(("initial", "final", "end"), [(10, 20, 1000), (20, 40, 2000), (30, 50, 2000), (15, 20, 7)])
 def test_upper_bound_is_the_published_one(initial: int, final: int, end: int) -> None:
     """cur + int((max - cur) * it / end), and max from iteration `end` on."""
-    grows = DifficultyRange(0, initial, final, end)
+    grows = StartEpochs(bound=initial, final_bound=final, expand_iterations=end)
     for iteration in range(3 * end):
         published = min(initial + int((final - initial) * iteration / end), final)
         assert grows.upper_bound(iteration) == published
@@ -21,15 +27,16 @@ def test_upper_bound_is_the_published_one(initial: int, final: int, end: int) ->
 
 
 def test_fixed_range_does_not_grow() -> None:
-    """Zero iterations of growth mean the final bound at once."""
-    fixed = DifficultyRange(40, 60, 60, 0)
+    """Without iterations of growth the bound stays, and the last start is one before it."""
+    fixed = StartEpochs(first=40, bound=60)
+    assert (fixed.last, GROWING.last) == (59, 11)
     assert [fixed.upper_bound(iteration) for iteration in (0, 1, 10_000)] == [60, 60, 60]
 
 
 def test_draws_fill_the_current_range_and_never_leave_it() -> None:
     """Every start below the bound comes up, the lowest included and the bound excluded, about equally often."""
     for iterations, bound in ((range(0, 5), 6), (range(15, 20), 9), (range(30, 35), 12)):
-        starts = [draw_plan(GROWING, 4, seed, k).start for seed in range(200) for k in iterations]
+        starts = [drawn(4, seed, k).start for seed in range(200) for k in iterations]
         values, counts = np.unique(starts, return_counts=True)
         assert values.tolist() == list(range(2, bound))
         assert counts.min() > 0.6 * counts.mean()
@@ -37,13 +44,13 @@ def test_draws_fill_the_current_range_and_never_leave_it() -> None:
 
 def test_every_expert_is_visited_once_in_a_sweep() -> None:
     """And each sweep has an order of its own."""
-    sweeps = [[draw_plan(GROWING, 7, 3, 7 * sweep + k).expert for k in range(7)] for sweep in range(6)]
+    sweeps = [[drawn(7, 3, 7 * sweep + k).expert for k in range(7)] for sweep in range(6)]
     assert all(sorted(sweep) == list(range(7)) for sweep in sweeps)
     assert len(set(map(tuple, sweeps))) > 1
 
 
 def test_plan_has_its_pinned_values() -> None:
     """A run can be resumed with a later version only while the same experts and starts are drawn."""
-    plans = [draw_plan(GROWING, 3, 11, k) for k in range(9)]
+    plans = [drawn(3, 11, k) for k in range(9)]
     assert [plan.expert for plan in plans] == [2, 0, 1, 2, 0, 1, 0, 2, 1]
     assert [plan.start for plan in plans] == [4, 2, 2, 4, 3, 2, 4, 2, 5]
