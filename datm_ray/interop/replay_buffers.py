@@ -18,12 +18,11 @@ exported without them. Files are read as data, see `store.torch_files`: nothing 
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from hashlib import sha256
 from itertools import count
-from operator import getitem
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -118,7 +117,9 @@ def _network_of(trajectory: _Trajectory, networks: Sequence[_Network], place: st
     differences = [network.difference(trajectory) for network in networks]
     if None not in differences:
         settings = networks[0].settings_for(trajectory) if len(networks) == 1 else []
-        remedy = " ".join(["give", *(f"--set {each}" for each in settings)]) if settings else _ANOTHER_RECIPE
+        remedy = (
+            " ".join(["give", *(f"--set {shlex.quote(each)}" for each in settings)]) if settings else _ANOTHER_RECIPE
+        )
         raise StoreError(f"{place} does not fit {recipe}", str(differences[0]), remedy)
     return networks[differences.index(None)]
 
@@ -191,18 +192,14 @@ class _Network:
     def settings_for(self, trajectory: _Trajectory) -> list[str]:
         """Settings `section.field=value` with which the trajectory fits the recipe; empty if none are found."""
         config, d = self._config, self._config.distill
-        wanted: dict[str, int] = {}
+        wanted: dict[str, int | str] = {}
         epochs = min(len(trajectory) - 1, config.experts.epochs)
         wanted["experts.epochs"] = epochs
         if config.latest_matched > epochs:
             span = min(d.expert_epochs, max(1, epochs // 2))
             bound = epochs + 1 - span
-            starts = d.start_epochs
-            start = min(starts.bound, bound) if starts.final_bound else bound
-            wanted |= {"distill.expert_epochs": span, "distill.start_epochs.bound": start}
-            wanted["distill.start_epochs.first"] = min(starts.first, start - 1)
-            if starts.final_bound:
-                wanted["distill.start_epochs.final_bound"] = bound
+            wanted |= {"distill.expert_epochs": span}
+            wanted["distill.start_epochs"] = f"[{min(d.start_epochs.first, bound - 1)},{bound}]"
         if config.network.architecture == "convnet" and config.network.depth and trajectory[0][0].ndim == 4:
             a_block = (len(self._flat.shapes) - 2) // config.network.depth
             wanted["network.width"] = trajectory[0][0].shape[0]
@@ -284,7 +281,8 @@ class _Network:
 
 
 def _value_at(values: dict[str, Any], key: str) -> Any:
-    return reduce(getitem, key.split("."), values)
+    section, _, field = key.partition(".")
+    return values[section][field]
 
 
 def _read(location: Location) -> list[_Trajectory]:
