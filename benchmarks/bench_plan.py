@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from facts import common_facts, head, result_path, save
 from PIL import Image
 
-from datm_ray.config import RunConfig, load_config, override, to_yaml
+from datm_ray.config import RunConfig, override, to_yaml
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.planning.duration import Proposal, measured, show_number
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part:
-        config = load_config(str(arguments.runs / "plan.yaml"))
+        config = get_recipe(str(arguments.runs / "plan.yaml"))
         print(json.dumps(PARTS[arguments.part](config, str(arguments.runs / "out"))))
         return
     runs = arguments.runs or Path(tempfile.mkdtemp(prefix="bench-plan-"))

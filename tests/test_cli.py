@@ -327,6 +327,7 @@ def test_recipes_are_listed_and_shown_as_files_that_run(datm_ray: CommandLine, t
     assert {"digits-ipc1", "digits-ipc10", "cifar10-ipc50", "tiny-imagenet-ipc50"} <= set(names)
     shown = datm_ray("recipe", "show", "digits-ipc10")[1]
     (tmp_path / "digits-ipc10.yaml").write_text(shown)
+    assert max(map(len, datm_ray("recipe", "show", "digits16-metadd-ipc1")[1].splitlines())) <= 100
     assert datm_ray("recipe", "show", "digits-ipc10.yaml")[1] == shown[shown.index("\nname:") + 1 :]
 
 

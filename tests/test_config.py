@@ -17,7 +17,6 @@ from datm_ray.config import (
     RunConfig,
     StartEpochs,
     expert_fingerprint,
-    load_config,
     load_config_text,
     load_recipe_of_run,
     network_names,
@@ -28,6 +27,8 @@ from datm_ray.config import (
     stable_hash,
     to_yaml,
 )
+from datm_ray.config.schema import fields_at
+from datm_ray.config.sections import SELDOM
 from datm_ray.errors import ConfigError
 from datm_ray.pipeline.checks import differences
 from datm_ray.recipes import get_recipe, recipe_names
@@ -38,7 +39,7 @@ def refusal(text: str | bytes, folder: Path) -> str:
     path = folder / "my.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError) as caught:
-        load_config(str(path))
+        get_recipe(str(path))
     message = str(caught.value)
     assert message.startswith(str(path))
     assert "\n" not in message
@@ -135,17 +136,17 @@ def test_latest_start_that_still_has_a_target_is_accepted() -> None:
 def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
     """With the operating system's reason."""
     with pytest.raises(ConfigError, match=r"^cannot read .*none\.yaml: No such file or directory\. Check the path\.$"):
-        load_config(str(tmp_path / "none.yaml"))
+        get_recipe(str(tmp_path / "none.yaml"))
     with pytest.raises(ConfigError, match="Is a directory"):
-        load_config(str(tmp_path))
+        get_recipe(str(tmp_path))
 
 
 def test_file_gives_the_run_its_name(tmp_path: Path) -> None:
     """Where the text gives none."""
     (tmp_path / "mine.yaml").write_text("seed: 3")
     (tmp_path / "other.yaml").write_text("name: chosen")
-    assert load_config(str(tmp_path / "mine.yaml")) == RunConfig(name="mine", seed=3)
-    assert load_config(str(tmp_path / "other.yaml")) == RunConfig(name="chosen")
+    assert get_recipe(str(tmp_path / "mine.yaml")) == RunConfig(name="mine", seed=3)
+    assert get_recipe(str(tmp_path / "other.yaml")) == RunConfig(name="chosen")
 
 
 @pytest.mark.parametrize("number", ["1e-5", "1E-5", "1.e-5", "1.0e-05", "0.1e-4", "+1e-5", "10e-6", "0.00001"])
@@ -192,16 +193,97 @@ def test_text_that_looks_like_something_else_survives_yaml(text: str) -> None:
     assert load_config_text(to_yaml(recipe), "test") == recipe
 
 
-def test_yaml_comments_on_every_field() -> None:
-    """Every field and section has a comment, behind or above it, in lines of at most 100 columns beside long values."""
-    config = get_recipe("digits16-metadd-ipc1")
+def test_yaml_comments_on_every_field_within_100_columns() -> None:
+    """Every field and section has a comment behind or above it; elements of lists have lines of their own."""
+    changes = "evaluate.networks=[resnet18, lenet]", "backbones=[{network: vgg11}, {network: {width: 8}}]"
+    config = override(get_recipe("digits16-metadd-ipc1"), changes)
     lines = [line for line in to_yaml(config).splitlines() if line]
+    elements = [line for line in lines if line.strip().startswith("- ") or line.startswith("  weight:")]
+    assert len(elements) == 2 + 2 + 2 * 2
+    lines = [line for line in lines if line not in elements]
     for above, line in itertools.pairwise(["", *lines]):
         assert "# " in line or above.strip().startswith("# "), line
-    sections = [value for value in config.model_dump().values() if isinstance(value, dict)]
+    values = config.model_dump()
+    values["distill"]["start_epochs"] = None
+    sections = [value for value in [*values.values(), values["metadd"]["experts"]] if isinstance(value, dict)]
     keys = [line for line in lines if not line.strip().startswith("# ")]
     assert len(keys) == len(RunConfig.model_fields) + sum(map(len, sections))
-    assert all(len(line) <= 100 for line in lines if "#" in line)
+    assert max(map(len, [*lines, *elements])) <= 100
+    assert load_config_text("\n".join(to_yaml(config).splitlines()), "test") == config
+
+
+def test_usual_keys_come_first() -> None:
+    """Those that few recipes change follow a comment line, section by section."""
+    known = {f"{section}.{field}" for section in RunConfig.model_fields for field in fields_at([section])}
+    assert known >= SELDOM
+    for text in to_yaml(get_recipe("digits16-metadd-ipc1")).split("\n\n")[1:]:
+        usual, marker, seldom = text.partition("# seldom needed:\n")
+        section = usual.split("\n  ")[0].splitlines()[-1].strip().partition(":")[0]
+        assert marker or section == "metadd"  # whose own lines follow those of metadd.experts
+        for part, expected in ((usual, False), (seldom.partition("  variance:")[0], True)):
+            keys = re.findall(r"^ +(\w+): ", part, re.MULTILINE)
+            assert {f"{section}.{key}" in SELDOM for key in keys if f"{section}.{key}" in known} <= {expected}, part
+
+
+def test_shorter_recipes_hold_what_differs_from_their_base(tmp_path: Path) -> None:
+    """Sections are merged; lists and the range of epochs are replaced; the name is the file's own."""
+    birds = "base: digits16-metadd-ipc1\ndataset: {path: birds}\ndistill: {ipc: 3, start_epochs: {bound: 4}}\n"
+    (tmp_path / "birds.yaml").write_text(birds + "metadd: {auxiliaries: [mlp], experts: {epochs: 30}}\n")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "owls.yaml").write_text("base: ../birds.yaml\nseed: 5\nmetadd: null\nnetwork: lenet\n")
+    changes = ["name=birds", "dataset.path=birds", "distill.ipc=3", "distill.start_epochs=[0,4]"]
+    changes += ["metadd.auxiliaries=[{architecture: mlp}]", "metadd.experts.epochs=30"]
+    found = get_recipe(str(tmp_path / "birds.yaml"))
+    assert found == override(get_recipe("digits16-metadd-ipc1"), changes)
+    owls = get_recipe(str(tmp_path / "more" / "owls.yaml"))
+    assert owls == override(found, ["name=owls", "seed=5", "metadd=null", "network=lenet"])
+    assert load_config_text(to_yaml(owls), "test") == owls
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("base: digits-icp1", ": base: unknown recipe 'digits-icp1'. Did you mean 'digits-ipc1'?"),
+        ("base: none.yaml", "base: cannot read {folder}/none.yaml: No such file or directory. Check the path."),
+        ("base: ./my.yaml", ": base: {folder}/./my.yaml is a base of itself. Remove one `base:` of these files."),
+        ("base: other.yaml", ": base: {folder}/other.yaml: base: {folder}/my.yaml is a base of itself. Remove one"),
+        ("base: wrong.yaml", ": base: {folder}/wrong.yaml: unknown key 'sed'. Did you mean 'seed'?"),
+        ("base: [digits-ipc1]", ": base is ['digits-ipc1']. Give a packaged recipe's name or a YAML file."),
+        ("base:", ": base is None. Give a packaged recipe's name"),
+        ("base: digits-ipc1\nsed: 3", ": unknown key 'sed'. Did you mean 'seed'?"),
+        ("base: digits-ipc1\ndistill: 3", ": distill is 3: input should be a section"),
+    ],
+)
+def test_base_that_cannot_be_found_is_refused_in_one_line(text: str, expected: str, tmp_path: Path) -> None:
+    """The line names each file on the way to the fault."""
+    (tmp_path / "other.yaml").write_text("base: my.yaml")
+    (tmp_path / "wrong.yaml").write_text("sed: 3")
+    assert expected.format(folder=tmp_path) in refusal(text, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "expected"),
+    [
+        (["evaluate.networks=[resnet18,vgg11]"], "evaluate.networks.1.architecture", "vgg11"),
+        (["evaluate.networks=[{architecture: resnet18, width: 16}, mlp]"], "evaluate.networks.0.width", 16),
+        (["evaluate.networks=[mlp, lenet]", "evaluate.networks.1=vgg11"], "evaluate.networks.1.architecture", "vgg11"),
+        (["metadd.auxiliaries.1.width=64"], "metadd.auxiliaries.1.width", 64),
+        (["metadd.auxiliaries.1.architecture=lenet"], "metadd.auxiliaries.0.architecture", "resnet18"),
+        (["backbones=[{network: lenet}]", "backbones.0.weight=2"], "backbones.0.weight", 2.0),
+        (["backbones=[{network: lenet}]", "backbones.0.network=vgg11"], "backbones.0.network.architecture", "vgg11"),
+        (["network=lenet"], "network.width", 128),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_lists_and_sections_can_be_overridden(changes: list[str], key: str, expected: object) -> None:
+    """A whole list, one of its elements, or a value in an element; a name stands for a network."""
+    config = override(get_recipe("digits16-metadd-ipc1"), changes)
+    found: Any = config.model_dump()
+    for part in key.split("."):
+        found = found[int(part) if part.isdigit() else part]
+    assert found == expected
+    (size,) = {len(networks.auxiliaries) for networks in (config.metadd,) if networks}
+    assert size == 2
 
 
 def test_overrides_replace_single_values() -> None:
@@ -223,6 +305,17 @@ def test_overrides_replace_single_values() -> None:
         ("nowhere.ipc=3", "unknown key 'nowhere'"),
         (".=3", "unknown key ''"),
         ("seed.x=3", "'seed' is not a section. Known keys: name, seed, dataset"),
+        ("seed.0=3", "'seed' is not a section"),
+        ("backbones.0.weight=2", "backbones has no element '0'. It is a list of length 0, counted from 0. Give"),
+        (
+            "evaluate.networks.first=mlp",
+            "evaluate.networks has no element 'first'. It is a list of length 0, counted from 0",
+        ),
+        ("evaluate.networks.-1.width=3", "evaluate.networks has no element '-1'"),
+        ("evaluate.networks=mlp", "evaluate.networks is 'mlp': input should be a list: [...]"),
+        ("evaluate.networks=[mlp, 3]", "evaluate.networks.1 is 3: input should be a section of keys and values"),
+        ("backbones=[{weight: 2}]", "backbones.0.network is missing"),
+        ("backbones=[{netwrok: mlp}]", "Did you mean 'backbones.0.network'?"),
         ("distill.ipc=many", "distill.ipc is 'many': input should be a valid integer"),
         ("distill.threshold=nan", "distill.threshold is 'nan'"),
         ("distill.ipc=[1", "not valid YAML"),
@@ -506,4 +599,4 @@ def test_a_file_s_name_becomes_a_run_s_name(tmp_path: Path) -> None:
     """A name with blanks is no mistake of the recipe."""
     for name, expected in (("my recipe (1)", "my-recipe-1"), ("a=b", "a-b"), ("[é]", "run"), ("null", "null")):
         (tmp_path / f"{name}.yaml").write_text("seed: 3")
-        assert load_config(str(tmp_path / f"{name}.yaml")).name == expected
+        assert get_recipe(str(tmp_path / f"{name}.yaml")).name == expected

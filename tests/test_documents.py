@@ -96,6 +96,21 @@ def test_commands_exist(place: str, words: list[str]) -> None:
         override(get_recipe("digits-ipc1" if is_file else recipe), values.get("set_") or [])
 
 
+def test_shown_recipes_are_recipes(tmp_path: Path) -> None:
+    """Every YAML block with a `base` in a document is a file that `run` takes, in README and docs at least."""
+    shown = [
+        (place, text)
+        for place in DOCUMENTS
+        for text in re.findall(r"^```yaml\n(base: .*?)^```$", place.read_text(), re.MULTILINE | re.DOTALL)
+    ]
+    assert {place.name for place, _ in shown} >= {"README.md", "your-images.md"}
+    for place, text in shown:
+        (tmp_path / "birds.yaml").write_text(text)
+        config = get_recipe(str(tmp_path / "birds.yaml"))
+        assert (config.name, config.dataset.source, config.network.depth) == ("birds", "folder", None), place
+        assert len(text.splitlines()) <= 5
+
+
 @pytest.mark.parametrize(("place", "words"), mentioned_commands(), ids=named)
 def test_mentioned_commands_exist(place: str, words: list[str]) -> None:
     """Also those that a sentence names without all that they need."""

@@ -33,7 +33,7 @@ from PIL import Image, features
 
 from datm_ray.artifact import KIND, export, load, save_artifact
 from datm_ray.cli.stores import _expert_lines
-from datm_ray.config import load_config, to_yaml
+from datm_ray.config import to_yaml
 from datm_ray.core.experts import ExpertState
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.data import Transform, fit_transform, load_raw, parquet
@@ -42,6 +42,7 @@ from datm_ray.interop.replay_buffers import _read
 from datm_ray.methods.trajectory.distillation import Distillation, IterationRecord, LearningRates, Limits
 from datm_ray.monitor.spent import Spent
 from datm_ray.pipeline.folder import DATA, DataNote
+from datm_ray.recipes import get_recipe
 from datm_ray.stages.checkpoint import CHECKPOINT, PARTS, Rows, load_checkpoint, read_curves
 from datm_ray.stages.evaluate import _Result
 from datm_ray.stages.expert_progress import ExpertProgress
@@ -261,7 +262,7 @@ KINDS = {
     ),
     "result": json_kind(RESULT, lambda p: _Result.read(open_location(str(p)))),
     "experts' cost": json_kind(COSTS, lambda p: read_experts_cost(open_location(str(p.parent)))),
-    "recipe": Kind(write_recipe, lambda path: load_config(str(path)), exact=False, count=40),
+    "recipe": Kind(write_recipe, lambda path: get_recipe(str(path)), exact=False, count=40),
     "replay buffer": Kind(write_buffer, lambda path: _read(open_location(str(path)))),
     "parquet": Kind(write_parquet, lambda path: pixels("parquet", path), exact=False),
     "zip": Kind(write_zip, lambda path: pixels("folder", path), exact=False, count=100),

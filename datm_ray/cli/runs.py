@@ -265,14 +265,17 @@ def recipe_show(
 ) -> None:
     """Print a recipe as YAML, with a comment on every field.
 
-    The output is a starting point for your own file.
+    A file of your own needs only `base: NAME` and the values that differ.
     """
+    import textwrap
+
     from datm_ray.config import to_yaml
     from datm_ray.recipes import recipe_names, recipe_notes
 
     config = config_of(name, set_)
     if name in recipe_names():
-        print("\n".join(f"# {line}".rstrip() for line in recipe_notes(name).splitlines()))
+        comment = textwrap.TextWrapper(100, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
+        print("\n#\n".join(comment.fill(paragraph) for paragraph in recipe_notes(name).split("\n\n")))
     print(to_yaml(config), end="")
 
 

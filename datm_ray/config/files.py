@@ -8,20 +8,23 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel
 
-from datm_ray.config.schema import RENAMED, RunConfig, known_keys, parse_config, section_of
-from datm_ray.config.sections import Section, StartEpochs
+from datm_ray.config.schema import RENAMED, RunConfig, fields_at, known_keys, parse_config
+from datm_ray.config.sections import SELDOM, Section, StartEpochs
 from datm_ray.errors import ConfigError
 
 
-def load_config(path: str) -> RunConfig:
+def load_config(path: str, base_of: Callable[[str], RunConfig]) -> RunConfig:
     """Read a run's YAML file.
+
+    Args:
+        path: the file; without a key `name`, it gives the run its name.
+        base_of: finds the recipe that the file's key `base` names.
 
     Raises:
         ConfigError: the file is missing, not YAML, or not a valid configuration.
@@ -33,7 +36,7 @@ def load_config(path: str) -> RunConfig:
         raise ConfigError(f"cannot read {path}: {failure.strerror}", remedy="check the path") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not a text file", remedy="give a recipe's name or a YAML file") from None
-    return load_config_text(text, path, default_name=_plain_name(Path(path).stem))
+    return load_config_text(text, path, _plain_name(Path(path).stem), base_of)
 
 
 def _plain_name(stem: str) -> str:
@@ -41,14 +44,34 @@ def _plain_name(stem: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._") or "run"
 
 
-def load_config_text(text: str, origin: str, default_name: str = "run") -> RunConfig:
+def load_config_text(
+    text: str, origin: str, default_name: str = "run", base_of: Callable[[str], RunConfig] | None = None
+) -> RunConfig:
     """Read a run's configuration from YAML text.
 
     Args:
         origin: name of the source in messages.
         default_name: name of the run if the text gives none.
+        base_of: finds the recipe that the key `base` names; None if the text may have no such key.
     """
-    return parse_config({"name": default_name, **_read_sections(text, origin)}, origin)
+    values = {"name": default_name, **_read_sections(text, origin)}
+    if base_of is not None and "base" in values:
+        name = values.pop("base")
+        if not isinstance(name, str):
+            raise ConfigError(f"{origin}: base is {name!r}", remedy="give a packaged recipe's name or a YAML file")
+        try:
+            base = base_of(name)
+        except ConfigError as failure:
+            raise ConfigError(f"{origin}: base: {failure.fact}", failure.cause, failure.remedy) from None
+        values = _merged(base.model_dump(mode="json"), values)
+    return parse_config(values, origin)
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Plain data of a recipe with changes: sections are merged key by key, lists and start_epochs are replaced."""
+    alike = [key for key, value in changes.items() if isinstance(value, dict) and isinstance(base.get(key), dict)]
+    merged = {key: _merged(base[key], changes[key]) for key in alike if key != "start_epochs"}
+    return base | changes | merged
 
 
 def load_recipe_of_run(text: str, origin: str) -> RunConfig:
@@ -102,7 +125,7 @@ def _assign(values: Any, path: Sequence[str], value: Any, origin: str) -> None:
         if isinstance(values, list) and part not in map(str, range(len(values))):
             raise ConfigError(
                 f"{origin}: {above} has no element {part!r}",
-                f"it is a list of {len(values)}, counted from 0",
+                f"it is a list of length {len(values)}, counted from 0",
                 f"give the whole list: --set '{above}=[...]'",
             )
         if not isinstance(values, dict | list):
@@ -120,48 +143,48 @@ _QUOTED = re.compile(r"\"(.*)\"|'(.*)'", re.DOTALL)
 
 def _takes_text(path: Sequence[str]) -> bool:
     """True if the field at this path takes any text; then `a #1` or `1e3` stay what they are."""
-    model: type[BaseModel] | None = RunConfig
-    for section in path[:-1]:
-        field = model.model_fields.get(section) if model else None
-        model = section_of(field.annotation) if field else None
-    field = model.model_fields.get(path[-1]) if model else None
+    field = fields_at(path[:-1]).get(path[-1])
     return field is not None and str in (field.annotation, *get_args(field.annotation))
 
 
 def to_yaml(config: RunConfig) -> str:
     """YAML text of the configuration with a comment for every field, readable by `load_config`."""
-    lines: list[str] = []
-    for name in RunConfig.model_fields:
-        value = getattr(config, name)
-        if not isinstance(value, Section):
-            lines += _yaml_lines(config, name, "")
+    return "\n".join(_section_lines(config, "", "")) + "\n"
+
+
+def _section_lines(section: Section, heading: str, indent: str) -> Iterator[str]:
+    """Lines of a section's fields: the usual ones, then those in `SELDOM` below a comment."""
+    fields, plain = type(section).model_fields, section.model_dump(mode="json")
+    seldom = [name for name in fields if f"{heading}.{name}" in SELDOM]
+    for name in sorted(fields, key=seldom.__contains__):
+        if seldom[:1] == [name]:
+            yield f"{indent}# seldom needed:"
+        value = getattr(section, name)
+        if isinstance(value, Section) and not isinstance(value, StartEpochs):
+            yield from ("", *_commented(f"{indent}{name}:", type(value).__doc__))
+            yield from _section_lines(value, name, f"{indent}  ")
             continue
-        lines += ["", *_commented(f"{name}:", type(value).__doc__)]
-        lines += [line for field in type(value).model_fields for line in _yaml_lines(value, field, "  ")]
-    return "\n".join(lines) + "\n"
-
-
-def _yaml_lines(section: Section, field: str, indent: str) -> list[str]:
-    plain, starts = section.model_dump(mode="json")[field], getattr(section, field)
-    if isinstance(starts, StartEpochs) and starts == StartEpochs(first=starts.first, bound=starts.bound):
-        plain = [starts.first, starts.bound]
-    value = yaml.dump(plain, Dumper=_Dumper, default_flow_style=True, sort_keys=False, width=10_000)
-    text = f"{indent}{field}: {value.removesuffix(chr(10)).removesuffix('...').strip()}"
-    return _commented(f"{text:<{_COMMENT_COLUMN}}", type(section).model_fields[field].description)
+        if isinstance(value, StartEpochs) and value == StartEpochs(first=value.first, bound=value.bound):
+            plain[name] = [value.first, value.bound]
+        flow = None if isinstance(plain[name], dict | list) else False  # None: the innermost lists and sections
+        text = yaml.dump({name: plain[name]}, None, _Dumper, default_flow_style=flow, sort_keys=False, width=_COLUMNS)
+        yield from _commented(
+            f"{textwrap.indent(text.rstrip(chr(10)), indent):<{_COMMENT_COLUMN}}", fields[name].description
+        )
 
 
 def _commented(text: str, comment: str | None) -> list[str]:
-    """A line of YAML with its comment behind it, or on lines above it if that would be too long."""
+    """YAML text with its comment behind it, or on lines above it if that would be too long."""
     comment = " ".join((comment or "").split())
     line = f"{text}  # {comment}"
-    if len(line) <= _YAML_COLUMNS:
+    if len(line) <= _COLUMNS and "\n" not in text:
         return [line]
     above = " " * (len(text) - len(text.lstrip())) + "# "
-    wrapped = textwrap.wrap(comment, _YAML_COLUMNS, initial_indent=above, subsequent_indent=above)
+    wrapped = textwrap.wrap(comment, _COLUMNS, initial_indent=above, subsequent_indent=above)
     return [*wrapped, text.rstrip()]
 
 
-_COMMENT_COLUMN, _YAML_COLUMNS = 34, 100
+_COMMENT_COLUMN, _COLUMNS = 34, 100
 
 
 class _Loader(yaml.SafeLoader):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from datm_ray.config.sections import (
     BackboneConfig,
@@ -17,6 +18,7 @@ from datm_ray.config.sections import (
     EvaluateConfig,
     ExpertConfig,
     MetaConfig,
+    NamedNetwork,
     NetworkConfig,
     Section,
 )
@@ -45,7 +47,7 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of all random numbers, 0 to 2^63 - 1."""
     dataset: DatasetConfig = DatasetConfig()
-    network: NetworkConfig = NetworkConfig()
+    network: NamedNetwork = NetworkConfig()
     backbones: Annotated[tuple[BackboneConfig, ...], Field(strict=False)] = ()
     """Further networks to match at the same time, each `{network: {...}, weight: 1.0}`. Evaluation uses
     the first network alone."""
@@ -243,20 +245,24 @@ def _config_error(failure: ValidationError, origin: str) -> ConfigError:
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
     """Class of the section that a field holds, alone or in a list; None if it holds no section."""
-    kinds = (annotation, *get_args(annotation))
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(section_of, get_args(annotation))), None)
+
+
+def fields_at(path: Sequence[str]) -> dict[str, FieldInfo]:
+    """Fields of the section at a path of keys and indices; empty if no section is there."""
+    fields = dict(RunConfig.model_fields)
+    for part in path:
+        if not part.isdigit():  # index in a list of sections
+            section = section_of(fields[part].annotation) if part in fields else None
+            fields = dict(section.model_fields) if section else {}
+    return fields
 
 
 def known_keys(path: Sequence[str]) -> str:
     """Remedy for an unknown key: the nearest existing key, or all keys of its section."""
-    fields = dict(RunConfig.model_fields)
-    for part in path[:-1]:
-        if part.isdigit():  # index in a list of sections
-            continue
-        section = section_of(fields[part].annotation) if part in fields else None
-        if section is None:
-            break
-        fields = dict(section.model_fields)
+    fields = fields_at(path[:-1])
     if ".".join(path) in RENAMED:
         return f"its new name is {RENAMED['.'.join(path)]!r}"
     near = difflib.get_close_matches(path[-1], fields, n=1) if path else []

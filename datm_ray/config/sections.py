@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from datm_ray.errors import ConfigError
 
@@ -125,10 +125,18 @@ class NetworkConfig(Section):
         return self.model_copy(update={"depth": depth_for(self.architecture, size)})
 
 
+def _architecture(value: object) -> object:
+    return {"architecture": value} if isinstance(value, str) else value
+
+
+NamedNetwork = Annotated[NetworkConfig, BeforeValidator(_architecture)]
+"""A network, for which a recipe may give the name of its architecture alone."""
+
+
 class BackboneConfig(Section):
     """A further network that is matched together with the first, against experts of its own."""
 
-    network: NetworkConfig
+    network: NamedNetwork
     """The network; its experts are trained like those of the first network."""
     weight: Positive = 1.0
     """Weight of this network's matching loss; the first network has weight 1."""
@@ -280,8 +288,8 @@ class AuxiliaryExpertConfig(ExpertConfig):
 class MetaConfig(Section):
     """MetaDD: losses on class activation maps, for sets that work on other networks."""
 
-    auxiliaries: Annotated[tuple[NetworkConfig, ...], Field(strict=False, min_length=1, max_length=16)]
-    """Architectures beside the first network, such as `[{architecture: resnet18}]`."""
+    auxiliaries: Annotated[tuple[NamedNetwork, ...], Field(strict=False, min_length=1, max_length=16)]
+    """Architectures beside the first network, such as `[resnet18, {architecture: vgg11, width: 16}]`."""
     experts: AuxiliaryExpertConfig = AuxiliaryExpertConfig()
     """Training of the auxiliaries; only their last epoch is used."""
     variance: NonNegative = 1.0
@@ -317,7 +325,7 @@ class EvaluateConfig(Section):
     """published: 1001 epochs, learning rate divided by 10 halfway. short: 500 epochs. quick: 20, a trial."""
     seeds: Count = 5
     """Fresh networks per row of the table."""
-    networks: Annotated[tuple[NetworkConfig, ...], Field(strict=False, max_length=64)] = ()
+    networks: Annotated[tuple[NamedNetwork, ...], Field(strict=False, max_length=64)] = ()
     """Architectures to score the set on as well, each with the learned and with a tuned step size."""
     optimiser: Literal["sgd", "adamw"] = "sgd"
     """adamw: for networks that SGD does not train (transformers); its step size is always tuned."""
@@ -328,6 +336,23 @@ class EvaluateConfig(Section):
     augmentation: str = PUBLISHED_AUGMENTATION
     """DSA operations during evaluation."""
 
+
+SELDOM = frozenset(
+    f"{section}.{field}"
+    for section, fields in {
+        "dataset": "normalisation validation",
+        "network": "norm pooling",
+        "experts": "momentum weight_decay rho alpha adaptive keep_epochs storage test_every",
+        "distill": "learning_rate_step_size initial labels gradient_limit validate_every validation_seeds "
+        "checkpoint_every",
+        "metadd": "divergence variance_of threshold",
+        "evaluate": "optimiser real_epochs fair augmentation",
+        "cluster": "threads_per_worker device compile experts_at_a_time backbones_apart auxiliaries_apart "
+        "channels_last peer_timeout wait_for_nodes retries",
+    }.items()
+    for field in fields.split()
+)
+"""Keys `section.field` that few recipes change; `recipe show` prints them last in their section."""
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b|([kmgt]))?\s*", re.IGNORECASE)
 

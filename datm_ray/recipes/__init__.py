@@ -15,7 +15,8 @@ import inspect
 import os
 from collections.abc import Callable
 
-from datm_ray.config import RunConfig, load_config
+from datm_ray.config import RunConfig
+from datm_ray.config.files import load_config
 from datm_ray.errors import ConfigError
 from datm_ray.recipes import cifar10, cifar100, digits, tiny_imagenet
 
@@ -36,12 +37,27 @@ def recipe_names() -> list[str]:
 def get_recipe(name: str) -> RunConfig:
     """Packaged recipe of this name, or the recipe in a file if the name ends in .yaml or .yml or contains a "/".
 
+    A file with the key `base` holds only what differs from that recipe. The key is such a name, or a path relative to
+    the file.
+
     Raises:
-        ConfigError: the recipe does not exist, or the file holds no recipe.
+        ConfigError: the recipe or its base does not exist, or the file holds no recipe.
     """
-    if name.endswith((".yaml", ".yml")) or os.sep in name:
-        return load_config(name)
-    return _lookup(name)().model_copy(update={"name": name})
+    return _find(name, ())
+
+
+def _find(name: str, below: tuple[str, ...]) -> RunConfig:
+    """Recipe of this name, which is the base of the files `below`."""
+    if not _is_file(name):
+        return _lookup(name)().model_copy(update={"name": name})
+    path, folder = os.path.realpath(name), os.path.dirname(name)
+    if path in below:
+        raise ConfigError(f"{name} is a base of itself", remedy="remove one `base:` of these files")
+    return load_config(name, lambda base: _find(os.path.join(folder, base) if _is_file(base) else base, (*below, path)))
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml")) or os.sep in name
 
 
 def recipe_notes(name: str) -> str:

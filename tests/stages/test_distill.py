@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from datm_ray.artifact import Artifact, load
-from datm_ray.config import RunConfig, load_config, to_yaml
+from datm_ray.config import RunConfig, to_yaml
 from datm_ray.errors import ConfigError, CorruptFileError, RunDirectoryError
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
+from datm_ray.recipes import get_recipe
 from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, SerialExecutor, WorkerRank
 from datm_ray.runtime.mesh import Alone
 from datm_ray.stages import checkpoint
@@ -40,7 +41,7 @@ TWO_NETWORKS = "backbones=[{network: {width: 3, depth: 2, norm: group}, weight: 
 def as_rank(config_file: str, out: str, worker_rank: WorkerRank, stop_at: int | None) -> None:
     """One process of the mesh."""
     torch.set_num_threads(1)
-    config = load_config(config_file)
+    config = get_recipe(config_file)
     pipeline = Pipeline([config], out)
     worker = DistillWorker(pipeline.runs.dataset(config.dataset), config.cluster)
     arguments = (config, pipeline.store_uri, str(Path(out, config.name)))
