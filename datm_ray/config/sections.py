@@ -6,12 +6,10 @@ tests/test_config.py.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, TypeAdapter, model_validator
 
 from datm_ray.errors import ConfigError
 
@@ -354,7 +352,7 @@ SELDOM = frozenset(
 )
 """Keys `section.field` that few recipes change; `recipe show` prints them last in their section."""
 
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b|([kmgt]))?\s*", re.IGNORECASE)
+_SIZE: TypeAdapter[ByteSize] = TypeAdapter(Annotated[ByteSize, Field(ge=1)])
 
 
 def parse_bytes(text: str) -> int:
@@ -363,16 +361,21 @@ def parse_bytes(text: str) -> int:
     Raises:
         ConfigError: the text is no size, or the size is less than one byte.
     """
-    match = _SIZE.fullmatch(text)
-    size = 0
-    if match:
-        number, prefix, binary, short = match.groups()
-        power = " kmgt".index((prefix or short or " ").lower())
-        value = float(number) * (1024 if binary else 1000) ** power
-        size = int(value) if math.isfinite(value) else 0
-    if size < 1:
-        raise ConfigError(f"invalid size {text!r}", remedy="use a number with a unit, such as 8GiB or 512MiB")
-    return size
+    try:
+        return int(_SIZE.validate_python(text))
+    except ValueError:
+        raise ConfigError(f"invalid size {text!r}", remedy="use a number with a unit, such as 8GiB or 512MiB") from None
+
+
+def _require_size(value: object) -> object:
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)  # YAML reads a plain number of bytes as an integer
+    if isinstance(value, str):
+        try:
+            parse_bytes(value)
+        except ConfigError as failure:
+            raise ValueError(f"cluster.memory: {failure}") from None
+    return value
 
 
 class ClusterConfig(Section):
@@ -396,7 +399,7 @@ class ClusterConfig(Section):
     """Give every network under `backbones` workers of its own."""
     auxiliaries_apart: bool = False
     """Give every auxiliary of metadd workers of its own."""
-    memory: str | None = None
+    memory: Annotated[str | None, BeforeValidator(_require_size)] = None
     """Memory per distilling worker, such as 8GiB; null: all free."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """Products in the student step; tf32 and bfloat16 need a GPU."""
@@ -411,18 +414,6 @@ class ClusterConfig(Section):
     """Restarts in a row, without progress, after lost workers."""
     log_to: Literal["none", "tensorboard", "wandb"] = "none"
     """Curves beside Ray's metrics: tensorboard writes to <out>/tensorboard. Either must be installed."""
-
-    @field_validator("memory", mode="before")
-    @classmethod
-    def _memory_is_a_size(cls, value: Any) -> Any:
-        if isinstance(value, int) and not isinstance(value, bool):
-            value = str(value)  # YAML reads a plain number of bytes as an integer
-        if isinstance(value, str):
-            try:
-                parse_bytes(value)
-            except ConfigError as failure:
-                raise ValueError(f"cluster.memory: {failure}") from None
-        return value
 
     @property
     def memory_bytes(self) -> int | None:

@@ -51,6 +51,7 @@ def plan_of(config: RunConfig) -> DistillationPlan:
         ("100kB", 100_000),
         ("4096", 4096),
         ("4096B", 4096),
+        ("8PiB", 2**53),
     ],
 )
 def test_sizes_are_read(text: str, size: int) -> None:
