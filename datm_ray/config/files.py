@@ -36,7 +36,20 @@ def load_config(path: str, base_of: Callable[[str], RunConfig]) -> RunConfig:
         raise ConfigError(f"cannot read {path}: {failure.strerror}", remedy="check the path") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not a text file", remedy="give a recipe's name or a YAML file") from None
-    return load_config_text(text, path, _plain_name(Path(path).stem), base_of)
+    values = {"name": _plain_name(Path(path).stem), **_read_sections(text, path)}
+    if "base" in values:
+        values = _merged(_base(values.pop("base"), base_of, path), values)
+    return parse_config(values, path)
+
+
+def _base(name: object, base_of: Callable[[str], RunConfig], origin: str) -> dict[str, Any]:
+    """Plain data of the recipe that the key `base` names; errors name the file that has the key."""
+    if not isinstance(name, str):
+        raise ConfigError(f"{origin}: base is {name!r}", remedy="give a packaged recipe's name or a YAML file")
+    try:
+        return base_of(name).model_dump(mode="json")
+    except ConfigError as failure:
+        raise ConfigError(f"{origin}: base: {failure.fact}", failure.cause, failure.remedy) from None
 
 
 def _plain_name(stem: str) -> str:
@@ -44,27 +57,9 @@ def _plain_name(stem: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._") or "run"
 
 
-def load_config_text(
-    text: str, origin: str, default_name: str = "run", base_of: Callable[[str], RunConfig] | None = None
-) -> RunConfig:
-    """Read a run's configuration from YAML text.
-
-    Args:
-        origin: name of the source in messages.
-        default_name: name of the run if the text gives none.
-        base_of: finds the recipe that the key `base` names; None if the text may have no such key.
-    """
-    values = {"name": default_name, **_read_sections(text, origin)}
-    if base_of is not None and "base" in values:
-        name = values.pop("base")
-        if not isinstance(name, str):
-            raise ConfigError(f"{origin}: base is {name!r}", remedy="give a packaged recipe's name or a YAML file")
-        try:
-            base = base_of(name)
-        except ConfigError as failure:
-            raise ConfigError(f"{origin}: base: {failure.fact}", failure.cause, failure.remedy) from None
-        values = _merged(base.model_dump(mode="json"), values)
-    return parse_config(values, origin)
+def load_config_text(text: str, origin: str) -> RunConfig:
+    """Read a run's configuration, without a base, from YAML text; `origin` names its source in messages."""
+    return parse_config(_read_sections(text, origin), origin)
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -155,7 +150,7 @@ def to_yaml(config: RunConfig) -> str:
 def _section_lines(section: Section, heading: str, indent: str) -> Iterator[str]:
     """Lines of a section's fields: the usual ones, then those in `SELDOM` below a comment."""
     fields, plain = type(section).model_fields, section.model_dump(mode="json")
-    seldom = [name for name in fields if f"{heading}.{name}" in SELDOM]
+    seldom = [name for name in fields if name in SELDOM.get(heading, "").split()]
     for name in sorted(fields, key=seldom.__contains__):
         if seldom[:1] == [name]:
             yield f"{indent}# seldom needed:"

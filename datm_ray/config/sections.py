@@ -199,14 +199,10 @@ class StartEpochs(Section):
 
     @model_validator(mode="after")
     def _bounds_are_in_order(self) -> StartEpochs:
-        if self.first >= self.bound:
+        if not self.first < self.bound <= self.last + 1:
             raise ValueError(
-                f"distill.start_epochs has no epoch: first {self.first} must be below bound {self.bound}, which is "
-                "exclusive"
-            )
-        if self.last < self.bound - 1:
-            raise ValueError(
-                f"distill.start_epochs.final_bound {self.final_bound} is below bound {self.bound}; the range only grows"
+                f"distill.start_epochs needs first < bound <= final_bound, but has {self.first}, {self.bound} and "
+                f"{self.last + 1}; bounds are exclusive"
             )
         if self.expand_iterations == 0 and self.last >= self.bound:
             raise ValueError(
@@ -335,22 +331,17 @@ class EvaluateConfig(Section):
     """DSA operations during evaluation."""
 
 
-SELDOM = frozenset(
-    f"{section}.{field}"
-    for section, fields in {
-        "dataset": "normalisation validation",
-        "network": "norm pooling",
-        "experts": "momentum weight_decay rho alpha adaptive keep_epochs storage test_every",
-        "distill": "learning_rate_step_size initial labels gradient_limit validate_every validation_seeds "
-        "checkpoint_every",
-        "metadd": "divergence variance_of threshold",
-        "evaluate": "optimiser real_epochs fair augmentation",
-        "cluster": "threads_per_worker device compile experts_at_a_time backbones_apart auxiliaries_apart "
-        "channels_last peer_timeout wait_for_nodes retries",
-    }.items()
-    for field in fields.split()
-)
-"""Keys `section.field` that few recipes change; `recipe show` prints them last in their section."""
+SELDOM = {
+    "dataset": "normalisation validation",
+    "network": "norm pooling",
+    "experts": "momentum weight_decay rho alpha adaptive keep_epochs storage test_every",
+    "distill": "learning_rate_step_size initial labels gradient_limit validate_every validation_seeds checkpoint_every",
+    "metadd": "divergence variance_of threshold",
+    "evaluate": "optimiser real_epochs fair augmentation",
+    "cluster": "threads_per_worker device compile experts_at_a_time backbones_apart auxiliaries_apart channels_last "
+    "peer_timeout wait_for_nodes retries",
+}
+"""Section -> its fields that few recipes change; `recipe show` prints them last in their section."""
 
 _SIZE: TypeAdapter[ByteSize] = TypeAdapter(Annotated[ByteSize, Field(ge=1)])
 
