@@ -325,8 +325,10 @@ class _TransformerLayer(nn.Module):
 class _LayerNorm(nn.LayerNorm):
     """Normalise every token [.. d] to mean 0 and variance 1, then scale and shift.
 
-    torch's own layer is silently wrong when a tangent of it is differentiated backwards, as a student step does: it
-    treats mean and variance as constants, and the derivative is off by tens of percent.
+    torch's own layer is silently wrong when its tangent is differentiated backwards, as a student step does: it takes
+    mean and variance for constants (github.com/pytorch/pytorch/issues/196700). On torch 2.14.1 that derivative is off
+    by 27 % for a random input [4 6] in float64, and this layer's by 5e-11, against finite differences. A test in
+    tests/core/networks/test_layer_norm.py fails once torch is right.
     """
 
     def __init__(self, hidden: int) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -207,8 +208,12 @@ def soft_cross_entropy(logits: Tensor, soft_labels: Tensor, weights: Tensor) -> 
 
 
 def _has_wrong_tangents(graph: fx.GraphModule) -> bool:
-    """True if torch differentiates the tangent of an operation wrongly, as it does a layer norm's, and silently."""
-    return any(node.target is torch.ops.aten.native_layer_norm.default for node in graph.graph.nodes)
+    """True if torch differentiates the tangent of an operation wrongly, and silently.
+
+    Layer and batch normalisation take their saved mean and variance for constants (github.com/pytorch/pytorch/issues
+    196700 and 196699). torch's instance normalisation is a batch normalisation too.
+    """
+    return any(re.search("(layer|batch)_norm", str(node.target)) for node in graph.graph.nodes)
 
 
 @functools.cache

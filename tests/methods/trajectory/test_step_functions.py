@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -176,29 +177,37 @@ def test_what_reads_strides_finds_them_as_traced() -> None:
             assert torch.equal(run(graph).run(x), function(x)), (function.__name__, run.__name__)
 
 
-class _WithLayerNorm(nn.Module):
-    """With torch's layer norm, as a module or as a function."""
+class _Normalised(nn.Module):
+    """A network of one's own with a normalisation of torch's."""
 
-    def __init__(self, as_module: bool) -> None:
+    def __init__(self, norm: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.first, self.norm = nn.Linear(IMAGE[0] * IMAGE[1] * IMAGE[2], 6), nn.LayerNorm(6)
-        self.last = nn.Linear(6, CLASSES)
-        self.as_module = as_module
+        self.first, self.norm, self.last = nn.Conv2d(3, 4, 3), norm, nn.Linear(4 * 6 * 6, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
-        hidden = self.first(images.flatten(1))
-        normal = self.norm(hidden) if self.as_module else layer_norm(hidden, (6,), self.norm.weight, self.norm.bias)
-        logits: Tensor = self.last(torch.tanh(normal))
+        logits: Tensor = self.last(torch.tanh(self.norm(self.first(images))).flatten(1))
         return logits
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("as_module", [True, False])
-def test_a_network_of_ones_own_with_layer_norm_is_exact_by_default(as_module: bool) -> None:
-    """torch's derivative of a layer norm's tangent is wrong, so that order of differentiation is not taken for it."""
-    network = FlatNetwork(_WithLayerNorm(as_module).double())
+@pytest.mark.parametrize(
+    ("norm", "order"),
+    [
+        (nn.LayerNorm((4, 6, 6)), "reverse-over-reverse"),
+        (lambda maps: layer_norm(maps, (4, 6, 6)), "reverse-over-reverse"),
+        (nn.InstanceNorm2d(4, affine=True), "reverse-over-reverse"),
+        (nn.GroupNorm(2, 4), "reverse-over-forward"),
+        (nn.RMSNorm((4, 6, 6)), "reverse-over-forward"),
+    ],
+)
+def test_a_network_of_ones_own_with_a_norm_of_torchs_is_exact(norm: Callable[[Tensor], Tensor], order: Order) -> None:
+    """The faster order is not taken where torch's derivative of a norm's tangent is wrong, only there."""
+    network = FlatNetwork(_Normalised(norm).double())
     inputs = draw(network)
-    assert_equal(results(StudentStepFunctions(network), inputs), plain(network, inputs), 1e-10)
+    functions = StudentStepFunctions(network, StepOptions(compiled=False, order="reverse-over-forward"))
+    forward, reverse = functions.graphs(BATCH, IMAGE, CLASSES)
+    found = [fx.Interpreter(forward).run(*inputs[:4]), *fx.Interpreter(reverse).run(*inputs)]
+    assert_equal(found, plain(network, inputs), 1e-10)
+    assert functions.facts["order"] == order
 
 
 def test_tracing_takes_no_memory_for_the_maps() -> None:
