@@ -404,7 +404,7 @@ class ClusterConfig(Section):
     retries: Annotated[int, Field(ge=0)] = 3
     """Restarts in a row, without progress, after lost workers."""
     log_to: Literal["none", "tensorboard", "wandb"] = "none"
-    """Curves beside Ray's metrics: tensorboard writes to <out>/tensorboard. Either must be installed."""
+    """Curves beside Ray's metrics: tensorboard writes to <out>/tensorboard. Each is an extra, as in datm-ray[wandb]."""
 
     @property
     def memory_bytes(self) -> int | None:

@@ -19,9 +19,6 @@ from datm_ray.monitor.metrics import CATALOGUE
 from datm_ray.runtime.executor import Event, Finished, Progress, Task
 from datm_ray.store.files.filesystem import Location
 
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
-"""`cluster.log_to` -> package that must be installed."""
-
 FOLDER = "tensorboard"
 PROJECT = "datm-ray"
 
@@ -79,11 +76,10 @@ class Logger:
 
 def require_logger(name: str, out: Location) -> None:
     """Raise a `ConfigError` if the package or the folder that `cluster.log_to` needs is missing."""
-    package = PACKAGES.get(name)
-    if package and find_spec(package) is None:
+    if name != "none" and find_spec(name) is None:
         raise ConfigError(
-            f"cluster.log_to is {name!r}, but the package {package} is not installed",
-            remedy=f"`pip install {package}`, or use --set cluster.log_to=none",
+            f"cluster.log_to is {name!r}, but the package {name} is not installed",
+            remedy=f"`pip install 'datm-ray[{name}]'`, or use --set cluster.log_to=none",
         )
     if name == "tensorboard" and out.local_path is None:
         raise ConfigError(

@@ -134,12 +134,14 @@ def test_where_to_log_changes_nothing_of_a_run() -> None:
 def test_a_missing_package_is_one_line_before_anything_starts(
     datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Exit code 2, and no folder was made."""
+    """Exit code 2, no folder was made, and the extra that is named exists."""
     monkeypatch.setattr(loggers, "find_spec", lambda name: None)
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     for name in ("tensorboard", "wandb"):
+        assert f'\n{name} = ["{name}>=' in project
         code, _, said = datm_ray("run", "digits-ipc1", "--set", f"cluster.log_to={name}", "--executor", "serial")
         assert (code, said.count("\n")) == (2, 1)
-        assert f"the package {name} is not installed. `pip install {name}`, or" in said
+        assert f"the package {name} is not installed. `pip install 'datm-ray[{name}]'`, or" in said
     assert list(tmp_path.iterdir()) == []
 
 
