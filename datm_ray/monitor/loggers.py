@@ -1,8 +1,8 @@
 """Curves in TensorBoard or Weights & Biases: `cluster.log_to`.
 
 Each task has a curve of every measurement (see `metrics`) over its own steps: epochs of experts, iterations of a
-distillation. Nothing else is sent: no addresses, paths or environment variables. Both packages are optional, and a
-failure after the start never stops a run.
+distillation. Nothing else of the run is sent but its recipe: no addresses, names of machines, paths or environment
+variables. Both packages are optional, and a failure after the start never stops a run.
 """
 
 from __future__ import annotations
@@ -151,9 +151,16 @@ class _WeightsAndBiases:
             name=", ".join(config.name for config in configs),
             config={config.name: run_identity(config) for config in configs},
             dir=out.local_path,
-            # By default wandb sends the command line, which may contain addresses, the console output and the sources.
+            # By default wandb sends the command line, which may contain addresses, the console output, the sources,
+            # the machine's name and the list of installed packages.
             settings=wandb.Settings(
-                x_disable_meta=True, x_disable_machine_info=True, console="off", save_code=False, disable_git=True
+                x_disable_meta=True,
+                x_disable_machine_info=True,
+                x_save_requirements=False,
+                host="",
+                console="off",
+                save_code=False,
+                disable_git=True,
             ),
         )
         self._known: set[str] = set()
