@@ -107,10 +107,11 @@ def open_logger(name: str, out: Location, configs: Sequence[RunConfig], on_failu
     try:
         backend = _TensorBoard(out) if name == "tensorboard" else _WeightsAndBiases(out, configs)
     except Exception as failure:
+        is_broken = name == "tensorboard" or isinstance(failure, ImportError)
         raise ConfigError(
             f"{name} does not start: {type(failure).__name__}",
-            "wandb has no account or no network" if name == "wandb" else "its installation is broken",
-            "try `wandb login`, or WANDB_MODE=offline" if name == "wandb" else "use --set cluster.log_to=none",
+            "its installation is broken" if is_broken else "wandb has no account or no network",
+            "use --set cluster.log_to=none" if is_broken else "try `wandb login`, or WANDB_MODE=offline",
         ) from None
     return Logger(backend, on_failure)
 

@@ -166,6 +166,17 @@ def test_a_service_that_does_not_start_is_one_line_without_its_words(wandb: Any,
     assert not (tmp_path / config.name).exists()
 
 
+def test_a_broken_package_is_not_taken_for_a_missing_account(wandb: Any, tmp_path: Path) -> None:
+    """An import that fails within the package names its installation as the cause."""
+
+    def refuse(**_: Any) -> None:
+        raise ImportError("cannot import name 'x'")
+
+    wandb.init = refuse
+    with pytest.raises(ConfigError, match=r"ImportError\. Its installation is broken"):
+        open_logger("wandb", open_location(str(tmp_path)), [], print)
+
+
 def test_logging_that_fails_half_way_does_not_end_the_run(writers: dict[str, FakeWriter], tmp_path: Path) -> None:
     """A full disk, a network that is gone: said once, without quoting, and then no more is tried."""
     said: list[str] = []
