@@ -152,7 +152,11 @@ class StudentStepFunctions:
             forward = traced(self._gradient, *arguments)
             if _has_wrong_tangents(forward):
                 self._order = "reverse-over-reverse"
-            return forward, traced(self._reverse, *arguments, torch.empty_like(theta))
+            try:
+                return forward, traced(self._reverse, *arguments, torch.empty_like(theta))
+            except NotImplementedError:  # torch has no tangent for an operation, such as a weight normalisation
+                self._order = "reverse-over-reverse"
+                return forward, traced(self._reverse, *arguments, torch.empty_like(theta))
 
     def _functions(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Reversed]]:
         if not self._compiled:
