@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from facts import common_facts, head, result_path, save
 from published_experts import Epochs, loader_epochs
-from published_matching import AUGMENTATION
 from torch import Tensor
 
+from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkSpec
 from datm_ray.core.experts import (
     ExpertFunctions,
     ExpertSchedule,
@@ -31,7 +31,7 @@ from datm_ray.core.experts import (
     chunk_in_cache,
     train_experts,
 )
-from datm_ray.core.networks.registry import NetworkSpec, build_network
+from datm_ray.core.networks.registry import build_network
 from datm_ray.core.training import predict_logits
 
 HEADER = """One expert's epoch on random tensors of fixed seeds; ConvNet, instance normalisation, mean pooling.
@@ -166,8 +166,8 @@ def spread(values: list[float]) -> str:
 def shapes(quick: bool, device: str) -> list[tuple[Shape, list[int]]]:
     """What is measured, and the sizes of stacks."""
     cores = len(os.sched_getaffinity(0))
-    digits_spec = NetworkSpec("convnet", 1, (8, 8), 10, width=32, depth=2)
-    cifar_spec = NetworkSpec("convnet", 3, (32, 32), 10)
+    digits_spec = NetworkSpec(channels=1, size=(8, 8), classes=10, width=32, depth=2)
+    cifar_spec = NetworkSpec(channels=3, size=(32, 32), classes=10)
     if quick:
         return [(Shape("tiny", digits_spec, 64, 32, 32, "", 1, 40), [2])]
     cuda = device == "cuda"
@@ -176,11 +176,11 @@ def shapes(quick: bool, device: str) -> list[tuple[Shape, list[int]]]:
     return [
         (digits, [1, 6, 8]),
         (
-            Shape("CIFAR, SGD", cifar_spec, images, test_images, 256, AUGMENTATION, cores, 100),
+            Shape("CIFAR, SGD", cifar_spec, images, test_images, 256, PUBLISHED_AUGMENTATION, cores, 100),
             [1, 4, 16] if cuda else [1],
         ),
         (
-            Shape("CIFAR, GSAM", cifar_spec, images, test_images, 256, AUGMENTATION, cores, 100, gsam=True),
+            Shape("CIFAR, GSAM", cifar_spec, images, test_images, 256, PUBLISHED_AUGMENTATION, cores, 100, gsam=True),
             [1, 8] if cuda else [1],
         ),
     ]

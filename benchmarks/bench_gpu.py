@@ -3,9 +3,9 @@
 python benchmarks/bench_gpu.py [--cifar FOLDER]                    (make gpu, make gpu CIFAR=FOLDER)
 python benchmarks/bench_gpu.py --device cpu                       (make gpu DEVICE=cpu: tiny, tries the program)
 
-Needs torch and numpy; for the last section also pyarrow and Pillow, or scikit-learn. Results are written row by row, so
-that a run that is cut off keeps what it has; a section that fails is told with its error, and the others run. Exit code
-1 says that something failed or was not exact.
+Needs torch, numpy, pydantic and PyYAML, not Ray. The last section also needs pyarrow and Pillow, or scikit-learn.
+Results are written row by row, so that a run that is cut off keeps what it has. A section that fails is reported with
+its error, and the others run. Exit code 1 says that something failed or was not exact.
 
 What only a card can show, and what to look at first when it is there, is in benchmarks/README.md.
 """

@@ -28,11 +28,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from facts import common_facts, head, result_path, save, status
-from published_matching import AUGMENTATION, Gradient, Problem, make_problem, step_operations, tesla, unrolling
+from published_matching import Gradient, Problem, make_problem, step_operations, tesla, unrolling
 from torch import Tensor
 
+from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkConfig, NetworkSpec
 from datm_ray.core.networks.parameters import FlatNetwork
-from datm_ray.core.networks.registry import NetworkSpec
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.memory import available_memory
 from datm_ray.methods.trajectory.matching import identity, matching_gradient
@@ -76,7 +76,7 @@ class Shape:
     def spec(self) -> NetworkSpec:
         """The ConvNet."""
         channels, *size = self.image
-        return NetworkSpec("convnet", channels, (size[0], size[1]), self.classes, width=self.width, depth=self.depth)
+        return NetworkConfig(width=self.width, depth=self.depth).for_images(channels, (size[0], size[1]), self.classes)
 
 
 @dataclass(frozen=True)
@@ -348,7 +348,7 @@ def rows_to_run(quick: bool, threads: int, device: str) -> list[tuple[list[Metho
     outermost = replace(three(small, first)[-1], channels_last=False)
     rows.append(([*three(small, first), outermost], True))
     rows += [(three(small, steps), True) for steps in longer]
-    rows.append((three(small, 2 if quick else 5, AUGMENTATION), True))
+    rows.append((three(small, 2 if quick else 5, PUBLISHED_AUGMENTATION), True))
     rows += [(three(large, steps), True) for steps in ([2] if quick else [5, 10])]
     ours = three(small, 2)[-1]
     tenfold = replace(small, batch=10 * small.batch)

@@ -26,8 +26,9 @@ from published_matching import Gradient, Problem, make_problem, unrolling
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, cross_entropy
 
+from datm_ray.config import NetworkSpec
 from datm_ray.core.experts import ExpertFunctions, ExpertState
-from datm_ray.core.networks.registry import NetworkSpec, build_network
+from datm_ray.core.networks.registry import build_network
 
 JUMP = 1e-5
 """Error of the image gradient from which on a kink was crossed: rounding alone leaves less than 2e-6."""
@@ -92,8 +93,8 @@ def table(errors: dict[str, list[list[float]]]) -> list[str]:
 def expert_lines(problems: int) -> Iterator[str]:
     """A table: error of an expert's float32 gradient against float64, and its time, in both memory orders."""
     shapes = {
-        "digits, 6 experts, batch 32": (6, 32, NetworkSpec("convnet", 1, (8, 8), 10, width=32, depth=2)),
-        "CIFAR, 1 expert, batch 20": (1, 20, NetworkSpec("convnet", 3, (32, 32), 10)),
+        "digits, 6 experts, batch 32": (6, 32, NetworkSpec(channels=1, size=(8, 8), classes=10, width=32, depth=2)),
+        "CIFAR, 1 expert, batch 20": (1, 20, NetworkSpec(channels=3, size=(32, 32), classes=10)),
     }
     yield "| shape | method | median error | largest error | ms a call |"
     yield "| --- " * 5 + "|"

@@ -29,8 +29,9 @@ import numpy as np
 import torch
 from facts import common_facts, head, result_path, save
 
+from datm_ray.config import NetworkSpec
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
-from datm_ray.core.networks.registry import NetworkSpec, build_network
+from datm_ray.core.networks.registry import build_network
 from datm_ray.interop.replay_buffers import export_replay_buffers
 from datm_ray.store.cache import FOLDER
 from datm_ray.store.files.filesystem import open_location
@@ -141,7 +142,7 @@ def serve(port: Any, sent: Synchronized[int], delay: Synchronized[float]) -> Non
 
 def spec(quick: bool) -> NetworkSpec:
     """The network whose experts are stored: the one of the published CIFAR-10 runs."""
-    return NetworkSpec("convnet", channels=3, size=(32, 32), classes=10, width=16 if quick else 128, depth=3)
+    return NetworkSpec(channels=3, size=(32, 32), classes=10, width=16 if quick else 128, depth=3)
 
 
 def write_experts(uri: str, network: FlatNetwork, experts: int, epochs: int, storage: str) -> ExpertGroup:

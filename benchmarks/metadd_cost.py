@@ -22,9 +22,10 @@ from bench_matching import Shape
 from facts import status
 from tables import table
 
+from datm_ray.config import NetworkSpec
 from datm_ray.core.metadd import MetaDD
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
-from datm_ray.core.networks.registry import NetworkSpec, build_network
+from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.methods.trajectory.distillation import Distillation, LearningRates, Limits, Match, MetaTerm, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps
@@ -42,7 +43,7 @@ def cost_child(auxiliaries: int, quick: bool, share: float) -> None:
     width, size, steps = (8, (16, 16), 2) if quick else (128, (32, 32), 10)
     shape = Shape("CIFAR-10 IPC 10", 3, width, (3, *size), 10, 100, 20, (20, 5))
     names = ["convnet", "resnet18", "vgg11", "alexnet", "lenet"][: 1 + auxiliaries]
-    specs = [NetworkSpec(name, 3, size, 10, width=width) for name in names]
+    specs = [NetworkSpec(architecture=name, channels=3, size=size, classes=10, width=width) for name in names]
     networks = [build_network(spec, seed) for seed, spec in enumerate(specs)]
     functions = StudentStepFunctions(FlatNetwork(networks[0]))
     draw = torch.Generator().manual_seed(0)

@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from datm_ray.config import NetworkSpec
 from datm_ray.core.augment import augment
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
-from datm_ray.core.networks.registry import NetworkSpec, build_network
+from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.methods.trajectory.matching import StudentStep, draw_student_steps
 from datm_ray.methods.trajectory.step_functions import StudentStepFunctions, soft_cross_entropy
-
-AUGMENTATION = "color_crop_cutout_flip_scale_rotate"
-"""The DSA operations of MTT, FTD, TESLA and DATM. `datm_ray.config` has the same, and needs more packages."""
 
 
 @dataclass(frozen=True)

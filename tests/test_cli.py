@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import os
@@ -467,7 +466,7 @@ def test_experts_of_another_version_s_network_are_refused(
     """Where an architecture changes, its experts' numbers mean nothing any more; one line says so."""
     Path("tiny.yaml").write_text(to_yaml(tiny_config("experts.count=1")))
     assert datm_ray("experts", "tiny.yaml", "--executor", "serial")[0] == 0
-    monkeypatch.setitem(networks._BUILDERS, "convnet", lambda spec: ConvNet(dataclasses.replace(spec, width=5)))
+    monkeypatch.setitem(networks._BUILDERS, "convnet", lambda spec: ConvNet(spec.model_copy(update={"width": 5})))
     for command in ("experts", "distill", "evaluate", "run"):
         code, out, err = datm_ray(command, "tiny.yaml", "--executor", "serial")
         assert (code, out) == (2, "")

@@ -20,7 +20,6 @@ from datm_ray.core.networks import registry as networks
 from datm_ray.core.networks.parameters import unflatten_into
 from datm_ray.core.networks.registry import build_network
 from datm_ray.interop.torch_files import read_torch_file
-from datm_ray.stages.experts import network_spec
 from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.trajectories import ExpertGroup, GroupKey, Snapshot, TrajectoryInfo, TrajectoryStore
 from tests.conftest import CommandLine, tiny_config
@@ -236,7 +235,7 @@ def test_imported_experts_are_the_networks_they_were(datm_ray: CommandLine, reci
     group = imported_group("s")
     assert group.experts() == [0, 1]
     assert out.splitlines()[0] == f"{group.key} expert 0"
-    network = build_network(network_spec(tiny_config(), 3, (8, 8), 10), seed=0)
+    network = build_network(tiny_config().network.for_images(3, (8, 8), 10), seed=0)
     images = torch.randn(4, 3, 8, 8)
     for expert in (0, 1):
         for epoch in group.read_info(expert).epochs:

@@ -143,7 +143,7 @@ def test_private_parts_of_torch_and_ray_are_used_in_one_module_each() -> None:
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("datm_ray.methods.trajectory.matching", {"ray", "typer", "pydantic", "pyarrow"}),
+        ("datm_ray.methods.trajectory.matching", {"ray", "typer", "pyarrow"}),
         ("datm_ray.store.trajectories", {"ray", "typer", "pydantic", "torch"}),
         ("datm_ray.pipeline", {"ray", "typer", "matplotlib"}),
         ("datm_ray.cli", {"ray", "torch", "numpy", "pyarrow", "pydantic"}),

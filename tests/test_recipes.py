@@ -10,7 +10,6 @@ from datm_ray.core.networks.registry import build_network, spatial_features
 from datm_ray.errors import ConfigError
 from datm_ray.planning.fit import data_shape
 from datm_ray.recipes import get_recipe, recipe_names, recipe_notes
-from datm_ray.stages.experts import network_spec
 
 # name: steps, epochs, batch, lr images, lr step size, lr labels, (min, cur, max), end, threshold
 PUBLISHED = {
@@ -115,7 +114,7 @@ def test_auxiliaries_of_metadd_see_more_than_one_place(name: str) -> None:
     shape = data_shape(config.dataset)
     seen = set()
     for each in config.each_auxiliary():
-        network = build_network(network_spec(each, shape.image[0], shape.image[1:], shape.classes), seed=0).eval()
+        network = build_network(each.network.for_images(shape.image[0], shape.image[1:], shape.classes), seed=0).eval()
         with torch.no_grad():
             maps, logits = spatial_features(network, torch.zeros(1, *shape.image))
         assert logits.shape == (1, shape.classes)

@@ -1,7 +1,7 @@
 """What is measured on the day a GPU is there: one module for each question, run by `benchmarks/bench_gpu.py`.
 
-Needs torch and numpy. Of this package's own modules it uses `core`, and where they can be imported `runtime.mesh` and
-`data`; so neither Ray nor pydantic has to be installed.
+Needs torch, numpy, pydantic and PyYAML, not Ray. Uses `config`, `core` and `methods` of this package,
+and `runtime.mesh` and `data` where they can be imported.
 """
 
 import sys

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from published_matching import AUGMENTATION
 from torch import Tensor
 
+from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkSpec
 from datm_ray.core.experts import ExpertFunctions, ExpertSchedule, ExpertState, Gsam, train_experts
 from datm_ray.core.networks.parameters import FlatNetwork, unflatten_into
-from datm_ray.core.networks.registry import NetworkSpec, build_network
+from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet, correct_rows, mean_correct_logits, random_rows
 from datm_ray.core.training import PROTOCOLS, accuracy, predict_logits, train_to_end
 from datm_ray.methods.trajectory.difficulty import draw_plan
@@ -70,8 +70,10 @@ class Recipe:
 def recipe_of(machine: Machine, images: Images) -> Recipe:
     """The packaged recipes cifar10-ipc1 and digits-ipc1, with fewer and shorter experts."""
     if images.name == "CIFAR-10":
-        gsam = ExpertSchedule(6, 256, 0.01, augmentation=AUGMENTATION, gsam=Gsam(0.01, 0.3))
-        return Recipe(gsam, 3, 4, 4, 2, 80, LearningRates(100.0, 5.0, 1e-7), Limits(1.1, 10.0), 0.01, AUGMENTATION, 500)
+        gsam = ExpertSchedule(6, 256, 0.01, augmentation=PUBLISHED_AUGMENTATION, gsam=Gsam(0.01, 0.3))
+        return Recipe(
+            gsam, 3, 4, 4, 2, 80, LearningRates(100.0, 5.0, 1e-7), Limits(1.1, 10.0), 0.01, PUBLISHED_AUGMENTATION, 500
+        )
     sgd = ExpertSchedule(13, 32, 0.02)
     rates, plain = LearningRates(20.0, 5.0, 5e-5), "crop_scale_rotate"
     whole = Recipe(sgd, 2, 4, 10, 3, 40, rates, Limits(1.0, 10.0), 0.03, plain, 500)
@@ -93,7 +95,7 @@ def read_images(machine: Machine) -> Images:
     found = prepare(raw, "zca" if machine.data is not None else "standard", device=machine.device)
     channels, height, width = found.train_images.shape[1:]
     small = {} if machine.data is not None else {"width": 32, "depth": 2}
-    spec = NetworkSpec("convnet", channels, (height, width), len(found.class_names), **small)
+    spec = NetworkSpec(channels=channels, size=(height, width), classes=len(found.class_names), **small)
     arrays = (found.train_images, found.train_labels, found.test_images, found.test_labels)
     return Images(name, spec, *(torch.tensor(array).to(machine.device) for array in arrays))
 

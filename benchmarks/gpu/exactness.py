@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from published_matching import AUGMENTATION, Problem, make_problem, unrolling
+from published_matching import Problem, make_problem, unrolling
 from torch import Tensor
 from torch.nn.functional import group_norm
 
+from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkSpec
 from datm_ray.core.augment import augment, draw_augmentation, parse_strategy
 from datm_ray.core.experts import ExpertFunctions, ExpertSchedule, ExpertState, Gsam, train_experts
 from datm_ray.core.metadd import MetaDD
 from datm_ray.core.networks.instance_norm import instance_norm
-from datm_ray.core.networks.registry import NetworkSpec, build_network, network_names
+from datm_ray.core.networks.registry import build_network, network_names
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.training import Schedule, predict_logits, train_to_end
 from datm_ray.methods.trajectory.distillation import Distillation, LearningRates, Limits, Match, Origin
@@ -40,8 +40,8 @@ Tensors = Sequence[Tensor]
 def spec_of(machine: Machine) -> NetworkSpec:
     """The network of the checks."""
     if machine.small:
-        return NetworkSpec("convnet", 3, (8, 8), 4, width=4, depth=2)
-    return NetworkSpec("convnet", 3, (16, 16), 10, width=32, depth=2)
+        return NetworkSpec(channels=3, size=(8, 8), classes=4, width=4, depth=2)
+    return NetworkSpec(channels=3, size=(16, 16), classes=10, width=32, depth=2)
 
 
 def error(found: Tensors, exact: Tensors) -> list[float]:
@@ -84,7 +84,13 @@ class _Matching:
     def problem(self, device: str | None = None, dtype: torch.dtype = torch.float64) -> Problem:
         spec, device = spec_of(self._machine), device or self._machine.device
         return make_problem(
-            spec, self.batch, self._steps, dtype=dtype, device=device, strategy=AUGMENTATION, images=self.batch + 3
+            spec,
+            self.batch,
+            self._steps,
+            dtype=dtype,
+            device=device,
+            strategy=PUBLISHED_AUGMENTATION,
+            images=self.batch + 3,
         )
 
     @functools.cached_property
@@ -144,7 +150,7 @@ def architecture_checks(machine: Machine) -> Checks:
     """The matching gradient of the other architectures."""
 
     def check(name: str) -> Row:
-        spec = NetworkSpec(name, 3, (16, 16), 10, width=16, depth=2)
+        spec = NetworkSpec(architecture=name, channels=3, size=(16, 16), classes=10, width=16, depth=2)
         problem = make_problem(spec, 4, 2, dtype=torch.float64, device=machine.device)
         return compared(gradient_of(problem), unrolling(problem)[1])
 
@@ -182,7 +188,13 @@ def trained_experts(
     networks = [build_network(spec, seed).to(device, dtype) for seed in range(2)]
     functions = ExpertFunctions(networks[0], stacked=2, compile_=compiled)
     schedule = ExpertSchedule(
-        1, 8, 0.02, momentum=0.9, weight_decay=5e-4, augmentation=AUGMENTATION, gsam=Gsam(0.01, 0.3) if gsam else None
+        1,
+        8,
+        0.02,
+        momentum=0.9,
+        weight_decay=5e-4,
+        augmentation=PUBLISHED_AUGMENTATION,
+        gsam=Gsam(0.01, 0.3) if gsam else None,
     )
     state = ExpertState.initial(networks)
     (losses,) = train_experts(functions, images.to(device, dtype), labels, schedule, [0, 1], state)
@@ -192,8 +204,12 @@ def trained_experts(
 def expert_checks(machine: Machine) -> Checks:
     """Steps of experts, side by side, vectorised and with batch statistics, by SGD and GSAM."""
     chain = spec_of(machine)
-    branched = NetworkSpec("resnet18", 3, (8, 8), 4, width=4)
-    kinds = {"stacked": chain, "with batch statistics": replace(chain, norm="batch"), "vectorised (resnet18)": branched}
+    branched = NetworkSpec(architecture="resnet18", channels=3, size=(8, 8), classes=4, width=4)
+    kinds = {
+        "stacked": chain,
+        "with batch statistics": chain.model_copy(update={"norm": "batch"}),
+        "vectorised (resnet18)": branched,
+    }
 
     def check(spec: NetworkSpec, gsam: bool) -> Row:
         return compared(*(trained_experts(machine, each, spec, gsam=gsam) for each in (machine.device, "cpu")))
@@ -230,7 +246,7 @@ def augmented(operation: str, device: str) -> Tensors:
 def worst_augmentation(machine: Machine) -> Row:
     """All DSA operations; the row of the worst."""
     rows = []
-    for operation in parse_strategy(AUGMENTATION):
+    for operation in parse_strategy(PUBLISHED_AUGMENTATION):
         row = compared(*(augmented(operation, device) for device in (machine.device, "cpu")))
         rows.append({**row, "operation": operation})
     return max(rows, key=lambda row: float("inf") if row["verdict"] != "ok" else max(row["errors"]))
@@ -239,7 +255,10 @@ def worst_augmentation(machine: Machine) -> Row:
 def metadd_gradient(machine: Machine, device: str) -> Tensors:
     """The gradient in the images, and the loss."""
     draw = torch.Generator().manual_seed(0)
-    specs = [NetworkSpec(name, 3, (16, 16), 4, width=16, depth=2) for name in ("convnet", "resnet18", "vit-small")]
+    specs = [
+        NetworkSpec(architecture=name, channels=3, size=(16, 16), classes=4, width=16, depth=2)
+        for name in ("convnet", "resnet18", "vit-small")
+    ]
     specs = specs[:2] if machine.small else specs
     networks = [build_network(spec, seed).to(device, torch.float64) for seed, spec in enumerate(specs)]
     images = torch.randn(6, 3, 16, 16, generator=draw, dtype=torch.float64).to(device)
@@ -280,7 +299,7 @@ def evaluated(machine: Machine, device: str) -> Tensors:
     images = torch.randn(20, spec.channels, *spec.size, generator=draw, dtype=torch.float64).to(device)
     labels = torch.randn(20, spec.classes, generator=draw, dtype=torch.float64).to(device)
     network = build_network(spec, 0).to(device, torch.float64)
-    schedule = Schedule(4, 8, 0.01, momentum=0.9, weight_decay=5e-4, augmentation=AUGMENTATION, decay_epoch=2)
+    schedule = Schedule(4, 8, 0.01, momentum=0.9, weight_decay=5e-4, augmentation=PUBLISHED_AUGMENTATION, decay_epoch=2)
     train_to_end(network, images, labels, schedule, 0)
     return [predict_logits(network, images, batch_size=7)]
 

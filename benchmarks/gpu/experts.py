@@ -9,10 +9,10 @@ from functools import partial
 
 import torch
 from published_experts import Data, Epochs, loader_epochs
-from published_matching import AUGMENTATION
 
+from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkSpec
 from datm_ray.core.experts import ExpertFunctions, ExpertSchedule, ExpertState, Gsam, train_experts
-from datm_ray.core.networks.registry import NetworkSpec, build_network
+from datm_ray.core.networks.registry import build_network
 from datm_ray.methods.trajectory.step_functions import tf32_products
 from gpu.machine import Machine, free_memory, timed
 from gpu.sections import Clock, Row, Section, tried
@@ -34,8 +34,8 @@ class Setting:
 def setting(machine: Machine) -> Setting:
     """CIFAR-10's shape; 40 batches of it."""
     if machine.small:
-        return Setting(NetworkSpec("convnet", 3, (8, 8), 4, width=4, depth=2), 64, 32)
-    return Setting(NetworkSpec("convnet", 3, (32, 32), 10), 10_240, 256)
+        return Setting(NetworkSpec(channels=3, size=(8, 8), classes=4, width=4, depth=2), 64, 32)
+    return Setting(NetworkSpec(channels=3, size=(32, 32), classes=10), 10_240, 256)
 
 
 def data_of(how: Setting, device: str) -> Data:
@@ -49,7 +49,9 @@ def our_epochs(machine: Machine, how: Setting, stacked: int, *, gsam: bool, comp
     """`train_experts` for longer than anyone asks."""
     networks = [build_network(how.spec, seed).to(machine.device) for seed in range(stacked)]
     functions = ExpertFunctions(networks[0], stacked=stacked, compile_=compiled)
-    schedule = ExpertSchedule(10**6, how.batch, 0.01, augmentation=AUGMENTATION, gsam=Gsam(0.01, 0.3) if gsam else None)
+    schedule = ExpertSchedule(
+        10**6, how.batch, 0.01, augmentation=PUBLISHED_AUGMENTATION, gsam=Gsam(0.01, 0.3) if gsam else None
+    )
     state = ExpertState.initial(networks)
     for _ in train_experts(functions, *data_of(how, machine.device), schedule, list(range(stacked)), state):
         state.parameters.cpu()  # a snapshot, as every epoch leaves
@@ -59,7 +61,7 @@ def our_epochs(machine: Machine, how: Setting, stacked: int, *, gsam: bool, comp
 def published(machine: Machine, how: Setting, *, gsam: bool) -> Row:
     """The published loop."""
     network = build_network(how.spec, 0).to(machine.device)
-    epochs = loader_epochs(network, data_of(how, "cpu"), None, how.batch, AUGMENTATION, gsam=gsam)
+    epochs = loader_epochs(network, data_of(how, "cpu"), None, how.batch, PUBLISHED_AUGMENTATION, gsam=gsam)
     return row_of(machine, how, epochs, 1)
 
 

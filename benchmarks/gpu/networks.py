@@ -7,10 +7,10 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from published_matching import AUGMENTATION
 
+from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkSpec
 from datm_ray.core.metadd import MetaDD
-from datm_ray.core.networks.registry import NetworkSpec, build_network
+from datm_ray.core.networks.registry import build_network
 from datm_ray.core.training import PROTOCOLS, predict_logits, train_to_end
 from gpu.machine import Machine, free_memory, measured
 from gpu.sections import Clock, Row, Section, tried
@@ -21,7 +21,8 @@ AUXILIARIES = ("resnet18", "vgg11", "alexnet", "lenet")
 
 def random_set(machine: Machine, images: int) -> tuple[NetworkSpec, torch.Tensor, torch.Tensor]:
     """A spec, and so many random images and soft labels for it."""
-    spec = NetworkSpec("convnet", 3, (16, 16) if machine.small else (32, 32), 10, width=8 if machine.small else 128)
+    side, width = (16, 8) if machine.small else (32, 128)
+    spec = NetworkSpec(channels=3, size=(side, side), classes=10, width=width)
     draw = torch.Generator().manual_seed(0)
     pixels = torch.randn(images, 3, *spec.size, generator=draw)
     return spec, pixels.to(machine.device), torch.randn(images, 10, generator=draw).to(machine.device)
@@ -32,7 +33,7 @@ def evaluation_row(machine: Machine, ipc: int) -> Row:
     spec, images, targets = random_set(machine, 10 * ipc)
     part = 3 if machine.small else 50
     published = PROTOCOLS["published"]
-    schedule = replace(published, epochs=part, decay_epoch=None, augmentation=AUGMENTATION)
+    schedule = replace(published, epochs=part, decay_epoch=None, augmentation=PUBLISHED_AUGMENTATION)
     network = build_network(spec, 0).to(machine.device)
     calls = 1 if machine.small else 3
     training = measured(lambda: train_to_end(network, images, targets, schedule, 0), machine.device, calls)
@@ -57,7 +58,7 @@ def metadd_row(machine: Machine, auxiliaries: int) -> Row:
     count = 10 if machine.small else 100
     spec, images, _ = random_set(machine, count)
     names = ("convnet", *AUXILIARIES[:auxiliaries])
-    networks = [build_network(replace(spec, architecture=name), seed) for seed, name in enumerate(names)]
+    networks = [build_network(spec.model_copy(update={"architecture": name}), seed) for seed, name in enumerate(names)]
     metadd = MetaDD([network.to(machine.device) for network in networks])
     labels = torch.arange(count, device=machine.device) % 10
     found = measured(lambda: metadd.gradient(images, labels), machine.device, 1 if machine.small else 5)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from published_matching import AUGMENTATION, Gradient, Problem, make_problem, step_operations, tesla, unrolling
+from published_matching import Gradient, Problem, make_problem, step_operations, tesla, unrolling
 
-from datm_ray.core.networks.registry import NetworkSpec
+from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkSpec
 from datm_ray.methods.trajectory.matching import matching_gradient
 from datm_ray.methods.trajectory.step_functions import Precision, StepOptions, StudentStepFunctions, tf32_products
 from gpu.machine import Machine, ceiling, free_memory, measured, timed
@@ -36,9 +36,9 @@ class Shape:
 def shapes(machine: Machine) -> list[Shape]:
     """Published settings, the batch of 1,000 for what would be one of 5,000 and 10,000."""
     if machine.small:
-        return [Shape("tiny", NetworkSpec("convnet", 3, (8, 8), 4, width=4, depth=2), 8, 8, 2, 4)]
-    cifar, hundred = NetworkSpec("convnet", 3, (32, 32), 10), NetworkSpec("convnet", 3, (32, 32), 100)
-    tiny = NetworkSpec("convnet", 3, (64, 64), 200, depth=4)
+        return [Shape("tiny", NetworkSpec(channels=3, size=(8, 8), classes=4, width=4, depth=2), 8, 8, 2, 4)]
+    cifar, hundred = (NetworkSpec(channels=3, size=(32, 32), classes=classes) for classes in (10, 100))
+    tiny = NetworkSpec(channels=3, size=(64, 64), classes=200, depth=4)
     return [
         Shape("CIFAR-10 IPC 10", cifar, 100, 100, 80, 100),
         Shape("CIFAR-100 IPC 50", hundred, 5_000, 1_000, 80, 500),
@@ -97,7 +97,12 @@ def measured_row(
 def rows_of(machine: Machine, shape: Shape, rates: dict[Precision, float], clock: Clock) -> Iterator[Row]:
     """One shape: ours in every precision, then the others in float32, and as torch computes them by itself."""
     problem = make_problem(
-        shape.spec, shape.batch, shape.steps, device=machine.device, strategy=AUGMENTATION, images=shape.images
+        shape.spec,
+        shape.batch,
+        shape.steps,
+        device=machine.device,
+        strategy=PUBLISHED_AUGMENTATION,
+        images=shape.images,
     )
     image = (shape.spec.channels, *shape.spec.size)
     for precision in machine.precisions:

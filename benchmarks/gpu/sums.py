@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from published_matching import AUGMENTATION, Problem, make_problem
+from published_matching import Problem, make_problem
 
+from datm_ray.config import PUBLISHED_AUGMENTATION
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.methods.trajectory.distillation import Distillation, LearningRates, Limits, Match, Origin
 from datm_ray.methods.trajectory.matching import matching_gradient
@@ -38,7 +39,7 @@ WAIT = 40.0
 def problem_of(machine: Machine) -> Problem:
     """One problem for every process: 8 images, so that 2 shards have 4 each."""
     return make_problem(
-        spec_of(machine), 6, 3, dtype=torch.float64, device=machine.device, strategy=AUGMENTATION, images=8
+        spec_of(machine), 6, 3, dtype=torch.float64, device=machine.device, strategy=PUBLISHED_AUGMENTATION, images=8
     )
 
 

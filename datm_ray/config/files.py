@@ -156,7 +156,7 @@ def _section_lines(section: Section, heading: str, indent: str) -> Iterator[str]
             yield f"{indent}# seldom needed:"
         value = getattr(section, name)
         if isinstance(value, Section) and not isinstance(value, StartEpochs):
-            yield from ("", *_commented(f"{indent}{name}:", type(value).__doc__))
+            yield from ("", *_commented(f"{indent}{name}:", (type(value).__doc__ or "").partition("\n")[0]))
             yield from _section_lines(value, name, f"{indent}  ")
             continue
         if isinstance(value, StartEpochs) and value == StartEpochs(first=value.first, bound=value.bound):

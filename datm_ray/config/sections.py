@@ -101,9 +101,23 @@ def depth_for(architecture: str, size: tuple[int, int]) -> int:
 PUBLISHED_WIDTH = 128
 """Channels of ConvNet's convolutions as published; at this value other architectures have their own published width."""
 
+Norm = Literal["instance", "batch", "group", "none"]
+Pooling = Literal["avg", "max", "none"]
+
 
 class NetworkConfig(Section):
-    """The backbone: architecture of experts, students and evaluation networks."""
+    """The backbone: architecture of experts, students and evaluation networks.
+
+    An architecture reads only the fields in its row:
+
+        convnet               width, depth, norm, pooling
+        mlp                   width, depth
+        resnet18, vgg11       width, norm
+        alexnet, vit-small    width
+        lenet                 nothing: its size is the published one
+
+    Architectures without norm in their row refuse norm "batch" and "group".
+    """
 
     architecture: str = "convnet"
     """Registered name: convnet, resnet18, vgg11, lenet, mlp, ..."""
@@ -111,9 +125,9 @@ class NetworkConfig(Section):
     """Channels of convnet's layers; others scale in proportion."""
     depth: Count | None = None
     """Blocks of convnet (each halves the image) or layers of mlp. null: 2 to 6 by image size; mlp 3."""
-    norm: Literal["instance", "batch", "group", "none"] = "instance"
+    norm: Norm = "instance"
     """Normalisation layers; networks with batch cannot be distilled."""
-    pooling: Literal["avg", "max", "none"] = "avg"
+    pooling: Pooling = "avg"
     """2x2 pooling at the end of every convnet block."""
 
     def resolved(self, size: tuple[int, int]) -> NetworkConfig:
@@ -121,6 +135,24 @@ class NetworkConfig(Section):
         if self.depth is not None:
             return self
         return self.model_copy(update={"depth": depth_for(self.architecture, size)})
+
+    def for_images(self, channels: int, size: tuple[int, int], classes: int) -> NetworkSpec:
+        """Everything that decides the network's shape for images of this size (height, width) in pixels."""
+        values = self.resolved(size).model_dump()
+        return NetworkSpec(**values | {"channels": channels, "size": size, "classes": classes})
+
+
+class NetworkSpec(NetworkConfig):
+    """Everything that decides a network's shape; two equal specs have interchangeable parameters."""
+
+    depth: Count = PUBLISHED_DEPTH
+    """Blocks of convnet, or layers of mlp including the one that computes the logits."""
+    channels: Count
+    """Channels of an image."""
+    size: tuple[Count, Count]
+    """Height and width of an image in pixels."""
+    classes: Count
+    """Number of logits."""
 
 
 def _architecture(value: object) -> object:

@@ -38,7 +38,7 @@ from datm_ray.data.sources import RawDataset, load_raw
 from datm_ray.data.transform import fit_transform
 from datm_ray.errors import CorruptFileError, DatmError, StoreError
 from datm_ray.interop.torch_files import read_torch_file
-from datm_ray.stages.experts import expert_group, network_spec
+from datm_ray.stages.experts import expert_group
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.trajectories import ExpertGroup, Snapshot, TrajectoryInfo, epochs_in_words
 
@@ -160,7 +160,7 @@ class _Network:
     """Network of the recipe, with the group of its experts."""
 
     def __init__(self, config: RunConfig, raw: RawDataset, store_uri: str) -> None:
-        module = build_network(network_spec(config, raw.channels, raw.size, raw.classes), seed=0)
+        module = build_network(config.network.for_images(raw.channels, raw.size, raw.classes), seed=0)
         self._config, self._raw, self._store_uri = config, raw, store_uri
         self._flat = FlatNetwork(module)
         self._has_buffers = bool(float_buffers(module))

@@ -31,7 +31,6 @@ from datm_ray.pipeline.tasks import layout
 from datm_ray.planning.fit import plans_of, require_whole_classes
 from datm_ray.runtime.executor import Executor, require_precision
 from datm_ray.stages.distill import SYNTHETIC
-from datm_ray.stages.experts import network_spec
 from datm_ray.store.files.filesystem import open_location
 
 
@@ -154,7 +153,7 @@ def _check_network(
 ) -> nn.Module:
     """The network for the images, which shows feature maps where it has to."""
     raw = runs.raw(config)
-    spec = network_spec(config.model_copy(update={"network": network}), raw.channels, raw.size, raw.classes)
+    spec = network.for_images(raw.channels, raw.size, raw.classes)
     try:
         built = build_network(spec, seed=0)
         if has_maps:

@@ -33,7 +33,7 @@ from datm_ray.planning.machines import Machine
 from datm_ray.runtime.devices import prepare_device
 from datm_ray.stages.distill import evaluation_schedule
 from datm_ray.stages.evaluate import CONTROL_STEP_SIZES, ON_OTHERS, ROWS
-from datm_ray.stages.experts import expert_schedule, experts_at_a_time, network_spec
+from datm_ray.stages.experts import expert_schedule, experts_at_a_time
 from datm_ray.store.trajectories import size_in_words
 
 FORWARD_PASSES = {"matching": 11, "experts": 3, "training": 3}
@@ -228,7 +228,7 @@ def storage(config: RunConfig, shape: DataShape) -> dict[str, int]:
     transform = 4 * values * (values + 3) if whitened else 8 * shape.image[0]
     store = 0
     for each in (*config.each_backbone(), *config.each_auxiliary()):
-        network = build_network(network_spec(each, shape.image[0], shape.image[1:], shape.classes), seed=0)
+        network = build_network(each.network.for_images(shape.image[0], shape.image[1:], shape.classes), seed=0)
         buffers = sum(buffer.numel() for buffer in float_buffers(network).values())
         snapshot = STORED_BYTES[each.experts.storage] * FlatNetwork(network).count + 4 * buffers
         store += each.experts.count * len(each.kept_epochs) * snapshot + transform
@@ -247,7 +247,7 @@ def measured(proposal: Proposal) -> Machine:
     """
     plan, config, cluster = proposal.plans[0], proposal.config, proposal.config.cluster
     device, backbone, image = prepare_device(cluster), config.each_backbone()[0], proposal.shape.image
-    spec = network_spec(backbone, image[0], image[1:], proposal.shape.classes)
+    spec = backbone.network.for_images(image[0], image[1:], proposal.shape.classes)
     stack, many = experts_at_a_time(backbone, image, spec.classes), max(plan.chunk, config.experts.batch_size)
     networks = [build_network(spec, seed).to(device) for seed in range(stack)]
     images, labels = torch.randn(many, *image, device=device), torch.arange(many, device=device) % spec.classes

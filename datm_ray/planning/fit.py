@@ -16,18 +16,17 @@ from dataclasses import dataclass
 
 import torch
 
-from datm_ray.config import DatasetConfig, Role, RunConfig
+from datm_ray.config import DatasetConfig, NetworkSpec, Role, RunConfig
 from datm_ray.core.experts import CACHED_MAP_BYTES
 from datm_ray.core.metadd import IMAGES_AT_A_TIME
 from datm_ray.core.networks.image_cost import ImageCost, image_cost
-from datm_ray.core.networks.registry import NetworkSpec, build_network
+from datm_ray.core.networks.registry import build_network
 from datm_ray.core.training import PROTOCOLS, SCORING_BATCH
 from datm_ray.data.decode import require_memory
 from datm_ray.data.sources import load_raw
 from datm_ray.errors import ConfigError
 from datm_ray.memory import available_memory
 from datm_ray.runtime.devices import uses_gpu
-from datm_ray.stages.experts import network_spec
 from datm_ray.store.trajectories import size_in_words
 
 PROCESS_BYTES = 1200 * 2**20
@@ -332,7 +331,7 @@ def plans_of(config: RunConfig, shape: DataShape, layout: Layout | None = None) 
 
 def network_cost(config: RunConfig, shape: DataShape) -> ImageCost:
     """Cost of one image in the first network of a recipe."""
-    return _cost_of(network_spec(config, shape.image[0], shape.image[1:], shape.classes))
+    return _cost_of(config.network.for_images(shape.image[0], shape.image[1:], shape.classes))
 
 
 @functools.lru_cache(maxsize=64)

@@ -38,7 +38,6 @@ from datm_ray.runtime.devices import Meter, prepare_device, to_device
 from datm_ray.runtime.executor import Event, Finished, Note, Progress, WorkerRank, require_precision
 from datm_ray.runtime.mesh import Mesh, open_mesh
 from datm_ray.stages.checkpoint import PARTS, load_checkpoint, read_computed, save_checkpoint
-from datm_ray.stages.experts import network_spec
 from datm_ray.stages.initial import initial_set
 from datm_ray.stages.metadd import MetaNetworks
 from datm_ray.stages.method import Method, Part
@@ -236,7 +235,7 @@ class _Run:
 
     def _accuracy(self, whole: SyntheticSet, number: int, heartbeat: Heartbeat) -> float:
         config, dataset = self._config, self._dataset
-        spec = network_spec(config, dataset.channels, dataset.size, dataset.classes)
+        spec = config.network.for_images(dataset.channels, dataset.size, dataset.classes)
         protocol = validation_protocol(config.evaluate.protocol)
         schedule = evaluation_schedule(config, float(whole.step_size), protocol)
         seed = derive_seed(config.seed, Purpose.VALIDATION, number)

@@ -45,7 +45,6 @@ from datm_ray.runtime.devices import Meter, prepare_device, to_device
 from datm_ray.runtime.executor import Finished, Progress
 from datm_ray.stages.distill import SYNTHETIC, evaluation_schedule
 from datm_ray.stages.expert_networks import ExpertNetworks
-from datm_ray.stages.experts import network_spec
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.sealed import rejecting_nonsense
 
@@ -221,7 +220,7 @@ class EvaluateWorker:
     def _trial(self, config: RunConfig, images: Tensor, targets: Tensor, schedule: Schedule, seed: int) -> _Trial:
         """Train a fresh network and score it on validation data."""
         dataset = self._dataset
-        network = build_network(network_spec(config, dataset.channels, dataset.size, dataset.classes), seed)
+        network = build_network(config.network.for_images(dataset.channels, dataset.size, dataset.classes), seed)
         network.to(self._device)
         train_to_end(network, images, targets, schedule, seed)
         validation_accuracy = accuracy(

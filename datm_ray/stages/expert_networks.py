@@ -13,7 +13,7 @@ from datm_ray.core.training import Heartbeat, no_heartbeat, predict_logits
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import MissingExpertsError
 from datm_ray.runtime.devices import to_device
-from datm_ray.stages.experts import expert_group, network_spec
+from datm_ray.stages.experts import expert_group
 
 
 class ExpertNetworks:
@@ -23,7 +23,7 @@ class ExpertNetworks:
         self.group = expert_group(store_uri, config, dataset.name, dataset.fingerprint)
         self.count = config.experts.count
         self._require_all(config)
-        spec = network_spec(config, dataset.channels, dataset.size, dataset.classes)
+        spec = config.network.for_images(dataset.channels, dataset.size, dataset.classes)
         self.network = build_network(spec, seed=0).to(device)
         self._last_epoch = config.experts.epochs
         self._device = device

@@ -29,7 +29,7 @@ from datm_ray.core.experts import (
 )
 from datm_ray.core.networks.image_cost import image_cost
 from datm_ray.core.networks.parameters import FlatNetwork, float_buffers, unflatten_buffers_into, unflatten_into
-from datm_ray.core.networks.registry import NetworkSpec, build_network
+from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import can_be_stacked
 from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.training import accuracy
@@ -42,11 +42,6 @@ from datm_ray.stages.expert_progress import ExpertProgress, wait_for_disk_space
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.sealed import rejecting_nonsense
 from datm_ray.store.trajectories import ExpertGroup, TrajectoryInfo, TrajectoryStore
-
-
-def network_spec(config: RunConfig, channels: int, size: tuple[int, int], classes: int) -> NetworkSpec:
-    """The backbone of a run, for images of that shape."""
-    return NetworkSpec(channels=channels, size=size, classes=classes, **config.network.resolved(size).model_dump())
 
 
 def expert_group(store_uri: str, config: RunConfig, dataset: str, dataset_fingerprint: str) -> ExpertGroup:
@@ -66,7 +61,7 @@ def experts_at_a_time(config: RunConfig, image: tuple[int, int, int], classes: i
     if uses_gpu(cluster):
         # Where there are more workers than largest stacks, smaller ones, so that none is idle.
         return min(LARGEST_STACK, -(-config.experts.count // (cluster.workers or 1)))
-    network = build_network(network_spec(config, image[0], image[1:], classes), seed=0)
+    network = build_network(config.network.for_images(image[0], image[1:], classes), seed=0)
     if not can_be_stacked(network):
         return 1
     whole = config.experts.batch_size * image_cost(network, image).largest
@@ -132,7 +127,7 @@ class ExpertWorker:
         self, config: RunConfig, group: ExpertGroup, experts: Sequence[int], progress: ExpertProgress, meter: Meter
     ) -> Iterator[Event]:
         dataset, settings = self._dataset, config.experts
-        spec = network_spec(config, dataset.channels, dataset.size, dataset.classes)
+        spec = config.network.for_images(dataset.channels, dataset.size, dataset.classes)
         seeds = [derive_seed(config.seed, Purpose.EXPERT, expert) for expert in experts]
         networks = [build_network(spec, seed).to(self._device) for seed in seeds]
         image = (dataset.channels, *dataset.size)
@@ -184,7 +179,7 @@ class ExpertWorker:
 
     def _info(self, config: RunConfig, group: ExpertGroup, expert: int) -> TrajectoryInfo:
         dataset, seed = self._dataset, derive_seed(config.seed, Purpose.EXPERT, expert)
-        network = build_network(network_spec(config, dataset.channels, dataset.size, dataset.classes), seed)
+        network = build_network(config.network.for_images(dataset.channels, dataset.size, dataset.classes), seed)
         flat, buffers = FlatNetwork(network), float_buffers(network)
         return TrajectoryInfo(
             dataset=group.key.dataset,

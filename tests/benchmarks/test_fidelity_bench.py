@@ -16,8 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datm_ray.config import RunConfig, run_identity
-from datm_ray.core.networks.registry import NetworkSpec
+from datm_ray.config import NetworkSpec, RunConfig, run_identity
 from datm_ray.methods.trajectory.matching import matching_gradient
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.pipeline.checks import differences as keys_that_differ
@@ -112,7 +111,7 @@ def test_the_full_sizes_are_estimated_to_fit_into_half_an_hour_of_two_cores(benc
 def test_tesla_leaves_out_what_parameters_owe_to_the_images(bench: SimpleNamespace) -> None:
     """Its gradient is that of a plain program that differentiates step by step, and not the exact one."""
     matching = bench.matching
-    spec = NetworkSpec("convnet", 3, (8, 8), 4, width=4, depth=2)
+    spec = NetworkSpec(channels=3, size=(8, 8), classes=4, width=4, depth=2)
     problem = matching.make_problem(spec, 8, 4, dtype=torch.float64)
     problem.synthetic.step_sizes.fill_(0.3)
     loss, expected = matching.tesla(problem)

@@ -15,13 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from datm_ray.config import PUBLISHED_AUGMENTATION
-from datm_ray.core.networks.registry import NetworkSpec
+from datm_ray.config import NetworkSpec
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.methods.trajectory.distillation import IterationRecord, Limits
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-ABSENT = ("ray", "pydantic", "rich", "s3fs", "fsspec", "yaml", "typer", "jinja2", "matplotlib")
+ABSENT = ("ray", "rich", "s3fs", "fsspec", "typer", "jinja2", "matplotlib")
 """Packages that a machine with a GPU need not have."""
 
 Rows = Iterator[dict[str, Any]]
@@ -33,7 +32,7 @@ def bench() -> Iterator[SimpleNamespace]:
     sys.path.insert(0, str(BENCHMARKS))
     try:
         names = {"main": "bench_gpu", "sections": "gpu.sections", "machine": "gpu.machine"}
-        names |= {"matching": "published_matching", "exactness": "gpu.exactness", "curve": "gpu.curve"}
+        names |= {"exactness": "gpu.exactness", "curve": "gpu.curve"}
         yield SimpleNamespace(**{short: importlib.import_module(name) for short, name in names.items()})
     finally:
         sys.path.remove(str(BENCHMARKS))
@@ -140,7 +139,7 @@ def test_every_point_of_the_curve_has_iterations_of_its_own(
     fakes |= {"time": SimpleNamespace(monotonic=lambda: now)}
     for name, fake in fakes.items():
         monkeypatch.setattr(bench.curve, name, fake)
-    spec = NetworkSpec("convnet", 1, (8, 8), 3, width=3, depth=1)
+    spec = NetworkSpec(channels=1, size=(8, 8), classes=3, width=3, depth=1)
     images = SimpleNamespace(spec=spec, train_labels=torch.arange(3))
     recipe = SimpleNamespace(starts=2, span=1, rates=None, limits=Limits(1.0))
     machine, clock = bench.machine.Machine("cpu", small=False), SimpleNamespace(left=lambda: 14.0 - now)
@@ -162,12 +161,7 @@ def test_options_that_cannot_be_had_are_one_line(
         assert wanted in capsys.readouterr().err
 
 
-def test_augmentation_is_that_of_the_package(bench: SimpleNamespace) -> None:
-    """The benchmarks name it themselves, for the package's configuration needs pydantic."""
-    assert bench.matching.AUGMENTATION == PUBLISHED_AUGMENTATION
-
-
-def test_it_needs_neither_ray_nor_pydantic() -> None:
+def test_it_needs_neither_ray_nor_commands() -> None:
     """All sections are imported, what they import on the way too, where those packages are not installed."""
     program = (
         f"import sys\nfor name in {ABSENT!r}: sys.modules[name] = None\n"

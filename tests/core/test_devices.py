@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from datm_ray.config import NetworkSpec
 from datm_ray.core.augment import augment, draw_augmentation, parse_strategy
 from datm_ray.core.experts import ExpertFunctions, ExpertSchedule, ExpertState, Gsam, train_experts
 from datm_ray.core.metadd import MetaDD
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
-from datm_ray.core.networks.registry import NetworkSpec, build_network
+from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet, hard_logits, mean_correct_logits
 from datm_ray.core.training import Schedule, accuracy, train_to_end
 from datm_ray.methods.trajectory.distillation import Distillation, LearningRates, Limits, Match, MetaTerm, Origin
@@ -24,7 +25,7 @@ from datm_ray.methods.trajectory.step_functions import Order, StepOptions, Stude
 from tests.other_device import DEVICE, OtherDevice
 
 STRATEGY = "color_crop_cutout_flip_scale_rotate"
-SPEC = NetworkSpec("convnet", 3, (8, 8), 4, width=4, depth=2)
+SPEC = NetworkSpec(channels=3, size=(8, 8), classes=4, width=4, depth=2)
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +82,7 @@ def test_a_distillation_stays_on_its_device(order: Order) -> None:
     """Matching, MetaDD, momentum, limits, and the state saved and restored."""
     functions = StudentStepFunctions(FlatNetwork(there()), StepOptions(compiled=False, order=order))
     start = flatten(functions.network.module)
-    metadd = MetaDD([there(), there(replace(SPEC, architecture="lenet"))])
+    metadd = MetaDD([there(), there(SPEC.model_copy(update={"architecture": "lenet"}))])
     state = Distillation(synthetic_set(), LearningRates(1.0, 1.0, 0.0), Limits(1e9, 1e-3))
     for _ in range(2):
         steps = draw_student_steps(6, 2, 4, STRATEGY, 0, state.iteration)
@@ -119,8 +120,8 @@ def test_experts_stay_on_their_device() -> None:
     cases: dict[str, Callable[[], Any]] = {
         "one, SGD": lambda: case(SPEC, 1, False),
         "side by side, GSAM": lambda: case(SPEC, 2, True),
-        "batch statistics, GSAM": lambda: case(replace(SPEC, norm="batch"), 2, True),
-        "vectorised, SGD": lambda: case(replace(SPEC, architecture="mlp"), 2, False),
+        "batch statistics, GSAM": lambda: case(SPEC.model_copy(update={"norm": "batch"}), 2, True),
+        "vectorised, SGD": lambda: case(SPEC.model_copy(update={"architecture": "mlp"}), 2, False),
     }
     assert not failures(cases)
 
@@ -137,7 +138,7 @@ def test_evaluation_stays_on_its_device() -> None:
         "SGD": lambda: case(schedule, tensor(5, 4)),
         "AdamW": lambda: case(replace(schedule, optimiser="adamw"), classes(5)),
         "accuracy": lambda: accuracy(network, images, classes(5)),
-        "attention": lambda: accuracy(there(replace(SPEC, architecture="vit-small")), images, classes(5)),
+        "attention": lambda: accuracy(there(SPEC.model_copy(update={"architecture": "vit-small"})), images, classes(5)),
         "hard labels": lambda: hard_logits(classes(5), 4),
         "soft labels": lambda: mean_correct_logits([tensor(5, 4), tensor(5, 4)], classes(5)),
     }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from datm_ray.config import NetworkSpec
 from datm_ray.core import experts
 from datm_ray.core.augment import augment, draw_augmentation
 from datm_ray.core.experts import (
@@ -25,7 +26,7 @@ from datm_ray.core.experts import (
     train_experts,
 )
 from datm_ray.core.networks.parameters import flatten, flatten_buffers
-from datm_ray.core.networks.registry import NetworkSpec, build_network
+from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import can_be_stacked
 from datm_ray.core.randomness import Purpose, generator
 
@@ -36,7 +37,7 @@ GSAM = replace(SGD, gsam=Gsam(rho=0.05, alpha=0.3))
 
 
 def make_networks(count: int, norm: Any = "instance", dtype: torch.dtype = torch.float64) -> list[nn.Module]:
-    spec = NetworkSpec("convnet", 3, (8, 8), CLASSES, width=4, depth=2, norm=norm)
+    spec = NetworkSpec(channels=3, size=(8, 8), classes=CLASSES, width=4, depth=2, norm=norm)
     return [build_network(spec, seed).to(dtype) for seed in range(count)]
 
 
@@ -169,7 +170,7 @@ def test_batches_in_parts_are_batches(chunk: int) -> None:
 @pytest.mark.parametrize("name", ["convnet", "vgg11", "alexnet", "lenet", "resnet18", "mlp"])
 def test_every_network_trains_in_a_stack(name: str) -> None:
     """Chains of layers side by side, the others under vmap: each as if alone."""
-    spec = NetworkSpec(name, 3, (8, 8), CLASSES, width=4, depth=2)
+    spec = NetworkSpec(architecture=name, channels=3, size=(8, 8), classes=CLASSES, width=4, depth=2)
     networks = [build_network(spec, seed).double() for seed in range(2)]
     assert can_be_stacked(networks[0]) == (name not in ("resnet18", "mlp"))
     schedule = replace(SGD, epochs=1)
@@ -205,7 +206,7 @@ def test_compiled_experts_are_the_uncompiled_ones(stacked: int) -> None:
 
 def test_channels_first_round_as_finely_as_plain_torch() -> None:
     """One float32 step against float64, at digits' size: no more than twice as coarse as modules and autograd."""
-    spec = NetworkSpec("convnet", 1, (8, 8), 10, width=32, depth=3)
+    spec = NetworkSpec(channels=1, size=(8, 8), classes=10, width=32, depth=3)
     networks = [build_network(spec, seed) for seed in range(6)]
     draw = torch.Generator().manual_seed(0)
     images = torch.randn(6, 32, 1, 8, 8, generator=draw)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torchvision.models import googlenet, resnet18, vit_b_16
 
+from datm_ray.config import NetworkSpec
 from datm_ray.core.metadd import (
     Evidence,
     MetaDD,
@@ -23,7 +24,7 @@ from datm_ray.core.metadd import (
     meta_loss,
     scaled_maps,
 )
-from datm_ray.core.networks.registry import NetworkSpec, SpatialNetwork, build_network, network_names
+from datm_ray.core.networks.registry import SpatialNetwork, build_network, network_names
 from datm_ray.errors import ConfigError
 
 CLASSES, SIZE = 4, (16, 16)
@@ -34,7 +35,7 @@ PARTS = ("total", "variance", "invariance", "position", "ratio")
 
 def network(name: str, seed: int = 0, classes: int = CLASSES) -> nn.Module:
     """A small float64 network in evaluation mode."""
-    spec = NetworkSpec(name, 3, SIZE, classes, width=8, depth=2)
+    spec = NetworkSpec(architecture=name, channels=3, size=SIZE, classes=classes, width=8, depth=2)
     return build_network(spec, seed).double().eval()
 
 
@@ -214,7 +215,7 @@ def test_a_map_of_one_value_stays_one_when_it_is_resized(side: int) -> None:
 
 def test_networks_are_copied_frozen_and_evaluated() -> None:
     """Running statistics stay as they were, and so does what the caller does with the network."""
-    spec = NetworkSpec("convnet", 3, SIZE, CLASSES, width=4, depth=2, norm="batch")
+    spec = NetworkSpec(channels=3, size=SIZE, classes=CLASSES, width=4, depth=2, norm="batch")
     modules = [build_network(spec, seed).double().train() for seed in (0, 1)]
     before = [value.clone() for module in modules for value in module.state_dict().values()]
     images, labels = draw()

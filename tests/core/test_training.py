@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from datm_ray.config import NetworkSpec
 from datm_ray.core.augment import augment, draw_augmentation
 from datm_ray.core.networks.parameters import flatten
-from datm_ray.core.networks.registry import NetworkSpec, build_network
+from datm_ray.core.networks.registry import build_network
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.training import PROTOCOLS, Schedule, accuracy, predict_logits, train, train_to_end
 
@@ -21,7 +22,7 @@ RICH = Schedule(5, 8, 0.05, momentum=0.9, weight_decay=1e-2, augmentation="crop_
 
 
 def make_network(seed: int = 0) -> nn.Module:
-    return build_network(NetworkSpec("convnet", 1, (8, 8), 3, width=4, depth=2), seed)
+    return build_network(NetworkSpec(channels=1, size=(8, 8), classes=3, width=4, depth=2), seed)
 
 
 def make_data(count: int = 20) -> tuple[Tensor, Tensor]:

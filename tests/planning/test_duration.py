@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from datm_ray.config import override
+from datm_ray.config import NetworkConfig, override
 from datm_ray.core.networks.parameters import FlatNetwork
-from datm_ray.core.networks.registry import NetworkSpec, build_network
+from datm_ray.core.networks.registry import build_network
 from datm_ray.errors import ConfigError
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
@@ -232,7 +232,7 @@ def test_storage_is_what_lies_on_disk(tmp_path: Path) -> None:
 def test_auxiliaries_and_whitening_have_their_part_of_the_store() -> None:
     """Of an auxiliary the first epochs are stored and the last; whitening has a row for every value of an image."""
     alone, more = (storage(tiny_config(*changes), DIGITS)["store"] for changes in ((), (METADD,)))
-    lenet = FlatNetwork(build_network(NetworkSpec("lenet", 1, (8, 8), 10), seed=0)).count
+    lenet = FlatNetwork(build_network(NetworkConfig(architecture="lenet").for_images(1, (8, 8), 10), seed=0)).count
     assert more - alone == 3 * 3 * 4 * lenet + 8
     whitened = storage(override(get_recipe("tiny-imagenet-ipc1"), []), KNOWN_SHAPES["tiny-imagenet"])["results"]
     assert whitened > 4 * 12_288 * 12_291

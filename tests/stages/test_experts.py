@@ -25,7 +25,7 @@ from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, SerialExecutor
 from datm_ray.stages import expert_progress
 from datm_ray.stages.expert_progress import ExpertProgress
-from datm_ray.stages.experts import ExpertWorker, expert_group, experts_at_a_time, network_spec, stacks
+from datm_ray.stages.experts import ExpertWorker, expert_group, experts_at_a_time, stacks
 from datm_ray.store.trajectories import ExpertGroup
 from tests.conftest import actor_processes, tiny_config
 
@@ -196,7 +196,7 @@ def test_running_statistics_travel_with_the_parameters(tmp_path: Path) -> None:
     list(worker.train(config, pipeline.store_uri, (0,)))
     group = expert_group(pipeline.store_uri, config, dataset.name, dataset.fingerprint)
     last = group.read_snapshot(0, 5)
-    module = build_network(network_spec(config, dataset.channels, dataset.size, dataset.classes), 1)
+    module = build_network(config.network.for_images(dataset.channels, dataset.size, dataset.classes), 1)
     unflatten_into(module, torch.from_numpy(last.params))
     unflatten_buffers_into(module, torch.from_numpy(last.buffers))
     right = module.eval()(torch.from_numpy(dataset.test_images)).argmax(1).numpy() == dataset.test_labels

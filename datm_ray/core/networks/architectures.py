@@ -1,6 +1,6 @@
 """Architectures: ConvNet, ResNet-18, VGG-11, AlexNet, LeNet, a multilayer perceptron and a small vision transformer.
 
-Each architecture is a function of a `NetworkSpec`. Names and seeds are in `networks.py`, training is in `training.py`.
+Each architecture is a function of a `NetworkSpec`. Names and seeds are in `registry.py`.
 
 A forward pass draws no random numbers and never branches on a value. Apart from batch statistics, nothing changes in
 place. So every network runs under `torch.func` to any order of derivative and compiles to one graph. Where
@@ -17,54 +17,16 @@ Shapes: b images, c channels, h w height and width, k classes, t tokens, d numbe
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from datm_ray.config.sections import NetworkSpec, Norm, Pooling
 from datm_ray.core.networks.instance_norm import InstanceNorm
 from datm_ray.errors import ConfigError
 
-Norm = Literal["instance", "batch", "group", "none"]
-Pooling = Literal["avg", "max", "none"]
-
 LEAST_SIDE = 8
 """Smallest image side in pixels, inclusive, except for `convnet` and `mlp`, which take smaller images."""
-
-
-@dataclass(frozen=True)
-class NetworkSpec:
-    """Everything that decides a network's shape; two equal specs have interchangeable parameters.
-
-    Every architecture reads channels, size and classes, and besides these only:
-
-        convnet               width, depth, norm, pooling
-        mlp                   width, depth
-        resnet18, vgg11       width, norm
-        alexnet, vit-small    width
-        lenet                 nothing more: its size is the published one
-
-    Architectures whose row has no norm accept only norm "instance", the default, or "none", and ignore it.
-    """
-
-    architecture: str
-    """Name in the registry of networks."""
-    channels: int
-    """Input channels."""
-    size: tuple[int, int]
-    """Height and width of the input in pixels."""
-    classes: int
-    """Number of logits."""
-    width: int = 128
-    """Channels of every convolution (convnet), or units of every hidden layer (mlp). Other architectures have their
-    published sizes at 128, and all their layers scale in proportion."""
-    depth: int = 3
-    """Number of convolution blocks (convnet), or of linear layers including the one that computes the logits (mlp)."""
-    norm: Norm = "instance"
-    """Normalisation after every convolution."""
-    pooling: Pooling = "avg"
-    """Pooling that ends every block, 2x2 with stride 2 (convnet)."""
 
 
 class SpatialNetwork(nn.Module):

@@ -11,11 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from datm_ray.config import NetworkSpec
 from datm_ray.core.networks.architectures import (
     ConvNet,
-    NetworkSpec,
-    Norm,
-    Pooling,
     SpatialNetwork,
     alexnet,
     lenet,
@@ -31,9 +29,6 @@ from datm_ray.errors import ConfigError
 __all__ = [
     "Builder",
     "ConvNet",
-    "NetworkSpec",
-    "Norm",
-    "Pooling",
     "SpatialNetwork",
     "build_network",
     "couples_samples",

@@ -11,7 +11,8 @@ from torch.func import grad, vmap
 from torch.nn.functional import cross_entropy
 from torchvision.models import resnet, vgg, vision_transformer
 
-from datm_ray.core.networks.architectures import NetworkSpec, SpatialNetwork
+from datm_ray.config import NetworkConfig, NetworkSpec
+from datm_ray.core.networks.architectures import SpatialNetwork
 from datm_ray.core.networks.instance_norm import InstanceNorm
 from datm_ray.core.networks.parameters import FlatNetwork, flatten, unflatten_into
 from datm_ray.core.networks.registry import build_network, couples_samples, network_names, spatial_features
@@ -31,7 +32,12 @@ def spec_of(
 ) -> NetworkSpec:
     """Three classes, and a sixteenth of the published width: every layer is there and costs little."""
     sides = (size, size) if isinstance(size, int) else size
-    return NetworkSpec(name, channels, sides, 3, width=width, depth=2, norm=norm)
+    return NetworkSpec(architecture=name, channels=channels, size=sides, classes=3, width=width, depth=2, norm=norm)
+
+
+def published(name: str, channels: int, side: int, **changes: Any) -> NetworkSpec:
+    """Ten classes and the published width, for square images."""
+    return NetworkConfig(architecture=name, **changes).for_images(channels, (side, side), 10)
 
 
 def make(name: str, norm: str = "none") -> tuple[nn.Module, Tensor, Tensor]:
@@ -101,17 +107,17 @@ VIT_LAYER = 4 * 384 + 384 * 1152 + 1152 + 384 * 384 + 384 + 384 * 1536 + 1536 + 
 @pytest.mark.parametrize(
     ("spec", "count"),
     [
-        (NetworkSpec("resnet18", 3, (32, 32), 10, norm="batch"), 11_173_962),
-        (NetworkSpec("resnet18", 3, (8, 8), 10), 9 * (192 + RESNET_3x3) + RESNET_1x1 + 2 * RESNET_CHANNELS + 5130),
-        (NetworkSpec("resnet18", 3, (96, 96), 10, norm="batch"), 11_173_962 + (49 - 9) * 3 * 64),
-        (NetworkSpec("vgg11", 3, (32, 32), 10, norm="batch"), 9_231_114),
-        (NetworkSpec("vgg11", 3, (96, 96), 10, norm="none"), 9 * VGG_3x3 + VGG_CHANNELS + 5130),
-        (NetworkSpec("alexnet", 3, (32, 32), 10), 1_872_202),
-        (NetworkSpec("lenet", 1, (28, 28), 10), 61_706),
-        (NetworkSpec("lenet", 3, (32, 32), 10), 62_006),
-        (NetworkSpec("mlp", 3, (32, 32), 10), 3072 * 128 + 128 + 128 * 128 + 128 + 128 * 10 + 10),
-        (NetworkSpec("mlp", 1, (8, 8), 10, depth=1), 650),
-        (NetworkSpec("vit-small", 3, (32, 32), 10), 49 * 384 + 64 * 384 + 12 * VIT_LAYER + 768 + 3850),
+        (published("resnet18", 3, 32, norm="batch"), 11_173_962),
+        (published("resnet18", 3, 8), 9 * (192 + RESNET_3x3) + RESNET_1x1 + 2 * RESNET_CHANNELS + 5130),
+        (published("resnet18", 3, 96, norm="batch"), 11_173_962 + (49 - 9) * 3 * 64),
+        (published("vgg11", 3, 32, norm="batch"), 9_231_114),
+        (published("vgg11", 3, 96, norm="none"), 9 * VGG_3x3 + VGG_CHANNELS + 5130),
+        (published("alexnet", 3, 32), 1_872_202),
+        (published("lenet", 1, 28), 61_706),
+        (published("lenet", 3, 32), 62_006),
+        (published("mlp", 3, 32), 3072 * 128 + 128 + 128 * 128 + 128 + 128 * 10 + 10),
+        (published("mlp", 1, 8, depth=1), 650),
+        (published("vit-small", 3, 32), 49 * 384 + 64 * 384 + 12 * VIT_LAYER + 768 + 3850),
     ],
     ids=lambda value: f"{value.architecture}-{value.size[0]}-{value.norm}" if isinstance(value, NetworkSpec) else "",
 )
@@ -123,8 +129,8 @@ def test_networks_have_the_published_number_of_parameters(spec: NetworkSpec, cou
 @pytest.mark.parametrize("size", [32, 64, 65, 96])
 def test_resnet18_equals_torchvisions(size: int) -> None:
     """Same parameters, same logits; up to 64 pixels with the first convolution exchanged and no first pooling."""
-    network = build_network(NetworkSpec("resnet18", 3, (size, size), 3, norm="batch"), 0)
-    reference = resnet.resnet18(num_classes=3)
+    network = build_network(published("resnet18", 3, size, norm="batch"), 0)
+    reference = resnet.resnet18(num_classes=10)
     if size <= 64:
         reference.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
         reference.maxpool = nn.Identity()
@@ -135,8 +141,8 @@ def test_resnet18_equals_torchvisions(size: int) -> None:
 
 def test_vgg11_equals_torchvisions() -> None:
     """All five pools at 32 pixels, where one pixel is left to classify."""
-    network = build_network(NetworkSpec("vgg11", 3, (32, 32), 3, norm="batch"), 0)
-    reference = nn.Sequential(vgg.make_layers(vgg.cfgs["A"], batch_norm=True), nn.Flatten(), nn.Linear(512, 3))
+    network = build_network(published("vgg11", 3, 32, norm="batch"), 0)
+    reference = nn.Sequential(vgg.make_layers(vgg.cfgs["A"], batch_norm=True), nn.Flatten(), nn.Linear(512, 10))
     unflatten_into(reference, flatten(network))
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(network(images), reference(images), atol=1e-5, rtol=1e-4)
@@ -245,8 +251,8 @@ def test_mlp_has_no_maps() -> None:
 @pytest.mark.parametrize("name", ["resnet18", "vgg11", "alexnet", "lenet", "vit-small"])
 def test_sizes_that_are_published_stay(name: str) -> None:
     """Depth and pooling of the configuration, which are ConvNet's, change nothing here."""
-    one = NetworkSpec(name, 1, (8, 8), 3)
-    other = NetworkSpec(name, 1, (8, 8), 3, depth=9, pooling="max")
+    one = NetworkSpec(architecture=name, channels=1, size=(8, 8), classes=3)
+    other = NetworkSpec(architecture=name, channels=1, size=(8, 8), classes=3, depth=9, pooling="max")
     assert torch.equal(flatten(build_network(one, 0)), flatten(build_network(other, 0)))
 
 
@@ -254,15 +260,12 @@ def test_sizes_that_are_published_stay(name: str) -> None:
 @pytest.mark.parametrize("width", [2, 32, 100])
 def test_width_narrows_every_layer(name: str, width: int) -> None:
     """In proportion, so that the parameters fall with its square, but for what reads images and gives logits."""
-    full, narrow = (
-        FlatNetwork(meta_network(NetworkSpec(name, 3, (16, 16), 3, width=each, norm="none"))).count
-        for each in (128, width)
-    )
+    full, narrow = (FlatNetwork(meta_network(spec_of(name, 16, width=each))).count for each in (128, width))
     if width == 2:
         assert narrow < full / 400
     else:
         assert (width / 128) ** 2 * 0.9 < narrow / full < (width / 128) ** 2 * 1.4
-    network = build_network(NetworkSpec(name, 3, (16, 16), 3, width=width, norm="none"), 0)
+    network = build_network(spec_of(name, 16, width=width), 0)
     assert network(torch.randn(2, 3, 16, 16)).isfinite().all()
 
 

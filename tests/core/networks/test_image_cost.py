@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from datm_ray.config import NetworkSpec
 from datm_ray.core.networks.image_cost import ImageCost, image_cost
-from datm_ray.core.networks.registry import NetworkSpec, build_network
+from datm_ray.core.networks.registry import build_network
 
 
 def test_maps_and_operations_are_counted() -> None:
@@ -21,7 +22,7 @@ def test_maps_and_operations_are_counted() -> None:
 
 def test_the_largest_map_is_that_before_the_first_pooling() -> None:
     """It decides micro-batches and stacks: 128 channels of 32x32, as a float32."""
-    network = build_network(NetworkSpec("convnet", 3, (32, 32), 10, width=128, depth=3), seed=0)
+    network = build_network(NetworkSpec(channels=3, size=(32, 32), classes=10, width=128, depth=3), seed=0)
     assert image_cost(network, (3, 32, 32)).largest == 4 * 128 * 32 * 32
 
 

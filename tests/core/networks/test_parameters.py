@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from datm_ray.config import NetworkSpec
 from datm_ray.core.networks.parameters import FlatNetwork, flatten, unflatten_into
-from datm_ray.core.networks.registry import NetworkSpec, build_network
+from datm_ray.core.networks.registry import build_network
 
-SPEC = NetworkSpec("convnet", 1, (8, 8), 3, width=4, depth=2)
+SPEC = NetworkSpec(channels=1, size=(8, 8), classes=3, width=4, depth=2)
 
 
 def test_flatten_is_a_copy() -> None:
@@ -66,6 +67,6 @@ def test_gradient_through_the_vector_equals_the_modules() -> None:
 @pytest.mark.parametrize("more", [-1, 1])
 def test_a_vector_of_another_network_is_refused(more: int) -> None:
     """Of one that is too long, the first numbers would do."""
-    network = build_network(NetworkSpec("convnet", 1, (8, 8), 3, width=2, depth=1), 0)
+    network = build_network(NetworkSpec(channels=1, size=(8, 8), classes=3, width=2, depth=1), 0)
     with pytest.raises(ValueError, match="numbers for a network of"):
         unflatten_into(network, torch.zeros(len(flatten(network)) + more))

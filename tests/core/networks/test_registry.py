@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from datm_ray.config import RunConfig, override
+from datm_ray.config import NetworkSpec, RunConfig, override
 from datm_ray.core.networks import registry as networks
 from datm_ray.core.networks.parameters import flatten
-from datm_ray.core.networks.registry import NetworkSpec, build_network, couples_samples, network_names, register_network
+from datm_ray.core.networks.registry import build_network, couples_samples, network_names, register_network
 from datm_ray.errors import ConfigError
 
-TINY = NetworkSpec("convnet", 1, (8, 8), 3, width=4, depth=2)
+TINY = NetworkSpec(channels=1, size=(8, 8), classes=3, width=4, depth=2)
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ TINY = NetworkSpec("convnet", 1, (8, 8), 3, width=4, depth=2)
 )
 def test_convnet_has_the_published_number_of_parameters(size: int, classes: int, depth: int, count: int) -> None:
     """Width, depth, normalisation and head are those of the published experiments."""
-    network = build_network(NetworkSpec("convnet", 3, (size, size), classes, depth=depth), 0)
+    network = build_network(NetworkSpec(channels=3, size=(size, size), classes=classes, depth=depth), 0)
     assert len(flatten(network)) == count
 
 
@@ -31,7 +31,7 @@ def test_convnet_has_the_published_number_of_parameters(size: int, classes: int,
 @pytest.mark.parametrize(("channels", "size"), [(1, (8, 8)), (3, (9, 14))])
 def test_every_variant_gives_logits(channels: int, size: tuple[int, int], norm: str, pooling: str) -> None:
     """Any channels, and sides that are neither equal nor powers of two."""
-    spec = NetworkSpec("convnet", channels, size, 5, width=4, depth=2, norm=norm, pooling=pooling)  # type: ignore[arg-type]
+    spec = NetworkSpec(channels=channels, size=size, classes=5, width=4, depth=2, norm=norm, pooling=pooling)  # type: ignore[arg-type]
     logits = build_network(spec, 0)(torch.randn(2, channels, *size))
     assert logits.shape == (2, 5)
     assert logits.isfinite().all()
@@ -49,7 +49,7 @@ def test_instance_norm_normalises_each_channel_of_each_image() -> None:
 @pytest.mark.parametrize(("norm", "couples"), [("instance", False), ("group", False), ("none", False), ("batch", True)])
 def test_only_batch_norm_couples_samples(norm: str, couples: bool) -> None:
     """`couples_samples` says whether another image of the batch changes an image's logits."""
-    network = build_network(NetworkSpec("convnet", 1, (8, 8), 3, width=4, depth=2, norm=norm), 0)  # type: ignore[arg-type]
+    network = build_network(NetworkSpec(channels=1, size=(8, 8), classes=3, width=4, depth=2, norm=norm), 0)  # type: ignore[arg-type]
     image, one, other = torch.randn(3, 1, 1, 8, 8)
     logits = [network(torch.cat([image, companion]))[0] for companion in (one, other)]
     assert couples_samples(network) is couples
@@ -75,16 +75,16 @@ def test_building_leaves_the_global_generator_alone() -> None:
 
 def test_too_deep_a_network_is_refused_with_the_depth_that_fits() -> None:
     """Three halvings leave one pixel of eight; a fourth leaves nothing."""
-    build_network(NetworkSpec("convnet", 1, (8, 9), 2, width=4, depth=3), 0)
+    build_network(NetworkSpec(channels=1, size=(8, 9), classes=2, width=4, depth=3), 0)
     with pytest.raises(ConfigError, match=r"8x9 image, which every block halves\. Use a depth of at most 3"):
-        build_network(NetworkSpec("convnet", 1, (8, 9), 2, width=4, depth=4), 0)
+        build_network(NetworkSpec(channels=1, size=(8, 9), classes=2, width=4, depth=4), 0)
 
 
 @pytest.mark.parametrize("name", network_names())
 def test_any_architecture_can_be_named_alone(name: str) -> None:
     """The other values of the configuration, which are made for ConvNet, stand in nobody's way."""
     config = override(RunConfig(), [f"network.architecture={name}"])
-    spec = NetworkSpec(channels=1, size=(8, 8), classes=10, **config.network.resolved((8, 8)).model_dump())
+    spec = config.network.for_images(1, (8, 8), 10)
     with torch.device("meta"):
         assert build_network(spec, 0)(torch.empty(2, 1, 8, 8)).shape == (2, 10)
 
@@ -92,7 +92,7 @@ def test_any_architecture_can_be_named_alone(name: str) -> None:
 def test_unknown_architecture_is_refused_with_those_known() -> None:
     """The message names what there is."""
     with pytest.raises(ConfigError, match=r"'resnet-1'.*convnet.*resnet18"):
-        build_network(NetworkSpec("resnet-1", 1, (8, 8), 2), 0)
+        build_network(NetworkSpec(architecture="resnet-1", channels=1, size=(8, 8), classes=2), 0)
 
 
 def test_registered_architecture_can_be_built_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,5 +104,5 @@ def test_registered_architecture_can_be_built_by_name(monkeypatch: pytest.Monkey
         return nn.Sequential(nn.Flatten(), nn.Linear(spec.channels * spec.size[0] * spec.size[1], spec.classes))
 
     assert "linear" in network_names()
-    spec = NetworkSpec("linear", 1, (2, 2), 3)
+    spec = NetworkSpec(architecture="linear", channels=1, size=(2, 2), classes=3)
     assert torch.equal(flatten(build_network(spec, 1)), flatten(build_network(spec, 1)))

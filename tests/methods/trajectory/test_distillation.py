@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from datm_ray.config import NetworkSpec
 from datm_ray.core.metadd import MetaDD, MetaOptions
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
-from datm_ray.core.networks.registry import NetworkSpec, build_network
+from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.errors import DivergenceError
 from datm_ray.methods.trajectory import distillation
@@ -96,8 +97,8 @@ def test_metadd_that_is_not_finite_skips_the_iteration(
     kind: type[MetaDD], variance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing moves, the row of the history keeps its matching loss, and the error in the end names the weights."""
-    module = build_network(NetworkSpec("convnet", 1, (8, 8), 3, width=2, depth=1), 0)
-    other = build_network(NetworkSpec("convnet", 1, (8, 8), 3, width=3, depth=1), 1)
+    module = build_network(NetworkSpec(channels=1, size=(8, 8), classes=3, width=2, depth=1), 0)
+    other = build_network(NetworkSpec(channels=1, size=(8, 8), classes=3, width=3, depth=1), 1)
     functions = StudentStepFunctions(FlatNetwork(module), StepOptions(compiled=False))
     labels = torch.arange(3)
     images = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -460,7 +461,7 @@ def test_last_set_not_clearly_worse_than_the_best_is_chosen(step: Scripted) -> N
 
 def run(state: Distillation, iterations: int) -> None:
     """Real iterations of a tiny network, and a validation after every third."""
-    spec = NetworkSpec("convnet", 1, (8, 8), 3, width=3, depth=2)
+    spec = NetworkSpec(channels=1, size=(8, 8), classes=3, width=3, depth=2)
     module = build_network(spec, 0)
     functions = StudentStepFunctions(FlatNetwork(module), StepOptions(compiled=False))
     start = flatten(module)

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from datm_ray.config import PUBLISHED_AUGMENTATION
+from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkSpec
 from datm_ray.core.augment import augment, draw_augmentation
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
-from datm_ray.core.networks.registry import NetworkSpec, build_network
+from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.methods.trajectory.distillation import Distillation, LearningRates, Limits, Match, Origin
 from datm_ray.methods.trajectory.matching import (
@@ -37,7 +37,7 @@ def make_problem(
     *, channels: int = 3, size: int = 8, width: int = 6, classes: int = 4, ipc: int = 3, seed: int = 0
 ) -> tuple[FlatNetwork, Tensor, Tensor, SyntheticSet]:
     """A float64 ConvNet, two parameter vectors and a synthetic set."""
-    spec = NetworkSpec("convnet", channels, (size, size), classes, width=width, depth=2)
+    spec = NetworkSpec(channels=channels, size=(size, size), classes=classes, width=width, depth=2)
     module = build_network(spec, seed).double()
     start = flatten(module)
     draw = torch.Generator().manual_seed(seed)

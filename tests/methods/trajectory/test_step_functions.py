@@ -16,10 +16,11 @@ from torch import Tensor, fx, nn
 from torch.nn.functional import conv2d, layer_norm
 from torch.utils._pytree import tree_map_only
 
+from datm_ray.config import NetworkSpec
 from datm_ray.core.compilation import Compiled, compiler_problem, traced
 from datm_ray.core.networks.instance_norm import InstanceNorm
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
-from datm_ray.core.networks.registry import NetworkSpec, build_network
+from datm_ray.core.networks.registry import build_network
 from datm_ray.core.torch_compat import add_biases_apart, shapes_only
 from datm_ray.errors import ConfigError
 from datm_ray.methods.trajectory import step_functions
@@ -33,7 +34,7 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 def make_network(dtype: torch.dtype = torch.float64, norm: Any = "instance", pooling: Any = "avg") -> FlatNetwork:
     """A ConvNet of two blocks."""
-    spec = NetworkSpec("convnet", IMAGE[0], IMAGE[1:], CLASSES, width=4, depth=2, norm=norm, pooling=pooling)
+    spec = NetworkSpec(channels=IMAGE[0], size=IMAGE[1:], classes=CLASSES, width=4, depth=2, norm=norm, pooling=pooling)
     return FlatNetwork(build_network(spec, 0).to(dtype))
 
 
@@ -387,7 +388,7 @@ def step_with(compiler: str, cache: str, pipe: Connection) -> None:
     """Take a student step with another C++ compiler, in a process that has not looked for one yet."""
     # An empty cache, because this machine's real compiler may have filled the usual one.
     os.environ |= {"CXX": compiler, "TORCHINDUCTOR_CACHE_DIR": cache}
-    module = build_network(NetworkSpec("convnet", 1, (8, 8), 3, width=2, depth=1), 0)
+    module = build_network(NetworkSpec(channels=1, size=(8, 8), classes=3, width=2, depth=1), 0)
     functions = StudentStepFunctions(FlatNetwork(module))
     gradient = functions.forward(flatten(module), torch.ones(2, 1, 8, 8), torch.eye(3)[:2], torch.ones(2))
     pipe.send((functions.note, bool(gradient.isfinite().all())))
