@@ -22,12 +22,10 @@ from facts import common_facts, head, result_path, save
 from published_experts import Epochs, loader_epochs
 from torch import Tensor
 
-from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkSpec
+from datm_ray.config import PUBLISHED_AUGMENTATION, ExpertConfig, NetworkSpec
 from datm_ray.core.experts import (
     ExpertFunctions,
-    ExpertSchedule,
     ExpertState,
-    Gsam,
     chunk_in_cache,
     train_experts,
 )
@@ -90,12 +88,12 @@ def our_epochs(shape: Shape, device: str, stacked: int, *, compile_: bool, test_
     image = (shape.spec.channels, *shape.spec.size)
     chunk = chunk_in_cache(networks[0], image, stacked) if device == "cpu" else None
     functions = ExpertFunctions(networks[0], stacked=stacked, compile_=compile_, chunk=chunk)
-    gsam = Gsam(0.01, 0.3) if shape.gsam else None
-    schedule = ExpertSchedule(10**6, shape.batch, 0.01, augmentation=shape.augmentation, gsam=gsam)
+    optimiser = "gsam" if shape.gsam else "sgd"
+    settings = ExpertConfig(epochs=10**6, batch_size=shape.batch, augmentation=shape.augmentation, optimiser=optimiser)
     images, labels = images_of(shape, shape.images, device)
     test, _ = images_of(shape, shape.test_images, device)
     state = ExpertState.initial(networks)
-    for _ in train_experts(functions, images, labels, schedule, list(range(stacked)), state):
+    for _ in train_experts(functions, images, labels, settings, list(range(stacked)), state):
         state.parameters.cpu().clone()
         if test_pass:
             for network in networks:

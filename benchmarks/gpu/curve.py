@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkSpec
-from datm_ray.core.experts import ExpertFunctions, ExpertSchedule, ExpertState, Gsam, train_experts
+from datm_ray.config import PUBLISHED_AUGMENTATION, ExpertConfig, NetworkSpec
+from datm_ray.core.experts import ExpertFunctions, ExpertState, train_experts
 from datm_ray.core.networks.parameters import FlatNetwork, unflatten_into
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet, correct_rows, mean_correct_logits, random_rows
@@ -48,7 +48,7 @@ class Images:
 class Recipe:
     """What is distilled: 1 image per class."""
 
-    experts: ExpertSchedule
+    experts: ExpertConfig
     """Epochs: as many as starts and span need."""
     stacks: int
     """Most stacks of experts; fewer where time runs out."""
@@ -70,16 +70,24 @@ class Recipe:
 def recipe_of(machine: Machine, images: Images) -> Recipe:
     """The packaged recipes cifar10-ipc1 and digits-ipc1, with fewer and shorter experts."""
     if images.name == "CIFAR-10":
-        gsam = ExpertSchedule(6, 256, 0.01, augmentation=PUBLISHED_AUGMENTATION, gsam=Gsam(0.01, 0.3))
+        gsam = ExpertConfig(epochs=6, optimiser="gsam")
         return Recipe(
             gsam, 3, 4, 4, 2, 80, LearningRates(100.0, 5.0, 1e-7), Limits(1.1, 10.0), 0.01, PUBLISHED_AUGMENTATION, 500
         )
-    sgd = ExpertSchedule(13, 32, 0.02)
+    sgd = ExpertConfig(epochs=13, batch_size=32, learning_rate=0.02, augmentation="")
     rates, plain = LearningRates(20.0, 5.0, 5e-5), "crop_scale_rotate"
     whole = Recipe(sgd, 2, 4, 10, 3, 40, rates, Limits(1.0, 10.0), 0.03, plain, 500)
     if not machine.small:
         return whole
-    return replace(whole, experts=replace(sgd, epochs=5), stacks=1, stacked=2, starts=2, steps=4, evaluation_epochs=30)
+    return replace(
+        whole,
+        experts=sgd.model_copy(update={"epochs": 5}),
+        stacks=1,
+        stacked=2,
+        starts=2,
+        steps=4,
+        evaluation_epochs=30,
+    )
 
 
 def read_images(machine: Machine) -> Images:

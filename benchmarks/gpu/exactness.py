@@ -12,9 +12,9 @@ from published_matching import Problem, make_problem, unrolling
 from torch import Tensor
 from torch.nn.functional import group_norm
 
-from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkSpec
+from datm_ray.config import PUBLISHED_AUGMENTATION, ExpertConfig, NetworkSpec
 from datm_ray.core.augment import augment, draw_augmentation, parse_strategy
-from datm_ray.core.experts import ExpertFunctions, ExpertSchedule, ExpertState, Gsam, train_experts
+from datm_ray.core.experts import ExpertFunctions, ExpertState, train_experts
 from datm_ray.core.metadd import MetaDD
 from datm_ray.core.networks.instance_norm import instance_norm
 from datm_ray.core.networks.registry import build_network, network_names
@@ -187,17 +187,16 @@ def trained_experts(
     labels = torch.randint(spec.classes, (20,), generator=draw).to(device)
     networks = [build_network(spec, seed).to(device, dtype) for seed in range(2)]
     functions = ExpertFunctions(networks[0], stacked=2, compile_=compiled)
-    schedule = ExpertSchedule(
-        1,
-        8,
-        0.02,
+    settings = ExpertConfig(
+        epochs=1,
+        batch_size=8,
+        learning_rate=0.02,
         momentum=0.9,
         weight_decay=5e-4,
-        augmentation=PUBLISHED_AUGMENTATION,
-        gsam=Gsam(0.01, 0.3) if gsam else None,
+        optimiser="gsam" if gsam else "sgd",
     )
     state = ExpertState.initial(networks)
-    (losses,) = train_experts(functions, images.to(device, dtype), labels, schedule, [0, 1], state)
+    (losses,) = train_experts(functions, images.to(device, dtype), labels, settings, [0, 1], state)
     return state.parameters, losses
 
 

@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from published_experts import Data, Epochs, loader_epochs
 
-from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkSpec
-from datm_ray.core.experts import ExpertFunctions, ExpertSchedule, ExpertState, Gsam, train_experts
+from datm_ray.config import PUBLISHED_AUGMENTATION, ExpertConfig, NetworkSpec
+from datm_ray.core.experts import ExpertFunctions, ExpertState, train_experts
 from datm_ray.core.networks.registry import build_network
 from datm_ray.methods.trajectory.step_functions import tf32_products
 from gpu.machine import Machine, free_memory, timed
@@ -49,11 +49,9 @@ def our_epochs(machine: Machine, how: Setting, stacked: int, *, gsam: bool, comp
     """`train_experts` for longer than anyone asks."""
     networks = [build_network(how.spec, seed).to(machine.device) for seed in range(stacked)]
     functions = ExpertFunctions(networks[0], stacked=stacked, compile_=compiled)
-    schedule = ExpertSchedule(
-        10**6, how.batch, 0.01, augmentation=PUBLISHED_AUGMENTATION, gsam=Gsam(0.01, 0.3) if gsam else None
-    )
+    settings = ExpertConfig(epochs=10**6, batch_size=how.batch, optimiser="gsam" if gsam else "sgd")
     state = ExpertState.initial(networks)
-    for _ in train_experts(functions, *data_of(how, machine.device), schedule, list(range(stacked)), state):
+    for _ in train_experts(functions, *data_of(how, machine.device), settings, list(range(stacked)), state):
         state.parameters.cpu()  # a snapshot, as every epoch leaves
         yield
 

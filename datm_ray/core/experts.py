@@ -4,8 +4,10 @@ The experts of a stack share every call and nothing else: each has its own initi
 augmentation, and its numbers do not depend on whose the others are. What they are trained for, where their epochs go
 and how many are stacked is decided elsewhere. Shapes: s experts, n images, b of a batch, p parameters, q buffers.
 
-GSAM is the optimiser of FTD and DATM (arXiv 2203.08065, with the adaptive scaling of arXiv 2102.11600): it descends at
-the worst point near the parameters, less a part of the gradient that the loss itself does not have in common with it.
+GSAM is the optimiser of FTD and DATM (arXiv 2203.08065, with the adaptive scaling of arXiv 2102.11600). Let g be the
+gradient at the parameters w, and g' that at w + e, the worst point nearby, with e = rho t^2 g / |t g|. GSAM descends
+along g' - alpha (part of g orthogonal to g'). If it is adaptive, t = |w|, else t = 1.
+
 Tests: tests/core/test_experts.py.
 """
 
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from torch.func import grad, grad_and_value, vmap
 from torch.nn.functional import pad
 
+from datm_ray.config import ExpertConfig
 from datm_ray.core.augment import augment, draw_augmentation
 from datm_ray.core.compilation import Compiled, compiler_problem, traced
 from datm_ray.core.networks.image_cost import image_cost
@@ -30,7 +33,6 @@ from datm_ray.core.networks.registry import couples_samples
 from datm_ray.core.networks.stacked import StackedNetwork, can_be_stacked
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.torch_compat import BatchNorm, shapes_only
-from datm_ray.core.training import Sgd
 
 SMALLEST_NORM = 1e-12
 """Keeps GSAM's division by a norm finite, as published."""
@@ -41,26 +43,6 @@ STACKED_MAP_BYTES = 3 * 2**19
 
 Measured with experts of digits at batch 32: six ran 1.9 times as fast as one, eight, above this size, 1.2 times."""
 LARGEST_STACK = 8
-
-
-@dataclass(frozen=True)
-class Gsam:
-    """GSAM step: gradient g at w, g' at w + e with e = rho t^2 g / |t g|, then SGD along g' - alpha (g across g')."""
-
-    rho: float
-    """Length of the step to the worst point nearby."""
-    alpha: float
-    """GSAM's alpha: how much of g's component orthogonal to g' is subtracted."""
-    adaptive: bool = True
-    """t = |w|, so that the neighbourhood scales with each parameter; else t = 1."""
-
-
-@dataclass(frozen=True)
-class ExpertSchedule(Sgd):
-    """How experts are trained: a constant learning rate, no decay."""
-
-    gsam: Gsam | None = None
-    """None for plain SGD."""
 
 
 @dataclass
@@ -217,7 +199,7 @@ def train_experts(
     functions: ExpertFunctions,
     images: Tensor,
     labels: Tensor,
-    schedule: ExpertSchedule,
+    settings: ExpertConfig,
     seeds: Sequence[int],
     state: ExpertState,
 ) -> Iterator[Tensor]:
@@ -229,16 +211,16 @@ def train_experts(
         seeds: of each expert's order and augmentation.
         state: changed in place.
     """
-    while state.epoch < schedule.epochs:
+    while state.epoch < settings.epochs:
         orders = torch.stack([_order(seed, state.epoch, len(images)) for seed in seeds]).to(images.device)
         total = images.new_zeros(len(seeds))
-        whole = images.new_full((min(schedule.batch_size, len(images)),), 1 / min(schedule.batch_size, len(images)))
-        for batch, rows in enumerate(orders.split(schedule.batch_size, dim=1)):
+        whole = images.new_full((min(settings.batch_size, len(images)),), 1 / min(settings.batch_size, len(images)))
+        for batch, rows in enumerate(orders.split(settings.batch_size, dim=1)):
             count = rows.shape[1]
             weights = whole if count == len(whole) else images.new_full((count,), 1 / count)
             missing = len(whole) - count if functions.fills_up else 0
-            drawn = _drawn(images, rows, schedule.augmentation, seeds, state.epoch, batch)
-            losses = _step(functions, state, schedule, *_filled_up(drawn, labels[rows], weights, missing))
+            drawn = _drawn(images, rows, settings.augmentation, seeds, state.epoch, batch)
+            losses = _step(functions, state, settings, *_filled_up(drawn, labels[rows], weights, missing))
             total.add_(losses, alpha=count)
         state.epoch += 1
         yield total / len(images)
@@ -271,7 +253,7 @@ def _drawn(images: Tensor, rows: Tensor, augmentation: str, seeds: Sequence[int]
 def _step(
     functions: ExpertFunctions,
     state: ExpertState,
-    schedule: ExpertSchedule,
+    settings: ExpertConfig,
     images: Tensor,
     labels: Tensor,
     weights: Tensor,
@@ -279,34 +261,34 @@ def _step(
     """One step of every expert; the losses [s] before it."""
     parameters = state.parameters
     losses, gradient, state.buffers = functions(parameters, state.buffers, images, labels, weights)
-    if schedule.gsam is not None:
-        there = parameters + perturbation(parameters, gradient, schedule.gsam)
+    if settings.optimiser == "gsam":
+        there = parameters + perturbation(parameters, gradient, settings)
         # The statistics of the batch were counted already.
         _, sharp, _ = functions(there, state.buffers, images, labels, weights)
-        gradient = descent(gradient, sharp, schedule.gsam)
-    if schedule.weight_decay:
-        gradient = gradient + schedule.weight_decay * parameters
-    if schedule.momentum:
+        gradient = descent(gradient, sharp, settings)
+    if settings.weight_decay:
+        gradient = gradient + settings.weight_decay * parameters
+    if settings.momentum:
         velocity = state.velocity
-        gradient = state.velocity = gradient if velocity is None else schedule.momentum * velocity + gradient
-    state.parameters = torch.sub(parameters, gradient, alpha=schedule.learning_rate)
+        gradient = state.velocity = gradient if velocity is None else settings.momentum * velocity + gradient
+    state.parameters = torch.sub(parameters, gradient, alpha=settings.learning_rate)
     state.step += 1
     return losses
 
 
-def perturbation(parameters: Tensor, gradient: Tensor, gsam: Gsam) -> Tensor:
+def perturbation(parameters: Tensor, gradient: Tensor, settings: ExpertConfig) -> Tensor:
     """e [s p], the step to the worst point near the parameters [s p] to first order."""
-    if not gsam.adaptive:
-        return gradient * (gsam.rho / (_norm(gradient) + SMALLEST_NORM))
+    if not settings.adaptive:
+        return gradient * (settings.rho / (_norm(gradient) + SMALLEST_NORM))
     scale = parameters.abs()
-    return scale.square() * gradient * (gsam.rho / (_norm(scale * gradient) + SMALLEST_NORM))
+    return scale.square() * gradient * (settings.rho / (_norm(scale * gradient) + SMALLEST_NORM))
 
 
-def descent(gradient: Tensor, sharp: Tensor, gsam: Gsam) -> Tensor:
+def descent(gradient: Tensor, sharp: Tensor, settings: ExpertConfig) -> Tensor:
     """The direction [s p] that GSAM descends along, from the gradients at w and at w + e."""
     unit = sharp / (_norm(sharp) + SMALLEST_NORM)
     across = gradient - (gradient * unit).sum(dim=1, keepdim=True) * unit
-    return sharp - gsam.alpha * across
+    return sharp - settings.alpha * across
 
 
 def _norm(vectors: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The plain training loop, used by experts and by evaluation alike, and accuracy.
+"""The plain training loop of networks that are scored, and accuracy.
 
 Data and augmentation stay on the device and are batched; there is no per-sample loader. Shapes: n images, k classes.
 """
@@ -29,8 +29,8 @@ def no_heartbeat() -> None:
 
 
 @dataclass(frozen=True)
-class Sgd:
-    """How to train: SGD with a constant learning rate."""
+class Schedule:
+    """How a network that is scored is trained: SGD or AdamW, with at most one decay of the learning rate."""
 
     epochs: int
     """Passes over the images."""
@@ -44,12 +44,6 @@ class Sgd:
     """L2 penalty."""
     augmentation: str = ""
     """DSA operations joined by underscores; "" for none."""
-
-
-@dataclass(frozen=True)
-class Schedule(Sgd):
-    """How to train a network that is scored: SGD or AdamW, with at most one decay of the learning rate."""
-
     decay_epoch: int | None = None
     """Epoch before which the learning rate is divided by ten; the momentum is lost there, as published."""
     optimiser: Literal["sgd", "adamw"] = "sgd"

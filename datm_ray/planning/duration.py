@@ -33,7 +33,7 @@ from datm_ray.planning.machines import Machine
 from datm_ray.runtime.devices import prepare_device
 from datm_ray.stages.distill import evaluation_schedule
 from datm_ray.stages.evaluate import CONTROL_STEP_SIZES, ON_OTHERS, ROWS
-from datm_ray.stages.experts import expert_schedule, experts_at_a_time
+from datm_ray.stages.experts import experts_at_a_time
 from datm_ray.store.trajectories import size_in_words
 
 FORWARD_PASSES = {"matching": 11, "experts": 3, "training": 3}
@@ -263,7 +263,8 @@ def measured(proposal: Proposal) -> Machine:
         chunk=chunk_in_cache(networks[0], image, stack) if device.type == "cpu" else None,
         channels_last=cluster.channels_last,
     )
-    own, epochs = expert_schedule(config.experts), REPEATED + 1
+    epochs = REPEATED + 1
+    own = config.experts.model_copy(update={"epochs": epochs})
     evaluated = replace(evaluation_schedule(config, 0.01), epochs=epochs, decay_epoch=None)
     state, seeds = ExpertState.initial(networks), range(stack)
     timed: dict[str, tuple[Iterator[object], int]] = {
@@ -272,8 +273,8 @@ def measured(proposal: Proposal) -> Machine:
             STEPS * plan.chunk,
         ),
         "experts": (
-            train_experts(expert, images, labels, replace(own, epochs=epochs), seeds, state),
-            stack * many * (2 if own.gsam else 1),
+            train_experts(expert, images, labels, own, seeds, state),
+            stack * many * (2 if own.optimiser == "gsam" else 1),
         ),
         "training": (train(networks[0], images, labels, evaluated, 0), many),
     }

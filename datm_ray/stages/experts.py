@@ -21,9 +21,7 @@ from datm_ray.core.experts import (
     LARGEST_STACK,
     STACKED_MAP_BYTES,
     ExpertFunctions,
-    ExpertSchedule,
     ExpertState,
-    Gsam,
     chunk_in_cache,
     train_experts,
 )
@@ -146,7 +144,7 @@ class ExpertWorker:
             state = ExpertState.initial(networks)
             progress.add(state, torch.full((len(experts),), float("nan")))
         first, began = state.epoch, time.monotonic()
-        for losses in train_experts(functions, self._images, self._labels, expert_schedule(settings), seeds, state):
+        for losses in train_experts(functions, self._images, self._labels, settings, seeds, state):
             seconds = time.monotonic() - began
             _require_finite(losses, experts, state.epoch)
             measured = self._accuracies(networks[0], state, settings)
@@ -274,17 +272,3 @@ def _require_finite(losses: torch.Tensor, experts: Sequence[int], epoch: int) ->
                 "the learning rate is too high for this network and data",
                 "lower experts.learning_rate",
             )
-
-
-def expert_schedule(settings: ExpertConfig) -> ExpertSchedule:
-    """How a recipe's experts are trained."""
-    gsam = Gsam(settings.rho, settings.alpha, settings.adaptive) if settings.optimiser == "gsam" else None
-    return ExpertSchedule(
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        augmentation=settings.augmentation,
-        gsam=gsam,
-    )

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from datm_ray.config import NetworkSpec
+from datm_ray.config import ExpertConfig, NetworkSpec
 from datm_ray.core.augment import augment, draw_augmentation, parse_strategy
-from datm_ray.core.experts import ExpertFunctions, ExpertSchedule, ExpertState, Gsam, train_experts
+from datm_ray.core.experts import ExpertFunctions, ExpertState, train_experts
 from datm_ray.core.metadd import MetaDD
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
@@ -110,11 +110,18 @@ def test_experts_stay_on_their_device() -> None:
     def case(spec: NetworkSpec, stacked: int, gsam: bool) -> None:
         networks = [there(spec, seed) for seed in range(stacked)]
         functions = ExpertFunctions(networks[0], stacked=stacked, compile_=False, chunk=2)
-        schedule = ExpertSchedule(
-            1, 3, 0.1, momentum=0.9, weight_decay=1e-4, augmentation=STRATEGY, gsam=Gsam(0.1, 0.3) if gsam else None
+        settings = ExpertConfig(
+            epochs=1,
+            batch_size=3,
+            learning_rate=0.1,
+            momentum=0.9,
+            weight_decay=1e-4,
+            augmentation=STRATEGY,
+            optimiser="gsam" if gsam else "sgd",
+            rho=0.1,
         )
         state = ExpertState.initial(networks)
-        for losses in train_experts(functions, tensor(5, 3, 8, 8), classes(5), schedule, range(stacked), state):
+        for losses in train_experts(functions, tensor(5, 3, 8, 8), classes(5), settings, range(stacked), state):
             assert losses.device == state.parameters.device == state.buffers.device == DEVICE
 
     cases: dict[str, Callable[[], Any]] = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,14 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from datm_ray.config import NetworkSpec
+from datm_ray.config import ExpertConfig, NetworkSpec
 from datm_ray.core import experts
 from datm_ray.core.augment import augment, draw_augmentation
 from datm_ray.core.experts import (
     ExpertFunctions,
-    ExpertSchedule,
     ExpertState,
-    Gsam,
     descent,
     perturbation,
     train_experts,
@@ -31,9 +28,9 @@ from datm_ray.core.networks.stacked import can_be_stacked
 from datm_ray.core.randomness import Purpose, generator
 
 COUNT, CLASSES = 22, 3
-SGD = ExpertSchedule(epochs=2, batch_size=8, learning_rate=0.05)
-RICH = replace(SGD, momentum=0.9, weight_decay=1e-2, augmentation="crop_flip_color")
-GSAM = replace(SGD, gsam=Gsam(rho=0.05, alpha=0.3))
+SGD = ExpertConfig(epochs=2, batch_size=8, learning_rate=0.05, augmentation="")
+RICH = SGD.model_copy(update={"momentum": 0.9, "weight_decay": 1e-2, "augmentation": "crop_flip_color"})
+GSAM = SGD.model_copy(update={"optimiser": "gsam", "rho": 0.05})
 
 
 def make_networks(count: int, norm: Any = "instance", dtype: torch.dtype = torch.float64) -> list[nn.Module]:
@@ -47,29 +44,29 @@ def data(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
 
 
 def trained(
-    networks: Sequence[nn.Module], schedule: ExpertSchedule, seeds: Sequence[int], *, compile_: bool = False
+    networks: Sequence[nn.Module], settings: ExpertConfig, seeds: Sequence[int], *, compile_: bool = False
 ) -> tuple[ExpertState, list[Tensor]]:
     """The state at the end, and the losses of every epoch."""
     functions = ExpertFunctions(networks[0], stacked=len(networks), compile_=compile_)
     assert functions.note == "", "without compiled code nothing of it would be tested"
     state = ExpertState.initial(networks)
     images, labels = data(state.parameters.dtype)
-    return state, list(train_experts(functions, images, labels, schedule, seeds, state))
+    return state, list(train_experts(functions, images, labels, settings, seeds, state))
 
 
-def plainly(network: nn.Module, schedule: ExpertSchedule, seed: int, step: Callable[..., None]) -> nn.Module:
+def plainly(network: nn.Module, settings: ExpertConfig, seed: int, step: Callable[..., None]) -> nn.Module:
     """The same draws, through modules and torch's optimiser; `step(network, loss of the batch, optimiser)`."""
     network = copy.deepcopy(network)
     images, labels = data(next(network.parameters()).dtype)
     optimiser = torch.optim.SGD(
-        network.parameters(), schedule.learning_rate, schedule.momentum, weight_decay=schedule.weight_decay
+        network.parameters(), settings.learning_rate, settings.momentum, weight_decay=settings.weight_decay
     )
-    for epoch in range(schedule.epochs):
+    for epoch in range(settings.epochs):
         order = generator(seed, Purpose.TRAINING_ORDER, epoch).permutation(COUNT)
-        for batch, first in enumerate(range(0, COUNT, schedule.batch_size)):
-            rows = torch.from_numpy(order[first : first + schedule.batch_size])
+        for batch, first in enumerate(range(0, COUNT, settings.batch_size)):
+            rows = torch.from_numpy(order[first : first + settings.batch_size])
             draw = generator(seed, Purpose.TRAINING_AUGMENTATION, epoch, batch)
-            inputs = augment(images[rows], draw_augmentation(schedule.augmentation, len(rows), draw))
+            inputs = augment(images[rows], draw_augmentation(settings.augmentation, len(rows), draw))
             step(network, lambda x=inputs, y=labels[rows]: cross_entropy(network(x), y), optimiser)
     return network
 
@@ -80,7 +77,7 @@ def sgd_step(network: nn.Module, loss: Callable[[], Tensor], optimiser: torch.op
     optimiser.step()
 
 
-def gsam_step(settings: Gsam) -> Callable[..., None]:
+def gsam_step(settings: ExpertConfig) -> Callable[..., None]:
     """GSAM layer by layer, with norms over all layers, as FTD's description has it."""
 
     def step(network: nn.Module, loss: Callable[[], Tensor], optimiser: torch.optim.Optimizer) -> None:
@@ -110,46 +107,45 @@ def assert_close(value: Tensor, expected: Tensor, bound: float = 1e-12) -> None:
     assert float((value - expected).norm() / expected.norm()) < bound
 
 
-@pytest.mark.parametrize("schedule", [SGD, RICH], ids=["plain", "momentum, decay, augmentation"])
-def test_sgd_is_torchs(schedule: ExpertSchedule) -> None:
+@pytest.mark.parametrize("settings", [SGD, RICH], ids=["plain", "momentum, decay, augmentation"])
+def test_sgd_is_torchs(settings: ExpertConfig) -> None:
     """Two epochs with a smaller last batch end where modules and torch's own optimiser end."""
     (network,) = make_networks(1)
-    state, _ = trained([network], schedule, [7])
-    assert_close(state.parameters[0], flatten(plainly(network, schedule, 7, sgd_step)))
+    state, _ = trained([network], settings, [7])
+    assert_close(state.parameters[0], flatten(plainly(network, settings, 7, sgd_step)))
     assert (state.epoch, state.step) == (2, 6)
 
 
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_gsam_is_what_a_plain_implementation_does(adaptive: bool) -> None:
     """Step by step, with and without the scaling, beside momentum and weight decay."""
-    settings = Gsam(rho=0.05, alpha=0.4, adaptive=adaptive)
-    schedule = replace(RICH, gsam=settings)
+    settings = RICH.model_copy(update={"optimiser": "gsam", "rho": 0.05, "alpha": 0.4, "adaptive": adaptive})
     (network,) = make_networks(1)
-    state, _ = trained([network], schedule, [7])
-    reference = flatten(plainly(network, schedule, 7, gsam_step(settings)))
+    state, _ = trained([network], settings, [7])
+    reference = flatten(plainly(network, settings, 7, gsam_step(settings)))
     assert_close(state.parameters[0], reference)
-    assert float((reference - flatten(plainly(network, schedule, 7, sgd_step))).norm()) > 1e-3
+    assert float((reference - flatten(plainly(network, settings, 7, sgd_step))).norm()) > 1e-3
 
 
 def test_gsam_turns_by_its_parts() -> None:
     """The perturbation has length rho after scaling; what is taken off is at right angles to the sharp gradient."""
     draw = torch.Generator().manual_seed(0)
     w, g, sharp = (torch.randn(2, 50, generator=draw, dtype=torch.float64) for _ in range(3))
-    e = perturbation(w, g, Gsam(rho=0.3, alpha=0.5))
+    e = perturbation(w, g, ExpertConfig(rho=0.3, alpha=0.5))
     torch.testing.assert_close((e / w.abs()).norm(dim=1), torch.full((2,), 0.3, dtype=torch.float64))
-    taken = sharp - descent(g, sharp, Gsam(rho=0.3, alpha=0.5))
+    taken = sharp - descent(g, sharp, ExpertConfig(rho=0.3, alpha=0.5))
     torch.testing.assert_close((taken * sharp).sum(dim=1), torch.zeros(2, dtype=torch.float64), atol=1e-10, rtol=0)
-    torch.testing.assert_close(descent(g, sharp, Gsam(rho=0.3, alpha=0.0)), sharp)
+    torch.testing.assert_close(descent(g, sharp, ExpertConfig(rho=0.3, alpha=0.0)), sharp)
 
 
-@pytest.mark.parametrize("schedule", [RICH, GSAM], ids=["sgd", "gsam"])
+@pytest.mark.parametrize("settings", [RICH, GSAM], ids=["sgd", "gsam"])
 @pytest.mark.parametrize("norm", ["instance", "group", "batch", "none"])
-def test_a_stack_trains_each_expert_as_if_alone(schedule: ExpertSchedule, norm: str) -> None:
+def test_a_stack_trains_each_expert_as_if_alone(settings: ExpertConfig, norm: str) -> None:
     """Own start, order and augmentation; parameters, running statistics and losses."""
     networks, seeds = make_networks(3, norm), [5, 6, 7]
-    together, losses = trained(networks, schedule, seeds)
+    together, losses = trained(networks, settings, seeds)
     for place, (network, seed) in enumerate(zip(networks, seeds, strict=True)):
-        alone, own = trained([network], schedule, [seed])
+        alone, own = trained([network], settings, [seed])
         assert_close(together.parameters[place], alone.parameters[0], 1e-10)
         torch.testing.assert_close(together.buffers[place], alone.buffers[0], rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(torch.stack(losses)[:, place], torch.stack(own)[:, 0], rtol=1e-9, atol=0)
@@ -173,10 +169,10 @@ def test_every_network_trains_in_a_stack(name: str) -> None:
     spec = NetworkSpec(architecture=name, channels=3, size=(8, 8), classes=CLASSES, width=4, depth=2)
     networks = [build_network(spec, seed).double() for seed in range(2)]
     assert can_be_stacked(networks[0]) == (name not in ("resnet18", "mlp"))
-    schedule = replace(SGD, epochs=1)
-    together, _ = trained(networks, schedule, [1, 2])
+    settings = SGD.model_copy(update={"epochs": 1})
+    together, _ = trained(networks, settings, [1, 2])
     for place, network in enumerate(networks):
-        alone, _ = trained([network], schedule, [place + 1])
+        alone, _ = trained([network], settings, [place + 1])
         assert_close(together.parameters[place], alone.parameters[0], 1e-9)
 
 
@@ -187,9 +183,9 @@ def test_running_statistics_are_those_of_the_module() -> None:
     plain = plainly(network, SGD, 7, sgd_step)
     assert_close(state.buffers[0], flatten_buffers(plain))
     assert_close(state.parameters[0], flatten(plain))
-    one_step = replace(GSAM, epochs=1, batch_size=COUNT)
+    one_step = GSAM.model_copy(update={"epochs": 1, "batch_size": COUNT})
     first, _ = trained([network], one_step, [7])
-    second, _ = trained([network], replace(one_step, gsam=None), [7])
+    second, _ = trained([network], one_step.model_copy(update={"optimiser": "sgd"}), [7])
     assert torch.equal(first.buffers, second.buffers)
 
 
@@ -198,8 +194,8 @@ def test_running_statistics_are_those_of_the_module() -> None:
 def test_compiled_experts_are_the_uncompiled_ones(stacked: int) -> None:
     """Also where the last batch is filled up with images of no weight."""
     networks, seeds = make_networks(stacked), list(range(stacked))
-    compiled, losses = trained(networks, replace(GSAM, momentum=0.5), seeds, compile_=True)
-    plain, expected = trained(networks, replace(GSAM, momentum=0.5), seeds)
+    compiled, losses = trained(networks, GSAM.model_copy(update={"momentum": 0.5}), seeds, compile_=True)
+    plain, expected = trained(networks, GSAM.model_copy(update={"momentum": 0.5}), seeds)
     assert_close(compiled.parameters, plain.parameters)
     torch.testing.assert_close(torch.stack(losses), torch.stack(expected), rtol=1e-10, atol=0)
 
@@ -254,12 +250,12 @@ def test_memory_order_reaches_the_compiler(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_training_goes_on_from_any_epoch_with_the_same_bits() -> None:
     """The state and nothing else is what the next epoch depends on."""
-    networks, seeds, schedule = make_networks(2, dtype=torch.float32), [1, 2], replace(RICH, epochs=4)
-    undisturbed, _ = trained(networks, schedule, seeds)
-    half, _ = trained(networks, replace(schedule, epochs=2), seeds)
+    networks, seeds, settings = make_networks(2, dtype=torch.float32), [1, 2], RICH.model_copy(update={"epochs": 4})
+    undisturbed, _ = trained(networks, settings, seeds)
+    half, _ = trained(networks, settings.model_copy(update={"epochs": 2}), seeds)
     functions = ExpertFunctions(networks[0], stacked=2, compile_=False)
     resumed = copy.deepcopy(half)
-    assert len(list(train_experts(functions, *data(torch.float32), schedule, seeds, resumed))) == 2
+    assert len(list(train_experts(functions, *data(torch.float32), settings, seeds, resumed))) == 2
     assert torch.equal(resumed.parameters, undisturbed.parameters)
     assert torch.equal(resumed.velocity, undisturbed.velocity)  # type: ignore[arg-type]
     assert np.isfinite(resumed.parameters.numpy()).all()
