@@ -311,13 +311,9 @@ class AuxiliaryExpertConfig(ExpertConfig):
     """Store epochs 0 to this one and the last; null: all matchable."""
 
 
-class MetaConfig(Section):
-    """MetaDD: losses on class activation maps, for sets that work on other networks."""
+class MetaLossConfig(Section):
+    """Weights and thresholds of MetaDD's loss."""
 
-    auxiliaries: Annotated[tuple[NamedNetwork, ...], Field(strict=False, min_length=1, max_length=16)]
-    """Architectures beside the first network, such as `[resnet18, {architecture: vgg11, width: 16}]`."""
-    experts: AuxiliaryExpertConfig = AuxiliaryExpertConfig()
-    """Training of the auxiliaries; only their last epoch is used."""
     variance: NonNegative = 1.0
     """Weight of the maps' variance over the networks."""
     invariance: NonNegative = 0.01
@@ -330,6 +326,15 @@ class MetaConfig(Section):
     """logits: as a control, variance of logits instead of maps."""
     threshold: Fraction = 0.5
     """Map value in (0, 1) from which a pixel counts as a feature; affects only the reported ratio."""
+
+
+class MetaConfig(MetaLossConfig):
+    """MetaDD: losses on class activation maps, for sets that work on other networks."""
+
+    auxiliaries: Annotated[tuple[NamedNetwork, ...], Field(strict=False, min_length=1, max_length=16)]
+    """Architectures beside the first network, such as `[resnet18, {architecture: vgg11, width: 16}]`."""
+    experts: AuxiliaryExpertConfig = AuxiliaryExpertConfig()
+    """Training of the auxiliaries; only their last epoch is used."""
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of images that the losses use, drawn per iteration."""
 

@@ -22,12 +22,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
+from datm_ray.config import MetaLossConfig
 from datm_ray.core.networks.registry import spatial_features
 from datm_ray.core.synthetic import AllSum, identity
 from datm_ray.errors import ConfigError
@@ -38,26 +38,6 @@ IMAGES_AT_A_TIME = 10
 
 ROUNDING = 16
 """Smallest relative difference between the values of a map that counts, in multiples of the dtype's epsilon."""
-
-
-@dataclass(frozen=True)
-class MetaOptions:
-    """Weights and thresholds of MetaDD's loss."""
-
-    variance: float = 1.0
-    """Weight of the maps' variance over the networks."""
-    invariance: float = 0.01
-    """Weight of the auxiliaries' cross-entropy and divergence from the backbone."""
-    position: float = 0.1
-    """Weight of evidence against the class."""
-    divergence: float = 1.0
-    """Weight, within invariance, of the auxiliaries' divergence from the backbone; negative pushes them apart, 0 leaves
-    it out."""
-    threshold: float = 0.5
-    """Value of a map in [0, 1] from which a pixel counts as a feature, inclusive. It affects masks and ratios, not the
-    loss."""
-    variance_of: Literal["maps", "logits"] = "maps"
-    """"logits" is a control: the variance of the networks' standardised logits instead of their maps."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +76,7 @@ class MetaDD:
         options: weights and thresholds.
     """
 
-    def __init__(self, networks: Sequence[nn.Module] | Mapping[int, nn.Module], options: MetaOptions | None = None):
+    def __init__(self, networks: Sequence[nn.Module] | Mapping[int, nn.Module], options: MetaLossConfig | None = None):
         """Copy the networks, frozen and in evaluation mode.
 
         Args:
@@ -112,7 +92,7 @@ class MetaDD:
                 f"MetaDD compares several networks, and was given {len(numbered)}",
                 remedy="give the backbone and at least one trained network of another architecture",
             )
-        self.options = options or MetaOptions()
+        self.options = options or MetaLossConfig()
         self._networks = {index: _frozen(network) for index, network in numbered.items()}
 
     def loss(self, images: Tensor, labels: Tensor) -> MetaLoss:
@@ -221,7 +201,7 @@ def evidence(network: nn.Module, images: Tensor, labels: Tensor) -> Evidence:
     return Evidence(full, logits)
 
 
-def meta_loss(shared: Evidence, labels: Tensor, options: MetaOptions) -> MetaLoss:
+def meta_loss(shared: Evidence, labels: Tensor, options: MetaLossConfig) -> MetaLoss:
     """Compute the loss from all networks' maps [m b h w] and logits [m b k], the backbone first, and labels [b]."""
     scaled = scaled_maps(shared.maps)
     compared = scaled.flatten(2) if options.variance_of == "maps" else _standardised(shared.logits)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datm_ray.config import MetaConfig, Role, RunConfig, network_names
-from datm_ray.core.metadd import IMAGES_AT_A_TIME, MetaDD, MetaOptions, meta_feature_ratio, scaled_maps
+from datm_ray.core.metadd import IMAGES_AT_A_TIME, MetaDD, meta_feature_ratio, scaled_maps
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.data.dataset import Dataset
@@ -48,21 +48,13 @@ class MetaNetworks:
             MissingExpertsError: an auxiliary has no experts.
         """
         self._config, self._settings, self._rows, self._classes = config, settings, rows, dataset.classes
-        options = MetaOptions(
-            settings.variance,
-            settings.invariance,
-            settings.position,
-            settings.divergence,
-            settings.threshold,
-            settings.variance_of,
-        )
         auxiliaries = config.each_auxiliary()
         experts = {
             place: ExpertNetworks(auxiliaries[place - 1], dataset, store_uri, device) if place else backbone
             for place in role.meta_networks
         }
         self._ensembles = [
-            MetaDD({place: each.restored(turn % each.count) for place, each in experts.items()}, options)
+            MetaDD({place: each.restored(turn % each.count) for place, each in experts.items()}, settings)
             for turn in range(settings.experts.count)
         ]
 

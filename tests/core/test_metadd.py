@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torchvision.models import googlenet, resnet18, vit_b_16
 
-from datm_ray.config import NetworkSpec
+from datm_ray.config import MetaLossConfig, NetworkSpec
 from datm_ray.core.metadd import (
     Evidence,
     MetaDD,
     MetaLoss,
-    MetaOptions,
     evidence,
     heterogeneous_features,
     meta_feature_ratio,
@@ -97,9 +96,17 @@ def test_the_derivative_of_maps_matches_finitedifferences(three: list[nn.Module]
         assert (after - before) / (2 * step) == pytest.approx(float((exact * way).sum()), rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("options", [MetaOptions(), MetaOptions(0.3, 2.0, 0.1, -0.5, variance_of="logits")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        MetaLossConfig(),
+        MetaLossConfig(variance=0.3, invariance=2.0, position=0.1, divergence=-0.5, variance_of="logits"),
+    ],
+)
 @pytest.mark.parametrize("chunk", [1, 2, 5, 20])
-def test_the_gradient_in_parts_is_that_of_the_whole(three: list[nn.Module], options: MetaOptions, chunk: int) -> None:
+def test_the_gradient_in_parts_is_that_of_the_whole(
+    three: list[nn.Module], options: MetaLossConfig, chunk: int
+) -> None:
     """One network's graph on some images at a time, against all of them at once."""
     images, labels = draw()
     metadd = MetaDD(three, options)
@@ -171,7 +178,11 @@ def test_the_terms_are_those_of_the_formulas() -> None:
     """Two networks, one image of two by two pixels, two classes, by hand."""
     maps = torch.tensor([[[[0.0, 2.0], [1.0, 4.0]]], [[[-1.0, 0.0], [0.0, 3.0]]]])
     logits = torch.tensor([[[0.0, 0.0]], [[1.0, 0.0]]])
-    loss = meta_loss(Evidence(maps, logits), torch.tensor([0]), MetaOptions(2.0, 3.0, 5.0, divergence=-0.5))
+    loss = meta_loss(
+        Evidence(maps, logits),
+        torch.tensor([0]),
+        MetaLossConfig(variance=2.0, invariance=3.0, position=5.0, divergence=-0.5),
+    )
     first, second = torch.tensor([0, 0.5, 0.25, 1]), torch.tensor([0, 0.25, 0.25, 1])
     assert float(loss.variance) == pytest.approx(float((first - second).square().mean() / 4))
     share = 1 / (1 + torch.exp(torch.tensor(-1.0)))
@@ -251,7 +262,10 @@ def test_in_a_loop_of_distribution_matching() -> None:
     real = torch.randn(40, 3, *SIZE, generator=generator, dtype=torch.float64)
     synthetic, labels = real[:4].clone().requires_grad_(), torch.arange(4)
     backbone, embed = network("convnet"), network("convnet", 7)
-    metadd = MetaDD([backbone, network("resnet18", 1), network("lenet", 2)], MetaOptions(10.0, 0.0, 0.0))
+    metadd = MetaDD(
+        [backbone, network("resnet18", 1), network("lenet", 2)],
+        MetaLossConfig(variance=10.0, invariance=0.0, position=0.0),
+    )
     optimizer = torch.optim.SGD([synthetic], lr=1.0, momentum=0.5)
     losses = []
     for _ in range(30):

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from datm_ray.config import NetworkSpec
-from datm_ray.core.metadd import MetaDD, MetaOptions
+from datm_ray.config import MetaLossConfig, NetworkSpec
+from datm_ray.core.metadd import MetaDD
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet
@@ -92,7 +92,7 @@ class Spoiled(MetaDD):
         return loss, gradient
 
 
-@pytest.mark.parametrize(("kind", "variance"), [(MetaDD, math.inf), (Spoiled, 1.0)], ids=["loss", "gradient"])
+@pytest.mark.parametrize(("kind", "variance"), [(MetaDD, 1e300), (Spoiled, 1.0)], ids=["loss", "gradient"])
 def test_metadd_that_is_not_finite_skips_the_iteration(
     kind: type[MetaDD], variance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,7 +109,7 @@ def test_metadd_that_is_not_finite_skips_the_iteration(
     )
     start = flatten(module)
     steps = draw_student_steps(3, 1, 3, "", 0, 0)
-    meta = MetaTerm(kind([module, other], MetaOptions(variance=variance)), 2, np.arange(3), 3)
+    meta = MetaTerm(kind([module, other], MetaLossConfig(variance=variance)), 2, np.arange(3), 3)
     arguments: Any = ([Match(functions, start, start + 1, steps)], [Origin(0, 0)])
     (record,) = state.step(*arguments, meta=meta)
     assert record.skipped
