@@ -22,12 +22,12 @@ from bench_matching import Shape
 from facts import status
 from tables import table
 
-from datm_ray.config import NetworkSpec
+from datm_ray.config import DistillConfig, NetworkSpec
 from datm_ray.core.metadd import MetaDD
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.methods.trajectory.distillation import Distillation, LearningRates, Limits, Match, MetaTerm, Origin
+from datm_ray.methods.trajectory.distillation import Distillation, Match, MetaTerm, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps
 from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
 
@@ -50,8 +50,13 @@ def cost_child(auxiliaries: int, quick: bool, share: float) -> None:
     images, labels = torch.randn(100, 3, *size, generator=draw), torch.arange(100) % 10
     state = Distillation(
         SyntheticSet(images, torch.randn(100, 10, generator=draw), torch.tensor([0.01]), labels),
-        LearningRates(1e-3, 1e-3, 0.0),
-        Limits(1e9),
+        DistillConfig(
+            learning_rate_images=1e-3,
+            learning_rate_labels=1e-3,
+            learning_rate_step_size=0.0,
+            threshold=1e9,
+            gradient_limit=None,
+        ),
     )
     start = flatten(networks[0])
     target = start + torch.randn(start.shape, generator=draw) / len(start) ** 0.5

@@ -33,13 +33,13 @@ from PIL import Image, features
 
 from datm_ray.artifact import KIND, export, load, save_artifact
 from datm_ray.cli.stores import _expert_lines
-from datm_ray.config import to_yaml
+from datm_ray.config import DistillConfig, to_yaml
 from datm_ray.core.experts import ExpertState
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.data import Transform, fit_transform, load_raw, parquet
 from datm_ray.errors import CorruptFileError, DatasetError, DatmError
 from datm_ray.interop.replay_buffers import _read
-from datm_ray.methods.trajectory.distillation import Distillation, IterationRecord, LearningRates, Limits
+from datm_ray.methods.trajectory.distillation import Distillation, IterationRecord
 from datm_ray.monitor.spent import Spent
 from datm_ray.pipeline.folder import DATA, DataNote
 from datm_ray.recipes import get_recipe
@@ -135,7 +135,7 @@ def read_transform(path: Path) -> object:
 
 def write_checkpoint(folder: Path) -> Path:
     record = IterationRecord(0, 0, 1, 2, 0.5, 0.01, False, 0.1)
-    state = Distillation(synthetic_set(), LearningRates(1, 1, 1), Limits(1), {}, [record])
+    state = Distillation(synthetic_set(), DistillConfig(), {}, [record])
     state.record_validation(0.5)
     held, shared = state.to_arrays()
     metadata = {"recipe": {}, "iteration": 1, "parts": ["00000001-0-4.arrow"]}
@@ -150,7 +150,7 @@ def write_part(folder: Path) -> Path:
 
 def read_checkpoint(path: Path) -> object:
     folder = open_location(str(path.parent if path.name == CHECKPOINT else path.parents[1]))
-    state = load_checkpoint(folder, Rows(0, 4), LearningRates(1, 1, 1), Limits(1), CPU)
+    state = load_checkpoint(folder, Rows(0, 4), DistillConfig(), CPU)
     assert state is not None
     return [*vars(state.synthetic).values(), [vars(each) for each in state.history], read_curves(folder)]
 

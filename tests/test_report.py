@@ -23,7 +23,7 @@ from datm_ray.config import RunConfig, load_config_text, override, run_identity
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.data.transform import fit_transform
 from datm_ray.errors import CorruptFileError
-from datm_ray.methods.trajectory.distillation import Distillation, IterationRecord, LearningRates, Limits
+from datm_ray.methods.trajectory.distillation import Distillation, IterationRecord
 from datm_ray.report import RunSummary, accuracy_table, write_report
 from datm_ray.runtime.mesh import Alone
 from datm_ray.stages import checkpoint
@@ -72,9 +72,9 @@ def save_set(place: Location, config: RunConfig, class_names: Sequence[str], cha
 
 
 def save_checkpoint(folder: Location, config: RunConfig, losses: Sequence[float], validations: Sequence[float]) -> None:
-    state = Distillation(synthetic_set(config, 3), LearningRates(1, 1, 1), Limits(config.distill.threshold))
+    state = Distillation(synthetic_set(config, 3), config.distill)
     for k, loss in enumerate(losses):
-        skipped = not loss <= state.limits.loss
+        skipped = not loss <= config.distill.threshold
         decrease = math.nan if skipped else loss  # a number of no meaning
         state.history.append(IterationRecord(k, 0, 0, 1 + k % 2, loss, 0.01 + k / 1000, skipped, decrease))
     state.validations = [(4 * (i + 1), accuracy) for i, accuracy in enumerate(validations)]

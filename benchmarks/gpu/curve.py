@@ -12,16 +12,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from datm_ray.config import PUBLISHED_AUGMENTATION, ExpertConfig, NetworkSpec
+from datm_ray.config import NetworkSpec, RunConfig
 from datm_ray.core.experts import ExpertFunctions, ExpertState, train_experts
 from datm_ray.core.networks.parameters import FlatNetwork, unflatten_into
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet, correct_rows, mean_correct_logits, random_rows
 from datm_ray.core.training import PROTOCOLS, accuracy, predict_logits, train_to_end
 from datm_ray.methods.trajectory.difficulty import draw_plan
-from datm_ray.methods.trajectory.distillation import Distillation, LearningRates, Limits, Match, Origin
+from datm_ray.methods.trajectory.distillation import Distillation, Match, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
+from datm_ray.recipes import get_recipe
 from gpu.machine import Machine
 from gpu.sections import Clock, Row, Section
 
@@ -48,46 +49,31 @@ class Images:
 class Recipe:
     """What is distilled: 1 image per class."""
 
-    experts: ExpertConfig
-    """Epochs: as many as starts and span need."""
+    run: RunConfig
+    """Its experts have as many epochs as starts and targets need."""
     stacks: int
     """Most stacks of experts; fewer where time runs out."""
     stacked: int
     """Experts of a stack."""
     starts: int
     """Exclusive upper bound of the start epochs."""
-    span: int
-    """Epochs that a student imitates."""
-    steps: int
-    """T."""
-    rates: LearningRates
-    limits: Limits
-    step_size: float
-    augmentation: str
     evaluation_epochs: int
 
 
 def recipe_of(machine: Machine, images: Images) -> Recipe:
     """The packaged recipes cifar10-ipc1 and digits-ipc1, with fewer and shorter experts."""
     if images.name == "CIFAR-10":
-        gsam = ExpertConfig(epochs=6, optimiser="gsam")
-        return Recipe(
-            gsam, 3, 4, 4, 2, 80, LearningRates(100.0, 5.0, 1e-7), Limits(1.1, 10.0), 0.01, PUBLISHED_AUGMENTATION, 500
-        )
-    sgd = ExpertConfig(epochs=13, batch_size=32, learning_rate=0.02, augmentation="")
-    rates, plain = LearningRates(20.0, 5.0, 5e-5), "crop_scale_rotate"
-    whole = Recipe(sgd, 2, 4, 10, 3, 40, rates, Limits(1.0, 10.0), 0.03, plain, 500)
-    if not machine.small:
-        return whole
-    return replace(
-        whole,
-        experts=sgd.model_copy(update={"epochs": 5}),
-        stacks=1,
-        stacked=2,
-        starts=2,
-        steps=4,
-        evaluation_epochs=30,
-    )
+        return Recipe(_shorter(get_recipe("cifar10-ipc1"), epochs=6), 3, 4, 4, 500)
+    digits = get_recipe("digits-ipc1")
+    if machine.small:
+        return Recipe(_shorter(digits, epochs=5, student_steps=4), 1, 2, 2, 30)
+    return Recipe(_shorter(digits, epochs=13), 2, 4, 10, 500)
+
+
+def _shorter(recipe: RunConfig, epochs: int, student_steps: int | None = None) -> RunConfig:
+    experts = recipe.experts.model_copy(update={"epochs": epochs})
+    distill = recipe.distill.model_copy(update={"student_steps": student_steps or recipe.distill.student_steps})
+    return recipe.model_copy(update={"experts": experts, "distill": distill})
 
 
 def read_images(machine: Machine) -> Images:
@@ -102,8 +88,8 @@ def read_images(machine: Machine) -> Images:
         name, raw = "digits", load_raw("digits", validation=0.15)
     found = prepare(raw, "zca" if machine.data is not None else "standard", device=machine.device)
     channels, height, width = found.train_images.shape[1:]
-    small = {} if machine.data is not None else {"width": 32, "depth": 2}
-    spec = NetworkSpec(channels=channels, size=(height, width), classes=len(found.class_names), **small)
+    network = get_recipe("digits-ipc1" if machine.data is None else "cifar10-ipc1").network
+    spec = network.for_images(channels, (height, width), len(found.class_names))
     arrays = (found.train_images, found.train_labels, found.test_images, found.test_labels)
     return Images(name, spec, *(torch.tensor(array).to(machine.device) for array in arrays))
 
@@ -119,9 +105,9 @@ def expert_trajectories(machine: Machine, images: Images, recipe: Recipe, clock:
         functions = ExpertFunctions(networks[0], stacked=len(seeds), compile_=machine.compiled)
         state = ExpertState.initial(networks)
         kept = [state.parameters]
-        for _ in train_experts(functions, images.train, images.train_labels, recipe.experts, seeds, state):
+        for _ in train_experts(functions, images.train, images.train_labels, recipe.run.experts, seeds, state):
             kept.append(state.parameters)
-            if end.left() < 0 and len(kept) > recipe.span + 1:
+            if end.left() < 0 and len(kept) > recipe.run.distill.expert_epochs + 1:
                 break
         found.append(torch.stack(kept, dim=1))
         if end.left() < time.monotonic() - began:
@@ -155,7 +141,7 @@ class _Experts:
         """Real images with soft labels."""
         there = torch.from_numpy(rows).to(self._last.device)
         images = self._images
-        step_sizes = torch.tensor([recipe.step_size], device=there.device)
+        step_sizes = torch.tensor([recipe.run.distill.initial_step_size], device=there.device)
         return SyntheticSet(images.train[there], self.soft_labels(there), step_sizes, images.train_labels[there])
 
 
@@ -166,7 +152,7 @@ def scored(images: Images, recipe: Recipe, held: SyntheticSet, networks: int) ->
         epochs=recipe.evaluation_epochs,
         decay_epoch=recipe.evaluation_epochs // 2,
         learning_rate=float(held.step_size),
-        augmentation=recipe.augmentation,
+        augmentation=recipe.run.evaluate.augmentation,
     )
     found = []
     for seed in range(networks):
@@ -187,20 +173,19 @@ def curve(machine: Machine, images: Images, recipe: Recipe, trajectories: Tensor
     scoring = (time.monotonic() - began) / networks
     state = Distillation(
         experts.real_set(recipe, correct_rows(labels, 1, 0, experts=count, predict=experts.predict)),
-        recipe.rates,
-        recipe.limits,
+        recipe.run.distill,
     )
     module = build_network(images.spec, 0).to(machine.device)
     functions = StudentStepFunctions(FlatNetwork(module), StepOptions(compiled=machine.compiled))
     functions.prepare(len(random.images), tuple(random.images.shape[1:]), images.spec.classes)  # type: ignore[arg-type]
-    bound = min(recipe.starts, trajectories.shape[1] - recipe.span)
+    bound = min(recipe.starts, trajectories.shape[1] - recipe.run.distill.expert_epochs)
     started, worked = time.monotonic(), 0.0
     last = networks * scoring * 1.5 + 2
     interval = max(0.0, clock.left() - last) / POINTS - scoring
     while clock.left() > last or not state.iteration:
         point, before = time.monotonic(), state.iteration
         while state.iteration == before or (time.monotonic() - point < interval and clock.left() > last):
-            _iterate(state, functions, recipe, trajectories, bound)
+            _iterate(state, functions, trajectories, bound)
             if machine.small and state.iteration % 2 == 0:
                 break
         worked += time.monotonic() - point
@@ -220,14 +205,11 @@ def curve(machine: Machine, images: Images, recipe: Recipe, trajectories: Tensor
             break
 
 
-def _iterate(
-    state: Distillation, functions: StudentStepFunctions, recipe: Recipe, trajectories: Tensor, bound: int
-) -> None:
-    images = len(state.synthetic.images)
+def _iterate(state: Distillation, functions: StudentStepFunctions, trajectories: Tensor, bound: int) -> None:
+    images, settings = len(state.synthetic.images), state.settings
     plan = draw_plan(range(bound), len(trajectories), 0, state.iteration)
-    strategy = recipe.experts.augmentation
-    steps = draw_student_steps(images, recipe.steps, images, strategy, 0, state.iteration)
-    start, target = (trajectories[plan.expert, epoch] for epoch in (plan.start, plan.start + recipe.span))
+    steps = draw_student_steps(images, settings.student_steps, images, settings.augmentation, 0, state.iteration)
+    start, target = (trajectories[plan.expert, epoch] for epoch in (plan.start, plan.start + settings.expert_epochs))
     state.step([Match(functions, start, target, steps)], [Origin(plan.expert, plan.start)])
 
 

@@ -12,7 +12,7 @@ from published_matching import Problem, make_problem, unrolling
 from torch import Tensor
 from torch.nn.functional import group_norm
 
-from datm_ray.config import PUBLISHED_AUGMENTATION, ExpertConfig, NetworkSpec
+from datm_ray.config import PUBLISHED_AUGMENTATION, DistillConfig, ExpertConfig, NetworkSpec
 from datm_ray.core.augment import augment, draw_augmentation, parse_strategy
 from datm_ray.core.experts import ExpertFunctions, ExpertState, train_experts
 from datm_ray.core.metadd import MetaDD
@@ -20,7 +20,7 @@ from datm_ray.core.networks.instance_norm import instance_norm
 from datm_ray.core.networks.registry import build_network, network_names
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.training import Schedule, predict_logits, train_to_end
-from datm_ray.methods.trajectory.distillation import Distillation, LearningRates, Limits, Match, Origin
+from datm_ray.methods.trajectory.distillation import Distillation, Match, Origin
 from datm_ray.methods.trajectory.matching import matching_gradient
 from datm_ray.methods.trajectory.step_functions import Precision, StepOptions, StudentStepFunctions
 from gpu.machine import Machine
@@ -33,6 +33,11 @@ ROUNDED = {"float32": 5e-2, "tf32": 0.3, "bfloat16": 0.9}
 rounding carries over its kink may cost what many roundings do. A gradient of zeros has an error of 1."""
 COSINE = 0.5
 """The first result and the exact one enclose an angle whose cosine is above this."""
+
+SETTINGS = DistillConfig(
+    learning_rate_images=0.1, learning_rate_labels=0.1, learning_rate_step_size=1e-5, threshold=1e9, gradient_limit=10.0
+)
+"""Distillations of the checks: no loss is skipped, and no random gradient leads far."""
 
 Tensors = Sequence[Tensor]
 
@@ -164,7 +169,7 @@ def distilled(machine: Machine, device: str) -> Tensors:
     """The set, and what a checkpoint holds of its momenta, after three iterations with momentum."""
     problem = _Matching(machine).problem(device)
     functions = StudentStepFunctions(problem.network, StepOptions(compiled=False))
-    state = Distillation(problem.synthetic, LearningRates(0.1, 0.1, 1e-5), Limits(1e9, 10.0))
+    state = Distillation(problem.synthetic, SETTINGS)
     for _ in range(3):
         state.step([Match(functions, problem.start, problem.target, problem.steps)], [Origin(0, 0)])
     held, shared = state.to_arrays()

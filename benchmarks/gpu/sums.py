@@ -23,12 +23,12 @@ from published_matching import Problem, make_problem
 
 from datm_ray.config import PUBLISHED_AUGMENTATION
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.methods.trajectory.distillation import Distillation, LearningRates, Limits, Match, Origin
+from datm_ray.methods.trajectory.distillation import Distillation, Match, Origin
 from datm_ray.methods.trajectory.matching import matching_gradient
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.runtime.executor import WorkerRank
 from datm_ray.runtime.mesh import Mesh, open_mesh
-from gpu.exactness import compared, spec_of
+from gpu.exactness import SETTINGS, compared, spec_of
 from gpu.machine import Machine, timed
 from gpu.sections import Clock, Row, Section, tried
 
@@ -60,7 +60,7 @@ def work(mesh: Mesh, machine: Machine, size: int, rank: int) -> dict[str, Any]:
     row = compared(
         [part.images, part.soft_labels, part.step_size], [whole.images[held], whole.soft_labels[held], whole.step_size]
     )
-    state = Distillation(mine, LearningRates(0.1, 0.1, 1e-5), Limits(1e9, 10.0))
+    state = Distillation(mine, SETTINGS)
     match = Match(functions, problem.start, problem.target, steps)
     state.step(
         [match],

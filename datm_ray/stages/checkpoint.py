@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from datm_ray.config import DistillConfig
 from datm_ray.errors import CorruptFileError, RunDirectoryError, StoreError
-from datm_ray.methods.trajectory.distillation import Distillation, LearningRates, Limits, with_present_names
+from datm_ray.methods.trajectory.distillation import Distillation, with_present_names
 from datm_ray.runtime.mesh import Mesh
 from datm_ray.store.files.filesystem import Location, MissingFileError
 from datm_ray.store.sealed import reading_again, rejecting_nonsense
@@ -77,9 +78,7 @@ def save_checkpoint(
             raise _overtaken(folder, f"has no parts of iteration {state.iteration} any more, which was just written")
 
 
-def load_checkpoint(
-    folder: Location, rows: Rows, rates: LearningRates, limits: Limits, device: torch.device
-) -> Distillation | None:
+def load_checkpoint(folder: Location, rows: Rows, settings: DistillConfig, device: torch.device) -> Distillation | None:
     """The rows of the state that was saved last, whoever saved them; none where nothing was saved.
 
     Raises:
@@ -91,20 +90,20 @@ def load_checkpoint(
         # Another command that goes on with the same run replaces it, and deletes the parts of the one before.
         return reading_again(
             folder / CHECKPOINT,
-            lambda: _load(folder, rows, rates, limits, device),
+            lambda: _load(folder, rows, settings, device),
             (CorruptFileError, MissingFileError),
         )
     except MissingFileError as error:
         raise _unusable(folder, f"names the part {error.fact.rpartition('/')[2]}, which is missing") from error
 
 
-def _load(folder: Location, rows: Rows, rates: LearningRates, limits: Limits, device: torch.device) -> Distillation:
+def _load(folder: Location, rows: Rows, settings: DistillConfig, device: torch.device) -> Distillation:
     file = read_tensors(folder / CHECKPOINT, kind=KIND)
     if "parts" not in file.metadata:
         raise _unusable(folder, "names no parts")
     with rejecting_nonsense(folder / CHECKPOINT):
         held = _read_rows(folder, file.metadata["parts"], rows)
-        state = Distillation.from_arrays(held, file.arrays, rates, limits, device)
+        state = Distillation.from_arrays(held, file.arrays, settings, device)
         _require_shapes(folder, state)
     return state
 

@@ -31,7 +31,7 @@ from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training import PROTOCOLS, Heartbeat, Schedule, accuracy, train, validation_protocol
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import ClusterError, DivergenceError
-from datm_ray.methods.trajectory.distillation import Distillation, IterationRecord, LearningRates, Limits, MetaTerm
+from datm_ray.methods.trajectory.distillation import Distillation, IterationRecord, MetaTerm
 from datm_ray.monitor.provenance import provenance, workers_in_words
 from datm_ray.monitor.spent import Account, Spent
 from datm_ray.runtime.devices import Meter, prepare_device, to_device
@@ -196,19 +196,16 @@ class _Run:
 
     def _resume_or_start(self) -> Distillation:
         settings = self._config.distill
-        of_labels = settings.learning_rate_labels if settings.labels == "soft" else 0.0
-        rates = LearningRates(settings.learning_rate_images, of_labels, settings.learning_rate_step_size)
         if self._mesh.rank == 0:
             for place in (self._folder, self._folder / PARTS):
                 place.remove_leftovers()
-        limits = Limits(settings.threshold, math.inf if settings.gradient_limit is None else settings.gradient_limit)
-        saved = load_checkpoint(self._folder, self._rows, rates, limits, self._device)
+        saved = load_checkpoint(self._folder, self._rows, settings, self._device)
         self._require_one_state(-1 if saved is None else saved.iteration)
         if saved is not None:
             return saved
         synthetic = initial_set(self._part, self._method.experts[0])
         self._save_set(synthetic, INITIAL)
-        return Distillation(synthetic, rates, limits)
+        return Distillation(synthetic, settings)
 
     def _require_one_state(self, iteration: int) -> None:
         """Raise an error unless every worker resumes at the same iteration; -1 stands for a new distillation."""

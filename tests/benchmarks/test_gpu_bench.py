@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from datm_ray.config import NetworkSpec
+from datm_ray.config import DistillConfig, NetworkSpec, RunConfig
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.methods.trajectory.distillation import IterationRecord, Limits
+from datm_ray.methods.trajectory.distillation import IterationRecord
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ABSENT = ("ray", "rich", "s3fs", "fsspec", "typer", "jinja2", "matplotlib")
@@ -141,7 +141,7 @@ def test_every_point_of_the_curve_has_iterations_of_its_own(
         monkeypatch.setattr(bench.curve, name, fake)
     spec = NetworkSpec(channels=1, size=(8, 8), classes=3, width=3, depth=1)
     images = SimpleNamespace(spec=spec, train_labels=torch.arange(3))
-    recipe = SimpleNamespace(starts=2, span=1, rates=None, limits=Limits(1.0))
+    recipe = SimpleNamespace(starts=2, run=RunConfig(distill=DistillConfig(expert_epochs=1)))
     machine, clock = bench.machine.Machine("cpu", small=False), SimpleNamespace(left=lambda: 14.0 - now)
     rows = list(bench.curve.curve(machine, images, recipe, torch.zeros(1, 4, 2), clock))
     iterations = [row["iterations"] for row in rows[1:]]

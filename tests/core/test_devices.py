@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from datm_ray.config import ExpertConfig, NetworkSpec
+from datm_ray.config import DistillConfig, ExpertConfig, NetworkSpec
 from datm_ray.core.augment import augment, draw_augmentation, parse_strategy
 from datm_ray.core.experts import ExpertFunctions, ExpertState, train_experts
 from datm_ray.core.metadd import MetaDD
@@ -19,7 +19,7 @@ from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet, hard_logits, mean_correct_logits
 from datm_ray.core.training import Schedule, accuracy, train_to_end
-from datm_ray.methods.trajectory.distillation import Distillation, LearningRates, Limits, Match, MetaTerm, Origin
+from datm_ray.methods.trajectory.distillation import Distillation, Match, MetaTerm, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps
 from datm_ray.methods.trajectory.step_functions import Order, StepOptions, StudentStepFunctions
 from tests.other_device import DEVICE, OtherDevice
@@ -83,13 +83,14 @@ def test_a_distillation_stays_on_its_device(order: Order) -> None:
     functions = StudentStepFunctions(FlatNetwork(there()), StepOptions(compiled=False, order=order))
     start = flatten(functions.network.module)
     metadd = MetaDD([there(), there(SPEC.model_copy(update={"architecture": "lenet"}))])
-    state = Distillation(synthetic_set(), LearningRates(1.0, 1.0, 0.0), Limits(1e9, 1e-3))
+    settings = DistillConfig(learning_rate_images=1.0, learning_rate_step_size=0.0, threshold=1e9, gradient_limit=1e-3)
+    state = Distillation(synthetic_set(), settings)
     for _ in range(2):
         steps = draw_student_steps(6, 2, 4, STRATEGY, 0, state.iteration)
         meta = MetaTerm(metadd, 2, np.arange(5), 6)
         state.step([Match(functions, start, torch.rand_like(start), steps, chunk=3)], [Origin(0, 0)], meta=meta)
         held, shared = state.to_arrays()
-        state = Distillation.from_arrays(held, dict(shared), state.rates, state.limits, DEVICE)
+        state = Distillation.from_arrays(held, dict(shared), state.settings, DEVICE)
     assert state.synthetic.images.device == state.momenta["step_sizes"].device == DEVICE
 
 

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from datm_ray.config import DistillConfig
 from datm_ray.core.metadd import MetaDD
 from datm_ray.core.synthetic import AllSum, SyntheticSet, identity
 from datm_ray.errors import DivergenceError
@@ -38,36 +39,6 @@ expert, start epoch and minibatches, so a hundred divergences are caused by the 
 
 InRows = Callable[[Callable[[AllSum], None]], None]
 """Runs work that only the class shards of one backbone share, see `Mesh.in_rows`."""
-
-
-@dataclass(frozen=True)
-class LearningRates:
-    """Learning rates of SGD on the three learned variables."""
-
-    images: float
-    soft_labels: float
-    step_sizes: float
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits that keep one iteration from ruining the set."""
-
-    loss: float
-    """Normalised matching loss above which an iteration updates nothing, exclusive."""
-    decrease: float = math.inf
-    """Largest first-order decrease of a backbone's loss in one step, in multiples of the loss; inf for no limit.
-
-    The first-order decrease is that of one step of SGD without momentum: the sum over the learned variables of learning
-    rate times squared gradient norm. A gradient beyond the limit is shortened to it.
-
-    A gradient through T student steps explodes now and then: at an ordinary loss it is up to two hundred times as long
-    as those before it. An update along it leaves a set that nothing can be matched with (benchmarks/LOG.md). No loss
-    can fall below zero, so such a first-order decrease is impossible. Beyond the limit the step is the shorter the
-    longer the gradient is. So it is with the stochastic Polyak step size too (arXiv 2002.10542): there the limit is 1 /
-    c, and the learning rates are the upper bound. Each backbone is limited separately, and MetaDD's gradient is neither
-    counted nor shortened. The published code has no such limit.
-    """
 
 
 @dataclass(frozen=True)
@@ -126,8 +97,8 @@ class IterationRecord:
     skipped: bool
     """True if this backbone updated nothing: its loss exceeded the limit, or it diverged, see `diverged`."""
     decrease: float = math.nan
-    """First-order decrease before the gradient was shortened, in multiples of the loss, see `Limits`. nan if the
-    backbone was skipped, or if an earlier version saved the record."""
+    """First-order decrease before the gradient was shortened, in multiples of the loss. nan if the backbone was
+    skipped, or if an earlier version saved the record."""
 
 
 def diverged(loss: NDArray[np.float64], skipped: NDArray[np.bool_], limit: float) -> NDArray[np.bool_]:
@@ -156,8 +127,8 @@ class Distillation:
     """State of one distillation, or of one class shard of it."""
 
     synthetic: SyntheticSet
-    rates: LearningRates
-    limits: Limits
+    settings: DistillConfig
+    """Settings of the recipe. Used are its learning rates, `threshold` and `gradient_limit`."""
     momenta: dict[str, Tensor] = field(default_factory=dict)
     """One buffer per learned variable; empty before the first update."""
     history: list[IterationRecord] = field(default_factory=list)
@@ -170,6 +141,13 @@ class Distillation:
     """Set chosen on validation data so far; None before the first validation."""
     chosen_at: int = 0
     """Number of iterations that were done when `chosen` was chosen."""
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Learning rates by the name of the learned variable; hard labels stay fixed, so theirs is 0."""
+        of_labels = self.settings.learning_rate_labels if self.settings.labels == "soft" else 0.0
+        rates = (self.settings.learning_rate_images, of_labels, self.settings.learning_rate_step_size)
+        return dict(zip(LEARNED, rates, strict=True))
 
     @property
     def backbones(self) -> int:
@@ -193,8 +171,9 @@ class Distillation:
 
     @property
     def shortened(self) -> int:
-        """Number of gradients that were shortened, see `Limits`."""
-        return sum(record.decrease > self.limits.decrease for record in self.history)
+        """Number of gradients that were shortened, see `DistillConfig.gradient_limit`."""
+        limit = self.settings.gradient_limit or math.inf
+        return sum(record.decrease > limit for record in self.history)
 
     def step(
         self,
@@ -240,7 +219,7 @@ class Distillation:
             in_rows(match_all)
         outcome[3] = is_lost
         losses, decreases, unusable, lost = sum_over_backbones(outcome.to(self.synthetic.images.device)).cpu()
-        skipped = (losses > self.limits.loss) | (unusable > 0) | (lost > 0)
+        skipped = (losses > self.settings.threshold) | (unusable > 0) | (lost > 0)
         if not bool(skipped.all()):
             zeros = (name for name in LEARNED if name not in total)
             total |= {name: torch.zeros_like(getattr(self.synthetic, name)) for name in zeros}
@@ -267,7 +246,7 @@ class Distillation:
 
     def _diverged(self, records: Sequence[IterationRecord]) -> NDArray[np.bool_]:
         losses, skipped = [record.loss for record in records], [record.skipped for record in records]
-        return diverged(np.array(losses, np.float64), np.array(skipped, np.bool_), self.limits.loss)
+        return diverged(np.array(losses, np.float64), np.array(skipped, np.bool_), self.settings.threshold)
 
     def _require_progress(self, is_lost: bool) -> None:
         """Raise a `DivergenceError` if a backbone has diverged too often since its last update."""
@@ -337,10 +316,10 @@ class Distillation:
             match.steps,
             backbone=match.backbone,
             chunk=match.chunk,
-            skip_above=self.limits.loss,
+            skip_above=self.settings.threshold,
             all_sum=all_sum,
         )
-        if not gradient.loss <= self.limits.loss:
+        if not gradient.loss <= self.settings.threshold:
             return gradient.loss, math.nan, not math.isfinite(gradient.loss)
         decrease = self._shorten(match, gradient, all_sum)
         if math.isnan(decrease) or not self._stays_positive(match, gradient):
@@ -355,23 +334,26 @@ class Distillation:
     def _shorten(self, match: Match, gradient: MatchingGradient, all_sum: AllSum) -> float:
         """Shorten a backbone's gradient to its limit. Returns the first-order decrease before that.
 
-        The result is in multiples of the loss, and nan if the gradient is not finite in any shard.
+        The first-order decrease is that of one step of SGD without momentum: the sum over the learned variables of
+        learning rate times squared gradient norm. It is in multiples of the loss, and nan if the gradient is not finite
+        in any shard. Limits are explained in docs/methods/datm.md.
         """
         # Norms make no copy of the images, which may be large. Squares of long ones need float64.
         images, labels = (
             torch.linalg.vector_norm(each).double().square() for each in (gradient.images, gradient.soft_labels)
         )
-        fall = self.rates.images * images + self.rates.soft_labels * labels
+        rates, limit = self.rates, self.settings.gradient_limit or math.inf
+        fall = rates["images"] * images + rates["soft_labels"] * labels
         fall, bad = all_sum(
             torch.stack([fall, _bad(gradient.images, gradient.soft_labels, gradient.step_size).double()])
         )
         if bool(bad):
             return math.nan
-        fall = fall + self.rates.step_sizes * gradient.step_size.double().square()
+        fall = fall + rates["step_sizes"] * gradient.step_size.double().square()
         decrease = match.weight * float(fall) / gradient.loss if gradient.loss else 0.0
-        if decrease > self.limits.decrease:
+        if decrease > limit:
             for each in (gradient.images, gradient.soft_labels, gradient.step_size):
-                each.mul_(self.limits.decrease / decrease)
+                each.mul_(limit / decrease)
         return decrease
 
     def _stays_positive(self, match: Match, gradient: MatchingGradient) -> bool:
@@ -379,7 +361,7 @@ class Distillation:
         moved = match.weight * gradient.step_size
         if "step_sizes" in self.momenta:
             moved = moved + STEP_SIZE_MOMENTUM * self.momenta["step_sizes"][match.backbone]
-        return bool(self.synthetic.step_sizes[match.backbone] - self.rates.step_sizes * moved > 0)
+        return bool(self.synthetic.step_sizes[match.backbone] - self.rates["step_sizes"] * moved > 0)
 
     def _update(self, gradient: dict[str, Tensor], moved: Tensor, all_sum: AllSum) -> bool:
         """Follow the gradients unless a value of any shard would not be finite. Returns whether they were followed.
@@ -387,11 +369,11 @@ class Distillation:
         Args:
             moved: [a] whether a backbone's step size has a gradient; the others stay.
         """
-        updated = self.synthetic.clone()
+        updated, rates = self.synthetic.clone(), self.rates
         for name, momentum in zip(LEARNED, (IMAGE_MOMENTUM, LABEL_MOMENTUM, STEP_SIZE_MOMENTUM), strict=True):
             if name in self.momenta:
                 gradient[name].add_(self.momenta[name], alpha=momentum)  # in place: it becomes the new momentum
-            getattr(updated, name).sub_(gradient[name], alpha=getattr(self.rates, name))
+            getattr(updated, name).sub_(gradient[name], alpha=rates[name])
         torch.where(moved, updated.step_sizes, self.synthetic.step_sizes, out=updated.step_sizes)
         if self.momenta:
             gradient["step_sizes"] = torch.where(moved, gradient["step_sizes"], self.momenta["step_sizes"])
@@ -450,9 +432,7 @@ class Distillation:
         return curves
 
     @classmethod
-    def from_arrays(
-        cls, held: Arrays, shared: Arrays, rates: LearningRates, limits: Limits, device: torch.device
-    ) -> Distillation:
+    def from_arrays(cls, held: Arrays, shared: Arrays, settings: DistillConfig, device: torch.device) -> Distillation:
         """Restore the state that `to_arrays` saved; `held` may be any range of its rows."""
         arrays = {**held, **with_present_names(shared)}
         unknown = np.full(len(arrays["history.iteration"]), np.nan)
@@ -462,8 +442,7 @@ class Distillation:
         curve = (arrays["validation.iteration"].tolist(), arrays["validation.accuracy"].tolist())
         return cls(
             synthetic=_set_from(arrays, "synthetic", device),
-            rates=rates,
-            limits=limits,
+            settings=settings,
             momenta={
                 name: _to_torch(arrays[f"momentum.{name}"], device) for name in LEARNED if f"momentum.{name}" in arrays
             },

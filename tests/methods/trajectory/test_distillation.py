@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from dataclasses import astuple, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from datm_ray.config import MetaLossConfig, NetworkSpec
+from datm_ray.config import DistillConfig, MetaLossConfig, NetworkSpec
 from datm_ray.core.metadd import MetaDD
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
@@ -23,8 +23,6 @@ from datm_ray.methods.trajectory import distillation
 from datm_ray.methods.trajectory.distillation import (
     Distillation,
     IterationRecord,
-    LearningRates,
-    Limits,
     Match,
     MetaTerm,
     Origin,
@@ -32,18 +30,23 @@ from datm_ray.methods.trajectory.distillation import (
 from datm_ray.methods.trajectory.matching import MatchingGradient, draw_student_steps
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 
-RATES = LearningRates(images=3.0, soft_labels=2.0, step_sizes=1e-3)
+RATES = (3.0, 2.0, 1e-3)
+SETTINGS = DistillConfig(
+    learning_rate_images=RATES[0],
+    learning_rate_labels=RATES[1],
+    learning_rate_step_size=RATES[2],
+    gradient_limit=None,
+)
 LEARNED = ("images", "soft_labels", "step_sizes")
 
 
-def make_state(loss: float = 1.0, decrease: float = math.inf) -> Distillation:
+def make_state(**changes: Any) -> Distillation:
     draw = torch.Generator().manual_seed(0)
     images = torch.randn(6, 1, 8, 8, generator=draw)
     soft_labels = torch.randn(6, 3, generator=draw)
     return Distillation(
         SyntheticSet(images, soft_labels, torch.tensor([0.05]), torch.arange(3).repeat_interleave(2)),
-        RATES,
-        Limits(loss, decrease),
+        SETTINGS.model_copy(update=changes),
     )
 
 
@@ -104,8 +107,7 @@ def test_metadd_that_is_not_finite_skips_the_iteration(
     images = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     state = Distillation(
         SyntheticSet(images, torch.zeros(3, 3), torch.tensor([0.1]), labels),
-        LearningRates(1.0, 1.0, 0.0),
-        Limits(9.0),
+        DistillConfig(threshold=9.0),
     )
     start = flatten(module)
     steps = draw_student_steps(3, 1, 3, "", 0, 0)
@@ -159,7 +161,7 @@ def test_update_is_torchs_sgd_with_the_published_momenta(step: Scripted) -> None
     state, reference = make_state(), make_state().synthetic
     optimizers = [
         torch.optim.SGD([getattr(reference, name)], rate, momentum)
-        for name, rate, momentum in zip(LEARNED, astuple(RATES), (0.5, 0.9, 0.5), strict=True)
+        for name, rate, momentum in zip(LEARNED, RATES, (0.5, 0.9, 0.5), strict=True)
     ]
     for iteration in range(6):
         gradient = make_gradient(seed=iteration)
@@ -171,6 +173,16 @@ def test_update_is_torchs_sgd_with_the_published_momenta(step: Scripted) -> None
     for name in LEARNED:
         torch.testing.assert_close(getattr(state.synthetic, name), getattr(reference, name), rtol=1e-5, atol=1e-5)
     assert torch.equal(state.synthetic.labels, reference.labels)
+
+
+def test_hard_labels_stay_fixed(step: Scripted) -> None:
+    """Their learning rate counts as 0, in the update and in the first-order decrease."""
+    state, gradient = make_state(labels="hard"), make_gradient()
+    labels, images = state.synthetic.soft_labels.clone(), state.synthetic.images.clone()
+    record, soft = step(state, gradient), first_order_decrease(gradient) / gradient.loss
+    assert torch.equal(state.synthetic.soft_labels, labels)
+    assert not torch.equal(state.synthetic.images, images)
+    assert record.decrease == pytest.approx(soft - 2.0 * float(gradient.soft_labels.square().sum()) / gradient.loss)
 
 
 def test_iteration_is_recorded(step: Scripted) -> None:
@@ -187,7 +199,7 @@ def test_iteration_is_recorded(step: Scripted) -> None:
 
 def test_loss_above_its_limit_is_skipped_and_counted(step: Scripted) -> None:
     """Neither the set nor the momenta move; a loss equal to the threshold is still taken, as published."""
-    state = make_state(loss=1.0)
+    state = make_state(threshold=1.0)
     step(state, make_gradient(0.5))
     before = everything(state)
     assert step(state, make_gradient(1.0001)).skipped
@@ -222,7 +234,7 @@ def test_step_size_of_a_backbone_that_is_skipped_rests(monkeypatch: pytest.Monke
 def first_order_decrease(gradient: MatchingGradient) -> float:
     """How far a step of SGD along a gradient lowers the loss to first order."""
     parts = (gradient.images, gradient.soft_labels, gradient.step_size)
-    return sum(rate * float((part * part).sum()) for rate, part in zip(astuple(RATES), parts, strict=True))
+    return sum(rate * float((part * part).sum()) for rate, part in zip(RATES, parts, strict=True))
 
 
 def test_update_that_beyond_the_limit_is_shortened(step: Scripted) -> None:
@@ -230,7 +242,7 @@ def test_update_that_beyond_the_limit_is_shortened(step: Scripted) -> None:
     allowed, gradient = 0.25, make_gradient(0.5)
     factor = allowed * 0.5 / first_order_decrease(gradient)
     assert factor < 0.01
-    state, reference = make_state(decrease=allowed), make_state()
+    state, reference = make_state(gradient_limit=allowed), make_state()
     record = step(state, gradient)
     shortened = MatchingGradient(
         0.5, *(part * factor for part in (gradient.images, gradient.soft_labels, gradient.step_size))
@@ -247,7 +259,7 @@ def test_the_longer_a_gradient_the_shorter_its_update(step: Scripted) -> None:
     """One that has exploded moves the set less than one just within the limit."""
     moved = []
     for length in (1.0, 10.0, 1e4):
-        state, gradient = make_state(decrease=1.0), make_gradient(0.5)
+        state, gradient = make_state(gradient_limit=1.0), make_gradient(0.5)
         scale = length * math.sqrt(0.5 / first_order_decrease(gradient))  # 1: the update that reaches the limit
         for part in (gradient.images, gradient.soft_labels, gradient.step_size):
             part.mul_(scale)
@@ -260,7 +272,7 @@ def test_the_longer_a_gradient_the_shorter_its_update(step: Scripted) -> None:
 
 def test_update_within_its_limit_is_taken_whole(step: Scripted) -> None:
     """Bit for bit as without a limit, and so is every one where there is none."""
-    limited, unlimited = make_state(decrease=1e6), make_state()
+    limited, unlimited = make_state(gradient_limit=1e6), make_state()
     for seed in range(3):
         record = step(limited, make_gradient(seed=seed))
         step(unlimited, make_gradient(seed=seed))
@@ -271,7 +283,7 @@ def test_update_within_its_limit_is_taken_whole(step: Scripted) -> None:
 
 def test_gradient_whose_square_overflows_moves_nothing(step: Scripted) -> None:
     """It is as long as can be, so its update is as short as can be."""
-    state, gradient = make_state(decrease=1.0), make_gradient()
+    state, gradient = make_state(gradient_limit=1.0), make_gradient()
     gradient.images.fill_(3e38)
     before = state.synthetic.clone()
     assert step(state, gradient).decrease == math.inf
@@ -281,7 +293,7 @@ def test_gradient_whose_square_overflows_moves_nothing(step: Scripted) -> None:
 
 def test_perfect_match_has_nothing_to_shorten(step: Scripted) -> None:
     """Loss and gradient are zero."""
-    state, gradient = make_state(decrease=1.0), make_gradient(0.0)
+    state, gradient = make_state(gradient_limit=1.0), make_gradient(0.0)
     for part in (gradient.images, gradient.soft_labels, gradient.step_size):
         part.zero_()
     assert step(state, gradient).decrease == 0.0
@@ -296,7 +308,7 @@ def test_only_the_backbone_beyond_its_limit_is_shortened(monkeypatch: pytest.Mon
     gradients = [make_gradient(0.5), exploded, make_gradient(2.0)]
     scripted = iter(copy.deepcopy(gradients))
     monkeypatch.setattr(distillation, "matching_gradient", lambda *_, **__: next(scripted))
-    state = make_state(decrease=2 * first_order_decrease(gradients[0]) / 0.5)
+    state = make_state(gradient_limit=2 * first_order_decrease(gradients[0]) / 0.5)
     state.synthetic = replace(state.synthetic, step_sizes=torch.full((3,), 0.05))
     before = state.synthetic.images.clone()
     matches: list[Any] = [Match(None, None, None, (), number, 1.0 + number) for number in range(3)]  # type: ignore[arg-type]
@@ -305,9 +317,9 @@ def test_only_the_backbone_beyond_its_limit_is_shortened(monkeypatch: pytest.Mon
     assert second.decrease == pytest.approx(2 * first_order_decrease(exploded) / 0.5)
     assert math.isnan(third.decrease)
     assert third.skipped
-    factor = state.limits.decrease / second.decrease
+    factor = state.settings.gradient_limit / second.decrease
     expected = gradients[0].images + 2 * factor * exploded.images
-    torch.testing.assert_close(state.synthetic.images, before - RATES.images * expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state.synthetic.images, before - RATES[0] * expected, rtol=1e-4, atol=1e-4)
     assert state.shortened == 1
 
 
@@ -431,7 +443,7 @@ def test_many_divergences_without_an_update_stop_the_run(step: Scripted, monkeyp
     ):
         step(state, bad)
     assert_skipped(before, everything(state), "stopped")
-    resumed = Distillation.from_arrays(*state.to_arrays(), RATES, state.limits, torch.device("cpu"))
+    resumed = Distillation.from_arrays(*state.to_arrays(), state.settings, torch.device("cpu"))
     assert (resumed.iteration, resumed.diverged) == (6, 3)
     step(resumed, bad)
     step(resumed, bad)
@@ -477,11 +489,14 @@ def run(state: Distillation, iterations: int) -> None:
 @pytest.mark.parametrize("done", [0, 1, 5])
 def test_resumed_distillation_equals_an_undisturbed_one(done: int) -> None:
     """Bit for bit: set, momenta, history, validations and chosen set, wherever it was interrupted."""
-    undisturbed, first = make_state(1.005, 1.5e-3), make_state(1.005, 1.5e-3)
+    undisturbed, first = (
+        make_state(threshold=1.005, gradient_limit=1.5e-3),
+        make_state(threshold=1.005, gradient_limit=1.5e-3),
+    )
     run(undisturbed, 8)
     run(first, done)
     arrays = everything(first)
-    resumed = Distillation.from_arrays(*first.to_arrays(), RATES, first.limits, torch.device("cpu"))
+    resumed = Distillation.from_arrays(*first.to_arrays(), first.settings, torch.device("cpu"))
     assert_same(everything(resumed), arrays)
     run(resumed, 8 - done)
     assert_same(everything(resumed), everything(undisturbed))
@@ -507,7 +522,7 @@ def test_restored_state_does_not_write_into_its_file() -> None:
     arrays = make_state().to_arrays()
     for array in (*arrays[0].values(), *arrays[1].values()):
         array.flags.writeable = False
-    run(Distillation.from_arrays(*arrays, RATES, Limits(1.0), torch.device("cpu")), 1)
+    run(Distillation.from_arrays(*arrays, SETTINGS, torch.device("cpu")), 1)
 
 
 def test_column_that_every_version_saves_is_not_made_up() -> None:
@@ -517,8 +532,7 @@ def test_column_that_every_version_saves_is_not_made_up() -> None:
         Distillation.from_arrays(
             held,
             {name: array for name, array in shared.items() if name != "history.expert"},
-            RATES,
-            Limits(1.0),
+            SETTINGS,
             torch.device("cpu"),
         )
 
@@ -530,10 +544,10 @@ def test_state_that_an_earlier_version_saved_resumes() -> None:
     held, shared = state.to_arrays()
     former = {**shared, "history.overshoot": np.array([0.25, 4.0])}
     former.pop("history.decrease")
-    resumed = Distillation.from_arrays(held, former, RATES, Limits(1.0), torch.device("cpu"))
+    resumed = Distillation.from_arrays(held, former, SETTINGS, torch.device("cpu"))
     assert [record.decrease for record in resumed.history] == [0.25, 4.0]
     shared = {name: array for name, array in shared.items() if name != "history.decrease"}
-    resumed = Distillation.from_arrays(held, shared, RATES, Limits(1.0, 0.5), torch.device("cpu"))
+    resumed = Distillation.from_arrays(held, shared, SETTINGS, torch.device("cpu"))
     assert [math.isnan(record.decrease) for record in resumed.history] == [True, True]
     run(resumed, 1)
     assert not math.isnan(resumed.history[-1].decrease)

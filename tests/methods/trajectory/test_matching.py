@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkSpec
+from datm_ray.config import PUBLISHED_AUGMENTATION, DistillConfig, NetworkSpec
 from datm_ray.core.augment import augment, draw_augmentation
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.methods.trajectory.distillation import Distillation, LearningRates, Limits, Match, Origin
+from datm_ray.methods.trajectory.distillation import Distillation, Match, Origin
 from datm_ray.methods.trajectory.matching import (
     MatchingGradient,
     StudentStep,
@@ -31,6 +30,13 @@ from datm_ray.methods.trajectory.matching import (
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions, soft_cross_entropy
 
 OPERATIONS = PUBLISHED_AUGMENTATION.split("_")
+SETTINGS = DistillConfig(
+    learning_rate_images=1.0,
+    learning_rate_labels=1.0,
+    learning_rate_step_size=1e-3,
+    threshold=100.0,
+    gradient_limit=None,
+)
 
 
 def make_problem(
@@ -174,8 +180,7 @@ def test_backbones_add_up_to_the_gradient_of_the_weighted_sum() -> None:
     synthetic.step_sizes = torch.tensor([0.1, 0.03], dtype=torch.float64)
     problems = [(network, start, target, 1.0), (other, other_start, other_target, 0.4)]
     steps = draw_student_steps(12, 3, 5, "scale", seed=1, iteration=0)
-    rates = LearningRates(1.0, 1.0, 1e-3)
-    state = Distillation(synthetic.clone(), rates, Limits(100))
+    state = Distillation(synthetic.clone(), SETTINGS)
     state.step(
         [
             Match(eager(net), start, target, steps, number, weight)
@@ -200,17 +205,18 @@ def test_class_shards_shorten_what_one_process_shortens() -> None:
     """By the length of the whole gradient, of which each holds a part."""
     _, start, target, synthetic = make_problem()
     steps = draw_student_steps(12, 3, 5, "scale", seed=1, iteration=0)
-    rates, ranges = LearningRates(1.0, 1.0, 1e-3), [(0, 3), (3, 12)]
+    ranges = [(0, 3), (3, 12)]
     barrier = Barrier(len(ranges))
 
-    def learned(first: int, last: int, decrease: float, all_sum: Callable[[Tensor], Tensor]) -> Distillation:
+    def learned(first: int, last: int, limit: float | None, all_sum: Callable[[Tensor], Tensor]) -> Distillation:
         held = {name: getattr(synthetic, name)[first:last] for name in ("images", "soft_labels", "labels")}
-        state = Distillation(dataclasses.replace(synthetic.clone(), **held), rates, Limits(100, decrease))
+        settings = SETTINGS.model_copy(update={"gradient_limit": limit})
+        state = Distillation(dataclasses.replace(synthetic.clone(), **held), settings)
         drawn = [step.held_by(first, last) for step in steps]
         state.step([Match(eager(make_problem()[0]), start, target, drawn)], [Origin(0, 0)], all_sum=all_sum)
         return state
 
-    decrease = learned(0, 12, math.inf, identity).history[0].decrease
+    decrease = learned(0, 12, None, identity).history[0].decrease
     whole = learned(0, 12, decrease / 3, identity)
     with ThreadPoolExecutor(len(ranges)) as pool:
         shards = list(
@@ -237,7 +243,7 @@ def test_backbones_in_processes_of_their_own_learn_what_one_process_learns() -> 
     origins, barrier = [Origin(0, 0), Origin(1, 0)], Barrier(2)
 
     def learned(rows: Sequence[int], **sums: Callable[[Tensor], Tensor]) -> SyntheticSet:
-        state = Distillation(synthetic.clone(), LearningRates(1.0, 1.0, 1e-3), Limits(100))
+        state = Distillation(synthetic.clone(), SETTINGS)
         networks = [make_problem(width=6)[0], make_problem(width=4, seed=3)[0]]  # not shared between threads
         matches = [Match(eager(networks[row]), *problems[row][1:3], steps, row) for row in rows]
         for _ in range(3):
