@@ -150,7 +150,7 @@ def write_part(folder: Path) -> Path:
 
 def read_checkpoint(path: Path) -> object:
     folder = open_location(str(path.parent if path.name == CHECKPOINT else path.parents[1]))
-    state = load_checkpoint(folder, Rows(0, 4), DistillConfig(), CPU)
+    state = load_checkpoint(Distillation, folder, Rows(0, 4), DistillConfig(), CPU)
     assert state is not None
     return [*vars(state.synthetic).values(), [vars(each) for each in state.history], read_curves(folder)]
 

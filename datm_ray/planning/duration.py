@@ -25,7 +25,8 @@ from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training import PROTOCOLS, train, validation_protocol
 from datm_ray.data.transform import FitCost
 from datm_ray.errors import ConfigError
-from datm_ray.methods.trajectory.distillation import HISTORY_COLUMNS
+from datm_ray.methods.state import columns
+from datm_ray.methods.trajectory.distillation import IterationRecord
 from datm_ray.methods.trajectory.matching import draw_student_steps, matching_gradient
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.planning.fit import DataShape, DistillationPlan, network_cost, plans_of, total
@@ -232,7 +233,7 @@ def storage(config: RunConfig, shape: DataShape) -> dict[str, int]:
         buffers = sum(buffer.numel() for buffer in float_buffers(network).values())
         snapshot = STORED_BYTES[each.experts.storage] * FlatNetwork(network).count + 4 * buffers
         store += each.experts.count * len(each.kept_epochs) * snapshot + transform
-    history = sum(np.dtype(kind).itemsize for kind in HISTORY_COLUMNS.values()) * len(config.weights)
+    history = sum(np.dtype(kind).itemsize for kind in columns(IterationRecord).values()) * len(config.weights)
     return {
         "store": store,
         "checkpoint": images * (3 * row + 16) + history * config.distill.iterations,  # set, momentum, set kept

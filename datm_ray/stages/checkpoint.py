@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from datm_ray.config import DistillConfig
 from datm_ray.errors import CorruptFileError, RunDirectoryError, StoreError
-from datm_ray.methods.trajectory.distillation import Distillation, with_present_names
+from datm_ray.methods.state import State, with_present_names
 from datm_ray.runtime.mesh import Mesh
 from datm_ray.store.files.filesystem import Location, MissingFileError
 from datm_ray.store.sealed import reading_again, rejecting_nonsense
@@ -29,6 +29,7 @@ from datm_ray.store.tensors import read_tensors, write_tensors
 
 CHECKPOINT = "checkpoint.arrow"
 PARTS = "checkpoint"
+AnyState = TypeVar("AnyState", bound=State[Any])
 KIND = "checkpoint"
 _PART = re.compile(r"(\d{8})-(\d+)-(\d+)\.arrow")
 
@@ -53,7 +54,7 @@ class Rows:
 
 def save_checkpoint(
     folder: Location,
-    state: Distillation,
+    state: State[Any],
     rows: Rows,
     mesh: Mesh,
     recipe: Mapping[str, Any],
@@ -78,7 +79,9 @@ def save_checkpoint(
             raise _overtaken(folder, f"has no parts of iteration {state.iteration} any more, which was just written")
 
 
-def load_checkpoint(folder: Location, rows: Rows, settings: DistillConfig, device: torch.device) -> Distillation | None:
+def load_checkpoint(
+    kind: type[AnyState], folder: Location, rows: Rows, settings: DistillConfig, device: torch.device
+) -> AnyState | None:
     """The rows of the state that was saved last, whoever saved them; none where nothing was saved.
 
     Raises:
@@ -90,20 +93,22 @@ def load_checkpoint(folder: Location, rows: Rows, settings: DistillConfig, devic
         # Another command that goes on with the same run replaces it, and deletes the parts of the one before.
         return reading_again(
             folder / CHECKPOINT,
-            lambda: _load(folder, rows, settings, device),
+            lambda: _load(kind, folder, rows, settings, device),
             (CorruptFileError, MissingFileError),
         )
     except MissingFileError as error:
         raise _unusable(folder, f"names the part {error.fact.rpartition('/')[2]}, which is missing") from error
 
 
-def _load(folder: Location, rows: Rows, settings: DistillConfig, device: torch.device) -> Distillation:
+def _load(
+    kind: type[AnyState], folder: Location, rows: Rows, settings: DistillConfig, device: torch.device
+) -> AnyState:
     file = read_tensors(folder / CHECKPOINT, kind=KIND)
     if "parts" not in file.metadata:
         raise _unusable(folder, "names no parts")
     with rejecting_nonsense(folder / CHECKPOINT):
         held = _read_rows(folder, file.metadata["parts"], rows)
-        state = Distillation.from_arrays(held, file.arrays, settings, device)
+        state = kind.from_arrays(held, file.arrays, settings, device)
         _require_shapes(folder, state)
     return state
 
@@ -153,7 +158,7 @@ def _read_rows(folder: Location, names: list[str], rows: Rows) -> dict[str, NDAr
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
-def _require_shapes(folder: Location, state: Distillation) -> None:
+def _require_shapes(folder: Location, state: State[Any]) -> None:
     """Arrays of one set agree, and are of floats; the checksums do not say so."""
     for held in (state.synthetic, state.chosen or state.synthetic):
         shapes = [tuple(each.shape) for each in (held.images, held.soft_labels, held.step_sizes, held.labels)]

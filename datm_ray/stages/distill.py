@@ -18,8 +18,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training import PROTOCOLS, Heartbeat, Schedule, accuracy, train, validation_protocol
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import ClusterError, DivergenceError
-from datm_ray.methods.trajectory.distillation import Distillation, IterationRecord, MetaTerm
+from datm_ray.methods.state import MetaTerm, State
 from datm_ray.monitor.provenance import provenance, workers_in_words
 from datm_ray.monitor.spent import Account, Spent
 from datm_ray.runtime.devices import Meter, prepare_device, to_device
@@ -98,7 +99,7 @@ class DistillWorker:
 class _Run:
     """One worker's part in the distillation of one set."""
 
-    def __init__(self, part: Part, folder: Location, method: Method, account: Account) -> None:
+    def __init__(self, part: Part, folder: Location, method: Method[Any], account: Account) -> None:
         config, dataset, mesh, device = part.config, part.dataset, part.mesh, part.device
         self._part, self._method, self._folder, self._account = part, method, folder, account
         self._config, self._dataset, self._mesh, self._device = config, dataset, mesh, device
@@ -125,7 +126,7 @@ class _Run:
         while state.iteration < settings.iterations:
             began = time.monotonic()
             try:
-                records = self._method.step(state, self._meta_term(state.iteration))
+                self._method.step(state, self._meta_term(state.iteration))
             except DivergenceError:
                 self._keep_last_good(state)
                 raise
@@ -136,9 +137,9 @@ class _Run:
             saves = state.iteration % settings.checkpoint_every == 0 or last
             if saves:
                 self._save_checkpoint(state)
-            metrics = meter.measure() | self._measured(state, records, seconds)
+            metrics = meter.measure() | self._measured(state, seconds)
             metrics["datm_ray_distill_iterations_total"] = float(state.iteration - first)
-            yield Progress(state.iteration, settings.iterations, _shown(state, records), metrics, saved=saves)
+            yield Progress(state.iteration, settings.iterations, self._shown(state), metrics, saved=saves)
         final = state.chosen or state.synthetic
         if self._meta_networks is not None and (self._folder / INITIAL).exists():
             initial = read_artifact(self._folder / INITIAL).images[self._rows.first : self._rows.last]
@@ -146,13 +147,7 @@ class _Run:
         yield from map(Note, self._method.warnings(state))
         self._note_cost()
         self._save_set(final, SYNTHETIC)
-        counts = {
-            "skipped": state.skipped,
-            "diverged": state.diverged,
-            "shortened": state.shortened,
-            "chosen_at": state.chosen_at,
-        }
-        yield Finished(counts, meter.measure())
+        yield Finished({**self._method.counts(state), "chosen_at": state.chosen_at}, meter.measure())
 
     def _computed_otherwise(self, iteration: int) -> Iterator[Note]:
         """Note how student steps are computed from here on, and say so where it was done otherwise before."""
@@ -176,13 +171,13 @@ class _Run:
     def _meta_term(self, iteration: int) -> MetaTerm | None:
         return None if self._meta_networks is None else self._meta_networks.term(iteration)
 
-    def _measured(self, state: Distillation, records: Sequence[IterationRecord], seconds: float) -> dict[str, float]:
+    def _measured(self, state: State[Any], seconds: float) -> dict[str, float]:
         """Measurements of one iteration, by the names in `monitor/metrics.py`."""
         values = {
             "iteration": state.iteration,
             "images_per_second": self._method.images_seen() / seconds,
             "iteration_seconds": seconds,
-            **self._method.measured(state, records),
+            **self._method.measured(state),
         }
         if state.validations:
             values["validation_accuracy_ratio"] = state.validations[-1][1]
@@ -194,18 +189,26 @@ class _Run:
             metrics |= {f"datm_ray_metadd_{name}": value for name, value in named.items()}
         return metrics | {"datm_ray_mesh_workers": float(self._mesh.rows * self._mesh.columns)}
 
-    def _resume_or_start(self) -> Distillation:
-        settings = self._config.distill
+    def _shown(self, state: State[Any]) -> dict[str, float]:
+        values = dict(self._method.shown(state))
+        if state.meta_history:
+            values["metadd"], values["ratio"] = state.meta_history[-1].total, state.meta_history[-1].ratio
+        if state.validations:
+            values["validation"] = state.validations[-1][1]
+        return values
+
+    def _resume_or_start(self) -> State[Any]:
+        settings, kind = self._config.distill, self._method.state
         if self._mesh.rank == 0:
             for place in (self._folder, self._folder / PARTS):
                 place.remove_leftovers()
-        saved = load_checkpoint(self._folder, self._rows, settings, self._device)
+        saved = load_checkpoint(kind, self._folder, self._rows, settings, self._device)
         self._require_one_state(-1 if saved is None else saved.iteration)
         if saved is not None:
             return saved
         synthetic = initial_set(self._part, self._method.experts[0])
         self._save_set(synthetic, INITIAL)
-        return Distillation(synthetic, settings)
+        return kind(synthetic, settings)
 
     def _require_one_state(self, iteration: int) -> None:
         """Raise an error unless every worker resumes at the same iteration; -1 stands for a new distillation."""
@@ -249,12 +252,12 @@ class _Run:
             return None
         return SyntheticSet(images, soft_labels, held.step_sizes, labels)
 
-    def _keep_last_good(self, state: Distillation) -> None:
+    def _keep_last_good(self, state: State[Any]) -> None:
         self._save_checkpoint(state)
         self._save_set(state.synthetic, LAST_GOOD)
         self._mesh.barrier()  # the first error that arrives ends all workers
 
-    def _save_checkpoint(self, state: Distillation) -> None:
+    def _save_checkpoint(self, state: State[Any]) -> None:
         save_checkpoint(self._folder, state, self._rows, self._mesh, run_identity(self._config), self._computed)
         self._note_cost()
 
@@ -302,15 +305,6 @@ def read_cost(folder: Location) -> Spent:
         return Spent()
     with rejecting_nonsense(place):
         return Spent.from_json(place.read_json())
-
-
-def _shown(state: Distillation, records: Sequence[IterationRecord]) -> dict[str, float]:
-    values = {"loss": records[0].loss, "step_size": records[0].step_size, "skipped": float(state.skipped)}
-    if state.meta_history:
-        values["metadd"], values["ratio"] = state.meta_history[-1].total, state.meta_history[-1].ratio
-    if state.validations:
-        values["validation"] = state.validations[-1][1]
-    return values
 
 
 def evaluation_schedule(config: RunConfig, step_size: float, protocol: str | None = None) -> Schedule:

@@ -12,7 +12,7 @@ from datm_ray.core.metadd import IMAGES_AT_A_TIME, MetaDD, meta_feature_ratio, s
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.data.dataset import Dataset
-from datm_ray.methods.trajectory.distillation import MetaTerm
+from datm_ray.methods.state import MetaTerm
 from datm_ray.runtime.mesh import Mesh
 from datm_ray.stages.checkpoint import Rows
 from datm_ray.stages.expert_networks import ExpertNetworks

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from datm_ray.config import Role, RunConfig
 from datm_ray.core.training import Heartbeat
 from datm_ray.data.dataset import Dataset
-from datm_ray.methods.trajectory.distillation import Distillation, IterationRecord, MetaTerm
+from datm_ray.methods.state import MetaTerm, State
 from datm_ray.runtime.mesh import Mesh
 from datm_ray.stages.checkpoint import Rows
 from datm_ray.stages.expert_networks import ExpertNetworks
@@ -55,8 +55,16 @@ class Part:
         return (self.dataset.channels, *self.dataset.size)
 
 
-class Method(Protocol):
+AState = TypeVar("AState", bound=State[Any], contravariant=True)
+
+
+class Method(Protocol[AState]):
     """One way to change a synthetic set, as one worker computes it. Made by `Method(part)`."""
+
+    @property
+    def state(self) -> type[State[Any]]:
+        """Class of the method's state; made from the first set and `config.distill`."""
+        ...
 
     @property
     def experts(self) -> Sequence[ExpertNetworks]:
@@ -77,19 +85,27 @@ class Method(Protocol):
         """Do once what takes long, such as compiling."""
         ...
 
-    def step(self, state: Distillation, meta: MetaTerm | None) -> Sequence[IterationRecord]:
+    def step(self, state: AState, meta: MetaTerm | None) -> None:
         """Run one iteration together with the other workers of the mesh."""
         ...
 
-    def measured(self, state: Distillation, records: Sequence[IterationRecord]) -> Mapping[str, float]:
-        """Measurements of an iteration, by the ends of their names in `monitor/metrics.py`."""
+    def measured(self, state: AState) -> Mapping[str, float]:
+        """Measurements of the last iteration, by the ends of their names in `monitor/metrics.py`."""
+        ...
+
+    def shown(self, state: AState) -> Mapping[str, float]:
+        """Values of the last iteration to show beside the progress bar."""
+        ...
+
+    def counts(self, state: AState) -> Mapping[str, int]:
+        """Numbers that describe the finished distillation, such as skipped updates."""
         ...
 
     def images_seen(self) -> float:
         """Number of images that a network sees in one iteration, on average and over all workers."""
         ...
 
-    def warnings(self, state: Distillation) -> Iterator[str]:
+    def warnings(self, state: AState) -> Iterator[str]:
         """Messages after the last iteration, if the set learned less than the recipe says."""
         ...
 

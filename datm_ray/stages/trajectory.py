@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -11,8 +11,9 @@ import torch
 from datm_ray.core.networks.parameters import FlatNetwork
 from datm_ray.core.training import Heartbeat
 from datm_ray.errors import StoreError
+from datm_ray.methods.state import MetaTerm
 from datm_ray.methods.trajectory.difficulty import draw_plan
-from datm_ray.methods.trajectory.distillation import Distillation, IterationRecord, Match, MetaTerm, Origin
+from datm_ray.methods.trajectory.distillation import Distillation, Match, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.planning.fit import DataShape, DistillationPlan, Layout, chunk_by_trial, plans_of
@@ -44,6 +45,7 @@ class TrajectoryMatching:
 
     functions: type[StudentStepFunctions] = StudentStepFunctions
     """How a student step and its reverse are computed; a benchmark may put another one here."""
+    state = Distillation
 
     def __init__(self, part: Part) -> None:
         self._part = part
@@ -86,7 +88,7 @@ class TrajectoryMatching:
             else:
                 step(backbone.chunk)
 
-    def step(self, state: Distillation, meta: MetaTerm | None) -> Sequence[IterationRecord]:
+    def step(self, state: Distillation, meta: MetaTerm | None) -> None:
         """Match every network once; the next iteration's snapshots are read meanwhile."""
         origins = self._origins(state.iteration)
         matches = [self._match(backbone, origins[backbone.number], state) for backbone in self._backbones]
@@ -94,7 +96,7 @@ class TrajectoryMatching:
             following = self._origins(state.iteration + 1)
             for backbone in self._backbones:
                 backbone.snapshots.announce(*self._wanted(following[backbone.number]))
-        return state.step(
+        state.step(
             matches,
             origins,
             meta=meta,
@@ -158,9 +160,9 @@ class TrajectoryMatching:
             f"delete {group.key} with `datm-ray store rm`, then train or import these experts again",
         )
 
-    def measured(self, state: Distillation, records: Sequence[IterationRecord]) -> dict[str, float]:
+    def measured(self, state: Distillation) -> dict[str, float]:
         """Measurements of the first backbone's matching."""
-        first = records[0]
+        first = state.history[-state.backbones]
         return {
             "matching_loss": first.loss,
             "step_size": first.step_size,
@@ -169,6 +171,15 @@ class TrajectoryMatching:
             "start_epoch": first.start,
             "upper_bound": self._part.config.distill.start_epochs.upper_bound(first.iteration),
         }
+
+    def shown(self, state: Distillation) -> dict[str, float]:
+        """Loss and step size of the first backbone, and the number of skipped updates."""
+        first = state.history[-state.backbones]
+        return {"loss": first.loss, "step_size": first.step_size, "skipped": float(state.skipped)}
+
+    def counts(self, state: Distillation) -> dict[str, int]:
+        """Numbers of skipped, diverged and shortened updates."""
+        return {"skipped": state.skipped, "diverged": state.diverged, "shortened": state.shortened}
 
     def images_seen(self) -> float:
         """Images of all student steps of one iteration."""

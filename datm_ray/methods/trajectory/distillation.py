@@ -1,37 +1,27 @@
-"""One distillation as a value that can be stepped, saved and restored.
+"""Trajectory matching as a value that can be stepped: one iteration, when it is skipped, and how far it may go.
 
-The value holds everything that a checkpoint needs: the synthetic set, the optimisers' momenta, the loss curve and the
-set chosen on validation data. No code here reads experts or the disk. The caller passes the parameters to match, and
-decides when to validate and to save.
-
-A class shard holds the rows of its classes and everything that has no rows. All shards make the same updates, so what
-they share stays equal. The learned variables follow the gradient of the sum of all backbones' matching losses; each
-backbone has a weight and a step size. Shapes: n rows held, a backbones.
+No code here reads experts or the disk. The caller passes the parameters to match, and decides when to validate and to
+save. The learned variables follow the gradient of the sum of all backbones' matching losses; each backbone has a weight
+and a step size. Shapes: a backbones.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from datm_ray.config import DistillConfig
-from datm_ray.core.metadd import MetaDD
-from datm_ray.core.synthetic import AllSum, SyntheticSet, identity
+from datm_ray.core.synthetic import AllSum, identity
 from datm_ray.errors import DivergenceError
+from datm_ray.methods.state import LEARNED, STEP_SIZE_MOMENTUM, MetaTerm, State, not_finite
 from datm_ray.methods.trajectory.matching import MatchingGradient, StudentStep, matching_gradient
 from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
-
-IMAGE_MOMENTUM, LABEL_MOMENTUM, STEP_SIZE_MOMENTUM = 0.5, 0.9, 0.5
-"""Momenta of SGD on the images, the soft labels and the step sizes, as published."""
-
-LEARNED = ("images", "soft_labels", "step_sizes")
 
 MOST_DIVERGED = 100
 """A distillation stops when one backbone has diverged this often since its last update. Every iteration draws another
@@ -57,20 +47,6 @@ class Match:
     """Weight of this backbone's matching loss in the sum."""
     chunk: int | None = None
     """Images per call of the step functions; None for a whole minibatch, see `matching_gradient`."""
-
-
-@dataclass(frozen=True)
-class MetaTerm:
-    """Inputs of MetaDD in one iteration."""
-
-    metadd: MetaDD
-    """MetaDD with the networks that this process holds."""
-    networks: int
-    """Number of MetaDD networks in all processes."""
-    rows: NDArray[np.int64]
-    """[b] indices of the images used, among the rows held."""
-    images: int
-    """Number of images used, over all shards."""
 
 
 @dataclass(frozen=True)
@@ -110,44 +86,11 @@ def diverged(loss: NDArray[np.float64], skipped: NDArray[np.bool_], limit: float
     return skipped & ~(np.isfinite(loss) & (loss > limit))
 
 
-@dataclass(frozen=True)
-class MetaRecord:
-    """MetaDD's part in one iteration: the loss, its terms before weighting, and the meta-feature ratio."""
-
-    iteration: int
-    total: float
-    variance: float
-    invariance: float
-    position: float
-    ratio: float
-
-
 @dataclass
-class Distillation:
-    """State of one distillation, or of one class shard of it."""
+class Distillation(State[IterationRecord]):
+    """State of a distillation by trajectory matching. Its history has a record for each backbone in an iteration."""
 
-    synthetic: SyntheticSet
-    settings: DistillConfig
-    """Settings of the recipe. Used are its learning rates, `threshold` and `gradient_limit`."""
-    momenta: dict[str, Tensor] = field(default_factory=dict)
-    """One buffer per learned variable; empty before the first update."""
-    history: list[IterationRecord] = field(default_factory=list)
-    """Records in the order of iterations, and of backbones within one."""
-    meta_history: list[MetaRecord] = field(default_factory=list)
-    """MetaDD's records of the iterations that updated the set; empty without MetaDD."""
-    validations: list[tuple[int, float]] = field(default_factory=list)
-    """Pairs (iterations done, validation accuracy in [0, 1])."""
-    chosen: SyntheticSet | None = None
-    """Set chosen on validation data so far; None before the first validation."""
-    chosen_at: int = 0
-    """Number of iterations that were done when `chosen` was chosen."""
-
-    @property
-    def rates(self) -> dict[str, float]:
-        """Learning rates by the name of the learned variable; hard labels stay fixed, so theirs is 0."""
-        of_labels = self.settings.learning_rate_labels if self.settings.labels == "soft" else 0.0
-        rates = (self.settings.learning_rate_images, of_labels, self.settings.learning_rate_step_size)
-        return dict(zip(LEARNED, rates, strict=True))
+    record: ClassVar[type[IterationRecord]] = IterationRecord
 
     @property
     def backbones(self) -> int:
@@ -206,7 +149,7 @@ class Distillation:
                 history is complete.
         """
         # MetaDD first, so that processes with MetaDD networks alone finish it while the others match.
-        total, meta_records, is_lost = self._meta_gradient(meta, all_sum, sum_over_backbones)
+        total, meta_records, is_lost = self.meta_gradient(meta, all_sum, sum_over_backbones)
         outcome = torch.zeros(4, self.backbones, dtype=torch.float64)
 
         def match_all(all_sum: AllSum) -> None:
@@ -224,7 +167,7 @@ class Distillation:
             zeros = (name for name in LEARNED if name not in total)
             total |= {name: torch.zeros_like(getattr(self.synthetic, name)) for name in zeros}
             summed = {name: sum_over_backbones(total[name]) for name in LEARNED}
-            if self._update(summed, ~skipped.to(self.synthetic.step_sizes.device), all_sum):
+            if self.update(summed, ~skipped.to(self.synthetic.step_sizes.device), all_sum):
                 self.meta_history += meta_records
             else:
                 skipped.fill_(True)
@@ -256,52 +199,6 @@ class Distillation:
             times = int(self._diverged(own[len(own) - since :]).sum())
             if times % MOST_DIVERGED == 0:
                 raise self._divergence(times, own[-1].loss, is_lost)
-
-    def record_validation(self, accuracy: float, standard_error: float = 0.0) -> bool:
-        """Record the accuracy of the current set, and choose the set if it is not clearly worse than an earlier one.
-
-        "Not clearly worse" means within one standard error of the best accuracy so far. Validation sets are small, so
-        the highest of many noisy accuracies says little. The check must catch a collapse; without one, the set that was
-        optimised longest is best.
-
-        Args:
-            accuracy: validation accuracy in [0, 1].
-            standard_error: standard error of an accuracy measured on this many validation images.
-
-        Returns:
-            Whether the current set was chosen.
-        """
-        best = max((earlier for _, earlier in self.validations), default=accuracy)
-        is_chosen = accuracy >= best - standard_error
-        self.validations.append((self.iteration, accuracy))
-        if is_chosen:
-            self.chosen, self.chosen_at = self.synthetic.clone(), self.iteration
-        return is_chosen
-
-    def _meta_gradient(
-        self, meta: MetaTerm | None, all_sum: AllSum, sum_over_backbones: AllSum
-    ) -> tuple[dict[str, Tensor], list[MetaRecord], bool]:
-        """Compute this process's part of MetaDD's gradient in the images, the record, and whether they are lost.
-
-        "Lost" means that the loss or the gradient is not finite in any shard.
-        """
-        if meta is None:
-            return {}, [], False
-        rows = torch.from_numpy(meta.rows).to(self.synthetic.images.device)
-        loss, gradient = meta.metadd.gradient(
-            self.synthetic.images[rows],
-            self.synthetic.labels[rows],
-            networks=meta.networks,
-            classes=self.synthetic.soft_labels.shape[1],
-            over=meta.images,
-            all_sum=sum_over_backbones,
-        )
-        values = torch.stack([loss.total, loss.variance, loss.invariance, loss.position, loss.ratio, _bad(gradient)])
-        *means, bad = all_sum(values).tolist()
-        record = MetaRecord(self.iteration, *means)
-        if bad or not math.isfinite(record.total):
-            return {}, [], True
-        return {"images": torch.zeros_like(self.synthetic.images).index_copy_(0, rows, gradient)}, [record], False
 
     def _match(self, match: Match, total: dict[str, Tensor], all_sum: AllSum) -> tuple[float, float, bool]:
         """Add a backbone's gradient to `total`. Returns its loss, first-order decrease, and whether it diverged.
@@ -345,7 +242,7 @@ class Distillation:
         rates, limit = self.rates, self.settings.gradient_limit or math.inf
         fall = rates["images"] * images + rates["soft_labels"] * labels
         fall, bad = all_sum(
-            torch.stack([fall, _bad(gradient.images, gradient.soft_labels, gradient.step_size).double()])
+            torch.stack([fall, not_finite(gradient.images, gradient.soft_labels, gradient.step_size).double()])
         )
         if bool(bad):
             return math.nan
@@ -362,27 +259,6 @@ class Distillation:
         if "step_sizes" in self.momenta:
             moved = moved + STEP_SIZE_MOMENTUM * self.momenta["step_sizes"][match.backbone]
         return bool(self.synthetic.step_sizes[match.backbone] - self.rates["step_sizes"] * moved > 0)
-
-    def _update(self, gradient: dict[str, Tensor], moved: Tensor, all_sum: AllSum) -> bool:
-        """Follow the gradients unless a value of any shard would not be finite. Returns whether they were followed.
-
-        Args:
-            moved: [a] whether a backbone's step size has a gradient; the others stay.
-        """
-        updated, rates = self.synthetic.clone(), self.rates
-        for name, momentum in zip(LEARNED, (IMAGE_MOMENTUM, LABEL_MOMENTUM, STEP_SIZE_MOMENTUM), strict=True):
-            if name in self.momenta:
-                gradient[name].add_(self.momenta[name], alpha=momentum)  # in place: it becomes the new momentum
-            getattr(updated, name).sub_(gradient[name], alpha=rates[name])
-        torch.where(moved, updated.step_sizes, self.synthetic.step_sizes, out=updated.step_sizes)
-        if self.momenta:
-            gradient["step_sizes"] = torch.where(moved, gradient["step_sizes"], self.momenta["step_sizes"])
-        is_bad = bool(_bad(*gradient.values())) or not updated.is_valid()
-        # Each shard checks its own rows; all must follow, or none.
-        if bool(all_sum(torch.tensor([float(is_bad)], device=updated.images.device))):
-            return False
-        self.synthetic, self.momenta = updated, gradient
-        return True
 
     def _divergence(self, times: int, loss: float, is_lost: bool) -> DivergenceError:
         if is_lost:
@@ -402,98 +278,3 @@ class Distillation:
             f"lower {lower} and start with a new --out. The set of the last update is saved as last-good.arrow. "
             f"Running the same command again tries {MOST_DIVERGED} more iterations",
         )
-
-    def to_arrays(self) -> tuple[Arrays, Arrays]:
-        """Named arrays of the state for a checkpoint: those with a row for each image held, and all others."""
-        held: dict[str, Tensor] = {}
-        shared: dict[str, Tensor] = {}
-        sets = {"synthetic": self.synthetic} | ({} if self.chosen is None else {"chosen": self.chosen})
-        for prefix, of_set in sets.items():
-            held |= {f"{prefix}.{name}": getattr(of_set, name) for name in (*ROWS, "labels")}
-            shared[f"{prefix}.step_sizes"] = of_set.step_sizes
-        for name, buffer in self.momenta.items():
-            (held if name in ROWS else shared)[f"momentum.{name}"] = buffer
-        return (
-            {name: _to_numpy(value) for name, value in held.items()},
-            {name: _to_numpy(value) for name, value in shared.items()} | self._curves(),
-        )
-
-    def _curves(self) -> dict[str, NDArray[np.generic]]:
-        curves: dict[str, NDArray[np.generic]] = {
-            f"history.{column}": np.array([getattr(record, column) for record in self.history], kind)
-            for column, kind in HISTORY_COLUMNS.items()
-        }
-        for each in fields(MetaRecord) if self.meta_history else ():
-            kind = np.int64 if each.name == "iteration" else np.float64
-            curves[f"meta.{each.name}"] = np.array([getattr(record, each.name) for record in self.meta_history], kind)
-        curves["validation.iteration"] = np.array([iteration for iteration, _ in self.validations], np.int64)
-        curves["validation.accuracy"] = np.array([accuracy for _, accuracy in self.validations], np.float64)
-        curves["validation.chosen_at"] = np.array(self.chosen_at, np.int64)
-        return curves
-
-    @classmethod
-    def from_arrays(cls, held: Arrays, shared: Arrays, settings: DistillConfig, device: torch.device) -> Distillation:
-        """Restore the state that `to_arrays` saved; `held` may be any range of its rows."""
-        arrays = {**held, **with_present_names(shared)}
-        unknown = np.full(len(arrays["history.iteration"]), np.nan)
-        arrays.setdefault("history.decrease", unknown)  # absent in checkpoints of earlier versions
-        columns = [arrays[f"history.{column}"].tolist() for column in HISTORY_COLUMNS]
-        meta_rows = [arrays[f"meta.{each.name}"].tolist() for each in fields(MetaRecord) if "meta.iteration" in arrays]
-        curve = (arrays["validation.iteration"].tolist(), arrays["validation.accuracy"].tolist())
-        return cls(
-            synthetic=_set_from(arrays, "synthetic", device),
-            settings=settings,
-            momenta={
-                name: _to_torch(arrays[f"momentum.{name}"], device) for name in LEARNED if f"momentum.{name}" in arrays
-            },
-            history=[IterationRecord(*row) for row in zip(*columns, strict=True)],
-            meta_history=[MetaRecord(*row) for row in zip(*meta_rows, strict=True)],
-            validations=list(zip(*curve, strict=True)),
-            chosen=_set_from(arrays, "chosen", device) if "chosen.images" in arrays else None,
-            chosen_at=int(arrays["validation.chosen_at"]),
-        )
-
-
-Arrays = Mapping[str, NDArray[np.generic]]
-
-ROWS = ("images", "soft_labels")
-"""Learned variables that have one row per image."""
-
-HISTORY_COLUMNS: dict[str, type[np.generic]] = {
-    "iteration": np.int64,
-    "backbone": np.int64,
-    "expert": np.int64,
-    "start": np.int64,
-    "loss": np.float64,
-    "step_size": np.float64,
-    "skipped": np.bool_,
-    "decrease": np.float64,
-}
-"""Columns of the history in a checkpoint and their types, in the order of `IterationRecord`'s fields."""
-
-
-FORMER_NAMES = {"history.overshoot": "history.decrease"}  # former name
-"""Names of arrays in checkpoints of earlier versions and their present names."""
-
-
-def with_present_names(arrays: Arrays) -> dict[str, NDArray[Any]]:
-    """Arrays of a checkpoint of this or an earlier version under their present names."""
-    return {FORMER_NAMES.get(name, name): array for name, array in arrays.items()}
-
-
-def _bad(*values: Tensor) -> Tensor:
-    """Scalar of the first value's type: 1 if any number in `values` is not finite, else 0."""
-    return torch.stack([~value.isfinite().all() for value in values]).any().to(values[0].dtype)
-
-
-def _set_from(arrays: Arrays, prefix: str, device: torch.device) -> SyntheticSet:
-    return SyntheticSet(**{name: _to_torch(arrays[f"{prefix}.{name}"], device) for name in (*LEARNED, "labels")})
-
-
-def _to_numpy(tensor: Tensor) -> NDArray[np.generic]:
-    array: NDArray[np.generic] = tensor.detach().cpu().numpy()
-    return array
-
-
-def _to_torch(array: NDArray[np.generic], device: torch.device) -> Tensor:
-    return torch.tensor(array, device=device)  # copies, because the array may be a read-only view of a file

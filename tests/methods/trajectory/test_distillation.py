@@ -19,14 +19,9 @@ from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.errors import DivergenceError
+from datm_ray.methods.state import MetaTerm
 from datm_ray.methods.trajectory import distillation
-from datm_ray.methods.trajectory.distillation import (
-    Distillation,
-    IterationRecord,
-    Match,
-    MetaTerm,
-    Origin,
-)
+from datm_ray.methods.trajectory.distillation import Distillation, IterationRecord, Match, Origin
 from datm_ray.methods.trajectory.matching import MatchingGradient, draw_student_steps
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 
@@ -139,7 +134,7 @@ def test_all_processes_blame_metadd_for_a_gradient_that_one_of_them_lost(monkeyp
             return total
 
         state: Any = make_state()
-        state._meta_gradient = lambda *_: ({}, [], is_lost)
+        state.meta_gradient = lambda *_: ({}, [], is_lost)
         try:
             state.step(matches, [Origin(4, 7)], sum_over_backbones=all_sum)
         except DivergenceError as error:

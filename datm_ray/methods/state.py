@@ -1,0 +1,253 @@
+"""The state of a distillation that all methods share: the set, momenta, curves, and the set chosen on validation data.
+
+The state holds everything that a checkpoint needs. No code here reads the disk. A class shard holds the rows of its
+classes and everything that has no rows; all shards make the same updates, so what they share stays equal.
+Shapes: n rows held, a backbones. Tests: tests/methods/trajectory/test_distillation.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from datm_ray.config import DistillConfig
+from datm_ray.core.metadd import MetaDD
+from datm_ray.core.synthetic import AllSum, SyntheticSet
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+IMAGE_MOMENTUM, LABEL_MOMENTUM, STEP_SIZE_MOMENTUM = 0.5, 0.9, 0.5
+"""Momenta of SGD on the images, the soft labels and the step sizes, as published."""
+
+LEARNED = ("images", "soft_labels", "step_sizes")
+
+Arrays = Mapping[str, NDArray[np.generic]]
+
+ROWS = ("images", "soft_labels")
+"""Learned variables that have one row per image."""
+
+
+_COLUMN_TYPES: dict[Any, type[np.generic]] = {"int": np.int64, "float": np.float64, "bool": np.bool_}
+
+
+def columns(record: type[Any]) -> dict[str, type[np.generic]]:
+    """Columns of a history in a checkpoint and their types, in the order of the record's fields."""
+    return {each.name: _COLUMN_TYPES[each.type] for each in fields(record)}
+
+
+@dataclass(frozen=True)
+class MetaTerm:
+    """Inputs of MetaDD in one iteration."""
+
+    metadd: MetaDD
+    """MetaDD with the networks that this process holds."""
+    networks: int
+    """Number of MetaDD networks in all processes."""
+    rows: NDArray[np.int64]
+    """[b] indices of the images used, among the rows held."""
+    images: int
+    """Number of images used, over all shards."""
+
+
+@dataclass(frozen=True)
+class MetaRecord:
+    """MetaDD's part in one iteration: the loss, its terms before weighting, and the meta-feature ratio."""
+
+    iteration: int
+    total: float
+    variance: float
+    invariance: float
+    position: float
+    ratio: float
+
+
+Record = TypeVar("Record")
+
+
+@dataclass
+class State(Generic[Record]):
+    """State of one distillation, or of one class shard of it."""
+
+    record: ClassVar[type[Any]]
+    """Dataclass of one row of the history; its fields are int, float or bool, and the first is `iteration`."""
+
+    synthetic: SyntheticSet
+    settings: DistillConfig
+    """Settings of the recipe."""
+    momenta: dict[str, Tensor] = field(default_factory=dict)
+    """One buffer per learned variable; empty before the first update."""
+    history: list[Record] = field(default_factory=list)
+    """Records in the order of iterations."""
+    meta_history: list[MetaRecord] = field(default_factory=list)
+    """MetaDD's records of the iterations that updated the set; empty without MetaDD."""
+    validations: list[tuple[int, float]] = field(default_factory=list)
+    """Pairs (iterations done, validation accuracy in [0, 1])."""
+    chosen: SyntheticSet | None = None
+    """Set chosen on validation data so far; None before the first validation."""
+    chosen_at: int = 0
+    """Number of iterations that were done when `chosen` was chosen."""
+
+    @property
+    def iteration(self) -> int:
+        """Number of iterations done, each with one record. A method with several records an iteration overrides it."""
+        return len(self.history)
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Learning rates by the name of the learned variable; hard labels stay fixed, so theirs is 0."""
+        of_labels = self.settings.learning_rate_labels if self.settings.labels == "soft" else 0.0
+        rates = (self.settings.learning_rate_images, of_labels, self.settings.learning_rate_step_size)
+        return dict(zip(LEARNED, rates, strict=True))
+
+    def record_validation(self, accuracy: float, standard_error: float = 0.0) -> bool:
+        """Record the accuracy of the current set, and choose the set if it is not clearly worse than an earlier one.
+
+        "Not clearly worse" means within one standard error of the best accuracy so far. Validation sets are small, so
+        the highest of many noisy accuracies says little. The check must catch a collapse; without one, the set that was
+        optimised longest is best.
+
+        Args:
+            accuracy: validation accuracy in [0, 1].
+            standard_error: standard error of an accuracy measured on this many validation images.
+
+        Returns:
+            Whether the current set was chosen.
+        """
+        best = max((earlier for _, earlier in self.validations), default=accuracy)
+        is_chosen = accuracy >= best - standard_error
+        self.validations.append((self.iteration, accuracy))
+        if is_chosen:
+            self.chosen, self.chosen_at = self.synthetic.clone(), self.iteration
+        return is_chosen
+
+    def meta_gradient(
+        self, meta: MetaTerm | None, all_sum: AllSum, sum_over_backbones: AllSum
+    ) -> tuple[dict[str, Tensor], list[MetaRecord], bool]:
+        """Compute this process's part of MetaDD's gradient in the images, the record, and whether they are lost.
+
+        "Lost" means that the loss or the gradient is not finite in any shard.
+        """
+        if meta is None:
+            return {}, [], False
+        rows = torch.from_numpy(meta.rows).to(self.synthetic.images.device)
+        loss, gradient = meta.metadd.gradient(
+            self.synthetic.images[rows],
+            self.synthetic.labels[rows],
+            networks=meta.networks,
+            classes=self.synthetic.soft_labels.shape[1],
+            over=meta.images,
+            all_sum=sum_over_backbones,
+        )
+        means = (loss.total, loss.variance, loss.invariance, loss.position, loss.ratio)
+        *total, bad = all_sum(torch.stack([*means, not_finite(gradient)])).tolist()
+        record = MetaRecord(self.iteration, *total)
+        if bad or not math.isfinite(record.total):
+            return {}, [], True
+        return {"images": torch.zeros_like(self.synthetic.images).index_copy_(0, rows, gradient)}, [record], False
+
+    def update(self, gradient: dict[str, Tensor], moved: Tensor, all_sum: AllSum) -> bool:
+        """Follow the gradients unless a value of any shard would not be finite. Returns whether they were followed.
+
+        Args:
+            moved: [a] whether a backbone's step size has a gradient; the others stay.
+        """
+        updated, rates = self.synthetic.clone(), self.rates
+        for name, momentum in zip(LEARNED, (IMAGE_MOMENTUM, LABEL_MOMENTUM, STEP_SIZE_MOMENTUM), strict=True):
+            if name in self.momenta:
+                gradient[name].add_(self.momenta[name], alpha=momentum)  # in place: it becomes the new momentum
+            getattr(updated, name).sub_(gradient[name], alpha=rates[name])
+        torch.where(moved, updated.step_sizes, self.synthetic.step_sizes, out=updated.step_sizes)
+        if self.momenta:
+            gradient["step_sizes"] = torch.where(moved, gradient["step_sizes"], self.momenta["step_sizes"])
+        is_bad = bool(not_finite(*gradient.values())) or not updated.is_valid()
+        # Each shard checks its own rows; all must follow, or none.
+        if bool(all_sum(torch.tensor([float(is_bad)], device=updated.images.device))):
+            return False
+        self.synthetic, self.momenta = updated, gradient
+        return True
+
+    def to_arrays(self) -> tuple[Arrays, Arrays]:
+        """Named arrays of the state for a checkpoint: those with a row for each image held, and all others."""
+        held: dict[str, Tensor] = {}
+        shared: dict[str, Tensor] = {}
+        sets = {"synthetic": self.synthetic} | ({} if self.chosen is None else {"chosen": self.chosen})
+        for prefix, of_set in sets.items():
+            held |= {f"{prefix}.{name}": getattr(of_set, name) for name in (*ROWS, "labels")}
+            shared[f"{prefix}.step_sizes"] = of_set.step_sizes
+        for name, buffer in self.momenta.items():
+            (held if name in ROWS else shared)[f"momentum.{name}"] = buffer
+        return (
+            {name: _to_numpy(value) for name, value in held.items()},
+            {name: _to_numpy(value) for name, value in shared.items()} | self._curves(),
+        )
+
+    def _curves(self) -> dict[str, NDArray[np.generic]]:
+        curves: dict[str, NDArray[np.generic]] = {
+            f"history.{column}": np.array([getattr(record, column) for record in self.history], kind)
+            for column, kind in columns(self.record).items()
+        }
+        for column, kind in columns(MetaRecord).items() if self.meta_history else ():
+            curves[f"meta.{column}"] = np.array([getattr(record, column) for record in self.meta_history], kind)
+        curves["validation.iteration"] = np.array([iteration for iteration, _ in self.validations], np.int64)
+        curves["validation.accuracy"] = np.array([accuracy for _, accuracy in self.validations], np.float64)
+        curves["validation.chosen_at"] = np.array(self.chosen_at, np.int64)
+        return curves
+
+    @classmethod
+    def from_arrays(cls, held: Arrays, shared: Arrays, settings: DistillConfig, device: torch.device) -> Self:
+        """Restore the state that `to_arrays` saved; `held` may be any range of its rows."""
+        arrays = {**held, **with_present_names(shared)}
+        for each in fields(cls.record):  # a field with a default may be absent in checkpoints of earlier versions
+            if each.default is not MISSING:
+                unknown = np.full(len(arrays["history.iteration"]), each.default)
+                arrays.setdefault(f"history.{each.name}", unknown)
+        rows = [arrays[f"history.{column}"].tolist() for column in columns(cls.record)]
+        meta_rows = [arrays[f"meta.{column}"].tolist() for column in columns(MetaRecord) if "meta.iteration" in arrays]
+        curve = (arrays["validation.iteration"].tolist(), arrays["validation.accuracy"].tolist())
+        return cls(
+            synthetic=_set_from(arrays, "synthetic", device),
+            settings=settings,
+            momenta={
+                name: _to_torch(arrays[f"momentum.{name}"], device) for name in LEARNED if f"momentum.{name}" in arrays
+            },
+            history=[cls.record(*row) for row in zip(*rows, strict=True)],
+            meta_history=[MetaRecord(*row) for row in zip(*meta_rows, strict=True)],
+            validations=list(zip(*curve, strict=True)),
+            chosen=_set_from(arrays, "chosen", device) if "chosen.images" in arrays else None,
+            chosen_at=int(arrays["validation.chosen_at"]),
+        )
+
+
+FORMER_NAMES = {"history.overshoot": "history.decrease"}  # former name
+"""Names of arrays in checkpoints of earlier versions and their present names."""
+
+
+def with_present_names(arrays: Arrays) -> dict[str, NDArray[Any]]:
+    """Arrays of a checkpoint of this or an earlier version under their present names."""
+    return {FORMER_NAMES.get(name, name): array for name, array in arrays.items()}
+
+
+def not_finite(*values: Tensor) -> Tensor:
+    """Scalar of the first value's type: 1 if any number in `values` is not finite, else 0."""
+    return torch.stack([~value.isfinite().all() for value in values]).any().to(values[0].dtype)
+
+
+def _set_from(arrays: Arrays, prefix: str, device: torch.device) -> SyntheticSet:
+    return SyntheticSet(**{name: _to_torch(arrays[f"{prefix}.{name}"], device) for name in (*LEARNED, "labels")})
+
+
+def _to_numpy(tensor: Tensor) -> NDArray[np.generic]:
+    array: NDArray[np.generic] = tensor.detach().cpu().numpy()
+    return array
+
+
+def _to_torch(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    return torch.tensor(array, device=device)  # copies, because the array may be a read-only view of a file
