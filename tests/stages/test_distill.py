@@ -375,7 +375,7 @@ def test_a_checkpoint_that_moves_on_while_it_is_read_is_read_again(
         state.append(held["x"].tolist())
         return SimpleNamespace(synthetic=None)
 
-    monkeypatch.setattr("datm_ray.stages.checkpoint.Distillation", SimpleNamespace(from_arrays=rows_of))
+    monkeypatch.setattr(Distillation, "from_arrays", rows_of)
     monkeypatch.setattr("datm_ray.stages.checkpoint._require_shapes", lambda *_: None)
     original = checkpoint._read_rows
 
