@@ -200,7 +200,10 @@ def test_text_that_looks_like_something_else_survives_yaml(text: str) -> None:
 
 
 def test_yaml_comments_on_every_field_within_100_columns() -> None:
-    """Every field and section has a comment behind or above it; elements of lists have lines of their own."""
+    """Every field and section has a comment behind or above it; elements of lists have lines of their own.
+
+    A section's comment is the first line of what is documented of it.
+    """
     changes = "evaluate.networks=[resnet18, lenet]", "backbones=[{network: vgg11}, {network: {width: 8}}]"
     config = override(get_recipe("digits16-metadd-ipc1"), changes)
     lines = [line for line in to_yaml(config).splitlines() if line]
@@ -215,6 +218,7 @@ def test_yaml_comments_on_every_field_within_100_columns() -> None:
     keys = [line for line in lines if not line.strip().startswith("# ")]
     assert len(keys) == len(RunConfig.model_fields) + sum(map(len, sections))
     assert max(map(len, [*lines, *elements])) <= 100
+    assert f"network:  # {(NetworkConfig.__doc__ or '').splitlines()[0]}" in lines
     assert load_config_text("\n".join(to_yaml(config).splitlines()), "test") == config
 
 

@@ -311,6 +311,25 @@ class AuxiliaryExpertConfig(ExpertConfig):
     """Store epochs 0 to this one and the last; null: all matchable."""
 
 
+class AuxiliariesConfig(Section):
+    """Networks that MetaDD compares with the first one."""
+
+    auxiliaries: Annotated[tuple[NamedNetwork, ...], Field(strict=False, min_length=1, max_length=16)]
+    """Architectures beside the first network, such as `[resnet18, {architecture: vgg11, width: 16}]`."""
+    experts: AuxiliaryExpertConfig = AuxiliaryExpertConfig()
+    """Training of the auxiliaries; only their last epoch is used."""
+
+    @model_validator(mode="after")
+    def _auxiliaries_differ(self) -> AuxiliariesConfig:
+        for number, network in enumerate(self.auxiliaries):
+            if network in self.auxiliaries[:number]:
+                raise ValueError(
+                    f"metadd.auxiliaries.{number} repeats an earlier network; give each network once, and raise "
+                    "metadd.experts.count for several experts of it"
+                )
+        return self
+
+
 class MetaLossConfig(Section):
     """Weights and thresholds of MetaDD's loss."""
 
@@ -328,25 +347,11 @@ class MetaLossConfig(Section):
     """Map value in (0, 1) from which a pixel counts as a feature; affects only the reported ratio."""
 
 
-class MetaConfig(MetaLossConfig):
+class MetaConfig(MetaLossConfig, AuxiliariesConfig):
     """MetaDD: losses on class activation maps, for sets that work on other networks."""
 
-    auxiliaries: Annotated[tuple[NamedNetwork, ...], Field(strict=False, min_length=1, max_length=16)]
-    """Architectures beside the first network, such as `[resnet18, {architecture: vgg11, width: 16}]`."""
-    experts: AuxiliaryExpertConfig = AuxiliaryExpertConfig()
-    """Training of the auxiliaries; only their last epoch is used."""
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of images that the losses use, drawn per iteration."""
-
-    @model_validator(mode="after")
-    def _auxiliaries_differ(self) -> MetaConfig:
-        for number, network in enumerate(self.auxiliaries):
-            if network in self.auxiliaries[:number]:
-                raise ValueError(
-                    f"metadd.auxiliaries.{number} repeats an earlier network; give each network once, and raise "
-                    "metadd.experts.count for several experts of it"
-                )
-        return self
 
 
 class EvaluateConfig(Section):
