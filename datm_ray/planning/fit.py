@@ -414,7 +414,7 @@ def chunk_by_trial(step: Callable[[int], None], plan: DistillationPlan, device: 
             trace = None
         chunk //= 2
     raise ConfigError(
-        f"a worker that {plan.name} finds no room on its GPU for a step of one image",
+        f"a worker that {plan.name} has too little GPU memory for a step of one image",
         f"it may take {'all of it' if plan.budget is None else size_in_words(plan.budget)}",
         "raise cluster.gpus_per_worker or --memory, use more cluster.shards, or lower distill.student_steps or "
         "network.width",

@@ -187,7 +187,7 @@ def _unusable(folder: Location, what: str) -> CorruptFileError:
     return CorruptFileError(
         f"{(folder / CHECKPOINT).uri} {what}",
         "it was not written by this program, or for another recipe",
-        "if no other command works on it, move it away and give the same command: the set starts from iteration 0, "
+        "if no other command works on it, move it away and run the same command: the set starts from iteration 0, "
         "and experts are kept",
     )
 

@@ -92,6 +92,6 @@ def _cache(folder: str, gibibytes: str) -> Cache:
         size = 0
     if size <= 0:
         raise StoreError(
-            f"{SIZE} is {gibibytes!r}", "It is no size in GiB", f"Give a number above 0, such as {SIZE}=10"
+            f"{SIZE} is {gibibytes!r}", "It is not a size in GiB", f"Give a number above 0, such as {SIZE}=10"
         )
     return Cache(folder, size)

@@ -22,7 +22,7 @@ _WIDER = {"float16": "bfloat16 (the same range as float32) or float32", "bfloat1
 def storage_type(storage: str) -> pa.DataType:
     """The Arrow type of one stored value. Raises ValueError if there is no such storage."""
     if storage not in _ARROW_TYPES:
-        raise ValueError(f"{storage!r} is no storage; there are {', '.join(_ARROW_TYPES)}")
+        raise ValueError(f"{storage!r} is not a storage format; there are {', '.join(_ARROW_TYPES)}")
     return _ARROW_TYPES[storage]
 
 

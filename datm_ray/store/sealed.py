@@ -223,7 +223,7 @@ def reading_again(
     raise StoreError(
         f"{location.uri} has changed each of the {_READS} times that it was read",
         "another command writes it again and again",
-        "let that one finish, and give the same command again",
+        "let that one finish, and run the same command again",
     )
 
 

@@ -249,7 +249,7 @@ def test_a_trial_step_finds_the_micro_batch_of_a_gpu(
     monkeypatch.setitem(plan.__dict__, "budget", budget)
     monkeypatch.setitem(plan.__dict__, "chunk", 10)
     if size < 100:
-        with pytest.raises(ConfigError, match=r"distils tiny finds no room on its GPU for a step of one image"):
+        with pytest.raises(ConfigError, match=r"distils tiny has too little GPU memory for a step of one image"):
             chunk_by_trial(gpu.step, plan, torch.device("cpu"))
     else:
         assert chunk_by_trial(gpu.step, plan, torch.device("cpu")) == tried[-1]

@@ -174,7 +174,7 @@ class TrajectoryStoreContract:
 
     def test_an_unknown_storage_is_refused(self, group, info):
         """What could not be read back is not written."""
-        with pytest.raises(ValueError, match="'float8' is no storage"):
+        with pytest.raises(ValueError, match="'float8' is not a storage format"):
             group.write_expert(0, make_snapshots(info), replace(info, storage="float8"))
         assert group.experts() == []
 

@@ -135,7 +135,8 @@ def _require_web_address(address: str) -> None:
         name, port = host.groups() if host and host[1] != "auto" else ("127.0.0.1", None)
         port = port if port and port.isdigit() and port not in ("0", *OTHER_PORTS) else str(PORT)
         raise ClusterError(
-            f"{given} {masked(address)!r} is no address of a dashboard", remedy=f"write it like http://{name}:{port}"
+            f"{given} {masked(address)!r} is not the address of a dashboard",
+            remedy=f"write it like http://{name}:{port}",
         )
 
 
@@ -188,14 +189,14 @@ def _refused(address: str, status: int, reason: str, detail: str = "") -> Cluste
         return _no_answer(
             address,
             f"{status} {reason}",
-            f"{proxy or 'a proxy'} wants a user name and a password, or does not accept those it was given",
+            f"{proxy or 'a proxy'} requires a user name and a password, or does not accept those it was given",
             f"write them into that variable, like http://USER:PASSWORD@PROXY:PORT, {ESCAPES}",
         )
     if 300 <= status < 400:
         return _no_answer(
             address,
             f"{status} {reason} to {detail.partition('?')[0] or 'nowhere'}",
-            f"{between} wants a login, or the dashboard has another address",
+            f"{between} requires a login, or the dashboard has another address",
             f"give that address if it is the dashboard's, or {around}",
         )
     if status in (401, 403) and "authentication token" in detail:  # Ray's own words
@@ -204,7 +205,7 @@ def _refused(address: str, status: int, reason: str, detail: str = "") -> Cluste
         return _no_answer(
             address,
             f"{status} {reason}",
-            f"{between} wants a login, or does not accept this one",
+            f"{between} requires a login, or does not accept this one",
             f"write it into the address, like http://USER:PASSWORD@HOST, where that is enough, or {around}",
         )
     if status in (429, 502, 503, 504):
@@ -232,7 +233,7 @@ def _stranger(address: str, detail: str) -> ClusterError:
         address,
         detail,
         f"another server answers there, or the login page of {proxy or 'a gateway'}",
-        f"a dashboard's port is {PORT} where nobody has chosen another: {parts.scheme}://{parts.hostname}:{PORT}"
+        f"a dashboard's usual port is {PORT}: {parts.scheme}://{parts.hostname}:{PORT}"
         if parts.port is None
         else "give the address at which a browser shows the dashboard, up to the #",
     )
@@ -278,9 +279,7 @@ def _unreachable(address: str, failure: Exception, seconds: float) -> ClusterErr
     elif isinstance(first, (HTTPException, ConnectionResetError)):
         detail = "it answers in something else than HTTP" if type(first) is BadStatusLine else detail
         cause = "the port speaks https, or is another one of Ray's" if parts.scheme == "http" else "a gateway closed it"
-        remedy = (
-            f"write https:// if the dashboard has a certificate; its port is {PORT} where nobody has chosen another"
-        )
+        remedy = f"write https:// if the dashboard has a certificate; its usual port is {PORT}"
     else:
         cause = "the address is wrong, the head node is down, or its port cannot be reached from here"
         port = f"{parts.scheme}://{parts.hostname}:{PORT}" if parts.port is None else f"http://127.0.0.1:{PORT}"

@@ -12,7 +12,7 @@ from datm_ray.errors import one_line
 
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s]*@")
 _KEYS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile of AWS_PROFILE"
-_NOTHING_LOST = "and give the same command again; nothing finished is lost"
+_NOTHING_LOST = "and run the same command again; nothing finished is lost"
 
 _CODES: dict[str, tuple[str, str]] = {
     "NoSuchBucket": ("The bucket does not exist", "Check its spelling and AWS_ENDPOINT_URL, or create it"),

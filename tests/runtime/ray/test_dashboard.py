@@ -131,16 +131,16 @@ def test_an_answer_of_somebody_else_is_not_taken_for_rays(there: Dashboard, monk
     text = {"Content-Type": "text/plain"}
     gateway = {
         "200 OK and a web page.*login page of a gateway": page(200),
-        r"302 Found to https://sso\.example/login\). A gateway on the way wants a login": page(
+        r"302 Found to https://sso\.example/login\). A gateway on the way requires a login": page(
             302, Location=f"https://sso.example/login?state={SECRET}"
         ),
         "301 .*Give that address if it is the dashboard's": page(301, Location="https://head.example/"),
-        "401 Unauthorized.*A gateway on the way wants a login": page(401),
-        "403 Forbidden.*A gateway on the way wants a login": page(403),
+        "401 Unauthorized.*A gateway on the way requires a login": page(401),
+        "403 Forbidden.*A gateway on the way requires a login": page(403),
         "404 Not Found and a web page": page(404),
         r"405 Method Not Allowed\).*Another server": (405, text, "no"),
         r"404 Not Found\).*Another server": (404, text, "404: Not Found"),
-        "407 .*proxy wants a user name and a password": page(407),
+        "407 .*proxy requires a user name and a password": page(407),
         "429 .*too many requests": page(429),
         "500 .*web page": page(500),
         "502 Bad Gateway.*A gateway on the way cannot reach the dashboard": page(502),
@@ -156,8 +156,8 @@ def test_an_answer_of_somebody_else_is_not_taken_for_rays(there: Dashboard, monk
         there.plan = lambda _, answer=answer: answer  # type: ignore[misc]
         assert re.search(expected.strip(), refusal(there.address)), expected
     proxies = {
-        "407 Proxy Authentication Required.*wants a user name and a password.*Write them into that variable": page(407),
-        "403 Forbidden.*or a gateway behind it, wants a login": page(403),
+        "407 Proxy .*requires a user name and a password.*Write them into that variable": page(407),
+        "403 Forbidden.*or a gateway behind it, requires a login": page(403),
         "503 Service Unavailable.*or a gateway behind it, cannot reach the dashboard": page(503),
     }
     for scheme in ("http", "https"):
@@ -262,14 +262,14 @@ def speaks(answer: bytes) -> int:
 def test_an_address_that_is_none_is_refused(address: str, example: str) -> None:
     """With the host in the remedy where there is one."""
     line = refusal(address)
-    assert "is no address of a dashboard" in line
+    assert "is not the address of a dashboard" in line
     assert line.endswith(f"Write it like {example}.")
 
 
 def test_an_address_of_the_environment_is_blamed_on_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's own variable for jobs, which stays as it was."""
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "head:8265")
-    assert refusal("head:8265").startswith("RAY_API_SERVER_ADDRESS 'head:8265' is no address")
+    assert refusal("head:8265").startswith("RAY_API_SERVER_ADDRESS 'head:8265' is not the address")
     with serving() as there:
         Jobs(there.address)
     assert refusal("head:8265").startswith("RAY_API_SERVER_ADDRESS")

@@ -227,7 +227,7 @@ def test_a_file_in_parts_is_looked_for_before_and_after(file, s3_proxy, monkeypa
         (403, "InvalidAccessKeyId", "The server does not know this access key. Check AWS_ACCESS_KEY_ID"),
         (403, "SignatureDoesNotMatch", "The secret key is not that of the access key. Check AWS_"),
         (403, "AccessDenied", "Access is denied (AccessDenied). If the bucket is yours, allow this user s3:"),
-        (400, "ExpiredToken", "The session token has expired. Get new credentials and give the same command again"),
+        (400, "ExpiredToken", "The session token has expired. Get new credentials and run the same command again"),
         (403, "RequestTimeTooSkewed", "The clocks of this machine and of the server differ too much. Set"),
         (403, "QuotaExceeded", "The quota of the bucket or its user is used up. Raise it or free some space"),
         (404, "NoSuchBucket", "The bucket does not exist. Check its spelling"),
