@@ -38,7 +38,7 @@ from datm_ray.monitor.progress import Reporter, Stage
 from datm_ray.pipeline import Pipeline
 from datm_ray.recipes import get_recipe
 from datm_ray.runtime.create import create_executor
-from datm_ray.runtime.executor import Event, Lost, Progress, Task
+from datm_ray.runtime.executor import Event, Lost, Progress, Started, Task
 
 MONITORING = Path(__file__).parents[1] / "cluster" / "monitoring"
 FAULTS = ("Workers lost", "Tasks given to other workers")
@@ -104,7 +104,8 @@ class _Passing:
         elif isinstance(event, Lost):
             self._watcher.lost[task.stage] += 1
         if task.stage == "evaluation":
-            self._watcher.go_on.wait(2 * PATIENCE)
+            if not isinstance(event, Started):
+                self._watcher.go_on.wait(2 * PATIENCE)
         elif self._watcher.go_on.is_set():
             raise SystemExit("The run was not watched to its end")
 

@@ -12,6 +12,7 @@ from datm_ray.cli.ending import adapt_streams, end_cleanly, find_home
 from datm_ray.cli.jobs import job_app
 from datm_ray.cli.runs import app, recipe_app
 from datm_ray.cli.stores import store_app
+from datm_ray.monitor import logs
 
 __all__ = ["app", "main"]
 
@@ -23,10 +24,11 @@ app.add_typer(store_app, name="store")
 def main() -> None:
     """Run the command line; whatever fails is one line on standard error and an exit code."""
     adapt_streams()
+    logs.show(0)
     _hide_deprecations()
     find_home()
     noted: dict[str, str] = {}
-    end_cleanly(lambda: app(obj=noted), lambda: noted.get("out"))
+    end_cleanly(lambda: app(obj=noted, prog_name="datm-ray"), lambda: noted.get("out"))
 
 
 def _hide_deprecations() -> None:

@@ -97,7 +97,7 @@ def highlights(log: str, message: str) -> dict[str, str]:
 
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     lost = [line for line in lines if WORKER_LOST in line]
-    progress = [line for line in lines if TASKS_DONE in line]
+    progress = [line for line in lines if any(mark in line for mark in TASKS_DONE)]
     found = {
         "lost": f"{len(lost)} worker(s), the last time: {lost[-1]}" if lost else "",
         "progress": progress[-1] if progress else "",

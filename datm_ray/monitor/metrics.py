@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from datm_ray.runtime.executor import Event, Finished, Lost, Progress, Task
+from datm_ray.runtime.executor import Event, Finished, Lost, Progress, Started, Task
 
 Kind = Literal["gauge", "counter", "histogram"]
 
@@ -189,6 +189,8 @@ class Readings:
                 them before the `Finished` of rank 0.
         """
         self._stage = task.stage
+        if isinstance(event, Started):  # its worker may have to install packages first
+            return []
         observed = self._observed.setdefault(task.name, _Observed(task))
         measured = event.metrics if isinstance(event, Progress | Finished) else {}
         known = {name: value for name, value in measured.items() if name in CATALOGUE and math.isfinite(value)}

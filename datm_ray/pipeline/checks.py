@@ -203,7 +203,7 @@ def _require_device(runs: Runs) -> None:
     wanted = cluster.device == "cuda" or (bool(cluster.gpus_per_worker) and not runs.alone)
     if wanted and not runs.elsewhere and not torch.cuda.is_available():
         raise ClusterError(
-            "workers are to have GPUs (cluster.gpus_per_worker, cluster.device), and this machine has none",
+            "cluster.gpus_per_worker or cluster.device asks for GPUs, and this machine has none",
             "they are on a cluster, or torch is not built for them",
             "give its --address, or leave both settings out",
         )

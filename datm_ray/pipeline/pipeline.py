@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from datm_ray._version import __version__
 from datm_ray.artifact import TRANSFORMS, keep_transform
 from datm_ray.config import DatasetConfig, NetworkConfig, RunConfig, to_yaml
 from datm_ray.data.transform import FitCost
 from datm_ray.errors import ClusterError
 from datm_ray.monitor.loggers import Logger, open_logger
+from datm_ray.monitor.logs import LOG, fields, noting_the_end, writing
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import checks, tasks
 from datm_ray.pipeline.folder import RECIPE, read_recipe, summaries, write_note
@@ -24,6 +30,8 @@ from datm_ray.stages.evaluate import FAIR_ROWS, ON_OTHERS, ROWS, EvaluateWorker
 from datm_ray.stages.expert_progress import ExpertProgress
 from datm_ray.stages.experts import ExpertWorker, experts_cost, progress_of, stacks, write_experts_cost
 from datm_ray.store.files.filesystem import Location
+
+_log = logging.getLogger(__name__)
 
 
 class Pipeline:
@@ -70,33 +78,52 @@ class Pipeline:
         return self.runs.store_uri
 
     def plan(self) -> list[str]:
-        """What is left to do, a line for each stage that has something to do.
+        """Remaining work, a line for each stage; raises what `remaining` raises."""
+        lines = []
+        for title, (count, names) in self.remaining().items():
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            lines.append(f"{count} {title}" + (f": {shown}" if names else ""))
+        return lines
+
+    def remaining(self) -> dict[str, tuple[int, list[str]]]:
+        """Title of each stage -> number of experts, sets or networks that it has to make, and names of its tasks.
 
         Raises:
             ConfigError: a set that does not fit into memory.
         """
         checks.require_startable(self.runs)
-        lines = []
+        stages = {
+            "experts to train": tasks.expert_tasks(self.runs),
+            "sets to distil": tasks.distill_tasks(self.runs),
+            "networks to train for evaluation": tasks.evaluate_tasks(self.runs, self.scored_rows),
+        }
+        found = {title: (len(left), [task.name for _, task in left]) for title, left in stages.items()}
         experts = sum(len(self.runs.missing_experts(config)) for config in tasks.expert_recipes(self.runs))
-        for title, count, left in (
-            ("experts to train", experts, tasks.expert_tasks(self.runs)),
-            ("sets to distil", None, tasks.distill_tasks(self.runs)),
-            ("networks to train for evaluation", None, tasks.evaluate_tasks(self.runs, self.scored_rows)),
-        ):
-            names = [task.name for _, task in left]
-            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            lines.append(f"{len(names) if count is None else count} {title}" + (f": {shown}" if names else ""))
-        return lines
+        return found | {"experts to train": (experts, found["experts to train"][1])}
+
+    def data(self) -> list[dict[str, Any]]:
+        """Facts of each data set: name, number of classes, images of each part, shape of an image, and notes."""
+        return [
+            {
+                "name": raw.name,
+                "classes": raw.classes,
+                "training": len(raw.train),
+                "validation": len(raw.validation),
+                "test": len(raw.test),
+                "image": [raw.channels, *raw.size],
+                "notes": list(raw.notes),
+            }
+            for raw in dict.fromkeys(self.runs.datasets.values())
+        ]
 
     def data_lines(self) -> list[str]:
         """What was understood of each data set, and how its files were read."""
         lines = []
-        for raw in dict.fromkeys(self.runs.datasets.values()):
-            height, width = raw.size
-            parts = (("training", raw.train), ("validation", raw.validation), ("test", raw.test))
-            counts = ", ".join(f"{len(images):,} {name}" for name, images in parts)
-            lines.append(f"{raw.name}: {raw.classes} classes, {counts} images of {raw.channels}x{height}x{width}")
-            lines += [f"{raw.name}: {note}" for note in raw.notes]
+        for facts in self.data():
+            counts = ", ".join(f"{facts[part]:,} {part}" for part in ("training", "validation", "test"))
+            shape = "x".join(map(str, facts["image"]))
+            lines.append(f"{facts['name']}: {facts['classes']} classes, {counts} images of {shape}")
+            lines += [f"{facts['name']}: {note}" for note in facts["notes"]]
         for dataset, raw in self.runs.datasets.items():
             cost = FitCost.of(dataset.kind, (raw.channels, *raw.size))
             if cost.minutes >= 1 and self.runs.group_with_transform(dataset) is None:
@@ -161,14 +188,19 @@ class Pipeline:
                     fewer = tasks.smaller_groups(self.runs, config) if is_unfinished else ()
                     executor.require_workers(config.name, min((config.workers_per_set, *fewer)))
                 checks.require_memory(self.runs, executor)
-            for line in (f"Running on {executor.description}", *self.data_lines()):
-                reporter.message(line)
             self._log = open_logger(self.configs[0].cluster.log_to, self.out, self.configs, reporter.message)
-            for config in self.configs:
-                # The recipe last: it is what marks a folder as a run's, for `report` too.
-                write_note(self.runs.folder(config), self.runs.raw(config))
-                (self.runs.folder(config) / RECIPE).write_text(to_yaml(self._with_rows_before(config)))
-            yield executor
+            folders = [path for config in self.configs if (path := self.runs.folder(config).local_path) is not None]
+            with writing(folders), noting_the_end():
+                _log.info("run started %s", fields(version=__version__, command=shlex.join(sys.argv)))
+                where = ", ".join(os.path.join(folder, LOG) for folder in folders)
+                log = where or f"none in {self.out.uri}, where no file can grow; -v shows it here"
+                for line in (f"Running on {executor.description}", *self.data_lines(), f"Log: {log}"):
+                    reporter.message(line)
+                for config in self.configs:
+                    # The recipe last: it is what marks a folder as a run's, for `report` too.
+                    write_note(self.runs.folder(config), self.runs.raw(config))
+                    (self.runs.folder(config) / RECIPE).write_text(to_yaml(self._with_rows_before(config)))
+                yield executor
         finally:
             self._log.close()
             executor.close()
@@ -256,7 +288,7 @@ class Pipeline:
                     self._log.event(task, event)
         if unseen := open_tasks(self.runs):
             raise ClusterError(
-                f"{title}: {len(unseen)} result(s), {unseen[0][1].name} the first, cannot be seen from here",
+                f"{title}: {len(unseen)} result(s), {unseen[0][1].name} the first, cannot be read on this machine",
                 "the workers run on machines that do not share this disk",
                 "give --out and --store on a shared file system or on s3://",
             )

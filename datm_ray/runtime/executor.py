@@ -18,6 +18,13 @@ if TYPE_CHECKING:  # mesh imports this module, and needs no pydantic
 
 
 @dataclass(frozen=True)
+class Started:
+    """Start of a task, and its start again after a loss."""
+
+    workers: int = 1
+
+
+@dataclass(frozen=True)
 class Progress:
     """Progress of a task: `done` of `total` steps."""
 
@@ -75,7 +82,7 @@ class Note:
     text: str
 
 
-Event = Progress | Finished | Lost | Failed | Resized | Note
+Event = Started | Progress | Finished | Lost | Failed | Resized | Note
 
 
 @dataclass(frozen=True)
@@ -176,6 +183,7 @@ class SerialExecutor:
         """Run the tasks one after another in this process, see `Executor.run`."""
         instance = worker(*setup) if tasks else None
         for task in tasks:
+            yield task, Started()
             with explaining_memory():
                 for event in getattr(instance, method)(*task.arguments):
                     yield task, event

@@ -16,6 +16,7 @@ A transform that is large, as whitening is, lies once for all sets of all runs i
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ from datm_ray.core.training import PROTOCOLS, Heartbeat, Schedule, accuracy, tra
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import ClusterError, DivergenceError
 from datm_ray.methods.state import MetaTerm, State
+from datm_ray.monitor.logs import fields
 from datm_ray.monitor.provenance import provenance, workers_in_words
 from datm_ray.monitor.spent import Account, Spent
 from datm_ray.runtime.devices import Meter, prepare_device, to_device
@@ -50,6 +52,9 @@ INITIAL, SYNTHETIC = "initial.arrow", "synthetic.arrow"
 LAST_GOOD = "last-good.arrow"
 MAPS = "maps.arrow"
 COST = "cost.json"
+
+
+_log = logging.getLogger(__name__)
 
 
 class DistillWorker:
@@ -137,6 +142,7 @@ class _Run:
             saves = state.iteration % settings.checkpoint_every == 0 or last
             if saves:
                 self._save_checkpoint(state)
+                _log.info("checkpoint saved %s", fields(run=self._config.name, iteration=state.iteration))
             metrics = meter.measure() | self._measured(state, seconds)
             metrics["datm_ray_distill_iterations_total"] = float(state.iteration - first)
             yield Progress(state.iteration, settings.iterations, self._shown(state), metrics, saved=saves)
@@ -205,6 +211,7 @@ class _Run:
         saved = load_checkpoint(kind, self._folder, self._rows, settings, self._device)
         self._require_one_state(-1 if saved is None else saved.iteration)
         if saved is not None:
+            _log.info("distillation resumed %s", fields(run=self._config.name, iteration=saved.iteration))
             return saved
         synthetic = initial_set(self._part, self._method.experts[0])
         self._save_set(synthetic, INITIAL)

@@ -24,6 +24,7 @@ augment with hard labels (here only `PLAIN` rows are not augmented).
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,7 @@ from datm_ray.core.scores import AugmentationRobust, LabelRobust, augmentation_r
 from datm_ray.core.synthetic import random_rows
 from datm_ray.core.training import Schedule, accuracy, train_to_end
 from datm_ray.data.dataset import Dataset
+from datm_ray.monitor.logs import fields
 from datm_ray.monitor.provenance import provenance
 from datm_ray.monitor.spent import Account, Spent, total
 from datm_ray.runtime.devices import Meter, prepare_device, to_device
@@ -120,6 +122,9 @@ class Score:
         return f"{100 * self.mean:.1f} ± {100 * self.std:.1f}" if self.n > 1 else f"{100 * self.mean:.1f}"
 
 
+_log = logging.getLogger(__name__)
+
+
 class EvaluateWorker:
     """Worker that trains and scores fresh networks on one data set."""
 
@@ -188,6 +193,8 @@ class EvaluateWorker:
             "provenance": provenance(self._device),
         }
         open_location(result_uri).write_json(result)
+        chosen_of = fields(step_size=chosen.step_size, candidates=len(trials), seconds=spent.seconds)
+        _log.info("network scored %s %s", fields(run=config.name, row=row, number=number, accuracy=tested), chosen_of)
         yield Finished(result, meter.measure())
 
     def _test_accuracy(self, trial: _Trial) -> float:

@@ -7,6 +7,7 @@ every attempt; experts of a stack that are in the store already keep their place
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import time
@@ -33,6 +34,7 @@ from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.training import accuracy
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import CorruptFileError, DivergenceError, StoreError
+from datm_ray.monitor.logs import fields
 from datm_ray.monitor.spent import Account, Spent, total
 from datm_ray.runtime.devices import Meter, prepare_device, to_device, uses_gpu
 from datm_ray.runtime.executor import Event, Finished, Note, Progress
@@ -74,6 +76,9 @@ def stacks(missing: Sequence[int], size: int, count: int) -> list[tuple[int, ...
     """
     firsts = sorted({each // size * size for each in missing})
     return [tuple(range(first, min(first + size, max(count, first + 2)))) for first in firsts]
+
+
+_log = logging.getLogger(__name__)
 
 
 class ExpertWorker:
@@ -119,6 +124,7 @@ class ExpertWorker:
             for waiting in wait_for_disk_space(group.location, 4 * info.parameter_count * len(info.epochs)):
                 yield Note(waiting)
             group.write_expert(expert, progress.snapshots(expert), info)
+            _log.info("expert stored %s", fields(expert=expert, group=group.key, epochs=len(info.epochs)))
         progress.note_cost()
 
     def _train(
@@ -143,6 +149,8 @@ class ExpertWorker:
         if state is None:
             state = ExpertState.initial(networks)
             progress.add(state, torch.full((len(experts),), float("nan")))
+        else:
+            _log.info("experts resumed %s", fields(experts=f"{experts[0]}-{experts[-1]}", epoch=state.epoch))
         first, began = state.epoch, time.monotonic()
         for losses in train_experts(functions, self._images, self._labels, settings, seeds, state):
             seconds = time.monotonic() - began

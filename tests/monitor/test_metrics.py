@@ -18,7 +18,7 @@ from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.create import create_executor
 from datm_ray.runtime.devices import Meter
-from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, SerialExecutor, Task
+from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, SerialExecutor, Started, Task
 from datm_ray.store.files.filesystem import open_location
 from tests.conftest import tiny_config
 
@@ -120,6 +120,7 @@ def test_workers_wanted_and_at_work_follow_the_tasks() -> None:
     other = Task("more digits", (), size=2, run="another", stage="distillation")
     readings = Readings()
     seen = [readings.begin([TASK, other], workers=3)]
+    assert readings.take(TASK, Started()) == []  # its worker may not be there yet
     seen += [readings.take(TASK, event) for event in (Note("compiled"), Progress(1, 2, metrics=_mesh(2)))]
     seen += [readings.take(other, Progress(1, 2, metrics=_mesh(2))), readings.take(TASK, Lost("died", 1))]
     seen += [readings.take(TASK, Progress(1, 2, metrics=_mesh(1))), readings.take(TASK, Finished())]
@@ -237,6 +238,7 @@ def test_ray_is_told_what_the_events_say(ray_cluster: Any, monkeypatch: pytest.M
     executor = create_executor("ray", ClusterConfig(workers=1))
     events = executor.run(Measurer, (), "work", tasks)
     tags = {"run": "a run", "stage": "distillation"}
+    assert next(events)[1] == Started()
     next(events)
     loss = ("Gauge", metrics[0], 2.0, {**tags, "task": metrics[0]})
     assert told.count(loss) == 1

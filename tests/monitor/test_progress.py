@@ -6,13 +6,15 @@ import io
 import itertools
 import math
 import re
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
 from datm_ray.cli.ending import adapt_streams
 from datm_ray.monitor import progress as telemetry
-from datm_ray.monitor.progress import Reporter
-from datm_ray.runtime.executor import Event, Failed, Finished, Lost, Note, Progress, Task
+from datm_ray.monitor.progress import Reporter, Tracker
+from datm_ray.runtime.executor import Event, Failed, Finished, Lost, Note, Progress, Started, Task
 
 
 @pytest.fixture
@@ -39,8 +41,8 @@ def test_a_line_holds_what_is_worth_knowing_from_afar(lines) -> None:
         "datm_ray_store_reads_total": 3.0,
     }
     assert lines(Progress(120, 300, values, metrics))[1:] == [
-        "Distillation: 0/2 tasks done; digits-ipc1 120/300  loss 0.4124  step size 0.0213  skipped 3  validation 0.9"
-        "  start below 12  12,346 images/s  memory 310.0 MiB"
+        "Distillation: 0/2 tasks done, 1 running, slowest at 120/300: digits-ipc1  loss 0.4124  step size 0.0213"
+        "  skipped 3  validation 0.9  start below 12  12,346 images/s  memory 310.0 MiB"
     ]
 
 
@@ -48,19 +50,85 @@ def test_what_was_not_measured_is_not_said(lines) -> None:
     """Experts have no range, some systems tell no memory, and a worker of another version may tell nothing."""
     metrics = {"datm_ray_expert_images_per_second": 5000.0, "datm_ray_worker_memory_bytes": math.nan}
     assert lines(Progress(1, 4, {"loss": 1.5}, metrics), Progress(2, 4))[1:] == [
-        "Distillation: 0/2 tasks done; digits-ipc1 1/4  loss 1.5  5,000 images/s",
-        "Distillation: 0/2 tasks done; digits-ipc1 2/4",
+        "Distillation: 0/2 tasks done, 1 running, slowest at 1/4: digits-ipc1  loss 1.5  5,000 images/s",
+        "Distillation: 0/2 tasks done, 1 running, slowest at 2/4: digits-ipc1",
     ]
 
 
-@pytest.mark.parametrize(("passed", "left"), [(90.0, "about 2 min left; "), (30.0, "a minute left; ")])
-def test_a_line_says_how_long_the_rest_may_take(
-    passed: float, left: str, lines, monkeypatch: pytest.MonkeyPatch
+def ends(speed: Callable[[float], float], *, workers: int = 3, tasks: int = 12, steps: int = 20) -> list[float]:
+    """Ends that a tracker foresees every 30 s, and the true one last, of tasks at `speed` steps a second each."""
+    tracker, now, line, foreseen = Tracker(tasks, 0.0), 0.0, 30.0, []
+    queue, done = [Task(f"task {number}", ()) for number in range(tasks)], {}
+    while queue or done:
+        while queue and len(done) < workers:
+            done[queue.pop(0)] = 0.0
+            tracker.take(list(done)[-1], Started(), now)
+        now += 1.0
+        for place, (task, step) in enumerate(list(done.items())):
+            done[task] = step + speed(now) * (0.8 + 0.2 * place)  # workers are not equally fast
+            if done[task] >= steps:
+                del done[task]
+                tracker.take(task, Finished(), now)
+            elif int(done[task]) > int(step):
+                tracker.take(task, Progress(int(done[task]), steps), now)
+        if now >= line and not math.isnan(tracker.seconds_left(now)):
+            line += 30.0
+            foreseen.append(now + tracker.seconds_left(now))
+    return [*foreseen, now]
+
+
+def test_the_time_left_is_right_where_work_is_even() -> None:
+    """From the first lines on, the foreseen end is within a tenth of the duration."""
+    *foreseen, end = ends(lambda now: 0.2)
+    assert len(foreseen) > 8
+    assert all(abs(each - end) < 0.1 * end for each in foreseen), (foreseen, end)
+
+
+def test_the_time_left_does_not_jump_where_speed_changes() -> None:
+    """It follows a third of the speed from the middle on in steps, and ends right."""
+    *foreseen, end = ends(lambda now: 0.3 if now < 120 else 0.1)
+    changes = [abs(late - early) for early, late in itertools.pairwise(foreseen)]
+    assert max(changes) < 0.25 * end, (foreseen, end)
+    assert all(abs(each - end) < 0.1 * end for each in foreseen[-5:]), (foreseen, end)
+
+
+def test_what_a_resumed_task_brings_along_is_no_progress() -> None:
+    """A task that resumes at three quarters takes as long for the rest as its own steps show, also after a loss."""
+    tracker, task = Tracker(2, 0.0), Task("one", ())
+    for now, event in ((0.0, Started()), (10.0, Progress(751, 1000)), (20.0, Progress(752, 1000))):
+        tracker.take(task, event, now)
+    assert tracker.seconds_left(20.0) == pytest.approx(10 * (248 + 1000), rel=0.01)
+    tracker.take(task, Lost("its node died", 1), 20.0)
+    assert tracker.running == {}
+    for now, event in ((20.0, Started()), (30.0, Progress(701, 1000))):
+        tracker.take(task, event, now)
+    assert tracker.seconds_left(30.0) == pytest.approx(10 * (299 + 1000), rel=0.01)
+
+
+def test_a_line_says_who_runs_how_long_and_who_is_slowest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From the tasks that are finished."""
-    times = itertools.chain([0.0], itertools.repeat(passed))
-    monkeypatch.setattr(telemetry.time, "monotonic", lambda: next(times))
-    assert lines(Finished(), Progress(1, 4))[1:] == [f"Distillation: 1/2 tasks done; {left}digits-ipc1 1/4"]
+    """The slowest task ends last at its own speed; a task that has not reported runs too."""
+    clock = iter([0.0, 0.0, 0.0, 0.0, 0.0, 100.0, 100.0, 200.0, 36200.0])
+    monkeypatch.setattr(telemetry, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with Reporter().stage("Experts", 5) as stage:
+        for name, event in (
+            ("fast", Started()),
+            ("slow", Started()),
+            ("late", Started()),
+            ("last", Started()),
+            ("fast", Progress(1, 2)),
+            ("slow", Progress(1, 4)),
+            ("late", Progress(1, 2)),
+            ("last", Finished()),
+        ):
+            stage.event(Task(name, ()), event)
+    assert capsys.readouterr().err.splitlines() == [
+        "Experts: 5 tasks to run",
+        "Experts: 0/5 tasks done, 4 running, about 15 min left, slowest at 1/2: fast",
+        "Experts: 0/5 tasks done, 4 running, about 11 min left, slowest at 1/4: slow",
+        "Experts: 1/5 tasks done, 3 running, about 30.2 h left, slowest at 1/4: slow",
+    ]
 
 
 def test_losses_notes_and_ends_are_always_said(lines, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ray.exceptions import RuntimeEnvSetupError
 import datm_ray.runtime
 from datm_ray.config import ClusterConfig
 from datm_ray.errors import ClusterError, ConfigError, WorkerLostError
+from datm_ray.monitor import logs
 from datm_ray.runtime.create import create_executor
 from datm_ray.runtime.devices import prepare_device, uses_gpu
 from datm_ray.runtime.executor import (
@@ -28,6 +30,7 @@ from datm_ray.runtime.executor import (
     Progress,
     Resized,
     SerialExecutor,
+    Started,
     Task,
 )
 from tests.runtime.workers import Adder, Idler, Looker, Neighbour, Saver, Slow, Squarer, Warner
@@ -54,8 +57,8 @@ def results(executor: Executor, *setup: Any, method: str = "square", count: int 
 def test_every_task_finishes_once_with_its_progress_in_order(executor: Executor) -> None:
     """Serially and on Ray, each task yields its progress and one result."""
     for index, (_, events) in enumerate(results(executor).items()):
-        assert [type(event) for event in events] == [Progress, Progress, Finished]
-        assert events[0].values == {"index": float(index)}
+        assert [type(event) for event in events] == [Started, Progress, Progress, Finished]
+        assert events[1].values == {"index": float(index)}
         assert events[-1].result == index**2
 
 
@@ -99,7 +102,7 @@ def test_more_than_the_cluster_has_is_refused_before_anything_starts(ray_cluster
 def test_a_task_for_several_workers_is_done_alone_where_there_is_one_process() -> None:
     """The serial executor passes no rank, and the worker finds itself alone."""
     events = added(SerialExecutor(ClusterConfig()), [Task("sum", (5.0, 2), size=2)])
-    assert events["sum"] == [Progress(0, 2), Progress(2, 2), Finished((5.0, 1, os.getpid()))]
+    assert events["sum"] == [Started(), Progress(0, 2), Progress(2, 2), Finished((5.0, 1, os.getpid()))]
 
 
 @pytest.mark.slow
@@ -259,15 +262,27 @@ def test_a_task_makes_do_with_fewer_workers_and_grows_when_it_has_saved(
 
 @pytest.mark.ray
 def test_a_store_that_does_not_answer_a_worker_is_told_to_the_user(
-    ray_cluster: Any, monkeypatch: pytest.MonkeyPatch
+    ray_cluster: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
-    """Once, although two workers of two tasks wait for the same store."""
+    """The terminal has one line at once, although two workers wait for the same store; the log has both, with names."""
     monkeypatch.setattr("datm_ray.runtime.ray.executor.HEARTBEAT_INTERVAL", 0.2)
     executor = create_executor("ray", ClusterConfig())
-    events = [event for _, event in executor.run(Warner, (), "wait", [Task("one", ()), Task("two", ())])]
-    assert [event.text for event in events if isinstance(event, Note)] == [
-        "s3://bucket does not answer (it is down); trying again"
-    ]
+    logs.show(0)
+    with logs.writing([str(tmp_path)]):
+        for _, event in executor.run(Warner, (), "wait", [Task("one", ()), Task("two", ())]):
+            if isinstance(event, Finished):
+                assert "does not answer" in (tmp_path / "log.txt").read_text()
+    message = "s3://bucket does not answer (it is down); trying again"
+    assert capsys.readouterr().err.splitlines() == [message]
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [line.partition("  ")[2] for line in lines] == [message] * 2
+    with logs.writing([str(tmp_path)]), pytest.raises(ConfigError):
+        list(executor.run(Warner, (), "fail", [Task("three", ())]))
+    assert (tmp_path / "log.txt").read_text().rstrip().endswith("  about to fail")
+    assert len({re.search(r" WARNING \S+ (Warner/0/\d+)  ", line)[1] for line in lines}) == 2  # type: ignore[index]
 
 
 @pytest.mark.ray
@@ -393,8 +408,8 @@ def test_a_worker_that_is_never_set_up_is_found(
     )  # others need seconds where much else runs
     executor = create_executor("ray", ClusterConfig(peer_timeout=2.0))
     events = [event for _, event in executor.run(Slow, (str(tmp_path),), "work", [Task("slow", ())])]
-    assert [type(event) for event in events] == [Lost, Finished]
-    assert "no heartbeat for" in events[0].reason
+    assert [type(event) for event in events] == [Started, Lost, Started, Finished]
+    assert "no heartbeat for" in events[1].reason
 
 
 @pytest.mark.ray
@@ -588,7 +603,7 @@ def test_what_needs_a_gpu_is_refused_on_a_cluster_without(
 def test_a_worker_that_was_given_no_gpu_sees_none(ray_cluster: Any) -> None:
     """Whatever the version of Ray does."""
     events = [event for _, event in create_executor("ray", ClusterConfig()).run(Looker, (), "look", [Task("look", ())])]
-    assert events == [Finished("")]
+    assert events == [Started(), Finished("")]
 
 
 def test_no_gpus_per_worker_means_processors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,6 +140,11 @@ class Warner:
         time.sleep(2)
         yield Finished()
 
+    def fail(self) -> Iterator[Finished]:
+        logging.getLogger("datm_ray.tests").info("about to fail")
+        raise ConfigError("it failed")
+        yield
+
 
 class Neighbour:
     """A worker whose machine is lost with another one on it, which is idle by then."""

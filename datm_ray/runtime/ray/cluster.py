@@ -19,8 +19,9 @@ from ray.exceptions import RayError
 
 from datm_ray.config import ClusterConfig
 from datm_ray.errors import ClusterError
+from datm_ray.monitor.logs import is_raw
 from datm_ray.runtime.executor import counted, require_precision
-from datm_ray.runtime.ray.compat import silence_raylets
+from datm_ray.runtime.ray.compat import keep_off_standard_output
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray warns that it will stop hiding GPUs from actors that request none. These actors hide the GPUs themselves.
@@ -32,6 +33,7 @@ PROBE_TIMEOUT = 2.0
 """Seconds to wait for a web server's answer to a probe. Ray's own port never answers it."""
 CHECK_INTERVAL = 1.0
 """Seconds between two checks of the cluster's nodes."""
+_log = logging.getLogger(__name__)
 _NO_START = "Ray does not start on this machine"
 
 
@@ -48,9 +50,10 @@ def connect(address: str | None) -> str:
     try:
         if address:
             _require_listener(address, given)
-        silence_raylets()
+        level = logging.INFO if is_raw() else logging.CRITICAL
+        keep_off_standard_output(shown=is_raw())
         with _quiet_library() if address else nullcontext():
-            context = ray.init(**where, logging_level=logging.CRITICAL, log_to_driver=False)
+            context = ray.init(**where, logging_level=level, log_to_driver=is_raw())
     except (OSError, ValueError, RuntimeError, RayError) as failure:
         raise _connection_error(address, given, failure) from None
     return str(context.dashboard_url or "")
@@ -205,7 +208,7 @@ class ClusterNodes:
             self.request(wanted)
         if timeout and sum(self.fits()) < wanted:
             held = f"the cluster can hold {sum(self.fits())} of {counted(wanted, 'worker')}"
-            print(f"Waiting up to {timeout:g} s for nodes: {held}", file=sys.stderr, flush=True)
+            _log.warning("waiting up to %g s for nodes: %s", timeout, held)
         while sum(self.fits()) < wanted and time.monotonic() < end:
             time.sleep(CHECK_INTERVAL)
         return self._cluster.workers or sum(self.fits()), min(self.capacity(), max(self.fits(), default=0))

@@ -7,6 +7,7 @@ convenience, not a function.
 from __future__ import annotations
 
 import logging
+import sys
 from contextlib import suppress
 
 import ray
@@ -32,11 +33,18 @@ def hush() -> None:
             logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def silence_raylets() -> None:
-    """Keep the raylets' messages out of standard output, which carries results.
+def keep_off_standard_output(*, shown: bool) -> None:
+    """Keep messages of raylets and workers out of standard output, which carries results.
 
     A raylet that dies prints thirty lines of statistics, and no setting of Ray's prevents it. The executor logs the
     loss in one line; Ray's log files keep the rest.
+
+    Args:
+        shown: True to print the messages to standard error, False to drop them.
     """
-    if hasattr(ray._private.worker, "print_to_stdstream"):
-        ray._private.worker.print_to_stdstream = lambda *_, **__: None
+    worker = ray._private.worker
+    if not shown and hasattr(worker, "print_to_stdstream"):
+        worker.print_to_stdstream = lambda *_, **__: None
+    elif shown and hasattr(worker, "print_worker_logs"):
+        show = worker.print_worker_logs
+        worker.print_worker_logs = lambda data, _stream, *more: show(data, sys.stderr, *more)

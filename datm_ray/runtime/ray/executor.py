@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from logging import LogRecord
 from typing import Any
 
 import ray
@@ -18,7 +19,8 @@ from ray.exceptions import ActorUnschedulableError, RayError, RaySystemError
 
 from datm_ray.config import ClusterConfig
 from datm_ray.errors import ClusterError, ConfigError, DatmError, WorkerLostError
-from datm_ray.runtime.executor import Event, Failed, Finished, Lost, Note, Progress, Resized, Task, counted
+from datm_ray.monitor.logs import accept
+from datm_ray.runtime.executor import Event, Failed, Finished, Lost, Note, Progress, Resized, Started, Task, counted
 from datm_ray.runtime.ray.cluster import ClusterNodes, connect, first_line, with_gpus
 from datm_ray.runtime.ray.metrics import RayMetrics
 from datm_ray.runtime.ray.worker_groups import LOSSES, WorkerGroup, reason, root_cause, unwrapped
@@ -35,8 +37,6 @@ GROWTH_PAUSE = 600.0
 """Seconds for which a task does not try to grow again, after resources for it did not become free."""
 HEARTBEAT_INTERVAL = 5.0
 """Seconds between two checks of the workers' heartbeats."""
-WARNING_INTERVAL = 20.0
-"""Seconds for which the same warning of another worker is not shown again."""
 
 
 class RayExecutor:
@@ -163,8 +163,6 @@ class _Stage:
         self._idle: list[WorkerGroup] = []
         self._running: list[_Running] = []
         self._last_check = time.monotonic()
-        self._warned: dict[str, float] = {}
-        """Time at which each warning was shown last, in seconds of the monotonic clock."""
         self._failure: DatmError | None = None
         """Error of the first task that failed. Running tasks finish, and none starts."""
         self._blocked_since = float("inf")
@@ -265,11 +263,12 @@ class _Stage:
             raise self._not_enough_resources(group.size)
 
     def _submit(self, current: _Running) -> Iterator[tuple[Task, Event]]:
-        """Start a group's actors and submit its task. Yields `Lost` if Ray cannot start the actors."""
+        """Start a group's actors and submit its task. Yields `Started`, or `Lost` if Ray cannot start the actors."""
         try:
             if not current.group.actors:
                 current.group.start(self._worker, self._setup, self._cluster)
             current.streams = current.group.submit(current.queued.task, self._method)
+            yield current.queued.task, Started(current.group.size)
         except (ActorUnschedulableError, RaySystemError) as failure:
             event = self._lost(current, WorkerLostError(f"it could not be started: {first_line(failure)}"))
             yield current.queued.task, event
@@ -317,11 +316,14 @@ class _Stage:
     def _event(self, current: _Running, rank: int) -> Event | None:
         """Next event of a rank, or `None` if the user need not see the event."""
         try:
-            event: Event = ray.get(next(current.streams[rank]))
+            event: Event | list[LogRecord] = ray.get(next(current.streams[rank]))
         except StopIteration:
             event = Finished()
         except RayError as failure:
             return self._lost(current, root_cause(current.streams, rank, unwrapped(failure)))
+        if isinstance(event, list):
+            accept(event)
+            return None
         if rank:
             self._metrics.record(current.queued.task, event, rank)
         if not isinstance(event, Finished):
@@ -366,8 +368,6 @@ class _Stage:
         self._last_check = time.monotonic()
         for current in [each for each in self._running if each.streams]:
             rank = current.group.silent_rank(self._cluster.peer_timeout)
-            for warning in self._new(current.group.warnings):
-                yield current.queued.task, Note(warning)
             if rank is not None:
                 since = (
                     current.group.unanswered[rank][1] if rank in current.group.unanswered else current.group.started_at
@@ -376,16 +376,6 @@ class _Stage:
                 event = self._lost(current, WorkerLostError(f"no heartbeat for {silence:.0f} s"))
                 yield current.queued.task, event
                 yield from self._handle(current, event)
-
-    def _new(self, warnings: list[str]) -> list[str]:
-        """Remove all warnings from the list, and return those that no worker gave in the last WARNING_INTERVAL."""
-        now, new = time.monotonic(), []
-        while warnings:
-            warning = warnings.pop(0)
-            if now - self._warned.get(warning.partition(" (")[0], -WARNING_INTERVAL) >= WARNING_INTERVAL:
-                self._warned[warning.partition(" (")[0]] = now
-                new.append(warning)
-        return new
 
     def _lost(self, current: _Running, cause: BaseException) -> Lost | Failed | Note:
         """Event of a task that ended with an error: `Lost` if retried, `Failed` if not, `Note` if nodes are missing."""

@@ -11,7 +11,6 @@ import os
 import secrets
 import socket
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -34,7 +33,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from datm_ray.config import ClusterConfig
 from datm_ray.errors import DatmError, PeerLostError, WorkerLostError
-from datm_ray.runtime.executor import Event, Task, WorkerRank, explaining_memory
+from datm_ray.monitor.logs import Collector, accept
+from datm_ray.runtime.executor import Task, WorkerRank, explaining_memory
 from datm_ray.runtime.ray.cluster import first_line, worker_resources
 from datm_ray.runtime.recovery import is_silent
 
@@ -60,27 +60,15 @@ LOSSES: tuple[type[BaseException], ...] = (
 """Errors after which a task is tried again."""
 
 
-class _Warnings(logging.Handler):
-    """Log handler that keeps the last warnings of this package, such as that a store does not answer."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.lines: deque[str] = deque(maxlen=10)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
 class _Host:
     """Ray actor that holds one worker and runs its part of a task."""
 
-    def __init__(self, worker: Callable[..., Any], *setup: Any) -> None:
+    def __init__(self, rank: int, log_level: int, worker: Callable[..., Any], *setup: Any) -> None:
         if not ray.get_gpu_ids():
             # Some versions of Ray do not hide GPUs that were not requested. All workers of a node would use its first
             # GPU.
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        self._warnings = _Warnings()
-        logging.getLogger("datm_ray").addHandler(self._warnings)
+        self._log = Collector(f"{type(self).__name__}/{rank}/{os.getpid()}", log_level)
         self._worker = worker(*setup)
 
     def __repr__(self) -> str:
@@ -90,10 +78,9 @@ class _Host:
     def ready(self) -> None:
         """Return once the worker is constructed."""
 
-    def heartbeat(self) -> list[str]:
-        """Return new warnings at once. No answer means that the process hangs or its node is unreachable."""
-        lines = self._warnings.lines
-        return [lines.popleft() for _ in range(len(lines))]
+    def heartbeat(self) -> list[logging.LogRecord]:
+        """Return new log records at once. No answer means that the process hangs or its node is unreachable."""
+        return self._log.take()
 
     def rendezvous(self, *_others: None) -> str:
         """Return "host:port", at which rank 0 waits for the other ranks. The arguments are results of their `ready`."""
@@ -103,11 +90,22 @@ class _Host:
             host = ray.util.get_node_ip_address()
             return f"{f'[{host}]' if ':' in host else host}:{server.getsockname()[1]}"
 
-    def work(self, method: str, rank: int, size: int, rendezvous: str, *arguments: Any) -> Iterator[Event]:
-        """Run this actor's part of a task and yield its events."""
+    def work(self, method: str, rank: int, size: int, rendezvous: str, *arguments: Any) -> Iterator[Any]:
+        """Run this actor's part of a task and yield its events, each after the log records before it."""
         worker_rank = {"worker_rank": WorkerRank(rank, size, rendezvous)} if size > 1 else {}
-        with explaining_memory():
-            yield from getattr(self._worker, method)(*arguments, **worker_rank)
+        try:
+            with explaining_memory():
+                for event in getattr(self._worker, method)(*arguments, **worker_rank):
+                    yield from self._records()
+                    yield event
+        except Exception:
+            yield from self._records()
+            raise
+
+    def _records(self) -> Iterator[list[logging.LogRecord]]:
+        records = self._log.take()
+        if records:
+            yield records
 
 
 @dataclass(eq=False)
@@ -127,8 +125,6 @@ class WorkerGroup:
     """Time at which the actors were started, in seconds of the monotonic clock."""
     unanswered: dict[int, tuple[Any, float]] = field(default_factory=dict)
     """Heartbeat requests without an answer: rank -> (reference, time of the request)."""
-    warnings: list[str] = field(default_factory=list)
-    """Warnings that came with heartbeats and were not shown yet."""
 
     @classmethod
     def reserve(cls, size: int, cluster: ClusterConfig) -> WorkerGroup:
@@ -153,7 +149,7 @@ class WorkerGroup:
                 name=f"{title} {rank + 1} of {self.size}, {mark}",
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self.placement, placement_group_bundle_index=rank),
             )
-            self.actors.append(actor.remote(worker, *setup))
+            self.actors.append(actor.remote(rank, logging.getLogger("datm_ray").getEffectiveLevel(), worker, *setup))
         self.ready = [actor.ready.remote() for actor in self.actors]
         self.started_at = time.monotonic()
 
@@ -187,7 +183,7 @@ class WorkerGroup:
             # An error counts as an answer: the stream of events reports why an actor ended.
             if request is not None and ray.wait([request[0]], timeout=0, fetch_local=False)[0]:
                 with suppress(RayError):
-                    self.warnings += ray.get(request[0])
+                    accept(ray.get(request[0]))
                 request = None
             if is_silent(request and request[1], now, limit):
                 return rank

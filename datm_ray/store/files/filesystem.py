@@ -99,9 +99,9 @@ class Location:
         while not os.path.lexists(nearest):
             nearest = os.path.dirname(nearest)
         if not os.path.isdir(nearest):
-            raise StoreError(f"Cannot write {self.uri}", f"{nearest} is not a folder", "Give another place")
+            raise StoreError(f"Cannot write {self.uri}", f"{nearest} is not a folder", "Give another path")
         if not os.access(nearest, os.W_OK | os.X_OK):
-            raise StoreError(f"Cannot write {self.uri}", f"{nearest} is not yours to write", "Give another place")
+            raise StoreError(f"Cannot write {self.uri}", f"{nearest} is not yours to write", "Give another path")
 
     def size(self) -> int:
         """Size of the file in bytes."""
@@ -135,7 +135,7 @@ class Location:
 
     def read_bytes(self) -> bytes:
         """The whole file."""
-        with self.explaining("read"), request("read") as moved:
+        with self.explaining("read"), request("read", self.uri) as moved:
             content = bytes(self._ask(lambda: self.fs.cat_file(self.path)))
             moved.bytes = len(content)
             return content
@@ -146,7 +146,7 @@ class Location:
         Local files are memory-mapped: nothing is copied, and a view keeps its file mapped. Elsewhere only
         these ranges are fetched, all at once.
         """
-        with self.explaining("read"), request("read") as moved:
+        with self.explaining("read"), request("read", self.uri) as moved:
             if self.local_path is not None:
                 content = local.content(self.local_path)
                 chunks: Sequence[memoryview] = [content[start:end] for start, end in ranges]
@@ -195,7 +195,7 @@ class Location:
             draft: _Draft = _Upload(self) if self.local_path is None else local.LocalDraft(self.local_path)
         try:
             yield draft.file
-            with self.explaining("write"), request("write") as moved:
+            with self.explaining("write"), request("write", self.uri) as moved:
                 size = draft.file.seek(0, os.SEEK_END)
                 try:
                     draft.commit(replace=replace)
@@ -257,7 +257,7 @@ class Location:
     @contextmanager
     def _asking(self, action: str) -> Iterator[None]:
         """`explaining`, for a request that moves no content."""
-        with self.explaining(action), request("look"):
+        with self.explaining(action), request("look", self.uri):
             yield
 
     def _ask(self, call: Callable[[], T]) -> T:
@@ -342,13 +342,13 @@ def _require_one_meaning(uri: str) -> None:
     if like[0] != f"{scheme}://":
         uri = f"{scheme}://{'/' if scheme == 'file' else ''}{shown[like.end() :].lstrip(':/')}"
         raise StoreError(
-            f"{shown!r} is no URI",
+            f"{shown!r} is not a URI",
             "a URI has a scheme in small letters and two slashes",
-            f"write {uri}, or ./{shown} for a local place of that name",
+            f"write {uri}, or ./{shown} for a local path of that name",
         )
     if scheme == "file" and not uri.startswith("file:///"):
         raise StoreError(
-            f"{shown!r} is no URI of a local place",
+            f"{shown!r} is not the URI of a local path",
             "a machine's name would come after file://",
             "write file:///folder, or a path",
         )

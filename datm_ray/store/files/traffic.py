@@ -8,6 +8,7 @@ two looks at them.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -46,6 +47,7 @@ class Size:
 
 _NAMES = {each.name for each in fields(Traffic)}
 _lock = threading.Lock()
+_log = logging.getLogger(__name__)
 _sums = Traffic()
 
 
@@ -55,13 +57,15 @@ def traffic() -> Traffic:
 
 
 @contextmanager
-def request(kind: Literal["read", "write", "look"]) -> Iterator[Size]:
+def request(kind: Literal["read", "write", "look"], uri: str) -> Iterator[Size]:
     """Count the block as one request, also where it fails; its bytes are what the block enters."""
     size, started = Size(), time.monotonic()
     try:
         yield size
     finally:
-        _add({f"{kind}s": 1, f"{kind}_bytes": size.bytes, f"{kind}_seconds": time.monotonic() - started})
+        seconds = time.monotonic() - started
+        _log.debug("file request kind=%s uri=%s bytes=%d seconds=%.3f", kind, uri, size.bytes, seconds)
+        _add({f"{kind}s": 1, f"{kind}_bytes": size.bytes, f"{kind}_seconds": seconds})
 
 
 def count_retry() -> None:

@@ -359,7 +359,7 @@ def test_a_status_tells_losses_progress_and_the_last_line(
     assert highlights(capsys.readouterr().err, "Job is currently running.") == {
         "lost": "2 worker(s), the last time: digits-ipc1: worker lost (no heartbeat for 61 s); starting attempt 3"
         " on another one",
-        "progress": "Distillation: 0/1 tasks done; digits-ipc1 120/300  loss 0.41",
+        "progress": "Distillation: 0/1 tasks done, 1 running, slowest at 120/300: digits-ipc1  loss 0.41",
         "last": "digits-ipc1: runs with 1 of 2 workers (the cluster can hold no more)",
     }
     assert highlights(" \n", "Job is currently pending.") == {"last": "Job is currently pending."}

@@ -378,7 +378,7 @@ def test_a_path_is_a_path_whatever_it_looks_like(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("uri", "expected"),
     [
-        ("s3:x", "Write s3://x, or ./s3:x for a local place"),
+        ("s3:x", "Write s3://x, or ./s3:x for a local path"),
         ("s3:/bucket/x", "Write s3://bucket/x, or"),
         ("S3://bucket/x", "Write s3://bucket/x, or"),
         ("s3::x", "Write s3://x, or"),

@@ -69,7 +69,7 @@ def test_threads_count_together() -> None:
 
     def work() -> None:
         for _ in range(500):
-            with request("read") as moved:
+            with request("read", "file:///x") as moved:
                 moved.bytes = 3
 
     before = traffic()

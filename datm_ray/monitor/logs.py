@@ -1,0 +1,204 @@
+"""Log of a run, by the standard `logging` module: lines of `time level node worker  event key=value ...`, in UTC.
+
+All loggers of the package are below "datm_ray". `writing` adds a file in each run's folder, and `show` chooses what
+standard error shows. A worker in another process keeps its records in a `Collector` until the driver takes them.
+Passwords, keys and tokens are replaced by *** in every line. Tests: tests/monitor/test_logs.py.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from logging.handlers import QueueHandler, RotatingFileHandler
+from pathlib import Path
+
+from datm_ray.errors import one_line
+
+LOG = "log.txt"
+"""Name of the log in a run's folder."""
+LARGEST = 8 * 2**20
+"""Bytes after which a log is renamed to `log.txt.1`, which replaces an earlier one."""
+KEPT = 1000
+"""Records that a worker keeps for the driver; older ones are dropped."""
+REPEAT_AFTER = 20.0
+"""Seconds for which a terminal does not show the same warning again, such as one of each worker."""
+
+_NODE = socket.gethostname() or "unknown"
+_ROOT = logging.getLogger("datm_ray")
+_SECRET = re.compile(
+    r"(?i)(?<=://)[^/\s@]+(?=@)"  # user and password of an address
+    r"|(?<=bearer )\S+"
+    r"|(?<![a-z])(?P<name>[\w-]*(?:secret|token|passw|signature|credential|[_-]key)[\w-]*[\"']?\s?[=:]\s?[\"']?)[^\s\"'&,;]+"
+)
+
+
+def fields(**values: object) -> str:
+    """Values as `key=value key=value`. `None` is left out, and a text with spaces or quotes is in double quotes."""
+    return " ".join(f"{key}={_shown(value)}" for key, value in values.items() if value is not None)
+
+
+def _shown(value: object) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if re.fullmatch(r"[^\s\"'=]+", text) else json.dumps(text, ensure_ascii=False)
+
+
+def masked(text: str) -> str:
+    """The text with *** in place of passwords, keys and tokens."""
+    return _SECRET.sub(lambda found: f"{found['name'] or ''}***", text)
+
+
+def verbosity() -> int:
+    """What standard error shows: -1 errors; 0 messages and warnings; 1 the log; 2 the log with details."""
+    return _terminal.verbosity
+
+
+def show(level: int) -> None:
+    """Choose what standard error shows, see `verbosity`. With 2, Ray and its workers write there too."""
+    _terminal.verbosity = level
+    _ROOT.addHandler(_terminal)
+    _ROOT.setLevel(logging.DEBUG if level > 1 else logging.INFO)
+
+
+def is_raw() -> bool:
+    """True if Ray's own output, and that of its workers, is to be shown."""
+    return _ROOT.isEnabledFor(logging.DEBUG)
+
+
+@contextmanager
+def writing(folders: Sequence[str]) -> Iterator[None]:
+    """Write the log to a file in each of the folders while the context lasts. A line is on disk when it is logged."""
+    before = _ROOT.level
+    added: list[logging.Handler] = [] if _ROOT.hasHandlers() else [_terminal]  # or warnings would be seen by nobody
+    for folder in folders:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        added.append(_File(Path(folder) / LOG))
+    for handler in added:
+        _ROOT.addHandler(handler)
+    if before == logging.NOTSET:
+        _ROOT.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        _ROOT.setLevel(before)
+        for handler in added:
+            _ROOT.removeHandler(handler)
+            handler.close()
+
+
+def accept(records: Sequence[logging.LogRecord]) -> None:
+    """Log what workers have kept, with their times and names."""
+    for record in records:
+        logging.getLogger(record.name).handle(record)
+
+
+class Collector(QueueHandler):
+    """Handler of a worker's process, which keeps the package's records until the driver takes them."""
+
+    queue: deque[logging.LogRecord]  # type: ignore[assignment]
+
+    def __init__(self, worker: str, level: int) -> None:
+        """Keep the records of this process.
+
+        Args:
+            worker: name of the worker in the log.
+            level: lowest level of the records to keep.
+        """
+        super().__init__(deque(maxlen=KEPT))  # type: ignore[arg-type]
+        self._worker = worker
+        _ROOT.addHandler(self)
+        _ROOT.setLevel(level)
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """Keep a record."""
+        record.node, record.worker = _NODE, self._worker
+        self.queue.append(record)
+
+    def take(self) -> list[logging.LogRecord]:
+        """Records since the last call. Two threads may call it at the same time."""
+        with self.lock or nullcontext():  # which emitting holds too
+            taken = list(self.queue)
+            self.queue.clear()
+        return taken
+
+
+class _Line(logging.Formatter):
+    """One line a record, and the traceback below it if there is one."""
+
+    converter = staticmethod(time.gmtime)
+    default_msec_format = "%s.%03dZ"
+    default_time_format = "%Y-%m-%dT%H:%M:%S"
+
+    def format(self, record: logging.LogRecord) -> str:
+        node, worker = getattr(record, "node", _NODE), getattr(record, "worker", f"driver/{record.process}")
+        line = f"{self.formatTime(record)} {record.levelname} {node} {worker}  {one_line(record.getMessage())}"
+        return masked(f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line)
+
+
+class _Terminal(logging.Handler):
+    """Standard error, whatever stands for it at the moment."""
+
+    verbosity = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(_Line())
+        self._last: dict[str, float] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the record: its line, or the message alone of a warning that the user has not been shown."""
+        if self.verbosity > 0:
+            print(self.format(record), file=sys.stderr, flush=True)
+            return
+        least = logging.WARNING if self.verbosity == 0 else logging.ERROR
+        text, now = masked(one_line(record.getMessage())), time.monotonic()
+        kind = text.partition(" (")[0]  # another worker may give another reason
+        is_repeated = now - self._last.get(kind, -math.inf) < REPEAT_AFTER
+        if record.levelno < least or hasattr(record, "is_shown") or is_repeated:
+            return
+        self._last[kind] = now
+        print(text, file=sys.stderr, flush=True)
+
+
+class _File(RotatingFileHandler):
+    """File of a bounded size. A full disk ends neither the run nor its terminal's peace."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, maxBytes=LARGEST, backupCount=1, encoding="utf-8", delay=True, errors="backslashreplace")
+        self.setFormatter(_Line())
+        self._has_failed = False
+
+    def close(self) -> None:
+        """Close the file, also on a full disk."""
+        with suppress(OSError):
+            super().close()
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say once that the file cannot be written."""
+        if not self._has_failed:
+            self._has_failed = True
+            reason = one_line(str(sys.exc_info()[1]))
+            print(f"cannot write {self.baseFilename} ({reason}); the run continues", file=sys.stderr, flush=True)
+
+
+_terminal = _Terminal()
+
+
+@contextmanager
+def noting_the_end() -> Iterator[None]:
+    """Log how a run ended; an error that nobody expects has its traceback."""
+    try:
+        yield
+    except BaseException as failure:
+        reason, unexpected = fields(error=type(failure).__name__, reason=str(failure)), isinstance(failure, Exception)
+        unexpected = unexpected and not isinstance(failure, DatmError)
+        _log.error("run stopped %s", reason, exc_info=unexpected, extra={"is_shown": True})
+        raise
+    _log.info("run finished")
