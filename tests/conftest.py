@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import urllib.request
 import uuid
@@ -172,6 +173,13 @@ def datm_ray(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         return code, captured.out, captured.err
 
     return call
+
+
+def documented_keys(command: str) -> set[str]:
+    """Keys that docs/command-line.md names for a command's --json, those in brackets too."""
+    text = (Path(__file__).parents[1] / "docs" / "command-line.md").read_text()
+    (row,) = re.findall(rf"^\| `{re.escape(command)}` \| (.*) \|$", text, re.MULTILINE)
+    return set(re.findall(r"`(\w+)`", row))
 
 
 @pytest.fixture(scope="session")

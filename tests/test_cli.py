@@ -22,7 +22,7 @@ from datm_ray import cli
 from datm_ray.config import to_yaml
 from datm_ray.core.networks import registry as networks
 from datm_ray.core.networks.registry import ConvNet
-from tests.conftest import CommandLine, tiny_config
+from tests.conftest import CommandLine, documented_keys, tiny_config
 
 
 def files_below(folder: Path) -> list[str]:
@@ -539,9 +539,9 @@ def test_a_failure_that_nobody_expects_is_one_line_and_a_log(
     environment = RuntimeEnvSetupError("Failed to set up runtime environment.\nThe package is too large.\n  at x\n")
     for failure, expected in (
         (ZeroDivisionError("division\nby zero"), "unexpected ZeroDivisionError: division by zero. The traceback"),
-        (MemoryError(), "the memory does not suffice (MemoryError). Try: `datm-ray plan`"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), "the memory does not suffice"),
-        (OSError(12, "Cannot allocate memory"), "the memory does not suffice"),
+        (MemoryError(), "there is not enough memory (MemoryError). Try: `datm-ray plan`"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), "there is not enough memory"),
+        (OSError(12, "Cannot allocate memory"), "there is not enough memory"),
         (environment, "The package is too large. at x). It packs the working folder under `uv run`"),
         (BrokenPipeError(32, "Broken pipe"), "unexpected BrokenPipeError: [Errno 32] Broken pipe"),  # a server's
     ):
@@ -594,7 +594,7 @@ def test_a_full_disk_under_the_output_is_one_line(datm_ray: CommandLine, monkeyp
         with suppress(OSError):
             full.close()
     assert (code, len(err.splitlines())) == (1, 1)
-    assert "a disk is full, or a quota used up (OSError: [Errno 28] No space left on device)" in err
+    assert "a disk or a quota is full (OSError: [Errno 28] No space left on device)" in err
 
 
 def test_the_report_is_written_before_anything_is_printed(
@@ -638,8 +638,8 @@ def test_a_log_is_followed_into_a_pipe_that_closes(datm_ray: CommandLine, monkey
             if self.failure:
                 raise self.failure
 
-        def command(self, number: str) -> str:
-            return f"follow {number}"
+        def command(self, name: str, number: str) -> str:
+            return f"{name} {number}"
 
     monkeypatch.setattr(ray_jobs, "Jobs", Jobs)
     read, write = os.pipe()
@@ -650,4 +650,121 @@ def test_a_log_is_followed_into_a_pipe_that_closes(datm_ray: CommandLine, monkey
     Jobs.failure = KeyboardInterrupt
     code, out, err = datm_ray("job", "logs", "here", "--follow")
     assert (code, out) == (130, "line\n" * 3)
-    assert err == "\nThe job keeps running. Follow it again with: follow here\n"
+    assert err == "\nThe job keeps running. Follow it again with: logs here\nStop it with: stop here\n"
+
+
+def keys_in(value: object) -> set[str]:
+    """Keys of all objects in a JSON document, but for those whose keys are names of a user's."""
+    if isinstance(value, list):
+        return set().union(*map(keys_in, value))
+    if not isinstance(value, dict):
+        return set()
+    named = ("parts", "recipe", "hours", "clock_hours", "storage_bytes")
+    return set(value).union(*(keys_in(each) for key, each in value.items() if key not in named))
+
+
+def test_lists_and_plans_as_json(datm_ray: CommandLine, finished_run: Path, tmp_path: Path) -> None:
+    """Standard output is one document with the documented keys, and holds what the text says."""
+    described = ["--cluster", "gpus=64,memory=80GiB,tflops=60"]
+    store, recipe = str(finished_run / "experts"), str(finished_run.parent / "tiny.yaml")
+    found = {}
+    for command, arguments in {
+        "recipe list": [],
+        "plan": ["digits-ipc1", "digits-ipc10", *described],
+        "run --dry-run": [recipe, "-o", str(finished_run), "--executor", "serial"],
+        "store ls": [store],
+        "store show": [store],
+    }.items():
+        code, out, err = datm_ray(*command.split(), *arguments, "--json")
+        assert (code, err) == (0, ""), command
+        found[command] = json.loads(out)
+        assert keys_in(found[command]) == documented_keys(command), command
+    assert [each["name"] for each in found["plan"]] == ["digits-ipc1", "digits-ipc10"]
+    assert set(found["plan"][0]["hours"]) == {"experts", "distillation", "validation", "evaluation"}
+    assert [each["count"] for each in found["run --dry-run"]["remaining"]] == [0, 0, 0]
+    assert (found["store ls"][0]["experts"], len(found["store show"])) == ([0, 1], 2)
+    assert "digits-ipc1" in [each["name"] for each in found["recipe list"]]
+    (unknown,) = json.loads(datm_ray("plan", "digits-ipc1", *described[:1], "gpus=1,memory=80GiB", "--json")[1])
+    assert unknown["hours"] is None
+    out = str(shutil.copytree(finished_run, tmp_path / "copy"))
+    (scores,) = json.loads(datm_ray("run", recipe, "-o", out, "--executor", "serial", "--json")[1])
+    assert scores["test_accuracy"]["distilled"]["n"] == 2
+    code, out, err = datm_ray("plan", "digits-ipc2", "--json")
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+
+
+def test_a_damaged_store_as_json(datm_ray: CommandLine, finished_run: Path, tmp_path: Path) -> None:
+    """The damage of an expert is named in its place, and the others are listed."""
+    store = shutil.copytree(finished_run / "experts", tmp_path / "experts")
+    damaged, *_ = sorted(store.rglob("expert-*.arrow"))
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    first, second = json.loads(datm_ray("store", "show", str(store), "--json")[1])
+    assert str(damaged) in first["damage"]
+    assert second["damage"] is None
+    (group,) = json.loads(datm_ray("store", "ls", str(store), "--json")[1])
+    assert (group["experts"], group["epochs"]) == ([0, 1], None)
+
+
+def all_commands() -> list[tuple[str, Any]]:
+    """Every command, as typed and as an object."""
+    import typer.main
+
+    top: Any = typer.main.get_command(cli.app)
+    inner = [(f"{name} {one}", two) for name, each in top.commands.items() for one, two in group_of(each).items()]
+    return [("", top), *top.commands.items(), *inner]
+
+
+def group_of(command: Any) -> dict[str, Any]:
+    return getattr(command, "commands", {})
+
+
+def test_every_command_has_the_short_options_that_people_expect(datm_ray: CommandLine) -> None:
+    """-h everywhere, the usual letters for the usual options, and help in sentences that no line cuts off."""
+    for name, command in all_commands():
+        code, out, err = datm_ray(*name.split(), "-h")
+        assert (code, err) == (0, ""), name
+        assert out == datm_ray(*name.split(), "--help")[1]
+        assert max(map(len, out.splitlines())) <= 80, name
+        assert "..." not in out.partition("Commands:")[2], name
+        for parameter in command.params:
+            letters = {"--out": "-o", "--set": "-s", "--verbose": "-v", "--quiet": "-q"}
+            for option, letter in letters.items():
+                assert option not in parameter.opts or letter in parameter.opts, (name, option)
+            text = getattr(parameter, "help", None) or ""
+            assert text[:1].isupper() or text.split()[0] in ("png",), (name, parameter.name, text)
+            assert text.endswith("."), (name, parameter.name, text)
+    working = ("run", "plan", "experts", "distill", "evaluate", "report", "export", "job submit")
+    working += ("store verify", "store rm", "store import", "store export")
+    verbose = [name for name, command in all_commands() if any("-v" in each.opts for each in command.params)]
+    assert sorted(verbose) == sorted(working)
+
+
+def test_the_version_has_the_program_s_name(datm_ray: CommandLine) -> None:
+    """Two words, as other programs print them."""
+    from datm_ray import __version__
+
+    assert datm_ray("--version") == (0, f"datm-ray {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("datm-ray run digits-ipc1", {"digits-ipc1", "digits-ipc10"}),
+        ("datm-ray recipe show tiny-imagenet-ipc1", {"tiny-imagenet-ipc1", "tiny-imagenet-ipc10"}),
+        ("datm-ray run digits-ipc1 --set distill.student", {"distill.student_steps="}),
+        ("datm-ray plan x -s na", {"name="}),
+        ("datm-ray jo", {"job"}),
+    ],
+)
+def test_a_shell_completes_commands_recipes_and_settings(
+    words: str, expected: set[str], datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bash and zsh, as their scripts ask."""
+    monkeypatch.setenv("_DATM_RAY_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words.replace(" ", "\n"))
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    assert set(datm_ray()[1].split()) >= expected
+    monkeypatch.setenv("_DATM_RAY_COMPLETE", "complete_zsh")
+    monkeypatch.setenv("_TYPER_COMPLETE_ARGS", words)
+    shown = datm_ray()[1]
+    assert all(f'"{each}"' in shown for each in expected), shown

@@ -115,7 +115,7 @@ def test_shown_recipes_are_recipes(tmp_path: Path) -> None:
 def test_mentioned_commands_exist(place: str, words: list[str]) -> None:
     """Also those that a sentence names without all that they need."""
     command, arguments = find(words)
-    options = {option for parameter in command.params for option in parameter.opts}
+    options = {option for parameter in command.params for option in [*parameter.opts, *parameter.secondary_opts]}
     assert {word for word in arguments if word.startswith("--")} <= options
 
 

@@ -63,5 +63,5 @@ echo "Ray runs on port $port, dashboard http://127.0.0.1:$dashboard, metrics on 
     export RAY_AUTH_MODE=token
 "
 echo "Next: datm-ray run digits-ipc1 --address 127.0.0.1:$port
-or:   datm-ray job submit digits-ipc1 --address http://127.0.0.1:$dashboard --out $PWD/runs --follow
+or:   datm-ray job submit digits-ipc1 --address http://127.0.0.1:$dashboard --out $PWD/runs
 Stop: ${PORT:+PORT=$port }$here/stop.sh"

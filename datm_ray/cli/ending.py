@@ -111,11 +111,11 @@ def _in_words(failure: BaseException) -> str:
     shown = type(failure).__name__ + (f": {words[:300]}" if words else "")
     if kinds & {"MemoryError", "OutOfMemoryError"} or "t allocate memory" in words.replace("Cannot", "can't"):
         return (
-            f"the memory does not suffice ({shown}). "
+            f"there is not enough memory ({shown}). "
             "Try: `datm-ray plan` with the same recipe, fewer workers, or a machine with more memory."
         )
     if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"a disk is full, or a quota used up ({shown}). Try: make room, then give the same command again."
+        return f"a disk or a quota is full ({shown}). Try: free some space, then run the same command again."
     if "RuntimeEnvSetupError" in kinds:
         return (
             f"Ray cannot prepare its workers' environment ({shown}). It packs the working folder under `uv run`. "

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from datm_ray.cli.ending import INTERRUPTED
-from datm_ray.cli.options import Recipes, Set, Store, config_of
+from datm_ray.cli.options import Json, Recipes, Set, Store, Verbose, config_of, print_json
 
 if TYPE_CHECKING:
     from datm_ray.runtime.ray.jobs import Jobs
@@ -20,15 +21,14 @@ job_app = typer.Typer(
 Dashboard = Annotated[
     str,
     typer.Option(
-        "--address", metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, which takes jobs."
+        "--address", metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="Address of the cluster's dashboard."
     ),
 ]
 LOCAL_DASHBOARD = "http://127.0.0.1:8265"
 Follow = Annotated[
     bool,
     typer.Option(
-        "--follow",
-        help="Show the log until the job ends, and end as it ends; 75 if the cluster has not answered for 10 minutes.",
+        "--follow", "-f", help="Show the log until the job ends, and end with its exit code. Ctrl-C leaves it running."
     ),
 ]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Job id, as `job list` shows it.")]
@@ -37,18 +37,31 @@ JobId = Annotated[str, typer.Argument(metavar="JOB", help="Job id, as `job list`
 @job_app.command("submit")
 def job_submit(
     recipes: Recipes,
-    out: Annotated[str, typer.Option("--out", metavar="URI", help="Folder for everything, which all machines reach.")],
+    out: Annotated[
+        str, typer.Option("--out", "-o", metavar="URI", help="Folder for everything. All nodes must reach it.")
+    ],
     set_: Set = None,
     store: Store = None,
     address: Dashboard = LOCAL_DASHBOARD,
     requirements: Annotated[
-        str | None, typer.Option("--requirements", metavar="FILE", help="Packages that the cluster lacks, for pip.")
+        str | None,
+        typer.Option("--requirements", metavar="FILE", help="File of packages, for pip on the cluster."),
     ] = None,
-    follow: Follow = False,
+    follow: Annotated[
+        bool,
+        typer.Option(
+            "--follow/--detach",
+            "-f/-d",
+            help="Show the log until the job ends, and end with its exit code; or return at once. Exit code 75 means "
+            "that the cluster has not answered for 10 minutes.",
+        ),
+    ] = True,
+    verbose: Verbose = 0,
 ) -> None:
-    """Submit `run` as a job of the cluster.
+    """Submit `run` as a job of the cluster and follow its log.
 
-    The job keeps running when this terminal is closed. Submitting it again resumes a job that ended.
+    The job keeps running when this terminal is closed or Ctrl-C is pressed. Submitting it again resumes a job that
+    ended. --verbose is passed on to the job.
     """
     from datm_ray.pipeline import require_together
     from datm_ray.runtime.ray.jobs import Jobs
@@ -58,32 +71,41 @@ def job_submit(
         config.require_matchable()
     require_together(configs)
     jobs = Jobs(address)
-    number = jobs.submit(configs, out, store, requirements)
-    print(f"Job {number}\nNext: {jobs.command(number)}", flush=True)
+    number = jobs.submit(configs, out, store, requirements, verbose)
+    next_ = "" if follow else f"\nNext: {jobs.command('logs', number)}"
+    print(f"Job {number}{next_}", flush=True)
     if follow:
         _follow(jobs, number)
 
 
 @job_app.command("list")
-def job_list(address: Dashboard = LOCAL_DASHBOARD) -> None:
+def job_list(address: Dashboard = LOCAL_DASHBOARD, json_: Json = False) -> None:
     """List this package's jobs on the cluster, oldest first."""
     from datm_ray.runtime.ray.jobs import Jobs
 
-    for job in Jobs(address).list():
+    found = Jobs(address).list()
+    if json_:
+        print_json([dataclasses.asdict(job) for job in found])
+        return
+    for job in found:
         print(f"{job.id}  {job.status:<9}  {job.seconds:>7,.0f} s  {job.recipes}  {job.out}")
 
 
 @job_app.command("status")
-def job_status(number: JobId, address: Dashboard = LOCAL_DASHBOARD) -> None:
+def job_status(number: JobId, address: Dashboard = LOCAL_DASHBOARD, json_: Json = False) -> None:
     """Show a job's state, progress and last log line."""
     from datm_ray.runtime.ray.jobs import Jobs
 
     jobs = Jobs(address)
     job = jobs.job(number)
+    found = highlights(jobs.logs(number), job.message)
+    if json_:
+        print_json(dataclasses.asdict(job) | {title: found.get(title) for title in ("lost", "progress", "last")})
+        return
     ended = "" if job.exit_code is None else f", exit code {job.exit_code}"
     print(f"{job.id}: {job.status}{ended}")
     facts = {"recipes": job.recipes, "out": job.out, "time": f"{job.seconds:,.0f} s"}
-    for title, value in (facts | highlights(jobs.logs(number), job.message)).items():
+    for title, value in (facts | found).items():
         print(f"  {title:<8} {value}")
 
 
@@ -142,7 +164,8 @@ def _follow(jobs: Jobs, number: str) -> None:
             warn=lambda text: print(f"datm-ray: {text}", file=sys.stderr, flush=True),
         )
     except KeyboardInterrupt:
-        print(f"\nThe job keeps running. Follow it again with: {jobs.command(number)}", file=sys.stderr)
+        follow, stop = jobs.command("logs", number), jobs.command("stop", number)
+        print(f"\nThe job keeps running. Follow it again with: {follow}\nStop it with: {stop}", file=sys.stderr)
         sys.exit(INTERRUPTED)
     print(f"Job {number} {job.status}{f': {job.message}' if job.status == 'failed' and job.message else ''}")
     if job.status != "succeeded":

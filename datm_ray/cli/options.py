@@ -2,24 +2,91 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
+from datm_ray.monitor import logs
+
 if TYPE_CHECKING:
     from datm_ray.config import RunConfig
 
+
+def recipes_starting_with(incomplete: str) -> list[str]:
+    """Names of packaged recipes, for a shell's completion."""
+    from datm_ray.recipes import recipe_names
+
+    return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
+def settings_starting_with(incomplete: str) -> Iterator[str]:
+    """Keys of a recipe as `section.field=`, for a shell's completion."""
+    from datm_ray.config import RunConfig
+
+    for name, field in RunConfig.model_fields.items():
+        inner = getattr(field.annotation, "model_fields", None)
+        for key in [f"{name}.{each}=" for each in inner] if inner else [f"{name}="]:
+            if key.startswith(incomplete):
+                yield key
+
+
+def more_output(steps: int) -> int:
+    """Show more of the log on standard error, or less for a negative number of steps, which is returned."""
+    logs.show(logs.verbosity() + steps)
+    return steps
+
+
 Recipes = Annotated[
     list[str],
-    typer.Argument(metavar="RECIPE|FILE.yaml...", help="Packaged recipes or YAML files; several share experts."),
+    typer.Argument(
+        metavar="RECIPE|FILE.yaml...",
+        help="Packaged recipes or YAML files. Several share their experts.",
+        autocompletion=recipes_starting_with,
+    ),
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override one value; may be given again."),
+    typer.Option(
+        "--set",
+        "-s",
+        metavar="SECTION.FIELD=VALUE",
+        help="Override one value of the recipe. May be repeated.",
+        autocompletion=settings_starting_with,
+    ),
 ]
 Store = Annotated[
-    str | None, typer.Option("--store", metavar="URI", help="Trajectory store; <out>/experts where not given.")
+    str | None,
+    typer.Option("--store", metavar="URI", help="Trajectory store, a path or URI. Without it, <out>/experts is used."),
 ]
+WriteTo = Annotated[str, typer.Option("--out", "-o", metavar="URI", help="Folder to write to.")]
+Verbose = Annotated[
+    int,
+    typer.Option(
+        "--verbose",
+        "-v",
+        count=True,
+        show_default=False,
+        callback=more_output,
+        help="Print the log. Given twice, print details and the raw output of Ray and its workers too.",
+    ),
+]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        "-q",
+        callback=lambda value: more_output(-value),
+        help="Print only results and errors.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, whose keys the documentation describes.")]
+
+
+def print_json(value: object) -> None:
+    """Print a value as the only JSON document of a command; numbers that are not finite become null."""
+    print(json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), indent=2))
 
 
 def config_of(name: str, set_: list[str] | None) -> RunConfig:

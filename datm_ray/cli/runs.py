@@ -9,7 +9,21 @@ import typer
 
 from datm_ray._version import __version__
 from datm_ray.cli.ending import Commands, note_out
-from datm_ray.cli.options import Invocation, Recipes, Set, Store, config_of
+from datm_ray.cli.options import (
+    Invocation,
+    Json,
+    Quiet,
+    Recipes,
+    Set,
+    Store,
+    Verbose,
+    WriteTo,
+    config_of,
+    more_output,
+    print_json,
+    recipes_starting_with,
+)
+from datm_ray.monitor import logs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,34 +38,35 @@ app = typer.Typer(
     help="Dataset distillation at cluster scale: a large labelled image set becomes a tiny synthetic one.",
     epilog="Start with: datm-ray run digits-ipc1 digits-ipc10",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 recipe_app = typer.Typer(help="List and print recipes.", no_args_is_help=True, rich_markup_mode=None)
 
 Out = Annotated[
-    str, typer.Option("--out", metavar="URI", callback=note_out, help="Folder for everything the run writes.")
+    str, typer.Option("--out", "-o", metavar="URI", callback=note_out, help="Folder for everything the run writes.")
 ]
 ExecutorName = Annotated[
-    Literal["ray", "serial"], typer.Option("--executor", help="ray: parallel actors; serial: this process alone.")
+    Literal["ray", "serial"],
+    typer.Option("--executor", help="Use parallel workers (ray) or this process (serial)."),
 ]
 Address = Annotated[
     str | None,
-    typer.Option("--address", metavar="ADDRESS", help="Ray cluster to run on; without it, Ray starts here."),
+    typer.Option("--address", metavar="ADDRESS", help="Ray cluster to run on. Without it, Ray starts on this machine."),
 ]
 Memory = Annotated[
     str | None,
-    typer.Option("--memory", metavar="SIZE", help="Memory of one distilling worker, e.g. 8GiB (cluster.memory)."),
+    typer.Option("--memory", metavar="SIZE", help="Memory of one distilling worker, such as 8GiB (cluster.memory)."),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would be done, write nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the remaining work. Nothing is written.")]
 
 
 @app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     """Print the version, or run the command."""
     if version:
-        print(__version__)
+        print(f"datm-ray {__version__}")
         raise typer.Exit
 
 
@@ -65,19 +80,27 @@ def run(
     address: Address = None,
     memory: Memory = None,
     dry_run: DryRun = False,
+    json_: Json = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
 ) -> None:
     """Train experts, distil, evaluate and write the report.
 
-    Stopped at any time, the same command resumes where it was.
+    It may be stopped at any time. The same command then resumes where it was.
+
+    --json prints the remaining work of --dry-run, or the scores of a finished run, as in summary.json.
     """
     from datm_ray.pipeline import report as write_report
 
     pipeline, start = _prepare(Invocation(recipes, _with_memory(set_, memory), out, store, executor, address))
     if dry_run:
-        _print_plan(pipeline)
+        _print_plan(pipeline, json_)
         return
     pipeline.run_all(start, _reporter())
     written = write_report(out)
+    if json_:
+        print_json((pipeline.out / "summary.json").read_json())
+        return
     print(f"{pipeline.table()}\n\nReport: {written.uri}")
 
 
@@ -91,25 +114,39 @@ def plan(
         typer.Option(
             "--cluster",
             metavar="KEY=VALUE,...",
-            help="Suggest a layout for it: gpus=64,memory=80GiB,tflops=60,network=25Gbps or cpus=2,memory=24GiB.",
+            help="Suggest a layout for this cluster. Examples: cpus=2,memory=24GiB or "
+            "gpus=64,memory=80GiB,tflops=60,network=25Gbps.",
         ),
     ] = None,
     data_shape: Annotated[
         str | None,
-        typer.Option("--data-shape", metavar="CxHxW,CLASSES,IMAGES", help="Shape of a data set that is not here."),
+        typer.Option("--data-shape", metavar="CxHxW,CLASSES,IMAGES", help="Shape of a data set on another machine."),
     ] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Time a few real steps here first: seconds, minutes where they compile.")
+        bool,
+        typer.Option(
+            "--measure",
+            help="Time a few real steps first. Compiling them may take minutes.",
+        ),
     ] = False,
+    json_: Json = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Print the parts of the memory and of an iteration too.")
-    ] = False,
+        int,
+        typer.Option(
+            "--verbose",
+            "-v",
+            count=True,
+            show_default=False,
+            callback=more_output,
+            help="Print the parts of memory and of an iteration too, and the log.",
+        ),
+    ] = 0,
 ) -> None:
     """Estimate memory, hours and storage before anything starts.
 
     With --cluster it also suggests a layout for that cluster. There, memory is that of one GPU, or of all cores
-    together; tflops (or gflops) is the speed of student steps on one GPU or core, not its peak; network is what one GPU
-    or core can send. Hours of GPUs need tflops or --measure.
+    together. tflops (or gflops) is the speed of student steps on one GPU or core, not its peak. network is the speed at
+    which one GPU or core can send. Hours of GPUs need tflops or --measure.
     """
     from dataclasses import replace
 
@@ -122,6 +159,7 @@ def plan(
     shape = None if data_shape is None else parse_shape(data_shape)
     configs = [config_of(name, _with_memory(set_, memory)) for name in recipes]
     wanted = sum(config.workers_per_set for config in configs)  # a run distils its recipes side by side
+    plans = []
     for config in configs:
         config.require_matchable()
         machine = machine_here(config) if cluster is None else parse_cluster(cluster, config.cluster.threads_per_worker)
@@ -138,7 +176,11 @@ def plan(
         if measure:
             found = replace(found, machine=measured(found))
         others = [] if cluster is None else not_followed(config, found)
-        print("\n".join([*found.lines(suggested=cluster is not None, verbose=verbose), *others]))
+        plans.append(found.to_json() | {"not_followed": others})
+        if not json_:
+            print("\n".join([*found.lines(suggested=cluster is not None, verbose=verbose > 0), *others]))
+    if json_:
+        print_json(plans)
 
 
 @app.command()
@@ -149,6 +191,8 @@ def experts(
     store: Store = None,
     executor: ExecutorName = "ray",
     address: Address = None,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
 ) -> None:
     """Train the experts that are missing from the store."""
     invocation = Invocation(recipes, set_, out, store, executor, address)
@@ -168,6 +212,8 @@ def distill(
     executor: ExecutorName = "ray",
     address: Address = None,
     memory: Memory = None,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
 ) -> None:
     """Distil synthetic sets from trained experts."""
     invocation = Invocation(recipes, _with_memory(set_, memory), out, store, executor, address)
@@ -188,21 +234,25 @@ def evaluate(
     address: Address = None,
     arch: Annotated[
         str | None,
-        typer.Option("--arch", metavar="NAME[:WIDTH],...", help="Architectures to score the sets on as well."),
+        typer.Option("--arch", metavar="NAME[:WIDTH],...", help="Also score the sets on these architectures."),
     ] = None,
-    seeds: Annotated[int | None, typer.Option("--seeds", metavar="N", help="Networks a row (evaluate.seeds).")] = None,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", metavar="N", help="Train N networks for each row (evaluate.seeds).")
+    ] = None,
     fair: Annotated[
         bool,
         typer.Option("--fair", help="Add DD-Ranking's scores, from three more rows of networks (evaluate.fair)."),
     ] = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
 ) -> None:
     """Score the synthetic sets and their controls on the test set.
 
     Fresh networks are trained on each synthetic set and on each control, and tested on the real test images.
 
-    Other architectures get the step size that was learned, and one chosen on validation data. A name means the recipe's
-    own network, backbone or auxiliary of that name where it has one; widths are relative to 128. What SGD does not
-    train, such as vit-small, takes --set evaluate.optimiser=adamw.
+    Other architectures are trained twice: with the learned step size, and with one chosen on validation data. If the
+    recipe has a network of the given name, that one is meant. Widths are relative to 128. Networks that SGD cannot
+    train well, such as vit-small, need --set evaluate.optimiser=adamw.
 
     --fair also measures the set's accuracy with hard labels and without augmentation.
     """
@@ -215,7 +265,10 @@ def evaluate(
 
 
 @app.command()
-def report(out: Annotated[str, typer.Argument(metavar="OUT", help="Output folder of earlier runs.")] = "runs") -> None:
+def report(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Output folder of earlier runs.")] = "runs",
+    verbose: Verbose = 0,
+) -> None:
     """Write the HTML report on all runs of an output folder."""
     from datm_ray.pipeline import report as write_report
 
@@ -225,21 +278,21 @@ def report(out: Annotated[str, typer.Argument(metavar="OUT", help="Output folder
 @app.command()
 def export(
     artifact: Annotated[str, typer.Argument(metavar="FILE", help="A synthetic.arrow or .safetensors file.")],
-    out: Annotated[str, typer.Option("--out", metavar="URI", help="Folder to write to.")],
+    out: WriteTo,
     format_: Annotated[
         Literal["png", "parquet", "pt", "arrow", "safetensors"],
         typer.Option(
             "--format",
-            help="png: a folder per class, to look at. parquet: Hugging Face layout; soft labels are probabilities. "
-            "pt: DATM's three files; soft labels are logits. "
-            "arrow, safetensors: one file with everything, transform included, for datm_ray.load.",
+            help="png writes pictures, a folder per class. parquet writes Hugging Face's layout. pt writes DATM's "
+            "three files. arrow and safetensors write one file with everything, transform included, for datm_ray.load.",
         ),
     ] = "png",
+    verbose: Verbose = 0,
 ) -> None:
     """Write a synthetic set in another format.
 
     Soft labels are logits in pt, arrow and safetensors, and probabilities (their softmax) in parquet. DD-Ranking takes
-    logits: give it those of pt.
+    the logits of pt.
     """
     from datm_ray.artifact import export as export_artifact, left_out, load
     from datm_ray.store.files.filesystem import open_location
@@ -250,17 +303,27 @@ def export(
 
 
 @recipe_app.command("list")
-def recipe_list() -> None:
+def recipe_list(json_: Json = False) -> None:
     """List the packaged recipes, one per line."""
     from datm_ray.recipes import recipe_names, recipe_notes
 
+    if json_:
+        print_json([{"name": name, "notes": recipe_notes(name).splitlines()} for name in recipe_names()])
+        return
     for name in recipe_names():
         print(f"{name:<22} {recipe_notes(name).splitlines()[0]}")
 
 
 @recipe_app.command("show")
 def recipe_show(
-    name: Annotated[str, typer.Argument(metavar="RECIPE|FILE.yaml", help="A packaged recipe or a YAML file.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|FILE.yaml",
+            help="A packaged recipe or a YAML file.",
+            autocompletion=recipes_starting_with,
+        ),
+    ],
     set_: Set = None,
 ) -> None:
     """Print a recipe as YAML, with a comment on every field.
@@ -313,12 +376,18 @@ def _with_memory(set_: list[str] | None, memory: str | None) -> list[str]:
 def _reporter() -> Reporter:
     from datm_ray.monitor.progress import Reporter
 
-    return Reporter()
+    return Reporter(quiet=logs.verbosity() < 0)
 
 
-def _print_plan(pipeline: Pipeline) -> None:
+def _print_plan(pipeline: Pipeline, json_: bool) -> None:
     from datm_ray.errors import one_line
 
+    if json_:
+        remaining = (
+            {"stage": title, "count": count, "tasks": tasks} for title, (count, tasks) in pipeline.remaining().items()
+        )
+        print_json({"data": pipeline.data(), "remaining": list(remaining)})
+        return
     planned = pipeline.plan()
     for line in [*pipeline.data_lines(), *planned]:
         print(one_line(line))

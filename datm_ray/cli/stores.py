@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from datm_ray.cli.options import Invocation, Set, config_of
+from datm_ray.cli.options import Invocation, Json, Set, Verbose, WriteTo, config_of, print_json
 
 if TYPE_CHECKING:
     from datm_ray.store.trajectories import ExpertGroup, TrajectoryStore
@@ -15,40 +16,58 @@ store_app = typer.Typer(
     help="Inspect, check, import and export stored experts.", no_args_is_help=True, rich_markup_mode=None
 )
 
-StoreUri = Annotated[str, typer.Argument(metavar="URI", help="Trajectory store: local path, file:// or s3:// URI.")]
+StoreUri = Annotated[str, typer.Argument(metavar="URI", help="Trajectory store: a local path, file:// or s3:// URI.")]
 Group = Annotated[
     str, typer.Argument(metavar="DATASET/ARCHITECTURE/FINGERPRINT", help="A group of experts, as `store ls` names it.")
 ]
 
 
 @store_app.command("ls")
-def store_ls(uri: StoreUri) -> None:
+def store_ls(uri: StoreUri, json_: Json = False) -> None:
     """List the groups of experts in a store.
 
     Each line has the number of experts, the stored epochs, their precision and their size.
     """
-    from datm_ray.errors import CorruptFileError
     from datm_ray.store.trajectories import epochs_in_words, size_in_words
 
-    for group in _groups(uri, unfinished=True):
-        numbers = group.experts()
-        if not numbers:
-            print(f"{group.key}  no expert yet, training in progress or given up (`store rm` deletes what there is)")
-            continue
-        try:
-            info = group.read_info(numbers[0])
-            kept = f"{epochs_in_words(info.epochs)}, {info.storage}"
-        except CorruptFileError:
-            kept = "damaged, see `datm-ray store verify`"
-        size = sum(group.size(number) for number in numbers)
-        print(f"{group.key}  {len(numbers)} expert(s), {kept}, {size_in_words(size)}")
+    found = [_group_facts(group) for group in _groups(uri, unfinished=True)]
+    if json_:
+        print_json(found)
+        return
+    for facts in found:
+        if not facts["experts"]:
+            kept = "no expert yet, training in progress or given up (`store rm` deletes the unfinished files)"
+        else:
+            stored = f"{epochs_in_words(facts['epochs'])}, {facts['storage']}"
+            stored = "damaged, see `datm-ray store verify`" if facts["epochs"] is None else stored
+            kept = f"{len(facts['experts'])} expert(s), {stored}, {size_in_words(facts['bytes'])}"
+        print(f"{facts['group']}  {kept}")
+
+
+def _group_facts(group: ExpertGroup) -> dict[str, Any]:
+    """Group of experts as plain data; epochs and precision are `None` without experts and for a damaged first one."""
+    from datm_ray.errors import CorruptFileError
+
+    numbers, info = group.experts(), None
+    with suppress(CorruptFileError):
+        info = group.read_info(numbers[0]) if numbers else None
+    return {
+        "group": str(group.key),
+        "experts": list(numbers),
+        "epochs": list(info.epochs) if info else None,
+        "storage": info.storage if info else None,
+        "bytes": sum(group.size(number) for number in numbers),
+    }
 
 
 @store_app.command("show")
-def store_show(uri: StoreUri) -> None:
+def store_show(uri: StoreUri, json_: Json = False) -> None:
     """Show the recipe, epochs, loss and size of every expert."""
     from datm_ray.errors import CorruptFileError
 
+    if json_:
+        print_json([_expert_facts(group, number) for group in _groups(uri) for number in group.experts()])
+        return
     for group in _groups(uri):
         print(group.key)
         for place, number in enumerate(group.experts()):
@@ -57,6 +76,28 @@ def store_show(uri: StoreUri) -> None:
             except CorruptFileError as failure:
                 lines = [f"  expert {number:>5}: damaged: {failure.fact}"]
             print("\n".join(lines))
+
+
+def _expert_facts(group: ExpertGroup, number: int) -> dict[str, Any]:
+    """Expert as plain data; of a damaged one only its group, its number and the damage."""
+    from datm_ray.errors import CorruptFileError
+
+    facts: dict[str, Any] = {"group": str(group.key), "expert": number, "damage": None}
+    try:
+        info, progress = group.read_info(number), group.read_progress(number)
+    except CorruptFileError as failure:
+        return facts | {"damage": failure.fact}
+    return facts | {
+        "parameters": info.parameter_count,
+        "buffers": info.buffer_count,
+        "storage": info.storage,
+        "format": info.format_version,
+        "recipe": info.recipe,
+        "epochs": list(progress.epochs),
+        "train_loss": float(progress.train_loss[-1]),
+        "test_accuracy": float(progress.test_accuracy[-1]),
+        "bytes": group.size(number),
+    }
 
 
 def _expert_lines(group: ExpertGroup, number: int, *, with_recipe: bool) -> list[str]:
@@ -80,7 +121,7 @@ def _expert_lines(group: ExpertGroup, number: int, *, with_recipe: bool) -> list
 
 
 @store_app.command("verify")
-def store_verify(uri: StoreUri) -> None:
+def store_verify(uri: StoreUri, verbose: Verbose = 0) -> None:
     """Check every file of a store against its checksums.
 
     Every byte of the experts and of their transforms is read, eight files at a time. At most one snapshot of each file
@@ -133,9 +174,11 @@ def store_rm(
     uri: StoreUri,
     group: Group,
     expert: Annotated[
-        list[int] | None, typer.Option("--expert", metavar="N", help="This expert alone; may be given again.")
+        list[int] | None,
+        typer.Option("--expert", metavar="N", help="Delete only this expert. May be repeated."),
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only print what would be deleted.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete. Without it, only print what would be deleted.")] = False,
+    verbose: Verbose = 0,
 ) -> None:
     """Delete experts, or a whole group with its transform."""
     from datm_ray.errors import StoreError
@@ -162,12 +205,13 @@ def store_rm(
 
 @store_app.command("import")
 def store_import(
-    files: Annotated[list[str], typer.Argument(metavar="FILE.pt...", help="replay_buffer_*.pt files of MTT's family.")],
+    files: Annotated[list[str], typer.Argument(metavar="FILE.pt...", help="Files replay_buffer_*.pt of MTT.")],
     recipe: Annotated[
         str, typer.Option("--recipe", metavar="RECIPE|FILE.yaml", help="Data set, network and epochs of the experts.")
     ],
     store: Annotated[str, typer.Option("--store", metavar="URI", help="Trajectory store to write to.")],
     set_: Set = None,
+    verbose: Verbose = 0,
 ) -> None:
     """Store expert trajectories of other projects as a recipe's."""
     config = config_of(recipe, set_)
@@ -187,8 +231,9 @@ def store_import(
 def store_export(
     uri: StoreUri,
     group: Group,
-    out: Annotated[str, typer.Option("--out", metavar="URI", help="Folder to write to.")],
-    per_file: Annotated[int, typer.Option("--per-file", metavar="N", min=1, help="Experts per file.")] = 10,
+    out: WriteTo,
+    per_file: Annotated[int, typer.Option("--per-file", metavar="N", min=1, help="Write N experts to each file.")] = 10,
+    verbose: Verbose = 0,
 ) -> None:
     """Write a group's experts as replay_buffer_<n>.pt files.
 
@@ -203,7 +248,7 @@ def store_export(
     exported = export_replay_buffers(found, open_location(out), per_file)
     print(f"Wrote {len(exported.files)} file(s) to {out}")
     if exported.without_statistics:
-        print("Without the running statistics of batch norms, for which a replay buffer has no place")
+        print("Without the running statistics of batch norms, which a replay buffer cannot hold")
     if exported.padded_otherwise:
         print("Warning: the published ConvNet pads images of one channel by 3 pixels, ours by 1: it is another network")
     if exported.left_out:

@@ -7,11 +7,13 @@ workers, choosing the first images, and faults. Accuracy: benchmarks/README.md. 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,6 +118,30 @@ class Proposal:
             total += self.seconds("training", other, (1 + len(ON_OTHERS) * tried) * epochs * images)
         return settings.seeds * total
 
+    def to_json(self) -> dict[str, Any]:
+        """What the recipe takes, as plain data. Hours are `None` if no speed is known."""
+        config, machine, computing_and_sums = self.config, self.machine, self.iteration
+        held = {name: hours for name, (hours, _) in self.stages.items()}
+        clock = {name: hours for name, (_, hours) in self.stages.items()}
+        cluster = config.cluster.model_dump(include={"shards", "gpus_per_worker", "experts_at_a_time"})
+        return {
+            "name": config.name,
+            "data": dataclasses.asdict(self.shape),
+            "device": machine.device,
+            "workers": machine.workers,
+            "speed": machine.basis,
+            "hours": held if machine.basis else None,
+            "clock_hours": clock if machine.basis else None,
+            "iteration_seconds": dict(zip(("computing", "sums"), computing_and_sums, strict=True)),
+            "storage_bytes": storage(config, self.shape),
+            "workers_per_set": config.workers_per_set,
+            "cluster": cluster,
+            "memory": [
+                {"worker": each.name, "bytes": total(each.parts), "limit_bytes": each.budget, "parts": each.parts}
+                for each in self.plans
+            ],
+        }
+
     def lines(self, *, suggested: bool = False, verbose: bool = False) -> list[str]:
         """What the recipe takes, as text for people; `suggested`: in a layout chosen for a described cluster."""
         config, shape, machine, plan = self.config, self.shape, self.machine, self.plans[0]
@@ -188,8 +214,8 @@ def propose(config: RunConfig, shape: DataShape, machine: Machine) -> Proposal:
             failure = unfit
     if not found:
         raise failure or ConfigError(
-            f"{config.name} wants {rows} workers at once, and the cluster has {machine.workers}",
-            "its networks are apart",
+            f"{config.name} needs {rows} workers at the same time, and the cluster has {machine.workers}",
+            "its networks are on workers of their own",
             "lower cluster.backbones_apart, or describe a larger cluster",
         )
     clock = [each.stages["distillation"][1] + each.stages["validation"][1] for each in found]

@@ -16,7 +16,7 @@ from datm_ray.monitor.logs import Collector, accept, fields, masked, writing
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.executor import SerialExecutor
-from tests.conftest import tiny_config
+from tests.conftest import CommandLine, tiny_config
 
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z (DEBUG|INFO|WARNING|ERROR) \S+ \S+/\d+  \S.*")
 log = logging.getLogger("datm_ray.tests")
@@ -154,3 +154,19 @@ def test_a_run_s_folder_has_its_log(tmp_path: Path, finished_run: Path) -> None:
         Pipeline([config], str(tmp_path)).train_experts(lambda: Failing(config.cluster), Reporter(quiet=True))
     last = (tmp_path / "tiny" / "log.txt").read_text().splitlines()[-1]
     assert last.endswith('run stopped error=ConfigError reason="it does not work. Use another one."')
+
+
+def test_the_options_choose_what_is_shown(datm_ray: CommandLine, finished_run: Path) -> None:
+    """-v shows the log, -v -v store requests too, -q nothing but the result; one command leaves the next alone."""
+    run = ("experts", str(finished_run.parent / "tiny.yaml"), "-o", str(finished_run), "--executor", "serial")
+    for options, expected in (
+        ((), "Experts: nothing to do, all finished"),
+        (("-v",), "run finished"),
+        (("-v", "-v"), "file request kind=look"),
+        (("--verbose",), "run started"),
+    ):
+        code, _, err = datm_ray(*run, *options)
+        assert code == 0
+        assert expected in err
+        assert all(LINE.fullmatch(line) for line in err.splitlines()) == bool(options)
+    assert datm_ray(*run, "-q")[::2] == (0, "")

@@ -159,7 +159,7 @@ def test_a_layout_is_one_that_fits_and_is_fastest() -> None:
     with pytest.raises(ConfigError, match=r"needs .* and may take"):
         proposed("gpus=2,memory=200MiB")
     apart = tiny_config("backbones=[{network: {width: 3, depth: 2}}]", "cluster.backbones_apart=true")
-    with pytest.raises(ConfigError, match="tiny wants 2 workers at once, and the cluster has 1"):
+    with pytest.raises(ConfigError, match="tiny needs 2 workers at the same time, and the cluster has 1"):
         propose(apart, DIGITS, parse_cluster("gpus=1"))
 
 

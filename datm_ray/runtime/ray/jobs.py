@@ -83,12 +83,18 @@ class Jobs:
         self._shown = masked(address)
         self._client = Dashboard(address)
 
-    def command(self, number: str) -> str:
-        """What to type to follow a job."""
-        return f"datm-ray job logs {number} --follow --address {shlex.quote(self._shown)}"
+    def command(self, name: str, number: str) -> str:
+        """The `datm-ray job` command of that name for a job, which follows the log if the name is "logs"."""
+        follow = " --follow" if name == "logs" else ""
+        return f"datm-ray job {name} {number}{follow} --address {shlex.quote(self._shown)}"
 
     def submit(
-        self, configs: Sequence[RunConfig], out: str, store: str | None = None, requirements: str | None = None
+        self,
+        configs: Sequence[RunConfig],
+        out: str,
+        store: str | None = None,
+        requirements: str | None = None,
+        verbosity: int = 0,
     ) -> str:
         """Submit a job that runs the recipes to the end, and return its job id.
 
@@ -98,6 +104,7 @@ class Jobs:
             out: output folder of the runs; a URI, or a path on a disk that all nodes share.
             store: store of the experts; `None` means a folder in `out`.
             requirements: path of a file of packages, as pip takes it.
+            verbosity: 1 has the job's log hold every log line, 2 also the raw output of Ray and its workers.
 
         Raises:
             ConfigError: a place or file that cannot be used.
@@ -113,6 +120,7 @@ class Jobs:
         files = [f"{number}-{config.name}.yaml" for number, config in enumerate(configs)]
         command = ["python", "-m", "datm_ray", "run", *files, "--out", out, "--address", "auto"]
         command += ["--store", store] if store is not None else []
+        command += ["--verbose"] * verbosity
         names = ", ".join(config.name for config in configs)
         number = _new_number()
         with tempfile.TemporaryDirectory(prefix="datm-ray-job-") as folder:
@@ -158,7 +166,7 @@ class Jobs:
                     raise JobUnreachableError(
                         f"{failure.fact}; whether job {number} was submitted is not known ({silence.fact})",
                         failure.cause,
-                        f"find out with `{self.command(number)}`",
+                        f"find out with `{self.command('logs', number)}`",
                     ) from None
             time.sleep(1.0)
 
@@ -168,7 +176,7 @@ class Jobs:
                 raise ClusterError(
                     f"job {job.id} is {job.status} and writes to {out} already",
                     "two at once would write over each other",
-                    f"follow it with `{self.command(job.id)}`, stop it first, or give another --out",
+                    f"follow it with `{self.command('logs', job.id)}`, stop it first, or give another --out",
                 )
 
     def list(self) -> list[Job]:
@@ -220,7 +228,7 @@ class Jobs:
                     raise
                 raise JobLostError(
                     f"{absent.fact} any more",
-                    "the cluster was started anew, and the job ended with the old one",
+                    "the cluster was restarted, which ended the job",
                     "run the same `datm-ray job submit` again to resume from what it had finished",
                 ) from None
             except ClusterError as failure:
@@ -232,7 +240,7 @@ class Jobs:
                     raise JobUnreachableError(
                         f"{failure.fact}, for {silent / 60:.0f} minutes now",
                         "the job keeps running without this connection",
-                        f"follow it again with `{self.command(number)}`",
+                        f"follow it again with `{self.command('logs', number)}`",
                     ) from None
                 if not warned:
                     warn(f"{failure.fact}. Trying again for {FOLLOW_TIMEOUT / 60:.0f} minutes; the job keeps running.")
@@ -266,7 +274,7 @@ class Jobs:
         """
         absent = JobNotFoundError(
             f"there is no job {number!r} at {self._shown}",
-            remedy=f"`datm-ray job list --address {shlex.quote(self._shown)}` shows those there are",
+            remedy=f"`datm-ray job list --address {shlex.quote(self._shown)}` lists its jobs",
         )
         if number is not None and not _NUMBER.fullmatch(number):  # its address would be that of something else
             raise absent
@@ -276,8 +284,8 @@ class Jobs:
             if number is not None and _NOT_FOUND.search(str(failure)):
                 raise absent from None
             raise ClusterError(
-                f"the Ray cluster at {self._shown} does not do it ({_refusal(failure)})",
-                "it refuses the job, or has a trouble of its own",
+                f"the Ray cluster at {self._shown} refused the request ({_refusal(failure)})",
+                "it does not accept the job, or has a problem of its own",
                 f"`datm-ray job list --address {shlex.quote(self._shown)}` shows whether it answers",
             ) from None
 
@@ -331,7 +339,7 @@ def _requirements(path: str) -> list[str]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as failure:
-        reason = failure.strerror if isinstance(failure, OSError) else "it is no text"
+        reason = failure.strerror if isinstance(failure, OSError) else "it is not a text file"
         raise ConfigError(f"cannot read {path}: {reason}", remedy="check --requirements") from None
     wanted = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     for line in wanted:
@@ -347,7 +355,7 @@ def _requirements(path: str) -> list[str]:
             )
         if not line.startswith("-") and not _is_package(re.split(r"\s(?:#|--)", line)[0]):
             raise ConfigError(
-                f"{path} has the line {line!r}, which names no package that the cluster could get",
+                f"{path} has the line {line!r}, which is not a package that the cluster can install",
                 remedy="write it as pip takes it, such as numpy>=2 or https://HOST/package.whl; files do not travel",
             )
     return wanted

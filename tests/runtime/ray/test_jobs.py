@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -20,11 +21,12 @@ from datm_ray.artifact import load
 from datm_ray.cli.jobs import highlights
 from datm_ray.config import to_yaml
 from datm_ray.errors import ClusterError, ConfigError, JobLostError, JobNotFoundError, JobUnreachableError
+from datm_ray.monitor import logs
 from datm_ray.monitor.progress import Reporter
-from datm_ray.runtime.executor import Lost, Progress, Resized, Task
+from datm_ray.runtime.executor import Lost, Progress, Resized, Started, Task
 from datm_ray.runtime.ray.jobs import Job, Jobs
 from datm_ray.store.files.filesystem import open_location
-from tests.conftest import CommandLine, tiny_config
+from tests.conftest import CommandLine, documented_keys, tiny_config
 from tests.runtime import dashboard as dashboards
 from tests.runtime.dashboard import free_port
 
@@ -80,7 +82,7 @@ def test_a_job_is_stopped_and_goes_on_where_it_was(datm_ray: CommandLine, dashbo
     code, _, err = datm_ray("experts", "tiny.yaml", "--executor", "serial", "--out", "elsewhere", "--store", store)
     assert code == 0, err
     arguments = ("job", "submit", "tiny.yaml", "--out", out, "--store", store, *address)
-    code, told, err = datm_ray(*arguments)
+    code, told, err = datm_ray(*arguments, "--detach", "-v")
     assert code == 0, err
     number = re.findall(r"^Job (\S+)$", told, re.MULTILINE)[0]
     code, _, err = datm_ray(*arguments)
@@ -88,7 +90,7 @@ def test_a_job_is_stopped_and_goes_on_where_it_was(datm_ray: CommandLine, dashbo
     assert f"writes to {out} already" in err
     assert f"datm-ray job logs {number} --follow --address {dashboard}" in err
     jobs = Jobs(dashboard)
-    until(lambda: "Evaluation: " in jobs.logs(number))
+    until(lambda: "stage started stage=Evaluation" in jobs.logs(number))
     assert re.search(f"{number} +running", datm_ray("job", "list", *address)[1])
     assert "is being stopped" in datm_ray("job", "stop", number, *address)[1]
     until(lambda: jobs.job(number).is_over)
@@ -98,7 +100,8 @@ def test_a_job_is_stopped_and_goes_on_where_it_was(datm_ray: CommandLine, dashbo
     place = open_location(out)
     assert not (place / "report.html").exists()
     assert load(f"{out}/tiny/synthetic.arrow").images.shape[0] == 10
-    code, told, err = datm_ray(*arguments, "--follow")
+    assert re.search(r"Z INFO \S+ DistillWorker/0/\d+  checkpoint saved run=tiny iteration=6", jobs.logs(number))
+    code, told, err = datm_ray(*arguments)
     assert code == 0, told + err
     assert "Experts: nothing to do" in told
     assert "Distillation: nothing to do" in told
@@ -108,7 +111,7 @@ def test_a_job_is_stopped_and_goes_on_where_it_was(datm_ray: CommandLine, dashbo
     first, second = jobs.list()
     assert (first.status, second.status, second.exit_code) == ("stopped", "succeeded", 0)
     log = jobs.logs(second.id)
-    assert told == f"Job {second.id}\nNext: {jobs.command(second.id)}\n{log}Job {second.id} succeeded\n"
+    assert told == f"Job {second.id}\n{log}Job {second.id} succeeded\n"
     told += log + jobs.logs(first.id) + f"{first} {second}"
     token = Path("~/.ray/auth_token").expanduser()
     assert SECRET not in told
@@ -174,7 +177,7 @@ def test_a_job_is_asked_for_once(jobs: Jobs, there: dashboards.Dashboard) -> Non
     assert there.paths() == ["/api/jobs/here/logs", "/api/jobs/here"]
     said = "Traceback (most recent call last):\n  File x\nOSError: the agent of Job here does not exist"
     there.plan = lambda _: (500, {"Content-Type": "text/plain"}, said)
-    with pytest.raises(ClusterError, match=r"does not do it \(OSError: the agent of Job here does not exist\)"):
+    with pytest.raises(ClusterError, match=r"refused the request \(OSError: the agent of Job here does not exist\)"):
         jobs.logs("here")
 
 
@@ -260,7 +263,7 @@ def test_a_cluster_that_is_silent_for_long_is_left(
 def test_a_cluster_that_forgets_a_job_has_ended_it(jobs: Jobs, there: dashboards.Dashboard) -> None:
     """It was restarted; waiting would not help."""
     there.plan = lambda asked: there.job.update(submission_id="another") if len(there.asked) > 8 else None
-    with pytest.raises(JobLostError, match=r"there is no job 'here' at .* any more\. The cluster was started anew"):
+    with pytest.raises(JobLostError, match=r"there is no job 'here' at .* any more\. The cluster was restarted"):
         followed(jobs)
 
 
@@ -367,6 +370,57 @@ def test_a_status_tells_losses_progress_and_the_last_line(
     assert highlights("", "") == {}
 
 
+def test_a_submission_is_followed_unless_detached(
+    datm_ray: CommandLine, there: dashboards.Dashboard, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It ends as the job ends; Ctrl-C leaves the job alone, and two commands say how to follow and stop it."""
+    submit = ("job", "submit", "digits-ipc1", "-o", str(tmp_path / "runs"), "--address", there.address)
+    there.status, there.exit_code = "FAILED", 3
+    monkeypatch.setattr("datm_ray.runtime.ray.jobs._new_number", lambda: "datm-ray-1")
+    code, out, err = datm_ray(*submit, "-v", "-v")
+    assert (code, err) == (3, "")
+    assert out == "Job datm-ray-1\nExperts: 2 tasks to run\nJob datm-ray-1 failed: Job is FAILED\n"
+    assert there.job["entrypoint"].endswith("--address auto --verbose --verbose")
+    follow = f"datm-ray job logs datm-ray-1 --follow --address {there.address}"
+    assert datm_ray(*submit, "--detach") == (0, f"Job datm-ray-1\nNext: {follow}\n", "")
+    assert datm_ray(*submit, "-d") == (0, f"Job datm-ray-1\nNext: {follow}\n", "")
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("datm_ray.runtime.ray.jobs.Jobs.follow", interrupt)
+    code, out, err = datm_ray(*submit)
+    assert (code, out) == (130, "Job datm-ray-1\n")
+    stop = f"datm-ray job stop datm-ray-1 --address {there.address}"
+    assert err == f"\nThe job keeps running. Follow it again with: {follow}\nStop it with: {stop}\n"
+    assert not [path for path in there.paths() if path.endswith("stop")]
+
+
+def test_a_status_is_the_same_with_the_log(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that was submitted with -v has its losses and progress in log lines."""
+    monkeypatch.setattr("datm_ray.monitor.progress.LINE_INTERVAL", 0.0)
+    logs.show(1)
+    with Reporter().stage("Distillation", 1) as stage:
+        for event in (Started(), Lost("its node died", 1), Started(), Progress(120, 300, {"loss": 0.41})):
+            stage.event(Task("tiny", ()), event)
+    logs.show(0)
+    found = highlights(capsys.readouterr().err, "")
+    assert found["lost"].startswith("1 worker(s), the last time: 2")
+    assert found["lost"].endswith('  worker lost task=tiny attempt=1 reason="its node died"')
+    assert found["progress"].endswith(
+        "  progress stage=Distillation done=0 tasks=1 running=1 slowest=tiny step=120 steps=300 loss=0.41"
+    )
+
+
+def test_jobs_as_json(datm_ray: CommandLine, there: dashboards.Dashboard) -> None:
+    """Lists and states of jobs have the documented keys, and nothing else is on standard output."""
+    (job,) = json.loads(datm_ray("job", "list", "--json", "--address", there.address)[1])
+    assert set(job) == documented_keys("job list")
+    status = json.loads(datm_ray("job", "status", "here", "--json", "--address", there.address)[1])
+    assert set(status) == documented_keys("job status") | set(job)
+    assert (status["id"], status["last"], status["lost"]) == ("here", "Experts: 2 tasks to run", None)
+
+
 def test_a_slash_makes_no_other_folder(jobs: Jobs) -> None:
     """Where a job writes to already, another is not handed in."""
     for out in ("s3://bucket/runs", "s3://bucket/runs/"):
@@ -382,10 +436,10 @@ def test_a_slash_makes_no_other_folder(jobs: Jobs) -> None:
         ("-r other.txt", "does not travel"),
         ("-e .", "does not travel"),
         ("torch==2.9 \\", "does not travel"),
-        ("this is !! no requirement", "names no package"),
-        ("./mine.whl", "names no package"),
-        ("mine @ file:///home/me/mine.whl", "names no package"),
-        ("file:///home/me/mine.whl", "names no package"),
+        ("this is !! no requirement", "not a package that"),
+        ("./mine.whl", "not a package that"),
+        ("mine @ file:///home/me/mine.whl", "not a package that"),
+        ("file:///home/me/mine.whl", "not a package that"),
     ],
 )
 def test_requirements_that_cannot_travel_are_refused(tmp_path: Path, line: str, expected: str) -> None:
