@@ -34,9 +34,9 @@ REPEAT_AFTER = 20.0
 _NODE = socket.gethostname() or "unknown"
 _ROOT = logging.getLogger("datm_ray")
 _SECRET = re.compile(
-    r"(?i)(?<=://)[^/\s@]+(?=@)"  # user and password of an address
+    r"(?i)(?<=://)[^/\s]+(?=@)"  # user and password of an address
     r"|(?<=bearer )\S+"
-    r"|(?<![a-z])(?P<name>[\w-]*(?:secret|token|passw|signature|credential|[_-]key)[\w-]*[\"']?\s?[=:]\s?[\"']?)[^\s\"'&,;]+"
+    r"|(?P<name>(?:secret|token|passw|signature|credential|[_-]key)[\w-]{0,40}[\"']?\s?[=:]\s?[\"']?)[^\s\"'&]+"
 )
 
 

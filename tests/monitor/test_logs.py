@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,6 +73,8 @@ def test_secrets_are_not_logged(tmp_path: Path) -> None:
     """Passwords of addresses, keys and tokens, in messages and tracebacks; other words stay."""
     for text in (
         "http://user:hidden@host/x",
+        "http://user:p@hidden@host/x",
+        "password=a,hidden",
         "AWS_SECRET_ACCESS_KEY=hidden",
         "aws_session_token: hidden",
         "'password': 'hidden'",
@@ -82,6 +85,9 @@ def test_secrets_are_not_logged(tmp_path: Path) -> None:
         assert "hidden" not in masked(text), masked(text)
     for text in ("s3://bucket/key", "epoch=3 loss=0.5", "a@b", "s3://bucket/a@b", "task=x token", "keyboard=qwerty"):
         assert masked(text) == text
+    started = time.perf_counter()
+    masked("0a-_" * 50_000)
+    assert time.perf_counter() - started < 5
     with writing([str(tmp_path)]):
         try:
             raise ValueError("password=hidden")
