@@ -20,7 +20,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from logging.handlers import QueueHandler, RotatingFileHandler
 from pathlib import Path
 
-from datm_ray.errors import one_line
+from datm_ray.errors import DatmError, one_line
 
 LOG = "log.txt"
 """Name of the log in a run's folder."""
@@ -33,6 +33,7 @@ REPEAT_AFTER = 20.0
 
 _NODE = socket.gethostname() or "unknown"
 _ROOT = logging.getLogger("datm_ray")
+_log = logging.getLogger(__name__)
 _SECRET = re.compile(
     r"(?i)(?<=://)[^/\s]+(?=@)"  # user and password of an address
     r"|(?<=bearer )\S+"
