@@ -12,16 +12,28 @@ from typing import TYPE_CHECKING, Any
 from datm_ray._version import __version__
 
 if TYPE_CHECKING:
-    from datm_ray.api import distill, evaluate, run, train_experts
+    from datm_ray.api import distill, evaluate, plan, run, train_experts
     from datm_ray.artifact import Artifact, load
     from datm_ray.config import RunConfig
     from datm_ray.recipes import get_recipe
 
-__all__ = ["Artifact", "RunConfig", "__version__", "distill", "evaluate", "get_recipe", "load", "run", "train_experts"]
+__all__ = [
+    "Artifact",
+    "RunConfig",
+    "__version__",
+    "distill",
+    "evaluate",
+    "get_recipe",
+    "load",
+    "plan",
+    "run",
+    "train_experts",
+]
 
 _HOME = {
     "Artifact": "datm_ray.artifact",
     "load": "datm_ray.artifact",
+    "plan": "datm_ray.api",
     "run": "datm_ray.api",
     "train_experts": "datm_ray.api",
     "distill": "datm_ray.api",

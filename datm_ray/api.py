@@ -16,6 +16,8 @@ from datm_ray.artifact import Artifact, read_artifact
 from datm_ray.config import NetworkConfig, RunConfig, override
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline, report, summaries
+from datm_ray.planning.duration import Proposal
+from datm_ray.planning.plan import plan_run
 from datm_ray.recipes import get_recipe
 from datm_ray.runtime.create import create_executor
 from datm_ray.runtime.executor import Executor
@@ -101,6 +103,34 @@ def run(recipe: str | RunConfig, out: str = "runs", **options: Unpack[Options]) 
     stages, start, reporter = _prepared(recipe, out, options)
     stages.run_all(start, reporter)
     return _result(stages, out)
+
+
+def plan(
+    recipe: str | RunConfig,
+    settings: Settings | None = None,
+    *,
+    cluster: str | None = None,
+    data_shape: str | None = None,
+    measure: bool = False,
+) -> Proposal:
+    """Estimate memory, hours and storage of a run before it starts.
+
+    >>> plan = datm_ray.plan("cifar10-ipc10", cluster="gpus=8,memory=80GiB,tflops=60")
+    >>> print(plan)
+    >>> plan.stages["distillation"], plan.config.cluster.shards
+
+    Args:
+        recipe: name of a packaged recipe, path of a YAML file, or a configuration.
+        settings: values that replace the recipe's.
+        cluster: cluster to suggest a layout for, such as "gpus=64,memory=80GiB,tflops=60,network=25Gbps" or
+            "cpus=2,memory=24GiB". Default: this machine.
+        data_shape: channels x height x width, classes and images of data that is not here, as "3x64x64,200,100000".
+        measure: True to time a few real steps on this machine first.
+
+    Raises:
+        ConfigError: the set does not fit into memory, or an argument cannot be read.
+    """
+    return plan_run(recipe_of(recipe, settings), cluster, data_shape, measure=measure)
 
 
 def train_experts(recipe: str | RunConfig, out: str = "runs", **options: Unpack[Options]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 import datm_ray
+from datm_ray import cli
 from datm_ray.api import recipe_of
 from datm_ray.config import to_yaml
 from datm_ray.errors import ConfigError, MissingExpertsError
@@ -69,3 +72,20 @@ def test_settings_replace_those_of_a_recipe(tmp_path: Path) -> None:
         recipe_of("digits-ipc1", {"distil.ipc": 3})
     with pytest.raises(ConfigError, match="Did you mean 'digits-ipc1'"):
         datm_ray.run("digits-ipc", str(tmp_path))
+
+
+def test_a_plan_is_that_of_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A call returns what `datm-ray plan` prints: memory, hours by stage, and a layout for a described cluster."""
+    described = "gpus=4,memory=80GiB,tflops=60"
+    plan = datm_ray.plan("cifar10-ipc10", {"distill.iterations": 100}, cluster=described)
+    changes = ["--set", "distill.iterations=100", "--cluster", described]
+    monkeypatch.setattr(sys, "argv", ["datm-ray", "plan", "cifar10-ipc10", *changes, "--json"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert json.loads(capsys.readouterr().out) == [json.loads(json.dumps(plan.to_json() | {"not_followed": []}))]
+    assert plan.stages["distillation"][0] > 0
+    assert str(plan).startswith("cifar10-ipc10: ")
+    with pytest.raises(ConfigError, match="gpus= or cpus="):
+        datm_ray.plan("digits-ipc1", cluster="memory=8GiB")

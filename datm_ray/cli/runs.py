@@ -148,33 +148,14 @@ def plan(
     together. tflops (or gflops) is the speed of student steps on one GPU or core, not its peak. network is the speed at
     which one GPU or core can send. Hours of GPUs need tflops or --measure.
     """
-    from dataclasses import replace
+    from datm_ray.planning.duration import not_followed
+    from datm_ray.planning.plan import plan_run
 
-    from datm_ray.data.transform import FitCost
-    from datm_ray.planning.duration import Proposal, measured, not_followed, propose
-    from datm_ray.planning.fit import Layout, data_shape as shape_of, parse_shape, plans_of
-    from datm_ray.planning.machines import machine_here, parse_cluster, require_measurable
-    from datm_ray.runtime.executor import require_precision
-
-    shape = None if data_shape is None else parse_shape(data_shape)
     configs = [config_of(name, _with_memory(set_, memory)) for name in recipes]
     wanted = sum(config.workers_per_set for config in configs)  # a run distils its recipes side by side
     plans = []
     for config in configs:
-        config.require_matchable()
-        machine = machine_here(config) if cluster is None else parse_cluster(cluster, config.cluster.threads_per_worker)
-        require_precision(config.cluster, machine.device == "GPU")
-        if measure:
-            require_measurable(machine)
-        known = shape or shape_of(config.dataset, here=cluster is None)
-        config = config.resolved(known.image[1:])
-        if cluster is None:
-            FitCost.of(config.dataset.kind, known.image).require_memory()
-            found = Proposal(config, known, plans_of(config, known, Layout.of(config, wanted)), machine)
-        else:
-            found = propose(config, known, machine)
-        if measure:
-            found = replace(found, machine=measured(found))
+        found = plan_run(config, cluster, data_shape, measure=measure, workers_wanted=wanted)
         others = [] if cluster is None else not_followed(config, found)
         plans.append(found.to_json() | {"not_followed": others})
         if not json_:

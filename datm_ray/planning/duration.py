@@ -118,6 +118,9 @@ class Proposal:
             total += self.seconds("training", other, (1 + len(ON_OTHERS) * tried) * epochs * images)
         return settings.seeds * total
 
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
     def to_json(self) -> dict[str, Any]:
         """What the recipe takes, as plain data. Hours are `None` if no speed is known."""
         config, machine, computing_and_sums = self.config, self.machine, self.iteration
