@@ -46,8 +46,13 @@ def fields(**values: object) -> str:
     return " ".join(f"{key}={_shown(value)}" for key, value in values.items() if value is not None)
 
 
+def printable(text: str) -> str:
+    """Text that every log handler can encode: bytes of a file name that are not UTF-8 become escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def _shown(value: object) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = f"{value:.4g}" if isinstance(value, float) else printable(str(value))
     return text if re.fullmatch(r"[^\s\"'=]+", text) else json.dumps(text, ensure_ascii=False)
 
 

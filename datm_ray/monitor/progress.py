@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from datm_ray.errors import one_line
-from datm_ray.monitor.logs import fields, verbosity
+from datm_ray.monitor.logs import fields, printable, verbosity
 from datm_ray.runtime.executor import Event, Failed, Finished, Lost, Note, Progress, Resized, Started, Task, counted
 from datm_ray.store.trajectories import size_in_words
 
@@ -48,7 +48,7 @@ class Reporter:
 
     def message(self, text: str) -> None:
         """Log a message, and show it on a line of its own."""
-        _log.info("%s", text, extra=_SHOWN)
+        _log.info("%s", printable(text), extra=_SHOWN)
         self.show(text)
 
     def show(self, text: str) -> None:

@@ -45,6 +45,12 @@ def test_a_line_has_time_level_node_worker_and_event(tmp_path: Path) -> None:
     assert "afterwards" not in (tmp_path / "run" / "log.txt").read_text()
 
 
+def test_names_that_are_not_utf8_can_be_logged() -> None:
+    """A byte of a file name that is no UTF-8 becomes an escape, so that every handler can encode the line."""
+    assert fields(task="caf\udce9") == "task=caf\\udce9"
+    assert fields(task="caf\udce9").encode()
+
+
 def test_a_log_file_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two files of a given size, of which the older one is replaced."""
     monkeypatch.setattr(logs, "LARGEST", 1000)
