@@ -1,11 +1,11 @@
-"""DATM and MTT on a part of real CIFAR-10, on a processor: the published recipes, scaled down as the results say.
+"""DATM and MTT on a part of real CIFAR-10, on CPUs: the published recipes, scaled down as the results say.
 
 python benchmarks/bench_cifar.py [--distillations 1] [--ipc 1 10 50] [--quick]         (make bench-cifar)
 
-At every IPC: DATM (its range of start epochs, first images that an expert has right, learned soft labels), the same
-from any first images, MTT (no range, any first images, hard labels), the two controls and all real data. Sizes were
-scaled by the rules that the results state, and not chosen by what came out; the set that is kept and the controls' step
-sizes are chosen on validation images. The folder of runs is kept, and the same command goes on where it stopped.
+At every IPC: DATM (its range of start epochs, first images that an expert has right, learned soft labels), DATM from
+any first images, MTT (no range, any first images, hard labels), the two controls and all real data. The rules that the
+results state decided the sizes, and no result did. The kept set and the controls' step sizes are chosen on validation
+images. The folder of runs is kept; running the command again resumes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_fidelity import ERRORS, MEASURED
-from cifar_part import SOURCE, TOLD, dataset_override
+from cifar_part import DESCRIPTION, SOURCE, dataset_override
 from facts import common_facts, counted, going, head, result_path, save
 from fidelity_tables import cost_table, crossover_table, measured, progress_table
 from program import options, resolved, run, settled, start
@@ -28,14 +28,14 @@ from datm_ray.pipeline import Pipeline
 from datm_ray.recipes import get_recipe
 
 EPOCHS = 30
-"""Of an expert; the last start epoch is one less."""
+"""Epochs of an expert; the last start epoch is one less."""
 REAL_EPOCHS = 30
-"""Of a network on all real data."""
+"""Epochs of a network on all real data."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What stands at one IPC for the published values."""
+    """Values that replace the published ones at one IPC."""
 
     bounds: tuple[int, int]
     """First start epoch that is too late: at iteration 0, and once the range has grown."""
@@ -43,7 +43,7 @@ class Scale:
     iterations: int
 
     def overrides(self, method: str) -> list[str]:
-        """Of a recipe, for a method's range."""
+        """Overrides of a recipe for a method's range of start epochs."""
         bound, final = (EPOCHS, EPOCHS) if method == "mtt" else self.bounds
         grows = f"{{bound: {bound}, final_bound: {final}, expand_iterations: {self.iterations // 10}}}"
         starts = grows if bound < final else [0, bound]
@@ -88,7 +88,7 @@ QUICK = [
     "evaluate.real_epochs=1",
     "cluster.compile=false",
 ]
-HEADER = """{told}
+HEADER = """{description}
 Far from the published sizes, and below them in accuracy; what the rows say of one another is what there is to see.
 
 - Scaled: ConvNet of depth 3 and width 32 (128), 8 SGD experts (100 with GSAM) of {epochs} epochs (100), batch 128
@@ -131,7 +131,7 @@ def runs_of(
 
 
 def asked(words: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = options(__doc__, "runs/cifar", seeds=3)
     parser.add_argument("--ipc", type=int, nargs="+", choices=list(SCALES), default=list(SCALES))
     parser.add_argument("--cifar", type=Path, default=SOURCE, help="folder of the Parquet files")
@@ -139,11 +139,11 @@ def asked(words: list[str] | None) -> argparse.Namespace:
 
 
 def main(words: list[str] | None = None) -> dict[str, Any]:
-    """Distil, score, compare; print the tables and write them down; what was measured."""
+    """Distil, score and compare; print and save the tables. Returns what was measured."""
     arguments = asked(words)
     dataset = dataset_override(arguments.cifar, arguments.runs, arguments.quick)
     runs = runs_of(arguments.ipc, arguments.distillations, arguments.seeds, dataset, arguments.quick)
-    # A distillation of every row before the next one, so that what is there at any time can be compared.
+    # Rows take turns, one distillation each, so that an interrupted benchmark still compares rows.
     ordered = [config for seed in zip(*runs.values(), strict=True) for config in seed]
     with going(arguments.runs):
         pipeline = run(ordered, Pipeline, arguments.runs, arguments.executor)
@@ -163,10 +163,10 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
 
 
 def page(facts: dict[str, str], found: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
-    """The results as Markdown."""
+    """Write the results as Markdown."""
     lines = head("A part of CIFAR-10: DATM, MTT and controls", facts)
-    lines += ["Tiny sizes, of no meaning (--quick); those told below are of a full run.", ""] if arguments.quick else []
-    lines.append(HEADER.format(told=TOLD, epochs=EPOCHS, real=REAL_EPOCHS))
+    lines += ["Tiny sizes, of no meaning (--quick); the ones below are of a full run.", ""] if arguments.quick else []
+    lines.append(HEADER.format(description=DESCRIPTION, epochs=EPOCHS, real=REAL_EPOCHS))
     lines += [MEASURED.format(errors=ERRORS[arguments.distillations > 1]), ""]
     lines += [*crossover_table(found), "", "## On the way", "", *progress_table(found)]
     return [*lines, "", "## Cost", "", *cost_table(found)]

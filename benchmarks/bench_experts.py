@@ -55,7 +55,7 @@ class Shape:
     augmentation: str
     threads: int
     epochs: int
-    """Of a whole expert."""
+    """Epochs of a whole expert."""
     gsam: bool = False
 
 
@@ -83,7 +83,7 @@ def published_epochs(shape: Shape, device: str, *, test_pass: bool) -> Epochs:
 
 
 def our_epochs(shape: Shape, device: str, stacked: int, *, compile_: bool, test_pass: bool = False) -> Epochs:
-    """`train_experts` for longer than anyone asks."""
+    """Run `train_experts` for more epochs than any caller consumes."""
     networks = [build_network(shape.spec, seed).to(device) for seed in range(stacked)]
     image = (shape.spec.channels, *shape.spec.size)
     chunk = chunk_in_cache(networks[0], image, stacked) if device == "cpu" else None
@@ -102,7 +102,7 @@ def our_epochs(shape: Shape, device: str, stacked: int, *, compile_: bool, test_
 
 
 def methods_of(shape: Shape, device: str, stacks: list[int]) -> list[Method]:
-    """In the order of the table; the first is what the others are compared with."""
+    """Methods in the order of the table; the others are compared with the first."""
     methods = [
         Method("loader", 1, published_epochs(shape, device, test_pass=False)),
         Method("loader + test pass", 1, published_epochs(shape, device, test_pass=True)),
@@ -114,7 +114,7 @@ def methods_of(shape: Shape, device: str, stacks: list[int]) -> list[Method]:
 
 
 def timed(epochs: Epochs, device: str) -> float:
-    """Seconds of one epoch."""
+    """Measure the seconds of one epoch."""
     started = time.perf_counter()
     next(epochs)
     if device == "cuda":
@@ -123,7 +123,7 @@ def timed(epochs: Epochs, device: str) -> float:
 
 
 def rows_of(shape: Shape, device: str, stacks: list[int], repetitions: int) -> list[dict[str, Any]]:
-    """The measured methods of one shape."""
+    """Measure the methods of one shape."""
     torch.set_num_threads(shape.threads)
     methods = methods_of(shape, device, stacks)
     first = [timed(method.epochs, device) for method in methods]
@@ -143,7 +143,7 @@ def rows_of(shape: Shape, device: str, stacks: list[int], repetitions: int) -> l
 
 
 def table_line(row: dict[str, Any]) -> str:
-    """One line of the table."""
+    """Format one line of the table."""
     cells = [
         row["shape"],
         str(row["threads"]),
@@ -185,7 +185,7 @@ def shapes(quick: bool, device: str) -> list[tuple[Shape, list[int]]]:
 
 
 def main() -> None:
-    """Run all shapes; print them and write them down."""
+    """Measure all shapes; print and save the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes; written nowhere unless --out is given")
     parser.add_argument("--repetitions", type=int, default=7)

@@ -1,17 +1,16 @@
-"""Does it do what the papers say? DATM's figure 1 and an ablation, on scikit-learn's real digits.
+"""Does the package do what the papers say? DATM's figure 1 and an ablation, on scikit-learn's real digits.
 
 python benchmarks/bench_fidelity.py [--part crossover|ablation|limit] [--distillations 1] [--quick]   (make fidelity)
 
 Crossover: images per class (IPC) against start ranges early, middle, late and DATM's own, which are those of the
-packaged recipes; within an IPC nothing else differs. Which range wins where, and at which share of the data is the set
-lossless: not below all real data by more than one standard error. Both controls stand beside every row. Ablation: at
-one IPC, one thing at a time. Limit: some runs of the crossover without a limit on gradients. Experts are shared. How
-sets do on other architectures is measured by bench_metadd.py.
+packaged recipes; within an IPC nothing else differs. Questions: which range wins where, and from which share of the
+data on a set is lossless, at most one standard error below all real data. Both controls stand beside every row.
+Ablation: one change at a time, at one IPC. Limit: some runs of the crossover without a limit on gradients. All runs
+share their experts. bench_metadd.py measures sets on other architectures.
 
-Nothing is chosen on test images in here: the set that is kept and the controls' step sizes are chosen on validation
-images. What came before knew some: the ranges come from a prototype that was scored on its test split, and that all
-real data needs 150 epochs was seen in earlier tables. The folder of runs is kept, and the same command goes on where it
-stopped.
+This program chooses nothing on test images: the kept set and the controls' step sizes are chosen on validation images.
+Two earlier choices knew some test images: the ranges come from a prototype scored on its test split, and earlier tables
+showed that all real data needs 150 epochs. The folder of runs is kept; running the command again resumes.
 """
 
 from __future__ import annotations
@@ -59,18 +58,18 @@ class Scoring(Pipeline):
     """A pipeline that trains no controls for runs that are compared with those of the crossover."""
 
     def scored_rows(self, config: RunConfig) -> list[tuple[str, NetworkConfig | None]]:
-        """Of others the set alone."""
+        """Score every row of the crossover's runs, and only the distilled set of all other runs."""
         if config.name.startswith(("ablation", UNLIMITED)):
             return [("distilled", None)]
         return super().scored_rows(config)
 
 
 class TeslaScoring(Scoring, TeslaPipeline):
-    """The same with TESLA's approximation."""
+    """Like `Scoring`, with TESLA's approximation of the gradient."""
 
 
 def asked(words: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = options(__doc__, "runs/fidelity", seeds=5)
     parser.add_argument("--part", choices=["crossover", "ablation", "limit", "all"], default="all")
     parser.add_argument("--estimate", action="store_true", help="say how long it will take, and do nothing")
@@ -87,12 +86,12 @@ class Wanted:
     unlimited: Rows
 
     def rows(self) -> list[list[RunConfig]]:
-        """Of all parts."""
+        """All rows of the tables, over all parts."""
         return [*self.crossover.values(), *self.ablation.values(), *self.unlimited.values()]
 
 
 def wanted(part: str, sizes: Sizes, distillations: int, seeds: int) -> Wanted:
-    """The runs of a part, or of all."""
+    """Runs that one part needs, or all parts."""
     crossover = crossover_runs(sizes, distillations, seeds)
     ablation = ablation_runs(sizes, distillations, seeds) if part in ("ablation", "all") else {}
     unlimited = unlimited_runs(sizes, distillations, seeds) if part in ("limit", "all") else {}
@@ -103,11 +102,11 @@ def wanted(part: str, sizes: Sizes, distillations: int, seeds: int) -> Wanted:
 
 
 def main(words: list[str] | None = None) -> dict[str, Any]:
-    """Distil, score, compare; print the tables, write them down and draw; what was measured."""
+    """Distil, score and compare; print, save and draw the tables. Returns what was measured."""
     arguments = asked(words)
     sizes = QUICK if arguments.quick else FULL
     runs = wanted(arguments.part, sizes, arguments.distillations, arguments.seeds)
-    # A distillation of every row before the next one, so that what is there at any time can be compared.
+    # Rows take turns, one distillation each, so that an interrupted benchmark still compares rows.
     ordered = [config for seed in zip(*runs.rows(), strict=True) for config in seed]
     cores = provenance(torch.device("cpu"))["cores"]
     seconds = estimate(ordered)
@@ -134,7 +133,7 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
 
 
 def page(facts: dict[str, str], found: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
-    """The results as Markdown."""
+    """Write the results as Markdown."""
     lines = head("Digits: difficulty, and what each part of DATM is worth", facts)
     if arguments.quick:
         lines += ["Tiny sizes, of no meaning (--quick).", ""]
@@ -153,7 +152,7 @@ def page(facts: dict[str, str], found: dict[str, Any], arguments: argparse.Names
 
 
 def write(arguments: argparse.Namespace, facts: dict[str, str], found: dict[str, Any], lines: Sequence[str]) -> None:
-    """The three files of a result; a part alone, and tiny sizes, have a name of their own."""
+    """Write the three files of a result. A single part, and tiny sizes, have a name of their own."""
     part = "" if arguments.part == "all" else f"-{arguments.part}"
     several = f"-{arguments.distillations}-distillations" if arguments.distillations > 1 else ""
     path = result_path(arguments.out, f"fidelity-digits{part}{several}{'-quick' if arguments.quick else ''}")

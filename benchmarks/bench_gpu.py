@@ -39,14 +39,14 @@ SECTIONS: tuple[Section, ...] = (
 
 
 class Page:
-    """The result so far, printed and written down."""
+    """The result so far, printed and saved."""
 
     def __init__(self, path: Path, title: str, facts: dict[str, str]) -> None:
         self._path, self._title, self._facts = path, title, facts
         self._printed = 0
 
     def save(self, outcomes: Sequence[Outcome]) -> None:
-        """Both files, as a whole."""
+        """Write both files anew."""
         lines = [*head(self._title, self._facts), *(line for outcome in outcomes for line in outcome.lines())]
         sections = [outcome.as_json() for outcome in outcomes]
         save(self._path, lines, {**self._facts, "sections": sections})
@@ -67,7 +67,7 @@ def _in_words(row: dict[str, Any]) -> str:
 
 
 def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options."""
+    """Parse the options."""
     names = [section.name for section in SECTIONS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu runs all of it in small")
@@ -86,12 +86,12 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the sections; 1 if anything failed."""
+    """Run the sections. Returns 1 if anything failed, else 0."""
     arguments = parsed(words)
     machine = Machine(arguments.device, arguments.device == "cpu", arguments.cifar, arguments.compile)
     # Tiny tensors gain nothing from a second thread, and on a busy machine lose everything by waiting for it.
     torch.set_num_threads(1 if machine.small else len(os.sched_getaffinity(0)))
-    # As in a run: torch itself would round convolutions to TF32.
+    # No TF32, as in a run: torch's default rounds convolutions to it.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     patience = 5 if machine.small else 1  # in small nothing is measured, and the machine may be busy
     chosen = [replace(each, seconds=patience * each.seconds) for each in SECTIONS if each.name in arguments.only]

@@ -2,7 +2,7 @@
 
 python benchmarks/bench_matching.py [--quick]         (make bench-matching)
 
-Each method of a row has a process of its own, which does one call when told to. The calls of a row's methods take
+Each method of a row has a process of its own, which does one call on request. The calls of a row's methods take
 turns, so that whatever else the machine does hits all of them alike, and none sees another's memory.
 """
 
@@ -81,7 +81,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Method:
-    """What one process computes."""
+    """Work of one process."""
 
     shape: Shape
     steps: int
@@ -98,7 +98,7 @@ class Method:
 
     @property
     def label(self) -> str:
-        """As printed."""
+        """Name of the method in the table."""
         variants = [self.order or "", self.precision if self.precision != "float32" else ""]
         variants += [
             "augmented" if self.strategy else "",
@@ -183,14 +183,14 @@ def measured(call: Callable[[], Gradient], device: str) -> dict[str, float]:
 
 
 def child(request: dict[str, Any]) -> None:
-    """Warm up, say so, then one measured call for every line that comes in."""
+    """Warm up and report it, then make one measured call for every line of input."""
     shape = Shape(**{**request["method"].pop("shape")})
     shape = replace(shape, image=tuple(shape.image), reference=tuple(shape.reference))  # type: ignore[arg-type]
     method = Method(shape=shape, **request["method"])
     answers, sys.stdout = sys.stdout, sys.stderr
     torch.set_num_threads(method.threads)
     torch.backends.cudnn.allow_tf32 = False  # torch's default would round the other methods' convolutions
-    if method.device == "cpu":  # fail alone and not take the machine along
+    if method.device == "cpu":  # running out of memory must end this process, not the machine
         limit = int(0.9 * available_memory()) + status("VmData")
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     try:
@@ -202,7 +202,7 @@ def child(request: dict[str, Any]) -> None:
 
 
 def answers_of(method: Method, request: dict[str, Any]) -> Any:
-    """What a child reports: the warm-up, then each call."""
+    """Read what a child reports: the warm-up, then each call."""
     shape, there = method.shape, {"device": method.device, "strategy": method.strategy}
     if method.name == "reference":
         exact = unrolling(make_problem(shape.spec, *shape.reference, dtype=torch.float64, **there))
@@ -249,7 +249,7 @@ class Worker:
         self.report = self._answer()
 
     def call(self) -> None:
-        """One measured call."""
+        """Make one measured call."""
         if "failed" in self.report:
             return
         for process in self._processes:
@@ -268,14 +268,14 @@ class Worker:
             process.communicate()
 
     def _answer(self) -> dict[str, Any]:
-        """Of all shards, the largest of each number."""
+        """Read the answers of all shards; the largest of each number counts."""
         lines = [process.stdout.readline() for process in self._processes if process.stdout is not None]
         answers = [json.loads(line) if line else {"failed": "killed"} for line in lines]
         return {key: max(answer.get(key, 0) for answer in answers) for key in answers[0]}
 
 
 def run_row(methods: list[Method], repetitions: int, with_errors: bool) -> list[dict[str, Any]]:
-    """The methods of a row, taking turns."""
+    """Run the methods of a row in turns."""
     with tempfile.TemporaryDirectory() as folder:
         reference = f"{folder}/reference.pt" if with_errors else ""
         if with_errors:
@@ -291,7 +291,7 @@ def run_row(methods: list[Method], repetitions: int, with_errors: bool) -> list[
 
 
 def summary(worker: Worker, base: Worker) -> dict[str, Any]:
-    """What the table says of one method, with every call's figures."""
+    """A method's cells of the table, with the figures of every call."""
     pairs = zip(worker.calls, base.calls, strict=False)
     row = {"method": asdict(worker.method), "label": worker.method.label, "calls": worker.calls, **worker.report}
     row["ratios"] = [call["seconds"] / other["seconds"] for call, other in pairs]
@@ -299,7 +299,7 @@ def summary(worker: Worker, base: Worker) -> dict[str, Any]:
 
 
 def table_line(row: dict[str, Any]) -> str:
-    """One line of the table."""
+    """Format one line of the table."""
     method, shape = row["method"], row["method"]["shape"]
     name = [shape["name"], str(method["steps"]), f"{shape['batch']} ({shape['chunk']})", row["label"]]
     if not row["calls"]:
@@ -367,7 +367,7 @@ def rows_to_run(quick: bool, threads: int, device: str) -> list[tuple[list[Metho
 
 
 def heading(facts: dict[str, str], device: str) -> list[str]:
-    """What stands above the rows."""
+    """Text above the rows."""
     columns = (
         "shape | T | batch (chunk) | method | seconds | ratio | MiB | MiB beyond trace | error | warm-up, s | ceiling"
     )
@@ -378,7 +378,7 @@ def heading(facts: dict[str, str], device: str) -> list[str]:
 
 
 def main() -> None:
-    """Run all rows; print them and write them down."""
+    """Run all rows; print and save the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes; written nowhere unless --out is given")
     parser.add_argument("--repetitions", type=int, default=5)
@@ -408,7 +408,7 @@ def main() -> None:
         results.append(run_row(methods, arguments.repetitions, with_errors) if measured else kept[number])
         lines += [table_line(row) for row in results[-1]]
         print("\n".join(lines[-len(results[-1]) :]), flush=True)
-        if path:  # after every row, so that a run that ends early has not been for nothing
+        if path:  # after every row, so that an interrupted run keeps its rows
             save(path, lines, {**facts, "rows": results})
 
 

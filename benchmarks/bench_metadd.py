@@ -2,11 +2,11 @@
 
 python benchmarks/bench_metadd.py [--quick] [--data cifar10] [--distillations 5]         (make bench-metadd)
 
-The same recipe with and without MetaDD, with each of its terms, with other auxiliaries and with the control that takes
-logits in place of maps, everything else alike, seeds included. Every set is scored on the backbone, on architectures
-that took part (seen) and on some that did not (unseen). The folder of runs is kept, and the same command goes on where
-it stopped. Digits are resized to 16x16 pixels; weights were chosen on their validation images, see benchmarks/LOG.md.
-CIFAR-10 is real, a part of it, from Parquet files.
+One recipe is distilled with and without MetaDD, with each of its terms, with other auxiliaries and with a control that
+takes logits in place of maps; all else is equal, seeds included. Every set is scored on the backbone, on architectures
+that took part (seen) and on some that did not (unseen). The folder of runs is kept; running the command again resumes.
+Digits are resized to 16x16 pixels; weights were chosen on their validation images, see benchmarks/LOG.md. CIFAR-10 is
+a part of the real one, from Parquet files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cifar_part import SOURCE, TOLD, dataset_override
+from cifar_part import DESCRIPTION, SOURCE, dataset_override
 from facts import common_facts, counted, going, head, result_path, save
 from metadd_compare import by_architecture, compared, experts_costs, spent_table, variant_table
 from metadd_cost import TITLE, cost_rows, cost_table
@@ -46,22 +46,22 @@ CIFAR_ITERATIONS = 200
 
 @dataclass(frozen=True)
 class Setting:
-    """What is distilled, and how."""
+    """A recipe to distil, and its changes."""
 
     recipe: str
-    told: str
+    description: str
     """What a reader of the results must know."""
     overrides: Sequence[str]
     quick: Sequence[str]
     experts: str
-    """Of the auxiliaries."""
+    """Experts section of the auxiliaries."""
     is_cifar: bool = False
-    """Whether it takes the part of CIFAR-10."""
+    """True takes the part of CIFAR-10, False the digits."""
 
 
 DIGITS = Setting(
     recipe="digits-ipc1",
-    told="Real digits resized to 16x16, ConvNet of depth 2 and width 32 as backbone.",
+    description="Real digits resized to 16x16, ConvNet of depth 2 and width 32 as backbone.",
     overrides=["dataset.resize=16"],
     quick=["distill.iterations=4", "experts.count=2"],
     experts="{count: 1, epochs: 20, batch_size: 64, learning_rate: 0.01, momentum: 0.9, augmentation: '', "
@@ -69,9 +69,9 @@ DIGITS = Setting(
 )
 CIFAR10 = Setting(
     recipe="cifar10-ipc10",
-    told=f"{TOLD} ConvNet of depth 3 and width 32 as backbone, 8 SGD experts of 14 epochs, 10 images per class;\n"
-    f"{CIFAR_ITERATIONS} iterations of 15 student steps with batches of 50, against a target one epoch ahead: far from "
-    "the\npublished sizes.",
+    description=f"{DESCRIPTION} ConvNet of depth 3 and width 32 as backbone, 8 SGD experts of 14 epochs, 10 images "
+    f"per class;\n{CIFAR_ITERATIONS} iterations of 15 student steps with batches of 50, against a target one epoch "
+    "ahead: far from the\npublished sizes.",
     overrides=[
         "network={width: 32, depth: 3}",
         "experts={count: 8, epochs: 14, batch_size: 128, learning_rate: 0.02}",
@@ -93,7 +93,7 @@ CIFAR10 = Setting(
 )
 SETTINGS = {"digits": DIGITS, "cifar10": CIFAR10}
 
-HEADER = """{told}
+HEADER = """{description}
 {distillations} for each variant; for each set {n} freshly
 trained network(s) of each architecture, of the same initial parameters in every variant.
 
@@ -102,7 +102,7 @@ trained network(s) of each architecture, of the same initial parameters in every
 - accuracy: mean over architectures, distillations and networks, test images, in %.
 - difference: tuned, to the sets without MetaDD, over pairs of the same architecture, distillation and network; p of a
   paired t test and of Wilcoxon's{over_distillations}; pairs. {shared}
-  A table of many variants has many tests, of which one in twenty is below 0.05 by chance.
+  A table of many variants has many tests; one in twenty is below 0.05 by chance.
 - With another number of auxiliaries other architectures are seen: accuracies are then of those, and differences are to
   the sets without MetaDD on the same ones.
 - ratio: meta-feature ratio of the images under the backbone and {seen} of the same seed, at threshold
@@ -132,7 +132,7 @@ class Variant:
     variance_of: str = "maps"
 
     def overrides(self, experts: str) -> list[str]:
-        """Of the recipe."""
+        """Changes to the recipe, as `--set` takes them."""
         if not self.auxiliaries:
             return []
         settings = (
@@ -144,7 +144,7 @@ class Variant:
 
 
 def variants() -> list[Variant]:
-    """The set without, all combinations of terms, the sign of the divergence, auxiliaries, and the control."""
+    """Variants: no MetaDD, all combinations of terms, the divergence's sign, other auxiliaries, the control."""
     terms = {"var": VARIANCE, "ai": INVARIANCE, "pos": POSITION}
     found = [Variant("without")]
     for count in (1, 2, 3):
@@ -162,7 +162,7 @@ def variants() -> list[Variant]:
 def runs_of(
     variant: Variant, setting: Setting, recipe: str, distillations: int, base: Sequence[str]
 ) -> list[RunConfig]:
-    """One for each distillation."""
+    """One run for each distillation of a variant."""
     runs = []
     for seed in range(distillations):
         name = variant.name if distillations == 1 else f"{variant.name}-s{seed}"
@@ -177,21 +177,21 @@ def _scored(config: RunConfig) -> RunConfig:
 
 
 class Scoring(Pipeline):
-    """A pipeline that trains for evaluation only what the tables here are made of: no controls."""
+    """A pipeline that scores only the rows of these tables and no controls."""
 
     def scored_rows(self, config: RunConfig) -> list[tuple[str, NetworkConfig | None]]:
-        """The set alone, on every architecture."""
+        """Score the distilled set alone, on every architecture."""
         return [("distilled", network) for network in config.scored_networks]
 
 
 def heading(setting: Setting, groups: dict[str, list[str]], distillations: int, seeds: int) -> str:
-    """What must be known to read the tables."""
+    """Facts that a reader of the tables needs."""
     several = distillations > 1
     counted = SEVERAL.format(count=distillations, last=distillations - 1) if several else ONE
     over = ", and of a t test of\n  the distillations' mean differences" if distillations >= 3 else ""
     named = {group: ", ".join(groups[group]) for group in ("seen", "unseen")}
     return HEADER.format(
-        told=setting.told,
+        description=setting.description,
         distillations=counted,
         n=seeds,
         over_distillations=over,
@@ -201,7 +201,7 @@ def heading(setting: Setting, groups: dict[str, list[str]], distillations: int, 
 
 
 def asked(words: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = options(__doc__, "runs/metadd", seeds=5)
     parser.add_argument("--data", choices=list(SETTINGS), default="digits")
     parser.add_argument("--cifar", type=Path, default=SOURCE, help="folder of the files")
@@ -222,7 +222,7 @@ def asked(words: list[str] | None) -> argparse.Namespace:
 
 
 def main(words: list[str] | None = None) -> None:
-    """Distil, score, compare; print the tables and write them down."""
+    """Distil, score and compare; print and save the tables."""
     arguments = asked(words)
     setting, quick = SETTINGS[arguments.data], arguments.quick
     recipe = arguments.recipe or setting.recipe
@@ -234,7 +234,7 @@ def main(words: list[str] | None = None) -> None:
     runs = {each.name: runs_of(each, setting, recipe, arguments.distillations, base) for each in chosen}
     costs = [] if arguments.no_cost else cost_rows(quick)
     print("\n".join(cost_table(costs)) if costs else "No cost measured", flush=True)
-    # All variants of a seed before the next seed, so that what is there at any time can be compared.
+    # All variants of a seed precede the next seed, so that an interrupted benchmark still compares variants.
     ordered = [config for seed in zip(*runs.values(), strict=True) for config in seed]
     with going(arguments.runs):
         pipeline = run(ordered, Scoring, arguments.runs, arguments.executor)
@@ -256,12 +256,12 @@ def main(words: list[str] | None = None) -> None:
 
 
 def page(facts: dict[str, str], found: dict[str, Any], setting: Setting, arguments: argparse.Namespace) -> list[str]:
-    """The results as Markdown."""
+    """Write the results as Markdown."""
     rows, costs = found["rows"], found["cost"]
     groups = next(row["groups"] for row in rows if row["variant"] != "without")
     seeds = len(next(iter(rows[0]["tuned"].values()))[0])
     lines = head("MetaDD", facts)
-    lines += ["Tiny sizes, of no meaning (--quick); those told below are of a full run.", ""] if arguments.quick else []
+    lines += ["Tiny sizes, of no meaning (--quick); the ones below are of a full run.", ""] if arguments.quick else []
     lines += [heading(setting, groups, arguments.distillations, seeds), ""]
     lines += [*variant_table(rows), "", *by_architecture(rows), "", "## Cost", "", SPENT, ""]
     lines += spent_table(rows, found["experts"])

@@ -92,14 +92,14 @@ def made_up(folder: Path, side: int, classes: int, each: int = 20) -> Path:
 
 
 def case_of(name: str, folder: Path) -> RunConfig:
-    """The recipe of a case, with its images below the folder."""
+    """Recipe of a case, with its images below the folder."""
     recipe, side, classes, more = CASES[name]
     data = [f"dataset.path={json.dumps(str(made_up(folder, side, classes)))}", "dataset.source=parquet"] if side else []
     return override(get_recipe(recipe), [*SHORT, *more, *data])
 
 
 def predicted(config: RunConfig, out: str) -> dict[str, float]:
-    """Seconds of an iteration and bytes of a worker, as the plan has them."""
+    """Planned seconds of an iteration and bytes of a worker."""
     shape = data_shape(config.dataset)
     config = config.resolved(shape.image[1:])
     plain = Proposal(config, shape, plans_of(config, shape), machine_here(config))
@@ -113,7 +113,7 @@ def predicted(config: RunConfig, out: str) -> dict[str, float]:
 
 
 def train_expert(config: RunConfig, out: str) -> dict[str, float]:
-    """Store the expert."""
+    """Train and store the expert."""
     pipeline = Pipeline([config], out, alone=True)
     pipeline.train_experts(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
     return {}
@@ -124,7 +124,7 @@ def distil(config: RunConfig, out: str) -> dict[str, float]:
     moments: list[float] = []
 
     class Noting(Reporter):
-        """Notes when iterations end, in CPU seconds."""
+        """A reporter that notes, in CPU seconds, when iterations end."""
 
         @contextmanager
         def stage(self, title: str, tasks: int) -> Iterator[Any]:
@@ -147,7 +147,7 @@ PARTS = {"predicted": predicted, "expert": train_expert, "measured": distil}
 
 
 def compared(name: str, folder: Path) -> dict[str, dict[str, float]]:
-    """What each part found of a case."""
+    """Predicted and measured values of each part of a case."""
     folder.mkdir(parents=True)
     (folder / "plan.yaml").write_text(to_yaml(case_of(name, folder)))
     found = {}
@@ -160,7 +160,7 @@ def compared(name: str, folder: Path) -> dict[str, dict[str, float]]:
 
 
 def row(name: str, found: dict[str, dict[str, float]]) -> str:
-    """One line of the table."""
+    """Format one line of the table."""
     before, after = found["predicted"], found["measured"]
     texts = [show_number(before["seconds without --measure"]), show_number(before["seconds"])]
     texts += [show_number(after["seconds"]), f"{after['seconds'] / before['seconds']:.2f}"]
@@ -169,7 +169,7 @@ def row(name: str, found: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
-    """Compare, print the table and write it down."""
+    """Compare all cases; print and save the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the smallest case; written nowhere without --out")
     parser.add_argument("--runs", type=Path, help="folder of the runs; a temporary one")

@@ -53,7 +53,7 @@ def convolution_rounding(memory_format: torch.memory_format) -> float:
 
 
 def methods(shape: Shape) -> dict[str, Callable[[Problem], Gradient]]:
-    """What is compared."""
+    """Methods to compare."""
     problem = make_problem(shape.spec, *shape.reference)
     first, last = (
         Ours(Method(shape, 1, channels_last=channels_last), problem.network, 0) for channels_last in (False, True)
@@ -62,7 +62,7 @@ def methods(shape: Shape) -> dict[str, Callable[[Problem], Gradient]]:
 
 
 def errors_of(shape: Shape, problems: int) -> dict[str, list[list[float]]]:
-    """For each method and problem the errors of the gradient in images, soft labels and step size."""
+    """Errors of the gradient in images, soft labels and step size, for each method and problem."""
     computed = methods(shape)
     errors: dict[str, list[list[float]]] = {name: [] for name in computed}
     for seed in range(problems):
@@ -76,7 +76,7 @@ def errors_of(shape: Shape, problems: int) -> dict[str, list[list[float]]]:
 
 
 def table(errors: dict[str, list[list[float]]]) -> list[str]:
-    """One line for each method."""
+    """Format one line for each method."""
     lines = [
         "| method | problems that jump | median error of the others | largest error |",
         "| --- | --- | --- | --- |",
@@ -108,7 +108,7 @@ def expert_lines(problems: int) -> Iterator[str]:
 def _expert_errors(
     stacked: int, batch: int, spec: NetworkSpec, problems: int
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Errors and seconds of every method, the methods taking turns."""
+    """Errors and seconds of every method, measured in turns."""
     networks = [build_network(spec, seed) for seed in range(stacked)]
     state, weights = ExpertState.initial(networks), torch.full((batch,), 1 / batch)
     ours = {
@@ -150,7 +150,7 @@ def _plainly(networks: Sequence[nn.Module], images: Tensor, labels: Tensor) -> T
 
 
 def main() -> None:
-    """Compute all problems; print the table and write it down."""
+    """Compute all problems; print and save the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", type=int, default=24)
     parser.add_argument("--experts", action="store_true", help="of an expert's step; written nowhere")
@@ -169,12 +169,12 @@ def main() -> None:
         "channels first": convolution_rounding(torch.contiguous_format),
         "channels last": convolution_rounding(torch.channels_last),
     }
-    told = ", ".join(f"{name} {value:.1e}" for name, value in rounding.items())
+    listed = ", ".join(f"{name} {value:.1e}" for name, value in rounding.items())
     lines = [
         *head("Rounding of the matching gradient", facts),
         HEADER,
     ]
-    lines += ["", *table(errors), "", f"Relative rounding of one convolution of 128 channels: {told}."]
+    lines += ["", *table(errors), "", f"Relative rounding of one convolution of 128 channels: {listed}."]
     print("\n".join(lines))
     out = arguments.out or (None if arguments.quick else Path(__file__).parent / "results")
     if out:

@@ -56,20 +56,20 @@ KEY = GroupKey("random", "convnet", "bench")
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one way of reading."""
+    """Measurements of one way to read."""
 
     name: str
     pairs: int
     bytes_per_pair: float
     share: float
-    """Of the bytes of two stored snapshots."""
+    """Bytes on the wire over the bytes of two stored snapshots."""
     times_fewer: float
     p50: float
     """Milliseconds."""
     p99: float
 
     def line(self) -> str:
-        """As a row of the table."""
+        """Format the row for the table."""
         fewer = f"{self.times_fewer:,.0f}" if self.bytes_per_pair else ""
         size, share = f"{self.bytes_per_pair / 2**20:.3f}", f"{self.share:.4f}"
         return f"| {self.name} | {size} | {share} | {fewer} | {self.p50:.2f} | {self.p99:.2f} | {self.pairs} |"
@@ -92,7 +92,7 @@ class Server:
 
     @contextmanager
     def delayed(self, seconds: float) -> Iterator[None]:
-        """Every answer waits that long in the block."""
+        """Delay every answer in the block by some seconds."""
         self._delay.value = seconds
         yield
         self._delay.value = 0.0
@@ -104,7 +104,7 @@ class Server:
 
 
 def serve(port: Any, sent: Synchronized[int], delay: Synchronized[float]) -> None:
-    """The process of `Server`."""
+    """Run the server process of `Server`."""
     import logging
 
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
@@ -188,7 +188,7 @@ def timed(reads: Sequence[Callable[[], object]], before: Callable[[], object] = 
 
 
 class Bench:
-    """The rows, one after another."""
+    """Measures rows one after another and keeps them."""
 
     def __init__(self, quick: bool, experts: int, epochs: int, count: int) -> None:
         self.network = FlatNetwork(build_network(spec(quick), seed=0))
@@ -198,7 +198,7 @@ class Bench:
         self.rows: list[Row] = []
 
     def add(self, name: str, durations: list[float], sent: float, value_bytes: int = 4) -> None:
-        """Add a row, and print it."""
+        """Add a row and print it."""
         count = len(durations)
         two = 2 * value_bytes * self.network.count
         cuts = statistics.quantiles(durations, n=100, method="inclusive") if count > 1 else durations * 99
@@ -207,7 +207,7 @@ class Bench:
         print(self.rows[-1].line(), flush=True)
 
     def local(self, folder: Path) -> None:
-        """A local store, and the replay buffer of the same experts."""
+        """Measure a local store, and the replay buffer of the same experts."""
         group = write_experts(str(folder / "float32"), self.network, self.experts, self.epochs, "float32")
         (name,) = export_replay_buffers(group, open_location(str(folder)), per_file=self.experts).files
         buffer = folder / name
@@ -228,7 +228,7 @@ class Bench:
         self.add("local, cold", timed(reads, drop_pages), mapped * len(reads))
 
     def remote(self, server: Server, uri: str, storage: str, delays: Sequence[float], think: float) -> None:
-        """A store on S3: plain, with latency, read ahead, and from the cache."""
+        """Measure a store on S3: plain, with latency, read ahead, and from the cache."""
         group = write_experts(uri, self.network, self.experts, self.epochs, storage)
         value_bytes = 4 if storage == "float32" else 2
         for expert in range(self.experts):
@@ -247,7 +247,7 @@ class Bench:
                 self.add(f"{shown}, ahead (w = {1000 * think:.0f})", durations, sent(), value_bytes)
 
     def read_ahead(self, group: ExpertGroup, think: float) -> list[float]:
-        """Waits for pairs that were announced one iteration before; an iteration only sleeps."""
+        """Measure the wait for pairs announced one iteration before, where an iteration only sleeps."""
         prefetcher, durations = Prefetcher(group), []
         prefetcher.announce(*self.draws[0])
         for number, draw in enumerate(self.draws):
@@ -259,7 +259,7 @@ class Bench:
         return durations
 
     def cached(self, server: Server, uri: str, folder: Path) -> None:
-        """Pairs that are in the local cache."""
+        """Measure pairs that are in the local cache."""
         os.environ[FOLDER] = str(folder / "cache")
         group = TrajectoryStore(uri).group(*str(KEY).split("/"))
         reads = [lambda draw=draw: group.read_params(*draw) for draw in self.draws]
@@ -271,14 +271,14 @@ class Bench:
 
     @contextmanager
     def counting(self, server: Server) -> Iterator[Callable[[], int]]:
-        """Gives a function: the bytes that the server sent in the block."""
+        """Yields a function that returns the bytes sent by the server in the block."""
         before = server.sent.value
         yield lambda: after - before
         after = server.sent.value
 
 
 def main() -> None:
-    """Measure all rows; print them and write them down."""
+    """Measure all rows; print and save them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes; written nowhere unless --out is given")
     parser.add_argument("--pairs", type=int, help="pairs of each row; 300, with --quick 20")

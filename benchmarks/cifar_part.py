@@ -1,4 +1,4 @@
-"""A part of real CIFAR-10 that a processor can be asked to work on."""
+"""A part of real CIFAR-10 small enough for CPUs."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import numpy as np
 from datm_ray.errors import DatasetError
 
 PER_CLASS = (1000, 500)
-"""Training and test images that are taken."""
+"""Training and test images taken of each class."""
 FEW_PER_CLASS = (20, 20)
-"""The same, to try a program."""
-TOLD = (
+"""Training and test images of each class when a program is only tried."""
+DESCRIPTION = (
     "A part of real CIFAR-10: the first 1000 training images (100 of them for validation) and 500 test images of\n"
     "each class."
 )
 FILES = ("cifar10-train.parquet", "cifar10-test.parquet")
 SOURCE = Path(__file__).resolve().parents[2] / "shared" / "data"
-"""Where cifar10-train.parquet and cifar10-test.parquet are looked for."""
+"""Folder of cifar10-train.parquet and cifar10-test.parquet."""
 
 
 def dataset_override(source: Path, runs: Path, quick: bool) -> str:
-    """Write the part beside the runs; what makes a recipe take it.
+    """Write the part beside the runs. Returns the override that makes a recipe use it.
 
     Raises:
         DatasetError: the files are not there.

@@ -19,13 +19,13 @@ from datm_ray.monitor.provenance import provenance
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PLACES = ("--runs", "--cifar", "--out")
-"""Options that name folders of one machine, which decide no result."""
+"""Options that name folders of one machine; they decide no result."""
 GOES = "goes.json"
-"""In a folder of runs: which version worked on them, and for how long."""
+"""File in a folder of runs: which version worked on them, and for how long."""
 
 
 def common_facts(program: str, words: Sequence[str], device: str = "cpu", runs: Path | None = None) -> dict[str, str]:
-    """Of a run of a file of this folder with these options.
+    """Facts above every result: command, machine, versions, commit and date.
 
     Args:
         runs: folder of runs that several goes may have worked on, see `going`.
@@ -42,7 +42,7 @@ def common_facts(program: str, words: Sequence[str], device: str = "cpu", runs: 
 
 @contextmanager
 def going(runs: Path) -> Iterator[None]:
-    """Note in a folder of runs that this version works on them, and how long the block took if it comes to its end."""
+    """Note in a folder of runs that this version works on them, and how long the block took once it ends."""
     goes = _read_goes(runs)
     goes.append({"commit": commit(), "began": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()), "seconds": None})
     started = time.monotonic()
@@ -75,7 +75,7 @@ def _goes(runs: Path) -> dict[str, str]:
 
 
 def counted(distillations: int, networks: int) -> dict[str, str]:
-    """The fact of how often everything was done, and with which seeds."""
+    """Describe how many repetitions were made, and with which seeds."""
     return {
         "seeds": f"{distillations} distillation(s) of each row (seeds 0 to {distillations - 1}), "
         f"{networks} freshly trained networks for each (numbers 0 to {networks - 1})"
@@ -83,17 +83,17 @@ def counted(distillations: int, networks: int) -> dict[str, str]:
 
 
 def head(title: str, facts: Mapping[str, str]) -> list[str]:
-    """The first lines of a page."""
+    """The first lines of a page: its title and the facts."""
     return [f"# {title}", "", *(f"{key}: {value}  " for key, value in facts.items()), ""]
 
 
 def result_path(out: Path, name: str, device: str = "cpu") -> Path:
-    """Where a result lies, but for its suffix: by machine and month."""
+    """Path of a result without its suffix, named by machine and month."""
     return out / f"{name}_{hardware(device)[0]}_{date.today():%Y%m}"
 
 
 def save(path: Path, lines: Sequence[str], result: Mapping[str, Any]) -> None:
-    """The page for readers, and the numbers for programs."""
+    """Write the page for readers and the numbers for programs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
     path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
@@ -109,11 +109,11 @@ def without_places(words: Sequence[str]) -> list[str]:
 
 
 def hardware(device: str) -> tuple[str, str]:
-    """A name for files, and one for readers."""
+    """Hardware as a name for files, and as one for readers."""
     if device == "cuda":
         name = torch.cuda.get_device_name()
         return name.lower().replace(" ", "-"), name
-    model = provenance(torch.device("cpu"))["processor"]
+    model = provenance(torch.device("cpu"))["processor"]  # former name
     cores = len(os.sched_getaffinity(0))
     return f"{cores}-core-cpu", f"{cores} cores of {model}, {status('MemTotal', '/proc/meminfo') / 2**30:.0f} GiB"
 
@@ -125,7 +125,7 @@ def status(field: str, path: str = "/proc/self/status") -> int:
 
 
 def commit() -> str:
-    """Of this repository, and whether something in it is changed."""
+    """Commit of this repository, and whether the working tree differs from it."""
 
     def git(*words: str) -> str:
         return subprocess.run(

@@ -58,14 +58,14 @@ def _note(out: Location, config: RunConfig) -> Any:
 
 
 def _digest(out: Location, config: RunConfig) -> str:
-    """Of the images and labels of a set, to find out that two are the same bit for bit."""
+    """Digest of a set's images and labels; equal digests mean bit-identical sets."""
     found = read_artifact(out / config.name / SYNTHETIC)
     tensors = (found.images, found.soft_labels)
     return sha256(b"".join(each.contiguous().numpy().tobytes() for each in tensors)).hexdigest()
 
 
 def _of(out: Location, runs: Sequence[RunConfig]) -> dict[str, Any]:
-    """Of one row of a table: all distillations."""
+    """Measurements of one row of a table, over all its distillations."""
     scores = [{s.row: s for s in read_scores(out, each, _note(out, each)["fingerprint"])} for each in runs]
     curves = [read_curves(out / each.name) for each in runs]
     distill = runs[0].distill
@@ -107,22 +107,22 @@ def _cost(scores: Sequence[Score]) -> dict[str, float]:
 
 
 def mean(values: Accuracies) -> float:
-    """Over distillations of the means of their networks."""
+    """Mean over distillations of the means of their networks."""
     return statistics.fmean(map(statistics.fmean, values))
 
 
 def _units(values: Accuracies) -> Sequence[float]:
-    """What counts as one draw: a distillation, by its networks' mean; a network where there is one distillation."""
+    """Independent draws: the mean of each distillation's networks, or the networks of a single distillation."""
     return [statistics.fmean(each) for each in values] if len(values) > 1 else values[0]
 
 
 def _error_of_mean(units: Sequence[float]) -> float:
-    """The standard error; nan for one draw."""
+    """Standard error of the mean; nan for one draw."""
     return statistics.stdev(units) / math.sqrt(len(units)) if len(units) > 1 else math.nan
 
 
 def paired_difference(these: Accuracies, those: Accuracies) -> tuple[float, float]:
-    """Mean difference and its standard error, of draws that share their seed.
+    """Mean difference and its standard error, over draws paired by seed.
 
     Those of one seed have experts, validation images and initial parameters of networks in common.
     """
@@ -135,7 +135,7 @@ ROUNDING = 1e-9
 
 
 def is_lossless(distilled: Accuracies, real: Accuracies) -> bool | None:
-    """Whether sets are not below all real data by more than one standard error of the difference; none: not known.
+    """True if sets are at most one standard error of the difference below all real data; `None` if unknown.
 
     Of one distillation it is not: networks that share a set do not tell by how much sets differ.
     """
@@ -215,8 +215,8 @@ def progress_table(found: Mapping[str, Any]) -> list[str]:
         by: dict[int, list[float]] = {}
         for iteration, accuracy in itertools.chain(*row["validation_curves"]):
             by.setdefault(iteration, []).append(accuracy)
-        told = ", ".join(f"{100 * statistics.fmean(each):.1f} at {iteration}" for iteration, each in by.items())
-        rows.append([str(row["ipc"]), row["range"], told])
+        curve = ", ".join(f"{100 * statistics.fmean(each):.1f} at {iteration}" for iteration, each in by.items())
+        rows.append([str(row["ipc"]), row["range"], curve])
     return table(["IPC", "method", "accuracy on validation images, at iteration"], rows)
 
 
@@ -244,7 +244,7 @@ def ablation_table(found: Mapping[str, Any]) -> list[str]:
         accuracy, sets = row["accuracy"]["distilled"], len(row["runs"])
         gain = gain_cell(accuracy, base["accuracy"]["distilled"])
         same = row["same_sets_as_base"]
-        told = f"{gain}; {same} of {sets} set(s) the same bit for bit" if same else gain
+        note = f"{gain}; {same} of {sets} set(s) the same bit for bit" if same else gain
         distillation, experts = (row["cost"][part]["cpu_seconds"] / sets for part in ("distillation", "experts"))
         rows.append(
             [
@@ -252,7 +252,7 @@ def ablation_table(found: Mapping[str, Any]) -> list[str]:
                 f"{row['start_epochs'][0]}–{row['start_epochs'][1]}",
                 str(row["experts"]),
                 cell(accuracy),
-                "" if row is base else told,
+                "" if row is base else note,
                 _listed(row["kept_at"]),
                 _listed(row["shortened"]),
                 f"{100 * statistics.fmean(row['validation']):.1f}",
@@ -307,7 +307,7 @@ torch and the images are 0.85 GiB of it."""
     named += [(NAMES.get(row["variant"], row["variant"]), row) for row in found["ablation"][1:]]
     named += [(f"IPC {row['ipc']}, {row['range']}, no limit", row) for row in found["unlimited"]]
     groups = {row["optimiser"]: row for _, row in sorted(named, key=lambda each: each[1]["experts"])}
-    for optimiser, row in groups.items():  # of each kind the row with the most, of which others have some
+    for optimiser, row in groups.items():  # the row with the most of each kind; others share some of it
         count = len(row["seeds"]) * row["experts"]
         rows.append(cost_cells(f"experts, {optimiser}", count, row["cost"]["experts"]))
     controls: set[tuple[str, int | None]] = set()

@@ -23,7 +23,7 @@ class TeslaStepFunctions(StudentStepFunctions):
     """
 
     def reverse(self, theta: Tensor, x: Tensor, y: Tensor, weights: Tensor, v: Tensor) -> Reversed:
-        """As exact, but without the derivative in the step's parameters."""
+        """The exact reverse step, but without the derivative in the step's parameters."""
         s, d_theta, d_x, d_y = super().reverse(theta, x, y, weights, v)
         return s, torch.zeros_like(d_theta), d_x, d_y
 
@@ -41,37 +41,37 @@ class TeslaWorker(DistillWorker):
 
 
 class TeslaPipeline(Pipeline):
-    """Stages of which the distillation takes TESLA's approximation."""
+    """A pipeline whose distillation takes TESLA's approximation."""
 
     distill_worker = TeslaWorker
 
 
 @dataclass(frozen=True)
 class Range:
-    """Start epochs that may be drawn, both included; fixed."""
+    """A fixed range of start epochs, both ends included."""
 
     first: int
     last: int
 
     def overrides(self) -> list[str]:
-        """Of a recipe."""
+        """Overrides of a recipe that set this range."""
         return [f"distill.start_epochs=[{self.first}, {self.last + 1}]"]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is distilled; the full sizes, or tiny ones to try the program."""
+    """Sizes of what is distilled: the full ones, or tiny ones to try the program."""
 
     fixed: Mapping[str, Range]
-    """The same at every IPC."""
+    """Ranges that are equal at every IPC."""
     own: Mapping[int, Range]
-    """DATM's, by IPC."""
+    """DATM's own ranges, by IPC."""
     recipes: Mapping[int, str]
-    """By IPC, the packaged recipe whose other values are taken."""
+    """Packaged recipe, by IPC, that gives all other values."""
     iterations: Mapping[int, int]
     ablation_ipc: int
     expert_counts: Sequence[int]
-    """Of the ablation, beside the recipe's."""
+    """Numbers of experts in the ablation, beside the recipe's."""
     base: Sequence[str]
     """Overrides of every run."""
     everything: Range
@@ -82,7 +82,7 @@ class Sizes:
 
 FULL = Sizes(
     fixed={"early": Range(0, 4), "middle": Range(5, 19), "late": Range(20, 35)},
-    # At 1, 10 and 30 those of the packaged recipes, from a prototype that was scored on its test split; else between.
+    # IPC 1, 10 and 30: ranges of the packaged recipes, from a prototype scored on its test split. Others lie between.
     own={1: Range(0, 9), 5: Range(2, 19), 10: Range(5, 29), 20: Range(8, 32), 30: Range(10, 34)},
     recipes={1: "digits-ipc1", 5: "digits-ipc10", 10: "digits-ipc10", 20: "digits-ipc30", 30: "digits-ipc30"},
     iterations={1: 500, 5: 250, 10: 200, 20: 250, 30: 250},
@@ -124,7 +124,7 @@ Rows = dict[tuple[int, str], list[RunConfig]]
 
 
 def crossover_runs(sizes: Sizes, distillations: int, seeds: int) -> Rows:
-    """Within an IPC only the range differs."""
+    """Runs of the crossover; within an IPC only the range differs."""
     found = {}
     for ipc in sizes.own:
         for name, start in {**sizes.fixed, "datm": sizes.own[ipc]}.items():
@@ -133,7 +133,7 @@ def crossover_runs(sizes: Sizes, distillations: int, seeds: int) -> Rows:
 
 
 def unlimited_runs(sizes: Sizes, distillations: int, seeds: int) -> Rows:
-    """Some of the crossover's runs without a limit on gradients."""
+    """Some of the crossover's runs, without a limit on gradients."""
     found = {}
     for ipc, name in sizes.unlimited:
         start = {**sizes.fixed, "datm": sizes.own[ipc]}[name]
@@ -200,7 +200,7 @@ EXPERT_EPOCH, COMPILING, STARTING = 0.025, 4.1, 60.0
 
 
 def estimate(runs: Sequence[RunConfig]) -> float:
-    """CPU seconds of all stages of runs that have not begun, on a core of a 2-core machine."""
+    """CPU seconds of all stages of unstarted runs, on a core of a 2-core machine."""
     experts: dict[tuple[str, int], int] = {}
     controls: dict[tuple[int, int], float] = {}
     seconds = STARTING

@@ -39,7 +39,7 @@ def label(network: NetworkConfig) -> str:
 
 
 def accuracies(pipeline: Pipeline, runs: Sequence[RunConfig], column: str) -> Accuracies:
-    """Of one variant; `column` is tuned or learned."""
+    """Accuracies of one variant; `column` is tuned or learned."""
     fingerprint = pipeline.runs.raw(runs[0]).fingerprint
     found: Accuracies = {}
     for config in runs:
@@ -50,7 +50,7 @@ def accuracies(pipeline: Pipeline, runs: Sequence[RunConfig], column: str) -> Ac
 
 
 def ratios(pipeline: Pipeline, config: RunConfig, looking: RunConfig) -> list[float]:
-    """Of a run's set, under the networks of another run, at every threshold."""
+    """Meta-feature ratios of a run's set under the networks of another run, at every threshold."""
     dataset, cpu = pipeline.runs.dataset(config.dataset), torch.device("cpu")
     networks = [*looking.each_backbone()[:1], *looking.each_auxiliary()]
     restored = [ExpertNetworks(each, dataset, pipeline.store_uri, cpu).restored(0) for each in networks]
@@ -60,7 +60,7 @@ def ratios(pipeline: Pipeline, config: RunConfig, looking: RunConfig) -> list[fl
 
 
 def compared(pipeline: Pipeline, runs: dict[str, list[RunConfig]], auxiliaries: int) -> list[dict[str, Any]]:
-    """What the table says of each variant, with every accuracy; the first is what the others are compared with.
+    """Rows of the table, with every accuracy; the first variant is the baseline of all others.
 
     Args:
         auxiliaries: of the variant under whose networks all sets' ratios are measured.
@@ -95,7 +95,7 @@ def compared(pipeline: Pipeline, runs: dict[str, list[RunConfig]], auxiliaries: 
 
 
 def costs(pipeline: Pipeline, runs: Sequence[RunConfig]) -> dict[str, Spent]:
-    """Of distilling all sets of a variant, and of the networks that scored them, by architecture."""
+    """Cost of distilling all sets of a variant, and of their scoring networks by architecture."""
     fingerprint = pipeline.runs.raw(runs[0]).fingerprint
     found = {"distillation": total(read_cost(pipeline.out / config.name) for config in runs)}
     for config in runs:
@@ -106,7 +106,7 @@ def costs(pipeline: Pipeline, runs: Sequence[RunConfig]) -> dict[str, Spent]:
 
 
 def experts_costs(pipeline: Pipeline, runs: dict[str, list[RunConfig]]) -> dict[str, tuple[int, dict[str, float]]]:
-    """Architecture -> how many experts, and auxiliaries, all variants share, and what they have cost together."""
+    """Number and total cost of the experts and auxiliaries that all variants share, by architecture."""
     by: dict[tuple[int, str], ExpertsCost] = {}
     for config in (config for each in runs.values() for config in each):
         for cost in read_experts_cost(pipeline.out / config.name):
@@ -121,7 +121,7 @@ def experts_costs(pipeline: Pipeline, runs: dict[str, list[RunConfig]]) -> dict[
 
 
 def flat(values: Accuracies, names: Sequence[str]) -> list[float]:
-    """Of these architectures, one after another."""
+    """Values of these architectures, one after another."""
     return [accuracy for name in names for distillation in values[name] for accuracy in distillation]
 
 
@@ -155,21 +155,21 @@ def paired(values: Accuracies, base: Accuracies, names: Sequence[str]) -> dict[s
 
 
 def variant_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each variant."""
+    """Table with a line for each variant."""
     lines = []
     for row in rows:
         cells = [row["variant"]]
         for names in row["groups"].values():
             tuned, learned = (statistics.fmean(flat(row[column], names)) for column in ("tuned", "learned"))
             cells.append(f"{tuned:.1f} ({learned:.1f})")
-        cells += [told(row["tests"][group]) for group in row["groups"]]
+        cells += [difference(row["tests"][group]) for group in row["groups"]]
         lines.append([*cells, " / ".join(f"{ratio:.3f}" for ratio in row["ratio"])])
     head = ["variant", "same, tuned (learned)", "seen", "unseen", "difference: same", "seen", "unseen", "ratio"]
     return table(head, lines)
 
 
 def spent_table(rows: Sequence[dict[str, Any]], experts: dict[str, tuple[int, dict[str, float]]]) -> list[str]:
-    """What every row has cost; experts and auxiliaries, which variants share, once."""
+    """Table of every row's cost; experts and auxiliaries, which variants share, appear once."""
     lines = [cost_cells(f"experts, {name}", number, cost) for name, (number, cost) in experts.items()]
     for row in rows:
         sets = len(next(iter(row["tuned"].values())))
@@ -179,8 +179,8 @@ def spent_table(rows: Sequence[dict[str, Any]], experts: dict[str, tuple[int, di
     return table(COST_HEAD, lines)
 
 
-def told(test: dict[str, Any]) -> str:
-    """A difference with its tests."""
+def difference(test: dict[str, Any]) -> str:
+    """Format a difference with its tests."""
     if "p_t" not in test:
         return f"{test['difference']:+.1f}" if test["difference"] else ""
     distillations = f"; over distillations {test['p_distillations']:.2g}" if "p_distillations" in test else ""

@@ -39,7 +39,7 @@ TITLE = (
 
 
 def cost_child(auxiliaries: int, quick: bool, share: float) -> None:
-    """Peak memory and seconds of an iteration at CIFAR shape, IPC 10, with so many auxiliaries; one JSON line."""
+    """Peak memory and seconds of an iteration at CIFAR shape, IPC 10, with this many auxiliaries; one JSON line."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     width, size, steps = (8, (16, 16), 2) if quick else (128, (32, 32), 10)
     shape = Shape("CIFAR-10 IPC 10", 3, width, (3, *size), 10, 100, 20, (20, 5))
@@ -82,7 +82,7 @@ def cost_child(auxiliaries: int, quick: bool, share: float) -> None:
 
 
 def cost_rows(quick: bool) -> list[dict[str, Any]]:
-    """Each in a process of its own."""
+    """Measure each row in a process of its own."""
     rows = []
     for auxiliaries, share in ((0, 1.0), (1, 1.0), (2, 1.0), (4, 1.0), (4, 0.2)):
         request = json.dumps([auxiliaries, quick, share])
@@ -93,7 +93,7 @@ def cost_rows(quick: bool) -> list[dict[str, Any]]:
 
 
 def cost_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each number of auxiliaries."""
+    """Table with a line for each number of auxiliaries."""
     base, lines = rows[0], []
     for row in rows:
         seconds, before = statistics.median(row["seconds"]), statistics.median(base["seconds"])

@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def options(description: str | None, runs: str, seeds: int) -> argparse.ArgumentParser:
-    """What every one of them takes; `runs` and `seeds` are defaults."""
+    """Options of every benchmark of whole runs; `runs` and `seeds` are defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes; written nowhere unless --out is given")
     parser.add_argument("--distillations", type=positive, default=1, help="of each row, with seeds of their own")
@@ -31,7 +31,7 @@ def options(description: str | None, runs: str, seeds: int) -> argparse.Argument
 
 
 def settled(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> argparse.Namespace:
-    """With both folders known and made, so that a run does not end before a place where nobody can write."""
+    """Options with both folders made, so that an unwritable place fails before the work."""
     default: Path = arguments.default_runs
     arguments.runs = arguments.runs or default.with_name(default.name + ("-quick" if arguments.quick else ""))
     arguments.out = arguments.out or (None if arguments.quick else RESULTS)
@@ -45,7 +45,7 @@ def settled(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> a
 
 
 def run(configs: Sequence[RunConfig], kind: type[Pipeline], folder: Path, executor: str) -> Pipeline:
-    """All stages of some runs that is not done yet."""
+    """Run all unfinished stages of some runs."""
     pipeline = kind(configs, str(folder), alone=executor == "serial")
     start: Callable[[], Executor] = lambda: create_executor(executor, configs[0].cluster, None)  # noqa: E731
     pipeline.run_all(start, Reporter())
@@ -53,13 +53,13 @@ def run(configs: Sequence[RunConfig], kind: type[Pipeline], folder: Path, execut
 
 
 def resolved(groups: Mapping[str, list[RunConfig]], pipeline: Pipeline) -> dict[str, list[RunConfig]]:
-    """Groups of runs as the pipeline has them: with what the size of their images decides filled in."""
+    """Groups of runs as the pipeline has them, with the values that image sizes decide filled in."""
     found = {config.name: config for config in pipeline.configs}
     return {name: [found[config.name] for config in configs] for name, configs in groups.items()}
 
 
 def positive(text: str) -> int:
-    """A whole number from 1."""
+    """Parse a whole number from 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1")
@@ -67,7 +67,7 @@ def positive(text: str) -> int:
 
 
 def start(main: Callable[[], object]) -> None:
-    """Run a program; what goes wrong is one line, and exit code 2."""
+    """Run a program; an error is one line and exit code 2."""
     try:
         main()
     except DatmError as failure:

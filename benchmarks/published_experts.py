@@ -46,7 +46,7 @@ def loader_epochs(
 
 
 def sgd_step(network: nn.Module, x: Tensor, y: Tensor, optimiser: torch.optim.Optimizer) -> None:
-    """Forward, backward, step."""
+    """SGD: forward, backward, step."""
     loss = cross_entropy(network(x), y)
     optimiser.zero_grad()
     loss.backward()
@@ -54,7 +54,7 @@ def sgd_step(network: nn.Module, x: Tensor, y: Tensor, optimiser: torch.optim.Op
 
 
 def gsam_step(network: nn.Module, x: Tensor, y: Tensor, optimiser: torch.optim.Optimizer) -> None:
-    """Layer by layer, as the published code."""
+    """GSAM layer by layer, as in the published code."""
     layers = list(network.parameters())
     gradient = torch.autograd.grad(cross_entropy(network(x), y), layers)
     pairs = list(zip(layers, gradient, strict=True))

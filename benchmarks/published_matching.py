@@ -20,7 +20,7 @@ from datm_ray.methods.trajectory.step_functions import StudentStepFunctions, sof
 
 @dataclass(frozen=True)
 class Problem:
-    """The arguments of a matching gradient."""
+    """Arguments of a matching gradient."""
 
     network: FlatNetwork
     start: Tensor
@@ -76,7 +76,7 @@ def step_loss(problem: Problem, theta: Tensor, learned: Sequence[Tensor], step: 
 
 
 def unrolling(problem: Problem) -> Gradient:
-    """Through the graph of all steps."""
+    """The exact gradient, through the graph of all steps."""
     synthetic = problem.synthetic
     learned = [t.clone().requires_grad_() for t in (synthetic.images, synthetic.soft_labels, synthetic.step_sizes[0])]
     theta = problem.start.clone().requires_grad_()
@@ -89,7 +89,7 @@ def unrolling(problem: Problem) -> Gradient:
 
 
 def tesla(problem: Problem) -> Gradient:
-    """Step by step, as if no step's parameters depended on the images."""
+    """TESLA's gradient, step by step, as if no step's parameters depended on the images."""
     synthetic = problem.synthetic
     learned = [t.clone().requires_grad_() for t in (synthetic.images, synthetic.soft_labels)]
     trace = [problem.start]

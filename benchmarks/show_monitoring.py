@@ -1,4 +1,4 @@
-"""A live run under Prometheus, of which workers are killed: every query of the Grafana dashboard is asked.
+"""A live run under Prometheus whose workers are killed: every query of the Grafana dashboard is asked.
 
     python benchmarks/show_monitoring.py --out benchmarks/results/monitoring_2-core-cpu_202611.md
     python benchmarks/show_monitoring.py --screenshot cluster/monitoring/ray-dashboard.png
@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # of a cluster that listens to this machine for a minute or two
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # the cluster listens on this machine only, for a minute or two
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
@@ -64,7 +64,7 @@ CHANGES = (
     "cluster.shards=2",
     "cluster.peer_timeout=60",
 )
-"""Of digits-ipc1: some seconds for every stage, so that all of them are seen."""
+"""Overrides of digits-ipc1 that give every stage some seconds, so that all are observed."""
 
 
 class Watcher(Reporter):
@@ -80,12 +80,12 @@ class Watcher(Reporter):
 
     @contextmanager
     def stage(self, title: str, tasks: int) -> Iterator[Stage]:
-        """As a reporter's; the events pass by here."""
+        """Start a stage as a reporter does, and observe its events."""
         with super().stage(title, tasks) as inner:
             yield _Passing(inner, self)
 
     def wait_for(self, what: Callable[[], bool]) -> None:
-        """Until something is so, or the run must end."""
+        """Wait until a condition holds, or the run must end."""
         end = time.monotonic() + PATIENCE
         while not what() and time.monotonic() < end and not self.go_on.is_set():
             time.sleep(0.2)
@@ -156,7 +156,7 @@ def screenshot(dashboard: str, place: Path) -> None:
 
 
 def check(address: str, *required: str) -> subprocess.CompletedProcess[str]:
-    """Ask everything, until all is there or patience ends."""
+    """Query everything until all is there or the time is over."""
     command = [sys.executable, str(MONITORING / "check.py"), address]
     command += [word for panel in required for word in ("--with", panel)]
     end = time.monotonic() + PATIENCE / 2
@@ -168,7 +168,7 @@ def check(address: str, *required: str) -> subprocess.CompletedProcess[str]:
 
 
 def watch(watcher: Watcher, address: str, dashboard: str, picture: Path | None) -> tuple[bool, str]:
-    """Kill, look, and ask while the run goes on. Whether all is there, and the text of the report."""
+    """Kill workers and query the metrics meanwhile. Returns whether all queries had data, and the report."""
     try:
         watcher.wait_for(lambda: watcher.seen["experts"] >= 6)
         kill_an_actor("ExpertWorker", dashboard)
@@ -186,7 +186,7 @@ def watch(watcher: Watcher, address: str, dashboard: str, picture: Path | None) 
 
 
 def main() -> int:
-    """Run, watch, write."""
+    """Run, watch and write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write the report to this file; else it is printed")
     parser.add_argument("--screenshot", type=Path, help="PNG of Ray's dashboard during the run")
@@ -199,7 +199,7 @@ def main() -> int:
     config = override(get_recipe("digits-ipc1"), CHANGES)
     found: list[tuple[bool, str]] = []
     with ExitStack() as stack:
-        # Short, for the names of Ray's sockets have room for 107 characters.
+        # A short path, because names of Ray's sockets are limited to 107 characters.
         folder = Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="w", dir="/tmp", ignore_cleanup_errors=True))
         )
@@ -236,16 +236,16 @@ def main() -> int:
 
 
 def header(arguments: list[str]) -> list[str]:
-    """What was run, and on what."""
+    """Facts of the report: command, versions and machine."""
     version = subprocess.run(["prometheus", "--version"], capture_output=True, text=True)
-    told = (version.stdout or version.stderr).split(",")[1].split()[1]
+    release = (version.stdout or version.stderr).split(",")[1].split()[1]
     return [
         "# A live run under Prometheus",
         "",
         f"`python benchmarks/show_monitoring.py {' '.join(arguments)}`: digits-ipc1 with {', '.join(CHANGES[1:])};",
         "one actor killed while experts were trained, one while the set was distilled.",
         "",
-        f"Ray {ray.__version__}, Prometheus {told}, Python {platform.python_version()}, {os.cpu_count()} CPU cores, "
+        f"Ray {ray.__version__}, Prometheus {release}, Python {platform.python_version()}, {os.cpu_count()} CPU cores, "
         f"{platform.system()} {platform.machine()}. No Grafana: what is asked is what its panels would ask.",
         "",
     ]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Its lines."""
+    """Lines of a Markdown table."""
     return [f"| {' | '.join(each)} |" for each in (head, ["---"] * len(head), *rows)]
 
 
@@ -14,7 +14,7 @@ COST_HEAD = ("what", "number", "worker s", "CPU s", "GPU s", "peak memory", "rea
 
 
 def cost_cells(what: str, number: int, cost: Mapping[str, float]) -> list[str]:
-    """A row under `COST_HEAD`.
+    """Cells of a row under `COST_HEAD`.
 
     Args:
         number: of the things that cost so much together.

@@ -50,7 +50,7 @@ class Recipe:
     """What is distilled: 1 image per class."""
 
     run: RunConfig
-    """Its experts have as many epochs as starts and targets need."""
+    """A run whose experts have as many epochs as starts and targets need."""
     stacks: int
     """Most stacks of experts; fewer where time runs out."""
     stacked: int
@@ -80,7 +80,7 @@ def read_images(machine: Machine) -> Images:
     """CIFAR-10, whitened, from its folder; else scikit-learn's digits."""
     from datm_ray.data import load_raw, prepare
 
-    # As plain names: a folder's relative paths would have to tell what is what.
+    # Plain names, because the names of a folder's files would have to say which is train and which is test.
     if machine.data is not None:
         files = [str(Path(machine.data) / name) for name in FILES]
         name, raw = "CIFAR-10", load_raw("parquet", ",".join(files), validation=0.02)
@@ -146,7 +146,7 @@ class _Experts:
 
 
 def scored(images: Images, recipe: Recipe, held: SyntheticSet, networks: int) -> list[float]:
-    """Test accuracies, percent, of fresh networks; nothing is chosen by them."""
+    """Test accuracies in percent of fresh networks; nothing is chosen by them."""
     schedule = replace(
         PROTOCOLS["short"],
         epochs=recipe.evaluation_epochs,
@@ -163,7 +163,7 @@ def scored(images: Images, recipe: Recipe, held: SyntheticSet, networks: int) ->
 
 
 def curve(machine: Machine, images: Images, recipe: Recipe, trajectories: Tensor, clock: Clock) -> Iterator[Row]:
-    """Distil until the time is over, and score the set now and then."""
+    """Distil until the time is over, and score the set at intervals."""
     experts, labels = _Experts(images, trajectories), images.train_labels.cpu().numpy()
     count = len(trajectories)
     networks = 1 if machine.small else 3
@@ -214,7 +214,7 @@ def _iterate(state: Distillation, functions: StudentStepFunctions, trajectories:
 
 
 def measure(machine: Machine, clock: Clock) -> Iterator[Row]:
-    """Images, experts, the control, the curve."""
+    """Measure images, experts, the control, then the curve."""
     if machine.data is not None and not all((Path(machine.data) / name).is_file() for name in FILES):
         yield {"set": f"no {' and '.join(FILES)} in the folder given: digits instead"}
         machine = replace(machine, data=None)

@@ -1,4 +1,4 @@
-"""Whether every path computes on the device what it computes elsewhere."""
+"""Checks that every path gives the same numbers on the device as elsewhere."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Tensors = Sequence[Tensor]
 
 
 def spec_of(machine: Machine) -> NetworkSpec:
-    """The network of the checks."""
+    """Network of the checks."""
     if machine.small:
         return NetworkSpec(channels=3, size=(8, 8), classes=4, width=4, depth=2)
     return NetworkSpec(channels=3, size=(16, 16), classes=10, width=32, depth=2)
@@ -124,7 +124,7 @@ Checks = list[tuple[str, Callable[[], Row]]]
 
 
 def matching_checks(machine: Machine) -> Checks:
-    """The matching gradient without a compiler."""
+    """Check the matching gradient without a compiler."""
     matching = _Matching(machine)
     return [
         ("matching gradient, float64, against full unrolling", matching.eager),
@@ -135,13 +135,13 @@ def matching_checks(machine: Machine) -> Checks:
 
 
 def rounding_checks(machine: Machine) -> Checks:
-    """The matching gradient in every precision."""
+    """Check the matching gradient in every precision."""
     matching = _Matching(machine)
     return [(f"{each}, {machine.how}, against float64", partial(matching.rounded, each)) for each in machine.precisions]
 
 
 def compiled_checks(machine: Machine) -> Checks:
-    """The matching gradient and experts compiled, which takes longest and is last."""
+    """Check the compiled matching gradient and experts, which take longest and come last."""
     matching, how = _Matching(machine), machine.how
     return [
         (f"{how}, float64", matching.compiled),
@@ -152,7 +152,7 @@ def compiled_checks(machine: Machine) -> Checks:
 
 
 def architecture_checks(machine: Machine) -> Checks:
-    """The matching gradient of the other architectures."""
+    """Check the matching gradient of the other architectures."""
 
     def check(name: str) -> Row:
         spec = NetworkSpec(architecture=name, channels=3, size=(16, 16), classes=10, width=16, depth=2)
@@ -166,7 +166,7 @@ def architecture_checks(machine: Machine) -> Checks:
 
 
 def distilled(machine: Machine, device: str) -> Tensors:
-    """The set, and what a checkpoint holds of its momenta, after three iterations with momentum."""
+    """The set and its saved momenta after three iterations with momentum."""
     problem = _Matching(machine).problem(device)
     functions = StudentStepFunctions(problem.network, StepOptions(compiled=False))
     state = Distillation(problem.synthetic, SETTINGS)
@@ -206,7 +206,7 @@ def trained_experts(
 
 
 def expert_checks(machine: Machine) -> Checks:
-    """Steps of experts, side by side, vectorised and with batch statistics, by SGD and GSAM."""
+    """Check experts' steps side by side, vectorised and with batch statistics, by SGD and GSAM."""
     chain = spec_of(machine)
     branched = NetworkSpec(architecture="resnet18", channels=3, size=(8, 8), classes=4, width=4)
     kinds = {
@@ -227,7 +227,7 @@ def expert_checks(machine: Machine) -> Checks:
 
 
 def compiled_experts(machine: Machine) -> tuple[str, Callable[[], Row]]:
-    """Steps by GSAM, compiled."""
+    """Check compiled experts' steps by GSAM."""
 
     def check() -> Row:
         how = {"spec": spec_of(machine), "gsam": True}
@@ -248,7 +248,7 @@ def augmented(operation: str, device: str) -> Tensors:
 
 
 def worst_augmentation(machine: Machine) -> Row:
-    """All DSA operations; the row of the worst."""
+    """Check all DSA operations; returns the row of the worst."""
     rows = []
     for operation in parse_strategy(PUBLISHED_AUGMENTATION):
         row = compared(*(augmented(operation, device) for device in (machine.device, "cpu")))
@@ -257,7 +257,7 @@ def worst_augmentation(machine: Machine) -> Row:
 
 
 def metadd_gradient(machine: Machine, device: str) -> Tensors:
-    """The gradient in the images, and the loss."""
+    """MetaDD's gradient in the images, and its loss."""
     draw = torch.Generator().manual_seed(0)
     specs = [
         NetworkSpec(architecture=name, channels=3, size=(16, 16), classes=4, width=16, depth=2)
@@ -285,7 +285,7 @@ def normalised(device: str, *, explicit: bool) -> Tensors:
         if explicit:
             _, tangent = torch.func.jvp(norm, values, directions)
             return tangent.square().sum()
-        # Twice backwards: what torch differentiates itself.
+        # Reverse over reverse, which torch differentiates by itself.
         like = torch.zeros_like(values[0]).requires_grad_()
         pulled = torch.autograd.grad(norm(*values), values, like, create_graph=True)
         (tangent,) = torch.autograd.grad(
@@ -309,7 +309,7 @@ def evaluated(machine: Machine, device: str) -> Tensors:
 
 
 def other_checks(machine: Machine) -> Checks:
-    """What is not a matching gradient and not an expert."""
+    """Check all parts other than matching gradients and experts."""
     both = (machine.device, "cpu")
     return [
         (
@@ -336,7 +336,7 @@ EVERY = (matching_checks, other_checks, expert_checks, architecture_checks, roun
 
 
 def measure(machine: Machine, _: Clock) -> Iterator[Row]:
-    """Every check."""
+    """Run every check."""
     for checks in EVERY:
         for what, check in checks(machine):
             yield tried({"what": what}, check)

@@ -23,7 +23,7 @@ IMAGES, EPOCHS = 50_000, 100
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained."""
+    """How experts are trained."""
 
     spec: NetworkSpec
     images: int
@@ -46,7 +46,7 @@ def data_of(how: Setting, device: str) -> Data:
 
 
 def our_epochs(machine: Machine, how: Setting, stacked: int, *, gsam: bool, compiled: bool) -> Epochs:
-    """`train_experts` for longer than anyone asks."""
+    """Run `train_experts` for more epochs than any caller consumes."""
     networks = [build_network(how.spec, seed).to(machine.device) for seed in range(stacked)]
     functions = ExpertFunctions(networks[0], stacked=stacked, compile_=compiled)
     settings = ExpertConfig(epochs=10**6, batch_size=how.batch, optimiser="gsam" if gsam else "sgd")
@@ -57,14 +57,14 @@ def our_epochs(machine: Machine, how: Setting, stacked: int, *, gsam: bool, comp
 
 
 def published(machine: Machine, how: Setting, *, gsam: bool) -> Row:
-    """The published loop."""
+    """Train by the published loop."""
     network = build_network(how.spec, 0).to(machine.device)
     epochs = loader_epochs(network, data_of(how, "cpu"), None, how.batch, PUBLISHED_AUGMENTATION, gsam=gsam)
     return row_of(machine, how, epochs, 1)
 
 
 def ours(machine: Machine, how: Setting, stacked: int, *, gsam: bool, compiled: bool, tf32_: bool = False) -> Row:
-    """So many experts at a time."""
+    """Train this many experts at a time."""
     with tf32_products(tf32_, torch.device(machine.device)):
         return row_of(machine, how, our_epochs(machine, how, stacked, gsam=gsam, compiled=compiled), stacked)
 
@@ -78,7 +78,7 @@ def row_of(machine: Machine, how: Setting, epochs: Epochs, experts: int) -> Row:
 
 
 def measure(machine: Machine, _: Clock) -> Iterator[Row]:
-    """SGD, then GSAM; the published loop before ours."""
+    """Measure SGD, then GSAM; the published loop before this package."""
     how, stacks = setting(machine), (2,) if machine.small else (1, 8, 4)
     for gsam in (False, True):
         mine = partial(ours, machine, how, gsam=gsam)
@@ -100,7 +100,7 @@ SECTION = Section(
     "4. How many experts an hour?",
     f"ConvNet-3 at CIFAR-10's shape, batch 256, all DSA operations. `loader`: torch's DataLoader, sample by sample, in "
     f"the training process, as published. Seconds of an expert's epoch of {IMAGES:,} images, from epochs of 40 "
-    f"batches; experts of {EPOCHS} epochs. float32 without TF32 unless it is said. First: those 40 batches with "
+    f"batches; experts of {EPOCHS} epochs. float32 without TF32 unless stated. First: those 40 batches with "
     "compilation, of all experts of a stack.",
     ("optimiser", "method", "epoch, s", "experts an hour", "first, s"),
     seconds=60,

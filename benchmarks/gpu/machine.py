@@ -16,7 +16,7 @@ from datm_ray.methods.trajectory.step_functions import Precision, tf32_products
 
 @dataclass(frozen=True)
 class Machine:
-    """Where everything runs, and how large it is."""
+    """Device of all measurements, and sizes that fit it."""
 
     device: str
     """cuda or cpu."""
@@ -30,12 +30,12 @@ class Machine:
 
     @property
     def compiled(self) -> bool:
-        """Whether student and expert steps are compiled."""
+        """True if student and expert steps are compiled."""
         return self.compiles or not self.small
 
     @property
     def how(self) -> str:
-        """In a word, whether steps are compiled."""
+        """Words for a table: compiled or not compiled."""
         return "compiled" if self.compiled else "not compiled"
 
     @property
@@ -46,7 +46,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Measured:
-    """Calls of one function."""
+    """Timed calls of one function."""
 
     seconds: list[float]
     peak: int
@@ -55,7 +55,7 @@ class Measured:
 
     @property
     def median(self) -> float:
-        """Seconds of a call."""
+        """Median seconds of a call."""
         return statistics.median(self.seconds)
 
 
@@ -75,7 +75,7 @@ def timed(call: Callable[[], Any], device: str) -> tuple[float, Any]:
 
 
 def measured(call: Callable[[], Any], device: str, calls: int, *, warm: int = 1) -> Measured:
-    """So many calls after some that are not counted.
+    """Measure this many calls, after some that are not counted.
 
     Raises:
         torch.OutOfMemoryError: the device's memory is too small; what the call held is given back.
@@ -96,7 +96,7 @@ def measured(call: Callable[[], Any], device: str, calls: int, *, warm: int = 1)
 
 
 def free_memory(device: str) -> None:
-    """Give back what is not in use, after a failure or a large problem."""
+    """Give unused memory back, after a failure or a large problem."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()

@@ -20,7 +20,7 @@ AUXILIARIES = ("resnet18", "vgg11", "alexnet", "lenet")
 
 
 def random_set(machine: Machine, images: int) -> tuple[NetworkSpec, torch.Tensor, torch.Tensor]:
-    """A spec, and so many random images and soft labels for it."""
+    """A network spec, and random images and soft labels for it."""
     side, width = (16, 8) if machine.small else (32, 128)
     spec = NetworkSpec(channels=3, size=(side, side), classes=10, width=width)
     draw = torch.Generator().manual_seed(0)
@@ -29,7 +29,7 @@ def random_set(machine: Machine, images: int) -> tuple[NetworkSpec, torch.Tensor
 
 
 def evaluation_row(machine: Machine, ipc: int) -> Row:
-    """Seconds of a network: the whole schedule from a part of it, and scoring."""
+    """Seconds to evaluate a network: the schedule, extrapolated from a part of it, and scoring."""
     spec, images, targets = random_set(machine, 10 * ipc)
     part = 3 if machine.small else 50
     published = PROTOCOLS["published"]
@@ -48,7 +48,7 @@ def evaluation_row(machine: Machine, ipc: int) -> Row:
 
 
 def evaluation(machine: Machine, _: Clock) -> Iterator[Row]:
-    """Sets of several sizes."""
+    """Measure the evaluation of sets of several sizes."""
     for ipc in (1,) if machine.small else (1, 10, 50):
         yield tried({"images per class": ipc}, partial(evaluation_row, machine, ipc))
 
@@ -67,7 +67,7 @@ def metadd_row(machine: Machine, auxiliaries: int) -> Row:
 
 
 def metadd(machine: Machine, _: Clock) -> Iterator[Row]:
-    """One auxiliary, and all of them."""
+    """Measure MetaDD with one auxiliary, and with all of them."""
     for auxiliaries in (1, 2) if machine.small else (1, 2, 4):
         yield tried({"auxiliaries": auxiliaries}, partial(metadd_row, machine, auxiliaries))
 

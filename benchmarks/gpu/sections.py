@@ -20,19 +20,19 @@ Row = dict[str, Any]
 
 
 class OutOfTime(BaseException):
-    """A section's time is over. Not an Exception, so that no library takes it for a failure of its own."""
+    """Raised when a section's time is over. Not an Exception, so that libraries do not catch it as a failure."""
 
 
 @dataclass(frozen=True)
 class Clock:
-    """The time that a section has."""
+    """Time that a section has."""
 
     end: float
     """On the monotonic clock."""
 
     @classmethod
     def of(cls, seconds: float) -> Clock:
-        """So many seconds from now."""
+        """A clock that ends this many seconds from now."""
         return cls(time.monotonic() + seconds)
 
     def left(self) -> float:
@@ -42,7 +42,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Section:
-    """One question."""
+    """One question, with its measurement and its table."""
 
     name: str
     title: str
@@ -60,7 +60,7 @@ class Section:
 
 @dataclass
 class Outcome:
-    """What a section has found so far."""
+    """Rows and errors that a section has so far."""
 
     section: Section
     rows: list[Row] = field(default_factory=list)
@@ -72,7 +72,7 @@ class Outcome:
 
     @property
     def failures(self) -> int:
-        """How much went wrong: the section itself, and rows that say `failed` or whose `verdict` is not ok."""
+        """Number of failures: the section's own, and rows that say `failed` or whose `verdict` is not ok."""
         bad = sum("failed" in row or row.get("verdict", "ok") != "ok" for row in self.rows)
         return bad + self.status.startswith("failed")
 
@@ -111,7 +111,7 @@ class Outcome:
 def run_sections(
     sections: Sequence[Section], machine: Machine, seconds: float, save: Callable[[Sequence[Outcome]], None]
 ) -> list[Outcome]:
-    """All sections, one after the other.
+    """Run all sections, one after the other.
 
     Args:
         seconds: that they may take together.
@@ -162,7 +162,7 @@ def _stopped_after(seconds: float) -> Iterator[None]:
 
 
 def tried(what: Mapping[str, Any], work: Callable[[], Row]) -> Row:
-    """A row; where its work fails, one that says so, and the others go on."""
+    """A row of results, or a row with the error if its work fails, so that the others still run."""
     try:
         return {**what, **work()}
     except Exception as failure:
@@ -170,13 +170,13 @@ def tried(what: Mapping[str, Any], work: Callable[[], Row]) -> Row:
 
 
 def in_a_line(failure: BaseException) -> str:
-    """Kind and first line."""
+    """Kind of an error and its first line."""
     first = next((line.strip() for line in str(failure).splitlines() if line.strip()), "")
     return f"{type(failure).__name__}: {first}"[:200].replace("|", "/")
 
 
 def _shown(value: Any) -> str:
-    """A cell: numbers with three digits, a list as median (smallest to largest), n."""
+    """Format a cell: numbers with three digits, a list as median (smallest to largest), n."""
     if isinstance(value, (list, tuple)) and value:
         spread = f"{statistics.median(value):.3g} ({min(value):.3g} to {max(value):.3g})"
         return f"{spread}, n = {len(value)}" if len(value) > 1 else f"{value[0]:.3g}, n = 1"

@@ -34,7 +34,7 @@ class Shape:
 
 
 def shapes(machine: Machine) -> list[Shape]:
-    """Published settings, the batch of 1,000 for what would be one of 5,000 and 10,000."""
+    """Published settings; a batch of 1,000 replaces those of 5,000 and 10,000."""
     if machine.small:
         return [Shape("tiny", NetworkSpec(channels=3, size=(8, 8), classes=4, width=4, depth=2), 8, 8, 2, 4)]
     cifar, hundred = (NetworkSpec(channels=3, size=(32, 32), classes=classes) for classes in (10, 100))
@@ -59,7 +59,7 @@ def operations(spec: NetworkSpec) -> int:
 
 
 def ours(problem: Problem, functions: StudentStepFunctions, chunk: int) -> Gradient:
-    """`matching_gradient`."""
+    """Measure `matching_gradient`."""
     found = matching_gradient(functions, problem.start, problem.target, problem.synthetic, problem.steps, chunk=chunk)
     return found.loss, (found.images, found.soft_labels, found.step_size)
 
@@ -95,7 +95,7 @@ def measured_row(
 
 
 def rows_of(machine: Machine, shape: Shape, rates: dict[Precision, float], clock: Clock) -> Iterator[Row]:
-    """One shape: ours in every precision, then the others in float32, and as torch computes them by itself."""
+    """Rows of one shape: this package in every precision, then the others in float32 and in torch's default."""
     problem = make_problem(
         shape.spec,
         shape.batch,
@@ -110,7 +110,7 @@ def rows_of(machine: Machine, shape: Shape, rates: dict[Precision, float], clock
         prepare = functools.partial(functions.prepare, shape.chunk, image, shape.spec.classes)
         try:
             compiling, _ = timed(prepare, machine.device)
-        except Exception as failure:  # what the compiler cannot do must not hide what can be done without it
+        except Exception as failure:  # a failing compiler must not hide the uncompiled rows
             yield {"shape": shape.name, "method": "ours", "precision": precision, "failed": in_a_line(failure)}
             functions, compiling = StudentStepFunctions(problem.network, StepOptions(False, precision=precision)), 0.0
         name = "ours" if functions._compiled else f"ours, uncompiled {functions.note}"
@@ -126,7 +126,7 @@ def rows_of(machine: Machine, shape: Shape, rates: dict[Precision, float], clock
 
 
 def measure(machine: Machine, clock: Clock) -> Iterator[Row]:
-    """The ceilings, then the shapes."""
+    """Measure the ceilings, then the shapes."""
     rates: dict[Precision, float] = {}
     for precision in machine.precisions:
         rates[precision] = ceiling(machine, precision)

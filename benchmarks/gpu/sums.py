@@ -55,7 +55,7 @@ def work(mesh: Mesh, machine: Machine, size: int, rank: int) -> dict[str, Any]:
         synthetic.images[held], synthetic.soft_labels[held], synthetic.step_sizes, synthetic.labels[held]
     )
     steps = [step.held_by(first, last) for step in problem.steps]
-    # Over all, not over the row: at one process a row has nobody to sum with.
+    # Sums run over all processes: a row of a single process has no other to sum with.
     part = matching_gradient(functions, problem.start, problem.target, mine, steps, all_sum=mesh.sum_over_all)
     row = compared(
         [part.images, part.soft_labels, part.step_size], [whole.images[held], whole.soft_labels[held], whole.step_size]
@@ -84,7 +84,7 @@ def work(mesh: Mesh, machine: Machine, size: int, rank: int) -> dict[str, Any]:
 
 
 def child(rank: int, size: int, address: str, device: str, small: str) -> None:
-    """One worker."""
+    """Run one worker."""
     machine = Machine(device, small == "small")
     torch.set_num_threads(1)
     with open_mesh(WorkerRank(rank, size, address), 1, size, torch.device(device), 2 * WAIT) as mesh:
@@ -92,7 +92,7 @@ def child(rank: int, size: int, address: str, device: str, small: str) -> None:
 
 
 def together(machine: Machine, size: int) -> Row:
-    """What so many workers on this device find; of errors and seconds those of the worst."""
+    """Results of several workers on one device; the worst errors and seconds among them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -112,21 +112,21 @@ def together(machine: Machine, size: int) -> Row:
     ]
     end = time.monotonic() + (5 * WAIT if machine.small else WAIT)
     try:
-        told = [process.communicate(timeout=max(1.0, end - time.monotonic())) for process in processes]
+        outputs = [process.communicate(timeout=max(1.0, end - time.monotonic())) for process in processes]
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    for out, err in told:
+    for out, err in outputs:
         if not out:
             raise RuntimeError((err.strip().splitlines() or ["a worker died without a word"])[-1])
-    rows = [json.loads(out.splitlines()[-1]) for out, _ in told]
+    rows = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
     worst = max(rows, key=lambda row: row["errors"] if row["verdict"] == "ok" else [float("inf")])
     return {**worst, "seconds": max(rows, key=lambda row: sum(row["seconds"]))["seconds"]}
 
 
 def measure(machine: Machine, _: Clock) -> Iterator[Row]:
-    """Alone on the device; two that share it or have one each; two without it."""
+    """Measure one worker alone, two that share the device or have one each, and two without it."""
     cpu = Machine("cpu", machine.small)
     rows = [(machine, 2)] if machine.device == "cpu" else [(machine, 1), (machine, 2), (cpu, 2)]
     for where, size in rows:

@@ -55,7 +55,7 @@ def test_two_distillations_are_too_few_to_be_tested(compare: ModuleType) -> None
     found = compare.paired({"a": [[1.0, 2.0], [3.0, 3.5]]}, {"a": [[0.0, 2.5], [1.0, 1.0]]}, ["a"])
     assert len(found["of_distillations"]) == 2
     assert "p_distillations" not in found
-    assert "over distillations" not in compare.told(found)
+    assert "over distillations" not in compare.difference(found)
 
 
 def test_one_distillation_has_the_variants_name(bench: ModuleType) -> None:
