@@ -14,7 +14,7 @@ import typer.main
 from datm_ray.cli import app
 from datm_ray.config import override
 from datm_ray.recipes import get_recipe
-from tests.cluster.files import CLUSTER, DOCUMENTS, ROOT, commands, mentioned_commands, told_commands
+from tests.cluster.files import CLUSTER, DOCUMENTS, ROOT, commands, documented_commands, mentioned_commands
 
 TEXTS = sorted(path for path in CLUSTER.rglob("*") if path.is_file() and path.suffix not in (".png", ".pyc"))
 SECRETS = [
@@ -56,8 +56,8 @@ def test_commands_are_found_in_text() -> None:
         ["tunnel"],
         ["datm-ray", "plan", "a b"],
     ]
-    told = told_commands()
-    assert {place for place, _ in told} >= {
+    found = documented_commands()
+    assert {place for place, _ in found} >= {
         "cluster/README.md",
         "cluster/aws/README.md",
         "cluster/kuberay/README.md",
@@ -87,7 +87,7 @@ def named(value: object) -> str:
     return " ".join(value)[:80] if isinstance(value, list) else str(value)
 
 
-@pytest.mark.parametrize(("place", "words"), told_commands(), ids=named)
+@pytest.mark.parametrize(("place", "words"), documented_commands(), ids=named)
 def test_commands_exist(place: str, words: list[str]) -> None:
     """Command, options, recipes and configuration values of every command that people are told to give."""
     values = {} if words[-1] == "--help" else parse(words)

@@ -1,4 +1,4 @@
-"""The CIFAR-10 benchmark: which runs it makes, and a tiny one of it all."""
+"""Tests which runs the CIFAR-10 benchmark makes, and a tiny run of all of it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from datm_ray.pipeline.checks import differences
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    """bench_cifar.py, found as it is when it is run."""
+    """bench_cifar.py, imported as when it runs."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
     try:
         return importlib.import_module("bench_cifar")
@@ -30,8 +30,8 @@ def bench() -> ModuleType:
         sys.path.pop(0)
 
 
-def test_methods_differ_in_what_is_told_of_them(bench: ModuleType) -> None:
-    """Range, labels and initial images; experts and budget are the same."""
+def test_methods_differ_in_the_documented_settings(bench: ModuleType) -> None:
+    """Methods differ in range, labels and initial images alone; experts and budget are equal."""
     runs = bench.runs_of([1, 10, 50], 2, 3, "dataset={source: cifar10, validation: 0.1}", False)
     ranges = {f"distill.start_epochs.{key}" for key in ("first", "bound", "final_bound", "expand_iterations")}
     for ipc in (1, 10, 50):
@@ -48,7 +48,7 @@ def test_methods_differ_in_what_is_told_of_them(bench: ModuleType) -> None:
 
 
 def test_ranges_stand_for_the_published_amount_of_training(bench: ModuleType) -> None:
-    """Steps times rate of the scaled experts at a bound are those of the published ones, to half an epoch."""
+    """Steps times rate at a range's bound equal the published ones to half an epoch."""
     published = {1: (4, 4), 10: (10, 20), 50: (20, 40)}
     per_epoch, ours = 196 * 0.01, 71 * 0.02
     for ipc, bounds in published.items():
@@ -58,7 +58,7 @@ def test_ranges_stand_for_the_published_amount_of_training(bench: ModuleType) ->
 
 @pytest.mark.slow
 def test_a_tiny_run_scores_every_method(bench: ModuleType, tmp_path: Path) -> None:
-    """From files in the real one's format; partial sizes have a name of their own."""
+    """A tiny run scores every method, reads files in the real format, and names results as partial."""
     noise = np.random.default_rng(0)
     for part in ("train", "test"):
         images = [jpeg(noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(200)]
@@ -74,13 +74,13 @@ def test_a_tiny_run_scores_every_method(bench: ModuleType, tmp_path: Path) -> No
     for row in found["crossover"]:
         ((first, second),) = row["validation_curves"]
         assert (first[0], second[0]) == (2, 4), "QUICK validates every two of four iterations"
-        told = f"| 1 | {row['range']} | {100 * first[1]:.1f} at 2, {100 * second[1]:.1f} at 4 |"
-        assert told in page.read_text().splitlines()
+        expected = f"| 1 | {row['range']} | {100 * first[1]:.1f} at 2, {100 * second[1]:.1f} at 4 |"
+        assert expected in page.read_text().splitlines()
     assert str(tmp_path) not in "".join(file.read_text() for file in (tmp_path / "results").iterdir())
 
 
 def test_files_that_are_not_there_are_one_line(bench: ModuleType, tmp_path: Path) -> None:
-    """Before anything starts."""
+    """Missing files are one line of error before anything starts."""
     with pytest.raises(DatasetError, match=r"holds no cifar10-train.parquet.*--cifar"):
         bench.main(["--cifar", str(tmp_path), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)])
     assert list((tmp_path / "runs").iterdir()) == []

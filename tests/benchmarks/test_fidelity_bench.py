@@ -1,4 +1,4 @@
-"""The fidelity benchmark: which runs it makes, what it computes of accuracies, and a tiny run of it all."""
+"""Tests the fidelity benchmark: its runs, its statistics, and a tiny run of all of it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from datm_ray.recipes import get_recipe
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[SimpleNamespace]:
-    """The benchmark's modules, found as they are when it is run."""
+    """The benchmark's modules, imported as when it runs."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
     try:
         names = {"main": "bench_fidelity", "variants": "fidelity_variants", "tables": "fidelity_tables"}
@@ -36,7 +36,7 @@ def bench() -> Iterator[SimpleNamespace]:
 
 
 def differences(one: RunConfig, other: RunConfig) -> set[str]:
-    """Keys in which two runs differ, but for their names."""
+    """Keys in which two runs differ, apart from their names."""
     keys = {each.split(" ")[0] for each in keys_that_differ(run_identity(one), run_identity(other))}
     return keys - {"name"}
 
@@ -45,7 +45,7 @@ RANGE = {f"distill.start_epochs.{key}" for key in ("first", "bound", "final_boun
 
 
 def test_within_an_ipc_only_the_range_differs(bench: SimpleNamespace) -> None:
-    """Five sizes and four ranges; all share experts, and none starts where no target is left."""
+    """Five sizes and four ranges share experts and differ in the range alone; every start has a target."""
     runs = bench.variants.crossover_runs(bench.variants.FULL, 1, 5)
     assert {ipc for ipc, _ in runs} == {1, 5, 10, 20, 30}
     assert {name for _, name in runs} == {"early", "middle", "late", "datm"}
@@ -60,7 +60,7 @@ def test_within_an_ipc_only_the_range_differs(bench: SimpleNamespace) -> None:
 
 
 def test_ranges_are_those_of_the_recipes(bench: SimpleNamespace) -> None:
-    """DATM's own at 1, 10 and 30 images per class."""
+    """DATM's own ranges at 1, 10 and 30 images per class are those of the packaged recipes."""
     runs = bench.variants.crossover_runs(bench.variants.FULL, 1, 5)
     for ipc in (1, 10, 30):
         packaged = get_recipe(f"digits-ipc{ipc}").distill
@@ -69,7 +69,7 @@ def test_ranges_are_those_of_the_recipes(bench: SimpleNamespace) -> None:
 
 
 def test_each_variant_of_the_ablation_differs_in_what_its_name_says(bench: SimpleNamespace) -> None:
-    """From DATM's run of the same size; TESLA's run differs in the gradient alone."""
+    """Each variant differs from DATM's run of its size by its name alone; TESLA's in the gradient."""
     sizes = bench.variants.FULL
     (base,) = bench.variants.crossover_runs(sizes, 1, 5)[sizes.ablation_ipc, "datm"]
     changed = {name: differences(base, runs[0]) for name, runs in bench.variants.ablation_runs(sizes, 1, 5).items()}
@@ -85,7 +85,7 @@ def test_each_variant_of_the_ablation_differs_in_what_its_name_says(bench: Simpl
 
 
 def test_runs_without_the_limit_differ_in_it_alone(bench: SimpleNamespace) -> None:
-    """From the crossover's run of the same size and range."""
+    """Runs without the limit differ from the crossover's run of that size and range in the limit alone."""
     sizes = bench.variants.FULL
     crossover = bench.variants.crossover_runs(sizes, 1, 5)
     for row, (config,) in bench.variants.unlimited_runs(sizes, 1, 5).items():
@@ -93,14 +93,14 @@ def test_runs_without_the_limit_differ_in_it_alone(bench: SimpleNamespace) -> No
 
 
 def test_further_distillations_keep_the_first_ones_folders(bench: SimpleNamespace) -> None:
-    """So that a finished benchmark can be given more of them."""
+    """More distillations keep the folders of the first, so that a finished benchmark can be extended."""
     one, two = (bench.variants.crossover_runs(bench.variants.FULL, count, 5)[1, "early"] for count in (1, 2))
     assert two[0] == one[0]
     assert (two[1].name, two[1].seed) == ("ipc1-early-s1", 1)
 
 
 def test_the_full_sizes_are_estimated_to_fit_into_half_an_hour_of_two_cores(bench: SimpleNamespace) -> None:
-    """With all parts; each distillation more takes as much again."""
+    """All parts are estimated at half an hour of two cores; each further distillation adds as much."""
     seconds = bench.main.main(["--estimate"])["estimate"]
     assert 5 * 60 < seconds / 2 < 25 * 60, "with something to spare"
     parts = [bench.main.main(["--estimate", "--part", part])["estimate"] for part in ("crossover", "ablation")]
@@ -109,7 +109,7 @@ def test_the_full_sizes_are_estimated_to_fit_into_half_an_hour_of_two_cores(benc
 
 
 def test_tesla_leaves_out_what_parameters_owe_to_the_images(bench: SimpleNamespace) -> None:
-    """Its gradient is that of a plain program that differentiates step by step, and not the exact one."""
+    """TESLA's gradient equals a plain step-by-step program, and not the exact gradient."""
     matching = bench.matching
     spec = NetworkSpec(channels=3, size=(8, 8), classes=4, width=4, depth=2)
     problem = matching.make_problem(spec, 8, 4, dtype=torch.float64)
@@ -132,7 +132,7 @@ def test_tesla_leaves_out_what_parameters_owe_to_the_images(bench: SimpleNamespa
 
 
 def test_lossless_is_within_one_standard_error(bench: SimpleNamespace) -> None:
-    """Of the difference in pairs of the same seed, whatever both have in common; unknown of one distillation."""
+    """Lossless means within one standard error of the paired differences; with one distillation it is unknown."""
     real = [[0.94, 0.96], [0.96, 0.98], [0.90, 0.92], [0.95, 0.95]]
     steps = (-0.02, 0.02, -0.02, 0.02)
     error = statistics.stdev(steps) / 2
@@ -144,7 +144,7 @@ def test_lossless_is_within_one_standard_error(bench: SimpleNamespace) -> None:
 
 
 def test_a_tie_is_lossless(bench: SimpleNamespace) -> None:
-    """Of 359 test images: half an image below, where the standard error is half an image too, whatever floats say."""
+    """Half of 359 test images below, with a standard error of half an image, is lossless despite rounding."""
     right = ([352, 352], [353, 352])
     distilled, real = ([[float(np.float32(count / 359))] for count in counts] for counts in right)
     gain, error = bench.tables.paired_difference(distilled, real)
@@ -153,7 +153,7 @@ def test_a_tie_is_lossless(bench: SimpleNamespace) -> None:
 
 
 def test_several_distillations_are_compared_by_their_means(bench: SimpleNamespace) -> None:
-    """Networks of one set do not count as independent draws; sets of one seed are compared with one another."""
+    """Several distillations are compared by the means of their networks, paired by seed."""
     values, others = [[0.8, 0.8, 0.8], [0.9, 0.9, 0.9]], [[0.7, 0.8, 0.6], [0.9, 0.8, 0.7]]
     assert bench.tables.mean(values) == pytest.approx(0.85)
     assert bench.tables.paired_difference(values, others) == pytest.approx((0.1, 0.0), abs=1e-12)
@@ -161,7 +161,7 @@ def test_several_distillations_are_compared_by_their_means(bench: SimpleNamespac
 
 
 def ablation_row(name: str, distilled: list[list[float]], **other: Any) -> dict[str, Any]:
-    """As `measured` makes them."""
+    """A row of the ablation as `measured` makes it."""
     cost = {"seconds": 40.0, "cpu_seconds": 30.0, "gpu_seconds": 0.0, "peak_memory_bytes": 2**30, "read_bytes": 2**20}
     row = {"variant": name, "ipc": 10, "iterations": 200, "start_epochs": [5, 29], "experts": 16, "optimiser": "sgd"}
     row |= {"accuracy": {"distilled": distilled}, "validation": [0.98, 0.96], "kept_at": [100, 200], "seeds": [0, 1]}
@@ -169,8 +169,8 @@ def ablation_row(name: str, distilled: list[list[float]], **other: Any) -> dict[
     return row | {"cost": {"experts": cost, "distillation": cost, "distilled": cost}} | other
 
 
-def test_the_ablation_tells_where_nothing_was_changed(bench: SimpleNamespace) -> None:
-    """The pairs' difference, costs of one set, when it was kept; and a variant whose sets are the base's."""
+def test_the_ablation_reports_variants_that_changed_nothing(bench: SimpleNamespace) -> None:
+    """The ablation table has paired differences, costs of one set, and a note on sets equal to the base's."""
     base = ablation_row("DATM", [[0.95, 0.95], [0.97, 0.97]], same_sets_as_base=2)
     rows = [base, ablation_row("other", [[0.96, 0.96], [0.99, 0.99]]), {**base, "variant": "no change"}]
     table = bench.tables.ablation_table({"ablation": rows, "crossover": []})
@@ -181,7 +181,7 @@ def test_the_ablation_tells_where_nothing_was_changed(bench: SimpleNamespace) ->
 
 
 def test_runs_without_the_limit_stand_beside_those_with_it(bench: SimpleNamespace) -> None:
-    """Of the same size and range: what was skipped in both, what was shortened, the difference in pairs."""
+    """Runs with and without the limit share a row: skipped and shortened updates, and the paired difference."""
     limited = ablation_row("", [[0.93], [0.94]], ipc=1, range="early", skipped=[0, 1])
     other = ablation_row("", [[0.5], [0.5]], ipc=10, range="early")
     without = ablation_row("", [[0.91], [0.94]], ipc=1, range="early")
@@ -191,7 +191,7 @@ def test_runs_without_the_limit_stand_beside_those_with_it(bench: SimpleNamespac
 
 
 def test_costs_that_rows_share_are_counted_once(bench: SimpleNamespace) -> None:
-    """Of experts those of the row that has most; controls once for each IPC, all real data once."""
+    """Shared costs count once: experts of the largest row, controls per IPC, all real data."""
     cost = ablation_row("", [[]])["cost"]["experts"]
     accuracy = {"random-hard": [[0.9, 0.9]], "distilled": [[0.9, 0.9]], "full": [[0.9, 0.9]]}
     parts = [*accuracy, "experts", "distillation"]
@@ -202,14 +202,14 @@ def test_costs_that_rows_share_are_counted_once(bench: SimpleNamespace) -> None:
     ablation = [rows[0], ablation_row("50 experts", [[0.9]], experts=50)]
     found = {"crossover": rows, "ablation": ablation, "unlimited": []}
     lines = [line.split(" | ")[:2] for line in bench.tables.cost_table(found)[4:]]
-    told = [name.strip("| ") for name, _ in lines]
-    assert told.count("experts, sgd") == told.count("full") == 1
-    assert [name for name in told if name.startswith("random-hard")] == ["random-hard, IPC 1", "random-hard, IPC 10"]
+    labels = [name.strip("| ") for name, _ in lines]
+    assert labels.count("experts, sgd") == labels.count("full") == 1
+    assert [name for name in labels if name.startswith("random-hard")] == ["random-hard, IPC 1", "random-hard, IPC 10"]
     assert lines[0] == ["| experts, sgd", "100"], "fifty for each of two seeds"
 
 
-def test_who_is_ahead_is_told_only_beyond_a_standard_error(bench: SimpleNamespace) -> None:
-    """Early at one image, late at ten, and neither where they are alike."""
+def test_a_range_is_ahead_only_beyond_a_standard_error(bench: SimpleNamespace) -> None:
+    """A range is ahead only beyond one standard error: early at one image, late at ten, else neither."""
     accuracy = {(1, "early"): 0.9, (1, "late"): 0.6, (10, "early"): 0.9, (10, "late"): 0.95}
     accuracy |= {(5, "early"): 0.9, (5, "late"): 0.9}
     rows = [
@@ -222,25 +222,25 @@ def test_who_is_ahead_is_told_only_beyond_a_standard_error(bench: SimpleNamespac
 
 @pytest.mark.slow
 def test_a_tiny_run_leaves_tables_numbers_and_a_figure(bench: SimpleNamespace, tmp_path: Path) -> None:
-    """Both parts; the same command again computes nothing anew, and says the same."""
+    """A tiny run of both parts leaves all files; running it again computes nothing and prints the same."""
     words = ["--quick", "--seeds", "2", "--executor", "serial", "--runs", str(tmp_path / "runs")]
     words += ["--out", str(tmp_path / "results")]
     first = bench.main.main(words)
     files = {file.suffix: file for file in (tmp_path / "results").iterdir()}
     assert set(files) == {".md", ".json", ".png"}
-    told = json.loads(files[".json"].read_text())
-    assert {"command", "hardware", "versions", "commit", "seeds", "date"} <= set(told)
+    result = json.loads(files[".json"].read_text())
+    assert {"command", "hardware", "versions", "commit", "seeds", "date"} <= set(result)
     assert str(tmp_path) not in files[".json"].read_text() + files[".md"].read_text()
-    rows = told["crossover"]
+    rows = result["crossover"]
     assert len(rows) == 6
     for row in rows:
         assert set(row["accuracy"]) == {"random-hard", "random-soft", "distilled", "full"}
         assert all(len(networks) == 2 for values in row["accuracy"].values() for networks in values)
         assert row["cost"]["distillation"]["cpu_seconds"] > 0
-    assert [row["variant"] for row in told["ablation"]][:1] == ["DATM"]
-    assert "tesla" in {row["variant"] for row in told["ablation"]}
+    assert [row["variant"] for row in result["ablation"]][:1] == ["DATM"]
+    assert "tesla" in {row["variant"] for row in result["ablation"]}
     assert [
-        (row["ipc"], row["range"], row["recipe"]["distill"].get("gradient_limit")) for row in told["unlimited"]
+        (row["ipc"], row["range"], row["recipe"]["distill"].get("gradient_limit")) for row in result["unlimited"]
     ] == [(1, "early", None)]
     with Image.open(files[".png"]) as image:
         assert min(image.size) > 500
@@ -249,7 +249,7 @@ def test_a_tiny_run_leaves_tables_numbers_and_a_figure(bench: SimpleNamespace, t
 
 
 def nothing_is_left(bench: SimpleNamespace, runs: Path) -> bool:
-    """Whether all tasks of the tiny run are done."""
+    """True if all tasks of the tiny run are done."""
     rows = bench.main.wanted("all", bench.variants.QUICK, 1, 2).rows()
     plan = bench.main.Scoring([config for each in rows for config in each], str(runs)).plan()
     return bool(plan == ["0 experts to train", "0 sets to distil", "0 networks to train for evaluation"])
@@ -265,10 +265,10 @@ def nothing_is_left(bench: SimpleNamespace, runs: Path) -> bool:
         (["--quick", "--runs", "{file}/runs"], "cannot be made a folder: Not a directory"),
     ],
 )
-def test_bad_input_is_told_before_the_work(
+def test_bad_input_is_refused_before_the_work(
     bench: SimpleNamespace, capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str], expected: str
 ) -> None:
-    """Exit code 2, before an executor is started."""
+    """Bad input exits with code 2 before an executor starts."""
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as ended:
         bench.main.main([word.format(file=tmp_path / "file") for word in words])
@@ -276,8 +276,8 @@ def test_bad_input_is_told_before_the_work(
     assert expected in capsys.readouterr().err
 
 
-def test_several_goes_at_one_folder_are_told(bench: SimpleNamespace, tmp_path: Path) -> None:
-    """An interrupted one too, of which no time is known."""
+def test_several_sessions_in_one_folder_are_reported(bench: SimpleNamespace, tmp_path: Path) -> None:
+    """Each session in a folder of runs is reported; an interrupted one has no time."""
     facts = sys.modules["facts"]
     with pytest.raises(KeyboardInterrupt), facts.going(tmp_path):
         raise KeyboardInterrupt

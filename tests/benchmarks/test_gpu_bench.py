@@ -1,4 +1,4 @@
-"""What must be right before the GPU is there: bookkeeping, budget, failures, tables, and what is imported."""
+"""Tests the GPU benchmark without a GPU: bookkeeping, time budget, failures, tables and imports."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Rows = Iterator[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[SimpleNamespace]:
-    """The benchmark's modules, found as they are when it is run."""
+    """The benchmark's modules, imported as when it runs."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
         names = {"main": "bench_gpu", "sections": "gpu.sections", "machine": "gpu.machine"}
@@ -42,8 +42,8 @@ def section(bench: SimpleNamespace, name: str, measure: Callable[..., Rows], sec
     return bench.sections.Section(name, name.capitalize(), "A note.", ("what", "value"), seconds, 1.0, measure)
 
 
-def test_a_section_that_fails_is_told_and_stops_no_other(bench: SimpleNamespace) -> None:
-    """What it had found before is kept, with the error, and saved after every row."""
+def test_a_failing_section_is_reported_and_stops_no_other(bench: SimpleNamespace) -> None:
+    """A failing section keeps its rows and its error, and every row is saved; the others run."""
 
     def fails(*_: Any) -> Rows:
         yield {"what": "before", "value": 1.0}
@@ -71,7 +71,7 @@ def test_a_section_that_fails_is_told_and_stops_no_other(bench: SimpleNamespace)
 
 
 def test_a_section_is_stopped_when_its_time_is_over_and_skipped_where_there_is_none(bench: SimpleNamespace) -> None:
-    """A loop that hangs is interrupted; the next section has what is left; the last is skipped in a line."""
+    """A section is interrupted at the end of its time; one without time is skipped in a line."""
 
     def hangs(*_: Any) -> Rows:
         yield {"what": "before"}
@@ -92,14 +92,14 @@ def test_a_section_is_stopped_when_its_time_is_over_and_skipped_where_there_is_n
 
 
 def test_what_is_not_exact_is_a_failure(bench: SimpleNamespace) -> None:
-    """So that a run that computes nonsense does not end with 0."""
+    """A section that is not exact counts as a failure of the program."""
     outcome = bench.sections.Outcome(section(bench, "one", lambda *_: iter(())))
     outcome.rows += [{"verdict": "ok"}, {"verdict": "TOO LARGE"}, {"what": "no verdict"}]
     assert outcome.failures == 1
 
 
 def test_a_gradient_of_zeros_or_in_another_direction_is_not_exact(bench: SimpleNamespace) -> None:
-    """In no precision; a rounded one is, within the limit."""
+    """A zero or turned gradient is not exact in any precision; one rounded within the limit is."""
     exact, limits = [torch.tensor([1.0, 0.0])], bench.exactness.ROUNDED
     for found, precisions, verdict in (
         ([0.0, 0.0], limits, "TOO LARGE"),
@@ -116,7 +116,7 @@ def test_a_gradient_of_zeros_or_in_another_direction_is_not_exact(bench: SimpleN
 def test_every_point_of_the_curve_has_iterations_of_its_own(
     bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where scoring takes longer than a point's share of the time, no set is scored twice."""
+    """No set is scored twice, also where scoring takes longer than a point's share of the time."""
     now = 0.0
 
     def work(seconds: float) -> None:
@@ -152,7 +152,7 @@ def test_every_point_of_the_curve_has_iterations_of_its_own(
 def test_options_that_cannot_be_had_are_one_line(
     bench: SimpleNamespace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An unknown section, and a GPU where there is none."""
+    """An unknown section, or a missing GPU, is one line of error."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for words, wanted in ((["--only", "speed"], "speed is no section"), ([], "torch sees no GPU here")):
         with pytest.raises(SystemExit) as ended:
@@ -162,7 +162,7 @@ def test_options_that_cannot_be_had_are_one_line(
 
 
 def test_it_needs_neither_ray_nor_commands() -> None:
-    """All sections are imported, what they import on the way too, where those packages are not installed."""
+    """All sections import where neither Ray nor typer is installed."""
     program = (
         f"import sys\nfor name in {ABSENT!r}: sys.modules[name] = None\n"
         "import bench_gpu, facts, datm_ray.data\nassert len(bench_gpu.SECTIONS) == 7\n"

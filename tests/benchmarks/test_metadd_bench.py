@@ -1,4 +1,4 @@
-"""What the MetaDD benchmark computes from accuracies, and which runs it makes."""
+"""Tests the MetaDD benchmark: its statistics and its runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pa = pytest.importorskip("pyarrow")
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    """bench_metadd.py, found as it is when it is run."""
+    """bench_metadd.py, imported as when it runs."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
     try:
         return importlib.import_module("bench_metadd")
@@ -30,12 +30,12 @@ def bench() -> ModuleType:
 
 @pytest.fixture
 def compare(bench: ModuleType) -> ModuleType:
-    """metadd_compare.py."""
+    """metadd_compare.py, imported as when it runs."""
     return sys.modules["metadd_compare"]
 
 
 def test_pairs_are_of_the_same_architecture_distillation_and_network(compare: ModuleType) -> None:
-    """The difference of every pair counts once, and distillations are tested by their means."""
+    """Pairs share architecture, distillation and network; distillations are tested by their means."""
     base = {"a": [[10.0, 20.0], [30.0, 40.0], [50.0, 60.0]], "b": [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]}
     gains = {"a": [[1.0, 3.0], [0.0, 2.0], [4.0, 4.0]], "b": [[2.0, 2.0], [1.0, 1.0], [0.0, 0.0]]}
     values = {
@@ -51,7 +51,7 @@ def test_pairs_are_of_the_same_architecture_distillation_and_network(compare: Mo
 
 
 def test_two_distillations_are_too_few_to_be_tested(compare: ModuleType) -> None:
-    """Their means are told, without a p of their own."""
+    """Two distillations get a mean difference and no p value of their own."""
     found = compare.paired({"a": [[1.0, 2.0], [3.0, 3.5]]}, {"a": [[0.0, 2.5], [1.0, 1.0]]}, ["a"])
     assert len(found["of_distillations"]) == 2
     assert "p_distillations" not in found
@@ -59,7 +59,7 @@ def test_two_distillations_are_too_few_to_be_tested(compare: ModuleType) -> None
 
 
 def test_one_distillation_has_the_variants_name(bench: ModuleType) -> None:
-    """So that folders of earlier runs stay valid; several are numbered by their seeds."""
+    """One distillation has the variant's name, so that earlier folders stay valid; several are numbered by seeds."""
     variant = bench.variants()[-1]
     (alone,) = bench.runs_of(variant, bench.DIGITS, "digits-ipc1", 1, [])
     several = bench.runs_of(variant, bench.DIGITS, "digits-ipc1", 2, [])
@@ -68,7 +68,7 @@ def test_one_distillation_has_the_variants_name(bench: ModuleType) -> None:
 
 
 def test_the_part_of_a_data_set_has_the_first_images_of_every_class(bench: ModuleType, tmp_path: Path) -> None:
-    """In the order of the whole file."""
+    """A part of a data set has each class's first images, in the order of the file."""
     import pyarrow.parquet as pq
 
     labels = np.array([1, 0, 1, 1, 0, 0])
@@ -80,13 +80,13 @@ def test_the_part_of_a_data_set_has_the_first_images_of_every_class(bench: Modul
 
 
 def test_results_name_no_folder_of_a_machine(bench: ModuleType) -> None:
-    """What else was asked for is told."""
+    """Results name all options except folders of one machine."""
     words = ["--data", "cifar10", "--runs", "/here", "--out=/there", "--seeds", "3"]
     assert sys.modules["facts"].without_places(words) == ["--data", "cifar10", "--seeds", "3"]
 
 
 def test_experts_that_variants_share_are_counted_once(bench: ModuleType, compare: ModuleType, tmp_path: Path) -> None:
-    """Of each architecture and seed; sets and networks are told of each variant."""
+    """Shared experts count once per architecture and seed; sets and networks count for each variant."""
     runs = {
         each.name: bench.runs_of(each, bench.DIGITS, "digits-ipc1", 2, [])
         for each in bench.variants()
@@ -95,8 +95,8 @@ def test_experts_that_variants_share_are_counted_once(bench: ModuleType, compare
     spent = Spent(seconds=2.0, cpu_seconds=1.0).to_json()
     for config in (config for each in runs.values() for config in each):
         names = ["convnet", *(["vgg11"] if config.metadd else [])]
-        told = [{"architecture": name, "known": 8, "spent": spent} for name in names]
-        (open_location(str(tmp_path)) / config.name / EXPERTS_COST).write_json(told)
+        rows = [{"architecture": name, "known": 8, "spent": spent} for name in names]
+        (open_location(str(tmp_path)) / config.name / EXPERTS_COST).write_json(rows)
     experts = compare.experts_costs(SimpleNamespace(out=open_location(str(tmp_path))), runs)
     assert {name: (number, cost["cpu_seconds"]) for name, (number, cost) in experts.items()} == {
         "convnet": (16, 2.0),

@@ -1,4 +1,4 @@
-"""The files under cluster/, and the commands that they and all documents tell people to give."""
+"""Readers of the files under cluster/, and of the commands that documents give to users."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def document(path: Path, kind: str) -> dict[str, Any]:
 
 
 def ray_version() -> str:
-    """The version of Ray that the image has, which everything else must repeat."""
+    """Version of Ray in the image, which all other files must repeat."""
     (version,) = re.findall(r"^ARG RAY_VERSION=(\S+)$", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE)
     return str(version)
 
 
 def shell_blocks(readme: Path) -> list[str]:
-    """What stands in the ```sh blocks of a README."""
+    """Contents of the ```sh blocks of a README."""
     return re.findall(r"^```sh\n(.*?)^```$", readme.read_text(), re.MULTILINE | re.DOTALL)
 
 
@@ -61,16 +61,16 @@ def commands(shell: str) -> list[list[str]]:
     return found
 
 
-def told_commands() -> list[tuple[str, list[str]]]:
-    """Every whole `datm-ray` command that READMEs, scripts and manifests tell someone to give, with where it stands."""
-    told = [(readme, words) for readme in DOCUMENTS for text in shell_blocks(readme) for words in commands(text)]
+def documented_commands() -> list[tuple[str, list[str]]]:
+    """Every whole `datm-ray` command that READMEs, scripts and manifests give to users, with its place."""
+    found = [(readme, words) for readme in DOCUMENTS for text in shell_blocks(readme) for words in commands(text)]
     for script in SCRIPTS:
         text = re.sub(r"\$\w+", "1", script.read_text())
-        told += [(script, words) for line in re.findall(r"datm-ray (?:run|job) .*", text) for words in commands(line)]
+        found += [(script, words) for line in re.findall(r"datm-ray (?:run|job) .*", text) for words in commands(line)]
     for manifest in MANIFESTS:
         entrypoints = [each["spec"].get("entrypoint") for each in documents(manifest) if "spec" in each]
-        told += [(manifest, shlex.split(each)) for each in entrypoints if each]
-    return [(str(path.relative_to(ROOT)), words) for path, words in told if words[0] == "datm-ray"]
+        found += [(manifest, shlex.split(each)) for each in entrypoints if each]
+    return [(str(path.relative_to(ROOT)), words) for path, words in found if words[0] == "datm-ray"]
 
 
 def mentioned_commands() -> list[tuple[str, list[str]]]:

@@ -1,4 +1,4 @@
-"""cluster/aws: valid by Ray's schema, and launched by Ray's own AWS code into a simulated EC2. No cloud, no network."""
+"""Tests cluster/aws by Ray's schema and by Ray's AWS code in a simulated EC2, without cloud and network."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ TRUST = {
 
 
 def configuration() -> dict[str, Any]:
-    """The file as it is."""
+    """The configuration as it is in the file."""
     return dict(yaml.safe_load((AWS / "cluster.yaml").read_text()))
 
 
 @pytest.fixture
 def prepared() -> dict[str, Any]:
-    """With Ray's defaults, as `ray up` has it."""
+    """The configuration with Ray's defaults, as `ray up` has it."""
     from ray.autoscaler._private.util import prepare_config
 
     return dict(prepare_config(configuration()))
 
 
 def test_it_satisfies_ray_s_schema(prepared: dict[str, Any]) -> None:
-    """The check with which `ray up` begins."""
+    """The configuration passes the schema check with which `ray up` starts."""
     from ray.autoscaler._private.util import validate_config
 
     validate_config(prepared)
@@ -53,7 +53,7 @@ def test_it_satisfies_ray_s_schema(prepared: dict[str, Any]) -> None:
     ],
 )
 def test_the_schema_notices(broken: dict[str, Any], prepared: dict[str, Any]) -> None:
-    """Misspelt or mistyped, it would be refused: the check above is one."""
+    """The schema check refuses misspelt and mistyped configurations."""
     import jsonschema
     from ray.autoscaler._private.util import validate_config
 
@@ -62,7 +62,7 @@ def test_the_schema_notices(broken: dict[str, Any], prepared: dict[str, Any]) ->
 
 
 def test_machines_have_identities_of_their_own() -> None:
-    """No key is put on them; and what they have is not given to whoever can make them fetch a URL."""
+    """Machines have instance profiles instead of keys, and require tokens for their metadata."""
     for name, node in configuration()["available_node_types"].items():
         identity = "datm-ray-head" if name == "head" else "datm-ray-worker"
         assert node["node_config"]["IamInstanceProfile"] == {"Name": identity}
@@ -70,7 +70,7 @@ def test_machines_have_identities_of_their_own() -> None:
 
 
 def test_package_is_copied_and_installed(prepared: dict[str, Any]) -> None:
-    """What is built on the machines is in the repository and all that building needs."""
+    """Everything needed to build on the machines is copied from the repository."""
     mounts = {remote: local for remote, local in prepared["file_mounts"].items() if not local.startswith("~")}
     for remote, local in mounts.items():
         assert (ROOT / local).exists()
@@ -84,7 +84,7 @@ def test_package_is_copied_and_installed(prepared: dict[str, Any]) -> None:
 
 
 def test_nobody_gets_in_without_token(prepared: dict[str, Any]) -> None:
-    """The token is copied to where every container looks for it; the dashboard listens on the head alone."""
+    """The token is copied to where every container reads it; the dashboard listens on the head alone."""
     options = " ".join(prepared["docker"]["run_options"])
     assert "--env RAY_AUTH_MODE=token" in options
     where = re.search(r"--env RAY_AUTH_TOKEN_PATH=(\S+)", options)
@@ -125,7 +125,7 @@ def ec2(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
 
 @pytest.mark.slow
 def test_ray_launches_it(ec2: Any, prepared: dict[str, Any]) -> None:
-    """Ray's AWS code finds networks, opens SSH alone, and starts the head on demand and the workers on spot."""
+    """Ray's AWS code opens SSH alone, and starts the head on demand and the workers on spot."""
     from ray.autoscaler._private.aws.config import bootstrap_aws
     from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 
@@ -156,21 +156,21 @@ def test_ray_launches_it(ec2: Any, prepared: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_machines_have_what_the_file_says(ec2: Any) -> None:
-    """CPUs and GPUs of each instance type are those that the scheduler is told."""
+    """CPUs and GPUs given to the scheduler are those of each instance type."""
     from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 
-    said = configuration()
-    unsaid = deepcopy(said)
-    for node in unsaid["available_node_types"].values():
+    configured = configuration()
+    without = deepcopy(configured)
+    for node in without["available_node_types"].values():
         node["resources"] = {}
-    found = AWSNodeProvider.fillout_available_node_types_resources(unsaid)["available_node_types"]
+    found = AWSNodeProvider.fillout_available_node_types_resources(without)["available_node_types"]
     for name in WORKERS:
-        resources = said["available_node_types"][name]["resources"]
+        resources = configured["available_node_types"][name]["resources"]
         assert resources == {resource: found[name]["resources"][resource] for resource in resources}
 
 
 def test_the_head_may_do_what_it_must_and_workers_nothing_to_machines() -> None:
-    """The head hands only the workers' identity on, and ends only machines of this cluster."""
+    """The head may pass on the workers' identity only and end this cluster's machines only."""
     head, worker = (json.loads((AWS / f"{who}-policy.json").read_text())["Statement"] for who in ("head", "worker"))
     assert all(action.startswith("s3:") for each in worker for action in each["Action"])
     by_action = {

@@ -1,4 +1,4 @@
-"""cluster/Dockerfile: what it is built from exists, and everything agrees on Ray's version. Nothing is built here."""
+"""Tests cluster/Dockerfile: its sources exist, and all files agree on Ray's version. Nothing is built."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_ray_is_new_enough_for_the_package() -> None:
 
 
 def test_every_file_has_the_image_s_ray() -> None:
-    """Wherever a version of Ray is written under cluster/, it is the Dockerfile's."""
+    """Every version of Ray under cluster/ is the Dockerfile's."""
     pattern = r"""(?:rayproject/ray:|ray-|rayVersion: "|ray(?:\[\w+\])?==)(\d+\.\d+\.\d+)"""
     found = {
         (path.relative_to(CLUSTER).as_posix(), version)
@@ -51,14 +51,14 @@ def test_every_file_has_the_image_s_ray() -> None:
 
 
 def test_it_does_not_run_as_root() -> None:
-    """The last user is a number that is not 0, which Kubernetes can check."""
+    """The image's last user is a number other than 0, which Kubernetes can check."""
     user = instructions("USER")[-1]
     assert user.isdigit()
     assert int(user) > 0
 
 
 def test_what_is_copied_exists_and_is_not_ignored() -> None:
-    """Sources of COPY are in the repository and pass the list of what is sent to the builder; nothing else does."""
+    """Sources of COPY exist and are sent to the builder; nothing else is sent."""
     lines = (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines()
     rules = [line for line in lines if line and not line.startswith("#")]
     assert rules[0] == "*"
@@ -85,7 +85,7 @@ def test_what_the_package_is_built_from_is_copied() -> None:
 
 @pytest.mark.skipif(tomllib is None, reason="reads pyproject.toml")
 def test_its_command_is_installed_by_the_package() -> None:
-    """What the container does by itself, and what the build tries, is a script that pyproject.toml declares."""
+    """The container's command, and the one that the build tries, are scripts of pyproject.toml."""
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     (command,) = instructions("CMD")
     first = re.match(r'\["([^"]+)"', command)

@@ -1,4 +1,4 @@
-"""The KubeRay manifests: read by Ray's own autoscaler, and what Kubernetes and KubeRay want of them. No cluster."""
+"""Tests the KubeRay manifests by Ray's autoscaler and by rules of Kubernetes and KubeRay, without a cluster."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ RAYCLUSTER, RAYJOB = (CLUSTER / "kuberay" / name for name in ("raycluster.yaml",
 
 @pytest.fixture
 def spec() -> dict[str, Any]:
-    """The cluster, which both manifests share."""
+    """Specification of the cluster, which both manifests share."""
     return dict(document(RAYCLUSTER, "RayCluster")["spec"])
 
 
 def groups(spec: dict[str, Any]) -> list[dict[str, Any]]:
-    """Head and workers."""
+    """Groups of the head and of the workers."""
     return [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
 def test_names_are_kubernetes_names(path: Path) -> None:
-    """Of documents, containers and ports; a cluster's with room for what the operator appends."""
+    """Documents, containers and ports have valid names; a cluster's name leaves room for the operator's suffixes."""
     names = [each["metadata"]["name"] for each in documents(path)]
     assert all(re.fullmatch(r"[a-z]([-a-z0-9]{0,40}[a-z0-9])?", name) for name in names)
 
 
 def test_both_have_the_same_cluster() -> None:
-    """What is mended in one is mended in the other."""
+    """Both manifests specify the same cluster."""
     first, second = documents(RAYCLUSTER), documents(RAYJOB)
     assert first[0] == second[0]
     assert first[1]["spec"] == second[1]["spec"]["rayClusterSpec"]
 
 
 def test_ray_s_autoscaler_reads_it(spec: dict[str, Any]) -> None:
-    """As the sidecar does it, schema and all: a head without work, and GPU workers between none and many."""
+    """Ray's autoscaler reads the manifest with its schema: a head without tasks, and GPU workers from none to many."""
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
     config = _derive_autoscaling_config_from_ray_cr({"metadata": {"name": "x", "namespace": "y"}, "spec": spec})
@@ -54,7 +54,7 @@ def test_ray_s_autoscaler_reads_it(spec: dict[str, Any]) -> None:
 
 
 def test_ports_and_containers_are_named_as_kuberay_wants(spec: dict[str, Any]) -> None:
-    """Ray's container comes first, and the head's ports have the names that its service takes over."""
+    """Ray's container is first, and the head's ports have the names that its service uses."""
     head, *workers = groups(spec)
     names = [group["template"]["spec"]["containers"][0]["name"] for group in (head, *workers)]
     assert names == ["ray-head", *["ray-worker"] * len(workers)]
@@ -67,7 +67,7 @@ def test_ports_and_containers_are_named_as_kuberay_wants(spec: dict[str, Any]) -
 
 
 def test_workers_live_on_spot_and_the_head_does_not(spec: dict[str, Any]) -> None:
-    """Every name for spot that the head avoids is one that workers prefer and whose taint they tolerate."""
+    """Workers prefer and tolerate every label of spot nodes that the head avoids."""
     head, worker = (group["template"]["spec"] for group in groups(spec))
     (term,) = head["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
     avoided = {(each["key"], *each["values"]) for each in term["matchExpressions"] if each["operator"] == "NotIn"}
@@ -81,7 +81,7 @@ def test_workers_live_on_spot_and_the_head_does_not(spec: dict[str, Any]) -> Non
 
 
 def test_nobody_gets_in_without_token_and_nothing_runs_as_root(spec: dict[str, Any]) -> None:
-    """The dashboard stays inside Kubernetes."""
+    """A token is required, no container runs as root, and the dashboard stays inside Kubernetes."""
     assert spec["authOptions"] == {"mode": "token"}
     assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
     for group in groups(spec):
@@ -93,7 +93,7 @@ def test_nobody_gets_in_without_token_and_nothing_runs_as_root(spec: dict[str, A
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
 def test_the_bucket_s_keys_come_from_outside(path: Path) -> None:
-    """From the pods' account, which the file makes, or from a secret that need not be there; on every pod."""
+    """Every pod gets the bucket's keys from its service account or an optional secret."""
     account, body = documents(path)
     for group in groups(body["spec"].get("rayClusterSpec", body["spec"])):
         pod = group["template"]["spec"]
@@ -103,7 +103,7 @@ def test_the_bucket_s_keys_come_from_outside(path: Path) -> None:
 
 
 def test_the_job_resumes_and_cleans_up() -> None:
-    """A lost head means a new cluster and the same command, whose results are in a bucket; then nothing stays."""
+    """After a lost head a new cluster runs the command again, on results in a bucket; at the end it is deleted."""
     spec = document(RAYJOB, "RayJob")["spec"]
     assert spec["backoffLimit"] >= 1
     assert spec["shutdownAfterJobFinishes"] is True
@@ -117,7 +117,7 @@ def test_the_job_resumes_and_cleans_up() -> None:
 
 
 def test_pods_get_what_they_ask_for(spec: dict[str, Any]) -> None:
-    """Limits equal requests, of CPU and memory, and only workers have GPUs."""
+    """Limits of CPU and memory equal requests, and only workers have GPUs."""
     for group in groups(spec):
         container = group["template"]["spec"]["containers"][0]
         resources = container["resources"]
@@ -129,7 +129,7 @@ def test_pods_get_what_they_ask_for(spec: dict[str, Any]) -> None:
 
 
 def test_scaling_is_on_and_within_bounds(spec: dict[str, Any]) -> None:
-    """Without the switch the numbers would mean nothing."""
+    """Autoscaling is switched on, and the numbers of workers are within its bounds."""
     assert spec["enableInTreeAutoscaling"] is True
     for group in spec["workerGroupSpecs"]:
         assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]

@@ -1,4 +1,4 @@
-"""cluster/local: a cluster is started and stopped for real, beside others, on ports that nobody uses."""
+"""Tests cluster/local by starting and stopping a real cluster, beside others, on free ports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ START, STOP = CLUSTER / "local" / "start.sh", CLUSTER / "local" / "stop.sh"
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_shell(script: Path) -> None:
-    """They parse, may be executed, and stop at the first thing that fails."""
+    """Scripts parse, are executable, and stop at the first error."""
     subprocess.run(["bash", "-n", script], check=True)
     assert os.access(script, os.X_OK)
     lines = script.read_text().splitlines()
@@ -32,12 +32,12 @@ def test_scripts_are_shell(script: Path) -> None:
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck_has_nothing_to_say(script: Path) -> None:
-    """Quoting and the like."""
+    """Shellcheck reports nothing on the scripts."""
     subprocess.run(["shellcheck", script], check=True)
 
 
 def free_ports() -> list[int]:
-    """Ports that nobody listens on, of which the first has a free one after it."""
+    """Unused ports; the port after the first is unused too."""
     while True:
         sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
         ports = [each.getsockname()[1] for each in sockets]
@@ -49,7 +49,7 @@ def free_ports() -> list[int]:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """What the scripts see: free ports, a token of this test, the tools of this interpreter."""
+    """Environment of the scripts: free ports, a token of this test, and this interpreter's tools."""
     token = tmp_path / "token"
     token.write_text("0123456789abcdef" * 4)
     port, dashboard, metrics = map(str, free_ports())
@@ -73,7 +73,7 @@ def call(script: Path, environment: dict[str, str], *arguments: str) -> tuple[in
 
 
 def status(address: str, token: str | None = None) -> int:
-    """What an HTTP server answers."""
+    """Status of an HTTP server's answer."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
         with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=20) as answer:
@@ -86,7 +86,7 @@ def status(address: str, token: str | None = None) -> int:
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_cluster_is_started_and_stopped(environment: dict[str, str]) -> None:
-    """Its dashboard answers on localhost to those who have the token, its metrics are there; nothing of it stays."""
+    """A started cluster answers on localhost to the token only, and has metrics; stopping leaves nothing."""
     code, out, err = call(START, environment, "--num-cpus", "1", "--object-store-memory", "100000000")
     assert code == 0, err
     port, dashboard, metrics = (environment[name] for name in ("PORT", "DASHBOARD_PORT", "METRICS_PORT"))
@@ -120,7 +120,7 @@ def of_cluster(folder: str) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_port_in_use_is_one_line(environment: dict[str, str]) -> None:
-    """Why Ray does not start is said, and nothing of it stays."""
+    """A port in use is one line with the reason, and nothing of the cluster stays."""
     with socket.create_server(("127.0.0.1", int(environment["DASHBOARD_PORT"]))):
         code, out, err = call(START, environment, "--num-cpus", "1", "--object-store-memory", "100000000")
     assert (code, out) == (2, "")
@@ -130,7 +130,7 @@ def test_a_port_in_use_is_one_line(environment: dict[str, str]) -> None:
 
 
 def test_another_process_of_that_number_is_left_alone(environment: dict[str, str]) -> None:
-    """Numbers of processes are given again; only one whose command names the folder is stopped."""
+    """A process with a reused id is stopped only if its command names the cluster's folder."""
     folder = Path(f"/tmp/datm-ray-{os.getuid()}/{environment['PORT']}")
     folder.mkdir(parents=True)
     with subprocess.Popen(["sleep", "60"]) as other:
@@ -143,7 +143,7 @@ def test_another_process_of_that_number_is_left_alone(environment: dict[str, str
 
 
 def test_no_ray_is_one_line(environment: dict[str, str], tmp_path: Path) -> None:
-    """Outside of the environment that has it."""
+    """A missing Ray is one line of error."""
     if (CLUSTER.parent / ".venv" / "bin" / "ray").exists():
         pytest.skip("the repository's own environment is found")
     path = tmp_path / "bin"

@@ -1,4 +1,4 @@
-"""Every operation against the published formula, written out pixel by pixel for one image."""
+"""Tests every operation against the published formula, written out pixel by pixel for one image."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def published(operation: str, image: Image, u: NDArray[np.float64]) -> Image:
 
 
 def cropped(image: Image, shift_y: int, shift_x: int) -> Image:
-    """Pad by one zero, then read at indices clamped into the padded image."""
+    """An image padded by one zero, then read at indices clamped into the padded image."""
     padded = np.pad(image, ((0, 0), (1, 1), (1, 1)))
     result = np.empty_like(image)
     for y, x in np.ndindex(image.shape[1:]):
@@ -57,7 +57,7 @@ def cropped(image: Image, shift_y: int, shift_x: int) -> Image:
 
 
 def with_hole(image: Image, offset: tuple[int, int], cut: tuple[int, int]) -> Image:
-    """Blank the pixels of a square whose indices are clamped to the image."""
+    """An image with the pixels of a square blanked; its indices are clamped to the image."""
     result = image.copy()
     for y, x in np.ndindex(cut):
         blank_y = min(max(y + offset[0] - cut[0] // 2, 0), image.shape[1] - 1)
@@ -90,7 +90,7 @@ def apply(operation: str, images: NDArray[np.float64], parameters: NDArray[np.fl
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_operation_is_the_published_formula(operation: str, channels: int, size: tuple[int, int]) -> None:
-    """Each sample with its own parameters, also at the ends of their ranges and where height and width differ."""
+    """Each operation equals its formula, also at the ends of the ranges and for height unlike width."""
     draw = np.random.default_rng(0)
     ends = np.array([[0, 0, 0], [ALMOST_ONE] * 3, [0, ALMOST_ONE, 0.5], [0.5, 0.5, 0.5]], np.float32)
     parameters = np.concatenate([ends, draw.random((12, 3), np.float32)])
@@ -101,7 +101,7 @@ def test_operation_is_the_published_formula(operation: str, channels: int, size:
 
 @pytest.mark.parametrize("side", [8, 28, 32, 64])
 def test_crop_reaches_every_shift_and_no_other(side: int) -> None:
-    """Numbers in [0, 1) become the whole shifts -reach..reach, equally many each, one eighth of the side away."""
+    """Crop maps numbers in [0, 1) evenly to the whole shifts -reach..reach; reach is an eighth of the side."""
     reach = int(side * 0.125 + 0.5)
     count = 2 * reach + 1
     u = np.linspace(0, 1, 64 * count, endpoint=False, dtype=np.float32)
@@ -114,7 +114,7 @@ def test_crop_reaches_every_shift_and_no_other(side: int) -> None:
 
 @pytest.mark.parametrize("side", [7, 8, 9, 32])
 def test_cutout_blanks_what_the_published_clamped_mask_blanks(side: int) -> None:
-    """For every possible offset, the border ones that cut the square short included."""
+    """Cutout equals the published mask at every offset, also where the border cuts the square."""
     cut = int(side * 0.5 + 0.5)
     offsets = np.arange(side + 1 - cut % 2)
     parameters = np.zeros((len(offsets), 3), np.float32)
@@ -128,7 +128,7 @@ def test_cutout_blanks_what_the_published_clamped_mask_blanks(side: int) -> None
 
 
 def test_flip_has_probability_one_half() -> None:
-    """Numbers below 0.5 mirror left and right, the others leave the image alone."""
+    """Flip mirrors images whose number is below 0.5 and leaves the others alone."""
     images = np.arange(6.0).reshape(1, 1, 2, 3).repeat(4, axis=0)
     u = np.array([0, np.nextafter(np.float32(0.5), np.float32(0)), 0.5, ALMOST_ONE], np.float32)
     flipped = apply("flip", images, np.stack([u, u, u], axis=1))
@@ -137,14 +137,14 @@ def test_flip_has_probability_one_half() -> None:
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_gradient_equals_finitedifferences(operation: str) -> None:
-    """Every operation passes pixels' gradients on exactly."""
+    """The gradient through every operation equals finite differences."""
     images = torch.randn(3, 2, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     drawn = draw_augmentation(operation, 3, generator(1, Purpose.STUDENT_AUGMENTATION))
     assert torch.autograd.gradcheck(lambda x: augment(x, drawn), (images.requires_grad_(),))
 
 
 def test_one_operation_is_drawn_per_batch_and_parameters_per_sample() -> None:
-    """Operations come up equally often; the numbers of two samples differ."""
+    """Operations are drawn equally often per batch; each sample has numbers of its own."""
     drawn = [
         draw_augmentation(PUBLISHED_AUGMENTATION, 5, generator(0, Purpose.STUDENT_AUGMENTATION, k)) for k in range(1200)
     ]
@@ -156,12 +156,12 @@ def test_one_operation_is_drawn_per_batch_and_parameters_per_sample() -> None:
 
 
 def test_published_strategy_has_the_six_operations() -> None:
-    """In the published order, on which the draw depends."""
+    """The published strategy lists its six operations in the published order, on which draws depend."""
     assert parse_strategy(PUBLISHED_AUGMENTATION) == list(OPERATIONS)
 
 
 def test_empty_strategy_leaves_images_alone() -> None:
-    """No augmentation is an augmentation too, and takes no number from the generator."""
+    """The empty strategy returns the images unchanged and draws no number."""
     draw = generator(0, Purpose.STUDENT_AUGMENTATION)
     drawn = draw_augmentation("", 2, draw)
     images = torch.randn(2, 1, 4, 4)
@@ -171,7 +171,7 @@ def test_empty_strategy_leaves_images_alone() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["blur", "crop_blur", "Crop"])
-def test_unknown_operation_is_refused_with_those_known(strategy: str) -> None:
-    """Before any image is touched."""
+def test_an_unknown_operation_is_refused_with_the_known_ones(strategy: str) -> None:
+    """An unknown operation is an error that lists the known ones, before any image changes."""
     with pytest.raises(ConfigError, match=r"not an operation.*color, crop, cutout, flip, scale, rotate"):
         draw_augmentation(strategy, 1, generator(0, Purpose.STUDENT_AUGMENTATION))

@@ -1,4 +1,4 @@
-"""Everything that computes stays on the device of its tensors; see `tests/other_device.py`."""
+"""Tests that every computation stays on its tensors' device; see `tests/other_device.py`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def synthetic_set() -> SyntheticSet:
 
 
 def failures(cases: dict[str, Callable[[], Any]]) -> dict[str, str]:
-    """What went wrong, by case."""
+    """Errors by case."""
 
     def failure(case: Callable[[], Any]) -> str:
         try:
@@ -67,7 +67,7 @@ def failures(cases: dict[str, Callable[[], Any]]) -> dict[str, str]:
 
 
 def test_mixing_is_noticed() -> None:
-    """A tensor of the CPU cannot meet one of the device, but for a number in element-wise operations."""
+    """Mixing a CPU tensor with one of the device fails, except for a number in element-wise operations."""
     with pytest.raises(RuntimeError, match="mixes devices"):
         tensor(3) + torch.zeros(3)
     with pytest.raises(RuntimeError, match="mixes devices"):
@@ -80,7 +80,7 @@ def test_mixing_is_noticed() -> None:
 
 @pytest.mark.parametrize("order", ["reverse-over-forward", "reverse-over-reverse"])
 def test_a_distillation_stays_on_its_device(order: Order) -> None:
-    """Matching, MetaDD, momentum, limits, and the state saved and restored."""
+    """Matching, MetaDD, momentum, limits, and saving and restoring stay on one device."""
     functions = StudentStepFunctions(FlatNetwork(there()), StepOptions(compiled=False, order=order))
     start = flatten(functions.network.module)
     metadd = MetaDD([there(), there(SPEC.model_copy(update={"architecture": "lenet"}))])
@@ -96,7 +96,7 @@ def test_a_distillation_stays_on_its_device(order: Order) -> None:
 
 
 def test_every_operation_of_augmentation_stays_on_its_device() -> None:
-    """Values and derivatives."""
+    """Every augmentation and its derivative stay on the device of the images."""
 
     def case(operation: str) -> None:
         images = tensor(5, 3, 8, 8).requires_grad_()
@@ -107,7 +107,7 @@ def test_every_operation_of_augmentation_stays_on_its_device() -> None:
 
 
 def test_experts_stay_on_their_device() -> None:
-    """Alone, side by side, vectorised and with batch statistics, by SGD and GSAM, in parts of a batch."""
+    """Experts stay on their device, alone or stacked, by SGD or GSAM, in parts of a batch."""
 
     def case(spec: NetworkSpec, stacked: int, gsam: bool) -> None:
         networks = [there(spec, seed) for seed in range(stacked)]
@@ -136,7 +136,7 @@ def test_experts_stay_on_their_device() -> None:
 
 
 def test_evaluation_stays_on_its_device() -> None:
-    """Training with both optimisers, scoring, hard labels and the experts' soft ones."""
+    """Evaluation stays on its device with either optimiser, scoring, hard labels and soft labels."""
     images, network = tensor(5, 3, 8, 8), there()
 
     def case(schedule: Schedule, targets: Tensor) -> None:

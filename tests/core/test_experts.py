@@ -1,4 +1,4 @@
-"""Training experts: every step is that of a plain implementation, alone or in a stack, compiled or not."""
+"""Tests the training of experts: each step equals a plain implementation, alone or stacked, compiled or not."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def data(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
 def trained(
     networks: Sequence[nn.Module], settings: ExpertConfig, seeds: Sequence[int], *, compile_: bool = False
 ) -> tuple[ExpertState, list[Tensor]]:
-    """The state at the end, and the losses of every epoch."""
+    """Parameters at the end, and the losses of every epoch."""
     functions = ExpertFunctions(networks[0], stacked=len(networks), compile_=compile_)
     assert functions.note == "", "without compiled code nothing of it would be tested"
     state = ExpertState.initial(networks)
@@ -55,7 +55,7 @@ def trained(
 
 
 def plainly(network: nn.Module, settings: ExpertConfig, seed: int, step: Callable[..., None]) -> nn.Module:
-    """The same draws, through modules and torch's optimiser; `step(network, loss of the batch, optimiser)`."""
+    """Train by modules and torch's optimiser on equal draws; `step(network, loss of the batch, optimiser)`."""
     network = copy.deepcopy(network)
     images, labels = data(next(network.parameters()).dtype)
     optimiser = torch.optim.SGD(
@@ -78,7 +78,7 @@ def sgd_step(network: nn.Module, loss: Callable[[], Tensor], optimiser: torch.op
 
 
 def gsam_step(settings: ExpertConfig) -> Callable[..., None]:
-    """GSAM layer by layer, with norms over all layers, as FTD's description has it."""
+    """A GSAM step layer by layer, with norms over all layers, as FTD describes it."""
 
     def step(network: nn.Module, loss: Callable[[], Tensor], optimiser: torch.optim.Optimizer) -> None:
         layers = list(network.parameters())
@@ -108,8 +108,8 @@ def assert_close(value: Tensor, expected: Tensor, bound: float = 1e-12) -> None:
 
 
 @pytest.mark.parametrize("settings", [SGD, RICH], ids=["plain", "momentum, decay, augmentation"])
-def test_sgd_is_torchs(settings: ExpertConfig) -> None:
-    """Two epochs with a smaller last batch end where modules and torch's own optimiser end."""
+def test_sgd_equals_torchs(settings: ExpertConfig) -> None:
+    """Two epochs with a smaller last batch end at the parameters of modules and torch's SGD."""
     (network,) = make_networks(1)
     state, _ = trained([network], settings, [7])
     assert_close(state.parameters[0], flatten(plainly(network, settings, 7, sgd_step)))
@@ -117,8 +117,8 @@ def test_sgd_is_torchs(settings: ExpertConfig) -> None:
 
 
 @pytest.mark.parametrize("adaptive", [True, False])
-def test_gsam_is_what_a_plain_implementation_does(adaptive: bool) -> None:
-    """Step by step, with and without the scaling, beside momentum and weight decay."""
+def test_gsam_equals_a_plain_implementation(adaptive: bool) -> None:
+    """GSAM equals a plain implementation step by step, with and without scaling, beside momentum and decay."""
     settings = RICH.model_copy(update={"optimiser": "gsam", "rho": 0.05, "alpha": 0.4, "adaptive": adaptive})
     (network,) = make_networks(1)
     state, _ = trained([network], settings, [7])
@@ -127,8 +127,8 @@ def test_gsam_is_what_a_plain_implementation_does(adaptive: bool) -> None:
     assert float((reference - flatten(plainly(network, settings, 7, sgd_step))).norm()) > 1e-3
 
 
-def test_gsam_turns_by_its_parts() -> None:
-    """The perturbation has length rho after scaling; what is taken off is at right angles to the sharp gradient."""
+def test_gsam_perturbs_by_rho_and_subtracts_an_orthogonal_part() -> None:
+    """GSAM's perturbation has length rho; the part it subtracts is orthogonal to the sharp gradient."""
     draw = torch.Generator().manual_seed(0)
     w, g, sharp = (torch.randn(2, 50, generator=draw, dtype=torch.float64) for _ in range(3))
     e = perturbation(w, g, ExpertConfig(rho=0.3, alpha=0.5))
@@ -141,7 +141,7 @@ def test_gsam_turns_by_its_parts() -> None:
 @pytest.mark.parametrize("settings", [RICH, GSAM], ids=["sgd", "gsam"])
 @pytest.mark.parametrize("norm", ["instance", "group", "batch", "none"])
 def test_a_stack_trains_each_expert_as_if_alone(settings: ExpertConfig, norm: str) -> None:
-    """Own start, order and augmentation; parameters, running statistics and losses."""
+    """Each expert of a stack has the parameters, running statistics and losses of an expert trained alone."""
     networks, seeds = make_networks(3, norm), [5, 6, 7]
     together, losses = trained(networks, settings, seeds)
     for place, (network, seed) in enumerate(zip(networks, seeds, strict=True)):
@@ -152,8 +152,8 @@ def test_a_stack_trains_each_expert_as_if_alone(settings: ExpertConfig, norm: st
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 5, 8])
-def test_batches_in_parts_are_batches(chunk: int) -> None:
-    """Any number of images a call, the last one filled up with images of no weight."""
+def test_batches_in_parts_equal_whole_batches(chunk: int) -> None:
+    """Splitting a batch into calls of any size changes nothing; padding images have weight zero."""
     networks, seeds = make_networks(2), [5, 6]
     images, labels = data()
     whole, _ = trained(networks, GSAM, seeds)
@@ -165,7 +165,7 @@ def test_batches_in_parts_are_batches(chunk: int) -> None:
 
 @pytest.mark.parametrize("name", ["convnet", "vgg11", "alexnet", "lenet", "resnet18", "mlp"])
 def test_every_network_trains_in_a_stack(name: str) -> None:
-    """Chains of layers side by side, the others under vmap: each as if alone."""
+    """Every architecture trains in a stack as if alone, side by side or under vmap."""
     spec = NetworkSpec(architecture=name, channels=3, size=(8, 8), classes=CLASSES, width=4, depth=2)
     networks = [build_network(spec, seed).double() for seed in range(2)]
     assert can_be_stacked(networks[0]) == (name not in ("resnet18", "mlp"))
@@ -177,7 +177,7 @@ def test_every_network_trains_in_a_stack(name: str) -> None:
 
 
 def test_running_statistics_are_those_of_the_module() -> None:
-    """Those after the first gradient of every step, and not of GSAM's second."""
+    """Running statistics come from the first gradient of every step, and not from GSAM's second."""
     (network,) = make_networks(1, "batch")
     state, _ = trained([network], SGD, [7])
     plain = plainly(network, SGD, 7, sgd_step)
@@ -191,8 +191,8 @@ def test_running_statistics_are_those_of_the_module() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stacked", [1, 2])
-def test_compiled_experts_are_the_uncompiled_ones(stacked: int) -> None:
-    """Also where the last batch is filled up with images of no weight."""
+def test_compiled_experts_equal_uncompiled_ones(stacked: int) -> None:
+    """Compiled experts equal uncompiled ones, also where the last batch is padded with images of weight zero."""
     networks, seeds = make_networks(stacked), list(range(stacked))
     compiled, losses = trained(networks, GSAM.model_copy(update={"momentum": 0.5}), seeds, compile_=True)
     plain, expected = trained(networks, GSAM.model_copy(update={"momentum": 0.5}), seeds)
@@ -201,7 +201,7 @@ def test_compiled_experts_are_the_uncompiled_ones(stacked: int) -> None:
 
 
 def test_channels_first_round_as_finely_as_plain_torch() -> None:
-    """One float32 step against float64, at digits' size: no more than twice as coarse as modules and autograd."""
+    """A float32 step at digits' size is at most twice as far from float64 as modules and autograd."""
     spec = NetworkSpec(channels=1, size=(8, 8), classes=10, width=32, depth=3)
     networks = [build_network(spec, seed) for seed in range(6)]
     draw = torch.Generator().manual_seed(0)
@@ -225,7 +225,7 @@ def test_channels_first_round_as_finely_as_plain_torch() -> None:
 
 
 def test_memory_order_reaches_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graph is traced with, and compiled for, the order of memory that was asked for."""
+    """The requested memory order is the one for which the graph is traced and compiled."""
     asked: list[tuple[bool, bool]] = []
 
     class Uncompiled:
@@ -248,8 +248,8 @@ def test_memory_order_reaches_the_compiler(monkeypatch: pytest.MonkeyPatch) -> N
     assert asked == [(True, False), (False, True)]
 
 
-def test_training_goes_on_from_any_epoch_with_the_same_bits() -> None:
-    """The state and nothing else is what the next epoch depends on."""
+def test_training_resumes_from_any_epoch_with_the_same_bits() -> None:
+    """Resuming from the state of any epoch gives bit-identical experts."""
     networks, seeds, settings = make_networks(2, dtype=torch.float32), [1, 2], RICH.model_copy(update={"epochs": 4})
     undisturbed, _ = trained(networks, settings, seeds)
     half, _ = trained(networks, settings.model_copy(update={"epochs": 2}), seeds)

@@ -1,4 +1,4 @@
-"""MetaDD: maps are the published ones, the loss has its stated parts, and its gradient is exact however it is had."""
+"""Tests MetaDD: its maps and its loss equal the published formulas, and its gradient is exact on every path."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def network(name: str, seed: int = 0, classes: int = CLASSES) -> nn.Module:
 
 
 def draw(count: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Images and classes."""
+    """Random images and classes."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(count, 3, *SIZE, generator=generator, dtype=torch.float64)
     return images, torch.arange(count) % CLASSES
@@ -47,12 +47,12 @@ def draw(count: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(scope="module")
 def three() -> list[nn.Module]:
-    """Of three architectures, the backbone first."""
+    """Networks of three architectures, the backbone first."""
     return [network(name, seed) for seed, name in enumerate(THREE)]
 
 
 def gradient_of(loss: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """By one pass of torch's automatic differentiation."""
+    """Gradient by one pass of torch's automatic differentiation."""
     images = images.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(images), images)
     return gradient
@@ -60,7 +60,7 @@ def gradient_of(loss: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", SPATIAL)
 def test_every_architecture_with_maps_shows_evidence(name: str) -> None:
-    """At the images' size, image by image, with a derivative in every image, and the network's own logits."""
+    """Evidence has the images' size, a derivative in every image, and the network's own logits."""
     images, labels = draw()
     module = network(name)
     seen = evidence(module, images, labels)
@@ -74,7 +74,7 @@ def test_every_architecture_with_maps_shows_evidence(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", "vit-small"])
 def test_maps_of_averaging_networks_are_class_activation_maps(name: str) -> None:
-    """The feature maps under the classifier's weights for the class, whose mean is the logit less the bias."""
+    """Maps weight the features by the classifier; their mean is the logit less the bias."""
     images, labels = draw()
     module = network(name)
     maps = (module.features(images) * module.classifier.weight[labels][:, :, None, None]).sum(1)  # type: ignore
@@ -85,7 +85,7 @@ def test_maps_of_averaging_networks_are_class_activation_maps(name: str) -> None
 
 
 def test_the_derivative_of_maps_matches_finitedifferences(three: list[nn.Module]) -> None:
-    """Of the whole loss, in float64, along random directions."""
+    """The derivative of the whole loss equals finite differences along random directions, in float64."""
     images, labels = draw(3)
     metadd = MetaDD(three)
     exact = gradient_of(lambda x: metadd.loss(x, labels).total, images)
@@ -107,7 +107,7 @@ def test_the_derivative_of_maps_matches_finitedifferences(three: list[nn.Module]
 def test_the_gradient_in_parts_is_that_of_the_whole(
     three: list[nn.Module], options: MetaLossConfig, chunk: int
 ) -> None:
-    """One network's graph on some images at a time, against all of them at once."""
+    """A gradient taken a network and some images at a time equals the gradient of one graph over all."""
     images, labels = draw()
     metadd = MetaDD(three, options)
     whole = metadd.loss(images, labels).detach()
@@ -119,7 +119,7 @@ def test_the_gradient_in_parts_is_that_of_the_whole(
 
 
 class _Column:
-    """Sums between threads that take the same calls."""
+    """Sums between threads that make the same calls."""
 
     def __init__(self, size: int) -> None:
         self._barrier = threading.Barrier(size, timeout=60)
@@ -140,7 +140,7 @@ class _Column:
 def test_apart_networks_exchange_maps_and_logits_and_have_the_whole_gradient(
     three: list[nn.Module], places: tuple[tuple[int, ...], ...]
 ) -> None:
-    """The parts of the gradient add up to that of one process, and every process knows the loss."""
+    """Networks in several processes add up to the gradient of one process, and each process has the loss."""
     images, labels = draw()
     whole, exact = MetaDD(three).gradient(images, labels)
     column = _Column(len(places))
@@ -165,7 +165,7 @@ def test_apart_networks_exchange_maps_and_logits_and_have_the_whole_gradient(
 
 
 def test_shards_of_the_images_add_up(three: list[nn.Module]) -> None:
-    """With the mean over all images, also where a shard has none."""
+    """Gradients of shards of the images add up to the whole, also where a shard is empty."""
     images, labels = draw()
     metadd = MetaDD(three)
     whole, exact = metadd.gradient(images, labels)
@@ -175,7 +175,7 @@ def test_shards_of_the_images_add_up(three: list[nn.Module]) -> None:
 
 
 def test_the_terms_are_those_of_the_formulas() -> None:
-    """Two networks, one image of two by two pixels, two classes, by hand."""
+    """The terms equal values computed by hand for two networks, one 2x2 image and two classes."""
     maps = torch.tensor([[[[0.0, 2.0], [1.0, 4.0]]], [[[-1.0, 0.0], [0.0, 3.0]]]])
     logits = torch.tensor([[[0.0, 0.0]], [[1.0, 0.0]]])
     loss = meta_loss(
@@ -196,7 +196,7 @@ def test_the_terms_are_those_of_the_formulas() -> None:
 
 
 def test_masks_part_the_features() -> None:
-    """A pixel that is a feature to any network is a meta feature or heterogeneous, never both."""
+    """A pixel that is a feature to any network is either a meta feature or heterogeneous."""
     scaled = torch.rand(3, 4, 6, 6, generator=torch.Generator().manual_seed(0))
     for threshold in (0.3, 0.5, 0.7):
         shared, own = meta_features(scaled, threshold), heterogeneous_features(scaled, threshold)
@@ -208,7 +208,7 @@ def test_masks_part_the_features() -> None:
 
 
 def test_a_map_of_one_value_has_no_derivative() -> None:
-    """It would be infinite."""
+    """A constant map gets derivative zero, where the formula would give infinity."""
     flat = torch.ones(1, 3, 3, requires_grad=True)
     scaled = scaled_maps(flat)
     (gradient,) = torch.autograd.grad(scaled.sum(), flat)
@@ -218,14 +218,14 @@ def test_a_map_of_one_value_has_no_derivative() -> None:
 
 @pytest.mark.parametrize("side", [2, 3, 7])
 def test_a_map_of_one_value_stays_one_when_it_is_resized(side: int) -> None:
-    """What rounding leaves of it is no feature."""
+    """Resizing a constant map leaves no feature from rounding."""
     resized = interpolate(torch.full((1, 1, side, side), 0.3), (32, 32), mode="bilinear")
     assert float(resized.max()) - float(resized.min()) < 1e-6
     assert float(scaled_maps(resized).abs().sum()) == 0.0
 
 
 def test_networks_are_copied_frozen_and_evaluated() -> None:
-    """Running statistics stay as they were, and so does what the caller does with the network."""
+    """MetaDD changes neither the caller's network nor its running statistics, and is not changed by it."""
     spec = NetworkSpec(channels=3, size=SIZE, classes=CLASSES, width=4, depth=2, norm="batch")
     modules = [build_network(spec, seed).double().train() for seed in (0, 1)]
     before = [value.clone() for module in modules for value in module.state_dict().values()]
@@ -240,7 +240,7 @@ def test_networks_are_copied_frozen_and_evaluated() -> None:
 
 @pytest.mark.parametrize("build", [resnet18, googlenet])
 def test_networks_of_torchvision_can_be_handed_over(build: Callable[..., nn.Module]) -> None:
-    """Their maps are found; resnet18's are the input of its average."""
+    """MetaDD finds the maps of torchvision's networks; resnet18's are the input of its average."""
     options = {"aux_logits": False, "init_weights": False} if build is googlenet else {}
     module = build(num_classes=CLASSES, **options).double().eval()
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -257,7 +257,7 @@ def test_networks_of_torchvision_can_be_handed_over(build: Callable[..., nn.Modu
 
 
 def test_in_a_loop_of_distribution_matching() -> None:
-    """Added in three lines to somebody's own loop, it raises the share of features that networks agree on."""
+    """MetaDD, added to a user's own loop by three lines, raises the share of features common to networks."""
     generator = torch.Generator().manual_seed(0)
     real = torch.randn(40, 3, *SIZE, generator=generator, dtype=torch.float64)
     synthetic, labels = real[:4].clone().requires_grad_(), torch.arange(4)
@@ -280,7 +280,7 @@ def test_in_a_loop_of_distribution_matching() -> None:
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
-    """One network, networks of different label sets, and networks without maps, each in one line."""
+    """A single network, unequal label sets, or a network without maps is one line of error."""
     images, labels = draw()
     with pytest.raises(ConfigError, match="several networks, and was given 1"):
         MetaDD([network("convnet")])

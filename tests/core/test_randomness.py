@@ -1,4 +1,4 @@
-"""Streams of random numbers are functions of their counters, and part of a run's identity."""
+"""Tests that streams of random numbers are functions of their counters, and part of a run's identity."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def numbers(*place: int, seed: int = 3, purpose: Purpose = Purpose.EXPERT) -> ND
 
 
 def test_streams_have_their_pinned_values() -> None:
-    """A finished run can be repeated with a later version only while these numbers stay."""
+    """Streams give pinned numbers, so that later versions repeat a finished run."""
     assert generator(7, Purpose.STUDENT_ORDER, 3, 1).permutation(8).tolist() == [1, 6, 7, 0, 3, 4, 5, 2]
     assert generator(2**63, Purpose.TRAINING_AUGMENTATION, 1, 2, 3).random(2).tolist() == [
         0.7534251124408035,
@@ -27,7 +27,7 @@ def test_streams_have_their_pinned_values() -> None:
 
 
 def test_purposes_keep_their_numbers() -> None:
-    """A purpose may be added at the end; renumbering one would change every run."""
+    """Purposes have pinned numbers; a new purpose goes to the end, because renumbering changes every run."""
     assert [purpose.name for purpose in Purpose][:11] == [
         "INITIAL_PARAMETERS",
         "TRAINING_ORDER",
@@ -54,26 +54,26 @@ def test_drawing_elsewhere_changes_nothing() -> None:
 
 
 def test_seed_purpose_and_every_counter_separate_streams() -> None:
-    """No two places of a run share a number."""
+    """Seed, purpose and every counter each select another stream."""
     places = [(a, b, c) for a in range(4) for b in range(4) for c in range(4)]
     drawn = [numbers(*place, seed=seed, purpose=purpose) for place in places for seed in (0, 1) for purpose in Purpose]
     assert len(np.unique(np.concatenate(drawn))) == 4 * len(drawn)
 
 
 def test_long_streams_do_not_run_into_the_next() -> None:
-    """Neighbouring streams have 2**64 blocks each between them: none is the continuation of another."""
+    """Neighbouring streams lie 2**64 blocks apart, so none continues another."""
     long, following = (generator(1, Purpose.EXPERT, step).integers(2**62, size=50_000) for step in (0, 1))
     assert not np.intersect1d(long, following).size
 
 
 def test_more_than_three_counters_are_refused() -> None:
-    """The generator has room for three."""
+    """A stream takes at most three counters, which is the generator's capacity."""
     with pytest.raises(ValueError, match=r"at most three counters .* got 4"):
         generator(0, Purpose.EXPERT, 1, 2, 3, 4)
 
 
 def test_derived_seeds_are_valid_and_distinct() -> None:
-    """63 bits, so that they fit torch's and numpy's seeds, and in turn give different streams."""
+    """Derived seeds have 63 bits, which torch and numpy accept, and give different streams."""
     seeds = [derive_seed(0, Purpose.EVALUATION, number) for number in range(100)]
     assert len(set(seeds)) == 100
     assert all(0 <= seed < 2**63 for seed in seeds)

@@ -1,4 +1,4 @@
-"""DD-Ranking's scores: values computed by hand, and their ranges."""
+"""Tests DD-Ranking's scores: values computed by hand, and their ranges."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def ars(distilled: float, random: float, distilled_plain: float, random_plain: f
 
 
 def test_label_robust_score_computed_by_hand() -> None:
-    """HLR 0.3, IOR 0.1: alpha = 0.05 - 0.15 = -0.1; (0.904837 - 0.367879) / (2.718282 - 0.367879) = 0.228454."""
+    """HLR 0.3 and IOR 0.1 give 0.228454: alpha = 0.05 - 0.15 = -0.1; (0.904837 - 0.367879) / 2.350402."""
     found = label_robust(real_hard=0.9, distilled_hard=0.6, distilled=0.8, random_soft=0.7)
     assert (found.hlr, found.ior) == pytest.approx((0.3, 0.1))
     assert found.score == pytest.approx(0.228454, abs=1e-6)
 
 
 def test_augmentation_robust_score_computed_by_hand() -> None:
-    """beta = 0.5 * 0.2 + 0.5 * 0.4 = 0.3; (1.349859 - 0.367879) / 2.350402 = 0.417792."""
+    """Improvements 0.2 and 0.4 give 0.417792: beta = 0.1 + 0.2 = 0.3; (1.349859 - 0.367879) / 2.350402."""
     found = augmentation_robust(distilled=0.8, random=0.6, distilled_plain=0.7, random_plain=0.3)
     assert found.beta == pytest.approx(0.3)
     assert found.score == pytest.approx(0.417792, abs=1e-6)
@@ -49,7 +49,7 @@ def test_both_weights_are_those_of_their_formulas() -> None:
 
 @pytest.mark.parametrize("score", [lrs, ars])
 def test_scores_lie_between_nought_and_one(score) -> None:  # type: ignore[no-untyped-def]
-    """At the corners of all that accuracies can be, the smallest score is 0 and the largest is 1."""
+    """Over all corners of the accuracies' ranges, the smallest score is 0 and the largest is 1."""
     found = [score(*corner) for corner in CORNERS]
     assert min(found) == pytest.approx(0, abs=1e-12)
     assert max(found) == pytest.approx(1)
@@ -57,7 +57,7 @@ def test_scores_lie_between_nought_and_one(score) -> None:  # type: ignore[no-un
 
 
 def test_better_with_hard_labels_or_over_random_is_better() -> None:
-    """Each accuracy of the distilled set raises the score, and each of what it is held against lowers it."""
+    """Each accuracy of the distilled set raises the score; each accuracy of a control lowers it."""
     base = (0.9, 0.5, 0.7, 0.6)
     for place, sign in enumerate((-1, 1, 1, -1)):
         moved = tuple(value + 0.05 * (place == number) for number, value in enumerate(base))
@@ -69,7 +69,7 @@ def test_better_with_hard_labels_or_over_random_is_better() -> None:
 
 @pytest.mark.parametrize("percent", [84.8, -0.1, math.nan])
 def test_percentage_points_are_refused(percent: float) -> None:
-    """The exponential of percentage points is what sends DD-Ranking's program out of range."""
+    """Accuracies in percent are refused, because their exponential leaves the score's range."""
     with pytest.raises(ValueError, match="not a fraction"):
         lrs(percent, 0.5, 0.5, 0.5)
     with pytest.raises(ValueError, match="not a fraction"):

@@ -1,4 +1,4 @@
-"""How a synthetic set starts: which real images, and with which soft labels."""
+"""Tests how a synthetic set starts: its real images and their soft labels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Rows = NDArray[np.int64]
 
 
 def right_on(*correct: set[int]) -> tuple[Callable[[int, Rows], Rows], list[int]]:
-    """Predictions of experts that are right on these rows only, and the experts asked so far, each once."""
+    """Predictions that are right on these rows only, and a list of the distinct experts asked so far."""
     asked: list[int] = []
 
     def predict(expert: int, rows: Rows) -> Rows:
@@ -33,7 +33,7 @@ def rows_of(label: int) -> set[int]:
 
 
 def test_random_rows_are_stratified() -> None:
-    """Class by class, `ipc` each, none twice, and others for another seed."""
+    """Random rows are `ipc` distinct ones of each class, in class order, and depend on the seed."""
     rows = random_rows(LABELS, 4, seed=0)
     assert LABELS[rows].tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert len(set(rows.tolist())) == 12
@@ -42,7 +42,7 @@ def test_random_rows_are_stratified() -> None:
 
 
 def test_perfect_expert_gives_the_random_rows() -> None:
-    """Where every image is classified correctly, correct ones are random ones, and one expert is asked."""
+    """An expert that is right everywhere selects the random rows, and no second expert is asked."""
     predict, asked = right_on(set(range(24)), set())
     rows = correct_rows(LABELS, 4, 5, experts=2, predict=predict)
     assert np.array_equal(rows, random_rows(LABELS, 4, 5))
@@ -50,7 +50,7 @@ def test_perfect_expert_gives_the_random_rows() -> None:
 
 
 def test_first_expert_is_preferred_and_the_next_fills_the_short_class() -> None:
-    """Class 0 has two images that expert 0 gets right: they come first, then one of expert 1's."""
+    """Expert 0's correct images come first; expert 1's fill the class that lacks one."""
     short = {0, 3}
     predict, asked = right_on(short | rows_of(1) | rows_of(2), {6} | {1, 2}, set(range(24)))
     rows = correct_rows(LABELS, 3, 0, experts=3, predict=predict)
@@ -61,7 +61,7 @@ def test_first_expert_is_preferred_and_the_next_fills_the_short_class() -> None:
 
 
 def test_images_nobody_gets_right_fill_the_rest() -> None:
-    """A class that all experts leave short is completed with its own other images, none twice."""
+    """Other distinct images of a class complete it when no expert has enough right."""
     predict, asked = right_on({0} | rows_of(1) | rows_of(2), {0, 3})
     rows = correct_rows(LABELS, 5, 0, experts=2, predict=predict)
     assert rows[:2].tolist() == [0, 3]
@@ -71,7 +71,7 @@ def test_images_nobody_gets_right_fill_the_rest() -> None:
 
 
 def test_a_shard_chooses_for_its_classes_what_one_process_chooses() -> None:
-    """Class ranges, chosen apart and joined, are the rows chosen for all classes at once."""
+    """Rows chosen apart for ranges of classes join to the rows chosen at once."""
     whole = correct_rows(LABELS, 3, 7, experts=2, predict=right_on({0, 4, 8, 11}, {1, 3, 5, 6, 13})[0])
     parts = [
         correct_rows(LABELS, 3, 7, experts=2, predict=right_on({0, 4, 8, 11}, {1, 3, 5, 6, 13})[0], classes=classes)
@@ -81,7 +81,7 @@ def test_a_shard_chooses_for_its_classes_what_one_process_chooses() -> None:
 
 
 def test_no_more_images_are_predicted_than_needed() -> None:
-    """With a perfect expert, twice the images wanted of each class are looked at, not the whole data set."""
+    """A perfect expert predicts twice the wanted images of each class, not the whole data set."""
     looked_at: list[int] = []
 
     def predict(expert: int, rows: Rows) -> Rows:
@@ -98,13 +98,13 @@ def correct(labels: Rows, ipc: int, seed: int) -> Rows:
 
 @pytest.mark.parametrize("choose", [random_rows, correct])
 def test_too_few_images_are_refused_with_the_class(choose: Callable[..., Rows]) -> None:
-    """The smallest class is named, with what it has."""
+    """Too few images of a class are an error that names the smallest class and its size."""
     with pytest.raises(DatasetError, match=r"ipc is 3, but class 1 has only 2"):
         choose(np.array([0, 0, 0, 1, 1], np.int64), 3, 0)
 
 
 def test_soft_labels_are_the_mean_over_experts_that_are_right() -> None:
-    """Against a loop; an image that no expert gets right takes the mean over all."""
+    """Soft labels average the experts that are right, or all experts if none is."""
     logits = torch.randn(5, 40, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     labels = torch.arange(40) % 3
     logits[:, 0, 0] = -100  # nobody is right about image 0
@@ -122,7 +122,7 @@ def make_set() -> SyntheticSet:
 
 
 def test_clone_is_independent() -> None:
-    """Changing a copy leaves the original alone."""
+    """Changing a clone leaves the original unchanged."""
     original = make_set()
     copy = original.clone()
     for tensor in (copy.images, copy.soft_labels, copy.step_size, copy.labels):
@@ -137,7 +137,7 @@ def test_clone_is_independent() -> None:
     [("images", float("nan")), ("soft_labels", float("inf")), ("step_sizes", float("nan")), ("step_sizes", 0.0)],
 )
 def test_set_with_a_bad_value_is_not_valid(name: str, value: float) -> None:
-    """One entry that is not finite, or a step size that is not positive, is enough."""
+    """One entry that is not finite, or a step size that is not positive, makes a set invalid."""
     bad = make_set()
     assert bad.is_valid()
     getattr(bad, name).view(-1)[-1] = value

@@ -1,4 +1,4 @@
-"""The training loop against one written by hand, and the protocols against the published numbers."""
+"""Tests the training loop against one written by hand, and the protocols against the published numbers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def make_network(seed: int = 0) -> nn.Module:
 
 
 def make_data(count: int = 20) -> tuple[Tensor, Tensor]:
-    """Noise with a bright row whose place is the class: separable."""
+    """Separable noise: the place of a bright row is the class."""
     draw = torch.Generator().manual_seed(0)
     labels = torch.arange(count) % 3
     images = 0.3 * torch.randn(count, 1, 8, 8, generator=draw)
@@ -35,7 +35,7 @@ def make_data(count: int = 20) -> tuple[Tensor, Tensor]:
 
 
 def train_by_hand(network: nn.Module, images: Tensor, labels: Tensor, schedule: Schedule, seed: int) -> list[float]:
-    """The published loop: torch's SGD, every image once an epoch, a new optimiser at the decay. Losses by epoch."""
+    """The published loop: torch's SGD, every image once an epoch, a new optimiser at the decay; losses by epoch."""
 
     def sgd(rate: float) -> torch.optim.SGD:
         return torch.optim.SGD(
@@ -62,8 +62,8 @@ def train_by_hand(network: nn.Module, images: Tensor, labels: Tensor, schedule: 
 
 
 @pytest.mark.parametrize("schedule", [PLAIN, RICH], ids=["plain", "momentum, decay and augmentation"])
-def test_training_is_the_published_loop(schedule: Schedule) -> None:
-    """Same parameters and losses as a loop by hand, whose short last batch is kept and whose momentum is lost."""
+def test_training_equals_the_published_loop(schedule: Schedule) -> None:
+    """Training equals a loop by hand that keeps the short last batch and drops the momentum at the decay."""
     images, labels = make_data()
     ours, by_hand = make_network(), make_network()
     epochs = list(train(ours, images, labels, schedule, seed=4))
@@ -75,7 +75,7 @@ def test_training_is_the_published_loop(schedule: Schedule) -> None:
 
 
 def test_decay_divides_the_rate_by_ten_and_forgets_the_momentum() -> None:
-    """With a gradient that is always 1 the steps can be told in advance."""
+    """The decay divides the rate by ten and drops the momentum; a constant gradient shows both."""
 
     class Constant(nn.Module):
         """Loss log(1 + exp(-p)) for class 1 of two: with p far below zero its gradient is -1."""
@@ -93,8 +93,8 @@ def test_decay_divides_the_rate_by_ten_and_forgets_the_momentum() -> None:
     assert np.diff([-200.0, *places]) == pytest.approx([1, 1.5, 0.1, 0.15])
 
 
-def test_adamw_takes_the_steps_of_torchs_own() -> None:
-    """Its weight decay is not SGD's penalty: it shrinks parameters by itself."""
+def test_adamw_equals_torchs() -> None:
+    """AdamW equals torch's: its decay shrinks parameters directly, and not through the gradient."""
     images, labels = make_data(1)  # its first step has the sign of a gradient, and that of a zero must be the same
     schedule = Schedule(2, 8, 0.01, weight_decay=0.5, optimiser="adamw", decay_epoch=1)
     network, slow = make_network(), make_network()
@@ -108,7 +108,7 @@ def test_adamw_takes_the_steps_of_torchs_own() -> None:
 
 
 def test_published_protocol_has_the_published_numbers() -> None:
-    """1001 epochs of batch 128, and a tenth of the rate after the epoch with index 501."""
+    """The published protocol has 1001 epochs of batch 128, and a tenth of the rate after epoch index 501."""
     published = PROTOCOLS["published"]
     assert (published.epochs, published.batch_size) == (1001, 128)
     assert (published.momentum, published.weight_decay) == (0.9, 5e-4)
@@ -116,7 +116,7 @@ def test_published_protocol_has_the_published_numbers() -> None:
 
 
 def test_one_hot_soft_labels_train_as_hard_ones_do() -> None:
-    """Logits whose softmax is one-hot and class numbers are the same targets."""
+    """Logits whose softmax is one-hot train exactly like class numbers."""
     images, labels = make_data()
     hard, soft = make_network(), make_network()
     train_to_end(hard, images, labels, RICH, seed=0)
@@ -125,7 +125,7 @@ def test_one_hot_soft_labels_train_as_hard_ones_do() -> None:
 
 
 def test_soft_labels_are_logits() -> None:
-    """The loss is the cross-entropy with their softmax."""
+    """The loss of soft labels is the cross-entropy with the softmax of the logits."""
     images, _ = make_data(6)
     targets = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
     network = make_network()
@@ -135,7 +135,7 @@ def test_soft_labels_are_logits() -> None:
 
 
 def test_seed_alone_decides_the_result() -> None:
-    """Bit for bit, whatever the state of the global generators; another seed gives another network."""
+    """The seed alone decides the parameters bit for bit, whatever the state of the global generators."""
     images, labels = make_data()
     results = []
     for seed, noise in ((1, 10), (1, 20), (2, 10)):
@@ -147,8 +147,8 @@ def test_seed_alone_decides_the_result() -> None:
     assert not torch.equal(results[0], results[2])
 
 
-def test_looking_between_epochs_changes_nothing() -> None:
-    """Measuring accuracy after each epoch leaves training mode and numbers as they were."""
+def test_measuring_between_epochs_changes_nothing() -> None:
+    """Measuring accuracy between epochs changes neither training mode nor results."""
     images, labels = make_data()
     watched, alone = make_network(), make_network()
     for _ in train(watched, images, labels, RICH, seed=0):
@@ -159,7 +159,7 @@ def test_looking_between_epochs_changes_nothing() -> None:
 
 
 def test_a_separable_problem_is_learned() -> None:
-    """From chance to all new images right in a few epochs."""
+    """A separable problem goes from chance to all new images right in a few epochs."""
     images, labels = make_data(90)
     network = make_network()
     before = accuracy(network, images[60:], labels[60:])
@@ -171,7 +171,7 @@ def test_a_separable_problem_is_learned() -> None:
 
 
 def test_logits_are_predicted_in_evaluation_mode_in_chunks() -> None:
-    """Dropout and running statistics stand still, and the size of a chunk does not matter."""
+    """Prediction uses evaluation mode, and the size of its chunks does not matter."""
     network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Dropout(), nn.Linear(64, 3))
     images, _ = make_data(7)
     logits = predict_logits(network, images, batch_size=3)
@@ -182,6 +182,6 @@ def test_logits_are_predicted_in_evaluation_mode_in_chunks() -> None:
 
 
 def test_accuracy_is_the_share_of_images_that_are_right() -> None:
-    """Counted by hand."""
+    """Accuracy is the share of correctly classified images, counted by hand."""
     images = torch.tensor([[3.0, 1, 1], [0, 2, 1], [0, 1, 5], [1, 0, 0]]).view(4, 3, 1, 1)
     assert accuracy(nn.Flatten(), images, torch.tensor([0, 1, 1, 0])) == 0.75

@@ -1,4 +1,4 @@
-"""Small images and small Parquet files of every layout that the sources read."""
+"""Fixtures that make small images and small Parquet files of every layout that the sources read."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def encode() -> Encode:
 
 @pytest.fixture
 def header() -> Encode:
-    """header(width, height) -> a PNG file of 45 bytes that says so, and has no pixels."""
+    """header(width, height) -> a PNG file of 45 bytes with that size and without pixels."""
 
     def write(width: int, height: int) -> bytes:
         chunks = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT"
@@ -73,7 +73,7 @@ def write_parquet(encode: Encode) -> WriteParquet:
 
 
 def write_files(root: Path, files: dict[str, bytes]) -> Path:
-    """Write files by their names relative to the root, with the folders that they need; the root."""
+    """Write files by name below a root, with the folders that they need. Returns the root."""
     for name, content in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Preparing a data set: every set normalised by the one transform, exactly and without waste."""
+"""Tests that every set is normalised by the one transform, exactly and without waste of memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def raw() -> RawDataset:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_prepared_sets_have_the_raw_shapes_and_labels(raw: RawDataset, kind: Kind) -> None:
-    """Images become float32 of the same shape; labels, names and order stay."""
+    """Prepared images are float32 of the raw shape; labels, names and order stay."""
     ready = prepare(raw, kind)
     assert (ready.channels, ready.size, ready.classes, ready.image_shape) == (1, (8, 8), 10, (1, 8, 8))
     assert (ready.name, ready.class_names) == (raw.name, raw.class_names)
@@ -36,7 +36,7 @@ def test_prepared_sets_have_the_raw_shapes_and_labels(raw: RawDataset, kind: Kin
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_sets_are_normalised_by_the_training_statistics(raw: RawDataset, kind: Kind) -> None:
-    """Validation and test pixels come back exactly under the inverse of the one transform."""
+    """Validation and test images are normalised by the training set's transform, whose inverse restores them."""
     ready = prepare(raw, kind)
     assert ready.transform.fingerprint == fit_transform(kind, raw.train.images, raw.levels).fingerprint
     for images, pixels in ((ready.validation_images, raw.validation), (ready.test_images, raw.test)):
@@ -44,8 +44,8 @@ def test_all_sets_are_normalised_by_the_training_statistics(raw: RawDataset, kin
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_transform_handed_over_is_used(raw: RawDataset, kind: Kind) -> None:
-    """Nothing is fitted where the transform of stored experts is given."""
+def test_a_given_transform_is_used(raw: RawDataset, kind: Kind) -> None:
+    """A transform given by stored experts is used, and nothing is fitted."""
     stored = fit_transform(kind, raw.test.images, raw.levels)
     ready = prepare(raw, kind, stored)
     assert ready.transform is stored
@@ -53,27 +53,27 @@ def test_a_transform_handed_over_is_used(raw: RawDataset, kind: Kind) -> None:
 
 
 def test_a_transform_of_another_kind_is_refused(raw: RawDataset) -> None:
-    """A stored transform that contradicts the recipe is an error, not a preference."""
+    """A stored transform whose kind contradicts the recipe is an error."""
     with pytest.raises(DatasetError, match="'standard', but 'zca' is asked for"):
         prepare(raw, "zca", fit_transform("standard", raw.train.images, raw.levels))
 
 
 def test_a_transform_of_another_shape_is_refused(raw: RawDataset) -> None:
-    """Images resized differently from the stored ones are named."""
+    """A transform fitted to images of another size is an error."""
     other = load_raw("digits", resize=4)
     with pytest.raises(DatasetError, match=r"\(1, 8, 8\) meet a zca transform fitted on \(1, 4, 4\)"):
         prepare(raw, "zca", fit_transform("zca", other.train.images, other.levels))
 
 
 def test_fingerprint_follows_the_data(raw: RawDataset) -> None:
-    """It repeats, and changes with the split; the transform has a fingerprint of its own."""
+    """The data's fingerprint repeats and changes with the split; the transform has its own."""
     again = prepare(load_raw("digits"), "zca").fingerprint
     assert prepare(raw, "zca").fingerprint == again
     assert prepare(load_raw("digits", validation=0.2), "zca").fingerprint != again
 
 
-def test_chunks_do_not_show(raw: RawDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Normalising a few images at a time gives what normalising all at once gives."""
+def test_normalising_in_chunks_changes_nothing(raw: RawDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Normalising a few images at a time equals normalising all at once."""
     whole = prepare(raw, "zca")
     monkeypatch.setattr(dataset, "_CHUNK", 100)
     np.testing.assert_allclose(prepare(raw, "zca").train_images, whole.train_images, atol=1e-5)
@@ -81,7 +81,7 @@ def test_chunks_do_not_show(raw: RawDataset, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_is_one_copy_of_each_set(raw: RawDataset, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside the result only a small chunk is allocated."""
+    """Preparing allocates one copy of each set and a small chunk."""
     transform = fit_transform(kind, raw.train.images, raw.levels)
     monkeypatch.setattr(dataset, "_CHUNK", 16)
     tracemalloc.start()
@@ -94,7 +94,7 @@ def test_memory_is_one_copy_of_each_set(raw: RawDataset, kind: Kind, monkeypatch
 
 
 def test_a_data_set_survives_pickling(raw: RawDataset) -> None:
-    """Workers get it through an object store; it must still invert there."""
+    """A data set survives pickling and can still invert its transform."""
     ready = prepare(raw, "zca")
     copy: Dataset = pickle.loads(pickle.dumps(ready, protocol=5))
     assert copy.fingerprint == ready.fingerprint

@@ -1,4 +1,4 @@
-"""What is done to pixels: turned by EXIF, cut to 8 bits, converted; each is counted, and nothing else is printed."""
+"""Tests the changes to decoded pixels: EXIF orientation, 16 bits to 8, colour modes; each change is counted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def saved(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
 
 
 def ramp(width: int = 24, height: int = 16) -> Image.Image:
-    """An image whose corners differ."""
+    """An image with four different corners."""
     y, x = np.indices((height, width))
     return Image.fromarray(np.stack([x * 9, y * 14, (x + y) * 5], axis=-1).astype(np.uint8))
 
@@ -51,7 +51,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_images_are_turned_as_their_exif_data_say(form: str) -> None:
-    """All eight orientations, in every format, are what Pillow's own function gives; the size is the turned one."""
+    """All eight EXIF orientations turn images as Pillow's own function does, and the size is the turned one."""
     for orientation in range(1, 9):
         content = saved(ramp(), form, exif=with_orientation(orientation))
         alike = (
@@ -66,7 +66,7 @@ def test_images_are_turned_as_their_exif_data_say(form: str) -> None:
 
 
 def test_exif_data_after_the_pixels_count_too() -> None:
-    """A PNG may have them at its end; sizes that only show then are refused by name, and resized where asked."""
+    """EXIF data at the end of a PNG count; sizes found only there are refused by name or resized."""
     plain = saved(ramp())
     end = plain.index(b"IEND") - 4
     late = plain[:end] + chunk(b"eXIf", with_orientation(6).tobytes().removeprefix(b"Exif\0\0")) + plain[end:]
@@ -78,7 +78,7 @@ def test_exif_data_after_the_pixels_count_too() -> None:
 
 
 def test_broken_exif_data_are_no_error() -> None:
-    """Nonsense instead of tags, a number of no orientation, and a text for a number leave the image as it is."""
+    """Broken EXIF data, such as a text for a number, leave the image as it is."""
     text = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x02x\0\0\0\0\0\0\0"
     for exif in (
         b"Exif\0\0nonsense",
@@ -97,7 +97,7 @@ def grey16(values: np.ndarray, form: str, **options: Any) -> bytes:
 
 
 def test_sixteen_bits_of_grey_become_eight() -> None:
-    """The upper half of each value is kept, in PNG, TIFF and PGM, and never clipped; the images are counted."""
+    """16-bit grey keeps the upper byte of each value in PNG, TIFF and PGM, and the images are counted."""
     values = np.arange(256).reshape(16, 16)
     contents = {
         "png": grey16(values * 257, "PNG"),
@@ -112,7 +112,7 @@ def test_sixteen_bits_of_grey_become_eight() -> None:
 
 
 def test_sixteen_bits_of_colour_are_counted() -> None:
-    """Pillow itself keeps the upper half of theirs."""
+    """16-bit colour images, whose upper byte Pillow keeps, are counted too."""
     ppm = b"P6 1 1 65535\n" + struct.pack(">HHH", 0x1234, 0x5678, 0x9ABC)
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
     row = zlib.compress(b"\0" + struct.pack(">HHH", 0x1234, 0x5678, 0x9ABC))
@@ -122,15 +122,15 @@ def test_sixteen_bits_of_colour_are_counted() -> None:
     assert notes == ("of 2 images: 2 cut from 16 to 8 bits",)
 
 
-def test_images_that_use_few_of_their_sixteen_bits_are_told() -> None:
-    """Scanners store 12 bits so; nearly black images are what becomes of them."""
+def test_images_that_use_few_of_their_16_bits_are_reported() -> None:
+    """16-bit images with 12 used bits, as from scanners, become nearly black and are reported."""
     assert decode([encoded(grey16(np.full((4, 4), 4095), "PNG"))]).notes[1:] == (
         "the brightest pixel of the 16-bit images is 15 of 255; scale them if they use fewer than 16 bits",
     )
 
 
 def test_values_of_no_known_range_are_refused() -> None:
-    """Floats and 32-bit integers by name: which of them is white is not known."""
+    """Float and 32-bit images are refused by name, because their white is unknown."""
     for mode in ("F", "I"):
         content = saved(Image.new(mode, (4, 4), 1000), "TIFF")
         with pytest.raises(
@@ -139,8 +139,8 @@ def test_values_of_no_known_range_are_refused() -> None:
             decode([encoded(content)])
 
 
-def test_what_pillow_warns_of_reaches_nobody(recwarn: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    """Neither its warnings nor its log; they would come once for each image."""
+def test_warnings_of_pillow_are_hidden(recwarn: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    """Neither Pillow's warnings nor its log, one for each image, are shown."""
     palette = ramp().quantize(4)
     odd = saved(palette, "PNG", transparency=b"\0\x80\xff\xff")
     animated = saved(ramp(), "PNG")
@@ -154,7 +154,7 @@ def test_what_pillow_warns_of_reaches_nobody(recwarn: Any, capfd: pytest.Capture
 
 
 def test_texts_in_png_files_do_not_matter() -> None:
-    """Two megabytes of them, packed or not, are no reason to refuse an image; Pillow's limit is then as before."""
+    """Two megabytes of text in a PNG do not refuse it, and Pillow's limit is restored afterwards."""
     limit = PngImagePlugin.MAX_TEXT_CHUNK
     for add, packed in (("add_text", True), ("add_text", False), ("add_itxt", True)):
         info = PngImagePlugin.PngInfo()
@@ -165,7 +165,7 @@ def test_texts_in_png_files_do_not_matter() -> None:
 
 
 def test_photos_as_people_have_them() -> None:
-    """One folder with everything in it: the images are upright and of their colours, and what was done is told.
+    """A folder of mixed photos gives upright images in their colours, and every change is reported.
 
     `tests/samples/make_photos.py` made it: red lamps and blue doors, some in grey, all brighter at the top.
     """

@@ -1,4 +1,4 @@
-"""What is data in a folder or an archive: hidden files, links, suffixes, empty classes, and what is told of them."""
+"""Tests which files of a folder or archive are data: hidden files, links, suffixes, empty classes; and the notes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def animals(tmp_path: Path, encode: Encode) -> Path:
 
 
 def packed(root: Path, archive: Path, spelt: Callable[[str], str] = str) -> Path:
-    """A zip archive of a folder, whose names are spelt in some way."""
+    """A zip archive of a folder, with names spelt in some way."""
     with zipfile.ZipFile(archive, "w") as file:
         for path in sorted(root.rglob("*")):
             name = path.relative_to(root).as_posix() + "/" * path.is_dir()
@@ -55,8 +55,8 @@ HIDDEN = (
 )
 
 
-def test_what_programs_and_drives_add_is_no_data(animals: Path, tmp_path: Path) -> None:
-    """Each kind of hidden file or folder changes no image, in a folder and in an archive, and is counted."""
+def test_hidden_files_and_folders_are_no_data(animals: Path, tmp_path: Path) -> None:
+    """Each kind of hidden file or folder, in a folder or an archive, changes no image and is counted."""
     expected = load_raw("folder", str(animals))
     assert "not taken" not in " ".join(expected.notes)
     for name in HIDDEN:
@@ -68,7 +68,7 @@ def test_what_programs_and_drives_add_is_no_data(animals: Path, tmp_path: Path) 
 
 
 def test_hidden_parquet_files_are_no_data(tmp_path: Path, write_parquet: WriteParquet) -> None:
-    """A notebook's checkpoint is not trained on as well, and a file of a Mac's resources is not refused."""
+    """Parquet files in a notebook's checkpoints or of macOS resources are neither read nor refused."""
     write_parquet(tmp_path / "train.parquet", [0, 1, 2] * 10)
     expected = load_raw("parquet", str(tmp_path))
     write_parquet(tmp_path / ".ipynb_checkpoints/train-checkpoint.parquet", [0, 1, 2] * 10)
@@ -88,7 +88,7 @@ def link(root: Path, **targets: str) -> None:
 
 
 def test_links_upwards_are_not_followed(animals: Path, tmp_path: Path) -> None:
-    """A link to the root, to a folder above it or above the link itself adds nothing, and ends."""
+    """A link to a folder above itself or to the root adds no image and does not loop."""
     expected = load_raw("folder", str(animals))
     pool = write_files(tmp_path / "pool", {"x/note.txt": b""})
     link(animals, here=".", above="..", everything="/")
@@ -100,7 +100,7 @@ def test_links_upwards_are_not_followed(animals: Path, tmp_path: Path) -> None:
 
 
 def test_each_file_is_taken_once_by_its_path_with_fewest_links(tmp_path: Path) -> None:
-    """Links to files and folders that are taken already are passed over, in whatever order they are found."""
+    """Each file is taken once, by its path with the fewest links, in any order of listing."""
     root = write_files(tmp_path / "root", {"b/1.png": b"", "c/2.png": b"", "pool/3.txt": b""})
     write_files(tmp_path / "out", {"4.png": b"", "5.png": b"", "blob": b"", ".hidden/6.png": b""})
     link(root, a="b", d="../out", e="../out")
@@ -117,7 +117,7 @@ def test_each_file_is_taken_once_by_its_path_with_fewest_links(tmp_path: Path) -
 
 
 def test_class_folders_may_be_links(animals: Path, tmp_path: Path) -> None:
-    """Class folders, parts and single images that are links give what the files themselves give."""
+    """Links to class folders, parts and single images give what the files themselves give."""
     expected = load_raw("folder", str(animals))
     linked = tmp_path / "linked" / "animals"
     (linked / "dog").mkdir(parents=True)
@@ -128,9 +128,9 @@ def test_class_folders_may_be_links(animals: Path, tmp_path: Path) -> None:
 
 
 def test_a_class_without_an_image_is_refused(animals: Path, tmp_path: Path) -> None:
-    """A class folder that has none left neither vanishes nor shifts the labels of others; the reason is counted."""
+    """A class folder without images is an error that counts why, so that no label shifts unnoticed."""
     bee = animals / "bee"
-    for said, target, files in (
+    for message, target, files in (
         ("1 file or folder was not taken: links to what is taken already 1", "cat", ()),
         ("1 file or folder was not taken: links to nothing 1", "../not mounted", ()),
         ("Its folder is empty", None, ()),
@@ -145,13 +145,13 @@ def test_a_class_without_an_image_is_refused(animals: Path, tmp_path: Path) -> N
             write_files(bee, {f"{i}.{suffix}": b"" for i, suffix in enumerate(files)})
             paths.append(packed(animals, tmp_path / "animals.zip"))
         for path in paths:
-            with pytest.raises(DatasetError, match=rf"class 'bee' of .*animals.* has no image left\. {said}\. Add"):
+            with pytest.raises(DatasetError, match=rf"class 'bee' of .*animals.* has no image left\. {message}\. Add"):
                 load_raw("folder", str(path))
         bee.unlink() if target else shutil.rmtree(bee)
 
 
 def test_suffixes_of_jpeg_and_avif_are_read(animals: Path, encode: Encode) -> None:
-    """Chrome saves .jfif, old programs .jpe; what this machine's Pillow can decode is an image."""
+    """Files with .jfif and .jpe, and with every suffix that Pillow decodes here, are images."""
     from PIL import features
 
     expected = load_raw("folder", str(animals))
@@ -164,14 +164,14 @@ def test_suffixes_of_jpeg_and_avif_are_read(animals: Path, encode: Encode) -> No
     assert raw.fingerprint != expected.fingerprint
 
 
-def test_images_beside_class_folders_are_told(animals: Path, encode: Encode) -> None:
-    """They have no label, so they are not used, and a note says how many."""
+def test_images_beside_class_folders_are_counted(animals: Path, encode: Encode) -> None:
+    """Images beside class folders have no label; they are not used, and a note counts them."""
     write_files(animals, {"contact sheet.png": encode(1)})
     assert load_raw("folder", str(animals)).notes[-1].endswith("; not used: beside the folders (1 image)")
 
 
 def test_archives_spelt_otherwise_are_the_same_data_set(animals: Path, tmp_path: Path) -> None:
-    """A folder around everything, "./" in front, backslashes, and names that occur twice change nothing."""
+    """An outer folder, "./", backslashes and repeated names in an archive do not change the data set."""
     expected = load_raw("folder", str(animals))
     for spelt in (str, lambda name: f"animals/{name}", lambda name: f"./{name}", lambda n: n.replace("/", "\\")):
         path = packed(animals, tmp_path / "animals.zip", spelt)
@@ -185,7 +185,7 @@ def test_archives_spelt_otherwise_are_the_same_data_set(animals: Path, tmp_path:
 def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(
     animals: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its images would be missing without a word."""
+    """A folder that cannot be read is an error, not an empty folder."""
     scandir = os.scandir
 
     def refusing(path: str) -> Any:
@@ -199,13 +199,13 @@ def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(
 
 
 def test_pipes_are_not_opened(animals: Path) -> None:
-    """Reading one would wait for ever."""
+    """Named pipes are skipped, because reading one blocks for ever."""
     os.mkfifo(animals / "cat/pipe.png")
     assert load_raw("folder", str(animals)).notes[0] == "1 file or folder was not taken: special files 1"
 
 
 def test_names_of_files_cannot_write_to_the_terminal(tmp_path: Path, write_parquet: WriteParquet) -> None:
-    """Notes show control characters as escapes, and are one line each."""
+    """Notes show control characters in file names as escapes, and are one line each."""
     write_parquet(tmp_path / "train\x1b[2J\n.parquet", [0, 1, 2] * 10)
     (tmp_path / "x.\x1b[2J").write_bytes(b"")
     notes = load_raw("parquet", str(tmp_path)).notes
@@ -233,7 +233,7 @@ HEADS = {
 
 
 def test_a_file_of_another_kind_is_called_what_it_is(animals: Path, tmp_path: Path) -> None:
-    """As an image, as a Parquet file and as an archive: what its first bytes say, and how to get the right one."""
+    """A file of another kind is called by its first bytes, with how to get the right one."""
     for name, head in HEADS.items():
         content = recognise(head)
         assert content is not None, name
@@ -252,7 +252,7 @@ def test_a_file_of_another_kind_is_called_what_it_is(animals: Path, tmp_path: Pa
 
 
 def test_encrypted_and_cut_off_archives_are_named(animals: Path, tmp_path: Path) -> None:
-    """An archive with a password, and one whose end is missing, say so."""
+    """An encrypted archive and a truncated one each give an error that says so."""
     path = packed(animals, tmp_path / "animals.zip")
     content = bytearray(path.read_bytes())
     path.write_bytes(content[: len(content) // 2])
@@ -266,7 +266,7 @@ def test_encrypted_and_cut_off_archives_are_named(animals: Path, tmp_path: Path)
 
 
 def test_bad_images_are_counted_and_three_are_named(animals: Path, encode: Encode) -> None:
-    """Whatever is wrong with them, one message counts them all and names the first."""
+    """One message counts all bad images and names the first three, whatever is wrong."""
     (animals / "cat/01.png").write_bytes(b"")
     assert_refused(animals, r"image .*cat/01\.png cannot be read \(empty\)\. Fetch it again\.$")
     (animals / "cat/03.png").write_bytes(HEADS["an HTML page"])
@@ -282,7 +282,7 @@ def test_bad_images_are_counted_and_three_are_named(animals: Path, encode: Encod
 
 
 def test_no_image_is_kept_while_bad_ones_are_counted(animals: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They may not fit into memory at their full size."""
+    """Counting bad images keeps no decoded image in memory."""
     kept: list[object] = []
     require = decode._require_readable
 
@@ -303,7 +303,7 @@ def assert_refused(path: Path, words: str) -> None:
 
 
 def test_links_in_an_archive_are_counted(animals: Path, tmp_path: Path) -> None:
-    """They hold the path of another file, which is taken by its own name or lies elsewhere."""
+    """Links in an archive are counted and not read; each holds only another file's path."""
     archive = packed(animals, tmp_path / "animals.zip")
     plain = load_raw("folder", str(archive))
     link = zipfile.ZipInfo("cat/link.png")
@@ -316,7 +316,7 @@ def test_links_in_an_archive_are_counted(animals: Path, tmp_path: Path) -> None:
 
 
 def test_an_archive_stays_open_while_it_is_read(animals: Path, tmp_path: Path) -> None:
-    """Names in it are those that a folder would have."""
+    """An archive is opened once, and its names are those of an unpacked folder."""
     with file_tree(packed(animals, tmp_path / "a.zip", lambda name: f"top/{name}"), {".png"}) as tree:
         assert tree.listing.files[0] == "cat/00.png"
         assert tree.open("cat/00.png").read() == (animals / "cat/00.png").read_bytes()

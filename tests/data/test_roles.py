@@ -1,4 +1,4 @@
-"""Which files are trained on and which are tested on: by whole words of their names, and only with labels."""
+"""Tests which files train and which test: by whole words of their names, and only with labels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LABELS = [0, 1, 2] * 10
 
 
 def test_a_whole_word_of_the_nearest_name_is_the_role() -> None:
-    """A word of a file's own name, then of the folder around it; a name of two roles says nothing."""
+    """The role is a whole word of the file's name or else its folder's; two roles in a name are none."""
     for path, role in {
         "train_test_split/train.parquet": "train",
         "train_test_split/test.parquet": "test",
@@ -43,7 +43,7 @@ def test_a_whole_word_of_the_nearest_name_is_the_role() -> None:
 def parquet_notes(
     root: Path, write_parquet: WriteParquet, files: dict[str, list[object]]
 ) -> tuple[tuple[int, ...], str]:
-    """Sizes of the training, validation and test sets of a folder of such labels, and the note on its files."""
+    """Sizes of the training, validation and test sets of a folder with these labels, and the note on its files."""
     for name, labels in files.items():
         images = [{"bytes": encoded(len(name) + i)} for i in range(len(labels))]
         write_parquet(root / name, labels, images=images)
@@ -57,7 +57,7 @@ def encoded(value: int) -> bytes:
 
 
 def test_parquet_files_go_where_their_names_say(tmp_path: Path, write_parquet: WriteParquet) -> None:
-    """Test images are neither trained on nor taken from files without labels, and a note says which are which."""
+    """Parquet files go to the set in their name, files without labels are not used, and a note says so."""
     few, none, nothing = LABELS[:6], [-1] * 6, [None] * 6
     for number, (files, sizes, note) in enumerate(
         (
@@ -99,7 +99,7 @@ def test_parquet_files_go_where_their_names_say(tmp_path: Path, write_parquet: W
 
 
 def test_a_test_file_without_a_label_column_is_not_the_test_set(tmp_path: Path, write_parquet: WriteParquet) -> None:
-    """Competitions publish their test images so."""
+    """A test file without labels, as competitions publish it, is not the test set."""
     write_parquet(tmp_path / "train.parquet", LABELS)
     write_parquet(tmp_path / "test.parquet", LABELS[:6], columns=("image", "id"))
     raw = load_raw("parquet", str(tmp_path))
@@ -108,7 +108,7 @@ def test_a_test_file_without_a_label_column_is_not_the_test_set(tmp_path: Path, 
 
 
 def test_a_comma_may_be_in_a_name(tmp_path: Path, write_parquet: WriteParquet) -> None:
-    """Of a file or a folder; a path that exists is no pair of paths."""
+    """A path with a comma that exists is one path, not a pair of paths."""
     path = write_parquet(tmp_path / "cats, dogs" / "a,b.parquet", LABELS)
     assert load_raw("parquet", str(path)).fingerprint == load_raw("parquet", str(path.parent)).fingerprint
 
@@ -124,7 +124,7 @@ def write_texts(path: Path, labels: pa.Array) -> Path:
 
 
 def test_labels_that_are_texts_are_the_names_of_the_classes(tmp_path: Path) -> None:
-    """Texts, and categories of them in any order, are numbered alphabetically, alike in every shard and set."""
+    """Text labels are numbered alphabetically, alike in every shard and set, also as categories."""
     names = ["dog", "ant", "cat"] * 10
     codes = pa.array([0, 1, 2] * 10, pa.int8())
     other = pa.array([2, 1, 0] * 10, pa.int8())
@@ -152,7 +152,7 @@ def test_labels_that_are_texts_are_the_names_of_the_classes(tmp_path: Path) -> N
 
 
 def test_texts_and_numbers_that_are_no_labels_are_named(tmp_path: Path) -> None:
-    """A test class nobody was trained on, missing texts, numbers that are no whole ones, and shards of both kinds."""
+    """Unknown test classes, missing texts, fractions, and shards of both kinds each give an error."""
     good = pa.array(["a", "b"] * 10)
     for train, test, words in (
         (
@@ -174,7 +174,7 @@ def test_texts_and_numbers_that_are_no_labels_are_named(tmp_path: Path) -> None:
 
 
 def test_categories_of_numbers_are_numbers(tmp_path: Path) -> None:
-    """As pandas writes them."""
+    """Categories of numbers, as pandas writes them, are read as numbers."""
     path = write_texts(tmp_path / "x.parquet", pa.array([0, 1] * 10).dictionary_encode())
     assert load_raw("parquet", str(path)).class_names == ("0", "1")
 
@@ -183,7 +183,7 @@ def test_categories_of_numbers_are_numbers(tmp_path: Path) -> None:
 
 
 def write_folder(root: Path, counts: dict[str, int]) -> str:
-    """So many images in each folder."""
+    """Write this many images into each folder."""
     for number, (folder, count) in enumerate(counts.items()):
         (root / folder).mkdir(parents=True, exist_ok=True)
         for i in range(count):
@@ -196,7 +196,7 @@ FIFTH = "training images: train; test images: a fixed fifth of each class of the
 
 
 def test_folders_go_where_their_names_say(tmp_path: Path) -> None:
-    """A test folder counts if it has the classes' folders, else the validation folder, else a fifth is held out."""
+    """The test set is a test folder with the classes, else a validation folder, else a held-out fifth."""
     for number, (more, tests, note) in enumerate(
         (
             ({}, 4, FIFTH),
@@ -230,7 +230,7 @@ def test_folders_go_where_their_names_say(tmp_path: Path) -> None:
 
 
 def test_folders_that_do_not_say_which_are_for_training_are_refused(tmp_path: Path) -> None:
-    """Parts of a set are never taken for classes, and two training folders are not chosen between."""
+    """Parts of a set are never taken for classes, and two training folders are an error."""
     for number, (counts, words) in enumerate(
         (
             (
@@ -250,7 +250,7 @@ def test_folders_that_do_not_say_which_are_for_training_are_refused(tmp_path: Pa
 
 
 def test_training_images_of_another_kind_are_not_called_absent(tmp_path: Path) -> None:
-    """The error counts what lies in the train folder."""
+    """A train folder without readable images is an error that counts what lies in it."""
     root = Path(write_folder(tmp_path, {"test/ant": 1, "test/bee": 1}))
     (root / "train/ant").mkdir(parents=True)
     (root / "train/ant/1.heic").write_bytes(b"")
@@ -259,7 +259,7 @@ def test_training_images_of_another_kind_are_not_called_absent(tmp_path: Path) -
 
 
 def test_trains_are_a_class_like_others(tmp_path: Path) -> None:
-    """A folder of just images called train, beside others, is a class of vehicles."""
+    """A folder called train beside other image folders is a class of vehicles."""
     raw = load_raw("folder", write_folder(tmp_path, {"bus": 10, "train": 10, "test tube": 10}))
     assert raw.class_names == ("bus", "test tube", "train")
 
@@ -272,7 +272,7 @@ def test_trains_are_a_class_like_others(tmp_path: Path) -> None:
 def test_a_sorted_validation_set_of_tiny_imagenet_is_read(
     inner: str, is_annotated: bool, tmp_path: Path, encode: Encode
 ) -> None:
-    """Sorted into class folders it is the same data set as published, for either source."""
+    """Tiny ImageNet with validation images sorted into class folders equals the published layout."""
     pictures = {i: encode(20 * i, (8, 8), format="JPEG") for i in range(12)}
     files = {"wnids.txt": b"n01\nn02\n", "words.txt": b"n01\tant\nn02\tbee\n"}
     files |= {f"train/n0{1 + i % 2}/images/{i}.JPEG": encode(i, (8, 8), format="JPEG") for i in range(12)}

@@ -1,4 +1,4 @@
-"""Reading every layout, splitting it, and refusing what cannot be used with one clear line."""
+"""Tests that sources read and split every layout, and refuse unusable data with one clear line."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def contents(images: ImageSet) -> set[bytes]:
 
 
 def test_split_holds_out_the_fraction_of_each_class() -> None:
-    """Every class gives up the same share, whatever its size."""
+    """The split holds out an equal share of every class, whatever its size."""
     labels = np.array([0] * 50 + [1] * 20 + [2] * 5)
     kept, held_out = stratified_split(labels, 0.2, Stream.TEST, "abc")
     assert np.bincount(labels[held_out]).tolist() == [10, 4, 1]
@@ -46,7 +46,7 @@ def test_split_holds_out_the_fraction_of_each_class() -> None:
 
 
 def test_split_leaves_at_least_one_image_on_either_side() -> None:
-    """Rounding never empties a class."""
+    """The split leaves at least one image of a class on either side."""
     labels = np.array([0, 0, 1, 1])
     for fraction in (0.01, 0.99):
         kept, held_out = stratified_split(labels, fraction, Stream.TEST, "ab")
@@ -54,14 +54,14 @@ def test_split_leaves_at_least_one_image_on_either_side() -> None:
 
 
 def test_split_is_frozen() -> None:
-    """The images held out are a published fact: another choice would change every result."""
+    """The split gives pinned rows, because another choice would change every result."""
     labels = np.arange(20) % 2
     assert stratified_split(labels, 0.3, Stream.TEST, "ab")[1].tolist() == [2, 3, 5, 9, 10, 14]
     assert stratified_split(labels, 0.3, Stream.VALIDATION, "ab")[1].tolist() == [1, 10, 11, 12, 15, 18]
 
 
 def test_split_of_a_class_with_one_image_names_it() -> None:
-    """A class too small to be in all three sets is an error, not a silent gap."""
+    """A class too small for all three sets is an error that names it."""
     with pytest.raises(DatasetError, match="class 'b' has 1 image"):
         stratified_split(np.array([0, 0, 1]), 0.5, Stream.VALIDATION, "ab")
 
@@ -70,7 +70,7 @@ def test_split_of_a_class_with_one_image_names_it() -> None:
 
 
 def test_digits_need_no_files_and_keep_their_seventeen_values() -> None:
-    """The embedded set has 1797 images of 8x8 pixels with values 0..16 in three sets."""
+    """The embedded digits are 1797 images of 8x8 pixels with values 0..16 in three sets."""
     raw = load_raw("digits")
     assert (raw.name, raw.channels, raw.size, raw.classes, raw.levels) == ("digits", 1, (8, 8), 10, 16)
     assert [len(images) for images in sets_of(raw)] == [1293, 145, 359]
@@ -97,12 +97,12 @@ def test_every_set_is_stratified() -> None:
 
 
 def test_loading_twice_gives_the_same_fingerprint() -> None:
-    """Reading is deterministic, and the fingerprint says so."""
+    """Loading twice gives equal fingerprints."""
     assert load_raw("digits").fingerprint == load_raw("digits").fingerprint
 
 
 def test_fingerprint_changes_with_the_split_and_the_pixels() -> None:
-    """Another split or size is another data set."""
+    """The fingerprint changes with the split and with the image size."""
     prints = {load_raw("digits", validation=0.1).fingerprint, load_raw("digits", validation=0.2).fingerprint}
     prints.add(load_raw("digits", resize=4).fingerprint)
     assert len(prints) == 3
@@ -110,13 +110,13 @@ def test_fingerprint_changes_with_the_split_and_the_pixels() -> None:
 
 
 def test_test_set_does_not_depend_on_the_validation_share() -> None:
-    """Whatever is set aside for validation, the same images are tested on."""
+    """The test set is equal for every share held out for validation."""
     few, many = load_raw("digits", validation=0.1), load_raw("digits", validation=0.5)
     assert np.array_equal(few.test.images, many.test.images)
 
 
 def test_resized_digits_are_scaled_to_255_levels_first() -> None:
-    """Sixteen levels are too coarse for interpolated values."""
+    """Digits are scaled from 17 to 256 levels before they are resized."""
     raw = load_raw("digits", resize=12)
     assert (raw.size, raw.levels) == ((12, 12), 255)
     assert raw.train.images.max() > 200
@@ -168,7 +168,7 @@ def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_cifar10_layout_is_read(cifar10: Path) -> None:
-    """Batches become images [n 3 32 32] in their own order, with the class names of the meta file."""
+    """CIFAR-10 batches become images [n 3 32 32] in their own order, with the meta file's class names."""
     raw = load_raw("cifar10", str(cifar10))
     assert (raw.class_names, raw.channels, raw.size, raw.levels) == (("cat", "dog", "eel"), 3, (32, 32), 255)
     assert [len(images) for images in sets_of(raw)] == [21, 3, 12]
@@ -178,7 +178,7 @@ def test_cifar10_layout_is_read(cifar10: Path) -> None:
 
 
 def test_cifar10_path_may_be_the_batches_folder(cifar10: Path) -> None:
-    """Pointing one level too low is understood."""
+    """A path one level too low, to the batches' folder, is accepted."""
     direct = load_raw("cifar10", str(cifar10 / "cifar-10-batches-py"), resize=8)
     assert direct.size == (8, 8)
 
@@ -201,7 +201,7 @@ def test_cifar100_has_the_fine_labels(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_failed_download_says_where_to_put_the_files(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a network the error names the archive, its address and the folder."""
+    """A failed download is an error that names the archive, its address and the folder."""
 
     def offline(*args: Any, **kwargs: Any) -> None:
         raise URLError("no route to host")
@@ -251,7 +251,7 @@ def write_zip(path: Path, files: dict[str, bytes], prefix: str = "") -> Path:
 
 
 def test_tiny_imagenet_zip_and_folder_are_the_same_data_set(tmp_path: Path, encode: Encode) -> None:
-    """The archive, the folder it unpacks to and the folder above that one are read alike."""
+    """The zip archive, the folder in it and the folder above that give one data set."""
     files = tiny_files(encode)
     paths = (
         write_zip(tmp_path / "tiny-imagenet-200.zip", files, "tiny-imagenet-200/"),
@@ -266,13 +266,13 @@ def test_tiny_imagenet_zip_and_folder_are_the_same_data_set(tmp_path: Path, enco
 
 
 def test_tiny_imagenet_tests_on_the_official_validation_set(tmp_path: Path, encode: Encode) -> None:
-    """Labels come from the annotations, and classes are numbered as in wnids.txt."""
+    """The official validation set becomes the test set, with classes numbered as in wnids.txt."""
     raw = load_raw("tiny-imagenet", str(write_files(tmp_path, tiny_files(encode))))
     assert dict(zip(raw.test.labels.tolist(), raw.test.images[:, 0, 0, 0].tolist(), strict=True)) == {1: 50, 0: 150}
 
 
 def test_tiny_imagenet_classes_that_share_a_word_keep_their_ids(tmp_path: Path, encode: Encode) -> None:
-    """Class names stay unique."""
+    """Tiny ImageNet classes that share a word get unique names by their ids."""
     files = tiny_files(encode) | {"words.txt": b"n01\tcrane, bird\nn02\tcrane, machine\n"}
     assert load_raw("tiny-imagenet", str(write_files(tmp_path, files))).class_names == ("n02", "n01")
 
@@ -286,20 +286,20 @@ def test_tiny_imagenet_classes_that_share_a_word_keep_their_ids(tmp_path: Path, 
     ],
 )
 def test_damaged_tiny_imagenet_is_named(change: dict[str, bytes], message: str, tmp_path: Path, encode: Encode) -> None:
-    """Each kind of damage gives its own line."""
+    """Each kind of damage to Tiny ImageNet gives an error of its own."""
     with pytest.raises(DatasetError, match=message):
         load_raw("tiny-imagenet", str(write_files(tmp_path, tiny_files(encode) | change)))
 
 
 def test_incomplete_tiny_imagenet_names_the_missing_file(tmp_path: Path, encode: Encode) -> None:
-    """An archive without its class list is not guessed at."""
+    """A Tiny ImageNet archive without its class list is an error that names the missing file."""
     files = {name: content for name, content in tiny_files(encode).items() if name != "wnids.txt"}
     with pytest.raises(DatasetError, match=r"has no file wnids\.txt"):
         load_raw("tiny-imagenet", str(write_zip(tmp_path / "tiny.zip", files)))
 
 
 def test_tiny_imagenet_without_a_path_looks_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default place is part of the error when nothing is there."""
+    """Tiny ImageNet without a path is looked for in the cache, and the error names that place."""
     monkeypatch.setattr("datm_ray.data.readers.DEFAULT_FOLDER", tmp_path)
     with pytest.raises(DatasetError, match=r"tiny-imagenet-200\.zip does not exist"):
         load_raw("tiny-imagenet")
@@ -320,7 +320,7 @@ def folder_files(encode: Encode, roles: tuple[str, ...], count: int = 10, **opti
 
 @pytest.mark.parametrize("held_out", ["test", "val"])
 def test_folder_with_train_and_test(held_out: str, tmp_path: Path, encode: Encode) -> None:
-    """Class folders below train and test (or val) are two sets; images need not be square."""
+    """Class folders below train and test (or val) are two sets, also of images that are not square."""
     root = write_files(tmp_path / "insects", folder_files(encode, ("train/", f"{held_out}/")))
     raw = load_raw("folder", str(root))
     assert (raw.name, raw.class_names, raw.channels, raw.size) == ("insects", ("ants", "bees"), 3, (4, 6))
@@ -330,21 +330,21 @@ def test_folder_with_train_and_test(held_out: str, tmp_path: Path, encode: Encod
 
 @pytest.mark.parametrize("role", ["", "train/"])
 def test_folder_without_a_test_set_is_split(role: str, tmp_path: Path, encode: Encode) -> None:
-    """A fixed fifth of each class becomes the test set."""
+    """A folder without a test set holds out a fixed fifth of each class."""
     raw = load_raw("folder", str(write_files(tmp_path, folder_files(encode, (role,)))))
     assert [len(images) for images in sets_of(raw)] == [14, 2, 4]
     assert not contents(raw.train) & contents(raw.test)
 
 
 def test_folder_may_be_a_zip_archive(tmp_path: Path, encode: Encode) -> None:
-    """An archive is read without unpacking it."""
+    """A folder source reads a zip archive without unpacking it."""
     files = folder_files(encode, ("",)) | {"__MACOSX/ants/._00.png": b"", "ants/.hidden.png": b"", "note.txt": b""}
     raw = load_raw("folder", str(write_zip(tmp_path / "insects.zip", files)))
     assert (raw.name, raw.class_names) == ("insects", ("ants", "bees"))
 
 
 def test_all_grayscale_stays_one_channel(tmp_path: Path, encode: Encode) -> None:
-    """Grayscale sets are not blown up to three equal channels."""
+    """A set of grayscale images only keeps one channel."""
     raw = load_raw("folder", str(write_files(tmp_path, folder_files(encode, ("",), mode="L"))))
     assert raw.train.images.shape[1:] == (1, 4, 6)
 
@@ -356,7 +356,7 @@ def test_mixed_modes_become_rgb(tmp_path: Path, encode: Encode) -> None:
 
 
 def test_mixed_sizes_need_resize(tmp_path: Path, encode: Encode) -> None:
-    """The error names two images, their sizes and the option; with it the set is read."""
+    """Mixed sizes are an error that names two images and the option; with that option the set is read."""
     files = folder_files(encode, ("",)) | {"ants/zz.png": encode(7, size=(9, 5))}
     root = str(write_files(tmp_path, files))
     with pytest.raises(DatasetError, match=r"00\.png is 6x4, .*zz\.png is 9x5.*resize=4"):
@@ -365,7 +365,7 @@ def test_mixed_sizes_need_resize(tmp_path: Path, encode: Encode) -> None:
 
 
 def write_photos(folder: Path, header: Encode, kind: str, sizes: list[tuple[int, int]]) -> str:
-    """A folder or a Parquet file of two classes whose images are headers of these sizes; its path."""
+    """A folder or Parquet file of two classes whose images are headers of these sizes. Returns its path."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -381,7 +381,7 @@ def write_photos(folder: Path, header: Encode, kind: str, sizes: list[tuple[int,
 def test_images_beyond_memory_are_refused_by_their_headers(
     kind: str, tmp_path: Path, header: Encode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is decoded: bytes, floats of the set and of Ray's copy are counted, and a size that fits is named."""
+    """Images too large for memory, all copies counted, are refused undecoded, with a size that fits."""
     monkeypatch.setattr(decode, "available_memory", lambda: 2**30)
     path = write_photos(tmp_path, header, kind, [(4000, 3000)] * 40)
     message = r"40 images of 3x3000x4000, such as .*photos.*, need 6\.7 GiB of memory, and 1\.0 GiB is free.*resize=128"
@@ -400,7 +400,7 @@ def test_images_beyond_memory_are_refused_by_their_headers(
 
 @pytest.mark.parametrize("kind", ["folder", "parquet"])
 def test_mixed_sizes_are_refused_by_their_headers(kind: str, tmp_path: Path, header: Encode) -> None:
-    """Before anything is decoded, and with a size that is fit for distillation."""
+    """Mixed sizes are refused before decoding, with a size fit for distillation."""
     path = write_photos(tmp_path, header, kind, [(4000, 3000)] * 9 + [(3000, 4000)])
     with pytest.raises(DatasetError, match=r"differ in size: .*4000x3000, .*3000x4000.*resize=128"):
         load_raw(kind, path)
@@ -409,7 +409,7 @@ def test_mixed_sizes_are_refused_by_their_headers(kind: str, tmp_path: Path, hea
 def test_resized_digits_and_cifar_are_refused_before_they_are_resized(
     cifar10: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their files are small; what they become may not be."""
+    """Digits and CIFAR resized beyond memory are refused before they are resized."""
     with pytest.raises(DatasetError, match=r"1,797 images of 1x8000x8000 need .*resize=128"):
         load_raw("digits", resize=8000)
     with pytest.raises(DatasetError, match=r"images of 3x90000x90000 need .*resize=128"):
@@ -420,7 +420,7 @@ def test_resized_digits_and_cifar_are_refused_before_they_are_resized(
 
 
 def test_images_are_resized_one_by_one(tmp_path: Path, encode: Encode, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of forty images at most one for each thread is in memory at its full size."""
+    """Among forty images at most one for each thread is in memory at full size."""
     monkeypatch.setattr(decode.os, "cpu_count", lambda: 2)
     root = write_files(tmp_path, folder_files(encode, ("",), count=20, size=(700, 500)))
     load_raw("folder", str(root), resize=8)  # so that Pillow's own modules are loaded
@@ -447,7 +447,7 @@ def test_resize_is_antialiased(tmp_path: Path, encode: Encode) -> None:
 
 
 def test_unusable_image_is_named(tmp_path: Path, encode: Encode) -> None:
-    """A broken file is reported with its path."""
+    """A broken image file is an error that names its path."""
     root = write_files(tmp_path, folder_files(encode, ("",)) | {"ants/zz.png": b"\x89PNG nonsense"})
     with pytest.raises(DatasetError, match=r"zz\.png cannot be read \(no image of a known kind\)"):
         load_raw("folder", str(root))
@@ -456,7 +456,7 @@ def test_unusable_image_is_named(tmp_path: Path, encode: Encode) -> None:
 def test_large_photographs_are_read_and_larger_ones_refused_rightly(
     tmp_path: Path, encode: Encode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pillow's warning, from 89 megapixels on, stops nothing; its error, at twice that, says to scale it down."""
+    """Photos of 89 megapixels are read; twice that is an error that says to scale down."""
     root = str(write_files(tmp_path, folder_files(encode, ("",))))  # of 24 pixels
     expected = load_raw("folder", root, resize=3)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
@@ -467,7 +467,7 @@ def test_large_photographs_are_read_and_larger_ones_refused_rightly(
 
 
 def test_truncated_image_is_named(tmp_path: Path, encode: Encode) -> None:
-    """A file whose header is whole but whose pixels are not is found while decoding."""
+    """A whole header with truncated pixels is an error that names the file."""
     files = folder_files(encode, ("",), size=(64, 64), format="BMP")
     files["bees/03.png"] = files["bees/03.png"][:500]
     with pytest.raises(DatasetError, match=r"bees/03\.png cannot be read"):
@@ -475,35 +475,35 @@ def test_truncated_image_is_named(tmp_path: Path, encode: Encode) -> None:
 
 
 def test_class_only_in_the_test_folder_is_named(tmp_path: Path, encode: Encode) -> None:
-    """A test class that was never trained on is an error."""
+    """A class in the test folder alone is an error that names it."""
     files = folder_files(encode, ("train/", "test/")) | {"test/cows/0.png": encode(1)}
     with pytest.raises(DatasetError, match=r"class 'cows' that the training folder lacks"):
         load_raw("folder", str(write_files(tmp_path, files)))
 
 
 def test_class_missing_from_the_test_folder_is_named(tmp_path: Path, encode: Encode) -> None:
-    """Accuracy over fewer classes than were trained would mislead."""
+    """A training class missing from the test folder is an error that names it."""
     files = {name: data for name, data in folder_files(encode, ("train/", "test/")).items() if "test/bees" not in name}
     with pytest.raises(DatasetError, match=r"test set has no image of 1 of 2 classes, 'bees'"):
         load_raw("folder", str(write_files(tmp_path, files)))
 
 
 def test_two_images_of_a_class_are_too_few(tmp_path: Path, encode: Encode) -> None:
-    """Three sets need three images of a class; the error names class and set."""
+    """A class of two images, too few for three sets, is an error that names class and set."""
     with pytest.raises(DatasetError, match=r"class 'ants' has 1 image.*validation set"):
         load_raw("folder", str(write_files(tmp_path, folder_files(encode, ("",), count=2))))
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_a_misspelt_folder_is_not_made_and_filled(name: str, tmp_path: Path) -> None:
-    """A download would make it; only the last part of a path may be new."""
+    """A download creates at most the last folder of a path, so a misspelt path is an error."""
     with pytest.raises(DatasetError, match=r"typo/deep does not exist. Give the folder of cifar-10"):
         load_raw(name, str(tmp_path / "typo/deep"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_parts_are_known_by_their_usual_names(tmp_path: Path, encode: Encode) -> None:
-    """In any case, and never taken for classes."""
+    """Folders with the usual names of parts, in any case, are never taken for classes."""
     root = write_files(tmp_path, folder_files(encode, ("Training/", "Validation/")))
     raw = load_raw("folder", str(root))
     assert raw.class_names == ("ants", "bees")
@@ -511,41 +511,41 @@ def test_parts_are_known_by_their_usual_names(tmp_path: Path, encode: Encode) ->
 
 
 def test_parts_of_unknown_names_are_not_taken_for_classes(tmp_path: Path, encode: Encode) -> None:
-    """Two folders of class folders are no two classes."""
+    """Two folders that hold class folders are not taken for two classes."""
     root = write_files(tmp_path, folder_files(encode, ("one/", "two/")))
     with pytest.raises(DatasetError, match=r"no images in one, two, but folders.* train and test"):
         load_raw("folder", str(root))
 
 
 def test_single_class_is_refused(tmp_path: Path, encode: Encode) -> None:
-    """One class is nearly always a path one level off."""
+    """A single class is refused, because it nearly always means a path one level off."""
     files = {f"insects/{name}": content for name, content in folder_files(encode, ("",)).items()}
     with pytest.raises(DatasetError, match=r"has 1 class.*'insects'"):
         load_raw("folder", str(write_files(tmp_path, files)))
 
 
 def test_empty_folder_is_named(tmp_path: Path) -> None:
-    """No images is said in so many words."""
+    """A folder without images is an error that says so."""
     with pytest.raises(DatasetError, match="no training images found"):
         load_raw("folder", str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["folder", "tiny-imagenet", "parquet"])
 def test_missing_path_is_named(name: str, tmp_path: Path) -> None:
-    """A path that does not exist is repeated in the error."""
+    """A path that does not exist is an error that repeats it."""
     with pytest.raises(DatasetError, match=r"nowhere"):
         load_raw(name, str(tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize("name", ["folder", "parquet"])
 def test_path_left_out_is_asked_for(name: str) -> None:
-    """Sources without a default place say that they need one."""
+    """A source without a default place is an error that asks for a path."""
     with pytest.raises(DatasetError, match=f"'{name}' needs a path"):
         load_raw(name)
 
 
 def test_file_that_is_no_archive_is_refused(tmp_path: Path) -> None:
-    """A path to some other file is not taken for a folder."""
+    """A file that is no archive is refused where a folder is expected."""
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(DatasetError, match="neither a folder nor a zip archive"):
         load_raw("folder", str(tmp_path / "notes.txt"))
@@ -557,7 +557,7 @@ LABELS = [0, 1, 2] * 10
 
 
 def test_parquet_folder_with_class_names(tmp_path: Path, write_parquet: WriteParquet) -> None:
-    """Files called train and test are two sets, named as the Hugging Face metadata says."""
+    """Parquet files called train and test are two sets, with class names from Hugging Face metadata."""
     names = ("ant", "bee", "cow")
     write_parquet(tmp_path / "bugs" / "train-00000-of-00001.parquet", LABELS, class_names=names)
     write_parquet(tmp_path / "bugs" / "test-00000-of-00001.parquet", LABELS[:6], class_names=names)
@@ -568,7 +568,7 @@ def test_parquet_folder_with_class_names(tmp_path: Path, write_parquet: WritePar
 
 
 def test_parquet_shards_are_one_set(tmp_path: Path, write_parquet: WriteParquet) -> None:
-    """Shards, also in sub-folders, give what one file with all rows gives."""
+    """Parquet shards, also in sub-folders, equal one file with all rows."""
     parts = (LABELS[:15], LABELS[15:])
     for i, part in enumerate(parts):
         images = [{"bytes": encode_value(10 * x + (15 * i + j) % 10)} for j, x in enumerate(part)]
@@ -587,14 +587,14 @@ def encode_value(value: int) -> bytes:
 
 @pytest.mark.parametrize("columns", [("img", "fine_label"), ("image", "labels")])
 def test_parquet_column_names(columns: tuple[str, str], tmp_path: Path, write_parquet: WriteParquet) -> None:
-    """The usual names of the image and label columns are known; without metadata classes are numbers."""
+    """The usual image and label columns are found; without metadata class names are numbers."""
     raw = load_raw("parquet", str(write_parquet(tmp_path / "bugs.parquet", LABELS, columns=columns)))
     assert (raw.name, raw.class_names) == ("bugs", ("0", "1", "2"))
     assert [len(images) for images in sets_of(raw)] == [21, 3, 6]
 
 
 def test_parquet_of_plain_bytes(tmp_path: Path, write_parquet: WriteParquet) -> None:
-    """An image column of bytes without the struct around them is read as well, also alone in a folder."""
+    """An image column of plain bytes is read like a struct of bytes, also from a single file in a folder."""
     write_parquet(tmp_path / "bugs.parquet", LABELS, images=[encode_value(x) for x in LABELS])
     assert load_raw("parquet", str(tmp_path)).classes == 3
 
@@ -614,7 +614,7 @@ def test_parquet_of_plain_bytes(tmp_path: Path, write_parquet: WriteParquet) -> 
 def test_bad_parquet_is_explained(
     options: dict[str, Any], message: str, tmp_path: Path, write_parquet: WriteParquet
 ) -> None:
-    """Each thing that can be wrong with a file gives its own line."""
+    """Each fault of a Parquet file gives an error of its own."""
     path = write_parquet(tmp_path / "bad.parquet", LABELS, **options)
     with pytest.raises(DatasetError, match=message):
         load_raw("parquet", str(path))
@@ -629,21 +629,21 @@ def test_bad_parquet_is_explained(
     ],
 )
 def test_bad_labels_are_explained(labels: list[Any], message: str, tmp_path: Path, write_parquet: WriteParquet) -> None:
-    """Labels must be integers from 0 without gaps."""
+    """Labels that are not integers from 0 without gaps are an error."""
     images = [{"bytes": encode_value(i)} for i in range(30)]
     with pytest.raises(DatasetError, match=message):
         load_raw("parquet", str(write_parquet(tmp_path / "bad.parquet", labels, images=images)))
 
 
 def test_unreadable_parquet_is_named(tmp_path: Path) -> None:
-    """A truncated download is reported as such."""
+    """A truncated Parquet file is an error that names it."""
     (tmp_path / "train.parquet").write_bytes(b"PAR1 and nothing else")
     with pytest.raises(DatasetError, match=r"train\.parquet cannot be read as Parquet"):
         load_raw("parquet", str(tmp_path))
 
 
 def test_parquet_without_rows_is_refused(tmp_path: Path, write_parquet: WriteParquet) -> None:
-    """An empty table has no images to split."""
+    """A Parquet table without rows is an error."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -654,7 +654,7 @@ def test_parquet_without_rows_is_refused(tmp_path: Path, write_parquet: WritePar
 
 
 def test_parquet_folder_without_training_files_lists_what_it_holds(tmp_path: Path, write_parquet: WriteParquet) -> None:
-    """Names that say nothing are not guessed at."""
+    """A folder with no training file by name is an error that lists its files."""
     for name in ("a", "b"):
         write_parquet(tmp_path / f"{name}.parquet", LABELS)
     with pytest.raises(DatasetError, match=r"no Parquet file of training images\. It holds a\.parquet, b\.parquet"):
@@ -663,7 +663,7 @@ def test_parquet_folder_without_training_files_lists_what_it_holds(tmp_path: Pat
 
 @pytest.mark.parametrize("other", ["other-train.parquet", "test.parquet"])
 def test_parquet_files_of_two_data_sets_are_not_mixed(other: str, tmp_path: Path, write_parquet: WriteParquet) -> None:
-    """Shards and test files must name the same classes."""
+    """Shards or test files with other class names are an error."""
     write_parquet(tmp_path / "train.parquet", LABELS, class_names=("ant", "bee", "cow"))
     write_parquet(tmp_path / other, LABELS, class_names=("car", "bus", "van"))
     with pytest.raises(DatasetError, match="different classes"):
@@ -675,21 +675,21 @@ def test_parquet_files_of_two_data_sets_are_not_mixed(other: str, tmp_path: Path
 
 @pytest.mark.parametrize(("typed", "meant"), [("cifar-10", "cifar10"), ("tinyimagenet", "tiny-imagenet")])
 def test_unknown_source_suggests_the_nearest(typed: str, meant: str) -> None:
-    """A misspelt name lists the known ones and the likely one."""
+    """An unknown source is an error that lists the known ones and suggests the nearest."""
     with pytest.raises(DatasetError, match=rf"Known are cifar10, .*Did you mean '{meant}'"):
         load_raw(typed)
 
 
 @pytest.mark.parametrize("options", [{"validation": 0.0}, {"validation": 1.0}, {"resize": 0}])
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
-    """Shares are between 0 and 1, sizes are at least 1."""
+    """Shares outside 0 to 1 and sizes below 1 are errors."""
     (name,) = options
     with pytest.raises(DatasetError, match=f"{name}="):
         load_raw("digits", **options)
 
 
 def test_a_source_is_one_decorated_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever it returns is checked and split like the built-in ones."""
+    """A user's source is one decorated function, checked and split like built-in ones."""
     monkeypatch.setattr(sources, "_SOURCES", dict(sources._SOURCES))
 
     @source("stripes")
@@ -709,7 +709,7 @@ def test_a_source_is_one_decorated_function(monkeypatch: pytest.MonkeyPatch) -> 
     ("pattern", "size", "classes"), [("cifar10-{}.parquet", 32, 10), ("tinyimagenet-*{}.parquet", 64, 200)]
 )
 def test_real_photographs(pattern: str, size: int, classes: int) -> None:
-    """Real Hugging Face files are read whole; they lie in the folder that DATM_RAY_TEST_DATA names."""
+    """Real Hugging Face files, in the folder DATM_RAY_TEST_DATA, are read whole."""
     folder = Path(os.environ.get("DATM_RAY_TEST_DATA", "absent"))
     train = sorted(folder.glob(pattern.format("train")))
     test = sorted(folder.glob(pattern.format("test"))) or sorted(folder.glob(pattern.format("val")))

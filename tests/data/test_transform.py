@@ -1,4 +1,4 @@
-"""The normalisations agree with independent formulas, undo themselves and travel as plain arrays."""
+"""Tests that normalisations equal independent formulas, can be inverted, and travel as plain arrays."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def published_zca(images: NDArray[np.uint8], levels: int, eps: float) -> tuple[N
 @pytest.mark.parametrize("levels", [16, 255])
 @pytest.mark.parametrize("eps", [0.1, 1e-3])
 def test_zca_is_the_published_formula(levels: int, eps: float) -> None:
-    """Mean and matrix equal those computed independently in float64."""
+    """ZCA's mean and matrix equal those of an independent formula in float64."""
     images = np.minimum(photographs(), levels).astype(np.uint8)
     fitted = fit_transform("zca", images, levels, eps=eps)
     mean, matrix = published_zca(images, levels, eps)
@@ -59,7 +59,7 @@ def test_zca_whitens_with_the_published_eps() -> None:
 
 
 def test_whitened_images_have_the_expected_covariance() -> None:
-    """Every eigenvalue S of the covariance becomes S / (S + eps): near 1 where there is much variance."""
+    """Every eigenvalue S of the images' covariance becomes S / (S + eps), which is near 1 for large S."""
     images = photographs()
     white = fit_transform("zca", images, 255, eps=0.01).apply(scaled(images)).reshape(len(images), -1)
     before = np.linalg.eigvalsh(np.cov(scaled(images).reshape(len(images), -1).T.astype(np.float64)))
@@ -69,7 +69,7 @@ def test_whitened_images_have_the_expected_covariance() -> None:
 
 
 def test_standard_gives_each_channel_mean_0_and_deviation_1() -> None:
-    """Statistics are per channel over all images and places."""
+    """Standard normalisation uses statistics per channel over all images and places."""
     images = photographs()
     normal = fit_transform("standard", images, 255).apply(scaled(images))
     np.testing.assert_allclose(normal.mean(axis=(0, 2, 3)), 0, atol=1e-5)
@@ -77,7 +77,7 @@ def test_standard_gives_each_channel_mean_0_and_deviation_1() -> None:
 
 
 def test_standard_only_centres_a_constant_channel() -> None:
-    """No variation is no reason to divide by zero."""
+    """A constant channel is centred and not divided by its zero deviation."""
     images = photographs()
     images[:, 1] = 51
     fitted = fit_transform("standard", images, 255)
@@ -88,7 +88,7 @@ def test_standard_only_centres_a_constant_channel() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_invert_undoes_apply(kind: Kind) -> None:
-    """A round trip gives the pixels back, also those of images it was not fitted on."""
+    """Inverting restores the pixels, also of images outside the fit."""
     fitted = fit_transform(kind, photographs(), 255)
     images = np.random.default_rng(1).random((20, 3, 4, 6), dtype=np.float32)
     np.testing.assert_allclose(fitted.invert(fitted.apply(images)), images, atol=1e-5)
@@ -96,7 +96,7 @@ def test_invert_undoes_apply(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_apply_in_chunks_equals_apply_at_once(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bounding the memory changes nothing, and leaves the argument as it was."""
+    """Applying in chunks equals applying at once, and leaves the argument unchanged."""
     images = photographs()
     pixels = scaled(images)
     whole = fit_transform(kind, images, 255).apply(pixels)
@@ -107,7 +107,7 @@ def test_apply_in_chunks_equals_apply_at_once(kind: Kind, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_form_of_an_image_is_normalised_alike(kind: Kind) -> None:
-    """Arrays and tensors, floats and bytes, a batch and a single image, contiguous or read-only: the same values."""
+    """Arrays and tensors, floats and bytes, batches and single images, in any layout, give equal values."""
     images = photographs()
     fitted = fit_transform(kind, images, 255)
     expected = torch.from_numpy(fitted.apply(scaled(images)))
@@ -153,7 +153,7 @@ def test_another_device_leaves_the_cpu_as_it_was(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_integers_other_than_bytes_are_refused(kind: Kind) -> None:
-    """Their range is not known, so they would be normalised to nonsense without a word."""
+    """Integers other than bytes are refused, because their range is unknown."""
     fitted = fit_transform(kind, photographs(), 255)
     for images in (photographs().astype(np.int64), torch.from_numpy(photographs()).long()):
         with pytest.raises(TypeError, match=r"int64: give floats from 0 to 1, or uint8 from 0 to 255"):
@@ -164,7 +164,7 @@ def test_integers_other_than_bytes_are_refused(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_normaliser_is_a_module_like_any_other(kind: Kind) -> None:
-    """It composes, converts, saves, lets gradients through, and is nobody else's; autocast does not touch it."""
+    """A normaliser composes, converts, saves and passes gradients like any module; autocast does not change it."""
     images = photographs()
     fitted = fit_transform(kind, images, 255)
     floats = torch.from_numpy(scaled(images))
@@ -190,7 +190,7 @@ def test_normaliser_is_a_module_like_any_other(kind: Kind) -> None:
 
 
 def test_a_whitening_matrix_of_an_earlier_version_still_whitens() -> None:
-    """Transforms that hold the matrix, and no eigenvectors, lead to whitened images and back, bit for bit as stored."""
+    """A stored whitening matrix without eigenvectors whitens and inverts bit for bit as before."""
     images = photographs()
     fitted = fit_transform("zca", images, 255)
     metadata = {name: value for name, value in fitted.to_metadata().items() if name != "eps"}
@@ -203,7 +203,7 @@ def test_a_whitening_matrix_of_an_earlier_version_still_whitens() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_digest_is_that_of_the_bits(kind: Kind) -> None:
-    """It survives a round trip and a pickle without caches, and no change of an array or of a setting."""
+    """The digest survives pickling without caches, and changes with every array and setting."""
     fitted = fit_transform(kind, photographs(), 255)
     fitted.apply(scaled(photographs()))
     size, copied = len(pickle.dumps(fitted)), pickle.loads(pickle.dumps(fitted))
@@ -218,14 +218,14 @@ def test_digest_is_that_of_the_bits(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_images_are_no_problem(kind: Kind) -> None:
-    """An empty set comes back empty."""
+    """Normalising an empty set gives an empty set."""
     fitted = fit_transform(kind, photographs(), 255)
     nothing = np.empty((0, 3, 4, 6), dtype=np.float32)
     assert fitted.invert(fitted.apply(nothing)).shape == nothing.shape
 
 
 def test_sums_are_exact_over_several_chunks() -> None:
-    """Extreme pixels in more rows than a chunk holds are summed without any rounding."""
+    """Sums over several chunks of extreme pixels have no rounding."""
     images = np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (2500, 1, 2, 3))
     images[:1100] = 0
     sums = transform._exact_sums(images)
@@ -236,7 +236,7 @@ def test_sums_are_exact_over_several_chunks() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fingerprint_is_that_of_the_statistics(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It survives another order of images and another chunking, and no change of a pixel, of levels or of eps."""
+    """The fingerprint ignores the images' order and chunks, and changes with any pixel, level or eps."""
     images = photographs()
     first = fit_transform(kind, images, 255).fingerprint
     monkeypatch.setattr(transform, "_EXACT_ROWS", 100)
@@ -248,7 +248,7 @@ def test_fingerprint_is_that_of_the_statistics(kind: Kind, monkeypatch: pytest.M
 
 
 def test_fingerprint_tells_eps_and_kind_apart() -> None:
-    """Other settings on the same images are another transform."""
+    """Another eps or kind on equal images gives another fingerprint."""
     fitted = [fit_transform("zca", photographs(), 255, eps=eps) for eps in (0.1, 0.2)]
     fitted.append(fit_transform("standard", photographs(), 255))
     assert len({one.fingerprint for one in fitted}) == 3
@@ -256,7 +256,7 @@ def test_fingerprint_tells_eps_and_kind_apart() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_arrays_and_json_carry_a_transform(kind: Kind) -> None:
-    """Named arrays plus JSON are enough to normalise the same way elsewhere, bit for bit."""
+    """Named arrays and JSON carry a transform bit for bit."""
     images = photographs()
     fitted = fit_transform(kind, images, 255)
     loaded = Transform.from_arrays(fitted.to_arrays(), json.loads(json.dumps(fitted.to_metadata())))
@@ -280,7 +280,7 @@ def test_arrays_and_json_carry_a_transform(kind: Kind) -> None:
     ],
 )
 def test_damaged_transform_is_refused(arrays: dict[str, Any], metadata: dict[str, Any], message: str) -> None:
-    """Whatever is missing (None) or altered is named, and nothing is normalised wrongly."""
+    """A missing (None) or altered part of a transform is an error that names it."""
     fitted = fit_transform("zca", photographs(), 255)
     arrays = {name: value for name, value in (fitted.to_arrays() | arrays).items() if value is not None}
     metadata = {name: value for name, value in (fitted.to_metadata() | metadata).items() if value is not None}
@@ -290,7 +290,7 @@ def test_damaged_transform_is_refused(arrays: dict[str, Any], metadata: dict[str
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_images_of_another_shape_are_refused(kind: Kind) -> None:
-    """The error names both shapes, also where a channel axis would broadcast."""
+    """Images of another shape are an error that names both, also where a channel axis would broadcast."""
     fitted = fit_transform(kind, photographs(), 255)
     for use in (fitted.apply, fitted.invert):
         with pytest.raises(DatasetError, match=r"\(1, 4, 6\) meet a .* fitted on \(3, 4, 6\)"):
@@ -302,14 +302,14 @@ def test_images_of_another_shape_are_refused(kind: Kind) -> None:
     [("pca", 9, 0.1, "unknown normalisation 'pca'"), ("zca", 1, 0.1, "too small"), ("zca", 9, 0.0, "not positive")],
 )
 def test_fitting_refuses_what_it_cannot_do(kind: Any, count: int, eps: float, message: str) -> None:
-    """Unknown kinds, single images and an eps that would divide by zero are named."""
+    """Unknown kinds, single images and an eps that divides by zero are errors."""
     with pytest.raises(DatasetError, match=message):
         fit_transform(kind, photographs(count), 255, eps=eps)
 
 
 @pytest.mark.gpu
 def test_fitting_on_a_gpu_gives_the_same_transform() -> None:
-    """The device changes only rounding, and not the fingerprint."""
+    """Fitting on a GPU changes only rounding, and not the fingerprint."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     host, device = (fit_transform("zca", photographs(), 255, device=name) for name in ("cpu", "cuda"))
@@ -318,6 +318,6 @@ def test_fitting_on_a_gpu_gives_the_same_transform() -> None:
 
 
 def test_another_device_takes_torchs_decomposition() -> None:
-    """The path taken on a GPU, run on the CPU, agrees with numpy's."""
+    """The GPU's path, run on the CPU, agrees with numpy's decomposition."""
     host, other = (fit_transform("zca", photographs(), 255, device=name) for name in ("cpu", "cpu:0"))
     np.testing.assert_allclose(host.matrix, other.matrix, rtol=1e-5, atol=1e-6)

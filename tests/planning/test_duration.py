@@ -1,4 +1,4 @@
-"""Hours, layouts and storage of a recipe, clusters in the user's words, and an estimate against a real run."""
+"""Tests planned hours, layouts and storage, descriptions of clusters, and an estimate against a real run."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ METADD = "metadd={auxiliaries: [{architecture: lenet}], experts: {count: 3, epoc
 
 
 def proposal(*changes: str, machine: str = "cpus=2,gflops=140") -> Proposal:
-    """The tiny recipe as it is on a machine."""
+    """Plan of the tiny recipe on a machine."""
     config = tiny_config("cluster.memory=64GiB", *changes)
     return Proposal(config, DIGITS, plans_of(config, DIGITS), parse_cluster(machine))
 
 
 def test_clusters_are_read() -> None:
-    """All keys, in any order, with spaces or without; a worker of two threads has two cores and their memory."""
+    """A cluster is read with all keys in any order; a worker of two threads has two cores and their memory."""
     given = parse_cluster("gpus=64,memory=80GiB,tflops=60,network=25Gbps")
     assert (given.device, given.workers, given.memory, given.bandwidth) == ("GPU", 64, 80 * GIB, 3.125e9)
     assert given.basis == "as given"
@@ -78,7 +78,7 @@ UNREADABLE = {
 
 
 def test_an_unreadable_cluster_is_one_line() -> None:
-    """What is wrong, and how to write it."""
+    """An unreadable cluster is one line of error with how to write one."""
     for text, fact in UNREADABLE.items():
         with pytest.raises(ConfigError) as caught:
             parse_cluster(text)
@@ -89,7 +89,7 @@ def test_an_unreadable_cluster_is_one_line() -> None:
 
 
 def test_workers_without_a_description_are_those_asked_for() -> None:
-    """Never fewer than one; GPUs where workers have some."""
+    """Undescribed workers are as many as requested, at least one, with GPUs where workers have some."""
     asked = machine_here(tiny_config("cluster.workers=3", "cluster.threads_per_worker=2"))
     assert (asked.device, asked.workers, asked.cores) == ("core", 3, 2)
     assert machine_here(tiny_config("cluster.threads_per_worker=999")).workers == 1
@@ -99,7 +99,7 @@ def test_workers_without_a_description_are_those_asked_for() -> None:
 
 
 def test_a_machine_is_measured_only_where_it_tells_something(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not where the speed is given, nor where the workers compute on what this machine has not."""
+    """A machine is measured only if no speed is given and its devices are those of the workers."""
     require_measurable(parse_cluster("cpus=2"))
     for cluster in ("cpus=2,gflops=140", "gpus=2"):
         with pytest.raises(ConfigError, match="--measure times steps on this machine, which has no GPU"):
@@ -109,7 +109,7 @@ def test_a_machine_is_measured_only_where_it_tells_something(monkeypatch: pytest
 
 
 def test_hours_follow_the_recipe() -> None:
-    """Twice the iterations take twice the hours, GSAM two gradients, a set's other workers wait for validation."""
+    """Twice the iterations take twice the hours, GSAM costs two gradients, and other workers wait for validation."""
     base, longer, gsam, shared = (
         proposal(*changes).stages
         for changes in ((), ("distill.iterations=12",), ("experts.optimiser=gsam",), ("cluster.shards=2",))
@@ -130,7 +130,7 @@ FORWARD = plans_of(tiny_config("cluster.memory=64GiB"), DIGITS)[0]._cost(0).flop
 
 
 def test_more_shards_are_faster_unless_the_network_is_slow() -> None:
-    """Where every minibatch is the whole set a shard computes its part; sums cost what travels and their rounds."""
+    """Shards share the work of whole-set batches; sums cost their bytes and their rounds."""
     whole = ("distill.batch_size=10", "cluster.memory=64GiB")
     alone, ten = (proposal(*whole, f"cluster.shards={shards}") for shards in (1, 10))
     assert alone.iteration[0] == pytest.approx(10 * ten.iteration[0])
@@ -142,7 +142,7 @@ def test_more_shards_are_faster_unless_the_network_is_slow() -> None:
 
 
 def test_a_layout_is_one_that_fits_and_is_fastest() -> None:
-    """Little memory asks for shards; a slow network is not crossed; where there is room, more workers are used."""
+    """The layout is the fastest that fits: shards for little memory, one machine for a slow network."""
     config, shape = get_recipe("tiny-imagenet-ipc50"), KNOWN_SHAPES["tiny-imagenet"]
 
     def proposed(text: str) -> Proposal:
@@ -164,15 +164,15 @@ def test_a_layout_is_one_that_fits_and_is_fastest() -> None:
 
 
 def test_experts_stand_in_smaller_stacks_where_gpus_would_be_left_without() -> None:
-    """A hundred experts in stacks of eight would occupy thirteen GPUs of sixty-four."""
+    """Experts are planned in smaller stacks where stacks of eight would leave GPUs idle."""
     for gpus, stack in ((8, None), (13, None), (64, 2), (200, 1)):
         found = propose(get_recipe("cifar10-ipc10"), KNOWN_SHAPES["cifar10"], parse_cluster(f"gpus={gpus},tflops=60"))
         assert found.config.cluster.experts_at_a_time == stack, gpus
         assert ("cluster.experts_at_a_time" in found.settings()) == (stack is not None), gpus
 
 
-def test_hours_of_gpus_are_told_only_with_a_speed() -> None:
-    """No GPU was measured; the numbers of steps stand there all the same."""
+def test_hours_of_gpus_are_planned_only_with_a_speed() -> None:
+    """Without a measured speed the plan of GPUs has numbers of steps and no hours."""
     config, shape = get_recipe("cifar10-ipc10").resolved((32, 32)), KNOWN_SHAPES["cifar10"]
     unknown, given = (
         "\n".join(propose(config, shape, parse_cluster(text)).lines(suggested=True))
@@ -189,7 +189,7 @@ def test_hours_of_gpus_are_told_only_with_a_speed() -> None:
 
 @pytest.mark.slow
 def test_a_measured_estimate_is_within_three_times_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CPU seconds of a tiny distillation, uncompiled; validation, of one epoch, is in both."""
+    """The estimate in CPU seconds is within a factor of three of a tiny, uncompiled distillation."""
     # CPU seconds on both sides, for other work on the machine is in neither.
     monkeypatch.setattr("datm_ray.planning.duration.time.perf_counter", time.process_time)
     longer = ("network.width=32", "distill.ipc=10", "distill.batch_size=50", "distill.student_steps=10")
@@ -209,14 +209,14 @@ def test_a_measured_estimate_is_within_three_times_a_real_run(tmp_path: Path, mo
 
 @pytest.mark.slow
 def test_storage_is_what_lies_on_disk(tmp_path: Path) -> None:
-    """Experts with their transforms, the checkpoint, both sets with one; within headers of some kB a file."""
+    """Planned storage of experts, transforms, checkpoint and sets equals the disk's to some kB a file."""
     wide = ("network.width=32", "dataset.resize=16", "dataset.normalisation=zca", "distill.ipc=10")
     config = tiny_config(METADD, *wide, "distill.iterations=4", "distill.threshold=1e9")
     pipeline = Pipeline([config], str(tmp_path))
     start: Callable[[], SerialExecutor] = lambda: SerialExecutor(config.cluster)  # noqa: E731
     pipeline.train_experts(start, Reporter(quiet=True))
     pipeline.distill(start, Reporter(quiet=True))
-    told = storage(config, DataShape((1, 16, 16), 10, 1438))
+    planned = storage(config, DataShape((1, 16, 16), 10, 1438))
     for name, *patterns in (
         ("store", "experts/*"),
         ("checkpoint", "tiny/checkpoint*"),
@@ -225,12 +225,12 @@ def test_storage_is_what_lies_on_disk(tmp_path: Path) -> None:
         found = [path for pattern in patterns for path in tmp_path.glob(pattern)]
         files = {each for path in found for each in (path, *path.rglob("*")) if each.is_file()}
         written = sum(each.stat().st_size for each in files)
-        assert told[name] == pytest.approx(written, abs=16_384 * len(files)), name
+        assert planned[name] == pytest.approx(written, abs=16_384 * len(files)), name
         assert 2 * 16_384 * len(files) < written, name
 
 
 def test_auxiliaries_and_whitening_have_their_part_of_the_store() -> None:
-    """Of an auxiliary the first epochs are stored and the last; whitening has a row for every value of an image."""
+    """Planned storage counts an auxiliary's first epochs and last, and a whitening row for every value."""
     alone, more = (storage(tiny_config(*changes), DIGITS)["store"] for changes in ((), (METADD,)))
     lenet = FlatNetwork(build_network(NetworkConfig(architecture="lenet").for_images(1, (8, 8), 10), seed=0)).count
     assert more - alone == 3 * 3 * 4 * lenet + 8
@@ -239,5 +239,5 @@ def test_auxiliaries_and_whitening_have_their_part_of_the_store() -> None:
 
 
 def test_numbers_keep_three_digits() -> None:
-    """Or all before the point."""
+    """Numbers have three digits, or all before the point."""
     assert [show_number(value) for value in (0.00123456, 1.5, 99.96, 12345.6)] == ["0.00123", "1.5", "100", "12,346"]

@@ -1,4 +1,4 @@
-"""Planning: what fits is not refused, what does not is refused with the option that helps."""
+"""Tests the plan of memory: what fits is accepted, and what does not is refused with the option that helps."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def plan_of(config: RunConfig) -> DistillationPlan:
     ],
 )
 def test_sizes_are_read(text: str, size: int) -> None:
-    """Binary and decimal units, with and without a space, or plain bytes."""
+    """Sizes are read in binary and decimal units, with and without a space, or in plain bytes."""
     assert parse_bytes(text) == size
     assert ClusterConfig(memory=text).memory_bytes == size
 
@@ -72,8 +72,8 @@ def test_sizes_are_read(text: str, size: int) -> None:
         (2**60, "1048576.00 TiB"),
     ],
 )
-def test_sizes_are_told_as_they_can_be_written(size: float, text: str) -> None:
-    """The same words everywhere, and those of an error can be given to --memory."""
+def test_sizes_are_printed_as_they_can_be_written(size: float, text: str) -> None:
+    """Sizes are printed alike everywhere, and an error's size can be given to --memory."""
     assert size_in_words(size) == text
     if size:
         assert parse_bytes(text) == pytest.approx(size, rel=0.005)
@@ -81,20 +81,20 @@ def test_sizes_are_told_as_they_can_be_written(size: float, text: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "much", "8 apples", "-1GiB", "8GiBs", "0", "1e9", "GiB", "8 Gi"])
 def test_an_unreadable_size_is_one_line(text: str) -> None:
-    """Named together with how to write it."""
+    """An unreadable size is one line of error with how to write one."""
     with pytest.raises(ConfigError, match="8GiB or 512MiB") as caught:
         override(get_recipe("digits-ipc1"), [f"cluster.memory='{text}'"])
     assert len(str(caught.value).splitlines()) == 1
 
 
 def test_bytes_as_a_number_in_yaml_are_a_size() -> None:
-    """--set cluster.memory=8589934592 needs no quotes; none stays none."""
+    """--set cluster.memory=8589934592 needs no quotes, and none stays None."""
     assert override(get_recipe("digits-ipc1"), ["cluster.memory=8589934592"]).cluster.memory_bytes == 8 * GIB
     assert ClusterConfig().memory_bytes is None
 
 
 def test_every_packaged_recipe_fits_a_machine_of_24_gib() -> None:
-    """Two workers, two shards of the large sets, as two CPU cores have them: nothing that fits is refused."""
+    """Every packaged recipe fits two workers in 24 GiB, the large sets in two shards."""
     for name in recipe_names():
         plan = plan_of(override(get_recipe(name), ["cluster.memory=11GiB", "cluster.shards=2", "cluster.device=cpu"]))
         assert total(plan.parts) <= 11 * GIB, name
@@ -113,7 +113,7 @@ def test_every_packaged_recipe_fits_a_machine_of_24_gib() -> None:
     ],
 )
 def test_the_estimate_is_never_below_what_was_measured(recipe: str, changes: tuple[str, ...], measured: int) -> None:
-    """Peak resident MiB of a worker, from benchmarks/results; and at most twice as much."""
+    """The estimate is between once and twice the measured peak MiB of a worker, from benchmarks/results."""
     plan = plan_of(override(get_recipe(recipe), ["cluster.memory=64GiB", "cluster.device=cpu", *changes]))
     assert measured <= total(plan.parts) / MIB <= 2 * measured
 
@@ -123,7 +123,7 @@ def test_the_estimate_is_never_below_what_was_measured(recipe: str, changes: tup
     [(32, 20, True, 82), (32, 100, True, 402), (64, 5, True, 82), (32, 20, False, 328), (64, 5, False, 362)],
 )
 def test_a_step_takes_about_what_was_measured(size: int, images: int, compiled: bool, measured: int) -> None:
-    """Peak resident MiB of a reverse step of ConvNet of width 128 (log of experiments, 2026-11-21)."""
+    """A step's estimate is near the measured peak MiB of ConvNet of width 128 (benchmarks/LOG.md, 2026-11-21)."""
     recipe = "cifar10-ipc10" if size == 32 else "tiny-imagenet-ipc10"
     plan = plan_of(override(get_recipe(recipe), ["cluster.memory=64GiB", f"cluster.compile={str(compiled).lower()}"]))
     estimated = plan.parts_with(1, images)["call"] / MIB
@@ -131,7 +131,7 @@ def test_a_step_takes_about_what_was_measured(size: int, images: int, compiled: 
 
 
 def test_parts_are_counted() -> None:
-    """By hand: five copies of ten images with labels, T + 1 vectors, eight vectors; matching or validation."""
+    """Parts equal a count by hand: five copies of ten images, T + 1 vectors, eight vectors, then validation."""
     alone = plan_of(tiny_config("cluster.memory=4GiB"))
     shared = plan_of(tiny_config("cluster.memory=4GiB", "cluster.shards=2"))
     p, row = alone.parts["trace"] // (4 * (3 + 1)), 4 * (64 + 10)
@@ -158,7 +158,7 @@ def test_parts_are_counted() -> None:
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_option_that_helps(changes: list[str], expected: str) -> None:
-    """One line: what it takes, what it may take, which part, what to change."""
+    """A refusal is one line: needed and allowed size, the largest part, and what to change."""
     with pytest.raises(ConfigError, match=f"(?i){expected}") as caught:
         plan_of(tiny_config(*changes))
     assert "needs" in str(caught.value)
@@ -166,7 +166,7 @@ def test_what_does_not_fit_is_refused_with_the_option_that_helps(changes: list[s
 
 
 def test_workers_that_share_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the data set that all of them use; a worker less is what helps."""
+    """Workers on one machine share its memory beside the common data set; fewer workers are suggested."""
     monkeypatch.setattr("datm_ray.planning.fit.available_memory", lambda: 10 * GIB)
     config = tiny_config("cluster.device=cpu", "cluster.workers=4")
     assert worker_budget(config) == 10 * GIB
@@ -179,7 +179,7 @@ def test_workers_that_share_a_machine_share_its_memory(monkeypatch: pytest.Monke
 
 
 def test_micro_batches_shrink_to_what_is_left_of_the_budget() -> None:
-    """As large as the cache likes, then as fits, in parts that are as even as can be; refused when not one fits."""
+    """Micro-batches fit cache and budget in even parts; if no image fits, the plan is refused."""
     changes = ("dataset.source=cifar10", "distill.ipc=50", "distill.batch_size=500", "network.width=64")
     roomy = plan_of(tiny_config(*changes, "cluster.memory=8GiB", "cluster.compile=true"))
     assert roomy.chunk == 39  # 40 are in the cache: 12 * 39 + 32
@@ -192,7 +192,7 @@ def test_micro_batches_shrink_to_what_is_left_of_the_budget() -> None:
 
 
 def test_results_depend_on_micro_batches_that_stay() -> None:
-    """Their size decides the last bits of a set: of the packaged recipes it is what it always was."""
+    """Micro-batches of the packaged recipes are pinned, because their size decides the last bits of a set."""
     found = {name: plan_of(override(get_recipe(name), ["cluster.memory=64GiB", "cluster.device=cpu"])).chunk
              for name in recipe_names()}  # fmt: skip
     for name, chunk in found.items():
@@ -201,7 +201,7 @@ def test_results_depend_on_micro_batches_that_stay() -> None:
 
 
 def test_gpus_that_this_machine_does_not_see_set_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The driver of a cluster may have none: nothing is refused, and a micro-batch may be a whole batch."""
+    """GPUs of other machines set no limit: nothing is refused, and a micro-batch may be a whole batch."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     plan = plan_of(tiny_config("cluster.gpus_per_worker=1"))
     assert plan.budget is None
@@ -210,7 +210,7 @@ def test_gpus_that_this_machine_does_not_see_set_no_limit(monkeypatch: pytest.Mo
 
 
 class FakeGpu:
-    """A GPU of so many bytes: a step takes a hundred for every image, and the trace what it takes."""
+    """A GPU of this many bytes, on which a step takes a hundred for every image and the trace a fixed number."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
         self.size, self.peak, self.tried = size, 0, list[int]()
@@ -218,11 +218,11 @@ class FakeGpu:
             monkeypatch.setattr(torch.cuda, name, getattr(self, name, lambda *_: 0))
 
     def max_memory_allocated(self, _: torch.device) -> int:
-        """Bytes of the last step."""
+        """Peak bytes of the last step."""
         return self.peak
 
     def step(self, chunk: int) -> None:
-        """A student step."""
+        """Take a student step."""
         self.tried.append(chunk)
         self.peak = 100 * chunk
         if self.peak > self.size:
@@ -243,7 +243,7 @@ class FakeGpu:
 def test_a_trial_step_finds_the_micro_batch_of_a_gpu(
     monkeypatch: pytest.MonkeyPatch, size: int, budget: int | None, tried: list[int]
 ) -> None:
-    """Halved while memory runs out or the worker's share is exceeded; refused where one image is too much."""
+    """A trial step halves the micro-batch until it fits the worker's share; one image too large is refused."""
     gpu, planned = FakeGpu(monkeypatch, size), plan_of(tiny_config("cluster.memory=4GiB"))
     plan = DistillationPlan(planned.config, planned.shape, planned.role, 0, 1, None)
     monkeypatch.setitem(plan.__dict__, "budget", budget)
@@ -257,7 +257,7 @@ def test_a_trial_step_finds_the_micro_batch_of_a_gpu(
 
 
 def test_memory_that_this_process_keeps_unused_on_a_gpu_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second set in one process would else find no room; and a tenth is left to what nobody estimates."""
+    """Memory that the process caches on a GPU counts as free, and a tenth is kept in reserve."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (4 * GIB, 80 * GIB))
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda: 9 * GIB)
@@ -267,7 +267,7 @@ def test_memory_that_this_process_keeps_unused_on_a_gpu_counts_as_free(monkeypat
 
 
 def test_networks_count_where_they_live() -> None:
-    """Several in one worker lie beside each other; apart, each worker has its own, MetaDD's too."""
+    """Networks of one worker add up; apart, each worker counts its own, MetaDD's too."""
     two, seen = (
         "backbones=[{network: {width: 64, depth: 2}}]",
         "metadd={auxiliaries: [{architecture: resnet18, width: 8}]}",
@@ -294,13 +294,13 @@ def test_networks_count_where_they_live() -> None:
 
 
 def test_more_shards_than_classes_are_refused() -> None:
-    """A plan is not made for what a run would refuse."""
+    """A plan refuses more shards than classes, as a run does."""
     with pytest.raises(ConfigError, match=r"cluster\.shards is 11, but digits-ipc10 has 10 classes"):
         plan_of(override(get_recipe("digits-ipc10"), ["cluster.shards=11"]))
 
 
 def test_free_memory_is_read_or_else_all_memory_is_taken(tmp_path: Path) -> None:
-    """From the kernel's table; without one, or with a strange one, from sysconf."""
+    """Free memory comes from the kernel's table; if that is missing or strange, sysconf gives all memory."""
     (tmp_path / "proc").mkdir()
     table = tmp_path / "proc/meminfo"
     table.write_text("MemTotal: 100 kB\nMemAvailable:   7 kB\n")
@@ -318,7 +318,7 @@ def test_free_memory_is_read_or_else_all_memory_is_taken(tmp_path: Path) -> None
     ],
 )
 def test_a_container_s_limit_counts(tmp_path: Path, line: str, folder: str, limit: str, usage: str) -> None:
-    """Of its own group, of a group above it, and in the older layout; files that were read can be given back."""
+    """The limit of a container's group, of a group above it, or in the older layout counts; file cache is free."""
     group = tmp_path / "sys/fs/cgroup" / folder
     group.mkdir(parents=True)
     (tmp_path / "proc/self").mkdir(parents=True)
@@ -334,7 +334,7 @@ def test_a_container_s_limit_counts(tmp_path: Path, line: str, folder: str, limi
 
 
 def test_resized_images_of_a_run_on_this_machine_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A known source need not be read to be refused; on another machine's memory there is nothing to say."""
+    """Resized images that exceed this machine's memory are refused unread; other machines set no limit."""
     monkeypatch.setattr("datm_ray.data.decode.available_memory", lambda: 20 * GIB)
     dataset = get_recipe("tiny-imagenet-ipc1").dataset.model_copy(update={"resize": 512})
     with pytest.raises(DatasetError, match=r"100,000 images of 3x512x512 need 659\.2 GiB.*resize=64"):
@@ -343,7 +343,7 @@ def test_resized_images_of_a_run_on_this_machine_must_fit(monkeypatch: pytest.Mo
 
 
 def test_sets_that_are_distilled_side_by_side_share_the_machine() -> None:
-    """As many workers as all sets want, but no more than the machine has room for."""
+    """Side by side, sets get as many workers as all want, but no more than the machine holds."""
     config = tiny_config("cluster.shards=2", "cluster.workers=4")
     assert Layout.of(config).sharing == 2
     assert Layout.of(config, workers_of_all_sets=6).sharing == 4
@@ -351,7 +351,7 @@ def test_sets_that_are_distilled_side_by_side_share_the_machine() -> None:
 
 
 def test_shapes_are_known_without_files() -> None:
-    """Named sources need no files, and their shapes follow dataset.resize; digits are as they are embedded."""
+    """Shapes of named sources follow from dataset.resize without files; digits keep their own size."""
     config = override(get_recipe("tiny-imagenet-ipc1"), ["dataset.resize=32", "dataset.path=absent"])
     assert data_shape(config.dataset).image == (3, 32, 32)
     digits = data_shape(get_recipe("digits-ipc1").dataset)
@@ -364,7 +364,7 @@ def test_shapes_are_known_without_files() -> None:
 
 
 def test_micro_batches_leave_room_for_an_uneven_draw() -> None:
-    """The part of a minibatch that a shard holds seldom needs a second call; of a batch of all images it is known."""
+    """A shard's micro-batch has room for an uneven draw; a batch of all images needs none."""
     draw = np.random.default_rng(0)
     drawn = [(draw.permutation(100)[:50] < 50).sum() for _ in range(2000)]
     room = rows_at_a_time(100, 50, 50)
@@ -376,7 +376,7 @@ def test_micro_batches_leave_room_for_an_uneven_draw() -> None:
 
 
 def test_data_shapes_are_read_or_refused_in_one_line() -> None:
-    """Image, classes, training images; what is written otherwise, or cannot be, says how to write it."""
+    """Data shapes (image, classes, training images) are read, or refused with how to write them."""
     assert parse_shape(" 3x64x64,1000,1281167 ") == DataShape((3, 64, 64), 1000, 1_281_167)
     unreadable = ("", "3x64x64", "3x64,200,10", "3x64x64,200", "0x8x8,10,10", "3x64x64,200,1e5", "-1x8x8,2,3")
     impossible = ("3x64x64,99999999999,9999999999999", "3x64x64,1000,10", "99999x1x1,2,2")

@@ -1,4 +1,4 @@
-"""Distilling on a mesh of processes: any number of shards learns what one process learns, from any checkpoint."""
+"""Tests distillation on a mesh of processes: any number of shards learns what one process learns."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def trained(out: Path, *changes: str) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process, one backbone, to the end."""
+    """A distillation by one process with one backbone, to the end."""
     out = tmp_path_factory.mktemp("reference")
     distil(trained(out), out, size=1)
     return out
@@ -93,7 +93,7 @@ def learned(out: Path) -> Artifact:
 
 
 def assert_equal_but_for_rounding(one: Artifact, other: Artifact) -> None:
-    """Shards add float32 gradients in another order: after 6 iterations of 3 steps that leaves 1e-4 of the change."""
+    """Assert equality up to 1e-4 of the change, which 6 iterations of float32 sums in another order cause."""
     assert one.labels.tolist() == other.labels.tolist()
     for name in ("images", "soft_labels"):
         difference = (getattr(one, name) - getattr(other, name)).norm()
@@ -103,7 +103,7 @@ def assert_equal_but_for_rounding(one: Artifact, other: Artifact) -> None:
 
 @pytest.mark.parametrize("shards", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_shards_learn_what_one_process_learns(shards: int, reference: Path, tmp_path: Path) -> None:
-    """2 even shards of five classes each, and 4 uneven ones of 3, 3, 2 and 2."""
+    """Two even shards and four uneven ones learn what one process learns."""
     out = with_experts_of(reference, tmp_path)
     distil(tiny_config("distill.ipc=2", "distill.batch_size=7", f"cluster.shards={shards}"), out, shards)
     assert_equal_but_for_rounding(learned(out), learned(reference))
@@ -114,7 +114,7 @@ def test_shards_learn_what_one_process_learns(shards: int, reference: Path, tmp_
 def test_checkpoint_is_resumed_by_any_number_of_shards(
     before: int, after: int, reference: Path, tmp_path: Path
 ) -> None:
-    """Stopped after 5 of 6 iterations (the last checkpoint is of the fourth) and continued by fewer or more."""
+    """A run stopped after 5 of 6 iterations resumes from the fourth with fewer or more shards."""
     out = with_experts_of(reference, tmp_path)
     settings = ("distill.ipc=2", "distill.batch_size=7")
     distil(tiny_config(*settings, f"cluster.shards={before}"), out, before, stop_at=5)
@@ -127,7 +127,7 @@ def test_checkpoint_is_resumed_by_any_number_of_shards(
 
 @pytest.mark.slow
 def test_backbones_apart_and_sharded_learn_what_one_process_learns(tmp_path: Path) -> None:
-    """Two networks by two shards, four processes, against all in one: set, step sizes, and what is shortened."""
+    """Two networks in two shards each learn the set, step sizes and shortened updates of one process."""
     (tmp_path / "one").mkdir()
     (tmp_path / "four").mkdir()
     shortened = "distill.gradient_limit=0.01"
@@ -147,9 +147,9 @@ def test_backbones_apart_and_sharded_learn_what_one_process_learns(tmp_path: Pat
 
 
 @pytest.fixture(scope="module")
-def looked_at(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two backbones and MetaDD's auxiliaries, all in one process, to the end."""
-    out = tmp_path_factory.mktemp("looked_at")
+def with_metadd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A distillation of two backbones with MetaDD's auxiliaries by one process, to the end."""
+    out = tmp_path_factory.mktemp("with_metadd")
     distil(trained(out, TWO_NETWORKS, METADD), out, size=1)
     return out
 
@@ -164,38 +164,38 @@ def looked_at(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["cluster.auxiliaries_apart=true", "cluster.backbones_apart=true"], 4),
     ],
 )
-def test_networks_of_metadd_may_live_anywhere(apart: list[str], size: int, looked_at: Path, tmp_path: Path) -> None:
-    """Actors that exchange maps and logits learn what one process learns, and know the same losses."""
-    out = with_experts_of(looked_at, tmp_path)
+def test_networks_of_metadd_may_live_anywhere(apart: list[str], size: int, with_metadd: Path, tmp_path: Path) -> None:
+    """Actors that exchange MetaDD's maps and logits learn what one process learns, and report equal losses."""
+    out = with_experts_of(with_metadd, tmp_path)
     config = tiny_config("distill.ipc=2", "distill.batch_size=7", TWO_NETWORKS, METADD, *apart)
     assert config.workers_per_set == size
     distil(config, out, size)
-    assert_equal_but_for_rounding(learned(out), learned(looked_at))
-    mine, theirs = (state_of(place, config).meta_history for place in (out, looked_at))
+    assert_equal_but_for_rounding(learned(out), learned(with_metadd))
+    mine, theirs = (state_of(place, config).meta_history for place in (out, with_metadd))
     assert [record.iteration for record in mine] == list(range(6))
     for one, other in zip(mine, theirs, strict=True):
         assert dataclasses.astuple(one) == pytest.approx(dataclasses.astuple(other), rel=1e-3)
 
 
 @pytest.mark.slow
-def test_metadd_changes_the_set_and_is_resumed(looked_at: Path, tmp_path: Path) -> None:
-    """Stopped after iteration 5, resumed from the fourth; without MetaDD another set is learned."""
+def test_metadd_changes_the_set_and_is_resumed(with_metadd: Path, tmp_path: Path) -> None:
+    """MetaDD changes the learned set, and a run stopped after iteration 5 resumes from the fourth."""
     (tmp_path / "resumed").mkdir()
     (tmp_path / "without").mkdir()
     settings = ("distill.ipc=2", "distill.batch_size=7", TWO_NETWORKS)
-    resumed, without = (with_experts_of(looked_at, tmp_path / name) for name in ("resumed", "without"))
+    resumed, without = (with_experts_of(with_metadd, tmp_path / name) for name in ("resumed", "without"))
     distil(tiny_config(*settings, METADD), resumed, size=1, stop_at=5)
     distil(tiny_config(*settings, METADD), resumed, size=1)
-    assert torch.equal(learned(resumed).images, learned(looked_at).images)
+    assert torch.equal(learned(resumed).images, learned(with_metadd).images)
     assert len(state_of(resumed, tiny_config(*settings, METADD)).meta_history) == 6
     distil(tiny_config(*settings), without, size=1)
-    difference = learned(without).images - learned(looked_at).images
+    difference = learned(without).images - learned(with_metadd).images
     assert float(difference.norm() / learned(without).images.norm()) > 1e-3
 
 
 @pytest.mark.slow
 def test_backbones_may_part_on_resume(tmp_path: Path) -> None:
-    """Matched in turn by one process up to iteration 5, and by one process each from the checkpoint of the fourth."""
+    """Backbones matched by one process up to iteration 5 resume from the fourth in a process each."""
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     distil(trained(tmp_path / "one", TWO_NETWORKS), tmp_path / "one", size=1)
@@ -208,7 +208,7 @@ def test_backbones_may_part_on_resume(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_divergence_in_the_rows_of_one_shard_is_skipped_by_all(reference: Path, tmp_path: Path) -> None:
-    """A momentum of the second shard's images is infinite: no process moves, and both end with the same history."""
+    """An infinite momentum in the second shard makes all processes skip, and their histories are equal."""
     out = with_experts_of(reference, tmp_path)
     config = tiny_config("distill.ipc=2", "distill.batch_size=7", "cluster.shards=2")
     distil(config, out, 2, stop_at=5)
@@ -227,8 +227,8 @@ def test_divergence_in_the_rows_of_one_shard_is_skipped_by_all(reference: Path, 
 
 
 @pytest.mark.slow
-def test_folders_that_are_not_shared_are_told(reference: Path, tmp_path: Path) -> None:
-    """One process finds a checkpoint where the other finds none."""
+def test_folders_that_are_not_shared_are_an_error(reference: Path, tmp_path: Path) -> None:
+    """A checkpoint that one process finds and another does not is an error that blames folders."""
     outs = [tmp_path / "here", tmp_path / "there"]
     for out in outs:
         out.mkdir()
@@ -243,7 +243,7 @@ def test_folders_that_are_not_shared_are_told(reference: Path, tmp_path: Path) -
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_killed_shard_costs_an_attempt_and_not_the_result(ray_cluster: Any, reference: Path, tmp_path: Path) -> None:
-    """On Ray actors that sum over processes: one of two is killed with SIGKILL in the midst of distilling."""
+    """Killing one of two Ray actors in mid-distillation costs an attempt and does not change the result."""
     from datm_ray.runtime.ray.executor import RayExecutor
 
     losses: list[str] = []
@@ -271,7 +271,7 @@ def state_of(out: Path, config: RunConfig) -> Any:
 
 
 def test_a_missing_part_of_a_checkpoint_is_named(reference: Path, tmp_path: Path) -> None:
-    """Neither a traceback nor a set with holes: the checkpoint is refused."""
+    """A checkpoint with a missing part is refused with its name."""
     import shutil
 
     folder = tmp_path / "tiny"
@@ -287,7 +287,7 @@ def test_a_missing_part_of_a_checkpoint_is_named(reference: Path, tmp_path: Path
 
 
 def test_a_checkpoint_of_another_format_is_named(tmp_path: Path) -> None:
-    """By resuming and by the report alike: one line and not a missing key."""
+    """A checkpoint of another format is one line of error, when resuming and in the report."""
     place = open_location(str(tmp_path))
     write_tensors(place / "checkpoint.arrow", {"x": np.zeros(1)}, kind="checkpoint", metadata={})
     with pytest.raises(CorruptFileError, match="names no parts"):
@@ -297,7 +297,7 @@ def test_a_checkpoint_of_another_format_is_named(tmp_path: Path) -> None:
 
 
 def test_entries_on_student_steps_that_are_no_mappings_are_a_damaged_checkpoint(tmp_path: Path) -> None:
-    """One line that names the file, and no missing attribute later; an entry that is one is read."""
+    """Student-step entries that are no mappings make a damaged checkpoint, named in one line."""
     place = open_location(str(tmp_path))
     for computed in ([1], [{}, None], [[]], None, 5, "ab", {"a": 1}):
         write_tensors(
@@ -311,7 +311,7 @@ def test_entries_on_student_steps_that_are_no_mappings_are_a_damaged_checkpoint(
 
 
 def save_at(folder: Path, iteration: int) -> None:
-    """A checkpoint of one worker that has two rows."""
+    """Save a checkpoint of one worker that has two rows."""
     state: Any = SimpleNamespace(
         iteration=iteration,
         synthetic=SimpleNamespace(images=torch.zeros(2)),
@@ -325,7 +325,7 @@ def parts(folder: Path) -> list[str]:
 
 
 def test_a_checkpoint_clears_up_the_parts_of_earlier_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not those of later ones, which somebody else may need; and it is no trouble if somebody else was faster."""
+    """A checkpoint deletes parts of earlier ones, not of later ones; parts already deleted are no error."""
     save_at(tmp_path, 2)
     for name in ("00000009-0-2.arrow", "notes.txt"):
         (tmp_path / "checkpoint" / name).write_bytes(b"")
@@ -336,7 +336,7 @@ def test_a_checkpoint_clears_up_the_parts_of_earlier_ones(tmp_path: Path, monkey
 
 
 def test_a_checkpoint_that_is_ahead_is_not_replaced(tmp_path: Path) -> None:
-    """Of a command given twice the slower one ends; who has come as far may write."""
+    """A checkpoint is never replaced by one of an earlier iteration; the slower of two equal commands ends."""
     save_at(tmp_path, 6)
     theirs = (tmp_path / "checkpoint.arrow").read_bytes()
     with pytest.raises(RunDirectoryError, match=r"a checkpoint of iteration 6, later than 4.*started twice"):
@@ -351,7 +351,7 @@ def test_a_checkpoint_that_is_ahead_is_not_replaced(tmp_path: Path) -> None:
 def test_a_checkpoint_whose_parts_the_other_command_deletes_is_not_taken_for_ones_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other one came by between the look at its checkpoint and the writing of this one's."""
+    """Another command that deletes a checkpoint's parts between look and write is an error."""
     save_at(tmp_path, 4)
     require = "datm_ray.stages.checkpoint._require_nobody_ahead"
 
@@ -367,7 +367,7 @@ def test_a_checkpoint_whose_parts_the_other_command_deletes_is_not_taken_for_one
 def test_a_checkpoint_that_moves_on_while_it_is_read_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Parts that the other command has deleted meanwhile are no error; parts that stay away are one."""
+    """A checkpoint whose parts are deleted while it is read is read again; parts that stay away are an error."""
     place, state = open_location(str(tmp_path)), []
     save_at(tmp_path, 2)
 
@@ -394,7 +394,7 @@ def test_a_checkpoint_that_moves_on_while_it_is_read_is_read_again(
 
 @pytest.mark.parametrize(("shards", "sizes"), [(1, [10]), (2, [5, 5]), (4, [3, 3, 2, 2]), (10, [1] * 10)])
 def test_every_class_is_in_one_shard(shards: int, sizes: list[int]) -> None:
-    """Ranges of rows, in order, whole classes, as even as can be."""
+    """Shards are ordered ranges of whole classes, as even as possible."""
     ranges = [Rows.of_shard(shard, shards, 10, 7) for shard in range(shards)]
     assert [len(rows.classes(7)) for rows in ranges] == sizes
     assert [rows.last - rows.first for rows in ranges] == [7 * size for size in sizes]
@@ -403,14 +403,14 @@ def test_every_class_is_in_one_shard(shards: int, sizes: list[int]) -> None:
 
 
 def test_more_shards_than_classes_are_refused(tmp_path: Path) -> None:
-    """Before anything is written, with the number that works."""
+    """More shards than classes are an error before anything is written, with the number that works."""
     with pytest.raises(ConfigError, match=r"cluster\.shards is 11, but digits has 10 classes.*shards=10"):
         Pipeline([tiny_config("cluster.shards=11")], str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
 def test_serial_executor_distils_a_sharded_recipe_alone(reference: Path, tmp_path: Path) -> None:
-    """One process does what several would; there is nothing to add up, so the bits are those of one process."""
+    """A sharded recipe on the serial executor runs in one process, with the bits of an unsharded one."""
     out = with_experts_of(reference, tmp_path)
     config = tiny_config("distill.ipc=2", "distill.batch_size=7", "cluster.shards=2")
     Pipeline([config], str(out)).distill(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
@@ -418,7 +418,7 @@ def test_serial_executor_distils_a_sharded_recipe_alone(reference: Path, tmp_pat
 
 
 def test_what_a_killed_writer_left_is_removed(reference: Path, tmp_path: Path) -> None:
-    """Parts of checkpoints are as large as the set."""
+    """Checkpoint parts left by a killed writer are removed."""
     out = with_experts_of(reference, tmp_path)
     left = [out / "tiny" / place / f".tmp-{socket.gethostname()}-1-part" for place in (".", "checkpoint")]
     for file in left:
@@ -430,31 +430,31 @@ def test_what_a_killed_writer_left_is_removed(reference: Path, tmp_path: Path) -
 
 
 def last_two_events(config: RunConfig, out: Path) -> tuple[Note, Finished]:
-    """Of a distillation whose set must not look like success."""
+    """The last two events of a distillation."""
     pipeline = Pipeline([config], str(out))
     worker = DistillWorker(pipeline.runs.dataset(config.dataset), config.cluster)
-    *_, told, last = worker.distill(config, pipeline.store_uri, str(out / config.name))
-    assert isinstance(told, Note)
+    *_, note, last = worker.distill(config, pipeline.store_uri, str(out / config.name))
+    assert isinstance(note, Note)
     assert isinstance(last, Finished)
-    return told, last
+    return note, last
 
 
 def test_result_says_how_many_updates_were_skipped(reference: Path, tmp_path: Path) -> None:
-    """The last event carries the counts that a report shows."""
+    """The result counts skipped updates for the report."""
     out = with_experts_of(reference, tmp_path)
     config = tiny_config("distill.ipc=2", "distill.batch_size=7", "distill.threshold=1e-9", "name=skipping")
-    told, last = last_two_events(config, out)
+    note, last = last_two_events(config, out)
     assert last.result["skipped"] == 6
-    assert told.text.startswith("6 of 6 matching losses exceeded distill.threshold 1e-09, and taught nothing")
+    assert note.text.startswith("6 of 6 matching losses exceeded distill.threshold 1e-09, and taught nothing")
     assert last.result["shortened"] == 0
 
 
 def test_result_says_how_many_updates_were_shortened(reference: Path, tmp_path: Path) -> None:
-    """The recipe's limit reaches the updates; where it decides most of them, that is said."""
+    """The result counts updates shortened by the recipe's limit, and warns if most are."""
     out = with_experts_of(reference, tmp_path)
     config = tiny_config("distill.ipc=2", "distill.batch_size=7", "distill.gradient_limit=1e-9", "name=short")
-    told, last = last_two_events(config, out)
+    note, last = last_two_events(config, out)
     assert last.result["shortened"] == 6
-    assert told.text.startswith("6 of 6 gradients were shortened")
+    assert note.text.startswith("6 of 6 gradients were shortened")
     curves = read_curves(open_location(str(out / "short")))
     assert (curves["history.decrease"] > 1e-9).all()

@@ -1,4 +1,4 @@
-"""What a run does where the student overflows, and where a trajectory stands still."""
+"""Tests runs whose student overflows, and runs whose trajectory does not move."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ QUIET = Reporter(quiet=True)
 
 @pytest.fixture(autouse=True)
 def no_training_of_validation_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes most of the time and is of no interest here."""
+    """Skip the training of validation networks, which takes most of the time."""
     monkeypatch.setattr(_Run, "_validate", lambda self, held: (0.5, 0.1))
 
 
@@ -49,7 +49,7 @@ def distil(config: RunConfig, out: Path, store: Path) -> None:
 
 
 def overflow(monkeypatch: pytest.MonkeyPatch, iterations: Container[int]) -> None:
-    """In these iterations the student starts so far away that its loss is not a number."""
+    """Start the student so far away in these iterations that its loss is not a number."""
     match_of = TrajectoryMatching._match
 
     def far_away(self: Any, backbone: Any, origin: Any, state: Any) -> Any:
@@ -66,7 +66,7 @@ def curves_of(out: Path) -> Any:
 def test_an_overflow_costs_an_iteration_and_not_the_run(
     experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The set moves in the other iterations, and checkpoint, report and JSON cope with nan."""
+    """An overflow skips its iteration; the set still changes, and checkpoint, report and JSON accept nan."""
     overflow(monkeypatch, {1})
     distil(tiny_config(), tmp_path, experts)
     curves = curves_of(tmp_path)
@@ -82,7 +82,7 @@ def test_an_overflow_costs_an_iteration_and_not_the_run(
 def test_nothing_but_overflows_ends_with_one_error_and_can_be_tried_again(
     experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The set of the last update is kept; the same command tries as many iterations more, with other draws."""
+    """Overflows alone end the run with one error; running it again tries as many iterations, with new draws."""
     monkeypatch.setattr(distillation, "MOST_DIVERGED", 3)
     overflow(monkeypatch, range(1, 5))
     with pytest.raises(DivergenceError, match="diverged 3 times without an update up to iteration 4") as caught:
@@ -95,7 +95,7 @@ def test_nothing_but_overflows_ends_with_one_error_and_can_be_tried_again(
 
 
 def test_a_step_size_that_would_turn_negative_is_never_taken(experts: Path, tmp_path: Path) -> None:
-    """An absurd learning rate: the run ends, says how many updates it skipped, and the step size is positive."""
+    """An absurd learning rate ends the run with the count of skipped updates and a positive step size."""
     config = tiny_config("distill.learning_rate_step_size=1e9", "distill.threshold=1e30")
     distil(config, tmp_path, experts)
     curves = curves_of(tmp_path)
@@ -104,7 +104,7 @@ def test_a_step_size_that_would_turn_negative_is_never_taken(experts: Path, tmp_
 
 
 def test_a_trajectory_that_stands_still_is_named(experts: Path, tmp_path: Path) -> None:
-    """Bad input in one line, before anything is learned; no learning rate of the distillation is blamed."""
+    """A trajectory without movement is one line of error before the first update, which blames no learning rate."""
     config = tiny_config()
     dataset = Pipeline([config], str(tmp_path)).runs.dataset(config.dataset)
     moving, still = (
@@ -122,7 +122,7 @@ def test_a_trajectory_that_stands_still_is_named(experts: Path, tmp_path: Path) 
 
 
 def test_one_identical_pair_costs_an_iteration_and_not_the_run(experts: Path, tmp_path: Path) -> None:
-    """Experts that rest for one epoch teach nothing from there, and everything from the other epochs."""
+    """An expert at rest for one epoch skips iterations that start there and none of the others."""
     config = tiny_config()
     dataset = Pipeline([config], str(tmp_path)).runs.dataset(config.dataset)
     moving, resting = (

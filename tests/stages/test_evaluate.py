@@ -1,4 +1,4 @@
-"""Scoring: what is chosen on validation data, what is reported, and which results runs share."""
+"""Tests scoring: choices on validation data, reported rows, and results that runs share."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ WITH_ADAMW = {3e-4: 0.1, 1e-3: 0.8, 3e-3: 0.95}
 
 @pytest.fixture
 def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateWorker:
-    """One whose trainings end with the accuracies above."""
+    """An evaluation worker whose trainings end with the accuracies above."""
     config = tiny_config()
     dataset = Pipeline([config], str(tmp_path)).runs.dataset(config.dataset)
     worker = EvaluateWorker(dataset, config.cluster)
@@ -61,7 +61,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateWorker:
 
 
 def result_of(worker: EvaluateWorker, tmp_path: Path, network: NetworkConfig | None, *changes: str) -> dict[str, Any]:
-    """Of the distilled set."""
+    """Result of the distilled set."""
     place = str(tmp_path / "result.json")
     events = list(worker.evaluate(tiny_config(*changes), "", str(tmp_path), place, "distilled", 0, network))
     assert isinstance(events[-1], Finished)
@@ -70,13 +70,13 @@ def result_of(worker: EvaluateWorker, tmp_path: Path, network: NetworkConfig | N
 
 
 def test_the_backbone_has_the_step_size_that_was_learned(worker: EvaluateWorker, tmp_path: Path) -> None:
-    """Whatever others would reach."""
+    """The backbone is trained at the learned step size, whatever others would reach."""
     result = result_of(worker, tmp_path, None)
     assert (result["step_size"], result["test_accuracy"]) == (LEARNED, TEST[LEARNED])
 
 
 def test_other_architectures_have_both_and_choose_on_validation_data(worker: EvaluateWorker, tmp_path: Path) -> None:
-    """The learned one's accuracy, and that of the best on validation images, though the test set likes another."""
+    """Other architectures report the learned step size and the one best on validation data, not on test data."""
     assert set(VALIDATION) == {LEARNED, *CONTROL_STEP_SIZES}
     result = result_of(worker, tmp_path, NetworkConfig(architecture="lenet"))
     assert (result["step_size"], result["test_accuracy"], result["validation_accuracy"]) == (0.03, TEST[0.03], 0.9)
@@ -84,13 +84,13 @@ def test_other_architectures_have_both_and_choose_on_validation_data(worker: Eva
 
 
 def place(config: RunConfig, row: str, network: NetworkConfig | None = None) -> str:
-    """Of the first result."""
+    """Place of the first result."""
     return result_location(open_location("/runs"), config, "d" * 16, row, 0, network).path
 
 
 @pytest.mark.parametrize("network", [None, NetworkConfig(architecture="lenet")])
 def test_runs_share_what_does_not_depend_on_their_distillation(network: NetworkConfig | None) -> None:
-    """Controls by images per class and experts, all real data by neither; a distilled set by its run alone."""
+    """Runs share controls by images per class and experts, and all real data; a distilled set belongs to its run."""
     base = tiny_config("name=base")
     shared = {
         "name=other": {"random-hard", "random-soft", "full"},
@@ -109,8 +109,8 @@ def test_runs_share_what_does_not_depend_on_their_distillation(network: NetworkC
     assert place(base, "distilled", network) == place(override(base, ["distill.ipc=2"]), "distilled", network)
 
 
-def test_networks_are_told_apart_by_what_they_had_to_do_with_the_set(tmp_path: Path) -> None:
-    """Same, seen by matching or looking, unseen; only those of which every seed is there."""
+def test_networks_are_grouped_by_their_part_in_the_distillation(tmp_path: Path) -> None:
+    """Networks are grouped as same, seen or unseen; one without all seeds is left out."""
     changes = ["backbones=[{network: {width: 8, depth: 2}}]", "metadd={auxiliaries: [{architecture: lenet}]}"]
     config = scored_on(tiny_config(*changes, "evaluate.seeds=1"), ["convnet", "lenet", "mlp", "vgg11"])
     out = open_location(str(tmp_path))
@@ -133,7 +133,7 @@ def test_networks_are_told_apart_by_what_they_had_to_do_with_the_set(tmp_path: P
 def test_a_network_that_was_matched_too_has_a_step_size_of_its_own(
     tmp_path: Path, stored: list[float], second: float
 ) -> None:
-    """The others, and all where an earlier version has kept one only, have the first network's."""
+    """Each matched network has its own step size; the others use the first network's, as earlier versions do."""
     config = tiny_config("backbones=[{network: {width: 8, depth: 2}}]")
     dataset = Pipeline([config], str(tmp_path)).runs.dataset(config.dataset)
     synthetic = SyntheticSet(
@@ -154,7 +154,7 @@ def test_a_network_that_was_matched_too_has_a_step_size_of_its_own(
 def test_with_adamw_no_step_size_was_learned(
     worker: EvaluateWorker, tmp_path: Path, network: NetworkConfig | None
 ) -> None:
-    """All are chosen on validation data, among some that are usual for it."""
+    """AdamW's step sizes are all chosen on validation data, among its usual ones."""
     assert set(WITH_ADAMW) == set(ADAMW_STEP_SIZES)
     result = result_of(worker, tmp_path, network, "evaluate.optimiser=adamw")
     assert (result["step_size"], result["validation_accuracy"]) == (3e-3, 0.95)
@@ -164,7 +164,7 @@ def test_with_adamw_no_step_size_was_learned(
 @pytest.mark.parametrize("network", [None, NetworkConfig(architecture="lenet")])
 @pytest.mark.parametrize("row", ROWS)
 def test_results_of_each_optimiser_have_places_of_their_own(row: str, network: NetworkConfig | None) -> None:
-    """In a finished run too, whose set they do not change; those of SGD lie where they always did."""
+    """Results of each optimiser have places of their own, also in a finished run; those of SGD do not move."""
     sgd, adamw = tiny_config(), tiny_config("evaluate.optimiser=adamw")
     assert run_identity(sgd) == run_identity(adamw)
     assert "optimiser" not in run_identity(sgd)["evaluate"]
@@ -172,7 +172,7 @@ def test_results_of_each_optimiser_have_places_of_their_own(row: str, network: N
 
 
 def test_the_column_of_the_learned_step_size_is_empty_with_adamw(tmp_path: Path) -> None:
-    """A dash in the table; the name of the run tells why."""
+    """The column of the learned step size shows a dash for AdamW."""
     config = scored_on(tiny_config("evaluate.optimiser=adamw", "evaluate.seeds=1"), ["lenet"])
     out = open_location(str(tmp_path))
     for network in config.scored_networks:
@@ -193,7 +193,7 @@ def test_the_column_of_the_learned_step_size_is_empty_with_adamw(tmp_path: Path)
 
 
 def test_the_fair_rows_are_asked_for_without_changing_the_run() -> None:
-    """They may be added to a finished run; results that were there keep their places, and new ones have their own."""
+    """Fair rows can be added to a finished run; existing results keep their places."""
     plain, fair = tiny_config(), tiny_config("evaluate.fair=true")
     assert run_identity(plain) == run_identity(fair)
     assert "fair" not in run_identity(plain)["evaluate"]
@@ -205,7 +205,7 @@ def test_the_fair_rows_are_asked_for_without_changing_the_run() -> None:
 
 
 def test_places_of_results_have_not_moved() -> None:
-    """What earlier versions have written is found again."""
+    """Results that earlier versions have written are found at their places."""
     assert (
         place(tiny_config("evaluate.protocol=short"), "random-soft")
         == "/runs/controls/3a29616d194fe605/random-soft-00.json"
@@ -213,7 +213,7 @@ def test_places_of_results_have_not_moved() -> None:
 
 
 def test_hard_labels_choose_a_step_size_on_validation_data(worker: EvaluateWorker, tmp_path: Path) -> None:
-    """The learned one was learned with other labels; without augmentation it is still the set's own."""
+    """Hard labels choose a step size on validation data; without augmentation the learned one stays."""
     chosen = {}
     for row in ("distilled-hard", "distilled-plain"):
         uri = str(tmp_path / f"{row}.json")
@@ -223,7 +223,7 @@ def test_hard_labels_choose_a_step_size_on_validation_data(worker: EvaluateWorke
 
 
 def test_rows_are_trained_as_their_names_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hard labels are classes; plain rows are not augmented, all others as the recipe says."""
+    """Hard rows train on classes, plain rows without augmentation, all others as in the recipe."""
     config = tiny_config("evaluate.fair=true")
     pipeline = Pipeline([config], str(tmp_path))
     pipeline.train_experts(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
@@ -262,7 +262,7 @@ ACCURACIES = {
     "distilled-plain": (0.7, 0.5),
     "random-plain": (0.3, 0.5),
 }
-"""Of two seeds."""
+"""Accuracies of two seeds."""
 
 
 def write_accuracies(out: Location, config: RunConfig, rows: Sequence[str]) -> None:
@@ -272,7 +272,7 @@ def write_accuracies(out: Location, config: RunConfig, rows: Sequence[str]) -> N
 
 
 def test_the_scores_are_made_of_the_rows_seed_by_seed(tmp_path: Path) -> None:
-    """Seed 0: HLR 0.3, IOR 0.1, beta (0.1 + 0.4) / 2; seed 1: HLR 0, IOR 0.2, beta (0.2 + 0) / 2."""
+    """Scores are computed seed by seed: HLR 0.3, IOR 0.1, beta 0.25; then HLR 0, IOR 0.2, beta 0.1."""
     config, out = tiny_config("evaluate.fair=true"), open_location(str(tmp_path))
     write_accuracies(out, config, list(ACCURACIES)[:-1])
     assert read_fair_scores(out, config, "d") is None, "a row is missing"
@@ -289,8 +289,8 @@ def test_the_scores_are_made_of_the_rows_seed_by_seed(tmp_path: Path) -> None:
     assert parts["ARS"] == pytest.approx((0.389783, 0.313687), abs=1e-6)
 
 
-def test_the_scores_are_told_with_their_parts_and_n(tmp_path: Path) -> None:
-    """In the text, on the page and in the summary."""
+def test_the_scores_are_reported_with_their_parts_and_n(tmp_path: Path) -> None:
+    """Text, page and summary report the scores with their parts and n."""
     config, out = tiny_config("evaluate.fair=true"), open_location(str(tmp_path))
     write_accuracies(out, config, list(ACCURACIES))
     where = (out, config, "d")
@@ -301,8 +301,8 @@ def test_the_scores_are_told_with_their_parts_and_n(tmp_path: Path) -> None:
     page = write_report(out, [summary]).read_bytes().decode()
     assert "0.271 ± 0.060" in page
     assert "distilled, hard labels 70.0 ± 14.1 (2)" in page
-    (told,) = write_summary(out, [summary]).read_json()
-    assert told["fair"]["beta"]["n"] == 2
-    assert told["test_accuracy"]["random-plain"]["seeds"] == [0.3, 0.5]
+    (written,) = write_summary(out, [summary]).read_json()
+    assert written["fair"]["beta"]["n"] == 2
+    assert written["test_accuracy"]["random-plain"]["seeds"] == [0.3, 0.5]
     without = RunSummary(config, out / config.name, [])
     assert "Fair scores" not in write_report(out, [without]).read_bytes().decode()

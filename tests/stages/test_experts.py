@@ -1,4 +1,4 @@
-"""Training experts into a store: resumed, stacked, thinned out, killed, with the same bits every time."""
+"""Tests training experts into a store: resumed, stacked, thinned out or killed, with equal bits every time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RICH = ("experts.optimiser=gsam", "experts.momentum=0.5", "experts.augmentation=
 
 
 def worker_of(config: RunConfig, out: Path) -> tuple[ExpertWorker, ExpertGroup, str]:
-    """A worker for the run's experts, and where they go."""
+    """A worker for the run's experts, and the place where they are stored."""
     pipeline = Pipeline([config], str(out))
     dataset = pipeline.runs.dataset(config.dataset)
     group = expert_group(pipeline.store_uri, config, dataset.name, dataset.fingerprint)
@@ -41,7 +41,7 @@ def worker_of(config: RunConfig, out: Path) -> tuple[ExpertWorker, ExpertGroup, 
 
 
 def train(config: RunConfig, out: Path, experts: tuple[int, ...] = (0,), stop_after: int | None = None) -> list[Event]:
-    """Train a stack, to the end or up to an epoch; the events."""
+    """Train a stack to the end or up to an epoch. Returns the events."""
     worker, _, uri = worker_of(config, out)
     events: list[Event] = []
     for event in worker.train(config, uri, experts):
@@ -56,15 +56,15 @@ def epochs_trained(events: list[Event]) -> list[int]:
 
 
 def content(group: ExpertGroup, expert: int) -> list[bytes]:
-    """All that is stored of an expert, bit by bit."""
+    """All stored values of an expert."""
     epochs = group.read_info(expert).epochs
     progress = group.read_progress(expert)
     arrays = [*group.read_params(expert, epochs), progress.train_loss]
     return [array.tobytes() for array in arrays]
 
 
-def test_an_expert_goes_on_from_its_last_epoch_with_the_same_bits(tmp_path: Path) -> None:
-    """Stopped after the third of five epochs, with momentum and GSAM; what was in progress is cleared away."""
+def test_an_expert_resumes_from_its_last_epoch_with_the_same_bits(tmp_path: Path) -> None:
+    """An expert stopped after three of five epochs resumes with equal bits, and its progress is removed."""
     config = tiny_config(*RICH)
     assert epochs_trained(train(config, tmp_path / "whole")) == [1, 2, 3, 4, 5]
     train(config, tmp_path / "parts", stop_after=3)
@@ -78,7 +78,7 @@ def test_an_expert_goes_on_from_its_last_epoch_with_the_same_bits(tmp_path: Path
 
 
 def test_memory_order_of_maps_reaches_the_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """cluster.channels_last=false is obeyed by experts and auxiliaries alike, and finds the same experts."""
+    """cluster.channels_last=false applies to experts and auxiliaries, and finds the same stored experts."""
     asked: list[bool] = []
 
     class Recorded(ExpertFunctions):
@@ -96,7 +96,7 @@ def test_memory_order_of_maps_reaches_the_experts(tmp_path: Path, monkeypatch: p
 
 
 def test_damaged_progress_is_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file that is damaged and those behind it do not count; the result is the same."""
+    """Progress from a damaged file on is trained again, with an equal result."""
     monkeypatch.setattr(expert_progress, "WRITE_SHARE", 1e9)
     config = tiny_config()
     train(config, tmp_path / "whole")
@@ -110,7 +110,7 @@ def test_damaged_progress_is_trained_again(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_stack_stores_each_expert_that_is_missing(tmp_path: Path) -> None:
-    """One that is there is left alone, one beyond the count is not stored, and the others are as in a whole stack."""
+    """A stack stores its missing experts only, equal to those of a whole stack, and none beyond the count."""
     config = tiny_config("experts.count=3")
     train(config, tmp_path / "whole", (0, 1, 2, 3))
     train(config, tmp_path / "parts", (0, 1, 2, 3))
@@ -126,7 +126,7 @@ def test_a_stack_stores_each_expert_that_is_missing(tmp_path: Path) -> None:
 
 
 def test_stacks_follow_from_numbers_and_count_alone() -> None:
-    """An expert has the same companions whichever are missing, and none beyond the count but to not be alone."""
+    """An expert's companions in its stack follow from its number and the count, not from what is missing."""
     assert stacks([0, 1, 2], 1, 3) == [(0,), (1,), (2,)]
     assert stacks([5, 9], 4, 20) == [(4, 5, 6, 7), (8, 9, 10, 11)]
     assert stacks([5, 9], 4, 11) == [(4, 5, 6, 7), (8, 9, 10)]
@@ -136,13 +136,13 @@ def test_stacks_follow_from_numbers_and_count_alone() -> None:
 
 @pytest.mark.parametrize(("workers", "stack"), [(None, 8), (4, 8), (16, 7), (200, 1)])
 def test_stacks_on_gpus_leave_no_worker_idle(workers: int | None, stack: int) -> None:
-    """A hundred experts in stacks of eight would be work for thirteen."""
+    """Stacks are made smaller where a stack of eight would leave GPUs idle."""
     config = tiny_config("experts.count=100", "cluster.gpus_per_worker=1", f"cluster.workers={workers}")
     assert experts_at_a_time(config, (3, 32, 32), 10) == stack
 
 
 def test_only_what_can_be_matched_is_kept(tmp_path: Path) -> None:
-    """Epochs up to the latest target, and the last one; a recipe that needs more is refused before it starts."""
+    """Stored epochs are those up to the latest target, and the last; a recipe that needs more is refused."""
     config = tiny_config("experts.epochs=8", "experts.keep_epochs=null")
     train(config, tmp_path)
     _, group, _ = worker_of(config, tmp_path)
@@ -158,7 +158,7 @@ def test_only_what_can_be_matched_is_kept(tmp_path: Path) -> None:
 
 
 def test_runs_that_share_experts_keep_what_any_of_them_matches(tmp_path: Path) -> None:
-    """Two recipes in one command: as many experts, and as many epochs, as the more demanding one asks for."""
+    """Two recipes in one command store the larger number of experts and of epochs."""
     short = tiny_config("experts.epochs=8", "experts.keep_epochs=null", "experts.count=1")
     longer = tiny_config(
         "experts.epochs=8",
@@ -174,7 +174,7 @@ def test_runs_that_share_experts_keep_what_any_of_them_matches(tmp_path: Path) -
 
 
 def test_two_byte_storage_is_another_group_of_experts(tmp_path: Path) -> None:
-    """Rounded parameters are other parameters: half the bytes, close to the exact ones, not mixed with them."""
+    """Two-byte storage halves the bytes and is a group of experts of its own."""
     exact, rounded = tiny_config(), tiny_config("experts.storage=bfloat16")
     for config in (exact, rounded):
         train(config, tmp_path)
@@ -186,7 +186,7 @@ def test_two_byte_storage_is_another_group_of_experts(tmp_path: Path) -> None:
 
 
 def test_running_statistics_travel_with_the_parameters(tmp_path: Path) -> None:
-    """A network with batch normalisation, restored from its last snapshot, predicts in evaluation mode."""
+    """A network with batch norm, restored from its last snapshot, predicts in evaluation mode."""
     config = tiny_config("experts.test_every=5")
     network = config.network.model_copy(update={"norm": "batch"})  # no backbone, but an auxiliary network may be
     config = config.model_copy(update={"network": network})
@@ -204,8 +204,8 @@ def test_running_statistics_travel_with_the_parameters(tmp_path: Path) -> None:
     assert not np.array_equal(last.buffers, group.read_snapshot(0, 0).buffers)
 
 
-def test_a_full_disk_is_waited_for_and_then_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A note says why nothing happens; when room comes the expert is finished, and when none comes it is refused."""
+def test_a_full_disk_is_waited_for_and_then_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk pauses training with a note; it finishes once there is space, and else is an error."""
     monkeypatch.setattr(expert_progress, "DISK_CHECK_INTERVAL", 0.0)
     full, roomy = SimpleNamespace(free=10**6), SimpleNamespace(free=10**12)
     answers = iter([full, full])
@@ -218,10 +218,10 @@ def test_a_full_disk_is_waited_for_and_then_told(tmp_path: Path, monkeypatch: py
         train(tiny_config(), tmp_path / "full")
 
 
-def test_two_who_train_the_same_expert_do_not_disturb_each_other(
+def test_two_commands_that_train_the_same_expert_do_not_disturb_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Epoch by epoch in turns, on one store; the first to finish stores it, and the other ends well too."""
+    """Two commands that train one expert both end well; the first to finish stores it."""
     monkeypatch.setattr(expert_progress, "WRITE_SHARE", 1e9)
     config = tiny_config()
     train(config, tmp_path / "whole")
@@ -233,8 +233,10 @@ def test_two_who_train_the_same_expert_do_not_disturb_each_other(
 
 
 @pytest.mark.parametrize("far", [1, 3, 5])
-def test_who_finds_its_experts_stored_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, far: int) -> None:
-    """The other one finishes and clears up at any moment of this one's training; both end well, with one expert."""
+def test_a_command_that_finds_its_experts_stored_ends_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, far: int
+) -> None:
+    """A command ends well when another finishes and clears the same expert at any moment of its training."""
     monkeypatch.setattr(expert_progress, "WRITE_SHARE", 1e9)
     config = tiny_config()
     (slow, group, uri), (fast, _, _) = (worker_of(config, tmp_path) for _ in range(2))
@@ -253,7 +255,7 @@ def test_who_finds_its_experts_stored_goes_on(tmp_path: Path, monkeypatch: pytes
 def test_progress_that_another_command_clears_up_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    """Not while it is listed, read or written either, where the experts are stored; where they are not, it is one."""
+    """Progress that disappears is no error if its experts are stored, and is one if they are not."""
     config = tiny_config()
     worker, group, uri = worker_of(config, tmp_path)
     train(config, tmp_path, stop_after=3)
@@ -276,7 +278,7 @@ def test_progress_that_another_command_clears_up_is_no_error(
 
 
 def test_what_a_worker_left_that_died_after_storing_is_cleared_away(tmp_path: Path) -> None:
-    """By the next command, which has nothing to train."""
+    """Progress of a worker that died after storing is removed by the next command."""
     config = tiny_config("cluster.experts_at_a_time=1", "experts.count=1")
     train(config, tmp_path, stop_after=3)
     (left,) = (tmp_path / "experts").rglob("progress/*")
@@ -290,7 +292,7 @@ def test_what_a_worker_left_that_died_after_storing_is_cleared_away(tmp_path: Pa
 
 
 def test_an_expert_that_diverges_is_not_stored(tmp_path: Path) -> None:
-    """One line names it and the setting to lower."""
+    """A diverged expert is not stored; one line names it and the setting to lower."""
     with pytest.raises(
         DivergenceError,
         match=r"expert 0 diverged in epoch \d+.*[Ll]ower experts\.learning_rate",
@@ -300,7 +302,7 @@ def test_an_expert_that_diverges_is_not_stored(tmp_path: Path) -> None:
 
 
 def test_progress_of_a_stack_of_another_size_goes_when_its_experts_are_stored(tmp_path: Path) -> None:
-    """And not before; a stack with an expert that is not stored keeps it."""
+    """Progress of a stack of another size is removed once all its experts are stored."""
     config = tiny_config("experts.count=3")
     _, group, _ = worker_of(config, tmp_path)
     files = [group.progress / name / "00000-00001-ab.arrow" for name in ("00000-2-ab", "00002-2-ab")]
@@ -317,7 +319,7 @@ def test_progress_of_a_stack_of_another_size_goes_when_its_experts_are_stored(tm
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_actors_cost_no_expert_and_no_bit(ray_cluster: Any, tmp_path: Path) -> None:
-    """Actors are killed at random moments, DATM_RAY_KILLS of them; finished experts are not touched again."""
+    """Killing DATM_RAY_KILLS actors at random moments changes no bit, and finished experts are not trained again."""
     from datm_ray.runtime.ray.executor import RayExecutor
 
     wanted, rng = int(os.environ.get("DATM_RAY_KILLS", "3")), random.Random(0)

@@ -1,4 +1,4 @@
-"""The promise of the trajectory store, as tests that every kind of place inherits.
+"""Tests of the trajectory store's contract, inherited by the tests of every kind of place.
 
 A subclass provides the fixture `uri`: a place of its own for each test, empty and writable.
 """
@@ -56,7 +56,7 @@ def make_snapshots(info: TrajectoryInfo, seed: int = 0) -> list[Snapshot]:
 
 
 def assert_same(found: Snapshot, expected: Snapshot) -> None:
-    """Equal to the last bit, nan included."""
+    """Assert equality to the last bit, nan included."""
     assert (found.epoch, found.step) == (expected.epoch, expected.step)
     np.testing.assert_array_equal(
         [found.train_loss, found.test_accuracy], [expected.train_loss, expected.test_accuracy]
@@ -68,7 +68,7 @@ def assert_same(found: Snapshot, expected: Snapshot) -> None:
 
 
 def with_buffers(info: TrajectoryInfo) -> TrajectoryInfo:
-    """The same expert with a batch norm: 8 values in buffers."""
+    """The info of an expert with a batch norm: 8 values in buffers."""
     return replace(info, buffer_names=("norm.running_mean", "norm.running_var"), buffer_shapes=((4,), (4,)))
 
 
@@ -105,35 +105,35 @@ class TrajectoryStoreContract:
         return group.location / "expert-00000.arrow"
 
     def test_snapshots_come_back_to_the_last_bit(self, group, info, snapshots):
-        """Every field of every snapshot is read as it was written."""
+        """Every field of every snapshot is read as it was written, to the last bit."""
         for expected in snapshots:
             assert_same(group.read_snapshot(0, expected.epoch), expected)
 
     def test_params_come_back_in_the_order_asked_for(self, group, snapshots):
-        """Any epochs can be asked for, in any order and more than once."""
+        """Params of any epochs are read in the requested order, also repeatedly."""
         found = group.read_params(0, [8, 0, 8])
         expected = [snapshots[index].params for index in (4, 0, 4)]
         assert [params.tobytes() for params in found] == [params.tobytes() for params in expected]
 
     def test_the_caller_owns_the_params(self, group, snapshots):
-        """Writing into a vector changes neither the store nor another read."""
+        """Writing into returned params changes neither the store nor another read."""
         group.read_params(0, [4])[0][:] = 0
         assert_same(group.read_snapshot(0, 4), snapshots[2])
 
     def test_info_comes_back(self, group, info, snapshots):
-        """All that is said of an expert is kept."""
+        """All fields of an expert's info are read as written."""
         assert group.read_info(0) == info
         assert info.parameter_count == 29
 
     def test_progress_comes_back(self, group, info, snapshots):
-        """Losses and accuracies are read without the parameters, and are those of the snapshots."""
+        """Losses and accuracies equal those of the snapshots, and are read without the parameters."""
         epochs, train_loss, test_accuracy = group.read_progress(0)
         assert epochs == info.epochs
         np.testing.assert_array_equal(train_loss, [s.train_loss for s in snapshots])
         np.testing.assert_array_equal(test_accuracy, [s.test_accuracy for s in snapshots])
 
     def test_buffers_come_back_beside_the_params(self, group, info):
-        """Running statistics are kept with their names and shapes, at full precision whatever the storage."""
+        """Buffers keep names, shapes and full precision, whatever the storage."""
         info = replace(with_buffers(info), storage="bfloat16")
         snapshots = make_snapshots_with_buffers(info)
         group.write_expert(0, snapshots, info)
@@ -145,13 +145,13 @@ class TrajectoryStoreContract:
             assert_same(replace(found, params=expected.params), expected)
 
     def test_a_network_without_buffers_has_an_empty_vector_of_them(self, group, snapshots):
-        """The vector is there all the same."""
+        """A network without buffers has an empty vector of them."""
         buffers = group.read_snapshot(0, 4).buffers
         assert (buffers.shape, buffers.dtype) == ((0,), np.float32)
 
     @pytest.mark.parametrize(("storage", "error"), [("float16", 2**-11), ("bfloat16", 2**-8)])
     def test_half_the_bytes_hold_rounded_params(self, group, storage, error):
-        """With two bytes a value the file is half as large, and what is read is float32, rounded to nearest."""
+        """Two bytes a value halve the file; params are read as float32, rounded to nearest."""
         info = replace(make_info(), parameter_names=("w",), parameter_shapes=((50_000,),), epochs=(0,))
         params = np.random.default_rng(0).standard_normal(50_000).astype(np.float32)
         group.write_expert(0, [Snapshot(0, 0, 0.0, 0.0, params)], info)
@@ -165,7 +165,7 @@ class TrajectoryStoreContract:
         assert group.verify(1) == info
 
     def test_params_beyond_the_storage_are_refused(self, group, info):
-        """A value that would become infinite is an error that names another storage, and nothing is stored."""
+        """A value that would be stored as infinity is an error that names another storage; nothing is stored."""
         snapshots = make_snapshots(info)
         snapshots[3].params[7] = 1e5
         with pytest.raises(StoreError, match=r"1e\+05 cannot be stored as float16.*bfloat16"):
@@ -186,7 +186,7 @@ class TrajectoryStoreContract:
                 group.write_expert(0, [replace(snapshot, buffers=buffers)], with_buffers(info))
 
     def test_epochs_need_not_follow_one_another(self, group, info):
-        """Any ascending epochs are kept; a missing one is named with those that are there."""
+        """Any ascending epochs are stored; reading a missing one is an error that lists those stored."""
         info = replace(info, epochs=(0, 1, 2, 5, 40))
         snapshots = make_snapshots(info)
         group.write_expert(0, snapshots, info)
@@ -196,7 +196,7 @@ class TrajectoryStoreContract:
             group.read_params(0, [3])
 
     def test_a_removed_expert_is_gone(self, group, info, snapshots):
-        """One expert is deleted, the others stay, and its number can be written again."""
+        """Removing an expert deletes it alone, and its number can be written again."""
         other = replace(info, expert=3)
         group.write_expert(3, make_snapshots(other), other)
         group.remove_expert(0)
@@ -209,14 +209,14 @@ class TrajectoryStoreContract:
         assert_same(group.read_snapshot(0, 4), others[2])
 
     def test_a_removed_group_is_gone(self, store, group, snapshots):
-        """Experts and transform are deleted, and the group is no longer listed."""
+        """Removing a group deletes its experts and transform, and it is no longer listed."""
         group.write_transform({"mean": np.zeros(3, np.float32)}, {})
         group.remove()
         assert store.groups() == []
         assert not group.has_transform()
 
     def test_writers_of_different_experts_do_not_disturb_each_other(self, store, group):
-        """Experts written side by side are all stored; a reader meanwhile sees none but whole ones."""
+        """Experts written side by side are all stored; a reader meanwhile gets whole ones only."""
 
         def write(expert: int) -> bool:
             writer = store.group(KEY.dataset, KEY.architecture, KEY.fingerprint)
@@ -233,8 +233,8 @@ class TrajectoryStoreContract:
         for expert in range(8):
             assert_same(group.read_snapshot(expert, 4), make_snapshots(make_info(expert))[2])
 
-    def test_only_the_epochs_asked_for_are_read(self, group, info, monkeypatch):
-        """Two epochs of many cost the end of the file once, and then two batches a time."""
+    def test_only_the_requested_epochs_are_read(self, group, info, monkeypatch):
+        """Reading two of many epochs transfers the file's end once, and then two batches each time."""
         params = np.zeros(50_000, np.float32)  # 200 kB
         info = TrajectoryInfo(
             **{**vars(info), "parameter_names": ("w",), "parameter_shapes": ((50_000,),), "epochs": (0, 1, 2)}
@@ -255,26 +255,26 @@ class TrajectoryStoreContract:
         assert all(200_000 <= length < 201_000 for pair in pairs for length in pair)
 
     def test_any_arrow_program_can_read_an_expert(self, info, snapshots, file):
-        """The file is an ordinary Arrow IPC file with the documented columns."""
+        """An expert's file is an ordinary Arrow IPC file with the documented columns."""
         table = pa.ipc.open_file(pa.BufferReader(file.read_bytes())).read_all()
         assert table.column_names == ["epoch", "step", "train_loss", "test_accuracy", "params", "buffers"]
         assert table.column("epoch").to_pylist() == list(info.epochs)
         np.testing.assert_array_equal(table.column("params").to_pylist(), [s.params for s in snapshots])
 
     def test_the_same_expert_gives_the_same_file(self, store, group, info, snapshots, file):
-        """Nothing but the content decides the bytes."""
+        """Equal experts give equal bytes."""
         content = file.read_bytes()
         file.remove()
         group.write_expert(0, make_snapshots(info), info)
         assert file.read_bytes() == content
 
     def test_an_empty_store_has_no_groups_and_no_experts(self, store, group):
-        """A place where nothing was ever written is an empty store, not an error."""
+        """A place where nothing was written is an empty store, not an error."""
         assert store.groups() == []
         assert group.experts() == []
 
     def test_groups_and_experts_are_listed_in_order(self, store):
-        """Listings are sorted and hold what was written."""
+        """Listings are sorted and hold exactly what was written."""
         keys = [GroupKey("digits", "ConvNetD2", "b"), GroupKey("cifar10", "ResNet18", "a"), KEY]
         for key in keys:
             group = store.group(key.dataset, key.architecture, key.fingerprint)
@@ -285,7 +285,7 @@ class TrajectoryStoreContract:
         assert store.groups() == sorted(keys)
 
     def test_other_files_are_not_taken_for_experts(self, store, group, snapshots):
-        """Stray files at any level do not show in a listing."""
+        """Other files at any level are not listed."""
         (store.location / "README.md").write_text("not a data set")
         (store.location / "digits" / "notes.txt").write_text("not an architecture")
         for name in ("expert-1.arrow", "expert-000001.arrow", "expert-00002.arrow.bak", "xexpert-00003.arrow"):
@@ -295,7 +295,7 @@ class TrajectoryStoreContract:
         assert store.groups() == [KEY]
 
     def test_an_expert_being_written_is_not_there(self, store, group, info):
-        """Nothing is listed or readable until the last snapshot is in and the file is complete."""
+        """An expert is neither listed nor readable until its file is complete."""
 
         def looking_around() -> Iterator[Snapshot]:
             for snapshot in make_snapshots(info):
@@ -310,14 +310,14 @@ class TrajectoryStoreContract:
         assert group.experts() == [0]
 
     def test_a_committed_expert_stays(self, group, info, snapshots):
-        """Writing an expert again changes nothing and takes no snapshot, which may be costly to make."""
+        """Writing a stored expert again changes nothing and takes no snapshot, which can be costly."""
         others = iter(make_snapshots(info, seed=1))
         assert not group.write_expert(0, others, info)
         assert len(list(others)) == len(snapshots)
         assert_same(group.read_snapshot(0, 4), snapshots[2])
 
     def test_of_two_writers_of_one_expert_the_first_wins(self, group, info):
-        """The one who finishes later leaves the other's file as it is, and says so."""
+        """The later of two writers of one expert leaves the file and reports that it exists."""
         first, second = make_snapshots(info, seed=1), make_snapshots(info, seed=2)
 
         def overtaken() -> Iterator[Snapshot]:
@@ -329,7 +329,7 @@ class TrajectoryStoreContract:
             assert_same(group.read_snapshot(0, expected.epoch), expected)
 
     def test_a_failing_expert_leaves_nothing(self, group, info):
-        """An error in the training reaches the caller unchanged, nothing is stored, and a retry works."""
+        """An error in the training passes through unchanged, nothing is stored, and a retry works."""
 
         def failing() -> Iterator[Snapshot]:
             yield make_snapshots(info)[0]
@@ -349,7 +349,7 @@ class TrajectoryStoreContract:
         assert group.experts() == []
 
     def test_params_must_fit_the_network(self, group, info):
-        """A vector of another length or type is refused."""
+        """Params of another length or type are refused."""
         for params in (np.zeros(28, np.float32), np.zeros(29), np.zeros((1, 29), np.float32)):
             with pytest.raises(ValueError, match=r"instead of float32 \[29\]"):
                 group.write_expert(0, [Snapshot(0, 0, 0.0, 0.0, params)], info)
@@ -363,24 +363,24 @@ class TrajectoryStoreContract:
 
     @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../up", "-x", "a\\b", "a b", "a\n", ".tmp-x"])
     def test_names_cannot_lead_elsewhere(self, store, name):
-        """What is no plain folder name is refused, wherever it stands."""
+        """A name that is no plain folder name is refused everywhere."""
         for names in ((name, "a", "b"), ("a", name, "b"), ("a", "b", name)):
             with pytest.raises(StoreError, match="cannot be a group's folder"):
                 store.group(*names)
 
     def test_a_missing_expert_is_named(self, group, snapshots):
-        """Reading an expert that is not there is a StoreError with its file's name."""
+        """Reading a missing expert is a StoreError with its file's name."""
         for read in (group.read_info, group.read_progress, group.verify):
             with pytest.raises(StoreError, match=r"expert-00007\.arrow.* does not exist"):
                 read(7)
 
     def test_a_missing_epoch_is_named(self, group, snapshots):
-        """Reading an epoch that was not stored says which are, and what decides it."""
+        """Reading a missing epoch is an error that lists those stored and what decides them."""
         with pytest.raises(StoreError, match=r"has no epoch 3; it has epochs 0, 2, 4, 6, 8\. experts\.keep_epochs"):
             group.read_params(0, [2, 3])
 
     def test_verify_accepts_what_was_written(self, group, info, snapshots):
-        """An intact file passes and tells what it is."""
+        """Verifying an intact file returns the expert's info."""
         assert group.verify(0) == info
 
     def test_an_altered_file_is_named(self, group, snapshots, file):
@@ -402,7 +402,7 @@ class TrajectoryStoreContract:
             group.read_params(0, [4])
 
     def test_a_damaged_expert_can_be_written_again(self, group, info, snapshots, file):
-        """Deleting the damaged file and storing the expert anew is seen by a group that read the old one."""
+        """A damaged expert, deleted and written anew, is read also by a group that had read the old one."""
         group.read_params(0, [0])
         file.remove()
         others = make_snapshots(info, seed=1)
@@ -410,7 +410,7 @@ class TrajectoryStoreContract:
         assert_same(group.read_snapshot(0, 4), others[2])
 
     def test_a_reader_elsewhere_recovers_from_a_replaced_file(self, store, group, info, snapshots, file):
-        """Another reader that holds the old footer reads the old file or the new one whole, and never mixes the two."""
+        """A reader with the old footer reads the old file or the new one whole, never a mixture."""
         reader = store.group(KEY.dataset, KEY.architecture, KEY.fingerprint)
         reader.read_params(0, [0])
         file.remove()
@@ -420,7 +420,7 @@ class TrajectoryStoreContract:
         assert_same(found, others[2] if found.train_loss == others[2].train_loss else snapshots[2])
 
     def test_a_file_replaced_while_it_is_read_is_read_again(self, group, info, snapshots, file, monkeypatch):
-        """A file that changes between its size, its end and its batches is no damaged file, for any reader."""
+        """A file replaced between two reads of its parts is read again, not called damaged."""
         one, other = file.read_bytes(), replace(with_buffers(info), recipe={"longer": "than the other's"})
         file.remove()
         group.write_expert(0, make_snapshots_with_buffers(other), other)
@@ -452,18 +452,18 @@ class TrajectoryStoreContract:
             group.verify(0)
 
     def test_a_renamed_expert_is_noticed(self, group, snapshots, file):
-        """A file under another's name does not pass for that expert."""
+        """A file renamed to another expert's name is refused."""
         (group.location / "expert-00001.arrow").write_atomic(file.read_bytes())
         with pytest.raises(CorruptFileError, match="holds expert 0 of digits/ConvNetD2/5f2a9c"):
             group.read_params(1, [0])
 
     def test_a_group_survives_pickling(self, group, snapshots):
-        """Groups travel to other workers with what they have read so far."""
+        """A pickled group keeps the footers that it has read."""
         group.read_info(0)
         assert_same(pickle.loads(pickle.dumps(group)).read_snapshot(0, 4), snapshots[2])
 
     def test_the_transform_lies_beside_the_experts(self, group, snapshots):
-        """The transform comes back, is written once, and is not taken for an expert."""
+        """A transform is read as written, is written once, and is not listed as an expert."""
         arrays = {"matrix": np.eye(3, dtype=np.float32), "mean": np.arange(3, dtype=np.float32)}
         assert group.write_transform(arrays, {"eps": 0.1})
         assert not group.write_transform({"matrix": np.zeros((3, 3), np.float32)}, {})
@@ -475,7 +475,7 @@ class TrajectoryStoreContract:
         assert group.experts() == [0]
 
     def test_a_transform_may_share_the_bytes_of_its_twin(self, group):
-        """What is read is the same wherever the twin lies, and lasts when the twin is deleted."""
+        """A transform that shares its twin's bytes stays readable after the twin is deleted."""
         arrays, twin = {"mean": np.arange(3, dtype=np.float32)}, group.location / "twin.arrow"
         write_tensors(twin, arrays, kind="transform", metadata={"eps": 0.1})
         assert group.write_transform(arrays, {"eps": 0.1}, twin)
@@ -489,13 +489,13 @@ class TrajectoryStoreContract:
             group.read_transform()
 
     def test_another_file_is_not_taken_for_a_transform(self, group, snapshots, file):
-        """The format of the file is checked, not its name alone."""
+        """A file of another format under a transform's name is refused."""
         (group.location / "transform.arrow").write_atomic(file.read_bytes())
         with pytest.raises(CorruptFileError, match=r'format "datm_ray\.trajectory", not "datm_ray\.tensors"'):
             group.read_transform()
 
     def test_every_byte_counts_for_verify(self, group, snapshots, file):
-        """The digests cover the file without a gap."""
+        """The digests of an expert's file cover every byte."""
         content = file.read_bytes()
         for position in range(0, len(content), max(97, len(content) // 60)):
             altered = bytearray(content)

@@ -38,7 +38,7 @@ class Exchange:
     fault: str | None
 
     headers: Mapping[str, str] = field(default_factory=dict)
-    """Of the request, by names in small letters."""
+    """Headers of the request, by names in lower case."""
 
 
 class Proxy:
@@ -63,7 +63,7 @@ class Proxy:
 
 
 def every_fifth(seed: int) -> Plan:
-    """Fails a random fifth of all requests, in every way in turn."""
+    """Fails a random fifth of all requests, in each way in turn."""
     draw = random.Random(seed)
     kinds = iter(FAULTS * 10_000)
     return lambda method, path: next(kinds) if draw.random() < 0.2 else None
@@ -71,7 +71,7 @@ def every_fifth(seed: int) -> Plan:
 
 @contextmanager
 def serving(upstream: str, certificate: str | None = None) -> Iterator[Proxy]:
-    """A proxy on a free port while the block lasts; over TLS where there is a file with a certificate and its key."""
+    """A proxy on a free port during the block; over TLS if a file with certificate and key is given."""
     proxy = Proxy(upstream)
 
     class Handler(_Handler):
@@ -95,9 +95,9 @@ def serving(upstream: str, certificate: str | None = None) -> Iterator[Proxy]:
 
 
 def _refused(method: str, status: str, code: str, message: str = "") -> bytes:
-    """An answer of S3, whose body says why; to HEAD it has none."""
-    said = f"<Message>{message}</Message>" if message else ""
-    body = f"<Error><Code>{code}</Code>{said}</Error>".encode()
+    """S3's answer to a failed request, whose body says why; to HEAD it has no body."""
+    text = f"<Message>{message}</Message>" if message else ""
+    body = f"<Error><Code>{code}</Code>{text}</Error>".encode()
     head = f"HTTP/1.1 {status} Refused\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n"
     return head.encode() + body * (method != "HEAD")
 
@@ -162,4 +162,4 @@ class _Handler(BaseHTTPRequestHandler):
         return "\r\n".join(lines).encode() + b"\r\n\r\n" + content
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Nothing: the exchanges are the log."""
+        """Log nothing: the exchanges are the log."""

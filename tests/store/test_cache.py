@@ -1,4 +1,4 @@
-"""Snapshots of a remote store on the local disk."""
+"""Tests the cache of a remote store's snapshots on the local disk."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def group(folder: Path) -> ExpertGroup:
-    """A group in memory, which counts as remote, with expert 0, too large to be read whole with its end."""
+    """A group in memory, which counts as remote, with an expert 0 that is too large for one read."""
     group = open_group(f"memory://{uuid.uuid4().hex}")
     group.write_expert(0, make_snapshots(make_large_info()), make_large_info())
     return group
 
 
 def make_large_info() -> TrajectoryInfo:
-    """An expert whose snapshots are fetched one by one."""
+    """The info of an expert whose snapshots are fetched one by one."""
     return replace(make_info(), parameter_names=("w",), parameter_shapes=((20_000,),))
 
 
 def test_an_entry_that_cannot_be_touched_is_used(group, folder, monkeypatch):
-    """An entry of another user may be read, but its time of use stays."""
+    """An entry of another user is read although its time of use cannot be set."""
     group.read_params(0, [4])
 
     def refuse(*_: object) -> None:
@@ -60,7 +60,7 @@ def test_an_entry_that_cannot_be_touched_is_used(group, folder, monkeypatch):
 
 @pytest.mark.s3
 def test_a_second_read_sends_no_request(bucket, s3_proxy, folder):
-    """What was read once comes from the local disk; another process asks for the end of the file alone."""
+    """A second read comes from the local disk; another process fetches the end of the file only."""
     uri = f"s3://{bucket}/store"
     group, info = open_group(uri), make_large_info()
     snapshots = make_snapshots(info)
@@ -76,7 +76,7 @@ def test_a_second_read_sends_no_request(bucket, s3_proxy, folder):
 
 
 def test_a_damaged_entry_is_fetched_anew(group, folder):
-    """The cache cannot yield wrong parameters."""
+    """A damaged entry is fetched anew instead of giving wrong parameters."""
     snapshots = make_snapshots(make_large_info())
     group.read_params(0, [4])
     (entry,) = folder.iterdir()
@@ -88,7 +88,7 @@ def test_a_damaged_entry_is_fetched_anew(group, folder):
 
 
 def test_damage_of_the_store_does_not_enter_the_cache(group, folder):
-    """What fails its check is not kept, and `verify` looks past the cache."""
+    """Snapshots that fail their check are not cached, and `verify` reads the store itself."""
     group.read_params(0, [2])
     file = group.location / "expert-00000.arrow"
     content = bytearray(file.read_bytes())
@@ -103,7 +103,7 @@ def test_damage_of_the_store_does_not_enter_the_cache(group, folder):
 
 
 def test_a_rewritten_expert_is_not_read_from_the_cache(group, folder):
-    """Entries are named by content, so they cannot be stale."""
+    """A rewritten expert is read anew, because entries are named by content."""
     group.read_params(0, [4])
     group.remove_expert(0)
     others = make_snapshots(make_large_info(), seed=1)
@@ -112,7 +112,7 @@ def test_a_rewritten_expert_is_not_read_from_the_cache(group, folder):
 
 
 def test_local_stores_are_not_copied(tmp_path, folder):
-    """A second copy on the same machine would gain nothing."""
+    """A local store is not cached on the same machine."""
     group = open_group(str(tmp_path / "store"))
     group.write_expert(0, make_snapshots(make_info()), make_info())
     group.read_params(0, [4])
@@ -120,7 +120,7 @@ def test_local_stores_are_not_copied(tmp_path, folder):
 
 
 def test_what_was_not_used_for_longest_is_dropped(tmp_path):
-    """The folder stays within its size, and files that are no entries are left alone."""
+    """The least recently used entries are dropped to keep the size; other files stay."""
     cache = Cache(str(tmp_path), 1000)
     (tmp_path / "notes.txt").write_bytes(bytes(5000))
     pieces = [bytes([number]) * 300 for number in range(5)]
@@ -136,7 +136,7 @@ def test_what_was_not_used_for_longest_is_dropped(tmp_path):
 
 
 def test_writers_of_one_cache_do_not_disturb_each_other(tmp_path):
-    """Entries appear whole, whoever writes and drops them meanwhile."""
+    """Entries appear whole while several processes write and drop them."""
     pieces = [bytes([number]) * 1000 for number in range(20)]
 
     def use(_: int) -> int:
@@ -154,7 +154,7 @@ def test_writers_of_one_cache_do_not_disturb_each_other(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_no_cache(tmp_path):
-    """The run goes on without."""
+    """A cache folder that cannot be written is ignored, and reads succeed."""
     (tmp_path / "taken").write_text("a file")
     cache = Cache(str(tmp_path / "taken"), 1000)
     cache.put(digest(b"x"), memoryview(b"x"))
@@ -162,21 +162,21 @@ def test_a_folder_that_cannot_be_written_is_no_cache(tmp_path):
 
 
 @pytest.mark.parametrize("size", ["much", "0", "-1", "nan", "inf"])
-def test_a_size_that_is_none_is_named(folder, monkeypatch, size):
-    """The variable and its value stand in the message."""
+def test_an_invalid_size_is_named(folder, monkeypatch, size):
+    """An invalid cache size is an error with the variable and its value."""
     monkeypatch.setenv("DATM_RAY_CACHE_GIB", size)
     with pytest.raises(StoreError, match=f"DATM_RAY_CACHE_GIB is '{size}'"):
         configured_cache()
 
 
 def test_without_a_folder_there_is_no_cache(monkeypatch):
-    """Off unless asked for."""
+    """The cache is off unless a folder is given."""
     monkeypatch.delenv("DATM_RAY_CACHE", raising=False)
     assert configured_cache() is None
 
 
 @pytest.mark.parametrize("cache", ["simplecache", "filecache", "blockcache"])
-def test_caches_that_break_the_promise_are_refused(cache):
-    """fsspec's caches show files in the making; the message names ours."""
+def test_caches_of_fsspec_are_refused(cache):
+    """fsspec's caches, which show incomplete files, are refused with a message that names this package's."""
     with pytest.raises(StoreError, match=f"Cannot open {cache}::memory://x.* set DATM_RAY_CACHE"):
         open_location(f"{cache}::memory://x")

@@ -1,4 +1,4 @@
-"""Damaged files never yield wrong values: every single byte of small files is altered, and more besides.
+"""Tests that damaged files never yield wrong values: every single byte of small files is altered, and more.
 
 A reader may raise CorruptFileError or return exactly what was written (where the damage is in a byte it does not
 use); anything else, a crash of the interpreter included, is a failure.
@@ -33,7 +33,7 @@ ARRAYS = {"images": np.arange(12, dtype=np.float32).reshape(3, 4), "labels": np.
 
 @pytest.fixture(autouse=True)
 def one_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody replaces files here, so each is read once, which takes half the time."""
+    """Read each file once, because nobody replaces files here; this halves the time."""
     for module in ("tensors", "trajectories"):
         monkeypatch.setattr(f"datm_ray.store.{module}.reading_again", lambda location, read: read())
 
@@ -61,7 +61,7 @@ def tensor_file() -> Location:
 
 
 def damages(content: bytes) -> Iterator[bytes]:
-    """Every byte altered, with a bit pattern of its own, then cuts, gaps, insertions and additions."""
+    """Contents with each byte altered by a bit pattern of its own, then cuts, gaps, insertions and additions."""
     draw = np.random.default_rng(0)
     for position, pattern in enumerate(draw.integers(1, 256, len(content))):
         yield content[:position] + bytes([content[position] ^ int(pattern)]) + content[position + 1 :]
@@ -76,7 +76,7 @@ def damages(content: bytes) -> Iterator[bytes]:
 
 
 def reads_the_truth(group: ExpertGroup) -> bool:
-    """Whether expert 0 can be read; fails if it is read wrongly."""
+    """True if expert 0 can be read, False if it is refused; fails on wrong values."""
     expected = make_snapshots(make_info(0, epochs=3))
     # A fresh group, which has not read the footer before the damage.
     fresh = TrajectoryStore(group.location.uri.removesuffix(f"/{KEY}")).group(
@@ -94,7 +94,7 @@ def reads_the_truth(group: ExpertGroup) -> bool:
 
 
 def test_a_damaged_expert_never_yields_wrong_parameters(group, expert):
-    """Each of thousands of damages is either found or harmless, and all are found by verify."""
+    """Each of thousands of damages to an expert is found or harmless; verify finds all."""
     content = expert.read_bytes()
     harmless = 0
     for damaged in damages(content):
@@ -109,7 +109,7 @@ def test_a_damaged_expert_never_yields_wrong_parameters(group, expert):
 
 
 def test_damage_after_the_footer_was_read_is_found(group, expert, monkeypatch):
-    """A group that remembers the footer checks each batch all the same, where the file is too large to be kept."""
+    """A group that keeps the footer of a large file still checks each batch."""
     monkeypatch.setattr("datm_ray.store.sealed._FIRST_READ", 256)
     content = expert.read_bytes()
     expected = [snapshot.params.tobytes() for snapshot in make_snapshots(make_info(0, epochs=3))]
@@ -125,7 +125,7 @@ def test_damage_after_the_footer_was_read_is_found(group, expert, monkeypatch):
 
 
 def test_parts_of_one_file_do_not_pass_in_another(group, expert):
-    """Batches of equal size from another expert, or in another order, are found out, and so are whole ends."""
+    """Batches or ends from another expert, or in another order, are found."""
     sealed = open_sealed(expert, format_name=FORMAT, format_version=FORMAT_VERSION)
     content, other = expert.read_bytes(), (group.location / "expert-00001.arrow").read_bytes()
     batches = sealed.parts[1:-1]
@@ -143,7 +143,7 @@ def test_parts_of_one_file_do_not_pass_in_another(group, expert):
 
 
 def test_a_damaged_tensor_file_never_yields_wrong_arrays(tensor_file):
-    """Each of thousands of damages is either found or harmless."""
+    """Each of thousands of damages to a tensor file is found or harmless."""
     content = tensor_file.read_bytes()
     for damaged in damages(content):
         tensor_file.write_atomic(damaged)
@@ -159,7 +159,7 @@ def test_a_damaged_tensor_file_never_yields_wrong_arrays(tensor_file):
 
 
 def reads_as(uri: str, expected: Snapshot) -> bool:
-    """Whether a snapshot of expert 0 can be read afresh; fails if it is read wrongly."""
+    """True if a snapshot of expert 0 can be read afresh, False if it is refused; fails on wrong values."""
     group = TrajectoryStore(uri).group(KEY.dataset, KEY.architecture, KEY.fingerprint)
     try:
         found = group.read_snapshot(0, expected.epoch)
@@ -171,7 +171,7 @@ def reads_as(uri: str, expected: Snapshot) -> bool:
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16"])
 def test_flipped_bytes_and_cuts_of_a_mapped_file_are_found_or_harmless(tmp_path, storage):
-    """500 random single-byte changes and 100 truncations of a local file of real size: no read yields wrong values."""
+    """500 changed bytes and 100 truncations of a mapped file of real size yield no wrong value."""
     info = replace(with_buffers(make_info()), parameter_names=("w",), parameter_shapes=((20_000,),), storage=storage)
     group = TrajectoryStore(str(tmp_path)).group(KEY.dataset, KEY.architecture, KEY.fingerprint)
     group.write_expert(0, make_snapshots_with_buffers(info), info)

@@ -1,4 +1,4 @@
-"""The trajectory store on a local disk: the contract, and what only files and processes can show."""
+"""Tests the trajectory store on a local disk: the contract, and the behaviour of files and processes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ for expert in range(first, last):
 
 
 def start_writer(uri: str, first: int, last: int, pause: float) -> subprocess.Popen[str]:
-    """A process that writes experts first .. last - 1 and pauses for some seconds in the middle of each."""
+    """Start a process that writes experts first .. last - 1 and pauses some seconds in the middle of each."""
     arguments = [sys.executable, "-c", WRITER, uri, str(first), str(last), str(pause)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, text=True)
@@ -61,7 +61,7 @@ class TestLocal(TrajectoryStoreContract):
         return str(tmp_path / "store")
 
     def test_a_writer_killed_in_mid_write_leaves_no_expert(self, uri, group):
-        """After SIGKILL nothing is listed; the next writer removes the leftovers and succeeds."""
+        """A writer killed by SIGKILL leaves no listed expert; the next one removes its leftovers."""
         with start_writer(uri, 0, 1, pause=60) as writer:
             assert writer.stdout.readline() == "half\n"
             assert len(os.listdir(group.location.path)) == 1
@@ -76,7 +76,7 @@ class TestLocal(TrajectoryStoreContract):
         assert_same(group.read_snapshot(0, 4), snapshots[2])
 
     def test_processes_write_different_experts_at_the_same_time(self, uri, group):
-        """Writers side by side disturb neither each other nor a reader."""
+        """Processes that write different experts disturb neither each other nor a reader."""
         with start_writer(uri, 0, 4, pause=0.02) as one, start_writer(uri, 4, 8, pause=0.02) as two:
             while one.poll() is None or two.poll() is None:
                 for expert in group.experts():
@@ -88,7 +88,7 @@ class TestLocal(TrajectoryStoreContract):
                 assert_same(group.read_snapshot(expert, expected.epoch), expected)
 
     def test_processes_writing_the_same_expert_store_one(self, uri, group):
-        """Of two processes in the middle of the same expert exactly one stores it."""
+        """Exactly one of two processes that write the same expert stores it."""
         with start_writer(uri, 0, 1, pause=1) as one, start_writer(uri, 0, 1, pause=1) as two:
             stored = [one.communicate()[0].split()[-1], two.communicate()[0].split()[-1]]
         assert sorted(stored) == ["False", "True"]
@@ -96,17 +96,17 @@ class TestLocal(TrajectoryStoreContract):
         group.verify(0)
 
     def test_file_uris_and_paths_name_the_same_store(self, uri, snapshots):
-        """file:///x and /x are one place."""
+        """file:///x and /x are one store."""
         assert TrajectoryStore(f"file://{uri}").groups() == [KEY]
 
     def test_a_file_can_be_read_by_those_the_umask_allows(self, file):
-        """The temporary name does not leave its restrictive permissions behind."""
+        """A file has the permissions of the umask, not those of its temporary name."""
         umask = os.umask(0)
         os.umask(umask)
         assert stat.S_IMODE(os.stat(file.path).st_mode) == 0o666 & ~umask
 
     def test_vectors_outlive_the_file(self, group, snapshots, file):
-        """What was read does not depend on the file any more."""
+        """Returned vectors stay valid after the file is deleted."""
         (params,) = group.read_params(0, [4])
         file.remove()
         np.testing.assert_array_equal(params, snapshots[2].params)
@@ -121,7 +121,7 @@ class TestLocal(TrajectoryStoreContract):
             store.group(KEY.dataset, KEY.architecture, KEY.fingerprint).write_expert(0, make_snapshots(info), info)
 
     def test_version_1_stays_readable(self):
-        """An expert and a transform of the first version, without buffers, are read to the last bit."""
+        """An expert and a transform of format version 1, without buffers, are read to the last bit."""
         store = TrajectoryStore(str(SAMPLES / "v1"))
         assert store.groups() == [KEY]
         group = store.group(KEY.dataset, KEY.architecture, KEY.fingerprint)
@@ -134,7 +134,7 @@ class TestLocal(TrajectoryStoreContract):
         np.testing.assert_array_equal(transform.arrays["mean"], np.arange(4, dtype=np.float32))
 
     def test_version_2_stays_readable(self):
-        """An expert with buffers is read to the last bit, and one in bfloat16 as torch rounds it."""
+        """Experts of format version 2, with buffers and in bfloat16, are read to the last bit."""
         group = TrajectoryStore(str(SAMPLES / "v2")).group(KEY.dataset, KEY.architecture, KEY.fingerprint)
         assert group.experts() == [0, 1]
         assert group.verify(0) == replace(with_buffers(make_info()), format_version=2)

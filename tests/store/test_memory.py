@@ -1,4 +1,4 @@
-"""The trajectory store in the memory of this process."""
+"""Tests the trajectory store in the memory of this process."""
 
 from __future__ import annotations
 

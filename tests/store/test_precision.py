@@ -1,4 +1,4 @@
-"""How parameters are rounded, against torch's own conversions."""
+"""Tests the rounding of parameters against torch's own conversions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def patterns() -> np.ndarray:
 
 @pytest.mark.parametrize("storage", TORCH)
 def test_rounding_is_that_of_torch(storage):
-    """To nearest, ties to even; infinities and nan stay what they are."""
+    """Rounding equals torch's: to nearest, ties to even; infinities and nan stay."""
     values = patterns()
     expected = torch.from_numpy(values).to(TORCH[storage]).float().numpy()
     fits = np.isfinite(expected) | ~np.isfinite(values)
@@ -32,7 +32,7 @@ def test_rounding_is_that_of_torch(storage):
 
 @pytest.mark.parametrize("storage", ["float32", *TORCH])
 def test_what_can_be_stored_comes_back_and_belongs_to_the_caller(storage):
-    """A value with few digits survives every storage, and writing into it does not reach what is stored."""
+    """A value with few digits survives every storage; writing into it does not change the stored one."""
     values = np.array([0.5, -1.25, 0.0, np.nan, np.inf], np.float32)
     stored = to_storage(values, storage)
     found = from_storage(stored, storage)
@@ -46,13 +46,13 @@ def test_what_can_be_stored_comes_back_and_belongs_to_the_caller(storage):
     [("float16", 65520.0, "bfloat16"), ("float16", -1e30, "bfloat16"), ("bfloat16", 3.4e38, "float32")],
 )
 def test_overflow_is_refused(storage, value, remedy):
-    """The first value that would round to infinity is an error with a storage that can hold it."""
+    """The first value that would round to infinity is an error that names a storage that can hold it."""
     with pytest.raises(StoreError, match=f"cannot be stored as {storage}.* Store the experts as .*{remedy}"):
         to_storage(np.array([1.0, value], np.float32), storage)
 
 
 def test_the_largest_float16_is_stored():
-    """65504 fits."""
+    """65504, the largest float16, is stored."""
     assert from_storage(to_storage(np.array([65504.0], np.float32), "float16"), "float16")[0] == 65504.0
 
 

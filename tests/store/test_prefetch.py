@@ -1,4 +1,4 @@
-"""Reading ahead."""
+"""Tests reading ahead."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def group() -> ExpertGroup:
 
 @pytest.fixture
 def reads(group: ExpertGroup, monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], str]]:
-    """What was read of the group: the epochs, and the name of the thread."""
+    """Reads of the group: the epochs, and the name of the thread."""
     read_params, seen = group.read_params, []
 
     def recording(expert, epochs):
@@ -49,7 +49,7 @@ def prefetcher(group: ExpertGroup) -> Iterator[Prefetcher]:
 
 
 def test_what_was_announced_is_read_in_the_background(prefetcher, reads):
-    """It comes back as a direct read would give it, and is read once."""
+    """Announced snapshots are read once, in the background, and equal a direct read."""
     prefetcher.announce(0, [2, 4])
     assert [params.tobytes() for params in prefetcher.read_params(0, [2, 4])] == EXPECTED[1:3]
     ((epochs, thread),) = reads
@@ -58,7 +58,7 @@ def test_what_was_announced_is_read_in_the_background(prefetcher, reads):
 
 
 def test_what_was_not_announced_is_read_all_the_same(prefetcher, reads):
-    """A wrong guess costs time, nothing else; so does a second read of the same."""
+    """Snapshots that were not announced, or are read a second time, are read directly."""
     prefetcher.announce(0, [2, 4])
     assert [params.tobytes() for params in prefetcher.read_params(0, [0, 8])] == [EXPECTED[0], EXPECTED[4]]
     for _ in range(2):
@@ -67,7 +67,7 @@ def test_what_was_not_announced_is_read_all_the_same(prefetcher, reads):
 
 
 def test_errors_surface_where_the_snapshots_are_asked_for(prefetcher, group):
-    """Announcing never fails; the read raises what a direct one would."""
+    """Announcing never fails; the later read raises the error of a direct one."""
     file = group.location / "expert-00000.arrow"
     file.write_atomic(file.read_bytes()[:-100])
     prefetcher.announce(0, [2, 4])
@@ -79,7 +79,7 @@ def test_errors_surface_where_the_snapshots_are_asked_for(prefetcher, group):
 
 
 def test_no_more_is_held_than_asked_for(group, monkeypatch):
-    """Beyond the depth the oldest announcement is forgotten, and not even read if its turn had not come."""
+    """Beyond the depth the oldest announcement is dropped, and not read if it is still queued."""
     read_params, started, busy, seen = group.read_params, threading.Event(), threading.Event(), []
 
     def waiting(expert, epochs):
@@ -103,7 +103,7 @@ def test_no_more_is_held_than_asked_for(group, monkeypatch):
 
 
 def test_local_stores_are_read_when_asked_for(tmp_path):
-    """There is no thread where it does not pay."""
+    """A local store is read on request, without a thread."""
     prefetcher = Prefetcher(make_group(str(tmp_path)))
     before = threading.active_count()
     prefetcher.announce(0, [2, 4])
@@ -113,7 +113,7 @@ def test_local_stores_are_read_when_asked_for(tmp_path):
 
 
 def test_closing_forgets_what_was_announced(prefetcher):
-    """A prefetcher can be closed with reads outstanding, and closed twice; it goes on reading when asked."""
+    """A prefetcher can be closed twice and with reads outstanding; later reads are direct."""
     prefetcher.announce(0, [2, 4])
     prefetcher.close()
     prefetcher.close()

@@ -1,4 +1,4 @@
-"""The trajectory store on S3: the contract, and what a network adds. Needs moto; nothing leaves this machine."""
+"""Tests the trajectory store on S3: the contract and network faults. Needs moto; nothing leaves this machine."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class TestS3(TrajectoryStoreContract):
 
 
 def test_the_environment_configures_s3_as_it_does_for_s3fs(bucket, s3_server, monkeypatch, tmp_path):
-    """Endpoint and credentials may come from AWS_ENDPOINT_URL_S3, a profile, or arguments of s3fs's in FSSPEC_S3_*."""
+    """Endpoint and credentials come from AWS_ENDPOINT_URL_S3, a profile, or s3fs's arguments in FSSPEC_S3_*."""
     (open_location(f"s3://{bucket}") / "file").write_text("found")
     (tmp_path / "config").write_text(
         f"[profile mine]\nendpoint_url = {s3_server}\nregion = us-east-1\n"
@@ -81,14 +81,14 @@ def test_the_environment_configures_s3_as_it_does_for_s3fs(bucket, s3_server, mo
 
 
 def test_a_whole_bucket_can_be_a_store(bucket):
-    """The URI needs no folder."""
+    """A store's URI may be a bucket without a folder."""
     group = TrajectoryStore(f"s3://{bucket}").group(KEY.dataset, KEY.architecture, KEY.fingerprint)
     group.write_expert(0, make_snapshots(make_info()), make_info())
     assert TrajectoryStore(f"s3://{bucket}").groups() == [KEY]
 
 
 def test_a_pair_costs_two_snapshots_on_the_wire(bucket, s3_proxy):
-    """After the footer was read once, two epochs cost two requests and at most a twentieth more than their bytes."""
+    """With the footer known, two epochs cost two requests and at most 5 % more than their bytes."""
     info = replace(make_info(), parameter_names=("w",), parameter_shapes=((50_000,),), epochs=(0, 1, 2, 3))
     group = group_of(bucket)
     group.write_expert(0, [Snapshot(epoch, 0, 0.0, 0.0, np.ones(50_000, np.float32)) for epoch in range(4)], info)
@@ -101,7 +101,7 @@ def test_a_pair_costs_two_snapshots_on_the_wire(bucket, s3_proxy):
 
 
 def test_a_small_file_is_fetched_once(bucket, s3_proxy):
-    """Below 64 KiB what came with the end of a file is not asked for again, of an expert or of a set."""
+    """A file below 64 KiB, of an expert or a set, is fetched by one request."""
     group = group_of(bucket)
     group.write_expert(0, make_snapshots(make_info()), make_info())
     group.write_transform({"mean": np.zeros(2000, np.float32), "matrix": np.eye(30, dtype=np.float32)}, {})
@@ -112,7 +112,7 @@ def test_a_small_file_is_fetched_once(bucket, s3_proxy):
 
 
 def test_verify_reads_files_side_by_side(bucket, s3_proxy, datm_ray):
-    """Eight at a time and no more; what it prints is in order, as if they were read one after the other."""
+    """Verify reads eight files at a time and prints them in order."""
     group = group_of(bucket)
     for expert in range(24):
         group.write_expert(expert, make_snapshots(make_info(expert)), make_info(expert))
@@ -137,8 +137,8 @@ def test_verify_reads_files_side_by_side(bucket, s3_proxy, datm_ray):
     assert 4 <= most <= 8
 
 
-def test_a_server_that_fails_every_fifth_request_is_put_up_with(bucket, s3_proxy):
-    """Whether it answers 503, drops the request or drops the answer: all is written once and read as written."""
+def test_a_server_that_fails_every_fifth_request_is_tolerated(bucket, s3_proxy):
+    """All is written once and read as written, whether a server answers 503 or drops requests or answers."""
     s3_proxy.plan = every_fifth(seed=0)
     group = group_of(bucket)
     for expert in range(8):
@@ -154,7 +154,7 @@ def test_a_server_that_fails_every_fifth_request_is_put_up_with(bucket, s3_proxy
 
 @pytest.mark.slow
 def test_a_run_over_a_failing_server_completes(bucket, s3_proxy, datm_ray, tmp_path):
-    """Experts to report, all on S3, every fifth request failing: the exit code is 0 and every expert is whole."""
+    """A run on S3 whose every fifth request fails exits with code 0, and every expert is whole."""
     s3_proxy.plan = every_fifth(seed=1)
     config = tiny_config("distill.iterations=4", "distill.validate_every=4", "evaluate.seeds=1")
     (tmp_path / "tiny.yaml").write_text(to_yaml(config))
@@ -171,7 +171,7 @@ def test_a_run_over_a_failing_server_completes(bucket, s3_proxy, datm_ray, tmp_p
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("replace_", [True, False])
 def test_an_upload_that_fails_once_is_sent_again(bucket, s3_proxy, fault, replace_):
-    """An upload whose answer was lost is not mistaken for another writer's, although the file is there by then."""
+    """An upload whose answer was lost is recognised as its own, not as another writer's."""
     s3_proxy.plan = first("PUT", fault)
     file = open_location(f"s3://{bucket}/file")
     with file.create(replace=replace_) as draft:
@@ -182,7 +182,7 @@ def test_an_upload_that_fails_once_is_sent_again(bucket, s3_proxy, fault, replac
 
 @pytest.mark.parametrize("content", [b"another", b"content"])
 def test_a_lost_answer_does_not_hide_that_another_writer_came_first(bucket, s3_proxy, content):
-    """Not even where the other one wrote the same bytes: who wrote is told by a mark, not by content."""
+    """After a lost answer a writer's mark, not the content, says who wrote first."""
     file = open_location(f"s3://{bucket}/file")
 
     def overtaken() -> None:
@@ -199,7 +199,7 @@ def test_a_lost_answer_does_not_hide_that_another_writer_came_first(bucket, s3_p
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_an_upload_in_parts_is_whole_or_absent(bucket, s3_proxy, fault, monkeypatch):
-    """A file too large for one upload is put together once, even where the answer to that is lost."""
+    """A file too large for one upload is completed once, also where the answer to that is lost."""
     monkeypatch.setattr("datm_ray.store.files.s3.LARGEST_PUT", 2**20)
     file = open_location(f"s3://{bucket}/file")
     pipe_file = file.fs.pipe_file
@@ -220,7 +220,7 @@ def test_an_upload_in_parts_is_whole_or_absent(bucket, s3_proxy, fault, monkeypa
 
 
 def test_a_read_that_breaks_off_is_repeated(bucket, s3_proxy):
-    """Each fault in the middle of a read costs nothing but time."""
+    """A read that fails in the middle is repeated."""
     group = group_of(bucket)
     info = replace(make_info(), parameter_names=("w",), parameter_shapes=((50_000,),))  # too large for one read
     snapshots = make_snapshots(info)
@@ -245,13 +245,13 @@ def commands(uri: str) -> Iterator[list[str]]:
 
 
 def test_a_wrong_bucket_is_one_line(bucket, datm_ray):
-    """Neither looking nor training goes on with a bucket that is not there."""
+    """A missing bucket is one line of error for listing and for training."""
     for command in commands(f"s3://no-{bucket}/store"):
         assert_one_line(datm_ray(*command), "The bucket does not exist. Check its spelling")
 
 
 def test_no_network_is_one_line(s3_environment, datm_ray, monkeypatch):
-    """A server that does not answer is given up after the attempts that botocore is told to make."""
+    """A server that does not answer is one line of error after the number of attempts set for botocore."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # taken, so that nobody listens there
         s3_environment(f"http://127.0.0.1:{unused.getsockname()[1]}")
@@ -261,7 +261,7 @@ def test_no_network_is_one_line(s3_environment, datm_ray, monkeypatch):
 
 
 def test_missing_credentials_are_one_line(bucket, datm_ray, monkeypatch):
-    """Without credentials nothing is asked of the server, and the variables to set are named."""
+    """Missing credentials are one line that names the variables; no request is sent."""
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     for command in commands(f"s3://{bucket}/store"):
@@ -269,14 +269,14 @@ def test_missing_credentials_are_one_line(bucket, datm_ray, monkeypatch):
 
 
 def test_wrong_credentials_are_one_line(bucket, datm_ray, monkeypatch):
-    """Access that the server denies is not taken for an empty store."""
+    """Denied access is one line of error, not an empty store."""
     monkeypatch.setattr("moto.settings.INITIAL_NO_AUTH_ACTION_COUNT", 0.0)  # from now on it looks at credentials
     for command in commands(f"s3://{bucket}/store"):
         assert_one_line(datm_ray(*command), "The server does not know this access key. Check AWS_ACCESS_KEY_ID")
 
 
 def test_a_key_is_a_key_whatever_it_looks_like(bucket):
-    """No part of a key is syntax: it is listed, found and read under the name that it was written under."""
+    """A key is listed, found and read under its name; no character in it is syntax."""
     names = ["a b", "a=b", "[x]", "a*?", "a%20b", "a#b", "a?b", "a+b", "{a}", "é", "😀", "<b>", "a&b;c", "~", "-x"]
     for name in names:
         place = open_location(f"s3://{bucket}/{name}") / "file"
@@ -295,7 +295,7 @@ def test_a_key_is_a_key_whatever_it_looks_like(bucket):
     "name", ["a?versionId=1", "a?versionId=1/b", "../b", "a/../b", "./a", "a//b", "a\nb", "caf\udce9"]
 )
 def test_a_key_that_would_lead_elsewhere_is_refused_or_taken(name, bucket):
-    """What s3fs or a server would change is a StoreError, and writes nothing."""
+    """A key that s3fs or a server would change is a StoreError, and writes nothing."""
     try:
         place = open_location(f"s3://{bucket}/{name}")
         place.write_text("content")

@@ -1,4 +1,4 @@
-"""Tensor files: named arrays and metadata in one file."""
+"""Tests tensor files: named arrays and metadata in one file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def location(request: pytest.FixtureRequest, tmp_path) -> Location:
 
 
 def write_raw(location: Location, names: list[str], announced: list[str], version: int = 1) -> None:
-    """A tensor file as a faulty or newer program might write it: sealed, but not as it should be."""
+    """Write a sealed tensor file with faulty content, as a faulty or newer program might."""
     with location.create() as file:
         header = {"kind": "checkpoint", "metadata": "{}"}
         writer = SealedWriter(file, tensors._SCHEMA, format_name=tensors.FORMAT, format_version=version, header=header)
@@ -40,7 +40,7 @@ def write_raw(location: Location, names: list[str], announced: list[str], versio
 
 
 def test_arrays_come_back_to_the_last_bit(location):
-    """Names, order, types, shapes and bytes are kept, from scalars to empty arrays."""
+    """Names, order, types, shapes and bytes of arrays are kept, from scalars to empty arrays."""
     write_tensors(location, ARRAYS, kind="checkpoint", metadata={"step": 3, "ipc": [1, 10]})
     found = read_tensors(location, kind="checkpoint")
     assert (found.kind, found.metadata) == ("checkpoint", {"step": 3, "ipc": [1, 10]})
@@ -52,7 +52,7 @@ def test_arrays_come_back_to_the_last_bit(location):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_supported_dtype_comes_back(location, dtype):
-    """Each dtype in the list is kept, and its arrays are the caller's own."""
+    """Every supported dtype is kept, and the arrays belong to the caller."""
     array = np.array([[0, 1, 1], [1, 0, 1]]).astype(dtype)
     write_tensors(location, {"a": array}, kind="checkpoint", metadata={})
     found = read_tensors(location, kind="checkpoint").arrays["a"]
@@ -62,7 +62,7 @@ def test_every_supported_dtype_comes_back(location, dtype):
 
 
 def test_layout_and_byte_order_of_the_input_do_not_matter(location):
-    """Transposed, strided and big-endian arrays come back with their values."""
+    """Transposed, strided and big-endian arrays are read with their values."""
     array = np.arange(24, dtype=np.float32).reshape(4, 6)
     arrays = {"t": array.T, "strided": array[::2, ::3], "big": array.astype(">f4")}
     write_tensors(location, arrays, kind="checkpoint", metadata={})
@@ -71,13 +71,13 @@ def test_layout_and_byte_order_of_the_input_do_not_matter(location):
 
 
 def test_no_arrays_are_an_empty_file(location):
-    """Metadata alone is fine."""
+    """A file of metadata without arrays is valid."""
     write_tensors(location, {}, kind="checkpoint", metadata={"a": None})
     assert read_tensors(location, kind="checkpoint").arrays == {}
 
 
 def test_the_same_input_gives_the_same_bytes(location):
-    """Neither time nor the order of metadata keys shows in the file."""
+    """Equal input gives equal bytes, whatever the time and the order of metadata keys."""
     write_tensors(location, ARRAYS, kind="checkpoint", metadata={"a": 1, "b": 2})
     content = location.read_bytes()
     write_tensors(location, ARRAYS, kind="checkpoint", metadata={"b": 2, "a": 1})
@@ -85,7 +85,7 @@ def test_the_same_input_gives_the_same_bytes(location):
 
 
 def test_any_arrow_program_can_read_the_file(location):
-    """It is an ordinary Arrow IPC file with one row per array."""
+    """A tensor file is an ordinary Arrow IPC file with one row per array."""
     write_tensors(location, ARRAYS, kind="checkpoint", metadata={})
     table = pa.ipc.open_file(pa.BufferReader(location.read_bytes())).read_all()
     assert table.column("name").to_pylist() == list(ARRAYS)
@@ -94,7 +94,7 @@ def test_any_arrow_program_can_read_the_file(location):
 
 
 def test_a_file_is_replaced_whole_or_kept_on_demand(location):
-    """Writing again replaces the file, unless it is to be written once."""
+    """Writing again replaces the file, or keeps it if it is written once."""
     write_tensors(location, {"a": np.zeros(1)}, kind="checkpoint", metadata={})
     write_tensors(location, {"a": np.ones(1)}, kind="checkpoint", metadata={})
     with pytest.raises(AlreadyExistsError, match=r"set\.arrow exists already"):
@@ -104,7 +104,7 @@ def test_a_file_is_replaced_whole_or_kept_on_demand(location):
 
 @pytest.mark.parametrize("array", [np.array(["text"]), np.array([{}], object), np.zeros(1, np.complex64)])
 def test_other_dtypes_are_refused(location, array):
-    """Nothing is written that could not be read back without executing code, or not at all."""
+    """Dtypes that cannot be read back, or only by executing code, are refused."""
     with pytest.raises(TypeError, match='array "a" has dtype'):
         write_tensors(location, {"a": array}, kind="checkpoint", metadata={})
     assert not location.exists()
@@ -118,28 +118,28 @@ def test_metadata_must_be_json(location):
 
 
 def test_another_kind_is_refused(location):
-    """A checkpoint is not taken for a synthetic set."""
+    """A file of another kind, such as a checkpoint for a synthetic set, is refused."""
     write_tensors(location, ARRAYS, kind="checkpoint", metadata={})
     with pytest.raises(CorruptFileError, match=r'set\.arrow is a "checkpoint", not a "synthetic-set"'):
         read_tensors(location, kind="synthetic-set")
 
 
 def test_a_missing_file_is_a_store_error(location):
-    """A file that is not there is told apart from a damaged one."""
+    """A missing file is a StoreError, distinct from a damaged one."""
     with pytest.raises(StoreError, match=r"set\.arrow.* does not exist"):
         read_tensors(location, kind="checkpoint")
 
 
 @pytest.mark.parametrize("content", [b"", b"x", b"ARROW1", b"\x89PNG\r\n" * 40, bytes(5000)])
 def test_a_file_of_another_program_is_refused(location, content):
-    """What is not a tensor file is named, however short."""
+    """A file that is no tensor file is an error with its name, however short."""
     location.write_atomic(content)
     with pytest.raises(CorruptFileError, match=r"set\.arrow has no seal"):
         read_tensors(location, kind="checkpoint")
 
 
 def test_a_plain_arrow_file_is_refused(location):
-    """An Arrow file without a seal cannot be trusted."""
+    """An Arrow file without a seal is refused."""
     with location.create() as file, pa.ipc.new_file(file, tensors._SCHEMA) as writer:
         writer.write_batch(tensors._batch("a", np.zeros(2)))
     with pytest.raises(CorruptFileError, match="was not written by datm_ray"):
@@ -147,7 +147,7 @@ def test_a_plain_arrow_file_is_refused(location):
 
 
 def test_a_newer_format_is_refused(location):
-    """A file of a later release says so instead of being misread."""
+    """A file of a newer format is an error that says so."""
     write_raw(location, ["a"], ["a"], version=2)
     with pytest.raises(CorruptFileError, match=r"has version 2 .* up to 1\. .* newer release\. Upgrade"):
         read_tensors(location, kind="checkpoint")
@@ -155,7 +155,7 @@ def test_a_newer_format_is_refused(location):
 
 @pytest.mark.parametrize("names", [["a"], ["a", "b", "b"], ["b", "a"], ["a", "b", "c"]])
 def test_missing_and_repeated_arrays_are_noticed(location, names):
-    """The arrays must be those announced, each once."""
+    """A missing or repeated array is an error."""
     write_raw(location, names, announced=["a", "b"])
     with pytest.raises(CorruptFileError, match="not those it announces"):
         read_tensors(location, kind="checkpoint")

@@ -1,4 +1,4 @@
-"""The architectures: their sizes, their equality with torchvision's, and every transform that the numerics use."""
+"""Tests the architectures: their sizes, their equality with torchvision's, and the transforms that the numerics use."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ VARIANTS = [*UNCOUPLED, *((name, "batch") for name in NORMALISED)]
 def spec_of(
     name: str, size: int | tuple[int, int] = 8, channels: int = 3, norm: Any = "none", width: int = 8
 ) -> NetworkSpec:
-    """Three classes, and a sixteenth of the published width: every layer is there and costs little."""
+    """A spec of three classes and a sixteenth of the published width, so that every layer exists and costs little."""
     sides = (size, size) if isinstance(size, int) else size
     return NetworkSpec(architecture=name, channels=channels, size=sides, classes=3, width=width, depth=2, norm=norm)
 
 
 def published(name: str, channels: int, side: int, **changes: Any) -> NetworkSpec:
-    """Ten classes and the published width, for square images."""
+    """A spec of ten classes and the published width, for square images."""
     return NetworkConfig(architecture=name, **changes).for_images(channels, (side, side), 10)
 
 
@@ -48,19 +48,19 @@ def make(name: str, norm: str = "none") -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def meta_network(spec: NetworkSpec) -> nn.Module:
-    """The network's shapes alone."""
+    """A network on the meta device, for its shapes alone."""
     with torch.device("meta"):
         return build_network(spec, 0)
 
 
 def test_every_registered_architecture_is_tested_here() -> None:
-    """An architecture that joins the registry joins these tables."""
+    """Every registered architecture is in the tables of this file."""
     assert sorted((*NORMALISED, *UNNORMALISED)) == network_names()
 
 
 @pytest.mark.parametrize(("name", "norm"), VARIANTS)
 def test_logits_depend_on_the_image(name: str, norm: str) -> None:
-    """No normalisation, pool or initial value hides what the image shows, down to 8x8 pixels."""
+    """Logits depend on the image in every architecture, down to 8x8 pixels."""
     width = 8 if name in ("convnet", "mlp") else 128
     for size, channels in ((8, 1), (28, 1), (32, 3), (64, 3)):
         network = build_network(spec_of(name, size, channels, norm, width), 0)
@@ -74,7 +74,7 @@ def test_logits_depend_on_the_image(name: str, norm: str) -> None:
 
 @pytest.mark.parametrize(("name", "norm"), VARIANTS)
 def test_any_size_and_channels_give_logits(name: str, norm: str) -> None:
-    """Sides that are neither equal nor powers of two, and those of larger images."""
+    """Any channels and sides give logits: unequal sides, no powers of two, larger images."""
     for channels, *size in ((1, 9, 14), (3, 30, 40), (1, 128, 96), (3, 128, 128)):
         network = meta_network(spec_of(name, (size[0], size[1]), channels, norm))
         assert network(torch.empty(2, channels, *size, device="meta")).shape == (2, 3), size
@@ -82,7 +82,7 @@ def test_any_size_and_channels_give_logits(name: str, norm: str) -> None:
 
 @pytest.mark.parametrize("name", NORMALISED)
 def test_no_instance_is_normalised_over_one_pixel(name: str) -> None:
-    """A single pixel would leave nothing but the bias."""
+    """Instance normalisation never covers a single pixel, because only the bias would remain."""
     pixels: list[int] = []
     for side in (*range(8, 18), 31, 32, 33, 40, 64, 65, 96):
         network = meta_network(spec_of(name, side, norm="instance"))
@@ -122,13 +122,13 @@ VIT_LAYER = 4 * 384 + 384 * 1152 + 1152 + 384 * 384 + 384 + 384 * 1536 + 1536 + 
     ids=lambda value: f"{value.architecture}-{value.size[0]}-{value.norm}" if isinstance(value, NetworkSpec) else "",
 )
 def test_networks_have_the_published_number_of_parameters(spec: NetworkSpec, count: int) -> None:
-    """Of the published network, but for the first and the last layer where images are small."""
+    """Networks have the published number of parameters, except in first and last layers for small images."""
     assert FlatNetwork(meta_network(spec)).count == count
 
 
 @pytest.mark.parametrize("size", [32, 64, 65, 96])
 def test_resnet18_equals_torchvisions(size: int) -> None:
-    """Same parameters, same logits; up to 64 pixels with the first convolution exchanged and no first pooling."""
+    """ResNet-18 equals torchvision's; up to 64 pixels with another first convolution and no first pooling."""
     network = build_network(published("resnet18", 3, size, norm="batch"), 0)
     reference = resnet.resnet18(num_classes=10)
     if size <= 64:
@@ -140,7 +140,7 @@ def test_resnet18_equals_torchvisions(size: int) -> None:
 
 
 def test_vgg11_equals_torchvisions() -> None:
-    """All five pools at 32 pixels, where one pixel is left to classify."""
+    """VGG-11 equals torchvision's: five poolings leave one pixel of 32."""
     network = build_network(published("vgg11", 3, 32, norm="batch"), 0)
     reference = nn.Sequential(vgg.make_layers(vgg.cfgs["A"], batch_norm=True), nn.Flatten(), nn.Linear(512, 10))
     unflatten_into(reference, flatten(network))
@@ -149,7 +149,7 @@ def test_vgg11_equals_torchvisions() -> None:
 
 
 def test_vit_small_equals_torchvisions_encoder() -> None:
-    """Layer by layer the same map of tokens, whatever is classified of them."""
+    """ViT-S maps tokens layer by layer as torchvision's encoder does."""
     network = build_network(spec_of("vit-small", width=128), 0)
     assert isinstance(network, SpatialNetwork)
     assert isinstance(network.features, nn.Sequential)
@@ -169,7 +169,7 @@ def test_vit_small_equals_torchvisions_encoder() -> None:
 
 @pytest.mark.parametrize(("name", "norm"), UNCOUPLED)
 def test_transforms_give_the_gradient_of_autograd(name: str, norm: str) -> None:
-    """As a function of its parameter vector, and for two vectors and two batches at once."""
+    """torch.func's gradient in the parameter vector equals autograd's, also for two vectors under vmap."""
     network, images, labels = make(name, norm)
     flat = FlatNetwork(network)
 
@@ -190,7 +190,7 @@ def test_transforms_give_the_gradient_of_autograd(name: str, norm: str) -> None:
 
 @pytest.mark.parametrize("name", [*NORMALISED, *UNNORMALISED])
 def test_gradients_can_be_matched(name: str) -> None:
-    """The derivative of the gradient by a tangent and backwards, as a student step takes it, is autograd's."""
+    """The derivative of the gradient by a tangent and backwards, as in a student step, equals autograd's."""
     network, x, _ = make(name, "instance")
     theta = flatten(network)
     y, weights, v = torch.randn(3, 3).double(), torch.full((3,), 1 / 3).double(), torch.randn_like(theta)
@@ -206,7 +206,7 @@ def test_gradients_can_be_matched(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "norm"), VARIANTS)
 def test_only_batch_norm_couples_samples(name: str, norm: str) -> None:
-    """Also inside residual blocks."""
+    """Only batch normalisation couples samples, also inside residual blocks."""
     assert couples_samples(meta_network(spec_of(name, norm=norm))) is (norm == "batch")
 
 
@@ -222,7 +222,7 @@ def test_only_batch_norm_couples_samples(name: str, norm: str) -> None:
     ],
 )
 def test_spatial_features_are_the_last_maps(name: str, shape: tuple[int, ...]) -> None:
-    """Before they are pooled; the logits are the network's, and depend on the maps."""
+    """Spatial features are the maps before pooling; logits depend on them and stay the network's."""
     network = build_network(spec_of(name, 32, width=8 if name == "convnet" else 128), 0)
     images = torch.randn(2, 3, 32, 32)
     maps, logits = spatial_features(network, images)
@@ -234,7 +234,7 @@ def test_spatial_features_are_the_last_maps(name: str, shape: tuple[int, ...]) -
 
 @pytest.mark.parametrize("name", ["resnet18", "vit-small"])
 def test_maps_that_are_averaged_are_weighted_by_the_last_layer(name: str) -> None:
-    """So the derivative of a logit in the maps is the class activation map's weight, the same at every place."""
+    """The derivative of a logit in averaged maps is the last layer's weight at every place."""
     network = build_network(spec_of(name), 0)
     maps, logits = spatial_features(network, torch.randn(1, 3, 8, 8))
     (share,) = torch.autograd.grad(logits[0, 1], maps)
@@ -243,14 +243,14 @@ def test_maps_that_are_averaged_are_weighted_by_the_last_layer(name: str) -> Non
 
 
 def test_mlp_has_no_maps() -> None:
-    """It never sees its images as maps."""
+    """The MLP has no maps, because it flattens its images."""
     with pytest.raises(ConfigError, match=r"no feature maps.*mlp"):
         spatial_features(build_network(spec_of("mlp"), 0), torch.randn(1, 3, 8, 8))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg11", "alexnet", "lenet", "vit-small"])
 def test_sizes_that_are_published_stay(name: str) -> None:
-    """Depth and pooling of the configuration, which are ConvNet's, change nothing here."""
+    """ConvNet's depth and pooling in the configuration do not change other architectures."""
     one = NetworkSpec(architecture=name, channels=1, size=(8, 8), classes=3)
     other = NetworkSpec(architecture=name, channels=1, size=(8, 8), classes=3, depth=9, pooling="max")
     assert torch.equal(flatten(build_network(one, 0)), flatten(build_network(other, 0)))
@@ -259,7 +259,7 @@ def test_sizes_that_are_published_stay(name: str) -> None:
 @pytest.mark.parametrize("name", ["resnet18", "vgg11", "alexnet", "vit-small"])
 @pytest.mark.parametrize("width", [2, 32, 100])
 def test_width_narrows_every_layer(name: str, width: int) -> None:
-    """In proportion, so that the parameters fall with its square, but for what reads images and gives logits."""
+    """The width scales every layer except input and logits, so that parameters fall with its square."""
     full, narrow = (FlatNetwork(meta_network(spec_of(name, 16, width=each))).count for each in (128, width))
     if width == 2:
         assert narrow < full / 400
@@ -270,8 +270,8 @@ def test_width_narrows_every_layer(name: str, width: int) -> None:
 
 
 @pytest.mark.parametrize("name", UNNORMALISED)
-def test_normalisation_that_cannot_be_had_is_refused(name: str) -> None:
-    """The default is taken as none; what was asked for in so many words is not dropped in silence."""
+def test_an_unsupported_normalisation_is_refused(name: str) -> None:
+    """An explicit normalisation that an architecture lacks is refused; the default becomes none."""
     shape = FlatNetwork(meta_network(spec_of(name, norm="none"))).shapes
     assert FlatNetwork(meta_network(spec_of(name, norm="instance"))).shapes == shape
     for norm in ("batch", "group"):
@@ -281,7 +281,7 @@ def test_normalisation_that_cannot_be_had_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg11", "alexnet", "lenet", "vit-small"])
 def test_images_too_small_are_refused_with_the_least_size(name: str) -> None:
-    """One side is enough to be too small."""
+    """An image with one side too small is an error that names the least size."""
     with pytest.raises(
         ConfigError, match=rf"{name} takes images of at least 8x8 pixels, not 7x32\. Use dataset\.resize=8"
     ):
@@ -290,7 +290,7 @@ def test_images_too_small_are_refused_with_the_least_size(name: str) -> None:
 
 @pytest.mark.parametrize(("size", "tokens"), [(8, 8), (12, 6), (28, 7), (30, 10), (32, 8), (64, 8), (96, 8), (128, 8)])
 def test_vit_small_has_about_eight_tokens_a_side(size: int, tokens: int) -> None:
-    """With patches that divide the image."""
+    """ViT-S has about eight tokens a side, of patches that divide the image."""
     network = meta_network(spec_of("vit-small", size, width=128))
     maps, _ = spatial_features(network, torch.empty(1, 3, size, size, device="meta"))
     assert maps.shape == (1, 384, tokens, tokens)
@@ -298,7 +298,7 @@ def test_vit_small_has_about_eight_tokens_a_side(size: int, tokens: int) -> None
 
 @pytest.mark.parametrize(("size", "remedy"), [(17, 16), (34, 32), (37, 40)])
 def test_images_without_patches_are_refused_with_a_size_that_has_them(size: int, remedy: int) -> None:
-    """A prime number of pixels cannot be divided."""
+    """A prime side, which no patch divides, is an error that names a size that works."""
     with pytest.raises(ConfigError, match=rf"{size}x{size} image .*\. Use dataset\.resize={remedy}\b"):
         meta_network(spec_of("vit-small", size))
     meta_network(spec_of("vit-small", remedy))

@@ -1,4 +1,4 @@
-"""What one image takes in a network, counted by hand."""
+"""Tests the memory and operations of one image in a network, counted by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from datm_ray.core.networks.registry import build_network
 
 
 def test_maps_and_operations_are_counted() -> None:
-    """A convolution, a rectifier and a linear layer, by hand: views and parameters are not written."""
+    """Maps and operations of a convolution, a rectifier and a linear layer equal a count by hand."""
     network = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 4 * 4, 10)).double()
     maps, products = 5 * 4 * 4, 5 * 4 * 4 * (3 * 3 * 3) + 5 * 4 * 4 * 10
     parameters = 5 * 3 * 9 + 5 + 800 + 10
@@ -21,13 +21,13 @@ def test_maps_and_operations_are_counted() -> None:
 
 
 def test_the_largest_map_is_that_before_the_first_pooling() -> None:
-    """It decides micro-batches and stacks: 128 channels of 32x32, as a float32."""
+    """ConvNet's largest map precedes the first pooling: 128 channels of 32x32 in float32."""
     network = build_network(NetworkSpec(channels=3, size=(32, 32), classes=10, width=128, depth=3), seed=0)
     assert image_cost(network, (3, 32, 32)).largest == 4 * 128 * 32 * 32
 
 
 def test_functions_may_be_called_by_keywords() -> None:
-    """A network of somebody's own may write conv2d(input=..., weight=...)."""
+    """Costs are counted too where a network calls conv2d(input=..., weight=...) by keywords."""
 
     class Own(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The written-out instance normalisation: every derivative that matching takes of it, against torch's own."""
+"""Tests every derivative of the written-out instance normalisation against torch's own."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def normalise(explicit: bool) -> Function:
 
 
 def reference(z: Tensor, g: Tensor, b: Tensor) -> Tensor:
-    """The definition, in operations that torch differentiates as often as one likes."""
+    """Instance normalisation in operations that torch can differentiate any number of times."""
     mean = z.mean(dim=(2, 3), keepdim=True)
     variance = z.var(dim=(2, 3), keepdim=True, correction=0)
     return (z - mean) / (variance + 1e-5).sqrt() * g[:, None, None] + b[:, None, None]
 
 
 def draw(seed: int, size: tuple[int, int] = (4, 3)) -> Three:
-    """Maps that are not centred, scales and shifts that are not 1 and 0."""
+    """Maps with non-zero means, scales other than 1 and shifts other than 0."""
     generator = torch.Generator().manual_seed(seed)
     shapes: list[tuple[int, ...]] = [(2, WIDTH, *size), (WIDTH,), (WIDTH,)]
     z, g, b = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
@@ -39,7 +39,7 @@ def draw(seed: int, size: tuple[int, int] = (4, 3)) -> Three:
 
 
 def scalar(function: Function) -> Function:
-    """A loss that is curved in the output, so that its second derivatives meet every term."""
+    """A loss with curvature in the output, so that its second derivatives use every term."""
     return lambda z, g, b: function(z, g, b).sin().mul(torch.arange(24).double().view(2, 1, 4, 3)).sum()
 
 
@@ -49,7 +49,7 @@ def assert_close(value: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("explicit", [True, False])
 def test_values_are_those_of_the_definition_and_of_group_norm(explicit: bool) -> None:
-    """Both forms of the module normalise as nn.GroupNorm(width, width) does."""
+    """Both forms of the module normalise like nn.GroupNorm(width, width)."""
     z, g, b = draw(0)
     module = torch.nn.GroupNorm(WIDTH, WIDTH).double()
     y = normalise(explicit)(z, g, b)
@@ -58,7 +58,7 @@ def test_values_are_those_of_the_definition_and_of_group_norm(explicit: bool) ->
 
 
 def test_pullback_and_tangent_equal_those_of_group_norm() -> None:
-    """First derivatives in z, g and b, backwards and along a direction."""
+    """First derivatives in z, g and b equal group norm's, backwards and along a direction."""
     at, along, cotangent = draw(0), draw(1), draw(2)[0]
     ours, theirs = (vjp(normalise(explicit), *at)[1](cotangent) for explicit in (True, False))
     for value, expected in zip(ours, theirs, strict=True):
@@ -68,7 +68,7 @@ def test_pullback_and_tangent_equal_those_of_group_norm() -> None:
 
 @pytest.mark.parametrize("argument", [0, 1, 2])
 def test_tangent_along_one_argument_alone(argument: int) -> None:
-    """The tangents of the others are absent then, and count as zero."""
+    """A tangent along one argument alone counts the absent tangents as zero."""
 
     def along(function: Function) -> Tensor:
         at, direction = draw(0), draw(1)[argument]
@@ -81,7 +81,7 @@ def test_tangent_along_one_argument_alone(argument: int) -> None:
 
 @pytest.mark.parametrize("order", ["reverse over forward", "reverse over reverse"])
 def test_gradient_of_the_derivative_along_a_direction(order: str) -> None:
-    """What the reverse step asks for: the derivative along (zt, gt, bt), differentiated in z, g and b."""
+    """The derivative along (zt, gt, bt) has the right gradient in z, g and b, as the reverse step needs."""
     at, along = draw(0), draw(1)
 
     def directional(function: Function) -> Function:
@@ -98,7 +98,7 @@ def test_gradient_of_the_derivative_along_a_direction(order: str) -> None:
 
 
 def test_gradient_in_the_direction() -> None:
-    """The derivative along a direction is itself differentiated in that direction: a layer below moves too."""
+    """The derivative along a direction has the right gradient in that direction, which lower layers change."""
     at, along = draw(0), draw(1)
 
     def directional(function: Function) -> Function:
@@ -110,7 +110,7 @@ def test_gradient_in_the_direction() -> None:
 
 
 def test_every_entry_of_the_second_derivative() -> None:
-    """All blocks of the Hessian, forward over reverse as well, equal those of the definition."""
+    """All blocks of the Hessian equal the definition's, forward over reverse as well."""
     at = draw(0)
     expected = hessian(scalar(reference), argnums=(0, 1, 2))(*at)
     reverse_twice = jacrev(jacrev(scalar(normalise(True)), argnums=(0, 1, 2)), argnums=(0, 1, 2))(*at)
@@ -120,7 +120,7 @@ def test_every_entry_of_the_second_derivative() -> None:
 
 
 def test_second_derivative_equals_finitedifferences() -> None:
-    """Gradient of the written-out derivative along a direction, against central differences of that derivative."""
+    """The gradient of the directional derivative equals central differences of that derivative."""
     at, along, other = draw(0), draw(1), draw(2)
 
     def directional(*at: Tensor) -> Tensor:
@@ -133,14 +133,14 @@ def test_second_derivative_equals_finitedifferences() -> None:
 
 
 def test_autograd_checks_of_torch_pass() -> None:
-    """torch's own numerical checks of the first and second derivative, outside torch.func."""
+    """The module passes torch's numerical checks of first and second derivatives, outside torch.func."""
     inputs = tuple(t.requires_grad_() for t in draw(0, (2, 2)))
     assert torch.autograd.gradcheck(normalise(True), inputs, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(normalise(True), inputs)
 
 
 def test_bfloat16_maps_have_float32_statistics() -> None:
-    """The result is the float32 one rounded once, which statistics in bfloat16 would not give."""
+    """bfloat16 maps get the float32 result rounded once, which bfloat16 statistics would not give."""
     z, g, b = (t.bfloat16() for t in draw(0, (16, 16)))
     z = z + 8  # far from 0: a bfloat16 mean is off by a good part of the deviation
     y = normalise(True)(z, g, b)

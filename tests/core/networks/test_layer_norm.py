@@ -1,4 +1,4 @@
-"""The transformer's layer normalisation, and why torch's own is not used: derivatives against finite differences."""
+"""Tests the transformer's layer normalisation, and torch's own, which has wrong derivatives, by finite differences."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def error(norm: Function) -> float:
 
 
 def test_the_derivative_of_our_layer_norms_tangent_is_right() -> None:
-    """Gradient of the derivative along a direction, which finite differences confirm to 1e-8."""
+    """The gradient of our layer norm's directional derivative equals finite differences to 1e-8."""
     assert error(_LayerNorm(WIDTH).double()) < 1e-8
 
 

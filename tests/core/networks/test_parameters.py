@@ -1,4 +1,4 @@
-"""Parameters as one vector: a copy, in a fixed order, and differentiable."""
+"""Tests parameters as one vector: a copy, in a fixed order, and differentiable."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SPEC = NetworkSpec(channels=1, size=(8, 8), classes=3, width=4, depth=2)
 
 
 def test_flatten_is_a_copy() -> None:
-    """Training on does not change a stored snapshot: a view would make every epoch the last one."""
+    """A flattened vector does not change with further training of the network."""
     module = build_network(SPEC, 0)
     snapshot = flatten(module)
     before = snapshot.clone()
@@ -25,7 +25,7 @@ def test_flatten_is_a_copy() -> None:
 
 
 def test_unflatten_undoes_flatten() -> None:
-    """A network of another initialisation becomes the first one, and does not share the vector's memory."""
+    """Unflatten makes another network equal to the flattened one, without sharing the vector's memory."""
     source, other = build_network(SPEC, 0), build_network(SPEC, 1)
     vector = flatten(source)
     unflatten_into(other, vector)
@@ -35,7 +35,7 @@ def test_unflatten_undoes_flatten() -> None:
 
 
 def test_layers_are_the_named_parameters() -> None:
-    """The vector's pieces carry the module's names and shapes, in its order."""
+    """The vector's pieces have the module's names and shapes, in its order."""
     module = build_network(SPEC, 0)
     network = FlatNetwork(module)
     layers = network.layers(flatten(module))
@@ -45,7 +45,7 @@ def test_layers_are_the_named_parameters() -> None:
 
 
 def test_flat_network_equals_the_module_at_those_parameters() -> None:
-    """And leaves the module's own parameters as they were."""
+    """The flat network equals the module at the vector, and does not change the module's parameters."""
     module, other = build_network(SPEC, 0), build_network(SPEC, 1)
     before, images = flatten(module), torch.randn(5, 1, 8, 8)
     assert torch.equal(FlatNetwork(module)(flatten(other), images), other(images))
@@ -53,7 +53,7 @@ def test_flat_network_equals_the_module_at_those_parameters() -> None:
 
 
 def test_gradient_through_the_vector_equals_the_modules() -> None:
-    """Autograd sees the same function in both forms."""
+    """The gradient in the vector equals the gradients of the module's parameters."""
     module, images = build_network(SPEC, 0), torch.randn(5, 1, 8, 8)
     module(images).square().sum().backward()
     expected = torch.cat(
@@ -66,7 +66,7 @@ def test_gradient_through_the_vector_equals_the_modules() -> None:
 
 @pytest.mark.parametrize("more", [-1, 1])
 def test_a_vector_of_another_network_is_refused(more: int) -> None:
-    """Of one that is too long, the first numbers would do."""
+    """A vector of another length is refused, also if it is too long."""
     network = build_network(NetworkSpec(channels=1, size=(8, 8), classes=3, width=2, depth=1), 0)
     with pytest.raises(ValueError, match="numbers for a network of"):
         unflatten_into(network, torch.zeros(len(flatten(network)) + more))

@@ -1,4 +1,4 @@
-"""The ConvNet of the literature, the registry, and initialisation from a seed."""
+"""Tests ConvNet as published, the registry, and initialisation from a seed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TINY = NetworkSpec(channels=1, size=(8, 8), classes=3, width=4, depth=2)
     ids=["CIFAR-10", "CIFAR-100", "Tiny-ImageNet"],
 )
 def test_convnet_has_the_published_number_of_parameters(size: int, classes: int, depth: int, count: int) -> None:
-    """Width, depth, normalisation and head are those of the published experiments."""
+    """ConvNet has the published number of parameters for the published width, depth, norm and head."""
     network = build_network(NetworkSpec(channels=3, size=(size, size), classes=classes, depth=depth), 0)
     assert len(flatten(network)) == count
 
@@ -30,7 +30,7 @@ def test_convnet_has_the_published_number_of_parameters(size: int, classes: int,
 @pytest.mark.parametrize("norm", ["instance", "group", "batch", "none"])
 @pytest.mark.parametrize(("channels", "size"), [(1, (8, 8)), (3, (9, 14))])
 def test_every_variant_gives_logits(channels: int, size: tuple[int, int], norm: str, pooling: str) -> None:
-    """Any channels, and sides that are neither equal nor powers of two."""
+    """Every variant gives logits for any channels, unequal sides, and sides that are no powers of two."""
     spec = NetworkSpec(channels=channels, size=size, classes=5, width=4, depth=2, norm=norm, pooling=pooling)  # type: ignore[arg-type]
     logits = build_network(spec, 0)(torch.randn(2, channels, *size))
     assert logits.shape == (2, 5)
@@ -57,7 +57,7 @@ def test_only_batch_norm_couples_samples(norm: str, couples: bool) -> None:
 
 
 def test_seed_alone_decides_the_parameters() -> None:
-    """Whatever the state of torch's global generator, and with the pinned values."""
+    """The seed gives pinned parameters, whatever the state of torch's global generator."""
     torch.manual_seed(1)
     first = flatten(build_network(TINY, 5))
     torch.manual_seed(2)
@@ -67,14 +67,14 @@ def test_seed_alone_decides_the_parameters() -> None:
 
 
 def test_building_leaves_the_global_generator_alone() -> None:
-    """Code around us draws what it would have drawn without us."""
+    """Building a network does not advance torch's global generator."""
     before = torch.random.get_rng_state()
     build_network(TINY, 0)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_too_deep_a_network_is_refused_with_the_depth_that_fits() -> None:
-    """Three halvings leave one pixel of eight; a fourth leaves nothing."""
+    """A ConvNet too deep for its image is an error that names the depth that fits."""
     build_network(NetworkSpec(channels=1, size=(8, 9), classes=2, width=4, depth=3), 0)
     with pytest.raises(ConfigError, match=r"8x9 image, which every block halves\. Use a depth of at most 3"):
         build_network(NetworkSpec(channels=1, size=(8, 9), classes=2, width=4, depth=4), 0)
@@ -82,21 +82,21 @@ def test_too_deep_a_network_is_refused_with_the_depth_that_fits() -> None:
 
 @pytest.mark.parametrize("name", network_names())
 def test_any_architecture_can_be_named_alone(name: str) -> None:
-    """The other values of the configuration, which are made for ConvNet, stand in nobody's way."""
+    """An architecture can be named alone; ConvNet's defaults for the other values are no error."""
     config = override(RunConfig(), [f"network.architecture={name}"])
     spec = config.network.for_images(1, (8, 8), 10)
     with torch.device("meta"):
         assert build_network(spec, 0)(torch.empty(2, 1, 8, 8)).shape == (2, 10)
 
 
-def test_unknown_architecture_is_refused_with_those_known() -> None:
-    """The message names what there is."""
+def test_an_unknown_architecture_is_refused_with_the_known_ones() -> None:
+    """An unknown architecture is an error that lists the known ones."""
     with pytest.raises(ConfigError, match=r"'resnet-1'.*convnet.*resnet18"):
         build_network(NetworkSpec(architecture="resnet-1", channels=1, size=(8, 8), classes=2), 0)
 
 
 def test_registered_architecture_can_be_built_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network of one's own joins with a decorator and gets its seed's initialisation."""
+    """A user's network joins the registry by a decorator and is initialised from its seed."""
     monkeypatch.setattr(networks, "_BUILDERS", dict(networks._BUILDERS))
 
     @register_network("linear")

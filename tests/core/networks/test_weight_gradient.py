@@ -1,4 +1,4 @@
-"""The weight gradient with fewer multiplications equals the library's."""
+"""Tests that the weight gradient with fewer multiplications equals the library's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ATEN = torch.ops.aten
 
 @pytest.mark.parametrize("shape", [(3, 5, 8, 6), (1, 1, 2, 2), (2, 4, 16, 16)])
 def test_equals_automatic_differentiation(shape: tuple[int, int, int, int]) -> None:
-    """For other numbers of channels in and out, and sides that differ: 1e-12 in float64."""
+    """The weight gradient equals autograd's to 1e-12, for unequal channels and unequal sides."""
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=draw, dtype=torch.float64)
     weight = torch.randn(7, shape[1], 3, 3, generator=draw, dtype=torch.float64).requires_grad_()
@@ -25,7 +25,7 @@ def test_equals_automatic_differentiation(shape: tuple[int, int, int, int]) -> N
 
 
 def test_float32_error_is_that_of_the_library() -> None:
-    """Against float64, with the channels of a real network: no larger than one and a half times the library's."""
+    """The float32 error against float64 is at most 1.5 times the library's, at a real network's channels."""
     draw = torch.Generator().manual_seed(0)
     x, y_ = (torch.randn(20, 128, 16, 16, generator=draw, dtype=torch.float64) for _ in range(2))
     exact = weight_gradient(x, y_)
@@ -54,8 +54,8 @@ def derivatives(channels: int, side: int = 4, **settings: int) -> tuple[torch.fx
     return make_fx(backward)(*arguments), arguments
 
 
-def test_a_graph_gives_the_same_with_it() -> None:
-    """All three derivatives; the library is asked for the one in the input only."""
+def test_a_graph_with_the_weight_gradient_gives_equal_derivatives() -> None:
+    """A rewritten graph gives equal derivatives, and asks the library only for the one in the input."""
     graph, arguments = derivatives(LEAST_CHANNELS)
     quick = make_fx(lambda *inputs: QuickWeightGradients(graph).run(*inputs))(*arguments)
     for value, expected in zip(quick(*arguments), graph(*arguments), strict=True):
@@ -75,7 +75,7 @@ def test_a_graph_gives_the_same_with_it() -> None:
     ids=["few channels", "odd side", "stride", "dilation"],
 )
 def test_other_convolutions_are_left_alone(channels: int, settings: dict[str, int]) -> None:
-    """Where it would be slower, or wrong, the library computes the gradient."""
+    """Convolutions for which the method is slower or wrong keep the library's gradient."""
     graph, arguments = derivatives(channels, **settings)
     same = make_fx(lambda *inputs: QuickWeightGradients(graph).run(*inputs))(*arguments)
     for value, expected in zip(same(*arguments), graph(*arguments), strict=True):

@@ -1,4 +1,4 @@
-"""The range of start epochs grows as published, and draws stay inside it."""
+"""Tests that the range of start epochs grows as published, and that draws stay inside it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ GROWING = StartEpochs(first=2, bound=6, final_bound=12, expand_iterations=30)
 
 
 def drawn(experts: int, seed: int, iteration: int) -> MatchPlan:
-    """Plan of one iteration of the growing range."""
+    """Draws of one iteration of the growing range."""
     return draw_plan(range(GROWING.first, GROWING.upper_bound(iteration)), experts, seed, iteration)
 
 
 @pytest.mark.parametrize(("initial", "final", "end"), [(10, 20, 1000), (20, 40, 2000), (30, 50, 2000), (15, 20, 7)])
 def test_upper_bound_is_the_published_one(initial: int, final: int, end: int) -> None:
-    """cur + int((max - cur) * it / end), and max from iteration `end` on."""
+    """The upper bound is cur + int((max - cur) * it / end), and max from iteration `end` on."""
     grows = StartEpochs(bound=initial, final_bound=final, expand_iterations=end)
     for iteration in range(3 * end):
         published = min(initial + int((final - initial) * iteration / end), final)
@@ -27,7 +27,7 @@ def test_upper_bound_is_the_published_one(initial: int, final: int, end: int) ->
 
 
 def test_fixed_range_does_not_grow() -> None:
-    """Without iterations of growth the bound stays, and the last start is one before it."""
+    """A range without iterations of growth stays fixed; its last start is one below the bound."""
     fixed = StartEpochs(first=40, bound=60)
     assert (fixed.last, GROWING.last) == (59, 11)
     assert [fixed.upper_bound(iteration) for iteration in (0, 1, 10_000)] == [60, 60, 60]
@@ -43,14 +43,14 @@ def test_draws_fill_the_current_range_and_never_leave_it() -> None:
 
 
 def test_every_expert_is_visited_once_in_a_sweep() -> None:
-    """And each sweep has an order of its own."""
+    """Every sweep visits each expert once, in an order of its own."""
     sweeps = [[drawn(7, 3, 7 * sweep + k).expert for k in range(7)] for sweep in range(6)]
     assert all(sorted(sweep) == list(range(7)) for sweep in sweeps)
     assert len(set(map(tuple, sweeps))) > 1
 
 
 def test_plan_has_its_pinned_values() -> None:
-    """A run can be resumed with a later version only while the same experts and starts are drawn."""
+    """Experts and starts have pinned values, so that later versions resume a run with equal draws."""
     plans = [drawn(3, 11, k) for k in range(9)]
     assert [plan.expert for plan in plans] == [2, 0, 1, 2, 0, 1, 0, 2, 1]
     assert [plan.start for plan in plans] == [4, 2, 2, 4, 3, 2, 4, 2, 5]

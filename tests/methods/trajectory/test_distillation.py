@@ -1,4 +1,4 @@
-"""The state of a distillation: its updates, what it refuses, and what a checkpoint carries."""
+"""Tests the state of a distillation: its updates, its refusals and its checkpoints."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> Non
 
 
 class Spoiled(MetaDD):
-    """MetaDD with a finite loss and a gradient that is not."""
+    """MetaDD with a finite loss and a gradient that is not finite."""
 
     def gradient(self, *arguments: Any, **options: Any) -> Any:
         loss, gradient = super().gradient(*arguments, **options)
@@ -94,7 +94,7 @@ class Spoiled(MetaDD):
 def test_metadd_that_is_not_finite_skips_the_iteration(
     kind: type[MetaDD], variance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing moves, the row of the history keeps its matching loss, and the error in the end names the weights."""
+    """A MetaDD gradient that is not finite skips the update; repeated, it is an error that names the weights."""
     module = build_network(NetworkSpec(channels=1, size=(8, 8), classes=3, width=2, depth=1), 0)
     other = build_network(NetworkSpec(channels=1, size=(8, 8), classes=3, width=3, depth=1), 1)
     functions = StudentStepFunctions(FlatNetwork(module), StepOptions(compiled=False))
@@ -119,7 +119,7 @@ def test_metadd_that_is_not_finite_skips_the_iteration(
 
 
 def test_all_processes_blame_metadd_for_a_gradient_that_one_of_them_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process that matches has no fault of its own, and its error still names MetaDD's weights."""
+    """All processes name MetaDD's weights for a bad gradient in one process."""
     monkeypatch.setattr(distillation, "MOST_DIVERGED", 1)
     monkeypatch.setattr(distillation, "matching_gradient", lambda *_, **__: make_gradient())
     barrier, parts, errors = threading.Barrier(2), {}, {}
@@ -152,7 +152,7 @@ def test_all_processes_blame_metadd_for_a_gradient_that_one_of_them_lost(monkeyp
 
 
 def test_update_is_torchs_sgd_with_the_published_momenta(step: Scripted) -> None:
-    """0.5 for images, 0.9 for soft labels, 0.5 for the step size, on the same gradients."""
+    """The update equals torch's SGD with momentum 0.5 for images, 0.9 for labels, 0.5 for the step size."""
     state, reference = make_state(), make_state().synthetic
     optimizers = [
         torch.optim.SGD([getattr(reference, name)], rate, momentum)
@@ -171,7 +171,7 @@ def test_update_is_torchs_sgd_with_the_published_momenta(step: Scripted) -> None
 
 
 def test_hard_labels_stay_fixed(step: Scripted) -> None:
-    """Their learning rate counts as 0, in the update and in the first-order decrease."""
+    """Hard labels have learning rate 0 in the update and in the first-order decrease."""
     state, gradient = make_state(labels="hard"), make_gradient()
     labels, images = state.synthetic.soft_labels.clone(), state.synthetic.images.clone()
     record, soft = step(state, gradient), first_order_decrease(gradient) / gradient.loss
@@ -181,7 +181,7 @@ def test_hard_labels_stay_fixed(step: Scripted) -> None:
 
 
 def test_iteration_is_recorded(step: Scripted) -> None:
-    """With the step size after the update."""
+    """Each iteration is recorded, with the step size after its update."""
     state = make_state()
     record = step(state, make_gradient(0.25))
     step_size, decrease = float(state.synthetic.step_size), first_order_decrease(make_gradient()) / 0.25
@@ -193,7 +193,7 @@ def test_iteration_is_recorded(step: Scripted) -> None:
 
 
 def test_loss_above_its_limit_is_skipped_and_counted(step: Scripted) -> None:
-    """Neither the set nor the momenta move; a loss equal to the threshold is still taken, as published."""
+    """A loss above the threshold changes neither set nor momenta; a loss equal to it is taken."""
     state = make_state(threshold=1.0)
     step(state, make_gradient(0.5))
     before = everything(state)
@@ -208,7 +208,7 @@ def test_loss_above_its_limit_is_skipped_and_counted(step: Scripted) -> None:
 
 
 def test_step_size_of_a_backbone_that_is_skipped_rests(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its momentum too, while the others go on."""
+    """A skipped backbone keeps its step size and momentum while the others change."""
     losses = iter([0.5, 0.5, 0.5, 2.0])
     monkeypatch.setattr(
         "datm_ray.methods.trajectory.distillation.matching_gradient",
@@ -232,8 +232,8 @@ def first_order_decrease(gradient: MatchingGradient) -> float:
     return sum(rate * float((part * part).sum()) for rate, part in zip(RATES, parts, strict=True))
 
 
-def test_update_that_beyond_the_limit_is_shortened(step: Scripted) -> None:
-    """To the one that to first order lowers the loss by as much as is allowed; its direction stays."""
+def test_an_update_beyond_the_limit_is_shortened(step: Scripted) -> None:
+    """An update beyond the limit keeps its direction and gets the allowed first-order decrease."""
     allowed, gradient = 0.25, make_gradient(0.5)
     factor = allowed * 0.5 / first_order_decrease(gradient)
     assert factor < 0.01
@@ -251,7 +251,7 @@ def test_update_that_beyond_the_limit_is_shortened(step: Scripted) -> None:
 
 
 def test_the_longer_a_gradient_the_shorter_its_update(step: Scripted) -> None:
-    """One that has exploded moves the set less than one just within the limit."""
+    """An exploded gradient moves the set less than one just within the limit."""
     moved = []
     for length in (1.0, 10.0, 1e4):
         state, gradient = make_state(gradient_limit=1.0), make_gradient(0.5)
@@ -266,7 +266,7 @@ def test_the_longer_a_gradient_the_shorter_its_update(step: Scripted) -> None:
 
 
 def test_update_within_its_limit_is_taken_whole(step: Scripted) -> None:
-    """Bit for bit as without a limit, and so is every one where there is none."""
+    """An update within the limit equals one without a limit, bit for bit."""
     limited, unlimited = make_state(gradient_limit=1e6), make_state()
     for seed in range(3):
         record = step(limited, make_gradient(seed=seed))
@@ -277,7 +277,7 @@ def test_update_within_its_limit_is_taken_whole(step: Scripted) -> None:
 
 
 def test_gradient_whose_square_overflows_moves_nothing(step: Scripted) -> None:
-    """It is as long as can be, so its update is as short as can be."""
+    """A gradient whose square overflows counts as infinitely long, so its update is zero."""
     state, gradient = make_state(gradient_limit=1.0), make_gradient()
     gradient.images.fill_(3e38)
     before = state.synthetic.clone()
@@ -287,7 +287,7 @@ def test_gradient_whose_square_overflows_moves_nothing(step: Scripted) -> None:
 
 
 def test_perfect_match_has_nothing_to_shorten(step: Scripted) -> None:
-    """Loss and gradient are zero."""
+    """A loss and gradient of zero are not shortened."""
     state, gradient = make_state(gradient_limit=1.0), make_gradient(0.0)
     for part in (gradient.images, gradient.soft_labels, gradient.step_size):
         part.zero_()
@@ -296,7 +296,7 @@ def test_perfect_match_has_nothing_to_shorten(step: Scripted) -> None:
 
 
 def test_only_the_backbone_beyond_its_limit_is_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each by its own loss, gradient and weight; a skipped one has no length."""
+    """Each backbone is shortened by its own loss, gradient and weight; a skipped one counts no length."""
     exploded = make_gradient(0.5, seed=1)
     for part in (exploded.images, exploded.soft_labels, exploded.step_size):
         part.mul_(100)
@@ -319,7 +319,7 @@ def test_only_the_backbone_beyond_its_limit_is_shortened(monkeypatch: pytest.Mon
 
 
 def spoiled(what: str, value: float) -> MatchingGradient:
-    """A gradient of which one value is another one, or whose loss is."""
+    """A gradient with one bad value, or with a bad loss."""
     gradient = make_gradient()
     if what == "loss":
         return replace(gradient, loss=value)
@@ -336,14 +336,14 @@ SPOILED = [
 
 
 def assert_skipped(before: dict[str, np.ndarray], after: dict[str, np.ndarray], case: object) -> None:
-    """Nothing but the history has changed."""
+    """Assert that only the history has changed."""
     for name in before:
         if not name.startswith("history"):
             assert before[name].tobytes() == after[name].tobytes(), (name, case)
 
 
 def test_what_is_not_finite_or_not_positive_is_skipped_and_counted(step: Scripted) -> None:
-    """Set and momenta stay bit for bit, at the beginning and later; the next iteration is not disturbed."""
+    """A bad value changes neither set nor momenta, is counted, and does not disturb the next iteration."""
     for what, value in SPOILED:
         for updates in (0, 1):
             state, undisturbed = make_state(), make_state()
@@ -362,7 +362,7 @@ def test_what_is_not_finite_or_not_positive_is_skipped_and_counted(step: Scripte
 
 
 def test_a_step_size_that_its_momentum_would_turn_negative_is_skipped(step: Scripted) -> None:
-    """The next gradient alone would have left it positive."""
+    """An update whose momentum makes the step size negative is skipped."""
     state, gradient = make_state(), make_gradient()
     gradient.step_size.fill_(30.0)
     assert not step(state, gradient).skipped  # 0.05 - 0.03
@@ -375,7 +375,7 @@ def test_a_step_size_that_its_momentum_would_turn_negative_is_skipped(step: Scri
 
 
 def test_only_the_backbone_that_diverges_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others learn bit for bit what they learn without it."""
+    """A diverging backbone is skipped; the others learn bit for bit as without it."""
     matches: list[Any] = [Match(None, None, None, (), number) for number in range(3)]  # type: ignore[arg-type]
     for what, value in SPOILED:
         if value == 3e38:  # of the sum of all
@@ -396,7 +396,7 @@ def test_only_the_backbone_that_diverges_is_skipped(monkeypatch: pytest.MonkeyPa
 
 
 def test_shards_skip_what_one_of_them_cannot_follow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A value of one shard's rows is not finite: no shard moves, and their histories are the same."""
+    """A value that is not finite in one shard makes every shard skip the iteration."""
     for what, value in (("images", math.nan), ("soft_labels", math.inf), ("images", 3e38)):
         gradients = {"good": make_gradient(), "bad": spoiled(what, value)}
         monkeypatch.setattr(
@@ -426,7 +426,7 @@ def test_shards_skip_what_one_of_them_cannot_follow(monkeypatch: pytest.MonkeyPa
 
 
 def test_many_divergences_without_an_update_stop_the_run(step: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Losses above the limit neither count nor begin anew; another call tries as many more, and an update forgives."""
+    """Many divergences in a row stop the run; losses above the limit do not count, an update resets the count."""
     monkeypatch.setattr(distillation, "MOST_DIVERGED", 3)
     bad, above = spoiled("loss", math.inf), make_gradient(2.0)
     state = make_state()
@@ -451,7 +451,7 @@ def test_many_divergences_without_an_update_stop_the_run(step: Scripted, monkeyp
 
 
 def test_last_set_not_clearly_worse_than_the_best_is_chosen(step: Scripted) -> None:
-    """Within one standard error of the best validation accuracy the later set wins, as it was then."""
+    """The chosen set is the latest within one standard error of the best validation accuracy."""
     state, kept = make_state(), []
     for accuracy in (0.5, 0.7, 0.65, 0.6):
         step(state, make_gradient())
@@ -467,7 +467,7 @@ def test_last_set_not_clearly_worse_than_the_best_is_chosen(step: Scripted) -> N
 
 
 def run(state: Distillation, iterations: int) -> None:
-    """Real iterations of a tiny network, and a validation after every third."""
+    """Run iterations of a tiny network, with a validation after every third."""
     spec = NetworkSpec(channels=1, size=(8, 8), classes=3, width=3, depth=2)
     module = build_network(spec, 0)
     functions = StudentStepFunctions(FlatNetwork(module), StepOptions(compiled=False))
@@ -483,7 +483,7 @@ def run(state: Distillation, iterations: int) -> None:
 
 @pytest.mark.parametrize("done", [0, 1, 5])
 def test_resumed_distillation_equals_an_undisturbed_one(done: int) -> None:
-    """Bit for bit: set, momenta, history, validations and chosen set, wherever it was interrupted."""
+    """A distillation resumed at any iteration equals an uninterrupted one, bit for bit."""
     undisturbed, first = (
         make_state(threshold=1.005, gradient_limit=1.5e-3),
         make_state(threshold=1.005, gradient_limit=1.5e-3),
@@ -501,8 +501,8 @@ def test_resumed_distillation_equals_an_undisturbed_one(done: int) -> None:
     assert resumed.chosen is not None
 
 
-def test_saved_arrays_do_not_change_when_the_run_goes_on(step: Scripted) -> None:
-    """A checkpoint may be written while the next iteration runs."""
+def test_saved_arrays_do_not_change_in_the_next_iteration(step: Scripted) -> None:
+    """Saved arrays stay unchanged while the next iteration runs, so that a checkpoint can be written then."""
     state = make_state()
     step(state, make_gradient())
     state.record_validation(0.5)
@@ -513,7 +513,7 @@ def test_saved_arrays_do_not_change_when_the_run_goes_on(step: Scripted) -> None
 
 
 def test_restored_state_does_not_write_into_its_file() -> None:
-    """The arrays may be read-only views of a memory-mapped file."""
+    """A state restored from read-only arrays, such as a memory map, does not write into them."""
     arrays = make_state().to_arrays()
     for array in (*arrays[0].values(), *arrays[1].values()):
         array.flags.writeable = False
@@ -521,7 +521,7 @@ def test_restored_state_does_not_write_into_its_file() -> None:
 
 
 def test_column_that_every_version_saves_is_not_made_up() -> None:
-    """A checkpoint without it is damaged."""
+    """A checkpoint without a column that every version saves is damaged."""
     held, shared = make_state().to_arrays()
     with pytest.raises(KeyError, match=r"history\.expert"):
         Distillation.from_arrays(
@@ -533,11 +533,11 @@ def test_column_that_every_version_saves_is_not_made_up() -> None:
 
 
 def test_state_that_an_earlier_version_saved_resumes() -> None:
-    """A checkpoint resumes whose first-order decreases have their former name, or are missing."""
+    """A checkpoint of an earlier version, with former names or without first-order decreases, resumes."""
     state = make_state()
     run(state, 2)
     held, shared = state.to_arrays()
-    former = {**shared, "history.overshoot": np.array([0.25, 4.0])}
+    former = {**shared, "history.overshoot": np.array([0.25, 4.0])}  # former name
     former.pop("history.decrease")
     resumed = Distillation.from_arrays(held, former, SETTINGS, torch.device("cpu"))
     assert [record.decrease for record in resumed.history] == [0.25, 4.0]

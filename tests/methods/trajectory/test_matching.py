@@ -1,4 +1,4 @@
-"""The exact gradient: against full unrolling, finite differences, and its own compiled form."""
+"""Tests the exact gradient against full unrolling, finite differences and its own compiled form."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def parts(gradient: MatchingGradient) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("operation", ["", *OPERATIONS, PUBLISHED_AUGMENTATION])
 def test_gradient_equals_full_unrolling(operation: str) -> None:
-    """Images, labels and step size agree with the unrolled graph to 1e-10 under every augmentation."""
+    """Gradients in images, labels and step size equal the unrolled graph's to 1e-10, with every augmentation."""
     network, start, target, synthetic = make_problem()
     steps = draw_student_steps(12, 7, 5, operation, seed=1, iteration=3)
     functions = eager(network)
@@ -97,7 +97,7 @@ def test_gradient_equals_full_unrolling(operation: str) -> None:
 
 
 def test_gradient_equals_finitedifferences() -> None:
-    """Directional derivatives in all three variables agree with central differences of the loss."""
+    """Directional derivatives in all three variables equal central differences of the loss."""
     network, start, target, synthetic = make_problem(channels=1, width=3, classes=3, ipc=2)
     steps = draw_student_steps(6, 4, 4, "color_crop_flip_scale_rotate", seed=2, iteration=0)
     functions = eager(network)
@@ -117,7 +117,7 @@ def test_gradient_equals_finitedifferences() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 12])
 def test_chunks_of_any_size_give_the_same_gradient(chunk: int) -> None:
-    """Micro-batches, also those that must be filled up with images of no weight, change rounding only."""
+    """Micro-batches of any size, also padded with images of weight zero, change rounding only."""
     network, start, target, synthetic = make_problem()
     steps = draw_student_steps(12, 4, 5, PUBLISHED_AUGMENTATION, seed=1, iteration=2)
     functions = eager(network)
@@ -145,7 +145,7 @@ class Barrier:
 @pytest.mark.parametrize("bounds", [(0, 12), (0, 5, 12), (0, 3, 6, 9, 12), (0, 1, 2, 3, 12)])
 @pytest.mark.parametrize("batch", [12, 4])
 def test_class_shards_add_up_to_one_process(bounds: tuple[int, ...], batch: int) -> None:
-    """1, 2 or 4 shards, even or not, also where a minibatch has no image of a shard: 1e-12 in float64."""
+    """Shards of the classes, even or not, add up to the gradient of one process to 1e-12 in float64."""
     network, start, target, synthetic = make_problem()
     whole_steps = draw_student_steps(12, 4, batch, "crop", seed=1, iteration=0)
     whole = matching_gradient(eager(network), start, target, synthetic, whole_steps)
@@ -174,7 +174,7 @@ def test_class_shards_add_up_to_one_process(bounds: tuple[int, ...], batch: int)
 
 
 def test_backbones_add_up_to_the_gradient_of_the_weighted_sum() -> None:
-    """Two networks, each with trajectories, step size and weight of its own, against unrolling both."""
+    """Two backbones with different weights equal the unrolled gradient of the weighted sum."""
     network, start, target, synthetic = make_problem(width=6)
     other, other_start, other_target, _ = make_problem(width=4, seed=3)
     synthetic.step_sizes = torch.tensor([0.1, 0.03], dtype=torch.float64)
@@ -202,7 +202,7 @@ def test_backbones_add_up_to_the_gradient_of_the_weighted_sum() -> None:
 
 
 def test_class_shards_shorten_what_one_process_shortens() -> None:
-    """By the length of the whole gradient, of which each holds a part."""
+    """Shards shorten an update by the length of the whole gradient, as one process does."""
     _, start, target, synthetic = make_problem()
     steps = draw_student_steps(12, 3, 5, "scale", seed=1, iteration=0)
     ranges = [(0, 3), (3, 12)]
@@ -235,7 +235,7 @@ def test_class_shards_shorten_what_one_process_shortens() -> None:
 
 
 def test_backbones_in_processes_of_their_own_learn_what_one_process_learns() -> None:
-    """Rows of the mesh: each works on its backbone, and the column sums pixel, label and step size gradients."""
+    """Backbones in separate rows of the mesh learn the pixels, labels and step sizes of one process."""
     problems = [make_problem(width=6), make_problem(width=4, seed=3)]
     synthetic = problems[0][3]
     synthetic.step_sizes = torch.tensor([0.1, 0.03], dtype=torch.float64)
@@ -262,7 +262,7 @@ def test_backbones_in_processes_of_their_own_learn_what_one_process_learns() -> 
 
 
 def test_loss_above_the_limit_is_not_differentiated() -> None:
-    """The reverse sweep of an iteration that will be skipped is not paid for."""
+    """A loss above the limit skips the reverse sweep."""
     network, start, target, synthetic = make_problem()
     functions = eager(network)
     functions.reverse = lambda *_: pytest.fail("differentiated")  # type: ignore[method-assign]
@@ -273,7 +273,7 @@ def test_loss_above_the_limit_is_not_differentiated() -> None:
 
 
 def test_batches_cover_the_set_once_a_pass_and_the_short_one_comes_first() -> None:
-    """Every image is used once before any is used twice."""
+    """A pass uses every image once, and its short batch comes first."""
     steps = draw_student_steps(10, 6, 4, "", seed=0, iteration=0)
     assert [len(step.rows) for step in steps] == [2, 4, 4, 2, 4, 4]
     for one_pass in (steps[:3], steps[3:]):
@@ -281,7 +281,7 @@ def test_batches_cover_the_set_once_a_pass_and_the_short_one_comes_first() -> No
 
 
 def test_draws_depend_on_the_iteration_and_on_nothing_before_it() -> None:
-    """The same iteration draws the same batches in any process; another one draws others."""
+    """Draws of batches depend on the iteration alone, in any process."""
     first, again, other = (draw_student_steps(10, 3, 5, PUBLISHED_AUGMENTATION, 7, k) for k in (4, 4, 5))
     assert all(np.array_equal(a.rows, b.rows) for a, b in zip(first, again, strict=True))
     assert not all(np.array_equal(a.rows, b.rows) for a, b in zip(first, other, strict=True))

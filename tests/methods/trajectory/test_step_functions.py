@@ -1,4 +1,4 @@
-"""The student's two functions: every way to compute them gives the same numbers, and a compiler is no condition."""
+"""Tests the student's two functions: every computation of them gives equal numbers, with or without a compiler."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make_network(dtype: torch.dtype = torch.float64, norm: Any = "instance", poo
 
 
 def draw(network: FlatNetwork, seed: int = 0, batch: int = BATCH) -> Inputs:
-    """theta, x, y, weights and v; one image weighs nothing."""
+    """theta, x, y, weights and v; one image has weight zero."""
     generator = torch.Generator().manual_seed(seed)
     theta = flatten(network.module)
     shapes = ((network.count,), (batch, *IMAGE), (batch, CLASSES), (network.count,))
@@ -50,7 +50,7 @@ def draw(network: FlatNetwork, seed: int = 0, batch: int = BATCH) -> Inputs:
 
 
 def arranged(network: FlatNetwork, options: StepOptions, explicit: bool) -> StudentStepFunctions:
-    """Functions whose normalisation is the one for a compiler, or not, whatever the options say."""
+    """Functions with or without the compiler's normalisation, whatever the options are."""
     functions = StudentStepFunctions(network, options)
     norms = [part for part in functions.network.module.modules() if isinstance(part, InstanceNorm)]
     assert norms
@@ -65,7 +65,7 @@ def results(functions: StudentStepFunctions, inputs: Inputs) -> list[Tensor]:
 
 
 def plain(network: FlatNetwork, inputs: Inputs) -> list[Tensor]:
-    """The same by torch.autograd alone, on the network as it was given."""
+    """The results g, s, ds/dtheta, ds/dx and ds/dy by torch.autograd alone, on the unchanged network."""
     theta, x, y, weights, v = inputs
     theta, x, y = (t.clone().requires_grad_() for t in (theta, x, y))
     loss = soft_cross_entropy(network(theta, x), y, weights)
@@ -75,17 +75,17 @@ def plain(network: FlatNetwork, inputs: Inputs) -> list[Tensor]:
 
 
 def assert_equal(values: list[Tensor], expected: list[Tensor], bound: float = 1e-12) -> None:
-    """Relative error in norm below the bound, for every one of the results."""
+    """Assert that every result has a relative error in norm below the bound."""
     for value, reference in zip(values, expected, strict=True):
         assert value.shape == reference.shape
         assert float((value - reference).norm() / reference.norm()) < bound
 
 
 class Contiguous(fx.Interpreter):
-    """Runs a graph as if every kernel gave its result with contiguous strides."""
+    """Runs a graph with contiguous strides for the result of every kernel."""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One node; what lies in the memory of an argument, or is asked for with these strides, stays as it is."""
+        """Run one node; views and results with requested strides keep their memory."""
         result = super().call_function(target, args, kwargs)
         schema = getattr(target, "_schema", None)
         if schema is None or any(value.alias_info for value in schema.returns) or "strided" in schema.name:
@@ -93,22 +93,22 @@ class Contiguous(fx.Interpreter):
         return tree_map_only(Tensor, self.restrided, result)
 
     def restrided(self, tensor: Tensor) -> Tensor:
-        """The same values with other strides."""
+        """The values with contiguous strides."""
         return tensor.contiguous()
 
 
 class Reversed(Contiguous):
-    """Runs a graph as if every kernel gave its result with the first dimension innermost."""
+    """Runs a graph with the first dimension innermost in the result of every kernel."""
 
     def restrided(self, tensor: Tensor) -> Tensor:
-        """The same values with other strides."""
+        """The values with reversed strides."""
         dims = tuple(reversed(range(tensor.dim())))
         return tensor.permute(dims).contiguous().permute(dims)
 
 
 @pytest.fixture
 def compilations(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The graphs that the compiler is given from now on; the trial of the compiler is over."""
+    """A list of the graphs compiled from now on; the trial of the compiler is over."""
     assert compiler_problem("cpu") == ""
     graphs: list[Any] = []
     original = torch._inductor.compile
@@ -124,7 +124,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("norm", ["instance", "group", "none"])
 def test_both_orders_of_differentiation_are_exact(order: Order, norm: str) -> None:
-    """Either order gives what torch.autograd gives on the plain network."""
+    """Either order of differentiation equals torch.autograd on the plain network."""
     network = make_network(norm=norm)
     inputs = draw(network)
     functions = StudentStepFunctions(network, StepOptions(compiled=False, order=order))
@@ -132,7 +132,7 @@ def test_both_orders_of_differentiation_are_exact(order: Order, norm: str) -> No
 
 
 def every_graph() -> list[Any]:
-    """All combinations of what shapes a graph; a quarter, with every pair of values, is quick and the rest slow."""
+    """All combinations of what shapes a graph; a quarter with every pair of values is quick, the rest is slow."""
     kinds = [("instance", True), ("instance", False), ("group", True), ("none", True)]
     cases = []
     for row, (pooling, kind) in enumerate(itertools.product(("avg", "max", "none"), kinds)):
@@ -144,7 +144,7 @@ def every_graph() -> list[Any]:
 
 @pytest.mark.parametrize(("order", "channels_last", "pooling", "norm", "explicit"), every_graph())
 def test_traced_graphs_are_exact(order: Order, channels_last: bool, pooling: str, norm: str, explicit: bool) -> None:
-    """The graphs that would be compiled, run operation by operation, whatever strides the operations' results have."""
+    """Traced graphs, run operation by operation, are exact for any strides of the results."""
     network = make_network(pooling=pooling, norm=norm)
     options = StepOptions(compiled=False, order=order, channels_last=channels_last)
     functions = arranged(network, options, explicit) if norm == "instance" else StudentStepFunctions(network, options)
@@ -158,7 +158,7 @@ def test_traced_graphs_are_exact(order: Order, channels_last: bool, pooling: str
 
 
 def test_what_reads_strides_finds_them_as_traced() -> None:
-    """Views that are written through and `as_strided` give the function's values, whatever a kernel's strides are."""
+    """Views written through and `as_strided` are exact, whatever strides a kernel gives."""
 
     def read_through_strides(x: Tensor) -> Tensor:
         return (x.exp() + 1).transpose(0, 1).exp().as_strided((3,), (4,)) * 2
@@ -179,7 +179,7 @@ def test_what_reads_strides_finds_them_as_traced() -> None:
 
 
 class _Normalised(nn.Module):
-    """A network of one's own with a normalisation of torch's."""
+    """A user's network with a normalisation of torch's."""
 
     def __init__(self, norm: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -201,8 +201,8 @@ class _Normalised(nn.Module):
         (nn.RMSNorm((4, 6, 6)), "reverse-over-forward"),
     ],
 )
-def test_a_network_of_ones_own_with_a_norm_of_torchs_is_exact(norm: Callable[[Tensor], Tensor], order: Order) -> None:
-    """The faster order is left only where torch's derivative of a norm's tangent is wrong, or it has no tangent."""
+def test_a_users_network_with_a_norm_of_torchs_is_exact(norm: Callable[[Tensor], Tensor], order: Order) -> None:
+    """A user's network with torch's norm is exact; the faster order is dropped only where torch's tangent fails."""
     network = FlatNetwork(_Normalised(norm).double())
     inputs = draw(network)
     functions = StudentStepFunctions(network, StepOptions(compiled=False, order="reverse-over-forward"))
@@ -213,7 +213,7 @@ def test_a_network_of_ones_own_with_a_norm_of_torchs_is_exact(norm: Callable[[Te
 
 
 def test_tracing_takes_no_memory_for_the_maps() -> None:
-    """Graphs for a million images are traced on a machine that could not hold them."""
+    """Tracing a graph for a million images allocates no maps."""
     functions = StudentStepFunctions(make_network(), EAGER)
     _, reverse = functions.graphs(10**6, IMAGE, CLASSES)
     largest = max(node.meta["val"].numel() for node in reverse.graph.nodes if isinstance(node.meta.get("val"), Tensor))
@@ -221,8 +221,7 @@ def test_tracing_takes_no_memory_for_the_maps() -> None:
 
 
 def test_what_is_written_in_place_stays_in_a_graph() -> None:
-    """Nothing reads the result of the write itself, and what has no reader is taken out of a graph; nor are zeros
-    that were written to later on taken for zeros."""
+    """A write in place stays in the graph though nothing reads its result; its target is not taken for zeros."""
 
     def add_to_a_part(x: Tensor) -> Tensor:
         total = torch.zeros_like(x)
@@ -238,7 +237,7 @@ def test_what_is_written_in_place_stays_in_a_graph() -> None:
 
 
 def test_channels_last_changes_rounding_only() -> None:
-    """Same numbers with channels innermost or outermost, whichever way the images come in."""
+    """Channels innermost or outermost change rounding only, for either layout of the input."""
     network = make_network()
     inputs = draw(network)
     swapped = (inputs[0], inputs[1].contiguous(memory_format=torch.channels_last), *inputs[2:])
@@ -249,8 +248,8 @@ def test_channels_last_changes_rounding_only() -> None:
             assert_equal(results(functions, given), plain(network, inputs))
 
 
-def test_the_memory_order_told_and_compiled_is_that_of_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Facts and compiler get the order that `layout` gives, also where a group norm keeps channels outermost."""
+def test_the_reported_and_compiled_memory_order_is_that_of_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Facts and compiler get the memory order of `layout`, also where a group norm keeps channels outermost."""
     asked: list[bool] = []
 
     class Recorder:
@@ -278,7 +277,7 @@ def test_the_memory_order_told_and_compiled_is_that_of_the_images(monkeypatch: p
 @pytest.mark.parametrize("explicit", [True, False])
 @pytest.mark.parametrize("order", ORDERS)
 def test_bfloat16_layers_keep_the_direction_of_every_derivative(order: Order, explicit: bool) -> None:
-    """Every result is rounded, but within 12 % and a cosine of 0.99 of the exact one, and stays float32."""
+    """bfloat16 results stay within 12 % and a cosine of 0.99 of the exact ones, and are float32."""
     inputs = draw(make_network())
     exact = plain(make_network(), inputs)
     options = StepOptions(compiled=False, order=order, precision="bfloat16")
@@ -292,7 +291,7 @@ def test_bfloat16_layers_keep_the_direction_of_every_derivative(order: Order, ex
 
 
 def test_the_given_network_is_left_alone() -> None:
-    """The functions arrange a copy of it."""
+    """The step functions rearrange a copy of the network and leave the given one unchanged."""
     network = make_network()
     before = flatten(network.module)
     functions = StudentStepFunctions(network, EAGER)
@@ -303,7 +302,7 @@ def test_the_given_network_is_left_alone() -> None:
 
 
 def test_batch_norm_backbone_is_refused() -> None:
-    """Batch statistics couple samples, so the exact sum over samples does not exist."""
+    """A backbone with batch normalisation is refused, because its samples are coupled."""
     with pytest.raises(ConfigError, match=r"network\.norm=instance"):
         StudentStepFunctions(make_network(norm="batch"), EAGER)
 
@@ -313,7 +312,7 @@ def test_batch_norm_backbone_is_refused() -> None:
 def test_compiled_functions_are_exact_and_compiled_once(
     order: Order, channels_last: bool, compilations: list[Any]
 ) -> None:
-    """1e-12 in float64 for several values, from one whole graph for each function, compiled once."""
+    """Compiled functions are exact to 1e-12 in float64, each from one whole graph compiled once."""
     network = make_network()
     functions = StudentStepFunctions(network, StepOptions(order=order, channels_last=channels_last))
     assert functions.note == ""
@@ -324,7 +323,7 @@ def test_compiled_functions_are_exact_and_compiled_once(
 
 
 def test_biases_added_after_convolutions_change_nothing() -> None:
-    """As the compiler of earlier versions of torch needs them, whoever reads the convolution's result."""
+    """Adding biases after convolutions, as earlier versions of torch need it, changes nothing."""
     draw_ = torch.Generator().manual_seed(0)
     maps, kernel, bias = (torch.randn(*shape, generator=draw_) for shape in ((2, 3, 5, 5), (4, 3, 3, 3), (2, 2)))
 
@@ -342,7 +341,7 @@ def test_biases_added_after_convolutions_change_nothing() -> None:
 
 @pytest.mark.slow
 def test_maps_keep_their_order_of_memory_if_asked_to() -> None:
-    """The compiled convolution is then torch's own on maps as they are, to the bit, and rounds no more than that."""
+    """Compiled convolutions that keep the maps' order equal torch's own to the bit."""
     draw_ = torch.Generator().manual_seed(0)
     maps, kernel = torch.randn(4, 64, 16, 16, generator=draw_), torch.randn(64, 64, 3, 3, generator=draw_)
 
@@ -357,7 +356,7 @@ def test_maps_keep_their_order_of_memory_if_asked_to() -> None:
 
 @pytest.mark.slow
 def test_another_number_of_images_is_another_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of several sizes live side by side, each compiled once; the graphs run here as they are."""
+    """Each number of images gets a graph of its own, compiled once."""
     assert compiler_problem("cpu") == ""
     compilations: list[Any] = []
     monkeypatch.setattr(torch._inductor, "compile", lambda graph, *_: compilations.append(graph) or graph)
@@ -371,7 +370,7 @@ def test_another_number_of_images_is_another_graph(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("really", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_code_refuses_tensors_it_was_not_compiled_for(really: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another shape, type or order of memory would be read wrongly; a dimension of one entry has no order."""
+    """Compiled code refuses another shape, type or memory order; a dimension of one entry has no order."""
     if not really:  # a first compilation on a machine takes half a minute
         monkeypatch.setattr(torch._inductor, "compile", lambda graph, *_: graph)
     images = torch.randn(2, 3, 1, 4)
@@ -385,7 +384,7 @@ def test_compiled_code_refuses_tensors_it_was_not_compiled_for(really: bool, mon
 
 
 def step_with(compiler: str, cache: str, pipe: Connection) -> None:
-    """Take a student step with another C++ compiler, in a process that has not looked for one yet."""
+    """Take a student step with another C++ compiler, in a process that has not searched for one yet."""
     # An empty cache, because this machine's real compiler may have filled the usual one.
     os.environ |= {"CXX": compiler, "TORCHINDUCTOR_CACHE_DIR": cache}
     module = build_network(NetworkSpec(channels=1, size=(8, 8), classes=3, width=2, depth=1), 0)
@@ -397,7 +396,7 @@ def step_with(compiler: str, cache: str, pipe: Connection) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["absent", "broken"])
 def test_without_a_working_compiler_the_step_runs_eagerly_and_says_so(compiler: str, tmp_path: Path) -> None:
-    """No compiler, or one that answers and then fails, costs speed and one line, not the run."""
+    """A missing or failing compiler costs speed and one log line; the step still runs."""
     cxx = tmp_path / "g++"
     if compiler == "broken":
         cxx.write_text('#!/bin/sh\n[ "$1" = --version ] && echo 12.0 && exit\nexit 1\n')

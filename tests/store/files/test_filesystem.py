@@ -1,4 +1,4 @@
-"""Places: URIs, atomic writes, leftovers, and errors in words."""
+"""Tests places: URIs, atomic writes, leftovers, and error messages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def local(tmp_path) -> Location:
 
 
 def test_a_file_comes_back(folder):
-    """Bytes, text and JSON are read as written; folders on the way are made."""
+    """Bytes, text and JSON are read as written, and missing folders are made."""
     (folder / "a" / "bytes").write_atomic(b"\x00\xff")
     (folder / "text").write_text("größer\n")
     (folder / "state.json").write_json({"step": 3, "losses": [0.5, None]})
@@ -40,7 +40,7 @@ def test_a_file_comes_back(folder):
 
 
 def test_existence_and_size_are_known(folder):
-    """A file exists from its writing to its removal; a folder while there is something in it."""
+    """A file exists from its writing to its removal, a folder as long as it has content."""
     file = folder / "file"
     assert not file.exists()
     file.write_atomic(b"12345")
@@ -51,14 +51,14 @@ def test_existence_and_size_are_known(folder):
 
 
 def test_listing_what_is_not_a_folder_is_empty(folder):
-    """Neither a missing folder nor a file has anything in it."""
+    """Listing a missing folder or a file gives nothing."""
     (folder / "file").write_atomic(b"")
     assert (folder / "file").list() == []
     assert (folder / "missing").list() == []
 
 
 def test_ranges_are_read_in_order(folder):
-    """Ranges may overlap, and end where the file ends."""
+    """Ranges of bytes may overlap, and end where the file ends."""
     (folder / "file").write_atomic(b"0123456789")
     found = (folder / "file").read_ranges([(5, 8), (0, 1), (7, 99)])
     assert [bytes(part) for part in found] == [b"567", b"0", b"789"]
@@ -67,7 +67,7 @@ def test_ranges_are_read_in_order(folder):
 
 
 def test_a_file_appears_only_when_it_is_complete(folder):
-    """Until the block ends the old content is there, and nothing else is listed."""
+    """Until the writing block ends, the old content is there and no other name is listed."""
     file = folder / "file"
     file.write_atomic(b"old")
     with file.create() as draft:
@@ -78,7 +78,7 @@ def test_a_file_appears_only_when_it_is_complete(folder):
 
 
 def test_an_error_while_writing_leaves_the_old_file(folder):
-    """The error passes through unchanged and no trace of the new content stays."""
+    """An error while writing passes through unchanged and leaves the old file alone."""
     file = folder / "file"
     file.write_atomic(b"old")
     with pytest.raises(ZeroDivisionError), file.create() as draft:
@@ -89,7 +89,7 @@ def test_an_error_while_writing_leaves_the_old_file(folder):
 
 
 def test_a_file_written_once_stays(folder):
-    """With replace=False the first file wins and the second writer is told."""
+    """With replace=False the first file stays, and the second writer gets an AlreadyExistsError."""
     file = folder / "file"
     with file.create(replace=False) as draft:
         draft.write(b"first")
@@ -100,7 +100,7 @@ def test_a_file_written_once_stays(folder):
 
 
 def test_writing_once_needs_no_hard_links(local, monkeypatch):
-    """On filesystems without hard links the first file stays too."""
+    """The first file stays on filesystems without hard links too."""
 
     def no_links(source, target):
         raise OSError(errno.EPERM, "Operation not permitted")
@@ -115,7 +115,7 @@ def test_writing_once_needs_no_hard_links(local, monkeypatch):
 
 
 def failing(code: int) -> Callable[..., None]:
-    """A call of the system that fails with an errno."""
+    """A system call that fails with an errno."""
 
     def fail(*_: object, **__: object) -> None:
         raise OSError(code, os.strerror(code))
@@ -126,7 +126,7 @@ def failing(code: int) -> Callable[..., None]:
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS])
 @pytest.mark.parametrize("call", ["os.fsync", "os.link", "fcntl.flock", "mmap.mmap"])
 def test_a_safeguard_that_a_file_system_lacks_is_passed_over(local, monkeypatch, call, code):
-    """CIFS and folders shared with virtual machines cannot flush, link, lock or map: files are written and read."""
+    """Files are written and read on file systems that cannot flush, link, lock or map."""
     monkeypatch.setattr(call, failing(code))
     for replace in (False, True):
         with (local / "file").create(replace=replace) as draft:
@@ -142,7 +142,7 @@ def test_a_safeguard_that_a_file_system_lacks_is_passed_over(local, monkeypatch,
     ("call", "code"), [("os.fsync", errno.EIO), ("os.fsync", errno.ENOSPC), ("os.link", errno.EIO)]
 )
 def test_an_error_of_the_device_is_not_passed_over(local, monkeypatch, call, code):
-    """A file that may not have reached the device is an error, and leaves no temporary file."""
+    """An I/O error of the device is raised and leaves no temporary file."""
     monkeypatch.setattr(call, failing(code))
     with pytest.raises(StoreError, match=os.strerror(code)), (local / "file").create(replace=False) as draft:
         draft.write(b"content")
@@ -150,13 +150,13 @@ def test_an_error_of_the_device_is_not_passed_over(local, monkeypatch, call, cod
 
 
 def test_files_without_a_count_of_names_are_written(local, monkeypatch):
-    """Some file systems count no names of a file: 0 does not mean that it was deleted."""
+    """Files are written where a file system reports a link count of 0."""
     fstat = os.fstat
 
     def without_names(descriptor: int) -> os.stat_result:
-        told = list(fstat(descriptor))
-        told[3] = 0
-        return os.stat_result(told)
+        fields = list(fstat(descriptor))
+        fields[3] = 0
+        return os.stat_result(fields)
 
     monkeypatch.setattr(os, "fstat", without_names)
     (local / "file").write_text("content")
@@ -164,7 +164,7 @@ def test_files_without_a_count_of_names_are_written(local, monkeypatch):
 
 
 def test_a_second_name_copies_no_bytes(local):
-    """On a local disk a finished file gets another name, unless that is taken; either may be deleted."""
+    """A second name on a local disk copies no bytes, unless it is taken; either can be deleted."""
     (local / "a").write_text("one")
     assert (local / "new" / "b").link(local / "a")
     (local / "a").remove()
@@ -178,7 +178,7 @@ def test_a_second_name_copies_no_bytes(local):
 
 @pytest.mark.parametrize("uri", ["/tmp/a", "file:///tmp/a", "memory://bucket/a", "s3://bucket/a"])
 def test_a_place_has_a_parent(uri):
-    """The folder around it, by path and by name, up to the root or the bucket."""
+    """A place's parent is the folder around it, up to the root or the bucket."""
     place = open_location(uri)
     assert (place / "b" / "c").parent.parent == place
     top = place.parent.parent.parent
@@ -187,7 +187,7 @@ def test_a_place_has_a_parent(uri):
 
 
 def test_leftovers_of_dead_writers_are_removed(local):
-    """A temporary file no process holds is deleted; one in work is not, and neither shows in a listing."""
+    """A temporary file without a writer is removed; one in use stays, and neither is listed."""
     host = socket.gethostname()
     (local / f".tmp-{host}-1-file").write_atomic(b"half")
     with (local / "file").create() as draft:
@@ -199,7 +199,7 @@ def test_leftovers_of_dead_writers_are_removed(local):
 
 
 def test_leftovers_of_other_machines_are_removed_when_old(local):
-    """Locks may not reach across machines, so there a day must have passed as well."""
+    """Leftovers of other machines, whose locks may be invisible, are removed after a day."""
     name = ".tmp-elsewhere-1-file"
     (local / name).write_atomic(b"half")
     assert local.remove_leftovers() == []
@@ -209,7 +209,7 @@ def test_leftovers_of_other_machines_are_removed_when_old(local):
 
 
 def test_a_draft_removed_before_its_lock_is_started_anew(local, monkeypatch):
-    """A cleaner that comes between the creation of a temporary file and its lock does no harm."""
+    """A draft removed between its creation and its lock is started anew."""
     flock = fcntl.flock
     stolen = []
 
@@ -226,7 +226,7 @@ def test_a_draft_removed_before_its_lock_is_started_anew(local, monkeypatch):
 
 
 def test_a_range_that_cannot_be_read_has_the_cause_of_its_own_error(monkeypatch):
-    """Versions of fsspec, 2025.5 for one, return the error in place of the bytes."""
+    """A failed range names its cause, also where fsspec returns the error in place of bytes."""
     location = open_location("memory://ranges/file")
     monkeypatch.setattr(location.fs, "cat_ranges", lambda *_, **__: [b"1", FileNotFoundError("file")])
     with pytest.raises(StoreError, match=r"Cannot read .*does not exist"):
@@ -234,33 +234,33 @@ def test_a_range_that_cannot_be_read_has_the_cause_of_its_own_error(monkeypatch)
 
 
 def test_nothing_is_left_over_elsewhere(folder):
-    """Places without temporary files have nothing to clean."""
+    """Places without temporary files have no leftovers to remove."""
     (folder / "file").write_atomic(b"")
     assert folder.remove_leftovers() == []
 
 
 def test_a_location_survives_pickling(folder):
-    """Locations travel to other workers."""
+    """A pickled location is equal and works."""
     (folder / "file").write_atomic(b"content")
     assert pickle.loads(pickle.dumps(folder / "file")) == folder / "file"
     assert pickle.loads(pickle.dumps(folder / "file")).read_bytes() == b"content"
 
 
 def test_paths_become_absolute(tmp_path, monkeypatch):
-    """A relative path means the same after a change of folder, and in another process."""
+    """A relative path is made absolute, so that it is the same in another folder or process."""
     monkeypatch.chdir(tmp_path)
     location = open_location("store") / "file"
     assert location.uri == location.path == location.local_path == str(tmp_path / "store" / "file")
 
 
 def test_only_local_files_have_a_local_path():
-    """Readers that map files learn here whether they can."""
+    """Only local files have a local path, which readers map."""
     assert open_location("file:///a/b").local_path == "/a/b"
     assert open_location("memory://a/b").local_path is None
 
 
 def test_a_missing_file_is_explained(folder):
-    """Reading or deleting what is not there is one line with its name."""
+    """Reading or deleting a missing file is one line with its name."""
     for action in (Location.read_bytes, Location.size, Location.read_json, Location.remove):
         with pytest.raises(StoreError, match=r"^Cannot (read|delete) .*/missing\. .*does not exist\. Check"):
             action(folder / "missing")
@@ -269,7 +269,7 @@ def test_a_missing_file_is_explained(folder):
 
 
 def test_invalid_json_is_explained(folder):
-    """A file that is no JSON is a damaged file, with its name."""
+    """Invalid JSON is an error of a damaged file, with its name."""
     (folder / "state.json").write_text('{"step": ')
     with pytest.raises(CorruptFileError, match=r"state\.json is not valid JSON"):
         (folder / "state.json").read_json()
@@ -277,7 +277,7 @@ def test_invalid_json_is_explained(folder):
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
 def test_an_unwritable_folder_is_explained(local):
-    """A folder without write permission is named, with what to check."""
+    """An unwritable folder is an error with its name and what to check."""
     os.chmod(local.path, 0o500)
     with pytest.raises(StoreError, match=r"^Cannot write .*Access is denied.* Check the owner"):
         (local / "file").write_atomic(b"")
@@ -294,7 +294,7 @@ def test_an_unwritable_folder_is_explained(local):
     ],
 )
 def test_failures_are_explained_in_one_line(local, error, words):
-    """Whatever a filesystem raises becomes a StoreError: fact, cause, remedy, and no secrets."""
+    """Any exception of a filesystem becomes a StoreError with fact, cause and remedy, and without secrets."""
     with pytest.raises(StoreError) as caught, (local / "file").explaining("write"):
         raise error
     assert str(caught.value).startswith(f"Cannot write {local.path}/file. {words}")
@@ -303,7 +303,7 @@ def test_failures_are_explained_in_one_line(local, error, words):
 
 
 def test_a_full_disk_is_explained():
-    """What the kernel refuses while a file is written arrives as a StoreError."""
+    """A full disk while writing is a StoreError."""
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
     full = open_location("/dev/full")
@@ -313,13 +313,13 @@ def test_a_full_disk_is_explained():
 
 
 def test_an_unknown_scheme_is_explained():
-    """The schemes that work are named."""
+    """An unknown scheme is an error that lists the known ones."""
     with pytest.raises(StoreError, match=r"^Cannot open foo://x\..* Use a local path or an s3://"):
         open_location("foo://x")
 
 
 def test_a_missing_package_is_explained():
-    """A scheme whose package is not installed says which."""
+    """A scheme whose package is missing is an error that names the package."""
     with pytest.raises(StoreError, match=r"^Cannot open gs://bucket\. A Python package is missing: .*gcsfs"):
         open_location("gs://bucket")
 
@@ -339,7 +339,7 @@ def test_credentials_are_never_shown(uri):
 
 
 def test_credentials_in_s3_uris_are_refused():
-    """They would be taken for a part of the bucket's name."""
+    """Credentials in an S3 URI are refused, because they would be read as part of the bucket's name."""
     with pytest.raises(StoreError, match=r"URI s3://bucket/x carries credentials.* Set AWS_ACCESS_KEY_ID"):
         open_location("s3://key:secret@bucket/x")
     for uri in ("s3://key:with/slash@bucket/x", "s3://key:with@sign@bucket/x", "s3://key@bucket/x"):
@@ -350,7 +350,7 @@ def test_credentials_in_s3_uris_are_refused():
 
 
 def test_a_path_is_a_path_whatever_it_looks_like(tmp_path, monkeypatch):
-    """No part of a name is syntax, for a file written there and for whoever opens the shown name."""
+    """A path is read as it stands, and its shown form opens the same file; no character is syntax."""
     monkeypatch.chdir(tmp_path)
     names = [
         "a::b",
@@ -390,7 +390,7 @@ def test_a_path_is_a_path_whatever_it_looks_like(tmp_path, monkeypatch):
     ],
 )
 def test_what_could_be_read_in_two_ways_is_refused(uri, expected):
-    """Before anything is written, and with how to write either."""
+    """An ambiguous path is refused before anything is written, with how to write either meaning."""
     with pytest.raises(StoreError) as caught:
         open_location(uri)
     assert expected.lower() in str(caught.value).lower()

@@ -1,4 +1,4 @@
-"""Servers that speak S3 and are not AWS: what they lack, refuse, or lose for a while. Needs moto."""
+"""Tests S3 servers other than AWS: what they lack, refuse, or lose for a while. Needs moto."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def always(method: str, fault: str) -> Plan:
 
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A file with a key and a certificate of 127.0.0.1 that no authority signed."""
+    """A file with a key and a self-signed certificate of 127.0.0.1."""
     x509 = pytest.importorskip("cryptography.x509")
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -59,7 +59,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def tls_proxy(s3_server: str, bucket: str, s3_environment: Callable[[str], None], certificate: str) -> Iterator[Proxy]:
-    """A proxy over TLS between the environment, which does not trust it, and the server."""
+    """A TLS proxy, untrusted by the environment, in front of the server."""
     with serving(s3_server, certificate) as running:
         s3_environment(running.url)
         yield running
@@ -69,13 +69,13 @@ def tls_proxy(s3_server: str, bucket: str, s3_environment: Callable[[str], None]
 
 
 def chunked(proxy: Proxy) -> int:
-    """Uploads with checksums in trailers, which many servers do not know."""
+    """Uploads with checksums in trailers, which many servers do not support."""
     puts = [each.headers for each in proxy.exchanges if each.method == "PUT"]
     return sum("x-amz-trailer" in put or "aws-chunked" in put.get("content-encoding", "") for put in puts)
 
 
 def test_no_checksum_is_sent_over_tls_unless_asked_for(bucket, tls_proxy, certificate, monkeypatch, tmp_path):
-    """Where an endpoint is given uploads have no trailers; variables and profiles of the user's decide otherwise."""
+    """Uploads to a given endpoint have no trailers, unless the user's variables or profile ask for them."""
     monkeypatch.setenv("AWS_CA_BUNDLE", certificate)
     file = open_location(f"s3://{bucket}/file")
     file.write_text("content")
@@ -99,7 +99,7 @@ def test_no_checksum_is_sent_over_tls_unless_asked_for(bucket, tls_proxy, certif
 
 @pytest.mark.parametrize("setting", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "FSSPEC_S3_ENDPOINT_URL", "profile"])
 def test_an_endpoint_is_known_wherever_it_is_given(s3_environment, monkeypatch, tmp_path, setting):
-    """The finished client tells its endpoint: of AWS's own servers checksums stay, of others they go."""
+    """Checksums are sent to AWS's own servers only, wherever the endpoint is configured."""
     s3_environment("")
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     for endpoint, expected in (
@@ -119,7 +119,7 @@ def test_an_endpoint_is_known_wherever_it_is_given(s3_environment, monkeypatch, 
 
 
 def test_an_unknown_certificate_is_one_line_that_names_the_variable(bucket, tls_proxy, monkeypatch, tmp_path):
-    """At once, with AWS_CA_BUNDLE; also where the variable names a file that is not there."""
+    """An untrusted certificate, or a missing AWS_CA_BUNDLE file, is one immediate line that names the variable."""
     file, began = open_location(f"s3://{bucket}/file"), time.monotonic()
     with pytest.raises(StoreError, match=r"certificate is not trusted .*Set AWS_CA_BUNDLE to the file") as caught:
         file.write_text("content")
@@ -136,14 +136,14 @@ def test_an_unknown_certificate_is_one_line_that_names_the_variable(bucket, tls_
 
 @pytest.fixture
 def warnings_of_s3(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
-    """What the store has said; nothing was said before."""
+    """Log lines of the store, empty at the start."""
     monkeypatch.setattr(s3, "_logged", set())
     caplog.set_level(logging.WARNING)
     return lambda: [record.getMessage() for record in caplog.records if record.name == s3.__name__]
 
 
 def refusing_conditions(proxy: Proxy, fault: str) -> None:
-    """Let the proxy refuse uploads with a condition, as some servers do."""
+    """Let the proxy refuse conditional uploads, as some servers do."""
     proxy.plan_by_headers = lambda method, headers: fault if "if-none-match" in headers else None
 
 
@@ -155,7 +155,7 @@ def refusing_conditions(proxy: Proxy, fault: str) -> None:
     ],
 )
 def test_write_once_has_a_second_best(file, s3_proxy, warnings_of_s3, fault):
-    """Where a server refuses the condition, files are looked for before and after, and a line says so, once."""
+    """Without conditional uploads a file is looked for before and after writing, and one line says so."""
     refusing_conditions(s3_proxy, fault)
     for number in range(2):
         place = file.parent / str(number)
@@ -170,7 +170,7 @@ def test_write_once_has_a_second_best(file, s3_proxy, warnings_of_s3, fault):
 
 
 def test_of_two_second_best_writers_at_one_moment_one_stores(file, s3_proxy, monkeypatch):
-    """The one whose file is replaced says that it is there already."""
+    """Two such writers at once store one file; the one whose file is replaced reports that it exists."""
     refusing_conditions(s3_proxy, refusal(501, "NotImplemented"))
     call, others = s3.S3.call_s3, []
 
@@ -188,7 +188,7 @@ def test_of_two_second_best_writers_at_one_moment_one_stores(file, s3_proxy, mon
 
 
 def test_a_large_file_is_one_upload(file, s3_proxy):
-    """120 MB go in one conditional PUT, which servers keep that ignore the condition of uploads in parts."""
+    """A file of 120 MB is one conditional PUT, because some servers ignore conditions of uploads in parts."""
     content = bytes(120 * 2**20)
     with file.create(replace=False) as draft:
         draft.write(content)
@@ -198,7 +198,7 @@ def test_a_large_file_is_one_upload(file, s3_proxy):
 
 
 def test_a_file_in_parts_is_looked_for_before_and_after(file, s3_proxy, monkeypatch):
-    """What is larger than one upload is stored once by a server that ignores the condition of its completion, too."""
+    """A file larger than one upload is stored once, also by a server that ignores its condition."""
     monkeypatch.setattr(s3, "LARGEST_PUT", 10)
     pipe_file = file.fs.pipe_file
     with file.create(replace=False) as draft:
@@ -235,7 +235,7 @@ def test_a_file_in_parts_is_looked_for_before_and_after(file, s3_proxy, monkeypa
     ],
 )
 def test_each_refusal_has_its_own_cause_and_remedy(file, s3_proxy, status, code, words):
-    """Whatever is asked first, also by HEAD, whose answer does not tell the code, and where there is no message."""
+    """Each refusal gives its own cause and remedy, also by HEAD, whose answer has no code or message."""
     s3_proxy.plan = lambda method, path: refusal(status, code)
     for action in (file.read_bytes, file.exists, file.size, file.parent.list, lambda: file.write_text("content")):
         with pytest.raises(StoreError) as caught:
@@ -245,7 +245,7 @@ def test_each_refusal_has_its_own_cause_and_remedy(file, s3_proxy, status, code,
 
 
 def test_the_missing_permission_is_named(file, s3_proxy):
-    """Without s3:ListBucket S3 answers 403 for what is missing; each action names what it needs."""
+    """A refused action names the permission it needs; without s3:ListBucket a missing key is 403."""
     denied = refusal(403, "AccessDenied", "Access Denied")
     for method, action, permission in (
         ("HEAD", file.exists, "s3:ListBucket on the bucket, without which a missing file is denied too"),
@@ -266,19 +266,19 @@ def test_the_missing_permission_is_named(file, s3_proxy):
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Minutes of patience become tenths of seconds, in proportion."""
+    """Scale minutes of waiting to tenths of seconds, in proportion."""
     for name in ("PATIENCE", "FIRST_PATIENCE", "FIRST_PAUSE", "LONGEST_PAUSE", "LINE_AFTER", "LINE_EVERY"):
         monkeypatch.setattr(s3, name, getattr(s3, name) / 100)
 
 
 def until(moment: float, fault: str) -> Plan:
-    """Every request fails before a moment of the monotonic clock."""
+    """Fails every request before a moment of the monotonic clock."""
     return lambda *_: fault if time.monotonic() < moment else None
 
 
 @pytest.mark.parametrize("fault", [BUSY, LOST_REQUEST, LOST_ANSWER])
 def test_a_server_that_restarts_is_waited_for(file, s3_proxy, quick, warnings_of_s3, fault):
-    """Reads, writes, listings and deletions go on when it is back; a line says so now and then, and retries count."""
+    """Reads, writes, listings and deletions wait for a restarting server, log it at intervals and count retries."""
     file.write_text("content")
     before = traffic()
     for action, expected in (
@@ -299,7 +299,7 @@ def test_a_server_that_restarts_is_waited_for(file, s3_proxy, quick, warnings_of
 
 
 def test_a_server_that_stays_away_ends_the_run_after_minutes(file, s3_proxy, quick):
-    """With one error, which says that the server does not answer."""
+    """A server that stays away ends the run after minutes with one error that says so."""
     file.write_text("content")
     s3_proxy.plan = lambda *_: LOST_REQUEST
     began = time.monotonic()
@@ -309,7 +309,7 @@ def test_a_server_that_stays_away_ends_the_run_after_minutes(file, s3_proxy, qui
 
 
 def test_an_address_where_nobody_answers_is_given_up_within_seconds(s3_environment, warnings_of_s3):
-    """At the first contact it is taken for a mistake, without a line about waiting."""
+    """An address that never answered is an error within seconds, without a log line."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # taken, so that nobody listens there
         s3_environment(f"http://127.0.0.1:{unused.getsockname()[1]}")
@@ -322,7 +322,7 @@ def test_an_address_where_nobody_answers_is_given_up_within_seconds(s3_environme
 
 @pytest.mark.parametrize("answer", ["a web page", "no HTTP"])
 def test_another_server_than_s3_is_given_up_within_seconds(s3_environment, warnings_of_s3, answer):
-    """A web console, or a port that speaks something else: the line blames the address and not the network."""
+    """A server that is no S3, such as a web console, is an error within seconds that blames the address."""
 
     class Page(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -337,7 +337,7 @@ def test_another_server_than_s3_is_given_up_within_seconds(s3_environment, warni
         do_HEAD = do_GET
 
         def log_message(self, *_: object) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Page)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -352,14 +352,14 @@ def test_another_server_than_s3_is_given_up_within_seconds(s3_environment, warni
 
 
 def test_tls_that_fails_for_a_while_is_waited_for_and_a_certificate_is_not():
-    """A gateway that restarts sends alerts; one that is not trusted stays so."""
+    """TLS alerts of a restarting gateway are retried; an untrusted certificate is not."""
     address = "https://127.0.0.1"
     assert s3._passes(SSLError(endpoint_url=address, error="[SSL: TLSV1_ALERT_INTERNAL_ERROR] internal error"))
     assert not s3._passes(SSLError(endpoint_url=address, error="[SSL: CERTIFICATE_VERIFY_FAILED] self-signed"))
 
 
 def test_a_second_best_writer_that_cannot_look_writes_nothing(file, s3_proxy):
-    """Where neither the condition nor a look is allowed, nobody knows whether the file is there."""
+    """A writer that may neither use a condition nor look writes nothing."""
     file.write_text("first")
     refusing_conditions(s3_proxy, refusal(501, "NotImplemented"))
     conditions = s3_proxy.plan
@@ -371,7 +371,7 @@ def test_a_second_best_writer_that_cannot_look_writes_nothing(file, s3_proxy):
 
 
 def test_a_file_that_becomes_shorter_is_read_again(file, s3_proxy, monkeypatch):
-    """Its size was asked for before; no server has bytes beyond the end of what is there now."""
+    """A file that is replaced by a shorter one during a read is read again."""
     write_tensors(file, {"x": np.zeros(100_000, np.float32)}, kind="test", metadata={})
     read_ranges = Location.read_ranges
     left = [1]
@@ -387,14 +387,14 @@ def test_a_file_that_becomes_shorter_is_read_again(file, s3_proxy, monkeypatch):
 
 
 def test_a_folder_is_no_file(file):
-    """As on a disk, and no damaged file."""
+    """Reading a folder is an error that calls it a folder, as on a disk, not a damaged file."""
     file.write_text("content")
     with pytest.raises(StoreError, match="Is a directory"):
         file.parent.size()
 
 
 def test_attempts_are_the_users_to_choose(file, s3_proxy, monkeypatch):
-    """AWS_MAX_ATTEMPTS counts attempts, in place of minutes."""
+    """AWS_MAX_ATTEMPTS sets the number of attempts, in place of minutes."""
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
     s3.S3.clear_instance_cache()
     place = open_location(file.uri)
@@ -410,7 +410,7 @@ def test_attempts_are_the_users_to_choose(file, s3_proxy, monkeypatch):
 
 
 def test_a_slow_upload_is_not_given_up(s3_environment, monkeypatch):
-    """The time that an answer may take begins when the file is sent, however long that took."""
+    """The time limit of an answer starts after the upload, so a slow upload succeeds."""
     monkeypatch.setattr(s3.S3, "read_timeout", 1)
     monkeypatch.setattr(s3, "PATIENCE", 1.0)
     content = bytes(50 * 2**20)

@@ -1,4 +1,4 @@
-"""What is counted of reading and writing: every request and byte once, on every kind of filesystem."""
+"""Tests the counts of reads and writes: every request and byte once, on every kind of filesystem."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
 
 
 def test_requests_and_bytes_are_counted_once(folder: Location) -> None:
-    """A write, two reads and three looks: their numbers, their bytes, some seconds, and no retries."""
+    """A write, two reads and three looks count their requests, bytes and seconds, and no retries."""
     before, file = traffic(), folder / "file"
     file.write_atomic(b"x" * 1000)
     assert len(file.read_bytes()) == 1000
@@ -38,7 +38,7 @@ def test_requests_and_bytes_are_counted_once(folder: Location) -> None:
 
 
 def test_what_fails_is_a_request_without_bytes(folder: Location) -> None:
-    """A missing file costs a request too, and an abandoned draft none."""
+    """Reading a missing file counts one request without bytes; an abandoned draft counts none."""
     before = traffic()
     with pytest.raises(StoreError):
         (folder / "missing").read_bytes()
@@ -52,7 +52,7 @@ def test_what_fails_is_a_request_without_bytes(folder: Location) -> None:
 @pytest.mark.s3
 @pytest.mark.parametrize("failures", [1, 7])
 def test_every_message_that_is_sent_again_is_one_retry(bucket: str, s3_proxy: Proxy, failures: int) -> None:
-    """A server that says 503 once, or seven times, is asked that much more often."""
+    """Every message sent again counts as one retry, after one 503 answer or seven."""
     file = open_location(f"s3://{bucket}/folder") / "file"
     file.write_atomic(b"x" * 1000)
     left = [BUSY] * failures
@@ -65,7 +65,7 @@ def test_every_message_that_is_sent_again_is_one_retry(bucket: str, s3_proxy: Pr
 
 
 def test_threads_count_together() -> None:
-    """Nothing is lost where many count at a time."""
+    """Counts of many threads are complete."""
 
     def work() -> None:
         for _ in range(500):
