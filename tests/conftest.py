@@ -1,4 +1,4 @@
-"""What several test files need: a tiny configuration of the real pipeline, one Ray cluster a session, an S3 server."""
+"""Fixtures of several test files: a tiny configuration of the real pipeline, a Ray cluster, an S3 server."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TINY = (
     "evaluate.real_epochs=1",
     "cluster.compile=false",
 )
-"""Real digits, seconds on one core; compilation is tested by itself."""
+"""Overrides for real digits in seconds on one core, uncompiled; other tests cover compilation."""
 
 
 BUDGET = float(os.environ.get("TEST_BUDGET", "10"))
@@ -52,7 +52,7 @@ BUDGET = float(os.environ.get("TEST_BUDGET", "10"))
 
 def pytest_configure(config: pytest.Config) -> None:
     """Give all processes of a session one compiler cache, so that each graph is compiled once."""
-    cache = getattr(config, "cache", None)  # which -p no:cacheprovider takes away
+    cache = getattr(config, "cache", None)  # None with -p no:cacheprovider
     if cache is not None and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache.mkdir("inductor"))
 
@@ -62,21 +62,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep a file's tests in one process, which shares their fixtures, and all of the shared Ray cluster in another."""
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
-            item.add_marker(pytest.mark.timeout(900))  # on a machine that others keep busy
+            item.add_marker(pytest.mark.timeout(900))  # seconds; enough on a busy machine
         shared = {"ray_cluster", "executor"} & set(getattr(item, "fixturenames", ()))
         group = "ray" if shared and item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
         item.add_marker(pytest.mark.xdist_group(group))
 
 
 def busy_processes() -> float:
-    """Processes of the machine that want a core: now, or over the last minute where those were more."""
+    """Number of processes that want a core, now or averaged over the last minute, whichever is larger."""
     average, *_, now, _ = Path("/proc/loadavg").read_text().replace("/", " ").split()[:5]
     return max(float(average), float(now))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Fail a test that exceeds its budget, which grows with the load; on a machine that others keep busy, none does."""
+    """Fail a test that exceeds its budget, which grows with the load; a busy machine fails none."""
     report = yield
     beside = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     load = busy_processes() / len(os.sched_getaffinity(0))
@@ -89,7 +89,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
-    """Networks this small run many times slower on several threads where a core is busy."""
+    """Use one thread, because small networks run many times slower on several threads of a busy machine."""
     import torch
 
     torch.set_num_threads(1)
@@ -97,26 +97,26 @@ def one_thread() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def end_of_processes() -> Iterator[None]:
-    """What tests have started in other processes ends with the session."""
+    """End the processes that tests have started with the session."""
     yield
     processes.end_all()
 
 
 @pytest.fixture
 def tiny() -> RunConfig:
-    """A run of every stage that takes a few seconds."""
+    """A configuration of every stage that runs in a few seconds."""
     return tiny_config()
 
 
 def tiny_config(*changes: str) -> RunConfig:
-    """The tiny run with some values changed, resolved for its images as the pipeline would."""
+    """The tiny run with some values changed, resolved for its images as in the pipeline."""
     config = override(get_recipe("digits-ipc1"), ["name=tiny", *TINY, *changes])
     return config.resolved((config.dataset.resize or 8,) * 2)
 
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of one finished serial run of the tiny configuration; who changes it copies it first.
+    """Output folder of one finished serial run of the tiny configuration; a test that changes it must copy it.
 
     Its recipe lies beside it, in `tiny.yaml`.
     """
@@ -129,7 +129,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def actor_processes(ancestor: int | None = None) -> list[int]:
-    """Process numbers of the workers that this process's Ray cluster runs; Ray names a process after its actor.
+    """Process ids of the workers that this process's Ray cluster runs; Ray names a process after its actor.
 
     Only descendants, of this process or another one: another cluster on the machine may be at real work.
     """
@@ -147,7 +147,7 @@ def actor_processes(ancestor: int | None = None) -> list[int]:
 def _ancestors(process: int) -> list[int]:
     ancestors = []
     while process > 1:
-        # After the name, which is in brackets and may hold anything: state, parent, ...
+        # The fields after the bracketed name, which may hold any character: state, parent, ...
         process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
         ancestors.append(process)
     return ancestors
@@ -187,9 +187,9 @@ def ray_cluster() -> Iterator[Any]:
     """A local Ray cluster with two CPUs, started once."""
     ray = pytest.importorskip("ray")
     before = Path.cwd()
-    # Workers look for the tests in the folder of this moment, and the first test that asks may be in one of its own.
+    # Workers import the tests from the current folder, and the first test that uses Ray may have changed it.
     os.chdir(Path(__file__).parents[1])
-    # "local", or it would join a cluster that somebody has started on this machine.
+    # Without "local", Ray would join a cluster that already runs on this machine.
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     os.chdir(before)
     yield ray
@@ -198,7 +198,7 @@ def ray_cluster() -> Iterator[Any]:
 
 @pytest.fixture(params=["serial", pytest.param("ray", marks=pytest.mark.ray)])
 def executor(request: pytest.FixtureRequest, tiny: RunConfig) -> Executor:
-    """Both executors; what is tested over this fixture holds for either."""
+    """Both executors, so that a test with this fixture holds for either."""
     if request.param == "serial":
         return SerialExecutor(tiny.cluster)
     request.getfixturevalue("ray_cluster")
@@ -218,12 +218,12 @@ AWS_SETTINGS = (
     "AWS_REQUEST_CHECKSUM_CALCULATION",
     "AWS_RESPONSE_CHECKSUM_VALIDATION",
 )
-"""Variables that a user's environment may have and a test's has not."""
+"""Variables that a user's environment may have and a test's must not have."""
 
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
-    """The URL of moto's server. On a free port, for two test runs may share a machine."""
+    """URL of moto's server, on a free port because two test sessions may share a machine."""
     server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     logging.getLogger("werkzeug").setLevel(logging.WARNING)  # not a line for every request
     server.start()
@@ -271,7 +271,7 @@ def s3_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], 
 
 @pytest.fixture
 def bucket(s3_server: str, s3_environment: Callable[[str], None]) -> str:
-    """The name of a fresh bucket; the environment leads to its server."""
+    """Name of a fresh bucket on the environment's server."""
     name = f"bucket-{uuid.uuid4().hex}"
     urllib.request.urlopen(urllib.request.Request(f"{s3_server}/{name}", method="PUT")).close()
     s3_environment(s3_server)
@@ -282,7 +282,7 @@ def bucket(s3_server: str, s3_environment: Callable[[str], None]) -> str:
 def s3_proxy(
     s3_server: str, bucket: str, s3_environment: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[proxy.Proxy]:
-    """A proxy between the environment and the server. What it fails is asked for again at once."""
+    """A proxy between the environment and the server; requests that it fails are retried at once."""
     monkeypatch.setattr("datm_ray.store.files.s3.LONGEST_PAUSE", 0.02)
     with proxy.serving(s3_server) as running:
         s3_environment(running.url)

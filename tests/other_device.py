@@ -1,8 +1,7 @@
-"""A device without a card: what would mix it with the CPU fails here as it would on a GPU.
+"""A device without a card: code that would mix it with the CPU fails here as on a GPU.
 
-The meta device plays the part. Its tensors have no values. What is read from one is what was copied to it, if nothing
-was done with it since; else it is made up: any numbers, True. What is computed is not looked
-at, only where.
+The meta device plays the part. Its tensors have no values, so the tests check devices and not results. A read returns
+the values copied to a tensor, if no operation has changed it since; else any numbers, or True.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ _ATEN = torch.ops.aten
 _MOVES = {_ATEN._to_copy, _ATEN.copy_, _ATEN.copy}
 """Operations that may read from one device and write to the other."""
 _OF_VALUES = {_ATEN.nonzero, _ATEN._unique2, _ATEN.unique_dim}
-"""Operations whose results have as many numbers as the values say; they take made-up ones."""
+"""Operations whose result's size depends on values; they get made-up ones."""
 
 
 class _Built(TorchFunctionMode):
-    """Tensors of Python's numbers are made on the CPU and copied, so that the copy is seen."""
+    """Makes tensors of Python's numbers on the CPU and copies them, so that the copy is recorded."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -37,24 +36,24 @@ class _Built(TorchFunctionMode):
 
 
 class OtherDevice(TorchDispatchMode):
-    """While it is entered, `DEVICE` is a device of its own."""
+    """Within this mode, `DEVICE` is a device of its own."""
 
     def __init__(self, made_up: Callable[..., Tensor] = torch.rand) -> None:
-        """Play with made-up numbers of one kind, such as `torch.zeros`."""
+        """Make up numbers by this function, such as `torch.zeros`."""
         super().__init__()
         self._made_up = made_up
         self._copied: dict[int, tuple[Tensor, Tensor]] = {}
-        """By storage: what was copied to the device, which keeps the storage alive, and from what."""
+        """Storage -> the tensor copied to the device, which keeps the storage alive, and its source."""
         self._built = _Built()
 
     def __enter__(self) -> OtherDevice:
-        """Begin to play."""
+        """Enter the mode."""
         self._built.__enter__()
         super().__enter__()
         return self
 
     def __exit__(self, *raised: Any) -> None:
-        """End it."""
+        """Leave the mode."""
         super().__exit__(*raised)
         self._built.__exit__(*raised)
 

@@ -1,4 +1,4 @@
-"""The stages as Python calls: the values that they return, and that they are those of the command line."""
+"""Tests the stages as Python calls: their values, and that they equal those of the command line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SERIAL: Any = {"executor": "serial", "progress": False}
 def test_a_run_returns_its_set_and_scores(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A finished run gives them at once: rows of the table, one accuracy for each network, the report's place."""
+    """Running a finished run returns its set, the table's rows with each network's accuracy, and the report's place."""
     shutil.copytree(finished_run, tmp_path / "runs")
     result = datm_ray.run(tiny_config(), str(tmp_path / "runs"), **SERIAL)
     assert result.name == "tiny"
@@ -40,7 +40,7 @@ def test_a_run_returns_its_set_and_scores(
 
 
 def test_stages_can_be_called_one_by_one(finished_run: Path, tmp_path: Path) -> None:
-    """Each returns its own value, and one that lacks an earlier one says so."""
+    """Each stage returns its own value, or an error if an earlier stage is missing."""
     out, config = str(tmp_path / "runs"), tiny_config()
     with pytest.raises(MissingExpertsError, match="datm-ray experts"):
         datm_ray.distill(config, out, **SERIAL)
@@ -54,7 +54,7 @@ def test_stages_can_be_called_one_by_one(finished_run: Path, tmp_path: Path) -> 
 
 
 def test_settings_replace_those_of_a_recipe(tmp_path: Path) -> None:
-    """Numbers, texts, truth values, None and lists, in a packaged recipe, a file or a configuration."""
+    """Settings replace values of a packaged recipe, file or configuration: numbers, text, booleans, None, lists."""
     settings = {
         "name": "mine",
         "distill.iterations": 7,

@@ -1,4 +1,4 @@
-"""The synthetic set as a file: whole or refused, usable as it is, and readable by others once exported."""
+"""Tests the synthetic set as a file: whole or refused, usable as it is, and readable by others once exported."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def real_images(channels: int = 3, count: int = 20) -> NDArray[np.uint8]:
 
 
 def save(path: Path, kind: Kind = "zca", channels: int = 3, names: tuple[str, ...] = NAMES) -> Transform:
-    """A synthetic set whose images are the real ones, normalised."""
+    """Save a synthetic set whose images are the real ones, normalised."""
     images = real_images(channels)
     transform = fit_transform(kind, images, 255)
     labels = torch.arange(len(images)) % len(names)
@@ -69,7 +69,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 @pytest.mark.parametrize("kind", ["zca", "standard"])
 def test_the_snippet_of_the_readme_runs(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a reader copies trains a network on a set and tests it, whatever its normalisation."""
+    """The README's snippet trains a network on a set and tests it, with any normalisation."""
     section = README.read_text().partition("### Use a set\n")[2]
     snippet = section.partition("```python\n")[2].partition("```")[0]
     place = re.search(r'load\("(.+)"\)', snippet)
@@ -87,7 +87,7 @@ def test_the_snippet_of_the_readme_runs(kind: Kind, tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("kind", ["zca", "standard"])
 def test_saved_set_is_loaded_as_it_was(kind: Kind, tmp_path: Path) -> None:
-    """Bit for bit: tensors, step size, names, transform, recipe and provenance."""
+    """A saved set is loaded bit for bit: tensors, step size, names, transform, recipe and provenance."""
     transform = save(tmp_path / "x.arrow", kind)
     loaded = load(str(tmp_path / "x.arrow"))
     images = real_images().astype(np.float32) / 255
@@ -106,7 +106,7 @@ def test_saved_set_is_loaded_as_it_was(kind: Kind, tmp_path: Path) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("kind", ["zca", "standard"])
 def test_pixels_of_a_real_image_are_the_image(kind: Kind, channels: int, tmp_path: Path) -> None:
-    """The transform that travels with the set leads back to the very pixels it came from."""
+    """A set of real images gives back their exact pixels by its transform."""
     save(tmp_path / "x.arrow", kind, channels)
     pixels = load(str(tmp_path / "x.arrow")).pixels()
     assert pixels.dtype == np.uint8
@@ -114,13 +114,13 @@ def test_pixels_of_a_real_image_are_the_image(kind: Kind, channels: int, tmp_pat
 
 
 def test_pixels_are_clipped(artifact: Artifact) -> None:
-    """Learned values beyond black and white become black and white, and do not wrap around."""
+    """Values beyond black and white are clipped and do not wrap around."""
     artifact.images.copy_(artifact.normalise(np.where(real_images() > 127, np.float32(3), np.float32(-2))))
     assert np.array_equal(artifact.pixels(), np.where(real_images() > 127, 255, 0).transpose(0, 2, 3, 1))
 
 
 def test_dataset_feeds_a_loader(artifact: Artifact) -> None:
-    """Images with class probabilities, which torch's cross-entropy takes as they are."""
+    """A set is a data set of images and class probabilities, as torch's cross-entropy takes them."""
     (images, probabilities), (rest, _) = DataLoader(artifact.dataset(), batch_size=16)
     assert (images.shape, rest.shape) == ((16, 3, 6, 5), (4, 3, 6, 5))
     torch.testing.assert_close(probabilities, artifact.soft_labels[:16].softmax(dim=1))
@@ -138,13 +138,13 @@ def message(path: Path) -> str:
 
 @pytest.mark.parametrize("keep", [0, 1, 100, -1])
 def test_truncated_file_is_refused(path: Path, keep: int) -> None:
-    """Also one that lacks its last byte, and one that is empty."""
+    """A truncated file is refused, also one that is empty or lacks its last byte."""
     path.write_bytes(path.read_bytes()[:keep])
     message(path)
 
 
 def test_altered_byte_never_alters_the_set(path: Path) -> None:
-    """At a hundred places: the file is refused, or the byte is one that is not needed."""
+    """A byte altered at any of a hundred places is refused or has no effect."""
     whole, refused = path.read_bytes(), 0
     original = load(str(path))
     for place in np.linspace(0, len(whole) - 1, 100).astype(int):
@@ -161,14 +161,14 @@ def test_altered_byte_never_alters_the_set(path: Path) -> None:
 
 
 def test_file_of_another_kind_is_refused(tmp_path: Path) -> None:
-    """A checkpoint is a tensor file too, and no synthetic set."""
+    """A checkpoint, a tensor file of another kind, is refused as a synthetic set."""
     path = tmp_path / "checkpoint.arrow"
     write_tensors(open_location(str(path)), {"images": np.zeros(1)}, kind="checkpoint", metadata={})
     assert "checkpoint" in message(path).removeprefix(str(path))
 
 
 def test_files_of_earlier_versions_have_one_step_size(path: Path) -> None:
-    """That of the first network, which is all that they held."""
+    """A file of an earlier version has one step size, the first network's."""
     place = open_location(str(path))
     file = read_tensors(place, kind=KIND)
     arrays = {name: array for name, array in file.arrays.items() if name != "step_sizes"}
@@ -177,14 +177,14 @@ def test_files_of_earlier_versions_have_one_step_size(path: Path) -> None:
 
 
 def test_file_without_a_part_is_refused(tmp_path: Path) -> None:
-    """The message names what is missing."""
+    """A file that lacks a part is an error that names the part."""
     path = tmp_path / "synthetic.arrow"
     write_tensors(open_location(str(path)), {"images": np.zeros(1)}, kind="synthetic-set", metadata={})
     assert "has no part 'class_names', 'labels', " in message(path)
 
 
 def replaced(name: str, value: object) -> Callable[[dict[str, NDArray[Any]], dict[str, Any]], None]:
-    """An edit of a set's file: another array, or another value in its metadata, under this name."""
+    """An edit of a set's file that replaces an array, or a value of its metadata, under this name."""
 
     def edit(arrays: dict[str, NDArray[Any]], metadata: dict[str, Any]) -> None:
         part: dict[str, Any] = arrays if isinstance(value, np.ndarray) else metadata
@@ -222,7 +222,7 @@ UNSOUND = {
 
 
 def test_a_set_whose_parts_disagree_is_refused(tmp_path: Path) -> None:
-    """A right checksum says who wrote last, not that labels, shapes and numbers fit together: one line says what."""
+    """A sealed set whose labels, shapes and numbers disagree is one line that says what is wrong."""
     path = tmp_path / "synthetic.arrow"
     save(path, "standard")
     file = read_tensors(open_location(str(path)), kind=KIND)
@@ -236,20 +236,20 @@ def test_a_set_whose_parts_disagree_is_refused(tmp_path: Path) -> None:
 
 
 def test_file_of_another_program_is_refused(tmp_path: Path) -> None:
-    """Text, say."""
+    """A file of another program, such as text, is refused."""
     path = tmp_path / "notes.txt"
     path.write_text("not a synthetic set\n" * 100)
     message(path)
 
 
 def test_missing_file_is_a_store_error(tmp_path: Path) -> None:
-    """It says what was looked for."""
+    """A missing set is a StoreError with the path."""
     with pytest.raises(StoreError, match=r"none\.arrow"):
         load(str(tmp_path / "none.arrow"))
 
 
 def test_a_folder_is_answered_with_the_sets_in_it(tmp_path: Path) -> None:
-    """Of a run, of several runs, and of an export; another folder is only called one."""
+    """A folder in place of a set is an error that lists the sets of its runs or exports."""
     run = tmp_path / "runs" / "mine"
     run.mkdir(parents=True)
     save(run / "synthetic.arrow", "standard")
@@ -262,7 +262,7 @@ def test_a_folder_is_answered_with_the_sets_in_it(tmp_path: Path) -> None:
 
 
 def test_png_export_has_a_folder_per_class(artifact: Artifact, tmp_path: Path) -> None:
-    """Lossless, and numbered in the order of the set."""
+    """The PNG export is lossless, with a folder for each class, numbered in the set's order."""
     written = export(artifact, "png", open_location(str(tmp_path / "out")))
     assert sorted(written) == sorted(f"{name}/{index:05d}.png" for name in NAMES for index in range(10))
     for row, pixels in enumerate(artifact.pixels()):
@@ -271,7 +271,7 @@ def test_png_export_has_a_folder_per_class(artifact: Artifact, tmp_path: Path) -
 
 
 def test_grey_png_has_one_channel(tmp_path: Path) -> None:
-    """Digits stay grey."""
+    """The PNG export keeps grey images grey."""
     save(tmp_path / "x.arrow", channels=1)
     artifact = load(str(tmp_path / "x.arrow"))
     export(artifact, "png", open_location(str(tmp_path / "out")))
@@ -281,7 +281,7 @@ def test_grey_png_has_one_channel(tmp_path: Path) -> None:
 
 
 def test_no_image_is_lost_to_class_names_that_are_no_folder_names(tmp_path: Path) -> None:
-    """Names that differ in forbidden characters or in case alone keep folders of their own, inside the target."""
+    """Classes that differ in forbidden characters or in case alone get folders of their own in the target."""
     names = ("c/d", "c:d", "Fish", "fish", "..", "é 1")
     save(tmp_path / "x.arrow", names=names)
     written = export(load(str(tmp_path / "x.arrow")), "png", open_location(str(tmp_path / "out")))
@@ -292,7 +292,7 @@ def test_no_image_is_lost_to_class_names_that_are_no_folder_names(tmp_path: Path
 
 
 def test_parquet_export_is_read_by_our_own_source(artifact: Artifact, tmp_path: Path) -> None:
-    """The same images with the same labels and names, whichever set they end up in."""
+    """The Parquet export is read by the parquet source with equal images, labels and names."""
     assert export(artifact, "parquet", open_location(str(tmp_path))) == ["train.parquet"]
     raw = load_raw("parquet", str(tmp_path / "train.parquet"), validation=0.3)
     assert raw.class_names == NAMES
@@ -304,7 +304,7 @@ def test_parquet_export_is_read_by_our_own_source(artifact: Artifact, tmp_path: 
 
 
 def test_parquet_export_carries_soft_labels_and_hugging_face_metadata(artifact: Artifact, tmp_path: Path) -> None:
-    """Class probabilities row by row, and column types as `datasets` reads them."""
+    """The Parquet export has class probabilities, and column types that `datasets` reads."""
     export(artifact, "parquet", open_location(str(tmp_path)))
     table = pq.read_table(tmp_path / "train.parquet")
     np.testing.assert_allclose(table["soft_label"].to_pylist(), artifact.dataset().tensors[1], atol=1e-7)
@@ -316,7 +316,7 @@ def test_parquet_export_carries_soft_labels_and_hugging_face_metadata(artifact: 
 
 
 def test_pt_export_is_what_datms_evaluation_reads(artifact: Artifact, tmp_path: Path) -> None:
-    """Under the names its training writes: normalised images, logits, and a step size that is one number."""
+    """The pt export has the names that DATM's evaluation reads: images, logits, one step size."""
     written = export(artifact, "pt", open_location(str(tmp_path)))
     assert written == ["images_best.pt", "labels_best.pt", "lr_best.pt"]
     images, labels, rate = (torch.load(tmp_path / name, weights_only=True) for name in written)
@@ -326,8 +326,8 @@ def test_pt_export_is_what_datms_evaluation_reads(artifact: Artifact, tmp_path: 
     assert float(rate) == artifact.step_size
 
 
-def test_unknown_export_is_refused_with_those_known(artifact: Artifact, tmp_path: Path) -> None:
-    """And nothing is written."""
+def test_an_unknown_export_is_refused_with_the_known_ones(artifact: Artifact, tmp_path: Path) -> None:
+    """An unknown export is an error that lists the known ones, and writes nothing."""
     with pytest.raises(ConfigError, match=r"unknown export format 'npz'\. Choose one of: png, parquet, pt"):
         export(artifact, "npz", open_location(str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
@@ -335,7 +335,7 @@ def test_unknown_export_is_refused_with_those_known(artifact: Artifact, tmp_path
 
 
 def save_kept(folder: Path, run: str, side: int = 12) -> Artifact:
-    """A set in <folder>/<run>/synthetic.arrow, whose whitening is too large to travel inside."""
+    """Save a set as <folder>/<run>/synthetic.arrow with whitening too large to travel inside."""
     images = np.random.default_rng(0).integers(0, 256, (20, 1, side, side), dtype=np.uint8)
     transform = fit_transform("zca", images, 255)
     synthetic = SyntheticSet(transform.normalise(images), torch.zeros(20, 2), torch.ones(1), torch.arange(20) % 2)
@@ -345,7 +345,7 @@ def save_kept(folder: Path, run: str, side: int = 12) -> Artifact:
 
 
 def test_whitening_is_kept_once_for_all_sets(tmp_path: Path) -> None:
-    """A set's file is as large as its images, and finds its transform beside the runs, or beside itself."""
+    """A set's file is as large as its images, and finds its transform beside the runs or beside itself."""
     sets = [save_kept(tmp_path / "out", run) for run in ("a", "b")]
     (kept,) = (tmp_path / "out/transforms").iterdir()
     written = kept.stat().st_mtime_ns
@@ -367,7 +367,7 @@ def test_whitening_is_kept_once_for_all_sets(tmp_path: Path) -> None:
 
 
 def test_set_without_its_transform_has_images_and_says_what_is_missing(tmp_path: Path) -> None:
-    """Images, labels and step size need no transform; pixels do, and the error names file and remedy."""
+    """A set without its transform gives images and labels; pixels are an error with file and remedy."""
     save_kept(tmp_path / "out", "a")
     (kept,) = (tmp_path / "out/transforms").iterdir()
     content = kept.read_bytes()
@@ -384,8 +384,8 @@ def test_set_without_its_transform_has_images_and_says_what_is_missing(tmp_path:
     assert alone.pixels().shape == (20, 12, 12, 1)
 
 
-def test_a_place_that_cannot_be_asked_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Expired credentials are no missing file; where the transform is found all the same they do not matter."""
+def test_an_unreadable_place_of_a_transform_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Expired credentials are not called a missing file, and do not matter if the transform is found."""
     alone = save_kept(tmp_path / "out", "a")
     look, closed = Location.exists, str(tmp_path / "out/a")
 
@@ -403,7 +403,7 @@ def test_a_place_that_cannot_be_asked_is_told(tmp_path: Path, monkeypatch: pytes
 
 
 def test_an_unusable_transform_is_named(tmp_path: Path) -> None:
-    """The error names the file that it is in: the set's, or its own."""
+    """An unusable transform is an error that names its file: the set's, or its own."""
     save(tmp_path / "whole.arrow", "standard")
     save_kept(tmp_path, "a")
     (kept,) = (tmp_path / "transforms").iterdir()
@@ -419,7 +419,7 @@ def test_an_unusable_transform_is_named(tmp_path: Path) -> None:
 
 
 def test_a_digest_that_is_a_path_is_refused(tmp_path: Path) -> None:
-    """A file of somebody else cannot have other files read."""
+    """A digest that is a path is refused, so that no set reads other files."""
     save_kept(tmp_path, "a")
     place = open_location(str(tmp_path / "a/synthetic.arrow"))
     file = read_tensors(place, kind=KIND)
@@ -431,7 +431,7 @@ def test_a_digest_that_is_a_path_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["arrow", "safetensors"])
 def test_whole_exports_load_anywhere(kind: str, tmp_path: Path) -> None:
-    """One file, without the folder of transforms, has everything bit for bit, and exports to itself."""
+    """A whole export holds everything bit for bit in one file, and exports to itself."""
     original = save_kept(tmp_path / "out", "a")
     (name,) = export(original, kind, open_location(str(tmp_path / "b")))
     transform = original.transform
@@ -447,7 +447,7 @@ def test_whole_exports_load_anywhere(kind: str, tmp_path: Path) -> None:
 
 
 def test_safetensors_of_others_are_refused(artifact: Artifact, tmp_path: Path) -> None:
-    """Truncated, lying about its length, without our metadata, or no such file at all: one line each."""
+    """Safetensors that are truncated, lie about length, lack our metadata or are missing are one line each."""
     export(artifact, "safetensors", open_location(str(tmp_path)))
     place = tmp_path / "synthetic.safetensors"
     whole = place.read_bytes()
@@ -460,27 +460,28 @@ def test_safetensors_of_others_are_refused(artifact: Artifact, tmp_path: Path) -
 
 
 def test_altered_safetensors_are_refused(artifact: Artifact, tmp_path: Path) -> None:
-    """One bit of an image, a name in the metadata, another type, or no checksum, as another program writes it."""
+    """Safetensors with an altered bit, name or type, or without our checksum, are refused."""
     export(artifact, "safetensors", open_location(str(tmp_path)))
     place = tmp_path / "synthetic.safetensors"
     whole = place.read_bytes()
     arrays = parse_numpy(whole)
-    told = json.loads(json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])["__metadata__"][KIND])
+    metadata = json.loads(json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])["__metadata__"][KIND])
     flipped = bytearray(whole)
     flipped[whole.index(arrays["images"].tobytes()) + 5] ^= 1
     cases = [bytes(flipped), whole.replace(b"dog", b"cow")]
-    cases.append(numpy_file({**arrays, "soft_labels": arrays["soft_labels"].view(np.int32)}, {KIND: json.dumps(told)}))
+    labels = arrays["soft_labels"].view(np.int32)
+    cases.append(numpy_file({**arrays, "soft_labels": labels}, {KIND: json.dumps(metadata)}))
     for content in cases:
         assert content != whole
         place.write_bytes(content)
         assert "has a wrong checksum. It was altered" in message(place)
-    assert told.pop("sha256")
-    place.write_bytes(numpy_file(arrays, {KIND: json.dumps(told)}))
+    assert metadata.pop("sha256")
+    place.write_bytes(numpy_file(arrays, {KIND: json.dumps(metadata)}))
     assert "has no checksum. It was altered, or was written by another program" in message(place)
 
 
 def test_sets_of_the_first_format_are_read(tmp_path: Path) -> None:
-    """A file of an earlier version, with its whitening matrix inside, leads to the pixels it was made of."""
+    """A set of the first format, with its whitening matrix inside, gives its original pixels."""
     sample = Path(__file__).parent / "samples/synthetic-with-matrix.arrow"
     old = load(str(sample))
     assert (old.step_sizes, old.class_names, old.transform.kind) == ((0.5,), ("even", "odd"), "zca")
@@ -491,18 +492,18 @@ def test_sets_of_the_first_format_are_read(tmp_path: Path) -> None:
     assert load(str(tmp_path / name)).transform.digest == old.transform.digest
 
 
-def test_what_an_export_lacks_is_told(artifact: Artifact) -> None:
-    """The share that was clipped, folders that are not named as their classes, and parts that have no place."""
-    told = {kind: " ".join(left_out(artifact, kind)) for kind in EXPORTS}
+def test_what_an_export_leaves_out_is_reported(artifact: Artifact) -> None:
+    """An export reports clipped pixels, renamed folders, and parts that the format cannot hold."""
+    notes = {kind: " ".join(left_out(artifact, kind)) for kind in EXPORTS}
     assert artifact.clipped_share() == 0  # images of real ones
-    assert "clipped" not in told["png"] + told["parquet"]
-    assert (told["arrow"], told["safetensors"]) == ("", "")
-    assert "step size is in the .arrow file" in told["parquet"]
-    assert "neither class names nor the transform" in told["pt"]
+    assert "clipped" not in notes["png"] + notes["parquet"]
+    assert (notes["arrow"], notes["safetensors"]) == ("", "")
+    assert "step size is in the .arrow file" in notes["parquet"]
+    assert "neither class names nor the transform" in notes["pt"]
     brighter = dataclasses.replace(artifact, class_names=("a/b", "x" * 300), images=artifact.images + 100)
-    told = {kind: " ".join(left_out(brighter, kind)) for kind in EXPORTS}
-    assert told["parquet"].startswith("100 % of the pixels' values lay outside 0..1 and were clipped")
-    assert "'a/b' is in 'a_b'" in told["png"]
+    notes = {kind: " ".join(left_out(brighter, kind)) for kind in EXPORTS}
+    assert notes["parquet"].startswith("100 % of the pixels' values lay outside 0..1 and were clipped")
+    assert "'a/b' is in 'a_b'" in notes["png"]
     assert {len(name.partition("/")[0]) for name in EXPORTS["png"](brighter)} >= {200}
-    assert "lr_best.pt holds the first of 2 step sizes" in told["pt"]
+    assert "lr_best.pt holds the first of 2 step sizes" in notes["pt"]
     assert "step sizes" not in " ".join(left_out(dataclasses.replace(artifact, step_sizes=(0.1,)), "pt"))

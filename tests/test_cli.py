@@ -1,4 +1,4 @@
-"""The command line: bad input is one clear line, exit code 2, no traceback, nothing written."""
+"""Tests the command line: bad input is one clear line, exit code 2, no traceback, nothing written."""
 
 from __future__ import annotations
 
@@ -141,19 +141,19 @@ BAD_INPUT = {
 def test_bad_input_is_one_line_with_exit_code_2_and_nothing_written(
     case: str, datm_ray: CommandLine, tmp_path: Path
 ) -> None:
-    """Every mistake is explained in one line before anything is written."""
+    """Each mistake is one line of error before anything is written."""
     require_one_line(datm_ray(*BAD_INPUT[case][0]), BAD_INPUT[case][1], tmp_path)
 
 
 @pytest.mark.ray
 def test_more_workers_than_a_cluster_holds_are_refused(ray_cluster: Any, datm_ray: CommandLine, tmp_path: Path) -> None:
-    """The number that was asked for is named before anything is written."""
+    """More workers than a cluster holds are an error with their number, before anything is written."""
     ended = datm_ray("experts", "digits-ipc1", "--set", "cluster.workers=500")
     require_one_line(ended, "500 worker", tmp_path)
 
 
 def require_one_line(ended: tuple[int, str, str], expected: str, folder: Path) -> None:
-    """Bad input has ended a command in one line that says what is expected, and nothing was written to the folder."""
+    """Assert one line of error with the expected words, exit code 2, and nothing written to the folder."""
     code, out, err = ended
     assert code == 2
     assert out == ""
@@ -176,7 +176,7 @@ def require_one_line(ended: tuple[int, str, str], expected: str, folder: Path) -
 def test_a_bad_recipe_file_is_one_line(
     content: str | bytes, expected: str, datm_ray: CommandLine, tmp_path: Path
 ) -> None:
-    """A YAML file with a mistake is named together with the mistake."""
+    """A YAML file with a mistake is one line with the file and the mistake."""
     path = tmp_path / "mine.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     code, _, err = datm_ray("run", "./mine.yaml")
@@ -187,7 +187,7 @@ def test_a_bad_recipe_file_is_one_line(
 
 
 def test_an_output_folder_that_cannot_be_written_is_one_line(datm_ray: CommandLine, tmp_path: Path) -> None:
-    """A file where the folder should be stops the run before any work."""
+    """A file in place of the output folder is an error before any work."""
     (tmp_path / "taken").write_text("")
     code, _, err = datm_ray("run", "digits-ipc1", "--out", "taken", "--executor", "serial")
     assert code == 2
@@ -215,7 +215,7 @@ def test_a_truncated_store_file_is_named(datm_ray: CommandLine, finished_run: Pa
 
 @pytest.mark.parametrize("content", [b"", b"not an artifact", b"ARROW1\0\0 and then nothing"])
 def test_a_file_that_is_no_artifact_is_named(content: bytes, datm_ray: CommandLine, tmp_path: Path) -> None:
-    """Exporting something else than a synthetic set is one clear line."""
+    """Exporting a file that is no synthetic set is one line of error."""
     (tmp_path / "set.arrow").write_bytes(content)
     code, _, err = datm_ray("export", "set.arrow", "--out", "exported")
     assert code == 2
@@ -225,7 +225,7 @@ def test_a_file_that_is_no_artifact_is_named(content: bytes, datm_ray: CommandLi
 
 
 def test_a_checkpoint_is_no_artifact(datm_ray: CommandLine, finished_run: Path) -> None:
-    """A file of another kind is told apart."""
+    """Exporting a checkpoint is an error that says what the file is."""
     code, _, err = datm_ray("export", str(finished_run / "tiny/checkpoint.arrow"), "--out", "x")
     assert code == 2
     assert "checkpoint" in err
@@ -233,7 +233,7 @@ def test_a_checkpoint_is_no_artifact(datm_ray: CommandLine, finished_run: Path) 
 
 @pytest.mark.parametrize(("kind", "count"), [("png", 10), ("parquet", 1), ("pt", 3), ("arrow", 1), ("safetensors", 1)])
 def test_exports_are_written(kind: str, count: int, datm_ray: CommandLine, finished_run: Path, tmp_path: Path) -> None:
-    """Each format writes its files and says where."""
+    """Each format writes its files and prints their place."""
     code, out, _ = datm_ray("export", str(finished_run / "tiny/synthetic.arrow"), "--format", kind, "--out", "exported")
     assert ("soft labels and step size are in the .arrow file" in out) == (kind == "png")
     assert code == 0
@@ -242,7 +242,7 @@ def test_exports_are_written(kind: str, count: int, datm_ray: CommandLine, finis
 
 
 def test_store_commands_describe_the_experts(datm_ray: CommandLine, finished_run: Path) -> None:
-    """ls, show and verify agree that there are two experts of one recipe."""
+    """`store ls`, `show` and `verify` agree on two experts of one recipe."""
     store = str(finished_run / "experts")
     assert "2 expert(s)" in datm_ray("store", "ls", store)[1]
     shown = datm_ray("store", "show", store)[1]
@@ -252,14 +252,14 @@ def test_store_commands_describe_the_experts(datm_ray: CommandLine, finished_run
 
 
 def test_the_store_inside_a_folder_of_runs_is_pointed_at(datm_ray: CommandLine, finished_run: Path) -> None:
-    """The output folder is what a user has at hand."""
+    """A folder of runs given as a store is an error that names the store inside."""
     code, _, err = datm_ray("store", "ls", str(finished_run))
     assert (code, len(err.splitlines())) == (2, 1)
     assert f"ive its store, {finished_run / 'experts'}" in err
 
 
 def test_an_interrupt_says_that_nothing_is_lost(datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C ends with the usual code, and with what to do next."""
+    """Ctrl-C exits with the usual code, and says how to resume."""
 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -273,7 +273,7 @@ def test_an_interrupt_says_that_nothing_is_lost(datm_ray: CommandLine, monkeypat
 def test_a_result_of_another_shape_is_a_damaged_file(
     name: str, datm_ray: CommandLine, finished_run: Path, tmp_path: Path
 ) -> None:
-    """Valid JSON that nobody here has written is one line, with the file's name."""
+    """A result of valid JSON in another shape is one line with the file's name."""
     out = shutil.copytree(finished_run, tmp_path / "copy")
     (out / "tiny" / name).write_text('{"a": [1]}')
     code, _, err = datm_ray("report", str(out))
@@ -283,7 +283,7 @@ def test_a_result_of_another_shape_is_a_damaged_file(
 
 
 def test_a_dry_run_refuses_what_the_run_would(datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A place where nobody can write, and GPUs that are not there."""
+    """A dry run refuses an unwritable place and missing GPUs, as the run does."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     Path("file").touch()
     for words, expected in (
@@ -297,7 +297,7 @@ def test_a_dry_run_refuses_what_the_run_would(datm_ray: CommandLine, monkeypatch
 
 
 def test_a_second_run_has_nothing_to_do(datm_ray: CommandLine, finished_run: Path) -> None:
-    """The same command again finds everything finished; so does a dry run, which writes nothing."""
+    """Running a finished command again does nothing; so does a dry run, which writes nothing."""
     before = files_below(finished_run)
     recipe = str(finished_run.parent / "tiny.yaml")
     code, out, _ = datm_ray("run", recipe, "--out", str(finished_run), "--dry-run")
@@ -311,7 +311,7 @@ def test_a_second_run_has_nothing_to_do(datm_ray: CommandLine, finished_run: Pat
 
 
 def test_stages_one_by_one_lead_from_one_to_the_next(datm_ray: CommandLine, finished_run: Path, tmp_path: Path) -> None:
-    """experts, distill, evaluate and report each name the next command, and the report is written."""
+    """experts, distill and evaluate name the next command, and report writes the report."""
     recipe = str(finished_run.parent / "tiny.yaml")
     for command, following in (("experts", "distill"), ("distill", "evaluate"), ("evaluate", "report")):
         code, out, _ = datm_ray(command, recipe, "--executor", "serial")
@@ -331,7 +331,7 @@ def test_recipes_are_listed_and_shown_as_files_that_run(datm_ray: CommandLine, t
 
 
 def test_a_plan_is_ten_lines_and_needs_no_data(datm_ray: CommandLine, tmp_path: Path) -> None:
-    """Every recipe named has a headline and what it takes, with the budget given; nothing is written."""
+    """A plan has a headline and needs for each recipe, uses the given budget and writes nothing."""
     seen = "metadd={auxiliaries: [{architecture: lenet}]}"
     code, out, err = datm_ray(
         "plan", "digits-ipc10", "cifar10-ipc1", "--memory", "3GiB", "--set", "dataset.path=absent"
@@ -340,7 +340,7 @@ def test_a_plan_is_ten_lines_and_needs_no_data(datm_ray: CommandLine, tmp_path: 
     titles = [line.partition(":") for line in out.splitlines() if not line.startswith(" ")]
     assert [title for title, *_ in titles] == ["digits-ipc10", "cifar10-ipc1"]
     assert all(
-        re.search(r"of 3\.00 GiB a worker, about [0-9.]+ CPU-hours, [0-9.]+ [MG]iB of", told) for *_, told in titles
+        re.search(r"of 3\.00 GiB a worker, about [0-9.]+ CPU-hours, [0-9.]+ [MG]iB of", needs) for *_, needs in titles
     )
     assert len(out.splitlines()) <= 2 * 10
     for row in ("data", "experts", "distillation", "evaluation", "CPU-hours", "storage"):
@@ -349,7 +349,7 @@ def test_a_plan_is_ten_lines_and_needs_no_data(datm_ray: CommandLine, tmp_path: 
     assert files_below(tmp_path) == []
     code, out, _ = datm_ray("plan", "digits-ipc1", "-v", "--memory", "3GiB", "--set", seen, "--set", "cluster.shards=2")
     assert code == 0
-    for told in (
+    for expected in (
         "hours on clock",
         "computing",
         "a shard sums",
@@ -357,59 +357,59 @@ def test_a_plan_is_ten_lines_and_needs_no_data(datm_ray: CommandLine, tmp_path: 
         "the trace of",
         "networks of metadd",
     ):
-        assert told in out, told
+        assert expected in out, expected
 
 
-def test_a_plan_for_a_cluster_suggests_a_layout_that_can_be_asked_for(datm_ray: CommandLine) -> None:
-    """What it says to set is a valid configuration, for a data set that nobody has here."""
+def test_a_plan_for_a_cluster_suggests_a_valid_layout(datm_ray: CommandLine) -> None:
+    """The suggested layout of a plan is a valid configuration, also for a data set that is absent."""
     described = ["--cluster", "gpus=64,memory=80GiB,tflops=60,network=25Gbps"]
     code, out, err = datm_ray("plan", "tiny-imagenet-ipc50", "--data-shape", "3x64x64,1000,1281167", *described)
     assert (code, err) == (0, "")
-    said = next(line.split("layout", 1)[1] for line in out.splitlines() if line.startswith("  layout"))
-    command, _, workers = said.partition(": ")
+    layout = next(line.split("layout", 1)[1] for line in out.splitlines() if line.startswith("  layout"))
+    command, _, workers = layout.partition(": ")
     assert workers.endswith(" of 64 workers distil")
     again = datm_ray("plan", "tiny-imagenet-ipc50", "--data-shape", "3x64x64,1000,1281167", *shlex.split(command))
     assert again[0] == 0, again[2]
     assert "hours on clock" in out
     assert "fitting zca      5.6 GiB of memory and about 32 minutes on two CPU cores" in out
     assert "about" in out.splitlines()[0]
-    for told in (again[1], out):
-        assert "of 50,000 images" in told
+    for text in (again[1], out):
+        assert "of 50,000 images" in text
     assert "GPU-hours        unknown: no GPU was measured" in again[1]
 
 
 def test_a_plan_for_a_cluster_says_what_of_the_recipe_it_does_not_follow(datm_ray: CommandLine) -> None:
-    """Its own shards, workers and GPUs, in one line; nothing where the recipe leaves them open or has the same."""
+    """A plan for a cluster lists in one line the recipe's shards, workers and GPUs that it replaces."""
     own = ["cluster.shards=3", "cluster.workers=6", "cluster.gpus_per_worker=0.5"]
     set_ = [word for each in own for word in ("--set", each)]
     described = ["--memory", "3GiB", "--cluster", "gpus=1,memory=80GiB,tflops=60"]
     code, out, err = datm_ray("plan", "digits-ipc1", *described, *set_)
     assert (code, err) == (0, "")
-    told = [line for line in out.splitlines() if "not followed" in line]
-    assert told == [f"  not followed     {', '.join(own)} of the recipe: --cluster chooses these"]
+    ignored = [line for line in out.splitlines() if "not followed" in line]
+    assert ignored == [f"  not followed     {', '.join(own)} of the recipe: --cluster chooses these"]
     for same in ([], ["--set", "cluster.gpus_per_worker=1"]):
         assert "not followed" not in datm_ray("plan", "digits-ipc1", *described, *same)[1]
     assert "not followed" not in datm_ray("plan", "digits-ipc1", "--memory", "3GiB", "--set", "cluster.shards=3")[1]
 
 
 def test_a_plan_may_time_real_steps_first(datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then hours follow what was measured here; the other lines stay."""
+    """--measure bases a plan's hours on steps timed here; the other lines stay."""
     from datm_ray.planning import duration as cost
 
-    said = ["plan", "digits-ipc1", "--memory", "3GiB", "--set", "cluster.compile=false", "--measure"]
-    told = []
+    plan = ["plan", "digits-ipc1", "--memory", "3GiB", "--set", "cluster.compile=false", "--measure"]
+    planned = []
     for seconds in (1.0, 10.0):
         monkeypatch.setattr(cost, "_seconds", lambda _, seconds=seconds: seconds)
-        code, out, _ = datm_ray(*said)
+        code, out, _ = datm_ray(*plan)
         assert code == 0
         hours = re.search(r"experts ([0-9.,]+), distillation ([0-9.,]+), .*; measured here", out)
         assert hours is not None
-        told.append([float(each.replace(",", "")) for each in hours.groups()])
-    assert told[1] == pytest.approx([10 * each for each in told[0]], rel=0.02)
+        planned.append([float(each.replace(",", "")) for each in hours.groups()])
+    assert planned[1] == pytest.approx([10 * each for each in planned[0]], rel=0.02)
 
 
 def test_debug_mode_shows_the_traceback(datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DATM_RAY_DEBUG=1 lets the error through."""
+    """DATM_RAY_DEBUG=1 shows the traceback of an error."""
     from datm_ray.errors import ConfigError
 
     monkeypatch.setenv("DATM_RAY_DEBUG", "1")
@@ -419,7 +419,7 @@ def test_debug_mode_shows_the_traceback(datm_ray: CommandLine, monkeypatch: pyte
 
 
 def test_help_answers_without_loading_torch_or_ray() -> None:
-    """`--help` imports neither; that, not a stopwatch, is what keeps it fast."""
+    """`--help` imports neither torch nor Ray, which keeps it fast."""
     code = (
         "import sys; sys.argv = ['datm-ray', '--help']\n"
         "from datm_ray.cli import main\n"
@@ -436,7 +436,7 @@ def test_help_answers_without_loading_torch_or_ray() -> None:
 
 
 def test_a_plan_shows_every_backbone(datm_ray: CommandLine) -> None:
-    """The headline is of the one that takes most; --verbose tells the parts of each."""
+    """The headline is the largest backbone's; --verbose shows the parts of each."""
     wider = "backbones=[{network: {width: 64, depth: 2}}]"
     code, out, _ = datm_ray("plan", "digits-ipc1", "--memory", "3GiB", "--set", wider, "--verbose")
     assert code == 0
@@ -445,17 +445,17 @@ def test_a_plan_shows_every_backbone(datm_ray: CommandLine) -> None:
     assert trace[0] != trace[1]
 
 
-def test_the_next_command_repeats_what_was_said(datm_ray: CommandLine) -> None:
-    """So that it works as it stands; networks that can only be trained have none."""
+def test_the_next_command_repeats_the_options(datm_ray: CommandLine) -> None:
+    """The suggested next command repeats the options; networks that cannot be matched get none."""
     Path("tiny.yaml").write_text(to_yaml(tiny_config()))
-    said = ["--out", "my runs", "--set", "experts.count=1", "--store", "s", "--executor", "serial"]
-    code, out, err = datm_ray("experts", "tiny.yaml", *said)
+    options = ["--out", "my runs", "--set", "experts.count=1", "--store", "s", "--executor", "serial"]
+    code, out, err = datm_ray("experts", "tiny.yaml", *options)
     assert code == 0, err
     following = next(line for line in out.splitlines() if line.startswith("Next: datm-ray "))
     words = shlex.split(following.removeprefix("Next: datm-ray "))
-    assert words == ["distill", "tiny.yaml", *said]
+    assert words == ["distill", "tiny.yaml", *options]
     assert datm_ray(*words)[0] == 0
-    code, out, _ = datm_ray("experts", "tiny.yaml", *said, "--set", "network.norm=batch", "--set", "name=batch")
+    code, out, _ = datm_ray("experts", "tiny.yaml", *options, "--set", "network.norm=batch", "--set", "name=batch")
     assert code == 0
     assert "Next" not in out
 
@@ -463,7 +463,7 @@ def test_the_next_command_repeats_what_was_said(datm_ray: CommandLine) -> None:
 def test_experts_of_another_version_s_network_are_refused(
     datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where an architecture changes, its experts' numbers mean nothing any more; one line says so."""
+    """Stored experts of an architecture that has changed are one line of error."""
     Path("tiny.yaml").write_text(to_yaml(tiny_config("experts.count=1")))
     assert datm_ray("experts", "tiny.yaml", "--executor", "serial")[0] == 0
     monkeypatch.setitem(networks._BUILDERS, "convnet", lambda spec: ConvNet(spec.model_copy(update={"width": 5})))
@@ -476,7 +476,7 @@ def test_experts_of_another_version_s_network_are_refused(
 
 @pytest.mark.parametrize("there", [True, False])
 def test_a_folder_of_a_run_with_or_without_metadd_is_not_the_other_s(there: bool, datm_ray: CommandLine) -> None:
-    """One line says which it is."""
+    """A run with MetaDD and one without are never mixed in a folder; one line says which it is."""
     with_meta = tiny_config("metadd={auxiliaries: [{architecture: lenet}]}")
     first, second = (with_meta, tiny_config()) if there else (tiny_config(), with_meta)
     Path("runs/tiny").mkdir(parents=True)
@@ -490,7 +490,7 @@ def test_a_folder_of_a_run_with_or_without_metadd_is_not_the_other_s(there: bool
 
 @pytest.mark.slow
 def test_a_set_is_scored_on_other_architectures(datm_ray: CommandLine) -> None:
-    """With the learned and a tuned step size, beside a control, the backbone first; the report tells it too."""
+    """Other architectures are scored with learned and tuned step sizes beside a control, also in the report."""
     auxiliary = "experts: {count: 1, epochs: 2, learning_rate: 0.02, augmentation: ''}"
     config = tiny_config("evaluate.seeds=1", f"metadd={{auxiliaries: [{{architecture: lenet}}], {auxiliary}}}")
     Path("tiny.yaml").write_text(to_yaml(config))
@@ -517,7 +517,7 @@ def test_a_set_is_scored_on_other_architectures(datm_ray: CommandLine) -> None:
 
 
 def fails_with(monkeypatch: pytest.MonkeyPatch, failure: BaseException) -> None:
-    """Let every run fail."""
+    """Make every run fail."""
 
     def run_all(*_: object) -> None:
         raise failure
@@ -526,13 +526,13 @@ def fails_with(monkeypatch: pytest.MonkeyPatch, failure: BaseException) -> None:
 
 
 class RuntimeEnvSetupError(Exception):
-    """Of Ray's name and words."""
+    """An error with the name and message of Ray's."""
 
 
 def test_a_failure_that_nobody_expects_is_one_line_and_a_log(
     datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The traceback is in the output folder, or in a temporary file where there is no such folder."""
+    """An unexpected failure is one line; its traceback is in the output folder, or else in a temporary file."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     Path("temporary").mkdir()
     Path("there").mkdir()
@@ -543,7 +543,10 @@ def test_a_failure_that_nobody_expects_is_one_line_and_a_log(
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), "there is not enough memory"),
         (OSError(12, "Cannot allocate memory"), "there is not enough memory"),
         (environment, "The package is too large. at x). It packs the working folder under `uv run`"),
-        (BrokenPipeError(32, "Broken pipe"), "unexpected BrokenPipeError: [Errno 32] Broken pipe"),  # a server's
+        (
+            BrokenPipeError(32, "Broken pipe"),
+            "unexpected BrokenPipeError: [Errno 32] Broken pipe",
+        ),  # such as a server's
     ):
         fails_with(monkeypatch, failure)
         for out in ("there", "absent"):
@@ -560,7 +563,7 @@ def test_a_failure_that_nobody_expects_is_one_line_and_a_log(
 def test_a_reader_that_has_gone_ends_a_command_in_silence(
     datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`datm-ray recipe list | head -1` has the exit code of other tools, whenever the pipe is found closed."""
+    """A closed pipe, as in `datm-ray recipe list | head -1`, ends a command silently with the usual exit code."""
     for buffering in (-1, 1, 0):
         read, write = os.pipe()
         os.close(read)
@@ -574,7 +577,7 @@ def test_a_reader_that_has_gone_ends_a_command_in_silence(
 def test_output_is_what_the_stream_can_show(
     encoding: str, expected: str, datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Signs are spelled in ASCII, bytes of file names come out as they are, and nothing fails."""
+    """Signs become ASCII where the stream needs it, and bytes of file names stay; nothing fails."""
     shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", shown)
     assert datm_ray("recipe", "list")[0] == 0
@@ -586,7 +589,7 @@ def test_output_is_what_the_stream_can_show(
 
 
 def test_a_full_disk_under_the_output_is_one_line(datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was printed is not there, and the exit code says so."""
+    """A full disk under standard output is one line and an exit code of failure."""
     with open("/dev/full", "w", encoding="utf-8") as full:
         monkeypatch.setattr(sys, "stdout", full)
         code, _, err = datm_ray("recipe", "list")
@@ -600,7 +603,7 @@ def test_a_full_disk_under_the_output_is_one_line(datm_ray: CommandLine, monkeyp
 def test_the_report_is_written_before_anything_is_printed(
     datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch, finished_run: Path, tmp_path: Path
 ) -> None:
-    """A terminal that fails cannot take the report with it."""
+    """The report is written before anything is printed, so a failing terminal does not lose it."""
     out = shutil.copytree(finished_run, tmp_path / "copy")
     (out / "report.html").unlink()
     read, write = os.pipe()
@@ -612,10 +615,10 @@ def test_the_report_is_written_before_anything_is_printed(
     assert (out / "report.html").exists()
 
 
-def test_a_user_without_a_home_folder_has_one_for_the_time(
+def test_a_user_without_a_home_folder_gets_a_temporary_one(
     datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """HOME unset and a user id that no table knows, as in a container, are no reason to fail."""
+    """A container's user without HOME and without an entry of its id can run commands."""
     monkeypatch.setattr("pwd.getpwuid", lambda _: {}["uid"])
     monkeypatch.setenv("HOME", "x")
     monkeypatch.delenv("HOME")
@@ -624,7 +627,7 @@ def test_a_user_without_a_home_folder_has_one_for_the_time(
 
 
 def test_a_log_is_followed_into_a_pipe_that_closes(datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`job logs JOB --follow | head` ends with the log that is read, without a word; the interrupt's code is usual."""
+    """`job logs JOB --follow | head` ends silently with the lines read; Ctrl-C gives the usual exit code."""
     from datm_ray.runtime.ray import jobs as ray_jobs
 
     class Jobs:
@@ -654,7 +657,7 @@ def test_a_log_is_followed_into_a_pipe_that_closes(datm_ray: CommandLine, monkey
 
 
 def keys_in(value: object) -> set[str]:
-    """Keys of all objects in a JSON document, but for those whose keys are names of a user's."""
+    """Keys of all objects in a JSON document, except where keys are a user's names."""
     if isinstance(value, list):
         return set().union(*map(keys_in, value))
     if not isinstance(value, dict):
@@ -664,7 +667,7 @@ def keys_in(value: object) -> set[str]:
 
 
 def test_lists_and_plans_as_json(datm_ray: CommandLine, finished_run: Path, tmp_path: Path) -> None:
-    """Standard output is one document with the documented keys, and holds what the text says."""
+    """--json prints one document with the documented keys and the values of the text."""
     described = ["--cluster", "gpus=64,memory=80GiB,tflops=60"]
     store, recipe = str(finished_run / "experts"), str(finished_run.parent / "tiny.yaml")
     found = {}
@@ -694,7 +697,7 @@ def test_lists_and_plans_as_json(datm_ray: CommandLine, finished_run: Path, tmp_
 
 
 def test_a_damaged_store_as_json(datm_ray: CommandLine, finished_run: Path, tmp_path: Path) -> None:
-    """The damage of an expert is named in its place, and the others are listed."""
+    """The JSON of a damaged store has the expert's damage in its place and lists the others."""
     store = shutil.copytree(finished_run / "experts", tmp_path / "experts")
     damaged, *_ = sorted(store.rglob("expert-*.arrow"))
     damaged.write_bytes(damaged.read_bytes()[:100])
@@ -706,7 +709,7 @@ def test_a_damaged_store_as_json(datm_ray: CommandLine, finished_run: Path, tmp_
 
 
 def all_commands() -> list[tuple[str, Any]]:
-    """Every command, as typed and as an object."""
+    """Every command, as words and as an object."""
     import typer.main
 
     top: Any = typer.main.get_command(cli.app)
@@ -718,8 +721,8 @@ def group_of(command: Any) -> dict[str, Any]:
     return getattr(command, "commands", {})
 
 
-def test_every_command_has_the_short_options_that_people_expect(datm_ray: CommandLine) -> None:
-    """-h everywhere, the usual letters for the usual options, and help in sentences that no line cuts off."""
+def test_every_command_has_the_usual_short_options(datm_ray: CommandLine) -> None:
+    """Every command has -h and the usual letters, and help texts that no line cuts off."""
     for name, command in all_commands():
         code, out, err = datm_ray(*name.split(), "-h")
         assert (code, err) == (0, ""), name
@@ -740,7 +743,7 @@ def test_every_command_has_the_short_options_that_people_expect(datm_ray: Comman
 
 
 def test_the_version_has_the_program_s_name(datm_ray: CommandLine) -> None:
-    """Two words, as other programs print them."""
+    """--version prints the program's name and the version."""
     from datm_ray import __version__
 
     assert datm_ray("--version") == (0, f"datm-ray {__version__}\n", "")
@@ -759,7 +762,7 @@ def test_the_version_has_the_program_s_name(datm_ray: CommandLine) -> None:
 def test_a_shell_completes_commands_recipes_and_settings(
     words: str, expected: set[str], datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In bash and zsh, as their scripts ask."""
+    """bash and zsh complete commands, recipes and settings."""
     monkeypatch.setenv("_DATM_RAY_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", words.replace(" ", "\n"))
     monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))

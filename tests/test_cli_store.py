@@ -1,4 +1,4 @@
-"""`datm-ray store`: what is in a store, whether it is whole, deleting, and replay buffers in and out."""
+"""Tests `datm-ray store`: listing, verifying, deleting, and replay buffers in and out."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from datm_ray.store.trajectories import ExpertGroup, GroupKey, Snapshot, Traject
 from tests.conftest import CommandLine, tiny_config
 
 KEY = GroupKey("digits", "convnet", "a1b2")
-EPOCHS = 5  # of the tiny recipe
+EPOCHS = 5  # epochs of the tiny recipe
 
 
 @pytest.fixture
 def group(tmp_path: Path) -> ExpertGroup:
-    """Three experts of 1000 parameters, epochs 0 to 2 and 9, in the store "experts"."""
+    """A group of three experts of 1000 parameters, epochs 0 to 2 and 9, in the store "experts"."""
     group = TrajectoryStore(str(tmp_path / "experts")).group(*str(KEY).split("/"))
     info = TrajectoryInfo(
         dataset=KEY.dataset,
@@ -63,7 +63,7 @@ def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
 
 
 def test_ls_and_show_say_what_is_kept(datm_ray: CommandLine, group: ExpertGroup) -> None:
-    """Number and size of the experts, epochs with their gaps, storage."""
+    """`ls` and `show` print number and size of the experts, their epochs with gaps, and storage."""
     _, out, _ = datm_ray("store", "ls", "experts")
     kibibytes = sum(group.size(expert) for expert in range(3)) / 1024
     assert out == f"{KEY}  3 expert(s), epochs 0-2, 9, bfloat16, {kibibytes:.1f} KiB\n"
@@ -75,8 +75,10 @@ def test_ls_and_show_say_what_is_kept(datm_ray: CommandLine, group: ExpertGroup)
     )
 
 
-def test_show_goes_on_after_a_damaged_expert(datm_ray: CommandLine, group: ExpertGroup, tmp_path: Path) -> None:
-    """It is named as damaged, and the others are shown."""
+def test_show_names_a_damaged_expert_and_shows_the_others(
+    datm_ray: CommandLine, group: ExpertGroup, tmp_path: Path
+) -> None:
+    """`show` names a damaged expert and shows the others."""
     file = tmp_path / "experts" / str(KEY) / "expert-00000.arrow"
     file.write_bytes(file.read_bytes()[:-50])
     code, out, _ = datm_ray("store", "show", "experts")
@@ -85,8 +87,10 @@ def test_show_goes_on_after_a_damaged_expert(datm_ray: CommandLine, group: Exper
     assert "expert     2: epochs 0-2, 9" in out
 
 
-def test_verify_goes_on_after_a_missing_transform(datm_ray: CommandLine, group: ExpertGroup, tmp_path: Path) -> None:
-    """Both that and a damaged expert are named."""
+def test_verify_names_a_missing_transform_and_a_damaged_expert(
+    datm_ray: CommandLine, group: ExpertGroup, tmp_path: Path
+) -> None:
+    """`verify` names both a missing transform and a damaged expert."""
     folder = tmp_path / "experts" / str(KEY)
     (folder / "transform.arrow").unlink()
     file = folder / "expert-00001.arrow"
@@ -100,7 +104,7 @@ def test_verify_goes_on_after_a_missing_transform(datm_ray: CommandLine, group: 
 def test_verify_calls_nothing_damaged_that_it_cannot_read(
     datm_ray: CommandLine, group: ExpertGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A denial or an outage says nothing about a file, and its line advises no deletion."""
+    """A file that `verify` cannot read for denial or outage is not called damaged or advised for deletion."""
     denied = PermissionError(13, "Permission denied")
     monkeypatch.setattr("datm_ray.store.files.local.content", lambda path: (_ for _ in ()).throw(denied))
     code, out, err = datm_ray("store", "verify", "experts")
@@ -111,7 +115,7 @@ def test_verify_calls_nothing_damaged_that_it_cannot_read(
 
 
 def test_verify_names_every_damaged_file(datm_ray: CommandLine, group: ExpertGroup, tmp_path: Path) -> None:
-    """It goes on after the first, and ends with exit code 2 and one line."""
+    """`verify` checks all files after a damaged one, and ends with exit code 2 and one line."""
     folder = tmp_path / "experts" / str(KEY)
     for name in ("expert-00000.arrow", "expert-00002.arrow", "transform.arrow"):
         content = bytearray((folder / name).read_bytes())
@@ -130,14 +134,14 @@ def test_verify_names_every_damaged_file(datm_ray: CommandLine, group: ExpertGro
 
 
 def test_verify_sums_up_what_is_whole(datm_ray: CommandLine, group: ExpertGroup) -> None:
-    """Exit code 0, number and size."""
+    """`verify` of an intact store exits with 0 and prints number and size."""
     code, out, _ = datm_ray("store", "verify", "experts")
     assert code == 0
     assert out.startswith("3 expert(s) are whole, ")
 
 
 def test_rm_deletes_nothing_without_yes(datm_ray: CommandLine, group: ExpertGroup) -> None:
-    """It says what it would delete, and exits with 0."""
+    """`rm` without --yes prints what it would delete, and exits with 0."""
     code, out, _ = datm_ray("store", "rm", "experts", str(KEY), "--expert", "1")
     assert code == 0
     assert out.startswith(f"Would delete 1 expert(s) of {group.location.uri}, ")
@@ -145,14 +149,14 @@ def test_rm_deletes_nothing_without_yes(datm_ray: CommandLine, group: ExpertGrou
 
 
 def test_rm_deletes_single_experts_or_all(datm_ray: CommandLine, group: ExpertGroup, tmp_path: Path) -> None:
-    """Those named, the others stay; without names the whole group, its transform included, damaged or not."""
+    """`rm` deletes named experts only, or the whole group with its transform, damaged or not."""
     assert datm_ray("store", "rm", "experts", str(KEY), "--expert", "0", "--expert", "2", "--yes")[0] == 0
     assert group.experts() == [1]
     assert group.has_transform()
     (tmp_path / "experts" / str(KEY) / "expert-00001.arrow").write_bytes(b"damaged")
     code, out, _ = datm_ray("store", "rm", "experts", str(KEY), "--yes")
-    told = f"Deleted 1 expert(s) of {group.location.uri}, their transform and what is in progress"
-    assert (code, out.rpartition(",")[0]) == (0, told)
+    expected = f"Deleted 1 expert(s) of {group.location.uri}, their transform and what is in progress"
+    assert (code, out.rpartition(",")[0]) == (0, expected)
     assert [path for path in (tmp_path / "experts").rglob("*") if path.is_file()] == []
 
 
@@ -166,13 +170,13 @@ def test_rm_deletes_single_experts_or_all(datm_ray: CommandLine, group: ExpertGr
 def test_rm_of_what_is_not_there_is_one_line(
     datm_ray: CommandLine, group: ExpertGroup, arguments: list[str], words: str
 ) -> None:
-    """Nothing is deleted then."""
+    """`rm` of a missing group or expert is one line and deletes nothing."""
     assert_one_line(datm_ray("store", "rm", "experts", *arguments, "--expert", "0", "--yes"), words)
     assert group.experts() == [0, 1, 2]
 
 
 class PublishedConvNet(nn.Module):
-    """A ConvNet with its modules made in the order of the MTT family: blocks first, then the classifier."""
+    """ConvNet with modules made in the order of the MTT family: blocks first, then the classifier."""
 
     def __init__(self, width: int, depth: int, size: int, classes: int) -> None:
         super().__init__()
@@ -205,7 +209,7 @@ def recipe(tmp_path: Path) -> str:
 
 
 def published_network(seed: int) -> PublishedConvNet:
-    """The tiny recipe's network, with random scales and shifts too."""
+    """The tiny recipe's network with random scales and shifts."""
     network = tiny_config().network
     torch.manual_seed(seed)
     module = PublishedConvNet(network.width, network.depth, 8, 10)
@@ -228,7 +232,7 @@ def imported_group(store: str) -> ExpertGroup:
 
 
 def test_imported_experts_are_the_networks_they_were(datm_ray: CommandLine, recipe: str) -> None:
-    """An imported snapshot computes what the published network with these parameters computes."""
+    """An imported snapshot computes what the published network with its parameters computes."""
     torch.save([trajectory(1), trajectory(2)], "replay_buffer_0.pt")
     code, out, err = datm_ray("store", "import", "replay_buffer_0.pt", "--recipe", recipe, "--store", "s")
     assert code == 0, err
@@ -244,8 +248,8 @@ def test_imported_experts_are_the_networks_they_were(datm_ray: CommandLine, reci
             torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_imported_experts_say_that_they_were(datm_ray: CommandLine, recipe: str) -> None:
-    """File and position stand in the recipe of the info, and the recipe's transform lies beside them."""
+def test_imported_experts_name_their_source(datm_ray: CommandLine, recipe: str) -> None:
+    """An imported expert's info names file and position, and the recipe's transform is stored with it."""
     torch.save([trajectory(1)], "replay_buffer_0.pt")
     datm_ray("store", "import", "replay_buffer_0.pt", "--recipe", recipe, "--store", "s")
     group = imported_group("s")
@@ -259,7 +263,7 @@ def test_imported_experts_say_that_they_were(datm_ray: CommandLine, recipe: str)
 
 
 def test_an_import_can_be_repeated_and_continued(datm_ray: CommandLine, recipe: str) -> None:
-    """What is there already is found by its content, wherever it lies now; the rest gets the next numbers."""
+    """Repeating an import finds stored experts by content and gives new ones the next numbers."""
     torch.save([trajectory(1)], "a.pt")
     torch.save([trajectory(2), trajectory(1), trajectory(3)], "b.pt")
     datm_ray("store", "import", "a.pt", "--recipe", recipe, "--store", "s")
@@ -274,7 +278,7 @@ def test_an_import_can_be_repeated_and_continued(datm_ray: CommandLine, recipe: 
 
 
 def test_an_import_stores_all_or_nothing(datm_ray: CommandLine, recipe: str, tmp_path: Path) -> None:
-    """A file that is no buffer, behind one that is, leaves no expert and no transform."""
+    """An import with one invalid file stores no expert and no transform."""
     torch.save([trajectory(1)], "good.pt")
     Path("garbage.pt").write_bytes(b"garbage")
     code, _, err = datm_ray("store", "import", "good.pt", "garbage.pt", "--recipe", recipe, "--store", "s")
@@ -285,7 +289,7 @@ def test_an_import_stores_all_or_nothing(datm_ray: CommandLine, recipe: str, tmp
 
 
 def test_experts_of_a_group_keep_the_same_epochs(datm_ray: CommandLine, recipe: str) -> None:
-    """Others could not be matched by every recipe that shares the group."""
+    """An import with other epochs than its group's is refused, because not every recipe could match it."""
     torch.save([trajectory(1)], "a.pt")
     torch.save([trajectory(2)], "b.pt")
     assert datm_ray("store", "import", "a.pt", "--recipe", recipe, "--store", "s")[0] == 0
@@ -297,7 +301,7 @@ def test_experts_of_a_group_keep_the_same_epochs(datm_ray: CommandLine, recipe: 
 
 
 def test_export_and_import_are_inverse(datm_ray: CommandLine, recipe: str) -> None:
-    """Exported files hold the trajectories that were imported, so many to a file."""
+    """Exported files hold the imported trajectories, a given number in each."""
     trajectories = [trajectory(1), trajectory(2), trajectory(3)]
     torch.save(trajectories, "in.pt")
     whole = ["--recipe", recipe, "--store", "s", "--set", f"experts.keep_epochs={EPOCHS}"]
@@ -313,7 +317,7 @@ def test_export_and_import_are_inverse(datm_ray: CommandLine, recipe: str) -> No
 
 
 def test_export_says_which_epochs_have_no_place(datm_ray: CommandLine, group: ExpertGroup) -> None:
-    """A position in a buffer is an epoch, so what comes after a gap is left out, and named."""
+    """An export leaves out and names epochs after a gap, because a position in a buffer is an epoch."""
     code, out, _ = datm_ray("store", "export", "experts", str(KEY), "--out", "out")
     assert code == 0
     assert "Without epoch(s) 9, which come after a gap" in out
@@ -380,7 +384,7 @@ UNFIT = {
 
 @pytest.mark.parametrize("case", UNFIT)
 def test_a_file_that_does_not_fit_is_one_line(case: str, datm_ray: CommandLine, recipe: str, tmp_path: Path) -> None:
-    """What differs is said, nothing is executed or stored, and settings that are advised do fit."""
+    """A replay buffer that does not fit is one line with the difference and settings that fit; nothing is executed."""
     content, changes, *words = UNFIT[case]
     torch.save(content(), "buffer.pt")
     arguments = ["store", "import", "buffer.pt", "--recipe", recipe, "--store", "s", *changes]
@@ -388,14 +392,14 @@ def test_a_file_that_does_not_fit_is_one_line(case: str, datm_ray: CommandLine, 
     assert_one_line(result, "buffer.pt", *words)
     assert not (tmp_path / "s").exists()
     given = re.findall(r"--set \S+[^.\s]", result[2])
-    if given:  # what it says is what it takes
+    if given:  # the advised settings are accepted
         assert datm_ray(*arguments, *shlex.split(" ".join(given)))[0] == 0
 
 
 def test_an_expert_with_batch_norms_is_not_imported(
     datm_ray: CommandLine, recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A replay buffer lacks the running statistics, without which the network is another one."""
+    """A replay buffer of a network with batch norm is refused, because it lacks running statistics."""
     batch_norm = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 10))
     monkeypatch.setitem(networks._BUILDERS, "batch-norm", lambda spec: batch_norm)
     torch.save([[[p.detach() + epoch for p in batch_norm.parameters()] for epoch in range(EPOCHS + 1)]], "buffer.pt")
@@ -405,7 +409,7 @@ def test_an_expert_with_batch_norms_is_not_imported(
 
 
 def test_what_torch_save_writes_is_read_as_it_was(tmp_path: Path) -> None:
-    """Views, layouts, parameters and narrower numbers come back with their values; a padded storage does not matter."""
+    """Views, layouts, parameters and narrow types from torch.save are read with their values."""
     whole = torch.arange(24, dtype=torch.float32)
     tensors = [
         whole[4:10].reshape(2, 3),
@@ -425,7 +429,7 @@ def test_what_torch_save_writes_is_read_as_it_was(tmp_path: Path) -> None:
 
 
 def test_export_warns_that_one_channel_is_padded_otherwise(datm_ray: CommandLine, tmp_path: Path) -> None:
-    """The published network of the same parameters computes something else, so its owner is told."""
+    """An export for one channel warns that the published network pads otherwise."""
     group = TrajectoryStore(str(tmp_path / "s")).group(*str(KEY).split("/"))
     info = TrajectoryInfo(
         *(KEY.dataset, "d1", KEY.architecture, {}, KEY.fingerprint, 0, 0), ("w",), ((4, 1, 3, 3),), (0,)
@@ -438,19 +442,19 @@ def test_export_warns_that_one_channel_is_padded_otherwise(datm_ray: CommandLine
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and then nothing", b"not a file of tensors"])
 def test_a_file_that_is_no_buffer_is_one_line(content: bytes, datm_ray: CommandLine, recipe: str) -> None:
-    """Damaged and foreign files are named."""
+    """A damaged or foreign file in place of a buffer is one line with its name."""
     Path("buffer.pt").write_bytes(content)
     result = datm_ray("store", "import", "buffer.pt", "--recipe", recipe, "--store", "s")
     assert_one_line(result, "buffer.pt is not a replay buffer")
 
 
 def test_a_missing_buffer_is_one_line(datm_ray: CommandLine, recipe: str) -> None:
-    """The file is named."""
+    """A missing buffer is one line with its name."""
     assert_one_line(datm_ray("store", "import", "absent.pt", "--recipe", recipe, "--store", "s"), "absent.pt")
 
 
 def test_a_group_that_only_has_progress_is_shown_and_can_be_deleted(datm_ray: CommandLine, tmp_path: Path) -> None:
-    """Experts that were given up before one was finished would stay for good."""
+    """A group with progress and no finished expert is listed and can be deleted."""
     file = tmp_path / "store/digits/convnet/abc/progress/00000-2-ab/00000-00001-cd.arrow"
     file.parent.mkdir(parents=True)
     file.write_bytes(b"state")

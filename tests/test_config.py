@@ -1,4 +1,4 @@
-"""Configurations: strict, one clear line for anything wrong, and with an identity that means something."""
+"""Tests configurations: strictness, one clear line for each error, and the identity of runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from datm_ray.recipes import get_recipe, recipe_names
 
 
 def refusal(text: str | bytes, folder: Path) -> str:
-    """The message with which a file is refused."""
+    """Message with which a file is refused."""
     path = folder / "my.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError) as caught:
@@ -126,12 +126,12 @@ def refusal(text: str | bytes, folder: Path) -> str:
     ids=lambda value: str(value)[:40],
 )
 def test_bad_file_is_refused_in_one_line(text: str | bytes, expected: str, tmp_path: Path) -> None:
-    """The line names the file, the key or place, and what would be right."""
+    """A bad file is one line of error with the file, the key or place, and what would be right."""
     assert expected in refusal(text, tmp_path)
 
 
 def test_latest_start_that_still_has_a_target_is_accepted() -> None:
-    """Start 18 with a span of 2 needs epoch 20 of 20; the next does not fit."""
+    """Start 18 with a span of 2 and 20 epochs is accepted; start 19 is not."""
     values: dict[str, Any] = {"experts": {"epochs": 20}, "distill": {"start_epochs": [0, 19]}}
     parse_config(values, "test")
     values["distill"] = {"start_epochs": [0, 20]}
@@ -140,7 +140,7 @@ def test_latest_start_that_still_has_a_target_is_accepted() -> None:
 
 
 def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
-    """With the operating system's reason."""
+    """A missing file or a folder is one line of error with the operating system's reason."""
     with pytest.raises(ConfigError, match=r"^cannot read .*none\.yaml: No such file or directory\. Check the path\.$"):
         get_recipe(str(tmp_path / "none.yaml"))
     with pytest.raises(ConfigError, match="Is a directory"):
@@ -148,7 +148,7 @@ def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
 
 
 def test_file_gives_the_run_its_name(tmp_path: Path) -> None:
-    """Where the text gives none."""
+    """A file without a name gives the run its own name."""
     (tmp_path / "mine.yaml").write_text("seed: 3")
     (tmp_path / "other.yaml").write_text("name: chosen")
     assert get_recipe(str(tmp_path / "mine.yaml")) == RunConfig(name="mine", seed=3)
@@ -157,34 +157,34 @@ def test_file_gives_the_run_its_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", ["1e-5", "1E-5", "1.e-5", "1.0e-05", "0.1e-4", "+1e-5", "10e-6", "0.00001"])
 def test_numbers_are_written_as_people_do(number: str) -> None:
-    """YAML 1.1 takes 1e-5 for text; here it is a number in files and overrides alike."""
+    """1e-5 is a number in files and overrides, though YAML 1.1 reads it as text."""
     from_file = load_config_text(f"distill: {{learning_rate_step_size: {number}}}", "test")
     assert from_file.distill.learning_rate_step_size == pytest.approx(1e-5)
     assert override(from_file, [f"distill.learning_rate_step_size={number}"]) == from_file
 
 
 def test_dates_and_quoted_numbers_are_text() -> None:
-    """A run may be named after a day."""
+    """Dates and quoted numbers are text, so that a run's name can be a day."""
     assert load_config_text("name: 2024-11-20", "test").name == "2024-11-20"
     assert load_config_text("name: '1e5'", "test").name == "1e5"
 
 
 def test_whole_numbers_are_numbers() -> None:
-    """100 and 100.0 are the same learning rate, also for the identity."""
+    """100 and 100.0 are one learning rate, also in the identity."""
     whole, point = (load_config_text(f"distill: {{learning_rate_images: {x}}}", "test") for x in ("100", "100.0"))
     assert stable_hash(run_identity(whole)) == stable_hash(run_identity(point))
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipe_survives_yaml(name: str) -> None:
-    """What `recipe show` prints is read back as the same configuration."""
+    """The output of `recipe show` is read back as an equal configuration."""
     recipe = get_recipe(name)
     assert load_config_text(to_yaml(recipe), name) == recipe
 
 
 @pytest.mark.parametrize("text", ["none", "None", "null"])
 def test_none_is_null_where_there_may_be_nothing(text: str) -> None:
-    """And stays a word where it is one."""
+    """none is null for an optional value, and the word where it is a word."""
     config = override(RunConfig(), [f"dataset.resize={text}", f"cluster.memory={text}", f"metadd={text}"])
     assert (config.dataset.resize, config.cluster.memory, config.metadd) == (None, None, None)
     assert override(RunConfig(), ["cluster.log_to=none"]).cluster.log_to == "none"
@@ -192,7 +192,7 @@ def test_none_is_null_where_there_may_be_nothing(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["1e5", "2024-11-20", "007", "null", "yes", "1", ".5e3"])
 def test_text_that_looks_like_something_else_survives_yaml(text: str) -> None:
-    """Names and paths stay text; `#`, quotes and blanks too."""
+    """Names and paths stay text in YAML, with `#`, quotes and blanks."""
     recipe = override(get_recipe("digits-ipc1"), [f"dataset.path='a # {text}: \"b\" ...'"])
     recipe = recipe.model_copy(update={"name": text.strip(".")})
     recipe = recipe.model_copy(update={"dataset": recipe.dataset.model_copy(update={"source": text})})
@@ -200,9 +200,9 @@ def test_text_that_looks_like_something_else_survives_yaml(text: str) -> None:
 
 
 def test_yaml_comments_on_every_field_within_100_columns() -> None:
-    """Every field and section has a comment behind or above it; elements of lists have lines of their own.
+    """Every field and section in YAML has a comment behind or above it, within 100 columns.
 
-    A section's comment is the first line of what is documented of it.
+    A section's comment is the first line of its docstring.
     """
     changes = "evaluate.networks=[resnet18, lenet]", "backbones=[{network: vgg11}, {network: {width: 8}}]"
     config = override(get_recipe("digits16-metadd-ipc1"), changes)
@@ -223,12 +223,12 @@ def test_yaml_comments_on_every_field_within_100_columns() -> None:
 
 
 def test_usual_keys_come_first() -> None:
-    """Those that few recipes change follow a comment line, section by section."""
+    """Keys that few recipes change come last in their section, below a comment line."""
     assert all(set(fields.split()) <= fields_at([section]).keys() for section, fields in SELDOM.items())
     for text in to_yaml(get_recipe("digits16-metadd-ipc1")).split("\n\n")[1:]:
         usual, marker, seldom = text.partition("# seldom needed:\n")
         section = usual.split("\n  ")[0].splitlines()[-1].strip().partition(":")[0]
-        assert marker or section == "metadd"  # whose own lines follow those of metadd.experts
+        assert marker or section == "metadd"  # MetaDD's own keys follow those of metadd.experts
         for part, expected in ((usual, False), (seldom.partition("  variance:")[0], True)):
             keys = re.findall(r"^ +(\w+): ", part, re.MULTILINE)
             listed = SELDOM[section].split()
@@ -236,7 +236,7 @@ def test_usual_keys_come_first() -> None:
 
 
 def test_shorter_recipes_hold_what_differs_from_their_base(tmp_path: Path) -> None:
-    """Sections are merged; lists and the range of epochs are replaced; the name is the file's own."""
+    """A recipe with a base merges sections and replaces lists, the range of epochs and the name."""
     birds = "base: digits16-metadd-ipc1\ndataset: {path: birds}\ndistill: {ipc: 3, start_epochs: {bound: 4}}\n"
     (tmp_path / "birds.yaml").write_text(birds + "metadd: {auxiliaries: [mlp], experts: {epochs: 30}}\n")
     (tmp_path / "more").mkdir()
@@ -267,7 +267,7 @@ def test_shorter_recipes_hold_what_differs_from_their_base(tmp_path: Path) -> No
     ],
 )
 def test_base_that_cannot_be_found_is_refused_in_one_line(text: str, expected: str, tmp_path: Path) -> None:
-    """The line names each file on the way to the fault."""
+    """A missing base is one line of error that names each file on the way."""
     (tmp_path / "other.yaml").write_text("base: my.yaml")
     (tmp_path / "wrong.yaml").write_text("sed: 3")
     assert expected.format(folder=tmp_path) in refusal(text, tmp_path)
@@ -288,7 +288,7 @@ def test_base_that_cannot_be_found_is_refused_in_one_line(text: str, expected: s
     ids=lambda value: str(value)[:60],
 )
 def test_lists_and_sections_can_be_overridden(changes: list[str], key: str, expected: object) -> None:
-    """A whole list, one of its elements, or a value in an element; a name stands for a network."""
+    """An override can set a list, an element, or a value in one; a name stands for a network."""
     config = override(get_recipe("digits16-metadd-ipc1"), changes)
     found: Any = config.model_dump()
     for part in key.split("."):
@@ -299,7 +299,7 @@ def test_lists_and_sections_can_be_overridden(changes: list[str], key: str, expe
 
 
 def test_overrides_replace_single_values() -> None:
-    """Later ones win, values are YAML, and everything else stays."""
+    """Overrides are YAML, the last one counts, and all other values stay."""
     base = get_recipe("cifar10-ipc10")
     changed = override(base, ["distill.ipc=3", " seed =7", "dataset.path=", "cluster.compile=false", "distill.ipc=4"])
     assert (changed.distill.ipc, changed.seed, changed.dataset.path, changed.cluster.compile) == (4, 7, None, False)
@@ -337,7 +337,7 @@ def test_overrides_replace_single_values() -> None:
     ],
 )
 def test_bad_override_is_refused_in_one_line(assignment: str, expected: str) -> None:
-    """With the assignment or the key it names."""
+    """A bad override is one line of error with its assignment or key."""
     with pytest.raises(ConfigError) as caught:
         override(get_recipe("cifar10-ipc10"), [assignment])
     assert expected in str(caught.value)
@@ -346,7 +346,7 @@ def test_bad_override_is_refused_in_one_line(assignment: str, expected: str) -> 
 
 
 def test_configuration_is_frozen() -> None:
-    """Nothing changes it on the way from the file to the report."""
+    """A configuration cannot be changed."""
     config = RunConfig()
     with pytest.raises(ValidationError, match="frozen"):
         config.seed = 1  # type: ignore[misc]
@@ -355,21 +355,21 @@ def test_configuration_is_frozen() -> None:
 
 
 def test_identity_leaves_out_where_things_are_and_how_many_are_scored() -> None:
-    """Where a run happens does not decide its result; any other value may."""
+    """The identity ignores places, workers and numbers of scores, and includes all other values."""
     config = RunConfig()
     elsewhere = override(config, ["cluster.workers=9", "cluster.device=cpu", "cluster.gpus_per_worker=0.5"])
     assert stable_hash(run_identity(elsewhere)) == stable_hash(run_identity(config))
     assert run_identity(config).keys() == RunConfig.model_fields.keys() - {
         "cluster",
         "metadd",
-    }  # which is in it where it is set
+    }  # a set section is part of the identity
     for same in ("evaluate.seeds=6", "dataset.path=elsewhere"):
         assert stable_hash(run_identity(override(config, [same]))) == stable_hash(run_identity(config))
     assert stable_hash(run_identity(override(config, ["distill.ipc=3"]))) != stable_hash(run_identity(config))
 
 
 def test_stable_hash_has_its_pinned_value() -> None:
-    """It names folders that later versions must find; the order of keys is of no matter."""
+    """The hash that names folders is pinned, and ignores the order of keys."""
     assert stable_hash({"a": [1, 2.5, None], "b": "é"}) == stable_hash({"b": "é", "a": [1, 2.5, None]})
     assert stable_hash({"a": [1, 2.5, None], "b": "é"}) == "45584828a616e524"
 
@@ -379,13 +379,13 @@ def test_stable_hash_has_its_pinned_value() -> None:
     ["seed=1", "network.width=64", "experts.epochs=99", "experts.augmentation=crop", "dataset.normalisation=standard"],
 )
 def test_expert_fingerprint_changes_with_what_experts_depend_on(change: str) -> None:
-    """Experts of different settings never share a folder."""
+    """The experts' fingerprint changes with every setting that changes experts."""
     base = RunConfig().resolved((32, 32))
     assert expert_fingerprint(override(base, [change]), "d") != expert_fingerprint(base, "d")
 
 
 def test_expert_fingerprint_changes_with_the_data() -> None:
-    """The data set's own fingerprint is part of it."""
+    """The experts' fingerprint changes with the data's."""
     config = RunConfig().resolved((32, 32))
     assert expert_fingerprint(config, "d") != expert_fingerprint(config, "e")
 
@@ -394,13 +394,13 @@ def test_expert_fingerprint_changes_with_the_data() -> None:
     "change", ["name=x", "experts.count=3", "distill.ipc=50", "evaluate.seeds=9", "cluster.workers=2"]
 )
 def test_runs_share_experts_that_do_not_depend_on_what_differs(change: str) -> None:
-    """More experts or another synthetic set reuse those already trained."""
+    """Runs with another synthetic set or more experts share the stored experts."""
     base = RunConfig().resolved((32, 32))
     assert expert_fingerprint(override(base, [change]), "d") == expert_fingerprint(base, "d")
 
 
 def test_runs_and_experts_from_before_the_size_decided_are_found_again() -> None:
-    """A run without normalisation and depth is the run that names them, with the fingerprints of earlier versions."""
+    """A run without normalisation and depth equals, by fingerprint, the older run that names them."""
     networks = "backbones=[{network: {width: 64}}]", "metadd={auxiliaries: [{architecture: lenet}]}"
     scored = "evaluate.networks=[{architecture: mlp}, {width: 8}]"
     before = override(RunConfig(), [*networks, scored, "dataset.normalisation=zca", "network.depth=3"])
@@ -417,7 +417,7 @@ def test_runs_and_experts_from_before_the_size_decided_are_found_again() -> None
 
 
 def test_experts_have_no_fingerprint_before_the_size_of_images_is_known() -> None:
-    """The experts of one unresolved configuration would be different networks on different data."""
+    """Experts of an unresolved configuration have no fingerprint, because the image size decides their network."""
     for change in ("network.depth=null", "dataset.normalisation=auto"):
         config = override(RunConfig().resolved((32, 32)), [change])
         with pytest.raises(ValueError, match=r"RunConfig\.resolved first"):
@@ -425,7 +425,7 @@ def test_experts_have_no_fingerprint_before_the_size_of_images_is_known() -> Non
 
 
 def test_the_size_of_images_decides_normalisation_and_depth() -> None:
-    """At every size of a packaged recipe as it has them, and at the other published sizes; what is given stays."""
+    """The image size decides normalisation and depth as published and packaged; given values stay."""
     depths = {(s, s): d for s, d in {8: 2, 16: 2, 28: 3, 32: 3, 48: 4, 64: 4, 96: 5, 128: 5, 224: 6}.items()}
     for size, depth in {**depths, (4, 4): 2, (23, 99): 2, (99, 24): 3}.items():
         assert NetworkConfig().resolved(size).depth == depth, size
@@ -437,7 +437,7 @@ def test_the_size_of_images_decides_normalisation_and_depth() -> None:
 
 
 def test_auxiliaries_that_become_the_same_network_are_refused() -> None:
-    """Where the size of the images gives one the depth that the other names."""
+    """Auxiliaries that the image size resolves to one network are refused."""
     config = override(RunConfig(), ["metadd={auxiliaries: [{width: 8}, {width: 8, depth: 4}]}"])
     config.resolved((32, 32))
     with pytest.raises(ConfigError, match=r"metadd\.auxiliaries\.1 repeats an earlier network"):
@@ -445,14 +445,14 @@ def test_auxiliaries_that_become_the_same_network_are_refused() -> None:
 
 
 def test_safe_loader_of_others_is_untouched() -> None:
-    """Our reading of YAML is our own: `yaml.safe_load` keeps its rules."""
+    """`yaml.safe_load` keeps its own rules."""
     assert yaml.safe_load("1e-5") == "1e-5"
     assert str(yaml.safe_load("2024-11-20")) == "2024-11-20"
     assert not isinstance(yaml.safe_load("2024-11-20"), str)
 
 
 def test_what_each_row_of_workers_computes() -> None:
-    """Backbones and auxiliaries share a row unless they are set apart; the first has the first backbone."""
+    """Backbones and auxiliaries share a row of workers unless apart; the first row has the first backbone."""
     networks = ["backbones=[{network: {width: 8}}]", "metadd={auxiliaries: [{architecture: lenet}, {width: 4}]}"]
     expected = {
         (): [((0, 1), (0, 1, 2))],
@@ -468,7 +468,7 @@ def test_what_each_row_of_workers_computes() -> None:
 
 
 def test_metadd_is_part_of_a_run_only_where_it_is_set() -> None:
-    """Runs from before there was such a section stay what they were; scoring on more networks changes no run."""
+    """Unset MetaDD keeps a run's identity as before it existed; scoring on more networks keeps it too."""
     assert "metadd" not in run_identity(RunConfig())
     with_meta = override(RunConfig(), ["metadd={auxiliaries: [{architecture: lenet}]}"])
     assert run_identity(with_meta)["metadd"]["variance"] == 1.0
@@ -480,9 +480,9 @@ def test_metadd_is_part_of_a_run_only_where_it_is_set() -> None:
 
 
 def test_networks_of_one_architecture_have_names_of_their_own() -> None:
-    """By the width where it is not the published one, and by all that differs among those of one architecture."""
-    told = [{}, {"width": 16}, {"width": 16, "norm": "none"}, {"architecture": "mlp"}]
-    networks = [NetworkConfig.model_validate(each) for each in told]
+    """Networks of one architecture are named by an unpublished width and by all values that differ."""
+    given = [{}, {"width": 16}, {"width": 16, "norm": "none"}, {"architecture": "mlp"}]
+    networks = [NetworkConfig.model_validate(each) for each in given]
     assert network_names(networks) == [
         "convnet (width 128, norm instance)",
         "convnet (width 16, norm instance)",
@@ -493,7 +493,7 @@ def test_networks_of_one_architecture_have_names_of_their_own() -> None:
 
 
 def test_choices_that_are_newer_than_finished_runs_do_not_change_them() -> None:
-    """A value that is as everything was before there was a choice is no part of a run's identity; another is."""
+    """A newer key at its former behaviour does not change a run's identity; another value does."""
     plain = RunConfig()
     assert "initial" not in run_identity(plain)["distill"]
     assert "labels" not in run_identity(plain)["distill"]
@@ -503,7 +503,7 @@ def test_choices_that_are_newer_than_finished_runs_do_not_change_them() -> None:
 
 
 def test_run_of_an_earlier_version_had_no_limit() -> None:
-    """A run's recipe names every field, so one that is missing was not there; a recipe of a user takes the default."""
+    """A saved run without the limit had none; a user's recipe without it gets the default."""
     lines = to_yaml(RunConfig()).splitlines()
     text = "\n".join(line for line in lines if not line.strip().startswith("gradient_limit:"))
     assert len(text.splitlines()) == len(lines) - 1
@@ -513,19 +513,20 @@ def test_run_of_an_earlier_version_had_no_limit() -> None:
 
 
 def test_renamed_key_is_named_and_saved_runs_keep_their_value() -> None:
-    """A key's former name is refused with the present one, and is read in the recipe of a saved run."""
+    """A key's former name is an error with the new one, but is read from a saved run."""
+    former = "overshoot"  # former name
     with pytest.raises(
-        ConfigError, match=r"unknown key 'distill\.overshoot'\. Its new name is 'distill\.gradient_limit'"
+        ConfigError, match=rf"unknown key 'distill\.{former}'\. Its new name is 'distill\.gradient_limit'"
     ):
-        override(RunConfig(), ["distill.overshoot=3"])
-    text = to_yaml(override(RunConfig(), ["distill.gradient_limit=3.0"])).replace("gradient_limit", "overshoot")
+        override(RunConfig(), [f"distill.{former}=3"])
+    text = to_yaml(override(RunConfig(), ["distill.gradient_limit=3.0"])).replace("gradient_limit", former)
     with pytest.raises(ConfigError, match=r"mine\.yaml: unknown key .* Its new name is 'distill\.gradient_limit'"):
         load_config_text(text, "mine.yaml")
     assert load_recipe_of_run(text, "recipe.yaml").distill.gradient_limit == 3
 
 
 def test_start_epochs_are_one_value() -> None:
-    """Two epochs stand for a fixed range; single keys can be overridden, and the rest follows."""
+    """Two epochs mean a fixed range; overriding a single key adjusts the others."""
     recipe, fixed = get_recipe("cifar10-ipc10"), get_recipe("digits-ipc10")
     assert "\n  start_epochs: {first: 0, bound: 10, final_bound: 20, expand_iterations: 1000}" in to_yaml(recipe)
     assert "\n  start_epochs: [5, 30]  " in to_yaml(fixed)
@@ -539,7 +540,7 @@ def test_start_epochs_are_one_value() -> None:
 
 
 def test_runs_from_before_start_epochs_were_one_key_are_the_runs_they_were() -> None:
-    """Saved recipes are read, and the identity of a run has its pinned hash."""
+    """Saved recipes with several keys of start epochs are read with their pinned identity."""
     pinned = {
         "digits-ipc1": "1fb950465396ce36",
         "digits16-metadd-ipc1": "a63fcd34a03e3161",
@@ -585,7 +586,7 @@ LOOKS_LIKE_SYNTAX = [
 
 
 def test_text_that_looks_like_syntax_comes_out_of_a_file_as_it_went_in() -> None:
-    """Paths, words that YAML reads as numbers, and control characters."""
+    """Paths, words that YAML reads as numbers, and control characters survive writing and reading."""
     config = get_recipe("digits-ipc1")
     for text in LOOKS_LIKE_SYNTAX:
         dataset = config.dataset.model_copy(update={"path": text})
@@ -594,7 +595,7 @@ def test_text_that_looks_like_syntax_comes_out_of_a_file_as_it_went_in() -> None
 
 
 def test_text_that_is_set_is_taken_as_it_stands() -> None:
-    """A path with a # is not cut at it; null, quotes and blanks around it are YAML's."""
+    """--set keeps a # in a path; null, quotes and outer blanks follow YAML."""
     config = get_recipe("digits-ipc1")
     for text in LOOKS_LIKE_SYNTAX:
         quoted = f"'{text}'" if text.strip(" \t") != text or text in ("null", "'q'", '"q"') else text
@@ -608,7 +609,7 @@ def test_text_that_is_set_is_taken_as_it_stands() -> None:
 
 
 def test_a_file_s_name_becomes_a_run_s_name(tmp_path: Path) -> None:
-    """A name with blanks is no mistake of the recipe."""
+    """A file name with blanks becomes a valid name of the run."""
     for name, expected in (("my recipe (1)", "my-recipe-1"), ("a=b", "a-b"), ("[é]", "run"), ("null", "null")):
         (tmp_path / f"{name}.yaml").write_text("seed: 3")
         assert get_recipe(str(tmp_path / f"{name}.yaml")).name == expected

@@ -1,4 +1,4 @@
-"""Errors are one line of whole sentences and survive the way between processes."""
+"""Tests that errors are one line of whole sentences and survive pickling."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ERRORS = sorted(set(all_errors()), key=lambda error: error.__name__)
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
 def test_error_survives_pickling_with_all_its_fields(error: type[DatmError]) -> None:
-    """Class, fact, cause, remedy, exit code and message are the same on the other side."""
+    """A pickled error keeps class, fact, cause, remedy, exit code and message."""
     original = error("the fact", "the cause", remedy="the remedy")
     copy = pickle.loads(pickle.dumps(original))
     assert type(copy) is error
@@ -41,7 +41,7 @@ def test_error_survives_pickling_with_all_its_fields(error: type[DatmError]) -> 
 
 
 def test_every_error_is_here() -> None:
-    """Errors defined next to their code count too."""
+    """Every error class of the package is tested here, also those defined beside their code."""
     assert {DatmError, ConfigError, ClusterError, AlreadyExistsError} <= set(ERRORS)
 
 
@@ -57,7 +57,7 @@ def test_every_error_is_here() -> None:
     ],
 )
 def test_message_is_one_line_of_sentences(parts: tuple[str, ...], message: str) -> None:
-    """Each part that is not empty ends in one punctuation mark; what a terminal would obey is spelled."""
+    """Each part of a message ends in one punctuation mark, and control characters are escaped."""
     assert str(ConfigError(*parts)) == message
 
 
@@ -72,12 +72,12 @@ def test_message_is_one_line_of_sentences(parts: tuple[str, ...], message: str) 
     ],
 )
 def test_keys_and_paths_stay_as_they_are_written(fact: str) -> None:
-    """A capital letter would make another key or file of them."""
+    """A sentence that starts with a key or path keeps its lower case."""
     assert str(ConfigError(fact)) == f"{fact}."
 
 
 def test_exit_code_tells_bad_input_from_failed_work() -> None:
-    """2 for what the user can mend, 1 for work that went wrong, 75 for work of which nothing is known."""
+    """Exit codes: 2 for what the user can mend, 1 for failed work, 75 for work in an unknown state."""
     failed = {error for error in ERRORS if error.exit_code == 1}
     assert failed == {DivergenceError, JobLostError, WorkerLostError, PeerLostError}
     assert JobUnreachableError.exit_code == 75

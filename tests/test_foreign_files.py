@@ -1,4 +1,4 @@
-"""Files from somebody else: whatever is in them, reading gives the right values or one line, and never a crash.
+"""Tests that any foreign file gives the right values or one line of error, and never a crash.
 
 A sample of every kind that is read is mutated at random, by a seed: bytes flipped, cut off, inserted, removed, swapped.
 Sealed files are also mutated below their seal, which is then made right again, for anyone can do that. The quick test
@@ -78,7 +78,7 @@ def write_safetensors(folder: Path) -> Path:
 
 
 def write_set_apart(folder: Path) -> Path:
-    """A set in a run's folder, whose transform is too large to travel inside."""
+    """Write a set into a run's folder, with a transform too large to travel inside."""
     images = DRAW.integers(0, 256, (9, 1, 12, 12), dtype=np.uint8)
     transform, root = fit_transform("zca", images, 255), open_location(str(folder))
     synthetic = SyntheticSet(transform.normalise(images), torch.zeros(9, 2), torch.ones(1), torch.arange(9) % 2)
@@ -238,7 +238,7 @@ class Kind:
     write: Callable[[Path], Path]
     read: Callable[[Path], object]
     exact: bool = True
-    """Whether checksums cover it, so that what is read must be what was written."""
+    """True if checksums cover it, so that what is read must be what was written."""
     sealed: bool = False
     count: int = 150
     """Mutations in the quick test."""
@@ -301,7 +301,7 @@ def mutated(content: bytes, draw: np.random.Generator) -> bytes:
 
 
 def taken_apart(content: bytes) -> tuple[dict[str, Any], list[bytes], bytes]:
-    """The index, the parts of the stream, and the footer of a sealed file."""
+    """Index, parts of the stream, and footer of a sealed file."""
     footer_size = 10 + struct.unpack_from("<i", content, len(content) - 10)[0]
     end = len(content) - footer_size - sealed._SEAL_END.size
     size = sealed._SEAL_END.unpack_from(content, end)[1]
@@ -311,19 +311,19 @@ def taken_apart(content: bytes) -> tuple[dict[str, Any], list[bytes], bytes]:
 
 
 def with_seal(index: dict[str, Any], parts: list[bytes], footer: bytes) -> bytes:
-    """A sealed file, with a right digest whatever is in it."""
+    """A sealed file with a right digest, whatever its content."""
     text = json.dumps(index).encode()
     seal = sealed._SEAL_END.pack(sha256(text + footer).digest(), len(text), sealed._SEAL_MAGIC)
     return b"".join(parts) + text + seal + footer
 
 
 def digests(parts: list[bytes]) -> list[list[object]]:
-    """What an index says about parts."""
+    """Digests and lengths of parts, as an index has them."""
     return [[len(part), sha256(part).hexdigest()] for part in parts]
 
 
 def resealed(content: bytes, draw: np.random.Generator) -> bytes:
-    """A mutation of a sealed file below its seal, with digests and lengths that are right."""
+    """A mutation of a sealed file below its seal, with right digests and lengths."""
     index, parts, footer = taken_apart(content)
     what = int(draw.integers(0, len(parts) + 2))
     if what == len(parts):
@@ -336,7 +336,7 @@ def resealed(content: bytes, draw: np.random.Generator) -> bytes:
 
 
 def mutated_value(value: Any, draw: np.random.Generator) -> Any:
-    """A JSON value in which one, at any depth, is another one."""
+    """A JSON value with one value, at any depth, replaced."""
     if isinstance(value, dict | list) and value and draw.random() < 0.8:
         keys = list(value) if isinstance(value, dict) else range(len(value))
         key = keys[int(draw.integers(0, len(keys)))]
@@ -346,7 +346,7 @@ def mutated_value(value: Any, draw: np.random.Generator) -> Any:
 
 
 def mutations(kind: Kind, content: bytes, count: int, seed: int) -> Iterator[tuple[bytes, bool]]:
-    """Contents, and whether what is read from each must be the truth."""
+    """Contents, each with a flag that is True if reading it must give the original values."""
     draw = np.random.default_rng(seed)
     for _ in range(count):
         yield mutated(content, draw), kind.exact
@@ -358,7 +358,7 @@ def mutations(kind: Kind, content: bytes, count: int, seed: int) -> Iterator[tup
 
 
 def with_other_metadata(content: bytes, draw: np.random.Generator) -> bytes:
-    """A sealed file of the same batches, one value of whose metadata is another one; as another program may write."""
+    """A sealed file with equal batches and one changed value of metadata, as another program might write it."""
     place = open_location("memory://mutations") / "x.arrow"
     place.write_atomic(content)
     file = sealed.SealedFile(place, *_schema_of(content))
@@ -382,7 +382,7 @@ def _schema_of(content: bytes) -> Any:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two values that a kind's `read` gave are equal to the last bit."""
+    """True if two values from a kind's `read` are equal to the last bit."""
     return plain(one) == plain(other)
 
 
@@ -399,7 +399,7 @@ def plain(value: Any) -> object:
 
 
 def read_mutations(name: str, folder: Path, count: int, seed: int) -> int:
-    """Read mutations of a kind of file; the number of those that are refused. Fails at any other error."""
+    """Read mutations of a kind of file. Returns how many are refused; fails at any other error."""
     kind, refused = KINDS[name], 0
     path = kind.write(folder)
     content, truth = path.read_bytes(), kind.read(path)
@@ -419,13 +419,13 @@ def read_mutations(name: str, folder: Path, count: int, seed: int) -> int:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_mutated_file_is_refused_or_read_right(name: str, tmp_path: Path) -> None:
-    """No mutation of a file of any kind ends in a traceback, a crash, a hang or another value."""
+    """No mutation of a file of any kind gives a traceback, a crash, a hang or another value."""
     assert read_mutations(name, tmp_path, KINDS[name].count, seed=0) > 0
 
 
 @pytest.mark.slow
 def test_more_mutations_in_little_memory_crash_nothing(tmp_path: Path) -> None:
-    """The same for four times as many, in a process of their own that may take 6 GiB of addresses."""
+    """Four times as many mutations, in a process limited to 6 GiB of addresses, crash nothing."""
     command = [sys.executable, "-m", "tests.test_foreign_files", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
@@ -433,7 +433,7 @@ def test_more_mutations_in_little_memory_crash_nothing(tmp_path: Path) -> None:
 
 
 def test_a_set_that_points_beyond_its_end_is_refused(tmp_path: Path) -> None:
-    """Offsets 200,000 bytes further, under a right seal, neither show memory of the process nor end it."""
+    """Sealed offsets 200,000 bytes too far neither show the process's memory nor crash it."""
     path = tmp_path / "x.arrow"
     write_tensors(open_location(str(path)), {"images": np.arange(4, dtype=np.float32)}, kind=KIND, metadata={})
     index, parts, footer = taken_apart(path.read_bytes())
@@ -448,7 +448,7 @@ def test_a_set_that_points_beyond_its_end_is_refused(tmp_path: Path) -> None:
 
 
 def test_compressed_batches_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file of 8 KB whose batch would unpack to 8 MB is refused before it is unpacked."""
+    """A file of 8 KB with a batch that unpacks to 8 MB is refused before unpacking."""
     new_file, options = pa.ipc.new_file, pa.ipc.IpcWriteOptions(compression="zstd")
     monkeypatch.setattr(pa.ipc, "new_file", lambda file, schema: new_file(file, schema, options=options))
     place = open_location(str(tmp_path / "x.arrow"))
@@ -459,7 +459,7 @@ def test_compressed_batches_are_refused(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_statistics_that_disagree_in_a_parquet_file_do_not_end_the_process(tmp_path: Path) -> None:
-    """A histogram of levels that is too short: an exception of C++ to which pyarrow gives no way out in places."""
+    """A Parquet histogram of levels that is too short, a C++ exception in pyarrow, is one line of error."""
     path = write_parquet(tmp_path)
     before, histogram, after = path.read_bytes().rpartition(b"\x26\x00\x14")  # 2 numbers: 0, and 10 in zigzag
     assert histogram
@@ -470,7 +470,7 @@ def test_statistics_that_disagree_in_a_parquet_file_do_not_end_the_process(tmp_p
 
 
 def test_a_parquet_file_of_integers_of_a_few_bits_is_refused(tmp_path: Path) -> None:
-    """Arrow's own schema in it has an integer of 4 bits, for which pyarrow has an error of another kind."""
+    """A Parquet file with an Arrow schema of 4-bit integers, for which pyarrow raises another error, is refused."""
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"image": [picture(0)], "label": pa.array([0], pa.uint8())}), path)
     content = path.read_bytes()
@@ -485,7 +485,7 @@ def test_a_parquet_file_of_integers_of_a_few_bits_is_refused(tmp_path: Path) -> 
 def test_archives_parquet_and_images_that_unpack_to_too_much_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each is one line that names the file, before the memory is taken."""
+    """Files that unpack to too much are one line with the file's name, before the memory is used."""
     monkeypatch.setattr(parquet, "DECODED_FREE", 2**20)
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for name in ("a/1.png", "b/1.png"):
@@ -508,17 +508,17 @@ def test_archives_parquet_and_images_that_unpack_to_too_much_are_refused(
 
 
 def text(value: str) -> bytes:
-    """The operation that puts a text of up to 255 bytes on a pickle's stack."""
+    """Pickle operation that puts a text of up to 255 bytes on the stack."""
     return b"X" + struct.pack("<I", len(value)) + value.encode()
 
 
 def stored(key: bytes = text("0"), dtype: bytes = b"ctorch\nFloatStorage\n", count: bytes = b"K\x03") -> bytes:
-    """The operations that take the three values of `replay_buffer`."""
+    """Pickle operations for the three values of `replay_buffer`."""
     return b"(" + text("storage") + dtype + key + text("cpu") + count + b"tQ"
 
 
 def tensor(storage: bytes, sizes: bytes) -> bytes:
-    """The operations of a tensor whose offset, shape and strides `sizes` makes."""
+    """Pickle operations of a tensor with the offset, shape and strides of `sizes`."""
     return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + sizes + b"tR"
 
 
@@ -567,7 +567,7 @@ PICKLES = {
 
 
 def replay_buffer(path: Path, pickle: bytes) -> Path:
-    """An archive as torch.save writes it, of any pickle and a storage of three equal values."""
+    """An archive as torch.save writes it, with any pickle and a storage of three equal values."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x/data.pkl", b"\x80\x04" + pickle + b".")
         archive.writestr("x/data/0", bytes(12))
@@ -575,7 +575,7 @@ def replay_buffer(path: Path, pickle: bytes) -> Path:
 
 
 def test_pickles_of_replay_buffers_are_refused_before_they_take_time_or_memory(tmp_path: Path) -> None:
-    """A small file costs no more than it is long, and shows nothing of the memory behind its storages."""
+    """A hostile replay buffer costs no more than its length, and shows no memory behind its storages."""
     for name, (pickle, words) in PICKLES.items():
         place = open_location(str(replay_buffer(tmp_path / "x.pt", pickle)))
         start = time.process_time()

@@ -1,4 +1,4 @@
-"""Which part may import which: one row per rule, read from the source, imports inside functions included."""
+"""Tests which part may import which: one row per rule, read from the source, imports inside functions included."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ ALLOWED = {
 
 
 def imported(source: str) -> Iterator[str]:
-    """Absolute names of the modules that a source file imports, wherever in it."""
+    """Absolute names of the modules that a source file imports, at any place in it."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -85,7 +85,7 @@ def imports_of(place: str) -> list[tuple[str, str]]:
 
 
 def test_every_way_of_importing_is_seen() -> None:
-    """At the top, in a function, under TYPE_CHECKING, with another name, and the package's own names."""
+    """Imports are found at the top, in functions, under TYPE_CHECKING, by other names and by public names."""
     source = """
 import a.b as c
 from d.e import f
@@ -100,20 +100,20 @@ from datm_ray import store
 
 @pytest.mark.parametrize("place", FORBIDDEN)
 def test_part_does_without(place: str) -> None:
-    """Numerics and storage need neither a cluster nor a command line."""
+    """Numerics and storage import neither a cluster nor a command line."""
     found = [(file, module) for file, module in imports_of(place) if module.split(".")[0] in FORBIDDEN[place]]
     assert found == []
 
 
 @pytest.mark.parametrize("place", ALLOWED)
 def test_part_uses_only(place: str) -> None:
-    """Layers look downwards: `core` and `store` never meet except above them."""
+    """Layers import lower ones only; `core` and `store` never import each other."""
     ours = [(file, module) for file, module in imports_of(place) if module.split(".")[0] == "datm_ray"]
     assert [(file, module) for file, module in ours if module.split(".")[1] not in ALLOWED[place]] == []
 
 
 def test_ray_is_imported_in_one_folder() -> None:
-    """Ray is one of several ways to run a plan."""
+    """Ray is imported in one folder only."""
     users = {Path(file).parent for file, module in imports_of(".") if module.split(".")[0] == "ray"}
     assert users == {Path("runtime", "ray")}
 
@@ -133,7 +133,7 @@ def private_parts(source: str) -> list[str]:
 
 
 def test_private_parts_of_torch_and_ray_are_used_in_one_module_each() -> None:
-    """What another version may change without a word is looked for in one place."""
+    """Private parts of torch and Ray, which may change unannounced, are used in one module each."""
     seen = "import torch._a\nfrom ray._b import c\nfrom torch.d import _e\nnn.f._g\n_ATEN._h.default\ni()._cdata"
     assert len({*private_parts(seen)} & {"torch._a", "ray._b", "torch.d._e", "nn.f._g", "_ATEN._h", "i()._cdata"}) == 6
     users = {str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if private_parts(path.read_text())}
@@ -150,7 +150,7 @@ def test_private_parts_of_torch_and_ray_are_used_in_one_module_each() -> None:
     ],
 )
 def test_importing_a_module_does_not_load(module: str, absent: set[str]) -> None:
-    """Seen in a fresh interpreter: nothing on the way loads it either."""
+    """Importing a light module in a fresh interpreter loads no heavy one."""
     code = f"import sys, {module}\nprint(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert module in loaded

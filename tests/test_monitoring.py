@@ -1,4 +1,4 @@
-"""cluster/monitoring: a dashboard that asks for what there is, a checker that notices what is missing."""
+"""Tests cluster/monitoring: the dashboard queries exported metrics only, and the checker finds missing data."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ RAYS_OWN = {
     "ray_node_gram_used",
     "ray_node_gram_available",
 }
-"""As Ray 2.60 exports them; those of GPUs by the names in its own Grafana dashboard."""
+"""Metrics that Ray 2.60 exports; names of GPU metrics are from its own Grafana dashboard."""
 
 CONDITIONAL = {"Test accuracy", "Losses", "Meta-feature ratio", "Retries", "Workers lost", "Meshes rebuilt"}
 CONDITIONAL |= {"Tasks given to other workers", "GPU", "GPU memory"}
@@ -53,19 +53,19 @@ def expressions() -> list[str]:
 
 
 def metrics_of(expression: str) -> set[str]:
-    """The names of metrics in a query: what is left without matchers, durations, labels, functions and numbers."""
+    """Names of the metrics in a query, without matchers, durations, labels, functions and numbers."""
     rest = re.sub(r"\{[^}]*\}|\[[^\]]*\]|\b(by|without|on|ignoring) *\([^)]*\)", " ", expression)
     return set(re.findall(r"\b[a-zA-Z_:][\w:]*\b(?! *\()", rest))
 
 
 def catalogued(name: str) -> str:
-    """The name in the catalogue of what Prometheus knows under this one."""
+    """Name in the catalogue of a metric that Prometheus knows by this one."""
     ours = name.removeprefix("ray_")
     return ours.removesuffix("_bucket") if ours.endswith("_seconds_bucket") else ours
 
 
 def test_names_are_found_in_queries() -> None:
-    """Functions, labels, matchers and durations are none."""
+    """Metrics are found in queries; functions, labels, matchers and durations are not taken for them."""
     assert metrics_of('sum by (le, run) (rate(a_b_bucket{run=~"$run"}[$__rate_interval])) / (c:d > 0)') == {
         "a_b_bucket",
         "c:d",
@@ -74,7 +74,7 @@ def test_names_are_found_in_queries() -> None:
 
 @pytest.mark.parametrize("expression", sorted(set(expressions())))
 def test_every_query_asks_for_what_is_exported(expression: str) -> None:
-    """Ours under Ray's prefix, or Ray's own; grouped by labels that they have."""
+    """Every query uses exported metrics, ours or Ray's, and groups by labels that they have."""
     names = metrics_of(expression)
     assert names
     unknown = {name for name in names - RAYS_OWN if catalogued(name) not in CATALOGUE}
@@ -85,13 +85,13 @@ def test_every_query_asks_for_what_is_exported(expression: str) -> None:
 
 
 def test_everything_that_is_exported_is_shown() -> None:
-    """A metric that nobody looks at is not worth its cost."""
+    """Every exported metric is shown in a panel."""
     shown = {catalogued(name) for expression in expressions() for name in metrics_of(expression)}
     assert set(CATALOGUE) - shown == set()
 
 
 def test_legends_name_labels_that_there_are() -> None:
-    """A legend of a label that a query does not return would stay empty."""
+    """Legends name labels that their query returns."""
     for panel in panels():
         for target in panel["targets"]:
             for label in re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]):
@@ -102,7 +102,7 @@ def test_legends_name_labels_that_there_are() -> None:
 
 
 def test_panels_do_not_overlap() -> None:
-    """Each has a place and a number of its own."""
+    """Panels have distinct places and numbers."""
     cells = [
         (x, y)
         for place in (panel["gridPos"] for panel in DASHBOARD["panels"])
@@ -116,7 +116,7 @@ def test_panels_do_not_overlap() -> None:
 
 
 def test_everything_is_bound_to_this_machine() -> None:
-    """The commands of the README, and where Grafana looks for Prometheus."""
+    """The README's commands, and Grafana's address of Prometheus, bind to this machine."""
     readme = (MONITORING / "README.md").read_text()
     assert "--web.listen-address=127.0.0.1:9090" in readme
     assert "GF_SERVER_HTTP_ADDR=127.0.0.1" in readme
@@ -126,7 +126,7 @@ def test_everything_is_bound_to_this_machine() -> None:
 
 
 def test_prometheus_looks_where_ray_writes() -> None:
-    """The file's name is Ray's; the folder is its default."""
+    """Prometheus reads Ray's file of targets in Ray's default folder."""
     constants = pytest.importorskip("ray._private.ray_constants")
     config = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
     (job,) = config["scrape_configs"]
@@ -135,13 +135,13 @@ def test_prometheus_looks_where_ray_writes() -> None:
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool, of Debian's package prometheus")
 def test_prometheus_accepts_its_configuration() -> None:
-    """As its own tool says."""
+    """Prometheus's own tool accepts the configuration."""
     subprocess.run(["promtool", "check", "config", str(MONITORING / "prometheus.yml")], check=True, capture_output=True)
 
 
 @contextmanager
 def prometheus(values: Callable[[str], list[str]]) -> Iterator[str]:
-    """An HTTP server that answers as Prometheus does; `values` gives those of the one series of a query, or none."""
+    """An HTTP server that answers as Prometheus; `values` gives the values of a query's one series, or none."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -172,7 +172,7 @@ def check(address: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_checker_is_content_where_every_query_returns_data() -> None:
-    """It asks with all variables filled in, and prints every query with its series."""
+    """The checker fills in all variables, and prints every query with its series."""
     asked: list[str] = []
     with prometheus(lambda query: asked.append(query) or ["1"]) as address:
         checked = check(address)
@@ -196,7 +196,7 @@ def test_the_checker_is_content_where_every_query_returns_data() -> None:
 def test_the_checker_notices_what_is_missing(
     missing: str, arguments: tuple[str, ...], code: int, nothing: list[str]
 ) -> None:
-    """A query without data is an error, if its panel should have some; what is no number is no data."""
+    """A query without data, or with values that are no numbers, is an error in a required panel."""
     with prometheus(lambda query: nothing if missing in query else ["NaN", "2"]) as address:
         checked = check(address, *arguments)
     assert checked.returncode == code
@@ -206,7 +206,7 @@ def test_the_checker_notices_what_is_missing(
 
 
 def test_the_checker_says_in_one_line_what_it_cannot_ask(tmp_path: Path) -> None:
-    """Nobody there, a query that is refused, a panel that there is not."""
+    """A silent server, a refused query or an unknown panel is one line of error."""
     refused = json.loads(json.dumps(DASHBOARD))
     refused["panels"][1]["targets"][0]["expr"] = "refused("
     (tmp_path / "refused.json").write_text(json.dumps(refused))
@@ -227,7 +227,7 @@ def test_the_checker_says_in_one_line_what_it_cannot_ask(tmp_path: Path) -> None
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs Debian's package prometheus")
 def test_every_query_returns_data_from_a_live_run(tmp_path: Path) -> None:
-    """A run with MetaDD in two shards, two killed actors, and Prometheus itself."""
+    """Every query returns data from a run with MetaDD in two shards, two killed actors and a real Prometheus."""
     command = [sys.executable, str(ROOT / "benchmarks/show_monitoring.py"), "--out", str(tmp_path / "report.md")]
     shown = subprocess.run([*command, "--seconds", "2"], capture_output=True, text=True)
     assert shown.returncode == 0, shown.stdout + shown.stderr

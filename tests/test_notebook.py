@@ -1,4 +1,4 @@
-"""The example notebook runs as it stands, in order, on a CPU."""
+"""Tests that the example notebook runs as it stands, in order, on a CPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NOTEBOOK = Path(__file__).parents[1] / "docs" / "first-set.ipynb"
 
 @pytest.mark.slow
 def test_the_notebook_runs_and_its_network_learns_from_ten_images(tmp_path: Path) -> None:
-    """Every cell runs in a fresh process; a network trained on the set is right far more often than by chance."""
+    """The notebook's cells run, and a network trained on its ten images beats chance by far."""
     cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
     code = "\n".join("".join(cell["source"]) for cell in cells)
     environment = {**os.environ, "MPLBACKEND": "agg", "PYTHONPATH": str(NOTEBOOK.parents[1])}

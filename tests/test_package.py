@@ -1,4 +1,4 @@
-"""What `import datm_ray` gives, and what is installed with it."""
+"""Tests what `import datm_ray` gives, and what is installed with it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.conftest import CommandLine
 
 
 def test_public_names_are_those_of_their_modules() -> None:
-    """`datm_ray.load` and the others are the functions and classes themselves."""
+    """`datm_ray.load` and the other public names are the functions and classes of their modules."""
     from datm_ray.artifact import Artifact, load
     from datm_ray.config import RunConfig
     from datm_ray.recipes import get_recipe
@@ -27,7 +27,7 @@ def test_public_names_are_those_of_their_modules() -> None:
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
-    """Public names are looked up on first use."""
+    """Importing the package loads no heavy module; public names are loaded on first use."""
     code = (
         "import sys, datm_ray\n"
         "assert not {'torch', 'ray', 'numpy', 'pydantic'} & set(sys.modules), 'too much'\n"
@@ -38,7 +38,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 
 def test_a_set_is_loaded_without_ray_and_without_locks() -> None:
-    """Loading needs neither what trains networks on clusters nor file locks, which Windows does not have."""
+    """Loading a set needs neither Ray nor file locks, which Windows lacks."""
     sample = Path(__file__).parent / "samples/synthetic-with-matrix.arrow"
     code = (
         "import sys, datm_ray\n"
@@ -57,21 +57,21 @@ WARN = "import warnings; warnings.warn('it will change', FutureWarning)"
     "module", ["datm_ray", "datm_ray.methods.trajectory.matching", __name__, "benchmarks.bench_store"]
 )
 def test_warnings_of_our_own_code_are_errors(module: str) -> None:
-    """Whatever is deprecated where the package calls it is mended before a version without it is out."""
+    """A deprecation in the package's own calls fails the tests."""
     with pytest.raises(FutureWarning, match="it will change"):
         exec(WARN, {"__name__": module})
 
 
 @pytest.mark.parametrize("module", ["torch.func", "ray", "numpy", "datm_rays", "test"])
 def test_warnings_of_a_dependency_are_no_errors(module: str) -> None:
-    """A dependency's own deprecations change with its version and say nothing about this package."""
+    """A deprecation inside a dependency does not fail the tests."""
     with warnings.catch_warnings(record=True) as issued:
         exec(WARN, {"__name__": module})
     assert [warning.category for warning in issued] == [FutureWarning]
 
 
 def test_users_see_no_deprecations_of_dependencies(datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command line hides them, unless Python's option -W asks for warnings; the package's own stay visible."""
+    """The command line hides dependencies' deprecations, unless Python's -W asks for them, and shows its own."""
     for options, seen in (([], 0), (["default"], 1)):
         monkeypatch.setattr(sys, "warnoptions", options)
         with warnings.catch_warnings(record=True) as issued:
@@ -83,14 +83,14 @@ def test_users_see_no_deprecations_of_dependencies(datm_ray: CommandLine, monkey
 
 
 def test_unknown_name_is_an_attribute_error() -> None:
-    """As for any module, so that `hasattr` works."""
+    """An unknown name of the package is an AttributeError, so that `hasattr` works."""
     with pytest.raises(AttributeError, match="'datm_ray' has no attribute 'lod'"):
         _ = datm_ray.lod
     assert not hasattr(datm_ray, "lod")
 
 
 def test_types_are_shipped() -> None:
-    """Type checkers take the annotations of a package only where it has this marker."""
+    """The package has the py.typed marker, so that type checkers read its annotations."""
     assert importlib.resources.files("datm_ray").joinpath("py.typed").is_file()
 
 

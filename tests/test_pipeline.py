@@ -1,4 +1,4 @@
-"""The pipeline on real digits: same results everywhere, and again after every kind of death."""
+"""Tests the pipeline on real digits: equal results everywhere, and after any kind of failure."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def run_all(config: RunConfig, out: Path, start: Callable[[], Executor] | None =
 
 
 def assert_same_set(one: Artifact, other: Artifact) -> None:
-    """Bit for bit: same machine, same number of threads, so there is nothing to tolerate."""
+    """Assert bit-identical sets, as one machine and number of threads give."""
     assert torch.equal(one.images, other.images)
     assert torch.equal(one.soft_labels, other.soft_labels)
     assert one.step_size == other.step_size
@@ -63,7 +63,7 @@ def accuracies(pipeline: Pipeline) -> dict[str, tuple[float, ...]]:
 
 
 def test_a_run_leaves_experts_a_set_and_every_row_of_the_table(finished_run: Path) -> None:
-    """All stages ran: experts in the store, a loadable set, two seeds of each row, a report."""
+    """A run leaves stored experts, a loadable set, two seeds of each row, and a report."""
     pipeline = Pipeline([tiny_config()], str(finished_run))
     assert pipeline.plan() == ["0 experts to train", "0 sets to distil", "0 networks to train for evaluation"]
     (key,) = TrajectoryStore(str(finished_run / "experts")).groups()
@@ -76,7 +76,7 @@ def test_a_run_leaves_experts_a_set_and_every_row_of_the_table(finished_run: Pat
 
 
 def test_distillation_changes_images_labels_and_step_size(finished_run: Path) -> None:
-    """All three variables are learned."""
+    """Distillation learns images, labels and step size."""
     before, after = (load(str(finished_run / "tiny" / name)) for name in ("initial.arrow", "synthetic.arrow"))
     assert not torch.equal(before.images, after.images)
     assert not torch.equal(before.soft_labels, after.soft_labels)
@@ -84,7 +84,7 @@ def test_distillation_changes_images_labels_and_step_size(finished_run: Path) ->
 
 
 def test_fair_scores_can_be_added_to_a_finished_run(tmp_path: Path, finished_run: Path) -> None:
-    """Only the further rows are trained; who asks no more for them later still finds them in the report."""
+    """Fair scores train only their missing rows, and later reports without them requested still show them."""
     out = tmp_path / "out"
     shutil.copytree(finished_run, out)
     fair = tiny_config("evaluate.fair=true")
@@ -94,13 +94,13 @@ def test_fair_scores_can_be_added_to_a_finished_run(tmp_path: Path, finished_run
     assert "LRS, label-robust score" in pipeline.table()
     run_all(tiny_config(), out)
     pipeline_module.report(str(out))
-    (told,) = json.loads((out / "summary.json").read_text())
-    assert {name: part["n"] for name, part in told["fair"].items()} == dict.fromkeys(FAIR_PARTS, 2)
-    assert all(0 <= seed <= 1 for name in ("LRS", "ARS") for seed in told["fair"][name]["seeds"])
+    (summary,) = json.loads((out / "summary.json").read_text())
+    assert {name: part["n"] for name, part in summary["fair"].items()} == dict.fromkeys(FAIR_PARTS, 2)
+    assert all(0 <= seed <= 1 for name in ("LRS", "ARS") for seed in summary["fair"][name]["seeds"])
 
 
 class StopsAfter(SerialExecutor):
-    """A serial executor whose process seems to die after so many events."""
+    """A serial executor that ends like a dead process after this many events."""
 
     def __init__(self, config: RunConfig, events: int) -> None:
         super().__init__(config.cluster)
@@ -115,7 +115,7 @@ class StopsAfter(SerialExecutor):
 
 
 def test_a_run_stopped_at_any_event_ends_with_the_same_set(tmp_path: Path, finished_run: Path) -> None:
-    """Stopped again and again after a few more events, the run gets to its end and nothing differs."""
+    """A run stopped again and again after a few events ends with the same bits."""
     config = tiny_config()
     stops = 0
     while stops < 30:
@@ -129,7 +129,7 @@ def test_a_run_stopped_at_any_event_ends_with_the_same_set(tmp_path: Path, finis
 
 
 def command_line(*arguments: str) -> None:
-    """Run `datm-ray` with these arguments; the target of a process that a test kills."""
+    """Run `datm-ray` with these arguments, in a process that a test kills."""
     sys.argv = ["datm-ray", *arguments]
     torch.set_num_threads(1)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
@@ -138,7 +138,7 @@ def command_line(*arguments: str) -> None:
 
 @pytest.mark.slow
 def test_a_run_killed_with_sigkill_in_every_stage_ends_with_the_same_set(tmp_path: Path, finished_run: Path) -> None:
-    """The command is killed once an expert, a checkpoint and a score are there, and each time started again."""
+    """A command killed after an expert, a checkpoint and a score, and run again each time, gives the same set."""
     recipe, out = tmp_path / "tiny.yaml", tmp_path / "out"
     recipe.write_text(to_yaml(tiny_config()))
     kills = 0
@@ -160,7 +160,7 @@ def test_a_run_killed_with_sigkill_in_every_stage_ends_with_the_same_set(tmp_pat
 @pytest.mark.ray
 @pytest.mark.slow
 def test_killed_ray_actors_of_every_stage_change_nothing(ray_cluster: Any, tmp_path: Path, finished_run: Path) -> None:
-    """One actor is killed with SIGKILL in each stage; the losses are reported and the results are the same bits."""
+    """Killing one actor in each stage is reported and changes no bit."""
     from datm_ray.runtime.ray.executor import RayExecutor
 
     losses: list[str] = []
@@ -178,7 +178,7 @@ def test_killed_ray_actors_of_every_stage_change_nothing(ray_cluster: Any, tmp_p
 
     config = tiny_config()
     pipeline = run_all(config, tmp_path, lambda: Murderous(config.cluster))
-    assert len(losses) >= 2  # a killed actor may just have been idle
+    assert len(losses) >= 2  # the third killed actor may have been idle
     assert_same_set(load(str(tmp_path / "tiny/synthetic.arrow")), load(str(finished_run / "tiny/synthetic.arrow")))
     assert accuracies(pipeline) == accuracies(Pipeline([config], str(finished_run)))
 
@@ -195,7 +195,7 @@ def test_finished_work_is_not_done_again(finished_run: Path, monkeypatch: pytest
 
 
 def test_runs_of_one_folder_share_what_they_have_in_common(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two recipes of the same experts train them once, score all real data once, and keep whitening once on a disk."""
+    """Two recipes share experts, the score of all real data, and one stored whitening."""
     monkeypatch.setattr("datm_ray.artifact.INLINE_BYTES", 0)
     configs = [tiny_config(), tiny_config("name=other", "distill.ipc=2")]
     pipeline = Pipeline(configs, str(tmp_path))
@@ -217,7 +217,7 @@ def test_runs_of_one_folder_share_what_they_have_in_common(tmp_path: Path, monke
 
 
 def test_a_set_may_start_from_any_images_and_keep_hard_labels(tmp_path: Path) -> None:
-    """As in MTT: random real images, and classes as labels, which are not learned whatever their learning rate."""
+    """MTT's options start from random images and keep hard labels, whatever their learning rate."""
     config = tiny_config("distill.initial=random", "distill.labels=hard")
     run_all(config, tmp_path)
     before, after = (load(str(tmp_path / "tiny" / name)) for name in ("initial.arrow", "synthetic.arrow"))
@@ -230,20 +230,20 @@ def test_a_set_may_start_from_any_images_and_keep_hard_labels(tmp_path: Path) ->
 
 
 def test_another_configuration_under_the_same_name_is_refused(finished_run: Path) -> None:
-    """A run folder is never mixed from two configurations; the error names what differs."""
+    """Another configuration under a run's name is an error that names the difference."""
     with pytest.raises(RunDirectoryError, match=r"distill\.iterations \(6 there, 7 here\)"):
         Pipeline([tiny_config("distill.iterations=7")], str(finished_run))
 
 
 def test_more_images_per_class_than_a_class_has_is_refused(tmp_path: Path) -> None:
-    """IPC beyond the class size is found before anything is written."""
+    """IPC beyond the class size is an error before anything is written."""
     with pytest.raises(DatasetError, match=r"distill\.ipc is 5000"):
         Pipeline([tiny_config("distill.ipc=5000")], str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
 def photos(folder: Path, count: int) -> RunConfig:
-    """The tiny run on two classes of so many images of 8 x 8 pixels each, with as many test images; a thumbnail too."""
+    """The tiny run on two classes of this many 8x8 images each, with as many test images and a thumbnail."""
     for i in range(count):
         for place in ("train/cat", "train/dog", "test/cat", "test/dog"):
             (folder / place).mkdir(parents=True, exist_ok=True)
@@ -253,7 +253,7 @@ def photos(folder: Path, count: int) -> RunConfig:
 
 
 def test_the_largest_ipc_of_a_small_class_is_computed(tmp_path: Path) -> None:
-    """Ten images, two of which are for validation, leave eight; that is the remedy, and it works."""
+    """Ten images less two for validation allow IPC 8: the error's remedy, which works."""
     config = photos(tmp_path / "data", 10)
     with pytest.raises(DatasetError) as caught:
         Pipeline([override(config, ["distill.ipc=10"])], str(tmp_path / "out"))
@@ -264,8 +264,10 @@ def test_the_largest_ipc_of_a_small_class_is_computed(tmp_path: Path) -> None:
     Pipeline([override(config, ["distill.ipc=8"])], str(tmp_path / "out"))
 
 
-def test_how_the_files_were_read_is_told_before_and_in_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """What was passed over and which files went where stands in the dry run, and among a run's messages."""
+def test_how_the_files_were_read_is_reported_before_and_in_a_run(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A dry run and a run both report skipped files and the set of each file."""
     config = photos(tmp_path / "data", 10)
     pipeline = Pipeline([config], str(tmp_path / "out"))
     lines = pipeline.data_lines()
@@ -280,14 +282,14 @@ def test_how_the_files_were_read_is_told_before_and_in_a_run(tmp_path: Path, cap
 
 
 class Stopped(Reporter):
-    """Stops the command when its first stage begins."""
+    """Stops the command when its first stage starts."""
 
     def stage(self, title: str, tasks: int) -> Any:
         raise KeyboardInterrupt
 
 
 def test_more_networks_can_be_scored_on_a_finished_run(tmp_path: Path) -> None:
-    """More seeds later are added to those that are there; nothing else is done again."""
+    """More seeds are added to a finished run's scores, and nothing else is done again."""
     run_all(tiny_config("evaluate.seeds=1"), tmp_path)
     pipeline = Pipeline([tiny_config("evaluate.seeds=2")], str(tmp_path))
     assert [line.split()[0] for line in pipeline.plan()] == ["0", "0", "4"]
@@ -296,7 +298,7 @@ def test_more_networks_can_be_scored_on_a_finished_run(tmp_path: Path) -> None:
 def test_whitening_that_does_not_fit_is_refused_unless_it_is_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before anything is written, with the options that help; what the store has costs nothing, for any network."""
+    """Whitening too large for memory is refused with options that help, unless the store has it."""
     white = tiny_config("dataset.normalisation=zca", "experts.count=1")
     pipeline = Pipeline([white], str(tmp_path / "done"))
     with monkeypatch.context() as scarce:
@@ -317,7 +319,7 @@ def test_whitening_that_does_not_fit_is_refused_unless_it_is_stored(
 
 
 def test_whitening_that_takes_minutes_is_planned(tmp_path: Path) -> None:
-    """With its memory and its time, until it is stored; a standard transform takes next to nothing."""
+    """A plan includes the memory and time of whitening until it is stored; a standard transform costs next to none."""
     plain = tiny_config("dataset.resize=64")
     white = override(plain, ["dataset.normalisation=auto"])
     _, line = Pipeline([white], str(tmp_path)).data_lines()
@@ -326,7 +328,7 @@ def test_whitening_that_takes_minutes_is_planned(tmp_path: Path) -> None:
 
 
 def test_runs_are_resolved_for_the_size_of_their_images(tmp_path: Path) -> None:
-    """Everything that is written names the normalisation and the depth, and the run is found under either recipe."""
+    """All written files name normalisation and depth, and either recipe finds the run."""
     config = override(tiny_config("experts.count=1"), ["dataset.normalisation=auto", "network.depth=null"])
     named = tiny_config("dataset.normalisation=zca", "network.depth=2", "experts.count=1")
     pipeline = Pipeline([config], str(tmp_path))
@@ -341,7 +343,7 @@ def test_runs_are_resolved_for_the_size_of_their_images(tmp_path: Path) -> None:
 
 
 def test_changed_images_under_a_finished_run_are_noticed(finished_run: Path, tmp_path: Path) -> None:
-    """The content of the data set decides, wherever it lies."""
+    """Changed images under a finished run are an error, wherever the data set lies."""
     shutil.copytree(finished_run, tmp_path / "copy")
     note = tmp_path / "copy/tiny/dataset.json"
     note.write_text(json.dumps(json.loads(note.read_text()) | {"fingerprint": "0" * 16}))
@@ -349,8 +351,8 @@ def test_changed_images_under_a_finished_run_are_noticed(finished_run: Path, tmp
         Pipeline([tiny_config()], str(tmp_path / "copy"))
 
 
-def test_a_run_of_an_earlier_version_is_gone_on_with(finished_run: Path, tmp_path: Path) -> None:
-    """Whose note of its images tells less; that they are the same is told by their fingerprint alone."""
+def test_a_run_of_an_earlier_version_is_resumed(finished_run: Path, tmp_path: Path) -> None:
+    """A run of an earlier version, whose note of its images is shorter, resumes if the fingerprint is equal."""
     shutil.copytree(finished_run, tmp_path / "out")
     note = tmp_path / "out" / "tiny" / "dataset.json"
     known = json.loads(note.read_text())
@@ -360,7 +362,7 @@ def test_a_run_of_an_earlier_version_is_gone_on_with(finished_run: Path, tmp_pat
 
 
 def test_places_given_to_workers_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker may have another working directory than the command line."""
+    """Workers get absolute places, because their working directory may differ."""
     monkeypatch.chdir(tmp_path)
     pipeline = Pipeline([tiny_config()], "runs", "store")
     assert pipeline.store_uri == str(tmp_path / "store")
@@ -368,7 +370,7 @@ def test_places_given_to_workers_are_absolute(tmp_path: Path, monkeypatch: pytes
 
 
 def test_results_that_workers_wrote_elsewhere_are_missed_at_once(tmp_path: Path) -> None:
-    """Workers without a shared disk end the stage with one clear error, not the next stage with a riddle."""
+    """Workers without a shared disk end their stage with one clear error."""
 
     class Elsewhere(SerialExecutor):
         def run(self, worker: Any, setup: Any, method: str, tasks: Any) -> Iterator[tuple[Any, Event]]:
@@ -379,14 +381,14 @@ def test_results_that_workers_wrote_elsewhere_are_missed_at_once(tmp_path: Path)
         run_all(config, tmp_path, lambda: Elsewhere(config.cluster))
 
 
-def test_a_set_that_has_begun_goes_on_with_fewer_workers(tmp_path: Path) -> None:
-    """Machines may have been lost together with the command; one that has not begun wants all it asks for."""
+def test_an_unfinished_distillation_resumes_with_fewer_workers(tmp_path: Path) -> None:
+    """An unfinished distillation resumes with fewer workers; an unstarted one needs all it requests."""
 
     class FirstTaskError(Exception):
         pass
 
     class Cramped(SerialExecutor):
-        """Has room for one worker; ends when it gets the first task."""
+        """An executor with resources for one worker, which ends at its first task."""
 
         def require_workers(self, name: str, size: int) -> None:
             if size > 1:
@@ -405,7 +407,7 @@ def test_a_set_that_has_begun_goes_on_with_fewer_workers(tmp_path: Path) -> None
 
 
 def test_a_precision_of_gpus_wants_one_where_the_workers_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On other machines it is for them to say, whatever this machine has, unless workers are to have none."""
+    """A GPU precision needs a GPU on the workers' machines, whatever this machine has."""
     config, out = tiny_config("cluster.precision=bfloat16"), str(tmp_path)
     asks, has_none = (
         tiny_config("cluster.precision=bfloat16", f"cluster.gpus_per_worker={gpus}") for gpus in (0.5, 0.0)
@@ -426,19 +428,19 @@ def test_a_precision_of_gpus_wants_one_where_the_workers_are(tmp_path: Path, mon
 
 
 def test_recipes_with_different_clusters_are_refused(tmp_path: Path) -> None:
-    """Runs of one command share their workers."""
+    """Recipes of one command with different clusters are refused, because they share workers."""
     with pytest.raises(ConfigError, match="cluster sections"):
         Pipeline([tiny_config(), tiny_config("name=other", "cluster.threads_per_worker=2")], str(tmp_path))
 
 
 def test_any_folder_name_becomes_a_group_of_the_store(tmp_path: Path) -> None:
-    """A data set may be called after a folder with blanks or accents."""
+    """A data set named after any folder, with blanks or accents, becomes a valid group."""
     for name, folder in (("my data", "my-data"), ("_données", "donn-es"), ("日本", "dataset")):
         assert expert_group(str(tmp_path), tiny_config(), name, "f").key.dataset == folder
 
 
 def test_stages_that_lack_their_input_name_the_command_to_run_first(tmp_path: Path, tiny: RunConfig) -> None:
-    """Distilling without experts and evaluating without a set are one clear line."""
+    """Distilling without experts, or evaluating without a set, is one line with the missing command."""
     pipeline = Pipeline([tiny], str(tmp_path / "out"))
     with pytest.raises(MissingExpertsError, match="datm-ray experts tiny"):
         pipeline.distill(serial(tiny), QUIET)
@@ -448,7 +450,7 @@ def test_stages_that_lack_their_input_name_the_command_to_run_first(tmp_path: Pa
 
 
 def test_resuming_from_a_checkpoint_starts_at_its_iteration(tmp_path: Path, tiny: RunConfig) -> None:
-    """What is finished is not repeated: the first progress after a stop is the next iteration."""
+    """A resumed run's first progress is the iteration after its checkpoint."""
     pipeline = Pipeline([tiny], str(tmp_path))
     pipeline.train_experts(serial(tiny), QUIET)
     dataset = pipeline.runs.dataset(tiny.dataset)
@@ -464,10 +466,10 @@ def test_resuming_from_a_checkpoint_starts_at_its_iteration(tmp_path: Path, tiny
     assert first.done == 5
 
 
-def test_a_set_goes_on_with_any_number_of_shards_that_can_hold_it(
+def test_a_distillation_resumes_with_any_number_of_shards_that_can_hold_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The more the better; with few shards each has more images than may fit."""
+    """A distillation resumes with as many shards as possible, and needs enough to hold its images."""
     config = tiny_config("cluster.shards=6")
     pipeline = Pipeline([config], str(tmp_path))
     for least, sizes in ((1, (5, 4, 3, 2, 1)), (3, (5, 4, 3)), (6, ())):

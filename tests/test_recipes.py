@@ -1,4 +1,4 @@
-"""Packaged recipes against the published table."""
+"""Tests the packaged recipes against the published table."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ACCURACIES = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_distillation_has_the_published_values(name: str) -> None:
-    """Each row of the authors' configuration files; a fixed range has equal bounds."""
+    """Each recipe has the values of the authors' configuration files; a fixed range has equal bounds."""
     d = get_recipe(name).distill
     assert (
         d.student_steps,
@@ -55,7 +55,7 @@ def test_distillation_has_the_published_values(name: str) -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_setting_around_it_is_the_published_one(name: str) -> None:
-    """Data, network, experts and evaluation."""
+    """Data, network, experts and evaluation of the recipes are the published ones."""
     config = get_recipe(name)
     source, ipc = name.rsplit("-ipc", 1)
     assert (config.dataset.source, config.distill.ipc) == (source, int(ipc))
@@ -71,7 +71,7 @@ def test_setting_around_it_is_the_published_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipes_have_the_normalisation_and_depth_that_their_images_would_give(name: str) -> None:
-    """So that the rule is the published practice; digits alone are small enough to differ, and are not whitened."""
+    """Recipes have the normalisation and depth that the image size gives, except those of digits."""
     config = get_recipe(name)
     size = data_shape(config.dataset).image[1:]
     assert config.network == config.network.model_copy(update={"depth": None}).resolved(size)
@@ -81,13 +81,13 @@ def test_recipes_have_the_normalisation_and_depth_that_their_images_would_give(n
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_notes_quote_the_published_accuracy(name: str) -> None:
-    """So that what is measured can be compared with it."""
+    """A recipe's notes quote the published accuracy."""
     source, ipc = name.rsplit("-ipc", 1)
     assert f"{ACCURACIES[source][int(ipc)]} %" in recipe_notes(name)
 
 
 def test_embedded_recipes_need_no_files() -> None:
-    """The digits come with scikit-learn; they are never flipped and lie first in the list."""
+    """Recipes of the embedded digits need no files, never flip them, and come first in the list."""
     digits = [name for name in recipe_names() if name.startswith("digits-")]
     assert {"digits-ipc1", "digits-ipc10"} <= set(digits)
     assert recipe_names()[: len(digits)] == digits
@@ -100,7 +100,7 @@ def test_embedded_recipes_need_no_files() -> None:
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if "-metadd-" in name])
 def test_metadd_is_added_to_a_recipe_and_changes_nothing_else(name: str) -> None:
-    """So that the two are compared with each other; digits are larger."""
+    """A recipe with MetaDD differs from its base by MetaDD alone; digits are larger."""
     config, base = get_recipe(name), get_recipe(name.replace("-metadd", "").replace("digits16", "digits"))
     assert config.metadd is not None
     unlike = {"name", "metadd", "dataset"} if name.startswith("digits16") else {"name", "metadd"}
@@ -109,7 +109,7 @@ def test_metadd_is_added_to_a_recipe_and_changes_nothing_else(name: str) -> None
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if "-metadd-" in name])
 def test_auxiliaries_of_metadd_see_more_than_one_place(name: str) -> None:
-    """At the size of the recipe's images, and every architecture that looks on is another one."""
+    """At the recipe's image size, MetaDD's auxiliaries have maps of several places and distinct architectures."""
     config = get_recipe(name)
     shape = data_shape(config.dataset)
     seen = set()
@@ -125,7 +125,7 @@ def test_auxiliaries_of_metadd_see_more_than_one_place(name: str) -> None:
 
 
 def test_recipes_of_one_data_set_share_their_experts() -> None:
-    """Experts are the costly part: sets of several sizes are distilled from the same ones."""
+    """Recipes of one data set share their experts."""
     for source in ("digits", *ACCURACIES):
         configs = [get_recipe(name) for name in recipe_names() if name.rsplit("-ipc", 1)[0] == source]
         assert len({(config.dataset, config.network, config.experts, config.seed) for config in configs}) == 1
@@ -133,7 +133,7 @@ def test_recipes_of_one_data_set_share_their_experts() -> None:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipe_is_a_valid_configuration_with_its_own_name(name: str) -> None:
-    """And with notes whose first line says what it is."""
+    """Each recipe is a valid configuration with its own name, and notes that say what it is."""
     config = get_recipe(name)
     assert config.name == name
     assert RunConfig.model_validate(config.model_dump()) == config
@@ -141,7 +141,7 @@ def test_recipe_is_a_valid_configuration_with_its_own_name(name: str) -> None:
 
 
 def test_unknown_recipe_suggests_the_nearest() -> None:
-    """Or how to see them all."""
+    """An unknown recipe is an error that suggests the nearest one, or how to list all."""
     with pytest.raises(ConfigError, match=r"unknown recipe 'cifar10-icp10'\. Did you mean 'cifar10-ipc10'\?"):
         get_recipe("cifar10-icp10")
     with pytest.raises(ConfigError, match="recipe list"):

@@ -1,4 +1,4 @@
-"""The report: what it shows, what it says when something is missing, and that it needs nothing but itself."""
+"""Tests the report: its content, its words for missing parts, and that it needs nothing but itself."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SCORES = [
     Score("distilled", (0.90, 0.91, 0.92), 90.0),
     Score("full", (0.97, 0.99), 4000.0),
 ]
-PROVENANCE = {"versions": {"torch": "9.8.7"}, "processor": "Toy <CPU>", "cores": 2, "dataset": "toys"}
+PROVENANCE = {"versions": {"torch": "9.8.7"}, "processor": "Toy <CPU>", "cores": 2, "dataset": "toys"}  # former name
 SIDE, MARKUP_NAME = 6, "<b> & $x_1$ 数"
 
 
@@ -75,7 +75,7 @@ def save_checkpoint(folder: Location, config: RunConfig, losses: Sequence[float]
     state = Distillation(synthetic_set(config, 3), config.distill)
     for k, loss in enumerate(losses):
         skipped = not loss <= config.distill.threshold
-        decrease = math.nan if skipped else loss  # a number of no meaning
+        decrease = math.nan if skipped else loss  # a skipped iteration has no decrease
         state.history.append(IterationRecord(k, 0, 0, 1 + k % 2, loss, 0.01 + k / 1000, skipped, decrease))
     state.validations = [(4 * (i + 1), accuracy) for i, accuracy in enumerate(validations)]
     state.chosen_at = max(state.validations, key=lambda validation: validation[1], default=(0, 0.0))[0]
@@ -101,7 +101,7 @@ def page_of(out: Location, *runs: RunSummary) -> str:
 
 
 def text_of(page: str) -> str:
-    """What a reader reads: without style sheet and tags, spaces made one."""
+    """Visible text of a page, without style sheet and tags, with single spaces."""
     words = html.unescape(re.sub(r"<[^>]*>", " ", re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)))
     return " ".join(words.split())
 
@@ -122,7 +122,7 @@ class Images(HTMLParser):
 
 
 def test_page_is_self_contained(out: Location) -> None:
-    """Nothing is fetched: every source is a data: URI, links stay in the page, and there is no script."""
+    """The page fetches nothing: sources are data: URIs, links stay in the page, and it has no script."""
     page = page_of(out, finished_run(out, configure("one")), finished_run(out, configure("two")))
     targets = re.findall(r'(?:src|href|srcset|action|poster)\s*=\s*"([^"]*)', page)
     assert targets
@@ -132,7 +132,7 @@ def test_page_is_self_contained(out: Location) -> None:
 
 
 def test_pictures_are_whole_and_described(out: Location) -> None:
-    """Galleries are readable PNGs, charts are SVGs that refer to nothing outside, and all have alt texts."""
+    """Galleries are readable PNGs, charts are SVGs without outer references, and all have alt texts."""
     images = Images(page_of(out, finished_run(out, configure()))).found
     assert [image["type"] for image in images] == ["data:image/png"] * 2 + ["data:image/svg+xml"] * 5
     for image in images:
@@ -146,7 +146,7 @@ def test_pictures_are_whole_and_described(out: Location) -> None:
 
 
 def test_table_has_every_row_of_every_run(out: Location) -> None:
-    """Cells are mean, standard deviation and n in percent; the share of full-data accuracy stands below."""
+    """The table has each row as mean, deviation and n in percent, and the share of full-data accuracy below."""
     page = page_of(out, finished_run(out, configure("one")), finished_run(out, configure("two"), scores=SCORES[:3]))
     text = text_of(page)
     assert "random real images, hard labels 71.0 ± 1.4 (2) 71.0 ± 1.4 (2)" in text
@@ -156,8 +156,8 @@ def test_table_has_every_row_of_every_run(out: Location) -> None:
     assert "Nothing was chosen on the test set" in text
 
 
-def test_run_is_told_in_numbers(out: Location) -> None:
-    """The page tells how many images, experts and iterations there were, what was skipped, and what it ran on."""
+def test_run_is_described_in_numbers(out: Location) -> None:
+    """The page gives numbers of images, experts, iterations and skipped updates, and the hardware."""
     text = text_of(page_of(out, finished_run(out, configure())))
     assert "600 real images of toys were distilled to 6 synthetic images (1 %)" in text
     assert "from 100 experts trained for 100 epochs each, in 12 iterations" in text
@@ -168,7 +168,7 @@ def test_run_is_told_in_numbers(out: Location) -> None:
 
 
 def test_recipe_on_the_page_can_be_run_again(out: Location) -> None:
-    """The recipe shown is YAML that loads as the very configuration of the run."""
+    """The recipe on the page is YAML that loads as the run's configuration."""
     config = configure()
     page = page_of(out, finished_run(out, config))
     (recipe,) = re.findall(r"<pre>(.*?)</pre>", page, re.DOTALL)
@@ -203,8 +203,8 @@ def test_gallery_has_a_row_for_each_class(out: Location) -> None:
     assert gallery.shape[0] // 3 == gallery.shape[1] // config.distill.ipc == SIDE + 1
 
 
-def test_large_sets_are_cut_and_it_is_said(out: Location) -> None:
-    """At most ten images of twenty classes are shown, and the page says of how many."""
+def test_large_sets_are_cut_and_the_page_says_so(out: Location) -> None:
+    """A gallery shows at most ten images of twenty classes, and the page says of how many."""
     config = configure(ipc=11)
     names = [f"class {number}" for number in range(21)]
     page = page_of(out, finished_run(out, config, class_names=names))
@@ -222,7 +222,7 @@ def test_colour_images_keep_their_colours(out: Location) -> None:
     assert (gallery[..., 0] != gallery[..., 1]).any()
 
 
-def test_run_that_has_not_begun_is_described(out: Location) -> None:
+def test_unstarted_run_is_described(out: Location) -> None:
     """A run without any file gets its recipe and a sentence, not an error."""
     text = text_of(page_of(out, RunSummary(configure(), out / "tiny", [])))
     assert "Distillation has not started: there are no images yet. Nothing is evaluated yet." in text
@@ -231,7 +231,7 @@ def test_run_that_has_not_begun_is_described(out: Location) -> None:
 
 
 def test_run_without_checkpoint_is_described(out: Location) -> None:
-    """A run that has only its initial images shows them and says so."""
+    """A run with initial images only shows them and says so."""
     config = configure()
     save_set(out / config.name / INITIAL, config, ("a", "b"))
     page = page_of(out, RunSummary(config, out / config.name, []))
@@ -240,7 +240,7 @@ def test_run_without_checkpoint_is_described(out: Location) -> None:
 
 
 def test_unfinished_run_is_described(out: Location) -> None:
-    """A run with a checkpoint but no result shows its course so far and says how far it is."""
+    """A run with a checkpoint but no result shows its curves and its progress so far."""
     config = configure()
     save_set(out / config.name / INITIAL, config, ("a", "b", "c"))
     save_checkpoint(out / config.name, config, [0.8, 0.7, 0.6], [])
@@ -252,22 +252,22 @@ def test_unfinished_run_is_described(out: Location) -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "told"),
+    ("limit", "expected"),
     [("0.75", "1 gradient was shortened"), ("0.3", "2 gradients were shortened"), ("", "")],
 )
-def test_shortened_updates_are_told(out: Location, limit: str, told: str) -> None:
-    """As many as were longer than the recipe allows; none where it allows all."""
+def test_shortened_updates_are_counted(out: Location, limit: str, expected: str) -> None:
+    """The page counts updates longer than the recipe's limit; without a limit it counts none."""
     config = configure(gradient_limit=limit or "null")
     save_set(out / config.name / INITIAL, config, ("a", "b", "c"))
     save_checkpoint(out / config.name, config, [0.8, 0.5, 0.2, 0.95], [])
     text = text_of(page_of(out, RunSummary(config, out / config.name, [])))
-    assert told in text
-    assert ("shortened: the first-order decrease" in text) == bool(told)
-    assert not told or f"exceeded {limit} times the loss" in text
+    assert expected in text
+    assert ("shortened: the first-order decrease" in text) == bool(expected)
+    assert not expected or f"exceeded {limit} times the loss" in text
 
 
 def test_result_without_its_checkpoint_is_described(out: Location) -> None:
-    """A result whose checkpoint was removed is shown without its course."""
+    """A result whose checkpoint was removed is shown without its curves."""
     run = finished_run(out, configure())
     (run.folder / CHECKPOINT).remove()
     text = text_of(page_of(out, run))
@@ -294,7 +294,7 @@ def test_fixed_range_of_start_epochs_is_drawn(out: Location) -> None:
 
 
 def test_damaged_file_is_an_error(out: Location) -> None:
-    """A damaged file is reported as such, not passed over as missing."""
+    """A damaged file is reported as damaged, not as missing."""
     run = finished_run(out, configure())
     (run.folder / SYNTHETIC).write_atomic(b"not an arrow file")
     with pytest.raises(CorruptFileError):
@@ -302,7 +302,7 @@ def test_damaged_file_is_an_error(out: Location) -> None:
 
 
 def test_same_files_give_the_same_bytes(out: Location) -> None:
-    """Two reports about the same files are equal byte for byte."""
+    """Two reports on equal files are equal byte for byte."""
     run = finished_run(out, configure())
     assert write_report(out, [run], "first.html").read_bytes() == write_report(out, [run], "second.html").read_bytes()
 
@@ -314,7 +314,7 @@ def test_no_runs_give_a_page(out: Location) -> None:
 
 
 def test_text_table_is_aligned(out: Location) -> None:
-    """The terminal's table has a column for each run, right-aligned, and n in its last line."""
+    """The terminal's table has a right-aligned column for each run, and n in its last line."""
     runs = [RunSummary(configure("one"), out / "one", SCORES), RunSummary(configure("two"), out / "two", SCORES[:1])]
     header, rule, *rows, _, last = accuracy_table(runs).splitlines()
     assert header.split() == ["test", "accuracy", "in", "%", "one", "two"]
@@ -325,7 +325,7 @@ def test_text_table_is_aligned(out: Location) -> None:
 
 
 def test_text_table_states_n_once_where_it_is_one(out: Location) -> None:
-    """Where all cells rest on equally many networks, n is one number."""
+    """The terminal's table states n once if it is equal in all cells."""
     runs = [RunSummary(configure(name), out / name, SCORES[:2]) for name in ("one", "two")]
     assert accuracy_table(runs).endswith("n = 2")
     assert "share" not in accuracy_table(runs)

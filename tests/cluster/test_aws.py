@@ -118,7 +118,7 @@ def ec2(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
             iam.create_role(RoleName=role, AssumeRolePolicyDocument=json.dumps(TRUST))
             iam.create_instance_profile(InstanceProfileName=role)
             iam.add_role_to_instance_profile(InstanceProfileName=role, RoleName=role)
-            # IAM's own grammar is checked on the way in.
+            # The simulated IAM checks the policy's grammar.
             iam.put_role_policy(RoleName=role, PolicyName=who, PolicyDocument=(AWS / f"{who}-policy.json").read_text())
         yield boto3.client("ec2")
 

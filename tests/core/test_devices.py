@@ -31,7 +31,7 @@ SPEC = NetworkSpec(channels=3, size=(8, 8), classes=4, width=4, depth=2)
 
 @pytest.fixture(autouse=True)
 def _elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # What says that a value is not finite must read as zero, and a mean over shards would divide by it.
+    # Flags of values that are not finite must read as zero; a mean over shards must not divide by zero.
     monkeypatch.setattr("datm_ray.methods.trajectory.matching._agreed", lambda loss, all_sum: 1.0)
     with OtherDevice(torch.zeros):
         yield

@@ -220,7 +220,7 @@ def test_channels_first_round_as_finely_as_plain_torch() -> None:
     functions = ExpertFunctions(networks[0], stacked=6, compile_=False, channels_last=False)
     _, ours, _ = functions(state.parameters, state.buffers, images, labels, torch.full((32,), 1 / 32))
     errors = [(each.double() - exact).norm(dim=1) for each in (ours, plain(torch.float32))]
-    # The median: in a single problem a value may cross a rectifier's kink, which no rounding is to blame for.
+    # The median, because in a single problem a value may cross a rectifier's kink.
     assert float((errors[0] / errors[1]).median()) < 2
 
 

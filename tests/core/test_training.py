@@ -95,7 +95,7 @@ def test_decay_divides_the_rate_by_ten_and_forgets_the_momentum() -> None:
 
 def test_adamw_equals_torchs() -> None:
     """AdamW equals torch's: its decay shrinks parameters directly, and not through the gradient."""
-    images, labels = make_data(1)  # its first step has the sign of a gradient, and that of a zero must be the same
+    images, labels = make_data(1)  # AdamW's first step is the gradient's sign, so zeros must agree
     schedule = Schedule(2, 8, 0.01, weight_decay=0.5, optimiser="adamw", decay_epoch=1)
     network, slow = make_network(), make_network()
     train_to_end(network, images, labels, schedule, seed=0)

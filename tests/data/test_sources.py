@@ -423,7 +423,7 @@ def test_images_are_resized_one_by_one(tmp_path: Path, encode: Encode, monkeypat
     """Among forty images at most one for each thread is in memory at full size."""
     monkeypatch.setattr(decode.os, "cpu_count", lambda: 2)
     root = write_files(tmp_path, folder_files(encode, ("",), count=20, size=(700, 500)))
-    load_raw("folder", str(root), resize=8)  # so that Pillow's own modules are loaded
+    load_raw("folder", str(root), resize=8)  # loads Pillow's own modules before memory is measured
     tracemalloc.start()
     try:
         raw = load_raw("folder", str(root), resize=8)
@@ -457,7 +457,7 @@ def test_large_photographs_are_read_and_larger_ones_refused_rightly(
     tmp_path: Path, encode: Encode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Photos of 89 megapixels are read; twice that is an error that says to scale down."""
-    root = str(write_files(tmp_path, folder_files(encode, ("",))))  # of 24 pixels
+    root = str(write_files(tmp_path, folder_files(encode, ("",))))  # images of 24 pixels
     expected = load_raw("folder", root, resize=3)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
     assert load_raw("folder", root, resize=3).fingerprint == expected.fingerprint

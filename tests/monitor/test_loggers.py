@@ -1,4 +1,4 @@
-"""Curves in TensorBoard and Weights & Biases: what is logged, what never is, and how they fail."""
+"""Tests curves in TensorBoard and Weights & Biases: what is logged, what never is, and how they fail."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ METRICS = {"datm_ray_expert_loss": 0.5, "datm_ray_expert_epochs_total": 2.0, "da
 
 
 class FakeWriter:
-    """In the place of torch's SummaryWriter."""
+    """Stands in for torch's SummaryWriter."""
 
     made: dict[str, FakeWriter]
 
@@ -41,7 +41,7 @@ class FakeWriter:
 
 
 class FakeRun:
-    """In the place of a run of W&B's."""
+    """Stands in for a run of W&B."""
 
     def __init__(self) -> None:
         self.logged: list[dict[str, float]] = []
@@ -60,7 +60,7 @@ class FakeRun:
 
 @pytest.fixture
 def writers(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeWriter]:
-    """TensorBoard, as far as it is used here: the writers by their folders."""
+    """TensorBoard's writers by their folders, with the methods used here."""
     FakeWriter.made = {}
     module = ModuleType("torch.utils.tensorboard")
     module.SummaryWriter = FakeWriter  # type: ignore[attr-defined]
@@ -71,12 +71,12 @@ def writers(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeWriter]:
 
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """W&B, as far as it is used here; `begun` has what it was begun with, `run` what was logged."""
+    """W&B with the methods used here: `started` has the arguments of the start, `run` what was logged."""
     module: Any = ModuleType("wandb")
-    module.begun, module.run, module.Settings = {}, FakeRun(), dict
+    module.started, module.run, module.Settings = {}, FakeRun(), dict
 
     def init(**arguments: Any) -> FakeRun:
-        module.begun.update(arguments)
+        module.started.update(arguments)
         return module.run
 
     module.init = init
@@ -86,13 +86,13 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def feed(logger: Logger) -> None:
-    """Two epochs with a loss between, and the end."""
+    """Feed two epochs with a loss between them, and the end."""
     for event in (Progress(1, 2, {}, METRICS), Lost("died", 1), Progress(2, 2, {}, METRICS), Finished()):
         logger.event(TASK, event)
 
 
 def test_tensorboard_gets_a_folder_for_every_task(writers: dict[str, FakeWriter], tmp_path: Path) -> None:
-    """Gauges over the task's own steps; neither sums of one attempt nor what is no number."""
+    """TensorBoard gets a folder for each task, with gauges over its own steps and no sums or nan."""
     feed(open_logger("tensorboard", open_location(str(tmp_path)), [], print))
     ((folder, writer),) = writers.items()
     assert folder == f"{tmp_path}/tensorboard/experts/experts-0-1-of-digits-convnet-5f"
@@ -101,7 +101,7 @@ def test_tensorboard_gets_a_folder_for_every_task(writers: dict[str, FakeWriter]
 
 
 def test_wandb_gets_steps_of_every_tasks_own(wandb: Any, tiny: RunConfig, tmp_path: Path) -> None:
-    """One run of W&B's; its configuration is the recipe's identity, in which no place of a file is."""
+    """W&B gets one run with steps of each task, configured by the recipe's identity without places of files."""
     secret = tiny.model_copy(update={"dataset": tiny.dataset.model_copy(update={"path": "s3://secret"})})
     logger = open_logger("wandb", open_location(str(tmp_path)), [secret], print)
     feed(logger)
@@ -110,15 +110,15 @@ def test_wandb_gets_steps_of_every_tasks_own(wandb: Any, tiny: RunConfig, tmp_pa
     assert wandb.run.steps == {f"{name}/*": f"{name}/step"}
     assert wandb.run.logged == [{f"{name}/step": step, f"{name}/expert_loss": 0.5} for step in (1, 2)]
     assert wandb.run.finished
-    assert wandb.begun["config"] == {"tiny": run_identity(secret)}
-    assert "secret" not in repr(wandb.begun)
+    assert wandb.started["config"] == {"tiny": run_identity(secret)}
+    assert "secret" not in repr(wandb.started)
     settings = {"x_disable_meta": True, "console": "off", "save_code": False, "disable_git": True}
     settings |= {"host": "", "x_save_requirements": False}  # or the machine's name and all its packages are sent
-    assert settings.items() <= wandb.begun["settings"].items()
+    assert settings.items() <= wandb.started["settings"].items()
 
 
 def test_a_run_is_logged_from_any_executor(writers: dict[str, FakeWriter], tmp_path: Path) -> None:
-    """All three stages leave curves, and every writer is closed in the end."""
+    """All three stages are logged from either executor, and every writer is closed."""
     config = tiny_config("cluster.log_to=tensorboard")
     Pipeline([config], str(tmp_path)).run_all(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
     assert {Path(folder).parent.name for folder in writers} == {"experts", "distillation", "evaluation"}
@@ -128,32 +128,32 @@ def test_a_run_is_logged_from_any_executor(writers: dict[str, FakeWriter], tmp_p
 
 
 def test_where_to_log_changes_nothing_of_a_run() -> None:
-    """A finished run may be gone on with, logged to anywhere."""
+    """A finished run can be resumed with any logger."""
     assert run_identity(tiny_config("cluster.log_to=wandb")) == run_identity(tiny_config())
 
 
 def test_a_missing_package_is_one_line_before_anything_starts(
     datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Exit code 2, no folder was made, and the extra that is named exists."""
+    """A missing logger is one line with an existing extra, exit code 2, and no folder made."""
     monkeypatch.setattr(loggers, "find_spec", lambda name: None)
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     for name in ("tensorboard", "wandb"):
         assert f'\n{name} = ["{name}>=' in project
-        code, _, said = datm_ray("run", "digits-ipc1", "--set", f"cluster.log_to={name}", "--executor", "serial")
-        assert (code, said.count("\n")) == (2, 1)
-        assert f"the package {name} is not installed. `pip install 'datm-ray[{name}]'`, or" in said
+        code, _, err = datm_ray("run", "digits-ipc1", "--set", f"cluster.log_to={name}", "--executor", "serial")
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"the package {name} is not installed. `pip install 'datm-ray[{name}]'`, or" in err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_tensorboard_wants_a_local_folder(writers: dict[str, FakeWriter]) -> None:
-    """An object store is refused beforehand."""
+    """TensorBoard on an object store is refused before the run."""
     with pytest.raises(ConfigError, match=r"memory://out is not a local folder\..* Give a local --out"):
         Pipeline([tiny_config("cluster.log_to=tensorboard")], "memory://out")
 
 
 def test_a_service_that_does_not_start_is_one_line_without_its_words(wandb: Any, tmp_path: Path) -> None:
-    """What it says may quote a key; and no run's folder is made."""
+    """A service that fails to start is one line without its message, which may quote a key; no folder is made."""
 
     def refuse(**_: Any) -> None:
         raise RuntimeError("key 123-secret is wrong")
@@ -167,7 +167,7 @@ def test_a_service_that_does_not_start_is_one_line_without_its_words(wandb: Any,
 
 
 def test_a_broken_package_is_not_taken_for_a_missing_account(wandb: Any, tmp_path: Path) -> None:
-    """An import that fails within the package names its installation as the cause."""
+    """An import error within the package is blamed on its installation."""
 
     def refuse(**_: Any) -> None:
         raise ImportError("cannot import name 'x'")
@@ -178,19 +178,19 @@ def test_a_broken_package_is_not_taken_for_a_missing_account(wandb: Any, tmp_pat
 
 
 def test_logging_that_fails_half_way_does_not_end_the_run(writers: dict[str, FakeWriter], tmp_path: Path) -> None:
-    """A full disk, a network that is gone: said once, without quoting, and then no more is tried."""
-    said: list[str] = []
-    logger = open_logger("tensorboard", open_location(str(tmp_path)), [], said.append)
+    """A logger that fails is reported once, without its message, and not called again; the run continues."""
+    messages: list[str] = []
+    logger = open_logger("tensorboard", open_location(str(tmp_path)), [], messages.append)
     logger.event(TASK, Progress(1, 2, {}, METRICS))
     (writer,) = writers.values()
     writer.add_scalar = None  # type: ignore[assignment]
     feed(logger)
     logger.close()
-    assert said == ["Logging failed (TypeError); the run continues without it"]
+    assert messages == ["Logging failed (TypeError); the run continues without it"]
 
 
 def test_tensorboard_itself_reads_what_was_logged(tmp_path: Path) -> None:
-    """With the real package, where it is installed."""
+    """The real TensorBoard, where installed, reads the logged curves."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

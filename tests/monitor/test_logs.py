@@ -1,4 +1,4 @@
-"""The log: lines of one form, files of a bounded size, secrets left out, records of workers in other processes."""
+"""Tests the log: one form of line, files of bounded size, hidden secrets, records of workers in other processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def shown() -> Iterator[None]:
 
 
 def test_a_line_has_time_level_node_worker_and_event(tmp_path: Path) -> None:
-    """A line is on disk when it is logged, so that killing the process loses none; a message is one line."""
+    """A line has time, level, node, worker and event, and is on disk at once; a message is one line."""
     with writing([str(tmp_path / "run")]):
         log.info("checkpoint saved %s", fields(run="a b", iteration=3, loss=0.123456, left=None, note='say "x"'))
         log.warning("two\nlines\x1b[31m")
@@ -52,7 +52,7 @@ def test_names_that_are_not_utf8_can_be_logged() -> None:
 
 
 def test_a_log_file_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two files of a given size, of which the older one is replaced."""
+    """The log has at most two files of a given size; the older one is replaced."""
     monkeypatch.setattr(logs, "LARGEST", 1000)
     with writing([str(tmp_path)]):
         for number in range(100):
@@ -65,7 +65,7 @@ def test_a_log_file_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_full_disk_stops_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The failure is reported once."""
+    """A full disk under the log is reported once and stops no run."""
     (tmp_path / "log.txt").symlink_to("/dev/full")
     monkeypatch.setattr(logs, "LARGEST", 0)  # /dev/full cannot be renamed
     with writing([str(tmp_path)]):
@@ -76,7 +76,7 @@ def test_a_full_disk_stops_no_run(
 
 
 def test_secrets_are_not_logged(tmp_path: Path) -> None:
-    """Passwords of addresses, keys and tokens, in messages and tracebacks; other words stay."""
+    """Passwords in addresses, keys and tokens are masked in messages and tracebacks; other words stay."""
     for text in (
         "http://user:hidden@host/x",
         "http://user:p@hidden@host/x",
@@ -105,7 +105,7 @@ def test_secrets_are_not_logged(tmp_path: Path) -> None:
 
 
 def test_a_worker_in_another_process_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its records travel as they are, with its own time, node and name, and the last ones are kept."""
+    """A remote worker's records keep its time, node and name; the latest ones are kept for its loss."""
     monkeypatch.setattr(logs, "KEPT", 2)
     root = logging.getLogger("datm_ray")
     level, collector = root.level, Collector("DistillWorker/1/4711", logging.INFO)
@@ -125,14 +125,14 @@ def test_a_worker_in_another_process_is_named(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_terminal_shows_what_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    """Errors alone, messages and warnings, the log, or the log with details; nothing twice."""
+    """A terminal shows errors, messages, the log or details, as chosen, and nothing twice."""
 
     def lines(level: int) -> list[str]:
         logs.show(level)
         Reporter(quiet=level < 0).message("3 tasks to run")
         for level_, text in ((10, "detail"), (20, "event"), (30, f"warning {level}"), (40, f"error {level}")):
             log.log(level_, text)
-        log.warning("warning %d", level)  # such as of another worker
+        log.warning("warning %d", level)  # a record such as another worker's
         return [line.rpartition("  ")[2] for line in capsys.readouterr().err.splitlines()]
 
     assert lines(-1) == ["error -1"]
@@ -142,7 +142,7 @@ def test_a_terminal_shows_what_it_is_asked_for(capsys: pytest.CaptureFixture[str
 
 
 def test_a_run_s_folder_has_its_log(tmp_path: Path, finished_run: Path) -> None:
-    """From the command to the end, with what each worker did; the error that stopped a run is in it too."""
+    """A run's folder has its log from command to end, with each worker's records and a final error."""
     lines = (finished_run / "tiny" / "log.txt").read_text().splitlines()
     assert all(LINE.fullmatch(line) for line in lines)
     events = [line.partition("  ")[2] for line in lines]
@@ -169,7 +169,7 @@ def test_a_run_s_folder_has_its_log(tmp_path: Path, finished_run: Path) -> None:
 
 
 def test_the_options_choose_what_is_shown(datm_ray: CommandLine, finished_run: Path) -> None:
-    """-v shows the log, -v -v store requests too, -q nothing but the result; one command leaves the next alone."""
+    """-v shows the log, -v -v store requests too, -q the result alone; commands do not affect each other."""
     run = ("experts", str(finished_run.parent / "tiny.yaml"), "-o", str(finished_run), "--executor", "serial")
     for options, expected in (
         ((), "Experts: nothing to do, all finished"),

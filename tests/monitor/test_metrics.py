@@ -1,4 +1,4 @@
-"""What can be watched: names that Prometheus likes, and samples that follow from events."""
+"""Tests metrics: names that Prometheus recommends, and samples that follow from events."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def values(samples: Sequence[Sample], name: str) -> list[float]:
 
 
 def total(readings: Readings, events: Sequence[tuple[Event, int]], name: str) -> float:
-    """A counter's sum over the events of the task."""
+    """Sum of a counter over the events of the task."""
     return sum(sum(values(readings.take(TASK, event, rank), name)) for event, rank in events)
 
 
@@ -41,7 +41,7 @@ def read(count: float, done: int = 1) -> Progress:
 
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_names_are_as_prometheus_recommends(name: str) -> None:
-    """Lower case, the unit at the end and spelt out, `_total` for counters and for nothing else."""
+    """Names are lower case, end in a spelled-out unit, and in `_total` for counters only."""
     metric = CATALOGUE[name]
     assert re.fullmatch(r"datm_ray(_[a-z]+)+", name)
     assert name.endswith("_total") == (metric.kind == "counter")
@@ -53,7 +53,7 @@ def test_names_are_as_prometheus_recommends(name: str) -> None:
 
 
 def test_a_worker_sums_are_counted_once() -> None:
-    """Workers tell sums; what is exported is by how much they grew, at the end of the task too."""
+    """Sums reported by a worker are exported by their growth, also at the end of the task."""
     readings = Readings()
     readings.begin([TASK], workers=2)
     events: list[tuple[Event, int]] = [(read(10.0), 0), (read(10.0), 0), (read(25.0), 0)]
@@ -62,7 +62,7 @@ def test_a_worker_sums_are_counted_once() -> None:
 
 
 def test_every_worker_of_a_task_counts_and_one_is_shown() -> None:
-    """Each has sums of its own; gauges and finished tasks are those of the first."""
+    """Sums count every worker of a task; gauges and finished tasks are the first worker's."""
     readings = Readings()
     readings.begin([TASK], workers=2)
     events: list[tuple[Event, int]] = [(read(10.0), 0), (read(7.0), 1), (read(12.0), 0), (read(9.0), 1)]
@@ -75,7 +75,7 @@ def test_every_worker_of_a_task_counts_and_one_is_shown() -> None:
 
 @pytest.mark.parametrize("first", [5.0, 50.0])
 def test_a_new_worker_begins_from_nothing(first: float) -> None:
-    """After a loss the sums of the next worker count in full, whether they are smaller than the dead one's or not."""
+    """After a loss the next worker's sums count in full, smaller or larger than before."""
     readings = Readings()
     readings.begin([TASK], workers=2)
     events: list[tuple[Event, int]] = [(read(20.0), 0), (Lost("node died", 1), 0), (read(first), 0)]
@@ -83,13 +83,13 @@ def test_a_new_worker_begins_from_nothing(first: float) -> None:
 
 
 def test_sums_that_shrink_without_a_word_are_a_new_worker_too() -> None:
-    """A loss that nobody has reported counts nothing twice and nothing negative."""
+    """Shrinking sums mean an unreported new worker, so nothing counts twice or negatively."""
     readings = Readings()
     assert total(readings, [(read(20.0), 0), (read(5.0), 0), (read(6.0), 0)], "store_read_bytes_total") == 26.0
 
 
-def test_a_loss_is_told_with_its_reason() -> None:
-    """One worker lost to a word of few, and one retry."""
+def test_a_loss_is_exported_with_its_reason() -> None:
+    """A loss is exported as one lost worker, with its reason as a label, and one retry."""
     readings = Readings()
     readings.begin([TASK], workers=2)
     lost = readings.take(TASK, Lost("The actor's node has died: preempted", 1))
@@ -109,14 +109,14 @@ def test_a_loss_is_told_with_its_reason() -> None:
         ("something else", "other"),
     ],
 )
-def test_reasons_are_told_in_few_words(reason: str, kind: str) -> None:
-    """What a worker was lost to has few values, for each is a time series."""
+def test_reasons_have_few_values(reason: str, kind: str) -> None:
+    """Reasons of losses have few values, because each is a time series."""
     assert reason_kind(reason) == kind
     assert kind in {*REASONS, "other"}
 
 
 def test_workers_wanted_and_at_work_follow_the_tasks() -> None:
-    """Wanted: what open tasks could use, as far as there is room. At work: those heard of and not lost."""
+    """Wanted workers are those that open tasks could use; working ones have reported and are not lost."""
     other = Task("more digits", (), size=2, run="another", stage="distillation")
     readings = Readings()
     seen = [readings.begin([TASK, other], workers=3)]
@@ -133,8 +133,8 @@ def _mesh(workers: int) -> dict[str, float]:
     return {"datm_ray_mesh_workers": float(workers)}
 
 
-def test_a_mesh_of_another_size_is_told() -> None:
-    """Two workers, after a loss one, after another two again: once smaller, once grown; the same size is nothing."""
+def test_a_mesh_that_changes_its_size_is_counted() -> None:
+    """A mesh that shrinks from two workers and grows again counts once each; an equal size counts nothing."""
     readings, found = Readings(), Counter[str]()
     readings.begin([TASK], workers=2)
     for workers in (2, 2, 1, 1, 2):
@@ -145,7 +145,7 @@ def test_a_mesh_of_another_size_is_told() -> None:
 
 
 def test_gauges_are_repeated_until_their_task_is_finished() -> None:
-    """Ray forgets what is not set again; what a finished task has told is left to be forgotten."""
+    """Gauges are repeated until their task ends, because Ray drops those that are not set again."""
     readings = Readings()
     readings.begin([TASK], workers=2)
     metrics = {"datm_ray_distill_matching_loss": 0.5, "datm_ray_distill_step_size": math.nan, "of tomorrow": 1.0}
@@ -161,7 +161,7 @@ def test_gauges_are_repeated_until_their_task_is_finished() -> None:
 
 
 def test_the_meter_measures_from_where_it_began(tmp_path: Path) -> None:
-    """What was read before belongs to others; memory is this process's peak."""
+    """The meter leaves out earlier reads, and its memory is this process's peak."""
     file = open_location(str(tmp_path / "file"))
     file.write_atomic(b"x" * 100)
     meter = Meter(torch.device("cpu"))
@@ -174,7 +174,7 @@ def test_the_meter_measures_from_where_it_began(tmp_path: Path) -> None:
 
 
 class Recording(SerialExecutor):
-    """Keeps all events."""
+    """A reporter that keeps all events."""
 
     def __init__(self, cluster: ClusterConfig) -> None:
         super().__init__(cluster)
@@ -186,8 +186,8 @@ class Recording(SerialExecutor):
             yield event
 
 
-def test_a_run_tells_everything_in_the_catalogue(tmp_path: Path) -> None:
-    """Every metric but those of faults comes out of a real run with MetaDD, under its run and stage, with its value."""
+def test_a_run_exports_everything_in_the_catalogue(tmp_path: Path) -> None:
+    """A real run with MetaDD exports every metric except faults, with run, stage and value."""
     auxiliary = "metadd={auxiliaries: [{architecture: lenet, width: 16}], experts: {epochs: 1, momentum: 0.0}}"
     config = tiny_config(auxiliary, "experts.test_every=1")
     executor = Recording(config.cluster)
@@ -205,7 +205,7 @@ def test_a_run_tells_everything_in_the_catalogue(tmp_path: Path) -> None:
     assert not [tag for sample in samples for tag in sample.tags.values() if str(tmp_path) in tag], (
         "places stay private"
     )
-    # Of two experts, and of an auxiliary with its companion.
+    # Steps of two experts, and of an auxiliary with its companion.
     assert sum(values(samples, "expert_epochs_total")) == 5 * 2 + 1 * 2
     assert sum(values(samples, "distill_iterations_total")) == 6
     assert values(samples, "distill_iteration") == [1, 2, 3, 4, 5, 6]
@@ -217,7 +217,7 @@ def test_a_run_tells_everything_in_the_catalogue(tmp_path: Path) -> None:
 
 
 class Measurer:
-    """A worker that tells what it is asked to."""
+    """A worker that reports the given measurements."""
 
     def work(self, name: str, value: float) -> Iterator[Event]:
         yield Progress(1, 2, metrics={name: value})
@@ -225,13 +225,13 @@ class Measurer:
 
 
 @pytest.mark.ray
-def test_ray_is_told_what_the_events_say(ray_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gauges, counters and histograms arrive as such, with their tags; gauges are set again while nothing happens."""
-    told: list[tuple[str, str, float, dict[str, str]]] = []
+def test_ray_gets_the_metrics_of_events(ray_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray gets gauges, counters and histograms with their tags; gauges are set again while idle."""
+    exported: list[tuple[str, str, float, dict[str, str]]] = []
     for kind, method in (("Gauge", "set"), ("Counter", "inc"), ("Histogram", "observe")):
         monkeypatch.setattr(
             f"ray.util.metrics.{kind}.{method}",
-            lambda self, value, tags, kind=kind: told.append((kind, self._name, value, tags)),
+            lambda self, value, tags, kind=kind: exported.append((kind, self._name, value, tags)),
         )
     metrics = ["datm_ray_distill_matching_loss", BYTES, "datm_ray_distill_iteration_seconds"]
     tasks = [Task(name, (name, 2.0), run="a run", stage="distillation") for name in metrics]
@@ -241,12 +241,12 @@ def test_ray_is_told_what_the_events_say(ray_cluster: Any, monkeypatch: pytest.M
     assert next(events)[1] == Started()
     next(events)
     loss = ("Gauge", metrics[0], 2.0, {**tags, "task": metrics[0]})
-    assert told.count(loss) == 1
+    assert exported.count(loss) == 1
     executor._metrics.refresh()
-    assert told.count(loss) == 2
+    assert exported.count(loss) == 2
     list(events)
-    assert told.count(("Counter", BYTES, 2.0, tags)) == 2
-    assert told.count(("Histogram", metrics[2], 2.0, tags)) == 1
-    assert ("Gauge", "datm_ray_workers_wanted", 1.0, {"stage": "distillation"}) in told
+    assert exported.count(("Counter", BYTES, 2.0, tags)) == 2
+    assert exported.count(("Histogram", metrics[2], 2.0, tags)) == 1
+    assert ("Gauge", "datm_ray_workers_wanted", 1.0, {"stage": "distillation"}) in exported
     executor._metrics.close()
     assert not executor._metrics._thread.is_alive()

@@ -1,4 +1,4 @@
-"""What is said while work goes on, where there is no terminal: the lines that a job's log keeps."""
+"""Tests the progress lines without a terminal, which a job's log keeps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from datm_ray.runtime.executor import Event, Failed, Finished, Lost, Note, Progr
 
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Feeds events to a stage of two tasks, and gives what was written for them."""
+    """Feed events to a stage of two tasks. Returns the lines written for them."""
     monkeypatch.setattr(telemetry, "LINE_INTERVAL", -1.0)
 
     def feed(*events: Event) -> list[str]:
@@ -32,7 +32,7 @@ def lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
 
 
 def test_a_line_holds_what_is_worth_knowing_from_afar(lines) -> None:
-    """Progress, loss, step size, skipped, validation, range, speed, memory: `job status` shows the last one."""
+    """A line has progress, loss, step size, skipped, validation, range, speed and memory, for `job status`."""
     values = {"loss": 0.41236, "step_size": 0.0213, "skipped": 3.0, "validation": 0.9}
     metrics = {
         "datm_ray_distill_upper_bound": 12.0,
@@ -46,8 +46,8 @@ def test_a_line_holds_what_is_worth_knowing_from_afar(lines) -> None:
     ]
 
 
-def test_what_was_not_measured_is_not_said(lines) -> None:
-    """Experts have no range, some systems tell no memory, and a worker of another version may tell nothing."""
+def test_what_was_not_measured_is_left_out(lines) -> None:
+    """A line leaves out missing values: experts' range, memory of some systems, another version's measurements."""
     metrics = {"datm_ray_expert_images_per_second": 5000.0, "datm_ray_worker_memory_bytes": math.nan}
     assert lines(Progress(1, 4, {"loss": 1.5}, metrics), Progress(2, 4))[1:] == [
         "Distillation: 0/2 tasks done, 1 running, slowest at 1/4: digits-ipc1  loss 1.5  5,000 images/s",
@@ -56,7 +56,7 @@ def test_what_was_not_measured_is_not_said(lines) -> None:
 
 
 def ends(speed: Callable[[float], float], *, workers: int = 3, tasks: int = 12, steps: int = 20) -> list[float]:
-    """Ends that a tracker foresees every 30 s, and the true one last, of tasks at `speed` steps a second each."""
+    """Ends that a tracker predicts every 30 s, then the true one, for tasks at `speed` steps a second each."""
     tracker, now, line, foreseen = Tracker(tasks, 0.0), 0.0, 30.0, []
     queue, done = [Task(f"task {number}", ()) for number in range(tasks)], {}
     while queue or done:
@@ -78,14 +78,14 @@ def ends(speed: Callable[[float], float], *, workers: int = 3, tasks: int = 12, 
 
 
 def test_the_time_left_is_right_where_work_is_even() -> None:
-    """From the first lines on, the foreseen end is within a tenth of the duration."""
+    """With even work the predicted end is within a tenth of the duration from the first lines on."""
     *foreseen, end = ends(lambda now: 0.2)
     assert len(foreseen) > 8
     assert all(abs(each - end) < 0.1 * end for each in foreseen), (foreseen, end)
 
 
 def test_the_time_left_does_not_jump_where_speed_changes() -> None:
-    """It follows a third of the speed from the middle on in steps, and ends right."""
+    """After a fall to a third of the speed, the predicted end follows in steps and ends right."""
     *foreseen, end = ends(lambda now: 0.3 if now < 120 else 0.1)
     changes = [abs(late - early) for early, late in itertools.pairwise(foreseen)]
     assert max(changes) < 0.25 * end, (foreseen, end)
@@ -93,7 +93,7 @@ def test_the_time_left_does_not_jump_where_speed_changes() -> None:
 
 
 def test_what_a_resumed_task_brings_along_is_no_progress() -> None:
-    """A task that resumes at three quarters takes as long for the rest as its own steps show, also after a loss."""
+    """A task resumed at three quarters is predicted by its own new steps, also after a loss."""
     tracker, task = Tracker(2, 0.0), Task("one", ())
     for now, event in ((0.0, Started()), (10.0, Progress(751, 1000)), (20.0, Progress(752, 1000))):
         tracker.take(task, event, now)
@@ -108,7 +108,7 @@ def test_what_a_resumed_task_brings_along_is_no_progress() -> None:
 def test_a_line_says_who_runs_how_long_and_who_is_slowest(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The slowest task ends last at its own speed; a task that has not reported runs too."""
+    """The slowest task ends last at its own speed; a task without reports counts as running."""
     clock = iter([0.0, 0.0, 0.0, 0.0, 0.0, 100.0, 100.0, 200.0, 36200.0])
     monkeypatch.setattr(telemetry, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with Reporter().stage("Experts", 5) as stage:
@@ -131,23 +131,23 @@ def test_a_line_says_who_runs_how_long_and_who_is_slowest(
     ]
 
 
-def test_losses_notes_and_ends_are_always_said(lines, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the interval between lines."""
+def test_losses_notes_and_ends_are_always_printed(lines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses, notes and ends are printed at once, whatever the interval of lines."""
     monkeypatch.setattr(telemetry, "LINE_INTERVAL", math.inf)
     ends = Lost("its node died", 1), Failed("It diverged.", 2), Finished(), Finished()
-    said = lines(Progress(1, 2), Note("compiled"), *ends)
-    assert said[:4] == [
+    written = lines(Progress(1, 2), Note("compiled"), *ends)
+    assert written[:4] == [
         "Distillation: 2 tasks to run",
         "digits-ipc1: compiled",
         "digits-ipc1: worker lost (its node died); starting attempt 2 on another one",
         "digits-ipc1 failed: It diverged. Finishing 2 running tasks, then stopping.",
     ]
-    assert said[4].startswith("Distillation: done in")
+    assert written[4].startswith("Distillation: done in")
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_bars_show_names_as_they_are_on_any_terminal(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name in brackets is no markup, and what a terminal cannot show does not stop the work."""
+    """Names in brackets are no markup, and signs that a terminal lacks stop no work."""
     pytest.importorskip("rich")
 
     class Terminal(io.TextIOWrapper):

@@ -1,4 +1,4 @@
-"""What an artifact says of how it was computed, and what a run says that is resumed otherwise."""
+"""Tests the provenance of an artifact, and the note of a run that is resumed under other conditions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_training_of_validation_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes most of the time and is of no interest here."""
+    """Skip the training of validation networks, which takes most of the time."""
     monkeypatch.setattr(_Run, "_validate", lambda self, held: (0.5, 0.1))
 
 
@@ -45,24 +45,24 @@ def events(config: RunConfig, out: Path, store: Path) -> Iterator[Any]:
 
 
 def test_a_set_says_how_it_was_computed(experts: Path, tmp_path: Path) -> None:
-    """Precision, compilation, order of differentiation, memory order, shards, and the workers."""
+    """A set records precision, compilation, order of differentiation, memory order, shards and workers."""
     list(events(tiny_config(), tmp_path, experts))
-    told = load(str(tmp_path / "tiny/synthetic.arrow")).provenance
-    assert told["student_steps"] == {"from_iteration": 0, **PLAIN, "channels_last": True}
-    assert "student_steps_before" not in told
-    assert (told["shards"], told["workers"]) == (1, f"1 x torch {importlib.metadata.version('torch')} on cpu")
+    recorded = load(str(tmp_path / "tiny/synthetic.arrow")).provenance
+    assert recorded["student_steps"] == {"from_iteration": 0, **PLAIN, "channels_last": True}
+    assert "student_steps_before" not in recorded
+    assert (recorded["shards"], recorded["workers"]) == (1, f"1 x torch {importlib.metadata.version('torch')} on cpu")
 
 
 def test_a_set_says_why_it_was_not_compiled(experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no compiler the option alone would tell the wrong story."""
+    """A set that was not compiled for lack of a compiler records that reason."""
     monkeypatch.setattr(step_functions, "compiler_problem", lambda device_type: "no compiler here")
     list(events(tiny_config("cluster.compile=true"), tmp_path, experts))
-    told = load(str(tmp_path / "tiny/synthetic.arrow")).provenance["student_steps"]
-    assert (told["compiled"], told["not_compiled_because"]) == (False, "no compiler here")
+    recorded = load(str(tmp_path / "tiny/synthetic.arrow")).provenance["student_steps"]
+    assert (recorded["compiled"], recorded["not_compiled_because"]) == (False, "no compiler here")
 
 
 def test_a_run_that_is_resumed_otherwise_says_so(experts: Path, tmp_path: Path) -> None:
-    """In one line, at once; the artifact knows both parts. Resumed alike it says nothing."""
+    """A run resumed under other conditions notes it in one line and records both; else it notes nothing."""
     for event in events(tiny_config(), tmp_path, experts):
         if isinstance(event, Progress) and event.done == 3:
             break
@@ -75,13 +75,13 @@ def test_a_run_that_is_resumed_otherwise_says_so(experts: Path, tmp_path: Path) 
         "student steps are computed otherwise from iteration 6 on (channels_last True before, False now): the result "
         "differs in rounding from one without the change"
     ]
-    told = load(str(tmp_path / "tiny/synthetic.arrow")).provenance
-    assert told["student_steps"] == {"from_iteration": 6, **PLAIN, "channels_last": False}
-    assert told["student_steps_before"] == [{"from_iteration": 0, **PLAIN, "channels_last": True}]
+    recorded = load(str(tmp_path / "tiny/synthetic.arrow")).provenance
+    assert recorded["student_steps"] == {"from_iteration": 6, **PLAIN, "channels_last": False}
+    assert recorded["student_steps_before"] == [{"from_iteration": 0, **PLAIN, "channels_last": True}]
 
 
 def test_workers_that_differ_are_all_named() -> None:
-    """Each gets a row of the sum."""
+    """Workers that differ are all named in the provenance."""
     device = torch.device("cpu")
 
     def with_another(words: Tensor) -> Tensor:
@@ -89,6 +89,6 @@ def test_workers_that_differ_are_all_named() -> None:
         words[0, : len(other)] = torch.tensor(list(other))
         return words
 
-    told = workers_in_words(device, with_another, rank=1, size=2)
-    assert told.startswith("1 x torch 2.")
-    assert "1 x torch 2.11.0 on NVIDIA H100" in told
+    recorded = workers_in_words(device, with_another, rank=1, size=2)
+    assert recorded.startswith("1 x torch 2.")
+    assert "1 x torch 2.11.0 on NVIDIA H100" in recorded

@@ -1,4 +1,4 @@
-"""What work costs: measured from its beginning, summed over workers and attempts, told in files and report."""
+"""Tests costs: measured from the start of the work, summed over workers and attempts, shown in files and report."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def can_forget_peaks() -> bool:
 
 
 def test_costs_add_up_but_for_the_peak() -> None:
-    """Memory is that of the worker that took most; plain data and back gives the same."""
+    """Costs add up, except memory, which is the largest worker's; plain data restores them."""
     both = Spent(1, 2, 3, 50, 5, 6) + Spent(10, 20, 30, 40, 50, 60)
     assert both == Spent(11, 22, 33, 50, 55, 66) == total([both, Spent()])
     assert Spent.from_json(json.loads(json.dumps(both.to_json()))) == both
@@ -47,7 +47,7 @@ def test_costs_add_up_but_for_the_peak() -> None:
 
 
 def test_an_account_knows_nothing_of_what_was_before_it(tmp_path: Path) -> None:
-    """Neither seconds nor bytes; a lap begins anew."""
+    """An account leaves out earlier seconds and bytes; a lap starts anew."""
     file = open_location(str(tmp_path / "file"))
     file.write_atomic(b"x" * 100)
     file.read_bytes()
@@ -68,7 +68,7 @@ def test_an_account_knows_nothing_of_what_was_before_it(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not can_forget_peaks(), reason="this system does not let a process forget its peak")
 def test_the_peak_is_that_of_the_work() -> None:
-    """What was held before and let go is no cost of what comes after it."""
+    """The peak leaves out memory that was freed before the work."""
     hold_and_let_go(300 * 2**20)
     before = peak_memory(CPU)
     account = Account(CPU, ClusterConfig())
@@ -79,14 +79,14 @@ def test_the_peak_is_that_of_the_work() -> None:
 
 
 def hold_and_let_go(size: int) -> None:
-    """Pages of their own, which go back at once: the heap of a long session of tests may keep what it is given."""
+    """Hold pages of their own and free them at once; a session's heap may keep its pages."""
     with mmap.mmap(-1, size) as pages:
         for first in range(0, size, mmap.PAGESIZE):
             pages[first] = 1
 
 
 def test_seconds_of_a_gpu_are_those_of_the_share_that_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A quarter of a GPU for four seconds is one second of a GPU."""
+    """A quarter of a GPU for four seconds is one GPU-second."""
     monkeypatch.setattr(spent_module, "_forget_peak", lambda _: None)
     monkeypatch.setattr(spent_module, "peak_memory", lambda _: 7.0)
     readings = iter([(0.0, 0.0, 0.0, 0.0), (4.0, 1.0, 2.0, 3.0)])
@@ -96,7 +96,7 @@ def test_seconds_of_a_gpu_are_those_of_the_share_that_is_held(monkeypatch: pytes
 
 
 def test_a_gpu_is_awake_before_its_peak_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker's first task begins before anything is on the GPU."""
+    """A worker initialises CUDA before it resets the peak, because its first task may precede all GPU work."""
     calls = []
     monkeypatch.setattr(torch.cuda, "init", lambda: calls.append("init"))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append(str(device)))
@@ -107,7 +107,7 @@ def test_a_gpu_is_awake_before_its_peak_is_forgotten(monkeypatch: pytest.MonkeyP
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_peak_of_a_gpu_is_that_of_the_work() -> None:
-    """What was held there before and let go is no cost of what comes after it."""
+    """A GPU's peak leaves out memory that was freed before the work."""
     device = torch.device("cuda")
     held = torch.zeros(2**26, device=device)
     del held
@@ -120,7 +120,7 @@ def test_the_peak_of_a_gpu_is_that_of_the_work() -> None:
 
 
 class WithAnother(Alone):
-    """A mesh of two, of which the other has spent something too."""
+    """A mesh of two whose other worker has costs too."""
 
     def sum_over_all(self, tensor: Tensor) -> Tensor:
         other = torch.tensor([10.0, 20, 30, 40, 50, 99, 0], dtype=torch.float64)
@@ -129,16 +129,16 @@ class WithAnother(Alone):
 
 
 def test_workers_of_a_mesh_are_added_up() -> None:
-    """Seconds and bytes of all, and the higher peak."""
+    """A mesh adds seconds and bytes of all workers, and takes the highest peak."""
     mesh = WithAnother(rank=1, rows=1, columns=2)
     assert over_workers(mesh, Spent(1, 2, 3, 4, 5, 6)) == Spent(11, 22, 33, 99, 45, 56)
     assert over_workers(Alone(), Spent(1, 2, 3, 4, 5, 6)) == Spent(1, 2, 3, 4, 5, 6)
 
 
-def test_every_part_of_a_run_tells_what_it_cost(finished_run: Path) -> None:
-    """Experts, distillation and each row, in their own files, in the summary and on the page."""
-    (told,) = json.loads((finished_run / "summary.json").read_text())
-    parts = {part["what"]: part for part in told["cost"]}
+def test_every_part_of_a_run_records_its_cost(finished_run: Path) -> None:
+    """Experts, distillation and each row have their cost in files, summary and page."""
+    (summary,) = json.loads((finished_run / "summary.json").read_text())
+    parts = {part["what"]: part for part in summary["cost"]}
     assert list(parts) == [
         "experts, convnet",
         "distillation",
@@ -147,7 +147,7 @@ def test_every_part_of_a_run_tells_what_it_cost(finished_run: Path) -> None:
         "distilled",
         "all real data",
     ]
-    assert [part["n"] for part in told["cost"]] == [2, 1, 2, 2, 2, 2]
+    assert [part["n"] for part in summary["cost"]] == [2, 1, 2, 2, 2, 2]
     for name, part in parts.items():
         assert part["cpu_seconds"] > 0, name
         assert part["seconds"] > 0, name
@@ -167,7 +167,7 @@ def test_every_part_of_a_run_tells_what_it_cost(finished_run: Path) -> None:
 
 
 def test_a_resumed_distillation_adds_to_what_it_had_cost(finished_run: Path, tmp_path: Path) -> None:
-    """And its set has the same bits as that of a run that was never stopped."""
+    """A resumed distillation adds to its earlier cost and ends with the bits of an uninterrupted run."""
     (tmp_path / "experts").symlink_to(finished_run / "experts")
     config = tiny_config()
     pipeline = Pipeline([config], str(tmp_path))
@@ -186,7 +186,7 @@ def test_a_resumed_distillation_adds_to_what_it_had_cost(finished_run: Path, tmp
 
 
 class StopsAt(SerialExecutor):
-    """Seems to die after an iteration, which is one after a checkpoint."""
+    """Ends like a dead worker after an iteration that follows a checkpoint."""
 
     def __init__(self, cluster: ClusterConfig, iteration: int) -> None:
         super().__init__(cluster)
@@ -200,7 +200,7 @@ class StopsAt(SerialExecutor):
 
 
 def test_a_resumed_expert_adds_to_what_it_had_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each file of its progress tells a part; deleting a group deletes what it cost."""
+    """Each file of an expert's progress records a part of the cost; deleting a group deletes its cost."""
     monkeypatch.setattr(expert_progress, "WRITE_SHARE", 1e9)
     laps = [0]
 
@@ -239,15 +239,15 @@ def test_a_resumed_expert_adds_to_what_it_had_cost(tmp_path: Path, monkeypatch: 
 
 
 def test_results_of_earlier_versions_are_shown_without_what_they_lack(finished_run: Path, tmp_path: Path) -> None:
-    """Their seconds are known; the rest is a dash."""
+    """Results of earlier versions show their seconds, and a dash for the rest."""
     out = tmp_path / "out"
     shutil.copytree(finished_run, out)
     (out / "tiny" / COST).unlink()
     for place in out.rglob("distilled-0*.json"):
         place.write_text(json.dumps({k: v for k, v in json.loads(place.read_text()).items() if k != "cost"}))
     report(str(out))
-    (told,) = json.loads((out / "summary.json").read_text())
-    parts = {part["what"]: part for part in told["cost"]}
+    (summary,) = json.loads((out / "summary.json").read_text())
+    parts = {part["what"]: part for part in summary["cost"]}
     assert "distillation" not in parts
     assert set(parts["distilled"]) == {"what", "n", "seconds"}
     assert "<td>–</td><td>–</td><td>–</td>" in (out / "report.html").read_text()

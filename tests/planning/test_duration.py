@@ -190,7 +190,7 @@ def test_hours_of_gpus_are_planned_only_with_a_speed() -> None:
 @pytest.mark.slow
 def test_a_measured_estimate_is_within_three_times_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The estimate in CPU seconds is within a factor of three of a tiny, uncompiled distillation."""
-    # CPU seconds on both sides, for other work on the machine is in neither.
+    # Both sides are CPU seconds, which other work on the machine does not change.
     monkeypatch.setattr("datm_ray.planning.duration.time.perf_counter", time.process_time)
     longer = ("network.width=32", "distill.ipc=10", "distill.batch_size=50", "distill.student_steps=10")
     more = ("distill.iterations=10", "distill.validate_every=10", "cluster.compile=false", "cluster.workers=1")

@@ -1,4 +1,4 @@
-"""A dashboard in this process: over HTTP it answers like Ray's about one job, or as a proxy or gateway would."""
+"""A dashboard in this process that answers over HTTP like Ray's about one job, or like a proxy or gateway."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ LOST: Answer = (0, {}, "")
 
 
 def page(status: int, **headers: str) -> Answer:
-    """What a gateway answers."""
+    """A page of HTML as a gateway answers it."""
     return status, {"Content-Type": "text/html; charset=utf-8", **headers}, "<html><form>Please log in</form></html>"
 
 
 @dataclass
 class Asked:
-    """A request."""
+    """A received request."""
 
     method: str
     path: str
@@ -44,7 +44,7 @@ class Asked:
 
 @dataclass
 class Dashboard:
-    """What is there to be told, and who has asked."""
+    """State of the dashboard, and the requests that it has received."""
 
     log: str = ""
     status: str = "RUNNING"
@@ -52,13 +52,13 @@ class Dashboard:
     prefix: str = ""
     """Path of a gateway before that of Ray."""
     plan: Callable[[Asked], Answer | None] = lambda asked: None
-    """What is answered in place of Ray's answer, where that is not None."""
+    """Answer in place of Ray's; None gives Ray's."""
     asked: list[Asked] = field(default_factory=list)
     job: dict[str, Any] = field(default_factory=lambda: {"metadata": {"datm_ray": "tiny", "out": "s3://bucket/runs"}})
     address: str = ""
 
     def paths(self) -> list[str]:
-        """Those that were asked for, without Ray's questions for the version."""
+        """Paths of the requests, without Ray's queries for its version."""
         return [asked.path for asked in self.asked if not asked.path.endswith("/api/version")]
 
     def _job(self) -> dict[str, Any]:
@@ -66,7 +66,7 @@ class Dashboard:
         return {**given, "status": self.status, "message": f"Job is {self.status}.", **self.job}
 
     def answer(self, asked: Asked, body: bytes) -> Answer:
-        """Ray's, in its words."""
+        """Answer of Ray's dashboard, in its words."""
         path = asked.path.removeprefix(self.prefix)
         if self.prefix and path == asked.path:
             return page(404)
@@ -91,9 +91,9 @@ def _json(value: object) -> Answer:
 
 
 @contextmanager
-def serving(host: str = "127.0.0.1", certificate: Path | None = None, **told: Any) -> Iterator[Dashboard]:
-    """A dashboard while the block lasts; over https where it has a certificate."""
-    dashboard = Dashboard(**told)
+def serving(host: str = "127.0.0.1", certificate: Path | None = None, **fields: Any) -> Iterator[Dashboard]:
+    """A dashboard during the block; over https if a certificate is given."""
+    dashboard = Dashboard(**fields)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -116,14 +116,14 @@ def serving(host: str = "127.0.0.1", certificate: Path | None = None, **told: An
         do_GET = do_POST = do_PUT = do_CONNECT = handle_any
 
         def log_message(self, format: str, *arguments: object) -> None:
-            """Nothing."""
+            """Log nothing."""
 
     class Server(ThreadingHTTPServer):
         address_family = 10 if ":" in host else 2
         daemon_threads = True
 
         def handle_error(self, *_: object) -> None:
-            """Nothing: some clients are to fail."""
+            """Report nothing, because some clients fail on purpose."""
 
     with Server((host, 0), Handler) as server:
         if certificate is not None:
@@ -142,7 +142,7 @@ def serving(host: str = "127.0.0.1", certificate: Path | None = None, **told: An
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """An unused port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -150,7 +150,7 @@ def free_port() -> int:
 
 
 def make_certificate(file: Path, host: str = "127.0.0.1", days: int = 1) -> Path:
-    """A key and a certificate that is its own authority, in one PEM file; too old where days are negative."""
+    """A self-signed certificate with its key in one PEM file; expired if `days` is negative."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "A company's authority")])
     now = datetime.datetime.now(datetime.timezone.utc)

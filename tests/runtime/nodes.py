@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, whose nodes come and go as a test tells it.
+"""A Ray cluster of several nodes on this machine, whose nodes are added and lost as a test demands.
 
 It lives in a process of its own, so that it does not meet the cluster that other tests share.
 """
@@ -58,11 +58,11 @@ class Nodes:
         self._tell("add", name)
 
     def kill(self, name: str) -> None:
-        """Kill a node's raylet, with which its workers die."""
+        """Kill a node's raylet and, with it, its workers."""
         self._tell("kill", name)
 
     def worker_processes(self) -> list[int]:
-        """Process numbers of this package's workers on the nodes."""
+        """Process ids of this package's workers on the nodes."""
         return actor_processes(self._process.pid)
 
     def _tell(self, verb: str, name: str) -> None:

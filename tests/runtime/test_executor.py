@@ -1,4 +1,4 @@
-"""The executors' promise: every task once, in parallel or not, whatever happens to workers."""
+"""Tests the executors' contract: every task once, in parallel or not, whatever happens to workers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from tests.runtime.workers import Adder, Idler, Looker, Neighbour, Saver, Slow, 
 
 
 def added(executor: Executor, tasks: list[Task], folder: Path | str = "") -> dict[str, list[Any]]:
-    """The events of every task, in the order in which they came."""
+    """Events of every task of `Adder`, in their order."""
     events: dict[str, list[Any]] = {task.name: [] for task in tasks}
     for task, event in executor.run(Adder, (str(folder),), "add", tasks):
         events[task.name].append(event)
@@ -45,7 +45,7 @@ def added(executor: Executor, tasks: list[Task], folder: Path | str = "") -> dic
 
 
 def results(executor: Executor, *setup: Any, method: str = "square", count: int = 5) -> dict[str, list[Any]]:
-    """The events of every task, in the order in which they came."""
+    """Events of every task, in their order."""
     shared = executor.share(np.arange(count))
     tasks = [Task(f"task {index}", (index,)) for index in range(count)]
     events: dict[str, list[Any]] = {task.name: [] for task in tasks}
@@ -55,7 +55,7 @@ def results(executor: Executor, *setup: Any, method: str = "square", count: int 
 
 
 def test_every_task_finishes_once_with_its_progress_in_order(executor: Executor) -> None:
-    """Serially and on Ray, each task yields its progress and one result."""
+    """Every task yields its progress in order and one result, serially and on Ray."""
     for index, (_, events) in enumerate(results(executor).items()):
         assert [type(event) for event in events] == [Started, Progress, Progress, Finished]
         assert events[1].values == {"index": float(index)}
@@ -69,7 +69,7 @@ def test_no_tasks_are_no_work(executor: Executor) -> None:
 
 @pytest.mark.parametrize("trap", ["raise", "setup"])
 def test_expected_errors_reach_the_caller_as_they_were_raised(executor: Executor, trap: str) -> None:
-    """A DatmError in a task or in a worker's setup keeps its class and its sentence."""
+    """A DatmError in a task or in a worker's setup keeps its class and message."""
     with pytest.raises(ConfigError) as caught:
         results(executor, trap)
     assert str(caught.value).startswith("the task is wrong" if trap == "raise" else "the setup is wrong")
@@ -77,7 +77,7 @@ def test_expected_errors_reach_the_caller_as_they_were_raised(executor: Executor
 
 @pytest.mark.ray
 def test_killed_workers_cost_one_attempt_each(ray_cluster: Any, tmp_path: Path) -> None:
-    """Every task's first worker is killed with SIGKILL; every task still finishes, with the loss reported."""
+    """Killing every task's first worker is reported, and every task still finishes."""
     events = results(create_executor("ray", ClusterConfig()), str(tmp_path), count=3)
     for index, task_events in enumerate(events.values()):
         assert [event.attempt for event in task_events if isinstance(event, Lost)] == [1]
@@ -86,7 +86,7 @@ def test_killed_workers_cost_one_attempt_each(ray_cluster: Any, tmp_path: Path) 
 
 @pytest.mark.ray
 def test_a_task_that_always_kills_its_worker_is_given_up(ray_cluster: Any) -> None:
-    """After the retries of the policy there is one clear error, not an endless loop."""
+    """A task that always kills its worker is one clear error after the policy's retries."""
     with pytest.raises(WorkerLostError, match="lost its worker 2 times"):
         results(create_executor("ray", ClusterConfig(retries=1)), method="always_die", count=1)
 
@@ -94,13 +94,13 @@ def test_a_task_that_always_kills_its_worker_is_given_up(ray_cluster: Any) -> No
 @pytest.mark.ray
 @pytest.mark.parametrize("wish", [{"workers": 99}, {"gpus_per_worker": 1.0}, {"threads_per_worker": 64}])
 def test_more_than_the_cluster_has_is_refused_before_anything_starts(ray_cluster: Any, wish: dict[str, Any]) -> None:
-    """Workers that could never be placed are an error, not an endless wait."""
+    """Workers that can never be placed are an error before anything starts."""
     with pytest.raises(ClusterError, match="the cluster has 2 CPU"):
         create_executor("ray", ClusterConfig(**wish))
 
 
 def test_a_task_for_several_workers_is_done_alone_where_there_is_one_process() -> None:
-    """The serial executor passes no rank, and the worker finds itself alone."""
+    """The serial executor passes no rank, so the worker works alone."""
     events = added(SerialExecutor(ClusterConfig()), [Task("sum", (5.0, 2), size=2)])
     assert events["sum"] == [Started(), Progress(0, 2), Progress(2, 2), Finished((5.0, 1, os.getpid()))]
 
@@ -108,7 +108,7 @@ def test_a_task_for_several_workers_is_done_alone_where_there_is_one_process() -
 @pytest.mark.slow
 @pytest.mark.ray
 def test_tasks_of_several_workers_and_of_one_take_turns(ray_cluster: Any) -> None:
-    """Three pairs, each of which fills the cluster, and a single task among them: all finish, and pairs are reused."""
+    """Three tasks for pairs and one for a single worker all finish, and pairs are reused."""
     tasks = [Task("a", (1.0, 2), 2), Task("b", (2.0, 2), 2), Task("c", (3.0, 1)), Task("d", (4.0, 2), 2)]
     events = added(create_executor("ray", ClusterConfig()), tasks)
     progress = {name: [(event.done, event.total) for event in task_events[:-1]] for name, task_events in events.items()}
@@ -121,7 +121,7 @@ def test_tasks_of_several_workers_and_of_one_take_turns(ray_cluster: Any) -> Non
 @pytest.mark.slow
 @pytest.mark.ray
 def test_the_loss_of_one_of_several_workers_costs_an_attempt_of_all(ray_cluster: Any, tmp_path: Path) -> None:
-    """The user hears of the one that was killed, not of those that missed it, and the task finishes."""
+    """The killed worker alone is reported, not its waiting peers, and the task finishes."""
     events = added(create_executor("ray", ClusterConfig()), [Task("sum", (1.0, 2, "die once"), 2)], tmp_path)["sum"]
     (lost,) = [event for event in events if isinstance(event, Lost)]
     assert lost.attempt == 1
@@ -131,8 +131,8 @@ def test_the_loss_of_one_of_several_workers_costs_an_attempt_of_all(ray_cluster:
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_several_workers_of_which_one_always_dies_are_given_up(ray_cluster: Any, tmp_path: Path) -> None:
-    """The whole task counts, with one clear error in the end."""
+def test_several_workers_with_one_that_always_dies_are_given_up(ray_cluster: Any, tmp_path: Path) -> None:
+    """A group whose one worker always dies is one clear error in the end."""
     executor = create_executor("ray", ClusterConfig(retries=1))
     with pytest.raises(WorkerLostError, match=r"sum lost its worker 2 times without .* last reason: Worker"):
         added(executor, [Task("sum", (1.0, 2, "die"), 2)], tmp_path)
@@ -140,14 +140,14 @@ def test_several_workers_of_which_one_always_dies_are_given_up(ray_cluster: Any,
 
 @pytest.mark.ray
 def test_expected_error_in_the_setup_of_several_workers_reaches_the_caller(ray_cluster: Any) -> None:
-    """None of them gets as far as meeting the others."""
+    """An expected error in a setup reaches the caller before the workers connect."""
     with pytest.raises(ConfigError, match="the setup is wrong"):
         added(create_executor("ray", ClusterConfig()), [Task("sum", (1.0, 2), 2)], "no folder")
 
 
 @pytest.mark.ray
 def test_expected_error_of_any_of_several_workers_reaches_the_caller(ray_cluster: Any) -> None:
-    """The other one has lost a peer by then; what the user can mend comes first, and no attempt is spent on it."""
+    """One worker's expected error precedes its peers' loss, and costs no attempt."""
     with pytest.raises(ConfigError, match="one of them failed"):
         added(create_executor("ray", ClusterConfig()), [Task("sum", (1.0, 2, "raise"), 2)])
 
@@ -155,7 +155,7 @@ def test_expected_error_of_any_of_several_workers_reaches_the_caller(ray_cluster
 @pytest.mark.slow
 @pytest.mark.ray
 def test_what_runs_beside_a_task_that_fails_is_finished(ray_cluster: Any) -> None:
-    """It may have worked for hours; what has not begun stays so, and the error comes at the end."""
+    """Running tasks finish before another task's error is raised; queued tasks do not start."""
     tasks = [Task("fails", (1.0, 1, "raise")), Task("runs", (1.0, 1, "wait")), Task("waits", (1.0, 1))]
     logged: list[tuple[Task, Any]] = []
     with pytest.raises(ConfigError, match="one of them failed"):
@@ -166,15 +166,15 @@ def test_what_runs_beside_a_task_that_fails_is_finished(ray_cluster: Any) -> Non
     assert "waits" not in events
 
 
-def test_a_gpu_without_memory_is_told_in_a_line(executor: Executor) -> None:
-    """With what gives it some, serially and on Ray."""
+def test_a_gpu_without_memory_is_one_line(executor: Executor) -> None:
+    """A GPU out of memory is one line with a remedy, serially and on Ray."""
     with pytest.raises(ClusterError, match=r"out of memory: CUDA out of memory. Tried .* --memory"):
         added(executor, [Task("sum", (1.0, 1, "no memory"))])
 
 
 @pytest.mark.ray
 def test_several_workers_leave_when_nobody_wants_the_rest(ray_cluster: Any) -> None:
-    """A caller that stops half way leaves no actors and no reserved places behind."""
+    """A caller that stops half way leaves no actors and no placement group."""
     events = create_executor("ray", ClusterConfig()).run(Adder, (), "add", [Task("sum", (1.0, 2), 2)])
     next(iter(events))
     del events
@@ -187,7 +187,7 @@ def test_several_workers_leave_when_nobody_wants_the_rest(ray_cluster: Any) -> N
 
 @pytest.mark.ray
 def test_a_task_for_more_workers_than_there_are_is_refused(ray_cluster: Any) -> None:
-    """It is refused before another task starts, with the setting to change."""
+    """A task for too many workers is refused before another starts, with the setting to change."""
     with pytest.raises(
         ClusterError, match=r"sum needs 3 workers at the same time, but the cluster can hold 2\. The number is"
     ):
@@ -195,10 +195,8 @@ def test_a_task_for_more_workers_than_there_are_is_refused(ray_cluster: Any) -> 
 
 
 @pytest.mark.ray
-def test_workers_for_whom_no_room_comes_free_are_not_waited_for_for_ever(
-    ray_cluster: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another job holds one of the two CPUs."""
+def test_waiting_for_free_resources_has_a_limit(ray_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting for resources that another job holds ends after the time allowed."""
     monkeypatch.setattr("datm_ray.runtime.ray.executor.PLACEMENT_TIMEOUT", 3.0)
     monkeypatch.setattr("datm_ray.runtime.ray.executor.WAIT_LOG_DELAY", 0.5)
     logged: list[tuple[Task, Any]] = []
@@ -219,7 +217,7 @@ def test_workers_for_whom_no_room_comes_free_are_not_waited_for_for_ever(
 
 @pytest.mark.ray
 def test_reserved_resources_are_observed_at_every_check(ray_cluster: Any) -> None:
-    """A check without a timeout would miss them now and then, when the cluster takes long to answer."""
+    """Reserved resources are found at every check, also when the cluster is slow to answer."""
     from datm_ray.runtime.ray.worker_groups import WorkerGroup
 
     group = WorkerGroup.reserve(1, ClusterConfig())
@@ -236,7 +234,7 @@ def test_reserved_resources_are_observed_at_every_check(ray_cluster: Any) -> Non
 def test_a_task_makes_do_with_fewer_workers_and_grows_when_it_has_saved(
     ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Another job holds one of the two CPUs, and goes; no number is counted twice."""
+    """A task starts with fewer workers, grows after saving once another job ends, and counts nothing twice."""
     monkeypatch.setattr("datm_ray.runtime.ray.executor.PLACEMENT_TIMEOUT", 6.0)
     monkeypatch.setattr("datm_ray.runtime.ray.executor.GROWTH_PAUSE", 0.0)
     other = ray_cluster.remote(num_cpus=1)(Idler).remote()
@@ -244,13 +242,13 @@ def test_a_task_makes_do_with_fewer_workers_and_grows_when_it_has_saved(
     events = []
     executor = create_executor("ray", ClusterConfig(peer_timeout=2.0))
     try:
-        # As long as it takes for a second worker to start, which on a busy machine is long.
+        # A second worker takes long to start on a busy machine.
         for _, event in executor.run(Saver, (str(tmp_path),), "count", [Task("count", (1000,), 2, fewer=(1,))]):
             if isinstance(event, Progress) and event.done == 3:
                 ray_cluster.kill(other)
             events.append(event)
     finally:
-        ray_cluster.kill(other)  # the tests that follow want its place, even if this one fails
+        ray_cluster.kill(other)  # later tests need its CPU, even if this one fails
     assert [event for event in events if isinstance(event, Resized)] == [Resized(1, 2), Resized(2, 2)]
     assert not any(isinstance(event, Lost) for event in events)
     progress = [event for event in events if isinstance(event, Progress)]
@@ -261,13 +259,13 @@ def test_a_task_makes_do_with_fewer_workers_and_grows_when_it_has_saved(
 
 
 @pytest.mark.ray
-def test_a_store_that_does_not_answer_a_worker_is_told_to_the_user(
+def test_a_store_that_does_not_answer_a_worker_is_reported(
     ray_cluster: Any,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    """The terminal has one line at once, although two workers wait for the same store; the log has both, with names."""
+    """The terminal has one line for two workers that wait for one store; the log has both, with names."""
     monkeypatch.setattr("datm_ray.runtime.ray.executor.HEARTBEAT_INTERVAL", 0.2)
     executor = create_executor("ray", ClusterConfig())
     logs.show(0)
@@ -286,10 +284,10 @@ def test_a_store_that_does_not_answer_a_worker_is_told_to_the_user(
 
 
 @pytest.mark.ray
-def test_a_worker_that_hangs_is_found_by_asking_it(
+def test_a_worker_that_hangs_is_found_by_its_heartbeat(
     ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Its process is there and says nothing; the task goes to another one."""
+    """A worker whose process exists but does not respond is lost, and another gets its task."""
     monkeypatch.setattr("datm_ray.runtime.ray.executor.HEARTBEAT_INTERVAL", 0.5)
     monkeypatch.setattr("datm_ray.runtime.ray.worker_groups.SHORTEST_SILENCE", 2.0)
     executor = create_executor("ray", ClusterConfig(peer_timeout=2.0))
@@ -301,10 +299,10 @@ def test_a_worker_that_hangs_is_found_by_asking_it(
 
 @pytest.mark.ray
 @pytest.mark.parametrize("come_back", [True, False])
-def test_where_all_machines_are_lost_they_are_waited_for(
+def test_when_all_nodes_are_lost_new_ones_are_awaited(
     ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, come_back: bool
 ) -> None:
-    """The user hears why nothing happens; after the time allowed there is one clear error."""
+    """Losing all nodes is reported and waited for; after the time allowed it is one error."""
     from datm_ray.runtime.ray.cluster import ClusterNodes
 
     monkeypatch.setattr("datm_ray.runtime.ray.executor.PLACEMENT_TIMEOUT", 60.0 if come_back else 2.0)
@@ -328,10 +326,8 @@ def test_where_all_machines_are_lost_they_are_waited_for(
 
 
 @pytest.mark.parametrize("patience", [0.0, 60.0])
-def test_machines_that_come_on_demand_are_asked_for_and_waited_for(
-    monkeypatch: pytest.MonkeyPatch, patience: float
-) -> None:
-    """Only where the recipe says for how long; else too few are refused at once."""
+def test_nodes_on_demand_are_requested_and_awaited(monkeypatch: pytest.MonkeyPatch, patience: float) -> None:
+    """Nodes on demand are requested and waited for only if the recipe sets a time; else too few are refused."""
     ray = pytest.importorskip("ray")
     from datm_ray.runtime.ray import cluster as ray_cluster
 
@@ -353,8 +349,8 @@ def test_machines_that_come_on_demand_are_asked_for_and_waited_for(
 
 
 @pytest.mark.parametrize("workers", [None, 4])
-def test_what_is_asked_of_a_growing_cluster_only_grows(monkeypatch: pytest.MonkeyPatch, workers: int | None) -> None:
-    """After losses too, a run wants all the workers that it wanted before."""
+def test_a_request_to_an_autoscaler_only_grows(monkeypatch: pytest.MonkeyPatch, workers: int | None) -> None:
+    """A run's request to an autoscaler never shrinks, also after losses."""
     pytest.importorskip("ray")
     from datm_ray.runtime.ray import cluster as ray_cluster
 
@@ -366,8 +362,8 @@ def test_what_is_asked_of_a_growing_cluster_only_grows(monkeypatch: pytest.Monke
     assert asked == ([4] if workers else [2, 3])
 
 
-def test_a_stage_holds_no_machines_that_it_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One set is distilled for hours; the others that experts had may go meanwhile, and come again."""
+def test_a_stage_holds_no_nodes_that_it_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage releases nodes that it cannot use, and the next one requests them again."""
     pytest.importorskip("ray")
     from datm_ray.runtime.ray import cluster as ray_cluster
 
@@ -385,8 +381,8 @@ def test_a_stage_holds_no_machines_that_it_cannot_use(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.ray
-def test_a_start_that_fails_leaves_no_wish_behind(ray_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ClusterNodes would come for nobody."""
+def test_a_failed_start_takes_its_request_for_nodes_back(ray_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failed start takes its request for nodes back."""
     from datm_ray.runtime.ray import cluster as module
 
     asked: list[int] = []
@@ -401,11 +397,11 @@ def test_a_start_that_fails_leaves_no_wish_behind(ray_cluster: Any, monkeypatch:
 def test_a_worker_that_is_never_set_up_is_found(
     ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Its constructor hangs, and it cannot answer."""
+    """A worker whose constructor hangs is found though it cannot answer."""
     monkeypatch.setattr("datm_ray.runtime.ray.executor.HEARTBEAT_INTERVAL", 0.5)
     monkeypatch.setattr(
         "datm_ray.runtime.ray.worker_groups.LONGEST_START", 12.0
-    )  # others need seconds where much else runs
+    )  # setups of other tests take seconds on a busy machine
     executor = create_executor("ray", ClusterConfig(peer_timeout=2.0))
     events = [event for _, event in executor.run(Slow, (str(tmp_path),), "work", [Task("slow", ())])]
     assert [type(event) for event in events] == [Started, Lost, Started, Finished]
@@ -414,7 +410,7 @@ def test_a_worker_that_is_never_set_up_is_found(
 
 @pytest.mark.ray
 def test_idle_workers_that_died_cost_no_attempt(ray_cluster: Any, tmp_path: Path) -> None:
-    """They were on the machine of the one that was lost: the task goes to a new one at once."""
+    """Idle workers that died with a lost node cost no attempt of the task."""
     executor = create_executor("ray", ClusterConfig(retries=1))
     tasks = [Task("quick", ("quick",)), Task("long", ("long",))]
     events: list[tuple[str, Any]] = []
@@ -428,8 +424,8 @@ def test_idle_workers_that_died_cost_no_attempt(ray_cluster: Any, tmp_path: Path
 
 
 @pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "http"])
-def test_an_address_that_is_not_rays_own_is_told_at_once(address: str) -> None:
-    """That of Ray Client, or of a dashboard, which is easily mixed up with the other one."""
+def test_an_address_that_is_not_rays_own_is_reported_at_once(address: str) -> None:
+    """An address of Ray Client or of a dashboard is reported as such at once."""
     pytest.importorskip("ray")
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
     from threading import Thread
@@ -480,8 +476,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_why_ray_is_not_there_is_told_by_what_it_says(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By errno, and with the variable or option that the address came from."""
+def test_why_ray_is_missing_is_reported(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cause comes from errno, with the variable or option of the address."""
     ray = pytest.importorskip("ray")
     from datm_ray.runtime.ray import cluster as ray_cluster
 
@@ -505,7 +501,7 @@ def test_why_ray_is_not_there_is_told_by_what_it_says(case: str, monkeypatch: py
 def test_ray_packs_no_folder_under_uv_unless_it_is_asked_to(
     before: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The user's setting stays."""
+    """Ray uploads no folder under uv, unless the user's setting says so."""
     monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", before or "")
     if before is None:
         monkeypatch.delenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV")
@@ -513,8 +509,8 @@ def test_ray_packs_no_folder_under_uv_unless_it_is_asked_to(
     assert os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] == (before or "0")
 
 
-def test_another_version_on_the_cluster_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's message has many."""
+def test_another_version_on_the_cluster_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's long message on another version becomes one line."""
     ray = pytest.importorskip("ray")
     from datm_ray.runtime.ray import cluster as ray_cluster
 
@@ -529,8 +525,8 @@ def test_another_version_on_the_cluster_is_told_in_one_line(monkeypatch: pytest.
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_what_was_asked_of_a_growing_cluster_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or its nodes would be paid for ever."""
+def test_a_request_to_an_autoscaler_is_withdrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's request to an autoscaler is withdrawn at its end, so that idle nodes stop."""
     pytest.importorskip("ray")
     from datm_ray.runtime.ray import cluster as ray_cluster
 
@@ -556,7 +552,7 @@ def test_what_was_asked_of_a_growing_cluster_is_taken_back(monkeypatch: pytest.M
     ],
 )
 def test_workers_that_fit_into_a_node(resources: dict[str, float], wish: dict[str, Any], count: int) -> None:
-    """Neither a node's CPUs nor a GPU is split beyond what can be placed, for what cannot would wait for ever."""
+    """Counts of workers split neither a node's CPUs nor a GPU beyond what Ray can place."""
     pytest.importorskip("ray")
     from datm_ray.runtime.ray.cluster import fitting
 
@@ -576,7 +572,7 @@ def test_workers_that_fit_into_a_node(resources: dict[str, float], wish: dict[st
 def test_workers_have_a_gpu_each_where_there_are_some(
     wish: dict[str, Any], found: float, gpus: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else all workers of a machine would share its first one."""
+    """Each worker gets a GPU if nodes have some, so that none shares a node's first one."""
     ray = pytest.importorskip("ray")
     from datm_ray.runtime.ray.cluster import with_gpus, worker_resources
 
@@ -590,7 +586,7 @@ def test_workers_have_a_gpu_each_where_there_are_some(
 def test_what_needs_a_gpu_is_refused_on_a_cluster_without(
     wish: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before any work is begun."""
+    """A recipe that needs a GPU is refused before work on a cluster without one."""
     ray = pytest.importorskip("ray")
     from datm_ray.runtime.ray.cluster import with_gpus
 
@@ -601,13 +597,13 @@ def test_what_needs_a_gpu_is_refused_on_a_cluster_without(
 
 @pytest.mark.ray
 def test_a_worker_that_was_given_no_gpu_sees_none(ray_cluster: Any) -> None:
-    """Whatever the version of Ray does."""
+    """A worker without a GPU sees none in any version of Ray."""
     events = [event for _, event in create_executor("ray", ClusterConfig()).run(Looker, (), "look", [Task("look", ())])]
     assert events == [Started(), Finished("")]
 
 
-def test_no_gpus_per_worker_means_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one process too, and a device that contradicts it is refused."""
+def test_no_gpus_per_worker_means_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zero GPUs per worker means the CPU, also in one process; a contradicting device is refused."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert not uses_gpu(ClusterConfig(gpus_per_worker=0.0))
     assert uses_gpu(ClusterConfig())
@@ -618,7 +614,7 @@ def test_no_gpus_per_worker_means_processors(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_products_are_not_rounded_on_gpus_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch rounds those of convolutions to 10 bits by itself."""
+    """Convolutions on GPUs use no TF32 unless requested, against torch's default."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
@@ -633,7 +629,7 @@ def test_products_are_not_rounded_on_gpus_unless_asked_for(monkeypatch: pytest.M
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_task_too_large_for_fewer_workers_waits_for_more(ray_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What two can do and one cannot is no error of the recipe where a machine was lost."""
+    """A task that two workers can hold and one cannot waits after a loss, and is not refused."""
     from datm_ray.runtime.ray import executor as ray_executor
 
     monkeypatch.setattr(ray_executor, "PLACEMENT_TIMEOUT", 10.0)
@@ -650,13 +646,13 @@ def test_a_task_too_large_for_fewer_workers_waits_for_more(ray_cluster: Any, mon
 
 
 def test_unknown_executor_is_named() -> None:
-    """The error lists the executors there are."""
+    """An unknown executor is an error that lists the known ones."""
     with pytest.raises(ClusterError, match="ray, serial"):
         create_executor("dask", ClusterConfig())
 
 
 def test_serial_executor_needs_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without ray installed the serial executor works and the ray executor says what to install."""
+    """Without Ray the serial executor works, and the ray executor says what to install."""
     import sys
 
     monkeypatch.setitem(sys.modules, "ray", None)

@@ -1,4 +1,4 @@
-"""Machines that are lost and found during a whole run: real raylets, really killed."""
+"""Tests nodes lost and added during a whole run, with real raylets that are really killed."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from tests.runtime.nodes import Nodes
 
 ITERATIONS = 24
 TOLERANCE = 0.2
-"""Of what one iteration changes on average. One shard and two differ by the order in which floats are summed, which is
-2e-4 of an iteration (20 of 20 runs that rounding disturbed) as long as it carries no rectifier over its kink. One that
-is lost makes 1.4 or more (each of six left out in turn). The rate of images is low, for at higher ones such kinks were
-crossed, and what they make grows from iteration to iteration."""
+"""Allowed difference, as a share of one iteration's average change. One shard and two differ by 2e-4 of an iteration
+(20 of 20 disturbed runs), because they sum floats in another order, unless rounding carries a rectifier over its kink.
+A lost iteration differs by at least 1.4 (each of six left out). The images' learning rate is low, because higher ones
+crossed such kinks, whose effect grows with every iteration."""
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
-    """Wait for something to become true."""
+    """Wait until a condition holds."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"it did not happen: {what}"
@@ -46,8 +46,8 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 120) -> Non
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_machines_are_lost_in_training_and_in_distillation_and_one_comes_back(tmp_path: Path) -> None:
-    """One is killed while experts train, one while two shards distil; the run goes on with one shard, then with two."""
+def test_nodes_are_lost_in_training_and_in_distillation_and_one_is_added(tmp_path: Path) -> None:
+    """The run survives a node lost in training and one in distillation, and uses an added node."""
     config = tiny_config(
         "experts.epochs=40",
         "experts.keep_epochs=5",
@@ -68,11 +68,11 @@ def test_machines_are_lost_in_training_and_in_distillation_and_one_comes_back(tm
         stage(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
     (tmp_path / "tiny.yaml").write_text(to_yaml(config))
     out, log = tmp_path / "out", tmp_path / "log"
-    with Nodes() as nodes, log.open("w") as told:
+    with Nodes() as nodes, log.open("w") as output:
         nodes.add("first")
         nodes.add("second")
         command = [sys.executable, "-m", "datm_ray", "run", str(tmp_path / "tiny.yaml"), "--out", str(out)]
-        run = subprocess.Popen([*command, "--address", nodes.address], stdout=told, stderr=told, text=True)
+        run = subprocess.Popen([*command, "--address", nodes.address], stdout=output, stderr=output, text=True)
 
         def happened(words: str) -> Callable[[], bool]:
             assert run.poll() is None, log.read_text()
@@ -106,14 +106,14 @@ def test_machines_are_lost_in_training_and_in_distillation_and_one_comes_back(tm
 
 
 FAULTS = int(os.environ.get("DATM_RAY_FAULTS", "0"))
-"""Of the soak, which takes half a minute for each; DATM_RAY_FAULTS=30 DATM_RAY_FAULTS_REPORT=FILE makes the figures in
+"""Faults of the soak, half a minute each; DATM_RAY_FAULTS=30 DATM_RAY_FAULTS_REPORT=FILE makes the figures in
 benchmarks/results."""
 OF_THE_DRIVER = {"recipe.yaml", "dataset.json", "report.html", "summary.json"}
 """Files that a restarted driver writes again, before any worker has done anything."""
 
 
 class Soak:
-    """A run on two nodes that is disturbed, and restarted where the command itself is killed."""
+    """A run on two nodes with random faults, restarted when the command itself is killed."""
 
     def __init__(self, recipes: list[Path], out: Path, log: Path) -> None:
         self._recipes, self._out, self._log = recipes, out, log
@@ -123,8 +123,8 @@ class Soak:
         self.faults: list[dict[str, Any]] = []
 
     def run(self, faults: int) -> None:
-        """To the end, with so many faults on the way."""
-        with Nodes() as self._nodes, self._log.open("a") as self._told:
+        """Run to the end, with this many faults."""
+        with Nodes() as self._nodes, self._log.open("a") as self._output:
             self._alive = [self._add(), self._add()]
             self._start()
             self._wait_for_work(0.0, 120)
@@ -167,17 +167,17 @@ class Soak:
         command = [sys.executable, "-m", "datm_ray", "run", *map(str, self._recipes), "--out", str(self._out)]
         self._process = subprocess.Popen(
             [*command, "--address", self._nodes.address, "--set", "cluster.wait_for_nodes=60"],
-            stdout=self._told,
-            stderr=self._told,
+            stdout=self._output,
+            stderr=self._output,
         )
 
     def _wait_for_work(self, since: float, seconds: float) -> None:
-        """Until a worker has written something, or all is done."""
-        until(lambda: self._process.poll() is not None or self._latest_write() > since, "work goes on", seconds)
+        """Wait until a worker has written something, or all is done."""
+        until(lambda: self._process.poll() is not None or self._latest_write() > since, "progress", seconds)
         self._note_finished()
 
     def _latest_write(self) -> float:
-        """When work was last written down; where sets are distilled, of the one that waits longest."""
+        """Time of the latest write; while sets are distilled, of the set that waits longest."""
         unfinished = [
             folder
             for folder in (self._out / recipe.stem for recipe in self._recipes)
@@ -186,7 +186,7 @@ class Soak:
         return min(_newest(folder) for folder in unfinished or [self._out])
 
     def _note_finished(self) -> None:
-        """What is finished is never made again: experts, sets and single accuracies."""
+        """Note finished experts, sets and accuracies, which must never be made again."""
         for pattern in ("experts/**/expert-*.arrow", "*/synthetic.arrow", "*/evaluation/*.json", "controls/*/*.json"):
             for path in self._out.glob(pattern):
                 state = path.stat()
@@ -210,7 +210,7 @@ def _newest(folder: Path) -> float:
 @pytest.mark.skipif(not FAULTS, reason="takes minutes: say DATM_RAY_FAULTS=3, or 30")
 @pytest.mark.timeout(280 + 60 * FAULTS)
 def test_faults_at_random_moments_change_nothing(tmp_path: Path) -> None:
-    """Workers, machines and the command itself are killed; the same bits come out, and nothing finished is repeated."""
+    """Random kills of workers, nodes and the command change no bit and repeat no finished work."""
     changes = [
         "experts.epochs=40",
         "experts.keep_epochs=5",

@@ -1,4 +1,4 @@
-"""Sums between processes: right, the same everywhere, and an error in time when a peer is gone."""
+"""Tests sums between processes: right, equal everywhere, and a timely error when a peer is lost."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def take_part(
     timeout: float,
     arguments: tuple[Any, ...],
 ) -> Any:
-    """One process: what the work returns, or the DatmError and the seconds until it came."""
+    """Run work in one process. Returns its result, or the DatmError and the seconds until it was raised."""
     torch.set_num_threads(1)
     with open_mesh(worker_rank, *shape, CPU, timeout) as mesh:
         start = time.monotonic()
@@ -47,7 +47,7 @@ def take_part(
 
 
 def together(work: Callable[..., Any], rows: int, columns: int, *arguments: Any, timeout: float = 30.0) -> list[Any]:
-    """What the work returns on every rank; None from a process that was killed."""
+    """Results of the work on every rank; None for a killed process."""
     size, rendezvous = rows * columns, f"127.0.0.1:{free_port()}"
     ranks = [WorkerRank(rank, size, rendezvous) for rank in range(size)]
     calls = side_by_side(take_part, [(work, worker_rank, (rows, columns), timeout, arguments) for worker_rank in ranks])
@@ -74,7 +74,7 @@ def all_sums(mesh: Mesh) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 2), (2, 1), (2, 2), (1, 4)])
 def test_sums_over_rows_columns_and_all(rows: int, columns: int) -> None:
-    """Each is that of one process, and has the same bits wherever it is."""
+    """Sums over rows, columns and all processes are right, with equal bits everywhere."""
     results = together(all_sums, rows, columns)
     for rank, result in enumerate(results):
         row, column = divmod(rank, columns)
@@ -100,7 +100,7 @@ def gathered(mesh: Mesh) -> list[Tensor | None]:
 
 
 def test_gathering_parts_of_different_sizes() -> None:
-    """Rank 0 gets them in the order of columns, an empty one and one with strides too; the others get nothing."""
+    """Rank 0 gathers parts in column order, also an empty one and one with strides; others get nothing."""
     first, *others = together(gathered, 1, 3)
     expected = torch.arange(60).reshape(30, 2)[[0, 1, 20, 21, 22]]
     assert torch.equal(first[0], expected)
@@ -113,7 +113,7 @@ def gathered_of_two_rows(mesh: Mesh) -> Tensor | None:
 
 
 def test_gathering_takes_the_first_row() -> None:
-    """All backbones share the set, so its parts lie in every row."""
+    """Gathering takes the first row, because every row has the set's parts."""
     first, *others = together(gathered_of_two_rows, 2, 2)
     assert first.tolist() == [0, 1]
     assert others == [None] * 3
@@ -133,19 +133,19 @@ def slow_work(mesh: Mesh, steps: int) -> tuple[float, bool]:
 
 
 def test_work_of_the_first_outlasts_the_timeout() -> None:
-    """All get its number to the last bit, though they wait longer than for a silent peer; only rank 0 works."""
+    """Work of rank 0 may outlast the timeout; all get its number to the last bit."""
     first, second = together(slow_work, 1, 2, 15, timeout=2.0)
     assert first == (1 / 3, True)
     assert second == (1 / 3, False)
 
 
 def test_work_without_steps() -> None:
-    """A number that is there at once reaches everybody too."""
+    """Work without steps gives its number to all at once."""
     assert together(slow_work, 1, 2, 0) == [(1 / 3, False)] * 2
 
 
 def unlike_work(mesh: Mesh) -> tuple[int, float]:
-    """Every worker has a second more to do than the one before it."""
+    """Work that takes each rank a second longer than the one before."""
     started = time.monotonic()
 
     def work(heartbeat: Heartbeat) -> int:
@@ -158,14 +158,14 @@ def unlike_work(mesh: Mesh) -> tuple[int, float]:
 
 
 def test_workers_wait_for_the_slowest_beyond_the_timeout() -> None:
-    """Four workers with 0 to 3 seconds of work, and a timeout of one and a half; each keeps its own result."""
+    """Four workers with 0 to 3 s of work wait beyond a timeout of 1.5 s and keep their results."""
     results = together(unlike_work, 2, 2, timeout=1.5)
     assert [own for own, _ in results] == [0, 1, 2, 3]
     assert all(seconds >= 3.0 for _, seconds in results)
 
 
 def unlike_rows(mesh: Mesh, bits: int) -> tuple[list[float], float]:
-    """The first row has so many bits of work, which end in a sum; one of its workers is slower than the other."""
+    """Steps of work that end in a sum in the first row, one of whose workers is slower."""
     started, sums = time.monotonic(), []
 
     def work(sum_over_classes: Callable[[Tensor], Tensor]) -> None:
@@ -180,7 +180,7 @@ def unlike_rows(mesh: Mesh, bits: int) -> tuple[list[float], float]:
 
 @pytest.mark.parametrize("columns", [1, 2])
 def test_rows_wait_for_the_slowest_beyond_the_timeout(columns: int) -> None:
-    """Four seconds of work in bits, and a timeout of one and a half; sums within the rows are right."""
+    """Four seconds of work in steps pass a timeout of 1.5 s, and sums within rows are right."""
     bits = 40 // columns
     results = together(unlike_rows, 2, columns, bits, timeout=1.5)
     for rank, (sums, seconds) in enumerate(results):
@@ -198,8 +198,8 @@ def sum_until_one_is_gone(mesh: Mesh, signal_to_self: int, folder: str) -> None:
         mesh.sum_over_classes(part_of(0))
 
 
-def test_killed_peer_is_told_at_once(tmp_path: Path) -> None:
-    """SIGKILL between two sums: the survivor has its error long before the timeout."""
+def test_killed_peer_is_an_error_at_once(tmp_path: Path) -> None:
+    """A peer killed between two sums is an error long before the timeout."""
     (failure, seconds), killed = together(sum_until_one_is_gone, 1, 2, signal.SIGKILL, str(tmp_path), timeout=60.0)
     assert killed is None
     assert str(failure).startswith("worker 1 of 2 lost its peers: ")
@@ -214,8 +214,8 @@ def stop_and_be_killed_later(mesh: Mesh, folder: str) -> None:
             os.kill(int((Path(folder) / "process").read_text()), signal.SIGKILL)
 
 
-def test_hung_peer_is_told_after_the_timeout(tmp_path: Path) -> None:
-    """A process that is there but does nothing costs the timeout, not for ever."""
+def test_hung_peer_is_an_error_after_the_timeout(tmp_path: Path) -> None:
+    """A hanging peer is an error after the timeout."""
     (failure, seconds), killed = together(stop_and_be_killed_later, 1, 2, str(tmp_path), timeout=2.0)
     assert killed is None
     assert isinstance(failure, PeerLostError)
@@ -229,7 +229,7 @@ def fail_alone(mesh: Mesh) -> None:
 
 
 def test_error_of_one_releases_the_others() -> None:
-    """It leaves with its own error, and nobody waits for it until the timeout."""
+    """One worker's error releases the others before the timeout."""
     start = time.monotonic()
     with pytest.raises(ConfigError, match="this one failed"):
         together(fail_alone, 1, 2, timeout=60.0)
@@ -237,8 +237,8 @@ def test_error_of_one_releases_the_others() -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_meeting_that_nobody_comes_to(rank: int) -> None:
-    """The first waits for others and the others for the first, both no longer than the timeout."""
+def test_rendezvous_without_peers_times_out(rank: int) -> None:
+    """A rank without peers, the first or another, waits no longer than the timeout."""
     start = time.monotonic()
     mesh = open_mesh(WorkerRank(rank, 2, f"127.0.0.1:{free_port()}"), 1, 2, CPU, timeout=4.0)
     with pytest.raises(PeerLostError, match=f"worker {rank + 1} of 2 lost its peers: .*[a-z]"), mesh:
@@ -246,8 +246,8 @@ def test_meeting_that_nobody_comes_to(rank: int) -> None:
     assert time.monotonic() - start < 20  # not the half hour that torch waits by itself
 
 
-def test_one_process_meets_again_after_it_left() -> None:
-    """Nothing is left of a mesh that could disturb the next one, nor of one that failed."""
+def test_a_process_joins_a_new_mesh_after_leaving_one() -> None:
+    """A process can join a new mesh after leaving one, also after a failed one."""
     environment = dict(os.environ)
     for value in (1.0, 2.0):
         with open_mesh(WorkerRank(0, 1, f"127.0.0.1:{free_port()}"), 1, 1, CPU, timeout=10.0) as mesh:
@@ -262,14 +262,14 @@ def test_one_process_meets_again_after_it_left() -> None:
 
 
 def test_grid_that_does_not_fit_the_workers() -> None:
-    """A slip of the caller, found before anybody waits."""
+    """A grid that does not fit the workers is an error before anybody waits."""
     mesh = open_mesh(WorkerRank(0, 3, "127.0.0.1:1"), 2, 2, CPU, timeout=1.0)
     with pytest.raises(ValueError, match="3 workers do not form a grid of 2 x 2"), mesh:
         pass
 
 
 def test_alone_everything_is_as_it_was() -> None:
-    """Without a rank there is nothing to meet and nothing to sum with, however large the grid was to be."""
+    """Without a rank nothing connects and sums are unchanged, for a grid of any size."""
     tensor = torch.randn(3)
     with open_mesh(None, 3, 4, CPU, timeout=1.0) as mesh:
         assert isinstance(mesh, Alone)

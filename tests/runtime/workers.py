@@ -1,4 +1,4 @@
-"""Workers for tests of executors. Most import no torch, which takes a worker's process four CPU-seconds."""
+"""Workers for tests of executors. Most import no torch, which takes four CPU-seconds in each process."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Squarer:
 
 
 class Adder:
-    """A worker that adds numbers up together with others."""
+    """A worker that adds numbers together with others."""
 
     def __init__(self, folder: str = "") -> None:
         self._folder = folder
@@ -88,7 +88,7 @@ class Adder:
 
 
 class Saver:
-    """A worker that counts slowly, and has saved what it did after every number."""
+    """A worker that counts slowly and saves after every number."""
 
     def __init__(self, folder: str) -> None:
         self._file = Path(folder) / "count"
@@ -96,7 +96,7 @@ class Saver:
     def count(
         self, numbers: int, worker_rank: WorkerRank | None = None, by_two: int = 5
     ) -> Iterator[Progress | Finished]:
-        """To so many; or to fewer, once two have counted `by_two` of them."""
+        """Count to a number; or to fewer, once two have counted `by_two` of them."""
         start = int(self._file.read_text()) if self._file.exists() else 0
         end = min(numbers, start + by_two) if worker_rank and worker_rank.world_size == 2 else numbers
         for number in range(start, end):
@@ -118,7 +118,7 @@ class Saver:
 
 
 class Slow:
-    """A worker that takes for ever to be set up, the first time."""
+    """A worker whose first setup takes for ever."""
 
     def __init__(self, folder: str) -> None:
         mark = Path(folder) / "mark"
@@ -147,7 +147,7 @@ class Warner:
 
 
 class Neighbour:
-    """A worker whose machine is lost with another one on it, which is idle by then."""
+    """A worker whose node is lost with another worker on it, which is idle."""
 
     def __init__(self, folder: str) -> None:
         self._folder = Path(folder)
@@ -167,14 +167,14 @@ class Neighbour:
 
 
 class Idler:
-    """Somebody else's actor."""
+    """An actor of another job."""
 
     def here(self) -> bool:
         return True
 
 
 class Looker:
-    """A worker that tells which GPUs it may see."""
+    """A worker that returns its visible GPUs."""
 
     def look(self) -> Iterator[Finished]:
         yield Finished(os.environ.get("CUDA_VISIBLE_DEVICES"))

@@ -24,7 +24,7 @@ def wedge(colour: str, width: int = 16, height: int = 12) -> Image.Image:
 
 
 def turned(image: Image.Image, orientation: int) -> tuple[Image.Image, Image.Exif]:
-    """The image as a camera held in another way stores it, and the EXIF data that say so."""
+    """The image as a camera held in another way stores it, with the EXIF data that say so."""
     back = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -38,7 +38,7 @@ def transparent(image: Image.Image) -> Image.Image:
 
 
 def deep(image: Image.Image) -> Image.Image:
-    """The image in grey with 16 bits."""
+    """The image in 16-bit grey."""
     return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
 
 

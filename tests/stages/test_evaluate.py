@@ -38,7 +38,7 @@ LEARNED = 0.5
 VALIDATION = {LEARNED: 0.6, 0.01: 0.2, 0.03: 0.9, 0.1: 0.3}
 TEST = {LEARNED: 0.7, 0.01: 0.99, 0.03: 0.4, 0.1: 0.98}
 WITH_ADAMW = {3e-4: 0.1, 1e-3: 0.8, 3e-3: 0.95}
-"""By step size; the test set would choose otherwise than the validation set."""
+"""Accuracy by step size; the test set's best is not the validation set's."""
 
 
 @pytest.fixture

@@ -173,7 +173,7 @@ class TrajectoryStoreContract:
         assert group.experts() == []
 
     def test_an_unknown_storage_is_refused(self, group, info):
-        """What could not be read back is not written."""
+        """An unknown storage is an error, because its params could not be read back."""
         with pytest.raises(ValueError, match="'float8' is not a storage format"):
             group.write_expert(0, make_snapshots(info), replace(info, storage="float8"))
         assert group.experts() == []

@@ -18,7 +18,7 @@ BUSY, LOST_REQUEST, LOST_ANSWER = "503", "lost request", "lost answer"
 FAULTS = (BUSY, LOST_REQUEST, LOST_ANSWER)
 
 Plan = Callable[[str, str], str | None]
-"""Method and path of a request -> how it fails, if it does: one of FAULTS, or a refusal."""
+"""Method and path of a request -> its fault (one of FAULTS, or a refusal), or None."""
 
 
 def refusal(status: int, code: str, message: str = "") -> str:

@@ -57,6 +57,6 @@ def test_the_largest_float16_is_stored():
 
 
 def test_an_unknown_storage_is_named():
-    """The storages there are stand in the message."""
+    """An unknown storage is an error that lists the known ones."""
     with pytest.raises(ValueError, match="'float8' is not a storage format; there are float32, float16, bfloat16"):
         storage_type("float8")

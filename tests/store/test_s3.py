@@ -270,7 +270,7 @@ def test_missing_credentials_are_one_line(bucket, datm_ray, monkeypatch):
 
 def test_wrong_credentials_are_one_line(bucket, datm_ray, monkeypatch):
     """Denied access is one line of error, not an empty store."""
-    monkeypatch.setattr("moto.settings.INITIAL_NO_AUTH_ACTION_COUNT", 0.0)  # from now on it looks at credentials
+    monkeypatch.setattr("moto.settings.INITIAL_NO_AUTH_ACTION_COUNT", 0.0)  # from now on moto checks credentials
     for command in commands(f"s3://{bucket}/store"):
         assert_one_line(datm_ray(*command), "The server does not know this access key. Check AWS_ACCESS_KEY_ID")
 

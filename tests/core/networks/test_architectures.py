@@ -94,8 +94,8 @@ def test_no_instance_is_normalised_over_one_pixel(name: str) -> None:
     assert min(pixels) >= 4
 
 
-# A convolution has inputs * outputs * side^2 weights and, where nothing subtracts its mean at once, as many biases as
-# outputs; a normalisation has two numbers for each channel.
+# A convolution has inputs * outputs * side^2 weights, and a bias for each output unless a normalisation follows, which
+# subtracts the mean. A normalisation has two numbers for each channel.
 RESNET_3x3 = 64**2 * 4 + (64 * 128 + 128**2 * 3) + (128 * 256 + 256**2 * 3) + (256 * 512 + 512**2 * 3)
 RESNET_1x1 = 64 * 128 + 128 * 256 + 256 * 512
 RESNET_CHANNELS = 64 * 5 + 128 * 5 + 256 * 5 + 512 * 5

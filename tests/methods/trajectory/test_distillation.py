@@ -378,7 +378,7 @@ def test_only_the_backbone_that_diverges_is_skipped(monkeypatch: pytest.MonkeyPa
     """A diverging backbone is skipped; the others learn bit for bit as without it."""
     matches: list[Any] = [Match(None, None, None, (), number) for number in range(3)]  # type: ignore[arg-type]
     for what, value in SPOILED:
-        if value == 3e38:  # of the sum of all
+        if value == 3e38:  # the sum over backbones overflows
             continue
         states = []
         for middle in (spoiled(what, value), make_gradient(2.0)):  # not finite, or above the limit

@@ -385,7 +385,7 @@ def test_compiled_code_refuses_tensors_it_was_not_compiled_for(really: bool, mon
 
 def step_with(compiler: str, cache: str, pipe: Connection) -> None:
     """Take a student step with another C++ compiler, in a process that has not searched for one yet."""
-    # An empty cache, because this machine's real compiler may have filled the usual one.
+    # The cache is empty, because this machine's real compiler may have filled the usual one.
     os.environ |= {"CXX": compiler, "TORCHINDUCTOR_CACHE_DIR": cache}
     module = build_network(NetworkSpec(channels=1, size=(8, 8), classes=3, width=2, depth=1), 0)
     functions = StudentStepFunctions(FlatNetwork(module))

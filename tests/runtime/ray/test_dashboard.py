@@ -1,4 +1,4 @@
-"""A dashboard is reached through what stands in front of it; where it is not, one line names the cause and no password.
+"""Tests dashboards behind proxies and gateways; a failure is one line with the cause and without a password.
 
 Run with `pytest tests/runtime/ray/test_dashboard.py`; the servers are in this process.
 """
@@ -25,7 +25,7 @@ VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 @pytest.fixture(autouse=True)
 def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take away what the environment says about proxies, certificates, addresses and tokens."""
+    """Unset the environment's proxies, certificates, addresses and tokens."""
     files = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
     for name in (*VARIABLES, *map(str.upper, VARIABLES), *files):
         monkeypatch.delenv(name, raising=False)
@@ -40,7 +40,7 @@ def there() -> Iterator[Dashboard]:
 
 
 def refusal(address: str) -> str:
-    """The line for an address at which no cluster answers; it has no password in it."""
+    """Error line for an address where no cluster answers; it contains no password."""
     with pytest.raises(ClusterError) as caught:
         Jobs(address)
     line = str(caught.value)
@@ -49,26 +49,26 @@ def refusal(address: str) -> str:
 
 
 def all_commands(datm_ray: CommandLine, address: str, folder: Path) -> None:
-    """Every command about jobs does its work at an address."""
+    """Run every job command at an address."""
     there = ("--address", address)
     assert "here  running" in datm_ray("job", "list", *there)[1]
-    code, told, _ = datm_ray("job", "status", "here", *there)
-    assert (code, told.splitlines()[0]) == (0, "here: running")
+    code, out, _ = datm_ray("job", "status", "here", *there)
+    assert (code, out.splitlines()[0]) == (0, "here: running")
     assert datm_ray("job", "logs", "here", *there)[1] == "Experts: 2 tasks to run\n"
     assert datm_ray("job", "stop", "here", *there)[1] == "Job here is being stopped\n"
-    code, told, err = datm_ray("job", "submit", "digits-ipc1", "--out", str(folder / "out"), *there)
+    code, out, err = datm_ray("job", "submit", "digits-ipc1", "--out", str(folder / "out"), *there)
     assert (code, err) == (0, "")
-    assert told.startswith("Job datm-ray-")
-    number = told.split()[1]
-    assert SECRET not in told
-    code, told, err = datm_ray("job", "logs", number, "--follow", *there)
-    assert (code, told, err) == (0, f"Experts: 2 tasks to run\nJob {number} succeeded\n", "")
+    assert out.startswith("Job datm-ray-")
+    number = out.split()[1]
+    assert SECRET not in out
+    code, out, err = datm_ray("job", "logs", number, "--follow", *there)
+    assert (code, out, err) == (0, f"Experts: 2 tasks to run\nJob {number} succeeded\n", "")
 
 
-def test_every_command_goes_through_what_stands_in_front(
+def test_every_command_works_through_proxies_and_gateways(
     datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A proxy without which there is no way, with a password; a gateway with a path, one with a login; certificates."""
+    """Every command works through a proxy with password, a gateway with path or login, and with certificates."""
     certificate = make_certificate(tmp_path / "company.pem")
 
     def ending(asked: Asked, there: Dashboard) -> None:
@@ -116,7 +116,7 @@ def test_every_command_goes_through_what_stands_in_front(
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
 def test_an_address_on_this_machine_goes_around_the_proxy(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A proxy elsewhere would look for it there, and would know what no other proxy is to see."""
+    """An address on this machine bypasses the proxy, which could not reach it and must not see it."""
     with serving() as proxy, serving(host) as there:
         for name in ("http_proxy", "all_proxy"):
             monkeypatch.setenv(name, proxy.address)
@@ -127,7 +127,7 @@ def test_an_address_on_this_machine_goes_around_the_proxy(host: str, monkeypatch
 
 
 def test_an_answer_of_somebody_else_is_not_taken_for_rays(there: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its status, and who may have given it; and a token is asked for in Ray's words alone."""
+    """Another server's answer is reported by status and likely source; a token is requested in Ray's words only."""
     text = {"Content-Type": "text/plain"}
     gateway = {
         "200 OK and a web page.*login page of a gateway": page(200),
@@ -169,24 +169,26 @@ def test_an_answer_of_somebody_else_is_not_taken_for_rays(there: Dashboard, monk
             assert re.search(rf"The proxy http://USER:PASSWORD@127\.0\.0\.1:\d+ \(of {scheme}_proxy\)", line)
 
 
-def test_an_answer_of_somebody_else_is_told_by_every_command(
+def test_an_answer_of_another_server_is_one_line_for_every_command(
     datm_ray: CommandLine, there: Dashboard, tmp_path: Path
 ) -> None:
-    """Also where the cluster has answered a moment before: one line, exit code 2."""
+    """Another server's answer is one line and exit code 2, also after the cluster has answered."""
     commands = (["list"], ["status", "here"], ["logs", "here"], ["stop", "here"])
     for command in (*commands, ["submit", "digits-ipc1", "--out", str(tmp_path / "out")]):
         there.plan = lambda asked: None if asked.path == "/api/version" else page(502)
-        code, told, err = datm_ray("job", *command, "--address", there.address)
-        assert (code, told, len(err.splitlines())) == (2, "", 1), command
+        code, out, err = datm_ray("job", *command, "--address", there.address)
+        assert (code, out, len(err.splitlines())) == (2, "", 1), command
         assert "502 Bad Gateway" in err, command
         there.plan = lambda asked: None if asked.path == "/api/version" else (200, {}, "3")
-        code, told, err = datm_ray("job", *command, "--address", there.address)
-        assert (code, told, len(err.splitlines())) == (2, "", 1), command
+        code, out, err = datm_ray("job", *command, "--address", there.address)
+        assert (code, out, len(err.splitlines())) == (2, "", 1), command
         assert "unexpected" not in err, command
 
 
-def test_a_way_that_leads_nowhere_is_told(monkeypatch: pytest.MonkeyPatch, there: Dashboard, tmp_path: Path) -> None:
-    """The proxy, the name, the port, the scheme or the certificate, whichever it is."""
+def test_an_unreachable_dashboard_is_reported_with_its_cause(
+    monkeypatch: pytest.MonkeyPatch, there: Dashboard, tmp_path: Path
+) -> None:
+    """The line names the proxy, name, port, scheme or certificate that fails."""
     monkeypatch.setattr("datm_ray.runtime.ray.dashboard.CONNECT_TIMEOUT", 0.2)
     company, other = make_certificate(tmp_path / "company.pem"), make_certificate(tmp_path / "o.pem", "other.example")
     old, text = make_certificate(tmp_path / "old.pem", days=-1), tmp_path / "text.pem"
@@ -228,7 +230,7 @@ def test_a_way_that_leads_nowhere_is_told(monkeypatch: pytest.MonkeyPatch, there
 
 
 def speaks(answer: bytes) -> int:
-    """The port of a server that gives one answer, once."""
+    """Port of a server that gives one answer, once."""
     server = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:
@@ -259,15 +261,15 @@ def speaks(answer: bytes) -> int:
         (f"http://me:{SECRET}@", "http://127.0.0.1:8265"),
     ],
 )
-def test_an_address_that_is_none_is_refused(address: str, example: str) -> None:
-    """With the host in the remedy where there is one."""
+def test_an_invalid_address_is_refused(address: str, example: str) -> None:
+    """An invalid address is refused, with its host in the remedy if it has one."""
     line = refusal(address)
     assert "is not the address of a dashboard" in line
     assert line.endswith(f"Write it like {example}.")
 
 
 def test_an_address_of_the_environment_is_blamed_on_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's own variable for jobs, which stays as it was."""
+    """A bad address from Ray's variable names that variable, which stays unchanged."""
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "head:8265")
     assert refusal("head:8265").startswith("RAY_API_SERVER_ADDRESS 'head:8265' is not the address")
     with serving() as there:

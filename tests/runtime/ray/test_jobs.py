@@ -1,4 +1,4 @@
-"""Jobs on a real Ray cluster over real HTTP, handed in, followed, stopped, handed in again; and on one that fails."""
+"""Tests jobs on a real Ray cluster over HTTP: submitted, followed, stopped, resubmitted, and on a failing one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SECRET = "no-log-shows-this"
 
 @pytest.fixture(scope="module")
 def dashboard(s3_server: str) -> Iterator[str]:
-    """The address of a cluster of its own, with one CPU, whose machines have credentials for a bucket."""
+    """Address of a separate cluster with one CPU and credentials for a bucket."""
     port, agent = free_port(), free_port()
     ports = [f"--dashboard-port={port}", f"--dashboard-agent-listen-port={agent}", f"--port={free_port()}"]
     command = ["ray", "start", "--head", "--block", "--num-cpus=1", "--dashboard-host=127.0.0.1", *ports]
@@ -43,7 +43,7 @@ def dashboard(s3_server: str) -> Iterator[str]:
     credentials = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1"}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {"AWS_ENDPOINT_URL": s3_server, "NO_PROXY": "127.0.0.1", "PATH": path}
-    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder:  # short, for sockets have short names
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder:  # short, because paths of sockets are limited
         cluster = subprocess.Popen(
             [str(Path(sys.executable).parent / command[0]), *command[1:], f"--temp-dir={folder}"],
             stdout=subprocess.DEVNULL,
@@ -62,7 +62,7 @@ def _listens(port: int) -> bool:
 
 
 def until(condition: object, seconds: float = 120) -> None:
-    """Wait for something to become true."""
+    """Wait until a condition holds."""
     end = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < end, "it did not happen"
@@ -72,8 +72,8 @@ def until(condition: object, seconds: float = 120) -> None:
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.s3
-def test_a_job_is_stopped_and_goes_on_where_it_was(datm_ray: CommandLine, dashboard: str, bucket: str) -> None:
-    """In a bucket, without any shared disk, with experts made elsewhere. The same submission is followed to its end.
+def test_a_stopped_job_resumes_when_submitted_again(datm_ray: CommandLine, dashboard: str, bucket: str) -> None:
+    """A job on a bucket without a shared disk is stopped, submitted again and followed to its end.
 
     A job's processes start for half a minute, and those of each stage anew: two jobs, and no stage twice.
     """
@@ -82,9 +82,9 @@ def test_a_job_is_stopped_and_goes_on_where_it_was(datm_ray: CommandLine, dashbo
     code, _, err = datm_ray("experts", "tiny.yaml", "--executor", "serial", "--out", "elsewhere", "--store", store)
     assert code == 0, err
     arguments = ("job", "submit", "tiny.yaml", "--out", out, "--store", store, *address)
-    code, told, err = datm_ray(*arguments, "--detach", "-v")
+    code, printed, err = datm_ray(*arguments, "--detach", "-v")
     assert code == 0, err
-    number = re.findall(r"^Job (\S+)$", told, re.MULTILINE)[0]
+    number = re.findall(r"^Job (\S+)$", printed, re.MULTILINE)[0]
     code, _, err = datm_ray(*arguments)
     assert (code, len(err.splitlines())) == (2, 1)
     assert f"writes to {out} already" in err
@@ -94,34 +94,34 @@ def test_a_job_is_stopped_and_goes_on_where_it_was(datm_ray: CommandLine, dashbo
     assert re.search(f"{number} +running", datm_ray("job", "list", *address)[1])
     assert "is being stopped" in datm_ray("job", "stop", number, *address)[1]
     until(lambda: jobs.job(number).is_over)
-    code, told, _ = datm_ray("job", "status", number, *address)
-    assert "stopped" in told
-    assert out in told
+    code, printed, _ = datm_ray("job", "status", number, *address)
+    assert "stopped" in printed
+    assert out in printed
     place = open_location(out)
     assert not (place / "report.html").exists()
     assert load(f"{out}/tiny/synthetic.arrow").images.shape[0] == 10
     assert re.search(r"Z INFO \S+ DistillWorker/0/\d+  checkpoint saved run=tiny iteration=6", jobs.logs(number))
-    code, told, err = datm_ray(*arguments)
-    assert code == 0, told + err
-    assert "Experts: nothing to do" in told
-    assert "Distillation: nothing to do" in told
-    assert "Evaluation: done" in told
-    assert told.rstrip().endswith("succeeded")
+    code, printed, err = datm_ray(*arguments)
+    assert code == 0, printed + err
+    assert "Experts: nothing to do" in printed
+    assert "Distillation: nothing to do" in printed
+    assert "Evaluation: done" in printed
+    assert printed.rstrip().endswith("succeeded")
     assert (place / "report.html").exists()
     first, second = jobs.list()
     assert (first.status, second.status, second.exit_code) == ("stopped", "succeeded", 0)
     log = jobs.logs(second.id)
-    assert told == f"Job {second.id}\n{log}Job {second.id} succeeded\n"
-    told += log + jobs.logs(first.id) + f"{first} {second}"
+    assert printed == f"Job {second.id}\n{log}Job {second.id} succeeded\n"
+    printed += log + jobs.logs(first.id) + f"{first} {second}"
     token = Path("~/.ray/auth_token").expanduser()
-    assert SECRET not in told
-    assert not token.exists() or token.read_text().strip() not in told
+    assert SECRET not in printed
+    assert not token.exists() or token.read_text().strip() not in printed
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_bad_input_hands_nothing_in(datm_ray: CommandLine, dashboard: str, tmp_path: Path) -> None:
-    """One line, exit code 2, and no job more."""
+def test_bad_input_submits_nothing(datm_ray: CommandLine, dashboard: str, tmp_path: Path) -> None:
+    """Bad input is one line with exit code 2, and submits no job."""
     before = len(Jobs(dashboard).list())
     out = str(tmp_path / "out")
     bad = {
@@ -133,8 +133,8 @@ def test_bad_input_hands_nothing_in(datm_ray: CommandLine, dashboard: str, tmp_p
         "two runs are both named 'digits-ipc1'": ["submit", "digits-ipc1", "digits-ipc1", "--out", out],
     }
     for expected, arguments in bad.items():
-        code, told, err = datm_ray("job", *arguments, "--address", dashboard)
-        assert (code, told) == (2, "")
+        code, printed, err = datm_ray("job", *arguments, "--address", dashboard)
+        assert (code, printed) == (2, "")
         assert expected in err
         assert len(err.splitlines()) == 1
     assert len(Jobs(dashboard).list()) == before
@@ -142,7 +142,7 @@ def test_bad_input_hands_nothing_in(datm_ray: CommandLine, dashboard: str, tmp_p
 
 @pytest.fixture
 def there(monkeypatch: pytest.MonkeyPatch) -> Iterator[dashboards.Dashboard]:
-    """A dashboard in this process that has one job; logs are looked at often."""
+    """A dashboard in this process with one job, whose log is read often."""
     monkeypatch.setattr("datm_ray.runtime.ray.dashboard.use_token", lambda: None)
     monkeypatch.setattr("datm_ray.runtime.ray.jobs.FOLLOW_INTERVAL", (0.01, 0.01))
     monkeypatch.setattr("datm_ray.runtime.ray.jobs.FOLLOW_SHARE", 10)
@@ -152,46 +152,46 @@ def there(monkeypatch: pytest.MonkeyPatch) -> Iterator[dashboards.Dashboard]:
 
 @pytest.fixture
 def jobs(there: dashboards.Dashboard) -> Jobs:
-    """Those of the dashboard above."""
+    """Jobs of the dashboard above."""
     return Jobs(there.address)
 
 
 def followed(jobs: Jobs, number: str = "here") -> tuple[Job, str, list[str]]:
-    """A job as it ended, its log as it was shown, and the warnings."""
+    """A followed job at its end, its printed log, and the warnings."""
     shown, warned = [], []  # type: ignore[var-annotated]
     return jobs.follow(number, shown.append, warned.append), "".join(shown), warned
 
 
 @pytest.mark.parametrize("ask", [Jobs.job, Jobs.logs, Jobs.stop, followed])
-def test_a_job_that_is_not_there_is_told(jobs: Jobs, ask: Callable[[Jobs, str], object]) -> None:
-    """Also one whose number would lead to another page of the dashboard."""
+def test_a_missing_job_is_reported(jobs: Jobs, ask: Callable[[Jobs, str], object]) -> None:
+    """A missing job is an error, also if its id would lead to another page of the dashboard."""
     for number in ("gone", "", ".", "../version", "here?x", "a b"):
         with pytest.raises(JobNotFoundError, match=re.escape(f"there is no job {number!r} at")):
             ask(jobs, number)
 
 
-def test_a_job_is_asked_for_once(jobs: Jobs, there: dashboards.Dashboard) -> None:
-    """Without a list of all jobs before; and not every trouble means that there is none."""
+def test_a_job_is_requested_once(jobs: Jobs, there: dashboards.Dashboard) -> None:
+    """A job is requested once, without a list of all jobs; other errors do not mean that it is missing."""
     assert jobs.logs("here") == "Experts: 2 tasks to run\n"
     assert jobs.job("here").status == "running"
     assert there.paths() == ["/api/jobs/here/logs", "/api/jobs/here"]
-    said = "Traceback (most recent call last):\n  File x\nOSError: the agent of Job here does not exist"
-    there.plan = lambda _: (500, {"Content-Type": "text/plain"}, said)
+    body = "Traceback (most recent call last):\n  File x\nOSError: the agent of Job here does not exist"
+    there.plan = lambda _: (500, {"Content-Type": "text/plain"}, body)
     with pytest.raises(ClusterError, match=r"refused the request \(OSError: the agent of Job here does not exist\)"):
         jobs.logs("here")
 
 
 @pytest.mark.parametrize("fault", [dashboards.LOST, dashboards.page(502), dashboards.page(200), dashboards.page(503)])
-def test_a_log_goes_on_where_a_connection_ended(
+def test_a_log_resumes_where_a_connection_ended(
     fault: dashboards.Answer, jobs: Jobs, there: dashboards.Dashboard
 ) -> None:
-    """However the connection ends: no line is lost or shown twice, and an outage is told once."""
+    """After a lost connection no line is missing or shown twice, and the outage is reported once."""
     lines = [f"line {n}\n" for n in range(20)]
     moments = iter(range(1000))
 
     def plan(asked: dashboards.Asked) -> dashboards.Answer | None:
         moment = next(moments)
-        there.log = "".join(lines[: 1 + moment // 2])[:-1]  # a look may fall into a line
+        there.log = "".join(lines[: 1 + moment // 2])[:-1]  # a read may end within a line
         if moment >= 60:
             there.log, there.status, there.exit_code = "".join(lines), "FAILED", 3
         return fault if moment % 30 in range(15, 20) else None
@@ -204,8 +204,8 @@ def test_a_log_goes_on_where_a_connection_ended(
     assert all("Trying again for 10 minutes; the job keeps running." in line for line in warned)
 
 
-def test_a_log_of_which_parts_are_lost_is_not_begun_again(jobs: Jobs, there: dashboards.Dashboard) -> None:
-    """A cluster says that a log is empty where the machine that has it does not answer."""
+def test_a_log_with_lost_parts_is_not_started_again(jobs: Jobs, there: dashboards.Dashboard) -> None:
+    """A log reported as empty, because its node does not answer, is not printed from the start again."""
     logs = iter(["one\n", "one\ntwo\n", "", "one\n", "one\ntwo\nthree\n"])
 
     def plan(asked: dashboards.Asked) -> None:
@@ -219,7 +219,7 @@ def test_a_log_of_which_parts_are_lost_is_not_begun_again(jobs: Jobs, there: das
 
 
 def test_a_job_ends_with_the_exit_code_of_its_command(datm_ray: CommandLine, there: dashboards.Dashboard) -> None:
-    """Whoever follows it gets the reason, and the code: 1 where it was stopped, that of the shell after a signal."""
+    """Following a job returns its reason and exit code: 1 if stopped, the shell's after a signal."""
     follow = ("job", "logs", "here", "--follow", "--address", there.address)
     there.status, there.exit_code = "FAILED", 2
     assert datm_ray(*follow) == (2, "Experts: 2 tasks to run\nJob here failed: Job is FAILED\n", "")
@@ -231,7 +231,7 @@ def test_a_job_ends_with_the_exit_code_of_its_command(datm_ray: CommandLine, the
 
 
 def test_a_job_that_waits_says_so(monkeypatch: pytest.MonkeyPatch, jobs: Jobs, there: dashboards.Dashboard) -> None:
-    """Once, where nothing is said for long, as while packages are installed."""
+    """A job without output for long, as while packages are installed, is reported once as waiting."""
     monkeypatch.setattr("datm_ray.runtime.ray.jobs.PENDING_REPORTED", 0.1)
     there.log, there.status = "", "PENDING"
 
@@ -246,11 +246,11 @@ def test_a_job_that_waits_says_so(monkeypatch: pytest.MonkeyPatch, jobs: Jobs, t
 def test_a_cluster_that_is_silent_for_long_is_left(
     datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch, there: dashboards.Dashboard
 ) -> None:
-    """With an exit code of its own, and the command that follows the job again."""
+    """A cluster silent for long ends the following with its own exit code and the command to resume it."""
     monkeypatch.setattr("datm_ray.runtime.ray.jobs.FOLLOW_TIMEOUT", 0.1)
     there.plan = lambda asked: dashboards.page(502) if len(there.asked) > 6 else None
-    code, told, err = datm_ray("job", "logs", "here", "--follow", "--address", there.address)
-    assert (code, told) == (75, "Experts: 2 tasks to run\n")
+    code, printed, err = datm_ray("job", "logs", "here", "--follow", "--address", there.address)
+    assert (code, printed) == (75, "Experts: 2 tasks to run\n")
     warning, end = err.splitlines()
     assert "502 Bad Gateway" in warning
     assert "the job keeps running" in warning
@@ -261,7 +261,7 @@ def test_a_cluster_that_is_silent_for_long_is_left(
 
 
 def test_a_cluster_that_forgets_a_job_has_ended_it(jobs: Jobs, there: dashboards.Dashboard) -> None:
-    """It was restarted; waiting would not help."""
+    """A job unknown to a restarted cluster has ended."""
     there.plan = lambda asked: there.job.update(submission_id="another") if len(there.asked) > 8 else None
     with pytest.raises(JobLostError, match=r"there is no job 'here' at .* any more\. The cluster was restarted"):
         followed(jobs)
@@ -270,7 +270,7 @@ def test_a_cluster_that_forgets_a_job_has_ended_it(jobs: Jobs, there: dashboards
 def test_a_job_that_has_ended_ends_though_its_log_is_gone(
     monkeypatch: pytest.MonkeyPatch, jobs: Jobs, there: dashboards.Dashboard
 ) -> None:
-    """The machine with the log went with the job."""
+    """An ended job is reported even if its log is lost with its node."""
     monkeypatch.setattr("datm_ray.runtime.ray.jobs.LAST_LINES_TIMEOUT", 0.1)
     there.status = "SUCCEEDED"
     there.plan = lambda asked: (500, {}, "no agent") if asked.path.endswith("logs") else None
@@ -282,7 +282,7 @@ def test_a_job_that_has_ended_ends_though_its_log_is_gone(
 def test_a_long_log_is_fetched_less_often(
     monkeypatch: pytest.MonkeyPatch, jobs: Jobs, there: dashboards.Dashboard
 ) -> None:
-    """It comes whole each time, so that the time it takes is a tenth of the time that passes."""
+    """A long log is fetched less often, so that fetching takes a tenth of the time."""
     pauses = []
 
     def sleep(seconds: float) -> None:
@@ -301,7 +301,7 @@ def test_a_long_log_is_fetched_less_often(
 def test_a_submission_whose_answer_is_lost_counts(
     monkeypatch: pytest.MonkeyPatch, jobs: Jobs, there: dashboards.Dashboard, tmp_path: Path
 ) -> None:
-    """The job is there, and a second one would only find its folder taken; one that is not there is an error."""
+    """After a lost answer a submission succeeds if the job exists, and else is an error."""
     there.status = "SUCCEEDED"
 
     def plan(asked: dashboards.Asked) -> dashboards.Answer | None:
@@ -320,7 +320,7 @@ def test_a_submission_whose_answer_is_lost_counts(
 def test_a_submission_is_asked_for_until_the_cluster_answers(
     monkeypatch: pytest.MonkeyPatch, jobs: Jobs, there: dashboards.Dashboard, tmp_path: Path
 ) -> None:
-    """A gateway may be away for a while when the answer is lost; if it stays away, the line names the job."""
+    """After a lost answer the job is requested until a gateway answers; else the line names the job."""
     there.status = "SUCCEEDED"
     monkeypatch.setattr("datm_ray.runtime.ray.jobs._new_number", lambda: "datm-ray-1")
     monkeypatch.setattr("datm_ray.runtime.ray.jobs.time.sleep", lambda _: None)
@@ -343,10 +343,10 @@ def test_a_submission_is_asked_for_until_the_cluster_answers(
         jobs.submit([tiny_config()], str(tmp_path))
 
 
-def test_a_status_tells_losses_progress_and_the_last_line(
+def test_a_status_shows_losses_progress_and_the_last_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the words in which a run writes its log; of a job without a log, what the cluster says."""
+    """A status shows lines of the run's log, or the cluster's message if there is no log."""
     monkeypatch.setattr("datm_ray.monitor.progress.LINE_INTERVAL", 0.0)
     reporter, task = Reporter(), Task("digits-ipc1", ())
     reporter.message("Running on Ray, up to 2 workers with 1 thread each")
@@ -373,7 +373,7 @@ def test_a_status_tells_losses_progress_and_the_last_line(
 def test_a_submission_is_followed_unless_detached(
     datm_ray: CommandLine, there: dashboards.Dashboard, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """It ends as the job ends; Ctrl-C leaves the job alone, and two commands say how to follow and stop it."""
+    """Submitting follows the job to its end; Ctrl-C leaves it running and prints how to follow and stop it."""
     submit = ("job", "submit", "digits-ipc1", "-o", str(tmp_path / "runs"), "--address", there.address)
     there.status, there.exit_code = "FAILED", 3
     monkeypatch.setattr("datm_ray.runtime.ray.jobs._new_number", lambda: "datm-ray-1")
@@ -397,7 +397,7 @@ def test_a_submission_is_followed_unless_detached(
 
 
 def test_a_status_is_the_same_with_the_log(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job that was submitted with -v has its losses and progress in log lines."""
+    """A job submitted with -v has its losses and progress in log lines."""
     monkeypatch.setattr("datm_ray.monitor.progress.LINE_INTERVAL", 0.0)
     logs.show(1)
     with Reporter().stage("Distillation", 1) as stage:
@@ -413,7 +413,7 @@ def test_a_status_is_the_same_with_the_log(capsys: pytest.CaptureFixture[str], m
 
 
 def test_jobs_as_json(datm_ray: CommandLine, there: dashboards.Dashboard) -> None:
-    """Lists and states of jobs have the documented keys, and nothing else is on standard output."""
+    """--json prints lists and states of jobs with the documented keys and nothing else."""
     (job,) = json.loads(datm_ray("job", "list", "--json", "--address", there.address)[1])
     assert set(job) == documented_keys("job list")
     status = json.loads(datm_ray("job", "status", "here", "--json", "--address", there.address)[1])
@@ -422,7 +422,7 @@ def test_jobs_as_json(datm_ray: CommandLine, there: dashboards.Dashboard) -> Non
 
 
 def test_a_slash_makes_no_other_folder(jobs: Jobs) -> None:
-    """Where a job writes to already, another is not handed in."""
+    """A job whose folder is in use is refused, with or without a final slash."""
     for out in ("s3://bucket/runs", "s3://bucket/runs/"):
         with pytest.raises(ClusterError, match=f"job here is running and writes to {out} already"):
             jobs._require_nobody_at_work(out)
@@ -443,7 +443,7 @@ def test_a_slash_makes_no_other_folder(jobs: Jobs) -> None:
     ],
 )
 def test_requirements_that_cannot_travel_are_refused(tmp_path: Path, line: str, expected: str) -> None:
-    """A job's data can be read by all who reach the dashboard, so nothing secret may be among it."""
+    """Requirements with secrets, local files or other files' lines are refused, because a job cannot carry them."""
     from datm_ray.runtime.ray.jobs import _requirements
 
     file = tmp_path / "requirements.txt"
@@ -457,8 +457,8 @@ def test_requirements_that_cannot_travel_are_refused(tmp_path: Path, line: str, 
     assert _requirements(str(file)) == good
 
 
-def test_no_place_is_taken_that_the_job_has_not() -> None:
-    """A relative path would lie in the job's own folder, which is deleted."""
+def test_relative_places_of_a_job_are_refused() -> None:
+    """Relative paths are refused, because they would lie in the job's own folder, which is deleted."""
     from datm_ray.runtime.ray.jobs import _require_reachable
 
     _require_reachable("--out", "s3://bucket/runs")
@@ -468,7 +468,7 @@ def test_no_place_is_taken_that_the_job_has_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("message", "expected"),
     [
         ("", ""),
         ("\n  it fell over.\nTraceback", "it fell over"),
@@ -477,15 +477,15 @@ def test_no_place_is_taken_that_the_job_has_not() -> None:
         ("x" * 300, "x" * 200),
     ],
 )
-def test_a_line_is_made_of_what_somebody_says(said: BaseException | str, expected: str) -> None:
-    """Nothing where a message is empty; the kind of an error that says nothing."""
+def test_a_message_becomes_one_line(message: BaseException | str, expected: str) -> None:
+    """A message becomes one line: empty stays empty, a silent error gives its kind."""
     from datm_ray.runtime.ray.cluster import first_line
 
-    assert first_line(said) == expected
+    assert first_line(message) == expected
 
 
 def test_a_jobs_message_is_a_line() -> None:
-    """Ray leaves it out, or empty, at the start; and pip's reason is at the end of a page."""
+    """Ray's message of a job becomes a line if it is missing, empty, or has pip's reason at its end."""
     from datm_ray.runtime.ray.jobs import _job
 
     for message in (None, ""):

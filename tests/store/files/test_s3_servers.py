@@ -166,7 +166,7 @@ def test_write_once_has_a_second_best(file, s3_proxy, warnings_of_s3, fault):
         assert place.read_bytes() == b"first"
     (line,) = warnings_of_s3()
     assert "cannot write a file only if it is missing (If-None-Match)" in line
-    assert s3_proxy.faults == {fault: 1}  # not asked for again
+    assert s3_proxy.faults == {fault: 1}  # sent once
 
 
 def test_of_two_second_best_writers_at_one_moment_one_stores(file, s3_proxy, monkeypatch):
@@ -415,7 +415,7 @@ def test_a_slow_upload_is_not_given_up(s3_environment, monkeypatch):
     monkeypatch.setattr(s3, "PATIENCE", 1.0)
     content = bytes(50 * 2**20)
 
-    def take_slowly(server: socket.socket) -> None:  # and without a word before the end
+    def take_slowly(server: socket.socket) -> None:  # silent until the end
         connection, _ = server.accept()
         with connection, connection.makefile("rb") as request:
             while request.readline().strip():
