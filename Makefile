@@ -35,7 +35,7 @@ test-all: install  ## all tests
 test-versions:  ## numeric tests and small runs at the versions of docs/versions.md: ROWS="lowest 2.11 2.14 highest"
 	.ci/versions $(ROWS)
 
-lint: install  ## style, and the words of docstrings and messages
+lint: install  ## style, and the words of docstrings, comments and messages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python .ci/words

@@ -46,7 +46,7 @@ TRANSFORMS = "transforms"
 """Folder of the transforms that are kept apart from their sets."""
 INLINE_BYTES = 64 * 1024
 """Largest size in bytes of a transform that is stored inside every set's file, inclusive."""
-_SEARCHED = 50  # names in a folder that is given for a set, each of which may be a run's
+_SEARCHED = 50  # most names searched for runs, in a folder that is given for a set
 _PARENTS = 3  # number of folders above a set's own in which its transform is searched
 _CHECKSUM = "sha256"  # key in the metadata of the export "safetensors", whose format has no checksum
 _LONGEST_FOLDER = 200  # longest name of a class's folder in bytes; file systems take 255
@@ -194,7 +194,7 @@ def save_artifact(
         "images": synthetic.images.detach().cpu().numpy(),
         "soft_labels": synthetic.soft_labels.detach().cpu().numpy(),
         "labels": synthetic.labels.cpu().numpy(),
-        # Beside `step_sizes`, for earlier versions of this program.
+        # `step_size` beside `step_sizes` is for earlier versions of this program.
         "step_size": synthetic.step_size.detach().cpu().numpy(),
         "step_sizes": synthetic.step_sizes.detach().cpu().numpy(),
     }
@@ -373,7 +373,7 @@ def _read_safetensors(location: Location) -> tuple[dict[str, NDArray[Any]], Mapp
 
 def _checksum(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any]) -> str:
     """SHA-256 in hex digits over a set's metadata and the names, types, shapes and bytes of its arrays."""
-    # In the form in which JSON is read back.
+    # Round trip through JSON, to compare with the form that is read back.
     digest = sha256(json.dumps(json.loads(json.dumps(metadata)), sort_keys=True).encode())
     for name, array in sorted(arrays.items()):
         digest.update(json.dumps([name, array.dtype.str, array.shape]).encode())

@@ -33,8 +33,8 @@ def _left_in_control_groups(root: Path) -> list[int]:
                 ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
             )
             group = base / path.lstrip("/")
-            # In a container the path may be that of the host, which does not exist there; then the base is the own
-            # group.
+            # In a container the path may be the host's, which does not exist there; then the
+            # base is the container's own group.
             for place in [base, *(each for each in (group, *group.parents) if base in each.parents)]:
                 with suppress(OSError, ValueError):  # "max", or a group without limits
                     limit, used = (int((place / name).read_text()) for name in names)

@@ -1,4 +1,4 @@
-"""What README, docs and cluster/ say: commands that exist, links that lead somewhere, no secrets."""
+"""Tests what README, docs and cluster/ say: commands exist, links lead somewhere, and nothing is secret."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SECRETS = [
 
 
 def find(words: list[str]) -> tuple[Any, list[str]]:
-    """The command that words name, and the words after its name."""
+    """The command with this name, and the words after it."""
     command: Any = typer.main.get_command(app)
     _, *arguments = words
     while hasattr(command, "commands") and arguments[:1] not in (["--help"], ["--version"]):
@@ -38,14 +38,14 @@ def find(words: list[str]) -> tuple[Any, list[str]]:
 
 
 def parse(words: list[str]) -> dict[str, Any]:
-    """Values of a `datm-ray` command as the command line reads it; fails as that does."""
+    """Values of a `datm-ray` command, parsed by the command line, which also raises its errors."""
     command, arguments = find(words)
     with command.make_context("datm-ray", arguments) as context:
         return dict(context.params)
 
 
 def test_commands_are_found_in_text() -> None:
-    """Chains, variables in front, continued lines and comments; otherwise the tests below would see nothing."""
+    """Commands are found in chains, after variables, over continued lines and before comments."""
     text = (
         "A=1 datm-ray run x \\\n --out y && (sleep 1; datm-ray job list) # datm-ray no\ntunnel & datm-ray plan 'a b'\n"
     )
@@ -77,27 +77,27 @@ def test_commands_are_found_in_text() -> None:
     ],
 )
 def test_a_wrong_command_is_noticed(wrong: str, what: str) -> None:
-    """A missing, misspelt or incomplete command, or an option that does not exist."""
+    """A missing, misspelt or incomplete command, or an unknown option, is found."""
     with pytest.raises(Exception, match=what):
         parse(wrong.split())
 
 
 def named(value: object) -> str:
-    """A test's name."""
+    """Name of a test case."""
     return " ".join(value)[:80] if isinstance(value, list) else str(value)
 
 
 @pytest.mark.parametrize(("place", "words"), documented_commands(), ids=named)
 def test_commands_exist(place: str, words: list[str]) -> None:
-    """Command, options, recipes and configuration values of every command that people are told to give."""
+    """Every documented command has an existing name, options, recipe and configuration values."""
     values = {} if words[-1] == "--help" else parse(words)
     for recipe in values.get("recipes") or []:
-        is_file = recipe.endswith(".yaml")  # a reader's own
+        is_file = recipe.endswith(".yaml")  # a file of the reader
         override(get_recipe("digits-ipc1" if is_file else recipe), values.get("set_") or [])
 
 
 def test_shown_recipes_are_recipes(tmp_path: Path) -> None:
-    """Every YAML block with a `base` in a document is a file that `run` takes, in README and docs at least."""
+    """Every YAML block with a `base` is a file that `run` takes; README and docs have some."""
     shown = [
         (place, text)
         for place in DOCUMENTS
@@ -113,7 +113,7 @@ def test_shown_recipes_are_recipes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("place", "words"), mentioned_commands(), ids=named)
 def test_mentioned_commands_exist(place: str, words: list[str]) -> None:
-    """Also those that a sentence names without all that they need."""
+    """Commands within sentences exist, also where arguments are left out."""
     command, arguments = find(words)
     options = {option for parameter in command.params for option in [*parameter.opts, *parameter.secondary_opts]}
     assert {word for word in arguments if word.startswith("--")} <= options
@@ -121,7 +121,7 @@ def test_mentioned_commands_exist(place: str, words: list[str]) -> None:
 
 @pytest.mark.parametrize("place", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_mentioned_settings_exist(place: Path) -> None:
-    """Every `section.field` of a recipe that a README names, in a table or sentence too."""
+    """Every `section.field` in a README is a setting of a recipe."""
     settings = set(re.findall(r"\b(?:cluster|distill|experts|evaluate)\.[a-z_]+(?:=[\w.]+)?", place.read_text()))
     names = {setting for setting in settings if not setting.endswith((".yaml", ".py"))}
     for setting in sorted(names):
@@ -133,7 +133,7 @@ def test_mentioned_settings_exist(place: Path) -> None:
 
 @pytest.mark.parametrize("readme", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(readme: Path) -> None:
-    """Relative links are files, and a part after # is one of their headings."""
+    """Relative links lead to files, and a part after # to one of their headings."""
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", readme.read_text()):
         path, _, heading = target.partition("#")
         linked = readme.parent / path if path else readme
@@ -145,7 +145,7 @@ def test_links_lead_somewhere(readme: Path) -> None:
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_secret_is_in_a_file(path: Path) -> None:
-    """Neither keys nor tokens; where they come from is said in their place."""
+    """No file holds a key or token; each place says where they come from."""
     text = path.read_text()
     assert not [pattern for pattern in SECRETS if re.search(pattern, text)]
 
@@ -155,34 +155,35 @@ def test_no_secret_is_in_a_file(path: Path) -> None:
     ["AKIAIOSFODNN7EXAMPLE", "aws_secret_access_key = x", "auth_token: 0123456789abcdef", "ab" * 32],
 )
 def test_a_secret_is_noticed(secret: str) -> None:
-    """The patterns above find what they are for."""
+    """The patterns of secrets match examples of them."""
     assert any(re.search(pattern, f"line\n  {secret}\n") for pattern in SECRETS)
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_listens_for_the_world(path: Path) -> None:
-    """No dashboard is bound to all interfaces, and none is put behind a public load balancer or an open port."""
+    """No dashboard binds to all interfaces, a public load balancer or an open port."""
     text = path.read_text()
     assert not re.search(r"dashboard[-_]host[ =:]+[\"']?(?!127\.0\.0\.1)\S", text)
     assert not re.search(r"0\.0\.0\.0|::/0|LoadBalancer|NodePort|hostNetwork|hostPort|kind: Ingress", text)
 
 
-def test_words_to_avoid_are_found_in_docstrings_messages_and_names(tmp_path: Path) -> None:
+def test_words_to_avoid_are_found_in_docstrings_comments_messages_and_names(tmp_path: Path) -> None:
     """`.ci/words` names the line of each fault, and passes a file without one."""
     faults = runpy.run_path(str(ROOT / ".ci" / "words"))["faults"]
     (tmp_path / "bad.py").write_text(
-        '"""Numbers."""\n\nsize = 1\n"""Of an image."""\nclass NoPulse:\n    """The crew."""\n\n'
+        '"""Numbers."""\n\nsize = 1\n"""Of an image."""\nclass NoPulse:\n    """The crew."""\n\n'  # former name
         'def f(told: int) -> str:\n    """The same."""\n    return "a promise"\n'
-        'old = "told"  # former name\n'
+        'old = "told"  # former name\nnew = 1  # as far as known\n'
     )
     found = [fault.removeprefix(f"{tmp_path / 'bad.py'}:").split(":")[:2] for fault in faults(tmp_path / "bad.py")]
     assert sorted((int(line), what.strip()) for line, what in found) == [
         (4, "a docstring begins with 'Of'"),
-        (5, "'Pulse'"),
-        (6, "'crew'"),
-        (8, "'told'"),
+        (5, "'Pulse'"),  # former name
+        (6, "'crew'"),  # former name
+        (8, "'told'"),  # former name
         (9, "a docstring begins with 'The same'"),
-        (10, "'promise'"),
+        (10, "'promise'"),  # former name
+        (12, "'as far as'"),  # former name
     ]
     (tmp_path / "good.py").write_text('"""Numbers."""\n\nsize = 1\n"""Size of an image in pixels; None keeps it."""\n')
     assert not list(faults(tmp_path / "good.py"))

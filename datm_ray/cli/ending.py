@@ -153,7 +153,7 @@ def _write_log(failure: BaseException, out: str | None) -> str | None:
 
 def _say(text: str) -> None:
     if sys.stderr is not None:
-        with suppress(OSError):  # nobody is there to read it
+        with suppress(OSError):  # the reader has closed the stream
             print(f"datm-ray: {text}", file=sys.stderr, flush=True)
 
 
@@ -169,7 +169,7 @@ def _has_no_reader(stream: TextIO | None) -> bool:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, number)
         os.close(nowhere)
-    except (OSError, ValueError):  # of a stream without a descriptor
+    except (OSError, ValueError):  # the stream has no descriptor
         return False
     return True
 

@@ -170,4 +170,4 @@ def _follow(jobs: Jobs, number: str) -> None:
     print(f"Job {number} {job.status}{f': {job.message}' if job.status == 'failed' and job.message else ''}")
     if job.status != "succeeded":
         code = job.exit_code or 1
-        raise typer.Exit(code if code > 0 else 128 - code)  # as a shell shows a signal
+        raise typer.Exit(code if code > 0 else 128 - code)  # a shell's exit code for a signal

@@ -350,7 +350,7 @@ def _with_memory(set_: list[str] | None, memory: str | None) -> list[str]:
         parse_bytes(memory)
     except ConfigError as failure:
         raise ConfigError(f"--memory: {failure.fact}", failure.cause, failure.remedy) from None
-    # Quoted, for YAML is to read it as text whatever it holds.
+    # Quoted, so that YAML reads it as text.
     return [*(set_ or []), f"cluster.memory={json.dumps(memory)}"]
 
 

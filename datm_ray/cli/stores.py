@@ -217,7 +217,7 @@ def store_import(
     config = config_of(recipe, set_)
     from datm_ray.interop.replay_buffers import import_replay_buffers
 
-    imported = list(import_replay_buffers(files, config, store))  # all, before a print that may fail
+    imported = list(import_replay_buffers(files, config, store))  # imports all before a print that may fail
     for each in imported:
         print(f"{each.group} expert {each.expert}" + ("" if each.new else " was there already"))
     new = sum(each.new for each in imported)

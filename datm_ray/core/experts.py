@@ -228,7 +228,7 @@ def train_experts(
 
 def _filled_up(images: Tensor, labels: Tensor, weights: Tensor, missing: int) -> tuple[Tensor, Tensor, Tensor]:
     """Images [s b c h w], labels [s b] and weights [b], filled up with `missing` images of weight zero."""
-    if not missing:  # torch would copy
+    if not missing:  # padding by nothing would copy
         return images, labels, weights
     return pad(images, (0, 0) * 3 + (0, missing)), pad(labels, (0, missing)), pad(weights, (0, missing))
 

@@ -388,7 +388,7 @@ def _try(image: Image.Image) -> None:
 
 def _turned(image: Image.Image) -> Image.Image:
     """Turn the image as its EXIF orientation says."""
-    image.load()  # so that EXIF data behind the pixels is known too
+    image.load()  # also reads EXIF data that follow the pixels
     turn = None if image.format == "TIFF" else _TURNS.get(_orientation(image))  # Pillow turns TIFF images itself
     return image if turn is None else image.transpose(turn)
 

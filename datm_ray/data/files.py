@@ -101,7 +101,7 @@ class _Walk:
         if os.path.isdir(target):
             return self._take_folder(name, target)
         if not _has_suffix(name, self._suffixes):
-            # Perhaps a class whose disk is not mounted.
+            # The link may be to a class on a disk that is not mounted.
             if not os.path.exists(target):
                 self.folders.append(name)
             self.passed_over[_suffix(name) if os.path.exists(target) else "links to nothing"] += 1

@@ -187,7 +187,7 @@ def _folder(request: Request) -> Loaded:
         for role in ("test", "val"):
             held_out = _folder_for(role, tree, images)
             test = _labelled(images, held_out)
-            # One folder of another name holds images without labels, such as test/images.
+            # A single folder of another name, such as test/images, holds images without labels.
             if held_out and (len({name for name, _ in test}) > 1 or {name for name, _ in test} & dict(train).keys()):
                 return _class_folders(tree, training, train, held_out, test, request)
         return _class_folders(tree, training, train, "", [], request)
@@ -214,7 +214,7 @@ def _require_classes(tree: FileTree, images: Sequence[Parts]) -> None:
     """Raise a `DatasetError` if the class folders are parts of the set, or one level too high."""
     tops = sorted({parts[0] for parts in images if len(parts) > 1})
     parted = [top for top in tops if top.isalpha() and role_of(top)]
-    if parted and (parted == tops or any(role_of(top) != "train" for top in parted)):  # a class may well be of trains
+    if parted and (parted == tops or any(role_of(top) != "train" for top in parted)):  # "train" may be a class
         raise DatasetError(
             f"{tree.root} has a folder {parted[0]}, but no folder train with a folder of images for each class",
             "; ".join((f"By its name {parted[0]} is a part of the set and no class", *tree.listing.notes())),

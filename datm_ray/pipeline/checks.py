@@ -63,7 +63,7 @@ def check_before_reading(configs: Sequence[RunConfig], *, elsewhere: bool) -> No
     require_together(configs)
     cluster = configs[0].cluster
     can_have = cluster.gpus_per_worker != 0 and (elsewhere or torch.cuda.is_available())
-    require_precision(cluster, has_gpu=cluster.device != "cpu" and can_have)  # executors ask again
+    require_precision(cluster, has_gpu=cluster.device != "cpu" and can_have)  # executors check again
 
 
 def require_startable(runs: Runs) -> None:
@@ -166,7 +166,7 @@ def _check_network(
 def _check_experts(runs: Runs, config: RunConfig, network: nn.Module) -> None:
     """Experts that are stored may lack epochs that this recipe matches, or be of another version's network."""
     group = runs.experts(config)
-    for expert in group.experts()[:1]:  # all of a group are kept alike, but for a change of mind half way
+    for expert in group.experts()[:1]:  # one expert stands for all, which normally keep equal epochs
         info = group.read_info(expert)
         if tuple(map(tuple, info.parameter_shapes)) != tuple(FlatNetwork(network).shapes):
             raise StoreError(

@@ -149,7 +149,7 @@ class Pipeline:
         for config in self.configs:
             checks.require_experts(self.runs, [*config.each_backbone(), *config.each_auxiliary()])
         with self._started(start, reporter, distils=True) as executor:
-            self._note_experts_cost()  # they may have been trained by another command
+            self._note_experts_cost()  # another command may have trained them
             self._distill(executor, reporter)
 
     def evaluate(self, start: Callable[[], Executor], reporter: Reporter) -> None:
@@ -197,7 +197,7 @@ class Pipeline:
                 for line in (f"Running on {executor.description}", *self.data_lines(), f"Log: {log}"):
                     reporter.message(line)
                 for config in self.configs:
-                    # The recipe last: it is what marks a folder as a run's, for `report` too.
+                    # The recipe is written last, because it marks the folder as a run's, also for `report`.
                     write_note(self.runs.folder(config), self.runs.raw(config))
                     (self.runs.folder(config) / RECIPE).write_text(to_yaml(self._with_rows_before(config)))
                 yield executor

@@ -42,7 +42,7 @@ class Runs:
         """
         self.elsewhere, self.alone, self.asked = elsewhere, alone, asked or {}
         self.out = open_location(out)
-        # Absolute, for workers resolve it too and may have another working directory.
+        # Absolute, because workers resolve it too and may have another working directory.
         self.store_uri = open_location(store).uri if store else (self.out / "experts").uri
         self._raw: dict[DatasetConfig, RawDataset] = {}
         self._prepared: dict[DatasetConfig, Dataset] = {}
@@ -57,7 +57,7 @@ class Runs:
         )
         raw = next(alike, None)
         if raw is None:
-            copies = 1 if self.alone else 2  # Ray's object store has one of its own
+            copies = 1 if self.alone else 2  # Ray's object store keeps a copy of its own
             raw = load_raw(d.source, d.path, resize=d.resize, validation=d.validation, copies=copies)
         config = config.resolved(raw.size)
         self._raw[config.dataset] = raw

@@ -71,7 +71,7 @@ class Proposal:
         computing, summing = 0.0, 0.0
         for role in config.roles:
             plans = [self.plans[number] for number in role.backbones]
-            passes = [steps * -(-plan.rows // plan.chunk) * plan.chunk for plan in plans]  # the last chunk is filled up
+            passes = [steps * -(-plan.rows // plan.chunk) * plan.chunk for plan in plans]  # the last chunk is padded
             own = sum(self.seconds("matching", backbones[n], p) for n, p in zip(role.backbones, passes, strict=True))
             own += sum(self.seconds("training", looking[place], share * held) for place in role.meta_networks)
             size = sum(plan.network_bytes for plan in plans)
@@ -234,7 +234,7 @@ def _laid_out(config: RunConfig, machine: Machine, shards: int) -> RunConfig:
         "device": "auto" if gpu else "cpu",
         "gpus_per_worker": 1.0 if gpu else 0.0,
         "memory": own.memory if machine.memory is None else str(machine.memory),
-        # Smaller stacks, where the largest would leave GPUs without experts.
+        # Stacks are smaller where the largest would leave GPUs idle.
         "experts_at_a_time": own.experts_at_a_time or (share if gpu and share < LARGEST_STACK else None),
     }
     return config.model_copy(update={"cluster": own.model_copy(update=update)})

@@ -153,7 +153,7 @@ def _read(name: str, value: str) -> float:
             size = parse_bytes(value)
         except ConfigError:
             return 0.0
-        return float(size) if 2**20 <= size < 2**60 else 0.0  # a memory of 8 is one whose unit was forgotten
+        return float(size) if 2**20 <= size < 2**60 else 0.0  # a memory of 8 lacks its unit
     match = re.fullmatch(pattern, value, re.ASCII | re.IGNORECASE)
     if match is None:
         return 0.0

@@ -5,6 +5,6 @@ The serial executor is the reference; `runtime/ray/` is the only folder that imp
 
 import os
 
-# Ray reads it when it is imported. Under `uv run` it would pack the working folder, data and all, for its workers,
-# which have this process's packages anyway.
+# Ray reads this variable when it is imported. Under `uv run` Ray would upload the working folder, with its data, to
+# its workers, which have this process's packages anyway.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")

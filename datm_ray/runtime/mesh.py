@@ -304,7 +304,7 @@ def open_mesh(
 
 def _join(worker_rank: WorkerRank, device: torch.device, timeout: timedelta) -> str:
     """Create the process group of all workers. Returns the name of its backend."""
-    # Half of it: torch sleeps between its attempts, which may double the time.
+    # Half of the time, because torch's sleeps between attempts may double it.
     store, _, _ = next(
         rendezvous(f"tcp://{worker_rank.rendezvous}", worker_rank.rank, worker_rank.world_size, timeout=timeout / 2)
     )
@@ -366,7 +366,7 @@ def _first_line(failure: BaseException) -> str:
 @contextmanager
 def _settings(rendezvous_address: str) -> Generator[None, None, None]:
     """Set environment variables that torch reads, unless the user has set them."""
-    # Without the first one, NCCL kills the process when a peer is lost, instead of raising an error.
+    # Without the first setting, NCCL kills the process when a peer is lost, instead of raising an error.
     wanted = {"TORCH_NCCL_BLOCKING_WAIT": "1", "GLOO_SOCKET_IFNAME": _interface_towards(*_split(rendezvous_address))}
     ours = {name: value for name, value in wanted.items() if value and name not in os.environ}
     os.environ.update(ours)

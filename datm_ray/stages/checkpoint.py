@@ -90,7 +90,7 @@ def load_checkpoint(
     if not (folder / CHECKPOINT).exists():
         return None
     try:
-        # Another command that goes on with the same run replaces it, and deletes the parts of the one before.
+        # Another command that resumes this run replaces the checkpoint and deletes the earlier one's parts.
         return reading_again(
             folder / CHECKPOINT,
             lambda: _load(kind, folder, rows, settings, device),
@@ -224,7 +224,7 @@ def _delete_older_parts(parts: Location, iteration: int) -> list[str]:
     for name in parts.list():
         match = _PART.fullmatch(name)
         if match and int(match[1]) < iteration:
-            with suppress(StoreError):  # somebody else was faster
+            with suppress(StoreError):  # another process has removed it
                 (parts / name).remove()
         else:
             kept.append(name)

@@ -88,7 +88,7 @@ class ExpertProgress:
         state, self._spent = None, Spent()
         for name, _ in self._chain():
             file = self._readable(name)
-            if file is None:  # without it another file may lead to a later epoch
+            if file is None:  # it has been removed; the files left may reach a later epoch
                 return self.resume(device)
             state = _state(file.arrays, device)
             self._spent += _spent(file)

@@ -48,7 +48,7 @@ def expert_group(store_uri: str, config: RunConfig, dataset: str, dataset_finger
     """Place of a run's experts in the store."""
     store = TrajectoryStore(store_uri)
     fingerprint = expert_fingerprint(config, dataset_fingerprint)
-    # A data set may be named after any folder; the fingerprint tells apart what becomes the same name here.
+    # A data set may be named after any folder; the fingerprint separates data sets of one name.
     folder = re.sub(r"[^A-Za-z0-9._+=-]+", "-", dataset).lstrip("._+=-") or "dataset"
     return store.group(folder, config.network.architecture, fingerprint)
 
@@ -59,7 +59,7 @@ def experts_at_a_time(config: RunConfig, image: tuple[int, int, int], classes: i
     if cluster.experts_at_a_time is not None:
         return cluster.experts_at_a_time
     if uses_gpu(cluster):
-        # Where there are more workers than largest stacks, smaller ones, so that none is idle.
+        # With fewer of the largest stacks than workers, stacks are smaller, so that no worker is idle.
         return min(LARGEST_STACK, -(-config.experts.count // (cluster.workers or 1)))
     network = build_network(config.network.for_images(image[0], image[1:], classes), seed=0)
     if not can_be_stacked(network):
@@ -107,7 +107,7 @@ class ExpertWorker:
             if not set(wanted) <= set(group.experts()):
                 yield from self._train_and_store(config, group, experts, progress, meter)
         except (StoreError, CorruptFileError):
-            # Another command that trains them too has stored them meanwhile, and cleared up what both were reading.
+            # Another command has stored these experts meanwhile, and removed the progress that both were reading.
             if not set(wanted) <= set(group.experts()):
                 raise
         progress.remove()
@@ -117,7 +117,7 @@ class ExpertWorker:
         self, config: RunConfig, group: ExpertGroup, experts: Sequence[int], progress: ExpertProgress, meter: Meter
     ) -> Iterator[Event]:
         yield from self._train(config, group, experts, progress, meter)
-        progress.note_cost()  # before, for who finds all experts stored does not come here again
+        progress.note_cost()  # before storing: a command with all experts stored skips this stage
         for expert in {each for each in experts if each < config.experts.count} - set(group.experts()):
             progress.require_whole(config.experts.epochs)
             info = self._info(config, group, expert)

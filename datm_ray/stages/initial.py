@@ -34,7 +34,7 @@ def initial_set(part: Part, experts: ExpertNetworks) -> SyntheticSet:
                 soft_labels.copy_(experts.soft_labels(images, labels, heartbeat))
 
     part.mesh.until_all_are_done(choose)
-    # To the other backbones' workers as it is, for machines may round differently; x + 0 is x.
+    # The other backbones' workers get these bits, because machines may round differently; x + 0 is x.
     images, soft_labels = part.mesh.sum_over_backbones(images), part.mesh.sum_over_backbones(soft_labels)
     return SyntheticSet(images, soft_labels, step_sizes, labels)
 

@@ -57,7 +57,7 @@ class TrajectoryMatching:
         )
         steps = {n: self.functions(FlatNetwork(self.experts[n].network), options) for n in role.backbones}
         planned = config
-        if any(each.note for each in steps.values()):  # what runs uncompiled takes more memory
+        if any(each.note for each in steps.values()):  # uncompiled steps take more memory
             planned = config.model_copy(update={"cluster": cluster.model_copy(update={"compile": False})})
         shape = DataShape(part.image, dataset.classes, 0)
         plans = plans_of(planned, shape, Layout(part.mesh.columns, part.roles, part.sharing))
@@ -133,7 +133,7 @@ class TrajectoryMatching:
             to_device(each, self._part.device) for each in backbone.snapshots.read_params(*self._wanted(origin))
         )
         if torch.equal(start, target):
-            self._require_motion(backbone, origin)  # a single pair costs its iteration, for its loss is not finite
+            self._require_motion(backbone, origin)  # a single pair skips its iteration, because its loss is not finite
         return Match(
             backbone.functions,
             start,

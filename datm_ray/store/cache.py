@@ -20,7 +20,7 @@ from datm_ray.errors import StoreError
 FOLDER, SIZE = "DATM_RAY_CACHE", "DATM_RAY_CACHE_GIB"
 
 _DEFAULT_SIZE = "10"  # GiB
-_SWEEP = 0.05  # of the size; what one process may write between two looks at the whole folder
+_SWEEP = 0.05  # share of the size that a process may write between two sweeps of the folder
 _ENTRY = re.compile(r"[0-9a-f]{64}|\.tmp-[0-9a-f]{32}")  # nothing else in the folder is touched
 
 
@@ -40,14 +40,14 @@ class Cache:
                 content = file.read()
         except OSError:
             return None
-        with suppress(OSError):  # an entry of somebody else may be read, and not touched
-            os.utime(path)  # used now
+        with suppress(OSError):  # another user's entry is readable, but its time cannot be set
+            os.utime(path)  # marks the entry as just used
         return memoryview(content) if sha256(content).hexdigest() == digest else None
 
     def put(self, digest: str, content: memoryview) -> None:
         """Keep the piece with this sha256, and drop old ones where there are too many."""
         temporary = os.path.join(self._folder, f".tmp-{uuid.uuid4().hex}")
-        with suppress(OSError):  # a full disk, above all: the run does not need the cache
+        with suppress(OSError):  # a full disk, for example: a run works without the cache
             try:
                 os.makedirs(self._folder, exist_ok=True)
                 with open(temporary, "wb") as file:

@@ -44,7 +44,7 @@ _SEAL_END = struct.Struct("<32sQ8s")  # sha256, length of the index, magic
 _SEAL_MAGIC = b"DATMSEAL"
 _FIRST_READ = 64 * 1024  # bytes; more than the end of an expert with 400 snapshots
 _CHUNK = 1024 * 1024  # bytes hashed at a time while writing
-_READS = 12  # of a file that looks damaged, at most
+_READS = 12  # most attempts to read a file that looks damaged
 
 T = TypeVar("T")
 
@@ -250,7 +250,7 @@ _NONSENSE = (
     AttributeError,
     EOFError,
     LookupError,
-    OSError,  # Arrow's, for a flatbuffer that is none; errors of a place are StoreErrors by now
+    OSError,  # Arrow's, for an invalid flatbuffer; a place's own errors are StoreErrors here
     RecursionError,
     TypeError,
     ValueError,
@@ -304,7 +304,7 @@ def _read_end(location: Location, size: int) -> tuple[bytes, bytes, memoryview]:
             raise _unknown(location)
         if count > len(tail):
             (tail,) = location.read_ranges([(max(0, size - max(count, _FIRST_READ)), size)])
-            if len(tail) < count:  # it has just become shorter
+            if len(tail) < count:  # the file has become shorter since its size was read
                 raise _unknown(location)
         return tail[-count:]
 

@@ -47,7 +47,7 @@ _TRANSFORM_FILE = "transform.arrow"
 _COSTS = "costs"
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 _MAX_EXPERT = 99_999
-_MAX_STRETCHES = 6  # of epochs, named in a message
+_MAX_STRETCHES = 6  # most ranges of epochs named in a message
 _SCALARS = ("epoch", "step", "train_loss", "test_accuracy")
 
 
@@ -338,7 +338,7 @@ class ExpertGroup:
             try:
                 return self._open(expert).snapshots(epochs)
             except DatmError:
-                self._opened.pop(expert, None)  # the next time look again
+                self._opened.pop(expert, None)  # the next access checks the file again
                 raise
 
         return reading_again(self._file(expert), read)

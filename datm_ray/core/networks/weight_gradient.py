@@ -45,7 +45,7 @@ class QuickWeightGradients(fx.Interpreter):
         """One node."""
         if target is _ATEN.convolution_backward.default and _applies(*args):
             y_, x, wants = args[0], args[1], args[-1]
-            # Asked for the gradient in the bias, the library would compute that in the weights with it.
+            # The library computes the gradient in the bias only together with the one in the weights.
             inputs_only = (*args[:-1], [wants[0], False, False])
             x_ = super().call_function(target, inputs_only, kwargs)[0] if wants[0] else None
             return x_, weight_gradient(x, y_), y_.sum(dim=(0, 2, 3)) if wants[2] else None

@@ -224,7 +224,7 @@ def _has_wrong_tangents(graph: fx.GraphModule) -> bool:
 def _load_tangent_rules() -> None:
     """Have torch load its rules for tangents, which it does on the first one, warning of its own deprecated code."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torch.jit, with which torch 2.14 defines them
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 defines tangents with the deprecated torch.jit
         jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
 
 

@@ -204,7 +204,7 @@ class ClusterNodes:
         """Same as `require`, but too few workers are no error."""
         timeout = self._cluster.wait_for_nodes
         end = time.monotonic() + timeout
-        if timeout:  # so that lost nodes are replaced
+        if timeout:  # requests that lost nodes are replaced
             self.request(wanted)
         if timeout and sum(self.fits()) < wanted:
             held = f"the cluster can hold {sum(self.fits())} of {counted(wanted, 'worker')}"

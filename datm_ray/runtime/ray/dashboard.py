@@ -71,9 +71,9 @@ class Dashboard(JobSubmissionClient):
         try:
             with _instead_of_variables(address):
                 super().__init__(address, verify=authorities)
-        except getattr(ray.exceptions, "AuthenticationError", ()) as failure:  # in newer versions
+        except getattr(ray.exceptions, "AuthenticationError", ()) as failure:  # newer versions of Ray have it
             raise _no_token(address, first_line(failure)) from None
-        except ssl.SSLError as failure:  # of a file that holds no certificate
+        except ssl.SSLError as failure:  # the file holds no certificate
             raise _unreachable(address, failure, 0) from None
         except (ValueError, TypeError, KeyError):
             raise _stranger(address, "200 OK and no version of Ray") from None
@@ -84,7 +84,7 @@ class Dashboard(JobSubmissionClient):
     def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
         """Send a request, through which all of Ray's client goes."""
         seconds = CONNECT_TIMEOUT if endpoint == VERSION else ANSWER_TIMEOUT
-        if _is_this_machine(self._url):  # a proxy elsewhere would look for it there
+        if _is_this_machine(self._url):  # a proxy elsewhere would connect to itself
             options["proxies"] = {"http": None, "https": None, "all": None}
         try:
             hooks = {"response": self._require_ray}
@@ -110,7 +110,7 @@ class Dashboard(JobSubmissionClient):
 @contextmanager
 def _instead_of_variables(address: str) -> Iterator[None]:
     """Make Ray take this address; its client prefers those of two variables to the one it is given."""
-    names = (OWN_ADDRESS, "RAY_ADDRESS")  # older versions look at the second one only
+    names = (OWN_ADDRESS, "RAY_ADDRESS")  # older versions of Ray read the second one only
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, address))
     try:
@@ -244,7 +244,7 @@ def _unreachable(address: str, failure: Exception, seconds: float) -> ClusterErr
     chain = list(_chain(failure))
     first, proxy, parts = chain[-1], _proxy_of(address), urlsplit(address)
     detail = getattr(first, "strerror", None) or first_line(first)
-    if "Tunnel connection failed: " in detail:  # of a proxy that is asked for https
+    if "Tunnel connection failed: " in detail:  # a proxy refused https
         status, _, reason = detail.partition("failed: ")[2].partition(" ")
         if status.isdigit() and (refused := _refused(address, int(status), reason)):
             return refused

@@ -221,7 +221,7 @@ class Jobs:
         while True:
             start, job = time.monotonic(), None
             try:
-                job = self.job(number)  # before its log, which then is whole if the job has ended
+                job = self.job(number)  # read before the log, which is then complete if the job has ended
                 log = self.logs(number)
             except JobNotFoundError as absent:
                 if not known:
@@ -276,11 +276,11 @@ class Jobs:
             f"there is no job {number!r} at {self._shown}",
             remedy=f"`datm-ray job list --address {shlex.quote(self._shown)}` lists its jobs",
         )
-        if number is not None and not _NUMBER.fullmatch(number):  # its address would be that of something else
+        if number is not None and not _NUMBER.fullmatch(number):  # other characters would change the address
             raise absent
         try:
             yield
-        except (OSError, RuntimeError, ValueError, TypeError, KeyError) as failure:  # the others of a strange answer
+        except (OSError, RuntimeError, ValueError, TypeError, KeyError) as failure:  # the last three: a bad answer
             if number is not None and _NOT_FOUND.search(str(failure)):
                 raise absent from None
             raise ClusterError(

@@ -151,7 +151,7 @@ def is_beyond_the_end(error: Exception) -> bool:
 def reason(error: Exception) -> str:
     """The error in words, on one line and without credentials."""
     words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    words = "" if words == "None" else words  # of servers that send no message
+    words = "" if words == "None" else words  # some servers send no message
     return without_credentials(" ".join(words.split())) or code_of(error) or type(error).__name__
 
 

@@ -34,7 +34,7 @@ from datm_ray.store.files.traffic import request
 
 T = TypeVar("T")
 
-# Of filesystems that do not lie upon another one, with or without the slashes.
+# Schemes of filesystems that do not wrap another one, with or without the slashes.
 _LIKE_URI = re.compile(r"(s3a?|gs|gcs|az|abfs|https?|hdfs|file|memory):(//)?", re.IGNORECASE)
 
 
@@ -162,9 +162,9 @@ class Location:
         def fetch_rest() -> None:
             rest = [each for each in dict.fromkeys(ranges) if each not in found]
             starts, ends = [start for start, _ in rest], [end for _, end in rest]
-            # As a value, or the first failure would lose the others; fsspec 2025.5 always returns it.
+            # Failures are returned, because raising the first loses the other ranges; fsspec 2025.5 always returns.
             fetched = self.fs.cat_ranges([self.path] * len(rest), starts, ends, on_error="return")
-            # A file may have become shorter than it was.
+            # The file may have been replaced by a shorter one.
             fetched = [b"" if isinstance(each, Exception) and is_beyond_the_end(each) else each for each in fetched]
             read = {each: chunk for each, chunk in zip(rest, fetched, strict=True) if not isinstance(chunk, Exception)}
             found.update((each, memoryview(chunk)) for each, chunk in read.items())
@@ -236,7 +236,7 @@ class Location:
         """Delete the file. Raises StoreError if it is not there."""
         with self._asking("delete"):
             if self.local_path is None:
-                self._ask(lambda: self.fs.info(self.path))  # object stores delete what is not there without a word
+                self._ask(lambda: self.fs.info(self.path))  # object stores report no error for a missing file
             self._ask(lambda: self.fs.rm_file(self.path))
 
     def remove_leftovers(self) -> Sequence[str]:
@@ -306,7 +306,7 @@ def open_location(uri: str) -> Location:
     try:
         # Without the listings cache: files written by other processes must be seen at once.
         if scheme in ("s3", "s3a"):
-            from datm_ray.store.files.s3 import S3  # here, for it takes a second to import
+            from datm_ray.store.files.s3 import S3  # imported here, because it takes a second
 
             fs, path = S3(use_listings_cache=False), S3._strip_protocol(uri)
         else:

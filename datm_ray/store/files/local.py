@@ -20,7 +20,7 @@ TEMPORARY = ".tmp-"
 """Begins the names of unfinished files."""
 
 _ABANDONED_AFTER = 24 * 3600.0  # seconds; for temporary files of other machines
-_LACKING = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # what a call answers that is not supported
+_LACKING = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # errors of an unsupported call
 _NO_LINKS = _LACKING | {errno.EPERM, errno.EMLINK}
 _NO_MAPPING = _LACKING | {errno.ENODEV, errno.EACCES, errno.EPERM}
 
@@ -37,8 +37,8 @@ class LocalDraft:
             self._temporary = os.path.join(self._folder, unique)
             descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             self.file: BinaryIO = os.fdopen(descriptor, "w+b")
-            # The kernel drops the lock when the writer dies, however it dies: that is how leftovers are told
-            # from files in work. Some network filesystems have no locks; there leftovers stay.
+            # The kernel drops the lock when the writer dies in any way, so an unlocked file is a leftover. On
+            # network filesystems without locks, leftovers stay.
             with suppress(OSError):
                 _lock(descriptor, wait=True)
             # The race: a cleaner can lock and unlink the file between its creation and our lock. It has no
@@ -57,7 +57,7 @@ class LocalDraft:
             self._link()
         try:
             folder = os.open(self._folder, os.O_RDONLY)
-        except PermissionError:  # a folder that may be written and not read
+        except PermissionError:  # the folder is writable but not readable
             return
         try:
             _flush(folder)
@@ -112,8 +112,8 @@ def remove_if_abandoned(path: str) -> bool:
     try:
         with open(path, "r+b") as file:
             _lock(file.fileno(), wait=False)
-            # Locks are certain only among processes of one machine (NFS can be mounted with local ones), so a
-            # file of another machine must also have been left alone for long.
+            # Locks hold only among processes of one machine (NFS can be mounted with local ones), so a file of
+            # another machine must also be old.
             here = os.path.basename(path).startswith(f"{TEMPORARY}{socket.gethostname()}-")
             if not here and time.time() - os.fstat(file.fileno()).st_mtime < _ABANDONED_AFTER:
                 return False

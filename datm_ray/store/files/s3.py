@@ -75,7 +75,7 @@ _log = logging.getLogger(__name__)
 class S3(S3FileSystem):  # type: ignore[misc]
     """s3fs's file system, with retries of its own in place of s3fs's and botocore's."""
 
-    retries = 1  # of s3fs
+    retries = 1  # s3fs's own
     read_timeout = 60  # seconds; a gateway may be silent for long while it passes a large file on
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -93,7 +93,7 @@ class S3(S3FileSystem):  # type: ignore[misc]
             self.config_kwargs.setdefault("retries", {"total_max_attempts": 1})
         client = await super().set_session(refresh=refresh)
         if client is not self._ready:
-            # It asks a server whether it wants a file before that is sent, and waits for ever for one that is silent.
+            # botocore's `Expect: 100-continue` waits for ever for a silent server.
             client.meta.events.unregister("before-call.s3", add_expect_header)
             client.meta.events.register("before-parse.s3", _refuse_page)
             self._leave_out_checksums(client)
@@ -161,8 +161,8 @@ class S3(S3FileSystem):  # type: ignore[misc]
             try:
                 self._upload(path, content, writer, replace=replace)
             except Exception as error:
-                # An upload whose answer was lost is sent again, and then finds itself there already. So whatever the
-                # error says, what counts is whose upload lies there now.
+                # An upload whose answer was lost is sent again and then finds its own file. So whatever the error
+                # says, the mark of the stored file decides whose upload it is.
                 owner = None
                 with suppress(Exception):  # the error of the upload is the one to report
                     owner = self._writer_of(path)
@@ -221,7 +221,7 @@ class S3(S3FileSystem):  # type: ignore[misc]
 
 def _refuse_page(response_dict: Any, **_: object) -> None:
     """Raise an error if a web page is the answer; botocore would take it for a folder without files."""
-    body = response_dict["body"]  # no bytes, where it is a file's content
+    body = response_dict["body"]  # not bytes if it is a file's content
     if isinstance(body, bytes) and re.match(rb"(?i)\s*<(!doctype|html)", body):
         raise ResponseParserError("a web page")
 

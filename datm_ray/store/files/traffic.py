@@ -76,5 +76,5 @@ def count_retry() -> None:
 def _add(amounts: Mapping[str, float]) -> None:
     global _sums
     with _lock:
-        known = _NAMES & set(amounts)  # no bytes of looks, which move none
+        known = _NAMES & set(amounts)  # existence checks transfer no bytes
         _sums = replace(_sums, **{name: getattr(_sums, name) + amounts[name] for name in known})
