@@ -39,7 +39,7 @@ from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.data import Transform, fit_transform, load_raw, parquet
 from datm_ray.errors import CorruptFileError, DatasetError, DatmError
 from datm_ray.interop.replay_buffers import _read
-from datm_ray.methods.trajectory.distillation import Distillation, IterationRecord
+from datm_ray.methods.trajectory.iteration import Distillation, IterationRecord
 from datm_ray.monitor.spent import Spent
 from datm_ray.pipeline.folder import DATA, DataNote
 from datm_ray.recipes import get_recipe

@@ -23,7 +23,7 @@ from datm_ray.config import RunConfig, load_config_text, override, run_identity
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.data.transform import fit_transform
 from datm_ray.errors import CorruptFileError
-from datm_ray.methods.trajectory.distillation import Distillation, IterationRecord
+from datm_ray.methods.trajectory.iteration import Distillation, IterationRecord
 from datm_ray.report import RunSummary, accuracy_table, write_report
 from datm_ray.runtime.mesh import Alone
 from datm_ray.stages import checkpoint

@@ -19,7 +19,7 @@ from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet, correct_rows, mean_correct_logits, random_rows
 from datm_ray.core.training import PROTOCOLS, accuracy, predict_logits, train_to_end
 from datm_ray.methods.trajectory.difficulty import draw_plan
-from datm_ray.methods.trajectory.distillation import Distillation, Match, Origin
+from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.recipes import get_recipe

@@ -20,7 +20,7 @@ from datm_ray.core.networks.instance_norm import instance_norm
 from datm_ray.core.networks.registry import build_network, network_names
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.training import Schedule, predict_logits, train_to_end
-from datm_ray.methods.trajectory.distillation import Distillation, Match, Origin
+from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
 from datm_ray.methods.trajectory.matching import matching_gradient
 from datm_ray.methods.trajectory.step_functions import Precision, StepOptions, StudentStepFunctions
 from gpu.machine import Machine

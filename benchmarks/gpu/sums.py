@@ -23,7 +23,7 @@ from published_matching import Problem, make_problem
 
 from datm_ray.config import PUBLISHED_AUGMENTATION
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.methods.trajectory.distillation import Distillation, Match, Origin
+from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
 from datm_ray.methods.trajectory.matching import matching_gradient
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.runtime.executor import WorkerRank

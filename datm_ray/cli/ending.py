@@ -183,7 +183,10 @@ def adapt_streams() -> None:
 
 
 def _spelled(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Bytes of a file name as they are, signs that this package prints in ASCII, and others as escapes."""
+    """Replace characters that an output cannot encode: by ASCII if `_SPELLED` has some, else by escapes.
+
+    Bytes of a file name that are no text stay as they are.
+    """
     assert isinstance(error, UnicodeEncodeError)
     with suppress(UnicodeEncodeError):
         return error.object[error.start : error.end].encode("ascii", "surrogateescape"), error.end

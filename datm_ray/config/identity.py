@@ -18,11 +18,12 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
 
     Left out are `cluster` and the data set's path, because the data set's content has a fingerprint of its own.
     Number of seeds, further networks, their optimiser and `fair` are left out, because they can be added to a
-    finished run. Stored epochs beyond the matched ones are left out too.
+    finished run. Stored epochs beyond the matched ones, and how often a checkpoint is written, are left out too.
     """
     left_out: dict[str, Any] = {
         "cluster": True,
         "dataset": {"path"},
+        "distill": {"checkpoint_every"},
         "evaluate": {"seeds", "networks", "optimiser", "fair"},
         "experts": {"keep_epochs", "test_every"},
     }

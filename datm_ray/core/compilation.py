@@ -155,7 +155,7 @@ def _writes(node: fx.Node) -> bool:
 
 
 def _drop_zero_terms(graph: fx.Graph) -> None:
-    """Leave out what is added but known to be zero, and copies of a tangent into the memory order of its value.
+    """Remove additions of tensors known to be zero, and copies that only change a tangent's memory layout.
 
     The images have no tangent along v, which automatic differentiation writes as a map of zeros and then convolves: in
     the first layer, on its largest maps, that was 7 % of a reverse step.

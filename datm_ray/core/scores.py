@@ -83,7 +83,7 @@ def augmentation_robust(
 
 
 def _normalised(value: float) -> float:
-    """Map [-1, 1] onto [0, 1] by s of the module's notation."""
+    """Map a score in [-1, 1] onto [0, 1], as DD-Ranking does."""
     return (math.exp(value) - math.exp(-1)) / (math.e - math.exp(-1))
 
 

@@ -149,6 +149,7 @@ def _shuffled_by_class(labels: NDArray[np.int64], seed: int) -> list[NDArray[np.
 
 
 def _require_ipc(order: list[NDArray[np.int64]], ipc: int) -> None:
+    # Runs are checked before they start, with names of classes, in pipeline/checks.py.
     smallest = min(range(len(order)), key=lambda k: len(order[k]))
     if ipc > len(order[smallest]):
         raise DatasetError(

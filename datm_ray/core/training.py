@@ -106,7 +106,7 @@ def train(network: nn.Module, images: Tensor, targets: Tensor, schedule: Schedul
 
 
 def train_to_end(network: nn.Module, images: Tensor, targets: Tensor, schedule: Schedule, seed: int) -> Epoch:
-    """Train for the whole schedule; the last epoch."""
+    """Train for the whole schedule. Returns the last epoch."""
     epoch = Epoch(0, 0, float("nan"))
     for epoch in train(network, images, targets, schedule, seed):  # noqa: B007
         pass

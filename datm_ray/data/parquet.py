@@ -127,8 +127,8 @@ def read_parquet(files: Sequence[Path], class_names: tuple[str, ...] | None = No
     """Read the shards in order. The encoded bytes are kept in memory, not the pixels.
 
     Args:
-        class_names: names of the training classes, which number the text labels of test files; None for the training
-            files, whose texts in alphabetical order are the classes.
+        class_names: class names in the order of labels, for test files with text labels. None: the distinct texts of
+            these files in alphabetical order.
 
     Raises:
         DatasetError: a file cannot be read, lacks a column, or has other classes than the first one.

@@ -167,7 +167,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def _call(function: Any, arguments: Any) -> Any:
-    """What a call that torch.save writes would return; hooks are empty, and a parameter is its tensor."""
+    """Evaluate one of the three calls that torch.save writes into a pickle, without running any code from the file."""
     if not isinstance(function, _Global) or not isinstance(arguments, tuple):
         raise ValueError(f"the pickle calls a {type(function).__name__} with a {type(arguments).__name__}")
     match function:

@@ -2,7 +2,7 @@
 
 The state holds everything that a checkpoint needs. No code here reads the disk. A class shard holds the rows of its
 classes and everything that has no rows; all shards make the same updates, so what they share stays equal.
-Shapes: n rows held, a backbones. Tests: tests/methods/trajectory/test_distillation.py.
+Shapes: n rows held, a backbones. Tests: tests/methods/trajectory/test_iteration.py.
 """
 
 from __future__ import annotations
@@ -205,12 +205,6 @@ class State(Generic[Record]):
     def from_arrays(cls, held: Arrays, shared: Arrays, settings: DistillConfig, device: torch.device) -> Self:
         """Restore the state that `to_arrays` saved; `held` may be any range of its rows."""
         arrays = {**held, **with_present_names(shared)}
-        for each in fields(cls.record):  # a field with a default may be absent in checkpoints of earlier versions
-            if each.default is not MISSING:
-                unknown = np.full(len(arrays["history.iteration"]), each.default)
-                arrays.setdefault(f"history.{each.name}", unknown)
-        rows = [arrays[f"history.{column}"].tolist() for column in columns(cls.record)]
-        meta_rows = [arrays[f"meta.{column}"].tolist() for column in columns(MetaRecord) if "meta.iteration" in arrays]
         curve = (arrays["validation.iteration"].tolist(), arrays["validation.accuracy"].tolist())
         return cls(
             synthetic=_set_from(arrays, "synthetic", device),
@@ -218,8 +212,8 @@ class State(Generic[Record]):
             momenta={
                 name: _to_torch(arrays[f"momentum.{name}"], device) for name in LEARNED if f"momentum.{name}" in arrays
             },
-            history=[cls.record(*row) for row in zip(*rows, strict=True)],
-            meta_history=[MetaRecord(*row) for row in zip(*meta_rows, strict=True)],
+            history=_records(arrays, "history", cls.record),
+            meta_history=_records(arrays, "meta", MetaRecord) if "meta.iteration" in arrays else [],
             validations=list(zip(*curve, strict=True)),
             chosen=_set_from(arrays, "chosen", device) if "chosen.images" in arrays else None,
             chosen_at=int(arrays["validation.chosen_at"]),
@@ -238,6 +232,16 @@ def with_present_names(arrays: Arrays) -> dict[str, NDArray[Any]]:
 def not_finite(*values: Tensor) -> Tensor:
     """Scalar of the first value's type: 1 if any number in `values` is not finite, else 0."""
     return torch.stack([~value.isfinite().all() for value in values]).any().to(values[0].dtype)
+
+
+def _records(arrays: dict[str, NDArray[Any]], prefix: str, record: type[Any]) -> list[Any]:
+    """Records of a history; a field with a default may be absent in checkpoints of earlier versions."""
+    for each in fields(record):
+        if each.default is not MISSING:
+            unknown = np.full(len(arrays[f"{prefix}.iteration"]), each.default)
+            arrays.setdefault(f"{prefix}.{each.name}", unknown)
+    rows = [arrays[f"{prefix}.{column}"].tolist() for column in columns(record)]
+    return [record(*row) for row in zip(*rows, strict=True)]
 
 
 def _set_from(arrays: Arrays, prefix: str, device: torch.device) -> SyntheticSet:

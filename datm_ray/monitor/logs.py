@@ -29,7 +29,7 @@ LARGEST = 8 * 2**20
 KEPT = 1000
 """Records that a worker keeps for the driver; older ones are dropped."""
 REPEAT_AFTER = 20.0
-"""Seconds for which a terminal does not show the same warning again, such as one of each worker."""
+"""Seconds for which a terminal suppresses a repeated warning, for example when every worker sends it."""
 
 _NODE = socket.gethostname() or "unknown"
 _ROOT = logging.getLogger("datm_ray")
@@ -100,7 +100,7 @@ def writing(folders: Sequence[str]) -> Iterator[None]:
 
 
 def accept(records: Sequence[logging.LogRecord]) -> None:
-    """Log what workers have kept, with their times and names."""
+    """Pass records that workers collected to this process's loggers, with their original time, node and worker."""
     for record in records:
         logging.getLogger(record.name).handle(record)
 
@@ -159,7 +159,7 @@ class _Terminal(logging.Handler):
         self._last: dict[str, float] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print the record: its line, or the message alone of a warning that the user has not been shown."""
+        """Print the whole line with --verbose; else only the message of a warning that was not shown already."""
         if self.verbosity > 0:
             print(self.format(record), file=sys.stderr, flush=True)
             return

@@ -30,7 +30,7 @@ SHORTEST_MEMORY, MEMORY = 60.0, 1 / 3
 
 _log = logging.getLogger(__name__)
 _SHOWN = {"is_shown": True}
-"""Attribute of records about which the user gets a line anyway."""
+"""Attribute of log records that the progress display prints already; the terminal's log handler skips them."""
 
 
 class Stage(Protocol):

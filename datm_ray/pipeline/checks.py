@@ -151,7 +151,7 @@ def _check_networks(runs: Runs, config: RunConfig) -> None:
 def _check_network(
     runs: Runs, config: RunConfig, network: NetworkConfig, key: str, *, has_maps: bool = False
 ) -> nn.Module:
-    """The network for the images, which shows feature maps where it has to."""
+    """Build a network for the run's images. Raises a `ConfigError` naming `key` if it is impossible or lacks maps."""
     raw = runs.raw(config)
     spec = network.for_images(raw.channels, raw.size, raw.classes)
     try:
@@ -164,7 +164,7 @@ def _check_network(
 
 
 def _check_experts(runs: Runs, config: RunConfig, network: nn.Module) -> None:
-    """Experts that are stored may lack epochs that this recipe matches, or be of another version's network."""
+    """Raise an error if stored experts belong to another version's network, or lack epochs that the recipe matches."""
     group = runs.experts(config)
     for expert in group.experts()[:1]:  # one expert stands for all, which normally keep equal epochs
         info = group.read_info(expert)
@@ -223,7 +223,7 @@ def require_experts(runs: Runs, networks: Sequence[RunConfig]) -> None:
 
 
 def _under(failure: ConfigError, key: str) -> ConfigError:
-    """A failure of a network that stands elsewhere in the recipe than under `network`, or on the command line."""
+    """Copy of an error about `network.…` that names the key or option the user wrote, such as `backbones.0.network`."""
     parts = (failure.fact, failure.cause, failure.remedy)
     if key.startswith("--"):
         fact, *more = (re.sub(r"\bnetwork\.(?=\w)", "", part) for part in parts)
@@ -232,7 +232,7 @@ def _under(failure: ConfigError, key: str) -> ConfigError:
 
 
 def differences(earlier: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """Keys at which two configurations differ."""
+    """Keys at which two configurations differ, each with both values."""
     keys: list[str] = []
     for key in {**earlier, **now}:
         there, here = (side.get(key, "not set") for side in (earlier, now))

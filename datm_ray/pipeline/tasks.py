@@ -32,10 +32,7 @@ def expert_tasks(runs: Runs) -> list[DatasetTask]:
 
 
 def expert_recipes(runs: Runs) -> list[RunConfig]:
-    """One run for every group of experts that the runs share.
-
-    It has as many experts, and as many stored epochs of them, as any run needs.
-    """
+    """One configuration for each group of shared experts, with the largest `count` and `keep_epochs` of its runs."""
     recipes: dict[str, RunConfig] = {}
     for config in runs.networks():
         uri = runs.experts(config).location.uri

@@ -28,7 +28,7 @@ from datm_ray.core.training import PROTOCOLS, train, validation_protocol
 from datm_ray.data.transform import FitCost
 from datm_ray.errors import ConfigError
 from datm_ray.methods.state import columns
-from datm_ray.methods.trajectory.distillation import IterationRecord
+from datm_ray.methods.trajectory.iteration import IterationRecord
 from datm_ray.methods.trajectory.matching import draw_student_steps, matching_gradient
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.planning.fit import DataShape, DistillationPlan, network_cost, plans_of, total

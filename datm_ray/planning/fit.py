@@ -185,7 +185,7 @@ class DistillationPlan:
 
     @property
     def name(self) -> str:
-        """What it does, in words."""
+        """Phrase that says what the worker does, for messages."""
         if self.backbone is None:
             return f"holds metadd.auxiliaries.{self.role.meta_networks[0] - 1} of {self.config.name}"
         return f"distils {self.config.name}" + (f", backbone {self.backbone}" if self.config.backbones else "")

@@ -60,7 +60,7 @@ class Machine:
 
 
 def machine_here(config: RunConfig) -> Machine:
-    """Workers that a recipe has without a description: those it asks for, or all that this machine has."""
+    """Machine to plan for if no cluster is described: `cluster.workers` workers, or as many as this machine holds."""
     cluster = config.cluster
     if uses_gpu(cluster):
         return _machine("GPU", cluster.workers or torch.cuda.device_count() or config.workers_per_set, 1)

@@ -1,4 +1,4 @@
-"""Recipes of DATM and MetaDD for CIFAR-100. Accuracies of the paper are of ConvNet, mean ± std."""
+"""Recipes of DATM for CIFAR-100. Accuracies of the paper are of ConvNet, mean ± std."""
 
 from __future__ import annotations
 

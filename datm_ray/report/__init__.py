@@ -6,6 +6,6 @@ report trains and evaluates nothing.
 """
 
 from datm_ray.report.page import write_report
-from datm_ray.report.runs import RunSummary, accuracy_table, fair_table, networks_table, write_summary
+from datm_ray.report.results import RunSummary, accuracy_table, fair_table, networks_table, write_summary
 
 __all__ = ["RunSummary", "accuracy_table", "fair_table", "networks_table", "write_report", "write_summary"]

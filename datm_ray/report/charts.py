@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from datm_ray.artifact import Artifact
 from datm_ray.report.gallery import CLASSES_SHOWN, data_uri
-from datm_ray.report.runs import Run
+from datm_ray.report.results import Run
 from datm_ray.report.words import count
 
 Floats = NDArray[np.float64]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from datm_ray.artifact import Artifact
-from datm_ray.report.runs import Run
+from datm_ray.report.results import Run
 
 IMAGES_SHOWN, CLASSES_SHOWN = 10, 20
 """Largest numbers of images per class, and of classes, in a gallery."""

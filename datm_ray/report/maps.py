@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from datm_ray.artifact import Artifact
 from datm_ray.report.charts import MUTED, STYLE, Picture
 from datm_ray.report.gallery import data_uri
-from datm_ray.report.runs import Maps, Run
+from datm_ray.report.results import Maps, Run
 from datm_ray.report.words import percent
 
 IMAGES_DRAWN = 6

@@ -10,7 +10,7 @@ import jinja2
 
 from datm_ray.config import to_yaml
 from datm_ray.report.gallery import galleries, left_out
-from datm_ray.report.runs import (
+from datm_ray.report.results import (
     NETWORK_COLUMNS,
     CostLine,
     Run,

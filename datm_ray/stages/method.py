@@ -1,7 +1,7 @@
 """The seam between distillation and methods: what a method is given, and what it gives.
 
 `stages/distill.py` resumes, iterates, validates and saves whatever the method. A method is a class with the members
-of `Method`, made from a `Part`; `METHODS` in `stages/distill.py` lists them.
+of `Method`, constructed with a `Part`. `DistillWorker.method` is the class that is used.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Method(Protocol[AState]):
 
     @property
     def state(self) -> type[State[Any]]:
-        """Class of the method's state; made from the first set and `config.distill`."""
+        """Class of the method's state, constructed with the first set and `config.distill`."""
         ...
 
     @property

@@ -13,7 +13,7 @@ from datm_ray.core.training import Heartbeat
 from datm_ray.errors import StoreError
 from datm_ray.methods.state import MetaTerm
 from datm_ray.methods.trajectory.difficulty import draw_plan
-from datm_ray.methods.trajectory.distillation import Distillation, Match, Origin
+from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.planning.fit import DataShape, DistillationPlan, Layout, chunk_by_trial, plans_of

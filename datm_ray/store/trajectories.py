@@ -441,7 +441,7 @@ def _checked(name: str, vector: NDArray[np.float32], length: int) -> NDArray[np.
 
 
 def _vector(values: NDArray[Any], kind: pa.DataType) -> pa.Array:
-    """One row that holds the vector, without a copy."""
+    """Arrow array with one entry, the whole vector, made without copying it."""
     return pa.Array.from_buffers(kind, 1, [None], children=[pa.array(values, kind.value_type)])
 
 

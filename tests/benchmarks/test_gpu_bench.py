@@ -17,7 +17,7 @@ import torch
 
 from datm_ray.config import DistillConfig, NetworkSpec, RunConfig
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.methods.trajectory.distillation import IterationRecord
+from datm_ray.methods.trajectory.iteration import IterationRecord
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ABSENT = ("ray", "rich", "s3fs", "fsspec", "typer", "jinja2", "matplotlib")

@@ -20,7 +20,7 @@ from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet, hard_logits, mean_correct_logits
 from datm_ray.core.training import Schedule, accuracy, train_to_end
 from datm_ray.methods.state import MetaTerm
-from datm_ray.methods.trajectory.distillation import Distillation, Match, Origin
+from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps
 from datm_ray.methods.trajectory.step_functions import Order, StepOptions, StudentStepFunctions
 from tests.other_device import DEVICE, OtherDevice

@@ -18,7 +18,7 @@ import torch
 from datm_ray.artifact import Artifact, load
 from datm_ray.config import DistillConfig, RunConfig, to_yaml
 from datm_ray.errors import ConfigError, CorruptFileError, RunDirectoryError
-from datm_ray.methods.trajectory.distillation import Distillation
+from datm_ray.methods.trajectory.iteration import Distillation
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.recipes import get_recipe

@@ -16,7 +16,7 @@ from datm_ray import pipeline as pipeline_module
 from datm_ray.artifact import load
 from datm_ray.config import RunConfig
 from datm_ray.errors import DivergenceError, StoreError
-from datm_ray.methods.trajectory import distillation
+from datm_ray.methods.trajectory import iteration
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.executor import SerialExecutor
@@ -83,7 +83,7 @@ def test_nothing_but_overflows_ends_with_one_error_and_can_be_tried_again(
     experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Overflows alone end the run with one error; running it again tries as many iterations, with new draws."""
-    monkeypatch.setattr(distillation, "MOST_DIVERGED", 3)
+    monkeypatch.setattr(iteration, "MOST_DIVERGED", 3)
     overflow(monkeypatch, range(1, 5))
     with pytest.raises(DivergenceError, match="diverged 3 times without an update up to iteration 4") as caught:
         distil(tiny_config(), tmp_path, experts)

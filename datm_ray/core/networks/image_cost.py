@@ -29,7 +29,7 @@ class ImageCost:
     """Forward pass of one image through a network in evaluation mode and float32."""
 
     maps: int
-    """Bytes that all functions write."""
+    """Bytes that all torch functions of one forward pass write; views write none."""
     largest: int
     """Bytes of the largest tensor among them and the image."""
     flop: int

@@ -40,7 +40,7 @@ class FlatNetwork:
         return logits
 
     def with_buffers(self, parameters: Tensor, buffers: Tensor, images: Tensor) -> Tensor:
-        """Function like this one that also takes the module's `float_buffers` [q]; training updates them in place."""
+        """Compute logits as `__call__` does, with buffers from a vector [q], which training mode changes in place."""
         pieces = buffers.split([shape.numel() for shape in self._buffers.values()])
         named = {name: piece.view(shape) for (name, shape), piece in zip(self._buffers.items(), pieces, strict=True)}
         logits: Tensor = functional_call(self.module, {**self.layers(parameters), **named}, (images,))

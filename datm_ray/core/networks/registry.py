@@ -111,7 +111,7 @@ def spatial_features(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor
 
 
 def require_maps(network: nn.Module) -> None:
-    """Raise a `ConfigError` if the registered network of `spec` has no feature maps."""
+    """Raise a `ConfigError` if a network has no feature maps."""
     if not isinstance(network, SpatialNetwork):
         raise ConfigError(
             "network.architecture has no feature maps",

@@ -166,7 +166,7 @@ class _Sweep:
         return total
 
     def reverse(self, theta: Tensor, step: StudentStep, v: Tensor, images: Tensor, soft_labels: Tensor) -> Tensor:
-        """Compute this shard's part of the derivatives of s_i for one student step, in the module's notation.
+        """Differentiate s_i = <v, g_i> for one student step on this shard's images; g_i is the student's gradient.
 
         Returns ds_i/dtheta_i and s_i as one vector [p + 1], and adds ds_i/dX and ds_i/dY to `images` and `soft_labels`.
         """

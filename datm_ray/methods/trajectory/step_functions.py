@@ -110,7 +110,10 @@ class StudentStepFunctions:
             return self._functions(theta, x, y)[0](theta, self.layout(x), y, weights)
 
     def reverse(self, theta: Tensor, x: Tensor, y: Tensor, weights: Tensor, v: Tensor) -> Reversed:
-        """s = <v, g> [] and its derivatives in theta [p], x [b c h w] and y [b k]; arguments as `forward`, v [p]."""
+        """Differentiate s = <v, g>, where g is what `forward` returns and v [p] is given.
+
+        Returns s [] and its derivatives in theta [p], x [b c h w] and y [b k].
+        """
         with tf32_products(self._options.precision == "tf32", theta.device):
             return self._functions(theta, x, y)[1](theta, self.layout(x), y, weights, v)
 

@@ -201,7 +201,7 @@ class ClusterNodes:
         return found
 
     def wait_for(self, wanted: int) -> tuple[int, int]:
-        """Same as `require`, but too few workers are no error."""
+        """Wait up to `cluster.wait_for_nodes` seconds for workers. Returns what can run then."""
         timeout = self._cluster.wait_for_nodes
         end = time.monotonic() + timeout
         if timeout:  # requests that lost nodes are replaced

@@ -27,9 +27,9 @@ from datm_ray.runtime.ray.dashboard import Dashboard, masked
 from datm_ray.store.files.filesystem import open_location
 
 AGENT_TIMEOUT = 60.0
-"""Seconds to wait for a cluster that answers to have somebody who takes jobs."""
+"""Seconds to go on submitting to a cluster that answers but has no job agent yet."""
 FOLLOW_INTERVAL = (1.0, 5.0)
-"""Seconds between two looks at a log that grows, and at one that does not."""
+"""Seconds between two requests for a log that grows, and for one that does not."""
 FOLLOW_SHARE = 0.1
 """Share of the time that may go into fetching a log, which comes whole each time: 100 MiB take seconds."""
 FOLLOW_TIMEOUT = 600.0

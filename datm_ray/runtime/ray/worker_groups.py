@@ -83,7 +83,7 @@ class _Host:
         return self._log.take()
 
     def rendezvous(self, *_others: None) -> str:
-        """Return "host:port", at which rank 0 waits for the other ranks. The arguments are results of their `ready`."""
+        """Return a free "host:port" for rank 0. The unused arguments make Ray wait until every worker is ready."""
         with socket.create_server(("", 0)) as server:
             # Another process may take the port before rank 0 does. The attempt then fails, and the next one gets
             # another port.

@@ -30,7 +30,7 @@ class Traffic:
     write_seconds: float = 0.0
     """From the moment at which the content is complete until it has its name."""
     looks: int = 0
-    """Questions whether a file is there, how large it is, what a folder holds; and deletions."""
+    """Number of requests without content: exists, size, list and delete."""
     look_seconds: float = 0.0
     retries: int = 0
 

@@ -19,7 +19,7 @@ from datm_ray.core.augment import augment, draw_augmentation
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.methods.trajectory.distillation import Distillation, Match, Origin
+from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
 from datm_ray.methods.trajectory.matching import (
     MatchingGradient,
     StudentStep,

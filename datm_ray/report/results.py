@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from datm_ray.artifact import Artifact, read_artifact
 from datm_ray.config import RunConfig, network_names
-from datm_ray.methods.trajectory.distillation import diverged
+from datm_ray.methods.trajectory.iteration import diverged
 from datm_ray.monitor.spent import Spent
 from datm_ray.stages.checkpoint import CHECKPOINT, read_curves
 from datm_ray.stages.distill import COST, INITIAL, MAPS, SYNTHETIC, read_cost
@@ -52,9 +52,9 @@ class Maps:
     rows: Sequence[int]
     """Indices of the images in the set."""
     scaled: tuple[NDArray[np.float32], NDArray[np.float32]]
-    """Maps [m b h w] scaled to [0, 1], before and after."""
+    """Maps [m b h w] in [0, 1] of the initial images, and of the distilled ones."""
     ratios: tuple[float, float]
-    """Meta-feature ratio in [0, 1] over all images, before and after."""
+    """Meta-feature ratio in [0, 1] over all initial images, and over all distilled ones."""
     threshold: float
 
 

@@ -20,8 +20,8 @@ from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.errors import DivergenceError
 from datm_ray.methods.state import MetaTerm
-from datm_ray.methods.trajectory import distillation
-from datm_ray.methods.trajectory.distillation import Distillation, IterationRecord, Match, Origin
+from datm_ray.methods.trajectory import iteration
+from datm_ray.methods.trajectory.iteration import Distillation, IterationRecord, Match, Origin
 from datm_ray.methods.trajectory.matching import MatchingGradient, draw_student_steps
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 
@@ -58,7 +58,7 @@ class Scripted:
         self.monkeypatch = monkeypatch
 
     def __call__(self, state: Distillation, gradient: MatchingGradient) -> IterationRecord:
-        self.monkeypatch.setattr(distillation, "matching_gradient", lambda *_, **__: copy.deepcopy(gradient))
+        self.monkeypatch.setattr(iteration, "matching_gradient", lambda *_, **__: copy.deepcopy(gradient))
         nothing = torch.empty(0)
         (record,) = state.step([Match(None, nothing, nothing, [])], [Origin(4, 7)])  # type: ignore[arg-type]
         return record
@@ -113,15 +113,15 @@ def test_metadd_that_is_not_finite_skips_the_iteration(
     assert 0 < record.loss < 9
     assert torch.equal(state.synthetic.images, images)
     assert (state.iteration, state.diverged, state.meta_history, state.momenta) == (1, 1, [], {})
-    monkeypatch.setattr(distillation, "MOST_DIVERGED", 2)
+    monkeypatch.setattr(iteration, "MOST_DIVERGED", 2)
     with pytest.raises(DivergenceError, match=r"MetaDD's loss or gradient is not finite.*metadd\.variance"):
         state.step(*arguments, meta=meta)
 
 
 def test_all_processes_blame_metadd_for_a_gradient_that_one_of_them_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """All processes name MetaDD's weights for a bad gradient in one process."""
-    monkeypatch.setattr(distillation, "MOST_DIVERGED", 1)
-    monkeypatch.setattr(distillation, "matching_gradient", lambda *_, **__: make_gradient())
+    monkeypatch.setattr(iteration, "MOST_DIVERGED", 1)
+    monkeypatch.setattr(iteration, "matching_gradient", lambda *_, **__: make_gradient())
     barrier, parts, errors = threading.Barrier(2), {}, {}
     nothing = torch.empty(0)
 
@@ -158,8 +158,8 @@ def test_update_is_torchs_sgd_with_the_published_momenta(step: Scripted) -> None
         torch.optim.SGD([getattr(reference, name)], rate, momentum)
         for name, rate, momentum in zip(LEARNED, RATES, (0.5, 0.9, 0.5), strict=True)
     ]
-    for iteration in range(6):
-        gradient = make_gradient(seed=iteration)
+    for turn in range(6):
+        gradient = make_gradient(seed=turn)
         step(state, gradient)
         for name, optimizer in zip(LEARNED, optimizers, strict=True):
             value = gradient.step_size[None] if name == "step_sizes" else getattr(gradient, name)
@@ -211,7 +211,7 @@ def test_step_size_of_a_backbone_that_is_skipped_rests(monkeypatch: pytest.Monke
     """A skipped backbone keeps its step size and momentum while the others change."""
     losses = iter([0.5, 0.5, 0.5, 2.0])
     monkeypatch.setattr(
-        "datm_ray.methods.trajectory.distillation.matching_gradient",
+        "datm_ray.methods.trajectory.iteration.matching_gradient",
         lambda *_, **__: make_gradient(next(losses), seed=0),
     )
     state = make_state()
@@ -302,7 +302,7 @@ def test_only_the_backbone_beyond_its_limit_is_shortened(monkeypatch: pytest.Mon
         part.mul_(100)
     gradients = [make_gradient(0.5), exploded, make_gradient(2.0)]
     scripted = iter(copy.deepcopy(gradients))
-    monkeypatch.setattr(distillation, "matching_gradient", lambda *_, **__: next(scripted))
+    monkeypatch.setattr(iteration, "matching_gradient", lambda *_, **__: next(scripted))
     state = make_state(gradient_limit=2 * first_order_decrease(gradients[0]) / 0.5)
     state.synthetic = replace(state.synthetic, step_sizes=torch.full((3,), 0.05))
     before = state.synthetic.images.clone()
@@ -383,7 +383,7 @@ def test_only_the_backbone_that_diverges_is_skipped(monkeypatch: pytest.MonkeyPa
         states = []
         for middle in (spoiled(what, value), make_gradient(2.0)):  # not finite, or above the limit
             scripted = iter([make_gradient(seed=1), copy.deepcopy(middle), make_gradient(seed=2)] * 2)
-            monkeypatch.setattr(distillation, "matching_gradient", lambda *_, s=scripted, **__: copy.deepcopy(next(s)))
+            monkeypatch.setattr(iteration, "matching_gradient", lambda *_, s=scripted, **__: copy.deepcopy(next(s)))
             state = make_state()
             state.synthetic = replace(state.synthetic, step_sizes=torch.full((3,), 0.05))
             for _ in range(2):
@@ -400,7 +400,7 @@ def test_shards_skip_what_one_of_them_cannot_follow(monkeypatch: pytest.MonkeyPa
     for what, value in (("images", math.nan), ("soft_labels", math.inf), ("images", 3e38)):
         gradients = {"good": make_gradient(), "bad": spoiled(what, value)}
         monkeypatch.setattr(
-            distillation, "matching_gradient", lambda functions, *_, g=gradients, **__: copy.deepcopy(g[functions])
+            iteration, "matching_gradient", lambda functions, *_, g=gradients, **__: copy.deepcopy(g[functions])
         )
         barrier, parts, states = threading.Barrier(2), {}, {name: make_state() for name in gradients}
 
@@ -427,7 +427,7 @@ def test_shards_skip_what_one_of_them_cannot_follow(monkeypatch: pytest.MonkeyPa
 
 def test_many_divergences_without_an_update_stop_the_run(step: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many divergences in a row stop the run; losses above the limit do not count, an update resets the count."""
-    monkeypatch.setattr(distillation, "MOST_DIVERGED", 3)
+    monkeypatch.setattr(iteration, "MOST_DIVERGED", 3)
     bad, above = spoiled("loss", math.inf), make_gradient(2.0)
     state = make_state()
     for gradient in (make_gradient(), bad, above, above, bad):
