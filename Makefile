@@ -46,7 +46,7 @@ type: install  ## types
 docs: install  ## the documentation, into build/site; links and references must be right
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	rm -rf build/pages && mkdir -p build/pages
-	git ls-files -z -- '*.md' '*.ipynb' '*.png' '*.yaml' '*.json' '*.sh' '*.yml' 'cluster/*' 'datm_ray/*.py' pyproject.toml \
+	git ls-files -z -- '*.md' '*.ipynb' '*.png' '*.yaml' '*.json' '*.sh' '*.yml' 'cluster/*' 'datm_ray/*.py' 'datm_ray/*.j2' pyproject.toml \
 	  | grep -zv '^tests/' | xargs -0 cp --parents -t build/pages
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file .ci/mkdocs.yml
 
