@@ -111,7 +111,8 @@ def test_tasks_of_several_workers_and_of_one_take_turns(ray_cluster: Any) -> Non
     """Three tasks for pairs and one for a single worker all finish, and pairs are reused."""
     tasks = [Task("a", (1.0, 2), 2), Task("b", (2.0, 2), 2), Task("c", (3.0, 1)), Task("d", (4.0, 2), 2)]
     events = added(create_executor("ray", ClusterConfig()), tasks)
-    progress = {name: [(event.done, event.total) for event in task_events[:-1]] for name, task_events in events.items()}
+    assert all(isinstance(task_events[0], Started) for task_events in events.values())
+    progress = {name: [(event.done, event.total) for event in found[1:-1]] for name, found in events.items()}
     assert progress == {name: [(0, size), (size, size)] for name, size in zip("abcd", (2, 2, 1, 2), strict=True)}
     found = {name: task_events[-1].result for name, task_events in events.items()}
     assert {name: result[:2] for name, result in found.items()} == {"a": (3, 2), "b": (5, 2), "c": (3, 1), "d": (9, 2)}
