@@ -6,14 +6,13 @@ line. Jobs on clusters are left out. Tests: tests/test_api.py.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 from datm_ray.artifact import Artifact, read_artifact
-from datm_ray.config import NetworkConfig, RunConfig, override
+from datm_ray.config import NetworkConfig, RunConfig, with_settings
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline, report, summaries
 from datm_ray.planning.duration import Proposal
@@ -58,18 +57,29 @@ class Options(TypedDict, total=False):
     """True (default) to show progress."""
 
 
-def recipe_of(recipe: str | RunConfig, settings: Settings | None = None) -> RunConfig:
+Recipe = str | os.PathLike[str] | RunConfig
+"""Name of a packaged recipe, path of a YAML file, or a configuration."""
+
+
+def recipe_of(recipe: Recipe, settings: Settings | None = None) -> RunConfig:
     """The recipe with other settings.
 
     Args:
-        recipe: name of a packaged recipe, path of a YAML file, or a configuration.
+        recipe: see `Recipe`.
         settings: values that replace the recipe's.
 
     Raises:
         ConfigError: there is no such recipe, or a value is impossible.
     """
-    config = get_recipe(recipe) if isinstance(recipe, str) else recipe
-    return override(config, [f"{key}={json.dumps(value)}" for key, value in (settings or {}).items()])
+    config = recipe if isinstance(recipe, RunConfig) else get_recipe(os.fspath(recipe))
+    return with_settings(config, {key: _plain(value) for key, value in (settings or {}).items()})
+
+
+def _plain(value: object) -> object:
+    """Plain value of a path, or of a number of numpy or torch; other values as they are."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if hasattr(value, "item") else value
 
 
 def stages_of(
@@ -86,7 +96,7 @@ def stages_of(
     return stages, lambda: create_executor(executor, configs[0].cluster, address)
 
 
-def run(recipe: str | RunConfig, out: str = "runs", **options: Unpack[Options]) -> Result:
+def run(recipe: Recipe, out: str | os.PathLike[str] = "runs", **options: Unpack[Options]) -> Result:
     """Train experts, distil, evaluate and write the report.
 
     >>> result = datm_ray.run("digits-ipc1", out="runs/demo", settings={"evaluate.seeds": 2})
@@ -102,11 +112,11 @@ def run(recipe: str | RunConfig, out: str = "runs", **options: Unpack[Options]) 
     """
     stages, start, reporter = _prepared(recipe, out, options)
     stages.run_all(start, reporter)
-    return _result(stages, out)
+    return _result(stages)
 
 
 def plan(
-    recipe: str | RunConfig,
+    recipe: Recipe,
     settings: Settings | None = None,
     *,
     cluster: str | None = None,
@@ -133,30 +143,34 @@ def plan(
     return plan_run(recipe_of(recipe, settings), cluster, data_shape, measure=measure)
 
 
-def train_experts(recipe: str | RunConfig, out: str = "runs", **options: Unpack[Options]) -> str:
+def train_experts(recipe: Recipe, out: str | os.PathLike[str] = "runs", **options: Unpack[Options]) -> str:
     """Train the experts that are missing from the store; returns the store's path or URI. Arguments: see `run`."""
     stages, start, reporter = _prepared(recipe, out, options)
     stages.train_experts(start, reporter)
     return stages.store_uri
 
 
-def distill(recipe: str | RunConfig, out: str = "runs", **options: Unpack[Options]) -> Artifact:
+def distill(recipe: Recipe, out: str | os.PathLike[str] = "runs", **options: Unpack[Options]) -> Artifact:
     """Distil a set from experts that are trained already, and return it. Arguments: see `run`."""
     stages, start, reporter = _prepared(recipe, out, options)
     stages.distill(start, reporter)
     return _set_of(stages)
 
 
-def evaluate(recipe: str | RunConfig, out: str = "runs", **options: Unpack[Options]) -> Result:
+def evaluate(recipe: Recipe, out: str | os.PathLike[str] = "runs", **options: Unpack[Options]) -> Result:
     """Score a distilled set and its controls on the test images, and write the report. Arguments: see `run`."""
     stages, start, reporter = _prepared(recipe, out, options)
     stages.evaluate(start, reporter)
-    return _result(stages, out)
+    return _result(stages)
 
 
-def _prepared(recipe: str | RunConfig, out: str, options: Options) -> tuple[Pipeline, Callable[[], Executor], Reporter]:
+def _prepared(
+    recipe: Recipe, out: str | os.PathLike[str], options: Options
+) -> tuple[Pipeline, Callable[[], Executor], Reporter]:
     """The run's stages, the start of its workers, and its progress display."""
-    config = recipe_of(recipe, options.get("settings"))
+    if unknown := sorted(options.keys() - Options.__annotations__.keys()):
+        raise TypeError(f"unknown option {unknown[0]!r}; known are {', '.join(Options.__annotations__)}")
+    config, out = recipe_of(recipe, options.get("settings")), os.fspath(out)
     stages, start = stages_of(
         [config], out, options.get("store"), options.get("executor", "ray"), options.get("address")
     )
@@ -167,7 +181,7 @@ def _set_of(stages: Pipeline) -> Artifact:
     return read_artifact(stages.out / stages.configs[0].name / "synthetic.arrow")
 
 
-def _result(stages: Pipeline, out: str) -> Result:
+def _result(stages: Pipeline) -> Result:
     (summary,) = summaries(stages.out, stages.configs)
     accuracies = {score.row: score.accuracies for score in summary.scores}
-    return Result(stages.configs[0].name, _set_of(stages), accuracies, report(out).uri)
+    return Result(stages.configs[0].name, _set_of(stages), accuracies, report(stages.out.uri).uri)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -239,14 +240,14 @@ def keep_transform(transform: Transform, transforms: Location) -> Location | Non
     return place
 
 
-def load(uri: str) -> Artifact:
+def load(uri: str | os.PathLike[str]) -> Artifact:
     """Read a synthetic set written by datm_ray, .arrow or .safetensors, from a path or any URI.
 
     Raises:
         StoreError: the file does not exist, or is a folder.
         CorruptFileError: the file is not a synthetic set, is truncated or altered, or its parts contradict each other.
     """
-    location = open_location(uri)
+    location = open_location(os.fspath(uri))
     try:
         return read_artifact(location)
     except StoreError as error:

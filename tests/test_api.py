@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -89,3 +90,21 @@ def test_a_plan_is_that_of_the_command_line(
     assert str(plan).startswith("cifar10-ipc10: ")
     with pytest.raises(ConfigError, match="gpus= or cpus="):
         datm_ray.plan("digits-ipc1", cluster="memory=8GiB")
+
+
+def test_a_wrong_option_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    """A misspelt option would run something else for hours."""
+    with pytest.raises(TypeError, match="unknown option 'excutor'"):
+        datm_ray.distill(tiny_config(), tmp_path, excutor="serial")  # type: ignore[call-arg]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_may_be_paths_numbers_of_numpy_and_any_text(tmp_path: Path) -> None:
+    """Values need no text form, and errors name the setting."""
+    config = recipe_of("digits-ipc1", {"dataset.path": tmp_path / "caf\udce9 😀", "distill.ipc": np.int64(3)})
+    assert config.dataset.path == str(tmp_path / "caf\udce9 😀")
+    assert config.distill.ipc == 3
+    with pytest.raises(ConfigError, match=r"settings: distill\.ipc is 'x'"):
+        recipe_of("digits-ipc1", {"distill.ipc": "x"})
+    (tmp_path / "mine.yaml").write_text("base: digits-ipc1\n")
+    assert recipe_of(tmp_path / "mine.yaml").name == "mine"

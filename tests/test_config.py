@@ -249,7 +249,8 @@ def test_shorter_recipes_hold_what_differs_from_their_base(tmp_path: Path) -> No
     assert owls == override(found, ["name=owls", "seed=5", "metadd=null", "network=lenet"])
     assert load_config_text(to_yaml(owls), "test") == owls
     (tmp_path / "early.yaml").write_text("base: cifar10-ipc10\ndistill: {start_epochs: {bound: 4}}\n")
-    assert get_recipe(str(tmp_path / "early.yaml")).distill.start_epochs == StartEpochs(bound=4)
+    expected = get_recipe("cifar10-ipc10").distill.start_epochs.model_copy(update={"bound": 4})
+    assert get_recipe(str(tmp_path / "early.yaml")).distill.start_epochs == expected
 
 
 @pytest.mark.parametrize(
@@ -539,7 +540,7 @@ def test_start_epochs_are_one_value() -> None:
     assert unlike == ["distill.start_epochs.bound (10 there, 12 here)"]
 
 
-def test_runs_from_before_start_epochs_were_one_key_are_the_runs_they_were() -> None:
+def test_runs_from_before_start_epochs_were_one_key_are_the_runs_they_were(tmp_path: Path) -> None:
     """Saved recipes with several keys of start epochs are read with their pinned identity."""
     pinned = {
         "digits-ipc1": "1fb950465396ce36",
@@ -563,6 +564,8 @@ def test_runs_from_before_start_epochs_were_one_key_are_the_runs_they_were() -> 
             ConfigError, match=r"key 'distill\.first_start'\. Its new name is 'distill\.start_epochs\.f"
         ):
             load_config_text(text, "mine.yaml")
+        (tmp_path / "recipe.yaml").write_text(text)  # as an error about such a run advises
+        assert run_identity(get_recipe(str(tmp_path / "recipe.yaml"))) == run_identity(now), name
     with pytest.raises(ConfigError, match=r"^recipe\.yaml: 'distill\.start_epochs' is not a section"):
         load_recipe_of_run("distill: {start_epochs: 3, first_start: 0}", "recipe.yaml")
 

@@ -4,7 +4,7 @@ A run is one YAML file or a packaged recipe. A wrong key or value raises a `Conf
 starts. Needs the standard library, pydantic and PyYAML.
 """
 
-from datm_ray.config.files import load_config_text, load_recipe_of_run, override, to_yaml
+from datm_ray.config.files import load_config_text, load_recipe_of_run, override, to_yaml, with_settings
 from datm_ray.config.identity import expert_fingerprint, run_identity, stable_hash
 from datm_ray.config.networks import network_names, networks_named, scored_on
 from datm_ray.config.schema import Role, RunConfig, parse_config
@@ -55,4 +55,5 @@ __all__ = [
     "scored_on",
     "stable_hash",
     "to_yaml",
+    "with_settings",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -37,6 +37,8 @@ def load_config(path: str, base_of: Callable[[str], RunConfig]) -> RunConfig:
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not a text file", remedy="give a recipe's name or a YAML file") from None
     values = {"name": _plain_name(Path(path).stem), **_read_sections(text, path)}
+    if isinstance(values.get("distill"), dict) and values["distill"].keys() >= _FORMER_STARTS:
+        _rename(values, path)  # the recipe in the folder of a run of an earlier version
     if "base" in values:
         values = _merged(_base(values.pop("base"), base_of, path), values)
     return parse_config(values, path)
@@ -63,10 +65,9 @@ def load_config_text(text: str, origin: str) -> RunConfig:
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Plain data of a recipe with changes: sections are merged key by key, lists and start_epochs are replaced."""
+    """Plain data of a recipe with changes: sections are merged key by key, lists are replaced."""
     alike = [key for key, value in changes.items() if isinstance(value, dict) and isinstance(base.get(key), dict)]
-    merged = {key: _merged(base[key], changes[key]) for key in alike if key != "start_epochs"}
-    return base | changes | merged
+    return base | changes | {key: _merged(base[key], changes[key]) for key in alike}
 
 
 def load_recipe_of_run(text: str, origin: str) -> RunConfig:
@@ -77,13 +78,21 @@ def load_recipe_of_run(text: str, origin: str) -> RunConfig:
     values = _read_sections(text, origin)
     distill = values.get("distill")
     if isinstance(distill, dict):
-        for old, new in RENAMED.items():
-            section, _, field = old.partition(".")
-            keys = values.get(section)
-            if isinstance(keys, dict) and field in keys:
-                _assign(values, new.split("."), keys.pop(field), origin)
+        _rename(values, origin)
         distill.setdefault("gradient_limit", None)
     return parse_config(values, origin)
+
+
+_FORMER_STARTS = {"first_start", "start_bound", "final_start_bound", "expand_iterations"}
+
+
+def _rename(values: dict[str, Any], origin: str) -> None:
+    """Give keys of earlier versions their present names, in place."""
+    for old, new in RENAMED.items():
+        section, _, field = old.partition(".")
+        keys = values.get(section)
+        if isinstance(keys, dict) and field in keys:
+            _assign(values, new.split("."), keys.pop(field), origin)
 
 
 def _read_sections(text: str, origin: str) -> dict[str, Any]:
@@ -111,6 +120,18 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
         origin = f"--set {assignment!r}"
         _assign(values, path, bare if is_text else _read_yaml(text, origin), origin)
     return parse_config(values, "--set")
+
+
+def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+    """Replace values, given by `section.field`; text is taken literally.
+
+    Raises:
+        ConfigError: a key is unknown, or a value has a wrong type or an impossible range.
+    """
+    values = config.model_dump(mode="json")
+    for key, value in settings.items():
+        _assign(values, key.split("."), value, f"settings {key!r}")
+    return parse_config(values, "settings")
 
 
 def _assign(values: Any, path: Sequence[str], value: Any, origin: str) -> None:

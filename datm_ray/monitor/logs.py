@@ -36,8 +36,8 @@ _ROOT = logging.getLogger("datm_ray")
 _log = logging.getLogger(__name__)
 _SECRET = re.compile(
     r"(?i)(?<=://)[^/\s]+(?=@)"  # user and password of an address
-    r"|(?<=bearer )\S+"
-    r"|(?P<name>(?:secret|token|passw|signature|credential|[_-]key)[\w-]{0,40}[\"']?\s?[=:]\s?[\"']?)[^\s\"'&]+"
+    r"|(?<=bearer )\S+|(?<=basic )\S+"
+    r"|(?P<name>(?:secret|token|passw|pwd|signature|credential|api_?key|[_-]key)[\w-]{0,40}[\"']?\s?[=:]\s?[\"']?)[^\s\"'&]+"
 )
 
 
@@ -202,6 +202,9 @@ def noting_the_end() -> Iterator[None]:
     """Log how a run ended; an error that nobody expects has its traceback."""
     try:
         yield
+    except KeyboardInterrupt:
+        _log.info("run interrupted", extra={"is_shown": True})
+        raise
     except BaseException as failure:
         reason, unexpected = fields(error=type(failure).__name__, reason=str(failure)), isinstance(failure, Exception)
         unexpected = unexpected and not isinstance(failure, DatmError)

@@ -25,6 +25,8 @@ TASKS_DONE = (" tasks done", "  progress stage=")
 
 LINE_INTERVAL = 30.0
 """Seconds between progress lines in the log, and where no terminal shows bars."""
+FEW_STEPS = 10
+"""Largest number of steps of a task whose first step counts for the speed."""
 SHORTEST_MEMORY, MEMORY = 60.0, 1 / 3
 """Time over which the speed of a stage is averaged: at least so many seconds, and this share of its time so far."""
 
@@ -76,9 +78,9 @@ class _Running:
     """Task that has started and not ended."""
 
     since: float
-    """Time of its start, in seconds of the monotonic clock."""
+    """Time from which its speed is measured, in seconds of the monotonic clock."""
     first: float = 0.0
-    """Share that was done before, when it was resumed."""
+    """Share that was done at `since`."""
     share: float = 0.0
     last: Progress | None = None
 
@@ -92,7 +94,8 @@ class Tracker:
     """Finished and running tasks of a stage, and the time that the rest takes.
 
     Speed is the tasks' own progress over time. Older progress counts exponentially less, so that the estimate follows a
-    change of speed without jumping. What a resumed task has brought along is no progress.
+    change of speed without jumping. What a resumed task has brought along is no
+    progress, and the first of many steps, which compiles, is no measure of the speed.
     """
 
     def __init__(self, tasks: int, now: float) -> None:
@@ -111,6 +114,10 @@ class Tracker:
             running, total = self.running.setdefault(task.name, _Running(now)), max(1, event.total)
             if running.last is None:
                 running.first = running.share = max(0, event.done - 1) / total
+                if total > FEW_STEPS:  # the first of many steps compiles, and says nothing of the speed
+                    running.since, running.first = now, event.done / total
+                    if not self._work:
+                        running.share, self._started, self._last = running.first, now, now
             self._advance(event.done / total - running.share, now)
             running.share, running.last = event.done / total, event
         elif isinstance(event, Finished):

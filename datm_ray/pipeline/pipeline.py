@@ -82,6 +82,7 @@ class Pipeline:
         lines = []
         for title, (count, names) in self.remaining().items():
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            title = title.replace("s ", " ", 1) if count == 1 else title
             lines.append(f"{count} {title}" + (f": {shown}" if names else ""))
         return lines
 

@@ -33,7 +33,7 @@ class Progress:
     values: Mapping[str, float] = field(default_factory=dict)
     """Values to show beside the progress bar, such as {"loss": 0.41}."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Measurements, by the names in `metrics.CATALOGUE`. Counters start from 0 in every attempt."""
+    """Measurements, by the names in `monitor/metrics.py`. Counters start from 0 in every attempt."""
     saved: bool = False
     """True if the work so far is saved, so that other workers can resume without loss."""
 
@@ -44,7 +44,7 @@ class Finished:
 
     result: Any = None
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Measurements since the last `Progress`, by the names in `metrics.CATALOGUE`."""
+    """Measurements since the last `Progress`, by the names in `monitor/metrics.py`."""
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,15 @@ def test_the_time_left_does_not_jump_where_speed_changes() -> None:
     assert all(abs(each - end) < 0.1 * end for each in foreseen[-5:]), (foreseen, end)
 
 
+def test_compiling_before_the_first_step_does_not_spoil_the_time_left() -> None:
+    """A minute of compiling before steps of a tenth of a second is forgotten at once."""
+    tracker, task = Tracker(1, 0.0), Task("one", ())
+    tracker.take(task, Started(), 0.0)
+    for done in range(1, 51):
+        tracker.take(task, Progress(done, 500), 60 + 0.1 * done)
+    assert tracker.seconds_left(65.0) == pytest.approx(45, rel=0.05)
+
+
 def test_what_a_resumed_task_brings_along_is_no_progress() -> None:
     """A task resumed at three quarters is predicted by its own new steps, also after a loss."""
     tracker, task = Tracker(2, 0.0), Task("one", ())

@@ -267,7 +267,7 @@ class Jobs:
 
     @contextmanager
     def _answers(self, number: str | None = None) -> Iterator[None]:
-        """Turns the ways in which a cluster that answers refuses into one.
+        """Turn every refusal by a cluster that answers into one kind of error.
 
         Args:
             number: of the job that the block asks for; none where it asks for no single one.
