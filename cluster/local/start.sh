@@ -29,8 +29,8 @@ fi
 # Ray's own ports listen on all interfaces, and whoever reaches them may run programs. The token keeps others out.
 export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
 if [[ $RAY_AUTH_MODE == token ]]; then
-    said=$(ray get-auth-token --generate 2>&1) ||
-        fail "There is no token: $(tail -n 1 <<<"$said") Ray 2.52 and newer make one; RAY_AUTH_MODE=disabled does without."
+    answer=$(ray get-auth-token --generate 2>&1) ||
+        fail "There is no token: $(tail -n 1 <<<"$answer") Ray 2.52 and newer make one; RAY_AUTH_MODE=disabled does without."
 fi
 # Who stops the cluster means it; Ray would wait half a minute for actors that are at work.
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=${RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S:-0}
