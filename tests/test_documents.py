@@ -64,6 +64,8 @@ def test_commands_are_found_in_text() -> None:
         "cluster/kuberay/rayjob.yaml",
         "cluster/local/README.md",
         "cluster/local/start.sh",
+        "cluster/slurm/README.md",
+        "cluster/slurm/run.sbatch",
     }
 
 
