@@ -80,7 +80,9 @@ UNRESOLVED = "the configuration still has values that depend on the size of the 
 MOST_WHITENED = 64 * 64
 """Largest number of pixels in an image for which normalisation "auto" means zca, inclusive."""
 SMALLEST_MAP = 3
-"""Least side in pixels of the last feature maps when depth is null; smaller images get two blocks all the same."""
+"""Smallest side in pixels of a convnet's last feature maps when `depth` is null: blocks are added while it is kept.
+
+There are always at least two blocks, even if the side gets smaller."""
 PUBLISHED_DEPTH = 3
 """Depth of mlp in the literature; every architecture but convnet gets this value where depth is null."""
 

@@ -37,7 +37,7 @@ IMAGES_AT_A_TIME = 10
 
 
 ROUNDING = 16
-"""Smallest relative difference between the values of a map that counts, in multiples of the dtype's epsilon."""
+"""Machine epsilons, relative to its largest magnitude, within which a class activation map is taken as constant."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def scaled_maps(maps: Tensor) -> Tensor:
 
 
 def meta_features(scaled: Tensor, threshold: float = 0.5) -> Tensor:
-    """Mask [b h w] of pixels that are a feature to all networks, from scaled maps [m b h w]."""
+    """Mask [b h w] of pixels where the maps [m b h w] of all m networks, scaled to [0, 1], reach `threshold`."""
     return (scaled >= threshold).all(dim=0)
 
 

@@ -73,5 +73,5 @@ def schema_of(node: fx.Node) -> Any:
 
 
 def storage_id(tensor: Tensor) -> int:
-    """Number that tensors share if and only if they lie in the same memory, also without memory."""
+    """Number that two tensors share if and only if they share a storage; works for tensors without data too."""
     return int(tensor.untyped_storage()._cdata)

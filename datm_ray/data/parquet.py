@@ -215,10 +215,11 @@ def _decategorised(column: Any) -> Any:
 
 
 def _read_columns(file: Path, parquet: Any, columns: Sequence[str]) -> Any:
-    """Read these columns as a table, a few rows at a time, because a file may repeat one value in a million rows.
+    """Read columns as a table in small batches, and stop if it takes far more memory than the file's size allows.
 
-    One page, of up to 2 GiB, is unpacked before its size is known: a file of 33 KB with a footer that lies took 2 GiB.
-    PyArrow has no limit for it, and to read page headers without PyArrow means to decode the footer too.
+    A small file can hold one value repeated in millions of rows. Not covered: one page, of up to 2 GiB, is unpacked
+    before its size is known: a file of 33 KB with a footer that lies took 2 GiB. PyArrow has no limit for it, and
+    to read page headers without PyArrow means to decode the footer too.
 
     Raises:
         ValueError: the table takes much more memory than the file has bytes, or the header announces so.

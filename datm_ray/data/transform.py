@@ -228,7 +228,7 @@ class Transform:
     def _normaliser(self, device: torch.device) -> Normaliser:
         """Normaliser for a device, made once; on the CPU it shares memory with the arrays.
 
-        It is never moved or handed out, so no caller changes it.
+        For internal use: callers outside get copies from `normaliser()`, so they cannot change it.
         """
         if device not in self._normalisers:
             if self.kind == "zca":
@@ -240,7 +240,10 @@ class Transform:
         return self._normalisers[device]
 
     def _composed(self) -> Floats:
-        """Compute W from U and S. The peak is one more U in float64, beside U and W."""
+        """Whitening matrix W = U diag(1 / sqrt(S + eps)) U^T, from eigenvectors U and eigenvalues S.
+
+        Peak memory: U, W and a float64 copy of U.
+        """
         assert self.vectors is not None
         wide = self.vectors.astype(np.float64)
         matrix = np.empty_like(self.vectors)

@@ -259,7 +259,7 @@ class DistillationPlan:
         return [f"  memory of a worker that {self.name}, with a margin of {MARGIN - 1:.0%} on tensors:", *parts]
 
     def require_fit(self, *remedies: str) -> None:
-        """Raise a `ConfigError` if the worker needs more than it may take; remedies come before the usual ones."""
+        """Raise a `ConfigError` if the worker needs more memory than it may take. It lists `remedies` first."""
         needed, found = total(self.parts), list(remedies)
         if self.budget is None or needed <= self.budget:
             return
@@ -330,7 +330,7 @@ def plans_of(config: RunConfig, shape: DataShape, layout: Layout | None = None) 
 
 
 def network_cost(config: RunConfig, shape: DataShape) -> ImageCost:
-    """Cost of one image in the first network of a recipe."""
+    """Memory and operations of one image in a forward pass through the recipe's main network, `config.network`."""
     return _cost_of(config.network.for_images(shape.image[0], shape.image[1:], shape.classes))
 
 

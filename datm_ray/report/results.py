@@ -136,7 +136,7 @@ class Run:
 
     @property
     def shortened(self) -> int:
-        """Number of gradients that were shortened so far."""
+        """Number of gradients so far that were scaled down to `distill.gradient_limit`."""
         limit = self.config.distill.gradient_limit
         if self.history is None or limit is None or "history.decrease" not in self.history:
             return 0

@@ -141,7 +141,7 @@ def read_curves(folder: Location) -> dict[str, Any]:
 
 
 def _read_rows(folder: Location, names: list[str], rows: Rows) -> dict[str, NDArray[Any]]:
-    """The arrays of the rows, cut from the parts that hold them."""
+    """Read the arrays of these rows (images) of the set, cut from the part files that hold them, and joined."""
     pieces: list[dict[str, NDArray[Any]]] = []
     found = rows.first
     for part, name in sorted((_part_rows(folder, name), name) for name in names):

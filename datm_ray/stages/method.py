@@ -90,7 +90,7 @@ class Method(Protocol[AState]):
         ...
 
     def measured(self, state: AState) -> Mapping[str, float]:
-        """Measurements of the last iteration, by the ends of their names in `monitor/metrics.py`."""
+        """Measurements of the last iteration. Keys are suffixes of metric names, such as `matching_loss`."""
         ...
 
     def shown(self, state: AState) -> Mapping[str, float]:

@@ -189,13 +189,13 @@ class ExpertGroup:
         return [int(match[1]) for match in matches if match]
 
     def write_expert(self, expert: int, snapshots: Iterable[Snapshot], info: TrajectoryInfo) -> bool:
-        """Store one expert, atomically and once; whether this call stored it.
+        """Store one expert atomically, without ever replacing one. Returns True if this call stored it.
 
-        Where the expert is there already, by another writer, it stays and False is returned: at once and
-        without taking a single snapshot if it was there from the start, after the last one if it came
-        meanwhile. Snapshots are taken one at a time, in the order of `info.epochs`, and written at once to a
-        local disk; elsewhere they are kept in memory until the upload. If `snapshots` raises, nothing is
-        stored. The file is of the current format, whatever `info.format_version` says.
+        False means that another writer did. If the expert was there from the start, no snapshot is taken; if it
+        appears during the call, this is noticed after the last snapshot. Snapshots are taken one at a time, in the
+        order of `info.epochs`, and written at once to a local disk; elsewhere they are kept in memory until the
+        upload. If `snapshots` raises, nothing is stored. The file is of the current format, whatever
+        `info.format_version` says.
 
         Raises:
             ValueError: the snapshots are not those that `info` announces, or `info` is not of this expert.

@@ -1,8 +1,8 @@
-"""Trajectory matching as a value that can be stepped: one iteration, when it is skipped, and how far it may go.
+"""One iteration of trajectory matching: the update, when it is skipped, and the limit on its size.
 
 No code here reads experts or the disk. The caller passes the parameters to match, and decides when to validate and to
 save. The learned variables follow the gradient of the sum of all backbones' matching losses; each backbone has a weight
-and a step size. Shapes: a backbones.
+and a step size. In shapes, a is the number of backbones.
 """
 
 from __future__ import annotations

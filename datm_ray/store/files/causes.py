@@ -139,7 +139,7 @@ def _answer(error: BaseException | None) -> dict[str, dict[str, Any]]:
 
 
 def lacks_bucket(error: Exception) -> bool:
-    """True if S3 answered that the bucket is missing; s3fs says so of a file too, but then without S3's answer."""
+    """True if S3 itself reported a missing bucket. s3fs raises the same error for a missing file, without a code."""
     return code_of(error) in ("NoSuchBucket", "404")
 
 

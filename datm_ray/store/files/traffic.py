@@ -52,7 +52,7 @@ _sums = Traffic()
 
 
 def traffic() -> Traffic:
-    """The sums up to now."""
+    """Requests, bytes, seconds and retries of this process's file access so far; subtract an earlier value."""
     return _sums
 
 
