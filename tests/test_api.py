@@ -34,7 +34,7 @@ def test_a_run_returns_its_set_and_scores(
         ("random-hard", "random-soft", "distilled", "full"), 2
     )
     assert all(0 <= accuracy <= 1 for values in result.accuracies.values() for accuracy in values)
-    expected = datm_ray.load(str(finished_run / "tiny/synthetic.arrow"))
+    expected = datm_ray.load(finished_run / "tiny/synthetic.arrow")
     assert torch.equal(result.synthetic.images, expected.images)
     assert Path(result.report).read_text().startswith("<!doctype html>")
     assert capsys.readouterr() == ("", "")

@@ -503,7 +503,7 @@ def test_choices_that_are_newer_than_finished_runs_do_not_change_them() -> None:
     assert "gradient_limit" not in run_identity(override(plain, ["distill.gradient_limit=null"]))["distill"]
 
 
-def test_run_of_an_earlier_version_had_no_limit() -> None:
+def test_run_of_an_earlier_version_had_no_limit(tmp_path: Path) -> None:
     """A saved run without the limit had none; a user's recipe without it gets the default."""
     lines = to_yaml(RunConfig()).splitlines()
     text = "\n".join(line for line in lines if not line.strip().startswith("gradient_limit:"))
@@ -511,6 +511,10 @@ def test_run_of_an_earlier_version_had_no_limit() -> None:
     assert load_recipe_of_run(text, "recipe.yaml").distill.gradient_limit is None
     assert load_recipe_of_run(to_yaml(RunConfig()), "recipe.yaml") == RunConfig()
     assert load_config_text(text, "mine.yaml").distill.gradient_limit == RunConfig().distill.gradient_limit
+    starts = "  first_start: 0\n  start_bound: 10\n  final_start_bound: 20\n  expand_iterations: 1000"
+    for saved, limit in ((text, None), (f"distill:\n{starts}\n", RunConfig().distill.gradient_limit)):
+        (tmp_path / "recipe.yaml").write_text(re.sub(r"^  start_epochs: .*$", starts, saved, flags=re.MULTILINE))
+        assert get_recipe(str(tmp_path / "recipe.yaml")).distill.gradient_limit == limit
 
 
 def test_renamed_key_is_named_and_saved_runs_keep_their_value() -> None:

@@ -66,6 +66,7 @@ def test_a_run_leaves_experts_a_set_and_every_row_of_the_table(finished_run: Pat
     """A run leaves stored experts, a loadable set, two seeds of each row, and a report."""
     pipeline = Pipeline([tiny_config()], str(finished_run))
     assert pipeline.plan() == ["0 experts to train", "0 sets to distil", "0 networks to train for evaluation"]
+    assert Pipeline([tiny_config("name=new")], str(finished_run)).plan()[1] == "1 set to distil: new"
     (key,) = TrajectoryStore(str(finished_run / "experts")).groups()
     assert (key.dataset, key.architecture) == ("digits", "convnet")
     artifact = load(str(finished_run / "tiny" / "synthetic.arrow"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -61,16 +61,15 @@ Store = Annotated[
     typer.Option("--store", metavar="URI", help="Trajectory store, a path or URI. Without it, <out>/experts is used."),
 ]
 WriteTo = Annotated[str, typer.Option("--out", "-o", metavar="URI", help="Folder to write to.")]
+
+
+def verbose_option(help_: str) -> Any:
+    """The option --verbose of a command, which may be given twice."""
+    return typer.Option("--verbose", "-v", count=True, show_default=False, callback=more_output, help=help_)
+
+
 Verbose = Annotated[
-    int,
-    typer.Option(
-        "--verbose",
-        "-v",
-        count=True,
-        show_default=False,
-        callback=more_output,
-        help="Print the log. Given twice, print details and the raw output of Ray and its workers too.",
-    ),
+    int, verbose_option("Print the log. Given twice, print details and the raw output of Ray and its workers too.")
 ]
 Quiet = Annotated[
     bool,

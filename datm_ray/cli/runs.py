@@ -19,9 +19,9 @@ from datm_ray.cli.options import (
     Verbose,
     WriteTo,
     config_of,
-    more_output,
     print_json,
     recipes_starting_with,
+    verbose_option,
 )
 from datm_ray.monitor import logs
 
@@ -130,17 +130,7 @@ def plan(
         ),
     ] = False,
     json_: Json = False,
-    verbose: Annotated[
-        int,
-        typer.Option(
-            "--verbose",
-            "-v",
-            count=True,
-            show_default=False,
-            callback=more_output,
-            help="Print the parts of memory and of an iteration too, and the log.",
-        ),
-    ] = 0,
+    verbose: Annotated[int, verbose_option("Print the parts of memory and of an iteration too, and the log.")] = 0,
 ) -> None:
     """Estimate memory, hours and storage before anything starts.
 
@@ -157,8 +147,9 @@ def plan(
     for config in configs:
         found = plan_run(config, cluster, data_shape, measure=measure, workers_wanted=wanted)
         others = [] if cluster is None else not_followed(config, found)
-        plans.append(found.to_json() | {"not_followed": others})
-        if not json_:
+        if json_:
+            plans.append(found.to_json() | {"not_followed": others})
+        else:
             print("\n".join([*found.lines(suggested=cluster is not None, verbose=verbose > 0), *others]))
     if json_:
         print_json(plans)

@@ -38,7 +38,7 @@ def load_config(path: str, base_of: Callable[[str], RunConfig]) -> RunConfig:
         raise ConfigError(f"{path} is not a text file", remedy="give a recipe's name or a YAML file") from None
     values = {"name": _plain_name(Path(path).stem), **_read_sections(text, path)}
     if isinstance(values.get("distill"), dict) and values["distill"].keys() >= _FORMER_STARTS:
-        _rename(values, path)  # the recipe in the folder of a run of an earlier version
+        values = _of_earlier_version(values, path)  # the recipe in the folder of a run, as an error may advise
     if "base" in values:
         values = _merged(_base(values.pop("base"), base_of, path), values)
     return parse_config(values, path)
@@ -71,28 +71,27 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_recipe_of_run(text: str, origin: str) -> RunConfig:
-    """Read the recipe that `to_yaml` wrote for a run, by this version or an earlier one.
-
-    `to_yaml` writes every field. A missing field did not exist yet, so the run was made without it.
-    """
-    values = _read_sections(text, origin)
-    distill = values.get("distill")
-    if isinstance(distill, dict):
-        _rename(values, origin)
-        distill.setdefault("gradient_limit", None)
-    return parse_config(values, origin)
+    """Read the recipe that `to_yaml` wrote for a run, by this version or an earlier one."""
+    return parse_config(_of_earlier_version(_read_sections(text, origin), origin), origin)
 
 
-_FORMER_STARTS = {"first_start", "start_bound", "final_start_bound", "expand_iterations"}
+_FORMER_STARTS = {old.partition(".")[2] for old, new in RENAMED.items() if new.startswith("distill.start_epochs.")}
 
 
-def _rename(values: dict[str, Any], origin: str) -> None:
-    """Give keys of earlier versions their present names, in place."""
+_SAVED = {"dataset", "network", "experts", "distill", "evaluate", "cluster"}
+"""Sections that every saved recipe has, whatever its version."""
+
+
+def _of_earlier_version(values: dict[str, Any], origin: str) -> dict[str, Any]:
+    """Plain data of a recipe under the present names of its keys. What a saved one lacks did not exist in its run."""
     for old, new in RENAMED.items():
         section, _, field = old.partition(".")
         keys = values.get(section)
         if isinstance(keys, dict) and field in keys:
             _assign(values, new.split("."), keys.pop(field), origin)
+    if isinstance(values.get("distill"), dict) and values.keys() >= _SAVED:
+        values["distill"].setdefault("gradient_limit", None)
+    return values
 
 
 def _read_sections(text: str, origin: str) -> dict[str, Any]:

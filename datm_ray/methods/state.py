@@ -8,7 +8,7 @@ Shapes: n rows held, a backbones. Tests: tests/methods/trajectory/test_iteration
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -190,12 +190,8 @@ class State(Generic[Record]):
         )
 
     def _curves(self) -> dict[str, NDArray[np.generic]]:
-        curves: dict[str, NDArray[np.generic]] = {
-            f"history.{column}": np.array([getattr(record, column) for record in self.history], kind)
-            for column, kind in columns(self.record).items()
-        }
-        for column, kind in columns(MetaRecord).items() if self.meta_history else ():
-            curves[f"meta.{column}"] = np.array([getattr(record, column) for record in self.meta_history], kind)
+        curves = _columns("history", self.history, self.record)
+        curves |= _columns("meta", self.meta_history, MetaRecord) if self.meta_history else {}
         curves["validation.iteration"] = np.array([iteration for iteration, _ in self.validations], np.int64)
         curves["validation.accuracy"] = np.array([accuracy for _, accuracy in self.validations], np.float64)
         curves["validation.chosen_at"] = np.array(self.chosen_at, np.int64)
@@ -232,6 +228,12 @@ def with_present_names(arrays: Arrays) -> dict[str, NDArray[Any]]:
 def not_finite(*values: Tensor) -> Tensor:
     """Scalar of the first value's type: 1 if any number in `values` is not finite, else 0."""
     return torch.stack([~value.isfinite().all() for value in values]).any().to(values[0].dtype)
+
+
+def _columns(prefix: str, records: Sequence[Any], record: type[Any]) -> dict[str, NDArray[np.generic]]:
+    """Columns of a history for a checkpoint, see `_records`."""
+    named = columns(record).items()
+    return {f"{prefix}.{column}": np.array([getattr(each, column) for each in records], kind) for column, kind in named}
 
 
 def _records(arrays: dict[str, NDArray[Any]], prefix: str, record: type[Any]) -> list[Any]:

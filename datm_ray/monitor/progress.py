@@ -78,24 +78,26 @@ class _Running:
     """Task that has started and not ended."""
 
     since: float
-    """Time from which its speed is measured, in seconds of the monotonic clock."""
+    """Time of its start, in seconds of the monotonic clock."""
+    timed_from: float
+    """Time from which its speed is measured."""
     first: float = 0.0
-    """Share that was done at `since`."""
+    """Share that was done at `timed_from`."""
     share: float = 0.0
     last: Progress | None = None
 
     def seconds_left(self, now: float) -> float:
         """Time that the rest takes at the task's own speed; 0 before a tenth of the task has shown that speed."""
         own = self.share - self.first
-        return (1 - self.share) * (now - self.since) / own if own >= 0.1 else 0.0
+        return (1 - self.share) * (now - self.timed_from) / own if own >= 0.1 else 0.0
 
 
 class Tracker:
     """Finished and running tasks of a stage, and the time that the rest takes.
 
     Speed is the tasks' own progress over time. Older progress counts exponentially less, so that the estimate follows a
-    change of speed without jumping. What a resumed task has brought along is no
-    progress, and the first of many steps, which compiles, is no measure of the speed.
+    change of speed without jumping. What a resumed task has brought along is no progress, and the first of many steps,
+    which compiles, is no measure of the speed.
     """
 
     def __init__(self, tasks: int, now: float) -> None:
@@ -107,22 +109,22 @@ class Tracker:
     def take(self, task: Task, event: Event, now: float) -> None:
         """Count an event, at a time of the monotonic clock."""
         if isinstance(event, Started):
-            self.running[task.name] = _Running(now)
+            self.running[task.name] = _Running(now, now)
         elif isinstance(event, Lost | Failed):
             self.running.pop(task.name, None)
         elif isinstance(event, Progress):
-            running, total = self.running.setdefault(task.name, _Running(now)), max(1, event.total)
+            running, total = self.running.setdefault(task.name, _Running(now, now)), max(1, event.total)
             if running.last is None:
                 running.first = running.share = max(0, event.done - 1) / total
                 if total > FEW_STEPS:  # the first of many steps compiles, and says nothing of the speed
-                    running.since, running.first = now, event.done / total
+                    running.timed_from, running.first = now, event.done / total
                     if not self._work:
                         running.share, self._started, self._last = running.first, now, now
             self._advance(event.done / total - running.share, now)
             running.share, running.last = event.done / total, event
         elif isinstance(event, Finished):
             self.finished += 1
-            self._advance(1 - self.running.pop(task.name, _Running(now)).share, now)
+            self._advance(1 - self.running.pop(task.name, _Running(now, now)).share, now)
 
     def _advance(self, work: float, now: float) -> None:
         kept = math.exp((self._last - now) / max(SHORTEST_MEMORY, MEMORY * (now - self._started)))
@@ -288,6 +290,8 @@ def _duration(seconds: float) -> str:
 
 def _record(task: Task, event: Event, seconds: float | None) -> None:
     """Log an event of a task that has run for so many seconds."""
+    if isinstance(event, Progress) and not _log.isEnabledFor(logging.DEBUG):
+        return  # one for each iteration
     level, what = logging.INFO, ""
     values: dict[str, object] = {}
     match event:

@@ -53,7 +53,6 @@ LAST_GOOD = "last-good.arrow"
 MAPS = "maps.arrow"
 COST = "cost.json"
 
-
 _log = logging.getLogger(__name__)
 
 

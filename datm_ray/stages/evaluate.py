@@ -172,11 +172,7 @@ class EvaluateWorker:
             measured = trials[-1].validation_accuracy
             metrics = meter.measure() | {"datm_ray_evaluate_validation_accuracy_ratio": measured}
             yield Progress(len(trials), len(candidates), {"validation": measured}, metrics)
-        chosen = max(trials, key=lambda trial: trial.validation_accuracy)
-        tested = self._test_accuracy(chosen)
-        with_learned = None
-        if step_size:
-            with_learned = tested if chosen is trials[0] else self._test_accuracy(trials[0])
+        chosen, tested, with_learned = self._tested(trials, learns=bool(step_size))
         spent = account.spent()
         result = {
             "row": row,
@@ -196,6 +192,14 @@ class EvaluateWorker:
         chosen_of = fields(step_size=chosen.step_size, candidates=len(trials), seconds=spent.seconds)
         _log.info("network scored %s %s", fields(run=config.name, row=row, number=number, accuracy=tested), chosen_of)
         yield Finished(result, meter.measure())
+
+    def _tested(self, trials: Sequence[_Trial], *, learns: bool) -> tuple[_Trial, float, float | None]:
+        """Trial chosen on validation data, its test accuracy, and that of the first trial if that one is learned."""
+        chosen = max(trials, key=lambda trial: trial.validation_accuracy)
+        tested = self._test_accuracy(chosen)
+        if not learns:
+            return chosen, tested, None
+        return chosen, tested, tested if chosen is trials[0] else self._test_accuracy(trials[0])
 
     def _test_accuracy(self, trial: _Trial) -> float:
         images = to_device(self._dataset.test_images, self._device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -34,7 +35,7 @@ class Part:
     sharing: int
     """Distilling workers that may be on this node at a time."""
 
-    @property
+    @cached_property
     def rows(self) -> Rows:
         """Rows of the synthetic set that the worker holds."""
         return Rows.of_shard(self.mesh.column, self.mesh.columns, self.dataset.classes, self.config.distill.ipc)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import logging
 import math
 import re
 from collections.abc import Callable
@@ -90,6 +91,18 @@ def test_the_time_left_does_not_jump_where_speed_changes() -> None:
     changes = [abs(late - early) for early, late in itertools.pairwise(foreseen)]
     assert max(changes) < 0.25 * end, (foreseen, end)
     assert all(abs(each - end) < 0.1 * end for each in foreseen[-5:]), (foreseen, end)
+
+
+def test_a_finished_task_is_logged_with_the_seconds_since_its_start(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The seconds include compiling, although the speed does not."""
+    clock = iter([0.0, 0.0, 60.0, 70.0])
+    monkeypatch.setattr(telemetry, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with caplog.at_level(logging.INFO, "datm_ray"), Reporter(quiet=True).stage("Experts", 1) as stage:
+        for event in (Started(), Progress(1, 100), Finished()):
+            stage.event(Task("one", ()), event)
+    assert "task finished task=one seconds=70" in caplog.messages
 
 
 def test_compiling_before_the_first_step_does_not_spoil_the_time_left() -> None:
