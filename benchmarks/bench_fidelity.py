@@ -29,6 +29,7 @@ from fidelity_variants import (
     QUICK,
     TESLA,
     UNLIMITED,
+    AnyPipeline,
     Rows,
     Sizes,
     TeslaPipeline,
@@ -41,7 +42,6 @@ from program import options, run, settled, start
 
 from datm_ray.config import NetworkConfig, RunConfig
 from datm_ray.monitor.provenance import provenance
-from datm_ray.pipeline import Pipeline
 
 HEADER = "Real 8x8 digits, {images:,} training images, {tests:,} test images; ConvNet of depth 2 and width 32."
 MEASURED = """Accuracy on test images in %, mean ± standard deviation over all networks. Random images are drawn anew
@@ -54,7 +54,7 @@ and leave out by how much distillations differ.""",
 """By whether there are several distillations of a row."""
 
 
-class Scoring(Pipeline):
+class Scoring(AnyPipeline):
     """A pipeline that trains no controls for runs that are compared with those of the crossover."""
 
     def scored_rows(self, config: RunConfig) -> list[tuple[str, NetworkConfig | None]]:

@@ -28,7 +28,25 @@ class TeslaStepFunctions(StudentStepFunctions):
         return s, torch.zeros_like(d_theta), d_x, d_y
 
 
-class TeslaMatching(TrajectoryMatching):
+class AnyMatching(TrajectoryMatching):
+    """Trajectory matching that also takes ranges that can hardly be matched, for these are part of the comparison."""
+
+    refuses = False
+
+
+class AnyWorker(DistillWorker):
+    """Distils whatever the range."""
+
+    method = AnyMatching
+
+
+class AnyPipeline(Pipeline):
+    """A pipeline that distils whatever the range."""
+
+    distill_worker = AnyWorker
+
+
+class TeslaMatching(AnyMatching):
     """Trajectory matching with TESLA's approximation of the gradient."""
 
     functions = TeslaStepFunctions
@@ -40,7 +58,7 @@ class TeslaWorker(DistillWorker):
     method = TeslaMatching
 
 
-class TeslaPipeline(Pipeline):
+class TeslaPipeline(AnyPipeline):
     """A pipeline whose distillation takes TESLA's approximation."""
 
     distill_worker = TeslaWorker

@@ -103,6 +103,13 @@ class DivergenceError(DatmError):
     exit_code = 1
 
 
+class ThresholdError(DatmError):
+    """Every matching loss exceeds distill.threshold, before the first iteration or in many iterations in a row.
+
+    Experts are kept, and so is the state of a distillation that had started.
+    """
+
+
 class WorkerLostError(DatmError):
     """A worker died more often than the retry policy allows."""
 

@@ -674,7 +674,7 @@ def test_lists_and_plans_as_json(datm_ray: CommandLine, finished_run: Path, tmp_
     for command, arguments in {
         "recipe list": [],
         "plan": ["digits-ipc1", "digits-ipc10", *described],
-        "run --dry-run": [recipe, "-o", str(finished_run), "--executor", "serial"],
+        "run --dry-run": [recipe, "-o", str(finished_run), "--executor", "serial", "--set", "name=again"],
         "store ls": [store],
         "store show": [store],
     }.items():
@@ -684,7 +684,7 @@ def test_lists_and_plans_as_json(datm_ray: CommandLine, finished_run: Path, tmp_
         assert keys_in(found[command]) == documented_keys(command), command
     assert [each["name"] for each in found["plan"]] == ["digits-ipc1", "digits-ipc10"]
     assert set(found["plan"][0]["hours"]) == {"experts", "distillation", "validation", "evaluation"}
-    assert [each["count"] for each in found["run --dry-run"]["remaining"]] == [0, 0, 0]
+    assert [each["count"] for each in found["run --dry-run"]["remaining"]] == [0, 1, 2]
     assert (found["store ls"][0]["experts"], len(found["store show"])) == ([0, 1], 2)
     assert "digits-ipc1" in [each["name"] for each in found["recipe list"]]
     (unknown,) = json.loads(datm_ray("plan", "digits-ipc1", *described[:1], "gpus=1,memory=80GiB", "--json")[1])

@@ -358,8 +358,10 @@ def _print_plan(pipeline: Pipeline, json_: bool) -> None:
         remaining = (
             {"stage": title, "count": count, "tasks": tasks} for title, (count, tasks) in pipeline.remaining().items()
         )
-        print_json({"data": pipeline.data(), "remaining": list(remaining)})
+        distances = [{"name": name, **found.to_json()} for name, found in pipeline.distances().items()]
+        print_json({"data": pipeline.data(), "remaining": list(remaining), "distances": distances})
         return
     planned = pipeline.plan()
-    for line in [*pipeline.data_lines(), *planned]:
+    steps = (f"{name}: {'; '.join(found.lines())}" for name, found in pipeline.distances().items())
+    for line in [*pipeline.data_lines(), *planned, *steps]:
         print(one_line(line))

@@ -283,8 +283,8 @@ class DistillConfig(Section):
     """Real images to start from: correctly classified, or any."""
     labels: Literal["soft", "hard"] = "soft"
     """soft: the experts' mean logits, then learned; hard: fixed."""
-    initial_step_size: Positive = 0.01
-    """The student's step size at the start."""
+    initial_step_size: Positive | None = None
+    """The student's step size at the start; null: found by a line search."""
     threshold: Positive = 1.0
     """Iterations with a larger matching loss are skipped."""
     gradient_limit: Positive | None = 10.0

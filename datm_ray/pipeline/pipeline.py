@@ -15,6 +15,7 @@ from datm_ray.artifact import TRANSFORMS, keep_transform
 from datm_ray.config import DatasetConfig, NetworkConfig, RunConfig, to_yaml
 from datm_ray.data.transform import FitCost
 from datm_ray.errors import ClusterError
+from datm_ray.methods.trajectory.distance import Distance
 from datm_ray.monitor.loggers import Logger, open_logger
 from datm_ray.monitor.logs import LOG, fields, noting_the_end, writing
 from datm_ray.monitor.progress import Reporter
@@ -130,6 +131,10 @@ class Pipeline:
             if cost.minutes >= 1 and self.runs.group_with_transform(dataset) is None:
                 lines.append(f"{raw.name}: fitting zca takes {cost}, once")
         return lines
+
+    def distances(self) -> dict[str, Distance]:
+        """Name of each set to distil -> how far its experts and its student go."""
+        return {config.name: Distance.of(config, len(self.runs.raw(config).train)) for config in self.runs.unfinished()}
 
     def run_all(self, start: Callable[[], Executor], reporter: Reporter) -> None:
         """Experts, distillation, evaluation."""

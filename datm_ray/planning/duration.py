@@ -28,6 +28,7 @@ from datm_ray.core.training import PROTOCOLS, train, validation_protocol
 from datm_ray.data.transform import FitCost
 from datm_ray.errors import ConfigError
 from datm_ray.methods.state import columns
+from datm_ray.methods.trajectory.distance import Distance
 from datm_ray.methods.trajectory.iteration import IterationRecord
 from datm_ray.methods.trajectory.matching import draw_student_steps, matching_gradient
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
@@ -61,6 +62,11 @@ class Proposal:
     def seconds(self, kind: str, network: RunConfig, passes: float) -> float:
         """Seconds that one worker takes for so many image passes through a network."""
         return FORWARD_PASSES[kind] * network_cost(network, self.shape).flop * passes / self.machine.rates[kind]
+
+    @property
+    def distance(self) -> Distance:
+        """How far the experts and the student go."""
+        return Distance.of(self.config, round(self.shape.training_images * (1 - self.config.dataset.validation)))
 
     @property
     def iteration(self) -> tuple[float, float]:
@@ -135,6 +141,7 @@ class Proposal:
             "speed": machine.basis,
             "hours": held if machine.basis else None,
             "clock_hours": clock if machine.basis else None,
+            "distance": self.distance.to_json(),
             "iteration_seconds": dict(zip(("computing", "sums"), computing_and_sums, strict=True)),
             "storage_bytes": storage(config, self.shape),
             "workers_per_set": config.workers_per_set,
@@ -163,6 +170,7 @@ class Proposal:
             "experts": "; ".join(trained),
             "distillation": f"{settings.iterations:,} iterations of {settings.student_steps:,} student steps of "
             f"{plan.batch:,} of {plan.images:,} images, in micro-batches of {plan.chunk:,}",
+            "step sizes": "; ".join(self.distance.lines()),
             "evaluation": f"{evaluated.seeds:,} networks a row, {PROTOCOLS[evaluated.protocol].epochs:,} epochs",
             unit: f"{_listed(hours)}; {machine.basis}" if machine.basis else NO_HOURS,
             "storage": ", ".join(f"{name} {size_in_words(size)}" for name, size in kept.items()),

@@ -45,6 +45,7 @@ def published(
             learning_rate_images=learning_rate_images,
             learning_rate_step_size=learning_rate_step_size,
             learning_rate_labels=learning_rate_labels,
+            initial_step_size=0.01,
             start_epochs=start_epochs,
             threshold=threshold,
         ),

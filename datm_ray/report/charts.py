@@ -235,7 +235,8 @@ def _validation_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
 
 def _step_size_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
     iteration = np.append(0, history["history.iteration"] + 1)
-    steps = np.append(run.config.distill.initial_step_size, history["history.step_size"])
+    learned = history["history.step_size"]
+    steps = np.append(run.initial.step_size if run.initial else learned[0], learned)
 
     def draw(figure: Figure) -> None:
         axes = _iteration_axes(figure, run.iterations, "step size")

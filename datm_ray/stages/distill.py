@@ -6,7 +6,7 @@ The files of a run's folder, each written atomically:
                        are in checkpoint/, see `checkpoint`
     maps.arrow         with MetaDD: what its networks see in some images, before and after
     synthetic.arrow    the result; there only when the distillation is finished
-    last-good.arrow    after too many diverged iterations in a row: the set of the last update
+    last-good.arrow    after too many diverged or skipped iterations in a row: the set of the last update
     cost.json          what it has cost so far, over all workers and attempts; replaced after every checkpoint, so what
                        a killed attempt spent after its last one is not counted. A file of its own, for the others are
                        the same however often a run was stopped
@@ -32,7 +32,7 @@ from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training import PROTOCOLS, Heartbeat, Schedule, accuracy, train, validation_protocol
 from datm_ray.data.dataset import Dataset
-from datm_ray.errors import ClusterError, DivergenceError
+from datm_ray.errors import ClusterError, DivergenceError, ThresholdError
 from datm_ray.methods.state import MetaTerm, State
 from datm_ray.monitor.logs import fields
 from datm_ray.monitor.provenance import provenance, workers_in_words
@@ -85,6 +85,7 @@ class DistillWorker:
         Raises:
             MissingExpertsError: the store has not all experts of the recipe.
             DivergenceError: too many iterations in a row diverged; the set of the last update is in the checkpoint.
+            ThresholdError: the set would start above the threshold, or many iterations in a row were.
             StoreError: an expert's first and last epochs are the same, and so are a start and its target.
             PeerLostError: another worker of the mesh died.
         """
@@ -123,15 +124,19 @@ class _Run:
         """Iterate to the end; every worker gives the same events."""
         settings, meter = self._config.distill, Meter(self._device)
         yield from map(Note, self._method.notes)
-        state = self._resume_or_start()
+        saved = self._saved_state()
+        state = saved or self._method.state(initial_set(self._part, self._method.experts[0]), settings)
         self._mesh.until_all_are_done(self._method.prepare)
+        if saved is None:
+            yield from map(Note, self._method.calibrate(state))
+            self._save_set(state.synthetic, INITIAL)
         yield from self._computed_otherwise(state.iteration)
         first = state.iteration
         while state.iteration < settings.iterations:
             began = time.monotonic()
             try:
                 self._method.step(state, self._meta_term(state.iteration))
-            except DivergenceError:
+            except (DivergenceError, ThresholdError):
                 self._keep_last_good(state)
                 raise
             seconds = time.monotonic() - began
@@ -202,7 +207,8 @@ class _Run:
             values["validation"] = state.validations[-1][1]
         return values
 
-    def _resume_or_start(self) -> State[Any]:
+    def _saved_state(self) -> State[Any] | None:
+        """State of the last checkpoint; `None` for a new distillation."""
         settings, kind = self._config.distill, self._method.state
         if self._mesh.rank == 0:
             for place in (self._folder, self._folder / PARTS):
@@ -211,10 +217,7 @@ class _Run:
         self._require_one_state(-1 if saved is None else saved.iteration)
         if saved is not None:
             _log.info("distillation resumed %s", fields(run=self._config.name, iteration=saved.iteration))
-            return saved
-        synthetic = initial_set(self._part, self._method.experts[0])
-        self._save_set(synthetic, INITIAL)
-        return kind(synthetic, settings)
+        return saved
 
     def _require_one_state(self, iteration: int) -> None:
         """Raise an error unless every worker resumes at the same iteration; -1 stands for a new distillation."""

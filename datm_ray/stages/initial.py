@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from datm_ray.core.synthetic import SyntheticSet, correct_rows, hard_logits, random_rows
 from datm_ray.core.training import Heartbeat
+from datm_ray.methods.trajectory.distance import Distance
 from datm_ray.stages.expert_networks import ExpertNetworks
 from datm_ray.stages.method import Part
 
@@ -15,10 +16,12 @@ from datm_ray.stages.method import Part
 def initial_set(part: Part, experts: ExpertNetworks) -> SyntheticSet:
     """Choose the first rows of this shard: real images that experts classify correctly, with their mean logits.
 
-    The recipe may ask for any images, or for hard labels.
+    The recipe may ask for any images, or for hard labels. A step size that it leaves open is a likely one.
     """
     config, dataset, rows = part.config, part.dataset, part.rows
-    step_sizes = torch.full((len(config.weights),), config.distill.initial_step_size, device=part.device)
+    distance = Distance.of(config, len(dataset.train_labels))
+    step_size = distance.step_size or distance.likely_step_size
+    step_sizes = torch.full((len(config.weights),), step_size, device=part.device)
     shape = (rows.last - rows.first, dataset.channels, *dataset.size)
     images = torch.zeros(shape, device=part.device)
     soft_labels = torch.zeros(len(images), dataset.classes, device=part.device)

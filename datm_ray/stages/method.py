@@ -86,6 +86,14 @@ class Method(Protocol[AState]):
         """Do once what takes long, such as compiling."""
         ...
 
+    def calibrate(self, state: AState) -> Iterator[str]:
+        """Choose what the recipe leaves open, once, before the first iteration of a new set. Gives messages.
+
+        Raises:
+            DatmError: the set would learn nothing.
+        """
+        ...
+
     def step(self, state: AState, meta: MetaTerm | None) -> None:
         """Run one iteration together with the other workers of the mesh."""
         ...

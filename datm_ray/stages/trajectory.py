@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
 from datm_ray.core.networks.parameters import FlatNetwork
+from datm_ray.core.synthetic import AllSum
 from datm_ray.core.training import Heartbeat
-from datm_ray.errors import StoreError
+from datm_ray.errors import StoreError, ThresholdError
 from datm_ray.methods.state import MetaTerm
+from datm_ray.methods.trajectory.calibration import MOST_TRIED, PAIRS, Measured, find_step_size, measure
 from datm_ray.methods.trajectory.difficulty import draw_plan
-from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
+from datm_ray.methods.trajectory.distance import Distance
+from datm_ray.methods.trajectory.iteration import MOST_ABOVE, Distillation, Match, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.planning.fit import DataShape, DistillationPlan, Layout, chunk_by_trial, plans_of
@@ -40,11 +43,19 @@ class _Backbone:
     """Images of a micro-batch."""
 
 
+_AGAIN = (
+    f". Running the same command again tries {MOST_ABOVE} more iterations; other settings need another --out or "
+    "--set name=..."
+)
+
+
 class TrajectoryMatching:
     """Matches the networks of a worker's role with their experts, see `Method`."""
 
     functions: type[StudentStepFunctions] = StudentStepFunctions
     """How a student step and its reverse are computed; a benchmark may put another one here."""
+    refuses: bool = True
+    """True to refuse sets that cannot be matched; a benchmark may keep them."""
     state = Distillation
 
     def __init__(self, part: Part) -> None:
@@ -88,10 +99,111 @@ class TrajectoryMatching:
             else:
                 step(backbone.chunk)
 
+    def calibrate(self, state: Distillation) -> Iterator[str]:
+        """Find the step sizes that the recipe leaves open, and say with what matching losses the set starts.
+
+        Raises:
+            ThresholdError: every loss that was measured exceeds the threshold.
+        """
+        given, threshold = self._part.config.distill.initial_step_size, self._part.config.distill.threshold
+        pairs = self._pairs(state.iteration)
+        if given is None:
+            yield f"finding the initial step size, in at most {PAIRS * MOST_TRIED} trials of the student"
+            measured = self._search(state, pairs)
+            state.synthetic.step_sizes.copy_(torch.tensor([each.step_size for each in measured]))
+        else:
+            measured = self._measured(lambda own, all_sum: measure(given, pairs[own], state.synthetic, all_sum))
+        losses = [loss for each in measured for loss in each.losses]
+        above, start = sum(loss > threshold for loss in losses), _listed(each.loss for each in measured)
+        if above == len(losses) and self.refuses:
+            best = measured if given is None else self._search(state, pairs)
+            raise self._hopeless("the set would start", [each.loss for each in measured], state, pairs, best)
+        if given is None:
+            found = _listed(each.step_size for each in measured)
+            yield f"initial step size {found} found: the set starts with a matching loss of {start} (1: no movement)"
+        if above:
+            yield (
+                f"{above} of {len(losses)} matching losses at the start exceed distill.threshold {threshold:g}, and "
+                f"such iterations are skipped. Their mean is {start}: {self._distance(state)}"
+            )
+
+    def _pairs(self, iteration: int) -> Mapping[int, Sequence[Match]]:
+        """Pairs of start and target of every network here, spread evenly over the start epochs of an iteration."""
+        config, allowed = self._part.config, self._part.config.distill.start_epochs
+        starts = np.linspace(allowed.first, allowed.upper_bound(iteration) - 1, PAIRS).round().astype(int).tolist()
+        origins = [Origin(number % config.experts.count, start) for number, start in enumerate(starts)]
+        return {
+            backbone.number: [self._match(backbone, origin, iteration + k) for k, origin in enumerate(origins)]
+            for backbone in self._backbones
+        }
+
+    def _search(self, state: Distillation, pairs: Mapping[int, Sequence[Match]]) -> list[Measured]:
+        """Find the best step size of every network of the run."""
+        near = self._distance(state).likely_step_size
+
+        def search(own: int, all_sum: AllSum) -> Measured:
+            return find_step_size(lambda tried: measure(tried, pairs[own], state.synthetic, all_sum), near)
+
+        return self._measured(search)
+
+    def _measured(self, of_backbone: Callable[[int, AllSum], Measured]) -> list[Measured]:
+        """Measure every network of the run, each where it is matched; all workers get the same."""
+        found = torch.zeros(len(self._part.config.weights), 1 + PAIRS, dtype=torch.float64)
+
+        def work(all_sum: AllSum) -> None:
+            for backbone in self._backbones:
+                own = of_backbone(backbone.number, all_sum)
+                found[backbone.number] = torch.tensor([own.step_size, *own.losses], dtype=torch.float64)
+
+        self._part.mesh.in_rows(work)
+        rows = self._part.mesh.sum_over_backbones(found.to(self._part.device)).tolist()
+        return [Measured(step_size, tuple(losses)) for step_size, *losses in rows]
+
+    def _distance(self, state: Distillation) -> Distance:
+        """How far experts go, and how far the student goes with the present step size."""
+        given = Distance.of(self._part.config, len(self._part.dataset.train_labels))
+        return dataclasses.replace(given, step_size=float(state.synthetic.step_size))
+
+    def _hopeless(
+        self,
+        what: str,
+        losses: Sequence[float],
+        state: Distillation,
+        pairs: Mapping[int, Sequence[Match]],
+        best: Sequence[Measured],
+        again: str = "",
+    ) -> ThresholdError:
+        """Error about losses above the threshold, with numbers, and with what brings them below it.
+
+        Args:
+            what: says what has these losses.
+            best: the best step size of every network.
+            again: says what running the same command again does; "" for nothing else.
+        """
+        settings, now = self._part.config.distill, float(state.synthetic.step_size)
+        found, least = (_listed(each) for each in zip(*((each.step_size, each.loss) for each in best), strict=True))
+        remedy = f"try distill.initial_step_size=null, which finds {found} (loss {least})"
+        if min(each.loss for each in best) > settings.threshold:
+            lower = "distill.learning_rate_images or start_epochs" if state.momenta else "distill.start_epochs"
+            remedy = "raise distill.threshold to 1" if settings.threshold < 1 else f"lower {lower}"
+            remedy = f"no step size is enough: {remedy}"
+        fewer = round(settings.student_steps * best[0].step_size / now)
+        if len(best) == 1 and 1 <= fewer < settings.student_steps:
+            cut = {n: [dataclasses.replace(each, steps=each.steps[:fewer]) for each in own] for n, own in pairs.items()}
+            (short,) = self._measured(lambda own, all_sum: measure(now, cut[own], state.synthetic, all_sum))
+            if short.loss <= settings.threshold:
+                remedy += f", or distill.student_steps={fewer} (loss {short.loss:.3g})"
+        fact = f"{what} with a matching loss of {_listed(losses, 5)}, above distill.threshold {settings.threshold:g}"
+        return ThresholdError(fact, str(self._distance(state)), f"{remedy}{again}")
+
     def step(self, state: Distillation, meta: MetaTerm | None) -> None:
-        """Match every network once; the next iteration's snapshots are read meanwhile."""
+        """Match every network once; the next iteration's snapshots are read meanwhile.
+
+        Raises:
+            ThresholdError: the losses of many iterations in a row exceeded the threshold.
+        """
         origins = self._origins(state.iteration)
-        matches = [self._match(backbone, origins[backbone.number], state) for backbone in self._backbones]
+        matches = [self._match(each, origins[each.number], state.iteration) for each in self._backbones]
         if state.iteration + 1 < self._part.config.distill.iterations:
             following = self._origins(state.iteration + 1)
             for backbone in self._backbones:
@@ -104,6 +216,10 @@ class TrajectoryMatching:
             sum_over_backbones=self._part.mesh.sum_over_backbones,
             in_rows=self._part.mesh.in_rows,
         )
+        if self.refuses and (times := state.stuck):
+            losses, pairs = [each.loss for each in state.history[-state.backbones :]], self._pairs(state.iteration)
+            what = f"{times} iterations in a row changed nothing, the last"
+            raise self._hopeless(what, losses, state, pairs, self._search(state, pairs), _AGAIN)
 
     def _origins(self, iteration: int) -> list[Origin]:
         config, allowed = self._part.config, self._part.config.distill.start_epochs
@@ -118,7 +234,7 @@ class TrajectoryMatching:
         """The expert and the epochs of a start and its target."""
         return origin.expert, [origin.epoch, origin.epoch + self._part.config.distill.expert_epochs]
 
-    def _match(self, backbone: _Backbone, origin: Origin, state: Distillation) -> Match:
+    def _match(self, backbone: _Backbone, origin: Origin, iteration: int) -> Match:
         config, settings = self._part.config, self._part.config.distill
         steps = draw_student_steps(
             settings.ipc * self._part.dataset.classes,
@@ -126,7 +242,7 @@ class TrajectoryMatching:
             settings.batch_size,
             settings.augmentation,
             config.seed,
-            state.iteration,
+            iteration,
             backbone.number,
         )
         start, target = (
@@ -195,8 +311,8 @@ class TrajectoryMatching:
         if 4 * above > updates:
             yield (
                 f"{above} of {updates} matching losses exceeded distill.threshold {settings.threshold:g}, and "
-                "taught nothing: lower distill.student_steps or the start epochs, raise distill.expert_epochs, or see "
-                "in the report whether it came all at once"
+                f"taught nothing: {self._distance(state)}. Try distill.initial_step_size=null, lower the start epochs, "
+                "or see in the report whether it came all at once"
             )
         if 4 * state.diverged > updates:
             yield (
@@ -209,3 +325,8 @@ class TrajectoryMatching:
                 f"{state.shortened} of {updates} gradients were shortened to distill.gradient_limit, "
                 f"{settings.gradient_limit:g} times the loss: lower distill.learning_rate_images, or raise the limit"
             )
+
+
+def _listed(numbers: Iterable[float], digits: int = 3) -> str:
+    """Numbers of all networks, in order."""
+    return " and ".join(f"{number:.{digits}g}" for number in numbers)

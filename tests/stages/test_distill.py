@@ -27,6 +27,7 @@ from datm_ray.runtime.mesh import Alone
 from datm_ray.stages import checkpoint
 from datm_ray.stages.checkpoint import Rows, load_checkpoint, read_computed, read_curves, save_checkpoint
 from datm_ray.stages.distill import SYNTHETIC, DistillWorker
+from datm_ray.stages.trajectory import TrajectoryMatching
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.tensors import read_tensors, write_tensors
 from tests.conftest import actor_processes, tiny_config
@@ -36,6 +37,7 @@ METADD = (
     "metadd={auxiliaries: [{architecture: lenet}, {width: 2, depth: 1, norm: batch}], share: 0.5, variance: 0.01,"
     " invariance: 0.01, experts: {count: 2, epochs: 2, learning_rate: 0.02, momentum: 0.9, augmentation: ''}}"
 )
+SET = ("distill.ipc=2", "distill.batch_size=7", "distill.initial_step_size=null")
 TWO_NETWORKS = "backbones=[{network: {width: 3, depth: 2, norm: group}, weight: 0.5}]"
 
 
@@ -70,7 +72,7 @@ def distil(config: RunConfig, out: Path, size: int, stop_at: int | None = None, 
 
 def trained(out: Path, *changes: str) -> RunConfig:
     """A tiny run whose experts are in the store."""
-    config = tiny_config("distill.ipc=2", "distill.batch_size=7", *changes)
+    config = tiny_config(*SET, *changes)
     Pipeline([config], str(out)).train_experts(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
     return config
 
@@ -105,7 +107,7 @@ def assert_equal_but_for_rounding(one: Artifact, other: Artifact) -> None:
 def test_shards_learn_what_one_process_learns(shards: int, reference: Path, tmp_path: Path) -> None:
     """Two even shards and four uneven ones learn what one process learns."""
     out = with_experts_of(reference, tmp_path)
-    distil(tiny_config("distill.ipc=2", "distill.batch_size=7", f"cluster.shards={shards}"), out, shards)
+    distil(tiny_config(*SET, f"cluster.shards={shards}"), out, shards)
     assert_equal_but_for_rounding(learned(out), learned(reference))
 
 
@@ -116,11 +118,10 @@ def test_checkpoint_is_resumed_by_any_number_of_shards(
 ) -> None:
     """A run stopped after 5 of 6 iterations resumes from the fourth with fewer or more shards."""
     out = with_experts_of(reference, tmp_path)
-    settings = ("distill.ipc=2", "distill.batch_size=7")
-    distil(tiny_config(*settings, f"cluster.shards={before}"), out, before, stop_at=5)
+    distil(tiny_config(*SET, f"cluster.shards={before}"), out, before, stop_at=5)
     assert not (out / "tiny" / SYNTHETIC).exists()
     assert len(list((out / "tiny/checkpoint").glob("00000004-*"))) == before
-    distil(tiny_config(*settings, f"cluster.shards={after}"), out, after)
+    distil(tiny_config(*SET, f"cluster.shards={after}"), out, after)
     assert_equal_but_for_rounding(learned(out), learned(reference))
     assert len(list((out / "tiny/checkpoint").iterdir())) == after
 
@@ -134,7 +135,7 @@ def test_backbones_apart_and_sharded_learn_what_one_process_learns(tmp_path: Pat
     config = trained(tmp_path / "one", TWO_NETWORKS, shortened)
     distil(config, tmp_path / "one", size=1)
     out = with_experts_of(tmp_path / "one", tmp_path / "four")
-    mesh = ("distill.ipc=2", "distill.batch_size=7", TWO_NETWORKS, "cluster.shards=2", "cluster.backbones_apart=true")
+    mesh = (*SET, TWO_NETWORKS, "cluster.shards=2", "cluster.backbones_apart=true")
     distil(tiny_config(*mesh, shortened), out, size=4)
     assert_equal_but_for_rounding(learned(out), learned(tmp_path / "one"))
     states = [state_of(place, config) for place in (tmp_path / "one", out)]
@@ -167,7 +168,7 @@ def with_metadd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_networks_of_metadd_may_live_anywhere(apart: list[str], size: int, with_metadd: Path, tmp_path: Path) -> None:
     """Actors that exchange MetaDD's maps and logits learn what one process learns, and report equal losses."""
     out = with_experts_of(with_metadd, tmp_path)
-    config = tiny_config("distill.ipc=2", "distill.batch_size=7", TWO_NETWORKS, METADD, *apart)
+    config = tiny_config(*SET, TWO_NETWORKS, METADD, *apart)
     assert config.workers_per_set == size
     distil(config, out, size)
     assert_equal_but_for_rounding(learned(out), learned(with_metadd))
@@ -182,7 +183,7 @@ def test_metadd_changes_the_set_and_is_resumed(with_metadd: Path, tmp_path: Path
     """MetaDD changes the learned set, and a run stopped after iteration 5 resumes from the fourth."""
     (tmp_path / "resumed").mkdir()
     (tmp_path / "without").mkdir()
-    settings = ("distill.ipc=2", "distill.batch_size=7", TWO_NETWORKS)
+    settings = (*SET, TWO_NETWORKS)
     resumed, without = (with_experts_of(with_metadd, tmp_path / name) for name in ("resumed", "without"))
     distil(tiny_config(*settings, METADD), resumed, size=1, stop_at=5)
     distil(tiny_config(*settings, METADD), resumed, size=1)
@@ -200,7 +201,7 @@ def test_backbones_may_part_on_resume(tmp_path: Path) -> None:
     (tmp_path / "two").mkdir()
     distil(trained(tmp_path / "one", TWO_NETWORKS), tmp_path / "one", size=1)
     out = with_experts_of(tmp_path / "one", tmp_path / "two")
-    settings = ("distill.ipc=2", "distill.batch_size=7", TWO_NETWORKS)
+    settings = (*SET, TWO_NETWORKS)
     distil(tiny_config(*settings), out, size=1, stop_at=5)
     distil(tiny_config(*settings, "cluster.backbones_apart=true"), out, size=2)
     assert_equal_but_for_rounding(learned(out), learned(tmp_path / "one"))
@@ -210,7 +211,7 @@ def test_backbones_may_part_on_resume(tmp_path: Path) -> None:
 def test_divergence_in_the_rows_of_one_shard_is_skipped_by_all(reference: Path, tmp_path: Path) -> None:
     """An infinite momentum in the second shard makes all processes skip, and their histories are equal."""
     out = with_experts_of(reference, tmp_path)
-    config = tiny_config("distill.ipc=2", "distill.batch_size=7", "cluster.shards=2")
+    config = tiny_config(*SET, "cluster.shards=2")
     distil(config, out, 2, stop_at=5)
     part = out / "tiny/checkpoint/00000004-10-20.arrow"
     file = read_tensors(open_location(str(part)), kind="checkpoint")
@@ -233,8 +234,8 @@ def test_folders_that_are_not_shared_are_an_error(reference: Path, tmp_path: Pat
     for out in outs:
         out.mkdir()
         with_experts_of(reference, out)
-    distil(tiny_config("distill.ipc=2", "distill.batch_size=7"), outs[0], 1, stop_at=5)
-    config = tiny_config("distill.ipc=2", "distill.batch_size=7", "cluster.shards=2")
+    distil(tiny_config(*SET), outs[0], 1, stop_at=5)
+    config = tiny_config(*SET, "cluster.shards=2")
     with pytest.raises(AssertionError) as caught:
         distil(config, outs[0], 2, elsewhere=outs[1])
     assert str(caught.value).count("see different checkpoints") == 2
@@ -258,7 +259,7 @@ def test_a_killed_shard_costs_an_attempt_and_not_the_result(ray_cluster: Any, re
                 yield task, event
 
     out = with_experts_of(reference, tmp_path)
-    config = tiny_config("distill.ipc=2", "distill.batch_size=7", "cluster.shards=2")
+    config = tiny_config(*SET, "cluster.shards=2")
     Pipeline([config], str(out)).distill(lambda: Murderous(config.cluster), Reporter(quiet=True))
     assert len(losses) == 1
     assert len(list((out / "tiny/checkpoint").iterdir())) == 2
@@ -412,7 +413,7 @@ def test_more_shards_than_classes_are_refused(tmp_path: Path) -> None:
 def test_serial_executor_distils_a_sharded_recipe_alone(reference: Path, tmp_path: Path) -> None:
     """A sharded recipe on the serial executor runs in one process, with the bits of an unsharded one."""
     out = with_experts_of(reference, tmp_path)
-    config = tiny_config("distill.ipc=2", "distill.batch_size=7", "cluster.shards=2")
+    config = tiny_config(*SET, "cluster.shards=2")
     Pipeline([config], str(out)).distill(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
     assert torch.equal(learned(out).images, learned(reference).images)
 
@@ -424,7 +425,7 @@ def test_what_a_killed_writer_left_is_removed(reference: Path, tmp_path: Path) -
     for file in left:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"half")
-    config = tiny_config("distill.ipc=2", "distill.batch_size=7")
+    config = tiny_config(*SET)
     Pipeline([config], str(out)).distill(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
     assert not any(file.exists() for file in left)
 
@@ -439,10 +440,13 @@ def last_two_events(config: RunConfig, out: Path) -> tuple[Note, Finished]:
     return note, last
 
 
-def test_result_says_how_many_updates_were_skipped(reference: Path, tmp_path: Path) -> None:
+def test_result_says_how_many_updates_were_skipped(
+    reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The result counts skipped updates for the report."""
+    monkeypatch.setattr(TrajectoryMatching, "refuses", False)
     out = with_experts_of(reference, tmp_path)
-    config = tiny_config("distill.ipc=2", "distill.batch_size=7", "distill.threshold=1e-9", "name=skipping")
+    config = tiny_config(*SET, "distill.threshold=1e-9", "name=skipping")
     note, last = last_two_events(config, out)
     assert last.result["skipped"] == 6
     assert note.text.startswith("6 of 6 matching losses exceeded distill.threshold 1e-09, and taught nothing")
@@ -452,7 +456,7 @@ def test_result_says_how_many_updates_were_skipped(reference: Path, tmp_path: Pa
 def test_result_says_how_many_updates_were_shortened(reference: Path, tmp_path: Path) -> None:
     """The result counts updates shortened by the recipe's limit, and warns if most are."""
     out = with_experts_of(reference, tmp_path)
-    config = tiny_config("distill.ipc=2", "distill.batch_size=7", "distill.gradient_limit=1e-9", "name=short")
+    config = tiny_config(*SET, "distill.gradient_limit=1e-9", "name=short")
     note, last = last_two_events(config, out)
     assert last.result["shortened"] == 6
     assert note.text.startswith("6 of 6 gradients were shortened")

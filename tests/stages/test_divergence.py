@@ -1,4 +1,4 @@
-"""Tests runs whose student overflows, and runs whose trajectory does not move."""
+"""Tests runs whose student overflows or goes too far, and runs whose trajectory does not move."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ import torch
 from datm_ray import pipeline as pipeline_module
 from datm_ray.artifact import load
 from datm_ray.config import RunConfig
-from datm_ray.errors import DivergenceError, StoreError
+from datm_ray.errors import DivergenceError, StoreError, ThresholdError
 from datm_ray.methods.trajectory import iteration
+from datm_ray.methods.trajectory.calibration import Measured
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
-from datm_ray.runtime.executor import SerialExecutor
+from datm_ray.runtime.executor import Note, SerialExecutor
+from datm_ray.stages import trajectory
 from datm_ray.stages.checkpoint import read_curves
-from datm_ray.stages.distill import _Run
+from datm_ray.stages.distill import DistillWorker, _Run
 from datm_ray.stages.experts import expert_group
 from datm_ray.stages.trajectory import TrajectoryMatching
 from datm_ray.store.files.filesystem import open_location
@@ -52,9 +54,9 @@ def overflow(monkeypatch: pytest.MonkeyPatch, iterations: Container[int]) -> Non
     """Start the student so far away in these iterations that its loss is not a number."""
     match_of = TrajectoryMatching._match
 
-    def far_away(self: Any, backbone: Any, origin: Any, state: Any) -> Any:
-        match = match_of(self, backbone, origin, state)
-        return replace(match, start=1e30 * match.start) if state.iteration in iterations else match
+    def far_away(self: Any, backbone: Any, origin: Any, iteration: int) -> Any:
+        match = match_of(self, backbone, origin, iteration)
+        return replace(match, start=1e30 * match.start) if iteration in iterations else match
 
     monkeypatch.setattr(TrajectoryMatching, "_match", far_away)
 
@@ -138,3 +140,138 @@ def test_one_identical_pair_costs_an_iteration_and_not_the_run(experts: Path, tm
     assert set(curves["history.skipped"]) == {True, False}
     assert curves["history.skipped"].tolist() == (curves["history.start"] == 1).tolist()
     assert np.isfinite(curves["history.loss"]).tolist() == (curves["history.start"] != 1).tolist()
+
+
+ONE_PAIR = ("experts.count=1", "distill.start_epochs=[2, 3]", "distill.threshold=1.0")
+"""All pairs that are measured, and those of all iterations, are of one expert and epoch."""
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Measured]:
+    """Every step size that is tried, with its losses."""
+    tried, measure = [], trajectory.measure
+
+    def noting(*arguments: Any) -> Measured:
+        tried.append(measure(*arguments))
+        return tried[-1]
+
+    monkeypatch.setattr(trajectory, "measure", noting)
+    return tried
+
+
+def notes_of(config: RunConfig, out: Path, store: Path) -> list[str]:
+    """Notes of a distillation by one worker without a pipeline."""
+    worker = DistillWorker(Pipeline([config], str(out)).runs.dataset(config.dataset), config.cluster)
+    events = worker.distill(config, str(store), str(out / "tiny"))
+    return [event.text for event in events if isinstance(event, Note)]
+
+
+def test_a_step_size_is_found_where_a_given_one_is_refused(
+    experts: Path, tmp_path: Path, measured: list[Measured]
+) -> None:
+    """A step size with which every pair is above the threshold is refused before anything is written; null finds one
+    below it, saves it in the first set and says its loss, which is that of the first iteration."""
+    with pytest.raises(
+        ThresholdError, match=r"would start with a matching loss of \d.*above distill\.threshold 1"
+    ) as caught:
+        distil(tiny_config(*ONE_PAIR, "distill.initial_step_size=5.0"), tmp_path / "given", experts)
+    assert caught.value.exit_code == 2
+    assert "an epoch of the experts is 10 steps of 0.02, from start to target they go 10;" in caught.value.cause
+    assert "the student goes 3 of 5 (in all 15 against 0.2)" in caught.value.cause
+    assert not (tmp_path / "given/tiny/initial.arrow").exists()
+    assert not (tmp_path / "given/tiny/checkpoint.arrow").exists()
+    measured.clear()
+    _, started, *_ = notes_of(tiny_config(*ONE_PAIR, "distill.initial_step_size=null"), tmp_path / "null", experts)
+    best = min(measured, key=lambda each: each.loss)
+    initial = load(str(tmp_path / "null/tiny/initial.arrow"))
+    curves = curves_of(tmp_path / "null")
+    assert len(measured) <= 7
+    assert initial.step_size == pytest.approx(best.step_size)
+    assert started == (
+        f"initial step size {best.step_size:.3g} found: the set starts with a matching loss of {best.loss:.3g} "
+        "(1: no movement)"
+    )
+    assert f"null, which finds {best.step_size:.3g} (loss {best.loss:.3g})" in caught.value.remedy
+    assert curves["history.loss"][0] == best.losses[0] < 1
+    assert not curves["history.skipped"][0]
+
+
+def test_a_given_step_size_that_sometimes_works_is_kept(
+    experts: Path, tmp_path: Path, measured: list[Measured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A given step size that exceeds the threshold for some pairs only is kept, with a note."""
+    config = tiny_config("distill.threshold=1.0", "distill.initial_step_size=0.03")
+    backwards(monkeypatch, {0, 2})
+    (note, *_) = notes_of(config, tmp_path, experts)
+    assert len(measured) == 1
+    assert note.startswith("2 of 4 matching losses at the start exceed distill.threshold 1")
+    assert "the student goes 3 of 0.03 (in all 0.09 against 0.2)" in note
+    assert load(str(tmp_path / "tiny/initial.arrow")).step_size == pytest.approx(0.03)
+
+
+def backwards(monkeypatch: pytest.MonkeyPatch, iterations: Container[int]) -> None:
+    """Exchange start and target in these iterations, so that every step leads away from the target."""
+    match_of = TrajectoryMatching._match
+
+    def turned(self: Any, backbone: Any, origin: Any, iteration: int) -> Any:
+        match = match_of(self, backbone, origin, iteration)
+        return replace(match, start=match.target, target=match.start) if iteration in iterations else match
+
+    monkeypatch.setattr(TrajectoryMatching, "_match", turned)
+
+
+def test_a_set_that_no_step_size_moves_towards_its_target_is_refused(
+    experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A set that every step size leads away from its target is refused, and the error says so."""
+    backwards(monkeypatch, range(9))
+    for step_size in ("null", "0.03"):
+        config = tiny_config("distill.threshold=1.0", f"distill.initial_step_size={step_size}")
+        with pytest.raises(
+            ThresholdError,
+            match=r"a matching loss of 1\.\d+, above.*No step size is enough: lower distill\.start_epochs",
+        ):
+            distil(config, tmp_path / step_size, experts)
+
+
+def test_losses_above_the_threshold_in_a_row_stop_the_run(
+    experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Skipped iterations in a row end the run with numbers and exit code 2, and keep the set. The same command tries as
+    many again, and measures nothing anew."""
+    monkeypatch.setattr(iteration, "MOST_ABOVE", 2)
+    calibrated = []
+    calibrate = TrajectoryMatching.calibrate
+    monkeypatch.setattr(
+        TrajectoryMatching, "calibrate", lambda self, state: calibrated.append(1) or calibrate(self, state)
+    )
+    backwards(monkeypatch, {1, 3, 4, 5})
+    config = tiny_config("distill.threshold=1.0", "distill.initial_step_size=0.03", "distill.iterations=7")
+    with pytest.raises(
+        ThresholdError, match="2 iterations in a row changed nothing, the last with a matching loss of 1"
+    ) as caught:
+        distil(config, tmp_path, experts)
+    assert "from start to target they go 10; the student goes 3 of 0.03" in caught.value.cause
+    assert "another --out or --set name=" in caught.value.remedy
+    assert caught.value.exit_code == 2
+    assert curves_of(tmp_path)["history.skipped"].tolist() == [False, True, False, True, True]
+    assert not (tmp_path / "tiny/synthetic.arrow").exists()
+    assert torch.isfinite(load(str(tmp_path / "tiny/last-good.arrow")).images).all()
+    distil(config, tmp_path, experts)
+    assert curves_of(tmp_path)["history.skipped"].tolist() == [False, True, False, True, True, True, False]
+    assert calibrated == [1]
+
+
+def test_every_backbone_has_a_step_size_of_its_own(tmp_path: Path, measured: list[Measured]) -> None:
+    """Two networks get a step size each, and the note names both."""
+    config = tiny_config(
+        "backbones=[{network: {width: 3, depth: 2, norm: group}}]",
+        "distill.initial_step_size=null",
+        "experts.count=1",
+        "distill.iterations=1",
+    )
+    Pipeline([config], str(tmp_path)).train_experts(lambda: SerialExecutor(config.cluster), QUIET)
+    note = notes_of(config, tmp_path, tmp_path / "experts")[1]
+    first, second = load(str(tmp_path / "tiny/initial.arrow")).step_sizes
+    assert first != second
+    assert note.startswith(f"initial step size {first:.3g} and {second:.3g} found: ")

@@ -26,6 +26,8 @@ from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
 MOST_DIVERGED = 100
 """A distillation stops when one backbone has diverged this often since its last update. Every iteration draws another
 expert, start epoch and minibatches, so a hundred divergences are caused by the set, not by a draw."""
+MOST_ABOVE = 50
+"""A distillation stops when this many iterations since its last update had no loss below the threshold."""
 
 InRows = Callable[[Callable[[AllSum], None]], None]
 """Runs work that only the class shards of one backbone share, see `Mesh.in_rows`."""
@@ -86,6 +88,12 @@ def diverged(loss: NDArray[np.float64], skipped: NDArray[np.bool_], limit: float
     return skipped & ~(np.isfinite(loss) & (loss > limit))
 
 
+def _since_update(records: Sequence[IterationRecord]) -> Sequence[IterationRecord]:
+    """Last records, after the last one that was not skipped."""
+    count = next((back for back, record in enumerate(reversed(records)) if not record.skipped), len(records))
+    return records[len(records) - count :]
+
+
 @dataclass
 class Distillation(State[IterationRecord]):
     """State of a distillation by trajectory matching. Its history has a record for each backbone in an iteration."""
@@ -117,6 +125,17 @@ class Distillation(State[IterationRecord]):
         """Number of gradients that were shortened, see `DistillConfig.gradient_limit`."""
         limit = self.settings.gradient_limit or math.inf
         return sum(record.decrease > limit for record in self.history)
+
+    @property
+    def stuck(self) -> int:
+        """Number of iterations since the last update whose losses all exceeded the limit; 0 unless the limit is due.
+
+        The limit is due at every multiple of `MOST_ABOVE`, so that a run that is resumed tries as many again.
+        """
+        since = _since_update(self.history)
+        since = since[len(since) % self.backbones :]  # whole iterations
+        above = self._diverged(since).reshape(-1, self.backbones).sum(axis=1) == 0
+        return int(above.sum()) if above[-1:].any() and above.sum() % MOST_ABOVE == 0 else 0
 
     def step(
         self,
@@ -195,8 +214,7 @@ class Distillation(State[IterationRecord]):
         """Raise a `DivergenceError` if a backbone has diverged too often since its last update."""
         for number in np.flatnonzero(self._diverged(self.history[-self.backbones :])).tolist():
             own = self.history[number :: self.backbones]
-            since = next((back for back, record in enumerate(reversed(own)) if not record.skipped), len(own))
-            times = int(self._diverged(own[len(own) - since :]).sum())
+            times = int(self._diverged(_since_update(own)).sum())
             if times % MOST_DIVERGED == 0:
                 raise self._divergence(times, own[-1].loss, is_lost)
 

@@ -1,0 +1,102 @@
+"""How far experts and the student go between a start and its target: the arithmetic behind `initial_step_size`.
+
+    expert     learning rate * steps in an epoch * distill.expert_epochs / (1 - momentum)
+    student    step size * distill.student_steps
+
+A student that goes much farther than the experts passes its target, and its matching loss exceeds 1. One that goes much
+less far hardly moves. Plans, errors and warnings all take their numbers from here. Tests:
+tests/methods/trajectory/test_calibration.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from datm_ray.config import RunConfig
+
+BEST = 0.5
+"""Ratio of the student's distance to the experts' at which the first loss is about least. Measured: 0.3 to 0.5, on
+digits at IPC 1, 10 and 30 and on 32x32 photos at IPC 1."""
+TOO_FAR, TOO_NEAR = 2.0, 1 / 16
+"""Ratios beyond which a plan says what to change. Measured there: first losses of 1.4 to 73 at 2, and 0.9 at 1/16."""
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Steps of the experts and of the student from a start to its target."""
+
+    steps_per_epoch: int
+    """SGD steps of an expert in an epoch."""
+    expert_epochs: int
+    """Epochs from start to target."""
+    learning_rate: float
+    """The experts' learning rate."""
+    momentum: float
+    """The experts' momentum in [0, 1)."""
+    student_steps: int
+    step_size: float | None
+    """The student's step size; None if it is found before the first iteration."""
+
+    @classmethod
+    def of(cls, config: RunConfig, training_images: int) -> Distance:
+        """Distance of a recipe.
+
+        Args:
+            training_images: images that experts are trained on, without those for validation.
+        """
+        experts, settings = config.experts, config.distill
+        return cls(
+            math.ceil(training_images / experts.batch_size),
+            settings.expert_epochs,
+            experts.learning_rate,
+            experts.momentum,
+            settings.student_steps,
+            settings.initial_step_size,
+        )
+
+    @property
+    def expert(self) -> float:
+        """How far an expert goes. Momentum m makes each step count 1 / (1 - m) times."""
+        return self.learning_rate * self.steps_per_epoch * self.expert_epochs / (1 - self.momentum)
+
+    @property
+    def likely_step_size(self) -> float:
+        """Step size that is likely to be near the best one, see `BEST`."""
+        return BEST * self.expert / self.student_steps
+
+    @property
+    def ratio(self) -> float:
+        """How far the student goes, as a multiple of how far an expert goes."""
+        return self.student_steps * (self.step_size or self.likely_step_size) / self.expert
+
+    def __str__(self) -> str:
+        each = f"{self.steps_per_epoch:,} steps of {self.learning_rate:g}"
+        each += f" with momentum {self.momentum:g}" if self.momentum else ""
+        steps = self.steps_per_epoch * self.expert_epochs
+        text = f"an epoch of the experts is {each}, from start to target they go {steps:,}; the student goes "
+        if self.step_size is None:
+            return f"{text}{self.student_steps:,} of a step size that is found first, about {self.likely_step_size:.1g}"
+        student = self.student_steps * self.step_size
+        return f"{text}{self.student_steps:,} of {self.step_size:.3g} (in all {student:.3g} against {self.expert:.3g})"
+
+    @property
+    def advice(self) -> str:
+        """What to change if the student goes much farther or less far than the experts; "" if it does not."""
+        if TOO_NEAR <= self.ratio <= TOO_FAR:
+            return ""
+        times = f"{self.ratio:.2g} times as far" if self.ratio > 1 else f"{1 / self.ratio:.2g} times less far"
+        return f"that is {times}: try distill.initial_step_size=null, or about {self.likely_step_size:.1g}"
+
+    def lines(self) -> list[str]:
+        """Both distances as text for people, and the advice if there is any."""
+        return [str(self), *([self.advice] if self.advice else [])]
+
+    def to_json(self) -> dict[str, float | None]:
+        """Both distances as plain data; the student's is None if its step size is found first."""
+        return {
+            "steps_per_epoch": self.steps_per_epoch,
+            "expert": self.expert,
+            "student": None if self.step_size is None else self.student_steps * self.step_size,
+            "likely_step_size": self.likely_step_size,
+        }
