@@ -1,9 +1,9 @@
 """The product: a synthetic set as one self-describing file, and its exports.
 
 The file holds the images in the normalised space in which they were learned, the soft labels, the learned step size,
-the recipe and the provenance. A small transform to pixels is inside the file. Whitening takes 38 MB for 32x32 RGB and
-604 MB for 64x64, for any size of the set. It is stored once in a folder beside the runs, under a digest of its bits,
-and the set's file names the digest:
+the recipe and the provenance. A small transform to pixels is inside the file. Whitening takes up to 38 MB for 32x32 RGB
+and 604 MB for 64x64, for any size of the set. It is stored once in a folder beside the runs, under a digest of its
+bits, and the set's file names the digest:
 
     <out>/transforms/<digest>.arrow
     <out>/<run>/synthetic.arrow

@@ -336,9 +336,9 @@ def test_an_unknown_export_is_refused_with_the_known_ones(artifact: Artifact, tm
 
 def save_kept(folder: Path, run: str, side: int = 12) -> Artifact:
     """Save a set as <folder>/<run>/synthetic.arrow with whitening too large to travel inside."""
-    images = np.random.default_rng(0).integers(0, 256, (20, 1, side, side), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (side**2, 1, side, side), dtype=np.uint8)
     transform = fit_transform("zca", images, 255)
-    synthetic = SyntheticSet(transform.normalise(images), torch.zeros(20, 2), torch.ones(1), torch.arange(20) % 2)
+    synthetic = SyntheticSet(transform.normalise(images[:20]), torch.zeros(20, 2), torch.ones(1), torch.arange(20) % 2)
     root = open_location(str(folder))
     save_artifact(root / run / "synthetic.arrow", synthetic, transform, NAMES, RECIPE, PROVENANCE, root / "transforms")
     return load(str(folder / run / "synthetic.arrow"))

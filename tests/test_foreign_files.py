@@ -80,7 +80,7 @@ def write_safetensors(folder: Path) -> Path:
 def write_set_apart(folder: Path) -> Path:
     """Write a set into a run's folder, with a transform too large to travel inside."""
     images = DRAW.integers(0, 256, (9, 1, 12, 12), dtype=np.uint8)
-    transform, root = fit_transform("zca", images, 255), open_location(str(folder))
+    transform, root = fit_transform("zca", images.repeat(16, axis=0), 255), open_location(str(folder))
     synthetic = SyntheticSet(transform.normalise(images), torch.zeros(9, 2), torch.ones(1), torch.arange(9) % 2)
     save_artifact(root / "run/set.arrow", synthetic, transform, ("a", "b"), {}, {}, root / "transforms")
     return folder / "run/set.arrow"

@@ -7,10 +7,12 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from datm_ray import cli, pipeline as pipeline_module
 from datm_ray.artifact import Artifact, KeptTransform, load
 from datm_ray.config import RunConfig, override, to_yaml
 from datm_ray.core.synthetic import random_rows
+from datm_ray.data import Transform, fit_transform
 from datm_ray.errors import (
     ClusterError,
     ConfigError,
@@ -29,6 +32,8 @@ from datm_ray.errors import (
 )
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline, tasks
+from datm_ray.pipeline.runs import Runs
+from datm_ray.planning.plan import plan_run
 from datm_ray.runtime.executor import Event, Executor, Lost, Progress, SerialExecutor
 from datm_ray.stages.distill import DistillWorker
 from datm_ray.stages.evaluate import FAIR_PARTS, ROWS
@@ -319,13 +324,45 @@ def test_whitening_that_does_not_fit_is_refused_unless_it_is_stored(
     assert again.runs.dataset(other.dataset).transform.fingerprint == transform.fingerprint
 
 
-def test_whitening_that_takes_minutes_is_planned(tmp_path: Path) -> None:
-    """A plan includes the memory and time of whitening until it is stored; a standard transform costs next to none."""
+def test_whitening_that_takes_minutes_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan includes the cost of whitening until it is stored; a standard transform or few images cost little."""
     plain = tiny_config("dataset.resize=64")
     white = override(plain, ["dataset.normalisation=auto"])
+    assert len(Pipeline([white], str(tmp_path)).data_lines()) == 1  # fewer images than pixels
+    monkeypatch.setattr("datm_ray.data.transform._EIGEN_SECONDS", 1e-7)
     _, line = Pipeline([white], str(tmp_path)).data_lines()
-    assert line == "digits: fitting zca takes 0.6 GiB of memory and about 1.2 minutes on two CPU cores, once"
+    cost = "152 MiB of memory, 19 MiB of disk and about 3 minutes on two CPU cores"
+    assert line == f"digits: fitting zca takes {cost}, once"
+    planned = plan_run(white).lines()
+    assert f"  fitting zca      {cost}, once, by the process that starts the workers" in planned
     assert len(Pipeline([plain], str(tmp_path)).data_lines()) == 1
+
+
+def test_whitening_is_fitted_once_for_an_output_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of one folder fit a large transform once, whatever their networks, also if they start at the same time."""
+    fits: list[str] = []
+    began, lines = threading.Event(), Queue[str]()
+
+    def fit(*arguments: Any, **options: Any) -> Transform:
+        fits.append("fit")
+        began.set()
+        lines.get(timeout=10)  # until the other run waits
+        return fit_transform(*arguments, **options)
+
+    monkeypatch.setattr("datm_ray.pipeline.runs.fit_transform", fit)
+    configs = [
+        tiny_config("dataset.resize=16", "dataset.normalisation=zca", f"name=w{width}", f"network.width={width}")
+        for width in (4, 8, 16)
+    ]
+    all_runs = [Runs([config], str(tmp_path)) for config in configs]
+    first = threading.Thread(target=all_runs[0].dataset, args=(configs[0].dataset,))
+    first.start()
+    assert began.wait(10)
+    second = all_runs[1].dataset(configs[1].dataset, lines.put)
+    first.join()
+    third = all_runs[2].dataset(configs[2].dataset)
+    assert fits == ["fit"]
+    assert second.transform.digest == third.transform.digest == all_runs[0].dataset(configs[0].dataset).transform.digest
 
 
 def test_runs_are_resolved_for_the_size_of_their_images(tmp_path: Path) -> None:

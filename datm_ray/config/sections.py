@@ -69,7 +69,8 @@ class DatasetConfig(Section):
         """Copy in which "auto" is replaced by the normalisation for images of `size` (height, width) in pixels.
 
         Memory of fitting zca grows with the fourth power of an image's side, time with the sixth. Estimates on two CPU
-        cores: 6 GB and half an hour at 64x64 RGB, the largest published size; 30 GB and six hours at 96x96.
+        cores: 6 GB and ten minutes at 64x64 RGB, the largest published size; 30 GB and 70 minutes at 96x96. It is less
+        with fewer images than values. Only the size decides, because the value is part of what experts are found by.
         """
         if self.normalisation != "auto":
             return self

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from datm_ray.data.patience import Lines, Say, silent
 from datm_ray.data.sources import ImageSet, RawDataset
 from datm_ray.data.transform import Kind, Transform, fit_transform
 from datm_ray.errors import DatasetError
 
 _CHUNK = 2048  # images normalised at a time: 100 MB for 64x64 RGB, fewer if they are larger
 _CHUNK_BYTES = 1 << 27
+_LARGE = 1 << 27  # bytes of a transform that takes more than some seconds to apply
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +56,9 @@ class Dataset:
         return len(self.class_names)
 
 
-def prepare(raw: RawDataset, kind: Kind, transform: Transform | None = None, *, device: str = "cpu") -> Dataset:
+def prepare(
+    raw: RawDataset, kind: Kind, transform: Transform | None = None, *, device: str = "cpu", say: Say = silent
+) -> Dataset:
     """Normalise the three sets with `transform`; None fits one on the training images.
 
     Pass the transform that belongs to stored experts or to a distilled set, because whitened images are comparable only
@@ -62,37 +66,42 @@ def prepare(raw: RawDataset, kind: Kind, transform: Transform | None = None, *, 
 
     Args:
         device: where torch fits a new transform.
+        say: shows lines about work that takes more than some seconds.
 
     Raises:
         DatasetError: `transform` is of another kind or image shape than asked for.
     """
     if transform is None:
-        transform = fit_transform(kind, raw.train.images, raw.levels, device=device)
+        transform = fit_transform(kind, raw.train.images, raw.levels, device=device, say=say)
     if transform.kind != kind:
         raise DatasetError(
             f"the given transform is {transform.kind!r}, but {kind!r} is asked for",
             "It was stored by a run with other settings",
             f"Ask for {transform.kind!r}, or fit a new transform",
         )
+    if transform.nbytes >= _LARGE:
+        say(f"{kind}: composing the matrix, and normalising {raw.name}'s images")
+    lines = Lines(say)
     return Dataset(
         name=raw.name,
         class_names=raw.class_names,
-        train_images=_normalise(raw.train, raw.levels, transform),
+        train_images=_normalise(raw.train, raw.levels, transform, lines),
         train_labels=raw.train.labels,
-        validation_images=_normalise(raw.validation, raw.levels, transform),
+        validation_images=_normalise(raw.validation, raw.levels, transform, lines),
         validation_labels=raw.validation.labels,
-        test_images=_normalise(raw.test, raw.levels, transform),
+        test_images=_normalise(raw.test, raw.levels, transform, lines),
         test_labels=raw.test.labels,
         transform=transform,
         fingerprint=raw.fingerprint,
     )
 
 
-def _normalise(images: ImageSet, levels: int, transform: Transform) -> NDArray[np.float32]:
+def _normalise(images: ImageSet, levels: int, transform: Transform, lines: Lines) -> NDArray[np.float32]:
     pixels = images.images
     result = np.empty(pixels.shape, dtype=np.float32)
     step = max(1, min(_CHUNK, _CHUNK_BYTES // (4 * pixels[:1].size)))
     for start in range(0, len(pixels), step):
         rows = slice(start, start + step)
+        lines.note(f"normalising images: {start:,} of {len(pixels):,} in this set")
         result[rows] = transform.apply(pixels[rows].astype(np.float32) / np.float32(levels))
     return result

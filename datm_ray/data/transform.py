@@ -8,6 +8,9 @@ A transform keeps U in float32, and S. Either direction follows from them withou
 its first use, in float64, and the inverse is two products with U. On CIFAR-10, U in float32 changes W by 1.4e-7 and
 whitened images by at most 3e-6, no more than a float32 product with the exact W does.
 
+Fewer images n than values d span fewer than n directions, r, and in all others W multiplies by 1/sqrt(eps). Then U is
+[d r], from the eigenvectors of an [n n] matrix, and W is applied as I/sqrt(eps) - F F^T without being composed.
+
 The statistics are exact: pixels are integers, and their sums and products are accumulated without rounding. So the
 fingerprint, computed from those sums, is equal on every machine, although the last bits of U depend on the linear
 algebra library. Not covered: augmentation and clipping.
@@ -31,6 +34,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from datm_ray.data.patience import Lines, Say, eigenpairs, silent, slabs
 from datm_ray.errors import CorruptFileError, DatasetError
 from datm_ray.memory import available_memory
 
@@ -46,6 +50,9 @@ _SMALLEST_DEVIATION = 1e-30  # smallest deviation that a file may state; float32
 _CHUNK_BYTES = 1 << 26  # 64 MiB of temporaries while pixels are normalised
 _CPU = torch.device("cpu")
 _CENTRE = 128  # subtracted from uint8 pixels, so that they lie in -128..127
+_EIGEN_SECONDS = 2e-10  # for each n^3 of the eigenvectors of [n n] in float64; one core took 2.6e-10 to 3.1e-10
+_PRODUCT_SECONDS = 1.5e-11  # for each multiplication in a product of float32 matrices; one core took 2.3e-11
+_WORTH_A_LINE = 0.1  # minutes from which on a fit is announced
 _EXACT_ROWS = 1024  # float32 holds integers up to 2^24 exactly: 1024 products of at most 128 * 128
 
 
@@ -61,13 +68,17 @@ class Normaliser(nn.Module):
     """
 
     scale: Tensor
-    """Whitening matrix [d d] with d = c * h * w for `zca`; reciprocal deviations [c] for `standard`."""
+    """Whitening matrix [d d] with d = c * h * w for `zca`, or F [d r] if `rest` is given; reciprocal deviations [c] for
+    `standard`."""
     shift: Tensor
     """Shift [d] added before the product for `zca`; [c] added after it for `standard`."""
 
-    def __init__(self, kind: Kind, shape: tuple[int, int, int], scale: Tensor, shift: Tensor) -> None:
+    def __init__(
+        self, kind: Kind, shape: tuple[int, int, int], scale: Tensor, shift: Tensor, rest: float | None = None
+    ) -> None:
+        """Module from its buffers; `rest` b stands for the whitening matrix b I - F F^T with F in `scale`."""
         super().__init__()
-        self.kind, self.shape = kind, shape
+        self.kind, self.shape, self.rest = kind, shape, rest
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
 
@@ -85,7 +96,10 @@ class Normaliser(nn.Module):
 
     def _one_chunk(self, images: Tensor) -> Tensor:
         if self.kind == "zca":
-            return ((images.flatten(1) + self.shift) @ self.scale).reshape(images.shape)
+            centred = images.flatten(1) + self.shift
+            product = centred @ self.scale
+            white = product if self.rest is None else self.rest * centred - product @ self.scale.T
+            return white.reshape(images.shape)
         return images * self.scale[:, None, None] + self.shift[:, None, None]
 
 
@@ -103,9 +117,11 @@ class Transform:
     std: Floats | None = None
     """Standard deviations [c] for `standard`; None for `zca`."""
     vectors: Floats | None = None
-    """Eigenvectors of the covariance, the columns of [d d]; None for `standard` and if `stored_matrix` is given."""
+    """Eigenvectors of the covariance, the columns of [d r]; None for `standard` and if `stored_matrix` is given.
+
+    r is d, or, with fewer images than values, the number of directions in which the images differ."""
     values: NDArray[np.float64] | None = None
-    """Eigenvalues [d] of the eigenvectors, none negative; None if there are no vectors."""
+    """Eigenvalues [r] of the eigenvectors, none negative; None if there are no vectors."""
     eps: float = PUBLISHED_EPS
     """Number added to every eigenvalue; unused if there are no vectors."""
     stored_matrix: Floats | None = None
@@ -114,7 +130,7 @@ class Transform:
     def normalise(self, images: Images) -> Tensor:
         """Normalise images to float32; shape and device stay; see `Normaliser`.
 
-        The first call for `zca` composes the whitening matrix, O(d^3) in float64; the matrix is kept.
+        The first call for `zca` composes the whitening matrix, O(d^3) in float64, unless r < d; the matrix is kept.
 
         Raises:
             DatasetError: the images have another shape than those the transform was fitted on.
@@ -148,7 +164,13 @@ class Transform:
     @cached_property
     def matrix(self) -> Floats:
         """Symmetric whitening matrix [d d] of `zca`."""
-        return self._composed() if self.stored_matrix is None else self.stored_matrix
+        if self.stored_matrix is not None:
+            return self.stored_matrix
+        if not self._spans_less:
+            return self._composed()
+        factor, rest = self._factor(inverse=False)
+        composed: Floats = (rest * np.eye(len(factor)) - factor @ factor.T).astype(np.float32)
+        return composed
 
     @cached_property
     def digest(self) -> str:
@@ -191,7 +213,8 @@ class Transform:
             if not all(1 <= side < _TOO_LARGE for side in (channels, height, width)):
                 raise ValueError(f"its images are {channels}x{height}x{width}")
             shape = (channels, height, width)
-            expected = _array_shapes(kind, shape, "matrix" if "matrix" in arrays else "vectors")
+            rank = None if "matrix" in arrays else min(np.size(arrays.get("values", ())), math.prod(shape))
+            expected = _array_shapes(kind, shape, rank)
             wide = {"values": np.float64}
             found: dict[str, Any] = {name: np.asarray(arrays[name], wide.get(name, np.float32)) for name in expected}
             fingerprint, eps = str(metadata["fingerprint"]), float(metadata.get("eps", PUBLISHED_EPS))
@@ -204,11 +227,13 @@ class Transform:
                 raise unusable(f"{name} holds values that are not finite")
         if not 0 < eps < math.inf:
             raise unusable(f"eps is {eps}")
-        if "values" in found and found["values"].min() < 0:
+        if "values" in found and found["values"].min(initial=0) < 0:
             raise unusable("an eigenvalue is negative")
-        if "vectors" in found and np.abs(found["vectors"]).max() > 1.01:
+        if "vectors" in found and np.abs(found["vectors"]).max(initial=0) > 1.01:
             raise unusable("an eigenvector is longer than 1")
-        smallest = found["std"].min() if "std" in found else math.sqrt(found.get("values", np.ones(1)).min() + eps)
+        smallest = (
+            found["std"].min() if "std" in found else math.sqrt(found.get("values", np.ones(1)).min(initial=1) + eps)
+        )
         if smallest < _SMALLEST_DEVIATION:
             raise unusable(f"a deviation is {smallest:.3g}")
         matrix = found.pop("matrix", None)
@@ -231,11 +256,15 @@ class Transform:
         For internal use: callers outside get copies from `normaliser()`, so they cannot change it.
         """
         if device not in self._normalisers:
-            if self.kind == "zca":
-                scale, shift = self.matrix, -self.mean
-            else:
+            rest, scale, shift = None, self.mean, -self.mean
+            if self.kind == "standard":
                 scale, shift = np.reciprocal(self._std), -self.mean / self._std
-            made = Normaliser(self.kind, self.shape, _shared(scale).to(device), _shared(shift).to(device))
+            elif self._spans_less:
+                factor, rest = self._factor(inverse=False)
+                scale = factor.astype(np.float32)
+            else:
+                scale = self.matrix
+            made = Normaliser(self.kind, self.shape, _shared(scale).to(device), _shared(shift).to(device), rest)
             self._normalisers[device] = made
         return self._normalisers[device]
 
@@ -252,6 +281,18 @@ class Transform:
         del wide
         symmetric: Floats = np.maximum(matrix, matrix.T)  # only rounding makes the two differ
         return symmetric
+
+    @property
+    def _spans_less(self) -> bool:
+        """True if the eigenvectors span fewer directions than there are values in an image."""
+        return self.vectors is not None and self.vectors.shape[0] > self.vectors.shape[1]
+
+    def _factor(self, *, inverse: bool) -> tuple[NDArray[np.float64], float]:
+        """F [d r] and b with W = b I - F F^T, or with the inverse of W = b I + F F^T."""
+        assert self.vectors is not None
+        rest = math.sqrt(self.eps) if inverse else 1 / math.sqrt(self.eps)
+        lengths = self._deviations - rest if inverse else rest - 1 / self._deviations
+        return self.vectors.astype(np.float64) * np.sqrt(lengths), rest
 
     @property
     def _deviations(self) -> NDArray[np.float64]:
@@ -273,6 +314,15 @@ class Transform:
         if self.stored_matrix is not None:
             inverse = _shared(self._inverse_of_stored).to(device)
             return lambda images: (images.flatten(1) @ inverse + mean).reshape(images.shape)
+        if self._spans_less:
+            wide, rest = self._factor(inverse=True)
+            factor = _shared(wide.astype(np.float32)).to(device)
+
+            def back(images: Tensor) -> Tensor:
+                white = images.flatten(1)
+                return (rest * white + (white @ factor) @ factor.T + mean).reshape(images.shape)
+
+            return back
         assert self.vectors is not None
         vectors = _shared(self.vectors).to(device)
         deviations = torch.from_numpy(self._deviations.astype(np.float32)).to(device)
@@ -335,42 +385,68 @@ def _shared(array: NDArray[Any]) -> Tensor:
 
 @dataclass(frozen=True)
 class FitCost:
-    """Memory and time of fitting a transform, beside the images."""
+    """Memory, time and disk space of fitting a transform, beside the images."""
 
     kind: Kind
     shape: tuple[int, int, int]
     """Channels, height and width of the images."""
-    size: int
+    size: int = 0
     """Peak memory in bytes; 0 for `standard`, which takes almost nothing."""
-    minutes: float
+    minutes: float = 0.0
     """Minutes on two CPU cores. A GPU is faster."""
+    stored: int = 0
+    """Bytes of the fitted transform."""
 
     @classmethod
-    def of(cls, kind: Kind, shape: tuple[int, int, int]) -> FitCost:
-        """Cost for images of this shape, extrapolated from a measurement at 32x32 RGB: 0.4 GB, half a minute.
+    def of(cls, kind: Kind, shape: tuple[int, int, int], images: int) -> FitCost:
+        """Cost for so many images of this shape; 0 images stand for more than an image has values.
 
-        `zca` holds five matrices [d d] of float64 while it decomposes one of them, d = c * h * w, in time O(d^3).
+        With d values in an image, `zca` holds five matrices [d d] of float64 while it decomposes one of them, in time
+        O(d^3), after a product of O(n d^2). With fewer images n than values the matrices are [n n], beside two [n d].
         """
         values = math.prod(shape)
-        return cls(kind, shape, 40 * values**2, 0.5 * (values / 3072) ** 3) if kind == "zca" else cls(kind, shape, 0, 0)
+        if kind == "standard":
+            return cls(kind, shape, stored=8 * shape[0])
+        if _is_smaller(images, values):
+            seconds = _EIGEN_SECONDS * images**3 + 4 * _PRODUCT_SECONDS * images**2 * values  # two, in float64
+            size, rank = 40 * images**2 + 20 * images * values, images - 1
+        else:
+            seconds = _EIGEN_SECONDS * values**3 + _PRODUCT_SECONDS * images * values**2
+            size, rank = 40 * values**2, values
+        return cls(kind, shape, size, seconds / 60, 4 * values * (rank + 1) + 8 * rank)
 
     def __str__(self) -> str:
-        size = f"{self.size / 2**30:,.1f} GiB of memory"
+        size = f"{_in_words(self.size)} of memory"
         if self.minutes < 1:
             return size
-        time = f"{self.minutes / 60:,.1f} hours" if self.minutes >= 100 else f"{self.minutes:.2g} minutes"
-        return f"{size} and about {time} on two CPU cores"
+        return f"{size}, {_in_words(self.stored)} of disk and about {self.time} on two CPU cores"
+
+    @property
+    def time(self) -> str:
+        """Time in words."""
+        if self.minutes < 1:
+            return f"{60 * self.minutes:.0f} seconds"
+        return f"{self.minutes / 60:,.1f} hours" if self.minutes >= 100 else f"{self.minutes:.2g} minutes"
 
     def require_memory(self) -> None:
         """Raise a `DatasetError` if fitting takes more memory than is free."""
         free = available_memory()
         if self.size > free:
             raise DatasetError(
-                f"fitting zca to images of {'x'.join(map(str, self.shape))} takes {self}, and "
-                f"{free / 2**30:,.1f} GiB is free",
+                f"fitting zca to images of {'x'.join(map(str, self.shape))} takes {self}, "
+                f"and {_in_words(free)} is free",
                 "Whitening has a row and a column for every value of an image",
                 "Use --set dataset.normalisation=standard, or a smaller dataset.resize",
             )
+
+
+def _is_smaller(images: int, values: int) -> bool:
+    """True if the matrix [n n] of the images is smaller than the covariance [d d] of their values."""
+    return 0 < images < values
+
+
+def _in_words(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**29 else f"{size / 2**20:,.0f} MiB"
 
 
 def fit_transform(
@@ -380,13 +456,16 @@ def fit_transform(
     *,
     eps: float = PUBLISHED_EPS,
     device: str = "cpu",
+    say: Say = silent,
 ) -> Transform:
     """Fit the normalisation of these training images, with x = images / levels.
 
-    `zca` costs O(n d^2 + d^3), see `FitCost`. For `standard`, a channel without variation is only centred.
+    `zca` costs O(n d^2 + d^3), or O(n^2 d) with fewer images than values, see `FitCost`. Ctrl-C interrupts it at once.
+    For `standard`, a channel without variation is only centred.
 
     Args:
         device: where torch decomposes the covariance; a GPU pays off from 64x64 RGB.
+        say: shows a line for each part of a fit that takes more than some seconds, and one every 30 seconds.
 
     Raises:
         DatasetError: the kind is unknown, eps is not positive, there are fewer than two images, or memory does not
@@ -398,28 +477,44 @@ def fit_transform(
         raise DatasetError(
             f"a set of {len(images)} image(s) is too small to fit a {kind} transform", remedy="Use two or more"
         )
-    FitCost.of(kind, _image_shape(images)).require_memory()
-    return _fit_zca(images, levels, eps, device) if kind == "zca" else _fit_standard(images, levels)
-
-
-def _fit_zca(images: NDArray[np.uint8], levels: int, eps: float, device: str) -> Transform:
     if not eps > 0:
         raise DatasetError(
             f"the setting eps={eps} of the zca transform is not positive",
             "Some directions of the pixel space have no variance at all",
             f"Set it to {PUBLISHED_EPS}, the published value",
         )
-    sums = _exact_sums(images)
-    covariance = _covariance(sums, levels)
-    fingerprint = _digest("zca", images.shape[1:], levels, eps, sums.count, sums.total, covariance)
-    values, vectors = _eigenpairs(covariance, device)
+    cost = FitCost.of(kind, _image_shape(images), len(images))
+    cost.require_memory()
+    if kind == "standard":
+        return _fit_standard(images, levels)
+    shown = say if cost.minutes >= _WORTH_A_LINE else silent
+    shown(f"fitting zca to {len(images):,} images of {'x'.join(map(str, cost.shape))}: about {cost.time}")
+    return _fit_zca(images, levels, eps, device, shown)
+
+
+def _fit_zca(images: NDArray[np.uint8], levels: int, eps: float, device: str, say: Say) -> Transform:
+    count, values, note = len(images), images[0].size, Lines(say).note
+    fitted = ("zca", images.shape[1:], levels, eps, count)
+    if _is_smaller(count, values):
+        say(f"zca: eigenvectors of a {count:,} x {count:,} matrix, as there are fewer images than values")
+        total = _pixel_sums(images)
+        pairs = _eigenpairs_of_few(images, total, levels, device, note)
+        fingerprint = _digest(*fitted, total, *sorted(hashlib.sha256(image.tobytes()).digest() for image in images))
+    else:
+        say(f"zca: covariance of {values:,} x {values:,}")
+        sums = _exact_sums(images, note)
+        total, covariance = sums.total, _covariance(sums, levels)
+        fingerprint = _digest(*fitted, total, covariance)
+        say(f"zca: eigenvectors of the covariance, {values:,} x {values:,}")
+        pairs = _eigh(covariance, device, note)
     return Transform(
         kind="zca",
         shape=_image_shape(images),
-        mean=((sums.total / sums.count + _CENTRE) / levels).astype(np.float32),
+        mean=((total / count + _CENTRE) / levels).astype(np.float32),
         fingerprint=fingerprint,
-        vectors=vectors,
-        values=values,
+        # Rounding makes the eigenvalues of directions without variance slightly negative.
+        values=np.maximum(pairs[0], 0),
+        vectors=pairs[1].astype(np.float32),
         eps=eps,
     )
 
@@ -431,7 +526,7 @@ class _Sums:
     products: NDArray[np.float64]  # sums [d d] of products of pixels - _CENTRE
 
 
-def _exact_sums(images: NDArray[np.uint8]) -> _Sums:
+def _exact_sums(images: NDArray[np.uint8], note: Say = silent) -> _Sums:
     """Sums over images of each pixel and of each product of two pixels, without rounding.
 
     The sums of a chunk are integers that float32 holds exactly, and the sums of chunks are integers that float64 holds.
@@ -442,7 +537,9 @@ def _exact_sums(images: NDArray[np.uint8]) -> _Sums:
     for start in range(0, len(images), _EXACT_ROWS):
         chunk = images[start : start + _EXACT_ROWS].reshape(-1, width).astype(np.float32) - _CENTRE
         total += chunk.sum(axis=0, dtype=np.float64)
-        products += chunk.T @ chunk
+        note(f"zca: covariance, {start:,} of {len(images):,} images")
+        for columns in slabs(width, len(chunk) * width):
+            products[columns] += chunk[:, columns].T @ chunk
     return _Sums(len(images), total, products)
 
 
@@ -454,17 +551,40 @@ def _covariance(sums: _Sums, levels: int) -> NDArray[np.float64]:
     return covariance
 
 
-def _eigenpairs(covariance: NDArray[np.float64], device: str) -> tuple[NDArray[np.float64], Floats]:
-    values, vectors = _eigh(covariance, device)
-    # Rounding makes the eigenvalues of directions without variance slightly negative.
-    return np.maximum(values, 0), vectors.astype(np.float32)
+def _pixel_sums(images: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Sums [d] of pixels - _CENTRE, without rounding."""
+    sums: NDArray[np.float64] = images.reshape(len(images), -1).sum(axis=0, dtype=np.float64)
+    return sums - _CENTRE * len(images)
 
 
-def _eigh(covariance: NDArray[np.float64], device: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _eigenpairs_of_few(
+    images: NDArray[np.uint8], total: NDArray[np.float64], levels: int, device: str, note: Say = silent
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Positive eigenvalues [r] and their eigenvectors [d r] of the covariance, from the images' own products [n n]."""
+    count = len(images)
+    centred = images.reshape(count, -1).astype(np.float64)
+    centred -= total / count + _CENTRE
+    centred /= levels * math.sqrt(count - 1)
+    products, found = np.empty((count, count)), np.empty(centred.shape[::-1])
+    for rows in slabs(count, centred.size):
+        note(f"zca: products of {rows.start:,} of {count:,} images")
+        products[rows] = centred[rows] @ centred.T
+    values, vectors = _eigh(products, device, note)
+    kept = values > count * np.finfo(np.float64).eps * values[-1]  # the rest is rounding
+    values, vectors = values[kept], vectors[:, kept]
+    for rows in slabs(len(found), vectors.size):
+        note(f"zca: {rows.start:,} of {len(found):,} values of the eigenvectors")
+        found[rows, : len(values)] = centred.T[rows] @ vectors / np.sqrt(values)
+    return values, found[:, : len(values)]
+
+
+def _eigh(
+    matrix: NDArray[np.float64], device: str, note: Say = silent
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Eigenvalues [n] and eigenvectors [n n]; the matrix may be emptied."""
     if device == "cpu":  # numpy's took half as long as torch's
-        values, vectors = np.linalg.eigh(covariance)
-        return values, vectors
-    on_device = torch.linalg.eigh(torch.from_numpy(covariance).to(device))
+        return eigenpairs(matrix, note)
+    on_device = torch.linalg.eigh(torch.from_numpy(matrix).to(device))
     return on_device.eigenvalues.cpu().numpy(), on_device.eigenvectors.cpu().numpy()
 
 
@@ -501,11 +621,12 @@ def _image_shape(images: NDArray[np.uint8]) -> tuple[int, int, int]:
     return images.shape[1], images.shape[2], images.shape[3]
 
 
-def _array_shapes(kind: Kind, shape: tuple[int, int, int], whitening: str) -> dict[str, tuple[int, ...]]:
+def _array_shapes(kind: Kind, shape: tuple[int, int, int], rank: int | None) -> dict[str, tuple[int, ...]]:
+    """Shapes of a transform's arrays; rank None stands for files with a whitening matrix."""
     channels, pixels = shape[0], math.prod(shape)
-    square = {whitening: (pixels, pixels)}
+    whitening = {"matrix": (pixels, pixels)} if rank is None else {"vectors": (pixels, rank), "values": (rank,)}
     known: dict[str, dict[str, tuple[int, ...]]] = {
-        "zca": {"mean": (pixels,), **square, **({"values": (pixels,)} if whitening == "vectors" else {})},
+        "zca": {"mean": (pixels,), **whitening},
         "standard": {"mean": (channels,), "std": (channels,)},
     }
     return known[kind]

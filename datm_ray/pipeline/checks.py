@@ -15,7 +15,6 @@ from datm_ray.config.schema import RENAMED
 from datm_ray.core.augment import parse_strategy
 from datm_ray.core.networks.parameters import FlatNetwork
 from datm_ray.core.networks.registry import build_network, require_maps
-from datm_ray.data.transform import FitCost
 from datm_ray.errors import (
     ClusterError,
     ConfigError,
@@ -122,8 +121,8 @@ def _check_data(runs: Runs, config: RunConfig) -> None:
         )
     require_whole_classes(config.cluster.shards, raw.classes, raw.name)
     _check_networks(runs, config)
-    if runs.group_with_transform(config.dataset) is None:
-        FitCost.of(config.dataset.kind, (raw.channels, *raw.size)).require_memory()
+    if runs.stored_transform(config.dataset) is None:
+        runs.fitting_cost(config.dataset).require_memory()
     strategies = [config.experts.augmentation, config.distill.augmentation, config.evaluate.augmentation]
     for strategy in (*strategies, *(each.experts.augmentation for each in config.each_auxiliary())):
         parse_strategy(strategy)

@@ -13,7 +13,6 @@ from typing import Any
 from datm_ray._version import __version__
 from datm_ray.artifact import TRANSFORMS, keep_transform
 from datm_ray.config import DatasetConfig, NetworkConfig, RunConfig, to_yaml
-from datm_ray.data.transform import FitCost
 from datm_ray.errors import ClusterError
 from datm_ray.methods.trajectory.distance import Distance
 from datm_ray.monitor.loggers import Logger, open_logger
@@ -127,8 +126,8 @@ class Pipeline:
             lines.append(f"{facts['name']}: {facts['classes']} classes, {counts} images of {shape}")
             lines += [f"{facts['name']}: {note}" for note in facts["notes"]]
         for dataset, raw in self.runs.datasets.items():
-            cost = FitCost.of(dataset.kind, (raw.channels, *raw.size))
-            if cost.minutes >= 1 and self.runs.group_with_transform(dataset) is None:
+            cost = self.runs.fitting_cost(dataset)
+            if cost.minutes >= 1 and self.runs.stored_transform(dataset) is None:
                 lines.append(f"{raw.name}: fitting zca takes {cost}, once")
         return lines
 
@@ -225,7 +224,7 @@ class Pipeline:
         for config in self.runs.networks():
             group = self.runs.experts(config)
             if not group.has_transform():
-                transform = self.runs.dataset(config.dataset).transform
+                transform = self.runs.dataset(config.dataset, reporter.message).transform
                 twin = keep_transform(transform, self.out / TRANSFORMS)
                 group.write_transform(transform.to_arrays(), transform.to_metadata(), twin)
         self._clear_up()
@@ -288,7 +287,7 @@ class Pipeline:
             by_dataset.setdefault(dataset, []).append(task)
         with reporter.stage(title, len(left)) as stage:
             for dataset, group in by_dataset.items():
-                setup = (executor.share(self.runs.dataset(dataset)), self.configs[0].cluster)
+                setup = (executor.share(self.runs.dataset(dataset, reporter.message)), self.configs[0].cluster)
                 for task, event in executor.run(worker, setup, method, group):
                     stage.event(task, event)
                     self._log.event(task, event)

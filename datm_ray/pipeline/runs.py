@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 
+from datm_ray.artifact import INLINE_BYTES, TRANSFORMS, keep_transform
 from datm_ray.config import DatasetConfig, NetworkConfig, RunConfig
 from datm_ray.data.dataset import Dataset, prepare
+from datm_ray.data.patience import Say, silent
 from datm_ray.data.sources import RawDataset, load_raw
-from datm_ray.data.transform import Transform
+from datm_ray.data.transform import FitCost, Transform, fit_transform
 from datm_ray.planning.fit import DataShape
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.experts import expert_group
 from datm_ray.store.files.filesystem import Location, open_location
-from datm_ray.store.trajectories import ExpertGroup
+from datm_ray.store.sealed import rejecting_nonsense
+from datm_ray.store.tensors import read_tensors
+from datm_ray.store.trajectories import TRANSFORM_KIND, ExpertGroup
 
 
 class Runs:
@@ -99,19 +104,53 @@ class Runs:
         done = set(self.experts(config).experts())
         return [expert for expert in range(config.experts.count) if expert not in done]
 
-    def group_with_transform(self, dataset: DatasetConfig) -> ExpertGroup | None:
-        """A group of experts that has the data set's transform, of any network of the runs; None if none has it."""
-        groups = (self.experts(each) for each in self.networks() if each.dataset == dataset)
-        return next((group for group in groups if group.has_transform()), None)
+    def fitting_cost(self, dataset: DatasetConfig) -> FitCost:
+        """Cost of fitting the data set's transform."""
+        raw = self._raw[dataset]
+        return FitCost.of(dataset.kind, (raw.channels, *raw.size), len(raw.train))
 
-    def dataset(self, dataset: DatasetConfig) -> Dataset:
-        """Images under the transform that the runs' experts were trained with; fitted if there is none yet."""
+    def stored_transform(self, dataset: DatasetConfig) -> Location | None:
+        """File of the data set's transform: that of the runs' experts, else of any run of the output folder."""
+        groups = (self.experts(each) for each in self.networks() if each.dataset == dataset)
+        found = next((group.transform_file for group in groups if group.has_transform()), None)
+        note = self._transform_note(dataset)
+        if found is None and note.exists():
+            with rejecting_nonsense(note):
+                kept = self.out / TRANSFORMS / str(note.read_json()["file"])
+            found = kept if kept.exists() else None
+        return found
+
+    def _transform_note(self, dataset: DatasetConfig) -> Location:
+        """File that names the file of a data set's large transform."""
+        return self.out / TRANSFORMS / f"{self._raw[dataset].fingerprint}-{dataset.kind}.json"
+
+    def dataset(self, dataset: DatasetConfig, say: Say = silent) -> Dataset:
+        """Images under the transform that the runs' experts were trained with; fitted if there is none yet.
+
+        A large transform is fitted once for an output folder, also by commands that start at the same time.
+
+        Args:
+            dataset: data set of a run.
+            say: shows lines about work that takes more than some seconds.
+        """
         if dataset not in self._prepared:
-            group = self.group_with_transform(dataset)
-            transform = None
-            if group is not None:
-                stored = group.read_transform()
-                transform = Transform.from_arrays(stored.arrays, stored.metadata, group.transform_file.uri)
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            self._prepared[dataset] = prepare(self._raw[dataset], dataset.kind, transform, device=device)
+            transform = self._read_transform(dataset)
+            if transform is None and self.fitting_cost(dataset).stored > INLINE_BYTES:
+                with (self.out / TRANSFORMS).locked(partial(say, "waiting for another command, which fits zca here")):
+                    transform = self._read_transform(dataset) or self._fit(dataset, say)
+                    if keep_transform(transform, self.out / TRANSFORMS):
+                        self._transform_note(dataset).write_json({"file": f"{transform.digest}.arrow"})
+            transform = transform or self._fit(dataset, say)
+            self._prepared[dataset] = prepare(self._raw[dataset], dataset.kind, transform, say=say)
         return self._prepared[dataset]
+
+    def _read_transform(self, dataset: DatasetConfig) -> Transform | None:
+        place = self.stored_transform(dataset)
+        if place is None:
+            return None
+        stored = read_tensors(place, kind=TRANSFORM_KIND)
+        return Transform.from_arrays(stored.arrays, stored.metadata, place.uri)
+
+    def _fit(self, dataset: DatasetConfig, say: Say) -> Transform:
+        raw, device = self._raw[dataset], "cuda" if torch.cuda.is_available() else "cpu"
+        return fit_transform(dataset.kind, raw.train.images, raw.levels, device=device, say=say)

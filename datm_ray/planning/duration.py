@@ -25,14 +25,13 @@ from datm_ray.core.networks.parameters import FlatNetwork, flatten, float_buffer
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training import PROTOCOLS, train, validation_protocol
-from datm_ray.data.transform import FitCost
 from datm_ray.errors import ConfigError
 from datm_ray.methods.state import columns
 from datm_ray.methods.trajectory.distance import Distance
 from datm_ray.methods.trajectory.iteration import IterationRecord
 from datm_ray.methods.trajectory.matching import draw_student_steps, matching_gradient
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
-from datm_ray.planning.fit import DataShape, DistillationPlan, network_cost, plans_of, total
+from datm_ray.planning.fit import DataShape, DistillationPlan, fitting_cost, network_cost, plans_of, total
 from datm_ray.planning.machines import Machine
 from datm_ray.runtime.devices import prepare_device
 from datm_ray.stages.distill import evaluation_schedule
@@ -175,7 +174,7 @@ class Proposal:
             unit: f"{_listed(hours)}; {machine.basis}" if machine.basis else NO_HOURS,
             "storage": ", ".join(f"{name} {size_in_words(size)}" for name, size in kept.items()),
         }
-        fitting = FitCost.of(config.dataset.resolved(shape.image[1:]).kind, shape.image)
+        fitting = fitting_cost(config.dataset, shape)
         if fitting.size:
             rows["fitting zca"] = f"{fitting}, once, by the process that starts the workers"
         if suggested:
@@ -262,9 +261,7 @@ def not_followed(recipe: RunConfig, proposal: Proposal) -> list[str]:
 def storage(config: RunConfig, shape: DataShape) -> dict[str, int]:
     """Bytes that a finished run leaves behind, but for reports: `store`, the last `checkpoint`, and `results`."""
     images, values = config.distill.ipc * shape.classes, math.prod(shape.image)
-    row, whitened = 4 * (values + shape.classes), config.dataset.resolved(shape.image[1:]).kind == "zca"
-    transform = 4 * values * (values + 3) if whitened else 8 * shape.image[0]
-    store = 0
+    row, transform, store = 4 * (values + shape.classes), fitting_cost(config.dataset, shape).stored, 0
     for each in (*config.each_backbone(), *config.each_auxiliary()):
         network = build_network(each.network.for_images(shape.image[0], shape.image[1:], shape.classes), seed=0)
         buffers = sum(buffer.numel() for buffer in float_buffers(network).values())

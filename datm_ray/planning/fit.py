@@ -24,6 +24,7 @@ from datm_ray.core.networks.registry import build_network
 from datm_ray.core.training import PROTOCOLS, SCORING_BATCH
 from datm_ray.data.decode import require_memory
 from datm_ray.data.sources import load_raw
+from datm_ray.data.transform import FitCost
 from datm_ray.errors import ConfigError
 from datm_ray.memory import available_memory
 from datm_ray.runtime.devices import uses_gpu
@@ -112,6 +113,12 @@ def data_shape(dataset: DatasetConfig, *, here: bool = False) -> DataShape:
     if here:
         require_memory(shape.training_images, image, copies=2)
     return DataShape(image, shape.classes, shape.training_images)
+
+
+def fitting_cost(dataset: DatasetConfig, shape: DataShape) -> FitCost:
+    """Cost of fitting the normalisation on the training images that are left beside those for validation."""
+    left = round(shape.training_images * (1 - dataset.validation))
+    return FitCost.of(dataset.resolved(shape.image[1:]).kind, shape.image, left)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from datm_ray.config import RunConfig
-from datm_ray.data.transform import FitCost
 from datm_ray.planning.duration import Proposal, measured, propose
-from datm_ray.planning.fit import Layout, data_shape, parse_shape, plans_of
+from datm_ray.planning.fit import Layout, data_shape, fitting_cost, parse_shape, plans_of
 from datm_ray.planning.machines import machine_here, parse_cluster, require_measurable
 from datm_ray.runtime.executor import require_precision
 
@@ -42,7 +41,7 @@ def plan_run(
     data = parse_shape(shape) if shape else data_shape(config.dataset, here=cluster is None)
     config = config.resolved(data.image[1:])
     if cluster is None:
-        FitCost.of(config.dataset.kind, data.image).require_memory()
+        fitting_cost(config.dataset, data).require_memory()
         found = Proposal(config, data, plans_of(config, data, Layout.of(config, workers_wanted)), machine)
     else:
         found = propose(config, data, machine)

@@ -51,6 +51,64 @@ def test_zca_is_the_published_formula(levels: int, eps: float) -> None:
     assert np.array_equal(fitted.matrix, fitted.matrix.T)
 
 
+def test_few_images_give_the_whitening_of_the_covariance() -> None:
+    """With fewer images than values, the images' own products give the covariance's whitening to 1e-10 in float64."""
+    for count, repeated in ((40, 1), (40, 20), (2, 1), (9, 9)):
+        images = np.repeat(photographs(count // repeated), repeated, axis=0)
+        sums = transform._exact_sums(images)
+        values, vectors = transform._eigenpairs_of_few(images, sums.total, 255, "cpu")
+        assert len(values) == count // repeated - 1
+        all_values, all_vectors = transform._eigh(transform._covariance(sums, 255), "cpu")
+        for power, floor in ((-0.5, 0.1), (0.5, 0.1), (-0.5, 1e-3)):
+            expected = all_vectors * (np.maximum(all_values, 0) + floor) ** power @ all_vectors.T
+            found = vectors * ((values + floor) ** power - floor**power) @ vectors.T + floor**power * np.eye(72)
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10 * np.abs(expected).max())
+
+
+def test_whitening_of_few_images_is_small_and_whole() -> None:
+    """With fewer images than values, whitening equals the published formula, is inverted, and is stored as factors."""
+    images = photographs(20)
+    fitted = fit_transform("zca", images, 255)
+    mean, matrix = published_zca(images, 255, 0.1)
+    np.testing.assert_allclose(fitted.mean, mean, atol=1e-7)
+    np.testing.assert_allclose(fitted.matrix, matrix, atol=1e-6 * np.abs(matrix).max())
+    others = np.random.default_rng(1).random((30, 3, 4, 6), dtype=np.float32)
+    for pixels in (scaled(images), others):
+        white = (pixels.reshape(len(pixels), -1) - mean) @ matrix
+        np.testing.assert_allclose(fitted.apply(pixels).reshape(white.shape), white, atol=1e-5)
+        np.testing.assert_allclose(fitted.invert(fitted.apply(pixels)), pixels, atol=1e-5)
+    assert fitted.vectors is not None
+    assert fitted.vectors.shape == (72, 19)
+    assert fitted.nbytes == transform.FitCost.of("zca", (3, 4, 6), 20).stored
+    loaded = Transform.from_arrays(fitted.to_arrays(), json.loads(json.dumps(fitted.to_metadata())))
+    assert np.array_equal(loaded.apply(others), fitted.apply(others))
+    module: Normaliser = pickle.loads(pickle.dumps(fitted.normaliser()))
+    assert torch.equal(module(others), fitted.normalise(others))
+    assert fitted.fingerprint == fit_transform("zca", images[::-1].copy(), 255).fingerprint
+    images[0, 0, 0, 0] ^= 1
+    assert fitted.fingerprint != fit_transform("zca", images, 255).fingerprint
+    alike = fit_transform("zca", photographs(1).repeat(3, axis=0), 255)  # no direction at all
+    np.testing.assert_allclose(alike.matrix, np.eye(72) / np.sqrt(0.1), rtol=1e-6)
+    assert np.isfinite(Transform.from_arrays(alike.to_arrays(), alike.to_metadata()).apply(others)).all()
+
+
+def test_a_long_fit_says_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fit that takes long shows its images, estimate and parts; a short one shows nothing."""
+    lines: list[str] = []
+    fit_transform("zca", photographs(), 255, say=lines.append)
+    assert not lines
+    monkeypatch.setattr(transform, "_WORTH_A_LINE", 0)
+    fit_transform("zca", photographs(), 255, say=lines.append)
+    fit_transform("zca", photographs(9), 255, say=lines.append)
+    assert lines == [
+        "fitting zca to 300 images of 3x4x6: about 0 seconds",
+        "zca: covariance of 72 x 72",
+        "zca: eigenvectors of the covariance, 72 x 72",
+        "fitting zca to 9 images of 3x4x6: about 0 seconds",
+        "zca: eigenvectors of a 9 x 9 matrix, as there are fewer images than values",
+    ]
+
+
 def test_zca_whitens_with_the_published_eps() -> None:
     """The default eps is the 0.1 of the published experiments."""
     images = photographs()
@@ -270,6 +328,8 @@ def test_arrays_and_json_carry_a_transform(kind: Kind) -> None:
     [
         ({"vectors": None}, {}, "vectors"),
         ({"values": np.full(72, -1.0)}, {}, "eigenvalue is negative"),
+        ({"values": np.ones(5)}, {}, r"vectors has shape \(72, 72\), not \(72, 5\)"),
+        ({"values": np.ones(73)}, {}, r"values has shape \(73,\), not \(72,\)"),
         ({"vectors": np.full((72, 72), np.nan)}, {}, "vectors holds values that are not finite"),
         ({}, {"eps": 0}, r"eps is 0\.0"),
         ({}, {"shape": [-1, -4, 6]}, "its images are -1x-4x6"),

@@ -16,7 +16,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any, BinaryIO, Protocol, TypeVar
@@ -204,6 +204,16 @@ class Location:
                     raise AlreadyExistsError(f"{self.uri} exists already") from None
         finally:
             draft.discard()
+
+    @contextmanager
+    def locked(self, on_wait: Callable[[], None]) -> Iterator[None]:
+        """Lock the folder in the block against other processes that do so. Only folders on a local disk have locks.
+
+        Args:
+            on_wait: called before waiting for another process, whose end or death releases the lock.
+        """
+        with nullcontext() if self.local_path is None else local.locked(self.local_path, on_wait):
+            yield
 
     def link(self, source: Location) -> bool:
         """Give a finished file this second name, without a second copy of its bytes.

@@ -13,7 +13,8 @@ import os
 import socket
 import time
 import uuid
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
 TEMPORARY = ".tmp-"
@@ -96,6 +97,23 @@ def _lock(descriptor: int, *, wait: bool) -> None:
     except ImportError:
         raise OSError(errno.ENOTSUP, "no file locks") from None
     fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
+@contextmanager
+def locked(folder: str, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Lock a folder in the block against other processes that do so; without locks here, nothing is locked."""
+    os.makedirs(folder, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            try:
+                _lock(descriptor, wait=False)
+            except BlockingIOError:
+                on_wait()
+                _lock(descriptor, wait=True)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _flush(descriptor: int) -> None:

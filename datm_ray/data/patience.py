@@ -1,0 +1,99 @@
+"""Computations of minutes: a line every 30 seconds says how far they are, and Ctrl-C ends them at once.
+
+Tests: tests/data/test_patience.py.
+"""
+
+from __future__ import annotations
+
+import io
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datm_ray.errors import DatasetError
+
+Say = Callable[[str], None]
+"""Function that shows a line to the user."""
+Matrix = NDArray[np.float64]
+
+LINE_INTERVAL = 30.0
+"""Seconds between lines on how far a computation is."""
+_AT_ONCE = 1e10  # multiplications in a slab: at most a second on one CPU core
+_HERE = 1000  # largest side of a matrix that this process decomposes itself, in less than a second
+_PROGRAM = """
+import sys
+size, sys.path = int(sys.argv[1]), sys.argv[2:]
+import numpy
+matrix = numpy.empty((size, size))
+sys.stdin.buffer.readinto(matrix)
+for each in numpy.linalg.eigh(matrix):
+    sys.stdout.buffer.write(numpy.ascontiguousarray(each))
+"""
+
+
+def silent(text: str) -> None:
+    """Show nothing."""
+
+
+class Lines:
+    """Notes on how far a computation is; shows one every `LINE_INTERVAL` seconds."""
+
+    def __init__(self, say: Say) -> None:
+        self._say, self._last = say, time.monotonic()
+
+    def note(self, text: str) -> None:
+        """Show the note, unless an earlier one was shown less than `LINE_INTERVAL` seconds ago."""
+        if (now := time.monotonic()) - self._last >= LINE_INTERVAL:
+            self._last = now
+            self._say(text)
+
+
+def slabs(rows: int, multiplications: int) -> Iterator[slice]:
+    """Slices of a product's rows, of so many multiplications each, so small that Ctrl-C is answered in a second."""
+    step = max(1, int(_AT_ONCE // max(1, multiplications)))
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def eigenpairs(matrix: Matrix, note: Say = silent) -> tuple[Matrix, Matrix]:
+    """Eigenvalues [n] and eigenvectors [n n] of a symmetric matrix [n n], which is emptied to free its memory.
+
+    A large matrix is decomposed in a process of its own, because LAPACK keeps Ctrl-C waiting for minutes.
+
+    Args:
+        note: gets notes every second at least.
+
+    Raises:
+        DatasetError: the process has died.
+    """
+    size = len(matrix)
+    if size <= _HERE:
+        found = np.linalg.eigh(matrix)
+        return found.eigenvalues, found.eigenvectors
+    values, vectors, began = np.empty(size), np.empty((size, size)), time.monotonic()
+    command = [sys.executable, "-c", _PROGRAM, str(size), *sys.path]
+    pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nowhere, start_new_session=True) as process:
+        assert process.stdin is not None
+        assert isinstance(process.stdout, io.BufferedReader)
+        try:
+            with suppress(BrokenPipeError), process.stdin:
+                process.stdin.write(matrix.data)
+            matrix.resize(0, refcheck=False)
+            while not select.select([process.stdout], [], [], 1.0)[0]:
+                note(f"zca: eigenvectors of {size:,} x {size:,}: {time.monotonic() - began:.0f} s so far")
+            read = sum(process.stdout.readinto(each.data) for each in (values, vectors))
+            if read < values.nbytes + vectors.nbytes:
+                raise DatasetError(
+                    f"the process that decomposes a {size:,} x {size:,} matrix ended with status {process.wait()}",
+                    "The system has probably ended it because memory was short",
+                    "Use --set dataset.normalisation=standard, or a smaller dataset.resize",
+                )
+        finally:
+            process.kill()
+    return values, vectors
