@@ -15,6 +15,7 @@ bits, and the set's file names the digest:
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -35,6 +36,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.core.training import PROTOCOLS, Schedule
 from datm_ray.data.transform import Images, Normaliser, Transform
 from datm_ray.errors import ConfigError, CorruptFileError, StoreError
 from datm_ray.store.files.filesystem import AlreadyExistsError, Location, open_location
@@ -101,7 +103,7 @@ class KeptTransform:
             folder = folder.parent
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Artifact:
     """A synthetic set with everything needed to use it elsewhere."""
 
@@ -124,6 +126,25 @@ class Artifact:
     """Configuration of the run."""
     provenance: Mapping[str, Any]
     """Versions, hardware, data set and experts of the run."""
+    place: str = ""
+    """Path or URI that the set was read from."""
+
+    def __repr__(self) -> str:
+        images, classes = len(self.images), len(self.class_names)
+        what = f"{images:,} images of {'x'.join(map(str, self.images.shape[1:]))} in {classes:,} classes"
+        name, step_size = self.recipe.get("name", "without a name"), f"step size {self.step_size:.4g}"
+        return f"<synthetic set {name}: {what}, {step_size}{f', from {self.place}' if self.place else ''}>"
+
+    def training(self) -> Schedule:
+        """How networks were trained on the set to score it: epochs, batch size, SGD's settings and augmentation.
+
+        The step size is the learned one, and `training().augment(images)` augments a batch. Sets whose recipe does not
+        name its protocol get the published one, without augmentation.
+        """
+        scored = self.recipe.get("evaluate", {})
+        protocol = PROTOCOLS.get(scored.get("protocol", ""), PROTOCOLS["published"])
+        augmentation = scored.get("augmentation", "")
+        return dataclasses.replace(protocol, learning_rate=self.step_size, augmentation=augmentation)
 
     @property
     def transform(self) -> Transform:
@@ -156,7 +177,10 @@ class Artifact:
         return self.transform.normalise(images)
 
     def normaliser(self) -> Normaliser:
-        """Module on the CPU that computes `normalise`: a layer before a network, or a step of a `Compose`."""
+        """Module on the CPU that computes `normalise`: a layer before a network, or a torchvision transform.
+
+        As a transform it takes PIL images of any size too, and makes them as large as the set's.
+        """
         return self.transform.normaliser()
 
     def denormalise(self, images: Tensor) -> Tensor:
@@ -287,6 +311,7 @@ def read_artifact(location: Location) -> Artifact:
             held_transform=_transform_of(location, arrays, metadata["transform"]),
             recipe=metadata["recipe"],
             provenance=metadata["provenance"],
+            place=location.uri,
         )
     _require_sound(artifact, location.uri)
     return artifact

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -19,9 +20,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import load as parse_numpy, save as numpy_file
 from torch.utils.data import DataLoader
+from torchvision.transforms import Compose, PILToTensor
 
 from datm_ray.artifact import EXPORTS, KIND, Artifact, export, left_out, load, save_artifact
 from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.core.training import PROTOCOLS
 from datm_ray.data import Transform, fit_transform, load_raw
 from datm_ray.data.transform import Kind
 from datm_ray.errors import ConfigError, CorruptFileError, StoreError
@@ -29,7 +32,7 @@ from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.tensors import read_tensors, write_tensors
 
 NAMES = ("a cat", "dog")
-RECIPE = {"name": "test", "distill": {"ipc": 10, "threshold": 1.5}}
+RECIPE = {"name": "test", "distill": {"ipc": 10}, "evaluate": {"protocol": "quick", "augmentation": "flip_crop"}}
 PROVENANCE = {"torch": "1", "experts": [0, 1]}
 
 
@@ -65,6 +68,7 @@ def artifact(path: Path) -> Artifact:
 
 
 README = Path(__file__).parents[1] / "README.md"
+USING = (README.parent / "docs/using-a-set.md").read_text()
 
 
 @pytest.mark.parametrize("kind", ["zca", "standard"])
@@ -83,6 +87,57 @@ def test_the_snippet_of_the_readme_runs(kind: Kind, tmp_path: Path, monkeypatch:
     exec(snippet, names)
     assert 0 <= float(names["accuracy"]) <= 1
     assert not torch.equal(network[1].weight, before)
+
+
+def test_the_example_with_a_network_of_ones_own_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The documented example trains a network of one's own and tests it on a folder of images of any size."""
+    snippet = next(each for each in re.findall(r"```python\n(.*?)```", USING, re.DOTALL) if "LazyConv2d" in each)
+    save(tmp_path / "synthetic.arrow")
+    for number, pixels in enumerate(np.random.default_rng(1).integers(0, 256, (4, 20, 30, 3), dtype=np.uint8)):
+        place = tmp_path / "test" / NAMES[number % 2] / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place)
+    for shown, real in (("runs/birds/synthetic.arrow", "synthetic.arrow"), ("/data/birds/test", "test")):
+        assert shown in snippet
+        snippet = snippet.replace(shown, str(tmp_path / real))
+    names: dict[str, Any] = {}
+    exec(snippet, names)
+    assert names["epoch"] == 19
+    assert capsys.readouterr().out.endswith(" of 4 images\n")
+
+
+def test_a_set_says_what_it_is_and_how_it_was_scored(path: Path) -> None:
+    """A set's text has its name, size and place; its training is the run's protocol, else the published one."""
+    loaded = load(str(path))
+    what = "20 images of 3x6x5 in 2 classes, step size 0.0123"
+    assert repr(loaded) == f"<synthetic set test: {what}, from {path}>"
+    training = loaded.training()
+    assert training == dataclasses.replace(PROTOCOLS["quick"], learning_rate=loaded.step_size, augmentation="flip_crop")
+    torch.manual_seed(0)
+    one = [training.augment(loaded.images) for _ in range(8)]
+    torch.manual_seed(0)
+    assert all(torch.equal(training.augment(loaded.images), each) for each in one)
+    assert any(not torch.equal(each, loaded.images) for each in one)
+    old = dataclasses.replace(loaded, recipe={}, place="")
+    assert repr(old) == f"<synthetic set without a name: {what}>"
+    assert old.training() == dataclasses.replace(PROTOCOLS["published"], learning_rate=loaded.step_size)
+
+
+def test_the_normaliser_reads_images_as_a_data_set_does(artifact: Artifact) -> None:
+    """The normaliser is a torchvision transform: it turns, converts and resizes PIL images as a data set's are."""
+    normaliser = pickle.loads(pickle.dumps(artifact.normaliser()))
+    (pixels, *_) = real_images()
+    image = Image.fromarray(pixels.transpose(1, 2, 0))
+    expected = artifact.normalise(pixels)
+    for steps in (normaliser, Compose([normaliser]), Compose([PILToTensor(), normaliser])):
+        torch.testing.assert_close(steps(image), expected)
+    turned = image.transpose(Image.Transpose.ROTATE_90)
+    turned.getexif()[0x0112] = 6
+    torch.testing.assert_close(normaliser(turned), expected)
+    for other in (image.resize((50, 60)), image.convert("L"), image.convert("RGBA"), image.convert("P")):
+        assert normaliser(other).shape == (3, 6, 5)
 
 
 @pytest.mark.parametrize("kind", ["zca", "standard"])

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -48,6 +49,16 @@ class Schedule:
     """Epoch before which the learning rate is divided by ten; the momentum is lost there, as published."""
     optimiser: Literal["sgd", "adamw"] = "sgd"
     """adamw has its own momenta, 0.9 and 0.999."""
+
+    def augment(self, images: Tensor, random: np.random.Generator | None = None) -> Tensor:
+        """Augment a batch [b c h w] with one operation of `augmentation`, drawn anew in each call.
+
+        Args:
+            images: normalised images; they stay as they are.
+            random: source of the draws; None follows torch's seed.
+        """
+        random = random or np.random.default_rng(int(torch.randint(2**62, ())))
+        return augment(images, draw_augmentation(self.augmentation, len(images), random))
 
 
 PROTOCOLS: dict[str, Schedule] = {
@@ -94,8 +105,7 @@ def train(network: nn.Module, images: Tensor, targets: Tensor, schedule: Schedul
         order = torch.from_numpy(generator(seed, Purpose.TRAINING_ORDER, epoch).permutation(len(images)))
         total = torch.zeros((), device=images.device)
         for batch, rows in enumerate(order.to(images.device).split(schedule.batch_size)):
-            draw = generator(seed, Purpose.TRAINING_AUGMENTATION, epoch, batch)
-            inputs = augment(images[rows], draw_augmentation(schedule.augmentation, len(rows), draw))
+            inputs = schedule.augment(images[rows], generator(seed, Purpose.TRAINING_AUGMENTATION, epoch, batch))
             loss = cross_entropy(network(inputs), targets[rows])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

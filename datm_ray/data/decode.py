@@ -393,6 +393,11 @@ def _turned(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
+def pixels_of(image: Image.Image, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Pixels [c h w] of an image, turned, converted and resized to a data set's shape as its own images were."""
+    return _pixels(_turned(image), shape)
+
+
 def _pixels(image: Image.Image, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """Pixels [c h w] of one image, converted to the given shape."""
     channels, height, width = shape

@@ -32,8 +32,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
+from datm_ray.data.decode import pixels_of
 from datm_ray.data.patience import Lines, Say, eigenpairs, silent, slabs
 from datm_ray.errors import CorruptFileError, DatasetError
 from datm_ray.memory import available_memory
@@ -59,12 +61,13 @@ _EXACT_ROWS = 1024  # float32 holds integers up to 2^24 exactly: 1024 products o
 class Normaliser(nn.Module):
     """Module that normalises images in [0, 1] as networks trained under a transform expect them.
 
-    Use the module as a layer before a network, or as a step of `torchvision.transforms.Compose` after `ToTensor` or
-    `PILToTensor`. `.to(device)` moves it, and images must be on its device.
+    Use the module as a layer before a network, or as a torchvision transform: by itself, as in `ImageFolder(path,
+    transform=normaliser)`, or as a step of a `Compose`. `.to(device)` moves it, and tensors must be on its device.
 
-    The result has the dtype of the module's buffers: float32 unless the module is converted. Images of another float
-    dtype are cast to it; uint8 images are cast and divided by 255. Autocast does not lower the precision. Gradients
-    flow through. Besides the result a call takes at most 64 MiB, for any number of images.
+    PIL images are turned, converted and resized as images of a data set are. The result has the dtype of the module's
+    buffers: float32 unless the module is converted. Images of another float dtype are cast to it; uint8 images are cast
+    and divided by 255. Autocast does not lower the precision. Gradients flow through. Besides the result a call takes
+    at most 64 MiB, for any number of images.
     """
 
     scale: Tensor
@@ -82,13 +85,15 @@ class Normaliser(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
 
-    def forward(self, images: Images) -> Tensor:
-        """Normalise images; the shape stays.
+    def forward(self, images: Images | Image.Image) -> Tensor:
+        """Normalise images, whose shape stays, or one PIL image of any size.
 
         Raises:
             DatasetError: the images have another shape than those the transform was fitted on.
             TypeError: the images are integers other than uint8.
         """
+        if isinstance(images, Image.Image):
+            images = torch.from_numpy(pixels_of(images, self.shape).copy()).to(self.scale.device)
         return _map_chunks(self._one_chunk, images, self.kind, self.shape, self.scale.dtype)
 
     def extra_repr(self) -> str:
