@@ -307,6 +307,45 @@ def test_same_files_give_the_same_bytes(out: Location) -> None:
     assert write_report(out, [run], "first.html").read_bytes() == write_report(out, [run], "second.html").read_bytes()
 
 
+def test_finished_runs_come_first(out: Location) -> None:
+    """Runs with a set come before others, those with more rows first; else the given order stays."""
+    started, half = (RunSummary(configure(name), out / name, []) for name in ("started", "half"))
+    save_set(started.folder / INITIAL, started.config, ("a", "b"))
+    unscored, done = (RunSummary(configure(name), out / name, of) for name, of in (("unscored", []), ("done", SCORES)))
+    for run in (unscored, done):
+        save_set(run.folder / SYNTHETIC, run.config, ("a", "b"))
+    headings = re.findall(r"<h2>(\w+)</h2>", page_of(out, started, half, unscored, done))
+    assert headings == ["done", "unscored", "started", "half"]
+
+
+def test_a_data_set_has_one_name(out: Location) -> None:
+    """The page calls a data set by its name, also for a run that has no images yet."""
+    new = RunSummary(configure("new"), out / "new", [], dataset="toys")
+    text = text_of(page_of(out, finished_run(out, configure()), new))
+    assert text.startswith("Distilling toys ")
+    assert "The images of toys are to be distilled" in text
+
+
+def test_a_step_size_that_is_not_learned_is_a_plain_line(out: Location) -> None:
+    """A step size that stays is drawn in the middle of an axis from 0, and is not called learned."""
+    config = configure(learning_rate_step_size=0, initial_step_size=0.03)
+    save_set(out / config.name / SYNTHETIC, config, ("a", "b", "c"))
+    state = Distillation(synthetic_set(config, 3), config.distill)
+    noise = float(np.float32(0.03))
+    state.history = [IterationRecord(k, 0, 0, 1, 0.5, noise, skipped=False, decrease=0.1) for k in range(9)]
+    checkpoint.save_checkpoint(
+        out / config.name, state, Rows(0, len(state.synthetic.images)), Alone(), run_identity(config)
+    )
+    page = page_of(out, RunSummary(config, out / config.name, []))
+    assert "learned step size" not in text_of(page)
+    assert "step size, not learned" in text_of(page)
+    assert "which this recipe keeps" in text_of(page)
+    (chart,) = (image for image in Images(page).found if image["alt"].startswith("Step size"))
+    ticks = [text.strip() for text in ElementTree.fromstring(chart["content"]).itertext() if text.strip()]
+    assert {"0.00", "0.03", "0.06"} <= set(ticks)
+    assert not [text for text in ticks if "e" in text and text[0] in "+-−1"]
+
+
 def test_no_runs_give_a_page(out: Location) -> None:
     """An empty folder has a page that says so."""
     assert "There are no runs" in page_of(out)

@@ -22,6 +22,8 @@ class DataNote:
 
     fingerprint: str
     training_images: int
+    name: str | None = None
+    """Name of the data set."""
 
     @classmethod
     def read(cls, folder: Location) -> DataNote | None:
@@ -35,7 +37,7 @@ class DataNote:
             return None
         note = place.read_json()
         with rejecting_nonsense(place):
-            return cls(str(note["fingerprint"]), int(note["training_images"]))
+            return cls(str(note["fingerprint"]), int(note["training_images"]), note.get("name"))
 
 
 def write_note(folder: Location, raw: RawDataset) -> None:
@@ -90,6 +92,7 @@ def summaries(out: Location, configs: Sequence[RunConfig]) -> list[RunSummary]:
                 read_network_scores(*where),
                 fair=read_fair_scores(*where),
                 fair_rows=read_fair_rows(*where),
+                dataset=note.name,
             )
         )
     return found

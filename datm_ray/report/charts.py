@@ -45,6 +45,7 @@ STYLE: dict[Any, Any] = {
     "axes.grid": False,
     "axes.axisbelow": True,
     "axes.xmargin": 0.02,
+    "axes.formatter.useoffset": False,  # ticks are whole numbers, not differences from one
     "xtick.color": "#c4c9d0",
     "ytick.color": "#c4c9d0",
     "xtick.labelcolor": MUTED,
@@ -243,12 +244,15 @@ def _step_size_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
         axes.axhline(steps[0], color="#c4c9d0", linewidth=1, dashes=(4, 3))
         axes.plot(iteration, steps, color=ACCENT)
         axes.margins(y=0.12)
+        if not run.learns_step_size:
+            axes.set_ylim(0, 2 * steps[0])
 
+    kind = "learned together with the images" if run.learns_step_size else "which this recipe keeps"
     return Picture(
         "Step size",
         _svg(draw),
         f"Step size of the student, from {steps[0]:.3g} to {steps[-1]:.3g} over {count(run.iterations, 'iteration')}.",
-        "The student’s learning rate, learned together with the images; dashed: the initial value.",
+        f"The student’s learning rate, {kind}; dashed: the initial value.",
     )
 
 

@@ -33,13 +33,13 @@ from datm_ray.store.trajectories import size_in_words
 
 
 def write_report(out: Location, runs: Sequence[RunSummary], name: str = "report.html") -> Location:
-    """Write the page about these runs into the output folder. Returns its location.
+    """Write the page about these runs into the output folder, finished runs first. Returns its location.
 
     Raises:
         CorruptFileError: a file of a run is damaged. A missing file is no error: the page states it.
     """
     place = out / name
-    page = render([read_run(run) for run in runs])
+    page = render(sorted(map(read_run, runs), key=lambda run: run.unfinished))
     place.write_atomic(page.encode(errors="backslashreplace"))  # a class's name may not be valid UTF-8
     return place
 
@@ -50,7 +50,7 @@ def render(runs: Sequence[Run]) -> str:
     )
     template = importlib.resources.files("datm_ray.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     summaries = [run.summary for run in runs]
-    datasets = list(dict.fromkeys(_dataset_name(run) for run in runs))
+    datasets = list(dict.fromkeys(run.dataset for run in runs))
     return environment.from_string(template).render(
         title=f"Distilling {listed(datasets)}" if runs else "Dataset distillation",
         done=[_what_was_done(run) for run in runs],
@@ -132,7 +132,7 @@ def _what_was_done(run: Run) -> str:
     """Description of one run in one sentence."""
     config, real = run.config, run.summary.training_images
     verb = "were" if run.synthetic else "are being" if run.initial else "are to be"
-    origin = f"{count(real, 'real image')} of {_dataset_name(run)}" if real else f"The images of {_dataset_name(run)}"
+    origin = f"{count(real, 'real image')} of {run.dataset}" if real else f"The images of {run.dataset}"
     return (
         f"{origin} {verb} distilled to {_size(run)}, from {count(config.experts.count, 'expert')} trained for "
         f"{count(config.experts.epochs, 'epoch')} each, in {count(config.distill.iterations, 'iteration')}."
@@ -160,7 +160,8 @@ def _key_figures(run: Run) -> list[tuple[str, str]]:
     if (of_full := share_of_full(scores)) is not None:
         figures.append((of_full, "of the accuracy with all real data"))
     if run.synthetic is not None:
-        figures.append((f"{run.synthetic.step_size:.3g}", "learned step size"))
+        kind = "learned step size" if run.learns_step_size else "step size, not learned"
+        figures.append((f"{run.synthetic.step_size:.3g}", kind))
     return figures
 
 
@@ -201,11 +202,6 @@ def _state(run: Run) -> str:
     if run.synthetic is not None and run.history is None:
         sentences.append("The checkpoint is missing, and with it the course of the distillation.")
     return " ".join(sentences)
-
-
-def _dataset_name(run: Run) -> str:
-    name = run.latest.provenance.get("dataset") if run.latest else None
-    return str(name or run.config.dataset.source)
 
 
 def _provenance_lines(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:

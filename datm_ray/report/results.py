@@ -41,6 +41,8 @@ class RunSummary:
     """DD-Ranking's scores; None if not asked for, or if networks for them are not trained yet."""
     fair_rows: Sequence[Score] = ()
     """Rows beyond the table's that DD-Ranking's scores need."""
+    dataset: str | None = None
+    """Name of the data set; None if the caller does not know it."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,22 @@ class Run:
         return self.synthetic or self.initial
 
     @property
+    def dataset(self) -> str:
+        """Name of the data set: the caller's, else that in the set, else its source."""
+        named = self.summary.dataset or (self.latest.provenance.get("dataset") if self.latest else None)
+        return str(named or self.config.dataset.source)
+
+    @property
+    def learns_step_size(self) -> bool:
+        """True if the step size is learned, False if the recipe keeps the initial one."""
+        return self.config.distill.learning_rate_step_size > 0
+
+    @property
+    def unfinished(self) -> tuple[bool, int]:
+        """Sort key: runs with a set first, then those with more rows of the table."""
+        return self.synthetic is None, -len(self.summary.scores)
+
+    @property
     def iterations(self) -> int:
         """Iterations done, from the checkpoint."""
         return 0 if self.history is None else len(self.history["history.iteration"])
@@ -178,6 +196,7 @@ def _summary(summary: RunSummary) -> dict[str, Any]:
     latest = run.latest
     return {
         "run": summary.config.name,
+        "dataset": run.dataset,
         "training_images": summary.training_images,
         "synthetic_images": None if latest is None else len(latest.images),
         "test_accuracy": {
