@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from datm_ray.config import ClusterConfig, ExpertConfig, RunConfig, expert_fingerprint
+from datm_ray.config import ClusterConfig, ExpertConfig, NetworkSpec, RunConfig, expert_fingerprint
 from datm_ray.core.experts import (
     LARGEST_STACK,
     STACKED_MAP_BYTES,
@@ -90,6 +90,7 @@ class ExpertWorker:
         self._dataset = dataset
         self._images = to_device(dataset.train_images, self._device)
         self._labels = to_device(dataset.train_labels, self._device)
+        self._functions: dict[tuple[NetworkSpec, int], ExpertFunctions] = {}
 
     def train(self, config: RunConfig, store_uri: str, experts: Sequence[int]) -> Iterator[Event]:
         """Train a stack and commit the trajectories of those whose number is below the recipe's count.
@@ -134,15 +135,7 @@ class ExpertWorker:
         spec = config.network.for_images(dataset.channels, dataset.size, dataset.classes)
         seeds = [derive_seed(config.seed, Purpose.EXPERT, expert) for expert in experts]
         networks = [build_network(spec, seed).to(self._device) for seed in seeds]
-        image = (dataset.channels, *dataset.size)
-        chunk = chunk_in_cache(networks[0], image, len(experts)) if self._device.type == "cpu" else None
-        functions = ExpertFunctions(
-            networks[0],
-            stacked=len(experts),
-            compile_=self._cluster.compile,
-            chunk=chunk,
-            channels_last=self._cluster.channels_last,
-        )
+        functions = self._functions_for(spec, networks[0], len(experts))
         if functions.note:
             yield Note(functions.note)
         state = progress.resume(self._device)
@@ -169,6 +162,19 @@ class ExpertWorker:
                 shown["test_accuracy"] = metrics["datm_ray_expert_accuracy_ratio"] = float(measured.mean())
             yield Progress(state.epoch, settings.epochs, shown, metrics)
             began = time.monotonic()
+
+    def _functions_for(self, spec: NetworkSpec, network: torch.nn.Module, stacked: int) -> ExpertFunctions:
+        """Step of stacks of so many networks, which this worker compiles once for all its tasks."""
+        if (spec, stacked) not in self._functions:
+            on_cpu, image = self._device.type == "cpu", (spec.channels, *spec.size)
+            self._functions[spec, stacked] = ExpertFunctions(
+                network,
+                stacked=stacked,
+                compile_=self._cluster.compile,
+                chunk=chunk_in_cache(network, image, stacked) if on_cpu else None,
+                channels_last=self._cluster.channels_last,
+            )
+        return self._functions[spec, stacked]
 
     def _accuracies(self, network: torch.nn.Module, state: ExpertState, settings: ExpertConfig) -> torch.Tensor | None:
         """[s] on the test set, in the epochs in which it is asked for."""

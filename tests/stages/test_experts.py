@@ -95,6 +95,24 @@ def test_memory_order_of_maps_reaches_the_experts(tmp_path: Path, monkeypatch: p
     assert asked == [False, False]  # nothing is trained again
 
 
+def test_a_worker_prepares_the_step_of_a_network_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker compiles the step of equal stacks once, and each expert has the bits of one trained alone."""
+    built: list[ExpertFunctions] = []
+
+    def building(*arguments: Any, **options: Any) -> ExpertFunctions:
+        built.append(ExpertFunctions(*arguments, **options))
+        return built[-1]
+
+    monkeypatch.setattr("datm_ray.stages.experts.ExpertFunctions", building)
+    config = tiny_config("experts.epochs=4")
+    worker, group, uri = worker_of(config, tmp_path / "shared")
+    for expert in (0, 1):
+        list(worker.train(config, uri, (expert,)))
+    assert len(built) == 1
+    train(config, tmp_path / "alone", (1,))
+    assert content(group, 1) == content(worker_of(config, tmp_path / "alone")[1], 1)
+
+
 def test_damaged_progress_is_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Progress from a damaged file on is trained again, with an equal result."""
     monkeypatch.setattr(expert_progress, "WRITE_SHARE", 1e9)
