@@ -123,11 +123,12 @@ def plan(
     data_shape: str | None = None,
     measure: bool = False,
 ) -> Proposal:
-    """Estimate memory, hours and storage of a run before it starts.
+    """Estimate memory, time and storage of a run before it starts.
 
     >>> plan = datm_ray.plan("cifar10-ipc10", cluster="gpus=8,memory=80GiB,tflops=60")
     >>> print(plan)
-    >>> plan.stages["distillation"], plan.config.cluster.shards
+    >>> plan.stages["distillation"]  # hours of all workers, hours on the clock
+    >>> plan.config.cluster.shards
 
     Args:
         recipe: name of a packaged recipe, path of a YAML file, or a configuration.
@@ -135,7 +136,7 @@ def plan(
         cluster: cluster to suggest a layout for, such as "gpus=64,memory=80GiB,tflops=60,network=25Gbps" or
             "cpus=2,memory=24GiB". Default: this machine.
         data_shape: channels x height x width, classes and images of data that is not here, as "3x64x64,200,100000".
-        measure: True to time a few real steps on this machine first.
+        measure: True to time the run's own steps on this machine, compiled. False times small ones, on CPUs alone.
 
     Raises:
         ConfigError: the set does not fit into memory, or an argument cannot be read.

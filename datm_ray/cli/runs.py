@@ -126,17 +126,19 @@ def plan(
         bool,
         typer.Option(
             "--measure",
-            help="Time a few real steps first. Compiling them may take minutes.",
+            help="Time the run's own steps. Compiling them may take minutes.",
         ),
     ] = False,
     json_: Json = False,
     verbose: Annotated[int, verbose_option("Print the parts of memory and of an iteration too, and the log.")] = 0,
 ) -> None:
-    """Estimate memory, hours and storage before anything starts.
+    """Estimate memory, time and storage before anything starts.
+
+    Time on CPUs comes from small steps that are timed here, in seconds. --measure times the run's own steps.
 
     With --cluster it also suggests a layout for that cluster. There, memory is that of one GPU, or of all cores
     together. tflops (or gflops) is the speed of student steps on one GPU or core, not its peak. network is the speed at
-    which one GPU or core can send. Hours of GPUs need tflops or --measure.
+    which one GPU or core can send. Time on GPUs needs tflops or --measure.
     """
     from datm_ray.planning.duration import not_followed
     from datm_ray.planning.plan import plan_run

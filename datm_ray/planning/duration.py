@@ -1,50 +1,43 @@
 """How long a run takes on a machine, in which layout a set is distilled soonest, and what a run stores.
 
 Work is counted in image passes: one image, once through one training step. Operations of a pass over the machine's
-rate are seconds; `measured` finds the rates on this machine from a few real steps. Not counted are compiling, starting
-workers, choosing the first images, and faults. Accuracy: benchmarks/README.md. Tests: tests/planning/test_duration.py.
+rate are seconds, and compiling and starting workers come on top. Rates: `measure.py`. Not counted are faults.
+Accuracy: benchmarks/README.md. Tests: tests/planning/test_duration.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from datm_ray.artifact import INLINE_BYTES
 from datm_ray.config import ClusterConfig, RunConfig
-from datm_ray.core.experts import LARGEST_STACK, ExpertFunctions, ExpertState, chunk_in_cache, train_experts
-from datm_ray.core.networks.parameters import FlatNetwork, flatten, float_buffers
+from datm_ray.core.experts import LARGEST_STACK
+from datm_ray.core.networks.parameters import FlatNetwork, float_buffers
 from datm_ray.core.networks.registry import build_network
-from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.core.training import PROTOCOLS, train, validation_protocol
+from datm_ray.core.training import PROTOCOLS, validation_protocol
 from datm_ray.errors import ConfigError
 from datm_ray.methods.state import columns
 from datm_ray.methods.trajectory.distance import Distance
 from datm_ray.methods.trajectory.iteration import IterationRecord
-from datm_ray.methods.trajectory.matching import draw_student_steps, matching_gradient
-from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.planning.fit import DataShape, DistillationPlan, fitting_cost, network_cost, plans_of, total
 from datm_ray.planning.machines import Machine
-from datm_ray.runtime.devices import prepare_device
-from datm_ray.stages.distill import evaluation_schedule
-from datm_ray.stages.evaluate import CONTROL_STEP_SIZES, ON_OTHERS, ROWS
+from datm_ray.stages.evaluate import CONTROL_STEP_SIZES, ON_OTHERS
 from datm_ray.stages.experts import experts_at_a_time
 from datm_ray.store.trajectories import size_in_words
 
-FORWARD_PASSES = {"matching": 11, "experts": 3, "training": 3}
-"""Operations of one image pass of each kind, as a multiple of one forward pass."""
+FORWARD_PASSES = {"matching": 11, "experts": 3, "training": 3, "real": 3, "scoring": 1}
+"""Operations of one image pass of each kind, as a multiple of one forward pass. training: on a synthetic set, in small
+steps; real: on real data, in whole ones."""
 STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes of a parameter in the trajectory store."""
-REPEATED, STEPS = 3, 10
-"""Repetitions of each kind of work that `measured` times, after one that warms up, and student steps of each."""
+RUN_SECONDS, WORKER_SECONDS = 15.0, 6.0
+"""Seconds to start Ray, read images and write the report, and to start one worker for one stage. Measured on one core
+by CPU time."""
 
 
 @dataclass(frozen=True)
@@ -85,43 +78,67 @@ class Proposal:
         rows = 4 * held * (math.prod(self.shape.image) + self.shape.classes)
         return computing, summing + self.machine.sum_seconds(rows, 4, len(config.roles))
 
+    def compiling(self, kind: str, network: RunConfig) -> float:
+        """Seconds in which one worker compiles steps of a network."""
+        if not self.config.cluster.compile:
+            return 0.0
+        return self.machine.compiling[kind] * network_cost(network, self.shape).functions
+
     @property
     def stages(self) -> dict[str, tuple[float, float]]:
         """Stage -> hours of all GPUs or cores that are held for it, and hours on the clock."""
         config, settings, workers = self.config, self.config.distill, self.machine.workers
-        images = settings.ipc * self.shape.classes
-        training = self.shape.training_images * (1 - config.dataset.validation)
-        validations = -(-settings.iterations // settings.validate_every) * settings.validation_seeds
-        epochs = PROTOCOLS[validation_protocol(config.evaluate.protocol)].epochs
-        experts, clock = 0.0, 0.0
-        for network in (*config.each_backbone(), *config.each_auxiliary()):
+        backbones, images, together = config.each_backbone(), settings.ipc * self.shape.classes, config.workers_per_set
+        experts, experts_clock, trainers = 0.0, 0.0, 1
+        for network in (*backbones, *config.each_auxiliary()):
             own, stack = network.experts, experts_at_a_time(network, self.shape.image, self.shape.classes)
-            passes = own.epochs * training * (2 if own.optimiser == "gsam" else 1)
-            one = self.seconds("experts", network, passes)
-            experts += own.count * one
-            clock += min(own.count, stack * -(-own.count // (stack * workers))) * one
-        distillation = settings.iterations * sum(self.iteration)
-        validation = self.seconds("training", config.each_backbone()[0], validations * epochs * images)
-        evaluation, rows = self._evaluation(images, training), len(ROWS) * config.evaluate.seeds
+            passes = own.epochs * self._split[0] * (2 if own.optimiser == "gsam" else 1)
+            one, compiling = self.seconds("experts", network, passes), self.compiling("experts", network)
+            trainers = min(workers, -(-own.count // stack))
+            experts += own.count * one + trainers * compiling
+            experts_clock += min(own.count, stack * -(-own.count // (stack * workers))) * one + compiling
+        compiling = max(sum(self.compiling("matching", backbones[n]) for n in role.backbones) for role in config.roles)
+        labelled = config.experts.count * (settings.labels == "soft") + 2 * (settings.initial == "correct")
+        choosing = self.seconds("scoring", backbones[0], labelled * images)
+        distillation = compiling + choosing + settings.iterations * sum(self.iteration)
+        validations = -(-settings.iterations // settings.validate_every) * settings.validation_seeds
+        protocol = validation_protocol(config.evaluate.protocol)
+        validation = validations * self._trained(backbones[0], PROTOCOLS[protocol].epochs * images)
+        scored = self._networks_of_a_seed()
+        evaluation, scorers = config.evaluate.seeds * sum(scored), min(workers, config.evaluate.seeds * len(scored))
         seconds = {
-            "experts": (experts, clock),
-            "distillation": (distillation * config.workers_per_set, distillation),
-            "validation": (validation * config.workers_per_set, validation),  # a set's other workers wait
-            "evaluation": (evaluation, evaluation / min(workers, rows)),
+            "start": (RUN_SECONDS + WORKER_SECONDS * (trainers + together + scorers), RUN_SECONDS + 3 * WORKER_SECONDS),
+            "experts": (experts, experts_clock),
+            "distillation": (distillation * together, distillation),
+            "validation": (validation * together, validation),  # a set's other workers wait
+            "evaluation": (evaluation, max(*scored, evaluation / scorers)),
         }
         return {name: (self.machine.cores * held / 3600, wall / 3600) for name, (held, wall) in seconds.items()}
 
-    def _evaluation(self, images: int, training: float) -> float:
-        """Seconds of all networks of the tables; a row without a learned step size tries several."""
-        settings, tried = self.config.evaluate, len(CONTROL_STEP_SIZES)
-        epochs, backbone = PROTOCOLS[settings.protocol].epochs, self.config.each_backbone()[0]
-        on_set = 1 + 2 * tried + (2 + 2 * tried if settings.fair else 0)
-        passes = on_set * epochs * images + tried * settings.real_epochs * training
-        total = self.seconds("training", backbone, passes)
+    @property
+    def _split(self) -> tuple[float, float]:
+        """Images that are trained on, and images set aside for validation."""
+        held_out = self.shape.training_images * self.config.dataset.validation
+        return self.shape.training_images - held_out, held_out
+
+    def _trained(self, network: RunConfig, passes: float, kind: str = "training") -> float:
+        """Seconds to train a network for so many passes and score it on validation images."""
+        return self.seconds(kind, network, passes) + self.seconds("scoring", network, self._split[1])
+
+    def _networks_of_a_seed(self) -> list[float]:
+        """Seconds of each network of the tables; a row without a learned step size tries several."""
+        settings, backbone, tried = self.config.evaluate, self.config.each_backbone()[0], len(CONTROL_STEP_SIZES)
+        passes = PROTOCOLS[settings.protocol].epochs * self.config.distill.ipc * self.shape.classes
+        learned = 1 if settings.optimiser == "sgd" else tried
+        trials = [tried, tried, learned, *([tried + 1, learned, tried] if settings.fair else [])]
+        seconds = [count * self._trained(backbone, passes) for count in trials]
+        if getattr(settings, "full", True):
+            seconds.append(tried * self._trained(backbone, settings.real_epochs * self._split[0], "real"))
         for network in self.config.scored_networks:
             other = backbone.model_copy(update={"network": network})
-            total += self.seconds("training", other, (1 + len(ON_OTHERS) * tried) * epochs * images)
-        return settings.seeds * total
+            seconds += [count * self._trained(other, passes) for count in (tried, tried + 1)[: len(ON_OTHERS)]]
+        tested = self.seconds("scoring", backbone, self.shape.test_images)
+        return [each + tested for each in seconds]
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -155,10 +172,8 @@ class Proposal:
         """What the recipe takes, as text for people; `suggested`: in a layout chosen for a described cluster."""
         config, shape, machine, plan = self.config, self.shape, self.machine, self.plans[0]
         settings, evaluated, kept, stages = config.distill, config.evaluate, storage(config, shape), self.stages
-        unit, image = f"{machine.device.replace('core', 'CPU')}-hours", "x".join(map(str, shape.image))
-        hours, clock = (
-            {"in all": sum(each), **dict(zip(stages, each, strict=True))} for each in zip(*stages.values(), strict=True)
-        )
+        device, image = machine.device.replace("core", "CPU"), "x".join(map(str, shape.image))
+        held, clock = ({name: 3600 * hours[place] for name, hours in stages.items()} for place in (0, 1))
         networks = (*config.each_backbone(), *config.each_auxiliary())
         trained = (
             f"{each.experts.count:,} {each.network.architecture}, {each.experts.epochs:,} epochs" for each in networks
@@ -171,7 +186,8 @@ class Proposal:
             f"{plan.batch:,} of {plan.images:,} images, in micro-batches of {plan.chunk:,}",
             "step sizes": "; ".join(self.distance.lines()),
             "evaluation": f"{evaluated.seeds:,} networks a row, {PROTOCOLS[evaluated.protocol].epochs:,} epochs",
-            unit: f"{_listed(hours)}; {machine.basis}" if machine.basis else NO_HOURS,
+            f"{device} time": f"{_listed(held)}; {machine.basis}" if machine.basis else NO_HOURS,
+            **({"on the clock": _listed(clock)} if machine.basis else {}),
             "storage": ", ".join(f"{name} {size_in_words(size)}" for name, size in kept.items()),
         }
         fitting = fitting_cost(config.dataset, shape)
@@ -179,14 +195,13 @@ class Proposal:
             rows["fitting zca"] = f"{fitting}, once, by the process that starts the workers"
         if suggested:
             rows["layout"] = f"{self.settings()}: {config.workers_per_set} of {machine.workers} workers distil"
-        if machine.basis and (suggested or verbose):
-            rows["hours on clock"] = _listed(clock)
         if verbose:
-            computing, sums = map(show_number, self.iteration)
             size = size_in_words(sum(each.network_bytes for each in self.plans))
-            rows["an iteration"] = f"{computing} s computing, {sums} s sums; a shard sums {size}"
+            computing, sums = self.iteration
+            rows["an iteration"] = f"{computing:.3g} s computing, {sums:.3g} s sums; a shard sums {size}"
         worst = max(self.plans, key=lambda each: total(each.parts))
-        about = f"about {show_number(hours['in all'])} {unit}, " if machine.basis else ""
+        times = f"{show_time(sum(held.values()))} of {device}s, {show_time(sum(clock.values()))} on the clock"
+        about = f"about {times}, " if machine.basis else ""
         found = [f"{config.name}: {worst.memory} a worker, {about}{size_in_words(sum(kept.values()))} of storage"]
         found += [f"  {label:<16} {value}" for label, value in rows.items()]
         return [*found, *(line for each in self.plans if verbose for line in each.lines())]
@@ -205,7 +220,7 @@ class Proposal:
         return " ".join(options)
 
 
-NO_HOURS = "unknown: no GPU was measured. Give its speed as tflops= in --cluster, or use --measure where it is"
+NO_HOURS = "unknown: not measured. Give the speed as tflops= or gflops= in --cluster, or use --measure where it is"
 
 
 def propose(config: RunConfig, shape: DataShape, machine: Machine) -> Proposal:
@@ -275,65 +290,17 @@ def storage(config: RunConfig, shape: DataShape) -> dict[str, int]:
     }
 
 
-def measured(proposal: Proposal) -> Machine:
-    """The proposal's machine, with rates measured on this one by a few real steps of every kind on made-up images.
-
-    Takes seconds, and up to minutes where steps have to be compiled first; a run that follows here finds them compiled.
-    """
-    plan, config, cluster = proposal.plans[0], proposal.config, proposal.config.cluster
-    device, backbone, image = prepare_device(cluster), config.each_backbone()[0], proposal.shape.image
-    spec = backbone.network.for_images(image[0], image[1:], proposal.shape.classes)
-    stack, many = experts_at_a_time(backbone, image, spec.classes), max(plan.chunk, config.experts.batch_size)
-    networks = [build_network(spec, seed).to(device) for seed in range(stack)]
-    images, labels = torch.randn(many, *image, device=device), torch.arange(many, device=device) % spec.classes
-    soft, step_size = torch.zeros(plan.chunk, spec.classes, device=device), torch.full((1,), 0.01, device=device)
-    synthetic, start = SyntheticSet(images[: plan.chunk], soft, step_size, labels[: plan.chunk]), flatten(networks[0])
-    steps = draw_student_steps(plan.chunk, STEPS, plan.chunk, config.distill.augmentation, 0, 0)
-    options = StepOptions(cluster.compile, channels_last=cluster.channels_last, precision=cluster.precision)
-    functions = StudentStepFunctions(FlatNetwork(networks[0]), options)
-    expert = ExpertFunctions(
-        networks[0],
-        stacked=stack,
-        compile_=cluster.compile,
-        chunk=chunk_in_cache(networks[0], image, stack) if device.type == "cpu" else None,
-        channels_last=cluster.channels_last,
-    )
-    epochs = REPEATED + 1
-    own = config.experts.model_copy(update={"epochs": epochs})
-    evaluated = replace(evaluation_schedule(config, 0.01), epochs=epochs, decay_epoch=None)
-    state, seeds = ExpertState.initial(networks), range(stack)
-    timed: dict[str, tuple[Iterator[object], int]] = {
-        "matching": (
-            (matching_gradient(functions, start, start + 1, synthetic, steps, chunk=plan.chunk) for _ in range(epochs)),
-            STEPS * plan.chunk,
-        ),
-        "experts": (
-            train_experts(expert, images, labels, own, seeds, state),
-            stack * many * (2 if own.optimiser == "gsam" else 1),
-        ),
-        "training": (train(networks[0], images, labels, evaluated, 0), many),
-    }
-    flop = network_cost(backbone, proposal.shape).flop
-    rates = {kind: FORWARD_PASSES[kind] * flop * passes / _seconds(work) for kind, (work, passes) in timed.items()}
-    return replace(proposal.machine, rates=rates, basis="measured here")
+def _listed(seconds: dict[str, float]) -> str:
+    return ", ".join(f"{name} {show_time(value)}" for name, value in seconds.items())
 
 
-def _seconds(repeated: Iterator[object]) -> float:
-    """Median seconds of some repetitions, after a first one that warms up."""
-    found = []
-    for _ in range(REPEATED + 1):
-        began = time.perf_counter()
-        next(repeated)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - began)
-    return statistics.median(found[1:])
-
-
-def _listed(values: dict[str, float]) -> str:
-    return ", ".join(f"{name} {show_number(value)}" for name, value in values.items())
-
-
-def show_number(value: float) -> str:
-    """Number with three digits that matter, and thousands apart."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+def show_time(seconds: float) -> str:
+    """Duration in at most two units, such as "95 s", "12 min", "1 h 05 min" or "3 days 4 h"."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 119.5:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if hours < 48:
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{hours // 24:,} days {hours % 24} h"

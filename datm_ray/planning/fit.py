@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -59,6 +59,8 @@ class DataShape:
     classes: int
     training_images: int
     """Number of training images, those set aside for validation included."""
+    test_images: int = 0
+    """Number of test images; 0 where it is not known, and then scoring them is not counted."""
 
     @property
     def bytes(self) -> int:
@@ -67,10 +69,10 @@ class DataShape:
 
 
 KNOWN_SHAPES = {
-    "digits": DataShape((1, 8, 8), 10, 1438),
-    "cifar10": DataShape((3, 32, 32), 10, 50_000),
-    "cifar100": DataShape((3, 32, 32), 100, 50_000),
-    "tiny-imagenet": DataShape((3, 64, 64), 200, 100_000),
+    "digits": DataShape((1, 8, 8), 10, 1438, 359),
+    "cifar10": DataShape((3, 32, 32), 10, 50_000, 10_000),
+    "cifar100": DataShape((3, 32, 32), 100, 50_000, 10_000),
+    "tiny-imagenet": DataShape((3, 64, 64), 200, 100_000, 10_000),
 }
 """Sources whose shape is known without their files."""
 
@@ -105,14 +107,15 @@ def data_shape(dataset: DatasetConfig, *, here: bool = False) -> DataShape:
     """
     if dataset.source not in KNOWN_SHAPES:
         raw = load_raw(dataset.source, dataset.path, resize=dataset.resize, validation=dataset.validation, copies=2)
-        return DataShape((raw.channels, *raw.size), raw.classes, len(raw.train) + len(raw.validation))
+        images = len(raw.train) + len(raw.validation)
+        return DataShape((raw.channels, *raw.size), raw.classes, images, len(raw.test))
     shape = KNOWN_SHAPES[dataset.source]
     if dataset.resize is None:
         return shape
     image = (shape.image[0], dataset.resize, dataset.resize)
     if here:
         require_memory(shape.training_images, image, copies=2)
-    return DataShape(image, shape.classes, shape.training_images)
+    return replace(shape, image=image)
 
 
 def fitting_cost(dataset: DatasetConfig, shape: DataShape) -> FitCost:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -16,21 +17,19 @@ from datm_ray.config import RunConfig, parse_bytes
 from datm_ray.errors import ConfigError
 from datm_ray.runtime.devices import uses_gpu
 
-CORE_RATES = {"matching": 165e9, "experts": 155e9, "training": 75e9}
-"""FLOP/s of one core by kind of work. Measured with ConvNet-3 of width 128 at 32x32 on an AMD EPYC without AVX-512;
-narrow networks on small images, as for digits, take 3 to 20 times as long."""
-
+RELATIVE_RATES = {"matching": 1.0, "experts": 0.94, "training": 0.45, "real": 0.45, "scoring": 0.35}
+"""Rate of each kind of work, as a multiple of that of student steps. Measured with ConvNet-3 of width 128 at 32x32 on
+one core: 165, 155, 75, 75 and 57 GFLOP/s."""
+COMPILING = {"matching": 4.0, "experts": 1.7}
+"""CPU seconds to compile each kind of step in a fresh process, for each torch function of the network's forward pass.
+Measured with ConvNets of 2 to 4 blocks on the same core."""
 GPU_RATE = 7e12
 """FLOP/s for which a layout of GPUs is chosen where no speed is given. Assumed: a tenth of an H200's float32 peak."""
-
 BANDWIDTH = {"core": 0.75e9, "GPU": 25e9 / 8}
 """Bytes a second that a worker sends in a sum. Measured between two processes of one machine, 0.7 to 1.0 GB/s; assumed
 for GPUs, 25 Gbps."""
-
 LATENCY = 0.0002
 """Seconds of one round of a sum. Measured between two processes of one machine: 0.16 ms."""
-
-EXAMPLE = "gpus=64,memory=80GiB,tflops=60,network=25Gbps or cpus=2,memory=24GiB,gflops=140"
 
 
 @dataclass(frozen=True)
@@ -42,15 +41,17 @@ class Machine:
     workers: int
     """Workers at work at a time."""
     rates: dict[str, float]
-    """FLOP/s of one worker, by kind of work: keys as in `CORE_RATES`."""
+    """FLOP/s of one worker, by kind of work: keys as in `RELATIVE_RATES`."""
     basis: str
-    """Source of the rates, in words; "" if nobody measured them, and then no hours are shown."""
+    """Source of the rates, in words; "" if nobody measured them, and then no time is shown."""
     bandwidth: float
     """Bytes a second that one worker sends in a sum."""
     memory: int | None = None
     """Bytes that one worker may take; None where it is not known."""
     cores: int = 1
     """Cores of one worker."""
+    compiling: dict[str, float] = field(default_factory=lambda: COMPILING)
+    """Seconds in which one worker compiles, by kind of work; a multiple as in `COMPILING`."""
 
     def sum_seconds(self, size: float, sums: int, members: int) -> float:
         """Seconds of so many sums over so many workers, of `size` bytes together."""
@@ -79,20 +80,25 @@ def parse_cluster(text: str, threads: int = 1) -> Machine:
     Raises:
         ConfigError: it cannot be read, or has fewer cores than one worker takes.
     """
+
+    def unreadable(fact: str) -> ConfigError:
+        example = "gpus=64,memory=80GiB,tflops=60,network=25Gbps or cpus=2,memory=24GiB,gflops=140"
+        return ConfigError(f"--cluster {text!r}: {fact}", remedy=f"write it like {example}")
+
     values: dict[str, float] = {}
     for part in text.split(","):
         name, equals, value = (each.strip() for each in part.partition("="))
-        if not equals or name not in _KEYS:
-            raise _unreadable(text, f"{part.strip()!r} is not one of {', '.join(f'{key}=' for key in _KEYS)}")
+        if not equals or name not in _READERS:
+            raise unreadable(f"{part.strip()!r} is not one of {', '.join(f'{key}=' for key in _READERS)}")
         if name in values:
-            raise _unreadable(text, f"{name} is there twice")
-        values[name] = _read(name, value)
+            raise unreadable(f"{name} is there twice")
+        values[name] = _READERS[name](value)
         if not values[name]:
-            raise _unreadable(text, f"{name} is {value!r}")
+            raise unreadable(f"{name} is {value!r}")
     if ("gpus" in values) == ("cpus" in values):
-        raise _unreadable(text, "it needs gpus= or cpus=, and not both")
+        raise unreadable("it needs gpus= or cpus=, and not both")
     if "tflops" in values and "gflops" in values:
-        raise _unreadable(text, "it has tflops= and gflops=")
+        raise unreadable("it has tflops= and gflops=")
     device, cores = ("GPU", 1) if "gpus" in values else ("core", threads)
     count, memory = int(values.get("gpus") or values["cpus"]), values.get("memory")
     if count < cores:
@@ -109,57 +115,52 @@ def parse_cluster(text: str, threads: int = 1) -> Machine:
 
 
 def _machine(device: str, workers: int, cores: int) -> Machine:
-    rates, basis = _rates(GPU_RATE), ""
-    if device == "core":
-        rates = _rates(cores * CORE_RATES["matching"])
-        basis = "rough, and small networks take 3 to 20 times as long: --measure times them here"
-    return Machine(device, workers, rates, basis, BANDWIDTH[device], cores=cores)
+    """Machine whose speed is not known; its rates serve to compare layouts."""
+    rates = _rates(GPU_RATE if device == "GPU" else 150e9 * cores)
+    return Machine(device, workers, rates, "", BANDWIDTH[device], cores=cores)
 
 
 def _rates(matching: float) -> dict[str, float]:
     """Rates of all kinds of work where student steps run at this one."""
-    return {kind: rate * matching / CORE_RATES["matching"] for kind, rate in CORE_RATES.items()}
+    return {kind: matching * share for kind, share in RELATIVE_RATES.items()}
 
 
 def require_measurable(machine: Machine) -> None:
     """Raise a `ConfigError` where timing steps on this machine would tell nothing of the workers."""
-    has_gpu = torch.cuda.is_available()
-    if machine.basis == "as given" or (machine.device == "GPU") != has_gpu:
-        here = "a GPU" if has_gpu else "no GPU"
+    if machine.basis or (machine.device == "GPU" and not torch.cuda.is_available()):
         raise ConfigError(
-            f"--measure times steps on this machine, which has {here}, and "
-            + ("the speed is given" if machine.basis == "as given" else f"the workers compute on {machine.device}s"),
+            "--measure times steps on this machine, and "
+            + ("the speed is given" if machine.basis else "it has no GPU, which the workers compute on"),
             remedy="leave it out; tflops= or gflops= in --cluster gives a speed",
         )
 
 
-_NUMBER = r"(\d{1,9}(?:\.\d{1,9})?)"
-_KEYS = {
-    "gpus": (r"(\d{1,5})", 1.0),
-    "cpus": (r"(\d{1,6})", 1.0),
-    "memory": (None, 1.0),
-    "tflops": (_NUMBER, 1e12),
-    "gflops": (_NUMBER, 1e9),
-    "network": (_NUMBER + r" ?([KMGT])bps", 1 / 8),
-}
-"""Key of a description -> what its value looks like, and its unit; the value of memory is read by `parse_bytes`."""
+def _number(unit: float, pattern: str = r"(\d{1,9}(?:\.\d{1,9})?)") -> Callable[[str], float]:
+    """Function that reads a number of this unit; 0 if the text is none."""
+
+    def read(text: str) -> float:
+        match = re.fullmatch(pattern, text, re.ASCII | re.IGNORECASE)
+        prefix = match[2].upper() if match and match.lastindex == 2 else " "
+        return unit * float(match[1]) * 1000.0 ** " KMGT".index(prefix) if match else 0.0
+
+    return read
 
 
-def _read(name: str, value: str) -> float:
-    """Value in base units; 0 if it cannot be read."""
-    pattern, unit = _KEYS[name]
-    if pattern is None:
-        try:
-            size = parse_bytes(value)
-        except ConfigError:
-            return 0.0
-        return float(size) if 2**20 <= size < 2**60 else 0.0  # a memory of 8 lacks its unit
-    match = re.fullmatch(pattern, value, re.ASCII | re.IGNORECASE)
-    if match is None:
+def _size(text: str) -> float:
+    """Bytes of memory, from 1 MiB on; 0 if the text is none: a memory of 8 lacks its unit."""
+    try:
+        size = parse_bytes(text)
+    except ConfigError:
         return 0.0
-    prefix = match[2].upper() if match.lastindex == 2 else " "
-    return unit * float(match[1]) * 1000.0 ** " KMGT".index(prefix)
+    return float(size) if 2**20 <= size < 2**60 else 0.0
 
 
-def _unreadable(text: str, fact: str) -> ConfigError:
-    return ConfigError(f"--cluster {text!r}: {fact}", remedy=f"write it like {EXAMPLE}")
+_READERS: dict[str, Callable[[str], float]] = {
+    "gpus": _number(1, r"(\d{1,5})"),
+    "cpus": _number(1, r"(\d{1,6})"),
+    "memory": _size,
+    "tflops": _number(1e12),
+    "gflops": _number(1e9),
+    "network": _number(1 / 8, r"(\d{1,9}(?:\.\d{1,9})?) ?([KMGT])bps"),
+}
+"""Key of a description -> what reads its value in base units, or gives 0."""

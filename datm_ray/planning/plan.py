@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from datm_ray.config import RunConfig
-from datm_ray.planning.duration import Proposal, measured, propose
+from datm_ray.planning.duration import Proposal, propose
 from datm_ray.planning.fit import Layout, data_shape, fitting_cost, parse_shape, plans_of
 from datm_ray.planning.machines import machine_here, parse_cluster, require_measurable
+from datm_ray.planning.measure import measured
 from datm_ray.runtime.executor import require_precision
 
 
@@ -25,7 +26,8 @@ def plan_run(
         config: the run.
         cluster: description of a cluster to suggest a layout for, see `parse_cluster`; None plans for this machine.
         shape: shape of data that is not here, see `parse_shape`; None reads the run's data if its source is not known.
-        measure: True to time a few real steps on this machine first.
+        measure: True to time real steps on this machine as the run will compute them. False times small uncompiled
+            ones if workers compute on CPUs of no given speed, which takes seconds.
         workers_wanted: distilling workers of all runs at the same time; 0 for those of this run.
 
     Raises:
@@ -45,4 +47,5 @@ def plan_run(
         found = Proposal(config, data, plans_of(config, data, Layout.of(config, workers_wanted)), machine)
     else:
         found = propose(config, data, machine)
-    return replace(found, machine=measured(found)) if measure else found
+    known = machine.basis or machine.device == "GPU"
+    return found if known and not measure else replace(found, machine=measured(found, quickly=not measure))

@@ -34,6 +34,8 @@ class ImageCost:
     """Bytes of the largest tensor among them and the image."""
     flop: int
     """Floating-point operations of convolutions and matrix products; a multiply-add is two."""
+    functions: int
+    """Number of torch functions that write something."""
     parameters: int
     """Number of the network's parameters."""
 
@@ -49,6 +51,7 @@ def image_cost(network: nn.Module, image: tuple[int, int, int]) -> ImageCost:
         maps=sum(counted.sizes) // _IMAGES,
         largest=max(images.nbytes, *counted.sizes) // _IMAGES,
         flop=counted.flop // _IMAGES,
+        functions=len(counted.sizes),
         parameters=sum(parameter.numel() for parameter in network.parameters()),
     )
 

@@ -15,7 +15,7 @@ def test_maps_and_operations_are_counted() -> None:
     network = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 4 * 4, 10)).double()
     maps, products = 5 * 4 * 4, 5 * 4 * 4 * (3 * 3 * 3) + 5 * 4 * 4 * 10
     parameters = 5 * 3 * 9 + 5 + 800 + 10
-    assert image_cost(network, (3, 4, 4)) == ImageCost(4 * (2 * maps + 10), 4 * maps, 2 * products, parameters)
+    assert image_cost(network, (3, 4, 4)) == ImageCost(4 * (2 * maps + 10), 4 * maps, 2 * products, 3, parameters)
     assert next(network.parameters()).dtype == torch.float64  # the network itself stays as it was
     assert network.training
 
@@ -38,4 +38,4 @@ def test_functions_may_be_called_by_keywords() -> None:
             maps = torch.conv2d(input=images, weight=self.kernel)
             return nn.functional.linear(input=maps.flatten(1), weight=self.last)
 
-    assert image_cost(Own(), (3, 4, 4)) == ImageCost(4 * 30, 4 * 3 * 16, 2 * (20 * 27 + 200), 5 * 27 + 200)
+    assert image_cost(Own(), (3, 4, 4)) == ImageCost(4 * 30, 4 * 3 * 16, 2 * (20 * 27 + 200), 2, 5 * 27 + 200)

@@ -1,0 +1,147 @@
+"""Speed of this machine at a recipe's own work, from a few real steps of every kind on made-up images.
+
+Tests: tests/planning/test_duration.py.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from datm_ray.core.experts import ExpertFunctions, ExpertState, chunk_in_cache, train_experts
+from datm_ray.core.networks.parameters import FlatNetwork, flatten
+from datm_ray.core.networks.registry import build_network
+from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.core.training import SCORING_BATCH, predict_logits, train
+from datm_ray.methods.trajectory.matching import draw_student_steps, matching_gradient
+from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
+from datm_ray.planning.duration import FORWARD_PASSES, Proposal
+from datm_ray.planning.fit import network_cost
+from datm_ray.planning.machines import Machine
+from datm_ray.runtime.devices import prepare_device
+from datm_ray.stages.distill import evaluation_schedule
+from datm_ray.stages.experts import experts_at_a_time
+
+REPEATED, SECONDS, MANY = 3, 0.2, 10**6
+"""Repetitions of each kind of work after a first one that warms up, at least; their seconds, at least; an end of both
+that is never reached."""
+STEPS = 3
+"""Student steps of a repetition."""
+QUICK_FLOP = 1e10
+"""Operations of a repetition, at most, if it shall be quick. Larger steps take longer in proportion."""
+COMPILED_GAIN = 2.0
+"""Times by which a compiled step is faster than an uncompiled one. Measured 1.7 to 3.2, highest for small networks."""
+BUSY = "import numpy, os\na = numpy.ones((512, 512), numpy.float32)\nwhile os.getppid() == {parent}: a @ a"
+"""Program that keeps a core busy while the process that started it lives."""
+
+
+def measured(proposal: Proposal, *, quickly: bool = False) -> Machine:
+    """The proposal's machine, with rates measured on this one at the recipe's network and numbers of images.
+
+    Meanwhile the cores of the run's other workers are kept busy, since workers of a machine share caches and clock.
+    On CPUs with one thread a worker, CPU seconds are measured, which other programs change little.
+
+    Args:
+        proposal: the recipe and its plans.
+        quickly: True to time small uncompiled steps, in seconds; compiled ones are taken to be `COMPILED_GAIN` times as
+            fast. False compiles as the run will, which takes up to minutes.
+    """
+    plan, config, machine = proposal.plans[0], proposal.config, proposal.machine
+    cluster, image, classes = config.cluster, proposal.shape.image, proposal.shape.classes
+    device, backbone, real = prepare_device(cluster), config.each_backbone()[0], proposal.shape.training_images
+    stack, cost = experts_at_a_time(backbone, image, classes), network_cost(backbone, proposal.shape)
+    schedule = replace(evaluation_schedule(config, 0.01), epochs=MANY, decay_epoch=None)
+    images_of = {
+        "matching": plan.chunk,
+        "experts": min(config.experts.batch_size, real),
+        "training": min(schedule.batch_size, plan.images),
+        "real": min(schedule.batch_size, real),
+        "scoring": min(SCORING_BATCH, real),
+    }
+    if quickly:
+        most = {kind: int(QUICK_FLOP / (cost.flop * passes)) for kind, passes in FORWARD_PASSES.items()}
+        images_of = {kind: max(2, min(count, most[kind])) for kind, count in images_of.items()}
+    compiled, chunk = cluster.compile and not quickly, images_of["matching"]
+    spec = backbone.network.for_images(image[0], image[1:], classes)
+    networks = [build_network(spec, seed).to(device) for seed in range(stack)]
+    many = max(images_of.values())
+    images, labels = torch.randn(many, *image, device=device), torch.arange(many, device=device) % classes
+    soft, step_size = torch.zeros(chunk, classes, device=device), torch.full((1,), 0.01, device=device)
+    synthetic, start = SyntheticSet(images[:chunk], soft, step_size, labels[:chunk]), flatten(networks[0])
+    options = StepOptions(compiled, channels_last=cluster.channels_last, precision=cluster.precision)
+    functions = StudentStepFunctions(FlatNetwork(networks[0]), options)
+    steps = draw_student_steps(chunk, STEPS, chunk, config.distill.augmentation, 0, 0)
+    in_cache = chunk_in_cache(networks[0], image, stack) if device.type == "cpu" else None
+    experts = ExpertFunctions(
+        networks[0], stacked=stack, compile_=compiled, chunk=in_cache, channels_last=cluster.channels_last
+    )
+    own, state = config.experts.model_copy(update={"epochs": MANY}), ExpertState.initial(networks)
+
+    def first(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return images[: images_of[kind]], labels[: images_of[kind]]
+
+    work: dict[str, Iterator[object]] = {
+        "matching": (
+            matching_gradient(functions, start, start + 1, synthetic, steps, chunk=chunk) for _ in range(MANY)
+        ),
+        "experts": train_experts(experts, *first("experts"), own, range(stack), state),
+        "training": train(networks[0], *first("training"), schedule, 0),
+        "real": train(networks[0], *first("real"), schedule, 0),
+        "scoring": (predict_logits(networks[0], first("scoring")[0]) for _ in range(MANY)),
+    }
+    times = {"matching": STEPS, "experts": stack * (2 if own.optimiser == "gsam" else 1)}
+    others = 0 if quickly or device.type != "cpu" else min(machine.workers, (os.cpu_count() or 1) // machine.cores) - 1
+    with _others_busy(others):
+        seconds = {
+            kind: _seconds(each, by_cpu=device.type == "cpu" and machine.cores == 1) for kind, each in work.items()
+        }
+    passes = {kind: times.get(kind, 1) * count * FORWARD_PASSES[kind] for kind, count in images_of.items()}
+    rates = {kind: cost.flop * passes[kind] / usual for kind, (_, usual) in seconds.items()}
+    if compiled:
+        compiling = {kind: max(0.0, seconds[kind][0] - seconds[kind][1]) / cost.functions for kind in machine.compiling}
+        return replace(machine, rates=rates, compiling=compiling, basis="measured here")
+    if cluster.compile:
+        rates |= {kind: COMPILED_GAIN * rates[kind] for kind in machine.compiling}
+    return replace(
+        machine, rates=rates, basis="timed here in small; --measure is more exact" if quickly else "measured here"
+    )
+
+
+def _seconds(work: Iterator[object], *, by_cpu: bool) -> tuple[float, float]:
+    """Seconds of the first repetition, and the median of some others."""
+    found: list[float] = []
+    while len(found) <= REPEATED or sum(found[1:]) < SECONDS:
+        began = _now(by_cpu)
+        next(work)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        found.append(_now(by_cpu) - began)
+    return found[0], statistics.median(found[1:])
+
+
+def _now(by_cpu: bool) -> float:
+    """Seconds of the clock, or CPU seconds of this process and of compilers that it has started."""
+    children = os.times()
+    return time.process_time() + children.children_user + children.children_system if by_cpu else time.perf_counter()
+
+
+@contextmanager
+def _others_busy(count: int) -> Iterator[None]:
+    """Keep so many further cores busy."""
+    alone = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", BUSY.format(parent=os.getpid())]
+    others = [subprocess.Popen(command, env=alone) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for each in others:
+            each.kill()
+            each.wait()
