@@ -20,9 +20,9 @@ from datm_ray.runtime.devices import uses_gpu
 RELATIVE_RATES = {"matching": 1.0, "experts": 0.94, "training": 0.45, "real": 0.45, "scoring": 0.35}
 """Rate of each kind of work, as a multiple of that of student steps. Measured with ConvNet-3 of width 128 at 32x32 on
 one core: 165, 155, 75, 75 and 57 GFLOP/s."""
-COMPILING = {"matching": 4.0, "experts": 1.7}
+COMPILING = {"matching": 5.0, "experts": 2.0}
 """CPU seconds to compile each kind of step in a fresh process, for each torch function of the network's forward pass.
-Measured with ConvNets of 2 to 4 blocks on the same core."""
+Measured with ConvNets of 2 to 4 blocks on a busy core; an idle one takes less."""
 GPU_RATE = 7e12
 """FLOP/s for which a layout of GPUs is chosen where no speed is given. Assumed: a tenth of an H200's float32 peak."""
 BANDWIDTH = {"core": 0.75e9, "GPU": 25e9 / 8}

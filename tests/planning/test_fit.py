@@ -40,51 +40,26 @@ def plan_of(config: RunConfig) -> DistillationPlan:
     return plans_of(config.resolved(shape.image[1:]), shape)[0]
 
 
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("8GiB", 8 * GIB),
-        ("512MiB", 512 * 2**20),
-        ("6 GB", 6 * 10**9),
-        ("1.5gib", 3 * GIB // 2),
-        (" 2 G ", 2 * 10**9),
-        ("100kB", 100_000),
-        ("4096", 4096),
-        ("4096B", 4096),
-        ("8PiB", 2**53),
-    ],
-)
-def test_sizes_are_read(text: str, size: int) -> None:
-    """Sizes are read in binary and decimal units, with and without a space, or in plain bytes."""
-    assert parse_bytes(text) == size
-    assert ClusterConfig(memory=text).memory_bytes == size
+READABLE = {"8GiB": 8 * GIB, "512MiB": 2**29, "6 GB": 6 * 10**9, "1.5gib": 3 * GIB // 2, " 2 G ": 2 * 10**9,
+            "100kB": 100_000, "4096": 4096, "4096B": 4096, "8PiB": 2**53}  # fmt: skip
+PRINTED = {0: "0 B", 1023: "1023 B", 1536: "1.5 KiB", 310 * MIB: "310.0 MiB", 3.25 * GIB: "3.25 GiB",
+           5000 * GIB: "4.88 TiB", 2**60: "1048576.00 TiB"}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [
-        (0, "0 B"),
-        (1023, "1023 B"),
-        (1536, "1.5 KiB"),
-        (310 * 2**20, "310.0 MiB"),
-        (3.25 * GIB, "3.25 GiB"),
-        (5000 * GIB, "4.88 TiB"),
-        (2**60, "1048576.00 TiB"),
-    ],
-)
-def test_sizes_are_printed_as_they_can_be_written(size: float, text: str) -> None:
-    """Sizes are printed alike everywhere, and an error's size can be given to --memory."""
-    assert size_in_words(size) == text
-    if size:
-        assert parse_bytes(text) == pytest.approx(size, rel=0.005)
+def test_sizes_are_read_and_printed() -> None:
+    """Sizes are read in binary and decimal units or plain bytes, and an error's size can be given to --memory."""
+    assert {text: ClusterConfig(memory=text).memory_bytes for text in READABLE} == READABLE
+    assert {size: size_in_words(size) for size in PRINTED} == PRINTED
+    for size, text in PRINTED.items():
+        assert not size or parse_bytes(text) == pytest.approx(size, rel=0.005), text
 
 
-@pytest.mark.parametrize("text", ["", "much", "8 apples", "-1GiB", "8GiBs", "0", "1e9", "GiB", "8 Gi"])
-def test_an_unreadable_size_is_one_line(text: str) -> None:
+def test_an_unreadable_size_is_one_line() -> None:
     """An unreadable size is one line of error with how to write one."""
-    with pytest.raises(ConfigError, match="8GiB or 512MiB") as caught:
-        override(get_recipe("digits-ipc1"), [f"cluster.memory='{text}'"])
-    assert len(str(caught.value).splitlines()) == 1
+    for text in ("", "much", "8 apples", "-1GiB", "8GiBs", "0", "1e9", "GiB", "8 Gi"):
+        with pytest.raises(ConfigError, match="8GiB or 512MiB") as caught:
+            override(get_recipe("digits-ipc1"), [f"cluster.memory='{text}'"])
+        assert len(str(caught.value).splitlines()) == 1, text
 
 
 def test_bytes_as_a_number_in_yaml_are_a_size() -> None:
