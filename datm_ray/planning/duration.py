@@ -89,14 +89,7 @@ class Proposal:
         """Stage -> hours of all GPUs or cores that are held for it, and hours on the clock."""
         config, settings, workers = self.config, self.config.distill, self.machine.workers
         backbones, images, together = config.each_backbone(), settings.ipc * self.shape.classes, config.workers_per_set
-        experts, experts_clock, trainers = 0.0, 0.0, 1
-        for network in (*backbones, *config.each_auxiliary()):
-            own, stack = network.experts, experts_at_a_time(network, self.shape.image, self.shape.classes)
-            passes = own.epochs * self._split[0] * (2 if own.optimiser == "gsam" else 1)
-            one, compiling = self.seconds("experts", network, passes), self.compiling("experts", network)
-            trainers = min(workers, -(-own.count // stack))
-            experts += own.count * one + trainers * compiling
-            experts_clock += min(own.count, stack * -(-own.count // (stack * workers))) * one + compiling
+        experts, experts_clock, trainers = self._experts()
         compiling = max(sum(self.compiling("matching", backbones[n]) for n in role.backbones) for role in config.roles)
         labelled = config.experts.count * (settings.labels == "soft") + 2 * (settings.initial == "correct")
         choosing = self.seconds("scoring", backbones[0], labelled * images)
@@ -114,6 +107,20 @@ class Proposal:
             "evaluation": (evaluation, max(*scored, evaluation / scorers)),
         }
         return {name: (self.machine.cores * held / 3600, wall / 3600) for name, (held, wall) in seconds.items()}
+
+    def _experts(self) -> tuple[float, float, int]:
+        """Seconds of all workers for experts, seconds on the clock, and the most workers that train at a time."""
+        config, workers = self.config, self.machine.workers
+        experts, clock, trainers = 0.0, 0.0, 1
+        for network in (*config.each_backbone(), *config.each_auxiliary()):
+            own, stack = network.experts, experts_at_a_time(network, self.shape.image, self.shape.classes)
+            passes = own.epochs * self._split[0] * (2 if own.optimiser == "gsam" else 1)
+            one, compiling = self.seconds("experts", network, passes), self.compiling("experts", network)
+            at_once = min(workers, -(-own.count // stack))
+            experts += own.count * one + at_once * compiling
+            trainers = max(trainers, at_once)
+            clock += min(own.count, stack * -(-own.count // (stack * workers))) * one + compiling
+        return experts, clock, trainers
 
     @property
     def _split(self) -> tuple[float, float]:
