@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from datm_ray.config import RunConfig
 from datm_ray.planning.duration import Proposal, propose
 from datm_ray.planning.fit import Layout, data_shape, fitting_cost, parse_shape, plans_of
@@ -47,5 +49,10 @@ def plan_run(
         found = Proposal(config, data, plans_of(config, data, Layout.of(config, workers_wanted)), machine)
     else:
         found = propose(config, data, machine)
-    known = machine.basis or machine.device == "GPU"
-    return found if known and not measure else replace(found, machine=measured(found, quickly=not measure))
+    if (machine.basis or machine.device == "GPU") and not measure:
+        return found
+    threads = torch.get_num_threads()
+    try:
+        return replace(found, machine=measured(found, quickly=not measure))
+    finally:
+        torch.set_num_threads(threads)  # those of a notebook that asks

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from datm_ray.config import NetworkConfig, override
 from datm_ray.core.networks.parameters import FlatNetwork
@@ -19,6 +20,7 @@ from datm_ray.planning.duration import Proposal, propose, show_time, storage
 from datm_ray.planning.fit import KNOWN_SHAPES, DataShape, plans_of
 from datm_ray.planning.machines import BANDWIDTH, machine_here, parse_cluster, require_measurable
 from datm_ray.planning.measure import COMPILED_GAIN, measured
+from datm_ray.planning.plan import plan_run
 from datm_ray.recipes import get_recipe
 from datm_ray.runtime.executor import SerialExecutor
 from datm_ray.stages.distill import read_cost
@@ -119,6 +121,18 @@ def test_rates_are_those_of_the_steps_that_are_timed(monkeypatch: pytest.MonkeyP
     quick = measured(proposal("cluster.compile=true", machine="cpus=1"), quickly=True)
     assert quick.rates["matching"] == COMPILED_GAIN * exact.rates["matching"]
     assert quick.rates["training"] == exact.rates["training"]
+
+
+def test_planning_leaves_threads_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan that times steps, with the threads of a worker, leaves torch's threads of the caller as they were."""
+    monkeypatch.setattr("datm_ray.planning.measure._seconds", lambda *_, **__: (3.0, 2.0))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert plan_run(tiny_config("cluster.memory=64GiB")).machine.basis.startswith("timed here in small")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_times_follow_the_recipe() -> None:

@@ -33,7 +33,7 @@ class ImageCost:
     largest: int
     """Bytes of the largest tensor among them and the image."""
     flop: int
-    """Floating-point operations of convolutions and matrix products; a multiply-add is two."""
+    """Floating-point operations of convolutions and matrix products; a multiply-add is two. At least 1."""
     functions: int
     """Number of torch functions that write something."""
     parameters: int
@@ -50,7 +50,7 @@ def image_cost(network: nn.Module, image: tuple[int, int, int]) -> ImageCost:
     return ImageCost(
         maps=sum(counted.sizes) // _IMAGES,
         largest=max(images.nbytes, *counted.sizes) // _IMAGES,
-        flop=counted.flop // _IMAGES,
+        flop=max(1, counted.flop // _IMAGES),
         functions=len(counted.sizes),
         parameters=sum(parameter.numel() for parameter in network.parameters()),
     )
