@@ -31,7 +31,8 @@ from datm_ray.errors import (
     RunDirectoryError,
 )
 from datm_ray.monitor.progress import Reporter
-from datm_ray.pipeline import Pipeline, tasks
+from datm_ray.pipeline import Pipeline, checks, tasks
+from datm_ray.pipeline.folder import read_recipe
 from datm_ray.pipeline.runs import Runs
 from datm_ray.planning.plan import plan_run
 from datm_ray.runtime.executor import Event, Executor, Lost, Progress, SerialExecutor
@@ -241,6 +242,29 @@ def test_another_configuration_under_the_same_name_is_refused(finished_run: Path
         Pipeline([tiny_config("distill.iterations=7")], str(finished_run))
 
 
+def test_a_name_without_results_can_be_used_with_other_settings(tmp_path: Path, finished_run: Path) -> None:
+    """A run with experts only may change its recipe, one with any result may not; its experts are kept."""
+    shutil.copytree(finished_run / "experts", tmp_path / "experts")
+    first = Pipeline([tiny_config("evaluate.networks=[lenet]", "dataset.validation=0.3")], str(tmp_path))
+    first.train_experts(serial(first.configs[0]), QUIET)
+    changed = tiny_config("distill.iterations=7")
+    pipeline = Pipeline([changed], str(tmp_path))
+    assert pipeline.plan()[:2] == ["0 experts to train", "1 set to distil: tiny"]
+    pipeline.train_experts(serial(changed), QUIET)
+    assert read_recipe(pipeline.out / "tiny") == changed
+    with pytest.raises(RunDirectoryError, match="belongs to another recipe since this command started"):
+        checks.require_names(first.runs)
+    for name in ("initial.arrow", "checkpoint.arrow", "synthetic.arrow", "evaluation/distilled-00.json"):
+        place = tmp_path / "tiny" / name
+        place.parent.mkdir(exist_ok=True)
+        place.touch()
+        with pytest.raises(RunDirectoryError, match=r"distill\.iterations \(7 there, 6 here\)"):
+            Pipeline([tiny_config()], str(tmp_path))
+        place.unlink()
+        if place.parent.name == "evaluation":
+            place.parent.rmdir()
+
+
 def test_more_images_per_class_than_a_class_has_is_refused(tmp_path: Path) -> None:
     """IPC beyond the class size is an error before anything is written."""
     with pytest.raises(DatasetError, match=r"distill\.ipc is 5000"):
@@ -376,6 +400,7 @@ def test_runs_are_resolved_for_the_size_of_their_images(tmp_path: Path) -> None:
     assert "depth: 2\n" in recipe
     for each in (config, named):
         assert Pipeline([each], str(tmp_path)).plan()[0] == "0 experts to train"
+    (tmp_path / "tiny/initial.arrow").touch()
     with pytest.raises(RunDirectoryError, match=r"dataset\.normalisation \('zca' there, 'standard' here\)"):
         Pipeline([override(config, ["dataset.normalisation=standard"])], str(tmp_path))
 

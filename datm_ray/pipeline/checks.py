@@ -24,7 +24,7 @@ from datm_ray.errors import (
     StoreError,
 )
 from datm_ray.monitor.loggers import require_logger
-from datm_ray.pipeline.folder import RECIPE, DataNote, read_recipe
+from datm_ray.pipeline.folder import RECIPE, DataNote, has_results, read_recipe
 from datm_ray.pipeline.runs import Runs
 from datm_ray.pipeline.tasks import layout
 from datm_ray.planning.fit import plans_of, require_whole_classes
@@ -90,9 +90,22 @@ def require_sets(runs: Runs) -> None:
             )
 
 
+def require_names(runs: Runs) -> None:
+    """Raise a `RunDirectoryError` if another command has given a run's name to another recipe meanwhile."""
+    for config in runs.unfinished():
+        earlier = read_recipe(runs.folder(config))
+        if earlier is not None and run_identity(earlier) != run_identity(config):
+            raise RunDirectoryError(
+                f"{runs.folder(config).uri} belongs to another recipe since this command started",
+                "another command was given the same name and other settings",
+                "let it finish, and run this one with --set name=...; its experts are kept",
+            )
+
+
 def _check_folder(runs: Runs, config: RunConfig) -> None:
+    """Raise a `RunDirectoryError` if the folder has results of another recipe. Without results it may be reused."""
     earlier = read_recipe(runs.folder(config))
-    if earlier is not None and run_identity(earlier) != run_identity(config):
+    if earlier is not None and run_identity(earlier) != run_identity(config) and has_results(runs.folder(config)):
         raise RunDirectoryError(
             f"{runs.folder(config).uri} holds a run of {config.name!r} with another configuration",
             f"it differs in {', '.join(differences(run_identity(earlier), run_identity(config)))}",
@@ -104,7 +117,7 @@ def _check_folder(runs: Runs, config: RunConfig) -> None:
 def _check_data(runs: Runs, config: RunConfig) -> None:
     raw = runs.raw(config)
     note = DataNote.read(runs.folder(config))
-    if note is not None and note.fingerprint != raw.fingerprint:
+    if note is not None and note.fingerprint != raw.fingerprint and has_results(runs.folder(config)):
         raise RunDirectoryError(
             f"{runs.folder(config).uri} holds a run on other images than those of {raw.name}",
             "the data set was changed, or dataset.path leads to another one",

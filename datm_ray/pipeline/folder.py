@@ -9,11 +9,15 @@ from datm_ray.config import RunConfig, load_recipe_of_run
 from datm_ray.data.sources import RawDataset
 from datm_ray.errors import RunDirectoryError
 from datm_ray.report import RunSummary, write_report, write_summary
+from datm_ray.stages.checkpoint import CHECKPOINT
+from datm_ray.stages.distill import INITIAL, SYNTHETIC
 from datm_ray.stages.evaluate import read_fair_rows, read_fair_scores, read_network_scores, read_scores
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.sealed import rejecting_nonsense
 
 RECIPE, DATA = "recipe.yaml", "dataset.json"
+RESULTS = {INITIAL, CHECKPOINT, SYNTHETIC, "evaluation"}
+"""Files and folders in a run's folder that only its recipe can have made. Experts are in the store."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,11 @@ def write_note(folder: Location, raw: RawDataset) -> None:
     """Write the note about a run's data set."""
     counts = {"training_images": len(raw.train), "test_images": len(raw.test)}
     (folder / DATA).write_json({"name": raw.name, "fingerprint": raw.fingerprint, **counts})
+
+
+def has_results(folder: Location) -> bool:
+    """True if something was computed into a run's folder, so that no other recipe may have it."""
+    return not RESULTS.isdisjoint(folder.list())
 
 
 def read_recipe(folder: Location) -> RunConfig | None:

@@ -19,7 +19,7 @@ from datm_ray.monitor.loggers import Logger, open_logger
 from datm_ray.monitor.logs import LOG, fields, noting_the_end, writing
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import checks, tasks
-from datm_ray.pipeline.folder import RECIPE, read_recipe, summaries, write_note
+from datm_ray.pipeline.folder import RECIPE, has_results, read_recipe, summaries, write_note
 from datm_ray.pipeline.runs import Runs
 from datm_ray.pipeline.tasks import DatasetTask
 from datm_ray.report import accuracy_table, fair_table, networks_table
@@ -212,7 +212,8 @@ class Pipeline:
 
     def _with_rows_before(self, config: RunConfig) -> RunConfig:
         """The run, with the architectures and rows too that an earlier command has scored it on."""
-        earlier = read_recipe(self.runs.folder(config))
+        folder = self.runs.folder(config)
+        earlier = read_recipe(folder) if has_results(folder) else None
         before = earlier.evaluate.networks if earlier else ()
         more = tuple(network for network in before if network not in config.evaluate.networks)
         networks = (*config.evaluate.networks, *more)
@@ -256,6 +257,7 @@ class Pipeline:
         def open_tasks(runs: Runs) -> list[DatasetTask]:
             return tasks.distill_tasks(runs, executor)
 
+        checks.require_names(self.runs)
         self._run("Distillation", self.distill_worker, "distill", open_tasks, executor, reporter)
 
     def _evaluate(self, executor: Executor, reporter: Reporter) -> None:
