@@ -269,6 +269,16 @@ def test_an_interrupt_says_that_nothing_is_lost(datm_ray: CommandLine, monkeypat
     assert (code, err) == (130, "datm-ray: stopped. Run the same command again to resume.\n")
 
 
+def test_the_control_on_all_real_data_can_be_skipped(datm_ray: CommandLine, tmp_path: Path) -> None:
+    """`run --skip-full` plans no network for it; with --fair, which needs it, it is one clear line."""
+    out = ("--out", str(tmp_path / "out"))
+    code, shown, _ = datm_ray("run", "digits-ipc1", "--skip-full", "--dry-run", *out)
+    assert (code, shown.splitlines()[-1].split(":")[0]) == (0, "15 networks to train for evaluation")
+    code, _, err = datm_ray("evaluate", "digits-ipc1", "--skip-full", "--fair", *out)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "evaluate.fair needs the control on all real data, but evaluate.full is false" in err
+
+
 @pytest.mark.parametrize("name", ["dataset.json", "evaluation/distilled-00.json", "cost.json", "experts-cost.json"])
 def test_a_result_of_another_shape_is_a_damaged_file(
     name: str, datm_ray: CommandLine, finished_run: Path, tmp_path: Path

@@ -364,7 +364,7 @@ def test_identity_leaves_out_where_things_are_and_how_many_are_scored() -> None:
         "cluster",
         "metadd",
     }  # a set section is part of the identity
-    for same in ("evaluate.seeds=6", "dataset.path=elsewhere", "distill.checkpoint_every=7"):
+    for same in ("evaluate.seeds=6", "evaluate.full=false", "dataset.path=elsewhere", "distill.checkpoint_every=7"):
         assert stable_hash(run_identity(override(config, [same]))) == stable_hash(run_identity(config))
     assert stable_hash(run_identity(override(config, ["distill.ipc=3"]))) != stable_hash(run_identity(config))
 

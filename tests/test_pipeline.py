@@ -265,6 +265,31 @@ def test_a_name_without_results_can_be_used_with_other_settings(tmp_path: Path, 
             place.parent.rmdir()
 
 
+def test_all_real_data_comes_last_and_may_be_left_out(tmp_path: Path, finished_run: Path) -> None:
+    """A run without the control has neither its networks nor its row, says so, and can have it later."""
+    both = Pipeline([tiny_config("name=one"), tiny_config("name=two", "distill.ipc=2")], str(tmp_path / "none"))
+    left = [task for _, task in tasks.evaluate_tasks(both.runs, both.scored_rows)]
+    assert [task.arguments[4] for task in left].index("full") == len(left) - 2
+    shutil.copytree(finished_run, tmp_path / "out")
+    for path in (tmp_path / "out/controls").rglob("full-*.json"):
+        path.unlink()
+    without = Pipeline([tiny_config("evaluate.full=false")], str(tmp_path / "out"))
+    assert without.plan()[2] == "0 networks to train for evaluation"
+    without.evaluate(serial(without.configs[0]), QUIET)
+    assert without.table().splitlines()[-1] == "all real data: skipped (evaluate.full is false)"
+    assert not any(line.startswith(("all real data  ", "share")) for line in without.table().splitlines())
+    page = Path(pipeline_module.report(str(tmp_path / "out")).path).read_text()
+    assert "all real data: skipped" in page
+    assert "Not evaluated yet" not in page
+    (summary,) = json.loads((tmp_path / "out/summary.json").read_text())
+    assert set(summary["test_accuracy"]) == set(ROWS) - {"full"}
+    later = Pipeline([tiny_config()], str(tmp_path / "out"))
+    assert later.plan()[2] == "2 networks to train for evaluation: tiny full 0, tiny full 1"
+    shutil.rmtree(tmp_path / "out")
+    shutil.copytree(finished_run, tmp_path / "out")
+    assert "all real data: skipped" not in without.table()
+
+
 def test_more_images_per_class_than_a_class_has_is_refused(tmp_path: Path) -> None:
     """IPC beyond the class size is an error before anything is written."""
     with pytest.raises(DatasetError, match=r"distill\.ipc is 5000"):

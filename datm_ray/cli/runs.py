@@ -59,6 +59,10 @@ Memory = Annotated[
     str | None,
     typer.Option("--memory", metavar="SIZE", help="Memory of one distilling worker, such as 8GiB (cluster.memory)."),
 ]
+SkipFull = Annotated[
+    bool,
+    typer.Option("--skip-full", help="Leave out the control on all real data, which takes longest (evaluate.full)."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the remaining work. Nothing is written.")]
 
 
@@ -79,6 +83,7 @@ def run(
     executor: ExecutorName = "ray",
     address: Address = None,
     memory: Memory = None,
+    skip_full: SkipFull = False,
     dry_run: DryRun = False,
     json_: Json = False,
     verbose: Verbose = 0,
@@ -92,7 +97,8 @@ def run(
     """
     from datm_ray.pipeline import report as write_report
 
-    pipeline, start = _prepare(Invocation(recipes, _with_memory(set_, memory), out, store, executor, address))
+    set_ = [*_with_memory(set_, memory), *_without_full(skip_full)]
+    pipeline, start = _prepare(Invocation(recipes, set_, out, store, executor, address))
     if dry_run:
         _print_plan(pipeline, json_)
         return
@@ -217,6 +223,7 @@ def evaluate(
         bool,
         typer.Option("--fair", help="Add DD-Ranking's scores, from three more rows of networks (evaluate.fair)."),
     ] = False,
+    skip_full: SkipFull = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -228,10 +235,11 @@ def evaluate(
     recipe has a network of the given name, that one is meant. Widths are relative to 128. Networks that SGD cannot
     train well, such as vit-small, need --set evaluate.optimiser=adamw.
 
-    --fair also measures the set's accuracy with hard labels and without augmentation.
+    --fair also measures the set's accuracy with hard labels and without augmentation. It needs the control on all real
+    data.
     """
     set_ = [*(set_ or []), *([f"evaluate.seeds={seeds}"] if seeds is not None else [])]
-    set_ += ["evaluate.fair=true"] if fair else []
+    set_ += [*(["evaluate.fair=true"] if fair else []), *_without_full(skip_full)]
     pipeline, start = _prepare(Invocation(recipes, set_, out, store, executor, address), arch)
     pipeline.evaluate(start, _reporter())
     print(pipeline.table())
@@ -329,6 +337,10 @@ def _prepare(invocation: Invocation, arch: str | None = None) -> tuple[Pipeline,
     from datm_ray.api import stages_of
 
     return stages_of(configs, invocation.out, invocation.store, invocation.executor, invocation.address, asked)
+
+
+def _without_full(skip_full: bool) -> list[str]:
+    return ["evaluate.full=false"] if skip_full else []
 
 
 def _with_memory(set_: list[str] | None, memory: str | None) -> list[str]:

@@ -17,14 +17,14 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
     """Plain data that decides the synthetic set and each single accuracy; needs a resolved run.
 
     Left out are `cluster` and the data set's path, because the data set's content has a fingerprint of its own.
-    Number of seeds, further networks, their optimiser and `fair` are left out, because they can be added to a
-    finished run. Stored epochs beyond the matched ones, and how often a checkpoint is written, are left out too.
+    Number of seeds, further networks, their optimiser, `full` and `fair` are left out, because they can be added to
+    a finished run. Stored epochs beyond the matched ones, and how often a checkpoint is written, are left out too.
     """
     left_out: dict[str, Any] = {
         "cluster": True,
         "dataset": {"path"},
         "distill": {"checkpoint_every"},
-        "evaluate": {"seeds", "networks", "optimiser", "fair"},
+        "evaluate": {"seeds", "networks", "optimiser", "full", "fair"},
         "experts": {"keep_epochs", "test_every"},
     }
     identity = config.model_dump(exclude=left_out)

@@ -77,6 +77,11 @@ class RunConfig(Section):
             raise ValueError("cluster.backbones_apart is set, but the recipe has no further network under backbones")
         if self.cluster.auxiliaries_apart and self.metadd is None:
             raise ValueError("cluster.auxiliaries_apart is set, but the recipe has no metadd section")
+        if self.evaluate.fair and not self.evaluate.full:
+            raise ValueError(
+                "evaluate.fair needs the control on all real data, but evaluate.full is false; leave out --fair or "
+                "--skip-full"
+            )
         if self.cluster.workers is not None and self.workers_per_set > self.cluster.workers:
             raise ValueError(
                 f"one set needs {self.workers_per_set} workers at once (cluster.shards, times the networks that have "

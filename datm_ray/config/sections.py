@@ -370,8 +370,10 @@ class EvaluateConfig(Section):
     """adamw: for networks that SGD does not train (transformers); its step size is always tuned."""
     real_epochs: Count = 100
     """Epochs of the control that trains on all real data."""
+    full: bool = True
+    """Train the control on all real data, which takes longest."""
     fair: bool = False
-    """Compute DD-Ranking's LRS and ARS (three more table rows)."""
+    """Compute DD-Ranking's LRS and ARS (three more table rows). They need `full`."""
     augmentation: str = PUBLISHED_AUGMENTATION
     """DSA operations during evaluation."""
 
@@ -382,7 +384,7 @@ SELDOM = {
     "experts": "momentum weight_decay rho alpha adaptive keep_epochs storage test_every",
     "distill": "learning_rate_step_size initial labels gradient_limit validate_every validation_seeds checkpoint_every",
     "metadd": "divergence variance_of threshold",
-    "evaluate": "optimiser real_epochs fair augmentation",
+    "evaluate": "optimiser real_epochs full fair augmentation",
     "cluster": "threads_per_worker device compile experts_at_a_time backbones_apart auxiliaries_apart channels_last "
     "peer_timeout wait_for_nodes retries",
 }

@@ -175,7 +175,8 @@ class Pipeline:
 
     def scored_rows(self, config: RunConfig) -> list[tuple[str, NetworkConfig | None]]:
         """Rows that a run is scored on, each with its network; None for the backbone. Benchmarks leave rows out."""
-        rows = (*ROWS, *(FAIR_ROWS if config.evaluate.fair else ()))
+        rows = [row for row in ROWS if row != "full" or config.evaluate.full]
+        rows += FAIR_ROWS if config.evaluate.fair else ()
         others = ((row, network) for network in config.scored_networks for row in ON_OTHERS)
         return [*((row, None) for row in rows), *others]
 
@@ -218,7 +219,7 @@ class Pipeline:
         more = tuple(network for network in before if network not in config.evaluate.networks)
         networks = (*config.evaluate.networks, *more)
         fair = config.evaluate.fair or bool(earlier and earlier.evaluate.fair)
-        more_rows = {"networks": networks, "fair": fair}
+        more_rows = {"networks": networks, "fair": fair, "full": config.evaluate.full or fair}
         return config.model_copy(update={"evaluate": config.evaluate.model_copy(update=more_rows)})
 
     def _experts(self, executor: Executor, reporter: Reporter) -> None:

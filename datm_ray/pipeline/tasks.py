@@ -95,17 +95,22 @@ def layout(runs: Runs, config: RunConfig, executor: Executor | None) -> Layout:
 def evaluate_tasks(
     runs: Runs, scored_rows: Callable[[RunConfig], Sequence[tuple[str, NetworkConfig | None]]]
 ) -> list[DatasetTask]:
-    """One task for every scored row and seed without a result; once for runs that share it."""
+    """One task for every scored row and seed without a result, once for runs that share it; all real data last."""
     tasks: dict[str, DatasetTask] = {}
-    for config in runs.configs:
-        names = dict(zip(config.scored_networks, network_names(config.scored_networks), strict=True))
-        for row, network in scored_rows(config):
-            for number in range(config.evaluate.seeds):
-                place = result_location(runs.out, config, runs.raw(config).fingerprint, row, number, network)
-                if not place.exists():
-                    uris = (runs.store_uri, runs.folder(config).uri, place.uri)
-                    name = f"{config.name} {row}{f' on {names[network]}' if network else ''} {number}"
-                    arguments = (config, *uris, row, number, network)
-                    task = Task(name, arguments, run=config.name, stage="evaluation")
-                    tasks[place.uri] = (config.dataset, task)
+    everything = [(config, row, network) for config in runs.configs for row, network in scored_rows(config)]
+    for config, row, network in sorted(everything, key=lambda each: each[1] == "full"):
+        for number in range(config.evaluate.seeds):
+            place = result_location(runs.out, config, runs.raw(config).fingerprint, row, number, network)
+            if not place.exists():
+                uris = (runs.store_uri, runs.folder(config).uri, place.uri)
+                arguments = (config, *uris, row, number, network)
+                name = f"{row_name(config, row, network)} {number}"
+                task = Task(name, arguments, run=config.name, stage="evaluation")
+                tasks[place.uri] = (config.dataset, task)
     return list(tasks.values())
+
+
+def row_name(config: RunConfig, row: str, network: NetworkConfig | None) -> str:
+    """Name of a run's row for the user, such as "birds distilled" or "birds distilled on vgg11"."""
+    names = dict(zip(config.scored_networks, network_names(config.scored_networks), strict=True))
+    return f"{config.name} {row}{f' on {names[network]}' if network else ''}"

@@ -139,7 +139,7 @@ class Proposal:
         learned = 1 if settings.optimiser == "sgd" else tried
         trials = [tried, tried, learned, *([tried + 1, learned, tried] if settings.fair else [])]
         seconds = [count * self._trained(backbone, passes) for count in trials]
-        if getattr(settings, "full", True):
+        if settings.full:
             seconds.append(tried * self._trained(backbone, settings.real_epochs * self._split[0], "real"))
         for network in self.config.scored_networks:
             other = backbone.model_copy(update={"network": network})

@@ -12,6 +12,7 @@ from datm_ray.config import to_yaml
 from datm_ray.report.gallery import galleries, left_out
 from datm_ray.report.results import (
     NETWORK_COLUMNS,
+    SKIPPED,
     CostLine,
     Run,
     RunSummary,
@@ -20,14 +21,16 @@ from datm_ray.report.results import (
     fair_cell,
     fair_parts,
     find_score,
+    is_skipped,
     mean_over_networks,
     names_of,
     read_run,
     scores_by_name,
     share_of_full,
+    shown_rows,
 )
 from datm_ray.report.words import count, duration, listed, percent
-from datm_ray.stages.evaluate import FAIR_PARTS, FAIR_ROWS, ROWS, Score
+from datm_ray.stages.evaluate import FAIR_PARTS, FAIR_ROWS
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.trajectories import size_in_words
 
@@ -55,7 +58,10 @@ def render(runs: Sequence[Run]) -> str:
         title=f"Distilling {listed(datasets)}" if runs else "Dataset distillation",
         done=[_what_was_done(run) for run in runs],
         columns=[column_name(summary) for summary in summaries],
-        rows=[(row, title, [_cell(summary.scores, row) for summary in summaries]) for row, title in ROWS.items()],
+        rows=[
+            (row, title, [_cell(summary, row) for summary in summaries]) for row, title in shown_rows(summaries).items()
+        ],
+        skipped="" if "full" in shown_rows(summaries) else SKIPPED,
         shares=[share_of_full(summary.scores) for summary in summaries],
         evaluated=any(summary.scores for summary in summaries),
         runs=[_run_view(run) for run in runs],
@@ -122,10 +128,10 @@ def _networks_view(summary: RunSummary) -> dict[str, Any] | None:
     return {"columns": list(NETWORK_COLUMNS.values()), "lines": lines, "means": [m for m in means if any(m[1])]}
 
 
-def _cell(scores: Sequence[Score], row: str) -> tuple[str, int] | None:
-    """Pair (mean ± standard deviation in percent, number of networks)."""
-    score = find_score(scores, row)
-    return (str(score), score.n) if score else None
+def _cell(summary: RunSummary, row: str) -> tuple[str, str]:
+    """Pair (mean ± standard deviation in percent, number of networks); ("", reason) without a score."""
+    score = find_score(summary.scores, row)
+    return (str(score), f"({score.n})") if score else ("", "skipped" if is_skipped(summary, row) else "not yet")
 
 
 def _what_was_done(run: Run) -> str:
@@ -194,8 +200,9 @@ def _state(run: Run) -> str:
             f"{count(run.shortened, 'gradient')} {'was' if run.shortened == 1 else 'were'} shortened: the "
             f"first-order decrease exceeded {run.config.distill.gradient_limit:g} times the loss."
         )
-    missing = [title for row, title in ROWS.items() if find_score(run.summary.scores, row) is None]
-    if len(missing) == len(ROWS):
+    rows = shown_rows([run.summary])
+    missing = [title for row, title in rows.items() if find_score(run.summary.scores, row) is None]
+    if len(missing) == len(rows):
         sentences.append("Nothing is evaluated yet.")
     elif missing:
         sentences.append(f"Not evaluated yet: {'; '.join(missing)}.")

@@ -241,13 +241,29 @@ def accuracy_table(summaries: Sequence[RunSummary]) -> str:
     if not any(summary.scores for summary in summaries):
         return "No test accuracy yet: no row of any run is evaluated."
     lines = [["test accuracy in %", *map(column_name, summaries)]]
-    for row, title in ROWS.items():
+    for row, title in shown_rows(summaries).items():
         found = [find_score(summary.scores, row) for summary in summaries]
-        lines.append([title, *(str(score) if score else "-" for score in found)])
+        absent = ["skipped" if is_skipped(summary, row) else "-" for summary in summaries]
+        lines.append([title, *(str(score or other) for score, other in zip(found, absent, strict=True))])
     shares = [share_of_full(summary.scores) for summary in summaries]
     if any(shares):
         lines.append(["share of full-data accuracy", *(share or "-" for share in shares)])
-    return "\n".join([*_aligned(lines), "", _networks_behind(summaries)])
+    skipped = [SKIPPED] if "full" not in shown_rows(summaries) else []
+    return "\n".join([*_aligned(lines), "", _networks_behind(summaries), *skipped])
+
+
+SKIPPED = f"{ROWS['full']}: skipped (evaluate.full is false)"
+"""Line below a table without the control on all real data."""
+
+
+def shown_rows(summaries: Sequence[RunSummary]) -> dict[str, str]:
+    """Rows of the table of these runs -> titles: without all real data if every run skips it."""
+    return {row: title for row, title in ROWS.items() if not all(is_skipped(each, row) for each in summaries)}
+
+
+def is_skipped(summary: RunSummary, row: str) -> bool:
+    """True if the run leaves out a row, and no earlier command has scored it."""
+    return row == "full" and not summary.config.evaluate.full and not find_score(summary.scores, row)
 
 
 def fair_parts(summary: RunSummary) -> list[tuple[str, tuple[float, ...]]]:
