@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -79,7 +79,7 @@ class Watcher(Reporter):
         """Set when nothing more is to be watched."""
 
     @contextmanager
-    def stage(self, title: str, tasks: int) -> Iterator[Stage]:
+    def stage(self, title: str, tasks: Sequence[Task]) -> Iterator[Stage]:
         """Start a stage as a reporter does, and observe its events."""
         with super().stage(title, tasks) as inner:
             yield _Passing(inner, self)
@@ -96,6 +96,9 @@ class Watcher(Reporter):
 class _Passing:
     def __init__(self, inner: Stage, watcher: Watcher) -> None:
         self._inner, self._watcher = inner, watcher
+
+    def tick(self) -> None:
+        self._inner.tick()
 
     def event(self, task: Task, event: Event) -> None:
         self._inner.event(task, event)

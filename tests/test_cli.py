@@ -22,6 +22,7 @@ from datm_ray import cli
 from datm_ray.config import to_yaml
 from datm_ray.core.networks import registry as networks
 from datm_ray.core.networks.registry import ConvNet
+from datm_ray.runtime.stopping import Interrupted
 from tests.conftest import CommandLine, documented_keys, tiny_config
 
 
@@ -267,6 +268,20 @@ def test_an_interrupt_says_that_nothing_is_lost(datm_ray: CommandLine, monkeypat
     monkeypatch.setattr("datm_ray.pipeline.Pipeline.run_all", interrupted)
     code, _, err = datm_ray("run", "digits-ipc1", "--executor", "serial")
     assert (code, err) == (130, "datm-ray: stopped. Run the same command again to resume.\n")
+
+
+def test_an_interrupt_names_what_was_saved(datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last line says from which iteration the command resumes; SIGTERM has a shell's exit code for it."""
+    end = Interrupted("birds: iteration 21 of 60")
+    end.exit_code = 143
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise end
+
+    monkeypatch.setattr("datm_ray.pipeline.Pipeline.run_all", interrupted)
+    code, _, err = datm_ray("run", "digits-ipc1", "--executor", "serial")
+    line = "stopped. Saved birds: iteration 21 of 60. Run the same command again to resume from there."
+    assert (code, err) == (143, f"datm-ray: {line}\n")
 
 
 def test_the_control_on_all_real_data_can_be_skipped(datm_ray: CommandLine, tmp_path: Path) -> None:

@@ -35,9 +35,9 @@ from datm_ray.pipeline import Pipeline, checks, tasks
 from datm_ray.pipeline.folder import read_recipe
 from datm_ray.pipeline.runs import Runs
 from datm_ray.planning.plan import plan_run
-from datm_ray.runtime.executor import Event, Executor, Lost, Progress, SerialExecutor
+from datm_ray.runtime.executor import Event, Executor, Lost, Phase, Progress, SerialExecutor
 from datm_ray.stages.distill import DistillWorker
-from datm_ray.stages.evaluate import FAIR_PARTS, ROWS
+from datm_ray.stages.evaluate import FAIR_PARTS, ROWS, work_of
 from datm_ray.stages.experts import expert_group
 from datm_ray.store.trajectories import TrajectoryStore
 from tests.conftest import actor_processes, tiny_config
@@ -290,6 +290,41 @@ def test_all_real_data_comes_last_and_may_be_left_out(tmp_path: Path, finished_r
     assert "all real data: skipped" not in without.table()
 
 
+def test_tasks_are_weighed_by_their_work(tmp_path: Path) -> None:
+    """Weights are in proportion to image passes: epochs, images, candidates, iterations, and the network's cost."""
+    threes = "cluster.experts_at_a_time=3"
+    own = ("evaluate.real_epochs=40", "evaluate.networks=[vgg11]", "distill.ipc=10", "experts.count=9")
+    config = tiny_config(threes, *own)
+    more = tiny_config(threes, "name=more", "distill.iterations=60", "distill.student_steps=6", "experts.epochs=20")
+    runs = Pipeline([config, more], str(tmp_path))
+    every = [*tasks.expert_tasks(runs.runs), *tasks.distill_tasks(runs.runs)]
+    every += tasks.evaluate_tasks(runs.runs, runs.scored_rows)
+    weights = {task.name.partition(" of ")[0]: task.weight for _, task in every}
+    assert weights["more"] / weights["tiny"] == pytest.approx(60 * 6 * 10 / (6 * 3 * 50))  # batches of 50
+    assert weights["experts 0-1"] / weights["experts 6-8"] == pytest.approx(2 * 20 / (3 * 5)), weights
+    distilled = weights["tiny distilled 0"]
+    assert weights["tiny random-hard 0"] == 3 * distilled
+    assert weights["tiny distilled on vgg11 0"] > 20 * distilled
+    for flop, images, real in ((1e15, 100, 1222), (1e-3, 1, 10)):  # of fast networks, the number of steps counts
+        one, full = (work_of(config, row, None, 10, 1222, flop) for row in ("distilled", "full"))
+        assert full / one == pytest.approx(3 * 40 * real / (20 * images))
+
+
+def test_a_row_is_reported_once_when_all_its_seeds_are_there(
+    tmp_path: Path, finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The line of a row has mean, spread and number of networks, also of those that an earlier command scored."""
+    shutil.copytree(finished_run, tmp_path / "out")
+    (tmp_path / "out/tiny/evaluation/distilled-01.json").unlink()
+    config = tiny_config("evaluate.seeds=3")
+    pipeline = Pipeline([config], str(tmp_path / "out"))
+    pipeline.evaluate(serial(config), Reporter())
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.endswith("(n=3)")]
+    (summary,) = pipeline_module.summaries(pipeline.out, pipeline.configs)
+    assert lines[-1].startswith("tiny full ")
+    assert sorted(lines) == sorted(f"tiny {score.row} {score} (n=3)" for score in summary.scores)
+
+
 def test_more_images_per_class_than_a_class_has_is_refused(tmp_path: Path) -> None:
     """IPC beyond the class size is an error before anything is written."""
     with pytest.raises(DatasetError, match=r"distill\.ipc is 5000"):
@@ -538,7 +573,7 @@ def test_stages_that_lack_their_input_name_the_command_to_run_first(tmp_path: Pa
 
 
 def test_resuming_from_a_checkpoint_starts_at_its_iteration(tmp_path: Path, tiny: RunConfig) -> None:
-    """A resumed run's first progress is the iteration after its checkpoint."""
+    """A resumed run reports its checkpoint's iteration at the start, and then the next one."""
     pipeline = Pipeline([tiny], str(tmp_path))
     pipeline.train_experts(serial(tiny), QUIET)
     dataset = pipeline.runs.dataset(tiny.dataset)
@@ -548,10 +583,9 @@ def test_resuming_from_a_checkpoint_starts_at_its_iteration(tmp_path: Path, tiny
         if isinstance(event, Progress) and event.done == 5:
             break  # the last checkpoint is of iteration 4
     events.close()
-    resumed = DistillWorker(dataset, tiny.cluster).distill(*arguments)
-    first = next(iter(resumed))
-    assert isinstance(first, Progress)
-    assert first.done == 5
+    resumed = list(DistillWorker(dataset, tiny.cluster).distill(*arguments))
+    assert resumed[:2] == [Phase("preparing the networks"), Phase("preparing student steps")]
+    assert [event.done for event in resumed if isinstance(event, Progress)] == [4, 5, 6]
 
 
 def test_a_distillation_resumes_with_any_number_of_shards_that_can_hold_it(

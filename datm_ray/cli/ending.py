@@ -1,7 +1,7 @@
 """End of the command line: one line per failure, an exit code, and a log of unexpected failures.
 
 Exit codes: 0, 1 for work that failed, 2 for bad input, 75 where a job that is followed is out of sight, 130 for Ctrl-C,
-141 where the reader of the output has gone.
+141 where the reader of the output has gone, 143 for SIGTERM.
 With DATM_RAY_DEBUG=1 a failure is shown with its traceback. Tests: tests/test_cli.py.
 """
 
@@ -89,8 +89,9 @@ def _exit_flushed() -> None:
 
 def _end_with(failure: BaseException, out: str | None) -> None:
     if isinstance(failure, KeyboardInterrupt):
-        _say("stopped. Run the same command again to resume.")
-        sys.exit(INTERRUPTED)
+        saved, there = (f" Saved {failure}.", " from there") if str(failure) else ("", "")
+        _say(f"stopped.{saved} Run the same command again to resume{there}.")
+        sys.exit(getattr(failure, "exit_code", INTERRUPTED))
     if isinstance(failure, BrokenPipeError) and any([_has_no_reader(sys.stdout), _has_no_reader(sys.stderr)]):
         sys.exit(READER_GONE)
     if os.environ.get("DATM_RAY_DEBUG") == "1":

@@ -91,7 +91,8 @@ def run(
 ) -> None:
     """Train experts, distil, evaluate and write the report.
 
-    It may be stopped at any time. The same command then resumes where it was.
+    It may be stopped at any time. The same command then resumes where it was. Ctrl-C and SIGTERM save the present
+    iteration or epoch first.
 
     --json prints the remaining work of --dry-run, or the scores of a finished run, as in summary.json.
     """

@@ -115,14 +115,6 @@ def train(network: nn.Module, images: Tensor, targets: Tensor, schedule: Schedul
         yield Epoch(epoch + 1, step, float(total) / len(images))
 
 
-def train_to_end(network: nn.Module, images: Tensor, targets: Tensor, schedule: Schedule, seed: int) -> Epoch:
-    """Train for the whole schedule. Returns the last epoch."""
-    epoch = Epoch(0, 0, float("nan"))
-    for epoch in train(network, images, targets, schedule, seed):  # noqa: B007
-        pass
-    return epoch
-
-
 @torch.no_grad()
 def predict_logits(
     network: nn.Module, images: Tensor, heartbeat: Heartbeat = no_heartbeat, *, batch_size: int = SCORING_BATCH

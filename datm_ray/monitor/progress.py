@@ -5,15 +5,29 @@ from __future__ import annotations
 import logging
 import math
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from datm_ray.errors import one_line
 from datm_ray.monitor.logs import fields, printable, verbosity
-from datm_ray.runtime.executor import Event, Failed, Finished, Lost, Note, Progress, Resized, Started, Task, counted
+from datm_ray.runtime.executor import (
+    Event,
+    Failed,
+    Finished,
+    Lost,
+    Note,
+    Phase,
+    Progress,
+    Resized,
+    Started,
+    Stopped,
+    Task,
+    counted,
+)
 from datm_ray.store.trajectories import size_in_words
 
 if TYPE_CHECKING:
@@ -25,8 +39,10 @@ TASKS_DONE = (" tasks done", "  progress stage=")
 
 LINE_INTERVAL = 30.0
 """Seconds between progress lines in the log, and where no terminal shows bars."""
-FEW_STEPS = 10
-"""Largest number of steps of a task whose first step counts for the speed."""
+TICK = 1.0
+"""Seconds between two checks whether a line is due, also while no event arrives."""
+SILENCE = 30.0
+"""Seconds without a step after which a line says so."""
 SHORTEST_MEMORY, MEMORY = 60.0, 1 / 3
 """Time over which the speed of a stage is averaged: at least so many seconds, and this share of its time so far."""
 
@@ -40,6 +56,9 @@ class Stage(Protocol):
 
     def event(self, task: Task, event: Event) -> None:
         """Show an event of a task."""
+
+    def tick(self) -> None:
+        """Show a line if one is due, although no event has arrived."""
 
 
 class Reporter:
@@ -59,18 +78,37 @@ class Reporter:
             print(one_line(text), file=sys.stderr, flush=True)
 
     @contextmanager
-    def stage(self, title: str, tasks: int) -> Iterator[Stage]:
-        """Show a stage of `tasks` tasks while the context lasts."""
+    def stage(self, title: str, tasks: Sequence[Task]) -> Iterator[Stage]:
+        """Show a stage of these tasks while the context lasts."""
         if not self._quiet and verbosity() < 1 and sys.stderr.isatty():
             try:
                 from rich.progress import Progress as Bars
             except ImportError:
                 pass
             else:
-                with _bars(Bars) as bars:
-                    yield _BarStage(self, title, tasks, bars)
+                with _bars(Bars) as bars, _ticking(_BarStage(self, title, tasks, bars)) as stage:
+                    yield stage
                 return
-        yield _LineStage(self, title, tasks)
+        with _ticking(_LineStage(self, title, tasks)) as stage:
+            yield stage
+
+
+@contextmanager
+def _ticking(stage: _LineStage) -> Iterator[_LineStage]:
+    """Call the stage's `tick` from a thread every `TICK` seconds while the context lasts."""
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(TICK):
+            stage.tick()
+
+    thread = threading.Thread(target=repeat, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield stage
+    finally:
+        ended.set()
+        thread.join()
 
 
 @dataclass
@@ -79,52 +117,84 @@ class _Running:
 
     since: float
     """Time of its start, in seconds of the monotonic clock."""
-    timed_from: float
-    """Time from which its speed is measured."""
+    weight: float = 1.0
+    """Expected work of the whole task."""
+    timed_from: float = 0.0
+    timed_to: float = 0.0
+    """Times of its first and last `Progress`, between which its speed is measured."""
     first: float = 0.0
     """Share that was done at `timed_from`."""
     share: float = 0.0
     last: Progress | None = None
+    phase: str = ""
+    """What it does until its next `Progress`; "" if that is its steps."""
+    changed: float = 0.0
+    """Time of its last event."""
+
+    def doing(self, now: float) -> str:
+        """Words for a phase, or for a long time without a step; "" if steps follow each other."""
+        seconds = now - self.changed
+        return f", {self.phase or 'no step'} for {seconds:.0f} s" if self.phase or seconds > SILENCE else ""
 
     def seconds_left(self, now: float) -> float:
         """Time that the rest takes at the task's own speed; 0 before a tenth of the task has shown that speed."""
         own = self.share - self.first
-        return (1 - self.share) * (now - self.timed_from) / own if own >= 0.1 else 0.0
+        if self.last is None or own < 0.1:
+            return 0.0
+        step, silent = 1 / max(1, self.last.total), now - self.timed_to
+        return max(0.0, _seconds_left(1 - self.share, own, self.timed_to - self.timed_from, step, silent))
+
+
+def _seconds_left(left: float, done: float, seconds: float, due: float, silent: float) -> float:
+    """Estimated time for the work that is left. It counts down, and grows while the next step is overdue.
+
+    Args:
+        left: work that is left.
+        done: work that took `seconds`.
+        due: work of the next step.
+        silent: seconds since the last step.
+    """
+    return max(left * seconds / done - silent, (left - due) * (seconds + silent) / (done + due))
 
 
 class Tracker:
     """Finished and running tasks of a stage, and the time that the rest takes.
 
-    Speed is the tasks' own progress over time. Older progress counts exponentially less, so that the estimate follows a
-    change of speed without jumping. What a resumed task has brought along is no progress, and the first of many steps,
-    which compiles, is no measure of the speed.
+    Speed is the tasks' progress, times their weights, over time. Older progress counts exponentially less, so that the
+    estimate follows a change of speed without jumping. What a resumed task has brought along is no progress. What the
+    first task does before its first `Progress`, such as compiling, is no measure of the speed.
     """
 
-    def __init__(self, tasks: int, now: float) -> None:
-        self.tasks, self.finished = tasks, 0
+    def __init__(self, tasks: Sequence[Task], now: float) -> None:
+        self.tasks, self.finished = len(tasks), 0
         self.running: dict[str, _Running] = {}
+        self._left = sum(task.weight for task in tasks)
         self._started = self._last = now
         self._work = self._seconds = 0.0
 
     def take(self, task: Task, event: Event, now: float) -> None:
         """Count an event, at a time of the monotonic clock."""
-        if isinstance(event, Started):
-            self.running[task.name] = _Running(now, now)
-        elif isinstance(event, Lost | Failed):
+        if isinstance(event, Lost | Failed | Stopped):
             self.running.pop(task.name, None)
+            return
+        running = self.running.setdefault(task.name, _Running(now, task.weight, changed=now))
+        if isinstance(event, Phase):
+            running.phase, running.changed = event.text, now
         elif isinstance(event, Progress):
-            running, total = self.running.setdefault(task.name, _Running(now, now)), max(1, event.total)
+            total = max(1, event.total)
             if running.last is None:
-                running.first = running.share = max(0, event.done - 1) / total
-                if total > FEW_STEPS:  # the first of many steps compiles, and says nothing of the speed
-                    running.timed_from, running.first = now, event.done / total
-                    if not self._work:
-                        running.share, self._started, self._last = running.first, now, now
-            self._advance(event.done / total - running.share, now)
+                running.timed_from, running.first = now, event.done / total
+                running.share = max(0, event.done - 1) / total
+                if not self._work:
+                    running.share, self._started, self._last = running.first, now, now
+            self._advance(task.weight * (event.done / total - running.share), now)
             running.share, running.last = event.done / total, event
+            running.phase, running.changed, running.timed_to = "", now, now
         elif isinstance(event, Finished):
+            del self.running[task.name]
             self.finished += 1
-            self._advance(1 - self.running.pop(task.name, _Running(now, now)).share, now)
+            self._left -= task.weight
+            self._advance(task.weight * (1 - running.share), now)
 
     def _advance(self, work: float, now: float) -> None:
         kept = math.exp((self._last - now) / max(SHORTEST_MEMORY, MEMORY * (now - self._started)))
@@ -137,40 +207,65 @@ class Tracker:
 
     def seconds_left(self, now: float) -> float:
         """Estimated time for the remaining work; nan while no speed is known."""
-        left = self.tasks - self.finished - sum(each.share for each in self.running.values())
+        if not self._work or self._seconds <= 1:
+            return math.nan
+        left = self._left - sum(each.weight * each.share for each in self.running.values())
+        due = sum(each.weight / max(1, each.last.total) for each in self.running.values() if each.last)
         slowest = self.slowest(now)
-        seconds = left * self._seconds / self._work if self._work and self._seconds > 1 else math.nan
+        seconds = _seconds_left(left, self._work, self._seconds, due, now - self._last)
         return max(seconds, slowest[1].seconds_left(now) if slowest else 0.0)
 
 
 class _LineStage:
-    """Display by lines: when a stage starts or ends, when a worker is lost, and every `LINE_INTERVAL` seconds."""
+    """Display by lines: when a stage starts or ends, for news of a task, and every `LINE_INTERVAL` seconds."""
 
-    def __init__(self, reporter: Reporter, title: str, tasks: int) -> None:
+    def __init__(self, reporter: Reporter, title: str, tasks: Sequence[Task]) -> None:
         self._reporter, self._title = reporter, title
+        self._lock = threading.RLock()  # a signal handler of the thread that holds it may show something
+        self._phases: set[str] = set()
         self._started = self._last = time.monotonic()
         self._tracker = Tracker(tasks, self._started)
-        _log.info("stage started %s", fields(stage=title, tasks=tasks), extra=_SHOWN)
-        self._show_state(f"{title}: {counted(tasks, 'task')} to run")
+        _log.info("stage started %s", fields(stage=title, tasks=len(tasks)), extra=_SHOWN)
+        self._show_state(f"{title}: {counted(len(tasks), 'task')} to run")
 
     def event(self, task: Task, event: Event) -> None:
         """Log an event, and show it."""
-        now = time.monotonic()
+        with self._lock:
+            self._take(task, event, time.monotonic())
+
+    def tick(self) -> None:
+        """Show a line if one is due, although no event has arrived."""
+        with self._lock:
+            self._show_if_due(time.monotonic())
+
+    def _take(self, task: Task, event: Event, now: float) -> None:
         running = self._tracker.running.get(task.name)
         self._tracker.take(task, event, now)
         _record(task, event, None if running is None else now - running.since)
-        if isinstance(event, Lost | Failed | Resized | Note):
+        if isinstance(event, Lost | Failed | Resized | Note | Stopped):
             self._show(_line(task, event))
+        elif isinstance(event, Phase):
+            self._show_phase(task, event)
         elif isinstance(event, Finished) and self._tracker.finished == self._tracker.tasks:
             _log.info("stage finished %s", fields(stage=self._title, seconds=now - self._started), extra=_SHOWN)
             self._show_state(f"{self._title}: done in {now - self._started:.0f} s")
-        elif isinstance(event, Progress | Finished) and now - self._last > LINE_INTERVAL:
+        elif isinstance(event, Progress | Finished):
+            self._show_if_due(now)
+
+    def _show_if_due(self, now: float) -> None:
+        if now - self._last > LINE_INTERVAL and self._tracker.finished < self._tracker.tasks:
             self._last = now
             self._log_progress(now)
             slowest = self._tracker.slowest(now)
             last = slowest[1].last if slowest else None
             measured = f"{_values(last.values)}{_measured(last.metrics)}" if last else ""
             self._show_state(f"{self._summary(now)}{measured}")
+
+    def _show_phase(self, task: Task, event: Phase) -> None:
+        """Show what a task does, for the first task of the stage that does it."""
+        if event.text not in self._phases:
+            self._phases.add(event.text)
+            self._show(f"{task.name}: {event.text} ...")
 
     def _show(self, text: str) -> None:
         """Show a line."""
@@ -189,6 +284,7 @@ class _LineStage:
             "running": len(tracker.running),
             "seconds_left": None if math.isnan(left) else round(left),
             "slowest": slowest[0] if slowest else None,
+            **({"phase": slowest[1].phase} if slowest and slowest[1].phase else {}),
             **({"step": event.done, "steps": event.total, **event.values} if event else {}),
         }
         _log.info("progress %s", fields(stage=self._title, **values), extra=_SHOWN)
@@ -201,31 +297,43 @@ class _LineStage:
         parts += [] if math.isnan(left) else [f"{_duration(left)} left"]
         if slowest:
             step = f" at {slowest[1].last.done}/{slowest[1].last.total}" if slowest[1].last else ""
-            parts.append(f"slowest{step}: {slowest[0]}")
+            parts.append(f"slowest{step}: {slowest[0]}{slowest[1].doing(now)}")
         return ", ".join(parts)
 
 
 class _BarStage(_LineStage):
     """Display by a line about the stage and bars of its running tasks."""
 
-    def __init__(self, reporter: Reporter, title: str, tasks: int, bars: Bars) -> None:
+    def __init__(self, reporter: Reporter, title: str, tasks: Sequence[Task], bars: Bars) -> None:
         self._bars = bars
         self._rows: dict[str, TaskID] = {}
         super().__init__(reporter, title, tasks)
 
-    def event(self, task: Task, event: Event) -> None:
-        """Log an event, and show it in the bars."""
-        super().event(task, event)
+    def tick(self) -> None:
+        """Show the state with its present times."""
+        with self._lock:
+            super().tick()
+            self._show_present_state()
+
+    def _show_present_state(self) -> None:
+        if self._tracker.finished < self._tracker.tasks:
+            self._show_state(self._summary(time.monotonic()))
+
+    def _take(self, task: Task, event: Event, now: float) -> None:
+        super()._take(task, event, now)
         if isinstance(event, Progress):
             if task.name not in self._rows:
                 self._rows[task.name] = self._bars.add_task(task.name, total=event.total, values="")
             self._bars.update(
                 self._rows[task.name], completed=event.done, total=event.total, values=_values(event.values)
             )
-        elif isinstance(event, Finished | Lost | Failed) and task.name in self._rows:
+        elif isinstance(event, Finished | Lost | Failed | Stopped) and task.name in self._rows:
             self._bars.remove_task(self._rows.pop(task.name))
-        if self._tracker.finished < self._tracker.tasks:
-            self._show_state(self._summary(time.monotonic()))
+        self._show_present_state()
+
+    def _show_phase(self, task: Task, event: Phase) -> None:
+        if task.name in self._rows:
+            self._bars.update(self._rows[task.name], values=event.text)
 
     def _show(self, text: str) -> None:
         self._bars.console.print(one_line(text), markup=False, highlight=False)
@@ -297,6 +405,10 @@ def _record(task: Task, event: Event, seconds: float | None) -> None:
     match event:
         case Started():
             what, values = "task started", {"workers": event.workers}
+        case Phase():
+            what, values = "task phase", {"phase": event.text}
+        case Stopped():
+            what, values = "task stopped", {"saved": event.saved}
         case Progress():
             level, what = logging.DEBUG, "task progress"
             values = {"step": event.done, "steps": event.total, "saved": event.saved, **event.values}
@@ -313,9 +425,11 @@ def _record(task: Task, event: Event, seconds: float | None) -> None:
     _log.log(level, "%s %s", what, fields(task=task.name, **values), extra=_SHOWN)
 
 
-def _line(task: Task, event: Lost | Failed | Resized | Note) -> str:
+def _line(task: Task, event: Lost | Failed | Resized | Note | Stopped) -> str:
     if isinstance(event, Note):
         return f"{task.name}: {event.text}"
+    if isinstance(event, Stopped):
+        return f"{task.name}: saved {event.saved}"
     if isinstance(event, Failed):
         return f"{task.name} failed: {event.reason} Finishing {counted(event.others, 'running task')}, then stopping."
     if isinstance(event, Resized):

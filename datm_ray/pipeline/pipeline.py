@@ -23,10 +23,11 @@ from datm_ray.pipeline.folder import RECIPE, has_results, read_recipe, summaries
 from datm_ray.pipeline.runs import Runs
 from datm_ray.pipeline.tasks import DatasetTask
 from datm_ray.report import accuracy_table, fair_table, networks_table
-from datm_ray.runtime.executor import Executor, Task
+from datm_ray.runtime.executor import Executor, Finished, Task
+from datm_ray.runtime.stopping import by_signals
 from datm_ray.stages.checkpoint import CHECKPOINT
 from datm_ray.stages.distill import DistillWorker
-from datm_ray.stages.evaluate import FAIR_ROWS, ON_OTHERS, ROWS, EvaluateWorker
+from datm_ray.stages.evaluate import FAIR_ROWS, ON_OTHERS, ROWS, EvaluateWorker, read_score
 from datm_ray.stages.expert_progress import ExpertProgress
 from datm_ray.stages.experts import ExpertWorker, experts_cost, progress_of, stacks, write_experts_cost
 from datm_ray.store.files.filesystem import Location
@@ -185,6 +186,8 @@ class Pipeline:
         self, start: Callable[[], Executor], reporter: Reporter, *, distils: bool = False
     ) -> Iterator[Executor]:
         checks.require_writable(self.runs)
+        if not self.runs.alone:
+            reporter.message("Connecting to Ray ..." if self.runs.elsewhere else "Starting Ray ...")
         executor = start()
         try:
             if distils:
@@ -196,7 +199,7 @@ class Pipeline:
                 checks.require_memory(self.runs, executor)
             self._log = open_logger(self.configs[0].cluster.log_to, self.out, self.configs, reporter.message)
             folders = [path for config in self.configs if (path := self.runs.folder(config).local_path) is not None]
-            with writing(folders), noting_the_end():
+            with writing(folders), noting_the_end(), by_signals(reporter.message):
                 _log.info("run started %s", fields(version=__version__, command=shlex.join(sys.argv)))
                 where = ", ".join(os.path.join(folder, LOG) for folder in folders)
                 log = where or f"none in {self.out.uri}, where no file can grow; -v shows it here"
@@ -265,7 +268,13 @@ class Pipeline:
         def open_tasks(runs: Runs) -> list[DatasetTask]:
             return tasks.evaluate_tasks(runs, self.scored_rows)
 
-        self._run("Evaluation", EvaluateWorker, "evaluate", open_tasks, executor, reporter)
+        def tell(task: Task) -> None:
+            config, *_, row, _, network = task.arguments
+            score = read_score(self.out, config, self.runs.raw(config).fingerprint, row, network)
+            if score:  # all seeds are there
+                reporter.message(f"{tasks.row_name(config, row, network)} {score} (n={score.n})")
+
+        self._run("Evaluation", EvaluateWorker, "evaluate", open_tasks, executor, reporter, tell)
 
     def _run(
         self,
@@ -275,8 +284,9 @@ class Pipeline:
         open_tasks: Callable[[Runs], Sequence[DatasetTask]],
         executor: Executor,
         reporter: Reporter,
+        finished: Callable[[Task], None] = lambda task: None,
     ) -> None:
-        """Run the open tasks of one stage, data set by data set.
+        """Run the open tasks of one stage, data set by data set. Calls `finished` after each.
 
         Raises:
             ClusterError: afterwards, where workers have written to a place that this process does not see.
@@ -288,12 +298,14 @@ class Pipeline:
         by_dataset: dict[DatasetConfig, list[Task]] = {}
         for dataset, task in left:
             by_dataset.setdefault(dataset, []).append(task)
-        with reporter.stage(title, len(left)) as stage:
+        with reporter.stage(title, [task for _, task in left]) as stage:
             for dataset, group in by_dataset.items():
                 setup = (executor.share(self.runs.dataset(dataset, reporter.message)), self.configs[0].cluster)
                 for task, event in executor.run(worker, setup, method, group):
                     stage.event(task, event)
                     self._log.event(task, event)
+                    if isinstance(event, Finished):
+                        finished(task)
         if unseen := open_tasks(self.runs):
             raise ClusterError(
                 f"{title}: {len(unseen)} result(s), {unseen[0][1].name} the first, cannot be read on this machine",

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from datm_ray.config import DatasetConfig, NetworkConfig, Role, RunConfig, network_names
 from datm_ray.errors import ConfigError
 from datm_ray.pipeline.runs import Runs
-from datm_ray.planning.fit import ALONE, DataShape, Layout, plans_of
+from datm_ray.planning.fit import ALONE, DataShape, Layout, network_cost, plans_of
 from datm_ray.runtime.executor import Executor, Task
-from datm_ray.stages.evaluate import result_location
+from datm_ray.stages.evaluate import result_location, work_of
 from datm_ray.stages.experts import experts_at_a_time, stacks
 
 DatasetTask = tuple[DatasetConfig, Task]
@@ -26,7 +26,9 @@ def expert_tasks(runs: Runs) -> list[DatasetTask]:
             last = min(stack[-1], config.experts.count - 1)
             name = f"expert {stack[0]}" if last == stack[0] else f"experts {stack[0]}-{last}"
             arguments = (config, runs.store_uri, stack)
-            task = Task(f"{name} of {group.key}", arguments, run=config.name, stage="experts")
+            steps = config.experts.epochs * (2 if config.experts.optimiser == "gsam" else 1)
+            work = len(stack) * steps * len(runs.raw(config).train) * _flop(runs, config)
+            task = Task(f"{name} of {group.key}", arguments, run=config.name, stage="experts", weight=work)
             tasks.append((config.dataset, task))
     return tasks
 
@@ -57,9 +59,17 @@ def distill_tasks(runs: Runs, executor: Executor | None = None) -> list[DatasetT
     for config in runs.unfinished():
         arguments = (config, runs.store_uri, runs.folder(config).uri, layout(runs, config, executor).sharing)
         size, fewer = config.workers_per_set, smaller_groups(runs, config)
-        task = Task(config.name, arguments, size, fewer, run=config.name, stage="distillation")
+        settings, images = config.distill, config.distill.ipc * runs.raw(config).classes
+        passes = settings.iterations * settings.student_steps * min(images, settings.batch_size)
+        work = passes * sum(_flop(runs, each) for each in config.each_backbone())
+        task = Task(config.name, arguments, size, fewer, run=config.name, stage="distillation", weight=work)
         tasks.append((config.dataset, task))
     return tasks
+
+
+def _flop(runs: Runs, config: RunConfig, network: NetworkConfig | None = None) -> float:
+    """Operations of one image in a forward pass through the backbone or another network."""
+    return network_cost(config.model_copy(update={"network": network or config.network}), runs.shape(config)).flop
 
 
 def smaller_groups(runs: Runs, config: RunConfig) -> tuple[int, ...]:
@@ -99,13 +109,15 @@ def evaluate_tasks(
     tasks: dict[str, DatasetTask] = {}
     everything = [(config, row, network) for config in runs.configs for row, network in scored_rows(config)]
     for config, row, network in sorted(everything, key=lambda each: each[1] == "full"):
+        raw = runs.raw(config)
+        work = work_of(config, row, network, raw.classes, len(raw.train), _flop(runs, config, network))
         for number in range(config.evaluate.seeds):
-            place = result_location(runs.out, config, runs.raw(config).fingerprint, row, number, network)
+            place = result_location(runs.out, config, raw.fingerprint, row, number, network)
             if not place.exists():
                 uris = (runs.store_uri, runs.folder(config).uri, place.uri)
-                arguments = (config, *uris, row, number, network)
                 name = f"{row_name(config, row, network)} {number}"
-                task = Task(name, arguments, run=config.name, stage="evaluation")
+                arguments = (config, *uris, row, number, network)
+                task = Task(name, arguments, run=config.name, stage="evaluation", weight=work)
                 tasks[place.uri] = (config.dataset, task)
     return list(tasks.values())
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from datm_ray.errors import ClusterError
+from datm_ray.runtime.stopping import Interrupted
 
 if TYPE_CHECKING:  # mesh imports this module, and needs no pydantic
     from datm_ray.config import ClusterConfig
@@ -26,7 +27,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress of a task: `done` of `total` steps."""
+    """Progress of a task: `done` of `total` steps. The first one of an attempt is where its speed is measured from."""
 
     done: int
     total: int
@@ -36,6 +37,22 @@ class Progress:
     """Measurements, by the names in `monitor/metrics.py`. Counters start from 0 in every attempt."""
     saved: bool = False
     """True if the work so far is saved, so that other workers can resume without loss."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a task does before its first step or between two steps, until its next `Progress`."""
+
+    text: str
+    """Text after the task's name, such as "compiling student steps"."""
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """End of a task that was asked to stop and has saved its work."""
+
+    saved: str
+    """What is saved, such as "iteration 21 of 60"."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +99,7 @@ class Note:
     text: str
 
 
-Event = Started | Progress | Finished | Lost | Failed | Resized | Note
+Event = Started | Phase | Progress | Stopped | Finished | Lost | Failed | Resized | Note
 
 
 @dataclass(frozen=True)
@@ -101,6 +118,8 @@ class Task:
     """Name of the run that the task belongs to."""
     stage: str = ""
     """Name of the stage: "experts", "distillation" or "evaluation"."""
+    weight: float = 1.0
+    """Expected work, above 0, in a unit that the tasks of a stage share."""
 
 
 @dataclass(frozen=True)
@@ -184,12 +203,21 @@ class SerialExecutor:
         instance = worker(*setup) if tasks else None
         for task in tasks:
             yield task, Started()
-            with explaining_memory():
+            with explaining_memory(), _naming(task):
                 for event in getattr(instance, method)(*task.arguments):
                     yield task, event
 
     def close(self) -> None:
         """Do nothing: this executor holds no resources."""
+
+
+@contextmanager
+def _naming(task: Task) -> Iterator[None]:
+    """Name the task in what its worker says it has saved."""
+    try:
+        yield
+    except Interrupted as end:
+        raise Interrupted(f"{task.name}: {end}" if str(end) else "") from None
 
 
 @contextmanager

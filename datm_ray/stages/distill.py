@@ -2,8 +2,8 @@
 
 The files of a run's folder, each written atomically:
     initial.arrow      the set before the first iteration
-    checkpoint.arrow   the whole state, replaced every `checkpoint_every` iterations and kept at the end; the images
-                       are in checkpoint/, see `checkpoint`
+    checkpoint.arrow   the whole state, replaced every `checkpoint_every` iterations and when the command is stopped,
+                       and kept at the end; the images are in checkpoint/, see `checkpoint`
     maps.arrow         with MetaDD: what its networks see in some images, before and after
     synthetic.arrow    the result; there only when the distillation is finished
     last-good.arrow    after too many diverged or skipped iterations in a row: the set of the last update
@@ -38,8 +38,9 @@ from datm_ray.monitor.logs import fields
 from datm_ray.monitor.provenance import provenance, workers_in_words
 from datm_ray.monitor.spent import Account, Spent
 from datm_ray.runtime.devices import Meter, prepare_device, to_device
-from datm_ray.runtime.executor import Event, Finished, Note, Progress, WorkerRank, require_precision
+from datm_ray.runtime.executor import Event, Finished, Note, Phase, Progress, WorkerRank, require_precision
 from datm_ray.runtime.mesh import Mesh, open_mesh
+from datm_ray.runtime.stopping import Interrupted, saving
 from datm_ray.stages.checkpoint import PARTS, load_checkpoint, read_computed, save_checkpoint
 from datm_ray.stages.initial import initial_set
 from datm_ray.stages.metadd import MetaNetworks
@@ -93,6 +94,7 @@ class DistillWorker:
         if (folder / SYNTHETIC).exists():
             yield Finished()
             return
+        yield Phase("preparing the networks")
         rows = len(config.roles) if worker_rank else 1
         columns = worker_rank.world_size // rows if worker_rank else 1
         with open_mesh(worker_rank, rows, columns, self._device, self._cluster.peer_timeout) as mesh:
@@ -112,6 +114,8 @@ class _Run:
         self._spent_before = read_cost(folder)
         self._fingerprints = [experts.group.key.fingerprint for experts in method.experts]
         self._computed = read_computed(folder)
+        self._saved_at = -1
+        """Iteration of the last checkpoint, or of the first images."""
         self._meta_networks = (
             None
             if config.metadd is None
@@ -125,31 +129,40 @@ class _Run:
         settings, meter = self._config.distill, Meter(self._device)
         yield from map(Note, self._method.notes)
         saved = self._saved_state()
+        if saved is None:
+            yield Phase("choosing the first images")
         state = saved or self._method.state(initial_set(self._part, self._method.experts[0]), settings)
+        yield Phase(self._method.preparation)
         self._mesh.until_all_are_done(self._method.prepare)
         if saved is None:
+            yield Phase("measuring the first matching losses")
             yield from map(Note, self._method.calibrate(state))
             self._save_set(state.synthetic, INITIAL)
         yield from self._computed_otherwise(state.iteration)
-        first = state.iteration
-        while state.iteration < settings.iterations:
-            began = time.monotonic()
-            try:
-                self._method.step(state, self._meta_term(state.iteration))
-            except (DivergenceError, ThresholdError):
-                self._keep_last_good(state)
-                raise
-            seconds = time.monotonic() - began
-            last = state.iteration == settings.iterations
-            if state.iteration % settings.validate_every == 0 or last:
-                state.record_validation(*self._validate(state.synthetic))
-            saves = state.iteration % settings.checkpoint_every == 0 or last
-            if saves:
+        first = self._saved_at = state.iteration
+        yield Progress(first, settings.iterations, metrics=self._mesh_metrics)
+        with saving() as is_asked:
+            if self._is_unvalidated(state):  # it was stopped before
+                yield from self._validated(state)
                 self._save_checkpoint(state)
-                _log.info("checkpoint saved %s", fields(run=self._config.name, iteration=state.iteration))
-            metrics = meter.measure() | self._measured(state, seconds)
-            metrics["datm_ray_distill_iterations_total"] = float(state.iteration - first)
-            yield Progress(state.iteration, settings.iterations, self._shown(state), metrics, saved=saves)
+            while state.iteration < settings.iterations:
+                self._stop_if(is_asked(), state)
+                began = time.monotonic()
+                try:
+                    self._method.step(state, self._meta_term(state.iteration))
+                except (DivergenceError, ThresholdError):
+                    self._keep_last_good(state)
+                    raise
+                seconds = time.monotonic() - began
+                if self._is_unvalidated(state):
+                    self._stop_if(is_asked(), state)
+                    yield from self._validated(state)
+                saves = state.iteration % settings.checkpoint_every == 0 or state.iteration == settings.iterations
+                if saves:
+                    self._save_checkpoint(state)
+                metrics = meter.measure() | self._measured(state, seconds)
+                metrics["datm_ray_distill_iterations_total"] = float(state.iteration - first)
+                yield Progress(state.iteration, settings.iterations, self._shown(state), metrics, saved=saves)
         final = state.chosen or state.synthetic
         if self._meta_networks is not None and (self._folder / INITIAL).exists():
             initial = read_artifact(self._folder / INITIAL).images[self._rows.first : self._rows.last]
@@ -158,6 +171,24 @@ class _Run:
         self._note_cost()
         self._save_set(final, SYNTHETIC)
         yield Finished({**self._method.counts(state), "chosen_at": state.chosen_at}, meter.measure())
+
+    def _stop_if(self, is_asked: bool, state: State[Any]) -> None:
+        """Save the state and raise `Interrupted` if any worker was asked to stop; all workers decide alike."""
+        if not self._mesh.sum_over_all(torch.tensor([float(is_asked)])):
+            return
+        if state.iteration != self._saved_at:
+            self._save_checkpoint(state)
+        raise Interrupted(f"iteration {state.iteration} of {self._config.distill.iterations}")
+
+    def _is_unvalidated(self, state: State[Any]) -> bool:
+        """True if the set is due for validation and was not validated yet."""
+        settings, done = self._config.distill, state.iteration
+        is_due = done > 0 and (done % settings.validate_every == 0 or done == settings.iterations)
+        return is_due and done not in (iteration for iteration, _ in state.validations[-1:])
+
+    def _validated(self, state: State[Any]) -> Iterator[Phase]:
+        yield Phase("validating the set")
+        state.record_validation(*self._validate(state.synthetic))
 
     def _computed_otherwise(self, iteration: int) -> Iterator[Note]:
         """Note how student steps are computed from here on, and say so where it was done otherwise before."""
@@ -197,7 +228,11 @@ class _Run:
             named = {"loss": meta.total, "variance": meta.variance, "invariance": meta.invariance}
             named |= {"position": meta.position, "feature_ratio": meta.ratio}
             metrics |= {f"datm_ray_metadd_{name}": value for name, value in named.items()}
-        return metrics | {"datm_ray_mesh_workers": float(self._mesh.rows * self._mesh.columns)}
+        return metrics | self._mesh_metrics
+
+    @property
+    def _mesh_metrics(self) -> dict[str, float]:
+        return {"datm_ray_mesh_workers": float(self._mesh.rows * self._mesh.columns)}
 
     def _shown(self, state: State[Any]) -> dict[str, float]:
         values = dict(self._method.shown(state))
@@ -269,6 +304,8 @@ class _Run:
     def _save_checkpoint(self, state: State[Any]) -> None:
         save_checkpoint(self._folder, state, self._rows, self._mesh, run_identity(self._config), self._computed)
         self._note_cost()
+        self._saved_at = state.iteration
+        _log.info("checkpoint saved %s", fields(run=self._config.name, iteration=state.iteration))
 
     def _note_cost(self) -> None:
         """Write down what all workers have spent, this time and before."""

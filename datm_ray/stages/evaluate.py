@@ -27,6 +27,7 @@ import dataclasses
 import logging
 import math
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -38,7 +39,7 @@ from datm_ray.core.networks.registry import build_network
 from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.scores import AugmentationRobust, LabelRobust, augmentation_robust, label_robust
 from datm_ray.core.synthetic import random_rows
-from datm_ray.core.training import Schedule, accuracy, train_to_end
+from datm_ray.core.training import Schedule, accuracy, train
 from datm_ray.data.dataset import Dataset
 from datm_ray.monitor.logs import fields
 from datm_ray.monitor.provenance import provenance
@@ -79,6 +80,12 @@ CONTROL_STEP_SIZES = (0.01, 0.03, 0.1)
 
 ADAMW_STEP_SIZES = (3e-4, 1e-3, 3e-3)
 """Candidate learning rates of AdamW, for every row."""
+
+REPORT_INTERVAL = 1.0
+"""Seconds between two reports of a network's epochs."""
+
+STEP_OVERHEAD = 3e7
+"""Operations of a forward pass that take as long as what a training step needs beside its images, on a CPU core."""
 
 ADAMW_WEIGHT_DECAY = 0.05
 """Weight decay of AdamW, a usual value for transformers."""
@@ -166,12 +173,20 @@ class EvaluateWorker:
         candidates = _candidates(schedule, step_size, is_its_own=network is None and row != "distilled-hard")
         tried = config if network is None else config.model_copy(update={"network": network})
         trials: list[_Trial] = []
+        epochs = len(candidates) * schedule.epochs
+        yield Progress(0, epochs)
+        reported = time.monotonic()
         for candidate in candidates:
             trial_schedule = dataclasses.replace(schedule, learning_rate=candidate)
-            trials.append(self._trial(tried, images, targets, trial_schedule, seed))
-            measured = trials[-1].validation_accuracy
+            fresh = self._network(tried, seed)
+            for epoch in train(fresh, images, targets, trial_schedule, seed):
+                if time.monotonic() - reported > REPORT_INTERVAL:
+                    yield Progress(len(trials) * schedule.epochs + epoch.number, epochs)
+                    reported = time.monotonic()
+            measured = self._validation_accuracy(fresh)
+            trials.append(_Trial(fresh, candidate, measured))
             metrics = meter.measure() | {"datm_ray_evaluate_validation_accuracy_ratio": measured}
-            yield Progress(len(trials), len(candidates), {"validation": measured}, metrics)
+            yield Progress(len(trials) * schedule.epochs, epochs, {"validation": measured}, metrics)
         chosen, tested, with_learned = self._tested(trials, learns=bool(step_size))
         spent = account.spent()
         result = {
@@ -228,18 +243,15 @@ class EvaluateWorker:
             self._experts[config.name] = ExpertNetworks(config, self._dataset, store_uri, self._device)
         return self._experts[config.name]
 
-    def _trial(self, config: RunConfig, images: Tensor, targets: Tensor, schedule: Schedule, seed: int) -> _Trial:
-        """Train a fresh network and score it on validation data."""
+    def _network(self, config: RunConfig, seed: int) -> nn.Module:
+        """Fresh network."""
         dataset = self._dataset
-        network = build_network(config.network.for_images(dataset.channels, dataset.size, dataset.classes), seed)
-        network.to(self._device)
-        train_to_end(network, images, targets, schedule, seed)
-        validation_accuracy = accuracy(
-            network,
-            to_device(dataset.validation_images, self._device),
-            to_device(dataset.validation_labels, self._device),
-        )
-        return _Trial(network, schedule.learning_rate, validation_accuracy)
+        spec = config.network.for_images(dataset.channels, dataset.size, dataset.classes)
+        return build_network(spec, seed).to(self._device)
+
+    def _validation_accuracy(self, network: nn.Module) -> float:
+        images = to_device(self._dataset.validation_images, self._device)
+        return accuracy(network, images, to_device(self._dataset.validation_labels, self._device))
 
 
 def _candidates(schedule: Schedule, learned: float | None, *, is_its_own: bool) -> tuple[float, ...]:
@@ -264,6 +276,23 @@ def _row_schedule(config: RunConfig, row: str) -> Schedule:
         epochs = config.evaluate.real_epochs
         schedule = dataclasses.replace(schedule, epochs=epochs, decay_epoch=(epochs + 1) // 2)
     return dataclasses.replace(schedule, augmentation="") if row in PLAIN else schedule
+
+
+def work_of(config: RunConfig, row: str, network: NetworkConfig | None, classes: int, real: int, flop: float) -> float:
+    """Expected work of training the networks of a row with one seed, in operations of forward passes.
+
+    Args:
+        network: scored network; `None` for the backbone.
+        classes: number of classes.
+        real: number of real training images.
+        flop: operations of one image in a forward pass through the network.
+    """
+    schedule = _row_schedule(config, row)
+    learned = 1.0 if row in DISTILLED and schedule.optimiser == "sgd" else None
+    tried = _candidates(schedule, learned, is_its_own=network is None and row != "distilled-hard")
+    images = real if row == "full" else config.distill.ipc * classes
+    steps = -(-images // schedule.batch_size)
+    return len(tried) * schedule.epochs * (images * flop + steps * STEP_OVERHEAD)
 
 
 @dataclass(frozen=True)
@@ -396,8 +425,7 @@ def _kind(network: NetworkConfig, config: RunConfig) -> str:
 
 def read_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[Score]:
     """Rows for which every seed is finished, in the table's order."""
-    found = {row: _read_all_seeds(out, config, dataset_fingerprint, row) for row in ROWS}
-    return [_score(row, results) for row, results in found.items() if results]
+    return [score for row in ROWS if (score := read_score(out, config, dataset_fingerprint, row))]
 
 
 @dataclass(frozen=True)
@@ -454,8 +482,16 @@ def read_fair_scores(out: Location, config: RunConfig, dataset_fingerprint: str)
 
 def read_fair_rows(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[Score]:
     """Rows of `FAIR_ROWS` for which every seed is finished; empty without `evaluate.fair`."""
-    found = {row: _read_all_seeds(out, config, dataset_fingerprint, row) for row in FAIR_ROWS if config.evaluate.fair}
-    return [_score(row, results) for row, results in found.items() if results]
+    rows = FAIR_ROWS if config.evaluate.fair else ()
+    return [score for row in rows if (score := read_score(out, config, dataset_fingerprint, row))]
+
+
+def read_score(
+    out: Location, config: RunConfig, dataset_fingerprint: str, row: str, network: NetworkConfig | None = None
+) -> Score | None:
+    """Score of a row; `None` if a seed is missing. Of another network it has the tuned step size."""
+    results = _read_all_seeds(out, config, dataset_fingerprint, row, network)
+    return _score(row, results) if results else None
 
 
 def _score(row: str, results: Sequence[_Result]) -> Score:

@@ -3,8 +3,8 @@
     <group>/progress/<first expert>-<stack size>-<hash of the kept epochs>/<first epoch>-<last epoch>-<writer>.arrow
 
 Each file holds some epochs of a whole stack: those that the trajectory keeps, and the state after the last one. A file
-is written at the end of an epoch, as often as `WRITE_SHARE` allows. At the end the trajectories are assembled from the
-files, one epoch at a time.
+is written at the end of an epoch, as often as `WRITE_SHARE` allows, and when the command is stopped. At the end the
+trajectories are assembled from the files, one epoch at a time.
 
 Two workers may train the same stack at the same time, such as a hung worker and its successor. Each writes under its
 own name and never touches the other's files. On CPUs both write the same numbers. On GPUs, whose sums may differ from
@@ -139,7 +139,9 @@ class ExpertProgress:
                 _to_numpy(state.buffers),
             )
         )
-        return self._maybe_write(state, last)
+        size = sum(epoch.parameters.nbytes for epoch in self._pending)
+        is_due = last or time.monotonic() > self._next_write or size > LARGEST_WRITE
+        return self.write(state) if is_due else iter(())
 
     def snapshots(self, expert: int) -> Iterator[Snapshot]:
         """Snapshots of one expert's kept epochs, in order."""
@@ -186,12 +188,12 @@ class ExpertProgress:
             if match and set(range(int(match[1]), int(match[1]) + int(match[2]))) <= stored:
                 _remove_folder(group.progress / name)
 
-    def _maybe_write(self, state: ExpertState, last: bool) -> Iterator[str]:
-        size = sum(epoch.parameters.nbytes for epoch in self._pending)
-        started = time.monotonic()
-        if not (last or started > self._next_write or size > LARGEST_WRITE):
+    def write(self, state: ExpertState) -> Iterator[str]:
+        """Write the epochs that were added since the last file. Yields a message if the disk is full."""
+        if not self._pending:
             return
-        yield from wait_for_disk_space(self._folder, 2 * size)
+        started = time.monotonic()
+        yield from wait_for_disk_space(self._folder, 2 * sum(epoch.parameters.nbytes for epoch in self._pending))
         # The state after the last epoch is needed to resume; other epochs only if the trajectory keeps them.
         rows = [epoch for epoch in self._pending[:-1] if epoch.number in self._kept] + self._pending[-1:]
         first, newest = self._pending[0].number, self._pending[-1].number

@@ -37,7 +37,8 @@ from datm_ray.errors import CorruptFileError, DivergenceError, StoreError
 from datm_ray.monitor.logs import fields
 from datm_ray.monitor.spent import Account, Spent, total
 from datm_ray.runtime.devices import Meter, prepare_device, to_device, uses_gpu
-from datm_ray.runtime.executor import Event, Finished, Note, Progress
+from datm_ray.runtime.executor import Event, Finished, Note, Phase, Progress
+from datm_ray.runtime.stopping import Interrupted, saving
 from datm_ray.stages.expert_progress import ExpertProgress, wait_for_disk_space
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.sealed import rejecting_nonsense
@@ -131,6 +132,7 @@ class ExpertWorker:
     def _train(
         self, config: RunConfig, group: ExpertGroup, experts: Sequence[int], progress: ExpertProgress, meter: Meter
     ) -> Iterator[Event]:
+        yield Phase(f"{'compiling and ' * self._cluster.compile}training the first epoch")
         dataset, settings = self._dataset, config.experts
         spec = config.network.for_images(dataset.channels, dataset.size, dataset.classes)
         seeds = [derive_seed(config.seed, Purpose.EXPERT, expert) for expert in experts]
@@ -145,23 +147,28 @@ class ExpertWorker:
         else:
             _log.info("experts resumed %s", fields(experts=f"{experts[0]}-{experts[-1]}", epoch=state.epoch))
         first, began = state.epoch, time.monotonic()
-        for losses in train_experts(functions, self._images, self._labels, settings, seeds, state):
-            seconds = time.monotonic() - began
-            _require_finite(losses, experts, state.epoch)
-            measured = self._accuracies(networks[0], state, settings)
-            for waiting in progress.add(state, losses.cpu(), measured, last=state.epoch == settings.epochs):
-                yield Note(waiting)
-            shown = {"loss": float(losses.mean())}
-            metrics = meter.measure() | {
-                "datm_ray_expert_epoch": float(state.epoch),
-                "datm_ray_expert_loss": shown["loss"],
-                "datm_ray_expert_images_per_second": len(experts) * len(self._labels) / seconds,
-                "datm_ray_expert_epochs_total": float(len(experts) * (state.epoch - first)),
-            }
-            if measured is not None:
-                shown["test_accuracy"] = metrics["datm_ray_expert_accuracy_ratio"] = float(measured.mean())
-            yield Progress(state.epoch, settings.epochs, shown, metrics)
-            began = time.monotonic()
+        with saving() as is_asked:
+            for losses in train_experts(functions, self._images, self._labels, settings, seeds, state):
+                seconds = time.monotonic() - began
+                _require_finite(losses, experts, state.epoch)
+                measured = self._accuracies(networks[0], state, settings)
+                for waiting in progress.add(state, losses.cpu(), measured, last=state.epoch == settings.epochs):
+                    yield Note(waiting)
+                shown = {"loss": float(losses.mean())}
+                metrics = meter.measure() | {
+                    "datm_ray_expert_epoch": float(state.epoch),
+                    "datm_ray_expert_loss": shown["loss"],
+                    "datm_ray_expert_images_per_second": len(experts) * len(self._labels) / seconds,
+                    "datm_ray_expert_epochs_total": float(len(experts) * (state.epoch - first)),
+                }
+                if measured is not None:
+                    shown["test_accuracy"] = metrics["datm_ray_expert_accuracy_ratio"] = float(measured.mean())
+                yield Progress(state.epoch, settings.epochs, shown, metrics)
+                if is_asked():
+                    for waiting in progress.write(state):
+                        yield Note(waiting)
+                    raise Interrupted(f"epoch {state.epoch} of {settings.epochs}")
+                began = time.monotonic()
 
     def _functions_for(self, spec: NetworkSpec, network: torch.nn.Module, stacked: int) -> ExpertFunctions:
         """Step of stacks of so many networks, which this worker compiles once for all its tasks."""

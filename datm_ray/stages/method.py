@@ -82,6 +82,11 @@ class Method(Protocol[AState]):
         """Settings and facts that decide how an iteration is rounded, such as precision; kept in checkpoints."""
         ...
 
+    @property
+    def preparation(self) -> str:
+        """What `prepare` does, such as "compiling student steps"."""
+        ...
+
     def prepare(self, heartbeat: Heartbeat) -> None:
         """Do once what takes long, such as compiling."""
         ...

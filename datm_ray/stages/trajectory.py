@@ -13,7 +13,7 @@ from datm_ray.core.synthetic import AllSum
 from datm_ray.core.training import Heartbeat
 from datm_ray.errors import StoreError, ThresholdError
 from datm_ray.methods.state import MetaTerm
-from datm_ray.methods.trajectory.calibration import MOST_TRIED, PAIRS, Measured, find_step_size, measure
+from datm_ray.methods.trajectory.calibration import PAIRS, Measured, find_step_size, measure
 from datm_ray.methods.trajectory.difficulty import draw_plan
 from datm_ray.methods.trajectory.distance import Distance
 from datm_ray.methods.trajectory.iteration import MOST_ABOVE, Distillation, Match, Origin
@@ -77,6 +77,7 @@ class TrajectoryMatching:
             for number in role.backbones
             for group in [self.experts[number].group]
         ]
+        self.preparation = f"{'compiling' if cluster.compile else 'preparing'} student steps"
         self.notes = sorted({each.note for each in steps.values()} - {""})
         first = next(iter(steps.values()), None)
         self.facts = {} if first is None else first.facts | ({"not_compiled_because": first.note} if first.note else {})
@@ -108,7 +109,6 @@ class TrajectoryMatching:
         given, threshold = self._part.config.distill.initial_step_size, self._part.config.distill.threshold
         pairs = self._pairs(state.iteration)
         if given is None:
-            yield f"finding the initial step size, in at most {PAIRS * MOST_TRIED} trials of the student"
             measured = self._search(state, pairs)
             state.synthetic.step_sizes.copy_(torch.tensor([each.step_size for each in measured]))
         else:

@@ -15,7 +15,8 @@ from datm_ray.core.augment import augment, draw_augmentation
 from datm_ray.core.networks.parameters import flatten
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.randomness import Purpose, generator
-from datm_ray.core.training import PROTOCOLS, Schedule, accuracy, predict_logits, train, train_to_end
+from datm_ray.core.training import PROTOCOLS, Schedule, accuracy, predict_logits, train
+from tests.conftest import train_to_end
 
 PLAIN = Schedule(epochs=3, batch_size=8, learning_rate=0.05)
 RICH = Schedule(5, 8, 0.05, momentum=0.9, weight_decay=1e-2, augmentation="crop_flip_scale", decay_epoch=3)
@@ -98,7 +99,7 @@ def test_adamw_equals_torchs() -> None:
     images, labels = make_data(1)  # AdamW's first step is the gradient's sign, so zeros must agree
     schedule = Schedule(2, 8, 0.01, weight_decay=0.5, optimiser="adamw", decay_epoch=1)
     network, slow = make_network(), make_network()
-    train_to_end(network, images, labels, schedule, seed=0)
+    train_to_end(network, images, labels, schedule, 0)
     for learning_rate in (0.01, 0.001):
         optimizer = torch.optim.AdamW(slow.parameters(), lr=learning_rate, weight_decay=0.5)
         torch.nn.functional.cross_entropy(slow(images), labels).backward()
@@ -119,8 +120,8 @@ def test_one_hot_soft_labels_train_as_hard_ones_do() -> None:
     """Logits whose softmax is one-hot train exactly like class numbers."""
     images, labels = make_data()
     hard, soft = make_network(), make_network()
-    train_to_end(hard, images, labels, RICH, seed=0)
-    train_to_end(soft, images, 100.0 * torch.nn.functional.one_hot(labels, 3), RICH, seed=0)
+    train_to_end(hard, images, labels, RICH, 0)
+    train_to_end(soft, images, 100.0 * torch.nn.functional.one_hot(labels, 3), RICH, 0)
     torch.testing.assert_close(flatten(soft), flatten(hard), rtol=1e-4, atol=1e-5)
 
 
@@ -154,7 +155,7 @@ def test_measuring_between_epochs_changes_nothing() -> None:
     for _ in train(watched, images, labels, RICH, seed=0):
         accuracy(watched, images, labels)
         assert watched.training
-    train_to_end(alone, images, labels, RICH, seed=0)
+    train_to_end(alone, images, labels, RICH, 0)
     assert torch.equal(flatten(watched), flatten(alone))
 
 
@@ -163,7 +164,7 @@ def test_a_separable_problem_is_learned() -> None:
     images, labels = make_data(90)
     network = make_network()
     before = accuracy(network, images[60:], labels[60:])
-    last = train_to_end(network, images[:60], labels[:60], Schedule(30, 8, 0.05, momentum=0.9), seed=0)
+    last = train_to_end(network, images[:60], labels[:60], Schedule(30, 8, 0.05, momentum=0.9), 0)
     assert before < 0.7
     assert accuracy(network, images[60:], labels[60:]) == 1
     assert last.number == 30

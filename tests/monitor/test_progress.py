@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 import re
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -15,7 +16,9 @@ import pytest
 from datm_ray.cli.ending import adapt_streams
 from datm_ray.monitor import progress as telemetry
 from datm_ray.monitor.progress import Reporter, Tracker
-from datm_ray.runtime.executor import Event, Failed, Finished, Lost, Note, Progress, Started, Task
+from datm_ray.runtime.executor import Event, Failed, Finished, Lost, Note, Phase, Progress, Started, Task
+
+ONE = Task("one", ())
 
 
 @pytest.fixture
@@ -24,9 +27,10 @@ def lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(telemetry, "LINE_INTERVAL", -1.0)
 
     def feed(*events: Event) -> list[str]:
-        with Reporter().stage("Distillation", 2) as stage:
+        task = Task("digits-ipc1", ())
+        with Reporter().stage("Distillation", [task, task]) as stage:
             for event in events:
-                stage.event(Task("digits-ipc1", ()), event)
+                stage.event(task, event)
         return capsys.readouterr().err.splitlines()
 
     return feed
@@ -58,8 +62,8 @@ def test_what_was_not_measured_is_left_out(lines) -> None:
 
 def ends(speed: Callable[[float], float], *, workers: int = 3, tasks: int = 12, steps: int = 20) -> list[float]:
     """Ends that a tracker predicts every 30 s, then the true one, for tasks at `speed` steps a second each."""
-    tracker, now, line, foreseen = Tracker(tasks, 0.0), 0.0, 30.0, []
     queue, done = [Task(f"task {number}", ()) for number in range(tasks)], {}
+    tracker, now, line, foreseen = Tracker(queue, 0.0), 0.0, 30.0, []
     while queue or done:
         while queue and len(done) < workers:
             done[queue.pop(0)] = 0.0
@@ -99,15 +103,15 @@ def test_a_finished_task_is_logged_with_the_seconds_since_its_start(
     """The seconds include compiling, although the speed does not."""
     clock = iter([0.0, 0.0, 60.0, 70.0])
     monkeypatch.setattr(telemetry, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    with caplog.at_level(logging.INFO, "datm_ray"), Reporter(quiet=True).stage("Experts", 1) as stage:
+    with caplog.at_level(logging.INFO, "datm_ray"), Reporter(quiet=True).stage("Experts", [ONE]) as stage:
         for event in (Started(), Progress(1, 100), Finished()):
-            stage.event(Task("one", ()), event)
+            stage.event(ONE, event)
     assert "task finished task=one seconds=70" in caplog.messages
 
 
 def test_compiling_before_the_first_step_does_not_spoil_the_time_left() -> None:
     """A minute of compiling before steps of a tenth of a second is forgotten at once."""
-    tracker, task = Tracker(1, 0.0), Task("one", ())
+    tracker, task = Tracker([ONE], 0.0), ONE
     tracker.take(task, Started(), 0.0)
     for done in range(1, 51):
         tracker.take(task, Progress(done, 500), 60 + 0.1 * done)
@@ -116,7 +120,7 @@ def test_compiling_before_the_first_step_does_not_spoil_the_time_left() -> None:
 
 def test_what_a_resumed_task_brings_along_is_no_progress() -> None:
     """A task resumed at three quarters is predicted by its own new steps, also after a loss."""
-    tracker, task = Tracker(2, 0.0), Task("one", ())
+    tracker, task = Tracker([ONE, Task("other", ())], 0.0), ONE
     for now, event in ((0.0, Started()), (10.0, Progress(751, 1000)), (20.0, Progress(752, 1000))):
         tracker.take(task, event, now)
     assert tracker.seconds_left(20.0) == pytest.approx(10 * (248 + 1000), rel=0.01)
@@ -131,14 +135,18 @@ def test_a_line_says_who_runs_how_long_and_who_is_slowest(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The slowest task ends last at its own speed; a task without reports counts as running."""
-    clock = iter([0.0, 0.0, 0.0, 0.0, 0.0, 100.0, 100.0, 200.0, 36200.0])
+    clock = iter([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 100.0, 100.0, 200.0, 36200.0])
     monkeypatch.setattr(telemetry, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    with Reporter().stage("Experts", 5) as stage:
+    names = ("fast", "slow", "late", "last", "fifth")
+    with Reporter().stage("Experts", [Task(name, ()) for name in names]) as stage:
         for name, event in (
             ("fast", Started()),
             ("slow", Started()),
             ("late", Started()),
             ("last", Started()),
+            ("fast", Progress(0, 2)),
+            ("slow", Progress(0, 4)),
+            ("late", Progress(0, 2)),
             ("fast", Progress(1, 2)),
             ("slow", Progress(1, 4)),
             ("late", Progress(1, 2)),
@@ -148,9 +156,91 @@ def test_a_line_says_who_runs_how_long_and_who_is_slowest(
     assert capsys.readouterr().err.splitlines() == [
         "Experts: 5 tasks to run",
         "Experts: 0/5 tasks done, 4 running, about 15 min left, slowest at 1/2: fast",
-        "Experts: 0/5 tasks done, 4 running, about 11 min left, slowest at 1/4: slow",
-        "Experts: 1/5 tasks done, 3 running, about 30.2 h left, slowest at 1/4: slow",
+        "Experts: 0/5 tasks done, 4 running, about 11 min left, slowest at 1/4: slow, no step for 100 s",
+        "Experts: 1/5 tasks done, 3 running, about 26.6 h left, slowest at 1/4: slow, no step for 36100 s",
     ]
+
+
+def unequal(weights: dict[str, float], workers: int = 2) -> dict[float, float]:
+    """Seconds left that a tracker predicts every 10 s for tasks of these many seconds, by time; the end has 0."""
+    queue, running, now, left = [Task(name, (), weight=each) for name, each in weights.items()], {}, 0.0, {}
+    tracker = Tracker(queue, 0.0)
+    while queue or running:
+        while queue and len(running) < workers:
+            task = queue.pop(0)
+            running[task] = 0.0
+            for event in (Started(), Progress(0, 20)):
+                tracker.take(task, event, now)
+        now += 1.0
+        for task, done in list(running.items()):
+            running[task] = step = done + 20 / task.weight
+            if step >= 20:
+                del running[task]
+                tracker.take(task, Finished(), now)
+            elif int(step) > int(done):
+                tracker.take(task, Progress(int(step), 20), now)
+        if now % 10 == 0:
+            left[now] = tracker.seconds_left(now)
+    return {**left, now: 0.0}
+
+
+def test_the_time_left_weighs_tasks_by_their_work() -> None:
+    """Fifteen short networks and six long ones at the end are predicted within a tenth of the whole time."""
+    left = unequal({f"short {n}": 20.0 for n in range(15)} | {f"long {n}": 200.0 for n in range(6)})
+    end = max(left)
+    assert all(abs(now + each - end) < 0.1 * end for now, each in left.items() if now >= 20), (left, end)
+
+
+def test_the_time_left_grows_while_a_step_is_overdue() -> None:
+    """An estimate counts down until the next step is due, and grows from then on."""
+    tracker = Tracker([ONE], 0.0)
+    for done in range(6):
+        tracker.take(ONE, Progress(done, 10), 10.0 * done)
+    left = [tracker.seconds_left(now) for now in (50.0, 55.0, 60.0, 120.0, 600.0)]
+    assert left[:3] == pytest.approx([50.0, 45.0, 40.0])
+    assert left[3] > 60
+    assert left[4] > 300
+
+
+def test_a_line_comes_also_while_nothing_progresses(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a task does is printed at once and every 30 seconds, with the task's name and since when."""
+    clock = iter([0.0, 0.0, 1.0, 2.0, 20.0, 40.0, 41.0, 75.0, 76.0, 140.0])
+    monkeypatch.setattr(telemetry, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    other = Task("other", ())
+    with Reporter().stage("Distillation", [ONE, other]) as stage:
+        stage.event(ONE, Started())
+        stage.event(ONE, Phase("starting 2 workers"))
+        stage.event(ONE, Phase("compiling student steps"))
+        stage.tick()
+        stage.tick()
+        stage.event(other, Phase("compiling student steps"))
+        stage.tick()
+        stage.event(ONE, Progress(0, 60))
+        stage.tick()
+    assert capsys.readouterr().err.splitlines() == [
+        "Distillation: 2 tasks to run",
+        "one: starting 2 workers ...",
+        "one: compiling student steps ...",
+        "Distillation: 0/2 tasks done, 1 running, slowest: one, compiling student steps for 38 s",
+        "Distillation: 0/2 tasks done, 2 running, slowest: one, compiling student steps for 73 s",
+        "Distillation: 0/2 tasks done, 2 running, slowest at 0/60: one, no step for 64 s",
+    ]
+
+
+def test_a_thread_prints_the_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lines come while the process that drives the run waits for an event."""
+    monkeypatch.setattr(telemetry, "TICK", 0.01)
+    monkeypatch.setattr(telemetry, "LINE_INTERVAL", 0.05)
+    shown = ""
+    with Reporter().stage("Distillation", [ONE]) as stage:
+        stage.event(ONE, Started())
+        end = time.monotonic() + 10
+        while "1 running" not in shown and time.monotonic() < end:
+            time.sleep(0.01)
+            shown += capsys.readouterr().err
+    assert "Distillation: 0/1 tasks done, 1 running, slowest: one" in shown
 
 
 def test_losses_notes_and_ends_are_always_printed(lines, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +272,7 @@ def test_bars_show_names_as_they_are_on_any_terminal(encoding: str, monkeypatch:
     monkeypatch.setattr("sys.stderr", terminal)
     adapt_streams()
     task = Task("[bold] a=b [/x] {c}", ())
-    with Reporter().stage("[red] stage", 2) as stage:
+    with Reporter().stage("[red] stage", [task, task]) as stage:
         for event in (Progress(1, 3, {"loss": 0.5}), Note("caf\udce9 ± [/y]"), Finished()):
             stage.event(task, event)
     terminal.flush()

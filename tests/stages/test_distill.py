@@ -24,6 +24,7 @@ from datm_ray.pipeline import Pipeline
 from datm_ray.recipes import get_recipe
 from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, SerialExecutor, WorkerRank
 from datm_ray.runtime.mesh import Alone
+from datm_ray.runtime.stopping import Interrupted, ask
 from datm_ray.stages import checkpoint
 from datm_ray.stages.checkpoint import Rows, load_checkpoint, read_computed, read_curves, save_checkpoint
 from datm_ray.stages.distill import SYNTHETIC, DistillWorker
@@ -51,6 +52,21 @@ def as_rank(config_file: str, out: str, worker_rank: WorkerRank, stop_at: int | 
     for event in worker.distill(*arguments, worker_rank=worker_rank if worker_rank.world_size > 1 else None):
         if isinstance(event, Progress) and event.done == stop_at:
             break
+
+
+def as_asked_rank(config_file: str, out: str, worker_rank: WorkerRank) -> str:
+    """One process of a mesh whose rank 1 alone is asked to stop, after iteration 3. Returns what was saved."""
+    torch.set_num_threads(1)
+    config = get_recipe(config_file)
+    pipeline = Pipeline([config], out)
+    worker = DistillWorker(pipeline.runs.dataset(config.dataset), config.cluster)
+    try:
+        for event in worker.distill(config, pipeline.store_uri, str(Path(out, "tiny")), worker_rank=worker_rank):
+            if isinstance(event, Progress) and event.done == 3 and worker_rank.rank == 1:
+                assert ask()
+    except Interrupted as end:
+        return str(end)
+    return ""
 
 
 def distil(config: RunConfig, out: Path, size: int, stop_at: int | None = None, elsewhere: Path | None = None) -> None:
@@ -108,6 +124,21 @@ def test_shards_learn_what_one_process_learns(shards: int, reference: Path, tmp_
     """Two even shards and four uneven ones learn what one process learns."""
     out = with_experts_of(reference, tmp_path)
     distil(tiny_config(*SET, f"cluster.shards={shards}"), out, shards)
+    assert_equal_but_for_rounding(learned(out), learned(reference))
+
+
+def test_all_workers_of_a_mesh_save_the_same_iteration_if_one_is_asked_to_stop(reference: Path, tmp_path: Path) -> None:
+    """A request to rank 1 has both ranks save iteration 3, although no checkpoint was due; one process resumes it."""
+    out, settings = with_experts_of(reference, tmp_path), ("distill.ipc=2", "distill.batch_size=7")
+    file = out / "config.yaml"
+    file.write_text(to_yaml(tiny_config(*settings, "cluster.shards=2")))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        rendezvous = f"127.0.0.1:{free.getsockname()[1]}"
+    ranks = [(str(file), str(out), WorkerRank(rank, 2, rendezvous)) for rank in range(2)]
+    assert [call.result() for call in side_by_side(as_asked_rank, ranks)] == ["iteration 3 of 6"] * 2
+    assert parts(out / "tiny") == ["00000003-0-10.arrow", "00000003-10-20.arrow"]
+    distil(tiny_config(*settings), out, 1)
     assert_equal_but_for_rounding(learned(out), learned(reference))
 
 

@@ -16,6 +16,7 @@ from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.report import RunSummary, fair_table, networks_table, write_report, write_summary
 from datm_ray.runtime.executor import Finished, SerialExecutor
+from datm_ray.stages import evaluate
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.evaluate import (
     ADAMW_STEP_SIZES,
@@ -25,7 +26,6 @@ from datm_ray.stages.evaluate import (
     ON_OTHERS,
     ROWS,
     EvaluateWorker,
-    _Trial,
     read_fair_rows,
     read_fair_scores,
     read_network_scores,
@@ -47,13 +47,15 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateWorker:
     config = tiny_config()
     dataset = Pipeline([config], str(tmp_path)).runs.dataset(config.dataset)
     worker = EvaluateWorker(dataset, config.cluster)
-    network = torch.nn.Identity()
+    validated: list[float] = []
 
-    def trial(_: Any, __: Any, ___: Any, schedule: Any, ____: Any) -> _Trial:
+    def trained(_: Any, __: Any, ___: Any, schedule: Any, ____: Any) -> tuple[()]:
         accuracies = VALIDATION if schedule.optimiser == "sgd" else WITH_ADAMW
-        return _Trial(network, schedule.learning_rate, accuracies[schedule.learning_rate])
+        validated.append(accuracies[schedule.learning_rate])
+        return ()
 
-    monkeypatch.setattr(worker, "_trial", trial)
+    monkeypatch.setattr(evaluate, "train", trained)
+    monkeypatch.setattr(worker, "_validation_accuracy", lambda _: validated[-1])
     monkeypatch.setattr(worker, "_test_accuracy", lambda trial: {**TEST, **WITH_ADAMW}[trial.step_size])
     images = torch.zeros(1, 1, 8, 8)
     monkeypatch.setattr(worker, "_training_set", lambda *_: (images, images, LEARNED))
@@ -233,11 +235,11 @@ def test_rows_are_trained_as_their_names_say(tmp_path: Path, monkeypatch: pytest
     save_artifact(folder / SYNTHETIC, synthetic, dataset.transform, dataset.class_names, run_identity(config), {})
     worker, seen = EvaluateWorker(dataset, config.cluster), {}
 
-    def trial(_: Any, images: torch.Tensor, targets: torch.Tensor, schedule: Any, __: Any) -> _Trial:
+    def trained(_: Any, images: torch.Tensor, targets: torch.Tensor, schedule: Any, __: Any) -> tuple[()]:
         seen[row] = (len(images), targets.is_floating_point(), schedule.augmentation)
-        return _Trial(torch.nn.Identity(), schedule.learning_rate, 0.5)
+        return ()
 
-    monkeypatch.setattr(worker, "_trial", trial)
+    monkeypatch.setattr(evaluate, "train", trained)
     monkeypatch.setattr(worker, "_test_accuracy", lambda _: 0.5)
     for row in (*ROWS, *FAIR_ROWS):
         list(worker.evaluate(config, pipeline.store_uri, folder.uri, str(tmp_path / "result.json"), row, 0))

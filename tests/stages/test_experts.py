@@ -269,7 +269,7 @@ def test_a_command_that_finds_its_experts_stored_ends_well(
     assert group.progress.list() == []
 
 
-@pytest.mark.parametrize("method", ["_chain", "_read", "_maybe_write"])
+@pytest.mark.parametrize("method", ["_chain", "_read", "write"])
 def test_progress_that_another_command_clears_up_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:

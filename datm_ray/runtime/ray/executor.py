@@ -20,19 +20,33 @@ from ray.exceptions import ActorUnschedulableError, RayError, RaySystemError
 from datm_ray.config import ClusterConfig
 from datm_ray.errors import ClusterError, ConfigError, DatmError, WorkerLostError
 from datm_ray.monitor.logs import accept
-from datm_ray.runtime.executor import Event, Failed, Finished, Lost, Note, Progress, Resized, Started, Task, counted
+from datm_ray.runtime.executor import (
+    Event,
+    Failed,
+    Finished,
+    Lost,
+    Note,
+    Phase,
+    Progress,
+    Resized,
+    Started,
+    Stopped,
+    Task,
+    counted,
+)
 from datm_ray.runtime.ray.cluster import ClusterNodes, connect, first_line, with_gpus
 from datm_ray.runtime.ray.metrics import RayMetrics
 from datm_ray.runtime.ray.worker_groups import LOSSES, WorkerGroup, reason, root_cause, unwrapped
 from datm_ray.runtime.recovery import History, grown, size_for
+from datm_ray.runtime.stopping import SAVE_TIMEOUT, Interrupted, saving
 
 PLACEMENT_TIMEOUT = 60.0
 """Seconds to wait for a group's resources, or `cluster.peer_timeout` or `cluster.wait_for_nodes` if longer. Stopped
 workers free theirs after moments; an autoscaler needs minutes."""
 WAIT_LOG_DELAY = 15.0
 """Seconds to wait for a group's resources before the wait is logged."""
-POLL_INTERVAL = 0.2
-"""Seconds between two checks of groups that wait for their resources."""
+POLL_INTERVAL, EVENT_INTERVAL = 0.2, 1.0
+"""Seconds to wait for an event, while groups wait for their resources and otherwise."""
 GROWTH_PAUSE = 600.0
 """Seconds for which a task does not try to grow again, after resources for it did not become free."""
 HEARTBEAT_INTERVAL = 5.0
@@ -170,13 +184,31 @@ class _Stage:
 
     def events(self) -> Iterator[tuple[Task, Event]]:
         """Events of all tasks, until all are finished, or one failed and the running ones are finished."""
-        while self._running or (self._queue and not self._failure):
-            yield from self._assign_groups()
-            yield from self._start_groups()
-            yield from self._next_events()
-            yield from self._check_heartbeats()
-        if self._failure:
-            raise self._failure
+        with saving() as is_asked:
+            while self._running or (self._queue and not self._failure):
+                if is_asked():
+                    yield from self._save_and_stop()
+                yield from self._assign_groups()
+                yield from self._start_groups()
+                yield from self._next_events()
+                yield from self._check_heartbeats()
+            if self._failure:
+                raise self._failure
+
+    def _save_and_stop(self) -> Iterator[tuple[Task, Event]]:
+        """Have the workers save their work, wait for those that can, and raise `Interrupted`."""
+        saved, at_work = [], [current for current in self._running if current.streams and current.group.saves()]
+        for current in [each for each in self._running if each not in at_work]:
+            self._running.remove(current)
+            current.group.stop()
+        for current in at_work:
+            yield current.queued.task, Note(f"saving, which may take up to {SAVE_TIMEOUT:.0f} s")
+        end = time.monotonic() + SAVE_TIMEOUT
+        while self._running and time.monotonic() < end:
+            for task, event in self._next_events():
+                saved += [f"{task.name}: {event.saved}"] if isinstance(event, Stopped) else []
+                yield task, event
+        raise Interrupted("; ".join(saved))
 
     def close(self) -> None:
         """Stop all groups."""
@@ -266,6 +298,7 @@ class _Stage:
         """Start a group's actors and submit its task. Yields `Started`, or `Lost` if Ray cannot start the actors."""
         try:
             if not current.group.actors:
+                yield current.queued.task, Phase(f"starting {counted(current.group.size, 'worker')}")
                 current.group.start(self._worker, self._setup, self._cluster)
             current.streams = current.group.submit(current.queued.task, self._method)
             yield current.queued.task, Started(current.group.size)
@@ -300,7 +333,7 @@ class _Stage:
     def _next_events(self) -> Iterator[tuple[Task, Event]]:
         """Wait briefly for the next events and handle them."""
         streams = [(current, rank, stream) for current in self._running for rank, stream in current.streams.items()]
-        wait = HEARTBEAT_INTERVAL if all(current.streams for current in self._running) else POLL_INTERVAL
+        wait = EVENT_INTERVAL if all(current.streams for current in self._running) else POLL_INTERVAL
         if not streams:
             time.sleep(wait if self._running else 0)
             return
@@ -342,7 +375,7 @@ class _Stage:
             self._requeue(current)
             while self._idle:  # they may have been on the lost node, and replacing them is cheap
                 self._idle.pop().stop()
-        elif isinstance(event, Finished):
+        elif isinstance(event, Finished | Stopped):
             self._running.remove(current)
             self._idle.append(current.group)
         elif isinstance(event, Progress):

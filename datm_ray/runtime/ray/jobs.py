@@ -24,6 +24,7 @@ from datm_ray.config import RunConfig, to_yaml
 from datm_ray.errors import ClusterError, ConfigError, JobLostError, JobNotFoundError, JobUnreachableError
 from datm_ray.runtime.ray.cluster import first_line
 from datm_ray.runtime.ray.dashboard import Dashboard, masked
+from datm_ray.runtime.stopping import SAVE_TIMEOUT
 from datm_ray.store.files.filesystem import open_location
 
 AGENT_TIMEOUT = 60.0
@@ -38,6 +39,8 @@ PENDING_REPORTED = 15.0
 """Seconds after which a line reports that a job has not started."""
 LAST_LINES_TIMEOUT = 30.0
 """Seconds to wait for the log of a job that has ended."""
+STOP_MARGIN = 15.0
+"""Seconds that a stopped job has beyond the time for saving its work."""
 _NUMBER = re.compile(r"\w[\w.+-]*")
 _NOT_FOUND = re.compile(r"status code 404: Job .* does not exist")
 _CREDENTIALS = re.compile(r"://[^/\s]*@")
@@ -114,7 +117,11 @@ class Jobs:
             if place is not None:
                 _require_reachable(name, place)
         self._require_nobody_at_work(out)
-        environment: dict[str, object] = {"py_modules": [str(Path(__file__).parents[2])]}
+        environment: dict[str, object] = {
+            "py_modules": [str(Path(__file__).parents[2])],
+            # Ray kills a stopped job after 3 seconds, in which no worker has saved its work.
+            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": f"{SAVE_TIMEOUT + STOP_MARGIN:.0f}"},
+        }
         if requirements is not None:
             environment["pip"] = _requirements(requirements)
         files = [f"{number}-{config.name}.yaml" for number, config in enumerate(configs)]

@@ -34,7 +34,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from datm_ray.config import ClusterConfig
 from datm_ray.errors import DatmError, PeerLostError, WorkerLostError
 from datm_ray.monitor.logs import Collector, accept
-from datm_ray.runtime.executor import Task, WorkerRank, explaining_memory
+from datm_ray.runtime import stopping
+from datm_ray.runtime.executor import Stopped, Task, WorkerRank, explaining_memory
 from datm_ray.runtime.ray.cluster import first_line, worker_resources
 from datm_ray.runtime.recovery import is_silent
 
@@ -45,6 +46,8 @@ LONGEST_START = 900.0
 packages first."""
 SHORTEST_SILENCE = 30.0
 """Seconds without a heartbeat during which no worker is declared lost, however short `cluster.peer_timeout` is."""
+ANSWER_TIMEOUT = 5.0
+"""Seconds to wait for workers to say whether they save their work. Workers that are starting say nothing."""
 HEARTBEAT = "heartbeat"
 """Name of the concurrency group of an actor whose thread answers heartbeats while the worker is busy."""
 
@@ -82,6 +85,10 @@ class _Host:
         """Return new log records at once. No answer means that the process hangs or its node is unreachable."""
         return self._log.take()
 
+    def stop(self) -> bool:
+        """Ask the worker to save its work and to stop. Returns False if it is at nothing that it can save."""
+        return stopping.ask()
+
     def rendezvous(self, *_others: None) -> str:
         """Return a free "host:port" for rank 0. The unused arguments make Ray wait until every worker is ready."""
         with socket.create_server(("", 0)) as server:
@@ -98,6 +105,9 @@ class _Host:
                 for event in getattr(self._worker, method)(*arguments, **worker_rank):
                     yield from self._records()
                     yield event
+        except stopping.Interrupted as end:
+            yield from self._records()
+            yield Stopped(str(end))
         except Exception:
             yield from self._records()
             raise
@@ -191,6 +201,15 @@ class WorkerGroup:
                 request = actor.heartbeat.options(concurrency_group=HEARTBEAT).remote(), now
             self.unanswered[rank] = request
         return None
+
+    def saves(self) -> bool:
+        """Ask all workers to save their work and to stop. Returns True if any will."""
+        asked = [actor.stop.options(concurrency_group=HEARTBEAT).remote() for actor in self.actors]
+        answered, _ = ray.wait(asked, num_returns=len(asked), timeout=ANSWER_TIMEOUT) if asked else ([], [])
+        try:
+            return any(ray.get(answered))
+        except RayError:  # one has died, and the others lose their peer
+            return False
 
     def stop(self) -> None:
         """Kill the actors and free their resources."""

@@ -350,7 +350,7 @@ def test_a_status_shows_losses_progress_and_the_last_line(
     monkeypatch.setattr("datm_ray.monitor.progress.LINE_INTERVAL", 0.0)
     reporter, task = Reporter(), Task("digits-ipc1", ())
     reporter.message("Running on Ray, up to 2 workers with 1 thread each")
-    with reporter.stage("Distillation", 1) as stage:
+    with reporter.stage("Distillation", [task]) as stage:
         for event in (
             Progress(1, 300, {"loss": 1.5}),
             Lost("its node died", 1),
@@ -400,9 +400,10 @@ def test_a_status_is_the_same_with_the_log(capsys: pytest.CaptureFixture[str], m
     """A job submitted with -v has its losses and progress in log lines."""
     monkeypatch.setattr("datm_ray.monitor.progress.LINE_INTERVAL", 0.0)
     logs.show(1)
-    with Reporter().stage("Distillation", 1) as stage:
+    task = Task("tiny", ())
+    with Reporter().stage("Distillation", [task]) as stage:
         for event in (Started(), Lost("its node died", 1), Started(), Progress(120, 300, {"loss": 0.41})):
-            stage.event(Task("tiny", ()), event)
+            stage.event(task, event)
     logs.show(0)
     found = highlights(capsys.readouterr().err, "")
     assert found["lost"].startswith("1 worker(s), the last time: 2")

@@ -1,0 +1,212 @@
+"""Tests stopping by Ctrl-C and SIGTERM: what was computed is saved, and the resumed run has the same bits."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from datm_ray.artifact import load
+from datm_ray.config import RunConfig, to_yaml
+from datm_ray.monitor.progress import Reporter
+from datm_ray.pipeline import Pipeline
+from datm_ray.runtime import stopping
+from datm_ray.runtime.executor import Event, Progress, SerialExecutor, Task
+from datm_ray.runtime.stopping import Interrupted, by_signals, saving
+from datm_ray.stages import expert_progress
+from datm_ray.stages.checkpoint import CHECKPOINT, KIND, read_curves
+from datm_ray.stages.trajectory import TrajectoryMatching
+from datm_ray.store.files.filesystem import open_location
+from datm_ray.store.tensors import read_tensors
+from tests.conftest import actor_processes, tiny_config
+
+QUIET = Reporter(quiet=True)
+
+
+def test_only_work_that_saves_itself_takes_a_request_and_only_one() -> None:
+    """A request outside of such work is refused; a second one too; nothing is left of it afterwards."""
+    assert not stopping.ask()
+    answers = []
+
+    def work() -> None:
+        with saving() as is_asked:
+            answers.extend([is_asked(), stopping.ask(), is_asked(), stopping.ask()])
+
+    with pytest.raises(Interrupted):
+        work()
+    assert answers == [False, True, True, False]
+    with saving() as is_asked:
+        assert not is_asked()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_ask_once_and_then_end(number: signal.Signals, code: int) -> None:
+    """The first signal asks, the second ends; where nothing can be saved the first one ends. Handlers are restored."""
+    before = signal.getsignal(number)
+    messages: list[str] = []
+    with pytest.raises(Interrupted) as end, by_signals(messages.append):
+        signal.raise_signal(number)
+    assert (end.value.exit_code, messages) == (code, [])
+    steps = []
+
+    def work() -> None:
+        with by_signals(messages.append), saving() as is_asked:
+            for _ in range(3):
+                signal.raise_signal(number)
+                steps.append(is_asked())
+
+    with pytest.raises(Interrupted) as end:
+        work()
+    assert (end.value.exit_code, steps, len(messages)) == (code, [True], 1)
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """A command started in the background of a shell without job control is not ended by Ctrl-C for others."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with by_signals(print):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class AskedAfter(SerialExecutor):
+    """A serial executor whose work is asked to stop after one event."""
+
+    def __init__(self, config: RunConfig, is_it: Callable[[Task, Event], bool]) -> None:
+        super().__init__(config.cluster)
+        self._is_it = is_it
+
+    def run(self, *arguments: Any) -> Iterator[tuple[Task, Event]]:
+        for task, event in super().run(*arguments):
+            if self._is_it(task, event):
+                assert stopping.ask()
+            yield task, event
+
+
+def after(stage: str, done: int) -> Callable[[Task, Event], bool]:
+    return lambda task, event: task.stage == stage and isinstance(event, Progress) and event.done == done
+
+
+@pytest.mark.parametrize("moment", ["between two iterations", "before a validation", "before the last validation"])
+def test_a_distillation_that_is_stopped_saves_its_iteration_and_resumes_to_the_same_bits(
+    moment: str, tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No iteration is lost between checkpoints; a validation that was due is made when it resumes."""
+    config, stop_at = tiny_config(), {"between two iterations": 5, "before a validation": 3}.get(moment, 6)
+    shutil.copytree(finished_run / "experts", tmp_path / "experts")
+    pipeline, step = Pipeline([config], str(tmp_path)), TrajectoryMatching.step
+
+    def asked_meanwhile(self: TrajectoryMatching, state: Any, meta: Any) -> None:
+        step(self, state, meta)
+        if state.iteration == stop_at:
+            stopping.ask()
+
+    if stop_at != 5:
+        monkeypatch.setattr(TrajectoryMatching, "step", asked_meanwhile)
+    with pytest.raises(Interrupted, match=f"^tiny: iteration {stop_at} of 6$"):
+        pipeline.distill(lambda: AskedAfter(config, after("distillation", 5 if stop_at == 5 else -1)), QUIET)
+    folder = open_location(str(tmp_path / "tiny"))
+    assert read_tensors(folder / CHECKPOINT, kind=KIND).metadata["iteration"] == stop_at
+    monkeypatch.undo()
+    pipeline.distill(lambda: SerialExecutor(config.cluster), QUIET)
+    resumed, whole = (load(str(out / "tiny/synthetic.arrow")) for out in (tmp_path, finished_run))
+    assert torch.equal(resumed.images, whole.images)
+    assert torch.equal(resumed.soft_labels, whole.soft_labels)
+    assert resumed.step_sizes == whole.step_sizes
+    curves = [read_curves(open_location(str(out / "tiny"))) for out in (tmp_path, finished_run)]
+    assert curves[0].keys() == curves[1].keys()
+    for name, values in curves[0].items():
+        assert values.tolist() == curves[1][name].tolist(), name
+
+
+def test_experts_that_are_stopped_save_their_epoch_and_resume_to_the_same_bits(
+    tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stack that would write seldom writes the epoch after which it stops."""
+    monkeypatch.setattr(expert_progress, "WRITE_SHARE", 1e-9)
+    config = tiny_config()
+    pipeline = Pipeline([config], str(tmp_path))
+    with pytest.raises(Interrupted, match=r"^experts 0-1 of .*: epoch 3 of 5$"):
+        pipeline.run_all(lambda: AskedAfter(config, after("experts", 3)), QUIET)
+    epochs = []
+
+    def note(_: Task, event: Event) -> bool:
+        epochs.extend([event.done] if isinstance(event, Progress) else [])
+        return False
+
+    pipeline.train_experts(lambda: AskedAfter(config, note), QUIET)
+    assert epochs == [4, 5]
+    stored = [sorted(out.rglob("expert-*.arrow")) for out in (tmp_path, finished_run / "experts")]
+    assert [path.read_bytes() for path in stored[0]] == [path.read_bytes() for path in stored[1]]
+
+
+SAVED = r"datm-ray: stopped\. Saved {} (\d+) of {}\. Run the same command again to resume from there\."
+
+
+def until(condition: Callable[[], bool], what: str, seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"it did not happen: {what}"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_command_on_ray_that_gets_a_signal_saves_what_its_workers_have_computed(tmp_path: Path) -> None:
+    """SIGTERM while experts train and Ctrl-C in a sharded distillation save; the line says from where it resumes."""
+    config = tiny_config(
+        "experts.epochs=2000",
+        "experts.keep_epochs=5",
+        "experts.count=2",
+        "distill.iterations=10000",
+        "distill.validate_every=10000",
+        "distill.checkpoint_every=10000",
+        "cluster.shards=2",
+    )
+    (tmp_path / "tiny.yaml").write_text(to_yaml(config))
+    out, log = tmp_path / "out", tmp_path / "out/tiny/log.txt"
+
+    def stopped_by(number: signal.Signals, mark: str, *settings: str) -> tuple[int, str]:
+        """Exit code and standard error of a run that gets the signal after a mark in its log."""
+        command = [sys.executable, "-m", "datm_ray", "run", str(tmp_path / "tiny.yaml"), "--out", str(out), *settings]
+        with (tmp_path / "err").open("w+") as err:
+            run = subprocess.Popen([*command, "-v", "-v"], stdout=err, stderr=err, start_new_session=True)
+            try:
+                until(lambda: run.poll() is not None or (log.exists() and mark in log.read_text()), mark)
+                # A terminal sends Ctrl-C to Ray's processes too; SIGTERM ends them.
+                (os.killpg if number == signal.SIGINT else os.kill)(run.pid, number)
+                return run.wait(120), (tmp_path / "err").read_text()
+            finally:
+                if run.poll() is None:
+                    run.kill()
+                assert not actor_processes(run.pid)
+
+    code, err = stopped_by(signal.SIGTERM, "step=7 ")
+    found = re.fullmatch(SAVED.format("experts 0-1 of .*: epoch", 2000), err.strip().splitlines()[-1])
+    assert code == 143, err
+    assert found, err
+    assert int(found[1]) >= 7
+    saved = [int(path.name.split("-")[1]) for path in (out / "experts").rglob("progress/*/*.arrow")]
+    assert max(saved) == int(found[1])
+    shutil.rmtree(out)
+    (tmp_path / "tiny.yaml").write_text(to_yaml(config.model_copy(update={"experts": tiny_config().experts})))
+    code, err = stopped_by(signal.SIGINT, "task=tiny step=7 ")
+    found = re.fullmatch(SAVED.format("tiny: iteration", 10000), err.strip().splitlines()[-1])
+    assert code == 130, err
+    assert found, err
+    iteration = read_tensors(open_location(str(out / "tiny")) / CHECKPOINT, kind=KIND).metadata["iteration"]
+    assert iteration == int(found[1]) >= 7
+    assert len(list((out / "tiny/checkpoint").iterdir())) == 2
+    assert "Traceback" not in err
