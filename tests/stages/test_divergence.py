@@ -181,7 +181,7 @@ def test_a_step_size_is_found_where_a_given_one_is_refused(
     assert not (tmp_path / "given/tiny/initial.arrow").exists()
     assert not (tmp_path / "given/tiny/checkpoint.arrow").exists()
     measured.clear()
-    _, started, *_ = notes_of(tiny_config(*ONE_PAIR, "distill.initial_step_size=null"), tmp_path / "null", experts)
+    started, *_ = notes_of(tiny_config(*ONE_PAIR, "distill.initial_step_size=null"), tmp_path / "null", experts)
     best = min(measured, key=lambda each: each.loss)
     initial = load(str(tmp_path / "null/tiny/initial.arrow"))
     curves = curves_of(tmp_path / "null")
