@@ -14,7 +14,7 @@ install: $(VENV)/installed  ## create the virtual environment and install the pa
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,docs]'
 	@touch $@
 
 demo: install  ## experts, DATM at 1 and 10 images per class, evaluation and report on real digits
@@ -44,7 +44,6 @@ type: install  ## types
 	$(BIN)/mypy
 
 docs: install  ## the documentation, into build/site; links and references must be right
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	rm -rf build/pages && mkdir -p build/pages
 	git ls-files -z -- '*.md' '*.ipynb' '*.png' '*.yaml' '*.json' '*.sh' '*.yml' 'cluster/*' 'datm_ray/*.py' 'datm_ray/*.j2' pyproject.toml \
 	  | grep -zv '^tests/' | xargs -0 cp --parents -t build/pages
