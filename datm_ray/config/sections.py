@@ -274,8 +274,8 @@ class DistillConfig(Section):
     """Synthetic images per student step."""
     start_epochs: StartEpochs = StartEpochs(bound=10, final_bound=20, expand_iterations=1000)
     """Epochs at which students start; [0, 20] means 0 to 19."""
-    learning_rate_images: Positive = 100.0
-    """Learning rate of SGD on the pixels, momentum 0.5."""
+    learning_rate_images: Positive | None = 100.0
+    """Learning rate of SGD on the pixels, momentum 0.5; null: found before the first iteration."""
     learning_rate_labels: NonNegative = 2.0
     """Learning rate of the soft labels, momentum 0.9; 0: none."""
     learning_rate_step_size: NonNegative = 1e-5
@@ -360,8 +360,8 @@ class MetaConfig(MetaLossConfig, AuxiliariesConfig):
 class EvaluateConfig(Section):
     """Training of fresh networks on the synthetic set, scored on the test set."""
 
-    protocol: Literal["published", "short", "quick"] = "published"
-    """published: 1001 epochs, learning rate divided by 10 halfway. short: 500 epochs. quick: 20, a trial."""
+    protocol: Literal["published", "short", "brief", "quick"] = "published"
+    """Epochs: published 1001, short 500, brief 200, quick 20 (a trial); the learning rate is divided by 10 halfway."""
     seeds: Count = 5
     """Fresh networks per row of the table."""
     networks: Annotated[tuple[NamedNetwork, ...], Field(strict=False, max_length=64)] = ()

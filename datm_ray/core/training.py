@@ -64,6 +64,7 @@ class Schedule:
 PROTOCOLS: dict[str, Schedule] = {
     "published": Schedule(1001, 128, 0.01, momentum=0.9, weight_decay=5e-4, decay_epoch=502),
     "short": Schedule(500, 128, 0.01, momentum=0.9, weight_decay=5e-4, decay_epoch=251),
+    "brief": Schedule(200, 128, 0.01, momentum=0.9, weight_decay=5e-4, decay_epoch=101),
     "quick": Schedule(20, 128, 0.01, momentum=0.9, weight_decay=5e-4, decay_epoch=11),
 }
 """Evaluation protocols by name; learning rate and augmentation are replaced by the run's own."""
@@ -71,7 +72,7 @@ PROTOCOLS: dict[str, Schedule] = {
 
 def validation_protocol(evaluation: str) -> str:
     """Name of the protocol that trains networks for validation in a run with this evaluation protocol."""
-    return "quick" if evaluation == "quick" else "short"
+    return "short" if evaluation == "published" else evaluation
 
 
 @dataclass(frozen=True)

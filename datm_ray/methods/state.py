@@ -94,6 +94,8 @@ class State(Generic[Record]):
     """Set chosen on validation data so far; None before the first validation."""
     chosen_at: int = 0
     """Number of iterations that were done when `chosen` was chosen."""
+    image_rate: float | None = None
+    """Learning rate of the images that was found before the first iteration; None where the recipe gives it."""
 
     @property
     def iteration(self) -> int:
@@ -103,8 +105,11 @@ class State(Generic[Record]):
     @property
     def rates(self) -> dict[str, float]:
         """Learning rates by the name of the learned variable; hard labels stay fixed, so theirs is 0."""
+        of_images = self.settings.learning_rate_images or self.image_rate
+        if of_images is None:
+            raise ValueError("distill.learning_rate_images is null, and none was found before the first iteration")
         of_labels = self.settings.learning_rate_labels if self.settings.labels == "soft" else 0.0
-        rates = (self.settings.learning_rate_images, of_labels, self.settings.learning_rate_step_size)
+        rates = (of_images, of_labels, self.settings.learning_rate_step_size)
         return dict(zip(LEARNED, rates, strict=True))
 
     def record_validation(self, accuracy: float, standard_error: float = 0.0) -> bool:
@@ -195,6 +200,8 @@ class State(Generic[Record]):
         curves["validation.iteration"] = np.array([iteration for iteration, _ in self.validations], np.int64)
         curves["validation.accuracy"] = np.array([accuracy for _, accuracy in self.validations], np.float64)
         curves["validation.chosen_at"] = np.array(self.chosen_at, np.int64)
+        if self.image_rate is not None:
+            curves["found.image_rate"] = np.array(self.image_rate, np.float64)
         return curves
 
     @classmethod
@@ -213,6 +220,7 @@ class State(Generic[Record]):
             validations=list(zip(*curve, strict=True)),
             chosen=_set_from(arrays, "chosen", device) if "chosen.images" in arrays else None,
             chosen_at=int(arrays["validation.chosen_at"]),
+            image_rate=float(arrays["found.image_rate"]) if "found.image_rate" in arrays else None,
         )
 
 

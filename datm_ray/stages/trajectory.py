@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from datm_ray.core.networks.parameters import FlatNetwork
 from datm_ray.core.synthetic import AllSum
 from datm_ray.core.training import Heartbeat
 from datm_ray.errors import StoreError, ThresholdError
 from datm_ray.methods.state import MetaTerm
-from datm_ray.methods.trajectory.calibration import PAIRS, Measured, find_step_size, measure
+from datm_ray.methods.trajectory.calibration import FIRST_MOVE, PAIRS, Measured, find_step_size, measure
 from datm_ray.methods.trajectory.difficulty import draw_plan
 from datm_ray.methods.trajectory.distance import Distance
 from datm_ray.methods.trajectory.iteration import MOST_ABOVE, Distillation, Match, Origin
@@ -121,6 +124,10 @@ class TrajectoryMatching:
         if given is None:
             found = _listed(each.step_size for each in measured)
             yield f"initial step size {found} found: the set starts with a matching loss of {start} (1: no movement)"
+        if self._part.config.distill.learning_rate_images is None:
+            state.image_rate = self._image_rate(state, pairs)
+            found = f"distill.learning_rate_images {state.image_rate:.3g} found"
+            yield f"{found}: the first update moves pixels by {FIRST_MOVE:.0%} of their size"
         if above:
             yield (
                 f"{above} of {len(losses)} matching losses at the start exceed distill.threshold {threshold:g}, and "
@@ -158,6 +165,30 @@ class TrajectoryMatching:
         self._part.mesh.in_rows(work)
         rows = self._part.mesh.sum_over_backbones(found.to(self._part.device)).tolist()
         return [Measured(step_size, tuple(losses)) for step_size, *losses in rows]
+
+    def _image_rate(self, state: Distillation, pairs: Mapping[int, Sequence[Match]]) -> float:
+        """Learning rate with which a first update moves the pixels by `FIRST_MOVE`, on average over the pairs."""
+        mesh, images = self._part.mesh, state.synthetic.images
+        squares = [images.double().square().sum()]
+        for number in range(PAIRS):
+            total = torch.zeros_like(images)
+
+            def work(all_sum: AllSum, total: Tensor = total, number: int = number) -> None:
+                for backbone in self._backbones:
+                    pair = pairs[backbone.number][number]
+                    total += pair.weight * pair.gradient(state.synthetic, all_sum).images
+
+            mesh.in_rows(work)
+            squares.append(mesh.sum_over_backbones(total).double().square().sum())
+        size, *gradients = mesh.sum_over_classes(torch.stack(squares)).sqrt().tolist()
+        found = [gradient for gradient in gradients if math.isfinite(gradient) and gradient]
+        if not found:
+            raise ThresholdError(
+                "the matching loss has no gradient in the images, so no distill.learning_rate_images can be found",
+                str(self._distance(state)),
+                "give distill.learning_rate_images, or lower distill.start_epochs",
+            )
+        return FIRST_MOVE * size / statistics.fmean(found)
 
     def _distance(self, state: Distillation) -> Distance:
         """How far experts go, and how far the student goes with the present step size."""

@@ -38,7 +38,10 @@ METADD = (
     "metadd={auxiliaries: [{architecture: lenet}, {width: 2, depth: 1, norm: batch}], share: 0.5, variance: 0.01,"
     " invariance: 0.01, experts: {count: 2, epochs: 2, learning_rate: 0.02, momentum: 0.9, augmentation: ''}}"
 )
-SET = ("distill.ipc=2", "distill.batch_size=7", "distill.initial_step_size=null")
+SET = (
+    *("distill.ipc=2", "distill.batch_size=7"),
+    *("distill.initial_step_size=null", "distill.learning_rate_images=null"),
+)
 TWO_NETWORKS = "backbones=[{network: {width: 3, depth: 2, norm: group}, weight: 0.5}]"
 
 

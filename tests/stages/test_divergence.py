@@ -17,7 +17,7 @@ from datm_ray.artifact import load
 from datm_ray.config import RunConfig
 from datm_ray.errors import DivergenceError, StoreError, ThresholdError
 from datm_ray.methods.trajectory import iteration
-from datm_ray.methods.trajectory.calibration import Measured
+from datm_ray.methods.trajectory.calibration import FIRST_MOVE, Measured
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.executor import Note, SerialExecutor
@@ -27,6 +27,7 @@ from datm_ray.stages.distill import DistillWorker, _Run
 from datm_ray.stages.experts import expert_group
 from datm_ray.stages.trajectory import TrajectoryMatching
 from datm_ray.store.files.filesystem import open_location
+from datm_ray.store.tensors import read_tensors
 from tests.conftest import tiny_config
 
 QUIET = Reporter(quiet=True)
@@ -275,3 +276,14 @@ def test_every_backbone_has_a_step_size_of_its_own(tmp_path: Path, measured: lis
     first, second = load(str(tmp_path / "tiny/initial.arrow")).step_sizes
     assert first != second
     assert note.startswith(f"initial step size {first:.3g} and {second:.3g} found: ")
+
+
+def test_an_open_learning_rate_moves_pixels_by_its_share(experts: Path, tmp_path: Path) -> None:
+    """With learning_rate_images null the first update moves pixels by about 5 %. The checkpoint keeps the rate."""
+    open_rate = ("distill.threshold=100", "distill.learning_rate_images=null", "distill.gradient_limit=null")
+    notes = notes_of(tiny_config(*open_rate, "distill.iterations=1"), tmp_path, experts)
+    initial, final = (load(str(tmp_path / f"tiny/{name}.arrow")).images for name in ("initial", "synthetic"))
+    assert any("the first update moves pixels by 5% of their size" in note for note in notes)
+    assert 0.5 * FIRST_MOVE < float((final - initial).norm() / initial.norm()) < 2 * FIRST_MOVE
+    checkpoint = read_tensors(open_location(str(tmp_path / "tiny/checkpoint.arrow")), kind="checkpoint")
+    assert float(checkpoint.arrays["found.image_rate"]) > 0

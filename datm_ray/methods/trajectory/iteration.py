@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from datm_ray.core.synthetic import AllSum, identity
+from datm_ray.core.synthetic import AllSum, SyntheticSet, identity
 from datm_ray.errors import DivergenceError
 from datm_ray.methods.state import LEARNED, STEP_SIZE_MOMENTUM, MetaTerm, State, not_finite
 from datm_ray.methods.trajectory.matching import MatchingGradient, StudentStep, matching_gradient
@@ -49,6 +49,22 @@ class Match:
     """Weight of this backbone's matching loss in the sum."""
     chunk: int | None = None
     """Images per call of the step functions; None for a whole minibatch, see `matching_gradient`."""
+
+    def gradient(
+        self, synthetic: SyntheticSet, all_sum: AllSum = identity, skip_above: float = math.inf
+    ) -> MatchingGradient:
+        """The matching loss and its gradient, see `matching_gradient`."""
+        return matching_gradient(
+            self.functions,
+            self.start,
+            self.target,
+            synthetic,
+            self.steps,
+            backbone=self.backbone,
+            chunk=self.chunk,
+            skip_above=skip_above,
+            all_sum=all_sum,
+        )
 
 
 @dataclass(frozen=True)
@@ -223,17 +239,7 @@ class Distillation(State[IterationRecord]):
 
         Nothing is added if the backbone has diverged or its loss exceeds the limit.
         """
-        gradient = matching_gradient(
-            match.functions,
-            match.start,
-            match.target,
-            self.synthetic,
-            match.steps,
-            backbone=match.backbone,
-            chunk=match.chunk,
-            skip_above=self.settings.threshold,
-            all_sum=all_sum,
-        )
+        gradient = match.gradient(self.synthetic, all_sum, skip_above=self.settings.threshold)
         if not gradient.loss <= self.settings.threshold:
             return gradient.loss, math.nan, not math.isfinite(gradient.loss)
         decrease = self._shorten(match, gradient, all_sum)
