@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from datm_ray._version import __version__
 
 if TYPE_CHECKING:
-    from datm_ray.api import distill, evaluate, plan, run, train_experts
+    from datm_ray.api import distill, evaluate, init, plan, run, train_experts
     from datm_ray.artifact import Artifact, load
     from datm_ray.config import RunConfig
     from datm_ray.recipes import get_recipe
@@ -24,6 +24,7 @@ __all__ = [
     "distill",
     "evaluate",
     "get_recipe",
+    "init",
     "load",
     "plan",
     "run",
@@ -33,6 +34,7 @@ __all__ = [
 _HOME = {
     "Artifact": "datm_ray.artifact",
     "load": "datm_ray.artifact",
+    "init": "datm_ray.api",
     "plan": "datm_ray.api",
     "run": "datm_ray.api",
     "train_experts": "datm_ray.api",

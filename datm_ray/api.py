@@ -18,6 +18,7 @@ from datm_ray.pipeline import Pipeline, report, summaries
 from datm_ray.planning.duration import Proposal
 from datm_ray.planning.plan import plan_run
 from datm_ray.recipes import get_recipe
+from datm_ray.recipes.own_images import Suggestion, Wish, default_name, measured_plans, read_images, suggest
 from datm_ray.runtime.create import create_executor
 from datm_ray.runtime.executor import Executor
 
@@ -142,6 +143,35 @@ def plan(
         ConfigError: the set does not fit into memory, or an argument cannot be read.
     """
     return plan_run(recipe_of(recipe, settings), cluster, data_shape, measure=measure)
+
+
+def init(
+    path: str | os.PathLike[str],
+    ipc: int,
+    minutes: float = 30.0,
+    *,
+    name: str | None = None,
+    resize: int | None = None,
+) -> Suggestion:
+    """Choose a recipe for images of one's own, with the reason of every value.
+
+    >>> suggestion = datm_ray.init("/data/birds", ipc=10, minutes=20)
+    >>> suggestion.reasons["experts.batch_size"]
+    >>> datm_ray.run(suggestion.config)
+
+    Args:
+        path: folder, zip archive or Parquet file of images, see docs/your-images.md, or `digits`.
+        ipc: synthetic images per class.
+        minutes: time on the clock for everything, on this machine. Its speed is measured first.
+        name: name of the run. Default: the file's name and the images per class.
+        resize: side in pixels to bring all images to. Default: their own size if it is one and at most 64, else 64.
+
+    Raises:
+        DatasetError: there are no images that can be read, or too few of a class.
+    """
+    place = os.fspath(path)
+    dataset, raw = read_images(place, resize)
+    return suggest(Wish(name or default_name(place, ipc), ipc, 60 * minutes), dataset, raw, measured_plans(raw))
 
 
 def train_experts(recipe: Recipe, out: str | os.PathLike[str] = "runs", **options: Unpack[Options]) -> str:

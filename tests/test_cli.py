@@ -133,6 +133,10 @@ BAD_INPUT = {
         ["plan", "digits-ipc1", "--data-shape", "1x8x8,2,90", "--set", "cluster.shards=3"],
         "has 2 classes",
     ),
+    "recipe for no images": (["init", "absent"], "absent does not exist"),
+    "recipe for two times": (["init", "digits", "--minutes", "5", "--hours", "1"], "both given"),
+    "recipe for more images than there are": (["init", "digits", "--ipc", "400"], "images that are not for testing"),
+    "recipe where there is no folder": (["init", "digits", "--out", "absent/x.yaml"], "cannot write absent"),
     "cores measured for GPUs": (["plan", "digits-ipc1", "--cluster", "gpus=1", "--measure"], "it has no GPU"),
     "no gpu": (["experts", "digits-ipc1", "--executor", "serial", "--set", "cluster.device=cuda"], "GPU"),
 }
@@ -151,6 +155,21 @@ def test_more_workers_than_a_cluster_holds_are_refused(ray_cluster: Any, datm_ra
     """More workers than a cluster holds are an error with their number, before anything is written."""
     ended = datm_ray("experts", "digits-ipc1", "--set", "cluster.workers=500")
     require_one_line(ended, "500 worker", tmp_path)
+
+
+def test_a_recipe_for_own_images_is_written_once_and_planned(datm_ray: CommandLine, tmp_path: Path) -> None:
+    """`init` writes one file, which `recipe show` reads, names the next command, and replaces no file."""
+    asked = ["init", "digits", "--resize", "16", "--ipc", "2", "--minutes", "10"]
+    code, out, err = datm_ray(*asked)
+    assert code == 0, err
+    assert out.splitlines()[-1] == "Next: datm-ray run digits-ipc2.yaml"
+    assert files_below(tmp_path) == ["digits-ipc2.yaml"]
+    code, out, _ = datm_ray("recipe", "show", "digits-ipc2.yaml")
+    assert code == 0
+    assert "resize: 16" in out
+    before = (tmp_path / "digits-ipc2.yaml").read_text()
+    assert datm_ray(*asked)[0] == 2
+    assert (tmp_path / "digits-ipc2.yaml").read_text() == before
 
 
 def require_one_line(ended: tuple[int, str, str], expected: str, folder: Path) -> None:

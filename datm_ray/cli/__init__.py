@@ -10,7 +10,8 @@ import warnings
 
 from datm_ray.cli.ending import adapt_streams, end_cleanly, find_home
 from datm_ray.cli.jobs import job_app
-from datm_ray.cli.runs import app, recipe_app
+from datm_ray.cli.recipes import recipe_app
+from datm_ray.cli.runs import app
 from datm_ray.cli.stores import store_app
 from datm_ray.monitor import logs
 

@@ -1,4 +1,4 @@
-"""Commands that plan, run and report, and commands about recipes."""
+"""Commands that plan, run and report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from datm_ray.cli.options import (
     WriteTo,
     config_of,
     print_json,
-    recipes_starting_with,
     verbose_option,
 )
 from datm_ray.monitor import logs
@@ -42,7 +41,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-recipe_app = typer.Typer(help="List and print recipes.", no_args_is_help=True, rich_markup_mode=None)
 
 Out = Annotated[
     str, typer.Option("--out", "-o", metavar="URI", callback=note_out, help="Folder for everything the run writes.")
@@ -283,46 +281,6 @@ def export(
     loaded = load(artifact)
     written = export_artifact(loaded, format_, open_location(out))
     print("\n".join([f"Wrote {len(written)} file(s) to {out}", *left_out(loaded, format_)]))
-
-
-@recipe_app.command("list")
-def recipe_list(json_: Json = False) -> None:
-    """List the packaged recipes, one per line."""
-    from datm_ray.recipes import recipe_names, recipe_notes
-
-    if json_:
-        print_json([{"name": name, "notes": recipe_notes(name).splitlines()} for name in recipe_names()])
-        return
-    for name in recipe_names():
-        print(f"{name:<22} {recipe_notes(name).splitlines()[0]}")
-
-
-@recipe_app.command("show")
-def recipe_show(
-    name: Annotated[
-        str,
-        typer.Argument(
-            metavar="RECIPE|FILE.yaml",
-            help="A packaged recipe or a YAML file.",
-            autocompletion=recipes_starting_with,
-        ),
-    ],
-    set_: Set = None,
-) -> None:
-    """Print a recipe as YAML, with a comment on every field.
-
-    A file of your own needs only `base: NAME` and the values that differ.
-    """
-    import textwrap
-
-    from datm_ray.config import to_yaml
-    from datm_ray.recipes import recipe_names, recipe_notes
-
-    config = config_of(name, set_)
-    if name in recipe_names():
-        comment = textwrap.TextWrapper(100, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
-        print("\n#\n".join(comment.fill(paragraph) for paragraph in recipe_notes(name).split("\n\n")))
-    print(to_yaml(config), end="")
 
 
 def _prepare(invocation: Invocation, arch: str | None = None) -> tuple[Pipeline, Callable[[], Executor]]:

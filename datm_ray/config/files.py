@@ -36,7 +36,7 @@ def load_config(path: str, base_of: Callable[[str], RunConfig]) -> RunConfig:
         raise ConfigError(f"cannot read {path}: {failure.strerror}", remedy="check the path") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not a text file", remedy="give a recipe's name or a YAML file") from None
-    values = {"name": _plain_name(Path(path).stem), **_read_sections(text, path)}
+    values = {"name": plain_name(Path(path).stem), **_read_sections(text, path)}
     if isinstance(values.get("distill"), dict) and values["distill"].keys() >= _FORMER_STARTS:
         values = _of_earlier_version(values, path)  # the recipe in the folder of a run, as an error may advise
     if "base" in values:
@@ -54,7 +54,7 @@ def _base(name: object, base_of: Callable[[str], RunConfig], origin: str) -> dic
         raise ConfigError(f"{origin}: base: {failure.fact}", failure.cause, failure.remedy) from None
 
 
-def _plain_name(stem: str) -> str:
+def plain_name(stem: str) -> str:
     """Name of a run made from a file's name without its suffix; "run" if no allowed character is left."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._") or "run"
 
@@ -167,9 +167,25 @@ def to_yaml(config: RunConfig) -> str:
     return "\n".join(_section_lines(config, "", "")) + "\n"
 
 
+def to_yaml_with_reasons(config: RunConfig, reasons: Mapping[str, str]) -> str:
+    """YAML text of those values alone that have a reason, each with its reason, readable by `load_config`.
+
+    Args:
+        reasons: reason of each value, by `section.field`.
+    """
+    lines = []
+    for name in type(config).model_fields:
+        section = getattr(config, name)
+        inner = [each for each in getattr(type(section), "model_fields", ()) if f"{name}.{each}" in reasons]
+        lines += [f"{name}:"] if inner else []
+        lines += [line for each in inner for line in _value_lines(section, each, "  ", reasons[f"{name}.{each}"])]
+        lines += _value_lines(config, name, "", reasons[name]) if name in reasons else []
+    return "\n".join(lines) + "\n"
+
+
 def _section_lines(section: Section, heading: str, indent: str) -> Iterator[str]:
     """Lines of a section's fields: the usual ones, then those in `SELDOM` below a comment."""
-    fields, plain = type(section).model_fields, section.model_dump(mode="json")
+    fields = type(section).model_fields
     seldom = [name for name in fields if name in SELDOM.get(heading, "").split()]
     for name in sorted(fields, key=seldom.__contains__):
         if seldom[:1] == [name]:
@@ -178,14 +194,18 @@ def _section_lines(section: Section, heading: str, indent: str) -> Iterator[str]
         if isinstance(value, Section) and not isinstance(value, StartEpochs):
             yield from ("", *_commented(f"{indent}{name}:", (type(value).__doc__ or "").partition("\n")[0]))
             yield from _section_lines(value, name, f"{indent}  ")
-            continue
-        if isinstance(value, StartEpochs) and value == StartEpochs(first=value.first, bound=value.bound):
-            plain[name] = [value.first, value.bound]
-        flow = None if isinstance(plain[name], dict | list) else False  # None: the innermost lists and sections
-        text = yaml.dump({name: plain[name]}, None, _Dumper, default_flow_style=flow, sort_keys=False, width=_COLUMNS)
-        yield from _commented(
-            f"{textwrap.indent(text.rstrip(chr(10)), indent):<{_COMMENT_COLUMN}}", fields[name].description
-        )
+        else:
+            yield from _value_lines(section, name, indent, fields[name].description)
+
+
+def _value_lines(section: Section, name: str, indent: str, comment: str | None) -> list[str]:
+    """Lines of one value, with a comment."""
+    value, plain = getattr(section, name), section.model_dump(mode="json", include={name})
+    if isinstance(value, StartEpochs) and value == StartEpochs(first=value.first, bound=value.bound):
+        plain[name] = [value.first, value.bound]
+    flow = None if isinstance(plain[name], dict | list) else False  # None: the innermost lists and sections
+    text = yaml.dump(plain, None, _Dumper, default_flow_style=flow, sort_keys=False, width=_COLUMNS)
+    return _commented(f"{textwrap.indent(text.rstrip(chr(10)), indent):<{_COMMENT_COLUMN}}", comment)
 
 
 def _commented(text: str, comment: str | None) -> list[str]:

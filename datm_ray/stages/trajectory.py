@@ -188,7 +188,7 @@ class TrajectoryMatching:
                 str(self._distance(state)),
                 "give distill.learning_rate_images, or lower distill.start_epochs",
             )
-        return FIRST_MOVE * size / statistics.fmean(found)
+        return float(FIRST_MOVE * size / statistics.fmean(found))
 
     def _distance(self, state: Distillation) -> Distance:
         """How far experts go, and how far the student goes with the present step size."""

@@ -1,0 +1,138 @@
+"""Tests of the rules that choose a recipe for images of one's own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from datm_ray.config import DatasetConfig, RunConfig, load_config_text
+from datm_ray.data.sources import ImageSet, RawDataset
+from datm_ray.errors import DatasetError
+from datm_ray.planning.duration import Proposal
+from datm_ray.planning.fit import DataShape, Layout, plans_of
+from datm_ray.planning.machines import parse_cluster
+from datm_ray.recipes import get_recipe, own_images
+from datm_ray.recipes.own_images import Suggestion, Wish, source_of, suggest
+
+
+def raw(counts: list[int], image: tuple[int, int, int], validation: int = 1) -> RawDataset:
+    """Empty images, so many of each class; `validation` images of each class are for validation."""
+
+    def part(numbers: list[int]) -> ImageSet:
+        labels = np.repeat(np.arange(len(numbers)), numbers)
+        return ImageSet(np.zeros((len(labels), *image), np.uint8), labels)
+
+    names = tuple(f"class {number}" for number in range(len(counts)))
+    left, held_out = [count - validation for count in counts], [validation] * len(counts)
+    return RawDataset("mine", names, part(left), part(held_out), part([5] * len(counts)), 255, "0" * 16)
+
+
+def planner(data: RawDataset, cluster: str = "cpus=2,gflops=60") -> Callable[[RunConfig], Proposal]:
+    """Plans on a described machine, whose speeds nobody measures."""
+    shape = DataShape((data.channels, *data.size), data.classes, len(data.train) + len(data.validation))
+
+    def plan(config: RunConfig) -> Proposal:
+        config = config.resolved(data.size)
+        return Proposal(config, shape, plans_of(config, shape, Layout.of(config, 0)), parse_cluster(cluster))
+
+    return plan
+
+
+def suggested(data: RawDataset, ipc: int, minutes: float = 20, cluster: str = "cpus=2,gflops=60") -> Suggestion:
+    wish = Wish("mine", ipc, 60 * minutes)
+    return suggest(wish, DatasetConfig(source="folder", path="/data/mine"), data, planner(data, cluster))
+
+
+def test_an_epoch_has_enough_steps_whatever_the_number_of_images() -> None:
+    """Batches shrink with the data until an epoch has 25 steps or the batch is 16; large data get the published one."""
+    found = {}
+    for count in (8, 80, 450, 4500):
+        config = suggested(raw([count] * 10, (3, 32, 32)), 1).config.experts
+        found[count] = (config.batch_size, config.learning_rate)
+    assert found == {8: (16, 0.02), 80: (16, 0.02), 450: (128, 0.02), 4500: (256, 0.01)}
+
+
+def test_starts_agree_with_the_published_and_the_digits_recipes() -> None:
+    """By learning rate times steps, the range ends where recipes with known results end, within a third."""
+    cases = {"cifar10-ipc1": 1, "cifar10-ipc10": 10, "cifar10-ipc50": 50}
+    cifar = raw([5000] * 10, (3, 32, 32), 500)
+    for name, ipc in cases.items():
+        known, ours = get_recipe(name).distill.start_epochs.last + 1, suggested(cifar, ipc).config.distill.start_epochs
+        assert 2 / 3 <= ours.bound / known <= 1.5, name
+    digits = suggested(raw([144] * 10, (1, 8, 8), 14), 10).config
+    distance = digits.distill.start_epochs.bound * digits.experts.learning_rate * -(-1300 // digits.experts.batch_size)
+    assert 2 / 3 <= distance / (30 * 0.02 * 48) <= 1.5
+
+
+def test_late_starts_are_for_sets_that_are_a_large_share_of_the_data() -> None:
+    """Early epochs are left out only where the set is large, and never more than half of the range."""
+    shares = {}
+    for ipc in (1, 50, 500, 2000):
+        starts = suggested(raw([5000] * 10, (3, 32, 32), 500), ipc, 10_000).config.distill.start_epochs
+        shares[ipc] = starts.first / starts.bound
+    assert shares[1] == 0
+    assert shares[50] < 0.1 < shares[500] < 0.45 < shares[2000] <= 0.5
+
+
+def test_more_time_gives_more_of_everything_and_is_not_exceeded() -> None:
+    """With the time grow width, experts and iterations; the plan stays below it unless it is too short for any."""
+    data = raw([80] * 10, (3, 32, 32), 8)
+    found = [suggested(data, 10, minutes) for minutes in (15, 60, 600)]
+    sizes = [(each.config.network.width, each.config.experts.count, each.config.distill.iterations) for each in found]
+    assert sizes == sorted(sizes)
+    for minutes, each in zip((15, 60, 600), found, strict=True):
+        assert sum(clock for _, clock in each.plan.stages.values()) * 60 <= minutes
+    assert suggested(data, 10, 0.1).config.distill.iterations == own_images.LEAST_ITERATIONS
+
+
+def test_every_chosen_value_has_its_reason_in_a_recipe_that_reads_back() -> None:
+    """The text is the configuration, resolved or not, and each line of a value has a comment."""
+    suggestion = suggested(raw([80] * 10, (3, 64, 64), 8), 1)
+    assert load_config_text(str(suggestion), "mine.yaml") == suggestion.config
+    lines = str(suggestion).splitlines()
+    values = [number for number, line in enumerate(lines) if re.match(r" *\w+: ?\S", line)]
+    assert len(values) == len(suggestion.reasons)
+    assert all("# " in lines[number] or "  # " in lines[number - 1] for number in values)
+
+
+@pytest.mark.parametrize(("counts", "ipc", "left"), [([25, 60, 100], 10, 10), ([12, 60], 10, 10), ([11, 60], 10, 10)])
+def test_validation_leaves_the_images_that_the_set_starts_from(counts: list[int], ipc: int, left: int) -> None:
+    """The share for validation shrinks until the smallest class keeps as many training images as the set has."""
+    share = suggested(raw(counts, (3, 32, 32)), ipc).config.dataset.validation
+    smallest = min(counts)
+    assert smallest - max(1, int(share * smallest + 0.5)) >= left
+
+
+def test_more_images_per_class_than_there_are_is_an_error() -> None:
+    """The line names the class and its images."""
+    with pytest.raises(DatasetError, match="class 1' has 10 images"):
+        suggested(raw([30, 10], (3, 32, 32)), 10)
+
+
+def test_small_and_grey_images_get_fitting_augmentation() -> None:
+    """No colour without colours; nothing but moves where cutout and flip would make another picture."""
+    found = {
+        image: suggested(raw([80] * 3, image, 8), 1).config.evaluate.augmentation
+        for image in ((3, 32, 32), (1, 32, 32), (1, 16, 16))
+    }
+    assert found == {
+        (3, 32, 32): "color_crop_cutout_flip_scale_rotate",
+        (1, 32, 32): "crop_cutout_flip_scale_rotate",
+        (1, 16, 16): "crop_scale_rotate",
+    }
+
+
+def test_the_source_follows_from_the_files(tmp_path: Path) -> None:
+    """Parquet files, official layouts and folders are recognised; a name is a name."""
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "pages" / "train.parquet").touch()
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "wnids.txt").touch()
+    (tmp_path / "birds").mkdir()
+    names = {"pages": "parquet", "pages/train.parquet": "parquet", "tiny": "tiny-imagenet", "birds": "folder"}
+    assert {name: source_of(str(tmp_path / name)) for name in names} == names
+    assert source_of("digits") == "digits"
