@@ -269,6 +269,7 @@ def test_a_store_that_does_not_answer_a_worker_is_reported(
 ) -> None:
     """The terminal has one line for two workers that wait for one store; the log has both, with names."""
     monkeypatch.setattr("datm_ray.runtime.ray.executor.HEARTBEAT_INTERVAL", 0.2)
+    monkeypatch.setattr("datm_ray.runtime.ray.executor.EVENT_INTERVAL", 0.2)
     executor = create_executor("ray", ClusterConfig())
     logs.show(0)
     with logs.writing([str(tmp_path)]):
@@ -291,6 +292,7 @@ def test_a_worker_that_hangs_is_found_by_its_heartbeat(
 ) -> None:
     """A worker whose process exists but does not respond is lost, and another gets its task."""
     monkeypatch.setattr("datm_ray.runtime.ray.executor.HEARTBEAT_INTERVAL", 0.5)
+    monkeypatch.setattr("datm_ray.runtime.ray.executor.EVENT_INTERVAL", 0.5)
     monkeypatch.setattr("datm_ray.runtime.ray.worker_groups.SHORTEST_SILENCE", 2.0)
     executor = create_executor("ray", ClusterConfig(peer_timeout=2.0))
     events = [event for _, event in executor.run(Saver, (str(tmp_path),), "freeze_once", [Task("freeze", ())])]
@@ -401,6 +403,7 @@ def test_a_worker_that_is_never_set_up_is_found(
 ) -> None:
     """A worker whose constructor hangs is found though it cannot answer."""
     monkeypatch.setattr("datm_ray.runtime.ray.executor.HEARTBEAT_INTERVAL", 0.5)
+    monkeypatch.setattr("datm_ray.runtime.ray.executor.EVENT_INTERVAL", 0.5)
     monkeypatch.setattr(
         "datm_ray.runtime.ray.worker_groups.LONGEST_START", 12.0
     )  # setups of other tests take seconds on a busy machine
@@ -602,7 +605,7 @@ def test_what_needs_a_gpu_is_refused_on_a_cluster_without(
 def test_a_worker_that_was_given_no_gpu_sees_none(ray_cluster: Any) -> None:
     """A worker without a GPU sees none in any version of Ray."""
     events = [event for _, event in create_executor("ray", ClusterConfig()).run(Looker, (), "look", [Task("look", ())])]
-    assert events == [Started(), Finished("")]
+    assert events == [Phase("starting 1 worker"), Started(), Finished("")]
 
 
 def test_no_gpus_per_worker_means_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
