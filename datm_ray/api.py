@@ -17,8 +17,8 @@ from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline, report, summaries
 from datm_ray.planning.duration import Proposal
 from datm_ray.planning.plan import plan_run
+from datm_ray.planning.suggest import Suggestion, Wish, default_name, measured_plans, read_images, suggest
 from datm_ray.recipes import get_recipe
-from datm_ray.recipes.own_images import Suggestion, Wish, default_name, measured_plans, read_images, suggest
 from datm_ray.runtime.create import create_executor
 from datm_ray.runtime.executor import Executor
 

@@ -17,7 +17,6 @@ import pytest
 
 from datm_ray import cli
 from datm_ray.config import RunConfig, override, to_yaml
-from datm_ray.core.training import Epoch, train
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline, report
 from datm_ray.recipes import get_recipe
@@ -113,12 +112,6 @@ def tiny_config(*changes: str) -> RunConfig:
     """The tiny run with some values changed, resolved for its images as in the pipeline."""
     config = override(get_recipe("digits-ipc1"), ["name=tiny", *TINY, *changes])
     return config.resolved((config.dataset.resize or 8,) * 2)
-
-
-def train_to_end(*arguments: Any) -> Epoch:
-    """Train a network for the whole schedule. Returns the last epoch."""
-    *_, last = train(*arguments)
-    return last
 
 
 @pytest.fixture(scope="session")

@@ -125,8 +125,8 @@ BAD_INPUT = {
     ),
     "cluster of too little memory": (["plan", "digits-ipc10", "--cluster", "gpus=2,memory=2MiB"], "may take 2.0"),
     "whitening of large images": (
-        ["plan", "digits-ipc1", "--data-shape", "1x600x600,10,90", "--set", "dataset.normalisation=zca"],
-        "fitting zca to images of 1x600x600 takes",
+        ["plan", "digits-ipc1", "--data-shape", "1x200x200,10,90000", "--set", "dataset.normalisation=zca"],
+        "fitting zca to images of 1x200x200 takes",
     ),
     "unreadable data shape": (["plan", "digits-ipc1", "--data-shape", "64x64,10"], "3x64x64,1000,1281167"),
     "more classes than given": (
@@ -153,8 +153,8 @@ def test_bad_input_is_one_line_with_exit_code_2_and_nothing_written(
 @pytest.mark.ray
 def test_more_workers_than_a_cluster_holds_are_refused(ray_cluster: Any, datm_ray: CommandLine, tmp_path: Path) -> None:
     """More workers than a cluster holds are an error with their number, before anything is written."""
-    ended = datm_ray("experts", "digits-ipc1", "--set", "cluster.workers=500")
-    require_one_line(ended, "500 worker", tmp_path)
+    code, out, err = datm_ray("experts", "digits-ipc1", "--set", "cluster.workers=500")
+    require_one_line((code, out, err.removeprefix("Starting Ray ...\n")), "500 worker", tmp_path)
 
 
 def test_a_recipe_for_own_images_is_written_once_and_planned(datm_ray: CommandLine, tmp_path: Path) -> None:
@@ -307,7 +307,8 @@ def test_the_control_on_all_real_data_can_be_skipped(datm_ray: CommandLine, tmp_
     """`run --skip-full` plans no network for it; with --fair, which needs it, it is one clear line."""
     out = ("--out", str(tmp_path / "out"))
     code, shown, _ = datm_ray("run", "digits-ipc1", "--skip-full", "--dry-run", *out)
-    assert (code, shown.splitlines()[-1].split(":")[0]) == (0, "15 networks to train for evaluation")
+    assert code == 0
+    assert any(line.startswith("15 networks to train for evaluation:") for line in shown.splitlines())
     code, _, err = datm_ray("evaluate", "digits-ipc1", "--skip-full", "--fair", *out)
     assert (code, len(err.splitlines())) == (2, 1)
     assert "evaluate.fair needs the control on all real data, but evaluate.full is false" in err
@@ -391,7 +392,7 @@ def test_a_plan_is_ten_lines_and_needs_no_data(
         for *_, needs in titles
     )
     assert len(out.splitlines()) <= 2 * 10
-    for row in ("data", "experts", "distillation", "evaluation", "CPU time", "on the clock", "storage"):
+    for row in ("data", "experts", "distillation", "evaluation", "CPU time", "storage"):
         assert out.count(f"\n  {row:<16} ") == 2, row
     assert out.count("fitting zca      360 MiB of memory, once") == 1  # digits are not whitened
     assert files_below(tmp_path) == []
@@ -526,6 +527,7 @@ def test_a_folder_of_a_run_with_or_without_metadd_is_not_the_other_s(there: bool
     first, second = (with_meta, tiny_config()) if there else (tiny_config(), with_meta)
     Path("runs/tiny").mkdir(parents=True)
     Path("runs/tiny/recipe.yaml").write_text(to_yaml(first))
+    Path("runs/tiny/initial.arrow").touch()  # it has results
     Path("tiny.yaml").write_text(to_yaml(second))
     code, out, err = datm_ray("run", "tiny.yaml", "--executor", "serial")
     assert (code, out) == (2, "")
@@ -729,7 +731,7 @@ def test_lists_and_plans_as_json(datm_ray: CommandLine, finished_run: Path, tmp_
         assert keys_in(found[command]) == documented_keys(command), command
     assert [each["name"] for each in found["plan"]] == ["digits-ipc1", "digits-ipc10"]
     assert set(found["plan"][0]["hours"]) == {"start", "experts", "distillation", "validation", "evaluation"}
-    assert [each["count"] for each in found["run --dry-run"]["remaining"]] == [0, 0, 0]
+    assert [each["count"] for each in found["run --dry-run"]["remaining"]] == [0, 1, 2]
     assert (found["store ls"][0]["experts"], len(found["store show"])) == ([0, 1], 2)
     assert "digits-ipc1" in [each["name"] for each in found["recipe list"]]
     (unknown,) = json.loads(datm_ray("plan", "digits-ipc1", *described[:1], "gpus=1,memory=80GiB", "--json")[1])
@@ -781,7 +783,7 @@ def test_every_command_has_the_usual_short_options(datm_ray: CommandLine) -> Non
             text = getattr(parameter, "help", None) or ""
             assert text[:1].isupper() or text.split()[0] in ("png",), (name, parameter.name, text)
             assert text.endswith("."), (name, parameter.name, text)
-    working = ("run", "plan", "experts", "distill", "evaluate", "report", "export", "job submit")
+    working = ("run", "init", "plan", "experts", "distill", "evaluate", "report", "export", "job submit")
     working += ("store verify", "store rm", "store import", "store export")
     verbose = [name for name, command in all_commands() if any("-v" in each.opts for each in command.params)]
     assert sorted(verbose) == sorted(working)

@@ -359,7 +359,7 @@ def test_how_the_files_were_read_is_reported_before_and_in_a_run(
 ) -> None:
     """A dry run and a run both report skipped files and the set of each file."""
     config = photos(tmp_path / "data", 10)
-    pipeline = Pipeline([config], str(tmp_path / "out"))
+    pipeline = Pipeline([config], str(tmp_path / "out"), alone=True)
     lines = pipeline.data_lines()
     assert lines == [
         "data: 2 classes, 16 training, 4 validation, 20 test images of 1x8x8",

@@ -136,6 +136,14 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor, heartbeat: Hear
     return float((predict_logits(network, images, heartbeat).argmax(dim=1) == labels).float().mean())
 
 
+def train_to_end(network: nn.Module, images: Tensor, targets: Tensor, schedule: Schedule, seed: int) -> Epoch:
+    """Train for the whole schedule. Returns the last epoch."""
+    epoch = Epoch(0, 0, float("nan"))
+    for epoch in train(network, images, targets, schedule, seed):  # noqa: B007
+        pass
+    return epoch
+
+
 def _optimizer(network: nn.Module, schedule: Schedule, learning_rate: float) -> torch.optim.Optimizer:
     if schedule.optimiser == "adamw":
         return torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=schedule.weight_decay)

@@ -186,8 +186,8 @@ class Pipeline:
         self, start: Callable[[], Executor], reporter: Reporter, *, distils: bool = False
     ) -> Iterator[Executor]:
         checks.require_writable(self.runs)
-        if not self.runs.alone:
-            reporter.message("Connecting to Ray ..." if self.runs.elsewhere else "Starting Ray ...")
+        if not (self.runs.alone or self.runs.elsewhere):
+            reporter.message("Starting Ray ...")
         executor = start()
         try:
             if distils:

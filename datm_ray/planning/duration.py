@@ -194,7 +194,6 @@ class Proposal:
             "step sizes": "; ".join(self.distance.lines()),
             "evaluation": f"{evaluated.seeds:,} networks a row, {PROTOCOLS[evaluated.protocol].epochs:,} epochs",
             f"{device} time": f"{_listed(held)}; {machine.basis}" if machine.basis else NO_HOURS,
-            **({"on the clock": _listed(clock)} if machine.basis else {}),
             "storage": ", ".join(f"{name} {size_in_words(size)}" for name, size in kept.items()),
         }
         fitting = fitting_cost(config.dataset, shape)
@@ -202,6 +201,8 @@ class Proposal:
             rows["fitting zca"] = f"{fitting}, once, by the process that starts the workers"
         if suggested:
             rows["layout"] = f"{self.settings()}: {config.workers_per_set} of {machine.workers} workers distil"
+        if verbose and machine.basis:
+            rows["on the clock"] = _listed(clock)
         if verbose:
             size = size_in_words(sum(each.network_bytes for each in self.plans))
             computing, sums = self.iteration

@@ -245,7 +245,7 @@ def _step_size_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
         axes.plot(iteration, steps, color=ACCENT)
         axes.margins(y=0.12)
         if not run.learns_step_size:
-            axes.set_ylim(0, 2 * steps[0])
+            axes.set_ylim(0, 2.02 * steps[0])
 
     kind = "learned together with the images" if run.learns_step_size else "which this recipe keeps"
     return Picture(

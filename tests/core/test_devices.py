@@ -18,12 +18,11 @@ from datm_ray.core.metadd import MetaDD
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet, hard_logits, mean_correct_logits
-from datm_ray.core.training import Schedule, accuracy
+from datm_ray.core.training import Schedule, accuracy, train_to_end
 from datm_ray.methods.state import MetaTerm
 from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps
 from datm_ray.methods.trajectory.step_functions import Order, StepOptions, StudentStepFunctions
-from tests.conftest import train_to_end
 from tests.other_device import DEVICE, OtherDevice
 
 STRATEGY = "color_crop_cutout_flip_scale_rotate"

@@ -15,8 +15,7 @@ from datm_ray.core.augment import augment, draw_augmentation
 from datm_ray.core.networks.parameters import flatten
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.randomness import Purpose, generator
-from datm_ray.core.training import PROTOCOLS, Schedule, accuracy, predict_logits, train
-from tests.conftest import train_to_end
+from datm_ray.core.training import PROTOCOLS, Schedule, accuracy, predict_logits, train, train_to_end
 
 PLAIN = Schedule(epochs=3, batch_size=8, learning_rate=0.05)
 RICH = Schedule(5, 8, 0.05, momentum=0.9, weight_decay=1e-2, augmentation="crop_flip_scale", decay_epoch=3)

@@ -18,7 +18,7 @@ from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.create import create_executor
 from datm_ray.runtime.devices import Meter
-from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, SerialExecutor, Started, Task
+from datm_ray.runtime.executor import Event, Finished, Lost, Note, Phase, Progress, SerialExecutor, Started, Task
 from datm_ray.store.files.filesystem import open_location
 from tests.conftest import tiny_config
 
@@ -238,7 +238,7 @@ def test_ray_gets_the_metrics_of_events(ray_cluster: Any, monkeypatch: pytest.Mo
     executor = create_executor("ray", ClusterConfig(workers=1))
     events = executor.run(Measurer, (), "work", tasks)
     tags = {"run": "a run", "stage": "distillation"}
-    assert next(events)[1] == Started()
+    assert [next(events)[1] for _ in range(2)] == [Phase("starting 1 worker"), Started()]
     next(events)
     loss = ("Gauge", metrics[0], 2.0, {**tags, "task": metrics[0]})
     assert exported.count(loss) == 1

@@ -132,16 +132,16 @@ def test_shards_learn_what_one_process_learns(shards: int, reference: Path, tmp_
 
 def test_all_workers_of_a_mesh_save_the_same_iteration_if_one_is_asked_to_stop(reference: Path, tmp_path: Path) -> None:
     """A request to rank 1 has both ranks save iteration 3, although no checkpoint was due; one process resumes it."""
-    out, settings = with_experts_of(reference, tmp_path), ("distill.ipc=2", "distill.batch_size=7")
+    out = with_experts_of(reference, tmp_path)
     file = out / "config.yaml"
-    file.write_text(to_yaml(tiny_config(*settings, "cluster.shards=2")))
+    file.write_text(to_yaml(tiny_config(*SET, "cluster.shards=2")))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         rendezvous = f"127.0.0.1:{free.getsockname()[1]}"
     ranks = [(str(file), str(out), WorkerRank(rank, 2, rendezvous)) for rank in range(2)]
     assert [call.result() for call in side_by_side(as_asked_rank, ranks)] == ["iteration 3 of 6"] * 2
     assert parts(out / "tiny") == ["00000003-0-10.arrow", "00000003-10-20.arrow"]
-    distil(tiny_config(*settings), out, 1)
+    distil(tiny_config(*SET), out, 1)
     assert_equal_but_for_rounding(learned(out), learned(reference))
 
 

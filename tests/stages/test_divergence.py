@@ -272,7 +272,7 @@ def test_every_backbone_has_a_step_size_of_its_own(tmp_path: Path, measured: lis
         "distill.iterations=1",
     )
     Pipeline([config], str(tmp_path)).train_experts(lambda: SerialExecutor(config.cluster), QUIET)
-    note = notes_of(config, tmp_path, tmp_path / "experts")[1]
+    note = notes_of(config, tmp_path, tmp_path / "experts")[0]
     first, second = load(str(tmp_path / "tiny/initial.arrow")).step_sizes
     assert first != second
     assert note.startswith(f"initial step size {first:.3g} and {second:.3g} found: ")

@@ -12,11 +12,12 @@ import pytest
 from datm_ray.config import DatasetConfig, RunConfig, load_config_text
 from datm_ray.data.sources import ImageSet, RawDataset
 from datm_ray.errors import DatasetError
+from datm_ray.planning import suggest as rules
 from datm_ray.planning.duration import Proposal
 from datm_ray.planning.fit import DataShape, Layout, plans_of
 from datm_ray.planning.machines import parse_cluster
-from datm_ray.recipes import get_recipe, own_images
-from datm_ray.recipes.own_images import Suggestion, Wish, source_of, suggest
+from datm_ray.planning.suggest import Suggestion, Wish, source_of, suggest
+from datm_ray.recipes import get_recipe
 
 
 def raw(counts: list[int], image: tuple[int, int, int], validation: int = 1) -> RawDataset:
@@ -86,7 +87,7 @@ def test_more_time_gives_more_of_everything_and_is_not_exceeded() -> None:
     assert sizes == sorted(sizes)
     for minutes, each in zip((15, 60, 600), found, strict=True):
         assert sum(clock for _, clock in each.plan.stages.values()) * 60 <= minutes
-    assert suggested(data, 10, 0.1).config.distill.iterations == own_images.LEAST_ITERATIONS
+    assert suggested(data, 10, 0.1).config.distill.iterations == rules.LEAST_ITERATIONS
 
 
 def test_every_chosen_value_has_its_reason_in_a_recipe_that_reads_back() -> None:

@@ -1,7 +1,7 @@
 """A recipe for images of one's own: every value follows from the data, the images per class, and the time there is.
 
 `suggest` has the rules; docs/your-images.md lists them with their sources. `datm-ray init` writes the recipe with a
-reason beside every value. Tests: tests/recipes/test_own_images.py.
+reason beside every value. Tests: tests/planning/test_suggest.py.
 
 The unit that makes data sets comparable is the distance that plain SGD can go: learning rate times steps. An epoch of
 45,000 images in batches of 256 is 1.76, an epoch of 900 images in batches of 32 and with twice the rate 0.58. Published
