@@ -105,7 +105,7 @@ def test_shown_recipes_are_recipes(tmp_path: Path) -> None:
         for place in DOCUMENTS
         for text in re.findall(r"^```yaml\n(base: .*?)^```$", place.read_text(), re.MULTILINE | re.DOTALL)
     ]
-    assert {place.name for place, _ in shown} >= {"README.md", "your-images.md"}
+    assert {place.name for place, _ in shown} >= {"your-images.md"}
     for place, text in shown:
         (tmp_path / "birds.yaml").write_text(text)
         config = get_recipe(str(tmp_path / "birds.yaml"))
