@@ -121,6 +121,8 @@ def run_case(name: str, ipc: int, seed: int, arguments: argparse.Namespace) -> d
         "seed": seed,
         "planned_seconds": 3600 * sum(plan["clock_hours"].values()),
         "seconds": json.loads(done.read_text())["seconds"],
+        "planned_cpu_seconds": 3600 * sum(held for stage, held in plan["hours"].items() if stage != "start"),
+        "cpu_seconds": sum(part["cpu_seconds"] for part in summary["cost"]),
         "skipped_share": float(np.mean(curves["history.skipped"])),
         "test_accuracy": {row: each["seeds"] for row, each in summary["test_accuracy"].items()},
         "recipe": summary["recipe"],
@@ -144,12 +146,17 @@ def rows_of(results: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
             f"{above:.1f}",
             f"{max(each['skipped_share'] for each in own):.1%}",
             " ".join(f"{each['seconds'] / each['planned_seconds']:.2f}" for each in own),
+            " ".join(f"{each['cpu_seconds'] / each['planned_cpu_seconds']:.2f}" for each in own),
             str(len(own)),
         ]
 
 
-HEAD = ["case", "random, hard", "random, soft", "distilled", "above by", "skipped at most", "taken / planned", "n"]
-"""Titles of the columns; "above by" counts the larger of both standard deviations."""
+HEAD = [
+    *("case", "random, hard", "random, soft", "distilled", "above by", "skipped at most"),
+    *("taken / planned", "the same by CPU", "n"),
+]
+"""Titles of the columns. "above by" counts the larger of both standard deviations. The CPU time is of workers, without
+their start; it does not depend on what else the machine does."""
 
 
 def main() -> None:
