@@ -96,7 +96,8 @@ def datm_ray(*words: str) -> float:
 def run_case(name: str, ipc: int, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Write the recipe of a case and run it with a seed; what is finished is read."""
     runs: Path = arguments.runs
-    folder, out, run = runs / "cases" / name, runs / f"{name}-seed{seed}", f"{name}-ipc{ipc}"
+    folder, run = runs / "cases" / name, f"{name}-ipc{ipc}"
+    out = runs / f"{run}-seed{seed}"  # of its own, because a run that found experts would take less time
     recipe, done = runs / f"{run}.yaml", out / f"{run}.json"
     if name != "digits-16" and not folder.exists():
         unfinished = folder.with_suffix(".unfinished")
@@ -139,7 +140,7 @@ def rows_of(results: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
             means[row] = (statistics.fmean(found), statistics.stdev(found) if found[1:] else float("nan"))
             cells.append(f"{means[row][0]:.1f} ± {means[row][1]:.1f}")
         (control, spread), (mean, own_spread) = means["random-soft"], means["distilled"]
-        above = (mean - control) / max(spread, own_spread)
+        above = (mean - control) / max(spread, own_spread, 1e-9)
         yield [
             f"{name}, IPC {ipc}",
             *cells,

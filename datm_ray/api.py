@@ -7,6 +7,7 @@ line. Jobs on clusters are left out. Tests: tests/test_api.py.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypedDict
@@ -152,6 +153,7 @@ def init(
     *,
     name: str | None = None,
     resize: int | None = None,
+    progress: bool = True,
 ) -> Suggestion:
     """Choose a recipe for images of one's own, with the reason of every value.
 
@@ -165,13 +167,21 @@ def init(
         minutes: time on the clock for everything, on this machine. Its speed is measured first.
         name: name of the run. Default: the file's name and the images per class.
         resize: side in pixels to bring all images to. Default: their own size if it is one and at most 64, else 64.
+        progress: True (default) to show what it is doing.
 
     Raises:
+        ConfigError: the name is impossible.
         DatasetError: there are no images that can be read, or too few of a class.
     """
-    place = os.fspath(path)
-    dataset, raw = read_images(place, resize)
-    return suggest(Wish(name or default_name(place, ipc), ipc, 60 * minutes), dataset, raw, measured_plans(raw))
+    place, say = os.fspath(path), Reporter(quiet=not progress).message
+    wish = Wish(recipe_of(RunConfig(), {"name": name or default_name(place, ipc)}).name, ipc, 60 * minutes)
+    soon = threading.Timer(2.0, say, [f"reading the images of {place} ..."])  # an error comes before, on its own
+    soon.start()
+    try:
+        dataset, raw = read_images(place, resize)
+    finally:
+        soon.cancel()
+    return suggest(wish, dataset, raw, measured_plans(raw, say))
 
 
 def train_experts(recipe: Recipe, out: str | os.PathLike[str] = "runs", **options: Unpack[Options]) -> str:

@@ -58,6 +58,8 @@ def init(
     file = Path(out or f"{name or default_name(path, ipc)}.yaml")
     if file.exists():
         raise ConfigError(f"{file} exists", remedy="give another --name or --out, or delete it")
+    if not file.absolute().parent.is_dir():
+        raise ConfigError(f"cannot write {file}: there is no such folder", remedy="give another --out")
     suggestion = init_recipe(path, ipc, time, name=name, resize=resize)
     try:
         file.write_text(str(suggestion), encoding="utf-8")
@@ -66,7 +68,13 @@ def init(
     if json_:
         print_json({"file": str(file), "reasons": suggestion.reasons, "plan": suggestion.plan.to_json()})
         return
-    print(f"{suggestion.plan}\n\nRecipe: {file}\nNext: datm-ray run {shlex.quote(str(file))}")
+    print(suggestion.plan)
+    if suggestion.seconds > 60 * time:
+        print(
+            f"This takes longer than the {time:g} minutes that you asked for, and it is the least. Fewer classes, a "
+            "smaller --resize or a smaller --ipc take less."
+        )
+    print(f"\nRecipe: {file}\nNext: datm-ray run {shlex.quote(str(file))}")
 
 
 @recipe_app.command("list")

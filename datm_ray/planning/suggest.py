@@ -11,21 +11,26 @@ ranges of start epochs, and those of the digits, nearly agree in this unit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from datm_ray.config import PUBLISHED_AUGMENTATION, DatasetConfig, RunConfig, with_settings
 from datm_ray.config.files import plain_name, to_yaml_with_reasons
+from datm_ray.data.decode import image_suffixes
 from datm_ray.data.sources import RawDataset, load_raw
 from datm_ray.errors import DatasetError
 from datm_ray.planning.duration import Proposal
 from datm_ray.planning.fit import DataShape, Layout, plans_of
 from datm_ray.planning.machines import Machine, machine_here
 from datm_ray.planning.measure import measured
+from datm_ray.runtime.executor import counted
+from datm_ray.stages.experts import experts_at_a_time
 
 EPOCH_STEPS = 25
 """Steps that an epoch of the experts has at least, unless that needs a batch below the smallest."""
@@ -57,18 +62,18 @@ WIDTHS, STEPS = (128, 64, 32, 16), (40, 20, 10)
 """Channels of the network and numbers of student steps, in the order in which they are tried."""
 ENOUGH_EXPERTS, ENOUGH_ITERATIONS = 4, 300
 """A width is taken if there is time for as many."""
-MOST_EXPERTS, MOST_ITERATIONS, LEAST_ITERATIONS = 100, 10_000, 20
-"""Limits; the largest are the published values."""
+MOST_EXPERTS, MOST_ITERATIONS = 100, 10_000
+"""Published numbers, which are not exceeded."""
+LEAST_EXPERTS, LEAST_ITERATIONS = 2, 20
+"""Numbers that are kept however short the time is."""
 EXPERTS_SHARE, EVALUATION_SHARE, REAL_SHARE = 0.35, 0.2, 0.1
 """Largest shares of the time; distillation gets what is left. The last is that of networks on all real images."""
-SEEDS = 5
-"""Networks of a row, as usual."""
 MARGIN = 0.85
 """Share of the time that is planned; the rest is for what estimates leave out."""
 SMALLEST_PICTURE = 24
 """Side in pixels from which all operations of augmentation are used."""
-PROTOCOLS = ("published", "short", "brief")
-"""Evaluation protocols, in the order in which they are tried."""
+EVALUATIONS = (("published", 5), ("short", 5), ("brief", 5), ("brief", 3))
+"""Evaluation protocols and networks of a row, in the order in which they are tried."""
 VALIDATIONS, CHECKPOINTS = 5, 20
 """Numbers of validations and of checkpoints of a distillation."""
 
@@ -83,9 +88,15 @@ class Suggestion:
     plan: Proposal
     """What it takes on this machine."""
 
+    @property
+    def seconds(self) -> float:
+        """Seconds on the clock that the recipe is planned to take."""
+        return 3600 * sum(wall for _, wall in self.plan.stages.values())
+
     def __str__(self) -> str:
         """The recipe as YAML, with the reasons as comments."""
-        lines = [f"# {line}" for line in str(self.plan).splitlines()]
+        lines = [f"# Planned for this machine when it was written: {self.plan}".splitlines()[0]]
+        lines += ["# A distance is learning rate x steps: how far plain SGD can go."]
         return "\n".join(lines) + "\n" + to_yaml_with_reasons(self.config, self.reasons)
 
 
@@ -111,11 +122,23 @@ def source_of(path: str) -> str:
     place = Path(path).expanduser()
     if not place.exists() and path in ("digits", "cifar10", "cifar100", "tiny-imagenet"):
         return path
-    if place.suffix == ".parquet" or (place.is_dir() and any(place.rglob("*.parquet"))):
+    if place.suffix == ".parquet" or (_holds(place, {".parquet"}) and not _holds(place, image_suffixes())):
         return "parquet"
     names = {"cifar-10-batches-py": "cifar10", "cifar-100-python": "cifar100", "wnids.txt": "tiny-imagenet"}
-    found = (source for name, source in names.items() if place.name == name or (place / name).exists())
-    return next(found, "folder")
+    return next((source for name, source in names.items() if place.name == name or _has(place / name)), "folder")
+
+
+def _holds(folder: Path, suffixes: Collection[str]) -> bool:
+    """True if files with one of the suffixes lie in a folder, or up to two folders deeper."""
+    with suppress(OSError):
+        return any(file.suffix.lower() in suffixes for deep in ("*", "*/*", "*/*/*") for file in folder.glob(deep))
+    return False
+
+
+def _has(path: Path) -> bool:
+    with suppress(OSError):
+        return path.exists()
+    return False
 
 
 def read_images(path: str, resize: int | None) -> tuple[DatasetConfig, RawDataset]:
@@ -151,7 +174,7 @@ def suggest(wish: Wish, dataset: DatasetConfig, raw: RawDataset, plan: Callable[
     """
     draft = _Draft(wish, dataset, raw, plan)
     draft.set("name", wish.name, "names the run's folder")
-    for rule in (_data, _experts, _matching, _evaluation):
+    for rule in (_data, _experts, _matching):
         for key, value, reason in rule(draft):
             draft.set(key, value, reason)
     _fit_into_time(draft)
@@ -159,9 +182,14 @@ def suggest(wish: Wish, dataset: DatasetConfig, raw: RawDataset, plan: Callable[
     return Suggestion(config, draft.reasons, plan(config))
 
 
-def measured_plans(raw: RawDataset) -> Callable[[RunConfig], Proposal]:
-    """Function that plans recipes for these images on this machine; it measures each width of the network once."""
-    shape = DataShape((raw.channels, *raw.size), raw.classes, len(raw.train) + len(raw.validation))
+def measured_plans(raw: RawDataset, say: Callable[[str], None]) -> Callable[[RunConfig], Proposal]:
+    """Function that plans recipes for these images on this machine; it measures each width of the network once.
+
+    Args:
+        say: shows a line before each measurement.
+    """
+    image, training = (raw.channels, *raw.size), len(raw.train) + len(raw.validation)
+    shape = DataShape(image, raw.classes, training, len(raw.test))
     machines: dict[int, Machine] = {}
 
     def plan(config: RunConfig) -> Proposal:
@@ -169,7 +197,12 @@ def measured_plans(raw: RawDataset) -> Callable[[RunConfig], Proposal]:
         found = Proposal(config, shape, plans_of(config, shape, Layout.of(config, 0)), machine_here(config))
         width = config.network.width
         if width not in machines:
-            machines[width] = measured(found, quickly=True)
+            say(f"timing steps of a network with {width} channels ...")
+            threads = torch.get_num_threads()
+            try:
+                machines[width] = measured(found, quickly=found.machine.device == "core")
+            finally:
+                torch.set_num_threads(threads)
         return replace(found, machine=machines[width])
 
     return plan
@@ -230,7 +263,8 @@ class _Draft:
 
 def _data(draft: _Draft) -> Choices:
     dataset = draft.dataset
-    yield "dataset.source", dataset.source, f"{sum(draft.counts):,} images to train on, {len(draft.raw.test):,} to test"
+    images = f"{sum(draft.counts):,} images to train and validate on, {len(draft.raw.test):,} to test"
+    yield "dataset.source", dataset.source, images
     if dataset.path is not None:
         yield "dataset.path", dataset.path, "may be another one on another machine"
     if dataset.resize is not None:
@@ -250,13 +284,18 @@ def _data(draft: _Draft) -> Choices:
     else:
         why = "chooses the set to keep; the test images choose nothing"
     yield "dataset.validation", float(f"{share:.2g}"), why
+    resolved, side = draft.config().resolved(draft.raw.size), min(draft.raw.size)
+    kind = resolved.dataset.normalisation
+    why = "whitening, as published up to 64x64 pixels" if kind == "zca" else "whitening would take hours"
+    yield "dataset.normalisation", kind, why
+    yield "network.depth", resolved.network.depth, f"blocks; each halves the {side} pixels, and maps keep 3 or more"
 
 
 def _experts(draft: _Draft) -> Choices:
     batch = 2 ** int(math.log2(max(1, draft.training / EPOCH_STEPS)))
     batch = min(max(SMALLEST_BATCH, batch), PUBLISHED_BATCH)
     steps, published = math.ceil(draft.training / batch), batch == PUBLISHED_BATCH
-    yield "experts.batch_size", batch, f"an epoch of {draft.training:,} images then has {steps:,} steps"
+    yield "experts.batch_size", batch, f"an epoch of {draft.training:,} images then has {counted(steps, 'step')}"
     yield (
         "experts.learning_rate",
         PUBLISHED_RATE if published else RATE,
@@ -279,21 +318,18 @@ def _matching(draft: _Draft) -> Choices:
     distance = BOUND * ipc**BOUND_POWER
     bound = max(2, round(distance / epoch))
     first = int(bound * min(MOST_LATE, LATE_SHARE * share))
-    late = f"; from later on for {share:.0%} of the data" if first else ""
-    why = f"to {distance:.0f} by learning rate x steps, as known for {ipc:,} images per class{late}"
+    late = f"; begins later because the set is {share:.0%} of the data" if first else ""
+    why = f"ends at distance {distance:.0f}, known to suit {counted(ipc, 'image')} per class{late}"
     yield "distill.start_epochs", [first, bound], why
     batch = min(draft.images, max(STUDENT_BATCH, 2 * draft.raw.classes))
-    yield "distill.batch_size", batch, "all synthetic images" if batch == draft.images else "of a student step"
+    whole = batch == draft.images
+    yield "distill.batch_size", batch, "all images of the set" if whole else f"of {draft.images:,} images of the set"
     yield "distill.threshold", THRESHOLD, "a little above the loss of no movement, near which a set may start"
     found = "found by trial before the first iteration"
     yield "distill.initial_step_size", None, found
     yield "distill.learning_rate_images", None, found
     yield "distill.learning_rate_labels", 5.0, "as for digits, between the published 2 and 10"
     yield "distill.learning_rate_step_size", 5e-5, "as for digits"
-
-
-def _evaluation(draft: _Draft) -> Choices:
-    yield "evaluate.seeds", SEEDS, "networks a row, for a mean and its deviation"
 
 
 def _lengths(draft: _Draft, steps: int) -> dict[str, Any]:
@@ -326,8 +362,8 @@ def _fitted(draft: _Draft, values: dict[str, Any], time: float) -> dict[str, Any
     workers = draft.plan(draft.config(values)).machine.workers
     values["cluster.shards"] = min(workers, draft.raw.classes)
     evaluation = 0.0
-    for protocol in PROTOCOLS:
-        values |= {"evaluate.protocol": protocol, "evaluate.full": False}
+    for protocol, seeds in EVALUATIONS:
+        values |= {"evaluate.protocol": protocol, "evaluate.seeds": seeds, "evaluate.full": False}
         evaluation = draft.clock(values)["evaluation"]
         if evaluation <= EVALUATION_SHARE * time:
             break
@@ -335,44 +371,59 @@ def _fitted(draft: _Draft, values: dict[str, Any], time: float) -> dict[str, Any
     with_real = draft.clock(values | {"evaluate.full": True, "evaluate.real_epochs": real_epochs})["evaluation"]
     if with_real - evaluation <= REAL_SHARE * time:
         values |= {"evaluate.full": True, "evaluate.real_epochs": real_epochs}
+    stack = experts_at_a_time(draft.config(values), (draft.raw.channels, *draft.raw.size), draft.raw.classes)
     for steps in STEPS:
         values |= _lengths(draft, steps)
-        one, two = (draft.clock(values | {"experts.count": workers * rounds})["experts"] for rounds in (1, 2))
-        count = workers * (1 + int((EXPERTS_SHARE * time - one) / (two - one)))
-        values["experts.count"] = min(max(2, count), MOST_EXPERTS)
+        one, two = (draft.clock(values | {"experts.count": workers * stack * rounds})["experts"] for rounds in (1, 2))
+        each, fixed = (two - one) / stack, 2 * one - two  # of as many experts as workers; of compiling
+        rounds = int((EXPERTS_SHARE * time - fixed) / each)
+        values["experts.count"] = min(max(LEAST_EXPERTS, workers * rounds), MOST_EXPERTS)
         short = draft.plan(draft.config(values | {"distill.iterations": VALIDATIONS, "distill.validate_every": 1}))
         left = time - sum(3600 * wall for _, wall in short.stages.values())
         iterations = VALIDATIONS + int(left / sum(short.iteration))
+        # Rather fewer experts than too few iterations; each round of experts has as many as there are workers.
+        spare = max(0, values["experts.count"] - ENOUGH_EXPERTS) // workers
+        wanted = math.ceil((ENOUGH_ITERATIONS - iterations) * sum(short.iteration) / each)
+        fewer = min(spare, max(0, wanted))
+        values["experts.count"] -= workers * fewer
+        iterations += int(fewer * each / sum(short.iteration))
         values["distill.iterations"] = min(max(LEAST_ITERATIONS, iterations), MOST_ITERATIONS)
         if iterations >= ENOUGH_ITERATIONS:
             break
+    if stack > 1:
+        values["cluster.experts_at_a_time"] = min(stack, -(-values["experts.count"] // workers))
     values["distill.validate_every"] = -(-values["distill.iterations"] // VALIDATIONS)
     values["distill.checkpoint_every"] = -(-values["distill.iterations"] // CHECKPOINTS)
     return values
 
 
 def _words(seconds: float) -> str:
-    return f"{seconds / 60:,.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
+    return f"{seconds / 60:.3g} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
 
 
 def _reasons(draft: _Draft, values: dict[str, Any]) -> dict[str, str]:
     """Reasons of the values of `_fitted`."""
-    asked, width = _words(draft.wish.seconds), values["network.width"]
-    span, steps = values["distill.expert_epochs"], values["distill.student_steps"]
-    wider = f"a wider network leaves too few experts or iterations in {asked}"
-    reached = draft.epoch * values["experts.epochs"]
+    asked, width, iterations = _words(draft.wish.seconds), values["network.width"], values["distill.iterations"]
+    steps, count, is_enough = values["distill.student_steps"], values["experts.count"], iterations >= ENOUGH_ITERATIONS
+    span, reached = (draft.epoch * values[key] for key in ("distill.expert_epochs", "experts.epochs"))
+    least = f"the least; {asked} would be too short for more"
+    in_time = f"more would leave fewer than {ENOUGH_EXPERTS} experts or {ENOUGH_ITERATIONS} iterations in {asked}"
     return {
-        "network.width": "as published" if width == WIDTHS[0] else wider,
+        "network.width": "channels, as published" if width == WIDTHS[0] else f"channels; {in_time}",
         "cluster.shards": "all workers of this machine distil the set together",
-        "evaluate.protocol": f"the longest that takes at most a fifth of {asked}",
-        "evaluate.full": "networks on all real images, if they take at most a tenth of the time",
+        "cluster.experts_at_a_time": "all workers train experts",
+        "evaluate.protocol": f"the longest that takes at most a fifth of {asked}, or the shortest that trains networks",
+        "evaluate.seeds": "networks of a row, for a mean and its deviation",
+        "evaluate.full": "networks on all real images take at most a tenth of the time"
+        if values["evaluate.full"]
+        else "left out: networks on all real images take more than a tenth of the time",
         "evaluate.real_epochs": "as many as the experts have",
-        "distill.student_steps": f"as many as leave {ENOUGH_ITERATIONS} iterations in {asked}",
-        "distill.expert_epochs": f"{span * draft.epoch:.2g} by learning rate x steps, for {steps} student steps",
-        "experts.epochs": f"{reached:.0f} by learning rate x steps: past the latest target, and trained well enough",
+        "distill.student_steps": f"as many as leave {ENOUGH_ITERATIONS} iterations in {asked}" if is_enough else least,
+        "distill.expert_epochs": f"distance {span:.2g}, for {steps} student steps",
+        "experts.epochs": f"distance {reached:.0f}: beyond the latest target, and far enough to label images",
         "experts.keep_epochs": "all epochs, so that recipes with more images per class can share the experts",
-        "experts.count": f"as many as a third of {asked} allows, at most {MOST_EXPERTS}",
-        "distill.iterations": "what is left of the time",
+        "experts.count": "as many as the time allows beside the iterations" if count > LEAST_EXPERTS else least,
+        "distill.iterations": "as many as the rest of the time allows" if iterations > LEAST_ITERATIONS else least,
         "distill.validate_every": f"{VALIDATIONS} times, to choose the set to keep",
-        "distill.checkpoint_every": f"{CHECKPOINTS} times",
+        "distill.checkpoint_every": f"about {min(CHECKPOINTS, iterations)} times; Ctrl-C saves too",
     }

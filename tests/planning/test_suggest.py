@@ -87,7 +87,21 @@ def test_more_time_gives_more_of_everything_and_is_not_exceeded() -> None:
     assert sizes == sorted(sizes)
     for minutes, each in zip((15, 60, 600), found, strict=True):
         assert sum(clock for _, clock in each.plan.stages.values()) * 60 <= minutes
-    assert suggested(data, 10, 0.1).config.distill.iterations == rules.LEAST_ITERATIONS
+    least = suggested(data, 10, 0.1)
+    assert least.config.distill.iterations == rules.LEAST_ITERATIONS
+    assert least.seconds > 6
+    assert "the least; 0.1 minutes would be too short for more" in least.reasons["distill.iterations"]
+
+
+def test_there_are_rather_fewer_experts_than_too_few_iterations() -> None:
+    """Experts beyond four give way to iterations, up to their enough."""
+    counts = {
+        minutes: (config.experts.count, config.distill.iterations)
+        for minutes in (5, 8, 12, 20)
+        for config in [suggested(raw([40] * 3, (3, 64, 64), 4), 10, minutes).config]
+    }
+    for count, iterations in counts.values():
+        assert count <= rules.ENOUGH_EXPERTS + 1 or iterations >= rules.ENOUGH_ITERATIONS, counts
 
 
 def test_every_chosen_value_has_its_reason_in_a_recipe_that_reads_back() -> None:
@@ -110,7 +124,7 @@ def test_validation_leaves_the_images_that_the_set_starts_from(counts: list[int]
 
 def test_more_images_per_class_than_there_are_is_an_error() -> None:
     """The line names the class and its images."""
-    with pytest.raises(DatasetError, match="class 1' has 10 images"):
+    with pytest.raises(DatasetError, match=r"class 1. has 10 images"):
         suggested(raw([30, 10], (3, 32, 32)), 10)
 
 
@@ -134,6 +148,9 @@ def test_the_source_follows_from_the_files(tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "wnids.txt").touch()
     (tmp_path / "birds").mkdir()
+    (tmp_path / "birds" / "owl").mkdir()
+    (tmp_path / "birds" / "owl" / "1.png").touch()
+    (tmp_path / "birds" / "facts.parquet").touch()
     names = {"pages": "parquet", "pages/train.parquet": "parquet", "tiny": "tiny-imagenet", "birds": "folder"}
     assert {name: source_of(str(tmp_path / name)) for name in names} == names
     assert source_of("digits") == "digits"
