@@ -313,16 +313,27 @@ def test_tasks_are_weighed_by_their_work(tmp_path: Path) -> None:
 def test_a_row_is_reported_once_when_all_its_seeds_are_there(
     tmp_path: Path, finished_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The line of a row has mean, spread and number of networks, also of those that an earlier command scored."""
+    """A row's line has its score, also of networks scored earlier, for each run that shares it, before the end's."""
     shutil.copytree(finished_run, tmp_path / "out")
     (tmp_path / "out/tiny/evaluation/distilled-01.json").unlink()
     config = tiny_config("evaluate.seeds=3")
     pipeline = Pipeline([config], str(tmp_path / "out"))
     pipeline.evaluate(serial(config), Reporter())
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.endswith("(n=3)")]
+    shown = capsys.readouterr().err.splitlines()
+    lines = [line for line in shown if line.endswith("(n=3)")]
     (summary,) = pipeline_module.summaries(pipeline.out, pipeline.configs)
-    assert lines[-1].startswith("tiny full ")
-    assert sorted(lines) == sorted(f"tiny {score.row} {score} (n=3)" for score in summary.scores)
+    assert lines[-1].startswith("tiny, all real data: ")
+    assert shown.index(lines[-1]) < next(i for i, line in enumerate(shown) if line.startswith("Evaluation: done in"))
+    assert sorted(lines) == sorted(f"tiny, {ROWS[score.row]}: {score} % (n=3)" for score in summary.scores)
+    shutil.copytree(tmp_path / "out/tiny", tmp_path / "out/more")
+    recipe = tmp_path / "out/more/recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("name: tiny", "name: more"))
+    for result in (tmp_path / "out/controls").rglob("full-01.json"):
+        result.unlink()
+    both = [config, tiny_config("evaluate.seeds=3", "name=more")]
+    Pipeline(both, str(tmp_path / "out")).evaluate(serial(config), Reporter())
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.endswith("(n=3)")]
+    assert [line.partition(":")[0] for line in lines] == ["tiny, all real data", "more, all real data"]
 
 
 def test_more_images_per_class_than_a_class_has_is_refused(tmp_path: Path) -> None:

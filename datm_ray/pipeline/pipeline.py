@@ -27,7 +27,7 @@ from datm_ray.runtime.executor import Executor, Finished, Task
 from datm_ray.runtime.stopping import by_signals
 from datm_ray.stages.checkpoint import CHECKPOINT
 from datm_ray.stages.distill import DistillWorker
-from datm_ray.stages.evaluate import FAIR_ROWS, ON_OTHERS, ROWS, EvaluateWorker, read_score
+from datm_ray.stages.evaluate import FAIR_ROWS, ON_OTHERS, ROWS, EvaluateWorker, read_score, result_location
 from datm_ray.stages.expert_progress import ExpertProgress
 from datm_ray.stages.experts import ExpertWorker, experts_cost, progress_of, stacks, write_experts_cost
 from datm_ray.store.files.filesystem import Location
@@ -269,10 +269,13 @@ class Pipeline:
             return tasks.evaluate_tasks(runs, self.scored_rows)
 
         def tell(task: Task) -> None:
-            config, *_, row, _, network = task.arguments
-            score = read_score(self.out, config, self.runs.raw(config).fingerprint, row, network)
-            if score:  # all seeds are there
-                reporter.message(f"{tasks.row_name(config, row, network)} {score} (n={score.n})")
+            *_, uri, row, number, network = task.arguments
+            for config in self.configs:  # runs may share a row
+                key = (self.out, config, self.runs.raw(config).fingerprint, row)
+                if (row, network) not in self.scored_rows(config) or number >= config.evaluate.seeds:
+                    continue
+                if result_location(*key, number, network).uri == uri and (score := read_score(*key, network)):
+                    reporter.message(f"{tasks.row_title(config, row, network)}: {score} % (n={score.n})")
 
         self._run("Evaluation", EvaluateWorker, "evaluate", open_tasks, executor, reporter, tell)
 
@@ -286,7 +289,7 @@ class Pipeline:
         reporter: Reporter,
         finished: Callable[[Task], None] = lambda task: None,
     ) -> None:
-        """Run the open tasks of one stage, data set by data set. Calls `finished` after each.
+        """Run the open tasks of one stage, data set by data set. Calls `finished` for each before its end is shown.
 
         Raises:
             ClusterError: afterwards, where workers have written to a place that this process does not see.
@@ -302,10 +305,10 @@ class Pipeline:
             for dataset, group in by_dataset.items():
                 setup = (executor.share(self.runs.dataset(dataset, reporter.message)), self.configs[0].cluster)
                 for task, event in executor.run(worker, setup, method, group):
-                    stage.event(task, event)
-                    self._log.event(task, event)
                     if isinstance(event, Finished):
                         finished(task)
+                    stage.event(task, event)
+                    self._log.event(task, event)
         if unseen := open_tasks(self.runs):
             raise ClusterError(
                 f"{title}: {len(unseen)} result(s), {unseen[0][1].name} the first, cannot be read on this machine",

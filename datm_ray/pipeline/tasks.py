@@ -10,7 +10,7 @@ from datm_ray.errors import ConfigError
 from datm_ray.pipeline.runs import Runs
 from datm_ray.planning.fit import ALONE, DataShape, Layout, network_cost, plans_of
 from datm_ray.runtime.executor import Executor, Task
-from datm_ray.stages.evaluate import result_location, work_of
+from datm_ray.stages.evaluate import FAIR_ROWS, ROWS, result_location, work_of
 from datm_ray.stages.experts import experts_at_a_time, stacks
 
 DatasetTask = tuple[DatasetConfig, Task]
@@ -115,14 +115,18 @@ def evaluate_tasks(
             place = result_location(runs.out, config, raw.fingerprint, row, number, network)
             if not place.exists():
                 uris = (runs.store_uri, runs.folder(config).uri, place.uri)
-                name = f"{row_name(config, row, network)} {number}"
+                name = f"{config.name} {row}{_on(config, network)} {number}"
                 arguments = (config, *uris, row, number, network)
                 task = Task(name, arguments, run=config.name, stage="evaluation", weight=work)
                 tasks[place.uri] = (config.dataset, task)
     return list(tasks.values())
 
 
-def row_name(config: RunConfig, row: str, network: NetworkConfig | None) -> str:
-    """Name of a run's row for the user, such as "birds distilled" or "birds distilled on vgg11"."""
+def row_title(config: RunConfig, row: str, network: NetworkConfig | None) -> str:
+    """A run's row in words, such as "birds, distilled" or "birds, distilled on vgg11"."""
+    return f"{config.name}, {(ROWS | FAIR_ROWS)[row]}{_on(config, network)}"
+
+
+def _on(config: RunConfig, network: NetworkConfig | None) -> str:
     names = dict(zip(config.scored_networks, network_names(config.scored_networks), strict=True))
-    return f"{config.name} {row}{f' on {names[network]}' if network else ''}"
+    return f" on {names[network]}" if network else ""
