@@ -177,8 +177,8 @@ def test_a_step_size_is_found_where_a_given_one_is_refused(
     ) as caught:
         distil(tiny_config(*ONE_PAIR, "distill.initial_step_size=5.0"), tmp_path / "given", experts)
     assert caught.value.exit_code == 2
-    assert "an epoch of the experts is 10 steps of 0.02, from start to target they go 10;" in caught.value.cause
-    assert "the student goes 3 of 5 (in all 15 against 0.2)" in caught.value.cause
+    assert "experts make 10 steps of 0.02 from start to target (0.2 in all)" in caught.value.cause
+    assert "the student 3 steps of 5 (15 in all)" in caught.value.cause
     assert not (tmp_path / "given/tiny/initial.arrow").exists()
     assert not (tmp_path / "given/tiny/checkpoint.arrow").exists()
     measured.clear()
@@ -206,7 +206,7 @@ def test_a_given_step_size_that_sometimes_works_is_kept(
     (note, *_) = notes_of(config, tmp_path, experts)
     assert len(measured) == 1
     assert note.startswith("2 of 4 matching losses at the start exceed distill.threshold 1")
-    assert "the student goes 3 of 0.03 (in all 0.09 against 0.2)" in note
+    assert "the student 3 steps of 0.03 (0.09 in all)" in note
     assert load(str(tmp_path / "tiny/initial.arrow")).step_size == pytest.approx(0.03)
 
 
@@ -252,7 +252,7 @@ def test_losses_above_the_threshold_in_a_row_stop_the_run(
         ThresholdError, match="2 iterations in a row changed nothing, the last with a matching loss of 1"
     ) as caught:
         distil(config, tmp_path, experts)
-    assert "from start to target they go 10; the student goes 3 of 0.03" in caught.value.cause
+    assert "from start to target (0.2 in all), the student 3 steps of 0.03" in caught.value.cause
     assert "another --out or --set name=" in caught.value.remedy
     assert caught.value.exit_code == 2
     assert curves_of(tmp_path)["history.skipped"].tolist() == [False, True, False, True, True]

@@ -71,14 +71,14 @@ class Distance:
         return self.student_steps * (self.step_size or self.likely_step_size) / self.expert
 
     def __str__(self) -> str:
-        each = f"{self.steps_per_epoch:,} steps of {self.learning_rate:g}"
-        each += f" with momentum {self.momentum:g}" if self.momentum else ""
-        steps = self.steps_per_epoch * self.expert_epochs
-        text = f"an epoch of the experts is {each}, from start to target they go {steps:,}; the student goes "
+        momentum = f" with momentum {self.momentum:.3g}" if self.momentum else ""
+        experts = f"{_steps(self.steps_per_epoch * self.expert_epochs)} of {self.learning_rate:.3g}{momentum}"
+        student = _steps(self.student_steps)
         if self.step_size is None:
-            return f"{text}{self.student_steps:,} of a step size that is found first, about {self.likely_step_size:.1g}"
-        student = self.student_steps * self.step_size
-        return f"{text}{self.student_steps:,} of {self.step_size:.3g} (in all {student:.3g} against {self.expert:.3g})"
+            student += f" of a size that is found first, about {self.likely_step_size:.1g}"
+        else:
+            student += f" of {self.step_size:.3g} ({self.student_steps * self.step_size:.3g} in all)"
+        return f"experts make {experts} from start to target ({self.expert:.3g} in all), the student {student}"
 
     @property
     def advice(self) -> str:
@@ -100,3 +100,7 @@ class Distance:
             "student": None if self.step_size is None else self.student_steps * self.step_size,
             "likely_step_size": self.likely_step_size,
         }
+
+
+def _steps(count: int) -> str:
+    return f"{count:,} step{'s' * (count != 1)}"

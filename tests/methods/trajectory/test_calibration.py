@@ -94,16 +94,18 @@ def test_distances_are_those_of_plain_sgd() -> None:
     config = override(get_recipe("digits-ipc1"), [*few, "distill.initial_step_size=0.01"])
     found = Distance.of(config, 780)
     assert str(found) == (
-        "an epoch of the experts is 4 steps of 0.01, from start to target they go 8; the student goes 40 of 0.01 "
-        "(in all 0.4 against 0.08)"
+        "experts make 8 steps of 0.01 from start to target (0.08 in all), the student 40 steps of 0.01 (0.4 in all)"
     )
     assert (found.ratio, found.likely_step_size) == pytest.approx((5.0, 0.001))
     assert found.advice == "that is 5 times as far: try distill.initial_step_size=null, or about 0.001"
     fast = Distance.of(override(config, ["experts.momentum=0.9"]), 780)
     assert (fast.expert, fast.advice) == (pytest.approx(0.8), "")
-    assert "4 steps of 0.01 with momentum 0.9" in str(fast)
+    assert "experts make 8 steps of 0.01 with momentum 0.9 from start to target (0.8 in all)" in str(fast)
+    wild = Distance.of(override(config, ["experts.learning_rate=37028123456", "distill.student_steps=1"]), 780)
+    assert "8 steps of 3.7e+10 from" in str(wild)
+    assert str(wild).endswith("the student 1 step of 0.01 (0.01 in all)")
     slow = Distance.of(override(config, ["distill.initial_step_size=0.0001"]), 780)
     assert slow.advice.startswith("that is 20 times less far: try")
     free = Distance.of(override(config, ["distill.initial_step_size=null"]), 780)
-    assert str(free).endswith("the student goes 40 of a step size that is found first, about 0.001")
+    assert str(free).endswith("the student 40 steps of a size that is found first, about 0.001")
     assert (free.ratio, free.advice) == (0.5, "")
