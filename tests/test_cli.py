@@ -312,6 +312,7 @@ def test_the_control_on_all_real_data_can_be_skipped(datm_ray: CommandLine, tmp_
     code, _, err = datm_ray("evaluate", "digits-ipc1", "--skip-full", "--fair", *out)
     assert (code, len(err.splitlines())) == (2, 1)
     assert "evaluate.fair needs the control on all real data, but evaluate.full is false" in err
+    assert "or set evaluate.full=true" in err
 
 
 @pytest.mark.parametrize("name", ["dataset.json", "evaluation/distilled-00.json", "cost.json", "experts-cost.json"])

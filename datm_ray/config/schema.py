@@ -80,7 +80,7 @@ class RunConfig(Section):
         if self.evaluate.fair and not self.evaluate.full:
             raise ValueError(
                 "evaluate.fair needs the control on all real data, but evaluate.full is false; leave out --fair or "
-                "--skip-full"
+                "--skip-full, or set evaluate.full=true"
             )
         if self.cluster.workers is not None and self.workers_per_set > self.cluster.workers:
             raise ValueError(
