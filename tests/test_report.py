@@ -25,6 +25,7 @@ from datm_ray.data.transform import fit_transform
 from datm_ray.errors import CorruptFileError
 from datm_ray.methods.trajectory.iteration import Distillation, IterationRecord
 from datm_ray.report import RunSummary, accuracy_table, write_report
+from datm_ray.report.results import shown_rows
 from datm_ray.runtime.mesh import Alone
 from datm_ray.stages import checkpoint
 from datm_ray.stages.checkpoint import CHECKPOINT, Rows
@@ -348,7 +349,10 @@ def test_a_step_size_that_is_not_learned_is_a_plain_line(out: Location) -> None:
 
 def test_no_runs_give_a_page(out: Location) -> None:
     """An empty folder has a page that says so."""
-    assert "There are no runs" in page_of(out)
+    page = page_of(out)
+    assert "There are no runs" in page
+    assert "skipped" not in page
+    assert "full" in shown_rows([])
     assert "No test accuracy yet" in accuracy_table([])
 
 

@@ -257,8 +257,12 @@ SKIPPED = f"{ROWS['full']}: skipped (evaluate.full is false)"
 
 
 def shown_rows(summaries: Sequence[RunSummary]) -> dict[str, str]:
-    """Rows of the table of these runs -> titles: without all real data if every run skips it."""
-    return {row: title for row, title in ROWS.items() if not all(is_skipped(each, row) for each in summaries)}
+    """Rows of the table of these runs -> titles: without all real data if there are runs and every one skips it."""
+    return {
+        row: title
+        for row, title in ROWS.items()
+        if not (summaries and all(is_skipped(each, row) for each in summaries))
+    }
 
 
 def is_skipped(summary: RunSummary, row: str) -> bool:
