@@ -136,15 +136,27 @@ class Artifact:
         return f"<synthetic set {name}: {what}, {step_size}{f', from {self.place}' if self.place else ''}>"
 
     def training(self) -> Schedule:
-        """How networks were trained on the set to score it: epochs, batch size, SGD's settings and augmentation.
+        """How networks were trained on the set to score it: epochs, batch size, optimiser's settings and augmentation.
 
-        The step size is the learned one, and `training().augment(images)` augments a batch. Sets whose recipe does not
-        name its protocol get the published one, without augmentation.
+        The step size is the learned one, and `training().augment(images)` augments a batch. AdamW was scored with the
+        best of a few learning rates; the learned one is for SGD. Sets whose recipe does not name its protocol get the
+        published one, without augmentation.
+
+        Raises:
+            ConfigError: this version has no such protocol or optimiser.
         """
         scored = self.recipe.get("evaluate", {})
-        protocol = PROTOCOLS.get(scored.get("protocol", ""), PROTOCOLS["published"])
-        augmentation = scored.get("augmentation", "")
-        return dataclasses.replace(protocol, learning_rate=self.step_size, augmentation=augmentation)
+        name, optimiser = scored.get("protocol", "published"), scored.get("optimiser", "sgd")
+        if name not in PROTOCOLS or optimiser not in ("sgd", "adamw"):
+            raise ConfigError(
+                f"the set was scored by {optimiser!r} with protocol {name!r}, which this version does not have",
+                "it was made by another version",
+                "upgrade datm_ray, or choose the settings yourself",
+            )
+        schedule = dataclasses.replace(
+            PROTOCOLS[name], learning_rate=self.step_size, augmentation=scored.get("augmentation", "")
+        )
+        return schedule if optimiser == "sgd" else schedule.with_adamw()
 
     @property
     def transform(self) -> Transform:

@@ -123,6 +123,11 @@ def test_a_set_says_what_it_is_and_how_it_was_scored(path: Path) -> None:
     old = dataclasses.replace(loaded, recipe={}, place="")
     assert repr(old) == f"<synthetic set without a name: {what}>"
     assert old.training() == dataclasses.replace(PROTOCOLS["published"], learning_rate=loaded.step_size)
+    adamw = dataclasses.replace(loaded, recipe={"evaluate": {"protocol": "quick", "optimiser": "adamw"}}).training()
+    assert (adamw.optimiser, adamw.weight_decay, adamw.epochs) == ("adamw", 0.05, 20)
+    for unknown in ({"protocol": "slower"}, {"optimiser": "lion"}):
+        with pytest.raises(ConfigError, match=f"{next(iter(unknown.values()))}.*this version does not have"):
+            dataclasses.replace(loaded, recipe={"evaluate": unknown}).training()
 
 
 def test_the_normaliser_reads_images_as_a_data_set_does(artifact: Artifact) -> None:

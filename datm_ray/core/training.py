@@ -5,6 +5,7 @@ Data and augmentation stay on the device and are batched; there is no per-sample
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -50,6 +51,10 @@ class Schedule:
     optimiser: Literal["sgd", "adamw"] = "sgd"
     """adamw has its own momenta, 0.9 and 0.999."""
 
+    def with_adamw(self) -> Schedule:
+        """This training by AdamW, with AdamW's weight decay."""
+        return dataclasses.replace(self, optimiser="adamw", weight_decay=ADAMW_WEIGHT_DECAY)
+
     def augment(self, images: Tensor, random: np.random.Generator | None = None) -> Tensor:
         """Augment a batch [b c h w] with one operation of `augmentation`, drawn anew in each call.
 
@@ -68,6 +73,9 @@ PROTOCOLS: dict[str, Schedule] = {
     "quick": Schedule(20, 128, 0.01, momentum=0.9, weight_decay=5e-4, decay_epoch=11),
 }
 """Evaluation protocols by name; learning rate and augmentation are replaced by the run's own."""
+
+ADAMW_WEIGHT_DECAY = 0.05
+"""Weight decay of AdamW, a usual value for transformers."""
 
 
 def validation_protocol(evaluation: str) -> str:

@@ -87,9 +87,6 @@ REPORT_INTERVAL = 1.0
 STEP_OVERHEAD = 3e7
 """Operations of a forward pass that take as long as what a training step needs beside its images, on a CPU core."""
 
-ADAMW_WEIGHT_DECAY = 0.05
-"""Weight decay of AdamW, a usual value for transformers."""
-
 
 @dataclass(frozen=True)
 class Score:
@@ -271,7 +268,7 @@ def _row_schedule(config: RunConfig, row: str) -> Schedule:
     """Training schedule of a row's networks, except for the step size."""
     schedule = evaluation_schedule(config, 0.0)
     if config.evaluate.optimiser == "adamw":
-        schedule = dataclasses.replace(schedule, optimiser="adamw", weight_decay=ADAMW_WEIGHT_DECAY)
+        schedule = schedule.with_adamw()
     if row == "full":
         epochs = config.evaluate.real_epochs
         schedule = dataclasses.replace(schedule, epochs=epochs, decay_epoch=(epochs + 1) // 2)
