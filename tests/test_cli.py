@@ -287,6 +287,9 @@ def test_an_interrupt_says_that_nothing_is_lost(datm_ray: CommandLine, monkeypat
     monkeypatch.setattr("datm_ray.pipeline.Pipeline.run_all", interrupted)
     code, _, err = datm_ray("run", "digits-ipc1", "--executor", "serial")
     assert (code, err) == (130, "datm-ray: stopped. Run the same command again to resume.\n")
+    monkeypatch.setattr("datm_ray.pipeline.report", interrupted)
+    code, _, err = datm_ray("report", "runs")
+    assert (code, err) == (130, "datm-ray: stopped.\n")  # nothing to resume
 
 
 def test_an_interrupt_names_what_was_saved(datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,15 +35,16 @@ READER_GONE = 141
 """Exit code of a program that a closed pipe ends, as a shell shows it."""
 LOG = "datm-ray-error.log"
 """Name of the file with tracebacks, in a run's output folder."""
+_RESUMED = ("run", "experts", "distill", "evaluate")  # commands that continue where an earlier one was stopped
 _SPELLED = str.maketrans({"±": "+-", "×": "x", "–": "-", "—": "-", "…": "...", "·": "-", "’": "'"})
 
 
 class _Caught(Exception):
     """Carrier of Ctrl-C or of a closed pipe, which Typer would otherwise reduce to an exit code."""
 
-    def __init__(self, failure: BaseException) -> None:
+    def __init__(self, failure: BaseException, resumes: bool) -> None:
         super().__init__()
-        self.failure = failure
+        self.failure, self.resumes = failure, resumes
 
 
 class Commands(TyperGroup):
@@ -54,7 +55,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except (BrokenPipeError, KeyboardInterrupt) as failure:
-            raise _Caught(failure) from failure
+            raise _Caught(failure, ctx.invoked_subcommand in _RESUMED) from failure
 
 
 def end_cleanly(command: Callable[[], object], out: Callable[[], str | None]) -> None:
@@ -72,7 +73,7 @@ def end_cleanly(command: Callable[[], object], out: Callable[[], str | None]) ->
             _exit_flushed()
         raise
     except _Caught as caught:
-        _end_with(caught.failure, out())
+        _end_with(caught.failure, out(), resumes=caught.resumes)
     except Exception as failure:
         _end_with(failure, out())
 
@@ -87,10 +88,10 @@ def _exit_flushed() -> None:
         _end_with(failure, None)
 
 
-def _end_with(failure: BaseException, out: str | None) -> None:
+def _end_with(failure: BaseException, out: str | None, *, resumes: bool = False) -> None:
     if isinstance(failure, KeyboardInterrupt):
         saved, there = (f" Saved {failure}.", " from there") if str(failure) else ("", "")
-        _say(f"stopped.{saved} Run the same command again to resume{there}.")
+        _say(f"stopped.{saved}" + (f" Run the same command again to resume{there}." if resumes else ""))
         sys.exit(getattr(failure, "exit_code", INTERRUPTED))
     if isinstance(failure, BrokenPipeError) and any([_has_no_reader(sys.stdout), _has_no_reader(sys.stderr)]):
         sys.exit(READER_GONE)
