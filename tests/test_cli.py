@@ -392,7 +392,7 @@ def test_a_plan_is_ten_lines_and_needs_no_data(
     titles = [line.partition(":") for line in out.splitlines() if not line.startswith(" ")]
     assert [title for title, *_ in titles] == ["digits-ipc10", "cifar10-ipc1"]
     assert all(
-        re.search(r"of 3\.00 GiB a worker, about .* of CPUs, .* on the clock, [0-9.]+ [MG]iB of", needs)
+        re.search(r"memory .* of 3\.00 GiB a worker, about .* of CPUs, .* on the clock, [0-9.]+ [MG]iB of", needs)
         for *_, needs in titles
     )
     assert len(out.splitlines()) <= 2 * 10

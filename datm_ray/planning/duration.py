@@ -210,7 +210,9 @@ class Proposal:
         worst = max(self.plans, key=lambda each: total(each.parts))
         times = f"{show_time(sum(held.values()))} of {device}s, {show_time(sum(clock.values()))} on the clock"
         about = f"about {times}, " if machine.basis else ""
-        found = [f"{config.name}: {worst.memory} a worker, {about}{size_in_words(sum(kept.values()))} of storage"]
+        found = [
+            f"{config.name}: memory {worst.memory} a worker, {about}{size_in_words(sum(kept.values()))} of storage"
+        ]
         found += [f"  {label:<16} {value}" for label, value in rows.items()]
         return [*found, *(line for each in self.plans if verbose for line in each.lines())]
 

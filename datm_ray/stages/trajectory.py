@@ -127,11 +127,12 @@ class TrajectoryMatching:
         if self._part.config.distill.learning_rate_images is None:
             state.image_rate = self._image_rate(state, pairs)
             found = f"distill.learning_rate_images {state.image_rate:.3g} found"
-            yield f"{found}: the first update moves pixels by {FIRST_MOVE:.0%} of their size"
+            yield f"{found}: the first update moves pixels by {FIRST_MOVE:.0%} of their root mean square"
         if above:
             yield (
-                f"{above} of {len(losses)} matching losses at the start exceed distill.threshold {threshold:g}, and "
-                f"such iterations are skipped. Their mean is {start}: {self._distance(state)}"
+                f"{_of(above, len(losses), 'matching loss')} at the start {'exceeds' if above == 1 else 'exceed'} "
+                f"distill.threshold {threshold:g}, and such iterations are skipped. The mean loss is {start}: "
+                f"{self._distance(state)}"
             )
 
     def _pairs(self, iteration: int) -> Mapping[int, Sequence[Match]]:
@@ -341,23 +342,33 @@ class TrajectoryMatching:
         updates, above = len(state.history), state.skipped - state.diverged
         if 4 * above > updates:
             yield (
-                f"{above} of {updates} matching losses exceeded distill.threshold {settings.threshold:g}, and "
+                f"{_of(above, updates, 'matching loss')} exceeded distill.threshold {settings.threshold:g}, and "
                 f"taught nothing: {self._distance(state)}. Try distill.initial_step_size=null, lower the start epochs, "
                 "or see in the report whether it came all at once"
             )
         if 4 * state.diverged > updates:
             yield (
-                f"{state.diverged} of {updates} updates were skipped because a value was not finite or a step size not "
-                "positive: lower distill.learning_rate_images or learning_rate_step_size, or use "
-                "cluster.precision=float32"
+                f"{_of(state.diverged, updates, 'update')} {_was(state.diverged)} skipped because a value was not "
+                "finite or a step size not positive: lower distill.learning_rate_images or learning_rate_step_size, or "
+                "use cluster.precision=float32"
             )
         if 4 * state.shortened > updates:
             yield (
-                f"{state.shortened} of {updates} gradients were shortened to distill.gradient_limit, "
-                f"{settings.gradient_limit:g} times the loss: lower distill.learning_rate_images, or raise the limit"
+                f"{_of(state.shortened, updates, 'gradient')} {_was(state.shortened)} shortened to "
+                f"distill.gradient_limit, {settings.gradient_limit:g} times the loss: lower "
+                "distill.learning_rate_images, or raise the limit"
             )
 
 
 def _listed(numbers: Iterable[float], digits: int = 3) -> str:
     """Numbers of all networks, in order."""
     return " and ".join(f"{number:.{digits}g}" for number in numbers)
+
+
+def _of(part: int, whole: int, noun: str) -> str:
+    """Part of a number in words, such as "1 of 1 update" or "2 of 3 matching losses"."""
+    return f"{part} of {whole} {noun}" + ("es" if noun.endswith("s") else "s") * (whole != 1)
+
+
+def _was(count: int) -> str:
+    return "was" if count == 1 else "were"

@@ -205,7 +205,7 @@ def test_a_given_step_size_that_sometimes_works_is_kept(
     backwards(monkeypatch, {0, 2})
     (note, *_) = notes_of(config, tmp_path, experts)
     assert len(measured) == 1
-    assert note.startswith("2 of 4 matching losses at the start exceed distill.threshold 1")
+    assert note.startswith("2 of 4 matching losses at the start exceed distill.threshold 1, and such iterations")
     assert "the student 3 steps of 0.03 (0.09 in all)" in note
     assert load(str(tmp_path / "tiny/initial.arrow")).step_size == pytest.approx(0.03)
 
@@ -283,7 +283,7 @@ def test_an_open_learning_rate_moves_pixels_by_its_share(experts: Path, tmp_path
     open_rate = ("distill.threshold=100", "distill.learning_rate_images=null", "distill.gradient_limit=null")
     notes = notes_of(tiny_config(*open_rate, "distill.iterations=1"), tmp_path, experts)
     initial, final = (load(str(tmp_path / f"tiny/{name}.arrow")).images for name in ("initial", "synthetic"))
-    assert any("the first update moves pixels by 5% of their size" in note for note in notes)
+    assert any("the first update moves pixels by 5% of their root mean square" in note for note in notes)
     assert 0.5 * FIRST_MOVE < float((final - initial).norm() / initial.norm()) < 2 * FIRST_MOVE
     checkpoint = read_tensors(open_location(str(tmp_path / "tiny/checkpoint.arrow")), kind="checkpoint")
     assert float(checkpoint.arrays["found.image_rate"]) > 0
