@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -99,8 +99,9 @@ def _ticking(stage: _LineStage) -> Iterator[_LineStage]:
     ended = threading.Event()
 
     def repeat() -> None:
-        while not ended.wait(TICK):
-            stage.tick()
+        with suppress(OSError, ValueError):  # standard error is closed
+            while not ended.wait(TICK):
+                stage.tick()
 
     thread = threading.Thread(target=repeat, name="progress", daemon=True)
     thread.start()

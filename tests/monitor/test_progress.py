@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 import re
+import threading
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -200,6 +201,23 @@ def test_the_time_left_grows_while_a_step_is_overdue() -> None:
     assert left[:3] == pytest.approx([50.0, 45.0, 40.0])
     assert left[3] > 60
     assert left[4] > 300
+
+
+def test_a_closed_standard_error_ends_the_display_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tick whose output has gone ends the display's thread, and no traceback of it is printed."""
+    failed: list[object] = []
+    ticks = threading.Event()
+
+    def tick(self: object) -> None:
+        ticks.set()
+        raise BrokenPipeError
+
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    monkeypatch.setattr(telemetry, "TICK", 0.001)
+    monkeypatch.setattr(telemetry._LineStage, "tick", tick)
+    with Reporter(quiet=True).stage("Distillation", [ONE]):
+        assert ticks.wait(10)
+    assert failed == []
 
 
 def test_a_line_comes_also_while_nothing_progresses(
