@@ -6,6 +6,7 @@ Tests: tests/data/test_patience.py.
 from __future__ import annotations
 
 import io
+import os
 import select
 import subprocess
 import sys
@@ -27,8 +28,13 @@ LINE_INTERVAL = 30.0
 _AT_ONCE = 1e10  # multiplications in a slab: at most a second on one CPU core
 _HERE = 1000  # largest side of a matrix that this process decomposes itself, in less than a second
 _PROGRAM = """
-import sys
-size, sys.path = int(sys.argv[1]), sys.argv[2:]
+import os, sys, threading, time
+parent, size, sys.path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+def watch():
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+threading.Thread(target=watch, daemon=True).start()
 import numpy
 matrix = numpy.empty((size, size))
 sys.stdin.buffer.readinto(matrix)
@@ -76,7 +82,7 @@ def eigenpairs(matrix: Matrix, note: Say = silent) -> tuple[Matrix, Matrix]:
         found = np.linalg.eigh(matrix)
         return found.eigenvalues, found.eigenvectors
     values, vectors, began = np.empty(size), np.empty((size, size)), time.monotonic()
-    command = [sys.executable, "-c", _PROGRAM, str(size), *sys.path]
+    command = [sys.executable, "-c", _PROGRAM, str(os.getpid()), str(size), *sys.path]
     pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nowhere, start_new_session=True) as process:
         assert process.stdin is not None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
+import sys
 import time
 from typing import Any
 
@@ -51,6 +53,13 @@ def test_ctrl_c_ends_a_decomposition_at_once(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(patience, "_PROGRAM", "import os; os.kill(os.getpid(), 9)")
     with pytest.raises(DatasetError, match=r"decomposes a 20 x 20 matrix ended with status -9\. .* memory was short"):
         eigenpairs(covariance(20))
+
+
+def test_a_decomposition_ends_when_its_parent_is_gone() -> None:
+    """The process of a decomposition ends within seconds if the one that asked for it was killed."""
+    orphan = [sys.executable, "-c", patience._PROGRAM, str(os.getpid() + 1), "5000", *sys.path]  # not its parent
+    with subprocess.Popen(orphan, stdin=subprocess.PIPE) as process:
+        assert process.wait(20) == 1
 
 
 def test_a_line_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
