@@ -218,7 +218,7 @@ class State(Generic[Record]):
             history=_records(arrays, "history", cls.record),
             meta_history=_records(arrays, "meta", MetaRecord) if "meta.iteration" in arrays else [],
             validations=list(zip(*curve, strict=True)),
-            chosen=_set_from(arrays, "chosen", device) if "chosen.images" in arrays else None,
+            chosen=_set_from(arrays, "chosen", device) if "chosen.step_sizes" in shared else None,
             chosen_at=int(arrays["validation.chosen_at"]),
             image_rate=float(arrays["found.image_rate"]) if "found.image_rate" in arrays else None,
         )

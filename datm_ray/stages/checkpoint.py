@@ -155,7 +155,9 @@ def _read_rows(folder: Location, names: list[str], rows: Rows) -> dict[str, NDAr
             found += last - first
     if found != rows.last:
         raise _unusable(folder, f"holds {found - rows.first} of the {rows.last - rows.first} images asked for")
-    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+    # The first validation adds the chosen set; a kill may leave parts with it beside parts without.
+    names_of_all = set(pieces[0]).intersection(*pieces)
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in names_of_all}
 
 
 def _require_shapes(folder: Location, state: State[Any]) -> None:

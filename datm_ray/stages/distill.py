@@ -2,8 +2,8 @@
 
 The files of a run's folder, each written atomically:
     initial.arrow      the set before the first iteration
-    checkpoint.arrow   the whole state, replaced every `checkpoint_every` iterations and when the command is stopped,
-                       and kept at the end; the images are in checkpoint/, see `checkpoint`
+    checkpoint.arrow   the whole state, replaced every `checkpoint_every` iterations, before a validation and when the
+                       command is stopped, and kept at the end; the images are in checkpoint/, see `checkpoint`
     maps.arrow         with MetaDD: what its networks see in some images, before and after
     synthetic.arrow    the result; there only when the distillation is finished
     last-good.arrow    after too many diverged or skipped iterations in a row: the set of the last update
@@ -156,6 +156,7 @@ class _Run:
                 seconds = time.monotonic() - began
                 if self._is_unvalidated(state):
                     self._stop_if(is_asked(), state)
+                    self._save_checkpoint(state)  # a validation may take minutes, and a kill meanwhile loses nothing
                     yield from self._validated(state)
                 saves = state.iteration % settings.checkpoint_every == 0 or state.iteration == settings.iterations
                 if saves:

@@ -23,8 +23,9 @@ from datm_ray.pipeline import Pipeline
 from datm_ray.runtime import stopping
 from datm_ray.runtime.executor import Event, Progress, SerialExecutor, Task
 from datm_ray.runtime.stopping import Interrupted, by_signals, saving
-from datm_ray.stages import expert_progress
+from datm_ray.stages import checkpoint, expert_progress
 from datm_ray.stages.checkpoint import CHECKPOINT, KIND, read_curves
+from datm_ray.stages.distill import _Run
 from datm_ray.stages.trajectory import TrajectoryMatching
 from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.tensors import read_tensors
@@ -129,6 +130,33 @@ def test_a_distillation_that_is_stopped_saves_its_iteration_and_resumes_to_the_s
     assert curves[0].keys() == curves[1].keys()
     for name, values in curves[0].items():
         assert values.tolist() == curves[1][name].tolist(), name
+
+
+@pytest.mark.parametrize("moment", ["while it validates", "while its validation is saved"])
+def test_a_distillation_that_is_killed_at_a_validation_loses_no_iteration(
+    moment: str, tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill while a set is validated, or between part and file of the checkpoint after it, loses no iteration."""
+    config = tiny_config("distill.checkpoint_every=3")
+    shutil.copytree(finished_run / "experts", tmp_path / "experts")
+    pipeline, write, steps = Pipeline([config], str(tmp_path)), checkpoint.write_tensors, []
+
+    def killed(*arguments: Any, **options: Any) -> Any:
+        if moment == "while it validates" or len(written := [*steps, arguments[0].uri]) == 4:
+            raise ConnectionError("killed")
+        steps[:] = written
+        return write(*arguments, **options)
+
+    at = (_Run, "_validate") if moment == "while it validates" else (checkpoint, "write_tensors")
+    monkeypatch.setattr(*at, killed)
+    with pytest.raises(ConnectionError, match="killed"):
+        pipeline.distill(lambda: SerialExecutor(config.cluster), QUIET)
+    monkeypatch.undo()
+    assert read_tensors(open_location(str(tmp_path / "tiny")) / CHECKPOINT, kind=KIND).metadata["iteration"] == 3
+    pipeline.distill(lambda: SerialExecutor(config.cluster), QUIET)
+    resumed, whole = (load(str(out / "tiny/synthetic.arrow")) for out in (tmp_path, finished_run))
+    assert torch.equal(resumed.images, whole.images)
+    assert resumed.step_sizes == whole.step_sizes
 
 
 def test_experts_that_are_stopped_save_their_epoch_and_resume_to_the_same_bits(
