@@ -109,6 +109,8 @@ class ThresholdError(DatmError):
     Experts are kept, and so is the state of a distillation that had started.
     """
 
+    exit_code = 1
+
 
 class WorkerLostError(DatmError):
     """A worker died more often than the retry policy allows."""

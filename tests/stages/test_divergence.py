@@ -176,7 +176,7 @@ def test_a_step_size_is_found_where_a_given_one_is_refused(
         ThresholdError, match=r"would start with a matching loss of \d.*above distill\.threshold 1"
     ) as caught:
         distil(tiny_config(*ONE_PAIR, "distill.initial_step_size=5.0"), tmp_path / "given", experts)
-    assert caught.value.exit_code == 2
+    assert caught.value.exit_code == 1
     assert "experts make 10 steps of 0.02 from start to target (0.2 in all)" in caught.value.cause
     assert "the student 3 steps of 5 (15 in all)" in caught.value.cause
     assert not (tmp_path / "given/tiny/initial.arrow").exists()
@@ -239,7 +239,7 @@ def test_a_set_that_no_step_size_moves_towards_its_target_is_refused(
 def test_losses_above_the_threshold_in_a_row_stop_the_run(
     experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Skipped iterations in a row end the run with numbers and exit code 2, and keep the set. The same command tries as
+    """Skipped iterations in a row end the run with numbers and exit code 1, and keep the set. The same command tries as
     many again, and measures nothing anew."""
     monkeypatch.setattr(iteration, "MOST_ABOVE", 2)
     calibrated = []
@@ -255,7 +255,7 @@ def test_losses_above_the_threshold_in_a_row_stop_the_run(
         distil(config, tmp_path, experts)
     assert "from start to target (0.2 in all), the student 3 steps of 0.03" in caught.value.cause
     assert "another --out or --set name=" in caught.value.remedy
-    assert caught.value.exit_code == 2
+    assert caught.value.exit_code == 1
     assert curves_of(tmp_path)["history.skipped"].tolist() == [False, True, False, True, True]
     assert not (tmp_path / "tiny/synthetic.arrow").exists()
     assert torch.isfinite(load(str(tmp_path / "tiny/last-good.arrow")).images).all()
