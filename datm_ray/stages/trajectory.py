@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from datm_ray.core.networks.parameters import FlatNetwork
 from datm_ray.core.synthetic import AllSum
@@ -168,28 +167,37 @@ class TrajectoryMatching:
         return [Measured(step_size, tuple(losses)) for step_size, *losses in rows]
 
     def _image_rate(self, state: Distillation, pairs: Mapping[int, Sequence[Match]]) -> float:
-        """Learning rate with which a first update moves the pixels by `FIRST_MOVE`, on average over the pairs."""
+        """Learning rate with which a first update moves the pixels by `FIRST_MOVE`, on average over the pairs.
+
+        Losses above the threshold change nothing, so they count only where all are above it.
+        """
+        for skip_above in (self._part.config.distill.threshold, math.inf):
+            shares = [self._image_share(state, pairs, number, skip_above) for number in range(PAIRS)]
+            if found := [share for share in shares if math.isfinite(share) and share]:
+                return FIRST_MOVE / statistics.fmean(found)
+        raise ThresholdError(
+            "the matching loss has no gradient in the images, so no distill.learning_rate_images can be found",
+            str(self._distance(state)),
+            "give distill.learning_rate_images, or lower distill.start_epochs",
+        )
+
+    def _image_share(
+        self, state: Distillation, pairs: Mapping[int, Sequence[Match]], number: int, skip_above: float
+    ) -> float:
+        """Size of one pair's gradient in the images as a share of theirs, without losses above `skip_above`."""
         mesh, images = self._part.mesh, state.synthetic.images
-        squares = [images.double().square().sum()]
-        for number in range(PAIRS):
-            total = torch.zeros_like(images)
+        total = torch.zeros_like(images)
 
-            def work(all_sum: AllSum, total: Tensor = total, number: int = number) -> None:
-                for backbone in self._backbones:
-                    pair = pairs[backbone.number][number]
-                    total += pair.weight * pair.gradient(state.synthetic, all_sum).images
+        def work(all_sum: AllSum) -> None:
+            for backbone in self._backbones:
+                pair = pairs[backbone.number][number]
+                total.add_(pair.weight * pair.gradient(state.synthetic, all_sum, skip_above).images)
 
-            mesh.in_rows(work)
-            squares.append(mesh.sum_over_backbones(total).double().square().sum())
-        size, *gradients = mesh.sum_over_classes(torch.stack(squares)).sqrt().tolist()
-        found = [gradient for gradient in gradients if math.isfinite(gradient) and gradient]
-        if not found:
-            raise ThresholdError(
-                "the matching loss has no gradient in the images, so no distill.learning_rate_images can be found",
-                str(self._distance(state)),
-                "give distill.learning_rate_images, or lower distill.start_epochs",
-            )
-        return float(FIRST_MOVE * size / statistics.fmean(found))
+        mesh.in_rows(work)
+        gradient = mesh.sum_over_backbones(total)
+        squares = torch.stack([each.double().square().sum() for each in (gradient, images)])
+        of_gradient, of_images = mesh.sum_over_classes(squares).sqrt().tolist()
+        return float(of_gradient / of_images)
 
     def _distance(self, state: Distillation) -> Distance:
         """How far experts go, and how far the student goes with the present step size."""

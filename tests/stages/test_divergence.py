@@ -288,3 +288,24 @@ def test_an_open_learning_rate_moves_pixels_by_its_share(experts: Path, tmp_path
     assert 0.5 * FIRST_MOVE < float((final - initial).norm() / initial.norm()) < 2 * FIRST_MOVE
     checkpoint = read_tensors(open_location(str(tmp_path / "tiny/checkpoint.arrow")), kind="checkpoint")
     assert float(checkpoint.arrays["found.image_rate"]) > 0
+
+
+def test_an_open_learning_rate_is_found_without_losses_above_the_threshold(
+    experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pair that nearly diverges, whose iterations are skipped, does not shrink the learning rate that is found."""
+    rates, match_of = [], TrajectoryMatching._match
+
+    def nearer(self: Any, backbone: Any, origin: Any, iteration: int) -> Any:
+        match = match_of(self, backbone, origin, iteration)
+        near = match.start + 1e-3 * (match.target - match.start)
+        return replace(match, target=near) if far and iteration == 1 else match
+
+    monkeypatch.setattr(TrajectoryMatching, "_match", nearer)
+    for far in (False, True):
+        settings = ("distill.threshold=2", "distill.initial_step_size=0.02", "distill.learning_rate_images=null")
+        notes = notes_of(tiny_config(*settings, "distill.iterations=1"), tmp_path / str(far), experts)
+        assert any("1 of 4 matching losses at the start exceed" in note for note in notes) == far
+        place = open_location(str(tmp_path / f"{far}/tiny/checkpoint.arrow"))
+        rates.append(float(read_tensors(place, kind="checkpoint").arrays["found.image_rate"]))
+    assert rates[1] == pytest.approx(rates[0], rel=0.5)
