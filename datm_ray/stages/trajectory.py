@@ -106,7 +106,7 @@ class TrajectoryMatching:
         """Find the step sizes that the recipe leaves open, and say with what matching losses the set starts.
 
         Raises:
-            ThresholdError: every loss that was measured exceeds the threshold.
+            ThresholdError: every loss that was measured exceeds the threshold, or no pair moves.
         """
         given, threshold = self._part.config.distill.initial_step_size, self._part.config.distill.threshold
         pairs = self._pairs(state.iteration)
@@ -115,8 +115,14 @@ class TrajectoryMatching:
             state.synthetic.step_sizes.copy_(torch.tensor([each.step_size for each in measured]))
         else:
             measured = self._measured(lambda own, all_sum: measure(given, pairs[own], state.synthetic, all_sum))
-        losses = [loss for each in measured for loss in each.losses]
+        losses = [loss for each in measured for loss in each.losses if not math.isnan(loss)]
         above, start = sum(loss > threshold for loss in losses), _listed(each.loss for each in measured)
+        if not losses and self.refuses:
+            raise ThresholdError(
+                f"start and target are identical in all {PAIRS} pairs that were measured, so there is nothing to match",
+                "the experts have come to rest before these epochs",
+                "lower distill.start_epochs",
+            )
         if above == len(losses) and self.refuses:
             best = measured if given is None else self._search(state, pairs)
             raise self._hopeless("the set would start", [each.loss for each in measured], state, pairs, best)
@@ -155,16 +161,17 @@ class TrajectoryMatching:
 
     def _measured(self, of_backbone: Callable[[int, AllSum], Measured]) -> list[Measured]:
         """Measure every network of the run, each where it is matched; all workers get the same."""
-        found = torch.zeros(len(self._part.config.weights), 1 + PAIRS, dtype=torch.float64)
+        found = torch.zeros(len(self._part.config.weights), 3 + PAIRS, dtype=torch.float64)
 
         def work(all_sum: AllSum) -> None:
             for backbone in self._backbones:
                 own = of_backbone(backbone.number, all_sum)
-                found[backbone.number] = torch.tensor([own.step_size, *own.losses], dtype=torch.float64)
+                row = [own.step_size, own.least_tried, own.most_tried, *own.losses]
+                found[backbone.number] = torch.tensor(row, dtype=torch.float64)
 
         self._part.mesh.in_rows(work)
         rows = self._part.mesh.sum_over_backbones(found.to(self._part.device)).tolist()
-        return [Measured(step_size, tuple(losses)) for step_size, *losses in rows]
+        return [Measured(row[0], tuple(row[3:]), *row[1:3]) for row in rows]
 
     def _image_rate(self, state: Distillation, pairs: Mapping[int, Sequence[Match]]) -> float:
         """Learning rate with which a first update moves the pixels by `FIRST_MOVE`, on average over the pairs.
@@ -221,12 +228,12 @@ class TrajectoryMatching:
             again: says what running the same command again does; "" for nothing else.
         """
         settings, now = self._part.config.distill, float(state.synthetic.step_size)
-        found, least = (_listed(each) for each in zip(*((each.step_size, each.loss) for each in best), strict=True))
-        remedy = f"try distill.initial_step_size=null, which finds {found} (loss {least})"
-        if min(each.loss for each in best) > settings.threshold:
+        remedy = f"try {self._better(best)}"
+        if not min(each.loss for each in best) <= settings.threshold:
             lower = "distill.learning_rate_images or start_epochs" if state.momenta else "distill.start_epochs"
             remedy = "raise distill.threshold to 1" if settings.threshold < 1 else f"lower {lower}"
-            remedy = f"no step size is enough: {remedy}"
+            least, most = min(each.least_tried for each in best), max(each.most_tried for each in best)
+            remedy = f"no step size from {least:.2g} to {most:.2g} is enough: {remedy}"
         fewer = round(settings.student_steps * best[0].step_size / now)
         if len(best) == 1 and 1 <= fewer < settings.student_steps:
             cut = {n: [dataclasses.replace(each, steps=each.steps[:fewer]) for each in own] for n, own in pairs.items()}
@@ -235,6 +242,15 @@ class TrajectoryMatching:
                 remedy += f", or distill.student_steps={fewer} (loss {short.loss:.3g})"
         fact = f"{what} with a matching loss of {_listed(losses, 5)}, above distill.threshold {settings.threshold:g}"
         return ThresholdError(fact, str(self._distance(state)), f"{remedy}{again}")
+
+    def _better(self, best: Sequence[Measured]) -> str:
+        """The setting with the best step size of every network, which was found for the present set, and its loss."""
+        found, least = (_listed(each) for each in zip(*((each.step_size, each.loss) for each in best), strict=True))
+        if self._part.config.distill.initial_step_size is not None:
+            return f"distill.initial_step_size=null, which finds {found} for the present set (loss {least})"
+        number = min(each.step_size for each in best)  # one setting for all networks: none goes too far
+        among = f"the smallest of {found}, " if len(best) > 1 else ""
+        return f"distill.initial_step_size={number:.3g}, {among}found for the present set (loss {least})"
 
     def step(self, state: Distillation, meta: MetaTerm | None) -> None:
         """Match every network once; the next iteration's snapshots are read meanwhile.
@@ -349,10 +365,15 @@ class TrajectoryMatching:
         settings = self._part.config.distill
         updates, above = len(state.history), state.skipped - state.diverged
         if 4 * above > updates:
+            lower = "Try distill.initial_step_size=null, lower"
+            if settings.initial_step_size is None:
+                best = self._search(state, self._pairs(state.iteration))
+                is_enough = min(each.loss for each in best) <= settings.threshold
+                lower = f"Try {self._better(best)}, or lower" if is_enough else "Lower"
             yield (
                 f"{_of(above, updates, 'matching loss')} exceeded distill.threshold {settings.threshold:g}, and "
-                f"taught nothing: {self._distance(state)}. Try distill.initial_step_size=null, lower the start epochs, "
-                "or see in the report whether it came all at once"
+                f"taught nothing: {self._distance(state)}. {lower} the start epochs, or "
+                "see in the report whether it came all at once"
             )
         if 4 * state.diverged > updates:
             yield (

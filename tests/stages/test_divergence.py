@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
@@ -182,7 +183,9 @@ def test_a_step_size_is_found_where_a_given_one_is_refused(
     assert not (tmp_path / "given/tiny/initial.arrow").exists()
     assert not (tmp_path / "given/tiny/checkpoint.arrow").exists()
     measured.clear()
-    started, *_ = notes_of(tiny_config(*ONE_PAIR, "distill.initial_step_size=null"), tmp_path / "null", experts)
+    started, *_ = notes_of(
+        tiny_config(*ONE_PAIR, "distill.initial_step_size=null", "distill.iterations=1"), tmp_path / "null", experts
+    )
     best = min(measured, key=lambda each: each.loss)
     initial = load(str(tmp_path / "null/tiny/initial.arrow"))
     curves = curves_of(tmp_path / "null")
@@ -192,7 +195,7 @@ def test_a_step_size_is_found_where_a_given_one_is_refused(
         f"initial step size {best.step_size:.3g} found: the set starts with a matching loss of {best.loss:.3g} "
         "(1: no movement)"
     )
-    assert f"null, which finds {best.step_size:.3g} (loss {best.loss:.3g})" in caught.value.remedy
+    assert f"null, which finds {best.step_size:.3g} for the present set (loss {best.loss:.3g})" in caught.value.remedy
     assert curves["history.loss"][0] == best.losses[0] < 1
     assert not curves["history.skipped"][0]
 
@@ -231,9 +234,44 @@ def test_a_set_that_no_step_size_moves_towards_its_target_is_refused(
         config = tiny_config("distill.threshold=1.0", f"distill.initial_step_size={step_size}")
         with pytest.raises(
             ThresholdError,
-            match=r"a matching loss of 1\.\d+, above.*No step size is enough: lower distill\.start_epochs",
+            match=r"a matching loss of 1\.\d+, above.*No step size from 0\.\d+ to 0\.\d+ is enough: lower distill",
         ):
             distil(config, tmp_path / step_size, experts)
+
+
+def test_pairs_at_rest_are_no_losses_below_the_threshold(
+    experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pairs at rest do not let a set start whose other losses are all above the threshold; only such pairs end it."""
+    match_of = TrajectoryMatching._match
+    for name, moving, says in (
+        ("one", {0, 1, 2}, "would start with a matching loss of 1"),
+        ("all", set(), "identical"),
+    ):
+
+        def at_rest(self: Any, backbone: Any, origin: Any, iteration: int, moving: Container[int] = moving) -> Any:
+            match = match_of(self, backbone, origin, iteration)
+            return replace(match, start=match.target, target=match.start if iteration in moving else match.target)
+
+        monkeypatch.setattr(TrajectoryMatching, "_match", at_rest)
+        config = tiny_config("distill.threshold=1.0", "distill.initial_step_size=0.03")
+        with pytest.raises(ThresholdError, match=says):
+            distil(config, tmp_path / name, experts)
+
+
+def test_advice_names_a_found_step_size_where_the_recipe_finds_it_already(
+    experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With initial_step_size null, error and warning name the number that the present set needs, not null."""
+    monkeypatch.setattr(iteration, "MOST_ABOVE", 2)
+    backwards(monkeypatch, {4, 5})
+    number = r"try distill\.initial_step_size=0\.\d+, found for the present set \(loss 0\.\d+\)"
+    config = tiny_config(*ONE_PAIR, "distill.initial_step_size=null")
+    with pytest.raises(ThresholdError, match=f"(?i){number}"):
+        distil(config, tmp_path / "stuck", experts)
+    monkeypatch.setattr(TrajectoryMatching, "refuses", False)
+    *_, warning = notes_of(config, tmp_path / "through", experts)
+    assert re.search(rf"\d of 6 matching losses exceeded.*(?i:{number}), or lower the start epochs", warning)
 
 
 def test_losses_above_the_threshold_in_a_row_stop_the_run(

@@ -35,6 +35,10 @@ class Measured:
     step_size: float
     losses: tuple[float, ...]
     """Loss of each pair. inf if the student overflows, nan if start and target are identical."""
+    least_tried: float = math.nan
+    """Smallest step size that a search tried; nan without a search."""
+    most_tried: float = math.nan
+    """Largest step size that a search tried; nan without a search."""
 
     @property
     def loss(self) -> float:
@@ -78,4 +82,5 @@ def find_step_size(measured_at: Callable[[float], Measured], near: float) -> Mea
         left, right = here - below, here - above
         if left + right / 2 < 0:
             loss(best - best / 2 * (right / 4 - left) / (right / 2 + left))
-    return min(tried.values(), key=lambda each: each.loss)
+    found = min(tried.values(), key=lambda each: each.loss)
+    return replace(found, least_tried=min(tried), most_tried=max(tried))

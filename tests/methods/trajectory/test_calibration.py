@@ -46,6 +46,7 @@ def test_a_search_ends_at_the_least_loss() -> None:
         assert found.step_size == pytest.approx(least, abs=tolerance), case
         assert found.loss == min(map(loss, tried)), case
         assert len(tried) == len(set(tried)) <= MOST_TRIED, case
+        assert (found.least_tried, found.most_tried) == (min(tried), max(tried)), case
 
 
 def test_shards_find_the_step_size_of_one_process() -> None:
