@@ -114,6 +114,8 @@ class _Run:
         self._spent_before = read_cost(folder)
         self._fingerprints = [experts.group.key.fingerprint for experts in method.experts]
         self._computed = read_computed(folder)
+        self._found: dict[str, Any] = {}
+        """Values that were found before the first iteration, by the setting that leaves them open."""
         self._saved_at = -1
         """Iteration of the last checkpoint, or of the first images."""
         self._meta_networks = (
@@ -137,6 +139,8 @@ class _Run:
         if saved is None:
             yield Phase("measuring the first matching losses")
             yield from map(Note, self._method.calibrate(state))
+        self._found = self._found_values(state, is_new=saved is None)
+        if saved is None:
             self._save_set(state.synthetic, INITIAL)
         yield from self._computed_otherwise(state.iteration)
         first = self._saved_at = state.iteration
@@ -190,6 +194,16 @@ class _Run:
     def _validated(self, state: State[Any]) -> Iterator[Phase]:
         yield Phase("validating the set")
         state.record_validation(*self._validate(state.synthetic))
+
+    def _found_values(self, state: State[Any], is_new: bool) -> dict[str, Any]:
+        settings, place, found = self._config.distill, self._folder / INITIAL, dict[str, Any]()
+        if settings.initial_step_size is None and (is_new or place.exists()):
+            found["initial_step_size"] = (
+                state.synthetic.step_sizes.tolist() if is_new else list(read_artifact(place).step_sizes)
+            )
+        if settings.learning_rate_images is None and state.image_rate is not None:
+            found["learning_rate_images"] = state.image_rate
+        return found
 
     def _computed_otherwise(self, iteration: int) -> Iterator[Note]:
         """Note how student steps are computed from here on, and say so where it was done otherwise before."""
@@ -327,6 +341,8 @@ class _Run:
             "dataset_fingerprint": dataset.fingerprint,
             "expert_fingerprint": ", ".join(self._fingerprints),
         }
+        if self._found:
+            origin["found"] = self._found
         if self._computed:
             origin["student_steps"] = self._computed[-1]
         if self._computed[1:]:

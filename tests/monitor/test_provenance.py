@@ -53,6 +53,21 @@ def test_a_set_says_how_it_was_computed(experts: Path, tmp_path: Path) -> None:
     assert (recorded["shards"], recorded["workers"]) == (1, f"1 x torch {importlib.metadata.version('torch')} on cpu")
 
 
+def test_a_set_records_the_values_that_were_found_for_it(experts: Path, tmp_path: Path) -> None:
+    """A set records what the recipe left open and was found, also after a resume; a recipe's own values are no such."""
+    left_open = ("distill.threshold=100", "distill.initial_step_size=null", "distill.learning_rate_images=null")
+    for event in events(tiny_config(*left_open), tmp_path, experts):
+        if isinstance(event, Progress) and event.done == 3:
+            break
+    list(events(tiny_config(*left_open), tmp_path, experts))
+    initial, final = (load(str(tmp_path / f"tiny/{name}.arrow")) for name in ("initial", "synthetic"))
+    assert initial.provenance["found"] == final.provenance["found"]
+    assert final.provenance["found"]["initial_step_size"] == list(initial.step_sizes)
+    assert final.provenance["found"]["learning_rate_images"] > 0
+    list(events(tiny_config("name=given"), tmp_path, experts))
+    assert "found" not in load(str(tmp_path / "given/synthetic.arrow")).provenance
+
+
 def test_a_set_says_why_it_was_not_compiled(experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A set that was not compiled for lack of a compiler records that reason."""
     monkeypatch.setattr(step_functions, "compiler_problem", lambda device_type: "no compiler here")
