@@ -23,14 +23,19 @@ class Interrupted(KeyboardInterrupt):
     exit_code = 128 + signal.SIGINT
 
 
-_savers = 0
-"""Number of nested pieces of work that will save themselves when asked."""
+SAVES = "Stopping after the present iteration or epoch, which is saved"
+
+_savers: list[str] = []
+"""Messages of the nested pieces of work that will save themselves when asked."""
 _is_asked = False
 
 
 @contextmanager
-def saving() -> Iterator[Callable[[], bool]]:
+def saving(message: str = SAVES) -> Iterator[Callable[[], bool]]:
     """Have requests to stop wait for the work within the context.
+
+    Args:
+        message: tells the user what happens after the request.
 
     Yields:
         A function that returns True once the work is to save itself and to raise `Interrupted`.
@@ -38,21 +43,21 @@ def saving() -> Iterator[Callable[[], bool]]:
     Raises:
         Interrupted: the work has come to its end after it was asked to stop.
     """
-    global _savers, _is_asked
-    _savers += 1
+    global _is_asked
+    _savers.append(message)
     try:
         yield lambda: _is_asked
         if _is_asked:
             raise Interrupted
     finally:
-        _savers -= 1
-        _is_asked = _is_asked and _savers > 0
+        _savers.pop()
+        _is_asked = _is_asked and bool(_savers)
 
 
 def ask() -> bool:
     """Ask the work of this process to save itself. Returns False if none will, or if it was asked before."""
     global _is_asked
-    is_new = _savers > 0 and not _is_asked
+    is_new = bool(_savers) and not _is_asked
     _is_asked = _is_asked or is_new
     return is_new
 
@@ -77,7 +82,7 @@ def by_signals(tell: Callable[[str], object]) -> Iterator[None]:
         if not ask():
             raise Interrupted
         with suppress(RuntimeError):  # the signal came while the same stream was written
-            tell("Stopping after the present iteration or epoch, which is saved. Ctrl-C again stops at once.")
+            tell(f"{_savers[-1]}. Ctrl-C again stops at once.")
 
     wanted = [signal.SIGINT, signal.SIGTERM] if threading.current_thread() is threading.main_thread() else []
     before = {each: signal.getsignal(each) for each in wanted}

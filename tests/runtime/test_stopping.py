@@ -11,7 +11,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +23,8 @@ from datm_ray.config import RunConfig, to_yaml
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime import stopping
-from datm_ray.runtime.executor import Event, Progress, SerialExecutor, Task
+from datm_ray.runtime.executor import Event, Note, Progress, SerialExecutor, Task
+from datm_ray.runtime.ray import executor
 from datm_ray.runtime.stopping import Interrupted, by_signals, saving
 from datm_ray.stages import checkpoint, expert_progress
 from datm_ray.stages.checkpoint import CHECKPOINT, KIND, read_curves
@@ -68,8 +71,29 @@ def test_signals_ask_once_and_then_end(number: signal.Signals, code: int) -> Non
 
     with pytest.raises(Interrupted) as end:
         work()
-    assert (end.value.exit_code, steps, len(messages)) == (code, [True], 1)
+    saved = "Stopping after the present iteration or epoch, which is saved. Ctrl-C again stops at once."
+    assert (end.value.exit_code, steps, messages) == (code, [True], [saved])
     assert signal.getsignal(number) is before
+
+
+def test_a_driver_names_what_is_saved_after_its_workers_have_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal to a driver announces no saving; then a task whose workers save has a note, and a starting one none."""
+    messages: list[str] = []
+    with pytest.raises(Interrupted), by_signals(messages.append), saving("Stopping"):
+        signal.raise_signal(signal.SIGINT)
+    assert messages == ["Stopping. Ctrl-C again stops at once."]
+    monkeypatch.setattr(executor, "SAVE_TIMEOUT", 0.0)
+    driver: Any = object.__new__(executor._Stage)
+    driver._running = [
+        SimpleNamespace(
+            queued=SimpleNamespace(task=name), streams=[1], group=mock.Mock(**{"saves.return_value": saves})
+        )
+        for name, saves in (("at work", True), ("starting", False))
+    ]
+    notes = driver._save_and_stop()
+    assert next(notes) == ("at work", Note("Stopping after the present iteration or epoch, which is saved, within 0 s"))
+    with pytest.raises(Interrupted):
+        next(notes)
 
 
 def test_a_signal_that_is_ignored_stays_ignored() -> None:

@@ -38,7 +38,7 @@ from datm_ray.runtime.ray.cluster import ClusterNodes, connect, first_line, with
 from datm_ray.runtime.ray.metrics import RayMetrics
 from datm_ray.runtime.ray.worker_groups import LOSSES, WorkerGroup, reason, root_cause, unwrapped
 from datm_ray.runtime.recovery import History, grown, size_for
-from datm_ray.runtime.stopping import SAVE_TIMEOUT, Interrupted, saving
+from datm_ray.runtime.stopping import SAVE_TIMEOUT, SAVES, Interrupted, saving
 
 PLACEMENT_TIMEOUT = 60.0
 """Seconds to wait for a group's resources, or `cluster.peer_timeout` or `cluster.wait_for_nodes` if longer. Stopped
@@ -184,7 +184,7 @@ class _Stage:
 
     def events(self) -> Iterator[tuple[Task, Event]]:
         """Events of all tasks, until all are finished, or one failed and the running ones are finished."""
-        with saving() as is_asked:
+        with saving("Stopping") as is_asked:  # workers report first what they save
             while self._running or (self._queue and not self._failure):
                 if is_asked():
                     yield from self._save_and_stop()
@@ -202,7 +202,7 @@ class _Stage:
             self._running.remove(current)
             current.group.stop()
         for current in at_work:
-            yield current.queued.task, Note(f"saving, which may take up to {SAVE_TIMEOUT:.0f} s")
+            yield current.queued.task, Note(f"{SAVES}, within {SAVE_TIMEOUT:.0f} s")
         end = time.monotonic() + SAVE_TIMEOUT
         while self._running and time.monotonic() < end:
             for task, event in self._next_events():
