@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import sys
 import urllib.request
 import uuid
@@ -51,7 +52,12 @@ BUDGET = float(os.environ.get("TEST_BUDGET", "10"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give all processes of a session one compiler cache, so that each graph is compiled once."""
+    """Give all processes of a session one compiler cache, so that each graph is compiled once.
+
+    A shell that starts the session in the background has it ignore Ctrl-C, which tests of Ctrl-C need.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     cache = getattr(config, "cache", None)  # None with -p no:cacheprovider
     if cache is not None and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache.mkdir("inductor"))
