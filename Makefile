@@ -14,7 +14,7 @@ install: $(VENV)/installed  ## create the virtual environment and install the pa
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,docs]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --editable '.[dev,docs]'
 	@touch $@
 
 demo: install  ## experts, DATM at 1 and 10 images per class, evaluation and report on real digits
