@@ -7,6 +7,7 @@ that is kept has also traced the networks of earlier tests.
 from __future__ import annotations
 
 import multiprocessing
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -17,6 +18,14 @@ PROCESSES.set_forkserver_preload(["tests.conftest", "torch._dynamo", "torch.dist
 
 _KEPT: list[ProcessPoolExecutor] = []
 """One for each rank, because an executor that loses its process cannot be used again."""
+
+
+def until(condition: Callable[[], object], what: str = "the condition", every: float = 0.02) -> None:
+    """Wait until a condition holds, for at most four minutes; it is checked `every` so many seconds."""
+    end = time.monotonic() + 240
+    while not condition():
+        assert time.monotonic() < end, f"it did not happen: {what}"
+        time.sleep(every)
 
 
 def side_by_side(work: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> list[Future[Any]]:

@@ -69,7 +69,7 @@ def init(
         print_json({"file": str(file), "reasons": suggestion.reasons, "plan": suggestion.plan.to_json()})
         return
     print(suggestion.plan)
-    if suggestion.seconds > 60 * time:
+    if sum(suggestion.plan.clock.values()) > 60 * time:
         print(
             f"This takes longer than the {time:g} minutes that you asked for, and it is the least. Fewer classes, a "
             "smaller --resize or a smaller --ipc take less."

@@ -73,19 +73,24 @@ def stratified_split(
         DatasetError: a class has fewer than two images.
     """
     keys = np.random.Philox(key=int(stream)).random_raw(len(labels))
-    held_out = np.zeros(len(labels), dtype=bool)
+    is_held_out = np.zeros(len(labels), dtype=bool)
     for label, name in enumerate(class_names):
         members = np.flatnonzero(labels == label)
-        count = _held_out_count(len(members), fraction, name, stream)
-        held_out[members[np.argsort(keys[members], kind="stable")[:count]]] = True
-    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+        _require_two(len(members), name, stream)
+        count = held_out(len(members), fraction)
+        is_held_out[members[np.argsort(keys[members], kind="stable")[:count]]] = True
+    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
 
-def _held_out_count(members: int, fraction: float, name: str, stream: Stream) -> int:
+def held_out(members: int, fraction: float) -> int:
+    """Number of a class's images that are held out; at least one is, and one is kept."""
+    return min(max(1, int(fraction * members + 0.5)), members - 1)
+
+
+def _require_two(members: int, name: str, stream: Stream) -> None:
     if members < 2:
         raise DatasetError(
             f"class {name!r} has {members} image(s) left, too few to split off a {stream.name.lower()} set",
             "Training, validation and test set each need at least one image of every class",
             "Add images of this class or leave the class out",
         )
-    return min(max(1, int(fraction * members + 0.5)), members - 1)

@@ -111,13 +111,13 @@ def evaluate_tasks(
     for config, row, network in sorted(everything, key=lambda each: each[1] == "full"):
         raw = runs.raw(config)
         work = work_of(config, row, network, raw.classes, len(raw.train), _flop(runs, config, network))
+        name = f"{config.name} {row}{_on(config, network)}"
         for number in range(config.evaluate.seeds):
             place = result_location(runs.out, config, raw.fingerprint, row, number, network)
             if not place.exists():
                 uris = (runs.store_uri, runs.folder(config).uri, place.uri)
-                name = f"{config.name} {row}{_on(config, network)} {number}"
                 arguments = (config, *uris, row, number, network)
-                task = Task(name, arguments, run=config.name, stage="evaluation", weight=work)
+                task = Task(f"{name} {number}", arguments, run=config.name, stage="evaluation", weight=work)
                 tasks[place.uri] = (config.dataset, task)
     return list(tasks.values())
 

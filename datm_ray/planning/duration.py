@@ -108,6 +108,11 @@ class Proposal:
         }
         return {name: (self.machine.cores * held / 3600, wall / 3600) for name, (held, wall) in seconds.items()}
 
+    @property
+    def clock(self) -> dict[str, float]:
+        """Stage -> seconds on the clock."""
+        return {stage: 3600 * wall for stage, (_, wall) in self.stages.items()}
+
     def _experts(self) -> tuple[float, float, int]:
         """Seconds of all workers for experts, seconds on the clock, and the most workers that train at a time."""
         config, workers = self.config, self.machine.workers
@@ -180,7 +185,7 @@ class Proposal:
         config, shape, machine, plan = self.config, self.shape, self.machine, self.plans[0]
         settings, evaluated, kept, stages = config.distill, config.evaluate, storage(config, shape), self.stages
         device, image = machine.device.replace("core", "CPU"), "x".join(map(str, shape.image))
-        held, clock = ({name: 3600 * hours[place] for name, hours in stages.items()} for place in (0, 1))
+        held, clock = {name: 3600 * hours for name, (hours, _) in stages.items()}, self.clock
         networks = (*config.each_backbone(), *config.each_auxiliary())
         trained = (
             f"{each.experts.count:,} {each.network.architecture}, {each.experts.epochs:,} epochs" for each in networks

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ from datm_ray.core.experts import ExpertFunctions, ExpertState, chunk_in_cache, 
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.core.training import SCORING_BATCH, predict_logits, train
+from datm_ray.core.training import PROTOCOLS, SCORING_BATCH, predict_logits, train
 from datm_ray.methods.trajectory.matching import draw_student_steps, matching_gradient
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.planning.duration import FORWARD_PASSES, Proposal
@@ -54,27 +54,65 @@ def measured(proposal: Proposal, *, quickly: bool = False) -> Machine:
         quickly: True to time small uncompiled steps, in seconds; compiled ones are taken to be `COMPILED_GAIN` times as
             fast. False compiles as the run will, which takes up to minutes.
     """
-    plan, config, machine = proposal.plans[0], proposal.config, proposal.machine
-    cluster, image, classes = config.cluster, proposal.shape.image, proposal.shape.classes
-    device, backbone, real = prepare_device(cluster), config.each_backbone()[0], proposal.shape.training_images
-    stack, cost = experts_at_a_time(backbone, image, classes), network_cost(backbone, proposal.shape)
-    schedule = replace(evaluation_schedule(config, 0.01), epochs=MANY, decay_epoch=None)
-    images_of = {
+    threads = torch.get_num_threads()
+    try:
+        return _measured(proposal, prepare_device(proposal.config.cluster), quickly)
+    finally:
+        torch.set_num_threads(threads)  # those of a notebook that asks
+
+
+def _measured(proposal: Proposal, device: torch.device, quickly: bool) -> Machine:
+    machine, cluster, backbone = proposal.machine, proposal.config.cluster, proposal.config.each_backbone()[0]
+    cost, compiled = network_cost(backbone, proposal.shape), cluster.compile and not quickly
+    stack = experts_at_a_time(backbone, proposal.shape.image, proposal.shape.classes)
+    images = _images_of(proposal, cost.flop if quickly else 0)
+    work = _work(proposal, images, stack, device, compiled)
+    others = 0 if quickly or device.type != "cpu" else min(machine.workers, (os.cpu_count() or 1) // machine.cores) - 1
+    by_cpu = device.type == "cpu" and machine.cores == 1
+    with _others_busy(others):
+        seconds = {kind: _seconds(each, by_cpu=by_cpu) for kind, each in work.items()}
+    times = {"matching": STEPS, "experts": stack * (2 if backbone.experts.optimiser == "gsam" else 1)}
+    passes = {kind: times.get(kind, 1) * count * FORWARD_PASSES[kind] for kind, count in images.items()}
+    rates = {kind: cost.flop * passes[kind] / usual for kind, (_, usual) in seconds.items()}
+    if compiled:
+        compiling = {kind: max(0.0, seconds[kind][0] - seconds[kind][1]) / cost.functions for kind in machine.compiling}
+        machine = replace(machine, compiling=compiling)
+    elif cluster.compile:
+        rates |= {kind: COMPILED_GAIN * rates[kind] for kind in machine.compiling}
+    basis = "timed here in small; --measure is more exact" if quickly else "measured here"
+    return replace(machine, rates=rates, basis=basis)
+
+
+def _images_of(proposal: Proposal, flop: int) -> dict[str, int]:
+    """Images of a step of each kind of work, as in the run.
+
+    Args:
+        flop: operations of an image in a forward pass, to take fewer images than `QUICK_FLOP` allows; 0 for no limit.
+    """
+    plan, real = proposal.plans[0], proposal.shape.training_images
+    batch = PROTOCOLS[proposal.config.evaluate.protocol].batch_size
+    images = {
         "matching": plan.chunk,
-        "experts": min(config.experts.batch_size, real),
-        "training": min(schedule.batch_size, plan.images),
-        "real": min(schedule.batch_size, real),
+        "experts": min(proposal.config.experts.batch_size, real),
+        "training": min(batch, plan.images),
+        "real": min(batch, real),
         "scoring": min(SCORING_BATCH, real),
     }
-    if quickly:
-        most = {kind: int(QUICK_FLOP / (cost.flop * passes)) for kind, passes in FORWARD_PASSES.items()}
-        images_of = {kind: max(2, min(count, most[kind])) for kind, count in images_of.items()}
-    compiled, chunk = cluster.compile and not quickly, images_of["matching"]
-    spec = backbone.network.for_images(image[0], image[1:], classes)
+    if not flop:
+        return images
+    return {kind: max(2, min(count, int(QUICK_FLOP / (flop * FORWARD_PASSES[kind])))) for kind, count in images.items()}
+
+
+def _work(
+    proposal: Proposal, images_of: Mapping[str, int], stack: int, device: torch.device, compiled: bool
+) -> dict[str, Iterator[object]]:
+    """Kind of work -> repetitions without end, on made-up images."""
+    config, cluster, image = proposal.config, proposal.config.cluster, proposal.shape.image
+    spec = config.network.for_images(image[0], image[1:], proposal.shape.classes)
     networks = [build_network(spec, seed).to(device) for seed in range(stack)]
-    many = max(images_of.values())
-    images, labels = torch.randn(many, *image, device=device), torch.arange(many, device=device) % classes
-    soft, step_size = torch.zeros(chunk, classes, device=device), torch.full((1,), 0.01, device=device)
+    chunk, many = images_of["matching"], max(images_of.values())
+    images, labels = torch.randn(many, *image, device=device), torch.arange(many, device=device) % spec.classes
+    soft, step_size = torch.zeros(chunk, spec.classes, device=device), torch.full((1,), 0.01, device=device)
     synthetic, start = SyntheticSet(images[:chunk], soft, step_size, labels[:chunk]), flatten(networks[0])
     options = StepOptions(compiled, channels_last=cluster.channels_last, precision=cluster.precision)
     functions = StudentStepFunctions(FlatNetwork(networks[0]), options)
@@ -84,11 +122,12 @@ def measured(proposal: Proposal, *, quickly: bool = False) -> Machine:
         networks[0], stacked=stack, compile_=compiled, chunk=in_cache, channels_last=cluster.channels_last
     )
     own, state = config.experts.model_copy(update={"epochs": MANY}), ExpertState.initial(networks)
+    schedule = replace(evaluation_schedule(config, 0.01), epochs=MANY, decay_epoch=None)
 
     def first(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
         return images[: images_of[kind]], labels[: images_of[kind]]
 
-    work: dict[str, Iterator[object]] = {
+    return {
         "matching": (
             matching_gradient(functions, start, start + 1, synthetic, steps, chunk=chunk) for _ in range(MANY)
         ),
@@ -97,22 +136,6 @@ def measured(proposal: Proposal, *, quickly: bool = False) -> Machine:
         "real": train(networks[0], *first("real"), schedule, 0),
         "scoring": (predict_logits(networks[0], first("scoring")[0]) for _ in range(MANY)),
     }
-    times = {"matching": STEPS, "experts": stack * (2 if own.optimiser == "gsam" else 1)}
-    others = 0 if quickly or device.type != "cpu" else min(machine.workers, (os.cpu_count() or 1) // machine.cores) - 1
-    with _others_busy(others):
-        seconds = {
-            kind: _seconds(each, by_cpu=device.type == "cpu" and machine.cores == 1) for kind, each in work.items()
-        }
-    passes = {kind: times.get(kind, 1) * count * FORWARD_PASSES[kind] for kind, count in images_of.items()}
-    rates = {kind: cost.flop * passes[kind] / usual for kind, (_, usual) in seconds.items()}
-    if compiled:
-        compiling = {kind: max(0.0, seconds[kind][0] - seconds[kind][1]) / cost.functions for kind in machine.compiling}
-        return replace(machine, rates=rates, compiling=compiling, basis="measured here")
-    if cluster.compile:
-        rates |= {kind: COMPILED_GAIN * rates[kind] for kind in machine.compiling}
-    return replace(
-        machine, rates=rates, basis="timed here in small; --measure is more exact" if quickly else "measured here"
-    )
 
 
 def _seconds(work: Iterator[object], *, by_cpu: bool) -> tuple[float, float]:

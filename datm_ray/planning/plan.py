@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 from datm_ray.config import RunConfig
 from datm_ray.planning.duration import Proposal, propose
 from datm_ray.planning.fit import Layout, data_shape, fitting_cost, parse_shape, plans_of
@@ -51,8 +49,4 @@ def plan_run(
         found = propose(config, data, machine)
     if (machine.basis or machine.device == "GPU") and not measure:
         return found
-    threads = torch.get_num_threads()
-    try:
-        return replace(found, machine=measured(found, quickly=not measure))
-    finally:
-        torch.set_num_threads(threads)  # those of a notebook that asks
+    return replace(found, machine=measured(found, quickly=not measure))

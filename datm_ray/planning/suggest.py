@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from datm_ray.config import PUBLISHED_AUGMENTATION, DatasetConfig, RunConfig, with_settings
 from datm_ray.config.files import plain_name, to_yaml_with_reasons
 from datm_ray.data.decode import image_suffixes
 from datm_ray.data.sources import RawDataset, load_raw
+from datm_ray.data.splits import held_out
 from datm_ray.errors import DatasetError
 from datm_ray.planning.duration import Proposal
 from datm_ray.planning.fit import DataShape, Layout, plans_of
@@ -88,16 +88,11 @@ class Suggestion:
     plan: Proposal
     """What it takes on this machine."""
 
-    @property
-    def seconds(self) -> float:
-        """Seconds on the clock that the recipe is planned to take."""
-        return 3600 * sum(wall for _, wall in self.plan.stages.values())
-
     def __str__(self) -> str:
         """The recipe as YAML, with the reasons as comments."""
-        lines = [f"# Planned for this machine when it was written: {self.plan}".splitlines()[0]]
-        lines += ["# A distance is learning rate x steps: how far plain SGD can go."]
-        return "\n".join(lines) + "\n" + to_yaml_with_reasons(self.config, self.reasons)
+        head = f"# Planned for this machine when it was written: {self.plan.lines()[0]}\n"
+        head += "# A distance is learning rate x steps: how far plain SGD can go.\n"
+        return head + to_yaml_with_reasons(self.config, self.reasons)
 
 
 @dataclass(frozen=True)
@@ -198,11 +193,7 @@ def measured_plans(raw: RawDataset, say: Callable[[str], None]) -> Callable[[Run
         width = config.network.width
         if width not in machines:
             say(f"timing steps of a network with {width} channels ...")
-            threads = torch.get_num_threads()
-            try:
-                machines[width] = measured(found, quickly=found.machine.device == "core")
-            finally:
-                torch.set_num_threads(threads)
+            machines[width] = measured(found, quickly=found.machine.device == "core")
         return replace(found, machine=machines[width])
 
     return plan
@@ -234,7 +225,7 @@ class _Draft:
 
     def clock(self, values: dict[str, Any]) -> dict[str, float]:
         """Stage -> seconds on the clock, with other values."""
-        return {stage: 3600 * wall for stage, (_, wall) in self.plan(self.config(values)).stages.items()}
+        return self.plan(self.config(values)).clock
 
     @property
     def images(self) -> int:
@@ -252,11 +243,11 @@ class _Draft:
     def training(self) -> int:
         """Number of images that experts are trained on."""
         share = self.values["dataset.validation"]
-        return sum(count - max(1, int(share * count + 0.5)) for count in self.counts)
+        return sum(count - held_out(count, share) for count in self.counts)
 
     @property
     def epoch(self) -> float:
-        """Distance of an epoch of the experts: learning rate times steps."""
+        """Distance of an epoch of the experts: learning rate times steps. `Distance` needs a whole recipe."""
         rate = float(self.values["experts.learning_rate"])
         return rate * math.ceil(self.training / int(self.values["experts.batch_size"]))
 
@@ -278,15 +269,17 @@ def _data(draft: _Draft) -> Choices:
             f"ask for {max(1, (smallest - 1) // 2)} or fewer, or add images of this class",
         )
     share = min(VALIDATION, MOST_VALIDATION / sum(draft.counts))
-    leaves = (smallest - ipc) / smallest  # of this class
-    if max(1, int(share * smallest + 0.5)) > smallest - ipc:
-        share, why = leaves / 2, f"leaves {ipc} training images of class {name!r}, which has {smallest} in all"
+    if held_out(smallest, share) > smallest - ipc:
+        share, why = (
+            (smallest - ipc) / smallest / 2,
+            f"leaves {ipc} training images of class {name!r}, which has {smallest} in all",
+        )
     else:
         why = "chooses the set to keep; the test images choose nothing"
     yield "dataset.validation", float(f"{share:.2g}"), why
     resolved, side = draft.config().resolved(draft.raw.size), min(draft.raw.size)
     kind = resolved.dataset.normalisation
-    why = "whitening, as published up to 64x64 pixels" if kind == "zca" else "whitening would take hours"
+    why = "whitening, as published up to 64x64 pixels" if kind == "zca" else "whitening takes long above 64x64"
     yield "dataset.normalisation", kind, why
     yield "network.depth", resolved.network.depth, f"blocks; each halves the {side} pixels, and maps keep 3 or more"
 
@@ -308,7 +301,7 @@ def _experts(draft: _Draft) -> Choices:
         yield from ((f"{section}.augmentation", every, why) for section in ("experts", "distill", "evaluate"))
         return
     for section in ("experts", "distill"):
-        yield f"{section}.augmentation", "", f"none, which gave better sets than any on images of {side} pixels or less"
+        yield f"{section}.augmentation", "", "none, as for the digits, where none gave better sets"
     yield "evaluate.augmentation", "crop_scale_rotate", f"at {side} pixels cutout and flip would make other pictures"
 
 
@@ -361,40 +354,55 @@ def _fitted(draft: _Draft, values: dict[str, Any], time: float) -> dict[str, Any
     values |= _lengths(draft, STEPS[-1])
     workers = draft.plan(draft.config(values)).machine.workers
     values["cluster.shards"] = min(workers, draft.raw.classes)
-    evaluation = 0.0
-    for protocol, seeds in EVALUATIONS:
-        values |= {"evaluate.protocol": protocol, "evaluate.seeds": seeds, "evaluate.full": False}
-        evaluation = draft.clock(values)["evaluation"]
-        if evaluation <= EVALUATION_SHARE * time:
-            break
-    real_epochs = values["experts.epochs"]
-    with_real = draft.clock(values | {"evaluate.full": True, "evaluate.real_epochs": real_epochs})["evaluation"]
-    if with_real - evaluation <= REAL_SHARE * time:
-        values |= {"evaluate.full": True, "evaluate.real_epochs": real_epochs}
+    values |= _evaluation(draft, values, time)
     stack = experts_at_a_time(draft.config(values), (draft.raw.channels, *draft.raw.size), draft.raw.classes)
     for steps in STEPS:
         values |= _lengths(draft, steps)
-        one, two = (draft.clock(values | {"experts.count": workers * stack * rounds})["experts"] for rounds in (1, 2))
-        each, fixed = (two - one) / stack, 2 * one - two  # of as many experts as workers; of compiling
-        rounds = int((EXPERTS_SHARE * time - fixed) / each)
-        values["experts.count"] = min(max(LEAST_EXPERTS, workers * rounds), MOST_EXPERTS)
-        short = draft.plan(draft.config(values | {"distill.iterations": VALIDATIONS, "distill.validate_every": 1}))
-        left = time - sum(3600 * wall for _, wall in short.stages.values())
-        iterations = VALIDATIONS + int(left / sum(short.iteration))
-        # Rather fewer experts than too few iterations; each round of experts has as many as there are workers.
-        spare = max(0, values["experts.count"] - ENOUGH_EXPERTS) // workers
-        wanted = math.ceil((ENOUGH_ITERATIONS - iterations) * sum(short.iteration) / each)
-        fewer = min(spare, max(0, wanted))
-        values["experts.count"] -= workers * fewer
-        iterations += int(fewer * each / sum(short.iteration))
-        values["distill.iterations"] = min(max(LEAST_ITERATIONS, iterations), MOST_ITERATIONS)
-        if iterations >= ENOUGH_ITERATIONS:
+        values |= _numbers(draft, values, time, workers, stack)
+        if values["distill.iterations"] >= ENOUGH_ITERATIONS:
             break
     if stack > 1:
         values["cluster.experts_at_a_time"] = min(stack, -(-values["experts.count"] // workers))
     values["distill.validate_every"] = -(-values["distill.iterations"] // VALIDATIONS)
     values["distill.checkpoint_every"] = -(-values["distill.iterations"] // CHECKPOINTS)
     return values
+
+
+def _evaluation(draft: _Draft, values: dict[str, Any], time: float) -> dict[str, Any]:
+    """Longest evaluation within its share of the time, with networks on all real images if those are within theirs."""
+    for protocol, seeds in EVALUATIONS:
+        found = {"evaluate.protocol": protocol, "evaluate.seeds": seeds, "evaluate.full": False}
+        seconds = draft.clock(values | found)["evaluation"]
+        if seconds <= EVALUATION_SHARE * time:
+            break
+    real = {"evaluate.full": True, "evaluate.real_epochs": values["experts.epochs"]}
+    if draft.clock(values | found | real)["evaluation"] - seconds <= REAL_SHARE * time:
+        found |= real
+    return found
+
+
+def _numbers(draft: _Draft, values: dict[str, Any], time: float, workers: int, stack: int) -> dict[str, int]:
+    """Numbers of experts and iterations that fill the time; rather fewer experts than too few iterations.
+
+    Args:
+        workers: workers of the machine; a round of experts has as many.
+        stack: experts that a worker trains at a time.
+    """
+    one, two = (draft.clock(values | {"experts.count": workers * stack * rounds})["experts"] for rounds in (1, 2))
+    each, fixed = (two - one) / stack, 2 * one - two  # seconds of a round, and of compiling
+    rounds = int((EXPERTS_SHARE * time - fixed) / each)
+    count = min(max(LEAST_EXPERTS, workers * rounds), MOST_EXPERTS)
+    few = {"experts.count": count, "distill.iterations": VALIDATIONS, "distill.validate_every": 1}
+    short = draft.plan(draft.config(values | few))
+    iteration = sum(short.iteration)
+    iterations = VALIDATIONS + int((time - sum(short.clock.values())) / iteration)
+    spare = max(0, count - ENOUGH_EXPERTS) // workers
+    fewer = min(spare, max(0, math.ceil((ENOUGH_ITERATIONS - iterations) * iteration / each)))
+    iterations += int(fewer * each / iteration)
+    return {
+        "experts.count": count - workers * fewer,
+        "distill.iterations": min(max(LEAST_ITERATIONS, iterations), MOST_ITERATIONS),
+    }
 
 
 def _words(seconds: float) -> str:

@@ -28,7 +28,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -168,22 +168,8 @@ class EvaluateWorker:
         if schedule.optimiser == "adamw":
             step_size = None
         candidates = _candidates(schedule, step_size, is_its_own=network is None and row != "distilled-hard")
-        tried = config if network is None else config.model_copy(update={"network": network})
-        trials: list[_Trial] = []
-        epochs = len(candidates) * schedule.epochs
-        yield Progress(0, epochs)
-        reported = time.monotonic()
-        for candidate in candidates:
-            trial_schedule = dataclasses.replace(schedule, learning_rate=candidate)
-            fresh = self._network(tried, seed)
-            for epoch in train(fresh, images, targets, trial_schedule, seed):
-                if time.monotonic() - reported > REPORT_INTERVAL:
-                    yield Progress(len(trials) * schedule.epochs + epoch.number, epochs)
-                    reported = time.monotonic()
-            measured = self._validation_accuracy(fresh)
-            trials.append(_Trial(fresh, candidate, measured))
-            metrics = meter.measure() | {"datm_ray_evaluate_validation_accuracy_ratio": measured}
-            yield Progress(len(trials) * schedule.epochs, epochs, {"validation": measured}, metrics)
+        schedules = [dataclasses.replace(schedule, learning_rate=candidate) for candidate in candidates]
+        trials = yield from self._trials(network or config.network, images, targets, schedules, seed, meter)
         chosen, tested, with_learned = self._tested(trials, learns=bool(step_size))
         spent = account.spent()
         result = {
@@ -204,6 +190,33 @@ class EvaluateWorker:
         chosen_of = fields(step_size=chosen.step_size, candidates=len(trials), seconds=spent.seconds)
         _log.info("network scored %s %s", fields(run=config.name, row=row, number=number, accuracy=tested), chosen_of)
         yield Finished(result, meter.measure())
+
+    def _trials(
+        self,
+        network: NetworkConfig,
+        images: Tensor,
+        targets: Tensor,
+        schedules: Sequence[Schedule],
+        seed: int,
+        meter: Meter,
+    ) -> Generator[Progress, None, list[_Trial]]:
+        """Train a fresh network by each schedule and score it on validation images. Returns the trials."""
+        dataset, trials, epochs = self._dataset, list[_Trial](), sum(schedule.epochs for schedule in schedules)
+        spec = network.for_images(dataset.channels, dataset.size, dataset.classes)
+        done, reported = 0, time.monotonic()
+        yield Progress(done, epochs)
+        for schedule in schedules:
+            fresh = build_network(spec, seed).to(self._device)
+            for epoch in train(fresh, images, targets, schedule, seed):
+                if time.monotonic() - reported > REPORT_INTERVAL:
+                    yield Progress(done + epoch.number, epochs)
+                    reported = time.monotonic()
+            done += schedule.epochs
+            measured = self._validation_accuracy(fresh)
+            trials.append(_Trial(fresh, schedule.learning_rate, measured))
+            metrics = meter.measure() | {"datm_ray_evaluate_validation_accuracy_ratio": measured}
+            yield Progress(done, epochs, {"validation": measured}, metrics)
+        return trials
 
     def _tested(self, trials: Sequence[_Trial], *, learns: bool) -> tuple[_Trial, float, float | None]:
         """Trial chosen on validation data, its test accuracy, and that of the first trial if that one is learned."""
@@ -239,12 +252,6 @@ class EvaluateWorker:
         if config.name not in self._experts:
             self._experts[config.name] = ExpertNetworks(config, self._dataset, store_uri, self._device)
         return self._experts[config.name]
-
-    def _network(self, config: RunConfig, seed: int) -> nn.Module:
-        """Fresh network."""
-        dataset = self._dataset
-        spec = config.network.for_images(dataset.channels, dataset.size, dataset.classes)
-        return build_network(spec, seed).to(self._device)
 
     def _validation_accuracy(self, network: nn.Module) -> float:
         images = to_device(self._dataset.validation_images, self._device)

@@ -26,6 +26,7 @@ from datm_ray.runtime.executor import SerialExecutor
 from datm_ray.stages.evaluate import read_scores
 from datm_ray.store.files.filesystem import open_location
 from tests.conftest import tiny_config
+from tests.processes import until
 from tests.runtime.nodes import Nodes
 
 ITERATIONS = 24
@@ -34,14 +35,6 @@ TOLERANCE = 0.2
 (20 of 20 disturbed runs), because they sum floats in another order, unless rounding carries a rectifier over its kink.
 A lost iteration differs by at least 1.4 (each of six left out). The images' learning rate is low, because higher ones
 crossed such kinks, whose effect grows with every iteration."""
-
-
-def until(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
-    """Wait until a condition holds."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"it did not happen: {what}"
-        time.sleep(0.02)
 
 
 @pytest.mark.slow

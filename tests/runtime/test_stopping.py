@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +32,7 @@ from datm_ray.stages.trajectory import TrajectoryMatching
 from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.tensors import read_tensors
 from tests.conftest import actor_processes, tiny_config
+from tests.processes import until
 
 QUIET = Reporter(quiet=True)
 
@@ -205,13 +205,6 @@ def test_experts_that_are_stopped_save_their_epoch_and_resume_to_the_same_bits(
 
 
 SAVED = r"datm-ray: stopped\. Saved {} (\d+) of {}\. Run the same command again to resume from there\."
-
-
-def until(condition: Callable[[], bool], what: str, seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"it did not happen: {what}"
-        time.sleep(0.1)
 
 
 @pytest.mark.slow

@@ -17,7 +17,6 @@ import torch
 
 from datm_ray.core.synthetic import AllSum, SyntheticSet, identity
 from datm_ray.methods.trajectory.iteration import Match
-from datm_ray.methods.trajectory.matching import matching_loss
 
 PAIRS = 4
 """Pairs of start and target, spread over the range of start epochs, whose losses are measured."""
@@ -48,12 +47,11 @@ class Measured:
 
 
 def measure(step_size: float, pairs: Sequence[Match], synthetic: SyntheticSet, all_sum: AllSum = identity) -> Measured:
-    """Matching losses of a backbone's pairs with a step size; class shards get equal ones, see `matching_loss`."""
+    """Matching losses of a backbone's pairs with a step size; class shards get equal ones."""
     tried = replace(synthetic, step_sizes=torch.full_like(synthetic.step_sizes, step_size))
     losses = []
     for pair in pairs:
-        inputs = (pair.functions, pair.start, pair.target, tried, pair.steps)
-        loss = matching_loss(*inputs, backbone=pair.backbone, chunk=pair.chunk, all_sum=all_sum)
+        loss = pair.gradient(tried, all_sum, skip_above=-math.inf).loss
         is_still = torch.equal(pair.start, pair.target)
         losses.append(math.nan if is_still else loss if math.isfinite(loss) else math.inf)
     return Measured(step_size, tuple(losses))

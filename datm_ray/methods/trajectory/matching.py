@@ -24,7 +24,6 @@ tests/methods/trajectory/test_matching.py.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -127,7 +126,9 @@ def matching_gradient(
     """
     step_size = synthetic.step_sizes[backbone]
     sweep = _Sweep(functions, synthetic, chunk)
-    trace = [start, *_student(sweep, start, steps, step_size, all_sum)]
+    trace = [start]
+    for step in steps:
+        trace.append(trace[-1] - step_size * all_sum(sweep.student_gradient(trace[-1], step)))
     distance = (start - target).square().sum()
     gap = trace.pop() - target
     loss = _agreed(gap.square().sum() / distance, all_sum)
@@ -141,33 +142,6 @@ def matching_gradient(
         d_step_size -= summed[-1]
         v = v - step_size * summed[:-1]
     return MatchingGradient(loss, images.mul_(-step_size), soft_labels.mul_(-step_size), d_step_size)
-
-
-def matching_loss(
-    functions: StudentStepFunctions,
-    start: Tensor,
-    target: Tensor,
-    synthetic: SyntheticSet,
-    steps: Sequence[StudentStep],
-    *,
-    backbone: int = 0,
-    chunk: int | None = None,
-    all_sum: AllSum = identity,
-) -> float:
-    """Loss of `matching_gradient` to the bit, without a gradient. One parameter vector is kept at a time."""
-    sweep = _Sweep(functions, synthetic, chunk)
-    (end,) = deque(_student(sweep, start, steps, synthetic.step_sizes[backbone], all_sum), maxlen=1)
-    return _agreed((end - target).square().sum() / (start - target).square().sum(), all_sum)
-
-
-def _student(
-    sweep: _Sweep, start: Tensor, steps: Sequence[StudentStep], step_size: Tensor, all_sum: AllSum
-) -> Iterator[Tensor]:
-    """The student's parameters [p] after each of its steps."""
-    theta = start
-    for step in steps:
-        theta = theta - step_size * all_sum(sweep.student_gradient(theta, step))
-        yield theta
 
 
 def _agreed(loss: Tensor, all_sum: AllSum) -> float:

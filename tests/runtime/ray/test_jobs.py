@@ -27,6 +27,7 @@ from datm_ray.runtime.executor import Lost, Progress, Resized, Started, Task
 from datm_ray.runtime.ray.jobs import Job, Jobs
 from datm_ray.store.files.filesystem import open_location
 from tests.conftest import CommandLine, documented_keys, tiny_config
+from tests.processes import until
 from tests.runtime import dashboard as dashboards
 from tests.runtime.dashboard import free_port
 
@@ -50,7 +51,7 @@ def dashboard(s3_server: str) -> Iterator[str]:
             stderr=subprocess.DEVNULL,
             env=os.environ | credentials | environment,
         )
-        until(lambda: _listens(port))
+        until(lambda: _listens(port), every=1)
         yield f"http://127.0.0.1:{port}"
         cluster.terminate()
         cluster.wait(60)
@@ -59,14 +60,6 @@ def dashboard(s3_server: str) -> Iterator[str]:
 def _listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def until(condition: object, seconds: float = 120) -> None:
-    """Wait until a condition holds."""
-    end = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(1)
 
 
 @pytest.mark.slow
@@ -90,10 +83,10 @@ def test_a_stopped_job_resumes_when_submitted_again(datm_ray: CommandLine, dashb
     assert f"writes to {out} already" in err
     assert f"datm-ray job logs {number} --follow --address {dashboard}" in err
     jobs = Jobs(dashboard)
-    until(lambda: "stage started stage=Evaluation" in jobs.logs(number))
+    until(lambda: "stage started stage=Evaluation" in jobs.logs(number), every=1)
     assert re.search(f"{number} +running", datm_ray("job", "list", *address)[1])
     assert "is being stopped" in datm_ray("job", "stop", number, *address)[1]
-    until(lambda: jobs.job(number).is_over)
+    until(lambda: jobs.job(number).is_over, every=1)
     code, printed, _ = datm_ray("job", "status", number, *address)
     assert "stopped" in printed
     assert out in printed
