@@ -367,7 +367,9 @@ def _first_line(failure: BaseException) -> str:
 def _settings(rendezvous_address: str) -> Generator[None, None, None]:
     """Set environment variables that torch reads, unless the user has set them."""
     # Without the first setting, NCCL kills the process when a peer is lost, instead of raising an error.
-    wanted = {"TORCH_NCCL_BLOCKING_WAIT": "1", "GLOO_SOCKET_IFNAME": _interface_towards(*_split(rendezvous_address))}
+    interface = _interface_towards(*_split(rendezvous_address))
+    exact = interface and f"={interface}"  # without "=", NCCL takes all interfaces whose names begin with it
+    wanted = {"TORCH_NCCL_BLOCKING_WAIT": "1", "GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": exact}
     ours = {name: value for name, value in wanted.items() if value and name not in os.environ}
     os.environ.update(ours)
     try:
@@ -385,7 +387,8 @@ def _split(rendezvous_address: str) -> tuple[str, int]:
 def _interface_towards(host: str, port: int) -> str:
     """Name of the network interface that leads to a host, or "" if it is unknown.
 
-    By default gloo uses the interface of this machine's own name, which peers often cannot reach.
+    By default gloo uses the interface of this machine's own name, and NCCL the first one, such as that of a container
+    runtime. Peers often can reach neither.
     """
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

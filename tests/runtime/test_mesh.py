@@ -18,7 +18,7 @@ from torch import Tensor
 from datm_ray.core.training import Heartbeat
 from datm_ray.errors import ConfigError, PeerLostError
 from datm_ray.runtime.executor import WorkerRank
-from datm_ray.runtime.mesh import Alone, Mesh, open_mesh
+from datm_ray.runtime.mesh import Alone, Mesh, _settings, open_mesh
 from tests.processes import side_by_side
 
 CPU = torch.device("cpu")
@@ -259,6 +259,18 @@ def test_a_process_joins_a_new_mesh_after_leaving_one() -> None:
         ):
             raise ConfigError("failed within")
     assert dict(os.environ) == environment
+
+
+def test_sums_use_the_interface_of_the_rendezvous_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gloo and NCCL use the interface that leads to the other workers, unless the user has named one."""
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "users")
+    with _settings("127.0.0.1:1"):
+        assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == ("lo", "users")
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME")
+    with _settings("127.0.0.1:1"):
+        assert os.environ["NCCL_SOCKET_IFNAME"] == "=lo"
+    assert not {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"} & set(os.environ)
 
 
 def test_grid_that_does_not_fit_the_workers() -> None:
