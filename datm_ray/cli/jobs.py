@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,13 +19,29 @@ job_app = typer.Typer(
     help="Submit, follow and stop runs as jobs of a Ray cluster.", no_args_is_help=True, rich_markup_mode=None
 )
 
+LOCAL_DASHBOARD = "http://127.0.0.1:8265"
+
+
+def default_dashboard() -> str:
+    """Dashboard in RAY_ADDRESS, as Ray's own job commands read it, or else that of this machine.
+
+    On a cluster's nodes RAY_ADDRESS may hold the address for drivers, which is not that of a dashboard.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    return address if address.startswith(("http://", "https://")) else LOCAL_DASHBOARD
+
+
 Dashboard = Annotated[
     str,
     typer.Option(
-        "--address", metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="Address of the cluster's dashboard."
+        "--address",
+        metavar="URL",
+        envvar="RAY_API_SERVER_ADDRESS",
+        default_factory=default_dashboard,
+        show_default=f"RAY_ADDRESS if it is a URL, else {LOCAL_DASHBOARD}",
+        help="Address of the cluster's dashboard.",
     ),
 ]
-LOCAL_DASHBOARD = "http://127.0.0.1:8265"
 Follow = Annotated[
     bool,
     typer.Option(
@@ -40,12 +57,25 @@ def job_submit(
     out: Annotated[
         str, typer.Option("--out", "-o", metavar="URI", help="Folder for everything. All nodes must reach it.")
     ],
+    address: Dashboard,
     set_: Set = None,
     store: Store = None,
-    address: Dashboard = LOCAL_DASHBOARD,
     requirements: Annotated[
         str | None,
         typer.Option("--requirements", metavar="FILE", help="File of packages, for pip on the cluster."),
+    ] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--env",
+            metavar="KEY[=VALUE]",
+            help="Environment variable of the job and its workers. KEY alone takes this shell's value. Ray's dashboard "
+            "shows it. May be repeated.",
+        ),
+    ] = None,
+    runtime_env: Annotated[
+        str | None,
+        typer.Option("--runtime-env", metavar="FILE", help="YAML or JSON file with Ray's runtime environment."),
     ] = None,
     follow: Annotated[
         bool,
@@ -71,7 +101,7 @@ def job_submit(
         config.require_matchable()
     require_together(configs)
     jobs = Jobs(address)
-    number = jobs.submit(configs, out, store, requirements, verbose)
+    number = jobs.submit(configs, out, store, requirements, verbose, env or (), runtime_env)
     next_ = "" if follow else f"\nNext: {jobs.command('logs', number)}"
     print(f"Job {number}{next_}", flush=True)
     if follow:
@@ -79,7 +109,7 @@ def job_submit(
 
 
 @job_app.command("list")
-def job_list(address: Dashboard = LOCAL_DASHBOARD, json_: Json = False) -> None:
+def job_list(address: Dashboard, json_: Json = False) -> None:
     """List this package's jobs on the cluster, oldest first."""
     from datm_ray.runtime.ray.jobs import Jobs
 
@@ -92,7 +122,7 @@ def job_list(address: Dashboard = LOCAL_DASHBOARD, json_: Json = False) -> None:
 
 
 @job_app.command("status")
-def job_status(number: JobId, address: Dashboard = LOCAL_DASHBOARD, json_: Json = False) -> None:
+def job_status(number: JobId, address: Dashboard, json_: Json = False) -> None:
     """Show a job's state, progress and last log line."""
     from datm_ray.runtime.ray.jobs import Jobs
 
@@ -131,7 +161,7 @@ def highlights(log: str, message: str) -> dict[str, str]:
 @job_app.command("logs")
 def job_logs(
     number: JobId,
-    address: Dashboard = LOCAL_DASHBOARD,
+    address: Dashboard,
     follow: Follow = False,
 ) -> None:
     """Print a job's log."""
@@ -145,7 +175,7 @@ def job_logs(
 
 
 @job_app.command("stop")
-def job_stop(number: JobId, address: Dashboard = LOCAL_DASHBOARD) -> None:
+def job_stop(number: JobId, address: Dashboard) -> None:
     """Stop a job and keep what it has finished.
 
     `job submit` with the same arguments resumes from there.

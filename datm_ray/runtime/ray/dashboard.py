@@ -130,7 +130,7 @@ def _require_web_address(address: str) -> None:
     except ValueError:
         good = False
     if not good:
-        given = OWN_ADDRESS if os.environ.get(OWN_ADDRESS) == address else "--address"
+        given = next((name for name in (OWN_ADDRESS, "RAY_ADDRESS") if os.environ.get(name) == address), "--address")
         host = re.fullmatch(r"(?:\w+://|(?!\w+://))([\w.-]+)(?::(\w*))?(?:[/?].*)?", address)
         name, port = host.groups() if host and host[1] != "auto" else ("127.0.0.1", None)
         port = port if port and port.isdigit() and port not in ("0", *OTHER_PORTS) else str(PORT)

@@ -1,24 +1,29 @@
 """Runs as jobs of a Ray cluster: submitted over HTTP from anywhere, they keep running when the terminal is closed.
 
 The recipes and this package travel with the job; the cluster must have the other packages, or be given a file of
-requirements. A job needs no disk that machines share if its folder is a URI that all of them can open. Nothing of this
-process's environment travels, so that no secret can: the cluster has its own credentials.
+requirements or a runtime environment. A job needs no disk that machines share if its folder is a URI that all of them
+can open. Environment variables travel only if the user names them. Messages and logs never hold their values, but
+Ray's dashboard shows them.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from packaging.requirements import InvalidRequirement, Requirement
 from ray.job_submission import JobDetails, JobStatus
+from ray.runtime_env import RuntimeEnv
 
 from datm_ray.config import RunConfig, to_yaml
 from datm_ray.errors import ClusterError, ConfigError, JobLostError, JobNotFoundError, JobUnreachableError
@@ -42,6 +47,7 @@ LAST_LINES_TIMEOUT = 30.0
 STOP_MARGIN = 15.0
 """Seconds that a stopped job has beyond the time for saving its work."""
 _NUMBER = re.compile(r"\w[\w.+-]*")
+_VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _NOT_FOUND = re.compile(r"status code 404: Job .* does not exist")
 _CREDENTIALS = re.compile(r"://[^/\s]*@")
 MINE = "datm_ray"
@@ -98,6 +104,8 @@ class Jobs:
         store: str | None = None,
         requirements: str | None = None,
         verbosity: int = 0,
+        variables: Sequence[str] = (),
+        runtime_env: str | None = None,
     ) -> str:
         """Submit a job that runs the recipes to the end, and return its job id.
 
@@ -108,22 +116,18 @@ class Jobs:
             store: store of the experts; `None` means a folder in `out`.
             requirements: path of a file of packages, as pip takes it.
             verbosity: 1 has the job's log hold every log line, 2 also the raw output of Ray and its workers.
+            variables: environment variables of the job, as KEY=VALUE, or KEY for the value that this process has.
+            runtime_env: path of a YAML or JSON file with Ray's runtime environment, to which this package's is added.
 
         Raises:
-            ConfigError: a place or file that cannot be used.
+            ConfigError: a place, file or variable that cannot be used.
             ClusterError: the cluster does not take the job.
         """
         for name, place in (("--out", out), ("--store", store)):
             if place is not None:
                 _require_reachable(name, place)
+        environment = job_environment(requirements, variables, runtime_env)
         self._require_nobody_at_work(out)
-        environment: dict[str, object] = {
-            "py_modules": [str(Path(__file__).parents[2])],
-            # Ray kills a stopped job after 3 seconds, in which no worker has saved its work.
-            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": f"{SAVE_TIMEOUT + STOP_MARGIN:.0f}"},
-        }
-        if requirements is not None:
-            environment["pip"] = _requirements(requirements)
         files = [f"{number}-{config.name}.yaml" for number, config in enumerate(configs)]
         command = ["python", "-m", "datm_ray", "run", *files, "--out", out, "--address", "auto"]
         command += ["--store", store] if store is not None else []
@@ -342,19 +346,105 @@ def _require_reachable(name: str, place: str) -> None:
         )
 
 
-def _requirements(path: str) -> list[str]:
+def job_environment(
+    requirements: str | None = None, variables: Sequence[str] = (), runtime_env: str | None = None
+) -> dict[str, Any]:
+    """Ray's runtime environment of a job, without its working_dir. Arguments: see `Jobs.submit`.
+
+    Raises:
+        ConfigError: an argument cannot be used, or sets what another one or this package sets.
+    """
+    given = {} if runtime_env is None else _read_environment(runtime_env)
+    theirs, named = given.get("env_vars") or {}, _variables(variables)
+    # Ray kills a stopped job after 3 seconds, in which no worker has saved its work.
+    ours = {"RAY_JOB_STOP_WAIT_TIME_S": f"{SAVE_TIMEOUT + STOP_MARGIN:.0f}"}
+    _require_apart(given, {"working_dir"}, f"{runtime_env} and by datm-ray, whose recipes travel in it")
+    _require_apart(given, {"pip"} if requirements else (), f"{runtime_env} and by --requirements")
+    _require_apart(theirs, named, f"{runtime_env} and by --env")
+    _require_apart(theirs | named, ours, "you and by datm-ray, so that a stopped job can save its work")
+    modules = given.get("py_modules") or []
+    merged = given | {
+        "env_vars": ours | theirs | named,
+        "py_modules": [*([modules] if isinstance(modules, str) else modules), str(Path(__file__).parents[2])],
+        **({} if requirements is None else {"pip": _requirements(requirements)}),
+    }
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        RuntimeEnv(**merged, working_dir=tempfile.gettempdir())
+    except (TypeError, ValueError) as failure:
+        raise ConfigError(
+            f"Ray refuses {runtime_env or requirements}: {first_line(failure)}",
+            remedy="Ray's documentation of runtime environments says which keys go together",
+        ) from None
+    return merged
+
+
+def _require_apart(keys: Iterable[str], others: Container[str], owners: str) -> None:
+    for key in keys:
+        if key in others:
+            raise ConfigError(f"{key} is set by {owners}", remedy="leave one of them out")
+
+
+def _variables(given: Sequence[str]) -> dict[str, str]:
+    """Environment variables from KEY=VALUE, or KEY alone for this process's value. No error holds a value."""
+    found = {}
+    for number, text in enumerate(given, start=1):
+        name, equals, value = text.partition("=")
+        if not _VARIABLE.fullmatch(name):  # not shown, because it may be a value
+            raise ConfigError(
+                f"--env number {number} does not begin with the name of a variable",
+                remedy="write --env KEY=VALUE, or --env KEY for the value that KEY has in this shell",
+            )
+        if not equals and name not in os.environ:
+            raise ConfigError(
+                f"--env {name}: this shell has no variable of that name, or does not export it",
+                remedy=f"write --env {name}=VALUE, or `export {name}` first",
+            )
+        found[name] = value if equals else os.environ[name]
+    return found
+
+
+def _read_environment(path: str) -> dict[str, Any]:
+    """Ray's runtime environment from a YAML or JSON file. No error holds a value, because it may be a secret."""
+    text = _text(path, "--runtime-env")
+    try:
+        found = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError, RecursionError):
+        raise ConfigError(f"{path} is neither YAML nor JSON", remedy="check --runtime-env") from None
+    known = ", ".join(sorted(name for name in RuntimeEnv.known_fields if name[0] != "_"))
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} has no keys and values", remedy=f"Ray's runtime environment has the keys {known}")
+    for key in found:
+        if key not in RuntimeEnv.known_fields:
+            raise ConfigError(f"{path} has the key {key!r}, which Ray would ignore", remedy=f"known keys: {known}")
+    variables = found.get("env_vars") or {}
+    if not isinstance(variables, dict) or not all(isinstance(each, str) for pair in variables.items() for each in pair):
+        raise ConfigError(f"{path}: env_vars needs text for every name", remedy='put numbers into quotes: KEY: "1"')
+    if _CREDENTIALS.search(json.dumps({key: value for key, value in found.items() if key != "env_vars"}, default=str)):
+        raise _credentials_error(path)
+    return found
+
+
+def _text(path: str, option: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as failure:
         reason = failure.strerror if isinstance(failure, OSError) else "it is not a text file"
-        raise ConfigError(f"cannot read {path}: {reason}", remedy="check --requirements") from None
+        raise ConfigError(f"cannot read {path}: {reason}", remedy=f"check {option}") from None
+
+
+def _credentials_error(path: str) -> ConfigError:
+    return ConfigError(
+        f"{path} has a line with a user name or password in it, which everybody would see among the job's data",
+        remedy="give the cluster's machines their own credentials, such as in ~/.netrc",
+    )
+
+
+def _requirements(path: str) -> list[str]:
+    lines = _text(path, "--requirements").splitlines()
     wanted = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     for line in wanted:
         if _CREDENTIALS.search(line):
-            raise ConfigError(
-                f"{path} has a line with a user name or password in it, which everybody would see among the job's data",
-                remedy="give the cluster's machines their own credentials, such as in ~/.netrc",
-            )
+            raise _credentials_error(path)
         if line.startswith(("-r", "-c", "-e", "--requirement", "--constraint", "--editable")) or line.endswith("\\"):
             raise ConfigError(
                 f"{path} has the line {line!r}, which names something that does not travel with the job",

@@ -389,6 +389,86 @@ def test_a_submission_is_followed_unless_detached(
     assert not [path for path in there.paths() if path.endswith("stop")]
 
 
+def test_a_job_gets_the_variables_that_the_user_names_and_shows_none(
+    datm_ray: CommandLine, there: dashboards.Dashboard, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A job carries named variables and the user's runtime environment beside this package's, and no other variable."""
+    file = tmp_path / "environment.yaml"
+    file.write_text("pip: [humanize]\nenv_vars: {MODE: fast}\npy_modules: [s3://bucket/mine.zip]\n")
+    monkeypatch.setenv("RAY_ADDRESS", f"{there.address}/")  # as for Ray's own job commands
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "stays-here")
+    submit = ("job", "submit", "digits-ipc1", "-o", str(tmp_path / "runs"), "-d", "-v", "-v")
+    given = ("--env", "WANDB_API_KEY", "--env", f"MORE={SECRET}=1", "--env", "EMPTY=", "--runtime-env", str(file))
+    printed = [datm_ray(*submit, *given), datm_ray("job", "list"), datm_ray("job", "list", "--json")]
+    printed.append(datm_ray("job", "status", there.job["submission_id"]))
+    assert [code for code, _, _ in printed] == [0, 0, 0, 0]
+    assert SECRET not in str(printed)
+    sent = there.job["runtime_env"]
+    ours = {"RAY_JOB_STOP_WAIT_TIME_S": "75"}
+    assert sent["env_vars"] == ours | {"MODE": "fast", "WANDB_API_KEY": SECRET, "MORE": f"{SECRET}=1", "EMPTY": ""}
+    assert sent["pip"] in (["humanize"], {"packages": ["humanize"], "pip_check": False})
+    assert sent["py_modules"][0] == "s3://bucket/mine.zip"
+    assert len(sent["py_modules"]) == 2
+    assert "stays-here" not in json.dumps(sent)
+    assert SECRET not in there.job["entrypoint"] + json.dumps(there.job["metadata"])
+
+
+def test_an_environment_that_cannot_travel_is_one_line_without_values(
+    datm_ray: CommandLine, there: dashboards.Dashboard, tmp_path: Path
+) -> None:
+    """A variable or runtime environment that cannot be used is refused in one line that holds no value."""
+    file, text, both = tmp_path / "environment.yaml", tmp_path / "some.json", tmp_path / "requirements.txt"
+    both.write_text("humanize\n")
+    path = ("--runtime-env", str(file))
+    cases: list[tuple[str, str, tuple[str, ...]]] = [
+        ("--env ABSENT_HERE: this shell has no variable", "", ("--env", "ABSENT_HERE")),
+        ("--env number 2 does not begin with the name", "", ("--env", "A=1", "--env", f"{SECRET}=x")),
+        ("--env number 1 does not begin", "", ("--env", f"={SECRET}")),
+        ("RAY_JOB_STOP_WAIT_TIME_S is set by you and by datm-ray", "", ("--env", "RAY_JOB_STOP_WAIT_TIME_S=1")),
+        ("RAY_JOB_STOP_WAIT_TIME_S is set by you", "env_vars: {RAY_JOB_STOP_WAIT_TIME_S: '1'}", path),
+        ("A is set by .*yaml and by --env", f"env_vars: {{A: {SECRET}}}", (*path, "--env", f"A={SECRET}")),
+        ("working_dir is set by .*yaml and by datm-ray", "working_dir: .", path),
+        ("pip is set by .*yaml and by --requirements", "pip: [a]", (*path, "--requirements", str(both))),
+        ("'pip' field, 'uv' field, and 'conda'", "conda: base", (*path, "--requirements", str(both))),
+        ("the key 'env_var', which Ray would ignore. Known keys: conda", f"env_var: {{A: {SECRET}}}", path),
+        ("env_vars needs text", f"env_vars: {{A: {SECRET}, B: 1}}", path),
+        ("env_vars needs text", f"env_vars: [{SECRET}]", path),
+        ("has no keys and values", SECRET, path),
+        ("neither YAML nor JSON", f"a: [{SECRET}", path),
+        ("some.json is neither", f"a: {SECRET}", ("--runtime-env", str(text))),
+        ("a user name or password", f"pip: ['https://me:{SECRET}@host/x.whl']", path),
+        ("Ray refuses .*yaml", "py_modules: [{a: 1}]", path),
+        ("cannot read absent.yaml", "", ("--runtime-env", "absent.yaml")),
+    ]
+    submit = ("job", "submit", "digits-ipc1", "-o", str(tmp_path / "runs"), "-d", "--address", there.address)
+    for expected, content, arguments in cases:
+        file.write_text(content)
+        text.write_text(content)
+        code, out, err = datm_ray(*submit, *arguments)
+        assert (code, out, len(err.splitlines())) == (2, "", 1), (expected, err)
+        assert re.search(expected, err), (expected, err)
+        assert SECRET not in err, expected
+    assert not [asked for asked in there.asked if asked.method == "POST"]
+
+
+def test_the_address_of_a_dashboard_in_rays_variables_is_taken(
+    datm_ray: CommandLine, there: dashboards.Dashboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Job commands take the dashboard from RAY_ADDRESS, after Ray's own variable, and ignore an address for drivers."""
+    monkeypatch.setenv("RAY_ADDRESS", there.address)
+    assert datm_ray("job", "logs", "here")[0] == 0
+    monkeypatch.setenv("RAY_ADDRESS", "http://")
+    assert "RAY_ADDRESS 'http://' is not the address of a dashboard" in datm_ray("job", "list")[2]
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
+    monkeypatch.setattr("datm_ray.cli.jobs.LOCAL_DASHBOARD", there.address)
+    assert datm_ray("job", "logs", "here")[0] == 0
+    monkeypatch.setattr("datm_ray.cli.jobs.LOCAL_DASHBOARD", "http://127.0.0.1:1")
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", there.address)
+    assert datm_ray("job", "logs", "here")[0] == 0
+
+
 def test_a_status_is_the_same_with_the_log(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A job submitted with -v has its losses and progress in log lines."""
     monkeypatch.setattr("datm_ray.monitor.progress.LINE_INTERVAL", 0.0)
