@@ -21,7 +21,7 @@ from datm_ray.config import ClusterConfig
 from datm_ray.errors import ClusterError
 from datm_ray.monitor.logs import is_raw
 from datm_ray.runtime.executor import counted, require_precision
-from datm_ray.runtime.ray.compat import keep_off_standard_output
+from datm_ray.runtime.ray.compat import NOT_A_NODE, keep_off_standard_output, limit_node_search, runs_a_node
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray warns that it will stop hiding GPUs from actors that request none. These actors hide the GPUs themselves.
@@ -42,14 +42,21 @@ def connect(address: str | None) -> str:
 
     Returns:
         The dashboard's "host:port", or "" if there is no dashboard.
+
+    Raises:
+        ClusterError: nothing answers there, it is no address for drivers, or this machine is not a node of the cluster.
     """
-    given = "--address" if address else "RAY_ADDRESS"
-    address = address or os.environ.get("RAY_ADDRESS")
+    variable = os.environ.get("RAY_ADDRESS")
+    given = "RAY_ADDRESS" if variable and address in (None, "", "auto") else "--address"  # as in ray.init
+    address = variable if given == "RAY_ADDRESS" else address
     # Without "local", Ray would join whatever cluster was last started on this machine.
     where: dict[str, Any] = {"address": address} if address else {"address": "local", "dashboard_host": "127.0.0.1"}
     try:
         if address:
             _require_listener(address, given)
+            limit_node_search(CONNECT_TIMEOUT)
+            if address != "auto" and not runs_a_node():
+                raise _outside(address)
         level = logging.INFO if is_raw() else logging.CRITICAL
         keep_off_standard_output(shown=is_raw())
         with _quiet_library() if address else nullcontext():
@@ -71,10 +78,22 @@ def _connection_error(address: str | None, given: str, failure: Exception) -> Cl
             f"the cluster at {address} has other versions than this machine: {' '.join(str(failure).split())}",
             remedy="install the cluster's versions here, or submit the run as a job: `datm-ray job submit`",
         )
-    token = "" if isinstance(failure, OSError) else "; set RAY_AUTH_MODE=token if the cluster asks for one"
+    if NOT_A_NODE in str(failure.__cause__):
+        return _outside(address)
+    found_none = isinstance(failure, OSError) and "to Ray cluster" not in str(failure)
+    token = "" if found_none else "; set RAY_AUTH_MODE=token if the cluster asks for one"
     return ClusterError(
         f"cannot connect to Ray at {address}: {first_line(failure)}",
-        remedy=f"check {given}{token}; or use --executor serial",
+        remedy=f"check {given}{token}; or use --executor serial, or `datm-ray job submit` from outside the cluster",
+    )
+
+
+def _outside(address: str) -> ClusterError:
+    host = address.rpartition("://")[2].rpartition(":")[0]
+    return ClusterError(
+        f"this machine is not a node of the Ray cluster at {address}",
+        "a run must start on a node of its cluster",
+        f"submit it with `datm-ray job submit` and the dashboard's address, such as --address http://{host}:8265",
     )
 
 
@@ -144,7 +163,8 @@ def _web_server_error(address: str, given: str) -> ClusterError:
     return ClusterError(
         f"{given} {address!r} is the address of a dashboard or another web server",
         "Ray's own job commands expect the dashboard in RAY_ADDRESS" if given == "RAY_ADDRESS" else "",
-        "give the port of `ray start` (default 6379) with --address, or use `datm-ray job submit`",
+        "use `datm-ray job submit`, or, on a node, give the port of `ray start` (default 6379) with --address"
+        + (", or unset RAY_ADDRESS to start Ray on this machine" if given == "RAY_ADDRESS" else ""),
     )
 
 

@@ -6,6 +6,8 @@ convenience, not a function.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
 import sys
 from contextlib import suppress
@@ -31,6 +33,24 @@ def hush() -> None:
     for name in list(logging.root.manager.loggerDict):
         if name == "ray" or name.startswith("ray."):
             logging.getLogger(name).setLevel(logging.ERROR)
+
+
+NOT_A_NODE = "No node info found"
+"""Words of Ray's error for a driver that finds no node of its cluster on its machine."""
+
+
+def runs_a_node() -> bool:
+    """True if this machine runs a node of some Ray cluster, which a driver needs, or if Ray cannot tell."""
+    find = getattr(ray._private.services, "find_gcs_addresses", None)
+    return find is None or bool(find())
+
+
+def limit_node_search(seconds: float) -> None:
+    """Limit the time for which a driver searches for its cluster's node on this machine. Ray's own limit is 60 s."""
+    services = ray._private.services
+    search = getattr(services, "get_node_to_connect_for_driver", None)
+    if search is not None and "timeout_seconds" in inspect.signature(search).parameters:
+        services.get_node_to_connect_for_driver = functools.partial(search, timeout_seconds=seconds)
 
 
 def keep_off_standard_output(*, shown: bool) -> None:
