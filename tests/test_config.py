@@ -346,6 +346,39 @@ def test_bad_override_is_refused_in_one_line(assignment: str, expected: str) -> 
     assert "\n" not in str(caught.value)
 
 
+def test_machines_can_be_chosen_without_changing_results() -> None:
+    """Resources, labels, GPU model and a shape for light workers survive YAML and change no identity."""
+    base = get_recipe("digits-ipc1")
+    assignments = ["cluster.resources={small: 1, zero: 0}", "cluster.labels.zone=!a", "cluster.accelerator_type=A100"]
+    assignments += ["cluster.light.gpus_per_worker=0.25", "cluster.light.labels={ray.io/market: 'in(a, b)'}"]
+    changed = override(base, assignments)
+    assert changed.cluster.resources == {"small": 1.0, "zero": 0.0}
+    assert changed.cluster.labels == {"zone": "!a"}
+    assert load_config_text(to_yaml(changed), "test") == changed
+    assert run_identity(changed) == run_identity(base)
+    light = changed.cluster.shaped(light=True)
+    assert (light.gpus_per_worker, light.labels, light.accelerator_type) == (0.25, {"ray.io/market": "in(a, b)"}, None)
+    assert (light.shards, light.compile) == (changed.cluster.shards, changed.cluster.compile)
+    assert changed.cluster.shaped(light=False) is changed.cluster
+    assert base.cluster.shaped(light=True) is base.cluster
+    wrong = {
+        "resources.x=-1": "cluster.resources.x is -1: input should be greater than or equal to 0",
+        "resources.x=1.5": "cluster.resources.x is 1.5: above 1 it must be a whole number",
+        "gpus_per_worker=1.5": "cluster.gpus_per_worker is 1.5: above 1 it must be a whole number",
+        "resources={CPU: 1}": "cluster.resources.CPU is 'CPU': it is Ray's own; use threads_per_worker",
+        "labels={-x: a}": "cluster.labels.-x is '-x': it must be a label's name",
+        "labels.x=in()": "cluster.labels.x is 'in()': it must be a label's value, !value, in(a,b)",
+        "light.labels.x=": "cluster.light.labels.x is None: input should be a valid string",
+        "accelerator_type=A 100": "cluster.accelerator_type is 'A 100': it must be a name of Ray's",
+        "light={gpus: 1}": "unknown key 'cluster.light.gpus'",
+        "light.threads_per_worker=0": "cluster.light.threads_per_worker is 0: input should be greater",
+    }
+    for assignment, expected in wrong.items():
+        with pytest.raises(ConfigError) as caught:
+            override(base, [f"cluster.{assignment}"])
+        assert str(caught.value).startswith(f"--set: {expected}"), assignment
+
+
 def test_configuration_is_frozen() -> None:
     """A configuration cannot be changed."""
     config = RunConfig()

@@ -12,7 +12,7 @@ import pytest
 import typer.main
 
 from datm_ray.cli import app
-from datm_ray.config import override
+from datm_ray.config import load_config_text, override
 from datm_ray.recipes import get_recipe
 from tests.cluster.files import CLUSTER, DOCUMENTS, ROOT, commands, documented_commands, mentioned_commands
 
@@ -111,6 +111,18 @@ def test_shown_recipes_are_recipes(tmp_path: Path) -> None:
         config = get_recipe(str(tmp_path / "birds.yaml"))
         assert (config.name, config.dataset.source, config.network.depth) == ("birds", "folder", None), place
         assert len(text.splitlines()) <= 5
+
+
+def test_shown_choices_of_machines_are_accepted() -> None:
+    """Every section `cluster` that the guide to clusters shows is one of a recipe."""
+    guide = next(place for place in DOCUMENTS if place.as_posix().endswith("cluster/README.md"))
+    shown = re.findall(r"^```yaml\n(cluster:.*?)^```$", guide.read_text(), re.MULTILINE | re.DOTALL)
+    clusters = [load_config_text(text, guide.name).cluster for text in shown]
+    assert [(each.accelerator_type, each.light is None, len(each.labels)) for each in clusters] == [
+        ("A100", True, 0),
+        ("H100", False, 0),
+        (None, True, 2),
+    ]
 
 
 @pytest.mark.parametrize(("place", "words"), mentioned_commands(), ids=named)

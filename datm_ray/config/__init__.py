@@ -23,6 +23,7 @@ from datm_ray.config.sections import (
     NetworkSpec,
     Section,
     StartEpochs,
+    WorkerShape,
     parse_bytes,
 )
 
@@ -43,6 +44,7 @@ __all__ = [
     "RunConfig",
     "Section",
     "StartEpochs",
+    "WorkerShape",
     "expert_fingerprint",
     "load_config_text",
     "load_recipe_of_run",

@@ -10,7 +10,8 @@ import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 
@@ -158,8 +159,15 @@ _QUOTED = re.compile(r"\"(.*)\"|'(.*)'", re.DOTALL)
 
 def _takes_text(path: Sequence[str]) -> bool:
     """True if the field at this path takes any text; then `a #1` or `1e3` stay what they are."""
-    field = fields_at(path[:-1]).get(path[-1])
-    return field is not None and str in (field.annotation, *get_args(field.annotation))
+    field, section = fields_at(path[:-1]).get(path[-1]), fields_at(path[:-2]).get(path[-2]) if path[1:] else None
+    if field is None and section is not None and get_origin(section.annotation) is dict:
+        return _is_text(get_args(section.annotation)[1])
+    return field is not None and _is_text(field.annotation)
+
+
+def _is_text(annotation: Any) -> bool:
+    parts = get_args(annotation) if get_origin(annotation) in (Annotated, Union, UnionType) else ()
+    return annotation is str or any(map(_is_text, parts))
 
 
 def to_yaml(config: RunConfig) -> str:

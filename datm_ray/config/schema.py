@@ -231,7 +231,7 @@ RENAMED = {
 def _config_error(failure: ValidationError, origin: str) -> ConfigError:
     # A misspelt key is also a missing one; the unknown key says more.
     first = min(failure.errors(), key=lambda error: error["type"] != "extra_forbidden")
-    path = tuple(str(part) for part in first["loc"])
+    path = tuple(str(part) for part in first["loc"] if part != "[key]")
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
         return ConfigError(f"{origin}: unknown key {key!r}", remedy=known_keys(path))

@@ -6,10 +6,21 @@ tests/test_config.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from datm_ray.errors import ConfigError
 
@@ -385,8 +396,8 @@ SELDOM = {
     "distill": "learning_rate_step_size initial labels gradient_limit validate_every validation_seeds checkpoint_every",
     "metadd": "divergence variance_of threshold",
     "evaluate": "optimiser real_epochs full fair augmentation",
-    "cluster": "threads_per_worker device compile experts_at_a_time backbones_apart auxiliaries_apart channels_last "
-    "peer_timeout wait_for_nodes retries",
+    "cluster": "threads_per_worker resources labels accelerator_type light device compile experts_at_a_time "
+    "backbones_apart auxiliaries_apart channels_last peer_timeout wait_for_nodes retries",
 }
 """Section -> its fields that few recipes change; `recipe show` prints them last in their section."""
 
@@ -416,15 +427,70 @@ def _require_size(value: object) -> object:
     return value
 
 
-class ClusterConfig(Section):
+def _amount(value: float) -> float:
+    if value > 1 and value != int(value):
+        raise PydanticCustomError(
+            "amount", "above 1 it must be a whole number, because Ray divides no more than one unit"
+        )
+    return value
+
+
+def _resource(name: str) -> str:
+    settings = {"CPU": "threads_per_worker", "GPU": "gpus_per_worker", "memory": "memory", "object_store_memory": ""}
+    if name in settings or name.startswith("accelerator_type:"):
+        raise PydanticCustomError(
+            "resource", "it is Ray's own; use threads_per_worker, gpus_per_worker or accelerator_type"
+        )
+    return name
+
+
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_amount)]
+_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+
+
+def _matching(pattern: str, words: str) -> AfterValidator:
+    """Validator that requires a pattern; `words` say what is allowed."""
+
+    def require(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise PydanticCustomError("pattern", words)
+        return value
+
+    return AfterValidator(require)
+
+
+LabelKey = Annotated[
+    str, _matching(rf"(?:[A-Za-z0-9.-]{{1,253}}/)?{_NAME}", "it must be a label's name, as of Kubernetes")
+]
+LabelValue = Annotated[
+    str,
+    _matching(
+        rf"!?(?:in\({_NAME}(?:, ?{_NAME})*\)|{_NAME})",
+        "it must be a label's value, !value, in(a,b) or !in(a,b), as Ray takes it",
+    ),
+]
+
+
+class WorkerShape(Section):
+    """Resources of one worker on Ray, and the nodes that may run it."""
+
+    threads_per_worker: Count = 1
+    """CPU threads per worker; the number affects rounding."""
+    gpus_per_worker: Amount | None = None
+    """GPUs per worker on Ray; a fraction lets several workers share one. null: 1, or 0 if the cluster has none."""
+    resources: dict[Annotated[str, AfterValidator(_resource)], Amount] = {}
+    """Custom Ray resources per worker, such as {fast_disk: 1}."""
+    labels: dict[LabelKey, LabelValue] = {}
+    """Labels of the nodes that may run workers, such as {zone: a}; values may be "!a", "in(a,b)" or "!in(a,b)"."""
+    accelerator_type: Annotated[str, _matching(_NAME, "it must be a name of Ray's, such as A100")] | None = None
+    """GPU model in Ray's words, such as A100; null: any."""
+
+
+class ClusterConfig(WorkerShape):
     """How the work is spread. Only threads, device, precision and compilation change results, by rounding."""
 
     workers: Count | None = None
     """Parallel workers; null: as many as CPUs (or GPUs) allow."""
-    threads_per_worker: Count = 1
-    """CPU threads per worker; the number affects rounding."""
-    gpus_per_worker: NonNegative | None = None
-    """GPUs per worker on Ray; a fraction lets several workers share one. null: 1, or 0 if the cluster has none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where a worker has one, else the CPU."""
     compile: bool = True
@@ -452,6 +518,14 @@ class ClusterConfig(Section):
     """Restarts in a row, without progress, after lost workers."""
     log_to: Literal["none", "tensorboard", "wandb"] = "none"
     """Curves beside Ray's metrics: tensorboard writes to <out>/tensorboard. Each is an extra, as in datm-ray[wandb]."""
+    light: WorkerShape | None = None
+    """Workers of experts, validation and evaluation; null: like those of distillation."""
+
+    def shaped(self, *, light: bool) -> ClusterConfig:
+        """Copy with the resources of `light`, for workers of experts, validation and evaluation; or else itself."""
+        if not light or self.light is None:
+            return self
+        return self.model_copy(update={name: getattr(self.light, name) for name in WorkerShape.model_fields})
 
     @property
     def memory_bytes(self) -> int | None:

@@ -21,7 +21,13 @@ from datm_ray.config import ClusterConfig
 from datm_ray.errors import ClusterError
 from datm_ray.monitor.logs import is_raw
 from datm_ray.runtime.executor import counted, require_precision
-from datm_ray.runtime.ray.compat import NOT_A_NODE, keep_off_standard_output, limit_node_search, runs_a_node
+from datm_ray.runtime.ray.compat import (
+    NOT_A_NODE,
+    keep_off_standard_output,
+    knows_labels,
+    limit_node_search,
+    runs_a_node,
+)
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray warns that it will stop hiding GPUs from actors that request none. These actors hide the GPUs themselves.
@@ -33,6 +39,8 @@ PROBE_TIMEOUT = 2.0
 """Seconds to wait for a web server's answer to a probe. Ray's own port never answers it."""
 CHECK_INTERVAL = 1.0
 """Seconds between two checks of the cluster's nodes."""
+MODEL_SHARE = 0.001
+"""Amount of the resource of its GPU's model that Ray gives an actor with `accelerator_type`; a node has 1."""
 _log = logging.getLogger(__name__)
 _NO_START = "Ray does not start on this machine"
 
@@ -234,11 +242,15 @@ class ClusterNodes:
         return self._cluster.workers or sum(self.fits()), min(self.capacity(), max(self.fits(), default=0))
 
     def _too_few(self, wanted: int) -> ClusterError:
-        cluster, resources = self._cluster, ray.cluster_resources()
-        gpus = f"{cluster.gpus_per_worker or 0:g} GPU(s)"
+        needed = worker_resources(self._cluster)
+
+        def words(amounts: dict[str, float]) -> str:
+            others = "".join(f", {amounts.get(name, 0):g} {name}" for name in needed.keys() - {"CPU", "GPU"})
+            return f"{amounts.get('CPU', 0):g} CPU(s) and {amounts.get('GPU', 0):g} GPU(s){others}"
+
         return ClusterError(
-            f"{counted(wanted, 'worker')} with {cluster.threads_per_worker} CPU(s) and {gpus} each do not fit: "
-            f"the cluster has {resources.get('CPU', 0):g} CPU(s) and {resources.get('GPU', 0):g} GPU(s)",
+            f"{counted(wanted, 'worker')} with {words(needed)} each do not fit: "
+            f"the cluster has {words(ray.cluster_resources())}",
             remedy="lower cluster.workers, threads_per_worker or gpus_per_worker, or add nodes; "
             "set cluster.wait_for_nodes to wait for nodes started on demand",
         )
@@ -272,32 +284,72 @@ def with_gpus(cluster: ClusterConfig) -> ClusterConfig:
     """Copy of the settings in which `gpus_per_worker` is a number, chosen by the connected cluster if it is `None`.
 
     Raises:
-        ClusterError: the precision or device needs a GPU, and workers have none.
+        ClusterError: the precision or device needs a GPU, and workers have none; or this Ray has no labels.
     """
-    asked = cluster.gpus_per_worker
-    if asked is None:
-        has_some = cluster.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
-        cluster = cluster.model_copy(update={"gpus_per_worker": 1.0 if has_some else 0.0})
+    chosen = 1.0 if cluster.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0 else 0.0
+    if cluster.light is not None and cluster.light.gpus_per_worker is None:
+        light = cluster.light.model_copy(update={"gpus_per_worker": chosen})
+        cluster = cluster.model_copy(update={"light": light})
+    if cluster.gpus_per_worker is None:
+        cluster = cluster.model_copy(update={"gpus_per_worker": chosen})
     if cluster.device == "cuda" and not cluster.gpus_per_worker:
         raise ClusterError(
             "cluster.device is 'cuda', but no node of the cluster has a GPU",
             "nodes with GPUs start on demand, or Ray was started without its GPUs",
             "set the GPUs of a worker with --set cluster.gpus_per_worker=1, or set cluster.device=auto",
         )
+    if cluster.device == "cuda" and not cluster.shaped(light=True).gpus_per_worker:
+        raise ClusterError(
+            "cluster.device is 'cuda', but cluster.light.gpus_per_worker is 0",
+            remedy="set cluster.light.gpus_per_worker, such as to 0.25, or cluster.device=auto",
+        )
+    if (cluster.labels or cluster.shaped(light=True).labels) and not knows_labels():
+        raise ClusterError(
+            f"cluster.labels needs a newer Ray than {ray.__version__}",
+            remedy="update Ray on all nodes, or use cluster.resources",
+        )
     require_precision(cluster, has_gpu=bool(cluster.gpus_per_worker) and cluster.device != "cpu")
     return cluster
 
 
-def worker_resources(cluster: ClusterConfig) -> dict[str, float]:
-    """Ray resources of one worker, name -> amount, without zeros."""
-    wanted = {"CPU": float(cluster.threads_per_worker), "GPU": cluster.gpus_per_worker or 0.0}
-    return {name: count for name, count in wanted.items() if count}
+def worker_resources(cluster: ClusterConfig, light: bool = False) -> dict[str, float]:
+    """Ray resources of one worker, name -> amount, without zeros: a bundle of a placement group.
+
+    The nodes' labels are not part of a bundle; a placement group takes them as `bundle_label_selector`.
+
+    Args:
+        light: whether the worker is one of experts, validation or evaluation.
+    """
+    shape = cluster.shaped(light=light)
+    model = {f"accelerator_type:{shape.accelerator_type}": MODEL_SHARE} if shape.accelerator_type else {}
+    wanted = {"CPU": float(shape.threads_per_worker), "GPU": shape.gpus_per_worker or 0.0, **shape.resources, **model}
+    return {name: amount for name, amount in wanted.items() if amount}
+
+
+def worker_options(cluster: ClusterConfig, light: bool, memory: int = 0) -> dict[str, Any]:
+    """Options of a Ray actor or task for one worker, without zeros and without what is not restricted.
+
+    Args:
+        light: whether the worker is one of experts, validation or evaluation.
+        memory: bytes of main memory that Ray reserves; 0 reserves none.
+    """
+    shape = cluster.shaped(light=light)
+    options = {
+        "num_cpus": float(shape.threads_per_worker),
+        "num_gpus": shape.gpus_per_worker,
+        "memory": memory,
+        "resources": {name: amount for name, amount in shape.resources.items() if amount},
+        "label_selector": dict(shape.labels),
+        "accelerator_type": shape.accelerator_type,
+    }
+    return {name: value for name, value in options.items() if value}
 
 
 def fitting(resources: dict[str, float], cluster: ClusterConfig) -> int:
     """Workers that a node with these resources can hold. No worker spans nodes, and no fraction of a GPU spans GPUs."""
-    fits = int(resources.get("CPU", 0) // cluster.threads_per_worker)
-    per_worker, gpus = cluster.gpus_per_worker, resources.get("GPU", 0)
-    if not per_worker:
-        return fits
-    return min(fits, int(gpus) * int(1 / per_worker + 1e-9) if per_worker < 1 else int(gpus // per_worker))
+    wanted = worker_resources(cluster)
+    per_worker, gpus = wanted.pop("GPU", 0.0), int(resources.get("GPU", 0))
+    fits = [int(resources.get(name, 0.0) / amount + 1e-9) for name, amount in wanted.items()]
+    if per_worker:
+        fits.append(gpus * int(1 / per_worker + 1e-9) if per_worker < 1 else int(gpus // per_worker))
+    return min(fits)

@@ -53,6 +53,11 @@ def limit_node_search(seconds: float) -> None:
         services.get_node_to_connect_for_driver = functools.partial(search, timeout_seconds=seconds)
 
 
+def knows_labels() -> bool:
+    """True if this version of Ray can choose nodes by their labels."""
+    return "bundle_label_selector" in inspect.signature(ray.util.placement_group).parameters
+
+
 def keep_off_standard_output(*, shown: bool) -> None:
     """Keep messages of raylets and workers out of standard output, which carries results.
 

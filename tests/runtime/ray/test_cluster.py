@@ -1,17 +1,22 @@
-"""Tests the connection to a cluster: from a machine outside it, and with addresses that are not for drivers."""
+"""Tests the connection to a cluster, also from outside and with wrong addresses, and the choice of its nodes."""
 
 from __future__ import annotations
 
 import inspect
+import json
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import ray
 
+from datm_ray.config import ClusterConfig, WorkerShape
 from datm_ray.errors import ClusterError
 from datm_ray.runtime.ray import cluster as ray_cluster
+from datm_ray.runtime.ray.cluster import fitting, with_gpus, worker_options, worker_resources
 from datm_ray.runtime.ray.compat import NOT_A_NODE, limit_node_search
 
 
@@ -83,3 +88,121 @@ def test_a_missing_token_is_a_likely_cause(address: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(ray, "init", refuse)
     assert "set RAY_AUTH_MODE=token" in refusal(address)
     assert "RAY_AUTH_MODE" not in refusal("auto")
+
+
+SMALL = WorkerShape(gpus_per_worker=0.25, labels={"tier": "!large"})
+CHOSEN = ClusterConfig(
+    threads_per_worker=2,
+    gpus_per_worker=1.0,
+    resources={"fast_disk": 1, "zero": 0},
+    labels={"zone": "in(a,b)"},
+    accelerator_type="A100",
+    light=SMALL,
+)
+
+
+def test_options_and_resources_of_a_worker() -> None:
+    """Options of actors and bundles of placement groups follow the settings, without zeros and without what is free."""
+    assert worker_options(ClusterConfig(), light=False) == {"num_cpus": 1.0}
+    assert worker_options(CHOSEN, light=False, memory=5) == {
+        "num_cpus": 2.0,
+        "num_gpus": 1.0,
+        "memory": 5,
+        "resources": {"fast_disk": 1.0},
+        "label_selector": {"zone": "in(a,b)"},
+        "accelerator_type": "A100",
+    }
+    light = {"num_cpus": 1.0, "num_gpus": 0.25, "label_selector": {"tier": "!large"}}
+    assert worker_options(CHOSEN, light=True) == light
+    without = CHOSEN.model_copy(update={"light": None})
+    assert worker_options(without, light=True) == worker_options(without, light=False)
+    assert worker_resources(ClusterConfig()) == {"CPU": 1.0}
+    assert worker_resources(CHOSEN) == {"CPU": 2.0, "GPU": 1.0, "fast_disk": 1.0, "accelerator_type:A100": 0.001}
+    assert worker_resources(CHOSEN, light=True) == {"CPU": 1.0, "GPU": 0.25}
+    node = {"CPU": 8.0, "GPU": 4.0, "fast_disk": 3.0}
+    assert (fitting(node, CHOSEN), fitting(node | {"accelerator_type:A100": 1.0}, CHOSEN)) == (0, 3)
+
+
+def test_labels_are_refused_as_by_ray() -> None:
+    """Every accepted label and expression is one that Ray accepts, and Ray's documented forms are accepted."""
+    from ray._private.label_utils import validate_label_selector
+
+    good = ["a", "!a", "in(a)", "in(a,b)", "in(a, b)", "!in(A-1,b_2.c)", "x" * 63]
+    bad = ["", "-a", "a-", "!!a", "in()", "in(a", "in(a,)", "in(a;b)", "not(a)", "x" * 64, "a b", "ä", "a\n"]
+    for text in (*good, *bad):
+        for labels in ({"zone": text}, {"example.com/zone": text}, {text: "a"}):
+            accepted = _accepts(labels)
+            assert accepted == (text in good and (text not in labels or text in ("a", "x" * 63))), labels
+            assert not accepted or validate_label_selector(labels) is None, labels
+
+
+def _accepts(labels: dict[str, str]) -> bool:
+    try:
+        ClusterConfig(labels=labels)
+    except ValueError:
+        return False
+    return True
+
+
+def test_workers_without_a_gpu_and_labels_without_support_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPUs are chosen for both kinds of workers, and one line refuses what the cluster or its Ray does not have."""
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": 2.0})
+    found = with_gpus(ClusterConfig(light=WorkerShape()))
+    assert (found.gpus_per_worker, found.light and found.light.gpus_per_worker) == (1.0, 1.0)
+    with pytest.raises(
+        ClusterError, match=r"cluster\.light\.gpus_per_worker is 0\. Set cluster\.light\.gpus_per_worker"
+    ):
+        with_gpus(ClusterConfig(device="cuda", light=WorkerShape(gpus_per_worker=0.0)))
+    assert with_gpus(CHOSEN) == CHOSEN
+    monkeypatch.setattr(ray_cluster, "knows_labels", lambda: False)
+    with pytest.raises(ClusterError, match=rf"cluster\.labels needs a newer Ray than {ray.__version__}"):
+        with_gpus(ClusterConfig(light=SMALL))
+    assert with_gpus(ClusterConfig(gpus_per_worker=0.0)) == ClusterConfig(gpus_per_worker=0.0)
+
+
+PLACED = """
+import json, sys
+import ray
+from ray.cluster_utils import Cluster
+from datm_ray.config import ClusterConfig
+from datm_ray.runtime.ray.cluster import connect, worker_options, worker_resources
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+a100 = {"fast_disk": 1, "accelerator_type:A100": 1}
+names = {
+    cluster.add_node(num_cpus=1, num_gpus=2, resources=a100, labels={"zone": "a", "tier": "large"}).node_id: "large",
+    cluster.add_node(num_cpus=4, num_gpus=1, labels={"zone": "b", "tier": "small"}).node_id: "small",
+}
+connect(cluster.address)
+
+class Where:
+    def node(self):
+        return ray.get_runtime_context().get_node_id()
+
+for text in sys.stdin:
+    settings, light = ClusterConfig.model_validate_json(text), bool(json.loads(text).get("light"))
+    actor = ray.remote(Where).options(**worker_options(settings, light, memory=2**20)).remote()
+    node = ray.get(actor.node.remote(), timeout=60)
+    ray.kill(actor)
+    group = ray.util.placement_group([worker_resources(settings, light)])
+    print(json.dumps([names.get(node, "head"), group.wait(60)]), flush=True)
+    ray.util.remove_placement_group(group)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_ray_places_workers_on_the_chosen_nodes() -> None:
+    """Real Ray places an actor with these options on the node that has the resource, label or GPU model."""
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"resources": {"fast_disk": 1}}, "large"),
+        ({"labels": {"zone": "b"}}, "small"),
+        ({"labels": {"zone": "in(a,c)"}}, "large"),
+        ({"labels": {"tier": "!large", "zone": "!in(c,d)"}, "gpus_per_worker": 1}, "small"),
+        ({"accelerator_type": "A100", "gpus_per_worker": 1}, "large"),
+        ({"accelerator_type": "A100", "light": {"labels": {"tier": "small"}, "gpus_per_worker": 0.25}}, "small"),
+    ]
+    given = "".join(f"{json.dumps(settings)}\n" for settings, _ in cases)
+    done = subprocess.run([sys.executable, "-c", PLACED], input=given, capture_output=True, text=True, timeout=300)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert found == [[node, True] for _, node in cases], done.stderr[-3000:]
