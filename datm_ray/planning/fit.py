@@ -314,7 +314,14 @@ class DistillationPlan:
 
 
 def plans_of(config: RunConfig, shape: DataShape, layout: Layout | None = None) -> list[DistillationPlan]:
-    """Plans of every network that a recipe matches; takes less than a second, and no memory worth mentioning.
+    """Plans of every network that a recipe matches, in the order of the networks. Arguments and errors: see
+    `worker_plans`."""
+    plans = (plan for plan in worker_plans(config, shape, layout) if plan.backbone is not None)
+    return sorted(plans, key=lambda plan: plan.backbone or 0)
+
+
+def worker_plans(config: RunConfig, shape: DataShape, layout: Layout | None = None) -> list[DistillationPlan]:
+    """Plans of every worker of a set; takes less than a second, and no memory worth mentioning.
 
     Args:
         config: the recipe.
@@ -336,7 +343,7 @@ def plans_of(config: RunConfig, shape: DataShape, layout: Layout | None = None) 
     others = config.cluster.memory is None and layout.sharing > layout.shards * len(roles)
     for plan in plans:
         plan.require_fit(*(["lower cluster.workers, so that fewer sets are distilled at a time"] if others else []))
-    return sorted((plan for plan in plans if plan.backbone is not None), key=lambda plan: plan.backbone or 0)
+    return plans
 
 
 def network_cost(config: RunConfig, shape: DataShape) -> ImageCost:

@@ -1,0 +1,72 @@
+"""Main memory of one worker of each stage, which Ray reserves for it, so that no node gets more workers than it holds.
+
+An estimate is a worker's process and what it holds. Images of the data set are left out: the workers of a node share
+them in Ray's object store. On GPUs only the process counts, because tensors are in the GPU's memory, and its size is
+assumed. Estimates on CPUs are 0 to 30 % above measured peaks: tests/planning/test_main_memory.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+from datm_ray.config import NetworkConfig, RunConfig
+from datm_ray.core.experts import CACHED_MAP_BYTES
+from datm_ray.core.training import PROTOCOLS, SCORING_BATCH
+from datm_ray.planning.fit import MARGIN, PROCESS_BYTES, DataShape, Layout, network_cost, total, worker_plans
+from datm_ray.runtime.devices import uses_gpu
+from datm_ray.stages.expert_progress import LARGEST_WRITE
+
+PLAIN_PROCESS_BYTES = 900 * 2**20
+"""Memory of a CPU worker that compiles nothing, without its tensors. Measured: 790 to 830 MiB with small tensors."""
+COMPILING_PROCESS_BYTES = 1000 * 2**20
+"""Memory of a CPU worker that compiles steps of experts, without its tensors. Measured: about 940 MiB."""
+GPU_PROCESS_BYTES = 4 * 2**30
+"""Main memory of a worker that computes on a GPU. Assumed: libraries and the context of CUDA take 2 to 3 GiB."""
+EXPERT_MAPS, SCORED_MAPS = 3, 1.25
+"""Peak memory of a training step, as a multiple of the bytes that all layers write in one forward pass. Measured: up to
+3.4 for experts, whose calls are small on CPUs, and 1.3 to 1.5 for networks that are scored; `MARGIN` comes on top."""
+STATE_VECTORS = 8
+"""Vectors of p numbers of an expert in training: parameters, gradients, velocity, GSAM's and the updated ones."""
+PROGRESS_COPIES = 2
+"""Copies of the epochs that wait to be written: as they were added, and stacked for the file."""
+
+
+def experts_memory(config: RunConfig, shape: DataShape, stacked: int) -> int:
+    """Bytes of main memory of a worker that trains stacks of so many experts of `config.network`."""
+    if uses_gpu(config.cluster.shaped(light=True)):
+        return GPU_PROCESS_BYTES
+    cost, settings = network_cost(config, shape), config.experts
+    rows = min(settings.batch_size, shape.training_images)
+    chunk = min(rows * stacked, max(stacked, CACHED_MAP_BYTES // cost.largest))
+    if config.network.norm == "batch":  # computed whole, one expert after the other
+        chunk = rows
+    vector = 4 * stacked * cost.parameters
+    kept = min(LARGEST_WRITE + vector, vector * (settings.epochs + 1))
+    images = 4 * math.prod(shape.image) * rows * stacked
+    tensors = EXPERT_MAPS * chunk * cost.maps + 3 * images + STATE_VECTORS * vector + PROGRESS_COPIES * kept
+    process = COMPILING_PROCESS_BYTES if config.cluster.compile else PLAIN_PROCESS_BYTES
+    return process + math.ceil(MARGIN * tensors)
+
+
+def scoring_memory(config: RunConfig, shape: DataShape, images: int, network: NetworkConfig | None = None) -> int:
+    """Bytes of main memory of a worker that trains a network on so many images and scores it.
+
+    Args:
+        network: scored network; `None` for the backbone.
+    """
+    if uses_gpu(config.cluster.shaped(light=True)):
+        return GPU_PROCESS_BYTES
+    cost = network_cost(config.model_copy(update={"network": network or config.network}), shape)
+    row = 4 * (math.prod(shape.image) + shape.classes)
+    batch = min(PROTOCOLS[config.evaluate.protocol].batch_size, images)
+    maps = max(SCORED_MAPS * batch * cost.maps, 2 * SCORING_BATCH * cost.largest)
+    held = images * row if images < shape.training_images else 0
+    return PLAIN_PROCESS_BYTES + math.ceil(MARGIN * (maps + held + 4 * STATE_VECTORS * cost.parameters))
+
+
+def distilling_memory(config: RunConfig, shape: DataShape, layout: Layout | None = None) -> int:
+    """Bytes of main memory of the largest rank that distils a set, see `worker_plans` for arguments and errors."""
+    if uses_gpu(config.cluster):
+        return GPU_PROCESS_BYTES
+    saved = 0 if config.cluster.compile else PROCESS_BYTES - PLAIN_PROCESS_BYTES
+    return max(total(plan.parts) for plan in worker_plans(config, shape, layout)) - saved
