@@ -97,7 +97,8 @@ def _connection_error(address: str | None, given: str, failure: Exception) -> Cl
 
 
 def _outside(address: str) -> ClusterError:
-    host = address.rpartition("://")[2].rpartition(":")[0]
+    place = address.rpartition("://")[2]
+    host = place.rpartition(":")[0] or place
     return ClusterError(
         f"this machine is not a node of the Ray cluster at {address}",
         "a run must start on a node of its cluster",

@@ -53,6 +53,7 @@ def test_a_driver_outside_the_cluster_is_sent_to_job_submit(address: str, monkey
     line = refusal(address)
     assert line.startswith(f"this machine is not a node of the Ray cluster at {address}. A run must start on a node")
     assert "`datm-ray job submit` and the dashboard's address, such as --address http://127.0.0.1:8265" in line
+    assert refusal("head").endswith("such as --address http://head:8265.")
     assert asked == []
     monkeypatch.setattr(ray_cluster, "runs_a_node", lambda: True)
     assert refusal(address) == line
