@@ -62,6 +62,10 @@ class StoreError(DatmError):
     """A trajectory store cannot be opened, read or written."""
 
 
+class TransientStoreError(StoreError):
+    """A store fails for the moment; another attempt, or one on another machine, may succeed."""
+
+
 class MissingExpertsError(StoreError):
     """The store has no experts, or too few, for the recipe."""
 

@@ -202,8 +202,8 @@ def test_an_upload_in_parts_is_whole_or_absent(bucket, s3_proxy, fault, monkeypa
     """A file too large for one upload is completed once, also where the answer to that is lost."""
     monkeypatch.setattr("datm_ray.store.files.s3.LARGEST_PUT", 2**20)
     file = open_location(f"s3://{bucket}/file")
-    pipe_file = file.fs.pipe_file
-    monkeypatch.setattr(file.fs, "pipe_file", lambda *given, **named: pipe_file(*given, chunksize=2**23, **named))
+    put_file = file.fs.put_file
+    monkeypatch.setattr(file.fs, "put_file", lambda *given, **named: put_file(*given, chunksize=2**23, **named))
     content = np.random.default_rng(0).bytes(2**24 + 5)
 
     def at_the_end(method: str, path: str) -> str | None:

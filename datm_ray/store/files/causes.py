@@ -47,6 +47,11 @@ for _code, _same in {
 }.items():
     _CODES[_code] = _CODES[_same]
 
+_FOR_GOOD = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.ENOSPC, errno.EDQUOT),
+)
+
 _PERMISSIONS = {
     "list": "s3:ListBucket on the bucket",
     "write": "s3:PutObject on its objects",
@@ -141,6 +146,11 @@ def _answer(error: BaseException | None) -> dict[str, dict[str, Any]]:
 def lacks_bucket(error: Exception) -> bool:
     """True if S3 itself reported a missing bucket. s3fs raises the same error for a missing file, without a code."""
     return code_of(error) in ("NoSuchBucket", "404")
+
+
+def may_pass(error: Exception) -> bool:
+    """True if an operation of a file system may succeed later or elsewhere: not denied, missing or full."""
+    return isinstance(error, OSError) and error.errno not in (None, *_FOR_GOOD)
 
 
 def is_beyond_the_end(error: Exception) -> bool:

@@ -17,8 +17,9 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace as replaced
 from io import BytesIO
+from tempfile import TemporaryFile, gettempdir
 from typing import Any, BinaryIO, Protocol, TypeVar
 
 from fsspec import AbstractFileSystem, filesystem
@@ -27,9 +28,16 @@ from fsspec.implementations.cached import CachingFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
 
-from datm_ray.errors import CorruptFileError, DatmError, StoreError
+from datm_ray.errors import CorruptFileError, DatmError, StoreError, TransientStoreError
 from datm_ray.store.files import local
-from datm_ray.store.files.causes import cause_and_remedy, is_beyond_the_end, lacks_bucket, reason, without_credentials
+from datm_ray.store.files.causes import (
+    cause_and_remedy,
+    is_beyond_the_end,
+    lacks_bucket,
+    may_pass,
+    reason,
+    without_credentials,
+)
 from datm_ray.store.files.traffic import request
 
 T = TypeVar("T")
@@ -46,6 +54,10 @@ class MissingFileError(StoreError):
     """A file that is not there, or not any more."""
 
 
+def unguarded() -> None:
+    """Let anybody write."""
+
+
 @dataclass(frozen=True)
 class Location:
     """A file or folder, which need not exist. Small, picklable, and safe to print."""
@@ -59,8 +71,12 @@ class Location:
     uri: str
     """The name shown in messages and records, without credentials."""
 
+    guard: Callable[[], None] = field(default=unguarded, repr=False, compare=False)
+    """Called immediately before a file gets its name here or in a place derived from this one. Its error leaves what
+    is there."""
+
     def __truediv__(self, name: str) -> Location:
-        return Location(self.fs, f"{self.path.rstrip('/')}/{name}", f"{self.uri.rstrip('/')}/{name}")
+        return replaced(self, path=f"{self.path.rstrip('/')}/{name}", uri=f"{self.uri.rstrip('/')}/{name}")
 
     @property
     def parent(self) -> Location:
@@ -68,7 +84,7 @@ class Location:
         path, uri = self.path.rstrip("/"), self.uri.rstrip("/")
         if "/" not in path:
             return self
-        return Location(self.fs, path.rpartition("/")[0] or "/", uri.rpartition("/")[0] or "/")
+        return replaced(self, path=path.rpartition("/")[0] or "/", uri=uri.rpartition("/")[0] or "/")
 
     @property
     def local_path(self) -> str | None:
@@ -198,7 +214,7 @@ class Location:
             with self.explaining("write"), request("write", self.uri) as moved:
                 size = draft.file.seek(0, os.SEEK_END)
                 try:
-                    draft.commit(replace=replace)
+                    draft.commit(replace=replace, guard=self.guard)
                     moved.bytes = size
                 except FileExistsError:
                     raise AlreadyExistsError(f"{self.uri} exists already") from None
@@ -287,8 +303,12 @@ class Location:
         except Exception as error:  # each filesystem has its own errors; botocore's are not even OSErrors
             clearer = self.fs.clearer(error, self.path) if _is_s3(self.fs) else error
             is_missing = isinstance(error, FileNotFoundError) and not lacks_bucket(error)
-            kind = MissingFileError if is_missing else StoreError
-            raise kind(f"Cannot {action} {self.uri}", *cause_and_remedy(clearer, action)) from error
+            passes = self.fs.passes(error) if _is_s3(self.fs) else may_pass(error)
+            kind = MissingFileError if is_missing else TransientStoreError if passes else StoreError
+            cause, remedy = cause_and_remedy(clearer, action)
+            if self.local_path is None and isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                cause += f" in {gettempdir()}, where uploads are prepared; TMPDIR names another folder"
+            raise kind(f"Cannot {action} {self.uri}", cause, remedy) from error
 
 
 def open_location(uri: str) -> Location:
@@ -385,29 +405,32 @@ class _Draft(Protocol):
 
     file: BinaryIO
 
-    def commit(self, *, replace: bool) -> None: ...
+    def commit(self, *, replace: bool, guard: Callable[[], None]) -> None: ...
 
     def discard(self) -> None: ...
 
 
 class _Upload:
-    """A file kept in memory, then uploaded in one piece: object stores show that whole or not at all."""
+    """A temporary file of this machine, then uploaded in one piece: object stores show that whole or not at all."""
 
     def __init__(self, location: Location) -> None:
         self._location = location
-        self._content = BytesIO()
-        self.file: BinaryIO = self._content
+        try:
+            self.file: BinaryIO = TemporaryFile()  # noqa: SIM115 - closed by `discard`
+        except OSError:  # a container without a folder for temporary files
+            self.file = BytesIO()
 
-    def commit(self, *, replace: bool) -> None:
+    def commit(self, *, replace: bool, guard: Callable[[], None]) -> None:
         location = self._location
         if _is_s3(location.fs):
-            location.fs.put(location.path, self._content, replace=replace)
+            location.fs.put(location.path, self.file, replace=replace, guard=guard)
         else:
-            mode = "overwrite" if replace else "create"
-            location.fs.pipe_file(location.path, self._content.getvalue(), mode=mode)
+            guard()
+            self.file.seek(0)
+            location.fs.pipe_file(location.path, self.file.read(), mode="overwrite" if replace else "create")
 
     def discard(self) -> None:
-        self._content.close()
+        self.file.close()
 
 
 def _is_s3(fs: AbstractFileSystem) -> bool:

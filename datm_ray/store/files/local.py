@@ -48,10 +48,15 @@ class LocalDraft:
                 return
             self.file.close()
 
-    def commit(self, *, replace: bool) -> None:
-        """Flush the file to the device and put it under its name. FileExistsError where it is taken and stays."""
+    def commit(self, *, replace: bool, guard: Callable[[], None]) -> None:
+        """Flush the file to the device and put it under its name. FileExistsError where it is taken and stays.
+
+        Args:
+            guard: called between the two; its error leaves the name as it is.
+        """
         self.file.flush()
         _flush(self.file.fileno())
+        guard()
         if replace:
             os.replace(self._temporary, self._target)
         else:

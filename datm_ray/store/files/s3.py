@@ -1,8 +1,8 @@
 """All that is S3's alone: how its client is set up, how long it is asked again, and how a file is written just once.
 
-A request that fails for the moment is asked again for five minutes, with a line about it, or as many times as
-AWS_MAX_ATTEMPTS says. A server that has never answered this process as S3 does is given up after a few seconds: its
-address is probably wrong.
+A request that fails for the moment is asked again for minutes (see `patience`), with a line about it, or as many times
+as AWS_MAX_ATTEMPTS says. A server that has never answered this process as S3 does is given up after a few seconds,
+unless its answer is that it is busy: the address is probably wrong.
 
 Put-once is kept by servers that respect If-None-Match, for files up to 5 GiB. Larger files are sent in parts, and
 servers differ in whether they respect it then; some servers refuse it altogether. There the file is looked for before
@@ -22,8 +22,8 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from io import BytesIO
-from typing import Any, TypeVar
+from contextvars import ContextVar
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
 import botocore.session
@@ -40,12 +40,11 @@ from fsspec.asyn import sync_wrapper
 from s3fs import S3FileSystem
 
 from datm_ray.store.files.causes import code_of, lacks_certificates, reason, status_of
+from datm_ray.store.files.patience import patience
 from datm_ray.store.files.traffic import count_retry
 
 T = TypeVar("T")
 
-PATIENCE = 300.0
-"""Seconds for which a request is asked again."""
 FIRST_PATIENCE = 5.0
 """Seconds for which a request is asked again, if no S3 server has answered yet."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 20.0
@@ -54,6 +53,8 @@ LINE_AFTER, LINE_EVERY = 3.0, 30.0
 """Seconds without an answer until a line says so, and between two such lines."""
 LARGEST_PUT = 5 * 2**30
 """Bytes of one upload; what is larger goes in parts."""
+PARTS_AT_A_TIME = 2
+"""Parts of 50 MB or more that are in memory at a time."""
 
 _WRITER = "datm-ray-writer"
 _AWS = (".amazonaws.com", ".amazonaws.com.cn", ".api.aws")
@@ -70,6 +71,8 @@ _PASSING = {
     "XAmzContentSHA256Mismatch",
 }
 _log = logging.getLogger(__name__)
+_began: ContextVar[float | None] = ContextVar("_began", default=None)
+"""Time at which the outermost request of this thread was first sent, in seconds of the monotonic clock."""
 
 
 class S3(S3FileSystem):  # type: ignore[misc]
@@ -115,8 +118,19 @@ class S3(S3FileSystem):  # type: ignore[misc]
                 setattr(client.meta.config, name, "when_required")
 
     def patiently(self, path: str, call: Callable[[], T]) -> T:
-        """What a call returns that may be repeated. Where it fails for the moment, it is called again."""
-        began, attempt = time.monotonic(), 0
+        """What a call returns that may be repeated. Where it fails for the moment, it is called again.
+
+        Requests that the call itself makes share its time.
+        """
+        began = _began.get() or time.monotonic()
+        outermost = _began.set(began)
+        try:
+            return self._repeated(path, call, began)
+        finally:
+            _began.reset(outermost)
+
+    def _repeated(self, path: str, call: Callable[[], T], began: float) -> T:
+        attempt = 0
         while True:
             attempt += 1
             try:
@@ -134,11 +148,11 @@ class S3(S3FileSystem):  # type: ignore[misc]
 
     def _pause(self, path: str, error: Exception, attempt: int, waited: float) -> float | None:
         """Seconds until the next attempt; None where there is to be none. Says so now and then where it takes long."""
-        if not _passes(error) or (self._attempts is not None and attempt >= self._attempts):
+        if not self.passes(error) or (self._attempts is not None and attempt >= self._attempts):
             return None
-        is_first = not self._has_answered
+        is_first = not self._has_answered and status_of(error) not in (429, 503)
         pause: float = min(FIRST_PAUSE * 2.0 ** min(attempt - 1, 10), LONGEST_PAUSE) * random.uniform(0.5, 1)
-        left = (FIRST_PATIENCE if is_first else PATIENCE) - waited
+        left = (FIRST_PATIENCE if is_first else patience()) - waited
         if self._attempts is None and pause > left:
             return None
         now = time.monotonic()
@@ -150,14 +164,29 @@ class S3(S3FileSystem):  # type: ignore[misc]
             _log.warning("%s does not answer (%s); trying again %s", _bucket(path), reason(error), until)
         return pause
 
-    def put(self, path: str, content: BytesIO, *, replace: bool) -> None:
+    @staticmethod
+    def passes(error: Exception) -> bool:
+        """True if the same request may succeed later: neither denied, nor missing, nor wrong."""
+        status, code = status_of(error), code_of(error)
+        if status or code:
+            return status in (429, 500, 502, 503, 504) or code in _PASSING or "Throttl" in code
+        if isinstance(error, SSLError):
+            return "CERTIFICATE" not in str(error)
+        if lacks_certificates(error):
+            return False
+        return isinstance(error, (*_UNREACHABLE, *_BROKEN)) or type(error).__module__.startswith("aiohttp")
+
+    def put(self, path: str, content: BinaryIO, *, replace: bool, guard: Callable[[], None]) -> None:
         """Write a file whole. Raises FileExistsError where it is there, it stays, and `replace` is false.
 
-        The content is not copied, but for files of more than LARGEST_PUT.
+        Args:
+            content: sent from the file itself: a few parts of it are in memory at a time.
+            guard: called before each attempt; its error ends the upload.
         """
         writer = uuid.uuid4().hex
 
         def upload() -> None:
+            guard()
             try:
                 self._upload(path, content, writer, replace=replace)
             except Exception as error:
@@ -182,7 +211,7 @@ class S3(S3FileSystem):  # type: ignore[misc]
 
         self.patiently(path, upload)
 
-    def _upload(self, path: str, content: BytesIO, writer: str, *, replace: bool) -> None:
+    def _upload(self, path: str, content: BinaryIO, writer: str, *, replace: bool) -> None:
         size = content.seek(0, os.SEEK_END)
         content.seek(0)
         only_if_missing = not replace and self._takes_conditions
@@ -196,7 +225,8 @@ class S3(S3FileSystem):  # type: ignore[misc]
             self.call_s3("put_object", Bucket=bucket, Key=key, Body=content, **options, **condition)
         else:
             mode = "create" if only_if_missing else "overwrite"
-            self.pipe_file(path, content.getvalue(), mode=mode, **options)
+            parts = {"max_concurrency": PARTS_AT_A_TIME, "mode": mode}
+            self.put_file(f"/dev/fd/{content.fileno()}", path, **parts, **options)
         if not is_certain and self._writer_of(path) != writer:
             raise FileExistsError(path)
 
@@ -230,18 +260,6 @@ def _is_of_s3(error: Exception) -> bool:
     """True if an S3 server answered, and nothing that stands in its place or before it: it names its reasons."""
     code = code_of(error)
     return isinstance(error, FileNotFoundError) or (code != "" and not code.isdigit())
-
-
-def _passes(error: Exception) -> bool:
-    """True if the same request may succeed later."""
-    status, code = status_of(error), code_of(error)
-    if status or code:
-        return status in (429, 500, 502, 503, 504) or code in _PASSING or "Throttl" in code
-    if isinstance(error, SSLError):
-        return "CERTIFICATE" not in str(error)
-    if lacks_certificates(error):
-        return False
-    return isinstance(error, (*_UNREACHABLE, *_BROKEN)) or type(error).__module__.startswith("aiohttp")
 
 
 def _refuses_conditions(error: Exception) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import os
@@ -13,7 +14,7 @@ from collections.abc import Callable
 
 import pytest
 
-from datm_ray.errors import CorruptFileError, StoreError
+from datm_ray.errors import CorruptFileError, RunDirectoryError, StoreError, TransientStoreError
 from datm_ray.store.files.filesystem import AlreadyExistsError, Location, open_location
 
 
@@ -300,6 +301,34 @@ def test_failures_are_explained_in_one_line(local, error, words):
     assert str(caught.value).startswith(f"Cannot write {local.path}/file. {words}")
     assert "\n" not in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+def test_an_error_says_whether_another_attempt_may_help(local, monkeypatch):
+    """A disk that answers with an I/O error may do better later or elsewhere; a full or forbidden one will not."""
+    for code in (errno.EIO, errno.ESTALE, errno.ENOSPC):
+
+        def fail(*_: object, code: int = code, **__: object) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(os, "replace", fail)
+        with pytest.raises(StoreError) as caught:
+            (local / "file").write_text("x")
+        assert isinstance(caught.value, TransientStoreError) == (code != errno.ENOSPC), os.strerror(code)
+
+
+def test_a_guard_is_asked_immediately_before_a_file_gets_its_name(folder):
+    """A guard's error leaves the file as it was, also below the guarded folder."""
+    place = folder / "file"
+    place.write_text("old")
+
+    def refuse() -> None:
+        raise RunDirectoryError("not yours")
+
+    guarded = dataclasses.replace(folder, guard=refuse)
+    for replaces in (True, False):
+        with pytest.raises(RunDirectoryError), (guarded / "file").create(replace=replaces) as draft:
+            draft.write(b"new")
+    assert place.read_bytes() == b"old"
 
 
 def test_a_full_disk_is_explained():

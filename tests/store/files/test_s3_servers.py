@@ -8,15 +8,17 @@ import logging
 import socket
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 from botocore.exceptions import SSLError
 
-from datm_ray.errors import StoreError
-from datm_ray.store.files import s3
+from datm_ray.errors import StoreError, TransientStoreError
+from datm_ray.store.files import patience, s3
 from datm_ray.store.files.filesystem import AlreadyExistsError, Location, open_location
 from datm_ray.store.files.traffic import traffic
 from datm_ray.store.tensors import read_tensors, write_tensors
@@ -200,20 +202,20 @@ def test_a_large_file_is_one_upload(file, s3_proxy):
 def test_a_file_in_parts_is_looked_for_before_and_after(file, s3_proxy, monkeypatch):
     """A file larger than one upload is stored once, also by a server that ignores its condition."""
     monkeypatch.setattr(s3, "LARGEST_PUT", 10)
-    pipe_file = file.fs.pipe_file
+    put_file = file.fs.put_file
     with file.create(replace=False) as draft:
         draft.write(b"first" * 3)
-    ignoring = lambda path, data, mode, **named: pipe_file(path, data, mode="overwrite", **named)  # noqa: E731
-    monkeypatch.setattr(file.fs, "pipe_file", ignoring)
+    ignoring = lambda data, path, mode, **named: put_file(data, path, mode="overwrite", **named)  # noqa: E731
+    monkeypatch.setattr(file.fs, "put_file", ignoring)
     with pytest.raises(AlreadyExistsError), file.create(replace=False) as draft:
         draft.write(b"second" * 3)
     assert file.read_bytes() == b"first" * 3
 
-    def overtaken(path, data, mode, **named):
-        pipe_file(path, data, mode="overwrite", **named)
-        pipe_file(path, b"another's", mode="overwrite")
+    def overtaken(data, path, mode, **named):
+        put_file(data, path, mode="overwrite", **named)
+        file.fs.pipe_file(path, b"another's", mode="overwrite")
 
-    monkeypatch.setattr(file.fs, "pipe_file", overtaken)
+    monkeypatch.setattr(file.fs, "put_file", overtaken)
     with pytest.raises(AlreadyExistsError), (file.parent / "new").create(replace=False) as draft:
         draft.write(b"third" * 3)
 
@@ -267,7 +269,8 @@ def test_the_missing_permission_is_named(file, s3_proxy):
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scale minutes of waiting to tenths of seconds, in proportion."""
-    for name in ("PATIENCE", "FIRST_PATIENCE", "FIRST_PAUSE", "LONGEST_PAUSE", "LINE_AFTER", "LINE_EVERY"):
+    monkeypatch.setattr(patience, "_limit", patience.LONGEST / 100)
+    for name in ("FIRST_PATIENCE", "FIRST_PAUSE", "LONGEST_PAUSE", "LINE_AFTER", "LINE_EVERY"):
         monkeypatch.setattr(s3, name, getattr(s3, name) / 100)
 
 
@@ -306,6 +309,45 @@ def test_a_server_that_stays_away_ends_the_run_after_minutes(file, s3_proxy, qui
     with pytest.raises(StoreError, match="The server does not answer"):
         file.read_bytes()
     assert 2 < time.monotonic() - began < 6  # a hundredth of 300 s
+
+
+def test_a_server_that_is_busy_when_a_process_starts_is_waited_for(file, s3_proxy, quick):
+    """A server whose first answers to a process are "busy" (503) is waited for longer than a wrong address."""
+    s3.S3.clear_instance_cache()
+    place = open_location(file.uri)
+    s3_proxy.plan = until(time.monotonic() + 0.5, BUSY)  # 50 seconds, that is
+    place.write_text("content")
+    assert place.read_bytes() == b"content"
+
+
+def test_a_worker_gives_a_server_up_before_its_peers_give_up_the_worker(file, s3_proxy, quick):
+    """A guarded upload to a busy server ends within half of the peers' timeout; alone it waits longer."""
+    file.write_text("content")
+    s3_proxy.plan = lambda *_: BUSY
+    place = replace(file, guard=lambda: file.exists() and None)
+    began = time.monotonic()
+    with patience.while_peers_wait(2.0), pytest.raises(TransientStoreError, match="Cannot look for"):
+        place.write_text("new")
+    assert time.monotonic() - began < 1
+    assert patience.patience() == patience.LONGEST / 100
+
+
+def test_only_what_may_pass_is_worth_another_attempt(file, s3_proxy, quick):
+    """An error says whether another attempt may help: a busy or silent server, not a denial, and that at once."""
+    file.write_text("content")
+    for fault, kind in {
+        BUSY: TransientStoreError,
+        LOST_REQUEST: TransientStoreError,
+        refusal(503, "SlowDown"): TransientStoreError,
+        refusal(403, "AccessDenied"): StoreError,
+        refusal(400, "ExpiredToken"): StoreError,
+        refusal(404, "NoSuchBucket"): StoreError,
+    }.items():
+        s3_proxy.plan, before = lambda *_, fault=fault: fault, traffic()
+        with patience.while_peers_wait(0.9), pytest.raises(StoreError) as caught:
+            file.read_bytes()
+        assert type(caught.value) is kind, fault
+        assert bool((traffic() - before).retries) == (kind is TransientStoreError), fault
 
 
 def test_an_address_where_nobody_answers_is_given_up_within_seconds(s3_environment, warnings_of_s3):
@@ -354,8 +396,8 @@ def test_another_server_than_s3_is_given_up_within_seconds(s3_environment, warni
 def test_tls_that_fails_for_a_while_is_waited_for_and_a_certificate_is_not():
     """TLS alerts of a restarting gateway are retried; an untrusted certificate is not."""
     address = "https://127.0.0.1"
-    assert s3._passes(SSLError(endpoint_url=address, error="[SSL: TLSV1_ALERT_INTERNAL_ERROR] internal error"))
-    assert not s3._passes(SSLError(endpoint_url=address, error="[SSL: CERTIFICATE_VERIFY_FAILED] self-signed"))
+    assert s3.S3.passes(SSLError(endpoint_url=address, error="[SSL: TLSV1_ALERT_INTERNAL_ERROR] internal error"))
+    assert not s3.S3.passes(SSLError(endpoint_url=address, error="[SSL: CERTIFICATE_VERIFY_FAILED] self-signed"))
 
 
 def test_a_second_best_writer_that_cannot_look_writes_nothing(file, s3_proxy):
@@ -410,9 +452,9 @@ def test_attempts_are_the_users_to_choose(file, s3_proxy, monkeypatch):
 
 
 def test_a_slow_upload_is_not_given_up(s3_environment, monkeypatch):
-    """The time limit of an answer starts after the upload, so a slow upload succeeds."""
+    """A slow upload succeeds, for an answer's time limit starts after it; no second copy is in memory meanwhile."""
     monkeypatch.setattr(s3.S3, "read_timeout", 1)
-    monkeypatch.setattr(s3, "PATIENCE", 1.0)
+    monkeypatch.setattr(patience, "_limit", 1.0)
     content = bytes(50 * 2**20)
 
     def take_slowly(server: socket.socket) -> None:  # silent until the end
@@ -431,6 +473,10 @@ def test_a_slow_upload_is_not_given_up(s3_environment, monkeypatch):
         taking.start()
         s3_environment(f"http://127.0.0.1:{server.getsockname()[1]}")
         before = traffic()
+        tracemalloc.start()
         open_location("s3://bucket/file").write_atomic(content)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
         taking.join()
     assert (traffic() - before).retries == 0
+    assert peak < len(content) / 2
