@@ -122,5 +122,9 @@ class WorkerLostError(DatmError):
     exit_code = 1
 
 
+class OvertakenError(WorkerLostError):
+    """A newer attempt or command has taken over the files that this one writes."""
+
+
 class PeerLostError(WorkerLostError):
     """A worker waited in vain for another worker of its task."""

@@ -32,15 +32,18 @@ from datm_ray.errors import (
 )
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline, checks, tasks
-from datm_ray.pipeline.folder import read_recipe
+from datm_ray.pipeline.folder import LEASE, read_recipe
 from datm_ray.pipeline.runs import Runs
 from datm_ray.planning.plan import plan_run
 from datm_ray.runtime.executor import Event, Executor, Lost, Phase, Progress, SerialExecutor
 from datm_ray.stages.distill import DistillWorker
 from datm_ray.stages.evaluate import FAIR_PARTS, ROWS, work_of
 from datm_ray.stages.experts import expert_group
+from datm_ray.store import claims
+from datm_ray.store.claims import lease
+from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.trajectories import TrajectoryStore
-from tests.conftest import actor_processes, tiny_config
+from tests.conftest import CommandLine, actor_processes, tiny_config
 from tests.processes import PROCESSES
 
 QUIET = Reporter(quiet=True)
@@ -199,6 +202,50 @@ def test_finished_work_is_not_done_again(finished_run: Path, monkeypatch: pytest
 
     config = tiny_config()
     run_all(config, finished_run, lambda: Forbidden(config.cluster))
+
+
+def test_a_second_command_on_a_run_is_refused_and_writes_nothing(
+    tmp_path: Path, finished_run: Path, datm_ray: CommandLine
+) -> None:
+    """A run that a command works on is refused to others that write; its store, and reading, are open to all."""
+    out, recipe = shutil.copytree(finished_run, tmp_path / "runs"), str(finished_run.parent / "tiny.yaml")
+    other = ("--out", str(tmp_path / "other"), "--store", str(out / "experts"))
+    with lease(open_location(str(out / "tiny" / LEASE)), 0.0, print, print):
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        for command in ("run", "experts", "distill", "evaluate"):
+            code, _, err = datm_ray(command, recipe, "--out", str(out), "--executor", "serial")
+            assert (code, len(err.splitlines())) == (2, 1), err
+            assert f"runs/tiny is in use by process {os.getpid()} on " in err
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+        assert datm_ray("run", recipe, "--out", str(out), "--dry-run")[0] == 0
+        assert datm_ray("report", str(out))[0] == 0
+        assert datm_ray("experts", recipe, *other, "--executor", "serial")[0] == 0
+    assert datm_ray("run", recipe, "--out", str(out), "--executor", "serial")[0] == 0
+    assert not (out / "tiny" / LEASE).exists()
+
+
+def test_a_command_whose_run_was_taken_over_ends_in_one_line(
+    tmp_path: Path, finished_run: Path, datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command that finds its lease taken over stops its work and exits with code 1 and one line."""
+    monkeypatch.setattr(claims, "HEARTBEAT", 0.05)
+    out, recipe = tmp_path / "runs", str(finished_run.parent / "tiny.yaml")
+    place = open_location(str(out / "tiny" / LEASE))
+
+    class Slow(DistillWorker):
+        def distill(self, *arguments: Any, **named: Any) -> Iterator[Event]:
+            for event in super().distill(*arguments, **named):
+                if isinstance(event, Progress):
+                    place.write_json({**place.read_json(), "token": 1, "process": 4711})
+                    time.sleep(0.3)
+                yield event
+
+    monkeypatch.setattr(Pipeline, "distill_worker", Slow)
+    store = str(finished_run / "experts")
+    code, _, err = datm_ray("distill", recipe, "--out", str(out), "--store", store, "--executor", "serial")
+    assert code == 1, err
+    assert "runs/tiny was taken over by process 4711 on " in err.splitlines()[-1]
+    assert place.read_json()["process"] == 4711
 
 
 def test_runs_of_one_folder_share_what_they_have_in_common(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

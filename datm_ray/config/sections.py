@@ -514,6 +514,10 @@ class ClusterConfig(WorkerShape):
     wait_for_nodes: Annotated[float, Field(ge=0, le=7 * 86_400)] = 0.0
     """Seconds to wait for free resources, at the start and after a loss (then at least 60); autoscaling needs
     minutes."""
+    wait_for_run: Annotated[float, Field(ge=0, le=7 * 86_400)] = 0.0
+    """Seconds to wait for another command that works on the same run; 0 refuses at once."""
+    checkpoint_seconds: Annotated[float, Field(gt=0, le=86_400)] = 60.0
+    """Seconds after which a checkpoint is due before distill.checkpoint_every; longer where it would take over 5 %."""
     retries: Annotated[int, Field(ge=0)] = 3
     """Restarts in a row, without progress, after lost workers."""
     log_to: Literal["none", "tensorboard", "wandb"] = "none"

@@ -15,7 +15,7 @@ from datm_ray.stages.evaluate import read_fair_rows, read_fair_scores, read_netw
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.sealed import rejecting_nonsense
 
-RECIPE, DATA = "recipe.yaml", "dataset.json"
+RECIPE, DATA, LEASE = "recipe.yaml", "dataset.json", "lease.json"
 RESULTS = {INITIAL, CHECKPOINT, SYNTHETIC, "evaluation"}
 """Files and folders in a run's folder that only its recipe can have made. Experts are in the store."""
 

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from datm_ray._version import __version__
@@ -19,17 +19,18 @@ from datm_ray.monitor.loggers import Logger, open_logger
 from datm_ray.monitor.logs import LOG, fields, noting_the_end, writing
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import checks, tasks
-from datm_ray.pipeline.folder import RECIPE, has_results, read_recipe, summaries, write_note
+from datm_ray.pipeline.folder import LEASE, RECIPE, has_results, read_recipe, summaries, write_note
 from datm_ray.pipeline.runs import Runs
 from datm_ray.pipeline.tasks import DatasetTask
 from datm_ray.report import accuracy_table, fair_table, networks_table
 from datm_ray.runtime.executor import Executor, Finished, Task
-from datm_ray.runtime.stopping import by_signals
+from datm_ray.runtime.stopping import ask, by_signals
 from datm_ray.stages.checkpoint import CHECKPOINT
 from datm_ray.stages.distill import DistillWorker
 from datm_ray.stages.evaluate import FAIR_ROWS, ON_OTHERS, ROWS, EvaluateWorker, read_score, result_location
 from datm_ray.stages.expert_progress import ExpertProgress
 from datm_ray.stages.experts import ExpertWorker, experts_cost, progress_of, stacks, write_experts_cost
+from datm_ray.store.claims import lease
 from datm_ray.store.files.filesystem import Location
 
 _log = logging.getLogger(__name__)
@@ -185,7 +186,17 @@ class Pipeline:
     def _started(
         self, start: Callable[[], Executor], reporter: Reporter, *, distils: bool = False
     ) -> Iterator[Executor]:
+        """The executor, while this command holds its runs' folders. Experts and other runs of `--out` are shared."""
         checks.require_writable(self.runs)
+        with ExitStack() as leases:
+            for config in sorted(self.configs, key=lambda config: config.name):  # commands that wait never interlock
+                place = self.runs.folder(config) / LEASE
+                leases.enter_context(lease(place, config.cluster.wait_for_run, reporter.message, ask))
+            with self._executing(start, reporter, distils=distils) as executor:
+                yield executor
+
+    @contextmanager
+    def _executing(self, start: Callable[[], Executor], reporter: Reporter, *, distils: bool) -> Iterator[Executor]:
         if not (self.runs.alone or self.runs.elsewhere):
             reporter.message("Starting Ray ...")
         executor = start()

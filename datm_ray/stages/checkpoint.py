@@ -1,7 +1,8 @@
 """Checkpoints of a distillation, written by any number of class shards and read by any other number.
 
     checkpoint.arrow    what all shards share: step sizes, curves, counters, and the names of the parts
-    checkpoint/<iteration>-<first row>-<last row>.arrow     the rows of one shard, the last one exclusive
+    checkpoint/<iteration>-<first row>-<last row>-<attempt>.arrow   the rows of one shard, the last one exclusive
+    attempt.json        the attempt that may write, see `Attempt`
 
 Every shard writes its part; when all have, the first worker replaces checkpoint.arrow, and only then is the new
 checkpoint the one. Killed at any moment, the run finds either the old parts with the old file or the new with the new.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,18 +21,20 @@ import torch
 from numpy.typing import NDArray
 
 from datm_ray.config import DistillConfig
-from datm_ray.errors import CorruptFileError, RunDirectoryError, StoreError
+from datm_ray.errors import CorruptFileError, StoreError
 from datm_ray.methods.state import State, with_present_names
 from datm_ray.runtime.mesh import Mesh
+from datm_ray.store.claims import Claim
 from datm_ray.store.files.filesystem import Location, MissingFileError
 from datm_ray.store.sealed import reading_again, rejecting_nonsense
 from datm_ray.store.tensors import read_tensors, write_tensors
 
 CHECKPOINT = "checkpoint.arrow"
 PARTS = "checkpoint"
+ATTEMPT = "attempt.json"
 AnyState = TypeVar("AnyState", bound=State[Any])
 KIND = "checkpoint"
-_PART = re.compile(r"(\d{8})-(\d+)-(\d+)\.arrow")
+_PART = re.compile(r"(\d{8})-(\d+)-(\d+)(?:-([0-9a-f]{12}))?\.arrow")
 
 
 @dataclass(frozen=True, order=True)
@@ -52,8 +55,38 @@ class Rows:
         return range(self.first // ipc, self.last // ipc)
 
 
+@dataclass
+class Attempt:
+    """One attempt at a set, by any number of workers; the latest one owns the set's folder.
+
+    Each attempt claims the folder before it reads anything there. Before each file of the first worker gets its name,
+    the claim must still be its own, else a worker left over from a lost connection ends with an `OvertakenError`. A
+    request that passed this check and is delayed until the next attempt has started may still replace a file. That
+    corrupts nothing: files are whole, and no attempt writes or deletes another's parts of an iteration later than the
+    one it resumed from, so the parts of a delayed checkpoint.arrow exist as long as no third attempt resumes beyond it.
+    At most the iterations between the two checkpoints are computed again, until the new attempt saves its next one.
+    """
+
+    folder: Location
+    """Folder of the set. On the first worker, what is written there is checked."""
+    token: int
+    """Number that no other attempt has; it is in the names of parts."""
+    resumed_at: int = -1
+    """Iteration of the checkpoint from which the attempt resumes; -1 without one."""
+
+    @classmethod
+    def start(cls, folder: Location, mesh: Mesh) -> Attempt:
+        """Claim the folder, all workers together. What is read afterwards is not changed by earlier attempts."""
+        claim = Claim(folder / ATTEMPT)
+        if mesh.is_first:
+            claim.take()
+            folder = replace(folder, guard=claim.require)
+        mine = torch.tensor([claim.token * mesh.is_first], dtype=torch.float64)
+        return cls(folder, int(mesh.sum_over_all(mine)))
+
+
 def save_checkpoint(
-    folder: Location,
+    attempt: Attempt,
     state: State[Any],
     rows: Rows,
     mesh: Mesh,
@@ -66,17 +99,16 @@ def save_checkpoint(
         computed: how student steps were computed, see `read_computed`.
     """
     held, shared = state.to_arrays()
+    folder = attempt.folder
     if mesh.row == 0:
-        write_tensors(folder / PARTS / _part_name(state.iteration, rows), held, kind=KIND, metadata={})
+        write_tensors(folder / PARTS / _part_name(attempt, state.iteration, rows), held, kind=KIND, metadata={})
     written = mesh.gather(torch.tensor([[rows.first, rows.last]], device=state.synthetic.images.device))
     mesh.barrier()
     if written is not None:
-        names = [_part_name(state.iteration, Rows(*bounds)) for bounds in written.tolist()]
+        names = [_part_name(attempt, state.iteration, Rows(*bounds)) for bounds in written.tolist()]
         metadata = {"recipe": recipe, "iteration": state.iteration, "parts": names, "computed": list(computed)}
-        _require_nobody_ahead(folder, state.iteration)
         write_tensors(folder / CHECKPOINT, shared, kind=KIND, metadata=metadata)
-        if not set(names) <= set(_delete_older_parts(folder / PARTS, state.iteration)):
-            raise _overtaken(folder, f"has no parts of iteration {state.iteration} any more, which was just written")
+        _delete_older_parts(attempt, state.iteration)
 
 
 def load_checkpoint(
@@ -194,40 +226,19 @@ def _unusable(folder: Location, what: str) -> CorruptFileError:
     )
 
 
-def _part_name(iteration: int, rows: Rows) -> str:
-    return f"{iteration:08d}-{rows.first}-{rows.last}.arrow"
+def _part_name(attempt: Attempt, iteration: int, rows: Rows) -> str:
+    return f"{iteration:08d}-{rows.first}-{rows.last}-{attempt.token:012x}.arrow"
 
 
-def _require_nobody_ahead(folder: Location, iteration: int) -> None:
-    """Somebody else may work at the same set: the command given twice, or a worker that was thought to be lost."""
-    if (folder / CHECKPOINT).exists():
-        with rejecting_nonsense(folder / CHECKPOINT):
-            theirs = int(read_tensors(folder / CHECKPOINT, kind=KIND).metadata.get("iteration", 0))
-        if theirs > iteration:
-            raise _overtaken(
-                folder, f"has a checkpoint of iteration {theirs}, later than {iteration}, where this command is"
-            )
+def _delete_older_parts(attempt: Attempt, iteration: int) -> None:
+    """Delete this attempt's parts of earlier iterations, and other attempts' up to the one it resumed from.
 
-
-def _overtaken(folder: Location, what: str) -> RunDirectoryError:
-    return RunDirectoryError(
-        f"{folder.uri} {what}",
-        "the same run was started twice, and another command writes to it",
-        "let the other one finish, `datm-ray job list` shows jobs; or give another --out",
-    )
-
-
-def _delete_older_parts(parts: Location, iteration: int) -> list[str]:
-    """Delete parts of earlier iterations; the names of the others.
-
-    Those of this iteration or later may be named by somebody else's checkpoint; the next one clears them up.
+    Later ones of another attempt may be named by its checkpoint; the next attempt clears them up.
     """
-    kept = []
+    parts = attempt.folder / PARTS
     for name in parts.list():
         match = _PART.fullmatch(name)
-        if match and int(match[1]) < iteration:
+        is_own = match is not None and match[4] == f"{attempt.token:012x}"
+        if match and int(match[1]) < (iteration if is_own else attempt.resumed_at + 1):
             with suppress(StoreError):  # another process has removed it
                 (parts / name).remove()
-        else:
-            kept.append(name)
-    return kept

@@ -2,8 +2,9 @@
 
 The files of a run's folder, each written atomically:
     initial.arrow      the set before the first iteration
-    checkpoint.arrow   the whole state, replaced every `checkpoint_every` iterations, before a validation and when the
-                       command is stopped, and kept at the end; the images are in checkpoint/, see `checkpoint`
+    checkpoint.arrow   the whole state, replaced every `checkpoint_every` iterations or `checkpoint_seconds`, before a
+                       validation and when the command is stopped, and kept at the end; the images are in checkpoint/,
+                       see `checkpoint`
     maps.arrow         with MetaDD: what its networks see in some images, before and after
     synthetic.arrow    the result; there only when the distillation is finished
     last-good.arrow    after too many diverged or skipped iterations in a row: the set of the last update
@@ -41,12 +42,14 @@ from datm_ray.runtime.devices import Meter, prepare_device, to_device
 from datm_ray.runtime.executor import Event, Finished, Note, Phase, Progress, WorkerRank, require_precision
 from datm_ray.runtime.mesh import Mesh, open_mesh
 from datm_ray.runtime.stopping import Interrupted, saving
-from datm_ray.stages.checkpoint import PARTS, load_checkpoint, read_computed, save_checkpoint
+from datm_ray.stages.checkpoint import PARTS, Attempt, load_checkpoint, read_computed, save_checkpoint
+from datm_ray.stages.expert_progress import WRITE_SHARE
 from datm_ray.stages.initial import initial_set
 from datm_ray.stages.metadd import MetaNetworks
 from datm_ray.stages.method import Method, Part
 from datm_ray.stages.trajectory import TrajectoryMatching
 from datm_ray.store.files.filesystem import Location, open_location
+from datm_ray.store.files.patience import while_peers_wait
 from datm_ray.store.sealed import rejecting_nonsense
 
 INITIAL, SYNTHETIC = "initial.arrow", "synthetic.arrow"
@@ -89,6 +92,7 @@ class DistillWorker:
             ThresholdError: the set would start above the threshold, or many iterations in a row were.
             StoreError: an expert's first and last epochs are the same, and so are a start and its target.
             PeerLostError: another worker of the mesh died.
+            OvertakenError: a newer attempt at the set has started.
         """
         folder, account = open_location(folder_uri), Account(self._device, self._cluster)
         if (folder / SYNTHETIC).exists():
@@ -97,7 +101,9 @@ class DistillWorker:
         yield Phase("preparing the networks")
         rows = len(config.roles) if worker_rank else 1
         columns = worker_rank.world_size // rows if worker_rank else 1
-        with open_mesh(worker_rank, rows, columns, self._device, self._cluster.peer_timeout) as mesh:
+        timeout = self._cluster.peer_timeout
+        waited_for = while_peers_wait(timeout if worker_rank else math.inf)
+        with open_mesh(worker_rank, rows, columns, self._device, timeout) as mesh, waited_for:
             part = Part(config, self._dataset, store_uri, mesh, self._device, sharing)
             with closing(self.method(part)) as method:
                 yield from _Run(part, folder, method, account).events()
@@ -108,7 +114,8 @@ class _Run:
 
     def __init__(self, part: Part, folder: Location, method: Method[Any], account: Account) -> None:
         config, dataset, mesh, device = part.config, part.dataset, part.mesh, part.device
-        self._part, self._method, self._folder, self._account = part, method, folder, account
+        self._attempt = Attempt.start(folder, mesh)
+        self._part, self._method, self._folder, self._account = part, method, self._attempt.folder, account
         self._config, self._dataset, self._mesh, self._device = config, dataset, mesh, device
         self._rows = part.rows
         self._spent_before = read_cost(folder)
@@ -118,6 +125,8 @@ class _Run:
         """Values that were found before the first iteration, by the setting that leaves them open."""
         self._saved_at = -1
         """Iteration of the last checkpoint, or of the first images."""
+        self._next_save = time.monotonic() + config.cluster.checkpoint_seconds
+        """Time from which a checkpoint is due, in seconds of the monotonic clock."""
         self._meta_networks = (
             None
             if config.metadd is None
@@ -150,7 +159,7 @@ class _Run:
                 yield from self._validated(state)
                 self._save_checkpoint(state)
             while state.iteration < settings.iterations:
-                self._stop_if(is_asked(), state)
+                is_late = self._stop_if(is_asked(), state)
                 began = time.monotonic()
                 try:
                     self._method.step(state, self._meta_term(state.iteration))
@@ -162,7 +171,8 @@ class _Run:
                     self._stop_if(is_asked(), state)
                     self._save_checkpoint(state)  # a validation may take minutes, and a kill meanwhile loses nothing
                     yield from self._validated(state)
-                saves = state.iteration % settings.checkpoint_every == 0 or state.iteration == settings.iterations
+                is_due = state.iteration % settings.checkpoint_every == 0 or state.iteration == settings.iterations
+                saves = is_late or is_due
                 if saves:
                     self._save_checkpoint(state)
                 metrics = meter.measure() | self._measured(state, seconds)
@@ -177,10 +187,16 @@ class _Run:
         self._save_set(final, SYNTHETIC)
         yield Finished({**self._method.counts(state), "chosen_at": state.chosen_at}, meter.measure())
 
-    def _stop_if(self, is_asked: bool, state: State[Any]) -> None:
-        """Save the state and raise `Interrupted` if any worker was asked to stop; all workers decide alike."""
-        if not self._mesh.sum_over_all(torch.tensor([float(is_asked)])):
-            return
+    def _stop_if(self, is_asked: bool, state: State[Any]) -> bool:
+        """Save the state and raise `Interrupted` if any worker was asked to stop.
+
+        Returns:
+            True if a checkpoint is due on any worker's clock. All workers decide alike.
+        """
+        mine = torch.tensor([float(is_asked), float(time.monotonic() > self._next_save)])
+        any_asked, any_late = self._mesh.sum_over_all(mine).tolist()
+        if not any_asked:
+            return bool(any_late)
         if state.iteration != self._saved_at:
             self._save_checkpoint(state)
         raise Interrupted(f"iteration {state.iteration} of {self._config.distill.iterations}")
@@ -264,7 +280,8 @@ class _Run:
             for place in (self._folder, self._folder / PARTS):
                 place.remove_leftovers()
         saved = load_checkpoint(kind, self._folder, self._rows, settings, self._device)
-        self._require_one_state(-1 if saved is None else saved.iteration)
+        self._attempt.resumed_at = -1 if saved is None else saved.iteration
+        self._require_one_state(self._attempt.resumed_at)
         if saved is not None:
             _log.info("distillation resumed %s", fields(run=self._config.name, iteration=saved.iteration))
         return saved
@@ -317,9 +334,11 @@ class _Run:
         self._mesh.barrier()  # the first error that arrives ends all workers
 
     def _save_checkpoint(self, state: State[Any]) -> None:
-        save_checkpoint(self._folder, state, self._rows, self._mesh, run_identity(self._config), self._computed)
+        began = time.monotonic()
+        save_checkpoint(self._attempt, state, self._rows, self._mesh, run_identity(self._config), self._computed)
         self._note_cost()
-        self._saved_at = state.iteration
+        self._saved_at, ended = state.iteration, time.monotonic()
+        self._next_save = ended + max(self._config.cluster.checkpoint_seconds, (ended - began) / WRITE_SHARE)
         _log.info("checkpoint saved %s", fields(run=self._config.name, iteration=state.iteration))
 
     def _note_cost(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import signal
 import socket
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import torch
 
 from datm_ray.artifact import Artifact, load
 from datm_ray.config import DistillConfig, RunConfig, to_yaml
-from datm_ray.errors import ConfigError, CorruptFileError, RunDirectoryError
+from datm_ray.errors import ConfigError, CorruptFileError, OvertakenError
 from datm_ray.methods.trajectory.iteration import Distillation
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
@@ -26,7 +27,7 @@ from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, Ser
 from datm_ray.runtime.mesh import Alone
 from datm_ray.runtime.stopping import Interrupted, ask
 from datm_ray.stages import checkpoint
-from datm_ray.stages.checkpoint import Rows, load_checkpoint, read_computed, read_curves, save_checkpoint
+from datm_ray.stages.checkpoint import Attempt, Rows, load_checkpoint, read_computed, read_curves, save_checkpoint
 from datm_ray.stages.distill import SYNTHETIC, DistillWorker
 from datm_ray.stages.trajectory import TrajectoryMatching
 from datm_ray.store.files.filesystem import Location, open_location
@@ -105,6 +106,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def with_experts_of(reference: Path, out: Path) -> Path:
+    out.mkdir(exist_ok=True)
     (out / "experts").symlink_to(reference / "experts")
     return out
 
@@ -124,9 +126,9 @@ def assert_equal_but_for_rounding(one: Artifact, other: Artifact) -> None:
 
 @pytest.mark.parametrize("shards", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_shards_learn_what_one_process_learns(shards: int, reference: Path, tmp_path: Path) -> None:
-    """Two even shards and four uneven ones learn what one process learns."""
+    """Two even shards and four uneven ones learn what one process learns, whenever they save, which they agree on."""
     out = with_experts_of(reference, tmp_path)
-    distil(tiny_config(*SET, f"cluster.shards={shards}"), out, shards)
+    distil(tiny_config(*SET, f"cluster.shards={shards}", "cluster.checkpoint_seconds=0.001"), out, shards)
     assert_equal_but_for_rounding(learned(out), learned(reference))
 
 
@@ -143,6 +145,23 @@ def test_all_workers_of_a_mesh_save_the_same_iteration_if_one_is_asked_to_stop(r
     assert parts(out / "tiny") == ["00000003-0-10.arrow", "00000003-10-20.arrow"]
     distil(tiny_config(*SET), out, 1)
     assert_equal_but_for_rounding(learned(out), learned(reference))
+
+
+def test_checkpoints_go_by_seconds_too_and_change_no_bit(
+    reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seconds make checkpoints that iterations would not, unless writing takes too much time; the set is the same."""
+    seen: dict[float, list[int]] = {}
+    for share in (1e9, 1e-9):
+        monkeypatch.setattr("datm_ray.stages.distill.WRITE_SHARE", share)
+        out = with_experts_of(reference, tmp_path / str(share))
+        config = tiny_config(*SET, "distill.checkpoint_every=1000", "cluster.checkpoint_seconds=0.000001")
+        pipeline = Pipeline([config], str(out))
+        worker = DistillWorker(pipeline.runs.dataset(config.dataset), config.cluster)
+        events = list(worker.distill(config, pipeline.store_uri, str(out / "tiny")))
+        seen[share] = [event.done for event in events if isinstance(event, Progress) and event.saved]
+        assert torch.equal(learned(out).images, learned(reference).images)
+    assert seen == {1e9: [1, 2, 3, 4, 5, 6], 1e-9: [1, 6]}
 
 
 @pytest.mark.slow
@@ -247,7 +266,7 @@ def test_divergence_in_the_rows_of_one_shard_is_skipped_by_all(reference: Path, 
     out = with_experts_of(reference, tmp_path)
     config = tiny_config(*SET, "cluster.shards=2")
     distil(config, out, 2, stop_at=5)
-    part = out / "tiny/checkpoint/00000004-10-20.arrow"
+    part = next((out / "tiny/checkpoint").glob("00000004-10-20-*.arrow"))
     file = read_tensors(open_location(str(part)), kind="checkpoint")
     momentum = file.arrays["momentum.images"].copy()
     momentum[-1] = np.inf
@@ -345,18 +364,28 @@ def test_entries_on_student_steps_that_are_no_mappings_are_a_damaged_checkpoint(
     assert read_computed(place) == [{"from_iteration": 0}]
 
 
-def save_at(folder: Path, iteration: int) -> None:
-    """Save a checkpoint of one worker that has two rows."""
+def start(folder: Path, resumed_at: int = -1) -> Attempt:
+    """A new attempt of one worker, whose parts have a number in their names that grows with every attempt."""
+    attempt = Attempt.start(open_location(str(folder)), Alone())
+    attempt.resumed_at = resumed_at
+    return attempt
+
+
+def save_at(folder: Path, iteration: int, attempt: Attempt | None = None) -> Attempt:
+    """Save a checkpoint of one worker that has two rows, by default in a new attempt that resumed just before."""
+    attempt = attempt or start(folder, iteration - 1)
     state: Any = SimpleNamespace(
         iteration=iteration,
         synthetic=SimpleNamespace(images=torch.zeros(2)),
         to_arrays=lambda: ({"x": np.full(2, iteration)}, {"y": np.zeros(1)}),
     )
-    save_checkpoint(open_location(str(folder)), state, Rows(0, 2), Alone(), {})
+    save_checkpoint(attempt, state, Rows(0, 2), Alone(), {})
+    return attempt
 
 
 def parts(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "checkpoint").iterdir())
+    """Names of the parts, without their attempts."""
+    return sorted(re.sub(r"-[0-9a-f]{12}", "", path.name) for path in (folder / "checkpoint").iterdir())
 
 
 def test_a_checkpoint_clears_up_the_parts_of_earlier_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,33 +399,44 @@ def test_a_checkpoint_clears_up_the_parts_of_earlier_ones(tmp_path: Path, monkey
     assert parts(tmp_path) == ["00000004-0-2.arrow", "00000009-0-2.arrow", "notes.txt"]
 
 
-def test_a_checkpoint_that_is_ahead_is_not_replaced(tmp_path: Path) -> None:
-    """A checkpoint is never replaced by one of an earlier iteration; the slower of two equal commands ends."""
+def test_a_worker_left_over_from_an_earlier_attempt_writes_nothing(tmp_path: Path) -> None:
+    """A worker whose set another attempt has started writes no checkpoint, result or cost, and says who took over."""
+    stale = save_at(tmp_path, 4)
     save_at(tmp_path, 6)
-    theirs = (tmp_path / "checkpoint.arrow").read_bytes()
-    with pytest.raises(RunDirectoryError, match=r"a checkpoint of iteration 6, later than 4.*started twice"):
-        save_at(tmp_path, 4)
-    assert (tmp_path / "checkpoint.arrow").read_bytes() == theirs
-    assert "00000006-0-2.arrow" in parts(tmp_path)
-    save_at(tmp_path, 6)
-    save_at(tmp_path, 8)
-    assert parts(tmp_path) == ["00000008-0-2.arrow"]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for write in (
+        lambda: save_at(tmp_path, 8, stale),
+        lambda: (stale.folder / SYNTHETIC).write_text("result"),
+        lambda: (stale.folder / "cost.json").write_json({}),
+    ):
+        with pytest.raises(OvertakenError, match="was taken over by process"):
+            write()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_a_checkpoint_whose_parts_the_other_command_deletes_is_not_taken_for_ones_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another command that deletes a checkpoint's parts between look and write is an error."""
-    save_at(tmp_path, 4)
-    require = "datm_ray.stages.checkpoint._require_nobody_ahead"
+@pytest.mark.parametrize("moment", [2, 6, 8])
+def test_a_checkpoint_that_is_delayed_past_the_check_corrupts_nothing(tmp_path: Path, moment: int) -> None:
+    """A stale checkpoint that passed its check and is stored late is whole, and so is the next one."""
+    stale = save_at(tmp_path, 2)
+    written = []
 
-    def overtaken(*_: object) -> None:
-        monkeypatch.undo()
-        save_at(tmp_path, 8)
+    def delayed() -> None:  # the check of checkpoint.arrow, after that of the part
+        written.append(1)
+        if len(written) == 2:
+            fresh = start(tmp_path, resumed_at=2)
+            for iteration in range(4, moment + 1, 2):
+                save_at(tmp_path, iteration, fresh)
+            written.append(fresh)
 
-    monkeypatch.setattr(require, overtaken)
-    with pytest.raises(RunDirectoryError, match=r"no parts of iteration 6 any more.*started twice.*--out"):
-        save_at(tmp_path, 6)
+    stale.folder = dataclasses.replace(stale.folder, guard=delayed)
+    save_at(tmp_path, 6, stale)
+    for iteration in (6, moment + 2):
+        metadata = read_tensors(open_location(str(tmp_path / "checkpoint.arrow")), kind="checkpoint").metadata
+        assert metadata["iteration"] == iteration
+        for name in metadata["parts"]:
+            part = read_tensors(open_location(str(tmp_path / "checkpoint" / name)), kind="checkpoint")
+            assert part.arrays["x"].tolist() == [iteration] * 2
+        save_at(tmp_path, moment + 2, written[-1])
 
 
 def test_a_checkpoint_that_moves_on_while_it_is_read_is_read_again(
@@ -422,8 +462,10 @@ def test_a_checkpoint_that_moves_on_while_it_is_read_is_read_again(
     monkeypatch.setattr(checkpoint, "_read_rows", moving)
     load_checkpoint(Distillation, place, Rows(0, 2), DistillConfig(), torch.device("cpu"))
     assert state == [[4, 4]]
-    (tmp_path / "checkpoint" / "00000004-0-2.arrow").unlink()
-    with pytest.raises(CorruptFileError, match=r"names the part 00000004-0-2\.arrow, which is missing.*move it away"):
+    next((tmp_path / "checkpoint").glob("00000004-0-2-*.arrow")).unlink()
+    with pytest.raises(
+        CorruptFileError, match=r"names the part 00000004-0-2-\w+\.arrow, which is missing.*move it away"
+    ):
         load_checkpoint(Distillation, place, Rows(0, 2), DistillConfig(), torch.device("cpu"))
 
 
