@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from botocore.exceptions import SSLError
 
-from datm_ray.errors import StoreError, TransientStoreError
+from datm_ray.errors import OvertakenError, StoreError, TransientStoreError
 from datm_ray.store.files import patience, s3
 from datm_ray.store.files.filesystem import AlreadyExistsError, Location, open_location
 from datm_ray.store.files.traffic import traffic
@@ -330,6 +330,21 @@ def test_a_worker_gives_a_server_up_before_its_peers_give_up_the_worker(file, s3
         place.write_text("new")
     assert time.monotonic() - began < 1
     assert patience.patience() == patience.LONGEST / 100
+
+
+def test_an_upload_asks_its_guard_before_each_attempt(file, s3_proxy, quick):
+    """An upload that waits for a busy server ends without another attempt once somebody else may write."""
+    file.write_text("old")
+    s3_proxy.plan = always("PUT", BUSY)
+
+    def guard() -> None:
+        if s3_proxy.faults:
+            raise OvertakenError("another one came")
+
+    with pytest.raises(OvertakenError):
+        replace(file, guard=guard).write_text("new")
+    assert s3_proxy.faults == {BUSY: 1}
+    assert file.read_bytes() == b"old"
 
 
 def test_only_what_may_pass_is_worth_another_attempt(file, s3_proxy, quick):
