@@ -38,6 +38,12 @@ EAGER_POLLING = 0.01
 """Seconds for which the end of a sum on GPUs is polled without pause. NCCL itself polls once per millisecond."""
 SIOCGIFADDR = 0x8915
 """Linux's request code for the address of a network interface."""
+_LOST_PEER = re.compile(
+    r"connect|clos(?:ed|ure)|reset|socket|time[d ]*out|pipe|peer|abort|remote|network|unreachable|system error", re.I
+)
+"""Words in the messages of gloo, NCCL and torch about a peer that died, hangs or is unreachable."""
+_OWN_DEVICE = re.compile(r"cuda (?:error|failure|function|out of memory)", re.I)
+"""Words in messages about this worker's own GPU, whose other words may be those of a lost peer."""
 
 
 @dataclass(frozen=True)
@@ -344,12 +350,12 @@ def _group_of(parts: list[list[int]], timeout: timedelta) -> dist.ProcessGroup |
 
 @contextmanager
 def _peers_needed(rank: int, size: int) -> Generator[None, None, None]:
-    """Turn torch's various errors about a lost peer into `PeerLostError`."""
+    """Turn torch's various errors about a lost peer into `PeerLostError`. Other errors keep their name."""
     try:
         yield
-    except torch.OutOfMemoryError:  # a RuntimeError too, but not caused by peers
-        raise
     except RuntimeError as failure:
+        if _OWN_DEVICE.search(str(failure)) or not _LOST_PEER.search(str(failure)):
+            raise
         raise PeerLostError(
             f"worker {rank + 1} of {size} lost its peers: {_first_line(failure)}",
             "a worker died or hangs, or its node is unreachable",
@@ -366,11 +372,12 @@ def _first_line(failure: BaseException) -> str:
 @contextmanager
 def _settings(rendezvous_address: str) -> Generator[None, None, None]:
     """Set environment variables that torch reads, unless the user has set them."""
-    # Without the first setting, NCCL kills the process when a peer is lost, instead of raising an error.
     interface = _interface_towards(*_split(rendezvous_address))
-    exact = interface and f"={interface}"  # without "=", NCCL takes all interfaces whose names begin with it
-    wanted = {"TORCH_NCCL_BLOCKING_WAIT": "1", "GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": exact}
-    ours = {name: value for name, value in wanted.items() if value and name not in os.environ}
+    # Without the first setting, NCCL kills the process when a peer is lost, instead of raising an error.
+    wanted = {"TORCH_NCCL_BLOCKING_WAIT": "1"}
+    if interface:  # NCCL reads a name without "=" as the beginning of names
+        wanted |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
+    ours = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(ours)
     try:
         yield
@@ -387,8 +394,7 @@ def _split(rendezvous_address: str) -> tuple[str, int]:
 def _interface_towards(host: str, port: int) -> str:
     """Name of the network interface that leads to a host, or "" if it is unknown.
 
-    By default gloo uses the interface of this machine's own name, and NCCL the first one, such as that of a container
-    runtime. Peers often can reach neither.
+    By default gloo uses the interface of this machine's own name, and NCCL its first one. Peers often reach neither.
     """
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import DistBackendError, DistStoreError
 
 from datm_ray.core.training import Heartbeat
 from datm_ray.errors import ConfigError, PeerLostError
 from datm_ray.runtime.executor import WorkerRank
-from datm_ray.runtime.mesh import Alone, Mesh, _settings, open_mesh
+from datm_ray.runtime.mesh import Alone, Mesh, _peers_needed, _settings, open_mesh
 from tests.processes import side_by_side
 
 CPU = torch.device("cpu")
@@ -259,6 +260,34 @@ def test_a_process_joins_a_new_mesh_after_leaving_one() -> None:
         ):
             raise ConfigError("failed within")
     assert dict(os.environ) == environment
+
+
+def test_other_errors_in_a_sum_keep_their_name() -> None:
+    """An error in a sum is a lost peer's only if its message says so; a GPU's or a type's keeps its name."""
+    mesh = open_mesh(WorkerRank(0, 1, f"127.0.0.1:{free_port()}"), 1, 1, CPU, timeout=10.0)
+    with pytest.raises(RuntimeError, match="Invalid scalar type"), mesh as alone:
+        alone.sum_over_all(torch.zeros(2, dtype=torch.uint16))
+    own = (
+        torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"),
+        torch.AcceleratorError("CUDA error: the launch timed out and was terminated"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        DistBackendError("NCCL error in: x.cpp:7, unhandled cuda error\nLast error:\nCuda failure 'peer access'"),
+    )
+    peers = (
+        RuntimeError("[pair.cc:545] Read error [10.0.0.1]:27058: Connection reset by peer"),
+        RuntimeError("[pair.cc:561] Connection closed by peer [10.0.0.1]:62105"),
+        RuntimeError("[unbound_buffer.cc:78] Timed out waiting 4000ms for recv operation to complete"),
+        RuntimeError("[pair.cc:144] Application timeout caused pair closure"),
+        RuntimeError("Gloo connectFullMesh failed with [device.cc:252] no error"),
+        DistBackendError("NCCL communicator was aborted on rank 1."),
+        DistBackendError("NCCL error in: x.cpp:7, remote process exited or there was a network error"),
+        DistBackendError("Work WorkNCCL(SeqNum=7) timed out in blocking wait."),
+        DistStoreError("wait timeout after 2000ms, keys: /gpu of 1"),
+    )
+    for failure in (*own, *peers):
+        with pytest.raises(RuntimeError if failure in own else PeerLostError) as raised, _peers_needed(0, 2):
+            raise failure
+        assert (raised.value is failure) == (failure in own), failure
 
 
 def test_sums_use_the_interface_of_the_rendezvous_address(monkeypatch: pytest.MonkeyPatch) -> None:
