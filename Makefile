@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all test-versions docs lint type fmt check bench-cifar bench-experts bench-matching bench-metadd bench-own-images bench-plan bench-rounding bench-store fidelity gpu clean
+.PHONY: help install demo test test-slow test-all test-versions docs lint type fmt check bench-cifar bench-experts bench-matching bench-metadd bench-own-images bench-plan bench-rounding bench-scheduling bench-store fidelity gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -77,6 +77,9 @@ bench-plan: install  ## what `plan` says against short runs: time and memory
 
 bench-rounding: install  ## float32 error of the matching gradient over many problems
 	$(BIN)/python benchmarks/bench_rounding.py
+
+bench-scheduling: install  ## start-up, tasks, events and ranks on Ray, with workers that sleep
+	$(BIN)/python benchmarks/bench_scheduling.py
 
 bench-store: install  ## bytes on the wire and latency of reading two snapshots, local and S3
 	$(BIN)/python benchmarks/bench_store.py

@@ -174,12 +174,12 @@ def watch(watcher: Watcher, address: str, dashboard: str, picture: Path | None) 
     """Kill workers and query the metrics meanwhile. Returns whether all queries had data, and the report."""
     try:
         watcher.wait_for(lambda: watcher.seen["experts"] >= 6)
-        kill_an_actor("ExpertWorker", dashboard)
+        kill_an_actor("Worker", dashboard)
         watcher.wait_for(lambda: watcher.lost["experts"] >= 1)
         watcher.wait_for(lambda: watcher.seen["distillation"] >= 15)
         if picture is not None:
             screenshot(dashboard, picture)
-        kill_an_actor("DistillWorker", dashboard)
+        kill_an_actor("Worker", dashboard)
         watcher.wait_for(lambda: watcher.lost["distillation"] >= 1)
         watcher.wait_for(lambda: watcher.seen["evaluation"] >= 1)
         asked = check(address, *CONDITIONS, *FAULTS)

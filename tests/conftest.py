@@ -203,14 +203,17 @@ def ray_cluster() -> Iterator[Any]:
 
 
 @pytest.fixture(params=["serial", pytest.param("ray", marks=pytest.mark.ray)])
-def executor(request: pytest.FixtureRequest, tiny: RunConfig) -> Executor:
+def executor(request: pytest.FixtureRequest, tiny: RunConfig) -> Iterator[Executor]:
     """Both executors, so that a test with this fixture holds for either."""
     if request.param == "serial":
-        return SerialExecutor(tiny.cluster)
+        yield SerialExecutor(tiny.cluster)
+        return
     request.getfixturevalue("ray_cluster")
     from datm_ray.runtime.ray.executor import RayExecutor
 
-    return RayExecutor(tiny.cluster)
+    on_ray = RayExecutor(tiny.cluster)
+    yield on_ray
+    on_ray.close()  # its actors leave their CPUs to the next test
 
 
 # --- S3: a local server over HTTP, and an environment that leads to it as a user's would ---

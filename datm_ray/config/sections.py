@@ -498,7 +498,7 @@ class ClusterConfig(WorkerShape):
     shards: Count = 1
     """Workers per distillation, each with some of the classes."""
     experts_at_a_time: Count | None = None
-    """Experts trained at once per worker; null: fastest, up to 8."""
+    """Experts trained at once per worker; null: fastest, up to 8, fewer if workers would be idle. Affects rounding."""
     backbones_apart: bool = False
     """Give every network under `backbones` workers of its own."""
     auxiliaries_apart: bool = False
@@ -511,15 +511,16 @@ class ClusterConfig(WorkerShape):
     """Store maps channels-last: faster on CPUs, coarser rounding."""
     peer_timeout: Annotated[float, Field(ge=0.1, le=86_400)] = 300.0
     """Seconds without an answer before a worker is declared lost; must exceed one student step."""
-    wait_for_nodes: Annotated[float, Field(ge=0, le=7 * 86_400)] = 0.0
-    """Seconds to wait for free resources, at the start and after a loss (then at least 60); autoscaling needs
-    minutes."""
+    progress_timeout: Annotated[float, Field(ge=0.1, le=7 * 86_400)] = 3600.0
+    """Seconds without a step before a worker counts as stuck; later 20 times its slowest step if that is shorter."""
+    wait_for_nodes: Annotated[float, Field(ge=0, le=30 * 86_400)] | None = None
+    """Seconds to wait for free resources; null: without end where nodes start on demand, else 60."""
     wait_for_run: Annotated[float, Field(ge=0, le=7 * 86_400)] = 0.0
     """Seconds to wait for another command that works on the same run; 0 refuses at once."""
     checkpoint_seconds: Annotated[float, Field(gt=0, le=86_400)] = 60.0
     """Seconds after which a checkpoint is due before distill.checkpoint_every; longer where it would take over 5 %."""
     retries: Annotated[int, Field(ge=0)] = 3
-    """Restarts in a row, without progress, after lost workers."""
+    """Attempts after a lost worker that saved nothing new in between."""
     log_to: Literal["none", "tensorboard", "wandb"] = "none"
     """Curves beside Ray's metrics: tensorboard writes to <out>/tensorboard. Each is an extra, as in datm-ray[wandb]."""
     light: WorkerShape | None = None

@@ -6,12 +6,12 @@ executor decides where workers run and what happens when one is lost; results ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from datm_ray.errors import ClusterError
+from datm_ray.errors import ClusterError, WorkerLostError
 from datm_ray.runtime.stopping import Interrupted
 
 if TYPE_CHECKING:  # mesh imports this module, and needs no pydantic
@@ -99,7 +99,14 @@ class Note:
     text: str
 
 
-Event = Started | Phase | Progress | Stopped | Finished | Lost | Failed | Resized | Note
+@dataclass(frozen=True)
+class More:
+    """Further task that a task has made, which any free worker may run at the same time."""
+
+    task: Task
+
+
+Event = Started | Phase | Progress | Stopped | Finished | Lost | Failed | Resized | Note | More
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,12 @@ class Task:
     """Name of the stage: "experts", "distillation" or "evaluation"."""
     weight: float = 1.0
     """Expected work, above 0, in a unit that the tasks of a stage share."""
+    method: str = ""
+    """Method of the worker to call; "" for the method that the stage calls."""
+    memory: int = 0
+    """Memory to reserve for each worker, in bytes; 0 reserves none."""
+    is_light: bool = False
+    """True for a task that may run on the smaller workers of `cluster.light`."""
 
 
 @dataclass(frozen=True)
@@ -153,17 +166,18 @@ class Executor(Protocol):
         ...
 
     def run(
-        self, worker: Callable[..., Any], setup: tuple[Any, ...], method: str, tasks: Sequence[Task]
+        self, worker: Callable[..., Any], setup: tuple[Any, ...], method: str, tasks: list[Task]
     ) -> Iterator[tuple[Task, Event]]:
         """Run every task to its `Finished`, in any order and possibly in parallel.
 
-        After a task fails, no new task starts. Running tasks finish before the error is raised.
+        Tasks that the caller appends to the list meanwhile are run too. After an error of the input, no new task
+        starts, and running tasks finish before the error is raised.
 
         Args:
             worker: class, constructed as worker(*setup) in the process where it runs.
             setup: arguments of the constructor.
             method: name of the worker's generator method, called with each task's arguments.
-            tasks: tasks to run.
+            tasks: tasks to run, which may grow.
 
         Raises:
             DatmError: the worker raised it.
@@ -197,14 +211,14 @@ class SerialExecutor:
         return value
 
     def run(
-        self, worker: Callable[..., Any], setup: tuple[Any, ...], method: str, tasks: Sequence[Task]
+        self, worker: Callable[..., Any], setup: tuple[Any, ...], method: str, tasks: list[Task]
     ) -> Iterator[tuple[Task, Event]]:
         """Run the tasks one after another in this process, see `Executor.run`."""
         instance = worker(*setup) if tasks else None
         for task in tasks:
             yield task, Started()
             with explaining_memory(), _naming(task):
-                for event in getattr(instance, method)(*task.arguments):
+                for event in getattr(instance, task.method or method)(*task.arguments):
                     yield task, event
 
     def close(self) -> None:
@@ -222,13 +236,13 @@ def _naming(task: Task) -> Iterator[None]:
 
 @contextmanager
 def explaining_memory() -> Iterator[None]:
-    """Turn torch's error for exhausted GPU memory into a `ClusterError`."""
+    """Turn torch's error for exhausted GPU memory into a `WorkerLostError`: another GPU may have more that is free."""
     try:
         yield
     except RuntimeError as failure:
         if type(failure).__name__ != "OutOfMemoryError":  # by name: not every worker imports torch
             raise
-        raise ClusterError(
+        raise WorkerLostError(
             f"a worker's GPU is out of memory: {' '.join(str(failure).split())[:200]}",
             "other processes use the GPU too, or the recipe needs more memory than predicted",
             "limit a distilling worker with --memory, lower cluster.experts_at_a_time, or raise "

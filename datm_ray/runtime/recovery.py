@@ -1,10 +1,22 @@
-"""Decisions about lost workers and about nodes added or lost. Pure functions; the executor acts on them."""
+"""Decisions about lost and stuck workers. They know neither clocks nor clusters; executors act on them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import faulthandler
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from time import monotonic
+
+from datm_ray.runtime.executor import Event, Progress
+
+LONGEST_DELAY = 60.0
+"""Longest wait before another attempt, in seconds."""
+STEPS_OF_PATIENCE = 20
+"""Number of a task's longest steps so far that may pass without an event before its worker counts as stuck."""
+MARGIN = 30.0
+"""Seconds that a stuck worker has to end itself, before the driver ends it."""
 
 
 @dataclass(frozen=True)
@@ -14,49 +26,90 @@ class History:
     losses: int = 0
     """Number of attempts that ended because a worker was lost."""
     without_progress: int = 0
-    """Number of losses since the last attempt that got further than all before it, including its own."""
+    """Number of losses since the last attempt that saved more than all before it, including its own."""
     furthest: int = 0
-    """Highest `Progress.done` of all attempts."""
+    """Highest `Progress.done` that any attempt has saved."""
+    nodes: tuple[str, ...] = ()
+    """Nodes on which workers were lost since then."""
 
-    def after_loss(self, done: int) -> History:
-        """History with one more lost attempt, whose last `Progress.done` is `done`."""
-        further = done > self.furthest
+    def after_loss(self, saved: int, node: str = "") -> History:
+        """History with one more lost attempt.
+
+        Args:
+            saved: highest `Progress.done` that the attempt has saved; 0 if none.
+            node: node of the worker that was lost; "" if it is unknown.
+        """
+        further = saved > self.furthest
         return dataclasses.replace(
             self,
             losses=self.losses + 1,
             without_progress=1 if further else self.without_progress + 1,
-            furthest=max(done, self.furthest),
+            furthest=max(saved, self.furthest),
+            nodes=(*(() if further else self.nodes), *([node] if node else [])),
         )
 
     def gives_up(self, retries: int) -> bool:
-        """True if to stop retrying. A task that progresses between losses is never given up."""
+        """True if to stop retrying. A task that saves something between losses is never given up."""
         return self.without_progress > retries
+
+    @property
+    def delay(self) -> float:
+        """Seconds to wait before the next attempt, so that retries outlast a short outage: 0, 5, 25, then 60."""
+        return min(LONGEST_DELAY, 5.0 ** (self.without_progress - 1)) if self.without_progress > 1 else 0.0
 
 
 def size_for(sizes: Sequence[int], free: int) -> int | None:
-    """Largest group size, at most `free`, that can run the task; `None` if no size fits.
+    """Largest number of workers, at most `free`, that can run a task; `None` if no number fits.
 
     Args:
-        sizes: group sizes that can run the task.
-        free: workers for which there are free resources.
+        sizes: numbers of workers that can run the task.
+        free: workers for which there are resources.
     """
     return max((size for size in sizes if size <= free), default=None)
 
 
-def grown(sizes: Sequence[int], size: int, capacity: int, busy: int, free: int) -> int | None:
-    """Larger group size that a task should resume with, or `None` if it should keep its workers.
+@dataclass
+class Patience:
+    """How long a worker may go without an event.
 
-    Args:
-        sizes: group sizes that can run the task.
-        size: workers that run the task now.
-        capacity: workers that the cluster can hold in all.
-        busy: workers that run any task, including this one.
-        free: further workers for which there are free resources.
+    Before its third step that is `longest`. Later it is 20 times its longest step, but at least `shortest` and at most
+    `longest`.
     """
-    better = size_for(sizes, min(capacity - (busy - size), size + free))
-    return better if better is not None and better > size else None
+
+    shortest: float = 0.0
+    longest: float = 0.0
+    steps: int = 0
+    """Number of steps so far."""
+    slowest: float = 0.0
+    """Duration of the longest step so far, in seconds."""
+
+    def take(self, event: Event, seconds: float) -> None:
+        """Learn from an event that came so many seconds after the one before it."""
+        if isinstance(event, Progress):
+            self.steps, self.slowest = self.steps + 1, max(self.slowest, seconds)
+
+    @property
+    def limit(self) -> float:
+        """Seconds until the next event after which the worker counts as stuck."""
+        if self.steps < 3:
+            return self.longest
+        return min(self.longest, max(self.shortest, STEPS_OF_PATIENCE * self.slowest))
 
 
-def is_silent(sent: float | None, now: float, limit: float) -> bool:
-    """True if a heartbeat requested at `sent` is late by more than `limit`, in seconds; `sent=None` never is."""
-    return sent is not None and now - sent > limit
+def watched(events: Iterable[Event], patience: Patience) -> Iterator[Event]:
+    """Pass the events of a worker on, and end its process with a dump of its stacks if the next one is overdue.
+
+    The dump goes to standard error, which is the worker's log on Ray. The timer needs no Python code to run, so it also
+    ends a process that is stuck in a system call or in a library.
+    """
+    last = monotonic()
+    try:
+        faulthandler.dump_traceback_later(patience.limit, exit=True, file=sys.__stderr__ or sys.stderr)
+        for event in events:
+            now = monotonic()
+            patience.take(event, now - last)
+            last = now
+            yield event
+            faulthandler.dump_traceback_later(patience.limit, exit=True, file=sys.__stderr__ or sys.stderr)
+    finally:
+        faulthandler.cancel_dump_traceback_later()

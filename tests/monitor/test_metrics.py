@@ -238,15 +238,15 @@ def test_ray_gets_the_metrics_of_events(ray_cluster: Any, monkeypatch: pytest.Mo
     executor = create_executor("ray", ClusterConfig(workers=1))
     events = executor.run(Measurer, (), "work", tasks)
     tags = {"run": "a run", "stage": "distillation"}
-    assert [next(events)[1] for _ in range(2)] == [Phase("starting 1 worker"), Started()]
+    assert [next(events)[1] for _ in range(2)] == [Phase("starting workers"), Started()]
     next(events)
     loss = ("Gauge", metrics[0], 2.0, {**tags, "task": metrics[0]})
     assert exported.count(loss) == 1
-    executor._metrics.refresh()
+    executor.metrics.refresh()
     assert exported.count(loss) == 2
     list(events)
     assert exported.count(("Counter", BYTES, 2.0, tags)) == 2
     assert exported.count(("Histogram", metrics[2], 2.0, tags)) == 1
     assert ("Gauge", "datm_ray_workers_wanted", 1.0, {"stage": "distillation"}) in exported
-    executor._metrics.close()
-    assert not executor._metrics._thread.is_alive()
+    executor.metrics.close()
+    assert not executor.metrics._thread.is_alive()

@@ -6,8 +6,10 @@ It lives in a process of its own, so that it does not meet the cluster that othe
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -37,9 +39,13 @@ cluster.shutdown()
 class Nodes:
     """A head without CPUs, and nodes of one CPU each, by name."""
 
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        self._environment = {**os.environ, **(environment or {})}
+
     def __enter__(self) -> Nodes:
         self._process = subprocess.Popen(
             [sys.executable, "-c", SCRIPT],
+            env=self._environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import itertools
 import os
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,21 @@ from datm_ray.runtime.executor import (
     Task,
 )
 from tests.runtime.workers import Adder, Idler, Looker, Neighbour, Saver, Slow, Squarer, Warner
+
+OPEN: list[Executor] = []
+
+
+def on_ray(cluster: ClusterConfig) -> Executor:
+    """Executor on Ray that is closed after the test, so that its actors leave their CPUs to the next one."""
+    OPEN.append(create_executor("ray", cluster))
+    return OPEN[-1]
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    while OPEN:
+        OPEN.pop().close()
 
 
 def added(executor: Executor, tasks: list[Task], folder: Path | str = "") -> dict[str, list[Any]]:
@@ -79,7 +94,7 @@ def test_expected_errors_reach_the_caller_as_they_were_raised(executor: Executor
 @pytest.mark.ray
 def test_killed_workers_cost_one_attempt_each(ray_cluster: Any, tmp_path: Path) -> None:
     """Killing every task's first worker is reported, and every task still finishes."""
-    events = results(create_executor("ray", ClusterConfig()), str(tmp_path), count=3)
+    events = results(on_ray(ClusterConfig()), str(tmp_path), count=3)
     for index, task_events in enumerate(events.values()):
         assert [event.attempt for event in task_events if isinstance(event, Lost)] == [1]
         assert task_events[-1] == Finished(index**2)
@@ -89,7 +104,7 @@ def test_killed_workers_cost_one_attempt_each(ray_cluster: Any, tmp_path: Path) 
 def test_a_task_that_always_kills_its_worker_is_given_up(ray_cluster: Any) -> None:
     """A task that always kills its worker is one clear error after the policy's retries."""
     with pytest.raises(WorkerLostError, match="lost its worker 2 times"):
-        results(create_executor("ray", ClusterConfig(retries=1)), method="always_die", count=1)
+        results(on_ray(ClusterConfig(retries=1)), method="always_die", count=1)
 
 
 @pytest.mark.ray
@@ -97,7 +112,7 @@ def test_a_task_that_always_kills_its_worker_is_given_up(ray_cluster: Any) -> No
 def test_more_than_the_cluster_has_is_refused_before_anything_starts(ray_cluster: Any, wish: dict[str, Any]) -> None:
     """Workers that can never be placed are an error before anything starts."""
     with pytest.raises(ClusterError, match="the cluster has 2 CPU"):
-        create_executor("ray", ClusterConfig(**wish))
+        on_ray(ClusterConfig(**wish))
 
 
 def test_a_task_for_several_workers_is_done_alone_where_there_is_one_process() -> None:
@@ -111,7 +126,7 @@ def test_a_task_for_several_workers_is_done_alone_where_there_is_one_process() -
 def test_tasks_of_several_workers_and_of_one_take_turns(ray_cluster: Any) -> None:
     """Three tasks for pairs and one for a single worker all finish, and pairs are reused."""
     tasks = [Task("a", (1.0, 2), 2), Task("b", (2.0, 2), 2), Task("c", (3.0, 1)), Task("d", (4.0, 2), 2)]
-    events = added(create_executor("ray", ClusterConfig()), tasks)
+    events = added(on_ray(ClusterConfig()), tasks)
     assert all(isinstance(task_events[0], Started) for task_events in events.values())
     progress = {name: [(event.done, event.total) for event in found[1:-1]] for name, found in events.items()}
     assert progress == {name: [(0, size), (size, size)] for name, size in zip("abcd", (2, 2, 1, 2), strict=True)}
@@ -124,7 +139,7 @@ def test_tasks_of_several_workers_and_of_one_take_turns(ray_cluster: Any) -> Non
 @pytest.mark.ray
 def test_the_loss_of_one_of_several_workers_costs_an_attempt_of_all(ray_cluster: Any, tmp_path: Path) -> None:
     """The killed worker alone is reported, not its waiting peers, and the task finishes."""
-    events = added(create_executor("ray", ClusterConfig()), [Task("sum", (1.0, 2, "die once"), 2)], tmp_path)["sum"]
+    events = added(on_ray(ClusterConfig()), [Task("sum", (1.0, 2, "die once"), 2)], tmp_path)["sum"]
     (lost,) = [event for event in events if isinstance(event, Lost)]
     assert lost.attempt == 1
     assert "exit" in lost.reason
@@ -135,7 +150,7 @@ def test_the_loss_of_one_of_several_workers_costs_an_attempt_of_all(ray_cluster:
 @pytest.mark.ray
 def test_several_workers_with_one_that_always_dies_are_given_up(ray_cluster: Any, tmp_path: Path) -> None:
     """A group whose one worker always dies is one clear error in the end."""
-    executor = create_executor("ray", ClusterConfig(retries=1))
+    executor = on_ray(ClusterConfig(retries=1))
     with pytest.raises(WorkerLostError, match=r"sum lost its worker 2 times without .* last reason: Worker"):
         added(executor, [Task("sum", (1.0, 2, "die"), 2)], tmp_path)
 
@@ -144,14 +159,14 @@ def test_several_workers_with_one_that_always_dies_are_given_up(ray_cluster: Any
 def test_expected_error_in_the_setup_of_several_workers_reaches_the_caller(ray_cluster: Any) -> None:
     """An expected error in a setup reaches the caller before the workers connect."""
     with pytest.raises(ConfigError, match="the setup is wrong"):
-        added(create_executor("ray", ClusterConfig()), [Task("sum", (1.0, 2), 2)], "no folder")
+        added(on_ray(ClusterConfig()), [Task("sum", (1.0, 2), 2)], "no folder")
 
 
 @pytest.mark.ray
 def test_expected_error_of_any_of_several_workers_reaches_the_caller(ray_cluster: Any) -> None:
     """One worker's expected error precedes its peers' loss, and costs no attempt."""
     with pytest.raises(ConfigError, match="one of them failed"):
-        added(create_executor("ray", ClusterConfig()), [Task("sum", (1.0, 2, "raise"), 2)])
+        added(on_ray(ClusterConfig()), [Task("sum", (1.0, 2, "raise"), 2)])
 
 
 @pytest.mark.slow
@@ -161,23 +176,28 @@ def test_what_runs_beside_a_task_that_fails_is_finished(ray_cluster: Any) -> Non
     tasks = [Task("fails", (1.0, 1, "raise")), Task("runs", (1.0, 1, "wait")), Task("waits", (1.0, 1))]
     logged: list[tuple[Task, Any]] = []
     with pytest.raises(ConfigError, match="one of them failed"):
-        logged.extend(create_executor("ray", ClusterConfig(workers=2)).run(Adder, (), "add", tasks))
+        logged.extend(on_ray(ClusterConfig(workers=2)).run(Adder, (), "add", tasks))
     events = {task.name: event for task, event in logged}  # the last of each
     assert events["fails"] == Failed("one of them failed.", 1)
     assert isinstance(events["runs"], Finished)
     assert "waits" not in events
 
 
-def test_a_gpu_without_memory_is_one_line(executor: Executor) -> None:
-    """A GPU out of memory is one line with a remedy, serially and on Ray."""
-    with pytest.raises(ClusterError, match=r"out of memory: CUDA out of memory. Tried .* --memory"):
+@pytest.mark.parametrize("name", ["serial", pytest.param("ray", marks=pytest.mark.ray)])
+def test_a_gpu_without_memory_is_one_line(name: str, request: pytest.FixtureRequest) -> None:
+    """A GPU out of memory is one line with a remedy; on Ray after attempts on other workers."""
+    if name == "ray":
+        request.getfixturevalue("ray_cluster")
+    cluster = ClusterConfig(retries=0)
+    executor = on_ray(cluster) if name == "ray" else SerialExecutor(cluster)
+    with pytest.raises(WorkerLostError, match=r"out of memory: CUDA out of memory. Tried .* --memory"):
         added(executor, [Task("sum", (1.0, 1, "no memory"))])
 
 
 @pytest.mark.ray
 def test_several_workers_leave_when_nobody_wants_the_rest(ray_cluster: Any) -> None:
     """A caller that stops half way leaves no actors and no placement group."""
-    events = create_executor("ray", ClusterConfig()).run(Adder, (), "add", [Task("sum", (1.0, 2), 2)])
+    events = on_ray(ClusterConfig()).run(Adder, (), "add", [Task("sum", (1.0, 2), 2)])
     next(iter(events))
     del events
     end = time.monotonic() + 30
@@ -190,45 +210,150 @@ def test_several_workers_leave_when_nobody_wants_the_rest(ray_cluster: Any) -> N
 @pytest.mark.ray
 def test_a_task_for_more_workers_than_there_are_is_refused(ray_cluster: Any) -> None:
     """A task for too many workers is refused before another starts, with the setting to change."""
-    with pytest.raises(
-        ClusterError, match=r"sum needs 3 workers at the same time, but the cluster can hold 2\. The number is"
-    ):
-        added(create_executor("ray", ClusterConfig()), [Task("first", (1.0, 1)), Task("sum", (1.0, 3), 3)])
+    with pytest.raises(ClusterError, match=r"sum: 3 workers with 1 CPU.* do not fit: the cluster has 2 CPU"):
+        added(on_ray(ClusterConfig()), [Task("first", (1.0, 1)), Task("sum", (1.0, 3), 3)])
 
 
 @pytest.mark.ray
-def test_waiting_for_free_resources_has_a_limit(ray_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waiting for resources that another job holds ends after the time allowed."""
-    monkeypatch.setattr("datm_ray.runtime.ray.executor.PLACEMENT_TIMEOUT", 3.0)
-    monkeypatch.setattr("datm_ray.runtime.ray.executor.WAIT_LOG_DELAY", 0.5)
+def test_a_store_that_does_not_answer_a_worker_is_reported(
+    ray_cluster: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """The terminal has one line for two workers that wait for one store; the log has both, with names."""
+    monkeypatch.setattr("datm_ray.runtime.ray.executor.CHECK_INTERVAL", 0.2)
+    executor = on_ray(ClusterConfig())
+    logs.show(0)
+    with logs.writing([str(tmp_path)]):
+        for _, event in executor.run(Warner, (), "wait", [Task("one", ()), Task("two", ())]):
+            if isinstance(event, Finished):
+                assert "does not answer" in (tmp_path / "log.txt").read_text()
+    message = "s3://bucket does not answer (it is down); trying again"
+    assert capsys.readouterr().err.splitlines() == [message]
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [line.partition("  ")[2] for line in lines] == [message] * 2
+    with logs.writing([str(tmp_path)]), pytest.raises(ConfigError):
+        list(executor.run(Warner, (), "fail", [Task("three", ())]))
+    assert (tmp_path / "log.txt").read_text().rstrip().endswith("  about to fail")
+    assert len({re.search(r" WARNING \S+ (Worker/\d+)  ", line)[1] for line in lines}) == 2  # type: ignore[index]
+
+
+@pytest.mark.ray
+def test_idle_workers_that_died_cost_no_attempt(ray_cluster: Any, tmp_path: Path) -> None:
+    """Idle workers that died with a lost node cost no attempt of the task."""
+    executor = on_ray(ClusterConfig(retries=1))
+    tasks = [Task("quick", ("quick",)), Task("long", ("long",))]
+    events: list[tuple[str, Any]] = []
+    for task, event in executor.run(Neighbour, (str(tmp_path),), "work", tasks):
+        if isinstance(event, Finished) and task.name == "quick":
+            (tmp_path / "quick is done").touch()
+        events.append((task.name, event))
+    lost = [event for name, event in events if isinstance(event, Lost)]
+    assert [event.attempt for event in lost] == [1]
+    assert events[-1] == ("long", Finished("done"))
+
+
+@pytest.mark.ray
+def test_a_wait_for_free_resources_is_reported_and_has_a_limit(
+    ray_cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wait for resources that another job holds is reported, and ends after the time allowed."""
+    monkeypatch.setattr("datm_ray.runtime.ray.executor.WAIT_INTERVAL", 1.0)
     logged: list[tuple[Task, Any]] = []
-    other = ray_cluster.remote(num_cpus=1)(Idler).remote()
-    ray_cluster.get(other.here.remote())
+    others = [ray_cluster.remote(num_cpus=1)(Idler).remote() for _ in range(2)]
+    ray_cluster.get([other.here.remote() for other in others])
+    work = on_ray(ClusterConfig(wait_for_nodes=3.0)).run(Adder, (), "add", [Task("sum", (1.0, 1))])
     try:
-        with pytest.raises(ClusterError, match=r"2 workers did not become free within 3 s.*Other jobs use"):
-            logged.extend(
-                create_executor("ray", ClusterConfig(peer_timeout=3.0)).run(
-                    Adder, (), "add", [Task("sum", (1.0, 2), 2)]
-                )
-            )
+        with pytest.raises(ClusterError, match=r"1 worker did not become free within 3 s.*Other jobs use"):
+            logged.extend(work)
     finally:
-        ray_cluster.kill(other)
-    (event,) = (event for _, event in logged)
-    assert event == Note("waiting up to 3 s for 2 free workers (in use by other jobs)")
+        for other in others:
+            ray_cluster.kill(other)
+    phase, *notes = [event for _, event in logged]
+    assert phase == Phase("starting workers")
+    assert len(notes) in (2, 3)
+    for note in notes:
+        assert re.fullmatch(r"waiting for 1 worker for \d s: 1 node can hold 2, if nobody else uses them", note.text)
 
 
 @pytest.mark.ray
-def test_reserved_resources_are_observed_at_every_check(ray_cluster: Any) -> None:
-    """Reserved resources are found at every check, also when the cluster is slow to answer."""
-    from datm_ray.runtime.ray.worker_groups import WorkerGroup
+@pytest.mark.parametrize("trap", ["freeze_once", "sleep_once", "sleep in the setup"])
+def test_a_worker_that_is_stuck_is_found(
+    ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trap: str
+) -> None:
+    """A worker that takes no step is lost, and another gets its task, also if its process cannot end itself."""
+    monkeypatch.setattr("datm_ray.runtime.ray.executor.CHECK_INTERVAL", 0.2)
+    monkeypatch.setattr("datm_ray.runtime.ray.executor.MARGIN", 1.0 if trap == "freeze_once" else 20.0)
+    executor = on_ray(ClusterConfig(peer_timeout=0.2, progress_timeout=2.0))
+    worker, method = (Slow, "work") if trap == "sleep in the setup" else (Saver, trap)
+    events = [event for _, event in executor.run(worker, (str(tmp_path),), method, [Task("stuck", ())])]
+    (lost,) = [event for event in events if isinstance(event, Lost)]
+    ending = "and no answer" if trap == "freeze_once" else "its log in Ray's dashboard says where it was stuck"
+    assert re.fullmatch(rf"no step for \d+ s[,;] {ending}", lost.reason)
+    assert isinstance(events[-1], Finished)
 
-    group = WorkerGroup.reserve(1, ClusterConfig())
-    try:
-        assert group.placement.wait(30)
-        assert all(group.is_placed() for _ in range(200))
-    finally:
-        group.stop()
-    assert not group.is_placed()
+
+class BrokenOnce:
+    """A worker whose first attempts fail as nobody expects."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = Path(folder)
+
+    def work(self, failures: int) -> Iterator[Progress | Finished]:
+        yield Progress(1, 2)
+        marks = len(list(self._folder.iterdir()))
+        if marks < failures:
+            (self._folder / str(marks)).touch()
+            raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be ...")
+        yield Finished("done")
+
+
+@pytest.mark.ray
+def test_an_error_that_nobody_expects_costs_an_attempt(ray_cluster: Any, tmp_path: Path) -> None:
+    """A CUDA error is a loss; a task that always has one is given up after all others, with the error's words."""
+    executor = on_ray(ClusterConfig(retries=1))
+    tasks = [Task("broken", (99,)), *(Task(f"task {number}", (1,)) for number in range(3))]
+    events: list[tuple[str, Any]] = []
+    with pytest.raises(WorkerLostError, match=r"broken lost its worker 2 times .* CUDA error: uncorrectable ECC error"):
+        events.extend((task.name, event) for task, event in executor.run(BrokenOnce, (str(tmp_path),), "work", tasks))
+    finished = [name for name, event in events if isinstance(event, Finished)]
+    assert sorted(finished) == ["task 0", "task 1", "task 2"]
+    lost = [event.reason for _, event in events if isinstance(event, Lost)]
+    assert set(lost) == {"RuntimeError: CUDA error: uncorrectable ECC error encountered"}
+
+
+@pytest.mark.ray
+def test_tasks_that_are_added_meanwhile_are_run(executor: Executor) -> None:
+    """Tasks that the caller appends while a stage runs are run too, serially and on Ray."""
+    tasks = [Task("first", (0,))]
+    done = []
+    for task, event in executor.run(Squarer, (executor.share(np.arange(9)),), "square", tasks):
+        if isinstance(event, Finished):
+            done.append((task.name, event.result))
+            tasks += [Task(f"task {len(tasks)}", (len(tasks),))] if len(tasks) < 4 else []
+    assert done == [("first", 0), ("task 1", 1), ("task 2", 4), ("task 3", 9)]
+
+
+def test_nodes_that_start_on_demand_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too few workers are refused, unless an autoscaler can start nodes for them or the recipe says to wait."""
+    ray = pytest.importorskip("ray")
+    from datm_ray.runtime.ray import cluster as ray_cluster
+
+    monkeypatch.setattr(ray, "nodes", list)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 0.0})
+    with pytest.raises(ClusterError, match=r"4 workers .* do not fit: the cluster has 0 CPU"):
+        ray_cluster.Nodes(ClusterConfig()).require(4)
+    assert ray_cluster.Nodes(ClusterConfig()).patience == ray_cluster.SHORT_WAIT
+    ray_cluster.Nodes(ClusterConfig(wait_for_nodes=600.0)).require(4)
+    monkeypatch.setattr(ray_cluster, "autoscaled_resources", lambda: {"CPU": 64.0, "GPU": 8.0})
+    nodes = ray_cluster.Nodes(ClusterConfig())
+    nodes.require(4)
+    assert nodes.patience == float("inf")
+    assert nodes.planned() == (1, 1)
+    assert ray_cluster.with_gpus(ClusterConfig()).gpus_per_worker == 1.0
+    with pytest.raises(ClusterError, match="do not fit"):
+        ray_cluster.Nodes(ClusterConfig(gpus_per_worker=16.0)).require(1)
 
 
 @pytest.mark.slow
@@ -237,12 +362,11 @@ def test_a_task_makes_do_with_fewer_workers_and_grows_when_it_has_saved(
     ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A task starts with fewer workers, grows after saving once another job ends, and counts nothing twice."""
-    monkeypatch.setattr("datm_ray.runtime.ray.executor.PLACEMENT_TIMEOUT", 6.0)
-    monkeypatch.setattr("datm_ray.runtime.ray.executor.GROWTH_PAUSE", 0.0)
+    monkeypatch.setattr("datm_ray.runtime.ray.executor.SHORT_WAIT", 3.0)
     other = ray_cluster.remote(num_cpus=1)(Idler).remote()
     ray_cluster.get(other.here.remote())
     events = []
-    executor = create_executor("ray", ClusterConfig(peer_timeout=2.0))
+    executor = on_ray(ClusterConfig(peer_timeout=2.0))
     try:
         # A second worker takes long to start on a busy machine.
         for _, event in executor.run(Saver, (str(tmp_path),), "count", [Task("count", (1000,), 2, fewer=(1,))]):
@@ -260,173 +384,25 @@ def test_a_task_makes_do_with_fewer_workers_and_grows_when_it_has_saved(
     assert (sizes[0], sizes[-1]) == (1.0, 2.0)
 
 
-@pytest.mark.ray
-def test_a_store_that_does_not_answer_a_worker_is_reported(
-    ray_cluster: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-) -> None:
-    """The terminal has one line for two workers that wait for one store; the log has both, with names."""
-    monkeypatch.setattr("datm_ray.runtime.ray.executor.HEARTBEAT_INTERVAL", 0.2)
-    monkeypatch.setattr("datm_ray.runtime.ray.executor.EVENT_INTERVAL", 0.2)
-    executor = create_executor("ray", ClusterConfig())
-    logs.show(0)
-    with logs.writing([str(tmp_path)]):
-        for _, event in executor.run(Warner, (), "wait", [Task("one", ()), Task("two", ())]):
-            if isinstance(event, Finished):
-                assert "does not answer" in (tmp_path / "log.txt").read_text()
-    message = "s3://bucket does not answer (it is down); trying again"
-    assert capsys.readouterr().err.splitlines() == [message]
-    lines = (tmp_path / "log.txt").read_text().splitlines()
-    assert [line.partition("  ")[2] for line in lines] == [message] * 2
-    with logs.writing([str(tmp_path)]), pytest.raises(ConfigError):
-        list(executor.run(Warner, (), "fail", [Task("three", ())]))
-    assert (tmp_path / "log.txt").read_text().rstrip().endswith("  about to fail")
-    assert len({re.search(r" WARNING \S+ (Warner/0/\d+)  ", line)[1] for line in lines}) == 2  # type: ignore[index]
-
-
-@pytest.mark.ray
-def test_a_worker_that_hangs_is_found_by_its_heartbeat(
-    ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """A worker whose process exists but does not respond is lost, and another gets its task."""
-    monkeypatch.setattr("datm_ray.runtime.ray.executor.HEARTBEAT_INTERVAL", 0.5)
-    monkeypatch.setattr("datm_ray.runtime.ray.executor.EVENT_INTERVAL", 0.5)
-    monkeypatch.setattr("datm_ray.runtime.ray.worker_groups.SHORTEST_SILENCE", 2.0)
-    executor = create_executor("ray", ClusterConfig(peer_timeout=2.0))
-    events = [event for _, event in executor.run(Saver, (str(tmp_path),), "freeze_once", [Task("freeze", ())])]
-    (lost,) = [event for event in events if isinstance(event, Lost)]
-    assert "no heartbeat for" in lost.reason
-    assert isinstance(events[-1], Finished)
-
-
-@pytest.mark.ray
-@pytest.mark.parametrize("come_back", [True, False])
-def test_when_all_nodes_are_lost_new_ones_are_awaited(
-    ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, come_back: bool
-) -> None:
-    """Losing all nodes is reported and waited for; after the time allowed it is one error."""
-    from datm_ray.runtime.ray.cluster import ClusterNodes
-
-    monkeypatch.setattr("datm_ray.runtime.ray.executor.PLACEMENT_TIMEOUT", 60.0 if come_back else 2.0)
-    executor = create_executor("ray", ClusterConfig(peer_timeout=1.0))
-    there, checks = ClusterNodes.fits, itertools.count()
-
-    def fits(nodes: ClusterNodes) -> list[int]:
-        return there(nodes) if come_back and next(checks) > 6 else []
-
-    monkeypatch.setattr(ClusterNodes, "fits", fits)
-    events: list[Any] = []
-    work = executor.run(Squarer, (np.arange(3),), "square", [Task("square", (2,))])
-    if come_back:
-        events += [event for _, event in work]
-        assert events[-1] == Finished(4)
-    else:
-        with pytest.raises(ClusterError, match=r"1 worker did not .*0 nodes.*Nodes were lost"):
-            events += (event for _, event in work)
-    notes = [event.text for event in events if isinstance(event, Note)]
-    assert notes == ["waiting for nodes: needs 1 worker, the cluster can hold 0"]
-
-
-@pytest.mark.parametrize("patience", [0.0, 60.0])
-def test_nodes_on_demand_are_requested_and_awaited(monkeypatch: pytest.MonkeyPatch, patience: float) -> None:
-    """Nodes on demand are requested and waited for only if the recipe sets a time; else too few are refused."""
-    ray = pytest.importorskip("ray")
-    from datm_ray.runtime.ray import cluster as ray_cluster
-
-    node = {"Alive": True, "Resources": {"CPU": 2.0}}
-    checks = iter([[], [node], [node, node]])
-    asked: list[int] = []
-    monkeypatch.setattr(ray_cluster, "CHECK_INTERVAL", 0.01)
-    monkeypatch.setattr(ray, "nodes", lambda: next(checks))
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 0.0})
-    monkeypatch.setattr(ray_cluster, "request_resources", lambda bundles: asked.append(len(bundles)))
-    nodes = ray_cluster.ClusterNodes(ClusterConfig(workers=4, wait_for_nodes=patience))
-    if patience:
-        assert nodes.require() == (4, 2)
-        assert asked == [4]
-    else:
-        with pytest.raises(ClusterError, match=r"4 workers .* do not fit: the cluster has 0 CPU"):
-            nodes.require()
-        assert asked == []
-
-
-@pytest.mark.parametrize("workers", [None, 4])
-def test_a_request_to_an_autoscaler_only_grows(monkeypatch: pytest.MonkeyPatch, workers: int | None) -> None:
-    """A run's request to an autoscaler never shrinks, also after losses."""
-    pytest.importorskip("ray")
-    from datm_ray.runtime.ray import cluster as ray_cluster
-
-    asked: list[int] = []
-    monkeypatch.setattr(ray_cluster, "request_resources", lambda bundles: asked.append(len(bundles)))
-    nodes = ray_cluster.ClusterNodes(ClusterConfig(workers=workers))
-    for wanted in (2, 1, 3):
-        nodes.request(wanted)
-    assert asked == ([4] if workers else [2, 3])
-
-
-def test_a_stage_holds_no_nodes_that_it_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stage releases nodes that it cannot use, and the next one requests them again."""
-    pytest.importorskip("ray")
-    from datm_ray.runtime.ray import cluster as ray_cluster
-
-    asked: list[int] = []
-    monkeypatch.setattr(ray_cluster, "request_resources", lambda bundles: asked.append(len(bundles)))
-    nodes = ray_cluster.ClusterNodes(ClusterConfig(workers=4))
-    nodes.limit_to(13)
-    assert asked == [], "a cluster that was never asked to grow is left alone"
-    nodes.request(4)
-    nodes.limit_to(1)
-    nodes.request(1)  # after a loss
-    nodes.limit_to(32)
-    nodes.release()
-    assert asked == [4, 1, 4, 0]
-
-
-@pytest.mark.ray
-def test_a_failed_start_takes_its_request_for_nodes_back(ray_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failed start takes its request for nodes back."""
-    from datm_ray.runtime.ray import cluster as module
-
-    asked: list[int] = []
-    monkeypatch.setattr(module, "request_resources", lambda bundles: asked.append(len(bundles)))
-    with pytest.raises(ClusterError, match=r"99 workers .* do not fit"):
-        create_executor("ray", ClusterConfig(workers=99, wait_for_nodes=0.5))
-    assert asked == [99, 0]
-
-
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_worker_that_is_never_set_up_is_found(
-    ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """A worker whose constructor hangs is found though it cannot answer."""
-    monkeypatch.setattr("datm_ray.runtime.ray.executor.HEARTBEAT_INTERVAL", 0.5)
-    monkeypatch.setattr("datm_ray.runtime.ray.executor.EVENT_INTERVAL", 0.5)
-    monkeypatch.setattr(
-        "datm_ray.runtime.ray.worker_groups.LONGEST_START", 12.0
-    )  # setups of other tests take seconds on a busy machine
-    executor = create_executor("ray", ClusterConfig(peer_timeout=2.0))
-    events = [event for _, event in executor.run(Slow, (str(tmp_path),), "work", [Task("slow", ())])]
-    events = [event for event in events if not isinstance(event, Phase)]
-    assert [type(event) for event in events] == [Started, Lost, Started, Finished]
-    assert "no heartbeat for" in events[1].reason
-
-
-@pytest.mark.ray
-def test_idle_workers_that_died_cost_no_attempt(ray_cluster: Any, tmp_path: Path) -> None:
-    """Idle workers that died with a lost node cost no attempt of the task."""
-    executor = create_executor("ray", ClusterConfig(retries=1))
-    tasks = [Task("quick", ("quick",)), Task("long", ("long",))]
-    events: list[tuple[str, Any]] = []
-    for task, event in executor.run(Neighbour, (str(tmp_path),), "work", tasks):
-        if isinstance(event, Finished) and task.name == "quick":
-            (tmp_path / "quick is done").touch()
-        events.append((task.name, event))
-    lost = [event for name, event in events if isinstance(event, Lost)]
-    assert [event.attempt for event in lost] == [1]
-    assert events[-1] == ("long", Finished("done"))
+def test_a_task_too_large_for_fewer_workers_waits_for_more(ray_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task that two workers can hold and one cannot waits after a loss, and is not refused."""
+    monkeypatch.setattr("datm_ray.runtime.ray.executor.SHORT_WAIT", 2.0)
+    monkeypatch.setattr("datm_ray.runtime.ray.executor.WAIT_INTERVAL", 4.0)
+    other = ray_cluster.remote(num_cpus=1)(Idler).remote()
+    ray_cluster.get(other.here.remote())
+    executor = on_ray(ClusterConfig(peer_timeout=1.0, wait_for_nodes=5.0))
+    logged: list[tuple[Task, Any]] = []
+    try:
+        with pytest.raises(ClusterError, match="2 workers did not become free"):
+            logged.extend(executor.run(Adder, (), "add", [Task("sum", (1.0, 1, "too few"), 2, (1,))]))
+    finally:
+        ray_cluster.kill(other)
+    notes = [event.text for _, event in logged if isinstance(event, Note)]
+    first = notes.index("2 workers did not become free; trying with fewer")
+    assert notes[first + 1] == "waiting for nodes: 1 worker cannot run it: it does not fit."
+    assert re.fullmatch(r"waiting for 2 workers for \d s: 1 node can hold 2.*", notes[first + 2])
 
 
 @pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "http"])
@@ -531,21 +507,6 @@ def test_another_version_on_the_cluster_is_one_line(monkeypatch: pytest.MonkeyPa
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_request_to_an_autoscaler_is_withdrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run's request to an autoscaler is withdrawn at its end, so that idle nodes stop."""
-    pytest.importorskip("ray")
-    from datm_ray.runtime.ray import cluster as ray_cluster
-
-    asked: list[list[dict[str, float]]] = []
-    monkeypatch.setattr(ray_cluster, "request_resources", lambda bundles: asked.append(bundles))
-    nodes = ray_cluster.ClusterNodes(ClusterConfig(threads_per_worker=2, gpus_per_worker=0.5))
-    nodes.release()
-    assert asked == []
-    nodes.request(3)
-    nodes.release()
-    assert asked == [[{"CPU": 2.0, "GPU": 0.5}] * 3, []]
-
-
 @pytest.mark.parametrize(
     ("resources", "wish", "count"),
     [
@@ -604,8 +565,8 @@ def test_what_needs_a_gpu_is_refused_on_a_cluster_without(
 @pytest.mark.ray
 def test_a_worker_that_was_given_no_gpu_sees_none(ray_cluster: Any) -> None:
     """A worker without a GPU sees none in any version of Ray."""
-    events = [event for _, event in create_executor("ray", ClusterConfig()).run(Looker, (), "look", [Task("look", ())])]
-    assert events == [Phase("starting 1 worker"), Started(), Finished("")]
+    events = [event for _, event in on_ray(ClusterConfig()).run(Looker, (), "look", [Task("look", ())])]
+    assert events == [Phase("starting workers"), Started(), Finished("")]
 
 
 def test_no_gpus_per_worker_means_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -632,25 +593,6 @@ def test_products_are_not_rounded_on_gpus_unless_asked_for(monkeypatch: pytest.M
         matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
-@pytest.mark.slow
-@pytest.mark.ray
-def test_a_task_too_large_for_fewer_workers_waits_for_more(ray_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A task that two workers can hold and one cannot waits after a loss, and is not refused."""
-    from datm_ray.runtime.ray import executor as ray_executor
-
-    monkeypatch.setattr(ray_executor, "PLACEMENT_TIMEOUT", 10.0)
-    executor = create_executor("ray", ClusterConfig(peer_timeout=1.0))
-    monkeypatch.setattr(executor._nodes, "fits", lambda: [1])  # type: ignore[attr-defined]
-    executor.workers = 2
-    logged: list[tuple[Task, Any]] = []
-    with pytest.raises(ClusterError, match="2 workers did not become free"):
-        logged.extend(executor.run(Adder, (), "add", [Task("sum", (1.0, 1, "too few"), 2, (1,))]))
-    assert [event.text for _, event in logged if isinstance(event, Note)] == [
-        "waiting for nodes: 1 worker cannot run it: it does not fit.",
-        "waiting for nodes: needs 2 workers, the cluster can hold 1",
-    ]
-
-
 def test_unknown_executor_is_named() -> None:
     """An unknown executor is an error that lists the known ones."""
     with pytest.raises(ClusterError, match="ray, serial"):
@@ -665,4 +607,4 @@ def test_serial_executor_needs_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "datm_ray.runtime.ray.executor", raising=False)
     assert results(create_executor("serial", ClusterConfig()))["task 2"][-1] == Finished(4)
     with pytest.raises(ClusterError, match="pip install"):
-        create_executor("ray", ClusterConfig())
+        on_ray(ClusterConfig())

@@ -105,6 +105,11 @@ OF_THE_DRIVER = {"recipe.yaml", "dataset.json", "report.html", "summary.json"}
 """Files that a restarted driver writes again, before any worker has done anything."""
 
 
+KINDS = ("actor", "machine", "driver", "gpu", "store", "stuck", "second")
+"""Faults: a worker, a node or the command is killed; a worker has an error of its GPU or its store; a worker stands
+still; a second command is started."""
+
+
 class Soak:
     """A run on two nodes with random faults, restarted when the command itself is killed."""
 
@@ -117,11 +122,15 @@ class Soak:
 
     def run(self, faults: int) -> None:
         """Run to the end, with this many faults."""
-        with Nodes() as self._nodes, self._log.open("a") as self._output:
+        self._faults = self._log.with_name("faults")
+        self._faults.mkdir()
+        path = os.pathsep.join([str(Path(__file__).with_name("faults")), os.environ.get("PYTHONPATH", "")])
+        environment = {"DATM_RAY_TEST_FAULTS": str(self._faults), "PYTHONPATH": path}
+        with Nodes(environment) as self._nodes, self._log.open("a") as self._output:
             self._alive = [self._add(), self._add()]
             self._start()
             self._wait_for_work(0.0, 120)
-            kinds = [("actor", "machine", "driver")[number % 3] for number in range(faults)]
+            kinds = [KINDS[number % len(KINDS)] for number in range(faults)]
             self._draw.shuffle(kinds)
             for kind in kinds:
                 time.sleep(self._draw.uniform(0.0, 4.0))
@@ -133,36 +142,54 @@ class Soak:
 
     def _disturb(self, kind: str) -> None:
         at, clock = time.time(), time.monotonic()
-        getattr(self, f"_kill_{kind}")()
+        getattr(self, f"_make_{kind}")()
         self._wait_for_work(at, 180)
         self.faults.append({"kind": kind, "seconds": round(time.monotonic() - clock, 1)})
 
-    def _kill_actor(self) -> None:
+    def _make_actor(self) -> None:
         workers = self._nodes.worker_processes()
         if workers:
             os.kill(self._draw.choice(workers), signal.SIGKILL)
 
-    def _kill_machine(self) -> None:
+    def _make_machine(self) -> None:
         self._nodes.kill(self._alive.pop(self._draw.randrange(2)))
         self._alive.append(self._add())
 
-    def _kill_driver(self) -> None:
+    def _make_driver(self) -> None:
         self._process.kill()
         self._process.wait()
         self._start()
+
+    def _make_gpu(self, kind: str = "gpu") -> None:
+        workers = self._nodes.worker_processes()
+        if workers:
+            (self._faults / str(self._draw.choice(workers))).write_text(kind)
+            time.sleep(1.0)  # until it is raised
+
+    def _make_store(self) -> None:
+        self._make_gpu("store")
+
+    def _make_stuck(self) -> None:
+        workers = self._nodes.worker_processes()
+        if workers:
+            os.kill(self._draw.choice(workers), signal.SIGSTOP)
+
+    def _make_second(self) -> None:
+        second = subprocess.run(self._command(), capture_output=True, text=True, timeout=120, check=False)
+        assert (second.returncode, "is in use by process" in second.stderr) == (2, True), second.stderr
 
     def _add(self) -> str:
         name = next(self._names)
         self._nodes.add(name)
         return name
 
-    def _start(self) -> None:
+    def _command(self) -> list[str]:
+        settings = ("wait_for_nodes=60", "peer_timeout=5", "progress_timeout=60", "retries=5")
         command = [sys.executable, "-m", "datm_ray", "run", *map(str, self._recipes), "--out", str(self._out)]
-        self._process = subprocess.Popen(
-            [*command, "--address", self._nodes.address, "--set", "cluster.wait_for_nodes=60"],
-            stdout=self._output,
-            stderr=self._output,
-        )
+        return [*command, "--address", self._nodes.address, *(f"--set=cluster.{each}" for each in settings)]
+
+    def _start(self) -> None:
+        self._process = subprocess.Popen(self._command(), stdout=self._output, stderr=self._output)
 
     def _wait_for_work(self, since: float, seconds: float) -> None:
         """Wait until a worker has written something, or all is done."""

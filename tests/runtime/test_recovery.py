@@ -1,69 +1,82 @@
-"""Tests decisions about lost workers, without a cluster."""
+"""Tests decisions about lost and stuck workers, without a cluster."""
 
 from __future__ import annotations
 
-import pytest
+import subprocess
+import sys
 
-from datm_ray.runtime.recovery import History, grown, is_silent, size_for
+from datm_ray.runtime.executor import Phase, Progress
+from datm_ray.runtime.recovery import History, Patience
 
 
-def test_a_task_that_gets_no_further_is_given_up() -> None:
-    """Four losses without progress end a task with three retries."""
-    history = History()
+def test_a_task_that_saves_nothing_new_is_given_up() -> None:
+    """Four losses without anything saved in between end a task with three retries, after growing waits."""
+    history, delays = History(), []
     for losses in range(1, 5):
         history = history.after_loss(7)
         assert history.losses == losses
         assert history.gives_up(retries=3) == (losses == 4)
+        delays.append(history.delay)
+    assert delays == [0.0, 5.0, 25.0, 60.0]
 
 
-def test_losses_between_which_a_task_gets_on_are_no_reason_to_give_up() -> None:
-    """Losses with progress between them do not end a task."""
+def test_losses_between_which_a_task_saves_are_no_reason_to_give_up() -> None:
+    """Losses between which a task saves more than before do not end it."""
     history = History()
-    for done in range(10, 400, 10):
-        history = history.after_loss(done)
+    for saved in range(10, 400, 10):
+        history = history.after_loss(saved)
         assert not history.gives_up(retries=1)
+        assert history.delay == 0.0
     assert history.losses == 39
     assert not history.after_loss(400).gives_up(retries=1)
     assert history.after_loss(5).gives_up(retries=1)
 
 
 def test_without_retries_the_first_loss_is_the_last() -> None:
-    """Without retries the first loss ends a task, whatever its progress."""
+    """Without retries the first loss ends a task, whatever it has saved."""
     assert History().after_loss(100).gives_up(retries=0)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "room", "size"),
-    [((4, 3, 2, 1), 9, 4), ((4, 3, 2, 1), 3, 3), ((6, 3), 5, 3), ((6, 3), 2, None), ((2,), 1, None), ((), 8, None)],
-)
-def test_a_worker_group_is_as_large_as_resources_allow(sizes: tuple[int, ...], room: int, size: int | None) -> None:
-    """A worker group takes all free resources, in sizes that can do the task."""
-    assert size_for(sizes, room) == size
+def test_nodes_are_avoided_until_the_task_gets_on() -> None:
+    """A task remembers the nodes of losses in a row, and forgets them once it has saved more."""
+    history = History().after_loss(0, "a").after_loss(0, "b").after_loss(0)
+    assert history.nodes == ("a", "b")
+    assert history.after_loss(5, "c").nodes == ("c",)
 
 
-@pytest.mark.parametrize(
-    ("capacity", "busy", "free", "better"),
-    [
-        (4, 1, 3, 4),  # all nodes are back
-        (3, 1, 2, 2),  # some nodes are back; three workers cannot do this task
-        (4, 1, 0, None),  # nodes are back, but in use by others
-        (4, 3, 3, 2),  # two are at another task
-        (1, 1, 0, None),
-        (4, 4, 0, None),
-    ],
-)
-def test_a_task_grows_into_what_is_free(capacity: int, busy: int, free: int, better: int | None) -> None:
-    """A task grows from one worker to a possible size of four or two."""
-    assert grown((4, 2, 1), 1, capacity, busy, free) == better
+def test_patience_follows_the_slowest_step() -> None:
+    """Before its third step a worker may take long; then 20 times its slowest step, between both limits."""
+    patience = Patience(shortest=300.0, longest=3600.0)
+    for seconds, limit in ((500.0, 3600.0), (20.0, 3600.0), (1.0, 3600.0)):
+        patience.take(Progress(1, 9), seconds)
+        assert patience.limit == limit
+    patience = Patience(shortest=300.0, longest=3600.0)
+    patience.take(Phase("compiling"), 900.0)
+    for seconds in (1.0, 30.0, 2.0):
+        patience.take(Progress(1, 9), seconds)
+    assert patience.limit == 600.0
+    assert Patience(300.0, 3600.0, steps=3, slowest=0.1).limit == 300.0
 
 
-def test_a_task_never_shrinks_to_grow() -> None:
-    """Lost nodes do not shrink a task, whose lost workers are reported anyway."""
-    assert grown((4, 2, 1), 2, 1, 2, 0) is None
+STUCK = """
+import time
+from datm_ray.runtime.executor import Progress
+from datm_ray.runtime.recovery import Patience, watched
+
+def work():
+    yield Progress(1, 2)
+    this_is_where_it_is_stuck()
+
+def this_is_where_it_is_stuck():
+    time.sleep(60)
+
+for event in watched(work(), Patience(0.2, 0.2)):
+    print(event.done, flush=True)
+"""
 
 
-def test_silence_is_counted_from_the_request() -> None:
-    """A worker is silent only from a request for its heartbeat on."""
-    assert not is_silent(None, 1000.0, 30.0)
-    assert not is_silent(980.0, 1000.0, 30.0)
-    assert is_silent(960.0, 1000.0, 30.0)
+def test_a_process_that_is_stuck_ends_itself_and_says_where() -> None:
+    """A process without a step ends with exit code 1, and its standard error names the function it was in."""
+    ended = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=50, check=False)
+    assert (ended.returncode, ended.stdout) == (1, "1\n")
+    assert "this_is_where_it_is_stuck" in ended.stderr

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -24,6 +23,7 @@ from datm_ray.pipeline import Pipeline
 from datm_ray.runtime import stopping
 from datm_ray.runtime.executor import Event, Note, Progress, SerialExecutor, Task
 from datm_ray.runtime.ray import executor
+from datm_ray.runtime.ray.executor import _Job
 from datm_ray.runtime.stopping import Interrupted, by_signals, saving
 from datm_ray.stages import checkpoint, expert_progress
 from datm_ray.stages.checkpoint import CHECKPOINT, KIND, read_curves
@@ -83,15 +83,19 @@ def test_a_driver_names_what_is_saved_after_its_workers_have_answered(monkeypatc
         signal.raise_signal(signal.SIGINT)
     assert messages == ["Stopping. Ctrl-C again stops at once."]
     monkeypatch.setattr(executor, "SAVE_TIMEOUT", 0.0)
+    monkeypatch.setattr(executor, "_answer", lambda name: name == "at work")
+    monkeypatch.setattr(executor.ray, "wait", lambda asked, **_: (asked, []))
     driver: Any = object.__new__(executor._Stage)
-    driver._running = [
-        SimpleNamespace(
-            queued=SimpleNamespace(task=name), streams=[1], group=mock.Mock(**{"saves.return_value": saves})
-        )
-        for name, saves in (("at work", True), ("starting", False))
+    driver._jobs = [
+        _Job(Task(name, ()), workers=[mock.Mock(**{"save.return_value": name})] * at_work)
+        for name, at_work in (("at work", 1), ("at nothing", 1), ("starting", 0))
     ]
+    driver._pool = [worker for job in driver._jobs for worker in job.workers]
     notes = driver._save_and_stop()
-    assert next(notes) == ("at work", Note("Stopping after the present iteration or epoch, which is saved, within 0 s"))
+    assert next(notes) == (
+        Task("at work", ()),
+        Note("Stopping after the present iteration or epoch, which is saved, within 0 s"),
+    )
     with pytest.raises(Interrupted):
         next(notes)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import socket
 import sys
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayError
 
 from datm_ray.config import ClusterConfig
@@ -23,6 +23,7 @@ from datm_ray.monitor.logs import is_raw
 from datm_ray.runtime.executor import counted, require_precision
 from datm_ray.runtime.ray.compat import (
     NOT_A_NODE,
+    autoscaled_resources,
     keep_off_standard_output,
     knows_labels,
     limit_node_search,
@@ -39,9 +40,10 @@ PROBE_TIMEOUT = 2.0
 """Seconds to wait for a web server's answer to a probe. Ray's own port never answers it."""
 CHECK_INTERVAL = 1.0
 """Seconds between two checks of the cluster's nodes."""
+SHORT_WAIT = 60.0
+"""Seconds to wait for free resources where no node starts on demand. Stopped workers free theirs after moments."""
 MODEL_SHARE = 0.001
 """Amount of the resource of its GPU's model that Ray gives an actor with `accelerator_type`; a node has 1."""
-_log = logging.getLogger(__name__)
 _NO_START = "Ray does not start on this machine"
 
 
@@ -185,100 +187,85 @@ def first_line(message: BaseException | str) -> str:
     return "" if isinstance(message, str) else type(message).__name__
 
 
-class ClusterNodes:
-    """Number of workers that the cluster's nodes can hold, and the request to an autoscaler for more."""
+class Nodes:
+    """Number of workers that the cluster's nodes can hold, and how long to wait for more."""
 
     def __init__(self, cluster: ClusterConfig) -> None:
         self._cluster = cluster
-        self._fits: list[int] = []
-        self._requested = self._wanted = 0
-        self._limit = sys.maxsize
+        self._fits: dict[str, int] = {}
+        self._memory = 0
         self._checked = float("-inf")
 
-    def fits(self) -> list[int]:
-        """Workers that each live node can hold, in use or not. Checked at most once per `CHECK_INTERVAL`."""
+    def fits(self) -> dict[str, int]:
+        """Live node -> workers that it can hold, in use or not. Checked at most once per `CHECK_INTERVAL`."""
         if time.monotonic() - self._checked > CHECK_INTERVAL:
-            self._fits = [fitting(node["Resources"], self._cluster) for node in ray.nodes() if node["Alive"]]
+            alive = [node for node in ray.nodes() if node["Alive"]]
+            self._fits = {node["NodeID"]: fitting(node["Resources"], self._cluster) for node in alive}
+            self._memory = max((int(node["Resources"].get("memory", 0)) for node in alive), default=0)
             self._checked = time.monotonic()
         return self._fits
 
-    def capacity(self) -> int:
-        """Workers that the cluster can hold, at most `cluster.workers`."""
-        return min(self._cluster.workers or sum(self.fits()), sum(self.fits()))
+    def memory(self) -> int:
+        """Bytes of memory that the largest node offers; no limit while there is no node."""
+        return self._memory if self.fits() else sys.maxsize
 
-    def free(self) -> int:
-        """Workers that the cluster's free resources can hold, approximately: resources of all nodes are added up."""
-        return fitting(ray.available_resources(), self._cluster)
+    def others(self, nodes: set[str]) -> bool:
+        """True if a node that is not among these can hold a worker."""
+        return any(count and node not in nodes for node, count in self.fits().items())
 
-    def require(self) -> tuple[int, int]:
-        """Wait up to `cluster.wait_for_nodes` seconds for the requested workers.
+    def may_grow(self) -> bool:
+        """True if an autoscaler can start nodes that hold workers."""
+        return fitting(autoscaled_resources(), self._cluster) > 0
 
-        Returns:
-            (workers to plan with, most workers of one node).
+    @property
+    def patience(self) -> float:
+        """Seconds to wait for free resources."""
+        if self._cluster.wait_for_nodes is not None:
+            return self._cluster.wait_for_nodes
+        return math.inf if self.may_grow() else SHORT_WAIT
 
-        Raises:
-            ClusterError: the cluster can hold fewer workers than requested.
-        """
-        wanted = self._cluster.workers or 1
-        try:
-            found = self.wait_for(wanted)
-            if sum(self.fits()) < wanted:
-                raise self._too_few(wanted)
-        except BaseException:  # an interrupt too: the autoscaler would start nodes that nothing uses
-            self.release()
-            raise
-        return found
+    def planned(self) -> tuple[int, int]:
+        """Workers to plan with, and how many of them a node can hold."""
+        fits = self.fits().values()
+        workers = self._cluster.workers or max(1, sum(fits))
+        return workers, min(workers, max(1, *fits)) if fits else 1
 
-    def wait_for(self, wanted: int) -> tuple[int, int]:
-        """Wait up to `cluster.wait_for_nodes` seconds for workers. Returns what can run then."""
-        timeout = self._cluster.wait_for_nodes
-        end = time.monotonic() + timeout
-        if timeout:  # requests that lost nodes are replaced
-            self.request(wanted)
-        if timeout and sum(self.fits()) < wanted:
-            held = f"the cluster can hold {sum(self.fits())} of {counted(wanted, 'worker')}"
-            _log.warning("waiting up to %g s for nodes: %s", timeout, held)
-        while sum(self.fits()) < wanted and time.monotonic() < end:
-            time.sleep(CHECK_INTERVAL)
-        return self._cluster.workers or sum(self.fits()), min(self.capacity(), max(self.fits(), default=0))
-
-    def _too_few(self, wanted: int) -> ClusterError:
+    def require(self, workers: int, what: str = "") -> None:
+        """Raise a `ClusterError` if the cluster can never hold so many workers at the same time."""
+        fits = sum(self.fits().values())
+        if fits >= workers or self.may_grow() or self._cluster.wait_for_nodes:
+            return
         needed = worker_resources(self._cluster)
 
         def words(amounts: dict[str, float]) -> str:
             others = "".join(f", {amounts.get(name, 0):g} {name}" for name in needed.keys() - {"CPU", "GPU"})
             return f"{amounts.get('CPU', 0):g} CPU(s) and {amounts.get('GPU', 0):g} GPU(s){others}"
 
-        return ClusterError(
-            f"{counted(wanted, 'worker')} with {words(needed)} each do not fit: "
+        raise ClusterError(
+            f"{what}{counted(workers, 'worker')} with {words(needed)} each do not fit: "
             f"the cluster has {words(ray.cluster_resources())}",
             remedy="lower cluster.workers, threads_per_worker or gpus_per_worker, or add nodes; "
             "set cluster.wait_for_nodes to wait for nodes started on demand",
         )
 
-    def request(self, workers: int) -> None:
-        """Request at least this many workers from the autoscaler. A cluster without one ignores the request."""
-        self._wanted = max(self._wanted, workers, self._cluster.workers or 0)
-        if min(self._wanted, self._limit) > self._requested:
-            self._send_request(min(self._wanted, self._limit))
+    def waiting(self, size: int, seconds: float) -> str:
+        """Message that nothing runs because workers wait for resources."""
+        fits = self.fits()
+        holds = f"{counted(len(fits), 'node')} can hold {sum(fits.values())}, if nobody else uses them"
+        return f"waiting for {counted(size, 'worker')} for {seconds:.0f} s: {holds}"
 
-    def limit_to(self, workers: int) -> None:
-        """Limit the request for workers to those that a stage can use. A later stage may raise the limit."""
-        self._limit = workers
-        if self._requested:
-            self._send_request(min(self._wanted, workers))
-
-    def release(self) -> None:
-        """Withdraw the request for workers. Otherwise the autoscaler would keep its nodes for ever."""
-        if self._requested:
-            self._send_request(0)
-
-    def _send_request(self, workers: int) -> None:
-        if workers == self._requested:
-            return
-        self._requested = workers
-        with suppress(Exception):  # an autoscaler that fails does not stop a run whose nodes suffice
-            request_resources(bundles=[worker_resources(self._cluster)] * workers)
+    def not_enough(self, size: int) -> ClusterError:
+        """Error for workers that did not become free in time."""
+        fits = self.fits()
+        fewer = sum(fits.values()) < size
+        return ClusterError(
+            f"{counted(size, 'worker')} did not become free within {self.patience:g} s; "
+            f"the cluster has {counted(len(fits), 'node')} that can hold {counted(sum(fits.values()), 'worker')}",
+            "nodes were lost" if fewer else "other jobs use its CPUs or GPUs",
+            "run the same command again when nodes are back, it resumes; or raise cluster.wait_for_nodes"
+            if fewer
+            else "stop the other jobs, or raise cluster.wait_for_nodes",
+        )
 
 
 def with_gpus(cluster: ClusterConfig) -> ClusterConfig:
@@ -287,7 +274,9 @@ def with_gpus(cluster: ClusterConfig) -> ClusterConfig:
     Raises:
         ClusterError: the precision or device needs a GPU, and workers have none; or this Ray has no labels.
     """
-    chosen = 1.0 if cluster.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0 else 0.0
+    chosen = (
+        1.0 if cluster.device != "cpu" and (ray.cluster_resources() | autoscaled_resources()).get("GPU", 0) > 0 else 0.0
+    )
     if cluster.light is not None and cluster.light.gpus_per_worker is None:
         light = cluster.light.model_copy(update={"gpus_per_worker": chosen})
         cluster = cluster.model_copy(update={"light": light})

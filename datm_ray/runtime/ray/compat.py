@@ -73,3 +73,17 @@ def keep_off_standard_output(*, shown: bool) -> None:
     elif shown and hasattr(worker, "print_worker_logs"):
         show = worker.print_worker_logs
         worker.print_worker_logs = lambda data, _stream, *more: show(data, sys.stderr, *more)
+
+
+def autoscaled_resources() -> dict[str, float]:
+    """Most of each resource that the cluster's autoscaler may provide; empty without an autoscaler."""
+    with suppress(AttributeError, RuntimeError, ray.exceptions.RayError):
+        return dict(ray._private.state.state.get_max_resources_from_cluster_config() or {})
+    return {}
+
+
+def draining_nodes() -> set[str]:
+    """Nodes that end soon, by a notice to Ray, such as spot machines that are taken back."""
+    with suppress(AttributeError, RuntimeError, ray.exceptions.RayError):
+        return set(ray._private.state.state.get_draining_nodes())
+    return set()

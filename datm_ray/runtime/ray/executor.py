@@ -1,24 +1,27 @@
-"""Executor that runs tasks on Ray actors.
+"""Executor that runs tasks on Ray: those of one worker on a pool of actors, those of several on groups of ranks.
 
-Events stream back through Ray's generators, so a dead actor is noticed at once. A hung one is noticed because its
-heartbeats stop. The task of a lost worker goes to a new worker group, as large as the remaining nodes allow, and grows
-back when nodes are added. Module `recovery` holds the decisions and their reasons, `worker_groups` the actors.
+Events stream back through Ray's generators, so a dead worker is noticed at once. Ray places workers, and its autoscaler
+sees those that wait. What is ours is the order of tasks, and what happens after a loss: every error that is not one of
+the user's input costs an attempt, and another worker gets the task, on another node if there is one. Module `recovery`
+holds these decisions.
 """
 
 from __future__ import annotations
 
+import logging
+import math
+import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from logging import LogRecord
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnschedulableError, RayError, RaySystemError
+from ray.exceptions import NodeDiedError, RayActorError, RayError, RayTaskError
 
 from datm_ray.config import ClusterConfig
-from datm_ray.errors import ClusterError, ConfigError, DatmError, WorkerLostError
+from datm_ray.errors import ClusterError, ConfigError, DatmError, PeerLostError, WorkerLostError
 from datm_ray.monitor.logs import accept
 from datm_ray.runtime.executor import (
     Event,
@@ -34,23 +37,29 @@ from datm_ray.runtime.executor import (
     Task,
     counted,
 )
-from datm_ray.runtime.ray.cluster import ClusterNodes, connect, first_line, with_gpus
+from datm_ray.runtime.ray.cluster import SHORT_WAIT, Nodes, connect, with_gpus, worker_options
+from datm_ray.runtime.ray.compat import draining_nodes
+from datm_ray.runtime.ray.losses import is_final, reason, unwrapped
 from datm_ray.runtime.ray.metrics import RayMetrics
-from datm_ray.runtime.ray.worker_groups import LOSSES, WorkerGroup, reason, root_cause, unwrapped
-from datm_ray.runtime.recovery import History, grown, size_for
+from datm_ray.runtime.ray.pool import PoolWorker, Stage, labels_without
+from datm_ray.runtime.ray.ranks import RankGroup
+from datm_ray.runtime.recovery import MARGIN, History, Patience, size_for
 from datm_ray.runtime.stopping import SAVE_TIMEOUT, SAVES, Interrupted, saving
 
-PLACEMENT_TIMEOUT = 60.0
-"""Seconds to wait for a group's resources, or `cluster.peer_timeout` or `cluster.wait_for_nodes` if longer. Stopped
-workers free theirs after moments; an autoscaler needs minutes."""
-WAIT_LOG_DELAY = 15.0
-"""Seconds to wait for a group's resources before the wait is logged."""
-POLL_INTERVAL, EVENT_INTERVAL = 0.2, 1.0
-"""Seconds to wait for an event, while groups wait for their resources and otherwise."""
-GROWTH_PAUSE = 600.0
-"""Seconds for which a task does not try to grow again, after resources for it did not become free."""
-HEARTBEAT_INTERVAL = 5.0
-"""Seconds between two checks of the workers' heartbeats."""
+PENDING = 8
+"""Actors, or as many as have started if those are more, for which Ray may be asked beyond those that have started."""
+EVENT_INTERVAL = 0.5
+"""Seconds to wait for an event before other things are looked after."""
+CHECK_INTERVAL = 5.0
+"""Seconds between two checks of the workers."""
+ROOT_CAUSE_TIMEOUT = 3.0
+"""Seconds to wait for the original error, after a rank reports that it lost its peers."""
+WAIT_INTERVAL = 60.0
+"""Seconds between two messages that a task waits for a worker; the first comes after a quarter of it."""
+FAULTS_OF_A_NODE = 3
+"""Workers lost in a row on a node, by errors, after which new ones are started elsewhere if that is possible."""
+
+_log = logging.getLogger(__name__)
 
 
 class RayExecutor:
@@ -65,42 +74,52 @@ class RayExecutor:
         self._owns_cluster = address is not None or not ray.is_initialized()
         dashboard = connect(address) if self._owns_cluster else ""
         try:
-            self._cluster = cluster = with_gpus(cluster)
-            self._nodes = ClusterNodes(cluster)
-            self.workers, self.workers_per_machine = self._nodes.require()
+            self.cluster = cluster = with_gpus(cluster)
+            self.nodes = Nodes(cluster)
+            self.nodes.require(cluster.workers or 1)
+            self.workers, self.workers_per_machine = self.nodes.planned()
         except BaseException:
             self._leave()
             raise
-        self._metrics = RayMetrics()
+        self.metrics = RayMetrics()
+        self.pool: list[PoolWorker] = []
+        """Actors of all stages, since the next stage may use those of the last one."""
+        self._number, self._stage = 0, Stage(0, object, (), "")
+        self.faults: Counter[str] = Counter()
+        """Node -> workers lost there in a row by errors."""
         where = f", dashboard http://{dashboard}" if dashboard else ""
-        gpus = f" and {cluster.gpus_per_worker:g} GPU(s)" if cluster.gpus_per_worker else ""
+        gpus = f" and {cluster.gpus_per_worker:g} GPU(s)" if cluster.gpus_per_worker else " and no GPU"
         each = f"{counted(cluster.threads_per_worker, 'thread')}{gpus}"
-        self.description = f"Ray, up to {counted(self.workers, 'worker')} with {each} each{where}"
+        more = ", more as nodes start" if self.nodes.may_grow() and cluster.workers is None else ""
+        self.description = f"Ray, up to {counted(self.workers, 'worker')} with {each} each{more}{where}"
 
     def share(self, value: Any) -> Any:
         """Put a value into Ray's object store. Actors of one node share its arrays without copies."""
         return ray.put(value)
 
     def run(
-        self, worker: Callable[..., Any], setup: tuple[Any, ...], method: str, tasks: Sequence[Task]
+        self, worker: Callable[..., Any], setup: tuple[Any, ...], method: str, tasks: list[Task]
     ) -> Iterator[tuple[Task, Event]]:
         """Run every task on Ray actors and yield its events, see `Executor.run`."""
         for task in tasks:
             self.require_workers(task.name, min((task.size, *task.fewer)))
-        self._nodes.limit_to(sum(task.size for task in tasks))
-        self._metrics.begin(tasks, self.workers)
-        stage = _Stage(self._cluster, self._nodes, self._metrics, worker, setup, method, tasks)
+        self.metrics.begin(tasks, self.workers)
+        if (worker, *map(id, setup)) != (self._stage.worker, *map(id, self._stage.setup)):
+            self._number += 1  # actors keep their worker while it is the same
+        self._stage = Stage(self._number, worker, setup, method)
+        stage = _Stage(self, self._stage, tasks)
         try:
             for task, event in stage.events():
-                self._metrics.record(task, event)
+                self.metrics.record(task, event)
                 yield task, event
         finally:
             stage.close()
 
     def close(self) -> None:
-        """Disconnect, and stop a cluster that was started for the run."""
-        self._metrics.close()
-        self._nodes.release()
+        """Stop all actors and disconnect, and stop a cluster that was started for the run."""
+        self.metrics.close()
+        for each in self.pool:
+            each.stop()
         self._leave()
 
     def _leave(self) -> None:
@@ -108,336 +127,406 @@ class RayExecutor:
             ray.shutdown()
 
     def require_workers(self, name: str, size: int) -> None:
-        """Raise a `ClusterError` if `size` workers never fit, after waiting `cluster.wait_for_nodes` seconds for
-        nodes."""
-        if size > self.workers and self._cluster.workers is None:
-            self.workers, self.workers_per_machine = self._nodes.wait_for(size)
-        if size > self.workers:
+        """Raise a `ClusterError` if `size` workers never fit."""
+        self.workers, self.workers_per_machine = self.nodes.planned()
+        if self.cluster.workers and size > self.cluster.workers:
             raise ClusterError(
-                f"{name} needs {size} workers at the same time, but the cluster can hold {self.workers}",
+                f"{name} needs {size} workers at the same time, but cluster.workers is {self.cluster.workers}",
                 "the number is cluster.shards times the networks that cluster.backbones_apart and auxiliaries_apart "
                 "put on workers of their own",
-                "lower them, raise cluster.workers if it is set, or add nodes",
+                "lower them, or raise cluster.workers",
             )
+        self.nodes.require(size, f"{name}: ")
 
 
 @dataclass(eq=False)
-class _Queued:
-    """Task that waits for a worker group, with its past attempts."""
+class _Job:
+    """Task that has not ended, with its past attempts and its present one."""
 
     task: Task
     history: History = field(default_factory=History)
-    size: int = 0
-    """Size of the last group that ran the task; 0 before the first."""
+    not_before: float = 0.0
+    """Time before which no further attempt starts, in seconds of the monotonic clock."""
+    sizes: list[int] = field(default_factory=list)
+    """Numbers of workers that can run the task, the largest first."""
     limit: int = 2**31
-    """Largest group size to try, inclusive. Larger ones did not get their resources."""
-    insufficient: int = 0
-    """Largest group size that was too small for the task; 0 if none was."""
-    no_growth_before: float = 0.0
-    """Time before which the task does not try to grow, in seconds of the monotonic clock."""
+    """Largest number of workers to try, inclusive. More did not get their resources."""
+    size: int = 0
+    """Number of workers of the present or last attempt; 0 before the first."""
+    group: RankGroup | None = None
+    """Ranks of the present attempt at a task of several workers."""
+    workers: list[PoolWorker] = field(default_factory=list)
+    """Actors at work, by rank; empty while the task waits for some."""
+    streams: dict[Any, int] = field(default_factory=dict)
+    """Ray's generator of references to events -> rank, for ranks that have not ended."""
+    heard: float = 0.0
+    """Time of the last event, in seconds of the monotonic clock."""
+    patience: Patience = field(default_factory=Patience)
+    saved: int = 0
+    """Highest `Progress.done` that the present attempt has saved."""
+    leaves: bool = False
+    """True if the present attempt was asked to save, because its node ends soon."""
+    peer_lost: tuple[BaseException, float] | None = None
+    """Error of a rank that lost its peers, and the time until which the other ranks may say why."""
+    result: Finished | Stopped = field(default_factory=Finished)
+    """Result of rank 0, which counts once all ranks have ended."""
 
     @property
-    def sizes(self) -> list[int]:
-        """Group sizes to try: above `insufficient` and up to `limit`."""
-        return [size for size in (self.task.size, *self.task.fewer) if self.insufficient < size <= self.limit]
+    def node(self) -> str:
+        return self.workers[0].node if len(self.workers) == 1 else ""
 
-
-@dataclass(eq=False)
-class _Running:
-    """Task assigned to a worker group."""
-
-    queued: _Queued
-    group: WorkerGroup
-    streams: dict[int, Any] = field(default_factory=dict)
-    """Rank -> Ray's generator of references to events, for ranks that have not finished. Empty before the start."""
-    result: Finished = field(default_factory=Finished)
-    """Result of rank 0."""
-    done: int = 0
-    """`Progress.done` of the last event."""
-    logged: bool = False
-    """True if the wait for resources has been reported to the user."""
+    @property
+    def is_waiting(self) -> bool:
+        return not self.workers and self.group is None and self.not_before <= time.monotonic()
 
 
 class _Stage:
     """One stage, which runs tasks of one worker class from the first to the last."""
 
-    def __init__(
-        self,
-        cluster: ClusterConfig,
-        nodes: ClusterNodes,
-        metrics: RayMetrics,
-        worker: Callable[..., Any],
-        setup: tuple[Any, ...],
-        method: str,
-        tasks: Sequence[Task],
-    ) -> None:
-        self._cluster, self._nodes, self._metrics = cluster, nodes, metrics
-        self._worker, self._setup, self._method = worker, setup, method
-        self._queue = deque(_Queued(task) for task in tasks)
-        self._idle: list[WorkerGroup] = []
-        self._running: list[_Running] = []
-        self._last_check = time.monotonic()
+    def __init__(self, executor: RayExecutor, stage: Stage, tasks: list[Task]) -> None:
+        self._executor, self._cluster, self._nodes = executor, executor.cluster, executor.nodes
+        self._pool, self._stage, self._tasks = executor.pool, stage, tasks
+        self._taken = 0
+        """Number of tasks that have been taken from the list."""
+        self._jobs: list[_Job] = []
         self._failure: DatmError | None = None
-        """Error of the first task that failed. Running tasks finish, and none starts."""
-        self._blocked_since = float("inf")
-        """Time since which no task runs and none can start, in seconds of the monotonic clock; infinite otherwise."""
+        """First error of the input, after which no task starts. Running ones finish."""
+        self._given_up: DatmError | None = None
+        """Error of the first task that lost its workers too often. All other tasks are run first."""
+        self._failed_starts = 0
+        """Actors in a row that Ray could not start."""
+        self._checked = time.monotonic()
+        self._blocked_since = self._reported_at = math.inf
+        """Times since which nothing runs though tasks wait, and of the last message about it; infinite if not so."""
 
     def events(self) -> Iterator[tuple[Task, Event]]:
-        """Events of all tasks, until all are finished, or one failed and the running ones are finished."""
+        """Events of all tasks, until all have ended."""
         with saving("Stopping") as is_asked:  # workers report first what they save
-            while self._running or (self._queue and not self._failure):
+            while self._take_tasks():
                 if is_asked():
                     yield from self._save_and_stop()
-                yield from self._assign_groups()
-                yield from self._start_groups()
+                yield from self._start()
                 yield from self._next_events()
-                yield from self._check_heartbeats()
-            if self._failure:
-                raise self._failure
+                yield from self._check()
+        if failure := self._failure or self._given_up:
+            raise failure
+
+    def close(self) -> None:
+        """Stop the workers of all tasks that have not ended."""
+        for job in self._jobs:
+            self._release(job)
+
+    def _take_tasks(self) -> list[_Job]:
+        """Tasks that have not ended, with those that the caller has added."""
+        new = self._tasks[self._taken :]
+        self._taken += len(new)
+        self._jobs += [_Job(task, sizes=[task.size, *task.fewer]) for task in new]
+        if self._failure:
+            self._jobs = [job for job in self._jobs if job.workers]
+        return self._jobs
 
     def _save_and_stop(self) -> Iterator[tuple[Task, Event]]:
         """Have the workers save their work, wait for those that can, and raise `Interrupted`."""
-        saved, at_work = [], [current for current in self._running if current.streams and current.group.saves()]
-        for current in [each for each in self._running if each not in at_work]:
-            self._running.remove(current)
-            current.group.stop()
-        for current in at_work:
-            yield current.queued.task, Note(f"{SAVES}, within {SAVE_TIMEOUT:.0f} s")
-        end = time.monotonic() + SAVE_TIMEOUT
-        while self._running and time.monotonic() < end:
+        asked = {worker.save(): job for job in self._jobs for worker in job.workers}
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=CHECK_INTERVAL) if asked else ([], [])
+        at_work = list(dict.fromkeys(asked[each] for each in answered if _answer(each)))
+        for job in [job for job in self._jobs if job not in at_work]:
+            self._release(job)
+        self._jobs = at_work
+        for job in at_work:
+            yield job.task, Note(f"{SAVES}, within {SAVE_TIMEOUT:.0f} s")
+        saved, end = [], time.monotonic() + SAVE_TIMEOUT
+        while self._jobs and time.monotonic() < end:
             for task, event in self._next_events():
                 saved += [f"{task.name}: {event.saved}"] if isinstance(event, Stopped) else []
                 yield task, event
         raise Interrupted("; ".join(saved))
 
-    def close(self) -> None:
-        """Stop all groups."""
-        for group in [*self._idle, *(current.group for current in self._running)]:
-            group.stop()
+    # --- from waiting to running ----------------------------------------------------------------------------------
 
-    # --- from queued to running -----------------------------------------------------------------------------------
+    def _start(self) -> Iterator[tuple[Task, Event]]:
+        """Give waiting tasks to free actors, request actors that are missing, and start groups of ranks."""
+        yield from self._start_groups()
+        waiting, free = [job for job in self._jobs if job.is_waiting], self._free()
+        for job in [job for job in waiting if job.task.size == 1]:
+            avoided, options = self._avoided(job), self._options(job.task)
+            found = next((each for each in free if each.node not in avoided and each.suits(options)), None)
+            if found:
+                waiting.remove(job)
+                free.remove(found)
+                yield from self._begin(job, [found])
+        if waiting or any(job.group and not job.workers for job in self._jobs):
+            for each in free:  # it holds what others may need
+                self._drop(each)
+        yield from self._request_workers(waiting)
 
-    def _busy(self) -> int:
-        return sum(current.group.size for current in self._running)
+    def _free(self) -> list[PoolWorker]:
+        used = [worker for job in self._jobs for worker in job.workers]
+        return [each for each in self._pool if each.starting is None and each not in used]
 
-    def _assign_groups(self) -> Iterator[tuple[Task, Event]]:
-        """Assign groups to queued tasks, in order, so that small tasks do not overtake a large one for ever."""
-        while self._queue and not self._failure:
-            queued, capacity = self._queue[0], self._nodes.capacity()
-            # The size that the nodes can hold, used or not: tasks of other sizes wait until this one has started.
-            size = size_for(queued.sizes, capacity)
-            if size is None or self._busy() + size > capacity:
-                yield from self._wait_for_nodes(queued, size)
-                return
-            self._blocked_since = float("inf")
-            self._running.append(_Running(self._queue.popleft(), self._group(size, capacity - self._busy())))
-            if size != (queued.size or queued.task.size):
-                yield queued.task, Resized(size, queued.task.size)
-            queued.size = size
-
-    def _group(self, size: int, free: int) -> WorkerGroup:
-        """Idle or new group of `size` workers. Idle groups are stopped if a new one needs their resources."""
-        for group in self._idle:
-            if group.size == size:
-                self._idle.remove(group)
-                return group
-        while self._idle and sum(group.size for group in self._idle) + size > free:
-            self._idle.pop(0).stop()
-        return WorkerGroup.reserve(size, self._cluster)
-
-    def _wait_for_nodes(self, queued: _Queued, size: int | None) -> Iterator[tuple[Task, Event]]:
-        """Log once that no task runs and none can start. Raises a `ClusterError` after the timeout."""
-        if self._running or size is not None:
-            return
-        now = time.monotonic()
-        if self._blocked_since > now:
-            self._blocked_since = now
-            self._nodes.request(queued.task.size)
-            needed, fits = counted(queued.task.size, "worker"), sum(self._nodes.fits())
-            yield queued.task, Note(f"waiting for nodes: needs {needed}, the cluster can hold {fits}")
-        if now - self._blocked_since > self._placement_timeout():
-            raise self._not_enough_resources(queued.task.size)
-        time.sleep(POLL_INTERVAL)
+    def _request_workers(self, waiting: list[_Job]) -> Iterator[tuple[Task, Event]]:
+        """Request actors, or the ranks of a group, for tasks that have none, in their order."""
+        ranks = sum(job.group.size for job in self._jobs if job.group)
+        pending = [each for each in self._pool if each.starting is not None]
+        room = max(PENDING, len(self._pool) - len(pending)) - len(pending)
+        if self._cluster.workers is not None:
+            room = min(room, self._cluster.workers - len(self._pool) - ranks)
+        for job in waiting:
+            options, avoided = self._options(job.task), self._avoided(job)
+            requested = next((each for each in pending if each.suits(options)), None)
+            if job.task.size > 1:
+                # One group waits at a time, so that small ones do not overtake a large one for ever.
+                if all(each.workers for each in self._jobs if each.group):
+                    most = min(self._nodes.planned()[0], self._cluster.workers or sys.maxsize) - ranks
+                    size = size_for([size for size in job.sizes if size <= job.limit], most) or job.sizes[0]
+                    job.group = RankGroup(size, job.task.size, options, avoided)
+                    yield job.task, Phase(f"starting {counted(size, 'worker')}")
+            elif requested:
+                pending.remove(requested)
+            elif room > 0:
+                room -= 1
+                if not self._pool:
+                    yield job.task, Phase("starting workers")
+                labels = labels_without(options, avoided)
+                self._pool.append(PoolWorker.start({**options, **({"label_selector": labels} if labels else {})}))
 
     def _start_groups(self) -> Iterator[tuple[Task, Event]]:
-        """Start the groups whose resources are reserved. Give up on those that wait too long."""
-        for current in [each for each in self._running if not each.streams]:
-            if current not in self._running:
-                continue  # another task failed meanwhile, so nothing starts any more
-            group = current.group
-            same = next((idle for idle in self._idle if idle.size == group.size), None)
-            if same is not None and not group.is_placed():
-                self._idle.remove(same)  # another task finished first
-                group.stop()
-                current.group = group = same
-            if group.is_placed():
-                yield from self._submit(current)
-            elif group.size > sum(self._nodes.fits()):
-                self._requeue(current)  # a node was lost while the group waited for it
-            elif time.monotonic() - group.reserved_at > self._placement_timeout():
-                yield from self._reduce_or_wait(current)
-            elif not current.logged and time.monotonic() - group.reserved_at > WAIT_LOG_DELAY:
-                current.logged = True
-                wait, free = f"{self._placement_timeout():.0f} s", counted(group.size, "free worker")
-                yield current.queued.task, Note(f"waiting up to {wait} for {free} (in use by other jobs)")
+        """Start groups whose resources are reserved, and try with fewer ranks where that takes long."""
+        for job in [job for job in self._jobs if job.group and not job.workers]:
+            assert job.group
+            size = job.group.size
+            if job.group.is_placed:
+                if size != (job.size or job.task.size):
+                    yield job.task, Resized(size, job.task.size)
+                job.group.start()
+                yield from self._begin(job, job.group.workers)
+            elif time.monotonic() - job.group.requested_at > SHORT_WAIT and size > job.sizes[-1]:
+                self._release(job)
+                job.limit, self._blocked_since = size - 1, math.inf
+                yield job.task, Note(f"{counted(size, 'worker')} did not become free; trying with fewer")
 
-    def _reduce_or_wait(self, current: _Running) -> Iterator[tuple[Task, Event]]:
-        """Handle resources in use by other jobs: try a smaller group, wait for tasks of this run, or raise."""
-        group, queued = current.group, current.queued
-        fewer = [size for size in queued.sizes if size < group.size]
-        if fewer:
-            self._requeue(current)
-            queued.limit, queued.no_growth_before = group.size - 1, time.monotonic() + GROWTH_PAUSE
-            yield queued.task, Note(f"{counted(group.size, 'worker')} did not become free; trying with fewer")
-        elif any(each.streams for each in self._running):
-            group.reserved_at = time.monotonic()
+    def _begin(self, job: _Job, workers: list[PoolWorker]) -> Iterator[tuple[Task, Event]]:
+        job.workers, job.size, job.saved, job.heard = workers, len(workers), 0, time.monotonic()
+        job.peer_lost, job.leaves = None, False
+        job.patience = Patience(self._cluster.peer_timeout, self._cluster.progress_timeout)
+        # Ray resolves these references before the calls, so the driver does not wait until all ranks have started.
+        others = [worker.starting or "" for worker in workers[1:]]
+        address = workers[0].actor.rendezvous.remote(*others) if others else ""
+        for rank, worker in enumerate(workers):
+            worker.run(self._stage, job.task, job.patience, (rank, job.size), address)
+        job.streams = {worker.stream: rank for rank, worker in enumerate(workers)}
+        yield job.task, Started(job.size)
+
+    def _options(self, task: Task) -> dict[str, Any]:
+        # More than the largest node has would wait for ever.
+        return worker_options(self._cluster, task.is_light, min(task.memory, self._nodes.memory()))
+
+    def _avoided(self, job: _Job) -> set[str]:
+        """Nodes where the task, or many workers in a row, were lost; none if no other node can hold a worker."""
+        bad = {node for node, count in self._executor.faults.items() if count >= FAULTS_OF_A_NODE}
+        bad |= set(job.history.nodes)
+        return bad if bad and self._nodes.others(bad) else set()
+
+    def _drop(self, worker: PoolWorker) -> None:
+        worker.stop()
+        self._pool.remove(worker)
+
+    def _release(self, job: _Job) -> None:
+        """Stop the workers of a task's present attempt."""
+        if job.group:
+            job.group.stop()
         else:
-            raise self._not_enough_resources(group.size)
-
-    def _submit(self, current: _Running) -> Iterator[tuple[Task, Event]]:
-        """Start a group's actors and submit its task. Yields `Started`, or `Lost` if Ray cannot start the actors."""
-        try:
-            if not current.group.actors:
-                yield current.queued.task, Phase(f"starting {counted(current.group.size, 'worker')}")
-                current.group.start(self._worker, self._setup, self._cluster)
-            current.streams = current.group.submit(current.queued.task, self._method)
-            yield current.queued.task, Started(current.group.size)
-        except (ActorUnschedulableError, RaySystemError) as failure:
-            event = self._lost(current, WorkerLostError(f"it could not be started: {first_line(failure)}"))
-            yield current.queued.task, event
-            yield from self._handle(current, event)
-
-    def _requeue(self, current: _Running) -> None:
-        """Stop the group of a task, and put the task first in the queue."""
-        self._running.remove(current)
-        current.group.stop()
-        self._queue.appendleft(current.queued)
-
-    def _placement_timeout(self) -> float:
-        return max(PLACEMENT_TIMEOUT, self._cluster.peer_timeout, self._cluster.wait_for_nodes)
-
-    def _not_enough_resources(self, size: int) -> ClusterError:
-        fits = self._nodes.fits()
-        fewer = sum(fits) < size
-        return ClusterError(
-            f"{counted(size, 'worker')} did not become free within {self._placement_timeout():g} s; "
-            f"the cluster has {counted(len(fits), 'node')} that can hold {counted(sum(fits), 'worker')}",
-            "nodes were lost" if fewer else "other jobs use its CPUs or GPUs",
-            "run the same command again when nodes are back, it resumes; or raise cluster.wait_for_nodes"
-            if fewer
-            else "stop the other jobs, or raise cluster.wait_for_nodes",
-        )
+            for worker in job.workers:
+                self._drop(worker)
+        job.group, job.workers, job.streams = None, [], {}
 
     # --- while they run -------------------------------------------------------------------------------------------
 
     def _next_events(self) -> Iterator[tuple[Task, Event]]:
-        """Wait briefly for the next events and handle them."""
-        streams = [(current, rank, stream) for current in self._running for rank, stream in current.streams.items()]
-        wait = EVENT_INTERVAL if all(current.streams for current in self._running) else POLL_INTERVAL
-        if not streams:
-            time.sleep(wait if self._running else 0)
+        """Wait briefly for the next events, and for actors to start, and handle them."""
+        starting = {each.starting: each for each in self._pool if each.starting is not None}
+        streams = {stream: job for job in self._jobs for stream in job.streams}
+        if not streams and not starting:
+            time.sleep(EVENT_INTERVAL)
             return
-        arrived, _ = ray.wait([stream for *_, stream in streams], num_returns=1, timeout=wait, fetch_local=False)
-        for current, rank in [(current, rank) for current, rank, stream in streams if stream in arrived]:
-            self._running.remove(current)
-            self._running.append(current)  # events of other tasks come first next time
-            event = self._event(current, rank)
-            if event is not None:
-                yield current.queued.task, event
-                yield from self._handle(current, event)
+        arrived, _ = ray.wait([*streams, *starting], num_returns=1, timeout=EVENT_INTERVAL, fetch_local=False)
+        for each in arrived:
+            if each in starting:
+                self._note_start(starting[each])
+            elif each in (job := streams[each]).streams:
+                self._jobs.remove(job)
+                self._jobs.append(job)  # events of other tasks come first next time
+                yield from self._read(job, each)
 
-    def _event(self, current: _Running, rank: int) -> Event | None:
-        """Next event of a rank, or `None` if the user need not see the event."""
+    def _note_start(self, worker: PoolWorker) -> None:
+        """Note that an actor has started, or that Ray could not start it."""
         try:
-            event: Event | list[LogRecord] = ray.get(next(current.streams[rank]))
-        except StopIteration:
-            event = Finished()
+            worker.node, worker.starting, self._failed_starts = ray.get(worker.starting), None, 0
         except RayError as failure:
-            return self._lost(current, root_cause(current.streams, rank, unwrapped(failure)))
+            self._drop(worker)
+            self._failed_starts += 1
+            if self._failed_starts > PENDING * (1 + self._cluster.retries):
+                raise WorkerLostError(
+                    f"Ray cannot start workers: {reason(unwrapped(failure))}",
+                    remedy="see the cluster's dashboard or `ray status`, then run the same command again: it resumes",
+                ) from None
+
+    def _read(self, job: _Job, stream: Any) -> Iterator[tuple[Task, Event]]:
+        """Handle the next item of a stream: an event, log records, or an error."""
+        rank, task, silence = job.streams[stream], job.task, time.monotonic() - job.heard
+        try:
+            event = ray.get(next(stream))
+        except StopIteration:
+            del job.streams[stream]
+            if not job.streams:
+                yield from self._end(job)
+            return
+        except RayError as failure:
+            yield from self._lose(job, unwrapped(failure), silence, stream)
+            return
+        job.heard = time.monotonic()
         if isinstance(event, list):
             accept(event)
-            return None
-        if rank:
-            self._metrics.record(current.queued.task, event, rank)
-        if not isinstance(event, Finished):
-            return event if rank == 0 else None
-        del current.streams[rank]
-        current.result = event if rank == 0 else current.result
-        return None if current.streams else current.result
-
-    def _handle(self, current: _Running, event: Event) -> Iterator[tuple[Task, Event]]:
-        """Update the group and the queue after an event of a task."""
-        if isinstance(event, Failed):
-            for ended in [each for each in self._running if not each.streams]:  # a failed task's streams are cleared
-                self._running.remove(ended)
-                ended.group.stop()
-        elif isinstance(event, Lost):
-            self._requeue(current)
-            while self._idle:  # they may have been on the lost node, and replacing them is cheap
-                self._idle.pop().stop()
+        elif rank:
+            self._executor.metrics.record(task, event, rank)
         elif isinstance(event, Finished | Stopped):
-            self._running.remove(current)
-            self._idle.append(current.group)
-        elif isinstance(event, Progress):
-            current.done = event.done
-            if event.saved and self._grows(current):
-                self._requeue(current)
-                yield current.queued.task, Note("checkpoint saved; restarting with more workers")
+            job.result = event  # the end of all streams follows
+        else:
+            job.patience.take(event, silence)
+            yield task, event
+            if isinstance(event, Progress) and event.saved:
+                job.saved = event.done
+                more = size_for(job.sizes, job.group.possible) if job.group else None
+                if more and more > job.size:
+                    self._release(job)
+                    job.limit = 2**31
+                    yield task, Note("checkpoint saved; restarting with more workers")
 
-    def _grows(self, current: _Running) -> bool:
-        size, queued = current.group.size, current.queued
-        if size >= queued.task.size or time.monotonic() < queued.no_growth_before:
-            return False
-        sizes = (queued.task.size, *queued.task.fewer)
-        free = self._nodes.free() + sum(group.size for group in self._idle)
-        better = grown(sizes, size, self._nodes.capacity(), self._busy(), free)
-        queued.limit = max(queued.limit, better or 0)  # resources are free now
-        return better is not None
-
-    def _check_heartbeats(self) -> Iterator[tuple[Task, Event]]:
-        """Find workers whose process exists but does not respond."""
-        if time.monotonic() - self._last_check < HEARTBEAT_INTERVAL:
+    def _end(self, job: _Job) -> Iterator[tuple[Task, Event]]:
+        """Forget a task whose workers have ended. They are free for the next one of their kind."""
+        if job.leaves and isinstance(job.result, Stopped):
+            yield job.task, Note(f"saved {job.result.saved}")
+            self._release(job)
             return
-        self._last_check = time.monotonic()
-        for current in [each for each in self._running if each.streams]:
-            rank = current.group.silent_rank(self._cluster.peer_timeout)
-            if rank is not None:
-                since = (
-                    current.group.unanswered[rank][1] if rank in current.group.unanswered else current.group.started_at
-                )
-                silence = time.monotonic() - since
-                event = self._lost(current, WorkerLostError(f"no heartbeat for {silence:.0f} s"))
-                yield current.queued.task, event
-                yield from self._handle(current, event)
+        self._jobs.remove(job)
+        self._executor.faults.pop(job.node, None)
+        yield job.task, job.result
+        if job.group:
+            kind = (job.size, self._options(job.task))
+            waiting = (each for each in self._jobs if not each.workers and each.not_before <= time.monotonic())
+            heir = next((each for each in waiting if (each.task.size, self._options(each.task)) == kind), None)
+            if heir:
+                self._release(heir)
+                heir.group = job.group
+                yield from self._begin(heir, job.workers)
+            else:
+                job.group.stop()
 
-    def _lost(self, current: _Running, cause: BaseException) -> Lost | Failed | Note:
-        """Event of a task that ended with an error: `Lost` if retried, `Failed` if not, `Note` if nodes are missing."""
-        if isinstance(cause, ConfigError) and current.group.size < current.queued.task.size:
+    def _lose(
+        self, job: _Job, cause: BaseException, silence: float, stream: Any = None
+    ) -> Iterator[tuple[Task, Event]]:
+        """Handle an error: one of the input ends the stage, after any other the task is tried again or given up.
+
+        Args:
+            silence: seconds without an event before the error.
+            stream: the stream that ended with the error, if one did.
+        """
+        task, size, node = job.task, job.size, job.node
+        if isinstance(cause, PeerLostError) and stream and job.streams.keys() - {stream}:
+            del job.streams[stream]  # another rank may say why
+            job.peer_lost = job.peer_lost or (cause, time.monotonic() + ROOT_CAUSE_TIMEOUT)
+            return
+        if isinstance(cause, ConfigError) and size < task.size:
             # The error did not occur with all workers, and nodes may come back.
-            current.queued.insufficient = current.group.size
-            self._requeue(current)
-            return Note(f"waiting for nodes: {counted(current.group.size, 'worker')} cannot run it: {cause}")
-        if isinstance(cause, DatmError) and not isinstance(cause, WorkerLostError):
-            return self._failed(current, cause)
-        if not isinstance(cause, (*LOSSES, WorkerLostError)):
-            raise cause from None
-        queued = current.queued
-        queued.history = queued.history.after_loss(current.done)
-        if queued.history.gives_up(self._cluster.retries):
+            self._release(job)
+            job.sizes = [each for each in job.sizes if each > size]
+            yield task, Note(f"waiting for nodes: {counted(size, 'worker')} cannot run it: {cause}")
+            return
+        if isinstance(cause, DatmError) and is_final(cause):
+            self._failure = self._failure or cause
+            yield from self._fail(job, cause)
+            return
+        if isinstance(cause, RayTaskError):
+            _log.info("%s", cause, extra={"is_shown": True})  # with the worker's traceback
+        if node and not isinstance(cause, NodeDiedError):
+            self._executor.faults[node] += 1
+        why = reason(cause)
+        if isinstance(cause, RayActorError) and silence > job.patience.limit:
+            why = f"no step for {silence:.0f} s; its log in Ray's dashboard says where it was stuck"
+        for idle in self._free():
+            if idle.node == node:  # it may be lost too, and replacing it is cheap
+                self._drop(idle)
+        job.history = job.history.after_loss(job.saved, node)
+        if job.history.gives_up(self._cluster.retries):
+            ours, times = cause if isinstance(cause, DatmError) else None, job.history.without_progress
             lost = WorkerLostError(
-                f"{queued.task.name} lost its worker {queued.history.without_progress} times without progress; "
-                f"last reason: {reason(cause)}",
-                "the node may be out of memory, or nodes are preempted faster than a task can save its work",
-                "check the worker's log in the Ray dashboard, then run the same command again: it resumes",
+                f"{task.name} lost its worker {times} times without progress; last reason: {why}",
+                (ours and ours.cause) or "memory was full, or nodes are preempted faster than a task can save its work",
+                (ours and ours.remedy)
+                or "check the log and Ray's dashboard, then run the same command again: it resumes",
             )
-            return self._failed(current, lost)
-        return Lost(reason(cause), queued.history.losses)
+            self._given_up = self._given_up or lost
+            yield from self._fail(job, lost)
+            return
+        self._release(job)
+        job.not_before = time.monotonic() + job.history.delay
+        yield task, Lost(why, job.history.losses)
 
-    def _failed(self, current: _Running, failure: DatmError) -> Failed:
-        """Record the first failure. Raises the failure if no other task runs."""
-        self._failure = self._failure or failure
-        current.streams.clear()
-        others = sum(bool(each.streams) for each in self._running)
-        if not others:
-            raise self._failure from None
-        return Failed(str(failure), others)
+    def _fail(self, job: _Job, failure: DatmError) -> Iterator[tuple[Task, Event]]:
+        """End a task that is not tried again; its error is raised after the other tasks have ended."""
+        self._release(job)
+        self._jobs.remove(job)
+        for each in [each for each in self._jobs if self._failure and not each.workers]:
+            self._release(each)
+        if others := len(self._take_tasks()):
+            yield job.task, Failed(str(failure), others)
+
+    def _check(self) -> Iterator[tuple[Task, Event]]:
+        """Fetch logs, find workers that are stuck and could not end themselves, and tell that tasks wait."""
+        now = time.monotonic()
+        yield from self._report_waiting(now)
+        if now - self._checked > CHECK_INTERVAL:
+            self._checked = now
+            for job in [job for job in self._jobs if job.workers]:
+                for worker in job.workers:
+                    worker.take_news()
+                silence = now - job.heard
+                if silence > job.patience.limit + MARGIN:
+                    yield from self._lose(job, WorkerLostError(f"no step for {silence:.0f} s, and no answer"), silence)
+            yield from self._leave_nodes(draining_nodes())
+        for job in [job for job in self._jobs if job.peer_lost and job.workers]:
+            assert job.peer_lost
+            if now > job.peer_lost[1] or not job.streams:
+                yield from self._lose(job, job.peer_lost[0], now - job.heard)
+
+    def _leave_nodes(self, nodes: set[str]) -> Iterator[tuple[Task, Event]]:
+        """Have workers on nodes that end soon save their work, for others to resume."""
+        for job in self._jobs:
+            if not job.leaves and any(worker.node in nodes for worker in job.workers):
+                job.leaves = True
+                for worker in job.workers:
+                    worker.save()
+                yield job.task, Note("its node ends soon: saving, to resume elsewhere")
+
+    def _report_waiting(self, now: float) -> Iterator[tuple[Task, Event]]:
+        """Tell every minute that tasks wait and nothing runs. Raises a `ClusterError` if that takes too long."""
+        waiting = [job for job in self._jobs if not job.workers and job.not_before <= now]
+        if len(waiting) < len(self._jobs) or not waiting:
+            self._blocked_since = math.inf
+            return
+        if self._blocked_since == math.inf:
+            self._blocked_since, self._reported_at = now, now - 0.75 * WAIT_INTERVAL
+        job, waited = waiting[0], now - self._blocked_since
+        size = job.group.size if job.group else job.sizes[0]
+        if waited > self._nodes.patience and size == job.sizes[-1]:  # fewer are tried first
+            raise self._nodes.not_enough(size)
+        if now - self._reported_at > WAIT_INTERVAL:
+            self._reported_at = now
+            yield job.task, Note(self._nodes.waiting(size, waited))
+
+
+def _answer(reference: Any) -> bool:
+    try:
+        return bool(ray.get(reference))
+    except RayError:  # it has died
+        return False

@@ -93,7 +93,7 @@ def test_a_stopped_job_resumes_when_submitted_again(datm_ray: CommandLine, dashb
     place = open_location(out)
     assert not (place / "report.html").exists()
     assert load(f"{out}/tiny/synthetic.arrow").images.shape[0] == 10
-    assert re.search(r"Z INFO \S+ DistillWorker/0/\d+  checkpoint saved run=tiny iteration=6", jobs.logs(number))
+    assert re.search(r"Z INFO \S+ Worker/\d+  checkpoint saved run=tiny iteration=6", jobs.logs(number))
     code, printed, err = datm_ray(*arguments)
     assert code == 0, printed + err
     assert "Experts: nothing to do" in printed

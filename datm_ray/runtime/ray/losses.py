@@ -1,0 +1,39 @@
+"""Errors of Ray's workers: which of them end a run, and what to tell the user about the others."""
+
+from __future__ import annotations
+
+import re
+
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+
+from datm_ray.errors import DatmError, TransientStoreError, WorkerLostError
+from datm_ray.runtime.ray.cluster import first_line
+
+
+def unwrapped(failure: BaseException) -> BaseException:
+    """Error that an actor raised or died of. An unexpected error keeps Ray's wrapper with its traceback."""
+    inner = failure.cause if isinstance(failure, RayTaskError) else next(iter(failure.args), None)
+    if isinstance(failure, RayTaskError):
+        return unwrapped(inner) if isinstance(inner, DatmError | RayActorError) else failure
+    # The actor's constructor raised it.
+    return unwrapped(inner) if isinstance(inner, RayTaskError) else failure
+
+
+def is_final(failure: BaseException) -> bool:
+    """True for an error of the user's input, which every attempt would repeat. All other errors are losses."""
+    return isinstance(failure, DatmError) and not isinstance(failure, WorkerLostError | TransientStoreError)
+
+
+def reason(failure: BaseException) -> str:
+    """Reason why a worker was lost, in one line without Ray's identifiers."""
+    if isinstance(failure, DatmError):
+        return failure.fact
+    if isinstance(failure, ActorUnavailableError):
+        return "its process or its node is unreachable"
+    if isinstance(failure, RayTaskError):
+        return f"{type(failure.cause).__name__}: {first_line(failure.cause)}"
+    text = " ".join(str(failure).split())
+    for mark in ("Worker exit detail: ", "The actor is dead because "):
+        if mark in text:
+            return re.split(" Some common causes| Traceback ", text.partition(mark)[2])[0]
+    return first_line(failure)

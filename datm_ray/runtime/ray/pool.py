@@ -1,0 +1,179 @@
+"""Pool of Ray actors that each run one task after another.
+
+Ray places the actors, and its autoscaler sees those that wait. An actor keeps its worker, and with it the data set and
+what was compiled, for as long as tasks of the same stage come.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from datm_ray.monitor.logs import Collector, accept
+from datm_ray.runtime import stopping
+from datm_ray.runtime.executor import Stopped, Task, WorkerRank, explaining_memory
+from datm_ray.runtime.recovery import Patience, watched
+
+CONTROL = "control"
+"""Concurrency group of an actor whose thread answers while its worker is busy."""
+
+
+class Stage(NamedTuple):
+    """What the tasks of a stage have in common."""
+
+    number: int
+    worker: Callable[..., Any]
+    setup: tuple[Any, ...]
+    """Arguments that construct the worker; Ray's references among them are resolved where that happens."""
+    method: str
+
+
+class Worker:
+    """Ray actor that holds one of our workers and runs its tasks."""
+
+    def __init__(self, log_level: int) -> None:
+        if not ray.get_gpu_ids():
+            # Some versions of Ray do not hide GPUs that were not requested. All workers of a node would use its first
+            # GPU.
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        self._log = Collector(f"Worker/{os.getpid()}", log_level)
+        self._worker: Any = None
+        self._stage = -1
+
+    def __repr__(self) -> str:
+        """Name of the actor in Ray's dashboard and logs."""
+        return type(self).__name__
+
+    def node(self) -> str:
+        """Identifier of the node on which the actor was placed."""
+        return str(ray.get_runtime_context().get_node_id())
+
+    def news(self) -> list[logging.LogRecord]:
+        """New log records."""
+        return self._log.take()
+
+    def stop(self) -> bool:
+        """Ask the worker to save its work and to stop. Returns False if it is at nothing that it can save."""
+        return stopping.ask()
+
+    def rendezvous(self, *_others: str) -> str:
+        """Return a free "host:port" for rank 0. The unused arguments make Ray wait until every rank has started."""
+        with socket.create_server(("", 0)) as server:
+            # Another process may take the port before rank 0 does. The attempt then fails, and the next one gets
+            # another port.
+            host = ray.util.get_node_ip_address()
+            return f"{f'[{host}]' if ':' in host else host}:{server.getsockname()[1]}"
+
+    def work(
+        self, stage: Stage, patience: Patience, method: str, rank: tuple[int, int], address: str, *arguments: Any
+    ) -> Iterator[Any]:
+        """Run this actor's part of a task and yield its events, each after the log records before it.
+
+        Args:
+            stage: the worker to construct; that of an earlier stage is replaced.
+            rank: rank of this actor, and number of ranks.
+            address: what `rendezvous` of rank 0 returned; "" for a task of one worker.
+            arguments: the method's.
+        """
+        more = {"worker_rank": WorkerRank(*rank, address)} if address else {}
+
+        def events() -> Iterator[Any]:
+            if self._stage != stage.number:
+                self._worker = None  # frees its memory first
+                setup = [ray.get(each) if isinstance(each, ray.ObjectRef) else each for each in stage.setup]
+                self._worker, self._stage = stage.worker(*setup), stage.number
+            yield from getattr(self._worker, method)(*arguments, **more)
+
+        try:
+            with explaining_memory():
+                for event in watched(events(), patience):
+                    yield from self._records()
+                    yield event
+        except stopping.Interrupted as end:
+            yield from self._records()
+            yield Stopped(str(end))
+        except Exception:
+            yield from self._records()
+            raise
+
+    def _records(self) -> Iterator[list[logging.LogRecord]]:
+        records = self._log.take()
+        if records:
+            yield records
+
+
+def labels_without(options: Mapping[str, Any], avoided: set[str]) -> dict[str, str]:
+    """Label selector of an actor that runs on none of these nodes."""
+    labels = dict(options.get("label_selector", {}))
+    return labels | {"ray.io/node-id": f"!in({','.join(sorted(avoided))})"} if avoided else labels
+
+
+@dataclass(eq=False)
+class PoolWorker:
+    """One actor of the pool, as the driver sees it."""
+
+    options: Mapping[str, Any]
+    """Ray's options of the actor: what it occupies, and where it may run."""
+    actor: Any
+    starting: Any
+    """Reference to the answer of `Worker.node`; None once the actor has started."""
+    node: str = ""
+    stream: Any = None
+    """Ray's generator of references to the events of the present or last task."""
+    unread: list[Any] = field(default_factory=list)
+    """References to log records that were requested."""
+
+    @classmethod
+    def start(cls, options: Mapping[str, Any], bundle: tuple[PlacementGroup, int] | None = None) -> PoolWorker:
+        """Request an actor from Ray, without waiting for it; in a bundle of a placement group, if one is given."""
+        groups: dict[str, Any] = {"concurrency_groups": {CONTROL: 1}}  # missing in Ray's annotations
+        remote: Any = ray.remote(**groups)(Worker)
+        placed = {"scheduling_strategy": PlacementGroupSchedulingStrategy(*bundle)} if bundle else {}
+        actor = remote.options(**options, **placed).remote(logging.getLogger("datm_ray").getEffectiveLevel())
+        return cls(options, actor, actor.node.remote())
+
+    def suits(self, options: Mapping[str, Any]) -> bool:
+        """True if the actor occupies what these options ask for; it may have more memory, and avoid more nodes."""
+        mine, theirs = ({**each, "memory": 0, "label_selector": 0} for each in (self.options, options))
+        labels, wanted = (each.get("label_selector", {}) for each in (self.options, options))
+        enough = self.options.get("memory", 0) >= options.get("memory", 0)
+        return bool(mine == theirs and enough and wanted.items() <= labels.items())
+
+    def run(
+        self, stage: Stage, task: Task, patience: Patience, rank: tuple[int, int] = (0, 1), rendezvous: Any = ""
+    ) -> None:
+        """Submit a task, or one rank's part of it, to the actor. Its events come from `stream`."""
+        name = f"Worker of {task.name}" + (f", rank {rank[0]} of {rank[1]}" if rank[1] > 1 else "")
+        self.stream = self.actor.work.options(num_returns="streaming", name=name).remote(
+            stage, patience, task.method or stage.method, rank, rendezvous, *task.arguments
+        )
+
+    def take_news(self) -> None:
+        """Log what the worker has logged since the last call, and request what comes next. Note its node."""
+        if self.starting is not None and ray.wait([self.starting], timeout=0, fetch_local=False)[0]:
+            with suppress(RayError):
+                self.node, self.starting = ray.get(self.starting), None
+        if self.unread and ray.wait(self.unread, timeout=0, fetch_local=False)[0]:
+            with suppress(RayError):  # the stream of events reports why an actor ended
+                accept(ray.get(self.unread.pop()))
+            self.unread = []
+        if not self.unread:
+            self.unread = [self.actor.news.options(concurrency_group=CONTROL).remote()]
+
+    def save(self) -> Any:
+        """Ask the worker to save its work and to stop. Returns a reference to whether it will."""
+        return self.actor.stop.options(concurrency_group=CONTROL).remote()
+
+    def stop(self) -> None:
+        """Kill the actor and free its resources."""
+        ray.kill(self.actor)
