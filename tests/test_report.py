@@ -80,7 +80,8 @@ def save_checkpoint(folder: Location, config: RunConfig, losses: Sequence[float]
         state.history.append(IterationRecord(k, 0, 0, 1 + k % 2, loss, 0.01 + k / 1000, skipped, decrease))
     state.validations = [(4 * (i + 1), accuracy) for i, accuracy in enumerate(validations)]
     state.chosen_at = max(state.validations, key=lambda validation: validation[1], default=(0, 0.0))[0]
-    checkpoint.save_checkpoint(folder, state, Rows(0, len(state.synthetic.images)), Alone(), run_identity(config))
+    attempt = checkpoint.Attempt.start(folder, Alone())
+    checkpoint.save_checkpoint(attempt, state, Rows(0, len(state.synthetic.images)), Alone(), run_identity(config))
 
 
 def finished_run(
@@ -335,7 +336,11 @@ def test_a_step_size_that_is_not_learned_is_a_plain_line(out: Location) -> None:
     noise = float(np.float32(0.03))
     state.history = [IterationRecord(k, 0, 0, 1, 0.5, noise, skipped=False, decrease=0.1) for k in range(9)]
     checkpoint.save_checkpoint(
-        out / config.name, state, Rows(0, len(state.synthetic.images)), Alone(), run_identity(config)
+        checkpoint.Attempt.start(out / config.name, Alone()),
+        state,
+        Rows(0, len(state.synthetic.images)),
+        Alone(),
+        run_identity(config),
     )
     page = page_of(out, RunSummary(config, out / config.name, []))
     assert "learned step size" not in text_of(page)

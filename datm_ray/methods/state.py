@@ -8,7 +8,7 @@ Shapes: n rows held, a backbones. Tests: tests/methods/trajectory/test_iteration
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -112,8 +112,13 @@ class State(Generic[Record]):
         rates = (of_images, of_labels, self.settings.learning_rate_step_size)
         return dict(zip(LEARNED, rates, strict=True))
 
-    def record_validation(self, accuracy: float, standard_error: float = 0.0) -> bool:
-        """Record the accuracy of the current set, and choose the set if it is not clearly worse than an earlier one.
+    def record_validation(
+        self,
+        accuracy: float,
+        standard_error: float = 0.0,
+        earlier: tuple[int, Callable[[], SyntheticSet]] | None = None,
+    ) -> bool:
+        """Record the accuracy of a set, and choose the set if it is not clearly worse than an earlier one.
 
         "Not clearly worse" means within one standard error of the best accuracy so far. Validation sets are small, so
         the highest of many noisy accuracies says little. The check must catch a collapse; without one, the set that was
@@ -122,15 +127,17 @@ class State(Generic[Record]):
         Args:
             accuracy: validation accuracy in [0, 1].
             standard_error: standard error of an accuracy measured on this many validation images.
+            earlier: iterations done of the validated set, and a function that reads it; `None` for the current set.
 
         Returns:
-            Whether the current set was chosen.
+            Whether the set was chosen.
         """
-        best = max((earlier for _, earlier in self.validations), default=accuracy)
+        best = max((before for _, before in self.validations), default=accuracy)
         is_chosen = accuracy >= best - standard_error
-        self.validations.append((self.iteration, accuracy))
+        iteration, read = earlier or (self.iteration, self.synthetic.clone)
+        self.validations.append((iteration, accuracy))
         if is_chosen:
-            self.chosen, self.chosen_at = self.synthetic.clone(), self.iteration
+            self.chosen, self.chosen_at = read(), iteration
         return is_chosen
 
     def meta_gradient(

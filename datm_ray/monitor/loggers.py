@@ -53,8 +53,8 @@ class Logger:
 
     def event(self, task: Task, event: Event) -> None:
         """Log an event's measurements."""
-        if isinstance(event, Progress):
-            self._do(lambda backend: backend.log(task, event.done, _curves(event)))
+        if isinstance(event, Progress) and (values := _curves(event)):
+            self._do(lambda backend: backend.log(task, event.done, values))
         elif isinstance(event, Finished):
             self._do(lambda backend: backend.finish(task))
 

@@ -54,6 +54,9 @@ _SHOWN = {"is_shown": True}
 class Stage(Protocol):
     """Display of one stage's events."""
 
+    def add(self, task: Task) -> None:
+        """Add a task that was made meanwhile."""
+
     def event(self, task: Task, event: Event) -> None:
         """Show an event of a task."""
 
@@ -173,6 +176,11 @@ class Tracker:
         self._started = self._last = now
         self._work = self._seconds = 0.0
 
+    def add(self, task: Task) -> None:
+        """Count a task that was made meanwhile."""
+        self.tasks += 1
+        self._left += task.weight
+
     def take(self, task: Task, event: Event, now: float) -> None:
         """Count an event, at a time of the monotonic clock."""
         if isinstance(event, Lost | Failed | Stopped):
@@ -228,6 +236,12 @@ class _LineStage:
         self._tracker = Tracker(tasks, self._started)
         _log.info("stage started %s", fields(stage=title, tasks=len(tasks)), extra=_SHOWN)
         self._show_state(f"{title}: {counted(len(tasks), 'task')} to run")
+
+    def add(self, task: Task) -> None:
+        """Add a task that was made meanwhile."""
+        with self._lock:
+            self._tracker.add(task)
+        _log.info("task added %s", fields(task=task.name), extra=_SHOWN)
 
     def event(self, task: Task, event: Event) -> None:
         """Log an event, and show it."""

@@ -6,7 +6,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -23,13 +23,15 @@ from datm_ray.pipeline.folder import LEASE, RECIPE, has_results, read_recipe, su
 from datm_ray.pipeline.runs import Runs
 from datm_ray.pipeline.tasks import DatasetTask
 from datm_ray.report import accuracy_table, fair_table, networks_table
-from datm_ray.runtime.executor import Executor, Finished, Task
+from datm_ray.runtime.executor import Executor, Finished, More, Task
 from datm_ray.runtime.stopping import ask, by_signals
 from datm_ray.stages.checkpoint import CHECKPOINT
 from datm_ray.stages.distill import DistillWorker
-from datm_ray.stages.evaluate import FAIR_ROWS, ON_OTHERS, ROWS, EvaluateWorker, read_score, result_location
-from datm_ray.stages.expert_progress import ExpertProgress
-from datm_ray.stages.experts import ExpertWorker, experts_cost, progress_of, stacks, write_experts_cost
+from datm_ray.stages.evaluate import FAIR_ROWS, ON_OTHERS, ROWS, read_score, result_location
+from datm_ray.stages.expert_progress import ExpertProgress, note_stacks
+from datm_ray.stages.experts import experts_cost, progress_of, stacks, write_experts_cost
+from datm_ray.stages.validation import Candidates
+from datm_ray.stages.worker import StageWorker
 from datm_ray.store.claims import lease
 from datm_ray.store.files.filesystem import Location
 
@@ -63,6 +65,8 @@ class Pipeline:
         self.runs = Runs(configs, out, store, elsewhere=elsewhere, alone=alone, asked=asked)
         checks.check(self.runs)
         self._log = Logger()
+        self._setups: dict[DatasetConfig, tuple[Any, ...]] = {}
+        """Arguments of the workers' constructor, with each data set as the executor shares it."""
 
     @property
     def configs(self) -> Sequence[RunConfig]:
@@ -142,7 +146,7 @@ class Pipeline:
         checks.require_matchable(self.runs)
         with self._started(start, reporter, distils=True) as executor:
             self._experts(executor, reporter)
-            self._distill(executor, reporter)
+            self._distill(executor, reporter, evaluates=True)
             self._evaluate(executor, reporter)
 
     def train_experts(self, start: Callable[[], Executor], reporter: Reporter) -> None:
@@ -200,6 +204,7 @@ class Pipeline:
         if not (self.runs.alone or self.runs.elsewhere):
             reporter.message("Starting Ray ...")
         executor = start()
+        self._setups.clear()
         try:
             if distils:
                 for config in self.runs.unfinished():
@@ -244,8 +249,19 @@ class Pipeline:
                 twin = keep_transform(transform, self.out / TRANSFORMS)
                 group.write_transform(transform.to_arrays(), transform.to_metadata(), twin)
         self._clear_up()
-        self._run("Experts", ExpertWorker, "train", tasks.expert_tasks, executor, reporter)
+        self._note_stacks(executor)
+
+        def open_tasks(runs: Runs) -> list[DatasetTask]:
+            return tasks.expert_tasks(runs, executor.workers)
+
+        self._run("Experts", "train", open_tasks, executor, reporter)
+        self._note_stacks(executor)
         self._note_experts_cost()
+
+    def _note_stacks(self, executor: Executor) -> None:
+        """Note which experts stand together, so that another number of workers resumes the same stacks."""
+        for config, open_stacks in tasks.expert_stacks(self.runs, executor.workers):
+            note_stacks(self.runs.experts(config), open_stacks)
 
     def _note_experts_cost(self) -> None:
         """Write the experts' cost into the runs' folders, where the report finds it without the store."""
@@ -268,39 +284,72 @@ class Pipeline:
                     if not missing & set(stack):
                         progress_of(config, group, stack).remove()
 
-    def _distill(self, executor: Executor, reporter: Reporter) -> None:
+    def _distill(self, executor: Executor, reporter: Reporter, *, evaluates: bool = False) -> None:
+        """Distil the sets. With `evaluates`, workers that are free score finished sets while others are distilled."""
+        checks.require_names(self.runs)
+        given = set[str]()
+        """Results of the evaluations that were given out."""
+
         def open_tasks(runs: Runs) -> list[DatasetTask]:
             return tasks.distill_tasks(runs, executor)
 
-        checks.require_names(self.runs)
-        self._run("Distillation", self.distill_worker, "distill", open_tasks, executor, reporter)
+        def following(task: Task) -> list[Task]:
+            if task.stage == "evaluation":
+                self._report_row(task, reporter)
+            unfinished = [config.name for config in self.runs.unfinished()]
+            if not evaluates or executor.workers == 1 or not unfinished:
+                return []
+            (dataset,) = (config.dataset for config in self.configs if config.name == task.run)
+            done = [each for each in self.configs if each.name not in unfinished and each.dataset == dataset]
+            found = tasks.evaluate_tasks(self.runs, self.scored_rows, workers=executor.workers, of=done)
+            new = [each for _, each in found if each.arguments[3] not in given]
+            given.update(each.arguments[3] for each in new)
+            return new
+
+        self._run("Distillation", "distill", open_tasks, executor, reporter, following)
+        for config in self.configs:  # a worker that died after it had written the set leaves candidates
+            Candidates(self.runs.folder(config)).remove()
 
     def _evaluate(self, executor: Executor, reporter: Reporter) -> None:
         def open_tasks(runs: Runs) -> list[DatasetTask]:
-            return tasks.evaluate_tasks(runs, self.scored_rows)
+            return tasks.evaluate_tasks(runs, self.scored_rows, workers=executor.workers)
 
-        def tell(task: Task) -> None:
-            *_, uri, row, number, network = task.arguments
-            for config in self.configs:  # runs may share a row
-                key = (self.out, config, self.runs.raw(config).fingerprint, row)
-                if (row, network) not in self.scored_rows(config) or number >= config.evaluate.seeds:
-                    continue
-                if result_location(*key, number, network).uri == uri and (score := read_score(*key, network)):
-                    reporter.message(f"{tasks.row_title(config, row, network)}: {score} % (n={score.n})")
+        def following(task: Task) -> list[Task]:
+            self._report_row(task, reporter)
+            return []
 
-        self._run("Evaluation", EvaluateWorker, "evaluate", open_tasks, executor, reporter, tell)
+        self._run("Evaluation", "evaluate", open_tasks, executor, reporter, following)
+
+    def _report_row(self, task: Task, reporter: Reporter) -> None:
+        """Show the rows that a task of the evaluation has completed."""
+        *_, uri, row, number, network = task.arguments
+        for config in self.configs:  # runs may share a row
+            key = (self.out, config, self.runs.raw(config).fingerprint, row)
+            if (row, network) not in self.scored_rows(config) or number >= config.evaluate.seeds:
+                continue
+            if result_location(*key, number, network).uri == uri and (score := read_score(*key, network)):
+                reporter.message(f"{tasks.row_title(config, row, network)}: {score} % (n={score.n})")
+
+    def _setup(self, dataset: DatasetConfig, executor: Executor, reporter: Reporter) -> tuple[Any, ...]:
+        """Arguments of the workers' constructor. Data sets are shared once, and stages have the same workers."""
+        if dataset not in self._setups:
+            shared = executor.share(self.runs.dataset(dataset, reporter.message))
+            self._setups[dataset] = (shared, self.configs[0].cluster, self.distill_worker)
+        return self._setups[dataset]
 
     def _run(
         self,
         title: str,
-        worker: Callable[..., Any],
         method: str,
         open_tasks: Callable[[Runs], Sequence[DatasetTask]],
         executor: Executor,
         reporter: Reporter,
-        finished: Callable[[Task], None] = lambda task: None,
+        following: Callable[[Task], Iterable[Task]] = lambda task: (),
     ) -> None:
-        """Run the open tasks of one stage, data set by data set. Calls `finished` for each before its end is shown.
+        """Run the open tasks of one stage, data set by data set, and those that tasks make.
+
+        Args:
+            following: called for each finished task before its end is shown. Returns tasks to run after all others.
 
         Raises:
             ClusterError: afterwards, where workers have written to a place that this process does not see.
@@ -314,12 +363,17 @@ class Pipeline:
             by_dataset.setdefault(dataset, []).append(task)
         with reporter.stage(title, [task for _, task in left]) as stage:
             for dataset, group in by_dataset.items():
-                setup = (executor.share(self.runs.dataset(dataset, reporter.message)), self.configs[0].cluster)
-                for task, event in executor.run(worker, setup, method, group):
-                    if isinstance(event, Finished):
-                        finished(task)
-                    stage.event(task, event)
-                    self._log.event(task, event)
+                names = {task.name for task in group}
+                for task, event in executor.run(StageWorker, self._setup(dataset, executor, reporter), method, group):
+                    more = following(task) if isinstance(event, Finished) else ()
+                    for each in [event.task] if isinstance(event, More) else more:
+                        if each.name not in names:  # a task that is tried again makes its tasks again
+                            names.add(each.name)
+                            group.append(each)
+                            stage.add(each)
+                    if not isinstance(event, More):
+                        stage.event(task, event)
+                        self._log.event(task, event)
         if unseen := open_tasks(self.runs):
             raise ClusterError(
                 f"{title}: {len(unseen)} result(s), {unseen[0][1].name} the first, cannot be read on this machine",

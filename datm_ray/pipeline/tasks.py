@@ -4,31 +4,50 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from datm_ray.config import DatasetConfig, NetworkConfig, Role, RunConfig, network_names
+from datm_ray.core.training import PROTOCOLS, validation_protocol
 from datm_ray.errors import ConfigError
 from datm_ray.pipeline.runs import Runs
+from datm_ray.planning.duration import FORWARD_PASSES
 from datm_ray.planning.fit import ALONE, DataShape, Layout, network_cost, plans_of
+from datm_ray.planning.main_memory import distilling_memory, experts_memory, scoring_memory
+from datm_ray.runtime.devices import uses_gpu
 from datm_ray.runtime.executor import Executor, Task
-from datm_ray.stages.evaluate import FAIR_ROWS, ROWS, result_location, work_of
+from datm_ray.stages.evaluate import FAIR_ROWS, ROWS, result_location, work_of, work_of_training
+from datm_ray.stages.expert_progress import read_stacks
 from datm_ray.stages.experts import experts_at_a_time, stacks
+from datm_ray.stages.validation import is_apart, only_validations_are_left
 
 DatasetTask = tuple[DatasetConfig, Task]
 """A task, and the data set its worker must hold."""
 
 
-def expert_tasks(runs: Runs) -> list[DatasetTask]:
-    """One task for every stack of experts that any of the runs needs and the store does not hold."""
+def expert_tasks(runs: Runs, workers: int = 1) -> list[DatasetTask]:
+    """One task for every stack of experts that any of the runs needs and the store does not hold.
+
+    Args:
+        workers: workers that train at the same time.
+    """
     tasks = []
-    for config in expert_recipes(runs):
+    for config, open_stacks in expert_stacks(runs, workers):
         group = runs.experts(config)
-        for stack in stacks(runs.missing_experts(config), stack_size(runs, config), config.experts.count):
+        for stack in open_stacks:
             last = min(stack[-1], config.experts.count - 1)
             name = f"expert {stack[0]}" if last == stack[0] else f"experts {stack[0]}-{last}"
             arguments = (config, runs.store_uri, stack)
             steps = config.experts.epochs * (2 if config.experts.optimiser == "gsam" else 1)
             work = len(stack) * steps * len(runs.raw(config).train) * _flop(runs, config)
-            task = Task(f"{name} of {group.key}", arguments, run=config.name, stage="experts", weight=work)
+            task = Task(
+                f"{name} of {group.key}",
+                arguments,
+                run=config.name,
+                stage="experts",
+                weight=work,
+                memory=experts_memory(config, runs.shape(config), len(stack)),
+                is_light=True,
+            )
             tasks.append((config.dataset, task))
     return tasks
 
@@ -47,24 +66,80 @@ def expert_recipes(runs: Runs) -> list[RunConfig]:
     return list(recipes.values())
 
 
+def expert_stacks(runs: Runs, workers: int) -> list[tuple[RunConfig, list[tuple[int, ...]]]]:
+    """Stacks with missing experts of each group: those that an earlier command has noted, then new ones."""
+    found = list[tuple[RunConfig, list[tuple[int, ...]]]]()
+    missing = [(config, runs.missing_experts(config)) for config in expert_recipes(runs)]
+    groups = sum(bool(left) for _, left in missing)
+    for config, left in missing:
+        group, size, count = runs.experts(config), stack_size(runs, config), config.experts.count
+        if config.cluster.experts_at_a_time:
+            found.append((config, stacks(left, size, count)))
+            continue
+        noted = read_stacks(group)
+        kept = [stack for stack in noted if not set(left).isdisjoint(stack)]
+        new = sorted(set(left).difference(*kept))
+        # Progress without a note is of an earlier version, whose stacks did not follow the workers.
+        share = -(-workers // max(1, groups)) if noted or not group.progress.list() else 1
+        least = 1 if uses_gpu(config.cluster) else 2
+        found.append((config, [*kept, *stacks(new, size, count, share, least)]))
+    return found
+
+
 def stack_size(runs: Runs, config: RunConfig) -> int:
-    """Number of experts that are trained together."""
+    """Largest number of experts that are trained together."""
     shape = runs.shape(config)
     return experts_at_a_time(config, shape.image, shape.classes)
 
 
 def distill_tasks(runs: Runs, executor: Executor | None = None) -> list[DatasetTask]:
-    """One task for every set that is not finished."""
+    """One task for every set that is not finished. It makes further tasks where sets are validated apart."""
     tasks = []
+    wanted = sum(config.workers_per_set for config in runs.unfinished())
     for config in runs.unfinished():
-        arguments = (config, runs.store_uri, runs.folder(config).uri, layout(runs, config, executor).sharing)
-        size, fewer = config.workers_per_set, smaller_groups(runs, config)
+        folder, size, fewer = runs.folder(config), config.workers_per_set, smaller_groups(runs, config)
         settings, images = config.distill, config.distill.ipc * runs.raw(config).classes
         passes = settings.iterations * settings.student_steps * min(images, settings.batch_size)
         work = passes * sum(_flop(runs, each) for each in config.each_backbone())
-        task = Task(config.name, arguments, size, fewer, run=config.name, stage="distillation", weight=work)
+        validation = None
+        if executor is not None:
+            is_over = only_validations_are_left(folder, settings)
+            if is_over or is_apart(size, wanted, executor.workers):
+                validation = _validation_task(runs, config)
+            if is_over:  # the task only makes others
+                size, fewer, work = 1, (), 1.0
+        workers, memory = layout(runs, config, executor), 0
+        with suppress(ConfigError):  # workers of other machines check their own memory
+            memory = distilling_memory(config, runs.shape(config), workers)
+        task = Task(
+            config.name,
+            (config, runs.store_uri, folder.uri, workers.sharing, validation),
+            size,
+            fewer,
+            run=config.name,
+            stage="distillation",
+            weight=work * FORWARD_PASSES["matching"],
+            memory=memory,
+        )
         tasks.append((config.dataset, task))
     return tasks
+
+
+def _validation_task(runs: Runs, config: RunConfig) -> Task:
+    """Task that validates a set of the run, but for the iteration, which is added to its name and arguments."""
+    schedule = PROTOCOLS[validation_protocol(config.evaluate.protocol)]
+    images = config.distill.ipc * runs.raw(config).classes
+    work = config.distill.validation_seeds * work_of_training(schedule, images, _flop(runs, config))
+    return Task(
+        f"{config.name} validation",
+        (config, runs.store_uri, runs.folder(config).uri),
+        run=config.name,
+        stage="distillation",
+        weight=work * FORWARD_PASSES["training"],
+        method="validate",
+        memory=scoring_memory(config, runs.shape(config), images),
+        is_light=True,
+    )
 
 
 def _flop(runs: Runs, config: RunConfig, network: NetworkConfig | None = None) -> float:
@@ -103,23 +178,45 @@ def layout(runs: Runs, config: RunConfig, executor: Executor | None) -> Layout:
 
 
 def evaluate_tasks(
-    runs: Runs, scored_rows: Callable[[RunConfig], Sequence[tuple[str, NetworkConfig | None]]]
+    runs: Runs,
+    scored_rows: Callable[[RunConfig], Sequence[tuple[str, NetworkConfig | None]]],
+    *,
+    workers: int = 1,
+    of: Sequence[RunConfig] | None = None,
 ) -> list[DatasetTask]:
-    """One task for every scored row and seed without a result, once for runs that share it; all real data last."""
+    """One task for every scored row and seed without a result, once for runs that share it.
+
+    Args:
+        workers: number of workers. One gets all real data last, so that the sets' rows are seen early. Several get the
+            longest rows first, so that none waits at the end.
+        of: runs to score; `None` for all.
+    """
     tasks: dict[str, DatasetTask] = {}
-    everything = [(config, row, network) for config in runs.configs for row, network in scored_rows(config)]
+    configs = runs.configs if of is None else of
+    everything = [(config, row, network) for config in configs for row, network in scored_rows(config)]
     for config, row, network in sorted(everything, key=lambda each: each[1] == "full"):
         raw = runs.raw(config)
+        images = len(raw.train) if row == "full" else config.distill.ipc * raw.classes
         work = work_of(config, row, network, raw.classes, len(raw.train), _flop(runs, config, network))
+        work *= FORWARD_PASSES["training"]
         name = f"{config.name} {row}{_on(config, network)}"
         for number in range(config.evaluate.seeds):
             place = result_location(runs.out, config, raw.fingerprint, row, number, network)
             if not place.exists():
                 uris = (runs.store_uri, runs.folder(config).uri, place.uri)
                 arguments = (config, *uris, row, number, network)
-                task = Task(f"{name} {number}", arguments, run=config.name, stage="evaluation", weight=work)
+                task = Task(
+                    f"{name} {number}",
+                    arguments,
+                    run=config.name,
+                    stage="evaluation",
+                    weight=work,
+                    method="evaluate",
+                    memory=scoring_memory(config, runs.shape(config), images, network),
+                    is_light=True,
+                )
                 tasks[place.uri] = (config.dataset, task)
-    return list(tasks.values())
+    return sorted(tasks.values(), key=lambda each: -each[1].weight if workers > 1 else 0)
 
 
 def row_title(config: RunConfig, row: str, network: NetworkConfig | None) -> str:

@@ -8,6 +8,7 @@ Accuracy: benchmarks/README.md. Tests: tests/planning/test_duration.py.
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,6 @@ import numpy as np
 
 from datm_ray.artifact import INLINE_BYTES
 from datm_ray.config import ClusterConfig, RunConfig
-from datm_ray.core.experts import LARGEST_STACK
 from datm_ray.core.networks.parameters import FlatNetwork, float_buffers
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.training import PROTOCOLS, validation_protocol
@@ -26,8 +26,10 @@ from datm_ray.methods.trajectory.distance import Distance
 from datm_ray.methods.trajectory.iteration import IterationRecord
 from datm_ray.planning.fit import DataShape, DistillationPlan, fitting_cost, network_cost, plans_of, total
 from datm_ray.planning.machines import Machine
+from datm_ray.runtime.devices import uses_gpu
 from datm_ray.stages.evaluate import CONTROL_STEP_SIZES, ON_OTHERS
-from datm_ray.stages.experts import experts_at_a_time
+from datm_ray.stages.experts import experts_at_a_time, stacks
+from datm_ray.stages.validation import is_apart, validations
 from datm_ray.store.trajectories import size_in_words
 
 FORWARD_PASSES = {"matching": 11, "experts": 3, "training": 3, "real": 3, "scoring": 1}
@@ -94,19 +96,32 @@ class Proposal:
         labelled = config.experts.count * (settings.labels == "soft") + 2 * (settings.initial == "correct")
         choosing = self.seconds("scoring", backbones[0], labelled * images)
         distillation = compiling + choosing + settings.iterations * sum(self.iteration)
-        validations = -(-settings.iterations // settings.validate_every) * settings.validation_seeds
-        protocol = validation_protocol(config.evaluate.protocol)
-        validation = validations * self._trained(backbones[0], PROTOCOLS[protocol].epochs * images)
+        validation = self._validation(distillation - compiling - choosing)
         scored = self._networks_of_a_seed()
         evaluation, scorers = config.evaluate.seeds * sum(scored), min(workers, config.evaluate.seeds * len(scored))
         seconds = {
             "start": (RUN_SECONDS + WORKER_SECONDS * (trainers + together + scorers), RUN_SECONDS + 3 * WORKER_SECONDS),
             "experts": (experts, experts_clock),
             "distillation": (distillation * together, distillation),
-            "validation": (validation * together, validation),  # a set's other workers wait
+            "validation": validation,
             "evaluation": (evaluation, max(*scored, evaluation / scorers)),
         }
         return {name: (self.machine.cores * held / 3600, wall / 3600) for name, (held, wall) in seconds.items()}
+
+    def _validation(self, iterating: float) -> tuple[float, float]:
+        """Seconds of all workers for validation, and seconds on the clock after the iterations, which take so long."""
+        config, settings = self.config, self.config.distill
+        workers, together = self.machine.workers, config.workers_per_set
+        schedule = PROTOCOLS[validation_protocol(config.evaluate.protocol)]
+        passes, count = schedule.epochs * settings.ipc * self.shape.classes, validations(settings)
+        one = settings.validation_seeds * self._trained(config.each_backbone()[0], passes)
+        if not is_apart(together, together, workers):
+            return count * one * together, count * one
+        free = [0.0] * (workers - together) + [iterating] * together
+        for number in range(1, count + 1):
+            done = min(1.0, number * settings.validate_every / settings.iterations)
+            heapq.heapreplace(free, max(free[0], done * iterating) + one)
+        return count * one, max(free) - iterating
 
     @property
     def clock(self) -> dict[str, float]:
@@ -121,10 +136,13 @@ class Proposal:
             own, stack = network.experts, experts_at_a_time(network, self.shape.image, self.shape.classes)
             passes = own.epochs * self._split[0] * (2 if own.optimiser == "gsam" else 1)
             one, compiling = self.seconds("experts", network, passes), self.compiling("experts", network)
-            at_once = min(workers, -(-own.count // stack))
+            following = 1 if network.cluster.experts_at_a_time else workers
+            least = 1 if uses_gpu(network.cluster) else 2
+            sizes = sorted(map(len, stacks(range(own.count), stack, own.count, following, least)), reverse=True)
+            at_once = min(workers, len(sizes))
             experts += own.count * one + at_once * compiling
             trainers = max(trainers, at_once)
-            clock += min(own.count, stack * -(-own.count // (stack * workers))) * one + compiling
+            clock += min(own.count, sum(sizes[::workers])) * one + compiling
         return experts, clock, trainers
 
     @property
@@ -264,15 +282,13 @@ def propose(config: RunConfig, shape: DataShape, machine: Machine) -> Proposal:
 
 def _laid_out(config: RunConfig, machine: Machine, shards: int) -> RunConfig:
     """The recipe as it would be run on a machine."""
-    own, gpu, share = config.cluster, machine.device == "GPU", -(-config.experts.count // machine.workers)
+    own, gpu = config.cluster, machine.device == "GPU"
     update = {
         "shards": shards,
         "workers": None,
         "device": "auto" if gpu else "cpu",
         "gpus_per_worker": 1.0 if gpu else 0.0,
         "memory": own.memory if machine.memory is None else str(machine.memory),
-        # Stacks are smaller where the largest would leave GPUs idle.
-        "experts_at_a_time": own.experts_at_a_time or (share if gpu and share < LARGEST_STACK else None),
     }
     return config.model_copy(update={"cluster": own.model_copy(update=update)})
 

@@ -27,8 +27,8 @@ from datm_ray.planning.duration import FORWARD_PASSES, Proposal
 from datm_ray.planning.fit import network_cost
 from datm_ray.planning.machines import Machine
 from datm_ray.runtime.devices import prepare_device
-from datm_ray.stages.distill import evaluation_schedule
 from datm_ray.stages.experts import experts_at_a_time
+from datm_ray.stages.validation import evaluation_schedule
 
 REPEATED, SECONDS, MANY = 3, 0.2, 10**6
 """Repetitions of each kind of work after a first one that warms up, at least; their seconds, at least; an end of both

@@ -161,6 +161,15 @@ def read_computed(folder: Location) -> list[dict[str, Any]]:
         return [{**entry} for entry in metadata.get("computed", ())]
 
 
+def read_iteration(folder: Location) -> int:
+    """Number of iterations that the checkpoint has; -1 if there is no checkpoint."""
+    place = folder / CHECKPOINT
+    if not place.exists():
+        return -1
+    with rejecting_nonsense(place):
+        return int(read_tensors(place, kind=KIND).metadata.get("iteration", 0))
+
+
 def read_curves(folder: Location) -> dict[str, Any]:
     """The history columns of the first backbone, of MetaDD and of validation in a run's checkpoint, by name."""
     arrays = with_present_names(read_tensors(folder / CHECKPOINT, kind=KIND).arrays)

@@ -7,6 +7,7 @@ The files of a run's folder, each written atomically:
                        see `checkpoint`
     maps.arrow         with MetaDD: what its networks see in some images, before and after
     synthetic.arrow    the result; there only when the distillation is finished
+    candidates/        sets that wait for their validation, see `validation`; only while a set is unfinished
     last-good.arrow    after too many diverged or skipped iterations in a row: the set of the last update
     cost.json          what it has cost so far, over all workers and attempts; replaced after every checkpoint, so what
                        a killed attempt spent after its last one is not counted. A file of its own, for the others are
@@ -20,7 +21,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -28,27 +29,45 @@ import torch
 
 from datm_ray.artifact import TRANSFORMS, read_artifact, save_artifact
 from datm_ray.config import ClusterConfig, RunConfig, run_identity
-from datm_ray.core.networks.registry import build_network
-from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.core.training import PROTOCOLS, Heartbeat, Schedule, accuracy, train, validation_protocol
+from datm_ray.core.training import Heartbeat
 from datm_ray.data.dataset import Dataset
-from datm_ray.errors import ClusterError, DivergenceError, ThresholdError
+from datm_ray.errors import ClusterError, DivergenceError, OvertakenError, ThresholdError
 from datm_ray.methods.state import MetaTerm, State
 from datm_ray.monitor.logs import fields
 from datm_ray.monitor.provenance import provenance, workers_in_words
-from datm_ray.monitor.spent import Account, Spent
-from datm_ray.runtime.devices import Meter, prepare_device, to_device
-from datm_ray.runtime.executor import Event, Finished, Note, Phase, Progress, WorkerRank, require_precision
-from datm_ray.runtime.mesh import Mesh, open_mesh
+from datm_ray.monitor.spent import Account, Spent, total
+from datm_ray.runtime.devices import Meter, prepare_device
+from datm_ray.runtime.executor import (
+    Event,
+    Finished,
+    More,
+    Note,
+    Phase,
+    Progress,
+    Task,
+    WorkerRank,
+    require_precision,
+)
+from datm_ray.runtime.mesh import Alone, Mesh, open_mesh
 from datm_ray.runtime.stopping import Interrupted, saving
-from datm_ray.stages.checkpoint import PARTS, Attempt, load_checkpoint, read_computed, save_checkpoint
+from datm_ray.stages.checkpoint import PARTS, Attempt, Rows, load_checkpoint, read_computed, save_checkpoint
+from datm_ray.stages.expert_networks import ExpertNetworks
 from datm_ray.stages.expert_progress import WRITE_SHARE
 from datm_ray.stages.initial import initial_set
 from datm_ray.stages.metadd import MetaNetworks
 from datm_ray.stages.method import Method, Part
 from datm_ray.stages.trajectory import TrajectoryMatching
-from datm_ray.store.files.filesystem import Location, open_location
+from datm_ray.stages.validation import (
+    Candidates,
+    is_due,
+    only_validations_are_left,
+    standard_error,
+    unvalidated,
+    validating,
+    value_of,
+)
+from datm_ray.store.files.filesystem import Location, MissingFileError, open_location
 from datm_ray.store.files.patience import while_peers_wait
 from datm_ray.store.sealed import rejecting_nonsense
 
@@ -78,12 +97,15 @@ class DistillWorker:
         store_uri: str,
         folder_uri: str,
         sharing: int = 1,
+        validation: Task | None = None,
         worker_rank: WorkerRank | None = None,
     ) -> Iterator[Event]:
         """Distil one recipe into its folder, from the last checkpoint if there is one.
 
         Args:
             sharing: distilling workers that may be on this machine at a time.
+            validation: task that validates a set when its iteration is added to the arguments, for any worker; the
+                result is written when all are done. `None` validates and ends here.
             worker_rank: this worker's place among those that distil the recipe together.
 
         Raises:
@@ -98,6 +120,11 @@ class DistillWorker:
         if (folder / SYNTHETIC).exists():
             yield Finished()
             return
+        if validation is not None and only_validations_are_left(folder, config.distill):
+            for iteration in Candidates(folder).open() or [config.distill.iterations]:
+                yield More(_of_iteration(validation, iteration))
+            yield Finished()
+            return
         yield Phase("preparing the networks")
         rows = len(config.roles) if worker_rank else 1
         columns = worker_rank.world_size // rows if worker_rank else 1
@@ -106,18 +133,103 @@ class DistillWorker:
         with open_mesh(worker_rank, rows, columns, self._device, timeout) as mesh, waited_for:
             part = Part(config, self._dataset, store_uri, mesh, self._device, sharing)
             with closing(self.method(part)) as method:
-                yield from _Run(part, folder, method, account).events()
+                yield from _Run(part, folder, method, account, validation).events()
+
+    def validate(self, config: RunConfig, store_uri: str, folder_uri: str, iteration: int) -> Iterator[Event]:
+        """Validate a candidate of a distillation. With the last missing result, write the set that is kept.
+
+        Does nothing for a candidate that is gone: its result has joined the distillation.
+
+        Args:
+            iteration: number of iterations that were done when the candidate was written.
+        """
+        folder, meter = open_location(folder_uri), Meter(self._device)
+        candidates, account = Candidates(folder), Account(self._device, self._cluster)
+        whole = Rows.of_shard(0, 1, self._dataset.classes, config.distill.ipc)
+        try:
+            if not candidates.results([iteration]):
+                yield Phase("validating the set")
+                candidate = candidates.read(iteration, whole, self._device)
+                found = yield from validating(config, self._dataset, candidate, self._device)
+                candidates.write_result(iteration, found, standard_error(found, self._dataset), account.spent())
+                _log.info("set validated %s", fields(run=config.name, iteration=iteration, accuracy=found))
+            if not (folder / SYNTHETIC).exists() and only_validations_are_left(folder, config.distill):
+                self._conclude(config, store_uri, folder, whole)
+        except OvertakenError:
+            _log.info("another worker writes the set %s", fields(run=config.name))
+        except MissingFileError:
+            if candidates.file(iteration).exists():
+                raise
+        yield Finished(metrics=meter.measure())
+
+    def _conclude(self, config: RunConfig, store_uri: str, folder: Location, rows: Rows) -> None:
+        """Write the set that is kept, if all results are there.
+
+        Args:
+            rows: all rows of the set.
+
+        Raises:
+            OvertakenError: another worker does the same.
+        """
+        if Candidates(folder).open():
+            return
+        attempt = Attempt.start(folder, Alone())
+        folder, attempt.resumed_at = attempt.folder, config.distill.iterations
+        spent = read_cost(folder)  # before the state: another worker may add the results that the state lacks
+        state = load_checkpoint(self.method.state, folder, rows, config.distill, self._device)
+        if state is None:
+            return
+        candidates, iterations = Candidates(folder), unvalidated(config.distill, state)
+        results = candidates.results(iterations)
+        if len(results) < len(iterations):
+            return
+        for iteration, result in zip(iterations, results, strict=True):
+            _record(state, iteration, result.accuracy, self._dataset, candidates, rows)
+            spent += result.cost
+        last = read_artifact(candidates.file(config.distill.iterations))
+        if iterations:
+            save_checkpoint(attempt, state, rows, Alone(), run_identity(config), read_computed(folder))
+            (folder / COST).write_json(spent.to_json())
+        final, transforms = state.chosen or state.synthetic, folder.parent / TRANSFORMS
+        if config.metadd is not None and (folder / INITIAL).exists():
+            backbone = ExpertNetworks(config.each_backbone()[0], self._dataset, store_uri, self._device)
+            arguments = (config, config.metadd, self._dataset, store_uri, config.whole_role, backbone, rows)
+            initial = read_artifact(folder / INITIAL).images.to(self._device)
+            MetaNetworks(*arguments, self._device).keep_maps(folder / MAPS, Alone(), initial, final)
+        place, dataset, recipe = folder / SYNTHETIC, self._dataset, run_identity(config)
+        save_artifact(place, final, dataset.transform, dataset.class_names, recipe, last.provenance, transforms)
+        candidates.remove()
+
+
+def _of_iteration(validation: Task, iteration: int) -> Task:
+    """Task that validates the candidate of an iteration."""
+    arguments = (*validation.arguments, iteration)
+    return dataclasses.replace(validation, name=f"{validation.name} {iteration}", arguments=arguments)
+
+
+def _record(
+    state: State[Any], iteration: int, accuracy: float, dataset: Dataset, candidates: Candidates, rows: Rows
+) -> None:
+    """Record the validation of a set of this or an earlier iteration."""
+    device = state.synthetic.images.device
+    earlier = None if iteration == state.iteration else (iteration, lambda: candidates.read(iteration, rows, device))
+    state.record_validation(accuracy, standard_error(accuracy, dataset), earlier)
 
 
 class _Run:
     """One worker's part in the distillation of one set."""
 
-    def __init__(self, part: Part, folder: Location, method: Method[Any], account: Account) -> None:
+    def __init__(
+        self, part: Part, folder: Location, method: Method[Any], account: Account, validation: Task | None
+    ) -> None:
         config, dataset, mesh, device = part.config, part.dataset, part.mesh, part.device
         self._attempt = Attempt.start(folder, mesh)
         self._part, self._method, self._folder, self._account = part, method, self._attempt.folder, account
         self._config, self._dataset, self._mesh, self._device = config, dataset, mesh, device
         self._rows = part.rows
+        self._validation, self._candidates = validation, Candidates(self._attempt.folder)
+        self._has_joined = False
+        """True if the state has results of candidates that the checkpoint lacks."""
         self._spent_before = read_cost(folder)
         self._fingerprints = [experts.group.key.fingerprint for experts in method.experts]
         self._computed = read_computed(folder)
@@ -155,9 +267,11 @@ class _Run:
         first = self._saved_at = state.iteration
         yield Progress(first, settings.iterations, metrics=self._mesh_metrics)
         with saving() as is_asked:
-            if self._is_unvalidated(state):  # it was stopped before
-                yield from self._validated(state)
-                self._save_checkpoint(state)
+            self._join(state)
+            if open_before := unvalidated(settings, state):
+                yield from self._validated(state, open_before)
+                if self._validation is None:
+                    self._save_checkpoint(state)
             while state.iteration < settings.iterations:
                 is_late = self._stop_if(is_asked(), state)
                 began = time.monotonic()
@@ -167,17 +281,21 @@ class _Run:
                     self._keep_last_good(state)
                     raise
                 seconds = time.monotonic() - began
-                if self._is_unvalidated(state):
+                if is_due(settings, state.iteration):
                     self._stop_if(is_asked(), state)
-                    self._save_checkpoint(state)  # a validation may take minutes, and a kill meanwhile loses nothing
-                    yield from self._validated(state)
-                is_due = state.iteration % settings.checkpoint_every == 0 or state.iteration == settings.iterations
-                saves = is_late or is_due
-                if saves:
+                    yield from self._validated(state, [state.iteration])
+                is_last = state.iteration == settings.iterations
+                saves = is_late or is_last or state.iteration % settings.checkpoint_every == 0
+                if saves and (self._validation is None or self._saved_at != state.iteration):
                     self._save_checkpoint(state)
                 metrics = meter.measure() | self._measured(state, seconds)
                 metrics["datm_ray_distill_iterations_total"] = float(state.iteration - first)
                 yield Progress(state.iteration, settings.iterations, self._shown(state), metrics, saved=saves)
+        counts = {**self._method.counts(state), "chosen_at": state.chosen_at}
+        if unvalidated(settings, state):  # whoever writes the last result writes the set too
+            yield from map(Note, self._method.warnings(state))
+            yield Finished(counts, meter.measure())
+            return
         final = state.chosen or state.synthetic
         if self._meta_networks is not None and (self._folder / INITIAL).exists():
             initial = read_artifact(self._folder / INITIAL).images[self._rows.first : self._rows.last]
@@ -185,7 +303,9 @@ class _Run:
         yield from map(Note, self._method.warnings(state))
         self._note_cost()
         self._save_set(final, SYNTHETIC)
-        yield Finished({**self._method.counts(state), "chosen_at": state.chosen_at}, meter.measure())
+        if self._mesh.is_first:
+            self._candidates.remove()
+        yield Finished(counts, meter.measure())
 
     def _stop_if(self, is_asked: bool, state: State[Any]) -> bool:
         """Save the state and raise `Interrupted` if any worker was asked to stop.
@@ -201,15 +321,37 @@ class _Run:
             self._save_checkpoint(state)
         raise Interrupted(f"iteration {state.iteration} of {self._config.distill.iterations}")
 
-    def _is_unvalidated(self, state: State[Any]) -> bool:
-        """True if the set is due for validation and was not validated yet."""
-        settings, done = self._config.distill, state.iteration
-        is_due = done > 0 and (done % settings.validate_every == 0 or done == settings.iterations)
-        return is_due and done not in (iteration for iteration, _ in state.validations[-1:])
+    def _validated(self, state: State[Any], iterations: Sequence[int]) -> Iterator[Event]:
+        """Validate the sets of these iterations, or make a task for each, after a checkpoint."""
+        if self._validation is not None and state.iteration in iterations:
+            self._save_set(state.synthetic, self._candidates.name(state.iteration))
+        if state.iteration != self._saved_at:
+            self._save_checkpoint(state)  # a validation may take minutes, and a kill meanwhile loses nothing
+        for iteration in iterations:
+            if self._validation is not None:
+                yield More(_of_iteration(self._validation, iteration))
+                continue
+            yield Phase("validating the set")
+            is_present = iteration == state.iteration
+            held = state.synthetic if is_present else self._candidates.read(iteration, self._rows, self._device)
+            _record(state, iteration, self._validate(held), self._dataset, self._candidates, self._rows)
 
-    def _validated(self, state: State[Any]) -> Iterator[Phase]:
-        yield Phase("validating the set")
-        state.record_validation(*self._validate(state.synthetic))
+    def _join(self, state: State[Any]) -> None:
+        """Record the results of candidates that are there, in the order of iterations; all workers find the same."""
+        iterations = unvalidated(self._config.distill, state)
+        if not iterations:
+            return
+        found = torch.zeros(len(iterations), dtype=torch.float64)
+        if self._mesh.is_first:
+            results = self._candidates.results(iterations)
+            found[:] = -1.0
+            found[: len(results)] = torch.tensor([each.accuracy for each in results], dtype=torch.float64)
+            self._spent_before += total(each.cost for each in results)
+        for iteration, accuracy in zip(iterations, self._mesh.sum_over_all(found).tolist(), strict=True):
+            if accuracy < 0:
+                return
+            _record(state, iteration, accuracy, self._dataset, self._candidates, self._rows)
+            self._has_joined = True
 
     def _found_values(self, state: State[Any], is_new: bool) -> dict[str, Any]:
         settings, place, found = self._config.distill, self._folder / INITIAL, dict[str, Any]()
@@ -281,6 +423,8 @@ class _Run:
                 place.remove_leftovers()
         saved = load_checkpoint(kind, self._folder, self._rows, settings, self._device)
         self._attempt.resumed_at = -1 if saved is None else saved.iteration
+        if self._mesh.is_first:  # candidates of iterations that were lost, or of a checkpoint that was moved away
+            self._candidates.forget(first=self._attempt.resumed_at + 1)
         self._require_one_state(self._attempt.resumed_at)
         if saved is not None:
             _log.info("distillation resumed %s", fields(run=self._config.name, iteration=saved.iteration))
@@ -297,29 +441,15 @@ class _Run:
                 "give --out and --store on a shared file system or on s3://",
             )
 
-    def _validate(self, held: SyntheticSet) -> tuple[float, float]:
-        """Mean validation accuracy of fresh networks trained on the whole set, and its standard error."""
-        whole, seeds = self._whole(held), self._config.distill.validation_seeds
+    def _validate(self, held: SyntheticSet) -> float:
+        """Mean validation accuracy of fresh networks trained on the whole set."""
+        whole = self._whole(held)
 
         def work(heartbeat: Heartbeat) -> float:
             assert whole is not None
-            return sum(self._accuracy(whole, number, heartbeat) for number in range(seeds)) / seeds
+            return value_of(validating(self._config, self._dataset, whole, self._device, heartbeat))
 
-        mean = self._mesh.from_first(work)
-        # Over images only: networks scored on the same images are not independent draws.
-        return mean, math.sqrt(mean * (1 - mean) / len(self._dataset.validation_labels))
-
-    def _accuracy(self, whole: SyntheticSet, number: int, heartbeat: Heartbeat) -> float:
-        config, dataset = self._config, self._dataset
-        spec = config.network.for_images(dataset.channels, dataset.size, dataset.classes)
-        protocol = validation_protocol(config.evaluate.protocol)
-        schedule = evaluation_schedule(config, float(whole.step_size), protocol)
-        seed = derive_seed(config.seed, Purpose.VALIDATION, number)
-        network = build_network(spec, seed).to(self._device)
-        for _ in train(network, whole.images, whole.soft_labels, schedule, seed):
-            heartbeat()
-        images = to_device(dataset.validation_images, self._device)
-        return accuracy(network, images, to_device(dataset.validation_labels, self._device), heartbeat)
+        return self._mesh.from_first(work)
 
     def _whole(self, held: SyntheticSet) -> SyntheticSet | None:
         """All shards' rows, on the first worker."""
@@ -334,9 +464,14 @@ class _Run:
         self._mesh.barrier()  # the first error that arrives ends all workers
 
     def _save_checkpoint(self, state: State[Any]) -> None:
+        if self._validation is not None:
+            self._join(state)
         began = time.monotonic()
         save_checkpoint(self._attempt, state, self._rows, self._mesh, run_identity(self._config), self._computed)
         self._note_cost()
+        if self._has_joined and self._mesh.is_first:
+            self._candidates.forget(last=state.validations[-1][0])
+        self._has_joined = False
         self._saved_at, ended = state.iteration, time.monotonic()
         self._next_save = ended + max(self._config.cluster.checkpoint_seconds, (ended - began) / WRITE_SHARE)
         _log.info("checkpoint saved %s", fields(run=self._config.name, iteration=state.iteration))
@@ -387,12 +522,3 @@ def read_cost(folder: Location) -> Spent:
         return Spent()
     with rejecting_nonsense(place):
         return Spent.from_json(place.read_json())
-
-
-def evaluation_schedule(config: RunConfig, step_size: float, protocol: str | None = None) -> Schedule:
-    """How a fresh network is trained on a synthetic set."""
-    return dataclasses.replace(
-        PROTOCOLS[protocol or config.evaluate.protocol],
-        learning_rate=step_size,
-        augmentation=config.evaluate.augmentation,
-    )

@@ -46,8 +46,9 @@ from datm_ray.monitor.provenance import provenance
 from datm_ray.monitor.spent import Account, Spent, total
 from datm_ray.runtime.devices import Meter, prepare_device, to_device
 from datm_ray.runtime.executor import Finished, Progress
-from datm_ray.stages.distill import SYNTHETIC, evaluation_schedule
+from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.expert_networks import ExpertNetworks
+from datm_ray.stages.validation import REPORT_INTERVAL, evaluation_schedule
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.sealed import rejecting_nonsense
 
@@ -80,9 +81,6 @@ CONTROL_STEP_SIZES = (0.01, 0.03, 0.1)
 
 ADAMW_STEP_SIZES = (3e-4, 1e-3, 3e-3)
 """Candidate learning rates of AdamW, for every row."""
-
-REPORT_INTERVAL = 1.0
-"""Seconds between two reports of a network's epochs."""
 
 STEP_OVERHEAD = 3e7
 """Operations of a forward pass that take as long as what a training step needs beside its images, on a CPU core."""
@@ -292,11 +290,15 @@ def work_of(config: RunConfig, row: str, network: NetworkConfig | None, classes:
         flop: operations of one image in a forward pass through the network.
     """
     schedule = _row_schedule(config, row)
+    images = real if row == "full" else config.distill.ipc * classes
     learned = 1.0 if row in DISTILLED and schedule.optimiser == "sgd" else None
     tried = _candidates(schedule, learned, is_its_own=network is None and row != "distilled-hard")
-    images = real if row == "full" else config.distill.ipc * classes
-    steps = -(-images // schedule.batch_size)
-    return len(tried) * schedule.epochs * (images * flop + steps * STEP_OVERHEAD)
+    return len(tried) * work_of_training(schedule, images, flop)
+
+
+def work_of_training(schedule: Schedule, images: int, flop: float) -> float:
+    """Expected work of training one network on so many images, see `work_of`."""
+    return schedule.epochs * (images * flop + -(-images // schedule.batch_size) * STEP_OVERHEAD)
 
 
 @dataclass(frozen=True)

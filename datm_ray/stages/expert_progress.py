@@ -1,6 +1,7 @@
 """Saved progress of experts in training, so that a lost worker costs only its last seconds of training.
 
     <group>/progress/<first expert>-<stack size>-<hash of the kept epochs>/<first epoch>-<last epoch>-<writer>.arrow
+    <group>/progress/stacks/stacks.json     which experts stand together, as bounds [first, last)
 
 Each file holds some epochs of a whole stack: those that the trajectory keeps, and the state after the last one. A file
 is written at the end of an epoch, as often as `WRITE_SHARE` allows, and when the command is stopped. At the end the
@@ -50,6 +51,8 @@ SPARE_BYTES = 256 * 2**20
 """Bytes of a disk left free for other programs."""
 
 KIND = "expert progress"
+STACKS, STACKS_FILE = "stacks", "stacks.json"
+"""Folder beside the stacks' own, and the note in it that names the experts of each."""
 _FOLDER = re.compile(r"(\d+)-(\d+)-[0-9a-f]+")
 _FILE = re.compile(r"(\d+)-(\d+)-[0-9a-f]+\.arrow")
 
@@ -143,6 +146,11 @@ class ExpertProgress:
         is_due = last or time.monotonic() > self._next_write or size > LARGEST_WRITE
         return self.write(state) if is_due else iter(())
 
+    @property
+    def is_written(self) -> bool:
+        """True if a worker that resumes now would train no epoch again."""
+        return not self._pending
+
     def snapshots(self, expert: int) -> Iterator[Snapshot]:
         """Snapshots of one expert's kept epochs, in order."""
         place = self._experts.index(expert)
@@ -177,7 +185,7 @@ class ExpertProgress:
 
     def remove(self) -> None:
         """Remove the folder of a finished stack."""
-        _remove_folder(self._folder)
+        remove_folder(self._folder)
 
     @staticmethod
     def clear_up(group: ExpertGroup) -> None:
@@ -186,7 +194,7 @@ class ExpertProgress:
         for name in group.progress.list():
             match = _FOLDER.fullmatch(name)
             if match and set(range(int(match[1]), int(match[1]) + int(match[2]))) <= stored:
-                _remove_folder(group.progress / name)
+                remove_folder(group.progress / name)
 
     def write(self, state: ExpertState) -> Iterator[str]:
         """Write the epochs that were added since the last file. Yields a message if the disk is full."""
@@ -236,7 +244,29 @@ class ExpertProgress:
         return [(name, int(match[1]), int(match[2])) for name, match in matches if match]
 
 
-def _remove_folder(folder: Location) -> None:
+def read_stacks(group: ExpertGroup) -> list[tuple[int, ...]]:
+    """Stacks that were noted when a command began to train; empty without a note."""
+    place = group.progress / STACKS / STACKS_FILE
+    if not place.exists():
+        return []
+    with rejecting_nonsense(place):
+        return [tuple(range(int(first), int(last))) for first, last in place.read_json()]
+
+
+def note_stacks(group: ExpertGroup, stacks: Sequence[Sequence[int]]) -> None:
+    """Note the stacks of the experts that are missing, so that a resumed command trains the same; none ends the note.
+
+    A stack rounds differently from one of another size, and its progress is of use to no other.
+    """
+    if not stacks:
+        remove_folder(group.progress / STACKS)
+    elif [tuple(stack) for stack in stacks] != read_stacks(group):
+        bounds = [[stack[0], stack[-1] + 1] for stack in stacks]
+        (group.progress / STACKS / STACKS_FILE).write_json(bounds)
+
+
+def remove_folder(folder: Location) -> None:
+    """Remove a folder of files, which other processes may remove at the same time."""
     for name in folder.list():
         with suppress(StoreError):  # another process was faster
             (folder / name).remove()

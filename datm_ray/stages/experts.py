@@ -1,8 +1,8 @@
 """Training experts: one task, a stack of experts that share every call, one file in the trajectory store for each.
 
 Killed at any moment, a stack resumes after the last epoch in its progress folder (see `expert_progress`), with
-bit-identical results. Which experts stand together follows from their numbers and count alone, so it is the same on
-every attempt; experts of a stack that are in the store already keep their place and are not stored again.
+bit-identical results. Which experts stand together is noted before they are trained, so it is the same on every
+attempt; experts of a stack that are in the store already keep their place and are not stored again.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from datm_ray.config import ClusterConfig, ExpertConfig, NetworkSpec, RunConfig, expert_fingerprint
@@ -69,13 +70,17 @@ def experts_at_a_time(config: RunConfig, image: tuple[int, int, int], classes: i
     return max(1, min(LARGEST_STACK, STACKED_MAP_BYTES // whole))
 
 
-def stacks(missing: Sequence[int], size: int, count: int) -> list[tuple[int, ...]]:
+def stacks(missing: Sequence[int], size: int, count: int, workers: int = 1, least: int = 1) -> list[tuple[int, ...]]:
     """The stacks that hold any of the missing experts; expert e stands in stack e // size.
 
     The last stack ends with the last expert, but for one that would stand alone: it keeps a companion, for a network on
-    its own rounds differently from one in a stack.
+    its own rounds differently from one in a stack. Where these stacks are fewer than the workers, experts that follow
+    each other are divided evenly, with at least `least` in a stack.
     """
     firsts = sorted({each // size * size for each in missing})
+    parts = min(workers, len(missing) // least)
+    if len(firsts) < parts and len(missing) == missing[-1] - missing[0] + 1:
+        return [tuple(part.tolist()) for part in np.array_split(np.array(missing), parts)]
     return [tuple(range(first, min(first + size, max(count, first + 2)))) for first in firsts]
 
 
@@ -163,7 +168,7 @@ class ExpertWorker:
                 }
                 if measured is not None:
                     shown["test_accuracy"] = metrics["datm_ray_expert_accuracy_ratio"] = float(measured.mean())
-                yield Progress(state.epoch, settings.epochs, shown, metrics)
+                yield Progress(state.epoch, settings.epochs, shown, metrics, saved=progress.is_written)
                 if is_asked():
                     for waiting in progress.write(state):
                         yield Note(waiting)

@@ -298,3 +298,25 @@ def test_bars_show_names_as_they_are_on_any_terminal(encoding: str, monkeypatch:
     assert b"[red] stage" in shown
     assert b"[bold] a=b [/x] {c}" in shown
     assert b"caf\xe9 " + "±".encode(encoding, "datm-ray") + b" [/y]" in shown
+
+
+def test_tasks_that_are_added_count_and_move_the_end_by_no_more_than_their_own_time() -> None:
+    """A task of 100 s that adds a task of 5 s every 10 s, run beside it, is foreseen to end within these 5 s."""
+    one, tracker = Task("one", (), weight=100.0), Tracker([Task("one", (), weight=100.0)], 0.0)
+    tracker.take(one, Progress(0, 100), 0.0)
+    beside: dict[Task, int] = {}
+    for now in range(1, 100):
+        tracker.take(one, Progress(now, 100), float(now))
+        for task in list(beside):
+            beside[task] += 1
+            tracker.take(task, Progress(beside[task], 5) if beside[task] < 5 else Finished(), float(now))
+            if beside[task] == 5:
+                del beside[task]
+        if now % 10 == 0:
+            added = Task(f"added {now}", (), weight=5.0)
+            tracker.add(added)
+            tracker.take(added, Progress(0, 5), float(now))
+            beside[added] = 0
+        if now > 10:
+            assert 100 - 1 <= now + tracker.seconds_left(now) <= 100 + 5 + 1, now
+    assert (tracker.tasks, tracker.finished) == (10, 9)

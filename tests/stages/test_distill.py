@@ -23,12 +23,13 @@ from datm_ray.methods.trajectory.iteration import Distillation
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.recipes import get_recipe
-from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, SerialExecutor, WorkerRank
+from datm_ray.runtime.executor import Event, Finished, Lost, More, Note, Progress, SerialExecutor, Task, WorkerRank
 from datm_ray.runtime.mesh import Alone
 from datm_ray.runtime.stopping import Interrupted, ask
 from datm_ray.stages import checkpoint
 from datm_ray.stages.checkpoint import Attempt, Rows, load_checkpoint, read_computed, read_curves, save_checkpoint
 from datm_ray.stages.distill import SYNTHETIC, DistillWorker
+from datm_ray.stages.metadd import MAPS_KIND
 from datm_ray.stages.trajectory import TrajectoryMatching
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.tensors import read_tensors, write_tensors
@@ -56,6 +57,26 @@ def as_rank(config_file: str, out: str, worker_rank: WorkerRank, stop_at: int | 
     for event in worker.distill(*arguments, worker_rank=worker_rank if worker_rank.world_size > 1 else None):
         if isinstance(event, Progress) and event.done == stop_at:
             break
+
+
+def as_validated_rank(config_file: str, out: str, worker_rank: WorkerRank, at_once: int) -> list[Task]:
+    """One process of a mesh that does not wait for validations, but for one. Returns the tasks that are left."""
+    torch.set_num_threads(1)
+    config = get_recipe(config_file)
+    pipeline = Pipeline([config], out)
+    worker, left = DistillWorker(pipeline.runs.dataset(config.dataset), config.cluster), list[Task]()
+    arguments = (config, pipeline.store_uri, str(Path(out, config.name)))
+    template, rank = (
+        Task("validation", arguments, method="validate"),
+        worker_rank if worker_rank.world_size > 1 else None,
+    )
+    for event in worker.distill(*arguments, 1, template, worker_rank=rank):
+        if isinstance(event, More) and not worker_rank.rank:
+            if event.task.arguments[-1] == at_once:
+                list(worker.validate(*event.task.arguments))
+            else:
+                left.append(event.task)
+    return left
 
 
 def as_asked_rank(config_file: str, out: str, worker_rank: WorkerRank) -> str:
@@ -164,6 +185,38 @@ def test_checkpoints_go_by_seconds_too_and_change_no_bit(
     assert seen == {1e9: [1, 2, 3, 4, 5, 6], 1e-9: [1, 6]}
 
 
+def distil_apart(config: RunConfig, out: Path, size: int, at_once: int) -> None:
+    """Distil in `size` processes that validate one set at once, and others when all iterations are done."""
+    (out / "config.yaml").write_text(to_yaml(config))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        rendezvous = f"127.0.0.1:{free.getsockname()[1]}"
+    ranks = [(str(out / "config.yaml"), str(out), WorkerRank(rank, size, rendezvous), at_once) for rank in range(size)]
+    left, *_ = (call.result() for call in side_by_side(as_validated_rank, ranks))
+    worker = DistillWorker(Pipeline([config], str(out)).runs.dataset(config.dataset), config.cluster)
+    assert not (out / "tiny" / SYNTHETIC).exists()
+    for task in left:
+        assert isinstance(list(worker.validate(*task.arguments))[-1], Finished)
+
+
+@pytest.mark.slow
+def test_a_mesh_records_validations_by_other_workers(reference: Path, tmp_path: Path) -> None:
+    """Two ranks whose sets are validated by others end as two ranks that wait, and as one process but for rounding."""
+    (tmp_path / "waits").mkdir()
+    (tmp_path / "apart").mkdir()
+    waits, apart = (with_experts_of(reference, tmp_path / name) for name in ("waits", "apart"))
+    config = tiny_config(*SET, "cluster.shards=2", "distill.validate_every=1")
+    distil(config, waits, 2)
+    distil_apart(config, apart, 2, at_once=3)
+    assert torch.equal(learned(apart).images, learned(waits).images)
+    assert learned(apart).provenance == learned(waits).provenance
+    curves = [read_curves(open_location(str(out / "tiny"))) for out in (apart, waits)]
+    for name, array in curves[0].items():
+        np.testing.assert_array_equal(array, curves[1][name], err_msg=name)
+    assert not (apart / "tiny/candidates").exists()
+    assert len(list((apart / "tiny/checkpoint").iterdir())) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3)])
 def test_checkpoint_is_resumed_by_any_number_of_shards(
@@ -248,6 +301,21 @@ def test_metadd_changes_the_set_and_is_resumed(with_metadd: Path, tmp_path: Path
 
 
 @pytest.mark.slow
+def test_maps_of_metadd_are_those_of_a_run_that_waits(with_metadd: Path, tmp_path: Path) -> None:
+    """The worker that writes the last result writes MetaDD's maps too, with the same bits."""
+    out = with_experts_of(with_metadd, tmp_path)
+    distil_apart(tiny_config(*SET, TWO_NETWORKS, METADD), out, 1, at_once=3)
+    assert torch.equal(learned(out).images, learned(with_metadd).images)
+    mine, theirs = (
+        read_tensors(open_location(str(place / "tiny/maps.arrow")), kind=MAPS_KIND) for place in (out, with_metadd)
+    )
+    assert mine.metadata == theirs.metadata
+    assert {name: array.tobytes() for name, array in mine.arrays.items()} == {
+        name: array.tobytes() for name, array in theirs.arrays.items()
+    }
+
+
+@pytest.mark.slow
 def test_backbones_may_part_on_resume(tmp_path: Path) -> None:
     """Backbones matched by one process up to iteration 5 resume from the fourth in a process each."""
     (tmp_path / "one").mkdir()
@@ -315,7 +383,7 @@ def test_a_killed_shard_costs_an_attempt_and_not_the_result(ray_cluster: Any, re
     config = tiny_config(*SET, "cluster.shards=2")
     Pipeline([config], str(out)).distill(lambda: Murderous(config.cluster), Reporter(quiet=True))
     assert len(losses) == 1
-    assert len(list((out / "tiny/checkpoint").iterdir())) == 2
+    assert len(list((out / "tiny/checkpoint").iterdir())) == 1  # of the worker that validated last
     assert_equal_but_for_rounding(learned(out), learned(reference))
 
 

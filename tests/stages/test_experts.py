@@ -159,6 +159,25 @@ def test_stacks_on_gpus_leave_no_worker_idle(workers: int | None, stack: int) ->
     assert experts_at_a_time(config, (3, 32, 32), 10) == stack
 
 
+def test_stacks_are_divided_where_workers_would_be_idle() -> None:
+    """Workers beyond the stacks get a part each, as even as possible; as many stacks as workers stay as they are."""
+    cases = [
+        *((range(100), 8, 64, 1, 64, 2), (range(100), 8, 2, 1, 13, 8), (range(100), 8, 200, 1, 100, 1)),
+        *(
+            (range(16), 8, 2, 2, 2, 8),
+            (range(2), 8, 2, 2, 1, 2),
+            (range(5), 8, 64, 2, 2, 3),
+            (range(60, 100), 8, 5, 1, 6, 8),
+        ),
+    ]
+    for missing, size, workers, least, count, largest in cases:
+        found = stacks(missing, size, missing[-1] + 1, workers, least)
+        assert (len(found), max(map(len, found))) == (count, largest), (missing, workers)
+        assert set(missing) <= {expert for stack in found for expert in stack}
+        assert min(map(len, found)) >= min(least, len(missing))
+    assert stacks([0, 1, 90, 91], 8, 100, 4) == [tuple(range(8)), tuple(range(88, 96))]
+
+
 def test_only_what_can_be_matched_is_kept(tmp_path: Path) -> None:
     """Stored epochs are those up to the latest target, and the last; a recipe that needs more is refused."""
     config = tiny_config("experts.epochs=8", "experts.keep_epochs=null")

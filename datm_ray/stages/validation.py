@@ -1,0 +1,203 @@
+"""Validation of the sets of a distillation, by its own workers or as tasks of their own for any worker.
+
+Workers that distil wait while one of them validates. Where other workers are free, the set to validate is a candidate:
+a file that any worker validates meanwhile.
+
+    candidates/<iteration>.arrow   a set after so many iterations, in the format of the result
+    candidates/<iteration>.json    its validation accuracy, the standard error, and the cost
+
+Results join the state at a later checkpoint, in the order of iterations and without gaps, so the chosen set is the one
+that a distillation which waits would choose. A candidate is written before the checkpoint of its iteration, and
+validated after it; it is deleted when a checkpoint holds its result. When all iterations are done, whoever writes the
+last missing result writes the set that is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import torch
+
+from datm_ray.artifact import read_artifact
+from datm_ray.config import DistillConfig, RunConfig
+from datm_ray.core.networks.registry import build_network
+from datm_ray.core.randomness import Purpose, derive_seed
+from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.core.training import PROTOCOLS, Heartbeat, Schedule, accuracy, no_heartbeat, train, validation_protocol
+from datm_ray.data.dataset import Dataset
+from datm_ray.errors import StoreError
+from datm_ray.methods.state import State
+from datm_ray.monitor.spent import Spent
+from datm_ray.runtime.devices import to_device
+from datm_ray.runtime.executor import Progress
+from datm_ray.stages.checkpoint import Rows, read_iteration
+from datm_ray.stages.expert_progress import remove_folder
+from datm_ray.store.files.filesystem import Location
+from datm_ray.store.sealed import rejecting_nonsense
+
+CANDIDATES = "candidates"
+REPORT_INTERVAL = 1.0
+"""Seconds between two reports of a network's epochs."""
+Value = TypeVar("Value")
+
+
+def is_due(settings: DistillConfig, iteration: int) -> bool:
+    """True if the set is validated after so many iterations."""
+    return iteration > 0 and (iteration % settings.validate_every == 0 or iteration == settings.iterations)
+
+
+def validations(settings: DistillConfig) -> int:
+    """Number of validations of one distillation."""
+    return -(-settings.iterations // settings.validate_every)
+
+
+def unvalidated(settings: DistillConfig, state: State[Any]) -> list[int]:
+    """Iterations up to the state's whose sets are due for validation and have no result in the state."""
+    last = state.validations[-1][0] if state.validations else 0
+    return [iteration for iteration in range(last + 1, state.iteration + 1) if is_due(settings, iteration)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Result of a candidate's validation."""
+
+    accuracy: float
+    """Mean accuracy of fresh networks on the validation images, in [0, 1]."""
+    cost: Spent
+
+
+class Candidates:
+    """Sets of one distillation that wait for their validation."""
+
+    def __init__(self, folder: Location) -> None:
+        """Open the candidates of the run in `folder`."""
+        self._run, self._folder = folder, folder / CANDIDATES
+
+    @staticmethod
+    def name(iteration: int) -> str:
+        """File of a candidate, within the run's folder."""
+        return f"{CANDIDATES}/{iteration:08d}.arrow"
+
+    def file(self, iteration: int) -> Location:
+        """File of a candidate."""
+        return self._run / self.name(iteration)
+
+    def open(self) -> list[int]:
+        """Iterations of the candidates without a result, in order."""
+        names = set(self._folder.list())
+        stems = sorted(name.removesuffix(".arrow") for name in names if name.endswith(".arrow"))
+        return [int(stem) for stem in stems if f"{stem}.json" not in names]
+
+    def results(self, iterations: Sequence[int]) -> list[Result]:
+        """Results of the first of these iterations, up to the first one without a result."""
+        found, names = [], self._folder.list()
+        for iteration in iterations:
+            if (name := f"{iteration:08d}.json") not in names:
+                break
+            content = (self._folder / name).read_json()
+            with rejecting_nonsense(self._folder / name):
+                found.append(Result(float(content["accuracy"]), Spent.from_json(content["cost"])))
+        return found
+
+    def write_result(self, iteration: int, accuracy: float, error: float, cost: Spent) -> None:
+        """Write the result of a validation, with the standard error of the accuracy."""
+        content = {"iteration": iteration, "accuracy": accuracy, "standard_error": error, "cost": cost.to_json()}
+        (self._folder / f"{iteration:08d}.json").write_json(content)
+
+    def read(self, iteration: int, rows: Rows, device: torch.device) -> SyntheticSet:
+        """Rows of a candidate. Raises a `MissingFileError` if it is not there."""
+        whole, cut = read_artifact(self.file(iteration)), slice(rows.first, rows.last)
+        images, soft_labels, labels = (
+            part[cut].clone().to(device) for part in (whole.images, whole.soft_labels, whole.labels)
+        )
+        return SyntheticSet(images, soft_labels, torch.tensor(whole.step_sizes, device=device), labels)
+
+    def forget(self, first: int = 0, last: float = math.inf) -> None:
+        """Remove the candidates and results of iterations from `first` to `last`, inclusive."""
+        for name in self._folder.list():
+            stem = name.partition(".")[0]
+            if stem.isdecimal() and first <= int(stem) <= last:
+                with suppress(StoreError):  # another process has removed it
+                    (self._folder / name).remove()
+
+    def remove(self) -> None:
+        """Remove the folder."""
+        remove_folder(self._folder)
+
+
+def is_apart(workers_per_set: int, wanted: int, workers: int) -> bool:
+    """True if sets are validated by tasks of their own: other workers would wait for it, or some are free.
+
+    Args:
+        workers_per_set: workers that distil the set together.
+        wanted: workers that all sets of the command use.
+        workers: workers that the executor has.
+    """
+    return workers > 1 and (workers_per_set > 1 or workers > wanted)
+
+
+def only_validations_are_left(folder: Location, settings: DistillConfig) -> bool:
+    """True if all iterations are done and the last set is a candidate: validations are left, or the choice."""
+    last = settings.iterations
+    return Candidates(folder).file(last).exists() and read_iteration(folder) == last
+
+
+def standard_error(mean: float, dataset: Dataset) -> float:
+    """Standard error of a validation accuracy.
+
+    It is over images only: networks scored on the same images are not independent draws.
+    """
+    return math.sqrt(mean * (1 - mean) / len(dataset.validation_labels))
+
+
+def validating(
+    config: RunConfig,
+    dataset: Dataset,
+    whole: SyntheticSet,
+    device: torch.device,
+    heartbeat: Heartbeat = no_heartbeat,
+) -> Generator[Progress, None, float]:
+    """Train fresh networks on the whole set, and return their mean validation accuracy, in [0, 1]."""
+    seeds, total = config.distill.validation_seeds, 0.0
+    spec = config.network.for_images(dataset.channels, dataset.size, dataset.classes)
+    schedule = evaluation_schedule(config, float(whole.step_size), validation_protocol(config.evaluate.protocol))
+    images, labels = (to_device(each, device) for each in (dataset.validation_images, dataset.validation_labels))
+    epochs, reported = seeds * schedule.epochs, time.monotonic()
+    yield Progress(0, epochs)
+    for number in range(seeds):
+        seed = derive_seed(config.seed, Purpose.VALIDATION, number)
+        network = build_network(spec, seed).to(device)
+        for epoch in train(network, whole.images, whole.soft_labels, schedule, seed):
+            heartbeat()
+            if time.monotonic() - reported > REPORT_INTERVAL:
+                yield Progress(number * schedule.epochs + epoch.number, epochs)
+                reported = time.monotonic()
+        total += accuracy(network, images, labels, heartbeat)
+    yield Progress(epochs, epochs, {"validation": total / seeds})
+    return total / seeds
+
+
+def value_of(work: Generator[Any, None, Value]) -> Value:
+    """Run a generator to its end, and return its value."""
+    values = list[Value]()
+
+    def running() -> Iterator[Any]:
+        values.append((yield from work))
+
+    deque(running(), maxlen=0)
+    return values[0]
+
+
+def evaluation_schedule(config: RunConfig, step_size: float, protocol: str | None = None) -> Schedule:
+    """How a fresh network is trained on a synthetic set."""
+    return dataclasses.replace(
+        PROTOCOLS[protocol or config.evaluate.protocol],
+        learning_rate=step_size,
+        augmentation=config.evaluate.augmentation,
+    )

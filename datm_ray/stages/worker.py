@@ -1,0 +1,47 @@
+"""The worker of every stage, so that a process keeps its data set, and tasks of all stages can share a list."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from datm_ray.config import ClusterConfig
+from datm_ray.data.dataset import Dataset
+from datm_ray.runtime.executor import Event
+from datm_ray.stages.distill import DistillWorker
+from datm_ray.stages.evaluate import EvaluateWorker
+from datm_ray.stages.experts import ExpertWorker
+
+
+class StageWorker:
+    """Trains experts, distils, validates and evaluates on one data set. What a task does not need is not made."""
+
+    def __init__(
+        self, dataset: Dataset, cluster: ClusterConfig, distill_worker: type[DistillWorker] = DistillWorker
+    ) -> None:
+        self._dataset, self._cluster, self._distill_worker = dataset, cluster, distill_worker
+        self._workers: dict[tuple[type[Any], bool], Any] = {}
+
+    def train(self, *arguments: Any) -> Iterator[Event]:
+        """Train a stack of experts, see `ExpertWorker.train`."""
+        yield from self._worker(ExpertWorker, light=True).train(*arguments)
+
+    def distill(self, *arguments: Any, **rank: Any) -> Iterator[Event]:
+        """Distil a set, see `DistillWorker.distill`."""
+        yield from self._worker(self._distill_worker, light=False).distill(*arguments, **rank)
+
+    def validate(self, *arguments: Any) -> Iterator[Event]:
+        """Validate a candidate, see `DistillWorker.validate`."""
+        yield from self._worker(self._distill_worker, light=True).validate(*arguments)
+
+    def evaluate(self, *arguments: Any) -> Iterator[Event]:
+        """Score a network, see `EvaluateWorker.evaluate`."""
+        yield from self._worker(EvaluateWorker, light=True).evaluate(*arguments)
+
+    def _worker(self, kind: type[Any], *, light: bool) -> Any:
+        """Worker of one stage, made at its first task. The images of experts leave the device after their stage."""
+        if kind is not ExpertWorker:
+            self._workers.pop((ExpertWorker, True), None)
+        if (kind, light) not in self._workers:
+            self._workers[kind, light] = kind(self._dataset, self._cluster.shaped(light=light))
+        return self._workers[kind, light]
