@@ -520,7 +520,7 @@ class ClusterConfig(WorkerShape):
     checkpoint_seconds: Annotated[float, Field(gt=0, le=86_400)] = 60.0
     """Seconds after which a checkpoint is due before distill.checkpoint_every; longer where it would take over 5 %."""
     retries: Annotated[int, Field(ge=0)] = 3
-    """Attempts after a lost worker that saved nothing new in between."""
+    """Losses in a row, without newly saved work, that a task survives."""
     log_to: Literal["none", "tensorboard", "wandb"] = "none"
     """Curves beside Ray's metrics: tensorboard writes to <out>/tensorboard. Each is an extra, as in datm-ray[wandb]."""
     light: WorkerShape | None = None

@@ -188,7 +188,8 @@ class Tracker:
             return
         running = self.running.setdefault(task.name, _Running(now, task.weight, changed=now))
         if isinstance(event, Phase):
-            running.phase, running.changed = event.text, now
+            running.changed = running.changed if event.text == running.phase else now
+            running.phase = event.text
         elif isinstance(event, Progress):
             total = max(1, event.total)
             if running.last is None:

@@ -101,16 +101,17 @@ def distill_tasks(runs: Runs, executor: Executor | None = None) -> list[DatasetT
         settings, images = config.distill, config.distill.ipc * runs.raw(config).classes
         passes = settings.iterations * settings.student_steps * min(images, settings.batch_size)
         work = passes * sum(_flop(runs, each) for each in config.each_backbone())
-        validation = None
+        validation, is_over = None, False
         if executor is not None:
             is_over = only_validations_are_left(folder, settings)
             if is_over or is_apart(size, wanted, executor.workers):
                 validation = _validation_task(runs, config)
-            if is_over:  # the task only makes others
-                size, fewer, work = 1, (), 1.0
         workers, memory = layout(runs, config, executor), 0
-        with suppress(ConfigError):  # workers of other machines check their own memory
-            memory = distilling_memory(config, runs.shape(config), workers)
+        if is_over:  # the task only makes others
+            size, fewer, work = 1, (), 1.0
+        else:
+            with suppress(ConfigError):  # workers of other machines check their own memory
+                memory = distilling_memory(config, runs.shape(config), workers)
         task = Task(
             config.name,
             (config, runs.store_uri, folder.uri, workers.sharing, validation),
@@ -120,6 +121,7 @@ def distill_tasks(runs: Runs, executor: Executor | None = None) -> list[DatasetT
             stage="distillation",
             weight=work * FORWARD_PASSES["matching"],
             memory=memory,
+            is_light=is_over,
         )
         tasks.append((config.dataset, task))
     return tasks

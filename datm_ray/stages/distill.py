@@ -21,7 +21,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -30,7 +30,7 @@ import torch
 from datm_ray.artifact import TRANSFORMS, read_artifact, save_artifact
 from datm_ray.config import ClusterConfig, RunConfig, run_identity
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.core.training import Heartbeat
+from datm_ray.core.training import Heartbeat, no_heartbeat
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import ClusterError, DivergenceError, OvertakenError, ThresholdError
 from datm_ray.methods.state import MetaTerm, State
@@ -75,6 +75,7 @@ INITIAL, SYNTHETIC = "initial.arrow", "synthetic.arrow"
 LAST_GOOD = "last-good.arrow"
 MAPS = "maps.arrow"
 COST = "cost.json"
+VALIDATING = "validating the set"
 
 _log = logging.getLogger(__name__)
 
@@ -331,10 +332,11 @@ class _Run:
             if self._validation is not None:
                 yield More(_of_iteration(self._validation, iteration))
                 continue
-            yield Phase("validating the set")
+            yield Phase(VALIDATING)
             is_present = iteration == state.iteration
             held = state.synthetic if is_present else self._candidates.read(iteration, self._rows, self._device)
-            _record(state, iteration, self._validate(held), self._dataset, self._candidates, self._rows)
+            accuracy = yield from self._validate(held)
+            _record(state, iteration, accuracy, self._dataset, self._candidates, self._rows)
 
     def _join(self, state: State[Any]) -> None:
         """Record the results of candidates that are there, in the order of iterations; all workers find the same."""
@@ -441,15 +443,26 @@ class _Run:
                 "give --out and --store on a shared file system or on s3://",
             )
 
-    def _validate(self, held: SyntheticSet) -> float:
-        """Mean validation accuracy of fresh networks trained on the whole set."""
+    def _validate(self, held: SyntheticSet) -> Generator[Phase, None, float]:
+        """Train fresh networks on the whole set, and return their mean validation accuracy.
+
+        A worker without peers says from time to time that it is at work; others exchange heartbeats.
+        """
         whole = self._whole(held)
 
-        def work(heartbeat: Heartbeat) -> float:
+        def validation(heartbeat: Heartbeat = no_heartbeat) -> Generator[Progress, None, float]:
             assert whole is not None
-            return value_of(validating(self._config, self._dataset, whole, self._device, heartbeat))
+            return validating(self._config, self._dataset, whole, self._device, heartbeat)
 
-        return self._mesh.from_first(work)
+        if not isinstance(self._mesh, Alone):
+            return self._mesh.from_first(lambda heartbeat: value_of(validation(heartbeat)))
+        work = validation()
+        while True:
+            try:
+                next(work)
+            except StopIteration as end:
+                return float(end.value)
+            yield Phase(VALIDATING)
 
     def _whole(self, held: SyntheticSet) -> SyntheticSet | None:
         """All shards' rows, on the first worker."""

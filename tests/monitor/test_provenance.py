@@ -24,6 +24,12 @@ from tests.conftest import tiny_config
 PLAIN = {"precision": "float32", "tf32": False, "compiled": False, "order": "reverse-over-reverse"}
 
 
+def half(*_: object) -> Iterator[Any]:
+    """A validation accuracy of one half, without networks."""
+    return 0.5
+    yield
+
+
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with the experts of the tiny configuration."""
@@ -35,7 +41,7 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def no_training_of_validation_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip the training of validation networks, which takes most of the time."""
-    monkeypatch.setattr(_Run, "_validate", lambda self, held: 0.5)
+    monkeypatch.setattr(_Run, "_validate", half)
 
 
 def events(config: RunConfig, out: Path, store: Path) -> Iterator[Any]:

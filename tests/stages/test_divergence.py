@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,16 @@ from tests.conftest import tiny_config
 QUIET = Reporter(quiet=True)
 
 
+def half(*_: object) -> Iterator[Any]:
+    """A validation accuracy of one half, without networks."""
+    return 0.5
+    yield
+
+
 @pytest.fixture(autouse=True)
 def no_training_of_validation_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip the training of validation networks, which takes most of the time."""
-    monkeypatch.setattr(_Run, "_validate", lambda self, held: 0.5)
+    monkeypatch.setattr(_Run, "_validate", half)
 
 
 @pytest.fixture(scope="module")

@@ -80,15 +80,16 @@ def test_a_second_command_is_refused_while_the_first_lives(place, held, messages
 
 def test_a_second_command_may_wait(held, messages):
     """A command that waits gets the lease when it is given back; if that takes too long, it is refused."""
-    ended = threading.Event()
+    holds, ended = threading.Event(), threading.Event()
 
     def work() -> None:
         with held():
+            holds.set()
             ended.wait(10)
 
     first = threading.Thread(target=work)
     first.start()
-    time.sleep(0.2)
+    assert holds.wait(10)
     with pytest.raises(RunDirectoryError), held(wait=0.1):
         pass
     messages.clear()

@@ -205,6 +205,10 @@ class Nodes:
             self._checked = time.monotonic()
         return self._fits
 
+    def capacity(self) -> int:
+        """Workers that all nodes together can hold, in use or not."""
+        return sum(self.fits().values())
+
     def memory(self) -> int:
         """Bytes of memory that the largest node offers; no limit while there is no node."""
         return self._memory if self.fits() else sys.maxsize
@@ -232,8 +236,7 @@ class Nodes:
 
     def require(self, workers: int, what: str = "") -> None:
         """Raise a `ClusterError` if the cluster can never hold so many workers at the same time."""
-        fits = sum(self.fits().values())
-        if fits >= workers or self.may_grow() or self._cluster.wait_for_nodes:
+        if self.capacity() >= workers or self.may_grow() or self._cluster.wait_for_nodes:
             return
         needed = worker_resources(self._cluster)
 
@@ -251,16 +254,16 @@ class Nodes:
     def waiting(self, size: int, seconds: float) -> str:
         """Message that nothing runs because workers wait for resources."""
         fits = self.fits()
-        holds = f"{counted(len(fits), 'node')} can hold {sum(fits.values())}, if nobody else uses them"
+        holds = f"{counted(len(fits), 'node')} can hold {self.capacity()}, if nobody else uses them"
         return f"waiting for {counted(size, 'worker')} for {seconds:.0f} s: {holds}"
 
     def not_enough(self, size: int) -> ClusterError:
         """Error for workers that did not become free in time."""
         fits = self.fits()
-        fewer = sum(fits.values()) < size
+        fewer = self.capacity() < size
         return ClusterError(
             f"{counted(size, 'worker')} did not become free within {self.patience:g} s; "
-            f"the cluster has {counted(len(fits), 'node')} that can hold {counted(sum(fits.values()), 'worker')}",
+            f"the cluster has {counted(len(fits), 'node')} that can hold {counted(self.capacity(), 'worker')}",
             "nodes were lost" if fewer else "other jobs use its CPUs or GPUs",
             "run the same command again when nodes are back, it resumes; or raise cluster.wait_for_nodes"
             if fewer

@@ -38,7 +38,7 @@ from datm_ray.runtime.executor import (
     counted,
 )
 from datm_ray.runtime.ray.cluster import SHORT_WAIT, Nodes, connect, with_gpus, worker_options
-from datm_ray.runtime.ray.compat import draining_nodes
+from datm_ray.runtime.ray.compat import draining_nodes, knows_labels
 from datm_ray.runtime.ray.losses import is_final, reason, unwrapped
 from datm_ray.runtime.ray.metrics import RayMetrics
 from datm_ray.runtime.ray.pool import PoolWorker, Stage, labels_without
@@ -47,13 +47,15 @@ from datm_ray.runtime.recovery import MARGIN, History, Patience, size_for
 from datm_ray.runtime.stopping import SAVE_TIMEOUT, SAVES, Interrupted, saving
 
 PENDING = 8
-"""Actors, or as many as have started if those are more, for which Ray may be asked beyond those that have started."""
+"""Number of actors that may wait for resources; as many as have started, if those are more."""
 EVENT_INTERVAL = 0.5
-"""Seconds to wait for an event before other things are looked after."""
+"""Seconds to wait for an event before waiting tasks are checked."""
 CHECK_INTERVAL = 5.0
 """Seconds between two checks of the workers."""
 ROOT_CAUSE_TIMEOUT = 3.0
 """Seconds to wait for the original error, after a rank reports that it lost its peers."""
+AVOIDANCE_PAUSE = 600.0
+"""Seconds for which no node is avoided, after the other nodes had no room."""
 WAIT_INTERVAL = 60.0
 """Seconds between two messages that a task waits for a worker; the first comes after a quarter of it."""
 FAULTS_OF_A_NODE = 3
@@ -195,6 +197,8 @@ class _Stage:
         """Error of the first task that lost its workers too often. All other tasks are run first."""
         self._failed_starts = 0
         """Actors in a row that Ray could not start."""
+        self._request_after = self._avoid_after = 0.0
+        """Times before which no actor is requested, and before which no node is avoided."""
         self._checked = time.monotonic()
         self._blocked_since = self._reported_at = math.inf
         """Times since which nothing runs though tasks wait, and of the last message about it; infinite if not so."""
@@ -255,8 +259,9 @@ class _Stage:
                 waiting.remove(job)
                 free.remove(found)
                 yield from self._begin(job, [found])
-        if waiting or any(job.group and not job.workers for job in self._jobs):
-            for each in free:  # it holds what others may need
+        is_needed = bool(waiting) or any(job.group and not job.workers for job in self._jobs)
+        for each in free:
+            if is_needed or time.monotonic() - each.free_since > SHORT_WAIT:  # it holds what others may need
                 self._drop(each)
         yield from self._request_workers(waiting)
 
@@ -266,29 +271,38 @@ class _Stage:
 
     def _request_workers(self, waiting: list[_Job]) -> Iterator[tuple[Task, Event]]:
         """Request actors, or the ranks of a group, for tasks that have none, in their order."""
-        ranks = sum(job.group.size for job in self._jobs if job.group)
+        now, ranks = time.monotonic(), sum(job.group.size for job in self._jobs if job.group)
         pending = [each for each in self._pool if each.starting is not None]
-        room = max(PENDING, len(self._pool) - len(pending)) - len(pending)
-        if self._cluster.workers is not None:
-            room = min(room, self._cluster.workers - len(self._pool) - ranks)
+        if any(each.avoids and now - each.free_since > SHORT_WAIT for each in pending):
+            self._avoid_after = now + AVOIDANCE_PAUSE  # the other nodes have no room
+            for each in [each for each in pending if each.avoids]:
+                pending.remove(each)
+                self._drop(each)
+        room = 0 if now < self._request_after else max(PENDING, len(self._pool) - len(pending)) - len(pending)
+        limit = (self._cluster.workers or sys.maxsize) - ranks - len(self._pool)
         for job in waiting:
             options, avoided = self._options(job.task), self._avoided(job)
             requested = next((each for each in pending if each.suits(options)), None)
             if job.task.size > 1:
                 # One group waits at a time, so that small ones do not overtake a large one for ever.
                 if all(each.workers for each in self._jobs if each.group):
-                    most = min(self._nodes.planned()[0], self._cluster.workers or sys.maxsize) - ranks
-                    size = size_for([size for size in job.sizes if size <= job.limit], most) or job.sizes[0]
-                    job.group = RankGroup(size, job.task.size, options, avoided)
-                    yield job.task, Phase(f"starting {counted(size, 'worker')}")
+                    sizes = [size for size in job.sizes if size <= job.limit] or job.sizes
+                    size = size_for(sizes, min(self._nodes.capacity() - ranks, limit)) or size_for(sizes, limit)
+                    if size is not None:
+                        most = size_for(job.sizes, self._cluster.workers or sys.maxsize) or size
+                        job.group = RankGroup(size, most, options, avoided)
+                        yield job.task, Phase(f"starting {counted(size, 'worker')}")
             elif requested:
                 pending.remove(requested)
-            elif room > 0:
-                room -= 1
+            elif min(room, limit) > 0:
+                room, limit = room - 1, limit - 1
                 if not self._pool:
                     yield job.task, Phase("starting workers")
                 labels = labels_without(options, avoided)
-                self._pool.append(PoolWorker.start({**options, **({"label_selector": labels} if labels else {})}))
+                new = {**options, **({"label_selector": labels} if labels else {})}
+                self._pool.append(PoolWorker.start(new, avoids=bool(avoided)))
+        for each in pending:  # no task needs it any more
+            self._drop(each)
 
     def _start_groups(self) -> Iterator[tuple[Task, Event]]:
         """Start groups whose resources are reserved, and try with fewer ranks where that takes long."""
@@ -300,6 +314,11 @@ class _Stage:
                     yield job.task, Resized(size, job.task.size)
                 job.group.start()
                 yield from self._begin(job, job.group.workers)
+            elif self._nodes.capacity() < size and size_for(job.sizes, self._nodes.capacity()):
+                self._release(job)  # a node was lost meanwhile
+            elif time.monotonic() - job.group.requested_at > SHORT_WAIT and job.group.avoids:
+                self._release(job)  # the other nodes have no room
+                self._avoid_after = time.monotonic() + AVOIDANCE_PAUSE
             elif time.monotonic() - job.group.requested_at > SHORT_WAIT and size > job.sizes[-1]:
                 self._release(job)
                 job.limit, self._blocked_since = size - 1, math.inf
@@ -323,6 +342,8 @@ class _Stage:
 
     def _avoided(self, job: _Job) -> set[str]:
         """Nodes where the task, or many workers in a row, were lost; none if no other node can hold a worker."""
+        if time.monotonic() < self._avoid_after or not knows_labels():
+            return set()
         bad = {node for node, count in self._executor.faults.items() if count >= FAULTS_OF_A_NODE}
         bad |= set(job.history.nodes)
         return bad if bad and self._nodes.others(bad) else set()
@@ -362,10 +383,12 @@ class _Stage:
         """Note that an actor has started, or that Ray could not start it."""
         try:
             worker.node, worker.starting, self._failed_starts = ray.get(worker.starting), None, 0
+            worker.free_since = time.monotonic()
         except RayError as failure:
             self._drop(worker)
             self._failed_starts += 1
-            if self._failed_starts > PENDING * (1 + self._cluster.retries):
+            self._request_after = time.monotonic() + min(WAIT_INTERVAL, 0.1 * 2.0 ** min(self._failed_starts, 10))
+            if self._failed_starts > PENDING + self._cluster.retries and not any(job.workers for job in self._jobs):
                 raise WorkerLostError(
                     f"Ray cannot start workers: {reason(unwrapped(failure))}",
                     remedy="see the cluster's dashboard or `ray status`, then run the same command again: it resumes",
@@ -378,7 +401,7 @@ class _Stage:
             event = ray.get(next(stream))
         except StopIteration:
             del job.streams[stream]
-            if not job.streams:
+            if not job.streams and not job.peer_lost:
                 yield from self._end(job)
             return
         except RayError as failure:
@@ -410,6 +433,8 @@ class _Stage:
             return
         self._jobs.remove(job)
         self._executor.faults.pop(job.node, None)
+        for worker in job.workers:
+            worker.free_since = time.monotonic()
         yield job.task, job.result
         if job.group:
             kind = (job.size, self._options(job.task))
@@ -431,7 +456,9 @@ class _Stage:
             silence: seconds without an event before the error.
             stream: the stream that ended with the error, if one did.
         """
-        task, size, node = job.task, job.size, job.node
+        task, size, worker = job.task, job.size, job.workers[job.streams.get(stream, 0)]
+        worker.find_node()
+        node = "" if isinstance(cause, PeerLostError) else worker.node
         if isinstance(cause, PeerLostError) and stream and job.streams.keys() - {stream}:
             del job.streams[stream]  # another rank may say why
             job.peer_lost = job.peer_lost or (cause, time.monotonic() + ROOT_CAUSE_TIMEOUT)
@@ -459,12 +486,15 @@ class _Stage:
         job.history = job.history.after_loss(job.saved, node)
         if job.history.gives_up(self._cluster.retries):
             ours, times = cause if isinstance(cause, DatmError) else None, job.history.without_progress
-            lost = WorkerLostError(
+            lost: DatmError = WorkerLostError(
                 f"{task.name} lost its worker {times} times without progress; last reason: {why}",
-                (ours and ours.cause) or "memory was full, or nodes are preempted faster than a task can save its work",
+                (ours and ours.cause) or "the reason is in the log and in Ray's dashboard",
                 (ours and ours.remedy)
-                or "check the log and Ray's dashboard, then run the same command again: it resumes",
+                or "run the same command again: it resumes; if a step takes longer than "
+                "cluster.progress_timeout, raise that",
             )
+            if ours and not isinstance(ours, WorkerLostError):
+                lost = ours
             self._given_up = self._given_up or lost
             yield from self._fail(job, lost)
             return
@@ -489,6 +519,7 @@ class _Stage:
             self._checked = now
             for job in [job for job in self._jobs if job.workers]:
                 for worker in job.workers:
+                    worker.find_node()
                     worker.take_news()
                 silence = now - job.heard
                 if silence > job.patience.limit + MARGIN:

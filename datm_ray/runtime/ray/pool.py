@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -130,17 +131,23 @@ class PoolWorker:
     node: str = ""
     stream: Any = None
     """Ray's generator of references to the events of the present or last task."""
+    avoids: bool = False
+    """True if the actor was requested away from some nodes."""
+    free_since: float = field(default_factory=time.monotonic)
+    """Time of its request, its start or the end of its last task, in seconds of the monotonic clock."""
     unread: list[Any] = field(default_factory=list)
     """References to log records that were requested."""
 
     @classmethod
-    def start(cls, options: Mapping[str, Any], bundle: tuple[PlacementGroup, int] | None = None) -> PoolWorker:
+    def start(
+        cls, options: Mapping[str, Any], bundle: tuple[PlacementGroup, int] | None = None, *, avoids: bool = False
+    ) -> PoolWorker:
         """Request an actor from Ray, without waiting for it; in a bundle of a placement group, if one is given."""
         groups: dict[str, Any] = {"concurrency_groups": {CONTROL: 1}}  # missing in Ray's annotations
         remote: Any = ray.remote(**groups)(Worker)
         placed = {"scheduling_strategy": PlacementGroupSchedulingStrategy(*bundle)} if bundle else {}
         actor = remote.options(**options, **placed).remote(logging.getLogger("datm_ray").getEffectiveLevel())
-        return cls(options, actor, actor.node.remote())
+        return cls(options, actor, actor.node.remote(), avoids=avoids)
 
     def suits(self, options: Mapping[str, Any]) -> bool:
         """True if the actor occupies what these options ask for; it may have more memory, and avoid more nodes."""
@@ -158,11 +165,14 @@ class PoolWorker:
             stage, patience, task.method or stage.method, rank, rendezvous, *task.arguments
         )
 
-    def take_news(self) -> None:
-        """Log what the worker has logged since the last call, and request what comes next. Note its node."""
+    def find_node(self) -> None:
+        """Note the node of an actor that has started."""
         if self.starting is not None and ray.wait([self.starting], timeout=0, fetch_local=False)[0]:
             with suppress(RayError):
                 self.node, self.starting = ray.get(self.starting), None
+
+    def take_news(self) -> None:
+        """Log what the worker has logged since the last call, and request what comes next."""
         if self.unread and ray.wait(self.unread, timeout=0, fetch_local=False)[0]:
             with suppress(RayError):  # the stream of events reports why an actor ended
                 accept(ray.get(self.unread.pop()))

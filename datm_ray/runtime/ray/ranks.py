@@ -27,7 +27,7 @@ class RankGroup:
             options: Ray's options of one rank's actor.
             avoided: nodes on which no rank may run.
         """
-        self.size, self.requested_at = size, time.monotonic()
+        self.size, self.requested_at, self.avoids = size, time.monotonic(), bool(avoided)
         self.workers: list[PoolWorker] = []
         """Actors by rank; empty until the group is started."""
         self._labels = labels_without(options, avoided)

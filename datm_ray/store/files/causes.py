@@ -48,9 +48,10 @@ for _code, _same in {
     _CODES[_code] = _CODES[_same]
 
 _FOR_GOOD = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL),
-    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.ENOSPC, errno.EDQUOT),
+    *(errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG),
 )
+"""Errors of a file system that every attempt would repeat. A full or read-only disk is one machine's."""
 
 _PERMISSIONS = {
     "list": "s3:ListBucket on the bucket",
@@ -149,8 +150,8 @@ def lacks_bucket(error: Exception) -> bool:
 
 
 def may_pass(error: Exception) -> bool:
-    """True if an operation of a file system may succeed later or elsewhere: not denied, missing or full."""
-    return isinstance(error, OSError) and error.errno not in (None, *_FOR_GOOD)
+    """True if an operation of a file system may succeed later or elsewhere: neither denied, nor missing, nor wrong."""
+    return isinstance(error, OSError) and error.errno not in _FOR_GOOD
 
 
 def is_beyond_the_end(error: Exception) -> bool:

@@ -304,8 +304,8 @@ def test_failures_are_explained_in_one_line(local, error, words):
 
 
 def test_an_error_says_whether_another_attempt_may_help(local, monkeypatch):
-    """A disk that answers with an I/O error may do better later or elsewhere; a full or forbidden one will not."""
-    for code in (errno.EIO, errno.ESTALE, errno.ENOSPC):
+    """A broken or full disk is one machine's, so another attempt may help; a forbidden place stays forbidden."""
+    for code in (errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EACCES):
 
         def fail(*_: object, code: int = code, **__: object) -> None:
             raise OSError(code, os.strerror(code))
@@ -313,7 +313,7 @@ def test_an_error_says_whether_another_attempt_may_help(local, monkeypatch):
         monkeypatch.setattr(os, "replace", fail)
         with pytest.raises(StoreError) as caught:
             (local / "file").write_text("x")
-        assert isinstance(caught.value, TransientStoreError) == (code != errno.ENOSPC), os.strerror(code)
+        assert isinstance(caught.value, TransientStoreError) == (code != errno.EACCES), os.strerror(code)
 
 
 def test_a_guard_is_asked_immediately_before_a_file_gets_its_name(folder):
