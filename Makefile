@@ -16,7 +16,7 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --editable '.[dev,docs]'
 	@# pip compiles on one core; some packages hold files that are no Python
-	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
+	$(BIN)/python -m compileall -q -j 0 -x "/(tests?|examples?|rllib)/" $(VENV)/lib > /dev/null || true
 	@touch $@
 
 demo: install  ## experts, DATM at 1 and 10 images per class, evaluation and report on real digits

@@ -425,7 +425,7 @@ def test_a_mutated_file_is_refused_or_read_right(name: str, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_more_mutations_in_little_memory_crash_nothing(tmp_path: Path) -> None:
-    """Twice as many mutations, in a process limited to 6 GiB of addresses, crash nothing."""
+    """Other mutations, in a process limited to 6 GiB of addresses, crash nothing."""
     command = [sys.executable, "-m", "tests.test_foreign_files", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
@@ -591,4 +591,4 @@ if __name__ == "__main__":
     for each in KINDS:
         print(each, flush=True)  # after a crash the last line names its kind
         (folder := Path(sys.argv[1]) / each).mkdir()
-        read_mutations(each, folder, 2 * KINDS[each].count, seed=1)
+        read_mutations(each, folder, KINDS[each].count, seed=1)

@@ -359,7 +359,7 @@ def test_killed_actors_cost_no_expert_and_no_bit(ray_cluster: Any, tmp_path: Pat
     """Killing DATM_RAY_KILLS actors at random moments changes no bit, and finished experts are not trained again."""
     from datm_ray.runtime.ray.executor import RayExecutor
 
-    wanted, rng = int(os.environ.get("DATM_RAY_KILLS", "3")), random.Random(0)
+    wanted, rng = int(os.environ.get("DATM_RAY_KILLS", "2")), random.Random(0)
     count, epochs = 2 * wanted, 12
     config = tiny_config(
         f"experts.count={count}",

@@ -190,7 +190,7 @@ def test_a_distillation_does_not_wait_and_shows_the_last_result_that_joined(tmp_
     assert read_curves(run.folder)["validation.iteration"].tolist() == [2]
 
 
-@pytest.mark.parametrize("every", [pytest.param(5, marks=pytest.mark.slow), 29])
+@pytest.mark.parametrize("every", [pytest.param(9, marks=pytest.mark.slow), 29])
 def test_a_kill_at_any_write_changes_nothing(
     every: int, reference: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -197,7 +197,6 @@ def test_ray_places_workers_on_the_chosen_nodes() -> None:
     """Real Ray places an actor with these options on the node that has the resource, label or GPU model."""
     cases: list[tuple[dict[str, Any], str]] = [
         ({"resources": {"fast_disk": 1}}, "large"),
-        ({"labels": {"zone": "b"}}, "small"),
         ({"labels": {"zone": "in(a,c)"}}, "large"),
         ({"labels": {"tier": "!large", "zone": "!in(c,d)"}, "gpus_per_worker": 1}, "small"),
         ({"accelerator_type": "A100", "gpus_per_worker": 1}, "large"),
