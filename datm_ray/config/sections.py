@@ -436,8 +436,7 @@ def _amount(value: float) -> float:
 
 
 def _resource(name: str) -> str:
-    settings = {"CPU": "threads_per_worker", "GPU": "gpus_per_worker", "memory": "memory", "object_store_memory": ""}
-    if name in settings or name.startswith("accelerator_type:"):
+    if name in ("CPU", "GPU", "memory", "object_store_memory") or name.startswith("accelerator_type:"):
         raise PydanticCustomError(
             "resource", "it is Ray's own; use threads_per_worker, gpus_per_worker or accelerator_type"
         )

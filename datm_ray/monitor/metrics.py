@@ -175,8 +175,13 @@ class Readings:
             workers: highest number of workers that run at the same time.
         """
         self._stage = tasks[0].stage if tasks else self._stage
-        self._workers, self._open = workers, sum(task.size for task in tasks)
+        self._workers, self._open = workers, 0
         self._observed = {}
+        return self.add(tasks)
+
+    def add(self, tasks: Sequence[Task]) -> list[Sample]:
+        """Add tasks to the present stage."""
+        self._open += sum(task.size for task in tasks)
         return list(self._worker_counts())
 
     def take(self, task: Task, event: Event, rank: int = 0) -> list[Sample]:

@@ -287,8 +287,8 @@ class Pipeline:
     def _distill(self, executor: Executor, reporter: Reporter, *, evaluates: bool = False) -> None:
         """Distil the sets. With `evaluates`, workers that are free score finished sets while others are distilled."""
         checks.require_names(self.runs)
-        given = set[str]()
-        """Results of the evaluations that were given out."""
+        scored, given = set[str](), set[str]()
+        """Names of the sets whose evaluation was given out, and places of its results, which sets may share."""
 
         def open_tasks(runs: Runs) -> list[DatasetTask]:
             return tasks.distill_tasks(runs, executor)
@@ -296,11 +296,13 @@ class Pipeline:
         def following(task: Task) -> list[Task]:
             if task.stage == "evaluation":
                 self._report_row(task, reporter)
-            unfinished = [config.name for config in self.runs.unfinished()]
+                return []
+            unfinished = {config.name for config in self.runs.unfinished()}
             if not evaluates or executor.workers == 1 or not unfinished:
                 return []
             (dataset,) = (config.dataset for config in self.configs if config.name == task.run)
-            done = [each for each in self.configs if each.name not in unfinished and each.dataset == dataset]
+            done = [each for each in self.configs if each.name not in unfinished | scored and each.dataset == dataset]
+            scored.update(config.name for config in done)
             found = tasks.evaluate_tasks(self.runs, self.scored_rows, workers=executor.workers, of=done)
             new = [each for _, each in found if each.arguments[3] not in given]
             given.update(each.arguments[3] for each in new)

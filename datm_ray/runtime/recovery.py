@@ -1,4 +1,4 @@
-"""Decisions about lost and stuck workers. They know neither clocks nor clusters; executors act on them."""
+"""Decisions about lost and stuck workers, and the timer of a stuck one. They know no cluster; executors act on them."""
 
 from __future__ import annotations
 

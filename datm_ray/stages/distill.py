@@ -30,7 +30,7 @@ import torch
 from datm_ray.artifact import TRANSFORMS, read_artifact, save_artifact
 from datm_ray.config import ClusterConfig, RunConfig, run_identity
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.core.training import Heartbeat, no_heartbeat
+from datm_ray.core.training import Heartbeat
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import ClusterError, DivergenceError, OvertakenError, ThresholdError
 from datm_ray.methods.state import MetaTerm, State
@@ -65,7 +65,6 @@ from datm_ray.stages.validation import (
     standard_error,
     unvalidated,
     validating,
-    value_of,
 )
 from datm_ray.store.files.filesystem import Location, MissingFileError, open_location
 from datm_ray.store.files.patience import while_peers_wait
@@ -149,9 +148,12 @@ class DistillWorker:
         whole = Rows.of_shard(0, 1, self._dataset.classes, config.distill.ipc)
         try:
             if not candidates.results([iteration]):
-                yield Phase("validating the set")
+                yield Phase(VALIDATING)
                 candidate = candidates.read(iteration, whole, self._device)
-                found = yield from validating(config, self._dataset, candidate, self._device)
+                found = math.nan
+                for progress in validating(config, self._dataset, candidate, self._device):
+                    found = progress.values.get("validation", found)
+                    yield progress
                 candidates.write_result(iteration, found, standard_error(found, self._dataset), account.spent())
                 _log.info("set validated %s", fields(run=config.name, iteration=iteration, accuracy=found))
             if not (folder / SYNTHETIC).exists() and only_validations_are_left(folder, config.distill):
@@ -449,20 +451,20 @@ class _Run:
         A worker without peers says from time to time that it is at work; others exchange heartbeats.
         """
         whole = self._whole(held)
-
-        def validation(heartbeat: Heartbeat = no_heartbeat) -> Generator[Progress, None, float]:
+        if isinstance(self._mesh, Alone):
             assert whole is not None
-            return validating(self._config, self._dataset, whole, self._device, heartbeat)
+            mean = math.nan
+            for progress in validating(self._config, self._dataset, whole, self._device):
+                mean = progress.values.get("validation", mean)
+                yield Phase(VALIDATING)
+            return mean
 
-        if not isinstance(self._mesh, Alone):
-            return self._mesh.from_first(lambda heartbeat: value_of(validation(heartbeat)))
-        work = validation()
-        while True:
-            try:
-                next(work)
-            except StopIteration as end:
-                return float(end.value)
-            yield Phase(VALIDATING)
+        def work(heartbeat: Heartbeat) -> float:
+            assert whole is not None
+            *_, last = validating(self._config, self._dataset, whole, self._device, heartbeat)
+            return last.values["validation"]
+
+        return self._mesh.from_first(work)
 
     def _whole(self, held: SyntheticSet) -> SyntheticSet | None:
         """All shards' rows, on the first worker."""

@@ -27,7 +27,6 @@ import dataclasses
 import logging
 import math
 import statistics
-import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -48,7 +47,7 @@ from datm_ray.runtime.devices import Meter, prepare_device, to_device
 from datm_ray.runtime.executor import Finished, Progress
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.expert_networks import ExpertNetworks
-from datm_ray.stages.validation import REPORT_INTERVAL, evaluation_schedule
+from datm_ray.stages.validation import evaluation_schedule, reported
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.sealed import rejecting_nonsense
 
@@ -201,14 +200,11 @@ class EvaluateWorker:
         """Train a fresh network by each schedule and score it on validation images. Returns the trials."""
         dataset, trials, epochs = self._dataset, list[_Trial](), sum(schedule.epochs for schedule in schedules)
         spec = network.for_images(dataset.channels, dataset.size, dataset.classes)
-        done, reported = 0, time.monotonic()
+        done = 0
         yield Progress(done, epochs)
         for schedule in schedules:
             fresh = build_network(spec, seed).to(self._device)
-            for epoch in train(fresh, images, targets, schedule, seed):
-                if time.monotonic() - reported > REPORT_INTERVAL:
-                    yield Progress(done + epoch.number, epochs)
-                    reported = time.monotonic()
+            yield from reported(train(fresh, images, targets, schedule, seed), done, epochs)
             done += schedule.epochs
             measured = self._validation_accuracy(fresh)
             trials.append(_Trial(fresh, schedule.learning_rate, measured))

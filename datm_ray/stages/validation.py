@@ -17,10 +17,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -29,7 +28,16 @@ from datm_ray.config import DistillConfig, RunConfig
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.core.training import PROTOCOLS, Heartbeat, Schedule, accuracy, no_heartbeat, train, validation_protocol
+from datm_ray.core.training import (
+    PROTOCOLS,
+    Epoch,
+    Heartbeat,
+    Schedule,
+    accuracy,
+    no_heartbeat,
+    train,
+    validation_protocol,
+)
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import StoreError
 from datm_ray.methods.state import State
@@ -44,7 +52,6 @@ from datm_ray.store.sealed import rejecting_nonsense
 CANDIDATES = "candidates"
 REPORT_INTERVAL = 1.0
 """Seconds between two reports of a network's epochs."""
-Value = TypeVar("Value")
 
 
 def is_due(settings: DistillConfig, iteration: int) -> bool:
@@ -162,36 +169,39 @@ def validating(
     whole: SyntheticSet,
     device: torch.device,
     heartbeat: Heartbeat = no_heartbeat,
-) -> Generator[Progress, None, float]:
-    """Train fresh networks on the whole set, and return their mean validation accuracy, in [0, 1]."""
+) -> Iterator[Progress]:
+    """Train fresh networks on the whole set. The last progress has their mean validation accuracy, in [0, 1]."""
     seeds, total = config.distill.validation_seeds, 0.0
     spec = config.network.for_images(dataset.channels, dataset.size, dataset.classes)
     schedule = evaluation_schedule(config, float(whole.step_size), validation_protocol(config.evaluate.protocol))
     images, labels = (to_device(each, device) for each in (dataset.validation_images, dataset.validation_labels))
-    epochs, reported = seeds * schedule.epochs, time.monotonic()
+    epochs = seeds * schedule.epochs
     yield Progress(0, epochs)
     for number in range(seeds):
         seed = derive_seed(config.seed, Purpose.VALIDATION, number)
         network = build_network(spec, seed).to(device)
-        for epoch in train(network, whole.images, whole.soft_labels, schedule, seed):
-            heartbeat()
-            if time.monotonic() - reported > REPORT_INTERVAL:
-                yield Progress(number * schedule.epochs + epoch.number, epochs)
-                reported = time.monotonic()
+        training = train(network, whole.images, whole.soft_labels, schedule, seed)
+        yield from reported(training, number * schedule.epochs, epochs, heartbeat)
         total += accuracy(network, images, labels, heartbeat)
     yield Progress(epochs, epochs, {"validation": total / seeds})
-    return total / seeds
 
 
-def value_of(work: Generator[Any, None, Value]) -> Value:
-    """Run a generator to its end, and return its value."""
-    values = list[Value]()
+def reported(
+    training: Iterator[Epoch], done: int, epochs: int, heartbeat: Heartbeat = no_heartbeat
+) -> Iterator[Progress]:
+    """Train a network, and report its epochs every `REPORT_INTERVAL` seconds.
 
-    def running() -> Iterator[Any]:
-        values.append((yield from work))
-
-    deque(running(), maxlen=0)
-    return values[0]
+    Args:
+        done: epochs of the networks before it.
+        epochs: epochs of all networks.
+        heartbeat: called after each epoch.
+    """
+    last = time.monotonic()
+    for epoch in training:
+        heartbeat()
+        if time.monotonic() - last > REPORT_INTERVAL:
+            yield Progress(done + epoch.number, epochs)
+            last = time.monotonic()
 
 
 def evaluation_schedule(config: RunConfig, step_size: float, protocol: str | None = None) -> Schedule:

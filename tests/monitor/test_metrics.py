@@ -124,9 +124,9 @@ def test_workers_wanted_and_at_work_follow_the_tasks() -> None:
     seen += [readings.take(TASK, event) for event in (Note("compiled"), Progress(1, 2, metrics=_mesh(2)))]
     seen += [readings.take(other, Progress(1, 2, metrics=_mesh(2))), readings.take(TASK, Lost("died", 1))]
     seen += [readings.take(TASK, Progress(1, 2, metrics=_mesh(1))), readings.take(TASK, Finished())]
-    seen += [readings.take(other, Finished())]
-    assert [values(samples, "workers_wanted") for samples in seen] == [[3], [3], [3], [3], [3], [3], [2], [0]]
-    assert [values(samples, "workers_at_work") for samples in seen] == [[0], [1], [2], [4], [2], [3], [2], [0]]
+    seen += [readings.take(other, Finished()), readings.add([Task("added", ())])]
+    assert [values(samples, "workers_wanted") for samples in seen] == [[3], [3], [3], [3], [3], [3], [2], [0], [1]]
+    assert [values(samples, "workers_at_work") for samples in seen] == [[0], [1], [2], [4], [2], [3], [2], [0], [0]]
 
 
 def _mesh(workers: int) -> dict[str, float]:

@@ -34,7 +34,7 @@ from datm_ray.runtime.executor import (
     Started,
     Task,
 )
-from tests.runtime.workers import Adder, Greedy, Idler, Looker, Neighbour, Saver, Slow, Squarer, Warner
+from tests.runtime.workers import Adder, Greedy, Idler, Leaver, Looker, Neighbour, Saver, Slow, Squarer, Warner
 
 OPEN: list[Executor] = []
 
@@ -324,6 +324,27 @@ def test_an_error_that_nobody_expects_costs_an_attempt(ray_cluster: Any, tmp_pat
 
 
 @pytest.mark.ray
+def test_a_worker_leaves_a_node_that_is_about_to_end(
+    ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A worker whose node is about to end saves, and another resumes from there; that costs no attempt."""
+    nodes = {node["NodeID"] for node in ray_cluster.nodes()}
+    monkeypatch.setattr("datm_ray.runtime.ray.executor.CHECK_INTERVAL", 0.2)
+    monkeypatch.setattr(
+        "datm_ray.runtime.ray.executor.draining_nodes", lambda: set() if (tmp_path / "count").exists() else nodes
+    )
+    work = on_ray(ClusterConfig()).run(Leaver, (str(tmp_path),), "count", [Task("count", (20,))])
+    events = [event for _, event in work if not isinstance(event, Phase)]
+    saved = int((tmp_path / "count").read_text())
+    asked, left = [event.text for event in events if isinstance(event, Note)]
+    assert (asked, left) == ("its node ends soon: saving, to resume elsewhere", f"saved number {saved}")
+    assert [event.done for event in events if isinstance(event, Progress)] == list(range(1, 21))
+    assert sum(isinstance(event, Started) for event in events) == 2
+    assert not any(isinstance(event, Lost) for event in events)
+    assert isinstance(events[-1], Finished)
+
+
+@pytest.mark.ray
 def test_tasks_that_are_added_meanwhile_are_run(executor: Executor) -> None:
     """Tasks that the caller appends while a stage runs are run too, serially and on Ray."""
     tasks = [Task("first", (0,))]
@@ -541,12 +562,12 @@ def test_workers_have_a_gpu_each_where_there_are_some(
 ) -> None:
     """Each worker gets a GPU if nodes have some, so that none shares a node's first one."""
     ray = pytest.importorskip("ray")
-    from datm_ray.runtime.ray.cluster import with_gpus, worker_resources
+    from datm_ray.runtime.ray.cluster import bundle_of, with_gpus, worker_options
 
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": found})
     cluster = with_gpus(ClusterConfig(**wish))
     assert cluster.gpus_per_worker == gpus
-    assert worker_resources(cluster).get("GPU", 0.0) == gpus
+    assert bundle_of(worker_options(cluster)).get("GPU", 0.0) == gpus
 
 
 @pytest.mark.parametrize("wish", [{"device": "cuda"}, {"precision": "bfloat16"}])

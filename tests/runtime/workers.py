@@ -13,6 +13,7 @@ import numpy as np
 
 from datm_ray.errors import ConfigError
 from datm_ray.runtime.executor import Finished, Progress, WorkerRank
+from datm_ray.runtime.stopping import Interrupted, saving
 
 
 class Squarer:
@@ -129,6 +130,24 @@ class Saver:
         if not self._file.exists():
             self._file.touch()
             time.sleep(600)
+        yield Finished(os.getpid())
+
+
+class Leaver:
+    """A worker that counts, and saves its number when it is asked to stop."""
+
+    def __init__(self, folder: str) -> None:
+        self._file = Path(folder) / "count"
+
+    def count(self, numbers: int) -> Iterator[Progress | Finished]:
+        start = int(self._file.read_text()) if self._file.exists() else 0
+        with saving() as is_asked:
+            for number in range(start, numbers):
+                time.sleep(0.1)
+                yield Progress(number + 1, numbers)
+                if is_asked():
+                    self._file.write_text(str(number + 1))
+                    raise Interrupted(f"number {number + 1}")
         yield Finished(os.getpid())
 
 

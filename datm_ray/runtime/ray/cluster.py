@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -238,7 +238,7 @@ class Nodes:
         """Raise a `ClusterError` if the cluster can never hold so many workers at the same time."""
         if self.capacity() >= workers or self.may_grow() or self._cluster.wait_for_nodes:
             return
-        needed = worker_resources(self._cluster)
+        needed = bundle_of(worker_options(self._cluster))
 
         def words(amounts: dict[str, float]) -> str:
             others = "".join(f", {amounts.get(name, 0):g} {name}" for name in needed.keys() - {"CPU", "GPU"})
@@ -305,21 +305,18 @@ def with_gpus(cluster: ClusterConfig) -> ClusterConfig:
     return cluster
 
 
-def worker_resources(cluster: ClusterConfig, light: bool = False) -> dict[str, float]:
-    """Ray resources of one worker, name -> amount, without zeros: a bundle of a placement group.
+def bundle_of(options: Mapping[str, Any]) -> dict[str, float]:
+    """Ray resources that an actor with these options takes, name -> amount: a bundle of a placement group.
 
     The nodes' labels are not part of a bundle; a placement group takes them as `bundle_label_selector`.
-
-    Args:
-        light: whether the worker is one of experts, validation or evaluation.
     """
-    shape = cluster.shaped(light=light)
-    model = {f"accelerator_type:{shape.accelerator_type}": MODEL_SHARE} if shape.accelerator_type else {}
-    wanted = {"CPU": float(shape.threads_per_worker), "GPU": shape.gpus_per_worker or 0.0, **shape.resources, **model}
-    return {name: amount for name, amount in wanted.items() if amount}
+    names = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
+    model = {f"accelerator_type:{options['accelerator_type']}": MODEL_SHARE} if "accelerator_type" in options else {}
+    named: dict[str, float] = {names[name]: amount for name, amount in options.items() if name in names}
+    return {**named, **options.get("resources", {}), **model}
 
 
-def worker_options(cluster: ClusterConfig, light: bool, memory: int = 0) -> dict[str, Any]:
+def worker_options(cluster: ClusterConfig, light: bool = False, memory: int = 0) -> dict[str, Any]:
     """Options of a Ray actor or task for one worker, without zeros and without what is not restricted.
 
     Args:
@@ -340,7 +337,7 @@ def worker_options(cluster: ClusterConfig, light: bool, memory: int = 0) -> dict
 
 def fitting(resources: dict[str, float], cluster: ClusterConfig) -> int:
     """Workers that a node with these resources can hold. No worker spans nodes, and no fraction of a GPU spans GPUs."""
-    wanted = worker_resources(cluster)
+    wanted = bundle_of(worker_options(cluster))
     per_worker, gpus = wanted.pop("GPU", 0.0), int(resources.get("GPU", 0))
     fits = [int(resources.get(name, 0.0) / amount + 1e-9) for name, amount in wanted.items()]
     if per_worker:

@@ -11,6 +11,7 @@ import inspect
 import logging
 import sys
 from contextlib import suppress
+from functools import cache
 
 import ray
 
@@ -53,6 +54,7 @@ def limit_node_search(seconds: float) -> None:
         services.get_node_to_connect_for_driver = functools.partial(search, timeout_seconds=seconds)
 
 
+@cache
 def knows_labels() -> bool:
     """True if this version of Ray can choose nodes by their labels."""
     return "bundle_label_selector" in inspect.signature(ray.util.placement_group).parameters

@@ -174,10 +174,6 @@ class _Job:
     """Result of rank 0, which counts once all ranks have ended."""
 
     @property
-    def node(self) -> str:
-        return self.workers[0].node if len(self.workers) == 1 else ""
-
-    @property
     def is_waiting(self) -> bool:
         return not self.workers and self.group is None and self.not_before <= time.monotonic()
 
@@ -223,6 +219,8 @@ class _Stage:
     def _take_tasks(self) -> list[_Job]:
         """Tasks that have not ended, with those that the caller has added."""
         new = self._tasks[self._taken :]
+        if self._taken and new:
+            self._executor.metrics.add(new)
         self._taken += len(new)
         self._jobs += [_Job(task, sizes=[task.size, *task.fewer]) for task in new]
         if self._failure:
@@ -253,6 +251,8 @@ class _Stage:
         yield from self._start_groups()
         waiting, free = [job for job in self._jobs if job.is_waiting], self._free()
         for job in [job for job in waiting if job.task.size == 1]:
+            if not free:  # most of the time, with many tasks
+                break
             avoided, options = self._avoided(job), self._options(job.task)
             found = next((each for each in free if each.node not in avoided and each.suits(options)), None)
             if found:
@@ -281,6 +281,8 @@ class _Stage:
         room = 0 if now < self._request_after else max(PENDING, len(self._pool) - len(pending)) - len(pending)
         limit = (self._cluster.workers or sys.maxsize) - ranks - len(self._pool)
         for job in waiting:
+            if job.task.size == 1 and not pending and min(room, limit) <= 0:
+                continue  # most of the time, with many tasks
             options, avoided = self._options(job.task), self._avoided(job)
             requested = next((each for each in pending if each.suits(options)), None)
             if job.task.size > 1:
@@ -432,8 +434,8 @@ class _Stage:
             self._release(job)
             return
         self._jobs.remove(job)
-        self._executor.faults.pop(job.node, None)
         for worker in job.workers:
+            self._executor.faults.pop(worker.node, None)
             worker.free_since = time.monotonic()
         yield job.task, job.result
         if job.group:
@@ -456,51 +458,58 @@ class _Stage:
             silence: seconds without an event before the error.
             stream: the stream that ended with the error, if one did.
         """
-        task, size, worker = job.task, job.size, job.workers[job.streams.get(stream, 0)]
-        worker.find_node()
-        node = "" if isinstance(cause, PeerLostError) else worker.node
-        if isinstance(cause, PeerLostError) and stream and job.streams.keys() - {stream}:
+        if isinstance(cause, PeerLostError) and stream is not None and job.streams.keys() - {stream}:
             del job.streams[stream]  # another rank may say why
             job.peer_lost = job.peer_lost or (cause, time.monotonic() + ROOT_CAUSE_TIMEOUT)
-            return
-        if isinstance(cause, ConfigError) and size < task.size:
+        elif isinstance(cause, ConfigError) and job.size < job.task.size:
             # The error did not occur with all workers, and nodes may come back.
             self._release(job)
-            job.sizes = [each for each in job.sizes if each > size]
-            yield task, Note(f"waiting for nodes: {counted(size, 'worker')} cannot run it: {cause}")
-            return
-        if isinstance(cause, DatmError) and is_final(cause):
+            job.sizes = [each for each in job.sizes if each > job.size]
+            yield job.task, Note(f"waiting for nodes: {counted(job.size, 'worker')} cannot run it: {cause}")
+        elif is_final(cause):
             self._failure = self._failure or cause
             yield from self._fail(job, cause)
-            return
-        if isinstance(cause, RayTaskError):
-            _log.info("%s", cause, extra={"is_shown": True})  # with the worker's traceback
-        if node and not isinstance(cause, NodeDiedError):
-            self._executor.faults[node] += 1
-        why = reason(cause)
-        if isinstance(cause, RayActorError) and silence > job.patience.limit:
-            why = f"no step for {silence:.0f} s; its log in Ray's dashboard says where it was stuck"
+        else:
+            why = reason(cause)
+            if isinstance(cause, RayTaskError):
+                _log.info("%s", cause, extra={"is_shown": True})  # with the worker's traceback
+            elif isinstance(cause, RayActorError) and silence > job.patience.limit:
+                why = f"no step for {silence:.0f} s; its log in Ray's dashboard says where it was stuck"
+            job.history = job.history.after_loss(job.saved, self._blame(job, cause, stream))
+            if job.history.gives_up(self._cluster.retries):
+                failure = self._too_many_losses(job, cause, why)
+                self._given_up = self._given_up or failure
+                yield from self._fail(job, failure)
+            else:
+                self._release(job)
+                job.not_before = time.monotonic() + job.history.delay
+                yield job.task, Lost(why, job.history.losses)
+
+    def _blame(self, job: _Job, cause: BaseException, stream: Any) -> str:
+        """Node on which a worker was lost, which is noted; "" if it is unknown. Free actors there are stopped."""
+        worker = job.workers[job.streams.get(stream, 0)]
+        worker.find_node()
+        if isinstance(cause, PeerLostError):
+            return ""
+        if worker.node and not isinstance(cause, NodeDiedError):
+            self._executor.faults[worker.node] += 1
         for idle in self._free():
-            if idle.node == node:  # it may be lost too, and replacing it is cheap
+            if idle.node == worker.node:  # it may be lost too, and replacing it is cheap
                 self._drop(idle)
-        job.history = job.history.after_loss(job.saved, node)
-        if job.history.gives_up(self._cluster.retries):
-            ours, times = cause if isinstance(cause, DatmError) else None, job.history.without_progress
-            lost: DatmError = WorkerLostError(
-                f"{task.name} lost its worker {times} times without progress; last reason: {why}",
-                (ours and ours.cause) or "the reason is in the log and in Ray's dashboard",
-                (ours and ours.remedy)
-                or "run the same command again: it resumes; if a step takes longer than "
-                "cluster.progress_timeout, raise that",
-            )
-            if ours and not isinstance(ours, WorkerLostError):
-                lost = ours
-            self._given_up = self._given_up or lost
-            yield from self._fail(job, lost)
-            return
-        self._release(job)
-        job.not_before = time.monotonic() + job.history.delay
-        yield task, Lost(why, job.history.losses)
+        return worker.node
+
+    def _too_many_losses(self, job: _Job, cause: BaseException, why: str) -> DatmError:
+        """Error of a task that is given up: the last one if that speaks for itself, such as a full disk."""
+        ours = cause if isinstance(cause, DatmError) else None
+        if ours and not isinstance(ours, WorkerLostError):
+            return ours
+        times = job.history.without_progress
+        return WorkerLostError(
+            f"{job.task.name} lost its worker {times} times without progress; last reason: {why}",
+            (ours and ours.cause) or "the reason is in the log and in Ray's dashboard",
+            (ours and ours.remedy)
+            or "run the same command again: it resumes; raise cluster.progress_timeout if a step takes longer",
+        )
 
     def _fail(self, job: _Job, failure: DatmError) -> Iterator[tuple[Task, Event]]:
         """End a task that is not tried again; its error is raised after the other tasks have ended."""
@@ -512,7 +521,7 @@ class _Stage:
             yield job.task, Failed(str(failure), others)
 
     def _check(self) -> Iterator[tuple[Task, Event]]:
-        """Fetch logs, find workers that are stuck and could not end themselves, and tell that tasks wait."""
+        """Fetch logs, find workers that are stuck and could not end themselves, and report waits."""
         now = time.monotonic()
         yield from self._report_waiting(now)
         if now - self._checked > CHECK_INTERVAL:
@@ -540,7 +549,7 @@ class _Stage:
                 yield job.task, Note("its node ends soon: saving, to resume elsewhere")
 
     def _report_waiting(self, now: float) -> Iterator[tuple[Task, Event]]:
-        """Tell every minute that tasks wait and nothing runs. Raises a `ClusterError` if that takes too long."""
+        """Report every minute that tasks wait and nothing runs. Raises a `ClusterError` if that takes too long."""
         waiting = [job for job in self._jobs if not job.workers and job.not_before <= now]
         if len(waiting) < len(self._jobs) or not waiting:
             self._blocked_since = math.inf

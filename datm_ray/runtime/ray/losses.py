@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import TypeGuard
 
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
@@ -19,7 +20,7 @@ def unwrapped(failure: BaseException) -> BaseException:
     return unwrapped(inner) if isinstance(inner, RayTaskError) else failure
 
 
-def is_final(failure: BaseException) -> bool:
+def is_final(failure: BaseException) -> TypeGuard[DatmError]:
     """True for an error of the user's input, which every attempt would repeat. All other errors are losses."""
     return isinstance(failure, DatmError) and not isinstance(failure, WorkerLostError | TransientStoreError)
 

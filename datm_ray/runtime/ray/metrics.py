@@ -36,6 +36,11 @@ class RayMetrics:
         with self._lock:
             self._export(self._readings.begin(tasks, workers))
 
+    def add(self, tasks: Sequence[Task]) -> None:
+        """Add tasks to the present stage."""
+        with self._lock:
+            self._export(self._readings.add(tasks))
+
     def record(self, task: Task, event: Event, rank: int = 0) -> None:
         """Export the measurements of an event. `rank` is the worker's rank within the task's group."""
         with self._lock:

@@ -1,7 +1,7 @@
 """Pool of Ray actors that each run one task after another.
 
 Ray places the actors, and its autoscaler sees those that wait. An actor keeps its worker, and with it the data set and
-what was compiled, for as long as tasks of the same stage come.
+what was compiled, for as long as the tasks are for the same worker.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Stage(NamedTuple):
     """What the tasks of a stage have in common."""
 
     number: int
+    """Number of the worker and its setup. An actor keeps its worker while the number stays the same."""
     worker: Callable[..., Any]
     setup: tuple[Any, ...]
     """Arguments that construct the worker; Ray's references among them are resolved where that happens."""
@@ -81,7 +82,7 @@ class Worker:
         """Run this actor's part of a task and yield its events, each after the log records before it.
 
         Args:
-            stage: the worker to construct; that of an earlier stage is replaced.
+            stage: the worker to construct, unless the actor has it.
             rank: rank of this actor, and number of ranks.
             address: what `rendezvous` of rank 0 returned; "" for a task of one worker.
             arguments: the method's.

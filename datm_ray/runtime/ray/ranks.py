@@ -12,6 +12,7 @@ from typing import Any
 
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
+from datm_ray.runtime.ray.cluster import bundle_of
 from datm_ray.runtime.ray.pool import PoolWorker, labels_without
 
 
@@ -30,19 +31,15 @@ class RankGroup:
         self.size, self.requested_at, self.avoids = size, time.monotonic(), bool(avoided)
         self.workers: list[PoolWorker] = []
         """Actors by rank; empty until the group is started."""
-        self._labels = labels_without(options, avoided)
+        labels = labels_without(options, avoided)
+        self._selector = [labels] if labels else []
         self._options = {name: value for name, value in options.items() if name != "label_selector"}
         self._placement = self._reserve(size)
         self._more = [self._reserve(1) for _ in range(wanted - size)]
 
     def _reserve(self, size: int) -> PlacementGroup:
-        names = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
-        bundle = {names[name]: amount for name, amount in self._options.items() if name in names}
-        bundle |= self._options.get("resources", {})
-        if model := self._options.get("accelerator_type"):
-            bundle[f"accelerator_type:{model}"] = 0.001  # as Ray asks for in an actor's place
-        selector = {"bundle_label_selector": [self._labels] * size} if self._labels else {}
-        placement: PlacementGroup = placement_group([bundle] * size, **selector)
+        labels = {"bundle_label_selector": self._selector * size} if self._selector else {}
+        placement: PlacementGroup = placement_group([bundle_of(self._options)] * size, **labels)
         return placement
 
     @property

@@ -16,7 +16,7 @@ import ray
 from datm_ray.config import ClusterConfig, WorkerShape
 from datm_ray.errors import ClusterError
 from datm_ray.runtime.ray import cluster as ray_cluster
-from datm_ray.runtime.ray.cluster import fitting, with_gpus, worker_options, worker_resources
+from datm_ray.runtime.ray.cluster import bundle_of, fitting, with_gpus, worker_options
 from datm_ray.runtime.ray.compat import NOT_A_NODE, limit_node_search
 
 
@@ -117,9 +117,14 @@ def test_options_and_resources_of_a_worker() -> None:
     assert worker_options(CHOSEN, light=True) == light
     without = CHOSEN.model_copy(update={"light": None})
     assert worker_options(without, light=True) == worker_options(without, light=False)
-    assert worker_resources(ClusterConfig()) == {"CPU": 1.0}
-    assert worker_resources(CHOSEN) == {"CPU": 2.0, "GPU": 1.0, "fast_disk": 1.0, "accelerator_type:A100": 0.001}
-    assert worker_resources(CHOSEN, light=True) == {"CPU": 1.0, "GPU": 0.25}
+    assert bundle_of(worker_options(ClusterConfig())) == {"CPU": 1.0}
+    assert bundle_of(worker_options(CHOSEN)) == {
+        "CPU": 2.0,
+        "GPU": 1.0,
+        "fast_disk": 1.0,
+        "accelerator_type:A100": 0.001,
+    }
+    assert bundle_of(worker_options(CHOSEN, light=True)) == {"CPU": 1.0, "GPU": 0.25}
     node = {"CPU": 8.0, "GPU": 4.0, "fast_disk": 3.0}
     assert (fitting(node, CHOSEN), fitting(node | {"accelerator_type:A100": 1.0}, CHOSEN)) == (0, 3)
 
@@ -166,7 +171,7 @@ import json, sys
 import ray
 from ray.cluster_utils import Cluster
 from datm_ray.config import ClusterConfig
-from datm_ray.runtime.ray.cluster import connect, worker_options, worker_resources
+from datm_ray.runtime.ray.cluster import bundle_of, connect, worker_options
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 a100 = {"fast_disk": 1, "accelerator_type:A100": 1}
@@ -185,7 +190,7 @@ for text in sys.stdin:
     actor = ray.remote(Where).options(**worker_options(settings, light, memory=2**20)).remote()
     node = ray.get(actor.node.remote(), timeout=60)
     ray.kill(actor)
-    group = ray.util.placement_group([worker_resources(settings, light)])
+    group = ray.util.placement_group([bundle_of(worker_options(settings, light))])
     print(json.dumps([names.get(node, "head"), group.wait(60)]), flush=True)
     ray.util.remove_placement_group(group)
 """
