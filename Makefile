@@ -29,9 +29,9 @@ test: install  ## the tests that find most faults, in minutes
 	$(PYTEST) -m "not slow"
 
 test-slow: install  ## the other tests: lost nodes, jobs over HTTP, compiled variants, benchmarks
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow and not exhaustive"
 
-test-all: install  ## all tests
+test-all: install  ## all tests, also the exhaustive ones, which repeat others with many more cases
 	$(PYTEST)
 
 test-versions:  ## numeric tests and small runs at the versions of docs/versions.md: ROWS="lowest 2.11 2.14 highest"

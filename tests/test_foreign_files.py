@@ -424,6 +424,7 @@ def test_a_mutated_file_is_refused_or_read_right(name: str, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_more_mutations_in_little_memory_crash_nothing(tmp_path: Path) -> None:
     """Other mutations, in a process limited to 6 GiB of addresses, crash nothing."""
     command = [sys.executable, "-m", "tests.test_foreign_files", str(tmp_path)]
