@@ -129,7 +129,7 @@ class Soak:
         with Nodes(environment) as self._nodes, self._log.open("a") as self._output:
             self._alive = [self._add(), self._add()]
             self._start()
-            self._wait_for_work(0.0, 120)
+            self._wait_for_work(0.0)
             kinds = [KINDS[number % len(KINDS)] for number in range(faults)]
             self._draw.shuffle(kinds)
             for kind in kinds:
@@ -143,7 +143,7 @@ class Soak:
     def _disturb(self, kind: str) -> None:
         at, clock = time.time(), time.monotonic()
         getattr(self, f"_make_{kind}")()
-        self._wait_for_work(at, 180)
+        self._wait_for_work(at)
         self.faults.append({"kind": kind, "seconds": round(time.monotonic() - clock, 1)})
 
     def _make_actor(self) -> None:
@@ -191,9 +191,9 @@ class Soak:
     def _start(self) -> None:
         self._process = subprocess.Popen(self._command(), stdout=self._output, stderr=self._output)
 
-    def _wait_for_work(self, since: float, seconds: float) -> None:
+    def _wait_for_work(self, since: float) -> None:
         """Wait until a worker has written something, or all is done."""
-        until(lambda: self._process.poll() is not None or self._latest_write() > since, "progress", seconds)
+        until(lambda: self._process.poll() is not None or self._latest_write() > since, "progress")
         self._note_finished()
 
     def _latest_write(self) -> float:

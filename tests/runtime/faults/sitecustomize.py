@@ -16,8 +16,9 @@ from pathlib import Path
 class BrokenGpu(RuntimeError):
     """Error of a GPU, as torch words it."""
 
-    def __str__(self) -> str:
-        return "CUDA error: uncorrectable ECC error encountered"
+    def __reduce__(self) -> tuple[type[RuntimeError], tuple[str]]:
+        """Arrive at the driver as an error whose class it can import."""
+        return RuntimeError, ("CUDA error: uncorrectable ECC error encountered",)
 
 
 def _error(kind: str) -> type[BaseException]:
@@ -28,6 +29,9 @@ def _error(kind: str) -> type[BaseException]:
     class BusyStore(TransientStoreError):
         def __init__(self) -> None:
             super().__init__("s3://bucket answers with 503, and has for a long time")
+
+        def __reduce__(self) -> tuple[type[TransientStoreError], tuple[str]]:
+            return TransientStoreError, (self.fact,)
 
     return BusyStore
 
