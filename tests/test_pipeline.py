@@ -34,6 +34,7 @@ from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline, checks, tasks
 from datm_ray.pipeline.folder import LEASE, read_recipe
 from datm_ray.pipeline.runs import Runs
+from datm_ray.planning.main_memory import GPU_PROCESS_BYTES
 from datm_ray.planning.plan import plan_run
 from datm_ray.runtime.executor import Event, Executor, Lost, Phase, Progress, SerialExecutor
 from datm_ray.stages.distill import DistillWorker
@@ -560,6 +561,30 @@ def test_results_that_workers_wrote_elsewhere_are_missed_at_once(tmp_path: Path)
     config = tiny_config()
     with pytest.raises(ClusterError, match=r"do not share this disk.*s3://"):
         run_all(config, tmp_path, lambda: Elsewhere(config.cluster))
+
+
+def test_memory_of_workers_follows_their_gpus_and_not_this_machines(tmp_path: Path) -> None:
+    """Tasks for workers with GPUs reserve the memory of GPU workers; the recipe still leaves the GPUs open."""
+
+    class FirstTaskError(Exception):
+        pass
+
+    class OnGpus(SerialExecutor):
+        def __init__(self, gpus: float) -> None:
+            super().__init__(config.cluster)
+            self.gpus_per_worker = gpus
+
+        def run(self, worker: Any, setup: Any, method: str, tasks: Any) -> Iterator[tuple[Any, Event]]:
+            memory[self.gpus_per_worker] = tasks[0].memory
+            raise FirstTaskError
+            yield
+
+    config, memory = tiny_config(), dict[float | None, int]()
+    for gpus in (0.0, 1.0):
+        with pytest.raises(FirstTaskError):
+            run_all(config, tmp_path, lambda gpus=gpus: OnGpus(gpus))  # type: ignore[misc]
+    assert memory[1.0] == GPU_PROCESS_BYTES != memory[0.0]
+    assert "gpus_per_worker: null" in (tmp_path / "tiny/recipe.yaml").read_text()
 
 
 def test_an_unfinished_distillation_resumes_with_fewer_workers(tmp_path: Path) -> None:

@@ -531,6 +531,14 @@ class ClusterConfig(WorkerShape):
             return self
         return self.model_copy(update={name: getattr(self.light, name) for name in WorkerShape.model_fields})
 
+    def given_gpus(self, amount: float) -> ClusterConfig:
+        """Copy in which workers whose GPUs are left open have this many."""
+        light = self.light
+        if light is not None and light.gpus_per_worker is None:
+            light = light.model_copy(update={"gpus_per_worker": amount})
+        mine = amount if self.gpus_per_worker is None else self.gpus_per_worker
+        return self.model_copy(update={"gpus_per_worker": mine, "light": light})
+
     @property
     def memory_bytes(self) -> int | None:
         """Value of `memory` in bytes; None if it is null."""

@@ -203,9 +203,11 @@ class Pipeline:
     def _executing(self, start: Callable[[], Executor], reporter: Reporter, *, distils: bool) -> Iterator[Executor]:
         if not (self.runs.alone or self.runs.elsewhere):
             reporter.message("Starting Ray ...")
-        executor = start()
+        executor, recipes = start(), self.configs
         self._setups.clear()
         try:
+            if executor.gpus_per_worker is not None:  # this machine's GPUs say nothing about the workers'
+                self.runs.give_gpus(executor.gpus_per_worker)
             if distils:
                 for config in self.runs.unfinished():
                     # An unfinished distillation may resume with fewer workers: nodes may be lost since it started.
@@ -221,7 +223,7 @@ class Pipeline:
                 log = where or f"none in {self.out.uri}, where no file can grow; -v shows it here"
                 for line in (f"Running on {executor.description}", *self.data_lines(), f"Log: {log}"):
                     reporter.message(line)
-                for config in self.configs:
+                for config in recipes:
                     # The recipe is written last, because it marks the folder as a run's, also for `report`.
                     write_note(self.runs.folder(config), self.runs.raw(config))
                     (self.runs.folder(config) / RECIPE).write_text(to_yaml(self._with_rows_before(config)))

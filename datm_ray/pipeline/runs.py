@@ -68,6 +68,12 @@ class Runs:
         self._raw[config.dataset] = raw
         return config
 
+    def give_gpus(self, amount: float) -> None:
+        """Settle how many GPUs a worker has, where the runs leave it open. Memory and stacks of experts follow it."""
+        self.configs = [
+            config.model_copy(update={"cluster": config.cluster.given_gpus(amount)}) for config in self.configs
+        ]
+
     @property
     def datasets(self) -> Mapping[DatasetConfig, RawDataset]:
         """Images of every data set of the runs."""

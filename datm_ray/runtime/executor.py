@@ -156,6 +156,8 @@ class Executor(Protocol):
     """Highest number of workers that run at the same time."""
     workers_per_machine: int
     """Highest number of workers on one node."""
+    gpus_per_worker: float | None
+    """GPUs of a worker; `None` for the settings' GPUs, or a GPU of this machine where they leave it open."""
 
     def require_workers(self, name: str, size: int) -> None:
         """Raise a `ClusterError` if a task of `size` workers can never run."""
@@ -202,6 +204,7 @@ class SerialExecutor:
             f"this process, {counted(cluster.threads_per_worker, 'thread')}{', a GPU' * (device.type == 'cuda')}"
         )
         self.workers = self.workers_per_machine = 1
+        self.gpus_per_worker: float | None = None
 
     def require_workers(self, name: str, size: int) -> None:
         """Accept any size: one worker runs the whole task."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
@@ -17,7 +18,7 @@ from ray.exceptions import RuntimeEnvSetupError
 
 import datm_ray.runtime
 from datm_ray.config import ClusterConfig
-from datm_ray.errors import ClusterError, ConfigError, WorkerLostError
+from datm_ray.errors import ClusterError, ConfigError, StoreError, WorkerLostError
 from datm_ray.monitor import logs
 from datm_ray.runtime.create import create_executor
 from datm_ray.runtime.devices import prepare_device, uses_gpu
@@ -33,6 +34,7 @@ from datm_ray.runtime.executor import (
     SerialExecutor,
     Started,
     Task,
+    WorkerRank,
 )
 from tests.runtime.workers import Adder, Greedy, Idler, Leaver, Looker, Neighbour, Saver, Slow, Squarer, Warner
 
@@ -133,6 +135,38 @@ def test_tasks_of_several_workers_and_of_one_take_turns(ray_cluster: Any) -> Non
     found = {name: task_events[-1].result for name, task_events in events.items()}
     assert {name: result[:2] for name, result in found.items()} == {"a": (3, 2), "b": (5, 2), "c": (3, 1), "d": (9, 2)}
     assert found["a"][2] == found["b"][2]
+
+
+@pytest.mark.ray
+def test_tasks_of_one_worker_make_room_for_a_group(ray_cluster: Any) -> None:
+    """A pair that comes after tasks of one worker starts before the last of them."""
+    tasks = [Task(f"tick {number}", (8,), method="tick") for number in range(6)]
+    executor, started = on_ray(ClusterConfig()), list[str]()
+    for task, event in executor.run(Ticker, (), "tick_together", [*tasks[:3], Task("pair", (3,), 2), *tasks[3:]]):
+        started += [task.name] * isinstance(event, Started)
+    assert started.index("pair") < 3
+    assert len(started) == 7
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_group_that_others_keep_waiting_delays_no_other_task(
+    ray_cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While another job holds what a pair needs, tasks of one worker run; the pair starts when the job ends."""
+    monkeypatch.setattr("datm_ray.runtime.ray.executor.SHORT_WAIT", 1.0)
+    other = ray_cluster.remote(num_cpus=1)(Idler).remote()
+    ray_cluster.get(other.here.remote())
+    started = list[str]()
+    tasks = [Task("pair", (3,), 2), *(Task(f"tick {number}", (3,), method="tick") for number in range(3))]
+    try:
+        for task, event in on_ray(ClusterConfig()).run(Ticker, (), "tick_together", tasks):
+            started += [task.name] * isinstance(event, Started)
+            if isinstance(event, Finished) and len(started) == 3:
+                ray_cluster.kill(other)
+    finally:
+        ray_cluster.kill(other)
+    assert started[-1] == "pair"
 
 
 @pytest.mark.slow
@@ -323,6 +357,69 @@ def test_an_error_that_nobody_expects_costs_an_attempt(ray_cluster: Any, tmp_pat
     assert set(lost) == {"RuntimeError: CUDA error: uncorrectable ECC error encountered"}
 
 
+class Unmounted:
+    """A worker whose store is missing in its first attempts, as on a node without the shared disk."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = Path(folder)
+
+    def work(self, failures: int) -> Iterator[Finished]:
+        marks = len(list(self._folder.iterdir()))
+        if marks < failures:
+            (self._folder / str(marks)).touch()
+            raise StoreError("cannot write /shared/store: No such file or directory")
+        yield Finished("done")
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("nodes", "failures", "attempts"), [(1, 1, 1), (2, 1, 2), (2, 9, 2)])
+def test_an_error_that_one_node_may_have_alone_is_final_on_the_second(
+    ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, nodes: int, failures: int, attempts: int
+) -> None:
+    """A store that a worker cannot use costs an attempt if another node can try, and ends the run on two nodes."""
+    monkeypatch.setattr("datm_ray.runtime.ray.cluster.Nodes.others", lambda *_: nodes > 1)
+    monkeypatch.setattr("datm_ray.runtime.ray.executor.SHORT_WAIT", 0.2)  # there is no other node in truth
+    events: list[Any] = []
+    work = on_ray(ClusterConfig()).run(Unmounted, (str(tmp_path),), "work", [Task("write", (failures,))])
+    with pytest.raises(StoreError, match="shared/store") if failures >= attempts else contextlib.nullcontext():
+        events.extend(event for _, event in work)
+    assert sum(isinstance(event, Started) for event in events) == attempts
+    assert isinstance(events[-1], Finished) == (failures < attempts)
+
+
+class Ticker:
+    """A worker that takes a step every tenth of a second."""
+
+    def tick(self, steps: int) -> Iterator[Progress | Finished]:
+        for step in range(steps):
+            time.sleep(0.1)
+            yield Progress(step + 1, steps)
+        yield Finished()
+
+    def tick_together(self, steps: int, worker_rank: WorkerRank | None = None) -> Iterator[Progress | Finished]:
+        return self.tick(steps)
+
+
+@pytest.mark.ray
+def test_time_in_which_the_command_stood_still_is_no_silence_of_workers(
+    ray_cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command that is suspended for a while loses no worker for it."""
+    for name, value in {"ABSENCE": 2.0, "CHECK_INTERVAL": 0.1, "MARGIN": 0.5}.items():
+        monkeypatch.setattr(f"datm_ray.runtime.ray.executor.{name}", value)
+    limit = property(lambda patience: 1.0 if patience.steps > 2 else 60.0)
+    monkeypatch.setattr("datm_ray.runtime.recovery.Patience.limit", limit)
+    executor, events = on_ray(ClusterConfig()), list[Any]()
+    seen = set[str]()
+    for task, event in executor.run(Ticker, (), "tick", [Task("a", (10,)), Task("b", (10,))]):
+        events.append(event)
+        if isinstance(event, Progress) and event.done > 3 and len(seen) < 2:
+            seen.add(task.name)
+            if len(seen) == 2:
+                time.sleep(3.0)
+    assert [event for event in events if isinstance(event, Lost)] == []
+
+
 @pytest.mark.ray
 def test_a_worker_leaves_a_node_that_is_about_to_end(
     ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -340,7 +437,7 @@ def test_a_worker_leaves_a_node_that_is_about_to_end(
     assert (asked, left) == ("its node ends soon: saving, to resume elsewhere", f"saved number {saved}")
     assert [event.done for event in events if isinstance(event, Progress)] == list(range(1, 21))
     assert sum(isinstance(event, Started) for event in events) == 2
-    assert not any(isinstance(event, Lost) for event in events)
+    assert [event for event in events if isinstance(event, Lost)] == []
     assert isinstance(events[-1], Finished)
 
 
@@ -397,7 +494,7 @@ def test_a_task_makes_do_with_fewer_workers_and_grows_when_it_has_saved(
     finally:
         ray_cluster.kill(other)  # later tests need its CPU, even if this one fails
     assert [event for event in events if isinstance(event, Resized)] == [Resized(1, 2), Resized(2, 2)]
-    assert not any(isinstance(event, Lost) for event in events)
+    assert [event for event in events if isinstance(event, Lost)] == []
     progress = [event for event in events if isinstance(event, Progress)]
     assert [event.done for event in progress] == list(range(1, len(progress) + 1))
     sizes = [event.values["size"] for event in progress]

@@ -171,7 +171,7 @@ class Warner:
         logging.getLogger("datm_ray.store.files.s3").warning(
             "s3://bucket does not answer (it is %s); trying again", "down"
         )
-        time.sleep(2)
+        time.sleep(3)
         yield Finished()
 
     def fail(self) -> Iterator[Finished]:

@@ -277,14 +277,8 @@ def with_gpus(cluster: ClusterConfig) -> ClusterConfig:
     Raises:
         ClusterError: the precision or device needs a GPU, and workers have none; or this Ray has no labels.
     """
-    chosen = (
-        1.0 if cluster.device != "cpu" and (ray.cluster_resources() | autoscaled_resources()).get("GPU", 0) > 0 else 0.0
-    )
-    if cluster.light is not None and cluster.light.gpus_per_worker is None:
-        light = cluster.light.model_copy(update={"gpus_per_worker": chosen})
-        cluster = cluster.model_copy(update={"light": light})
-    if cluster.gpus_per_worker is None:
-        cluster = cluster.model_copy(update={"gpus_per_worker": chosen})
+    has_gpus = (ray.cluster_resources() | autoscaled_resources()).get("GPU", 0) > 0
+    cluster = cluster.given_gpus(1.0 if has_gpus and cluster.device != "cpu" else 0.0)
     if cluster.device == "cuda" and not cluster.gpus_per_worker:
         raise ClusterError(
             "cluster.device is 'cuda', but no node of the cluster has a GPU",

@@ -39,7 +39,7 @@ from datm_ray.runtime.executor import (
 )
 from datm_ray.runtime.ray.cluster import SHORT_WAIT, Nodes, connect, with_gpus, worker_options
 from datm_ray.runtime.ray.compat import draining_nodes, knows_labels
-from datm_ray.runtime.ray.losses import is_final, reason, unwrapped
+from datm_ray.runtime.ray.losses import is_final, may_be_the_nodes, reason, unwrapped
 from datm_ray.runtime.ray.metrics import RayMetrics
 from datm_ray.runtime.ray.pool import PoolWorker, Stage, labels_without
 from datm_ray.runtime.ray.ranks import RankGroup
@@ -52,6 +52,8 @@ EVENT_INTERVAL = 0.5
 """Seconds to wait for an event before waiting tasks are checked."""
 CHECK_INTERVAL = 5.0
 """Seconds between two checks of the workers."""
+ABSENCE = 10.0
+"""Seconds without a look at events after which this process itself stood still."""
 ROOT_CAUSE_TIMEOUT = 3.0
 """Seconds to wait for the original error, after a rank reports that it lost its peers."""
 AVOIDANCE_PAUSE = 600.0
@@ -77,6 +79,7 @@ class RayExecutor:
         dashboard = connect(address) if self._owns_cluster else ""
         try:
             self.cluster = cluster = with_gpus(cluster)
+            self.gpus_per_worker = cluster.gpus_per_worker
             self.nodes = Nodes(cluster)
             self.nodes.require(cluster.workers or 1)
             self.workers, self.workers_per_machine = self.nodes.planned()
@@ -157,6 +160,8 @@ class _Job:
     """Number of workers of the present or last attempt; 0 before the first."""
     group: RankGroup | None = None
     """Ranks of the present attempt at a task of several workers."""
+    gives_way: bool = False
+    """True if the group has waited long for resources that no other task of the run uses."""
     workers: list[PoolWorker] = field(default_factory=list)
     """Actors at work, by rank; empty while the task waits for some."""
     streams: dict[Any, int] = field(default_factory=dict)
@@ -195,7 +200,10 @@ class _Stage:
         """Actors in a row that Ray could not start."""
         self._request_after = self._avoid_after = 0.0
         """Times before which no actor is requested, and before which no node is avoided."""
-        self._checked = time.monotonic()
+        self._checked = self._awake = time.monotonic()
+        """Times of the last check of the workers, and of the last look at events."""
+        self._alone_at = -math.inf
+        """Time at which a task of one worker was last at work."""
         self._blocked_since = self._reported_at = math.inf
         """Times since which nothing runs though tasks wait, and of the last message about it; infinite if not so."""
 
@@ -227,6 +235,14 @@ class _Stage:
             self._jobs = [job for job in self._jobs if job.workers]
         return self._jobs
 
+    def _notice_absence(self) -> None:
+        """Do not count time in which this process stood still, such as a laptop's sleep, as silence of the workers."""
+        now = time.monotonic()
+        if now - self._awake > ABSENCE:
+            for job in self._jobs:
+                job.heard = min(now, job.heard + now - self._awake)
+        self._awake = now
+
     def _save_and_stop(self) -> Iterator[tuple[Task, Event]]:
         """Have the workers save their work, wait for those that can, and raise `Interrupted`."""
         asked = {worker.save(): job for job in self._jobs for worker in job.workers}
@@ -247,10 +263,12 @@ class _Stage:
     # --- from waiting to running ----------------------------------------------------------------------------------
 
     def _start(self) -> Iterator[tuple[Task, Event]]:
-        """Give waiting tasks to free actors, request actors that are missing, and start groups of ranks."""
+        """Start groups of ranks, give other tasks to free actors, and request what is missing."""
         yield from self._start_groups()
-        waiting, free = [job for job in self._jobs if job.is_waiting], self._free()
-        for job in [job for job in waiting if job.task.size == 1]:
+        yield from self._request_group()
+        waiting = [] if self._leaves_room() else [job for job in self._jobs if job.is_waiting and job.task.size == 1]
+        free = self._free()
+        for job in list(waiting):
             if not free:  # most of the time, with many tasks
                 break
             avoided, options = self._avoided(job), self._options(job.task)
@@ -259,7 +277,7 @@ class _Stage:
                 waiting.remove(job)
                 free.remove(found)
                 yield from self._begin(job, [found])
-        is_needed = bool(waiting) or any(job.group and not job.workers for job in self._jobs)
+        is_needed = bool(waiting) or any(job.task.size > 1 and not job.workers for job in self._jobs)
         for each in free:
             if is_needed or time.monotonic() - each.free_since > SHORT_WAIT:  # it holds what others may need
                 self._drop(each)
@@ -269,35 +287,60 @@ class _Stage:
         used = [worker for job in self._jobs for worker in job.workers]
         return [each for each in self._pool if each.starting is None and each not in used]
 
+    @property
+    def _left(self) -> int:
+        """Workers that `cluster.workers` allows beside the groups of ranks."""
+        return (self._cluster.workers or sys.maxsize) - sum(job.group.size for job in self._jobs if job.group)
+
+    def _leaves_room(self) -> bool:
+        """True while tasks of one worker start no more, so that a group gets what the running ones free."""
+        now, is_any_alone = time.monotonic(), any(job.workers and not job.group for job in self._jobs)
+        if is_any_alone:
+            self._alone_at = now
+        for job in self._jobs:
+            if job.group and not job.workers:
+                if now - max(self._alone_at, job.group.requested_at) > SHORT_WAIT:
+                    job.gives_way = True  # others than tasks of one worker hold what it needs
+                if not job.gives_way:
+                    return True
+            elif job.task.size > 1 and job.is_waiting and is_any_alone and size_for(job.sizes, self._left):
+                return True
+        return False
+
+    def _request_group(self) -> Iterator[tuple[Task, Event]]:
+        """Request the ranks of the next task of several workers."""
+        # One group waits at a time, for a while, so that small ones do not overtake a large one for ever.
+        if not all(job.workers or job.gives_way for job in self._jobs if job.group):
+            return
+        job = next((job for job in self._jobs if job.is_waiting and job.task.size > 1), None)
+        if job is None:
+            return
+        sizes, limit = [size for size in job.sizes if size <= job.limit] or job.sizes, self._left - len(self._pool)
+        now_free = self._nodes.capacity() - sum(each.group.size for each in self._jobs if each.group)
+        size = size_for(sizes, min(now_free, limit)) or size_for(sizes, limit)
+        if size is not None:
+            most = size_for(job.sizes, self._cluster.workers or sys.maxsize) or size
+            job.group, job.gives_way = RankGroup(size, most, self._options(job.task), self._avoided(job)), False
+            yield job.task, Phase(f"starting {counted(size, 'worker')}")
+
     def _request_workers(self, waiting: list[_Job]) -> Iterator[tuple[Task, Event]]:
-        """Request actors, or the ranks of a group, for tasks that have none, in their order."""
-        now, ranks = time.monotonic(), sum(job.group.size for job in self._jobs if job.group)
-        pending = [each for each in self._pool if each.starting is not None]
+        """Request actors for tasks of one worker that have none, in their order."""
+        now, pending = time.monotonic(), [each for each in self._pool if each.starting is not None]
         if any(each.avoids and now - each.free_since > SHORT_WAIT for each in pending):
             self._avoid_after = now + AVOIDANCE_PAUSE  # the other nodes have no room
             for each in [each for each in pending if each.avoids]:
                 pending.remove(each)
                 self._drop(each)
         room = 0 if now < self._request_after else max(PENDING, len(self._pool) - len(pending)) - len(pending)
-        limit = (self._cluster.workers or sys.maxsize) - ranks - len(self._pool)
+        room = min(room, self._left - len(self._pool))
         for job in waiting:
-            if job.task.size == 1 and not pending and min(room, limit) <= 0:
-                continue  # most of the time, with many tasks
+            if not pending and room <= 0:  # most of the time, with many tasks
+                break
             options, avoided = self._options(job.task), self._avoided(job)
-            requested = next((each for each in pending if each.suits(options)), None)
-            if job.task.size > 1:
-                # One group waits at a time, so that small ones do not overtake a large one for ever.
-                if all(each.workers for each in self._jobs if each.group):
-                    sizes = [size for size in job.sizes if size <= job.limit] or job.sizes
-                    size = size_for(sizes, min(self._nodes.capacity() - ranks, limit)) or size_for(sizes, limit)
-                    if size is not None:
-                        most = size_for(job.sizes, self._cluster.workers or sys.maxsize) or size
-                        job.group = RankGroup(size, most, options, avoided)
-                        yield job.task, Phase(f"starting {counted(size, 'worker')}")
-            elif requested:
+            if requested := next((each for each in pending if each.suits(options)), None):
                 pending.remove(requested)
-            elif min(room, limit) > 0:
-                room, limit = room - 1, limit - 1
+            elif room > 0:
+                room -= 1
                 if not self._pool:
                     yield job.task, Phase("starting workers")
                 labels = labels_without(options, avoided)
@@ -373,6 +416,7 @@ class _Stage:
             time.sleep(EVENT_INTERVAL)
             return
         arrived, _ = ray.wait([*streams, *starting], num_returns=1, timeout=EVENT_INTERVAL, fetch_local=False)
+        self._notice_absence()
         for each in arrived:
             if each in starting:
                 self._note_start(starting[each])
@@ -466,7 +510,7 @@ class _Stage:
             self._release(job)
             job.sizes = [each for each in job.sizes if each > job.size]
             yield job.task, Note(f"waiting for nodes: {counted(job.size, 'worker')} cannot run it: {cause}")
-        elif is_final(cause):
+        elif is_final(cause) and not (may_be_the_nodes(cause) and self._has_elsewhere(job, stream)):
             self._failure = self._failure or cause
             yield from self._fail(job, cause)
         else:
@@ -484,6 +528,12 @@ class _Stage:
                 self._release(job)
                 job.not_before = time.monotonic() + job.history.delay
                 yield job.task, Lost(why, job.history.losses)
+
+    def _has_elsewhere(self, job: _Job, stream: Any) -> bool:
+        """True if the task was on one node only so far, and another one can hold a worker."""
+        worker = job.workers[job.streams.get(stream, 0)]
+        worker.find_node()
+        return not job.history.nodes and bool(worker.node) and knows_labels() and self._nodes.others({worker.node})
 
     def _blame(self, job: _Job, cause: BaseException, stream: Any) -> str:
         """Node on which a worker was lost, which is noted; "" if it is unknown. Free actors there are stopped."""
@@ -522,6 +572,7 @@ class _Stage:
 
     def _check(self) -> Iterator[tuple[Task, Event]]:
         """Fetch logs, find workers that are stuck and could not end themselves, and report waits."""
+        self._notice_absence()
         now = time.monotonic()
         yield from self._report_waiting(now)
         if now - self._checked > CHECK_INTERVAL:

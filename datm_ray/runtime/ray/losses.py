@@ -7,7 +7,14 @@ from typing import TypeGuard
 
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
-from datm_ray.errors import DatmError, TransientStoreError, WorkerLostError
+from datm_ray.errors import (
+    ClusterError,
+    DatmError,
+    MissingExpertsError,
+    StoreError,
+    TransientStoreError,
+    WorkerLostError,
+)
 from datm_ray.runtime.ray.cluster import first_line
 
 
@@ -23,6 +30,11 @@ def unwrapped(failure: BaseException) -> BaseException:
 def is_final(failure: BaseException) -> TypeGuard[DatmError]:
     """True for an error of the user's input, which every attempt would repeat. All other errors are losses."""
     return isinstance(failure, DatmError) and not isinstance(failure, WorkerLostError | TransientStoreError)
+
+
+def may_be_the_nodes(failure: DatmError) -> bool:
+    """True for an error that one node may have alone: a folder is not mounted there, or its credentials are gone."""
+    return isinstance(failure, StoreError | ClusterError) and not isinstance(failure, MissingExpertsError)
 
 
 def reason(failure: BaseException) -> str:
