@@ -212,3 +212,18 @@ class Looker:
 
     def look(self) -> Iterator[Finished]:
         yield Finished(os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+class Hog:
+    """A worker that takes more memory in its first attempt than its node has left."""
+
+    def __init__(self, folder: str) -> None:
+        self._mark = Path(folder) / "mark"
+
+    def work(self, size: int) -> Iterator[Progress | Finished]:
+        yield Progress(1, 2)
+        if not self._mark.exists():
+            self._mark.touch()
+            held = [np.ones(2**26, dtype=np.uint8) for _ in range(size >> 26)]
+            time.sleep(600 if held else 0)
+        yield Finished("done")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TypeGuard
 
-from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayTaskError
 
 from datm_ray.errors import (
     ClusterError,
@@ -46,6 +46,9 @@ def reason(failure: BaseException) -> str:
     if isinstance(failure, RayTaskError):
         return f"{type(failure.cause).__name__}: {first_line(failure.cause)}"
     text = " ".join(str(failure).split())
+    if isinstance(failure, OutOfMemoryError):
+        used = re.search(r"[\d.]+GB used / [\d.]+GB limit", text)
+        return "its node ran out of memory" + (f": {used[0]}" if used else "")
     for mark in ("Worker exit detail: ", "The actor is dead because "):
         if mark in text:
             return re.split(" Some common causes| Traceback ", text.partition(mark)[2])[0]
