@@ -6,6 +6,8 @@ import contextlib
 import importlib
 import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -418,6 +420,38 @@ def test_time_in_which_the_command_stood_still_is_no_silence_of_workers(
             if len(seen) == 2:
                 time.sleep(3.0)
     assert [event for event in events if isinstance(event, Lost)] == []
+
+
+ANOTHER_COMMAND = """
+import sys
+from datm_ray.config import ClusterConfig
+from datm_ray.runtime.create import create_executor
+from datm_ray.runtime.executor import Task
+from tests.runtime.test_executor import Ticker
+
+executor = create_executor("ray", ClusterConfig(), sys.argv[1])
+for task, event in executor.run(Ticker, (), "tick", [Task(f"tick {number}", (20,)) for number in range(3)]):
+    print(task.name, type(event).__name__, flush=True)
+executor.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_two_commands_share_a_cluster(ray_cluster: Any) -> None:
+    """Two commands on one cluster finish all their tasks without a loss, also after one of them has ended."""
+    address = ray_cluster.get_runtime_context().gcs_address
+    command = [sys.executable, "-c", ANOTHER_COMMAND, address]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    executor = on_ray(ClusterConfig())
+    events = [event for _, event in executor.run(Ticker, (), "tick", [Task("a", (20,)), Task("b", (20,))])]
+    executor.close()
+    output, _ = other.communicate(timeout=120)
+    assert other.returncode == 0
+    assert sum(isinstance(event, Finished) for event in events) == 2
+    assert output.count("Finished") == 3
+    assert "Lost" not in output
+    assert not any(isinstance(event, Lost) for event in events)
 
 
 @pytest.mark.ray
