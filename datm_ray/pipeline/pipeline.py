@@ -254,7 +254,7 @@ class Pipeline:
         self._note_stacks(executor)
 
         def open_tasks(runs: Runs) -> list[DatasetTask]:
-            return tasks.expert_tasks(runs, executor.workers)
+            return tasks.expert_tasks(runs, executor.light_workers)
 
         self._run("Experts", "train", open_tasks, executor, reporter)
         self._note_stacks(executor)
@@ -262,7 +262,7 @@ class Pipeline:
 
     def _note_stacks(self, executor: Executor) -> None:
         """Note which experts stand together, so that another number of workers resumes the same stacks."""
-        for config, open_stacks in tasks.expert_stacks(self.runs, executor.workers):
+        for config, open_stacks in tasks.expert_stacks(self.runs, executor.light_workers):
             note_stacks(self.runs.experts(config), open_stacks)
 
     def _note_experts_cost(self) -> None:

@@ -159,6 +159,11 @@ class Executor(Protocol):
     gpus_per_worker: float | None
     """GPUs of a worker; `None` for the settings' GPUs, or a GPU of this machine where they leave it open."""
 
+    @property
+    def light_workers(self) -> int:
+        """Highest number of workers that run tasks with `Task.is_light` at the same time."""
+        ...
+
     def require_workers(self, name: str, size: int) -> None:
         """Raise a `ClusterError` if a task of `size` workers can never run."""
         ...
@@ -205,6 +210,11 @@ class SerialExecutor:
         )
         self.workers = self.workers_per_machine = 1
         self.gpus_per_worker: float | None = None
+
+    @property
+    def light_workers(self) -> int:
+        """Highest number of workers that run light tasks at the same time."""
+        return self.workers
 
     def require_workers(self, name: str, size: int) -> None:
         """Accept any size: one worker runs the whole task."""

@@ -192,26 +192,29 @@ class Nodes:
 
     def __init__(self, cluster: ClusterConfig) -> None:
         self._cluster = cluster
-        self._fits: dict[str, int] = {}
-        self._memory = 0
+        self._resources: dict[str, dict[str, float]] = {}
+        """Live node -> its resources, in use or not."""
         self._checked = float("-inf")
 
-    def fits(self) -> dict[str, int]:
-        """Live node -> workers that it can hold, in use or not. Checked at most once per `CHECK_INTERVAL`."""
-        if time.monotonic() - self._checked > CHECK_INTERVAL:
-            alive = [node for node in ray.nodes() if node["Alive"]]
-            self._fits = {node["NodeID"]: fitting(node["Resources"], self._cluster) for node in alive}
-            self._memory = max((int(node["Resources"].get("memory", 0)) for node in alive), default=0)
-            self._checked = time.monotonic()
-        return self._fits
+    def fits(self, *, light: bool = False) -> dict[str, int]:
+        """Live node -> workers that it can hold, in use or not, by their CPUs, GPUs and named resources."""
+        cluster = self._cluster.shaped(light=light)
+        return {node: fitting(resources, cluster) for node, resources in self._alive().items()}
 
-    def capacity(self) -> int:
+    def _alive(self) -> dict[str, dict[str, float]]:
+        """Live node -> its resources. Asked for at most once per `CHECK_INTERVAL`."""
+        if time.monotonic() - self._checked > CHECK_INTERVAL:
+            self._resources = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+            self._checked = time.monotonic()
+        return self._resources
+
+    def capacity(self, *, light: bool = False) -> int:
         """Workers that all nodes together can hold, in use or not."""
-        return sum(self.fits().values())
+        return sum(self.fits(light=light).values())
 
     def memory(self) -> int:
         """Bytes of memory that the largest node offers; no limit while there is no node."""
-        return self._memory if self.fits() else sys.maxsize
+        return max((int(each.get("memory", 0)) for each in self._alive().values()), default=sys.maxsize)
 
     def others(self, nodes: set[str]) -> bool:
         """True if a node that is not among these can hold a worker."""

@@ -98,6 +98,11 @@ class RayExecutor:
         more = ", more as nodes start" if self.nodes.may_grow() and cluster.workers is None else ""
         self.description = f"Ray, up to {counted(self.workers, 'worker')} with {each} each{more}{where}"
 
+    @property
+    def light_workers(self) -> int:
+        """Highest number of workers of light tasks that run at the same time."""
+        return self.cluster.workers or max(1, self.nodes.capacity(light=True))
+
     def share(self, value: Any) -> Any:
         """Put a value into Ray's object store. Actors of one node share its arrays without copies."""
         return ray.put(value)
