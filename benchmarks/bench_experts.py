@@ -23,13 +23,9 @@ from published_experts import Epochs, loader_epochs
 from torch import Tensor
 
 from datm_ray.config import PUBLISHED_AUGMENTATION, ExpertConfig, NetworkSpec
-from datm_ray.core.experts import (
-    ExpertFunctions,
-    ExpertState,
-    chunk_in_cache,
-    train_experts,
-)
+from datm_ray.core.experts import ExpertState, train_experts
 from datm_ray.core.networks.registry import build_network
+from datm_ray.core.networks.stacked import StackFunctions, chunk_in_cache
 from datm_ray.core.training import predict_logits
 
 HEADER = """One expert's epoch on random tensors of fixed seeds; ConvNet, instance normalisation, mean pooling.
@@ -87,7 +83,7 @@ def our_epochs(shape: Shape, device: str, stacked: int, *, compile_: bool, test_
     networks = [build_network(shape.spec, seed).to(device) for seed in range(stacked)]
     image = (shape.spec.channels, *shape.spec.size)
     chunk = chunk_in_cache(networks[0], image, stacked) if device == "cpu" else None
-    functions = ExpertFunctions(networks[0], stacked=stacked, compile_=compile_, chunk=chunk)
+    functions = StackFunctions(networks[0], stacked=stacked, compile_=compile_, chunk=chunk)
     optimiser = "gsam" if shape.gsam else "sgd"
     settings = ExpertConfig(epochs=10**6, batch_size=shape.batch, augmentation=shape.augmentation, optimiser=optimiser)
     images, labels = images_of(shape, shape.images, device)

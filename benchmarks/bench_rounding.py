@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, cross_entropy
 
 from datm_ray.config import NetworkSpec
-from datm_ray.core.experts import ExpertFunctions, ExpertState
+from datm_ray.core.experts import ExpertState
 from datm_ray.core.networks.registry import build_network
+from datm_ray.core.networks.stacked import StackFunctions
 
 JUMP = 1e-5
 """Error of the image gradient from which on a kink was crossed: rounding alone leaves less than 2e-6."""
@@ -112,7 +113,7 @@ def _expert_errors(
     networks = [build_network(spec, seed) for seed in range(stacked)]
     state, weights = ExpertState.initial(networks), torch.full((batch,), 1 / batch)
     ours = {
-        f"ours, channels {'last' if last else 'first'}{'' if compiled else ', uncompiled'}": ExpertFunctions(
+        f"ours, channels {'last' if last else 'first'}{'' if compiled else ', uncompiled'}": StackFunctions(
             networks[0], stacked=stacked, compile_=compiled, channels_last=last
         )
         for compiled in (True, False)

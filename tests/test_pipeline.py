@@ -21,6 +21,8 @@ import torch
 from datm_ray import cli, pipeline as pipeline_module
 from datm_ray.artifact import Artifact, KeptTransform, load
 from datm_ray.config import RunConfig, override, to_yaml
+from datm_ray.core import training
+from datm_ray.core.networks import stacked
 from datm_ray.core.synthetic import random_rows
 from datm_ray.data import Transform, fit_transform
 from datm_ray.errors import (
@@ -336,6 +338,35 @@ def test_all_real_data_comes_last_and_may_be_left_out(tmp_path: Path, finished_r
     shutil.rmtree(tmp_path / "out")
     shutil.copytree(finished_run, tmp_path / "out")
     assert "all real data: skipped" not in without.table()
+
+
+def test_a_row_trained_together_has_the_accuracies_of_networks_trained_alone(
+    tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seeds that are trained together are one task; a result that exists stays, and the others are nearly the same."""
+    config = tiny_config("cluster.compile=true")
+    shutil.copytree(finished_run, tmp_path / "out")
+    results = [*(tmp_path / "out/controls").rglob("*.json"), *(tmp_path / "out/tiny/evaluation").glob("*.json")]
+    before = {path: json.loads(path.read_text())["test_accuracy"] for path in results}
+    kept = next(path for path in results if path.name == "distilled-00.json")
+    for path in results:
+        if path != kept:
+            path.unlink()
+    content = kept.read_bytes()
+    monkeypatch.setattr(training, "COMPILED_WORK", 0.0)
+    monkeypatch.setattr(stacked, "compiler_problem", lambda device: "")
+    monkeypatch.setattr(stacked, "Compiled", lambda graph, *_, **__: graph)
+    training.trainer.cache_clear()
+    pipeline = Pipeline([config], str(tmp_path / "out"))
+    names = [task.name for _, task in tasks.evaluate_tasks(pipeline.runs, pipeline.scored_rows)]
+    assert names == [f"tiny {row} 0-1" for row in ("random-hard", "random-soft", "distilled", "full")]
+    more = tasks.evaluate_tasks(pipeline.runs, pipeline.scored_rows, workers=8)
+    assert len(more) == 7
+    pipeline.evaluate(serial(config), QUIET)
+    training.trainer.cache_clear()
+    assert kept.read_bytes() == content
+    after = {path: json.loads(path.read_text())["test_accuracy"] for path in results}
+    assert after == pytest.approx(before, abs=0.02)
 
 
 def test_tasks_are_weighed_by_their_work(tmp_path: Path) -> None:

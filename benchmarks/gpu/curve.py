@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datm_ray.config import NetworkSpec, RunConfig
-from datm_ray.core.experts import ExpertFunctions, ExpertState, train_experts
+from datm_ray.core.experts import ExpertState, train_experts
 from datm_ray.core.networks.parameters import FlatNetwork, unflatten_into
 from datm_ray.core.networks.registry import build_network
+from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.synthetic import SyntheticSet, correct_rows, mean_correct_logits, random_rows
 from datm_ray.core.training import PROTOCOLS, accuracy, predict_logits, train_to_end
 from datm_ray.methods.trajectory.difficulty import draw_plan
@@ -102,7 +103,7 @@ def expert_trajectories(machine: Machine, images: Images, recipe: Recipe, clock:
         began = time.monotonic()
         seeds = list(range(stack * recipe.stacked, (stack + 1) * recipe.stacked))
         networks = [build_network(images.spec, seed).to(machine.device) for seed in seeds]
-        functions = ExpertFunctions(networks[0], stacked=len(seeds), compile_=machine.compiled)
+        functions = StackFunctions(networks[0], stacked=len(seeds), compile_=machine.compiled)
         state = ExpertState.initial(networks)
         kept = [state.parameters]
         for _ in train_experts(functions, images.train, images.train_labels, recipe.run.experts, seeds, state):

@@ -14,10 +14,11 @@ from torch.nn.functional import group_norm
 
 from datm_ray.config import PUBLISHED_AUGMENTATION, DistillConfig, ExpertConfig, NetworkSpec
 from datm_ray.core.augment import augment, draw_augmentation, parse_strategy
-from datm_ray.core.experts import ExpertFunctions, ExpertState, train_experts
+from datm_ray.core.experts import ExpertState, train_experts
 from datm_ray.core.metadd import MetaDD
 from datm_ray.core.networks.instance_norm import instance_norm
 from datm_ray.core.networks.registry import build_network, network_names
+from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.training import Schedule, predict_logits, train_to_end
 from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
@@ -191,7 +192,7 @@ def trained_experts(
     images = torch.randn(20, spec.channels, *spec.size, generator=draw)
     labels = torch.randint(spec.classes, (20,), generator=draw).to(device)
     networks = [build_network(spec, seed).to(device, dtype) for seed in range(2)]
-    functions = ExpertFunctions(networks[0], stacked=2, compile_=compiled)
+    functions = StackFunctions(networks[0], stacked=2, compile_=compiled)
     settings = ExpertConfig(
         epochs=1,
         batch_size=8,

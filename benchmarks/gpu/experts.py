@@ -11,8 +11,9 @@ import torch
 from published_experts import Data, Epochs, loader_epochs
 
 from datm_ray.config import PUBLISHED_AUGMENTATION, ExpertConfig, NetworkSpec
-from datm_ray.core.experts import ExpertFunctions, ExpertState, train_experts
+from datm_ray.core.experts import ExpertState, train_experts
 from datm_ray.core.networks.registry import build_network
+from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.methods.trajectory.step_functions import tf32_products
 from gpu.machine import Machine, free_memory, timed
 from gpu.sections import Clock, Row, Section, tried
@@ -48,7 +49,7 @@ def data_of(how: Setting, device: str) -> Data:
 def our_epochs(machine: Machine, how: Setting, stacked: int, *, gsam: bool, compiled: bool) -> Epochs:
     """Run `train_experts` for more epochs than any caller consumes."""
     networks = [build_network(how.spec, seed).to(machine.device) for seed in range(stacked)]
-    functions = ExpertFunctions(networks[0], stacked=stacked, compile_=compiled)
+    functions = StackFunctions(networks[0], stacked=stacked, compile_=compiled)
     settings = ExpertConfig(epochs=10**6, batch_size=how.batch, optimiser="gsam" if gsam else "sgd")
     state = ExpertState.initial(networks)
     for _ in train_experts(functions, *data_of(how, machine.device), settings, list(range(stacked)), state):

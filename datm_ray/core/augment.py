@@ -11,7 +11,7 @@ Reference: VICO-UoE/DatasetCondensation `ParamDiffAug`, used unchanged by MTT, F
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,6 +81,21 @@ def augment(images: Tensor, augmentation: Augmentation) -> Tensor:
         return images
     uniform = torch.from_numpy(augmentation.parameters).to(images.device, images.dtype)
     return _OPERATIONS[augmentation.operation](images, uniform)
+
+
+def augment_batches(batches: Sequence[Tensor], augmentations: Sequence[Augmentation]) -> list[Tensor]:
+    """Apply to each batch its own augmentation, with one call for all batches of an operation.
+
+    Every sample gets the same numbers as from `augment`, because no operation mixes samples.
+    """
+    done = list(batches)
+    for operation in dict.fromkeys(each.operation for each in augmentations):
+        chosen = [number for number, each in enumerate(augmentations) if each.operation == operation]
+        parameters = np.concatenate([augmentations[number].parameters for number in chosen])
+        augmented = augment(torch.cat([batches[number] for number in chosen]), Augmentation(operation, parameters))
+        for number, batch in zip(chosen, augmented.split([len(batches[number]) for number in chosen]), strict=True):
+            done[number] = batch
+    return done
 
 
 def _color(images: Tensor, uniform: Tensor) -> Tensor:

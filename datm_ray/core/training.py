@@ -6,16 +6,22 @@ Data and augmentation stay on the device and are batched; there is no per-sample
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 
-from datm_ray.core.augment import augment, draw_augmentation
+from datm_ray.core.augment import Augmentation, augment, augment_batches, draw_augmentation
+from datm_ray.core.networks.image_cost import image_cost
+from datm_ray.core.networks.parameters import flatten, flatten_buffers, unflatten_into
+from datm_ray.core.networks.stacked import StackFunctions, can_be_stacked, chunk_in_cache, filled_up
 from datm_ray.core.randomness import Purpose, generator
 
 Heartbeat = Callable[[], None]
@@ -54,6 +60,11 @@ class Schedule:
     def with_adamw(self) -> Schedule:
         """This training by AdamW, with AdamW's weight decay."""
         return dataclasses.replace(self, optimiser="adamw", weight_decay=ADAMW_WEIGHT_DECAY)
+
+    def rate(self, epoch: int) -> float:
+        """Learning rate in an epoch, counted from 0."""
+        is_late = self.decay_epoch is not None and epoch >= self.decay_epoch
+        return self.learning_rate / 10 if is_late else self.learning_rate
 
     def augment(self, images: Tensor, random: np.random.Generator | None = None) -> Tensor:
         """Augment a batch [b c h w] with one operation of `augmentation`, drawn anew in each call.
@@ -105,23 +116,181 @@ def train(network: nn.Module, images: Tensor, targets: Tensor, schedule: Schedul
     """
     if targets.is_floating_point():
         targets = targets.softmax(dim=1)
-    optimizer = _optimizer(network, schedule, schedule.learning_rate)
+    optimizer = _optimizer(network, schedule, schedule.rate(0))
     network.train()
-    step = 0
-    for epoch in range(schedule.epochs):
-        if epoch == schedule.decay_epoch:
-            optimizer = _optimizer(network, schedule, schedule.learning_rate / 10)
-        order = torch.from_numpy(generator(seed, Purpose.TRAINING_ORDER, epoch).permutation(len(images)))
-        total = torch.zeros((), device=images.device)
-        for batch, rows in enumerate(order.to(images.device).split(schedule.batch_size)):
-            inputs = schedule.augment(images[rows], generator(seed, Purpose.TRAINING_AUGMENTATION, epoch, batch))
-            loss = cross_entropy(network(inputs), targets[rows])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            total += loss.detach() * len(rows)
-            step += 1
-        yield Epoch(epoch + 1, step, float(total) / len(images))
+    total = torch.zeros((), device=images.device)
+    for step, (epoch, is_last, x, y) in enumerate(_steps([images], [targets], schedule, [seed]), start=1):
+        loss = cross_entropy(network(x[0]), y[0])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        total += loss.detach() * x.shape[1]
+        if is_last:
+            yield Epoch(epoch + 1, step, float(total) / len(images))
+            total.zero_()
+            if epoch + 1 == schedule.decay_epoch:
+                optimizer = _optimizer(network, schedule, schedule.rate(epoch + 1))
+
+
+STEP_OVERHEAD = 3e7
+"""Operations of a forward pass that take as long as what a training step needs beside its images, on a CPU core."""
+COMPILED_WORK = 5e10
+"""Expected work of networks from which they are trained together, which compiles for ten to twenty seconds. One after
+another they would take at least that long on two CPU cores."""
+BLOCK_BYTES = 2**24
+"""Bytes of images that are augmented at a time, for the steps to come; at least one step's."""
+
+
+def work_of_training(schedule: Schedule, images: int, flop: float) -> float:
+    """Expected work of training one network on so many images, in operations of forward passes.
+
+    Args:
+        flop: operations of one image in a forward pass.
+    """
+    return schedule.epochs * (images * flop + -(-images // schedule.batch_size) * STEP_OVERHEAD)
+
+
+def are_trained_together(network: nn.Module, networks: int, images: Tensor, schedule: Schedule) -> bool:
+    """True if so many networks like this one are trained together where torch.compile works, see `Trainer`.
+
+    Args:
+        images: [n c h w] of one network.
+    """
+    if networks == 1 or schedule.optimiser != "sgd" or not can_be_stacked(network):
+        return False
+    channels, height, width = images.shape[1:]
+    flop = image_cost(network, (channels, height, width)).flop
+    return networks * work_of_training(schedule, len(images), flop) >= COMPILED_WORK
+
+
+class Trainer:
+    """Trains networks of one kind that start at the same time: together if that is faster, else one after another.
+
+    Together means one compiled call for all of them in every step. Each network has the same images, order and
+    augmentation as alone, and its numbers do not depend on whose the others are; sums are rounded differently.
+    """
+
+    def __init__(self, *, compile_: bool = True, channels_last: bool = True) -> None:
+        self._compile, self._channels_last = compile_, channels_last
+        self._functions: dict[tuple[str, int], StackFunctions] = {}
+        """What is compiled, for all trainings of this worker."""
+
+    def train(
+        self,
+        networks: Sequence[nn.Module],
+        images: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        schedule: Schedule,
+        seeds: Sequence[int],
+    ) -> Iterator[int]:
+        """Train the networks in place. Yields the number of epochs done, over all of them.
+
+        Args:
+            images: of each network, [n c h w], normalised; n is the same for all.
+            targets: of each network, [n] int64 classes, or [n k] logits of soft labels.
+            seeds: of each network's order and augmentation.
+        """
+        if self._compile and are_trained_together(networks[0], len(networks), images[0], schedule):
+            functions = self._functions_for(networks, images[0])
+            if not functions.note:
+                for epoch in train_together(functions, networks, images, targets, schedule, seeds):
+                    yield epoch.number * len(networks)
+                return
+        for number, (network, x, y, seed) in enumerate(zip(networks, images, targets, seeds, strict=True)):
+            for epoch in train(network, x, y, schedule, seed):
+                yield number * schedule.epochs + epoch.number
+
+    def _functions_for(self, networks: Sequence[nn.Module], images: Tensor) -> StackFunctions:
+        first, stacked = networks[0], len(networks)
+        key = (f"{first} {images.shape[1:]}", stacked)
+        if key not in self._functions:
+            image = (images.shape[1], images.shape[2], images.shape[3])
+            chunk = chunk_in_cache(first, image, stacked) if images.device.type == "cpu" else None
+            self._functions[key] = StackFunctions(
+                first, stacked=stacked, chunk=chunk, channels_last=self._channels_last
+            )
+        return self._functions[key]
+
+
+@functools.cache
+def trainer(*, compile_: bool, channels_last: bool) -> Trainer:
+    """The process's trainer with these settings, which keeps what it has compiled."""
+    return Trainer(compile_=compile_, channels_last=channels_last)
+
+
+def train_together(
+    functions: StackFunctions,
+    networks: Sequence[nn.Module],
+    images: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    schedule: Schedule,
+    seeds: Sequence[int],
+) -> Iterator[Epoch]:
+    """Train several networks of one kind in place by SGD, each as `train` would; see `Trainer.train` for arguments.
+
+    The loss of an epoch is the mean over all networks. The networks have their new parameters after the last epoch.
+    """
+    state = torch.stack([flatten(network) for network in networks])
+    buffers = torch.stack([flatten_buffers(network) for network in networks])
+    classes = networks[0](images[0][:1]).shape[1]
+    targets = [
+        each.softmax(dim=1) if each.is_floating_point() else one_hot(each, classes).to(state.dtype) for each in targets
+    ]
+    size = min(schedule.batch_size, len(images[0]))
+    velocity: Tensor | None = None
+    total = state.new_zeros(())
+    for step, (epoch, is_last, x, y) in enumerate(_steps(images, targets, schedule, seeds), start=1):
+        count = x.shape[1]
+        weights = x.new_full((count,), 1 / count)
+        if functions.fills_up:
+            x, y, weights = filled_up(x, y, weights, size - count)
+        losses, gradient, buffers = functions(state, buffers, x, y, weights)
+        gradient = gradient + schedule.weight_decay * state
+        velocity = gradient if velocity is None else schedule.momentum * velocity + gradient
+        state = torch.sub(state, velocity, alpha=schedule.rate(epoch))
+        total += losses.mean() * count
+        if is_last:
+            for network, parameters in zip(networks, state, strict=True):
+                unflatten_into(network, parameters)
+            yield Epoch(epoch + 1, step, float(total) / len(images[0]))
+            total.zero_()
+            velocity = None if epoch + 1 == schedule.decay_epoch else velocity
+
+
+def _steps(
+    images: Sequence[Tensor], targets: Sequence[Tensor], schedule: Schedule, seeds: Sequence[int]
+) -> Iterator[tuple[int, bool, Tensor, Tensor]]:
+    """Epoch, whether its last step, augmented images [s b c h w] and targets [s b k] of every step.
+
+    Images are augmented for many steps at a time.
+    """
+    count = len(images[0])
+    firsts = range(0, count, schedule.batch_size)
+    every = ((epoch, batch) for epoch in range(schedule.epochs) for batch in range(len(firsts)))
+    of_a_step = len(seeds) * min(schedule.batch_size, count) * images[0][0].nbytes
+    at_a_time = max(1, BLOCK_BYTES // of_a_step)
+    orders: list[NDArray[np.int64]] = []
+    while block := list(islice(every, at_a_time)):
+        rows: list[list[NDArray[np.int64]]] = [[] for _ in seeds]
+        draws: list[list[Augmentation]] = [[] for _ in seeds]
+        for epoch, batch in block:
+            if batch == 0:
+                orders = [generator(seed, Purpose.TRAINING_ORDER, epoch).permutation(count) for seed in seeds]
+            for number, seed in enumerate(seeds):
+                chosen = orders[number][firsts[batch] : firsts[batch] + schedule.batch_size]
+                random = generator(seed, Purpose.TRAINING_AUGMENTATION, epoch, batch)
+                rows[number].append(chosen)
+                draws[number].append(draw_augmentation(schedule.augmentation, len(chosen), random))
+        sizes = [len(chosen) for chosen in rows[0]]
+        x, y = list[Tensor](), list[tuple[Tensor, ...]]()
+        for number, (own_images, own_targets) in enumerate(zip(images, targets, strict=True)):
+            place = torch.from_numpy(np.concatenate(rows[number])).to(own_images.device)
+            x += own_images[place].split(sizes)
+            y.append(own_targets[place].split(sizes))
+        x = augment_batches(x, [draw for own in draws for draw in own])
+        for number, (epoch, batch) in enumerate(block):
+            inputs = torch.stack(x[number :: len(block)])
+            yield epoch, batch == len(firsts) - 1, inputs, torch.stack([own[number] for own in y])
 
 
 @torch.no_grad()

@@ -106,7 +106,9 @@ class Pipeline:
         }
         found = {title: (len(left), [task.name for _, task in left]) for title, left in stages.items()}
         experts = sum(len(self.runs.missing_experts(config)) for config in tasks.expert_recipes(self.runs))
-        return found | {"experts to train": (experts, found["experts to train"][1])}
+        networks = sum(len(task.arguments[5]) for _, task in stages["networks to train for evaluation"])
+        counts = {"experts to train": experts, "networks to train for evaluation": networks}
+        return {title: (counts.get(title, count), names) for title, (count, names) in found.items()}
 
     def data(self) -> list[dict[str, Any]]:
         """Facts of each data set: name, number of classes, images of each part, shape of an image, and notes."""
@@ -306,8 +308,8 @@ class Pipeline:
             done = [each for each in self.configs if each.name not in unfinished | scored and each.dataset == dataset]
             scored.update(config.name for config in done)
             found = tasks.evaluate_tasks(self.runs, self.scored_rows, workers=executor.workers, of=done)
-            new = [each for _, each in found if each.arguments[3] not in given]
-            given.update(each.arguments[3] for each in new)
+            new = [each for _, each in found if given.isdisjoint(each.arguments[3])]
+            given.update(uri for each in new for uri in each.arguments[3])
             return new
 
         self._run("Distillation", "distill", open_tasks, executor, reporter, following)
@@ -326,12 +328,12 @@ class Pipeline:
 
     def _report_row(self, task: Task, reporter: Reporter) -> None:
         """Show the rows that a task of the evaluation has completed."""
-        *_, uri, row, number, network = task.arguments
+        *_, uris, row, numbers, network = task.arguments
         for config in self.configs:  # runs may share a row
             key = (self.out, config, self.runs.raw(config).fingerprint, row)
-            if (row, network) not in self.scored_rows(config) or number >= config.evaluate.seeds:
+            if (row, network) not in self.scored_rows(config) or numbers[0] >= config.evaluate.seeds:
                 continue
-            if result_location(*key, number, network).uri == uri and (score := read_score(*key, network)):
+            if result_location(*key, numbers[0], network).uri == uris[0] and (score := read_score(*key, network)):
                 reporter.message(f"{tasks.row_title(config, row, network)}: {score} % (n={score.n})")
 
     def _setup(self, dataset: DatasetConfig, executor: Executor, reporter: Reporter) -> tuple[Any, ...]:

@@ -6,8 +6,13 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+import numpy as np
+import torch
+
 from datm_ray.config import DatasetConfig, NetworkConfig, Role, RunConfig, network_names
-from datm_ray.core.training import PROTOCOLS, validation_protocol
+from datm_ray.core.networks.registry import build_network
+from datm_ray.core.networks.stacked import LARGEST_STACK
+from datm_ray.core.training import PROTOCOLS, are_trained_together, validation_protocol, work_of_training
 from datm_ray.errors import ConfigError
 from datm_ray.pipeline.runs import Runs
 from datm_ray.planning.duration import FORWARD_PASSES
@@ -15,7 +20,7 @@ from datm_ray.planning.fit import ALONE, DataShape, Layout, network_cost, plans_
 from datm_ray.planning.main_memory import distilling_memory, experts_memory, scoring_memory
 from datm_ray.runtime.devices import uses_gpu
 from datm_ray.runtime.executor import Executor, Task
-from datm_ray.stages.evaluate import FAIR_ROWS, ROWS, result_location, work_of, work_of_training
+from datm_ray.stages.evaluate import FAIR_ROWS, ROWS, result_location, row_schedule, work_of
 from datm_ray.stages.expert_progress import read_stacks
 from datm_ray.stages.experts import experts_at_a_time, stacks
 from datm_ray.stages.validation import is_apart, only_validations_are_left
@@ -186,7 +191,10 @@ def evaluate_tasks(
     workers: int = 1,
     of: Sequence[RunConfig] | None = None,
 ) -> list[DatasetTask]:
-    """One task for every scored row and seed without a result, once for runs that share it.
+    """Tasks for every scored row and seed without a result, once for runs that share it.
+
+    Networks that are trained together are of one task, and so are their seeds. They are divided evenly where there are
+    fewer tasks than workers.
 
     Args:
         workers: number of workers. One gets all real data last, so that the sets' rows are seen early. Several get the
@@ -201,24 +209,37 @@ def evaluate_tasks(
         images = len(raw.train) if row == "full" else config.distill.ipc * raw.classes
         work = work_of(config, row, network, raw.classes, len(raw.train), _flop(runs, config, network))
         work *= FORWARD_PASSES["training"]
-        name = f"{config.name} {row}{_on(config, network)}"
-        for number in range(config.evaluate.seeds):
-            place = result_location(runs.out, config, raw.fingerprint, row, number, network)
-            if not place.exists():
-                uris = (runs.store_uri, runs.folder(config).uri, place.uri)
-                arguments = (config, *uris, row, number, network)
-                task = Task(
-                    f"{name} {number}",
-                    arguments,
-                    run=config.name,
-                    stage="evaluation",
-                    weight=work,
-                    method="evaluate",
-                    memory=scoring_memory(config, runs.shape(config), images, network),
-                    is_light=True,
-                )
-                tasks[place.uri] = (config.dataset, task)
+        for numbers in _seeds_of_tasks(runs, config, row, network, images, -(-workers // len(everything))):
+            places = [result_location(runs.out, config, raw.fingerprint, row, number, network) for number in numbers]
+            if all(place.exists() for place in places):
+                continue
+            last = "" if len(numbers) == 1 else f"-{numbers[-1]}"
+            uris = tuple(place.uri for place in places)
+            task = Task(
+                f"{config.name} {row}{_on(config, network)} {numbers[0]}{last}",
+                (config, runs.store_uri, runs.folder(config).uri, uris, row, numbers, network),
+                run=config.name,
+                stage="evaluation",
+                weight=work * len(numbers),
+                method="evaluate",
+                memory=scoring_memory(config, runs.shape(config), images, network, len(numbers)),
+                is_light=True,
+            )
+            tasks[" ".join(uris)] = (config.dataset, task)
     return sorted(tasks.values(), key=lambda each: -each[1].weight if workers > 1 else 0)
+
+
+def _seeds_of_tasks(
+    runs: Runs, config: RunConfig, row: str, network: NetworkConfig | None, images: int, least: int
+) -> list[tuple[int, ...]]:
+    """Numbers of the seeds of each task of a row: all of a stack, but for at least so many tasks."""
+    shape, seeds, cluster = runs.shape(config), config.evaluate.seeds, config.cluster
+    spec = (network or config.network).for_images(shape.image[0], shape.image[1:], shape.classes)
+    inputs = torch.empty(images, *shape.image, device="meta")
+    parts = seeds
+    if cluster.compile and are_trained_together(build_network(spec, 0), seeds, inputs, row_schedule(config, row)):
+        parts = min(seeds, max(least, -(-seeds // LARGEST_STACK)))
+    return [tuple(part.tolist()) for part in np.array_split(np.arange(seeds), parts)]
 
 
 def row_title(config: RunConfig, row: str, network: NetworkConfig | None) -> str:

@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from datm_ray.config import DatasetConfig, NetworkSpec, Role, RunConfig
-from datm_ray.core.experts import CACHED_MAP_BYTES
 from datm_ray.core.metadd import IMAGES_AT_A_TIME
 from datm_ray.core.networks.image_cost import ImageCost, image_cost
 from datm_ray.core.networks.registry import build_network
+from datm_ray.core.networks.stacked import CACHED_MAP_BYTES
 from datm_ray.core.training import PROTOCOLS, SCORING_BATCH
 from datm_ray.data.decode import require_memory
 from datm_ray.data.sources import load_raw

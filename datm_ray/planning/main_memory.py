@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 
 from datm_ray.config import NetworkConfig, RunConfig
-from datm_ray.core.experts import CACHED_MAP_BYTES
-from datm_ray.core.training import PROTOCOLS, SCORING_BATCH
+from datm_ray.core.networks.stacked import CACHED_MAP_BYTES
+from datm_ray.core.training import BLOCK_BYTES, PROTOCOLS, SCORING_BATCH
 from datm_ray.planning.fit import MARGIN, PROCESS_BYTES, DataShape, Layout, network_cost, total, worker_plans
 from datm_ray.runtime.devices import uses_gpu
 from datm_ray.stages.expert_progress import LARGEST_WRITE
@@ -48,20 +48,28 @@ def experts_memory(config: RunConfig, shape: DataShape, stacked: int) -> int:
     return process + math.ceil(MARGIN * tensors)
 
 
-def scoring_memory(config: RunConfig, shape: DataShape, images: int, network: NetworkConfig | None = None) -> int:
+def scoring_memory(
+    config: RunConfig, shape: DataShape, images: int, network: NetworkConfig | None = None, together: int = 1
+) -> int:
     """Bytes of main memory of a worker that trains a network on so many images and scores it.
 
     Args:
         network: scored network; `None` for the backbone.
+        together: number of networks that are trained together.
     """
     if uses_gpu(config.cluster.shaped(light=True)):
         return GPU_PROCESS_BYTES
     cost = network_cost(config.model_copy(update={"network": network or config.network}), shape)
     row = 4 * (math.prod(shape.image) + shape.classes)
-    batch = min(PROTOCOLS[config.evaluate.protocol].batch_size, images)
-    maps = max(SCORED_MAPS * batch * cost.maps, 2 * SCORING_BATCH * cost.largest)
-    held = images * row if images < shape.training_images else 0
-    return PLAIN_PROCESS_BYTES + math.ceil(MARGIN * (maps + held + 4 * STATE_VECTORS * cost.parameters))
+    rows = together * min(PROTOCOLS[config.evaluate.protocol].batch_size, images)
+    maps = max(SCORED_MAPS * rows * cost.maps, 2 * SCORING_BATCH * cost.largest)
+    process = PLAIN_PROCESS_BYTES
+    if together > 1:
+        chunk = min(rows, max(together, CACHED_MAP_BYTES // cost.largest))
+        maps, process = max(EXPERT_MAPS * chunk * cost.maps, 2 * SCORING_BATCH * cost.largest), COMPILING_PROCESS_BYTES
+    held = together * images * row if images < shape.training_images else 0
+    prepared = 3 * max(BLOCK_BYTES, rows * row)  # images of the next steps, before and after their augmentation
+    return process + math.ceil(MARGIN * (maps + held + prepared + 4 * STATE_VECTORS * together * cost.parameters))
 
 
 def distilling_memory(config: RunConfig, shape: DataShape, layout: Layout | None = None) -> int:

@@ -16,9 +16,10 @@ from dataclasses import replace
 
 import torch
 
-from datm_ray.core.experts import ExpertFunctions, ExpertState, chunk_in_cache, train_experts
+from datm_ray.core.experts import ExpertState, train_experts
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
+from datm_ray.core.networks.stacked import StackFunctions, chunk_in_cache
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training import PROTOCOLS, SCORING_BATCH, predict_logits, train
 from datm_ray.methods.trajectory.matching import draw_student_steps, matching_gradient
@@ -118,7 +119,7 @@ def _work(
     functions = StudentStepFunctions(FlatNetwork(networks[0]), options)
     steps = draw_student_steps(chunk, STEPS, chunk, config.distill.augmentation, 0, 0)
     in_cache = chunk_in_cache(networks[0], image, stack) if device.type == "cpu" else None
-    experts = ExpertFunctions(
+    experts = StackFunctions(
         networks[0], stacked=stack, compile_=compiled, chunk=in_cache, channels_last=cluster.channels_last
     )
     own, state = config.experts.model_copy(update={"epochs": MANY}), ExpertState.initial(networks)

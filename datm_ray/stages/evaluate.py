@@ -1,4 +1,4 @@
-"""Evaluation: each task trains one fresh network on a set and scores it on the test set.
+"""Evaluation: each task trains fresh networks on a set, one for every seed, and scores them on the test set.
 
 The table has the distilled set and three controls. Random real images with hard labels, and with soft labels, show what
 the distilled pixels are worth. All real data is the ceiling. A control's learning rate is chosen on validation data for
@@ -38,7 +38,7 @@ from datm_ray.core.networks.registry import build_network
 from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.scores import AugmentationRobust, LabelRobust, augmentation_robust, label_robust
 from datm_ray.core.synthetic import random_rows
-from datm_ray.core.training import Schedule, accuracy, train
+from datm_ray.core.training import Schedule, accuracy, work_of_training
 from datm_ray.data.dataset import Dataset
 from datm_ray.monitor.logs import fields
 from datm_ray.monitor.provenance import provenance
@@ -47,7 +47,7 @@ from datm_ray.runtime.devices import Meter, prepare_device, to_device
 from datm_ray.runtime.executor import Finished, Progress
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.expert_networks import ExpertNetworks
-from datm_ray.stages.validation import evaluation_schedule, reported
+from datm_ray.stages.validation import evaluation_schedule, reported, trainer_of
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.sealed import rejecting_nonsense
 
@@ -80,9 +80,6 @@ CONTROL_STEP_SIZES = (0.01, 0.03, 0.1)
 
 ADAMW_STEP_SIZES = (3e-4, 1e-3, 3e-3)
 """Candidate learning rates of AdamW, for every row."""
-
-STEP_OVERHEAD = 3e7
-"""Operations of a forward pass that take as long as what a training step needs beside its images, on a CPU core."""
 
 
 @dataclass(frozen=True)
@@ -140,76 +137,86 @@ class EvaluateWorker:
         config: RunConfig,
         store_uri: str,
         folder_uri: str,
-        result_uri: str,
+        result_uris: Sequence[str],
         row: str,
-        number: int,
+        numbers: Sequence[int],
         network: NetworkConfig | None = None,
     ) -> Iterator[Progress | Finished]:
-        """Score one row with one seed. The result's file is written last, so an existing file is complete.
+        """Score one row with some seeds. A result's file is written last, so an existing file is complete.
 
         Args:
             config: recipe of the run.
             store_uri: store of the experts, for soft labels of random images.
             folder_uri: folder with the distilled set.
-            result_uri: file to write.
+            result_uris: file to write for each seed; one that exists is left as it is.
             row: key of `ROWS` or `FAIR_ROWS`.
-            number: number of the seed, from 0.
+            numbers: numbers of the seeds, from 0.
             network: network to score with the learned and with a tuned step size; `None` scores the backbone with
                 the learned one. With AdamW there is no learned step size.
         """
         account, meter = Account(self._device, self._cluster), Meter(self._device)
-        seed = derive_seed(config.seed, Purpose.EVALUATION, number)
+        seeds = [derive_seed(config.seed, Purpose.EVALUATION, number) for number in numbers]
         folder = open_location(folder_uri)
-        images, targets, step_size = self._training_set(config, store_uri, folder, row, seed, network)
-        schedule = _row_schedule(config, row)
+        sets = [self._training_set(config, store_uri, folder, row, seed, network) for seed in seeds]
+        schedule, step_size = row_schedule(config, row), sets[0][2]
         if schedule.optimiser == "adamw":
             step_size = None
         candidates = _candidates(schedule, step_size, is_its_own=network is None and row != "distilled-hard")
         schedules = [dataclasses.replace(schedule, learning_rate=candidate) for candidate in candidates]
-        trials = yield from self._trials(network or config.network, images, targets, schedules, seed, meter)
-        chosen, tested, with_learned = self._tested(trials, learns=bool(step_size))
-        spent = account.spent()
-        result = {
-            "row": row,
-            "number": number,
-            "seed": seed,
-            "test_accuracy": tested,
-            "test_accuracy_with_learned_step_size": with_learned,
-            "validation_accuracy": chosen.validation_accuracy,
-            "step_size": chosen.step_size,
-            "learned_step_size": step_size,
-            "images": len(images),
-            "seconds": spent.seconds,
-            "cost": spent.to_json(),
-            "provenance": provenance(self._device),
-        }
-        open_location(result_uri).write_json(result)
-        chosen_of = fields(step_size=chosen.step_size, candidates=len(trials), seconds=spent.seconds)
-        _log.info("network scored %s %s", fields(run=config.name, row=row, number=number, accuracy=tested), chosen_of)
-        yield Finished(result, meter.measure())
+        trials = yield from self._trials(network or config.network, sets, schedules, seeds, meter)
+        tested = [self._tested(each, learns=bool(step_size)) for each in trials]
+        spent = account.spent().share(1 / len(seeds))
+        results = [
+            {
+                "row": row,
+                "number": number,
+                "seed": seed,
+                "test_accuracy": of_test,
+                "test_accuracy_with_learned_step_size": with_learned,
+                "validation_accuracy": chosen.validation_accuracy,
+                "step_size": chosen.step_size,
+                "learned_step_size": step_size,
+                "images": len(sets[0][0]),
+                "seconds": spent.seconds,
+                "cost": spent.to_json(),
+                "provenance": provenance(self._device),
+            }
+            for number, seed, (chosen, of_test, with_learned) in zip(numbers, seeds, tested, strict=True)
+        ]
+        for uri, result in zip(result_uris, results, strict=True):
+            place = open_location(uri)
+            if not place.exists():
+                place.write_json(result)
+                values = {key: result[key] for key in ("row", "number", "step_size", "seconds")}
+                accuracy_of = fields(accuracy=result["test_accuracy"], candidates=len(schedules))
+                _log.info("network scored %s %s %s", fields(run=config.name), fields(**values), accuracy_of)
+        yield Finished(results, meter.measure())
 
     def _trials(
         self,
         network: NetworkConfig,
-        images: Tensor,
-        targets: Tensor,
+        sets: Sequence[tuple[Tensor, Tensor, float | None]],
         schedules: Sequence[Schedule],
-        seed: int,
+        seeds: Sequence[int],
         meter: Meter,
-    ) -> Generator[Progress, None, list[_Trial]]:
-        """Train a fresh network by each schedule and score it on validation images. Returns the trials."""
-        dataset, trials, epochs = self._dataset, list[_Trial](), sum(schedule.epochs for schedule in schedules)
+    ) -> Generator[Progress, None, list[list[_Trial]]]:
+        """Train fresh networks by each schedule and score them on validation images. Returns each seed's trials."""
+        dataset, trials = self._dataset, [list[_Trial]() for _ in seeds]
         spec = network.for_images(dataset.channels, dataset.size, dataset.classes)
-        done = 0
+        images, targets = [each[0] for each in sets], [each[1] for each in sets]
+        done, epochs = 0, len(seeds) * sum(schedule.epochs for schedule in schedules)
         yield Progress(done, epochs)
         for schedule in schedules:
-            fresh = build_network(spec, seed).to(self._device)
-            yield from reported(train(fresh, images, targets, schedule, seed), done, epochs)
-            done += schedule.epochs
-            measured = self._validation_accuracy(fresh)
-            trials.append(_Trial(fresh, schedule.learning_rate, measured))
-            metrics = meter.measure() | {"datm_ray_evaluate_validation_accuracy_ratio": measured}
-            yield Progress(done, epochs, {"validation": measured}, metrics)
+            fresh = [build_network(spec, seed).to(self._device) for seed in seeds]
+            training = trainer_of(self._cluster).train(fresh, images, targets, schedule, seeds)
+            yield from reported(training, done, epochs)
+            done += len(seeds) * schedule.epochs
+            measured = [self._validation_accuracy(each) for each in fresh]
+            for own, each, share in zip(trials, fresh, measured, strict=True):
+                own.append(_Trial(each, schedule.learning_rate, share))
+            mean = statistics.fmean(measured)
+            metrics = meter.measure() | {"datm_ray_evaluate_validation_accuracy_ratio": mean}
+            yield Progress(done, epochs, {"validation": mean}, metrics)
         return trials
 
     def _tested(self, trials: Sequence[_Trial], *, learns: bool) -> tuple[_Trial, float, float | None]:
@@ -265,7 +272,7 @@ def _candidates(schedule: Schedule, learned: float | None, *, is_its_own: bool) 
     return (learned, *others) if learned else others
 
 
-def _row_schedule(config: RunConfig, row: str) -> Schedule:
+def row_schedule(config: RunConfig, row: str) -> Schedule:
     """Training schedule of a row's networks, except for the step size."""
     schedule = evaluation_schedule(config, 0.0)
     if config.evaluate.optimiser == "adamw":
@@ -285,16 +292,11 @@ def work_of(config: RunConfig, row: str, network: NetworkConfig | None, classes:
         real: number of real training images.
         flop: operations of one image in a forward pass through the network.
     """
-    schedule = _row_schedule(config, row)
+    schedule = row_schedule(config, row)
     images = real if row == "full" else config.distill.ipc * classes
     learned = 1.0 if row in DISTILLED and schedule.optimiser == "sgd" else None
     tried = _candidates(schedule, learned, is_its_own=network is None and row != "distilled-hard")
     return len(tried) * work_of_training(schedule, images, flop)
-
-
-def work_of_training(schedule: Schedule, images: int, flop: float) -> float:
-    """Expected work of training one network on so many images, see `work_of`."""
-    return schedule.epochs * (images * flop + -(-images // schedule.batch_size) * STEP_OVERHEAD)
 
 
 @dataclass(frozen=True)

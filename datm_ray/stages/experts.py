@@ -19,18 +19,17 @@ import numpy as np
 import torch
 
 from datm_ray.config import ClusterConfig, ExpertConfig, NetworkSpec, RunConfig, expert_fingerprint
-from datm_ray.core.experts import (
-    LARGEST_STACK,
-    STACKED_MAP_BYTES,
-    ExpertFunctions,
-    ExpertState,
-    chunk_in_cache,
-    train_experts,
-)
+from datm_ray.core.experts import ExpertState, train_experts
 from datm_ray.core.networks.image_cost import image_cost
 from datm_ray.core.networks.parameters import FlatNetwork, float_buffers, unflatten_buffers_into, unflatten_into
 from datm_ray.core.networks.registry import build_network
-from datm_ray.core.networks.stacked import can_be_stacked
+from datm_ray.core.networks.stacked import (
+    LARGEST_STACK,
+    STACKED_MAP_BYTES,
+    StackFunctions,
+    can_be_stacked,
+    chunk_in_cache,
+)
 from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.training import accuracy
 from datm_ray.data.dataset import Dataset
@@ -96,7 +95,7 @@ class ExpertWorker:
         self._dataset = dataset
         self._images = to_device(dataset.train_images, self._device)
         self._labels = to_device(dataset.train_labels, self._device)
-        self._functions: dict[tuple[NetworkSpec, int], ExpertFunctions] = {}
+        self._functions: dict[tuple[NetworkSpec, int], StackFunctions] = {}
 
     def train(self, config: RunConfig, store_uri: str, experts: Sequence[int]) -> Iterator[Event]:
         """Train a stack and commit the trajectories of those whose number is below the recipe's count.
@@ -175,11 +174,11 @@ class ExpertWorker:
                     raise Interrupted(f"epoch {state.epoch} of {settings.epochs}")
                 began = time.monotonic()
 
-    def _functions_for(self, spec: NetworkSpec, network: torch.nn.Module, stacked: int) -> ExpertFunctions:
+    def _functions_for(self, spec: NetworkSpec, network: torch.nn.Module, stacked: int) -> StackFunctions:
         """Step of stacks of so many networks, which this worker compiles once for all its tasks."""
         if (spec, stacked) not in self._functions:
             on_cpu, image = self._device.type == "cpu", (spec.channels, *spec.size)
-            self._functions[spec, stacked] = ExpertFunctions(
+            self._functions[spec, stacked] = StackFunctions(
                 network,
                 stacked=stacked,
                 compile_=self._cluster.compile,

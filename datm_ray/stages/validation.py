@@ -24,18 +24,18 @@ from typing import Any
 import torch
 
 from datm_ray.artifact import read_artifact
-from datm_ray.config import DistillConfig, RunConfig
+from datm_ray.config import ClusterConfig, DistillConfig, RunConfig
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training import (
     PROTOCOLS,
-    Epoch,
     Heartbeat,
     Schedule,
+    Trainer,
     accuracy,
     no_heartbeat,
-    train,
+    trainer,
     validation_protocol,
 )
 from datm_ray.data.dataset import Dataset
@@ -171,28 +171,34 @@ def validating(
     heartbeat: Heartbeat = no_heartbeat,
 ) -> Iterator[Progress]:
     """Train fresh networks on the whole set. The last progress has their mean validation accuracy, in [0, 1]."""
-    seeds, total = config.distill.validation_seeds, 0.0
+    seeds = config.distill.validation_seeds
     spec = config.network.for_images(dataset.channels, dataset.size, dataset.classes)
     schedule = evaluation_schedule(config, float(whole.step_size), validation_protocol(config.evaluate.protocol))
     images, labels = (to_device(each, device) for each in (dataset.validation_images, dataset.validation_labels))
     epochs = seeds * schedule.epochs
+    numbers = [derive_seed(config.seed, Purpose.VALIDATION, number) for number in range(seeds)]
+    networks = [build_network(spec, seed).to(device) for seed in numbers]
     yield Progress(0, epochs)
-    for number in range(seeds):
-        seed = derive_seed(config.seed, Purpose.VALIDATION, number)
-        network = build_network(spec, seed).to(device)
-        training = train(network, whole.images, whole.soft_labels, schedule, seed)
-        yield from reported(training, number * schedule.epochs, epochs, heartbeat)
-        total += accuracy(network, images, labels, heartbeat)
+    data = ([whole.images] * seeds, [whole.soft_labels] * seeds)
+    training = trainer_of(config.cluster).train(networks, *data, schedule, numbers)
+    yield from reported(training, 0, epochs, heartbeat)
+    total = sum(accuracy(network, images, labels, heartbeat) for network in networks)
     yield Progress(epochs, epochs, {"validation": total / seeds})
 
 
+def trainer_of(cluster: ClusterConfig) -> Trainer:
+    """The process's trainer with the cluster's settings."""
+    return trainer(compile_=cluster.compile, channels_last=cluster.channels_last)
+
+
 def reported(
-    training: Iterator[Epoch], done: int, epochs: int, heartbeat: Heartbeat = no_heartbeat
+    training: Iterator[int], done: int, epochs: int, heartbeat: Heartbeat = no_heartbeat
 ) -> Iterator[Progress]:
-    """Train a network, and report its epochs every `REPORT_INTERVAL` seconds.
+    """Train networks, and report their epochs every `REPORT_INTERVAL` seconds.
 
     Args:
-        done: epochs of the networks before it.
+        training: yields the number of epochs done, over all networks.
+        done: epochs of the networks before them.
         epochs: epochs of all networks.
         heartbeat: called after each epoch.
     """
@@ -200,7 +206,7 @@ def reported(
     for epoch in training:
         heartbeat()
         if time.monotonic() - last > REPORT_INTERVAL:
-            yield Progress(done + epoch.number, epochs)
+            yield Progress(done + epoch, epochs)
             last = time.monotonic()
 
 

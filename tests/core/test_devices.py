@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from datm_ray.config import DistillConfig, ExpertConfig, NetworkSpec
 from datm_ray.core.augment import augment, draw_augmentation, parse_strategy
-from datm_ray.core.experts import ExpertFunctions, ExpertState, train_experts
+from datm_ray.core.experts import ExpertState, train_experts
 from datm_ray.core.metadd import MetaDD
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
+from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.synthetic import SyntheticSet, hard_logits, mean_correct_logits
 from datm_ray.core.training import Schedule, accuracy, train_to_end
 from datm_ray.methods.state import MetaTerm
@@ -111,7 +112,7 @@ def test_experts_stay_on_their_device() -> None:
 
     def case(spec: NetworkSpec, stacked: int, gsam: bool) -> None:
         networks = [there(spec, seed) for seed in range(stacked)]
-        functions = ExpertFunctions(networks[0], stacked=stacked, compile_=False, chunk=2)
+        functions = StackFunctions(networks[0], stacked=stacked, compile_=False, chunk=2)
         settings = ExpertConfig(
             epochs=1,
             batch_size=3,

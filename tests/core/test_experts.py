@@ -13,18 +13,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from datm_ray.config import ExpertConfig, NetworkSpec
-from datm_ray.core import experts
 from datm_ray.core.augment import augment, draw_augmentation
-from datm_ray.core.experts import (
-    ExpertFunctions,
-    ExpertState,
-    descent,
-    perturbation,
-    train_experts,
-)
+from datm_ray.core.experts import ExpertState, descent, perturbation, train_experts
+from datm_ray.core.networks import stacked
 from datm_ray.core.networks.parameters import flatten, flatten_buffers
 from datm_ray.core.networks.registry import build_network
-from datm_ray.core.networks.stacked import can_be_stacked
+from datm_ray.core.networks.stacked import StackFunctions, can_be_stacked
 from datm_ray.core.randomness import Purpose, generator
 
 COUNT, CLASSES = 22, 3
@@ -47,7 +41,7 @@ def trained(
     networks: Sequence[nn.Module], settings: ExpertConfig, seeds: Sequence[int], *, compile_: bool = False
 ) -> tuple[ExpertState, list[Tensor]]:
     """Parameters at the end, and the losses of every epoch."""
-    functions = ExpertFunctions(networks[0], stacked=len(networks), compile_=compile_)
+    functions = StackFunctions(networks[0], stacked=len(networks), compile_=compile_)
     assert functions.note == "", "without compiled code nothing of it would be tested"
     state = ExpertState.initial(networks)
     images, labels = data(state.parameters.dtype)
@@ -158,7 +152,7 @@ def test_batches_in_parts_equal_whole_batches(chunk: int) -> None:
     images, labels = data()
     whole, _ = trained(networks, GSAM, seeds)
     state = ExpertState.initial(networks)
-    functions = ExpertFunctions(networks[0], stacked=2, compile_=False, chunk=chunk)
+    functions = StackFunctions(networks[0], stacked=2, compile_=False, chunk=chunk)
     list(train_experts(functions, images, labels, GSAM, seeds, state))
     assert_close(state.parameters, whole.parameters)
 
@@ -216,7 +210,7 @@ def test_channels_first_round_as_finely_as_plain_torch() -> None:
         return torch.stack(rows)
 
     exact, state = plain(torch.float64), ExpertState.initial(networks)
-    functions = ExpertFunctions(networks[0], stacked=6, compile_=False, channels_last=False)
+    functions = StackFunctions(networks[0], stacked=6, compile_=False, channels_last=False)
     _, ours, _ = functions(state.parameters, state.buffers, images, labels, torch.full((32,), 1 / 32))
     errors = [(each.double() - exact).norm(dim=1) for each in (ours, plain(torch.float32))]
     # The median, because in a single problem a value may cross a rectifier's kink.
@@ -236,12 +230,12 @@ def test_memory_order_reaches_the_compiler(monkeypatch: pytest.MonkeyPatch) -> N
         def __call__(self, *arguments: Tensor) -> Any:
             return self._graph(*arguments)
 
-    monkeypatch.setattr(experts, "Compiled", Uncompiled)
-    monkeypatch.setattr(experts, "compiler_problem", lambda device_type: "")
+    monkeypatch.setattr(stacked, "Compiled", Uncompiled)
+    monkeypatch.setattr(stacked, "compiler_problem", lambda device_type: "")
     networks, (images, labels) = make_networks(2), data()
     state = ExpertState.initial(networks)
     for channels_last in (True, False):
-        functions = ExpertFunctions(networks[0], stacked=2, channels_last=channels_last)
+        functions = StackFunctions(networks[0], stacked=2, channels_last=channels_last)
         arguments = (images[:4].expand(2, -1, -1, -1, -1), labels[:4].expand(2, -1), torch.full((4,), 0.25).double())
         functions(state.parameters, state.buffers, *arguments)
     assert asked == [(True, False), (False, True)]
@@ -252,7 +246,7 @@ def test_training_resumes_from_any_epoch_with_the_same_bits() -> None:
     networks, seeds, settings = make_networks(2, dtype=torch.float32), [1, 2], RICH.model_copy(update={"epochs": 4})
     undisturbed, _ = trained(networks, settings, seeds)
     half, _ = trained(networks, settings.model_copy(update={"epochs": 2}), seeds)
-    functions = ExpertFunctions(networks[0], stacked=2, compile_=False)
+    functions = StackFunctions(networks[0], stacked=2, compile_=False)
     resumed = copy.deepcopy(half)
     assert len(list(train_experts(functions, *data(torch.float32), settings, seeds, resumed))) == 2
     assert torch.equal(resumed.parameters, undisturbed.parameters)

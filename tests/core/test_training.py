@@ -14,8 +14,18 @@ from datm_ray.config import NetworkSpec
 from datm_ray.core.augment import augment, draw_augmentation
 from datm_ray.core.networks.parameters import flatten
 from datm_ray.core.networks.registry import build_network
+from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.randomness import Purpose, generator
-from datm_ray.core.training import PROTOCOLS, Schedule, accuracy, predict_logits, train, train_to_end
+from datm_ray.core.training import (
+    PROTOCOLS,
+    Schedule,
+    Trainer,
+    accuracy,
+    predict_logits,
+    train,
+    train_to_end,
+    train_together,
+)
 
 PLAIN = Schedule(epochs=3, batch_size=8, learning_rate=0.05)
 RICH = Schedule(5, 8, 0.05, momentum=0.9, weight_decay=1e-2, augmentation="crop_flip_scale", decay_epoch=3)
@@ -72,6 +82,71 @@ def test_training_equals_the_published_loop(schedule: Schedule) -> None:
     assert [epoch.loss for epoch in epochs] == pytest.approx(losses, rel=1e-4)
     assert [epoch.number for epoch in epochs] == list(range(1, schedule.epochs + 1))
     assert [epoch.step for epoch in epochs] == [3 * epoch for epoch in range(1, schedule.epochs + 1)]
+
+
+def together(schedule: Schedule, soft: bool, compile_: bool = False) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Three networks trained together and one after another, in float64, each on images and seeds of its own."""
+    images, labels = make_data(40)
+    draw = torch.Generator().manual_seed(1)
+    rows = [torch.randperm(40, generator=draw)[:20] for _ in range(3)]
+    targets = torch.randn(40, 3, generator=draw).double() if soft else labels
+    data = ([images[each].double() for each in rows], [targets[each] for each in rows])
+    found: list[list[nn.Module]] = []
+    for is_together in (True, False):
+        networks = [make_network(seed).double() for seed in range(3)]
+        if is_together:
+            functions = StackFunctions(networks[0], stacked=3, compile_=compile_)
+            assert functions.note == ""
+            epochs = list(train_together(functions, networks, *data, schedule, [4, 5, 6]))
+            assert [epoch.number for epoch in epochs] == list(range(1, schedule.epochs + 1))
+        else:
+            for network, x, y, seed in zip(networks, *data, [4, 5, 6], strict=True):
+                train_to_end(network, x, y, schedule, seed)
+        found.append(networks)
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("schedule", [PLAIN, RICH], ids=["plain", "momentum, decay and augmentation"])
+@pytest.mark.parametrize("soft", [False, True])
+def test_networks_trained_together_equal_those_trained_one_after_another(schedule: Schedule, soft: bool) -> None:
+    """Networks trained together equal those trained alone to 1e-12 in float64, also at a short last batch."""
+    for ours, alone in zip(*together(schedule, soft), strict=True):
+        torch.testing.assert_close(flatten(ours), flatten(alone), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.slow
+def test_networks_trained_together_are_compiled_exactly() -> None:
+    """The compiled step is exact to 1e-12 in float64, with the last batch filled up."""
+    for ours, alone in zip(*together(RICH, soft=True, compile_=True), strict=True):
+        torch.testing.assert_close(flatten(ours), flatten(alone), rtol=1e-12, atol=1e-13)
+
+
+def test_networks_go_together_only_where_that_is_worth_its_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long trainings of several networks that stack go together; short ones, one network, ResNets and AdamW do not."""
+    monkeypatch.setattr("datm_ray.core.training.compiler_problem", lambda device: "")
+    images, networks = make_data()[0], [make_network(), make_network()]
+    resnet = build_network(NetworkSpec(architecture="resnet18", channels=1, size=(8, 8), classes=3, width=4), 0)
+    long = replace(RICH, epochs=1000)
+    goes = Trainer().goes_together
+    assert goes(networks, images, long)
+    assert not goes(networks, images, RICH)
+    assert not goes(networks[:1], images, long)
+    assert not goes(networks, images, long.with_adamw())
+    assert not goes([resnet, resnet], images, long)
+    assert not Trainer(compile_=False).goes_together(networks, images, long)
+    monkeypatch.setattr("datm_ray.core.training.compiler_problem", lambda device: "no compiler")
+    assert not goes(networks, images, long)
+
+
+def test_a_trainer_trains_all_networks_and_counts_their_epochs() -> None:
+    """A trainer that trains one network after another gives the results of single trainings."""
+    images, labels = make_data()
+    networks, alone = [make_network(0), make_network(1)], [make_network(0), make_network(1)]
+    epochs = list(Trainer().train(networks, [images] * 2, [labels] * 2, PLAIN, [4, 5]))
+    assert epochs == list(range(1, 7))
+    for network, other, seed in zip(networks, alone, [4, 5], strict=True):
+        train_to_end(other, images, labels, PLAIN, seed)
+        assert torch.equal(flatten(network), flatten(other))
 
 
 def test_decay_divides_the_rate_by_ten_and_forgets_the_momentum() -> None:

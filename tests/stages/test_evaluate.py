@@ -49,12 +49,13 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateWorker:
     worker = EvaluateWorker(dataset, config.cluster)
     validated: list[float] = []
 
-    def trained(_: Any, __: Any, ___: Any, schedule: Any, ____: Any) -> tuple[()]:
-        accuracies = VALIDATION if schedule.optimiser == "sgd" else WITH_ADAMW
-        validated.append(accuracies[schedule.learning_rate])
-        return ()
+    class Untrained:
+        def train(self, _: Any, __: Any, ___: Any, schedule: Any, ____: Any) -> tuple[()]:
+            accuracies = VALIDATION if schedule.optimiser == "sgd" else WITH_ADAMW
+            validated.append(accuracies[schedule.learning_rate])
+            return ()
 
-    monkeypatch.setattr(evaluate, "train", trained)
+    monkeypatch.setattr(evaluate, "trainer_of", lambda _: Untrained())
     monkeypatch.setattr(worker, "_validation_accuracy", lambda _: validated[-1])
     monkeypatch.setattr(worker, "_test_accuracy", lambda trial: {**TEST, **WITH_ADAMW}[trial.step_size])
     images = torch.zeros(1, 1, 8, 8)
@@ -65,10 +66,10 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateWorker:
 def result_of(worker: EvaluateWorker, tmp_path: Path, network: NetworkConfig | None, *changes: str) -> dict[str, Any]:
     """Result of the distilled set."""
     place = str(tmp_path / "result.json")
-    events = list(worker.evaluate(tiny_config(*changes), "", str(tmp_path), place, "distilled", 0, network))
+    events = list(worker.evaluate(tiny_config(*changes), "", str(tmp_path), [place], "distilled", [0], network))
     assert isinstance(events[-1], Finished)
-    assert open_location(place).read_json() == events[-1].result
-    return dict(events[-1].result)
+    assert [open_location(place).read_json()] == events[-1].result
+    return dict(events[-1].result[0])
 
 
 def test_the_backbone_has_the_step_size_that_was_learned(worker: EvaluateWorker, tmp_path: Path) -> None:
@@ -219,7 +220,7 @@ def test_hard_labels_choose_a_step_size_on_validation_data(worker: EvaluateWorke
     chosen = {}
     for row in ("distilled-hard", "distilled-plain"):
         uri = str(tmp_path / f"{row}.json")
-        list(worker.evaluate(tiny_config("evaluate.fair=true"), "", str(tmp_path), uri, row, 0))
+        list(worker.evaluate(tiny_config("evaluate.fair=true"), "", str(tmp_path), [uri], row, [0]))
         chosen[row] = open_location(uri).read_json()["step_size"]
     assert chosen == {"distilled-hard": 0.03, "distilled-plain": LEARNED}
 
@@ -235,14 +236,15 @@ def test_rows_are_trained_as_their_names_say(tmp_path: Path, monkeypatch: pytest
     save_artifact(folder / SYNTHETIC, synthetic, dataset.transform, dataset.class_names, run_identity(config), {})
     worker, seen = EvaluateWorker(dataset, config.cluster), {}
 
-    def trained(_: Any, images: torch.Tensor, targets: torch.Tensor, schedule: Any, __: Any) -> tuple[()]:
-        seen[row] = (len(images), targets.is_floating_point(), schedule.augmentation)
-        return ()
+    class Untrained:
+        def train(self, _: Any, images: Any, targets: Any, schedule: Any, __: Any) -> tuple[()]:
+            seen[row] = (len(images[0]), targets[0].is_floating_point(), schedule.augmentation)
+            return ()
 
-    monkeypatch.setattr(evaluate, "train", trained)
+    monkeypatch.setattr(evaluate, "trainer_of", lambda _: Untrained())
     monkeypatch.setattr(worker, "_test_accuracy", lambda _: 0.5)
     for row in (*ROWS, *FAIR_ROWS):
-        list(worker.evaluate(config, pipeline.store_uri, folder.uri, str(tmp_path / "result.json"), row, 0))
+        list(worker.evaluate(config, pipeline.store_uri, folder.uri, [str(tmp_path / f"{row}.json")], row, [0]))
     real, augmentation = len(dataset.train_images), config.evaluate.augmentation
     assert augmentation
     assert seen == {

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from datm_ray.config import ClusterConfig, RunConfig
-from datm_ray.core.experts import ExpertFunctions
 from datm_ray.core.networks.parameters import unflatten_buffers_into, unflatten_into
 from datm_ray.core.networks.registry import build_network
+from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.errors import DivergenceError, MissingExpertsError, StoreError
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
@@ -81,12 +81,12 @@ def test_memory_order_of_maps_reaches_the_experts(tmp_path: Path, monkeypatch: p
     """cluster.channels_last=false applies to experts and auxiliaries, and finds the same stored experts."""
     asked: list[bool] = []
 
-    class Recorded(ExpertFunctions):
+    class Recorded(StackFunctions):
         def __init__(self, *arguments: Any, channels_last: bool, **options: Any) -> None:
             asked.append(channels_last)
             super().__init__(*arguments, channels_last=channels_last, **options)
 
-    monkeypatch.setattr("datm_ray.stages.experts.ExpertFunctions", Recorded)
+    monkeypatch.setattr("datm_ray.stages.experts.StackFunctions", Recorded)
     metadd = "metadd={auxiliaries: [{architecture: lenet}], experts: {epochs: 1}}"
     first, last = (tiny_config(metadd, f"cluster.channels_last={each}") for each in ("false", "true"))
     Pipeline([first], str(tmp_path)).train_experts(lambda: SerialExecutor(first.cluster), Reporter(quiet=True))
@@ -97,13 +97,13 @@ def test_memory_order_of_maps_reaches_the_experts(tmp_path: Path, monkeypatch: p
 
 def test_a_worker_prepares_the_step_of_a_network_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker compiles the step of equal stacks once, and each expert has the bits of one trained alone."""
-    built: list[ExpertFunctions] = []
+    built: list[StackFunctions] = []
 
-    def building(*arguments: Any, **options: Any) -> ExpertFunctions:
-        built.append(ExpertFunctions(*arguments, **options))
+    def building(*arguments: Any, **options: Any) -> StackFunctions:
+        built.append(StackFunctions(*arguments, **options))
         return built[-1]
 
-    monkeypatch.setattr("datm_ray.stages.experts.ExpertFunctions", building)
+    monkeypatch.setattr("datm_ray.stages.experts.StackFunctions", building)
     config = tiny_config("experts.epochs=4")
     worker, group, uri = worker_of(config, tmp_path / "shared")
     for expert in (0, 1):
