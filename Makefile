@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all test-versions docs lint type fmt check bench-cifar bench-experts bench-matching bench-metadd bench-own-images bench-plan bench-rounding bench-scheduling bench-store fidelity gpu clean
+.PHONY: help install demo test test-slow test-all test-versions docs lint type fmt check bench-cifar bench-evaluate bench-experts bench-matching bench-metadd bench-own-images bench-plan bench-rounding bench-scheduling bench-store fidelity gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -59,6 +59,9 @@ check: lint type docs test-all  ## all that must be green before a commit
 
 bench-experts: install  ## experts an hour against the published loop
 	$(BIN)/python benchmarks/bench_experts.py
+
+bench-evaluate: install  ## networks scored an hour against the published loop
+	$(BIN)/python benchmarks/bench_evaluate.py
 
 bench-matching: install  ## speed, memory and error of the matching gradient against full unrolling and TESLA
 	$(BIN)/python benchmarks/bench_matching.py

@@ -1,4 +1,4 @@
-"""Training experts as others do: a DataLoader that collects sample by sample, then SGD or GSAM layer by layer."""
+"""Training as others do: a DataLoader that collects sample by sample, then SGD or GSAM layer by layer."""
 
 from __future__ import annotations
 
@@ -41,6 +41,31 @@ def loader_epochs(
             for x, y in tests:
                 float((network(x.to(device)).argmax(dim=1) == y.to(device)).float().mean())
         _ = [parameter.detach().cpu().clone() for parameter in network.parameters()]
+        epoch += 1
+        yield
+
+
+def evaluation_epochs(network: nn.Module, images: Tensor, targets: Tensor, batch: int, augmentation: str) -> Epochs:
+    """The loop with which MTT and DATM score a set: as above, with momentum, and loss and accuracy read every step.
+
+    Args:
+        targets: [n k] probabilities.
+    """
+    device = next(network.parameters()).device
+    loader = DataLoader(TensorDataset(images, targets), batch, shuffle=True)
+    optimiser = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
+    epoch, loss_sum, right = 0, 0.0, 0
+    while True:
+        for number, (x, y) in enumerate(loader):
+            draw = generator(0, Purpose.TRAINING_AUGMENTATION, epoch, number)
+            x, y = x.to(device), y.to(device)
+            output = network(augment(x, draw_augmentation(augmentation, len(x), draw)))
+            loss = cross_entropy(output, y)
+            right += int((output.detach().cpu().numpy().argmax(1) == y.cpu().numpy().argmax(1)).sum())
+            loss_sum += loss.item() * len(x)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
         epoch += 1
         yield
 

@@ -1,0 +1,183 @@
+"""Networks scored per hour: the published loop, this package one after another, and trained together.
+
+python benchmarks/bench_evaluate.py [--quick]         (make bench-evaluate)
+
+Every method trains the same network on the same images in one process; they take turns, so that whatever else the
+machine does hits all of them alike. The first epochs of each, with its compilation, are not counted and are shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from facts import common_facts, head, result_path, save
+from program import RESULTS, positive, start
+from published_experts import evaluation_epochs
+from tables import table
+from torch import Tensor
+
+from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkSpec
+from datm_ray.core.networks.registry import build_network
+from datm_ray.core.networks.stacked import StackFunctions, chunk_in_cache
+from datm_ray.core.training import PROTOCOLS, Schedule, train, train_together
+
+HEADER = """Training of networks that are scored, on random tensors of fixed seeds with soft labels; ConvNet, instance
+normalisation, mean pooling, SGD with momentum and weight decay.
+
+- `published loop`: a DataLoader that collects sample by sample, one augmentation and one uncompiled step for each
+  network, loss and accuracy read back every step: the evaluation of MTT and DATM. `ours, 1`: `train`, one network after
+  another. `ours, together`: `train_together`, so many networks in one compiled step.
+- ms: of one epoch of one network; median (smallest to largest) of n turns. ratio: the published loop's time to the
+  method's in the same turn; median (smallest to largest).
+- networks an hour: of one process, trained for so many epochs.
+- first, s: of the first epoch of the whole stack, with compilation, where there is any.
+"""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A synthetic set, and how networks are trained on it."""
+
+    name: str
+    spec: NetworkSpec
+    images: int
+    augmentation: str
+    threads: int
+    epochs: int
+    """Epochs of a training."""
+    turn: int
+    """Epochs that are timed in a turn."""
+
+
+def data_of(shape: Shape, device: str) -> tuple[Tensor, Tensor]:
+    """Random images and logits."""
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randn(shape.images, shape.spec.channels, *shape.spec.size, generator=draw)
+    return images.to(device), torch.randn(shape.images, shape.spec.classes, generator=draw).to(device)
+
+
+def methods_of(shape: Shape, device: str, together: list[int]) -> dict[str, tuple[int, Iterator[Any]]]:
+    """Name -> number of networks, and an iterator whose every step is an epoch of all of them."""
+    schedule = dataclasses.replace(PROTOCOLS["published"], epochs=10**6, augmentation=shape.augmentation)
+    images, logits = data_of(shape, device)
+    network = build_network(shape.spec, 0).to(device)
+    loop = evaluation_epochs(network, images.cpu(), logits.softmax(1).cpu(), schedule.batch_size, shape.augmentation)
+    alone = train(build_network(shape.spec, 0).to(device), images, logits, schedule, 0)
+    found: dict[str, tuple[int, Iterator[Any]]] = {"published loop": (1, loop), "ours, 1": (1, alone)}
+    for size in together:
+        found[f"ours, {size} together"] = (size, stack(shape, device, schedule, size))
+    return found
+
+
+def stack(shape: Shape, device: str, schedule: Schedule, size: int) -> Iterator[Any]:
+    """Networks that are trained together."""
+    images, logits = data_of(shape, device)
+    networks = [build_network(shape.spec, seed).to(device) for seed in range(size)]
+    image = (shape.spec.channels, *shape.spec.size)
+    chunk = chunk_in_cache(networks[0], image, size) if device == "cpu" else None
+    functions = StackFunctions(networks[0], stacked=size, chunk=chunk)
+    return train_together(functions, networks, [images] * size, [logits] * size, schedule, range(size))
+
+
+def timed(epochs: Iterator[Any], count: int, device: str) -> float:
+    """Seconds of so many epochs."""
+    started = time.perf_counter()
+    for _ in range(count):
+        next(epochs)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def rows_of(shape: Shape, device: str, together: list[int], turns: int) -> list[dict[str, Any]]:
+    """Measure the methods of one shape; the first is what the others are compared with."""
+    torch.set_num_threads(shape.threads)
+    methods = methods_of(shape, device, together)
+    first = {name: timed(epochs, 1, device) for name, (_, epochs) in methods.items()}
+    for _, epochs in methods.values():
+        timed(epochs, shape.turn, device)
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    for _ in range(turns):
+        for name, (networks, epochs) in methods.items():
+            seconds[name].append(timed(epochs, shape.turn, device) / (shape.turn * networks))
+    published = seconds["published loop"]
+    return [
+        {
+            "shape": shape.name,
+            "threads": shape.threads,
+            "method": name,
+            "first_epoch": first[name],
+            "seconds": own,
+            "ratios": [theirs / ours for theirs, ours in zip(published, own, strict=True)],
+            "networks_an_hour": 3600 / (shape.epochs * statistics.median(own)),
+        }
+        for name, own in seconds.items()
+    ]
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """Cells of one line of the table."""
+    return [
+        row["shape"],
+        str(row["threads"]),
+        row["method"],
+        f"{spread([1000 * each for each in row['seconds']])}, n = {len(row['seconds'])}",
+        spread(row["ratios"]),
+        f"{row['networks_an_hour']:.3g}",
+        f"{row['first_epoch']:.1f}",
+    ]
+
+
+def spread(values: list[float]) -> str:
+    """Median (smallest to largest)."""
+    return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+
+
+def shapes(quick: bool, device: str) -> list[tuple[Shape, list[int]]]:
+    """What is measured, and the numbers of networks trained together."""
+    digits = NetworkSpec(channels=1, size=(8, 8), classes=10, width=32, depth=2)
+    cifar, cores = NetworkSpec(channels=3, size=(32, 32), classes=10), len(os.sched_getaffinity(0))
+    if quick:
+        return [(Shape("tiny", digits, 16, "crop_scale_rotate", 1, 500, 2), [2])]
+    wide = [5, 10] if device == "cuda" else [5]
+    return [
+        (Shape("digits, IPC 1", digits, 10, "crop_scale_rotate", 1, 500, 40), [3, 5, 8]),
+        (Shape("digits, IPC 10", digits, 100, "crop_scale_rotate", 1, 500, 10), [3, 5, 8]),
+        (Shape("CIFAR-10, IPC 1", cifar, 10, PUBLISHED_AUGMENTATION, cores, 1001, 4), wide),
+        (Shape("CIFAR-10, IPC 10", cifar, 100, PUBLISHED_AUGMENTATION, cores, 1001, 1), wide),
+    ]
+
+
+def main() -> None:
+    """Measure all shapes; print and save the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes; written nowhere unless --out is given")
+    parser.add_argument("--turns", type=positive, default=7)
+    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results unless --quick")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    facts = common_facts(__file__, sys.argv[1:], device)
+    rows: list[dict[str, Any]] = []
+    for shape, together in shapes(arguments.quick, device):
+        rows += rows_of(shape, device, together, 1 if arguments.quick else arguments.turns)
+        print("\n".join(" | ".join(cells(row)) for row in rows if row["shape"] == shape.name), flush=True)
+    columns = ["shape", "threads", "method", "ms", "ratio", "networks an hour", "first, s"]
+    lines = [*head("Training for evaluation", facts), HEADER, *table(columns, [cells(row) for row in rows])]
+    print("\n".join(lines))
+    out = arguments.out or (None if arguments.quick else RESULTS)
+    if out:
+        save(result_path(out, "evaluate", device), lines, {**facts, "rows": rows})
+
+
+if __name__ == "__main__":
+    start(main)
