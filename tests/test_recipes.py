@@ -93,7 +93,7 @@ def test_embedded_recipes_need_no_files() -> None:
     assert recipe_names()[: len(digits)] == digits
     for config in map(get_recipe, digits):
         assert (config.dataset.source, config.dataset.path) == ("digits", None)
-        assert config.distill.ipc == int(config.name.removeprefix("digits-ipc"))
+        assert config.distill.ipc == int(config.name.removeprefix("digits-").removeprefix("ipc").replace("smoke", "1"))
         operations = {config.experts.augmentation, config.distill.augmentation, config.evaluate.augmentation}
         assert not any("flip" in strategy for strategy in operations)
 

@@ -53,6 +53,23 @@ def _digits(
     )
 
 
+def digits_smoke() -> RunConfig:
+    """Real digits, 1 image per class, cut to half a minute on two cores: to see that everything works.
+
+    Measured 79.4±7.1 % (n=2 networks) against random real images 57.5±0.2; digits-ipc1 takes minutes and has 92.
+    """
+    base = digits_ipc1()
+    changes = {
+        "experts": {"count": 4, "epochs": 10, "keep_epochs": 10},
+        "distill": {"iterations": 60, "student_steps": 10, "expert_epochs": 1, "validate_every": 60},
+        "evaluate": {"protocol": "quick", "seeds": 2, "real_epochs": 10},
+        "cluster": {"compile": False},
+    }
+    sections = {name: getattr(base, name).model_copy(update=values) for name, values in changes.items()}
+    sections["distill"] = sections["distill"].model_copy(update={"start_epochs": StartEpochs(bound=4)})
+    return base.model_copy(update=sections)
+
+
 def digits_ipc1() -> RunConfig:
     """Real digits, 1 image per class: start epochs 0-9, early. Measured 92.1±1.1 %, all real data 98.9±0.3."""
     return _digits(1, iterations=500, starts=StartEpochs(bound=10), expert_epochs=3, learning_rate_images=20.0)
