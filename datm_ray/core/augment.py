@@ -80,7 +80,12 @@ def augment(images: Tensor, augmentation: Augmentation) -> Tensor:
     if augmentation.operation == NO_AUGMENTATION:
         return images
     uniform = torch.from_numpy(augmentation.parameters).to(images.device, images.dtype)
-    return _OPERATIONS[augmentation.operation](images, uniform)
+    return apply_operation(images, augmentation.operation, uniform)
+
+
+def apply_operation(images: Tensor, operation: str, uniform: Tensor) -> Tensor:
+    """Apply an operation to images [b c h w] with parameters [b 3] on their device, see `Augmentation`."""
+    return images if operation == NO_AUGMENTATION else _OPERATIONS[operation](images, uniform)
 
 
 def augment_batches(batches: Sequence[Tensor], augmentations: Sequence[Augmentation]) -> list[Tensor]:

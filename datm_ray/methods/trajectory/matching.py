@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from datm_ray.core.augment import Augmentation, augment, draw_augmentation
+from datm_ray.core.augment import Augmentation, apply_operation, draw_augmentation
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.synthetic import AllSum, SyntheticSet, identity
 from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
@@ -125,9 +126,9 @@ def matching_gradient(
         all_sum: sum over class shards.
     """
     step_size = synthetic.step_sizes[backbone]
-    sweep = _Sweep(functions, synthetic, chunk)
+    sweep = _Sweep(functions, synthetic, steps, chunk)
     trace = [start]
-    for step in steps:
+    for step in range(len(steps)):
         trace.append(trace[-1] - step_size * all_sum(sweep.student_gradient(trace[-1], step)))
     distance = (start - target).square().sum()
     gap = trace.pop() - target
@@ -137,7 +138,7 @@ def matching_gradient(
     if not loss <= skip_above:
         return MatchingGradient(loss, images, soft_labels, d_step_size)
     v = 2 * gap / distance
-    for step in reversed(steps):
+    for step in reversed(range(len(steps))):
         summed = all_sum(sweep.reverse(trace.pop(), step, v, images, soft_labels))
         d_step_size -= summed[-1]
         v = v - step_size * summed[:-1]
@@ -150,44 +151,88 @@ def _agreed(loss: Tensor, all_sum: AllSum) -> float:
     return float(total / shards)
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Images of one call of the step functions, on the device."""
+
+    rows: Tensor
+    """[b] indices of rows of the synthetic set."""
+    operation: str
+    uniform: Tensor
+    """[b 3] parameters of the augmentation."""
+    weights: Tensor
+    """[b] weights in the loss, or [chunk], filled up with zeros."""
+
+
+def _pieces(steps: Sequence[StudentStep], chunk: int | None, like: Tensor) -> list[list[_Piece]]:
+    """Pieces of every step. All their numbers reach the device of `like` in three copies that wait for nothing."""
+    cut = [list(step.chunks(chunk)) for step in steps]
+    flat = [piece for pieces in cut for piece in pieces]
+    sizes = [len(piece.rows) for piece in flat]
+    padded = [chunk or size for size in sizes]
+    weights = [np.zeros(size) for size in padded]
+    for weight, piece in zip(weights, flat, strict=True):
+        weight[: len(piece.rows)] = 1 / piece.global_batch
+    columns = (
+        _uploaded([piece.rows for piece in flat], like.device).split(sizes),
+        _uploaded([piece.augmentation.parameters for piece in flat], like.device, like.dtype).split(sizes),
+        _uploaded(weights, like.device, like.dtype).split(padded),
+    )
+    made = (
+        _Piece(rows, piece.augmentation.operation, uniform, weight)
+        for piece, rows, uniform, weight in zip(flat, *columns, strict=True)
+    )
+    return [list(islice(made, len(pieces))) for pieces in cut]
+
+
+def _uploaded(arrays: Sequence[NDArray[np.generic]], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Arrays one after another on the device."""
+    whole = torch.from_numpy(np.concatenate(arrays)) if arrays else torch.empty(0)
+    whole = whole.to(dtype) if dtype else whole
+    return whole.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else whole.to(device)
+
+
 class _Sweep:
-    """Runs a minibatch through the step functions, chunk by chunk."""
+    """Runs the minibatches of the student's steps through the step functions, piece by piece."""
 
-    def __init__(self, functions: StudentStepFunctions, synthetic: SyntheticSet, chunk: int | None) -> None:
-        self._functions, self._synthetic, self._chunk = functions, synthetic, chunk
+    def __init__(
+        self,
+        functions: StudentStepFunctions,
+        synthetic: SyntheticSet,
+        steps: Sequence[StudentStep],
+        chunk: int | None,
+    ) -> None:
+        self._functions, self._synthetic = functions, synthetic
+        self._steps = _pieces(steps, chunk, synthetic.images)
 
-    def student_gradient(self, theta: Tensor, step: StudentStep) -> Tensor:
-        """Compute this shard's part [p] of the student's gradient g_i, see the module."""
+    def student_gradient(self, theta: Tensor, step: int) -> Tensor:
+        """Compute this shard's part [p] of the gradient g_i of the student's step with this number, see the module."""
         total = torch.zeros_like(theta)
-        for piece in step.chunks(self._chunk):
-            rows = self._rows(piece)
-            x = augment(self._synthetic.images[rows], piece.augmentation)
-            total += self._functions.forward(theta, *self._filled_up(x, rows, piece))
+        for piece in self._steps[step]:
+            x = apply_operation(self._synthetic.images[piece.rows], piece.operation, piece.uniform)
+            total += self._functions.forward(theta, *self._filled_up(x, piece))
         return total
 
-    def reverse(self, theta: Tensor, step: StudentStep, v: Tensor, images: Tensor, soft_labels: Tensor) -> Tensor:
+    def reverse(self, theta: Tensor, step: int, v: Tensor, images: Tensor, soft_labels: Tensor) -> Tensor:
         """Differentiate s_i = <v, g_i> for one student step on this shard's images; g_i is the student's gradient.
 
         Returns ds_i/dtheta_i and s_i as one vector [p + 1], and adds ds_i/dX and ds_i/dY to `images` and `soft_labels`.
         """
         total = theta.new_zeros(len(theta) + 1)
-        for piece in step.chunks(self._chunk):
-            rows = self._rows(piece)
+        for piece in self._steps[step]:
+            rows = piece.rows
             raw = self._synthetic.images[rows].requires_grad_()
-            x = augment(raw, piece.augmentation)
-            s, d_theta, d_x, d_y = self._functions.reverse(theta, *self._filled_up(x.detach(), rows, piece), v)
+            x = apply_operation(raw, piece.operation, piece.uniform)
+            s, d_theta, d_x, d_y = self._functions.reverse(theta, *self._filled_up(x.detach(), piece), v)
             total[:-1] += d_theta
             total[-1] += s
             images[rows] += torch.autograd.grad(x, raw, d_x[: len(rows)])[0]
             soft_labels[rows] += d_y[: len(rows)]
         return total
 
-    def _rows(self, piece: StudentStep) -> Tensor:
-        return torch.from_numpy(piece.rows).to(self._synthetic.images.device)
-
-    def _filled_up(self, x: Tensor, rows: Tensor, piece: StudentStep) -> tuple[Tensor, Tensor, Tensor]:
-        """Images, soft labels and weights of a piece, padded with images of weight 0 to the size of a chunk."""
-        missing = (self._chunk or len(rows)) - len(rows)
-        weights = torch.full((len(rows),), 1 / piece.global_batch, dtype=x.dtype, device=x.device)
-        y = self._synthetic.soft_labels[rows]
-        return pad(x, (0, 0) * 3 + (0, missing)), pad(y, (0, 0, 0, missing)), pad(weights, (0, missing))
+    def _filled_up(self, x: Tensor, piece: _Piece) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, soft labels and weights of a piece, filled up to the size of a chunk with images of weight 0."""
+        y = self._synthetic.soft_labels[piece.rows]
+        if missing := len(piece.weights) - len(x):  # padding by nothing would copy
+            x, y = pad(x, (0, 0) * 3 + (0, missing)), pad(y, (0, 0, 0, missing))
+        return x, y, piece.weights
