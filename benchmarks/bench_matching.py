@@ -33,10 +33,11 @@ from torch import Tensor
 
 from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkConfig, NetworkSpec
 from datm_ray.core.networks.parameters import FlatNetwork
+from datm_ray.core.precision import Precision
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.memory import available_memory
 from datm_ray.methods.trajectory.matching import identity, matching_gradient
-from datm_ray.methods.trajectory.step_functions import Order, Precision, StepOptions, StudentStepFunctions
+from datm_ray.methods.trajectory.step_functions import Order, StepOptions, StudentStepFunctions
 
 HEADER = """Matching loss and its gradient in images, soft labels and step size; ConvNet, instance normalisation, mean
 pooling; random tensors of fixed seeds; every minibatch is the whole set; step size 0.01.

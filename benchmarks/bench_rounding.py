@@ -2,6 +2,7 @@
 
 python benchmarks/bench_rounding.py [--problems 24]         (make bench-rounding)
 python benchmarks/bench_rounding.py --experts               the same of an expert's step, with its time; prints only
+python benchmarks/bench_rounding.py --precisions            of TF32, emulated, and bfloat16; prints only
 
 A single problem says little: where rounding carries an activation over a rectifier's kink, a second derivative is taken
 on its other side, and the error jumps from 1e-6 to 1e-3. How often that happens depends on the rounding of the
@@ -17,7 +18,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench_matching import Method, Ours, Shape
@@ -25,11 +28,15 @@ from facts import common_facts, head, result_path, save
 from published_matching import Gradient, Problem, make_problem, unrolling
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from datm_ray.config import NetworkSpec
 from datm_ray.core.experts import ExpertState
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions
+from datm_ray.core.precision import Precision
+from datm_ray.methods.trajectory.matching import matching_gradient
+from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 
 JUMP = 1e-5
 """Error of the image gradient from which on a kink was crossed: rounding alone leaves less than 2e-6."""
@@ -140,6 +147,61 @@ def _expert_errors(
     return errors, seconds
 
 
+_ATEN = torch.ops.aten
+PRODUCTS = {
+    *(_ATEN.convolution.default, _ATEN.convolution_backward.default, _ATEN.mm.default),
+    *(_ATEN.addmm.default, _ATEN.bmm.default, _ATEN.baddbmm.default),
+}
+"""Operations whose factors a GPU rounds to TF32."""
+
+
+class EmulatedTf32(TorchDispatchMode):
+    """Rounds the factors of all products to the 10 bits of TF32, as a GPU does; sums stay in float32."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        if function in PRODUCTS:
+            arguments = tuple(map(self._rounded, arguments))
+        return function(*arguments, **(options or {}))
+
+    def _rounded(self, factor: Any) -> Any:
+        if not isinstance(factor, Tensor) or factor.dtype != torch.float32:
+            return factor
+        bits = factor.contiguous().view(torch.int32)
+        return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+def precision_lines(problems: int) -> Iterator[str]:
+    """A table: error of the matching gradient in each precision against float64, uncompiled."""
+    shapes = {
+        "digits, 50 images, T = 10": (NetworkSpec(channels=1, size=(8, 8), classes=10, width=32, depth=2), 50, 10),
+        "CIFAR, width 64, 20 images, T = 5": (NetworkSpec(channels=3, size=(32, 32), classes=10, width=64), 20, 5),
+    }
+    yield "| shape | precision | images: median error (largest) | least cosine | soft labels | step size |"
+    yield "| --- " * 6 + "|"
+    for shape, (spec, batch, steps) in shapes.items():
+        errors: dict[Precision, list[list[float]]] = {"float32": [], "tf32": [], "bfloat16": []}
+        for seed in range(problems):
+            _, exact = unrolling(make_problem(spec, batch, steps, dtype=torch.float64, seed=seed))
+            problem = make_problem(spec, batch, steps, seed=seed)
+            for precision, rows in errors.items():
+                own: Precision = "bfloat16" if precision == "bfloat16" else "float32"
+                functions = StudentStepFunctions(problem.network, StepOptions(compiled=False, precision=own))
+                with EmulatedTf32() if precision == "tf32" else nullcontext():
+                    found = matching_gradient(
+                        functions, problem.start, problem.target, problem.synthetic, problem.steps
+                    )
+                parts = (found.images, found.soft_labels, found.step_size)
+                row = [relative_error(value, e) for value, e in zip(parts, exact, strict=True)]
+                flat = found.images.double().flatten(), exact[0].flatten()
+                rows.append([*row, float(torch.cosine_similarity(*flat, dim=0))])
+        for precision, rows in errors.items():
+            images, labels, step_size, cosine = zip(*rows, strict=True)
+            cells = [f"{statistics.median(each):.2g} ({max(each):.2g})" for each in (images, labels, step_size)]
+            yield f"| {shape} | {precision} | {cells[0]} | {min(cosine):.5f} | {cells[1]} | {cells[2]} |"
+
+
 def _plainly(networks: Sequence[nn.Module], images: Tensor, labels: Tensor) -> Tensor:
     """Gradients [s p] of modules one after the other, by autograd."""
     rows = []
@@ -155,12 +217,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", type=int, default=24)
     parser.add_argument("--experts", action="store_true", help="of an expert's step; written nowhere")
+    parser.add_argument("--precisions", action="store_true", help="TF32 and bfloat16; written nowhere")
     parser.add_argument("--quick", action="store_true", help="tiny sizes; written nowhere unless --out is given")
     parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results unless --quick")
     arguments = parser.parse_args()
-    if arguments.experts:
+    if arguments.experts or arguments.precisions:
         torch.set_num_threads(1)
-        for line in expert_lines(arguments.problems):
+        for line in (expert_lines if arguments.experts else precision_lines)(arguments.problems):
             print(line, flush=True)
         return
     size = (2, 4, (3, 8, 8), 4, 8, 8, (8, 2)) if arguments.quick else (3, 128, (3, 32, 32), 10, 20, 20, (20, 5))

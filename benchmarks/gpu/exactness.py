@@ -19,11 +19,12 @@ from datm_ray.core.metadd import MetaDD
 from datm_ray.core.networks.instance_norm import instance_norm
 from datm_ray.core.networks.registry import build_network, network_names
 from datm_ray.core.networks.stacked import StackFunctions
+from datm_ray.core.precision import Precision
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.training import Schedule, predict_logits, train_to_end
 from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
 from datm_ray.methods.trajectory.matching import matching_gradient
-from datm_ray.methods.trajectory.step_functions import Precision, StepOptions, StudentStepFunctions
+from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from gpu.machine import Machine
 from gpu.sections import Clock, Row, Section, tried
 

@@ -504,8 +504,8 @@ class ClusterConfig(WorkerShape):
     """Give every auxiliary of metadd workers of its own."""
     memory: Annotated[str | None, BeforeValidator(_require_size)] = None
     """Memory per distilling worker, such as 8GiB; null: all free."""
-    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
-    """Products in the student step; tf32 and bfloat16 need a GPU."""
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
+    """Products of all networks; auto: tf32 on GPUs that have it, as published. bfloat16: students alone."""
     channels_last: bool = True
     """Store maps channels-last: faster on CPUs, coarser rounding."""
     peer_timeout: Annotated[float, Field(ge=0.1, le=86_400)] = 300.0

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
+from datm_ray.core.precision import tf32_products
 from datm_ray.errors import ConfigError
 
 CROP_RATIO = 0.125
@@ -169,7 +170,8 @@ def _rotate(images: Tensor, uniform: Tensor) -> Tensor:
 
 def _affine(images: Tensor, rows: list[list[Tensor]]) -> Tensor:
     matrix = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
-    grid = affine_grid(matrix, list(images.shape), align_corners=True)
+    with tf32_products(False, images.device):  # coordinates of 10 bits would shift pixels
+        grid = affine_grid(matrix, list(images.shape), align_corners=True)
     return grid_sample(images, grid, align_corners=True)
 
 

@@ -27,7 +27,7 @@ from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepF
 from datm_ray.planning.duration import FORWARD_PASSES, Proposal
 from datm_ray.planning.fit import network_cost
 from datm_ray.planning.machines import Machine
-from datm_ray.runtime.devices import prepare_device
+from datm_ray.runtime.devices import precision_on, prepare_device
 from datm_ray.stages.experts import experts_at_a_time
 from datm_ray.stages.validation import evaluation_schedule
 
@@ -115,7 +115,7 @@ def _work(
     images, labels = torch.randn(many, *image, device=device), torch.arange(many, device=device) % spec.classes
     soft, step_size = torch.zeros(chunk, spec.classes, device=device), torch.full((1,), 0.01, device=device)
     synthetic, start = SyntheticSet(images[:chunk], soft, step_size, labels[:chunk]), flatten(networks[0])
-    options = StepOptions(compiled, channels_last=cluster.channels_last, precision=cluster.precision)
+    options = StepOptions(compiled, channels_last=cluster.channels_last, precision=precision_on(cluster, device))
     functions = StudentStepFunctions(FlatNetwork(networks[0]), options)
     steps = draw_student_steps(chunk, STEPS, chunk, config.distill.augmentation, 0, 0)
     in_cache = chunk_in_cache(networks[0], image, stack) if device.type == "cpu" else None

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datm_ray.config import ClusterConfig
+from datm_ray.core.precision import Precision
 from datm_ray.errors import ClusterError
 from datm_ray.store.files.traffic import traffic
 
@@ -32,9 +33,17 @@ def prepare_device(cluster: ClusterConfig) -> torch.device:
         )
     if not takes_one or cluster.device == "cpu":
         return torch.device("cpu")
-    # By default torch rounds the products of convolutions to 10 bits (TF32). Student steps choose their own precision.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    # Experts and networks that are scored follow these switches. Student steps set them as they need.
+    is_rounded = cluster.precision in ("auto", "tf32")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = is_rounded
     return torch.device("cuda")
+
+
+def precision_on(cluster: ClusterConfig, device: torch.device) -> Precision:
+    """Precision of a student step on this device."""
+    if cluster.precision == "auto":
+        return "tf32" if device.type == "cuda" else "float32"
+    return cluster.precision
 
 
 def uses_gpu(cluster: ClusterConfig) -> bool:

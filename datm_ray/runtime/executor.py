@@ -264,12 +264,12 @@ def explaining_memory() -> Iterator[None]:
 
 
 def require_precision(cluster: ClusterConfig, has_gpu: bool) -> None:
-    """Raise a `ClusterError` for a precision other than float32 on workers without a GPU."""
-    if cluster.precision != "float32" and not has_gpu:
+    """Raise a `ClusterError` for a precision that workers without a GPU do not have."""
+    if cluster.precision in ("tf32", "bfloat16") and not has_gpu:
         raise ClusterError(
             f"cluster.precision is {cluster.precision!r}, but there is no GPU to compute it",
             "CPUs compute it far more slowly than float32, or not at all",
-            "use --set cluster.precision=float32",
+            "use --set cluster.precision=auto",
         )
 
 

@@ -22,7 +22,7 @@ from datm_ray.methods.trajectory.iteration import MOST_ABOVE, Distillation, Matc
 from datm_ray.methods.trajectory.matching import draw_student_steps
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.planning.fit import DataShape, DistillationPlan, Layout, chunk_by_trial, plans_of
-from datm_ray.runtime.devices import to_device
+from datm_ray.runtime.devices import precision_on, to_device
 from datm_ray.stages.expert_networks import ExpertNetworks
 from datm_ray.stages.method import Part
 from datm_ray.store.prefetch import Prefetcher
@@ -66,7 +66,9 @@ class TrajectoryMatching:
         self.experts = [ExpertNetworks(each, dataset, part.store_uri, part.device) for each in config.each_backbone()]
         cluster = config.cluster
         options = StepOptions(
-            compiled=cluster.compile, channels_last=cluster.channels_last, precision=cluster.precision
+            compiled=cluster.compile,
+            channels_last=cluster.channels_last,
+            precision=precision_on(cluster, part.device),
         )
         steps = {n: self.functions(FlatNetwork(self.experts[n].network), options) for n in role.backbones}
         planned = config

@@ -23,7 +23,7 @@ from datm_ray.config import ClusterConfig, WorkerShape
 from datm_ray.errors import ClusterError, ConfigError, StoreError, WorkerLostError
 from datm_ray.monitor import logs
 from datm_ray.runtime.create import create_executor
-from datm_ray.runtime.devices import prepare_device, uses_gpu
+from datm_ray.runtime.devices import precision_on, prepare_device, uses_gpu
 from datm_ray.runtime.executor import (
     Executor,
     Failed,
@@ -735,15 +735,21 @@ def test_no_gpus_per_worker_means_the_cpu(monkeypatch: pytest.MonkeyPatch) -> No
         prepare_device(ClusterConfig(gpus_per_worker=0.0, device="cuda"))
 
 
-def test_products_are_not_rounded_on_gpus_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Convolutions on GPUs use no TF32 unless requested, against torch's default."""
+@pytest.mark.parametrize(("precision", "is_rounded"), [("auto", True), ("tf32", True), ("float32", False)])
+def test_products_on_gpus_are_rounded_as_the_recipe_says(
+    monkeypatch: pytest.MonkeyPatch, precision: Any, is_rounded: bool
+) -> None:
+    """Networks use TF32 on GPUs by default, as published, and none with float32; CPUs never round."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     try:
-        matmul.allow_tf32 = cudnn.allow_tf32 = True
-        assert prepare_device(ClusterConfig()) == torch.device("cuda")
-        assert (matmul.allow_tf32, cudnn.allow_tf32) == (False, False)
+        matmul.allow_tf32 = cudnn.allow_tf32 = not is_rounded
+        cluster = ClusterConfig(precision=precision)
+        assert prepare_device(cluster) == torch.device("cuda")
+        assert (matmul.allow_tf32, cudnn.allow_tf32) == (is_rounded, is_rounded)
+        assert precision_on(cluster, torch.device("cuda")) == ("tf32" if is_rounded else "float32")
+        assert precision_on(ClusterConfig(), torch.device("cpu")) == "float32"
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
 

@@ -17,8 +17,7 @@ import copy
 import functools
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,11 +29,11 @@ from datm_ray.core.compilation import Compiled, compiler_problem, traced
 from datm_ray.core.networks.instance_norm import InstanceNorm
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import couples_samples
+from datm_ray.core.precision import Precision, tf32_products
 from datm_ray.core.torch_compat import shapes_only
 from datm_ray.core.training import Heartbeat, no_heartbeat
 from datm_ray.errors import ConfigError
 
-Precision = Literal["float32", "tf32", "bfloat16"]
 Order = Literal["reverse-over-forward", "reverse-over-reverse"]
 Reversed = tuple[Tensor, Tensor, Tensor, Tensor]
 """s [], ds/dtheta [p], ds/dx [b c h w], ds/dy [b k]."""
@@ -229,18 +228,3 @@ def _load_tangent_rules() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 defines tangents with the deprecated torch.jit
         jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
-
-
-@contextmanager
-def tf32_products(allowed: bool, device: torch.device) -> Iterator[None]:
-    """Allow or forbid TF32 in the block; torch itself allows it in convolutions by default."""
-    if device.type != "cuda":
-        yield
-        return
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
