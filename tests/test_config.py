@@ -64,7 +64,7 @@ def refusal(text: str | bytes, folder: Path) -> str:
             "dataset: {normalisation: ZCA}",
             "dataset.normalisation is 'ZCA': input should be 'auto', 'zca' or",
         ),
-        ("name: my run", "name is 'my run': string should match pattern '^[A-Za-z0-9]"),
+        ("name: my run", "name is 'my run': a name has letters, digits, '.', '_' and '-'"),
         ("name: ../x", "name is '../x'"),
         ("seed: -1", "seed is -1: input should be greater than or equal to 0"),
         ("seed: 9223372036854775808", "seed is 9223372036854775808: input should be less than"),

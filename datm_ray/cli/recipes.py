@@ -49,11 +49,14 @@ def init(
     recipe is written, and every value in it has its reason beside it.
     """
     from datm_ray.api import init as init_recipe
+    from datm_ray.config import parse_config
     from datm_ray.errors import ConfigError
     from datm_ray.planning.suggest import default_name
 
     if minutes is not None and hours is not None:
         raise ConfigError("--minutes and --hours are both given", remedy="give one of them")
+    if name is not None:
+        parse_config({"name": name}, "--name")  # before the images are read
     time = minutes if minutes is not None else 30.0 if hours is None else 60 * hours
     file = Path(out or f"{name or default_name(path, ipc)}.yaml")
     if file.exists():

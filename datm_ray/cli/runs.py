@@ -95,6 +95,7 @@ def run(
     --json prints the remaining work of --dry-run, or the scores of a finished run, as in summary.json.
     """
     from datm_ray.pipeline import report as write_report
+    from datm_ray.stages.distill import SYNTHETIC
 
     set_ = [*_with_memory(set_, memory), *_without_full(skip_full)]
     pipeline, start = _prepare(Invocation(recipes, set_, out, store, executor, address))
@@ -106,7 +107,9 @@ def run(
     if json_:
         print_json((pipeline.out / "summary.json").read_json())
         return
+    place = (pipeline.out / pipeline.configs[-1].name / SYNTHETIC).uri
     print(f"{pipeline.table()}\n\nReport: {written.uri}")
+    print(f"Use the set: s = datm_ray.load({place!r}); s.dataset() is for torch, s.training() says how it was scored")
 
 
 @app.command()

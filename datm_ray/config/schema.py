@@ -244,6 +244,8 @@ def _config_error(failure: ValidationError, origin: str) -> ConfigError:
         message = "input should be a section of keys and values"
     if first["type"] == "tuple_type":
         message = "input should be a list: [...]"
+    elif first["type"] == "string_pattern_mismatch":
+        message = "a name has letters, digits, '.', '_' and '-', and begins with a letter or digit"
     remedy = "put it into quotes" if first["type"] == "string_type" else ""
     return ConfigError(f"{origin}: {key} is {first['input']!r}: {message[0].lower()}{message[1:]}", remedy=remedy)
 
