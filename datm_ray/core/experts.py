@@ -20,10 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from datm_ray.config import ExpertConfig
-from datm_ray.core.augment import augment, draw_augmentation
+from datm_ray.core.batches import batches
 from datm_ray.core.networks.parameters import flatten, flatten_buffers
 from datm_ray.core.networks.stacked import StackFunctions, filled_up
-from datm_ray.core.randomness import Purpose, generator
 
 SMALLEST_NORM = 1e-12
 """Keeps GSAM's division by a norm finite, as published."""
@@ -62,41 +61,31 @@ def train_experts(
     """Train the stack from where it is to the end; after every epoch, its mean losses [s], with `state` up to date.
 
     Args:
-        images: [n c h w], normalised.
+        images: [n c h w], normalised; they may lie in main memory, see `core.batches`.
         labels: [n] int64.
         seeds: of each expert's order and augmentation.
         state: changed in place.
     """
-    while state.epoch < settings.epochs:
-        orders = torch.stack([_order(seed, state.epoch, len(images)) for seed in seeds]).to(images.device)
-        total = images.new_zeros(len(seeds))
-        whole = images.new_full((min(settings.batch_size, len(images)),), 1 / min(settings.batch_size, len(images)))
-        for batch, rows in enumerate(orders.split(settings.batch_size, dim=1)):
-            count = rows.shape[1]
-            weights = whole if count == len(whole) else images.new_full((count,), 1 / count)
-            missing = len(whole) - count if functions.fills_up else 0
-            drawn = _drawn(images, rows, settings.augmentation, seeds, state.epoch, batch)
-            losses = _step(functions, state, settings, *filled_up(drawn, labels[rows], weights, missing))
-            total.add_(losses, alpha=count)
-        state.epoch += 1
-        yield total / len(images)
-
-
-def _order(seed: int, epoch: int, count: int) -> Tensor:
-    return torch.from_numpy(generator(seed, Purpose.TRAINING_ORDER, epoch).permutation(count))
-
-
-def _drawn(images: Tensor, rows: Tensor, augmentation: str, seeds: Sequence[int], epoch: int, batch: int) -> Tensor:
-    """[s b c h w] every expert's own images, augmented with its own draws."""
-    drawn = images[rows]
-    if not augmentation:
-        return drawn
-    count = rows.shape[1]
-    draws = [
-        draw_augmentation(augmentation, count, generator(seed, Purpose.TRAINING_AUGMENTATION, epoch, batch))
-        for seed in seeds
-    ]
-    return torch.stack([augment(own, draw) for own, draw in zip(drawn, draws, strict=True)])
+    device = state.parameters.device
+    size, count = min(settings.batch_size, len(images)), len(images)
+    total, whole = state.parameters.new_zeros(len(seeds)), state.parameters.new_full((size,), 1 / size)
+    for batch in batches(
+        [images] * len(seeds),
+        [labels.to(device)] * len(seeds),
+        seeds,
+        range(state.epoch, settings.epochs),
+        settings.batch_size,
+        settings.augmentation,
+    ):
+        rows = batch.images.shape[1]
+        weights = whole if rows == size else whole.new_full((rows,), 1 / rows)
+        missing = size - rows if functions.fills_up else 0
+        losses = _step(functions, state, settings, *filled_up(batch.images, batch.targets, weights, missing))
+        total.add_(losses, alpha=rows)
+        if batch.is_last:
+            state.epoch += 1
+            yield total / count
+            total.zero_()
 
 
 def _step(

@@ -9,20 +9,18 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
-from datm_ray.core.augment import Augmentation, augment, augment_batches, draw_augmentation
+from datm_ray.core.augment import augment, draw_augmentation
+from datm_ray.core.batches import Batch, batches
 from datm_ray.core.networks.image_cost import image_cost
 from datm_ray.core.networks.parameters import flatten, flatten_buffers, unflatten_into
 from datm_ray.core.networks.stacked import StackFunctions, can_be_stacked, chunk_in_cache, filled_up
-from datm_ray.core.randomness import Purpose, generator
 
 Heartbeat = Callable[[], None]
 """Heartbeat callback, called regularly during long work, so that waiting workers know it is running."""
@@ -65,6 +63,10 @@ class Schedule:
         """Learning rate in an epoch, counted from 0."""
         is_late = self.decay_epoch is not None and epoch >= self.decay_epoch
         return self.learning_rate / 10 if is_late else self.learning_rate
+
+    def batches(self, images: Sequence[Tensor], targets: Sequence[Tensor], seeds: Sequence[int]) -> Iterator[Batch]:
+        """Augmented minibatches of all epochs, see `core.batches.batches`."""
+        return batches(images, targets, seeds, range(self.epochs), self.batch_size, self.augmentation)
 
     def augment(self, images: Tensor, random: np.random.Generator | None = None) -> Tensor:
         """Augment a batch [b c h w] with one operation of `augmentation`, drawn anew in each call.
@@ -118,8 +120,8 @@ def train(network: nn.Module, images: Tensor, targets: Tensor, schedule: Schedul
         targets = targets.softmax(dim=1)
     optimizer = _optimizer(network, schedule, schedule.rate(0))
     network.train()
-    total = torch.zeros((), device=images.device)
-    for step, (epoch, is_last, x, y) in enumerate(_steps([images], [targets], schedule, [seed]), start=1):
+    total = torch.zeros((), device=targets.device)
+    for step, (epoch, is_last, x, y) in enumerate(schedule.batches([images], [targets], [seed]), start=1):
         loss = cross_entropy(network(x[0]), y[0])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -137,8 +139,6 @@ STEP_OVERHEAD = 3e7
 COMPILED_WORK = 5e10
 """Expected work of networks from which they are trained together, which compiles for ten to twenty seconds. One after
 another they would take at least that long on two CPU cores."""
-BLOCK_BYTES = 2**24
-"""Bytes of images that are augmented at a time, for the steps to come; at least one step's."""
 
 
 def work_of_training(schedule: Schedule, images: int, flop: float) -> float:
@@ -205,7 +205,8 @@ class Trainer:
         key = (f"{first} {images.shape[1:]}", stacked)
         if key not in self._functions:
             image = (images.shape[1], images.shape[2], images.shape[3])
-            chunk = chunk_in_cache(first, image, stacked) if images.device.type == "cpu" else None
+            on_cpu = next(first.parameters()).device.type == "cpu"
+            chunk = chunk_in_cache(first, image, stacked) if on_cpu else None
             self._functions[key] = StackFunctions(
                 first, stacked=stacked, chunk=chunk, channels_last=self._channels_last
             )
@@ -232,14 +233,14 @@ def train_together(
     """
     state = torch.stack([flatten(network) for network in networks])
     buffers = torch.stack([flatten_buffers(network) for network in networks])
-    classes = networks[0](images[0][:1]).shape[1]
+    classes = networks[0](images[0][:1].to(state.device)).shape[1]
     targets = [
         each.softmax(dim=1) if each.is_floating_point() else one_hot(each, classes).to(state.dtype) for each in targets
     ]
     size = min(schedule.batch_size, len(images[0]))
     velocity: Tensor | None = None
     total = state.new_zeros(())
-    for step, (epoch, is_last, x, y) in enumerate(_steps(images, targets, schedule, seeds), start=1):
+    for step, (epoch, is_last, x, y) in enumerate(schedule.batches(images, targets, seeds), start=1):
         count = x.shape[1]
         weights = x.new_full((count,), 1 / count)
         if functions.fills_up:
@@ -255,42 +256,6 @@ def train_together(
             yield Epoch(epoch + 1, step, float(total) / len(images[0]))
             total.zero_()
             velocity = None if epoch + 1 == schedule.decay_epoch else velocity
-
-
-def _steps(
-    images: Sequence[Tensor], targets: Sequence[Tensor], schedule: Schedule, seeds: Sequence[int]
-) -> Iterator[tuple[int, bool, Tensor, Tensor]]:
-    """Epoch, whether its last step, augmented images [s b c h w] and targets [s b k] of every step.
-
-    Images are augmented for many steps at a time.
-    """
-    count = len(images[0])
-    firsts = range(0, count, schedule.batch_size)
-    every = ((epoch, batch) for epoch in range(schedule.epochs) for batch in range(len(firsts)))
-    of_a_step = len(seeds) * min(schedule.batch_size, count) * images[0][0].nbytes
-    at_a_time = max(1, BLOCK_BYTES // of_a_step)
-    orders: list[NDArray[np.int64]] = []
-    while block := list(islice(every, at_a_time)):
-        rows: list[list[NDArray[np.int64]]] = [[] for _ in seeds]
-        draws: list[list[Augmentation]] = [[] for _ in seeds]
-        for epoch, batch in block:
-            if batch == 0:
-                orders = [generator(seed, Purpose.TRAINING_ORDER, epoch).permutation(count) for seed in seeds]
-            for number, seed in enumerate(seeds):
-                chosen = orders[number][firsts[batch] : firsts[batch] + schedule.batch_size]
-                random = generator(seed, Purpose.TRAINING_AUGMENTATION, epoch, batch)
-                rows[number].append(chosen)
-                draws[number].append(draw_augmentation(schedule.augmentation, len(chosen), random))
-        sizes = [len(chosen) for chosen in rows[0]]
-        x, y = list[Tensor](), list[tuple[Tensor, ...]]()
-        for number, (own_images, own_targets) in enumerate(zip(images, targets, strict=True)):
-            place = torch.from_numpy(np.concatenate(rows[number])).to(own_images.device)
-            x += own_images[place].split(sizes)
-            y.append(own_targets[place].split(sizes))
-        x = augment_batches(x, [draw for own in draws for draw in own])
-        for number, (epoch, batch) in enumerate(block):
-            inputs = torch.stack(x[number :: len(block)])
-            yield epoch, batch == len(firsts) - 1, inputs, torch.stack([own[number] for own in y])
 
 
 @torch.no_grad()

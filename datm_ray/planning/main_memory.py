@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 
 from datm_ray.config import NetworkConfig, RunConfig
+from datm_ray.core.batches import BLOCK_BYTES
 from datm_ray.core.networks.stacked import CACHED_MAP_BYTES
-from datm_ray.core.training import BLOCK_BYTES, PROTOCOLS, SCORING_BATCH
+from datm_ray.core.training import PROTOCOLS, SCORING_BATCH
 from datm_ray.planning.fit import MARGIN, PROCESS_BYTES, DataShape, Layout, network_cost, total, worker_plans
 from datm_ray.runtime.devices import uses_gpu
 from datm_ray.stages.expert_progress import LARGEST_WRITE

@@ -64,6 +64,13 @@ def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
         return torch.as_tensor(array, device=device)
 
 
+def images_on(images: NDArray[np.float32], device: torch.device) -> Tensor:
+    """Images to train on: on the device, or in main memory if they would take more than half of a GPU's free memory."""
+    if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
+        device = torch.device("cpu")
+    return to_device(images, device)
+
+
 class Meter:
     """Meter of a worker's peak memory, and of its reads and writes of files since the construction."""
 

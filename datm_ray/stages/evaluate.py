@@ -43,7 +43,7 @@ from datm_ray.data.dataset import Dataset
 from datm_ray.monitor.logs import fields
 from datm_ray.monitor.provenance import provenance
 from datm_ray.monitor.spent import Account, Spent, total
-from datm_ray.runtime.devices import Meter, prepare_device, to_device
+from datm_ray.runtime.devices import Meter, images_on, prepare_device, to_device
 from datm_ray.runtime.executor import Finished, Progress
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.expert_networks import ExpertNetworks
@@ -242,7 +242,7 @@ class EvaluateWorker:
             return artifact.images.to(self._device), targets.to(self._device), learned
         all_images, all_labels = self._dataset.train_images, self._dataset.train_labels
         if row == "full":
-            return to_device(all_images, self._device), to_device(all_labels, self._device), None
+            return images_on(all_images, self._device), to_device(all_labels, self._device), None
         rows = random_rows(all_labels, config.distill.ipc, seed)
         images, labels = to_device(all_images[rows], self._device), to_device(all_labels[rows], self._device)
         if row == "random-hard":

@@ -36,7 +36,7 @@ from datm_ray.data.dataset import Dataset
 from datm_ray.errors import CorruptFileError, DivergenceError, StoreError
 from datm_ray.monitor.logs import fields
 from datm_ray.monitor.spent import Account, Spent, total
-from datm_ray.runtime.devices import Meter, prepare_device, to_device, uses_gpu
+from datm_ray.runtime.devices import Meter, images_on, prepare_device, to_device, uses_gpu
 from datm_ray.runtime.executor import Event, Finished, Note, Phase, Progress
 from datm_ray.runtime.stopping import Interrupted, saving
 from datm_ray.stages.expert_progress import ExpertProgress, wait_for_disk_space
@@ -93,7 +93,7 @@ class ExpertWorker:
         self._device = prepare_device(cluster)
         self._cluster = cluster
         self._dataset = dataset
-        self._images = to_device(dataset.train_images, self._device)
+        self._images = images_on(dataset.train_images, self._device)
         self._labels = to_device(dataset.train_labels, self._device)
         self._functions: dict[tuple[NetworkSpec, int], StackFunctions] = {}
 

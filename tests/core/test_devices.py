@@ -110,7 +110,8 @@ def test_every_operation_of_augmentation_stays_on_its_device() -> None:
 def test_experts_stay_on_their_device() -> None:
     """Experts stay on their device, alone or stacked, by SGD or GSAM, in parts of a batch."""
 
-    def case(spec: NetworkSpec, stacked: int, gsam: bool) -> None:
+    def case(spec: NetworkSpec, stacked: int, gsam: bool, images: Tensor | None = None) -> None:
+        images = tensor(5, 3, 8, 8) if images is None else images
         networks = [there(spec, seed) for seed in range(stacked)]
         functions = StackFunctions(networks[0], stacked=stacked, compile_=False, chunk=2)
         settings = ExpertConfig(
@@ -124,12 +125,13 @@ def test_experts_stay_on_their_device() -> None:
             rho=0.1,
         )
         state = ExpertState.initial(networks)
-        for losses in train_experts(functions, tensor(5, 3, 8, 8), classes(5), settings, range(stacked), state):
+        for losses in train_experts(functions, images, classes(5), settings, range(stacked), state):
             assert losses.device == state.parameters.device == state.buffers.device == DEVICE
 
     cases: dict[str, Callable[[], Any]] = {
         "one, SGD": lambda: case(SPEC, 1, False),
         "side by side, GSAM": lambda: case(SPEC, 2, True),
+        "images in main memory": lambda: case(SPEC, 2, False, torch.rand(5, 3, 8, 8)),
         "batch statistics, GSAM": lambda: case(SPEC.model_copy(update={"norm": "batch"}), 2, True),
         "vectorised, SGD": lambda: case(SPEC.model_copy(update={"architecture": "mlp"}), 2, False),
     }

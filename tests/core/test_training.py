@@ -21,6 +21,7 @@ from datm_ray.core.training import (
     Schedule,
     Trainer,
     accuracy,
+    are_trained_together,
     predict_logits,
     train,
     train_to_end,
@@ -121,21 +122,16 @@ def test_networks_trained_together_are_compiled_exactly() -> None:
         torch.testing.assert_close(flatten(ours), flatten(alone), rtol=1e-12, atol=1e-13)
 
 
-def test_networks_go_together_only_where_that_is_worth_its_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_networks_go_together_only_where_that_is_worth_its_compilation() -> None:
     """Long trainings of several networks that stack go together; short ones, one network, ResNets and AdamW do not."""
-    monkeypatch.setattr("datm_ray.core.training.compiler_problem", lambda device: "")
-    images, networks = make_data()[0], [make_network(), make_network()]
+    images, network = make_data()[0], make_network()
     resnet = build_network(NetworkSpec(architecture="resnet18", channels=1, size=(8, 8), classes=3, width=4), 0)
     long = replace(RICH, epochs=1000)
-    goes = Trainer().goes_together
-    assert goes(networks, images, long)
-    assert not goes(networks, images, RICH)
-    assert not goes(networks[:1], images, long)
-    assert not goes(networks, images, long.with_adamw())
-    assert not goes([resnet, resnet], images, long)
-    assert not Trainer(compile_=False).goes_together(networks, images, long)
-    monkeypatch.setattr("datm_ray.core.training.compiler_problem", lambda device: "no compiler")
-    assert not goes(networks, images, long)
+    assert are_trained_together(network, 2, images, long)
+    assert not are_trained_together(network, 2, images, RICH)
+    assert not are_trained_together(network, 1, images, long)
+    assert not are_trained_together(network, 2, images, long.with_adamw())
+    assert not are_trained_together(resnet, 2, images, long)
 
 
 def test_a_trainer_trains_all_networks_and_counts_their_epochs() -> None:

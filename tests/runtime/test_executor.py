@@ -23,7 +23,7 @@ from datm_ray.config import ClusterConfig, WorkerShape
 from datm_ray.errors import ClusterError, ConfigError, StoreError, WorkerLostError
 from datm_ray.monitor import logs
 from datm_ray.runtime.create import create_executor
-from datm_ray.runtime.devices import precision_on, prepare_device, uses_gpu
+from datm_ray.runtime.devices import images_on, precision_on, prepare_device, uses_gpu
 from datm_ray.runtime.executor import (
     Executor,
     Failed,
@@ -752,6 +752,14 @@ def test_products_on_gpus_are_rounded_as_the_recipe_says(
         assert precision_on(ClusterConfig(), torch.device("cpu")) == "float32"
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def test_images_that_would_fill_a_gpu_stay_in_main_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of more than half of a GPU's free memory stay in main memory; on CPUs there is no other place."""
+    images = np.zeros((4, 1, 8, 8), np.float32)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (images.nbytes, 10 * images.nbytes))
+    assert images_on(images, torch.device("cuda")).device.type == "cpu"
+    assert images_on(images, torch.device("cpu")).device.type == "cpu"
 
 
 def test_unknown_executor_is_named() -> None:

@@ -1,0 +1,89 @@
+"""Minibatches of networks in training: order, augmentation, and the way to the device.
+
+Each network has its own order and draws, which follow from its seed, the epoch and the number of the batch alone.
+Images are gathered and augmented for many steps at a time. Shapes: s networks, b images of a batch, c h w image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from datm_ray.core.augment import Augmentation, augment_batches, draw_augmentation
+from datm_ray.core.randomness import Purpose, generator
+
+BLOCK_BYTES = 2**24
+"""Bytes of images that are augmented at a time, for the steps to come; at least one step's."""
+
+
+class Batch(NamedTuple):
+    """Minibatches of all networks in one step."""
+
+    epoch: int
+    """Counted from 0."""
+    is_last: bool
+    """True for the last step of the epoch."""
+    images: Tensor
+    """[s b c h w], augmented."""
+    targets: Tensor
+    """[s b] or [s b k]."""
+
+
+def batches(
+    images: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    seeds: Sequence[int],
+    epochs: range,
+    batch_size: int,
+    augmentation: str,
+) -> Iterator[Batch]:
+    """Minibatches of several networks, step by step. Every epoch has each image once, and a last batch may be smaller.
+
+    Args:
+        images: of each network, [n c h w]; n is the same for all. They may lie in main memory, see `_gathered`.
+        targets: of each network, [n] or [n k], on the device.
+        seeds: of each network's order and augmentation.
+        epochs: numbers of the epochs, from 0.
+        batch_size: images of a step.
+        augmentation: DSA operations joined by underscores; "" for none.
+    """
+    count, device = len(images[0]), targets[0].device
+    firsts = range(0, count, batch_size)
+    every = ((epoch, batch) for epoch in epochs for batch in range(len(firsts)))
+    of_a_step = len(seeds) * min(batch_size, count) * images[0][0].nbytes
+    orders: list[NDArray[np.int64]] = []
+    while block := list(islice(every, max(1, BLOCK_BYTES // of_a_step))):
+        rows: list[list[NDArray[np.int64]]] = [[] for _ in seeds]
+        draws: list[list[Augmentation]] = [[] for _ in seeds]
+        for epoch, batch in block:
+            if batch == 0:
+                orders = [generator(seed, Purpose.TRAINING_ORDER, epoch).permutation(count) for seed in seeds]
+            for number, seed in enumerate(seeds):
+                chosen = orders[number][firsts[batch] : firsts[batch] + batch_size]
+                random = generator(seed, Purpose.TRAINING_AUGMENTATION, epoch, batch)
+                rows[number].append(chosen)
+                draws[number].append(draw_augmentation(augmentation, len(chosen), random))
+        sizes = [len(chosen) for chosen in rows[0]]
+        x, y = list[Tensor](), list[tuple[Tensor, ...]]()
+        for number, (own_images, own_targets) in enumerate(zip(images, targets, strict=True)):
+            place = torch.from_numpy(np.concatenate(rows[number]))
+            x += _gathered(own_images, place, device).split(sizes)
+            y.append(own_targets[place.to(device)].split(sizes))
+        x = augment_batches(x, [draw for own in draws for draw in own])
+        for number, (epoch, batch) in enumerate(block):
+            inputs = torch.stack(x[number :: len(block)])
+            yield Batch(epoch, batch == len(firsts) - 1, inputs, torch.stack([own[number] for own in y]))
+
+
+def _gathered(images: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+    """Rows of images on the device. From main memory they travel to a GPU while it computes."""
+    if images.device == device:
+        return images[rows.to(device)]
+    pinned = torch.empty(len(rows), *images.shape[1:], dtype=images.dtype, pin_memory=device.type == "cuda")
+    return torch.index_select(images, 0, rows, out=pinned).to(device, non_blocking=True)
