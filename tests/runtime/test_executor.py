@@ -38,6 +38,7 @@ from datm_ray.runtime.executor import (
     Task,
     WorkerRank,
 )
+from tests.processes import until
 from tests.runtime.workers import Adder, Greedy, Idler, Leaver, Looker, Neighbour, Saver, Slow, Squarer, Warner
 
 OPEN: list[Executor] = []
@@ -328,6 +329,8 @@ def test_a_worker_that_is_stuck_is_found(
     ending = "and no answer" if trap == "freeze_once" else "its log in Ray's dashboard says where it was stuck"
     assert re.fullmatch(rf"no step for \d+ s[,;] {ending}", lost.reason)
     assert isinstance(events[-1], Finished)
+    executor.close()
+    until(lambda: ray_cluster.available_resources().get("CPU") == 2, "the stuck worker's CPU is free")
 
 
 class BrokenOnce:

@@ -433,7 +433,8 @@ class _Stage:
     def _note_start(self, worker: PoolWorker) -> None:
         """Note that an actor has started, or that Ray could not start it."""
         try:
-            worker.node, worker.starting, self._failed_starts = ray.get(worker.starting), None, 0
+            worker.has_started(ray.get(worker.starting))
+            self._failed_starts = 0
             worker.free_since = time.monotonic()
         except RayError as failure:
             self._drop(worker)
@@ -588,6 +589,8 @@ class _Stage:
                     worker.take_news()
                 silence = now - job.heard
                 if silence > job.patience.limit + MARGIN:
+                    for worker in job.workers:
+                        worker.end_process()
                     yield from self._lose(job, WorkerLostError(f"no step for {silence:.0f} s, and no answer"), silence)
             yield from self._leave_nodes(draining_nodes())
         for job in [job for job in self._jobs if job.peer_lost and job.workers]:

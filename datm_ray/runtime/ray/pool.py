@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from datm_ray.monitor.logs import Collector, accept
 from datm_ray.runtime import stopping
@@ -56,9 +58,9 @@ class Worker:
         """Name of the actor in Ray's dashboard and logs."""
         return type(self).__name__
 
-    def node(self) -> str:
-        """Identifier of the node on which the actor was placed."""
-        return str(ray.get_runtime_context().get_node_id())
+    def place(self) -> tuple[str, int]:
+        """Identifier of the node on which the actor was placed, and of its process there."""
+        return str(ray.get_runtime_context().get_node_id()), os.getpid()
 
     def news(self) -> list[logging.LogRecord]:
         """New log records."""
@@ -128,8 +130,9 @@ class PoolWorker:
     """Ray's options of the actor: what it occupies, and where it may run."""
     actor: Any
     starting: Any
-    """Reference to the answer of `Worker.node`; None once the actor has started."""
+    """Reference to the answer of `Worker.place`; None once the actor has started."""
     node: str = ""
+    process: int = 0
     stream: Any = None
     """Ray's generator of references to the events of the present or last task."""
     avoids: bool = False
@@ -148,7 +151,7 @@ class PoolWorker:
         remote: Any = ray.remote(**groups)(Worker)
         placed = {"scheduling_strategy": PlacementGroupSchedulingStrategy(*bundle)} if bundle else {}
         actor = remote.options(**options, **placed).remote(logging.getLogger("datm_ray").getEffectiveLevel())
-        return cls(options, actor, actor.node.remote(), avoids=avoids)
+        return cls(options, actor, actor.place.remote(), avoids=avoids)
 
     def suits(self, options: Mapping[str, Any]) -> bool:
         """True if the actor occupies what these options ask for; it may have more memory, and avoid more nodes."""
@@ -170,7 +173,11 @@ class PoolWorker:
         """Note the node of an actor that has started."""
         if self.starting is not None and ray.wait([self.starting], timeout=0, fetch_local=False)[0]:
             with suppress(RayError):
-                self.node, self.starting = ray.get(self.starting), None
+                self.has_started(ray.get(self.starting))
+
+    def has_started(self, place: tuple[str, int]) -> None:
+        """Note where the actor has started."""
+        (self.node, self.process), self.starting = place, None
 
     def take_news(self) -> None:
         """Log what the worker has logged since the last call, and request what comes next."""
@@ -188,3 +195,16 @@ class PoolWorker:
     def stop(self) -> None:
         """Kill the actor and free its resources."""
         ray.kill(self.actor)
+
+    def end_process(self) -> None:
+        """Kill the actor's process from its node. One that stands still does not obey Ray, which waits for its end."""
+        if self.process:
+            there = NodeAffinitySchedulingStrategy(self.node, soft=False)
+            killer: Any = ray.remote(_kill)
+            killer.options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(self.process)
+
+
+def _kill(process: int) -> None:
+    with suppress(OSError):  # it has ended
+        if b"ray::" in Path(f"/proc/{process}/cmdline").read_bytes():  # or else another has its number by now
+            os.kill(process, signal.SIGKILL)
