@@ -98,7 +98,7 @@ class MetaDD:
     def loss(self, images: Tensor, labels: Tensor) -> MetaLoss:
         """Compute the loss of images [b c h w] of classes [b], differentiable in the images.
 
-        The graphs of all networks are kept; `gradient` keeps that of one.
+        The graphs of all networks are kept for all images; `gradient` keeps them for one part.
 
         Raises:
             ConfigError: a network has no feature maps, or the networks have different numbers of classes.
@@ -119,7 +119,9 @@ class MetaDD:
         chunk: int = IMAGES_AT_A_TIME,
         all_sum: AllSum = identity,
     ) -> tuple[MetaLoss, Tensor]:
-        """Compute the loss and its gradient in the images [b c h w], one network and one part at a time.
+        """Compute the loss and its gradient in the images [b c h w], one part at a time.
+
+        Each network sees each part once. The graphs of all networks held here are kept for one part.
 
         Args:
             images: [b c h w]; b may be 0.
@@ -135,11 +137,13 @@ class MetaDD:
         losses = [images.new_zeros(len(fields(MetaLoss)))]
         for first in range(0, len(images), chunk):
             rows = slice(first, first + chunk)
-            part, own = images[rows], labels[rows]
-            shared = self._gathered(part, own, networks or len(self._networks), classes, all_sum)
-            losses.append(_values(meta_loss(shared, own, self.options)) * len(part))
-            for index, network in self._networks.items():
-                total[rows] += self._through(network, index, part, own, shared) * (len(part) / over)
+            part, own = images[rows].detach().requires_grad_(), labels[rows]
+            here = {index: evidence(network, part, own) for index, network in self._networks.items()}
+            together = _gathered(here, part, networks or len(self._networks), classes, all_sum)
+            loss = meta_loss(together, own, self.options)
+            losses.append(_values(loss) * len(part))
+            if here:
+                total[rows] = torch.autograd.grad(loss.total, part)[0] * (len(part) / over)
         return MetaLoss(*(torch.stack(losses).sum(dim=0) / over).unbind()), total
 
     def evidence(
@@ -153,30 +157,29 @@ class MetaDD:
         all_sum: AllSum = identity,
     ) -> Evidence:
         """Compute all networks' maps [m b h w] and logits [m b k], without derivatives; arguments as in `gradient`."""
-        parts = [
-            self._gathered(part, own, networks or len(self._networks), classes, all_sum)
-            for part, own in zip(images.split(chunk), labels.split(chunk), strict=True)
-        ]
+        parts = list[Evidence]()
+        for part, own in zip(images.split(chunk), labels.split(chunk), strict=True):
+            here = {index: _values_of(evidence(each, part.detach(), own)) for index, each in self._networks.items()}
+            parts.append(_gathered(here, part, networks or len(self._networks), classes, all_sum))
         return Evidence(torch.cat([part.maps for part in parts], 1), torch.cat([part.logits for part in parts], 1))
 
-    def _gathered(self, images: Tensor, labels: Tensor, networks: int, classes: int, all_sum: AllSum) -> Evidence:
-        """Gather the evidence [m b ..] of all processes."""
-        here = {index: _values_of(evidence(each, images.detach(), labels)) for index, each in self._networks.items()}
-        _require_one_label_set([one.logits for one in here.values()])
-        classes = classes or next(iter(here.values())).logits.shape[1]
-        maps = images.new_zeros(networks, len(images), *images.shape[2:])
-        logits = images.new_zeros(networks, len(images), classes)
-        for index, own in here.items():
-            maps[index], logits[index] = own.maps, own.logits
-        return Evidence(all_sum(maps), all_sum(logits))
 
-    def _through(self, network: nn.Module, index: int, images: Tensor, labels: Tensor, shared: Evidence) -> Tensor:
-        """Gradient [b c h w] of the mean loss through one network, with the other networks' evidence held constant."""
-        images = images.detach().requires_grad_()
-        own = evidence(network, images, labels)
-        together = Evidence(_with(shared.maps, index, own.maps), _with(shared.logits, index, own.logits))
-        (gradient,) = torch.autograd.grad(meta_loss(together, labels, self.options).total, images)
-        return gradient
+def _gathered(here: Mapping[int, Evidence], images: Tensor, networks: int, classes: int, all_sum: AllSum) -> Evidence:
+    """Evidence [m b ..] of all processes; that of the networks held here keeps its derivatives.
+
+    Args:
+        here: index of a network -> its evidence.
+    """
+    _require_one_label_set([one.logits for one in here.values()])
+    classes = classes or next(iter(here.values())).logits.shape[1]
+    maps = images.new_zeros(networks, len(images), *images.shape[2:])
+    logits = images.new_zeros(networks, len(images), classes)
+    for index, own in here.items():
+        maps[index], logits[index] = own.maps.detach(), own.logits.detach()
+    maps, logits = all_sum(maps), all_sum(logits)
+    for index, own in here.items():
+        maps, logits = _with(maps, index, own.maps), _with(logits, index, own.logits)
+    return Evidence(maps, logits)
 
 
 def evidence(network: nn.Module, images: Tensor, labels: Tensor) -> Evidence:

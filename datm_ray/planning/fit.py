@@ -254,7 +254,7 @@ class DistillationPlan:
             "trace": 4 * (config.distill.student_steps + 1) * self._parameters,
             "call": 0 if self.backbone is None else chunk * self._bytes_of_an_image,
             "validation": max(trained, 2 * SCORING_BATCH * self._cost(0).largest) + gathered,
-            "meta": max((IMAGES_AT_A_TIME * each.maps for each in seen), default=0),
+            "meta": sum(IMAGES_AT_A_TIME * each.maps for each in seen),
         }
 
     @property
