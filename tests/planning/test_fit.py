@@ -171,7 +171,7 @@ def test_results_depend_on_micro_batches_that_stay() -> None:
     found = {name: plan_of(override(get_recipe(name), ["cluster.memory=64GiB", "cluster.device=cpu"])).chunk
              for name in recipe_names()}  # fmt: skip
     for name, chunk in found.items():
-        usual = 5 if name.startswith("tiny") else 10 if name.endswith("-ipc1") else 50 if "digits" in name else 20
+        usual = 5 if name.startswith("tiny") else 10 if name.endswith(("-ipc1", "-smoke")) else 50 if "digits" in name else 20
         assert chunk == (20 if name == "cifar100-ipc1" else usual), name
 
 
