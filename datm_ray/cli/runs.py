@@ -148,8 +148,7 @@ def plan(
     together. tflops (or gflops) is the speed of student steps on one GPU or core, not its peak. network is the speed at
     which one GPU or core can send. Time on GPUs needs tflops or --measure.
     """
-    from datm_ray.planning.duration import not_followed
-    from datm_ray.planning.plan import plan_run
+    from datm_ray.planning.plan import not_followed, plan_run
 
     configs = [config_of(name, _with_memory(set_, memory)) for name in recipes]
     wanted = sum(config.workers_per_set for config in configs)  # a run distils its recipes side by side

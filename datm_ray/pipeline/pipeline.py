@@ -27,7 +27,7 @@ from datm_ray.runtime.executor import Executor, Finished, More, Task
 from datm_ray.runtime.stopping import ask, by_signals
 from datm_ray.stages.checkpoint import CHECKPOINT
 from datm_ray.stages.distill import DistillWorker
-from datm_ray.stages.evaluate import FAIR_ROWS, ON_OTHERS, ROWS, read_score, result_location
+from datm_ray.stages.evaluate import read_score, result_location, scored_rows
 from datm_ray.stages.expert_progress import ExpertProgress, note_stacks
 from datm_ray.stages.experts import experts_cost, progress_of, stacks, write_experts_cost
 from datm_ray.stages.validation import Candidates
@@ -183,10 +183,7 @@ class Pipeline:
 
     def scored_rows(self, config: RunConfig) -> list[tuple[str, NetworkConfig | None]]:
         """Rows that a run is scored on, each with its network; None for the backbone. Benchmarks leave rows out."""
-        rows = [row for row in ROWS if row != "full" or config.evaluate.full]
-        rows += FAIR_ROWS if config.evaluate.fair else ()
-        others = ((row, network) for network in config.scored_networks for row in ON_OTHERS)
-        return [*((row, None) for row in rows), *others]
+        return scored_rows(config)
 
     @contextmanager
     def _started(

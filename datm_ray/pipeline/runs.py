@@ -13,7 +13,7 @@ from datm_ray.data.dataset import Dataset, prepare
 from datm_ray.data.patience import Say, silent
 from datm_ray.data.sources import RawDataset, load_raw
 from datm_ray.data.transform import FitCost, Transform, fit_transform
-from datm_ray.planning.fit import DataShape
+from datm_ray.planning.shape import DataShape
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.experts import expert_group
 from datm_ray.store.files.filesystem import Location, open_location

@@ -6,21 +6,17 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-import numpy as np
-import torch
-
 from datm_ray.config import DatasetConfig, NetworkConfig, Role, RunConfig, network_names
-from datm_ray.core.networks.registry import build_network
-from datm_ray.core.networks.stacked import LARGEST_STACK
-from datm_ray.core.training import PROTOCOLS, are_trained_together, validation_protocol, work_of_training
+from datm_ray.core.training import PROTOCOLS, validation_protocol, work_of_training
 from datm_ray.errors import ConfigError
 from datm_ray.pipeline.runs import Runs
-from datm_ray.planning.duration import FORWARD_PASSES
-from datm_ray.planning.fit import ALONE, DataShape, Layout, network_cost, plans_of
+from datm_ray.planning.fit import ALONE, Layout, plans_of
+from datm_ray.planning.machines import FORWARD_PASSES
 from datm_ray.planning.main_memory import distilling_memory, experts_memory, scoring_memory
+from datm_ray.planning.shape import DataShape, network_cost
 from datm_ray.runtime.devices import uses_gpu
 from datm_ray.runtime.executor import Executor, Task
-from datm_ray.stages.evaluate import FAIR_ROWS, ROWS, result_location, row_schedule, work_of
+from datm_ray.stages.evaluate import FAIR_ROWS, ROWS, result_location, seeds_of_tasks, work_of
 from datm_ray.stages.expert_progress import read_stacks
 from datm_ray.stages.experts import experts_at_a_time, stacks
 from datm_ray.stages.validation import is_apart, only_validations_are_left
@@ -209,7 +205,8 @@ def evaluate_tasks(
         images = len(raw.train) if row == "full" else config.distill.ipc * raw.classes
         work = work_of(config, row, network, raw.classes, len(raw.train), _flop(runs, config, network))
         work *= FORWARD_PASSES["training"]
-        for numbers in _seeds_of_tasks(runs, config, row, network, images, -(-workers // len(everything))):
+        spec = (network or config.network).for_images(raw.channels, raw.size, raw.classes)
+        for numbers in seeds_of_tasks(config, row, spec, images, -(-workers // len(everything))):
             places = [result_location(runs.out, config, raw.fingerprint, row, number, network) for number in numbers]
             if all(place.exists() for place in places):
                 continue
@@ -227,19 +224,6 @@ def evaluate_tasks(
             )
             tasks[" ".join(uris)] = (config.dataset, task)
     return sorted(tasks.values(), key=lambda each: -each[1].weight if workers > 1 else 0)
-
-
-def _seeds_of_tasks(
-    runs: Runs, config: RunConfig, row: str, network: NetworkConfig | None, images: int, least: int
-) -> list[tuple[int, ...]]:
-    """Numbers of the seeds of each task of a row: all of a stack, but for at least so many tasks."""
-    shape, seeds, cluster = runs.shape(config), config.evaluate.seeds, config.cluster
-    spec = (network or config.network).for_images(shape.image[0], shape.image[1:], shape.classes)
-    inputs = torch.empty(images, *shape.image, device="meta")
-    parts = seeds
-    if cluster.compile and are_trained_together(build_network(spec, 0), seeds, inputs, row_schedule(config, row)):
-        parts = min(seeds, max(least, -(-seeds // LARGEST_STACK)))
-    return [tuple(part.tolist()) for part in np.array_split(np.arange(seeds), parts)]
 
 
 def row_title(config: RunConfig, row: str, network: NetworkConfig | None) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,14 +18,15 @@ from datm_ray.config import RunConfig, parse_bytes
 from datm_ray.errors import ConfigError
 from datm_ray.runtime.devices import uses_gpu
 
-RELATIVE_RATES = {"matching": 1.0, "experts": 0.94, "training": 0.45, "real": 0.45, "scoring": 0.35}
-"""Rate of each kind of work, as a multiple of that of student steps. Measured with ConvNet-3 of width 128 at 32x32 on
-one core: 165, 155, 75, 75 and 57 GFLOP/s."""
+FORWARD_PASSES = {"matching": 11.0, "experts": 3.2, "training": 6.7, "real": 6.7, "scoring": 2.9}
+"""Time of one image pass of each kind, as a multiple of a forward pass at the speed of student steps. training: on a
+synthetic set; real: on real data. Measured with ConvNet-3 of width 128 at 32x32 on one core."""
 COMPILING = {"matching": 5.0, "experts": 2.0}
 """CPU seconds to compile each kind of step in a fresh process, for each torch function of the network's forward pass.
 Measured with ConvNets of 2 to 4 blocks on a busy core; an idle one takes less."""
-GPU_RATE = 7e12
-"""FLOP/s for which a layout of GPUs is chosen where no speed is given. Assumed: a tenth of an H200's float32 peak."""
+CORE_SPEED, GPU_SPEED = 150e9, 7e12
+"""FLOP/s of student steps for which a layout is chosen where no speed is given. A GPU's is assumed: a tenth of an
+H200's float32 peak."""
 BANDWIDTH = {"core": 0.75e9, "GPU": 25e9 / 8}
 """Bytes a second that a worker sends in a sum. Measured between two processes of one machine, 0.7 to 1.0 GB/s; assumed
 for GPUs, 25 Gbps."""
@@ -40,18 +42,25 @@ class Machine:
     """core or GPU."""
     workers: int
     """Workers at work at a time."""
-    rates: dict[str, float]
-    """FLOP/s of one worker, by kind of work: keys as in `RELATIVE_RATES`."""
+    seconds: Mapping[str, float]
+    """Kind of work -> seconds of one worker for an image pass, for each operation of the network's forward pass."""
     basis: str
-    """Source of the rates, in words; "" if nobody measured them, and then no time is shown."""
+    """Source of the seconds, in words; "" if nobody measured them, and then no time is shown."""
     bandwidth: float
     """Bytes a second that one worker sends in a sum."""
     memory: int | None = None
     """Bytes that one worker may take; None where it is not known."""
     cores: int = 1
     """Cores of one worker."""
-    compiling: dict[str, float] = field(default_factory=lambda: COMPILING)
+    compiling: Mapping[str, float] = field(default_factory=lambda: COMPILING)
     """Seconds in which one worker compiles, by kind of work; a multiple as in `COMPILING`."""
+
+    @classmethod
+    def of(cls, device: str, workers: int, cores: int = 1, speed: float = 0.0) -> Machine:
+        """Workers with this speed of student steps in FLOP/s; 0 for an unknown one, which serves to compare layouts."""
+        known = speed or (GPU_SPEED if device == "GPU" else CORE_SPEED)
+        seconds = {kind: passes / (known * cores) for kind, passes in FORWARD_PASSES.items()}
+        return cls(device, workers, seconds, "as given" if speed else "", BANDWIDTH[device], cores=cores)
 
     def sum_seconds(self, size: float, sums: int, members: int) -> float:
         """Seconds of so many sums over so many workers, of `size` bytes together."""
@@ -64,9 +73,21 @@ def machine_here(config: RunConfig) -> Machine:
     """Machine to plan for if no cluster is described: `cluster.workers` workers, or as many as this machine holds."""
     cluster = config.cluster
     if uses_gpu(cluster):
-        return _machine("GPU", cluster.workers or torch.cuda.device_count() or config.workers_per_set, 1)
+        return Machine.of("GPU", cluster.workers or torch.cuda.device_count() or config.workers_per_set)
     workers = cluster.workers or max(1, (os.cpu_count() or 1) // cluster.threads_per_worker)
-    return _machine("core", workers, cluster.threads_per_worker)
+    return Machine.of("core", workers, cluster.threads_per_worker)
+
+
+_NUMBER = r"(\d{1,9}(?:\.\d{1,9})?)"
+_KEYS = {
+    "gpus": (r"(\d{1,5})", 1),
+    "cpus": (r"(\d{1,6})", 1),
+    "memory": (r"(.*)", 1),
+    "tflops": (_NUMBER, 1e12),
+    "gflops": (_NUMBER, 1e9),
+    "network": (rf"{_NUMBER} ?([KMGT])bps", 1 / 8),
+}
+"""Key of a description -> form of its value, and unit."""
 
 
 def parse_cluster(text: str, threads: int = 1) -> Machine:
@@ -88,11 +109,11 @@ def parse_cluster(text: str, threads: int = 1) -> Machine:
     values: dict[str, float] = {}
     for part in text.split(","):
         name, equals, value = (each.strip() for each in part.partition("="))
-        if not equals or name not in _READERS:
-            raise unreadable(f"{part.strip()!r} is not one of {', '.join(f'{key}=' for key in _READERS)}")
+        if not equals or name not in _KEYS:
+            raise unreadable(f"{part.strip()!r} is not one of {', '.join(f'{key}=' for key in _KEYS)}")
         if name in values:
             raise unreadable(f"{name} is there twice")
-        values[name] = _READERS[name](value)
+        values[name] = _number(name, value)
         if not values[name]:
             raise unreadable(f"{name} is {value!r}")
     if ("gpus" in values) == ("cpus" in values):
@@ -106,23 +127,24 @@ def parse_cluster(text: str, threads: int = 1) -> Machine:
             f"a worker takes {threads} cores, and the cluster has {count}",
             remedy="lower cluster.threads_per_worker, or describe a larger cluster",
         )
-    machine = _machine(device, count // cores, cores)
+    machine = Machine.of(device, count // cores, cores, values.get("tflops") or values.get("gflops") or 0.0)
     if memory:
         machine = replace(machine, memory=int(memory if device == "GPU" else memory // machine.workers))
-    if speed := values.get("tflops") or values.get("gflops"):
-        machine = replace(machine, rates=_rates(speed * cores), basis="as given")
     return replace(machine, bandwidth=values.get("network") or machine.bandwidth)
 
 
-def _machine(device: str, workers: int, cores: int) -> Machine:
-    """Machine whose speed is not known; its rates serve to compare layouts."""
-    rates = _rates(GPU_RATE if device == "GPU" else 150e9 * cores)
-    return Machine(device, workers, rates, "", BANDWIDTH[device], cores=cores)
-
-
-def _rates(matching: float) -> dict[str, float]:
-    """Rates of all kinds of work where student steps run at this one."""
-    return {kind: matching * share for kind, share in RELATIVE_RATES.items()}
+def _number(key: str, text: str) -> float:
+    """Value of a key in base units; 0 if it cannot be read, such as a memory of 8, which lacks its unit."""
+    pattern, unit = _KEYS[key]
+    match = re.fullmatch(pattern, text, re.ASCII | re.IGNORECASE)
+    if not match:
+        return 0.0
+    if key == "memory":
+        with suppress(ConfigError):
+            return float(size) if 2**20 <= (size := parse_bytes(text)) < 2**60 else 0.0
+        return 0.0
+    prefix = match[2].upper() if match.lastindex == 2 else " "
+    return unit * float(match[1]) * 1000.0 ** " KMGT".index(prefix)
 
 
 def require_measurable(machine: Machine) -> None:
@@ -133,34 +155,3 @@ def require_measurable(machine: Machine) -> None:
             + ("the speed is given" if machine.basis else "it has no GPU, which the workers compute on"),
             remedy="leave it out; tflops= or gflops= in --cluster gives a speed",
         )
-
-
-def _number(unit: float, pattern: str = r"(\d{1,9}(?:\.\d{1,9})?)") -> Callable[[str], float]:
-    """Function that reads a number of this unit; 0 if the text is none."""
-
-    def read(text: str) -> float:
-        match = re.fullmatch(pattern, text, re.ASCII | re.IGNORECASE)
-        prefix = match[2].upper() if match and match.lastindex == 2 else " "
-        return unit * float(match[1]) * 1000.0 ** " KMGT".index(prefix) if match else 0.0
-
-    return read
-
-
-def _size(text: str) -> float:
-    """Bytes of memory, from 1 MiB on; 0 if the text is none: a memory of 8 lacks its unit."""
-    try:
-        size = parse_bytes(text)
-    except ConfigError:
-        return 0.0
-    return float(size) if 2**20 <= size < 2**60 else 0.0
-
-
-_READERS: dict[str, Callable[[str], float]] = {
-    "gpus": _number(1, r"(\d{1,5})"),
-    "cpus": _number(1, r"(\d{1,6})"),
-    "memory": _size,
-    "tflops": _number(1e12),
-    "gflops": _number(1e9),
-    "network": _number(1 / 8, r"(\d{1,9}(?:\.\d{1,9})?) ?([KMGT])bps"),
-}
-"""Key of a description -> what reads its value in base units, or gives 0."""

@@ -13,23 +13,21 @@ from datm_ray.config import NetworkConfig, RunConfig
 from datm_ray.core.batches import BLOCK_BYTES
 from datm_ray.core.networks.stacked import CACHED_MAP_BYTES
 from datm_ray.core.training import PROTOCOLS, SCORING_BATCH
-from datm_ray.planning.fit import MARGIN, PROCESS_BYTES, DataShape, Layout, network_cost, total, worker_plans
+from datm_ray.planning.fit import MARGIN, PROCESS_BYTES, Layout, plans_of
+from datm_ray.planning.shape import DataShape, network_cost
 from datm_ray.runtime.devices import uses_gpu
 from datm_ray.stages.expert_progress import LARGEST_WRITE
 
-PLAIN_PROCESS_BYTES = 900 * 2**20
-"""Memory of a CPU worker that compiles nothing, without its tensors. Measured: 790 to 830 MiB with small tensors."""
-COMPILING_PROCESS_BYTES = 1000 * 2**20
-"""Memory of a CPU worker that compiles steps of experts, without its tensors. Measured: about 940 MiB."""
+PLAIN_PROCESS_BYTES, COMPILING_PROCESS_BYTES = 900 * 2**20, 1000 * 2**20
+"""Memory of a CPU worker that compiles nothing, and of one that compiles steps of experts, without their tensors.
+Measured: 790 to 830 MiB and about 940 MiB with small tensors."""
 GPU_PROCESS_BYTES = 4 * 2**30
 """Main memory of a worker that computes on a GPU. Assumed: libraries and the context of CUDA take 2 to 3 GiB."""
 EXPERT_MAPS, SCORED_MAPS = 3, 1.25
 """Peak memory of a training step, as a multiple of the bytes that all layers write in one forward pass. Measured: up to
 3.4 for experts, whose calls are small on CPUs, and 1.3 to 1.5 for networks that are scored; `MARGIN` comes on top."""
-STATE_VECTORS = 8
-"""Vectors of p numbers of an expert in training: parameters, gradients, velocity, GSAM's and the updated ones."""
-PROGRESS_COPIES = 2
-"""Copies of the epochs that wait to be written: as they were added, and stacked for the file."""
+VECTORS = 8
+"""Vectors of p numbers of a network in training: parameters, gradients, velocity, GSAM's and the updated ones."""
 
 
 def experts_memory(config: RunConfig, shape: DataShape, stacked: int) -> int:
@@ -37,16 +35,13 @@ def experts_memory(config: RunConfig, shape: DataShape, stacked: int) -> int:
     if uses_gpu(config.cluster.shaped(light=True)):
         return GPU_PROCESS_BYTES
     cost, settings = network_cost(config, shape), config.experts
-    rows = min(settings.batch_size, shape.training_images)
+    rows, vector = min(settings.batch_size, shape.training_images), 4 * stacked * cost.parameters
     chunk = min(rows * stacked, max(stacked, CACHED_MAP_BYTES // cost.largest))
     if config.network.norm == "batch":  # computed whole, one expert after the other
         chunk = rows
-    vector = 4 * stacked * cost.parameters
-    kept = min(LARGEST_WRITE + vector, vector * (settings.epochs + 1))
-    images = 4 * math.prod(shape.image) * rows * stacked
-    tensors = EXPERT_MAPS * chunk * cost.maps + 3 * images + STATE_VECTORS * vector + PROGRESS_COPIES * kept
-    process = COMPILING_PROCESS_BYTES if config.cluster.compile else PLAIN_PROCESS_BYTES
-    return process + math.ceil(MARGIN * tensors)
+    written = 2 * min(LARGEST_WRITE + vector, vector * (settings.epochs + 1))  # as epochs, and stacked for the file
+    tensors = EXPERT_MAPS * chunk * cost.maps + 3 * rows * stacked * shape.row + VECTORS * vector + written
+    return (COMPILING_PROCESS_BYTES if config.cluster.compile else PLAIN_PROCESS_BYTES) + math.ceil(MARGIN * tensors)
 
 
 def scoring_memory(
@@ -61,21 +56,20 @@ def scoring_memory(
     if uses_gpu(config.cluster.shaped(light=True)):
         return GPU_PROCESS_BYTES
     cost = network_cost(config.model_copy(update={"network": network or config.network}), shape)
-    row = 4 * (math.prod(shape.image) + shape.classes)
     rows = together * min(PROTOCOLS[config.evaluate.protocol].batch_size, images)
     maps = max(SCORED_MAPS * rows * cost.maps, 2 * SCORING_BATCH * cost.largest)
     process = PLAIN_PROCESS_BYTES
     if together > 1:
         chunk = min(rows, max(together, CACHED_MAP_BYTES // cost.largest))
         maps, process = max(EXPERT_MAPS * chunk * cost.maps, 2 * SCORING_BATCH * cost.largest), COMPILING_PROCESS_BYTES
-    held = together * images * row if images < shape.training_images else 0
-    prepared = 3 * max(BLOCK_BYTES, rows * row)  # images of the next steps, before and after their augmentation
-    return process + math.ceil(MARGIN * (maps + held + prepared + 4 * STATE_VECTORS * together * cost.parameters))
+    held = together * images * shape.row if images < shape.training_images else 0
+    prepared = 3 * max(BLOCK_BYTES, rows * shape.row)  # images of the next steps, before and after their augmentation
+    return process + math.ceil(MARGIN * (maps + held + prepared + 4 * VECTORS * together * cost.parameters))
 
 
 def distilling_memory(config: RunConfig, shape: DataShape, layout: Layout | None = None) -> int:
-    """Bytes of main memory of the largest rank that distils a set, see `worker_plans` for arguments and errors."""
+    """Bytes of main memory of the largest rank that distils a set, see `plans_of` for arguments and errors."""
     if uses_gpu(config.cluster):
         return GPU_PROCESS_BYTES
     saved = 0 if config.cluster.compile else PROCESS_BYTES - PLAIN_PROCESS_BYTES
-    return max(total(plan.parts) for plan in worker_plans(config, shape, layout)) - saved
+    return max(plan.total for plan in plans_of(config, shape, layout)) - saved

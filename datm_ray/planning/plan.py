@@ -1,14 +1,19 @@
-"""What a run takes, before anything starts: checks of the recipe, memory, time and storage in one value."""
+"""Everything that a run takes, before it starts; for a described cluster, in the layout that suits it best.
+
+Tests: tests/planning/test_duration.py.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from datm_ray.config import RunConfig
-from datm_ray.planning.duration import Proposal, propose
-from datm_ray.planning.fit import Layout, data_shape, fitting_cost, parse_shape, plans_of
-from datm_ray.planning.machines import machine_here, parse_cluster, require_measurable
+from datm_ray.config import ClusterConfig, RunConfig
+from datm_ray.errors import ConfigError
+from datm_ray.planning.duration import Proposal
+from datm_ray.planning.fit import Layout, plans_of
+from datm_ray.planning.machines import Machine, machine_here, parse_cluster, require_measurable
 from datm_ray.planning.measure import measured
+from datm_ray.planning.shape import DataShape, data_shape, fitting_cost, parse_shape
 from datm_ray.runtime.executor import require_precision
 
 
@@ -20,18 +25,12 @@ def plan_run(
     measure: bool = False,
     workers_wanted: int = 0,
 ) -> Proposal:
-    """Estimate memory, hours and storage of a run.
+    """Estimate memory, hours and storage of a run. Arguments and errors besides: see `datm_ray.plan`.
 
     Args:
-        config: the run.
-        cluster: description of a cluster to suggest a layout for, see `parse_cluster`; None plans for this machine.
-        shape: shape of data that is not here, see `parse_shape`; None reads the run's data if its source is not known.
-        measure: True to time real steps on this machine as the run will compute them. False times small uncompiled
-            ones if workers compute on CPUs of no given speed, which takes seconds.
         workers_wanted: distilling workers of all runs at the same time; 0 for those of this run.
 
     Raises:
-        ConfigError: the set does not fit into memory, or a description cannot be read.
         DatasetError: the data cannot be read.
         ClusterError: the precision needs a GPU.
     """
@@ -50,3 +49,40 @@ def plan_run(
     if (machine.basis or machine.device == "GPU") and not measure:
         return found
     return replace(found, machine=measured(found, quickly=not measure))
+
+
+def propose(config: RunConfig, shape: DataShape, machine: Machine) -> Proposal:
+    """Fewest shards, among powers of two, that distil and validate at most 5 % longer than the fastest.
+
+    Raises:
+        ConfigError: the set fits in none, or the machine has fewer workers than the recipe wants at least.
+    """
+    rows, gpu, found, failure = len(config.roles), machine.device == "GPU", [], None
+    most = min(machine.workers // rows, shape.classes)
+    for shards in sorted({2**power for power in range(most.bit_length())} | {most} if most else set()):
+        update = {"shards": shards, "workers": None, "device": "auto" if gpu else "cpu", "gpus_per_worker": float(gpu)}
+        update |= {} if machine.memory is None else {"memory": str(machine.memory)}
+        laid_out = config.model_copy(update={"cluster": config.cluster.model_copy(update=update)})
+        try:
+            found.append(Proposal(laid_out, shape, plans_of(laid_out, shape), machine))
+        except ConfigError as unfit:
+            failure = unfit
+    if not found:
+        raise failure or ConfigError(
+            f"{config.name} needs {rows} workers at the same time, and the cluster has {machine.workers}",
+            "its networks are on workers of their own",
+            "lower cluster.backbones_apart, or describe a larger cluster",
+        )
+    clock = [each.clock["distillation"] + each.clock["validation"] for each in found]
+    return next(each for each, seconds in zip(found, clock, strict=True) if seconds <= 1.05 * min(clock))
+
+
+def not_followed(recipe: RunConfig, proposal: Proposal) -> list[str]:
+    """What a recipe sets for itself and the proposed layout has otherwise, in at most one line."""
+    ours, theirs, usual = recipe.cluster, proposal.config.cluster, ClusterConfig()
+    ignored = [
+        f"cluster.{name}={value:g}"
+        for name in ("shards", "workers", "gpus_per_worker")
+        if (value := getattr(ours, name)) not in (getattr(usual, name), getattr(theirs, name))
+    ]
+    return [f"  {'not followed':<16} {', '.join(ignored)} of the recipe: --cluster chooses these"] if ignored else []

@@ -26,9 +26,10 @@ from datm_ray.data.sources import RawDataset, load_raw
 from datm_ray.data.splits import held_out
 from datm_ray.errors import DatasetError
 from datm_ray.planning.duration import Proposal
-from datm_ray.planning.fit import DataShape, Layout, plans_of
+from datm_ray.planning.fit import Layout, plans_of
 from datm_ray.planning.machines import Machine, machine_here
 from datm_ray.planning.measure import measured
+from datm_ray.planning.shape import DataShape
 from datm_ray.runtime.executor import counted
 from datm_ray.stages.experts import experts_at_a_time
 

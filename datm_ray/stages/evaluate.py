@@ -24,21 +24,25 @@ augment with hard labels (here only `PLAIN` rows are not augmented).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import statistics
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from datm_ray.artifact import Artifact, read_artifact
-from datm_ray.config import ClusterConfig, NetworkConfig, RunConfig, run_identity, stable_hash
+from datm_ray.config import ClusterConfig, NetworkConfig, NetworkSpec, RunConfig, run_identity, stable_hash
 from datm_ray.core.networks.registry import build_network
+from datm_ray.core.networks.stacked import LARGEST_STACK
 from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.scores import AugmentationRobust, LabelRobust, augmentation_robust, label_robust
 from datm_ray.core.synthetic import random_rows
-from datm_ray.core.training import Schedule, accuracy, work_of_training
+from datm_ray.core.training import Schedule, accuracy, are_trained_together, work_of_training
 from datm_ray.data.dataset import Dataset
 from datm_ray.monitor.logs import fields
 from datm_ray.monitor.provenance import provenance
@@ -283,6 +287,45 @@ def row_schedule(config: RunConfig, row: str) -> Schedule:
     return dataclasses.replace(schedule, augmentation="") if row in PLAIN else schedule
 
 
+def scored_rows(config: RunConfig) -> list[tuple[str, NetworkConfig | None]]:
+    """Rows that a run is scored on, each with its network; None for the backbone."""
+    rows = [row for row in ROWS if row != "full" or config.evaluate.full]
+    rows += FAIR_ROWS if config.evaluate.fair else ()
+    others = ((row, network) for network in config.scored_networks for row in ON_OTHERS)
+    return [*((row, None) for row in rows), *others]
+
+
+def training_of(config: RunConfig, row: str, network: NetworkConfig | None) -> tuple[int, Schedule]:
+    """Number of networks that are trained for a row with one seed, and their schedule but for the step size.
+
+    Args:
+        network: scored network; `None` for the backbone.
+    """
+    schedule = row_schedule(config, row)
+    learned = 1.0 if row in DISTILLED and schedule.optimiser == "sgd" else None
+    is_its_own = network is None and row != "distilled-hard"
+    return len(_candidates(schedule, learned, is_its_own=is_its_own)), schedule
+
+
+def seeds_of_tasks(config: RunConfig, row: str, spec: NetworkSpec, images: int, least: int) -> list[tuple[int, ...]]:
+    """Numbers of the seeds of each task of a row: all of a stack, but for at least so many tasks.
+
+    Args:
+        spec: scored network.
+        images: number of images that it is trained on.
+    """
+    seeds = parts = config.evaluate.seeds
+    if config.cluster.compile and _are_together(spec, seeds, images, row_schedule(config, row)):
+        parts = min(seeds, max(least, -(-seeds // LARGEST_STACK)))
+    return [tuple(part.tolist()) for part in np.array_split(np.arange(seeds), parts)]
+
+
+@functools.lru_cache(maxsize=64)
+def _are_together(spec: NetworkSpec, networks: int, images: int, schedule: Schedule) -> bool:
+    inputs = torch.empty(images, spec.channels, *spec.size, device="meta")
+    return are_trained_together(build_network(spec, 0), networks, inputs, schedule)
+
+
 def work_of(config: RunConfig, row: str, network: NetworkConfig | None, classes: int, real: int, flop: float) -> float:
     """Expected work of training the networks of a row with one seed, in operations of forward passes.
 
@@ -292,11 +335,9 @@ def work_of(config: RunConfig, row: str, network: NetworkConfig | None, classes:
         real: number of real training images.
         flop: operations of one image in a forward pass through the network.
     """
-    schedule = row_schedule(config, row)
+    count, schedule = training_of(config, row, network)
     images = real if row == "full" else config.distill.ipc * classes
-    learned = 1.0 if row in DISTILLED and schedule.optimiser == "sgd" else None
-    tried = _candidates(schedule, learned, is_its_own=network is None and row != "distilled-hard")
-    return len(tried) * work_of_training(schedule, images, flop)
+    return count * work_of_training(schedule, images, flop)
 
 
 @dataclass(frozen=True)

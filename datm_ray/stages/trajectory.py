@@ -21,7 +21,8 @@ from datm_ray.methods.trajectory.distance import Distance
 from datm_ray.methods.trajectory.iteration import MOST_ABOVE, Distillation, Match, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
-from datm_ray.planning.fit import DataShape, DistillationPlan, Layout, chunk_by_trial, plans_of
+from datm_ray.planning.fit import DistillationPlan, Layout, chunk_by_trial, plans_of
+from datm_ray.planning.shape import DataShape
 from datm_ray.runtime.devices import precision_on, to_device
 from datm_ray.stages.expert_networks import ExpertNetworks
 from datm_ray.stages.method import Part

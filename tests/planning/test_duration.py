@@ -10,17 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from datm_ray.config import NetworkConfig, override
+from datm_ray.config import NetworkConfig
 from datm_ray.core.networks.parameters import FlatNetwork
 from datm_ray.core.networks.registry import build_network
 from datm_ray.errors import ConfigError
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
-from datm_ray.planning.duration import Proposal, propose, show_time, storage
-from datm_ray.planning.fit import KNOWN_SHAPES, DataShape, plans_of
+from datm_ray.planning.duration import Proposal, show_time
+from datm_ray.planning.fit import plans_of
 from datm_ray.planning.machines import BANDWIDTH, machine_here, parse_cluster, require_measurable
 from datm_ray.planning.measure import COMPILED_GAIN, measured
-from datm_ray.planning.plan import plan_run
+from datm_ray.planning.plan import plan_run, propose
+from datm_ray.planning.shape import KNOWN_SHAPES, DataShape, network_cost
 from datm_ray.recipes import get_recipe
 from datm_ray.runtime.executor import SerialExecutor
 from datm_ray.stages.distill import read_cost
@@ -43,7 +44,7 @@ def test_clusters_are_read() -> None:
     given = parse_cluster("gpus=64,memory=80GiB,tflops=60,network=25Gbps")
     assert (given.device, given.workers, given.memory, given.bandwidth) == ("GPU", 64, 80 * GIB, 3.125e9)
     assert given.basis == "as given"
-    assert given.rates["matching"] == pytest.approx(60e12)
+    assert given.seconds["matching"] == pytest.approx(11 / 60e12)
     given = parse_cluster(" network = 10 gbps , cpus = 9, memory=24GiB", threads=2)
     assert (given.device, given.workers, given.cores, given.memory) == ("core", 4, 2, 6 * GIB)
     assert given.bandwidth == 1.25e9
@@ -109,18 +110,18 @@ def test_a_machine_is_measured_only_where_it_tells_something(monkeypatch: pytest
     require_measurable(parse_cluster("gpus=2"))
 
 
-def test_rates_are_those_of_the_steps_that_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rates are operations over seconds of each kind of work; quick ones assume a gain by compiling, if that is on."""
+def test_seconds_are_those_of_the_steps_that_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds are those of timed steps, for each image; quick ones assume a gain by compiling, if that is on."""
     monkeypatch.setattr("datm_ray.planning.measure._seconds", lambda *_, **__: (3.0, 2.0))
     found = proposal(machine="cpus=1")
     exact = measured(found)
     assert exact.basis == "measured here"
-    assert exact.rates["training"] == pytest.approx(10 * 3 * FORWARD / 2)  # a step on the set: ten images
-    assert exact.rates["real"] == pytest.approx(128 * 3 * FORWARD / 2)
-    assert measured(found, quickly=True).rates == exact.rates  # neither compiles, and no step is large
+    assert exact.seconds["training"] == pytest.approx(2 / (10 * FORWARD))  # a step on the set: ten images
+    assert exact.seconds["real"] == pytest.approx(2 / (128 * FORWARD))
+    assert measured(found, quickly=True).seconds == exact.seconds  # neither compiles, and no step is large
     quick = measured(proposal("cluster.compile=true", machine="cpus=1"), quickly=True)
-    assert quick.rates["matching"] == COMPILED_GAIN * exact.rates["matching"]
-    assert quick.rates["training"] == exact.rates["training"]
+    assert quick.seconds["matching"] == exact.seconds["matching"] / COMPILED_GAIN
+    assert quick.seconds["training"] == exact.seconds["training"]
 
 
 def test_planning_leaves_threads_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,15 +164,20 @@ def test_everything_that_takes_time_is_counted() -> None:
     assert chosen > random
     assert base.stages["start"][0] > base.stages["start"][1] / 2 > 0
     rows = [proposal(*changes).stages["evaluation"] for changes in ((), ("evaluate.real_epochs=101",))]
-    real = 2 * 3 * 100 * 1438 * (1 - base.config.dataset.validation)  # seeds, step sizes, epochs, images
+    real = 2 * 3 * 100 * round(1438 * (1 - base.config.dataset.validation))  # seeds, step sizes, epochs, images
     assert rows[1][0] - rows[0][0] == pytest.approx(base.seconds("real", base.config, real) / 3600)
     held, clock = proposal("evaluate.real_epochs=999", "evaluate.seeds=1").stages["evaluation"]
     assert clock > 0.9 * held  # the longest network decides what is waited for
     for more_rows in ("evaluate.fair=true", "evaluate.networks=[lenet]", "evaluate.optimiser=adamw"):
         assert proposal(more_rows).stages["evaluation"][0] > rows[0][0], more_rows
+    alone, together = (
+        proposal("evaluate.real_epochs=999", f"cluster.compile={compiles}", machine="cpus=2,gflops=1")
+        for compiles in ("false", "true")  # networks on all real data are trained together where steps are compiled
+    )
+    assert together.stages["evaluation"][0] < 0.6 * alone.stages["evaluation"][0]
 
 
-FORWARD = plans_of(tiny_config("cluster.memory=64GiB"), DIGITS)[0]._cost(0).flop
+FORWARD = network_cost(tiny_config().resolved((8, 8)), DIGITS).flop
 
 
 def test_more_shards_are_faster_unless_the_network_is_slow() -> None:
@@ -262,7 +268,8 @@ def test_storage_is_what_lies_on_disk(tmp_path: Path) -> None:
     start: Callable[[], SerialExecutor] = lambda: SerialExecutor(config.cluster)  # noqa: E731
     pipeline.train_experts(start, Reporter(quiet=True))
     pipeline.distill(start, Reporter(quiet=True))
-    planned = storage(config, DataShape((1, 16, 16), 10, 1438))
+    shape = DataShape((1, 16, 16), 10, 1438)
+    planned = Proposal(config, shape, plans_of(config, shape), machine_here(config)).storage
     for name, *patterns in (
         ("store", "experts/*"),
         ("checkpoint", "tiny/checkpoint*"),
@@ -277,11 +284,11 @@ def test_storage_is_what_lies_on_disk(tmp_path: Path) -> None:
 
 def test_auxiliaries_and_whitening_have_their_part_of_the_store() -> None:
     """Planned storage counts an auxiliary's first epochs and last, and a whitening row for every value."""
-    alone, more = (storage(tiny_config(*changes), DIGITS)["store"] for changes in ((), (METADD,)))
+    alone, more = (proposal(*changes).storage["store"] for changes in ((), (METADD,)))
     lenet = FlatNetwork(build_network(NetworkConfig(architecture="lenet").for_images(1, (8, 8), 10), seed=0)).count
     assert more - alone == 3 * 3 * 4 * lenet + 8
-    whitened = storage(override(get_recipe("tiny-imagenet-ipc1"), []), KNOWN_SHAPES["tiny-imagenet"])["results"]
-    assert whitened > 4 * 12_288 * 12_291
+    whitened = propose(get_recipe("tiny-imagenet-ipc1"), KNOWN_SHAPES["tiny-imagenet"], parse_cluster("gpus=1"))
+    assert whitened.storage["results"] > 4 * 12_288 * 12_291
 
 
 def test_times_are_shown_in_units_that_people_use() -> None:

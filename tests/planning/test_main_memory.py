@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from datm_ray.config import RunConfig, override
-from datm_ray.planning.fit import DataShape, Layout, total, worker_plans
+from datm_ray.planning.fit import Layout, plans_of
 from datm_ray.planning.main_memory import GPU_PROCESS_BYTES, distilling_memory, experts_memory, scoring_memory
+from datm_ray.planning.shape import DataShape
 from datm_ray.recipes import get_recipe
 
 ALLOWED = 1.3
@@ -51,7 +52,7 @@ def test_the_reserved_memory_follows_the_work() -> None:
     larger = config.network.model_copy(update={"width": 256})
     assert scoring_memory(config, shape, 10, larger) > scoring_memory(config, shape, 10)
     ranks = distilling_memory(config, shape, Layout(5, (), 1))
-    assert ranks == max(total(plan.parts) for plan in worker_plans(config, shape, Layout(5, (), 1)))
+    assert ranks == max(plan.total for plan in plans_of(config, shape, Layout(5, (), 1)))
     config = override(config, ["cluster.gpus_per_worker=1", "cluster.light.gpus_per_worker=0"])
     assert distilling_memory(config, shape) == GPU_PROCESS_BYTES
     assert experts_memory(config, shape, 1) < GPU_PROCESS_BYTES > scoring_memory(config, shape, 10)

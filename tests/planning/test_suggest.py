@@ -14,8 +14,9 @@ from datm_ray.data.sources import ImageSet, RawDataset
 from datm_ray.errors import DatasetError
 from datm_ray.planning import suggest as rules
 from datm_ray.planning.duration import Proposal
-from datm_ray.planning.fit import DataShape, Layout, plans_of
+from datm_ray.planning.fit import Layout, plans_of
 from datm_ray.planning.machines import parse_cluster
+from datm_ray.planning.shape import DataShape
 from datm_ray.planning.suggest import Suggestion, Wish, source_of, suggest
 from datm_ray.recipes import get_recipe
 

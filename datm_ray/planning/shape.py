@@ -1,0 +1,110 @@
+"""Size of a data set, and what one of its images takes in a network: all that planning knows of both.
+
+Tests: tests/planning/test_fit.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from dataclasses import dataclass, replace
+
+from datm_ray.config import DatasetConfig, NetworkSpec, RunConfig
+from datm_ray.core.networks.image_cost import ImageCost, image_cost
+from datm_ray.core.networks.registry import build_network
+from datm_ray.data.decode import require_memory
+from datm_ray.data.sources import load_raw
+from datm_ray.data.transform import FitCost
+from datm_ray.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DataShape:
+    """All that planning needs to know of a data set."""
+
+    image: tuple[int, int, int]
+    """Channels, height, width."""
+    classes: int
+    training_images: int
+    """Number of training images, those set aside for validation included."""
+    test_images: int = 0
+    """Number of test images; 0 where it is not known, and then scoring them is not counted."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the training images as float32. Workers on one node share one copy."""
+        return 4 * self.training_images * math.prod(self.image)
+
+    @property
+    def row(self) -> int:
+        """Bytes of an image and its soft label."""
+        return 4 * (math.prod(self.image) + self.classes)
+
+    def synthetic(self, config: RunConfig, shards: int = 1) -> int:
+        """Images of a recipe's synthetic set, or of the largest of its shards, which hold whole classes."""
+        return config.distill.ipc * -(-self.classes // shards)
+
+
+KNOWN_SHAPES = {
+    "digits": DataShape((1, 8, 8), 10, 1438, 359),
+    "cifar10": DataShape((3, 32, 32), 10, 50_000, 10_000),
+    "cifar100": DataShape((3, 32, 32), 100, 50_000, 10_000),
+    "tiny-imagenet": DataShape((3, 64, 64), 200, 100_000, 10_000),
+}
+"""Sources whose shape is known without their files."""
+
+
+def parse_shape(text: str) -> DataShape:
+    """Read a data set's shape: channels x height x width, classes, training images, such as `3x64x64,200,100000`.
+
+    Raises:
+        ConfigError: the text has another form, or the numbers cannot be those of a data set.
+    """
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})x(\d{1,5}),(\d{1,6}),(\d{1,10})", text.strip(), re.ASCII)
+    channels, height, width, classes, images = map(int, match.groups()) if match else (0, 0, 0, 0, 0)
+    if not (channels * height * width and 0 < classes <= images and max(channels, height, width) <= 2**14):
+        raise ConfigError(
+            f"--data-shape {text!r} is no shape of a data set",
+            "it has another form, fewer images than classes, or a larger number than any data set",
+            "write channels x height x width, classes, training images, as 3x64x64,1000,1281167",
+        )
+    return DataShape((channels, height, width), classes, images)
+
+
+def data_shape(dataset: DatasetConfig, *, here: bool = False) -> DataShape:
+    """Shape of a recipe's data; files are read only where the source does not tell it.
+
+    Args:
+        here: whether the run will be on this machine, where resized images must fit into memory.
+
+    Raises:
+        DatasetError: images cannot be read, or do not fit into memory.
+    """
+    if dataset.source not in KNOWN_SHAPES:
+        raw = load_raw(dataset.source, dataset.path, resize=dataset.resize, validation=dataset.validation, copies=2)
+        images = len(raw.train) + len(raw.validation)
+        return DataShape((raw.channels, *raw.size), raw.classes, images, len(raw.test))
+    shape = KNOWN_SHAPES[dataset.source]
+    if dataset.resize is None:
+        return shape
+    image = (shape.image[0], dataset.resize, dataset.resize)
+    if here:
+        require_memory(shape.training_images, image, copies=2)
+    return replace(shape, image=image)
+
+
+def fitting_cost(dataset: DatasetConfig, shape: DataShape) -> FitCost:
+    """Cost of fitting the normalisation on the training images that are left beside those for validation."""
+    left = round(shape.training_images * (1 - dataset.validation))
+    return FitCost.of(dataset.resolved(shape.image[1:]).kind, shape.image, left)
+
+
+def network_cost(config: RunConfig, shape: DataShape) -> ImageCost:
+    """Memory and operations of one image in a forward pass through the recipe's main network, `config.network`."""
+    return _cost_of(config.network.for_images(shape.image[0], shape.image[1:], shape.classes))
+
+
+@functools.lru_cache(maxsize=64)
+def _cost_of(spec: NetworkSpec) -> ImageCost:
+    return image_cost(build_network(spec, seed=0), (spec.channels, *spec.size))
