@@ -165,7 +165,7 @@ class Soak:
             kinds = [KINDS[number % len(KINDS)] for number in range(faults)]
             self._draw.shuffle(kinds)
             for kind in kinds:
-                time.sleep(self._draw.uniform(0.0, 4.0))
+                time.sleep(self._draw.uniform(0.0, 8.0))
                 if self._process.poll() is not None:
                     break
                 self._disturb(kind)
@@ -268,7 +268,7 @@ def test_faults_at_random_moments_change_nothing(tmp_path: Path) -> None:
         "experts.keep_epochs=5",
         "experts.count=3",
         "cluster.experts_at_a_time=1",
-        f"distill.iterations={30 * FAULTS}",
+        f"distill.iterations={15 * FAULTS}",
         "distill.student_steps=20",
         "distill.initial_step_size=0.01",
         "distill.learning_rate_step_size=1e-7",
