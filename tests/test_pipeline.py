@@ -39,6 +39,7 @@ from datm_ray.pipeline.runs import Runs
 from datm_ray.planning.main_memory import GPU_PROCESS_BYTES
 from datm_ray.planning.plan import plan_run
 from datm_ray.runtime.executor import Event, Executor, Lost, Phase, Progress, SerialExecutor
+from datm_ray.stages import evaluate
 from datm_ray.stages.distill import DistillWorker
 from datm_ray.stages.evaluate import FAIR_PARTS, ROWS, work_of
 from datm_ray.stages.experts import expert_group
@@ -340,8 +341,23 @@ def test_all_real_data_comes_last_and_may_be_left_out(tmp_path: Path, finished_r
     assert "all real data: skipped" not in without.table()
 
 
+@pytest.fixture
+def _uncompiled_stacks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Networks of a row are trained together however short that is, and uncompiled."""
+    monkeypatch.setattr(training, "COMPILED_WORK", 0.0)
+    monkeypatch.setattr(stacked, "compiler_problem", lambda device: "")
+    monkeypatch.setattr(stacked, "Compiled", lambda graph, *_, **__: graph)
+    caches = (training.trainer, evaluate._are_together)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.usefixtures("_uncompiled_stacks")
 def test_a_row_trained_together_has_the_accuracies_of_networks_trained_alone(
-    tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, finished_run: Path
 ) -> None:
     """Seeds that are trained together are one task; a result that exists stays, and the others are nearly the same."""
     config = tiny_config("cluster.compile=true")
@@ -353,17 +369,12 @@ def test_a_row_trained_together_has_the_accuracies_of_networks_trained_alone(
         if path != kept:
             path.unlink()
     content = kept.read_bytes()
-    monkeypatch.setattr(training, "COMPILED_WORK", 0.0)
-    monkeypatch.setattr(stacked, "compiler_problem", lambda device: "")
-    monkeypatch.setattr(stacked, "Compiled", lambda graph, *_, **__: graph)
-    training.trainer.cache_clear()
     pipeline = Pipeline([config], str(tmp_path / "out"))
     names = [task.name for _, task in tasks.evaluate_tasks(pipeline.runs, pipeline.scored_rows)]
     assert names == [f"tiny {row} 0-1" for row in ("random-hard", "random-soft", "distilled", "full")]
     more = tasks.evaluate_tasks(pipeline.runs, pipeline.scored_rows, workers=8)
     assert len(more) == 7
     pipeline.evaluate(serial(config), QUIET)
-    training.trainer.cache_clear()
     assert kept.read_bytes() == content
     after = {path: json.loads(path.read_text())["test_accuracy"] for path in results}
     assert after == pytest.approx(before, abs=0.02)

@@ -82,7 +82,7 @@ def batches(
 
 
 def _gathered(images: Tensor, rows: Tensor, device: torch.device) -> Tensor:
-    """Rows of images on the device. From main memory they travel to a GPU while it computes."""
+    """Rows of images on the device. From main memory they go to a GPU through pinned memory."""
     if images.device == device:
         return images[rows.to(device)]
     pinned = torch.empty(len(rows), *images.shape[1:], dtype=images.dtype, pin_memory=device.type == "cuda")

@@ -33,7 +33,7 @@ from datm_ray.core.synthetic import AllSum, identity
 from datm_ray.errors import ConfigError
 
 IMAGES_AT_A_TIME = 10
-"""Default number of images per part; `gradient` holds the graph of one network on this many images."""
+"""Default number of images per part; `gradient` holds the graphs of all networks on this many images."""
 
 
 ROUNDING = 16

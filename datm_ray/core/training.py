@@ -171,6 +171,8 @@ class Trainer:
     """
 
     def __init__(self, *, compile_: bool = True, channels_last: bool = True) -> None:
+        self.note = ""
+        """Why nothing is compiled although it would be worth it; "" otherwise."""
         self._compile, self._channels_last = compile_, channels_last
         self._functions: dict[tuple[str, int], StackFunctions] = {}
         """What is compiled, for all trainings of this worker."""
@@ -192,13 +194,14 @@ class Trainer:
         """
         if self._compile and are_trained_together(networks[0], len(networks), images[0], schedule):
             functions = self._functions_for(networks, images[0])
+            self.note = functions.note
             if not functions.note:
                 for epoch in train_together(functions, networks, images, targets, schedule, seeds):
-                    yield epoch.number * len(networks)
+                    yield epoch * len(networks)
                 return
         for number, (network, x, y, seed) in enumerate(zip(networks, images, targets, seeds, strict=True)):
-            for epoch in train(network, x, y, schedule, seed):
-                yield number * schedule.epochs + epoch.number
+            for done in train(network, x, y, schedule, seed):
+                yield number * schedule.epochs + done.number
 
     def _functions_for(self, networks: Sequence[nn.Module], images: Tensor) -> StackFunctions:
         first, stacked = networks[0], len(networks)
@@ -226,10 +229,10 @@ def train_together(
     targets: Sequence[Tensor],
     schedule: Schedule,
     seeds: Sequence[int],
-) -> Iterator[Epoch]:
+) -> Iterator[int]:
     """Train several networks of one kind in place by SGD, each as `train` would; see `Trainer.train` for arguments.
 
-    The loss of an epoch is the mean over all networks. The networks have their new parameters after the last epoch.
+    Yields the number of epochs done. The networks get their new parameters after the last epoch.
     """
     state = torch.stack([flatten(network) for network in networks])
     buffers = torch.stack([flatten_buffers(network) for network in networks])
@@ -239,23 +242,20 @@ def train_together(
     ]
     size = min(schedule.batch_size, len(images[0]))
     velocity: Tensor | None = None
-    total = state.new_zeros(())
-    for step, (epoch, is_last, x, y) in enumerate(schedule.batches(images, targets, seeds), start=1):
+    for epoch, is_last, x, y in schedule.batches(images, targets, seeds):
         count = x.shape[1]
         weights = x.new_full((count,), 1 / count)
         if functions.fills_up:
             x, y, weights = filled_up(x, y, weights, size - count)
-        losses, gradient, buffers = functions(state, buffers, x, y, weights)
+        _, gradient, buffers = functions(state, buffers, x, y, weights)
         gradient = gradient + schedule.weight_decay * state
         velocity = gradient if velocity is None else schedule.momentum * velocity + gradient
         state = torch.sub(state, velocity, alpha=schedule.rate(epoch))
-        total += losses.mean() * count
         if is_last:
-            for network, parameters in zip(networks, state, strict=True):
-                unflatten_into(network, parameters)
-            yield Epoch(epoch + 1, step, float(total) / len(images[0]))
-            total.zero_()
+            yield epoch + 1
             velocity = None if epoch + 1 == schedule.decay_epoch else velocity
+    for network, parameters in zip(networks, state, strict=True):
+        unflatten_into(network, parameters)
 
 
 @torch.no_grad()

@@ -299,12 +299,12 @@ class Pipeline:
                 self._report_row(task, reporter)
                 return []
             unfinished = {config.name for config in self.runs.unfinished()}
-            if not evaluates or executor.workers == 1 or not unfinished:
+            if not evaluates or executor.light_workers == 1 or not unfinished:
                 return []
             (dataset,) = (config.dataset for config in self.configs if config.name == task.run)
             done = [each for each in self.configs if each.name not in unfinished | scored and each.dataset == dataset]
             scored.update(config.name for config in done)
-            found = tasks.evaluate_tasks(self.runs, self.scored_rows, workers=executor.workers, of=done)
+            found = tasks.evaluate_tasks(self.runs, self.scored_rows, workers=executor.light_workers, of=done)
             new = [each for _, each in found if given.isdisjoint(each.arguments[3])]
             given.update(uri for each in new for uri in each.arguments[3])
             return new
@@ -315,7 +315,7 @@ class Pipeline:
 
     def _evaluate(self, executor: Executor, reporter: Reporter) -> None:
         def open_tasks(runs: Runs) -> list[DatasetTask]:
-            return tasks.evaluate_tasks(runs, self.scored_rows, workers=executor.workers)
+            return tasks.evaluate_tasks(runs, self.scored_rows, workers=executor.light_workers)
 
         def following(task: Task) -> list[Task]:
             self._report_row(task, reporter)

@@ -140,7 +140,7 @@ def _validation_task(runs: Runs, config: RunConfig) -> Task:
         stage="distillation",
         weight=work * FORWARD_PASSES["training"],
         method="validate",
-        memory=scoring_memory(config, runs.shape(config), images),
+        memory=scoring_memory(config, runs.shape(config), images, together=config.distill.validation_seeds),
         is_light=True,
     )
 
@@ -189,24 +189,30 @@ def evaluate_tasks(
 ) -> list[DatasetTask]:
     """Tasks for every scored row and seed without a result, once for runs that share it.
 
-    Networks that are trained together are of one task, and so are their seeds. They are divided evenly where there are
-    fewer tasks than workers.
+    Seeds whose networks are trained together are one task. The seeds of a row are divided evenly where there are fewer
+    rows than workers.
 
     Args:
         workers: number of workers. One gets all real data last, so that the sets' rows are seen early. Several get the
             longest rows first, so that none waits at the end.
         of: runs to score; `None` for all.
     """
-    tasks: dict[str, DatasetTask] = {}
-    configs = runs.configs if of is None else of
-    everything = [(config, row, network) for config in configs for row, network in scored_rows(config)]
-    for config, row, network in sorted(everything, key=lambda each: each[1] == "full"):
+    tasks: list[DatasetTask] = []
+    shared: dict[str, list[tuple[RunConfig, str, NetworkConfig | None]]] = {}
+    for config in runs.configs:  # all runs, so that networks go together alike whenever a set is finished
+        for row, network in scored_rows(config):
+            place = result_location(runs.out, config, runs.raw(config).fingerprint, row, 0, network)
+            shared.setdefault(place.uri, []).append((config, row, network))
+    for users in sorted(shared.values(), key=lambda each: each[0][1] == "full"):
+        config, row, network = max(users, key=lambda each: each[0].evaluate.seeds)
+        if of is not None and not any(user in of for user, _, _ in users):
+            continue
         raw = runs.raw(config)
         images = len(raw.train) if row == "full" else config.distill.ipc * raw.classes
         work = work_of(config, row, network, raw.classes, len(raw.train), _flop(runs, config, network))
         work *= FORWARD_PASSES["training"]
         spec = (network or config.network).for_images(raw.channels, raw.size, raw.classes)
-        for numbers in seeds_of_tasks(config, row, spec, images, -(-workers // len(everything))):
+        for numbers in seeds_of_tasks(config, row, spec, images, -(-workers // len(shared))):
             places = [result_location(runs.out, config, raw.fingerprint, row, number, network) for number in numbers]
             if all(place.exists() for place in places):
                 continue
@@ -219,11 +225,13 @@ def evaluate_tasks(
                 stage="evaluation",
                 weight=work * len(numbers),
                 method="evaluate",
-                memory=scoring_memory(config, runs.shape(config), images, network, len(numbers)),
+                memory=scoring_memory(
+                    config, runs.shape(config), images, network, len(numbers), is_shared=row == "full"
+                ),
                 is_light=True,
             )
-            tasks[" ".join(uris)] = (config.dataset, task)
-    return sorted(tasks.values(), key=lambda each: -each[1].weight if workers > 1 else 0)
+            tasks.append((config.dataset, task))
+    return sorted(tasks, key=lambda each: -each[1].weight if workers > 1 else 0)
 
 
 def row_title(config: RunConfig, row: str, network: NetworkConfig | None) -> str:

@@ -45,13 +45,20 @@ def experts_memory(config: RunConfig, shape: DataShape, stacked: int) -> int:
 
 
 def scoring_memory(
-    config: RunConfig, shape: DataShape, images: int, network: NetworkConfig | None = None, together: int = 1
+    config: RunConfig,
+    shape: DataShape,
+    images: int,
+    network: NetworkConfig | None = None,
+    together: int = 1,
+    *,
+    is_shared: bool = False,
 ) -> int:
     """Bytes of main memory of a worker that trains a network on so many images and scores it.
 
     Args:
         network: scored network; `None` for the backbone.
         together: number of networks that are trained together.
+        is_shared: True if the images are the data set's, which the workers of a node share.
     """
     if uses_gpu(config.cluster.shaped(light=True)):
         return GPU_PROCESS_BYTES
@@ -62,7 +69,7 @@ def scoring_memory(
     if together > 1:
         chunk = min(rows, max(together, CACHED_MAP_BYTES // cost.largest))
         maps, process = max(EXPERT_MAPS * chunk * cost.maps, 2 * SCORING_BATCH * cost.largest), COMPILING_PROCESS_BYTES
-    held = together * images * shape.row if images < shape.training_images else 0
+    held = 0 if is_shared else together * images * shape.row
     prepared = 3 * max(BLOCK_BYTES, rows * shape.row)  # images of the next steps, before and after their augmentation
     return process + math.ceil(MARGIN * (maps + held + prepared + 4 * VECTORS * together * cost.parameters))
 

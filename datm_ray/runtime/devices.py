@@ -66,8 +66,10 @@ def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
 
 def images_on(images: NDArray[np.float32], device: torch.device) -> Tensor:
     """Images to train on: on the device, or in main memory if they would take more than half of a GPU's free memory."""
-    if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
-        device = torch.device("cpu")
+    if device.type == "cuda":
+        held_for_later = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if images.nbytes > (torch.cuda.mem_get_info(device)[0] + held_for_later) // 2:
+            device = torch.device("cpu")
     return to_device(images, device)
 
 

@@ -157,7 +157,7 @@ class Executor(Protocol):
     workers_per_machine: int
     """Highest number of workers on one node."""
     gpus_per_worker: float | None
-    """GPUs of a worker; `None` for the settings' GPUs, or a GPU of this machine where they leave it open."""
+    """GPUs of a worker whose settings leave them open; `None` for those of this machine."""
 
     @property
     def light_workers(self) -> int:

@@ -48,7 +48,7 @@ from datm_ray.monitor.logs import fields
 from datm_ray.monitor.provenance import provenance
 from datm_ray.monitor.spent import Account, Spent, total
 from datm_ray.runtime.devices import Meter, images_on, prepare_device, to_device
-from datm_ray.runtime.executor import Finished, Progress
+from datm_ray.runtime.executor import Finished, Note, Progress
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.expert_networks import ExpertNetworks
 from datm_ray.stages.validation import evaluation_schedule, reported, trainer_of
@@ -135,6 +135,8 @@ class EvaluateWorker:
         self._cluster = cluster
         self._dataset = dataset
         self._experts: dict[str, ExpertNetworks] = {}
+        self._has_noted = False
+        """True once a note on compilation was given."""
 
     def evaluate(
         self,
@@ -145,7 +147,7 @@ class EvaluateWorker:
         row: str,
         numbers: Sequence[int],
         network: NetworkConfig | None = None,
-    ) -> Iterator[Progress | Finished]:
+    ) -> Iterator[Progress | Note | Finished]:
         """Score one row with some seeds. A result's file is written last, so an existing file is complete.
 
         Args:
@@ -161,7 +163,10 @@ class EvaluateWorker:
         account, meter = Account(self._device, self._cluster), Meter(self._device)
         seeds = [derive_seed(config.seed, Purpose.EVALUATION, number) for number in numbers]
         folder = open_location(folder_uri)
-        sets = [self._training_set(config, store_uri, folder, row, seed, network) for seed in seeds]
+        alike = row in DISTILLED or row == "full"  # for all seeds, so it is read and copied to the device once
+        some = seeds[:1] if alike else seeds
+        sets = [self._training_set(config, store_uri, folder, row, seed, network) for seed in some]
+        sets *= len(seeds) if alike else 1
         schedule, step_size = row_schedule(config, row), sets[0][2]
         if schedule.optimiser == "adamw":
             step_size = None
@@ -203,7 +208,7 @@ class EvaluateWorker:
         schedules: Sequence[Schedule],
         seeds: Sequence[int],
         meter: Meter,
-    ) -> Generator[Progress, None, list[list[_Trial]]]:
+    ) -> Generator[Progress | Note, None, list[list[_Trial]]]:
         """Train fresh networks by each schedule and score them on validation images. Returns each seed's trials."""
         dataset, trials = self._dataset, [list[_Trial]() for _ in seeds]
         spec = network.for_images(dataset.channels, dataset.size, dataset.classes)
@@ -212,8 +217,11 @@ class EvaluateWorker:
         yield Progress(done, epochs)
         for schedule in schedules:
             fresh = [build_network(spec, seed).to(self._device) for seed in seeds]
-            training = trainer_of(self._cluster).train(fresh, images, targets, schedule, seeds)
-            yield from reported(training, done, epochs)
+            trainer = trainer_of(self._cluster)
+            yield from reported(trainer.train(fresh, images, targets, schedule, seeds), done, epochs)
+            if trainer.note and not self._has_noted:
+                self._has_noted = True
+                yield Note(trainer.note)
             done += len(seeds) * schedule.epochs
             measured = [self._validation_accuracy(each) for each in fresh]
             for own, each, share in zip(trials, fresh, measured, strict=True):

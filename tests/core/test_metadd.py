@@ -107,12 +107,16 @@ def test_the_derivative_of_maps_matches_finitedifferences(three: list[nn.Module]
 def test_the_gradient_in_parts_is_that_of_the_whole(
     three: list[nn.Module], options: MetaLossConfig, chunk: int
 ) -> None:
-    """A gradient taken a network and some images at a time equals the gradient of one graph over all."""
+    """A gradient taken some images at a time equals that of one graph over all; networks see each image once."""
     images, labels = draw()
     metadd = MetaDD(three, options)
     whole = metadd.loss(images, labels).detach()
     exact = gradient_of(lambda x: metadd.loss(x, labels).total, images.detach())
+    seen: list[int] = []
+    for each in metadd._networks.values():
+        each.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     loss, gradient = metadd.gradient(images, labels, chunk=chunk)
+    assert sum(seen) in (0, 3 * len(images))  # 0: a network's parts are called by themselves
     assert float((gradient - exact).norm() / exact.norm()) < 1e-12
     for part in PARTS:
         assert float(getattr(loss, part)) == pytest.approx(float(getattr(whole, part)))

@@ -99,7 +99,7 @@ def together(schedule: Schedule, soft: bool, compile_: bool = False) -> tuple[li
             functions = StackFunctions(networks[0], stacked=3, compile_=compile_)
             assert functions.note == ""
             epochs = list(train_together(functions, networks, *data, schedule, [4, 5, 6]))
-            assert [epoch.number for epoch in epochs] == list(range(1, schedule.epochs + 1))
+            assert epochs == list(range(1, schedule.epochs + 1))
         else:
             for network, x, y, seed in zip(networks, *data, [4, 5, 6], strict=True):
                 train_to_end(network, x, y, schedule, seed)

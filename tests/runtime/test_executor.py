@@ -141,20 +141,24 @@ def test_tasks_of_several_workers_and_of_one_take_turns(ray_cluster: Any) -> Non
 
 
 @pytest.mark.ray
-def test_tasks_of_one_worker_make_room_for_a_group(ray_cluster: Any) -> None:
-    """A pair that comes after tasks of one worker starts before the last of them."""
-    tasks = [Task(f"tick {number}", (8,), method="tick") for number in range(6)]
-    executor, started = on_ray(ClusterConfig()), list[str]()
-    for task, event in executor.run(Ticker, (), "tick_together", [*tasks[:3], Task("pair", (3,), 2), *tasks[3:]]):
+@pytest.mark.parametrize("workers", [None, 2])
+def test_a_group_gets_what_tasks_of_one_worker_free(ray_cluster: Any, workers: int | None) -> None:
+    """A pair that is added while tasks of one worker run starts before those that wait, with a limit or without."""
+    tasks = [Task(f"tick {number}", (8,), method="tick") for number in range(8)]
+    executor, started = on_ray(ClusterConfig(workers=workers)), list[str]()
+    for task, event in executor.run(Ticker, (), "tick_together", tasks):
         started += [task.name] * isinstance(event, Started)
-    assert started.index("pair") < 3
-    assert len(started) == 7
+        if len(started) == 2 and len(tasks) == 8:
+            tasks.append(Task("pair", (3,), 2))
+    assert started.index("pair") <= 4
+    assert len(started) == 9
 
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.parametrize("workers", [None, 2])
 def test_a_group_that_others_keep_waiting_delays_no_other_task(
-    ray_cluster: Any, monkeypatch: pytest.MonkeyPatch
+    ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, workers: int | None
 ) -> None:
     """While another job holds what a pair needs, tasks of one worker run; the pair starts when the job ends."""
     monkeypatch.setattr("datm_ray.runtime.ray.executor.SHORT_WAIT", 1.0)
@@ -163,7 +167,7 @@ def test_a_group_that_others_keep_waiting_delays_no_other_task(
     started = list[str]()
     tasks = [Task("pair", (3,), 2), *(Task(f"tick {number}", (3,), method="tick") for number in range(3))]
     try:
-        for task, event in on_ray(ClusterConfig()).run(Ticker, (), "tick_together", tasks):
+        for task, event in on_ray(ClusterConfig(workers=workers)).run(Ticker, (), "tick_together", tasks):
             started += [task.name] * isinstance(event, Started)
             if isinstance(event, Finished) and len(started) == 3:
                 ray_cluster.kill(other)
@@ -382,7 +386,7 @@ def test_an_error_that_one_node_may_have_alone_is_final_on_the_second(
     ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, nodes: int, failures: int, attempts: int
 ) -> None:
     """A store that a worker cannot use costs an attempt if another node can try, and ends the run on two nodes."""
-    monkeypatch.setattr("datm_ray.runtime.ray.cluster.Nodes.others", lambda *_: nodes > 1)
+    monkeypatch.setattr("datm_ray.runtime.ray.cluster.Nodes.others", lambda *_, **__: nodes > 1)
     monkeypatch.setattr("datm_ray.runtime.ray.executor.SHORT_WAIT", 0.2)  # there is no other node in truth
     events: list[Any] = []
     work = on_ray(ClusterConfig()).run(Unmounted, (str(tmp_path),), "work", [Task("write", (failures,))])
@@ -760,9 +764,15 @@ def test_products_on_gpus_are_rounded_as_the_recipe_says(
 def test_images_that_would_fill_a_gpu_stay_in_main_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Images of more than half of a GPU's free memory stay in main memory; on CPUs there is no other place."""
     images = np.zeros((4, 1, 8, 8), np.float32)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (images.nbytes, 10 * images.nbytes))
-    assert images_on(images, torch.device("cuda")).device.type == "cpu"
-    assert images_on(images, torch.device("cpu")).device.type == "cpu"
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    copied: list[torch.device] = []
+    monkeypatch.setattr("datm_ray.runtime.devices.to_device", lambda images, device: copied.append(device))
+    for free in (1, 3):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free * images.nbytes, 0))
+        images_on(images, torch.device("cuda"))
+    images_on(images, torch.device("cpu"))
+    assert [device.type for device in copied] == ["cpu", "cuda", "cpu"]
 
 
 def test_unknown_executor_is_named() -> None:

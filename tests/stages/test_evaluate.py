@@ -50,6 +50,8 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateWorker:
     validated: list[float] = []
 
     class Untrained:
+        note = ""
+
         def train(self, _: Any, __: Any, ___: Any, schedule: Any, ____: Any) -> tuple[()]:
             accuracies = VALIDATION if schedule.optimiser == "sgd" else WITH_ADAMW
             validated.append(accuracies[schedule.learning_rate])
@@ -237,6 +239,8 @@ def test_rows_are_trained_as_their_names_say(tmp_path: Path, monkeypatch: pytest
     worker, seen = EvaluateWorker(dataset, config.cluster), {}
 
     class Untrained:
+        note = ""
+
         def train(self, _: Any, images: Any, targets: Any, schedule: Any, __: Any) -> tuple[()]:
             seen[row] = (len(images[0]), targets[0].is_floating_point(), schedule.augmentation)
             return ()

@@ -202,7 +202,7 @@ class Nodes:
         return {node: fitting(resources, cluster) for node, resources in self._alive().items()}
 
     def _alive(self) -> dict[str, dict[str, float]]:
-        """Live node -> its resources. Asked for at most once per `CHECK_INTERVAL`."""
+        """Live node -> its resources, read from Ray at most once per `CHECK_INTERVAL`."""
         if time.monotonic() - self._checked > CHECK_INTERVAL:
             self._resources = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
             self._checked = time.monotonic()
@@ -216,9 +216,9 @@ class Nodes:
         """Bytes of memory that the largest node offers; no limit while there is no node."""
         return max((int(each.get("memory", 0)) for each in self._alive().values()), default=sys.maxsize)
 
-    def others(self, nodes: set[str]) -> bool:
+    def others(self, nodes: set[str], *, light: bool = False) -> bool:
         """True if a node that is not among these can hold a worker."""
-        return any(count and node not in nodes for node, count in self.fits().items())
+        return any(count and node not in nodes for node, count in self.fits(light=light).items())
 
     def may_grow(self) -> bool:
         """True if an autoscaler can start nodes that hold workers."""
@@ -274,14 +274,19 @@ class Nodes:
         )
 
 
+def default_gpus(cluster: ClusterConfig) -> float:
+    """GPUs of a worker whose settings leave them open, by what the connected cluster has or may start."""
+    has_gpus = (ray.cluster_resources() | autoscaled_resources()).get("GPU", 0) > 0
+    return 1.0 if has_gpus and cluster.device != "cpu" else 0.0
+
+
 def with_gpus(cluster: ClusterConfig) -> ClusterConfig:
     """Copy of the settings in which `gpus_per_worker` is a number, chosen by the connected cluster if it is `None`.
 
     Raises:
         ClusterError: the precision or device needs a GPU, and workers have none; or this Ray has no labels.
     """
-    has_gpus = (ray.cluster_resources() | autoscaled_resources()).get("GPU", 0) > 0
-    cluster = cluster.given_gpus(1.0 if has_gpus and cluster.device != "cpu" else 0.0)
+    cluster = cluster.given_gpus(default_gpus(cluster))
     if cluster.device == "cuda" and not cluster.gpus_per_worker:
         raise ClusterError(
             "cluster.device is 'cuda', but no node of the cluster has a GPU",

@@ -37,7 +37,7 @@ from datm_ray.runtime.executor import (
     Task,
     counted,
 )
-from datm_ray.runtime.ray.cluster import SHORT_WAIT, Nodes, connect, with_gpus, worker_options
+from datm_ray.runtime.ray.cluster import SHORT_WAIT, Nodes, connect, default_gpus, with_gpus, worker_options
 from datm_ray.runtime.ray.compat import draining_nodes, knows_labels
 from datm_ray.runtime.ray.losses import is_final, may_be_the_nodes, reason, unwrapped
 from datm_ray.runtime.ray.metrics import RayMetrics
@@ -52,6 +52,8 @@ EVENT_INTERVAL = 0.5
 """Seconds to wait for an event before waiting tasks are checked."""
 CHECK_INTERVAL = 5.0
 """Seconds between two checks of the workers."""
+LONGEST_DRAIN = 600.0
+"""Seconds for which tasks of one worker wait, so that what the running ones free becomes a group's."""
 ABSENCE = 10.0
 """Seconds without a look at events after which this process itself stood still."""
 ROOT_CAUSE_TIMEOUT = 3.0
@@ -79,7 +81,7 @@ class RayExecutor:
         dashboard = connect(address) if self._owns_cluster else ""
         try:
             self.cluster = cluster = with_gpus(cluster)
-            self.gpus_per_worker = cluster.gpus_per_worker
+            self.gpus_per_worker: float | None = default_gpus(cluster)
             self.nodes = Nodes(cluster)
             self.nodes.require(cluster.workers or 1)
             self.workers, self.workers_per_machine = self.nodes.planned()
@@ -165,8 +167,12 @@ class _Job:
     """Number of workers of the present or last attempt; 0 before the first."""
     group: RankGroup | None = None
     """Ranks of the present attempt at a task of several workers."""
+    waits_since: float = field(default_factory=time.monotonic)
+    """Time since which it has no workers, in seconds of the monotonic clock."""
     gives_way: bool = False
-    """True if the group has waited long for resources that no other task of the run uses."""
+    """True if the group has waited so long that other tasks no longer wait for it."""
+    failed_on: set[str] = field(default_factory=set)
+    """Nodes on which it had an error that may be the node's alone."""
     workers: list[PoolWorker] = field(default_factory=list)
     """Actors at work, by rank; empty while the task waits for some."""
     streams: dict[Any, int] = field(default_factory=dict)
@@ -207,8 +213,6 @@ class _Stage:
         """Times before which no actor is requested, and before which no node is avoided."""
         self._checked = self._awake = time.monotonic()
         """Times of the last check of the workers, and of the last look at events."""
-        self._alone_at = -math.inf
-        """Time at which a task of one worker was last at work."""
         self._blocked_since = self._reported_at = math.inf
         """Times since which nothing runs though tasks wait, and of the last message about it; infinite if not so."""
 
@@ -241,7 +245,7 @@ class _Stage:
         return self._jobs
 
     def _notice_absence(self) -> None:
-        """Do not count time in which this process stood still, such as a laptop's sleep, as silence of the workers."""
+        """Do not count time in which this process stood still, such as after Ctrl-Z, as silence of the workers."""
         now = time.monotonic()
         if now - self._awake > ABSENCE:
             for job in self._jobs:
@@ -271,7 +275,9 @@ class _Stage:
         """Start groups of ranks, give other tasks to free actors, and request what is missing."""
         yield from self._start_groups()
         yield from self._request_group()
-        waiting = [] if self._leaves_room() else [job for job in self._jobs if job.is_waiting and job.task.size == 1]
+        waiting = [job for job in self._jobs if job.is_waiting and job.task.size == 1]
+        if self._group_waits():
+            waiting = [job for job in waiting if self._is_apart(job)]
         free = self._free()
         for job in list(waiting):
             if not free:  # most of the time, with many tasks
@@ -294,23 +300,42 @@ class _Stage:
 
     @property
     def _left(self) -> int:
-        """Workers that `cluster.workers` allows beside the groups of ranks."""
-        return (self._cluster.workers or sys.maxsize) - sum(job.group.size for job in self._jobs if job.group)
+        """Workers that `cluster.workers` allows beside the groups of ranks that run or come first."""
+        first = (job.group.size for job in self._jobs if job.group and (job.workers or not job.gives_way))
+        return self._limit - sum(first)
 
-    def _leaves_room(self) -> bool:
-        """True while tasks of one worker start no more, so that a group gets what the running ones free."""
-        now, is_any_alone = time.monotonic(), any(job.workers and not job.group for job in self._jobs)
-        if is_any_alone:
-            self._alone_at = now
+    @property
+    def _limit(self) -> int:
+        return self._cluster.workers or sys.maxsize
+
+    def _at_work(self, but: _Job) -> int:
+        """Workers in use by other tasks, or about to start."""
+        ranks = sum(job.size for job in self._jobs if job.group and job.workers and job is not but)
+        return ranks + len(self._pool) - len(self._free())
+
+    def _group_waits(self) -> bool:
+        """True while tasks of one worker wait, so that a group gets what the running ones free.
+
+        They do not wait for ever. A group gives way after a minute if others than this run hold what it needs, and
+        after `LONGEST_DRAIN` in any case.
+        """
+        now, alone = time.monotonic(), [job for job in self._jobs if job.workers and not job.group]
+        busy = sum(not self._is_apart(job) for job in alone)
+        running = sum(job.size for job in self._jobs if job.group and job.workers)
         for job in self._jobs:
             if job.group and not job.workers:
-                if now - max(self._alone_at, job.group.requested_at) > SHORT_WAIT:
-                    job.gives_way = True  # others than tasks of one worker hold what it needs
+                is_ours = self._nodes.capacity() - running - busy < job.group.size
+                if now - job.waits_since > (LONGEST_DRAIN if is_ours else SHORT_WAIT):
+                    job.gives_way = True
                 if not job.gives_way:
                     return True
-            elif job.task.size > 1 and job.is_waiting and is_any_alone and size_for(job.sizes, self._left):
+            elif job.task.size > 1 and job.is_waiting and size_for(job.sizes, self._left):
                 return True
         return False
+
+    def _is_apart(self, job: _Job) -> bool:
+        """True for a task whose workers have a shape of their own, so that it holds nothing that a group needs."""
+        return self._cluster.light is not None and job.task.is_light
 
     def _request_group(self) -> Iterator[tuple[Task, Event]]:
         """Request the ranks of the next task of several workers."""
@@ -320,13 +345,14 @@ class _Stage:
         job = next((job for job in self._jobs if job.is_waiting and job.task.size > 1), None)
         if job is None:
             return
-        sizes, limit = [size for size in job.sizes if size <= job.limit] or job.sizes, self._left - len(self._pool)
-        now_free = self._nodes.capacity() - sum(each.group.size for each in self._jobs if each.group)
-        size = size_for(sizes, min(now_free, limit)) or size_for(sizes, limit)
-        if size is not None:
-            most = size_for(job.sizes, self._cluster.workers or sys.maxsize) or size
-            job.group, job.gives_way = RankGroup(size, most, self._options(job.task), self._avoided(job)), False
-            yield job.task, Phase(f"starting {counted(size, 'worker')}")
+        sizes, left = [size for size in job.sizes if size <= job.limit] or job.sizes, self._left
+        free = self._nodes.capacity() - sum(each.group.size for each in self._jobs if each.group)
+        size = size_for(sizes, min(free, left)) or size_for(sizes, left)
+        if size is None or size > self._limit - self._at_work(job):
+            return  # tasks of one worker end first
+        most = size_for(job.sizes, self._limit) or size
+        job.group, job.gives_way = RankGroup(size, most, self._options(job.task), self._avoided(job)), False
+        yield job.task, Phase(f"starting {counted(size, 'worker')}")
 
     def _request_workers(self, waiting: list[_Job]) -> Iterator[tuple[Task, Event]]:
         """Request actors for tasks of one worker that have none, in their order."""
@@ -359,7 +385,9 @@ class _Stage:
         for job in [job for job in self._jobs if job.group and not job.workers]:
             assert job.group
             size = job.group.size
-            if job.group.is_placed:
+            if job.group.is_placed and size > self._limit - self._at_work(job):
+                job.gives_way, job.waits_since = False, time.monotonic()  # until tasks of one worker end
+            elif job.group.is_placed:
                 if size != (job.size or job.task.size):
                     yield job.task, Resized(size, job.task.size)
                 job.group.start()
@@ -409,7 +437,7 @@ class _Stage:
         else:
             for worker in job.workers:
                 self._drop(worker)
-        job.group, job.workers, job.streams = None, [], {}
+        job.group, job.workers, job.streams, job.waits_since = None, [], {}, time.monotonic()
 
     # --- while they run -------------------------------------------------------------------------------------------
 
@@ -536,10 +564,12 @@ class _Stage:
                 yield job.task, Lost(why, job.history.losses)
 
     def _has_elsewhere(self, job: _Job, stream: Any) -> bool:
-        """True if the task was on one node only so far, and another one can hold a worker."""
-        worker = job.workers[job.streams.get(stream, 0)]
+        """True if the task had no such error before, and another node can hold a worker."""
+        worker, is_first = job.workers[job.streams.get(stream, 0)], not job.failed_on
         worker.find_node()
-        return not job.history.nodes and bool(worker.node) and knows_labels() and self._nodes.others({worker.node})
+        job.failed_on.add(worker.node)
+        light = job.task.is_light
+        return is_first and bool(worker.node) and knows_labels() and self._nodes.others(job.failed_on, light=light)
 
     def _blame(self, job: _Job, cause: BaseException, stream: Any) -> str:
         """Node on which a worker was lost, which is noted; "" if it is unknown. Free actors there are stopped."""

@@ -197,7 +197,7 @@ class PoolWorker:
         ray.kill(self.actor)
 
     def end_process(self) -> None:
-        """Kill the actor's process from its node. One that stands still does not obey Ray, which waits for its end."""
+        """Kill the actor's process from its node. Ray alone may wait for ever for a process that stands still."""
         if self.process:
             there = NodeAffinitySchedulingStrategy(self.node, soft=False)
             killer: Any = ray.remote(_kill)
@@ -206,5 +206,5 @@ class PoolWorker:
 
 def _kill(process: int) -> None:
     with suppress(OSError):  # it has ended
-        if b"ray::" in Path(f"/proc/{process}/cmdline").read_bytes():  # or else another has its number by now
+        if b"ray::Worker" in Path(f"/proc/{process}/cmdline").read_bytes():  # or else another has its number by now
             os.kill(process, signal.SIGKILL)
