@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from datm_ray.artifact import Artifact, load
     from datm_ray.config import RunConfig
     from datm_ray.recipes import get_recipe
+    from datm_ray.stages.method import Method
 
 __all__ = [
     "Artifact",
+    "Method",
     "RunConfig",
     "__version__",
     "distill",
@@ -40,6 +42,7 @@ _HOME = {
     "train_experts": "datm_ray.api",
     "distill": "datm_ray.api",
     "evaluate": "datm_ray.api",
+    "Method": "datm_ray.stages.method",
     "RunConfig": "datm_ray.config",
     "get_recipe": "datm_ray.recipes",
 }

@@ -95,10 +95,11 @@ def job_submit(
     """
     from datm_ray.pipeline import require_together
     from datm_ray.runtime.ray.jobs import Jobs
+    from datm_ray.stages.registry import method_of
 
     configs = [config_of(name, set_) for name in recipes]
     for config in configs:
-        config.require_matchable()
+        method_of(config).check(config)
     require_together(configs)
     jobs = Jobs(address)
     number = jobs.submit(configs, out, store, requirements, verbose, env or (), runtime_env)

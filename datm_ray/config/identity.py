@@ -12,6 +12,9 @@ from typing import Any
 from datm_ray.config.schema import RunConfig
 from datm_ray.config.sections import UNRESOLVED
 
+LATER_KEYS = {"real_batch": 256, "options": {}, "initial": "correct", "labels": "soft", "gradient_limit": None}
+"""Keys of `distill` that earlier versions had not -> value that their runs had."""
+
 
 def run_identity(config: RunConfig) -> dict[str, Any]:
     """Plain data that decides the synthetic set and each single accuracy; needs a resolved run.
@@ -36,7 +39,9 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
         "final_start_bound": starts.last + 1,
         "expand_iterations": starts.expand_iterations,
     }
-    for name, default in (("initial", "correct"), ("labels", "soft"), ("gradient_limit", None)):
+    if config.method == "datm":  # keeps the identity of runs made before the key existed
+        identity.pop("method")
+    for name, default in LATER_KEYS.items():
         if identity["distill"][name] == default:  # keeps the identity of runs made before the key existed
             identity["distill"].pop(name)
     if config.metadd is None:  # keeps the identity of runs made before the section existed

@@ -51,6 +51,8 @@ class RunConfig(Section):
     backbones: Annotated[tuple[BackboneConfig, ...], Field(strict=False)] = ()
     """Further networks to match at the same time, each `{network: {...}, weight: 1.0}`. Evaluation uses
     the first network alone."""
+    method: str = "datm"
+    """How the set is made: datm (trajectories), dm (embeddings), or package.module:Class of your own."""
     experts: ExpertConfig = ExpertConfig()
     distill: DistillConfig = DistillConfig()
     metadd: MetaConfig | None = None
@@ -64,15 +66,8 @@ class RunConfig(Section):
             raise ValueError(
                 f"name is {self.name!r}, which is reserved for a file or folder of the output; choose another name"
             )
-        latest = self.latest_matched
-        if latest > self.experts.epochs:
-            raise ValueError(
-                f"distill.start_epochs up to {self.distill.start_epochs.last} with expert_epochs "
-                f"{self.distill.expert_epochs} needs epoch {latest}, but experts.epochs is {self.experts.epochs}"
-            )
-        keep = self.experts.keep_epochs
-        if keep is not None and keep < min(latest, self.experts.epochs - 1):
-            raise ValueError(f"experts.keep_epochs {keep} leaves out epoch {latest}, which the recipe can match")
+        if self.method == type(self).model_fields["method"].default and self._unmatched_epochs:
+            raise ValueError(self._unmatched_epochs)  # before anything is imported; its method checks it again
         if self.cluster.backbones_apart and not self.backbones:
             raise ValueError("cluster.backbones_apart is set, but the recipe has no further network under backbones")
         if self.cluster.auxiliaries_apart and self.metadd is None:
@@ -88,6 +83,24 @@ class RunConfig(Section):
                 f"workers of their own), but cluster.workers is {self.cluster.workers}"
             )
         return self
+
+    @property
+    def _unmatched_epochs(self) -> str:
+        """Why the experts lack an epoch that trajectory matching can match; "" if they have all."""
+        latest, epochs, keep = self.latest_matched, self.experts.epochs, self.experts.keep_epochs
+        if latest > epochs:
+            return (
+                f"distill.start_epochs up to {self.distill.start_epochs.last} with expert_epochs "
+                f"{self.distill.expert_epochs} needs epoch {latest}, but experts.epochs is {epochs}"
+            )
+        if keep is not None and keep < min(latest, epochs - 1):
+            return f"experts.keep_epochs {keep} leaves out epoch {latest}, which the recipe can match"
+        return ""
+
+    def require_matched_epochs(self) -> None:
+        """Raise a `ConfigError` if the experts lack an epoch that trajectory matching can match."""
+        if self._unmatched_epochs:
+            raise ConfigError(self._unmatched_epochs)
 
     @property
     def is_matchable(self) -> bool:

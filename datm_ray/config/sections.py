@@ -271,12 +271,15 @@ class StartEpochs(Section):
 
 
 class DistillConfig(Section):
-    """Difficulty-aligned trajectory matching (DATM)."""
+    """Making the set. Keys for trajectories are read by datm alone, `real_batch` by dm alone.
+
+    dm learns neither labels nor step size: its labels are hard, and networks train with `initial_step_size`.
+    """
 
     ipc: Count = 10
     """Synthetic images per class."""
     iterations: Count = 10_000
-    """Matching iterations."""
+    """Updates of the set."""
     student_steps: Count = 80
     """SGD steps of the student per iteration (T)."""
     expert_epochs: Count = 2
@@ -291,19 +294,23 @@ class DistillConfig(Section):
     """Learning rate of the soft labels, momentum 0.9; 0: none."""
     learning_rate_step_size: NonNegative = 1e-5
     """Learning rate of the student's step size, momentum 0.5."""
-    initial: Literal["correct", "random"] = "correct"
-    """Real images to start from: correctly classified, or any."""
+    real_batch: Count = 256
+    """dm: real images of each class in an iteration."""
+    initial: Literal["correct", "random", "noise"] = "correct"
+    """Images to start from: real ones that experts classify correctly (any, without experts), any real ones, noise."""
     labels: Literal["soft", "hard"] = "soft"
     """soft: the experts' mean logits, then learned; hard: fixed."""
     initial_step_size: Positive | None = None
-    """The student's step size at the start; null: found by a line search."""
+    """The student's step size at the start; null: found by a line search (dm: 0.01)."""
     threshold: Positive = 1.0
     """Iterations with a larger matching loss are skipped."""
     gradient_limit: Positive | None = 10.0
     """Largest first-order decrease of the loss by one step, in multiples of the loss; longer gradients are shortened.
     null: no limit, as published."""
     augmentation: str = PUBLISHED_AUGMENTATION
-    """DSA operations of the student's steps."""
+    """DSA operations of the images in an iteration."""
+    options: dict[str, int | Annotated[float, Field(allow_inf_nan=False)]] = {}
+    """Numbers that a method of your own reads, such as {temperature: 2}."""
     validate_every: Count = 500
     """Iterations between validations, which choose the set to keep."""
     validation_seeds: Count = 1
@@ -393,7 +400,8 @@ SELDOM = {
     "dataset": "normalisation validation",
     "network": "norm pooling",
     "experts": "momentum weight_decay rho alpha adaptive keep_epochs storage test_every",
-    "distill": "learning_rate_step_size initial labels gradient_limit validate_every validation_seeds checkpoint_every",
+    "distill": "learning_rate_step_size real_batch initial labels gradient_limit options validate_every "
+    "validation_seeds checkpoint_every",
     "metadd": "divergence variance_of threshold",
     "evaluate": "optimiser real_epochs full fair augmentation",
     "cluster": "threads_per_worker resources labels accelerator_type light device compile experts_at_a_time "

@@ -28,6 +28,10 @@ class Purpose(IntEnum):
     EVALUATION = 10
     VALIDATION = 11
     META_IMAGES = 12
+    FRESH_NETWORK = 13
+    REAL_BATCH = 14
+    SHARED_AUGMENTATION = 15
+    INITIAL_NOISE = 16
 
 
 def generator(seed: int, purpose: Purpose, *counters: int) -> np.random.Generator:

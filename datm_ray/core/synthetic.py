@@ -70,6 +70,11 @@ def random_rows(labels: NDArray[np.int64], ipc: int, seed: int) -> NDArray[np.in
     return np.concatenate([rows[:ipc] for rows in order])
 
 
+def draw_rows(rows: NDArray[np.int64], count: int, seed: int, iteration: int, label: int) -> NDArray[np.int64]:
+    """Draw `count` of the rows of a class for an iteration, without repetition; all if there are fewer."""
+    return generator(seed, Purpose.REAL_BATCH, iteration, label).permutation(rows)[:count]
+
+
 def correct_rows(
     labels: NDArray[np.int64],
     ipc: int,

@@ -67,7 +67,9 @@ CATALOGUE: dict[str, Metric] = {
     "datm_ray_expert_epochs_total": _counter("", "Finished epochs, summed over single experts"),
     # --- distillation ---
     "datm_ray_distill_iteration": _gauge("", "Finished iterations"),
-    "datm_ray_distill_matching_loss": _gauge("", "Normalised matching loss of the first backbone"),
+    "datm_ray_distill_matching_loss": _gauge(
+        "", "Loss of the method; of trajectories, the normalised one of the first backbone"
+    ),
     "datm_ray_distill_step_size": _gauge("", "The student's learned step size, for the first backbone"),
     "datm_ray_distill_skipped_steps": _gauge(
         "", "Updates skipped so far: loss above the threshold, or value not finite"

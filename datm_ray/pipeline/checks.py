@@ -30,6 +30,7 @@ from datm_ray.pipeline.tasks import layout
 from datm_ray.planning.fit import plans_of, require_whole_classes
 from datm_ray.runtime.executor import Executor, require_precision
 from datm_ray.stages.distill import SYNTHETIC
+from datm_ray.stages.registry import method_of, trained_backbones
 from datm_ray.store.files.filesystem import open_location
 
 
@@ -67,7 +68,7 @@ def check_before_reading(configs: Sequence[RunConfig], *, elsewhere: bool) -> No
 
 def require_startable(runs: Runs) -> None:
     """Raise a `DatmError` if the runs cannot be distilled or written here, or do not fit into memory."""
-    require_matchable(runs)
+    require_distillable(runs)
     _require_device(runs)
     require_writable(runs)
     require_memory(runs)
@@ -132,6 +133,7 @@ def _check_data(runs: Runs, config: RunConfig) -> None:
             f"{held_out} more are for validation (dataset.validation={share:g}) and {tested} for testing",
             f"use --set distill.ipc={left}, or add images of this class",
         )
+    method_of(config).check_images(config, raw)
     require_whole_classes(config.cluster.shards, raw.classes, raw.name)
     _check_networks(runs, config)
     if runs.stored_transform(config.dataset) is None:
@@ -142,10 +144,13 @@ def _check_data(runs: Runs, config: RunConfig) -> None:
 
 
 def _check_networks(runs: Runs, config: RunConfig) -> None:
+    trained = len(trained_backbones(config))
     for number, backbone in enumerate(config.each_backbone()):
         looks = config.metadd is not None and number == 0
         key = f"backbones.{number - 1}.network" if number else "network"
-        _check_experts(runs, backbone, _check_network(runs, config, backbone.network, key, has_maps=looks))
+        built = _check_network(runs, config, backbone.network, key, has_maps=looks)
+        if number < trained:
+            _check_experts(runs, backbone, built)
     for number, auxiliary in enumerate(config.each_auxiliary()):
         key = f"metadd.auxiliaries.{number}"
         _check_experts(runs, auxiliary, _check_network(runs, config, auxiliary.network, key, has_maps=True))
@@ -195,10 +200,10 @@ def _check_experts(runs: Runs, config: RunConfig, network: nn.Module) -> None:
             )
 
 
-def require_matchable(runs: Runs) -> None:
-    """Raise a `ConfigError` if a network of a run can be trained but not matched."""
+def require_distillable(runs: Runs) -> None:
+    """Raise a `ConfigError` for a run that its method cannot distil."""
     for config in runs.configs:
-        config.require_matchable()
+        method_of(config).check(config)
 
 
 def require_memory(runs: Runs, executor: Executor | None = None) -> None:

@@ -12,6 +12,7 @@ from datm_ray.report import RunSummary, write_report, write_summary
 from datm_ray.stages.checkpoint import CHECKPOINT
 from datm_ray.stages.distill import INITIAL, SYNTHETIC
 from datm_ray.stages.evaluate import read_fair_rows, read_fair_scores, read_network_scores, read_scores
+from datm_ray.stages.experts import has_experts
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.sealed import rejecting_nonsense
 
@@ -102,6 +103,7 @@ def summaries(out: Location, configs: Sequence[RunConfig]) -> list[RunSummary]:
                 fair=read_fair_scores(*where),
                 fair_rows=read_fair_rows(*where),
                 dataset=note.name,
+                has_experts=has_experts(out / config.name),
             )
         )
     return found

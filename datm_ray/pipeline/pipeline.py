@@ -14,7 +14,6 @@ from datm_ray._version import __version__
 from datm_ray.artifact import TRANSFORMS, keep_transform
 from datm_ray.config import DatasetConfig, NetworkConfig, RunConfig, to_yaml
 from datm_ray.errors import ClusterError
-from datm_ray.methods.trajectory.distance import Distance
 from datm_ray.monitor.loggers import Logger, open_logger
 from datm_ray.monitor.logs import LOG, fields, noting_the_end, writing
 from datm_ray.monitor.progress import Reporter
@@ -30,6 +29,8 @@ from datm_ray.stages.distill import DistillWorker
 from datm_ray.stages.evaluate import read_score, result_location, scored_rows
 from datm_ray.stages.expert_progress import ExpertProgress, note_stacks
 from datm_ray.stages.experts import experts_cost, progress_of, stacks, write_experts_cost
+from datm_ray.stages.method import Outlook
+from datm_ray.stages.registry import method_of, trained_backbones, trained_networks
 from datm_ray.stages.validation import Candidates
 from datm_ray.stages.worker import StageWorker
 from datm_ray.store.claims import lease
@@ -139,13 +140,17 @@ class Pipeline:
                 lines.append(f"{raw.name}: fitting zca takes {cost}, once")
         return lines
 
-    def distances(self) -> dict[str, Distance]:
-        """Name of each set to distil -> how far its experts and its student go."""
-        return {config.name: Distance.of(config, len(self.runs.raw(config).train)) for config in self.runs.unfinished()}
+    def distances(self) -> dict[str, Outlook]:
+        """Name of each set to distil -> facts that its method tells before it starts, such as how far experts go."""
+        found = {
+            config.name: method_of(config).outlook(config, len(self.runs.raw(config).train))
+            for config in self.runs.unfinished()
+        }
+        return {name: outlook for name, outlook in found.items() if outlook}
 
     def run_all(self, start: Callable[[], Executor], reporter: Reporter) -> None:
         """Experts, distillation, evaluation."""
-        checks.require_matchable(self.runs)
+        checks.require_distillable(self.runs)
         with self._started(start, reporter, distils=True) as executor:
             self._experts(executor, reporter)
             self._distill(executor, reporter, evaluates=True)
@@ -158,18 +163,18 @@ class Pipeline:
 
     def distill(self, start: Callable[[], Executor], reporter: Reporter) -> None:
         """Distil the sets that are not finished."""
-        checks.require_matchable(self.runs)
+        checks.require_distillable(self.runs)
         for config in self.configs:
-            checks.require_experts(self.runs, [*config.each_backbone(), *config.each_auxiliary()])
+            checks.require_experts(self.runs, trained_networks(config))
         with self._started(start, reporter, distils=True) as executor:
             self._note_experts_cost()  # another command may have trained them
             self._distill(executor, reporter)
 
     def evaluate(self, start: Callable[[], Executor], reporter: Reporter) -> None:
         """Score the rows that are missing."""
-        checks.require_matchable(self.runs)
+        checks.require_distillable(self.runs)
         for config in self.configs:
-            checks.require_experts(self.runs, config.each_backbone())
+            checks.require_experts(self.runs, trained_backbones(config))
         checks.require_sets(self.runs)
         with self._started(start, reporter) as executor:
             self._evaluate(executor, reporter)
@@ -255,7 +260,11 @@ class Pipeline:
         def open_tasks(runs: Runs) -> list[DatasetTask]:
             return tasks.expert_tasks(runs, executor.light_workers)
 
-        self._run("Experts", "train", open_tasks, executor, reporter)
+        if self.runs.networks():
+            self._run("Experts", "train", open_tasks, executor, reporter)
+        else:
+            methods = ", ".join(sorted({config.method for config in self.configs}))
+            reporter.message(f"Experts: none, method {methods} needs no trained networks")
         self._note_stacks(executor)
         self._note_experts_cost()
 
@@ -267,10 +276,7 @@ class Pipeline:
     def _note_experts_cost(self) -> None:
         """Write the experts' cost into the runs' folders, where the report finds it without the store."""
         for config in self.configs:
-            costs = [
-                experts_cost(each, self.runs.experts(each))
-                for each in (*config.each_backbone(), *config.each_auxiliary())
-            ]
+            costs = [experts_cost(each, self.runs.experts(each)) for each in trained_networks(config)]
             write_experts_cost(self.runs.folder(config), costs)
 
     def _clear_up(self) -> None:

@@ -16,6 +16,7 @@ from datm_ray.data.transform import FitCost, Transform, fit_transform
 from datm_ray.planning.shape import DataShape
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.experts import expert_group
+from datm_ray.stages.registry import trained_networks
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.sealed import rejecting_nonsense
 from datm_ray.store.tensors import read_tensors
@@ -98,7 +99,7 @@ class Runs:
 
     def networks(self) -> list[RunConfig]:
         """Every network of every run that needs experts, as a run with that network alone."""
-        return [each for config in self.configs for each in (*config.each_backbone(), *config.each_auxiliary())]
+        return [each for config in self.configs for each in trained_networks(config)]
 
     def experts(self, config: RunConfig) -> ExpertGroup:
         """Experts of a run with one network, in the store."""

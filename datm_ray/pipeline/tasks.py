@@ -19,6 +19,7 @@ from datm_ray.runtime.executor import Executor, Task
 from datm_ray.stages.evaluate import FAIR_ROWS, ROWS, result_location, seeds_of_tasks, work_of
 from datm_ray.stages.expert_progress import read_stacks
 from datm_ray.stages.experts import experts_at_a_time, stacks
+from datm_ray.stages.registry import method_of
 from datm_ray.stages.validation import is_apart, only_validations_are_left
 
 DatasetTask = tuple[DatasetConfig, Task]
@@ -99,9 +100,7 @@ def distill_tasks(runs: Runs, executor: Executor | None = None) -> list[DatasetT
     wanted = sum(config.workers_per_set for config in runs.unfinished())
     for config in runs.unfinished():
         folder, size, fewer = runs.folder(config), config.workers_per_set, smaller_groups(runs, config)
-        settings, images = config.distill, config.distill.ipc * runs.raw(config).classes
-        passes = settings.iterations * settings.student_steps * min(images, settings.batch_size)
-        work = passes * sum(_flop(runs, each) for each in config.each_backbone())
+        settings, work = config.distill, config.distill.iterations * _work_of_iteration(runs, config)
         validation, is_over = None, False
         if executor is not None:
             is_over = only_validations_are_left(folder, settings)
@@ -120,12 +119,22 @@ def distill_tasks(runs: Runs, executor: Executor | None = None) -> list[DatasetT
             fewer,
             run=config.name,
             stage="distillation",
-            weight=work * FORWARD_PASSES["matching"],
+            weight=work,
             memory=memory,
             is_light=is_over,
         )
         tasks.append((config.dataset, task))
     return tasks
+
+
+def _work_of_iteration(runs: Runs, config: RunConfig) -> float:
+    """Operations of one iteration over all workers, without MetaDD."""
+    shape, work = runs.shape(config), 0.0
+    for each in config.each_backbone():
+        cost = network_cost(each, shape)
+        passes = method_of(config).demand(config, shape.classes, 1, cost).passes
+        work += cost.flop * sum(FORWARD_PASSES[kind] * count for kind, count in passes.items())
+    return work
 
 
 def _validation_task(runs: Runs, config: RunConfig) -> Task:

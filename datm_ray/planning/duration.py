@@ -20,15 +20,14 @@ from datm_ray.artifact import INLINE_BYTES
 from datm_ray.config import RunConfig
 from datm_ray.core.training import PROTOCOLS, validation_protocol
 from datm_ray.methods.state import columns
-from datm_ray.methods.trajectory.distance import Distance
-from datm_ray.methods.trajectory.iteration import IterationRecord
 from datm_ray.planning.fit import DistillationPlan
 from datm_ray.planning.machines import Machine
 from datm_ray.planning.shape import DataShape, fitting_cost, network_cost
-from datm_ray.planning.trajectory import described, outlook
 from datm_ray.runtime.devices import uses_gpu
 from datm_ray.stages.evaluate import scored_rows, seeds_of_tasks, training_of
 from datm_ray.stages.experts import experts_at_a_time, stacks
+from datm_ray.stages.method import Outlook
+from datm_ray.stages.registry import method_of, trained_backbones, trained_networks
 from datm_ray.stages.validation import is_apart, validations
 from datm_ray.store.trajectories import size_in_words
 
@@ -57,7 +56,7 @@ class Proposal:
 
     def compiling(self, kind: str, network: RunConfig) -> float:
         """Seconds in which one worker compiles steps of a network."""
-        each = self.machine.compiling[kind] if self.config.cluster.compile else 0.0
+        each = self.machine.compiling.get(kind, 0.0) if self.config.cluster.compile else 0.0
         return each * network_cost(network, self.shape).functions
 
     @property
@@ -78,9 +77,9 @@ class Proposal:
         return computing, summing + machine.sum_seconds(held * self.shape.row, 4, len(config.roles))
 
     @property
-    def outlook(self) -> Distance:
+    def outlook(self) -> Outlook | None:
         """Facts that the method tells about the recipe."""
-        return outlook(self.config, round(self.shape.training_images - self._held_out))
+        return method_of(self.config).outlook(self.config, round(self.shape.training_images - self._held_out))
 
     @functools.cached_property
     def stages(self) -> dict[str, tuple[float, float]]:
@@ -89,8 +88,12 @@ class Proposal:
         backbones, together, images = config.each_backbone(), config.workers_per_set, self.shape.synthetic(config)
         experts, scored = self._experts(), self._scored()
         started = min(workers, len(experts)) + together + min(workers, len(scored))
-        compiling = max(sum(self.compiling("matching", backbones[n]) for n in role.backbones) for role in config.roles)
+        compiling = max(
+            sum(self.compiling(kind, backbones[n]) for n in role.backbones for kind in self.plans[n].passes)
+            for role in config.roles
+        )
         labelled = config.experts.count * (settings.labels == "soft") + 2 * (settings.initial == "correct")
+        labelled *= bool(trained_backbones(config))
         choosing, iterating = self.seconds("scoring", backbones[0], labelled * images), sum(self.iteration)
         distillation = compiling + choosing + settings.iterations * iterating
         seconds = {
@@ -117,7 +120,7 @@ class Proposal:
     def _experts(self) -> list[float]:
         """Seconds of each stack of experts. A worker compiles before its first stack of a network."""
         tasks, workers = [], self.machine.workers
-        for network in (*self.config.each_backbone(), *self.config.each_auxiliary()):
+        for network in trained_networks(self.config):
             own, stack = network.experts, experts_at_a_time(network, self.shape.image, self.shape.classes)
             passes = own.epochs * (self.shape.training_images - self._held_out) * (2 if own.optimiser == "gsam" else 1)
             one, compiling = self.seconds("experts", network, passes), self.compiling("experts", network)
@@ -171,10 +174,11 @@ class Proposal:
         """Bytes that a finished run leaves behind, but for reports: `store`, the last `checkpoint`, and `results`."""
         config, images, row = self.config, self.shape.synthetic(self.config), self.shape.row
         transform, store = fitting_cost(config.dataset, self.shape).stored, 0
-        for each in (*config.each_backbone(), *config.each_auxiliary()):
+        for each in trained_networks(config):
             snapshot = STORED_BYTES[each.experts.storage] * network_cost(each, self.shape).parameters
             store += each.experts.count * len(each.kept_epochs) * snapshot + transform
-        history = sum(np.dtype(kind).itemsize for kind in columns(IterationRecord).values()) * len(config.weights)
+        kinds = columns(method_of(config).state.record).values()
+        history = sum(np.dtype(kind).itemsize for kind in kinds) * len(config.weights)
         return {
             "store": store,
             "checkpoint": images * (3 * row + 16) + history * config.distill.iterations,  # set, momentum, set kept
@@ -186,7 +190,7 @@ class Proposal:
 
     def to_json(self) -> dict[str, Any]:
         """What the recipe takes, as plain data. Hours are `None` if no speed is known."""
-        config, machine = self.config, self.machine
+        config, machine, outlook = self.config, self.machine, self.outlook
         held, clock = ({name: hours[place] for name, hours in self.stages.items()} for place in (0, 1))
         return {
             "name": config.name,
@@ -196,7 +200,7 @@ class Proposal:
             "speed": machine.basis,
             "hours": held if machine.basis else None,
             "clock_hours": clock if machine.basis else None,
-            "distance": self.outlook.to_json(),
+            "distance": outlook.to_json() if outlook else None,
             "iteration_seconds": dict(zip(("computing", "sums"), self.iteration, strict=True)),
             "storage_bytes": self.storage,
             "workers_per_set": config.workers_per_set,
@@ -215,11 +219,12 @@ class Proposal:
     def lines(self, *, suggested: bool = False, verbose: bool = False) -> list[str]:
         """What the recipe takes, as text for people; `suggested`: in a layout chosen for a described cluster."""
         config, shape, machine, plan = self.config, self.shape, self.machine, self.plans[0]
-        device, image, kept = machine.device.replace("core", "CPU"), "x".join(map(str, shape.image)), self.storage
+        device, image = machine.device.replace("core", "CPU"), "x".join(map(str, shape.image))
+        kept, outlook = self.storage, self.outlook
         held, clock = {name: 3600 * hours for name, (hours, _) in self.stages.items()}, self.clock
         trained = (
             f"{each.experts.count:,} {each.network.architecture}, {each.experts.epochs:,} epochs"
-            for each in (*config.each_backbone(), *config.each_auxiliary())
+            for each in trained_networks(config)
         )
         fitting, (computing, sums) = fitting_cost(config.dataset, shape), self.iteration
         summed = size_in_words(sum(each.demand.summed for each in self.plans if each.demand))
@@ -227,9 +232,9 @@ class Proposal:
         rows = {
             "data": f"{shape.training_images:,} training images of {image} in {shape.classes:,} classes: "
             f"{size_in_words(shape.bytes)}, shared by the workers of a machine",
-            "experts": "; ".join(trained),
-            "distillation": described(config, shape.synthetic(config), plan.chunk),
-            "step sizes": "; ".join(self.outlook.lines()),
+            "experts": "; ".join(trained) or "none needed",
+            "distillation": method_of(config).described(config, shape.synthetic(config), plan.chunk),
+            **({outlook.title: "; ".join(outlook.lines())} if outlook else {}),
             "evaluation": f"{config.evaluate.seeds:,} networks a row, "
             f"{PROTOCOLS[config.evaluate.protocol].epochs:,} epochs",
             f"{device} time": f"{_listed(held)}; {machine.basis}" if machine.basis else NO_HOURS,
@@ -258,7 +263,7 @@ class Proposal:
 
 
 def _listed(seconds: dict[str, float]) -> str:
-    return ", ".join(f"{name} {show_time(value)}" for name, value in seconds.items())
+    return ", ".join(f"{name} {show_time(value)}" for name, value in seconds.items() if value)
 
 
 def show_time(seconds: float) -> str:

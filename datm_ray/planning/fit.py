@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,9 +24,12 @@ from datm_ray.core.training import PROTOCOLS, SCORING_BATCH
 from datm_ray.errors import ConfigError
 from datm_ray.memory import available_memory
 from datm_ray.planning.shape import DataShape, network_cost
-from datm_ray.planning.trajectory import Demand, demand
 from datm_ray.runtime.devices import uses_gpu
+from datm_ray.stages.registry import method_of
 from datm_ray.store.trajectories import size_in_words
+
+if TYPE_CHECKING:
+    from datm_ray.stages.method import Demand
 
 PROCESS_BYTES = 1200 * 2**20
 """Memory of a CPU worker without its tensors. Measured: 935 to 980 MiB where a worker only distilled, 1,050 to 1,200
@@ -170,7 +174,8 @@ def _plan(
         name = f"holds metadd.auxiliaries.{role.meta_networks[0] - 1} of {config.name}"
         return DistillationPlan(name, budget, parts)
     backbones = [network_cost(each, shape) for each in config.each_backbone()]
-    own, size = demand(config, shape.classes, shards, backbones[backbone]), backbones[backbone]
+    size = backbones[backbone]
+    own = method_of(config).demand(config, shape.classes, shards, size)
     parts["network"] += 4 * own.vectors * sum(backbones[number].parameters for number in role.backbones)
     parts["trace"], of_an_image = own.trace, own.maps * size.maps + IMAGE_COPIES * shape.row
     free = (budget - parts["process"]) / MARGIN - parts["synthetic"] - parts["network"] - parts["trace"]

@@ -15,6 +15,7 @@ from datm_ray.planning.machines import Machine, machine_here, parse_cluster, req
 from datm_ray.planning.measure import measured
 from datm_ray.planning.shape import DataShape, data_shape, fitting_cost, parse_shape
 from datm_ray.runtime.executor import require_precision
+from datm_ray.stages.registry import method_of
 
 
 def plan_run(
@@ -34,7 +35,7 @@ def plan_run(
         DatasetError: the data cannot be read.
         ClusterError: the precision needs a GPU.
     """
-    config.require_matchable()
+    method_of(config).check(config)
     machine = machine_here(config) if cluster is None else parse_cluster(cluster, config.cluster.threads_per_worker)
     require_precision(config.cluster, machine.device == "GPU")
     if measure:

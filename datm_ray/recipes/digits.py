@@ -1,7 +1,7 @@
 """Recipes for scikit-learn's 1,797 real 8x8 digits, the embedded default.
 
 The ranges of start epochs come from a prototype that was scored on its test split. Figures are over four distillations
-of two networks each; those of MetaDD are of one distillation.
+of two networks each; those of MetaDD and DM are of one distillation.
 """
 
 from __future__ import annotations
@@ -87,6 +87,29 @@ def digits_ipc30() -> RunConfig:
     return _digits(
         30, iterations=250, starts=StartEpochs(first=10, bound=35), expert_epochs=4, learning_rate_images=30.0
     )
+
+
+def digits_dm_ipc10() -> RunConfig:
+    """Real digits, 10 images per class, by distribution matching (DM). It trains no experts.
+
+    Measured 97.8±0.7 %, random real images with hard labels 94.9±0.5, all real data 98.9±0.2: one distillation in 103
+    CPU seconds, five networks (`datm-ray run digits-dm-ipc10`). Learning rates and iterations were chosen on validation
+    images.
+    """
+    base = digits_ipc10()
+    distill = base.distill.model_copy(
+        update={
+            "iterations": 600,
+            "learning_rate_images": 5.0,
+            "learning_rate_step_size": 0.0,
+            "initial_step_size": 0.1,
+            "initial": "random",
+            "labels": "hard",
+            "real_batch": 128,
+            "validate_every": 200,
+        }
+    )
+    return base.model_copy(update={"method": "dm", "distill": distill})
 
 
 def digits16_metadd_ipc1() -> RunConfig:

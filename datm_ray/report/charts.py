@@ -76,10 +76,12 @@ class Picture:
 def charts_of(run: Run) -> list[Picture]:
     charts = []
     if run.history is not None:
-        charts += [_loss_chart(run, run.history), _start_chart(run, run.history)]
+        is_matching = "history.start" in run.history
+        charts.append(_loss_chart(run, run.history) if is_matching else _plain_loss_chart(run.history))
+        charts += [_start_chart(run, run.history)] if is_matching else []
         if len(run.history["validation.iteration"]):
             charts.append(_validation_chart(run, run.history))
-        charts.append(_step_size_chart(run, run.history))
+        charts += [_step_size_chart(run, run.history)] if "history.step_size" in run.history else []
         if "meta.iteration" in run.history:
             charts.append(_ratio_chart(run.history))
     if run.latest is not None:
@@ -153,6 +155,28 @@ def _loss_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
         f"{count(int(skipped.sum()), 'iteration')} skipped.",
         "Distance of the student from the target, relative to that at its start: 0 is a perfect match, 1 is no "
         f"progress.{tail}",
+    )
+
+
+def _plain_loss_chart(history: Mapping[str, NDArray[Any]]) -> Picture:
+    loss = np.where(history["history.skipped"], np.nan, history["history.loss"])
+    window = max(1, len(loss) // 40)
+    mean = _running_mean(loss, window)
+    ends = mean[np.isfinite(mean)]
+
+    def draw(figure: Figure) -> None:
+        axes = _iteration_axes(figure, len(loss), "loss")
+        iteration = history["history.iteration"] + 1
+        axes.plot(iteration, loss, color=PALE, linewidth=0.8, rasterized=True, label="each iteration")
+        axes.plot(iteration, mean, color=ACCENT, label=f"mean of {window}" if window > 1 else "loss")
+        axes.legend(loc="best")
+
+    course = f" from {ends[0]:.3g} to {ends[-1]:.3g}" if len(ends) else ""
+    return Picture(
+        "Loss",
+        _svg(draw),
+        f"Loss over {count(len(loss), 'iteration')}; its running mean goes{course}.",
+        "Loss of the method before each update, without MetaDD's.",
     )
 
 

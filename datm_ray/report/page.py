@@ -24,6 +24,7 @@ from datm_ray.report.results import (
     is_skipped,
     mean_over_networks,
     names_of,
+    network_columns,
     read_run,
     scores_by_name,
     share_of_full,
@@ -56,6 +57,7 @@ def render(runs: Sequence[Run]) -> str:
     datasets = list(dict.fromkeys(run.dataset for run in runs))
     return environment.from_string(template).render(
         title=f"Distilling {listed(datasets)}" if runs else "Dataset distillation",
+        matching=any(run.summary.has_experts for run in runs),
         done=[_what_was_done(run) for run in runs],
         columns=[column_name(summary) for summary in summaries],
         rows=[
@@ -125,7 +127,11 @@ def _networks_view(summary: RunSummary) -> dict[str, Any] | None:
         )
         for kinds in (["seen"], ["unseen"])
     ]
-    return {"columns": list(NETWORK_COLUMNS.values()), "lines": lines, "means": [m for m in means if any(m[1])]}
+    return {
+        "columns": list(network_columns(summary).values()),
+        "lines": lines,
+        "means": [m for m in means if any(m[1])],
+    }
 
 
 def _cell(summary: RunSummary, row: str) -> tuple[str, str]:
@@ -139,10 +145,9 @@ def _what_was_done(run: Run) -> str:
     config, real = run.config, run.summary.training_images
     verb = "were" if run.synthetic else "are being" if run.initial else "are to be"
     origin = f"{count(real, 'real image')} of {run.dataset}" if real else f"The images of {run.dataset}"
-    return (
-        f"{origin} {verb} distilled to {_size(run)}, from {count(config.experts.count, 'expert')} trained for "
-        f"{count(config.experts.epochs, 'epoch')} each, in {count(config.distill.iterations, 'iteration')}."
-    )
+    experts = f"{count(config.experts.count, 'expert')} trained for {count(config.experts.epochs, 'epoch')} each"
+    taught = f"from {experts}, " if run.summary.has_experts else ""
+    return f"{origin} {verb} distilled to {_size(run)}, {taught}in {count(config.distill.iterations, 'iteration')}."
 
 
 def _size(run: Run) -> str:

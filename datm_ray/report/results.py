@@ -43,6 +43,8 @@ class RunSummary:
     """Rows beyond the table's that DD-Ranking's scores need."""
     dataset: str | None = None
     """Name of the data set; None if the caller does not know it."""
+    has_experts: bool = True
+    """False if the run's method trains no networks, so that no row has their soft labels."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,9 @@ class Run:
 
     @property
     def learns_step_size(self) -> bool:
-        """True if the step size is learned, False if the recipe keeps the initial one."""
-        return self.config.distill.learning_rate_step_size > 0
+        """True if the step size is learned, False if the recipe or the method keeps the initial one."""
+        has_course = self.history is None or "history.step_size" in self.history
+        return has_course and self.config.distill.learning_rate_step_size > 0
 
     @property
     def unfinished(self) -> tuple[bool, int]:
@@ -150,6 +153,8 @@ class Run:
         if self.history is None:
             return 0
         loss, skipped = self.history["history.loss"], self.history["history.skipped"]
+        if "history.start" not in self.history:  # no loss is above a threshold
+            return self.skipped
         return int(diverged(loss, skipped, self.config.distill.threshold).sum())
 
     @property
@@ -267,7 +272,8 @@ def shown_rows(summaries: Sequence[RunSummary]) -> dict[str, str]:
 
 def is_skipped(summary: RunSummary, row: str) -> bool:
     """True if the run leaves out a row, and no earlier command has scored it."""
-    return row == "full" and not summary.config.evaluate.full and not find_score(summary.scores, row)
+    is_made = summary.config.evaluate.full if row == "full" else summary.has_experts or row != "random-soft"
+    return not is_made and not find_score(summary.scores, row)
 
 
 def fair_parts(summary: RunSummary) -> list[tuple[str, tuple[float, ...]]]:
@@ -307,9 +313,16 @@ def column_name(summary: RunSummary) -> str:
 NETWORK_COLUMNS = {
     "learned": "learned step size",
     "tuned": "tuned step size",
-    "control": "random real images, soft labels, tuned",
+    "control": f"{ROWS['random-soft']}, tuned",
 }
-"""Columns of the table of architectures, with their headings."""
+"""Columns of the table of architectures, with their headings; see `network_columns`."""
+
+
+def network_columns(summary: RunSummary) -> dict[str, str]:
+    """Columns of a run's table of architectures, with their headings."""
+    if summary.has_experts:
+        return NETWORK_COLUMNS
+    return NETWORK_COLUMNS | {"learned": "the set's step size", "control": f"{ROWS['random-hard']}, tuned"}
 
 
 def scores_by_name(scores: NetworkScores) -> dict[str, Score]:
@@ -332,7 +345,7 @@ def mean_over_networks(networks: Sequence[NetworkScores], column: str, kinds: Se
 
 def networks_table(summary: RunSummary) -> str:
     """Accuracy on every architecture as aligned text, then the means over seen and unseen ones."""
-    lines = [[f"{column_name(summary)}: test accuracy in %", "", *NETWORK_COLUMNS.values()]]
+    lines = [[f"{column_name(summary)}: test accuracy in %", "", *network_columns(summary).values()]]
     for name, each in zip(names_of(summary.networks), summary.networks, strict=True):
         cells = scores_by_name(each)
         columns = [str(cells[column]) if column in cells else "-" for column in NETWORK_COLUMNS]

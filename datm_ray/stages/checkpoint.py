@@ -171,12 +171,15 @@ def read_iteration(folder: Location) -> int:
 
 
 def read_curves(folder: Location) -> dict[str, Any]:
-    """The history columns of the first backbone, of MetaDD and of validation in a run's checkpoint, by name."""
+    """The history columns, those of MetaDD and of validation in a run's checkpoint, by name.
+
+    A history that has a column for the backbones is cut to the first one's rows.
+    """
     arrays = with_present_names(read_tensors(folder / CHECKPOINT, kind=KIND).arrays)
-    if "history.backbone" not in arrays:
-        raise _unusable(folder, "has no column for the backbones")
+    if not {"history.iteration", "history.loss", "history.skipped"} <= arrays.keys():
+        raise _unusable(folder, "has no columns for iterations, losses and skipped updates")
     with rejecting_nonsense(folder / CHECKPOINT):
-        first = arrays["history.backbone"] == 0
+        first = arrays.get("history.backbone", np.zeros_like(arrays["history.iteration"])) == 0
         curves = {name: array[first] for name, array in arrays.items() if name.startswith("history.")}
     return curves | {name: array for name, array in arrays.items() if name.startswith(("validation.", "meta."))}
 

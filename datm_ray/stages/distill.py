@@ -54,10 +54,9 @@ from datm_ray.runtime.stopping import Interrupted, saving
 from datm_ray.stages.checkpoint import PARTS, Attempt, Rows, load_checkpoint, read_computed, save_checkpoint
 from datm_ray.stages.expert_networks import ExpertNetworks
 from datm_ray.stages.expert_progress import WRITE_SHARE
-from datm_ray.stages.initial import initial_set
 from datm_ray.stages.metadd import MetaNetworks
 from datm_ray.stages.method import Method, Part
-from datm_ray.stages.trajectory import TrajectoryMatching
+from datm_ray.stages.registry import method_of
 from datm_ray.stages.validation import (
     Candidates,
     is_due,
@@ -82,8 +81,8 @@ _log = logging.getLogger(__name__)
 class DistillWorker:
     """Distils synthetic sets from one data set and its experts, alone or with others."""
 
-    method: type[TrajectoryMatching] = TrajectoryMatching
-    """Method that changes the set; a benchmark may put another one here."""
+    method: type[Method] | None = None
+    """Method that changes the set; `None` takes the recipe's. A benchmark may put another one here."""
 
     def __init__(self, dataset: Dataset, cluster: ClusterConfig) -> None:
         self._device = prepare_device(cluster)
@@ -132,7 +131,7 @@ class DistillWorker:
         waited_for = while_peers_wait(timeout if worker_rank else math.inf)
         with open_mesh(worker_rank, rows, columns, self._device, timeout) as mesh, waited_for:
             part = Part(config, self._dataset, store_uri, mesh, self._device, sharing)
-            with closing(self.method(part)) as method:
+            with closing((self.method or method_of(config))(part)) as method:
                 yield from _Run(part, folder, method, account, validation).events()
 
     def validate(self, config: RunConfig, store_uri: str, folder_uri: str, iteration: int) -> Iterator[Event]:
@@ -179,7 +178,8 @@ class DistillWorker:
         attempt = Attempt.start(folder, Alone())
         folder, attempt.resumed_at = attempt.folder, config.distill.iterations
         spent = read_cost(folder)  # before the state: another worker may add the results that the state lacks
-        state = load_checkpoint(self.method.state, folder, rows, config.distill, self._device)
+        kind = (self.method or method_of(config)).state
+        state = load_checkpoint(kind, folder, rows, config.distill, self._device)
         if state is None:
             return
         candidates, iterations = Candidates(folder), unvalidated(config.distill, state)
@@ -222,9 +222,7 @@ def _record(
 class _Run:
     """One worker's part in the distillation of one set."""
 
-    def __init__(
-        self, part: Part, folder: Location, method: Method[Any], account: Account, validation: Task | None
-    ) -> None:
+    def __init__(self, part: Part, folder: Location, method: Method, account: Account, validation: Task | None) -> None:
         config, dataset, mesh, device = part.config, part.dataset, part.mesh, part.device
         self._attempt = Attempt.start(folder, mesh)
         self._part, self._method, self._folder, self._account = part, method, self._attempt.folder, account
@@ -257,11 +255,11 @@ class _Run:
         saved = self._saved_state()
         if saved is None:
             yield Phase("choosing the first images")
-        state = saved or self._method.state(initial_set(self._part, self._method.experts[0]), settings)
-        yield Phase(self._method.preparation)
+        state = saved or self._method.state(self._method.first_set(), settings)
+        yield from map(Phase, filter(None, [self._method.preparation]))
         self._mesh.until_all_are_done(self._method.prepare)
         if saved is None:
-            yield Phase("measuring the first matching losses")
+            yield from map(Phase, filter(None, [self._method.calibration]))
             yield from map(Note, self._method.calibrate(state))
         self._found = self._found_values(state, is_new=saved is None)
         if saved is None:

@@ -51,6 +51,7 @@ from datm_ray.runtime.devices import Meter, images_on, prepare_device, to_device
 from datm_ray.runtime.executor import Finished, Note, Progress
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.expert_networks import ExpertNetworks
+from datm_ray.stages.registry import trained_backbones
 from datm_ray.stages.validation import evaluation_schedule, reported, trainer_of
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.sealed import rejecting_nonsense
@@ -78,6 +79,9 @@ PLAIN = ("distilled-plain", "random-plain")
 
 ON_OTHERS = ("random-soft", "distilled")
 """Keys of the rows scored on every network of `evaluate.networks`."""
+
+UNLABELLED_ON_OTHERS = ("random-hard", "distilled")
+"""Keys of these rows where no experts are trained that could label random images."""
 
 CONTROL_STEP_SIZES = (0.01, 0.03, 0.1)
 """Candidate learning rates of SGD with momentum 0.9, for controls and for other architectures."""
@@ -297,9 +301,11 @@ def row_schedule(config: RunConfig, row: str) -> Schedule:
 
 def scored_rows(config: RunConfig) -> list[tuple[str, NetworkConfig | None]]:
     """Rows that a run is scored on, each with its network; None for the backbone."""
-    rows = [row for row in ROWS if row != "full" or config.evaluate.full]
+    is_labelled, is_full = bool(trained_backbones(config)), config.evaluate.full
+    rows = [row for row in ROWS if (row != "full" or is_full) and (row != "random-soft" or is_labelled)]
     rows += FAIR_ROWS if config.evaluate.fair else ()
-    others = ((row, network) for network in config.scored_networks for row in ON_OTHERS)
+    on_others = ON_OTHERS if is_labelled else UNLABELLED_ON_OTHERS
+    others = ((row, network) for network in config.scored_networks for row in on_others)
     return [*((row, None) for row in rows), *others]
 
 
@@ -389,6 +395,7 @@ def result_location(
         folder = out / config.name / "evaluation"
     else:
         identity = run_identity(config)
+        identity.pop("method", None)
         for section in ("name", "distill", "metadd", *(["experts"] if row == "full" else [])):
             identity.pop(section, None)
         ipc = {} if row == "full" else {"ipc": config.distill.ipc}
@@ -412,24 +419,26 @@ class NetworkScores:
     tuned: Score
     """Score with a step size chosen on validation data, which may be the learned one."""
     control: Score | None
-    """Score of random real images with soft labels and a tuned step size; `None` if unfinished."""
+    """Score of random real images with a tuned step size, soft labels if experts give them; `None` if unfinished."""
 
 
 def read_network_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[NetworkScores]:
     """Scores on the architectures for which every seed is finished, in the recipe's order."""
     scores = []
     for network in config.scored_networks:
-        results = {row: _read_all_seeds(out, config, dataset_fingerprint, row, network) for row in ON_OTHERS}
+        rows = (*ON_OTHERS, "random-hard")
+        results = {row: _read_all_seeds(out, config, dataset_fingerprint, row, network) for row in rows}
         if distilled := results["distilled"]:
             learned = [dataclasses.replace(each, accuracy=each.with_learned_step_size) for each in distilled]
-            control = results["random-soft"]
+            row = "random-soft" if results["random-soft"] else "random-hard"
+            control = results[row]
             scores.append(
                 NetworkScores(
                     network,
                     _kind(network, config),
                     None if config.evaluate.optimiser == "adamw" else _score("distilled", learned),
                     _score("distilled", distilled),
-                    _score("random-soft", control) if control else None,
+                    _score(row, control) if control else None,
                 )
             )
     return scores

@@ -260,6 +260,11 @@ def read_experts_cost(folder: Location) -> list[ExpertsCost]:
         ]
 
 
+def has_experts(folder: Location) -> bool:
+    """False if the run in a folder has noted that none of its networks had to be trained before."""
+    return not (folder / EXPERTS_COST).exists() or bool(read_experts_cost(folder))
+
+
 def experts_cost(config: RunConfig, group: ExpertGroup) -> ExpertsCost:
     """Cost of the experts that a recipe uses, with every training of those that were trained more than once.
 

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.synthetic import SyntheticSet, correct_rows, hard_logits, random_rows
 from datm_ray.core.training import Heartbeat
-from datm_ray.methods.trajectory.distance import Distance
 from datm_ray.stages.expert_networks import ExpertNetworks
-from datm_ray.stages.method import Part
+
+if TYPE_CHECKING:
+    from datm_ray.stages.method import Part
 
 
-def initial_set(part: Part, experts: ExpertNetworks) -> SyntheticSet:
-    """Choose the first rows of this shard: real images that experts classify correctly, with their mean logits.
+def first_set(part: Part, experts: ExpertNetworks | None, step_size: float) -> SyntheticSet:
+    """Choose the first rows of this shard: images that experts classify correctly, with their mean logits.
 
-    The recipe may ask for any images, or for hard labels. A step size that it leaves open is a likely one.
+    The recipe may ask for any images or noise, or for hard labels.
+
+    Args:
+        part: the worker's part.
+        experts: experts of the first backbone; `None` chooses any images, with hard labels.
+        step_size: step size of all backbones.
     """
     config, dataset, rows = part.config, part.dataset, part.rows
-    distance = Distance.of(config, len(dataset.train_labels))
-    step_size = distance.step_size or distance.likely_step_size
     step_sizes = torch.full((len(config.weights),), step_size, device=part.device)
     shape = (rows.last - rows.first, dataset.channels, *dataset.size)
     images = torch.zeros(shape, device=part.device)
@@ -30,8 +37,8 @@ def initial_set(part: Part, experts: ExpertNetworks) -> SyntheticSet:
 
     def choose(heartbeat: Heartbeat) -> None:
         if part.mesh.row == 0:
-            images.copy_(torch.tensor(dataset.train_images[_initial_rows(part, experts, heartbeat)]))
-            if config.distill.labels == "hard":
+            images.copy_(torch.tensor(_first_images(part, experts, heartbeat)))
+            if experts is None or config.distill.labels == "hard":
                 soft_labels.copy_(hard_logits(labels, dataset.classes))
             else:
                 soft_labels.copy_(experts.soft_labels(images, labels, heartbeat))
@@ -42,16 +49,20 @@ def initial_set(part: Part, experts: ExpertNetworks) -> SyntheticSet:
     return SyntheticSet(images, soft_labels, step_sizes, labels)
 
 
-def _initial_rows(part: Part, experts: ExpertNetworks, heartbeat: Heartbeat) -> NDArray[np.int64]:
-    dataset, settings = part.dataset, part.config.distill
-    if settings.initial == "random":
-        return random_rows(dataset.train_labels, settings.ipc, part.config.seed)[part.rows.first : part.rows.last]
+def _first_images(part: Part, experts: ExpertNetworks | None, heartbeat: Heartbeat) -> NDArray[np.float32]:
+    """Images [n c h w] of this shard."""
+    dataset, settings, rows = part.dataset, part.config.distill, slice(part.rows.first, part.rows.last)
+    if settings.initial == "noise":
+        shape = (settings.ipc * dataset.classes, *part.image)
+        return generator(part.config.seed, Purpose.INITIAL_NOISE).standard_normal(shape, np.float32)[rows]
+    if settings.initial == "random" or experts is None:
+        return dataset.train_images[random_rows(dataset.train_labels, settings.ipc, part.config.seed)[rows]]
 
     def predict(expert: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         images = torch.tensor(dataset.train_images[rows], device=part.device)
         return experts.logits(expert, images, heartbeat).argmax(dim=1).cpu().numpy()
 
-    return correct_rows(
+    correct = correct_rows(
         dataset.train_labels,
         settings.ipc,
         part.config.seed,
@@ -59,3 +70,4 @@ def _initial_rows(part: Part, experts: ExpertNetworks, heartbeat: Heartbeat) -> 
         predict=predict,
         classes=part.rows.classes(settings.ipc),
     )
+    return dataset.train_images[correct]

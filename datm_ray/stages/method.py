@@ -1,7 +1,8 @@
 """The seam between distillation and methods: what a method is given, and what it gives.
 
-`stages/distill.py` resumes, iterates, validates and saves whatever the method. A method is a class with the members
-of `Method`, constructed with a `Part`. `DistillWorker.method` is the class that is used.
+A method is a subclass of `Method`, which says everything that is particular to it: what must be trained before, what an
+iteration takes, and what it computes. `stages/distill.py` resumes, iterates, validates and saves, plans and pipelines
+prepare, MetaDD adds its term, and evaluation and the report score, whatever the method. Names: `datm_ray/methods`.
 """
 
 from __future__ import annotations
@@ -9,17 +10,32 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from datm_ray.config import Role, RunConfig
+from datm_ray.core.networks.image_cost import ImageCost
+from datm_ray.core.networks.registry import build_network
+from datm_ray.core.randomness import Purpose, derive_seed
+from datm_ray.core.synthetic import AllSum, SyntheticSet, draw_rows
 from datm_ray.core.training import Heartbeat
 from datm_ray.data.dataset import Dataset
-from datm_ray.methods.state import MetaTerm, State
+from datm_ray.data.sources import RawDataset
+from datm_ray.errors import ConfigError
+from datm_ray.methods.state import FIRST_MOVE, Descent, MetaTerm, State
+from datm_ray.planning.fit import DistillationPlan, Layout, plans_of
+from datm_ray.planning.shape import DataShape
 from datm_ray.runtime.mesh import Mesh
 from datm_ray.stages.checkpoint import Rows
 from datm_ray.stages.expert_networks import ExpertNetworks
+from datm_ray.stages.initial import first_set
+
+STEP_SIZE = 0.01
+"""Step size with which networks train on a set that learns none: the published one of DM."""
 
 
 @dataclass(frozen=True)
@@ -55,74 +71,267 @@ class Part:
         """Channels, height and width of an image."""
         return (self.dataset.channels, *self.dataset.size)
 
+    def plans(self, *, compiled: bool) -> Mapping[int, DistillationPlan]:
+        """Number of each backbone of the role -> its memory plan, with the images of a micro-batch.
 
-AState = TypeVar("AState", bound=State[Any], contravariant=True)
+        Raises:
+            ConfigError: a worker of the set needs more memory than it may take.
+        """
+        config = self.config
+        if not compiled:
+            config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"compile": False})})
+        shape = DataShape(self.image, self.dataset.classes, 0)
+        plans = plans_of(config, shape, Layout(self.mesh.columns, self.roles, self.sharing))
+        return {number: plans[number] for number in self.role.backbones}
 
 
-class Method(Protocol[AState]):
-    """One way to change a synthetic set, as one worker computes it. Made by `Method(part)`."""
+@dataclass(frozen=True)
+class Demand:
+    """What one iteration takes on one worker for one network; plans of memory and time are made of it."""
+
+    passes: Mapping[str, float]
+    """Kind of work, a key of `FORWARD_PASSES` in `planning/machines.py` -> images that pass through the network."""
+    at_once: int
+    """Most images that are in the network at a time. Micro-batches divide them where memory is short."""
+    maps: int
+    """Peak memory of a micro-batch, as a multiple of the bytes that all layers write in one forward pass."""
+    vectors: int
+    """Vectors as long as the network's parameters that are held all the time: networks, gradients, sums."""
+    trace: int = 0
+    """Bytes that are held through the iteration beside these."""
+    summed: int = 0
+    """Bytes that are summed over class shards."""
+    sums: int = 0
+    """Number of these sums."""
+
+
+class Outlook(Protocol):
+    """Facts about a recipe that its method tells before anything starts."""
 
     @property
-    def state(self) -> type[State[Any]]:
-        """Class of the method's state, constructed with the first set and `config.distill`."""
+    def title(self) -> str:
+        """What they are about."""
         ...
 
-    @property
-    def experts(self) -> Sequence[ExpertNetworks]:
-        """Trained networks of every backbone; the first backbone's choose and label the first images."""
+    def lines(self) -> list[str]:
+        """The facts as text, with advice if something is likely to fail."""
         ...
 
-    @property
-    def notes(self) -> Sequence[str]:
-        """Messages to the user before the first iteration."""
+    def to_json(self) -> dict[str, Any]:
+        """The facts as plain data."""
         ...
 
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        """Settings and facts that decide how an iteration is rounded, such as precision; kept in checkpoints."""
-        ...
 
-    @property
-    def preparation(self) -> str:
-        """What `prepare` does, such as "compiling student steps"."""
-        ...
+class Method:
+    """One way to change a synthetic set, as one worker computes it. Made by `Method(part)`.
+
+    The work splits by classes: each worker of a row holds the images of some classes (`part.rows`), and `all_sum` adds
+    over them. A subclass needs `gradient` alone: then images follow the gradient of a loss, with hard labels, and
+    nothing is trained before. What else is particular to it, it overrides.
+    """
+
+    state: ClassVar[type[State[Any]]] = Descent
+    """Class of the state that is saved, constructed with the first set and `config.distill`."""
+    options: ClassVar[Mapping[str, float]] = {}
+    """Names of `distill.options` that the method reads -> default values; see `option`."""
+    reads_backbones: ClassVar[bool] = False
+    """True if `gradient` or `step` computes every network of `part.role.backbones`, not `config.network` alone."""
+    precisions: ClassVar[Sequence[str]] = ("auto", "float32", "tf32")
+    """Values of `cluster.precision` that the method follows."""
+    preparation: str = ""
+    """What `prepare` does, such as "compiling student steps"; "" for nothing that takes long."""
+    calibration: str = ""
+    """What `calibrate` does; "" for nothing that takes long."""
+    notes: Sequence[str] = ()
+    """Messages to the user before the first iteration."""
+    facts: Mapping[str, Any] = {}
+    """Settings and facts that decide how an iteration is rounded, such as precision; kept in checkpoints."""
+
+    @classmethod
+    def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
+        """Backbones that must be trained before, as runs with one network each: MetaDD compares with the first one."""
+        return config.each_backbone()[:1] if config.metadd else []
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        """Raise a `ConfigError` for a recipe that the method cannot distil."""
+        config.require_matchable()
+        for name in config.distill.options.keys() - cls.options.keys():
+            raise ConfigError(
+                f"distill.options has {name!r}, which method {config.method} does not read",
+                remedy=f"it reads {', '.join(cls.options)}" if cls.options else "leave it out",
+            )
+        if config.backbones and not cls.reads_backbones:
+            raise ConfigError(
+                f"backbones has further networks, and method {config.method} computes one",
+                remedy="leave them out, or set reads_backbones in its class",
+            )
+        if config.cluster.precision not in cls.precisions:
+            raise ConfigError(
+                f"cluster.precision is {config.cluster.precision!r}, which method {config.method} does not follow",
+                remedy=f"use --set cluster.precision={cls.precisions[0]}",
+            )
+        if config.evaluate.fair and not cls.trained_backbones(config):
+            raise ConfigError(
+                "evaluate.fair compares with random images under the labels of experts, and the run trains none",
+                f"method {config.method} needs no experts",
+                "leave out --fair (evaluate.fair)",
+            )
+
+    @classmethod
+    def check_images(cls, config: RunConfig, images: RawDataset) -> None:
+        """Raise a `DatmError` for images that the method cannot distil; enough of each class are checked already."""
+
+    @classmethod
+    def demand(cls, config: RunConfig, classes: int, shards: int, cost: ImageCost) -> Demand:
+        """What an iteration takes on the largest shard: by default each of its images once, forward and back.
+
+        Args:
+            config: the recipe.
+            classes: classes of the data.
+            shards: workers among which they are divided.
+            cost: size of the network.
+        """
+        held = config.distill.ipc * -(-classes // shards)
+        return Demand({"training": held}, at_once=held, maps=2, vectors=2)
+
+    @classmethod
+    def described(cls, config: RunConfig, images: int, chunk: int) -> str:
+        """Work of a distillation in words, for plans: of so many images, in micro-batches of `chunk`."""
+        return f"{config.distill.iterations:,} updates of {images:,} images, in micro-batches of {chunk:,}"
+
+    @classmethod
+    def outlook(cls, config: RunConfig, training_images: int) -> Outlook | None:
+        """Facts about a recipe before it starts; `None` if there is nothing to tell.
+
+        Args:
+            training_images: images that networks train on, without those for validation.
+        """
+        return None
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        self._rows = dict[int, NDArray[np.int64]]()
+        if part.config.distill.learning_rate_images is None:
+            self.calibration = "measuring the first loss"
+
+    @cached_property
+    def experts(self) -> list[ExpertNetworks]:
+        """Trained networks of `trained_backbones`.
+
+        Raises:
+            MissingExpertsError: the store has not all of them.
+        """
+        part = self.part
+        trained = self.trained_backbones(part.config)
+        return [ExpertNetworks(each, part.dataset, part.store_uri, part.device) for each in trained]
+
+    def first_set(self) -> SyntheticSet:
+        """Choose the set before the first iteration."""
+        return first_set(self.part, None, self.part.config.distill.initial_step_size or STEP_SIZE)
 
     def prepare(self, heartbeat: Heartbeat) -> None:
         """Do once what takes long, such as compiling."""
-        ...
 
-    def calibrate(self, state: AState) -> Iterator[str]:
+    def calibrate(self, state: Any) -> Iterator[str]:
         """Choose what the recipe leaves open, once, before the first iteration of a new set. Gives messages.
 
         Raises:
             DatmError: the set would learn nothing.
         """
-        ...
+        if self.part.config.distill.learning_rate_images is None:
+            mesh, images = self.part.mesh, state.synthetic.images
+            gradient = mesh.sum_over_backbones(self._gradient(state)[1])
+            squares = torch.stack([each.double().square().sum() for each in (gradient, images)])
+            of_gradient, of_images = mesh.sum_over_classes(squares).sqrt().tolist()
+            if not of_gradient:
+                raise ConfigError("the loss has no gradient in the images", remedy="give distill.learning_rate_images")
+            state.image_rate = FIRST_MOVE * of_images / of_gradient
+            found = f"distill.learning_rate_images {state.image_rate:.3g} found"
+            yield f"{found}: the first update moves pixels by {FIRST_MOVE:.0%} of their root mean square"
 
-    def step(self, state: AState, meta: MetaTerm | None) -> None:
+    def option(self, name: str) -> float:
+        """Value of one of the method's own settings: that of `distill.options`, or else its default."""
+        return self.part.config.distill.options.get(name, self.options[name])
+
+    def fresh_network(self, iteration: int, backbone: int = 0) -> nn.Module:
+        """Network of a backbone with random parameters, drawn anew for each iteration; every shard has the same."""
+        part = self.part
+        config, dataset = part.config.each_backbone()[backbone], part.dataset
+        spec = config.network.for_images(dataset.channels, dataset.size, dataset.classes)
+        seed = derive_seed(config.seed, Purpose.FRESH_NETWORK, backbone, iteration)
+        return build_network(spec, seed).to(part.device)
+
+    def real_images(self, label: int, count: int, iteration: int) -> Tensor:
+        """Images [m c h w] of a class, drawn anew for each iteration without repetition; all if they are fewer."""
+        drawn = draw_rows(self._rows_of(label), count, self.part.config.seed, iteration, label)
+        return torch.from_numpy(self.part.dataset.train_images[drawn]).to(self.part.device)
+
+    def _rows_of(self, label: int) -> NDArray[np.int64]:
+        if label not in self._rows:
+            self._rows[label] = np.flatnonzero(self.part.dataset.train_labels == label)
+        return self._rows[label]
+
+    def gradient(self, synthetic: SyntheticSet, iteration: int, all_sum: AllSum) -> tuple[Tensor, Tensor]:
+        """Compute the loss [] of this worker's rows and networks, and its gradient in their images [n c h w].
+
+        Both are added over workers, so each worker gives its share alone.
+
+        Args:
+            synthetic: rows of the set that the worker holds, class by class.
+            iteration: number of iterations done; random draws depend on it and on `config.seed` alone.
+            all_sum: adds a tensor over the workers that hold the other classes.
+        """
+        raise NotImplementedError
+
+    def _gradient(self, state: State[Any]) -> tuple[Tensor, Tensor]:
+        """Loss and gradient of this worker; zero if it has no backbone. Rows of workers wait for each other."""
+        images = state.synthetic.images
+        found = images.new_zeros(()), torch.zeros_like(images)
+
+        def compute(all_sum: AllSum) -> None:
+            nonlocal found
+            if self.part.role.backbones:
+                found = self.gradient(state.synthetic, state.iteration, all_sum)
+
+        self.part.mesh.in_rows(compute)
+        return found
+
+    def step(self, state: Any, meta: MetaTerm | None) -> None:
         """Run one iteration together with the other workers of the mesh."""
-        ...
+        mesh = self.part.mesh
+        state.step(
+            lambda: self._gradient(state),
+            meta=meta,
+            all_sum=mesh.sum_over_classes,
+            sum_over_backbones=mesh.sum_over_backbones,
+        )
 
-    def measured(self, state: AState) -> Mapping[str, float]:
+    def measured(self, state: Any) -> Mapping[str, float]:
         """Measurements of the last iteration. Keys are suffixes of metric names, such as `matching_loss`."""
-        ...
+        return {"matching_loss": state.history[-1].loss, "skipped_steps": state.skipped}
 
-    def shown(self, state: AState) -> Mapping[str, float]:
+    def shown(self, state: Any) -> Mapping[str, float]:
         """Values of the last iteration to show beside the progress bar."""
-        ...
+        return {"loss": state.history[-1].loss}
 
-    def counts(self, state: AState) -> Mapping[str, int]:
+    def counts(self, state: Any) -> Mapping[str, int]:
         """Numbers that describe the finished distillation, such as skipped updates."""
-        ...
+        return {"skipped": state.skipped}
 
     def images_seen(self) -> float:
-        """Number of images that a network sees in one iteration, on average and over all workers."""
-        ...
+        """Number of images that networks see in one iteration, on average and over all workers."""
+        part = self.part
+        cost = ImageCost(0, 0, 0, 0, 0)
+        return len(part.config.weights) * sum(self.demand(part.config, part.dataset.classes, 1, cost).passes.values())
 
-    def warnings(self, state: AState) -> Iterator[str]:
+    def warnings(self, state: Any) -> Iterator[str]:
         """Messages after the last iteration, if the set learned less than the recipe says."""
-        ...
+        if 4 * state.skipped > state.iteration:
+            yield (
+                f"{state.skipped} of {state.iteration} updates were skipped because a value was not finite: lower "
+                "distill.learning_rate_images"
+            )
 
     def close(self) -> None:
         """Release files and threads."""
-        ...

@@ -10,22 +10,23 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
+from datm_ray.config import RunConfig
+from datm_ray.core.networks.image_cost import ImageCost
 from datm_ray.core.networks.parameters import FlatNetwork
-from datm_ray.core.synthetic import AllSum
+from datm_ray.core.synthetic import AllSum, SyntheticSet
 from datm_ray.core.training import Heartbeat
 from datm_ray.errors import StoreError, ThresholdError
-from datm_ray.methods.state import MetaTerm
-from datm_ray.methods.trajectory.calibration import FIRST_MOVE, PAIRS, Measured, find_step_size, measure
+from datm_ray.methods.state import FIRST_MOVE, MetaTerm
+from datm_ray.methods.trajectory.calibration import PAIRS, Measured, find_step_size, measure
 from datm_ray.methods.trajectory.difficulty import draw_plan
 from datm_ray.methods.trajectory.distance import Distance
 from datm_ray.methods.trajectory.iteration import MOST_ABOVE, Distillation, Match, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
-from datm_ray.planning.fit import DistillationPlan, Layout, chunk_by_trial, plans_of
-from datm_ray.planning.shape import DataShape
+from datm_ray.planning.fit import DistillationPlan, chunk_by_trial
 from datm_ray.runtime.devices import precision_on, to_device
-from datm_ray.stages.expert_networks import ExpertNetworks
-from datm_ray.stages.method import Part
+from datm_ray.stages.initial import first_set
+from datm_ray.stages.method import Demand, Method, Part
 from datm_ray.store.prefetch import Prefetcher
 from datm_ray.store.trajectories import ExpertGroup
 
@@ -46,25 +47,70 @@ class _Backbone:
     """Images of a micro-batch."""
 
 
+COMPILED_MAPS, UNCOMPILED_MAPS = 2, 9
+"""Peak memory of a student step, as a multiple of the bytes that all layers write in one forward pass. Measured: 1.8 to
+1.9 compiled, 7.3 to 8.9 without."""
+NETWORK_VECTORS = 8
+"""Vectors of p numbers beside the trace: two networks, target, v, and sums of gradients."""
 _AGAIN = (
     f". Running the same command again tries {MOST_ABOVE} more iterations; other settings need another --out or "
     "--set name=..."
 )
 
 
-class TrajectoryMatching:
-    """Matches the networks of a worker's role with their experts, see `Method`."""
+class TrajectoryMatching(Method):
+    """Matches the networks of a worker's role with their experts."""
 
     functions: type[StudentStepFunctions] = StudentStepFunctions
     """How a student step and its reverse are computed; a benchmark may put another one here."""
     refuses: bool = True
     """True to refuse sets that cannot be matched; a benchmark may keep them."""
     state = Distillation
+    reads_backbones = True
+    precisions = ("auto", "float32", "tf32", "bfloat16")
+
+    @classmethod
+    def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
+        """Every backbone has experts."""
+        return config.each_backbone()
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        """Raise a `ConfigError` if a network cannot be matched, or experts lack an epoch that can be matched."""
+        super().check(config)
+        config.require_matched_epochs()
+
+    @classmethod
+    def demand(cls, config: RunConfig, classes: int, shards: int, cost: ImageCost) -> Demand:
+        """Student steps on the minibatches of a shard, whose trace is held, and sums of two vectors for each."""
+        settings, images = config.distill, config.distill.ipc * classes
+        rows = rows_at_a_time(images, settings.ipc * -(-classes // shards), min(settings.batch_size, images))
+        steps, vector = settings.student_steps, 4 * cost.parameters
+        return Demand(
+            {"matching": steps * rows},
+            at_once=rows,
+            maps=COMPILED_MAPS if config.cluster.compile else UNCOMPILED_MAPS,
+            vectors=NETWORK_VECTORS,
+            trace=(steps + 1) * vector,
+            summed=steps * (2 * vector + 4) if shards > 1 else 0,
+            sums=2 * steps,
+        )
+
+    @classmethod
+    def described(cls, config: RunConfig, images: int, chunk: int) -> str:
+        """Iterations and student steps in words."""
+        settings, batch = config.distill, min(config.distill.batch_size, images)
+        steps = f"{settings.student_steps:,} student steps of {batch:,} of {images:,} images"
+        return f"{settings.iterations:,} iterations of {steps}, in micro-batches of {chunk:,}"
+
+    @classmethod
+    def outlook(cls, config: RunConfig, training_images: int) -> Distance:
+        """How far experts and the student go."""
+        return Distance.of(config, training_images)
 
     def __init__(self, part: Part) -> None:
-        self._part = part
-        config, dataset, role = part.config, part.dataset, part.role
-        self.experts = [ExpertNetworks(each, dataset, part.store_uri, part.device) for each in config.each_backbone()]
+        super().__init__(part)
+        config, role = part.config, part.role
         cluster = config.cluster
         options = StepOptions(
             compiled=cluster.compile,
@@ -72,20 +118,23 @@ class TrajectoryMatching:
             precision=precision_on(cluster, part.device),
         )
         steps = {n: self.functions(FlatNetwork(self.experts[n].network), options) for n in role.backbones}
-        planned = config
-        if any(each.note for each in steps.values()):  # uncompiled steps take more memory
-            planned = config.model_copy(update={"cluster": cluster.model_copy(update={"compile": False})})
-        shape = DataShape(part.image, dataset.classes, 0)
-        plans = plans_of(planned, shape, Layout(part.mesh.columns, part.roles, part.sharing))
+        # Uncompiled steps take more memory.
+        plans = part.plans(compiled=cluster.compile and not any(each.note for each in steps.values()))
         self._backbones = [
             _Backbone(number, group, Prefetcher(group), steps[number], plans[number], plans[number].chunk)
             for number in role.backbones
             for group in [self.experts[number].group]
         ]
+        self.calibration = "measuring the first matching losses"
         self.preparation = f"{'compiling' if cluster.compile else 'preparing'} student steps"
         self.notes = sorted({each.note for each in steps.values()} - {""})
         first = next(iter(steps.values()), None)
         self.facts = {} if first is None else first.facts | ({"not_compiled_because": first.note} if first.note else {})
+
+    def first_set(self) -> SyntheticSet:
+        """Choose the set before the first iteration. A step size that the recipe leaves open is a likely one."""
+        distance = Distance.of(self.part.config, len(self.part.dataset.train_labels))
+        return first_set(self.part, self.experts[0], distance.step_size or distance.likely_step_size)
 
     def close(self) -> None:
         """Read nothing ahead any longer."""
@@ -97,10 +146,10 @@ class TrajectoryMatching:
         for place, backbone in enumerate(self._backbones):
 
             def step(chunk: int, functions: StudentStepFunctions = backbone.functions) -> None:
-                functions.prepare(chunk, self._part.image, self._part.dataset.classes, heartbeat)
+                functions.prepare(chunk, self.part.image, self.part.dataset.classes, heartbeat)
 
-            if self._part.device.type == "cuda":
-                chunk = chunk_by_trial(step, backbone.plan, self._part.device)
+            if self.part.device.type == "cuda":
+                chunk = chunk_by_trial(step, backbone.plan, self.part.device)
                 self._backbones[place] = dataclasses.replace(backbone, chunk=chunk)
             else:
                 step(backbone.chunk)
@@ -111,7 +160,7 @@ class TrajectoryMatching:
         Raises:
             ThresholdError: every loss that was measured exceeds the threshold, or no pair moves.
         """
-        given, threshold = self._part.config.distill.initial_step_size, self._part.config.distill.threshold
+        given, threshold = self.part.config.distill.initial_step_size, self.part.config.distill.threshold
         pairs = self._pairs(state.iteration)
         if given is None:
             measured = self._search(state, pairs)
@@ -132,7 +181,7 @@ class TrajectoryMatching:
         if given is None:
             found = _listed(each.step_size for each in measured)
             yield f"initial step size {found} found: the set starts with a matching loss of {start} (1: no movement)"
-        if self._part.config.distill.learning_rate_images is None:
+        if self.part.config.distill.learning_rate_images is None:
             state.image_rate = self._image_rate(state, pairs)
             found = f"distill.learning_rate_images {state.image_rate:.3g} found"
             yield f"{found}: the first update moves pixels by {FIRST_MOVE:.0%} of their root mean square"
@@ -145,7 +194,7 @@ class TrajectoryMatching:
 
     def _pairs(self, iteration: int) -> Mapping[int, Sequence[Match]]:
         """Pairs of start and target of every network here, spread evenly over the start epochs of an iteration."""
-        config, allowed = self._part.config, self._part.config.distill.start_epochs
+        config, allowed = self.part.config, self.part.config.distill.start_epochs
         starts = np.linspace(allowed.first, allowed.upper_bound(iteration) - 1, PAIRS).round().astype(int).tolist()
         origins = [Origin(number % config.experts.count, start) for number, start in enumerate(starts)]
         return {
@@ -164,7 +213,7 @@ class TrajectoryMatching:
 
     def _measured(self, of_backbone: Callable[[int, AllSum], Measured]) -> list[Measured]:
         """Measure every network of the run, each where it is matched; all workers get the same."""
-        found = torch.zeros(len(self._part.config.weights), 3 + PAIRS, dtype=torch.float64)
+        found = torch.zeros(len(self.part.config.weights), 3 + PAIRS, dtype=torch.float64)
 
         def work(all_sum: AllSum) -> None:
             for backbone in self._backbones:
@@ -172,8 +221,8 @@ class TrajectoryMatching:
                 row = [own.step_size, own.least_tried, own.most_tried, *own.losses]
                 found[backbone.number] = torch.tensor(row, dtype=torch.float64)
 
-        self._part.mesh.in_rows(work)
-        rows = self._part.mesh.sum_over_backbones(found.to(self._part.device)).tolist()
+        self.part.mesh.in_rows(work)
+        rows = self.part.mesh.sum_over_backbones(found.to(self.part.device)).tolist()
         return [Measured(row[0], tuple(row[3:]), *row[1:3]) for row in rows]
 
     def _image_rate(self, state: Distillation, pairs: Mapping[int, Sequence[Match]]) -> float:
@@ -181,7 +230,7 @@ class TrajectoryMatching:
 
         Losses above the threshold change nothing, so they count only where all are above it.
         """
-        for skip_above in (self._part.config.distill.threshold, math.inf):
+        for skip_above in (self.part.config.distill.threshold, math.inf):
             shares = [self._image_share(state, pairs, number, skip_above) for number in range(PAIRS)]
             if found := [share for share in shares if math.isfinite(share) and share]:
                 return FIRST_MOVE / statistics.fmean(found)
@@ -195,7 +244,7 @@ class TrajectoryMatching:
         self, state: Distillation, pairs: Mapping[int, Sequence[Match]], number: int, skip_above: float
     ) -> float:
         """Size of one pair's gradient in the images as a share of theirs, without losses above `skip_above`."""
-        mesh, images = self._part.mesh, state.synthetic.images
+        mesh, images = self.part.mesh, state.synthetic.images
         total = torch.zeros_like(images)
 
         def work(all_sum: AllSum) -> None:
@@ -211,7 +260,7 @@ class TrajectoryMatching:
 
     def _distance(self, state: Distillation) -> Distance:
         """How far experts go, and how far the student goes with the present step size."""
-        given = Distance.of(self._part.config, len(self._part.dataset.train_labels))
+        given = Distance.of(self.part.config, len(self.part.dataset.train_labels))
         return dataclasses.replace(given, step_size=float(state.synthetic.step_size))
 
     def _hopeless(
@@ -230,7 +279,7 @@ class TrajectoryMatching:
             best: the best step size of every network.
             again: says what running the same command again does; "" for nothing else.
         """
-        settings, now = self._part.config.distill, float(state.synthetic.step_size)
+        settings, now = self.part.config.distill, float(state.synthetic.step_size)
         remedy = f"try {self._better(best)}"
         if not min(each.loss for each in best) <= settings.threshold:
             lower = "distill.learning_rate_images or start_epochs" if state.momenta else "distill.start_epochs"
@@ -249,7 +298,7 @@ class TrajectoryMatching:
     def _better(self, best: Sequence[Measured]) -> str:
         """The setting with the best step size of every network, which was found for the present set, and its loss."""
         found, least = (_listed(each) for each in zip(*((each.step_size, each.loss) for each in best), strict=True))
-        if self._part.config.distill.initial_step_size is not None:
+        if self.part.config.distill.initial_step_size is not None:
             return f"distill.initial_step_size=null, which finds {found} for the present set (loss {least})"
         number = min(each.step_size for each in best)  # one setting for all networks: none goes too far
         among = f"the smallest of {found}, " if len(best) > 1 else ""
@@ -263,7 +312,7 @@ class TrajectoryMatching:
         """
         origins = self._origins(state.iteration)
         matches = [self._match(each, origins[each.number], state.iteration) for each in self._backbones]
-        if state.iteration + 1 < self._part.config.distill.iterations:
+        if state.iteration + 1 < self.part.config.distill.iterations:
             following = self._origins(state.iteration + 1)
             for backbone in self._backbones:
                 backbone.snapshots.announce(*self._wanted(following[backbone.number]))
@@ -271,9 +320,9 @@ class TrajectoryMatching:
             matches,
             origins,
             meta=meta,
-            all_sum=self._part.mesh.sum_over_classes,
-            sum_over_backbones=self._part.mesh.sum_over_backbones,
-            in_rows=self._part.mesh.in_rows,
+            all_sum=self.part.mesh.sum_over_classes,
+            sum_over_backbones=self.part.mesh.sum_over_backbones,
+            in_rows=self.part.mesh.in_rows,
         )
         if self.refuses and (times := state.stuck):
             losses, pairs = [each.loss for each in state.history[-state.backbones :]], self._pairs(state.iteration)
@@ -281,7 +330,7 @@ class TrajectoryMatching:
             raise self._hopeless(what, losses, state, pairs, self._search(state, pairs), _AGAIN)
 
     def _origins(self, iteration: int) -> list[Origin]:
-        config, allowed = self._part.config, self._part.config.distill.start_epochs
+        config, allowed = self.part.config, self.part.config.distill.start_epochs
         starts = range(allowed.first, allowed.upper_bound(iteration))
         plans = [
             draw_plan(starts, config.experts.count, config.seed, iteration, backbone)
@@ -291,12 +340,12 @@ class TrajectoryMatching:
 
     def _wanted(self, origin: Origin) -> tuple[int, list[int]]:
         """The expert and the epochs of a start and its target."""
-        return origin.expert, [origin.epoch, origin.epoch + self._part.config.distill.expert_epochs]
+        return origin.expert, [origin.epoch, origin.epoch + self.part.config.distill.expert_epochs]
 
     def _match(self, backbone: _Backbone, origin: Origin, iteration: int) -> Match:
-        config, settings = self._part.config, self._part.config.distill
+        config, settings = self.part.config, self.part.config.distill
         steps = draw_student_steps(
-            settings.ipc * self._part.dataset.classes,
+            settings.ipc * self.part.dataset.classes,
             settings.student_steps,
             settings.batch_size,
             settings.augmentation,
@@ -305,7 +354,7 @@ class TrajectoryMatching:
             backbone.number,
         )
         start, target = (
-            to_device(each, self._part.device) for each in backbone.snapshots.read_params(*self._wanted(origin))
+            to_device(each, self.part.device) for each in backbone.snapshots.read_params(*self._wanted(origin))
         )
         if torch.equal(start, target):
             self._require_motion(backbone, origin)  # a single pair skips its iteration, because its loss is not finite
@@ -313,7 +362,7 @@ class TrajectoryMatching:
             backbone.functions,
             start,
             target,
-            [step.held_by(self._part.rows.first, self._part.rows.last) for step in steps],
+            [step.held_by(self.part.rows.first, self.part.rows.last) for step in steps],
             backbone.number,
             config.weights[backbone.number],
             backbone.chunk,
@@ -344,7 +393,7 @@ class TrajectoryMatching:
             "skipped_steps": state.skipped,
             "shortened_steps": state.shortened,
             "start_epoch": first.start,
-            "upper_bound": self._part.config.distill.start_epochs.upper_bound(first.iteration),
+            "upper_bound": self.part.config.distill.start_epochs.upper_bound(first.iteration),
         }
 
     def shown(self, state: Distillation) -> dict[str, float]:
@@ -358,14 +407,14 @@ class TrajectoryMatching:
 
     def images_seen(self) -> float:
         """Images of all student steps of one iteration."""
-        config, settings = self._part.config, self._part.config.distill
-        images = settings.ipc * self._part.dataset.classes
+        config, settings = self.part.config, self.part.config.distill
+        images = settings.ipc * self.part.dataset.classes
         batches = -(-images // min(images, settings.batch_size))  # in a pass; the first of them may be short
         return settings.student_steps * images / batches * len(config.weights)
 
     def warnings(self, state: Distillation) -> Iterator[str]:
         """What must not look like success: a set that learned nothing, or not what the recipe says."""
-        settings = self._part.config.distill
+        settings = self.part.config.distill
         updates, above = len(state.history), state.skipped - state.diverged
         if 4 * above > updates:
             lower = "Try distill.initial_step_size=null, lower"
@@ -390,6 +439,22 @@ class TrajectoryMatching:
                 f"distill.gradient_limit, {settings.gradient_limit:g} times the loss: lower "
                 "distill.learning_rate_images, or raise the limit"
             )
+
+
+def rows_at_a_time(images: int, held: int, batch: int) -> int:
+    """Images of a minibatch that a shard must be ready for: all but one in a thousand minibatches have no more.
+
+    A minibatch is drawn without regard to shards, so a shard's part varies. Micro-batches of the average part would
+    need a second call for a few images in half of all steps.
+
+    Args:
+        images: images of the whole set.
+        held: images of the shard.
+        batch: images of a minibatch, over all shards.
+    """
+    share = held / images
+    spread = math.sqrt(batch * share * (1 - share) * (images - batch) / max(1, images - 1))
+    return min(held, batch, math.ceil(batch * share + 3 * spread))
 
 
 def _listed(numbers: Iterable[float], digits: int = 3) -> str:

@@ -24,8 +24,8 @@ from datm_ray.planning.fit import (
     worker_budget,
 )
 from datm_ray.planning.shape import KNOWN_SHAPES, DataShape, data_shape, parse_shape
-from datm_ray.planning.trajectory import rows_at_a_time
 from datm_ray.recipes import get_recipe, recipe_names
+from datm_ray.stages.trajectory import rows_at_a_time
 from datm_ray.store.trajectories import size_in_words
 from tests.conftest import tiny_config
 
@@ -71,7 +71,8 @@ def test_every_packaged_recipe_fits_a_machine_of_24_gib() -> None:
     for name in recipe_names():
         plan = plan_of(override(get_recipe(name), ["cluster.memory=11GiB", "cluster.shards=2", "cluster.device=cpu"]))
         assert plan.total <= 11 * GIB, name
-        assert plan.chunk >= 1, name
+        assert plan.demand
+        assert 1 <= plan.chunk <= plan.demand.at_once, name
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,7 @@ def test_micro_batches_shrink_to_what_is_left_of_the_budget(monkeypatch: pytest.
 def test_results_depend_on_micro_batches_that_stay() -> None:
     """Micro-batches of the packaged recipes are pinned, because their size decides the last bits of a set."""
     found = {name: plan_of(override(get_recipe(name), ["cluster.memory=64GiB", "cluster.device=cpu"])).chunk
-             for name in recipe_names()}  # fmt: skip
+             for name in recipe_names() if "-dm-" not in name}  # fmt: skip
     for name, chunk in found.items():
         is_small = name.endswith("-ipc1") or name == "digits-smoke"
         usual = 5 if name.startswith("tiny") else 10 if is_small else 50 if "digits" in name else 20

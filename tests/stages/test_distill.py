@@ -414,7 +414,7 @@ def test_a_checkpoint_of_another_format_is_named(tmp_path: Path) -> None:
     write_tensors(place / "checkpoint.arrow", {"x": np.zeros(1)}, kind="checkpoint", metadata={})
     with pytest.raises(CorruptFileError, match="names no parts"):
         load_checkpoint(Distillation, place, Rows(0, 10), DistillConfig(), torch.device("cpu"))
-    with pytest.raises(CorruptFileError, match="no column for the backbones"):
+    with pytest.raises(CorruptFileError, match="no columns for iterations"):
         read_curves(place)
 
 

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -27,6 +26,7 @@ from datm_ray.runtime.stopping import Interrupted, ask
 from datm_ray.stages import distill
 from datm_ray.stages.checkpoint import PARTS, read_curves
 from datm_ray.stages.distill import COST, LAST_GOOD, SYNTHETIC, DistillWorker, read_cost
+from datm_ray.stages.method import Method
 from datm_ray.stages.validation import CANDIDATES, Candidates
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.files.local import LocalDraft
@@ -44,17 +44,11 @@ class Killed(BaseException):
     """End of a worker at any moment."""
 
 
-class Drifting:
+class Drifting(Method):
     """Method without experts, whose set changes a little in every iteration."""
 
     state = Distillation
-    experts = (SimpleNamespace(group=SimpleNamespace(key=SimpleNamespace(fingerprint="none"))),)
-    notes, facts, preparation = (), {"precision": "float32"}, "preparing"
-
-    def __init__(self, part: Any) -> None:
-        self.prepare = self.warnings = self.close = lambda *_: ()
-        self.calibrate = self.shown = self.measured = self.counts = lambda _: {}
-        self.images_seen = lambda: 1.0
+    facts: ClassVar = {"precision": "float32"}
 
     def step(self, state: Distillation, meta: Any) -> None:
         """Move the images."""
@@ -66,7 +60,7 @@ class Drifting:
 class Worker(DistillWorker):
     """Worker of `Drifting`."""
 
-    method = Drifting  # type: ignore[assignment]
+    method = Drifting
 
 
 def scored(config: Any, dataset: Any, whole: SyntheticSet, *_: Any) -> Iterator[Progress]:
@@ -232,7 +226,7 @@ def test_open_validations_are_resumed_where_every_iteration_is_done(reference: d
     *tasks, end = run.events()
     assert [event.task.arguments[-1] for event in tasks] == list(DUE)
     assert isinstance(end, Finished)
-    run.worker.method = Drifting  # type: ignore[assignment]
+    run.worker.method = Drifting
     for event in tasks[1:]:
         run.validate(event.task)
     (first, _) = run.events()

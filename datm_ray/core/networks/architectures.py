@@ -49,6 +49,11 @@ class SpatialNetwork(nn.Module):
         logits: Tensor = self.classifier(self.pooling(maps).flatten(1))
         return logits
 
+    def embedding(self, images: Tensor) -> Tensor:
+        """Compute the classifier's input [b d] of images [b c h w]: the pooled last feature maps, flattened."""
+        flat: Tensor = self.pooling(self.features(images)).flatten(1)
+        return flat
+
     def forward(self, images: Tensor) -> Tensor:
         """Compute logits [b k] of images [b c h w]."""
         return self.logits(self.features(images))

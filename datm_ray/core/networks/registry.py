@@ -32,6 +32,7 @@ __all__ = [
     "SpatialNetwork",
     "build_network",
     "couples_samples",
+    "embedding",
     "network_names",
     "register_network",
     "require_maps",
@@ -108,6 +109,24 @@ def spatial_features(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor
             "choose another architecture, such as convnet, or wrap it in SpatialNetwork(features, pooling, classifier)",
         )
     return found[-2], found[-1]
+
+
+def embedding(network: nn.Module, images: Tensor) -> Tensor:
+    """Compute what the classifier reads [b d] of images [b c h w]; for an mlp, the last hidden layer.
+
+    Raises:
+        ConfigError: the network does not show where its classifier begins.
+    """
+    if isinstance(network, SpatialNetwork):
+        return network.embedding(images)
+    if isinstance(network, nn.Sequential) and len(network) > 1:
+        hidden: Tensor = network[:-1](images)
+        return hidden.flatten(1)
+    raise ConfigError(
+        f"{type(network).__name__} does not show where its classifier begins",
+        "it was registered without being a SpatialNetwork or an nn.Sequential",
+        "wrap it in SpatialNetwork(features, pooling, classifier), or choose another network.architecture",
+    )
 
 
 def require_maps(network: nn.Module) -> None:

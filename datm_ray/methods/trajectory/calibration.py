@@ -22,9 +22,6 @@ PAIRS = 4
 """Pairs of start and target, spread over the range of start epochs, whose losses are measured."""
 MOST_TRIED = 7
 """Step sizes that a search tries at most."""
-FIRST_MOVE = 0.05
-"""Root mean square by which the first update moves pixels, as a share of theirs, where the learning rate is left open.
-The digits' recipes, which were tuned on validation data, have 0.07 (IPC 1) and 0.025 (IPC 10)."""
 
 
 @dataclass(frozen=True)

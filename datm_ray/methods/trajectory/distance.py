@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from datm_ray.config import RunConfig
 
@@ -25,6 +26,8 @@ TOO_FAR, TOO_NEAR = 2.0, 1 / 16
 @dataclass(frozen=True)
 class Distance:
     """Steps of the experts and of the student from a start to its target."""
+
+    title: ClassVar[str] = "step sizes"
 
     steps_per_epoch: int
     """SGD steps of an expert in an epoch."""

@@ -19,13 +19,10 @@ from torch import Tensor
 
 from datm_ray.core.synthetic import AllSum, SyntheticSet, identity
 from datm_ray.errors import DivergenceError
-from datm_ray.methods.state import LEARNED, STEP_SIZE_MOMENTUM, MetaTerm, State, not_finite
+from datm_ray.methods.state import LEARNED, MOST_DIVERGED, STEP_SIZE_MOMENTUM, MetaTerm, State, not_finite
 from datm_ray.methods.trajectory.matching import MatchingGradient, StudentStep, matching_gradient
 from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
 
-MOST_DIVERGED = 100
-"""A distillation stops when one backbone has diverged this often since its last update. Every iteration draws another
-expert, start epoch and minibatches, so a hundred divergences are caused by the set, not by a draw."""
 MOST_ABOVE = 50
 """A distillation stops when this many iterations since its last update had no loss below the threshold."""
 

@@ -1,0 +1,78 @@
+"""Distribution matching (DM, arXiv 2110.04181): equal mean embeddings of real and synthetic images, class by class.
+
+    L = sum over classes c of | mean psi(A_c(real images of c)) - mean psi(A_c(synthetic images of c)) |^2
+
+psi is what the classifier of a network with fresh random parameters reads, drawn anew in every iteration. A_c is one
+operation of DSA, with the same parameters for all real and synthetic images of a class. Every class has a loss of its
+own, so classes divide over workers without any sum. Means are sums over images, so micro-batches are exact too.
+
+Shapes: n synthetic images held, m real images of a class, c h w image, d numbers of an embedding.
+Tests: tests/methods/test_distribution.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from datm_ray.core.augment import Augmentation, augment, draw_augmentation
+from datm_ray.core.networks.registry import embedding
+from datm_ray.core.randomness import Purpose, generator
+
+
+def draw_shared(strategy: str, seed: int, iteration: int, label: int) -> Augmentation:
+    """Draw the augmentation [1 3] that an iteration applies to all images of a class.
+
+    Args:
+        strategy: DSA operations joined by underscores.
+        seed: seed of the run.
+        iteration: number of iterations done.
+        label: the class.
+    """
+    return draw_augmentation(strategy, 1, generator(seed, Purpose.SHARED_AUGMENTATION, iteration, label))
+
+
+def distance_and_gradient(
+    network: nn.Module,
+    synthetic: Tensor,
+    real: Sequence[Tensor],
+    augmentations: Sequence[Augmentation],
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Loss [] of one network, and its exact gradient in the synthetic images.
+
+    Only the graph of one micro-batch is kept.
+
+    Args:
+        network: network whose parameters need no gradient.
+        synthetic: [n c h w] images class by class, as many of each class.
+        real: [m c h w] real images of each class.
+        augmentations: one for each class.
+        chunk: images of a micro-batch; `None` for all of a class.
+    """
+    gradient, loss, ipc = torch.zeros_like(synthetic), synthetic.new_zeros(()), len(synthetic) // max(1, len(real))
+    for number, (images, augmentation) in enumerate(zip(real, augmentations, strict=True)):
+        rows = slice(number * ipc, (number + 1) * ipc)
+        gap = _mean(network, synthetic[rows], augmentation, chunk) - _mean(network, images, augmentation, chunk)
+        loss += gap.square().sum()
+        for part in range(rows.start, rows.stop, chunk or ipc):
+            piece = slice(part, min(part + (chunk or ipc), rows.stop))
+            raw = synthetic[piece].detach().requires_grad_()
+            along = (embedding(network, augment(raw, _repeated(augmentation, len(raw)))) @ gap).sum() * (2 / ipc)
+            gradient[piece] = torch.autograd.grad(along, raw)[0]
+    return loss, gradient
+
+
+@torch.no_grad()
+def _mean(network: nn.Module, images: Tensor, augmentation: Augmentation, chunk: int | None) -> Tensor:
+    """Mean embedding [d] of augmented images."""
+    parts = images.split(chunk or len(images))
+    sums = [embedding(network, augment(part, _repeated(augmentation, len(part)))).sum(dim=0) for part in parts]
+    return torch.stack(sums).sum(dim=0) / len(images)
+
+
+def _repeated(augmentation: Augmentation, count: int) -> Augmentation:
+    return augmentation.take(np.zeros(count, np.int64))

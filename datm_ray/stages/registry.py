@@ -1,0 +1,56 @@
+"""Methods by name. A method's module is imported only when a run uses it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from datm_ray.config import RunConfig
+from datm_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from datm_ray.stages.method import Method
+
+METHODS = {
+    "datm": "datm_ray.stages.trajectory:TrajectoryMatching",
+    "dm": "datm_ray.stages.distribution:DistributionMatching",
+}
+"""Name of each packaged method -> module and class."""
+
+
+def method_of(config: RunConfig) -> type[Method]:
+    """Class of a run's method: a packaged one, or a user's class given as `package.module:Class`.
+
+    Raises:
+        ConfigError: there is no such method, or it cannot be imported.
+    """
+    from datm_ray.stages.method import Method
+
+    name = config.method
+    module, colon, attribute = METHODS.get(name, name).partition(":")
+    if not colon:
+        raise ConfigError(
+            f"method is {name!r}, which does not exist",
+            remedy=f"choose one of {', '.join(METHODS)}, or give package.module:Class of your own",
+        )
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except Exception as failure:  # a user's module may raise anything
+        raise ConfigError(
+            f"method {name!r} cannot be imported: {failure or type(failure).__name__}",
+            "its package is not installed here, or the class has another name",
+            "install it on every machine, or put its folder on PYTHONPATH",
+        ) from failure
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise ConfigError(f"method {name!r} is no subclass of datm_ray.Method", remedy="derive the class from it")
+    return found
+
+
+def trained_backbones(config: RunConfig) -> list[RunConfig]:
+    """Backbones whose experts a run needs, the first one first, as runs with one network each; empty for none."""
+    return method_of(config).trained_backbones(config)
+
+
+def trained_networks(config: RunConfig) -> list[RunConfig]:
+    """All networks that must be trained before a distillation, as runs with one network each."""
+    return [*trained_backbones(config), *config.each_auxiliary()]
