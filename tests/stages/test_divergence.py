@@ -17,8 +17,9 @@ from datm_ray import pipeline as pipeline_module
 from datm_ray.artifact import load
 from datm_ray.config import RunConfig
 from datm_ray.errors import DivergenceError, StoreError, ThresholdError
+from datm_ray.methods.state import FIRST_MOVE
 from datm_ray.methods.trajectory import iteration
-from datm_ray.methods.trajectory.calibration import FIRST_MOVE, Measured
+from datm_ray.methods.trajectory.calibration import Measured
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.executor import Note, SerialExecutor
