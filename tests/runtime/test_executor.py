@@ -141,7 +141,7 @@ def test_tasks_of_several_workers_and_of_one_take_turns(ray_cluster: Any) -> Non
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("workers", [None, 2])
+@pytest.mark.parametrize("workers", [pytest.param(None, marks=pytest.mark.slow), 2])
 def test_a_group_gets_what_tasks_of_one_worker_free(ray_cluster: Any, workers: int | None) -> None:
     """A pair that is added while tasks of one worker run starts before those that wait, with a limit or without."""
     tasks = [Task(f"tick {number}", (8,), method="tick") for number in range(8)]
@@ -381,7 +381,10 @@ class Unmounted:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(("nodes", "failures", "attempts"), [(1, 1, 1), (2, 1, 2), (2, 9, 2)])
+@pytest.mark.parametrize(
+    ("nodes", "failures", "attempts"),
+    [pytest.param(1, 1, 1, marks=pytest.mark.slow), (2, 1, 2), pytest.param(2, 9, 2, marks=pytest.mark.slow)],
+)
 def test_an_error_that_one_node_may_have_alone_is_final_on_the_second(
     ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, nodes: int, failures: int, attempts: int
 ) -> None:
@@ -409,6 +412,7 @@ class Ticker:
         return self.tick(steps)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_time_in_which_the_command_stood_still_is_no_silence_of_workers(
     ray_cluster: Any, monkeypatch: pytest.MonkeyPatch
