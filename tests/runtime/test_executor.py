@@ -41,6 +41,8 @@ from datm_ray.runtime.executor import (
 from tests.processes import until
 from tests.runtime.workers import Adder, Greedy, Idler, Leaver, Looker, Neighbour, Saver, Slow, Squarer, Warner
 
+FURTHER = (pytest.mark.slow, pytest.mark.exhaustive)
+
 OPEN: list[Executor] = []
 
 
@@ -141,7 +143,7 @@ def test_tasks_of_several_workers_and_of_one_take_turns(ray_cluster: Any) -> Non
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("workers", [pytest.param(None, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("workers", [pytest.param(None, marks=FURTHER), 2])
 def test_a_group_gets_what_tasks_of_one_worker_free(ray_cluster: Any, workers: int | None) -> None:
     """A pair that is added while tasks of one worker run starts before those that wait, with a limit or without."""
     tasks = [Task(f"tick {number}", (8,), method="tick") for number in range(8)]
@@ -156,7 +158,7 @@ def test_a_group_gets_what_tasks_of_one_worker_free(ray_cluster: Any, workers: i
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.parametrize("workers", [None, 2])
+@pytest.mark.parametrize("workers", [pytest.param(None, marks=pytest.mark.exhaustive), 2])
 def test_a_group_that_others_keep_waiting_delays_no_other_task(
     ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, workers: int | None
 ) -> None:
@@ -187,6 +189,7 @@ def test_the_loss_of_one_of_several_workers_costs_an_attempt_of_all(ray_cluster:
     assert events[-1].result[:2] == (3, 2)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.ray
 def test_several_workers_with_one_that_always_dies_are_given_up(ray_cluster: Any, tmp_path: Path) -> None:
@@ -383,7 +386,7 @@ class Unmounted:
 @pytest.mark.ray
 @pytest.mark.parametrize(
     ("nodes", "failures", "attempts"),
-    [pytest.param(1, 1, 1, marks=pytest.mark.slow), (2, 1, 2), pytest.param(2, 9, 2, marks=pytest.mark.slow)],
+    [pytest.param(1, 1, 1, marks=FURTHER), (2, 1, 2), pytest.param(2, 9, 2, marks=FURTHER)],
 )
 def test_an_error_that_one_node_may_have_alone_is_final_on_the_second(
     ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, nodes: int, failures: int, attempts: int
@@ -447,6 +450,7 @@ executor.close()
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.ray
 def test_two_commands_share_a_cluster(ray_cluster: Any) -> None:

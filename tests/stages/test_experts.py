@@ -352,6 +352,7 @@ def test_progress_of_a_stack_of_another_size_goes_when_its_experts_are_stored(tm
     assert [file.exists() for file in files] == [False, True]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(900)

@@ -115,6 +115,7 @@ def test_dm_in_shards_learns_what_one_process_learns(
     assert_equal_but_for_rounding(learned(tmp_path), learned(finished[0]))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.ray
 @pytest.mark.slow
 def test_dm_on_ray_has_the_bits_of_one_process(
