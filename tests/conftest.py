@@ -47,7 +47,6 @@ TINY = (
 """Overrides for real digits in seconds on one core, uncompiled; other tests cover compilation."""
 
 
-os.environ.setdefault("RAY_worker_niceness", "0")  # else Ray's workers starve beside the other process of tests
 BUDGET = float(os.environ.get("TEST_BUDGET", "10"))
 """Seconds that one phase of a test not marked slow may take when it has the machine's cores to itself."""
 

@@ -221,6 +221,7 @@ def test_a_range_is_ahead_only_beyond_a_standard_error(bench: SimpleNamespace) -
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_tiny_run_leaves_tables_numbers_and_a_figure(bench: SimpleNamespace, tmp_path: Path) -> None:
     """A tiny run of both parts leaves all files; running it again computes nothing and prints the same."""
     words = ["--quick", "--seeds", "2", "--executor", "serial", "--runs", str(tmp_path / "runs")]

@@ -142,18 +142,19 @@ def test_tasks_of_several_workers_and_of_one_take_turns(ray_cluster: Any) -> Non
     assert found["a"][2] == found["b"][2]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.parametrize("workers", [pytest.param(None, marks=FURTHER), 2])
+@pytest.mark.parametrize("workers", [pytest.param(None, marks=pytest.mark.exhaustive), 2])
 def test_a_group_gets_what_tasks_of_one_worker_free(ray_cluster: Any, workers: int | None) -> None:
     """A pair that is added while tasks of one worker run starts before those that wait, with a limit or without."""
-    tasks = [Task(f"tick {number}", (8,), method="tick") for number in range(8)]
+    tasks = [Task(f"tick {number}", (4,), method="tick") for number in range(6)]
     executor, started = on_ray(ClusterConfig(workers=workers)), list[str]()
     for task, event in executor.run(Ticker, (), "tick_together", tasks):
         started += [task.name] * isinstance(event, Started)
-        if len(started) == 2 and len(tasks) == 8:
+        if len(started) == 2 and len(tasks) == 6:
             tasks.append(Task("pair", (3,), 2))
     assert started.index("pair") <= 4
-    assert len(started) == 9
+    assert len(started) == 7
 
 
 @pytest.mark.slow

@@ -39,6 +39,7 @@ crossed such kinks, whose effect grows with every iteration."""
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.ray
 def test_nodes_are_lost_in_training_and_in_distillation_and_one_is_added(tmp_path: Path) -> None:
     """The run survives a node lost in training and one in distillation, and uses an added node."""

@@ -197,6 +197,7 @@ for text in sys.stdin:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.ray
 def test_ray_places_workers_on_the_chosen_nodes() -> None:
     """Real Ray places an actor with these options on the node that has the resource, label or GPU model."""
