@@ -13,7 +13,6 @@ import dataclasses
 import os
 import statistics
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +21,13 @@ from typing import Any
 import torch
 from facts import common_facts, head, result_path, save
 from program import RESULTS, positive, start
-from published_experts import evaluation_epochs
-from tables import table
+from published_experts import evaluation_epochs, timed
+from tables import spread, table
 from torch import Tensor
 
 from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkSpec
 from datm_ray.core.networks.registry import build_network
-from datm_ray.core.networks.stacked import StackFunctions, chunk_in_cache
+from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.training import PROTOCOLS, Schedule, train, train_together
 
 HEADER = """Training of networks that are scored, on random tensors of fixed seeds with soft labels; ConvNet, instance
@@ -83,33 +82,21 @@ def stack(shape: Shape, device: str, schedule: Schedule, size: int) -> Iterator[
     """Networks that are trained together."""
     images, logits = data_of(shape, device)
     networks = [build_network(shape.spec, seed).to(device) for seed in range(size)]
-    image = (shape.spec.channels, *shape.spec.size)
-    chunk = chunk_in_cache(networks[0], image, size) if device == "cpu" else None
-    functions = StackFunctions(networks[0], stacked=size, chunk=chunk)
+    functions = StackFunctions(networks[0], stacked=size)
     return train_together(functions, networks, [images] * size, [logits] * size, schedule, range(size))
-
-
-def timed(epochs: Iterator[Any], count: int, device: str) -> float:
-    """Seconds of so many epochs."""
-    started = time.perf_counter()
-    for _ in range(count):
-        next(epochs)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def rows_of(shape: Shape, device: str, together: list[int], turns: int) -> list[dict[str, Any]]:
     """Measure the methods of one shape; the first is what the others are compared with."""
     torch.set_num_threads(shape.threads)
     methods = methods_of(shape, device, together)
-    first = {name: timed(epochs, 1, device) for name, (_, epochs) in methods.items()}
+    first = {name: timed(epochs, device) for name, (_, epochs) in methods.items()}
     for _, epochs in methods.values():
-        timed(epochs, shape.turn, device)
+        timed(epochs, device, shape.turn)
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(turns):
         for name, (networks, epochs) in methods.items():
-            seconds[name].append(timed(epochs, shape.turn, device) / (shape.turn * networks))
+            seconds[name].append(timed(epochs, device, shape.turn) / (shape.turn * networks))
     published = seconds["published loop"]
     return [
         {
@@ -136,11 +123,6 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{row['networks_an_hour']:.3g}",
         f"{row['first_epoch']:.1f}",
     ]
-
-
-def spread(values: list[float]) -> str:
-    """Median (smallest to largest)."""
-    return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
 def shapes(quick: bool, device: str) -> list[tuple[Shape, list[int]]]:

@@ -12,20 +12,20 @@ import argparse
 import os
 import statistics
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from facts import common_facts, head, result_path, save
-from published_experts import Epochs, loader_epochs
+from published_experts import Epochs, loader_epochs, timed
+from tables import spread
 from torch import Tensor
 
 from datm_ray.config import PUBLISHED_AUGMENTATION, ExpertConfig, NetworkSpec
 from datm_ray.core.experts import ExpertState, train_experts
 from datm_ray.core.networks.registry import build_network
-from datm_ray.core.networks.stacked import StackFunctions, chunk_in_cache
+from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.training import predict_logits
 
 HEADER = """One expert's epoch on random tensors of fixed seeds; ConvNet, instance normalisation, mean pooling.
@@ -81,9 +81,7 @@ def published_epochs(shape: Shape, device: str, *, test_pass: bool) -> Epochs:
 def our_epochs(shape: Shape, device: str, stacked: int, *, compile_: bool, test_pass: bool = False) -> Epochs:
     """Run `train_experts` for more epochs than any caller consumes."""
     networks = [build_network(shape.spec, seed).to(device) for seed in range(stacked)]
-    image = (shape.spec.channels, *shape.spec.size)
-    chunk = chunk_in_cache(networks[0], image, stacked) if device == "cpu" else None
-    functions = StackFunctions(networks[0], stacked=stacked, compile_=compile_, chunk=chunk)
+    functions = StackFunctions(networks[0], stacked=stacked, compile_=compile_)
     optimiser = "gsam" if shape.gsam else "sgd"
     settings = ExpertConfig(epochs=10**6, batch_size=shape.batch, augmentation=shape.augmentation, optimiser=optimiser)
     images, labels = images_of(shape, shape.images, device)
@@ -107,15 +105,6 @@ def methods_of(shape: Shape, device: str, stacks: list[int]) -> list[Method]:
     methods += [Method(f"ours, {size}", size, our_epochs(shape, device, size, compile_=True)) for size in stacks]
     methods.append(Method("ours, 1 + test pass", 1, our_epochs(shape, device, 1, compile_=True, test_pass=True)))
     return methods
-
-
-def timed(epochs: Epochs, device: str) -> float:
-    """Measure the seconds of one epoch."""
-    started = time.perf_counter()
-    next(epochs)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def rows_of(shape: Shape, device: str, stacks: list[int], repetitions: int) -> list[dict[str, Any]]:
@@ -150,11 +139,6 @@ def table_line(row: dict[str, Any]) -> str:
         f"{row['first_epoch']:.1f}",
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def spread(values: list[float]) -> str:
-    """Median (smallest to largest)."""
-    return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
 def shapes(quick: bool, device: str) -> list[tuple[Shape, list[int]]]:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table."""
     return [f"| {' | '.join(each)} |" for each in (head, ["---"] * len(head), *rows)]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median (smallest to largest)."""
+    return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
 COST_HEAD = ("what", "number", "worker s", "CPU s", "GPU s", "peak memory", "read")

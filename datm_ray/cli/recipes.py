@@ -49,20 +49,13 @@ def init(
     recipe is written, and every value in it has its reason beside it.
     """
     from datm_ray.api import init as init_recipe
-    from datm_ray.config import parse_config
     from datm_ray.errors import ConfigError
     from datm_ray.planning.suggest import default_name
 
     if minutes is not None and hours is not None:
         raise ConfigError("--minutes and --hours are both given", remedy="give one of them")
-    if name is not None:
-        parse_config({"name": name}, "--name")  # before the images are read
     time = minutes if minutes is not None else 30.0 if hours is None else 60 * hours
-    file = Path(out or f"{name or default_name(path, ipc)}.yaml")
-    if file.exists():
-        raise ConfigError(f"{file} exists", remedy="give another --name or --out, or delete it")
-    if not file.absolute().parent.is_dir():
-        raise ConfigError(f"cannot write {file}: there is no such folder", remedy="give another --out")
+    file = _new_file(out, name or default_name(path, ipc))
     suggestion = init_recipe(path, ipc, time, name=name, resize=resize)
     try:
         file.write_text(str(suggestion), encoding="utf-8")
@@ -78,6 +71,20 @@ def init(
             "smaller --resize or a smaller --ipc take less."
         )
     print(f"\nRecipe: {file}\nNext: datm-ray run {shlex.quote(str(file))}")
+
+
+def _new_file(out: str | None, name: str) -> Path:
+    """File of a recipe that is to be written. Errors come before the images are read."""
+    from datm_ray.config import parse_config
+    from datm_ray.errors import ConfigError
+
+    parse_config({"name": name}, "--name")
+    file = Path(out or f"{name}.yaml")
+    if file.exists():
+        raise ConfigError(f"{file} exists", remedy="give another --name or --out, or delete it")
+    if not file.absolute().parent.is_dir():
+        raise ConfigError(f"cannot write {file}: there is no such folder", remedy="give another --out")
+    return file
 
 
 @recipe_app.command("list")

@@ -66,12 +66,30 @@ def train_experts(
         seeds: of each expert's order and augmentation.
         state: changed in place.
     """
-    device = state.parameters.device
-    size, count = min(settings.batch_size, len(images)), len(images)
+    labels = labels.to(state.parameters.device)
+    yield from train_stack(functions, [images] * len(seeds), [labels] * len(seeds), settings, seeds, state)
+
+
+def train_stack(
+    functions: StackFunctions,
+    images: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    settings: ExpertConfig,
+    seeds: Sequence[int],
+    state: ExpertState,
+) -> Iterator[Tensor]:
+    """Train networks that have images of their own, see `train_experts`.
+
+    Args:
+        images: of each network, [n c h w].
+        labels: of each network, [n] int64 classes or [n k] probabilities, on the device.
+    """
+    count = len(images[0])
+    size = min(settings.batch_size, count)
     total, whole = state.parameters.new_zeros(len(seeds)), state.parameters.new_full((size,), 1 / size)
     for batch in batches(
-        [images] * len(seeds),
-        [labels.to(device)] * len(seeds),
+        images,
+        labels,
         seeds,
         range(state.epoch, settings.epochs),
         settings.batch_size,

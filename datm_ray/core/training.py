@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
+from datm_ray.config import ExpertConfig
 from datm_ray.core.augment import augment, draw_augmentation
-from datm_ray.core.batches import Batch, batches
+from datm_ray.core.batches import batches
+from datm_ray.core.experts import ExpertState, train_stack
 from datm_ray.core.networks.image_cost import image_cost
-from datm_ray.core.networks.parameters import flatten, flatten_buffers, unflatten_into
-from datm_ray.core.networks.stacked import StackFunctions, can_be_stacked, chunk_in_cache, filled_up
+from datm_ray.core.networks.parameters import unflatten_into
+from datm_ray.core.networks.stacked import StackFunctions, can_be_stacked
 
 Heartbeat = Callable[[], None]
 """Heartbeat callback, called regularly during long work, so that waiting workers know it is running."""
@@ -64,18 +66,9 @@ class Schedule:
         is_late = self.decay_epoch is not None and epoch >= self.decay_epoch
         return self.learning_rate / 10 if is_late else self.learning_rate
 
-    def batches(self, images: Sequence[Tensor], targets: Sequence[Tensor], seeds: Sequence[int]) -> Iterator[Batch]:
-        """Augmented minibatches of all epochs, see `core.batches.batches`."""
-        return batches(images, targets, seeds, range(self.epochs), self.batch_size, self.augmentation)
-
-    def augment(self, images: Tensor, random: np.random.Generator | None = None) -> Tensor:
-        """Augment a batch [b c h w] with one operation of `augmentation`, drawn anew in each call.
-
-        Args:
-            images: normalised images; they stay as they are.
-            random: source of the draws; None follows torch's seed.
-        """
-        random = random or np.random.default_rng(int(torch.randint(2**62, ())))
+    def augment(self, images: Tensor) -> Tensor:
+        """Augment a batch [b c h w] with one operation of `augmentation`, drawn anew in each call by torch's seed."""
+        random = np.random.default_rng(int(torch.randint(2**62, ())))
         return augment(images, draw_augmentation(self.augmentation, len(images), random))
 
 
@@ -121,7 +114,8 @@ def train(network: nn.Module, images: Tensor, targets: Tensor, schedule: Schedul
     optimizer = _optimizer(network, schedule, schedule.rate(0))
     network.train()
     total = torch.zeros((), device=targets.device)
-    for step, (epoch, is_last, x, y) in enumerate(schedule.batches([images], [targets], [seed]), start=1):
+    steps = batches([images], [targets], [seed], range(schedule.epochs), schedule.batch_size, schedule.augmentation)
+    for step, (epoch, is_last, x, y) in enumerate(steps, start=1):
         loss = cross_entropy(network(x[0]), y[0])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -137,8 +131,8 @@ def train(network: nn.Module, images: Tensor, targets: Tensor, schedule: Schedul
 STEP_OVERHEAD = 3e7
 """Operations of a forward pass that take as long as what a training step needs beside its images, on a CPU core."""
 COMPILED_WORK = 5e10
-"""Expected work of networks from which they are trained together, which compiles for ten to twenty seconds. One after
-another they would take at least that long on two CPU cores."""
+"""Expected work of a training from which its networks are trained together. One after another they then take some seven
+seconds of a CPU core, and a row with three step sizes three times as long; a compilation serves all rows of a run."""
 
 
 def work_of_training(schedule: Schedule, images: int, flop: float) -> float:
@@ -150,17 +144,18 @@ def work_of_training(schedule: Schedule, images: int, flop: float) -> float:
     return schedule.epochs * (images * flop + -(-images // schedule.batch_size) * STEP_OVERHEAD)
 
 
-def are_trained_together(network: nn.Module, networks: int, images: Tensor, schedule: Schedule) -> bool:
+def are_trained_together(
+    network: nn.Module, networks: int, image: tuple[int, int, int], count: int, schedule: Schedule
+) -> bool:
     """True if so many networks like this one are trained together where torch.compile works, see `Trainer`.
 
     Args:
-        images: [n c h w] of one network.
+        image: channels, height and width.
+        count: number of images that each is trained on.
     """
     if networks == 1 or schedule.optimiser != "sgd" or not can_be_stacked(network):
         return False
-    channels, height, width = images.shape[1:]
-    flop = image_cost(network, (channels, height, width)).flop
-    return networks * work_of_training(schedule, len(images), flop) >= COMPILED_WORK
+    return networks * work_of_training(schedule, count, image_cost(network, image).flop) >= COMPILED_WORK
 
 
 class Trainer:
@@ -192,28 +187,20 @@ class Trainer:
             targets: of each network, [n] int64 classes, or [n k] logits of soft labels.
             seeds: of each network's order and augmentation.
         """
-        if self._compile and are_trained_together(networks[0], len(networks), images[0], schedule):
-            functions = self._functions_for(networks, images[0])
+        first, size, (count, *image) = networks[0], len(networks), images[0].shape
+        if self._compile and are_trained_together(first, size, (image[0], image[1], image[2]), count, schedule):
+            key = (f"{first} {image}", size)
+            if key not in self._functions:
+                self._functions[key] = StackFunctions(first, stacked=size, channels_last=self._channels_last)
+            functions = self._functions[key]
             self.note = functions.note
             if not functions.note:
                 for epoch in train_together(functions, networks, images, targets, schedule, seeds):
-                    yield epoch * len(networks)
+                    yield epoch * size
                 return
         for number, (network, x, y, seed) in enumerate(zip(networks, images, targets, seeds, strict=True)):
             for done in train(network, x, y, schedule, seed):
                 yield number * schedule.epochs + done.number
-
-    def _functions_for(self, networks: Sequence[nn.Module], images: Tensor) -> StackFunctions:
-        first, stacked = networks[0], len(networks)
-        key = (f"{first} {images.shape[1:]}", stacked)
-        if key not in self._functions:
-            image = (images.shape[1], images.shape[2], images.shape[3])
-            on_cpu = next(first.parameters()).device.type == "cpu"
-            chunk = chunk_in_cache(first, image, stacked) if on_cpu else None
-            self._functions[key] = StackFunctions(
-                first, stacked=stacked, chunk=chunk, channels_last=self._channels_last
-            )
-        return self._functions[key]
 
 
 @functools.cache
@@ -234,27 +221,25 @@ def train_together(
 
     Yields the number of epochs done. The networks get their new parameters after the last epoch.
     """
-    state = torch.stack([flatten(network) for network in networks])
-    buffers = torch.stack([flatten_buffers(network) for network in networks])
-    classes = networks[0](images[0][:1].to(state.device)).shape[1]
-    targets = [
-        each.softmax(dim=1) if each.is_floating_point() else one_hot(each, classes).to(state.dtype) for each in targets
+    state = ExpertState.initial(networks)
+    classes = networks[0](images[0][:1].to(state.parameters.device)).shape[1]
+    probabilities = [
+        each.softmax(dim=1) if each.is_floating_point() else one_hot(each, classes).to(state.parameters.dtype)
+        for each in targets
     ]
-    size = min(schedule.batch_size, len(images[0]))
-    velocity: Tensor | None = None
-    for epoch, is_last, x, y in schedule.batches(images, targets, seeds):
-        count = x.shape[1]
-        weights = x.new_full((count,), 1 / count)
-        if functions.fills_up:
-            x, y, weights = filled_up(x, y, weights, size - count)
-        _, gradient, buffers = functions(state, buffers, x, y, weights)
-        gradient = gradient + schedule.weight_decay * state
-        velocity = gradient if velocity is None else schedule.momentum * velocity + gradient
-        state = torch.sub(state, velocity, alpha=schedule.rate(epoch))
-        if is_last:
-            yield epoch + 1
-            velocity = None if epoch + 1 == schedule.decay_epoch else velocity
-    for network, parameters in zip(networks, state, strict=True):
+    for epochs in sorted({min(schedule.decay_epoch or schedule.epochs, schedule.epochs), schedule.epochs}):
+        state.velocity = None
+        settings = ExpertConfig(
+            epochs=epochs,
+            batch_size=schedule.batch_size,
+            learning_rate=schedule.rate(state.epoch),
+            momentum=schedule.momentum,
+            weight_decay=schedule.weight_decay,
+            augmentation=schedule.augmentation,
+        )
+        for _ in train_stack(functions, images, probabilities, settings, seeds, state):
+            yield state.epoch
+    for network, parameters in zip(networks, state.parameters, strict=True):
         unflatten_into(network, parameters)
 
 

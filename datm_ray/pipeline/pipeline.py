@@ -309,6 +309,8 @@ class Pipeline:
                 return []
             (dataset,) = (config.dataset for config in self.configs if config.name == task.run)
             done = [each for each in self.configs if each.name not in unfinished | scored and each.dataset == dataset]
+            if not done:
+                return []
             scored.update(config.name for config in done)
             found = tasks.evaluate_tasks(self.runs, self.scored_rows, workers=executor.light_workers, of=done)
             new = [each for _, each in found if given.isdisjoint(each.arguments[3])]

@@ -24,7 +24,7 @@ from datm_ray.core.training import PROTOCOLS, SCORING_BATCH
 from datm_ray.errors import ConfigError
 from datm_ray.memory import available_memory
 from datm_ray.planning.shape import DataShape, network_cost
-from datm_ray.runtime.devices import uses_gpu
+from datm_ray.runtime.devices import free_gpu_memory, uses_gpu
 from datm_ray.stages.registry import method_of
 from datm_ray.store.trajectories import size_in_words
 
@@ -227,8 +227,7 @@ def worker_budget(config: RunConfig, data_bytes: int = 0, sharing: int = 1) -> f
         return max(0, available_memory() - data_bytes) // sharing
     if not torch.cuda.is_available():
         return math.inf
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return int(GPU_SHARE * min(cluster.gpus_per_worker or 1.0, 1.0) * free)
+    return int(GPU_SHARE * min(cluster.gpus_per_worker or 1.0, 1.0) * free_gpu_memory())
 
 
 def chunk_by_trial(step: Callable[[int], None], plan: DistillationPlan, device: torch.device) -> int:

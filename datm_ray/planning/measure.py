@@ -17,7 +17,7 @@ import torch
 from datm_ray.core.experts import ExpertState, train_experts
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
-from datm_ray.core.networks.stacked import StackFunctions, chunk_in_cache
+from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training import PROTOCOLS, SCORING_BATCH, predict_logits, train
 from datm_ray.methods.trajectory.matching import draw_student_steps, matching_gradient
@@ -100,10 +100,7 @@ def _work(proposal: Proposal, device: torch.device, compiled: bool, flop: int) -
     functions, start = StudentStepFunctions(FlatNetwork(networks[0]), options), flatten(networks[0])
     steps = draw_student_steps(len(soft), STEPS, len(soft), config.distill.augmentation, 0, 0)
     match = functools.partial(matching_gradient, functions, start, start + 1, synthetic, steps, chunk=len(soft))
-    in_cache = chunk_in_cache(networks[0], shape.image, stack) if device.type == "cpu" else None
-    experts = StackFunctions(
-        networks[0], stacked=stack, compile_=compiled, chunk=in_cache, channels_last=cluster.channels_last
-    )
+    experts = StackFunctions(networks[0], stacked=stack, compile_=compiled, channels_last=cluster.channels_last)
     own, state = config.experts.model_copy(update={"epochs": MANY}), ExpertState.initial(networks)
     together = stack * (2 if own.optimiser == "gsam" else 1)
     schedule = replace(evaluation_schedule(config, 0.01), epochs=MANY, decay_epoch=None)

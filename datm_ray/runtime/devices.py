@@ -66,11 +66,14 @@ def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
 
 def images_on(images: NDArray[np.float32], device: torch.device) -> Tensor:
     """Images to train on: on the device, or in main memory if they would take more than half of a GPU's free memory."""
-    if device.type == "cuda":
-        held_for_later = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        if images.nbytes > (torch.cuda.mem_get_info(device)[0] + held_for_later) // 2:
-            device = torch.device("cpu")
+    if device.type == "cuda" and images.nbytes > free_gpu_memory() // 2:
+        device = torch.device("cpu")
     return to_device(images, device)
+
+
+def free_gpu_memory() -> int:
+    """Bytes that this process can still take on its GPU, with those that torch holds for later."""
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
 class Meter:

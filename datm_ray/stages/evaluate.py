@@ -30,9 +30,9 @@ import math
 import statistics
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from datm_ray.artifact import Artifact, read_artifact
@@ -178,9 +178,9 @@ class EvaluateWorker:
         schedules = [dataclasses.replace(schedule, learning_rate=candidate) for candidate in candidates]
         trials = yield from self._trials(network or config.network, sets, schedules, seeds, meter)
         tested = [self._tested(each, learns=bool(step_size)) for each in trials]
-        spent = account.spent().share(1 / len(seeds))
-        results = [
-            {
+        spent, results = account.spent().share(1 / len(seeds)), list[dict[str, Any]]()
+        for number, seed, uri, (chosen, of_test, with_learned) in zip(numbers, seeds, result_uris, tested, strict=True):
+            result = {
                 "row": row,
                 "number": number,
                 "seed": seed,
@@ -194,16 +194,16 @@ class EvaluateWorker:
                 "cost": spent.to_json(),
                 "provenance": provenance(self._device),
             }
-            for number, seed, (chosen, of_test, with_learned) in zip(numbers, seeds, tested, strict=True)
-        ]
-        for uri, result in zip(result_uris, results, strict=True):
-            place = open_location(uri)
-            if not place.exists():
-                place.write_json(result)
-                values = {key: result[key] for key in ("row", "number", "step_size", "seconds")}
-                accuracy_of = fields(accuracy=result["test_accuracy"], candidates=len(schedules))
-                _log.info("network scored %s %s %s", fields(run=config.name), fields(**values), accuracy_of)
+            results.append(result)
+            self._write(open_location(uri), result, config.name, len(schedules))
         yield Finished(results, meter.measure())
+
+    def _write(self, place: Location, result: dict[str, Any], run: str, candidates: int) -> None:
+        if not place.exists():
+            place.write_json(result)
+            values = {key: result[key] for key in ("row", "number", "step_size", "seconds")}
+            scored = fields(run=run, accuracy=result["test_accuracy"], candidates=candidates)
+            _log.info("network scored %s %s", scored, fields(**values))
 
     def _trials(
         self,
@@ -336,8 +336,8 @@ def seeds_of_tasks(config: RunConfig, row: str, spec: NetworkSpec, images: int, 
 
 @functools.lru_cache(maxsize=64)
 def _are_together(spec: NetworkSpec, networks: int, images: int, schedule: Schedule) -> bool:
-    inputs = torch.empty(images, spec.channels, *spec.size, device="meta")
-    return are_trained_together(build_network(spec, 0), networks, inputs, schedule)
+    image = (spec.channels, *spec.size)
+    return are_trained_together(build_network(spec, 0), networks, image, images, schedule)
 
 
 def work_of(config: RunConfig, row: str, network: NetworkConfig | None, classes: int, real: int, flop: float) -> float:

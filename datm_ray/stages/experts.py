@@ -28,7 +28,6 @@ from datm_ray.core.networks.stacked import (
     STACKED_MAP_BYTES,
     StackFunctions,
     can_be_stacked,
-    chunk_in_cache,
 )
 from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.training import accuracy
@@ -177,12 +176,10 @@ class ExpertWorker:
     def _functions_for(self, spec: NetworkSpec, network: torch.nn.Module, stacked: int) -> StackFunctions:
         """Step of stacks of so many networks, which this worker compiles once for all its tasks."""
         if (spec, stacked) not in self._functions:
-            on_cpu, image = self._device.type == "cpu", (spec.channels, *spec.size)
             self._functions[spec, stacked] = StackFunctions(
                 network,
                 stacked=stacked,
                 compile_=self._cluster.compile,
-                chunk=chunk_in_cache(network, image, stacked) if on_cpu else None,
                 channels_last=self._cluster.channels_last,
             )
         return self._functions[spec, stacked]

@@ -240,15 +240,19 @@ class Method:
             DatmError: the set would learn nothing.
         """
         if self.part.config.distill.learning_rate_images is None:
-            mesh, images = self.part.mesh, state.synthetic.images
-            gradient = mesh.sum_over_backbones(self._gradient(state)[1])
-            squares = torch.stack([each.double().square().sum() for each in (gradient, images)])
-            of_gradient, of_images = mesh.sum_over_classes(squares).sqrt().tolist()
-            if not of_gradient:
+            share = self.share_of_images(self._gradient(state)[1], state.synthetic.images)
+            if not share:
                 raise ConfigError("the loss has no gradient in the images", remedy="give distill.learning_rate_images")
-            state.image_rate = FIRST_MOVE * of_images / of_gradient
+            state.image_rate = FIRST_MOVE / share
             found = f"distill.learning_rate_images {state.image_rate:.3g} found"
             yield f"{found}: the first update moves pixels by {FIRST_MOVE:.0%} of their root mean square"
+
+    def share_of_images(self, gradient: Tensor, images: Tensor) -> float:
+        """Size of the gradient that all workers have together, as a share of the images' size."""
+        mesh = self.part.mesh
+        squares = [each.double().square().sum() for each in (mesh.sum_over_backbones(gradient), images)]
+        of_gradient, of_images = mesh.sum_over_classes(torch.stack(squares)).sqrt().tolist()
+        return float(of_gradient / of_images)
 
     def option(self, name: str) -> float:
         """Value of one of the method's own settings: that of `distill.options`, or else its default."""

@@ -244,19 +244,15 @@ class TrajectoryMatching(Method):
         self, state: Distillation, pairs: Mapping[int, Sequence[Match]], number: int, skip_above: float
     ) -> float:
         """Size of one pair's gradient in the images as a share of theirs, without losses above `skip_above`."""
-        mesh, images = self.part.mesh, state.synthetic.images
-        total = torch.zeros_like(images)
+        total = torch.zeros_like(state.synthetic.images)
 
         def work(all_sum: AllSum) -> None:
             for backbone in self._backbones:
                 pair = pairs[backbone.number][number]
                 total.add_(pair.weight * pair.gradient(state.synthetic, all_sum, skip_above).images)
 
-        mesh.in_rows(work)
-        gradient = mesh.sum_over_backbones(total)
-        squares = torch.stack([each.double().square().sum() for each in (gradient, images)])
-        of_gradient, of_images = mesh.sum_over_classes(squares).sqrt().tolist()
-        return float(of_gradient / of_images)
+        self.part.mesh.in_rows(work)
+        return self.share_of_images(total, state.synthetic.images)
 
     def _distance(self, state: Distillation) -> Distance:
         """How far experts go, and how far the student goes with the present step size."""

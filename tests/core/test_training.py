@@ -124,14 +124,14 @@ def test_networks_trained_together_are_compiled_exactly() -> None:
 
 def test_networks_go_together_only_where_that_is_worth_its_compilation() -> None:
     """Long trainings of several networks that stack go together; short ones, one network, ResNets and AdamW do not."""
-    images, network = make_data()[0], make_network()
+    network = make_network()
     resnet = build_network(NetworkSpec(architecture="resnet18", channels=1, size=(8, 8), classes=3, width=4), 0)
     long = replace(RICH, epochs=1000)
-    assert are_trained_together(network, 2, images, long)
-    assert not are_trained_together(network, 2, images, RICH)
-    assert not are_trained_together(network, 1, images, long)
-    assert not are_trained_together(network, 2, images, long.with_adamw())
-    assert not are_trained_together(resnet, 2, images, long)
+    assert are_trained_together(network, 2, (1, 8, 8), 20, long)
+    assert not are_trained_together(network, 2, (1, 8, 8), 20, RICH)
+    assert not are_trained_together(network, 1, (1, 8, 8), 20, long)
+    assert not are_trained_together(network, 2, (1, 8, 8), 20, long.with_adamw())
+    assert not are_trained_together(resnet, 2, (1, 8, 8), 20, long)
 
 
 def test_a_trainer_trains_all_networks_and_counts_their_epochs() -> None:

@@ -341,19 +341,23 @@ def test_a_worker_that_is_stuck_is_found(
     until(lambda: ray_cluster.available_resources().get("CPU") == 2, "the stuck worker's CPU is free")
 
 
-class BrokenOnce:
-    """A worker whose first attempts fail as nobody expects."""
+class BrokenAtFirst:
+    """A worker whose first attempts raise an error."""
 
-    def __init__(self, folder: str) -> None:
-        self._folder = Path(folder)
+    def __init__(self, folder: str, error: Exception) -> None:
+        self._folder, self._error = Path(folder), error
 
     def work(self, failures: int) -> Iterator[Progress | Finished]:
         yield Progress(1, 2)
         marks = len(list(self._folder.iterdir()))
         if marks < failures:
             (self._folder / str(marks)).touch()
-            raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be ...")
+            raise self._error
         yield Finished("done")
+
+
+BROKEN_GPU = RuntimeError("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be ...")
+UNMOUNTED = StoreError("cannot write /shared/store: No such file or directory")
 
 
 @pytest.mark.ray
@@ -363,25 +367,14 @@ def test_an_error_that_nobody_expects_costs_an_attempt(ray_cluster: Any, tmp_pat
     tasks = [Task("broken", (99,)), Task("other", (1,))]
     events: list[tuple[str, Any]] = []
     with pytest.raises(WorkerLostError, match=r"broken lost its worker 2 times .* CUDA error: uncorrectable ECC error"):
-        events.extend((task.name, event) for task, event in executor.run(BrokenOnce, (str(tmp_path),), "work", tasks))
+        events.extend(
+            (task.name, event)
+            for task, event in executor.run(BrokenAtFirst, (str(tmp_path), BROKEN_GPU), "work", tasks)
+        )
     finished = [name for name, event in events if isinstance(event, Finished)]
     assert finished == ["other"]
     lost = [event.reason for _, event in events if isinstance(event, Lost)]
     assert set(lost) == {"RuntimeError: CUDA error: uncorrectable ECC error encountered"}
-
-
-class Unmounted:
-    """A worker whose store is missing in its first attempts, as on a node without the shared disk."""
-
-    def __init__(self, folder: str) -> None:
-        self._folder = Path(folder)
-
-    def work(self, failures: int) -> Iterator[Finished]:
-        marks = len(list(self._folder.iterdir()))
-        if marks < failures:
-            (self._folder / str(marks)).touch()
-            raise StoreError("cannot write /shared/store: No such file or directory")
-        yield Finished("done")
 
 
 @pytest.mark.ray
@@ -396,7 +389,7 @@ def test_an_error_that_one_node_may_have_alone_is_final_on_the_second(
     monkeypatch.setattr("datm_ray.runtime.ray.cluster.Nodes.others", lambda *_, **__: nodes > 1)
     monkeypatch.setattr("datm_ray.runtime.ray.executor.SHORT_WAIT", 0.2)  # there is no other node in truth
     events: list[Any] = []
-    work = on_ray(ClusterConfig()).run(Unmounted, (str(tmp_path),), "work", [Task("write", (failures,))])
+    work = on_ray(ClusterConfig()).run(BrokenAtFirst, (str(tmp_path), UNMOUNTED), "work", [Task("write", (failures,))])
     with pytest.raises(StoreError, match="shared/store") if failures >= attempts else contextlib.nullcontext():
         events.extend(event for _, event in work)
     assert sum(isinstance(event, Started) for event in events) == attempts
@@ -774,11 +767,11 @@ def test_images_that_would_fill_a_gpu_stay_in_main_memory(monkeypatch: pytest.Mo
     """Images of more than half of a GPU's free memory stay in main memory; on CPUs there is no other place."""
     images = np.zeros((4, 1, 8, 8), np.float32)
     for name in ("memory_reserved", "memory_allocated"):
-        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
     copied: list[torch.device] = []
     monkeypatch.setattr("datm_ray.runtime.devices.to_device", lambda images, device: copied.append(device))
     for free in (1, 3):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free * images.nbytes, 0))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free * images.nbytes, 0))
         images_on(images, torch.device("cuda"))
     images_on(images, torch.device("cpu"))
     assert [device.type for device in copied] == ["cpu", "cuda", "cpu"]

@@ -122,7 +122,8 @@ class StackFunctions:
         """Prepare stacks of so many networks like this one.
 
         Args:
-            chunk: images of one call; a batch takes several, and their sums. None takes every batch whole.
+            chunk: images of one call; a batch takes several, and their sums. None takes as many as a CPU's cache holds
+                the largest map of, and all on a GPU.
             channels_last: keep maps with their channels innermost, which is faster on CPUs and rounds more coarsely.
         """
         self._channels_last = channels_last
@@ -131,12 +132,14 @@ class StackFunctions:
         self._has_statistics = couples_samples(network)
         self._is_compiled = compile_ and not self.note and not self._has_statistics
         network = _without_counters(network)
-        self._chunk = None if self._has_statistics else chunk
+        self._chunk, self._size = chunk, stacked
         self._network = FlatNetwork(network)
         self._stacked = StackedNetwork(self._network) if can_be_stacked(network) else None
         for part in network.modules():
             if isinstance(part, InstanceNorm):
                 part.explicit = self._is_compiled and (stacked == 1 or self._stacked is not None)
+        self._largest: dict[tuple[int, int, int], int] = {}
+        """Image -> bytes of the network's largest map of it."""
         self._built: dict[tuple[torch.Size, ...], Callable[..., tuple[Tensor, Tensor]]] = {}
 
     @property
@@ -158,7 +161,7 @@ class StackFunctions:
         """
         if self._has_statistics:
             return self._with_statistics(parameters, buffers, images, labels, weights)
-        calls = math.ceil(len(weights) / (self._chunk or len(weights)))
+        calls = math.ceil(len(weights) / (self._chunk or self._in_cache(images)))
         size = math.ceil(len(weights) / calls)
         missing = calls * size - len(weights)
         images, labels, weights = filled_up(images, labels, weights, missing)
@@ -170,6 +173,15 @@ class StackFunctions:
         for loss, gradient in parts[1:]:
             losses, gradients = losses + loss, gradients.add_(gradient)
         return losses, gradients, buffers
+
+    def _in_cache(self, images: Tensor) -> int:
+        """Images of one call whose largest map fits a CPU's cache, at least 1; all on a GPU."""
+        if images.device.type != "cpu":
+            return images.shape[1]
+        image = (images.shape[2], images.shape[3], images.shape[4])
+        if image not in self._largest:
+            self._largest[image] = image_cost(self._network.module, image).largest
+        return max(1, CACHED_MAP_BYTES // (self._size * self._largest[image]))
 
     def _part(self, parameters: Tensor, images: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         # Under vmap torch 2.11 cannot put channels innermost, which group norms ask for where their input's are.
@@ -202,7 +214,7 @@ class StackFunctions:
         self, network: StackedNetwork, parameters: Tensor, images: Tensor, labels: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         def total(parameters: Tensor) -> tuple[Tensor, Tensor]:
-            # No loss depends on another expert's parameters, so the gradient of the sum holds each one's own.
+            # No loss depends on another network's parameters, so the gradient of the sum holds each one's own.
             losses = _losses(network(parameters, images), labels, weights)
             return losses.sum(), losses
 
@@ -226,11 +238,6 @@ class StackFunctions:
         return torch.stack(losses), torch.stack(gradients), after
 
 
-def chunk_in_cache(network: nn.Module, image: tuple[int, int, int], stacked: int) -> int:
-    """Number of images per call with which the largest map fits the CPU's cache; at least 1."""
-    return max(1, CACHED_MAP_BYTES // (stacked * image_cost(network, image).largest))
-
-
 def filled_up(images: Tensor, labels: Tensor, weights: Tensor, missing: int) -> tuple[Tensor, Tensor, Tensor]:
     """Images [s b c h w], labels [s b] or [s b k], and weights [b], filled up with `missing` images of weight zero."""
     if not missing:  # padding by nothing would copy
@@ -242,7 +249,7 @@ def filled_up(images: Tensor, labels: Tensor, weights: Tensor, missing: int) -> 
 def _channels_innermost(images: Tensor) -> Tensor:
     """Images [s b c h w], copied so that memory has the order [b h w s c].
 
-    Stacked, a network's convolutions are one with a group for each expert, which reads [b, s c, h, w]: in this order of
+    Stacked, a network's convolutions are one with a group for each, which reads [b, s c, h, w]: in this order of
     memory without a copy, and on CPUs in less than half the time (benchmarks/LOG.md).
     """
     return images.permute(1, 3, 4, 0, 2).contiguous().permute(3, 0, 4, 1, 2)

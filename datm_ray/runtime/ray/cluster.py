@@ -194,17 +194,23 @@ class Nodes:
         self._cluster = cluster
         self._resources: dict[str, dict[str, float]] = {}
         """Live node -> its resources, in use or not."""
+        self._fits: dict[bool, dict[str, int]] = {}
+        """Results of `fits` for light workers and for others."""
         self._checked = float("-inf")
 
     def fits(self, *, light: bool = False) -> dict[str, int]:
         """Live node -> workers that it can hold, in use or not, by their CPUs, GPUs and named resources."""
-        cluster = self._cluster.shaped(light=light)
-        return {node: fitting(resources, cluster) for node, resources in self._alive().items()}
+        resources = self._alive()
+        if light not in self._fits:
+            cluster = self._cluster.shaped(light=light)
+            self._fits[light] = {node: fitting(each, cluster) for node, each in resources.items()}
+        return self._fits[light]
 
     def _alive(self) -> dict[str, dict[str, float]]:
         """Live node -> its resources, read from Ray at most once per `CHECK_INTERVAL`."""
         if time.monotonic() - self._checked > CHECK_INTERVAL:
             self._resources = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+            self._fits = {}
             self._checked = time.monotonic()
         return self._resources
 

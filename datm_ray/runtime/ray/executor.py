@@ -171,8 +171,8 @@ class _Job:
     """Time since which it has no workers, in seconds of the monotonic clock."""
     gives_way: bool = False
     """True if the group has waited so long that other tasks no longer wait for it."""
-    failed_on: set[str] = field(default_factory=set)
-    """Nodes on which it had an error that may be the node's alone."""
+    failed_on: str = ""
+    """Node on which it first had an error that may be the node's alone."""
     workers: list[PoolWorker] = field(default_factory=list)
     """Actors at work, by rank; empty while the task waits for some."""
     streams: dict[Any, int] = field(default_factory=dict)
@@ -564,12 +564,13 @@ class _Stage:
                 yield job.task, Lost(why, job.history.losses)
 
     def _has_elsewhere(self, job: _Job, stream: Any) -> bool:
-        """True if the task had no such error before, and another node can hold a worker."""
-        worker, is_first = job.workers[job.streams.get(stream, 0)], not job.failed_on
+        """True if the task had no such error before, and another node can hold a worker. Notes the node."""
+        worker = job.workers[job.streams.get(stream, 0)]
         worker.find_node()
-        job.failed_on.add(worker.node)
-        light = job.task.is_light
-        return is_first and bool(worker.node) and knows_labels() and self._nodes.others(job.failed_on, light=light)
+        if job.failed_on or not worker.node or not knows_labels():
+            return False
+        job.failed_on = worker.node
+        return self._nodes.others({worker.node}, light=job.task.is_light)
 
     def _blame(self, job: _Job, cause: BaseException, stream: Any) -> str:
         """Node on which a worker was lost, which is noted; "" if it is unknown. Free actors there are stopped."""
