@@ -168,11 +168,46 @@ def _rotate(images: Tensor, uniform: Tensor) -> Tensor:
     return _affine(images, [[cos, -sin, zero], [sin, cos, zero]])
 
 
-def _affine(images: Tensor, rows: list[list[Tensor]]) -> Tensor:
+def _affine(images: Tensor, rows: list[list[Tensor]], *, align_corners: bool = True) -> Tensor:
     matrix = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
     with tf32_products(False, images.device):  # coordinates of 10 bits would shift pixels
-        grid = affine_grid(matrix, list(images.shape), align_corners=True)
-    return grid_sample(images, grid, align_corners=True)
+        grid = affine_grid(matrix, list(images.shape), align_corners=align_corners)
+    padding = "zeros" if align_corners else "border"
+    return grid_sample(images, grid, padding_mode=padding, align_corners=align_corners)
+
+
+LEAST_SHARE = 0.08
+"""Smallest share of an image's area that a resized crop keeps, as published."""
+LARGEST_RATIO = 4 / 3
+"""Largest ratio of a resized crop's width to its height, and of its height to its width."""
+
+
+def crop_boxes(uniform: Tensor, least_share: float = LEAST_SHARE) -> Tensor:
+    """Boxes [b 4] of random resized crops: top, left, height and width as shares of the image's sides, in [0, 1].
+
+    Area and logarithm of the ratio are uniform, as in torchvision's `RandomResizedCrop`. A side longer than the image's
+    is cut to it, where torchvision draws again.
+
+    Args:
+        uniform: [b 4] numbers in [0, 1) for area, ratio, top and left.
+        least_share: smallest share of the area, in (0, 1].
+    """
+    area = least_share + (1 - least_share) * uniform[:, 0]
+    ratio = torch.exp((2 * uniform[:, 1] - 1) * math.log(LARGEST_RATIO))
+    height, width = (area / ratio).sqrt().clamp(max=1), (area * ratio).sqrt().clamp(max=1)
+    return torch.stack([uniform[:, 2] * (1 - height), uniform[:, 3] * (1 - width), height, width], dim=1)
+
+
+def resized_crop(images: Tensor, boxes: Tensor) -> Tensor:
+    """Enlarge a box of each image [b c h w] to the image's size, bilinearly; differentiable in the images.
+
+    Args:
+        boxes: [b 4] from `crop_boxes`.
+    """
+    top, left, height, width = boxes.to(images.dtype).unbind(1)
+    zero = torch.zeros_like(top)
+    rows = [[width, zero, 2 * left + width - 1], [zero, height, 2 * top + height - 1]]
+    return _affine(images, rows, align_corners=False)
 
 
 _OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

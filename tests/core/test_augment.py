@@ -8,10 +8,20 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import torchvision
 from numpy.typing import NDArray
 
 from datm_ray.config import PUBLISHED_AUGMENTATION
-from datm_ray.core.augment import Augmentation, augment, draw_augmentation, parse_strategy
+from datm_ray.core.augment import (
+    LARGEST_RATIO,
+    LEAST_SHARE,
+    Augmentation,
+    augment,
+    crop_boxes,
+    draw_augmentation,
+    parse_strategy,
+    resized_crop,
+)
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.errors import ConfigError
 
@@ -175,3 +185,28 @@ def test_an_unknown_operation_is_refused_with_the_known_ones(strategy: str) -> N
     """An unknown operation is an error that lists the known ones, before any image changes."""
     with pytest.raises(ConfigError, match=r"not an operation.*color, crop, cutout, flip, scale, rotate"):
         draw_augmentation(strategy, 1, generator(0, Purpose.STUDENT_AUGMENTATION))
+
+
+@pytest.mark.parametrize("box", [(4, 8, 16, 12), (0, 0, 24, 32), (15, 20, 9, 11)])
+def test_a_resized_crop_equals_torchvisions_inside_the_box(box: tuple[int, int, int, int]) -> None:
+    """At the box's border torchvision repeats its pixels, and this crop blends in those beside it."""
+    images = torch.from_numpy(np.random.default_rng(0).random((2, 3, 24, 32)))
+    top, left, height, width = box
+    shares = torch.tensor([[top / 24, left / 32, height / 24, width / 32]] * 2, dtype=torch.float64)
+    theirs = torchvision.transforms.functional.resized_crop(images, *box, [24, 32], antialias=False)
+    inner = (..., slice(24 // height, -(24 // height)), slice(32 // width, -(32 // width)))
+    torch.testing.assert_close(resized_crop(images, shares)[inner], theirs[inner], rtol=0, atol=1e-12)
+
+
+def test_boxes_of_resized_crops_lie_in_the_image_and_keep_the_least_share() -> None:
+    """Sides cut to the image's make the area smaller, by no more than the largest ratio."""
+    for least in (LEAST_SHARE, 0.5, 1.0):
+        boxes = crop_boxes(torch.from_numpy(np.random.default_rng(1).random((2000, 4))), least)
+        top, left, height, width = boxes.unbind(1)
+        assert boxes.min() >= 0
+        assert max(float((top + height).max()), float((left + width).max())) <= 1
+        assert float((height * width).min()) >= least / LARGEST_RATIO
+        assert float((height * width).median()) == pytest.approx((1 + least) / 2, abs=0.15)
+        whole = (height < 1) & (width < 1)
+        ratio = (width / height)[whole].log().abs()
+        assert not len(ratio) or float(ratio.max()) <= math.log(LARGEST_RATIO) + 1e-9
