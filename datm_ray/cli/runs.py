@@ -180,7 +180,7 @@ def experts(
     pipeline, start = _prepare(invocation)
     pipeline.train_experts(start, _reporter())
     print(f"Experts are in {pipeline.store_uri}")
-    if all(config.is_matchable for config in pipeline.configs):
+    if pipeline.is_distillable:
         print(f"Next: {invocation.next('distill')}")
 
 

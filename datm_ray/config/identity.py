@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from datm_ray.config.schema import RunConfig
-from datm_ray.config.sections import UNRESOLVED
+from datm_ray.config.sections import UNRESOLVED, RecoverConfig
 
 LATER_KEYS = {"real_batch": 256, "options": {}, "initial": "correct", "labels": "soft", "gradient_limit": None}
 """Keys of `distill` that earlier versions had not -> value that their runs had."""
@@ -44,6 +44,8 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
     for name, default in LATER_KEYS.items():
         if identity["distill"][name] == default:  # keeps the identity of runs made before the key existed
             identity["distill"].pop(name)
+    if config.method != "sre2l" and config.recover == RecoverConfig():  # no other packaged method reads it
+        identity.pop("recover")
     if config.metadd is None:  # keeps the identity of runs made before the section existed
         identity.pop("metadd")
     else:

@@ -20,6 +20,7 @@ from datm_ray.config.sections import (
     MetaConfig,
     NamedNetwork,
     NetworkConfig,
+    RecoverConfig,
     Section,
 )
 from datm_ray.errors import ConfigError
@@ -52,9 +53,10 @@ class RunConfig(Section):
     """Further networks to match at the same time, each `{network: {...}, weight: 1.0}`. Evaluation uses
     the first network alone."""
     method: str = "datm"
-    """How the set is made: datm (trajectories), dm (embeddings), or package.module:Class of your own."""
+    """How the set is made: datm (trajectories), dm (embeddings), sre2l (from a teacher), or package.module:Class."""
     experts: ExpertConfig = ExpertConfig()
     distill: DistillConfig = DistillConfig()
+    recover: RecoverConfig = RecoverConfig()
     metadd: MetaConfig | None = None
     """MetaDD's losses, such as `{auxiliaries: [...]}`, for sets that work on other networks; null for none."""
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -102,11 +104,6 @@ class RunConfig(Section):
         if self._unmatched_epochs:
             raise ConfigError(self._unmatched_epochs)
 
-    @property
-    def is_matchable(self) -> bool:
-        """True if every network of the run can be matched. Networks with batch normalisation can only be trained."""
-        return not self._unmatchable
-
     def require_matchable(self) -> None:
         """Raise a `ConfigError` if a network of the run can be trained but not matched."""
         for key in self._unmatchable:
@@ -114,6 +111,15 @@ class RunConfig(Section):
                 f"{key}.norm is 'batch', which cannot be matched",
                 "batch statistics couple the images of a batch, so the gradient is not a sum over images",
                 f"use {key}.norm=instance; `datm-ray experts` trains networks with any norm",
+            )
+
+    def require_batch_norm(self) -> None:
+        """Raise a `ConfigError` if the first network has no batch normalisation."""
+        if self.network.norm != "batch":
+            raise ConfigError(
+                f"network.norm is {self.network.norm!r}, and method {self.method} needs 'batch'",
+                "images are recovered from the statistics of batch normalisation",
+                "use --set network.norm=batch, with an architecture that has it, such as resnet18",
             )
 
     @property

@@ -311,12 +311,38 @@ class DistillConfig(Section):
     """DSA operations of the images in an iteration."""
     options: dict[str, int | Annotated[float, Field(allow_inf_nan=False)]] = {}
     """Numbers that a method of your own reads, such as {temperature: 2}."""
-    validate_every: Count = 500
-    """Iterations between validations, which choose the set to keep."""
+    validate_every: Annotated[int, Field(ge=0)] = 500
+    """Iterations between validations, which choose the set to keep; 0: none, the last set is kept."""
     validation_seeds: Count = 1
     """Networks trained at each validation."""
     checkpoint_every: Count = 100
     """Iterations between checkpoints."""
+
+
+class RecoverConfig(Section):
+    """Recovering images from a teacher, read by sre2l alone. `distill` gives IPC, iterations, first images and labels.
+
+    The values are those published for Tiny-ImageNet.
+    """
+
+    block: Count = 100
+    """Images recovered together, one of each class if there are that many; the teacher's statistics couple them."""
+    learning_rate: Positive = 0.1
+    """Learning rate of Adam on the pixels, falling along a cosine to 0."""
+    statistics: NonNegative = 1.0
+    """Weight of the distance from the teacher's running statistics (r_bn)."""
+    first_layer: NonNegative = 10.0
+    """Weight, within it, of the first batch normalisation; the others have 1."""
+    least_share: Annotated[float, Field(gt=0, le=1)] = 0.08
+    """Smallest share of an image's area that a crop keeps, in (0, 1]."""
+    crops: Literal["published", "falling"] = "published"
+    """falling: the smallest share falls from 1 to `least_share` along a cosine, as in CDA."""
+    shift: Epoch = 4
+    """Largest shift of the images in pixels."""
+    rounds: Count = 1
+    """Rounds of iterations, each with a new Adam; before the second and later ones the first images are mixed in."""
+    mixed_in: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the first images in that mixture."""
 
 
 class AuxiliaryExpertConfig(ExpertConfig):
@@ -402,6 +428,7 @@ SELDOM = {
     "experts": "momentum weight_decay rho alpha adaptive keep_epochs storage test_every",
     "distill": "learning_rate_step_size real_batch initial labels gradient_limit options validate_every "
     "validation_seeds checkpoint_every",
+    "recover": "first_layer rounds mixed_in",
     "metadd": "divergence variance_of threshold",
     "evaluate": "optimiser real_epochs full fair augmentation",
     "cluster": "threads_per_worker resources labels accelerator_type light device compile experts_at_a_time "

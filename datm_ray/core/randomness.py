@@ -32,6 +32,8 @@ class Purpose(IntEnum):
     REAL_BATCH = 14
     SHARED_AUGMENTATION = 15
     INITIAL_NOISE = 16
+    RECOVERY_VIEW = 17
+    RECOVERY_NOISE = 18
 
 
 def generator(seed: int, purpose: Purpose, *counters: int) -> np.random.Generator:

@@ -255,6 +255,8 @@ class Descent(State[LossRecord]):
     """State of a method whose images follow the gradient of one loss, while labels and step size stay."""
 
     record: ClassVar[type[LossRecord]] = LossRecord
+    rate_key: ClassVar[str] = "distill.learning_rate_images"
+    """Configuration key of the images' learning rate, for messages."""
 
     @property
     def skipped(self) -> int:
@@ -307,7 +309,7 @@ class Descent(State[LossRecord]):
                 f"distillation diverged {times} times in a row up to iteration {self.iteration}: the loss, its "
                 "gradient or an updated value is not finite",
                 "a learning rate or a weight under metadd is too large",
-                "lower distill.learning_rate_images and start with a new --out. The set of the last update is saved as "
+                f"lower {self.rate_key} and start with a new --out. The set of the last update is saved as "
                 f"last-good.arrow. Running the same command again tries {MOST_DIVERGED} more iterations",
             )
 

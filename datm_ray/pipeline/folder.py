@@ -13,11 +13,12 @@ from datm_ray.stages.checkpoint import CHECKPOINT
 from datm_ray.stages.distill import INITIAL, SYNTHETIC
 from datm_ray.stages.evaluate import read_fair_rows, read_fair_scores, read_network_scores, read_scores
 from datm_ray.stages.experts import has_experts
+from datm_ray.stages.pieces import PIECES
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.sealed import rejecting_nonsense
 
 RECIPE, DATA, LEASE = "recipe.yaml", "dataset.json", "lease.json"
-RESULTS = {INITIAL, CHECKPOINT, SYNTHETIC, "evaluation"}
+RESULTS = {INITIAL, CHECKPOINT, SYNTHETIC, PIECES, "evaluation"}
 """Files and folders in a run's folder that only its recipe can have made. Experts are in the store."""
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from datm_ray._version import __version__
 from datm_ray.artifact import TRANSFORMS, keep_transform
 from datm_ray.config import DatasetConfig, NetworkConfig, RunConfig, to_yaml
-from datm_ray.errors import ClusterError
+from datm_ray.errors import ClusterError, ConfigError
 from datm_ray.monitor.loggers import Logger, open_logger
 from datm_ray.monitor.logs import LOG, fields, noting_the_end, writing
 from datm_ray.monitor.progress import Reporter
@@ -84,6 +84,15 @@ class Pipeline:
         """Trajectory store, an absolute path or a URI."""
         return self.runs.store_uri
 
+    @property
+    def is_distillable(self) -> bool:
+        """True if every run can be distilled by its method. Networks that no method takes can still be trained."""
+        try:
+            checks.require_distillable(self.runs)
+        except ConfigError:
+            return False
+        return True
+
     def plan(self) -> list[str]:
         """Remaining work, a line for each stage; raises what `remaining` raises."""
         lines = []
@@ -106,6 +115,8 @@ class Pipeline:
             "networks to train for evaluation": tasks.evaluate_tasks(self.runs, self.scored_rows),
         }
         found = {title: (len(left), [task.name for _, task in left]) for title, left in stages.items()}
+        sets = list(dict.fromkeys(task.run for _, task in stages["sets to distil"]))
+        found["sets to distil"] = (len(sets), sets)
         experts = sum(len(self.runs.missing_experts(config)) for config in tasks.expert_recipes(self.runs))
         networks = sum(len(task.arguments[5]) for _, task in stages["networks to train for evaluation"])
         counts = {"experts to train": experts, "networks to train for evaluation": networks}

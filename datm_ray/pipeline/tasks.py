@@ -19,6 +19,8 @@ from datm_ray.runtime.executor import Executor, Task
 from datm_ray.stages.evaluate import FAIR_ROWS, ROWS, result_location, seeds_of_tasks, work_of
 from datm_ray.stages.expert_progress import read_stacks
 from datm_ray.stages.experts import experts_at_a_time, stacks
+from datm_ray.stages.method import Piece
+from datm_ray.stages.pieces import unfinished_pieces
 from datm_ray.stages.registry import method_of
 from datm_ray.stages.validation import is_apart, only_validations_are_left
 
@@ -95,10 +97,13 @@ def stack_size(runs: Runs, config: RunConfig) -> int:
 
 
 def distill_tasks(runs: Runs, executor: Executor | None = None) -> list[DatasetTask]:
-    """One task for every set that is not finished. It makes further tasks where sets are validated apart."""
+    """One task for every unfinished set or piece of a set. It makes further tasks where sets are validated apart."""
     tasks = []
     wanted = sum(config.workers_per_set for config in runs.unfinished())
     for config in runs.unfinished():
+        if pieces := unfinished_pieces(config, runs.folder(config), runs.raw(config).classes):
+            tasks += [_piece_task(runs, config, piece) for piece in pieces]
+            continue
         folder, size, fewer = runs.folder(config), config.workers_per_set, smaller_groups(runs, config)
         settings, work = config.distill, config.distill.iterations * _work_of_iteration(runs, config)
         validation, is_over = None, False
@@ -125,6 +130,23 @@ def distill_tasks(runs: Runs, executor: Executor | None = None) -> list[DatasetT
         )
         tasks.append((config.dataset, task))
     return tasks
+
+
+def _piece_task(runs: Runs, config: RunConfig, piece: Piece) -> DatasetTask:
+    """Task that makes a piece of a set."""
+    memory = 0
+    with suppress(ConfigError):  # workers of other machines check their own memory
+        memory = distilling_memory(config, runs.shape(config), ALONE)
+    task = Task(
+        f"{config.name} {piece.number}",
+        (config, runs.store_uri, runs.folder(config).uri, piece.number),
+        run=config.name,
+        stage="distillation",
+        weight=config.distill.iterations * _work_of_iteration(runs, config),
+        method="make_piece",
+        memory=memory,
+    )
+    return config.dataset, task
 
 
 def _work_of_iteration(runs: Runs, config: RunConfig) -> float:

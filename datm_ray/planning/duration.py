@@ -95,15 +95,20 @@ class Proposal:
         labelled = config.experts.count * (settings.labels == "soft") + 2 * (settings.initial == "correct")
         labelled *= bool(trained_backbones(config))
         choosing, iterating = self.seconds("scoring", backbones[0], labelled * images), sum(self.iteration)
-        distillation = compiling + choosing + settings.iterations * iterating
+        distillation, pieces = compiling + choosing + settings.iterations * iterating, self._pieces
         seconds = {
             "start": (RUN_SECONDS + WORKER_SECONDS * started, RUN_SECONDS + 3 * WORKER_SECONDS),
             "experts": self._spread(experts),
-            "distillation": (distillation * together, distillation),
-            "validation": self._validation(settings.iterations * iterating),
+            "distillation": (distillation * together * max(1, pieces), distillation * -(-max(1, pieces) // workers)),
+            "validation": (0.0, 0.0) if pieces else self._validation(settings.iterations * iterating),
             "evaluation": self._spread(scored),
         }
         return {name: (self.machine.cores * held / 3600, wall / 3600) for name, (held, wall) in seconds.items()}
+
+    @property
+    def _pieces(self) -> int:
+        """Pieces in which workers make the set, one each; 0 if workers make it together."""
+        return len(method_of(self.config).pieces(self.config, self.shape.classes))
 
     @property
     def clock(self) -> dict[str, float]:
@@ -140,7 +145,7 @@ class Proposal:
         one = self._trained("training", config.each_backbone()[0], passes, config.distill.validation_seeds)
         if not is_apart(together, together, workers):
             return count * one * together, count * one
-        meanwhile = min(count - 1, int(max(0, workers - together) * iterating / one))
+        meanwhile = min(max(0, count - 1), int(max(0, workers - together) * iterating / one))
         return count * one, one * -(-(count - meanwhile) // workers)
 
     def _scored(self) -> list[float]:

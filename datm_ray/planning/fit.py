@@ -158,7 +158,11 @@ def _plan(
     config: RunConfig, shape: DataShape, role: Role, backbone: int | None, budget: float, shards: int
 ) -> DistillationPlan:
     """Plan of a worker with this role in so many shards, for one of its networks."""
-    cost, images, held = network_cost(config, shape), shape.synthetic(config), shape.synthetic(config, shards)
+    cost, images = network_cost(config, shape), shape.synthetic(config)
+    sizes = [network_cost(each, shape) for each in config.each_backbone()]
+    size = sizes[backbone or 0]
+    own = method_of(config).demand(config, shape.classes, shards, size)
+    held = own.held or shape.synthetic(config, shards)
     networks = [*config.each_backbone()[:1], *config.each_auxiliary()]
     seen = [network_cost(networks[number], shape) for number in role.meta_networks]
     frozen = sum(each.parameters for each in seen) * (config.metadd.experts.count if config.metadd else 0)
@@ -173,15 +177,13 @@ def _plan(
     if backbone is None:
         name = f"holds metadd.auxiliaries.{role.meta_networks[0] - 1} of {config.name}"
         return DistillationPlan(name, budget, parts)
-    backbones = [network_cost(each, shape) for each in config.each_backbone()]
-    size = backbones[backbone]
-    own = method_of(config).demand(config, shape.classes, shards, size)
-    parts["network"] += 4 * own.vectors * sum(backbones[number].parameters for number in role.backbones)
+    parts["network"] += 4 * own.vectors * sum(sizes[number].parameters for number in role.backbones)
     parts["trace"], of_an_image = own.trace, own.maps * size.maps + IMAGE_COPIES * shape.row
     free = (budget - parts["process"]) / MARGIN - parts["synthetic"] - parts["network"] - parts["trace"]
     most = min(own.at_once, free / of_an_image)
     if not uses_gpu(config.cluster):
         most = min(most, 2 * CACHED_MAP_BYTES // (own.maps * size.largest))  # a compiled step writes maps twice
+    most = most if own.is_divisible else own.at_once
     chunk = math.ceil(own.at_once / math.ceil(own.at_once / max(1, int(most))))
     parts["call"] = chunk * of_an_image
     name = f"distils {config.name}" + (f", backbone {backbone}" if config.backbones else "")

@@ -21,9 +21,9 @@ from datm_ray.runtime.devices import uses_gpu
 FORWARD_PASSES = {"matching": 11.0, "experts": 3.2, "training": 6.7, "real": 6.7, "scoring": 2.9}
 """Time of one image pass of each kind, as a multiple of a forward pass at the speed of student steps. training: on a
 synthetic set; real: on real data. Measured with ConvNet-3 of width 128 at 32x32 on one core."""
-COMPILING = {"matching": 5.0, "experts": 2.0}
+COMPILING = {"matching": 1.7, "experts": 0.8}
 """CPU seconds to compile each kind of step in a fresh process, for each torch function of the network's forward pass.
-Measured with ConvNets of 2 to 4 blocks on a busy core; an idle one takes less."""
+Measured with the digits' ConvNet on an idle core of an EPYC with AVX-512; a busy, older core took up to three times."""
 CORE_SPEED, GPU_SPEED = 150e9, 7e12
 """FLOP/s of student steps for which a layout is chosen where no speed is given. A GPU's is assumed: a tenth of an
 H200's float32 peak."""

@@ -63,10 +63,11 @@ def measured(proposal: Proposal, *, quickly: bool = False) -> Machine:
         torch.set_num_threads(threads)  # those of a notebook that asks
     seconds = {kind: usual / (cost.flop * passes) for kind, (passes, _, usual) in found.items()}
     if compiled:
-        more = {kind: max(0.0, found[kind][1] - found[kind][2]) / cost.functions for kind in machine.compiling}
+        timed = machine.compiling.keys() & found.keys()
+        more = {kind: max(0.0, found[kind][1] - found[kind][2]) / cost.functions for kind in timed}
         machine = replace(machine, compiling=more)
     elif cluster.compile:
-        seconds |= {kind: seconds[kind] / COMPILED_GAIN for kind in machine.compiling}
+        seconds |= {kind: seconds[kind] / COMPILED_GAIN for kind in machine.compiling.keys() & found.keys()}
     basis = "timed here in small; --measure is more exact" if quickly else "measured here"
     return replace(machine, seconds=seconds, basis=basis)
 
@@ -79,8 +80,9 @@ def _work(proposal: Proposal, device: torch.device, compiled: bool, flop: int) -
     """
     config, shape, cluster = proposal.config.each_backbone()[0], proposal.shape, proposal.config.cluster
     real, batch = shape.training_images, PROTOCOLS[config.evaluate.protocol].batch_size
+    matches = any("matching" in plan.passes for plan in proposal.plans)
     counts = {
-        "matching": proposal.plans[0].chunk,
+        "matching": proposal.plans[0].chunk if matches else 1,
         "experts": min(config.experts.batch_size, real),
         "training": min(batch, shape.synthetic(config)),
         "real": min(batch, real),
@@ -96,16 +98,20 @@ def _work(proposal: Proposal, device: torch.device, compiled: bool, flop: int) -
     first = {kind: (images[:count], labels[:count]) for kind, count in counts.items()}
     soft = torch.zeros(counts["matching"], spec.classes, device=device)
     synthetic = SyntheticSet(first["matching"][0], soft, torch.full((1,), 0.01, device=device), first["matching"][1])
-    options = StepOptions(compiled, channels_last=cluster.channels_last, precision=precision_on(cluster, device))
-    functions, start = StudentStepFunctions(FlatNetwork(networks[0]), options), flatten(networks[0])
-    steps = draw_student_steps(len(soft), STEPS, len(soft), config.distill.augmentation, 0, 0)
-    match = functools.partial(matching_gradient, functions, start, start + 1, synthetic, steps, chunk=len(soft))
+
+    def matching() -> Iterator[object]:
+        options = StepOptions(compiled, channels_last=cluster.channels_last, precision=precision_on(cluster, device))
+        functions, start = StudentStepFunctions(FlatNetwork(networks[0]), options), flatten(networks[0])
+        steps = draw_student_steps(len(soft), STEPS, len(soft), config.distill.augmentation, 0, 0)
+        match = functools.partial(matching_gradient, functions, start, start + 1, synthetic, steps, chunk=len(soft))
+        yield from (match() for _ in range(MANY))
+
     experts = StackFunctions(networks[0], stacked=stack, compile_=compiled, channels_last=cluster.channels_last)
     own, state = config.experts.model_copy(update={"epochs": MANY}), ExpertState.initial(networks)
     together = stack * (2 if own.optimiser == "gsam" else 1)
     schedule = replace(evaluation_schedule(config, 0.01), epochs=MANY, decay_epoch=None)
-    return {
-        "matching": (STEPS * counts["matching"], (match() for _ in range(MANY))),
+    of_matching = {"matching": (STEPS * counts["matching"], matching())} if matches else {}
+    return of_matching | {
         "experts": (together * counts["experts"], train_experts(experts, *first["experts"], own, range(stack), state)),
         "training": (counts["training"], train(networks[0], *first["training"], schedule, 0)),
         "real": (counts["real"], train(networks[0], *first["real"], schedule, 0)),

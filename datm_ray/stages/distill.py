@@ -132,7 +132,7 @@ class DistillWorker:
         with open_mesh(worker_rank, rows, columns, self._device, timeout) as mesh, waited_for:
             part = Part(config, self._dataset, store_uri, mesh, self._device, sharing)
             with closing((self.method or method_of(config))(part)) as method:
-                yield from _Run(part, folder, method, account, validation).events()
+                yield from Distillation(part, folder, method, account, validation).events()
 
     def validate(self, config: RunConfig, store_uri: str, folder_uri: str, iteration: int) -> Iterator[Event]:
         """Validate a candidate of a distillation. With the last missing result, write the set that is kept.
@@ -219,8 +219,8 @@ def _record(
     state.record_validation(accuracy, standard_error(accuracy, dataset), earlier)
 
 
-class _Run:
-    """One worker's part in the distillation of one set."""
+class Distillation:
+    """One worker's part in the distillation of one set, or of one piece of it."""
 
     def __init__(self, part: Part, folder: Location, method: Method, account: Account, validation: Task | None) -> None:
         config, dataset, mesh, device = part.config, part.dataset, part.mesh, part.device
@@ -298,7 +298,7 @@ class _Run:
             yield Finished(counts, meter.measure())
             return
         final = state.chosen or state.synthetic
-        if self._meta_networks is not None and (self._folder / INITIAL).exists():
+        if self._meta_networks is not None and self._part.piece is None and (self._folder / INITIAL).exists():
             initial = read_artifact(self._folder / INITIAL).images[self._rows.first : self._rows.last]
             self._meta_networks.keep_maps(self._folder / MAPS, self._mesh, initial.to(self._device), final)
         yield from map(Note, self._method.warnings(state))

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.synthetic import SyntheticSet, correct_rows, hard_logits, random_rows
-from datm_ray.core.training import Heartbeat
+from datm_ray.core.training import Heartbeat, no_heartbeat
+from datm_ray.stages.checkpoint import Rows
 from datm_ray.stages.expert_networks import ExpertNetworks
 
 if TYPE_CHECKING:
@@ -55,19 +56,31 @@ def _first_images(part: Part, experts: ExpertNetworks | None, heartbeat: Heartbe
     if settings.initial == "noise":
         shape = (settings.ipc * dataset.classes, *part.image)
         return generator(part.config.seed, Purpose.INITIAL_NOISE).standard_normal(shape, np.float32)[rows]
-    if settings.initial == "random" or experts is None:
-        return dataset.train_images[random_rows(dataset.train_labels, settings.ipc, part.config.seed)[rows]]
+    return dataset.train_images[first_rows(part, experts, part.rows, heartbeat)]
 
-    def predict(expert: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        images = torch.tensor(dataset.train_images[rows], device=part.device)
+
+def first_rows(
+    part: Part, experts: ExpertNetworks | None, rows: Rows, heartbeat: Heartbeat = no_heartbeat
+) -> NDArray[np.int64]:
+    """Real training images from which these rows of the set start, as `distill.initial` says: correct or random ones.
+
+    Args:
+        experts: networks that tell which images are classified correctly; `None` chooses any.
+        rows: rows of whole classes.
+    """
+    dataset, settings = part.dataset, part.config.distill
+    if settings.initial == "random" or experts is None:
+        return random_rows(dataset.train_labels, settings.ipc, part.config.seed)[rows.first : rows.last]
+
+    def predict(expert: int, asked: NDArray[np.int64]) -> NDArray[np.int64]:
+        images = torch.tensor(dataset.train_images[asked], device=part.device)
         return experts.logits(expert, images, heartbeat).argmax(dim=1).cpu().numpy()
 
-    correct = correct_rows(
+    return correct_rows(
         dataset.train_labels,
         settings.ipc,
         part.config.seed,
         experts=experts.count,
         predict=predict,
-        classes=part.rows.classes(settings.ipc),
+        classes=rows.classes(settings.ipc),
     )
-    return dataset.train_images[correct]

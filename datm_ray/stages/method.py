@@ -8,7 +8,7 @@ prepare, MetaDD adds its term, and evaluation and the report score, whatever the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
@@ -39,6 +39,22 @@ STEP_SIZE = 0.01
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Some images of each of some classes, which one worker makes without the other pieces of the set."""
+
+    number: int
+    """Number of the piece among those of its set, from 0."""
+    classes: range
+    images: range
+    """Numbers of the images of each class, within the whole set's images per class."""
+
+    def rows(self, ipc: int) -> NDArray[np.int64]:
+        """Rows of the piece's images, class by class, in a set with `ipc` images per class."""
+        rows: NDArray[np.int64] = (np.array(self.classes)[:, None] * ipc + np.array(self.images)).flatten()
+        return rows
+
+
+@dataclass(frozen=True)
 class Part:
     """One worker's part in the distillation of one set."""
 
@@ -50,10 +66,14 @@ class Part:
     device: torch.device
     sharing: int
     """Distilling workers that may be on this node at a time."""
+    piece: Piece | None = None
+    """Images that the worker makes, if the set is made in pieces; `None` for a set, or its shard, as a whole."""
 
     @cached_property
     def rows(self) -> Rows:
-        """Rows of the synthetic set that the worker holds."""
+        """Rows of the synthetic set that the worker holds. Those of a piece are counted within the piece."""
+        if self.piece is not None:
+            return Rows(0, len(self.piece.classes) * len(self.piece.images))
         return Rows.of_shard(self.mesh.column, self.mesh.columns, self.dataset.classes, self.config.distill.ipc)
 
     @property
@@ -93,10 +113,14 @@ class Demand:
     """Kind of work, a key of `FORWARD_PASSES` in `planning/machines.py` -> images that pass through the network."""
     at_once: int
     """Most images that are in the network at a time. Micro-batches divide them where memory is short."""
+    is_divisible: bool = field(default=True, kw_only=True)
+    """False if all of them must be in the network at once, as where batch statistics couple them."""
     maps: int
     """Peak memory of a micro-batch, as a multiple of the bytes that all layers write in one forward pass."""
     vectors: int
     """Vectors as long as the network's parameters that are held all the time: networks, gradients, sums."""
+    held: int | None = None
+    """Images of the set that a worker holds; `None` for all of its classes."""
     trace: int = 0
     """Bytes that are held through the iteration beside these."""
     summed: int = 0
@@ -134,6 +158,9 @@ class Method:
     """Class of the state that is saved, constructed with the first set and `config.distill`."""
     options: ClassVar[Mapping[str, float]] = {}
     """Names of `distill.options` that the method reads -> default values; see `option`."""
+    needs_batch_norm: ClassVar[bool] = False
+    """True if `network` must have batch normalisation; False if it must not, which methods that match gradients or
+    features need."""
     reads_backbones: ClassVar[bool] = False
     """True if `gradient` or `step` computes every network of `part.role.backbones`, not `config.network` alone."""
     precisions: ClassVar[Sequence[str]] = ("auto", "float32", "tf32")
@@ -155,7 +182,10 @@ class Method:
     @classmethod
     def check(cls, config: RunConfig) -> None:
         """Raise a `ConfigError` for a recipe that the method cannot distil."""
-        config.require_matchable()
+        if cls.needs_batch_norm:
+            config.require_batch_norm()
+        else:
+            config.require_matchable()
         for name in config.distill.options.keys() - cls.options.keys():
             raise ConfigError(
                 f"distill.options has {name!r}, which method {config.method} does not read",
@@ -181,6 +211,14 @@ class Method:
     @classmethod
     def check_images(cls, config: RunConfig, images: RawDataset) -> None:
         """Raise a `DatmError` for images that the method cannot distil; enough of each class are checked already."""
+
+    @classmethod
+    def pieces(cls, config: RunConfig, classes: int) -> Sequence[Piece]:
+        """Pieces in which the set is made, each by one worker; empty if workers make the set together.
+
+        The set must not depend on how many workers there are.
+        """
+        return ()
 
     @classmethod
     def demand(cls, config: RunConfig, classes: int, shards: int, cost: ImageCost) -> Demand:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 METHODS = {
     "datm": "datm_ray.stages.trajectory:TrajectoryMatching",
     "dm": "datm_ray.stages.distribution:DistributionMatching",
+    "sre2l": "datm_ray.stages.recovery:RecoveryFromTeacher",
 }
 """Name of each packaged method -> module and class."""
 

@@ -56,12 +56,13 @@ REPORT_INTERVAL = 1.0
 
 def is_due(settings: DistillConfig, iteration: int) -> bool:
     """True if the set is validated after so many iterations."""
-    return iteration > 0 and (iteration % settings.validate_every == 0 or iteration == settings.iterations)
+    every = settings.validate_every
+    return every > 0 < iteration and (iteration % every == 0 or iteration == settings.iterations)
 
 
 def validations(settings: DistillConfig) -> int:
     """Number of validations of one distillation."""
-    return -(-settings.iterations // settings.validate_every)
+    return -(-settings.iterations // settings.validate_every) if settings.validate_every else 0
 
 
 def unvalidated(settings: DistillConfig, state: State[Any]) -> list[int]:

@@ -11,6 +11,7 @@ from datm_ray.runtime.executor import Event
 from datm_ray.stages.distill import DistillWorker
 from datm_ray.stages.evaluate import EvaluateWorker
 from datm_ray.stages.experts import ExpertWorker
+from datm_ray.stages.pieces import PieceWorker
 
 
 class StageWorker:
@@ -29,6 +30,10 @@ class StageWorker:
     def distill(self, *arguments: Any, **rank: Any) -> Iterator[Event]:
         """Distil a set, see `DistillWorker.distill`."""
         yield from self._worker(self._distill_worker, light=False).distill(*arguments, **rank)
+
+    def make_piece(self, *arguments: Any) -> Iterator[Event]:
+        """Make a piece of a set, see `PieceWorker.make_piece`."""
+        yield from self._worker(PieceWorker, light=False).make_piece(*arguments)
 
     def validate(self, *arguments: Any) -> Iterator[Event]:
         """Validate a candidate, see `DistillWorker.validate`."""

@@ -18,7 +18,7 @@ from datm_ray.monitor.progress import Reporter
 from datm_ray.monitor.provenance import workers_in_words
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.executor import Note, Progress, SerialExecutor
-from datm_ray.stages.distill import DistillWorker, _Run
+from datm_ray.stages.distill import Distillation, DistillWorker
 from tests.conftest import tiny_config
 
 PLAIN = {"precision": "float32", "tf32": False, "compiled": False, "order": "reverse-over-reverse"}
@@ -41,7 +41,7 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def no_training_of_validation_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip the training of validation networks, which takes most of the time."""
-    monkeypatch.setattr(_Run, "_validate", half)
+    monkeypatch.setattr(Distillation, "_validate", half)
 
 
 def events(config: RunConfig, out: Path, store: Path) -> Iterator[Any]:

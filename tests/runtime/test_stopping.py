@@ -27,7 +27,7 @@ from datm_ray.runtime.ray.executor import _Job
 from datm_ray.runtime.stopping import Interrupted, by_signals, saving
 from datm_ray.stages import checkpoint, expert_progress
 from datm_ray.stages.checkpoint import CHECKPOINT, KIND, read_curves
-from datm_ray.stages.distill import _Run
+from datm_ray.stages.distill import Distillation
 from datm_ray.stages.trajectory import TrajectoryMatching
 from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.tensors import read_tensors
@@ -175,7 +175,7 @@ def test_a_distillation_that_is_killed_at_a_validation_loses_no_iteration(
         steps[:] = written
         return write(*arguments, **options)
 
-    at = (_Run, "_validate") if moment == "while it validates" else (checkpoint, "write_tensors")
+    at = (Distillation, "_validate") if moment == "while it validates" else (checkpoint, "write_tensors")
     monkeypatch.setattr(*at, killed)
     with pytest.raises(ConnectionError, match="killed"):
         pipeline.distill(lambda: SerialExecutor(config.cluster), QUIET)

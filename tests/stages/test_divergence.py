@@ -25,7 +25,7 @@ from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.executor import Note, SerialExecutor
 from datm_ray.stages import trajectory
 from datm_ray.stages.checkpoint import read_curves
-from datm_ray.stages.distill import DistillWorker, _Run
+from datm_ray.stages.distill import Distillation, DistillWorker
 from datm_ray.stages.experts import expert_group
 from datm_ray.stages.trajectory import TrajectoryMatching, _of
 from datm_ray.store.files.filesystem import open_location
@@ -44,7 +44,7 @@ def half(*_: object) -> Iterator[Any]:
 @pytest.fixture(autouse=True)
 def no_training_of_validation_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip the training of validation networks, which takes most of the time."""
-    monkeypatch.setattr(_Run, "_validate", half)
+    monkeypatch.setattr(Distillation, "_validate", half)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,225 @@
+"""Recovering images from a trained network with batch normalisation, the teacher (SRe2L, arXiv 2306.13092).
+
+    L = CE(f(x'), y) + statistics * sum over layers l of w_l (|mean_l - m_l| + |var_l - v_l|),   x' = view(x)
+
+f is the teacher in evaluation mode. mean_l and var_l are the mean and the biased variance, over the images of a block
+and over pixels, of what enters the l-th batch normalisation; m_l and v_l are its running statistics. Norms are not
+squared, and w_l is 1 but for the first layer. A view is one resized crop, flip and shift, the same for all images of a
+block. Adam follows the gradient, with a learning rate that falls along a cosine to 0. Pixels are kept between black and
+white after each step.
+
+The statistics couple the images of a block and no others, so blocks are independent. Options are of CDA (crops that are
+large at first, arXiv 2311.18838) and of FADRM (rounds, between which the first images are mixed in, arXiv 2506.24125).
+
+Shapes: n images of a block, c h w an image, k classes. Tests: tests/methods/test_recovery.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from datm_ray.config import DistillConfig, RecoverConfig
+from datm_ray.core.augment import crop_boxes, resized_crop
+from datm_ray.core.randomness import Purpose, generator
+from datm_ray.core.torch_compat import BatchNorm
+from datm_ray.errors import ConfigError
+from datm_ray.methods.state import Arrays, Descent, LossRecord, not_finite
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+FIRST_DECAY, SECOND_DECAY, ADAM_EPS = 0.5, 0.9, 1e-8
+"""Adam's decays of both moments, as published, and the number that keeps its division finite."""
+
+
+@dataclass(frozen=True)
+class View:
+    """Part of the images that an iteration sees: one crop, flip and shift for all images of a block."""
+
+    box: tuple[float, float, float, float]
+    """Top, left, height and width of the crop, as shares of the image's sides."""
+    is_flipped: bool
+    shift: tuple[int, int]
+    """Pixels by which rows and columns are rolled; what leaves one side enters at the other."""
+
+    def of(self, images: Tensor) -> Tensor:
+        """View of images [n c h w]; differentiable in the images."""
+        box = images.new_tensor([self.box]).expand(len(images), -1)
+        cropped = resized_crop(images, box)
+        cropped = cropped.flip(3) if self.is_flipped else cropped
+        return cropped.roll(self.shift, dims=(2, 3)) if any(self.shift) else cropped
+
+
+def draw_view(options: RecoverConfig, seed: int, block: int, iteration: int, iterations: int) -> View:
+    """Draw the view of an iteration.
+
+    Args:
+        seed: seed of the run.
+        block: number of the block.
+        iteration: number of iterations done.
+        iterations: number of iterations of the whole run.
+    """
+    draw = generator(seed, Purpose.RECOVERY_VIEW, block, iteration)
+    least = options.least_share
+    if options.crops == "falling":
+        least += (1 - least) * cosine(iteration, iterations)
+    top, left, height, width = crop_boxes(torch.from_numpy(draw.random((1, 4))), least)[0].tolist()
+    rows, columns = draw.integers(-options.shift, options.shift + 1, 2).tolist()
+    return View((top, left, height, width), bool(draw.random() < 0.5), (rows, columns))
+
+
+def cosine(step: int, steps: int) -> float:
+    """Height of a falling half cosine: 1 at step 0, 0 at step `steps`."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+class Teacher:
+    """A trained network that images are recovered from: its loss, and its batch normalisations' running statistics."""
+
+    def __init__(self, network: nn.Module, options: RecoverConfig) -> None:
+        """Copy the network, frozen and in evaluation mode.
+
+        Raises:
+            ConfigError: the network has no batch normalisation with running statistics.
+        """
+        self._network = copy.deepcopy(network).eval().requires_grad_(False)
+        self._options = options
+        self._layers = [
+            part for part in self._network.modules() if isinstance(part, BatchNorm) and part.running_mean is not None
+        ]
+        if not self._layers:
+            raise ConfigError(
+                "the teacher has no batch normalisation, whose statistics images are recovered from",
+                remedy="use --set network.norm=batch, with an architecture that has it, such as resnet18",
+            )
+        self._gaps: list[Tensor] = []
+        for layer in self._layers:
+            layer.register_forward_pre_hook(self._measure)
+
+    def _measure(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, BatchNorm)
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        variance, mean = torch.var_mean(inputs[0], dim=(0, 2, 3), correction=0)
+        self._gaps.append((mean - layer.running_mean).norm() + (variance - layer.running_var).norm())
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Compute logits [n k] of images [n c h w]."""
+        self._gaps.clear()
+        logits: Tensor = self._network(images)
+        return logits
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the loss [] of images [n c h w] of classes [n], and the part [] of the statistics before its weight.
+
+        Both are differentiable in the images.
+        """
+        classified = cross_entropy(self.logits(images), labels)
+        gaps = torch.stack(self._gaps)
+        self._gaps.clear()
+        statistics = gaps.sum() + (self._options.first_layer - 1) * gaps[0]
+        return classified + self._options.statistics * statistics, statistics
+
+
+@dataclass(frozen=True)
+class RecoveryRecord(LossRecord):
+    """One row of a recovery's history."""
+
+    statistics: float
+    """Sum of the weighted distances from the teacher's running statistics, before `recover.statistics`."""
+
+
+@dataclass
+class Recovery(Descent):
+    """State of the recovery of one block: images, Adam's moments, and the first images if there are several rounds."""
+
+    record: ClassVar[type[LossRecord]] = RecoveryRecord
+    rate_key: ClassVar[str] = "recover.learning_rate"
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    """Adam's first and second moments [n c h w]; empty at the start of a round."""
+    first_images: Tensor | None = None
+    """[n c h w]; `None` with one round."""
+
+    def follow(
+        self,
+        gradient: Tensor,
+        loss: Tensor,
+        statistics: Tensor,
+        options: RecoverConfig,
+        bounds: tuple[Tensor, Tensor],
+    ) -> RecoveryRecord:
+        """Update the images by Adam unless a value is not finite, and append to the history.
+
+        Args:
+            gradient: [n c h w].
+            loss: [] before the update.
+            statistics: [] part of the loss.
+            options: learning rate and rounds.
+            bounds: values of black and white pixels, [c 1 1] each.
+
+        Raises:
+            DivergenceError: a multiple of `MOST_DIVERGED` iterations in a row were skipped.
+        """
+        is_bad = bool(not_finite(gradient, loss))
+        record = RecoveryRecord(self.iteration, float(loss), is_bad, float(statistics))
+        if not is_bad:
+            self._adam(gradient, options)
+            torch.clamp(self.synthetic.images, *bounds, out=self.synthetic.images)
+        self.history.append(record)
+        self._require_progress()
+        self._start_round(options, bounds)
+        return record
+
+    def _adam(self, gradient: Tensor, options: RecoverConfig) -> None:
+        """Move the images by one step of Adam, as `torch.optim.Adam` does."""
+        done = self.iteration % self._of_a_round(options)
+        zero = torch.zeros_like(gradient)
+        first, second = self.moments.get("first", zero), self.moments.get("second", zero)
+        first = first.lerp(gradient, 1 - FIRST_DECAY)
+        second = SECOND_DECAY * second + (1 - SECOND_DECAY) * gradient.square()
+        self.moments = {"first": first, "second": second}
+        rate = options.learning_rate * cosine(done, self._of_a_round(options)) / (1 - FIRST_DECAY ** (done + 1))
+        root = second.sqrt() / math.sqrt(1 - SECOND_DECAY ** (done + 1)) + ADAM_EPS
+        self.synthetic.images = self.synthetic.images.addcdiv(first, root, value=-rate)
+
+    def _start_round(self, options: RecoverConfig, bounds: tuple[Tensor, Tensor]) -> None:
+        """Between two rounds, mix the first images in and forget the moments."""
+        if self.iteration % self._of_a_round(options) or self.iteration == self.settings.iterations:
+            return
+        assert self.first_images is not None
+        self.synthetic.images = self.synthetic.images.lerp(self.first_images, options.mixed_in)
+        self.moments = {}
+
+    def _of_a_round(self, options: RecoverConfig) -> int:
+        """Iterations of a round; the last round is shorter where they do not divide evenly."""
+        return -(-self.settings.iterations // options.rounds)
+
+    def to_arrays(self) -> tuple[Arrays, Arrays]:
+        """Named arrays of the state for a checkpoint, see `State.to_arrays`."""
+        held, shared = super().to_arrays()
+        own = {f"adam.{name}": moment for name, moment in self.moments.items()}
+        own |= {} if self.first_images is None else {"first_images": self.first_images}
+        return {**held, **{name: value.cpu().numpy() for name, value in own.items()}}, shared
+
+    @classmethod
+    def from_arrays(cls, held: Arrays, shared: Arrays, settings: DistillConfig, device: torch.device) -> Self:
+        """Restore the state that `to_arrays` saved."""
+        state = super().from_arrays(held, shared, settings, device)
+        own = {name: torch.tensor(array, device=device) for name, array in _own(held).items()}
+        state.first_images = own.pop("first_images", None)
+        state.moments = {name.removeprefix("adam."): moment for name, moment in own.items()}
+        return state
+
+
+def _own(held: Arrays) -> Mapping[str, NDArray[np.generic]]:
+    return {name: array for name, array in held.items() if name.startswith("adam.") or name == "first_images"}

@@ -1,0 +1,149 @@
+"""Recovery of images from a teacher (SRe2L) as one worker does it: one block of the set after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datm_ray.config import RunConfig
+from datm_ray.core.networks.image_cost import ImageCost
+from datm_ray.core.randomness import Purpose, generator
+from datm_ray.core.synthetic import SyntheticSet, hard_logits
+from datm_ray.errors import ConfigError
+from datm_ray.methods.recovery import Recovery, Teacher, draw_view
+from datm_ray.methods.state import MetaRecord, MetaTerm, State
+from datm_ray.stages.checkpoint import Rows
+from datm_ray.stages.initial import first_rows
+from datm_ray.stages.method import STEP_SIZE, Demand, Method, Part, Piece
+
+
+class RecoveryFromTeacher(Method):
+    """Recovers the images of one block. The teacher is expert 0 of `network`."""
+
+    state: ClassVar[type[State[Any]]] = Recovery
+    needs_batch_norm = True
+
+    @classmethod
+    def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
+        """The teacher."""
+        return config.each_backbone()[:1]
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        """Refuse what a recovery cannot do, see `Method.check`."""
+        super().check(config)
+        if config.dataset.normalisation == "zca":
+            raise ConfigError(
+                "dataset.normalisation is 'zca', and recovered pixels are kept between black and white",
+                "whitened values have no such bounds",
+                "use --set dataset.normalisation=standard",
+            )
+        if config.workers_per_set > 1:
+            raise ConfigError(
+                "cluster.shards or auxiliaries_apart asks for several workers a set",
+                f"method {config.method} divides a set into blocks of recover.block images, one for each worker",
+                "leave them out: all workers take blocks",
+            )
+
+    @classmethod
+    def pieces(cls, config: RunConfig, classes: int) -> Sequence[Piece]:
+        """Blocks of at most `recover.block` images, in even parts: as many classes as fit, then images of each."""
+        most, ipc = config.recover.block, config.distill.ipc
+        groups = np.array_split(np.arange(classes), -(-classes // most))
+        each = max(1, most // len(groups[0]))
+        parts = np.array_split(np.arange(ipc), -(-ipc // each))
+        found = [(range(group[0], group[-1] + 1), range(part[0], part[-1] + 1)) for part in parts for group in groups]
+        return [Piece(number, *ranges) for number, ranges in enumerate(found)]
+
+    @classmethod
+    def demand(cls, config: RunConfig, classes: int, shards: int, cost: ImageCost) -> Demand:
+        """The images of a block once, forward and back."""
+        largest = max(len(each.classes) * len(each.images) for each in cls.pieces(config, classes))
+        return Demand({"training": largest}, at_once=largest, is_divisible=False, maps=2, vectors=2, held=largest)
+
+    @classmethod
+    def described(cls, config: RunConfig, images: int, chunk: int) -> str:
+        """Blocks and iterations in words."""
+        return f"{config.distill.iterations:,} iterations of each block of {chunk:,} of {images:,} images"
+
+    def __init__(self, part: Part) -> None:
+        super().__init__(part)
+        self.calibration = ""  # the learning rate is Adam's
+
+    def calibrate(self, state: Any) -> Iterator[str]:
+        """Nothing is left open."""
+        return iter(())
+
+    @cached_property
+    def _piece(self) -> Piece:
+        if self.part.piece is None:
+            raise ValueError("images are recovered in pieces; give the part one of `pieces`")
+        return self.part.piece
+
+    @cached_property
+    def _teacher(self) -> Teacher:
+        return Teacher(self.experts[0].restored(0), self.part.config.recover)
+
+    @cached_property
+    def _bounds(self) -> tuple[Tensor, Tensor]:
+        """Values [c 1 1] of black and of white pixels in normalised images."""
+        normaliser, shape = self.part.dataset.transform.normaliser(), self.part.image
+        black, white = (normaliser(torch.full((1, *shape), value))[0, :, :1, :1] for value in (0.0, 1.0))
+        return black.to(self.part.device), white.to(self.part.device)
+
+    def first_set(self) -> SyntheticSet:
+        """Noise or real images, with hard labels; those of the whole set may be softer, see `pieces`."""
+        config, piece = self.part.config, self._piece
+        labels = torch.tensor(piece.classes, device=self.part.device).repeat_interleave(len(piece.images))
+        if config.distill.initial == "noise":
+            noise = generator(config.seed, Purpose.RECOVERY_NOISE, piece.number)
+            images = torch.from_numpy(noise.standard_normal((len(labels), *self.part.image), np.float32))
+        else:
+            images = self._real_images()
+        hard = hard_logits(labels, self.part.dataset.classes)
+        step_sizes = torch.full((1,), config.distill.initial_step_size or STEP_SIZE, device=self.part.device)
+        return SyntheticSet(images.to(self.part.device), hard, step_sizes, labels)
+
+    def _real_images(self) -> Tensor:
+        """The piece's images among the first ones of its classes."""
+        piece, ipc = self._piece, self.part.config.distill.ipc
+        of_classes = Rows(piece.classes.start * ipc, piece.classes.stop * ipc)
+        chosen = first_rows(self.part, self.experts[0], of_classes)[piece.rows(ipc) - of_classes.first]
+        return torch.from_numpy(self.part.dataset.train_images[chosen])
+
+    def step(self, state: Any, meta: MetaTerm | None) -> None:
+        """Run one iteration: the loss of a view, with MetaDD's of the same view, and one step of Adam."""
+        config, synthetic = self.part.config, state.synthetic
+        if config.recover.rounds > 1 and state.first_images is None:
+            state.first_images = synthetic.images.clone()
+        iterations = config.distill.iterations
+        view = draw_view(config.recover, config.seed, self._piece.number, state.iteration, iterations)
+        images = synthetic.images.detach().requires_grad_()
+        seen = view.of(images)
+        inner = seen.detach().requires_grad_()
+        loss, statistics = self._teacher.loss(inner, synthetic.labels)
+        (along,) = torch.autograd.grad(loss, inner)
+        if meta is not None:
+            found, of_meta = meta.metadd.gradient(inner, synthetic.labels, networks=meta.networks)
+            terms = (found.total, found.variance, found.invariance, found.position, found.ratio)
+            state.meta_history.append(MetaRecord(state.iteration, *torch.stack(terms).tolist()))
+            along = along + of_meta
+        (gradient,) = torch.autograd.grad(seen, images, along)
+        state.follow(gradient, loss.detach(), statistics.detach(), config.recover, self._bounds)
+
+    def measured(self, state: Any) -> Mapping[str, float]:
+        """Loss and skipped updates."""
+        return {"matching_loss": state.history[-1].loss, "skipped_steps": state.skipped}
+
+    def shown(self, state: Any) -> Mapping[str, float]:
+        """Loss, and its part of the statistics."""
+        return {"loss": state.history[-1].loss, "statistics": state.history[-1].statistics}
+
+    def images_seen(self) -> float:
+        """Images of the block."""
+        return float(self.part.rows.last)

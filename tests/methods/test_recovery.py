@@ -1,0 +1,188 @@
+"""Recovery from a teacher: its loss and gradient against a plain float64 version, Adam, views, and rounds."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from datm_ray.config import DistillConfig, NetworkSpec, RecoverConfig
+from datm_ray.core.networks.registry import build_network
+from datm_ray.core.synthetic import SyntheticSet, hard_logits
+from datm_ray.errors import ConfigError, DivergenceError
+from datm_ray.methods.recovery import Recovery, Teacher, View, draw_view
+from datm_ray.methods.state import MOST_DIVERGED
+
+BOUNDS = (torch.full((3, 1, 1), -2.0), torch.full((3, 1, 1), 2.0))
+
+
+def teacher_network() -> nn.Module:
+    """Small ResNet-18 in float64, whose running statistics are those of a few batches."""
+    spec = NetworkSpec(architecture="resnet18", width=8, norm="batch", channels=3, size=(16, 16), classes=4)
+    network = build_network(spec, seed=0).double()
+    network.train()
+    with torch.no_grad():
+        for seed in range(3):
+            network(torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 1)
+    return network
+
+
+def some_images() -> tuple[Tensor, Tensor]:
+    images = torch.randn(6, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    return images, torch.arange(6) % 4
+
+
+def plain_loss(network: nn.Module, images: Tensor, labels: Tensor, weight: float, first: float) -> Tensor:
+    """Loss by the formula: the input of each batch normalisation, image by image and pixel by pixel."""
+    seen: list[tuple[nn.BatchNorm2d, Tensor]] = []
+    layers = [part for part in network.modules() if isinstance(part, nn.BatchNorm2d)]
+    handles = [layer.register_forward_hook(lambda part, given, _: seen.append((part, given[0]))) for layer in layers]
+    network.eval()
+    logits = network(images)
+    for handle in handles:
+        handle.remove()
+    total = cross_entropy(logits, labels)
+    for number, (layer, given) in enumerate(seen):
+        values = given.transpose(0, 1).flatten(1)
+        mean = values.sum(dim=1) / values.shape[1]
+        variance = ((values - mean[:, None]) ** 2).sum(dim=1) / values.shape[1]
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        gap = ((mean - layer.running_mean) ** 2).sum().sqrt() + ((variance - layer.running_var) ** 2).sum().sqrt()
+        total = total + weight * (first if number == 0 else 1.0) * gap
+    return total
+
+
+def test_loss_and_gradient_equal_the_plain_formula_and_finite_differences() -> None:
+    """The loss of a teacher is that of the formula, in float64, and its gradient too."""
+    network, (images, labels) = teacher_network(), some_images()
+    options = RecoverConfig(statistics=0.3, first_layer=10.0)
+    teacher, images = Teacher(network, options), images.requires_grad_()
+    loss, statistics = teacher.loss(images, labels)
+    plain = plain_loss(network, images, labels, 0.3, 10.0)
+    torch.testing.assert_close(loss, plain, rtol=1e-12, atol=0)
+    rest = (loss - cross_entropy(network(images), labels)).detach()
+    torch.testing.assert_close(rest, 0.3 * statistics.detach(), rtol=1e-12, atol=0)
+    (gradient,), (theirs,) = torch.autograd.grad(loss, images), torch.autograd.grad(plain, images)
+    torch.testing.assert_close(gradient, theirs, rtol=1e-10, atol=1e-14)
+    along = torch.randn(images.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    step = 1e-6
+    ahead, behind = (float(teacher.loss(images.detach() + sign * step * along, labels)[0]) for sign in (1, -1))
+    assert (ahead - behind) / (2 * step) == pytest.approx(float((gradient * along).sum()), rel=1e-6)
+
+
+def test_the_teacher_is_a_frozen_copy_in_evaluation_mode() -> None:
+    """The given network keeps its mode and statistics, and the teacher does not follow it."""
+    network, (images, labels) = teacher_network(), some_images()
+    teacher = Teacher(network, RecoverConfig())
+    before = teacher.loss(images, labels)[0]
+    network.train()
+    network(images + 3)
+    assert network.training
+    assert torch.equal(teacher.loss(images, labels)[0], before)
+
+
+def test_a_network_without_batch_normalisation_is_refused() -> None:
+    """Images cannot be recovered from a network that keeps no statistics."""
+    spec = NetworkSpec(architecture="convnet", width=8, depth=2, channels=3, size=(16, 16), classes=4)
+    with pytest.raises(ConfigError, match=r"no batch normalisation.*norm=batch"):
+        Teacher(build_network(spec, seed=0), RecoverConfig())
+
+
+def state_of(images: Tensor, iterations: int) -> Recovery:
+    """State before the first iteration."""
+    labels = torch.arange(len(images)) % 4
+    held = SyntheticSet(images.clone(), hard_logits(labels, 4), torch.full((1,), 0.01), labels)
+    return Recovery(held, DistillConfig(iterations=iterations))
+
+
+def test_updates_equal_torchs_adam_with_a_cosine_and_a_clamp() -> None:
+    """Ten updates along the gradients of a quadratic are those of torch's Adam, kept within the pixels' bounds."""
+    target, (images, _) = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1)), some_images()
+    images, options = images.float(), RecoverConfig(learning_rate=0.25)
+    state, theirs = state_of(images, 10), images.clone().requires_grad_()
+    adam = torch.optim.Adam([theirs], lr=0.25, betas=(0.5, 0.9), eps=1e-8)
+    for step in range(10):
+        adam.param_groups[0]["lr"] = 0.25 * 0.5 * (1 + math.cos(math.pi * step / 10))
+        theirs.grad = 2 * (theirs.detach() - target)
+        gradient = 2 * (state.synthetic.images - target)
+        adam.step()
+        with torch.no_grad():
+            theirs.clamp_(-2, 2)
+        state.follow(gradient, torch.tensor(1.0), torch.tensor(0.5), options, BOUNDS)
+    torch.testing.assert_close(state.synthetic.images, theirs.detach(), rtol=1e-5, atol=1e-6)
+    assert [record.iteration for record in state.history] == list(range(10))
+    assert float(state.synthetic.images.abs().max()) <= 2
+
+
+def test_a_state_restored_in_the_middle_ends_with_the_same_bits() -> None:
+    """Adam's moments, the first images and the round survive a checkpoint."""
+    (images, _), options = some_images(), RecoverConfig(learning_rate=0.25, rounds=2, mixed_in=0.5)
+
+    def run(state: Recovery, until: int) -> Recovery:
+        while state.iteration < until:
+            if state.first_images is None:
+                state.first_images = state.synthetic.images.clone()
+            gradient = state.synthetic.images.sin()
+            state.follow(gradient, torch.tensor(1.0), torch.tensor(0.5), options, BOUNDS)
+        return state
+
+    whole = run(state_of(images.float(), 9), 9)
+    for stop in (3, 5, 7):
+        half = run(state_of(images.float(), 9), stop)
+        again = Recovery.from_arrays(*half.to_arrays(), half.settings, torch.device("cpu"))
+        assert torch.equal(run(again, 9).synthetic.images, whole.synthetic.images)
+        assert again.history == whole.history
+
+
+def test_between_rounds_the_first_images_are_mixed_in_and_adam_starts_anew() -> None:
+    """With two rounds of one iteration each, the second starts from the mean of first and recovered images."""
+    (images, _), options = some_images(), RecoverConfig(learning_rate=0.1, rounds=2, mixed_in=0.25)
+    state, first = state_of(images.float(), 2), images.float()
+    state.first_images = first.clone()
+    gradient = torch.ones_like(first)
+    state.follow(gradient, torch.tensor(1.0), torch.tensor(0.0), options, BOUNDS)
+    moved = (first - 0.1).clamp(-2, 2)  # Adam's first step has the learning rate's length
+    torch.testing.assert_close(state.synthetic.images, 0.75 * moved + 0.25 * first, rtol=0, atol=1e-5)
+    assert not state.moments
+
+
+def test_values_that_are_not_finite_are_skipped_and_many_in_a_row_end_the_run() -> None:
+    """A bad gradient leaves the images alone; the error names the learning rate of a recovery."""
+    images = some_images()[0].float()
+    state, bad = state_of(images, 10**6), torch.full_like(images, math.nan)
+    arguments = (bad, torch.tensor(1.0), torch.tensor(0.0), RecoverConfig(), BOUNDS)
+    for _ in range(MOST_DIVERGED - 1):
+        state.follow(*arguments)
+    with pytest.raises(DivergenceError, match=r"Lower recover\.learning_rate"):
+        state.follow(*arguments)
+    assert torch.equal(state.synthetic.images, images)
+    assert state.skipped == len(state.history) == MOST_DIVERGED
+
+
+def test_a_view_is_one_crop_flip_and_shift_for_all_images() -> None:
+    """The whole image, flipped and rolled, is seen by every image alike."""
+    images = torch.arange(2 * 3 * 4 * 4, dtype=torch.float64).reshape(2, 3, 4, 4)
+    seen = View((0.0, 0.0, 1.0, 1.0), True, (1, -2)).of(images)
+    torch.testing.assert_close(seen, images.flip(3).roll((1, -2), (2, 3)), rtol=0, atol=1e-9)
+    corner = View((0.0, 0.0, 0.5, 0.5), False, (0, 0)).of(images)
+    assert float(corner.mean()) < float(images.mean())
+
+
+@pytest.mark.parametrize("crops", ["published", "falling"])
+def test_crops_are_as_small_as_the_recipe_allows(crops: str) -> None:
+    """Published crops keep at least the least share at any time; falling ones keep nearly all at first."""
+    options = RecoverConfig(crops=crops, least_share=0.25, shift=2)
+    views = [draw_view(options, 1, 0, iteration, 1000) for iteration in range(1000)]
+    areas = np.array([view.box[2] * view.box[3] for view in views])
+    assert areas.min() >= 0.25 * 3 / 4
+    assert (areas[:100].min() > 0.65) == (crops == "falling")
+    assert areas[-100:].min() < 0.5
+    assert {view.shift[0] for view in views} == {-2, -1, 0, 1, 2}
+    assert 400 < sum(view.is_flipped for view in views) < 600
+    assert draw_view(options, 1, 0, 3, 1000) == views[3]
+    assert draw_view(options, 1, 1, 3, 1000) != views[3]

@@ -1,0 +1,237 @@
+"""Tests sets that are made in pieces, by SRe2L: any number of workers, kills and resumption give the same set."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from datm_ray.artifact import Artifact, load
+from datm_ray.config import RunConfig
+from datm_ray.core.randomness import Purpose, generator
+from datm_ray.errors import ConfigError
+from datm_ray.monitor.progress import Reporter
+from datm_ray.pipeline import Pipeline, report, summaries
+from datm_ray.planning.plan import plan_run
+from datm_ray.runtime.executor import Event, Lost, Progress, SerialExecutor
+from datm_ray.stages.expert_networks import ExpertNetworks
+from datm_ray.stages.method import Piece
+from datm_ray.stages.pieces import PIECES, PieceWorker, unfinished_pieces
+from datm_ray.stages.recovery import RecoveryFromTeacher
+from datm_ray.store.files.filesystem import open_location
+from tests.conftest import actor_processes, tiny_config
+
+SRE2L = (
+    "method=sre2l",
+    "network={architecture: resnet18, width: 8, norm: batch}",
+    "dataset.normalisation=standard",
+    "experts.count=1",
+    "experts.epochs=2",
+    "experts.keep_epochs=1",
+    "experts.learning_rate=0.05",
+    "distill.ipc=2",
+    "distill.iterations=4",
+    "distill.initial=noise",
+    "recover.block=6",
+    "recover.shift=1",
+    "evaluate.full=false",
+    "evaluate.seeds=1",
+)
+"""Overrides that recover 20 images of digits in four pieces."""
+METADD = "metadd={auxiliaries: [{architecture: convnet, width: 4}], experts: {epochs: 1}}"
+
+
+def config_of(*settings: str) -> RunConfig:
+    return tiny_config(*SRE2L, *settings)
+
+
+def run(config: RunConfig, out: Path) -> Pipeline:
+    """Run everything in this process."""
+    pipeline = Pipeline([config], str(out))
+    pipeline.run_all(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    return pipeline
+
+
+def recovered(out: Path) -> Artifact:
+    return load(str(out / "tiny/synthetic.arrow"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of a finished run."""
+    out = tmp_path_factory.mktemp("sre2l")
+    run(config_of(), out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("classes", "ipc", "block", "sizes"),
+    [(200, 50, 100, [(100, 1)] * 100), (10, 10, 100, [(10, 10)]), (10, 3, 4, [(4, 1), (3, 1), (3, 1)] * 3)],
+)
+def test_blocks_hold_each_image_once(classes: int, ipc: int, block: int, sizes: list[tuple[int, int]]) -> None:
+    """Blocks have as many classes as fit, in even parts, and no more images than the recipe says."""
+    config = config_of(f"distill.ipc={ipc}", f"recover.block={block}")
+    pieces = RecoveryFromTeacher.pieces(config, classes)
+    assert [(len(piece.classes), len(piece.images)) for piece in pieces] == sizes
+    assert [piece.number for piece in pieces] == list(range(len(sizes)))
+    rows = np.concatenate([piece.rows(ipc) for piece in pieces])
+    assert sorted(rows.tolist()) == list(range(classes * ipc))
+    assert Piece(0, range(1, 3), range(2)).rows(5).tolist() == [5, 6, 10, 11]
+
+
+def test_a_run_leaves_a_set_with_the_teachers_labels_and_no_pieces(finished: Path) -> None:
+    """The images are those of all pieces, class by class, between black and white, labelled by the teacher."""
+    artifact, config = recovered(finished), config_of()
+    assert artifact.labels.tolist() == [label for label in range(10) for _ in range(2)]
+    assert artifact.clipped_share() == 0
+    pipeline = Pipeline([config], str(finished))
+    assert pipeline.plan() == ["0 experts to train", "0 sets to distil", "0 networks to train for evaluation"]
+    (config,) = pipeline.configs
+    dataset = pipeline.runs.dataset(config.dataset)
+    teacher = ExpertNetworks(config, dataset, pipeline.store_uri, torch.device("cpu"))
+    torch.testing.assert_close(artifact.soft_labels, teacher.logits(0, artifact.images), rtol=1e-5, atol=1e-5)
+    assert not (finished / "tiny" / PIECES).exists()
+    first = load(str(finished / "tiny/initial.arrow"))
+    noise = generator(config.seed, Purpose.RECOVERY_NOISE, 0).standard_normal((5, 1, 8, 8), np.float32)
+    assert torch.equal(first.images[0:10:2], torch.from_numpy(noise))
+    assert float((first.images - artifact.images).norm()) > 0
+    (summary,) = summaries(pipeline.out, pipeline.configs)
+    assert {score.row for score in summary.scores} == {"random-hard", "random-soft", "distilled"}
+    assert b"Loss" in report(str(finished)).read_bytes()
+
+
+def test_pieces_in_any_order_and_resumed_anywhere_have_the_same_bits(finished: Path, tmp_path: Path) -> None:
+    """Pieces made backwards, each stopped once in the middle, give the set of a run that was not disturbed."""
+    config = config_of("distill.checkpoint_every=1")
+    pipeline = Pipeline([config], str(tmp_path), str(finished / "experts"))
+    (config,) = pipeline.configs
+    worker = PieceWorker(pipeline.runs.dataset(config.dataset), config.cluster)
+    folder = tmp_path / "tiny"
+    for piece in reversed(unfinished_pieces(config, open_location(str(folder)), 10)):
+        arguments = (config, pipeline.store_uri, str(folder), piece.number)
+        for event in worker.make_piece(*arguments):
+            if isinstance(event, Progress) and event.done == piece.number % 4 + 1:
+                break
+        assert not (folder / "synthetic.arrow").exists()
+        left = unfinished_pieces(config, open_location(str(folder)), 10)
+        assert [each.number for each in left] == list(range(piece.number + 1))
+        list(worker.make_piece(*arguments))
+    assert torch.equal(recovered(tmp_path).images, recovered(finished).images)
+    assert torch.equal(recovered(tmp_path).soft_labels, recovered(finished).soft_labels)
+
+
+def test_a_set_whose_pieces_are_all_made_is_joined_by_the_next_command(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that dies before it joins the pieces leaves one task, which makes nothing again."""
+    pipeline = Pipeline([config_of()], str(tmp_path), str(finished / "experts"))
+    start = lambda: SerialExecutor(pipeline.configs[0].cluster)  # noqa: E731
+
+    def die(*arguments: object) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PieceWorker, "_join", die)
+        with pytest.raises(RuntimeError, match="killed"):
+            pipeline.distill(start, Reporter(quiet=True))
+    assert pipeline.plan()[1] == "1 set to distil: tiny"
+    monkeypatch.setattr(PieceWorker, "_made", die)
+    pipeline.distill(start, Reporter(quiet=True))
+    assert torch.equal(recovered(tmp_path).images, recovered(finished).images)
+
+
+def test_real_images_and_several_rounds(finished: Path, tmp_path: Path) -> None:
+    """A recovery may start from real images of the right classes, and mix them in between rounds."""
+    settings = ("distill.initial=random", "recover.rounds=2", "recover.mixed_in=0.9", "distill.labels=hard")
+    pipeline = Pipeline([config_of(*settings)], str(tmp_path), str(finished / "experts"))
+    pipeline.distill(lambda: SerialExecutor(pipeline.configs[0].cluster), Reporter(quiet=True))
+    (config,) = pipeline.configs
+    dataset, first = pipeline.runs.dataset(config.dataset), load(str(tmp_path / "tiny/initial.arrow"))
+    for image, label in zip(first.images.numpy(), first.labels.tolist(), strict=True):
+        same = (dataset.train_images == image).all(axis=(1, 2, 3))
+        assert label in dataset.train_labels[same]
+    assert len(np.unique(first.images.numpy(), axis=0)) == 20
+    assert recovered(tmp_path).soft_labels.argmax(dim=1).tolist() == first.labels.tolist()
+    assert sorted(set(recovered(tmp_path).soft_labels.flatten().tolist())) == [0.0, 20.0]
+
+
+def test_metadd_changes_the_images_and_is_recorded(finished: Path, tmp_path: Path) -> None:
+    """MetaDD's losses of the same views join the recovery, and maps of the whole set are kept."""
+    pipeline = run(config_of(METADD), tmp_path)
+    assert not torch.equal(recovered(tmp_path).images, recovered(finished).images)
+    assert (tmp_path / "tiny/maps.arrow").exists()
+    (summary,) = summaries(pipeline.out, pipeline.configs)
+    assert summary.config.metadd is not None
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("network.norm=instance", r"network\.norm is 'instance', and method sre2l needs 'batch'"),
+        ("dataset.normalisation=zca", "kept between black and white"),
+        ("cluster.shards=2", r"divides a set into blocks of recover\.block images"),
+    ],
+)
+def test_recipes_that_cannot_be_recovered_are_refused(setting: str, message: str, tmp_path: Path) -> None:
+    """Each impossible setting is refused before anything starts, with what to do."""
+    with pytest.raises(ConfigError, match=message):
+        run(config_of(setting), tmp_path)
+
+
+def test_a_plan_divides_the_pieces_among_workers() -> None:
+    """Hours of all workers are those of all pieces; on the clock two workers take half as long."""
+    one, two = (plan_run(config_of(), f"cpus={n},gflops=50").stages["distillation"] for n in (1, 2))
+    assert one[0] == one[1] == pytest.approx(two[0])
+    assert two[1] == pytest.approx(one[1] / 2)
+    assert plan_run(config_of(), "cpus=2,gflops=50").stages["validation"] == (0, 0)
+
+
+def test_memory_is_that_of_one_block() -> None:
+    """A worker holds one block, so its memory does not grow with the set."""
+    few, many = (plan_run(config_of(f"distill.ipc={ipc}"), "cpus=2,gflops=50").plans[0] for ipc in (2, 50))
+    assert few.parts["synthetic"] == many.parts["synthetic"]
+    assert few.chunk == many.chunk == 5
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_two_workers_on_ray_one_of_them_killed_recover_the_same_bits(
+    ray_cluster: Any, finished: Path, tmp_path: Path
+) -> None:
+    """Ray's workers take pieces; one that is killed in the middle loses its piece to another, and no bit changes."""
+    from datm_ray.runtime.ray.executor import RayExecutor
+
+    losses: list[str] = []
+
+    class Murderous(RayExecutor):
+        def run(self, *arguments: Any) -> Iterator[tuple[Any, Event]]:
+            killed = False
+            for task, event in super().run(*arguments):
+                if isinstance(event, Progress) and not killed:
+                    os.kill(actor_processes()[0], signal.SIGKILL)
+                    killed = True
+                if isinstance(event, Lost):
+                    losses.append(task.name)
+                yield task, event
+
+    config = config_of("distill.iterations=4", "distill.checkpoint_every=1")
+    pipeline = Pipeline([config], str(tmp_path), str(finished / "experts"))
+    pipeline.distill(lambda: Murderous(config.cluster), Reporter(quiet=True))
+    assert losses
+    assert torch.equal(recovered(tmp_path).images, recovered(finished).images)
+    assert torch.equal(recovered(tmp_path).soft_labels, recovered(finished).soft_labels)
+
+
+def test_a_plan_here_times_only_steps_that_the_method_has() -> None:
+    """Neither a recovery nor DM has student steps, which a network with batch normalisation could not take."""
+    for config in (config_of(), tiny_config("method=dm")):
+        machine = plan_run(config).machine
+        assert machine.basis.startswith("timed here")
+        assert "matching" not in machine.seconds
+        assert min(machine.seconds.values()) > 0
