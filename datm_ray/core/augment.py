@@ -3,7 +3,8 @@
 An `Augmentation` is a value: an operation and its parameters for every sample of a batch. Drawing and applying are
 separate. So an augmentation is drawn for a global batch and applied to the slice of one shard, and is applied again in
 the reverse sweep without a saved graph. One operation of the strategy is drawn per batch, and its parameters per
-sample, as published. Pixels are whitened and are not clamped. Shapes: b samples, c h w image.
+sample, as published. An operation may be several ones in turn, such as "resized+flip". Pixels are whitened and are not
+clamped. Shapes: b samples, c h w image, w numbers that an operation needs for a sample.
 
 Reference: VICO-UoE/DatasetCondensation `ParamDiffAug`, used unchanged by MTT, FTD, TESLA and DATM.
 """
@@ -39,12 +40,12 @@ NO_AUGMENTATION = ""
 
 @dataclass(frozen=True)
 class Augmentation:
-    """One operation of DSA with its parameters for each sample."""
+    """One operation with its parameters for each sample."""
 
     operation: str
-    """Key of the operation table; "" for no operation."""
+    """Key of the operation table, or several joined by "+" that are applied in turn; "" for no operation."""
     parameters: NDArray[np.float32]
-    """[b 3] numbers in [0, 1); their meaning depends on the operation."""
+    """[b w] numbers in [0, 1), w as from `width`; their meaning depends on the operation."""
 
     def take(self, rows: NDArray[np.int64]) -> Augmentation:
         """Select the samples at these indices, with the operation unchanged."""
@@ -55,23 +56,29 @@ def draw_augmentation(strategy: str, batch: int, generator: np.random.Generator)
     """Draw one operation of the `_`-separated strategy, with parameters for `batch` samples."""
     operations = parse_strategy(strategy)
     if not operations:
-        return Augmentation(NO_AUGMENTATION, np.zeros((batch, 3), np.float32))
+        return Augmentation(NO_AUGMENTATION, np.zeros((batch, width(NO_AUGMENTATION)), np.float32))
     operation = operations[int(generator.integers(len(operations)))]
-    return Augmentation(operation, generator.random((batch, 3), np.float32))
+    return Augmentation(operation, generator.random((batch, width(operation)), np.float32))
+
+
+def width(operation: str) -> int:
+    """Numbers w that an operation needs for a sample: those of its parts side by side."""
+    return sum(_WIDTHS.get(part, USUAL_WIDTH) for part in operation.split("+"))
 
 
 def parse_strategy(strategy: str) -> list[str]:
-    """Split a strategy such as "crop_flip" into its operations; "" means no augmentation.
+    """Split a strategy such as "crop+flip_color" into its operations "crop+flip" and "color"; "" means none.
 
     Raises:
         ConfigError: the strategy names an operation that does not exist.
     """
     operations = [name for name in strategy.split("_") if name]
-    for name in operations:
+    for name in (part for operation in operations for part in operation.split("+")):
         if name not in _OPERATIONS:
             raise ConfigError(
                 f"augmentation {strategy!r} names {name!r}, which is not an operation",
-                remedy=f"join any of {', '.join(_OPERATIONS)} with underscores, or use '' for none",
+                remedy=f"join any of {', '.join(_OPERATIONS)} with _ to draw one for each batch, or with + to apply "
+                "one after another, or use '' for none",
             )
     return operations
 
@@ -85,8 +92,13 @@ def augment(images: Tensor, augmentation: Augmentation) -> Tensor:
 
 
 def apply_operation(images: Tensor, operation: str, uniform: Tensor) -> Tensor:
-    """Apply an operation to images [b c h w] with parameters [b 3] on their device, see `Augmentation`."""
-    return images if operation == NO_AUGMENTATION else _OPERATIONS[operation](images, uniform)
+    """Apply an operation to images [b c h w] with parameters [b w] on their device, see `Augmentation`."""
+    if operation == NO_AUGMENTATION:
+        return images
+    parts = operation.split("+")
+    for part, own in zip(parts, uniform.split([width(part) for part in parts], dim=1), strict=True):
+        images = _OPERATIONS[part](images, own)
+    return images
 
 
 def augment_batches(batches: Sequence[Tensor], augmentations: Sequence[Augmentation]) -> list[Tensor]:
@@ -210,6 +222,11 @@ def resized_crop(images: Tensor, boxes: Tensor) -> Tensor:
     return _affine(images, rows, align_corners=False)
 
 
+def _resized(images: Tensor, uniform: Tensor) -> Tensor:
+    """Enlarge a random box of each image to the image's size."""
+    return resized_crop(images, crop_boxes(uniform))
+
+
 _OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "color": _color,
     "crop": _crop,
@@ -217,4 +234,7 @@ _OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "flip": _flip,
     "scale": _scale,
     "rotate": _rotate,
+    "resized": _resized,
 }
+USUAL_WIDTH, _WIDTHS = 3, {"resized": 4}
+"""Numbers that an operation needs for a sample, and those of operations that need more."""

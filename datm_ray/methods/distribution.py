@@ -24,10 +24,10 @@ from datm_ray.core.randomness import Purpose, generator
 
 
 def draw_shared(strategy: str, seed: int, iteration: int, label: int) -> Augmentation:
-    """Draw the augmentation [1 3] that an iteration applies to all images of a class.
+    """Draw the augmentation of one sample that an iteration applies to all images of a class.
 
     Args:
-        strategy: DSA operations joined by underscores.
+        strategy: operations, see `core.augment`.
         seed: seed of the run.
         iteration: number of iterations done.
         label: the class.

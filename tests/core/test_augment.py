@@ -17,15 +17,18 @@ from datm_ray.core.augment import (
     LEAST_SHARE,
     Augmentation,
     augment,
+    augment_batches,
     crop_boxes,
     draw_augmentation,
     parse_strategy,
     resized_crop,
+    width,
 )
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.errors import ConfigError
 
 OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
+COMPOSED = ("resized", "resized+flip", "crop+resized+color")
 ALMOST_ONE = np.float32(1 - 2**-24)
 Image = NDArray[np.float64]
 
@@ -145,7 +148,7 @@ def test_flip_has_probability_one_half() -> None:
     assert np.array_equal(flipped, np.concatenate([images[:2, :, :, ::-1], images[2:]]))
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", [*OPERATIONS, *COMPOSED])
 def test_gradient_equals_finitedifferences(operation: str) -> None:
     """The gradient through every operation equals finite differences."""
     images = torch.randn(3, 2, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -180,10 +183,56 @@ def test_empty_strategy_leaves_images_alone() -> None:
     assert draw.random() == generator(0, Purpose.STUDENT_AUGMENTATION).random()
 
 
-@pytest.mark.parametrize("strategy", ["blur", "crop_blur", "Crop"])
+@pytest.mark.parametrize("operation", COMPOSED)
+def test_a_composed_operation_is_its_parts_in_turn(operation: str) -> None:
+    """Every sample gets each part with the part's own columns, and a slice of a batch the same numbers."""
+    images = torch.randn(5, 3, 8, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    drawn = draw_augmentation(operation, 5, generator(1, Purpose.TRAINING_AUGMENTATION, 0, 0))
+    assert drawn.operation == operation
+    expected, first = images, 0
+    for part in operation.split("+"):
+        columns = 4 if part == "resized" else 3
+        expected = augment(expected, Augmentation(part, drawn.parameters[:, first : first + columns].copy()))
+        first += columns
+    assert first == width(operation) == drawn.parameters.shape[1]
+    assert torch.equal(augment(images, drawn), expected)
+    rows = np.array([3, 1])
+    assert torch.equal(augment(images[rows], drawn.take(rows)), expected[rows])
+    numbers = torch.from_numpy(drawn.parameters).double()
+    if operation == "resized":
+        assert torch.equal(expected, resized_crop(images, crop_boxes(numbers)))
+
+
+def test_composed_operations_are_drawn_beside_single_ones() -> None:
+    """Between underscores a composed operation counts as one, and single ones keep the numbers that they had."""
+    strategy = "crop+flip_color_flip"
+    assert parse_strategy(strategy) == ["crop+flip", "color", "flip"]
+    drawn = [draw_augmentation(strategy, 4, generator(0, Purpose.STUDENT_AUGMENTATION, k)) for k in range(60)]
+    assert {one.operation: one.parameters.shape for one in drawn} == {
+        "crop+flip": (4, 6),
+        "color": (4, 3),
+        "flip": (4, 3),
+    }
+    for k, one in enumerate(drawn):
+        random = generator(0, Purpose.STUDENT_AUGMENTATION, k)
+        random.integers(3)
+        assert np.array_equal(one.parameters, random.random(one.parameters.shape, np.float32))
+
+
+def test_batches_of_unlike_operations_are_augmented_as_each_alone() -> None:
+    """One call for all batches of an operation gives each batch what it gets alone, whatever the columns."""
+    images = [torch.randn(3 + number % 2, 2, 6, 6) for number in range(6)]
+    names = ["resized+flip", "", "crop", "resized", "resized+flip", "crop"]
+    pairs = zip(images, names, strict=True)
+    drawn = [draw_augmentation(name, len(x), generator(2, Purpose.TRAINING_AUGMENTATION, 0, 0)) for x, name in pairs]
+    for value, x, one in zip(augment_batches(images, drawn), images, drawn, strict=True):
+        assert torch.equal(value, augment(x, one))
+
+
+@pytest.mark.parametrize("strategy", ["blur", "crop_blur", "Crop", "crop+blur", "crop+"])
 def test_an_unknown_operation_is_refused_with_the_known_ones(strategy: str) -> None:
     """An unknown operation is an error that lists the known ones, before any image changes."""
-    with pytest.raises(ConfigError, match=r"not an operation.*color, crop, cutout, flip, scale, rotate"):
+    with pytest.raises(ConfigError, match=r"not an operation.*color, crop, cutout, flip, scale, rotate, resized"):
         draw_augmentation(strategy, 1, generator(0, Purpose.STUDENT_AUGMENTATION))
 
 

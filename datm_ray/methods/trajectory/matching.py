@@ -159,7 +159,7 @@ class _Piece:
     """[b] indices of rows of the synthetic set."""
     operation: str
     uniform: Tensor
-    """[b 3] parameters of the augmentation."""
+    """[b w] parameters of the augmentation."""
     weights: Tensor
     """[b] weights in the loss, or [chunk], filled up with zeros."""
 
@@ -170,16 +170,17 @@ def _pieces(steps: Sequence[StudentStep], chunk: int | None, like: Tensor) -> li
     flat = [piece for pieces in cut for piece in pieces]
     sizes = [len(piece.rows) for piece in flat]
     padded = [chunk or size for size in sizes]
+    numbers = [piece.augmentation.parameters.ravel() for piece in flat]  # operations differ in their numbers of columns
     weights = [np.zeros(size) for size in padded]
     for weight, piece in zip(weights, flat, strict=True):
         weight[: len(piece.rows)] = 1 / piece.global_batch
     columns = (
         _uploaded([piece.rows for piece in flat], like.device).split(sizes),
-        _uploaded([piece.augmentation.parameters for piece in flat], like.device, like.dtype).split(sizes),
+        _uploaded(numbers, like.device, like.dtype).split([part.size for part in numbers]),
         _uploaded(weights, like.device, like.dtype).split(padded),
     )
     made = (
-        _Piece(rows, piece.augmentation.operation, uniform, weight)
+        _Piece(rows, piece.augmentation.operation, uniform.view(len(rows), -1), weight)
         for piece, rows, uniform, weight in zip(flat, *columns, strict=True)
     )
     return [list(islice(made, len(pieces))) for pieces in cut]

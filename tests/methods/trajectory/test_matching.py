@@ -83,7 +83,7 @@ def parts(gradient: MatchingGradient) -> tuple[Tensor, Tensor, Tensor]:
     return gradient.images, gradient.soft_labels, gradient.step_size
 
 
-@pytest.mark.parametrize("operation", ["", *OPERATIONS, PUBLISHED_AUGMENTATION])
+@pytest.mark.parametrize("operation", ["", *OPERATIONS, PUBLISHED_AUGMENTATION, "resized+flip_crop_color+crop"])
 def test_gradient_equals_full_unrolling(operation: str) -> None:
     """Loss and gradients equal the unrolled graph's, with every augmentation."""
     network, start, target, synthetic = make_problem()
@@ -115,11 +115,12 @@ def test_gradient_equals_finitedifferences() -> None:
         assert float((getattr(ours, name) * direction).sum()) == pytest.approx(numeric, rel=1e-5)
 
 
+@pytest.mark.parametrize("strategy", [PUBLISHED_AUGMENTATION, "resized+flip_crop"])
 @pytest.mark.parametrize("chunk", [1, 3, 4, 12])
-def test_chunks_of_any_size_give_the_same_gradient(chunk: int) -> None:
+def test_chunks_of_any_size_give_the_same_gradient(chunk: int, strategy: str) -> None:
     """Micro-batches of any size, also padded with images of weight zero, change rounding only."""
     network, start, target, synthetic = make_problem()
-    steps = draw_student_steps(12, 4, 5, PUBLISHED_AUGMENTATION, seed=1, iteration=2)
+    steps = draw_student_steps(12, 4, 5, strategy, seed=1, iteration=2)
     functions = eager(network)
     whole = matching_gradient(functions, start, target, synthetic, steps)
     chunked = matching_gradient(functions, start, target, synthetic, steps, chunk=chunk)
