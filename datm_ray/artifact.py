@@ -15,7 +15,6 @@ bits, and the set's file names the digest:
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import math
@@ -36,7 +35,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.core.training import PROTOCOLS, Schedule
+from datm_ray.core.training import PROTOCOLS, Schedule, schedule_of
 from datm_ray.data.transform import Images, Normaliser, Transform
 from datm_ray.errors import ConfigError, CorruptFileError, StoreError
 from datm_ray.store.files.filesystem import AlreadyExistsError, Location, open_location
@@ -138,9 +137,10 @@ class Artifact:
     def training(self) -> Schedule:
         """How networks were trained on the set to score it: epochs, batch size, optimiser's settings and augmentation.
 
-        The step size is the learned one, and `training().augment(images)` augments a batch. AdamW was scored with the
-        best of a few learning rates; the learned one is for SGD. Sets whose recipe does not name its protocol get the
-        published one, without augmentation.
+        The step size is the learned one, or that of the recipe; `training().rate(epoch)` is that of an epoch, and
+        `training().augment(images)` augments a batch. AdamW was scored with the best of a few learning rates; the
+        learned one is for SGD. Sets whose recipe does not name its protocol get the published one, without
+        augmentation.
 
         Raises:
             ConfigError: this version has no such protocol or optimiser.
@@ -153,9 +153,7 @@ class Artifact:
                 "it was made by another version",
                 "upgrade datm_ray, or choose the settings yourself",
             )
-        schedule = dataclasses.replace(
-            PROTOCOLS[name], learning_rate=self.step_size, augmentation=scored.get("augmentation", "")
-        )
+        schedule = schedule_of(scored, scored.get("learning_rate") or self.step_size)
         return schedule if optimiser == "sgd" else schedule.with_adamw()
 
     @property

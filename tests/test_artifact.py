@@ -123,6 +123,10 @@ def test_a_set_says_what_it_is_and_how_it_was_scored(path: Path) -> None:
     old = dataclasses.replace(loaded, recipe={}, place="")
     assert repr(old) == f"<synthetic set without a name: {what}>"
     assert old.training() == dataclasses.replace(PROTOCOLS["published"], learning_rate=loaded.step_size)
+    scored = {"protocol": "quick", "epochs": 30, "batch_size": 7, "schedule": "cosine", "learning_rate": 0.2}
+    other = dataclasses.replace(loaded, recipe={"evaluate": scored}).training()
+    assert (other.epochs, other.batch_size, other.learning_rate, other.cosine) == (30, 7, 0.2, True)
+    assert other.rate(15) == pytest.approx(0.1)
     adamw = dataclasses.replace(loaded, recipe={"evaluate": {"protocol": "quick", "optimiser": "adamw"}}).training()
     assert (adamw.optimiser, adamw.weight_decay, adamw.epochs) == ("adamw", 0.05, 20)
     for unknown in ({"protocol": "slower"}, {"optimiser": "lion"}):

@@ -22,11 +22,14 @@ from datm_ray.config import (
     network_names,
     override,
     parse_config,
+    recipe_of_set,
     run_identity,
     scored_on,
+    scoring_identity,
     stable_hash,
     to_yaml,
 )
+from datm_ray.config.identity import SCORING_KEYS
 from datm_ray.config.schema import fields_at
 from datm_ray.config.sections import SELDOM
 from datm_ray.errors import ConfigError
@@ -418,6 +421,52 @@ def test_expert_fingerprint_changes_with_what_experts_depend_on(change: str) -> 
     """The experts' fingerprint changes with every setting that changes experts."""
     base = RunConfig().resolved((32, 32))
     assert expert_fingerprint(override(base, [change]), "d") != expert_fingerprint(base, "d")
+
+
+@pytest.mark.parametrize("change", ["experts.schedule=cosine", "experts.warmup_epochs=5"])
+def test_schedules_of_experts_change_what_they_change_and_no_earlier_run(change: str) -> None:
+    """A schedule makes other experts and another run, also of auxiliaries; at their defaults the keys are left out."""
+    base = override(RunConfig(), ["metadd={auxiliaries: [{architecture: lenet}]}"]).resolved((32, 32))
+    for prefix in ("", "metadd."):
+        other = override(base, [prefix + change])
+        assert run_identity(other) != run_identity(base)
+        of = (other, base) if not prefix else [each.each_auxiliary()[0] for each in (other, base)]
+        assert expert_fingerprint(of[0], "d") != expert_fingerprint(of[1], "d")
+    for experts in (run_identity(base)["experts"], run_identity(base)["metadd"]["experts"]):
+        assert experts.keys().isdisjoint({"schedule", "warmup_epochs"})
+
+
+def test_how_a_set_is_scored_is_no_part_of_a_run_and_stands_in_the_sets_file() -> None:
+    """Labels and training of scored networks may be changed in a finished run; a set's file has those of its recipe."""
+    base = RunConfig()
+    changes = ["labels=teacher", "temperature=4", "cutmix=1", "learning_rate=0.2"]
+    changes += ["schedule=cosine", "warmup_epochs=5", "epochs=100", "batch_size=256"]
+    other = override(base, [f"evaluate.{change}" for change in changes])
+    assert run_identity(other) == run_identity(base) == recipe_of_set(base)
+    more = {change.partition("=")[0] for change in changes}
+    assert set(scoring_identity(other)) == more == set(SCORING_KEYS)
+    assert recipe_of_set(other)["evaluate"] == run_identity(base)["evaluate"] | scoring_identity(other)
+    assert override(RunConfig(), ["evaluate.learning_rate=none"]) == base
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["evaluate.cutmix=1"], r"evaluate\.cutmix mixes images.*set evaluate\.labels=teacher"),
+        (["evaluate.epochs=5", "evaluate.warmup_epochs=5"], r"evaluate\.warmup_epochs is 5, and there are 5 epochs"),
+        (["experts.warmup_epochs=100"], r"experts\.warmup_epochs is 100, and there are 100 epochs in all"),
+        (
+            ["metadd={auxiliaries: [lenet], experts: {epochs: 3, warmup_epochs: 4}}"],
+            r"metadd\.experts\.warmup_epochs is 4, and there are 3 epochs",
+        ),
+        (["evaluate.temperature=0"], r"evaluate\.temperature is 0"),
+        (["experts.schedule=step"], r"experts\.schedule is 'step'"),
+    ],
+)
+def test_trainings_that_make_no_sense_are_refused(changes: list[str], message: str) -> None:
+    """CutMix under own labels, a warm-up that takes all epochs and unknown schedules are errors with a key."""
+    with pytest.raises(ConfigError, match=message):
+        override(RunConfig(), changes)
 
 
 def test_expert_fingerprint_changes_with_the_data() -> None:

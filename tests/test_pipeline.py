@@ -380,6 +380,48 @@ def test_a_row_trained_together_has_the_accuracies_of_networks_trained_alone(
     assert after == pytest.approx(before, abs=0.02)
 
 
+TAUGHT = ("evaluate.labels=teacher", "evaluate.cutmix=1", "evaluate.learning_rate=0.05", "evaluate.schedule=cosine")
+
+
+def test_a_finished_run_is_scored_under_the_labels_of_its_first_expert(tmp_path: Path, finished_run: Path) -> None:
+    """Rows are scored again under a teacher beside the first results, and the seeds of one task as alone."""
+    out = shutil.copytree(finished_run, tmp_path / "out")
+    before = {path: path.read_bytes() for path in out.rglob("*-0?.json") if "experts" not in path.parts}
+    own, taught = tiny_config(), tiny_config(*TAUGHT)
+    pipeline = Pipeline([taught], str(out))
+    plan = pipeline.plan()
+    assert plan[:2] == ["0 experts to train", "0 sets to distil"]
+    assert plan[2].startswith("6 networks to train for evaluation")  # of random-hard for its schedule
+    pipeline.evaluate(serial(taught), QUIET)
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert pipeline.plan()[2] == Pipeline([own], str(out)).plan()[2] == "0 networks to train for evaluation"
+    scored = accuracies(pipeline)
+    assert set(scored) == set(ROWS)
+    assert scored["distilled"] != accuracies(Pipeline([own], str(out)))["distilled"]
+    assert scored["full"] == accuracies(Pipeline([own], str(out)))["full"]
+    assert "tiny (a teacher's labels)" in pipeline.table()
+    worker = evaluate.EvaluateWorker(pipeline.runs.dataset(taught.dataset), taught.cluster)
+    uris = [str(tmp_path / f"{number}.json") for number in range(2)]
+    folder = str(out / "tiny")
+    for row in ("distilled", "random-soft"):
+        *_, done = worker.evaluate(taught, pipeline.store_uri, folder, uris, row, (0, 1))
+        found = [(each["test_accuracy"], each["step_size"], each["learned_step_size"]) for each in done.result]
+        assert found == [(each, 0.05, None) for each in scored[row]]
+        for uri in uris:
+            Path(uri).unlink()
+
+
+def test_a_teacher_that_is_not_trained_and_an_endless_warm_up_are_refused(tmp_path: Path) -> None:
+    """A method without experts has no teacher, unless MetaDD has the backbone trained; nothing is written."""
+    with pytest.raises(ConfigError, match=r"no network that could be one.*Method dm.*evaluate\.labels=own"):
+        Pipeline([tiny_config("method=dm", "evaluate.labels=teacher")], str(tmp_path / "out"))
+    with pytest.raises(ConfigError, match=r"warmup_epochs is 20, and there are 20 epochs"):
+        Pipeline([tiny_config("evaluate.warmup_epochs=20")], str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    meta = "metadd={auxiliaries: [lenet], experts: {epochs: 2}}"
+    assert Pipeline([tiny_config("method=dm", meta, "evaluate.labels=teacher")], str(tmp_path / "out")).plan()
+
+
 def test_tasks_are_weighed_by_their_work(tmp_path: Path) -> None:
     """Weights are in proportion to image passes: epochs, images, candidates, iterations, and the network's cost."""
     threes = "cluster.experts_at_a_time=3"

@@ -5,7 +5,7 @@ starts. Needs the standard library, pydantic and PyYAML.
 """
 
 from datm_ray.config.files import load_config_text, load_recipe_of_run, override, to_yaml, with_settings
-from datm_ray.config.identity import expert_fingerprint, run_identity, stable_hash
+from datm_ray.config.identity import expert_fingerprint, recipe_of_set, run_identity, scoring_identity, stable_hash
 from datm_ray.config.networks import network_names, networks_named, scored_on
 from datm_ray.config.schema import Role, RunConfig, parse_config
 from datm_ray.config.sections import (
@@ -55,8 +55,10 @@ __all__ = [
     "override",
     "parse_bytes",
     "parse_config",
+    "recipe_of_set",
     "run_identity",
     "scored_on",
+    "scoring_identity",
     "stable_hash",
     "to_yaml",
     "with_settings",

@@ -14,20 +14,28 @@ from datm_ray.config.sections import UNRESOLVED, RecoverConfig
 
 LATER_KEYS = {"real_batch": 256, "options": {}, "initial": "correct", "labels": "soft", "gradient_limit": None}
 """Keys of `distill` that earlier versions had not -> value that their runs had."""
+LATER_EXPERT_KEYS = {"schedule": "constant", "warmup_epochs": 0}
+"""Keys of experts that earlier versions had not -> value that their experts had."""
+SCORING_KEYS = (
+    *("labels", "temperature", "cutmix", "learning_rate"),
+    *("schedule", "warmup_epochs", "epochs", "batch_size"),
+)
+"""Keys of `evaluate` that decide how networks are scored, and nothing of the set."""
 
 
 def run_identity(config: RunConfig) -> dict[str, Any]:
     """Plain data that decides the synthetic set and each single accuracy; needs a resolved run.
 
     Left out are `cluster` and the data set's path, because the data set's content has a fingerprint of its own.
-    Number of seeds, further networks, their optimiser, `full` and `fair` are left out, because they can be added to
-    a finished run. Stored epochs beyond the matched ones, and how often a checkpoint is written, are left out too.
+    Number of seeds, further networks, their optimiser, `full`, `fair` and `SCORING_KEYS` are left out, because they can
+    be changed in a finished run. Stored epochs beyond the matched ones, and how often a checkpoint is written, are left
+    out too.
     """
     left_out: dict[str, Any] = {
         "cluster": True,
         "dataset": {"path"},
         "distill": {"checkpoint_every"},
-        "evaluate": {"seeds", "networks", "optimiser", "full", "fair"},
+        "evaluate": {"seeds", "networks", "optimiser", "full", "fair", *SCORING_KEYS},
         "experts": {"keep_epochs", "test_every"},
     }
     identity = config.model_dump(exclude=left_out)
@@ -46,12 +54,30 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
             identity["distill"].pop(name)
     if config.method != "sre2l" and config.recover == RecoverConfig():  # no other packaged method reads it
         identity.pop("recover")
+    identity["experts"] = _without_later_keys(identity["experts"])
     if config.metadd is None:  # keeps the identity of runs made before the section existed
         identity.pop("metadd")
     else:
         for name in ("keep_epochs", "test_every"):
             identity["metadd"]["experts"].pop(name)
+        identity["metadd"]["experts"] = _without_later_keys(identity["metadd"]["experts"])
     return identity
+
+
+def _without_later_keys(experts: dict[str, Any]) -> dict[str, Any]:
+    """Settings of experts without newer keys at their former behaviour."""
+    return {name: value for name, value in experts.items() if LATER_EXPERT_KEYS.get(name, ...) != value}
+
+
+def scoring_identity(config: RunConfig) -> dict[str, Any]:
+    """Values of `SCORING_KEYS` that differ from their defaults."""
+    return config.evaluate.model_dump(include=set(SCORING_KEYS), exclude_defaults=True)
+
+
+def recipe_of_set(config: RunConfig) -> dict[str, Any]:
+    """Recipe in a set's file: the run's identity, and how its recipe scored the set."""
+    identity = run_identity(config)
+    return identity | {"evaluate": identity["evaluate"] | scoring_identity(config)}
 
 
 def stable_hash(value: Any) -> str:
@@ -68,7 +94,7 @@ def expert_fingerprint(config: RunConfig, dataset_fingerprint: str) -> str:
     """
     if config.network.depth is None:
         raise ValueError(UNRESOLVED)
-    recipe = config.experts.model_dump(exclude={"count", "keep_epochs", "test_every"})
+    recipe = _without_later_keys(config.experts.model_dump(exclude={"count", "keep_epochs", "test_every"}))
     if config.experts.optimiser == "sgd":
         recipe = {name: value for name, value in recipe.items() if name not in ("rho", "alpha", "adaptive")}
     return stable_hash(

@@ -74,6 +74,17 @@ class RunConfig(Section):
             raise ValueError("cluster.backbones_apart is set, but the recipe has no further network under backbones")
         if self.cluster.auxiliaries_apart and self.metadd is None:
             raise ValueError("cluster.auxiliaries_apart is set, but the recipe has no metadd section")
+        for key, training in self._trainings.items():
+            if training.epochs is not None and training.warmup_epochs >= training.epochs:
+                raise ValueError(
+                    f"{key}.warmup_epochs is {training.warmup_epochs}, and there are {training.epochs} epochs in all; "
+                    f"lower {key}.warmup_epochs"
+                )
+        if self.evaluate.cutmix and self.evaluate.labels == "own":
+            raise ValueError(
+                "evaluate.cutmix mixes images, whose own labels would not fit; set evaluate.labels=teacher, or "
+                "evaluate.cutmix=0"
+            )
         if self.evaluate.fair and not self.evaluate.full:
             raise ValueError(
                 "evaluate.fair needs the control on all real data, but evaluate.full is false; leave out --fair or "
@@ -85,6 +96,12 @@ class RunConfig(Section):
                 f"workers of their own), but cluster.workers is {self.cluster.workers}"
             )
         return self
+
+    @property
+    def _trainings(self) -> dict[str, ExpertConfig | EvaluateConfig]:
+        """Sections that train networks, by their keys."""
+        auxiliaries = {} if self.metadd is None else {"metadd.experts": self.metadd.experts}
+        return {"experts": self.experts, **auxiliaries, "evaluate": self.evaluate}
 
     @property
     def _unmatched_epochs(self) -> str:

@@ -196,13 +196,17 @@ class ExpertConfig(Section):
     batch_size: Count = 256
     """Images per SGD step; the last, smaller batch is kept."""
     learning_rate: Positive = 0.01
-    """Learning rate, constant."""
+    """Learning rate, the highest of its schedule."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """cosine: the rate falls to 0, step by step."""
+    warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    """Epochs in which the rate grows from a hundredth."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Momentum in [0, 1); 0 as published, for easier matching."""
     weight_decay: NonNegative = 0.0
     """L2 penalty on the parameters."""
     augmentation: str = PUBLISHED_AUGMENTATION
-    """DSA operations joined by underscores; '' for none."""
+    """Operations; a_b draws one for each batch, a+b applies both; '' for none."""
     optimiser: Literal["sgd", "gsam"] = "sgd"
     """gsam: two gradients per step, flatter trajectories."""
     rho: Positive = 0.01
@@ -405,13 +409,13 @@ class EvaluateConfig(Section):
     """Training of fresh networks on the synthetic set, scored on the test set."""
 
     protocol: Literal["published", "short", "brief", "quick"] = "published"
-    """Epochs: published 1001, short 500, brief 200, quick 20 (a trial); the learning rate is divided by 10 halfway."""
+    """Epochs: published 1001, short 500, brief 200, quick 20 (a trial), in batches of 128."""
     seeds: Count = 5
     """Fresh networks per row of the table."""
     networks: Annotated[tuple[NamedNetwork, ...], Field(strict=False, max_length=64)] = ()
     """Architectures to score the set on as well, each with the learned and with a tuned step size."""
     optimiser: Literal["sgd", "adamw"] = "sgd"
-    """adamw: for networks that SGD does not train (transformers); its step size is always tuned."""
+    """adamw: for networks that SGD does not train (transformers); its step size is tuned, or `learning_rate`."""
     real_epochs: Count = 100
     """Epochs of the control that trains on all real data."""
     full: bool = True
@@ -420,17 +424,34 @@ class EvaluateConfig(Section):
     """Compute DD-Ranking's LRS and ARS (three more table rows). They need `full`."""
     augmentation: str = PUBLISHED_AUGMENTATION
     """DSA operations during evaluation."""
+    labels: Literal["own", "teacher"] = "own"
+    """teacher: rows with soft labels learn the logits of expert 0 on every augmented batch; own: their labels."""
+    temperature: Positive = 20.0
+    """teacher: divides the logits of teacher and network."""
+    cutmix: NonNegative = 0.0
+    """teacher: alpha of CutMix, such as 1; 0 for none."""
+    learning_rate: Positive | None = None
+    """Learning rate of rows with soft labels; null: learned with the set, or chosen on validation data."""
+    schedule: Literal["step", "cosine"] = "step"
+    """step: the rate is divided by 10 halfway; cosine: it falls to 0, step by step."""
+    warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    """Epochs in which the rate grows from a hundredth."""
+    epochs: Count | None = None
+    """Epochs of training; null: the protocol's."""
+    batch_size: Count | None = None
+    """Images per step; null: the protocol's."""
 
 
 SELDOM = {
     "dataset": "normalisation validation",
     "network": "norm pooling",
-    "experts": "momentum weight_decay rho alpha adaptive keep_epochs storage test_every",
+    "experts": "schedule warmup_epochs momentum weight_decay rho alpha adaptive keep_epochs storage test_every",
     "distill": "learning_rate_step_size real_batch initial labels gradient_limit options validate_every "
     "validation_seeds checkpoint_every",
     "recover": "first_layer rounds mixed_in",
     "metadd": "divergence variance_of threshold",
-    "evaluate": "optimiser real_epochs full fair augmentation",
+    "evaluate": "optimiser real_epochs full fair augmentation labels temperature cutmix learning_rate schedule "
+    "warmup_epochs epochs batch_size",
     "cluster": "threads_per_worker resources labels accelerator_type light device compile experts_at_a_time "
     "backbones_apart auxiliaries_apart channels_last peer_timeout wait_for_nodes retries",
 }

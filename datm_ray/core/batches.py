@@ -51,7 +51,7 @@ def batches(
         seeds: of each network's order and augmentation.
         epochs: numbers of the epochs, from 0.
         batch_size: images of a step.
-        augmentation: DSA operations joined by underscores; "" for none.
+        augmentation: operations, see `core.augment`; "" for none.
     """
     count, device = len(images[0]), targets[0].device
     firsts = range(0, count, batch_size)

@@ -23,6 +23,7 @@ from datm_ray.config import ExpertConfig
 from datm_ray.core.batches import batches
 from datm_ray.core.networks.parameters import flatten, flatten_buffers
 from datm_ray.core.networks.stacked import StackFunctions, filled_up
+from datm_ray.core.rates import share_of_rate
 
 SMALLEST_NORM = 1e-12
 """Keeps GSAM's division by a norm finite, as published."""
@@ -85,7 +86,7 @@ def train_stack(
         labels: of each network, [n] int64 classes or [n k] probabilities, on the device.
     """
     count = len(images[0])
-    size = min(settings.batch_size, count)
+    size, steps_per_epoch = min(settings.batch_size, count), -(-count // settings.batch_size)
     total, whole = state.parameters.new_zeros(len(seeds)), state.parameters.new_full((size,), 1 / size)
     for batch in batches(
         images,
@@ -98,7 +99,8 @@ def train_stack(
         rows = batch.images.shape[1]
         weights = whole if rows == size else whole.new_full((rows,), 1 / rows)
         missing = size - rows if functions.fills_up else 0
-        losses = _step(functions, state, settings, *filled_up(batch.images, batch.targets, weights, missing))
+        rate = learning_rate(settings, state.step, steps_per_epoch)
+        losses = _step(functions, state, settings, rate, *filled_up(batch.images, batch.targets, weights, missing))
         total.add_(losses, alpha=rows)
         if batch.is_last:
             state.epoch += 1
@@ -106,10 +108,17 @@ def train_stack(
             total.zero_()
 
 
+def learning_rate(settings: ExpertConfig, step: int, steps_per_epoch: int) -> float:
+    """Learning rate of a step, counted from 0 over the whole training."""
+    steps, warmup = settings.epochs * steps_per_epoch, settings.warmup_epochs * steps_per_epoch
+    return settings.learning_rate * share_of_rate(step, steps, warmup, cosine=settings.schedule == "cosine")
+
+
 def _step(
     functions: StackFunctions,
     state: ExpertState,
     settings: ExpertConfig,
+    rate: float,
     images: Tensor,
     labels: Tensor,
     weights: Tensor,
@@ -127,7 +136,7 @@ def _step(
     if settings.momentum:
         velocity = state.velocity
         gradient = state.velocity = gradient if velocity is None else settings.momentum * velocity + gradient
-    state.parameters = torch.sub(parameters, gradient, alpha=settings.learning_rate)
+    state.parameters = torch.sub(parameters, gradient, alpha=rate)
     state.step += 1
     return losses
 

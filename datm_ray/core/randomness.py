@@ -34,6 +34,7 @@ class Purpose(IntEnum):
     INITIAL_NOISE = 16
     RECOVERY_VIEW = 17
     RECOVERY_NOISE = 18
+    CUTMIX = 19
 
 
 def generator(seed: int, purpose: Purpose, *counters: int) -> np.random.Generator:

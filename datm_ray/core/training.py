@@ -7,22 +7,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
-from datm_ray.config import ExpertConfig
+from datm_ray.config import EvaluateConfig, ExpertConfig
+from datm_ray.config.identity import SCORING_KEYS
 from datm_ray.core.augment import augment, draw_augmentation
 from datm_ray.core.batches import batches
 from datm_ray.core.experts import ExpertState, train_stack
 from datm_ray.core.networks.image_cost import image_cost
 from datm_ray.core.networks.parameters import unflatten_into
 from datm_ray.core.networks.stacked import StackFunctions, can_be_stacked
+from datm_ray.core.rates import share_of_rate
+from datm_ray.core.teacher import Teacher
+from datm_ray.errors import ConfigError
 
 Heartbeat = Callable[[], None]
 """Heartbeat callback, called regularly during long work, so that waiting workers know it is running."""
@@ -38,7 +42,7 @@ def no_heartbeat() -> None:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a network that is scored is trained: SGD or AdamW, with at most one decay of the learning rate."""
+    """How a network that is scored is trained: SGD or AdamW, its learning rate decayed once or along a cosine."""
 
     epochs: int
     """Passes over the images."""
@@ -51,20 +55,26 @@ class Schedule:
     weight_decay: float = 0.0
     """L2 penalty."""
     augmentation: str = ""
-    """DSA operations joined by underscores; "" for none."""
+    """Operations, see `core.augment`; "" for none."""
     decay_epoch: int | None = None
     """Epoch before which the learning rate is divided by ten; the momentum is lost there, as published."""
     optimiser: Literal["sgd", "adamw"] = "sgd"
     """adamw has its own momenta, 0.9 and 0.999."""
+    cosine: bool = False
+    """True if the learning rate falls to 0 along a cosine, step by step."""
+    warmup_epochs: int = 0
+    """Epochs in which the learning rate grows from a hundredth, step by step."""
 
     def with_adamw(self) -> Schedule:
         """This training by AdamW, with AdamW's weight decay."""
         return dataclasses.replace(self, optimiser="adamw", weight_decay=ADAMW_WEIGHT_DECAY)
 
-    def rate(self, epoch: int) -> float:
-        """Learning rate in an epoch, counted from 0."""
-        is_late = self.decay_epoch is not None and epoch >= self.decay_epoch
-        return self.learning_rate / 10 if is_late else self.learning_rate
+    def rate(self, step: int, steps_per_epoch: int = 1) -> float:
+        """Learning rate of a step, counted from 0 over all epochs; of an epoch, if these count as single steps."""
+        is_late = self.decay_epoch is not None and step >= self.decay_epoch * steps_per_epoch
+        rate = self.learning_rate / 10 if is_late else self.learning_rate
+        steps, warmup = self.epochs * steps_per_epoch, self.warmup_epochs * steps_per_epoch
+        return rate * share_of_rate(step, steps, warmup, cosine=self.cosine)
 
     def augment(self, images: Tensor) -> Tensor:
         """Augment a batch [b c h w] with one operation of `augmentation`, drawn anew in each call by torch's seed."""
@@ -84,6 +94,41 @@ ADAMW_WEIGHT_DECAY = 0.05
 """Weight decay of AdamW, a usual value for transformers."""
 
 
+def scoring_schedule(settings: EvaluateConfig, learning_rate: float) -> Schedule:
+    """How networks are trained that are scored: the protocol, with what the section sets otherwise.
+
+    Raises:
+        ConfigError: the warm-up takes all epochs.
+    """
+    protocol, is_cosine = PROTOCOLS[settings.protocol], settings.schedule == "cosine"
+    epochs, halfway = protocol.epochs, protocol.decay_epoch
+    if settings.epochs is not None:
+        epochs, halfway = settings.epochs, settings.epochs // 2 + 1
+    if settings.warmup_epochs >= epochs:
+        raise ConfigError(
+            f"evaluate.warmup_epochs is {settings.warmup_epochs}, and there are {epochs} epochs in all",
+            remedy="lower it, or raise evaluate.epochs",
+        )
+    return dataclasses.replace(
+        protocol,
+        epochs=epochs,
+        batch_size=settings.batch_size or protocol.batch_size,
+        learning_rate=learning_rate,
+        augmentation=settings.augmentation,
+        decay_epoch=None if is_cosine else halfway,
+        cosine=is_cosine,
+        warmup_epochs=settings.warmup_epochs,
+    )
+
+
+def schedule_of(scored: Mapping[str, Any], learning_rate: float) -> Schedule:
+    """Schedule of a recipe's `evaluate` section as plain data, which may lack any key."""
+    known = {key: scored[key] for key in SCORING_KEYS if key in scored}
+    name, augmentation = scored.get("protocol", "published"), scored.get("augmentation", "")
+    settings = EvaluateConfig.model_construct(protocol=name, augmentation=augmentation, **known)
+    return scoring_schedule(settings, learning_rate)
+
+
 def validation_protocol(evaluation: str) -> str:
     """Name of the protocol that trains networks for validation in a run with this evaluation protocol."""
     return "short" if evaluation == "published" else evaluation
@@ -101,31 +146,45 @@ class Epoch:
     """Mean over the epoch's images."""
 
 
-def train(network: nn.Module, images: Tensor, targets: Tensor, schedule: Schedule, seed: int) -> Iterator[Epoch]:
+def train(
+    network: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    schedule: Schedule,
+    seed: int,
+    teacher: Teacher | None = None,
+) -> Iterator[Epoch]:
     """Train the network in place, epoch by epoch.
 
     Args:
         images: [n c h w], normalised.
-        targets: [n] int64 classes, or [n k] logits of soft labels.
-        seed: of order and augmentation.
+        targets: [n] int64 classes, or [n k] logits of soft labels; a teacher's replace them.
+        seed: of order, augmentation and CutMix.
+        teacher: gives the logits of every batch; `None` trains on the targets.
     """
     if targets.is_floating_point():
         targets = targets.softmax(dim=1)
-    optimizer = _optimizer(network, schedule, schedule.rate(0))
+    steps_per_epoch = -(-len(images) // schedule.batch_size)
+    optimizer = _optimizer(network, schedule)
     network.train()
     total = torch.zeros((), device=targets.device)
     steps = batches([images], [targets], [seed], range(schedule.epochs), schedule.batch_size, schedule.augmentation)
-    for step, (epoch, is_last, x, y) in enumerate(steps, start=1):
-        loss = cross_entropy(network(x[0]), y[0])
+    for step, (epoch, is_last, x, y) in enumerate(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.rate(step, steps_per_epoch)
+        if teacher is None:
+            loss = cross_entropy(network(x[0]), y[0])
+        else:
+            loss = teacher.loss(network, teacher.mixed(x[0], seed, epoch, step % steps_per_epoch))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         total += loss.detach() * x.shape[1]
         if is_last:
-            yield Epoch(epoch + 1, step, float(total) / len(images))
+            yield Epoch(epoch + 1, step + 1, float(total) / len(images))
             total.zero_()
             if epoch + 1 == schedule.decay_epoch:
-                optimizer = _optimizer(network, schedule, schedule.rate(epoch + 1))
+                optimizer = _optimizer(network, schedule)
 
 
 STEP_OVERHEAD = 3e7
@@ -145,15 +204,22 @@ def work_of_training(schedule: Schedule, images: int, flop: float) -> float:
 
 
 def are_trained_together(
-    network: nn.Module, networks: int, image: tuple[int, int, int], count: int, schedule: Schedule
+    network: nn.Module,
+    networks: int,
+    image: tuple[int, int, int],
+    count: int,
+    schedule: Schedule,
+    *,
+    is_taught: bool = False,
 ) -> bool:
     """True if so many networks like this one are trained together where torch.compile works, see `Trainer`.
 
     Args:
         image: channels, height and width.
         count: number of images that each is trained on.
+        is_taught: True if a teacher gives the labels.
     """
-    if networks == 1 or schedule.optimiser != "sgd" or not can_be_stacked(network):
+    if networks == 1 or is_taught or schedule.optimiser != "sgd" or not can_be_stacked(network):
         return False
     return networks * work_of_training(schedule, count, image_cost(network, image).flop) >= COMPILED_WORK
 
@@ -179,6 +245,7 @@ class Trainer:
         targets: Sequence[Tensor],
         schedule: Schedule,
         seeds: Sequence[int],
+        teacher: Teacher | None = None,
     ) -> Iterator[int]:
         """Train the networks in place. Yields the number of epochs done, over all of them.
 
@@ -186,9 +253,11 @@ class Trainer:
             images: of each network, [n c h w], normalised; n is the same for all.
             targets: of each network, [n] int64 classes, or [n k] logits of soft labels.
             seeds: of each network's order and augmentation.
+            teacher: see `train`; its networks are trained one after another.
         """
         first, size, (count, *image) = networks[0], len(networks), images[0].shape
-        if self._compile and are_trained_together(first, size, (image[0], image[1], image[2]), count, schedule):
+        shape, is_taught = (image[0], image[1], image[2]), teacher is not None
+        if self._compile and are_trained_together(first, size, shape, count, schedule, is_taught=is_taught):
             key = (f"{first} {image}", size)
             if key not in self._functions:
                 self._functions[key] = StackFunctions(first, stacked=size, channels_last=self._channels_last)
@@ -199,7 +268,7 @@ class Trainer:
                     yield epoch * size
                 return
         for number, (network, x, y, seed) in enumerate(zip(networks, images, targets, seeds, strict=True)):
-            for done in train(network, x, y, schedule, seed):
+            for done in train(network, x, y, schedule, seed, teacher):
                 yield number * schedule.epochs + done.number
 
 
@@ -229,10 +298,13 @@ def train_together(
     ]
     for epochs in sorted({min(schedule.decay_epoch or schedule.epochs, schedule.epochs), schedule.epochs}):
         state.velocity = None
+        is_late = schedule.decay_epoch is not None and state.epoch >= schedule.decay_epoch
         settings = ExpertConfig(
             epochs=epochs,
             batch_size=schedule.batch_size,
-            learning_rate=schedule.rate(state.epoch),
+            learning_rate=schedule.learning_rate / 10 if is_late else schedule.learning_rate,
+            schedule="cosine" if schedule.cosine else "constant",
+            warmup_epochs=schedule.warmup_epochs,
             momentum=schedule.momentum,
             weight_decay=schedule.weight_decay,
             augmentation=schedule.augmentation,
@@ -271,12 +343,12 @@ def train_to_end(network: nn.Module, images: Tensor, targets: Tensor, schedule: 
     return epoch
 
 
-def _optimizer(network: nn.Module, schedule: Schedule, learning_rate: float) -> torch.optim.Optimizer:
+def _optimizer(network: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
     if schedule.optimiser == "adamw":
-        return torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=schedule.weight_decay)
+        return torch.optim.AdamW(network.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
     return torch.optim.SGD(
         network.parameters(),
-        lr=learning_rate,
+        lr=schedule.learning_rate,
         momentum=schedule.momentum,
         weight_decay=schedule.weight_decay,
     )

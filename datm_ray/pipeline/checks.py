@@ -30,7 +30,8 @@ from datm_ray.pipeline.tasks import layout
 from datm_ray.planning.fit import plans_of, require_whole_classes
 from datm_ray.runtime.executor import Executor, require_precision
 from datm_ray.stages.distill import SYNTHETIC
-from datm_ray.stages.registry import method_of, trained_backbones
+from datm_ray.stages.evaluate import row_schedule
+from datm_ray.stages.registry import method_of, teacher_of, trained_backbones
 from datm_ray.store.files.filesystem import open_location
 
 
@@ -54,6 +55,7 @@ def check(runs: Runs) -> None:
     """Raise a `DatmError` for runs whose configuration fits neither their images, nor their folder, nor their store."""
     require_logger(runs.configs[0].cluster.log_to, runs.out)
     for config in runs.configs:
+        _check_scoring(config)
         _check_folder(runs, config)
         _check_data(runs, config)
 
@@ -101,6 +103,13 @@ def require_names(runs: Runs) -> None:
                 "another command was given the same name and other settings",
                 "let it finish, and run this one with --set name=...; its experts are kept",
             )
+
+
+def _check_scoring(config: RunConfig) -> None:
+    """Raise a `ConfigError` for a warm-up that takes all epochs, or for labels of a teacher that is not trained."""
+    row_schedule(config, "distilled")
+    if config.evaluate.labels == "teacher":
+        teacher_of(config)
 
 
 def _check_folder(runs: Runs, config: RunConfig) -> None:

@@ -18,16 +18,16 @@ import numpy as np
 
 from datm_ray.artifact import INLINE_BYTES
 from datm_ray.config import RunConfig
-from datm_ray.core.training import PROTOCOLS, validation_protocol
+from datm_ray.core.training import PROTOCOLS, scoring_schedule, validation_protocol
 from datm_ray.methods.state import columns
 from datm_ray.planning.fit import DistillationPlan
 from datm_ray.planning.machines import Machine
 from datm_ray.planning.shape import DataShape, fitting_cost, network_cost
 from datm_ray.runtime.devices import uses_gpu
-from datm_ray.stages.evaluate import scored_rows, seeds_of_tasks, training_of
+from datm_ray.stages.evaluate import is_taught, scored_rows, seeds_of_tasks, training_of
 from datm_ray.stages.experts import experts_at_a_time, stacks
 from datm_ray.stages.method import Outlook
-from datm_ray.stages.registry import method_of, trained_backbones, trained_networks
+from datm_ray.stages.registry import method_of, teacher_of, trained_backbones, trained_networks
 from datm_ray.stages.validation import is_apart, validations
 from datm_ray.store.trajectories import size_in_words
 
@@ -162,7 +162,8 @@ class Proposal:
                 kind, passes = "experts" if seeds > 1 else alone, seeds * count * schedule.epochs * images
                 compiling = self.compiling("experts", trained) * (seeds > 1 and len(tasks) < workers)
                 tested = self.seconds("scoring", backbone, seeds * shape.test_images)
-                tasks.append(compiling + self._trained(kind, trained, passes, seeds * count) + tested)
+                taught = self.seconds("scoring", teacher_of(config), passes) if is_taught(config, row) else 0.0
+                tasks.append(compiling + self._trained(kind, trained, passes, seeds * count) + taught + tested)
         return tasks
 
     def _trained(self, kind: str, network: RunConfig, passes: float, count: int) -> float:
@@ -241,7 +242,7 @@ class Proposal:
             "distillation": method_of(config).described(config, shape.synthetic(config), plan.chunk),
             **({outlook.title: "; ".join(outlook.lines())} if outlook else {}),
             "evaluation": f"{config.evaluate.seeds:,} networks a row, "
-            f"{PROTOCOLS[config.evaluate.protocol].epochs:,} epochs",
+            f"{scoring_schedule(config.evaluate, 1.0).epochs:,} epochs",
             f"{device} time": f"{_listed(held)}; {machine.basis}" if machine.basis else NO_HOURS,
             "storage": ", ".join(f"{name} {size_in_words(size)}" for name, size in kept.items()),
             "fitting zca": fitting.size and f"{fitting}, once, by the process that starts the workers",

@@ -12,11 +12,12 @@ import math
 from datm_ray.config import NetworkConfig, RunConfig
 from datm_ray.core.batches import BLOCK_BYTES
 from datm_ray.core.networks.stacked import CACHED_MAP_BYTES
-from datm_ray.core.training import PROTOCOLS, SCORING_BATCH
+from datm_ray.core.training import SCORING_BATCH, scoring_schedule
 from datm_ray.planning.fit import MARGIN, PROCESS_BYTES, Layout, plans_of
 from datm_ray.planning.shape import DataShape, network_cost
 from datm_ray.runtime.devices import uses_gpu
 from datm_ray.stages.expert_progress import LARGEST_WRITE
+from datm_ray.stages.registry import teacher_of
 
 PLAIN_PROCESS_BYTES, COMPILING_PROCESS_BYTES = 900 * 2**20, 1000 * 2**20
 """Memory of a CPU worker that compiles nothing, and of one that compiles steps of experts, without their tensors.
@@ -63,12 +64,15 @@ def scoring_memory(
     if uses_gpu(config.cluster.shaped(light=True)):
         return GPU_PROCESS_BYTES
     cost = network_cost(config.model_copy(update={"network": network or config.network}), shape)
-    rows = together * min(PROTOCOLS[config.evaluate.protocol].batch_size, images)
+    rows = together * min(scoring_schedule(config.evaluate, 1.0).batch_size, images)
     maps = max(SCORED_MAPS * rows * cost.maps, 2 * SCORING_BATCH * cost.largest)
     process = PLAIN_PROCESS_BYTES
     if together > 1:
         chunk = min(rows, max(together, CACHED_MAP_BYTES // cost.largest))
         maps, process = max(EXPERT_MAPS * chunk * cost.maps, 2 * SCORING_BATCH * cost.largest), COMPILING_PROCESS_BYTES
+    if config.evaluate.labels == "teacher":
+        teacher = network_cost(teacher_of(config), shape)
+        maps += 2 * rows * teacher.largest + 4 * teacher.parameters
     held = 0 if is_shared else together * images * shape.row
     prepared = 3 * max(BLOCK_BYTES, rows * shape.row)  # images of the next steps, before and after their augmentation
     return process + math.ceil(MARGIN * (maps + held + prepared + 4 * VECTORS * together * cost.parameters))

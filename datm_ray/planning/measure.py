@@ -19,7 +19,7 @@ from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.synthetic import SyntheticSet
-from datm_ray.core.training import PROTOCOLS, SCORING_BATCH, predict_logits, train
+from datm_ray.core.training import SCORING_BATCH, predict_logits, train
 from datm_ray.methods.trajectory.matching import draw_student_steps, matching_gradient
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.planning.duration import Proposal
@@ -79,7 +79,7 @@ def _work(proposal: Proposal, device: torch.device, compiled: bool, flop: int) -
         flop: operations of an image in a forward pass, to take fewer images than `QUICK_FLOP` allows; 0 for no limit.
     """
     config, shape, cluster = proposal.config.each_backbone()[0], proposal.shape, proposal.config.cluster
-    real, batch = shape.training_images, PROTOCOLS[config.evaluate.protocol].batch_size
+    real, batch = shape.training_images, evaluation_schedule(config, 0.01).batch_size
     matches = any("matching" in plan.passes for plan in proposal.plans)
     counts = {
         "matching": proposal.plans[0].chunk if matches else 1,
@@ -109,7 +109,7 @@ def _work(proposal: Proposal, device: torch.device, compiled: bool, flop: int) -
     experts = StackFunctions(networks[0], stacked=stack, compile_=compiled, channels_last=cluster.channels_last)
     own, state = config.experts.model_copy(update={"epochs": MANY}), ExpertState.initial(networks)
     together = stack * (2 if own.optimiser == "gsam" else 1)
-    schedule = replace(evaluation_schedule(config, 0.01), epochs=MANY, decay_epoch=None)
+    schedule = replace(evaluation_schedule(config, 0.01), epochs=MANY, decay_epoch=None, warmup_epochs=0)
     of_matching = {"matching": (STEPS * counts["matching"], matching())} if matches else {}
     return of_matching | {
         "experts": (together * counts["experts"], train_experts(experts, *first["experts"], own, range(stack), state)),

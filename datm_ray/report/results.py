@@ -306,8 +306,10 @@ def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def column_name(summary: RunSummary) -> str:
-    """Heading of a run's column: its name, and its networks' optimiser if the step size was learned for another."""
-    return summary.config.name + (" (AdamW)" if summary.config.evaluate.optimiser == "adamw" else "")
+    """Heading of a run's column: its name, and what its networks have that the set was not made for."""
+    settings = summary.config.evaluate
+    special = ["AdamW"] * (settings.optimiser == "adamw") + ["a teacher's labels"] * (settings.labels == "teacher")
+    return summary.config.name + (f" ({', '.join(special)})" if special else "")
 
 
 NETWORK_COLUMNS = {

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from datm_ray.artifact import TRANSFORMS, read_artifact, save_artifact
-from datm_ray.config import ClusterConfig, RunConfig, run_identity
+from datm_ray.config import ClusterConfig, RunConfig, recipe_of_set, run_identity
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training import Heartbeat
 from datm_ray.data.dataset import Dataset
@@ -199,7 +199,7 @@ class DistillWorker:
             arguments = (config, config.metadd, self._dataset, store_uri, config.whole_role, backbone, rows)
             initial = read_artifact(folder / INITIAL).images.to(self._device)
             MetaNetworks(*arguments, self._device).keep_maps(folder / MAPS, Alone(), initial, final)
-        place, dataset, recipe = folder / SYNTHETIC, self._dataset, run_identity(config)
+        place, dataset, recipe = folder / SYNTHETIC, self._dataset, recipe_of_set(config)
         save_artifact(place, final, dataset.transform, dataset.class_names, recipe, last.provenance, transforms)
         candidates.remove()
 
@@ -514,7 +514,7 @@ class Distillation:
             origin["student_steps"] = self._computed[-1]
         if self._computed[1:]:
             origin["student_steps_before"] = self._computed[:-1]
-        place, recipe = self._folder / name, run_identity(self._config)
+        place, recipe = self._folder / name, recipe_of_set(self._config)
         transforms = self._folder.parent / TRANSFORMS
         save_artifact(place, whole, dataset.transform, dataset.class_names, recipe, origin, transforms)
 

@@ -10,6 +10,11 @@ accuracies are reported: with the learned step size, and with the candidate that
 matched network has its own learned step size. With AdamW no step size was learned, and all are chosen on validation
 data.
 
+With `evaluate.labels: teacher`, networks of the rows with soft labels (`SOFT`) learn from expert 0 of the first trained
+network: its logits of every augmented batch replace the labels, see `core.teacher`. No step size was learned for them.
+How networks are trained may be changed in a finished run, so results under other settings have other places. The row on
+all real data has the protocol's training always; rows with hard labels keep their labels and choose their step size.
+
 `evaluate.fair` adds three rows (`FAIR_ROWS`). DD-Ranking's scores are computed from them and the rows of the table (see
 `core.scores`), seed by seed. All networks of a seed have the same initial parameters. Distilled images with hard labels
 choose their step size on validation data; the learned one is among the candidates. Without augmentation the distilled
@@ -36,12 +41,24 @@ import numpy as np
 from torch import Tensor, nn
 
 from datm_ray.artifact import Artifact, read_artifact
-from datm_ray.config import ClusterConfig, NetworkConfig, NetworkSpec, RunConfig, run_identity, stable_hash
+from datm_ray.config import (
+    ClusterConfig,
+    EvaluateConfig,
+    NetworkConfig,
+    NetworkSpec,
+    RunConfig,
+    expert_fingerprint,
+    run_identity,
+    scoring_identity,
+    stable_hash,
+)
+from datm_ray.config.identity import SCORING_KEYS
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import LARGEST_STACK
 from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.scores import AugmentationRobust, LabelRobust, augmentation_robust, label_robust
 from datm_ray.core.synthetic import random_rows
+from datm_ray.core.teacher import Teacher
 from datm_ray.core.training import Schedule, accuracy, are_trained_together, work_of_training
 from datm_ray.data.dataset import Dataset
 from datm_ray.monitor.logs import fields
@@ -51,7 +68,7 @@ from datm_ray.runtime.devices import Meter, images_on, prepare_device, to_device
 from datm_ray.runtime.executor import Finished, Note, Progress
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.expert_networks import ExpertNetworks
-from datm_ray.stages.registry import trained_backbones
+from datm_ray.stages.registry import teacher_of, trained_backbones
 from datm_ray.stages.validation import evaluation_schedule, reported, trainer_of
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.sealed import rejecting_nonsense
@@ -76,6 +93,9 @@ DISTILLED = ("distilled", "distilled-hard", "distilled-plain")
 
 PLAIN = ("distilled-plain", "random-plain")
 """Keys of the rows trained without augmentation."""
+
+SOFT = ("random-soft", "distilled", "distilled-plain", "random-plain")
+"""Keys of the rows with soft labels, which may be a teacher's."""
 
 ON_OTHERS = ("random-soft", "distilled")
 """Keys of the rows scored on every network of `evaluate.networks`."""
@@ -139,6 +159,7 @@ class EvaluateWorker:
         self._cluster = cluster
         self._dataset = dataset
         self._experts: dict[str, ExpertNetworks] = {}
+        self._teachers: dict[str, nn.Module] = {}
         self._has_noted = False
         """True once a note on compilation was given."""
 
@@ -171,12 +192,10 @@ class EvaluateWorker:
         some = seeds[:1] if alike else seeds
         sets = [self._training_set(config, store_uri, folder, row, seed, network) for seed in some]
         sets *= len(seeds) if alike else 1
-        schedule, step_size = row_schedule(config, row), sets[0][2]
-        if schedule.optimiser == "adamw":
-            step_size = None
-        candidates = _candidates(schedule, step_size, is_its_own=network is None and row != "distilled-hard")
-        schedules = [dataclasses.replace(schedule, learning_rate=candidate) for candidate in candidates]
-        trials = yield from self._trials(network or config.network, sets, schedules, seeds, meter)
+        step_size = sets[0][2] if has_learned_step_size(config, row) else None
+        schedules = _schedules(config, row, step_size, network)
+        teacher = self._teacher(config, store_uri, row)
+        trials = yield from self._trials(network or config.network, sets, schedules, seeds, meter, teacher)
         tested = [self._tested(each, learns=bool(step_size)) for each in trials]
         spent, results = account.spent().share(1 / len(seeds)), list[dict[str, Any]]()
         for number, seed, uri, (chosen, of_test, with_learned) in zip(numbers, seeds, result_uris, tested, strict=True):
@@ -212,6 +231,7 @@ class EvaluateWorker:
         schedules: Sequence[Schedule],
         seeds: Sequence[int],
         meter: Meter,
+        teacher: Teacher | None,
     ) -> Generator[Progress | Note, None, list[list[_Trial]]]:
         """Train fresh networks by each schedule and score them on validation images. Returns each seed's trials."""
         dataset, trials = self._dataset, [list[_Trial]() for _ in seeds]
@@ -222,7 +242,7 @@ class EvaluateWorker:
         for schedule in schedules:
             fresh = [build_network(spec, seed).to(self._device) for seed in seeds]
             trainer = trainer_of(self._cluster)
-            yield from reported(trainer.train(fresh, images, targets, schedule, seeds), done, epochs)
+            yield from reported(trainer.train(fresh, images, targets, schedule, seeds, teacher), done, epochs)
             if trainer.note and not self._has_noted:
                 self._has_noted = True
                 yield Note(trainer.note)
@@ -261,7 +281,7 @@ class EvaluateWorker:
             return images_on(all_images, self._device), to_device(all_labels, self._device), None
         rows = random_rows(all_labels, config.distill.ipc, seed)
         images, labels = to_device(all_images[rows], self._device), to_device(all_labels[rows], self._device)
-        if row == "random-hard":
+        if row == "random-hard" or is_taught(config, row):
             return images, labels, None
         return images, self._expert_networks(config, store_uri).soft_labels(images, labels), None
 
@@ -270,26 +290,59 @@ class EvaluateWorker:
             self._experts[config.name] = ExpertNetworks(config, self._dataset, store_uri, self._device)
         return self._experts[config.name]
 
+    def _teacher(self, config: RunConfig, store_uri: str, row: str) -> Teacher | None:
+        """Teacher of a row's networks; `None` if they learn the labels of their images. `PLAIN` rows have no CutMix."""
+        if not is_taught(config, row):
+            return None
+        if config.name not in self._teachers:
+            experts = ExpertNetworks(teacher_of(config), self._dataset, store_uri, self._device)
+            self._teachers[config.name] = experts.restored(0)
+        settings = config.evaluate
+        cutmix = 0.0 if row in PLAIN else settings.cutmix
+        return Teacher(self._teachers[config.name], settings.temperature, cutmix)
+
     def _validation_accuracy(self, network: nn.Module) -> float:
         images = to_device(self._dataset.validation_images, self._device)
         return accuracy(network, images, to_device(self._dataset.validation_labels, self._device))
 
 
-def _candidates(schedule: Schedule, learned: float | None, *, is_its_own: bool) -> tuple[float, ...]:
-    """Step sizes among which validation chooses: a learned one alone, if `is_its_own`.
+def is_taught(config: RunConfig, row: str) -> bool:
+    """True if a teacher gives the labels of a row."""
+    return config.evaluate.labels == "teacher" and row in SOFT
+
+
+def has_learned_step_size(config: RunConfig, row: str) -> bool:
+    """True if the step size of a row was learned with the set, for these labels or its hard ones."""
+    is_given = row in SOFT and config.evaluate.learning_rate is not None
+    is_replaced = is_given or is_taught(config, row)
+    return row in DISTILLED and config.evaluate.optimiser == "sgd" and not is_replaced
+
+
+def _schedules(config: RunConfig, row: str, learned: float | None, network: NetworkConfig | None) -> list[Schedule]:
+    """Schedules among which validation chooses; they differ in the step size.
+
+    A given step size is the only one, and so is a learned one that was learned with this network and these labels.
 
     Args:
         learned: step size that was learned with the set, if any.
-        is_its_own: True if it was learned with this network and these labels.
+        network: scored network; `None` for the backbone.
     """
-    if learned and is_its_own:
-        return (learned,)
-    others = ADAMW_STEP_SIZES if schedule.optimiser == "adamw" else CONTROL_STEP_SIZES
-    return (learned, *others) if learned else others
+    given, is_its_own = config.evaluate.learning_rate, network is None and row != "distilled-hard"
+    others = ADAMW_STEP_SIZES if config.evaluate.optimiser == "adamw" else CONTROL_STEP_SIZES
+    if given is not None and row in SOFT:
+        rates: tuple[float, ...] = (given,)
+    elif learned:
+        rates = (learned,) if is_its_own else (learned, *others)
+    else:
+        rates = others
+    schedule = row_schedule(config, row)
+    return [dataclasses.replace(schedule, learning_rate=rate) for rate in rates]
 
 
 def row_schedule(config: RunConfig, row: str) -> Schedule:
     """Training schedule of a row's networks, except for the step size."""
+    if row == "full":
+        config = config.model_copy(update={"evaluate": _by_protocol(config.evaluate)})
     schedule = evaluation_schedule(config, 0.0)
     if config.evaluate.optimiser == "adamw":
         schedule = schedule.with_adamw()
@@ -297,6 +350,12 @@ def row_schedule(config: RunConfig, row: str) -> Schedule:
         epochs = config.evaluate.real_epochs
         schedule = dataclasses.replace(schedule, epochs=epochs, decay_epoch=(epochs + 1) // 2)
     return dataclasses.replace(schedule, augmentation="") if row in PLAIN else schedule
+
+
+def _by_protocol(settings: EvaluateConfig) -> EvaluateConfig:
+    """Copy with the protocol's own training."""
+    fields = EvaluateConfig.model_fields
+    return settings.model_copy(update={key: fields[key].default for key in SCORING_KEYS})
 
 
 def scored_rows(config: RunConfig) -> list[tuple[str, NetworkConfig | None]]:
@@ -315,10 +374,8 @@ def training_of(config: RunConfig, row: str, network: NetworkConfig | None) -> t
     Args:
         network: scored network; `None` for the backbone.
     """
-    schedule = row_schedule(config, row)
-    learned = 1.0 if row in DISTILLED and schedule.optimiser == "sgd" else None
-    is_its_own = network is None and row != "distilled-hard"
-    return len(_candidates(schedule, learned, is_its_own=is_its_own)), schedule
+    schedules = _schedules(config, row, 1.0 if has_learned_step_size(config, row) else None, network)
+    return len(schedules), row_schedule(config, row)
 
 
 def seeds_of_tasks(config: RunConfig, row: str, spec: NetworkSpec, images: int, least: int) -> list[tuple[int, ...]]:
@@ -329,7 +386,8 @@ def seeds_of_tasks(config: RunConfig, row: str, spec: NetworkSpec, images: int, 
         images: number of images that it is trained on.
     """
     seeds = parts = config.evaluate.seeds
-    if config.cluster.compile and _are_together(spec, seeds, images, row_schedule(config, row)):
+    may_stack = config.cluster.compile and not is_taught(config, row)
+    if may_stack and _are_together(spec, seeds, images, row_schedule(config, row)):
         parts = min(seeds, max(least, -(-seeds // LARGEST_STACK)))
     return [tuple(part.tolist()) for part in np.array_split(np.arange(seeds), parts)]
 
@@ -382,6 +440,7 @@ def result_location(
 
     A control does not depend on the distillation, so runs share it. All real data is shared between runs with the same
     network. Random images also need the same number per class and the same experts, which give their soft labels.
+    Settings of the training that are not the protocol's have folders of their own.
 
     Args:
         out: output folder of the run.
@@ -402,9 +461,24 @@ def result_location(
         folder = out / "controls" / stable_hash({"dataset": dataset_fingerprint, **identity, **ipc})
     if config.evaluate.optimiser != "sgd":
         folder = folder / config.evaluate.optimiser
+    if training := _training_identity(config, dataset_fingerprint, row):
+        folder = folder / f"trained-{stable_hash(training)}"
     if network is not None:
         folder = folder / f"{network.architecture}-{stable_hash(network.model_dump())}"
     return folder / f"{row}-{number:02d}.json"
+
+
+def _training_identity(config: RunConfig, dataset_fingerprint: str, row: str) -> dict[str, Any]:
+    """Settings that decide how a row's networks are trained and are not the protocol's, and the teacher's experts."""
+    identity = scoring_identity(config)
+    if row == "full":
+        return {}
+    left_out = {"temperature", "cutmix"}
+    if is_taught(config, row):
+        left_out, identity["teacher"] = set(), expert_fingerprint(teacher_of(config), dataset_fingerprint)
+    elif row not in SOFT:
+        left_out |= {"labels", "learning_rate"}
+    return {key: value for key, value in identity.items() if key not in left_out}
 
 
 @dataclass(frozen=True)
@@ -415,7 +489,7 @@ class NetworkScores:
     kind: str
     """"same": the backbone; "seen": matched or a MetaDD network of the distillation; "unseen": neither."""
     learned: Score | None
-    """Score with the learned step size; `None` with AdamW, for which none was learned."""
+    """Score with the learned step size; `None` if none was learned, as for AdamW and the labels of a teacher."""
     tuned: Score
     """Score with a step size chosen on validation data, which may be the learned one."""
     control: Score | None
@@ -436,7 +510,7 @@ def read_network_scores(out: Location, config: RunConfig, dataset_fingerprint: s
                 NetworkScores(
                     network,
                     _kind(network, config),
-                    None if config.evaluate.optimiser == "adamw" else _score("distilled", learned),
+                    _score("distilled", learned) if has_learned_step_size(config, "distilled") else None,
                     _score("distilled", distilled),
                     _score(row, control) if control else None,
                 )

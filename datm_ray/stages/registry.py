@@ -52,6 +52,22 @@ def trained_backbones(config: RunConfig) -> list[RunConfig]:
     return method_of(config).trained_backbones(config)
 
 
+def teacher_of(config: RunConfig) -> RunConfig:
+    """First trained backbone, whose expert 0 is the teacher of `evaluate.labels: teacher`, as a run of its own.
+
+    Raises:
+        ConfigError: the method trains none.
+    """
+    trained = trained_backbones(config)
+    if not trained:
+        raise ConfigError(
+            "evaluate.labels is 'teacher', and the run trains no network that could be one",
+            f"method {config.method} needs no experts",
+            "use --set evaluate.labels=own",
+        )
+    return trained[0]
+
+
 def trained_networks(config: RunConfig) -> list[RunConfig]:
     """All networks that must be trained before a distillation, as runs with one network each."""
     return [*trained_backbones(config), *config.each_auxiliary()]

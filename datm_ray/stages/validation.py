@@ -35,6 +35,7 @@ from datm_ray.core.training import (
     Trainer,
     accuracy,
     no_heartbeat,
+    scoring_schedule,
     trainer,
     validation_protocol,
 )
@@ -174,7 +175,7 @@ def validating(
     """Train fresh networks on the whole set. The last progress has their mean validation accuracy, in [0, 1]."""
     seeds = config.distill.validation_seeds
     spec = config.network.for_images(dataset.channels, dataset.size, dataset.classes)
-    schedule = evaluation_schedule(config, float(whole.step_size), validation_protocol(config.evaluate.protocol))
+    schedule = validation_schedule(config, float(whole.step_size))
     images, labels = (to_device(each, device) for each in (dataset.validation_images, dataset.validation_labels))
     epochs = seeds * schedule.epochs
     numbers = [derive_seed(config.seed, Purpose.VALIDATION, number) for number in range(seeds)]
@@ -211,10 +212,15 @@ def reported(
             last = time.monotonic()
 
 
-def evaluation_schedule(config: RunConfig, step_size: float, protocol: str | None = None) -> Schedule:
-    """How a fresh network is trained on a synthetic set."""
-    return dataclasses.replace(
-        PROTOCOLS[protocol or config.evaluate.protocol],
-        learning_rate=step_size,
-        augmentation=config.evaluate.augmentation,
-    )
+def validation_schedule(config: RunConfig, step_size: float) -> Schedule:
+    """How a fresh network is trained for validation, on the labels of the set.
+
+    Keys of `evaluate` that may be changed in a finished run are not read.
+    """
+    protocol = PROTOCOLS[validation_protocol(config.evaluate.protocol)]
+    return dataclasses.replace(protocol, learning_rate=step_size, augmentation=config.evaluate.augmentation)
+
+
+def evaluation_schedule(config: RunConfig, step_size: float) -> Schedule:
+    """How a fresh network is trained on a synthetic set to be scored."""
+    return scoring_schedule(config.evaluate, step_size)

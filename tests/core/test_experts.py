@@ -25,6 +25,7 @@ COUNT, CLASSES = 22, 3
 SGD = ExpertConfig(epochs=2, batch_size=8, learning_rate=0.05, augmentation="")
 RICH = SGD.model_copy(update={"momentum": 0.9, "weight_decay": 1e-2, "augmentation": "crop_flip_color"})
 GSAM = SGD.model_copy(update={"optimiser": "gsam", "rho": 0.05})
+COSINE = RICH.model_copy(update={"epochs": 4, "schedule": "cosine", "warmup_epochs": 1})
 
 
 def make_networks(count: int, norm: Any = "instance", dtype: torch.dtype = torch.float64) -> list[nn.Module]:
@@ -55,6 +56,7 @@ def plainly(network: nn.Module, settings: ExpertConfig, seed: int, step: Callabl
     optimiser = torch.optim.SGD(
         network.parameters(), settings.learning_rate, settings.momentum, weight_decay=settings.weight_decay
     )
+    scheduler = torchs_schedule(optimiser, settings, -(-COUNT // settings.batch_size))
     for epoch in range(settings.epochs):
         order = generator(seed, Purpose.TRAINING_ORDER, epoch).permutation(COUNT)
         for batch, first in enumerate(range(0, COUNT, settings.batch_size)):
@@ -62,7 +64,20 @@ def plainly(network: nn.Module, settings: ExpertConfig, seed: int, step: Callabl
             draw = generator(seed, Purpose.TRAINING_AUGMENTATION, epoch, batch)
             inputs = augment(images[rows], draw_augmentation(settings.augmentation, len(rows), draw))
             step(network, lambda x=inputs, y=labels[rows]: cross_entropy(network(x), y), optimiser)
+            scheduler.step()
     return network
+
+
+def torchs_schedule(
+    optimiser: torch.optim.Optimizer, settings: ExpertConfig, steps_per_epoch: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The schedule by torch's own, to be stepped once a step."""
+    warmup, steps = (epochs * steps_per_epoch for epochs in (settings.warmup_epochs, settings.epochs))
+    rates = torch.optim.lr_scheduler
+    linear = rates.LinearLR(optimiser, start_factor=0.01 if warmup else 1.0, total_iters=warmup)
+    if settings.schedule == "constant":
+        return linear
+    return rates.SequentialLR(optimiser, [linear, rates.CosineAnnealingLR(optimiser, steps - warmup)], [warmup])
 
 
 def sgd_step(network: nn.Module, loss: Callable[[], Tensor], optimiser: torch.optim.Optimizer) -> None:
@@ -101,13 +116,13 @@ def assert_close(value: Tensor, expected: Tensor, bound: float = 1e-12) -> None:
     assert float((value - expected).norm() / expected.norm()) < bound
 
 
-@pytest.mark.parametrize("settings", [SGD, RICH], ids=["plain", "momentum, decay, augmentation"])
+@pytest.mark.parametrize("settings", [SGD, RICH, COSINE], ids=["plain", "momentum, decay, augmentation", "cosine"])
 def test_sgd_equals_torchs(settings: ExpertConfig) -> None:
-    """Two epochs with a smaller last batch end at the parameters of modules and torch's SGD."""
+    """Epochs with a smaller last batch end at the parameters of modules, torch's SGD and torch's schedules."""
     (network,) = make_networks(1)
     state, _ = trained([network], settings, [7])
     assert_close(state.parameters[0], flatten(plainly(network, settings, 7, sgd_step)))
-    assert (state.epoch, state.step) == (2, 6)
+    assert (state.epoch, state.step) == (settings.epochs, 3 * settings.epochs)
 
 
 @pytest.mark.parametrize("adaptive", [True, False])
@@ -132,7 +147,7 @@ def test_gsam_perturbs_by_rho_and_subtracts_an_orthogonal_part() -> None:
     torch.testing.assert_close(descent(g, sharp, ExpertConfig(rho=0.3, alpha=0.0)), sharp)
 
 
-@pytest.mark.parametrize("settings", [RICH, GSAM], ids=["sgd", "gsam"])
+@pytest.mark.parametrize("settings", [RICH, GSAM, COSINE], ids=["sgd", "gsam", "cosine"])
 @pytest.mark.parametrize("norm", ["instance", "group", "batch", "none"])
 def test_a_stack_trains_each_expert_as_if_alone(settings: ExpertConfig, norm: str) -> None:
     """Each expert of a stack has the parameters, running statistics and losses of an expert trained alone."""
@@ -241,13 +256,40 @@ def test_memory_order_reaches_the_compiler(monkeypatch: pytest.MonkeyPatch) -> N
     assert asked == [(True, False), (False, True)]
 
 
-def test_training_resumes_from_any_epoch_with_the_same_bits() -> None:
+def test_gsam_follows_the_schedule() -> None:
+    """GSAM equals a plain implementation under torch's schedules, and ends elsewhere than at a constant rate."""
+    settings = COSINE.model_copy(update={"optimiser": "gsam", "rho": 0.05})
+    (network,) = make_networks(1)
+    state, _ = trained([network], settings, [7])
+    assert_close(state.parameters[0], flatten(plainly(network, settings, 7, gsam_step(settings))))
+    constant, _ = trained([network], settings.model_copy(update={"schedule": "constant"}), [7])
+    assert float((state.parameters - constant.parameters).norm()) > 1e-3
+
+
+@pytest.mark.slow
+def test_a_schedule_compiles_nothing_anew() -> None:
+    """A rate that changes in every step calls one compiled function, with the numbers of uncompiled code."""
+    networks, seeds = make_networks(2), [0, 1]
+    functions = StackFunctions(networks[0], stacked=2)
+    assert functions.note == ""
+    state = ExpertState.initial(networks)
+    list(train_experts(functions, *data(), COSINE, seeds, state))
+    assert len(functions._built) == 1
+    plain, _ = trained(networks, COSINE, seeds)
+    assert_close(state.parameters, plain.parameters)
+
+
+@pytest.mark.parametrize("change", [{"epochs": 4}, {"epochs": 4, "schedule": "cosine", "warmup_epochs": 3}], ids=str)
+def test_training_resumes_from_any_epoch_with_the_same_bits(change: dict[str, Any]) -> None:
     """Resuming from the state of any epoch gives bit-identical experts."""
-    networks, seeds, settings = make_networks(2, dtype=torch.float32), [1, 2], RICH.model_copy(update={"epochs": 4})
+    networks, seeds, settings = make_networks(2, dtype=torch.float32), [1, 2], RICH.model_copy(update=change)
     undisturbed, _ = trained(networks, settings, seeds)
-    half, _ = trained(networks, settings.model_copy(update={"epochs": 2}), seeds)
     functions = StackFunctions(networks[0], stacked=2, compile_=False)
+    half = ExpertState.initial(networks)
+    for _ in zip(range(2), train_experts(functions, *data(torch.float32), settings, seeds, half), strict=False):
+        pass
     resumed = copy.deepcopy(half)
+    assert (resumed.epoch, resumed.step) == (2, 6)
     assert len(list(train_experts(functions, *data(torch.float32), settings, seeds, resumed))) == 2
     assert torch.equal(resumed.parameters, undisturbed.parameters)
     assert torch.equal(resumed.velocity, undisturbed.velocity)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from datm_ray.config import NetworkSpec
+from datm_ray.config import PUBLISHED_AUGMENTATION, EvaluateConfig, NetworkSpec
 from datm_ray.core.augment import augment, draw_augmentation
 from datm_ray.core.networks.parameters import flatten
 from datm_ray.core.networks.registry import build_network
@@ -23,13 +23,17 @@ from datm_ray.core.training import (
     accuracy,
     are_trained_together,
     predict_logits,
+    scoring_schedule,
     train,
     train_to_end,
     train_together,
 )
+from datm_ray.errors import ConfigError
 
 PLAIN = Schedule(epochs=3, batch_size=8, learning_rate=0.05)
 RICH = Schedule(5, 8, 0.05, momentum=0.9, weight_decay=1e-2, augmentation="crop_flip_scale", decay_epoch=3)
+COSINE = replace(RICH, decay_epoch=None, cosine=True, warmup_epochs=2)
+WARM = replace(RICH, warmup_epochs=2)
 
 
 def make_network(seed: int = 0) -> nn.Module:
@@ -107,7 +111,9 @@ def together(schedule: Schedule, soft: bool, compile_: bool = False) -> tuple[li
     return found[0], found[1]
 
 
-@pytest.mark.parametrize("schedule", [PLAIN, RICH], ids=["plain", "momentum, decay and augmentation"])
+@pytest.mark.parametrize(
+    "schedule", [PLAIN, RICH, COSINE, WARM], ids=["plain", "momentum, decay and augmentation", "cosine", "warm-up"]
+)
 @pytest.mark.parametrize("soft", [False, True])
 def test_networks_trained_together_equal_those_trained_one_after_another(schedule: Schedule, soft: bool) -> None:
     """Networks trained together equal those trained alone to 1e-12 in float64, also at a short last batch."""
@@ -123,13 +129,17 @@ def test_networks_trained_together_are_compiled_exactly() -> None:
 
 
 def test_networks_go_together_only_where_that_is_worth_its_compilation() -> None:
-    """Long trainings of several networks that stack go together; short ones, one network, ResNets and AdamW do not."""
+    """Long trainings of several networks that stack go together.
+
+    Short ones, one network, ResNets, AdamW and networks under a teacher do not.
+    """
     network = make_network()
     resnet = build_network(NetworkSpec(architecture="resnet18", channels=1, size=(8, 8), classes=3, width=4), 0)
     long = replace(RICH, epochs=1000)
     assert are_trained_together(network, 2, (1, 8, 8), 20, long)
     assert not are_trained_together(network, 2, (1, 8, 8), 20, RICH)
     assert not are_trained_together(network, 1, (1, 8, 8), 20, long)
+    assert not are_trained_together(network, 2, (1, 8, 8), 20, long, is_taught=True)
     assert not are_trained_together(network, 2, (1, 8, 8), 20, long.with_adamw())
     assert not are_trained_together(resnet, 2, (1, 8, 8), 20, long)
 
@@ -176,6 +186,19 @@ def test_adamw_equals_torchs() -> None:
         optimizer.step()
         optimizer.zero_grad()
     torch.testing.assert_close(flatten(network), flatten(slow), rtol=1e-4, atol=1e-5)
+
+
+def test_a_section_changes_what_it_names_of_its_protocol() -> None:
+    """The defaults are the protocol, halfway is as in the protocols, and a warm-up without end is refused."""
+    for name, protocol in PROTOCOLS.items():
+        plain = EvaluateConfig.model_validate({"protocol": name})
+        assert scoring_schedule(plain, 0.3) == replace(protocol, learning_rate=0.3, augmentation=PUBLISHED_AUGMENTATION)
+    changed = EvaluateConfig(protocol="quick", epochs=500, batch_size=256, augmentation="")
+    assert scoring_schedule(changed, 0.01) == replace(PROTOCOLS["short"], batch_size=256)
+    cosine = scoring_schedule(EvaluateConfig(protocol="quick", schedule="cosine", warmup_epochs=5), 0.01)
+    assert (cosine.epochs, cosine.decay_epoch, cosine.cosine, cosine.warmup_epochs) == (20, None, True, 5)
+    with pytest.raises(ConfigError, match=r"warmup_epochs is 20, and there are 20 epochs"):
+        scoring_schedule(EvaluateConfig(protocol="quick", warmup_epochs=20), 0.01)
 
 
 def test_published_protocol_has_the_published_numbers() -> None:

@@ -19,6 +19,7 @@ from datm_ray.pipeline import Pipeline
 from datm_ray.planning.duration import Proposal, show_time
 from datm_ray.planning.fit import plans_of
 from datm_ray.planning.machines import BANDWIDTH, machine_here, parse_cluster, require_measurable
+from datm_ray.planning.main_memory import scoring_memory
 from datm_ray.planning.measure import COMPILED_GAIN, measured
 from datm_ray.planning.plan import plan_run, propose
 from datm_ray.planning.shape import KNOWN_SHAPES, DataShape, network_cost
@@ -178,6 +179,20 @@ def test_everything_that_takes_time_is_counted() -> None:
 
 
 FORWARD = network_cost(tiny_config().resolved((8, 8)), DIGITS).flop
+
+
+def test_a_teacher_takes_time_and_memory() -> None:
+    """A taught row takes the teacher's forward passes besides, and its worker memory for the teacher."""
+    alone, taught = (
+        proposal("evaluate.learning_rate=0.1", f"evaluate.labels={labels}") for labels in ("own", "teacher")
+    )
+    assert taught.stages["evaluation"][0] > alone.stages["evaluation"][0]
+    assert taught.stages["experts"] == alone.stages["experts"]
+    own, more = (scoring_memory(each.config, each.shape, 10) for each in (alone, taught))
+    assert more > own
+    longer = proposal("evaluate.learning_rate=0.1", "evaluate.epochs=5000")
+    assert longer.stages["evaluation"][0] > alone.stages["evaluation"][0]
+    assert longer.stages["validation"] == alone.stages["validation"]
 
 
 def test_more_shards_are_faster_unless_the_network_is_slow() -> None:

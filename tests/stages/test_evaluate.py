@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,14 @@ from datm_ray.stages.evaluate import (
     FAIR_ROWS,
     ON_OTHERS,
     ROWS,
+    SOFT,
     EvaluateWorker,
+    has_learned_step_size,
     read_fair_rows,
     read_fair_scores,
     read_network_scores,
     result_location,
+    training_of,
 )
 from datm_ray.store.files.filesystem import Location, open_location
 from tests.conftest import tiny_config
@@ -52,7 +56,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateWorker:
     class Untrained:
         note = ""
 
-        def train(self, _: Any, __: Any, ___: Any, schedule: Any, ____: Any) -> tuple[()]:
+        def train(self, _: Any, __: Any, ___: Any, schedule: Any, ____: Any, _____: Any) -> tuple[()]:
             accuracies = VALIDATION if schedule.optimiser == "sgd" else WITH_ADAMW
             validated.append(accuracies[schedule.learning_rate])
             return ()
@@ -176,6 +180,45 @@ def test_results_of_each_optimiser_have_places_of_their_own(row: str, network: N
     assert place(sgd, row, network) != place(adamw, row, network)
 
 
+def test_results_under_other_trainings_have_places_of_their_own() -> None:
+    """A row moves with the keys that it reads and with no other, so nothing is mixed up and nothing is done twice."""
+    base, soft, short = tiny_config(), {"random-soft", "distilled"}, {"random-hard", "random-soft", "distilled"}
+    teacher = "evaluate.labels=teacher"
+    moved = {
+        (teacher,): soft,
+        ("evaluate.learning_rate=0.1",): soft,
+        ("evaluate.temperature=4",): set(),
+        ("evaluate.schedule=cosine",): short,
+        ("evaluate.warmup_epochs=2",): short,
+        ("evaluate.epochs=3",): short,
+        ("evaluate.batch_size=3",): short,
+    }
+    for changes, expected in moved.items():
+        other = tiny_config(*changes)
+        assert run_identity(other) == run_identity(base)
+        assert {row for row in ROWS if place(other, row) != place(base, row)} == expected, changes
+    taught = [(teacher, *more) for more in ((), ("evaluate.temperature=4",), ("evaluate.cutmix=1",))]
+    taught += [(teacher, "experts.learning_rate=0.5"), (teacher, "evaluate.epochs=3")]
+    places = [place(tiny_config(*changes), "distilled") for changes in taught]
+    assert len(set(places)) == len(places)
+
+
+def test_the_learned_step_size_is_not_reported_under_a_teacher(tmp_path: Path) -> None:
+    """No step size was learned for a teacher's labels, which the heading names, nor counts where one is given."""
+    given = (["evaluate.labels=teacher"], ["evaluate.learning_rate=0.1"])
+    assert [has_learned_step_size(tiny_config(*each), "distilled") for each in ([], *given)] == [True, False, False]
+    assert [has_learned_step_size(tiny_config(*each), "distilled-hard") for each in given] == [True, True]
+    config = scored_on(tiny_config("evaluate.labels=teacher", "evaluate.seeds=1"), ["lenet"])
+    out = open_location(str(tmp_path))
+    for network in config.scored_networks:
+        values = {"test_accuracy": 0.5, "test_accuracy_with_learned_step_size": None, "seconds": 1.0}
+        result_location(out, config, "d", "distilled", 0, network).write_json(values)
+    scores = read_network_scores(out, config, "d")
+    assert [(each.learned, each.tuned.mean) for each in scores] == [(None, 0.5)] * 2
+    head, *_ = networks_table(RunSummary(config, out / config.name, [], networks=scores)).splitlines()
+    assert head.startswith("tiny (a teacher's labels):")
+
+
 def test_the_column_of_the_learned_step_size_is_empty_with_adamw(tmp_path: Path) -> None:
     """The column of the learned step size shows a dash for AdamW."""
     config = scored_on(tiny_config("evaluate.optimiser=adamw", "evaluate.seeds=1"), ["lenet"])
@@ -227,31 +270,38 @@ def test_hard_labels_choose_a_step_size_on_validation_data(worker: EvaluateWorke
     assert chosen == {"distilled-hard": 0.03, "distilled-plain": LEARNED}
 
 
-def test_rows_are_trained_as_their_names_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hard rows train on classes, plain rows without augmentation, all others as in the recipe."""
-    config = tiny_config("evaluate.fair=true")
+def trained_rows(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, ...]]:
+    """Rows -> images, true for soft labels, the schedules, and the teacher, of networks that are not really trained."""
     pipeline = Pipeline([config], str(tmp_path))
     pipeline.train_experts(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
     dataset = pipeline.runs.dataset(config.dataset)
     synthetic = SyntheticSet(torch.zeros(10, 1, 8, 8), torch.randn(10, 10), torch.tensor([0.1]), torch.arange(10))
     folder = open_location(str(tmp_path / "tiny"))
     save_artifact(folder / SYNTHETIC, synthetic, dataset.transform, dataset.class_names, run_identity(config), {})
-    worker, seen = EvaluateWorker(dataset, config.cluster), {}
+    worker, seen = EvaluateWorker(dataset, config.cluster), dict[str, tuple[Any, ...]]()
 
     class Untrained:
         note = ""
 
-        def train(self, _: Any, images: Any, targets: Any, schedule: Any, __: Any) -> tuple[()]:
-            seen[row] = (len(images[0]), targets[0].is_floating_point(), schedule.augmentation)
+        def train(self, _: Any, images: Any, targets: Any, schedule: Any, __: Any, teacher: Any) -> tuple[()]:
+            earlier = seen[row][2] if row in seen else []
+            seen[row] = (len(images[0]), targets[0].is_floating_point(), [*earlier, schedule], teacher)
             return ()
 
     monkeypatch.setattr(evaluate, "trainer_of", lambda _: Untrained())
     monkeypatch.setattr(worker, "_test_accuracy", lambda _: 0.5)
     for row in (*ROWS, *FAIR_ROWS):
         list(worker.evaluate(config, pipeline.store_uri, folder.uri, [str(tmp_path / f"{row}.json")], row, [0]))
-    real, augmentation = len(dataset.train_images), config.evaluate.augmentation
+    return seen
+
+
+def test_rows_are_trained_as_their_names_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hard rows train on classes, plain rows without augmentation, all others as in the recipe."""
+    config = tiny_config("evaluate.fair=true")
+    seen = trained_rows(config, tmp_path, monkeypatch)
+    real, augmentation = len(Pipeline([config], str(tmp_path)).runs.raw(config).train), config.evaluate.augmentation
     assert augmentation
-    assert seen == {
+    assert {row: (images, soft, schedules[0].augmentation) for row, (images, soft, schedules, _) in seen.items()} == {
         "random-hard": (10, False, augmentation),
         "random-soft": (10, True, augmentation),
         "distilled": (10, True, augmentation),
@@ -260,6 +310,30 @@ def test_rows_are_trained_as_their_names_say(tmp_path: Path, monkeypatch: pytest
         "distilled-plain": (10, True, ""),
         "random-plain": (10, True, ""),
     }
+    assert all(teacher is None for *_, teacher in seen.values())
+
+
+def test_rows_with_soft_labels_have_the_teacher_and_the_given_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Soft rows alone have the teacher and the given rate; all but the full data have the epochs and the schedule."""
+    changes = ["labels=teacher", "temperature=4", "cutmix=1", "learning_rate=0.2", "schedule=cosine", "epochs=7"]
+    config = tiny_config("evaluate.fair=true", *(f"evaluate.{change}" for change in changes), "evaluate.batch_size=5")
+    seen = trained_rows(config, tmp_path, monkeypatch)
+    taught = {row: (each.temperature, each.cutmix) for row, (*_, each) in seen.items() if each}
+    assert taught == {"random-soft": (4, 1), "distilled": (4, 1), "distilled-plain": (4, 0), "random-plain": (4, 0)}
+    rates = {row: tuple(schedule.learning_rate for schedule in schedules) for row, (_, _, schedules, _) in seen.items()}
+    assert {row for row, found in rates.items() if found == (0.2,)} == set(SOFT)
+    assert {row for row, found in rates.items() if found == CONTROL_STEP_SIZES} == {"random-hard", "full"}
+    assert rates["distilled-hard"] == (pytest.approx(0.1), *CONTROL_STEP_SIZES)
+    for row, (_, _, schedules, _) in seen.items():
+        count, schedule = training_of(config, row, None)
+        assert (count, {dataclasses.replace(each, learning_rate=0.0) for each in schedules}) == (
+            len(schedules),
+            {schedule},
+        )
+        shape = (schedule.epochs, schedule.batch_size, schedule.cosine, schedule.decay_epoch)
+        assert shape == ((config.evaluate.real_epochs, 128, False, 1) if row == "full" else (7, 5, True, None))
 
 
 ACCURACIES = {

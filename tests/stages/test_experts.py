@@ -19,11 +19,13 @@ from datm_ray.config import ClusterConfig, RunConfig
 from datm_ray.core.networks.parameters import unflatten_buffers_into, unflatten_into
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions
+from datm_ray.core.teacher import Teacher
 from datm_ray.errors import DivergenceError, MissingExpertsError, StoreError
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, SerialExecutor
 from datm_ray.stages import expert_progress
+from datm_ray.stages.expert_networks import ExpertNetworks
 from datm_ray.stages.expert_progress import ExpertProgress
 from datm_ray.stages.experts import ExpertWorker, expert_group, experts_at_a_time, stacks
 from datm_ray.store.trajectories import ExpertGroup
@@ -239,6 +241,34 @@ def test_running_statistics_travel_with_the_parameters(tmp_path: Path) -> None:
     right = module.eval()(torch.from_numpy(dataset.test_images)).argmax(1).numpy() == dataset.test_labels
     assert right.mean() == pytest.approx(last.test_accuracy)
     assert not np.array_equal(last.buffers, group.read_snapshot(0, 0).buffers)
+
+
+def test_a_resnet_with_batch_norm_is_a_teacher_in_evaluation_mode(tmp_path: Path) -> None:
+    """A ResNet with batch norm trains on a cosine, resumes with equal bits, and is restored with its statistics."""
+    changes = ("experts.schedule=cosine", "experts.warmup_epochs=1", "experts.augmentation=resized+crop")
+    config = tiny_config(
+        *changes, "experts.count=1", "experts.epochs=3", "distill.start_epochs=[0, 2]", "experts.test_every=3"
+    )
+    network = config.network.model_copy(update={"architecture": "resnet18", "norm": "batch"})
+    config = config.model_copy(update={"network": network})
+    for folder, stop_after in (("whole", None), ("resumed", 2)):
+        pipeline = Pipeline([tiny_config()], str(tmp_path / folder))
+        dataset = pipeline.runs.dataset(config.dataset)
+        for event in ExpertWorker(dataset, config.cluster).train(config, pipeline.store_uri, (0,)):
+            if isinstance(event, Progress) and event.done == stop_after:
+                break
+        list(ExpertWorker(dataset, config.cluster).train(config, pipeline.store_uri, (0,)))
+    groups = [
+        expert_group(str(tmp_path / each / "experts"), config, "digits", dataset.fingerprint)
+        for each in ("whole", "resumed")
+    ]
+    assert content(groups[0], 0) == content(groups[1], 0)
+    experts = ExpertNetworks(config, dataset, pipeline.store_uri, torch.device("cpu"))
+    images, labels = torch.from_numpy(dataset.test_images), torch.from_numpy(dataset.test_labels)
+    right = experts.logits(0, images).argmax(dim=1) == labels
+    assert float(right.float().mean()) == pytest.approx(groups[0].read_snapshot(0, 3).test_accuracy)
+    teacher = Teacher(experts.restored(0))
+    torch.testing.assert_close(teacher.network(images[:7]), experts.logits(0, images)[:7])
 
 
 def test_a_full_disk_is_waited_for_and_then_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

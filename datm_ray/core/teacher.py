@@ -1,0 +1,97 @@
+"""Labels of a teacher: a network in training learns the logits that a trained one has for the very same images.
+
+With z of the teacher and z' of the network, and a temperature T, the loss of a batch is the mean over its images of
+
+    T^2 KL(softmax(z / T) || softmax(z' / T)).
+
+CutMix replaces a box of every image by that of another image of the batch. Both networks see the mixed images, so no
+label is mixed. Shapes: b images, c h w image, k classes. References: arXiv 1503.02531 (the loss), 1905.04899 (CutMix),
+2306.13092 (SRe2L, which trains on its images in this way). Tests: tests/core/test_teacher.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from datm_ray.core.randomness import Purpose, generator
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A trained network, and how others learn from it."""
+
+    network: nn.Module
+    """The teacher; it is put into evaluation mode, and its parameters need no gradient."""
+    temperature: float = 20.0
+    """T, above 0."""
+    cutmix: float = 0.0
+    """Alpha of the Beta distribution of the share of each image that CutMix keeps; 0 for no CutMix."""
+
+    def __post_init__(self) -> None:
+        self.network.eval().requires_grad_(False)
+
+    def loss(self, network: nn.Module, images: Tensor) -> Tensor:
+        """Loss [] of a network on images [b c h w]; differentiable in the network's parameters."""
+        with torch.no_grad():
+            wanted = self.network(images)
+        return divergence(network(images), wanted, self.temperature)
+
+    def mixed(self, images: Tensor, seed: int, epoch: int, batch: int) -> Tensor:
+        """Images [b c h w] after CutMix, drawn for a batch of an epoch; unchanged without CutMix."""
+        if not self.cutmix:
+            return images
+        size = (images.shape[2], images.shape[3])
+        return mix(images, draw_cutmix(self.cutmix, len(images), size, generator(seed, Purpose.CUTMIX, epoch, batch)))
+
+
+def divergence(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """Loss [] of logits [b k] against a teacher's, see the module."""
+    ours, theirs = (each.div(temperature).log_softmax(dim=1) for each in (logits, wanted))
+    return temperature**2 * (theirs.exp() * (theirs - ours)).sum(dim=1).mean()
+
+
+@dataclass(frozen=True)
+class CutMix:
+    """Which box of every image is replaced, and by whose."""
+
+    rows: slice
+    columns: slice
+    partners: NDArray[np.int64]
+    """[b] permutation: the image whose box each image gets."""
+
+
+def draw_cutmix(alpha: float, batch: int, size: tuple[int, int], random: np.random.Generator) -> CutMix:
+    """Draw one box for a batch of images of `size` (height, width), and a partner for each image.
+
+    The share of an image that is kept has a Beta distribution, and the box's centre lies anywhere in the image, so the
+    border may cut the box.
+    """
+    kept = random.beta(alpha, alpha)
+    rows, columns = (box_side(length, kept, int(random.integers(length))) for length in size)
+    return CutMix(rows, columns, random.permutation(batch))
+
+
+def box_side(length: int, kept: float, centre: int) -> slice:
+    """Rows or columns of a box, cut at the image's ends; in the middle its area is 1 - `kept` of the image's.
+
+    Args:
+        length: the image's height or width.
+        kept: share of the image that no box replaces.
+        centre: row or column in the middle of the box.
+    """
+    side = int(length * math.sqrt(1 - kept))
+    first = centre - side // 2
+    return slice(max(0, first), min(length, first + side))
+
+
+def mix(images: Tensor, drawn: CutMix) -> Tensor:
+    """Copy of images [b c h w], each with the box of its partner."""
+    mixed, box = images.clone(), (slice(None), slice(None), drawn.rows, drawn.columns)
+    mixed[box] = images[box][torch.from_numpy(drawn.partners).to(images.device)]
+    return mixed
