@@ -83,8 +83,8 @@ def cosine(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-class Teacher:
-    """A trained network that images are recovered from: its loss, and its batch normalisations' running statistics."""
+class RecoveryLoss:
+    """Loss of images by the teacher: their classes, and the running statistics of its batch normalisations."""
 
     def __init__(self, network: nn.Module, options: RecoverConfig) -> None:
         """Copy the network, frozen and in evaluation mode.
@@ -113,18 +113,13 @@ class Teacher:
         variance, mean = torch.var_mean(inputs[0], dim=(0, 2, 3), correction=0)
         self._gaps.append((mean - layer.running_mean).norm() + (variance - layer.running_var).norm())
 
-    def logits(self, images: Tensor) -> Tensor:
-        """Compute logits [n k] of images [n c h w]."""
-        self._gaps.clear()
-        logits: Tensor = self._network(images)
-        return logits
-
-    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the loss [] of images [n c h w] of classes [n], and the part [] of the statistics before its weight.
 
         Both are differentiable in the images.
         """
-        classified = cross_entropy(self.logits(images), labels)
+        self._gaps.clear()
+        classified = cross_entropy(self._network(images), labels)
         gaps = torch.stack(self._gaps)
         self._gaps.clear()
         statistics = gaps.sum() + (self._options.first_layer - 1) * gaps[0]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from datm_ray.artifact import TRANSFORMS, Artifact, read_artifact, save_artifact
-from datm_ray.config import ClusterConfig, RunConfig, run_identity
+from datm_ray.config import ClusterConfig, RunConfig, recipe_of_set, run_identity
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.data.dataset import Dataset
 from datm_ray.errors import OvertakenError
@@ -120,7 +120,7 @@ class PieceWorker:
             arguments = (config, config.metadd, self._dataset, store_uri, config.whole_role, backbone, whole)
             MetaNetworks(*arguments, self._device).keep_maps(folder / MAPS, Alone(), first.images, last)
         for name, held, artifact in ((INITIAL, first, initial[0]), (SYNTHETIC, last, final[0])):
-            context = (self._dataset.transform, self._dataset.class_names, run_identity(config), artifact.provenance)
+            context = (self._dataset.transform, self._dataset.class_names, recipe_of_set(config), artifact.provenance)
             save_artifact(folder / name, held, *context, folder.parent / TRANSFORMS)
         for place in places:
             remove_folder(place / PARTS)

@@ -15,7 +15,7 @@ from datm_ray.core.networks.image_cost import ImageCost
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.synthetic import SyntheticSet, hard_logits
 from datm_ray.errors import ConfigError
-from datm_ray.methods.recovery import Recovery, Teacher, draw_view
+from datm_ray.methods.recovery import Recovery, RecoveryLoss, draw_view
 from datm_ray.methods.state import MetaRecord, MetaTerm, State
 from datm_ray.stages.checkpoint import Rows
 from datm_ray.stages.initial import first_rows
@@ -86,8 +86,8 @@ class RecoveryFromTeacher(Method):
         return self.part.piece
 
     @cached_property
-    def _teacher(self) -> Teacher:
-        return Teacher(self.experts[0].restored(0), self.part.config.recover)
+    def _loss(self) -> RecoveryLoss:
+        return RecoveryLoss(self.experts[0].restored(0), self.part.config.recover)
 
     @cached_property
     def _bounds(self) -> tuple[Tensor, Tensor]:
@@ -126,7 +126,7 @@ class RecoveryFromTeacher(Method):
         images = synthetic.images.detach().requires_grad_()
         seen = view.of(images)
         inner = seen.detach().requires_grad_()
-        loss, statistics = self._teacher.loss(inner, synthetic.labels)
+        loss, statistics = self._loss(inner, synthetic.labels)
         (along,) = torch.autograd.grad(loss, inner)
         if meta is not None:
             found, of_meta = meta.metadd.gradient(inner, synthetic.labels, networks=meta.networks)

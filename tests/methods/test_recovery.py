@@ -14,7 +14,7 @@ from datm_ray.config import DistillConfig, NetworkSpec, RecoverConfig
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet, hard_logits
 from datm_ray.errors import ConfigError, DivergenceError
-from datm_ray.methods.recovery import Recovery, Teacher, View, draw_view
+from datm_ray.methods.recovery import Recovery, RecoveryLoss, View, draw_view
 from datm_ray.methods.state import MOST_DIVERGED
 
 BOUNDS = (torch.full((3, 1, 1), -2.0), torch.full((3, 1, 1), 2.0))
@@ -61,8 +61,8 @@ def test_loss_and_gradient_equal_the_plain_formula_and_finite_differences() -> N
     """The loss of a teacher is that of the formula, in float64, and its gradient too."""
     network, (images, labels) = teacher_network(), some_images()
     options = RecoverConfig(statistics=0.3, first_layer=10.0)
-    teacher, images = Teacher(network, options), images.requires_grad_()
-    loss, statistics = teacher.loss(images, labels)
+    teacher, images = RecoveryLoss(network, options), images.requires_grad_()
+    loss, statistics = teacher(images, labels)
     plain = plain_loss(network, images, labels, 0.3, 10.0)
     torch.testing.assert_close(loss, plain, rtol=1e-12, atol=0)
     rest = (loss - cross_entropy(network(images), labels)).detach()
@@ -71,26 +71,26 @@ def test_loss_and_gradient_equal_the_plain_formula_and_finite_differences() -> N
     torch.testing.assert_close(gradient, theirs, rtol=1e-10, atol=1e-14)
     along = torch.randn(images.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     step = 1e-6
-    ahead, behind = (float(teacher.loss(images.detach() + sign * step * along, labels)[0]) for sign in (1, -1))
+    ahead, behind = (float(teacher(images.detach() + sign * step * along, labels)[0]) for sign in (1, -1))
     assert (ahead - behind) / (2 * step) == pytest.approx(float((gradient * along).sum()), rel=1e-6)
 
 
 def test_the_teacher_is_a_frozen_copy_in_evaluation_mode() -> None:
     """The given network keeps its mode and statistics, and the teacher does not follow it."""
     network, (images, labels) = teacher_network(), some_images()
-    teacher = Teacher(network, RecoverConfig())
-    before = teacher.loss(images, labels)[0]
+    teacher = RecoveryLoss(network, RecoverConfig())
+    before = teacher(images, labels)[0]
     network.train()
     network(images + 3)
     assert network.training
-    assert torch.equal(teacher.loss(images, labels)[0], before)
+    assert torch.equal(teacher(images, labels)[0], before)
 
 
 def test_a_network_without_batch_normalisation_is_refused() -> None:
     """Images cannot be recovered from a network that keeps no statistics."""
     spec = NetworkSpec(architecture="convnet", width=8, depth=2, channels=3, size=(16, 16), classes=4)
     with pytest.raises(ConfigError, match=r"no batch normalisation.*norm=batch"):
-        Teacher(build_network(spec, seed=0), RecoverConfig())
+        RecoveryLoss(build_network(spec, seed=0), RecoverConfig())
 
 
 def state_of(images: Tensor, iterations: int) -> Recovery:
