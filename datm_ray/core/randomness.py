@@ -35,6 +35,7 @@ class Purpose(IntEnum):
     RECOVERY_VIEW = 17
     RECOVERY_NOISE = 18
     CUTMIX = 19
+    LABEL_VIEWS = 20
 
 
 def generator(seed: int, purpose: Purpose, *counters: int) -> np.random.Generator:

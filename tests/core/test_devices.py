@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from datm_ray.config import DistillConfig, ExpertConfig, NetworkSpec
 from datm_ray.core.augment import augment, draw_augmentation, parse_strategy
 from datm_ray.core.experts import ExpertState, train_experts
+from datm_ray.core.labelling import draw_views, images_fingerprint, pack_logits, teacher_logits
 from datm_ray.core.metadd import MetaDD
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
@@ -105,6 +106,16 @@ def test_every_operation_of_augmentation_stays_on_its_device() -> None:
         torch.autograd.grad(result.sum(), images)
 
     assert not failures({name: lambda name=name: case(name) for name in parse_strategy(STRATEGY)})  # type: ignore[misc]
+
+
+def test_labelling_stays_on_its_device() -> None:
+    """Views and the teacher's logits stay on the device of the images, and are packed from there."""
+    images, views = tensor(7, 3, 8, 8), draw_views(0, 0, 7, (8, 8))
+    logits = teacher_logits(there(), images, views.take(slice(5)), 3)
+    assert (logits.device, logits.shape) == (DEVICE, (5, 4))
+    values, indices = pack_logits(logits, 2)
+    assert (values.shape, indices.shape) == ((5, 3), (5, 2))
+    assert len(images_fingerprint(images)) == 16
 
 
 def test_experts_stay_on_their_device() -> None:
