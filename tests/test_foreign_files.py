@@ -49,11 +49,13 @@ from datm_ray.stages.expert_progress import ExpertProgress
 from datm_ray.stages.experts import read_experts_cost
 from datm_ray.store import sealed
 from datm_ray.store.files.filesystem import open_location
+from datm_ray.store.labels import LabelStore
 from datm_ray.store.tensors import write_tensors
 from datm_ray.store.trajectories import ExpertGroup, TrajectoryStore
 from tests.conftest import tiny_config
 from tests.processes import side_by_side
 from tests.store.contract import KEY, make_info, make_snapshots_with_buffers, with_buffers
+from tests.store.test_labels import TINY as LABELS, records_of as label_records
 
 CPU = torch.device("cpu")
 DRAW = np.random.default_rng(0)
@@ -176,6 +178,23 @@ def read_progress(path: Path) -> object:
     return [snapshots, state.parameters, state.velocity, state.epoch, state.step]
 
 
+def write_labels(folder: Path) -> Path:
+    store = LabelStore.create(str(folder), LABELS)
+    store.write_epoch(0, [label_records(LABELS)])
+    return folder / "epoch-00000.arrow"
+
+
+def write_label_info(folder: Path) -> Path:
+    write_labels(folder)
+    return folder / "labels.arrow"
+
+
+def read_labels(path: Path) -> object:
+    store = LabelStore(str(path.parent))
+    info, found = store.info, store.read(0, range(LABELS.images))
+    return [info.to_json(), info.planned_bytes, *vars(found).values()]
+
+
 def json_kind(value: object, read: Callable[[Path], object], name: str = "experts-cost.json") -> Kind:
     def write(folder: Path) -> Path:
         (folder / name).write_text(json.dumps(value))
@@ -256,6 +275,8 @@ KINDS = {
     "transform": Kind(write_transform, read_transform, sealed=True),
     "checkpoint": Kind(write_checkpoint, read_checkpoint, sealed=True, count=80),
     "part of a checkpoint": Kind(write_part, read_checkpoint, sealed=True, count=80),
+    "labels": Kind(write_labels, read_labels, sealed=True),
+    "info of labels": Kind(write_label_info, read_labels, sealed=True),
     "expert progress": Kind(write_progress, read_progress, sealed=True, count=50),
     "data note": json_kind(
         {"fingerprint": "x", "training_images": 3}, lambda p: DataNote.read(open_location(str(p.parent))), DATA
@@ -376,7 +397,8 @@ def with_other_metadata(content: bytes, draw: np.random.Generator) -> bytes:
 
 def _schema_of(content: bytes) -> Any:
     place = open_location("memory://mutations") / "x.arrow"
-    name = "datm_ray.trajectory" if b"datm_ray.trajectory" in content else "datm_ray.tensors"
+    names = ("datm_ray.trajectory", "datm_ray.labels", "datm_ray.tensors")
+    name = next(each for each in names if each.encode() in content)
     file = sealed.open_sealed(place, format_name=name, format_version=9)
     return file.schema, file.header, file.parts, file.summary
 

@@ -15,7 +15,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace as replaced
 from io import BytesIO
@@ -137,17 +137,29 @@ class Location:
 
         Temporary files of writers at work, or of killed ones, are left out.
         """
-        folder = self.path.rstrip("/")
+        return sorted(self._children(self._listed(detail=False)))
+
+    def sizes(self) -> dict[str, int]:
+        """Sizes in bytes of the files in this folder by name, from one listing; see `list`."""
+        entries = {entry["name"]: entry for entry in self._listed(detail=True) if entry["type"] == "file"}
+        return {name: int(entries[path]["size"]) for name, path in sorted(self._children(entries).items())}
+
+    def _listed(self, *, detail: bool) -> Sequence[Any]:
         with self._asking("list"):
             try:
-                paths = self._ask(lambda: self.fs.ls(self.path, detail=False))
+                found: Sequence[Any] = self._ask(lambda: self.fs.ls(self.path, detail=detail))
             except (FileNotFoundError, NotADirectoryError) as error:
                 if lacks_bucket(error):
                     raise
                 return []
+            return found
+
+    def _children(self, paths: Iterable[str]) -> dict[str, str]:
+        """Listed path of each child by its name."""
+        folder = self.path.rstrip("/")
         # ls() of a file gives the file itself, and of some S3 folders the folder too: neither is a child.
-        children = (path.rstrip("/").rpartition("/") for path in paths)
-        return sorted(name for parent, _, name in children if parent == folder and not _is_temporary(name))
+        split = ((path, path.rstrip("/").rpartition("/")) for path in paths)
+        return {name: path for path, (parent, _, name) in split if parent == folder and not _is_temporary(name)}
 
     def read_bytes(self) -> bytes:
         """The whole file."""

@@ -1,0 +1,548 @@
+"""Labels of a synthetic set: for every epoch and image a view of the image, and the teacher's logits for that view.
+
+    <uri>/labels.arrow         what the labels are of, see `LabelInfo`
+    <uri>/epoch-00007.arrow    a record for each image in epoch 7
+
+An epoch is one sealed Arrow file (see `sealed`). Its batches are blocks of images in order, of about 64 KiB, which is
+also the least that is read and checked at a time: with a digest for every image the digests would be as large as the
+labels. A batch is one row, whose columns are lists of the records of its images, one after another:
+
+    boxes float32 x 4 | flips bool | partners int32 | lambdas float32 | mix_boxes uint16 x 4
+    | values float16 x k, or x (t + 1) | indices uint16 x t, or none
+
+Epochs are written once, whole, by any number of workers, and are never changed. What views are, and how logits are
+packed, is not known here (see core/labelling.py). Letters: b = number of records, k = number of classes, t = number of
+classes whose logits are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any, BinaryIO, Generic, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from datm_ray.errors import CorruptFileError, DatmError, StoreError
+from datm_ray.store.cache import configured_cache
+from datm_ray.store.files.filesystem import AlreadyExistsError, Location, MissingFileError, open_location
+from datm_ray.store.sealed import SealedFile, SealedWriter, damaged, open_sealed, reading_again, rejecting_nonsense
+from datm_ray.store.tensors import read_tensors, write_tensors
+from datm_ray.store.trajectories import epochs_in_words
+
+FORMAT = "datm_ray.labels"
+FORMAT_VERSION = 1
+INFO_KIND = "labels"
+INFO_FILE = "labels.arrow"
+BLOCK_BYTES = 64 * 1024
+"""Size of a block's records in bytes; a larger record is a block of its own."""
+MEMORY = 2**28
+"""Bytes of blocks that a store keeps at most."""
+
+_EPOCH_FILE = re.compile(r"epoch-(\d{5})\.arrow")
+_MAX_EPOCH = 99_999
+_OPENED = 2  # epochs whose index of blocks is kept: a training's present one, and the next
+_FETCHED = 256  # blocks fetched at a time, 16 MiB
+_COLUMNS: dict[str, tuple[type[np.generic], pa.DataType]] = {
+    "boxes": (np.float32, pa.float32()),
+    "flips": (np.bool_, pa.bool_()),
+    "partners": (np.int32, pa.int32()),
+    "lambdas": (np.float32, pa.float32()),
+    "mix_boxes": (np.uint16, pa.uint16()),
+    "values": (np.float16, pa.float16()),
+    "indices": (np.uint16, pa.uint16()),
+}
+_VIEW_WIDTHS = {"boxes": 4, "flips": 1, "partners": 1, "lambdas": 1, "mix_boxes": 4}
+_SCHEMA = pa.schema(
+    [
+        pa.field(name, pa.list_(pa.field("item", kind, nullable=False)), nullable=False)
+        for name, (_, kind) in _COLUMNS.items()
+    ]
+)
+
+T = TypeVar("T")
+K = TypeVar("K")
+
+
+@dataclass(frozen=True)
+class LabelInfo:
+    """Images, teacher and views that a store's labels are of."""
+
+    set_fingerprint: str
+    """Digest of the synthetic images; labels of others do not belong to them."""
+
+    teacher_fingerprint: str
+    """Digest of whatever decides the teacher's logits."""
+
+    images: int
+    """Number of images in the set."""
+
+    classes: int
+    """k, the number of logits that the teacher gives."""
+
+    size: tuple[int, int]
+    """Height and width in pixels of the images and of their views."""
+
+    epochs: int
+    """Number of epochs of the training that the labels are for."""
+
+    keep: int
+    """Number of epochs that are labelled and stored, from 1 to `epochs`; a training repeats them in turn."""
+
+    seed: int
+    """Seed of the views."""
+
+    top: int | None = None
+    """t, the number of largest logits that are kept; None keeps all."""
+
+    temperature: float = 1.0
+    """Temperature at which the kept logits have their exact probabilities; all logits have them at any."""
+
+    augmentation: Mapping[str, float] = field(default_factory=dict)
+    """Settings of the views, by name."""
+
+    def __post_init__(self) -> None:
+        if min(self.images, self.classes, *self.size) < 1 or not 1 <= self.keep <= self.epochs:
+            raise ValueError(f"{self.images} images, {self.classes} classes, {self.keep} of {self.epochs} epochs")
+        if max(self.size) >= 2**16 or self.images >= 2**31 or self.keep > _MAX_EPOCH + 1:
+            raise ValueError(f"{self.images} images of {self.size} pixels or {self.keep} epochs are too many")
+        if self.top is not None and not 1 <= self.top < self.classes <= 2**16:
+            raise ValueError(f"the {self.top} largest of {self.classes} logits cannot be kept")
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as JSON has them."""
+        return {**asdict(replace(self, augmentation=dict(self.augmentation))), "size": [*self.size]}
+
+    def pool_epoch(self, epoch: int) -> int:
+        """Stored epoch whose labels an epoch of the training takes, both from 0: the stored ones in turn."""
+        return epoch % self.keep
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Number of values of one record in each column."""
+        top = self.top or 0
+        values = self.classes if self.top is None else top + 1
+        return {**_VIEW_WIDTHS, "values": values, "indices": top}
+
+    @property
+    def record_bits(self) -> int:
+        """Size of one record in bits: a flip is one bit."""
+        return sum(width * _COLUMNS[name][1].bit_width for name, width in self.widths.items())
+
+    @property
+    def planned_bytes(self) -> int:
+        """Bytes of all records that will be stored; files are 2 to 3 % larger, small ones more."""
+        return math.ceil(self.keep * self.images * self.record_bits / 8)
+
+
+@dataclass(frozen=True, eq=False)
+class LabelRecords:
+    """Records of some images in one epoch, in the order asked for."""
+
+    boxes: NDArray[np.float32]
+    """[b 4] crops: top, left, height and width as shares of the image's sides."""
+
+    flips: NDArray[np.bool_]
+    """[b] True for views that are mirrored."""
+
+    partners: NDArray[np.int32]
+    """[b] index of the image that is mixed into each view."""
+
+    lambdas: NDArray[np.float32]
+    """[b] share of a view that shows its own image, in [0, 1]."""
+
+    mix_boxes: NDArray[np.uint16]
+    """[b 4] place of the partner in the view: top, left, height and width in pixels."""
+
+    values: NDArray[np.float16]
+    """[b k] logits; or [b t+1], the largest in descending order, then the logit of all other classes."""
+
+    indices: NDArray[np.uint16]
+    """[b t] classes of the largest logits; [b 0] where all are stored."""
+
+    def __len__(self) -> int:
+        return len(self.flips)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(getattr(self, name).nbytes for name in _COLUMNS)
+
+    def take(self, places: slice | NDArray[np.int64]) -> LabelRecords:
+        """Select the records at these places."""
+        return LabelRecords(**{name: getattr(self, name)[places] for name in _COLUMNS})
+
+    def require(self, info: LabelInfo) -> None:
+        """Raise ValueError unless shapes, types and ranges are those that `info` announces."""
+        for name, width in info.widths.items():
+            array, shape = getattr(self, name), _shape(name, len(self), width)
+            if array.shape != shape or array.dtype != _COLUMNS[name][0]:
+                expected = f"{np.dtype(_COLUMNS[name][0])} {list(shape)}"
+                raise ValueError(f"{name} are {array.dtype} {list(array.shape)} instead of {expected}")
+        for name, is_sound in self._ranges(info).items():
+            if not is_sound:
+                raise ValueError(f"{name} are outside of their range")
+
+    def _ranges(self, info: LabelInfo) -> dict[str, bool]:
+        far = self.mix_boxes[:, :2].astype(np.int64) + self.mix_boxes[:, 2:]
+        return {
+            "boxes": bool(((self.boxes >= 0) & (self.boxes <= 1)).all()),
+            "partners": bool(((self.partners >= 0) & (self.partners < info.images)).all()),
+            "lambdas": bool(((self.lambdas >= 0) & (self.lambdas <= 1)).all()),
+            "mix_boxes": bool((far <= np.array(info.size)).all()),
+            "values": bool(np.isfinite(self.values).all()),
+            "indices": bool((self.indices < info.classes).all()),
+        }
+
+
+class LabelStore:
+    """Labels of one set by one teacher. Picklable, and usable in a forked process; nothing is read until asked for."""
+
+    def __init__(self, place: str | Location, *, memory: int = MEMORY) -> None:
+        """Name the store's folder.
+
+        Args:
+            place: local path, or a file://, memory:// or s3:// URI, or a location, whose guard then protects the files.
+            memory: most bytes of blocks that are kept for the next reads. Blocks of local files lie in the page cache.
+        """
+        self._place = open_location(place) if isinstance(place, str) else place
+        self._memory = memory
+        self._forget()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuilt, (self._place, self._memory)
+
+    @classmethod
+    def create(cls, place: str | Location, info: LabelInfo) -> LabelStore:
+        """Open the store of these labels, and start it where there is none. Several workers may do so at a time.
+
+        Raises:
+            StoreError: the folder holds labels of other images, of another teacher or with other settings.
+        """
+        store = cls(place)
+        file, metadata = store.location / INFO_FILE, {"version": FORMAT_VERSION, "info": info.to_json()}
+        if not file.exists():
+            with suppress(AlreadyExistsError):  # another worker was faster
+                write_tensors(file, {}, kind=INFO_KIND, metadata=metadata, replace=False)
+        store._require(info)
+        return store
+
+    def _require(self, info: LabelInfo) -> None:
+        ours, theirs = info.to_json(), self.info.to_json()
+        differing = [
+            f"{name} {theirs[name]!r} instead of {ours[name]!r}" for name in ours if ours[name] != theirs[name]
+        ]
+        if differing:
+            raise StoreError(
+                f"{self.location.uri} holds other labels: {', '.join(differing)}",
+                "they were made with other settings, images or another teacher",
+                "Give another folder, or remove this one",
+            )
+
+    @property
+    def location(self) -> Location:
+        """The store's folder, with a connection of this process."""
+        if self._process != os.getpid():  # a fork inherits connections that it must not use
+            self._place = replace(open_location(self._place.uri), guard=self._place.guard)
+            self._forget()
+        return self._place
+
+    def _forget(self) -> None:
+        """Drop whatever was read, which may hold a connection of another process."""
+        self._process = os.getpid()
+        self._opened: _Recent[int, _OpenedEpoch] = _Recent(_OPENED, lambda epoch: 1)
+        self._blocks: _Recent[tuple[int, int], LabelRecords] = _Recent(self._memory, lambda block: block.nbytes)
+
+    @cached_property
+    def info(self) -> LabelInfo:
+        """What the labels are of.
+
+        Raises:
+            StoreError: there is no store of labels.
+            CorruptFileError: its description is damaged.
+        """
+        file = self.location / INFO_FILE
+        metadata = read_tensors(file, kind=INFO_KIND).metadata
+        with rejecting_nonsense(file):
+            if int(metadata["version"]) > FORMAT_VERSION:
+                raise CorruptFileError(
+                    f"{file.uri} has version {metadata['version']} of its format",
+                    f"This program knows up to {FORMAT_VERSION}",
+                    "Upgrade datm-ray",
+                )
+            return _info_from_json(metadata["info"])
+
+    def epochs(self) -> list[int]:
+        """Stored epochs, sorted. Epochs being written are not among them."""
+        matches = (_EPOCH_FILE.fullmatch(name) for name in self.location.list())
+        return [int(match[1]) for match in matches if match]
+
+    def missing(self) -> list[int]:
+        """Epochs that are still to be labelled, sorted."""
+        return sorted(set(range(self.info.keep)) - set(self.epochs()))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files of the store so far, from a listing alone."""
+        sizes = self.location.sizes()
+        return sum(size for name, size in sizes.items() if name == INFO_FILE or _EPOCH_FILE.fullmatch(name))
+
+    def write_epoch(self, epoch: int, records: Iterable[LabelRecords]) -> bool:
+        """Store one epoch atomically, without ever replacing one. Returns True if this call stored it.
+
+        False means that the epoch is stored already. If it was from the start, no record is taken. Records are written
+        as they come, so that memory holds a block and one of them.
+
+        Args:
+            epoch: from 0 to `info.keep` - 1.
+            records: together one for each image, in the order of the images; each of any number.
+
+        Raises:
+            ValueError: the records are not those that `info` announces.
+            StoreError: the place cannot be written, or a logit is no float16.
+        """
+        place = self._file(epoch)
+        if place.exists():
+            return False
+        self.location.remove_leftovers()
+        try:
+            with place.create(replace=False) as file:
+                _write(place, file, records, self.info, epoch)
+        except AlreadyExistsError:
+            return False
+        return True
+
+    def read(self, epoch: int, images: Sequence[int] | NDArray[np.int64]) -> LabelRecords:
+        """Records of some images in a stored epoch, in the order asked for; the caller owns them.
+
+        Only the blocks of these images are read, each checked against its digest, and those kept from earlier reads
+        are not read again.
+
+        Raises:
+            IndexError: the set has no such image.
+            StoreError: the epoch is not stored.
+            CorruptFileError: the file is damaged, or of other labels.
+        """
+        chosen = np.asarray(images, np.int64)
+        if len(chosen) and not 0 <= chosen.min() <= chosen.max() < self.info.images:
+            raise IndexError(f"the set has images 0 to {self.info.images - 1}")
+        return self._reading(epoch, lambda: self._gathered(epoch, chosen))
+
+    def verify(self, epoch: int) -> None:
+        """Check every byte and record of an epoch, read afresh. Raises CorruptFileError."""
+
+        def verify() -> None:
+            opened = _open_epoch(self._file(epoch), self.info, epoch)
+            opened.sealed.verify()
+            for block in range(opened.sealed.n_batches):
+                opened.blocks([block], self.info)
+
+        reading_again(self._file(epoch), verify)
+
+    def _reading(self, epoch: int, read: Callable[[], T]) -> T:
+        def attempt() -> T:
+            try:
+                return read()
+            except DatmError:
+                self._forget()  # the next access checks the file again
+                raise
+
+        try:
+            return reading_again(self._file(epoch), attempt)
+        except MissingFileError as error:
+            raise StoreError(
+                f"{self.location.uri} has no labels of epoch {epoch}; it has {epochs_in_words(self.epochs())}",
+                f"{self.info.keep} epochs are to be labelled, and the labelling has not finished",
+                "Label the epochs that are missing",
+            ) from error
+
+    def _gathered(self, epoch: int, images: NDArray[np.int64]) -> LabelRecords:
+        found = _empty(len(images), self.info)
+        blocks, places = np.divmod(images, self._open(epoch).block)
+        order = np.argsort(blocks, kind="stable")
+        needed, firsts = np.unique(blocks[order], return_index=True)
+        rows = np.split(order, firsts[1:])  # of the result, for each block
+        for first in range(0, len(needed), _FETCHED):
+            group = slice(first, first + _FETCHED)
+            for own, block in zip(rows[group], self._read_blocks(epoch, needed[group].tolist()), strict=True):
+                for name in _COLUMNS:
+                    getattr(found, name)[own] = getattr(block, name)[places[own]]
+        return found
+
+    def _read_blocks(self, epoch: int, numbers: Sequence[int]) -> list[LabelRecords]:
+        """Blocks of an epoch by number, fetched together where they are not kept."""
+        kept = {number: self._blocks.get((epoch, number)) for number in numbers}
+        found = {number: block for number, block in kept.items() if block is not None}
+        absent = [number for number in numbers if number not in found]
+        if absent:
+            fresh = self._open(epoch).blocks(absent, self.info)
+            found.update(zip(absent, fresh, strict=True))
+            for number, block in zip(absent, fresh, strict=True):
+                self._blocks.put((epoch, number), block)
+        return [found[number] for number in numbers]
+
+    def _open(self, epoch: int) -> _OpenedEpoch:
+        opened = self._opened.get(epoch)
+        if opened is None:
+            opened = _open_epoch(self._file(epoch), self.info, epoch)
+            self._opened.put(epoch, opened)
+        return opened
+
+    def _file(self, epoch: int) -> Location:
+        if not 0 <= epoch < self.info.keep:
+            raise ValueError(f"epochs are numbered from 0 to {self.info.keep - 1}, not {epoch}")
+        return self.location / f"epoch-{epoch:05d}.arrow"
+
+
+class _Recent(Generic[K, T]):
+    """The values used last, as many as fit into a limit, and at least one."""
+
+    def __init__(self, limit: int, size: Callable[[T], int]) -> None:
+        self._values: OrderedDict[K, T] = OrderedDict()
+        self._limit, self._size, self._held = limit, size, 0
+
+    def get(self, key: K) -> T | None:
+        if key in self._values:
+            self._values.move_to_end(key)
+        return self._values.get(key)
+
+    def put(self, key: K, value: T) -> None:
+        """Keep a value under a new key, and drop those unused for longest."""
+        self._values[key] = value
+        self._held += self._size(value)
+        while self._held > self._limit and len(self._values) > 1:
+            self._held -= self._size(self._values.popitem(last=False)[1])
+
+
+@dataclass(frozen=True)
+class _OpenedEpoch:
+    """What the end of an epoch's file tells."""
+
+    sealed: SealedFile
+    block: int
+    """Images of a block; the last block may have fewer."""
+
+    def blocks(self, numbers: Sequence[int], info: LabelInfo) -> list[LabelRecords]:
+        """Read and check some blocks."""
+        batches = self.sealed.batches(numbers, cache=configured_cache())
+        with rejecting_nonsense(self.sealed.location):
+            counts = [min(self.block, info.images - self.block * number) for number in numbers]
+            return [_records(batch, count, info) for batch, count in zip(batches, counts, strict=True)]
+
+
+def _open_epoch(location: Location, info: LabelInfo, epoch: int) -> _OpenedEpoch:
+    sealed = open_sealed(location, format_name=FORMAT, format_version=FORMAT_VERSION)
+    with rejecting_nonsense(location):
+        belongs = (json.loads(sealed.header["info"]), int(sealed.header["epoch"])) == (info.to_json(), epoch)
+        block = int(sealed.header["block"])
+        consistent = sealed.n_batches == -(-info.images // block) and sealed.schema.equals(_SCHEMA) and block > 0
+    if not belongs:
+        raise CorruptFileError(
+            f"{location.uri} holds another epoch, or labels of another store",
+            "It was renamed or copied",
+            "Put it back where it belongs, or remove it and label the epoch again",
+        )
+    if not consistent:
+        raise damaged(location, "Its blocks are not those it announces")
+    return _OpenedEpoch(sealed, block)
+
+
+def _write(place: Location, file: BinaryIO, records: Iterable[LabelRecords], info: LabelInfo, epoch: int) -> None:
+    block, count = max(1, 8 * BLOCK_BYTES // info.record_bits), 0
+    header = {"info": json.dumps(info.to_json(), sort_keys=True), "epoch": str(epoch), "block": str(block)}
+    writer = SealedWriter(file, _SCHEMA, format_name=FORMAT, format_version=FORMAT_VERSION, header=header)
+    for part in _in_blocks(_checked(records, info), block):
+        count += len(part)
+        # Not around the whole loop: errors of the labelling behind `records` are not errors of the store.
+        with place.explaining("write"):
+            writer.write(_batch(part))
+    if count != info.images:
+        raise ValueError(f"{count} records given for {info.images} images")
+    with place.explaining("write"):
+        writer.close({"images": count})
+
+
+def _checked(records: Iterable[LabelRecords], info: LabelInfo) -> Iterator[LabelRecords]:
+    for each in records:
+        if not np.isfinite(each.values).all():
+            raise StoreError(
+                "a logit cannot be stored as float16",
+                "it is not finite or beyond 65504: the teacher diverged, or was given images in another normalisation",
+                "Check the teacher's accuracy on these images",
+            )
+        each.require(info)
+        yield each
+
+
+def _in_blocks(records: Iterable[LabelRecords], size: int) -> Iterator[LabelRecords]:
+    """All records in order, `size` at a time; the last ones may be fewer."""
+    held: list[LabelRecords] = []
+    for each in records:
+        held.append(each)
+        while sum(map(len, held)) >= size:
+            joined = _joined(held)
+            yield joined.take(slice(size))
+            held = [joined.take(slice(size, None))]
+    if sum(map(len, held)):
+        yield _joined(held)
+
+
+def _joined(parts: Sequence[LabelRecords]) -> LabelRecords:
+    if len(parts) == 1:
+        return parts[0]
+    return LabelRecords(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS})
+
+
+def _empty(count: int, info: LabelInfo) -> LabelRecords:
+    shapes = {name: _shape(name, count, width) for name, width in info.widths.items()}
+    return LabelRecords(**{name: np.empty(shape, _COLUMNS[name][0]) for name, shape in shapes.items()})
+
+
+def _shape(name: str, count: int, width: int) -> tuple[int, ...]:
+    return (count,) if name in ("flips", "partners", "lambdas") else (count, width)
+
+
+def _batch(records: LabelRecords) -> pa.RecordBatch:
+    columns = []
+    for name, (_, kind) in _COLUMNS.items():
+        items = pa.array(np.ascontiguousarray(getattr(records, name)).reshape(-1), kind)
+        offsets = pa.array([0, len(items)], pa.int32())
+        columns.append(pa.ListArray.from_arrays(offsets, items, type=_SCHEMA.field(name).type))
+    return pa.record_batch(columns, schema=_SCHEMA)
+
+
+def _records(batch: pa.RecordBatch, count: int, info: LabelInfo) -> LabelRecords:
+    arrays = {}
+    for name, width in info.widths.items():
+        items = batch.column(name).flatten()
+        if items.null_count:
+            raise ValueError(f"{name} are missing")
+        arrays[name] = items.to_numpy(zero_copy_only=False).reshape(_shape(name, count, width))
+    records = LabelRecords(**arrays)
+    records.require(info)
+    return records
+
+
+def _info_from_json(content: Mapping[str, Any]) -> LabelInfo:
+    """The inverse of `LabelInfo.to_json`. Anything else is a TypeError or ValueError."""
+    info = LabelInfo(**{**content, "size": tuple(content["size"])})
+    height, width = info.size
+    whole = (info.images, info.classes, height, width, info.epochs, info.keep, info.seed, info.top or 0)
+    numbers = (info.temperature, *info.augmentation.values())
+    if not all(type(number) is int for number in whole) or not all(type(n) in (int, float) for n in numbers):
+        raise TypeError("a number is of another type")
+    if not all(isinstance(text, str) for text in (info.set_fingerprint, info.teacher_fingerprint)):
+        raise TypeError("a fingerprint is no text")
+    return info
+
+
+def _rebuilt(place: Location, memory: int) -> LabelStore:
+    return LabelStore(place, memory=memory)
