@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all test-versions docs lint type fmt check bench-cifar bench-evaluate bench-experts bench-matching bench-metadd bench-own-images bench-plan bench-rounding bench-scheduling bench-store fidelity gpu clean
+.PHONY: help install demo test test-slow test-all test-versions docs lint type fmt check bench-cifar bench-evaluate bench-experts bench-labels bench-matching bench-metadd bench-own-images bench-plan bench-rounding bench-scheduling bench-store fidelity gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -62,6 +62,9 @@ bench-experts: install  ## experts an hour against the published loop
 
 bench-evaluate: install  ## networks scored an hour against the published loop
 	$(BIN)/python benchmarks/bench_evaluate.py
+
+bench-labels: install  ## bytes and speed of writing and playing back labels, against a pickle for each batch
+	$(BIN)/python benchmarks/bench_labels.py
 
 bench-matching: install  ## speed, memory and error of the matching gradient against full unrolling and TESLA
 	$(BIN)/python benchmarks/bench_matching.py

@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from datm_ray.artifact import Artifact, load
     from datm_ray.config import RunConfig
     from datm_ray.recipes import get_recipe
+    from datm_ray.replay import ReplayedLabels
     from datm_ray.stages.method import Method
 
 __all__ = [
     "Artifact",
     "Method",
+    "ReplayedLabels",
     "RunConfig",
     "__version__",
     "distill",
@@ -44,6 +46,7 @@ _HOME = {
     "evaluate": "datm_ray.api",
     "Method": "datm_ray.stages.method",
     "RunConfig": "datm_ray.config",
+    "ReplayedLabels": "datm_ray.replay",
     "get_recipe": "datm_ray.recipes",
 }
 

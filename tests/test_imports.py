@@ -28,6 +28,7 @@ FORBIDDEN = {
     "monitor": CLUSTER_AND_COMMANDS,
     "report": CLUSTER_AND_COMMANDS,
     "artifact.py": CLUSTER_AND_COMMANDS,
+    "replay.py": CLUSTER_AND_COMMANDS,
     "cli": ("ray", "torch", "numpy", "pyarrow", "pydantic"),
 }
 """Folder or file -> packages of others that it does without."""
@@ -43,6 +44,7 @@ ALLOWED = {
     "store": ("store", "errors"),
     "data": ("data", "errors", "memory"),
     "artifact.py": ("core", "data", "store", "errors"),
+    "replay.py": ("artifact", "core", "store", "errors"),
     "runtime": ("runtime", "monitor", "core", "store", "config", "errors"),
     "monitor": ("monitor", "runtime", "store", "config", "errors"),
     "stages": (

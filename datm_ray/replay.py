@@ -1,0 +1,89 @@
+"""Playing labels back: a torch data set of the labelled views of a set's images, and the teacher's logits for them.
+
+Every view is complete in itself, so an ordinary `DataLoader` serves: any batch size, any order, any number of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from datm_ray.artifact import Artifact
+from datm_ray.core.labelling import Views, apply_views, require_labelled, unpack_logits
+from datm_ray.store.labels import LabelRecords, LabelStore
+
+
+class ReplayedLabels(Dataset[tuple[Tensor, Tensor]]):
+    """Map-style data set of pairs (view [c h w], logits [k]) of one epoch.
+
+    >>> labels = datm_ray.ReplayedLabels(datm_ray.load("synthetic.arrow"), "labels")
+    >>> loader = torch.utils.data.DataLoader(labels, batch_size=128, shuffle=True)
+    >>> for epoch in range(labels.info.epochs):
+    ...     labels.set_epoch(epoch)
+    ...     for views, logits in loader: ...
+
+    The epoch is shared with the loader's workers, persistent ones too. An epoch beyond those stored repeats them in
+    turn: with n stored epochs, epoch e has the labels of epoch e mod n.
+    """
+
+    def __init__(self, images: Artifact | Tensor, labels: str | LabelStore) -> None:
+        """Read what the labels are of, and check that they belong to the images.
+
+        Args:
+            images: the set, or its images [n c h w] on any device, where the views are made.
+            labels: URI of the label store, or the store.
+
+        Raises:
+            ConfigError: the labels are of other images.
+            StoreError: there is no label store.
+        """
+        self.images = images.images if isinstance(images, Artifact) else images
+        self.labels = LabelStore(labels) if isinstance(labels, str) else labels
+        self.info = self.labels.info
+        require_labelled(self.images, self.info.set_fingerprint, self.labels.location.uri)
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the training whose labels are played back, from 0."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the training, from 0; call it before the loader is iterated over."""
+        if epoch < 0:
+            raise ValueError(f"epochs are numbered from 0, not {epoch}")
+        self._epoch.fill_(epoch)
+
+    def batch(self, rows: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Views [b c h w] and logits [b k] of some images, on the images' device: a faster way without a loader.
+
+        Raises:
+            IndexError: the set has no such image.
+            StoreError: the epoch is not labelled yet, or cannot be read.
+            CorruptFileError: its file is damaged.
+        """
+        chosen = np.asarray(rows, np.int64)
+        records = self.labels.read(self.info.pool_epoch(self.epoch), chosen)
+        logits = unpack_logits(records.values, records.indices, self.info.classes)
+        return apply_views(self.images, views_of(chosen, records)), logits.to(self.images.device)
+
+    def __getitems__(self, rows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Pairs of some images, which the loader asks for together."""
+        return list(zip(*self.batch(rows), strict=True))
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        """Pair of one image."""
+        return self.__getitems__([row])[0]
+
+
+def views_of(rows: NDArray[np.int64], records: LabelRecords) -> Views:
+    """Views that records of these images describe."""
+    return Views(rows, records.boxes, records.flips, records.partners, records.lambdas, records.mix_boxes)

@@ -1,0 +1,124 @@
+"""Labelling a set for every epoch of a training: the work of one worker, which any number can share by epochs.
+
+An epoch that is stored already is skipped, and one that was being labelled when its worker died starts anew. The result
+does not depend on who labels which epoch, nor in which order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from torch import Tensor, nn
+
+from datm_ray.core.augment import LEAST_SHARE
+from datm_ray.core.labelling import (
+    MIX,
+    draw_views,
+    images_fingerprint,
+    pack_logits,
+    require_labelled,
+    teacher_logits,
+)
+from datm_ray.core.training import Heartbeat, no_heartbeat
+from datm_ray.errors import ConfigError
+from datm_ray.store.files.filesystem import Location
+from datm_ray.store.labels import LabelInfo, LabelRecords, LabelStore
+
+VIEWS: Mapping[str, float] = {"least_share": LEAST_SHARE, "mix": MIX}
+"""Settings of the views, as published; see `draw_views`."""
+
+
+def create_labels(
+    place: str | Location,
+    images: Tensor,
+    classes: int,
+    teacher_fingerprint: str,
+    *,
+    epochs: int,
+    keep: int | None = None,
+    top: int | None = None,
+    temperature: float = 1.0,
+    seed: int = 0,
+    views: Mapping[str, float] = VIEWS,
+) -> LabelStore:
+    """Open the store for the labels of a set, and start it where there is none.
+
+    Args:
+        place: folder of the store.
+        images: [n c h w] images of the set, as networks are trained on them.
+        classes: number of the teacher's logits.
+        teacher_fingerprint: digest of what decides the teacher's logits.
+        epochs: number of epochs of the training.
+        keep: number of epochs to label and store, which the training repeats in turn; None labels all.
+        top: number of largest logits to keep; None keeps all.
+        temperature: see `pack_logits`.
+        seed: seed of the views.
+        views: settings of the views, see `draw_views`.
+
+    Raises:
+        ConfigError: `keep` or `top` is out of range.
+        StoreError: the folder holds labels of other images, of another teacher or with other settings.
+    """
+    keep = epochs if keep is None else keep
+    if not 1 <= keep <= epochs:
+        raise ConfigError(f"{keep} of {epochs} epochs cannot be labelled", remedy=f"keep 1 to {epochs} epochs")
+    if top is not None and not 1 <= top < classes:
+        raise ConfigError(
+            f"the {top} largest of {classes} logits cannot be kept", remedy=f"keep 1 to {classes - 1}, or all"
+        )
+    height, width = images.shape[2:]
+    info = LabelInfo(
+        set_fingerprint=images_fingerprint(images),
+        teacher_fingerprint=teacher_fingerprint,
+        images=len(images),
+        classes=classes,
+        size=(height, width),
+        epochs=epochs,
+        keep=keep,
+        seed=seed,
+        top=top,
+        temperature=temperature,
+        augmentation=views,
+    )
+    return LabelStore.create(place, info)
+
+
+def label_epochs(
+    store: LabelStore,
+    network: nn.Module,
+    images: Tensor,
+    epochs: Iterable[int],
+    *,
+    batch: int = 256,
+    heartbeat: Heartbeat = no_heartbeat,
+) -> Iterator[int]:
+    """Label the images in some epochs. Yields each epoch once it is stored, by this call or by another worker.
+
+    Args:
+        network: teacher, on the images' device; it is used in evaluation mode.
+        images: [n c h w] images of the set, the same as those of `create_labels`.
+        epochs: numbers of stored epochs, such as `store.missing()` or a worker's part of them.
+        batch: images labelled at a time; it decides no view, and logits up to rounding only.
+        heartbeat: called after each batch.
+
+    Raises:
+        ConfigError: the store is for labels of other images.
+        StoreError: an epoch cannot be written, or a logit is no float16.
+    """
+    require_labelled(images, store.info.set_fingerprint, store.location.uri)
+    for epoch in epochs:
+        store.write_epoch(epoch, _labelled(store.info, network, images, epoch, batch, heartbeat))
+        yield epoch
+
+
+def _labelled(
+    info: LabelInfo, network: nn.Module, images: Tensor, epoch: int, batch: int, heartbeat: Heartbeat
+) -> Iterator[LabelRecords]:
+    """Records of all images in an epoch, one batch at a time."""
+    drawn = draw_views(info.seed, epoch, info.images, info.size, **info.augmentation)
+    for first in range(0, info.images, batch):
+        views = drawn.take(slice(first, first + batch))
+        logits = teacher_logits(network, images, views, batch, heartbeat)
+        values, indices = pack_logits(logits, info.top, info.temperature)
+        boxes, flips, partners = views.boxes, views.flips, views.partners
+        yield LabelRecords(boxes, flips, partners, views.lambdas, views.mix_boxes, values, indices)
