@@ -59,6 +59,7 @@ ALLOWED = {
         "config",
         "errors",
         "artifact",
+        "replay",
     ),
     "interop": ("interop", "stages", "core", "data", "store", "config", "errors"),
 }

@@ -17,8 +17,8 @@ LATER_KEYS = {"real_batch": 256, "options": {}, "initial": "correct", "labels": 
 LATER_EXPERT_KEYS = {"schedule": "constant", "warmup_epochs": 0}
 """Keys of experts that earlier versions had not -> value that their experts had."""
 SCORING_KEYS = (
-    *("labels", "temperature", "cutmix", "learning_rate"),
-    *("schedule", "warmup_epochs", "epochs", "batch_size"),
+    *("labels", "temperature", "cutmix", "keep_labels", "top_logits", "learning_rate"),
+    *("schedule", "warmup_epochs", "epochs", "batch_size", "weight_decay"),
 )
 """Keys of `evaluate` that decide how networks are scored, and nothing of the set."""
 

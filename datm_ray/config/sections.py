@@ -338,7 +338,7 @@ class RecoverConfig(Section):
     first_layer: NonNegative = 10.0
     """Weight, within it, of the first batch normalisation; the others have 1."""
     least_share: Annotated[float, Field(gt=0, le=1)] = 0.08
-    """Smallest share of an image's area that a crop keeps, in (0, 1]."""
+    """Smallest share of an image's area that a crop keeps, in (0, 1]; 1 does not crop."""
     crops: Literal["published", "falling"] = "published"
     """falling: the smallest share falls from 1 to `least_share` along a cosine, as in CDA."""
     shift: Epoch = 4
@@ -424,12 +424,17 @@ class EvaluateConfig(Section):
     """Compute DD-Ranking's LRS and ARS (three more table rows). They need `full`."""
     augmentation: str = PUBLISHED_AUGMENTATION
     """DSA operations during evaluation."""
-    labels: Literal["own", "teacher"] = "own"
-    """teacher: rows with soft labels learn the logits of expert 0 on every augmented batch; own: their labels."""
+    labels: Literal["own", "teacher", "stored"] = "own"
+    """Labels of rows with soft labels: own; teacher: expert 0's logits for every augmented batch; stored: those of
+    the distilled set are made once for every epoch and image, for resized and mirrored views, and kept beside it."""
     temperature: Positive = 20.0
-    """teacher: divides the logits of teacher and network."""
+    """teacher, stored: divides the logits of teacher and network."""
     cutmix: NonNegative = 0.0
-    """teacher: alpha of CutMix, such as 1; 0 for none."""
+    """teacher, stored: alpha of CutMix, such as 1; 0 for none."""
+    keep_labels: Count | None = None
+    """stored: epochs of labels to keep, repeated in turn; null: one for every epoch."""
+    top_logits: Count | None = None
+    """stored: number of largest logits to keep of each; null: all."""
     learning_rate: Positive | None = None
     """Learning rate of rows with soft labels; null: learned with the set, or chosen on validation data."""
     schedule: Literal["step", "cosine"] = "step"
@@ -440,6 +445,8 @@ class EvaluateConfig(Section):
     """Epochs of training; null: the protocol's."""
     batch_size: Count | None = None
     """Images per step; null: the protocol's."""
+    weight_decay: NonNegative | None = None
+    """Weight decay; null: 0.0005, and 0.05 for adamw."""
 
 
 SELDOM = {
@@ -450,8 +457,8 @@ SELDOM = {
     "validation_seeds checkpoint_every",
     "recover": "first_layer rounds mixed_in",
     "metadd": "divergence variance_of threshold",
-    "evaluate": "optimiser real_epochs full fair augmentation labels temperature cutmix learning_rate schedule "
-    "warmup_epochs epochs batch_size",
+    "evaluate": "optimiser real_epochs full fair augmentation labels temperature cutmix keep_labels top_logits "
+    "learning_rate schedule warmup_epochs epochs batch_size weight_decay",
     "cluster": "threads_per_worker resources labels accelerator_type light device compile experts_at_a_time "
     "backbones_apart auxiliaries_apart channels_last peer_timeout wait_for_nodes retries",
 }

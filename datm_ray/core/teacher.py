@@ -12,19 +12,41 @@ label is mixed. Shapes: b images, c h w image, k classes. References: arXiv 1503
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from datm_ray.core.batches import Batch, batches
 from datm_ray.core.randomness import Purpose, generator
+
+
+class Lessons(Protocol):
+    """Images and a teacher's logits for every step of a training."""
+
+    @property
+    def temperature(self) -> float:
+        """T of the loss, see `divergence`."""
+        ...
+
+    def batches(self, images: Tensor, seed: int, epochs: int, batch_size: int, augmentation: str) -> Iterator[Batch]:
+        """Batches of all epochs, with images [1 b c h w] and the teacher's logits [1 b k] as their targets.
+
+        Args:
+            images: [n c h w] images of the set.
+            seed: of order, augmentation and CutMix.
+            augmentation: operations, see `core.augment`.
+        """
+        ...
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A trained network, and how others learn from it."""
+    """A trained network that labels every batch when it is needed."""
 
     network: nn.Module
     """The teacher; it is put into evaluation mode, and its parameters need no gradient."""
@@ -36,11 +58,16 @@ class Teacher:
     def __post_init__(self) -> None:
         self.network.eval().requires_grad_(False)
 
-    def loss(self, network: nn.Module, images: Tensor) -> Tensor:
-        """Loss [] of a network on images [b c h w]; differentiable in the network's parameters."""
-        with torch.no_grad():
-            wanted = self.network(images)
-        return divergence(network(images), wanted, self.temperature)
+    def batches(self, images: Tensor, seed: int, epochs: int, batch_size: int, augmentation: str) -> Iterator[Batch]:
+        """Augmented and mixed images, labelled as they are, see `Lessons`."""
+        none = torch.zeros(len(images), device=next(self.network.parameters()).device)
+        number = 0
+        for epoch, is_last, x, _ in batches([images], [none], [seed], range(epochs), batch_size, augmentation):
+            seen = self.mixed(x[0], seed, epoch, number)
+            with torch.no_grad():
+                logits = self.network(seen)
+            yield Batch(epoch, is_last, seen[None], logits[None])
+            number = 0 if is_last else number + 1
 
     def mixed(self, images: Tensor, seed: int, epoch: int, batch: int) -> Tensor:
         """Images [b c h w] after CutMix, drawn for a batch of an epoch; unchanged without CutMix."""
@@ -48,6 +75,37 @@ class Teacher:
             return images
         size = (images.shape[2], images.shape[3])
         return mix(images, draw_cutmix(self.cutmix, len(images), size, generator(seed, Purpose.CUTMIX, epoch, batch)))
+
+
+class Labels(Protocol):
+    """Stored views of a set's images and a teacher's logits for them, such as `datm_ray.ReplayedLabels`."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the training, from 0."""
+        ...
+
+    def batch(self, rows: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Views [b c h w] and logits [b k] of some images."""
+        ...
+
+
+@dataclass(frozen=True)
+class StoredLessons:
+    """Labels that were stored beforehand, in the order that a live teacher's images would have."""
+
+    labels: Labels
+    temperature: float = 20.0
+    """T, above 0."""
+
+    def batches(self, images: Tensor, seed: int, epochs: int, batch_size: int, augmentation: str) -> Iterator[Batch]:
+        """Stored views, which are augmented and mixed already, see `Lessons`."""
+        count = len(images)
+        for epoch in range(epochs):
+            self.labels.set_epoch(epoch)
+            order = generator(seed, Purpose.TRAINING_ORDER, epoch).permutation(count)
+            for first in range(0, count, batch_size):
+                x, logits = self.labels.batch(order[first : first + batch_size])
+                yield Batch(epoch, first + batch_size >= count, x[None], logits[None])
 
 
 def divergence(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:

@@ -25,7 +25,7 @@ from datm_ray.core.networks.image_cost import image_cost
 from datm_ray.core.networks.parameters import unflatten_into
 from datm_ray.core.networks.stacked import StackFunctions, can_be_stacked
 from datm_ray.core.rates import share_of_rate
-from datm_ray.core.teacher import Teacher
+from datm_ray.core.teacher import Lessons, divergence
 from datm_ray.errors import ConfigError
 
 Heartbeat = Callable[[], None]
@@ -65,9 +65,10 @@ class Schedule:
     warmup_epochs: int = 0
     """Epochs in which the learning rate grows from a hundredth, step by step."""
 
-    def with_adamw(self) -> Schedule:
-        """This training by AdamW, with AdamW's weight decay."""
-        return dataclasses.replace(self, optimiser="adamw", weight_decay=ADAMW_WEIGHT_DECAY)
+    def with_adamw(self, weight_decay: float | None = None) -> Schedule:
+        """This training by AdamW; `None` takes AdamW's usual weight decay."""
+        decay = ADAMW_WEIGHT_DECAY if weight_decay is None else weight_decay
+        return dataclasses.replace(self, optimiser="adamw", weight_decay=decay)
 
     def rate(self, step: int, steps_per_epoch: int = 1) -> float:
         """Learning rate of a step, counted from 0 over all epochs; of an epoch, if these count as single steps."""
@@ -114,6 +115,7 @@ def scoring_schedule(settings: EvaluateConfig, learning_rate: float) -> Schedule
         epochs=epochs,
         batch_size=settings.batch_size or protocol.batch_size,
         learning_rate=learning_rate,
+        weight_decay=protocol.weight_decay if settings.weight_decay is None else settings.weight_decay,
         augmentation=settings.augmentation,
         decay_epoch=None if is_cosine else halfway,
         cosine=is_cosine,
@@ -152,15 +154,15 @@ def train(
     targets: Tensor,
     schedule: Schedule,
     seed: int,
-    teacher: Teacher | None = None,
+    lessons: Lessons | None = None,
 ) -> Iterator[Epoch]:
     """Train the network in place, epoch by epoch.
 
     Args:
         images: [n c h w], normalised.
-        targets: [n] int64 classes, or [n k] logits of soft labels; a teacher's replace them.
+        targets: [n] int64 classes, or [n k] logits of soft labels; not read if there are lessons.
         seed: of order, augmentation and CutMix.
-        teacher: gives the logits of every batch; `None` trains on the targets.
+        lessons: a teacher's images and logits for every step; `None` trains on the targets.
     """
     if targets.is_floating_point():
         targets = targets.softmax(dim=1)
@@ -168,14 +170,16 @@ def train(
     optimizer = _optimizer(network, schedule)
     network.train()
     total = torch.zeros((), device=targets.device)
-    steps = batches([images], [targets], [seed], range(schedule.epochs), schedule.batch_size, schedule.augmentation)
+    epochs, size, augmentation = schedule.epochs, schedule.batch_size, schedule.augmentation
+    if lessons is None:
+        steps = batches([images], [targets], [seed], range(epochs), size, augmentation)
+    else:
+        steps = lessons.batches(images, seed, epochs, size, augmentation)
     for step, (epoch, is_last, x, y) in enumerate(steps):
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step, steps_per_epoch)
-        if teacher is None:
-            loss = cross_entropy(network(x[0]), y[0])
-        else:
-            loss = teacher.loss(network, teacher.mixed(x[0], seed, epoch, step % steps_per_epoch))
+        logits = network(x[0])
+        loss = cross_entropy(logits, y[0]) if lessons is None else divergence(logits, y[0], lessons.temperature)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -245,7 +249,7 @@ class Trainer:
         targets: Sequence[Tensor],
         schedule: Schedule,
         seeds: Sequence[int],
-        teacher: Teacher | None = None,
+        lessons: Lessons | None = None,
     ) -> Iterator[int]:
         """Train the networks in place. Yields the number of epochs done, over all of them.
 
@@ -253,10 +257,10 @@ class Trainer:
             images: of each network, [n c h w], normalised; n is the same for all.
             targets: of each network, [n] int64 classes, or [n k] logits of soft labels.
             seeds: of each network's order and augmentation.
-            teacher: see `train`; its networks are trained one after another.
+            lessons: see `train`; networks that have some are trained one after another.
         """
         first, size, (count, *image) = networks[0], len(networks), images[0].shape
-        shape, is_taught = (image[0], image[1], image[2]), teacher is not None
+        shape, is_taught = (image[0], image[1], image[2]), lessons is not None
         if self._compile and are_trained_together(first, size, shape, count, schedule, is_taught=is_taught):
             key = (f"{first} {image}", size)
             if key not in self._functions:
@@ -268,7 +272,7 @@ class Trainer:
                     yield epoch * size
                 return
         for number, (network, x, y, seed) in enumerate(zip(networks, images, targets, seeds, strict=True)):
-            for done in train(network, x, y, schedule, seed, teacher):
+            for done in train(network, x, y, schedule, seed, lessons):
                 yield number * schedule.epochs + done.number
 
 

@@ -73,7 +73,9 @@ def draw_view(options: RecoverConfig, seed: int, block: int, iteration: int, ite
     least = options.least_share
     if options.crops == "falling":
         least += (1 - least) * cosine(iteration, iterations)
-    top, left, height, width = crop_boxes(torch.from_numpy(draw.random((1, 4))), least)[0].tolist()
+    uniform = torch.from_numpy(draw.random((1, 4)))
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    top, left, height, width = (crop_boxes(uniform, least) if options.least_share < 1 else whole)[0].tolist()
     rows, columns = draw.integers(-options.shift, options.shift + 1, 2).tolist()
     return View((top, left, height, width), bool(draw.random() < 0.5), (rows, columns))
 

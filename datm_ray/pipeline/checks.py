@@ -108,7 +108,7 @@ def require_names(runs: Runs) -> None:
 def _check_scoring(config: RunConfig) -> None:
     """Raise a `ConfigError` for a warm-up that takes all epochs, or for labels of a teacher that is not trained."""
     row_schedule(config, "distilled")
-    if config.evaluate.labels == "teacher":
+    if config.evaluate.labels != "own":
         teacher_of(config)
 
 

@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from datm_ray._version import __version__
@@ -319,7 +320,9 @@ class Pipeline:
             if not evaluates or executor.light_workers == 1 or not unfinished:
                 return []
             (dataset,) = (config.dataset for config in self.configs if config.name == task.run)
-            done = [each for each in self.configs if each.name not in unfinished | scored and each.dataset == dataset]
+            unlabelled = {task.run for _, task in tasks.label_tasks(self.runs)}
+            later = unfinished | scored | unlabelled
+            done = [each for each in self.configs if each.name not in later and each.dataset == dataset]
             if not done:
                 return []
             scored.update(config.name for config in done)
@@ -332,7 +335,15 @@ class Pipeline:
         for config in self.configs:  # a worker that died after it had written the set leaves candidates
             Candidates(self.runs.folder(config)).remove()
 
+    def _label(self, executor: Executor, reporter: Reporter) -> None:
+        """Store the labels of finished sets for runs that ask for it."""
+        if any(config.evaluate.labels == "stored" for config in self.configs):
+            open_tasks = partial(tasks.label_tasks, workers=executor.light_workers)
+            self._run("Labels", "label", open_tasks, executor, reporter)
+
     def _evaluate(self, executor: Executor, reporter: Reporter) -> None:
+        self._label(executor, reporter)
+
         def open_tasks(runs: Runs) -> list[DatasetTask]:
             return tasks.evaluate_tasks(runs, self.scored_rows, workers=executor.light_workers)
 

@@ -6,6 +6,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+import numpy as np
+
 from datm_ray.config import DatasetConfig, NetworkConfig, Role, RunConfig, network_names
 from datm_ray.core.training import PROTOCOLS, validation_protocol, work_of_training
 from datm_ray.errors import ConfigError
@@ -19,6 +21,7 @@ from datm_ray.runtime.executor import Executor, Task
 from datm_ray.stages.evaluate import FAIR_ROWS, ROWS, result_location, seeds_of_tasks, work_of
 from datm_ray.stages.expert_progress import read_stacks
 from datm_ray.stages.experts import experts_at_a_time, stacks
+from datm_ray.stages.labels import missing_epochs
 from datm_ray.stages.method import Piece
 from datm_ray.stages.pieces import unfinished_pieces
 from datm_ray.stages.registry import method_of
@@ -209,6 +212,33 @@ def layout(runs: Runs, config: RunConfig, executor: Executor | None) -> Layout:
         return ALONE
     wanted = sum(each.workers_per_set for each in runs.unfinished())
     return Layout.of(config, wanted, executor.workers_per_machine if executor else None)
+
+
+def label_tasks(runs: Runs, workers: int = 1) -> list[DatasetTask]:
+    """Tasks for the epochs of finished sets whose labels are to be stored and are not.
+
+    Args:
+        workers: workers that label at the same time; each set is divided among them.
+    """
+    tasks = []
+    unfinished = {config.name for config in runs.unfinished()}
+    for config in runs.configs:
+        if config.evaluate.labels != "stored" or config.name in unfinished:
+            continue
+        left = missing_epochs(runs.folder(config), config, runs.raw(config).fingerprint)
+        for part in np.array_split(left, min(len(left), 4 * workers)) if left else []:
+            epochs = tuple(int(epoch) for epoch in part)
+            task = Task(
+                f"{config.name} epochs {epochs[0]}-{epochs[-1]}",
+                (config, runs.store_uri, runs.folder(config).uri, epochs),
+                run=config.name,
+                stage="labels",
+                weight=len(epochs) * config.distill.ipc * runs.raw(config).classes * _flop(runs, config),
+                method="label",
+                is_light=True,
+            )
+            tasks.append((config.dataset, task))
+    return tasks
 
 
 def evaluate_tasks(

@@ -63,7 +63,8 @@ class Proposal:
     def iteration(self) -> tuple[float, float]:
         """Seconds of one iteration: computing on the slowest worker, and sums over workers."""
         config, shards, machine = self.config, self.config.cluster.shards, self.machine
-        networks, held = config.each_backbone(), self.shape.synthetic(config, shards)
+        networks, whole = config.each_backbone(), self.shape.synthetic(config, shards)
+        held = next((plan.demand.held for plan in self.plans if plan.demand and plan.demand.held), whole)
         looking, share = [networks[0], *config.each_auxiliary()], config.metadd.share if config.metadd else 0.0
         computing = summing = 0.0
         for role in config.roles:
@@ -109,6 +110,11 @@ class Proposal:
     def _pieces(self) -> int:
         """Pieces in which workers make the set, one each; 0 if workers make it together."""
         return len(method_of(self.config).pieces(self.config, self.shape.classes))
+
+    @property
+    def distilling(self) -> int:
+        """Workers that distil at the same time."""
+        return min(self._pieces, self.machine.workers) or self.config.workers_per_set
 
     @property
     def clock(self) -> dict[str, float]:
@@ -246,7 +252,7 @@ class Proposal:
             f"{device} time": f"{_listed(held)}; {machine.basis}" if machine.basis else NO_HOURS,
             "storage": ", ".join(f"{name} {size_in_words(size)}" for name, size in kept.items()),
             "fitting zca": fitting.size and f"{fitting}, once, by the process that starts the workers",
-            "layout": suggested and f"{self.settings()}: {config.workers_per_set} of {machine.workers} workers distil",
+            "layout": suggested and f"{self.settings()}: {self.distilling} of {machine.workers} workers distil",
             "on the clock": verbose and machine.basis and _listed(clock),
             "an iteration": verbose and f"{computing:.3g} s computing, {sums:.3g} s sums; a shard sums {summed}",
         }

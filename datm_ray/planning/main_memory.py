@@ -70,7 +70,7 @@ def scoring_memory(
     if together > 1:
         chunk = min(rows, max(together, CACHED_MAP_BYTES // cost.largest))
         maps, process = max(EXPERT_MAPS * chunk * cost.maps, 2 * SCORING_BATCH * cost.largest), COMPILING_PROCESS_BYTES
-    if config.evaluate.labels == "teacher":
+    if config.evaluate.labels != "own":
         teacher = network_cost(teacher_of(config), shape)
         maps += 2 * rows * teacher.largest + 4 * teacher.parameters
     held = 0 if is_shared else together * images * shape.row

@@ -60,6 +60,8 @@ def propose(config: RunConfig, shape: DataShape, machine: Machine) -> Proposal:
     """
     rows, gpu, found, failure = len(config.roles), machine.device == "GPU", [], None
     most = min(machine.workers // rows, shape.classes)
+    if method_of(config).pieces(config, shape.classes):  # workers share the pieces, and no piece is divided
+        most = min(most, 1)
     for shards in sorted({2**power for power in range(most.bit_length())} | {most} if most else set()):
         update = {"shards": shards, "workers": None, "device": "auto" if gpu else "cpu", "gpus_per_worker": float(gpu)}
         update |= {} if machine.memory is None else {"memory": str(machine.memory)}

@@ -1,9 +1,9 @@
-"""Recipes of DATM for CIFAR-100. Accuracies of the paper are of ConvNet, mean ± std."""
+"""Recipes of DATM and SRe2L for CIFAR-100. Accuracies of the paper are of ConvNet, mean ± std."""
 
 from __future__ import annotations
 
 from datm_ray.config import RunConfig, StartEpochs
-from datm_ray.recipes.published import published
+from datm_ray.recipes.published import published, small_recovery
 
 
 def cifar100_ipc1() -> RunConfig:
@@ -69,3 +69,11 @@ def cifar100_ipc100() -> RunConfig:
         learning_rate_labels=10.0,
         start_epochs=StartEpochs(first=30, bound=70),
     )
+
+
+def cifar100_sre2l_ipc50() -> RunConfig:
+    """CIFAR-100, 50 images per class, by SRe2L. Users of the authors' program report 47.6 to 51.4 % with ResNet-18.
+
+    Not run yet.
+    """
+    return small_recovery("cifar100", 50)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from datm_ray.config import (
     DatasetConfig,
     DistillConfig,
@@ -9,6 +11,7 @@ from datm_ray.config import (
     ExpertConfig,
     MetaConfig,
     NetworkConfig,
+    RecoverConfig,
     RunConfig,
     StartEpochs,
 )
@@ -53,10 +56,52 @@ def published(
     )
 
 
-def with_auxiliaries(base: RunConfig, share: float) -> RunConfig:
-    """Copy of a recipe with MetaDD and the four auxiliaries of published size."""
-    metadd = MetaConfig(
-        auxiliaries=tuple(NetworkConfig(architecture=name) for name in ("resnet18", "vgg11", "alexnet", "vit-small")),
-        share=share,
+def recovered(
+    source: str, ipc: int, experts: ExpertConfig, iterations: int, recover: RecoverConfig, evaluate: EvaluateConfig
+) -> RunConfig:
+    """Recipe of SRe2L (arXiv 2306.13092): a ResNet-18 as the teacher, images from noise, its labels in every epoch."""
+    return RunConfig(
+        method="sre2l",
+        dataset=DatasetConfig(source=source, normalisation="standard", validation=0.02),
+        network=NetworkConfig(architecture="resnet18", norm="batch", depth=3),
+        experts=experts.model_copy(update={"count": 1, "keep_epochs": 1, "momentum": 0.9, "schedule": "cosine"}),
+        distill=DistillConfig(
+            ipc=ipc,
+            iterations=iterations,
+            initial="noise",
+            learning_rate_labels=0.0,
+            learning_rate_step_size=0.0,
+            initial_step_size=0.01,
+            validate_every=0,
+        ),
+        recover=recover,
+        evaluate=evaluate.model_copy(update={"labels": "teacher", "schedule": "cosine"}),
     )
+
+
+def small_recovery(source: str, ipc: int) -> RunConfig:
+    """Recipe of SRe2L with the authors' values for CIFAR-100.
+
+    Their program also mixes images up, keeps the iterate of least loss and shifts one way only.
+    """
+    teacher = ExpertConfig(epochs=200, batch_size=128, learning_rate=0.1, weight_decay=5e-4, augmentation="crop+flip")
+    recover = RecoverConfig(learning_rate=0.25, statistics=0.01, least_share=1.0)
+    evaluate = EvaluateConfig(
+        optimiser="adamw",
+        learning_rate=1e-3,
+        weight_decay=0.01,
+        epochs=400,
+        batch_size=128,
+        temperature=30.0,
+        augmentation="crop+flip",
+    )
+    return recovered(source, ipc, teacher, 1000, recover, evaluate)
+
+
+AUXILIARIES = ("resnet18", "vgg11", "alexnet", "vit-small")
+
+
+def with_auxiliaries(base: RunConfig, share: float, names: Sequence[str] = AUXILIARIES) -> RunConfig:
+    """Copy of a recipe with MetaDD and auxiliaries of published size."""
+    metadd = MetaConfig(auxiliaries=tuple(NetworkConfig(architecture=name) for name in names), share=share)
     return base.model_copy(update={"metadd": metadd})

@@ -18,6 +18,7 @@ from datm_ray.stages.checkpoint import CHECKPOINT, read_curves
 from datm_ray.stages.distill import COST, INITIAL, MAPS, SYNTHETIC, read_cost
 from datm_ray.stages.evaluate import FAIR_PARTS, FAIR_ROWS, ROWS, FairScores, NetworkScores, Score
 from datm_ray.stages.experts import read_experts_cost
+from datm_ray.stages.labels import labels_cost, stored_labels
 from datm_ray.stages.metadd import MAPS_KIND
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.sealed import rejecting_nonsense
@@ -88,6 +89,7 @@ def cost_lines(summary: RunSummary) -> list[CostLine]:
     ]
     if (summary.folder / COST).exists():
         lines.append(CostLine("distillation", 1, read_cost(summary.folder)))
+    lines += [CostLine("labels", 1, labels_cost(place)) for place in stored_labels(summary.folder)]
     titles = {**ROWS, **FAIR_ROWS}
     ordered = sorted((*summary.scores, *summary.fair_rows), key=lambda score: list(titles).index(score.row))
     lines += [_cost_line(titles[score.row], score) for score in ordered]
@@ -308,7 +310,7 @@ def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
 def column_name(summary: RunSummary) -> str:
     """Heading of a run's column: its name, and what its networks have that the set was not made for."""
     settings = summary.config.evaluate
-    special = ["AdamW"] * (settings.optimiser == "adamw") + ["a teacher's labels"] * (settings.labels == "teacher")
+    special = ["AdamW"] * (settings.optimiser == "adamw") + ["a teacher's labels"] * (settings.labels != "own")
     return summary.config.name + (f" ({', '.join(special)})" if special else "")
 
 

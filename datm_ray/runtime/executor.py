@@ -124,7 +124,7 @@ class Task:
     run: str = ""
     """Name of the run that the task belongs to."""
     stage: str = ""
-    """Name of the stage: "experts", "distillation" or "evaluation"."""
+    """Name of the stage: "experts", "distillation", "labels" or "evaluation"."""
     weight: float = 1.0
     """Expected work, above 0, in a unit that the tasks of a stage share."""
     method: str = ""

@@ -11,7 +11,9 @@ matched network has its own learned step size. With AdamW no step size was learn
 data.
 
 With `evaluate.labels: teacher`, networks of the rows with soft labels (`SOFT`) learn from expert 0 of the first trained
-network: its logits of every augmented batch replace the labels, see `core.teacher`. No step size was learned for them.
+network: its logits of every augmented batch replace the labels, see `core.teacher`. With `stored`, those of the
+distilled set are made beforehand, see `stages.labels`. No step size was learned for such labels.
+
 How networks are trained may be changed in a finished run, so results under other settings have other places. The row on
 all real data has the protocol's training always; rows with hard labels keep their labels and choose their step size.
 
@@ -58,19 +60,22 @@ from datm_ray.core.networks.stacked import LARGEST_STACK
 from datm_ray.core.randomness import Purpose, derive_seed
 from datm_ray.core.scores import AugmentationRobust, LabelRobust, augmentation_robust, label_robust
 from datm_ray.core.synthetic import random_rows
-from datm_ray.core.teacher import Teacher
+from datm_ray.core.teacher import Lessons, StoredLessons, Teacher
 from datm_ray.core.training import Schedule, accuracy, are_trained_together, work_of_training
 from datm_ray.data.dataset import Dataset
 from datm_ray.monitor.logs import fields
 from datm_ray.monitor.provenance import provenance
 from datm_ray.monitor.spent import Account, Spent, total
+from datm_ray.replay import ReplayedLabels
 from datm_ray.runtime.devices import Meter, images_on, prepare_device, to_device
 from datm_ray.runtime.executor import Finished, Note, Progress
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.expert_networks import ExpertNetworks
+from datm_ray.stages.labels import labels_location
 from datm_ray.stages.registry import teacher_of, trained_backbones
 from datm_ray.stages.validation import evaluation_schedule, reported, trainer_of
 from datm_ray.store.files.filesystem import Location, open_location
+from datm_ray.store.labels import LabelStore
 from datm_ray.store.sealed import rejecting_nonsense
 
 ROWS = {
@@ -194,8 +199,8 @@ class EvaluateWorker:
         sets *= len(seeds) if alike else 1
         step_size = sets[0][2] if has_learned_step_size(config, row) else None
         schedules = _schedules(config, row, step_size, network)
-        teacher = self._teacher(config, store_uri, row)
-        trials = yield from self._trials(network or config.network, sets, schedules, seeds, meter, teacher)
+        lessons = self._lessons(config, store_uri, row, folder, sets[0][0])
+        trials = yield from self._trials(network or config.network, sets, schedules, seeds, meter, lessons)
         tested = [self._tested(each, learns=bool(step_size)) for each in trials]
         spent, results = account.spent().share(1 / len(seeds)), list[dict[str, Any]]()
         for number, seed, uri, (chosen, of_test, with_learned) in zip(numbers, seeds, result_uris, tested, strict=True):
@@ -231,7 +236,7 @@ class EvaluateWorker:
         schedules: Sequence[Schedule],
         seeds: Sequence[int],
         meter: Meter,
-        teacher: Teacher | None,
+        lessons: Lessons | None,
     ) -> Generator[Progress | Note, None, list[list[_Trial]]]:
         """Train fresh networks by each schedule and score them on validation images. Returns each seed's trials."""
         dataset, trials = self._dataset, [list[_Trial]() for _ in seeds]
@@ -242,7 +247,7 @@ class EvaluateWorker:
         for schedule in schedules:
             fresh = [build_network(spec, seed).to(self._device) for seed in seeds]
             trainer = trainer_of(self._cluster)
-            yield from reported(trainer.train(fresh, images, targets, schedule, seeds, teacher), done, epochs)
+            yield from reported(trainer.train(fresh, images, targets, schedule, seeds, lessons), done, epochs)
             if trainer.note and not self._has_noted:
                 self._has_noted = True
                 yield Note(trainer.note)
@@ -290,10 +295,18 @@ class EvaluateWorker:
             self._experts[config.name] = ExpertNetworks(config, self._dataset, store_uri, self._device)
         return self._experts[config.name]
 
-    def _teacher(self, config: RunConfig, store_uri: str, row: str) -> Teacher | None:
-        """Teacher of a row's networks; `None` if they learn the labels of their images. `PLAIN` rows have no CutMix."""
+    def _lessons(self, config: RunConfig, store_uri: str, row: str, folder: Location, images: Tensor) -> Lessons | None:
+        """Teacher of a row's networks; `None` if they learn the labels of their images. `PLAIN` rows have no CutMix.
+
+        Args:
+            folder: folder of the run.
+            images: the row's images.
+        """
         if not is_taught(config, row):
             return None
+        if is_stored(config, row):
+            place = labels_location(folder, config, self._dataset.fingerprint)
+            return StoredLessons(ReplayedLabels(images, LabelStore(place)), config.evaluate.temperature)
         if config.name not in self._teachers:
             experts = ExpertNetworks(teacher_of(config), self._dataset, store_uri, self._device)
             self._teachers[config.name] = experts.restored(0)
@@ -308,7 +321,12 @@ class EvaluateWorker:
 
 def is_taught(config: RunConfig, row: str) -> bool:
     """True if a teacher gives the labels of a row."""
-    return config.evaluate.labels == "teacher" and row in SOFT
+    return config.evaluate.labels != "own" and row in SOFT
+
+
+def is_stored(config: RunConfig, row: str) -> bool:
+    """True if the labels of a row are stored beside the set; other rows that are taught have the same teacher live."""
+    return config.evaluate.labels == "stored" and row == "distilled"
 
 
 def has_learned_step_size(config: RunConfig, row: str) -> bool:
@@ -345,10 +363,12 @@ def row_schedule(config: RunConfig, row: str) -> Schedule:
         config = config.model_copy(update={"evaluate": _by_protocol(config.evaluate)})
     schedule = evaluation_schedule(config, 0.0)
     if config.evaluate.optimiser == "adamw":
-        schedule = schedule.with_adamw()
+        schedule = schedule.with_adamw(config.evaluate.weight_decay)
     if row == "full":
         epochs = config.evaluate.real_epochs
         schedule = dataclasses.replace(schedule, epochs=epochs, decay_epoch=(epochs + 1) // 2)
+    if config.evaluate.labels == "stored" and row in SOFT:  # like the stored views
+        schedule = dataclasses.replace(schedule, augmentation="resized+flip")
     return dataclasses.replace(schedule, augmentation="") if row in PLAIN else schedule
 
 
@@ -473,9 +493,11 @@ def _training_identity(config: RunConfig, dataset_fingerprint: str, row: str) ->
     identity = scoring_identity(config)
     if row == "full":
         return {}
-    left_out = {"temperature", "cutmix"}
+    left_out = {"temperature", "cutmix", "keep_labels", "top_logits"}
     if is_taught(config, row):
-        left_out, identity["teacher"] = set(), expert_fingerprint(teacher_of(config), dataset_fingerprint)
+        left_out = set() if is_stored(config, row) else {"keep_labels", "top_logits"}
+        identity["labels"] = "stored" if is_stored(config, row) else "teacher"
+        identity["teacher"] = expert_fingerprint(teacher_of(config), dataset_fingerprint)
     elif row not in SOFT:
         left_out |= {"labels", "learning_rate"}
     return {key: value for key, value in identity.items() if key not in left_out}

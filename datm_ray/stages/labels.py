@@ -6,10 +6,12 @@ does not depend on who labels which epoch, nor in which order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from datm_ray.artifact import read_artifact
+from datm_ray.config import ClusterConfig, RunConfig, expert_fingerprint, stable_hash
 from datm_ray.core.augment import LEAST_SHARE
 from datm_ray.core.labelling import (
     MIX,
@@ -20,11 +22,19 @@ from datm_ray.core.labelling import (
     teacher_logits,
 )
 from datm_ray.core.training import Heartbeat, no_heartbeat
+from datm_ray.data.dataset import Dataset
 from datm_ray.errors import ConfigError
-from datm_ray.store.files.filesystem import Location
+from datm_ray.monitor.spent import Account, Spent, total
+from datm_ray.runtime.devices import prepare_device
+from datm_ray.runtime.executor import Event, Finished, Progress
+from datm_ray.stages.distill import SYNTHETIC
+from datm_ray.stages.expert_networks import ExpertNetworks
+from datm_ray.stages.registry import teacher_of
+from datm_ray.stages.validation import evaluation_schedule
+from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.labels import LabelInfo, LabelRecords, LabelStore
 
-VIEWS: Mapping[str, float] = {"least_share": LEAST_SHARE, "mix": MIX}
+VIEWS: dict[str, float] = {"least_share": LEAST_SHARE, "mix": MIX}
 """Settings of the views, as published; see `draw_views`."""
 
 
@@ -122,3 +132,77 @@ def _labelled(
         values, indices = pack_logits(logits, info.top, info.temperature)
         boxes, flips, partners = views.boxes, views.flips, views.partners
         yield LabelRecords(boxes, flips, partners, views.lambdas, views.mix_boxes, values, indices)
+
+
+LABELS, COSTS = "labels", "costs"
+"""Folder of a run's label stores in its own, and folder of what they have cost, in each store."""
+
+
+def labels_location(folder: Location, config: RunConfig, dataset_fingerprint: str) -> Location:
+    """Folder of the labels that a run's recipe asks for, in the run's folder."""
+    settings = config.evaluate
+    facts = settings.model_dump(include={"keep_labels", "top_logits", "cutmix"})
+    facts |= {"temperature": settings.temperature} if settings.top_logits else {}
+    facts |= {"epochs": evaluation_schedule(config, 1.0).epochs}
+    facts |= {"teacher": expert_fingerprint(teacher_of(config), dataset_fingerprint)}
+    return folder / LABELS / stable_hash(facts)
+
+
+def missing_epochs(folder: Location, config: RunConfig, dataset_fingerprint: str) -> list[int]:
+    """Epochs of a finished set that are still to be labelled, sorted."""
+    epochs = evaluation_schedule(config, 1.0).epochs
+    stored = set(LabelStore(labels_location(folder, config, dataset_fingerprint)).epochs())
+    return [epoch for epoch in range(min(config.evaluate.keep_labels or epochs, epochs)) if epoch not in stored]
+
+
+def stored_labels(folder: Location) -> list[Location]:
+    """Folders of all labels that a run has stored."""
+    return [folder / LABELS / name for name in (folder / LABELS).list()]
+
+
+def labels_cost(place: Location) -> Spent:
+    """What the labels in a folder have cost so far."""
+    return total(Spent.from_json((place / COSTS / name).read_json()) for name in (place / COSTS).list())
+
+
+class LabelWorker:
+    """Labels sets of one data set by trained networks."""
+
+    def __init__(self, dataset: Dataset, cluster: ClusterConfig) -> None:
+        self._device, self._cluster, self._dataset = prepare_device(cluster), cluster, dataset
+
+    def label(self, config: RunConfig, store_uri: str, folder_uri: str, epochs: Sequence[int]) -> Iterator[Event]:
+        """Store a teacher's labels of a finished set for some epochs; those that are stored are left as they are.
+
+        Args:
+            config: recipe of the run.
+            store_uri: store of the teacher.
+            folder_uri: folder of the run.
+            epochs: numbers of the epochs to store.
+
+        Raises:
+            MissingExpertsError: the store has not the teacher.
+            StoreError: a logit is no float16, or the place cannot be written.
+        """
+        account, folder = Account(self._device, self._cluster), open_location(folder_uri)
+        images = read_artifact(folder / SYNTHETIC).images.to(self._device)
+        teacher = ExpertNetworks(teacher_of(config), self._dataset, store_uri, self._device)
+        place, settings = labels_location(folder, config, self._dataset.fingerprint), config.evaluate
+        trained_for = evaluation_schedule(config, 1.0).epochs
+        store = create_labels(
+            place,
+            images,
+            self._dataset.classes,
+            teacher.group.key.fingerprint,
+            epochs=trained_for,
+            keep=min(settings.keep_labels or trained_for, trained_for),
+            top=settings.top_logits,
+            temperature=settings.temperature if settings.top_logits else 1.0,
+            seed=config.seed,
+            views=VIEWS | {"mix": settings.cutmix},
+        )
+        yield Progress(0, len(epochs))
+        for done, _ in enumerate(label_epochs(store, teacher.restored(0), images, epochs), start=1):
+            yield Progress(done, len(epochs), saved=True)
+        (place / COSTS / f"{epochs[0]:05d}.json").write_json(account.spent().to_json())
+        yield Finished()

@@ -53,7 +53,7 @@ def trained_backbones(config: RunConfig) -> list[RunConfig]:
 
 
 def teacher_of(config: RunConfig) -> RunConfig:
-    """First trained backbone, whose expert 0 is the teacher of `evaluate.labels: teacher`, as a run of its own.
+    """First trained backbone, whose expert 0 is the teacher of `evaluate.labels`, as a run of its own.
 
     Raises:
         ConfigError: the method trains none.
@@ -61,7 +61,7 @@ def teacher_of(config: RunConfig) -> RunConfig:
     trained = trained_backbones(config)
     if not trained:
         raise ConfigError(
-            "evaluate.labels is 'teacher', and the run trains no network that could be one",
+            f"evaluate.labels is {config.evaluate.labels!r}, and the run trains no network that could be one",
             f"method {config.method} needs no experts",
             "use --set evaluate.labels=own",
         )

@@ -11,6 +11,7 @@ from datm_ray.runtime.executor import Event
 from datm_ray.stages.distill import DistillWorker
 from datm_ray.stages.evaluate import EvaluateWorker
 from datm_ray.stages.experts import ExpertWorker
+from datm_ray.stages.labels import LabelWorker
 from datm_ray.stages.pieces import PieceWorker
 
 
@@ -34,6 +35,10 @@ class StageWorker:
     def make_piece(self, *arguments: Any) -> Iterator[Event]:
         """Make a piece of a set, see `PieceWorker.make_piece`."""
         yield from self._worker(PieceWorker, light=False).make_piece(*arguments)
+
+    def label(self, *arguments: Any) -> Iterator[Event]:
+        """Label a set for some epochs, see `LabelWorker.label`."""
+        yield from self._worker(LabelWorker, light=True).label(*arguments)
 
     def validate(self, *arguments: Any) -> Iterator[Event]:
         """Validate a candidate, see `DistillWorker.validate`."""

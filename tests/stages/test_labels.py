@@ -1,0 +1,132 @@
+"""Tests labels that are stored for every epoch: made by any worker, resumed, pruned, and trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from datm_ray import ReplayedLabels
+from datm_ray.artifact import load
+from datm_ray.config import RunConfig
+from datm_ray.core.networks.registry import build_network
+from datm_ray.core.teacher import StoredLessons, Teacher
+from datm_ray.core.training import Schedule, train
+from datm_ray.monitor.progress import Reporter
+from datm_ray.pipeline import Pipeline, report, summaries
+from datm_ray.report.results import cost_lines
+from datm_ray.runtime.executor import Progress, SerialExecutor
+from datm_ray.stages.expert_networks import ExpertNetworks
+from datm_ray.stages.labels import LABELS, LabelWorker, labels_location, missing_epochs
+from datm_ray.store.labels import LabelStore
+from tests.conftest import tiny_config
+
+SCORED = ("evaluate.epochs=4", "evaluate.learning_rate=0.05", "evaluate.seeds=1")
+STORED = (*SCORED, "evaluate.labels=stored", "evaluate.cutmix=1", "evaluate.full=false")
+
+
+def pipeline_of(finished_run: Path, out: Path, *settings: str) -> tuple[Pipeline, RunConfig]:
+    """Pipeline of a run whose set is that of the finished run, with other scoring."""
+    for name in ("synthetic.arrow", "initial.arrow", "recipe.yaml", "dataset.json", "checkpoint.arrow"):
+        place = out / "tiny" / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes((finished_run / "tiny" / name).read_bytes())
+    pipeline = Pipeline([tiny_config(*settings)], str(out), str(finished_run / "experts"))
+    return pipeline, pipeline.configs[0]
+
+
+def evaluate(pipeline: Pipeline) -> None:
+    pipeline.evaluate(lambda: SerialExecutor(pipeline.configs[0].cluster), Reporter(quiet=True))
+
+
+def store_of(pipeline: Pipeline, config: RunConfig) -> LabelStore:
+    return LabelStore(labels_location(pipeline.runs.folder(config), config, pipeline.runs.raw(config).fingerprint))
+
+
+@pytest.mark.parametrize("settings", [(), ("evaluate.keep_labels=2", "evaluate.top_logits=3")])
+def test_an_evaluation_stores_labels_and_trains_on_them(
+    finished_run: Path, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    """The labels of all or some epochs lie beside the set, and the row's networks have learned them, and no others."""
+    pipeline, config = pipeline_of(finished_run, tmp_path, *STORED, *settings)
+    evaluate(pipeline)
+    store, artifact = store_of(pipeline, config), load(str(tmp_path / "tiny/synthetic.arrow"))
+    keep = config.evaluate.keep_labels or 4
+    assert store.epochs() == list(range(keep))
+    assert (store.info.keep, store.info.epochs, store.info.top) == (keep, 4, config.evaluate.top_logits)
+    dataset = pipeline.runs.dataset(config.dataset)
+    teacher = ExpertNetworks(config, dataset, pipeline.store_uri, torch.device("cpu")).restored(0)
+    labels = ReplayedLabels(artifact, store)
+    views, logits = labels.batch(range(10))
+    if not settings:
+        with torch.no_grad():
+            torch.testing.assert_close(logits, teacher(views), rtol=2e-3, atol=2e-3)  # float16
+    (result,) = (tmp_path / "tiny/evaluation").glob("*/distilled-00.json")
+    (summary,) = summaries(pipeline.out, pipeline.configs)
+    assert {score.row for score in summary.scores} >= {"distilled", "random-soft", "random-hard"}
+    assert "labels" in [line.title for line in cost_lines(summary)]
+    assert report(str(tmp_path)).exists()
+    assert "stored" not in result.name
+    evaluate(pipeline)  # nothing to do
+    assert missing_epochs(pipeline.runs.folder(config), config, dataset.fingerprint) == []
+
+
+def test_stored_labels_train_as_a_live_teacher_does_on_the_same_views(finished_run: Path, tmp_path: Path) -> None:
+    """With the stored logits replaced by the teacher's for the same views, the network's parameters agree."""
+    pipeline, config = pipeline_of(finished_run, tmp_path, *STORED)
+    evaluate(pipeline)
+    dataset, images = pipeline.runs.dataset(config.dataset), load(str(tmp_path / "tiny/synthetic.arrow")).images
+    experts = ExpertNetworks(config, dataset, pipeline.store_uri, torch.device("cpu"))
+    teacher, stored = Teacher(experts.restored(0)), ReplayedLabels(images, store_of(pipeline, config))
+
+    class Live:
+        def set_epoch(self, epoch: int) -> None:
+            stored.set_epoch(epoch)
+
+        def batch(self, rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            views, _ = stored.batch(rows)
+            with torch.no_grad():
+                return views, teacher.network(views)
+
+    spec = config.network.for_images(dataset.channels, dataset.size, dataset.classes)
+    schedule = Schedule(4, 4, 0.05, momentum=0.9)
+    found = []
+    for labels in (stored, Live()):
+        network = build_network(spec, 3)
+        list(train(network, images, torch.zeros(len(images), dtype=torch.int64), schedule, 5, StoredLessons(labels)))
+        found.append(torch.cat([each.detach().flatten() for each in network.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-3)
+    assert float((found[0] - found[1]).abs().max()) > 0
+
+
+def test_labelling_is_resumed_epoch_by_epoch(finished_run: Path, tmp_path: Path) -> None:
+    """A worker that ends after one epoch leaves the others, and the labels equal those of one that is not stopped."""
+    pipeline, config = pipeline_of(finished_run, tmp_path / "stopped", *STORED)
+    dataset, folder = pipeline.runs.dataset(config.dataset), pipeline.runs.folder(config)
+    worker = LabelWorker(dataset, config.cluster)
+    for event in worker.label(config, pipeline.store_uri, folder.uri, (0, 1, 2, 3)):
+        if isinstance(event, Progress) and event.done == 1:
+            break
+    assert missing_epochs(folder, config, dataset.fingerprint) == [1, 2, 3]
+    evaluate(pipeline)
+    other, _ = pipeline_of(finished_run, tmp_path / "whole", *STORED)
+    evaluate(other)
+    for epoch in range(4):
+        one, two = (store_of(each, config).read(epoch, range(10)) for each in (pipeline, other))
+        assert np.array_equal(one.values, two.values)
+        assert np.array_equal(one.boxes, two.boxes)
+
+
+def test_scores_under_other_labels_lie_beside_each_other(finished_run: Path, tmp_path: Path) -> None:
+    """Live, stored and pruned labels have results of their own; controls under the teacher are shared."""
+    for settings in ((*SCORED, "evaluate.labels=teacher", "evaluate.cutmix=1"), STORED):
+        pipeline, _ = pipeline_of(finished_run, tmp_path, *settings, "evaluate.full=false")
+        evaluate(pipeline)
+    pipeline, _ = pipeline_of(finished_run, tmp_path, *STORED, "evaluate.keep_labels=1")
+    evaluate(pipeline)
+    assert len(list((tmp_path / "tiny/evaluation").glob("*/distilled-00.json"))) == 3
+    assert len(list((tmp_path / "controls").rglob("random-soft-00.json"))) == 1
+    assert len(list((tmp_path / "tiny" / LABELS).iterdir())) == 2
