@@ -40,6 +40,8 @@ class Interleaved(SerialExecutor):
         self.workers, self._waits, self._left = workers, waits, stop_after
         self.seen: list[tuple[Task, Event]] = []
         self.shared = 0
+        self.stages: list[str] = []
+        """Method of the tasks of each stage that had any."""
 
     def share(self, value: Any) -> Any:
         """Count the values that are shared."""
@@ -48,6 +50,7 @@ class Interleaved(SerialExecutor):
 
     def run(self, worker: Any, setup: Any, method: str, tasks: list[Task]) -> Iterator[tuple[Task, Event]]:
         """Run tasks, one step of each at a time."""
+        self.stages.append(method)
         running: list[tuple[Task, Iterator[Event]]] = []
         taken: list[Task] = []
         while running or len(taken) < len(tasks):
@@ -169,6 +172,7 @@ def test_a_finished_set_is_evaluated_while_others_are_distilled(tmp_path: Path, 
     assert [task.weight for task in before] == sorted((task.weight for task in before), reverse=True)
     results = [executor.seen[at][0].arguments[3] for at in starts_of(executor, "evaluate")]
     assert len(results) == len(set(results)) == 10  # all real data and both random rows are shared
+    assert executor.stages == ["distill"]  # the last set's rows join those that are being scored
     assert_same(tmp_path, finished_run)
     assert pipeline.remaining() == {title: (0, []) for title in pipeline.remaining()}
 

@@ -317,7 +317,8 @@ class Pipeline:
                 self._report_row(task, reporter)
                 return []
             unfinished = {config.name for config in self.runs.unfinished()}
-            if not evaluates or executor.light_workers == 1 or not unfinished:
+            # The last sets' rows join those that are being scored; without any, they have a stage of their own.
+            if not evaluates or executor.light_workers == 1 or not (unfinished or given):
                 return []
             (dataset,) = (config.dataset for config in self.configs if config.name == task.run)
             unlabelled = {task.run for _, task in tasks.label_tasks(self.runs)}
