@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all test-versions docs lint type fmt check bench-cifar bench-evaluate bench-experts bench-labels bench-matching bench-metadd bench-own-images bench-plan bench-rounding bench-scheduling bench-store fidelity gpu clean
+.PHONY: help install demo test test-slow test-all test-versions docs lint type fmt check bench-cifar bench-evaluate bench-experts bench-labels bench-matching bench-metadd bench-methods bench-own-images bench-plan bench-rounding bench-scheduling bench-store fidelity gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -65,6 +65,9 @@ bench-evaluate: install  ## networks scored an hour against the published loop
 
 bench-labels: install  ## bytes and speed of writing and playing back labels, against a pickle for each batch
 	$(BIN)/python benchmarks/bench_labels.py
+
+bench-methods: install  ## all ways to make a set under the same labels, on a part of CIFAR-10: CIFAR=folder of its Parquet files
+	$(BIN)/python benchmarks/bench_methods.py $(if $(CIFAR),--cifar $(CIFAR))
 
 bench-matching: install  ## speed, memory and error of the matching gradient against full unrolling and TESLA
 	$(BIN)/python benchmarks/bench_matching.py
