@@ -397,11 +397,14 @@ def test_identity_leaves_out_where_things_are_and_how_many_are_scored() -> None:
     elsewhere = override(config, ["cluster.workers=9", "cluster.device=cpu", "cluster.gpus_per_worker=0.5"])
     assert stable_hash(run_identity(elsewhere)) == stable_hash(run_identity(config))
     assert run_identity(config).keys() == RunConfig.model_fields.keys() - {
-        *("cluster", "metadd", "method", "recover"),
+        *("cluster", "metadd", "method", "recover", "select"),
     }  # a set section is part of the identity, and so is another method
     assert run_identity(override(config, ["method=dm"]))["method"] == "dm"
     assert "recover" in run_identity(override(config, ["method=sre2l"]))
+    assert "select" not in run_identity(override(config, ["method=sre2l"]))
+    assert run_identity(override(config, ["method=select"])).keys() >= {"method", "select"}
     assert "recover" in run_identity(override(config, ["method=own:Method", "recover.block=9"]))
+    assert "select" in run_identity(override(config, ["method=own:Method", "select.crops=9"]))
     for same in ("evaluate.seeds=6", "evaluate.full=false", "dataset.path=elsewhere", "distill.checkpoint_every=7"):
         assert stable_hash(run_identity(override(config, [same]))) == stable_hash(run_identity(config))
     assert stable_hash(run_identity(override(config, ["distill.ipc=3"]))) != stable_hash(run_identity(config))

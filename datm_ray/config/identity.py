@@ -10,12 +10,14 @@ import json
 from typing import Any
 
 from datm_ray.config.schema import RunConfig
-from datm_ray.config.sections import UNRESOLVED, RecoverConfig
+from datm_ray.config.sections import UNRESOLVED, RecoverConfig, SelectConfig
 
 LATER_KEYS = {"real_batch": 256, "options": {}, "initial": "correct", "labels": "soft", "gradient_limit": None}
 """Keys of `distill` that earlier versions had not -> value that their runs had."""
 LATER_EXPERT_KEYS = {"schedule": "constant", "warmup_epochs": 0}
 """Keys of experts that earlier versions had not -> value that their experts had."""
+READ_BY_ONE_METHOD = {"recover": ("sre2l", RecoverConfig()), "select": ("select", SelectConfig())}
+"""Sections that one packaged method reads -> the method, and the section's default values."""
 SCORING_KEYS = (
     *("labels", "temperature", "cutmix", "keep_labels", "top_logits", "learning_rate"),
     *("schedule", "warmup_epochs", "epochs", "batch_size", "weight_decay"),
@@ -52,8 +54,9 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
     for name, default in LATER_KEYS.items():
         if identity["distill"][name] == default:  # keeps the identity of runs made before the key existed
             identity["distill"].pop(name)
-    if config.method != "sre2l" and config.recover == RecoverConfig():  # no other packaged method reads it
-        identity.pop("recover")
+    for name, (method, default) in READ_BY_ONE_METHOD.items():
+        if config.method != method and getattr(config, name) == default:  # no other packaged method reads it
+            identity.pop(name)
     identity["experts"] = _without_later_keys(identity["experts"])
     if config.metadd is None:  # keeps the identity of runs made before the section existed
         identity.pop("metadd")

@@ -22,6 +22,7 @@ from datm_ray.config.sections import (
     NetworkConfig,
     RecoverConfig,
     Section,
+    SelectConfig,
 )
 from datm_ray.errors import ConfigError
 
@@ -53,10 +54,12 @@ class RunConfig(Section):
     """Further networks to match at the same time, each `{network: {...}, weight: 1.0}`. Evaluation uses
     the first network alone."""
     method: str = "datm"
-    """How the set is made: datm (trajectories), dm (embeddings), sre2l (from a teacher), or package.module:Class."""
+    """How the set is made: datm (trajectories), dm (embeddings), sre2l (from a teacher), select (real images), or
+    package.module:Class."""
     experts: ExpertConfig = ExpertConfig()
     distill: DistillConfig = DistillConfig()
     recover: RecoverConfig = RecoverConfig()
+    select: SelectConfig = SelectConfig()
     metadd: MetaConfig | None = None
     """MetaDD's losses, such as `{auxiliaries: [...]}`, for sets that work on other networks; null for none."""
     evaluate: EvaluateConfig = EvaluateConfig()

@@ -349,6 +349,29 @@ class RecoverConfig(Section):
     """Share of the first images in that mixture."""
 
 
+class SelectConfig(Section):
+    """Choosing real images without optimisation, read by select alone. `distill` gives IPC and labels.
+
+    The values of rded are the published ones.
+    """
+
+    by: Literal["rded", "moderate", "el2n", "forgetting", "random"] = "rded"
+    """rded: crops of lowest loss; moderate: distance to the class centre near the median; el2n: error of the networks;
+    forgetting: how often the networks forget an image; random: any images."""
+    crops: Count = 5
+    """rded: random crops of an image; the one of lowest loss stays."""
+    pool: Count = 300
+    """rded: images of each class that crops are taken from; all if there are fewer."""
+    tiles: Annotated[int, Field(ge=1, le=2)] = 1
+    """rded: crops side by side in an image, in each direction; 2 as published for ImageNet."""
+    least_share: Annotated[float, Field(gt=0, le=1)] = 0.08
+    """rded: smallest share of an image's area that a crop keeps, in (0, 1]."""
+    epoch: Count | None = None
+    """el2n: stored epoch of the networks, an early one as published; null: the last."""
+    hardest: bool = False
+    """el2n, forgetting: keep the images of the highest scores; false: of the lowest, better for few images."""
+
+
 class AuxiliaryExpertConfig(ExpertConfig):
     """Training of MetaDD's auxiliaries; only their last epoch is used."""
 
@@ -456,6 +479,7 @@ SELDOM = {
     "distill": "learning_rate_step_size real_batch initial labels gradient_limit options validate_every "
     "validation_seeds checkpoint_every",
     "recover": "first_layer rounds mixed_in",
+    "select": "least_share epoch hardest",
     "metadd": "divergence variance_of threshold",
     "evaluate": "optimiser real_epochs full fair augmentation labels temperature cutmix keep_labels top_logits "
     "learning_rate schedule warmup_epochs epochs batch_size weight_decay",

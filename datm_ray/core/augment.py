@@ -194,7 +194,7 @@ LARGEST_RATIO = 4 / 3
 """Largest ratio of a resized crop's width to its height, and of its height to its width."""
 
 
-def crop_boxes(uniform: Tensor, least_share: float = LEAST_SHARE) -> Tensor:
+def crop_boxes(uniform: Tensor, least_share: float = LEAST_SHARE, largest_ratio: float = LARGEST_RATIO) -> Tensor:
     """Boxes [b 4] of random resized crops: top, left, height and width as shares of the image's sides, in [0, 1].
 
     Area and logarithm of the ratio are uniform, as in torchvision's `RandomResizedCrop`. A side longer than the image's
@@ -203,9 +203,10 @@ def crop_boxes(uniform: Tensor, least_share: float = LEAST_SHARE) -> Tensor:
     Args:
         uniform: [b 4] numbers in [0, 1) for area, ratio, top and left.
         least_share: smallest share of the area, in (0, 1].
+        largest_ratio: largest ratio of width to height and of height to width, at least 1, which keeps the image's own.
     """
     area = least_share + (1 - least_share) * uniform[:, 0]
-    ratio = torch.exp((2 * uniform[:, 1] - 1) * math.log(LARGEST_RATIO))
+    ratio = torch.exp((2 * uniform[:, 1] - 1) * math.log(largest_ratio))
     height, width = (area / ratio).sqrt().clamp(max=1), (area * ratio).sqrt().clamp(max=1)
     return torch.stack([uniform[:, 2] * (1 - height), uniform[:, 3] * (1 - width), height, width], dim=1)
 

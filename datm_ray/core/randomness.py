@@ -36,6 +36,8 @@ class Purpose(IntEnum):
     RECOVERY_NOISE = 18
     CUTMIX = 19
     LABEL_VIEWS = 20
+    SELECTION_ORDER = 21
+    SELECTION_CROPS = 22
 
 
 def generator(seed: int, purpose: Purpose, *counters: int) -> np.random.Generator:

@@ -14,6 +14,7 @@ from datm_ray.stages.distill import INITIAL, SYNTHETIC
 from datm_ray.stages.evaluate import read_fair_rows, read_fair_scores, read_network_scores, read_scores
 from datm_ray.stages.experts import has_experts
 from datm_ray.stages.pieces import PIECES
+from datm_ray.stages.registry import iterations_of
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.sealed import rejecting_nonsense
 
@@ -105,6 +106,7 @@ def summaries(out: Location, configs: Sequence[RunConfig]) -> list[RunSummary]:
                 fair_rows=read_fair_rows(*where),
                 dataset=note.name,
                 has_experts=has_experts(out / config.name),
+                iterations=iterations_of(config),
             )
         )
     return found

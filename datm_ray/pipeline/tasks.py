@@ -108,7 +108,7 @@ def distill_tasks(runs: Runs, executor: Executor | None = None) -> list[DatasetT
             tasks += [_piece_task(runs, config, piece) for piece in pieces]
             continue
         folder, size, fewer = runs.folder(config), config.workers_per_set, smaller_groups(runs, config)
-        settings, work = config.distill, config.distill.iterations * _work_of_iteration(runs, config)
+        settings, work = config.distill, _work_of_set(runs, config)
         validation, is_over = None, False
         if executor is not None:
             is_over = only_validations_are_left(folder, settings)
@@ -145,11 +145,20 @@ def _piece_task(runs: Runs, config: RunConfig, piece: Piece) -> DatasetTask:
         (config, runs.store_uri, runs.folder(config).uri, piece.number),
         run=config.name,
         stage="distillation",
-        weight=config.distill.iterations * _work_of_iteration(runs, config),
+        weight=_work_of_set(runs, config),
         method="make_piece",
         memory=memory,
     )
     return config.dataset, task
+
+
+def _work_of_set(runs: Runs, config: RunConfig) -> float:
+    """Operations of all iterations, without MetaDD; of choosing the set where there are none."""
+    method, raw = method_of(config), runs.raw(config)
+    if iterations := method.iterations(config):
+        return iterations * _work_of_iteration(runs, config)
+    passes = method.choosing(config, raw.classes, len(raw.train))
+    return max(1.0, _flop(runs, config) * sum(FORWARD_PASSES[kind] * count for kind, count in passes.items()))
 
 
 def _work_of_iteration(runs: Runs, config: RunConfig) -> float:

@@ -27,7 +27,7 @@ from datm_ray.runtime.devices import uses_gpu
 from datm_ray.stages.evaluate import is_taught, scored_rows, seeds_of_tasks, training_of
 from datm_ray.stages.experts import experts_at_a_time, stacks
 from datm_ray.stages.method import Outlook
-from datm_ray.stages.registry import method_of, teacher_of, trained_backbones, trained_networks
+from datm_ray.stages.registry import method_of, teacher_of, trained_networks
 from datm_ray.stages.validation import is_apart, validations
 from datm_ray.store.trajectories import size_in_words
 
@@ -85,23 +85,24 @@ class Proposal:
     @functools.cached_property
     def stages(self) -> dict[str, tuple[float, float]]:
         """Stage -> hours of all GPUs or cores that are held for it, and hours on the clock."""
-        config, settings, workers = self.config, self.config.distill, self.machine.workers
-        backbones, together, images = config.each_backbone(), config.workers_per_set, self.shape.synthetic(config)
+        config, workers = self.config, self.machine.workers
+        backbones, together = config.each_backbone(), config.workers_per_set
         experts, scored = self._experts(), self._scored()
         started = min(workers, len(experts)) + together + min(workers, len(scored))
         compiling = max(
             sum(self.compiling(kind, backbones[n]) for n in role.backbones for kind in self.plans[n].passes)
             for role in config.roles
         )
-        labelled = config.experts.count * (settings.labels == "soft") + 2 * (settings.initial == "correct")
-        labelled *= bool(trained_backbones(config))
-        choosing, iterating = self.seconds("scoring", backbones[0], labelled * images), sum(self.iteration)
-        distillation, pieces = compiling + choosing + settings.iterations * iterating, self._pieces
+        method, pieces, training = method_of(config), self._pieces, round(self.shape.training_images - self._held_out)
+        passes = method.choosing(config, self.shape.classes, training)
+        choosing = sum(self.seconds(kind, backbones[0], count) for kind, count in passes.items()) / max(1, pieces)
+        iterating = method.iterations(config) * sum(self.iteration)
+        distillation = compiling + choosing + iterating
         seconds = {
             "start": (RUN_SECONDS + WORKER_SECONDS * started, RUN_SECONDS + 3 * WORKER_SECONDS),
             "experts": self._spread(experts),
             "distillation": (distillation * together * max(1, pieces), distillation * -(-max(1, pieces) // workers)),
-            "validation": (0.0, 0.0) if pieces else self._validation(settings.iterations * iterating),
+            "validation": (0.0, 0.0) if pieces or not iterating else self._validation(iterating),
             "evaluation": self._spread(scored),
         }
         return {name: (self.machine.cores * held / 3600, wall / 3600) for name, (held, wall) in seconds.items()}
@@ -189,11 +190,12 @@ class Proposal:
         for each in trained_networks(config):
             snapshot = STORED_BYTES[each.experts.storage] * network_cost(each, self.shape).parameters
             store += each.experts.count * len(each.kept_epochs) * snapshot + transform
-        kinds = columns(method_of(config).state.record).values()
+        method = method_of(config)
+        kinds = columns(method.state.record).values()
         history = sum(np.dtype(kind).itemsize for kind in kinds) * len(config.weights)
         return {
             "store": store,
-            "checkpoint": images * (3 * row + 16) + history * config.distill.iterations,  # set, momentum, set kept
+            "checkpoint": images * (3 * row + 16) + history * method.iterations(config),  # set, momentum, set kept
             "results": 2 * images * (row + 8) + (2 if transform <= INLINE_BYTES else 1) * transform,
         }
 

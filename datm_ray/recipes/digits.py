@@ -1,7 +1,7 @@
 """Recipes for scikit-learn's 1,797 real 8x8 digits, the embedded default.
 
 The ranges of start epochs come from a prototype that was scored on its test split. Figures are over four distillations
-of two networks each; those of MetaDD and DM are of one distillation.
+of two networks each; those of MetaDD, DM and select are of one set.
 """
 
 from __future__ import annotations
@@ -110,6 +110,21 @@ def digits_dm_ipc10() -> RunConfig:
         }
     )
     return base.model_copy(update={"method": "dm", "distill": distill})
+
+
+def digits_select_ipc10() -> RunConfig:
+    """Real digits, 10 images per class, chosen without optimisation (RDED): the crops that a teacher finds easiest.
+
+    Measured 94.2±0.6 %, random real images with the same labels 96.0±0.2, digits-ipc10 98.0±0.7: one set and five
+    networks (`datm-ray run digits-select-ipc10 --skip-full`). At 8x8 pixels crops of a digit are easily another one.
+    Choosing took half a second of a CPU core. Values of `select` are the published ones, the step size is that of
+    digits-dm-ipc10.
+    """
+    base = digits_ipc10()
+    distill = base.distill.model_copy(
+        update={"learning_rate_step_size": 0.0, "initial_step_size": 0.1, "validate_every": 0}
+    )
+    return base.model_copy(update={"method": "select", "distill": distill})
 
 
 def digits16_metadd_ipc1() -> RunConfig:

@@ -147,7 +147,10 @@ def _what_was_done(run: Run) -> str:
     origin = f"{count(real, 'real image')} of {run.dataset}" if real else f"The images of {run.dataset}"
     experts = f"{count(config.experts.count, 'expert')} trained for {count(config.experts.epochs, 'epoch')} each"
     taught = f"from {experts}, " if run.summary.has_experts else ""
-    return f"{origin} {verb} distilled to {_size(run)}, {taught}in {count(config.distill.iterations, 'iteration')}."
+    done = f"distilled to {_size(run)}, {taught}in {count(run.total, 'iteration')}"
+    if not run.total:
+        done = f"reduced to {_size(run)}, {taught}by choice, without iterations"
+    return f"{origin} {verb} {done}."
 
 
 def _size(run: Run) -> str:
@@ -178,8 +181,10 @@ def _key_figures(run: Run) -> list[tuple[str, str]]:
 
 def _state(run: Run) -> str:
     """Progress of the run, in sentences."""
-    total = run.config.distill.iterations
-    if run.synthetic is not None:
+    total = run.total
+    if run.synthetic is not None and not total:
+        sentences = ["The images are chosen; the method has no iterations."]
+    elif run.synthetic is not None:
         sentences = [f"Distillation is finished: {count(run.iterations or total, 'iteration')}."]
     elif run.history is not None:
         sentences = [
@@ -211,7 +216,7 @@ def _state(run: Run) -> str:
         sentences.append("Nothing is evaluated yet.")
     elif missing:
         sentences.append(f"Not evaluated yet: {'; '.join(missing)}.")
-    if run.synthetic is not None and run.history is None:
+    if run.synthetic is not None and run.history is None and total:
         sentences.append("The checkpoint is missing, and with it the course of the distillation.")
     return " ".join(sentences)
 

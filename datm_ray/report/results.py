@@ -46,6 +46,8 @@ class RunSummary:
     """Name of the data set; None if the caller does not know it."""
     has_experts: bool = True
     """False if the run's method trains no networks, so that no row has their soft labels."""
+    iterations: int | None = None
+    """Iterations of the run's method, 0 if its first set is the result; `None` takes the recipe's."""
 
 
 @dataclass(frozen=True)
@@ -133,12 +135,17 @@ class Run:
     def learns_step_size(self) -> bool:
         """True if the step size is learned, False if the recipe or the method keeps the initial one."""
         has_course = self.history is None or "history.step_size" in self.history
-        return has_course and self.config.distill.learning_rate_step_size > 0
+        return bool(self.total) and has_course and self.config.distill.learning_rate_step_size > 0
 
     @property
     def unfinished(self) -> tuple[bool, int]:
         """Sort key: runs with a set first, then those with more rows of the table."""
         return self.synthetic is None, -len(self.summary.scores)
+
+    @property
+    def total(self) -> int:
+        """Iterations of the whole distillation; 0 if its first set is the result."""
+        return self.config.distill.iterations if self.summary.iterations is None else self.summary.iterations
 
     @property
     def iterations(self) -> int:

@@ -23,7 +23,7 @@ import math
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -58,6 +58,7 @@ from datm_ray.stages.metadd import MetaNetworks
 from datm_ray.stages.method import Method, Part
 from datm_ray.stages.registry import method_of
 from datm_ray.stages.validation import (
+    REPORT_INTERVAL,
     Candidates,
     is_due,
     only_validations_are_left,
@@ -74,6 +75,7 @@ LAST_GOOD = "last-good.arrow"
 MAPS = "maps.arrow"
 COST = "cost.json"
 VALIDATING = "validating the set"
+CHOOSING = "choosing the first images"
 
 _log = logging.getLogger(__name__)
 
@@ -228,6 +230,7 @@ class Distillation:
         self._part, self._method, self._folder, self._account = part, method, self._attempt.folder, account
         self._config, self._dataset, self._mesh, self._device = config, dataset, mesh, device
         self._rows = part.rows
+        self._iterations = method.iterations(config)
         self._validation, self._candidates = validation, Candidates(self._attempt.folder)
         self._has_joined = False
         """True if the state has results of candidates that the checkpoint lacks."""
@@ -253,12 +256,10 @@ class Distillation:
         settings, meter = self._config.distill, Meter(self._device)
         yield from map(Note, self._method.notes)
         saved = self._saved_state()
-        if saved is None:
-            yield Phase("choosing the first images")
-        state = saved or self._method.state(self._method.first_set(), settings)
+        state = saved or self._method.state((yield from self._chosen()), settings)
         yield from map(Phase, filter(None, [self._method.preparation]))
         self._mesh.until_all_are_done(self._method.prepare)
-        if saved is None:
+        if saved is None and self._iterations:
             yield from map(Phase, filter(None, [self._method.calibration]))
             yield from map(Note, self._method.calibrate(state))
         self._found = self._found_values(state, is_new=saved is None)
@@ -266,14 +267,14 @@ class Distillation:
             self._save_set(state.synthetic, INITIAL)
         yield from self._computed_otherwise(state.iteration)
         first = self._saved_at = state.iteration
-        yield Progress(first, settings.iterations, metrics=self._mesh_metrics)
+        yield Progress(first, self._iterations, metrics=self._mesh_metrics)
         with saving() as is_asked:
             self._join(state)
             if open_before := unvalidated(settings, state):
                 yield from self._validated(state, open_before)
                 if self._validation is None:
                     self._save_checkpoint(state)
-            while state.iteration < settings.iterations:
+            while state.iteration < self._iterations:
                 is_late = self._stop_if(is_asked(), state)
                 began = time.monotonic()
                 try:
@@ -285,13 +286,13 @@ class Distillation:
                 if is_due(settings, state.iteration):
                     self._stop_if(is_asked(), state)
                     yield from self._validated(state, [state.iteration])
-                is_last = state.iteration == settings.iterations
+                is_last = state.iteration == self._iterations
                 saves = is_late or is_last or state.iteration % settings.checkpoint_every == 0
                 if saves and (self._validation is None or self._saved_at != state.iteration):
                     self._save_checkpoint(state)
                 metrics = meter.measure() | self._measured(state, seconds)
                 metrics["datm_ray_distill_iterations_total"] = float(state.iteration - first)
-                yield Progress(state.iteration, settings.iterations, self._shown(state), metrics, saved=saves)
+                yield Progress(state.iteration, self._iterations, self._shown(state), metrics, saved=saves)
         counts = {**self._method.counts(state), "chosen_at": state.chosen_at}
         if unvalidated(settings, state):  # whoever writes the last result writes the set too
             yield from map(Note, self._method.warnings(state))
@@ -308,6 +309,18 @@ class Distillation:
             self._candidates.remove()
         yield Finished(counts, meter.measure())
 
+    def _chosen(self) -> Generator[Phase, None, SyntheticSet]:
+        """Choose the set before the first iteration; a worker says from time to time that it is at work."""
+        steps, due = self._method.choose(), -math.inf
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return cast(SyntheticSet, end.value)
+            if time.monotonic() >= due:
+                yield Phase(CHOOSING)
+                due = time.monotonic() + REPORT_INTERVAL
+
     def _stop_if(self, is_asked: bool, state: State[Any]) -> bool:
         """Save the state and raise `Interrupted` if any worker was asked to stop.
 
@@ -320,7 +333,7 @@ class Distillation:
             return bool(any_late)
         if state.iteration != self._saved_at:
             self._save_checkpoint(state)
-        raise Interrupted(f"iteration {state.iteration} of {self._config.distill.iterations}")
+        raise Interrupted(f"iteration {state.iteration} of {self._iterations}")
 
     def _validated(self, state: State[Any], iterations: Sequence[int]) -> Iterator[Event]:
         """Validate the sets of these iterations, or make a task for each, after a checkpoint."""

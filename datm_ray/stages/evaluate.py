@@ -475,7 +475,7 @@ def result_location(
     else:
         identity = run_identity(config)
         identity.pop("method", None)
-        for section in ("name", "distill", "recover", "metadd", *(["experts"] if row == "full" else [])):
+        for section in ("name", "distill", "recover", "select", "metadd", *(["experts"] if row == "full" else [])):
             identity.pop(section, None)
         ipc = {} if row == "full" else {"ipc": config.distill.ipc}
         folder = out / "controls" / stable_hash({"dataset": dataset_fingerprint, **identity, **ipc})

@@ -37,11 +37,18 @@ class ExpertNetworks:
                 f"run `datm-ray experts {config.name}` with the same --out and --store",
             )
 
-    def restored(self, expert: int) -> nn.Module:
-        """Network with an expert's last snapshot. Every call returns the same module with other parameters."""
-        last = self.group.read_snapshot(expert, self._last_epoch)
-        unflatten_into(self.network, to_device(last.params, self._device))
-        unflatten_buffers_into(self.network, to_device(last.buffers, self._device))
+    def restored(self, expert: int, epoch: int | None = None) -> nn.Module:
+        """Network with an expert's snapshot. Every call returns the same module with other parameters.
+
+        Args:
+            epoch: a stored epoch; `None` for the last.
+
+        Raises:
+            StoreError: the epoch is not stored.
+        """
+        held = self.group.read_snapshot(expert, self._last_epoch if epoch is None else epoch)
+        unflatten_into(self.network, to_device(held.params, self._device))
+        unflatten_buffers_into(self.network, to_device(held.buffers, self._device))
         return self.network
 
     def logits(self, expert: int, images: Tensor, heartbeat: Heartbeat = no_heartbeat) -> Tensor:

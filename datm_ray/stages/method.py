@@ -7,10 +7,10 @@ prepare, MetaDD adds its term, and evaluation and the report score, whatever the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -158,9 +158,9 @@ class Method:
     """Class of the state that is saved, constructed with the first set and `config.distill`."""
     options: ClassVar[Mapping[str, float]] = {}
     """Names of `distill.options` that the method reads -> default values; see `option`."""
-    needs_batch_norm: ClassVar[bool] = False
-    """True if `network` must have batch normalisation; False if it must not, which methods that match gradients or
-    features need."""
+    batch_norm: ClassVar[Literal["never", "always", "either"]] = "never"
+    """never: no network may have batch normalisation, as where gradients or features are matched. always: `network`
+    must have it. either: it may."""
     reads_backbones: ClassVar[bool] = False
     """True if `gradient` or `step` computes every network of `part.role.backbones`, not `config.network` alone."""
     precisions: ClassVar[Sequence[str]] = ("auto", "float32", "tf32")
@@ -182,9 +182,9 @@ class Method:
     @classmethod
     def check(cls, config: RunConfig) -> None:
         """Raise a `ConfigError` for a recipe that the method cannot distil."""
-        if cls.needs_batch_norm:
+        if cls.batch_norm == "always":
             config.require_batch_norm()
-        else:
+        elif cls.batch_norm == "never":
             config.require_matchable()
         for name in config.distill.options.keys() - cls.options.keys():
             raise ConfigError(
@@ -213,6 +213,14 @@ class Method:
         """Raise a `DatmError` for images that the method cannot distil; enough of each class are checked already."""
 
     @classmethod
+    def iterations(cls, config: RunConfig) -> int:
+        """Number of updates of the set; 0 for a method whose first set is the result.
+
+        Then neither `calibrate` nor `step` is called.
+        """
+        return config.distill.iterations
+
+    @classmethod
     def pieces(cls, config: RunConfig, classes: int) -> Sequence[Piece]:
         """Pieces in which the set is made, each by one worker; empty if workers make the set together.
 
@@ -232,6 +240,18 @@ class Method:
         """
         held = config.distill.ipc * -(-classes // shards)
         return Demand({"training": held}, at_once=held, maps=2, vectors=2)
+
+    @classmethod
+    def choosing(cls, config: RunConfig, classes: int, training_images: int) -> Mapping[str, float]:
+        """Work of choosing the whole first set: kind of work, as in `Demand`, -> images through the first network.
+
+        Args:
+            training_images: images that networks train on, without those for validation.
+        """
+        settings, passes = config.distill, 0
+        if cls.trained_backbones(config):
+            passes = config.experts.count * (settings.labels == "soft") + 2 * (settings.initial == "correct")
+        return {"scoring": passes * settings.ipc * classes}
 
     @classmethod
     def described(cls, config: RunConfig, images: int, chunk: int) -> str:
@@ -264,8 +284,13 @@ class Method:
         trained = self.trained_backbones(part.config)
         return [ExpertNetworks(each, part.dataset, part.store_uri, part.device) for each in trained]
 
+    def choose(self) -> Generator[None, None, SyntheticSet]:
+        """Choose the set before the first iteration, in steps: between them a worker says that it is at work."""
+        yield
+        return self.first_set()
+
     def first_set(self) -> SyntheticSet:
-        """Choose the set before the first iteration."""
+        """Choose the set before the first iteration, in one step."""
         return first_set(self.part, None, self.part.config.distill.initial_step_size or STEP_SIZE)
 
     def prepare(self, heartbeat: Heartbeat) -> None:

@@ -26,7 +26,7 @@ class RecoveryFromTeacher(Method):
     """Recovers the images of one block. The teacher is expert 0 of `network`."""
 
     state: ClassVar[type[State[Any]]] = Recovery
-    needs_batch_norm = True
+    batch_norm = "always"
 
     @classmethod
     def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:

@@ -15,6 +15,7 @@ METHODS = {
     "datm": "datm_ray.stages.trajectory:TrajectoryMatching",
     "dm": "datm_ray.stages.distribution:DistributionMatching",
     "sre2l": "datm_ray.stages.recovery:RecoveryFromTeacher",
+    "select": "datm_ray.stages.selection:Selection",
 }
 """Name of each packaged method -> module and class."""
 
@@ -45,6 +46,14 @@ def method_of(config: RunConfig) -> type[Method]:
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ConfigError(f"method {name!r} is no subclass of datm_ray.Method", remedy="derive the class from it")
     return found
+
+
+def iterations_of(config: RunConfig) -> int:
+    """Iterations of a run's distillation. A user's class that cannot be imported here counts as having the recipe's."""
+    try:
+        return method_of(config).iterations(config)
+    except ConfigError:
+        return config.distill.iterations
 
 
 def trained_backbones(config: RunConfig) -> list[RunConfig]:

@@ -196,7 +196,7 @@ def test_the_documented_method_of_a_users_runs(tmp_path: Path) -> None:
 
 
 WRONG = {
-    "method=mtd": "method is 'mtd', which does not exist. Choose one of datm, dm, sre2l, or give package.module:Class",
+    "method=mtd": "method is 'mtd', which does not exist. Choose one of datm, dm, sre2l, select, or give package.mod",
     "method=no_package:Class": "method 'no_package:Class' cannot be imported: No module named 'no_package'",
     "method=my_methods:Absent": "method 'my_methods:Absent' cannot be imported",
     "method=my_methods:nothing": "method 'my_methods:nothing' is no subclass of datm_ray.Method",

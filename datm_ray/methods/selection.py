@@ -1,0 +1,126 @@
+"""Scores by which real images are chosen for a set, without optimisation.
+
+    RDED (arXiv 2312.03526)          cross-entropy of random crops by a teacher; one crop of an image, the lowest first
+    moderate (Xia et al., 2023)      distance of an image's features to the class centre; nearest to the median first
+    EL2N (Paul et al., 2021)         norm of softmax minus one-hot, mean over networks; the lowest or the highest first
+    forgetting (Toneva et al., 2019) times that a network forgets an image, mean over networks; the same two orders
+
+Classes are chosen one by one, so that any division of the classes gives the same set. A class's images are drawn in a
+random order first, and equal scores keep it. Everything here is exact and knows no network.
+
+Shapes: n real images of a class, m crops of each, k classes, d features, c h w an image, e epochs, t tiles in each
+direction. Tests: tests/methods/test_selection.py.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import interpolate, one_hot, pad
+
+from datm_ray.core.augment import crop_boxes, resized_crop
+from datm_ray.core.randomness import Purpose, generator
+
+Scores = NDArray[np.float64]
+
+
+def drawn_order(rows: NDArray[np.int64], seed: int, label: int) -> NDArray[np.int64]:
+    """Shuffle the rows of a class's images. Draws depend on the seed and the class alone."""
+    return generator(seed, Purpose.SELECTION_ORDER, label).permutation(rows)
+
+
+def keep(scores: Scores, count: int, *, hardest: bool = False) -> NDArray[np.int64]:
+    """Positions of the `count` lowest scores [n], the lowest first; of the highest ones, if `hardest`.
+
+    Equal scores keep their order, and scores that are not finite come last.
+    """
+    signed = -scores if hardest else scores
+    order = np.argsort(np.where(np.isfinite(signed), signed, np.inf), kind="stable")
+    return order[:count]
+
+
+def moderate_scores(features: NDArray[np.floating]) -> Scores:
+    """Score [n]: how far an image's distance to the class centre lies from the median distance.
+
+    The centre is the median of every feature, as in the authors' program.
+
+    Args:
+        features: [n d] of the images of one class.
+    """
+    exact = features.astype(np.float64)
+    distances = np.linalg.norm(exact - np.median(exact, axis=0), axis=1)
+    scores: Scores = np.abs(distances - np.median(distances))
+    return scores
+
+
+def el2n_scores(logits: Tensor, labels: Tensor) -> Scores:
+    """Score [n]: norm of the difference of softmax and one-hot class, between 0 and the root of 2.
+
+    Args:
+        logits: [n k] of one network.
+        labels: [n] classes.
+    """
+    error = logits.double().softmax(dim=1) - one_hot(labels, logits.shape[1])
+    scores: Scores = error.norm(dim=1).cpu().numpy()
+    return scores
+
+
+def forgetting_scores(correct: NDArray[np.bool_]) -> Scores:
+    """Score [n]: times that an image is classified correctly at one epoch and wrongly at the next.
+
+    An image that is never classified correctly scores e, more than any other, as the authors count it.
+
+    Args:
+        correct: [e n] whether one network classifies each image correctly, epoch after epoch.
+    """
+    forgotten: NDArray[np.bool_] = correct[:-1] & ~correct[1:]
+    return np.where(correct.any(axis=0), forgotten.sum(axis=0), len(correct)).astype(np.float64)
+
+
+def draw_boxes(count: int, crops: int, least_share: float, seed: int, label: int) -> Tensor:
+    """Draw boxes [n m 4] of square crops, see `crop_boxes`, for `count` images of a class in their drawn order.
+
+    In an image that is no square a crop keeps the image's ratio of width to height.
+    """
+    uniform = generator(seed, Purpose.SELECTION_CROPS, label).random((count * crops, 4))
+    return crop_boxes(torch.from_numpy(uniform), least_share, largest_ratio=1.0).view(count, crops, 4)
+
+
+def crop_for_tile(images: Tensor, boxes: Tensor, tiles: int) -> Tensor:
+    """Crop images [b c h w] by boxes [b 4], resized to [b c h/t w/t], the size of a tile."""
+    crops = resized_crop(images, boxes)
+    if tiles == 1:
+        return crops
+    size = [side // tiles for side in images.shape[2:]]
+    return interpolate(crops, size, mode="bilinear", align_corners=False, antialias=True)
+
+
+def padded(crops: Tensor, height: int, width: int) -> Tensor:
+    """Centre crops on an image of zeros, the mean colour, as a teacher sees them."""
+    free = [side - own for side, own in zip((height, width), crops.shape[2:], strict=True)]
+    top, left = free[0] // 2, free[1] // 2
+    return pad(crops, (left, free[1] - left, top, free[0] - top))
+
+
+def best_crops(losses: Scores) -> tuple[NDArray[np.int64], Scores]:
+    """Number [n] of each image's crop of lowest loss, the first of equal ones, and its loss [n].
+
+    Args:
+        losses: [n m]; one that is not finite counts as infinite.
+    """
+    finite = np.where(np.isfinite(losses), losses, np.inf)
+    return finite.argmin(axis=1), finite.min(axis=1)
+
+
+def tiled(crops: Tensor, tiles: int) -> Tensor:
+    """Put t*t crops [n*t*t c h/t w/t] side by side into each of n images [n c h w].
+
+    The first n crops are the upper left tiles, the next n the tiles beside them: every image has good and less good
+    ones.
+    """
+    count = len(crops) // tiles**2
+    places = crops.view(tiles, tiles, count, *crops.shape[1:])
+    rows = [torch.cat(list(row), dim=3) for row in places]
+    return torch.cat(rows, dim=2)

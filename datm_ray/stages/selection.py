@@ -1,0 +1,275 @@
+"""Choosing real images (method select) as one worker does it: class by class, without any iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from datm_ray.config import RunConfig
+from datm_ray.core.networks.image_cost import ImageCost
+from datm_ray.core.networks.registry import build_network, embedding
+from datm_ray.core.synthetic import SyntheticSet, hard_logits
+from datm_ray.core.training import SCORING_BATCH
+from datm_ray.data.sources import RawDataset
+from datm_ray.errors import ConfigError, DatasetError
+from datm_ray.methods.selection import (
+    Scores,
+    best_crops,
+    crop_for_tile,
+    draw_boxes,
+    drawn_order,
+    el2n_scores,
+    forgetting_scores,
+    keep,
+    moderate_scores,
+    padded,
+    tiled,
+)
+from datm_ray.stages.method import STEP_SIZE, Demand, Method, Piece
+from datm_ray.store.trajectories import epochs_in_words
+
+MOST_PIECES = 32
+"""Most pieces of a set. Each reads the networks again, so more of them would read more."""
+LEAST_EPOCHS = 3
+"""Fewest stored epochs of training in which forgetting is counted."""
+
+Rows = Mapping[int, NDArray[np.int64]]
+"""Class -> rows of its real images, in the order drawn."""
+Work = Generator[None, None, dict[int, Scores]]
+"""Steps of scoring, which end with the scores of each class's images."""
+
+
+class Selection(Method):
+    """Chooses the images of some classes, by a teacher or by all experts of `network`."""
+
+    batch_norm = "either"
+
+    @classmethod
+    def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
+        """The teacher, which is expert 0 and labels the set; el2n and forgetting take all experts."""
+        return config.each_backbone()[:1]
+
+    @classmethod
+    def iterations(cls, config: RunConfig) -> int:
+        """None: the chosen images are the set."""
+        return 0
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        """Refuse what cannot be chosen, see `Method.check`."""
+        super().check(config)
+        if config.metadd is not None:
+            raise ConfigError(
+                "metadd changes images, and method select leaves real ones as they are",
+                remedy="leave out the metadd section, or choose another method",
+            )
+        if config.workers_per_set > 1:
+            raise ConfigError(
+                "cluster.shards asks for several workers a set",
+                "method select divides a set by classes, each part for one worker",
+                "leave it out: all workers take parts",
+            )
+        _check_select(config)
+
+    @classmethod
+    def check_images(cls, config: RunConfig, images: RawDataset) -> None:
+        """Refuse images that are too few for the crops or do not divide into tiles, and networks without features."""
+        settings, smallest = config.select, int(np.bincount(images.train.labels, minlength=images.classes).min())
+        if settings.by == "rded" and smallest < _crops_of_class(config):
+            raise DatasetError(
+                f"select.tiles={settings.tiles} needs {_crops_of_class(config)} training images of each class, and a "
+                f"class has {smallest}",
+                remedy="lower select.tiles or distill.ipc",
+            )
+        if settings.by == "rded" and any(side % settings.tiles for side in images.size):
+            raise DatasetError(
+                f"images of {'x'.join(map(str, images.size))} do not divide into {settings.tiles} tiles a side",
+                remedy="use --set select.tiles=1, or another dataset.resize",
+            )
+        if settings.by == "moderate":
+            spec = config.network.for_images(images.channels, images.size, images.classes)
+            embedding(build_network(spec, seed=0).eval(), torch.zeros(1, images.channels, *images.size))
+
+    @classmethod
+    def pieces(cls, config: RunConfig, classes: int) -> Sequence[Piece]:
+        """Blocks of classes in even parts: one of each class up to `MOST_PIECES`, whatever the workers."""
+        groups = np.array_split(np.arange(classes), min(classes, MOST_PIECES))
+        images = range(config.distill.ipc)
+        return [Piece(number, range(own[0], own[-1] + 1), images) for number, own in enumerate(groups)]
+
+    @classmethod
+    def demand(cls, config: RunConfig, classes: int, shards: int, cost: ImageCost) -> Demand:
+        """Memory of one batch of real images that are scored; there is no iteration."""
+        held = config.distill.ipc * max(len(piece.classes) for piece in cls.pieces(config, classes))
+        return Demand({}, at_once=1, maps=1, vectors=1, held=held, trace=2 * SCORING_BATCH * cost.largest)
+
+    @classmethod
+    def choosing(cls, config: RunConfig, classes: int, training_images: int) -> Mapping[str, float]:
+        """Every crop once through the teacher, or every image through each network and epoch, and the labels."""
+        settings, count = config.select, config.experts.count
+        passes = {
+            "rded": classes * min(settings.pool, training_images // classes) * settings.crops,
+            "moderate": training_images,
+            "el2n": training_images * count,
+            "forgetting": training_images * count * len(_epochs_of_training(config)),
+            "random": 0,
+        }[settings.by]
+        return {"scoring": passes + 2 * config.distill.ipc * classes * (config.distill.labels == "soft")}
+
+    @classmethod
+    def described(cls, config: RunConfig, images: int, chunk: int) -> str:
+        """Rule of the choice in words."""
+        settings = config.select
+        crops = f": {settings.crops:,} crops of up to {settings.pool:,} images of a class"
+        return f"{images:,} images chosen by {settings.by}{crops if settings.by == 'rded' else ''}, without iterations"
+
+    @property
+    def _piece(self) -> Piece:
+        if self.part.piece is None:
+            raise ValueError("images are chosen in pieces; give the part one of `pieces`")
+        return self.part.piece
+
+    def choose(self) -> Generator[None, None, SyntheticSet]:
+        """Choose the piece's images, with hard labels; those of the whole set may be softer, see `pieces`."""
+        config, device = self.part.config, self.part.device
+        rows = {label: drawn_order(self._rows_of(label), config.seed, label) for label in self._piece.classes}
+        images = yield from self._condensed(rows) if config.select.by == "rded" else self._real(rows)
+        labels = torch.tensor(self._piece.classes, device=device).repeat_interleave(config.distill.ipc)
+        step_sizes = torch.full((1,), config.distill.initial_step_size or STEP_SIZE, device=device)
+        return SyntheticSet(images, hard_logits(labels, self.part.dataset.classes), step_sizes, labels)
+
+    def _real(self, rows: Rows) -> Generator[None, None, Tensor]:
+        """Whole images [n c h w] of the best scores, class by class."""
+        settings = self.part.config.select
+        score: Callable[[Rows], Work] = {
+            "moderate": self._moderate,
+            "el2n": self._el2n,
+            "forgetting": self._forgetting,
+            "random": _equal,
+        }[settings.by]
+        scores = yield from score(rows)
+        hardest = settings.hardest and settings.by in ("el2n", "forgetting")
+        ipc = self.part.config.distill.ipc
+        return self._images(np.concatenate([own[keep(scores[k], ipc, hardest=hardest)] for k, own in rows.items()]))
+
+    def _moderate(self, rows: Rows) -> Work:
+        network, found = self._network(0), dict[int, Scores]()
+        for label, own in rows.items():
+            features = yield from self._computed(lambda images: embedding(network, images), own)
+            found[label] = moderate_scores(features.numpy())
+        return found
+
+    def _el2n(self, rows: Rows) -> Work:
+        count, found = self.experts[0].count, {label: np.zeros(len(own)) for label, own in rows.items()}
+        for expert in range(count):
+            network = self._network(expert, self.part.config.select.epoch)
+            for label, own in rows.items():
+                logits = yield from self._computed(network, own)
+                found[label] += el2n_scores(logits, torch.full((len(own),), label)) / count
+        return found
+
+    def _forgetting(self, rows: Rows) -> Work:
+        count, found = self.experts[0].count, {label: np.zeros(len(own)) for label, own in rows.items()}
+        for expert in range(count):
+            correct: dict[int, list[NDArray[np.bool_]]] = {label: [] for label in rows}
+            for epoch in _epochs_of_training(self.part.config):
+                network = self._network(expert, epoch)
+                for label, own in rows.items():
+                    logits = yield from self._computed(network, own)
+                    correct[label].append((logits.argmax(dim=1) == label).numpy())
+            for label in rows:
+                found[label] += forgetting_scores(np.stack(correct[label])) / count
+        return found
+
+    def _condensed(self, rows: Rows) -> Generator[None, None, Tensor]:
+        """Crops of lowest loss [n c h w], tiled, class by class."""
+        network, found = self._network(0), list[Tensor]()
+        for label, own in rows.items():
+            found.append((yield from self._condensed_class(network, label, own[: self.part.config.select.pool])))
+        return torch.cat(found)
+
+    def _condensed_class(
+        self, network: nn.Module, label: int, pool: NDArray[np.int64]
+    ) -> Generator[None, None, Tensor]:
+        settings, seed, size = self.part.config.select, self.part.config.seed, self.part.dataset.size
+        boxes = draw_boxes(len(pool), settings.crops, settings.least_share, seed, label)
+
+        def crop(places: NDArray[np.int64], numbers: NDArray[np.int64]) -> Tensor:
+            drawn = boxes[places, numbers].to(self.part.device)
+            return crop_for_tile(self._images(pool[places]), drawn, settings.tiles)
+
+        def losses(crops: NDArray[np.int64]) -> Tensor:
+            logits = network(padded(crop(*np.divmod(crops, settings.crops)), *size)).double()
+            return cross_entropy(logits, torch.full((len(crops),), label, device=logits.device), reduction="none")
+
+        every = yield from _in_batches(losses, np.arange(len(pool) * settings.crops))
+        numbers, lowest = best_crops(every.numpy().reshape(len(pool), settings.crops))
+        places = keep(lowest, _crops_of_class(self.part.config))
+        return tiled(crop(places, numbers[places]), settings.tiles)
+
+    def _network(self, expert: int, epoch: int | None = None) -> nn.Module:
+        return self.experts[0].restored(expert, epoch).eval()
+
+    def _images(self, rows: NDArray[np.int64]) -> Tensor:
+        """Real images [n c h w] of these rows on the device."""
+        return torch.from_numpy(self.part.dataset.train_images[rows]).to(self.part.device)
+
+    def _computed(self, function: Callable[[Tensor], Tensor], rows: NDArray[np.int64]) -> Generator[None, None, Tensor]:
+        """Values of a function of real images, in main memory."""
+        return _in_batches(lambda batch: function(self._images(batch)), rows)
+
+
+def _check_select(config: RunConfig) -> None:
+    """Raise a `ConfigError` for values of the section that go together neither with each other nor with the experts."""
+    settings, wanted, stored = config.select, _crops_of_class(config), config.kept_epochs
+    if settings.by == "rded" and settings.pool < wanted:
+        raise ConfigError(
+            f"select.pool is {settings.pool}, and {wanted} crops of each class are wanted",
+            "an image gives one crop at most",
+            f"use --set select.pool={wanted} or more",
+        )
+    if settings.by == "el2n" and settings.epoch is not None and settings.epoch not in stored:
+        raise ConfigError(
+            f"select.epoch is {settings.epoch}, and experts store {epochs_in_words(stored)}",
+            "experts.keep_epochs and experts.epochs decide which epochs there are",
+            f"use a stored epoch, or --set experts.keep_epochs={settings.epoch}",
+        )
+    if settings.by == "forgetting" and len(trained := _epochs_of_training(config)) < LEAST_EPOCHS:
+        raise ConfigError(
+            f"select.by is 'forgetting', and experts store {epochs_in_words(trained)} of their training",
+            "an image is forgotten from one stored epoch to the next",
+            f"use --set experts.keep_epochs={max(LEAST_EPOCHS, config.experts.epochs)}, and as many experts.epochs",
+        )
+
+
+def _crops_of_class(config: RunConfig) -> int:
+    """Number of crops that rded keeps of a class."""
+    return config.distill.ipc * config.select.tiles**2
+
+
+def _epochs_of_training(config: RunConfig) -> list[int]:
+    """Stored epochs of the experts in which they had learned something."""
+    return [epoch for epoch in config.kept_epochs if epoch > 0]
+
+
+def _equal(rows: Rows) -> Work:
+    """Score all images alike, so that the order drawn decides."""
+    yield
+    return {label: np.zeros(len(own)) for label, own in rows.items()}
+
+
+def _in_batches(
+    function: Callable[[NDArray[np.int64]], Tensor], items: NDArray[np.int64]
+) -> Generator[None, None, Tensor]:
+    """Values of a function of items, computed for `SCORING_BATCH` at a time, in main memory. Keeps no graph."""
+    found = []
+    for first in range(0, len(items), SCORING_BATCH):
+        yield
+        with torch.no_grad():
+            found.append(function(items[first : first + SCORING_BATCH]).cpu())
+    return torch.cat(found)
