@@ -341,8 +341,10 @@ class RecoverConfig(Section):
     """Smallest share of an image's area that a crop keeps, in (0, 1]; 1 does not crop."""
     crops: Literal["published", "falling"] = "published"
     """falling: the smallest share falls from 1 to `least_share` along a cosine, as in CDA."""
-    shift: Epoch = 4
-    """Largest shift of the images in pixels."""
+    flip: bool = True
+    """Mirror the images of half of the views; false where mirrored images would be of another class."""
+    shift: Annotated[int, Field(ge=0)] = 4
+    """Largest shift of the images in pixels; what leaves one side enters at the other."""
     rounds: Count = 1
     """Rounds of iterations, each with a new Adam; before the second and later ones the first images are mixed in."""
     mixed_in: Annotated[float, Field(ge=0, le=1)] = 0.5

@@ -77,7 +77,7 @@ def draw_view(options: RecoverConfig, seed: int, block: int, iteration: int, ite
     whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
     top, left, height, width = (crop_boxes(uniform, least) if options.least_share < 1 else whole)[0].tolist()
     rows, columns = draw.integers(-options.shift, options.shift + 1, 2).tolist()
-    return View((top, left, height, width), bool(draw.random() < 0.5), (rows, columns))
+    return View((top, left, height, width), options.flip and bool(draw.random() < 0.5), (rows, columns))
 
 
 def cosine(step: int, steps: int) -> float:

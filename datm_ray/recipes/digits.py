@@ -1,7 +1,7 @@
 """Recipes for scikit-learn's 1,797 real 8x8 digits, the embedded default.
 
 The ranges of start epochs come from a prototype that was scored on its test split. Figures are over four distillations
-of two networks each; those of MetaDD, DM and select are of one set.
+of two networks each; those of MetaDD, DM, SRe2L and select are of one set.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from datm_ray.config import (
     ExpertConfig,
     MetaConfig,
     NetworkConfig,
+    RecoverConfig,
     RunConfig,
     StartEpochs,
 )
@@ -110,6 +111,55 @@ def digits_dm_ipc10() -> RunConfig:
         }
     )
     return base.model_copy(update={"method": "dm", "distill": distill})
+
+
+def digits_sre2l_ipc10() -> RunConfig:
+    """Real digits, 10 images per class, recovered from a small ResNet-18 (SRe2L), and scored under its labels.
+
+    Not measured to its end yet. On validation images, sets from noise reach 91 %, from real images 95; the values of
+    `recover` were chosen there. At 8x8 pixels views are whole images, neither mirrored nor shifted.
+    """
+    base = digits_ipc10()
+    distill = base.distill.model_copy(
+        update={
+            "iterations": 300,
+            "initial": "noise",
+            "learning_rate_step_size": 0.0,
+            "initial_step_size": 0.1,
+            "validate_every": 0,
+        }
+    )
+    experts = ExpertConfig(
+        count=1,
+        epochs=30,
+        batch_size=64,
+        learning_rate=0.05,
+        schedule="cosine",
+        warmup_epochs=2,
+        momentum=0.9,
+        weight_decay=5e-4,
+        augmentation=DIGITS_AUGMENTATION,
+        keep_epochs=1,
+    )
+    evaluate = base.evaluate.model_copy(
+        update={
+            "protocol": "brief",
+            "labels": "teacher",
+            "temperature": 4.0,
+            "networks": (base.network,),
+        }
+    )
+    return base.model_copy(
+        update={
+            "method": "sre2l",
+            "dataset": base.dataset.model_copy(update={"normalisation": "standard"}),
+            "network": NetworkConfig(architecture="resnet18", width=32, depth=3, norm="batch"),
+            "experts": experts,
+            "distill": distill,
+            "recover": RecoverConfig(least_share=1.0, flip=False, shift=0),
+            "evaluate": evaluate,
+        }
+    )
 
 
 def digits_select_ipc10() -> RunConfig:

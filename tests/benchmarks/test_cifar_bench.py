@@ -59,11 +59,7 @@ def test_ranges_stand_for_the_published_amount_of_training(bench: ModuleType) ->
 @pytest.mark.slow
 def test_a_tiny_run_scores_every_method(bench: ModuleType, tmp_path: Path) -> None:
     """A tiny run scores every method, reads files in the real format, and names results as partial."""
-    noise = np.random.default_rng(0)
-    for part in ("train", "test"):
-        images = [jpeg(noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(200)]
-        table = pa.table({"image": [{"bytes": image} for image in images], "label": [n % 10 for n in range(200)]})
-        pq.write_table(table, tmp_path / f"cifar10-{part}.parquet")
+    write_cifar(tmp_path)
     words = ["--quick", "--ipc", "1", "--seeds", "1", "--executor", "serial", "--cifar", str(tmp_path)]
     found = bench.main([*words, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "results")])
     assert [row["range"] for row in found["crossover"]] == list(bench.METHODS)
@@ -84,6 +80,16 @@ def test_files_that_are_not_there_are_one_line(bench: ModuleType, tmp_path: Path
     with pytest.raises(DatasetError, match=r"holds no cifar10-train.parquet.*--cifar"):
         bench.main(["--cifar", str(tmp_path), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)])
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+def write_cifar(folder: Path) -> None:
+    """Write Parquet files like those of CIFAR-10, with 20 images of noise in each class and part."""
+    noise = np.random.default_rng(0)
+    folder.mkdir(exist_ok=True)
+    for part in ("train", "test"):
+        images = [jpeg(noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(200)]
+        table = pa.table({"image": [{"bytes": image} for image in images], "label": [n % 10 for n in range(200)]})
+        pq.write_table(table, folder / f"cifar10-{part}.parquet")
 
 
 def jpeg(pixels: NDArray[np.uint8]) -> bytes:

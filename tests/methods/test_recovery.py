@@ -185,4 +185,7 @@ def test_crops_are_as_small_as_the_recipe_allows(crops: str) -> None:
     assert {view.shift[0] for view in views} == {-2, -1, 0, 1, 2}
     assert 400 < sum(view.is_flipped for view in views) < 600
     assert draw_view(options, 1, 0, 3, 1000) == views[3]
+    unflipped = [draw_view(options.model_copy(update={"flip": False}), 1, 0, number, 1000) for number in range(50)]
+    assert [(view.box, view.shift) for view in unflipped] == [(view.box, view.shift) for view in views[:50]]
+    assert not any(view.is_flipped for view in unflipped)
     assert draw_view(options, 1, 1, 3, 1000) != views[3]
