@@ -137,10 +137,11 @@ class Artifact:
     def training(self) -> Schedule:
         """How networks were trained on the set to score it: epochs, batch size, optimiser's settings and augmentation.
 
-        The step size is the learned one, or that of the recipe; `training().rate(epoch)` is that of an epoch, and
-        `training().augment(images)` augments a batch. AdamW was scored with the best of a few learning rates; the
-        learned one is for SGD. Sets whose recipe does not name its protocol get the published one, without
-        augmentation.
+        `training().optimizer(network)` makes the optimizer, `training().rate(epoch)` is the learning rate of an epoch,
+        and `training().augment(images)` augments a batch. The learning rate is the recipe's, or else the one learned
+        with the set, which is for SGD; AdamW was scored with the best of a few. If `temperature` is not `None`, a
+        teacher's logits of every batch replaced the set's labels, see `datm_ray.ReplayedLabels`. Sets whose recipe does
+        not name its protocol get the published one, without augmentation.
 
         Raises:
             ConfigError: this version has no such protocol or optimiser.
@@ -153,8 +154,7 @@ class Artifact:
                 "it was made by another version",
                 "upgrade datm_ray, or choose the settings yourself",
             )
-        schedule = schedule_of(scored, scored.get("learning_rate") or self.step_size)
-        return schedule if optimiser == "sgd" else schedule.with_adamw()
+        return schedule_of(scored, scored.get("learning_rate") or self.step_size)
 
     @property
     def transform(self) -> Transform:

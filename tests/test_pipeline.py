@@ -413,7 +413,9 @@ def test_a_finished_run_is_scored_under_the_labels_of_its_first_expert(tmp_path:
 
 def test_a_teacher_that_is_not_trained_and_an_endless_warm_up_are_refused(tmp_path: Path) -> None:
     """A method without experts has no teacher, unless MetaDD has the backbone trained; nothing is written."""
-    with pytest.raises(ConfigError, match=r"no network that could be one.*Method dm.*evaluate\.labels=own"):
+    with pytest.raises(
+        ConfigError, match=r"method dm trains no network that could be the teacher.*evaluate\.labels=own"
+    ):
         Pipeline([tiny_config("method=dm", "evaluate.labels=teacher")], str(tmp_path / "out"))
     with pytest.raises(ConfigError, match=r"warmup_epochs is 20, and there are 20 epochs"):
         Pipeline([tiny_config("evaluate.warmup_epochs=20")], str(tmp_path / "out"))

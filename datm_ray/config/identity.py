@@ -79,8 +79,10 @@ def scoring_identity(config: RunConfig) -> dict[str, Any]:
 
 def recipe_of_set(config: RunConfig) -> dict[str, Any]:
     """Recipe in a set's file: the run's identity, and how its recipe scored the set."""
-    identity = run_identity(config)
-    return identity | {"evaluate": identity["evaluate"] | scoring_identity(config)}
+    identity, scored = run_identity(config), scoring_identity(config)
+    if config.evaluate.optimiser != "sgd":
+        scored["optimiser"] = config.evaluate.optimiser
+    return identity | {"evaluate": identity["evaluate"] | scored}
 
 
 def stable_hash(value: Any) -> str:

@@ -140,7 +140,7 @@ class NetworkConfig(Section):
     depth: Count | None = None
     """Blocks of convnet (each halves the image) or layers of mlp. null: 2 to 6 by image size; mlp 3."""
     norm: Norm = "instance"
-    """Normalisation layers; networks with batch cannot be distilled."""
+    """Normalisation layers; sre2l needs batch, which datm and dm cannot have."""
     pooling: Pooling = "avg"
     """2x2 pooling at the end of every convnet block."""
 
@@ -303,7 +303,7 @@ class DistillConfig(Section):
     initial: Literal["correct", "random", "noise"] = "correct"
     """Images to start from: real ones that experts classify correctly (any, without experts), any real ones, noise."""
     labels: Literal["soft", "hard"] = "soft"
-    """soft: the experts' mean logits, then learned; hard: fixed."""
+    """soft: the experts' mean logits, then learned by datm (sre2l, select: expert 0's); hard: the classes."""
     initial_step_size: Positive | None = None
     """The student's step size at the start; null: found by a line search (dm: 0.01)."""
     threshold: Positive = 1.0
@@ -440,7 +440,7 @@ class EvaluateConfig(Section):
     networks: Annotated[tuple[NamedNetwork, ...], Field(strict=False, max_length=64)] = ()
     """Architectures to score the set on as well, each with the learned and with a tuned step size."""
     optimiser: Literal["sgd", "adamw"] = "sgd"
-    """adamw: for networks that SGD does not train (transformers); its step size is tuned, or `learning_rate`."""
+    """adamw: for networks that SGD does not train (transformers); `learning_rate` or a tuned step size."""
     real_epochs: Count = 100
     """Epochs of the control that trains on all real data."""
     full: bool = True

@@ -199,5 +199,5 @@ def require_labelled(images: Tensor, fingerprint: str, place: str) -> None:
         raise ConfigError(
             f"{place} has labels of images with fingerprint {fingerprint}, but the {len(images)} given have {found}",
             "the set was distilled again or converted since its labels were started",
-            "give the labelled images, as `datm_ray.load` reads them, or label these in another folder",
+            "give the labelled images, as `datm_ray.load` reads them, or remove these labels and make new ones",
         )

@@ -38,6 +38,7 @@ class Purpose(IntEnum):
     LABEL_VIEWS = 20
     SELECTION_ORDER = 21
     SELECTION_CROPS = 22
+    RECOVERY_META = 23
 
 
 def generator(seed: int, purpose: Purpose, *counters: int) -> np.random.Generator:

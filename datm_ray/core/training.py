@@ -64,6 +64,15 @@ class Schedule:
     """True if the learning rate falls to 0 along a cosine, step by step."""
     warmup_epochs: int = 0
     """Epochs in which the learning rate grows from a hundredth, step by step."""
+    temperature: float | None = None
+    """Temperature of a teacher, whose logits of every batch replaced the set's labels; `None` if there was none."""
+
+    def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
+        """Optimizer of a network's parameters, at the schedule's highest learning rate."""
+        if self.optimiser == "adamw":
+            return torch.optim.AdamW(network.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
+        rate, momentum = self.learning_rate, self.momentum
+        return torch.optim.SGD(network.parameters(), lr=rate, momentum=momentum, weight_decay=self.weight_decay)
 
     def with_adamw(self, weight_decay: float | None = None) -> Schedule:
         """This training by AdamW; `None` takes AdamW's usual weight decay."""
@@ -128,7 +137,10 @@ def schedule_of(scored: Mapping[str, Any], learning_rate: float) -> Schedule:
     known = {key: scored[key] for key in SCORING_KEYS if key in scored}
     name, augmentation = scored.get("protocol", "published"), scored.get("augmentation", "")
     settings = EvaluateConfig.model_construct(protocol=name, augmentation=augmentation, **known)
-    return scoring_schedule(settings, learning_rate)
+    schedule = scoring_schedule(settings, learning_rate)
+    if settings.labels != "own":
+        schedule = dataclasses.replace(schedule, temperature=settings.temperature)
+    return schedule.with_adamw(settings.weight_decay) if scored.get("optimiser") == "adamw" else schedule
 
 
 def validation_protocol(evaluation: str) -> str:
@@ -167,7 +179,7 @@ def train(
     if targets.is_floating_point():
         targets = targets.softmax(dim=1)
     steps_per_epoch = -(-len(images) // schedule.batch_size)
-    optimizer = _optimizer(network, schedule)
+    optimizer = schedule.optimizer(network)
     network.train()
     total = torch.zeros((), device=targets.device)
     epochs, size, augmentation = schedule.epochs, schedule.batch_size, schedule.augmentation
@@ -188,7 +200,7 @@ def train(
             yield Epoch(epoch + 1, step + 1, float(total) / len(images))
             total.zero_()
             if epoch + 1 == schedule.decay_epoch:
-                optimizer = _optimizer(network, schedule)
+                optimizer = schedule.optimizer(network)
 
 
 STEP_OVERHEAD = 3e7
@@ -345,14 +357,3 @@ def train_to_end(network: nn.Module, images: Tensor, targets: Tensor, schedule: 
     for epoch in train(network, images, targets, schedule, seed):  # noqa: B007
         pass
     return epoch
-
-
-def _optimizer(network: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
-    if schedule.optimiser == "adamw":
-        return torch.optim.AdamW(network.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
-    return torch.optim.SGD(
-        network.parameters(),
-        lr=schedule.learning_rate,
-        momentum=schedule.momentum,
-        weight_decay=schedule.weight_decay,
-    )

@@ -20,6 +20,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from datm_ray.config import DistillConfig, RecoverConfig
-from datm_ray.core.augment import crop_boxes, resized_crop
+from datm_ray.core.augment import crop_boxes
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.torch_compat import BatchNorm
 from datm_ray.errors import ConfigError
@@ -53,11 +54,32 @@ class View:
     """Pixels by which rows and columns are rolled; what leaves one side enters at the other."""
 
     def of(self, images: Tensor) -> Tensor:
-        """View of images [n c h w]; differentiable in the images."""
-        box = images.new_tensor([self.box]).expand(len(images), -1)
-        cropped = resized_crop(images, box)
-        cropped = cropped.flip(3) if self.is_flipped else cropped
-        return cropped.roll(self.shift, dims=(2, 3)) if any(self.shift) else cropped
+        """View of images [n c h w]; differentiable in the images.
+
+        One box for all images makes the crop two products with matrices, whose gradient is reproducible on a GPU too.
+        """
+        top, left, height, width = self.box
+        rows, columns = (
+            crop_matrix(first, share, side).to(images)
+            for first, share, side in ((top, height, images.shape[2]), (left, width, images.shape[3]))
+        )
+        columns = columns.flip(0) if self.is_flipped else columns
+        return (rows.roll(self.shift[0], 0) @ images) @ columns.roll(self.shift[1], 0).T
+
+
+def crop_matrix(first: float, share: float, side: int) -> Tensor:
+    """Matrix [h h] in float64 that enlarges part of a side of h pixels to the whole side, bilinearly.
+
+    The product with an image equals `resized_crop` along this side.
+
+    Args:
+        first: start of the part, as a share of the side.
+        share: length of the part, as a share of the side.
+        side: h.
+    """
+    places = first * side + (torch.arange(side, dtype=torch.float64) + 0.5) * share - 0.5
+    distances = (places.clamp(0, side - 1)[:, None] - torch.arange(side, dtype=torch.float64)).abs()
+    return (1 - distances).clamp(min=0)
 
 
 def draw_view(options: RecoverConfig, seed: int, block: int, iteration: int, iterations: int) -> View:
@@ -155,7 +177,7 @@ class Recovery(Descent):
         options: RecoverConfig,
         bounds: tuple[Tensor, Tensor],
     ) -> RecoveryRecord:
-        """Update the images by Adam unless a value is not finite, and append to the history.
+        """Update the images by Adam unless a value would not be finite, and append to the history.
 
         Args:
             gradient: [n c h w].
@@ -167,39 +189,41 @@ class Recovery(Descent):
         Raises:
             DivergenceError: a multiple of `MOST_DIVERGED` iterations in a row were skipped.
         """
-        is_bad = bool(not_finite(gradient, loss))
-        record = RecoveryRecord(self.iteration, float(loss), is_bad, float(statistics))
+        first, last = self._round(options)
+        images, moments = self._adam(gradient, options.learning_rate, self.iteration - first, last - first)
+        bad = not_finite(gradient, loss, images, moments["second"])
+        is_bad, *values = torch.stack([bad.to(loss), loss, statistics]).tolist()  # one wait for the device
+        record = RecoveryRecord(self.iteration, values[0], bool(is_bad), values[1])
         if not is_bad:
-            self._adam(gradient, options)
-            torch.clamp(self.synthetic.images, *bounds, out=self.synthetic.images)
+            self.synthetic.images, self.moments = images.clamp(*bounds), moments
         self.history.append(record)
         self._require_progress()
-        self._start_round(options, bounds)
+        if self.iteration == last < self.settings.iterations:
+            assert self.first_images is not None
+            self.synthetic.images = self.synthetic.images.lerp(self.first_images, options.mixed_in).clamp(*bounds)
+            self.moments = {}
         return record
 
-    def _adam(self, gradient: Tensor, options: RecoverConfig) -> None:
-        """Move the images by one step of Adam, as `torch.optim.Adam` does."""
-        done = self.iteration % self._of_a_round(options)
+    def _adam(self, gradient: Tensor, rate: float, done: int, steps: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images and moments after one step of Adam, as `torch.optim.Adam` computes them.
+
+        Args:
+            rate: learning rate at the start of the round.
+            done: steps done in the round.
+            steps: steps of the round.
+        """
         zero = torch.zeros_like(gradient)
         first, second = self.moments.get("first", zero), self.moments.get("second", zero)
         first = first.lerp(gradient, 1 - FIRST_DECAY)
         second = SECOND_DECAY * second + (1 - SECOND_DECAY) * gradient.square()
-        self.moments = {"first": first, "second": second}
-        rate = options.learning_rate * cosine(done, self._of_a_round(options)) / (1 - FIRST_DECAY ** (done + 1))
+        length = rate * cosine(done, steps) / (1 - FIRST_DECAY ** (done + 1))
         root = second.sqrt() / math.sqrt(1 - SECOND_DECAY ** (done + 1)) + ADAM_EPS
-        self.synthetic.images = self.synthetic.images.addcdiv(first, root, value=-rate)
+        return self.synthetic.images.addcdiv(first, root, value=-length), {"first": first, "second": second}
 
-    def _start_round(self, options: RecoverConfig, bounds: tuple[Tensor, Tensor]) -> None:
-        """Between two rounds, mix the first images in and forget the moments."""
-        if self.iteration % self._of_a_round(options) or self.iteration == self.settings.iterations:
-            return
-        assert self.first_images is not None
-        self.synthetic.images = self.synthetic.images.lerp(self.first_images, options.mixed_in)
-        self.moments = {}
-
-    def _of_a_round(self, options: RecoverConfig) -> int:
-        """Iterations of a round; the last round is shorter where they do not divide evenly."""
-        return -(-self.settings.iterations // options.rounds)
+    def _round(self, options: RecoverConfig) -> tuple[int, int]:
+        """First and last iteration, exclusive, of the present round. All rounds are equally long, but for one step."""
+        ends = [self.settings.iterations * number // options.rounds for number in range(options.rounds + 1)]
+        return next((first, last) for first, last in pairwise(ends) if first <= self.iteration < last)
 
     def to_arrays(self) -> tuple[Arrays, Arrays]:
         """Named arrays of the state for a checkpoint, see `State.to_arrays`."""

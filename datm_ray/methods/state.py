@@ -230,8 +230,8 @@ class State(Generic[Record]):
             momenta={
                 name: _to_torch(arrays[f"momentum.{name}"], device) for name in LEARNED if f"momentum.{name}" in arrays
             },
-            history=_records(arrays, "history", cls.record),
-            meta_history=_records(arrays, "meta", MetaRecord) if "meta.iteration" in arrays else [],
+            history=records(arrays, "history", cls.record),
+            meta_history=records(arrays, "meta", MetaRecord) if "meta.iteration" in arrays else [],
             validations=list(zip(*curve, strict=True)),
             chosen=_set_from(arrays, "chosen", device) if "chosen.step_sizes" in shared else None,
             chosen_at=int(arrays["validation.chosen_at"]),
@@ -334,8 +334,14 @@ def _columns(prefix: str, records: Sequence[Any], record: type[Any]) -> dict[str
     return {f"{prefix}.{column}": np.array([getattr(each, column) for each in records], kind) for column, kind in named}
 
 
-def _records(arrays: dict[str, NDArray[Any]], prefix: str, record: type[Any]) -> list[Any]:
-    """Records of a history; a field with a default may be absent in checkpoints of earlier versions."""
+def records(arrays: dict[str, NDArray[Any]], prefix: str, record: type[Any]) -> list[Any]:
+    """Rows of a history, from the arrays of a checkpoint.
+
+    Args:
+        arrays: arrays by name; columns with a default that an earlier version left out are added.
+        prefix: name of the history: "history", or "meta" for MetaDD's.
+        record: dataclass of a row.
+    """
     for each in fields(record):
         if each.default is not MISSING:
             unknown = np.full(len(arrays[f"{prefix}.iteration"]), each.default)

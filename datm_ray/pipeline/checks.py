@@ -110,6 +110,12 @@ def _check_scoring(config: RunConfig) -> None:
     row_schedule(config, "distilled")
     if config.evaluate.labels != "own":
         teacher_of(config)
+    keep, epochs = config.evaluate.keep_labels, row_schedule(config, "distilled").epochs
+    if config.evaluate.labels == "stored" and keep is not None and keep > epochs:
+        raise ConfigError(
+            f"evaluate.keep_labels is {keep}, and networks train for {epochs} epochs",
+            remedy=f"use --set evaluate.keep_labels={epochs} or fewer, or null for all",
+        )
 
 
 def _check_folder(runs: Runs, config: RunConfig) -> None:
@@ -141,6 +147,12 @@ def _check_data(runs: Runs, config: RunConfig) -> None:
             f"distill.ipc is {config.distill.ipc}, but class {name!r} of {raw.name} has {left} training images",
             f"{held_out} more are for validation (dataset.validation={share:g}) and {tested} for testing",
             f"use --set distill.ipc={left}, or add images of this class",
+        )
+    top = config.evaluate.top_logits
+    if config.evaluate.labels == "stored" and top is not None and top >= raw.classes:
+        raise ConfigError(
+            f"evaluate.top_logits is {top}, and {raw.name} has {raw.classes} classes",
+            remedy=f"use --set evaluate.top_logits={raw.classes - 1} or fewer, or null for all",
         )
     method_of(config).check_images(config, raw)
     require_whole_classes(config.cluster.shards, raw.classes, raw.name)

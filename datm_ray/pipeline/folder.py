@@ -13,6 +13,7 @@ from datm_ray.stages.checkpoint import CHECKPOINT
 from datm_ray.stages.distill import INITIAL, SYNTHETIC
 from datm_ray.stages.evaluate import read_fair_rows, read_fair_scores, read_network_scores, read_scores
 from datm_ray.stages.experts import has_experts
+from datm_ray.stages.labels import LABELS, labels_location
 from datm_ray.stages.pieces import PIECES
 from datm_ray.stages.registry import iterations_of
 from datm_ray.store.files.filesystem import Location, open_location
@@ -66,6 +67,14 @@ def read_recipe(folder: Location) -> RunConfig | None:
     return load_recipe_of_run(place.read_bytes().decode(errors="replace"), place.uri)
 
 
+def stored_labels(folder: Location, config: RunConfig, dataset_fingerprint: str) -> Location | None:
+    """Folder of the stored labels that a run's recipe asks for; None if it asks for none, or none are stored yet."""
+    if config.evaluate.labels != "stored":
+        return None
+    place = labels_location(folder, config, dataset_fingerprint)
+    return place if any((folder / LABELS / name).uri == place.uri for name in (folder / LABELS).list()) else None
+
+
 def report(out: str) -> Location:
     """Write report.html and summary.json over all runs of an output folder, and return the report's location.
 
@@ -106,6 +115,7 @@ def summaries(out: Location, configs: Sequence[RunConfig]) -> list[RunSummary]:
                 fair_rows=read_fair_rows(*where),
                 dataset=note.name,
                 has_experts=has_experts(out / config.name),
+                labels=stored_labels(out / config.name, config, note.fingerprint),
                 iterations=iterations_of(config),
             )
         )

@@ -19,18 +19,27 @@ from datm_ray.monitor.loggers import Logger, open_logger
 from datm_ray.monitor.logs import LOG, fields, noting_the_end, writing
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import checks, tasks
-from datm_ray.pipeline.folder import LEASE, RECIPE, has_results, read_recipe, summaries, write_note
+from datm_ray.pipeline.folder import (
+    LEASE,
+    RECIPE,
+    has_results,
+    read_recipe,
+    stored_labels,
+    summaries,
+    write_note,
+)
 from datm_ray.pipeline.runs import Runs
 from datm_ray.pipeline.tasks import DatasetTask
 from datm_ray.report import accuracy_table, fair_table, networks_table
 from datm_ray.runtime.executor import Executor, Finished, More, Task
 from datm_ray.runtime.stopping import ask, by_signals
 from datm_ray.stages.checkpoint import CHECKPOINT
-from datm_ray.stages.distill import DistillWorker
+from datm_ray.stages.distill import SYNTHETIC, DistillWorker
 from datm_ray.stages.evaluate import read_score, result_location, scored_rows
 from datm_ray.stages.expert_progress import ExpertProgress, note_stacks
 from datm_ray.stages.experts import experts_cost, progress_of, stacks, write_experts_cost
 from datm_ray.stages.method import Outlook
+from datm_ray.stages.pieces import remove_pieces
 from datm_ray.stages.registry import method_of, trained_backbones, trained_networks
 from datm_ray.stages.validation import Candidates
 from datm_ray.stages.worker import StageWorker
@@ -118,6 +127,9 @@ class Pipeline:
         found = {title: (len(left), [task.name for _, task in left]) for title, left in stages.items()}
         sets = list(dict.fromkeys(task.run for _, task in stages["sets to distil"]))
         found["sets to distil"] = (len(sets), sets)
+        if labelled := tasks.epochs_to_label(self.runs):
+            found["epochs to label"] = (sum(labelled.values()), list(labelled))
+            found["networks to train for evaluation"] = found.pop("networks to train for evaluation")
         experts = sum(len(self.runs.missing_experts(config)) for config in tasks.expert_recipes(self.runs))
         networks = sum(len(task.arguments[5]) for _, task in stages["networks to train for evaluation"])
         counts = {"experts to train": experts, "networks to train for evaluation": networks}
@@ -309,6 +321,9 @@ class Pipeline:
         scored, given = set[str](), set[str]()
         """Names of the sets whose evaluation was given out, and places of its results, which sets may share."""
 
+        open_before, made = tasks.distill_tasks(self.runs, executor), set[str]()
+        """Tasks before the stage, and names of those that have ended."""
+
         def open_tasks(runs: Runs) -> list[DatasetTask]:
             return tasks.distill_tasks(runs, executor)
 
@@ -316,6 +331,11 @@ class Pipeline:
             if task.stage == "evaluation":
                 self._report_row(task, reporter)
                 return []
+            made.add(task.name)
+            if task.method == "make_piece":
+                (config,) = (config for config in self.configs if config.name == task.run)
+                others = [each for _, each in open_before if each.run == task.run]
+                return [] if {each.name for each in others} - made else [tasks.join_task(self.runs, config)[1]]
             unfinished = {config.name for config in self.runs.unfinished()}
             # The last sets' rows join those that are being scored; without any, they have a stage of their own.
             if not evaluates or executor.light_workers == 1 or not (unfinished or given):
@@ -335,12 +355,18 @@ class Pipeline:
         self._run("Distillation", "distill", open_tasks, executor, reporter, following)
         for config in self.configs:  # a worker that died after it had written the set leaves candidates
             Candidates(self.runs.folder(config)).remove()
+            if (self.runs.folder(config) / SYNTHETIC).exists():
+                remove_pieces(self.runs.folder(config))
 
     def _label(self, executor: Executor, reporter: Reporter) -> None:
         """Store the labels of finished sets for runs that ask for it."""
         if any(config.evaluate.labels == "stored" for config in self.configs):
             open_tasks = partial(tasks.label_tasks, workers=executor.light_workers)
             self._run("Labels", "label", open_tasks, executor, reporter)
+            for config in self.configs:
+                place = stored_labels(self.runs.folder(config), config, self.runs.raw(config).fingerprint)
+                if place is not None:
+                    reporter.message(f"{config.name}: labels of every epoch are in {place.uri}")
 
     def _evaluate(self, executor: Executor, reporter: Reporter) -> None:
         self._label(executor, reporter)

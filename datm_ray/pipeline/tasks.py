@@ -21,11 +21,14 @@ from datm_ray.runtime.executor import Executor, Task
 from datm_ray.stages.evaluate import FAIR_ROWS, ROWS, result_location, seeds_of_tasks, work_of
 from datm_ray.stages.expert_progress import read_stacks
 from datm_ray.stages.experts import experts_at_a_time, stacks
-from datm_ray.stages.labels import missing_epochs
+from datm_ray.stages.labels import kept_labels, missing_epochs
 from datm_ray.stages.method import Piece
 from datm_ray.stages.pieces import unfinished_pieces
 from datm_ray.stages.registry import method_of
 from datm_ray.stages.validation import is_apart, only_validations_are_left
+
+SETS_JOINED = 4
+"""Copies of a set, in main memory, of a worker that joins its pieces: before and after, and what is written."""
 
 DatasetTask = tuple[DatasetConfig, Task]
 """A task, and the data set its worker must hold."""
@@ -104,8 +107,9 @@ def distill_tasks(runs: Runs, executor: Executor | None = None) -> list[DatasetT
     tasks = []
     wanted = sum(config.workers_per_set for config in runs.unfinished())
     for config in runs.unfinished():
-        if pieces := unfinished_pieces(config, runs.folder(config), runs.raw(config).classes):
-            tasks += [_piece_task(runs, config, piece) for piece in pieces]
+        if method_of(config).pieces(config, runs.raw(config).classes):
+            pieces = unfinished_pieces(config, runs.folder(config), runs.raw(config).classes)
+            tasks += [_piece_task(runs, config, piece) for piece in pieces] or [join_task(runs, config)]
             continue
         folder, size, fewer = runs.folder(config), config.workers_per_set, smaller_groups(runs, config)
         settings, work = config.distill, _work_of_set(runs, config)
@@ -148,6 +152,23 @@ def _piece_task(runs: Runs, config: RunConfig, piece: Piece) -> DatasetTask:
         weight=_work_of_set(runs, config),
         method="make_piece",
         memory=memory,
+    )
+    return config.dataset, task
+
+
+def join_task(runs: Runs, config: RunConfig) -> DatasetTask:
+    """Task that writes a set when all its pieces are made."""
+    shape = runs.shape(config)
+    images = shape.synthetic(config)
+    task = Task(
+        f"{config.name} whole",
+        (config, runs.store_uri, runs.folder(config).uri),
+        run=config.name,
+        stage="distillation",
+        weight=images * _flop(runs, config),
+        method="join_pieces",
+        memory=scoring_memory(config, shape, images) + SETS_JOINED * images * shape.row,
+        is_light=True,
     )
     return config.dataset, task
 
@@ -248,6 +269,18 @@ def label_tasks(runs: Runs, workers: int = 1) -> list[DatasetTask]:
             )
             tasks.append((config.dataset, task))
     return tasks
+
+
+def epochs_to_label(runs: Runs) -> dict[str, int]:
+    """Name of each run whose labels are to be stored -> number of epochs without labels, also of unfinished sets."""
+    found = {}
+    unfinished = {config.name for config in runs.unfinished()}
+    for config in runs.configs:
+        if config.evaluate.labels == "stored":
+            folder, fingerprint = runs.folder(config), runs.raw(config).fingerprint
+            left = missing_epochs(folder, config, fingerprint)
+            found[config.name] = kept_labels(config) if config.name in unfinished else len(left)
+    return {name: count for name, count in found.items() if count}
 
 
 def evaluate_tasks(

@@ -26,9 +26,11 @@ from datm_ray.planning.shape import DataShape, fitting_cost, network_cost
 from datm_ray.runtime.devices import uses_gpu
 from datm_ray.stages.evaluate import is_taught, scored_rows, seeds_of_tasks, training_of
 from datm_ray.stages.experts import experts_at_a_time, stacks
+from datm_ray.stages.labels import kept_labels
 from datm_ray.stages.method import Outlook
 from datm_ray.stages.registry import method_of, teacher_of, trained_networks
 from datm_ray.stages.validation import is_apart, validations
+from datm_ray.store.labels import LabelInfo
 from datm_ray.store.trajectories import size_in_words
 
 STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -56,7 +58,8 @@ class Proposal:
 
     def compiling(self, kind: str, network: RunConfig) -> float:
         """Seconds in which one worker compiles steps of a network."""
-        each = self.machine.compiling.get(kind, 0.0) if self.config.cluster.compile else 0.0
+        is_compiled = self.config.cluster.compile and network.network.norm != "batch"
+        each = self.machine.compiling.get(kind, 0.0) if is_compiled else 0.0
         return each * network_cost(network, self.shape).functions
 
     @property
@@ -103,6 +106,7 @@ class Proposal:
             "experts": self._spread(experts),
             "distillation": (distillation * together * max(1, pieces), distillation * -(-max(1, pieces) // workers)),
             "validation": (0.0, 0.0) if pieces or not iterating else self._validation(iterating),
+            **({"labels": self._spread([labelling])} if (labelling := self._labelling) else {}),
             "evaluation": self._spread(scored),
         }
         return {name: (self.machine.cores * held / 3600, wall / 3600) for name, (held, wall) in seconds.items()}
@@ -121,6 +125,23 @@ class Proposal:
     def clock(self) -> dict[str, float]:
         """Stage -> seconds on the clock."""
         return {stage: 3600 * wall for stage, (_, wall) in self.stages.items()}
+
+    @property
+    def _labels(self) -> LabelInfo | None:
+        """What a label store of the set says of itself; `None` if its labels are not stored."""
+        config, images = self.config, self.shape.synthetic(self.config)
+        if config.evaluate.labels != "stored":
+            return None
+        epochs, (_, height, width) = scoring_schedule(config.evaluate, 1.0).epochs, self.shape.image
+        classes, keep, top = self.shape.classes, min(kept_labels(config), epochs), config.evaluate.top_logits
+        top = None if top is None or top >= classes else top
+        return LabelInfo("", "", images, classes, (height, width), epochs, keep, config.seed, top)
+
+    @property
+    def _labelling(self) -> float:
+        """Seconds in which one worker labels the set for all stored epochs."""
+        passes = self._labels.keep * self._labels.images if self._labels else 0
+        return self.seconds("scoring", teacher_of(self.config), passes) if passes else 0.0
 
     def _spread(self, tasks: list[float]) -> tuple[float, float]:
         """Seconds of all tasks, and seconds on the clock if free workers take them, the longest first."""
@@ -196,6 +217,7 @@ class Proposal:
         return {
             "store": store,
             "checkpoint": images * (3 * row + 16) + history * method.iterations(config),  # set, momentum, set kept
+            **({"labels": self._labels.planned_bytes} if self._labels else {}),
             "results": 2 * images * (row + 8) + (2 if transform <= INLINE_BYTES else 1) * transform,
         }
 

@@ -82,7 +82,8 @@ def recovered(
 def small_recovery(source: str, ipc: int) -> RunConfig:
     """Recipe of SRe2L with the authors' values for CIFAR-100.
 
-    Their program also mixes images up, keeps the iterate of least loss and shifts one way only.
+    Their program also mixes images up, keeps the iterate of least loss and shifts one way only. When it trains on the
+    set, the teacher is in training mode and the loss has no factor of the squared temperature.
     """
     teacher = ExpertConfig(epochs=200, batch_size=128, learning_rate=0.1, weight_decay=5e-4, augmentation="crop+flip")
     recover = RecoverConfig(learning_rate=0.25, statistics=0.01, least_share=1.0)

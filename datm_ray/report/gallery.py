@@ -37,7 +37,7 @@ class Gallery:
 def galleries(run: Run) -> list[Gallery]:
     if not run.total:
         return [_gallery("Chosen images", run.synthetic)] if run.synthetic is not None else []
-    sets = (("Before: real images", run.initial), ("After: synthetic images", run.synthetic))
+    sets = ((run.before, run.initial), ("After: synthetic images", run.synthetic))
     return [_gallery(title, artifact) for title, artifact in sets if artifact is not None]
 
 

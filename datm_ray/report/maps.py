@@ -26,7 +26,7 @@ def map_pictures(run: Run) -> list[Picture]:
     """One picture before and one after distillation; empty without MetaDD, or before it is finished."""
     if run.maps is None:
         return []
-    stages = (("Before: real images", run.initial, 0), ("After: synthetic images", run.synthetic, 1))
+    stages = ((run.before, run.initial, 0), ("After: synthetic images", run.synthetic, 1))
     return [_picture(title, artifact, run.maps, stage) for title, artifact, stage in stages if artifact is not None]
 
 

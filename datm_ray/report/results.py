@@ -18,7 +18,7 @@ from datm_ray.stages.checkpoint import CHECKPOINT, read_curves
 from datm_ray.stages.distill import COST, INITIAL, MAPS, SYNTHETIC, read_cost
 from datm_ray.stages.evaluate import FAIR_PARTS, FAIR_ROWS, ROWS, FairScores, NetworkScores, Score
 from datm_ray.stages.experts import read_experts_cost
-from datm_ray.stages.labels import labels_cost, stored_labels
+from datm_ray.stages.labels import labels_cost
 from datm_ray.stages.metadd import MAPS_KIND
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.sealed import rejecting_nonsense
@@ -44,6 +44,8 @@ class RunSummary:
     """Rows beyond the table's that DD-Ranking's scores need."""
     dataset: str | None = None
     """Name of the data set; None if the caller does not know it."""
+    labels: Location | None = None
+    """Folder of the labels that the set is scored with; None if they are not stored."""
     has_experts: bool = True
     """False if the run's method trains no networks, so that no row has their soft labels."""
     iterations: int | None = None
@@ -91,7 +93,8 @@ def cost_lines(summary: RunSummary) -> list[CostLine]:
     ]
     if (summary.folder / COST).exists():
         lines.append(CostLine("distillation", 1, read_cost(summary.folder)))
-    lines += [CostLine("labels", 1, labels_cost(place)) for place in stored_labels(summary.folder)]
+    if summary.labels is not None:
+        lines.append(CostLine("labels", 1, labels_cost(summary.labels)))
     titles = {**ROWS, **FAIR_ROWS}
     ordered = sorted((*summary.scores, *summary.fair_rows), key=lambda score: list(titles).index(score.row))
     lines += [_cost_line(titles[score.row], score) for score in ordered]
@@ -130,6 +133,11 @@ class Run:
         """Name of the data set: the caller's, else that in the set, else its source."""
         named = self.summary.dataset or (self.latest.provenance.get("dataset") if self.latest else None)
         return str(named or self.config.dataset.source)
+
+    @property
+    def before(self) -> str:
+        """Heading of the images before the first iteration."""
+        return "Before: noise" if self.config.distill.initial == "noise" else "Before: real images"
 
     @property
     def learns_step_size(self) -> bool:
@@ -317,7 +325,8 @@ def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
 def column_name(summary: RunSummary) -> str:
     """Heading of a run's column: its name, and what its networks have that the set was not made for."""
     settings = summary.config.evaluate
-    special = ["AdamW"] * (settings.optimiser == "adamw") + ["a teacher's labels"] * (settings.labels != "own")
+    labels = {"teacher": ["a teacher's labels"], "stored": ["stored labels"]}.get(settings.labels, [])
+    special = ["AdamW"] * (settings.optimiser == "adamw") + labels
     return summary.config.name + (f" ({', '.join(special)})" if special else "")
 
 

@@ -72,7 +72,7 @@ from datm_ray.runtime.executor import Finished, Note, Progress
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.expert_networks import ExpertNetworks
 from datm_ray.stages.labels import labels_location
-from datm_ray.stages.registry import teacher_of, trained_backbones
+from datm_ray.stages.registry import method_of, teacher_of, trained_backbones
 from datm_ray.stages.validation import evaluation_schedule, reported, trainer_of
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.labels import LabelStore
@@ -333,7 +333,8 @@ def has_learned_step_size(config: RunConfig, row: str) -> bool:
     """True if the step size of a row was learned with the set, for these labels or its hard ones."""
     is_given = row in SOFT and config.evaluate.learning_rate is not None
     is_replaced = is_given or is_taught(config, row)
-    return row in DISTILLED and config.evaluate.optimiser == "sgd" and not is_replaced
+    is_there = method_of(config).gives_step_size and config.evaluate.optimiser == "sgd"
+    return row in DISTILLED and is_there and not is_replaced
 
 
 def _schedules(config: RunConfig, row: str, learned: float | None, network: NetworkConfig | None) -> list[Schedule]:
@@ -496,7 +497,6 @@ def _training_identity(config: RunConfig, dataset_fingerprint: str, row: str) ->
     left_out = {"temperature", "cutmix", "keep_labels", "top_logits"}
     if is_taught(config, row):
         left_out = set() if is_stored(config, row) else {"keep_labels", "top_logits"}
-        identity["labels"] = "stored" if is_stored(config, row) else "teacher"
         identity["teacher"] = expert_fingerprint(teacher_of(config), dataset_fingerprint)
     elif row not in SOFT:
         left_out |= {"labels", "learning_rate"}

@@ -6,6 +6,7 @@ does not depend on who labels which epoch, nor in which order.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
@@ -150,18 +151,17 @@ def labels_location(folder: Location, config: RunConfig, dataset_fingerprint: st
 
 def missing_epochs(folder: Location, config: RunConfig, dataset_fingerprint: str) -> list[int]:
     """Epochs of a finished set that are still to be labelled, sorted."""
-    epochs = evaluation_schedule(config, 1.0).epochs
     stored = set(LabelStore(labels_location(folder, config, dataset_fingerprint)).epochs())
-    return [epoch for epoch in range(min(config.evaluate.keep_labels or epochs, epochs)) if epoch not in stored]
+    return [epoch for epoch in range(kept_labels(config)) if epoch not in stored]
 
 
-def stored_labels(folder: Location) -> list[Location]:
-    """Folders of all labels that a run has stored."""
-    return [folder / LABELS / name for name in (folder / LABELS).list()]
+def kept_labels(config: RunConfig) -> int:
+    """Number of epochs whose labels a run stores."""
+    return config.evaluate.keep_labels or evaluation_schedule(config, 1.0).epochs
 
 
 def labels_cost(place: Location) -> Spent:
-    """What the labels in a folder have cost so far."""
+    """Cost of the labels in a folder so far, over all workers and attempts; zero if there are none."""
     return total(Spent.from_json((place / COSTS / name).read_json()) for name in (place / COSTS).list())
 
 
@@ -195,14 +195,15 @@ class LabelWorker:
             self._dataset.classes,
             teacher.group.key.fingerprint,
             epochs=trained_for,
-            keep=min(settings.keep_labels or trained_for, trained_for),
+            keep=kept_labels(config),
             top=settings.top_logits,
             temperature=settings.temperature if settings.top_logits else 1.0,
             seed=config.seed,
             views=VIEWS | {"mix": settings.cutmix},
         )
         yield Progress(0, len(epochs))
+        note = place / COSTS / f"{epochs[0]:05d}-{secrets.token_hex(4)}.json"  # one for each attempt
         for done, _ in enumerate(label_epochs(store, teacher.restored(0), images, epochs), start=1):
+            note.write_json(account.spent().to_json())
             yield Progress(done, len(epochs), saved=True)
-        (place / COSTS / f"{epochs[0]:05d}.json").write_json(account.spent().to_json())
         yield Finished()

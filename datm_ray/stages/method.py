@@ -165,6 +165,9 @@ class Method:
     """True if `gradient` or `step` computes every network of `part.role.backbones`, not `config.network` alone."""
     precisions: ClassVar[Sequence[str]] = ("auto", "float32", "tf32")
     """Values of `cluster.precision` that the method follows."""
+    gives_step_size: ClassVar[bool] = True
+    """True if networks train on the set with a step size that is learned or published with it; False if one is chosen
+    on validation images."""
     preparation: str = ""
     """What `prepare` does, such as "compiling student steps"; "" for nothing that takes long."""
     calibration: str = ""
@@ -397,7 +400,7 @@ class Method:
         if 4 * state.skipped > state.iteration:
             yield (
                 f"{state.skipped} of {state.iteration} updates were skipped because a value was not finite: lower "
-                "distill.learning_rate_images"
+                f"{state.rate_key}"
             )
 
     def close(self) -> None:

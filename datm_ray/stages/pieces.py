@@ -1,4 +1,4 @@
-"""Sets that are made in pieces: each piece by one worker, by itself, and the set by whoever finishes the last piece.
+"""Sets that are made in pieces: each piece by one worker, by itself, and the set by a task that joins all pieces.
 
     pieces/<number>/    folder of a piece, with the files of a distillation, see `distill`
     initial.arrow, checkpoint.arrow, maps.arrow, synthetic.arrow, cost.json    of the whole set, as elsewhere
@@ -10,31 +10,33 @@ Tests: tests/stages/test_pieces.py.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from datm_ray.artifact import TRANSFORMS, Artifact, read_artifact, save_artifact
+from datm_ray.artifact import TRANSFORMS, read_artifact, save_artifact
 from datm_ray.config import ClusterConfig, RunConfig, recipe_of_set, run_identity
 from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.core.training import SCORING_BATCH, accuracy, predict_logits
 from datm_ray.data.dataset import Dataset
-from datm_ray.errors import OvertakenError
-from datm_ray.methods.state import State
+from datm_ray.methods.state import MetaRecord, records
 from datm_ray.monitor.spent import Account, total
-from datm_ray.runtime.devices import prepare_device
-from datm_ray.runtime.executor import Event, Finished, Phase
+from datm_ray.runtime.devices import prepare_device, to_device
+from datm_ray.runtime.executor import Event, Finished, Note, Phase, Progress
 from datm_ray.runtime.mesh import Alone
-from datm_ray.stages.checkpoint import PARTS, Attempt, Rows, load_checkpoint, save_checkpoint
+from datm_ray.stages.checkpoint import CHECKPOINT, KIND, PARTS, Attempt, Rows, save_checkpoint
 from datm_ray.stages.distill import COST, INITIAL, MAPS, SYNTHETIC, Distillation, read_cost
 from datm_ray.stages.expert_networks import ExpertNetworks
 from datm_ray.stages.expert_progress import remove_folder
 from datm_ray.stages.metadd import MetaNetworks
 from datm_ray.stages.method import Part, Piece
 from datm_ray.stages.registry import method_of
-from datm_ray.store.files.filesystem import Location, MissingFileError, open_location
+from datm_ray.store.files.filesystem import Location, open_location
+from datm_ray.store.sealed import rejecting_nonsense
+from datm_ray.store.tensors import read_tensors
 
 PIECES = "pieces"
 
@@ -45,21 +47,26 @@ def piece_folder(folder: Location, piece: Piece) -> Location:
 
 
 def unfinished_pieces(config: RunConfig, folder: Location, classes: int) -> list[Piece]:
-    """Pieces of a run without a result; the last one if only the set is missing. Empty if it is made as a whole."""
+    """Pieces of a run without a result; empty if they only have to be joined, and for a set that has no pieces."""
     pieces = method_of(config).pieces(config, classes)
-    left = [piece for piece in pieces if not (piece_folder(folder, piece) / SYNTHETIC).exists()]
-    return left or list(pieces[-1:])
+    started = set((folder / PIECES).list()) if pieces else set()
+    places = {piece.number: piece_folder(folder, piece) for piece in pieces}
+    return [
+        piece
+        for piece in pieces
+        if f"{piece.number:05d}" not in started or not (places[piece.number] / SYNTHETIC).exists()
+    ]
 
 
 class PieceWorker:
-    """Makes pieces of sets from one data set."""
+    """Makes pieces of sets from one data set, and joins them."""
 
     def __init__(self, dataset: Dataset, cluster: ClusterConfig) -> None:
         self._device = prepare_device(cluster)
         self._cluster, self._dataset = cluster, dataset
 
     def make_piece(self, config: RunConfig, store_uri: str, folder_uri: str, number: int) -> Iterator[Event]:
-        """Make a piece from its last checkpoint, and the set if no other piece is missing.
+        """Make a piece from its last checkpoint.
 
         Args:
             config: recipe of the run.
@@ -71,28 +78,11 @@ class PieceWorker:
             MissingExpertsError: the store has not all networks of the recipe.
             DivergenceError: too many iterations in a row diverged.
         """
-        folder, end = open_location(folder_uri), Finished()
-        if (folder / SYNTHETIC).exists():
-            yield end
+        piece = method_of(config).pieces(config, self._dataset.classes)[number]
+        own = piece_folder(open_location(folder_uri), piece)
+        if (own / SYNTHETIC).exists():
+            yield Finished()
             return
-        pieces = method_of(config).pieces(config, self._dataset.classes)
-        own = piece_folder(folder, pieces[number])
-        if not (own / SYNTHETIC).exists():
-            for event in self._made(config, store_uri, own, pieces[number]):
-                if isinstance(event, Finished):
-                    end = event
-                else:
-                    yield event
-        if all((piece_folder(folder, piece) / SYNTHETIC).exists() for piece in pieces):
-            yield Phase("joining the pieces")
-            try:
-                self._join(config, store_uri, folder, pieces)
-            except (OvertakenError, MissingFileError):  # another worker does the same, and removes the pieces
-                if not (folder / SYNTHETIC).exists():
-                    raise
-        yield end
-
-    def _made(self, config: RunConfig, store_uri: str, own: Location, piece: Piece) -> Iterator[Event]:
         yield Phase("preparing the networks")
         unvalidated = config.distill.model_copy(update={"validate_every": 0})
         config = config.model_copy(update={"distill": unvalidated})
@@ -100,62 +90,109 @@ class PieceWorker:
         with closing(method_of(config)(part)) as method:
             yield from Distillation(part, own, method, Account(self._device, self._cluster), None).events()
 
-    def _join(self, config: RunConfig, store_uri: str, folder: Location, pieces: Sequence[Piece]) -> None:
-        """Write the set and what belongs to it, then remove the pieces."""
+    def join_pieces(self, config: RunConfig, store_uri: str, folder_uri: str) -> Iterator[Event]:
+        """Write the set from its finished pieces, with all that belongs to it. Arguments: see `make_piece`.
+
+        Raises:
+            OvertakenError: a newer attempt joins the same pieces.
+        """
+        folder, account = open_location(folder_uri), Account(self._device, self._cluster)
+        if not (folder / SYNTHETIC).exists():
+            yield Phase("joining the pieces")
+            pieces = method_of(config).pieces(config, self._dataset.classes)
+            yield from self._joined(config, store_uri, folder, pieces, account)
+        yield Finished()
+
+    def _joined(
+        self, config: RunConfig, store_uri: str, folder: Location, pieces: Sequence[Piece], account: Account
+    ) -> Iterator[Event]:
         attempt, places = Attempt.start(folder, Alone()), [piece_folder(folder, piece) for piece in pieces]
-        folder, attempt.resumed_at = attempt.folder, -1
-        backbone = ExpertNetworks(config.each_backbone()[0], self._dataset, store_uri, self._device)
-        initial, final = ([read_artifact(place / name) for place in places] for name in (INITIAL, SYNTHETIC))
-        first, last = (self._whole(config, pieces, artifacts, backbone) for artifacts in (initial, final))
-        kind = method_of(config).state
-        whole = Rows.of_shard(0, 1, self._dataset.classes, config.distill.ipc)
-        states = [
-            load_checkpoint(kind, place, Rows(0, len(artifact.labels)), config.distill, self._device)
-            for place, artifact in zip(places, final, strict=True)
-        ]
-        state = kind(last, config.distill, history=_mean_history([each for each in states if each is not None]))
-        save_checkpoint(attempt, state, whole, Alone(), run_identity(config))
-        (folder / COST).write_json(total(read_cost(place) for place in places).to_json())
-        if config.metadd is not None:
-            arguments = (config, config.metadd, self._dataset, store_uri, config.whole_role, backbone, whole)
-            MetaNetworks(*arguments, self._device).keep_maps(folder / MAPS, Alone(), first.images, last)
-        for name, held, artifact in ((INITIAL, first, initial[0]), (SYNTHETIC, last, final[0])):
-            context = (self._dataset.transform, self._dataset.class_names, recipe_of_set(config), artifact.provenance)
-            save_artifact(folder / name, held, *context, folder.parent / TRANSFORMS)
-        for place in places:
-            remove_folder(place / PARTS)
-            remove_folder(place)
-        remove_folder(folder / PIECES)
-
-    def _whole(
-        self, config: RunConfig, pieces: Sequence[Piece], artifacts: Sequence[Artifact], teacher: ExpertNetworks
-    ) -> SyntheticSet:
-        """The set from its pieces, class by class; with `distill.labels` soft, labelled by the teacher."""
-        rows = torch.cat([torch.from_numpy(piece.rows(config.distill.ipc)) for piece in pieces])
-
-        def joined(parts: Sequence[Tensor]) -> Tensor:
-            values = torch.cat(list(parts))
-            return torch.empty_like(values).index_copy_(0, rows, values).to(self._device)
-
-        images, labels = (joined([getattr(each, name) for each in artifacts]) for name in ("images", "labels"))
+        folder = attempt.folder
+        teacher = ExpertNetworks(config.each_backbone()[0], self._dataset, store_uri, self._device)
+        provenance = read_artifact(places[0] / SYNTHETIC).provenance
+        sets = {}
+        for name in (INITIAL, SYNTHETIC):
+            sets[name] = self._whole(config, pieces, [place / name for place in places])
+            yield Progress(len(sets), 2)
         if config.distill.labels == "soft":
-            soft_labels = teacher.logits(0, images)
-        else:
-            soft_labels = joined([each.soft_labels for each in artifacts])
-        step_sizes = torch.tensor(artifacts[0].step_sizes, device=self._device)
+            yield from self._labelled(teacher, sets)
+        whole = Rows.of_shard(0, 1, self._dataset.classes, config.distill.ipc)
+        state = method_of(config).state(sets[SYNTHETIC], config.distill)
+        state.history = _mean_records(places, "history", state.record)
+        state.meta_history = _mean_records(places, "meta", MetaRecord) if config.metadd else []
+        save_checkpoint(attempt, state, whole, Alone(), run_identity(config))
+        if config.metadd is not None:
+            arguments = (config, config.metadd, self._dataset, store_uri, config.whole_role, teacher, whole)
+            initial, final = (_on(each, self._device) for each in sets.values())
+            MetaNetworks(*arguments, self._device).keep_maps(folder / MAPS, Alone(), initial.images, final)
+        spent = total([*(read_cost(place) for place in places), account.spent()])
+        (folder / COST).write_json(spent.to_json())
+        for name, held in sets.items():
+            context = (self._dataset.transform, self._dataset.class_names, recipe_of_set(config), provenance)
+            save_artifact(folder / name, held, *context, folder.parent / TRANSFORMS)
+
+    def _labelled(self, teacher: ExpertNetworks, sets: Mapping[str, SyntheticSet]) -> Iterator[Event]:
+        """Give the sets the teacher's logits as their labels, and tell how good the teacher is."""
+        network = teacher.restored(0)
+        for held in sets.values():
+            parts = []
+            for images in held.images.split(SCORING_BATCH):
+                parts.append(predict_logits(network, images.to(self._device)).cpu())
+                yield Phase("labelling the set")
+            held.soft_labels = torch.cat(parts)
+        images, labels = self._dataset.validation_images, to_device(self._dataset.validation_labels, self._device)
+        right = accuracy(network, to_device(images, self._device), labels)
+        yield Note(f"the teacher classifies {right:.1%} of the validation images correctly")
+
+    @staticmethod
+    def _whole(config: RunConfig, pieces: Sequence[Piece], files: Sequence[Location]) -> SyntheticSet:
+        """The set from its pieces, class by class, in main memory. One piece is read at a time."""
+        found: list[Tensor] = []
+        step_sizes = torch.zeros(1)
+        for piece, file in zip(pieces, files, strict=True):
+            artifact, rows = read_artifact(file), torch.from_numpy(piece.rows(config.distill.ipc))
+            parts = (artifact.images, artifact.soft_labels, artifact.labels)
+            if not found:
+                count = sum(len(each.classes) * len(each.images) for each in pieces)
+                step_sizes = torch.tensor(artifact.step_sizes)
+                found = [part.new_zeros(count, *part.shape[1:]) for part in parts]
+            for whole, part in zip(found, parts, strict=True):
+                whole[rows] = part
+        images, soft_labels, labels = found
         return SyntheticSet(images, soft_labels, step_sizes, labels)
 
 
-def _mean_history(states: Sequence[State[Any]]) -> list[Any]:
-    """Records of the iterations, each with the mean values of all pieces; skipped if it was in any of them."""
-    found = []
-    for records in zip(*(state.history for state in states), strict=True):
-        means = {
-            each.name: type(getattr(records[0], each.name))(
-                sum(getattr(record, each.name) for record in records) / len(records)
-            )
-            for each in dataclasses.fields(records[0])
-        }
-        means["skipped"] = any(record.skipped for record in records)
-        found.append(dataclasses.replace(records[0], **means))
-    return found
+def remove_pieces(folder: Location) -> None:
+    """Remove the pieces of a finished set."""
+    for name in (folder / PIECES).list():
+        remove_folder(folder / PIECES / name / PARTS)
+        remove_folder(folder / PIECES / name)
+    remove_folder(folder / PIECES)
+
+
+def _on(held: SyntheticSet, device: torch.device) -> SyntheticSet:
+    return SyntheticSet(*(each.to(device) for each in (held.images, held.soft_labels, held.step_sizes, held.labels)))
+
+
+def _mean_records(places: Sequence[Location], prefix: str, record: type[Any]) -> list[Any]:
+    """Rows of a history, each with the mean values of all pieces; skipped if it was in any of them.
+
+    Empty if the pieces are made without iterations.
+    """
+    histories = []
+    for place in places:
+        if not (place / CHECKPOINT).exists():
+            return []
+        arrays = read_tensors(place / CHECKPOINT, kind=KIND).arrays
+        with rejecting_nonsense(place / CHECKPOINT):
+            histories.append(records(dict(arrays), prefix, record))
+    return [_mean(rows) for rows in zip(*histories, strict=True)]
+
+
+def _mean(rows: Sequence[Any]) -> Any:
+    """Row with the mean of each number, and True where any row has it."""
+    means: dict[str, Any] = {}
+    for each in dataclasses.fields(rows[0]):
+        values = [getattr(row, each.name) for row in rows]
+        means[each.name] = any(values) if isinstance(values[0], bool) else type(values[0])(sum(values) / len(values))
+    return dataclasses.replace(rows[0], **means)

@@ -21,12 +21,16 @@ from datm_ray.stages.checkpoint import Rows
 from datm_ray.stages.initial import first_rows
 from datm_ray.stages.method import STEP_SIZE, Demand, Method, Part, Piece
 
+FEW_IMAGES = 32
+"""Images of a block below which a run says that their statistics are those of few."""
+
 
 class RecoveryFromTeacher(Method):
     """Recovers the images of one block. The teacher is expert 0 of `network`."""
 
     state: ClassVar[type[State[Any]]] = Recovery
     batch_norm = "always"
+    gives_step_size = False
 
     @classmethod
     def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
@@ -43,11 +47,17 @@ class RecoveryFromTeacher(Method):
                 "whitened values have no such bounds",
                 "use --set dataset.normalisation=standard",
             )
+        if config.recover.rounds > config.distill.iterations:
+            raise ConfigError(
+                f"recover.rounds is {config.recover.rounds}, and there are {config.distill.iterations} iterations",
+                "a round has at least one iteration",
+                "lower recover.rounds",
+            )
         if config.workers_per_set > 1:
             raise ConfigError(
                 "cluster.shards or auxiliaries_apart asks for several workers a set",
                 f"method {config.method} divides a set into blocks of recover.block images, one for each worker",
-                "leave them out: all workers take blocks",
+                "use --set cluster.shards=1 --set cluster.auxiliaries_apart=false; all workers take blocks",
             )
 
     @classmethod
@@ -74,6 +84,8 @@ class RecoveryFromTeacher(Method):
     def __init__(self, part: Part) -> None:
         super().__init__(part)
         self.calibration = ""  # the learning rate is Adam's
+        if part.rows.last < FEW_IMAGES:
+            self.notes = (f"a block has {part.rows.last} images, whose statistics say little: raise recover.block",)
 
     def calibrate(self, state: Any) -> Iterator[str]:
         """Nothing is left open."""
@@ -129,12 +141,21 @@ class RecoveryFromTeacher(Method):
         loss, statistics = self._loss(inner, synthetic.labels)
         (along,) = torch.autograd.grad(loss, inner)
         if meta is not None:
-            found, of_meta = meta.metadd.gradient(inner, synthetic.labels, networks=meta.networks)
+            rows = self._meta_rows(state.iteration)
+            found, of_meta = meta.metadd.gradient(inner[rows], synthetic.labels[rows], networks=meta.networks)
             terms = (found.total, found.variance, found.invariance, found.position, found.ratio)
             state.meta_history.append(MetaRecord(state.iteration, *torch.stack(terms).tolist()))
-            along = along + of_meta
+            along = along.index_add(0, rows, of_meta)
         (gradient,) = torch.autograd.grad(seen, images, along)
         state.follow(gradient, loss.detach(), statistics.detach(), config.recover, self._bounds)
+
+    def _meta_rows(self, iteration: int) -> Tensor:
+        """Rows of the block that MetaDD sees in an iteration: `metadd.share` of them, drawn anew."""
+        config, count = self.part.config, self.part.rows.last
+        assert config.metadd is not None
+        draw = generator(config.seed, Purpose.RECOVERY_META, self._piece.number, iteration)
+        drawn = draw.choice(count, max(1, round(config.metadd.share * count)), replace=False)
+        return torch.from_numpy(np.sort(drawn)).to(self.part.device)
 
     def measured(self, state: Any) -> Mapping[str, float]:
         """Loss and skipped updates."""

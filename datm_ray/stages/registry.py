@@ -70,8 +70,8 @@ def teacher_of(config: RunConfig) -> RunConfig:
     trained = trained_backbones(config)
     if not trained:
         raise ConfigError(
-            f"evaluate.labels is {config.evaluate.labels!r}, and the run trains no network that could be one",
-            f"method {config.method} needs no experts",
+            f"evaluate.labels is {config.evaluate.labels!r}, and method {config.method} trains no network that could "
+            "be the teacher",
             "use --set evaluate.labels=own",
         )
     return trained[0]

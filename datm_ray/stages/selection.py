@@ -48,6 +48,7 @@ class Selection(Method):
     """Chooses the images of some classes, by a teacher or by all experts of `network`."""
 
     batch_norm = "either"
+    gives_step_size = False
 
     @classmethod
     def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:

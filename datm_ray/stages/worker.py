@@ -36,6 +36,10 @@ class StageWorker:
         """Make a piece of a set, see `PieceWorker.make_piece`."""
         yield from self._worker(PieceWorker, light=False).make_piece(*arguments)
 
+    def join_pieces(self, *arguments: Any) -> Iterator[Event]:
+        """Make a set of its pieces, see `PieceWorker.join_pieces`."""
+        yield from self._worker(PieceWorker, light=False).join_pieces(*arguments)
+
     def label(self, *arguments: Any) -> Iterator[Event]:
         """Label a set for some epochs, see `LabelWorker.label`."""
         yield from self._worker(LabelWorker, light=True).label(*arguments)

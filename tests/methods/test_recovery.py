@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from datm_ray.config import DistillConfig, NetworkSpec, RecoverConfig
+from datm_ray.core.augment import resized_crop
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.synthetic import SyntheticSet, hard_logits
 from datm_ray.errors import ConfigError, DivergenceError
@@ -147,7 +148,7 @@ def test_between_rounds_the_first_images_are_mixed_in_and_adam_starts_anew() -> 
     gradient = torch.ones_like(first)
     state.follow(gradient, torch.tensor(1.0), torch.tensor(0.0), options, BOUNDS)
     moved = (first - 0.1).clamp(-2, 2)  # Adam's first step has the learning rate's length
-    torch.testing.assert_close(state.synthetic.images, 0.75 * moved + 0.25 * first, rtol=0, atol=1e-5)
+    torch.testing.assert_close(state.synthetic.images, (0.75 * moved + 0.25 * first).clamp(-2, 2), rtol=0, atol=1e-5)
     assert not state.moments
 
 
@@ -169,6 +170,9 @@ def test_a_view_is_one_crop_flip_and_shift_for_all_images() -> None:
     images = torch.arange(2 * 3 * 4 * 4, dtype=torch.float64).reshape(2, 3, 4, 4)
     seen = View((0.0, 0.0, 1.0, 1.0), True, (1, -2)).of(images)
     torch.testing.assert_close(seen, images.flip(3).roll((1, -2), (2, 3)), rtol=0, atol=1e-9)
+    box = (0.1, 0.25, 0.6, 0.5)
+    expected = resized_crop(images, torch.tensor([box] * 2, dtype=torch.float64))
+    torch.testing.assert_close(View(box, False, (0, 0)).of(images), expected, rtol=0, atol=1e-9)
     corner = View((0.0, 0.0, 0.5, 0.5), False, (0, 0)).of(images)
     assert float(corner.mean()) < float(images.mean())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from datm_ray.config import RunConfig
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.teacher import StoredLessons, Teacher
 from datm_ray.core.training import Schedule, train
+from datm_ray.errors import ConfigError
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline, report, summaries
+from datm_ray.planning.plan import plan_run
 from datm_ray.report.results import cost_lines
 from datm_ray.runtime.executor import Progress, SerialExecutor
 from datm_ray.stages.expert_networks import ExpertNetworks
@@ -102,6 +105,27 @@ def test_stored_labels_train_as_a_live_teacher_does_on_the_same_views(finished_r
     assert float((found[0] - found[1]).abs().max()) > 0
 
 
+def test_a_plan_and_a_dry_run_tell_of_labels(finished_run: Path, tmp_path: Path) -> None:
+    """Epochs to label are part of what is left, and their time and bytes of a plan; both end with the labelling."""
+    pipeline, config = pipeline_of(finished_run, tmp_path, *STORED, "evaluate.keep_labels=3")
+    assert "3 epochs to label: tiny" in pipeline.plan()
+    plan = plan_run(config, "cpus=1,gflops=50")
+    store = 3 * 10 * (16 + 1 / 8 + 4 + 4 + 8 + 2 * 10)
+    assert plan.storage["labels"] == math.ceil(store)
+    assert plan.stages["labels"][0] > 0
+    assert "labels" not in plan_run(tiny_config(), "cpus=1,gflops=50").stages
+    evaluate(pipeline)
+    assert not any("label" in line for line in pipeline.plan())
+    assert store_of(pipeline, config).info.planned_bytes == plan.storage["labels"]
+
+
+def test_labels_that_cannot_be_stored_are_refused(finished_run: Path, tmp_path: Path) -> None:
+    """More logits than classes and more epochs than networks train for are refused before anything starts."""
+    for setting, message in (("top_logits=10", "10 classes"), ("keep_labels=5", "train for 4 epochs")):
+        with pytest.raises(ConfigError, match=message):
+            pipeline_of(finished_run, tmp_path, *STORED, f"evaluate.{setting}")
+
+
 def test_labelling_is_resumed_epoch_by_epoch(finished_run: Path, tmp_path: Path) -> None:
     """A worker that ends after one epoch leaves the others, and the labels equal those of one that is not stopped."""
     pipeline, config = pipeline_of(finished_run, tmp_path / "stopped", *STORED)
@@ -121,12 +145,12 @@ def test_labelling_is_resumed_epoch_by_epoch(finished_run: Path, tmp_path: Path)
 
 
 def test_scores_under_other_labels_lie_beside_each_other(finished_run: Path, tmp_path: Path) -> None:
-    """Live, stored and pruned labels have results of their own; controls under the teacher are shared."""
+    """Live, stored and pruned labels have results of their own; controls are shared by stored ones."""
     for settings in ((*SCORED, "evaluate.labels=teacher", "evaluate.cutmix=1"), STORED):
         pipeline, _ = pipeline_of(finished_run, tmp_path, *settings, "evaluate.full=false")
         evaluate(pipeline)
     pipeline, _ = pipeline_of(finished_run, tmp_path, *STORED, "evaluate.keep_labels=1")
     evaluate(pipeline)
     assert len(list((tmp_path / "tiny/evaluation").glob("*/distilled-00.json"))) == 3
-    assert len(list((tmp_path / "controls").rglob("random-soft-00.json"))) == 1
+    assert len(list((tmp_path / "controls").rglob("random-soft-00.json"))) == 2  # of other views under stored labels
     assert len(list((tmp_path / "tiny" / LABELS).iterdir())) == 2

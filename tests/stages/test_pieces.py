@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline, report, summaries
 from datm_ray.planning.plan import plan_run
 from datm_ray.runtime.executor import Event, Lost, Progress, SerialExecutor
+from datm_ray.stages.checkpoint import read_curves
 from datm_ray.stages.expert_networks import ExpertNetworks
 from datm_ray.stages.method import Piece
 from datm_ray.stages.pieces import PIECES, PieceWorker, unfinished_pieces
@@ -118,10 +120,11 @@ def test_pieces_in_any_order_and_resumed_anywhere_have_the_same_bits(finished: P
         for event in worker.make_piece(*arguments):
             if isinstance(event, Progress) and event.done == piece.number % 4 + 1:
                 break
-        assert not (folder / "synthetic.arrow").exists()
         left = unfinished_pieces(config, open_location(str(folder)), 10)
         assert [each.number for each in left] == list(range(piece.number + 1))
         list(worker.make_piece(*arguments))
+    assert not (folder / "synthetic.arrow").exists()
+    list(worker.join_pieces(config, pipeline.store_uri, str(folder)))
     assert torch.equal(recovered(tmp_path).images, recovered(finished).images)
     assert torch.equal(recovered(tmp_path).soft_labels, recovered(finished).soft_labels)
 
@@ -137,11 +140,11 @@ def test_a_set_whose_pieces_are_all_made_is_joined_by_the_next_command(
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patched:
-        patched.setattr(PieceWorker, "_join", die)
+        patched.setattr(PieceWorker, "join_pieces", die)
         with pytest.raises(RuntimeError, match="killed"):
             pipeline.distill(start, Reporter(quiet=True))
     assert pipeline.plan()[1] == "1 set to distil: tiny"
-    monkeypatch.setattr(PieceWorker, "_made", die)
+    monkeypatch.setattr(PieceWorker, "make_piece", die)
     pipeline.distill(start, Reporter(quiet=True))
     assert torch.equal(recovered(tmp_path).images, recovered(finished).images)
 
@@ -166,13 +169,38 @@ def test_metadd_changes_the_images_and_is_recorded(finished: Path, tmp_path: Pat
     pipeline = run(config_of(METADD), tmp_path)
     assert not torch.equal(recovered(tmp_path).images, recovered(finished).images)
     assert (tmp_path / "tiny/maps.arrow").exists()
+    curves = read_curves(open_location(str(tmp_path / "tiny")))
+    assert curves["meta.iteration"].tolist() == [0, 1, 2, 3]
+    assert float(curves["meta.total"].min()) > 0
     (summary,) = summaries(pipeline.out, pipeline.configs)
     assert summary.config.metadd is not None
+
+
+def test_metadd_sees_the_share_of_a_block_that_the_recipe_says(finished: Path, tmp_path: Path) -> None:
+    """With a share of the images, MetaDD's term and with it the set are others than with all."""
+    images = []
+    for share in (1.0, 0.4):
+        out = tmp_path / str(share)
+        run(config_of(METADD.replace("{aux", f"{{share: {share}, aux"), "evaluate.seeds=1"), out)
+        images.append(recovered(out).images)
+    assert not torch.equal(*images)
+
+
+def test_pieces_left_by_a_killed_command_are_removed_by_the_next(finished: Path, tmp_path: Path) -> None:
+    """A command that finds a finished set removes what is left of its pieces."""
+    shutil.copytree(finished, tmp_path / "out")
+    left = tmp_path / "out/tiny" / PIECES / "00001"
+    left.mkdir(parents=True)
+    (left / "synthetic.arrow").write_bytes(b"")
+    pipeline = Pipeline([config_of()], str(tmp_path / "out"))
+    pipeline.distill(lambda: SerialExecutor(pipeline.configs[0].cluster), Reporter(quiet=True))
+    assert not left.parent.exists()
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
+        ("recover.rounds=9", r"recover\.rounds is 9, and there are 4 iterations"),
         ("network.norm=instance", r"network\.norm is 'instance', and method sre2l needs 'batch'"),
         ("dataset.normalisation=zca", "kept between black and white"),
         ("cluster.shards=2", r"divides a set into blocks of recover\.block images"),

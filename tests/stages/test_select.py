@@ -205,6 +205,7 @@ def test_pieces_in_any_order_and_of_any_size_have_the_same_bits(
         assert [next(broken), next(broken)] == [Phase("preparing the networks"), Phase("choosing the first images")]
         del broken
         assert isinstance(list(worker.make_piece(*arguments))[-1], Finished)
+    list(worker.join_pieces(config, pipeline.store_uri, str(folder)))
     assert torch.equal(chosen(tmp_path).images, chosen(finished).images)
     assert sorted(set(chosen(tmp_path).soft_labels.flatten().tolist())) == [0.0, 20.0]
 
