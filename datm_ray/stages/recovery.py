@@ -99,7 +99,9 @@ class RecoveryFromTeacher(Method):
 
     @cached_property
     def _loss(self) -> RecoveryLoss:
-        return RecoveryLoss(self.experts[0].restored(0), self.part.config.recover)
+        config = self.part.config
+        channels_last = config.cluster.channels_last
+        return RecoveryLoss(self.experts[0].restored(0), config.recover, channels_last=channels_last)
 
     @cached_property
     def _bounds(self) -> tuple[Tensor, Tensor]:

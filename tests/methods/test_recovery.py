@@ -76,6 +76,16 @@ def test_loss_and_gradient_equal_the_plain_formula_and_finite_differences() -> N
     assert (ahead - behind) / (2 * step) == pytest.approx(float((gradient * along).sum()), rel=1e-6)
 
 
+def test_the_order_of_maps_in_memory_changes_rounding_alone() -> None:
+    """With channels innermost, loss and gradient in float64 are the same to rounding."""
+    network, (images, labels) = teacher_network(), some_images()
+    images = images.requires_grad_()
+    losses = [RecoveryLoss(network, RecoverConfig(), channels_last=each)(images, labels)[0] for each in (False, True)]
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(loss, images)[0] for loss in losses]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-13)
+
+
 def test_the_teacher_is_a_frozen_copy_in_evaluation_mode() -> None:
     """The given network keeps its mode and statistics, and the teacher does not follow it."""
     network, (images, labels) = teacher_network(), some_images()
