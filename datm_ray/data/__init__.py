@@ -1,7 +1,7 @@
-"""Real images: where they come from, how they are split and how their pixels are normalised.
+"""Real images: their sources, how they are split, and how their pixels are normalised.
 
-`load_raw` turns a named source into three sets of uint8 images, and `prepare` normalises them. The `Transform` between
-them is kept with every distilled set, because whitened images mean nothing without it. No module here trains,
+`load_raw` turns a named source into three sets of uint8 images, and `prepare` normalises them. Every distilled set is
+stored with the `Transform` of its images, because whitened images mean nothing without it. No module here trains,
 distributes or keeps state.
 """
 

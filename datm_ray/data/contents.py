@@ -1,6 +1,6 @@
-"""Recognise files by their first bytes when the content does not match the name.
+"""Recognise a file's kind by its first bytes, for messages about files whose content does not match their name.
 
-Covers images, Parquet files and archives. Not covered: whether a file of the right kind is complete.
+Covers images, Parquet files and archives. Does not check whether a file of the right kind is complete.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ HEAD_BYTES = 512
 
 
 class Content(NamedTuple):
-    """Kind of a file, and how to get the file that was meant."""
+    """Kind of a file's content, and how to get the right file."""
 
     name: str
     remedy: str
     suffix: str = ""
-    """Usual suffix of a kind that this package reads; "" for other kinds."""
+    """Usual suffix of a kind that this package can use; "" for other kinds."""
 
 
 _AGAIN = "Fetch it again"
@@ -60,7 +60,7 @@ def recognise_file(path: Path) -> Content | None:
 
 
 def unreadable(error: Exception, content: Content | None) -> tuple[str, str, str]:
-    """Reason why a file cannot be read, in a few words, then the likely cause and the remedy."""
+    """Reason in a few words, likely cause ("" if unknown) and remedy for a file that cannot be read."""
     if isinstance(error, OSError) and error.errno is not None:
         reason = (error.strerror or errno.errorcode.get(error.errno, "")).lower()
         return reason, "", "Check the file, its links and its permissions"

@@ -1,7 +1,7 @@
-"""A data set ready for training: three sets of normalised images, and the transform that normalised them.
+"""Data sets ready for training: three sets of normalised images, and the transform that normalised them.
 
-All values are plain numpy arrays, so that an object store can share one copy between all workers of a node. Splitting
-and reading are in `datm_ray.data.sources`. Augmentation is applied where batches are used.
+All values are plain numpy arrays, so that an object store can share one copy between all workers of a node. Reading and
+splitting are in `datm_ray.data.sources`. Augmentation is applied later, to each batch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Dataset:
     test_labels: NDArray[np.int64]
     transform: Transform
     fingerprint: str
-    """Fingerprint of the raw data set; the transform has its own."""
+    """Fingerprint of the raw data set. The transform has another fingerprint."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -62,14 +62,14 @@ def prepare(
     """Normalise the three sets with `transform`; None fits one on the training images.
 
     Pass the transform that belongs to stored experts or to a distilled set, because whitened images are comparable only
-    under one transform. The call keeps one float32 copy of each set, and small chunks besides.
+    under one transform. The result takes one float32 copy of each set; temporary memory is small.
 
     Args:
-        device: where torch fits a new transform.
+        device: torch device that fits a new transform.
         say: shows lines about work that takes more than some seconds.
 
     Raises:
-        DatasetError: `transform` is of another kind or image shape than asked for.
+        DatasetError: `transform` is of another kind than `kind`, or fitted on another image shape.
     """
     if transform is None:
         transform = fit_transform(kind, raw.train.images, raw.levels, device=device, say=say)

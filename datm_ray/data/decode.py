@@ -2,10 +2,10 @@
 
 All images of a data set get one shape: one channel if every image is grayscale, else RGB. The size is the common size,
 or a square of `resize` pixels (bilinear with antialiasing; the aspect ratio is not kept). Sizes are read from the
-files' headers first, and sets that do not fit into memory are refused then. Each image is resized as soon as it is
-decoded, so the images are never all in memory at full size. JPEG files are decoded at full size too: Pillow's `draft`
-mode is faster, but gives other pixels. Images are turned as their EXIF data says. All further changes to pixels are
-counted and reported.
+files' headers first, so that a set too large for memory is refused before decoding. Each image is resized as soon as it
+is decoded, so the images are never all in memory at full size. JPEG files are decoded at full size too: Pillow's
+`draft` mode is faster, but gives other pixels. Images are turned as their EXIF data says. All further changes to pixels
+are counted and reported.
 
 Not covered: transparency (dropped), the lower half of 16 bits, frames after the first, and colour profiles. Images of
 32 bits or floats are refused, because their range is unknown.
@@ -39,8 +39,8 @@ PIXELS_FREE, PIXELS_PER_BYTE = 2**24, 100
 """Limit on the pixels of an image: 16 million plus 100 per byte of its file. Photographs have 1 to 10 per byte."""
 
 TEXT_BYTES = 2**26
-"""Limit on the text in a PNG: 64 MiB. Pillow's own limit is the same for all texts together, but 1 MiB for a compressed
-one."""
+"""Limit on all texts in a PNG together: 64 MiB, as in Pillow. Pillow's limit on one compressed text is raised from 1
+MiB to this."""
 
 # Pillow supports some formats by starting other programs.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
@@ -73,18 +73,18 @@ class Encoded:
     open: Callable[[int], BinaryIO]
     """Opens the i-th file; called from several threads at once."""
     name: Callable[[int], str]
-    """Names the i-th file in messages."""
+    """Returns the name of the i-th file for messages."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
 class Decoded(NamedTuple):
-    """Decoded pixels, and what was changed in them."""
+    """Decoded pixels, with notes on conversions made while decoding."""
 
     pixels: list[NDArray[np.uint8]]  # images [n c h w] of each set; c, h and w are common to all sets
     notes: tuple[str, ...]
-    """One line per kind of change with the number of images; empty if no image was changed."""
+    """Lines on conversions, with numbers of images, and on very dark 16-bit images; empty if there are none."""
 
 
 class _Header(NamedTuple):
@@ -92,7 +92,7 @@ class _Header(NamedTuple):
     """Pillow's mode; "I;16" for every kind of 16-bit grayscale."""
     width: int
     height: int
-    """Height in pixels; width and height are those of the displayed image."""
+    """Height of the displayed image in pixels. `width` is that of the displayed image too."""
     is_turned: bool = False
     is_transparent: bool = False
     is_deep: bool = False
@@ -103,20 +103,20 @@ class _Header(NamedTuple):
 def decode(sets: Sequence[Encoded], resize: int | None = None, copies: int = 1) -> Decoded:
     """Decode image files to arrays of one shape.
 
-    Every file is opened twice, for its header and for its pixels, so that the array is allocated once.
+    Every file is opened twice, for its header and for its pixels, so that the array is allocated only once.
 
     Args:
         resize: side in pixels of the squares that all images become; None keeps their size.
-        copies: float32 copies of all pixels that the caller will make.
+        copies: number of float32 copies of all pixels that the caller will make.
 
     Raises:
-        DatasetError: files are broken or too deep, sizes differ and `resize` is None, or memory does not suffice. The
-            last two are raised before any image is decoded.
+        DatasetError: files are broken or have more than 16 bits a channel, sizes differ and `resize` is None, or memory
+            does not suffice. Too little memory is found before any image is decoded.
     """
     with _pillow_prepared():
         headers = [_in_parallel(len(files), partial(_header, files)) for files in sets]
         if any(isinstance(header, _Unreadable) for of_set in headers for header in of_set):
-            # One message then counts the truncated files too. Images are not kept, because they may not fit.
+            # All are decoded, so that one message counts truncated files too. Pixels are not kept: they may not fit.
             tried = [_in_parallel(len(files), partial(_with_image, files, use=_try)) for files in sets]
             _require_readable(sets, tried)
         good = _require_readable(sets, headers)
@@ -133,7 +133,7 @@ def decode(sets: Sequence[Encoded], resize: int | None = None, copies: int = 1) 
 
 @contextmanager
 def _pillow_prepared() -> Iterator[None]:
-    """Set Pillow's own limits and warnings for the time in which images are decoded."""
+    """Set Pillow's limits and warnings while images are decoded in the block."""
     limit = PngImagePlugin.MAX_TEXT_CHUNK
     with warnings.catch_warnings():
         warnings.simplefilter(
@@ -159,13 +159,13 @@ def resize_images(images: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 
 
 _SIDES = (128, 64, 32, 16, 8)
-"""Sizes in pixels that an error may suggest."""
+"""Sizes in pixels that an error may suggest for `dataset.resize`."""
 
 
 def require_memory(images: int, shape: tuple[int, int, int], copies: int, example: str = "") -> None:
     """Raise a `DatasetError` if the images do not fit into free memory.
 
-    The need is one byte per value for the images as read, and four bytes per value for each float32 copy.
+    The images take one byte per value, and each float32 copy takes four bytes per value.
 
     Args:
         shape: channels, height and width.
@@ -198,7 +198,7 @@ def _gib(size: int) -> str:
 def _decode_one(files: Encoded, resize: int | None, pixels: NDArray[np.uint8], index: int) -> _Unreadable | None:
     def use(image: Image.Image) -> None:
         turned = _turned(image)
-        if resize is None and turned.size[::-1] != pixels.shape[2:]:  # its EXIF data followed its pixels
+        if resize is None and turned.size[::-1] != pixels.shape[2:]:  # its EXIF data comes after its pixels
             raise _mixed_sizes(files.name(0), pixels.shape[:1:-1], files.name(index), turned.size)
         pixels[index] = _pixels(turned, pixels.shape[1:])
 
@@ -297,7 +297,7 @@ def _with_image(files: Encoded, index: int, use: Callable[[ImageFile.ImageFile],
 
 
 def _require_readable(sets: Sequence[Encoded], results: Sequence[Sequence[T | _Unreadable]]) -> list[list[T]]:
-    """Return the results; raise a `DatasetError` if any of them is `_Unreadable`."""
+    """Return the results, or raise a `DatasetError` if any result is `_Unreadable`."""
     bad = [
         (files.name(i), result)
         for files, of_set in zip(sets, results, strict=True)
@@ -394,7 +394,7 @@ def _turned(image: Image.Image) -> Image.Image:
 
 
 def pixels_of(image: Image.Image, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Pixels [c h w] of an image, turned, converted and resized to a data set's shape as its own images were."""
+    """Pixels [c h w] of an image, turned, converted and resized to `shape`, as `decode` does for a data set."""
     return _pixels(_turned(image), shape)
 
 

@@ -1,4 +1,4 @@
-"""One rule for which files below a folder or in a zip archive are data, so that sources treat both alike.
+"""Find the data files below a folder or in a zip archive, by one rule for all sources.
 
 Hidden files and folders are left out. Links are followed but never upwards, and each file is taken once. Left-out files
 are counted and reported, because a class that loses its files shifts the labels of the others. Not covered: archives of
@@ -29,26 +29,26 @@ from datm_ray.data.decode import Encoded
 from datm_ray.errors import DatasetError
 
 UNPACKED_FREE, UNPACKED_RATIO = 2**20, 200
-"""Limit on the unpacked size of an archive's member: 1 MiB plus 200 times its packed size. Encoded images hardly
-shrink."""
+"""Limit on the unpacked size of an archive's member: 1 MiB plus 200 times its packed size. Compression hardly shrinks
+encoded images."""
 
-_TAKEN = "links to what is taken already"
+_TAKEN = "links to data already taken"
 
 _HIDDEN = {
     *("__MACOSX", "__pycache__", "@eaDir", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot", "$RECYCLE.BIN"),
     *("System Volume Information", "lost+found"),
 }
-"""Folders that operating systems and network drives add. Names that begin with "." are hidden too."""
+"""Hidden folders, which operating systems and network drives add. Names that begin with "." are hidden too."""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Data files below one root, and what was left out."""
+    """Data files below one root, and numbers of left-out files."""
 
     files: tuple[str, ...]
     """Paths relative to the root, sorted, with "/" between the parts on every system."""
     folders: tuple[str, ...]
-    """All folders that are not hidden, also without a file; sorted."""
+    """All folders that are not hidden, even without files; sorted."""
     passed_over: Counter[str]
     """Number of files and folders left out, by reason: a suffix such as ".heic", "hidden", ..."""
 
@@ -60,7 +60,7 @@ class Listing:
         return [name for name in below if "/" not in name]
 
     def notes(self) -> tuple[str, ...]:
-        """One line that counts what was left out; empty if nothing was."""
+        """One line that counts the left-out files and folders; empty if there are none."""
         reasons = sorted(self.passed_over.items(), key=lambda each: (-each[1], each[0]))
         shown = ", ".join(f"{reason} {count}" for reason, count in reasons[:6])
         more = sum(count for _, count in reasons[6:])
@@ -80,13 +80,13 @@ def list_folder(root: Path, suffixes: Collection[str]) -> Listing:
     """
     walk = _Walk(root, suffixes)
     links = [("", walk.top)]
-    while links:  # one round takes the paths with equally many links
+    while links:  # each round takes the paths with the same number of links
         links = [more for name, target in sorted(links) for more in walk.take(name, target)]
     return Listing(tuple(sorted(walk.files)), tuple(sorted(walk.folders)[1:]), walk.passed_over)
 
 
 class _Walk:
-    """Search below a folder."""
+    """Search for data files below a folder."""
 
     def __init__(self, root: Path, suffixes: Collection[str]) -> None:
         self.top = os.path.realpath(root)
@@ -97,7 +97,7 @@ class _Walk:
         self._seen: set[str] = set()  # real paths of the folders that were read, and of files that links point to
 
     def take(self, name: str, target: str) -> list[tuple[str, str]]:
-        """Add the entry of a name; the links below it are kept for a later round with their targets."""
+        """Add the file or folder `target` under `name`. Returns the links below it, with targets, for a later round."""
         if os.path.isdir(target):
             return self._take_folder(name, target)
         if not _has_suffix(name, self._suffixes):
@@ -155,7 +155,7 @@ class _Walk:
 
 
 def _list_archive(names: Iterable[str], suffixes: Collection[str]) -> Listing:
-    """List the data files among the names in an archive, in which folders end in "/"."""
+    """List the data files among the names in an archive, where a folder's name ends in "/"."""
     files: list[str] = []
     folders: set[str] = set()
     hidden: set[str] = set()
@@ -189,7 +189,7 @@ def _suffix(name: str) -> str:
 
 @dataclass(frozen=True)
 class FileTree:
-    """The data files below one root."""
+    """Data files below one root, with a function that opens them by name."""
 
     root: Path
     listing: Listing
@@ -226,7 +226,7 @@ class FileTree:
 def file_tree(root: Path, suffixes: Collection[str]) -> Iterator[FileTree]:
     """Data files below a folder, or in a zip archive that stays open inside the `with` block.
 
-    If one folder holds everything in an archive, the names leave it out.
+    If everything in an archive lies in one folder, the names of files do not include this folder.
 
     Raises:
         DatasetError: `root` does not exist, or is neither a folder nor a readable zip archive.
@@ -282,9 +282,10 @@ def _damaged(file: Path, error: Exception) -> DatasetError:
 
 
 def _members(archive: zipfile.ZipFile) -> dict[str, str]:
-    r"""Archive's own names, by the names that an unpacked folder would have, without one folder around everything.
+    r"""The archive's own name of each file and folder, by its normalised name.
 
-    Some programs write "./a.png" or "a\b.png". If a name occurs twice the last one counts, as for `unzip`.
+    A normalised name leaves out the folder that holds everything, if there is one. Some programs write "./a.png" or
+    "a\b.png" instead of "a.png" and "a/b.png". If a name occurs twice, the last entry counts, as for `unzip`.
     """
     members = {}
     for own in archive.namelist():
@@ -299,10 +300,10 @@ def _members(archive: zipfile.ZipFile) -> dict[str, str]:
 
 
 def _unpacked(root: Path, archive: zipfile.ZipFile, name: str) -> bytes:
-    """Content of a member, whose size is limited by what it takes in the archive.
+    """Content of a member, whose size is limited in proportion to its packed size.
 
     Raises:
-        DatasetError: the content is too large, or is packed by a method that cannot be unpacked bit by bit.
+        DatasetError: the content is too large, or packed by another method than deflate.
     """
     member = archive.getinfo(name)
     if member.file_size > UNPACKED_FREE + UNPACKED_RATIO * member.compress_size:
@@ -317,4 +318,4 @@ def _unpacked(root: Path, archive: zipfile.ZipFile, name: str) -> bytes:
             remedy="Unpack the archive and give the folder",
         )
     with archive.open(member) as file:
-        return file.read(member.file_size)  # given a size, zipfile unpacks no more than that, whatever the header says
+        return file.read(member.file_size)  # zipfile unpacks no more than this size, whatever the header says

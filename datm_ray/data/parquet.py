@@ -1,8 +1,8 @@
 """Parquet files as Hugging Face writes image data sets.
 
-A row is one image: a struct whose `bytes` field is an encoded JPEG or PNG (or that field on its own), and a label. An
-integer label is a class's number; the class's name comes from the schema's `huggingface` metadata if it exists. A text
-label is the class's name. Not covered: images stored outside the file, and nested folders of images.
+A row is one image and its label. The image is an encoded JPEG or PNG: a column of bytes, or a struct with a field
+`bytes`. An integer label is a class's number; the class's name comes from the schema's `huggingface` metadata if it
+exists. A text label is the class's name. Not covered: images stored outside the file, and nested folders of images.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class ParquetFiles:
     name: str
     train: tuple[Path, ...]
     test: tuple[Path, ...]
-    """Test files; empty if one set serves for both."""
+    """Test files; empty if the test set is split off the training files."""
     notes: tuple[str, ...] = ()
-    """Lines on which files were left out, and how files are used."""
+    """Lines on left-out files and on the use of files."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,11 @@ class _Shard:
 def find_files(path: str) -> ParquetFiles:
     """Find the files given by a folder, by "TRAIN.parquet,TEST.parquet" or by a single file.
 
-    In a folder the names decide how files are used, see `role_of`. Test files without labels are left out; then the
-    validation files are the test set.
+    In a folder the names decide how files are used, see `role_of`. Test files without labels are left out, and the
+    validation files become the test set.
 
     Raises:
-        DatasetError: the path has no Parquet files, or a folder of several files does not name those for training.
+        DatasetError: the path has no Parquet files, or no file in a folder of several is named as training data.
     """
     whole = Path(path).expanduser()
     if whole.is_dir():
@@ -112,7 +112,7 @@ def _in_folder(folder: Path) -> ParquetFiles:
 
 
 def _is_labelled(file: Path) -> bool:
-    """True if any row has a label other than -1: test images often have -1 or nothing."""
+    """True if any row has a label other than -1. The labels of test images are often -1 or missing."""
     import pyarrow as pa
 
     with _reading(file) as parquet:
@@ -131,7 +131,7 @@ def read_parquet(files: Sequence[Path], class_names: tuple[str, ...] | None = No
             these files in alphabetical order.
 
     Raises:
-        DatasetError: a file cannot be read, lacks a column, or has other classes than the first one.
+        DatasetError: a file cannot be read, lacks a column, or has other classes than the first file.
     """
     shards = [_read_shard(file) for file in files]
     for file, shard in zip(files, shards, strict=True):
@@ -179,7 +179,7 @@ def _numbered(file: Path, shard: _Shard, names: tuple[str, ...] | None) -> NDArr
 
 @contextmanager
 def _reading(file: Path) -> Iterator[Any]:
-    """Open a `pyarrow.parquet.ParquetFile`; all its errors become a `DatasetError`."""
+    """Open a `pyarrow.parquet.ParquetFile`. Its errors in the block become a `DatasetError`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -208,7 +208,7 @@ def _read_shard(file: Path) -> _Shard:
 
 
 def _decategorised(column: Any) -> Any:
-    """Values of a column; categories are replaced by their values."""
+    """Column in which categories (dictionary codes) are replaced by their values."""
     import pyarrow as pa
 
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
@@ -218,11 +218,11 @@ def _read_columns(file: Path, parquet: Any, columns: Sequence[str]) -> Any:
     """Read columns as a table in small batches, and stop if it takes far more memory than the file's size allows.
 
     A small file can hold one value repeated in millions of rows. Not covered: one page, of up to 2 GiB, is unpacked
-    before its size is known: a file of 33 KB with a footer that lies took 2 GiB. PyArrow has no limit for it, and
-    to read page headers without PyArrow means to decode the footer too.
+    before its size is known. A file of 33 KB with a wrong footer took 2 GiB. PyArrow has no limit for pages, and
+    reading page headers without PyArrow would need a decoder for the footer too.
 
     Raises:
-        ValueError: the table takes much more memory than the file has bytes, or the header announces so.
+        ValueError: the table takes much more memory than the file has bytes, or the footer announces so much.
     """
     import pyarrow as pa
 

@@ -1,4 +1,4 @@
-"""Computations of minutes: a line every 30 seconds says how far they are, and Ctrl-C ends them at once.
+"""Computations that take minutes: a line every 30 seconds reports progress, and Ctrl-C ends them at once.
 
 Tests: tests/data/test_patience.py.
 """
@@ -24,7 +24,7 @@ Say = Callable[[str], None]
 Matrix = NDArray[np.float64]
 
 LINE_INTERVAL = 30.0
-"""Seconds between lines on how far a computation is."""
+"""Seconds between two progress lines of a computation."""
 _AT_ONCE = 1e10  # multiplications in a slab: at most a second on one CPU core
 _HERE = 1000  # largest side of a matrix that this process decomposes itself, in less than a second
 _PROGRAM = """
@@ -48,7 +48,7 @@ def silent(text: str) -> None:
 
 
 class Lines:
-    """Notes on how far a computation is; shows one every `LINE_INTERVAL` seconds."""
+    """Progress notes of a computation: `note` shows at most one every `LINE_INTERVAL` seconds."""
 
     def __init__(self, say: Say) -> None:
         self._say, self._last = say, time.monotonic()
@@ -61,18 +61,24 @@ class Lines:
 
 
 def slabs(rows: int, multiplications: int) -> Iterator[slice]:
-    """Slices of a product's rows, of so many multiplications each, so small that Ctrl-C is answered in a second."""
+    """Slices of a product's rows, each small enough that Ctrl-C is answered within a second.
+
+    Args:
+        rows: number of rows of the product.
+        multiplications: number of multiplications in each row.
+    """
     step = max(1, int(_AT_ONCE // max(1, multiplications)))
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
 def eigenpairs(matrix: Matrix, note: Say = silent) -> tuple[Matrix, Matrix]:
-    """Eigenvalues [n] and eigenvectors [n n] of a symmetric matrix [n n], which is emptied to free its memory.
+    """Eigenvalues [n] and eigenvectors [n n] of a symmetric matrix [n n].
 
-    A large matrix is decomposed in a process of its own, because LAPACK keeps Ctrl-C waiting for minutes.
+    A large matrix is decomposed in a process of its own, because LAPACK delays Ctrl-C for minutes. The given matrix is
+    then emptied to free its memory.
 
     Args:
-        note: gets notes every second at least.
+        note: called about every second with a progress note.
 
     Raises:
         DatasetError: the process has died.

@@ -109,7 +109,7 @@ def _cifar_images(part: Any, resize: int | None) -> ImageSet:
 
 @source("tiny-imagenet")
 def _tiny_imagenet(request: Request) -> Loaded:
-    """Read Tiny-ImageNet with its validation set as test set; `path` is `tiny-imagenet-200.zip` or a folder."""
+    """Read Tiny-ImageNet; its validation set is the test set. `path` is `tiny-imagenet-200.zip` or a folder."""
     with file_tree(_tiny_root(request.path), {".jpeg", ".txt"}) as tree:
         prefix = _tiny_prefix(tree)
         wnids = [line.strip() for line in tree.lines(f"{prefix}wnids.txt")]
@@ -127,20 +127,20 @@ def _tiny_root(path: str | None) -> Path:
 
 
 def _tiny_prefix(tree: FileTree) -> str:
-    """Path in front of `wnids.txt`: an archive has a top folder, and so has a folder one level too high."""
+    """Path in front of `wnids.txt`, "" or ending in "/": the data set may lie one folder below the root."""
     lists = [name for name in tree.listing.files if name.split("/")[-1] == "wnids.txt"]
     return min(lists, key=len, default="").removesuffix("wnids.txt")
 
 
 def _tiny_sorted(tree: FileTree, folder: str, label_of: dict[str, int]) -> list[tuple[str, int]]:
-    """Images in class folders, with or without a subfolder `images`."""
+    """Name and label of each image in class folders, with or without a subfolder `images`."""
     layout = re.compile(re.escape(folder) + r"/([^/]+)/(?:images/)?[^/]+\.JPEG")
     matches = ((name, layout.fullmatch(name)) for name in tree.listing.files)
     return [(name, label_of[match[1]]) for name, match in matches if match and match[1] in label_of]
 
 
 def _tiny_test(tree: FileTree, prefix: str, label_of: dict[str, int]) -> list[tuple[str, int]]:
-    """Validation set of Tiny-ImageNet, published or in class folders, in the order of the images' numbers."""
+    """Name and label of each validation image, as published or in class folders, in the order of image numbers."""
     by_class = _tiny_sorted(tree, f"{prefix}val", label_of)
     if by_class and not any(name.startswith(f"{prefix}val/images/") for name in tree.listing.files):
         return sorted(by_class, key=lambda image: (len(image[0].split("/")[-1]), image[0].split("/")[-1]))
@@ -156,7 +156,7 @@ def _tiny_test(tree: FileTree, prefix: str, label_of: dict[str, int]) -> list[tu
 
 
 def _tiny_class_names(wnids: Sequence[str], words: Sequence[str]) -> tuple[str, ...]:
-    """Class names: the first synonym of each class, or its id if several classes share that word or none is listed."""
+    """Class names: the first synonym of each class, or its id if the synonym is missing or not unique."""
     synonyms = dict(line.split("\t", 1) for line in words if "\t" in line)
     names = [synonyms.get(wnid, wnid).split(",")[0].strip() for wnid in wnids]
     shared = Counter(names)
@@ -194,7 +194,7 @@ def _folder(request: Request) -> Loaded:
 
 
 def _folder_for(role: Role, tree: FileTree, images: Sequence[Parts]) -> str | None:
-    """Top folder of class folders for training or testing; a name that is exactly the role comes first."""
+    """Top folder that holds the class folders of a role; None if there is none. "train" is preferred to "train2"."""
     tops = sorted({parts[0] for parts in images if len(parts) > 2 and role_of(parts[0]) == role})
     plain = [top for top in tops if top.isalpha()]
     if len(plain or tops) > 1:
@@ -206,12 +206,12 @@ def _folder_for(role: Role, tree: FileTree, images: Sequence[Parts]) -> str | No
 
 
 def _labelled(images: Sequence[Parts], folder: str | None) -> Named:
-    """Images in the class folders of a folder."""
+    """Class name and path of each image in the class folders of `folder`; empty if it is None."""
     return [(parts[1], parts) for parts in images if len(parts) > 2 and parts[0] == folder]
 
 
 def _require_classes(tree: FileTree, images: Sequence[Parts]) -> None:
-    """Raise a `DatasetError` if the class folders are parts of the set, or one level too high."""
+    """Raise a `DatasetError` if the supposed class folders are parts of the set, or hold only folders."""
     tops = sorted({parts[0] for parts in images if len(parts) > 1})
     parted = [top for top in tops if top.isalpha() and role_of(top)]
     if parted and (parted == tops or any(role_of(top) != "train" for top in parted)):  # "train" may be a class
@@ -229,7 +229,7 @@ def _require_classes(tree: FileTree, images: Sequence[Parts]) -> None:
 
 
 def _class_folders(tree: FileTree, training: str, train: Named, held_out: str, test: Named, request: Request) -> Loaded:
-    """Load class folders below the folders `training` ("" for the root) and `held_out` ("" for none)."""
+    """Load class folders below the folders `training` ("" for the root) and `held_out` ("" for no test set)."""
     listing = tree.listing
     names = {name for name, _ in train}
     empty = sorted(set(listing.subfolders(training)) - names)
@@ -287,7 +287,7 @@ def _parquet(request: Request) -> Loaded:
 
 
 def _numbered(labels: NDArray[np.int64]) -> tuple[str, ...]:
-    """Class names "0", "1", ...; at most one more than there are images, even if a label column is damaged."""
+    """Class names "0", "1", ... up to the highest label, at most one more than images if a label is damaged."""
     return tuple(map(str, range(min(int(labels.max()), len(labels)) + 1)))
 
 

@@ -1,8 +1,8 @@
 """Named sources of raw images in three sets: training, validation, test.
 
 A source is one function, registered under its name, that reads its files into uint8 arrays. Splits, checks and the
-fingerprint are common to all sources. The validation set is always split off the training images. The test set is the
-source's own if it has one, so that no choice depends on test images. Not covered: normalisation
+fingerprint are common to all sources. The validation set is always split off the training images, so that no choice
+depends on test images. A source without a test set gets one that is split off too. Not covered: normalisation
 (`datm_ray.data.transform`) and augmentation (`datm_ray.core.augment`).
 """
 
@@ -20,7 +20,7 @@ from datm_ray.data.splits import Stream, stratified_split
 from datm_ray.errors import DatasetError, one_line
 
 TEST_FRACTION = 0.2
-"""Share of the images that becomes the test set if a source has none of its own."""
+"""Share of the images that becomes the test set if a source has no test set."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ class ImageSet:
 
 @dataclass(frozen=True, eq=False)
 class RawDataset:
-    """A data set as read: unnormalised, checked, split."""
+    """Data set that was read, checked and split, but not normalised."""
 
     name: str
     class_names: tuple[str, ...]
@@ -50,9 +50,9 @@ class RawDataset:
     levels: int
     """Value of a uint8 pixel that means 1.0: 16 for digits, 255 for photographs."""
     fingerprint: str
-    """16 hex digits over all pixels, labels, class names, levels and the split."""
+    """16 hex digits that depend on all pixels, labels, class names, levels and the split."""
     notes: tuple[str, ...] = ()
-    """Lines on files left out, how files are used and changes to pixels; without control characters."""
+    """Lines on left-out files, the use of files and changes to pixels; without control characters."""
 
     @property
     def channels(self) -> int:
@@ -70,7 +70,7 @@ class RawDataset:
 
 @dataclass(frozen=True)
 class Request:
-    """What a caller asks of a source."""
+    """Options for reading a source."""
 
     path: str | None
     """File or folder, as the source defines it; None for the source's default."""
@@ -79,12 +79,12 @@ class Request:
     download: bool
     """True if missing files may be downloaded."""
     copies: int = 1
-    """Float32 copies of all pixels that the caller will make; they must fit into memory too."""
+    """Number of float32 copies of all pixels that the caller will make. Memory must suffice for them too."""
 
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """What a source returns."""
+    """Data set that a source has read, before it is checked and split."""
 
     name: str
     class_names: tuple[str, ...]
@@ -125,7 +125,7 @@ def load_raw(
     download: bool = True,
     copies: int = 1,
 ) -> RawDataset:
-    """Read a data set and split it; equal input gives equal sets on every machine and for every seed.
+    """Read a data set and split it. Equal input gives equal sets on every machine and for every seed.
 
     Args:
         source: one of `known_sources()`.
@@ -134,8 +134,8 @@ def load_raw(
         resize: side in pixels of the squares that all images become; None keeps their size.
         validation: share of each class's training images used for validation, in (0, 1).
         download: whether to download missing files of `cifar10` and `cifar100`.
-        copies: float32 copies of all pixels that the caller will make. Sets that do not fit into memory with them are
-            refused before any image is decoded.
+        copies: number of float32 copies of all pixels that the caller will make. If memory does not suffice for images
+            and copies, an error is raised before any image is decoded.
 
     Raises:
         DatasetError: an argument or a file is wrong; the message names the first thing to mend.

@@ -1,9 +1,9 @@
-"""Which images are for training and which for testing: by file names, else by a stratified split.
+"""Split images into training, validation and test sets: by file names, else by a stratified split.
 
-A split is equal on every machine, in every run and under every numpy. Each image gets a 64-bit key from a fixed stream;
-in every class the images with the smallest keys are held out. The split uses only raw generator output, because numpy
-may change its shuffles between versions. The run's seed plays no part: two runs that differ in seed must be judged on
-the same images.
+A split is equal on every machine, in every run and with every version of numpy. Each image gets a 64-bit key from a
+fixed stream; in every class the images with the smallest keys are held out. Only raw generator output is used, because
+numpy may change its shuffles between versions. The run's seed has no effect: runs with different seeds must be judged
+on the same images.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _ROLES |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
 
 
 def role_of(*names: str) -> Role | None:
-    """Role of files from the first name that states one; None if none does.
+    """Role of files, given by the first name that states one; None if no name does.
 
     A name states a role if it contains a whole word for one role only, in upper or lower case. "train-00000" does,
     "retrain" and "train_test_split" do not.
 
     Args:
-        names: name of a file or folder, then that of its parent folder, and so on.
+        names: name of a file or folder, then the name of its parent folder, and so on.
     """
     for name in names:
         words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name))
@@ -42,7 +42,7 @@ def role_of(*names: str) -> Role | None:
 
 
 def went_where(train: Sequence[str], test: Sequence[str], unused: Sequence[str]) -> str:
-    """Line for the user on which files or folders are used for what."""
+    """Line for the user that lists the training, test and unused files or folders."""
     held_out = f"test images: {_few(test)}" if test else "test images: a fixed fifth of each class of these"
     return f"training images: {_few(train)}; {held_out}" + (f"; not used: {_few(unused)}" if unused else "")
 
@@ -52,7 +52,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 class Stream(IntEnum):
-    """Which split the keys are for. Values are part of every data set's identity: never renumber."""
+    """Split that keys are drawn for. The values are part of every data set's identity: never renumber."""
 
     TEST = 1
     VALIDATION = 2
@@ -64,10 +64,10 @@ def stratified_split(
     stream: Stream,
     class_names: Sequence[str],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Ascending indices of the images kept [n - m] and of those held out [m].
+    """Ascending indices of the images kept [n - m] and of the images held out [m].
 
-    In each class the share `fraction`, in (0, 1), is held out. The number is rounded, and at least one image is held
-    out and one is kept.
+    In each class the share `fraction`, in (0, 1), is held out. The number is rounded; at least one image is held out,
+    and at least one is kept.
 
     Raises:
         DatasetError: a class has fewer than two images.
@@ -83,7 +83,7 @@ def stratified_split(
 
 
 def held_out(members: int, fraction: float) -> int:
-    """Number of a class's images that are held out; at least one is, and one is kept."""
+    """Number of a class's images that are held out: at least one, and at most all but one."""
     return min(max(1, int(fraction * members + 0.5)), members - 1)
 
 

@@ -4,12 +4,13 @@ There are two kinds. `zca` is the whitening that published distillation results 
 S U^T is the unbiased covariance of the training images in [0, 1], and whitened = (x - mean) W (the formula of kornia's
 ZCAWhitening with eps = 0.1). `standard` subtracts each channel's mean and divides by its standard deviation.
 
-A transform keeps U in float32, and S. Either direction follows from them without inverting a matrix: W is composed at
+A transform keeps U (in float32) and S. Both directions follow from U and S without inverting a matrix: W is composed at
 its first use, in float64, and the inverse is two products with U. On CIFAR-10, U in float32 changes W by 1.4e-7 and
-whitened images by at most 3e-6, no more than a float32 product with the exact W does.
+whitened images by at most 3e-6. A float32 product with the exact W changes them as much.
 
-Fewer images n than values d span fewer than n directions, r, and in all others W multiplies by 1/sqrt(eps). Then U is
-[d r], from the eigenvectors of an [n n] matrix, and W is applied as I/sqrt(eps) - F F^T without being composed.
+If there are fewer images n than values d, the images span only r < n directions. In all other directions W multiplies
+by 1/sqrt(eps). Then U is [d r], from the eigenvectors of an [n n] matrix, and W is applied as I/sqrt(eps) - F F^T
+without being composed.
 
 The statistics are exact: pixels are integers, and their sums and products are accumulated without rounding. So the
 fingerprint, computed from those sums, is equal on every machine, although the last bits of U depend on the linear
@@ -52,9 +53,9 @@ _SMALLEST_DEVIATION = 1e-30  # smallest deviation that a file may state; float32
 _CHUNK_BYTES = 1 << 26  # 64 MiB of temporaries while pixels are normalised
 _CPU = torch.device("cpu")
 _CENTRE = 128  # subtracted from uint8 pixels, so that they lie in -128..127
-_EIGEN_SECONDS = 2e-10  # for each n^3 of the eigenvectors of [n n] in float64; one core took 2.6e-10 to 3.1e-10
-_PRODUCT_SECONDS = 1.5e-11  # for each multiplication in a product of float32 matrices; one core took 2.3e-11
-_WORTH_A_LINE = 0.1  # minutes from which on a fit is announced
+_EIGEN_SECONDS = 2e-10  # on two cores, times n^3, for eigenvectors of [n n] in float64; one took 2.6e-10 to 3.1e-10
+_PRODUCT_SECONDS = 1.5e-11  # on two cores, for each multiplication in a product of float32 matrices; one took 2.3e-11
+_WORTH_A_LINE = 0.1  # minutes; a fit that takes longer is announced
 _EXACT_ROWS = 1024  # float32 holds integers up to 2^24 exactly: 1024 products of at most 128 * 128
 
 
@@ -64,10 +65,10 @@ class Normaliser(nn.Module):
     Use the module as a layer before a network, or as a torchvision transform: by itself, as in `ImageFolder(path,
     transform=normaliser)`, or as a step of a `Compose`. `.to(device)` moves it, and tensors must be on its device.
 
-    PIL images are turned, converted and resized as images of a data set are. The result has the dtype of the module's
-    buffers: float32 unless the module is converted. Images of another float dtype are cast to it; uint8 images are cast
-    and divided by 255. Autocast does not lower the precision. Gradients flow through. Besides the result a call takes
-    at most 64 MiB, for any number of images.
+    PIL images are turned, converted and resized in the same way as images of a data set. The result has the dtype of
+    the module's buffers: float32 unless the module is converted. Images of another float dtype are cast to it; uint8
+    images are cast and divided by 255. Autocast does not lower the precision. Gradients flow through. A call takes at
+    most 64 MiB besides the result, for any number of images.
     """
 
     scale: Tensor
@@ -79,14 +80,18 @@ class Normaliser(nn.Module):
     def __init__(
         self, kind: Kind, shape: tuple[int, int, int], scale: Tensor, shift: Tensor, rest: float | None = None
     ) -> None:
-        """Module from its buffers; `rest` b stands for the whitening matrix b I - F F^T with F in `scale`."""
+        """Make a module from its buffers.
+
+        Args:
+            rest: number b if the whitening matrix is b I - F F^T with F in `scale`; otherwise None.
+        """
         super().__init__()
         self.kind, self.shape, self.rest = kind, shape, rest
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
 
     def forward(self, images: Images | Image.Image) -> Tensor:
-        """Normalise images, whose shape stays, or one PIL image of any size.
+        """Normalise images, which keep their shape, or one PIL image, which is resized to the transform's shape.
 
         Raises:
             DatasetError: the images have another shape than those the transform was fitted on.
@@ -110,32 +115,32 @@ class Normaliser(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Transform:
-    """A fitted normalisation of images [n c h w] and its inverse. Cached results are not pickled."""
+    """Fitted normalisation of images [n c h w], and its inverse. Cached results are not pickled."""
 
     kind: Kind
     shape: tuple[int, int, int]
-    """Channels, height and width of the images it was fitted on."""
+    """Channels, height and width of the images that the transform was fitted on."""
     mean: Floats
     """Mean [d], d = c * h * w, for `zca`; [c] for `standard`; in units of [0, 1] pixels."""
     fingerprint: str
-    """16 hex digits over the kind, eps and the exact statistics of the images it was fitted on."""
+    """16 hex digits over the kind, eps and the exact statistics of the images that the transform was fitted on."""
     std: Floats | None = None
     """Standard deviations [c] for `standard`; None for `zca`."""
     vectors: Floats | None = None
-    """Eigenvectors of the covariance, the columns of [d r]; None for `standard` and if `stored_matrix` is given.
+    """Eigenvectors of the covariance, as columns [d r]; None for `standard` and if `stored_matrix` is given.
 
-    r is d, or, with fewer images than values, the number of directions in which the images differ."""
+    r is d, or the number of directions in which the images differ, if there are fewer images than values."""
     values: NDArray[np.float64] | None = None
-    """Eigenvalues [r] of the eigenvectors, none negative; None if there are no vectors."""
+    """Eigenvalues [r], all >= 0; None if there are no vectors."""
     eps: float = PUBLISHED_EPS
     """Number added to every eigenvalue; unused if there are no vectors."""
     stored_matrix: Floats | None = None
-    """Whitening matrix [d d] from files of earlier versions, which have no eigenvectors; else None."""
+    """Whitening matrix [d d] from a file of an earlier version, which has no eigenvectors; otherwise None."""
 
     def normalise(self, images: Images) -> Tensor:
-        """Normalise images to float32; shape and device stay; see `Normaliser`.
+        """Normalise images to float32, see `Normaliser`. Shape and device stay.
 
-        The first call for `zca` composes the whitening matrix, O(d^3) in float64, unless r < d; the matrix is kept.
+        The first call for `zca` composes the whitening matrix, O(d^3) in float64, unless r < d. The matrix is kept.
 
         Raises:
             DatasetError: the images have another shape than those the transform was fitted on.
@@ -144,7 +149,7 @@ class Transform:
         return self._normaliser(_device_of(images))(images)  # type: ignore[no-any-return]
 
     def denormalise(self, images: Tensor | AnyFloats) -> Tensor:
-        """Map normalised images back to the space of [0, 1] pixels, without clipping; shape and device stay.
+        """Map normalised images back to pixels in [0, 1], without clipping. Shape and device stay.
 
         Raises:
             DatasetError: the images have another shape than those the transform was fitted on.
@@ -163,7 +168,7 @@ class Transform:
         return self.denormalise(images).numpy()
 
     def normaliser(self) -> Normaliser:
-        """New module on the CPU that computes `normalise`."""
+        """Make a module on the CPU that normalises as `normalise` does."""
         return copy.deepcopy(self._normaliser(_CPU))
 
     @cached_property
@@ -189,13 +194,13 @@ class Transform:
         return sum(array.nbytes for array in self.to_arrays().values())
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
-        """Named arrays from which, with `to_metadata`, the transform can be restored."""
+        """Named arrays of the transform. `from_arrays` restores it from these arrays and `to_metadata`."""
         named = {"mean": self.mean, "std": self.std, "vectors": self.vectors, "values": self.values}
         named["matrix"] = self.stored_matrix
         return {name: array for name, array in named.items() if array is not None}
 
     def to_metadata(self) -> dict[str, Any]:
-        """Metadata for the arrays; strings, numbers and lists only, so that JSON can hold it."""
+        """Metadata of the transform: only strings, numbers and lists, so that JSON can hold it."""
         plain = {"kind": self.kind, "shape": list(self.shape), "fingerprint": self.fingerprint}
         return plain if self.vectors is None else plain | {"eps": self.eps}
 
@@ -206,7 +211,7 @@ class Transform:
         """Restore a transform from `to_arrays` and `to_metadata` of this version or an earlier one.
 
         Args:
-            place: where the arrays were read, for messages.
+            place: name of the file or object that holds the arrays, for messages.
 
         Raises:
             CorruptFileError: a part is missing, has a wrong shape or is no number.
@@ -256,9 +261,9 @@ class Transform:
         return {}
 
     def _normaliser(self, device: torch.device) -> Normaliser:
-        """Normaliser for a device, made once; on the CPU it shares memory with the arrays.
+        """Normaliser for a device, made once. On the CPU it shares memory with the arrays.
 
-        For internal use: callers outside get copies from `normaliser()`, so they cannot change it.
+        For internal use: other callers get copies from `normaliser()`, so they cannot change it.
         """
         if device not in self._normalisers:
             rest, scale, shift = None, self.mean, -self.mean
@@ -289,11 +294,11 @@ class Transform:
 
     @property
     def _spans_less(self) -> bool:
-        """True if the eigenvectors span fewer directions than there are values in an image."""
+        """True if there are fewer eigenvectors than values in an image."""
         return self.vectors is not None and self.vectors.shape[0] > self.vectors.shape[1]
 
     def _factor(self, *, inverse: bool) -> tuple[NDArray[np.float64], float]:
-        """F [d r] and b with W = b I - F F^T, or with the inverse of W = b I + F F^T."""
+        """F [d r] and b of the whitening matrix W = b I - F F^T; with `inverse`, of its inverse b I + F F^T."""
         assert self.vectors is not None
         rest = math.sqrt(self.eps) if inverse else 1 / math.sqrt(self.eps)
         lengths = self._deviations - rest if inverse else rest - 1 / self._deviations
@@ -306,7 +311,7 @@ class Transform:
         return deviations
 
     def _inverse(self, device: torch.device) -> Callable[[Tensor], Tensor]:
-        """Function that maps a chunk of images back, with its tensors on the device; made once for each device."""
+        """Function that maps a chunk of images back, made once for each device, where its tensors lie."""
         if device not in self._inverses:
             self._inverses[device] = self._made_inverse(device)
         return self._inverses[device]
@@ -335,8 +340,7 @@ class Transform:
 
     @cached_property
     def _inverse_of_stored(self) -> Floats:
-        # Inverse of the float32 matrix as stored, not of the one before rounding: this inverts what `normalise`
-        # computes.
+        # Inverse of the stored float32 matrix, which `normalise` uses, not of the matrix before rounding.
         assert self.stored_matrix is not None
         return np.linalg.inv(self.stored_matrix.astype(np.float64)).astype(np.float32)
 
@@ -349,7 +353,7 @@ class Transform:
 def _map_chunks(
     function: Callable[[Tensor], Tensor], images: Images, kind: str, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> Tensor:
-    """Apply the function to chunks [m c h w] of this dtype, and join the results in the images' type."""
+    """Apply `function` to chunks [m c h w] of the images, cast to `dtype`, and join the results. The shape stays."""
     if not isinstance(images, Tensor):
         images = _shared(images)
     if not images.is_floating_point() and images.dtype != torch.uint8:
@@ -390,7 +394,7 @@ def _shared(array: NDArray[Any]) -> Tensor:
 
 @dataclass(frozen=True)
 class FitCost:
-    """Memory, time and disk space of fitting a transform, beside the images."""
+    """Memory, time and disk space for fitting a transform, besides the images."""
 
     kind: Kind
     shape: tuple[int, int, int]
@@ -404,10 +408,10 @@ class FitCost:
 
     @classmethod
     def of(cls, kind: Kind, shape: tuple[int, int, int], images: int) -> FitCost:
-        """Cost for so many images of this shape; 0 images stand for more than an image has values.
+        """Cost of a fit to a number of images of this shape; 0 means more images than an image has values.
 
-        With d values in an image, `zca` holds five matrices [d d] of float64 while it decomposes one of them, in time
-        O(d^3), after a product of O(n d^2). With fewer images n than values the matrices are [n n], beside two [n d].
+        With d values in an image, `zca` holds five matrices [d d] of float64 while it decomposes one of them in time
+        O(d^3), after a product of O(n d^2). With fewer images n than values, the matrices are [n n], besides two [n d].
         """
         values = math.prod(shape)
         if kind == "standard":
@@ -428,7 +432,7 @@ class FitCost:
 
     @property
     def time(self) -> str:
-        """Time in words."""
+        """Estimated time as text, such as "2.5 hours" or "12 minutes"."""
         if self.minutes < 1:
             return f"{60 * self.minutes:.0f} seconds"
         return f"{self.minutes / 60:,.1f} hours" if self.minutes >= 100 else f"{self.minutes:.2g} minutes"
@@ -446,7 +450,7 @@ class FitCost:
 
 
 def _is_smaller(images: int, values: int) -> bool:
-    """True if the matrix [n n] of the images is smaller than the covariance [d d] of their values."""
+    """True if the Gram matrix [n n] of the images is smaller than the covariance [d d]."""
     return 0 < images < values
 
 
@@ -463,13 +467,13 @@ def fit_transform(
     device: str = "cpu",
     say: Say = silent,
 ) -> Transform:
-    """Fit the normalisation of these training images, with x = images / levels.
+    """Fit a normalisation to training images, whose pixels are images / levels.
 
     `zca` costs O(n d^2 + d^3), or O(n^2 d) with fewer images than values, see `FitCost`. Ctrl-C interrupts it at once.
     For `standard`, a channel without variation is only centred.
 
     Args:
-        device: where torch decomposes the covariance; a GPU pays off from 64x64 RGB.
+        device: torch device that decomposes the covariance; a GPU pays off from 64x64 RGB.
         say: shows a line for each part of a fit that takes more than some seconds, and one every 30 seconds.
 
     Raises:
@@ -534,8 +538,8 @@ class _Sums:
 def _exact_sums(images: NDArray[np.uint8], note: Say = silent) -> _Sums:
     """Sums over images of each pixel and of each product of two pixels, without rounding.
 
-    The sums of a chunk are integers that float32 holds exactly, and the sums of chunks are integers that float64 holds.
-    So the speed is that of single precision, and the bits do not depend on the order in which a library adds.
+    Sums within a chunk are integers that float32 holds exactly, and sums over chunks are integers that float64 holds
+    exactly. So the speed is that of single precision, and the bits do not depend on a library's order of additions.
     """
     width = images[0].size
     total, products = np.zeros(width), np.zeros((width, width))
@@ -565,7 +569,7 @@ def _pixel_sums(images: NDArray[np.uint8]) -> NDArray[np.float64]:
 def _eigenpairs_of_few(
     images: NDArray[np.uint8], total: NDArray[np.float64], levels: int, device: str, note: Say = silent
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Positive eigenvalues [r] and their eigenvectors [d r] of the covariance, from the images' own products [n n]."""
+    """Positive eigenvalues [r] and eigenvectors [d r] of the covariance, from products [n n] of the images."""
     count = len(images)
     centred = images.reshape(count, -1).astype(np.float64)
     centred -= total / count + _CENTRE
@@ -586,7 +590,7 @@ def _eigenpairs_of_few(
 def _eigh(
     matrix: NDArray[np.float64], device: str, note: Say = silent
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Eigenvalues [n] and eigenvectors [n n]; the matrix may be emptied."""
+    """Eigenvalues [n] and eigenvectors [n n] of a symmetric matrix, which may be emptied."""
     if device == "cpu":  # numpy's took half as long as torch's
         return eigenpairs(matrix, note)
     on_device = torch.linalg.eigh(torch.from_numpy(matrix).to(device))
@@ -627,7 +631,7 @@ def _image_shape(images: NDArray[np.uint8]) -> tuple[int, int, int]:
 
 
 def _array_shapes(kind: Kind, shape: tuple[int, int, int], rank: int | None) -> dict[str, tuple[int, ...]]:
-    """Shapes of a transform's arrays; rank None stands for files with a whitening matrix."""
+    """Shapes of a transform's arrays; rank None means that the arrays include a whitening matrix."""
     channels, pixels = shape[0], math.prod(shape)
     whitening = {"matrix": (pixels, pixels)} if rank is None else {"vectors": (pixels, rank), "values": (rank,)}
     known: dict[str, dict[str, tuple[int, ...]]] = {

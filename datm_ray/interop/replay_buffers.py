@@ -2,17 +2,18 @@
 
 A replay buffer is a `torch.save` of a list of trajectories. A trajectory is a list of snapshots, whose position is the
 epoch. A snapshot is a list of a network's parameters, in the order in which its modules were created. The ConvNet of
-those projects creates its modules in the same order as this package's (blocks of convolution and norm, then the
-classifier) and normalises with the same epsilon. So parameters need no mapping if their shapes agree. One exception is
-refused: for images of one channel the published ConvNet pads the first convolution by 3 pixels, this one by 1.
+those projects creates its modules in the same order as the ConvNet of this package (blocks of convolution and norm,
+then the classifier) and normalises with the same epsilon. So parameters need no mapping if their shapes agree. One
+exception is refused: for images of one channel the published ConvNet pads the first convolution by 3 pixels, the
+ConvNet here by 1.
 
-A buffer does not name its data set, network or number of epochs: these come from a recipe. Nor does it hold its
-experts' image transform. Imported experts are stored with the transform of the recipe's data set. If theirs was
-different (other whitening, or fitted on images that are validation data here), they match synthetic images less well.
-An expert's info records that it was imported, and from which file.
+A buffer does not name its data set, network or number of epochs: a recipe gives them. A buffer does not hold the image
+transform of its experts either. Imported experts are stored with the transform of the recipe's data set. If their own
+transform was different (other whitening, or fitted on images that are validation data here), they match synthetic
+images less well. An expert's info records that it was imported, and from which file.
 
 Replay buffers contain no running statistics of batch norms. Experts with batch norms cannot be imported, and are
-exported without them. Files are read as data, see `store.torch_files`: nothing in them is executed.
+exported without the statistics. Files are read as data (see `interop.torch_files`): nothing in them is executed.
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.trajectories import ExpertGroup, Snapshot, TrajectoryInfo, epochs_in_words
 
 PUBLISHED_PER_FILE = 10
-"""Experts in each published file."""
+"""Number of experts in each published file."""
 
 PUBLISHED_PADDING = 3
-"""Padding in pixels of the published ConvNet's first convolution for one channel; this package pads by 1."""
+"""Padding in pixels of the published ConvNet's first convolution for one channel; the ConvNet here pads by 1."""
 
 _ANOTHER_RECIPE = "give the recipe of these experts: their data set, network and epochs"
 
@@ -55,16 +56,16 @@ _Trajectory = list[list[NDArray[Any]]]
 
 @dataclass(frozen=True)
 class Imported:
-    """Trajectory of a replay buffer that is in the store."""
+    """Result for one trajectory of a replay buffer, which is now in the store."""
 
     group: str
     """Key of the expert group that holds the trajectory."""
 
     expert: int
-    """Number of the trajectory's expert in its group."""
+    """Number in the group of the expert that holds the trajectory."""
 
     new: bool
-    """True if this import stored the trajectory; False if an earlier import had."""
+    """True if this import stored the trajectory; False if an earlier import had stored it."""
 
 
 @dataclass(frozen=True)
@@ -78,15 +79,15 @@ class Exported:
     without_statistics: bool
     """True if the experts have running statistics of batch norms, which replay buffers cannot hold."""
     padded_otherwise: bool
-    """True if the published ConvNet is another function of the same parameters, see `pads_differently`."""
+    """True if the published ConvNet computes something else from these parameters, see `pads_differently`."""
 
 
 def import_replay_buffers(files: Sequence[str], config: RunConfig, store_uri: str) -> Iterator[Imported]:
     """Store every trajectory of the files as an expert of the recipe, under the next free numbers.
 
     A trajectory that was imported before is recognised by its content and not stored again, so an import can be
-    repeated. Only the epochs of `experts.keep_epochs` are stored, in the format of `experts.storage`. Each file is
-    loaded whole, and twice: nothing is stored unless all files fit.
+    repeated. Only the epochs of `experts.keep_epochs` are stored, in the format of `experts.storage`. Each file is read
+    twice, and each time whole, so that nothing is stored unless all files fit.
 
     Args:
         files: paths or URIs of the files.
@@ -113,7 +114,7 @@ def import_replay_buffers(files: Sequence[str], config: RunConfig, store_uri: st
 
 
 def _network_of(trajectory: _Trajectory, networks: Sequence[_Network], place: str, recipe: str) -> _Network:
-    """Network of the recipe with the trajectory's shapes. Raises `StoreError` if there is none."""
+    """Network of the recipe whose parameters have the trajectory's shapes. Raises `StoreError` if there is none."""
     differences = [network.difference(trajectory) for network in networks]
     if None not in differences:
         settings = networks[0].settings_for(trajectory) if len(networks) == 1 else []
@@ -152,7 +153,7 @@ def export_replay_buffers(group: ExpertGroup, out: Location, per_file: int = PUB
 
 
 def pads_differently(architecture: str, channels: int) -> bool:
-    """True if the published network of this name is another function of the same parameters."""
+    """True if the published network of this name computes something else from the same parameters."""
     return architecture == "convnet" and channels == 1
 
 
@@ -169,7 +170,7 @@ class _Network:
         self._known: dict[str, int] | None = None
 
     def difference(self, trajectory: _Trajectory) -> str | None:
-        """Reason why the trajectory does not belong to this network, or `None` if it does."""
+        """Reason why the trajectory does not fit this network; `None` if it fits."""
         epochs, wanted = len(trajectory) - 1, self._config.experts.epochs
         if self._pads_differently:
             return (
@@ -190,7 +191,7 @@ class _Network:
         return None
 
     def settings_for(self, trajectory: _Trajectory) -> list[str]:
-        """Settings `section.field=value` with which the trajectory fits the recipe; empty if none are found."""
+        """Settings `section.field=value` that make the recipe fit the trajectory; empty if none are found."""
         config, d = self._config, self._config.distill
         wanted: dict[str, int | str] = {}
         epochs = min(len(trajectory) - 1, config.experts.epochs)
@@ -244,7 +245,7 @@ class _Network:
                 )
 
     def _imported(self) -> dict[str, int]:
-        """Digest -> expert number of the trajectories imported into the group."""
+        """Expert numbers of the trajectories imported into the group, by digest."""
         if self._known is None:
             recipes = {expert: self._group.read_info(expert).recipe for expert in self._group.experts()}
             self._known = {
@@ -289,7 +290,7 @@ def _read(location: Location) -> list[_Trajectory]:
     """Read the trajectories of one file, which together are at most as large as the file.
 
     Raises:
-        CorruptFileError: the file holds anything else, or a trajectory whose parameters never change.
+        CorruptFileError: the file is no replay buffer, or the parameters of a trajectory never change.
     """
     try:
         trajectories = read_torch_file(location)
@@ -309,7 +310,8 @@ def _read(location: Location) -> list[_Trajectory]:
         left -= sum(1 + len(snapshot) for snapshot in snapshots)
         if left < 0:
             raise _no_buffer(location)
-        _require_training(snapshots, _is_same_view, place)  # before counting bytes: live weights are in the file once
+        # Before bytes are counted, because the file holds live weights only once.
+        _require_training(snapshots, _is_same_view, place)
         tensors = [tensor for snapshot in snapshots for tensor in snapshot]
         left -= sum(getattr(tensor, "nbytes", 0) for tensor in tensors)
         if left < 0 or not all(map(_is_parameter, tensors)):
@@ -320,7 +322,7 @@ def _read(location: Location) -> list[_Trajectory]:
 
 
 def _items(value: object, location: Location) -> list[Any]:
-    """Return a value that is a non-empty list, otherwise raise `CorruptFileError`."""
+    """Return the value if it is a non-empty list. Raises `CorruptFileError` otherwise."""
     if not isinstance(value, list) or not value:
         raise _no_buffer(location)
     return value
@@ -346,7 +348,7 @@ def _require_training(trajectory: list[list[Any]], same: Callable[[Any, Any], bo
 
 
 def _is_same_view(one: object, other: object) -> bool:
-    """True if both are arrays that share the same memory. No value is compared."""
+    """True if both are arrays in the same memory. Their values are not compared."""
     if not isinstance(one, np.ndarray) or not isinstance(other, np.ndarray):
         return False
     return one is other or bool(one.__array_interface__ == other.__array_interface__)

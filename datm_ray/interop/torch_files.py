@@ -1,14 +1,14 @@
-"""Lists of tensors out of files that `torch.save` wrote, read as plain data.
+"""Read lists of tensors from files that `torch.save` wrote, as plain data.
 
-torch.load believes what a file says about itself: 1.3 KB can ask for a tensor of 4 TB, or call a class that takes 8 GB.
-Here the pickle inside is followed operation by operation, and only those operations are known that torch.save uses for
-lists of tensors. Nothing is called or executed, no tensor has a value of its storage twice, and all storages together
-are no larger than the file. The archive's checksums are checked.
+torch.load trusts the sizes and classes in a file: 1.3 KB can ask for a tensor of 4 TB, or call a class that takes 8 GB.
+Here the pickle is read opcode by opcode, and only the opcodes are known that torch.save uses for lists of tensors.
+Nothing is called or executed. No tensor uses a value of its storage twice, and all storages together are no larger than
+the file. The archive's checksums are checked.
 
-What a call gets is checked by type first: 300 bytes can hold a tuple of tuples that would take hours to print, to hash
-or to compare.
+The arguments of each call in a pickle are first checked by type: 300 bytes can hold a tuple of tuples that would take
+hours to print, hash or compare.
 
-Left out: dictionaries, sparse and quantised tensors, and files from before torch 1.6, which are no archives.
+Not covered: dictionaries, sparse and quantised tensors, and files from before torch 1.6, which are no archives.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MAX_DIMENSIONS = 8
 
 @dataclass(frozen=True)
 class _Global:
-    """A class or function that the pickle names; never looked up."""
+    """Class or function that the pickle names. It is never looked up."""
 
     module: str
     name: str
@@ -48,17 +48,17 @@ class _Global:
 
 @dataclass(frozen=True)
 class _Storage:
-    """Values [count] that several tensors may share; an array of the file is none, for it may repeat values."""
+    """Values [count] that several tensors may share. A class of its own, so that no tensor can serve as a storage."""
 
     values: NDArray[Any]
 
 
 def read_torch_file(location: Location) -> Tensors:
-    """The lists of tensors in a file; a local file is mapped, and the caller's arrays are read-only.
+    """Lists of tensors in a file. A local file is memory-mapped; all arrays are read-only.
 
     Raises:
         StoreError: the file is missing or cannot be read.
-        ValueError and others: it holds anything else. The reader of an archive has no common error.
+        ValueError and others: the file holds anything else. Readers of archives have no common error.
     """
     (content,) = location.read_ranges([(0, location.size())])
     with zipfile.ZipFile(pa.BufferReader(pa.py_buffer(content))) as archive:
@@ -66,7 +66,7 @@ def read_torch_file(location: Location) -> Tensors:
 
 
 class _Reader:
-    """Reads one archive; gives up where its members come to more bytes than the file has."""
+    """Reads one archive. Raises ValueError if its members together have more bytes than the file."""
 
     def __init__(self, archive: zipfile.ZipFile, size: int) -> None:
         self._archive, self._left = archive, size
@@ -89,7 +89,7 @@ class _Reader:
         return self._archive.read(info)
 
     def _follow(self, pickle: bytes) -> Tensors:
-        """The value that a pickle stands for."""
+        """Read the value in a pickle by its opcodes. Nothing is executed; unknown opcodes raise ValueError."""
         stack: list[Any] = []
         marks: list[int] = []
         memo: dict[int, Any] = {}
@@ -162,7 +162,7 @@ class _Reader:
 
 def _list(value: Any) -> list[Any]:
     if type(value) is not list:
-        raise ValueError("the pickle appends to what is no list")
+        raise ValueError("the pickle appends to something other than a list")
     return value
 
 
@@ -181,7 +181,7 @@ def _call(function: Any, arguments: Any) -> Any:
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> NDArray[Any]:
-    """View of a storage, checked so that all its values lie inside and none occurs twice."""
+    """View of a storage. All its values are checked to lie inside the storage, and none occurs twice."""
     if not isinstance(storage, _Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
         raise ValueError("a tensor has no storage or no shape")
     if not len(shape) == len(strides) <= _MAX_DIMENSIONS:
@@ -191,7 +191,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> NDArray[Any]
     values = storage.values
     if 0 in shape:
         return np.zeros(shape, values.dtype)
-    last = 0  # the furthest value so far: a step beyond it meets none again, and so count <= last + 1
+    last = 0  # largest offset so far: a longer stride reaches no value again, so count <= last + 1
     for stride, size in sorted(zip(strides, shape, strict=True)):
         if size > 1 and stride <= last:
             raise ValueError(f"a tensor {list(shape)} of strides {list(strides)} has values twice")

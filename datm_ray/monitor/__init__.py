@@ -1,1 +1,1 @@
-"""What a user sees of a running or finished run: progress, metrics, loggers, and what it has spent."""
+"""Output about a running or finished run: progress, logs, metrics, loggers and its cost."""

@@ -1,8 +1,8 @@
-"""Curves in TensorBoard or Weights & Biases: `cluster.log_to`.
+"""Curves in TensorBoard or Weights & Biases, chosen by `cluster.log_to`.
 
 Each task has a curve of every measurement (see `metrics`) over its own steps: epochs of experts, iterations of a
-distillation. Nothing else of the run is sent but its recipe: no addresses, names of machines, paths or environment
-variables. Both packages are optional, and a failure after the start never stops a run.
+distillation. Besides curves, only the recipe is sent: no addresses, names of machines, paths or environment variables.
+Both packages are optional, and a failure after the start never stops a run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Backend(Protocol):
     """Interface of a logging service."""
 
     def log(self, task: Task, step: int, values: Mapping[str, float]) -> None:
-        """Record a task's measurements at a step of its own."""
+        """Record a task's measurements at one of the task's steps."""
         ...
 
     def finish(self, task: Task) -> None:
@@ -40,7 +40,7 @@ class Backend(Protocol):
 
 
 class Logger:
-    """Logger of a run's events, which stops at its first failure."""
+    """Logger of a run's events. Logging stops at the first failure; the run continues."""
 
     def __init__(self, backend: Backend | None = None, on_failure: Callable[[str], None] = print) -> None:
         """Log to a backend, or nowhere if it is `None`.
@@ -59,7 +59,7 @@ class Logger:
             self._do(lambda backend: backend.finish(task))
 
     def close(self) -> None:
-        """Write what is pending, and end the log."""
+        """Write pending values, and end the log."""
         self._do(lambda backend: backend.close())
         self._backend = None
 
@@ -68,9 +68,9 @@ class Logger:
             return
         try:
             what(self._backend)
-        except Exception as failure:  # any failure: a run must not stop because of its curves
+        except Exception as failure:  # a run must not stop because of its curves, whatever fails
             self._backend = None
-            # Without the failure's message, which may quote an address with a key in it.
+            # The failure's message is left out, because it may contain an address with a key.
             self._on_failure(f"Logging failed ({type(failure).__name__}); the run continues without it")
 
 

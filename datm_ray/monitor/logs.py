@@ -1,6 +1,6 @@
 """Log of a run, by the standard `logging` module: lines of `time level node worker  event key=value ...`, in UTC.
 
-All loggers of the package are below "datm_ray". `writing` adds a file in each run's folder, and `show` chooses what
+All loggers of the package are below "datm_ray". `writing` adds a log file in each run's folder, and `show` sets what
 standard error shows. A worker in another process keeps its records in a `Collector` until the driver takes them.
 Passwords, keys and tokens are replaced by *** in every line. Tests: tests/monitor/test_logs.py.
 """
@@ -23,13 +23,13 @@ from pathlib import Path
 from datm_ray.errors import DatmError, one_line
 
 LOG = "log.txt"
-"""Name of the log in a run's folder."""
+"""Name of the log file in a run's folder."""
 LARGEST = 8 * 2**20
-"""Bytes after which a log is renamed to `log.txt.1`, which replaces an earlier one."""
+"""Size of a log in bytes after which it is renamed to `log.txt.1`. An earlier `log.txt.1` is replaced."""
 KEPT = 1000
-"""Records that a worker keeps for the driver; older ones are dropped."""
+"""Number of records that a worker keeps for the driver. Older ones are dropped."""
 REPEAT_AFTER = 20.0
-"""Seconds for which a terminal suppresses a repeated warning, for example when every worker sends it."""
+"""Seconds for which a terminal suppresses a repeated warning, for example one that every worker sends."""
 
 _NODE = socket.gethostname() or "unknown"
 _ROOT = logging.getLogger("datm_ray")
@@ -42,7 +42,7 @@ _SECRET = re.compile(
 
 
 def fields(**values: object) -> str:
-    """Values as `key=value key=value`. `None` is left out, and a text with spaces or quotes is in double quotes."""
+    """Values as text `key=value key=value`. `None` is left out; texts with spaces or quotes are in double quotes."""
     return " ".join(f"{key}={_shown(value)}" for key, value in values.items() if value is not None)
 
 
@@ -57,24 +57,24 @@ def _shown(value: object) -> str:
 
 
 def masked(text: str) -> str:
-    """The text with *** in place of passwords, keys and tokens."""
+    """Text with *** in place of passwords, keys and tokens."""
     return _SECRET.sub(lambda found: f"{found['name'] or ''}***", text)
 
 
 def verbosity() -> int:
-    """What standard error shows: -1 errors; 0 messages and warnings; 1 the log; 2 the log with details."""
+    """Level of what standard error shows: -1 errors; 0 messages and warnings; 1 the log; 2 the log with details."""
     return _terminal.verbosity
 
 
 def show(level: int) -> None:
-    """Choose what standard error shows, see `verbosity`. With 2, Ray and its workers write there too."""
+    """Set what standard error shows, see `verbosity`. At level 2, Ray and its workers write there too."""
     _terminal.verbosity = level
     _ROOT.addHandler(_terminal)
     _ROOT.setLevel(logging.DEBUG if level > 1 else logging.INFO)
 
 
 def is_raw() -> bool:
-    """True if Ray's own output, and that of its workers, is to be shown."""
+    """True if the output of Ray and its workers is shown."""
     return _ROOT.isEnabledFor(logging.DEBUG)
 
 
@@ -82,7 +82,7 @@ def is_raw() -> bool:
 def writing(folders: Sequence[str]) -> Iterator[None]:
     """Write the log to a file in each of the folders while the context lasts. A line is on disk when it is logged."""
     before = _ROOT.level
-    added: list[logging.Handler] = [] if _ROOT.hasHandlers() else [_terminal]  # or warnings would be seen by nobody
+    added: list[logging.Handler] = [] if _ROOT.hasHandlers() else [_terminal]  # or warnings would not be shown
     for folder in folders:
         Path(folder).mkdir(parents=True, exist_ok=True)
         added.append(_File(Path(folder) / LOG))
@@ -106,7 +106,7 @@ def accept(records: Sequence[logging.LogRecord]) -> None:
 
 
 class Collector(QueueHandler):
-    """Handler of a worker's process, which keeps the package's records until the driver takes them."""
+    """Log handler in a worker's process, which keeps the package's records until the driver takes them."""
 
     queue: deque[logging.LogRecord]  # type: ignore[assignment]
 
@@ -128,15 +128,15 @@ class Collector(QueueHandler):
         self.queue.append(record)
 
     def take(self) -> list[logging.LogRecord]:
-        """Records since the last call. Two threads may call it at the same time."""
-        with self.lock or nullcontext():  # which emitting holds too
+        """Return the records since the last call, and forget them. Safe to call from several threads."""
+        with self.lock or nullcontext():  # held while a record is added, too
             taken = list(self.queue)
             self.queue.clear()
         return taken
 
 
 class _Line(logging.Formatter):
-    """One line a record, and the traceback below it if there is one."""
+    """Format of a record: one line, and below it the traceback if there is one."""
 
     converter = staticmethod(time.gmtime)
     default_msec_format = "%s.%03dZ"
@@ -149,7 +149,7 @@ class _Line(logging.Formatter):
 
 
 class _Terminal(logging.Handler):
-    """Standard error, whatever stands for it at the moment."""
+    """Log handler that prints to the current standard error."""
 
     verbosity = 0
 
@@ -159,7 +159,7 @@ class _Terminal(logging.Handler):
         self._last: dict[str, float] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print the whole line with --verbose; else only the message of a warning that was not shown already."""
+        """Print the whole line with --verbose; else only the message of a warning that was not printed recently."""
         if self.verbosity > 0:
             print(self.format(record), file=sys.stderr, flush=True)
             return
@@ -174,7 +174,7 @@ class _Terminal(logging.Handler):
 
 
 class _File(RotatingFileHandler):
-    """File of a bounded size. A full disk ends neither the run nor its terminal's peace."""
+    """Log file of a limited size. On a full disk the run continues, and only one message is printed."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, maxBytes=LARGEST, backupCount=1, encoding="utf-8", delay=True, errors="backslashreplace")
@@ -182,12 +182,12 @@ class _File(RotatingFileHandler):
         self._has_failed = False
 
     def close(self) -> None:
-        """Close the file, also on a full disk."""
+        """Close the file, even on a full disk."""
         with suppress(OSError):
             super().close()
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Say once that the file cannot be written."""
+        """Print that the file cannot be written, at the first failure only."""
         if not self._has_failed:
             self._has_failed = True
             reason = one_line(str(sys.exc_info()[1]))
@@ -199,7 +199,7 @@ _terminal = _Terminal()
 
 @contextmanager
 def noting_the_end() -> Iterator[None]:
-    """Log how a run ended; an error that nobody expects has its traceback."""
+    """Log how the block ended. An error that is not a `DatmError` is logged with its traceback."""
     try:
         yield
     except KeyboardInterrupt:

@@ -1,11 +1,11 @@
 """Catalogue of a run's metrics, and the translation of events into samples.
 
-Workers put their measurements into `Progress.metrics`, under names of the catalogue; they know no monitoring system.
-`Readings` turns an executor's events into samples, and `runtime/ray/metrics.py` exports them. Events also show which
+Workers put measurements into `Progress.metrics`, under names of the catalogue. They know no monitoring system.
+`Readings` turns an executor's events into samples, and `runtime/ray/metrics.py` exports these. Events also show which
 tasks run, so lost workers, smaller groups and busy workers are metrics too.
 
-A gauge belongs to a running task. Counters and histograms have no task: a run may have thousands of tasks, and each
-would be a time series for ever. They are sums over all workers.
+A gauge belongs to a running task. Counters and histograms are sums over all workers and not split by task: a run may
+have thousands of tasks, and each one would stay a time series for ever.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from datm_ray.runtime.executor import Event, Finished, Lost, Progress, Started, 
 Kind = Literal["gauge", "counter", "histogram"]
 
 TASK, STAGE = ("run", "stage", "task"), ("run", "stage")
-"""Tags of a gauge's time series, and of a counter's."""
+"""TASK: tags of a gauge's time series. STAGE: tags of a counter's time series."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ CATALOGUE: dict[str, Metric] = {
     # --- distillation ---
     "datm_ray_distill_iteration": _gauge("", "Finished iterations"),
     "datm_ray_distill_matching_loss": _gauge(
-        "", "Loss of the method; of trajectories, the normalised one of the first backbone"
+        "", "Loss of the method; for trajectories, the normalised loss of the first backbone"
     ),
     "datm_ray_distill_step_size": _gauge("", "The student's learned step size, for the first backbone"),
     "datm_ray_distill_skipped_steps": _gauge(
@@ -125,7 +125,7 @@ REASONS: dict[str, tuple[str, ...]] = {
     "peer": ("lost its peers",),
     "process": ("exit", "died", "dead", "killed", "connection error"),
 }
-"""Kind of reason why a worker was lost -> words in its text. The first kind with a matching word counts."""
+"""Words in the text of a lost worker's reason, by kind of reason. The first kind with a matching word counts."""
 
 
 def reason_kind(reason: str) -> str:
@@ -149,7 +149,7 @@ class _Observed:
 
     task: Task
     workers: int = 0
-    """Number of workers of the task's group at its last `Progress`; 0 before the first."""
+    """Size of the task's worker group at its last `Progress`; 0 before the first `Progress`."""
     at_work: bool = True
     sums: dict[tuple[int, str], float] = field(default_factory=dict)
     """Last value of each counter, by rank and name."""
@@ -159,7 +159,7 @@ class _Observed:
 class Readings:
     """Translation of one executor's events into samples, without a clock and without Ray.
 
-    The time for one event does not depend on the number of tasks.
+    The time for one event does not depend on the number of tasks that wait or have finished.
     """
 
     def __init__(self) -> None:
@@ -170,10 +170,10 @@ class Readings:
         self._observed: dict[str, _Observed] = {}
 
     def begin(self, tasks: Sequence[Task], workers: int) -> list[Sample]:
-        """Start a stage, or a part of one.
+        """Start a stage, or a part of a stage.
 
         Args:
-            tasks: its tasks.
+            tasks: tasks of the stage or part.
             workers: highest number of workers that run at the same time.
         """
         self._stage = tasks[0].stage if tasks else self._stage
@@ -182,7 +182,7 @@ class Readings:
         return self.add(tasks)
 
     def add(self, tasks: Sequence[Task]) -> list[Sample]:
-        """Add tasks to the present stage."""
+        """Add tasks to the current stage."""
         self._open += sum(task.size for task in tasks)
         return list(self._worker_counts())
 
@@ -192,8 +192,8 @@ class Readings:
         Args:
             task: task of the event.
             event: event of one worker.
-            rank: rank of that worker within the task's group. Ranks above 0 contribute only counters, all of
-                them before the `Finished` of rank 0.
+            rank: rank of that worker within the task's group. Ranks above 0 contribute only counters, and all of these
+                before the `Finished` of rank 0.
         """
         self._stage = task.stage
         if isinstance(event, Started):  # its worker may have to install packages first
@@ -220,7 +220,7 @@ class Readings:
         return [*samples, *self._worker_counts()]
 
     def gauges(self) -> list[Sample]:
-        """Present value of every gauge of unfinished tasks."""
+        """Current values of all gauges of unfinished tasks."""
         of_tasks = [
             _sample(name, value, observed.task)
             for observed in self._observed.values()
@@ -247,7 +247,7 @@ def _increases(observed: _Observed, known: Mapping[str, float], rank: int) -> It
 
 
 def _progress(observed: _Observed, event: Progress, known: Mapping[str, float]) -> Iterator[Sample]:
-    """Samples of gauges and histograms, and of a group that has become smaller or larger."""
+    """Yield samples of gauges and histograms from a progress event, and one if the worker group changed its size."""
     for name, value in known.items():
         if CATALOGUE[name].kind == "gauge":
             observed.gauges[name] = value

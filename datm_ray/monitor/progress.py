@@ -1,4 +1,4 @@
-"""Progress and messages for the user: bars on a terminal, otherwise a line every 30 seconds; and their log records."""
+"""Progress and messages for the user: bars on a terminal, otherwise a line every 30 seconds. Both are logged too."""
 
 from __future__ import annotations
 
@@ -35,33 +35,35 @@ if TYPE_CHECKING:
 
 WORKER_LOST = "worker lost"
 TASKS_DONE = (" tasks done", "  progress stage=")
-"""Parts of the lines about a lost worker and about progress, as shown and as logged; `cli.jobs` finds lines by them."""
+"""Texts in lines about a lost worker (WORKER_LOST) and about progress (TASKS_DONE: as shown, as logged). `cli.jobs`
+finds the lines by them."""
 
 LINE_INTERVAL = 30.0
-"""Seconds between progress lines in the log, and where no terminal shows bars."""
+"""Seconds between progress lines, in the log and on an output that cannot show bars."""
 TICK = 1.0
-"""Seconds between two checks whether a line is due, also while no event arrives."""
+"""Seconds between two checks whether a line is due, even while no event arrives."""
 SILENCE = 30.0
-"""Seconds without a step after which a line says so."""
+"""Seconds without a step after which a progress line reports them."""
 SHORTEST_MEMORY, MEMORY = 60.0, 1 / 3
-"""Time over which the speed of a stage is averaged: at least so many seconds, and this share of its time so far."""
+"""Time over which a stage's speed is averaged: at least SHORTEST_MEMORY seconds, and MEMORY times the stage's time so
+far if that is longer."""
 
 _log = logging.getLogger(__name__)
 _SHOWN = {"is_shown": True}
-"""Attribute of log records that the progress display prints already; the terminal's log handler skips them."""
+"""Attribute of log records that the progress display prints itself; the terminal's log handler skips them."""
 
 
 class Stage(Protocol):
     """Display of one stage's events."""
 
     def add(self, task: Task) -> None:
-        """Add a task that was made meanwhile."""
+        """Add a task that was created after the stage's start."""
 
     def event(self, task: Task, event: Event) -> None:
         """Show an event of a task."""
 
     def tick(self) -> None:
-        """Show a line if one is due, although no event has arrived."""
+        """Show a line if one is due, even if no event has arrived."""
 
 
 class Reporter:
@@ -76,7 +78,7 @@ class Reporter:
         self.show(text)
 
     def show(self, text: str) -> None:
-        """Show a line, where standard error does not show the log."""
+        """Show a line, unless standard error shows the log or `quiet` is set."""
         if not self._quiet and verbosity() < 1:
             print(one_line(text), file=sys.stderr, flush=True)
 
@@ -117,31 +119,31 @@ def _ticking(stage: _LineStage) -> Iterator[_LineStage]:
 
 @dataclass
 class _Running:
-    """Task that has started and not ended."""
+    """Task that is running."""
 
     since: float
-    """Time of its start, in seconds of the monotonic clock."""
+    """Time of the task's start, in seconds of the monotonic clock."""
     weight: float = 1.0
     """Expected work of the whole task."""
     timed_from: float = 0.0
     timed_to: float = 0.0
-    """Times of its first and last `Progress`, between which its speed is measured."""
+    """Times of the first and last `Progress` (`timed_from`, `timed_to`), between which the speed is measured."""
     first: float = 0.0
-    """Share that was done at `timed_from`."""
+    """Share of the task that was done at `timed_from`."""
     share: float = 0.0
     last: Progress | None = None
     phase: str = ""
-    """What it does until its next `Progress`; "" if that is its steps."""
+    """Work between steps, such as compiling, until the next `Progress`; "" during steps."""
     changed: float = 0.0
-    """Time of its last event."""
+    """Time of the task's last event."""
 
     def doing(self, now: float) -> str:
-        """Words for a phase, or for a long time without a step; "" if steps follow each other."""
+        """Text on the current phase, or on a long time without a step; "" if there is neither."""
         seconds = now - self.changed
         return f", {self.phase or 'no step'} for {seconds:.0f} s" if self.phase or seconds > SILENCE else ""
 
     def seconds_left(self, now: float) -> float:
-        """Time that the rest takes at the task's own speed; 0 before a tenth of the task has shown that speed."""
+        """Seconds for the rest of the task at its own speed; 0 until a tenth of the task has been timed."""
         own = self.share - self.first
         if self.last is None or own < 0.1:
             return 0.0
@@ -150,10 +152,10 @@ class _Running:
 
 
 def _seconds_left(left: float, done: float, seconds: float, due: float, silent: float) -> float:
-    """Estimated time for the work that is left. It counts down, and grows while the next step is overdue.
+    """Estimated seconds for the remaining work. The estimate counts down, and grows while the next step is overdue.
 
     Args:
-        left: work that is left.
+        left: remaining work.
         done: work that took `seconds`.
         due: work of the next step.
         silent: seconds since the last step.
@@ -162,11 +164,11 @@ def _seconds_left(left: float, done: float, seconds: float, due: float, silent: 
 
 
 class Tracker:
-    """Finished and running tasks of a stage, and the time that the rest takes.
+    """Finished and running tasks of a stage, and the estimated time for the rest.
 
     Speed is the tasks' progress, times their weights, over time. Older progress counts exponentially less, so that the
-    estimate follows a change of speed without jumping. What a resumed task has brought along is no progress. What the
-    first task does before its first `Progress`, such as compiling, is no measure of the speed.
+    estimate follows a change of speed without jumping. Work that a resumed task had done before is not counted as
+    progress. Time before the stage's first `Progress`, for example for compiling, is not counted either.
     """
 
     def __init__(self, tasks: Sequence[Task], now: float) -> None:
@@ -177,12 +179,12 @@ class Tracker:
         self._work = self._seconds = 0.0
 
     def add(self, task: Task) -> None:
-        """Count a task that was made meanwhile."""
+        """Count a task that was created after the stage's start."""
         self.tasks += 1
         self._left += task.weight
 
     def take(self, task: Task, event: Event, now: float) -> None:
-        """Count an event, at a time of the monotonic clock."""
+        """Count an event. `now` is its time, in seconds of the monotonic clock."""
         if isinstance(event, Lost | Failed | Stopped):
             self.running.pop(task.name, None)
             return
@@ -212,11 +214,14 @@ class Tracker:
         self._seconds, self._last = kept * self._seconds + now - self._last, now
 
     def slowest(self, now: float) -> tuple[str, _Running] | None:
-        """Running task that ends last at its present speed; while no speed is known, the one that started first."""
+        """Name and state of the task expected to end last; None if no task runs.
+
+        While no speed is known, returns the task that started first.
+        """
         return max(self.running.items(), key=lambda each: (each[1].seconds_left(now), -each[1].since), default=None)
 
     def seconds_left(self, now: float) -> float:
-        """Estimated time for the remaining work; nan while no speed is known."""
+        """Estimated seconds for the remaining work; nan while no speed is known."""
         if not self._work or self._seconds <= 1:
             return math.nan
         left = self._left - sum(each.weight * each.share for each in self.running.values())
@@ -227,11 +232,11 @@ class Tracker:
 
 
 class _LineStage:
-    """Display by lines: when a stage starts or ends, for news of a task, and every `LINE_INTERVAL` seconds."""
+    """Display of a stage by lines: at its start and end, for news of a task, and every `LINE_INTERVAL` seconds."""
 
     def __init__(self, reporter: Reporter, title: str, tasks: Sequence[Task]) -> None:
         self._reporter, self._title = reporter, title
-        self._lock = threading.RLock()  # a signal handler of the thread that holds it may show something
+        self._lock = threading.RLock()  # reentrant: a signal handler of the thread that holds it may show a line
         self._phases: set[str] = set()
         self._started = self._last = time.monotonic()
         self._tracker = Tracker(tasks, self._started)
@@ -239,7 +244,7 @@ class _LineStage:
         self._show_state(f"{title}: {counted(len(tasks), 'task')} to run")
 
     def add(self, task: Task) -> None:
-        """Add a task that was made meanwhile."""
+        """Add a task that was created after the stage's start."""
         with self._lock:
             self._tracker.add(task)
         _log.info("task added %s", fields(task=task.name), extra=_SHOWN)
@@ -250,7 +255,7 @@ class _LineStage:
             self._take(task, event, time.monotonic())
 
     def tick(self) -> None:
-        """Show a line if one is due, although no event has arrived."""
+        """Show a line if one is due, even if no event has arrived."""
         with self._lock:
             self._show_if_due(time.monotonic())
 
@@ -278,7 +283,7 @@ class _LineStage:
             self._show_state(f"{self._summary(now)}{measured}")
 
     def _show_phase(self, task: Task, event: Phase) -> None:
-        """Show what a task does, for the first task of the stage that does it."""
+        """Show a phase of a task, unless an earlier task of the stage has shown it."""
         if event.text not in self._phases:
             self._phases.add(event.text)
             self._show(f"{task.name}: {event.text} ...")
@@ -288,7 +293,7 @@ class _LineStage:
         self._reporter.show(text)
 
     def _show_state(self, text: str) -> None:
-        """Show a line that replaces earlier ones about the stage, where lines can be replaced."""
+        """Show a line about the stage. Displays that can replace lines replace the earlier one."""
         self._show(text)
 
     def _log_progress(self, now: float) -> None:
@@ -318,7 +323,7 @@ class _LineStage:
 
 
 class _BarStage(_LineStage):
-    """Display by a line about the stage and bars of its running tasks."""
+    """Display of a stage by one line, and a bar for each running task."""
 
     def __init__(self, reporter: Reporter, title: str, tasks: Sequence[Task], bars: Bars) -> None:
         self._bars = bars
@@ -326,7 +331,7 @@ class _BarStage(_LineStage):
         super().__init__(reporter, title, tasks)
 
     def tick(self) -> None:
-        """Show the state with its present times."""
+        """Show the stage's state at the current time."""
         with self._lock:
             super().tick()
             self._show_present_state()
@@ -413,9 +418,9 @@ def _duration(seconds: float) -> str:
 
 
 def _record(task: Task, event: Event, seconds: float | None) -> None:
-    """Log an event of a task that has run for so many seconds."""
+    """Log an event. `seconds` is the time for which its task has run; None if it has not started."""
     if isinstance(event, Progress) and not _log.isEnabledFor(logging.DEBUG):
-        return  # one for each iteration
+        return  # every iteration sends one
     level, what = logging.INFO, ""
     values: dict[str, object] = {}
     match event:

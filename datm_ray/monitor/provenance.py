@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 DESCRIPTION_BYTES = 128
-"""Longest description of one worker in bytes. A longer one is cut."""
+"""Longest description of one worker, in bytes. Longer ones are cut."""
 
 PACKAGES = ("datm-ray", "torch", "torchvision", "numpy", "pyarrow", "ray")
 
@@ -32,7 +32,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def workers_in_words(device: torch.device, sum_over_all: Callable[[Tensor], Tensor], rank: int, size: int) -> str:
-    """Torch's version and device of all workers of a task, such as "2 x torch 2.14.1 on cpu".
+    """Torch's version and the device of all workers of a task, such as "2 x torch 2.14.1 on cpu".
 
     Args:
         device: device of this worker.

@@ -1,9 +1,9 @@
 """Cost of work on its workers: seconds, peak memory, and bytes read from and written to files.
 
 CPU seconds are summed over all threads of the worker's process and over finished child processes, such as compilers.
-GPU seconds are wall-clock seconds times the worker's share of a GPU, busy or not. Bytes are those counted by
-`store.traffic`: experts, checkpoints, results, but not images, which come from memory. The start of a worker (imports,
-transfer of images) is not counted.
+GPU seconds are wall-clock seconds times the worker's share of a GPU, busy or not. Bytes are counted by
+`store.files.traffic`: experts, checkpoints and results, but not images, which are in memory. The start of a worker
+(imports, transfer of images) is not counted.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from datm_ray.store.files.traffic import traffic
 
 @dataclass(frozen=True)
 class Spent:
-    """Cost of some work; the sum over workers or attempts if there are several."""
+    """Cost of some work. For several workers or attempts, the cost is their sum."""
 
     seconds: float = 0.0
     """Wall-clock seconds, summed over workers."""
     cpu_seconds: float = 0.0
     gpu_seconds: float = 0.0
     peak_memory_bytes: float = 0.0
-    """Peak memory of the worker with the highest one: of its GPU if it has one, else of its process. 0 if unknown."""
+    """Highest peak memory of a worker, on its GPU if it has one, else of its process; 0 if unknown."""
     read_bytes: float = 0
     write_bytes: float = 0
 
@@ -44,7 +44,7 @@ class Spent:
         return Spent(**{**added, "peak_memory_bytes": peak})
 
     def share(self, part: float) -> Spent:
-        """Cost multiplied by `part`, from 0 to 1. The peak stays."""
+        """Cost multiplied by `part`, from 0 to 1. The peak memory stays."""
         scaled = {each.name: part * getattr(self, each.name) for each in dataclasses.fields(self)}
         return Spent(**{**scaled, "peak_memory_bytes": self.peak_memory_bytes})
 
@@ -64,7 +64,7 @@ def total(costs: Iterable[Spent]) -> Spent:
 
 
 class Account:
-    """Meter of this process's cost, from its construction on."""
+    """Measures what this process spends from the construction on."""
 
     def __init__(self, device: torch.device, cluster: ClusterConfig) -> None:
         self._device = device
@@ -73,7 +73,7 @@ class Account:
         self._before = self._read()
 
     def spent(self) -> Spent:
-        """Cost since the construction or the last `lap`. The peak is that since the construction."""
+        """Cost since the construction or the last `lap`. The peak memory is always that since the construction."""
         now = self._read()
         clock, cpu, read, written = (late - early for late, early in zip(now, self._before, strict=True))
         peak = peak_memory(self._device)
@@ -81,7 +81,7 @@ class Account:
         return Spent(clock, cpu, clock * self._gpus, known, read, written)
 
     def lap(self) -> Spent:
-        """Cost since the construction or the last `lap`, which starts a new lap."""
+        """Return the cost since the construction or the last `lap`, and start a new lap."""
         found, self._before = self.spent(), self._read()
         return found
 
@@ -93,7 +93,7 @@ class Account:
 
 
 def _forget_peak(device: torch.device) -> None:
-    """Reset the peak memory, if the system supports it."""
+    """Reset the record of peak memory, if the system supports it."""
     if device.type == "cuda":
         torch.cuda.init()  # resetting statistics before CUDA is initialised is an error
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,6 +1,6 @@
-"""Files that outlive a process: expert trajectories, tensor files, and the places they are kept in.
+"""Files that outlive a process: expert trajectories, labels and tensor files, on local disks and object stores.
 
-Needs numpy, pyarrow and fsspec only. Nothing in this folder imports ray, torch or typer: what goes in and out
-are flat float vectors, named arrays and plain metadata. Every file appears whole or not at all, carries
-digests of all its bytes, and is read without executing anything (no pickle).
+Imports numpy, pyarrow and fsspec, but neither ray, torch nor typer. Values go in and out as flat float vectors, named
+arrays and plain metadata. A file appears whole or not at all. Arrow files carry digests of all their bytes, and reading
+them executes nothing (no pickle).
 """

@@ -1,9 +1,9 @@
-"""Pieces of remote files kept on a local disk, so that a store elsewhere sends each snapshot once.
+"""Local disk cache for parts of remote files, so that each part is fetched only once.
 
-Off unless the environment names a folder: DATM_RAY_CACHE=/local/folder, and DATM_RAY_CACHE_GIB=10 for its size.
-A piece is named by the sha256 of its content, which the file it belongs to tells. So an entry can be neither stale
-nor somebody else's, a damaged one is noticed and fetched anew, and any number of processes and stores may share a
-folder: entries appear whole, by a rename. A folder that cannot be written is no cache, and no error either.
+Off by default. DATM_RAY_CACHE=/local/folder turns the cache on. DATM_RAY_CACHE_GIB=20 sets its size in GiB; the default
+is 10. An entry is named by the sha256 of its content, which the remote file states. So an entry is never stale, and a
+damaged entry is detected and fetched again. Processes and stores can share a folder, because an entry appears whole, by
+a rename. A folder that cannot be written raises no error; nothing is cached then.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from datm_ray.errors import StoreError
 FOLDER, SIZE = "DATM_RAY_CACHE", "DATM_RAY_CACHE_GIB"
 
 _DEFAULT_SIZE = "10"  # GiB
-_SWEEP = 0.05  # share of the size that a process may write between two sweeps of the folder
-_ENTRY = re.compile(r"[0-9a-f]{64}|\.tmp-[0-9a-f]{32}")  # nothing else in the folder is touched
+_SWEEP = 0.05  # share of the cache size that a process may write between two sweeps of the folder
+_ENTRY = re.compile(r"[0-9a-f]{64}|\.tmp-[0-9a-f]{32}")  # other files in the folder are never deleted
 
 
 class Cache:
-    """Folder of pieces with a limited size: the least recently used pieces are dropped first."""
+    """Folder of parts of remote files, with a limited size. The least recently used parts are deleted first."""
 
     def __init__(self, folder: str, size: int) -> None:
-        """`size` in bytes; each process that writes may exceed it by a twentieth for a while."""
+        """Open a cache of `size` bytes. Between sweeps, each writing process may exceed this size by a twentieth."""
         self._folder, self._size = folder, size
-        self._unseen: float = size  # bytes written since the last sweep; the first write sweeps
+        self._unseen: float = size  # bytes written since the last sweep; large at first, so that the first write sweeps
 
     def get(self, digest: str) -> memoryview | None:
-        """The piece with this sha256, checked; None where it is not there."""
+        """Content with this sha256, checked; None if it is missing or damaged."""
         path = os.path.join(self._folder, digest)
         try:
             with open(path, "rb") as file:
@@ -45,7 +45,7 @@ class Cache:
         return memoryview(content) if sha256(content).hexdigest() == digest else None
 
     def put(self, digest: str, content: memoryview) -> None:
-        """Keep the piece with this sha256, and drop old ones where there are too many."""
+        """Store content under its sha256, and delete old entries beyond the cache size. Disk errors are ignored."""
         temporary = os.path.join(self._folder, f".tmp-{uuid.uuid4().hex}")
         with suppress(OSError):  # a full disk, for example: a run works without the cache
             try:
@@ -60,7 +60,7 @@ class Cache:
                 self._sweep()
 
     def _sweep(self) -> None:
-        """Drop what was not used for longest until the rest fits. Others may do the same at the same time."""
+        """Delete the least recently used entries until the rest fits. Several processes may do so at the same time."""
         self._unseen = 0
         entries = []
         for entry in os.scandir(self._folder):
@@ -78,14 +78,14 @@ class Cache:
 
 
 def configured_cache() -> Cache | None:
-    """The cache that the environment names, if it names one. Raises StoreError where its size is no size."""
+    """Cache in the folder of DATM_RAY_CACHE; None if it is not set. Raises StoreError if the size is invalid."""
     folder = os.environ.get(FOLDER)
     return _cache(os.path.abspath(folder), os.environ.get(SIZE, _DEFAULT_SIZE)) if folder else None
 
 
 @cache
 def _cache(folder: str, gibibytes: str) -> Cache:
-    """One for each folder, because a cache counts what it writes."""
+    """Open each cache once per process, because a cache counts the bytes that it writes."""
     try:
         size = int(float(gibibytes) * 2**30)
     except (ValueError, OverflowError):

@@ -1,9 +1,11 @@
-"""Claims: small files that name their only owner, so that a worker or command left over from earlier writes nothing.
+"""Claims: small files that name the only owner of a folder, so that leftover workers and commands write nothing.
 
-A `Claim` is taken by replacing its file. Whoever was named before finds out before its next write. A `lease` is a claim
-with a heartbeat: one command at a time holds a folder. A command that died loses its lease to the next one. On the same
-machine that is at once. Elsewhere it is once the file has not changed for `DEAD_AFTER` seconds of the reader's own
-clock; clocks of two machines are never compared. Tests: tests/store/test_claims.py.
+Taking a `Claim` replaces its file. The previous owner notices this before its next write. A `lease` is a claim with a
+heartbeat: one command at a time holds a folder. If that command dies, the next one takes over its lease. On the same
+machine this happens at once. On another machine it happens after the file has not changed for `DEAD_AFTER` seconds,
+measured by the waiting machine alone; clocks of two machines are never compared.
+
+Tests: tests/store/test_claims.py.
 """
 
 from __future__ import annotations
@@ -26,13 +28,15 @@ from datm_ray.store.files.filesystem import AlreadyExistsError, Location, Missin
 from datm_ray.store.sealed import rejecting_nonsense
 
 HEARTBEAT, DEAD_AFTER = 10.0, 60.0
-"""Seconds between two heartbeats, and without one until a command on another machine counts as dead."""
+"""HEARTBEAT: seconds between two heartbeats. DEAD_AFTER: seconds without one until a command on another machine counts
+as dead."""
 POLL, SETTLE = 1.0, 0.5
-"""Seconds between two looks at another's lease, and from taking over a dead one until nobody else can have done so."""
+"""POLL: seconds between two reads of another command's lease. SETTLE: seconds to wait after a takeover, so that
+commands that take over at the same moment see the last one."""
 
 
 class Claim:
-    """A file that names one owner, by a random token."""
+    """File that names one owner by a random token."""
 
     def __init__(self, place: Location) -> None:
         self.place, self.token = place, secrets.randbits(48)
@@ -40,11 +44,11 @@ class Claim:
         self.owner: dict[str, Any] = {"token": self.token, "host": host, "process": os.getpid(), "since": since}
 
     def take(self, guard: Callable[[], None] = unguarded) -> None:
-        """Become the owner, whoever was before, unless the guard raises an error at the last moment."""
+        """Become the owner, replacing any other. `guard` is called just before the change; its error prevents it."""
         replace(self.place, guard=guard).write_json(self.owner)
 
     def read(self) -> dict[str, Any]:
-        """The present owner; empty where there is none."""
+        """Owner as stored in the file; `{}` if nobody has claimed it."""
         try:
             found = self.place.read_json()
         except MissingFileError:
@@ -53,43 +57,43 @@ class Claim:
             return {**found, "token": int(found["token"]), "process": int(found["process"])}
 
     def is_mine(self) -> bool:
-        """True if this is the present owner."""
+        """True if the file names this claim as the owner."""
         return bool(self.read().get("token") == self.token)
 
     def require(self) -> None:
-        """Raise an `OvertakenError` unless this is the present owner."""
+        """Raise an `OvertakenError` unless the file names this claim as the owner."""
         if not self.is_mine():
             raise self.overtaken()
 
     def overtaken(self) -> OvertakenError:
-        """The error of one who is no longer the owner."""
+        """Error for the former owner: another one has taken over, or the file is missing."""
         owner = self.read()
         return OvertakenError(
             f"{self.place.parent.uri} was taken over by {in_words(owner)}" if owner else f"{self.place.uri} is missing",
             "this process was unreachable for a while and counted as lost" if owner else "the folder was moved",
-            "let the other one finish; this one writes nothing more" if owner else "run the same command again",
+            "let the other process finish; this one writes nothing more" if owner else "run the same command again",
         )
 
 
 def in_words(owner: dict[str, Any]) -> str:
-    """Process, host and start of an owner."""
+    """Text that describes an owner: process, host and start time."""
     return f"process {owner.get('process')} on {owner.get('host')}, since {owner.get('since')}"
 
 
 @contextmanager
 def lease(place: Location, wait: float, say: Callable[[str], object], on_loss: Callable[[], object]) -> Iterator[None]:
-    """Hold the folder of a file in the block, against other commands.
+    """Hold the lease of a folder while the block runs, so that no other command uses the folder.
 
     Args:
-        place: file of the lease.
-        wait: seconds to wait for another command that holds it.
+        place: file of the lease, in that folder. Missing folders are made, and removed at the end if they are empty.
+        wait: seconds to wait if another command holds the lease.
         say: shows a message to the user.
-        on_loss: called every `HEARTBEAT` seconds from another thread, from when another command has taken over until
-            the block ends.
+        on_loss: called from another thread if another command takes over, every `HEARTBEAT` seconds until the block
+            ends.
 
     Raises:
-        RunDirectoryError: another command holds it.
-        OvertakenError: another command took over, and the block ended by `KeyboardInterrupt`.
+        RunDirectoryError: another command holds the lease.
+        OvertakenError: another command took over, and then the block ended by `KeyboardInterrupt`.
     """
     claim, ended, is_lost = Claim(place), threading.Event(), False
     claim.owner |= {"machine": _machine(), "started": _start_of(os.getpid()), "heartbeats": 0}
@@ -105,7 +109,7 @@ def lease(place: Location, wait: float, say: Callable[[str], object], on_loss: C
             except OvertakenError:
                 is_lost = True
                 on_loss()
-            except DatmError:  # nobody else can take over while the place does not answer
+            except DatmError:  # while the store does not answer, no other command can take over
                 continue
 
     beating = threading.Thread(target=beat, name="lease", daemon=True)
@@ -119,10 +123,10 @@ def lease(place: Location, wait: float, say: Callable[[str], object], on_loss: C
     finally:
         ended.set()
         beating.join()
-        with suppress(DatmError):  # the lease counts as dead after a while
+        with suppress(DatmError):  # a lease that cannot be removed counts as dead later
             if claim.is_mine():
                 place.remove()
-        with suppress(OSError):  # a folder holds files
+        with suppress(OSError):  # folders that hold files stay
             for folder in created:
                 os.rmdir(folder)
 
@@ -142,9 +146,9 @@ def _acquire(claim: Claim, wait: float, say: Callable[[str], object]) -> None:
 
             with suppress(AlreadyExistsError):
                 claim.take(require_unchanged)
-            time.sleep(SETTLE)  # of several commands that take it at one moment, the last one is the owner
+            time.sleep(SETTLE)  # if several commands take over at the same moment, the last one is the owner
         elif time.monotonic() < until:
-            say_once(f"waiting up to {wait:.0f} s for {in_words(holder)}, which works on {claim.place.parent.uri}")
+            say_once(f"waiting up to {wait:.0f} s for {in_words(holder)}, which uses {claim.place.parent.uri}")
             time.sleep(POLL)
         elif claim.read().get("token") == holder["token"]:
             raise RunDirectoryError(
@@ -158,7 +162,7 @@ def _acquire(claim: Claim, wait: float, say: Callable[[str], object]) -> None:
 
 
 def _is_dead(claim: Claim, holder: dict[str, Any], say: Callable[[str], object]) -> bool:
-    """True if the process of a lease has ended; see the module for how that is known of other machines."""
+    """True if the process of a lease has ended. On another machine, waits `DEAD_AFTER` seconds for a heartbeat."""
     if holder.get("machine") == _machine():
         return _start_of(holder["process"]) != holder.get("started")
     say(f"{claim.place.parent.uri} is in use by {in_words(holder)}; checking up to {DEAD_AFTER:.0f} s for a heartbeat")
@@ -171,9 +175,9 @@ def _is_dead(claim: Claim, holder: dict[str, Any], say: Callable[[str], object])
 
 
 def _machine() -> str:
-    """Name of what shares process ids with this process: a container, or a machine since it was started.
+    """Name of the space of process ids: of a container, or of a machine since its last boot.
 
-    Another name each time where that is unknown.
+    If the name is unknown, each call returns a new random one.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -183,7 +187,10 @@ def _machine() -> str:
 
 
 def _start_of(process: int) -> str:
-    """Start of a process in the kernel's ticks, which tells it from a later one of that id; "" if it has ended."""
+    """Start time of a process in kernel ticks, which differs from that of a later process with the same id.
+
+    Returns "" if the process has ended.
+    """
     try:
         state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -192,7 +199,10 @@ def _start_of(process: int) -> str:
 
 
 def _missing_folders(path: str | None) -> list[str]:
-    """A local folder and its parents, from the inside out, until one that exists."""
+    """Folders to make for a local path, innermost first: the path itself and its parents that do not exist.
+
+    Returns [] if the path exists or is None.
+    """
     missing = []
     while path is not None and not os.path.lexists(path):
         missing.append(path)

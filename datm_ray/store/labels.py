@@ -1,18 +1,17 @@
-"""Labels of a synthetic set: for every epoch and image a view of the image, and the teacher's logits for that view.
+"""Labels of a synthetic set: for every epoch and image, a view of the image and the teacher's logits for that view.
 
-    <uri>/labels.arrow         what the labels are of, see `LabelInfo`
-    <uri>/epoch-00007.arrow    a record for each image in epoch 7
+    <uri>/labels.arrow         origin and settings of the labels, see `LabelInfo`
+    <uri>/epoch-00007.arrow    one record for each image in epoch 7
 
-An epoch is one sealed Arrow file (see `sealed`). Its batches are blocks of images in order, of about 64 KiB, which is
-also the least that is read and checked at a time: with a digest for every image the digests would be as large as the
-labels. A batch is one row, whose columns are lists of the records of its images, one after another:
+An epoch is one sealed Arrow file (see `sealed`). Its batches are blocks of consecutive images, each of about 64 KiB. A
+block is the smallest unit that is read and checked: with one digest per image, the digests would be as large as the
+labels. A batch is one row. Each of its columns is one list, which joins the values of the block's records in order:
 
     boxes float32 x 4 | flips bool | partners int32 | lambdas float32 | mix_boxes uint16 x 4
     | values float16 x k, or x (t + 1) | indices uint16 x t, or none
 
-Epochs are written once, whole, by any number of workers, and are never changed. What views are, and how logits are
-packed, is not known here (see core/labelling.py). Letters: b = number of records, k = number of classes, t = number of
-classes whose logits are kept.
+An epoch is written once, whole, by any worker, and never changes. core/labelling.py defines the views and how logits
+are packed. Letters: b = number of records, k = number of classes, t = number of classes whose logits are kept.
 """
 
 from __future__ import annotations
@@ -44,13 +43,13 @@ FORMAT_VERSION = 1
 INFO_KIND = "labels"
 INFO_FILE = "labels.arrow"
 BLOCK_BYTES = 64 * 1024
-"""Size of a block's records in bytes; a larger record is a block of its own."""
+"""Size of a block's records in bytes. A larger record is a block of its own."""
 MEMORY = 2**28
-"""Bytes of blocks that a store keeps at most."""
+"""Default limit on the blocks that a `LabelStore` keeps in memory, in bytes."""
 
 _EPOCH_FILE = re.compile(r"epoch-(\d{5})\.arrow")
 _MAX_EPOCH = 99_999
-_OPENED = 2  # epochs whose index of blocks is kept: a training's present one, and the next
+_OPENED = 2  # epochs whose index of blocks is kept: the current one of a training, and the next
 _FETCHED = 256  # blocks fetched at a time, 16 MiB
 _COLUMNS: dict[str, tuple[type[np.generic], pa.DataType]] = {
     "boxes": (np.float32, pa.float32()),
@@ -75,40 +74,40 @@ K = TypeVar("K")
 
 @dataclass(frozen=True)
 class LabelInfo:
-    """Images, teacher and views that a store's labels are of."""
+    """Origin and settings of a store's labels: images, teacher and views."""
 
     set_fingerprint: str
-    """Digest of the synthetic images; labels of others do not belong to them."""
+    """Digest of the synthetic images. The labels are valid for these images only."""
 
     teacher_fingerprint: str
-    """Digest of whatever decides the teacher's logits."""
+    """Digest of everything that determines the teacher's logits."""
 
     images: int
     """Number of images in the set."""
 
     classes: int
-    """k, the number of logits that the teacher gives."""
+    """k, the number of the teacher's logits for each image."""
 
     size: tuple[int, int]
-    """Height and width in pixels of the images and of their views."""
+    """Height and width in pixels, of the images and of their views."""
 
     epochs: int
-    """Number of epochs of the training that the labels are for."""
+    """Number of epochs of the training that uses the labels."""
 
     keep: int
-    """Number of epochs that are labelled and stored, from 1 to `epochs`; a training repeats them in turn."""
+    """Number of epochs that are labelled and stored, from 1 to `epochs`. A training repeats them in order."""
 
     seed: int
-    """Seed of the views."""
+    """Seed of the random views."""
 
     top: int | None = None
     """t, the number of largest logits that are kept; None keeps all."""
 
     temperature: float = 1.0
-    """Temperature at which the kept logits have their exact probabilities; all logits have them at any."""
+    """Temperature at which the probabilities of the kept logits are exact. Has no effect if `top` is None."""
 
     augmentation: Mapping[str, float] = field(default_factory=dict)
-    """Settings of the views, by name."""
+    """Settings of the random views, by name."""
 
     def __post_init__(self) -> None:
         if min(self.images, self.classes, *self.size) < 1 or not 1 <= self.keep <= self.epochs:
@@ -119,55 +118,56 @@ class LabelInfo:
             raise ValueError(f"the {self.top} largest of {self.classes} logits cannot be kept")
 
     def to_json(self) -> dict[str, Any]:
-        """All fields as JSON has them."""
+        """All fields as plain data for JSON."""
         return {**asdict(replace(self, augmentation=dict(self.augmentation))), "size": [*self.size]}
 
     def pool_epoch(self, epoch: int) -> int:
-        """Stored epoch whose labels an epoch of the training takes, both from 0: the stored ones in turn."""
+        """Stored epoch whose labels an epoch of the training uses. Both count from 0; stored epochs repeat in order."""
         return epoch % self.keep
 
     @property
     def widths(self) -> dict[str, int]:
-        """Number of values of one record in each column."""
+        """Number of values in one record, by column."""
         top = self.top or 0
         values = self.classes if self.top is None else top + 1
         return {**_VIEW_WIDTHS, "values": values, "indices": top}
 
     @property
     def record_bits(self) -> int:
-        """Size of one record in bits: a flip is one bit."""
+        """Size of one record in bits. A flip takes one bit."""
         return sum(width * _COLUMNS[name][1].bit_width for name, width in self.widths.items())
 
     @property
     def planned_bytes(self) -> int:
-        """Bytes of all records that will be stored; files are 2 to 3 % larger, small ones more."""
+        """Bytes of the records of all epochs to be stored. Files are 2 to 3 % larger, small files more."""
         return math.ceil(self.keep * self.images * self.record_bits / 8)
 
 
 @dataclass(frozen=True, eq=False)
 class LabelRecords:
-    """Records of some images in one epoch, in the order asked for."""
+    """Records of some images in one epoch, in the requested order."""
 
     boxes: NDArray[np.float32]
-    """[b 4] crops: top, left, height and width as shares of the image's sides."""
+    """Crops [b 4]: top, left, height and width as shares of the image's sides."""
 
     flips: NDArray[np.bool_]
-    """[b] True for views that are mirrored."""
+    """[b], True for views that are mirrored left and right."""
 
     partners: NDArray[np.int32]
-    """[b] index of the image that is mixed into each view."""
+    """Index [b] of the image that is pasted into each view."""
 
     lambdas: NDArray[np.float32]
-    """[b] share of a view that shows its own image, in [0, 1]."""
+    """Share [b] of a view's area that shows its own image, in [0, 1]."""
 
     mix_boxes: NDArray[np.uint16]
-    """[b 4] place of the partner in the view: top, left, height and width in pixels."""
+    """Rectangle [b 4] of the view that shows the partner: top, left, height and width in pixels."""
 
     values: NDArray[np.float16]
-    """[b k] logits; or [b t+1], the largest in descending order, then the logit of all other classes."""
+    """Logits [b k] of all classes. With `top`: [b t+1], the largest in descending order, then one for all other
+    classes."""
 
     indices: NDArray[np.uint16]
-    """[b t] classes of the largest logits; [b 0] where all are stored."""
+    """Classes [b t] of the largest logits; [b 0] if all logits are stored."""
 
     def __len__(self) -> int:
         return len(self.flips)
@@ -177,11 +177,11 @@ class LabelRecords:
         return sum(getattr(self, name).nbytes for name in _COLUMNS)
 
     def take(self, places: slice | NDArray[np.int64]) -> LabelRecords:
-        """Select the records at these places."""
+        """Select records by position."""
         return LabelRecords(**{name: getattr(self, name)[places] for name in _COLUMNS})
 
     def require(self, info: LabelInfo) -> None:
-        """Raise ValueError unless shapes, types and ranges are those that `info` announces."""
+        """Raise ValueError if shapes, types or ranges do not agree with `info`."""
         for name, width in info.widths.items():
             array, shape = getattr(self, name), _shape(name, len(self), width)
             if array.shape != shape or array.dtype != _COLUMNS[name][0]:
@@ -204,14 +204,16 @@ class LabelRecords:
 
 
 class LabelStore:
-    """Labels of one set by one teacher. Picklable, and usable in a forked process; nothing is read until asked for."""
+    """Labels of one set by one teacher. Picklable, and usable after a fork; reads nothing before the first use."""
 
     def __init__(self, place: str | Location, *, memory: int = MEMORY) -> None:
-        """Name the store's folder.
+        """Open the store in a folder, which need not exist.
 
         Args:
-            place: local path, or a file://, memory:// or s3:// URI, or a location, whose guard then protects the files.
-            memory: most bytes of blocks that are kept for the next reads. Blocks of local files lie in the page cache.
+            place: local path, or a file://, memory:// or s3:// URI, or a `Location`, whose guard is called before each
+                write.
+            memory: limit in bytes on the blocks kept in memory for later reads. Blocks of local files are mapped, so
+                they lie mostly in the page cache.
         """
         self._place = open_location(place) if isinstance(place, str) else place
         self._memory = memory
@@ -222,7 +224,7 @@ class LabelStore:
 
     @classmethod
     def create(cls, place: str | Location, info: LabelInfo) -> LabelStore:
-        """Open the store of these labels, and start it where there is none. Several workers may do so at a time.
+        """Open the store of these labels, and create it if it is missing. Several workers may do this at the same time.
 
         Raises:
             StoreError: the folder holds labels of other images, of another teacher or with other settings.
@@ -249,25 +251,25 @@ class LabelStore:
 
     @property
     def location(self) -> Location:
-        """The store's folder, with a connection of this process."""
+        """Folder of the store, with a connection that belongs to this process."""
         if self._process != os.getpid():  # a fork inherits connections that it must not use
             self._place = replace(open_location(self._place.uri), guard=self._place.guard)
             self._forget()
         return self._place
 
     def _forget(self) -> None:
-        """Drop whatever was read, which may hold a connection of another process."""
+        """Drop all that was read, because it may hold a connection of another process."""
         self._process = os.getpid()
         self._opened: _Recent[int, _OpenedEpoch] = _Recent(_OPENED, lambda epoch: 1)
         self._blocks: _Recent[tuple[int, int], LabelRecords] = _Recent(self._memory, lambda block: block.nbytes)
 
     @cached_property
     def info(self) -> LabelInfo:
-        """What the labels are of.
+        """Origin and settings of the labels.
 
         Raises:
-            StoreError: there is no store of labels.
-            CorruptFileError: its description is damaged.
+            StoreError: the folder holds no labels.
+            CorruptFileError: the file `labels.arrow` is damaged or of a newer version.
         """
         file = self.location / INFO_FILE
         metadata = read_tensors(file, kind=INFO_KIND).metadata
@@ -281,33 +283,33 @@ class LabelStore:
             return _info_from_json(metadata["info"])
 
     def epochs(self) -> list[int]:
-        """Stored epochs, sorted. Epochs being written are not among them."""
+        """Numbers of the stored epochs, sorted. Epochs that are still being written are left out."""
         matches = (_EPOCH_FILE.fullmatch(name) for name in self.location.list())
         return [int(match[1]) for match in matches if match]
 
     def missing(self) -> list[int]:
-        """Epochs that are still to be labelled, sorted."""
+        """Numbers of the epochs that are not stored yet, sorted."""
         return sorted(set(range(self.info.keep)) - set(self.epochs()))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files of the store so far, from a listing alone."""
+        """Bytes of all files that the store holds now, from one listing."""
         sizes = self.location.sizes()
         return sum(size for name, size in sizes.items() if name == INFO_FILE or _EPOCH_FILE.fullmatch(name))
 
     def write_epoch(self, epoch: int, records: Iterable[LabelRecords]) -> bool:
-        """Store one epoch atomically, without ever replacing one. Returns True if this call stored it.
+        """Store one epoch atomically; never replace a stored one. Returns True if this call stored it.
 
-        False means that the epoch is stored already. If it was from the start, no record is taken. Records are written
-        as they come, so that memory holds a block and one of them.
+        Returns False if the epoch is stored already. If it is stored before the call, no record is taken. Records are
+        written as they arrive: memory holds one block and one element of `records`.
 
         Args:
-            epoch: from 0 to `info.keep` - 1.
-            records: together one for each image, in the order of the images; each of any number.
+            epoch: from 0 to `info.keep` - 1, inclusive.
+            records: groups of any number of records; together one record for each image, in the order of the images.
 
         Raises:
-            ValueError: the records are not those that `info` announces.
-            StoreError: the place cannot be written, or a logit is no float16.
+            ValueError: the records do not agree with `info`.
+            StoreError: the file cannot be written, or a logit cannot be stored as float16.
         """
         place = self._file(epoch)
         if place.exists():
@@ -321,15 +323,15 @@ class LabelStore:
         return True
 
     def read(self, epoch: int, images: Sequence[int] | NDArray[np.int64]) -> LabelRecords:
-        """Records of some images in a stored epoch, in the order asked for; the caller owns them.
+        """Records of some images in a stored epoch, in the order of `images`; the caller may change the arrays.
 
-        Only the blocks of these images are read, each checked against its digest, and those kept from earlier reads
-        are not read again.
+        Only the blocks of these images are read, and each is checked against its digest. Blocks in memory are not read
+        again.
 
         Raises:
-            IndexError: the set has no such image.
+            IndexError: an image is not in the set.
             StoreError: the epoch is not stored.
-            CorruptFileError: the file is damaged, or of other labels.
+            CorruptFileError: the file is damaged, or belongs to other labels.
         """
         chosen = np.asarray(images, np.int64)
         if len(chosen) and not 0 <= chosen.min() <= chosen.max() < self.info.images:
@@ -337,7 +339,7 @@ class LabelStore:
         return self._reading(epoch, lambda: self._gathered(epoch, chosen))
 
     def verify(self, epoch: int) -> None:
-        """Check every byte and record of an epoch, read afresh. Raises CorruptFileError."""
+        """Read an epoch again, and check every byte and record. Raises CorruptFileError."""
 
         def verify() -> None:
             opened = _open_epoch(self._file(epoch), self.info, epoch)
@@ -369,7 +371,7 @@ class LabelStore:
         blocks, places = np.divmod(images, self._open(epoch).block)
         order = np.argsort(blocks, kind="stable")
         needed, firsts = np.unique(blocks[order], return_index=True)
-        rows = np.split(order, firsts[1:])  # of the result, for each block
+        rows = np.split(order, firsts[1:])  # rows of the result, for each block
         for first in range(0, len(needed), _FETCHED):
             group = slice(first, first + _FETCHED)
             for own, block in zip(rows[group], self._read_blocks(epoch, needed[group].tolist()), strict=True):
@@ -378,7 +380,7 @@ class LabelStore:
         return found
 
     def _read_blocks(self, epoch: int, numbers: Sequence[int]) -> list[LabelRecords]:
-        """Blocks of an epoch by number, fetched together where they are not kept."""
+        """Blocks of an epoch by number. Blocks that are not in memory are fetched together."""
         kept = {number: self._blocks.get((epoch, number)) for number in numbers}
         found = {number: block for number, block in kept.items() if block is not None}
         absent = [number for number in numbers if number not in found]
@@ -403,7 +405,7 @@ class LabelStore:
 
 
 class _Recent(Generic[K, T]):
-    """The values used last, as many as fit into a limit, and at least one."""
+    """Most recently used values, up to a total size. At least one value is kept."""
 
     def __init__(self, limit: int, size: Callable[[T], int]) -> None:
         self._values: OrderedDict[K, T] = OrderedDict()
@@ -415,7 +417,7 @@ class _Recent(Generic[K, T]):
         return self._values.get(key)
 
     def put(self, key: K, value: T) -> None:
-        """Keep a value under a new key, and drop those unused for longest."""
+        """Add a value under a new key, and drop the least recently used values beyond the limit."""
         self._values[key] = value
         self._held += self._size(value)
         while self._held > self._limit and len(self._values) > 1:
@@ -424,14 +426,14 @@ class _Recent(Generic[K, T]):
 
 @dataclass(frozen=True)
 class _OpenedEpoch:
-    """What the end of an epoch's file tells."""
+    """Opened file of an epoch: its end was read and checked."""
 
     sealed: SealedFile
     block: int
-    """Images of a block; the last block may have fewer."""
+    """Number of images in a block; the last block may have fewer."""
 
     def blocks(self, numbers: Sequence[int], info: LabelInfo) -> list[LabelRecords]:
-        """Read and check some blocks."""
+        """Read and check the blocks with these numbers, from 0."""
         batches = self.sealed.batches(numbers, cache=configured_cache())
         with rejecting_nonsense(self.sealed.location):
             counts = [min(self.block, info.images - self.block * number) for number in numbers]
@@ -461,7 +463,7 @@ def _write(place: Location, file: BinaryIO, records: Iterable[LabelRecords], inf
     writer = SealedWriter(file, _SCHEMA, format_name=FORMAT, format_version=FORMAT_VERSION, header=header)
     for part in _in_blocks(_checked(records, info), block):
         count += len(part)
-        # Not around the whole loop: errors of the labelling behind `records` are not errors of the store.
+        # Not around the whole loop: an error of the labelling, which produces `records`, is not one of the store.
         with place.explaining("write"):
             writer.write(_batch(part))
     if count != info.images:
@@ -483,7 +485,7 @@ def _checked(records: Iterable[LabelRecords], info: LabelInfo) -> Iterator[Label
 
 
 def _in_blocks(records: Iterable[LabelRecords], size: int) -> Iterator[LabelRecords]:
-    """All records in order, `size` at a time; the last ones may be fewer."""
+    """Yield all records in order, `size` at a time; the last group may be smaller."""
     held: list[LabelRecords] = []
     for each in records:
         held.append(each)
@@ -532,7 +534,7 @@ def _records(batch: pa.RecordBatch, count: int, info: LabelInfo) -> LabelRecords
 
 
 def _info_from_json(content: Mapping[str, Any]) -> LabelInfo:
-    """The inverse of `LabelInfo.to_json`. Anything else is a TypeError or ValueError."""
+    """Inverse of `LabelInfo.to_json`. Other content raises an error that `rejecting_nonsense` converts."""
     info = LabelInfo(**{**content, "size": tuple(content["size"])})
     height, width = info.size
     whole = (info.images, info.classes, height, width, info.epochs, info.keep, info.seed, info.top or 0)

@@ -1,8 +1,8 @@
-"""How parameters are stored: float32, float16, or bfloat16 as the 16 bits of a uint16.
+"""Storage formats of parameters: float32, float16, or bfloat16 as the 16 bits of a uint16.
 
-Neither numpy nor Arrow has a bfloat16: it is the upper half of a float32. Rounding is to the nearest, ties to
-even, as in every other conversion; nan stays nan. A value that the storage cannot hold is refused, because an
-expert with an infinite parameter cannot be matched. Values too small become zero, or subnormal in float16.
+A bfloat16 is the upper half of a float32; neither numpy nor Arrow has this type. Values are rounded to the nearest,
+ties to even; nan stays nan. A finite value beyond the range is refused, because an expert with an infinite parameter
+cannot be matched. Values too close to zero become subnormal or zero.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ _WIDER = {"float16": "bfloat16 (the same range as float32) or float32", "bfloat1
 
 
 def storage_type(storage: str) -> pa.DataType:
-    """The Arrow type of one stored value. Raises ValueError if there is no such storage."""
+    """Arrow type of one stored value. Raises ValueError if the storage format is unknown."""
     if storage not in _ARROW_TYPES:
         raise ValueError(f"{storage!r} is not a storage format; there are {', '.join(_ARROW_TYPES)}")
     return _ARROW_TYPES[storage]
 
 
 def to_storage(values: NDArray[np.float32], storage: str) -> NDArray[Any]:
-    """The vector [p] as it is stored: float32 [p], float16 [p], or uint16 [p] for bfloat16.
+    """Vector [p] in its storage format: float32 [p], float16 [p], or uint16 [p] for bfloat16.
 
     Raises:
-        StoreError: a finite value is beyond the range of the storage.
+        StoreError: a finite value is beyond the range of the storage format.
     """
     if storage == "float32":
         return values
@@ -51,7 +51,7 @@ def to_storage(values: NDArray[np.float32], storage: str) -> NDArray[Any]:
 
 
 def from_storage(stored: NDArray[Any], storage: str) -> NDArray[np.float32]:
-    """The inverse of `to_storage`, up to its rounding: float32 [p], a copy that the caller owns."""
+    """Inverse of `to_storage`, up to its rounding: float32 [p], a copy that the caller may change."""
     if storage != "bfloat16":
         return stored.astype(np.float32)
     return (stored.astype(np.uint32) << 16).view(np.float32)
@@ -62,5 +62,5 @@ def _upper_half(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     bits = np.ascontiguousarray(values).view(np.uint32)
     half = bits >> 16
     rounded = (bits + 0x7FFF + (half & 1)) >> 16
-    # The carry of a nan's low bits could run into its exponent, and without them it could become infinity.
+    # A nan is not rounded, because a carry could change its exponent. The set bit keeps it from becoming infinity.
     return np.where(np.isnan(values), half | 0x40, rounded).astype(np.uint16)

@@ -1,11 +1,11 @@
-"""Reading ahead: the next snapshots of a remote group are fetched while the present ones are in use.
+"""Read ahead: fetch the next snapshots of a remote group while the current ones are in use.
 
     prefetcher = Prefetcher(group)
     prefetcher.announce(next_expert, next_epochs)
     start, target = prefetcher.read_params(expert, epochs)
 
-What comes next is the caller's knowledge. Local files are not read ahead: they are mapped, and reading two snapshots
-takes milliseconds (see benchmarks/bench_store.py).
+The caller announces the snapshots that it will read next. Local files are not read ahead: they are memory-mapped, and
+reading two snapshots takes milliseconds (see benchmarks/bench_store.py).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _Request = tuple[int, tuple[int, ...]]
 
 
 class Prefetcher:
-    """Reads what was announced in one background thread. For one caller; not picklable, unlike its group.
+    """Reads announced snapshots in one background thread. For a single caller; not picklable, unlike its group.
 
-    Holds at most `depth` announced requests, read or being read: depth x epochs x 4p bytes, once more while a request
-    is being read.
+    Holds at most `depth` announced requests, read or still being read. With p parameters, these take depth x epochs x
+    4p bytes; a running read takes epochs x 4p bytes more.
     """
 
     def __init__(self, group: ExpertGroup, depth: int = 2) -> None:
@@ -35,7 +35,7 @@ class Prefetcher:
         self._thread = ThreadPoolExecutor(1, "prefetch") if pays else None
 
     def announce(self, expert: int, epochs: Sequence[int]) -> None:
-        """Begin to read what will be asked for. Of more than `depth` announcements the oldest is forgotten."""
+        """Start to read snapshots in the background. Beyond `depth` announcements, the oldest one is dropped."""
         request = (expert, tuple(epochs))
         if self._thread is None or request in self._announced:
             return
@@ -44,12 +44,12 @@ class Prefetcher:
         self._announced[request] = self._thread.submit(self._group.read_params, expert, epochs)
 
     def read_params(self, expert: int, epochs: Sequence[int]) -> list[NDArray[np.float32]]:
-        """Parameters of `epochs`, read ahead if announced. Raises what `ExpertGroup.read_params` raises."""
+        """Parameters after each of `epochs`, read ahead if announced. Raises as `ExpertGroup.read_params` does."""
         announced = self._announced.pop((expert, tuple(epochs)), None)
         return self._group.read_params(expert, epochs) if announced is None else announced.result()
 
     def close(self) -> None:
-        """Forget what was announced, and end the thread after the read it is at; from then on nothing is read ahead."""
+        """Drop all announcements, and end the thread after its current read. Later announcements have no effect."""
         self._announced.clear()
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)

@@ -1,22 +1,21 @@
-"""Sealed Arrow files: ordinary Arrow IPC files in which every byte is covered by a digest.
+"""Sealed Arrow files: ordinary Arrow IPC files in which digests cover every byte.
 
-Arrow has no checksums of its own, and a file's most delicate part, the footer that says where everything is,
-lies at its end. So a *seal* is put between the stream and the footer, where Arrow readers, which start from
-the end and follow the footer's offsets, never look:
+Arrow has no checksums. The most delicate part of a file, the footer that says where everything is, lies at its end. So
+a *seal* is put between the stream and the footer. Arrow readers do not read this place: they start from the end and
+follow the footer's offsets.
 
     ARROW1 | schema | batch | ... | end mark | seal | footer | footer length | ARROW1
     seal = index, sha256 of (index, footer to end of file), length of index, "DATMSEAL"
 
-The index is JSON: the length and sha256 of each part of the stream (everything before the seal, in order,
-without gaps), and a summary known only once all is written. A reader fetches the end of the file once, checks
-it, and then fetches the batches it wants and no others. Arrow never parses a byte that has not been checked,
-so a damaged file can neither yield wrong values nor crash the parser. Any Arrow program reads the file too,
-without these checks.
+The index is JSON. It holds the length and sha256 of each part of the stream (everything before the seal, in order,
+without gaps), and a summary, which is known only after the last batch. A reader fetches the end of the file once,
+checks it, and then fetches only the batches that it needs. Arrow parses only checked bytes, so a damaged file can
+neither yield wrong values nor crash the parser. Any Arrow program can read the file too, without these checks.
 
-What the schema and the batches mean is left to `tensors` and `trajectories`. The digests find accidents; they
-are no signature and do not stop someone who rewrites the file on purpose. Such a file can neither crash the reader
-nor show it memory that is not the file's: a batch is compressed by nobody here, is one row, and is validated in
-full. That costs microseconds a batch, whatever its size: only offsets and lengths are looked at.
+The modules `tensors`, `trajectories` and `labels` define schemas and batches. Digests find accidents. They are no
+signature, and do not find changes made on purpose. A file changed on purpose can still neither crash the reader nor
+show it memory outside the file: batches must be uncompressed and of one row, and each is validated in full. Validation
+takes microseconds for a batch of any size, because it checks only offsets and lengths.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from datm_ray.store.cache import Cache
 from datm_ray.store.files.filesystem import Location
 
 _ARROW_MAGIC = b"ARROW1"
-_ARROW_HEAD = 8  # bytes: the magic and two of padding
+_ARROW_HEAD = 8  # bytes: 6 of magic and 2 of padding
 _ARROW_END = struct.Struct("<i6s")  # length of the footer, magic
 _SEAL_END = struct.Struct("<32sQ8s")  # sha256, length of the index, magic
 _SEAL_MAGIC = b"DATMSEAL"
@@ -50,7 +49,7 @@ T = TypeVar("T")
 
 
 class SealedWriter:
-    """Writes one sealed file, batch by batch, into an empty binary file that can be read back."""
+    """Writes one sealed file, batch by batch, into an empty binary file that is open for reading and writing."""
 
     def __init__(
         self,
@@ -61,7 +60,7 @@ class SealedWriter:
         format_version: int,
         header: Mapping[str, str],
     ) -> None:
-        """`header` becomes schema metadata, next to "format" and "format_version"."""
+        """Start a file. `header` is added to the schema metadata, beside "format" and "format_version"."""
         metadata = {"format": format_name, "format_version": str(format_version), **header}
         schema = schema.with_metadata(metadata)
         self._file = file
@@ -69,12 +68,12 @@ class SealedWriter:
         self._cuts = [0, _ARROW_HEAD + schema.serialize().size]  # where the parts of the stream begin
 
     def write(self, batch: pa.RecordBatch) -> None:
-        """Append one batch of the schema's columns."""
+        """Append one batch with the schema's columns."""
         self._arrow.write_batch(batch)
         self._cuts.append(self._file.tell())
 
     def close(self, summary: Mapping[str, Any]) -> None:
-        """Write the footer and the seal. `summary` is a small JSON-able value that comes with every open."""
+        """Write the seal and the footer. `summary` is a small JSON-able value, which every reader gets on opening."""
         self._arrow.close()
         size = self._file.tell()
         self._file.seek(size - _ARROW_END.size)
@@ -93,13 +92,13 @@ class SealedWriter:
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of the stream: the head with the schema, one batch, or the end mark."""
+    """Byte range of the stream: the head with the schema, one batch, or the end mark."""
 
     start: int
-    """First byte, counted from the start of the file."""
+    """Position of the first byte, from 0 at the start of the file."""
 
     end: int
-    """One past the last byte."""
+    """Position after the last byte (exclusive)."""
 
     sha256: str
     """Digest of the bytes, in hexadecimal."""
@@ -107,32 +106,33 @@ class Part:
 
 @dataclass(frozen=True)
 class SealedFile:
-    """A sealed file whose end was read and found intact. Holds no open file."""
+    """Sealed file whose end was read and checked. Holds no open file."""
 
     location: Location
     schema: pa.Schema
     header: Mapping[str, str]
-    """The schema metadata."""
+    """Schema metadata."""
 
     parts: Sequence[Part]
-    """The stream without gaps: head, batches, end mark."""
+    """Parts of the stream, without gaps: head, batches, end mark."""
 
     summary: Mapping[str, Any]
 
     whole: bytes | None = None
-    """The content of a remote file that came with its end, so that nothing is fetched twice; else None."""
+    """Content of a remote file that was fetched whole on opening; None for local and for larger files."""
 
     @property
     def n_batches(self) -> int:
         return len(self.parts) - 2
 
     def batches(self, numbers: Sequence[int], *, cache: Cache | None = None) -> Sequence[pa.RecordBatch]:
-        """The batches with these numbers, from 0. Only their bytes are read; a local file is not copied.
+        """Read and check the batches with these numbers, from 0. No other bytes are read.
 
-        `cache` is looked into first and gets what was fetched; local files do without.
+        For a remote file, batches in the `cache` are not fetched, and fetched ones are added to it. A local file is
+        mapped and not cached.
 
         Raises:
-            CorruptFileError: a batch is not what was written.
+            CorruptFileError: the bytes of a batch are not those written.
         """
         is_far = self.location.local_path is None and self.whole is None
         chunks = self._read([number + 1 for number in numbers], cache if is_far else None)
@@ -140,12 +140,12 @@ class SealedFile:
             return [_record_batch(chunk, self.schema) for chunk in chunks]
 
     def verify(self) -> None:
-        """Check every byte, one part at a time. Raises CorruptFileError."""
+        """Read every part and compare it with its digest. Raises CorruptFileError."""
         for number in range(len(self.parts)):
             self._read([number])
 
     def _read(self, numbers: Iterable[int], cache: Cache | None = None) -> Sequence[memoryview]:
-        """Parts by number, each checked against its digest."""
+        """Parts with these numbers, each checked against its digest."""
         parts = [self.parts[number] for number in numbers]
         found = [cache.get(part.sha256) if cache else None for part in parts]
         absent = [part for part, chunk in zip(parts, found, strict=True) if chunk is None]
@@ -167,19 +167,19 @@ class SealedFile:
 
 
 def open_sealed(location: Location, *, format_name: str, format_version: int) -> SealedFile:
-    """Read and check the end of a sealed file: one look at its size and, as a rule, one read.
+    """Open a sealed file: get its size, then read and check its end, as a rule by one request each.
 
-    A remote file of up to 64 KiB is fetched whole by that read.
+    A remote file of up to 64 KiB is fetched whole by this request.
 
     Raises:
-        StoreError: there is no such file.
-        CorruptFileError: it is truncated or altered, of another format or of a newer version of this one.
+        StoreError: the file does not exist.
+        CorruptFileError: the file is truncated or altered, of another format, or of a newer version of this format.
     """
     size = location.size()
     index, footer, tail = _read_end(location, size)
     whole = bytes(tail) if len(tail) == size and location.local_path is None else None
     with rejecting_nonsense(location):
-        # Arrow accepts the end of a file for the file, as long as something precedes the footer.
+        # Arrow can open the footer alone, if some bytes precede it.
         arrow = pa.ipc.open_file(pa.BufferReader(bytes(_ARROW_HEAD) + footer))
         header = {key.decode(): value.decode() for key, value in (arrow.schema.metadata or {}).items()}
         content = json.loads(index)
@@ -200,16 +200,16 @@ def open_sealed(location: Location, *, format_name: str, format_version: int) ->
 def reading_again(
     location: Location, read: Callable[[], T], failures: tuple[type[DatmError], ...] = (CorruptFileError,)
 ) -> T:
-    """What `read` returns; it is called again where it finds a damaged file that has changed meanwhile.
+    """Return the result of `read`, which is repeated if it finds a damaged file that has changed meanwhile.
 
     Args:
-        location: the file that another process may replace.
-        read: opens the file itself.
-        failures: errors after which it is called again.
+        location: file that another process may replace.
+        read: opens the file anew at each call.
+        failures: errors after which `read` may be repeated.
 
     Raises:
-        CorruptFileError: the file is damaged and stays as it is.
-        StoreError: the file changes all the time.
+        CorruptFileError: the file is damaged and no longer changes.
+        StoreError: the file changed during every attempt.
     """
     stamp = ""
     for attempt in range(_READS):
@@ -228,7 +228,7 @@ def reading_again(
 
 
 def damaged(location: Location, cause: str) -> CorruptFileError:
-    """The error for a file that is not as it was written."""
+    """Error for a file whose content is not what was written."""
     return CorruptFileError(f"{location.uri} is damaged", cause, _MEND)
 
 
@@ -237,7 +237,7 @@ _MEND = "Restore a copy; or, if no other command writes it, move it away and run
 
 @contextmanager
 def rejecting_nonsense(location: Location) -> Iterator[None]:
-    """Report checked but meaningless content (from another program, or a faulty one) as a damaged file."""
+    """Report checked but meaningless content, written by another or faulty program, as a damaged file."""
     try:
         yield
     except _NONSENSE as error:
@@ -250,19 +250,19 @@ _NONSENSE = (
     AttributeError,
     EOFError,
     LookupError,
-    OSError,  # Arrow's, for an invalid flatbuffer; a place's own errors are StoreErrors here
+    OSError,  # Arrow's, for an invalid flatbuffer; errors of the storage are StoreErrors here
     RecursionError,
     TypeError,
     ValueError,
     struct.error,
 )
-"""What values of unexpected kinds, sizes and depths raise where they are used."""
+"""Exceptions that values of unexpected kinds, sizes and depths cause."""
 
 
 def _record_batch(chunk: memoryview, schema: pa.Schema) -> pa.RecordBatch:
-    """Batch of one row without nulls, checked so that all its offsets and lengths lie inside the chunk.
+    """Batch of one row without nulls, whose offsets and lengths all lie inside the chunk.
 
-    Arrow trusts them unless `validate` is called, and would read whatever lies beyond.
+    Without `validate`, Arrow trusts offsets and lengths, and would read memory beyond the chunk.
     """
     message = pa.ipc.read_message(pa.py_buffer(chunk))
     if _is_compressed(memoryview(message.metadata)):
@@ -275,9 +275,10 @@ def _record_batch(chunk: memoryview, schema: pa.Schema) -> pa.RecordBatch:
 
 
 def _is_compressed(message: memoryview) -> bool:
-    """True if an Arrow message says that its body is compressed: then nothing bounds what a few bytes unpack to.
+    """True if an Arrow message declares a compressed body, which could unpack to any size.
 
-    pyarrow does not tell, so the flatbuffer that it has verified is followed: Message.header, RecordBatch.compression.
+    pyarrow does not show this. So the flatbuffer, which pyarrow has verified, is followed here: Message.header, then
+    RecordBatch.compression.
     """
 
     def number(layout: str, place: int) -> int:
@@ -295,7 +296,10 @@ def _is_compressed(message: memoryview) -> bool:
 
 
 def _read_end(location: Location, size: int) -> tuple[bytes, bytes, memoryview]:
-    """Index and Arrow footer (up to the end of the file), checked against the digest in the seal; all that was read."""
+    """Read the end of a file. Returns the index, the Arrow footer (up to the end of the file), and all bytes read.
+
+    Index and footer are checked against the digest in the seal.
+    """
     tail = memoryview(b"")
 
     def last(count: int) -> memoryview:
@@ -343,7 +347,7 @@ def _check_format(sealed: SealedFile, name: str, version: int) -> None:
 
 
 def _read_digest(file: BinaryIO, length: int) -> str:
-    """Digest of the next `length` bytes."""
+    """Hexadecimal sha256 of the next `length` bytes."""
     digest = sha256()
     while length:
         chunk = file.read(min(length, _CHUNK))

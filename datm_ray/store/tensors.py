@@ -1,13 +1,13 @@
 """Tensor files: a few named arrays and their metadata in one self-describing Arrow file.
 
-Used for synthetic sets, checkpoints and whitening transforms. One row per array, each row a record batch of
-its own, with the columns
+Used for synthetic sets, checkpoints and whitening transforms. Each array is one row, in a record batch of its own, with
+the columns
 
     name string | dtype string | shape list<int64> | data large_binary (C order, little-endian)
 
-and the kind and metadata of the file in the schema metadata. The files are sealed (see `sealed`): what is
-read is what was written, or an error; the arrays of a file are together no larger than the file. The same arrays
-and metadata give the same bytes. Trajectories have a format of their own.
+The schema metadata holds the kind and the metadata of the file. The files are sealed (see `sealed`): a read returns
+what was written, or raises an error. Together the arrays are no larger than the file. Equal arrays and metadata give
+equal bytes. Trajectories have another format.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class TensorFile:
-    """The content of a tensor file."""
+    """Content of a tensor file."""
 
     arrays: dict[str, NDArray[Any]]
     """Arrays by name, in the order written; writable and independent of the file."""
@@ -50,7 +50,7 @@ class TensorFile:
     """Metadata after a round trip through JSON: tuples come back as lists."""
 
     kind: str
-    """What the file is for, such as "synthetic-set"."""
+    """Purpose of the file, such as "synthetic-set"."""
 
 
 def write_tensors(
@@ -61,12 +61,12 @@ def write_tensors(
     metadata: Mapping[str, object],
     replace: bool = True,
 ) -> None:
-    """Write arrays of any shape, atomically.
+    """Write named arrays of any shape to a file, atomically.
 
     Raises:
-        AlreadyExistsError: `replace` is false and the file exists; it stays as it is.
-        StoreError: the place cannot be written.
-        TypeError: an array of a dtype not in DTYPES, or metadata that is not JSON.
+        AlreadyExistsError: `replace` is False and the file exists. The existing file stays.
+        StoreError: the file cannot be written.
+        TypeError: an array has a dtype that is not in DTYPES, or the metadata is not JSON-able.
     """
     header, batches = _encoded(arrays, kind, metadata)
     with location.create(replace=replace) as file, location.explaining("write"):
@@ -76,7 +76,7 @@ def write_tensors(
 def dump_tensors(
     file: BinaryIO, arrays: Mapping[str, NDArray[Any]], *, kind: str, metadata: Mapping[str, object]
 ) -> None:
-    """`write_tensors` into an empty binary file that can be read back."""
+    """Write as `write_tensors` does, into an empty binary file that is open for reading and writing."""
     _write(file, *_encoded(arrays, kind, metadata), list(arrays))
 
 
@@ -95,11 +95,11 @@ def _write(file: BinaryIO, header: dict[str, str], batches: list[pa.RecordBatch]
 
 
 def read_tensors(location: Location, *, kind: str) -> TensorFile:
-    """Read all arrays of a file of this kind.
+    """Read all arrays of a tensor file.
 
     Raises:
         StoreError: the file is missing or cannot be read.
-        CorruptFileError: it is damaged, of another kind or of a newer format.
+        CorruptFileError: the file is damaged, of another kind than `kind`, or of a newer format.
     """
     return reading_again(location, lambda: _read(location, kind))
 

@@ -1,20 +1,20 @@
-"""Expert trajectories: every stored epoch's parameters of the networks trained on the real data.
+"""Expert trajectories: parameters of networks trained on the real data, after every stored epoch.
 
-One expert is one sealed Arrow file (see `sealed`), with one record batch per snapshot, so that matching reads
-the two epochs it needs and nothing else:
+One expert is one sealed Arrow file (see `sealed`), with one record batch per snapshot, so that matching reads only the
+two epochs that it needs:
 
     <uri>/<dataset>/<architecture>/<recipe fingerprint>/expert-00017.arrow
     columns: epoch int32 | step int64 | train_loss f32 | test_accuracy f32
              | params fixed_size_list<f32, f16 or u16>[p] | buffers fixed_size_list<f32>[b]
     schema metadata "info": everything in `TrajectoryInfo`, as JSON
 
-`params` are stored as `TrajectoryInfo.storage` says, bfloat16 as its 16 bits; they are float32 to every reader.
-Files of version 1 have no buffers and float32 params.
+`TrajectoryInfo.storage` names the type of `params` in the file, where bfloat16 is stored as its 16 bits. Readers always
+get float32. Files of version 1 have float32 params and no buffers.
 
-Beside the experts lie `transform.arrow`, the tensor file of the transform their data went through, and in `costs/`
-what their training has cost, for those who want to know. An expert
-is written once, whole, and never changed. How experts are trained, and which epochs are matched, is not known
-here. Letters: p = number of parameters of the network, b = number of values in its floating-point buffers.
+The folder of the experts also holds `transform.arrow`, the tensor file of the transform of their data, and in `costs/`
+records of what their training has cost. An expert is written once, whole, and never changes. This module does not know
+how experts are trained, nor which epochs are matched. Letters: p = number of parameters of the network, b = number of
+values in its floating-point buffers.
 """
 
 from __future__ import annotations
@@ -53,41 +53,41 @@ _SCALARS = ("epoch", "step", "train_loss", "test_accuracy")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state of one expert after one epoch."""
+    """State of one expert after one epoch."""
 
     epoch: int
-    """0 is the initialisation."""
+    """Number of finished epochs; 0 is the initialisation."""
 
     step: int
-    """SGD steps taken so far; -1 where not known."""
+    """SGD steps taken so far; -1 if unknown."""
 
     train_loss: float
-    """Mean over the epoch's samples; nan where not measured."""
+    """Mean training loss over the epoch's samples; nan if not measured."""
 
     test_accuracy: float
-    """Share of the test set, 0 to 1; nan where not measured."""
+    """Accuracy on the test set, from 0 to 1; nan if not measured."""
 
     params: NDArray[np.float32]
     """All parameters as one vector [p]."""
 
     buffers: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
-    """All floating-point buffers (running statistics of batch norms) as one vector [b]; empty where there are none."""
+    """All floating-point buffers (running statistics of batch norms) as one vector [b]; empty if there are none."""
 
 
 @dataclass(frozen=True)
 class TrajectoryInfo:
-    """Origin of an expert, and the meaning of its vectors."""
+    """Origin of an expert, and the layout of its vectors."""
 
     dataset: str
     dataset_fingerprint: str
-    """Digest of the data and its transform; experts of different fingerprints do not belong together."""
+    """Digest of the data and its transform. Experts with different fingerprints cannot be used together."""
 
     architecture: str
     recipe: dict[str, Any]
-    """The expert recipe, JSON-able; tuples come back as lists."""
+    """Recipe of the expert, JSON-able; tuples come back as lists."""
 
     fingerprint: str
-    """Digest of the recipe; the name of the group's folder."""
+    """Digest of the recipe, and name of the group's folder."""
 
     seed: int
     """Seed of the initialisation and the batches; -1 if unknown."""
@@ -100,14 +100,14 @@ class TrajectoryInfo:
     """Shapes of the network's parameters, in their order in the flat vector."""
 
     epochs: tuple[int, ...]
-    """The epochs stored, ascending; not every epoch of the training need be among them."""
+    """Stored epochs, ascending. Some epochs of the training may be left out."""
 
     buffer_names: tuple[str, ...] = ()
     buffer_shapes: tuple[tuple[int, ...], ...] = ()
     """Shapes of the network's floating-point buffers, in their order in the vector of buffers."""
 
     storage: str = "float32"
-    """How the parameters are stored: "float32", "float16" or "bfloat16"; buffers are always stored as float32."""
+    """Type of the stored parameters: "float32", "float16" or "bfloat16". Buffers are always stored as float32."""
 
     format_version: int = FORMAT_VERSION
 
@@ -123,13 +123,13 @@ class TrajectoryInfo:
 
     @property
     def key(self) -> GroupKey:
-        """The group the expert belongs to."""
+        """Key of the group that the expert belongs to."""
         return GroupKey(self.dataset, self.architecture, self.fingerprint)
 
 
 @dataclass(frozen=True, order=True)
 class GroupKey:
-    """Names one set of interchangeable experts."""
+    """Name of a group of interchangeable experts."""
 
     dataset: str
     architecture: str
@@ -140,7 +140,7 @@ class GroupKey:
 
 
 class Progress(NamedTuple):
-    """How the training of one expert went; all three of the same length."""
+    """Course of one expert's training. All three fields have the same length."""
 
     epochs: tuple[int, ...]
     train_loss: NDArray[np.float32]
@@ -148,14 +148,14 @@ class Progress(NamedTuple):
 
 
 class TrajectoryStore:
-    """All groups of experts under one URI. Nothing is read or written until asked for."""
+    """All groups of experts under one URI. Nothing is read or written before the first use."""
 
     def __init__(self, uri: str) -> None:
-        """`uri` is a local path, or a file://, memory:// or s3:// URI; it need not exist yet."""
+        """Open the store at a local path, or a file://, memory:// or s3:// URI, which need not exist."""
         self.location = open_location(uri)
 
     def groups(self, *, unfinished: bool = False) -> list[GroupKey]:
-        """The groups that have at least one expert, sorted; with `unfinished` also those that only have progress."""
+        """Keys of the groups with at least one expert, sorted; with `unfinished`, also of those with progress only."""
         keys = [
             GroupKey(dataset, architecture, fingerprint)
             for dataset in self.location.list()
@@ -166,12 +166,12 @@ class TrajectoryStore:
         return [key for key, group in found if group.experts() or (unfinished and group.progress.list())]
 
     def group(self, dataset: str, architecture: str, fingerprint: str) -> ExpertGroup:
-        """The group of this name, which may be empty. Raises StoreError if a name is no name for a folder."""
+        """Group of this name, which may be empty. Raises StoreError if a name cannot be a folder's name."""
         return ExpertGroup(self.location, GroupKey(dataset, architecture, fingerprint))
 
 
 class ExpertGroup:
-    """The experts of one recipe, in one folder. Picklable; keeps the footers it has read, no open file."""
+    """Experts of one recipe, in one folder. Picklable; keeps the file ends that it has read, but no open file."""
 
     def __init__(self, root: Location, key: GroupKey) -> None:
         if not _is_safe(key):
@@ -184,22 +184,22 @@ class ExpertGroup:
         self._opened: dict[int, _OpenedExpert] = {}
 
     def experts(self) -> list[int]:
-        """Numbers of the committed experts, sorted. Experts being written are not among them."""
+        """Numbers of the stored experts, sorted. Experts that are still being written are left out."""
         matches = (_EXPERT_FILE.fullmatch(name) for name in self.location.list())
         return [int(match[1]) for match in matches if match]
 
     def write_expert(self, expert: int, snapshots: Iterable[Snapshot], info: TrajectoryInfo) -> bool:
-        """Store one expert atomically, without ever replacing one. Returns True if this call stored it.
+        """Store one expert atomically; never replace a stored one. Returns True if this call stored it.
 
-        False means that another writer did. If the expert was there from the start, no snapshot is taken; if it
-        appears during the call, this is noticed after the last snapshot. Snapshots are taken one at a time, in the
-        order of `info.epochs`, and written at once to a local disk; elsewhere they are kept in memory until the
-        upload. If `snapshots` raises, nothing is stored. The file is of the current format, whatever
-        `info.format_version` says.
+        Returns False if the expert is stored already, or if another writer stores it during the call. In the first case
+        no snapshot is taken, in the second case all are. Snapshots are taken one at a time, in the order of
+        `info.epochs`. On a local disk they are written at once; elsewhere a local temporary file holds them until the
+        upload. If `snapshots` raises, nothing is stored. The file has the current format, whatever
+        `info.format_version` is.
 
         Raises:
-            ValueError: the snapshots are not those that `info` announces, or `info` is not of this expert.
-            StoreError: the place cannot be written, or a parameter is too large for `info.storage`.
+            ValueError: the snapshots do not agree with `info`, or `info` is of another expert.
+            StoreError: the file cannot be written, or a parameter is too large for `info.storage`.
         """
         if (info.key, info.expert) != (self.key, expert):
             raise ValueError(f"the info of expert {info.expert} of {info.key} given for expert {expert} of {self.key}")
@@ -216,11 +216,11 @@ class ExpertGroup:
         return True
 
     def read_info(self, expert: int) -> TrajectoryInfo:
-        """What is known about the expert, without its parameters.
+        """Origin of an expert and the layout of its vectors, without its parameters.
 
-        Raises (as all that reads):
-            StoreError: the expert is not there.
-            CorruptFileError: its file is damaged, of a newer format or of another expert.
+        Raises (as all methods that read an expert):
+            StoreError: the expert is not stored.
+            CorruptFileError: its file is damaged, of a newer format, or of another expert.
         """
         return self._open(expert).info
 
@@ -229,61 +229,61 @@ class ExpertGroup:
         return self._file(expert).size()
 
     def remove_expert(self, expert: int) -> None:
-        """Delete one expert; the transform stays. Raises StoreError if it is not there."""
+        """Delete one expert; the transform stays. Raises StoreError if the expert is not stored."""
         self._opened.pop(expert, None)
         self._file(expert).remove()
 
     @property
     def progress(self) -> Location:
-        """Folder for the unfinished work of those who train experts."""
+        """Folder for experts whose training is unfinished."""
         return self.location / "progress"
 
     def write_cost(self, name: str, value: Mapping[str, object]) -> None:
-        """Note what some of the experts have cost, as plain data; replaces what was noted under this name."""
+        """Store what some of the experts have cost, as plain data. Replaces an earlier value of this name."""
         (self.location / _COSTS / f"{name}.json").write_json(value)
 
     def costs(self) -> list[Location]:
-        """The JSON files of all that `write_cost` noted."""
+        """JSON files written by `write_cost`."""
         folder = self.location / _COSTS
         return [folder / name for name in folder.list() if name.endswith(".json")]
 
     def remove(self) -> None:
-        """Delete all experts, damaged ones too, the transform, what they cost, and what was in progress."""
+        """Delete all experts, damaged ones too, with their transform, costs and unfinished training."""
         for expert in self.experts():
             self.remove_expert(expert)
         for name in (self.location / _COSTS).list():
             (self.location / _COSTS / name).remove()
         local = (self.location / _COSTS).local_path
         if local is not None:
-            shutil.rmtree(local, ignore_errors=True)  # the empty folder; elsewhere there is none
+            shutil.rmtree(local, ignore_errors=True)  # the empty folder; object stores have no folders
         for folder in self.progress.list():
             for name in (self.progress / folder).list():
                 (self.progress / folder / name).remove()
         if self.progress.local_path is not None:
-            shutil.rmtree(self.progress.local_path, ignore_errors=True)  # the empty folders; elsewhere there are none
+            shutil.rmtree(self.progress.local_path, ignore_errors=True)  # the empty folders
         if self.has_transform():
             self.transform_file.remove()
 
     def read_params(self, expert: int, epochs: Sequence[int]) -> list[NDArray[np.float32]]:
-        """The parameters [p] after each of these epochs, exactly as stored; the caller owns them.
+        """Parameters [p] after each of these epochs, exactly as stored; the caller may change the arrays.
 
         Only the batches of these epochs are read, each checked against its digest.
 
-        Raises (besides):
+        Raises (besides those of `read_info`):
             StoreError: an epoch is not stored.
         """
         return [snapshot.params for snapshot in self._read(expert, epochs)]
 
     def read_snapshot(self, expert: int, epoch: int) -> Snapshot:
-        """Parameters, buffers and measurements after one epoch; cost and errors as `read_params`."""
+        """Parameters, buffers and measurements after one epoch. Cost and errors are those of `read_params`."""
         return self._read(expert, [epoch])[0]
 
     def read_progress(self, expert: int) -> Progress:
-        """Loss and accuracy after each stored epoch, from the end of the file alone."""
+        """Loss and accuracy after each stored epoch. Only the end of the file is read."""
         return self._open(expert).progress
 
     def verify(self, expert: int) -> TrajectoryInfo:
-        """Check every byte of the file, read afresh and past any cache; its info. Raises CorruptFileError."""
+        """Check every byte of the file, without any cache, and return its info. Raises CorruptFileError."""
 
         def verify() -> TrajectoryInfo:
             opened = _open_expert(self._file(expert), self.key, expert)
@@ -295,10 +295,11 @@ class ExpertGroup:
     def write_transform(
         self, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, object], twin: Location | None = None
     ) -> bool:
-        """Store the transform of the experts' data, once; False if there is one already, which stays.
+        """Store the transform of the experts' data; never replace a stored one. Returns True if this call stored it.
 
         Args:
-            twin: file that holds this very transform; on the same local disk its bytes are shared, not copied.
+            twin: file that holds the same transform, or None. If both are on one local disk, the file is linked, not
+                copied.
         """
         place = self.transform_file
         try:
@@ -310,7 +311,7 @@ class ExpertGroup:
 
     @property
     def transform_file(self) -> Location:
-        """Place of the transform of the experts' data, which may be missing."""
+        """File of the transform of the experts' data, which may be missing."""
         return self.location / _TRANSFORM_FILE
 
     def has_transform(self) -> bool:
@@ -318,7 +319,7 @@ class ExpertGroup:
         return self.transform_file.exists()
 
     def read_transform(self) -> TensorFile:
-        """The stored transform. Raises StoreError if there is none, CorruptFileError if it is damaged."""
+        """Read the stored transform. Raises StoreError if it is missing, CorruptFileError if it is damaged."""
         return read_tensors(self.transform_file, kind=TRANSFORM_KIND)
 
     def _file(self, expert: int) -> Location:
@@ -327,7 +328,7 @@ class ExpertGroup:
         return self.location / f"expert-{expert:05d}.arrow"
 
     def _open(self, expert: int) -> _OpenedExpert:
-        """The expert's footer, read once: a committed file does not change, unless it is deleted and written anew."""
+        """End of the expert's file, read once: a stored file does not change unless it is deleted and written again."""
         if expert not in self._opened:
             file = self._file(expert)
             self._opened[expert] = reading_again(file, lambda: _open_expert(file, self.key, expert))
@@ -346,7 +347,7 @@ class ExpertGroup:
 
 @dataclass(frozen=True)
 class _OpenedExpert:
-    """What the end of an expert's file tells."""
+    """Opened file of an expert: its end was read and checked."""
 
     sealed: SealedFile
     info: TrajectoryInfo
@@ -358,8 +359,8 @@ class _OpenedExpert:
         if missing:
             raise StoreError(
                 f"{location.uri} has no epoch {min(missing)}; it has {epochs_in_words(self.info.epochs)}",
-                cause="experts.keep_epochs and experts.epochs decide which epochs there are",
-                remedy="Match epochs that are there, or train such experts again with other values",
+                cause="experts.keep_epochs and experts.epochs decide which epochs are stored",
+                remedy="Match stored epochs, or train experts again with other values",
             )
         numbers = [self.info.epochs.index(epoch) for epoch in epochs]
         batches = self.sealed.batches(numbers, cache=configured_cache())
@@ -400,7 +401,7 @@ def _write(location: Location, file: BinaryIO, snapshots: Iterable[Snapshot], in
     written: list[int] = []
     for snapshot in snapshots:
         batch = _batch(snapshot, schema, info.storage)
-        # Not around the whole loop: errors of the training behind `snapshots` are not errors of the store.
+        # Not around the whole loop: an error of the training, which produces `snapshots`, is not one of the store.
         with location.explaining("write"):
             writer.write(batch)
         written.append(snapshot.epoch)
@@ -441,7 +442,7 @@ def _checked(name: str, vector: NDArray[np.float32], length: int) -> NDArray[np.
 
 
 def _vector(values: NDArray[Any], kind: pa.DataType) -> pa.Array:
-    """Arrow array with one entry, the whole vector, made without copying it."""
+    """Arrow array whose only entry is the vector, made without copying it."""
     return pa.Array.from_buffers(kind, 1, [None], children=[pa.array(values, kind.value_type)])
 
 
@@ -454,7 +455,7 @@ def _snapshot(batch: pa.RecordBatch, info: TrajectoryInfo) -> Snapshot:
 
 
 def _info_from_json(text: str) -> TrajectoryInfo:
-    """The inverse of `json.dumps(asdict(info))`: JSON has no tuples. Anything else is a TypeError or ValueError."""
+    """Inverse of `json.dumps(asdict(info))`; JSON has no tuples. Other content raises TypeError or ValueError."""
     fields = json.loads(text)
     for name in ("parameter_names", "buffer_names", "epochs"):
         fields[name] = tuple(fields.get(name, ()))
@@ -479,7 +480,7 @@ def _is_safe(key: GroupKey) -> bool:
 
 
 def epochs_in_words(epochs: Sequence[int]) -> str:
-    """Epochs in words, such as "epochs 0-10, 40": consecutive ones are one stretch."""
+    """Text for ascending epochs, such as "epochs 0-10, 40": consecutive epochs form one range. Long texts are cut."""
     stretches: list[list[int]] = []
     for epoch in epochs:
         if stretches and epoch == stretches[-1][-1] + 1:
@@ -493,7 +494,7 @@ def epochs_in_words(epochs: Sequence[int]) -> str:
 
 
 def size_in_words(size: float) -> str:
-    """Bytes, such as "310.0 MiB"; `config.parse_bytes` reads it, for errors tell users what to set."""
+    """Text for a number of bytes, such as "310.0 MiB". `config.parse_bytes` can read it, so users can copy it."""
     units = ["B", "KiB", "MiB", "GiB", "TiB"]
     while size >= 1024 and len(units) > 1:
         size /= 1024

@@ -113,7 +113,7 @@ def test_each_file_is_taken_once_by_its_path_with_fewest_links(tmp_path: Path) -
     listing = list_folder(root, {".png"})
     assert listing.files == ("b/1.png", "c/2.png", "c/6.png", "c/7.png", "c/8.png", "d/4.png")
     assert listing.folders == ("a", "b", "b/again", "c", "d", "e", "pool")
-    assert listing.passed_over["links to what is taken already"] == 8
+    assert listing.passed_over["links to data already taken"] == 8
 
 
 def test_class_folders_may_be_links(animals: Path, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_class_without_an_image_is_refused(animals: Path, tmp_path: Path) -> N
     """A class folder without images is an error that counts why, so that no label shifts unnoticed."""
     bee = animals / "bee"
     for message, target, files in (
-        ("1 file or folder was not taken: links to what is taken already 1", "cat", ()),
+        ("1 file or folder was not taken: links to data already taken 1", "cat", ()),
         ("1 file or folder was not taken: links to nothing 1", "../not mounted", ()),
         ("Its folder is empty", None, ()),
         (r"22 files or folders were not taken: \.heic 16, \.jxl 6", None, (*["HEIC"] * 16, *["jxl"] * 6)),

@@ -1,4 +1,4 @@
-"""What an exception of a file system or an S3 server means: its likely cause, and what to do."""
+"""Causes and remedies of errors of filesystems and S3 servers, in words."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NOTHING_LOST = "and run the same command again; nothing finished is lost"
 
 _CODES: dict[str, tuple[str, str]] = {
     "NoSuchBucket": ("The bucket does not exist", "Check its spelling and AWS_ENDPOINT_URL, or create it"),
-    "InvalidBucketName": ("No bucket can have this name", "Check its spelling"),
+    "InvalidBucketName": ("This is no valid name for a bucket", "Check its spelling"),
     "InvalidAccessKeyId": ("The server does not know this access key", f"Check {_KEYS}, and AWS_ENDPOINT_URL"),
     "SignatureDoesNotMatch": ("The secret key is not that of the access key", f"Check {_KEYS}"),
     "ExpiredToken": ("The session token has expired", f"Get new credentials {_NOTHING_LOST}"),
@@ -28,9 +28,9 @@ _CODES: dict[str, tuple[str, str]] = {
         f"Raise it or free some space, {_NOTHING_LOST}",
     ),
     "EntityTooLarge": ("The server takes no file of this size", "Raise its limit, or give a local --store"),
-    "NotImplemented": ("The server does not know a part of this request", "Update it, or give another server"),
+    "NotImplemented": ("The server does not support a part of this request", "Update it, or give another server"),
 }
-"""S3's code of an error: cause and remedy."""
+"""Cause and remedy, by S3 error code."""
 
 for _code, _same in {
     "404": "NoSuchBucket",
@@ -51,7 +51,8 @@ _FOR_GOOD = (
     *(errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG),
 )
-"""Errors of a file system that every attempt would repeat. A full or read-only disk is one machine's."""
+"""Filesystem errors that every attempt would repeat. A full or read-only disk is left out, because another machine may
+succeed."""
 
 _PERMISSIONS = {
     "list": "s3:ListBucket on the bucket",
@@ -62,16 +63,16 @@ _LOOKING = "s3:GetObject on its objects, and s3:ListBucket on the bucket, withou
 
 
 def cause_and_remedy(error: Exception, action: str) -> tuple[str, str]:
-    """Cause and remedy in words.
+    """Likely cause of an error, and what to do about it ("" if unknown).
 
     Args:
-        action: what was tried: "look for", "list", "read", "write" or "delete".
+        action: verb of the failed operation: "look for", "list", "read", "write", "delete", "clean" or "open".
     """
     names, code = {kind.__name__ for kind in type(error).__mro__}, code_of(error)
     if code in _CODES and (code != "404" or lacks_bucket(error)):
         return _CODES[code]
     if isinstance(error, FileNotFoundError):
-        return "It, or its folder or bucket, does not exist", "Check the spelling"
+        return "The file, its folder or its bucket does not exist", "Check the spelling"
     if isinstance(error, PermissionError) and code:
         needed = _PERMISSIONS.get(action, _LOOKING)
         return (
@@ -90,11 +91,11 @@ def cause_and_remedy(error: Exception, action: str) -> tuple[str, str]:
     if lacks_certificates(error):
         return (
             f"The certificates to trust cannot be read ({reason(error)})",
-            f"AWS_CA_BUNDLE is {os.environ.get('AWS_CA_BUNDLE', 'not set')!r}: give a file that is there",
+            f"AWS_CA_BUNDLE is {os.environ.get('AWS_CA_BUNDLE', 'not set')!r}: give an existing file",
         )
     if names & {"ResponseParserError"} or (status_of(error) >= 400 and (code == "" or code.isdigit())):
         return (
-            f"No S3 server gave this answer ({f'HTTP {status_of(error)}' if status_of(error) else reason(error)})",
+            f"The answer is not an S3 server's ({f'HTTP {status_of(error)}' if status_of(error) else reason(error)})",
             "Check host, port and http or https of AWS_ENDPOINT_URL, and the proxy or gateway before it",
         )
     if names & {"HTTPClientError", "ConnectionError"}:
@@ -119,23 +120,23 @@ def _of_tls(error: Exception) -> tuple[str, str]:
 
 
 def lacks_certificates(error: Exception) -> bool:
-    """True if a request failed because the file of certificates to trust is missing or is none."""
+    """True if a request failed because the file of trusted certificates is missing or invalid."""
     inner = getattr(error, "kwargs", {}).get("error")
     return isinstance(inner, (FileNotFoundError, PermissionError, IsADirectoryError, ssl.SSLError))
 
 
 def code_of(error: BaseException | None) -> str:
-    """The code that an S3 server gave for an error, such as "NoSuchBucket"; "" where there is none."""
+    """Error code in an S3 server's answer, such as "NoSuchBucket"; "" if there is none."""
     return str(_answer(error).get("Error", {}).get("Code", ""))
 
 
 def status_of(error: BaseException | None) -> int:
-    """The HTTP status of a server's answer; 0 where there is none."""
+    """HTTP status of a server's answer; 0 if there is none."""
     return int(_answer(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 def _answer(error: BaseException | None) -> dict[str, dict[str, Any]]:
-    """What botocore has read of a server's answer."""
+    """Server's answer as botocore has parsed it; {} if there is none."""
     while error is not None:
         response = getattr(error, "response", None)
         if isinstance(response, dict):
@@ -145,33 +146,33 @@ def _answer(error: BaseException | None) -> dict[str, dict[str, Any]]:
 
 
 def lacks_bucket(error: Exception) -> bool:
-    """True if S3 itself reported a missing bucket. s3fs raises the same error for a missing file, without a code."""
+    """True if S3 reported a missing bucket. For a missing file s3fs raises the same error, but without a code."""
     return code_of(error) in ("NoSuchBucket", "404")
 
 
 def may_pass(error: Exception) -> bool:
-    """True if an operation of a file system may succeed later or elsewhere: neither denied, nor missing, nor wrong."""
+    """True if a failed file operation may succeed later or elsewhere: it was not denied, missing or wrong."""
     return isinstance(error, OSError) and error.errno not in _FOR_GOOD
 
 
 def is_beyond_the_end(error: Exception) -> bool:
-    """True if a range was asked for that begins after the end of the file."""
+    """True if a range was requested that begins after the end of the file."""
     return status_of(error) == 416 or code_of(error) == "InvalidRange"
 
 
 def reason(error: Exception) -> str:
-    """The error in words, on one line and without credentials."""
+    """Text of an error, on one line and without credentials."""
     words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     words = "" if words == "None" else words  # some servers send no message
     return without_credentials(" ".join(words.split())) or code_of(error) or type(error).__name__
 
 
 def _code_and_message(error: Exception) -> str:
-    """S3 error code of an answer, with its message where that adds something."""
+    """S3 error code of an answer, with the server's message if it adds information."""
     code, words = code_of(error), str(_answer(error).get("Error", {}).get("Message") or "")
     return code if words.replace(" ", "") in ("", code, "Forbidden") else f"{code}: {one_line(words)}"
 
 
 def without_credentials(text: str) -> str:
-    """The text without what stands before the @ of a URI."""
+    """Text without the credentials of a URI, which stand before its @."""
     return _CREDENTIALS.sub("", text)

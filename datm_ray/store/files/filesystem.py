@@ -1,12 +1,12 @@
-"""Places to keep files: one `Location` type for local paths, file://, memory:// and s3:// URIs.
+"""Files by path or URI: one `Location` type for local paths, file://, memory:// and s3:// URIs.
 
-A file appears under its name whole or not at all, whatever happens to its writer, and every failure is a
-`StoreError` that names the place without its credentials. What a file contains is not known here, except for
-the small JSON files of `write_json`.
+A file appears under its name whole or not at all, whatever happens to its writer. Every failure is a `StoreError`,
+which names the file without its credentials. This module does not know the content of files, except for the small JSON
+files of `write_json`.
 
-S3 is configured as s3fs and botocore are: AWS_ENDPOINT_URL, AWS_PROFILE, AWS_MAX_ATTEMPTS and the like, and
-FSSPEC_S3_<ARGUMENT> for any argument of `s3fs.S3FileSystem`. What is its own lies in `s3`, what is of local files in
-`local`.
+S3 is configured as for s3fs and botocore: AWS_ENDPOINT_URL, AWS_PROFILE, AWS_MAX_ATTEMPTS and others, and
+FSSPEC_S3_<ARGUMENT> for any argument of `s3fs.S3FileSystem`. The module `s3` holds what only S3 needs, `local` what
+only local files need.
 """
 
 from __future__ import annotations
@@ -47,40 +47,40 @@ _LIKE_URI = re.compile(r"(s3a?|gs|gcs|az|abfs|https?|hdfs|file|memory):(//)?", r
 
 
 class AlreadyExistsError(StoreError):
-    """A put-once file is there already; it was left as it is."""
+    """A file that may be written only once exists already. It was left as it is."""
 
 
 class MissingFileError(StoreError):
-    """A file that is not there, or not any more."""
+    """A file does not exist, or no longer exists."""
 
 
 def unguarded() -> None:
-    """Let anybody write."""
+    """Allow every write."""
 
 
 @dataclass(frozen=True)
 class Location:
-    """A file or folder, which need not exist. Small, picklable, and safe to print."""
+    """Local path or URI of a file or folder, which need not exist. Picklable; its text has no credentials."""
 
     fs: AbstractFileSystem = field(repr=False)
-    """The filesystem, connected with the credentials of the environment or of the URI."""
+    """Filesystem, connected with the credentials of the environment or of the URI."""
 
     path: str = field(repr=False)
-    """The name of the file or folder within `fs`."""
+    """Name of the file or folder within `fs`."""
 
     uri: str
-    """The name shown in messages and records, without credentials."""
+    """Name shown in messages and records, without credentials."""
 
     guard: Callable[[], None] = field(default=unguarded, repr=False, compare=False)
-    """Called immediately before a file gets its name here or in a place derived from this one. Its error leaves what
-    is there."""
+    """Called just before a file gets its name, here or at a location derived from this one. If it raises, an existing
+    file stays as it is."""
 
     def __truediv__(self, name: str) -> Location:
         return replaced(self, path=f"{self.path.rstrip('/')}/{name}", uri=f"{self.uri.rstrip('/')}/{name}")
 
     @property
     def parent(self) -> Location:
-        """The folder that this file or folder is in; itself where it is in none, as a bucket is."""
+        """Folder that contains this file or folder. A location without one, such as a bucket, is its own parent."""
         path, uri = self.path.rstrip("/"), self.uri.rstrip("/")
         if "/" not in path:
             return self
@@ -88,12 +88,12 @@ class Location:
 
     @property
     def local_path(self) -> str | None:
-        """The path on this machine's filesystem, or None where the file is elsewhere."""
+        """Path on this machine's filesystem; None if the file is not local."""
         return self.path if isinstance(self.fs, LocalFileSystem) else None
 
     def exists(self) -> bool:
-        """True if there is a file or folder. Raises StoreError where that cannot be found out."""
-        # Not fs.exists(): it also answers False where access is denied or the server does not answer.
+        """True if a file or folder exists. Raises StoreError if this cannot be found out."""
+        # Not fs.exists(): it also returns False if access is denied or the server does not answer.
         with self._asking("look for"):
             try:
                 self._ask(lambda: self.fs.info(self.path))
@@ -104,9 +104,9 @@ class Location:
             return True
 
     def require_writable(self) -> None:
-        """Raise StoreError where a local folder cannot be made or written, or another place does not answer.
+        """Raise StoreError if a local folder cannot be made or written, or if S3 does not answer.
 
-        Elsewhere nothing is written: bucket, network and the right to look are tried, the right to write is not.
+        On S3 nothing is written: only reading is tested, so a missing write permission shows later.
         """
         if self.local_path is None:
             self.exists()
@@ -117,10 +117,10 @@ class Location:
         if not os.path.isdir(nearest):
             raise StoreError(f"Cannot write {self.uri}", f"{nearest} is not a folder", "Give another path")
         if not os.access(nearest, os.W_OK | os.X_OK):
-            raise StoreError(f"Cannot write {self.uri}", f"{nearest} is not yours to write", "Give another path")
+            raise StoreError(f"Cannot write {self.uri}", f"{nearest} is not writable for you", "Give another path")
 
     def size(self) -> int:
-        """Size of the file in bytes."""
+        """Size of the file in bytes. Raises StoreError if it is missing or a folder."""
         with self._asking("read"):
             found = self._ask(lambda: self.fs.info(self.path))
             if found["type"] == "directory":
@@ -128,19 +128,19 @@ class Location:
             return int(found["size"])
 
     def stamp(self) -> str:
-        """A text that changes when the file is replaced."""
+        """Text that changes when the file is replaced."""
         with self._asking("read"):
             return str(self._ask(lambda: self.fs.ukey(self.path)))
 
     def list(self) -> Sequence[str]:
-        """Sorted names of the files and folders in this folder; none where it is missing.
+        """Sorted names of the files and folders in this folder; empty if the folder does not exist.
 
-        Temporary files of writers at work, or of killed ones, are left out.
+        Temporary files are left out, whether their writers are running or were killed.
         """
         return sorted(self._children(self._listed(detail=False)))
 
     def sizes(self) -> dict[str, int]:
-        """Sizes in bytes of the files in this folder by name, from one listing; see `list`."""
+        """Sizes in bytes of the files in this folder, by name, from one listing. Temporary files are left out."""
         entries = {entry["name"]: entry for entry in self._listed(detail=True) if entry["type"] == "file"}
         return {name: int(entries[path]["size"]) for name, path in sorted(self._children(entries).items())}
 
@@ -155,23 +155,23 @@ class Location:
             return found
 
     def _children(self, paths: Iterable[str]) -> dict[str, str]:
-        """Listed path of each child by its name."""
+        """Listed path of each child, by its name."""
         folder = self.path.rstrip("/")
-        # ls() of a file gives the file itself, and of some S3 folders the folder too: neither is a child.
+        # ls() of a file lists the file itself, and ls() of some S3 folders the folder too: neither is a child.
         split = ((path, path.rstrip("/").rpartition("/")) for path in paths)
         return {name: path for path, (parent, _, name) in split if parent == folder and not _is_temporary(name)}
 
     def read_bytes(self) -> bytes:
-        """The whole file."""
+        """Content of the whole file."""
         with self.explaining("read"), request("read", self.uri) as moved:
             content = bytes(self._ask(lambda: self.fs.cat_file(self.path)))
             moved.bytes = len(content)
             return content
 
     def read_ranges(self, ranges: Sequence[tuple[int, int]]) -> Sequence[memoryview]:
-        """The bytes [start, end) of each range; shorter where the file ends sooner.
+        """Bytes [start, end) of each range; fewer if the file ends sooner.
 
-        Local files are memory-mapped: nothing is copied, and a view keeps its file mapped. Elsewhere only
+        A local file is memory-mapped: nothing is copied, and each view keeps the file mapped. Of a remote file, only
         these ranges are fetched, all at once.
         """
         with self.explaining("read"), request("read", self.uri) as moved:
@@ -184,13 +184,13 @@ class Location:
             return chunks
 
     def _fetch(self, ranges: Sequence[tuple[int, int]]) -> Sequence[memoryview]:
-        """Ranges of a file that is elsewhere; of those that fail for the moment only these are asked for again."""
+        """Fetch ranges of a remote file. After a temporary failure, only the failed ranges are requested again."""
         found: dict[tuple[int, int], memoryview] = {}
 
         def fetch_rest() -> None:
             rest = [each for each in dict.fromkeys(ranges) if each not in found]
             starts, ends = [start for start, _ in rest], [end for _, end in rest]
-            # Failures are returned, because raising the first loses the other ranges; fsspec 2025.5 always returns.
+            # Failures are returned: raising the first would lose the other ranges. fsspec 2025.5 always returns them.
             fetched = self.fs.cat_ranges([self.path] * len(rest), starts, ends, on_error="return")
             # The file may have been replaced by a shorter one.
             fetched = [b"" if isinstance(each, Exception) and is_beyond_the_end(each) else each for each in fetched]
@@ -203,7 +203,7 @@ class Location:
         return [found[each] for each in ranges]
 
     def read_json(self) -> Any:
-        """The value written by `write_json`. Raises CorruptFileError if the file is not JSON."""
+        """Value written by `write_json`. Raises CorruptFileError if the file is not JSON."""
         try:
             return json.loads(self.read_bytes())
         except (ValueError, RecursionError) as error:
@@ -213,11 +213,11 @@ class Location:
     def create(self, *, replace: bool = True) -> Iterator[BinaryIO]:
         """Write the file atomically: yields an empty binary file, open for reading and writing.
 
-        The content appears under this name when the block ends, and not at all if it raises. On a local disk
-        it is flushed to the device by then. Missing folders are made.
+        The content appears under the file's name when the block ends, and never if the block raises. On a local disk it
+        is flushed to the device first. Missing folders are made.
 
         Raises:
-            AlreadyExistsError: `replace` is false and the file is there when the block ends; it stays.
+            AlreadyExistsError: `replace` is False, and the file exists when the block ends. The existing file stays.
         """
         with self.explaining("write"):
             draft: _Draft = _Upload(self) if self.local_path is None else local.LocalDraft(self.local_path)
@@ -235,18 +235,18 @@ class Location:
 
     @contextmanager
     def locked(self, on_wait: Callable[[], None]) -> Iterator[None]:
-        """Lock the folder in the block against other processes that do so. Only folders on a local disk have locks.
+        """Lock this folder while the block runs, against other processes that lock it. Only local folders are locked.
 
         Args:
-            on_wait: called before waiting for another process, whose end or death releases the lock.
+            on_wait: called before waiting for another process. The lock of a process also ends when the process dies.
         """
         with nullcontext() if self.local_path is None else local.locked(self.local_path, on_wait):
             yield
 
     def link(self, source: Location) -> bool:
-        """Give a finished file this second name, without a second copy of its bytes.
+        """Hard-link the finished file `source` under this name, so that both share their bytes.
 
-        False, and nothing is done, where that cannot be: the two are not on one local disk, or the name is taken.
+        Returns False if that is impossible: for example, the name exists, or the two are not on one local disk.
         """
         if self.local_path is None or source.local_path is None:
             return False
@@ -258,30 +258,30 @@ class Location:
         return True
 
     def write_atomic(self, data: bytes) -> None:
-        """Write or replace the whole file; a reader sees the old content or the new, never a part."""
+        """Write or replace the whole file. A reader sees the old content or the new one, never a part."""
         with self.create() as file, self.explaining("write"):
             file.write(data)
 
     def write_text(self, text: str) -> None:
-        """`write_atomic` of UTF-8 text."""
+        """Write or replace the file by UTF-8 text, atomically."""
         self.write_atomic(text.encode())
 
     def write_json(self, value: object) -> None:
-        """`write_atomic` of indented JSON."""
+        """Write or replace the file by a value as indented JSON, atomically."""
         self.write_text(json.dumps(value, indent=2) + "\n")
 
     def remove(self) -> None:
-        """Delete the file. Raises StoreError if it is not there."""
+        """Delete the file. Raises StoreError if it does not exist."""
         with self._asking("delete"):
             if self.local_path is None:
                 self._ask(lambda: self.fs.info(self.path))  # object stores report no error for a missing file
             self._ask(lambda: self.fs.rm_file(self.path))
 
     def remove_leftovers(self) -> Sequence[str]:
-        """Delete the temporary files that killed writers left in this folder, and return their names.
+        """Delete temporary files of killed writers in this folder, and return their names.
 
-        Those of writers still at work stay. Nothing to do but for local folders: what an upload in parts leaves
-        behind (of files from 5 GiB on) no listing shows, and a rule of the bucket must remove.
+        Temporary files of running writers stay. Only local folders are cleaned: parts of unfinished S3 uploads (of
+        files above 5 GiB) are not listed. Set a lifecycle rule on the bucket to remove them.
         """
         if self.local_path is None:
             return []
@@ -294,12 +294,12 @@ class Location:
 
     @contextmanager
     def _asking(self, action: str) -> Iterator[None]:
-        """`explaining`, for a request that moves no content."""
+        """Act as `explaining`, and count a request that moves no content."""
         with self.explaining(action), request("look", self.uri):
             yield
 
     def _ask(self, call: Callable[[], T]) -> T:
-        """What a request returns; one to S3 is repeated where it fails for the moment."""
+        """Result of a request. A request to S3 is repeated after a temporary failure."""
         if not _is_s3(self.fs):
             return call()
         found: T = self.fs.patiently(self.path, call)
@@ -307,7 +307,7 @@ class Location:
 
     @contextmanager
     def explaining(self, action: str) -> Iterator[None]:
-        """Turn whatever the filesystem raises in the block into a StoreError: "Cannot <action> <uri>"."""
+        """Turn each exception of the filesystem in the block into a StoreError: "Cannot <action> <uri>"."""
         try:
             yield
         except DatmError:
@@ -324,13 +324,13 @@ class Location:
 
 
 def open_location(uri: str) -> Location:
-    """The place named by a local path or by a file://, memory:// or s3:// URI. It need not exist.
+    """Location of a local path, or of a file://, memory:// or s3:// URI, which need not exist.
 
-    A text without "://" is a local path, whatever else is in it.
+    A text without "://" is a local path, unless it looks like a mistyped URI.
 
     Raises:
-        StoreError: an unknown scheme, a missing package, credentials in an s3:// URI, one of fsspec's caches, or a
-            text that could be read in two ways.
+        StoreError: an unknown scheme, a missing package, credentials in an s3:// URI, one of fsspec's caches, or a text
+            with two possible meanings.
     """
     shown = without_credentials(uri)
     scheme, separator, _ = uri.partition("://")
@@ -369,14 +369,14 @@ def open_location(uri: str) -> Location:
 
 
 def _is_local(uri: str) -> bool:
-    """True if a text is a path on this machine, and neither a URI nor something that was meant as one."""
+    """True if a text is a local path: neither a URI nor possibly meant as one."""
     if uri.startswith(("/", "./", "../", "~")):
         return True
     return "://" not in uri and not _LIKE_URI.match(uri) and uri.partition("::")[0] not in known_implementations
 
 
 def _require_one_meaning(uri: str) -> None:
-    """Refuse what looks like a URI and is none, and what fsspec would read as a chain of filesystems and is none."""
+    """Raise StoreError for a mistyped URI, and for "::", which fsspec would read as a chain of filesystems."""
     shown = without_credentials(uri)
     if not (like := _LIKE_URI.match(uri)):
         return
@@ -405,7 +405,7 @@ def _require_one_meaning(uri: str) -> None:
 
 
 def _local(path: str) -> Location:
-    """The place of a local path, made absolute."""
+    """Location of a local path, which is made absolute."""
     while path.startswith("./"):
         path = path[2:].lstrip("/")
     path = os.path.join(os.getcwd(), os.path.expanduser(path) if path not in ("", ".") else "").rstrip("/") or "/"
@@ -413,7 +413,7 @@ def _local(path: str) -> Location:
 
 
 class _Draft(Protocol):
-    """A file being written, not yet visible under its name."""
+    """File being written, not yet visible under its name."""
 
     file: BinaryIO
 
@@ -423,13 +423,13 @@ class _Draft(Protocol):
 
 
 class _Upload:
-    """A temporary file of this machine, then uploaded in one piece: object stores show that whole or not at all."""
+    """Temporary local file, which is uploaded whole at the end. Object stores show an upload whole or not at all."""
 
     def __init__(self, location: Location) -> None:
         self._location = location
         try:
             self.file: BinaryIO = TemporaryFile()  # noqa: SIM115 - closed by `discard`
-        except OSError:  # a container without a folder for temporary files
+        except OSError:  # a container may have no folder for temporary files
             self.file = BytesIO()
 
     def commit(self, *, replace: bool, guard: Callable[[], None]) -> None:

@@ -1,8 +1,8 @@
-"""Files on this machine: drafts that become files whole or not at all, what killed writers leave, and mappings.
+"""Local files: atomic drafts, removal of files left by killed writers, locks, and memory mapping.
 
-Some file systems lack a safeguard: CIFS and shared folders of virtual machines cannot flush, FAT has no hard links,
-some network mounts have no locks, and some FUSE mounts cannot map. Without one, the files
-are written and read all the same. An input/output error of a device is never passed over.
+Some filesystems lack a safeguard: CIFS and shared folders of virtual machines cannot flush, FAT has no hard links, some
+network mounts have no locks, and some FUSE mounts cannot map. Files are still written and read there, without the
+safeguard. An input/output error of a device is always reported.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
 TEMPORARY = ".tmp-"
-"""Begins the names of unfinished files."""
+"""Prefix of the names of unfinished files."""
 
-_ABANDONED_AFTER = 24 * 3600.0  # seconds; for temporary files of other machines
-_LACKING = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # errors of an unsupported call
+_ABANDONED_AFTER = 24 * 3600.0  # seconds until a temporary file of another machine counts as abandoned
+_LACKING = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # errors of unsupported calls
 _NO_LINKS = _LACKING | {errno.EPERM, errno.EMLINK}
 _NO_MAPPING = _LACKING | {errno.ENODEV, errno.EACCES, errno.EPERM}
 
 
 class LocalDraft:
-    """A temporary file in the target's own folder, locked while its writer lives."""
+    """Temporary file in the target's folder, locked while its writer lives."""
 
     def __init__(self, path: str) -> None:
         self._target = path
@@ -42,17 +42,21 @@ class LocalDraft:
             # network filesystems without locks, leftovers stay.
             with suppress(OSError):
                 _lock(descriptor, wait=True)
-            # The race: a cleaner can lock and unlink the file between its creation and our lock. It has no
-            # name then, and writing it would lead nowhere.
+            # A race: a cleaner can lock and unlink the file between its creation and our lock. The file has no
+            # name then, so another one is made.
             if os.path.lexists(self._temporary):
                 return
             self.file.close()
 
     def commit(self, *, replace: bool, guard: Callable[[], None]) -> None:
-        """Flush the file to the device and put it under its name. FileExistsError where it is taken and stays.
+        """Flush the file to the device, then give it its name.
 
         Args:
-            guard: called between the two; its error leaves the name as it is.
+            replace: if False, an existing file of this name stays.
+            guard: called between flush and naming. If it raises, an existing file stays too.
+
+        Raises:
+            FileExistsError: `replace` is False and the name exists.
         """
         self.file.flush()
         _flush(self.file.fileno())
@@ -71,23 +75,23 @@ class LocalDraft:
             os.close(folder)
 
     def _link(self) -> None:
-        """Put the file under its name unless the name is taken: link() tests and names in one step."""
+        """Give the file its name unless the name exists. link() tests and names in one step."""
         try:
             os.link(self._temporary, self._target)
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            # No hard links here. The race: of two writers that both find the name free, the later one replaces the
+            # No hard links here. A race: if two writers both find the name free, the later one replaces the
             # earlier one's file. Both files are whole.
             if os.path.exists(self._target):
                 raise FileExistsError(self._target) from None
             os.replace(self._temporary, self._target)
 
     def discard(self) -> None:
-        """Remove the temporary name, if it is still there, and close the file (which ends the lock)."""
+        """Remove the temporary name if it still exists, and close the file, which ends the lock."""
         with suppress(OSError):
             os.unlink(self._temporary)
-        with suppress(OSError):  # the disk may be full; what counts was flushed by commit
+        with suppress(OSError):  # the disk may be full; `commit` has flushed a committed file
             self.file.close()
 
 
@@ -95,7 +99,7 @@ def _lock(descriptor: int, *, wait: bool) -> None:
     """Lock a file until it is closed.
 
     Raises:
-        OSError: another process has locked it and `wait` is False, or there are no locks here, as on Windows.
+        OSError: another process holds the lock and `wait` is False, or locks are not supported, as on Windows.
     """
     try:
         import fcntl
@@ -106,7 +110,7 @@ def _lock(descriptor: int, *, wait: bool) -> None:
 
 @contextmanager
 def locked(folder: str, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Lock a folder in the block against other processes that do so; without locks here, nothing is locked."""
+    """Lock a folder while the block runs, against other processes that lock it. No effect if locks are unsupported."""
     os.makedirs(folder, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -122,7 +126,7 @@ def locked(folder: str, on_wait: Callable[[], None]) -> Iterator[None]:
 
 
 def _flush(descriptor: int) -> None:
-    """Flush a file or folder to the device, where its file system can."""
+    """Flush a file or folder to the device, if its filesystem supports that."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -131,12 +135,12 @@ def _flush(descriptor: int) -> None:
 
 
 def remove_if_abandoned(path: str) -> bool:
-    """Delete a temporary file if its writer is dead; whether it did."""
+    """Delete a temporary file if its writer is dead. Returns True if the file was deleted."""
     try:
         with open(path, "r+b") as file:
             _lock(file.fileno(), wait=False)
-            # Locks hold only among processes of one machine (NFS can be mounted with local ones), so a file of
-            # another machine must also be old.
+            # Other machines may not see a lock (NFS can be mounted with local locks), so a file of another machine
+            # must also be old.
             here = os.path.basename(path).startswith(f"{TEMPORARY}{socket.gethostname()}-")
             if not here and time.time() - os.fstat(file.fileno()).st_mtime < _ABANDONED_AFTER:
                 return False
@@ -147,10 +151,10 @@ def remove_if_abandoned(path: str) -> bool:
 
 
 def content(path: str) -> memoryview:
-    """The content of a file, memory-mapped where its file system can, and read elsewhere.
+    """Content of a file: memory-mapped if its filesystem supports that, otherwise read.
 
-    As with any mapping, a file that another program truncates in place while it is read ends this process
-    with SIGBUS. Nothing here does that: files are replaced or deleted, and a mapping outlives both.
+    If another program truncates the file in place while it is mapped, the system ends this process with SIGBUS. This
+    package never truncates: it replaces or deletes files, which leaves a mapping intact.
     """
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size == 0:  # cannot be mapped

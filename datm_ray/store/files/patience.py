@@ -1,10 +1,11 @@
-"""How long a server that fails for the moment is asked again, in this process.
+"""Time limit for repeating a failed request, in this process.
 
-Alone, a worker has 300 seconds. One whose peers wait for it in a sum has a third of `cluster.peer_timeout`, so that it
-reports its own error before they report a lost peer. The arithmetic: the last attempt starts within that third. A write
-is at most three requests (who may write, the upload, whose upload is stored), and a silent server holds each for 65
-seconds (5 to connect, 60 for the answer). With the default of 300 that is 100 + 3 x 65 = 295 seconds. A server that
-answers "busy" holds none, so then any `cluster.peer_timeout` is kept; against a silent one it must be 293 or more.
+A worker on its own has 300 seconds. A worker whose peers wait for it in a sum has a third of `cluster.peer_timeout`, so
+that it reports its own error before the peers report a lost worker. The last attempt starts within that third. A write
+is at most three requests (who may write, the upload, whose upload is stored). A silent server delays each of them by 65
+seconds (5 to connect, 60 for the answer). With the default timeout of 300 seconds this gives 100 + 3 x 65 = 295
+seconds. A server that answers "busy" causes no such delay, so the limit holds for any `cluster.peer_timeout`. For a
+silent server the timeout must be 293 or more.
 """
 
 from __future__ import annotations
@@ -13,24 +14,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 LONGEST = 300.0
-"""Seconds for which a request is asked again."""
+"""Longest time for which a failed request is repeated, in seconds."""
 SHARE_OF_PEERS = 1 / 3
-"""Share of the peers' timeout for which a request is asked again."""
+"""Share of the peers' timeout for which a failed request is repeated."""
 
 _limit = LONGEST
 
 
 def patience() -> float:
-    """Seconds for which this process asks again."""
+    """Seconds for which this process repeats a failed request."""
     return _limit
 
 
 @contextmanager
 def while_peers_wait(timeout: float) -> Iterator[None]:
-    """Ask again for a share of `timeout` in the block. The time is that of all threads of this process.
+    """Limit the time for repeating requests to a share of `timeout` while the block runs, in all threads.
 
     Args:
-        timeout: seconds after which waiting workers give this one up.
+        timeout: seconds after which the waiting workers count this one as lost.
     """
     global _limit
     before, _limit = _limit, min(_limit, timeout * SHARE_OF_PEERS)

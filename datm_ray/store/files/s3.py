@@ -1,14 +1,13 @@
-"""All that is S3's alone: how its client is set up, how long it is asked again, and how a file is written just once.
+"""S3: settings of its client, retries, and files that are written only once.
 
-A request that fails for the moment is asked again for minutes (see `patience`), with a line about it, or as many times
-as AWS_MAX_ATTEMPTS says. A server that has never answered this process as S3 does is given up after a few seconds,
-unless its answer is that it is busy: the address is probably wrong.
+A request that fails temporarily is repeated for minutes (see `patience`), and a log line reports it. AWS_MAX_ATTEMPTS
+sets a number of attempts instead. While no S3 server has answered this process yet, a request is repeated for seconds
+only, because the address is probably wrong. The answer "busy" is an exception.
 
-Put-once is kept by servers that respect If-None-Match, for files up to 5 GiB. Larger files are sent in parts, and
-servers differ in whether they respect it then; some servers refuse it altogether. There the file is looked for before
-and after the upload: of two writers at the same moment the later one replaces the earlier one's file, and only a
-writer whose own file is there counts as having stored it. A server that ignores If-None-Match without a word lets the
-later one win.
+A file of up to 5 GiB is written only once if the server respects If-None-Match. Larger files are sent in parts, for
+which not every server respects it; some servers refuse it altogether. In these cases the file is looked for before and
+after the upload. If two writers upload at the same moment, the later one replaces the earlier one's file, and only the
+writer whose file is stored reports success. If a server silently ignores If-None-Match, the later writer wins.
 """
 
 from __future__ import annotations
@@ -46,15 +45,15 @@ from datm_ray.store.files.traffic import count_retry
 T = TypeVar("T")
 
 FIRST_PATIENCE = 5.0
-"""Seconds for which a request is asked again, if no S3 server has answered yet."""
+"""Seconds for which a failed request is repeated while no S3 server has answered yet."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 20.0
-"""Seconds between two attempts: at first, and at most."""
+"""First and longest pause between two attempts, in seconds."""
 LINE_AFTER, LINE_EVERY = 3.0, 30.0
-"""Seconds without an answer until a line says so, and between two such lines."""
+"""LINE_AFTER: seconds without an answer until the first log line. LINE_EVERY: seconds between two such lines."""
 LARGEST_PUT = 5 * 2**30
-"""Bytes of one upload; what is larger goes in parts."""
+"""Largest file sent in one piece, in bytes. Larger files are sent in parts."""
 PARTS_AT_A_TIME = 2
-"""Parts of 50 MB or more that are in memory at a time."""
+"""Number of parts in memory at the same time; a part has 50 MB or more."""
 
 _WRITER = "datm-ray-writer"
 _AWS = (".amazonaws.com", ".amazonaws.com.cn", ".api.aws")
@@ -72,13 +71,13 @@ _PASSING = {
 }
 _log = logging.getLogger(__name__)
 _began: ContextVar[float | None] = ContextVar("_began", default=None)
-"""Time at which the outermost request of this thread was first sent, in seconds of the monotonic clock."""
+"""Time when this thread first sent its outermost request, in seconds of the monotonic clock; None between requests."""
 
 
 class S3(S3FileSystem):  # type: ignore[misc]
-    """s3fs's file system, with retries of its own in place of s3fs's and botocore's."""
+    """s3fs's file system. This class repeats failed requests itself; s3fs and botocore do not."""
 
-    retries = 1  # s3fs's own
+    retries = 1  # attempts by s3fs itself
     read_timeout = 60  # seconds; a gateway may be silent for long while it passes a large file on
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -89,7 +88,7 @@ class S3(S3FileSystem):  # type: ignore[misc]
         self._ready: Any = None  # the client that was set up last
 
     async def set_session(self, refresh: bool = False, kwargs: Any = None) -> Any:
-        """Make the client, once; s3fs calls this before every request."""
+        """Make the client if there is none, or if `refresh` is True. s3fs calls this before every request."""
         if self._s3 is None or refresh:
             settings = botocore.session.Session(**self.kwargs)
             self._attempts = settings.get_config_variable("max_attempts")
@@ -106,9 +105,9 @@ class S3(S3FileSystem):  # type: ignore[misc]
     connect = sync_wrapper(set_session)
 
     def _leave_out_checksums(self, client: Any) -> None:
-        """Send and expect checksums only where S3 demands them, unless the server is AWS's or the user decides.
+        """Use checksums only where S3 requires them, unless the server is AWS's or the user has set this.
 
-        Many other servers do not know the trailers in which they are sent.
+        Many other servers do not support the trailers that carry checksums.
         """
         if (urlsplit(client.meta.endpoint_url).hostname or "").endswith(_AWS):
             return
@@ -118,9 +117,9 @@ class S3(S3FileSystem):  # type: ignore[misc]
                 setattr(client.meta.config, name, "when_required")
 
     def patiently(self, path: str, call: Callable[[], T]) -> T:
-        """What a call returns that may be repeated. Where it fails for the moment, it is called again.
+        """Result of `call`, which must be safe to repeat: it is repeated after a temporary failure.
 
-        Requests that the call itself makes share its time.
+        Nested calls share the time limit of the outermost one.
         """
         began = _began.get() or time.monotonic()
         outermost = _began.set(began)
@@ -147,7 +146,7 @@ class S3(S3FileSystem):  # type: ignore[misc]
             return found
 
     def _pause(self, path: str, error: Exception, attempt: int, waited: float) -> float | None:
-        """Seconds until the next attempt; None where there is to be none. Says so now and then where it takes long."""
+        """Seconds until the next attempt; None if there is to be none. Logs a warning now and then in a long wait."""
         if not self.passes(error) or (self._attempts is not None and attempt >= self._attempts):
             return None
         is_first = not self._has_answered and status_of(error) not in (429, 503)
@@ -166,7 +165,7 @@ class S3(S3FileSystem):  # type: ignore[misc]
 
     @staticmethod
     def passes(error: Exception) -> bool:
-        """True if the same request may succeed later: neither denied, nor missing, nor wrong."""
+        """True if the same request may succeed later: it was not denied, missing or wrong."""
         status, code = status_of(error), code_of(error)
         if status or code:
             return status in (429, 500, 502, 503, 504) or code in _PASSING or "Throttl" in code
@@ -177,11 +176,15 @@ class S3(S3FileSystem):  # type: ignore[misc]
         return isinstance(error, (*_UNREACHABLE, *_BROKEN)) or type(error).__module__.startswith("aiohttp")
 
     def put(self, path: str, content: BinaryIO, *, replace: bool, guard: Callable[[], None]) -> None:
-        """Write a file whole. Raises FileExistsError where it is there, it stays, and `replace` is false.
+        """Write a whole file.
 
         Args:
-            content: sent from the file itself: a few parts of it are in memory at a time.
-            guard: called before each attempt; its error ends the upload.
+            content: the file to send; only a few parts of it are in memory at a time.
+            replace: if False, an existing file stays.
+            guard: called before each attempt. If it raises, the upload ends.
+
+        Raises:
+            FileExistsError: `replace` is False and the file exists.
         """
         writer = uuid.uuid4().hex
 
@@ -190,8 +193,8 @@ class S3(S3FileSystem):  # type: ignore[misc]
             try:
                 self._upload(path, content, writer, replace=replace)
             except Exception as error:
-                # An upload whose answer was lost is sent again and then finds its own file. So whatever the error
-                # says, the mark of the stored file decides whose upload it is.
+                # If the answer to an upload is lost, the next attempt finds this upload's own file. So the writer id
+                # of the stored file decides, whatever the error says.
                 owner = None
                 with suppress(Exception):  # the error of the upload is the one to report
                     owner = self._writer_of(path)
@@ -203,8 +206,9 @@ class S3(S3FileSystem):  # type: ignore[misc]
                     self._takes_conditions = False
                     upload()
                     _say_once(
-                        f"{_bucket(path)} cannot write a file only if it is missing (If-None-Match). It is looked for "
-                        "before and after instead: of two commands that write it at one moment, the later one wins"
+                        f"{_bucket(path)} cannot write a file only if it is missing (If-None-Match). Instead, the file "
+                        "is looked for before and after the upload. If two commands write it at the same moment, the "
+                        "later one wins"
                     )
                     return
                 raise
@@ -238,7 +242,7 @@ class S3(S3FileSystem):  # type: ignore[misc]
             return None
 
     def clearer(self, error: Exception, path: str) -> Exception:
-        """The error, or a clearer one: answers to HEAD have no body, and so no code that says why."""
+        """Clearer error for an answer to HEAD, which has no body and so no code. Otherwise, the error itself."""
         if code_of(error) not in ("400", "403"):
             return error
         bucket, key, _ = self.split_path(path)
@@ -250,20 +254,20 @@ class S3(S3FileSystem):  # type: ignore[misc]
 
 
 def _refuse_page(response_dict: Any, **_: object) -> None:
-    """Raise an error if a web page is the answer; botocore would take it for a folder without files."""
-    body = response_dict["body"]  # not bytes if it is a file's content
+    """Raise an error if the answer is a web page, which botocore would take for an empty folder."""
+    body = response_dict["body"]  # a stream, not bytes, if it is a file's content
     if isinstance(body, bytes) and re.match(rb"(?i)\s*<(!doctype|html)", body):
         raise ResponseParserError("a web page")
 
 
 def _is_of_s3(error: Exception) -> bool:
-    """True if an S3 server answered, and nothing that stands in its place or before it: it names its reasons."""
+    """True if an S3 server answered, not a proxy or web server in its place. Only S3 gives codes in letters."""
     code = code_of(error)
     return isinstance(error, FileNotFoundError) or (code != "" and not code.isdigit())
 
 
 def _refuses_conditions(error: Exception) -> bool:
-    """True if a server does not know If-None-Match on uploads."""
+    """True if a server does not support If-None-Match on uploads."""
     code = code_of(error)
     return code in ("NotImplemented", "501") or (
         400 <= status_of(error) < 500 and "if-none-match" in str(error).lower()

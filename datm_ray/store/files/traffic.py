@@ -1,9 +1,9 @@
-"""What this process has read from and written to its files so far: a few sums, kept by `filesystem`.
+"""Totals of this process's file access: requests, bytes, seconds and retries; counted by `filesystem`.
 
-A request is what one call of a `Location` asks for, however many messages that takes. A retry is a request to S3 that
-failed for the moment and was sent again; a connection that broke while idle is mended below and not seen.
-What a local cache answers is no request. Sums only ever grow, so the traffic of a piece of work is the difference of
-two looks at them.
+A request is one call of a `Location`, however many messages it needs. A retry is a request to S3 that failed
+temporarily and was sent again. A connection that broke while idle is repaired by the HTTP client and not counted. Reads
+answered by the local cache are not requests. Totals only grow, so the traffic of some work is the difference of two
+values.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Traffic:
-    """Sums over all threads of a process; seconds of requests that overlap add up."""
+    """Totals over all threads of a process. Seconds of overlapping requests are added up."""
 
     reads: int = 0
     read_bytes: int = 0
-    """Handed to readers. Of a local file they are mapped, so the disk may have been asked for fewer."""
+    """Bytes given to readers. Local files are mapped, so the disk may have read fewer bytes."""
     read_seconds: float = 0.0
     writes: int = 0
     write_bytes: int = 0
     write_seconds: float = 0.0
-    """From the moment at which the content is complete until it has its name."""
+    """Seconds from the moment when the content is complete until the file has its name."""
     looks: int = 0
     """Number of requests without content: exists, size, list and delete."""
     look_seconds: float = 0.0
     retries: int = 0
 
     def __sub__(self, earlier: Traffic) -> Traffic:
-        """What came since an earlier look."""
+        """Traffic since an earlier value."""
         return Traffic(**{each.name: getattr(self, each.name) - getattr(earlier, each.name) for each in fields(self)})
 
 
 class Size:
-    """How many bytes a request has moved; filled in where it is known."""
+    """Number of bytes that a request has moved, set by the block of `request`."""
 
     bytes = 0
 
@@ -52,13 +52,13 @@ _sums = Traffic()
 
 
 def traffic() -> Traffic:
-    """Requests, bytes, seconds and retries of this process's file access so far; subtract an earlier value."""
+    """Requests, bytes, seconds and retries of this process's file access since its start."""
     return _sums
 
 
 @contextmanager
 def request(kind: Literal["read", "write", "look"], uri: str) -> Iterator[Size]:
-    """Count the block as one request, also where it fails; its bytes are what the block enters."""
+    """Count the block as one request, even if it fails. The block sets `bytes` of the yielded `Size`."""
     size, started = Size(), time.monotonic()
     try:
         yield size
@@ -69,7 +69,7 @@ def request(kind: Literal["read", "write", "look"], uri: str) -> Iterator[Size]:
 
 
 def count_retry() -> None:
-    """Count a request that is sent again."""
+    """Count one retry."""
     _add({"retries": 1})
 
 
