@@ -191,7 +191,7 @@ def test_chosen_set_is_marked(out: Location) -> None:
     """The validation chart marks the set that was kept."""
     images = Images(page_of(out, finished_run(out, configure()))).found
     (chart,) = (image for image in images if image["alt"].startswith("Validation"))
-    assert "chosen was the set of iteration 8, with 93.0 %" in chart["alt"]
+    assert "The set of iteration 8 was kept, with 93.0 %" in chart["alt"]
     assert "93.0 kept" in "".join(ElementTree.fromstring(chart["content"]).itertext())
 
 
@@ -345,7 +345,7 @@ def test_a_step_size_that_is_not_learned_is_a_plain_line(out: Location) -> None:
     page = page_of(out, RunSummary(config, out / config.name, []))
     assert "learned step size" not in text_of(page)
     assert "step size, not learned" in text_of(page)
-    assert "which this recipe keeps" in text_of(page)
+    assert "constant in this recipe" in text_of(page)
     (chart,) = (image for image in Images(page).found if image["alt"].startswith("Step size"))
     ticks = [text.strip() for text in ElementTree.fromstring(chart["content"]).itertext() if text.strip()]
     assert {"0.00", "0.03", "0.06"} <= set(ticks)

@@ -1,6 +1,6 @@
 """The command line `datm-ray`: parse, make one call, print the result and the next step.
 
-Nothing heavy is imported before a command runs, so that `--help` answers at once.
+Heavy packages are imported only when a command runs, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ app.add_typer(store_app, name="store")
 
 
 def main() -> None:
-    """Run the command line; whatever fails is one line on standard error and an exit code."""
+    """Run the command line. A failure prints one line on standard error and sets the exit code."""
     adapt_streams()
     logs.show(0)
     _hide_deprecations()
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def _hide_deprecations() -> None:
-    """Hide what a dependency has deprecated, which a user cannot change; Python's option -W shows it."""
+    """Hide deprecation warnings of other packages, which users cannot fix. Python's option -W shows them."""
     if not sys.warnoptions:
         for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
             warnings.filterwarnings("ignore", category=category, module="(?!datm_ray)")

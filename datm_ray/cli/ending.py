@@ -1,8 +1,8 @@
 """End of the command line: one line per failure, an exit code, and a log of unexpected failures.
 
-Exit codes: 0, 1 for work that failed, 2 for bad input, 75 where a job that is followed is out of sight, 130 for Ctrl-C,
-141 where the reader of the output has gone, 143 for SIGTERM.
-With DATM_RAY_DEBUG=1 a failure is shown with its traceback. Tests: tests/test_cli.py.
+Exit codes: 0 for success, 1 for failed work, 2 for bad input, 75 if the cluster of a followed job no longer answers,
+130 for Ctrl-C, 141 if the reader of the output has closed the pipe, 143 for SIGTERM.
+DATM_RAY_DEBUG=1 shows the traceback of a failure. Tests: tests/test_cli.py.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from typer.core import TyperGroup
 from datm_ray.errors import DatmError, one_line
 
 INTERRUPTED = 130
-"""Exit code of Ctrl-C, as a shell shows it."""
+"""Exit code after Ctrl-C, by the shell's convention 128 + signal number."""
 READER_GONE = 141
-"""Exit code of a program that a closed pipe ends, as a shell shows it."""
+"""Exit code after a closed pipe, by the shell's convention 128 + signal number."""
 LOG = "datm-ray-error.log"
-"""Name of the file with tracebacks, in a run's output folder."""
+"""Name of the file with tracebacks of unexpected failures, in a run's output folder."""
 _RESUMED = ("run", "experts", "distill", "evaluate")  # commands that continue where an earlier one was stopped
 _SPELLED = str.maketrans({"±": "+-", "×": "x", "–": "-", "—": "-", "…": "...", "·": "-", "’": "'"})
 
 
 class _Caught(Exception):
-    """Carrier of Ctrl-C or of a closed pipe, which Typer would otherwise reduce to an exit code."""
+    """Wrapper that carries Ctrl-C or a closed pipe past Typer, which would turn either into an exit code."""
 
     def __init__(self, failure: BaseException, resumes: bool) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class _Caught(Exception):
 
 
 class Commands(TyperGroup):
-    """The commands; `end_cleanly` sees what they raise."""
+    """Command group that passes Ctrl-C and closed pipes on to `end_cleanly`."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
@@ -62,13 +62,13 @@ def end_cleanly(command: Callable[[], object], out: Callable[[], str | None]) ->
     """Run a command and end the process: with 0, or with one line on standard error and another exit code.
 
     Args:
-        out: the output folder that the command was given; None where it was given none.
+        out: returns the command's output folder, or `None` if the command has none.
     """
     try:
         command()
     except SystemExit as end:
         if end.code == 1 and any([_has_no_reader(sys.__stdout__), _has_no_reader(sys.__stderr__)]):
-            sys.exit(READER_GONE)  # typer met it while it printed its help
+            sys.exit(READER_GONE)  # the pipe was closed while typer printed its help
         if not end.code:
             _exit_flushed()
         raise
@@ -79,7 +79,7 @@ def end_cleanly(command: Callable[[], object], out: Callable[[], str | None]) ->
 
 
 def _exit_flushed() -> None:
-    """End a command that has done its work, if all that it printed could be written."""
+    """Flush the output of a successful command. A failed write ends the process with an error."""
     try:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
@@ -107,7 +107,7 @@ def _end_with(failure: BaseException, out: str | None, *, resumes: bool = False)
 
 
 def _in_words(failure: BaseException) -> str:
-    """An exception that no part of this package expects, in a line with what to do where that is known."""
+    """One line about an unexpected exception, with a remedy for the known kinds."""
     kinds = {each.__name__ for each in type(failure).__mro__}
     words = one_line(str(failure)).rstrip(". ")
     shown = type(failure).__name__ + (f": {words[:300]}" if words else "")
@@ -185,9 +185,9 @@ def adapt_streams() -> None:
 
 
 def _spelled(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Replace characters that an output cannot encode: by ASCII if `_SPELLED` has some, else by escapes.
+    """Encoding error handler: replace characters by the ASCII spelling in `_SPELLED`, else by an escape.
 
-    Bytes of a file name that are no text stay as they are.
+    Undecodable bytes of file names stay.
     """
     assert isinstance(error, UnicodeEncodeError)
     with suppress(UnicodeEncodeError):
@@ -197,13 +197,13 @@ def _spelled(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def find_home() -> None:
-    """Set HOME to a temporary folder where the user has none, as in some containers."""
+    """Set HOME to a temporary folder if the user has no home folder, as in some containers."""
     if os.path.expanduser("~") == "~":
         os.environ["HOME"] = folder = tempfile.mkdtemp(prefix="datm-ray-home-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 def note_out(context: typer.Context, value: str) -> str:
-    """Keep the output folder of a command, for `end_cleanly`."""
+    """Store a command's output folder in its context, for `end_cleanly`. Returns the folder."""
     context.find_root().ensure_object(dict)["out"] = value
     return value

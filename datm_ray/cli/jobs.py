@@ -23,9 +23,9 @@ LOCAL_DASHBOARD = "http://127.0.0.1:8265"
 
 
 def default_dashboard() -> str:
-    """Dashboard in RAY_ADDRESS, as Ray's own job commands read it, or else that of this machine.
+    """Dashboard's URL: RAY_ADDRESS if it holds a URL, as in Ray's own job commands, else this machine's dashboard.
 
-    On a cluster's nodes RAY_ADDRESS may hold the address for drivers, which is not that of a dashboard.
+    On the nodes of a cluster, RAY_ADDRESS may hold the address for drivers, which is no URL of a dashboard.
     """
     address = os.environ.get("RAY_ADDRESS", "")
     return address if address.startswith(("http://", "https://")) else LOCAL_DASHBOARD
@@ -141,7 +141,9 @@ def job_status(number: JobId, address: Dashboard, json_: Json = False) -> None:
 
 
 def highlights(log: str, message: str) -> dict[str, str]:
-    """Lost workers, latest progress and last line of a job's log, by title.
+    """Extract lost workers ("lost"), the latest progress ("progress") and the last line ("last") from a job's log.
+
+    Keys without a value are left out.
 
     Args:
         message: the cluster's message about the job, shown while its log is empty.
@@ -179,7 +181,7 @@ def job_logs(
 def job_stop(number: JobId, address: Dashboard) -> None:
     """Stop a job and keep what it has finished.
 
-    `job submit` with the same arguments resumes from there.
+    `job submit` with the same arguments resumes the stopped run.
     """
     from datm_ray.runtime.ray.jobs import Jobs
 

@@ -1,4 +1,4 @@
-"""Options that several commands have, each defined once."""
+"""Command-line options that several commands share."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 def recipes_starting_with(incomplete: str) -> list[str]:
-    """Names of packaged recipes, for a shell's completion."""
+    """Names of packaged recipes that start with the text, for a shell's completion."""
     from datm_ray.recipes import recipe_names
 
     return [name for name in recipe_names() if name.startswith(incomplete)]
 
 
 def settings_starting_with(incomplete: str) -> Iterator[str]:
-    """Keys of a recipe as `section.field=`, for a shell's completion."""
+    """Keys of a recipe that start with the text, as `section.field=`, for a shell's completion."""
     from datm_ray.config import RunConfig
 
     for name, field in RunConfig.model_fields.items():
@@ -33,7 +33,7 @@ def settings_starting_with(incomplete: str) -> Iterator[str]:
 
 
 def more_output(steps: int) -> int:
-    """Show more of the log on standard error, or less for a negative number of steps, which is returned."""
+    """Raise the log level shown on standard error by so many steps; a negative number lowers it. Returns `steps`."""
     logs.show(logs.verbosity() + steps)
     return steps
 
@@ -64,7 +64,7 @@ WriteTo = Annotated[str, typer.Option("--out", "-o", metavar="URI", help="Folder
 
 
 def verbose_option(help_: str) -> Any:
-    """The option --verbose of a command, which may be given twice."""
+    """Make the option --verbose of a command. A user may give the option twice."""
     return typer.Option("--verbose", "-v", count=True, show_default=False, callback=more_output, help=help_)
 
 
@@ -84,12 +84,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, who
 
 
 def print_json(value: object) -> None:
-    """Print a value as the only JSON document of a command; numbers that are not finite become null."""
+    """Print a value as one JSON document. Numbers that are not finite become null."""
     print(json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), indent=2))
 
 
 def config_of(name: str, set_: list[str] | None) -> RunConfig:
-    """The recipe of that name, or of that file, with its values overridden."""
+    """Load a packaged recipe by its name, or a YAML file, and override values by `set_`."""
     from datm_ray.config import override
     from datm_ray.recipes import get_recipe
 
@@ -97,7 +97,7 @@ def config_of(name: str, set_: list[str] | None) -> RunConfig:
 
 
 class Invocation(NamedTuple):
-    """Arguments of one stage's command, which the command for the next stage repeats."""
+    """Arguments of one stage's command. The command for the next stage repeats them."""
 
     recipes: list[str]
     set_: list[str] | None
@@ -107,7 +107,7 @@ class Invocation(NamedTuple):
     address: str | None
 
     def next(self, command: str) -> str:
-        """The command for the next stage."""
+        """Text of the shell command for the next stage."""
         import shlex
 
         words = ["datm-ray", command, *self.recipes, "--out", self.out]

@@ -1,4 +1,4 @@
-"""Commands about recipes: write one for images of one's own, list and print the packaged ones."""
+"""Commands that write a recipe for the user's own images, and that list and print packaged recipes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def init(
     minutes: Annotated[
         float | None, typer.Option("--minutes", min=0.1, metavar="M", help="Time for everything. Default: 30 minutes.")
     ] = None,
-    hours: Annotated[float | None, typer.Option("--hours", min=0.01, metavar="H", help="The same in hours.")] = None,
+    hours: Annotated[float | None, typer.Option("--hours", min=0.01, metavar="H", help="Time in hours.")] = None,
     name: Annotated[
         str | None, typer.Option("--name", metavar="NAME", help="Name of the run. Default: PATH's name and N.")
     ] = None,
@@ -45,8 +45,8 @@ def init(
 ) -> None:
     """Write a recipe for your own images and your time.
 
-    It reads the images, measures this machine for some seconds, and chooses values that fill the time. Nothing but the
-    recipe is written, and every value in it has its reason beside it.
+    The command reads the images, measures this machine for some seconds, and chooses values that fill the time. The
+    recipe is the only file written. Every value in it has its reason beside it.
     """
     from datm_ray.api import init as init_recipe
     from datm_ray.errors import ConfigError
@@ -67,14 +67,18 @@ def init(
     print(suggestion.plan)
     if sum(suggestion.plan.clock.values()) > 60 * time:
         print(
-            f"This takes longer than the {time:g} minutes that you asked for, and it is the least. Fewer classes, a "
-            "smaller --resize or a smaller --ipc take less."
+            f"This takes longer than the {time:g} minutes that you asked for. No shorter recipe is possible with "
+            "these images. Try: fewer classes, a smaller --resize or a smaller --ipc."
         )
     print(f"\nRecipe: {file}\nNext: datm-ray run {shlex.quote(str(file))}")
 
 
 def _new_file(out: str | None, name: str) -> Path:
-    """File of a recipe that is to be written. Errors come before the images are read."""
+    """Path of the recipe to write. Checked before the images are read, because reading takes time.
+
+    Raises:
+        ConfigError: the name is invalid, the file exists, or its folder does not.
+    """
     from datm_ray.config import parse_config
     from datm_ray.errors import ConfigError
 
@@ -113,7 +117,7 @@ def recipe_show(
 ) -> None:
     """Print a recipe as YAML, with a comment on every field.
 
-    A file of your own needs only `base: NAME` and the values that differ.
+    Your own YAML file needs only `base: NAME` and the values that differ.
     """
     import textwrap
 

@@ -1,4 +1,4 @@
-"""Commands that plan, run and report."""
+"""Commands that plan a run, run it or one of its stages, report and export."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the remaining wor
 
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
-    """Print the version, or run the command."""
+    """Print the version, or run the given command."""
     if version:
         print(f"datm-ray {__version__}")
         raise typer.Exit
@@ -89,10 +89,10 @@ def run(
 ) -> None:
     """Train experts, distil, evaluate and write the report.
 
-    It may be stopped at any time. The same command then resumes where it was. Ctrl-C and SIGTERM save the present
-    iteration or epoch first.
+    You may stop the command at any time. Running it again resumes the work. Ctrl-C and SIGTERM first save the current
+    iteration or epoch.
 
-    --json prints the remaining work of --dry-run, or the scores of a finished run, as in summary.json.
+    With --dry-run, --json prints the remaining work. Without it, --json prints the scores, as in summary.json.
     """
     from datm_ray.pipeline import report as write_report
     from datm_ray.stages.distill import SYNTHETIC
@@ -142,11 +142,12 @@ def plan(
 ) -> None:
     """Estimate memory, time and storage before anything starts.
 
-    Time on CPUs comes from small steps that are timed here, in seconds. --measure times the run's own steps.
+    Time on CPUs is estimated from small steps, timed on this machine within seconds. --measure times the run's own
+    steps.
 
-    With --cluster it also suggests a layout for that cluster. There, memory is that of one GPU, or of all cores
-    together. tflops (or gflops) is the speed of student steps on one GPU or core, not its peak. network is the speed at
-    which one GPU or core can send. Time on GPUs needs tflops or --measure.
+    --cluster suggests a layout for the described cluster. Its memory is that of one GPU, or of all cores together. Its
+    tflops (or gflops) is the speed of student steps on one GPU or core, not the peak. Its network is the speed at which
+    one GPU or core can send. Time on GPUs needs tflops or --measure.
     """
     from datm_ray.planning.plan import not_followed, plan_run
 
@@ -232,9 +233,9 @@ def evaluate(
 
     Fresh networks are trained on each synthetic set and on each control, and tested on the real test images.
 
-    Other architectures are trained twice: with the learned step size, and with one chosen on validation data. If the
-    recipe has a network of the given name, that one is meant. Widths are relative to 128. Networks that SGD cannot
-    train well, such as vit-small, need --set evaluate.optimiser=adamw.
+    Architectures of --arch are trained twice: with the learned step size, and with a step size chosen on validation
+    data. If the recipe has a network of the given name, that network is used. Widths are relative to 128. Networks that
+    SGD cannot train well, such as vit-small, need --set evaluate.optimiser=adamw.
 
     --fair also measures the set's accuracy with hard labels and without augmentation. It needs the control on all real
     data.
@@ -286,7 +287,7 @@ def export(
 
 
 def _prepare(invocation: Invocation, arch: str | None = None) -> tuple[Pipeline, Callable[[], Executor]]:
-    """Checked pipeline, and a function that starts its executor."""
+    """Check the recipes. Returns their pipeline, and a function that starts the executor."""
     configs = [config_of(name, invocation.set_) for name in invocation.recipes]
     asked: dict[NetworkConfig, str] = {}
     if arch is not None:

@@ -45,7 +45,7 @@ def store_ls(uri: StoreUri, json_: Json = False) -> None:
 
 
 def _group_facts(group: ExpertGroup) -> dict[str, Any]:
-    """Group of experts as plain data; epochs and precision are `None` without experts and for a damaged first one."""
+    """Group of experts as plain data. Epochs and precision are `None` if it has no expert or its first is damaged."""
     from datm_ray.errors import CorruptFileError
 
     numbers, info = group.experts(), None
@@ -79,7 +79,7 @@ def store_show(uri: StoreUri, json_: Json = False) -> None:
 
 
 def _expert_facts(group: ExpertGroup, number: int) -> dict[str, Any]:
-    """Expert as plain data; of a damaged one only its group, its number and the damage."""
+    """Expert as plain data. For a damaged expert, only its group, its number and the damage."""
     from datm_ray.errors import CorruptFileError
 
     facts: dict[str, Any] = {"group": str(group.key), "expert": number, "damage": None}
@@ -124,8 +124,8 @@ def _expert_lines(group: ExpertGroup, number: int, *, with_recipe: bool) -> list
 def store_verify(uri: StoreUri, verbose: Verbose = 0) -> None:
     """Check every file of a store against its checksums.
 
-    Every byte of the experts and of their transforms is read, eight files at a time. At most one snapshot of each file
-    is in memory.
+    The command reads every byte of the experts and of their transforms, eight files at a time. It holds at most one
+    snapshot of each file in memory.
     """
     from concurrent.futures import ThreadPoolExecutor
 
@@ -149,10 +149,13 @@ def store_verify(uri: StoreUri, verbose: Verbose = 0) -> None:
 
 
 def _verified(group: ExpertGroup, number: int | None) -> tuple[int, str]:
-    """Size in bytes of an expert's file, and its fault or "". None stands for the group's transform.
+    """Verify a file. Returns its size in bytes, and a description of its damage or "".
+
+    Args:
+        number: number of the expert; `None` for the group's transform, whose size is given as 0.
 
     Raises:
-        StoreError: the file cannot be read at all, which says nothing about it.
+        StoreError: the file cannot be read, so that nothing is known about it.
     """
     from datm_ray.errors import CorruptFileError
     from datm_ray.store.files.filesystem import MissingFileError
@@ -213,7 +216,7 @@ def store_import(
     set_: Set = None,
     verbose: Verbose = 0,
 ) -> None:
-    """Store expert trajectories of other projects as a recipe's."""
+    """Store expert trajectories of other projects for a recipe."""
     config = config_of(recipe, set_)
     from datm_ray.interop.replay_buffers import import_replay_buffers
 
@@ -237,7 +240,7 @@ def store_export(
 ) -> None:
     """Write a group's experts as replay_buffer_<n>.pt files.
 
-    MTT and the methods built on it read these files.
+    MTT and methods derived from it read these files.
     """
     from datm_ray.store.files.filesystem import open_location
 

@@ -1,10 +1,10 @@
 """Differentiable siamese augmentation (DSA) with the published values, driven by explicit parameters.
 
 An `Augmentation` is a value: an operation and its parameters for every sample of a batch. Drawing and applying are
-separate. So an augmentation is drawn for a global batch and applied to the slice of one shard, and is applied again in
-the reverse sweep without a saved graph. One operation of the strategy is drawn per batch, and its parameters per
-sample, as published. An operation may be several ones in turn, such as "resized+flip". Pixels are whitened and are not
-clamped. Shapes: b samples, c h w image, w numbers that an operation needs for a sample.
+separate. So an augmentation can be drawn for a global batch and applied to one shard's slice, and applied again in the
+reverse sweep without a saved graph. One operation of the strategy is drawn per batch, and its parameters per sample, as
+published. An operation may join several that are applied in turn, such as "resized+flip". Pixels are whitened and are
+not clamped. Shapes: b samples, c h w image, w parameters of an operation for one sample.
 
 Reference: VICO-UoE/DatasetCondensation `ParamDiffAug`, used unchanged by MTT, FTD, TESLA and DATM.
 """
@@ -45,7 +45,7 @@ class Augmentation:
     operation: str
     """Key of the operation table, or several joined by "+" that are applied in turn; "" for no operation."""
     parameters: NDArray[np.float32]
-    """[b w] numbers in [0, 1), w as from `width`; their meaning depends on the operation."""
+    """[b w] numbers in [0, 1), whose meaning depends on the operation; w is `width(operation)`."""
 
     def take(self, rows: NDArray[np.int64]) -> Augmentation:
         """Select the samples at these indices, with the operation unchanged."""
@@ -62,7 +62,7 @@ def draw_augmentation(strategy: str, batch: int, generator: np.random.Generator)
 
 
 def width(operation: str) -> int:
-    """Numbers w that an operation needs for a sample: those of its parts side by side."""
+    """Number w of an operation's parameters for one sample: the sum over its parts."""
     return sum(_WIDTHS.get(part, USUAL_WIDTH) for part in operation.split("+"))
 
 
@@ -102,9 +102,9 @@ def apply_operation(images: Tensor, operation: str, uniform: Tensor) -> Tensor:
 
 
 def augment_batches(batches: Sequence[Tensor], augmentations: Sequence[Augmentation]) -> list[Tensor]:
-    """Apply to each batch its own augmentation, with one call for all batches of an operation.
+    """Apply to each batch its own augmentation. All batches with the same operation share one call.
 
-    Every sample gets the same numbers as from `augment`, because no operation mixes samples.
+    The result equals that of `augment` for each batch, because no operation mixes samples.
     """
     done = list(batches)
     for operation in dict.fromkeys(each.operation for each in augmentations):
@@ -137,8 +137,8 @@ def _crop(images: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _shift(images: Tensor, shift: Tensor, axis: int) -> Tensor:
-    # gather, not indexing: each source pixel has one reader of non-zero weight. So only zeros are added in no
-    # particular order, and the backward pass is reproducible on a GPU too.
+    # gather instead of indexing, so that the backward pass is reproducible on a GPU too: it adds gradients in no fixed
+    # order, but at most one gradient of each source pixel is not zero.
     side = images.shape[axis]
     source = torch.arange(side, device=images.device) + shift[:, None]
     inside = (source >= 0) & (source < side)
@@ -195,15 +195,15 @@ LARGEST_RATIO = 4 / 3
 
 
 def crop_boxes(uniform: Tensor, least_share: float = LEAST_SHARE, largest_ratio: float = LARGEST_RATIO) -> Tensor:
-    """Boxes [b 4] of random resized crops: top, left, height and width as shares of the image's sides, in [0, 1].
+    """Make boxes [b 4] of random resized crops: top, left, height, width as shares of the image's sides, in [0, 1].
 
-    Area and logarithm of the ratio are uniform, as in torchvision's `RandomResizedCrop`. A side longer than the image's
-    is cut to it, where torchvision draws again.
+    The area and the logarithm of the ratio are uniform, as in torchvision's `RandomResizedCrop`. A side longer than the
+    image's side is cut to it; torchvision draws again instead.
 
     Args:
         uniform: [b 4] numbers in [0, 1) for area, ratio, top and left.
         least_share: smallest share of the area, in (0, 1].
-        largest_ratio: largest ratio of width to height and of height to width, at least 1, which keeps the image's own.
+        largest_ratio: largest ratio of width to height and of height to width, at least 1; 1 keeps the image's ratio.
     """
     area = least_share + (1 - least_share) * uniform[:, 0]
     ratio = torch.exp((2 * uniform[:, 1] - 1) * math.log(largest_ratio))
@@ -238,4 +238,4 @@ _OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "resized": _resized,
 }
 USUAL_WIDTH, _WIDTHS = 3, {"resized": 4}
-"""Numbers that an operation needs for a sample, and those of operations that need more."""
+"""Usual number of an operation's parameters for one sample, and the numbers of operations with more."""

@@ -1,7 +1,7 @@
-"""Minibatches of networks in training: order, augmentation, and the way to the device.
+"""Minibatches of networks in training: order, augmentation, and the copy to the device.
 
-Each network has its own order and draws, which follow from its seed, the epoch and the number of the batch alone.
-Images are gathered and augmented for many steps at a time. Shapes: s networks, b images of a batch, c h w image.
+Each network has its own order and draws. They depend only on its seed, the epoch and the number of the batch. Images
+are gathered and augmented for many steps at a time. Shapes: s networks, b images of a batch, c h w image.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from datm_ray.core.augment import Augmentation, augment_batches, draw_augmentati
 from datm_ray.core.randomness import Purpose, generator
 
 BLOCK_BYTES = 2**24
-"""Bytes of images that are augmented at a time, for the steps to come; at least one step's."""
+"""Bytes of images to augment at a time, for the next steps. At least one step is augmented."""
 
 
 class Batch(NamedTuple):
     """Minibatches of all networks in one step."""
 
     epoch: int
-    """Counted from 0."""
+    """Number of the epoch, from 0."""
     is_last: bool
     """True for the last step of the epoch."""
     images: Tensor
-    """[s b c h w], augmented."""
+    """[s b c h w] augmented images."""
     targets: Tensor
-    """[s b] or [s b k]."""
+    """[s b] classes or [s b k] probabilities."""
 
 
 def batches(
@@ -43,15 +43,17 @@ def batches(
     batch_size: int,
     augmentation: str,
 ) -> Iterator[Batch]:
-    """Minibatches of several networks, step by step. Every epoch has each image once, and a last batch may be smaller.
+    """Yield the minibatches of several networks, step by step.
+
+    Every epoch has each image once. The last batch of an epoch may be smaller.
 
     Args:
-        images: of each network, [n c h w]; n is the same for all. They may lie in main memory, see `_gathered`.
-        targets: of each network, [n] or [n k], on the device.
-        seeds: of each network's order and augmentation.
+        images: images [n c h w] of each network, the same n for all. They may lie in main memory, see `_gathered`.
+        targets: classes [n] or probabilities [n k] of each network's images, on the device.
+        seeds: seed of each network's order and augmentation.
         epochs: numbers of the epochs, from 0.
-        batch_size: images of a step.
-        augmentation: operations, see `core.augment`; "" for none.
+        batch_size: images of a network in one step.
+        augmentation: strategy of operations, see `core.augment`; "" for none.
     """
     count, device = len(images[0]), targets[0].device
     firsts = range(0, count, batch_size)
@@ -82,7 +84,7 @@ def batches(
 
 
 def _gathered(images: Tensor, rows: Tensor, device: torch.device) -> Tensor:
-    """Rows of images on the device. From main memory they go to a GPU through pinned memory."""
+    """Copy rows of images to the device. From main memory they are copied to a GPU through pinned memory."""
     if images.device == device:
         return images[rows.to(device)]
     pinned = torch.empty(len(rows), *images.shape[1:], dtype=images.dtype, pin_memory=device.type == "cuda")

@@ -1,11 +1,11 @@
-"""Functions of tensors as flat graphs of tensor operations, and those graphs as compiled code.
+"""Functions of tensors as flat graphs of tensor operations, and these graphs as compiled code.
 
-A function is traced once, for one shape of its arguments: no Python of the network, no graph break and no second
-compilation is left. The graph is rid of what is known to be zero and of slow weight gradients. A machine without a
-compiler runs the functions uncompiled, and one line reports it.
+A function is traced once for each shape of its arguments. So the compiled code runs no Python of the network, and has
+no graph breaks. Terms known to be zero and slow weight gradients are removed from the graph. A machine without a
+compiler runs the functions uncompiled, and one line reports this.
 
-A graph computes the same whatever strides its operations give their results. Tensors without memory predict strides,
-and what they predict differs between versions of torch, from kernel to kernel, and after a term was left out.
+The result of a graph does not depend on the strides of its intermediate values. The strides seen in tracing may differ
+from those in a call: between versions of torch, between kernels, and after a term was removed.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ from datm_ray.core.torch_compat import UNSAFE_VIEW, ZEROS_LIKE_VALUE, compile_gr
 class Compiled:
     """A graph as compiled code, for tensors of the shapes and memory orders it was traced with.
 
-    The graph goes to the compiler as it is: `torch.compile` would capture it once more, and look at every call whether
-    it still fits, which at digits size took 5 % of an expert's step (benchmarks/LOG.md).
+    The graph is given to the compiler directly. `torch.compile` would capture it again, and check at every call that
+    it still fits. With digits these checks took 5 % of an expert's step (benchmarks/LOG.md).
     """
 
     def __init__(self, graph: fx.GraphModule, device_type: str, *, channels_last: bool = True) -> None:
-        """Compiles on the first call.
+        """Keep the graph; its first call compiles it.
 
         Args:
-            graph: of fake tensors, if it has more than one argument.
-            channels_last: let the compiler choose the memory order of maps, which is channels innermost where a
-                convolution is; else every map keeps the order it was traced with.
+            graph: graph from `traced`. If it has several arguments, it must be traced with tensors without memory.
+            device_type: type of the device, such as "cpu".
+            channels_last: True to let the compiler choose the memory order of maps, which is channels innermost around
+                convolutions; False to keep every map's order from tracing.
         """
         self._graph = graph
         self._options = {
-            # On a CPU the generated kernels are called from generated C++: at digits size Python's calls took a fifth
-            # to a third of the reverse step (benchmarks/LOG.md).
+            # On a CPU, generated C++ calls the generated kernels. With digits, calls from Python took 20 to 33 % of the
+            # reverse step (benchmarks/LOG.md).
             "cpp_wrapper": device_type == "cpu",
             "layout_optimization": channels_last,
         }
@@ -49,10 +50,10 @@ class Compiled:
         self._fitting: set[tuple[Any, ...]] = set()
 
     def __call__(self, *arguments: Tensor) -> Any:
-        """What the graph computes.
+        """Compute the graph's results, a tensor or a tuple of tensors.
 
         Raises:
-            ValueError: a tensor has another shape, type or memory order; compiled code would read it wrongly.
+            ValueError: a tensor's shape, type or memory order differs from tracing; compiled code would misread it.
         """
         layout = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in arguments)
         if layout not in self._fitting:
@@ -70,25 +71,25 @@ class Compiled:
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    """Shape, strides of the dimensions that have more than one entry, type."""
+    """Shape of a tensor, strides of its dimensions with more than one entry, and type."""
     strides = tuple(stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
     return tuple(tensor.shape), strides, tensor.dtype
 
 
 @functools.cache
 def compiler_problem(device_type: str) -> str:
-    """Why torch.compile does not work on this machine, in one line; "" where it does. Tried out once per process."""
+    """Compile a small function, once per process. Returns one line on why this fails, or "" if it works."""
     zeros = torch.zeros(8, device=device_type)
     try:
         Compiled(traced(lambda x: (torch.sin(x),), zeros), device_type)(zeros)
-    except Exception as failure:  # whatever a missing or broken toolchain raises, from any layer
+    except Exception as failure:  # a missing or broken toolchain may raise any error
         reason = next(iter(str(failure).strip().splitlines()), type(failure).__name__)
         return f"torch.compile does not work here ({reason[:120]}): running without it, more slowly"
     return ""
 
 
 def traced(function: Callable[..., Any], *arguments: Tensor) -> fx.GraphModule:
-    """The function as a graph, for arguments of these shapes, which may be fake."""
+    """Trace a function for the shapes of these arguments, which may be tensors without memory. Returns its graph."""
     graph = trace(function, *arguments)
     _drop_zero_terms(graph.graph)
     _free_of_strides(graph)
@@ -99,10 +100,10 @@ def traced(function: Callable[..., Any], *arguments: Tensor) -> fx.GraphModule:
 
 
 def _free_of_strides(graph: fx.GraphModule) -> None:
-    """Replace what was decided by the strides seen in tracing, and drop what is unused then.
+    """Make the graph independent of the strides seen in tracing, and drop nodes that are unused afterwards.
 
-    A view becomes a reshape, which copies where the strides of a call do not allow a view. What reads strides, and a
-    view of memory that is written to, gets them as they were traced, by a copy.
+    A view becomes a reshape, which copies if the strides of a call do not allow a view. Operations that read strides,
+    and views of memory that is written to, get a copy with the traced strides instead.
     """
     written = {_owner(node) for node in graph.graph.nodes if _writes(node)}
     for node in list(graph.graph.nodes):
@@ -118,7 +119,7 @@ def _free_of_strides(graph: fx.GraphModule) -> None:
 
 
 def _with_traced_strides(owner: fx.Node) -> None:
-    """Copy a value into memory with the strides that it was traced with."""
+    """Replace a value by a copy that has the strides seen in tracing."""
     value = owner.meta["val"]
     with owner.graph.inserting_after(owner):
         memory = owner.graph.call_function(_ATEN.new_empty_strided.default, (owner, value.shape, value.stride()))
@@ -129,7 +130,7 @@ def _with_traced_strides(owner: fx.Node) -> None:
 
 
 def _with_traced_order(node: fx.Node, places: Sequence[int]) -> None:
-    """Have the arguments with channels innermost, or outermost, as the last of them was traced."""
+    """Give all arguments at these places the memory order that the last of them had in tracing."""
     last = node.args[places[-1]]
     assert isinstance(last, fx.Node)
     order = torch.contiguous_format if last.meta["val"].is_contiguous() else torch.channels_last
@@ -142,23 +143,23 @@ def _with_traced_order(node: fx.Node, places: Sequence[int]) -> None:
 
 def _drop_unused(graph: fx.GraphModule) -> None:
     for node in reversed(list(graph.graph.nodes)):
-        # Also left-over shape checks of the automatic differentiation; the compiler would stumble over their bool.
+        # This also drops shape checks of the automatic differentiation, whose bool the compiler cannot handle.
         if node.op == "call_function" and not node.users and not _writes(node):
             graph.graph.erase_node(node)
     graph.recompile()
 
 
 def _writes(node: fx.Node) -> bool:
-    """True if the node changes a value in place, so that it counts although nothing uses its result."""
+    """True if the node changes a value in place, so that the node is needed even if nothing uses its result."""
     schema = schema_of(node)
     return schema is not None and bool(schema.is_mutable)
 
 
 def _drop_zero_terms(graph: fx.Graph) -> None:
-    """Remove additions of tensors known to be zero, and copies that only change a tangent's memory layout.
+    """Remove additions of tensors known to be zero, and copies that only change a tangent's memory order.
 
-    The images have no tangent along v, which automatic differentiation writes as a map of zeros and then convolves: in
-    the first layer, on its largest maps, that was 7 % of a reverse step.
+    The images have no tangent along v. Automatic differentiation writes this tangent as a map of zeros and convolves
+    it. In the first layer, which has the largest maps, this took 7 % of a reverse step.
     """
     for node in list(graph.nodes):
         if _is_needless_copy(node):
@@ -177,7 +178,7 @@ def _drop_zero_terms(graph: fx.Graph) -> None:
 
 
 def _is_needless_copy(node: fx.Node) -> bool:
-    """True if the node does nothing but give a tangent the memory order of its value."""
+    """True if the node only gives a tangent the memory order of its value."""
     if node.target is not _ATEN.copy_.default:
         return False
     into, source = node.args[0], node.args[1]
@@ -187,9 +188,9 @@ def _is_needless_copy(node: fx.Node) -> bool:
 
 
 def _owner(node: fx.Node) -> fx.Node:
-    """The node that made the memory which this one's value is a view of, or is written into."""
+    """Node whose output owns the memory of this node's value. Views and in-place writes are followed back to it."""
     while True:
-        maker = node.args[0] if node.target is operator.getitem else node  # one of several views, or of several results
+        maker = node.args[0] if node.target is operator.getitem else node  # getitem picks one of several results
         assert isinstance(maker, fx.Node)
         schema = schema_of(maker)
         if schema is None or not schema.returns or schema.returns[0].alias_info is None:
@@ -198,7 +199,11 @@ def _owner(node: fx.Node) -> fx.Node:
 
 
 def _is_zero(node: fx.Node, zeros: set[fx.Node]) -> bool:
-    """True if every entry of the node's value is zero, whatever the arguments of the graph."""
+    """True if the node's value is known to be zero everywhere for all arguments of the graph.
+
+    Args:
+        zeros: nodes that are known to be zero so far.
+    """
     if node.target in (_ATEN.zeros.default, _ATEN.zeros_like.default):
         return True
     if node.target in (_ATEN.expand.default, _ATEN.view.default, _ATEN.alias.default):
@@ -221,7 +226,8 @@ def _same_shape(one: fx.Node, other: fx.Node) -> bool:
 
 _ATEN = torch.ops.aten
 _READS_STRIDES = (_ATEN.as_strided.default, _ATEN.as_strided_copy.default, _ATEN.as_strided_scatter.default)
-"""Operations whose result depends on the strides of what they read."""
+"""Operations whose result depends on the strides of their input."""
 _SAME_ORDER = {_ATEN.native_group_norm.default: (0,), _ATEN.native_group_norm_backward.default: (0, 1)}
-"""Operations -> arguments that must all have their channels innermost, or all outermost. Torch 2.11 computes a wrong
-gradient otherwise, and without an error."""
+"""Operation -> places of the arguments that must all have the same memory order: channels innermost, or outermost.
+
+With different orders torch 2.11 computes a wrong gradient, without an error."""

@@ -1,8 +1,8 @@
-"""Training experts: SGD, or GSAM on top of it, on the real data; several experts at a time.
+"""Training experts on the real data by SGD, or GSAM on top of SGD; several experts at a time.
 
-The experts of a stack share every call and nothing else: each has its own initialisation, order of images and
-augmentation, and its numbers do not depend on whose the others are. What they are trained for, where their epochs go
-and how many are stacked is decided elsewhere. Shapes: s experts, n images, b of a batch, p parameters, q buffers.
+The experts of a stack share every call, but nothing else: each has its own initialisation, order of images and
+augmentation, and its values do not depend on the other experts. This module stores nothing. Shapes: s experts, n
+images, b images of a batch, p parameters, q buffers.
 
 GSAM is the optimiser of FTD and DATM (arXiv 2203.08065, with the adaptive scaling of arXiv 2102.11600). Let g be the
 gradient at the parameters w, and g' that at w + e, the worst point nearby, with e = rho t^2 g / |t g|. GSAM descends
@@ -26,12 +26,12 @@ from datm_ray.core.networks.stacked import StackFunctions, filled_up
 from datm_ray.core.rates import share_of_rate
 
 SMALLEST_NORM = 1e-12
-"""Keeps GSAM's division by a norm finite, as published."""
+"""Constant added to norms, so that GSAM's divisions stay finite, as published."""
 
 
 @dataclass
 class ExpertState:
-    """A stack of experts in training: all that the next step depends on."""
+    """State of a stack of experts in training: everything that the next step depends on."""
 
     parameters: Tensor
     """Flat parameters of every expert [s p]."""
@@ -40,9 +40,9 @@ class ExpertState:
     velocity: Tensor | None = None
     """Momentum's velocity [s p]; `None` without momentum or before the first step."""
     epoch: int = 0
-    """Epochs done."""
+    """Number of epochs done."""
     step: int = 0
-    """Steps done."""
+    """Number of steps done."""
 
     @classmethod
     def initial(cls, networks: Sequence[nn.Module]) -> ExpertState:
@@ -59,13 +59,13 @@ def train_experts(
     seeds: Sequence[int],
     state: ExpertState,
 ) -> Iterator[Tensor]:
-    """Train the stack from where it is to the end; after every epoch, its mean losses [s], with `state` up to date.
+    """Train the stack from its current state to the end. Yields the mean losses [s] of every epoch.
 
     Args:
-        images: [n c h w], normalised; they may lie in main memory, see `core.batches`.
-        labels: [n] int64.
-        seeds: of each expert's order and augmentation.
-        state: changed in place.
+        images: [n c h w] normalised images; they may lie in main memory, see `core.batches`.
+        labels: [n] int64 classes.
+        seeds: seed of each expert's order and augmentation.
+        state: changed in place; up to date after every epoch.
     """
     labels = labels.to(state.parameters.device)
     yield from train_stack(functions, [images] * len(seeds), [labels] * len(seeds), settings, seeds, state)
@@ -79,11 +79,11 @@ def train_stack(
     seeds: Sequence[int],
     state: ExpertState,
 ) -> Iterator[Tensor]:
-    """Train networks that have images of their own, see `train_experts`.
+    """Train a stack of networks, each on its own images. See `train_experts`.
 
     Args:
-        images: of each network, [n c h w].
-        labels: of each network, [n] int64 classes or [n k] probabilities, on the device.
+        images: images [n c h w] of each network.
+        labels: classes [n] int64 or probabilities [n k] of each network's images, on the device.
     """
     count = len(images[0])
     size, steps_per_epoch = min(settings.batch_size, count), -(-count // settings.batch_size)
@@ -123,12 +123,12 @@ def _step(
     labels: Tensor,
     weights: Tensor,
 ) -> Tensor:
-    """One step of every expert; the losses [s] before it."""
+    """Run one step of every expert. Returns the losses [s] before the step."""
     parameters = state.parameters
     losses, gradient, state.buffers = functions(parameters, state.buffers, images, labels, weights)
     if settings.optimiser == "gsam":
         there = parameters + perturbation(parameters, gradient, settings)
-        # The statistics of the batch were counted already.
+        # The second pass's buffers are dropped, because the first pass already counted the batch's statistics.
         _, sharp, _ = functions(there, state.buffers, images, labels, weights)
         gradient = descent(gradient, sharp, settings)
     if settings.weight_decay:
@@ -142,7 +142,7 @@ def _step(
 
 
 def perturbation(parameters: Tensor, gradient: Tensor, settings: ExpertConfig) -> Tensor:
-    """e [s p], the step to the worst point near the parameters [s p] to first order."""
+    """Compute e [s p], the step from the parameters [s p] to the worst point nearby, to first order (SAM)."""
     if not settings.adaptive:
         return gradient * (settings.rho / (_norm(gradient) + SMALLEST_NORM))
     scale = parameters.abs()
@@ -150,7 +150,12 @@ def perturbation(parameters: Tensor, gradient: Tensor, settings: ExpertConfig) -
 
 
 def descent(gradient: Tensor, sharp: Tensor, settings: ExpertConfig) -> Tensor:
-    """The direction [s p] that GSAM descends along, from the gradients at w and at w + e."""
+    """Compute GSAM's direction of descent [s p].
+
+    Args:
+        gradient: [s p] gradient at w.
+        sharp: [s p] gradient at w + e.
+    """
     unit = sharp / (_norm(sharp) + SMALLEST_NORM)
     across = gradient - (gradient * unit).sum(dim=1, keepdim=True) * unit
     return sharp - settings.alpha * across

@@ -1,13 +1,13 @@
-"""A teacher's logits for every epoch: which views of the images are labelled, the views themselves, and their logits.
+"""A teacher's logits for every epoch: drawing views of the images, making the views, and labelling them.
 
-Methods in the line of SRe2L train networks on views of the images, random resized crops that are mirrored and mixed,
-and give each view the logits of a trained network. Here a view is drawn for every pair (epoch, image) from counters
+Methods that follow SRe2L train networks on views of the images: random resized crops, mirrored and mixed (CutMix). Each
+view gets the logits of a trained network, the teacher. Here a view is drawn for every pair (epoch, image) from counters
 alone. Drawing, making and labelling are separate, so that a training can make the labelled views again.
 
-Published programs (FKD) draw one share, one box and one permutation of partners for a whole batch. So a training needs
-the batches of the labelling. Here every image has a partner among all images, a share and a box of its own, and each
-view is complete in itself. Therefore batches may have any size and order. The partner's part of a view is cut by the
-same crop and mirrored likewise; in FKD it has the partner's own crop.
+Published programs (FKD) draw one share, one box and one permutation of partners for a whole batch, so a training needs
+the same batches as the labelling. Here every view has its own share and box, and its own partner among all images.
+Therefore batches may have any size and order. The partner has the same crop and mirroring as the view's own image; in
+FKD the partner has its own crop.
 
 Shapes: n views, m images of the set, c h w image, k classes, t classes whose logits are kept.
 """
@@ -30,7 +30,7 @@ from datm_ray.core.training import Heartbeat, no_heartbeat
 from datm_ray.errors import ConfigError
 
 MIX = 1.0
-"""Both parameters of the beta distribution of the share that a view keeps of its own image, as published."""
+"""Both parameters of the beta distribution of a view's kept share, as published: the share showing its own image."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,17 +38,17 @@ class Views:
     """Augmented views of some images in one epoch."""
 
     rows: NDArray[np.int64]
-    """[n] index of the image that each view shows."""
+    """[n] index of each view's own image."""
     boxes: NDArray[np.float32]
     """[n 4] crops: top, left, height and width as shares of the image's sides, see `crop_boxes`."""
     flips: NDArray[np.bool_]
-    """[n] True for views that are mirrored left and right."""
+    """[n] True for views mirrored left to right."""
     partners: NDArray[np.int32]
-    """[n] index of the image that is pasted into each view."""
+    """[n] index of each view's partner: the image that is pasted into the view."""
     lambdas: NDArray[np.float32]
-    """[n] share of a view's area that shows its own image, in [0, 1]."""
+    """[n] share of each view's area that shows its own image, in [0, 1]."""
     mix_boxes: NDArray[np.uint16]
-    """[n 4] place of the partner in the view: top, left, height and width in pixels; no partner if a side is 0."""
+    """[n 4] box of the partner in the view: top, left, height and width in pixels; nothing is pasted if a side is 0."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -74,7 +74,7 @@ def draw_views(
     uniform = random.random((count, 8))
     kept = random.beta(mix, mix, count) if mix else np.ones(count)
     mix_boxes = _mix_boxes(kept, uniform[:, 6:], size)
-    others = np.floor(uniform[:, 5] * (count - 1)).astype(np.int64)  # any image but the own, unless there is one only
+    others = np.floor(uniform[:, 5] * (count - 1)).astype(np.int64)  # any other image; a single image has only itself
     return Views(
         rows=np.arange(count),
         boxes=crop_boxes(torch.from_numpy(uniform[:, :4]), least_share).float().numpy(),
@@ -86,7 +86,10 @@ def draw_views(
 
 
 def _mix_boxes(kept: NDArray[np.float64], centre: NDArray[np.float64], size: tuple[int, int]) -> NDArray[np.uint16]:
-    """Boxes [n 4] of CutMix in pixels: of the image's shape, cut off at its border, so that more may be kept."""
+    """Make CutMix's boxes [n 4] in pixels, with the image's ratio of sides. The border may cut a box.
+
+    So the share that a view really keeps may be larger than `kept`.
+    """
     sides = np.array(size)
     half = (sides * np.sqrt(1 - kept)[:, None]).astype(np.int64) // 2
     middle = (centre * sides).astype(np.int64)
@@ -114,7 +117,7 @@ def _cropped(images: Tensor, rows: NDArray[Any], boxes: Tensor, flips: Tensor) -
 
 
 def _inside(mix_boxes: NDArray[np.uint16], images: Tensor) -> Tensor:
-    """Masks [n 1 h w], True for pixels in the box."""
+    """Make masks [n 1 h w], True for the pixels in each box [n 4]."""
     top, left, height, width = torch.from_numpy(mix_boxes.astype(np.int64)).to(images.device)[:, :, None].unbind(1)
     y, x = (torch.arange(side, device=images.device) for side in images.shape[2:])
     vertical, horizontal = (y >= top) & (y < top + height), (x >= left) & (x < left + width)
@@ -125,10 +128,10 @@ def _inside(mix_boxes: NDArray[np.uint16], images: Tensor) -> Tensor:
 def teacher_logits(
     network: nn.Module, images: Tensor, views: Views, batch: int, heartbeat: Heartbeat = no_heartbeat
 ) -> Tensor:
-    """Logits [n k] of a network, in evaluation mode, for the views of a set's images [m c h w].
+    """Compute a network's logits [n k], in evaluation mode, for views of a set's images [m c h w].
 
     Args:
-        batch: views made and labelled at a time.
+        batch: number of views to make and label at a time.
         heartbeat: called after each batch.
     """
     was_training = network.training
@@ -144,16 +147,16 @@ def teacher_logits(
 def pack_logits(
     logits: Tensor, top: int | None, temperature: float = 1.0
 ) -> tuple[NDArray[np.float16], NDArray[np.uint16]]:
-    """Logits [n k] as they are stored: values and, if only the largest are kept, their classes.
+    """Pack logits [n k] for storage: their values and, if only the largest are kept, their classes.
 
-    With `top`, the values are the t largest logits, in descending order, and one more: the logit that all other classes
-    get. It spreads the probability of these evenly over them, so that every kept class has its exact probability, at
-    the given temperature and up to rounding to float16. At others the probabilities differ.
+    With `top`, the values are the t largest logits in descending order, and one common logit for all other classes. The
+    common logit spreads the other classes' probability evenly over them. So every kept class has its exact probability
+    at the given temperature, up to rounding to float16. At other temperatures the probabilities differ.
 
     Args:
-        logits: on any device.
-        top: t, from 1 to k - 1; None keeps all logits.
-        temperature: divisor of the logits in the softmax at which the kept probabilities are exact.
+        logits: [n k], on any device.
+        top: number t of logits to keep, from 1 to k - 1; None keeps all logits.
+        temperature: divisor of the logits in the softmax for which the kept probabilities are exact.
 
     Returns:
         Values [n k] and classes [n 0]; with `top` values [n t+1] and classes [n t].
@@ -171,7 +174,7 @@ def pack_logits(
 
 
 def unpack_logits(values: NDArray[np.float16], indices: NDArray[np.uint16], classes: int) -> Tensor:
-    """Logits [n k] as float32 on the CPU, from what `pack_logits` returns."""
+    """Restore logits [n k], as float32 on the CPU, from the values and classes that `pack_logits` returns."""
     kept = torch.from_numpy(values.astype(np.float32))
     if indices.shape[1] == 0:
         return kept
@@ -185,7 +188,7 @@ def _halves(values: Tensor) -> NDArray[np.float16]:
 
 
 def images_fingerprint(images: Tensor) -> str:
-    """Digest of the values and shape of images [m c h w], which tells whether labels belong to them."""
+    """Digest of the values and shape of images [m c h w], stored with labels to recognise the labelled images."""
     values = images.detach().cpu().float().contiguous().numpy().astype("<f4", copy=False)
     digest = sha256(repr(tuple(values.shape)).encode())
     digest.update(values.data)
@@ -193,7 +196,7 @@ def images_fingerprint(images: Tensor) -> str:
 
 
 def require_labelled(images: Tensor, fingerprint: str, place: str) -> None:
-    """Raise ConfigError unless the labels in a place, of images with this fingerprint, belong to the images."""
+    """Raise a `ConfigError` unless the images have the fingerprint stored with the labels in `place`."""
     found = images_fingerprint(images)
     if found != fingerprint:
         raise ConfigError(

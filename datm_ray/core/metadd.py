@@ -9,10 +9,10 @@ Three terms, each a mean over images, are added to the loss of any distillation:
     position     mean over networks and pixels of relu(-map): evidence against y. This is our reading of the paper's
                  third and smallest term.
 
-The paper describes the divergence with either sign, so its weight may be negative. Every term is a function of the maps
-and logits of single images. So images may be taken in parts. Processes that hold different networks exchange only maps
-and logits: each differentiates the whole loss through its own networks, and the gradients add up to that of one process
-with all networks.
+The paper uses both signs for the divergence, so its weight may be negative. Every term is a function of the maps and
+logits of single images, so images may be processed in parts. Processes that hold different networks exchange only maps
+and logits. Each process differentiates the whole loss through its own networks. The sum of these gradients is the
+gradient of one process with all networks.
 
 Shapes: m networks, the backbone first; b images, c h w of one, k classes. Tests: tests/core/test_metadd.py.
 """
@@ -37,7 +37,7 @@ IMAGES_AT_A_TIME = 10
 
 
 ROUNDING = 16
-"""Machine epsilons, relative to its largest magnitude, within which a class activation map is taken as constant."""
+"""Largest range of a map that counts as constant, in machine epsilons relative to the map's largest magnitude."""
 
 
 @dataclass(frozen=True)
@@ -45,21 +45,21 @@ class Evidence:
     """Class activation maps and logits of networks for images of known classes."""
 
     maps: Tensor
-    """[.. b h w] class activation maps at the images' size; a map's mean is roughly the class's logit."""
+    """[.. b h w] class activation maps at the images' size. The mean of a map is roughly the logit of its class."""
     logits: Tensor
     """[.. b k] logits."""
 
 
 @dataclass(frozen=True)
 class MetaLoss:
-    """The loss and its terms, each a mean over images; only `total` contains their weights."""
+    """MetaDD's loss and its terms, each a mean over images. `total` is the weighted sum; the terms are unweighted."""
 
     total: Tensor
     variance: Tensor
     invariance: Tensor
     position: Tensor
     ratio: Tensor
-    """Meta-feature ratio in [0, 1]: pixels that are a feature to all networks, divided by those that are to any."""
+    """Meta-feature ratio in [0, 1]: features of all networks divided by features of any network, counted in pixels."""
 
     def detach(self) -> MetaLoss:
         """Copy without derivatives."""
@@ -80,8 +80,8 @@ class MetaDD:
         """Copy the networks, frozen and in evaluation mode.
 
         Args:
-            networks: trained networks, the backbone first. A process that holds only some of them gives a mapping from
-                their indices.
+            networks: trained networks, the backbone first. A process that holds only some networks gives a mapping
+                index -> network.
 
         Raises:
             ConfigError: fewer than two networks are given.
@@ -119,17 +119,17 @@ class MetaDD:
         chunk: int = IMAGES_AT_A_TIME,
         all_sum: AllSum = identity,
     ) -> tuple[MetaLoss, Tensor]:
-        """Compute the loss and its gradient in the images [b c h w], one part at a time.
+        """Compute the loss and its gradient in the images [b c h w], one part of the images at a time.
 
-        Each network sees each part once. The graphs of all networks held here are kept for one part.
+        Each network processes each part once. The graphs of all networks held here are kept for one part only.
 
         Args:
             images: [b c h w]; b may be 0.
-            labels: [b].
-            networks: number of networks in all processes; None for those held here.
-            classes: number of classes of the networks; required if none is held here.
+            labels: [b] classes of the images.
+            networks: number of networks in all processes; None for the number held here.
+            classes: number of classes of the networks; required if no network is held here.
             over: number of images in the means, if `images` are only some of them; None for b.
-            chunk: images per part.
+            chunk: number of images per part.
             all_sum: sum over the processes that hold the other networks. Each process returns the same loss, and the
                 part of the gradient that goes through its own networks.
         """
@@ -156,7 +156,10 @@ class MetaDD:
         chunk: int = IMAGES_AT_A_TIME,
         all_sum: AllSum = identity,
     ) -> Evidence:
-        """Compute all networks' maps [m b h w] and logits [m b k], without derivatives; arguments as in `gradient`."""
+        """Compute the maps [m b h w] and logits [m b k] of all networks, without derivatives.
+
+        Arguments: see `gradient`.
+        """
         parts = list[Evidence]()
         for part, own in zip(images.split(chunk), labels.split(chunk), strict=True):
             here = {index: _values_of(evidence(each, part.detach(), own)) for index, each in self._networks.items()}
@@ -165,10 +168,10 @@ class MetaDD:
 
 
 def _gathered(here: Mapping[int, Evidence], images: Tensor, networks: int, classes: int, all_sum: AllSum) -> Evidence:
-    """Evidence [m b ..] of all processes; that of the networks held here keeps its derivatives.
+    """Gather the evidence [m b ..] of all networks from all processes. Networks held here keep their derivatives.
 
     Args:
-        here: index of a network -> its evidence.
+        here: index of a network held here -> its evidence.
     """
     _require_one_label_set([one.logits for one in here.values()])
     classes = classes or next(iter(here.values())).logits.shape[1]
@@ -185,8 +188,8 @@ def _gathered(here: Mapping[int, Evidence], images: Tensor, networks: int, class
 def evidence(network: nn.Module, images: Tensor, labels: Tensor) -> Evidence:
     """Compute one network's class activation maps [b h w] and logits [b k] for images [b c h w] of classes [b].
 
-    This is Grad-CAM. Each of the last feature maps is weighted with the sum over its positions of the derivative of the
-    class's logit. If a network averages its maps before one linear layer, these weights are that layer's, and the
+    This is Grad-CAM. The weight of each last feature map is the derivative of the class's logit, summed over the map's
+    positions. If a network averages its maps before one linear layer, these weights are the layer's weights, and the
     result is the original class activation map. A transformer's maps are its tokens. The result is differentiable to
     any order.
 
@@ -218,7 +221,7 @@ def meta_loss(shared: Evidence, labels: Tensor, options: MetaLossConfig) -> Meta
 def scaled_maps(maps: Tensor) -> Tensor:
     """Scale each of the maps [.. h w] to [0, 1]; a constant map becomes 0 and has no derivative."""
     lowest, highest = maps.amin(dim=(-2, -1), keepdim=True), maps.amax(dim=(-2, -1), keepdim=True)
-    # Resizing a constant map leaves rounding errors, which are no evidence either.
+    # Resizing a constant map leaves rounding errors, which are no evidence.
     varies = highest - lowest > ROUNDING * torch.finfo(maps.dtype).eps * torch.maximum(highest.abs(), lowest.abs())
     return torch.where(varies, (maps - lowest) / torch.where(varies, highest - lowest, 1), 0)
 
@@ -229,18 +232,30 @@ def meta_features(scaled: Tensor, threshold: float = 0.5) -> Tensor:
 
 
 def heterogeneous_features(scaled: Tensor, threshold: float = 0.5) -> Tensor:
-    """Mask [m b h w] of pixels that are a feature to the network but not to all networks."""
+    """Mask [m b h w] of each network's features, in pixels, that are not features of all networks.
+
+    Args:
+        scaled: [m b h w] maps scaled to [0, 1]; a feature is a pixel whose value reaches `threshold`.
+    """
     return (scaled >= threshold) & ~meta_features(scaled, threshold)
 
 
 def meta_feature_ratio(scaled: Tensor, threshold: float = 0.5) -> Tensor:
-    """Meta-feature ratio [b]: pixels that are a feature to all networks over those that are to any; 0 for none."""
+    """Meta-feature ratio [b] of maps [m b h w]: features of all networks divided by features of any network.
+
+    Features are counted in pixels. The ratio is 0 if no network has a feature.
+    """
     shared, any_ = meta_features(scaled, threshold), (scaled >= threshold).any(dim=0)
     return shared.sum(dim=(1, 2)) / any_.sum(dim=(1, 2)).clamp_min(1).to(scaled.dtype)
 
 
 def _invariance(logits: Tensor, labels: Tensor, divergence: float) -> Tensor:
-    """Sum over the auxiliaries of the mean cross-entropy and divergence from the backbone, which is logits[0]."""
+    """MetaDD's invariance term: cross-entropy and weighted divergence from the backbone, summed over the auxiliaries.
+
+    Args:
+        logits: [m b k], the backbone's first.
+        divergence: weight of the divergence.
+    """
     ours, others = logits[0].log_softmax(dim=1), logits[1:].log_softmax(dim=2)
     classified = sum((cross_entropy(each, labels) for each in logits[1:]), logits.new_zeros(()))
     apart = (others.exp() * (others - ours)).sum(dim=2).mean(dim=1).sum()
@@ -262,7 +277,7 @@ def _values(loss: MetaLoss) -> Tensor:
 
 
 def _with(values: Tensor, index: int, own: Tensor) -> Tensor:
-    """Copy of `values` [m ..] in which one network's entry is replaced by `own`, which carries derivatives."""
+    """Copy `values` [m ..], with the entry of one network replaced by `own`, which keeps its derivatives."""
     return torch.cat([values[:index], own[None], values[index + 1 :]])
 
 

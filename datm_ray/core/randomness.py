@@ -1,8 +1,8 @@
-"""Counter-based randomness: every draw is a function of (seed, purpose, counters) and of nothing else.
+"""Counter-based randomness: every draw is a function of (seed, purpose, counters) alone.
 
 There is no global generator whose state must be saved. Iteration k draws the same numbers whether or not iteration k-1
-ran in this process, so a resumed run equals an undisturbed one. Draws are made for the global batch and then sliced, so
-the number of shards does not change them. The generator is numpy's Philox on the CPU, so a GPU run draws the same
+ran in this process, so a resumed run equals an uninterrupted run. Draws are made for the global batch and then sliced,
+so they do not depend on the number of shards. The generator is numpy's Philox on the CPU, so a GPU run draws the same
 numbers as a CPU run.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 
 
 class Purpose(IntEnum):
-    """Purposes of random streams. Values are part of a run's identity: append new ones, never renumber."""
+    """Purposes of random streams. The values decide a run's results: append new ones, never change old ones."""
 
     INITIAL_PARAMETERS = 1
     TRAINING_ORDER = 2
@@ -42,17 +42,17 @@ class Purpose(IntEnum):
 
 
 def generator(seed: int, purpose: Purpose, *counters: int) -> np.random.Generator:
-    """Fresh generator for one purpose and one set of counters.
+    """Make a new generator for one purpose and one set of counters.
 
     Args:
         seed: seed of the run, the expert or the evaluation, in [0, 2**64).
-        purpose: separates streams with equal counters.
-        counters: at most three non-negative integers, the most significant first (epoch, batch; iteration, step). A
-            purpose always has the same number of them, because (5,) and (0, 5) give the same stream.
+        purpose: purpose of the draws; separates streams with equal seed and counters.
+        counters: at most three non-negative integers, the most significant first, such as (epoch, batch). A purpose
+            must always have the same number of counters, because (5,) and (0, 5) give the same stream.
     """
     if len(counters) > 3:
         raise ValueError(f"at most three counters fit beside the block index, got {len(counters)}")
-    # Word 0 of the Philox counter runs over the 2**64 blocks of this stream; words 1-3 are ours.
+    # Word 0 of the Philox counter runs over the 2**64 blocks of this stream; words 1 to 3 are our counters.
     words = [0, *reversed(counters)] + [0] * (3 - len(counters))
     return np.random.Generator(
         np.random.Philox(key=np.array([seed, purpose], np.uint64), counter=np.array(words, np.uint64))
@@ -60,5 +60,5 @@ def generator(seed: int, purpose: Purpose, *counters: int) -> np.random.Generato
 
 
 def derive_seed(seed: int, purpose: Purpose, *counters: int) -> int:
-    """New 63-bit seed, such as that of expert 7, of evaluation 3 or of a module's initialisation."""
+    """Derive a 63-bit seed for one purpose and set of counters, such as the seed of expert 7."""
     return int(generator(seed, purpose, *counters).integers(2**63))

@@ -9,8 +9,8 @@ The label-robust score (LRS) and the augmentation-robust score (ARS) of DD-Ranki
     ARS  = s(beta)                                     s(a) = (exp(a) - exp(-1)) / (exp(1) - exp(-1)),   w = g = 1/2
 
 All accuracies are fractions in [0, 1], so both scores lie in [0, 1]: s(-1) = 0 and s(1) = 1. A set that is no better
-than random images, and loses nothing against all real data, has s(0) = 0.269. DD-Ranking's program (0.2.0) puts
-percentage points into the exponential, which gives numbers beyond any range.
+than random images, and loses nothing against all real data, has s(0) = 0.269. DD-Ranking's program (0.2.0) instead puts
+percentage points into the exponential, so that its numbers have no fixed range.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class LabelRobust:
 
 @dataclass(frozen=True)
 class AugmentationRobust:
-    """Augmentation-robust score (ARS) and its part."""
+    """Augmentation-robust score (ARS) and its one part."""
 
     beta: float
     """Mean improvement over random images, with and without augmentation, in [-1, 1]."""
@@ -50,14 +50,14 @@ def label_robust(
     """Compute the label-robust score.
 
     Args:
-        real_hard: accuracy with all real data and hard labels, in [0, 1] like all accuracies here.
+        real_hard: accuracy with all real data and hard labels. All accuracies are in [0, 1].
         distilled_hard: accuracy with the distilled images and hard labels.
         distilled: accuracy with the distilled images and their own labels.
         random_soft: accuracy with random real images and labels of the same kind.
-        weight: weight of the improvement over random in [0, 1]; the recovery has the rest.
+        weight: weight of the improvement over random, in [0, 1]; the hard-label recovery has 1 - weight.
 
     Raises:
-        ValueError: an accuracy or the weight is not in [0, 1], such as one in percent.
+        ValueError: an accuracy or the weight is not in [0, 1], such as an accuracy in percent.
     """
     _require_fractions(real_hard, distilled_hard, distilled, random_soft, weight)
     hlr, ior = real_hard - distilled_hard, distilled - random_soft
@@ -72,10 +72,10 @@ def augmentation_robust(
     Args:
         distilled, random: accuracies with augmentation and labels of the same kind, in [0, 1].
         distilled_plain, random_plain: accuracies without augmentation, in [0, 1].
-        weight: weight of the difference with augmentation in [0, 1]; the one without has the rest.
+        weight: weight of the difference with augmentation, in [0, 1]; the difference without has 1 - weight.
 
     Raises:
-        ValueError: an accuracy or the weight is not in [0, 1], such as one in percent.
+        ValueError: an accuracy or the weight is not in [0, 1], such as an accuracy in percent.
     """
     _require_fractions(distilled, random, distilled_plain, random_plain, weight)
     beta = weight * (distilled - random) + (1 - weight) * (distilled_plain - random_plain)

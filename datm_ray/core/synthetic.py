@@ -1,7 +1,7 @@
-"""The synthetic set: what is learned, and how it is initialised.
+"""The synthetic set: its learned variables, and functions that choose its first images and labels.
 
-Rows are ordered by class, so that a class shard is a range of rows. Shapes: n synthetic images, k classes, a backbones,
-c h w image.
+Rows are ordered by class, so that a class shard is a range of rows. Shapes: n images, k classes, a backbones, c h w
+image.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def identity(tensor: Tensor) -> Tensor:
 
 @dataclass
 class SyntheticSet:
-    """The learned variables and the images' classes."""
+    """Synthetic set: the learned variables and the images' classes."""
 
     images: Tensor
     """[n c h w] images, normalised like the experts' training images."""
     soft_labels: Tensor
-    """[n k] logits; a student is trained towards their softmax."""
+    """[n k] soft labels as logits; a student is trained towards their softmax."""
     step_sizes: Tensor
     """[a] step size of the student's SGD for each backbone."""
     labels: Tensor
@@ -41,11 +41,11 @@ class SyntheticSet:
 
     @property
     def step_size(self) -> Tensor:
-        """[] step size of the first backbone, with which the set is evaluated."""
+        """[] step size of the first backbone. The set is evaluated with this step size."""
         return self.step_sizes[0]
 
     def clone(self) -> SyntheticSet:
-        """Copy that is independent and detached from any graph."""
+        """Copy the set, with its own memory and detached from any graph."""
         return SyntheticSet(
             self.images.detach().clone(),
             self.soft_labels.detach().clone(),
@@ -60,7 +60,7 @@ class SyntheticSet:
 
 
 def random_rows(labels: NDArray[np.int64], ipc: int, seed: int) -> NDArray[np.int64]:
-    """Rows of `ipc` random images of each class, class by class.
+    """Choose the rows of `ipc` random images of each class, class by class.
 
     Raises:
         DatasetError: a class has fewer than `ipc` images.
@@ -71,7 +71,7 @@ def random_rows(labels: NDArray[np.int64], ipc: int, seed: int) -> NDArray[np.in
 
 
 def draw_rows(rows: NDArray[np.int64], count: int, seed: int, iteration: int, label: int) -> NDArray[np.int64]:
-    """Draw `count` of the rows of a class for an iteration, without repetition; all if there are fewer."""
+    """Draw `count` of a class's rows for an iteration, without repetition; all rows if there are fewer."""
     return generator(seed, Purpose.REAL_BATCH, iteration, label).permutation(rows)[:count]
 
 
@@ -84,11 +84,11 @@ def correct_rows(
     predict: Callable[[int, NDArray[np.int64]], NDArray[np.int64]],
     classes: range | None = None,
 ) -> NDArray[np.int64]:
-    """Rows of `ipc` images of each class that an expert classifies correctly, class by class.
+    """Choose the rows of `ipc` images of each class that an expert classifies correctly, class by class.
 
-    Images are taken in shuffled order, as published: those that expert 0 classifies correctly, then, for classes that
-    are still short, those of expert 1, and so on. A class that is short after all experts is filled with its other
-    images.
+    Images are taken in shuffled order, as published: first images that expert 0 classifies correctly, then, for classes
+    with too few, images that expert 1 classifies correctly, and so on. A class with too few after all experts is filled
+    with its other images.
 
     Args:
         labels: [n] classes of the real training images.
@@ -106,8 +106,8 @@ def correct_rows(
     chosen: list[list[int]] = [[] for _ in order]
     for expert in range(experts):
         asked = 0
-        # Twice the images still wanted at a time: most are classified correctly, so a large data set is not predicted
-        # whole.
+        # Predict 2 * ipc images of each class at a time. Most are classified correctly, so that a large data set need
+        # not be predicted as a whole.
         while any(len(taken) < ipc and asked < len(rows) for rows, taken in zip(order, chosen, strict=True)):
             block = [
                 [int(row) for row in rows[asked : asked + 2 * ipc] if row not in taken] if len(taken) < ipc else []
@@ -131,12 +131,12 @@ def hard_logits(labels: Tensor, classes: int) -> Tensor:
 
 
 def mean_correct_logits(logits: Iterable[Tensor], labels: Tensor) -> Tensor:
-    """Soft labels [n k]: for each image the mean logits of the experts that classify it correctly.
+    """Compute soft labels [n k]: for each image the mean logits of the experts that classify it correctly.
 
-    An image that no expert classifies correctly (possible among random ones) gets the mean over all experts.
+    An image that no expert classifies correctly, which random images may be, gets the mean over all experts.
 
     Args:
-        logits: logits [n k] of one expert after the other.
+        logits: yields the logits [n k] of one expert after the other.
         labels: [n] true classes.
     """
     zero = torch.zeros((), device=labels.device)
@@ -154,7 +154,7 @@ def _shuffled_by_class(labels: NDArray[np.int64], seed: int) -> list[NDArray[np.
 
 
 def _require_ipc(order: list[NDArray[np.int64]], ipc: int) -> None:
-    # Runs are checked before they start, with names of classes, in pipeline/checks.py.
+    # pipeline/checks.py makes the same check before a run starts, with the names of classes in its message.
     smallest = min(range(len(order)), key=lambda k: len(order[k]))
     if ipc > len(order[smallest]):
         raise DatasetError(

@@ -1,6 +1,6 @@
-"""Private parts of torch, which may change with any version; no other module of this package uses private parts.
+"""Uses of torch's private interfaces, which may change with any version. No other module uses private interfaces.
 
-Their behaviour was observed with the versions in docs/versions.md, from torch 2.9 to 2.15.
+Tested with the versions in docs/versions.md, from torch 2.9 to 2.15.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 """Base class of every batch normalisation."""
 
 UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
-"""A view of a value that nothing else uses."""
+"""Operation in graphs: a view of a value that nothing else uses."""
 
 ZEROS_LIKE_VALUE = torch.ops.aten._new_zeros_with_same_feature_meta.default
-"""Zeros in the memory order of a value, into which forward differentiation copies the value's tangent."""
+"""Operation in graphs: zeros in the memory order of a value. Forward differentiation copies a tangent into them."""
 
 
 def shapes_only() -> AbstractContextManager[Any]:
-    """Context in which new tensors have a shape, a type and strides, but no memory."""
+    """Context manager: within it, new tensors have a shape, a type and strides, but no memory ("fake tensors")."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def trace(function: Callable[..., Any], *arguments: Tensor) -> fx.GraphModule:
-    """Graph of the tensor operations that the function executes for these arguments."""
+    """Trace the function. Returns the graph of the tensor operations that it executes for these arguments."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     graph: fx.GraphModule = make_fx(lambda *inputs: function(*inputs))(*arguments)  # make_fx miscounts a bound self
@@ -39,7 +39,7 @@ def trace(function: Callable[..., Any], *arguments: Tensor) -> fx.GraphModule:
 
 
 def compile_graph(graph: fx.GraphModule, arguments: Sequence[Tensor], options: dict[str, Any]) -> Callable[..., Any]:
-    """The graph as compiled code, without the capture and the guards of `torch.compile`."""
+    """Compile a graph directly, without the capture and the guards of `torch.compile`."""
     import torch._inductor
 
     if TorchVersion(torch.__version__) < "2.14":
@@ -49,9 +49,10 @@ def compile_graph(graph: fx.GraphModule, arguments: Sequence[Tensor], options: d
 
 
 def add_biases_apart(graph: fx.GraphModule) -> None:
-    """Add biases after convolutions, since torch below 2.14 cannot compile a bias that is a view of a computed value.
+    """Change convolutions with a bias into a convolution and an addition.
 
-    Seen with 2.8, 2.9 and 2.11, on CPUs, for stacks of experts; on GPUs the compiler adds them apart itself.
+    Torch below 2.14 cannot compile a bias that is a view of a computed value, as in stacks of experts. Observed with
+    2.8, 2.9 and 2.11 on CPUs. On GPUs the compiler itself makes the addition separate.
     """
     aten = torch.ops.aten
     for node in graph.graph.find_nodes(op="call_function", target=aten.convolution.default):
@@ -68,10 +69,10 @@ def add_biases_apart(graph: fx.GraphModule) -> None:
 
 
 def schema_of(node: fx.Node) -> Any:
-    """Signature of the node's operation, with what it aliases and mutates; `None` if it is no tensor operation."""
+    """Signature of the node's operation, with its aliases and in-place changes; `None` for no tensor operation."""
     return node.target._schema if isinstance(node.target, torch._ops.OpOverload) else None
 
 
 def storage_id(tensor: Tensor) -> int:
-    """Number that two tensors share if and only if they share a storage; works for tensors without data too."""
+    """Number that is equal for two tensors if and only if they share a storage. Tensors without memory have one too."""
     return int(tensor.untyped_storage()._cdata)

@@ -1,1 +1,1 @@
-"""Methods that make a synthetic set, one folder or module each. Numerics only: no disk, no Ray."""
+"""Numerics of the methods that make a synthetic set, one folder or module for each. No code here uses disk or Ray."""

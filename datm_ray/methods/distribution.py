@@ -2,9 +2,10 @@
 
     L = sum over classes c of | mean psi(A_c(real images of c)) - mean psi(A_c(synthetic images of c)) |^2
 
-psi is what the classifier of a network with fresh random parameters reads, drawn anew in every iteration. A_c is one
-operation of DSA, with the same parameters for all real and synthetic images of a class. Every class has a loss of its
-own, so classes divide over workers without any sum. Means are sums over images, so micro-batches are exact too.
+psi is the embedding of a network with random parameters, drawn anew in every iteration: the classifier's input. A_c is
+one operation of DSA, with the same parameters for all real and synthetic images of a class. Every class has its own
+loss, so classes can be divided over workers without sums between them. Means are sums over images, so micro-batches are
+exact.
 
 Shapes: n synthetic images held, m real images of a class, c h w image, d numbers of an embedding.
 Tests: tests/methods/test_distribution.py.
@@ -24,7 +25,7 @@ from datm_ray.core.randomness import Purpose, generator
 
 
 def draw_shared(strategy: str, seed: int, iteration: int, label: int) -> Augmentation:
-    """Draw the augmentation of one sample that an iteration applies to all images of a class.
+    """Draw the augmentation, of one sample, that an iteration applies to all images of one class.
 
     Args:
         strategy: operations, see `core.augment`.
@@ -42,16 +43,16 @@ def distance_and_gradient(
     augmentations: Sequence[Augmentation],
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Loss [] of one network, and its exact gradient in the synthetic images.
+    """Compute the loss [] with one network, and its exact gradient [n c h w] in the synthetic images.
 
     Only the graph of one micro-batch is kept.
 
     Args:
         network: network whose parameters need no gradient.
-        synthetic: [n c h w] images class by class, as many of each class.
-        real: [m c h w] real images of each class.
-        augmentations: one for each class.
-        chunk: images of a micro-batch; `None` for all of a class.
+        synthetic: [n c h w] images, class by class, the same number of each class.
+        real: real images [m c h w] of each class.
+        augmentations: augmentation of one sample for each class.
+        chunk: number of images of a micro-batch; `None` for all images of a class.
     """
     gradient, loss, ipc = torch.zeros_like(synthetic), synthetic.new_zeros(()), len(synthetic) // max(1, len(real))
     for number, (images, augmentation) in enumerate(zip(real, augmentations, strict=True)):

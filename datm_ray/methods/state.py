@@ -1,7 +1,7 @@
 """The state of a distillation that all methods share: the set, momenta, curves, and the set chosen on validation data.
 
-The state holds everything that a checkpoint needs. No code here reads the disk. A class shard holds the rows of its
-classes and everything that has no rows; all shards make the same updates, so what they share stays equal.
+The state holds everything that a checkpoint needs. No code here reads the disk. A class shard holds the rows of its own
+classes, and a copy of everything without rows. All shards make the same updates, so these copies stay equal.
 Shapes: n rows held, a backbones. Tests: tests/methods/trajectory/test_iteration.py.
 """
 
@@ -29,25 +29,25 @@ IMAGE_MOMENTUM, LABEL_MOMENTUM, STEP_SIZE_MOMENTUM = 0.5, 0.9, 0.5
 """Momenta of SGD on the images, the soft labels and the step sizes, as published."""
 
 FIRST_MOVE = 0.05
-"""Root mean square by which the first update moves pixels, as a share of theirs, where the learning rate is left open.
-The digits' recipes, which were tuned on validation data, have 0.07 (IPC 1) and 0.025 (IPC 10)."""
+"""Size of the images' first update if `distill.learning_rate_images` is null: its root mean square as a share of the
+pixels' root mean square. The digits' recipes, tuned on validation data, have 0.07 (IPC 1) and 0.025 (IPC 10)."""
 MOST_DIVERGED = 100
-"""A distillation stops when one backbone has diverged this often since its last update. Every iteration has other
-random draws, so a hundred divergences are caused by the set, not by a draw."""
+"""Number of divergences of one backbone since its last update after which a distillation stops. Every iteration has
+other random draws, so a hundred divergences are caused by the set, not by a draw."""
 
 LEARNED = ("images", "soft_labels", "step_sizes")
 
 Arrays = Mapping[str, NDArray[np.generic]]
 
 ROWS = ("images", "soft_labels")
-"""Learned variables that have one row per image."""
+"""Learned variables with one row per image."""
 
 
 _COLUMN_TYPES: dict[Any, type[np.generic]] = {"int": np.int64, "float": np.float64, "bool": np.bool_}
 
 
 def columns(record: type[Any]) -> dict[str, type[np.generic]]:
-    """Columns of a history in a checkpoint and their types, in the order of the record's fields."""
+    """Columns of a history in a checkpoint -> their types, in the order of the record's fields."""
     return {each.name: _COLUMN_TYPES[each.type] for each in fields(record)}
 
 
@@ -58,16 +58,16 @@ class MetaTerm:
     metadd: MetaDD
     """MetaDD with the networks that this process holds."""
     networks: int
-    """Number of MetaDD networks in all processes."""
+    """Number of MetaDD networks in all processes together."""
     rows: NDArray[np.int64]
-    """[b] indices of the images used, among the rows held."""
+    """[b] indices of the images that MetaDD uses, counted among the rows that this shard holds."""
     images: int
-    """Number of images used, over all shards."""
+    """Number of images that MetaDD uses in all shards together."""
 
 
 @dataclass(frozen=True)
 class MetaRecord:
-    """MetaDD's part in one iteration: the loss, its terms before weighting, and the meta-feature ratio."""
+    """MetaDD's values in one iteration: the loss `total`, its terms without weights, and the meta-feature ratio."""
 
     iteration: int
     total: float
@@ -85,15 +85,15 @@ class State(Generic[Record]):
     """State of one distillation, or of one class shard of it."""
 
     record: ClassVar[type[Any]]
-    """Dataclass of one row of the history; its fields are int, float or bool, and the first is `iteration`."""
+    """Dataclass of one row of the history. Its fields are int, float or bool; the first field is `iteration`."""
 
     synthetic: SyntheticSet
     settings: DistillConfig
     """Settings of the recipe."""
     momenta: dict[str, Tensor] = field(default_factory=dict)
-    """One buffer per learned variable; empty before the first update."""
+    """SGD's momentum of each learned variable, by name; empty before the first update."""
     history: list[Record] = field(default_factory=list)
-    """Records in the order of iterations."""
+    """Records of the iterations done, in order."""
     meta_history: list[MetaRecord] = field(default_factory=list)
     """MetaDD's records of the iterations that updated the set; empty without MetaDD."""
     validations: list[tuple[int, float]] = field(default_factory=list)
@@ -101,18 +101,18 @@ class State(Generic[Record]):
     chosen: SyntheticSet | None = None
     """Set chosen on validation data so far; None before the first validation."""
     chosen_at: int = 0
-    """Number of iterations that were done when `chosen` was chosen."""
+    """Number of iterations after which the set was `chosen`."""
     image_rate: float | None = None
-    """Learning rate of the images that was found before the first iteration; None where the recipe gives it."""
+    """Learning rate of the images, found before the first iteration; None if the recipe gives the rate."""
 
     @property
     def iteration(self) -> int:
-        """Number of iterations done, each with one record. A method with several records an iteration overrides it."""
+        """Number of iterations done: that of the records. Methods with several records per iteration override this."""
         return len(self.history)
 
     @property
     def rates(self) -> dict[str, float]:
-        """Learning rates by the name of the learned variable; hard labels stay fixed, so theirs is 0."""
+        """Learned variable -> learning rate. Hard labels stay fixed, so their rate is 0."""
         of_images = self.settings.learning_rate_images or self.image_rate
         if of_images is None:
             raise ValueError("distill.learning_rate_images is null, and none was found before the first iteration")
@@ -129,16 +129,17 @@ class State(Generic[Record]):
         """Record the accuracy of a set, and choose the set if it is not clearly worse than an earlier one.
 
         "Not clearly worse" means within one standard error of the best accuracy so far. Validation sets are small, so
-        the highest of many noisy accuracies says little. The check must catch a collapse; without one, the set that was
-        optimised longest is best.
+        the highest of many noisy accuracies says little. The check is there to catch a collapse. Without a collapse,
+        the set that was optimised longest is the best.
 
         Args:
             accuracy: validation accuracy in [0, 1].
-            standard_error: standard error of an accuracy measured on this many validation images.
-            earlier: iterations done of the validated set, and a function that reads it; `None` for the current set.
+            standard_error: standard error of the accuracy, from the number of validation images.
+            earlier: if an earlier set was validated, its number of iterations and a function that reads the set;
+                `None` for the current set.
 
         Returns:
-            Whether the set was chosen.
+            True if the set was chosen.
         """
         best = max((before for _, before in self.validations), default=accuracy)
         is_chosen = accuracy >= best - standard_error
@@ -151,9 +152,11 @@ class State(Generic[Record]):
     def meta_gradient(
         self, meta: MetaTerm | None, all_sum: AllSum, sum_over_backbones: AllSum
     ) -> tuple[dict[str, Tensor], list[MetaRecord], bool]:
-        """Compute this process's part of MetaDD's gradient in the images, the record, and whether they are lost.
+        """Compute MetaDD's gradient in the images, through the networks that this process holds.
 
-        "Lost" means that the loss or the gradient is not finite in any shard.
+        Returns:
+            {"images": gradient}, a list with the `MetaRecord`, and True if the loss or the gradient is not finite in
+            any shard. In that case, and without MetaDD, the dictionary and the list are empty.
         """
         if meta is None:
             return {}, [], False
@@ -174,28 +177,34 @@ class State(Generic[Record]):
         return {"images": torch.zeros_like(self.synthetic.images).index_copy_(0, rows, gradient)}, [record], False
 
     def update(self, gradient: dict[str, Tensor], moved: Tensor, all_sum: AllSum) -> bool:
-        """Follow the gradients unless a value of any shard would not be finite. Returns whether they were followed.
+        """Update the set along the gradients, unless the update makes a value invalid in any shard.
+
+        Valid are finite values and positive step sizes.
 
         Args:
-            moved: [a] whether a backbone's step size has a gradient; the others stay.
+            gradient: learned variable -> its gradient; changed in place.
+            moved: [a] True for backbones whose step size has a gradient. Other step sizes stay as they are.
+
+        Returns:
+            True if the set was updated. All shards return the same.
         """
         updated, rates = self.synthetic.clone(), self.rates
         for name, momentum in zip(LEARNED, (IMAGE_MOMENTUM, LABEL_MOMENTUM, STEP_SIZE_MOMENTUM), strict=True):
             if name in self.momenta:
-                gradient[name].add_(self.momenta[name], alpha=momentum)  # in place: it becomes the new momentum
+                gradient[name].add_(self.momenta[name], alpha=momentum)  # in place: the sum becomes the new momentum
             getattr(updated, name).sub_(gradient[name], alpha=rates[name])
         torch.where(moved, updated.step_sizes, self.synthetic.step_sizes, out=updated.step_sizes)
         if self.momenta:
             gradient["step_sizes"] = torch.where(moved, gradient["step_sizes"], self.momenta["step_sizes"])
         is_bad = bool(not_finite(*gradient.values())) or not updated.is_valid()
-        # Each shard checks its own rows; all must follow, or none.
+        # Each shard checks its own rows. Either all shards update, or none.
         if bool(all_sum(torch.tensor([float(is_bad)], device=updated.images.device))):
             return False
         self.synthetic, self.momenta = updated, gradient
         return True
 
     def to_arrays(self) -> tuple[Arrays, Arrays]:
-        """Named arrays of the state for a checkpoint: those with a row for each image held, and all others."""
+        """Convert the state to named arrays for a checkpoint: first those with one row per image, then all others."""
         held: dict[str, Tensor] = {}
         shared: dict[str, Tensor] = {}
         sets = {"synthetic": self.synthetic} | ({} if self.chosen is None else {"chosen": self.chosen})
@@ -221,7 +230,7 @@ class State(Generic[Record]):
 
     @classmethod
     def from_arrays(cls, held: Arrays, shared: Arrays, settings: DistillConfig, device: torch.device) -> Self:
-        """Restore the state that `to_arrays` saved; `held` may be any range of its rows."""
+        """Restore a state from the arrays of `to_arrays`. `held` may have any range of the rows, for a class shard."""
         arrays = {**held, **with_present_names(shared)}
         curve = (arrays["validation.iteration"].tolist(), arrays["validation.accuracy"].tolist())
         return cls(
@@ -245,14 +254,14 @@ class LossRecord:
 
     iteration: int
     loss: float
-    """Loss before the update, summed over classes and backbones, without MetaDD's."""
+    """Loss before the update, without MetaDD's loss, summed over classes and backbones."""
     skipped: bool
     """True if nothing was updated, because the loss, the gradient or an updated value was not finite."""
 
 
 @dataclass
 class Descent(State[LossRecord]):
-    """State of a method whose images follow the gradient of one loss, while labels and step size stay."""
+    """State of a method that learns the images by the gradient of one loss, with fixed labels and step size."""
 
     record: ClassVar[type[LossRecord]] = LossRecord
     rate_key: ClassVar[str] = "distill.learning_rate_images"
@@ -273,10 +282,11 @@ class Descent(State[LossRecord]):
     ) -> LossRecord:
         """Run one iteration: add MetaDD's gradient, update the images, append to the history.
 
-        All shards and backbones decide alike whether the update is skipped.
+        The update is skipped in all shards and backbones, or in none.
 
         Args:
-            gradient: computes this process's share of the loss [] and of its gradient in the images [n c h w].
+            gradient: function that computes this process's part of the loss [] and of its gradient in the images
+                [n c h w].
             meta: MetaDD's inputs; `None` if this process holds no MetaDD network.
             all_sum: sum over class shards.
             sum_over_backbones: sum over the processes that hold the same rows for other networks.
@@ -315,32 +325,32 @@ class Descent(State[LossRecord]):
 
 
 FORMER_NAMES = {"history.overshoot": "history.decrease"}  # former name
-"""Names of arrays in checkpoints of earlier versions and their present names."""
+"""Name of an array in checkpoints of earlier versions -> its current name."""
 
 
 def with_present_names(arrays: Arrays) -> dict[str, NDArray[Any]]:
-    """Arrays of a checkpoint of this or an earlier version under their present names."""
+    """Rename a checkpoint's arrays from names of earlier versions to current names."""
     return {FORMER_NAMES.get(name, name): array for name, array in arrays.items()}
 
 
 def not_finite(*values: Tensor) -> Tensor:
-    """Scalar of the first value's type: 1 if any number in `values` is not finite, else 0."""
+    """Return a scalar tensor of the first value's type: 1 if any number in `values` is not finite, else 0."""
     return torch.stack([~value.isfinite().all() for value in values]).any().to(values[0].dtype)
 
 
 def _columns(prefix: str, records: Sequence[Any], record: type[Any]) -> dict[str, NDArray[np.generic]]:
-    """Columns of a history for a checkpoint, see `_records`."""
+    """Convert the records of a history to columns of a checkpoint. `records` reads them."""
     named = columns(record).items()
     return {f"{prefix}.{column}": np.array([getattr(each, column) for each in records], kind) for column, kind in named}
 
 
 def records(arrays: dict[str, NDArray[Any]], prefix: str, record: type[Any]) -> list[Any]:
-    """Rows of a history, from the arrays of a checkpoint.
+    """Read the records of a history from the arrays of a checkpoint.
 
     Args:
-        arrays: arrays by name; columns with a default that an earlier version left out are added.
-        prefix: name of the history: "history", or "meta" for MetaDD's.
-        record: dataclass of a row.
+        arrays: arrays by name. Missing columns, as in earlier versions, are added with their field's default.
+        prefix: name of the history: "history", or "meta" for MetaDD's history.
+        record: dataclass of one record.
     """
     for each in fields(record):
         if each.default is not MISSING:

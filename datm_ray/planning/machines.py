@@ -1,4 +1,4 @@
-"""Workers of this machine, or of a cluster that the user describes: how many, how large, how fast.
+"""Number, size and speed of the workers on this machine, or on a cluster that the user describes.
 
 Tests: tests/planning/test_duration.py.
 """
@@ -19,58 +19,75 @@ from datm_ray.errors import ConfigError
 from datm_ray.runtime.devices import uses_gpu
 
 FORWARD_PASSES = {"matching": 11.0, "experts": 3.2, "training": 6.7, "real": 6.7, "scoring": 2.9}
-"""Time of one image pass of each kind, as a multiple of a forward pass at the speed of student steps. training: on a
-synthetic set; real: on real data. Measured with ConvNet-3 of width 128 at 32x32 on one core."""
+"""Kind of work -> time of one image pass, as a multiple of a forward pass at the speed of student steps.
+
+"training" is on a synthetic set, "real" on real data. Measured with ConvNet-3 of width 128 at 32x32 on one core."""
 COMPILING = {"matching": 1.7, "experts": 0.8}
-"""CPU seconds to compile each kind of step in a fresh process, for each torch function of the network's forward pass.
-Measured with the digits' ConvNet on an idle core of an EPYC with AVX-512; a busy, older core took up to three times."""
+"""Kind of step -> CPU seconds to compile it in a new process, per torch function of the network's forward pass.
+
+Measured with the digits' ConvNet on an idle core of an EPYC with AVX-512. A busy, older core took up to three times as
+long."""
 CORE_SPEED, GPU_SPEED = 150e9, 7e12
-"""FLOP/s of student steps for which a layout is chosen where no speed is given. A GPU's is assumed: a tenth of an
-H200's float32 peak."""
+"""FLOP/s of student steps on one core and on one GPU, used to choose a layout if no speed is given. The GPU's value is
+assumed: a tenth of an H200's float32 peak."""
 BANDWIDTH = {"core": 0.75e9, "GPU": 25e9 / 8}
-"""Bytes a second that a worker sends in a sum. Measured between two processes of one machine, 0.7 to 1.0 GB/s; assumed
-for GPUs, 25 Gbps."""
+"""Bytes per second that a worker sends in a sum. Measured between two processes of one machine: 0.7 to 1.0 GB/s.
+Assumed for GPUs: 25 Gbps."""
 LATENCY = 0.0002
-"""Seconds of one round of a sum. Measured between two processes of one machine: 0.16 ms."""
+"""Seconds of one round of messages in a sum. Measured between two processes of one machine: 0.16 ms."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Workers of one kind."""
+    """Workers of one kind on a machine or cluster: number, size and speed."""
 
     device: str
-    """core or GPU."""
+    """Device of a worker: "core" or "GPU"."""
     workers: int
-    """Workers at work at a time."""
+    """Number of workers that run at the same time."""
     seconds: Mapping[str, float]
-    """Kind of work -> seconds of one worker for an image pass, for each operation of the network's forward pass."""
+    """Kind of work -> one worker's seconds for one image pass, per FLOP of the network's forward pass."""
     basis: str
-    """Source of the seconds, in words; "" if nobody measured them, and then no time is shown."""
+    """Source of `seconds`, in words; "" if no speed is known, so that plans show no times."""
     bandwidth: float
-    """Bytes a second that one worker sends in a sum."""
+    """Bytes per second that one worker sends in a sum."""
     memory: int | None = None
-    """Bytes that one worker may take; None where it is not known."""
+    """Bytes that one worker may take; None if unknown."""
     cores: int = 1
-    """Cores of one worker."""
+    """Number of cores of one worker."""
     compiling: Mapping[str, float] = field(default_factory=lambda: COMPILING)
-    """Seconds in which one worker compiles, by kind of work; a multiple as in `COMPILING`."""
+    """Kind of work -> one worker's seconds to compile it, per torch function as in `COMPILING`."""
 
     @classmethod
     def of(cls, device: str, workers: int, cores: int = 1, speed: float = 0.0) -> Machine:
-        """Workers with this speed of student steps in FLOP/s; 0 for an unknown one, which serves to compare layouts."""
+        """Make a machine from the speed of its student steps.
+
+        Args:
+            device: "core" or "GPU".
+            workers: number of workers.
+            cores: number of cores of one worker.
+            speed: FLOP/s of one core or GPU in student steps; 0 if unknown. Then an assumed speed serves to compare
+                layouts, and `basis` is "".
+        """
         known = speed or (GPU_SPEED if device == "GPU" else CORE_SPEED)
         seconds = {kind: passes / (known * cores) for kind, passes in FORWARD_PASSES.items()}
         return cls(device, workers, seconds, "as given" if speed else "", BANDWIDTH[device], cores=cores)
 
     def sum_seconds(self, size: float, sums: int, members: int) -> float:
-        """Seconds of so many sums over so many workers, of `size` bytes together."""
+        """Seconds of a number of sums over `members` workers.
+
+        Args:
+            size: bytes of all summed tensors together.
+            sums: number of sums.
+            members: number of workers; 1 takes no time.
+        """
         if members == 1:
             return 0.0
         return 2 * (members - 1) / members * size / self.bandwidth + sums * LATENCY * math.ceil(math.log2(members))
 
 
 def machine_here(config: RunConfig) -> Machine:
-    """Machine to plan for if no cluster is described: `cluster.workers` workers, or as many as this machine holds."""
+    """Machine to plan for if the user describes no cluster: `cluster.workers` workers, or as many as fit here."""
     cluster = config.cluster
     if uses_gpu(cluster):
         return Machine.of("GPU", cluster.workers or torch.cuda.device_count() or config.workers_per_set)
@@ -87,19 +104,19 @@ _KEYS = {
     "gflops": (_NUMBER, 1e9),
     "network": (rf"{_NUMBER} ?([KMGT])bps", 1 / 8),
 }
-"""Key of a description -> form of its value, and unit."""
+"""Key of a cluster's description -> regular expression of its value, and factor to base units."""
 
 
 def parse_cluster(text: str, threads: int = 1) -> Machine:
-    """Read a cluster such as `gpus=64,memory=80GiB,tflops=60,network=25Gbps` or `cpus=2,memory=24GiB,gflops=140`.
+    """Read the description of a cluster, such as `gpus=64,memory=80GiB,tflops=60,network=25Gbps`.
 
     Args:
-        text: memory is that of a GPU, or of all cores together; tflops or gflops is the speed of student steps on one
-            GPU or core, not its peak; network is what one GPU or core can send.
-        threads: cores of a worker, where there are no GPUs.
+        text: description. Its memory is that of one GPU, or of all cores together. Its tflops or gflops are the speed
+            of student steps on one GPU or core, not the peak. Its network is the speed at which one GPU or core sends.
+        threads: number of cores of one worker, for a cluster without GPUs.
 
     Raises:
-        ConfigError: it cannot be read, or has fewer cores than one worker takes.
+        ConfigError: the text cannot be read, or the cluster has fewer cores than one worker takes.
     """
 
     def unreadable(fact: str) -> ConfigError:
@@ -134,7 +151,7 @@ def parse_cluster(text: str, threads: int = 1) -> Machine:
 
 
 def _number(key: str, text: str) -> float:
-    """Value of a key in base units; 0 if it cannot be read, such as a memory of 8, which lacks its unit."""
+    """Value of a key in base units; 0 if the text cannot be read, such as "8" for memory, which lacks a unit."""
     pattern, unit = _KEYS[key]
     match = re.fullmatch(pattern, text, re.ASCII | re.IGNORECASE)
     if not match:
@@ -148,7 +165,7 @@ def _number(key: str, text: str) -> float:
 
 
 def require_measurable(machine: Machine) -> None:
-    """Raise a `ConfigError` where timing steps on this machine would tell nothing of the workers."""
+    """Raise a `ConfigError` if steps timed on this machine would not show the speed of the planned workers."""
     if machine.basis or (machine.device == "GPU" and not torch.cuda.is_available()):
         raise ConfigError(
             "--measure times steps on this machine, and "

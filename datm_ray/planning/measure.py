@@ -1,4 +1,4 @@
-"""Speed of this machine at a recipe's own work, from a few real steps of every kind on made-up images.
+"""Measured speed of this machine for a recipe: a few steps of every kind of work, on random images.
 
 Tests: tests/planning/test_duration.py.
 """
@@ -30,27 +30,28 @@ from datm_ray.stages.experts import experts_at_a_time
 from datm_ray.stages.validation import evaluation_schedule
 
 REPEATED, SECONDS, MANY = 3, 0.2, 10**6
-"""Repetitions of each kind of work after a first one that warms up, at least; their seconds, at least; an end of both
-that is never reached."""
+"""Smallest number of repetitions of each kind of work after a first one to warm up, their smallest total time in
+seconds, and a number of repetitions that is never reached."""
 STEPS = 3
-"""Student steps of a repetition."""
+"""Number of student steps in a repetition."""
 QUICK_FLOP = 1e10
-"""Operations of a repetition, at most, if it shall be quick. Larger steps take longer in proportion."""
+"""Largest number of operations in a repetition of a quick measurement. Larger steps take proportionally longer."""
 COMPILED_GAIN = 2.0
-"""Times by which a compiled step is faster than an uncompiled one. Measured 1.7 to 3.2, highest for small networks."""
+"""Speed of a compiled step relative to an uncompiled step. Measured: 1.7 to 3.2, highest for small networks."""
 
 _Work = tuple[int, Iterator[object]]
 
 
 def measured(proposal: Proposal, *, quickly: bool = False) -> Machine:
-    """The proposal's machine, with seconds measured on this one at the recipe's network and numbers of images.
+    """Measure the speed of this machine with the recipe's network. Returns the proposal's machine with that speed.
 
-    On CPUs with one thread a worker, CPU seconds are measured, which other programs change little.
+    On CPUs with one thread per worker, CPU seconds are measured, because other programs change them little.
 
     Args:
         proposal: the recipe and its plans.
-        quickly: True to time small uncompiled steps, in seconds; compiled ones are taken to be `COMPILED_GAIN` times as
-            fast. False compiles as the run will, which takes up to minutes.
+        quickly: True to time small uncompiled steps, which takes seconds; compiled steps are assumed to be
+            `COMPILED_GAIN` times as fast. False to compile as the run will and to time steps of the recipe's own size,
+            which may take minutes.
     """
     machine, cluster, threads = proposal.machine, proposal.config.cluster, torch.get_num_threads()
     cost, compiled = network_cost(proposal.config, proposal.shape), cluster.compile and not quickly
@@ -60,7 +61,7 @@ def measured(proposal: Proposal, *, quickly: bool = False) -> Machine:
         by_cpu = device.type == "cpu" and machine.cores == 1
         found = {kind: (passes, *_seconds(each, by_cpu=by_cpu)) for kind, (passes, each) in work.items()}
     finally:
-        torch.set_num_threads(threads)  # those of a notebook that asks
+        torch.set_num_threads(threads)  # restore the setting of the caller, such as a notebook
     seconds = {kind: usual / (cost.flop * passes) for kind, (passes, _, usual) in found.items()}
     if compiled:
         timed = machine.compiling.keys() & found.keys()
@@ -73,10 +74,12 @@ def measured(proposal: Proposal, *, quickly: bool = False) -> Machine:
 
 
 def _work(proposal: Proposal, device: torch.device, compiled: bool, flop: int) -> dict[str, _Work]:
-    """Kind of work -> image passes of a repetition, and repetitions without end, on made-up images.
+    """Kind of work -> image passes of one repetition, and an endless iterator that runs one repetition per item.
 
     Args:
-        flop: operations of an image in a forward pass, to take fewer images than `QUICK_FLOP` allows; 0 for no limit.
+        device: device to compute on.
+        compiled: True to compile steps.
+        flop: operations of one image's forward pass, which limit the number of images by `QUICK_FLOP`; 0 for no limit.
     """
     config, shape, cluster = proposal.config.each_backbone()[0], proposal.shape, proposal.config.cluster
     real, batch = shape.training_images, evaluation_schedule(config, 0.01).batch_size
@@ -120,7 +123,7 @@ def _work(proposal: Proposal, device: torch.device, compiled: bool, flop: int) -
 
 
 def _seconds(work: Iterator[object], *, by_cpu: bool) -> tuple[float, float]:
-    """Seconds of the first repetition, and the median of some others."""
+    """Seconds of the first repetition, and median seconds of the following ones."""
     found: list[float] = []
     while len(found) <= REPEATED or sum(found[1:]) < SECONDS:
         began = _now(by_cpu)
@@ -132,6 +135,6 @@ def _seconds(work: Iterator[object], *, by_cpu: bool) -> tuple[float, float]:
 
 
 def _now(by_cpu: bool) -> float:
-    """Seconds of the clock, or CPU seconds of this process and of compilers that it has started."""
+    """Current time in seconds: of the clock, or CPU time of this process and of compilers that it started."""
     children = os.times()
     return time.process_time() + children.children_user + children.children_system if by_cpu else time.perf_counter()

@@ -1,11 +1,11 @@
-"""A recipe for images of one's own: every value follows from the data, the images per class, and the time there is.
+"""Recipe for a user's own images: every value is computed from the data, the images per class, and the user's time.
 
-`suggest` has the rules; docs/your-images.md lists them with their sources. `datm-ray init` writes the recipe with a
+`suggest` applies the rules; docs/your-images.md lists them with their sources. `datm-ray init` writes the recipe with a
 reason beside every value. Tests: tests/planning/test_suggest.py.
 
-The unit that makes data sets comparable is the distance that plain SGD can go: learning rate times steps. An epoch of
-45,000 images in batches of 256 is 1.76, an epoch of 900 images in batches of 32 and with twice the rate 0.58. Published
-ranges of start epochs, and those of the digits, nearly agree in this unit.
+The rules compare data sets by the distance that plain SGD can go: learning rate times steps. For 45,000 images in
+batches of 256, an epoch has distance 1.76; for 900 images in batches of 32, with twice the rate, 0.58. Measured in
+distances, the published ranges of start epochs and the digits' ranges nearly agree.
 """
 
 from __future__ import annotations
@@ -34,63 +34,65 @@ from datm_ray.runtime.executor import counted
 from datm_ray.stages.experts import experts_at_a_time
 
 EPOCH_STEPS = 25
-"""Steps that an epoch of the experts has at least, unless that needs a batch below the smallest."""
+"""Smallest number of steps in an epoch of the experts, unless the batch would become smaller than `SMALLEST_BATCH`."""
 SMALLEST_BATCH, PUBLISHED_BATCH = 16, 256
-"""Limits on an expert's batch; the largest is the published one."""
+"""Smallest and largest batch size of experts, inclusive. The largest is the published batch size."""
 PUBLISHED_RATE, RATE = 0.01, 0.02
-"""Experts' learning rate with the published batch, and with smaller ones, as for the digits."""
+"""Experts' learning rate: the published rate for the published batch size; the digits' rate for smaller batches."""
 BOUND, BOUND_POWER = 8.0, 0.57
-"""Distance at which the latest student starts with one image per class, and the power by which it grows with them.
+"""The range of start epochs ends at distance BOUND * ipc ** BOUND_POWER from the experts' first epoch.
 
-DATM's CIFAR-10 recipes end at 7 (IPC 1), 35 (10) and 70 (50), the digits' at 9 (1) and 28 (10)."""
+DATM's CIFAR-10 recipes end at 7 (IPC 1), 35 (10) and 70 (50), the digits' recipes at 9 (1) and 28 (10)."""
 LATE_SHARE, MOST_LATE = 3.0, 0.5
-"""The first start as a share of the bound: so many times the synthetic set's share of the data, and at most this.
+"""The range of start epochs begins at LATE_SHARE times the set's share of the data, at most at MOST_LATE of its end.
 
-0.03 for CIFAR-10 with 50 of 5,000 images per class, 0.3 with 500; DATM has 0 and 0.67. 0.2 for digits-ipc10."""
+Examples, as shares of the end: 0.03 for CIFAR-10 with 50 of 5,000 images per class, 0.3 with 500 (DATM has 0 and 0.67);
+0.2 for digits-ipc10."""
 TRAINED = 35.0
-"""Distance over which experts are trained at least, for they label the first images; 38 for digits."""
+"""Smallest distance over which experts are trained, because they also label the first images; 38 for digits."""
 STEP_DISTANCE = 0.06
-"""Distance of the experts that one student step makes up for: 0.044 in DATM's recipes, 0.07 to 0.1 for digits."""
+"""Distance of an expert that one student step must cover: 0.044 in DATM's recipes, 0.07 to 0.1 for digits."""
 STUDENT_BATCH = 50
-"""Images of a student step at least, if the set has as many; two per class if those are more."""
+"""Smallest number of images in a student step, or two per class if those are more; at most the whole set."""
 THRESHOLD = 1.1
-"""Threshold of DATM's cifar10-ipc1. Losses of a set that hardly moves the student scatter around 1."""
+"""Threshold of DATM's cifar10-ipc1. If a set hardly moves the student, its losses scatter around 1."""
 VALIDATION, MOST_VALIDATION = 0.1, 5000
-"""Share of the images for validation, and their largest number."""
+"""Share of the images for validation, and largest number of validation images."""
 LARGEST_SIDE = 64
-"""Side in pixels to which larger images are brought, the largest with published results."""
+"""Side in pixels to which larger images are resized. Larger images have no published results."""
 WIDTHS, STEPS = (128, 64, 32, 16), (40, 20, 10)
-"""Channels of the network and numbers of student steps, in the order in which they are tried."""
+"""Widths of the network, in channels, and numbers of student steps, in the order of trying them."""
 ENOUGH_EXPERTS, ENOUGH_ITERATIONS = 4, 300
-"""A width is taken if there is time for as many."""
+"""Numbers of experts and iterations for which the time must be enough; else the next width is tried."""
 MOST_EXPERTS, MOST_ITERATIONS = 100, 10_000
-"""Published numbers, which are not exceeded."""
+"""Largest numbers of experts and iterations, as published."""
 LEAST_EXPERTS, LEAST_ITERATIONS = 2, 20
-"""Numbers that are kept however short the time is."""
+"""Smallest numbers of experts and iterations, even if the time is too short for them."""
 EXPERTS_SHARE, EVALUATION_SHARE, REAL_SHARE = 0.35, 0.2, 0.1
-"""Largest shares of the time; distillation gets what is left. The last is that of networks on all real images."""
+"""Largest shares of the time for experts, evaluation, and its networks on all real images. Distillation gets the
+rest."""
 MARGIN = 0.85
-"""Share of the time that is planned; the rest is for what estimates leave out."""
+"""Share of the time that is planned. The rest is a reserve for work that the estimates leave out."""
 SMALLEST_PICTURE = 24
-"""Side in pixels from which all operations of augmentation are used."""
+"""Smallest side in pixels, inclusive, of images that get all operations of augmentation."""
 EVALUATIONS = (("published", 5), ("short", 5), ("brief", 5), ("brief", 3))
-"""Evaluation protocols and networks of a row, in the order in which they are tried."""
+"""Pairs (evaluation protocol, networks per row), in the order of trying them."""
 VALIDATIONS, CHECKPOINTS = 5, 20
-"""Numbers of validations and of checkpoints of a distillation."""
+"""Number of validations and number of checkpoints in a distillation."""
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A recipe with the reason of every value that was chosen."""
+    """Recipe with a reason for every chosen value."""
 
     config: RunConfig
     reasons: dict[str, str]
-    """Keys such as `experts.batch_size` -> reason."""
+    """Key, such as `experts.batch_size` -> reason for its value."""
     plan: Proposal
-    """What it takes on this machine."""
+    """Memory, time and storage that the recipe takes on this machine."""
 
     def __str__(self) -> str:
-        """The recipe as YAML, with the reasons as comments."""
+        """Recipe as YAML, with the reasons as comments."""
         head = f"# Planned for this machine when it was written: {self.plan.lines()[0]}\n"
         head += "# A distance is learning rate x steps: how far plain SGD can go.\n"
         return head + to_yaml_with_reasons(self.config, self.reasons)
@@ -98,23 +100,26 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class Wish:
-    """What a user asks for."""
+    """A user's request for a recipe."""
 
     name: str
     """Name of the run."""
     ipc: int
     """Synthetic images per class."""
     seconds: float
-    """Time on the clock for everything, from the first expert to the report."""
+    """Seconds on the clock for the whole run, from the first expert to the report."""
 
 
 def default_name(path: str, ipc: int) -> str:
-    """Name of a run on the images at a path."""
+    """Default name of a run, from the path of its images and the images per class."""
     return plain_name(f"{Path(path).expanduser().absolute().stem}-ipc{ipc}")
 
 
 def source_of(path: str) -> str:
-    """Source that reads the files at a path: `folder`, `parquet`, or a data set in its official layout."""
+    """Choose the `dataset.source` for the files at a path.
+
+    Returns "folder", "parquet", or the name of a data set whose official layout the path has.
+    """
     place = Path(path).expanduser()
     if not place.exists() and path in ("digits", "cifar10", "cifar100", "tiny-imagenet"):
         return path
@@ -125,7 +130,7 @@ def source_of(path: str) -> str:
 
 
 def _holds(folder: Path, suffixes: Collection[str]) -> bool:
-    """True if files with one of the suffixes lie in a folder, or up to two folders deeper."""
+    """True if a folder has files with one of the suffixes, up to two folders deep; False if it cannot be read."""
     with suppress(OSError):
         return any(file.suffix.lower() in suffixes for deep in ("*", "*/*", "*/*/*") for file in folder.glob(deep))
     return False
@@ -138,10 +143,14 @@ def _has(path: Path) -> bool:
 
 
 def read_images(path: str, resize: int | None) -> tuple[DatasetConfig, RawDataset]:
-    """Read the images at a path. Without `resize`, images of one size up to 64 pixels keep it; others become 64x64.
+    """Read the images at a path. Returns them with the section `dataset` of a recipe that reads them.
+
+    Args:
+        resize: side in pixels of the images. `None` keeps the size of images that all have one size of at most 64
+            pixels, and resizes others to 64x64.
 
     Raises:
-        DatasetError: there are no images that can be read.
+        DatasetError: the path has no images that can be read.
     """
     source = source_of(path)
     found = None if source == path else str(Path(path).expanduser().absolute())
@@ -157,13 +166,13 @@ def read_images(path: str, resize: int | None) -> tuple[DatasetConfig, RawDatase
 
 
 def suggest(wish: Wish, dataset: DatasetConfig, raw: RawDataset, plan: Callable[[RunConfig], Proposal]) -> Suggestion:
-    """Choose a recipe for images that were read, and for the time that there is.
+    """Choose a recipe for the user's images and time.
 
     Args:
         wish: images per class and time.
-        dataset: where the images lie, and the size to which they were brought.
+        dataset: source, path and size of the images.
         raw: the images.
-        plan: plans a recipe on this machine, with measured speeds.
+        plan: function that plans a recipe on this machine, with measured speeds.
 
     Raises:
         DatasetError: a class has too few images.
@@ -179,10 +188,10 @@ def suggest(wish: Wish, dataset: DatasetConfig, raw: RawDataset, plan: Callable[
 
 
 def measured_plans(raw: RawDataset, say: Callable[[str], None]) -> Callable[[RunConfig], Proposal]:
-    """Function that plans recipes for these images on this machine; it measures each width of the network once.
+    """Make a function that plans recipes for these images on this machine. It times each width of the network once.
 
     Args:
-        say: shows a line before each measurement.
+        say: shows a line to the user before each measurement.
     """
     image, training = (raw.channels, *raw.size), len(raw.train) + len(raw.validation)
     shape = DataShape(image, raw.classes, training, len(raw.test))
@@ -201,31 +210,31 @@ def measured_plans(raw: RawDataset, say: Callable[[str], None]) -> Callable[[Run
 
 
 Choices = Iterator[tuple[str, Any, str]]
-"""Key, value and reason of each choice."""
+"""Yields key, value and reason of each choice."""
 
 
 @dataclass
 class _Draft:
-    """A recipe in the making."""
+    """Unfinished recipe: the values chosen so far, with their reasons."""
 
     wish: Wish
     dataset: DatasetConfig
     raw: RawDataset
     plan: Callable[[RunConfig], Proposal]
     values: dict[str, Any] = field(default_factory=dict)
-    """Keys such as `experts.batch_size` -> value."""
+    """Key, such as `experts.batch_size` -> value."""
     reasons: dict[str, str] = field(default_factory=dict)
 
     def set(self, key: str, value: Any, reason: str) -> None:
-        """Choose a value."""
+        """Choose a value for a key, for a reason."""
         self.values[key], self.reasons[key] = value, reason
 
     def config(self, values: dict[str, Any] | None = None) -> RunConfig:
-        """The recipe so far, with other values."""
+        """Make a recipe from the values chosen so far; `values` come on top of them or replace them."""
         return with_settings(RunConfig(dataset=self.dataset), self.values | (values or {}))
 
     def clock(self, values: dict[str, Any]) -> dict[str, float]:
-        """Stage -> seconds on the clock, with other values."""
+        """Stage -> seconds on the clock, for the recipe with these values, see `config`."""
         return self.plan(self.config(values)).clock
 
     @property
@@ -235,20 +244,20 @@ class _Draft:
 
     @property
     def counts(self) -> list[int]:
-        """Number of images of each class that are not for testing."""
+        """Number of images of each class for training and validation together."""
         parts = (self.raw.train, self.raw.validation)
         labels = np.concatenate([part.labels for part in parts])
         return [int(count) for count in np.bincount(labels, minlength=self.raw.classes)]
 
     @property
     def training(self) -> int:
-        """Number of images that experts are trained on."""
+        """Number of images that experts are trained on, without validation images."""
         share = self.values["dataset.validation"]
         return sum(count - held_out(count, share) for count in self.counts)
 
     @property
     def epoch(self) -> float:
-        """Distance of an epoch of the experts: learning rate times steps. `Distance` needs a whole recipe."""
+        """Distance of one epoch of the experts: learning rate times steps. (`Distance` needs a whole recipe.)"""
         rate = float(self.values["experts.learning_rate"])
         return rate * math.ceil(self.training / int(self.values["experts.batch_size"]))
 
@@ -327,7 +336,7 @@ def _matching(draft: _Draft) -> Choices:
 
 
 def _lengths(draft: _Draft, steps: int) -> dict[str, Any]:
-    """Epochs from start to target for so many student steps, and epochs of the whole training."""
+    """Values for a number of student steps: the epochs from start to target, and the experts' epochs."""
     span = max(1, round(STEP_DISTANCE * steps / draft.epoch))
     epochs = max(draft.values["distill.start_epochs"][1] - 1 + span, math.ceil(TRAINED / draft.epoch))
     return {
@@ -339,7 +348,10 @@ def _lengths(draft: _Draft, steps: int) -> dict[str, Any]:
 
 
 def _fit_into_time(draft: _Draft) -> None:
-    """Choose the network's width, and the numbers of experts, epochs, student steps and iterations."""
+    """Choose the width of the network and the numbers of experts, epochs, student steps and iterations.
+
+    The largest width is taken for which the time is enough, see `ENOUGH_EXPERTS`.
+    """
     time = MARGIN * draft.wish.seconds
     for width in WIDTHS:
         values = _fitted(draft, {"network.width": width}, time)
@@ -351,7 +363,7 @@ def _fit_into_time(draft: _Draft) -> None:
 
 
 def _fitted(draft: _Draft, values: dict[str, Any], time: float) -> dict[str, Any]:
-    """Values that take about `time` seconds, or more where the least values do."""
+    """Extend the values by those that fill about `time` seconds. The smallest allowed numbers may take longer."""
     values |= _lengths(draft, STEPS[-1])
     workers = draft.plan(draft.config(values)).machine.workers
     values["cluster.shards"] = min(workers, draft.raw.classes)
@@ -370,7 +382,10 @@ def _fitted(draft: _Draft, values: dict[str, Any], time: float) -> dict[str, Any
 
 
 def _evaluation(draft: _Draft, values: dict[str, Any], time: float) -> dict[str, Any]:
-    """Longest evaluation within its share of the time, with networks on all real images if those are within theirs."""
+    """Values of the longest evaluation within `EVALUATION_SHARE` of the time.
+
+    Networks on all real images are added if they take at most `REAL_SHARE` of the time.
+    """
     for protocol, seeds in EVALUATIONS:
         found = {"evaluate.protocol": protocol, "evaluate.seeds": seeds, "evaluate.full": False}
         seconds = draft.clock(values | found)["evaluation"]
@@ -383,11 +398,11 @@ def _evaluation(draft: _Draft, values: dict[str, Any], time: float) -> dict[str,
 
 
 def _numbers(draft: _Draft, values: dict[str, Any], time: float, workers: int, stack: int) -> dict[str, int]:
-    """Numbers of experts and iterations that fill the time; rather fewer experts than too few iterations.
+    """Numbers of experts and iterations that fill the time in seconds. Experts are cut before iterations.
 
     Args:
-        workers: workers of the machine; a round of experts has as many.
-        stack: experts that a worker trains at a time.
+        workers: number of the machine's workers. A round of experts has one expert per worker.
+        stack: number of experts that a worker trains at a time.
     """
     one, two = (draft.clock(values | {"experts.count": workers * stack * rounds})["experts"] for rounds in (1, 2))
     each, fixed = (two - one) / stack, 2 * one - two  # seconds of a round, and of compiling
@@ -411,7 +426,7 @@ def _words(seconds: float) -> str:
 
 
 def _reasons(draft: _Draft, values: dict[str, Any]) -> dict[str, str]:
-    """Reasons of the values of `_fitted`."""
+    """Key -> reason for the values that `_fitted` returns."""
     asked, width, iterations = _words(draft.wish.seconds), values["network.width"], values["distill.iterations"]
     steps, count, is_enough = values["distill.student_steps"], values["experts.count"], iterations >= ENOUGH_ITERATIONS
     span, reached = (draft.epoch * values[key] for key in ("distill.expert_epochs", "experts.epochs"))

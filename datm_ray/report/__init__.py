@@ -1,8 +1,8 @@
 """The report: one self-contained HTML page about the runs of an output folder.
 
-Every image is inside the page, there is no script, and the page requests nothing from elsewhere. The page shows what a
-run has so far and states what is missing. Equal files give equal bytes. All figures come from existing files: the
-report trains and evaluates nothing.
+The page contains all its images, has no script, and loads nothing from the network. It shows what a run has so far and
+states what is missing. Equal files give equal bytes. All figures come from existing files: the report trains and
+evaluates nothing.
 """
 
 from datm_ray.report.page import write_report

@@ -1,4 +1,4 @@
-"""Charts of a distillation's course: SVG whose text stays text, in one style."""
+"""Charts of a distillation's course as SVG images, in one style. Their labels stay text, not outlines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BLUES = LinearSegmentedColormap.from_list("blues", ["#ffffff", PALE, ACCENT, "#1
 
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
-    # Text stays text, so the reader's browser picks the first of these that it has.
+    # SVG keeps text as text, so the reader's browser uses the first of these fonts that it has.
     "font.sans-serif": ["Helvetica Neue", "Segoe UI", "Roboto", "Arial", "Liberation Sans", "DejaVu Sans"],
     "font.size": 9,
     "text.color": INK,
@@ -45,7 +45,7 @@ STYLE: dict[Any, Any] = {
     "axes.grid": False,
     "axes.axisbelow": True,
     "axes.xmargin": 0.02,
-    "axes.formatter.useoffset": False,  # ticks are whole numbers, not differences from one
+    "axes.formatter.useoffset": False,  # tick labels are full values, not differences from an offset
     "xtick.color": "#c4c9d0",
     "ytick.color": "#c4c9d0",
     "xtick.labelcolor": MUTED,
@@ -91,7 +91,7 @@ def charts_of(run: Run) -> list[Picture]:
 
 def _svg(draw: Callable[[Figure], None]) -> str:
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        # Class names may be in any script: the browser has glyphs that matplotlib's measuring font lacks.
+        # Class names may be in any script. matplotlib's font may lack their glyphs, and the browser draws them.
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
         figure = Figure(figsize=(5.2, 3.2), layout="constrained")
         draw(figure)
@@ -176,7 +176,7 @@ def _plain_loss_chart(history: Mapping[str, NDArray[Any]]) -> Picture:
         "Loss",
         _svg(draw),
         f"Loss over {count(len(loss), 'iteration')}; its running mean goes{course}.",
-        "Loss of the method before each update, without MetaDD's.",
+        "The method’s loss before each update, without MetaDD’s terms.",
     )
 
 
@@ -251,10 +251,10 @@ def _validation_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
     return Picture(
         "Validation accuracy",
         _svg(draw),
-        f"Validation accuracy at {count(len(accuracy), 'point')}; chosen was the set of iteration "
-        f"{iteration[kept]}, with {accuracy[kept]:.1f} %.",
-        f"{networks} trained on the current set, scored on images held back from training. Kept is the last "
-        "set within one standard error of the best.",
+        f"Validation accuracy at {count(len(accuracy), 'point')}. The set of iteration {iteration[kept]} was kept, "
+        f"with {accuracy[kept]:.1f} %.",
+        f"{networks} trained on the current set, scored on images held back from training. The last set within one "
+        "standard error of the best is kept.",
     )
 
 
@@ -271,7 +271,7 @@ def _step_size_chart(run: Run, history: Mapping[str, NDArray[Any]]) -> Picture:
         if not run.learns_step_size:
             axes.set_ylim(0, 2.02 * steps[0])
 
-    kind = "learned together with the images" if run.learns_step_size else "which this recipe keeps"
+    kind = "learned together with the images" if run.learns_step_size else "constant in this recipe"
     return Picture(
         "Step size",
         _svg(draw),
@@ -294,7 +294,7 @@ def _ratio_chart(history: Mapping[str, NDArray[Any]]) -> Picture:
         title="Meta-feature ratio",
         source=_svg(draw),
         alt=f"Meta-feature ratio over iterations, {ratio[0]:.1f} % at first and {ratio[-1]:.1f} % at last.",
-        caption="Pixels that are a feature to all MetaDD networks, as a share of those that are to any.",
+        caption="Pixels that are a feature of all MetaDD networks, as a share of the features of any network.",
     )
 
 
@@ -308,7 +308,7 @@ def _soft_label_chart(artifact: Artifact, *, finished: bool) -> Picture:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        # Square root of the probability: small shares of other classes are the purpose of soft labels.
+        # Colours follow the square root of the probability, so that small shares of other classes are visible.
         shown = axes.imshow(100 * mean, cmap=BLUES, norm=PowerNorm(0.5, 0, 100), aspect="auto", interpolation="nearest")
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
@@ -320,7 +320,7 @@ def _soft_label_chart(artifact: Artifact, *, finished: bool) -> Picture:
             axes.set_xticks(range(len(names)), names, rotation=45 if across else 0, ha="right" if across else "center")
             axes.set_yticks(range(len(present)), [names[label] for label in present])
             for text in (*axes.get_xticklabels(), *axes.get_yticklabels()):
-                text.set_parse_math(False)  # a $ in a class name is a $
+                text.set_parse_math(False)  # a $ in a class name starts no formula
         bar = figure.colorbar(shown, ax=axes, ticks=[0, 1, 5, 20, 50, 100], pad=0.02, aspect=28)
         bar.ax.set_yticklabels(["0", "1", "5", "20", "50", "100 %"])
         bar.ax.tick_params(length=0)

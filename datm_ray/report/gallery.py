@@ -29,9 +29,9 @@ class Gallery:
     class_names: Sequence[str]
     """Class names, one per row."""
     width: int
-    """Width in CSS pixels, a multiple of the picture's own."""
+    """Width in CSS pixels, a multiple of the picture's width."""
     enlarged: bool
-    """True if an image's pixel covers several on the screen, and should stay a square."""
+    """True if one pixel of an image covers several on the screen; it is then drawn as a sharp square."""
 
 
 def galleries(run: Run) -> list[Gallery]:
@@ -72,7 +72,7 @@ def contact_sheet(artifact: Artifact) -> tuple[NDArray[np.uint8], int, int]:
 
 
 def _shown_rows(artifact: Artifact) -> list[list[int]]:
-    """Indices of the images to show, class by class."""
+    """Indices of the images to show, one list per class."""
     labels = artifact.labels.numpy()
     classes = range(min(CLASSES_SHOWN, len(artifact.class_names)))
     return [np.flatnonzero(labels == label)[:IMAGES_SHOWN].tolist() for label in classes]

@@ -1,4 +1,7 @@
-"""Class activation maps of MetaDD's networks over the same images, before and after, and the features all share."""
+"""Pictures of MetaDD's class activation maps and of the features that all its networks share.
+
+Maps are drawn over the same images before and after distillation.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,13 @@ from datm_ray.report.results import Maps, Run
 from datm_ray.report.words import percent
 
 IMAGES_DRAWN = 6
-"""Largest number of images drawn, each of another class."""
+"""Largest number of images drawn, each from a different class."""
 OPACITY = 0.55
 """Opacity of a map over its image, in [0, 1]."""
 
 
 def map_pictures(run: Run) -> list[Picture]:
-    """One picture before and one after distillation; empty without MetaDD, or before it is finished."""
+    """One picture before and one after distillation; empty without MetaDD or before distillation is finished."""
     if run.maps is None:
         return []
     stages = ((run.before, run.initial, 0), ("After: synthetic images", run.synthetic, 1))
@@ -39,7 +42,8 @@ def _picture(title: str, artifact: Artifact, maps: Maps, stage: int) -> Picture:
         alt=f"{title}: class activation maps of {len(maps.networks)} networks over {len(rows)} images.",
         caption=(
             "Warm colours are a network’s evidence for the image’s class. White in the last column: features of all "
-            f"networks (from {maps.threshold:g} on). Over all images: {percent(maps.ratios[stage])} of those of any."
+            f"networks (scaled map of at least {maps.threshold:g}). Over all images, these are "
+            f"{percent(maps.ratios[stage])} of the features of any network."
         ),
     )
 
@@ -71,7 +75,7 @@ def _over(image: NDArray[np.float32], seen: NDArray[np.float32]) -> NDArray[np.f
 
 
 def _shared(scaled: NDArray[np.float32], threshold: float) -> NDArray[np.float32]:
-    """Draw shared features of maps [m h w] as [h w 3]: white if all maps have a feature, grey if one has."""
+    """Draw shared features of maps [m h w] as [h w 3]: white for features of all maps, grey for those of some only."""
     features = scaled >= threshold
     value = np.where(features.all(axis=0), 1.0, np.where(features.any(axis=0), 0.45, 0.1)).astype(np.float32)
     return np.repeat(value[..., None], 3, axis=2)

@@ -37,10 +37,10 @@ from datm_ray.store.trajectories import size_in_words
 
 
 def write_report(out: Location, runs: Sequence[RunSummary], name: str = "report.html") -> Location:
-    """Write the page about these runs into the output folder, finished runs first. Returns its location.
+    """Write the page about these runs into the output folder, finished runs first. Returns the page's location.
 
     Raises:
-        CorruptFileError: a file of a run is damaged. A missing file is no error: the page states it.
+        CorruptFileError: a file of a run is damaged. A missing file is no error: the page states that it is missing.
     """
     place = out / name
     page = render(sorted(map(read_run, runs), key=lambda run: run.unfinished))
@@ -71,7 +71,7 @@ def render(runs: Sequence[Run]) -> str:
 
 
 def _run_view(run: Run) -> dict[str, Any]:
-    # Importing matplotlib takes most of a second, which commands without charts save.
+    # Imported here because matplotlib takes most of a second, and most commands draw no charts.
     from datm_ray.report.charts import charts_of
     from datm_ray.report.maps import map_pictures
 
@@ -108,7 +108,7 @@ def _cost_cells(line: CostLine) -> tuple[str, ...]:
 
 
 def _networks_view(summary: RunSummary) -> dict[str, Any] | None:
-    """Table of architectures: columns, lines and means."""
+    """Table of accuracies on other architectures: columns, lines and means; `None` if there are none."""
     if not summary.networks:
         return None
     lines = []
@@ -117,7 +117,7 @@ def _networks_view(summary: RunSummary) -> dict[str, Any] | None:
         shown: list[Any] = [
             (str(cells[column]), cells[column].n) if column in cells else None for column in NETWORK_COLUMNS
         ]
-        if each.learned is None:  # another optimiser has no learned step size
+        if each.learned is None:  # the learned step size is SGD's; the networks had another optimiser
             shown[0] = "–"
         lines.append((name, each.kind, shown))
     means = [
@@ -135,7 +135,7 @@ def _networks_view(summary: RunSummary) -> dict[str, Any] | None:
 
 
 def _cell(summary: RunSummary, row: str) -> tuple[str, str]:
-    """Pair (mean ± standard deviation in percent, number of networks); ("", reason) without a score."""
+    """Cell of the accuracy table: ("mean ± deviation" in percent, "(networks)"), or ("", reason) without a score."""
     score = find_score(summary.scores, row)
     return (str(score), f"({score.n})") if score else ("", "skipped" if is_skipped(summary, row) else "not yet")
 
@@ -154,7 +154,7 @@ def _what_was_done(run: Run) -> str:
 
 
 def _size(run: Run) -> str:
-    """Size of the synthetic set, and its share of the real one."""
+    """Size of the synthetic set, with its share of the real images if their number is known, as text."""
     if run.latest is None:
         return f"{count(run.config.distill.ipc, 'image')} per class"
     synthetic, real = len(run.latest.images), run.summary.training_images

@@ -1,4 +1,4 @@
-"""Data of a run for the report: given by the caller, or read from the run's folder."""
+"""Data of runs for the report, from the caller or from the run's folder, and the accuracy tables as text."""
 
 from __future__ import annotations
 
@@ -27,56 +27,57 @@ from datm_ray.store.tensors import read_tensors
 
 @dataclass(frozen=True)
 class RunSummary:
-    """Data of one run that the caller gives; the report reads the rest from the run's folder."""
+    """Part of a run's data that the caller gives. The report reads the rest from the run's folder."""
 
     config: RunConfig
     folder: Location
-    """Folder of the run with initial.arrow, checkpoint.arrow and synthetic.arrow, if they exist yet."""
+    """Folder of the run. It may contain initial.arrow, checkpoint.arrow and synthetic.arrow; missing ones are not
+    made yet."""
     scores: list[Score]
-    """Finished rows, in any order; empty before evaluation."""
+    """Scores of the finished rows of the accuracy table, in any order; empty before evaluation."""
     training_images: int | None = None
     """Number of real training images; None if the caller does not know it."""
     networks: Sequence[NetworkScores] = ()
-    """Scores of the set on other architectures that are known so far."""
+    """Scores of the set on other architectures, known so far; empty if none was asked for."""
     fair: FairScores | None = None
-    """DD-Ranking's scores; None if not asked for, or if networks for them are not trained yet."""
+    """DD-Ranking's scores; None without `evaluate.fair`, or before their networks are trained."""
     fair_rows: Sequence[Score] = ()
-    """Rows beyond the table's that DD-Ranking's scores need."""
+    """Scores of the additional rows that DD-Ranking's scores need."""
     dataset: str | None = None
     """Name of the data set; None if the caller does not know it."""
     labels: Location | None = None
     """Folder of the labels that the set is scored with; None if they are not stored."""
     has_experts: bool = True
-    """False if the run's method trains no networks, so that no row has their soft labels."""
+    """False if the run's method trains no experts, so that no row of the table has experts' soft labels."""
     iterations: int | None = None
-    """Iterations of the run's method, 0 if its first set is the result; `None` takes the recipe's."""
+    """Iterations of the run's method; 0 if the initial set is the result. `None` takes the recipe's number."""
 
 
 @dataclass(frozen=True)
 class Maps:
-    """Class activation maps of some images, before and after distillation."""
+    """Class activation maps of MetaDD's networks for some images, before and after distillation."""
 
     networks: Sequence[str]
     """Names of the networks, the backbone first."""
     rows: Sequence[int]
     """Indices of the images in the set."""
     scaled: tuple[NDArray[np.float32], NDArray[np.float32]]
-    """Maps [m b h w] in [0, 1] of the initial images, and of the distilled ones."""
+    """Maps [m b h w] in [0, 1] of the initial images, then of the distilled images."""
     ratios: tuple[float, float]
-    """Meta-feature ratio in [0, 1] over all initial images, and over all distilled ones."""
+    """Meta-feature ratio in [0, 1] over all initial images, then over all distilled images."""
     threshold: float
 
 
 @dataclass(frozen=True)
 class CostLine:
-    """Cost of one part of a run."""
+    """Cost of one part of a run, such as its experts or one row of the table."""
 
     title: str
     count: int
-    """Number of experts, sets or networks."""
+    """Number of experts, sets or networks that the cost covers."""
     spent: Spent
     complete: bool = True
-    """True if everything was measured; results of earlier versions have seconds only."""
+    """True if the whole cost was measured; False for results of earlier versions, which contain seconds only."""
 
     @property
     def device_seconds(self) -> float:
@@ -85,7 +86,7 @@ class CostLine:
 
 
 def cost_lines(summary: RunSummary) -> list[CostLine]:
-    """Known costs of experts, distillation, every row of the table and every other architecture."""
+    """Known costs of the experts, the distillation, the labels, each table row and each other architecture."""
     lines = [
         CostLine(f"experts, {each.architecture}", each.known, each.spent)
         for each in read_experts_cost(summary.folder)
@@ -99,7 +100,7 @@ def cost_lines(summary: RunSummary) -> list[CostLine]:
     ordered = sorted((*summary.scores, *summary.fair_rows), key=lambda score: list(titles).index(score.row))
     lines += [_cost_line(titles[score.row], score) for score in ordered]
     for name, each in zip(names_of(summary.networks), summary.networks, strict=True):
-        rows = (each.tuned, each.control)  # the learned step size is among those tried for the tuned one
+        rows = (each.tuned, each.control)  # tuning also tries the learned step size, so its cost is included
         lines += [_cost_line(f"{titles[score.row]}, on {name}", score) for score in rows if score]
     return lines
 
@@ -110,7 +111,7 @@ def _cost_line(title: str, score: Score) -> CostLine:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that the page shows of one run."""
+    """All data that the page shows about one run."""
 
     summary: RunSummary
     initial: Artifact | None
@@ -118,7 +119,7 @@ class Run:
     history: Mapping[str, NDArray[Any]] | None
     """Columns of the checkpoint; None if it is missing or has no iteration."""
     maps: Maps | None = None
-    """Maps of MetaDD's networks; None without MetaDD, or before it is finished."""
+    """Maps of MetaDD's networks; None without MetaDD, or before the distillation is finished."""
 
     @property
     def config(self) -> RunConfig:
@@ -130,7 +131,7 @@ class Run:
 
     @property
     def dataset(self) -> str:
-        """Name of the data set: the caller's, else that in the set, else its source."""
+        """Name of the data set from the caller, else from the synthetic set's file, else its source."""
         named = self.summary.dataset or (self.latest.provenance.get("dataset") if self.latest else None)
         return str(named or self.config.dataset.source)
 
@@ -141,23 +142,23 @@ class Run:
 
     @property
     def learns_step_size(self) -> bool:
-        """True if the step size is learned, False if the recipe or the method keeps the initial one."""
+        """True if the step size is learned, False if the recipe or the method keeps its initial value."""
         has_course = self.history is None or "history.step_size" in self.history
         return bool(self.total) and has_course and self.config.distill.learning_rate_step_size > 0
 
     @property
     def unfinished(self) -> tuple[bool, int]:
-        """Sort key: runs with a set first, then those with more rows of the table."""
+        """Sort key: first runs with a synthetic set, then runs with more rows of the table."""
         return self.synthetic is None, -len(self.summary.scores)
 
     @property
     def total(self) -> int:
-        """Iterations of the whole distillation; 0 if its first set is the result."""
+        """Number of iterations of the whole distillation; 0 if the initial set is the result."""
         return self.config.distill.iterations if self.summary.iterations is None else self.summary.iterations
 
     @property
     def iterations(self) -> int:
-        """Iterations done, from the checkpoint."""
+        """Number of iterations done, from the checkpoint; 0 without one."""
         return 0 if self.history is None else len(self.history["history.iteration"])
 
     @property
@@ -166,7 +167,7 @@ class Run:
 
     @property
     def diverged(self) -> int:
-        """Iterations skipped for another reason than a finite loss above the threshold."""
+        """Number of iterations skipped for any reason except a finite loss above the threshold."""
         if self.history is None:
             return 0
         loss, skipped = self.history["history.loss"], self.history["history.skipped"]
@@ -207,7 +208,7 @@ def _artifact(place: Location) -> Artifact | None:
 
 
 def write_summary(out: Location, summaries: Sequence[RunSummary], name: str = "summary.json") -> Location:
-    """Write recipes, accuracies per seed, costs, versions and hardware of the runs as JSON. Returns the location."""
+    """Write recipes, accuracies per seed, costs, versions and hardware of the runs as JSON. Returns the file."""
     place = out / name
     place.write_json([_summary(summary) for summary in summaries])
     return place
@@ -275,11 +276,11 @@ def accuracy_table(summaries: Sequence[RunSummary]) -> str:
 
 
 SKIPPED = f"{ROWS['full']}: skipped (evaluate.full is false)"
-"""Line below a table without the control on all real data."""
+"""Line below a table that lacks the row for all real data."""
 
 
 def shown_rows(summaries: Sequence[RunSummary]) -> dict[str, str]:
-    """Rows of the table of these runs -> titles: without all real data if there are runs and every one skips it."""
+    """Rows of the table of these runs -> titles. The row for all real data is left out if every run skips it."""
     return {
         row: title
         for row, title in ROWS.items()
@@ -288,18 +289,18 @@ def shown_rows(summaries: Sequence[RunSummary]) -> dict[str, str]:
 
 
 def is_skipped(summary: RunSummary, row: str) -> bool:
-    """True if the run leaves out a row, and no earlier command has scored it."""
+    """True if the run leaves out the row, and no earlier command has scored it."""
     is_made = summary.config.evaluate.full if row == "full" else summary.has_experts or row != "random-soft"
     return not is_made and not find_score(summary.scores, row)
 
 
 def fair_parts(summary: RunSummary) -> list[tuple[str, tuple[float, ...]]]:
-    """DD-Ranking's scores and their parts, one value per seed; empty if they are not known."""
+    """Names of DD-Ranking's scores and of their parts, each with one value per seed; empty if they are not known."""
     return [] if summary.fair is None else list(summary.fair.parts().items())
 
 
 def fair_cell(values: Sequence[float]) -> str:
-    """Text of mean ± standard deviation; DD-Ranking's scores are no percentages."""
+    """Format mean ± standard deviation with three decimals. DD-Ranking's scores are no percentages."""
     spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.3f}{spread}"
 
@@ -315,7 +316,9 @@ def fair_table(summaries: Sequence[RunSummary]) -> str:
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Align rows to columns of equal width, the first one to the left, with a rule below the heading."""
+    """Format rows as text columns. The first column is left-aligned, the others right-aligned; a rule follows the
+    heading.
+    """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join([first.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]).rstrip() for first, *cells in lines]
     text.insert(1, "  ".join("-" * width for width in widths))
@@ -323,7 +326,7 @@ def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def column_name(summary: RunSummary) -> str:
-    """Heading of a run's column: its name, and what its networks have that the set was not made for."""
+    """Heading of a run's column: the run's name, and how its evaluation departs from the set's own training."""
     settings = summary.config.evaluate
     labels = {"teacher": ["a teacher's labels"], "stored": ["stored labels"]}.get(settings.labels, [])
     special = ["AdamW"] * (settings.optimiser == "adamw") + labels
@@ -335,18 +338,18 @@ NETWORK_COLUMNS = {
     "tuned": "tuned step size",
     "control": f"{ROWS['random-soft']}, tuned",
 }
-"""Columns of the table of architectures, with their headings; see `network_columns`."""
+"""Columns of the table of architectures -> headings for methods with experts; see `network_columns`."""
 
 
 def network_columns(summary: RunSummary) -> dict[str, str]:
-    """Columns of a run's table of architectures, with their headings."""
+    """Columns of a run's table of architectures -> headings."""
     if summary.has_experts:
         return NETWORK_COLUMNS
     return NETWORK_COLUMNS | {"learned": "the set's step size", "control": f"{ROWS['random-hard']}, tuned"}
 
 
 def scores_by_name(scores: NetworkScores) -> dict[str, Score]:
-    """Scores of one architecture that exist, keyed by column of `NETWORK_COLUMNS`."""
+    """Existing scores of one architecture, by column of `NETWORK_COLUMNS`."""
     found = {"learned": scores.learned, "tuned": scores.tuned, "control": scores.control}
     return {name: score for name, score in found.items() if score is not None}
 
@@ -357,14 +360,14 @@ def names_of(networks: Sequence[NetworkScores]) -> list[str]:
 
 
 def mean_over_networks(networks: Sequence[NetworkScores], column: str, kinds: Sequence[str]) -> str | None:
-    """Mean accuracy in percent over the architectures of these kinds; None if one is missing."""
+    """Mean accuracy in percent over the architectures of these kinds; `None` if a score is missing or there is none."""
     found = [scores_by_name(each).get(column) for each in networks if each.kind in kinds]
     means = [score.mean for score in found if score is not None]
     return f"{100 * statistics.fmean(means):.1f}" if means and len(means) == len(found) else None
 
 
 def networks_table(summary: RunSummary) -> str:
-    """Accuracy on every architecture as aligned text, then the means over seen and unseen ones."""
+    """Accuracy on every architecture as aligned text, then the means over seen and unseen architectures."""
     lines = [[f"{column_name(summary)}: test accuracy in %", "", *network_columns(summary).values()]]
     for name, each in zip(names_of(summary.networks), summary.networks, strict=True):
         cells = scores_by_name(each)
@@ -389,7 +392,7 @@ def find_score(scores: Sequence[Score], row: str) -> Score | None:
 
 
 def share_of_full(scores: Sequence[Score]) -> str | None:
-    """Accuracy of the distilled set relative to that of all real data, as text."""
+    """Accuracy of the distilled set as a percentage of the accuracy of all real data; `None` if one is not known."""
     distilled, full = find_score(scores, "distilled"), find_score(scores, "full")
     if distilled is None or full is None or not full.mean:
         return None
@@ -397,7 +400,7 @@ def share_of_full(scores: Sequence[Score]) -> str | None:
 
 
 def _networks_behind(summaries: Sequence[RunSummary]) -> str:
-    """Number of networks behind each cell of the table, in one sentence."""
+    """Sentence on what the table's cells are: mean, standard deviation and number of networks."""
     numbers = {summary.config.name: sorted({score.n for score in summary.scores}) for summary in summaries}
     known = {name: " or ".join(map(str, n)) for name, n in numbers.items() if n}
     if len(set(known.values())) == 1:

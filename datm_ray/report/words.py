@@ -10,7 +10,7 @@ def count(number: int, noun: str) -> str:
 
 
 def percent(share: float) -> str:
-    """Percentage with two significant digits, for shares from 0.02 % to 100 %."""
+    """Share in [0, 1] as a percentage: three significant digits from 10 % on, two below."""
     digits = 3 if share >= 0.1 else 2
     return f"{100 * share:.{digits}g}\N{NO-BREAK SPACE}%"
 

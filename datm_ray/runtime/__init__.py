@@ -1,10 +1,10 @@
-"""Places that work runs in: executors that place workers, devices, sums over workers, and recovery from lost ones.
+"""Running of work: executors that place workers, devices, sums over workers, and recovery from lost workers.
 
-The serial executor is the reference; `runtime/ray/` is the only folder that imports Ray.
+The serial executor is the reference. `runtime/ray/` is the only folder that imports Ray.
 """
 
 import os
 
-# Ray reads this variable when it is imported. Under `uv run` Ray would upload the working folder, with its data, to
-# its workers, which have this process's packages anyway.
+# Ray reads this variable when it is imported. Under `uv run` Ray would otherwise upload the working folder, with its
+# data, to its workers. They need no upload, because they have this process's packages.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")

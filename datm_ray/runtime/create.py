@@ -1,4 +1,4 @@
-"""Executors by name. The packages of an executor are imported only when it is chosen."""
+"""Executors by name. The packages that an executor needs are imported only when it is chosen."""
 
 from __future__ import annotations
 

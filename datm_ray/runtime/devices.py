@@ -18,10 +18,10 @@ from datm_ray.store.files.traffic import traffic
 
 
 def prepare_device(cluster: ClusterConfig) -> torch.device:
-    """Set this process's thread count and choose its device. Every worker calls it first.
+    """Set this process's thread count and choose its device. Every worker calls this function first.
 
     Raises:
-        ClusterError: a GPU is required and there is none.
+        ClusterError: the settings require a GPU, and this worker has none.
     """
     torch.set_num_threads(cluster.threads_per_worker)
     takes_one = torch.cuda.is_available() and cluster.gpus_per_worker != 0
@@ -33,31 +33,31 @@ def prepare_device(cluster: ClusterConfig) -> torch.device:
         )
     if not takes_one or cluster.device == "cpu":
         return torch.device("cpu")
-    # Experts and networks that are scored follow these switches. Student steps set them as they need.
+    # Training of experts and of scored networks uses these switches. Student steps set their own.
     is_rounded = cluster.precision in ("auto", "tf32")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = is_rounded
     return torch.device("cuda")
 
 
 def precision_on(cluster: ClusterConfig, device: torch.device) -> Precision:
-    """Precision of a student step on this device."""
+    """Precision of a student step on this device: `cluster.precision`, where "auto" is tf32 on GPUs, else float32."""
     if cluster.precision == "auto":
         return "tf32" if device.type == "cuda" else "float32"
     return cluster.precision
 
 
 def uses_gpu(cluster: ClusterConfig) -> bool:
-    """True if workers compute on GPUs, by the settings and, if they leave it open, by this machine's GPU."""
+    """True if workers compute on GPUs. If the settings leave this open, a GPU on this machine decides."""
     if cluster.device == "cpu" or cluster.gpus_per_worker == 0:
         return False
     return cluster.device == "cuda" or cluster.gpus_per_worker is not None or torch.cuda.is_available()
 
 
 def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
-    """Tensor with the array's content, which must only be read. On the CPU it shares the array's memory.
+    """Turn an array into a tensor, which callers must not write to. On the CPU it shares the array's memory.
 
-    Arrays from Ray's object store or a memory map are read-only. torch has no read-only tensors and warns. Making the
-    copy that it asks for would multiply the memory by the workers of a node.
+    Arrays from Ray's object store or a memory map are read-only. torch has no read-only tensors, and asks for a copy by
+    a warning, hidden here. A copy in each worker would multiply a node's memory by its number of workers.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -65,36 +65,36 @@ def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
 
 
 def images_on(images: NDArray[np.float32], device: torch.device) -> Tensor:
-    """Images to train on: on the device, or in main memory if they would take more than half of a GPU's free memory."""
+    """Training images on the device, or in main memory if they would take more than half of a GPU's free memory."""
     if device.type == "cuda" and images.nbytes > free_gpu_memory() // 2:
         device = torch.device("cpu")
     return to_device(images, device)
 
 
 def free_gpu_memory() -> int:
-    """Bytes that this process can still take on its GPU, with those that torch holds for later."""
+    """Bytes that this process can still take on its GPU, including memory that torch has reserved but does not use."""
     return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
 class Meter:
-    """Meter of a worker's peak memory, and of its reads and writes of files since the construction."""
+    """Meter of a worker's peak memory, and of its file reads and writes since the meter was made."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._before = device, traffic()
 
     def measure(self) -> dict[str, float]:
-        """Measurements for `Progress.metrics`."""
+        """Measurements for `Progress.metrics`, by metric name."""
         moved = traffic() - self._before
         sums = {f"datm_ray_store_{name}_total": float(value) for name, value in dataclasses.asdict(moved).items()}
         return {**sums, "datm_ray_worker_memory_bytes": peak_memory(self._device)}
 
 
 def peak_memory(device: torch.device) -> float:
-    """Peak memory in bytes: of torch on this GPU, or of this process. nan if unknown."""
+    """Peak memory in bytes: torch's on a GPU, this process's main memory on a CPU; nan if unknown."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     try:
-        # getrusage is not used: its peak is that of the parent process if that was larger.
+        # getrusage is not used, because it returns the parent process's peak if that was larger.
         with open("/proc/self/status", encoding="ascii") as file:
             return next(1024.0 * int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
     except (OSError, StopIteration):

@@ -20,14 +20,14 @@ if TYPE_CHECKING:  # mesh imports this module, and needs no pydantic
 
 @dataclass(frozen=True)
 class Started:
-    """Start of a task, and its start again after a loss."""
+    """Start of a task, or its restart after a loss."""
 
     workers: int = 1
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress of a task: `done` of `total` steps. The first one of an attempt is where its speed is measured from."""
+    """Progress of a task: `done` of `total` steps. An attempt's speed is measured from its first `Progress`."""
 
     done: int
     total: int
@@ -41,7 +41,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Phase:
-    """What a task does before its first step or between two steps, until its next `Progress`."""
+    """Activity of a task before its first step or between two steps. Lasts until the task's next `Progress`."""
 
     text: str
     """Text after the task's name, such as "compiling student steps"."""
@@ -52,12 +52,12 @@ class Stopped:
     """End of a task that was asked to stop and has saved its work."""
 
     saved: str
-    """What is saved, such as "iteration 21 of 60"."""
+    """Description of the saved work, such as "iteration 21 of 60"."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """End of a task, with its result."""
+    """End of a task, with its result (`None` if its files are the result)."""
 
     result: Any = None
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -66,7 +66,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Lost:
-    """Loss of a task's worker. The executor starts the task again on another one."""
+    """Loss of a task's worker. The executor restarts the task on another worker."""
 
     reason: str
     attempt: int
@@ -79,7 +79,7 @@ class Failed:
 
     reason: str
     others: int
-    """Number of other tasks still running."""
+    """Number of other tasks that are finished before the error is raised."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,9 @@ class Resized:
     """Change of a task's number of workers, at its start or after a loss."""
 
     size: int
-    """Number of workers from now on."""
+    """New number of workers."""
     wanted: int
-    """Number of workers that the task can use at most."""
+    """Largest number of workers that the task can use."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Note:
 
 @dataclass(frozen=True)
 class More:
-    """Further task that a task has made, which any free worker may run at the same time."""
+    """New task made by a running task. Any free worker may run it at the same time."""
 
     task: Task
 
@@ -117,22 +117,22 @@ class Task:
     """Name shown to the user, unique within its stage."""
     arguments: tuple[Any, ...]
     size: int = 1
-    """Number of workers that run the task together. Above 1 each gets `worker_rank=WorkerRank(...)`, except in an
-    executor of one process, whose worker runs the whole task."""
+    """Number of workers that run the task together. Above 1 each worker gets `worker_rank=WorkerRank(...)`. In the
+    serial executor one worker runs the whole task and gets none."""
     fewer: tuple[int, ...] = ()
-    """Smaller group sizes that can run the task too, used when nodes are lost."""
+    """Smaller numbers of workers that can run the task too, used when nodes are lost."""
     run: str = ""
     """Name of the run that the task belongs to."""
     stage: str = ""
     """Name of the stage: "experts", "distillation", "labels" or "evaluation"."""
     weight: float = 1.0
-    """Expected work, above 0, in a unit that the tasks of a stage share."""
+    """Expected work, above 0, relative to the other tasks of its stage."""
     method: str = ""
-    """Method of the worker to call; "" for the method that the stage calls."""
+    """Name of the worker's method to call; "" for the method given to `Executor.run`."""
     memory: int = 0
     """Memory to reserve for each worker, in bytes; 0 reserves none."""
     is_light: bool = False
-    """True for a task that may run on the smaller workers of `cluster.light`."""
+    """True for a task whose workers have the shape of `cluster.light`, if that is set."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class WorkerRank:
     """Rank of one worker in its group, and the rendezvous address of the group."""
 
     rank: int
-    """Rank from 0 to `world_size` - 1, inclusive. The events of rank 0 are the task's."""
+    """Rank from 0 to `world_size` - 1, inclusive. The task's events are those of rank 0."""
     world_size: int
     """Number of workers in the group."""
     rendezvous: str
@@ -151,17 +151,17 @@ class Executor(Protocol):
     """Runs tasks on workers."""
 
     description: str
-    """Description of where tasks run, for the user."""
+    """Text for the user about where tasks run."""
     workers: int
     """Highest number of workers that run at the same time."""
     workers_per_machine: int
     """Highest number of workers on one node."""
     gpus_per_worker: float | None
-    """GPUs of a worker whose settings leave them open; `None` for those of this machine."""
+    """GPUs per worker if `cluster.gpus_per_worker` is null; `None` if this machine's GPUs decide."""
 
     @property
     def light_workers(self) -> int:
-        """Highest number of workers that run tasks with `Task.is_light` at the same time."""
+        """Highest number of workers that run tasks with `is_light` at the same time."""
         ...
 
     def require_workers(self, name: str, size: int) -> None:
@@ -177,18 +177,18 @@ class Executor(Protocol):
     ) -> Iterator[tuple[Task, Event]]:
         """Run every task to its `Finished`, in any order and possibly in parallel.
 
-        Tasks that the caller appends to the list meanwhile are run too. After an error of the input, no new task
-        starts, and running tasks finish before the error is raised.
+        The caller may append tasks to the list meanwhile; they are run too. After an error in the user's input no new
+        task starts, and running tasks finish before the error is raised.
 
         Args:
-            worker: class, constructed as worker(*setup) in the process where it runs.
+            worker: worker class, constructed as worker(*setup) in the process where it runs.
             setup: arguments of the constructor.
             method: name of the worker's generator method, called with each task's arguments.
-            tasks: tasks to run, which may grow.
+            tasks: tasks to run; the list may grow.
 
         Raises:
-            DatmError: the worker raised it.
-            WorkerLostError: a task's workers were lost too often.
+            DatmError: the worker raised this error.
+            WorkerLostError: a task lost its workers too often.
         """
         ...
 
@@ -201,7 +201,7 @@ class SerialExecutor:
     """One worker in this process, which runs one task after another."""
 
     def __init__(self, cluster: ClusterConfig) -> None:
-        # Imported here because it needs torch, which the process that drives remote workers does not import.
+        # Imported here because this module needs torch, which the driver of remote workers does not import.
         from datm_ray.runtime.devices import prepare_device
 
         device = prepare_device(cluster)  # reports a missing GPU before anything starts
@@ -226,7 +226,7 @@ class SerialExecutor:
     def run(
         self, worker: Callable[..., Any], setup: tuple[Any, ...], method: str, tasks: list[Task]
     ) -> Iterator[tuple[Task, Event]]:
-        """Run the tasks one after another in this process, see `Executor.run`."""
+        """Run the tasks one after another in this process. Arguments and errors: see `Executor.run`."""
         instance = worker(*setup) if tasks else None
         for task in tasks:
             yield task, Started()
@@ -240,7 +240,7 @@ class SerialExecutor:
 
 @contextmanager
 def _naming(task: Task) -> Iterator[None]:
-    """Name the task in what its worker says it has saved."""
+    """Put the task's name before the text of an `Interrupted`, which says what was saved."""
     try:
         yield
     except Interrupted as end:
@@ -249,7 +249,7 @@ def _naming(task: Task) -> Iterator[None]:
 
 @contextmanager
 def explaining_memory() -> Iterator[None]:
-    """Turn torch's error for exhausted GPU memory into a `WorkerLostError`: another GPU may have more that is free."""
+    """Turn torch's error for exhausted GPU memory into a `WorkerLostError`, because another GPU may have more free."""
     try:
         yield
     except RuntimeError as failure:
@@ -264,7 +264,7 @@ def explaining_memory() -> Iterator[None]:
 
 
 def require_precision(cluster: ClusterConfig, has_gpu: bool) -> None:
-    """Raise a `ClusterError` for a precision that workers without a GPU do not have."""
+    """Raise a `ClusterError` if `cluster.precision` needs a GPU and there is none."""
     if cluster.precision in ("tf32", "bfloat16") and not has_gpu:
         raise ClusterError(
             f"cluster.precision is {cluster.precision!r}, but there is no GPU to compute it",
@@ -274,5 +274,5 @@ def require_precision(cluster: ClusterConfig, has_gpu: bool) -> None:
 
 
 def counted(count: int, noun: str) -> str:
-    """Count and noun, such as "1 worker" or "2 workers"."""
+    """Count with its noun, such as "1 worker" or "2 workers"."""
     return f"{count} {noun}{'s' * (count != 1)}"

@@ -31,11 +31,13 @@ from datm_ray.runtime.executor import WorkerRank
 Result = TypeVar("Result")
 
 HEARTBEAT_INTERVAL = 0.5
-"""Seconds between two heartbeats of a worker that works while others wait."""
+"""Minimum seconds between two heartbeats of a worker that works while others wait for it."""
 ROW_HEARTBEAT_SHARE = 0.25
-"""Share of the timeout between two heartbeats of a row at work. Large, because fast rows wait there for slow ones."""
+"""Time between two heartbeats of a row at work, as a share of the timeout.
+
+The share is large, because at each heartbeat fast rows wait for slow ones."""
 EAGER_POLLING = 0.01
-"""Seconds for which the end of a sum on GPUs is polled without pause. NCCL itself polls once per millisecond."""
+"""Seconds of polling, without pause, for the end of a sum on GPUs. NCCL itself polls once per millisecond."""
 SIOCGIFADDR = 0x8915
 """Linux's request code for the address of a network interface."""
 _LOST_PEER = re.compile(
@@ -43,15 +45,15 @@ _LOST_PEER = re.compile(
 )
 """Words in the messages of gloo, NCCL and torch about a peer that died, hangs or is unreachable."""
 _OWN_DEVICE = re.compile(r"cuda (?:error|failure|function|out of memory)", re.I)
-"""Words in messages about this worker's own GPU, whose other words may be those of a lost peer."""
+"""Words in messages about a failure of this worker's own GPU. Such messages may contain words of `_LOST_PEER` too."""
 
 
 @dataclass(frozen=True)
 class Mesh(ABC):
     """Position of this worker in the grid, and collective operations with the others.
 
-    All workers must make the same calls in the same order. Results carry no gradient. With nobody to sum with, a result
-    may be the argument itself.
+    All workers must make the same calls in the same order. Results carry no gradient. A worker that has nobody to sum
+    with may get the argument itself as the result.
     """
 
     rank: int = 0
@@ -62,35 +64,36 @@ class Mesh(ABC):
 
     @property
     def row(self) -> int:
-        """Row, from 0: index of this worker's backbone."""
+        """Number of this worker's row, from 0: the index of its backbone."""
         return self.rank // self.columns
 
     @property
     def column(self) -> int:
-        """Column, from 0: index of this worker's shard of the classes."""
+        """Number of this worker's column, from 0: the index of its shard of the classes."""
         return self.rank % self.columns
 
     @property
     def is_first(self) -> bool:
-        """True if this worker has rank 0, which reports and writes."""
+        """True if this worker has rank 0; only this rank reports and writes."""
         return self.rank == 0
 
     @abstractmethod
     def sum_over_classes(self, tensor: Tensor) -> Tensor:
-        """Sum over this row. Every worker in it gets the same bits."""
+        """Sum a tensor over the workers of this row. Every worker of the row gets the same bits."""
 
     @abstractmethod
     def sum_over_backbones(self, tensor: Tensor) -> Tensor:
-        """Sum over this column. Every worker in it gets the same bits."""
+        """Sum a tensor over the workers of this column. Every worker of the column gets the same bits."""
 
     @abstractmethod
     def sum_over_all(self, tensor: Tensor) -> Tensor:
-        """Sum over all workers. Every one gets the same bits."""
+        """Sum a tensor over all workers. Every worker gets the same bits."""
 
     @abstractmethod
     def gather(self, tensor: Tensor) -> Tensor | None:
-        """Concatenate the tensors of row 0 along their first dimension, in the order of columns. Only that dimension
-        may differ.
+        """Concatenate the tensors of row 0 along their first dimension, in the order of columns.
+
+        The tensors may differ in their first dimension only.
 
         Returns:
             The whole tensor on rank 0, `None` on other ranks.
@@ -102,23 +105,24 @@ class Mesh(ABC):
 
     @abstractmethod
     def until_all_are_done(self, work: Callable[[Heartbeat], Result]) -> Result:
-        """Do this worker's own work, and wait until every worker has finished its own.
+        """Do this worker's own work, then wait until every worker has finished its work. Returns the work's result.
 
         Workers exchange heartbeats meanwhile, so only the time between two heartbeats must stay below the timeout.
 
         Args:
-            work: does the work, and calls the heartbeat that it gets regularly.
+            work: function that does the work and regularly calls its argument, the heartbeat.
         """
 
     @abstractmethod
     def in_rows(self, work: Callable[[Callable[[Tensor], Tensor]], None]) -> None:
-        """Do this row's own work, and wait until every row has finished its own.
+        """Do this row's own work, then wait until every row has finished its work.
 
         Only the time between two sums, usually one student step, must stay below the timeout.
 
         Args:
-            work: gets a `sum_over_classes` that also sends heartbeats to the other rows. It must communicate through
-                nothing else. All workers of the row must call it equally often.
+            work: function that does the work. Its argument is a `sum_over_classes` that also sends heartbeats to the
+                other rows. The work must communicate through this argument only. All workers of the row must call it
+                equally often.
         """
 
     def from_first(self, work: Callable[[Heartbeat], float]) -> float:
@@ -128,7 +132,7 @@ class Mesh(ABC):
 
 
 class Alone(Mesh):
-    """Mesh of one worker, which runs the whole task."""
+    """Mesh of one worker, which runs the whole task alone."""
 
     def sum_over_classes(self, tensor: Tensor) -> Tensor:
         """Return the tensor itself: there are no other workers."""
@@ -182,7 +186,7 @@ class ProcessMesh(Mesh):
         return self._sum(tensor, dist.group.WORLD)
 
     def gather(self, tensor: Tensor) -> Tensor | None:
-        """Concatenate the tensors of row 0, see `Mesh.gather`. They pass through the CPU, so NCCL is not needed."""
+        """Concatenate the tensors of row 0, see `Mesh.gather`. Tensors pass through the CPU, so this needs no NCCL."""
         if self.is_first:
             return self._receive_parts(tensor.detach())
         if self.row == 0:
@@ -221,8 +225,8 @@ class ProcessMesh(Mesh):
         def sum_with_heartbeat(tensor: Tensor) -> Tensor:
             nonlocal last
             total = self.sum_over_classes(tensor)
-            # The row decides together: clocks differ, and if only one of its workers met the other rows, the row would
-            # hang.
+            # All workers of the row decide together. Their clocks differ, and the row would hang if only some of them
+            # exchanged heartbeats with the other rows.
             is_time = torch.tensor([int(time.monotonic() - last >= ROW_HEARTBEAT_SHARE * self.timeout)])
             if int(self.sum_over_classes(is_time)):
                 self._count_working(True)
@@ -234,7 +238,11 @@ class ProcessMesh(Mesh):
             pass
 
     def _count_working(self, working: bool) -> int:
-        """Number of workers still at work. `working` says whether this one is; every worker must call this."""
+        """Count the workers still at work. Every worker must call this.
+
+        Args:
+            working: True if this worker is still at work.
+        """
         return int(self.sum_over_all(torch.tensor([int(working)])))
 
     def _sum(self, tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -247,7 +255,7 @@ class ProcessMesh(Mesh):
         return total
 
     def _receive_parts(self, own: Tensor) -> Tensor:
-        """Whole tensor on rank 0, received in place, so that it needs no memory beyond its own size."""
+        """Receive the other tensors of row 0 and concatenate them after `own`. Needs no memory beyond the result."""
         lengths = [own.shape[0]]
         for rank in range(1, self.columns):
             length = torch.zeros(1, dtype=torch.int64)
@@ -277,7 +285,7 @@ def open_mesh(
     """Connect to the other workers of a task while the context lasts.
 
     Args:
-        worker_rank: rank of this worker; `None` for a worker that runs the task alone, whatever rows and columns are.
+        worker_rank: rank of this worker; `None` for a worker that runs the task alone, which ignores rows and columns.
         rows: number of backbones.
         columns: number of shards of the classes.
         device: device on which this worker computes.
@@ -299,7 +307,7 @@ def open_mesh(
                 groups = _groups(rows, columns, timedelta(seconds=timeout))
             yield ProcessMesh(worker_rank.rank, rows, columns, *groups, timeout)
         except BaseException:
-            # A peer may be in a sum that never ends. NCCL would wait for it unless the group is aborted.
+            # A peer may be in a sum that never ends. NCCL would wait for this peer unless the group is aborted.
             if dist.is_initialized() and "nccl" in backend:
                 dist.distributed_c10d._abort_process_group(dist.group.WORLD)
             raise
@@ -310,7 +318,7 @@ def open_mesh(
 
 def _join(worker_rank: WorkerRank, device: torch.device, timeout: timedelta) -> str:
     """Create the process group of all workers. Returns the name of its backend."""
-    # Half of the time, because torch's sleeps between attempts may double it.
+    # Half of the timeout, because torch's sleeps between attempts may double the time.
     store, _, _ = next(
         rendezvous(f"tcp://{worker_rank.rendezvous}", worker_rank.rank, worker_rank.world_size, timeout=timeout / 2)
     )
@@ -323,7 +331,7 @@ def _join(worker_rank: WorkerRank, device: torch.device, timeout: timedelta) -> 
 
 
 def _backend(store: Store, worker_rank: WorkerRank, device: torch.device) -> str:
-    """NCCL if every worker has its own GPU, which NCCL requires; otherwise gloo, whose sums pass through the CPU."""
+    """Choose torch's backend: NCCL if every worker has its own GPU, which NCCL requires, else gloo on the CPU."""
     gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
     store.set(f"gpu of {worker_rank.rank}", gpu)
     gpus = {store.get(f"gpu of {rank}") for rank in range(worker_rank.world_size)}
@@ -331,7 +339,7 @@ def _backend(store: Store, worker_rank: WorkerRank, device: torch.device) -> str
 
 
 def _groups(rows: int, columns: int, timeout: timedelta) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
-    """Process groups of this worker's row and column; `None` for one that contains only this worker."""
+    """Process groups of this worker's row and column; `None` for a group that contains only this worker."""
     every_row = [[row * columns + column for column in range(columns)] for row in range(rows)]
     every_column = [list(ranks) for ranks in zip(*every_row, strict=True)]
     return _group_of(every_row, timeout), _group_of(every_column, timeout)
@@ -342,15 +350,15 @@ def _group_of(parts: list[list[int]], timeout: timedelta) -> dist.ProcessGroup |
         return dist.group.WORLD if len(parts[0]) > 1 else None
     if len(parts[0]) == 1:
         return None
-    # Every worker must create all groups, including those without it, in the same order.
+    # Every worker must create all groups in the same order, also the groups that it does not belong to.
     groups = [dist.new_group(ranks, timeout=timeout) for ranks in parts]
-    # Groups without this worker are a number here.
+    # torch returns a number for a group that this worker does not belong to.
     return next(group for group in groups if isinstance(group, dist.ProcessGroup))
 
 
 @contextmanager
 def _peers_needed(rank: int, size: int) -> Generator[None, None, None]:
-    """Turn torch's various errors about a lost peer into `PeerLostError`. Other errors keep their name."""
+    """Turn torch's various errors about a lost peer into `PeerLostError`. Other errors pass unchanged."""
     try:
         yield
     except RuntimeError as failure:
@@ -364,18 +372,21 @@ def _peers_needed(rank: int, size: int) -> Generator[None, None, None]:
 
 
 def _first_line(failure: BaseException) -> str:
-    """First sentence of torch's message, without the location in its sources that precedes it."""
+    """First sentence of torch's message, without the source location before it."""
     lines = [re.sub(r"^\[[^\]]*\.(cc|cpp):\d+\] *", "", line.strip()) for line in str(failure).splitlines()]
     return next((line.partition(". ")[0].rstrip(".") for line in lines if line), type(failure).__name__)
 
 
 @contextmanager
 def _settings(rendezvous_address: str) -> Generator[None, None, None]:
-    """Set environment variables that torch reads, unless the user has set them."""
+    """Set the network interface and error handling of gloo and NCCL in environment variables, for the context.
+
+    Variables that the user has set stay as they are.
+    """
     interface = _interface_towards(*_split(rendezvous_address))
     # Without the first setting, NCCL kills the process when a peer is lost, instead of raising an error.
     wanted = {"TORCH_NCCL_BLOCKING_WAIT": "1"}
-    if interface:  # NCCL reads a name without "=" as the beginning of names
+    if interface:  # NCCL takes a name without "=" as a prefix of names
         wanted |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
     ours = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(ours)
@@ -392,9 +403,10 @@ def _split(rendezvous_address: str) -> tuple[str, int]:
 
 
 def _interface_towards(host: str, port: int) -> str:
-    """Name of the network interface that leads to a host, or "" if it is unknown.
+    """Name of the network interface that leads to a host; "" if it is unknown.
 
-    By default gloo uses the interface of this machine's own name, and NCCL its first one. Peers often reach neither.
+    By default gloo uses the interface of this machine's host name, and NCCL the first interface it finds. Peers often
+    cannot reach either.
     """
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

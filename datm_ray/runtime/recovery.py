@@ -1,4 +1,7 @@
-"""Decisions about lost and stuck workers, and the timer of a stuck one. They know no cluster; executors act on them."""
+"""Decisions about lost and stuck workers, and the timer that ends a stuck worker.
+
+The decisions need no cluster; executors act on them.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ from datm_ray.runtime.executor import Event, Progress
 LONGEST_DELAY = 60.0
 """Longest wait before another attempt, in seconds."""
 STEPS_OF_PATIENCE = 20
-"""Number of a task's longest steps so far that may pass without an event before its worker counts as stuck."""
+"""Multiple of a task's longest step so far. A worker without an event for this time counts as stuck."""
 MARGIN = 30.0
-"""Seconds that a stuck worker has to end itself, before the driver ends it."""
+"""Seconds that a stuck worker has to end itself before the driver ends its process."""
 
 
 @dataclass(frozen=True)
@@ -26,18 +29,18 @@ class History:
     losses: int = 0
     """Number of attempts that ended because a worker was lost."""
     without_progress: int = 0
-    """Number of losses since the last attempt that saved more than all before it, including its own."""
+    """Number of losses since an attempt last saved more work than all earlier ones, including that attempt's loss."""
     furthest: int = 0
     """Highest `Progress.done` that any attempt has saved."""
     nodes: tuple[str, ...] = ()
-    """Nodes on which workers were lost since then."""
+    """Nodes of the losses counted by `without_progress`, without unknown ones."""
 
     def after_loss(self, saved: int, node: str = "") -> History:
         """History with one more lost attempt.
 
         Args:
             saved: highest `Progress.done` that the attempt has saved; 0 if none.
-            node: node of the worker that was lost; "" if it is unknown.
+            node: node of the lost worker; "" if it is unknown.
         """
         further = saved > self.furthest
         return dataclasses.replace(
@@ -49,12 +52,12 @@ class History:
         )
 
     def gives_up(self, retries: int) -> bool:
-        """True if to stop retrying. A task that saves something between losses is never given up."""
+        """True if the task has lost its worker more than `retries` times without saving new work in between."""
         return self.without_progress > retries
 
     @property
     def delay(self) -> float:
-        """Seconds to wait before the next attempt, so that retries outlast a short outage: 0, 5, 25, then 60."""
+        """Seconds to wait before the next attempt, so that retries outlast a short outage: 0, 5, 25, then always 60."""
         return min(LONGEST_DELAY, 5.0 ** (self.without_progress - 1)) if self.without_progress > 1 else 0.0
 
 
@@ -63,17 +66,17 @@ def size_for(sizes: Sequence[int], free: int) -> int | None:
 
     Args:
         sizes: numbers of workers that can run the task.
-        free: workers for which there are resources.
+        free: number of workers for which there are resources.
     """
     return max((size for size in sizes if size <= free), default=None)
 
 
 @dataclass
 class Patience:
-    """How long a worker may go without an event.
+    """Time limit in seconds for a worker's next event.
 
-    Before its third step that is `longest`. Later it is 20 times its longest step, but at least `shortest` and at most
-    `longest`.
+    Up to the worker's third step the limit is `longest`. Later it is 20 times the worker's longest step, but at least
+    `shortest` and at most `longest`.
     """
 
     shortest: float = 0.0
@@ -84,23 +87,23 @@ class Patience:
     """Duration of the longest step so far, in seconds."""
 
     def take(self, event: Event, seconds: float) -> None:
-        """Learn from an event that came so many seconds after the one before it."""
+        """Update the limit after an event that came `seconds` after the event before it."""
         if isinstance(event, Progress):
             self.steps, self.slowest = self.steps + 1, max(self.slowest, seconds)
 
     @property
     def limit(self) -> float:
-        """Seconds until the next event after which the worker counts as stuck."""
+        """Seconds without an event after which the worker counts as stuck."""
         if self.steps < 3:
             return self.longest
         return min(self.longest, max(self.shortest, STEPS_OF_PATIENCE * self.slowest))
 
 
 def watched(events: Iterable[Event], patience: Patience) -> Iterator[Event]:
-    """Pass the events of a worker on, and end its process with a dump of its stacks if the next one is overdue.
+    """Pass on a worker's events. If the next event is overdue, dump the stacks of this process and end it.
 
-    The dump goes to standard error, which is the worker's log on Ray. The timer needs no Python code to run, so it also
-    ends a process that is stuck in a system call or in a library.
+    The dump goes to standard error, which on Ray is the worker's log. The timer works without running Python code, so
+    it also ends a process that is stuck in a system call or in a library.
     """
     last = monotonic()
     try:

@@ -1,6 +1,6 @@
-"""Stopping without loss: on Ctrl-C or SIGTERM, work in progress is saved before the command ends.
+"""Stopping without loss: on Ctrl-C or SIGTERM, a command saves its work in progress before it ends.
 
-Work that can save itself checks between two steps whether it was asked to stop (`saving`). What runs outside of such
+Work that can save itself checks between two steps whether it was asked to stop (`saving`). A command outside of such
 work ends at once, because nothing would be lost. Drivers and workers use the same functions, each in its own process.
 Tests: tests/runtime/test_stopping.py.
 """
@@ -18,7 +18,10 @@ SAVE_TIMEOUT = 60.0
 
 
 class Interrupted(KeyboardInterrupt):
-    """End of a command by Ctrl-C or SIGTERM. Its text is what was saved, such as "birds: iteration 21 of 60", or ""."""
+    """End of a command by Ctrl-C or SIGTERM.
+
+    The text describes the saved work, such as "birds: iteration 21 of 60"; "" if nothing was saved.
+    """
 
     exit_code = 128 + signal.SIGINT
 
@@ -26,22 +29,22 @@ class Interrupted(KeyboardInterrupt):
 SAVES = "Stopping after the present iteration or epoch, which is saved"
 
 _savers: list[str] = []
-"""Messages of the nested pieces of work that will save themselves when asked."""
+"""Messages of the work in progress that can save itself, outermost first; empty if there is none."""
 _is_asked = False
 
 
 @contextmanager
 def saving(message: str = SAVES) -> Iterator[Callable[[], bool]]:
-    """Have requests to stop wait for the work within the context.
+    """Delay requests to stop until the work within the context has saved itself.
 
     Args:
-        message: tells the user what happens after the request.
+        message: text for the user after a request to stop.
 
     Yields:
-        A function that returns True once the work is to save itself and to raise `Interrupted`.
+        A function that returns True once a request has come. The work must then save itself and raise `Interrupted`.
 
     Raises:
-        Interrupted: the work has come to its end after it was asked to stop.
+        Interrupted: the work was asked to stop, and has ended without raising this itself.
     """
     global _is_asked
     _savers.append(message)
@@ -55,7 +58,10 @@ def saving(message: str = SAVES) -> Iterator[Callable[[], bool]]:
 
 
 def ask() -> bool:
-    """Ask the work of this process to save itself. Returns False if none will, or if it was asked before."""
+    """Ask the work of this process to save itself.
+
+    Returns False if no work can save itself, or if it was already asked.
+    """
     global _is_asked
     is_new = bool(_savers) and not _is_asked
     _is_asked = _is_asked or is_new
@@ -64,15 +70,15 @@ def ask() -> bool:
 
 @contextmanager
 def by_signals(tell: Callable[[str], object]) -> Iterator[None]:
-    """Have the first SIGINT or SIGTERM ask the work of this process to save itself, and the second one end it.
+    """Handle SIGINT and SIGTERM: the first asks the work of this process to save itself, the second ends it at once.
 
-    Signals that the process ignores stay ignored. Does nothing outside of the main thread.
+    Signals that the process ignores stay ignored. Outside of the main thread this context does nothing.
 
     Args:
         tell: shows a message to the user.
 
     Raises:
-        Interrupted: a signal came. `exit_code` is a shell's for that signal.
+        Interrupted: a signal came. `exit_code` is 128 + its number, as in a shell.
     """
     last = signal.SIGINT
 
@@ -81,7 +87,7 @@ def by_signals(tell: Callable[[str], object]) -> Iterator[None]:
         last = signal.Signals(number)
         if not ask():
             raise Interrupted
-        with suppress(RuntimeError):  # the signal came while the same stream was written
+        with suppress(RuntimeError):  # the signal interrupted a write to the same stream
             tell(f"{_savers[-1]}. Ctrl-C again stops at once.")
 
     wanted = [signal.SIGINT, signal.SIGTERM] if threading.current_thread() is threading.main_thread() else []

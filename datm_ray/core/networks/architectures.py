@@ -3,13 +3,13 @@
 Each architecture is a function of a `NetworkSpec`. Names and seeds are in `registry.py`.
 
 A forward pass draws no random numbers and never branches on a value. Apart from batch statistics, nothing changes in
-place. So every network runs under `torch.func` to any order of derivative and compiles to one graph. Where
-torchvision's definitions apply, the networks equal them (tests/core/networks/test_architectures.py). torchvision itself
-is not used, because `core` needs torch alone. Its transformer cannot be matched: its attention calls a fused kernel
+place. So every network runs under `torch.func` to any order of derivative, and compiles to one graph. Where torchvision
+defines the same network, the results are equal (tests/core/networks/test_architectures.py). torchvision itself is not
+used, because `core` needs torch alone. Its transformer cannot be used for matching: its attention calls a fused kernel
 without a second derivative.
 
 Instance normalisation of a map of one pixel leaves only the bias. So ResNet-18 and VGG-11 halve a map only if at least
-two pixels a side remain; their docstrings name the halvings that are left out.
+two pixels a side remain. Their docstrings name the halvings that are left out.
 
 Shapes: b images, c channels, h w height and width, k classes, t tokens, d numbers per token.
 """
@@ -26,15 +26,15 @@ from datm_ray.core.networks.instance_norm import InstanceNorm
 from datm_ray.errors import ConfigError
 
 LEAST_SIDE = 8
-"""Smallest image side in pixels, inclusive, except for `convnet` and `mlp`, which take smaller images."""
+"""Smallest image side in pixels, inclusive. `convnet` and `mlp` take smaller images too."""
 
 
 class SpatialNetwork(nn.Module):
-    """A network with a last feature map: features -> pooling -> flatten -> classifier.
+    """Network with last feature maps: features -> pooling -> flatten -> classifier.
 
     Attributes:
         features: maps images [b c h w] to the last feature maps, before pooling.
-        pooling: maps the feature maps to smaller ones, or to one number each.
+        pooling: reduces the feature maps to smaller maps, or each map to one number.
         classifier: maps the flattened pooled feature maps to logits.
     """
 
@@ -90,9 +90,9 @@ class ConvNet(SpatialNetwork):
 def resnet18(spec: NetworkSpec) -> SpatialNetwork:
     """ResNet-18 (arXiv 1512.03385) with convolutions initialised as by He et al.
 
-    Images up to 64 pixels meet one 3x3 convolution and no pooling first, as is usual for small images. Larger images
-    meet the published 7x7 convolution and 3x3 pooling, which divide the side by four. Three of the four stages halve
-    the map. At 8x8 the last stage does not, so that the map stays at 2x2.
+    For images up to 64 pixels a side, the first layers are one 3x3 convolution without pooling, as is usual for small
+    images. For larger images they are the published 7x7 convolution and 3x3 pooling, which divide the side by four.
+    Three of the four stages halve the map. At 8x8 the last stage does not halve it, so that the map stays at 2x2.
     """
     _require_least_side(spec)
     side, first = min(spec.size), _scaled(64, spec)
@@ -139,8 +139,8 @@ def vgg11(spec: NetworkSpec) -> SpatialNetwork:
     """VGG-11 (arXiv 1409.1556) with normalisation and one linear layer, convolutions initialised as by torchvision.
 
     Five stages of 3x3 convolutions each end in 2x2 max pooling; the remaining map (one pixel at 32x32) is averaged.
-    Below 32 pixels the pooling after the fourth stage is left out, below 16 that after the third too: otherwise the
-    next convolution would read one pixel.
+    Below 32 pixels the pooling after the fourth stage is left out, and below 16 pixels also the pooling after the third
+    stage. Otherwise the next convolution would read a map of one pixel.
     """
     _require_least_side(spec)
     side, inputs = min(spec.size), spec.channels
@@ -158,10 +158,10 @@ def vgg11(spec: NetworkSpec) -> SpatialNetwork:
 
 
 def alexnet(spec: NetworkSpec) -> SpatialNetwork:
-    """AlexNet as the distillation literature fits it to 32x32 pixels.
+    """AlexNet in the version of the distillation literature, for 32x32 pixels.
 
-    Five convolutions without normalisation, 2x2 max pooling after the first, second and last, and one linear layer over
-    the flattened map instead of three.
+    It has five convolutions without normalisation, 2x2 max pooling after the first, second and last convolution, and
+    one linear layer over the flattened map instead of three.
     """
     _require_least_side(spec)
     _refuse_norm(spec)
@@ -188,7 +188,7 @@ def lenet(spec: NetworkSpec) -> SpatialNetwork:
     """LeNet-5 with ReLU and max pooling: two 5x5 convolutions, each pooled 2x2, and three linear layers.
 
     The network was made for 32x32 pixels. Below 32 pixels the first convolution pads its input by two, as is usual for
-    the 28x28 of MNIST. Below 16 pixels the second one does too.
+    the 28x28 of MNIST. Below 16 pixels the second convolution pads its input too.
     """
     _require_least_side(spec)
     _refuse_norm(spec)
@@ -224,9 +224,9 @@ def mlp(spec: NetworkSpec) -> nn.Sequential:
 def vit_small(spec: NetworkSpec) -> SpatialNetwork:
     """ViT-Small: 12 layers of 384 numbers a token and 6 heads of 64, with layer normalisation and no dropout.
 
-    The patch side divides both sides of the image and is nearest to an eighth of the shorter one: 1 pixel at 8x8, 4 at
-    28x28 and 32x32. So there are about 64 tokens. The mean of the tokens is classified, not an extra class token (arXiv
-    2205.01580), so the logits are a function of the map that the tokens form.
+    The patch side divides both sides of the image, and is nearest to an eighth of the shorter side: 1 pixel at 8x8, 4
+    pixels at 28x28 and 32x32. So a square image has about 64 tokens. The classifier reads the mean of the tokens (arXiv
+    2205.01580), not an extra class token. So the logits are a function of the map that the tokens form.
     """
     _require_least_side(spec)
     _refuse_norm(spec)
@@ -292,10 +292,10 @@ class _TransformerLayer(nn.Module):
 class _LayerNorm(nn.LayerNorm):
     """Normalise every token [.. d] to mean 0 and variance 1, then scale and shift.
 
-    torch's own layer is silently wrong when its tangent is differentiated backwards, as a student step does: it takes
-    mean and variance for constants (github.com/pytorch/pytorch/issues/196700). On torch 2.14.1 that derivative is off
-    by 27 % for a random input [4 6] in float64, and this layer's by 5e-11, against finite differences. A test in
-    tests/core/networks/test_layer_norm.py fails once torch is right.
+    torch's own layer gives a wrong derivative, without an error, if its tangent is differentiated backwards, as in a
+    student step. It treats mean and variance as constants (github.com/pytorch/pytorch/issues/196700). On torch 2.14.1
+    that derivative differs from finite differences by 27 % for a random input [4 6] in float64; this layer's differs by
+    5e-11. A test in tests/core/networks/test_layer_norm.py fails once torch is right.
     """
 
     def __init__(self, hidden: int) -> None:
@@ -347,7 +347,7 @@ class GlobalAverage(nn.Module):
 
 
 def _scaled(published: int, spec: NetworkSpec) -> int:
-    """Size of a layer whose published size belongs to width 128, scaled to the spec's width; at least 1."""
+    """Scale a layer's published size, which belongs to width 128, to the spec's width; at least 1."""
     return max(1, published * spec.width // 128)
 
 
@@ -368,9 +368,10 @@ def _pooling(pooling: Pooling) -> nn.Module:
 
 
 def _he_initialised(network: SpatialNetwork) -> SpatialNetwork:
-    """Initialise convolutions so that they keep the scale of maps and gradients.
+    """Initialise convolutions as by He et al., so that they keep the scale of maps and gradients.
 
-    With torch's default, the last maps of VGG-11 without normalisation differ between images by 1e-4 only.
+    With torch's default initialisation, the last maps of VGG-11 without normalisation differ between images by only
+    1e-4.
     """
     for part in network.modules():
         if isinstance(part, nn.Conv2d):

@@ -1,6 +1,7 @@
 """Memory and operations that one image takes in a network, counted function by function in one forward pass.
 
-Small images are computed, which is quicker than loading torch's compiler: its meta device does that, for seconds.
+Small images are really computed. Larger images are counted on torch's meta device, whose first use takes seconds,
+because it loads the compiler.
 Tests: tests/core/networks/test_image_cost.py.
 """
 
@@ -19,29 +20,29 @@ from torch.overrides import TorchFunctionMode
 from datm_ray.core.torch_compat import storage_id
 
 _IMAGES = 2
-"""Images of the counted pass: a batch of one has no memory order."""
+"""Number of images in the counted pass; not 1, because the memory order of a batch of one image is not defined."""
 _COMPUTED = 3 * 256 * 256
-"""Numbers of an image up to which the pass is computed; larger ones are counted on the meta device."""
+"""Largest number of values in an image whose pass is computed. Larger images are counted on the meta device."""
 
 
 @dataclass(frozen=True)
 class ImageCost:
-    """Forward pass of one image through a network in evaluation mode and float32."""
+    """Cost of one image's forward pass through a network, in evaluation mode and float32."""
 
     maps: int
-    """Bytes that all torch functions of one forward pass write; views write none."""
+    """Bytes that all torch functions of the forward pass write. Views write nothing."""
     largest: int
-    """Bytes of the largest tensor among them and the image."""
+    """Bytes of the largest tensor in the pass: the image, or a written result."""
     flop: int
     """Floating-point operations of convolutions and matrix products; a multiply-add is two. At least 1."""
     functions: int
-    """Number of torch functions that write something."""
+    """Number of calls of torch functions that write a result."""
     parameters: int
     """Number of the network's parameters."""
 
 
 def image_cost(network: nn.Module, image: tuple[int, int, int]) -> ImageCost:
-    """Cost of one image [c h w] in the network."""
+    """Count the cost of one image [c h w] in the network."""
     device = "cpu" if math.prod(image) <= _COMPUTED else "meta"
     network = copy.deepcopy(network).to(device, torch.float32).eval()
     images = torch.zeros(_IMAGES, *image, device=device)
@@ -57,7 +58,7 @@ def image_cost(network: nn.Module, image: tuple[int, int, int]) -> ImageCost:
 
 
 class _Counter(TorchFunctionMode):
-    """Notes what torch's functions write and compute while it is entered; views write nothing."""
+    """Mode that records, while it is active, the bytes that torch functions write and their operations."""
 
     def __init__(self) -> None:
         self.sizes, self.flop = list[int](), 0

@@ -2,9 +2,9 @@
 
 The literature's "instancenorm" is a group normalisation with one group per channel. Matching differentiates it three
 times: along a direction (tangent), backwards, and backwards through the tangent. Automatic differentiation of mean and
-variance takes about ten passes over the largest maps of the network. Written out, a derivative needs one pass for its
-sums and one for its result. In a compiled student step, normalisation, activation and pooling became faster: 7 instead
-of 20 ms forward, 18 instead of 43 ms in reverse (benchmarks/LOG.md).
+variance takes about ten passes over the largest maps of the network. A hand-written derivative needs two passes: one
+for its sums and one for its result. In a compiled student step, normalisation, activation and pooling now take 7
+instead of 20 ms forward, and 18 instead of 43 ms in reverse (benchmarks/LOG.md).
 
 Notation, per image and channel with means over its map: h = (z - mean z) r with r = (var z + eps)^-1/2, y = g h + b.
 Along a direction (zt, gt, bt): ht = r (zt - mean zt - h mean(zt h)). A trailing underscore is the cotangent of a value.
@@ -24,8 +24,8 @@ class InstanceNorm(nn.GroupNorm):
     """Group normalisation with one group per channel, and a learned scale and shift.
 
     Attributes:
-        explicit: whether to use this module's derivatives, which a compiler fuses well. Otherwise torch's own kernels
-            are used, which are faster without a compiler. The values differ by rounding only.
+        explicit: True to use the derivatives of this module, which a compiler fuses well. False to use torch's own
+            kernels, which are faster without a compiler. The values differ by rounding only.
     """
 
     def __init__(self, width: int) -> None:
@@ -66,7 +66,7 @@ def _normalise(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _sum_over_images(means: Tensor, z: Tensor) -> Tensor:
-    """Sum over all positions [c], computed from the means over each map: no second pass over the maps."""
+    """Sum over images and positions [c], computed from the means over each map, without another pass over the maps."""
     return means.sum(dim=(0, 2, 3)) * (z.shape[2] * z.shape[3])
 
 
@@ -123,8 +123,8 @@ class _NormTangent(torch.autograd.Function):
         mean_yt_ht = r * (mean_yt_zt - mean_zt * mean_yt_ - mean_zt_h * mean_yt_h)
         # ht is symmetric in zt and yt_: the same projection carries the cotangent back.
         zt_ = (r * g) * (yt_ - mean_yt_ - h * mean_yt_h)
-        # The cotangent of h is along * yt_ + across * zt; it goes back through the projection, and r adds a multiple
-        # of h.
+        # The cotangent of h is along * yt_ + across * zt. It is carried back through the projection, and the derivative
+        # of r adds a multiple of h.
         along, across = gt - r * mean_zt_h * g, -r * g * mean_yt_h
         mean_h_ = along * mean_yt_ + across * mean_zt
         mean_h_h = along * mean_yt_h + across * mean_zt_h

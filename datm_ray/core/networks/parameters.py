@@ -1,6 +1,6 @@
 """A network as a pure function of one flat parameter vector.
 
-Trajectories, students and their gradients are vectors [p]; they become layers only inside a forward pass. Buffers
+Expert snapshots, students and gradients are vectors [p]. They are split into layers only inside a forward pass. Buffers
 (running statistics) are a separate vector [q], which is empty for most networks.
 """
 
@@ -14,7 +14,7 @@ from torch.func import functional_call
 class FlatNetwork:
     """Network as a function of parameters [p] and images [b c h w] that returns logits [b k].
 
-    The function is differentiable in both arguments and safe to compile.
+    The function is differentiable in both arguments and can be compiled.
 
     Attributes:
         names, shapes: names and shapes of the parameters, in the order of the vector.
@@ -40,14 +40,14 @@ class FlatNetwork:
         return logits
 
     def with_buffers(self, parameters: Tensor, buffers: Tensor, images: Tensor) -> Tensor:
-        """Compute logits as `__call__` does, with buffers from a vector [q], which training mode changes in place."""
+        """Compute logits [b k] with buffers from a vector [q]. In training mode the vector is changed in place."""
         pieces = buffers.split([shape.numel() for shape in self._buffers.values()])
         named = {name: piece.view(shape) for (name, shape), piece in zip(self._buffers.items(), pieces, strict=True)}
         logits: Tensor = functional_call(self.module, {**self.layers(parameters), **named}, (images,))
         return logits
 
     def layers(self, parameters: Tensor) -> dict[str, Tensor]:
-        """Split the vector [p] into views that are the module's parameters, by name."""
+        """Split the vector [p] into views with the shapes of the module's parameters, by name."""
         pieces = parameters.split(self.sizes)
         return {name: piece.view(shape) for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)}
 
@@ -55,13 +55,13 @@ class FlatNetwork:
 def flatten(module: nn.Module) -> Tensor:
     """Copy the module's parameters into one vector [p].
 
-    A view of live weights would make every epoch of a trajectory equal the last one.
+    Without a copy, later training would change the vector, and all epochs of a trajectory would equal the last.
     """
     return torch.cat([parameter.detach().reshape(-1) for parameter in module.parameters()])
 
 
 def float_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Buffers of the module that training changes and that hold floats: running statistics, but no counters."""
+    """Floating-point buffers of the module, by name: running statistics, but no counters."""
     return {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
 
 

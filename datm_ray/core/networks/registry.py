@@ -52,7 +52,7 @@ _BUILDERS: dict[str, Builder] = {
 
 
 def register_network(name: str) -> Callable[[Builder], Builder]:
-    """Class or function decorator: make `name` a valid `NetworkSpec.architecture`."""
+    """Make a decorator for a class or function that registers it as the architecture `name`."""
 
     def register(builder: Builder) -> Builder:
         _BUILDERS[name] = builder
@@ -83,20 +83,20 @@ def build_network(spec: NetworkSpec, seed: int) -> nn.Module:
 
 
 def couples_samples(network: nn.Module) -> bool:
-    """True if an output in training mode depends on the other images of its batch, as with batch statistics."""
+    """True if, in training mode, an image's output depends on the other images of its batch (batch statistics)."""
     return any(isinstance(module, BatchNorm) for module in network.modules())
 
 
 def spatial_features(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the last feature maps [b c h w] before pooling, and the logits [b k] of images [b c h w].
 
-    The logits are computed from the maps. So the derivative of the logits in the maps, which class activation maps use
-    as weights, is one call of `torch.autograd.grad`. A transformer's maps are its tokens, each at its patch's position.
-    For a convolutional network that is no `SpatialNetwork`, such as torchvision's, the maps are the last module output
-    with more than one position.
+    The logits are computed from the maps, so one call of `torch.autograd.grad` differentiates the logits in the maps.
+    Class activation maps use this derivative as weights. A transformer's maps are its tokens, each at its patch's
+    position. For other convolutional networks than `SpatialNetwork`, such as torchvision's, the maps are the last
+    module output with more than one position.
 
     Raises:
-        ConfigError: the network has no feature maps, as an mlp, or none that can be found.
+        ConfigError: the network has no feature maps, such as an mlp, or its maps cannot be found.
     """
     if isinstance(network, SpatialNetwork):
         maps: Tensor = network.features(images)
@@ -112,7 +112,7 @@ def spatial_features(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor
 
 
 def embedding(network: nn.Module, images: Tensor) -> Tensor:
-    """Compute what the classifier reads [b d] of images [b c h w]; for an mlp, the last hidden layer.
+    """Compute the embedding [b d] of images [b c h w]: the classifier's input; for an mlp, the last hidden layer.
 
     Raises:
         ConfigError: the network does not show where its classifier begins.
@@ -144,14 +144,14 @@ def _has_attention(network: nn.Module) -> bool:
 
 
 def _maps_and_logits(network: nn.Module, images: Tensor) -> list[Tensor]:
-    """Outputs of the network's modules that have more than one position, then the logits."""
+    """Run the network. Returns the module outputs that are maps of more than one position, then the logits."""
     found: list[Tensor] = []
     convolved = False
 
     def keep(part: nn.Module, _: object, output: object) -> None:
         nonlocal convolved
         convolved = convolved or isinstance(part, nn.Conv2d)
-        # Adaptive pooling may enlarge a map of one position.
+        # Outputs of adaptive pooling are left out, because it may enlarge a map of one position.
         is_map = isinstance(output, Tensor) and output.dim() == 4 and output.shape[2] * output.shape[3] > 1
         if isinstance(output, Tensor) and is_map and convolved and not isinstance(part, nn.AdaptiveAvgPool2d):
             found.append(output)

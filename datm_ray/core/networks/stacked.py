@@ -1,8 +1,8 @@
 """Several networks of one kind as one network: feature maps side by side, convolutions with a group per network.
 
-Under `torch.func.vmap` each layer between the convolutions would reorder the maps; here they stay [b, s c, h, w]. Only
-chains of the layers in `_LAYERS` can be stacked: ConvNet, VGG, AlexNet, LeNet. Shapes: s networks, b images, c h w an
-image or a map of one network, p parameters, k classes.
+Under `torch.func.vmap` each layer between the convolutions would reorder the maps. Here the maps stay [b, s c, h, w].
+Only chains of the layers in `_LAYERS` can be stacked: ConvNet, VGG, AlexNet, LeNet. Shapes: s networks, b images, c h w
+an image or a map of one network, p parameters, q buffers, k classes.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from datm_ray.core.networks.registry import couples_samples
 from datm_ray.core.torch_compat import BatchNorm, shapes_only
 
 CACHED_MAP_BYTES = 10 * 2**20
-"""Bytes that the largest map of one call may have on a CPU: 20 images of 32x32 with 128 channels."""
+"""Largest size in bytes of one call's largest map on a CPU: 20 images of 32x32 with 128 channels."""
 STACKED_MAP_BYTES = 3 * 2**19
-"""Bytes that the largest map of a stack's whole batch may have on a CPU, so that it stays in the second-level cache.
+"""Largest size in bytes of the largest map of a stack's whole batch on a CPU, so that it fits the second-level cache.
 
-Measured with experts of digits at batch 32: six ran 1.9 times as fast as one, eight, above this size, 1.2 times."""
+Measured with experts of digits at batch 32: a stack of six ran 1.9 times as fast as one expert at a time; a stack of
+eight, above this size, only 1.2 times."""
 LARGEST_STACK = 8
 
 _LAYERS = (nn.Conv2d, nn.GroupNorm, nn.ReLU, nn.AvgPool2d, nn.MaxPool2d, nn.Identity, nn.Sequential, GlobalAverage)
@@ -47,7 +48,7 @@ def can_be_stacked(network: nn.Module) -> bool:
 
 
 class StackedNetwork:
-    """Function that computes logits [s b k] of s networks with parameters [s p] on their own images [s b c h w]."""
+    """Function of s networks' parameters [s p] and their own images [s b c h w] that returns logits [s b k]."""
 
     def __init__(self, network: FlatNetwork) -> None:
         self._network = network
@@ -104,7 +105,7 @@ def _vectors(layer: nn.Module, name: str, layers: dict[str, Tensor], vectors: Te
 
 
 class StackFunctions:
-    """Loss and gradient of a stack of networks of one kind, compiled where the machine can.
+    """Function that computes losses and gradients of a stack of networks of one kind, compiled if possible.
 
     Attributes:
         note: one line on why the function is not compiled although asked to be; "" otherwise.
@@ -119,16 +120,19 @@ class StackFunctions:
         chunk: int | None = None,
         channels_last: bool = True,
     ) -> None:
-        """Prepare stacks of so many networks like this one.
+        """Prepare stacks of `stacked` networks of this network's kind.
 
         Args:
-            chunk: images of one call; a batch takes several, and their sums. None takes as many as a CPU's cache holds
-                the largest map of, and all on a GPU.
-            channels_last: keep maps with their channels innermost, which is faster on CPUs and rounds more coarsely.
+            network: network whose structure and device are used, but not its parameters.
+            stacked: number of networks in a stack.
+            compile_: True to compile if the machine can.
+            chunk: number of images in one call; a batch takes several calls, whose results are added. `None`: on a CPU,
+                as many images as its cache holds the largest map of; on a GPU, all images.
+            channels_last: True to keep maps with their channels innermost: faster on CPUs, with coarser rounding.
         """
         self._channels_last = channels_last
         self.note = compiler_problem(next(network.parameters()).device.type) if compile_ else ""
-        # Statistics of a batch are written in place, which a traced graph may not do.
+        # Batch statistics are written in place, and a traced graph must not write in place.
         self._has_statistics = couples_samples(network)
         self._is_compiled = compile_ and not self.note and not self._has_statistics
         network = _without_counters(network)
@@ -139,25 +143,25 @@ class StackFunctions:
             if isinstance(part, InstanceNorm):
                 part.explicit = self._is_compiled and (stacked == 1 or self._stacked is not None)
         self._largest: dict[tuple[int, int, int], int] = {}
-        """Image -> bytes of the network's largest map of it."""
+        """Shape of an image -> bytes of its largest map in the network."""
         self._built: dict[tuple[torch.Size, ...], Callable[..., tuple[Tensor, Tensor]]] = {}
 
     @property
     def fills_up(self) -> bool:
-        """True if a batch may be filled up with images of no weight, so that all batches have one size."""
+        """True if smaller batches should be filled up with images of weight 0, so that all batches have one size."""
         return self._is_compiled
 
     def __call__(
         self, parameters: Tensor, buffers: Tensor, images: Tensor, labels: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses [s], their gradients [s p], and the buffers [s q] afterwards.
+        """Compute losses [s], their gradients [s p], and the buffers [s q] after the pass.
 
         Args:
-            parameters: [s p].
-            buffers: [s q].
-            images: [s b c h w].
+            parameters: [s p] flat parameters of each network.
+            buffers: [s q] flat buffers of each network.
+            images: [s b c h w] images of each network.
             labels: [s b] int64 classes, or [s b k] probabilities.
-            weights: [b] of the images in every loss.
+            weights: [b] weights of the images in every network's loss.
         """
         if self._has_statistics:
             return self._with_statistics(parameters, buffers, images, labels, weights)
@@ -175,7 +179,7 @@ class StackFunctions:
         return losses, gradients, buffers
 
     def _in_cache(self, images: Tensor) -> int:
-        """Images of one call whose largest map fits a CPU's cache, at least 1; all on a GPU."""
+        """Number of images in one call: all on a GPU; on a CPU, as many as its cache holds the largest map of."""
         if images.device.type != "cpu":
             return images.shape[1]
         image = (images.shape[2], images.shape[3], images.shape[4])
@@ -184,7 +188,7 @@ class StackFunctions:
         return max(1, CACHED_MAP_BYTES // (self._size * self._largest[image]))
 
     def _part(self, parameters: Tensor, images: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        # Under vmap torch 2.11 cannot put channels innermost, which group norms ask for where their input's are.
+        # Under vmap torch 2.11 cannot put channels innermost. A group norm needs this if its input has them innermost.
         is_mapped = len(parameters) > 1 and self._stacked is None
         innermost = self._channels_last and not is_mapped
         images, labels = _channels_innermost(images) if innermost else images.contiguous(), labels.contiguous()
@@ -239,7 +243,7 @@ class StackFunctions:
 
 
 def filled_up(images: Tensor, labels: Tensor, weights: Tensor, missing: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Images [s b c h w], labels [s b] or [s b k], and weights [b], filled up with `missing` images of weight zero."""
+    """Append `missing` images of weight zero to images [s b c h w], labels [s b] or [s b k], and weights [b]."""
     if not missing:  # padding by nothing would copy
         return images, labels, weights
     room = (0, 0) * (labels.dim() - 2) + (0, missing)
@@ -247,16 +251,19 @@ def filled_up(images: Tensor, labels: Tensor, weights: Tensor, missing: int) -> 
 
 
 def _channels_innermost(images: Tensor) -> Tensor:
-    """Images [s b c h w], copied so that memory has the order [b h w s c].
+    """Copy images [s b c h w] into the memory order [b h w s c].
 
-    Stacked, a network's convolutions are one with a group for each, which reads [b, s c, h, w]: in this order of
-    memory without a copy, and on CPUs in less than half the time (benchmarks/LOG.md).
+    A stacked convolution has a group for each network and reads [b, s c, h, w]. In this memory order it needs no copy,
+    and on CPUs it takes less than half the time (benchmarks/LOG.md).
     """
     return images.permute(1, 3, 4, 0, 2).contiguous().permute(3, 0, 4, 1, 2)
 
 
 def _losses(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """[s], or [] of one network: weighted sums of the cross-entropy of logits [s b k] at labels [s b] or [s b k]."""
+    """Weighted sums [s] over images of the cross-entropy between logits [s b k] and labels [s b] or [s b k].
+
+    One network may come without the axis s; its result is [].
+    """
     logarithms = logits.log_softmax(dim=-1)
     if labels.is_floating_point():
         per_sample = -(labels * logarithms).sum(dim=-1)
@@ -267,7 +274,7 @@ def _losses(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
 
 
 def _without_counters(network: nn.Module) -> nn.Module:
-    """A copy whose batch normalisations do not count their batches, for nothing here reads the count."""
+    """Copy a network, without the batch counters of its batch normalisations, which nothing here reads."""
     network = copy.deepcopy(network)
     for part in network.modules():
         if isinstance(part, BatchNorm):

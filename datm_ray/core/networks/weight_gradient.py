@@ -1,15 +1,15 @@
 """Weight gradients of 3x3 convolutions with fewer multiplications, for CPUs.
 
-The gradient in the weights is itself a convolution: of the input with the output's cotangent, 3x3 of it wanted.
+The gradient in the weights is itself a convolution, of the input with the output's cotangent, with a result of 3x3.
 Winograd's minimal filtering computes it from tiles of 2x2 cotangents and the 4x4 inputs around them, with 16 instead of
-36 multiplications,
+36 multiplications:
 
     dw = G' [ sum over tiles of (B' x B) * (A y_ A') ] G
 
-where the products of all channels become 16 matrix products. B, A and G are the matrices of F(2x2, 3x3), Lavin and
-Gray, arXiv 1509.09308, applied here as sums of slices. Exact but for rounding, which is that of a direct convolution.
-On two cores without AVX-512 the library's own weight gradient runs at half the speed of its other convolutions; for the
-others the same gained nothing (benchmarks/LOG.md).
+The products of all channels become 16 matrix products. B, A and G are the matrices of F(2x2, 3x3), Lavin and Gray,
+arXiv 1509.09308, applied here as sums of slices. The result is exact up to rounding, which is as in a direct
+convolution. On two cores without AVX-512, the library's weight gradient runs at half the speed of its other
+convolutions. For these other convolutions the same method gained nothing (benchmarks/LOG.md).
 
 Shapes: x [b c h w] input, y_ [b o h w] cotangent, t tiles of the whole batch.
 Tests: tests/core/networks/test_weight_gradient.py.
@@ -24,13 +24,13 @@ from torch import Tensor, fx
 from torch.nn.functional import pad
 
 LEAST_CHANNELS = 64
-"""Below, a tile's matrix product is too small to pay for the transforms."""
+"""Smallest number of channels, inclusive. With fewer, the matrix products are too small to pay for the transforms."""
 
 _ATEN = torch.ops.aten
 
 
 def weight_gradient(x: Tensor, y_: Tensor) -> Tensor:
-    """[o c 3 3] gradient in the weights of a 3x3 convolution with padding 1, for even h and w."""
+    """Compute the gradient [o c 3 3] in the weights of a 3x3 convolution with padding 1, for even h and w."""
     products = torch.bmm(_input_tiles(x).transpose(1, 2), _cotangent_tiles(y_))  # [16 c o]
     rows = [_from_four(*products[4 * i : 4 * i + 4].unbind()) for i in range(4)]
     columns = [_from_four(*(rows[i][j] for i in range(4))) for j in range(3)]
@@ -39,10 +39,10 @@ def weight_gradient(x: Tensor, y_: Tensor) -> Tensor:
 
 
 class QuickWeightGradients(fx.Interpreter):
-    """Runs a graph with `weight_gradient` in place of the library's wherever it applies."""
+    """Interpreter that runs a graph with `weight_gradient` in place of the library's, wherever that is possible."""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One node."""
+        """Run one node of the graph."""
         if target is _ATEN.convolution_backward.default and _applies(*args):
             y_, x, wants = args[0], args[1], args[-1]
             # The library computes the gradient in the bias only together with the one in the weights.
@@ -53,7 +53,7 @@ class QuickWeightGradients(fx.Interpreter):
 
 
 def has_slow_weight_gradients(graph: fx.Graph) -> bool:
-    """True if `QuickWeightGradients` would change anything in a traced graph."""
+    """True if a traced graph has weight gradients that `QuickWeightGradients` would replace."""
     derivatives = [node.args for node in graph.nodes if node.target is _ATEN.convolution_backward.default]
     return any(_applies(*(fx.map_arg(each, lambda node: node.meta["val"]) for each in args)) for args in derivatives)
 
@@ -71,7 +71,7 @@ def _applies(
     groups: int,
     wants: list[bool],
 ) -> bool:
-    """True if a convolution's derivative wants a weight gradient that is computed faster here."""
+    """True if a convolution's derivative includes a weight gradient that `weight_gradient` computes faster."""
     plain = (list(stride), list(padding), list(dilation), transposed, groups) == ([1, 1], [1, 1], [1, 1], False, 1)
     sides = tuple(weight.shape[2:]) == (3, 3) and x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
     wide = min(weight.shape[:2]) >= LEAST_CHANNELS
@@ -80,10 +80,10 @@ def _applies(
 
 @torch.library.custom_op("datm_ray::framed", mutates_args=())
 def _framed(x: Tensor) -> Tensor:
-    """[b h+2 w+2 c] the input in a frame of zeros.
+    """Put the input [b c h w] into a frame of zeros: [b h+2 w+2 c].
 
-    An operation of its own, so that the compiler writes the frame out once. It would compute every tile from masked
-    reads instead, which is more work than the products save.
+    This is an operation of its own, so that the compiler writes the framed input once. Otherwise it would compute every
+    tile by masked reads, which is more work than the matrix products save.
     """
     return pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).contiguous()
 
@@ -95,14 +95,14 @@ def _(x: Tensor) -> Tensor:
 
 
 def _input_tiles(x: Tensor) -> Tensor:
-    """[16 t c] the 4x4 inputs around every 2x2 tile, transformed."""
+    """Transform the 4x4 inputs around every 2x2 tile: [16 t c]."""
     x = _framed(x)
     tiles = [part for row in _input_parts(x, 1) for part in _input_parts(row, 2)]
     return torch.stack(tiles).flatten(1, 3)
 
 
 def _input_parts(x: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Along one axis: of every four inputs that start at an even place, the four sums."""
+    """Transform inputs along one axis: four sums of every four neighbours that start at an even place."""
     pairs = x.shape[axis] // 2
     x = x.unflatten(axis, (pairs, 2))
     here, after = x.narrow(axis, 0, pairs - 1), x.narrow(axis, 1, pairs - 1)
@@ -112,7 +112,7 @@ def _input_parts(x: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _cotangent_tiles(y_: Tensor) -> Tensor:
-    """[16 t o] the 2x2 cotangents of every tile, transformed."""
+    """Transform the 2x2 cotangents of every tile: [16 t o]."""
     b, o, h, w = y_.shape
     y_ = y_.permute(0, 2, 3, 1).reshape(b, h // 2, 2, w // 2, 2, o)
     tiles = [part for row in _cotangent_parts(*y_.unbind(2)) for part in _cotangent_parts(*row.unbind(3))]
@@ -124,6 +124,6 @@ def _cotangent_parts(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def _from_four(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Along one axis of the weights: three taps from four products."""
+    """Transform products back along one axis: three weights from four products."""
     half_sum = (b + c) / 2
     return a + half_sum, (b - c) / 2, half_sum + d

@@ -1,8 +1,8 @@
-"""Before the first iteration: the matching losses that a set starts with, and the step size that makes them least.
+"""Calibration before the first iteration: the initial matching losses, and the step size with the smallest losses.
 
-Only the student's steps are computed, no derivative of the loss, so a loss costs about a quarter of an iteration. Near
-step size 0 the loss is near 1, because the student stays at its start. With the step size it falls while the student
-comes closer to the target, and rises without bound where the student passes it. Tests:
+A loss is computed from the student's steps, without its derivative, and costs about a quarter of an iteration. At step
+size 0 the loss is 1, because the student stays at its start. With a growing step size the loss falls while the student
+comes closer to the target, then rises without bound as the student passes the target. Tests:
 tests/methods/trajectory/test_calibration.py.
 """
 
@@ -19,18 +19,18 @@ from datm_ray.core.synthetic import AllSum, SyntheticSet, identity
 from datm_ray.methods.trajectory.iteration import Match
 
 PAIRS = 4
-"""Pairs of start and target, spread over the range of start epochs, whose losses are measured."""
+"""Number of pairs of start and target whose losses are measured, spread over the range of start epochs."""
 MOST_TRIED = 7
-"""Step sizes that a search tries at most."""
+"""Largest number of step sizes that a search tries."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Matching losses of one backbone at a step size."""
+    """Matching losses of one backbone at one step size."""
 
     step_size: float
     losses: tuple[float, ...]
-    """Loss of each pair. inf if the student overflows, nan if start and target are identical."""
+    """Loss of each pair: inf if the student overflows, nan if start and target are identical."""
     least_tried: float = math.nan
     """Smallest step size that a search tried; nan without a search."""
     most_tried: float = math.nan
@@ -38,13 +38,13 @@ class Measured:
 
     @property
     def loss(self) -> float:
-        """Mean loss, without pairs whose start and target are identical; nan if there are no others."""
+        """Mean loss over the pairs whose start and target differ; nan if there are none."""
         found = [loss for loss in self.losses if not math.isnan(loss)]
         return statistics.fmean(found) if found else math.nan
 
 
 def measure(step_size: float, pairs: Sequence[Match], synthetic: SyntheticSet, all_sum: AllSum = identity) -> Measured:
-    """Matching losses of a backbone's pairs with a step size; class shards get equal ones."""
+    """Compute the matching losses of one backbone's pairs at a step size. All class shards get equal losses."""
     tried = replace(synthetic, step_sizes=torch.full_like(synthetic.step_sizes, step_size))
     losses = []
     for pair in pairs:
@@ -55,10 +55,15 @@ def measure(step_size: float, pairs: Sequence[Match], synthetic: SyntheticSet, a
 
 
 def find_step_size(measured_at: Callable[[float], Measured], near: float) -> Measured:
-    """Step size whose mean loss is least among at most `MOST_TRIED`.
+    """Search the step size with the smallest mean loss. Tries at most `MOST_TRIED` step sizes.
 
-    The search goes from `near` by factors of two, down and up, until the loss rises. Then it tries the vertex of the
-    parabola through the last three: along a straight way to the target, the loss is a parabola in the step size.
+    The search starts at `near` and goes down, then up, by factors of two until the loss rises. Then it tries the vertex
+    of the parabola through the best step size and its neighbours. If the student moves straight to the target, the loss
+    is a parabola in the step size.
+
+    Args:
+        measured_at: measures the losses at a step size.
+        near: first step size to try.
     """
     tried: dict[float, Measured] = {}
 
@@ -69,7 +74,7 @@ def find_step_size(measured_at: Callable[[float], Measured], near: float) -> Mea
 
     best = near
     for factor in (0.5, 2.0):
-        # At equal losses, which are infinite, it goes down.
+        # Infinite losses are equal; the search then goes down.
         while len(tried) < MOST_TRIED and loss(best * factor) <= loss(best):
             best *= factor
     if len(tried) < MOST_TRIED:

@@ -16,15 +16,15 @@ class MatchPlan:
     """Expert and start epoch that one iteration matches."""
 
     expert: int
-    """Index in the list of available experts."""
+    """Index of the expert in the list of available experts."""
     start: int
     """Epoch from which the student starts."""
 
 
 def draw_plan(starts: range, experts: int, seed: int, iteration: int, backbone: int = 0) -> MatchPlan:
-    """Draw the plan of one iteration: experts in a shuffled order, start epochs uniform in `starts`.
+    """Draw one iteration's expert, in shuffled order, and start epoch, uniform in `starts`.
 
-    Every expert is drawn once before any is drawn twice, as published. Every backbone has draws of its own.
+    Every expert is drawn once before any expert is drawn twice, as published. Every backbone has its own draws.
     """
     sweep, position = divmod(iteration, experts)
     order = generator(seed, Purpose.EXPERT_CHOICE, backbone, sweep).permutation(experts)

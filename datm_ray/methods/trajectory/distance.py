@@ -3,8 +3,8 @@
     expert     learning rate * steps in an epoch * distill.expert_epochs / (1 - momentum)
     student    step size * distill.student_steps
 
-A student that goes much farther than the experts passes its target, and its matching loss exceeds 1. One that goes much
-less far hardly moves. Plans, errors and warnings all take their numbers from here. Tests:
+A student that goes much farther than the experts passes its target, and its matching loss exceeds 1. A student that
+goes much less far hardly moves. Plans, errors and warnings all take their numbers from this module. Tests:
 tests/methods/trajectory/test_calibration.py.
 """
 
@@ -17,22 +17,22 @@ from typing import ClassVar
 from datm_ray.config import RunConfig
 
 BEST = 0.5
-"""Ratio of the student's distance to the experts' at which the first loss is about least. Measured: 0.3 to 0.5, on
+"""Ratio of the student's distance to the experts' distance with about the smallest first loss. Measured: 0.3 to 0.5, on
 digits at IPC 1, 10 and 30 and on 32x32 photos at IPC 1."""
 TOO_FAR, TOO_NEAR = 2.0, 1 / 16
-"""Ratios beyond which a plan says what to change. Measured there: first losses of 1.4 to 73 at 2, and 0.9 at 1/16."""
+"""Largest and smallest ratio without advice in a plan. Measured first losses: 1.4 to 73 at 2, and 0.9 at 1/16."""
 
 
 @dataclass(frozen=True)
 class Distance:
-    """Steps of the experts and of the student from a start to its target."""
+    """Steps and learning rates of the experts and of the student from a start epoch to its target."""
 
     title: ClassVar[str] = "step sizes"
 
     steps_per_epoch: int
-    """SGD steps of an expert in an epoch."""
+    """Number of an expert's SGD steps in one epoch."""
     expert_epochs: int
-    """Epochs from start to target."""
+    """Number of epochs from start to target."""
     learning_rate: float
     """The experts' learning rate."""
     momentum: float
@@ -43,10 +43,10 @@ class Distance:
 
     @classmethod
     def of(cls, config: RunConfig, training_images: int) -> Distance:
-        """Distance of a recipe.
+        """Make the `Distance` from a recipe: steps and learning rates from a start epoch to its target.
 
         Args:
-            training_images: images that experts are trained on, without those for validation.
+            training_images: number of images that experts are trained on, without validation images.
         """
         experts, settings = config.experts, config.distill
         return cls(
@@ -60,17 +60,17 @@ class Distance:
 
     @property
     def expert(self) -> float:
-        """How far an expert goes. Momentum m makes each step count 1 / (1 - m) times."""
+        """Distance of an expert: learning rate times steps. Momentum m makes each step count 1 / (1 - m) times."""
         return self.learning_rate * self.steps_per_epoch * self.expert_epochs / (1 - self.momentum)
 
     @property
     def likely_step_size(self) -> float:
-        """Step size that is likely to be near the best one, see `BEST`."""
+        """Step size with the ratio `BEST`, which is likely to be near the best step size."""
         return BEST * self.expert / self.student_steps
 
     @property
     def ratio(self) -> float:
-        """How far the student goes, as a multiple of how far an expert goes."""
+        """Student's distance divided by the expert's distance; with `likely_step_size` if `step_size` is None."""
         return self.student_steps * (self.step_size or self.likely_step_size) / self.expert
 
     def __str__(self) -> str:
@@ -78,25 +78,25 @@ class Distance:
         experts = f"{_steps(self.steps_per_epoch * self.expert_epochs)} of {self.learning_rate:.3g}{momentum}"
         student = _steps(self.student_steps)
         if self.step_size is None:
-            student += f" of a size that is found first, about {self.likely_step_size:.1g}"
+            student += f" of a size found before the first iteration, about {self.likely_step_size:.1g}"
         else:
             student += f" of {self.step_size:.3g} ({self.student_steps * self.step_size:.3g} in all)"
         return f"experts make {experts} from start to target ({self.expert:.3g} in all), the student {student}"
 
     @property
     def advice(self) -> str:
-        """What to change if the student goes much farther or less far than the experts; "" if it does not."""
+        """Advice for the user if the ratio is above `TOO_FAR` or below `TOO_NEAR`; "" if it is not."""
         if TOO_NEAR <= self.ratio <= TOO_FAR:
             return ""
         times = f"{self.ratio:.2g} times as far" if self.ratio > 1 else f"{1 / self.ratio:.2g} times less far"
         return f"that is {times}: try distill.initial_step_size=null, or about {self.likely_step_size:.1g}"
 
     def lines(self) -> list[str]:
-        """Both distances as text for people, and the advice if there is any."""
+        """Text for the user: both distances in one line, and the advice, if any, in a second line."""
         return [str(self), *([self.advice] if self.advice else [])]
 
     def to_json(self) -> dict[str, float | None]:
-        """Both distances as plain data; the student's is None if its step size is found first."""
+        """Both distances as plain data. "student" is None if the step size is found before the first iteration."""
         return {
             "steps_per_epoch": self.steps_per_epoch,
             "expert": self.expert,

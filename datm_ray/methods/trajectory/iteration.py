@@ -1,8 +1,8 @@
 """One iteration of trajectory matching: the update, when it is skipped, and the limit on its size.
 
 No code here reads experts or the disk. The caller passes the parameters to match, and decides when to validate and to
-save. The learned variables follow the gradient of the sum of all backbones' matching losses; each backbone has a weight
-and a step size. In shapes, a is the number of backbones.
+save. The learned variables follow the gradient of the weighted sum of all backbones' matching losses. Each backbone has
+its own weight and step size. In shapes, a is the number of backbones.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from datm_ray.methods.trajectory.matching import MatchingGradient, StudentStep, 
 from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
 
 MOST_ABOVE = 50
-"""A distillation stops when this many iterations since its last update had no loss below the threshold."""
+"""Number of iterations without an update, with every loss above the threshold, after which a distillation stops."""
 
 InRows = Callable[[Callable[[AllSum], None]], None]
-"""Runs work that only the class shards of one backbone share, see `Mesh.in_rows`."""
+"""Function that runs work shared only by the class shards of one backbone, see `Mesh.in_rows`."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,17 @@ class Match:
     target: Tensor
     """[p] expert parameters at the target epoch."""
     steps: Sequence[StudentStep]
-    """Minibatches of the student; in a class shard, the rows of them that it holds."""
+    """Minibatches of the student's steps. A class shard has the part of each that it holds."""
     backbone: int = 0
     weight: float = 1.0
     """Weight of this backbone's matching loss in the sum."""
     chunk: int | None = None
-    """Images per call of the step functions; None for a whole minibatch, see `matching_gradient`."""
+    """Number of images per call of the step functions; None for a whole minibatch, see `matching_gradient`."""
 
     def gradient(
         self, synthetic: SyntheticSet, all_sum: AllSum = identity, skip_above: float = math.inf
     ) -> MatchingGradient:
-        """The matching loss and its gradient, see `matching_gradient`."""
+        """Compute the matching loss and its gradient. Arguments: see `matching_gradient`."""
         return matching_gradient(
             self.functions,
             self.start,
@@ -66,7 +66,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Origin:
-    """Source of the parameters that a backbone matched."""
+    """Expert and start epoch whose parameters a backbone matched, for the history."""
 
     expert: int
     epoch: int
@@ -75,7 +75,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class IterationRecord:
-    """One row of the run's history: one backbone in one iteration."""
+    """Row of the run's history for one backbone in one iteration."""
 
     iteration: int
     backbone: int
@@ -86,64 +86,64 @@ class IterationRecord:
     step_size: float
     """The student's step size after the update."""
     skipped: bool
-    """True if this backbone updated nothing: its loss exceeded the limit, or it diverged, see `diverged`."""
+    """True if this backbone updated nothing: its loss exceeded `distill.threshold`, or it diverged, see `diverged`."""
     decrease: float = math.nan
-    """First-order decrease before the gradient was shortened, in multiples of the loss. nan if the backbone was
-    skipped, or if an earlier version saved the record."""
+    """First-order decrease of the loss before the gradient was shortened, as a multiple of the loss. nan if the
+    backbone was skipped, or in records of earlier versions."""
 
 
 def diverged(loss: NDArray[np.float64], skipped: NDArray[np.bool_], limit: float) -> NDArray[np.bool_]:
-    """Mask of the iterations that were skipped for another reason than a finite loss above the limit.
+    """Mask of the iterations that were skipped because of a divergence, not because of a finite loss above the limit.
 
-    Then the loss, the gradient, MetaDD's part or an updated value was not finite, or a step size would not have stayed
-    positive.
+    A divergence means: the loss, the gradient, MetaDD's part or an updated value was not finite, or a step size would
+    not have stayed positive.
     """
     return skipped & ~(np.isfinite(loss) & (loss > limit))
 
 
 def _since_update(records: Sequence[IterationRecord]) -> Sequence[IterationRecord]:
-    """Last records, after the last one that was not skipped."""
+    """Records after the last update: the skipped ones at the end."""
     count = next((back for back, record in enumerate(reversed(records)) if not record.skipped), len(records))
     return records[len(records) - count :]
 
 
 @dataclass
 class Distillation(State[IterationRecord]):
-    """State of a distillation by trajectory matching. Its history has a record for each backbone in an iteration."""
+    """State of a distillation by trajectory matching. Its history has one record per backbone and iteration."""
 
     record: ClassVar[type[IterationRecord]] = IterationRecord
 
     @property
     def backbones(self) -> int:
-        """Number of networks that are matched."""
+        """Number of networks whose trajectories are matched."""
         return len(self.synthetic.step_sizes)
 
     @property
     def iteration(self) -> int:
-        """Number of iterations done."""
+        """Number of iterations done, each with one record per backbone."""
         return len(self.history) // self.backbones
 
     @property
     def skipped(self) -> int:
-        """Number of updates skipped, for any reason."""
+        """Number of backbones' updates skipped so far, for any reason."""
         return sum(record.skipped for record in self.history)
 
     @property
     def diverged(self) -> int:
-        """Number of updates skipped for another reason than a finite loss above the limit, see `diverged`."""
+        """Number of backbones' updates skipped so far because of a divergence, see `diverged`."""
         return int(self._diverged(self.history).sum())
 
     @property
     def shortened(self) -> int:
-        """Number of gradients that were shortened, see `DistillConfig.gradient_limit`."""
+        """Number of backbones' gradients shortened so far, see `distill.gradient_limit`."""
         limit = self.settings.gradient_limit or math.inf
         return sum(record.decrease > limit for record in self.history)
 
     @property
     def stuck(self) -> int:
-        """Number of iterations since the last update whose losses all exceeded the limit; 0 unless the limit is due.
+        """Number of iterations since the last update in which every loss exceeded the threshold.
 
-        The limit is due at every multiple of `MOST_ABOVE`, so that a run that is resumed tries as many again.
+        0 unless the number has just reached a multiple of `MOST_ABOVE`. So a resumed run tries `MOST_ABOVE` more.
         """
         since = _since_update(self.history)
         since = since[len(since) % self.backbones :]  # whole iterations
@@ -163,22 +163,22 @@ class Distillation(State[IterationRecord]):
         """Run one iteration: match, update the set, append to the history.
 
         A backbone diverges if its loss or gradient is not finite, or if its step size would not stay positive. A
-        backbone that diverges, or whose loss exceeds the limit, is skipped, and the others are updated. If MetaDD's
-        part or an updated value is not finite, all are skipped. All shards and backbones decide alike.
+        backbone is skipped if it diverges or its loss exceeds the threshold; the others are updated. If MetaDD's part
+        or an updated value is not finite, all backbones are skipped. All processes make the same decisions.
 
         Args:
-            matches: one per backbone that this process computes, in sequence.
-            origins: one per backbone of the run, in order.
+            matches: one for each backbone that this process computes, computed one after another.
+            origins: one for each backbone of the run, in order.
             meta: MetaDD's inputs; None if this process holds no MetaDD network.
             all_sum: sum over the class shards of a backbone.
             sum_over_backbones: sum over the processes that hold the same rows for other networks.
-            in_rows: calls its argument with an `all_sum` of its own, and knows how to wait for other backbones; None if
-                no process waits.
+            in_rows: function that calls its argument with an `all_sum`, and then waits for the other backbones; None
+                if no other process computes a backbone.
 
         Raises:
-            DivergenceError: a backbone has diverged `MOST_DIVERGED` times since its last update, or a multiple of that,
-                so that another call tries as many again. In every shard the set is that of the last update and the
-                history is complete.
+            DivergenceError: a backbone has diverged `MOST_DIVERGED` times since its last update, or a multiple of this
+                number, so that a resumed run tries `MOST_DIVERGED` more. Every shard then has the set of the last
+                update and the complete history.
         """
         # MetaDD first, so that processes with MetaDD networks alone finish it while the others match.
         total, meta_records, is_lost = self.meta_gradient(meta, all_sum, sum_over_backbones)
@@ -212,7 +212,7 @@ class Distillation(State[IterationRecord]):
     def _records(
         self, origins: Sequence[Origin], losses: Tensor, skipped: Tensor, decreases: Tensor
     ) -> list[IterationRecord]:
-        """Records of this iteration, one per backbone."""
+        """Make this iteration's records, one per backbone."""
         columns = [each.tolist() for each in (losses, self.synthetic.step_sizes, skipped, decreases)]
         return [
             IterationRecord(self.iteration, number, origin.expert, origin.epoch, *rest)
@@ -232,9 +232,9 @@ class Distillation(State[IterationRecord]):
                 raise self._divergence(times, own[-1].loss, is_lost)
 
     def _match(self, match: Match, total: dict[str, Tensor], all_sum: AllSum) -> tuple[float, float, bool]:
-        """Add a backbone's gradient to `total`. Returns its loss, first-order decrease, and whether it diverged.
+        """Add a backbone's weighted gradient to `total`, unless it diverged or its loss exceeds the threshold.
 
-        Nothing is added if the backbone has diverged or its loss exceeds the limit.
+        Returns the backbone's loss, its first-order decrease (nan if nothing was added), and True if it diverged.
         """
         gradient = match.gradient(self.synthetic, all_sum, skip_above=self.settings.threshold)
         if not gradient.loss <= self.settings.threshold:
@@ -245,18 +245,22 @@ class Distillation(State[IterationRecord]):
         step_sizes = torch.zeros_like(self.synthetic.step_sizes)
         step_sizes[match.backbone] = gradient.step_size
         for name, value in zip(LEARNED, (gradient.images, gradient.soft_labels, step_sizes), strict=True):
-            weighted = value.mul_(match.weight)  # in place: its memory becomes the sum's, because it may be large
+            weighted = value.mul_(match.weight)  # in place, because the gradient may be large
             total[name] = total[name].add_(weighted) if name in total else weighted
         return gradient.loss, decrease, False
 
     def _shorten(self, match: Match, gradient: MatchingGradient, all_sum: AllSum) -> float:
-        """Shorten a backbone's gradient to its limit. Returns the first-order decrease before that.
+        """Shorten a backbone's gradient, in place, if its first-order decrease exceeds `distill.gradient_limit`.
 
-        The first-order decrease is that of one step of SGD without momentum: the sum over the learned variables of
-        learning rate times squared gradient norm. It is in multiples of the loss, and nan if the gradient is not finite
-        in any shard. Limits are explained in docs/methods/datm.md.
+        The first-order decrease is how much one step of SGD without momentum lowers the loss, to first order: the sum
+        over the learned variables of learning rate times squared gradient norm. docs/methods/datm.md explains the
+        limit.
+
+        Returns:
+            The first-order decrease before shortening, as a multiple of the loss; nan if the gradient is not finite in
+            any shard.
         """
-        # Norms make no copy of the images, which may be large. Squares of long ones need float64.
+        # Norms make no copy of the images, which may be large. Squares of large norms need float64.
         images, labels = (
             torch.linalg.vector_norm(each).double().square() for each in (gradient.images, gradient.soft_labels)
         )
@@ -275,7 +279,7 @@ class Distillation(State[IterationRecord]):
         return decrease
 
     def _stays_positive(self, match: Match, gradient: MatchingGradient) -> bool:
-        """True if an update leaves the backbone's step size positive; every shard finds the same."""
+        """True if an update leaves the backbone's step size positive. Every shard gets the same result."""
         moved = match.weight * gradient.step_size
         if "step_sizes" in self.momenta:
             moved = moved + STEP_SIZE_MOMENTUM * self.momenta["step_sizes"][match.backbone]

@@ -1,20 +1,20 @@
-"""The matching loss and its exact gradient. Only the graph of a few images of one student step is kept, never all T.
+"""The matching loss and its exact gradient, with the graph of only a few images of one student step in memory.
 
     student step     theta_{i+1} = theta_i - alpha * g_i,     g_i = grad_theta l(theta_i; A_i(X[b_i]), Y[b_i])
     matching loss    L = |theta_T - theta*|^2 / |theta_0 - theta*|^2
 
-Full unrolling keeps T graphs. This module keeps only the T parameter vectors, and the reverse sweep is the adjoint of
-the recursion above. With v_T = dL/dtheta_T and, for i = T-1 ... 0, s_i = <v_{i+1}, g_i>:
+Full unrolling keeps the graphs of all T steps. This module keeps only the T parameter vectors; its reverse sweep is the
+adjoint of the recursion above. With v_T = dL/dtheta_T and, for i = T-1 ... 0, s_i = <v_{i+1}, g_i>:
 
     X.grad -= alpha ds_i/dX     Y.grad -= alpha ds_i/dY     alpha.grad -= s_i     v_i = v_{i+1} - alpha ds_i/dtheta_i
 
-The result is the gradient of full unrolling, not an approximation of it (TESLA drops the last term's effect).
-Augmentation A_i is applied outside the compiled step and pulled back through its own vector-Jacobian product. A_i does
+The result equals the gradient of full unrolling; it is no approximation (TESLA drops the effect of the last term).
+Augmentation A_i is applied outside the compiled step, and differentiated by its own vector-Jacobian product. A_i does
 not depend on theta, so this is exact too.
 
-The loss l is a mean over the minibatch, so g_i and s_i are sums over its images. These are summed over chunks
-(micro-batches), so that memory does not grow with the batch. They are summed over class shards too; each holds
-some rows of the set.
+The loss l is a mean over the minibatch, so g_i and s_i are sums over its images. The sums are taken over chunks
+(micro-batches), so that memory does not grow with the batch, and over class shards, which each hold some rows of the
+set.
 
 Shapes: n synthetic images, b batch, k classes, p parameters, T student steps. The code is written for one process; a
 class shard passes `all_sum`, which adds a tensor over all shards (see `runtime/mesh.py`). Tests:
@@ -42,22 +42,22 @@ from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
 
 @dataclass(frozen=True)
 class StudentStep:
-    """Minibatch of one student step: which images are used, and how each is augmented."""
+    """Minibatch of one student step: the images and their augmentation."""
 
     rows: NDArray[np.int64]
-    """[b] indices of rows of the synthetic set, without repetition."""
+    """[b] indices of the images in the synthetic set, without repetition."""
     augmentation: Augmentation
-    """Augmentation of exactly these rows."""
+    """Augmentation of these images, in the same order."""
     global_batch: int
-    """Number of images in the minibatch over all shards; the loss is the mean over these."""
+    """Number of images in the whole minibatch, over all shards; the loss is a mean over them."""
 
     def held_by(self, first: int, last: int) -> StudentStep:
-        """Part of the minibatch held by a shard with rows [first, last) of the set; rows are counted from its first."""
+        """Part of the minibatch for a shard that holds rows [first, last) of the set. Row `first` becomes row 0."""
         held = np.flatnonzero((self.rows >= first) & (self.rows < last))
         return StudentStep(self.rows[held] - first, self.augmentation.take(held), self.global_batch)
 
     def chunks(self, size: int | None) -> Iterator[StudentStep]:
-        """Split the minibatch into pieces of at most `size` images; None for one piece."""
+        """Split the minibatch into pieces of at most `size` images; `None` gives one piece."""
         for start in range(0, len(self.rows), size or max(1, len(self.rows))):
             piece = np.arange(start, min(start + (size or len(self.rows)), len(self.rows)))
             yield StudentStep(self.rows[piece], self.augmentation.take(piece), self.global_batch)
@@ -66,9 +66,9 @@ class StudentStep:
 def draw_student_steps(
     images: int, steps: int, batch: int, strategy: str, seed: int, iteration: int, backbone: int = 0
 ) -> list[StudentStep]:
-    """Draw the minibatches of one iteration of one backbone: shuffled passes over the set, cut into batches.
+    """Draw one backbone's minibatches for one iteration: shuffled passes over the set, cut into batches.
 
-    If the batch does not divide the set, the short batch comes first in each pass, as published.
+    If the batch size does not divide the size of the set, the smaller batch comes first in each pass, as published.
     """
     drawn: list[StudentStep] = []
     batch = min(batch, images)
@@ -86,7 +86,7 @@ def draw_student_steps(
 
 @dataclass(frozen=True)
 class MatchingGradient:
-    """Loss and gradient of one iteration."""
+    """Matching loss of one backbone in one iteration, and its gradient."""
 
     loss: float
     """Normalised matching loss; 1 means that the student came no closer to the target."""
@@ -110,19 +110,19 @@ def matching_gradient(
     skip_above: float = math.inf,
     all_sum: AllSum = identity,
 ) -> MatchingGradient:
-    """Exact gradient of the normalised matching loss in images, soft labels and step size.
+    """Compute the normalised matching loss and its exact gradient in images, soft labels and step size.
 
-    The call keeps len(steps) + 1 parameter vectors, one gradient accumulator per learned variable, and the activations
-    of one chunk of one student step.
+    Memory holds len(steps) + 1 parameter vectors, one sum of gradients per learned variable, and the activations of one
+    chunk of one student step.
 
     Args:
         start, target: [p] expert parameters at the start epoch and at the target epoch.
-        synthetic: the set, or the rows of it that this shard holds.
-        steps: minibatches, as from `draw_student_steps`; in a shard, the parts that it holds.
-        backbone: index of the backbone whose step size the student takes.
-        chunk: images per call of `functions`; None for whole minibatches. A smaller rest is padded with images of
-            weight 0, so that there is one shape to compile.
-        skip_above: losses above this value are not differentiated, and their gradient is zero.
+        synthetic: the set, or this shard's rows of the set.
+        steps: minibatches from `draw_student_steps`, or this shard's parts of them.
+        backbone: index of the backbone, whose step size the student uses.
+        chunk: number of images per call of `functions`; None for whole minibatches. A smaller rest is padded with
+            images of weight 0, so that only one shape is compiled.
+        skip_above: a loss above this value is not differentiated; its gradient is given as zero.
         all_sum: sum over class shards.
     """
     step_size = synthetic.step_sizes[backbone]
@@ -146,7 +146,10 @@ def matching_gradient(
 
 
 def _agreed(loss: Tensor, all_sum: AllSum) -> float:
-    """Mean of the shards' losses. Unlike machines may round differently, and all must skip an iteration or none."""
+    """Mean of the shards' losses, which is equal in all shards, so that all of them skip an iteration or none.
+
+    Different machines may round the loss differently.
+    """
     total, shards = all_sum(torch.stack([loss, torch.ones_like(loss)])).tolist()
     return float(total / shards)
 
@@ -161,16 +164,16 @@ class _Piece:
     uniform: Tensor
     """[b w] parameters of the augmentation."""
     weights: Tensor
-    """[b] weights in the loss, or [chunk], filled up with zeros."""
+    """[b] weights of the images in the loss; [chunk] with zeros at the end if a chunk size is set."""
 
 
 def _pieces(steps: Sequence[StudentStep], chunk: int | None, like: Tensor) -> list[list[_Piece]]:
-    """Pieces of every step. All their numbers reach the device of `like` in three copies that wait for nothing."""
+    """Split every step into pieces on the device of `like`, with only three asynchronous copies for all of them."""
     cut = [list(step.chunks(chunk)) for step in steps]
     flat = [piece for pieces in cut for piece in pieces]
     sizes = [len(piece.rows) for piece in flat]
     padded = [chunk or size for size in sizes]
-    numbers = [piece.augmentation.parameters.ravel() for piece in flat]  # operations differ in their numbers of columns
+    numbers = [piece.augmentation.parameters.ravel() for piece in flat]  # flat, because widths differ by operation
     weights = [np.zeros(size) for size in padded]
     for weight, piece in zip(weights, flat, strict=True):
         weight[: len(piece.rows)] = 1 / piece.global_batch
@@ -187,14 +190,14 @@ def _pieces(steps: Sequence[StudentStep], chunk: int | None, like: Tensor) -> li
 
 
 def _uploaded(arrays: Sequence[NDArray[np.generic]], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Arrays one after another on the device."""
+    """Concatenate arrays and copy them to the device."""
     whole = torch.from_numpy(np.concatenate(arrays)) if arrays else torch.empty(0)
     whole = whole.to(dtype) if dtype else whole
     return whole.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else whole.to(device)
 
 
 class _Sweep:
-    """Runs the minibatches of the student's steps through the step functions, piece by piece."""
+    """Runner of the student's steps: calls the step functions for each minibatch, piece by piece."""
 
     def __init__(
         self,
@@ -207,7 +210,7 @@ class _Sweep:
         self._steps = _pieces(steps, chunk, synthetic.images)
 
     def student_gradient(self, theta: Tensor, step: int) -> Tensor:
-        """Compute this shard's part [p] of the gradient g_i of the student's step with this number, see the module."""
+        """Compute this shard's part [p] of the student's gradient g_i in step i, see the module's docstring."""
         total = torch.zeros_like(theta)
         for piece in self._steps[step]:
             x = apply_operation(self._synthetic.images[piece.rows], piece.operation, piece.uniform)
@@ -215,9 +218,9 @@ class _Sweep:
         return total
 
     def reverse(self, theta: Tensor, step: int, v: Tensor, images: Tensor, soft_labels: Tensor) -> Tensor:
-        """Differentiate s_i = <v, g_i> for one student step on this shard's images; g_i is the student's gradient.
+        """Differentiate s_i = <v, g_i> for student step i on this shard's images; g_i is the student's gradient.
 
-        Returns ds_i/dtheta_i and s_i as one vector [p + 1], and adds ds_i/dX and ds_i/dY to `images` and `soft_labels`.
+        Adds ds_i/dX to `images` and ds_i/dY to `soft_labels`. Returns ds_i/dtheta_i and s_i as one vector [p + 1].
         """
         total = theta.new_zeros(len(theta) + 1)
         for piece in self._steps[step]:
@@ -232,7 +235,7 @@ class _Sweep:
         return total
 
     def _filled_up(self, x: Tensor, piece: _Piece) -> tuple[Tensor, Tensor, Tensor]:
-        """Images, soft labels and weights of a piece, filled up to the size of a chunk with images of weight 0."""
+        """Images, soft labels and weights of a piece, padded to the chunk size with images of weight 0."""
         y = self._synthetic.soft_labels[piece.rows]
         if missing := len(piece.weights) - len(x):  # padding by nothing would copy
             x, y = pad(x, (0, 0) * 3 + (0, missing)), pad(y, (0, 0, 0, missing))

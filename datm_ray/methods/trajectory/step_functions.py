@@ -1,13 +1,13 @@
-"""The two functions that the student's inner loop is made of: its gradient, and the derivative of that gradient.
+"""The two functions of a student step: the student's gradient, and the derivative of this gradient.
 
     forward(theta, x, y, weights)     -> g = grad_theta l
     reverse(theta, x, y, weights, v)  -> s = <v, g> and its derivatives in theta, x and y
 
-s is the derivative of the loss along v, so there are two ways to `reverse`: differentiate the loss along v and then
-backwards (reverse over forward), or the gradient backwards (reverse over reverse). Both are exact; the first was the
-faster one compiled, the second the faster one uncompiled (benchmarks/LOG.md; CPUs only so far).
+s is the derivative of the loss along v, so `reverse` can be computed in two ways. Reverse over forward differentiates
+the loss along v, then backwards. Reverse over reverse differentiates the gradient backwards. Both are exact. Compiled,
+reverse over forward was faster; uncompiled, reverse over reverse (benchmarks/LOG.md; CPUs only so far).
 
-To be compiled a function is traced once, for one number of images (`compilation.py`).
+To compile a function, it is traced once for each number of images (`compilation.py`).
 Shapes: b images of one call, c h w image, k classes, p parameters.
 """
 
@@ -36,34 +36,34 @@ from datm_ray.errors import ConfigError
 
 Order = Literal["reverse-over-forward", "reverse-over-reverse"]
 Reversed = tuple[Tensor, Tensor, Tensor, Tensor]
-"""s [], ds/dtheta [p], ds/dx [b c h w], ds/dy [b k]."""
+"""Result of `reverse`: s [], ds/dtheta [p], ds/dx [b c h w], ds/dy [b k]."""
 
 
 @dataclass(frozen=True)
 class StepOptions:
-    """How a student step is computed; what is computed does not depend on it but for rounding."""
+    """Options for computing a student step. Apart from rounding, they do not change its result."""
 
     compiled: bool = True
-    """Compile where the machine can."""
+    """True to compile if the machine can."""
     order: Order | None = None
-    """Order of differentiation; `None` takes the faster one. A compiled network with a layer norm always gets
+    """Order of differentiation; `None` chooses the faster order. A compiled network with a layer norm always gets
     reverse-over-reverse."""
     channels_last: bool = True
-    """Keep maps with their channels innermost, where the device computes convolutions faster that way."""
+    """True to keep maps with their channels innermost in memory, which may make convolutions faster."""
     precision: Precision = "float32"
-    """tf32: products of float32 numbers rounded to 10 bits, on GPUs that have it; bfloat16: layers and their
-    derivatives in bfloat16, parameters and sums in float32."""
+    """Precision of products. tf32 rounds their factors to 10 bits, on GPUs that support it. bfloat16 computes layers
+    and their derivatives in bfloat16, with parameters and sums in float32."""
 
 
 class StudentStepFunctions:
-    """`forward` and `reverse` for one network, compiled where the machine can.
+    """The functions `forward` and `reverse` for one network, compiled if the machine can.
 
     Attributes:
-        network: a copy of the network that was given, arranged for matching.
+        network: copy of the given network, prepared for matching.
         note: one line on why the functions are not compiled although asked to be; "" otherwise.
 
     Raises:
-        ConfigError: the network couples the samples of a batch, so that no step is a sum over samples.
+        ConfigError: the network has batch statistics, so that its gradient is no sum over the images of a batch.
     """
 
     def __init__(self, network: FlatNetwork, options: StepOptions | None = None) -> None:
@@ -86,7 +86,7 @@ class StudentStepFunctions:
 
     @property
     def facts(self) -> dict[str, str | bool]:
-        """How a step is really computed, as plain data; the order of differentiation is final once it was prepared."""
+        """Options that steps really use, as plain data. The order of differentiation is final after the first trace."""
         precision, device = self._options.precision, self.network.device.type
         return {
             "precision": precision,
@@ -97,19 +97,19 @@ class StudentStepFunctions:
         }
 
     def forward(self, theta: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-        """The student's gradient g [p].
+        """Compute the student's gradient g [p].
 
         Args:
             theta: [p] parameters.
             x: [b c h w] images.
             y: [b k] soft labels as logits.
-            weights: [b] of the images' losses in the sum; see `soft_cross_entropy`.
+            weights: [b] weights of the images in the loss, see `soft_cross_entropy`.
         """
         with tf32_products(self._options.precision == "tf32", theta.device):
             return self._functions(theta, x, y)[0](theta, self.layout(x), y, weights)
 
     def reverse(self, theta: Tensor, x: Tensor, y: Tensor, weights: Tensor, v: Tensor) -> Reversed:
-        """Differentiate s = <v, g>, where g is what `forward` returns and v [p] is given.
+        """Differentiate s = <v, g> for a given v [p], where g is the result of `forward`.
 
         Returns s [] and its derivatives in theta [p], x [b c h w] and y [b k].
         """
@@ -121,7 +121,7 @@ class StudentStepFunctions:
     ) -> None:
         """Compile both functions for `batch` images, which takes seconds to minutes. Calls `heartbeat` after each.
 
-        On a GPU both are computed in any case, so that the caller learns whether there is memory for them.
+        On a GPU both functions are run even if they are not compiled, to find out early if the memory is enough.
         """
         theta = flatten(self.network.module)
         if not self._compiled and theta.device.type == "cpu":
@@ -133,7 +133,7 @@ class StudentStepFunctions:
         heartbeat()
 
     def layout(self, x: Tensor) -> Tensor:
-        """Images in the memory order that the functions want."""
+        """Bring images into the memory order that the functions use. Copies them if needed."""
         return x.contiguous(memory_format=torch.channels_last if self._is_channels_last else torch.contiguous_format)
 
     @functools.cached_property
@@ -144,7 +144,7 @@ class StudentStepFunctions:
         return self._options.channels_last and not (self._order == "reverse-over-forward" and has_own)
 
     def graphs(self, batch: int, image: tuple[int, int, int], classes: int) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """`forward` and `reverse` for so many images as graphs of tensor operations, traced without memory for them."""
+        """Trace `forward` and `reverse` for `batch` images, without memory for them. Returns the two graphs."""
         with shapes_only():
             like = next(self.network.module.parameters())
             theta = torch.empty(self.network.count, dtype=like.dtype, device=like.device)
@@ -156,7 +156,7 @@ class StudentStepFunctions:
                 self._order = "reverse-over-reverse"
             try:
                 return forward, traced(self._reverse, *arguments, torch.empty_like(theta))
-            except NotImplementedError:  # torch has no tangent for an operation, such as a weight normalisation
+            except NotImplementedError:  # torch has no tangent for an operation, such as weight normalisation
                 self._order = "reverse-over-reverse"
                 return forward, traced(self._reverse, *arguments, torch.empty_like(theta))
 
@@ -207,24 +207,24 @@ def soft_cross_entropy(logits: Tensor, soft_labels: Tensor, weights: Tensor) -> 
 
     Args:
         logits, soft_labels: [b k].
-        weights: [b]; 1/b each gives the mean, 0 takes a sample out.
+        weights: [b] weights of the samples; 1/b for all gives the mean, and 0 leaves a sample out.
     """
     per_sample = -(soft_labels.softmax(dim=1) * logits.log_softmax(dim=1)).sum(dim=1)
     return (weights * per_sample).sum()
 
 
 def _has_wrong_tangents(graph: fx.GraphModule) -> bool:
-    """True if torch differentiates the tangent of an operation wrongly, and silently.
+    """True if the graph has an operation whose tangent torch differentiates wrongly, without an error.
 
-    Layer and batch normalisation take their saved mean and variance for constants (github.com/pytorch/pytorch/issues
-    196700 and 196699). torch's instance normalisation is a batch normalisation too.
+    torch's layer and batch normalisation treat their saved mean and variance as constants
+    (github.com/pytorch/pytorch/issues 196700 and 196699). torch's instance normalisation is a batch normalisation too.
     """
     return any(re.search("(layer|batch)_norm", str(node.target)) for node in graph.graph.nodes)
 
 
 @functools.cache
 def _load_tangent_rules() -> None:
-    """Have torch load its rules for tangents, which it does on the first one, warning of its own deprecated code."""
+    """Make torch load its rules for tangents, which otherwise happens at the first tangent, with a needless warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 defines tangents with the deprecated torch.jit
         jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))

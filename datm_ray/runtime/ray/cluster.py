@@ -31,19 +31,19 @@ from datm_ray.runtime.ray.compat import (
 )
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# Ray warns that it will stop hiding GPUs from actors that request none. These actors hide the GPUs themselves.
+# Ray warns that it will stop hiding GPUs from actors that request none. Our actors hide the GPUs themselves.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 CONNECT_TIMEOUT = 10.0
 """Seconds to wait for a cluster's head node to answer."""
 PROBE_TIMEOUT = 2.0
-"""Seconds to wait for a web server's answer to a probe. Ray's own port never answers it."""
+"""Seconds to wait for a web server's answer to a probe. Ray's own port never answers the probe."""
 CHECK_INTERVAL = 1.0
 """Seconds between two checks of the cluster's nodes."""
 SHORT_WAIT = 60.0
-"""Seconds to wait for free resources where no node starts on demand. Stopped workers free theirs after moments."""
+"""Seconds to wait for free resources if no node starts on demand. Stopped workers free their resources sooner."""
 MODEL_SHARE = 0.001
-"""Amount of the resource of its GPU's model that Ray gives an actor with `accelerator_type`; a node has 1."""
+"""Amount of the resource "accelerator_type:<GPU model>" that Ray gives an actor with that option; a node has 1."""
 _NO_START = "Ray does not start on this machine"
 
 
@@ -54,12 +54,12 @@ def connect(address: str | None) -> str:
         The dashboard's "host:port", or "" if there is no dashboard.
 
     Raises:
-        ClusterError: nothing answers there, it is no address for drivers, or this machine is not a node of the cluster.
+        ClusterError: no cluster answers, the address is not one for drivers, or this machine is no node of the cluster.
     """
     variable = os.environ.get("RAY_ADDRESS")
     given = "RAY_ADDRESS" if variable and address in (None, "", "auto") else "--address"  # as in ray.init
     address = variable if given == "RAY_ADDRESS" else address
-    # Without "local", Ray would join whatever cluster was last started on this machine.
+    # Without "local", Ray would join the cluster that was last started on this machine.
     where: dict[str, Any] = {"address": address} if address else {"address": "local", "dashboard_host": "127.0.0.1"}
     try:
         if address:
@@ -109,12 +109,12 @@ def _outside(address: str) -> ClusterError:
 
 
 def _unwritable(failure: OSError, what: str) -> ClusterError:
-    """Error for a file that Ray cannot write, with the environment variable that changes its folder."""
+    """Error for a file that Ray cannot write. Its remedy names the environment variable that changes the folder."""
     place = os.path.abspath(os.fsdecode(failure.filename))
     home = os.path.expanduser("~")
     fact = f"{what}: cannot write {place} ({failure.strerror or type(failure).__name__})"
     at_home = place.startswith(os.path.join(home, ".ray"))
-    if not at_home and "ray" not in Path(place).parts:  # for example, a program that Ray starts
+    if not at_home and "ray" not in Path(place).parts:  # not a file of Ray's, but for example a program that it starts
         return ClusterError(f"{what}: {place}: {failure.strerror}", remedy="use --executor serial")
     remedy = (
         "set HOME to a folder of yours, such as HOME=$(mktemp -d)"
@@ -139,7 +139,7 @@ def _owner(folder: str) -> str:
 
 @contextmanager
 def _quiet_library() -> Iterator[None]:
-    """Silence the driver's C++ log, which prints a line for every connection attempt. Workers keep theirs."""
+    """Silence the driver's C++ log, which prints a line for every connection attempt. Workers' logs stay."""
     name = "RAY_BACKEND_LOG_LEVEL"
     ours = name not in os.environ
     if ours:
@@ -152,7 +152,7 @@ def _quiet_library() -> Iterator[None]:
 
 
 def _require_listener(address: str, given: str) -> None:
-    """Raise at once if nothing, or a web server, listens at the address. Ray itself would retry for minutes."""
+    """Raise an error at once if nothing listens at the address, or a web server does. Ray would retry for minutes."""
     if address.startswith("ray://"):
         raise ClusterError(
             f"{given} {address!r} is a Ray Client address, and Ray Client cannot send data sets to workers",
@@ -180,7 +180,7 @@ def _web_server_error(address: str, given: str) -> ClusterError:
 
 
 def first_line(message: BaseException | str) -> str:
-    """First non-empty line of a message, at most 200 characters. An error without a message gives its class name."""
+    """First non-empty line of a message, at most 200 characters; the class name of an error without a message."""
     lines = [line.strip() for line in str(message).splitlines() if line.strip()]
     if lines:
         return lines[0][:200].rstrip(".")  # Ray may put a whole page on one line
@@ -193,13 +193,13 @@ class Nodes:
     def __init__(self, cluster: ClusterConfig) -> None:
         self._cluster = cluster
         self._resources: dict[str, dict[str, float]] = {}
-        """Live node -> its resources, in use or not."""
+        """Live node -> all its resources, free or in use."""
         self._fits: dict[bool, dict[str, int]] = {}
-        """Results of `fits` for light workers and for others."""
+        """Results of `fits`: True -> those for light workers, False -> those for all others."""
         self._checked = float("-inf")
 
     def fits(self, *, light: bool = False) -> dict[str, int]:
-        """Live node -> workers that it can hold, in use or not, by their CPUs, GPUs and named resources."""
+        """Live node -> number of workers that its CPUs, GPUs and named resources, free or in use, are enough for."""
         resources = self._alive()
         if light not in self._fits:
             cluster = self._cluster.shaped(light=light)
@@ -207,7 +207,7 @@ class Nodes:
         return self._fits[light]
 
     def _alive(self) -> dict[str, dict[str, float]]:
-        """Live node -> its resources, read from Ray at most once per `CHECK_INTERVAL`."""
+        """Live node -> all its resources, read from Ray at most once per `CHECK_INTERVAL`."""
         if time.monotonic() - self._checked > CHECK_INTERVAL:
             self._resources = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
             self._fits = {}
@@ -215,15 +215,15 @@ class Nodes:
         return self._resources
 
     def capacity(self, *, light: bool = False) -> int:
-        """Workers that all nodes together can hold, in use or not."""
+        """Number of workers that all nodes together can hold, if all their resources are free."""
         return sum(self.fits(light=light).values())
 
     def memory(self) -> int:
-        """Bytes of memory that the largest node offers; no limit while there is no node."""
+        """Bytes of memory that the largest node offers; `sys.maxsize` while there is no node."""
         return max((int(each.get("memory", 0)) for each in self._alive().values()), default=sys.maxsize)
 
     def others(self, nodes: set[str], *, light: bool = False) -> bool:
-        """True if a node that is not among these can hold a worker."""
+        """True if a node outside of `nodes` can hold a worker."""
         return any(count and node not in nodes for node, count in self.fits(light=light).items())
 
     def may_grow(self) -> bool:
@@ -232,19 +232,19 @@ class Nodes:
 
     @property
     def patience(self) -> float:
-        """Seconds to wait for free resources."""
+        """Seconds to wait for free resources: `cluster.wait_for_nodes`, else no limit with an autoscaler, else 60."""
         if self._cluster.wait_for_nodes is not None:
             return self._cluster.wait_for_nodes
         return math.inf if self.may_grow() else SHORT_WAIT
 
     def planned(self) -> tuple[int, int]:
-        """Workers to plan with, and how many of them a node can hold."""
+        """Number of workers to plan with, and how many of them the largest node can hold."""
         fits = self.fits().values()
         workers = self._cluster.workers or max(1, sum(fits))
         return workers, min(workers, max(1, *fits)) if fits else 1
 
     def require(self, workers: int, what: str = "") -> None:
-        """Raise a `ClusterError` if the cluster can never hold so many workers at the same time."""
+        """Raise a `ClusterError` if the cluster can never hold `workers` workers at the same time."""
         if self.capacity() >= workers or self.may_grow() or self._cluster.wait_for_nodes:
             return
         needed = bundle_of(worker_options(self._cluster))
@@ -261,13 +261,13 @@ class Nodes:
         )
 
     def waiting(self, size: int, seconds: float) -> str:
-        """Message that nothing runs because workers wait for resources."""
+        """Message for the user that a task has waited for `size` free workers for so many seconds."""
         fits = self.fits()
         holds = f"{counted(len(fits), 'node')} can hold {self.capacity()}, if nobody else uses them"
         return f"waiting for {counted(size, 'worker')} for {seconds:.0f} s: {holds}"
 
     def not_enough(self, size: int) -> ClusterError:
-        """Error for workers that did not become free in time."""
+        """Error for a task whose `size` workers did not become free in time."""
         fits = self.fits()
         fewer = self.capacity() < size
         return ClusterError(
@@ -281,16 +281,19 @@ class Nodes:
 
 
 def default_gpus(cluster: ClusterConfig) -> float:
-    """GPUs of a worker whose settings leave them open, by what the connected cluster has or may start."""
+    """GPUs per worker if `cluster.gpus_per_worker` is null: 1 if the connected cluster has or can start GPUs, else 0.
+
+    With `cluster.device` "cpu" always 0.
+    """
     has_gpus = (ray.cluster_resources() | autoscaled_resources()).get("GPU", 0) > 0
     return 1.0 if has_gpus and cluster.device != "cpu" else 0.0
 
 
 def with_gpus(cluster: ClusterConfig) -> ClusterConfig:
-    """Copy of the settings in which `gpus_per_worker` is a number, chosen by the connected cluster if it is `None`.
+    """Copy of the settings with a number for `gpus_per_worker`: `default_gpus` if it is `None`.
 
     Raises:
-        ClusterError: the precision or device needs a GPU, and workers have none; or this Ray has no labels.
+        ClusterError: the precision or device needs a GPU and workers have none, or this version of Ray has no labels.
     """
     cluster = cluster.given_gpus(default_gpus(cluster))
     if cluster.device == "cuda" and not cluster.gpus_per_worker:
@@ -314,9 +317,9 @@ def with_gpus(cluster: ClusterConfig) -> ClusterConfig:
 
 
 def bundle_of(options: Mapping[str, Any]) -> dict[str, float]:
-    """Ray resources that an actor with these options takes, name -> amount: a bundle of a placement group.
+    """Bundle of a placement group: resource -> amount that an actor with these options takes.
 
-    The nodes' labels are not part of a bundle; a placement group takes them as `bundle_label_selector`.
+    Labels of nodes are not part of a bundle. A placement group takes them as `bundle_label_selector`.
     """
     names = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
     model = {f"accelerator_type:{options['accelerator_type']}": MODEL_SHARE} if "accelerator_type" in options else {}
@@ -325,10 +328,10 @@ def bundle_of(options: Mapping[str, Any]) -> dict[str, float]:
 
 
 def worker_options(cluster: ClusterConfig, light: bool = False, memory: int = 0) -> dict[str, Any]:
-    """Options of a Ray actor or task for one worker, without zeros and without what is not restricted.
+    """Options of a Ray actor or task for one worker. Amounts of zero and empty restrictions are left out.
 
     Args:
-        light: whether the worker is one of experts, validation or evaluation.
+        light: True for a worker with the shape of `cluster.light`.
         memory: bytes of main memory that Ray reserves; 0 reserves none.
     """
     shape = cluster.shaped(light=light)
@@ -344,7 +347,7 @@ def worker_options(cluster: ClusterConfig, light: bool = False, memory: int = 0)
 
 
 def fitting(resources: dict[str, float], cluster: ClusterConfig) -> int:
-    """Workers that a node with these resources can hold. No worker spans nodes, and no fraction of a GPU spans GPUs."""
+    """Number of workers that a node with these resources can hold. A worker's fraction of a GPU lies on one GPU."""
     wanted = bundle_of(worker_options(cluster))
     per_worker, gpus = wanted.pop("GPU", 0.0), int(resources.get("GPU", 0))
     fits = [int(resources.get(name, 0.0) / amount + 1e-9) for name, amount in wanted.items()]

@@ -1,7 +1,7 @@
-"""Private parts of Ray, which may change with any version. Only `dashboard` uses another one.
+"""Uses of Ray's private interfaces, which may change with any version. Only `dashboard` uses one more.
 
-They were tested with the versions in docs/versions.md, Ray 2.40 to 2.60. A version without one of them loses a
-convenience, not a function.
+Tested with the versions in docs/versions.md, Ray 2.40 to 2.60. If a version lacks one of these interfaces, a
+convenience is lost, but everything works.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import ray
 
 
 def use_token() -> None:
-    """Use the user's Ray token, if there is one and the environment neither requires nor forbids it.
+    """Use the user's Ray token if there is one, unless the environment requires or forbids tokens.
 
-    New versions of Ray require a token by default, and old ones have none. Only job commands call this: a driver with a
-    token cannot start actors on a cluster without one.
+    New versions of Ray require a token by default; old versions know no tokens. Only job commands call this, because a
+    driver with a token cannot start actors on a cluster without tokens.
     """
     with suppress(ImportError):
         from ray._private.authentication import authentication_token_setup as setup
@@ -30,24 +30,27 @@ def use_token() -> None:
 
 
 def hush() -> None:
-    """Silence Ray's log lines about the token and each uploaded file. Some of its loggers set their own level."""
+    """Silence Ray's log lines about the token and each uploaded file.
+
+    Every logger is set by itself, because some of Ray's loggers do not follow their parent's level.
+    """
     for name in list(logging.root.manager.loggerDict):
         if name == "ray" or name.startswith("ray."):
             logging.getLogger(name).setLevel(logging.ERROR)
 
 
 NOT_A_NODE = "No node info found"
-"""Words of Ray's error for a driver that finds no node of its cluster on its machine."""
+"""Words of Ray's error for a driver whose machine is no node of the cluster."""
 
 
 def runs_a_node() -> bool:
-    """True if this machine runs a node of some Ray cluster, which a driver needs, or if Ray cannot tell."""
+    """True if this machine runs a node of any Ray cluster, or if this version of Ray cannot tell. Drivers need one."""
     find = getattr(ray._private.services, "find_gcs_addresses", None)
     return find is None or bool(find())
 
 
 def limit_node_search(seconds: float) -> None:
-    """Limit the time for which a driver searches for its cluster's node on this machine. Ray's own limit is 60 s."""
+    """Limit a driver's search for its cluster's node on this machine to so many seconds, instead of Ray's 60."""
     services = ray._private.services
     search = getattr(services, "get_node_to_connect_for_driver", None)
     if search is not None and "timeout_seconds" in inspect.signature(search).parameters:
@@ -63,8 +66,8 @@ def knows_labels() -> bool:
 def keep_off_standard_output(*, shown: bool) -> None:
     """Keep messages of raylets and workers out of standard output, which carries results.
 
-    A raylet that dies prints thirty lines of statistics, and no setting of Ray's prevents it. The executor logs the
-    loss in one line; Ray's log files keep the rest.
+    A dying raylet prints thirty lines of statistics, and no setting of Ray prevents this. The executor logs the loss in
+    one line; Ray's log files keep everything.
 
     Args:
         shown: True to print the messages to standard error, False to drop them.
@@ -78,14 +81,14 @@ def keep_off_standard_output(*, shown: bool) -> None:
 
 
 def autoscaled_resources() -> dict[str, float]:
-    """Most of each resource that the cluster's autoscaler may provide; empty without an autoscaler."""
+    """Resource -> largest amount that the cluster's autoscaler may provide; empty without an autoscaler."""
     with suppress(AttributeError, RuntimeError, ray.exceptions.RayError):
         return dict(ray._private.state.state.get_max_resources_from_cluster_config() or {})
     return {}
 
 
 def draining_nodes() -> set[str]:
-    """Nodes that end soon, by a notice to Ray, such as spot machines that are taken back."""
+    """Identifiers of the nodes that Ray knows will end soon, such as reclaimed spot machines; empty if unknown."""
     with suppress(AttributeError, RuntimeError, ray.exceptions.RayError):
         return set(ray._private.state.state.get_draining_nodes())
     return set()

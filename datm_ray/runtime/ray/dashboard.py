@@ -1,9 +1,10 @@
-"""A cluster's dashboard, reached over plain HTTP through proxies and gateways, and the reason where it is not.
+"""Client of a cluster's dashboard over HTTP, through proxies and gateways, which explains failures.
 
-Ray's own client waits for ever, follows redirects to login pages and takes any answer for Ray's. This one limits every
-request in time, and turns every failure and every answer of somebody else into one `ClusterError` that names the cause.
-For that it overrides a private method of Ray's client; a version without it loses limits and reasons, not a function.
-Websockets are left out: many gateways do not pass them, and Ray's client leads them around a proxy that is needed.
+Ray's own client may wait for ever, follows redirects to login pages, and takes every answer for Ray's. This client
+limits the time of every request. A failure, or an answer of another server, becomes a `ClusterError` with its cause.
+To do this, it overrides a private method of Ray's client. If a version of Ray lacks this method, time limits and causes
+are lost, but requests work. The client uses no websockets: many gateways do not pass them, and Ray's client sends them
+past a proxy.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ from datm_ray.runtime.ray.compat import hush, use_token
 CONNECT_TIMEOUT = 10.0
 """Seconds to wait for a cluster's first answer."""
 ANSWER_TIMEOUT = 60.0
-"""Seconds to wait for an answer of a cluster that has answered before."""
+"""Seconds to wait for later answers of a cluster."""
 AUTHORITIES = ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "CURL_CA_BUNDLE")
-"""Variables that name a file of certificates, the one that counts first."""
+"""Environment variables that may name a file of certificates. The first one that is set is used."""
 OWN_ADDRESS = "RAY_API_SERVER_ADDRESS"
-"""Ray's variable for the dashboard's address."""
+"""Ray's environment variable for the dashboard's address."""
 PORT = 8265
-"""Port of a dashboard, where nobody has chosen another one."""
+"""Default port of a dashboard."""
 OTHER_PORTS = ("6379", "10001")
-"""Ports of Ray that speak no HTTP: for drivers, and for Ray's client."""
+"""Default ports of Ray that do not speak HTTP: the drivers' port and Ray Client's port."""
 VERSION = "/api/version"
 """Path of a client's first request."""
 ESCAPES = "with %40, %2F and %3A for @, / and : in a password"
@@ -47,22 +48,22 @@ _CREDENTIALS = re.compile(r"(\w+://)[^\s'\"]*@|^[^\s:@/]+:[^\s@]*@")
 
 
 def masked(text: str) -> str:
-    """The text with placeholders instead of the user names and passwords in its URLs."""
+    """Replace user names and passwords in the text's URLs by placeholders."""
     return _CREDENTIALS.sub(r"\1USER:PASSWORD@", text)
 
 
 class Dashboard(JobSubmissionClient):
-    """Ray's client for jobs, with limits of time and with reasons."""
+    """Ray's client for jobs, with time limits for requests and with errors that name their cause."""
 
     def __init__(self, address: str) -> None:
-        """Connect.
+        """Connect to a dashboard.
 
         Args:
-            address: such as http://127.0.0.1:8265, or http://HOST/PATH of a gateway; what follows a # is left out, so
-                that it may be copied from a browser.
+            address: URL such as http://127.0.0.1:8265, or http://HOST/PATH of a gateway. The part after a # is ignored,
+                so that the URL may be copied from a browser.
 
         Raises:
-            ClusterError: no cluster answers there.
+            ClusterError: no cluster answers at the address.
         """
         _require_web_address(address)
         self._url = address = urldefrag(address).url.rstrip("/")
@@ -71,7 +72,7 @@ class Dashboard(JobSubmissionClient):
         try:
             with _instead_of_variables(address):
                 super().__init__(address, verify=authorities)
-        except getattr(ray.exceptions, "AuthenticationError", ()) as failure:  # newer versions of Ray have it
+        except getattr(ray.exceptions, "AuthenticationError", ()) as failure:  # old versions of Ray have no such error
             raise _no_token(address, first_line(failure)) from None
         except ssl.SSLError as failure:  # the file holds no certificate
             raise _unreachable(address, failure, 0) from None
@@ -82,9 +83,9 @@ class Dashboard(JobSubmissionClient):
         hush()
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
-        """Send a request, through which all of Ray's client goes."""
+        """Send a request. Ray's client sends all its requests by this method."""
         seconds = CONNECT_TIMEOUT if endpoint == VERSION else ANSWER_TIMEOUT
-        if _is_this_machine(self._url):  # a proxy elsewhere would connect to itself
+        if _is_this_machine(self._url):  # a proxy on another machine would connect to itself
             options["proxies"] = {"http": None, "https": None, "all": None}
         try:
             hooks = {"response": self._require_ray}
@@ -93,9 +94,9 @@ class Dashboard(JobSubmissionClient):
             raise _unreachable(self._url, failure, seconds) from None
 
     def _require_ray(self, answer: requests.Response, **_: object) -> None:
-        """Raise an error if a proxy, a gateway or another server gave the answer; called before a redirect is followed.
+        """Raise an error if the answer comes from a proxy, a gateway or another server, not from Ray.
 
-        Ray answers with JSON, or with plain text that tells what it refuses.
+        Ray answers with JSON, or with plain text that explains a refusal. Called before a redirect is followed.
         """
         status, is_page = answer.status_code, "html" in answer.headers.get("Content-Type", "").lower()
         detail = answer.text if status in (401, 403) and not is_page else answer.headers.get("Location", "")
@@ -109,8 +110,8 @@ class Dashboard(JobSubmissionClient):
 
 @contextmanager
 def _instead_of_variables(address: str) -> Iterator[None]:
-    """Make Ray take this address; its client prefers those of two variables to the one it is given."""
-    names = (OWN_ADDRESS, "RAY_ADDRESS")  # older versions of Ray read the second one only
+    """Set two environment variables to the address, because Ray's client prefers them to its argument."""
+    names = (OWN_ADDRESS, "RAY_ADDRESS")  # old versions of Ray read RAY_ADDRESS only
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, address))
     try:
@@ -141,7 +142,10 @@ def _require_web_address(address: str) -> None:
 
 
 def _authorities(address: str) -> str | bool:
-    """The file of the authorities whose certificates are accepted; True for those that are known here anyway."""
+    """File of accepted certificate authorities, from the first variable of `AUTHORITIES` that is set.
+
+    True means the authorities that `requests` accepts by default.
+    """
     name = next((name for name in AUTHORITIES if os.environ.get(name)), None)
     if name is None or urlsplit(address).scheme != "https":
         return True
@@ -162,7 +166,7 @@ def _is_this_machine(address: str) -> bool:
 
 
 def _proxy_of(address: str) -> str | None:
-    """The variable and the address of the proxy that requests go through, without credentials; None for no proxy."""
+    """Text about the proxy of requests: its address without credentials, and its variable; `None` without a proxy."""
     proxy = None if _is_this_machine(address) else select_proxy(address, get_environ_proxies(address))
     if proxy is None:
         return None
@@ -177,7 +181,9 @@ def _no_answer(address: str, what: str, cause: str, remedy: str) -> ClusterError
 
 
 def _refused(address: str, status: int, reason: str, detail: str = "") -> ClusterError | None:
-    """Error for a status by which a proxy, a gateway or Ray's token check refuses a request; `None` for other statuses.
+    """Error for an HTTP status with which a proxy, a gateway or Ray's token check refuses a request.
+
+    Returns `None` for other statuses.
 
     Args:
         detail: text of the answer, or the target of a redirect.
@@ -265,7 +271,7 @@ def _unreachable(address: str, failure: Exception, seconds: float) -> ClusterErr
         cause = "the port does not speak https"
         remedy = f"write http:// if the dashboard has no certificate: {masked(address).replace('https:', 'http:', 1)}"
     elif proxy and isinstance(failure, requests.exceptions.InvalidURL):
-        detail = "no request can be sent"  # the failure's own text has parts of the password
+        detail = "no request can be sent"  # the failure's own text contains parts of the password
         cause, remedy = (
             f"the address of {proxy} cannot be read",
             f"write it like http://USER:PASSWORD@PROXY:PORT, {ESCAPES}",
@@ -288,7 +294,7 @@ def _unreachable(address: str, failure: Exception, seconds: float) -> ClusterErr
 
 
 def _chain(failure: BaseException) -> Iterator[BaseException]:
-    """An exception and those that led to it, the first of them last."""
+    """Yield an exception and the exceptions that led to it. The original one comes last."""
     seen: list[BaseException | None] = [None]
     following: object = failure
     while isinstance(following, BaseException) and following not in seen:

@@ -1,9 +1,9 @@
-"""Executor that runs tasks on Ray: those of one worker on a pool of actors, those of several on groups of ranks.
+"""Executor on Ray: tasks of one worker run on a pool of actors, tasks of several workers on groups of ranks.
 
 Events stream back through Ray's generators, so a dead worker is noticed at once. Ray places workers, and its autoscaler
-sees those that wait. What is ours is the order of tasks, and what happens after a loss: every error that is not one of
-the user's input costs an attempt, and another worker gets the task, on another node if there is one. Module `recovery`
-holds these decisions.
+starts nodes for workers that wait. This module decides the order of tasks and what follows a loss. Every error that is
+not in the user's input costs the task an attempt. Another worker then gets the task, on another node if there is one.
+Module `recovery` counts the losses and decides when to give up.
 """
 
 from __future__ import annotations
@@ -47,29 +47,29 @@ from datm_ray.runtime.recovery import MARGIN, History, Patience, size_for
 from datm_ray.runtime.stopping import SAVE_TIMEOUT, SAVES, Interrupted, saving
 
 PENDING = 8
-"""Number of actors that may wait for resources; as many as have started, if those are more."""
+"""Number of actors that may wait for resources at a time; if more actors have started, then their number."""
 EVENT_INTERVAL = 0.5
-"""Seconds to wait for an event before waiting tasks are checked."""
+"""Longest wait for an event, in seconds, before waiting tasks are checked."""
 CHECK_INTERVAL = 5.0
 """Seconds between two checks of the workers."""
 LONGEST_DRAIN = 600.0
-"""Seconds for which tasks of one worker wait, so that what the running ones free becomes a group's."""
+"""Longest time in seconds for which tasks of one worker wait, so that a group gets the resources that others free."""
 ABSENCE = 10.0
-"""Seconds without a look at events after which this process itself stood still."""
+"""Seconds between two checks of events from which on this process itself is taken to have stood still."""
 ROOT_CAUSE_TIMEOUT = 3.0
-"""Seconds to wait for the original error, after a rank reports that it lost its peers."""
+"""Seconds to wait for the original error after a rank reports that it lost its peers."""
 AVOIDANCE_PAUSE = 600.0
-"""Seconds for which no node is avoided, after the other nodes had no room."""
+"""Seconds for which no node is avoided after the other nodes had no free resources."""
 WAIT_INTERVAL = 60.0
-"""Seconds between two messages that a task waits for a worker; the first comes after a quarter of it."""
+"""Seconds between two messages that a task waits for a worker. The first message comes after 15 s."""
 FAULTS_OF_A_NODE = 3
-"""Workers lost in a row on a node, by errors, after which new ones are started elsewhere if that is possible."""
+"""Number of workers lost in a row on a node, by errors, from which on the node is avoided if that is possible."""
 
 _log = logging.getLogger(__name__)
 
 
 class RayExecutor:
-    """Executor whose workers are Ray actors, on a running cluster or on one started on this machine for the run."""
+    """Executor whose workers are Ray actors, on a running cluster or on a cluster started here for the run."""
 
     def __init__(self, cluster: ClusterConfig, address: str | None = None) -> None:
         if cluster.device == "cuda" and cluster.gpus_per_worker == 0:
@@ -90,10 +90,10 @@ class RayExecutor:
             raise
         self.metrics = RayMetrics()
         self.pool: list[PoolWorker] = []
-        """Actors of all stages, since the next stage may use those of the last one."""
+        """Actors of one-worker tasks. They outlive a stage, because the next stage may use them too."""
         self._number, self._stage = 0, Stage(0, object, (), "")
         self.faults: Counter[str] = Counter()
-        """Node -> workers lost there in a row by errors."""
+        """Node -> number of workers lost there in a row by errors."""
         where = f", dashboard http://{dashboard}" if dashboard else ""
         gpus = f" and {cluster.gpus_per_worker:g} GPU(s)" if cluster.gpus_per_worker else " and no GPU"
         each = f"{counted(cluster.threads_per_worker, 'thread')}{gpus}"
@@ -102,11 +102,11 @@ class RayExecutor:
 
     @property
     def light_workers(self) -> int:
-        """Highest number of workers of light tasks that run at the same time."""
+        """Highest number of workers that run light tasks at the same time."""
         return self.cluster.workers or max(1, self.nodes.capacity(light=True))
 
     def share(self, value: Any) -> Any:
-        """Put a value into Ray's object store. Actors of one node share its arrays without copies."""
+        """Put a value into Ray's object store. All actors of a node share its arrays without copies."""
         return ray.put(value)
 
     def run(
@@ -117,7 +117,7 @@ class RayExecutor:
             self.require_workers(task.name, min((task.size, *task.fewer)))
         self.metrics.begin(tasks, self.workers)
         if (worker, *map(id, setup)) != (self._stage.worker, *map(id, self._stage.setup)):
-            self._number += 1  # actors keep their worker while it is the same
+            self._number += 1  # actors keep their worker while the number stays the same
         self._stage = Stage(self._number, worker, setup, method)
         stage = _Stage(self, self._stage, tasks)
         try:
@@ -128,7 +128,7 @@ class RayExecutor:
             stage.close()
 
     def close(self) -> None:
-        """Stop all actors and disconnect, and stop a cluster that was started for the run."""
+        """Stop all actors and disconnect. Also stop the cluster if it was started for the run."""
         self.metrics.close()
         for each in self.pool:
             each.stop()
@@ -139,7 +139,7 @@ class RayExecutor:
             ray.shutdown()
 
     def require_workers(self, name: str, size: int) -> None:
-        """Raise a `ClusterError` if `size` workers never fit."""
+        """Raise a `ClusterError` if `size` workers can never run at the same time."""
         self.workers, self.workers_per_machine = self.nodes.planned()
         if self.cluster.workers and size > self.cluster.workers:
             raise ClusterError(
@@ -153,41 +153,41 @@ class RayExecutor:
 
 @dataclass(eq=False)
 class _Job:
-    """Task that has not ended, with its past attempts and its present one."""
+    """Task that has not ended, with its past attempts and its current attempt."""
 
     task: Task
     history: History = field(default_factory=History)
     not_before: float = 0.0
-    """Time before which no further attempt starts, in seconds of the monotonic clock."""
+    """Time before which no new attempt starts, in seconds of the monotonic clock."""
     sizes: list[int] = field(default_factory=list)
     """Numbers of workers that can run the task, the largest first."""
     limit: int = 2**31
-    """Largest number of workers to try, inclusive. More did not get their resources."""
+    """Largest number of workers to try, inclusive. Larger groups did not get their resources."""
     size: int = 0
-    """Number of workers of the present or last attempt; 0 before the first."""
+    """Number of workers of the current or last attempt; 0 before the first."""
     group: RankGroup | None = None
-    """Ranks of the present attempt at a task of several workers."""
+    """Ranks of the current attempt; `None` for a task of one worker, and between attempts."""
     waits_since: float = field(default_factory=time.monotonic)
-    """Time since which it has no workers, in seconds of the monotonic clock."""
+    """Time since which the task has no workers, in seconds of the monotonic clock."""
     gives_way: bool = False
-    """True if the group has waited so long that other tasks no longer wait for it."""
+    """True if the group has waited so long that tasks of one worker may start before it."""
     failed_on: str = ""
-    """Node on which it first had an error that may be the node's alone."""
+    """Node of the task's first error that may have its cause on that node alone; "" before such an error."""
     workers: list[PoolWorker] = field(default_factory=list)
-    """Actors at work, by rank; empty while the task waits for some."""
+    """Actors at work, by rank; empty while the task waits for actors."""
     streams: dict[Any, int] = field(default_factory=dict)
-    """Ray's generator of references to events -> rank, for ranks that have not ended."""
+    """Stream of events (Ray's generator of references) -> rank, for ranks that have not ended."""
     heard: float = 0.0
     """Time of the last event, in seconds of the monotonic clock."""
     patience: Patience = field(default_factory=Patience)
     saved: int = 0
-    """Highest `Progress.done` that the present attempt has saved."""
+    """Highest `Progress.done` that the current attempt has saved."""
     leaves: bool = False
-    """True if the present attempt was asked to save, because its node ends soon."""
+    """True if the current attempt was asked to save its work, because its node ends soon."""
     peer_lost: tuple[BaseException, float] | None = None
-    """Error of a rank that lost its peers, and the time until which the other ranks may say why."""
+    """First error of a rank that lost its peers, and the time until which to wait for the cause; `None` without one."""
     result: Finished | Stopped = field(default_factory=Finished)
-    """Result of rank 0, which counts once all ranks have ended."""
+    """Last event of rank 0. It is passed on once all ranks have ended."""
 
     @property
     def is_waiting(self) -> bool:
@@ -195,30 +195,30 @@ class _Job:
 
 
 class _Stage:
-    """One stage, which runs tasks of one worker class from the first to the last."""
+    """Run of one stage, from its first to its last task. All its tasks have the same worker class."""
 
     def __init__(self, executor: RayExecutor, stage: Stage, tasks: list[Task]) -> None:
         self._executor, self._cluster, self._nodes = executor, executor.cluster, executor.nodes
         self._pool, self._stage, self._tasks = executor.pool, stage, tasks
         self._taken = 0
-        """Number of tasks that have been taken from the list."""
+        """Number of tasks taken from the list so far."""
         self._jobs: list[_Job] = []
         self._failure: DatmError | None = None
-        """First error of the input, after which no task starts. Running ones finish."""
+        """First error in the user's input, else `None`. After it no task starts; running tasks finish."""
         self._given_up: DatmError | None = None
-        """Error of the first task that lost its workers too often. All other tasks are run first."""
+        """Error of the first task that lost its workers too often. It is raised after all other tasks have ended."""
         self._failed_starts = 0
-        """Actors in a row that Ray could not start."""
+        """Number of actors in a row that Ray could not start."""
         self._request_after = self._avoid_after = 0.0
-        """Times before which no actor is requested, and before which no node is avoided."""
+        """Time before which no actor is requested, and time before which no node is avoided."""
         self._checked = self._awake = time.monotonic()
-        """Times of the last check of the workers, and of the last look at events."""
+        """Time of the last check of the workers, and time of the last check for events."""
         self._blocked_since = self._reported_at = math.inf
-        """Times since which nothing runs though tasks wait, and of the last message about it; infinite if not so."""
+        """Time since which tasks wait and none runs (infinite if one runs), and time of the last message about it."""
 
     def events(self) -> Iterator[tuple[Task, Event]]:
-        """Events of all tasks, until all have ended."""
-        with saving("Stopping") as is_asked:  # workers report first what they save
+        """Run all tasks to their end and yield their events, each with its task."""
+        with saving("Stopping") as is_asked:  # details follow once the workers have answered
             while self._take_tasks():
                 if is_asked():
                     yield from self._save_and_stop()
@@ -234,7 +234,7 @@ class _Stage:
             self._release(job)
 
     def _take_tasks(self) -> list[_Job]:
-        """Tasks that have not ended, with those that the caller has added."""
+        """Take over tasks that the caller has added to the list. Returns all tasks that have not ended."""
         new = self._tasks[self._taken :]
         if self._taken and new:
             self._executor.metrics.add(new)
@@ -245,7 +245,7 @@ class _Stage:
         return self._jobs
 
     def _notice_absence(self) -> None:
-        """Do not count time in which this process stood still, such as after Ctrl-Z, as silence of the workers."""
+        """Subtract time in which this process stood still, such as after Ctrl-Z, from the workers' silence."""
         now = time.monotonic()
         if now - self._awake > ABSENCE:
             for job in self._jobs:
@@ -253,7 +253,7 @@ class _Stage:
         self._awake = now
 
     def _save_and_stop(self) -> Iterator[tuple[Task, Event]]:
-        """Have the workers save their work, wait for those that can, and raise `Interrupted`."""
+        """Ask the workers to save their work, wait for those that can save, then raise `Interrupted`."""
         asked = {worker.save(): job for job in self._jobs for worker in job.workers}
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=CHECK_INTERVAL) if asked else ([], [])
         at_work = list(dict.fromkeys(asked[each] for each in answered if _answer(each)))
@@ -272,7 +272,7 @@ class _Stage:
     # --- from waiting to running ----------------------------------------------------------------------------------
 
     def _start(self) -> Iterator[tuple[Task, Event]]:
-        """Start groups of ranks, give other tasks to free actors, and request what is missing."""
+        """Start groups of ranks, give other tasks to free actors, and request missing actors."""
         yield from self._start_groups()
         yield from self._request_group()
         waiting = [job for job in self._jobs if job.is_waiting and job.task.size == 1]
@@ -290,7 +290,7 @@ class _Stage:
                 yield from self._begin(job, [found])
         is_needed = bool(waiting) or any(job.task.size > 1 and not job.workers for job in self._jobs)
         for each in free:
-            if is_needed or time.monotonic() - each.free_since > SHORT_WAIT:  # it holds what others may need
+            if is_needed or time.monotonic() - each.free_since > SHORT_WAIT:  # others may need its resources
                 self._drop(each)
         yield from self._request_workers(waiting)
 
@@ -300,7 +300,7 @@ class _Stage:
 
     @property
     def _left(self) -> int:
-        """Workers that `cluster.workers` allows beside the groups of ranks that run or come first."""
+        """Number of workers that `cluster.workers` leaves for tasks beside groups of ranks that run or come first."""
         first = (job.group.size for job in self._jobs if job.group and (job.workers or not job.gives_way))
         return self._limit - sum(first)
 
@@ -309,15 +309,14 @@ class _Stage:
         return self._cluster.workers or sys.maxsize
 
     def _at_work(self, but: _Job) -> int:
-        """Workers in use by other tasks, or about to start."""
+        """Number of workers in use by tasks other than `but`, or about to start."""
         ranks = sum(job.size for job in self._jobs if job.group and job.workers and job is not but)
         return ranks + len(self._pool) - len(self._free())
 
     def _group_waits(self) -> bool:
-        """True while tasks of one worker wait, so that a group gets what the running ones free.
+        """True while no task of one worker may start, because a group waits for the resources that running tasks free.
 
-        They do not wait for ever. A group gives way after a minute if others than this run hold what it needs, and
-        after `LONGEST_DRAIN` in any case.
+        A group gives way after `SHORT_WAIT` if other runs hold the resources it needs, else after `LONGEST_DRAIN`.
         """
         now, alone = time.monotonic(), [job for job in self._jobs if job.workers and not job.group]
         busy = sum(not self._is_apart(job) for job in alone)
@@ -334,12 +333,12 @@ class _Stage:
         return False
 
     def _is_apart(self, job: _Job) -> bool:
-        """True for a task whose workers have a shape of their own, so that it holds nothing that a group needs."""
+        """True for a task on workers of `cluster.light`, which is taken to hold no resources that a group needs."""
         return self._cluster.light is not None and job.task.is_light
 
     def _request_group(self) -> Iterator[tuple[Task, Event]]:
         """Request the ranks of the next task of several workers."""
-        # One group waits at a time, for a while, so that small ones do not overtake a large one for ever.
+        # One group waits at a time, until it gives way. Otherwise small groups could overtake a large one for ever.
         if not all(job.workers or job.gives_way for job in self._jobs if job.group):
             return
         job = next((job for job in self._jobs if job.is_waiting and job.task.size > 1), None)
@@ -355,10 +354,10 @@ class _Stage:
         yield job.task, Phase(f"starting {counted(size, 'worker')}")
 
     def _request_workers(self, waiting: list[_Job]) -> Iterator[tuple[Task, Event]]:
-        """Request actors for tasks of one worker that have none, in their order."""
+        """Request actors for waiting tasks of one worker, in the order of the tasks. Drop requests no longer needed."""
         now, pending = time.monotonic(), [each for each in self._pool if each.starting is not None]
         if any(each.avoids and now - each.free_since > SHORT_WAIT for each in pending):
-            self._avoid_after = now + AVOIDANCE_PAUSE  # the other nodes have no room
+            self._avoid_after = now + AVOIDANCE_PAUSE  # the other nodes have no free resources
             for each in [each for each in pending if each.avoids]:
                 pending.remove(each)
                 self._drop(each)
@@ -381,7 +380,7 @@ class _Stage:
             self._drop(each)
 
     def _start_groups(self) -> Iterator[tuple[Task, Event]]:
-        """Start groups whose resources are reserved, and try with fewer ranks where that takes long."""
+        """Start groups whose resources are reserved. Release a group that waits too long, and try with fewer ranks."""
         for job in [job for job in self._jobs if job.group and not job.workers]:
             assert job.group
             size = job.group.size
@@ -395,7 +394,7 @@ class _Stage:
             elif self._nodes.capacity() < size and size_for(job.sizes, self._nodes.capacity()):
                 self._release(job)  # a node was lost meanwhile
             elif time.monotonic() - job.group.requested_at > SHORT_WAIT and job.group.avoids:
-                self._release(job)  # the other nodes have no room
+                self._release(job)  # the other nodes have no free resources
                 self._avoid_after = time.monotonic() + AVOIDANCE_PAUSE
             elif time.monotonic() - job.group.requested_at > SHORT_WAIT and size > job.sizes[-1]:
                 self._release(job)
@@ -415,11 +414,11 @@ class _Stage:
         yield job.task, Started(job.size)
 
     def _options(self, task: Task) -> dict[str, Any]:
-        # More than the largest node has would wait for ever.
+        # A request for more memory than the largest node has would wait for ever.
         return worker_options(self._cluster, task.is_light, min(task.memory, self._nodes.memory()))
 
     def _avoided(self, job: _Job) -> set[str]:
-        """Nodes where the task, or many workers in a row, were lost; none if no other node can hold a worker."""
+        """Nodes on which this task or many workers in a row were lost; empty if no other node can hold a worker."""
         if time.monotonic() < self._avoid_after or not knows_labels():
             return set()
         bad = {node for node, count in self._executor.faults.items() if count >= FAULTS_OF_A_NODE}
@@ -431,7 +430,7 @@ class _Stage:
         self._pool.remove(worker)
 
     def _release(self, job: _Job) -> None:
-        """Stop the workers of a task's present attempt."""
+        """Stop the workers of a task's current attempt. The task then waits for workers again."""
         if job.group:
             job.group.stop()
         else:
@@ -442,7 +441,7 @@ class _Stage:
     # --- while they run -------------------------------------------------------------------------------------------
 
     def _next_events(self) -> Iterator[tuple[Task, Event]]:
-        """Wait briefly for the next events, and for actors to start, and handle them."""
+        """Wait at most `EVENT_INTERVAL` for events and for actors to start, and handle what has arrived."""
         starting = {each.starting: each for each in self._pool if each.starting is not None}
         streams = {stream: job for job in self._jobs for stream in job.streams}
         if not streams and not starting:
@@ -459,7 +458,7 @@ class _Stage:
                 yield from self._read(job, each)
 
     def _note_start(self, worker: PoolWorker) -> None:
-        """Note that an actor has started, or that Ray could not start it."""
+        """Record that an actor has started, or drop an actor that Ray could not start."""
         try:
             worker.has_started(ray.get(worker.starting))
             self._failed_starts = 0
@@ -493,7 +492,7 @@ class _Stage:
         elif rank:
             self._executor.metrics.record(task, event, rank)
         elif isinstance(event, Finished | Stopped):
-            job.result = event  # the end of all streams follows
+            job.result = event  # passed on by `_end`, after the end of all streams
         else:
             job.patience.take(event, silence)
             yield task, event
@@ -506,7 +505,7 @@ class _Stage:
                     yield task, Note("checkpoint saved; restarting with more workers")
 
     def _end(self, job: _Job) -> Iterator[tuple[Task, Event]]:
-        """Forget a task whose workers have ended. They are free for the next one of their kind."""
+        """Pass on the result of a task whose workers have all ended. The workers are then free for another task."""
         if job.leaves and isinstance(job.result, Stopped):
             yield job.task, Note(f"saved {job.result.saved}")
             self._release(job)
@@ -530,14 +529,16 @@ class _Stage:
     def _lose(
         self, job: _Job, cause: BaseException, silence: float, stream: Any = None
     ) -> Iterator[tuple[Task, Event]]:
-        """Handle an error: one of the input ends the stage, after any other the task is tried again or given up.
+        """Handle an error of a task. An error in the user's input ends the stage; after others the task is retried.
+
+        A task that has lost its workers too often is given up.
 
         Args:
             silence: seconds without an event before the error.
-            stream: the stream that ended with the error, if one did.
+            stream: stream that ended with the error; `None` if no stream did.
         """
         if isinstance(cause, PeerLostError) and stream is not None and job.streams.keys() - {stream}:
-            del job.streams[stream]  # another rank may say why
+            del job.streams[stream]  # another rank's error may be the cause
             job.peer_lost = job.peer_lost or (cause, time.monotonic() + ROOT_CAUSE_TIMEOUT)
         elif isinstance(cause, ConfigError) and job.size < job.task.size:
             # The error did not occur with all workers, and nodes may come back.
@@ -564,7 +565,10 @@ class _Stage:
                 yield job.task, Lost(why, job.history.losses)
 
     def _has_elsewhere(self, job: _Job, stream: Any) -> bool:
-        """True if the task had no such error before, and another node can hold a worker. Notes the node."""
+        """True if the task may be retried on another node after an error that may have its cause on one node.
+
+        This holds once per task, and if another node can hold a worker. The failed node is recorded.
+        """
         worker = job.workers[job.streams.get(stream, 0)]
         worker.find_node()
         if job.failed_on or not worker.node or not knows_labels():
@@ -573,7 +577,7 @@ class _Stage:
         return self._nodes.others({worker.node}, light=job.task.is_light)
 
     def _blame(self, job: _Job, cause: BaseException, stream: Any) -> str:
-        """Node on which a worker was lost, which is noted; "" if it is unknown. Free actors there are stopped."""
+        """Find and record the node on which a worker was lost, and stop free actors there. Returns "" if unknown."""
         worker = job.workers[job.streams.get(stream, 0)]
         worker.find_node()
         if isinstance(cause, PeerLostError):
@@ -581,12 +585,12 @@ class _Stage:
         if worker.node and not isinstance(cause, NodeDiedError):
             self._executor.faults[worker.node] += 1
         for idle in self._free():
-            if idle.node == worker.node:  # it may be lost too, and replacing it is cheap
+            if idle.node == worker.node:  # this actor may be lost too, and a new one is cheap
                 self._drop(idle)
         return worker.node
 
     def _too_many_losses(self, job: _Job, cause: BaseException, why: str) -> DatmError:
-        """Error of a task that is given up: the last one if that speaks for itself, such as a full disk."""
+        """Error for a task that is given up: its last error if that names its cause, such as a full disk."""
         ours = cause if isinstance(cause, DatmError) else None
         if ours and not isinstance(ours, WorkerLostError):
             return ours
@@ -599,7 +603,7 @@ class _Stage:
         )
 
     def _fail(self, job: _Job, failure: DatmError) -> Iterator[tuple[Task, Event]]:
-        """End a task that is not tried again; its error is raised after the other tasks have ended."""
+        """End a task that is not retried. Its error is raised after the other tasks have ended."""
         self._release(job)
         self._jobs.remove(job)
         for each in [each for each in self._jobs if self._failure and not each.workers]:
@@ -608,7 +612,7 @@ class _Stage:
             yield job.task, Failed(str(failure), others)
 
     def _check(self) -> Iterator[tuple[Task, Event]]:
-        """Fetch logs, find workers that are stuck and could not end themselves, and report waits."""
+        """Fetch logs, end stuck workers that have not ended themselves, and report tasks that wait for long."""
         self._notice_absence()
         now = time.monotonic()
         yield from self._report_waiting(now)
@@ -630,7 +634,7 @@ class _Stage:
                 yield from self._lose(job, job.peer_lost[0], now - job.heard)
 
     def _leave_nodes(self, nodes: set[str]) -> Iterator[tuple[Task, Event]]:
-        """Have workers on nodes that end soon save their work, for others to resume."""
+        """Ask workers on nodes that end soon to save their work, so that other workers can resume it."""
         for job in self._jobs:
             if not job.leaves and any(worker.node in nodes for worker in job.workers):
                 job.leaves = True
@@ -639,7 +643,7 @@ class _Stage:
                 yield job.task, Note("its node ends soon: saving, to resume elsewhere")
 
     def _report_waiting(self, now: float) -> Iterator[tuple[Task, Event]]:
-        """Report every minute that tasks wait and nothing runs. Raises a `ClusterError` if that takes too long."""
+        """Report every minute that tasks wait and none runs. Raises a `ClusterError` if they have waited too long."""
         waiting = [job for job in self._jobs if not job.workers and job.not_before <= now]
         if len(waiting) < len(self._jobs) or not waiting:
             self._blocked_since = math.inf
@@ -648,7 +652,7 @@ class _Stage:
             self._blocked_since, self._reported_at = now, now - 0.75 * WAIT_INTERVAL
         job, waited = waiting[0], now - self._blocked_since
         size = job.group.size if job.group else job.sizes[0]
-        if waited > self._nodes.patience and size == job.sizes[-1]:  # fewer are tried first
+        if waited > self._nodes.patience and size == job.sizes[-1]:  # smaller groups are tried first
             raise self._nodes.not_enough(size)
         if now - self._reported_at > WAIT_INTERVAL:
             self._reported_at = now
@@ -658,5 +662,5 @@ class _Stage:
 def _answer(reference: Any) -> bool:
     try:
         return bool(ray.get(reference))
-    except RayError:  # it has died
+    except RayError:  # the worker has died
         return False

@@ -1,9 +1,9 @@
 """Runs as jobs of a Ray cluster: submitted over HTTP from anywhere, they keep running when the terminal is closed.
 
-The recipes and this package travel with the job; the cluster must have the other packages, or be given a file of
-requirements or a runtime environment. A job needs no disk that machines share if its folder is a URI that all of them
-can open. Environment variables travel only if the user names them. Messages and logs never hold their values, but
-Ray's dashboard shows them.
+The recipes and this package are sent with the job. Other packages must be on the cluster, or be listed in a file of
+requirements or a runtime environment. A job needs no shared disk if its output folder is a URI that all machines can
+open. Environment variables are sent only if the user names them. Messages and logs never contain their values, but
+Ray's dashboard shows the values.
 """
 
 from __future__ import annotations
@@ -33,67 +33,67 @@ from datm_ray.runtime.stopping import SAVE_TIMEOUT
 from datm_ray.store.files.filesystem import open_location
 
 AGENT_TIMEOUT = 60.0
-"""Seconds to go on submitting to a cluster that answers but has no job agent yet."""
+"""Seconds to keep trying to submit to a cluster that answers but has no job agent yet."""
 FOLLOW_INTERVAL = (1.0, 5.0)
-"""Seconds between two requests for a log that grows, and for one that does not."""
+"""Seconds between two requests for a growing log, and between two requests for a log that does not grow."""
 FOLLOW_SHARE = 0.1
-"""Share of the time that may go into fetching a log, which comes whole each time: 100 MiB take seconds."""
+"""Largest share of the time spent on fetching a log. Every request fetches the whole log; 100 MiB take seconds."""
 FOLLOW_TIMEOUT = 600.0
 """Seconds without an answer after which a job is no longer followed."""
 PENDING_REPORTED = 15.0
-"""Seconds after which a line reports that a job has not started."""
+"""Seconds after which a message reports that a job has not started."""
 LAST_LINES_TIMEOUT = 30.0
 """Seconds to wait for the log of a job that has ended."""
 STOP_MARGIN = 15.0
-"""Seconds that a stopped job has beyond the time for saving its work."""
+"""Seconds that a stopped job gets in addition to the time for saving its work."""
 _NUMBER = re.compile(r"\w[\w.+-]*")
 _VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _NOT_FOUND = re.compile(r"status code 404: Job .* does not exist")
 _CREDENTIALS = re.compile(r"://[^/\s]*@")
 MINE = "datm_ray"
-"""Key of a job's metadata that tells this package's jobs from others."""
+"""Key in a job's metadata that marks this package's jobs."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is known about one job."""
+    """State of one job, as the cluster reports it."""
 
     id: str
     status: str
-    """pending, running, stopped, succeeded or failed."""
+    """State of the job: pending, running, stopped, succeeded or failed."""
     recipes: str
     """Names of the runs."""
     out: str
     """Output folder of the runs."""
     seconds: float
-    """Seconds since the job was submitted, or between submission and end."""
+    """Seconds from submission to the end of the job, or until now."""
     message: str
     exit_code: int | None
     """Exit code of the job's command; `None` before it has ended, or if it was killed."""
 
     @property
     def is_over(self) -> bool:
-        """True if nothing more will happen."""
+        """True if the job has ended."""
         return self.status in ("stopped", "succeeded", "failed")
 
 
 class Jobs:
-    """The jobs of one cluster."""
+    """Client for the jobs of one cluster."""
 
     def __init__(self, address: str) -> None:
-        """Connect.
+        """Connect to a cluster.
 
         Args:
-            address: of the cluster's dashboard, such as http://127.0.0.1:8265.
+            address: URL of the cluster's dashboard, such as http://127.0.0.1:8265.
 
         Raises:
-            ClusterError: nothing answers there, or no Ray cluster does.
+            ClusterError: nothing answers at the address, or something that is no Ray cluster does.
         """
         self._shown = masked(address)
         self._client = Dashboard(address)
 
     def command(self, name: str, number: str) -> str:
-        """The `datm-ray job` command of that name for a job, which follows the log if the name is "logs"."""
+        """Text of the shell command `datm-ray job NAME` for a job; "logs" gets --follow."""
         follow = " --follow" if name == "logs" else ""
         return f"datm-ray job {name} {number}{follow} --address {shlex.quote(self._shown)}"
 
@@ -109,19 +109,19 @@ class Jobs:
     ) -> str:
         """Submit a job that runs the recipes to the end, and return its job id.
 
-        Submitting the same recipes again resumes a job that has ended, for whatever reason it ended.
+        Submitting the same recipes again resumes an ended job, whatever the reason of its end.
 
         Args:
             out: output folder of the runs; a URI, or a path on a disk that all nodes share.
             store: store of the experts; `None` means a folder in `out`.
             requirements: path of a file of packages, as pip takes it.
-            verbosity: 1 has the job's log hold every log line, 2 also the raw output of Ray and its workers.
-            variables: environment variables of the job, as KEY=VALUE, or KEY for the value that this process has.
-            runtime_env: path of a YAML or JSON file with Ray's runtime environment, to which this package's is added.
+            verbosity: 1 writes every log line to the job's log, 2 also the raw output of Ray and its workers.
+            variables: environment variables of the job, as KEY=VALUE, or KEY for the value in this process.
+            runtime_env: path of a YAML or JSON file with a Ray runtime environment. This package's own is added to it.
 
         Raises:
-            ConfigError: a place, file or variable that cannot be used.
-            ClusterError: the cluster does not take the job.
+            ConfigError: a folder, file or variable cannot be used.
+            ClusterError: the cluster does not accept the job, or a running job writes to the same folder.
         """
         for name, place in (("--out", out), ("--store", store)):
             if place is not None:
@@ -146,7 +146,7 @@ class Jobs:
         return number
 
     def _submit(self, submission_id: str, **job: Any) -> None:
-        """Submit a job, trying again while a cluster that has just started cannot take it yet."""
+        """Submit a job. Retries while a newly started cluster has no job agent yet."""
         end = time.monotonic() + AGENT_TIMEOUT
         while True:
             try:
@@ -161,10 +161,10 @@ class Jobs:
             time.sleep(1.0)
 
     def _took(self, number: str, failure: ClusterError, end: float) -> bool:
-        """True if the cluster has a job although its submission failed: the answer may be lost, and not the job.
+        """True if the cluster has the job although submitting it failed, because only the answer was lost.
 
         Raises:
-            JobUnreachableError: the cluster does not answer that until `end`.
+            JobUnreachableError: the cluster has not answered this question by the time `end`.
         """
         while True:
             try:
@@ -197,16 +197,20 @@ class Jobs:
         return [_job(job) for job in sorted(found, key=lambda job: job.start_time or 0)]
 
     def job(self, number: str) -> Job:
-        """One job.
+        """Fetch the state of one job.
+
+        Args:
+            number: job id.
 
         Raises:
-            ClusterError: there is none of that number.
+            JobNotFoundError: the cluster has no job with this id.
+            ClusterError: the cluster refuses the request or does not answer.
         """
         with self._answers(number):
             return _job(self._client.get_job_info(number))
 
     def logs(self, number: str) -> str:
-        """Log of a job so far."""
+        """Fetch a job's log so far."""
         with self._answers(number):
             text: str = self._client.get_job_logs(number)
         return text
@@ -214,16 +218,17 @@ class Jobs:
     def follow(self, number: str, show: Callable[[str], object], warn: Callable[[str], object]) -> Job:
         """Show a job's log as it grows, until the job has ended. Returns the ended job.
 
-        A broken connection is made again, and the log continues where it was. Leaving early does not stop the job.
+        After a lost connection the log continues where it was. Ctrl-C during the call does not stop the job.
 
         Args:
+            number: job id.
             show: called with every new part of the log.
-            warn: called with a sentence, once every time when the cluster does not answer, and for a job that waits.
+            warn: called with a message once per loss of the connection, and once if the job has not started.
 
         Raises:
-            JobNotFoundError: there is no job of that number.
-            JobLostError: there is none any more.
-            JobUnreachableError: nothing has answered for `FOLLOW_TIMEOUT` seconds.
+            JobNotFoundError: there is no job with this id.
+            JobLostError: the job existed at first, and then no longer.
+            JobUnreachableError: the cluster has not answered for `FOLLOW_TIMEOUT` seconds.
         """
         often, seldom = FOLLOW_INTERVAL
         shown, pause, answered = 0, often, time.monotonic()
@@ -232,7 +237,7 @@ class Jobs:
         while True:
             start, job = time.monotonic(), None
             try:
-                job = self.job(number)  # read before the log, which is then complete if the job has ended
+                job = self.job(number)  # before the log: if the job has ended, the log is then complete
                 log = self.logs(number)
             except JobNotFoundError as absent:
                 if not known:
@@ -271,17 +276,18 @@ class Jobs:
             time.sleep(pause)
 
     def stop(self, number: str) -> bool:
-        """Stop a job, and return whether it was running. What it has finished stays."""
+        """Stop a job. Returns False if it had already ended. The job's saved work stays."""
         with self._answers(number):
             stopped: bool = self._client.stop_job(number)
         return stopped
 
     @contextmanager
     def _answers(self, number: str | None = None) -> Iterator[None]:
-        """Turn every refusal by a cluster that answers into one kind of error.
+        """Turn every refusal of a request by the cluster into a `ClusterError`.
 
         Args:
-            number: of the job that the block asks for; none where it asks for no single one.
+            number: id of the job in the request; `None` for a request without one. A missing job is a
+                `JobNotFoundError`.
         """
         absent = JobNotFoundError(
             f"there is no job {number!r} at {self._shown}",
@@ -302,7 +308,7 @@ class Jobs:
 
 
 def _refusal(failure: Exception) -> str:
-    """Line of Ray's answer that explains a refusal: the last of a traceback, else the first."""
+    """Line of Ray's answer that explains a refusal: the last line of a traceback, else the first line."""
     text = str(failure).partition("Request failed with ")[2] or str(failure)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     is_traceback = any(line.startswith(("Traceback", "File ")) or "Traceback (most" in line for line in lines)
@@ -329,7 +335,7 @@ def _job(details: JobDetails) -> Job:
 
 
 def _message(text: str) -> str:
-    """What a cluster says of a job, in a line: its first one, and the last error of pip's where it has that below."""
+    """Shorten the cluster's message about a job to one line: its first line, and pip's last error if it has one."""
     errors = [line.strip() for line in text.splitlines() if line.strip().startswith("ERROR: ")]
     return first_line(text).partition(", last available logs")[0] + (
         f" ({masked(first_line(errors[-1][len('ERROR: ') :]))})" if errors else ""
@@ -337,8 +343,8 @@ def _message(text: str) -> str:
 
 
 def _require_reachable(name: str, place: str) -> None:
-    """A job runs on other machines, in a folder that is deleted afterwards."""
-    is_local = open_location(place).local_path is not None  # refuses what is no place for files
+    """Raise a `ConfigError` for a relative path: a job runs elsewhere, in a folder that is deleted afterwards."""
+    is_local = open_location(place).local_path is not None  # raises an error for a URI that it cannot open
     if is_local and not place.startswith(("/", "file:///")):
         raise ConfigError(
             f"{name} {place!r} is relative to a folder that the job's machines do not have",
@@ -349,14 +355,14 @@ def _require_reachable(name: str, place: str) -> None:
 def job_environment(
     requirements: str | None = None, variables: Sequence[str] = (), runtime_env: str | None = None
 ) -> dict[str, Any]:
-    """Ray's runtime environment of a job, without its working_dir. Arguments: see `Jobs.submit`.
+    """Make Ray's runtime environment of a job, without `working_dir`. Arguments: see `Jobs.submit`.
 
     Raises:
-        ConfigError: an argument cannot be used, or sets what another one or this package sets.
+        ConfigError: an argument cannot be used, or sets a key that another argument or this package sets.
     """
     given = {} if runtime_env is None else _read_environment(runtime_env)
     theirs, named = given.get("env_vars") or {}, _variables(variables)
-    # Ray kills a stopped job after 3 seconds, in which no worker has saved its work.
+    # By default Ray kills a stopped job after 3 seconds, too early for workers to save their work.
     ours = {"RAY_JOB_STOP_WAIT_TIME_S": f"{SAVE_TIMEOUT + STOP_MARGIN:.0f}"}
     _require_apart(given, {"working_dir"}, f"{runtime_env} and by datm-ray, whose recipes travel in it")
     _require_apart(given, {"pip"} if requirements else (), f"{runtime_env} and by --requirements")
@@ -385,11 +391,11 @@ def _require_apart(keys: Iterable[str], others: Container[str], owners: str) -> 
 
 
 def _variables(given: Sequence[str]) -> dict[str, str]:
-    """Environment variables from KEY=VALUE, or KEY alone for this process's value. No error holds a value."""
+    """Read environment variables from KEY=VALUE, or KEY alone for this process's value. Errors never show a value."""
     found = {}
     for number, text in enumerate(given, start=1):
         name, equals, value = text.partition("=")
-        if not _VARIABLE.fullmatch(name):  # not shown, because it may be a value
+        if not _VARIABLE.fullmatch(name):  # the error does not show the name, because it may be a secret value
             raise ConfigError(
                 f"--env number {number} does not begin with the name of a variable",
                 remedy="write --env KEY=VALUE, or --env KEY for the value that KEY has in this shell",
@@ -404,7 +410,7 @@ def _variables(given: Sequence[str]) -> dict[str, str]:
 
 
 def _read_environment(path: str) -> dict[str, Any]:
-    """Ray's runtime environment from a YAML or JSON file. No error holds a value, because it may be a secret."""
+    """Read Ray's runtime environment from a YAML or JSON file. Errors never show a value, which may be a secret."""
     text = _text(path, "--runtime-env")
     try:
         found = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
@@ -459,7 +465,7 @@ def _requirements(path: str) -> list[str]:
 
 
 def _is_package(text: str) -> bool:
-    """True if another machine may install it: a name with or without versions, or a URL that is not of a file here."""
+    """True if another machine can install this requirement: a package name, or a URL that is no local file."""
     if "://" in text and "@ " not in text:
         return not text.startswith("file:")
     try:

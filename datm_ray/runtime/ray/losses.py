@@ -1,4 +1,4 @@
-"""Errors of Ray's workers: which of them end a run, and what to tell the user about the others."""
+"""Errors of Ray's workers: which errors end a run, and the text for the user about each loss."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from datm_ray.runtime.ray.cluster import first_line
 
 
 def unwrapped(failure: BaseException) -> BaseException:
-    """Error that an actor raised or died of. An unexpected error keeps Ray's wrapper with its traceback."""
+    """Error that an actor raised or died of, without Ray's wrapper. Unexpected errors keep it for its traceback."""
     inner = failure.cause if isinstance(failure, RayTaskError) else next(iter(failure.args), None)
     if isinstance(failure, RayTaskError):
         return unwrapped(inner) if isinstance(inner, DatmError | RayActorError) else failure
-    # The actor's constructor raised it.
+    # A task's error inside an actor's error was raised by the actor's constructor.
     return unwrapped(inner) if isinstance(inner, RayTaskError) else failure
 
 
 def is_final(failure: BaseException) -> TypeGuard[DatmError]:
-    """True for an error of the user's input, which every attempt would repeat. All other errors are losses."""
+    """True for an error in the user's input: another attempt would end the same way. All other errors are losses."""
     return isinstance(failure, DatmError) and not isinstance(failure, WorkerLostError | TransientStoreError)
 
 
 def may_be_the_nodes(failure: DatmError) -> bool:
-    """True for an error that one node may have alone: a folder is not mounted there, or its credentials are gone."""
+    """True for an error that may have its cause on one node, such as a missing mount or missing credentials."""
     return isinstance(failure, StoreError | ClusterError) and not isinstance(failure, MissingExpertsError)
 
 
 def reason(failure: BaseException) -> str:
-    """Reason why a worker was lost, in one line without Ray's identifiers."""
+    """Describe in one line why a worker was lost, without Ray's identifiers."""
     if isinstance(failure, DatmError):
         return failure.fact
     if isinstance(failure, ActorUnavailableError):

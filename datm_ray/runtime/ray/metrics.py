@@ -1,6 +1,6 @@
 """Export of a run's metrics through Ray. Every node's agent offers them to Prometheus, see cluster/monitoring.
 
-The driver sets them, from the events that arrive there; one call of Ray takes about three microseconds. Ray drops a
+The driver sets the metrics from the events it receives; one call of Ray takes about three microseconds. Ray drops a
 gauge that is not set for two of its report intervals (20 s), and an iteration may take longer. So a thread sets all
 gauges of running tasks again every few seconds. Gauges of finished tasks expire.
 """
@@ -17,11 +17,11 @@ from datm_ray.monitor.metrics import CATALOGUE, Readings, Sample
 from datm_ray.runtime.executor import Event, Task
 
 REFRESH_INTERVAL = 5.0
-"""Seconds after which all gauges are set again."""
+"""Seconds between two settings of all gauges."""
 
 
 class RayMetrics:
-    """Exporter of the events of one executor, which must be connected."""
+    """Exporter of metrics from one executor's events. The executor must be connected to Ray."""
 
     def __init__(self) -> None:
         self._readings = Readings()
@@ -37,7 +37,7 @@ class RayMetrics:
             self._export(self._readings.begin(tasks, workers))
 
     def add(self, tasks: Sequence[Task]) -> None:
-        """Add tasks to the present stage."""
+        """Add tasks to the current stage."""
         with self._lock:
             self._export(self._readings.add(tasks))
 
@@ -52,7 +52,7 @@ class RayMetrics:
         self._thread.join()
 
     def refresh(self) -> None:
-        """Set every gauge again to its present value, so that Ray does not drop it."""
+        """Set every gauge again to its current value, so that Ray does not drop it."""
         with self._lock:
             self._export(self._readings.gauges())
 

@@ -1,7 +1,7 @@
 """Pool of Ray actors that each run one task after another.
 
-Ray places the actors, and its autoscaler sees those that wait. An actor keeps its worker, and with it the data set and
-what was compiled, for as long as the tasks are for the same worker.
+Ray places the actors, and its autoscaler starts nodes for actors that wait. An actor keeps its worker, with data set
+and compiled code, while its tasks need the same worker.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from datm_ray.runtime.executor import Stopped, Task, WorkerRank, explaining_memo
 from datm_ray.runtime.recovery import Patience, watched
 
 CONTROL = "control"
-"""Concurrency group of an actor whose thread answers while its worker is busy."""
+"""Name of an actor's second concurrency group. Its thread answers calls while the worker is busy."""
 
 
 class Stage(NamedTuple):
-    """What the tasks of a stage have in common."""
+    """Worker class, setup and method that the tasks of a stage share."""
 
     number: int
-    """Number of the worker and its setup. An actor keeps its worker while the number stays the same."""
+    """Number of this pair of worker and setup. An actor keeps its worker while the number stays the same."""
     worker: Callable[..., Any]
     setup: tuple[Any, ...]
-    """Arguments that construct the worker; Ray's references among them are resolved where that happens."""
+    """Arguments of the worker's constructor. The actor resolves Ray's references among them."""
     method: str
 
 
@@ -47,8 +47,8 @@ class Worker:
 
     def __init__(self, log_level: int) -> None:
         if not ray.get_gpu_ids():
-            # Some versions of Ray do not hide GPUs that were not requested. All workers of a node would use its first
-            # GPU.
+            # Some versions of Ray do not hide GPUs that were not requested. Then all workers of a node would use the
+            # node's first GPU.
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self._log = Collector(f"Worker/{os.getpid()}", log_level)
         self._worker: Any = None
@@ -59,15 +59,18 @@ class Worker:
         return type(self).__name__
 
     def place(self) -> tuple[str, int]:
-        """Identifier of the node on which the actor was placed, and of its process there."""
+        """Return the identifier of the actor's node and the actor's process id."""
         return str(ray.get_runtime_context().get_node_id()), os.getpid()
 
     def news(self) -> list[logging.LogRecord]:
-        """New log records."""
+        """Return the log records since the last call."""
         return self._log.take()
 
     def stop(self) -> bool:
-        """Ask the worker to save its work and to stop. Returns False if it is at nothing that it can save."""
+        """Ask the worker to save its work and to stop.
+
+        Returns False if it has no work that can be saved, or was already asked.
+        """
         return stopping.ask()
 
     def rendezvous(self, *_others: str) -> str:
@@ -84,16 +87,18 @@ class Worker:
         """Run this actor's part of a task and yield its events, each after the log records before it.
 
         Args:
-            stage: the worker to construct, unless the actor has it.
+            stage: worker to construct, unless the actor already has it.
+            patience: time limit for each event.
+            method: name of the worker's method.
             rank: rank of this actor, and number of ranks.
-            address: what `rendezvous` of rank 0 returned; "" for a task of one worker.
-            arguments: the method's.
+            address: return value of `rendezvous` on rank 0; "" for a task of one worker.
+            arguments: arguments of the method.
         """
         more = {"worker_rank": WorkerRank(*rank, address)} if address else {}
 
         def events() -> Iterator[Any]:
             if self._stage != stage.number:
-                self._worker = None  # frees its memory first
+                self._worker = None  # frees the old worker's memory before the new one takes more
                 setup = [ray.get(each) if isinstance(each, ray.ObjectRef) else each for each in stage.setup]
                 self._worker, self._stage = stage.worker(*setup), stage.number
             yield from getattr(self._worker, method)(*arguments, **more)
@@ -117,36 +122,42 @@ class Worker:
 
 
 def labels_without(options: Mapping[str, Any], avoided: set[str]) -> dict[str, str]:
-    """Label selector of an actor that runs on none of these nodes."""
+    """Label selector of the options, extended so that the actor runs on none of the nodes in `avoided`."""
     labels = dict(options.get("label_selector", {}))
     return labels | {"ray.io/node-id": f"!in({','.join(sorted(avoided))})"} if avoided else labels
 
 
 @dataclass(eq=False)
 class PoolWorker:
-    """One actor of the pool, as the driver sees it."""
+    """The driver's handle of one actor."""
 
     options: Mapping[str, Any]
-    """Ray's options of the actor: what it occupies, and where it may run."""
+    """Ray's options of the actor: resources that it takes, and labels of the nodes where it may run."""
     actor: Any
     starting: Any
-    """Reference to the answer of `Worker.place`; None once the actor has started."""
+    """Reference to the result of `Worker.place`; None once the actor has started."""
     node: str = ""
     process: int = 0
     stream: Any = None
-    """Ray's generator of references to the events of the present or last task."""
+    """Ray's generator of references to the events of the current or last task; `None` before the first."""
     avoids: bool = False
-    """True if the actor was requested away from some nodes."""
+    """True if the actor was requested with nodes to avoid."""
     free_since: float = field(default_factory=time.monotonic)
-    """Time of its request, its start or the end of its last task, in seconds of the monotonic clock."""
+    """Time since which the actor is free or starting, in seconds of the monotonic clock."""
     unread: list[Any] = field(default_factory=list)
-    """References to log records that were requested."""
+    """At most one reference to requested log records that were not fetched yet."""
 
     @classmethod
     def start(
         cls, options: Mapping[str, Any], bundle: tuple[PlacementGroup, int] | None = None, *, avoids: bool = False
     ) -> PoolWorker:
-        """Request an actor from Ray, without waiting for it; in a bundle of a placement group, if one is given."""
+        """Request an actor from Ray, without waiting for its start.
+
+        Args:
+            options: Ray's options of the actor.
+            bundle: placement group and index of the bundle whose resources the actor takes; `None` for free resources.
+            avoids: True if the options exclude some nodes.
+        """
         groups: dict[str, Any] = {"concurrency_groups": {CONTROL: 1}}  # missing in Ray's annotations
         remote: Any = ray.remote(**groups)(Worker)
         placed = {"scheduling_strategy": PlacementGroupSchedulingStrategy(*bundle)} if bundle else {}
@@ -154,7 +165,7 @@ class PoolWorker:
         return cls(options, actor, actor.place.remote(), avoids=avoids)
 
     def suits(self, options: Mapping[str, Any]) -> bool:
-        """True if the actor occupies what these options ask for; it may have more memory, and avoid more nodes."""
+        """True if the actor has the resources in `options`. It may have more memory and more labels."""
         mine, theirs = ({**each, "memory": 0, "label_selector": 0} for each in (self.options, options))
         labels, wanted = (each.get("label_selector", {}) for each in (self.options, options))
         enough = self.options.get("memory", 0) >= options.get("memory", 0)
@@ -163,33 +174,33 @@ class PoolWorker:
     def run(
         self, stage: Stage, task: Task, patience: Patience, rank: tuple[int, int] = (0, 1), rendezvous: Any = ""
     ) -> None:
-        """Submit a task, or one rank's part of it, to the actor. Its events come from `stream`."""
+        """Submit a task, or one rank's part of a task, to the actor. The events then come from `stream`."""
         name = f"Worker of {task.name}" + (f", rank {rank[0]} of {rank[1]}" if rank[1] > 1 else "")
         self.stream = self.actor.work.options(num_returns="streaming", name=name).remote(
             stage, patience, task.method or stage.method, rank, rendezvous, *task.arguments
         )
 
     def find_node(self) -> None:
-        """Note the node of an actor that has started."""
+        """Record the actor's node and process if the actor has started. Does not wait."""
         if self.starting is not None and ray.wait([self.starting], timeout=0, fetch_local=False)[0]:
             with suppress(RayError):
                 self.has_started(ray.get(self.starting))
 
     def has_started(self, place: tuple[str, int]) -> None:
-        """Note where the actor has started."""
+        """Record the node and process of an actor that has started."""
         (self.node, self.process), self.starting = place, None
 
     def take_news(self) -> None:
-        """Log what the worker has logged since the last call, and request what comes next."""
+        """Pass the worker's new log records to the driver's log, and request the next ones. Does not wait."""
         if self.unread and ray.wait(self.unread, timeout=0, fetch_local=False)[0]:
-            with suppress(RayError):  # the stream of events reports why an actor ended
+            with suppress(RayError):  # if the actor has ended, its stream of events says why
                 accept(ray.get(self.unread.pop()))
             self.unread = []
         if not self.unread:
             self.unread = [self.actor.news.options(concurrency_group=CONTROL).remote()]
 
     def save(self) -> Any:
-        """Ask the worker to save its work and to stop. Returns a reference to whether it will."""
+        """Ask the worker to save its work and to stop. Returns a reference to the result of `Worker.stop`."""
         return self.actor.stop.options(concurrency_group=CONTROL).remote()
 
     def stop(self) -> None:
@@ -197,7 +208,7 @@ class PoolWorker:
         ray.kill(self.actor)
 
     def end_process(self) -> None:
-        """Kill the actor's process from its node. Ray alone may wait for ever for a process that stands still."""
+        """Kill the actor's process by a task on its node, because Ray may wait for ever for a process that hangs."""
         if self.process:
             there = NodeAffinitySchedulingStrategy(self.node, soft=False)
             killer: Any = ray.remote(_kill)
@@ -205,6 +216,6 @@ class PoolWorker:
 
 
 def _kill(process: int) -> None:
-    with suppress(OSError):  # it has ended
-        if b"ray::Worker" in Path(f"/proc/{process}/cmdline").read_bytes():  # or else another has its number by now
+    with suppress(OSError):  # the process has ended
+        if b"ray::Worker" in Path(f"/proc/{process}/cmdline").read_bytes():  # else its id was given to another process
             os.kill(process, signal.SIGKILL)

@@ -1,7 +1,7 @@
-"""Ranks: Ray actors that run one task together, and the resources that Ray reserves for all of them at once.
+"""Ranks: Ray actors that run one task together, on resources that Ray reserves for all of them at once.
 
-Two groups that each held half of their resources would wait for each other for ever. Why this is not Ray Train:
-benchmarks/LOG.md, 2026-11-29.
+Otherwise two groups might each hold half of their resources and wait for each other for ever. benchmarks/LOG.md,
+2026-11-29, explains why Ray Train is not used.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from datm_ray.runtime.ray.pool import PoolWorker, labels_without
 
 
 class RankGroup:
-    """Group of ranks, which starts once its resources are reserved."""
+    """Group of ranks. Start it once its resources are reserved (`is_placed`)."""
 
     def __init__(self, size: int, wanted: int, options: Mapping[str, Any], avoided: set[str]) -> None:
         """Request the resources of a group from Ray, without waiting for them.
 
         Args:
             size: number of ranks.
-            wanted: number of ranks that the task can use; resources for the others are requested one by one.
+            wanted: number of ranks that the task can use; resources beyond `size` are requested one by one.
             options: Ray's options of one rank's actor.
             avoided: nodes on which no rank may run.
         """
@@ -49,7 +49,7 @@ class RankGroup:
 
     @property
     def possible(self) -> int:
-        """Number of ranks for which there are resources now."""
+        """Number of ranks, up to `wanted`, for which Ray has reserved resources."""
         return self.size + sum(map(_is_placed, self._more))
 
     def start(self) -> None:

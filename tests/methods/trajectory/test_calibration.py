@@ -108,5 +108,5 @@ def test_distances_are_those_of_plain_sgd() -> None:
     slow = Distance.of(override(config, ["distill.initial_step_size=0.0001"]), 780)
     assert slow.advice.startswith("that is 20 times less far: try")
     free = Distance.of(override(config, ["distill.initial_step_size=null"]), 780)
-    assert str(free).endswith("the student 40 steps of a size that is found first, about 0.001")
+    assert str(free).endswith("the student 40 steps of a size found before the first iteration, about 0.001")
     assert (free.ratio, free.advice) == (0.5, "")
