@@ -51,7 +51,7 @@ class Commands(TyperGroup):
     """Command group that passes Ctrl-C and closed pipes on to `end_cleanly`."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command."""
+        """Run the subcommand that the user has given."""
         try:
             return super().invoke(ctx)
         except (BrokenPipeError, KeyboardInterrupt) as failure:
@@ -129,9 +129,9 @@ def _in_words(failure: BaseException) -> str:
 
 
 def _write_log(failure: BaseException, out: str | None) -> str | None:
-    """Append the traceback to the output folder's log, or write a temporary file. Returns the path.
+    """Append the traceback to the output folder's log, or write it to a temporary file.
 
-    `None` means that no file could be written.
+    Returns the path of the file, or `None` if no file could be written.
     """
     lines = [
         time.strftime("%Y-%m-%d %H:%M:%S "),

@@ -237,8 +237,8 @@ def evaluate(
     data. If the recipe has a network of the given name, that network is used. Widths are relative to 128. Networks that
     SGD cannot train well, such as vit-small, need --set evaluate.optimiser=adamw.
 
-    --fair also measures the set's accuracy with hard labels and without augmentation. It needs the control on all real
-    data.
+    --fair also measures the set's accuracy with hard labels and without augmentation. This needs the control on all
+    real data.
     """
     set_ = [*(set_ or []), *([f"evaluate.seeds={seeds}"] if seeds is not None else [])]
     set_ += [*(["evaluate.fair=true"] if fair else []), *_without_full(skip_full)]
@@ -275,8 +275,8 @@ def export(
 ) -> None:
     """Write a synthetic set in another format.
 
-    Soft labels are logits in pt, arrow and safetensors, and probabilities (their softmax) in parquet. DD-Ranking takes
-    the logits of pt.
+    Soft labels are logits in pt, arrow and safetensors, and probabilities (their softmax) in parquet. DD-Ranking reads
+    the logits from pt.
     """
     from datm_ray.artifact import export as export_artifact, left_out, load
     from datm_ray.store.files.filesystem import open_location

@@ -43,7 +43,7 @@ class Augmentation:
     """One operation with its parameters for each sample."""
 
     operation: str
-    """Key of the operation table, or several joined by "+" that are applied in turn; "" for no operation."""
+    """Name of the operation, or several names joined by "+", applied one after another; "" for no operation."""
     parameters: NDArray[np.float32]
     """[b w] numbers in [0, 1), whose meaning depends on the operation; w is `width(operation)`."""
 
@@ -53,7 +53,7 @@ class Augmentation:
 
 
 def draw_augmentation(strategy: str, batch: int, generator: np.random.Generator) -> Augmentation:
-    """Draw one operation of the `_`-separated strategy, with parameters for `batch` samples."""
+    """Draw one operation of a strategy, such as "crop_flip", with parameters for `batch` samples."""
     operations = parse_strategy(strategy)
     if not operations:
         return Augmentation(NO_AUGMENTATION, np.zeros((batch, width(NO_AUGMENTATION)), np.float32))
@@ -117,7 +117,7 @@ def augment_batches(batches: Sequence[Tensor], augmentations: Sequence[Augmentat
 
 
 def _color(images: Tensor, uniform: Tensor) -> Tensor:
-    """Change brightness, then saturation about the mean over channels, then contrast about the mean over the image."""
+    """Change brightness, then saturation around the mean over channels, then contrast around the image's mean."""
     brightness, saturation, contrast = uniform[:, :, None, None, None].unbind(1)
     images = images + (brightness - 0.5) * BRIGHTNESS
     grey = images.mean(dim=1, keepdim=True)
@@ -127,7 +127,7 @@ def _color(images: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _crop(images: Tensor, uniform: Tensor) -> Tensor:
-    """Shift by a whole number of pixels; zeros enter at the border."""
+    """Shift images by a whole number of pixels. Zeros fill the border."""
     for axis, column in ((2, 0), (3, 1)):
         side = images.shape[axis]
         reach = int(side * CROP_RATIO + 0.5)
@@ -149,7 +149,7 @@ def _shift(images: Tensor, shift: Tensor, axis: int) -> Tensor:
 
 
 def _cutout(images: Tensor, uniform: Tensor) -> Tensor:
-    """Blank a square whose centre lies anywhere in the image, also at the border."""
+    """Set a square of each image to zero. The square's centre lies anywhere in the image, also at the border."""
     keep = torch.ones((), dtype=torch.bool, device=images.device)
     for axis, column in ((2, 0), (3, 1)):
         side = images.shape[axis]
@@ -162,19 +162,19 @@ def _cutout(images: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _flip(images: Tensor, uniform: Tensor) -> Tensor:
-    """Mirror left and right with probability 1/2."""
+    """Mirror each image left to right with probability 1/2."""
     return torch.where((uniform[:, 0] < 0.5).view(-1, 1, 1, 1), images.flip(3), images)
 
 
 def _scale(images: Tensor, uniform: Tensor) -> Tensor:
-    """Stretch height and width independently about the centre."""
+    """Stretch height and width of each image independently around its centre."""
     factors = uniform[:, :2] * (SCALE_RATIO - 1 / SCALE_RATIO) + 1 / SCALE_RATIO
     zero = torch.zeros_like(factors[:, 0])
     return _affine(images, [[factors[:, 0], zero, zero], [zero, factors[:, 1], zero]])
 
 
 def _rotate(images: Tensor, uniform: Tensor) -> Tensor:
-    """Rotate about the centre."""
+    """Rotate each image around its centre."""
     angle = (uniform[:, 0] - 0.5) * 2 * math.radians(ROTATE_DEGREES)
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     return _affine(images, [[cos, -sin, zero], [sin, cos, zero]])

@@ -5,8 +5,8 @@ augmentation, and its values do not depend on the other experts. This module sto
 images, b images of a batch, p parameters, q buffers.
 
 GSAM is the optimiser of FTD and DATM (arXiv 2203.08065, with the adaptive scaling of arXiv 2102.11600). Let g be the
-gradient at the parameters w, and g' that at w + e, the worst point nearby, with e = rho t^2 g / |t g|. GSAM descends
-along g' - alpha (part of g orthogonal to g'). If it is adaptive, t = |w|, else t = 1.
+gradient at the parameters w, and g' the gradient at w + e, the worst point nearby, with e = rho t^2 g / |t g|. GSAM
+descends along g' - alpha (part of g orthogonal to g'). Adaptive GSAM has t = |w|, otherwise t = 1.
 
 Tests: tests/core/test_experts.py.
 """
@@ -46,7 +46,7 @@ class ExpertState:
 
     @classmethod
     def initial(cls, networks: Sequence[nn.Module]) -> ExpertState:
-        """State before the first step, with the networks' own parameters and buffers."""
+        """Make the state before the first step, from the parameters and buffers of the networks."""
         parameters = torch.stack([flatten(network) for network in networks])
         return cls(parameters, torch.stack([flatten_buffers(network) for network in networks]))
 
@@ -109,7 +109,7 @@ def train_stack(
 
 
 def learning_rate(settings: ExpertConfig, step: int, steps_per_epoch: int) -> float:
-    """Learning rate of a step, counted from 0 over the whole training."""
+    """Learning rate of a step. Steps are counted from 0 over the whole training."""
     steps, warmup = settings.epochs * steps_per_epoch, settings.warmup_epochs * steps_per_epoch
     return settings.learning_rate * share_of_rate(step, steps, warmup, cosine=settings.schedule == "cosine")
 

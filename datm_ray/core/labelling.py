@@ -30,7 +30,9 @@ from datm_ray.core.training import Heartbeat, no_heartbeat
 from datm_ray.errors import ConfigError
 
 MIX = 1.0
-"""Both parameters of the beta distribution of a view's kept share, as published: the share showing its own image."""
+"""Both parameters of the beta distribution of a view's kept share, as published.
+
+The kept share is the share of the view's area that shows its own image."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +42,7 @@ class Views:
     rows: NDArray[np.int64]
     """[n] index of each view's own image."""
     boxes: NDArray[np.float32]
-    """[n 4] crops: top, left, height and width as shares of the image's sides, see `crop_boxes`."""
+    """[n 4] crop of each view: top, left, height and width as shares of the image's sides, see `crop_boxes`."""
     flips: NDArray[np.bool_]
     """[n] True for views mirrored left to right."""
     partners: NDArray[np.int32]
@@ -86,9 +88,9 @@ def draw_views(
 
 
 def _mix_boxes(kept: NDArray[np.float64], centre: NDArray[np.float64], size: tuple[int, int]) -> NDArray[np.uint16]:
-    """Make CutMix's boxes [n 4] in pixels, with the image's ratio of sides. The border may cut a box.
+    """Make CutMix's boxes [n 4] in pixels, with the image's ratio of sides.
 
-    So the share that a view really keeps may be larger than `kept`.
+    The image's border may cut a box. So the share that a view really keeps may be larger than `kept`.
     """
     sides = np.array(size)
     half = (sides * np.sqrt(1 - kept)[:, None]).astype(np.int64) // 2

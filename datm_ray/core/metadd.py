@@ -62,12 +62,12 @@ class MetaLoss:
     """Meta-feature ratio in [0, 1]: features of all networks divided by features of any network, counted in pixels."""
 
     def detach(self) -> MetaLoss:
-        """Copy without derivatives."""
+        """Copy the loss and its terms without derivatives."""
         return MetaLoss(*(getattr(self, each.name).detach() for each in fields(self)))
 
 
 class MetaDD:
-    """MetaDD's loss for given networks, to be added to any distillation's own loss.
+    """MetaDD's loss for given networks. Any distillation can add it to its own loss:
 
         metadd = MetaDD([backbone, resnet, vit])
         loss = distribution_matching(synthetic, real) + metadd.loss(synthetic, labels).total
@@ -98,7 +98,7 @@ class MetaDD:
     def loss(self, images: Tensor, labels: Tensor) -> MetaLoss:
         """Compute the loss of images [b c h w] of classes [b], differentiable in the images.
 
-        The graphs of all networks are kept for all images; `gradient` keeps them for one part.
+        The graphs of all networks are kept for all images; `gradient` keeps them for one part of the images only.
 
         Raises:
             ConfigError: a network has no feature maps, or the networks have different numbers of classes.
@@ -263,7 +263,7 @@ def _invariance(logits: Tensor, labels: Tensor, divergence: float) -> Tensor:
 
 
 def _standardised(logits: Tensor) -> Tensor:
-    """Shift and scale logits [m b k] to mean 0 and variance 1 over the classes, so that no scale dominates."""
+    """Shift and scale logits [m b k] to mean 0 and variance 1 over the classes, so that all networks count equally."""
     centred = logits - logits.mean(dim=2, keepdim=True)
     return centred / centred.square().mean(dim=2, keepdim=True).sqrt().clamp_min(torch.finfo(logits.dtype).eps)
 

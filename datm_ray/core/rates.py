@@ -1,7 +1,7 @@
 """Learning rates of a training: a linear warm-up, then a constant rate or a cosine down to 0.
 
-The rate is a function of the step alone, so a resumed training has the same rates as an uninterrupted one. It changes
-at every step. torch's schedulers give the same rates if they are stepped once per step.
+The rate is a function of the step alone, so a resumed training has the same rates as an uninterrupted one. Warm-up and
+cosine change the rate at every step. torch's schedulers give the same rates if they are stepped once per step.
 
 Tests: tests/core/test_rates.py.
 """

@@ -27,7 +27,9 @@ class LabelRobust:
     """Label-robust score (LRS) and its parts."""
 
     hlr: float
-    """Hard-label recovery in [-1, 1]: accuracy lost against all real data with hard labels; lower is better."""
+    """Hard-label recovery in [-1, 1]: accuracy of all real data minus that of the set, both with hard labels.
+
+    Lower is better."""
     ior: float
     """Improvement over random images with labels of the same kind, in [-1, 1]."""
     score: float

@@ -95,7 +95,7 @@ class State(Generic[Record]):
     history: list[Record] = field(default_factory=list)
     """Records of the iterations done, in order."""
     meta_history: list[MetaRecord] = field(default_factory=list)
-    """MetaDD's records of the iterations that updated the set; empty without MetaDD."""
+    """MetaDD's records, one for each iteration that updated the set; empty without MetaDD."""
     validations: list[tuple[int, float]] = field(default_factory=list)
     """Pairs (iterations done, validation accuracy in [0, 1])."""
     chosen: SyntheticSet | None = None
@@ -107,7 +107,10 @@ class State(Generic[Record]):
 
     @property
     def iteration(self) -> int:
-        """Number of iterations done: that of the records. Methods with several records per iteration override this."""
+        """Number of iterations done, which is the number of records.
+
+        Methods with several records per iteration override this property.
+        """
         return len(self.history)
 
     @property
@@ -250,7 +253,7 @@ class State(Generic[Record]):
 
 @dataclass(frozen=True)
 class LossRecord:
-    """One row of the history of a method whose images follow the gradient of one loss."""
+    """Row of the history for one iteration of a method that learns the images by the gradient of one loss."""
 
     iteration: int
     loss: float

@@ -129,7 +129,7 @@ def parse_cluster(text: str, threads: int = 1) -> Machine:
         if not equals or name not in _KEYS:
             raise unreadable(f"{part.strip()!r} is not one of {', '.join(f'{key}=' for key in _KEYS)}")
         if name in values:
-            raise unreadable(f"{name} is there twice")
+            raise unreadable(f"it has {name}= twice")
         values[name] = _number(name, value)
         if not values[name]:
             raise unreadable(f"{name} is {value!r}")

@@ -63,7 +63,7 @@ LARGEST_SIDE = 64
 WIDTHS, STEPS = (128, 64, 32, 16), (40, 20, 10)
 """Widths of the network, in channels, and numbers of student steps, in the order of trying them."""
 ENOUGH_EXPERTS, ENOUGH_ITERATIONS = 4, 300
-"""Numbers of experts and iterations for which the time must be enough; else the next width is tried."""
+"""A width of the network is chosen if the time is enough for these numbers of experts and iterations."""
 MOST_EXPERTS, MOST_ITERATIONS = 100, 10_000
 """Largest numbers of experts and iterations, as published."""
 LEAST_EXPERTS, LEAST_ITERATIONS = 2, 20
@@ -210,7 +210,7 @@ def measured_plans(raw: RawDataset, say: Callable[[str], None]) -> Callable[[Run
 
 
 Choices = Iterator[tuple[str, Any, str]]
-"""Yields key, value and reason of each choice."""
+"""Type of a rule's result: an iterator over (key of the recipe, value, reason)."""
 
 
 @dataclass
@@ -363,7 +363,7 @@ def _fit_into_time(draft: _Draft) -> None:
 
 
 def _fitted(draft: _Draft, values: dict[str, Any], time: float) -> dict[str, Any]:
-    """Extend the values by those that fill about `time` seconds. The smallest allowed numbers may take longer."""
+    """Extend the values, so that the run takes about `time` seconds. The smallest allowed numbers may take longer."""
     values |= _lengths(draft, STEPS[-1])
     workers = draft.plan(draft.config(values)).machine.workers
     values["cluster.shards"] = min(workers, draft.raw.classes)

@@ -64,7 +64,7 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Picture:
-    """An image inside the page."""
+    """Image in the report, with its title, alternative text and caption."""
 
     title: str
     source: str

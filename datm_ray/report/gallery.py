@@ -1,4 +1,4 @@
-"""Images of a synthetic set on one sheet, a row per class."""
+"""Galleries of the report: images of a synthetic set in one picture, with one row per class."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from datm_ray.artifact import Artifact
 from datm_ray.report.results import Run
 
 IMAGES_SHOWN, CLASSES_SHOWN = 10, 20
-"""Largest numbers of images per class, and of classes, in a gallery."""
+"""Largest number of images per class, and largest number of classes, in a gallery."""
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Images of a set as one picture, a row per class."""
+    """Images of a set as one picture, with one row per class."""
 
     title: str
     source: str
@@ -55,7 +55,7 @@ def _gallery(title: str, artifact: Artifact) -> Gallery:
 
 
 def contact_sheet(artifact: Artifact) -> tuple[NDArray[np.uint8], int, int]:
-    """Draw the set's images as one RGBA picture [h w 4]. Returns it with its numbers of rows and columns."""
+    """Draw the set's images as one RGBA picture [h w 4]. Returns the picture, its rows and its columns of images."""
     rows = _shown_rows(artifact)
     columns = max(map(len, rows))
     flat = [index for row in rows for index in row]

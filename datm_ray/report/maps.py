@@ -75,7 +75,7 @@ def _over(image: NDArray[np.float32], seen: NDArray[np.float32]) -> NDArray[np.f
 
 
 def _shared(scaled: NDArray[np.float32], threshold: float) -> NDArray[np.float32]:
-    """Draw shared features of maps [m h w] as [h w 3]: white for features of all maps, grey for those of some only."""
+    """Draw shared features of maps [m h w] as [h w 3]: white where all maps have a feature, grey where only some do."""
     features = scaled >= threshold
     value = np.where(features.all(axis=0), 1.0, np.where(features.any(axis=0), 0.45, 0.1)).astype(np.float32)
     return np.repeat(value[..., None], 3, axis=2)

@@ -1,4 +1,4 @@
-"""The page: text and tables for each run, written as one HTML file."""
+"""HTML page of the report: text and tables for each run, in one file."""
 
 from __future__ import annotations
 

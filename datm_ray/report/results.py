@@ -31,8 +31,7 @@ class RunSummary:
 
     config: RunConfig
     folder: Location
-    """Folder of the run. It may contain initial.arrow, checkpoint.arrow and synthetic.arrow; missing ones are not
-    made yet."""
+    """Folder of the run, with initial.arrow, checkpoint.arrow and synthetic.arrow, if the run has written them yet."""
     scores: list[Score]
     """Scores of the finished rows of the accuracy table, in any order; empty before evaluation."""
     training_images: int | None = None
@@ -81,7 +80,7 @@ class CostLine:
 
     @property
     def device_seconds(self) -> float:
-        """Seconds of GPUs if the part used any, else of CPUs."""
+        """Seconds of GPU time if this part of the run used a GPU, else of CPU time."""
         return self.spent.gpu_seconds or self.spent.cpu_seconds
 
 
@@ -177,7 +176,7 @@ class Run:
 
     @property
     def shortened(self) -> int:
-        """Number of gradients so far that were scaled down to `distill.gradient_limit`."""
+        """Number of gradients that were scaled down to `distill.gradient_limit`, so far."""
         limit = self.config.distill.gradient_limit
         if self.history is None or limit is None or "history.decrease" not in self.history:
             return 0
@@ -326,7 +325,7 @@ def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def column_name(summary: RunSummary) -> str:
-    """Heading of a run's column: the run's name, and how its evaluation departs from the set's own training."""
+    """Heading of a run's column: its name and, if its evaluation uses them, AdamW and a teacher's labels."""
     settings = summary.config.evaluate
     labels = {"teacher": ["a teacher's labels"], "stored": ["stored labels"]}.get(settings.labels, [])
     special = ["AdamW"] * (settings.optimiser == "adamw") + labels
@@ -355,12 +354,12 @@ def scores_by_name(scores: NetworkScores) -> dict[str, Score]:
 
 
 def names_of(networks: Sequence[NetworkScores]) -> list[str]:
-    """Distinct names of the architectures."""
+    """Names of the architectures, in the same order, each different from the others."""
     return network_names([each.network for each in networks])
 
 
 def mean_over_networks(networks: Sequence[NetworkScores], column: str, kinds: Sequence[str]) -> str | None:
-    """Mean accuracy in percent over the architectures of these kinds; `None` if a score is missing or there is none."""
+    """Mean accuracy in percent over the architectures of these kinds; `None` without any, or if a score is missing."""
     found = [scores_by_name(each).get(column) for each in networks if each.kind in kinds]
     means = [score.mean for score in found if score is not None]
     return f"{100 * statistics.fmean(means):.1f}" if means and len(means) == len(found) else None
@@ -392,7 +391,7 @@ def find_score(scores: Sequence[Score], row: str) -> Score | None:
 
 
 def share_of_full(scores: Sequence[Score]) -> str | None:
-    """Accuracy of the distilled set as a percentage of the accuracy of all real data; `None` if one is not known."""
+    """Accuracy of the distilled set as a percentage of the accuracy of all real data; `None` if either is unknown."""
     distilled, full = find_score(scores, "distilled"), find_score(scores, "full")
     if distilled is None or full is None or not full.mean:
         return None

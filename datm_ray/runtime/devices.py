@@ -54,7 +54,7 @@ def uses_gpu(cluster: ClusterConfig) -> bool:
 
 
 def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
-    """Turn an array into a tensor, which callers must not write to. On the CPU it shares the array's memory.
+    """Turn an array into a tensor. Callers must not write to it, because on the CPU it shares the array's memory.
 
     Arrays from Ray's object store or a memory map are read-only. torch has no read-only tensors, and asks for a copy by
     a warning, hidden here. A copy in each worker would multiply a node's memory by its number of workers.
@@ -90,7 +90,7 @@ class Meter:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Peak memory in bytes: torch's on a GPU, this process's main memory on a CPU; nan if unknown."""
+    """Peak memory of this process in bytes: torch's GPU memory on a GPU, main memory on a CPU; nan if unknown."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     try:

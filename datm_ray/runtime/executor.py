@@ -1,7 +1,7 @@
 """Interface of executors, which run tasks on workers, and the serial executor as its reference.
 
 A worker is a plain class. Its methods are generators: they yield `Progress` while they work and end with `Finished`. An
-executor decides where workers run and what happens when one is lost; results are the same everywhere.
+executor decides where workers run and what happens if a worker is lost. Results do not depend on the executor.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ Event = Started | Phase | Progress | Stopped | Finished | Lost | Failed | Resize
 
 @dataclass(frozen=True)
 class Task:
-    """One call of a worker's method."""
+    """Task of an executor: one call of a worker's method."""
 
     name: str
     """Name shown to the user, unique within its stage."""
@@ -148,7 +148,7 @@ class WorkerRank:
 
 
 class Executor(Protocol):
-    """Runs tasks on workers."""
+    """Interface of an executor, which runs tasks on workers."""
 
     description: str
     """Text for the user about where tasks run."""
@@ -198,7 +198,7 @@ class Executor(Protocol):
 
 
 class SerialExecutor:
-    """One worker in this process, which runs one task after another."""
+    """Executor with one worker in this process, which runs one task after another."""
 
     def __init__(self, cluster: ClusterConfig) -> None:
         # Imported here because this module needs torch, which the driver of remote workers does not import.

@@ -50,7 +50,7 @@ _OWN_DEVICE = re.compile(r"cuda (?:error|failure|function|out of memory)", re.I)
 
 @dataclass(frozen=True)
 class Mesh(ABC):
-    """Position of this worker in the grid, and collective operations with the others.
+    """Position of this worker in the grid of workers, and collective operations with the other workers.
 
     All workers must make the same calls in the same order. Results carry no gradient. A worker that has nobody to sum
     with may get the argument itself as the result.
@@ -101,7 +101,7 @@ class Mesh(ABC):
 
     @abstractmethod
     def barrier(self) -> None:
-        """Wait until all workers call this."""
+        """Wait until all workers have called this method."""
 
     @abstractmethod
     def until_all_are_done(self, work: Callable[[Heartbeat], Result]) -> Result:
@@ -151,7 +151,7 @@ class Alone(Mesh):
         return tensor
 
     def barrier(self) -> None:
-        """Return at once: there are no other workers."""
+        """Return at once: there are no other workers to wait for."""
 
     def until_all_are_done(self, work: Callable[[Heartbeat], Result]) -> Result:
         """Do the work: there are no other workers to wait for."""
@@ -197,7 +197,7 @@ class ProcessMesh(Mesh):
         return None
 
     def barrier(self) -> None:
-        """Wait until all workers call this, see `Mesh.barrier`."""
+        """Wait until all workers have called this method, see `Mesh.barrier`."""
         self.sum_over_all(torch.zeros(1))
 
     def until_all_are_done(self, work: Callable[[Heartbeat], Result]) -> Result:
@@ -238,7 +238,7 @@ class ProcessMesh(Mesh):
             pass
 
     def _count_working(self, working: bool) -> int:
-        """Count the workers still at work. Every worker must call this.
+        """Count the workers that are still at work. Every worker must call this method.
 
         Args:
             working: True if this worker is still at work.
@@ -292,7 +292,7 @@ def open_mesh(
         timeout: seconds to wait for a peer, at the rendezvous and in every call.
 
     Raises:
-        PeerLostError: a peer does not come, dies, or does not answer in time.
+        PeerLostError: a peer does not connect, dies, or does not answer in time.
     """
     if worker_rank is None:
         yield Alone()

@@ -15,9 +15,9 @@ from time import monotonic
 from datm_ray.runtime.executor import Event, Progress
 
 LONGEST_DELAY = 60.0
-"""Longest wait before another attempt, in seconds."""
+"""Longest wait in seconds before another attempt at a task."""
 STEPS_OF_PATIENCE = 20
-"""Multiple of a task's longest step so far. A worker without an event for this time counts as stuck."""
+"""Time limit for a worker's next event, as a multiple of its longest step so far. Later it counts as stuck."""
 MARGIN = 30.0
 """Seconds that a stuck worker has to end itself before the driver ends its process."""
 
@@ -29,11 +29,11 @@ class History:
     losses: int = 0
     """Number of attempts that ended because a worker was lost."""
     without_progress: int = 0
-    """Number of losses since an attempt last saved more work than all earlier ones, including that attempt's loss."""
+    """Number of lost attempts since new work was last saved, including the attempt that saved it."""
     furthest: int = 0
     """Highest `Progress.done` that any attempt has saved."""
     nodes: tuple[str, ...] = ()
-    """Nodes of the losses counted by `without_progress`, without unknown ones."""
+    """Nodes on which the attempts counted in `without_progress` were lost; unknown nodes are left out."""
 
     def after_loss(self, saved: int, node: str = "") -> History:
         """History with one more lost attempt.

@@ -61,7 +61,7 @@ UNREADABLE = {
     "gpus": "'gpus' is not one of",
     "memory=80GiB": "it needs gpus= or cpus=",
     "gpus=1,cpus=2": "it needs gpus= or cpus=, and not both",
-    "gpus=1,gpus=2": "gpus is there twice",
+    "gpus=1,gpus=2": "it has gpus= twice",
     "gpus=0": "gpus is '0'",
     "gpus=-1": "gpus is '-1'",
     "gpus=1.5": "gpus is '1.5'",

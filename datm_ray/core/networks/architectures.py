@@ -114,7 +114,7 @@ def resnet18(spec: NetworkSpec) -> SpatialNetwork:
 
 
 class _ResidualBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut; the shortcut is a 1x1 convolution where the map's shape changes."""
+    """Residual block: two 3x3 convolutions beside a shortcut, which is a 1x1 convolution if the map's shape changes."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, norm: Norm) -> None:
         super().__init__()
@@ -310,7 +310,7 @@ class _LayerNorm(nn.LayerNorm):
 
 
 class _Attention(nn.Module):
-    """Multi-head self-attention of tokens [b t d], written as matrix products."""
+    """Multi-head self-attention of tokens [b t d], computed by matrix products instead of torch's fused kernel."""
 
     def __init__(self, hidden: int, heads: int) -> None:
         super().__init__()

@@ -38,10 +38,11 @@ class InstanceNorm(nn.GroupNorm):
 
 
 def instance_norm(images: Tensor, weight: Tensor, bias: Tensor, eps: float, *, explicit: bool) -> Tensor:
-    """Normalise maps [b c h w] to mean 0 and variance 1 per image and channel, then scale and shift by [c].
+    """Normalise maps [b c h w] to mean 0 and variance 1 per image and channel, then scale and shift them.
 
     Args:
-        explicit: see `InstanceNorm`.
+        weight, bias: [c] scale and shift of each channel.
+        explicit: True to use this module's derivatives, see `InstanceNorm`.
     """
     if not explicit:
         return group_norm(images, len(weight), weight, bias, eps)
@@ -59,7 +60,7 @@ def _per_channel(values: Tensor) -> Tensor:
 
 
 def _normalise(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Compute h and r of the module's notation."""
+    """Compute the normalised maps h, and r, the inverse standard deviation of each map."""
     centred = z - _mean(z)
     r = torch.rsqrt(_mean(centred * centred) + eps)
     return centred * r, r
@@ -71,7 +72,7 @@ def _sum_over_images(means: Tensor, z: Tensor) -> Tensor:
 
 
 class _Norm(torch.autograd.Function):
-    """Normalisation y(z, g, b) in the module's notation."""
+    """Function y(z, g, b) = g h(z) + b, the normalisation, with hand-written derivatives. Notation: see the module."""
 
     @staticmethod
     def forward(z: Tensor, g: Tensor, b: Tensor, eps: float) -> Tensor:
@@ -100,7 +101,7 @@ class _Norm(torch.autograd.Function):
 
 
 class _NormTangent(torch.autograd.Function):
-    """Tangent yt(z, zt, g, gt, bt) = g ht + gt h + bt in the module's notation."""
+    """Function yt(z, zt, g, gt, bt) = g ht + gt h + bt, the normalisation's tangent. Notation: see the module."""
 
     @staticmethod
     def forward(z: Tensor, zt: Tensor, g: Tensor, gt: Tensor, bt: Tensor, eps: float) -> Tensor:

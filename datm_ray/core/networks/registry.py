@@ -70,7 +70,7 @@ def build_network(spec: NetworkSpec, seed: int) -> nn.Module:
     """Build the network of `spec` with its architecture's initialisation, drawn from `seed` alone.
 
     Raises:
-        ConfigError: the architecture is unknown, the images are too small for it, or it cannot have the normalisation.
+        ConfigError: the architecture is unknown, or it does not support the image size or the normalisation.
     """
     if spec.architecture not in _BUILDERS:
         raise ConfigError(

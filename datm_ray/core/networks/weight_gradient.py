@@ -124,6 +124,6 @@ def _cotangent_parts(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def _from_four(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Transform products back along one axis: three weights from four products."""
+    """Inverse transform along one axis of the weights: three gradients from four products."""
     half_sum = (b + c) / 2
     return a + half_sum, (b - c) / 2, half_sum + d

@@ -18,7 +18,7 @@ class MatchPlan:
     expert: int
     """Index of the expert in the list of available experts."""
     start: int
-    """Epoch from which the student starts."""
+    """Start epoch: the expert's epoch whose parameters the student starts from."""
 
 
 def draw_plan(starts: range, experts: int, seed: int, iteration: int, backbone: int = 0) -> MatchPlan:

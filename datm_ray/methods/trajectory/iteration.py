@@ -40,7 +40,7 @@ class Match:
     target: Tensor
     """[p] expert parameters at the target epoch."""
     steps: Sequence[StudentStep]
-    """Minibatches of the student's steps. A class shard has the part of each that it holds."""
+    """Minibatches of the student's steps. In a class shard, each contains only the shard's own images."""
     backbone: int = 0
     weight: float = 1.0
     """Weight of this backbone's matching loss in the sum."""
@@ -143,7 +143,8 @@ class Distillation(State[IterationRecord]):
     def stuck(self) -> int:
         """Number of iterations since the last update in which every loss exceeded the threshold.
 
-        0 unless the number has just reached a multiple of `MOST_ABOVE`. So a resumed run tries `MOST_ABOVE` more.
+        The value is 0 unless this number has just reached a multiple of `MOST_ABOVE`. So a resumed run tries
+        `MOST_ABOVE` more iterations.
         """
         since = _since_update(self.history)
         since = since[len(since) % self.backbones :]  # whole iterations

@@ -146,9 +146,9 @@ def matching_gradient(
 
 
 def _agreed(loss: Tensor, all_sum: AllSum) -> float:
-    """Mean of the shards' losses, which is equal in all shards, so that all of them skip an iteration or none.
+    """Mean of the shards' losses. Machines may round the loss differently, but the mean is equal in all shards.
 
-    Different machines may round the loss differently.
+    So either all shards skip an iteration, or none.
     """
     total, shards = all_sum(torch.stack([loss, torch.ones_like(loss)])).tolist()
     return float(total / shards)
@@ -159,7 +159,7 @@ class _Piece:
     """Images of one call of the step functions, on the device."""
 
     rows: Tensor
-    """[b] indices of rows of the synthetic set."""
+    """[b] indices of the images among the rows that this shard holds."""
     operation: str
     uniform: Tensor
     """[b w] parameters of the augmentation."""

@@ -37,13 +37,13 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 CONNECT_TIMEOUT = 10.0
 """Seconds to wait for a cluster's head node to answer."""
 PROBE_TIMEOUT = 2.0
-"""Seconds to wait for a web server's answer to a probe. Ray's own port never answers the probe."""
+"""Seconds to wait for a web server's answer to a test request. Ray's own port never answers such a request."""
 CHECK_INTERVAL = 1.0
 """Seconds between two checks of the cluster's nodes."""
 SHORT_WAIT = 60.0
 """Seconds to wait for free resources if no node starts on demand. Stopped workers free their resources sooner."""
 MODEL_SHARE = 0.001
-"""Amount of the resource "accelerator_type:<GPU model>" that Ray gives an actor with that option; a node has 1."""
+"""Amount of the resource "accelerator_type:<GPU model>" for an actor that requests this model. A node has 1."""
 _NO_START = "Ray does not start on this machine"
 
 
@@ -152,7 +152,7 @@ def _quiet_library() -> Iterator[None]:
 
 
 def _require_listener(address: str, given: str) -> None:
-    """Raise an error at once if nothing listens at the address, or a web server does. Ray would retry for minutes."""
+    """Raise an error if nothing listens at the address, or a web server. Ray itself would retry for minutes."""
     if address.startswith("ray://"):
         raise ClusterError(
             f"{given} {address!r} is a Ray Client address, and Ray Client cannot send data sets to workers",
@@ -195,11 +195,11 @@ class Nodes:
         self._resources: dict[str, dict[str, float]] = {}
         """Live node -> all its resources, free or in use."""
         self._fits: dict[bool, dict[str, int]] = {}
-        """Results of `fits`: True -> those for light workers, False -> those for all others."""
+        """Results of `fits`: key True for light workers, key False for all other workers."""
         self._checked = float("-inf")
 
     def fits(self, *, light: bool = False) -> dict[str, int]:
-        """Live node -> number of workers that its CPUs, GPUs and named resources, free or in use, are enough for."""
+        """Live node -> number of workers that it could hold if all its CPUs, GPUs and named resources were free."""
         resources = self._alive()
         if light not in self._fits:
             cluster = self._cluster.shaped(light=light)
@@ -261,7 +261,7 @@ class Nodes:
         )
 
     def waiting(self, size: int, seconds: float) -> str:
-        """Message for the user that a task has waited for `size` free workers for so many seconds."""
+        """Message for the user that a task has waited `seconds` for `size` free workers."""
         fits = self.fits()
         holds = f"{counted(len(fits), 'node')} can hold {self.capacity()}, if nobody else uses them"
         return f"waiting for {counted(size, 'worker')} for {seconds:.0f} s: {holds}"

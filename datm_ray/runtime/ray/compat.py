@@ -44,13 +44,16 @@ NOT_A_NODE = "No node info found"
 
 
 def runs_a_node() -> bool:
-    """True if this machine runs a node of any Ray cluster, or if this version of Ray cannot tell. Drivers need one."""
+    """True if this machine runs a node of any Ray cluster, or if this version of Ray cannot tell.
+
+    A driver needs a node of its cluster on its own machine.
+    """
     find = getattr(ray._private.services, "find_gcs_addresses", None)
     return find is None or bool(find())
 
 
 def limit_node_search(seconds: float) -> None:
-    """Limit a driver's search for its cluster's node on this machine to so many seconds, instead of Ray's 60."""
+    """Limit the time in seconds for which a driver searches its cluster's node on this machine. Ray's limit is 60 s."""
     services = ray._private.services
     search = getattr(services, "get_node_to_connect_for_driver", None)
     if search is not None and "timeout_seconds" in inspect.signature(search).parameters:

@@ -47,15 +47,15 @@ from datm_ray.runtime.recovery import MARGIN, History, Patience, size_for
 from datm_ray.runtime.stopping import SAVE_TIMEOUT, SAVES, Interrupted, saving
 
 PENDING = 8
-"""Number of actors that may wait for resources at a time; if more actors have started, then their number."""
+"""Number of actors that may wait for resources at a time. If more actors have started, as many may wait."""
 EVENT_INTERVAL = 0.5
 """Longest wait for an event, in seconds, before waiting tasks are checked."""
 CHECK_INTERVAL = 5.0
 """Seconds between two checks of the workers."""
 LONGEST_DRAIN = 600.0
-"""Longest time in seconds for which tasks of one worker wait, so that a group gets the resources that others free."""
+"""Longest time in seconds for which tasks of one worker wait, so that a waiting group gets all resources set free."""
 ABSENCE = 10.0
-"""Seconds between two checks of events from which on this process itself is taken to have stood still."""
+"""Seconds between two checks of events. If a gap is longer, this process itself is taken to have stood still."""
 ROOT_CAUSE_TIMEOUT = 3.0
 """Seconds to wait for the original error after a rank reports that it lost its peers."""
 AVOIDANCE_PAUSE = 600.0
@@ -63,7 +63,7 @@ AVOIDANCE_PAUSE = 600.0
 WAIT_INTERVAL = 60.0
 """Seconds between two messages that a task waits for a worker. The first message comes after 15 s."""
 FAULTS_OF_A_NODE = 3
-"""Number of workers lost in a row on a node, by errors, from which on the node is avoided if that is possible."""
+"""Number of workers lost in a row on one node, by errors, after which new workers avoid the node if possible."""
 
 _log = logging.getLogger(__name__)
 
@@ -204,7 +204,7 @@ class _Stage:
         """Number of tasks taken from the list so far."""
         self._jobs: list[_Job] = []
         self._failure: DatmError | None = None
-        """First error in the user's input, else `None`. After it no task starts; running tasks finish."""
+        """First error in the user's input, `None` so far. After such an error no task starts; running tasks finish."""
         self._given_up: DatmError | None = None
         """Error of the first task that lost its workers too often. It is raised after all other tasks have ended."""
         self._failed_starts = 0
@@ -567,7 +567,7 @@ class _Stage:
     def _has_elsewhere(self, job: _Job, stream: Any) -> bool:
         """True if the task may be retried on another node after an error that may have its cause on one node.
 
-        This holds once per task, and if another node can hold a worker. The failed node is recorded.
+        A task gets one such retry, if another node can hold a worker. The failed node is recorded.
         """
         worker = job.workers[job.streams.get(stream, 0)]
         worker.find_node()

@@ -62,7 +62,7 @@ class Job:
     status: str
     """State of the job: pending, running, stopped, succeeded or failed."""
     recipes: str
-    """Names of the runs."""
+    """Names of the recipes that the job runs, separated by commas."""
     out: str
     """Output folder of the runs."""
     seconds: float
@@ -93,7 +93,7 @@ class Jobs:
         self._client = Dashboard(address)
 
     def command(self, name: str, number: str) -> str:
-        """Text of the shell command `datm-ray job NAME` for a job; "logs" gets --follow."""
+        """Make the text of the shell command `datm-ray job NAME` for a job. For "logs" it has the option --follow."""
         follow = " --follow" if name == "logs" else ""
         return f"datm-ray job {name} {number}{follow} --address {shlex.quote(self._shown)}"
 
@@ -164,7 +164,7 @@ class Jobs:
         """True if the cluster has the job although submitting it failed, because only the answer was lost.
 
         Raises:
-            JobUnreachableError: the cluster has not answered this question by the time `end`.
+            JobUnreachableError: the cluster has not answered by the time `end`, so nothing is known.
         """
         while True:
             try:

@@ -19,7 +19,7 @@ from datm_ray.runtime.ray.cluster import first_line
 
 
 def unwrapped(failure: BaseException) -> BaseException:
-    """Error that an actor raised or died of, without Ray's wrapper. Unexpected errors keep it for its traceback."""
+    """Remove Ray's wrapper from an actor's error. Unexpected errors keep the wrapper, which has the traceback."""
     inner = failure.cause if isinstance(failure, RayTaskError) else next(iter(failure.args), None)
     if isinstance(failure, RayTaskError):
         return unwrapped(inner) if isinstance(inner, DatmError | RayActorError) else failure

@@ -17,7 +17,7 @@ from datm_ray.monitor.metrics import CATALOGUE, Readings, Sample
 from datm_ray.runtime.executor import Event, Task
 
 REFRESH_INTERVAL = 5.0
-"""Seconds between two settings of all gauges."""
+"""Seconds after which the thread sets all gauges again."""
 
 
 class RayMetrics:
@@ -47,7 +47,7 @@ class RayMetrics:
             self._export(self._readings.take(task, event, rank))
 
     def close(self) -> None:
-        """Stop the thread. Must be called before Ray disconnects."""
+        """Stop the thread that refreshes the gauges. Must be called before Ray disconnects."""
         self._closed.set()
         self._thread.join()
 

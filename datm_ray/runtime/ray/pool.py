@@ -43,7 +43,7 @@ class Stage(NamedTuple):
 
 
 class Worker:
-    """Ray actor that holds one of our workers and runs its tasks."""
+    """Ray actor that holds one of this package's workers and runs its tasks."""
 
     def __init__(self, log_level: int) -> None:
         if not ray.get_gpu_ids():
@@ -55,7 +55,7 @@ class Worker:
         self._stage = -1
 
     def __repr__(self) -> str:
-        """Name of the actor in Ray's dashboard and logs."""
+        """Name of the actor for Ray's dashboard and logs."""
         return type(self).__name__
 
     def place(self) -> tuple[str, int]:
@@ -129,7 +129,7 @@ def labels_without(options: Mapping[str, Any], avoided: set[str]) -> dict[str, s
 
 @dataclass(eq=False)
 class PoolWorker:
-    """The driver's handle of one actor."""
+    """Handle of one actor for the driver."""
 
     options: Mapping[str, Any]
     """Ray's options of the actor: resources that it takes, and labels of the nodes where it may run."""

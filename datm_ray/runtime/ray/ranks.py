@@ -17,7 +17,7 @@ from datm_ray.runtime.ray.pool import PoolWorker, labels_without
 
 
 class RankGroup:
-    """Group of ranks. Start it once its resources are reserved (`is_placed`)."""
+    """Group of ranks. Callers start the group once Ray has reserved its resources (`is_placed`)."""
 
     def __init__(self, size: int, wanted: int, options: Mapping[str, Any], avoided: set[str]) -> None:
         """Request the resources of a group from Ray, without waiting for them.
