@@ -1,4 +1,4 @@
-"""The stages of a run as Python calls: each takes one recipe, does what the command of that name does, returns a value.
+"""Stages of a run as Python calls. Each takes one recipe, works like the command of its name, and returns a value.
 
 Running a call again resumes it, and several recipes with the same `out` share experts and controls, as on the command
 line. Jobs on clusters are left out. Tests: tests/test_api.py.
@@ -45,7 +45,7 @@ class Result:
 
 
 class Options(TypedDict, total=False):
-    """Options that all calls have."""
+    """Options that `run`, `train_experts`, `distill` and `evaluate` share."""
 
     settings: Settings
     """Values that replace the recipe's."""
@@ -64,7 +64,7 @@ Recipe = str | os.PathLike[str] | RunConfig
 
 
 def recipe_of(recipe: Recipe, settings: Settings | None = None) -> RunConfig:
-    """The recipe with other settings.
+    """Recipe with some settings replaced.
 
     Args:
         recipe: see `Recipe`.
@@ -138,7 +138,7 @@ def plan(
         cluster: cluster to suggest a layout for, such as "gpus=64,memory=80GiB,tflops=60,network=25Gbps" or
             "cpus=2,memory=24GiB". Default: this machine.
         data_shape: channels x height x width, classes and images of data that is not here, as "3x64x64,200,100000".
-        measure: True to time the run's own steps on this machine, compiled. False times small ones, on CPUs alone.
+        measure: True to time the run's own compiled steps on this machine. False times small steps, and on CPUs alone.
 
     Raises:
         ConfigError: the set does not fit into memory, or an argument cannot be read.
@@ -155,7 +155,7 @@ def init(
     resize: int | None = None,
     progress: bool = True,
 ) -> Suggestion:
-    """Choose a recipe for images of one's own, with the reason of every value.
+    """Choose a recipe for your own images, with the reason of every value.
 
     >>> suggestion = datm_ray.init("/data/birds", ipc=10, minutes=20)
     >>> suggestion.reasons["experts.batch_size"]
@@ -166,8 +166,9 @@ def init(
         ipc: synthetic images per class.
         minutes: time on the clock for everything, on this machine. Its speed is measured first.
         name: name of the run. Default: the file's name and the images per class.
-        resize: side in pixels to bring all images to. Default: their own size if it is one and at most 64, else 64.
-        progress: True (default) to show what it is doing.
+        resize: side in pixels to resize all images to. Default: the images' own size if all have the same and it is at
+            most 64, otherwise 64.
+        progress: True (default) to show progress.
 
     Raises:
         ConfigError: the name is impossible.
@@ -175,7 +176,7 @@ def init(
     """
     place, say = os.fspath(path), Reporter(quiet=not progress).message
     wish = Wish(recipe_of(RunConfig(), {"name": name or default_name(place, ipc)}).name, ipc, 60 * minutes)
-    soon = threading.Timer(2.0, say, [f"reading the images of {place} ..."])  # an error comes before, on its own
+    soon = threading.Timer(2.0, say, [f"reading the images of {place} ..."])  # early errors need no such line
     soon.start()
     try:
         dataset, raw = read_images(place, resize)
@@ -208,7 +209,7 @@ def evaluate(recipe: Recipe, out: str | os.PathLike[str] = "runs", **options: Un
 def _prepared(
     recipe: Recipe, out: str | os.PathLike[str], options: Options
 ) -> tuple[Pipeline, Callable[[], Executor], Reporter]:
-    """The run's stages, the start of its workers, and its progress display."""
+    """The run's stages, a function that starts its workers, and its progress display."""
     if unknown := sorted(options.keys() - Options.__annotations__.keys()):
         raise TypeError(f"unknown option {unknown[0]!r}; known are {', '.join(Options.__annotations__)}")
     config, out = recipe_of(recipe, options.get("settings")), os.fspath(out)

@@ -45,7 +45,7 @@ from datm_ray.store.trajectories import TRANSFORM_KIND
 
 KIND = "synthetic-set"
 TRANSFORMS = "transforms"
-"""Folder of the transforms that are kept apart from their sets."""
+"""Folder of the transforms that are stored apart from their sets."""
 INLINE_BYTES = 64 * 1024
 """Largest size in bytes of a transform that is stored inside every set's file, inclusive."""
 _SEARCHED = 50  # most names searched for runs, in a folder that is given for a set
@@ -115,8 +115,8 @@ class Artifact:
     step_size: float
     """Learning rate that was learned with the images, for SGD and the recipe's first network."""
     step_sizes: tuple[float, ...]
-    """Learning rates for all matched networks, the first included. Files of earlier versions have that of the first
-    only."""
+    """Learning rates for all matched networks, the first included. Files of earlier versions hold the first network's
+    learning rate alone."""
     class_names: tuple[str, ...]
     """Names of the k classes."""
     held_transform: Transform | KeptTransform
@@ -138,10 +138,10 @@ class Artifact:
         """How networks were trained on the set to score it: epochs, batch size, optimiser's settings and augmentation.
 
         `training().optimizer(network)` makes the optimizer, `training().rate(epoch)` is the learning rate of an epoch,
-        and `training().augment(images)` augments a batch. The learning rate is the recipe's, or else the one learned
-        with the set, which is for SGD; AdamW was scored with the best of a few. If `temperature` is not `None`, a
-        teacher's logits of every batch replaced the set's labels, see `datm_ray.ReplayedLabels`. Sets whose recipe does
-        not name its protocol get the published one, without augmentation.
+        and `training().augment(images)` augments a batch. The learning rate is the recipe's. If the recipe has none, it
+        is the one learned with the set, which suits SGD; networks with AdamW had the best of a few rates. If
+        `temperature` is not `None`, a teacher's logits of every batch replaced the set's labels, see
+        `datm_ray.ReplayedLabels`. Sets whose recipe names no protocol get the published one, without augmentation.
 
         Raises:
             ConfigError: this version has no such protocol or optimiser.
@@ -223,7 +223,7 @@ def save_artifact(
 
     Args:
         transforms: folder for large transforms, each stored once and named by its digest; `load` must find it from the
-            set's file. None stores the transform in the set's file.
+            set's file. `None` stores the transform in the set's file.
     """
     arrays = {
         "images": synthetic.images.detach().cpu().numpy(),
@@ -247,7 +247,7 @@ def _with_context(
     *,
     kept: bool = False,
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """Arrays and metadata of a set's file; if `kept`, only the digest of the transform, which has a file of its own."""
+    """Arrays and metadata of a set's file. If `kept`, they hold the transform's digest, but not the transform."""
     transform_metadata = transform.to_metadata()
     if kept:
         transform_metadata["digest"] = transform.digest
@@ -263,12 +263,12 @@ def _with_context(
 
 
 def keep_transform(transform: Transform, transforms: Location) -> Location | None:
-    """Write a large transform into the folder unless it exists. Returns its file, or None for a small transform."""
+    """Write a large transform into the folder unless it exists. Returns its file, or `None` for a small transform."""
     if transform.nbytes <= INLINE_BYTES:
         return None
     place = transforms / f"{transform.digest}.arrow"
     if not place.exists():
-        with suppress(AlreadyExistsError):  # another worker was faster
+        with suppress(AlreadyExistsError):  # another worker has written it
             arrays, metadata = transform.to_arrays(), transform.to_metadata()
             write_tensors(place, arrays, kind=TRANSFORM_KIND, metadata=metadata, replace=False)
     return place
@@ -328,7 +328,7 @@ def read_artifact(location: Location) -> Artifact:
 
 
 def _require_sound(artifact: Artifact, uri: str) -> None:
-    """Refuse a set that cannot be used, even if its checksums are right: any program can write a file.
+    """Check a set that was read. Right checksums do not suffice, because any program can write a file.
 
     Raises:
         CorruptFileError: a shape, label, name or value contradicts the others.
@@ -438,7 +438,7 @@ def export(artifact: Artifact, kind: str, out: Location) -> list[str]:
 
 
 def left_out(artifact: Artifact, kind: str) -> list[str]:
-    """Sentences on what an export of this kind loses or changes, see `export`."""
+    """Sentences on what an export of this kind loses or changes, see `export`; empty if nothing."""
     lines = []
     if kind in ("png", "parquet") and (share := artifact.clipped_share()):
         shown = f"{100 * share:.0f} %" if share >= 0.01 else "Less than 1 %"

@@ -55,7 +55,7 @@ class ConfigError(DatmError):
 
 
 class DatasetError(DatmError):
-    """A data set is missing, malformed or too small for what is asked of it."""
+    """A data set is missing, malformed or too small for the recipe."""
 
 
 class StoreError(DatmError):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 def available_memory(root: Path = Path("/")) -> int:
     """Bytes of main memory that can be allocated without swapping, on the machine or in this process's container."""
-    # Without Linux: all memory, because systems report the used part in different ways.
+    # Systems other than Linux report used memory in different ways, so there all memory counts as free.
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with suppress(OSError, ValueError, IndexError, StopIteration):
         lines = (root / "proc/meminfo").read_text().splitlines()
@@ -33,8 +33,8 @@ def _left_in_control_groups(root: Path) -> list[int]:
                 ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
             )
             group = base / path.lstrip("/")
-            # In a container the path may be the host's, which does not exist there; then the
-            # base is the container's own group.
+            # In a container, the path may be one of the host, which does not exist there. The base is then
+            # the container's own group.
             for place in [base, *(each for each in (group, *group.parents) if base in each.parents)]:
                 with suppress(OSError, ValueError):  # "max", or a group without limits
                     limit, used = (int((place / name).read_text()) for name in names)

@@ -1,6 +1,6 @@
-"""Playing labels back: a torch data set of the labelled views of a set's images, and the teacher's logits for them.
+"""Replay of stored labels: a torch data set of views of a set's images, with the teacher's logits for each view.
 
-Every view is complete in itself, so an ordinary `DataLoader` serves: any batch size, any order, any number of workers.
+Views do not depend on each other, so an ordinary `DataLoader` works: any batch size, any order, any number of workers.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ class ReplayedLabels(Dataset[tuple[Tensor, Tensor]]):
     ...     labels.set_epoch(epoch)
     ...     for views, logits in loader: ...
 
-    The epoch is shared with the loader's workers, persistent ones too. An epoch beyond those stored repeats them in
-    turn: with n stored epochs, epoch e has the labels of epoch e mod n.
+    The loader's workers share the epoch, persistent workers too. Epochs beyond the stored ones repeat them in turn:
+    with n stored epochs, epoch e has the labels of epoch e mod n.
     """
 
     def __init__(self, images: Artifact | Tensor, labels: str | LabelStore) -> None:
-        """Read what the labels are of, and check that they belong to the images.
+        """Open the label store, and check that it was made for these images.
 
         Args:
-            images: the set, or its images [n c h w] on any device, where the views are made.
+            images: the set, or its images [n c h w] on any device. Views are made on this device.
             labels: URI of the label store, or the store.
 
         Raises:
-            ConfigError: the labels are of other images.
+            ConfigError: the labels were made for other images.
             StoreError: there is no label store.
         """
         self.images = images.images if isinstance(images, Artifact) else images
@@ -63,12 +63,12 @@ class ReplayedLabels(Dataset[tuple[Tensor, Tensor]]):
         self._epoch.fill_(epoch)
 
     def batch(self, rows: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Views [b c h w] and logits [b k] of some images, on the images' device: a faster way without a loader.
+        """Views [b c h w] and logits [b k] of some images, on the images' device. This is faster than a loader.
 
         Raises:
             IndexError: the set has no such image.
             StoreError: the epoch is not labelled yet, or cannot be read.
-            CorruptFileError: its file is damaged.
+            CorruptFileError: the epoch's file is damaged.
         """
         chosen = np.asarray(rows, np.int64)
         records = self.labels.read(self.info.pool_epoch(self.epoch), chosen)
@@ -76,14 +76,14 @@ class ReplayedLabels(Dataset[tuple[Tensor, Tensor]]):
         return apply_views(self.images, views_of(chosen, records)), logits.to(self.images.device)
 
     def __getitems__(self, rows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """Pairs of some images, which the loader asks for together."""
+        """Pairs (view [c h w], logits [k]) of some images. Loaders call this once per batch."""
         return list(zip(*self.batch(rows), strict=True))
 
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
-        """Pair of one image."""
+        """Pair (view [c h w], logits [k]) of one image."""
         return self.__getitems__([row])[0]
 
 
 def views_of(rows: NDArray[np.int64], records: LabelRecords) -> Views:
-    """Views that records of these images describe."""
+    """Views of the images with numbers `rows`, as their records describe them."""
     return Views(rows, records.boxes, records.flips, records.partners, records.lambdas, records.mix_boxes)

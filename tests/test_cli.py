@@ -520,7 +520,7 @@ def test_experts_of_another_version_s_network_are_refused(
     for command in ("experts", "distill", "evaluate", "run"):
         code, out, err = datm_ray(command, "tiny.yaml", "--executor", "serial")
         assert (code, out) == (2, "")
-        assert "are not of the convnet that it is now" in err
+        assert "do not fit the present convnet" in err
         assert len(err.splitlines()) == 1
 
 

@@ -24,7 +24,7 @@ def load_config(path: str, base_of: Callable[[str], RunConfig]) -> RunConfig:
     """Read a run's YAML file.
 
     Args:
-        path: the file; without a key `name`, it gives the run its name.
+        path: the file. If it has no key `name`, the run is named after the file.
         base_of: finds the recipe that the file's key `base` names.
 
     Raises:
@@ -39,7 +39,7 @@ def load_config(path: str, base_of: Callable[[str], RunConfig]) -> RunConfig:
         raise ConfigError(f"{path} is not a text file", remedy="give a recipe's name or a YAML file") from None
     values = {"name": plain_name(Path(path).stem), **_read_sections(text, path)}
     if isinstance(values.get("distill"), dict) and values["distill"].keys() >= _FORMER_STARTS:
-        values = _of_earlier_version(values, path)  # the recipe in the folder of a run, as an error may advise
+        values = _of_earlier_version(values, path)  # a run's saved recipe, which an error may advise to use
     if "base" in values:
         values = _merged(_base(values.pop("base"), base_of, path), values)
     return parse_config(values, path)
@@ -84,7 +84,7 @@ _SAVED = {"dataset", "network", "experts", "distill", "evaluate", "cluster"}
 
 
 def _of_earlier_version(values: dict[str, Any], origin: str) -> dict[str, Any]:
-    """Plain data of a recipe under the present names of its keys. What a saved one lacks did not exist in its run."""
+    """Plain data of a recipe with former keys renamed. In a saved recipe, a missing `gradient_limit` becomes null."""
     for old, new in RENAMED.items():
         section, _, field = old.partition(".")
         keys = values.get(section)
@@ -158,7 +158,7 @@ _QUOTED = re.compile(r"\"(.*)\"|'(.*)'", re.DOTALL)
 
 
 def _takes_text(path: Sequence[str]) -> bool:
-    """True if the field at this path takes any text; then `a #1` or `1e3` stay what they are."""
+    """True if the field at this path takes any text. Then `a #1` or `1e3` are not read as YAML."""
     field, section = fields_at(path[:-1]).get(path[-1]), fields_at(path[:-2]).get(path[-2]) if path[1:] else None
     if field is None and section is not None and get_origin(section.annotation) is dict:
         return _is_text(get_args(section.annotation)[1])
@@ -176,7 +176,7 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def to_yaml_with_reasons(config: RunConfig, reasons: Mapping[str, str]) -> str:
-    """YAML text of those values alone that have a reason, each with its reason, readable by `load_config`.
+    """YAML text of the values that have a reason, each with its reason as a comment. `load_config` can read it.
 
     Args:
         reasons: reason of each value, by `section.field`.
@@ -211,7 +211,7 @@ def _value_lines(section: Section, name: str, indent: str, comment: str | None) 
     value, plain = getattr(section, name), section.model_dump(mode="json", include={name})
     if isinstance(value, StartEpochs) and value == StartEpochs(first=value.first, bound=value.bound):
         plain[name] = [value.first, value.bound]
-    flow = None if isinstance(plain[name], dict | list) else False  # None: the innermost lists and sections
+    flow = None if isinstance(plain[name], dict | list) else False  # None: one line per innermost list
     text = yaml.dump(plain, None, _Dumper, default_flow_style=flow, sort_keys=False, width=_COLUMNS)
     return _commented(f"{textwrap.indent(text.rstrip(chr(10)), indent):<{_COMMENT_COLUMN}}", comment)
 
@@ -250,7 +250,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _written_out(node: yaml.Node, known: dict[int, float]) -> float:
-    """Number of nodes from this one down with all aliases expanded; infinite if one contains itself."""
+    """Number of nodes in this node with all aliases expanded, itself included; infinite if a node contains itself."""
     if id(node) not in known:
         known[id(node)] = math.inf  # marks a node that is being counted
         parts = node.value if isinstance(node, yaml.CollectionNode) else ()

@@ -1,4 +1,4 @@
-"""What decides a result: plain data that is equal for two runs if they have the same set, and fingerprints of experts.
+"""Identity of results: plain data that is equal for two runs with the same set, and fingerprints of experts.
 
 Tests: tests/test_config.py.
 """
@@ -13,25 +13,25 @@ from datm_ray.config.schema import RunConfig
 from datm_ray.config.sections import UNRESOLVED, RecoverConfig, SelectConfig
 
 LATER_KEYS = {"real_batch": 256, "options": {}, "initial": "correct", "labels": "soft", "gradient_limit": None}
-"""Keys of `distill` that earlier versions had not -> value that their runs had."""
+"""Keys of `distill` that earlier versions lacked -> value that their runs used."""
 LATER_EXPERT_KEYS = {"schedule": "constant", "warmup_epochs": 0}
-"""Keys of experts that earlier versions had not -> value that their experts had."""
+"""Keys of experts that earlier versions lacked -> value that their experts used."""
 READ_BY_ONE_METHOD = {"recover": ("sre2l", RecoverConfig()), "select": ("select", SelectConfig())}
 """Sections that one packaged method reads -> the method, and the section's default values."""
 SCORING_KEYS = (
     *("labels", "temperature", "cutmix", "keep_labels", "top_logits", "learning_rate"),
     *("schedule", "warmup_epochs", "epochs", "batch_size", "weight_decay"),
 )
-"""Keys of `evaluate` that decide how networks are scored, and nothing of the set."""
+"""Keys of `evaluate` that affect how networks are scored, but not the set."""
 
 
 def run_identity(config: RunConfig) -> dict[str, Any]:
-    """Plain data that decides the synthetic set and each single accuracy; needs a resolved run.
+    """Plain data that decides the synthetic set and each single accuracy. The run must be resolved.
 
-    Left out are `cluster` and the data set's path, because the data set's content has a fingerprint of its own.
-    Number of seeds, further networks, their optimiser, `full`, `fair` and `SCORING_KEYS` are left out, because they can
-    be changed in a finished run. Stored epochs beyond the matched ones, and how often a checkpoint is written, are left
-    out too.
+    `cluster` is left out. The data set's path is left out, because the data set's content has its own fingerprint.
+    Number of seeds, further networks, their optimiser, `full`, `fair` and `SCORING_KEYS` are left out, because they may
+    change in a finished run. Stored epochs beyond the matched ones, measurements of test accuracy, and the interval of
+    checkpoints are left out, because the set does not depend on them.
     """
     left_out: dict[str, Any] = {
         "cluster": True,
@@ -68,7 +68,7 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
 
 
 def _without_later_keys(experts: dict[str, Any]) -> dict[str, Any]:
-    """Settings of experts without newer keys at their former behaviour."""
+    """Settings of experts. Leaves out keys that earlier versions lacked if they have the value those versions used."""
     return {name: value for name, value in experts.items() if LATER_EXPERT_KEYS.get(name, ...) != value}
 
 
@@ -78,7 +78,7 @@ def scoring_identity(config: RunConfig) -> dict[str, Any]:
 
 
 def recipe_of_set(config: RunConfig) -> dict[str, Any]:
-    """Recipe in a set's file: the run's identity, and how its recipe scored the set."""
+    """Recipe that a set's file stores: the run's identity, and the settings that scored the set."""
     identity, scored = run_identity(config), scoring_identity(config)
     if config.evaluate.optimiser != "sgd":
         scored["optimiser"] = config.evaluate.optimiser

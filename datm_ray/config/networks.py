@@ -33,14 +33,14 @@ def scored_on(config: RunConfig, names: Sequence[str]) -> RunConfig:
 
 
 def networks_named(config: RunConfig, names: Sequence[str]) -> dict[NetworkConfig, str]:
-    """Networks given by names of architectures, each with the name that stands for it.
+    """Networks that the user asks for by names of architectures. Returns network -> its name in `names`.
 
     Args:
-        names: NAME or NAME:WIDTH. A NAME means every network of that architecture in the recipe, or else the published
-            one. NAME:WIDTH means the first of them with another width.
+        names: NAME or NAME:WIDTH. NAME means every network of this architecture in the recipe, or the published network
+            if the recipe has none. NAME:WIDTH means the first of these networks, with its width replaced.
 
     Raises:
-        ConfigError: a width is no number.
+        ConfigError: a width is not a positive number.
     """
     own = [config.network, *(backbone.network for backbone in config.backbones)]
     own += config.metadd.auxiliaries if config.metadd else ()

@@ -102,7 +102,7 @@ class RunConfig(Section):
 
     @property
     def _trainings(self) -> dict[str, ExpertConfig | EvaluateConfig]:
-        """Sections that train networks, by their keys."""
+        """Sections with settings for training networks: key -> section."""
         auxiliaries = {} if self.metadd is None else {"metadd.experts": self.metadd.experts}
         return {"experts": self.experts, **auxiliaries, "evaluate": self.evaluate}
 
@@ -151,7 +151,7 @@ class RunConfig(Section):
         return [key for key, network in networks.items() if network.norm == "batch"]
 
     def resolved(self, size: tuple[int, int]) -> RunConfig:
-        """Copy for images of `size` (height, width) in pixels, without "auto" normalisation or a depth of None.
+        """Copy for images of `size` (height, width) in pixels, without "auto" normalisation or a depth of `None`.
 
         The copy equals a run that gives these values itself. Identities, fingerprints and everything that is written to
         a run's folder come from a resolved configuration.
@@ -174,13 +174,13 @@ class RunConfig(Section):
         return parse_config(self.model_copy(update=changes).model_dump(), self.name)
 
     def each_backbone(self) -> list[RunConfig]:
-        """One copy of the run per backbone, with this network alone: it decides the network's experts."""
+        """One copy of the run per backbone, with this network alone. The copy decides which experts the network has."""
         networks = [self.network, *(backbone.network for backbone in self.backbones)]
         alone = {"backbones": (), "metadd": None}
         return [self.model_copy(update={"network": network, **alone}) for network in networks]
 
     def each_auxiliary(self) -> list[RunConfig]:
-        """One copy of the run per auxiliary of metadd, with this network alone: it decides the network's experts."""
+        """One copy of the run per auxiliary of metadd, with this network and its training alone; empty for none."""
         if self.metadd is None:
             return []
         alone = {"backbones": (), "metadd": None, "experts": self.metadd.experts}
@@ -198,13 +198,13 @@ class RunConfig(Section):
 
     @property
     def scored_networks(self) -> tuple[NetworkConfig, ...]:
-        """Architectures of the second table, the first backbone included; empty if the run has no such table."""
+        """Networks of the table of architectures, the first backbone included; empty if the run has no such table."""
         others = [network for network in self.evaluate.networks if network != self.network]
         return (self.network, *others) if self.evaluate.networks else ()
 
     @property
     def whole_role(self) -> Role:
-        """Role of a worker, or of each worker in a row of shards, that computes all networks."""
+        """Role of a worker that computes all networks, for all classes or for its shard."""
         return Role(
             tuple(range(len(self.weights))), tuple(range(0 if self.metadd is None else self.meta_network_count))
         )
@@ -233,12 +233,12 @@ class RunConfig(Section):
 
     @property
     def kept_bound(self) -> int:
-        """Last epoch of the stored range, inclusive; an expert's very last epoch is stored besides."""
+        """Last epoch of the stored range, inclusive. An expert's final epoch is stored in addition."""
         return self.experts.keep_epochs or self.latest_matched
 
     @property
     def kept_epochs(self) -> tuple[int, ...]:
-        """Stored epochs of each expert: those that may be matched, and the last, whose logits are used."""
+        """Stored epochs of each expert: epochs that may be matched, and the final epoch, whose logits are used."""
         return (*range(min(self.kept_bound + 1, self.experts.epochs)), self.experts.epochs)
 
 
@@ -264,7 +264,7 @@ RENAMED = {
     "distill.final_start_bound": "distill.start_epochs.final_bound",
     "distill.expand_iterations": "distill.start_epochs.expand_iterations",
 }
-"""Keys of earlier versions and their present names; recipes of saved runs may still have the former."""
+"""Key of an earlier version -> its present name. Recipes of saved runs may have former keys."""
 
 
 def _config_error(failure: ValidationError, origin: str) -> ConfigError:
@@ -290,7 +290,7 @@ def _config_error(failure: ValidationError, origin: str) -> ConfigError:
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """Class of the section that a field holds, alone or in a list; None if it holds no section."""
+    """Class of the section that a field holds, alone or in a list; `None` if the field holds no section."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next(filter(None, map(section_of, get_args(annotation))), None)

@@ -80,8 +80,9 @@ class DatasetConfig(Section):
         """Copy in which "auto" is replaced by the normalisation for images of `size` (height, width) in pixels.
 
         Memory of fitting zca grows with the fourth power of an image's side, time with the sixth. Estimates on two CPU
-        cores: 6 GB and ten minutes at 64x64 RGB, the largest published size; 30 GB and 70 minutes at 96x96. It is less
-        with fewer images than values. Only the size decides, because the value is part of what experts are found by.
+        cores: 6 GB and ten minutes at 64x64 RGB, the largest published size; 30 GB and 70 minutes at 96x96. Both are
+        less if there are fewer images than values in an image. Only the image size decides, because the experts'
+        fingerprint contains the normalisation.
         """
         if self.normalisation != "auto":
             return self
@@ -92,7 +93,7 @@ UNRESOLVED = "the configuration still has values that depend on the size of the 
 MOST_WHITENED = 64 * 64
 """Largest number of pixels in an image for which normalisation "auto" means zca, inclusive."""
 SMALLEST_MAP = 3
-"""Smallest side in pixels of a convnet's last feature maps when `depth` is null: blocks are added while it is kept.
+"""Smallest side in pixels of convnet's last feature maps if `depth` is null. It limits the number of blocks.
 
 There are always at least two blocks, even if the side gets smaller."""
 PUBLISHED_DEPTH = 3
@@ -145,7 +146,7 @@ class NetworkConfig(Section):
     """2x2 pooling at the end of every convnet block."""
 
     def resolved(self, size: tuple[int, int]) -> NetworkConfig:
-        """Copy in which a depth of None is replaced by the default for images of `size` (height, width) in pixels."""
+        """Copy in which a depth of `None` is replaced by the default for images of `size` (height, width) in pixels."""
         if self.depth is not None:
             return self
         return self.model_copy(update={"depth": depth_for(self.architecture, size)})
@@ -216,11 +217,11 @@ class ExpertConfig(Section):
     adaptive: bool = True
     """gsam: scale the ascent step by each parameter's size."""
     keep_epochs: Count | None = None
-    """Store epochs 0 to this one and the last; null: all matchable."""
+    """Store epochs 0 to this one and the final one; null: all matchable."""
     storage: Literal["float32", "float16", "bfloat16"] = "float32"
     """Type of stored parameters; 16 bits halve the store but round."""
     test_every: Annotated[int, Field(ge=0)] = 0
-    """Epochs between measurements of test accuracy (for display only); 0 for none. Only stored epochs have one."""
+    """Epochs between measurements of test accuracy (for display only); 0 for none. Only stored epochs keep it."""
 
 
 class StartEpochs(Section):
@@ -275,7 +276,7 @@ class StartEpochs(Section):
 
 
 class DistillConfig(Section):
-    """Making the set. Keys for trajectories are read by datm alone, `real_batch` by dm alone.
+    """Making the set. Only datm reads keys for trajectories, and only dm reads `real_batch`.
 
     dm learns neither labels nor step size: its labels are hard, and networks train with `initial_step_size`.
     """
@@ -295,7 +296,7 @@ class DistillConfig(Section):
     learning_rate_images: Positive | None = 100.0
     """Learning rate of SGD on the pixels, momentum 0.5; null: found before the first iteration."""
     learning_rate_labels: NonNegative = 2.0
-    """Learning rate of the soft labels, momentum 0.9; 0: none."""
+    """Learning rate of the soft labels, momentum 0.9; 0: labels stay."""
     learning_rate_step_size: NonNegative = 1e-5
     """Learning rate of the student's step size, momentum 0.5."""
     real_batch: Count = 256
@@ -324,7 +325,7 @@ class DistillConfig(Section):
 
 
 class RecoverConfig(Section):
-    """Recovering images from a teacher, read by sre2l alone. `distill` gives IPC, iterations, first images and labels.
+    """Recovering images from a teacher. Only sre2l reads it. `distill` gives IPC, iterations, first images and labels.
 
     The values are those published for Tiny-ImageNet.
     """
@@ -336,7 +337,7 @@ class RecoverConfig(Section):
     statistics: NonNegative = 1.0
     """Weight of the distance from the teacher's running statistics (r_bn)."""
     first_layer: NonNegative = 10.0
-    """Weight, within it, of the first batch normalisation; the others have 1."""
+    """Weight of the first batch normalisation within `statistics`; other layers have 1."""
     least_share: Annotated[float, Field(gt=0, le=1)] = 0.08
     """Smallest share of an image's area that a crop keeps, in (0, 1]; 1 does not crop."""
     crops: Literal["published", "falling"] = "published"
@@ -344,15 +345,15 @@ class RecoverConfig(Section):
     flip: bool = True
     """Mirror the images of half of the views; false where mirrored images would be of another class."""
     shift: Annotated[int, Field(ge=0)] = 4
-    """Largest shift of the images in pixels; what leaves one side enters at the other."""
+    """Largest shift of the images in pixels; pixels that leave one side enter at the other."""
     rounds: Count = 1
-    """Rounds of iterations, each with a new Adam; before the second and later ones the first images are mixed in."""
+    """Rounds of iterations, each with a new Adam; between rounds, the first images are mixed in."""
     mixed_in: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of the first images in that mixture."""
+    """Share of the first images when they are mixed in between rounds."""
 
 
 class SelectConfig(Section):
-    """Choosing real images without optimisation, read by select alone. `distill` gives IPC and labels.
+    """Choosing real images without optimisation. Only select reads it. `distill` gives IPC and labels.
 
     The values of rded are the published ones.
     """
@@ -361,9 +362,9 @@ class SelectConfig(Section):
     """rded: crops of lowest loss; moderate: distance to the class centre near the median; el2n: error of the networks;
     forgetting: how often the networks forget an image; random: any images."""
     crops: Count = 5
-    """rded: random crops of an image; the one of lowest loss stays."""
+    """rded: random crops per image; the crop of lowest loss stays."""
     pool: Count = 300
-    """rded: images of each class that crops are taken from; all if there are fewer."""
+    """rded: images per class that are cropped; all images if there are fewer."""
     tiles: Annotated[int, Field(ge=1, le=2)] = 1
     """rded: crops side by side in an image, in each direction; 2 as published for ImageNet."""
     least_share: Annotated[float, Field(gt=0, le=1)] = 0.08
@@ -371,7 +372,7 @@ class SelectConfig(Section):
     epoch: Count | None = None
     """el2n: stored epoch of the networks, an early one as published; null: the last."""
     hardest: bool = False
-    """el2n, forgetting: keep the images of the highest scores; false: of the lowest, better for few images."""
+    """el2n, forgetting: keep images of the highest scores; false: of the lowest scores, better for few images."""
 
 
 class AuxiliaryExpertConfig(ExpertConfig):
@@ -388,7 +389,7 @@ class AuxiliaryExpertConfig(ExpertConfig):
 
 
 class AuxiliariesConfig(Section):
-    """Networks that MetaDD compares with the first one."""
+    """Networks that MetaDD compares with the first network."""
 
     auxiliaries: Annotated[tuple[NamedNetwork, ...], Field(strict=False, min_length=1, max_length=16)]
     """Architectures beside the first network, such as `[resnet18, {architecture: vgg11, width: 16}]`."""
@@ -450,16 +451,16 @@ class EvaluateConfig(Section):
     augmentation: str = PUBLISHED_AUGMENTATION
     """DSA operations during evaluation."""
     labels: Literal["own", "teacher", "stored"] = "own"
-    """Labels of rows with soft labels: own; teacher: expert 0's logits for every augmented batch; stored: those of
-    the distilled set are made once for every epoch and image, for resized and mirrored views, and kept beside it."""
+    """Labels of rows with soft labels: own; teacher: expert 0's logits for every augmented batch; stored: expert 0's
+    logits for resized and mirrored views, made once for every epoch and kept beside the distilled set."""
     temperature: Positive = 20.0
     """teacher, stored: divides the logits of teacher and network."""
     cutmix: NonNegative = 0.0
     """teacher, stored: alpha of CutMix, such as 1; 0 for none."""
     keep_labels: Count | None = None
-    """stored: epochs of labels to keep, repeated in turn; null: one for every epoch."""
+    """stored: number of epochs to label, repeated in turn; null: every epoch of training."""
     top_logits: Count | None = None
-    """stored: number of largest logits to keep of each; null: all."""
+    """stored: number of largest logits to keep per view; null: all."""
     learning_rate: Positive | None = None
     """Learning rate of rows with soft labels; null: learned with the set, or chosen on validation data."""
     schedule: Literal["step", "cosine"] = "step"
@@ -594,7 +595,7 @@ class ClusterConfig(WorkerShape):
     memory: Annotated[str | None, BeforeValidator(_require_size)] = None
     """Memory per distilling worker, such as 8GiB; null: all free."""
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
-    """Products of all networks; auto: tf32 on GPUs that have it, as published. bfloat16: students alone."""
+    """Precision of matrix products; auto: tf32 on GPUs that have it, as published. bfloat16: students alone."""
     channels_last: bool = True
     """Store maps channels-last: faster on CPUs, coarser rounding."""
     peer_timeout: Annotated[float, Field(ge=0.1, le=86_400)] = 300.0
@@ -606,22 +607,22 @@ class ClusterConfig(WorkerShape):
     wait_for_run: Annotated[float, Field(ge=0, le=7 * 86_400)] = 0.0
     """Seconds to wait for another command that works on the same run; 0 refuses at once."""
     checkpoint_seconds: Annotated[float, Field(gt=0, le=86_400)] = 60.0
-    """Seconds after which a checkpoint is due before distill.checkpoint_every; longer where it would take over 5 %."""
+    """Most seconds between two checkpoints; longer if checkpoints would take over 5 % of the time."""
     retries: Annotated[int, Field(ge=0)] = 3
-    """Losses in a row, without newly saved work, that a task survives."""
+    """Lost workers in a row, without newly saved work, that a task survives."""
     log_to: Literal["none", "tensorboard", "wandb"] = "none"
     """Curves beside Ray's metrics: tensorboard writes to <out>/tensorboard. Each is an extra, as in datm-ray[wandb]."""
     light: WorkerShape | None = None
     """Workers of experts, validation and evaluation; null: like those of distillation."""
 
     def shaped(self, *, light: bool) -> ClusterConfig:
-        """Copy with the resources of `light`, for workers of experts, validation and evaluation; or else itself."""
+        """Copy for workers of experts, validation and evaluation if `light` is True; itself if they are not special."""
         if not light or self.light is None:
             return self
         return self.model_copy(update={name: getattr(self.light, name) for name in WorkerShape.model_fields})
 
     def given_gpus(self, amount: float) -> ClusterConfig:
-        """Copy in which workers whose GPUs are left open have this many."""
+        """Copy in which workers whose `gpus_per_worker` is null have `amount` GPUs."""
         light = self.light
         if light is not None and light.gpus_per_worker is None:
             light = light.model_copy(update={"gpus_per_worker": amount})
@@ -630,5 +631,5 @@ class ClusterConfig(WorkerShape):
 
     @property
     def memory_bytes(self) -> int | None:
-        """Value of `memory` in bytes; None if it is null."""
+        """Value of `memory` in bytes; `None` if it is null."""
         return None if self.memory is None else parse_bytes(self.memory)

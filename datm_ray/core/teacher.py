@@ -1,6 +1,6 @@
-"""Labels of a teacher: a network in training learns the logits that a trained one has for the very same images.
+"""Labels of a teacher: a network in training learns the logits that a trained network has for the same images.
 
-With z of the teacher and z' of the network, and a temperature T, the loss of a batch is the mean over its images of
+With logits z of the teacher and z' of the network, and a temperature T, the loss of a batch is the mean over images of
 
     T^2 KL(softmax(z / T) || softmax(z' / T)).
 
@@ -38,7 +38,7 @@ class Lessons(Protocol):
 
         Args:
             images: [n c h w] images of the set.
-            seed: of order, augmentation and CutMix.
+            seed: seed of order, augmentation and CutMix.
             augmentation: operations, see `core.augment`.
         """
         ...
@@ -59,7 +59,7 @@ class Teacher:
         self.network.eval().requires_grad_(False)
 
     def batches(self, images: Tensor, seed: int, epochs: int, batch_size: int, augmentation: str) -> Iterator[Batch]:
-        """Augmented and mixed images, labelled as they are, see `Lessons`."""
+        """Batches of augmented and mixed images, with the teacher's logits for them, see `Lessons.batches`."""
         none = torch.zeros(len(images), device=next(self.network.parameters()).device)
         number = 0
         for epoch, is_last, x, _ in batches([images], [none], [seed], range(epochs), batch_size, augmentation):
@@ -91,14 +91,14 @@ class Labels(Protocol):
 
 @dataclass(frozen=True)
 class StoredLessons:
-    """Labels that were stored beforehand, in the order that a live teacher's images would have."""
+    """Lessons from labels that were stored beforehand. The order of images is the same as with a live teacher."""
 
     labels: Labels
     temperature: float = 20.0
     """T, above 0."""
 
     def batches(self, images: Tensor, seed: int, epochs: int, batch_size: int, augmentation: str) -> Iterator[Batch]:
-        """Stored views, which are augmented and mixed already, see `Lessons`."""
+        """Batches of stored views, already augmented and mixed, with their logits, see `Lessons.batches`."""
         count = len(images)
         for epoch in range(epochs):
             self.labels.set_epoch(epoch)
@@ -109,19 +109,19 @@ class StoredLessons:
 
 
 def divergence(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """Loss [] of logits [b k] against a teacher's, see the module."""
+    """Loss [] of logits [b k] against a teacher's logits [b k], see the formula in the module's docstring."""
     ours, theirs = (each.div(temperature).log_softmax(dim=1) for each in (logits, wanted))
     return temperature**2 * (theirs.exp() * (theirs - ours)).sum(dim=1).mean()
 
 
 @dataclass(frozen=True)
 class CutMix:
-    """Which box of every image is replaced, and by whose."""
+    """Box that CutMix replaces in every image of a batch, and the images that it is copied from."""
 
     rows: slice
     columns: slice
     partners: NDArray[np.int64]
-    """[b] permutation: the image whose box each image gets."""
+    """[b] permutation: number of the image from which each image gets its box."""
 
 
 def draw_cutmix(alpha: float, batch: int, size: tuple[int, int], random: np.random.Generator) -> CutMix:
@@ -136,7 +136,7 @@ def draw_cutmix(alpha: float, batch: int, size: tuple[int, int], random: np.rand
 
 
 def box_side(length: int, kept: float, centre: int) -> slice:
-    """Rows or columns of a box, cut at the image's ends; in the middle its area is 1 - `kept` of the image's.
+    """Rows or columns of a box, cut at the image's border. The whole box has a share 1 - `kept` of the image's area.
 
     Args:
         length: the image's height or width.

@@ -1,4 +1,4 @@
-"""The plain training loop of networks that are scored, and accuracy.
+"""Training of networks that are scored, and their accuracy.
 
 Data and augmentation stay on the device and are batched; there is no per-sample loader. Shapes: n images, k classes.
 """
@@ -33,7 +33,7 @@ Heartbeat = Callable[[], None]
 
 
 SCORING_BATCH = 250
-"""Images that are scored at a time; a thousand of 64x64 would take 4 GB."""
+"""Number of images scored at a time. A thousand images of 64x64 would take 4 GB."""
 
 
 def no_heartbeat() -> None:
@@ -42,7 +42,7 @@ def no_heartbeat() -> None:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a network that is scored is trained: SGD or AdamW, its learning rate decayed once or along a cosine."""
+    """Training schedule of a network that is scored: SGD or AdamW, with a rate that falls once or along a cosine."""
 
     epochs: int
     """Passes over the images."""
@@ -53,13 +53,14 @@ class Schedule:
     momentum: float = 0.0
     """SGD's momentum; 0 for none."""
     weight_decay: float = 0.0
-    """L2 penalty."""
+    """L2 penalty on the parameters; with adamw, its decoupled weight decay."""
     augmentation: str = ""
     """Operations, see `core.augment`; "" for none."""
     decay_epoch: int | None = None
-    """Epoch before which the learning rate is divided by ten; the momentum is lost there, as published."""
+    """Number of the epoch, from 0, at whose start the learning rate is divided by ten and the momentum reset, as
+    published; `None` if neither happens."""
     optimiser: Literal["sgd", "adamw"] = "sgd"
-    """adamw has its own momenta, 0.9 and 0.999."""
+    """Update rule. adamw ignores `momentum` and uses 0.9 and 0.999."""
     cosine: bool = False
     """True if the learning rate falls to 0 along a cosine, step by step."""
     warmup_epochs: int = 0
@@ -75,12 +76,12 @@ class Schedule:
         return torch.optim.SGD(network.parameters(), lr=rate, momentum=momentum, weight_decay=self.weight_decay)
 
     def with_adamw(self, weight_decay: float | None = None) -> Schedule:
-        """This training by AdamW; `None` takes AdamW's usual weight decay."""
+        """Copy of the schedule with AdamW. A weight decay of `None` becomes `ADAMW_WEIGHT_DECAY`."""
         decay = ADAMW_WEIGHT_DECAY if weight_decay is None else weight_decay
         return dataclasses.replace(self, optimiser="adamw", weight_decay=decay)
 
     def rate(self, step: int, steps_per_epoch: int = 1) -> float:
-        """Learning rate of a step, counted from 0 over all epochs; of an epoch, if these count as single steps."""
+        """Learning rate of a step, counted from 0 over all epochs. By default, `step` is the number of an epoch."""
         is_late = self.decay_epoch is not None and step >= self.decay_epoch * steps_per_epoch
         rate = self.learning_rate / 10 if is_late else self.learning_rate
         steps, warmup = self.epochs * steps_per_epoch, self.warmup_epochs * steps_per_epoch
@@ -105,7 +106,7 @@ ADAMW_WEIGHT_DECAY = 0.05
 
 
 def scoring_schedule(settings: EvaluateConfig, learning_rate: float) -> Schedule:
-    """How networks are trained that are scored: the protocol, with what the section sets otherwise.
+    """Training schedule of networks that are scored: the protocol, changed by the settings of the section.
 
     Raises:
         ConfigError: the warm-up takes all epochs.
@@ -150,14 +151,14 @@ def validation_protocol(evaluation: str) -> str:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch of training did."""
+    """Record of one epoch of training."""
 
     number: int
-    """Counted from 1."""
+    """Number of the epoch, from 1."""
     step: int
-    """SGD steps so far."""
+    """Number of steps done so far, over all epochs."""
     loss: float
-    """Mean over the epoch's images."""
+    """Mean loss over the epoch's images."""
 
 
 def train(
@@ -173,7 +174,7 @@ def train(
     Args:
         images: [n c h w], normalised.
         targets: [n] int64 classes, or [n k] logits of soft labels; not read if there are lessons.
-        seed: of order, augmentation and CutMix.
+        seed: seed of order, augmentation and CutMix.
         lessons: a teacher's images and logits for every step; `None` trains on the targets.
     """
     if targets.is_floating_point():
@@ -204,14 +205,15 @@ def train(
 
 
 STEP_OVERHEAD = 3e7
-"""Operations of a forward pass that take as long as what a training step needs beside its images, on a CPU core."""
+"""Fixed cost of a training step on a CPU core, given as operations of a forward pass that take equally long."""
 COMPILED_WORK = 5e10
-"""Expected work of a training from which its networks are trained together. One after another they then take some seven
-seconds of a CPU core, and a row with three step sizes three times as long; a compilation serves all rows of a run."""
+"""Least expected work of networks that are trained together, in operations of forward passes. One after another, such
+networks take about seven seconds of a CPU core, or three times as long in a row with three step sizes. One compilation
+serves all rows of a run."""
 
 
 def work_of_training(schedule: Schedule, images: int, flop: float) -> float:
-    """Expected work of training one network on so many images, in operations of forward passes.
+    """Expected work of training one network on `images` images, in operations of forward passes.
 
     Args:
         flop: operations of one image in a forward pass.
@@ -228,11 +230,12 @@ def are_trained_together(
     *,
     is_taught: bool = False,
 ) -> bool:
-    """True if so many networks like this one are trained together where torch.compile works, see `Trainer`.
+    """True if several networks like this one are trained together, provided that torch.compile works, see `Trainer`.
 
     Args:
+        networks: number of networks.
         image: channels, height and width.
-        count: number of images that each is trained on.
+        count: number of images that each network is trained on.
         is_taught: True if a teacher gives the labels.
     """
     if networks == 1 or is_taught or schedule.optimiser != "sgd" or not can_be_stacked(network):
@@ -241,10 +244,10 @@ def are_trained_together(
 
 
 class Trainer:
-    """Trains networks of one kind that start at the same time: together if that is faster, else one after another.
+    """Trains several networks of one kind, together if this is faster, otherwise one after another.
 
-    Together means one compiled call for all of them in every step. Each network has the same images, order and
-    augmentation as alone, and its numbers do not depend on whose the others are; sums are rounded differently.
+    Together means one compiled call for all networks in every step. Each network has the same images, order and
+    augmentation as alone, and its result does not depend on the other networks. Sums round differently than alone.
     """
 
     def __init__(self, *, compile_: bool = True, channels_last: bool = True) -> None:
@@ -252,7 +255,7 @@ class Trainer:
         """Why nothing is compiled although it would be worth it; "" otherwise."""
         self._compile, self._channels_last = compile_, channels_last
         self._functions: dict[tuple[str, int], StackFunctions] = {}
-        """What is compiled, for all trainings of this worker."""
+        """Compiled functions, shared by all trainings of this worker: kind and number of networks -> functions."""
 
     def train(
         self,
@@ -266,9 +269,9 @@ class Trainer:
         """Train the networks in place. Yields the number of epochs done, over all of them.
 
         Args:
-            images: of each network, [n c h w], normalised; n is the same for all.
-            targets: of each network, [n] int64 classes, or [n k] logits of soft labels.
-            seeds: of each network's order and augmentation.
+            images: for each network [n c h w] images, normalised; n is the same for all.
+            targets: for each network [n] int64 classes, or [n k] logits of soft labels.
+            seeds: for each network the seed of order and augmentation.
             lessons: see `train`; networks that have some are trained one after another.
         """
         first, size, (count, *image) = networks[0], len(networks), images[0].shape
@@ -290,7 +293,7 @@ class Trainer:
 
 @functools.cache
 def trainer(*, compile_: bool, channels_last: bool) -> Trainer:
-    """The process's trainer with these settings, which keeps what it has compiled."""
+    """Trainer of this process with these settings. It keeps its compiled functions."""
     return Trainer(compile_=compile_, channels_last=channels_last)
 
 
@@ -335,7 +338,7 @@ def train_together(
 def predict_logits(
     network: nn.Module, images: Tensor, heartbeat: Heartbeat = no_heartbeat, *, batch_size: int = SCORING_BATCH
 ) -> Tensor:
-    """Logits [n k] in evaluation mode, so many images at a time."""
+    """Logits [n k] of images [n c h w] in evaluation mode, `batch_size` images at a time."""
     was_training = network.training
     network.eval()
     logits = []

@@ -4,12 +4,13 @@
 
 f is the teacher in evaluation mode. mean_l and var_l are the mean and the biased variance, over the images of a block
 and over pixels, of what enters the l-th batch normalisation; m_l and v_l are its running statistics. Norms are not
-squared, and w_l is 1 but for the first layer. A view is one resized crop, flip and shift, the same for all images of a
+squared, and w_l is 1 except in layer 1. A view is one resized crop, flip and shift, the same for all images of a
 block. Adam follows the gradient, with a learning rate that falls along a cosine to 0. Pixels are kept between black and
 white after each step.
 
-The statistics couple the images of a block and no others, so blocks are independent. Options are of CDA (crops that are
-large at first, arXiv 2311.18838) and of FADRM (rounds, between which the first images are mixed in, arXiv 2506.24125).
+The statistics couple the images of a block and no others, so blocks are independent. Two options come from other
+papers: crops that are large at first (CDA, arXiv 2311.18838), and rounds, between which the first images are mixed in
+(FADRM, arXiv 2506.24125).
 
 Shapes: n images of a block, c h w an image, k classes. Tests: tests/methods/test_recovery.py.
 """
@@ -51,12 +52,12 @@ class View:
     """Top, left, height and width of the crop, as shares of the image's sides."""
     is_flipped: bool
     shift: tuple[int, int]
-    """Pixels by which rows and columns are rolled; what leaves one side enters at the other."""
+    """Pixels by which rows and columns are rolled. Pixels that leave one side enter at the other."""
 
     def of(self, images: Tensor) -> Tensor:
         """View of images [n c h w]; differentiable in the images.
 
-        One box for all images makes the crop two products with matrices, whose gradient is reproducible on a GPU too.
+        All images share one box, so the crop is a product with two matrices. Its gradient is reproducible on GPUs too.
         """
         top, left, height, width = self.box
         rows, columns = (
@@ -116,7 +117,7 @@ class RecoveryLoss:
         Args:
             network: the teacher.
             options: weights of the loss.
-            channels_last: keep maps with their channels innermost; a sixth faster on a CPU, rounded otherwise.
+            channels_last: keep maps with their channels innermost; a sixth faster on a CPU, with other rounding.
 
         Raises:
             ConfigError: the network has no batch normalisation with running statistics.
@@ -144,7 +145,7 @@ class RecoveryLoss:
         self._gaps.append((mean - layer.running_mean).norm() + (variance - layer.running_var).norm())
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the loss [] of images [n c h w] of classes [n], and the part [] of the statistics before its weight.
+        """Compute the loss [] of images [n c h w] of classes [n], and its unweighted term [] of statistics.
 
         Both are differentiable in the images.
         """
@@ -173,7 +174,7 @@ class Recovery(Descent):
     moments: dict[str, Tensor] = field(default_factory=dict)
     """Adam's first and second moments [n c h w]; empty at the start of a round."""
     first_images: Tensor | None = None
-    """[n c h w]; `None` with one round."""
+    """First images [n c h w] of the block; `None` with one round."""
 
     def follow(
         self,
@@ -186,9 +187,9 @@ class Recovery(Descent):
         """Update the images by Adam unless a value would not be finite, and append to the history.
 
         Args:
-            gradient: [n c h w].
-            loss: [] before the update.
-            statistics: [] part of the loss.
+            gradient: gradient [n c h w] of the loss in the images.
+            loss: loss [] before the update.
+            statistics: unweighted term [] of statistics in the loss.
             options: learning rate and rounds.
             bounds: values of black and white pixels, [c 1 1] each.
 
@@ -227,7 +228,7 @@ class Recovery(Descent):
         return self.synthetic.images.addcdiv(first, root, value=-length), {"first": first, "second": second}
 
     def _round(self, options: RecoverConfig) -> tuple[int, int]:
-        """First and last iteration, exclusive, of the present round. All rounds are equally long, but for one step."""
+        """First iteration of the present round, and its exclusive end. Lengths of rounds differ by at most one."""
         ends = [self.settings.iterations * number // options.rounds for number in range(options.rounds + 1)]
         return next((first, last) for first, last in pairwise(ends) if first <= self.iteration < last)
 

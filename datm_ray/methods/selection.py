@@ -3,7 +3,7 @@
     RDED (arXiv 2312.03526)          cross-entropy of random crops by a teacher; one crop of an image, the lowest first
     moderate (Xia et al., 2023)      distance of an image's features to the class centre; nearest to the median first
     EL2N (Paul et al., 2021)         norm of softmax minus one-hot, mean over networks; the lowest or the highest first
-    forgetting (Toneva et al., 2019) times that a network forgets an image, mean over networks; the same two orders
+    forgetting (Toneva et al., 2019) times that a network forgets an image, mean over networks; lowest or highest first
 
 Classes are chosen one by one, so that any division of the classes gives the same set. A class's images are drawn in a
 random order first, and equal scores keep it. Everything here is exact and knows no network.
@@ -32,7 +32,7 @@ def drawn_order(rows: NDArray[np.int64], seed: int, label: int) -> NDArray[np.in
 
 
 def keep(scores: Scores, count: int, *, hardest: bool = False) -> NDArray[np.int64]:
-    """Positions of the `count` lowest scores [n], the lowest first; of the highest ones, if `hardest`.
+    """Positions of the `count` lowest scores [n], the lowest first; of the highest scores if `hardest`.
 
     Equal scores keep their order, and scores that are not finite come last.
     """
@@ -82,7 +82,7 @@ def forgetting_scores(correct: NDArray[np.bool_]) -> Scores:
 def draw_boxes(count: int, crops: int, least_share: float, seed: int, label: int) -> Tensor:
     """Draw boxes [n m 4] of square crops, see `crop_boxes`, for `count` images of a class in their drawn order.
 
-    In an image that is no square a crop keeps the image's ratio of width to height.
+    If the image is not square, a crop keeps the image's ratio of width to height.
     """
     uniform = generator(seed, Purpose.SELECTION_CROPS, label).random((count * crops, 4))
     return crop_boxes(torch.from_numpy(uniform), least_share, largest_ratio=1.0).view(count, crops, 4)
@@ -105,10 +105,10 @@ def padded(crops: Tensor, height: int, width: int) -> Tensor:
 
 
 def best_crops(losses: Scores) -> tuple[NDArray[np.int64], Scores]:
-    """Number [n] of each image's crop of lowest loss, the first of equal ones, and its loss [n].
+    """Number [n] of each image's crop of lowest loss, and this loss [n]. Of equal losses, the first crop counts.
 
     Args:
-        losses: [n m]; one that is not finite counts as infinite.
+        losses: losses [n m] of the crops. A loss that is not finite counts as infinite.
     """
     finite = np.where(np.isfinite(losses), losses, np.inf)
     return finite.argmin(axis=1), finite.min(axis=1)
@@ -117,8 +117,8 @@ def best_crops(losses: Scores) -> tuple[NDArray[np.int64], Scores]:
 def tiled(crops: Tensor, tiles: int) -> Tensor:
     """Put t*t crops [n*t*t c h/t w/t] side by side into each of n images [n c h w].
 
-    The first n crops are the upper left tiles, the next n the tiles beside them: every image has good and less good
-    ones.
+    The first n crops are the upper left tiles, the next n are the tiles beside them. So every image has good and less
+    good crops.
     """
     count = len(crops) // tiles**2
     places = crops.view(tiles, tiles, count, *crops.shape[1:])

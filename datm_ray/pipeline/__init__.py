@@ -4,9 +4,9 @@ An output folder holds any number of runs that share experts and controls:
 
     <out>/experts/                the trajectory store, unless another one is given
     <out>/<run>/recipe.yaml       the run's configuration
-    <out>/<run>/log.txt           what happened, see `monitor/logs.py`
+    <out>/<run>/log.txt           log of its commands, see `monitor/logs.py`
     <out>/<run>/dataset.json      fingerprint and size of its data set
-    <out>/<run>/experts-cost.json what its experts have cost, as the store knows it
+    <out>/<run>/experts-cost.json cost of its experts, copied from the store
     <out>/<run>/*.arrow           see `stages/distill.py`
     <out>/<run>/evaluation/       one JSON file per row and seed
     <out>/transforms/             normalisations of the sets, once each; see `artifact.py`

@@ -36,7 +36,7 @@ from datm_ray.store.files.filesystem import open_location
 
 
 def require_together(configs: Sequence[RunConfig]) -> None:
-    """Raise a `DatmError` for runs that one command cannot have."""
+    """Raise a `DatmError` if runs of one command have the same name or different cluster sections."""
     names = [config.name for config in configs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -52,7 +52,7 @@ def require_together(configs: Sequence[RunConfig]) -> None:
 
 
 def check(runs: Runs) -> None:
-    """Raise a `DatmError` for runs whose configuration fits neither their images, nor their folder, nor their store."""
+    """Raise a `DatmError` if a run's configuration does not fit its images, its folder or its store."""
     require_logger(runs.configs[0].cluster.log_to, runs.out)
     for config in runs.configs:
         _check_scoring(config)
@@ -61,7 +61,7 @@ def check(runs: Runs) -> None:
 
 
 def check_before_reading(configs: Sequence[RunConfig], *, elsewhere: bool) -> None:
-    """Raise a `DatmError` for what is wrong whatever the images are. Arguments: see `Runs`."""
+    """Raise a `DatmError` for faults that do not depend on the images. Arguments: see `Runs`."""
     require_together(configs)
     cluster = configs[0].cluster
     can_have = cluster.gpus_per_worker != 0 and (elsewhere or torch.cuda.is_available())
@@ -94,7 +94,7 @@ def require_sets(runs: Runs) -> None:
 
 
 def require_names(runs: Runs) -> None:
-    """Raise a `RunDirectoryError` if another command has given a run's name to another recipe meanwhile."""
+    """Raise a `RunDirectoryError` if another command used a run's name for another recipe since the first check."""
     for config in runs.unfinished():
         earlier = read_recipe(runs.folder(config))
         if earlier is not None and run_identity(earlier) != run_identity(config):
@@ -106,7 +106,7 @@ def require_names(runs: Runs) -> None:
 
 
 def _check_scoring(config: RunConfig) -> None:
-    """Raise a `ConfigError` for a warm-up that takes all epochs, or for labels of a teacher that is not trained."""
+    """Raise a `ConfigError` for a warm-up of all epochs, an untrained teacher, or too many epochs of labels."""
     row_schedule(config, "distilled")
     if config.evaluate.labels != "own":
         teacher_of(config)
@@ -208,7 +208,7 @@ def _check_experts(runs: Runs, config: RunConfig, network: nn.Module) -> None:
         info = group.read_info(expert)
         if tuple(map(tuple, info.parameter_shapes)) != tuple(FlatNetwork(network).shapes):
             raise StoreError(
-                f"the experts in {group.location.uri} are not of the {config.network.architecture} that it is now",
+                f"the experts in {group.location.uri} do not fit the present {config.network.architecture}",
                 "another version of this package trained them",
                 f"give another --store, or delete them with `datm-ray store rm {runs.store_uri} {group.key}`",
             )
@@ -228,7 +228,10 @@ def require_distillable(runs: Runs) -> None:
 
 
 def require_memory(runs: Runs, executor: Executor | None = None) -> None:
-    """Raise a `ConfigError` for a set that would not fit, before hours go into its experts. Workers check again."""
+    """Raise a `ConfigError` for a set that does not fit into memory, before its experts are trained.
+
+    Workers check their memory again.
+    """
     for config in runs.unfinished():
         if runs.elsewhere and config.cluster.memory is None:
             continue
@@ -236,7 +239,7 @@ def require_memory(runs: Runs, executor: Executor | None = None) -> None:
 
 
 def _require_device(runs: Runs) -> None:
-    """Refuse GPUs that this machine has not, where the workers are to run on it."""
+    """Raise a `ClusterError` if workers are to use GPUs of this machine and it has none."""
     cluster = runs.configs[0].cluster
     wanted = cluster.device == "cuda" or (bool(cluster.gpus_per_worker) and not runs.alone)
     if wanted and not runs.elsewhere and not torch.cuda.is_available():

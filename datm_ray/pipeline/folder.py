@@ -1,4 +1,4 @@
-"""What an output folder knows of its runs: recipes and notes on data sets, and the report over all of them."""
+"""Files about the runs in an output folder: recipes and notes on data sets, and the report over all runs."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class DataNote:
 
     @classmethod
     def read(cls, folder: Location) -> DataNote | None:
-        """Read a run's note; None if its folder has none.
+        """Read a run's note; `None` if its folder has none.
 
         Raises:
-            CorruptFileError: the file holds something else.
+            CorruptFileError: the file's content is no such note.
         """
         place = folder / DATA
         if not place.exists():
@@ -55,12 +55,12 @@ def write_note(folder: Location, raw: RawDataset) -> None:
 
 
 def has_results(folder: Location) -> bool:
-    """True if something was computed into a run's folder, so that no other recipe may have it."""
+    """True if a run's folder holds results, so that no other recipe may use the folder."""
     return not RESULTS.isdisjoint(folder.list())
 
 
 def read_recipe(folder: Location) -> RunConfig | None:
-    """Read the configuration that an earlier command wrote into a run's folder; None if there is none."""
+    """Read the configuration that an earlier command wrote into a run's folder; `None` if there is none."""
     place = folder / RECIPE
     if not place.exists():
         return None
@@ -68,7 +68,7 @@ def read_recipe(folder: Location) -> RunConfig | None:
 
 
 def stored_labels(folder: Location, config: RunConfig, dataset_fingerprint: str) -> Location | None:
-    """Folder of the stored labels that a run's recipe asks for; None if it asks for none, or none are stored yet."""
+    """Folder of the stored labels that a recipe asks for; `None` if it asks for none or none are stored yet."""
     if config.evaluate.labels != "stored":
         return None
     place = labels_location(folder, config, dataset_fingerprint)
@@ -93,7 +93,7 @@ def report(out: str) -> Location:
 
 
 def summaries(out: Location, configs: Sequence[RunConfig]) -> list[RunSummary]:
-    """Scores of runs of one output folder, and what the report needs to know of them."""
+    """Scores and other facts for the report, one summary for each run of an output folder."""
     found = []
     for config in configs:
         note = DataNote.read(out / config.name)

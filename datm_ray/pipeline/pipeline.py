@@ -52,14 +52,14 @@ _log = logging.getLogger(__name__)
 class Pipeline:
     """The stages for some runs that share an output folder.
 
-    Creating it checks everything that can be checked beforehand and writes nothing.
+    The constructor checks everything that can be checked beforehand, and writes nothing.
 
     Raises:
-        DatmError: a data set, path or range that cannot be used.
+        DatmError: a data set, path or range cannot be used.
     """
 
     distill_worker: type[DistillWorker] = DistillWorker
-    """Worker class that distils; a benchmark may put another one here."""
+    """Worker class that distils. Benchmarks may set another one."""
 
     def __init__(
         self,
@@ -77,11 +77,11 @@ class Pipeline:
         checks.check(self.runs)
         self._log = Logger()
         self._setups: dict[DatasetConfig, tuple[Any, ...]] = {}
-        """Arguments of the workers' constructor, with each data set as the executor shares it."""
+        """Data set -> arguments of the workers' constructor, with the data set as the executor shares it."""
 
     @property
     def configs(self) -> Sequence[RunConfig]:
-        """The runs, resolved: no normalisation is auto and no depth null."""
+        """Runs in resolved form: no normalisation is "auto" and no depth is null."""
         return self.runs.configs
 
     @property
@@ -104,7 +104,7 @@ class Pipeline:
         return True
 
     def plan(self) -> list[str]:
-        """Remaining work, a line for each stage; raises what `remaining` raises."""
+        """Remaining work in words, one line for each stage. Raises the errors of `remaining`."""
         lines = []
         for title, (count, names) in self.remaining().items():
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
@@ -116,7 +116,7 @@ class Pipeline:
         """Title of each stage -> number of experts, sets or networks that it has to make, and names of its tasks.
 
         Raises:
-            ConfigError: a set that does not fit into memory.
+            ConfigError: a set does not fit into memory.
         """
         checks.require_startable(self.runs)
         stages = {
@@ -151,7 +151,7 @@ class Pipeline:
         ]
 
     def data_lines(self) -> list[str]:
-        """What was understood of each data set, and how its files were read."""
+        """Lines about each data set: number of classes and images, and notes on how its files were read."""
         lines = []
         for facts in self.data():
             counts = ", ".join(f"{facts[part]:,} {part}" for part in ("training", "validation", "test"))
@@ -165,7 +165,7 @@ class Pipeline:
         return lines
 
     def distances(self) -> dict[str, Outlook]:
-        """Name of each set to distil -> facts that its method tells before it starts, such as how far experts go."""
+        """Name of each set to distil -> facts that its method tells before it starts, such as how far experts move."""
         found = {
             config.name: method_of(config).outlook(config, len(self.runs.raw(config).train))
             for config in self.runs.unfinished()
@@ -173,7 +173,7 @@ class Pipeline:
         return {name: outlook for name, outlook in found.items() if outlook}
 
     def run_all(self, start: Callable[[], Executor], reporter: Reporter) -> None:
-        """Experts, distillation, evaluation."""
+        """Run all stages: experts, distillation and evaluation."""
         checks.require_distillable(self.runs)
         with self._started(start, reporter, distils=True) as executor:
             self._experts(executor, reporter)
@@ -204,21 +204,24 @@ class Pipeline:
             self._evaluate(executor, reporter)
 
     def table(self) -> str:
-        """The accuracy table as text, and those of other architectures."""
+        """Accuracy table as text, then the tables of DD-Ranking's scores and of other architectures, if any."""
         found = summaries(self.out, self.configs)
         others = [networks_table(summary) for summary in found if summary.networks]
         fair = [fair_table(found)] if any(summary.fair for summary in found) else []
         return "\n\n".join([accuracy_table(found), *fair, *others])
 
     def scored_rows(self, config: RunConfig) -> list[tuple[str, NetworkConfig | None]]:
-        """Rows that a run is scored on, each with its network; None for the backbone. Benchmarks leave rows out."""
+        """Rows that a run is scored on, each with its network, `None` for the backbone. Benchmarks leave rows out."""
         return scored_rows(config)
 
     @contextmanager
     def _started(
         self, start: Callable[[], Executor], reporter: Reporter, *, distils: bool = False
     ) -> Iterator[Executor]:
-        """The executor, while this command holds its runs' folders. Experts and other runs of `--out` are shared."""
+        """Lease the folders of all runs, start the executor and yield it. Both end with the block.
+
+        Experts under `--out` are not leased, so other commands can use them.
+        """
         checks.require_writable(self.runs)
         with ExitStack() as leases:
             for config in sorted(self.configs, key=lambda config: config.name):  # commands that wait never interlock
@@ -234,7 +237,7 @@ class Pipeline:
         executor, recipes = start(), self.configs
         self._setups.clear()
         try:
-            if executor.gpus_per_worker is not None:  # this machine's GPUs say nothing about the workers'
+            if executor.gpus_per_worker is not None:  # the workers' machines may have other GPUs than this one
                 self.runs.give_gpus(executor.gpus_per_worker)
             if distils:
                 for config in self.runs.unfinished():
@@ -261,7 +264,7 @@ class Pipeline:
             executor.close()
 
     def _with_rows_before(self, config: RunConfig) -> RunConfig:
-        """The run, with the architectures and rows too that an earlier command has scored it on."""
+        """Copy of the run, with added architectures and rows that an earlier command scored."""
         folder = self.runs.folder(config)
         earlier = read_recipe(folder) if has_results(folder) else None
         before = earlier.evaluate.networks if earlier else ()
@@ -293,7 +296,7 @@ class Pipeline:
         self._note_experts_cost()
 
     def _note_stacks(self, executor: Executor) -> None:
-        """Note which experts stand together, so that another number of workers resumes the same stacks."""
+        """Record the experts of each stack, so that any number of workers resumes the same stacks."""
         for config, open_stacks in tasks.expert_stacks(self.runs, executor.light_workers):
             note_stacks(self.runs.experts(config), open_stacks)
 
@@ -319,10 +322,10 @@ class Pipeline:
         """Distil the sets. With `evaluates`, workers that are free score finished sets while others are distilled."""
         checks.require_names(self.runs)
         scored, given = set[str](), set[str]()
-        """Names of the sets whose evaluation was given out, and places of its results, which sets may share."""
+        """Names of sets that have evaluation tasks, and URIs of these tasks' results. Sets may share results."""
 
         open_before, made = tasks.distill_tasks(self.runs, executor), set[str]()
-        """Tasks before the stage, and names of those that have ended."""
+        """Tasks that are open before the stage, and names of tasks that have ended."""
 
         def open_tasks(runs: Runs) -> list[DatasetTask]:
             return tasks.distill_tasks(runs, executor)
@@ -337,7 +340,7 @@ class Pipeline:
                 others = [each for _, each in open_before if each.run == task.run]
                 return [] if {each.name for each in others} - made else [tasks.join_task(self.runs, config)[1]]
             unfinished = {config.name for config in self.runs.unfinished()}
-            # The last sets' rows join those that are being scored; without any, they have a stage of their own.
+            # Rows of the last sets join running evaluations. If none run, the evaluation stage scores them.
             if not evaluates or executor.light_workers == 1 or not (unfinished or given):
                 return []
             (dataset,) = (config.dataset for config in self.configs if config.name == task.run)
@@ -391,7 +394,7 @@ class Pipeline:
                 reporter.message(f"{tasks.row_title(config, row, network)}: {score} % (n={score.n})")
 
     def _setup(self, dataset: DatasetConfig, executor: Executor, reporter: Reporter) -> tuple[Any, ...]:
-        """Arguments of the workers' constructor. Data sets are shared once, and stages have the same workers."""
+        """Arguments of the workers' constructor. A data set is shared once, so all stages have the same workers."""
         if dataset not in self._setups:
             shared = executor.share(self.runs.dataset(dataset, reporter.message))
             self._setups[dataset] = (shared, self.configs[0].cluster, self.distill_worker)
@@ -406,13 +409,13 @@ class Pipeline:
         reporter: Reporter,
         following: Callable[[Task], Iterable[Task]] = lambda task: (),
     ) -> None:
-        """Run the open tasks of one stage, data set by data set, and those that tasks make.
+        """Run the open tasks of one stage and the tasks that they make, one data set after the other.
 
         Args:
             following: called for each finished task before its end is shown. Returns tasks to run after all others.
 
         Raises:
-            ClusterError: afterwards, where workers have written to a place that this process does not see.
+            ClusterError: the workers have ended, and this process does not see their results.
         """
         left = open_tasks(self.runs)
         if not left:

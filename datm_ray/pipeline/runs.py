@@ -41,10 +41,11 @@ class Runs:
         Args:
             configs: the runs; at least one.
             out: output folder, a path or URI.
-            store: trajectory store, a path or URI; None puts it into the output folder.
+            store: trajectory store, a path or URI; `None` puts it into the output folder.
             elsewhere: True if the workers may run on other nodes, whose memory is not this one's.
             alone: True if one process will do all the work.
-            asked: how networks to score on were asked for, where a recipe's `evaluate.networks` did not name them.
+            asked: network to score on -> the option that asked for it, for messages; recipes' own networks are not in
+                it.
         """
         self.elsewhere, self.alone, self.asked = elsewhere, alone, asked or {}
         self.out = open_location(out)
@@ -53,10 +54,10 @@ class Runs:
         self._raw: dict[DatasetConfig, RawDataset] = {}
         self._prepared: dict[DatasetConfig, Dataset] = {}
         self.configs = [self._read(config) for config in configs]
-        """The runs, resolved: no normalisation is auto and no depth null."""
+        """Runs in resolved form: no normalisation is "auto" and no depth is null."""
 
     def _read(self, config: RunConfig) -> RunConfig:
-        """Read a run's images, unless another run has. Returns the run, resolved for their size."""
+        """Read a run's images, unless another run has read them. Returns the run, resolved for the images' size."""
         d = config.dataset
         alike = (
             raw for each, raw in self._raw.items() if each.model_copy(update={"normalisation": d.normalisation}) == d
@@ -70,7 +71,7 @@ class Runs:
         return config
 
     def give_gpus(self, amount: float) -> None:
-        """Settle how many GPUs a worker has, where the runs leave it open. Memory and stacks of experts follow it."""
+        """Set the number of GPUs per worker in runs that leave it open. Memory and stacks of experts depend on it."""
         self.configs = [
             config.model_copy(update={"cluster": config.cluster.given_gpus(amount)}) for config in self.configs
         ]
@@ -117,7 +118,10 @@ class Runs:
         return FitCost.of(dataset.kind, (raw.channels, *raw.size), len(raw.train))
 
     def stored_transform(self, dataset: DatasetConfig) -> Location | None:
-        """File of the data set's transform: that of the runs' experts, else of any run of the output folder."""
+        """File of the data set's transform: from the runs' experts, or else from any run of the output folder.
+
+        `None` if there is no transform yet.
+        """
         groups = (self.experts(each) for each in self.networks() if each.dataset == dataset)
         found = next((group.transform_file for group in groups if group.has_transform()), None)
         note = self._transform_note(dataset)
@@ -128,13 +132,13 @@ class Runs:
         return found
 
     def _transform_note(self, dataset: DatasetConfig) -> Location:
-        """File that names the file of a data set's large transform."""
+        """Note with the file name of a data set's large transform."""
         return self.out / TRANSFORMS / f"{self._raw[dataset].fingerprint}-{dataset.kind}.json"
 
     def dataset(self, dataset: DatasetConfig, say: Say = silent) -> Dataset:
-        """Images under the transform that the runs' experts were trained with; fitted if there is none yet.
+        """Images under the transform of the runs' experts. If there is no transform yet, it is fitted.
 
-        A large transform is fitted once for an output folder, also by commands that start at the same time.
+        A large transform is fitted once for an output folder, even if several commands start at the same time.
 
         Args:
             dataset: data set of a run.

@@ -28,7 +28,7 @@ from datm_ray.stages.registry import method_of
 from datm_ray.stages.validation import is_apart, only_validations_are_left
 
 SETS_JOINED = 4
-"""Copies of a set, in main memory, of a worker that joins its pieces: before and after, and what is written."""
+"""Number of copies of a set in the memory of a worker that joins pieces: first and final set, and data to write."""
 
 DatasetTask = tuple[DatasetConfig, Task]
 """A task, and the data set its worker must hold."""
@@ -38,7 +38,7 @@ def expert_tasks(runs: Runs, workers: int = 1) -> list[DatasetTask]:
     """One task for every stack of experts that any of the runs needs and the store does not hold.
 
     Args:
-        workers: workers that train at the same time.
+        workers: number of workers that train at the same time.
     """
     tasks = []
     for config, open_stacks in expert_stacks(runs, workers):
@@ -77,7 +77,7 @@ def expert_recipes(runs: Runs) -> list[RunConfig]:
 
 
 def expert_stacks(runs: Runs, workers: int) -> list[tuple[RunConfig, list[tuple[int, ...]]]]:
-    """Stacks with missing experts of each group: those that an earlier command has noted, then new ones."""
+    """Stacks with missing experts of each group: stacks that an earlier command recorded, then new stacks."""
     found = list[tuple[RunConfig, list[tuple[int, ...]]]]()
     missing = [(config, runs.missing_experts(config)) for config in expert_recipes(runs)]
     groups = sum(bool(left) for _, left in missing)
@@ -89,7 +89,7 @@ def expert_stacks(runs: Runs, workers: int) -> list[tuple[RunConfig, list[tuple[
         noted = read_stacks(group)
         kept = [stack for stack in noted if not set(left).isdisjoint(stack)]
         new = sorted(set(left).difference(*kept))
-        # Progress without a note is of an earlier version, whose stacks did not follow the workers.
+        # Progress without a record is of an earlier version, whose stacks did not depend on the number of workers.
         share = -(-workers // max(1, groups)) if noted or not group.progress.list() else 1
         least = 1 if uses_gpu(config.cluster) else 2
         found.append((config, [*kept, *stacks(new, size, count, share, least)]))
@@ -103,7 +103,7 @@ def stack_size(runs: Runs, config: RunConfig) -> int:
 
 
 def distill_tasks(runs: Runs, executor: Executor | None = None) -> list[DatasetTask]:
-    """One task for every unfinished set or piece of a set. It makes further tasks where sets are validated apart."""
+    """One task for every unfinished set or piece of a set. It makes further tasks if separate tasks validate sets."""
     tasks = []
     wanted = sum(config.workers_per_set for config in runs.unfinished())
     for config in runs.unfinished():
@@ -174,7 +174,7 @@ def join_task(runs: Runs, config: RunConfig) -> DatasetTask:
 
 
 def _work_of_set(runs: Runs, config: RunConfig) -> float:
-    """Operations of all iterations, without MetaDD; of choosing the set where there are none."""
+    """Operations of all iterations, without MetaDD. If there are no iterations, operations of choosing the set."""
     method, raw = method_of(config), runs.raw(config)
     if iterations := method.iterations(config):
         return iterations * _work_of_iteration(runs, config)
@@ -193,7 +193,7 @@ def _work_of_iteration(runs: Runs, config: RunConfig) -> float:
 
 
 def _validation_task(runs: Runs, config: RunConfig) -> Task:
-    """Task that validates a set of the run, but for the iteration, which is added to its name and arguments."""
+    """Task that validates a set of the run. The set's iteration is still to be added to its name and arguments."""
     schedule = PROTOCOLS[validation_protocol(config.evaluate.protocol)]
     images = config.distill.ipc * runs.raw(config).classes
     work = config.distill.validation_seeds * work_of_training(schedule, images, _flop(runs, config))
@@ -215,7 +215,10 @@ def _flop(runs: Runs, config: RunConfig, network: NetworkConfig | None = None) -
 
 
 def smaller_groups(runs: Runs, config: RunConfig) -> tuple[int, ...]:
-    """Smaller numbers of workers that can resume a set, the largest first. Unknown memory is taken to suffice."""
+    """Numbers of workers below `workers_per_set` that can resume a set, the largest first.
+
+    If the workers' memory is unknown, it counts as sufficient.
+    """
     rows, roles = len(config.roles), config.roles if len(config.roles) > 1 else ()
     fewer = range(1, config.cluster.shards)
     # What fits some shards fits more of them, since each then holds no more images.
@@ -237,7 +240,7 @@ def _would_fit(runs: Runs, config: RunConfig, shards: int, roles: tuple[Role, ..
 
 
 def layout(runs: Runs, config: RunConfig, executor: Executor | None) -> Layout:
-    """Workers that distil a set beside the other sets. Without an executor, it has this machine's CPUs."""
+    """Layout of the workers that distil a set beside other sets; on this machine's CPUs if `executor` is `None`."""
     if runs.alone or (executor is not None and config.workers_per_set > executor.workers):
         return ALONE
     wanted = sum(each.workers_per_set for each in runs.unfinished())
@@ -245,10 +248,10 @@ def layout(runs: Runs, config: RunConfig, executor: Executor | None) -> Layout:
 
 
 def label_tasks(runs: Runs, workers: int = 1) -> list[DatasetTask]:
-    """Tasks for the epochs of finished sets whose labels are to be stored and are not.
+    """Tasks for the epochs of finished sets whose labels the recipe stores and which are missing.
 
     Args:
-        workers: workers that label at the same time; each set is divided among them.
+        workers: number of workers that label at the same time. The epochs of each set are divided among them.
     """
     tasks = []
     unfinished = {config.name for config in runs.unfinished()}
@@ -272,7 +275,7 @@ def label_tasks(runs: Runs, workers: int = 1) -> list[DatasetTask]:
 
 
 def epochs_to_label(runs: Runs) -> dict[str, int]:
-    """Name of each run whose labels are to be stored -> number of epochs without labels, also of unfinished sets."""
+    """Name of each run that stores labels -> number of epochs without labels; runs with unfinished sets count too."""
     found = {}
     unfinished = {config.name for config in runs.unfinished()}
     for config in runs.configs:
@@ -296,13 +299,13 @@ def evaluate_tasks(
     rows than workers.
 
     Args:
-        workers: number of workers. One gets all real data last, so that the sets' rows are seen early. Several get the
-            longest rows first, so that none waits at the end.
+        workers: number of workers. A single worker gets the row on all real data last, so that users see other rows
+            early. Several workers get the longest rows first, so that none waits at the end.
         of: runs to score; `None` for all.
     """
     tasks: list[DatasetTask] = []
     shared: dict[str, list[tuple[RunConfig, str, NetworkConfig | None]]] = {}
-    for config in runs.configs:  # all runs, so that networks go together alike whenever a set is finished
+    for config in runs.configs:  # all runs, so that seeds are grouped alike whichever sets are finished
         for row, network in scored_rows(config):
             place = result_location(runs.out, config, runs.raw(config).fingerprint, row, 0, network)
             shared.setdefault(place.uri, []).append((config, row, network))

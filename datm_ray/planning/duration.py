@@ -1,7 +1,7 @@
-"""How long a run takes on a machine, and what it stores.
+"""Time that a run takes on a machine, and bytes that it stores.
 
-Work is counted in image passes: one image, once through one training step. Each takes so many seconds on a machine
-(`machines.py`, `measure.py`), and compiling and starting workers come on top. Not counted are faults. Accuracy:
+Work is counted in image passes: one image, once through one training step. A machine needs some seconds for each
+(`machines.py`, `measure.py`). Time to compile and to start workers is added. Faults are not counted. Accuracy:
 benchmarks/README.md. Tests: tests/planning/test_duration.py.
 """
 
@@ -43,17 +43,17 @@ NO_HOURS = "unknown: not measured. Give the speed as tflops= or gflops= in --clu
 
 @dataclass(frozen=True)
 class Proposal:
-    """A recipe in a layout on a machine, and what it takes there."""
+    """A recipe in a layout on a machine, with estimates of its memory, time and storage."""
 
     config: RunConfig
-    """The recipe with that layout."""
+    """The recipe, whose `cluster` section has the layout."""
     shape: DataShape
     plans: list[DistillationPlan]
     """Plans of its workers: first those of each network, in the networks' order."""
     machine: Machine
 
     def seconds(self, kind: str, network: RunConfig, passes: float) -> float:
-        """Seconds that one worker takes for so many image passes through a network."""
+        """Seconds that one worker takes for `passes` image passes through a network."""
         return passes * network_cost(network, self.shape).flop * self.machine.seconds[kind]
 
     def compiling(self, kind: str, network: RunConfig) -> float:
@@ -82,7 +82,7 @@ class Proposal:
 
     @property
     def outlook(self) -> Outlook | None:
-        """Facts that the method tells about the recipe."""
+        """Facts that the method tells about the recipe; `None` if there is nothing to tell."""
         return method_of(self.config).outlook(self.config, round(self.shape.training_images - self._held_out))
 
     @functools.cached_property
@@ -128,7 +128,7 @@ class Proposal:
 
     @property
     def _labels(self) -> LabelInfo | None:
-        """What a label store of the set says of itself; `None` if its labels are not stored."""
+        """Facts about the set's label store; `None` if the recipe stores no labels."""
         config, images = self.config, self.shape.synthetic(self.config)
         if config.evaluate.labels != "stored":
             return None
@@ -166,7 +166,11 @@ class Proposal:
         return tasks
 
     def _validation(self, iterating: float) -> tuple[float, float]:
-        """Seconds of all workers for validation, and seconds on the clock after the iterations, which take so long."""
+        """Seconds of all workers for validation, and its seconds on the clock.
+
+        Args:
+            iterating: seconds of all iterations, during which free workers validate.
+        """
         config, workers, together = self.config, self.machine.workers, self.config.workers_per_set
         epochs, count = PROTOCOLS[validation_protocol(config.evaluate.protocol)].epochs, validations(config.distill)
         passes = config.distill.validation_seeds * epochs * self.shape.synthetic(config)
@@ -177,7 +181,7 @@ class Proposal:
         return count * one, one * -(-(count - meanwhile) // workers)
 
     def _scored(self) -> list[float]:
-        """Seconds of each task of the evaluation. Networks that are trained together are compiled, as experts are."""
+        """Seconds of each task of the evaluation. Networks that are trained together are compiled."""
         config, shape, workers = self.config, self.shape, self.machine.workers
         backbone, rows, tasks = config.each_backbone()[0], scored_rows(config), list[float]()
         sizes = {"training": shape.synthetic(config), "real": round(shape.training_images - self._held_out)}
@@ -195,7 +199,7 @@ class Proposal:
         return tasks
 
     def _trained(self, kind: str, network: RunConfig, passes: float, count: int) -> float:
-        """Seconds to train so many networks, with so many passes in all, and score them on validation images."""
+        """Seconds to train `count` networks with `passes` image passes in all, and score them on validation images."""
         return self.seconds(kind, network, passes) + self.seconds("scoring", network, count * self._held_out)
 
     @property
@@ -205,7 +209,7 @@ class Proposal:
 
     @property
     def storage(self) -> dict[str, int]:
-        """Bytes that a finished run leaves behind, but for reports: `store`, the last `checkpoint`, and `results`."""
+        """Bytes that a finished run stores, by part: store, checkpoint, labels if any, and results without reports."""
         config, images, row = self.config, self.shape.synthetic(self.config), self.shape.row
         transform, store = fitting_cost(config.dataset, self.shape).stored, 0
         for each in trained_networks(config):
@@ -225,7 +229,7 @@ class Proposal:
         return "\n".join(self.lines())
 
     def to_json(self) -> dict[str, Any]:
-        """What the recipe takes, as plain data. Hours are `None` if no speed is known."""
+        """Estimates as plain data. Hours are `None` if no speed is known."""
         config, machine, outlook = self.config, self.machine, self.outlook
         held, clock = ({name: hours[place] for name, hours in self.stages.items()} for place in (0, 1))
         return {
@@ -253,7 +257,12 @@ class Proposal:
         }
 
     def lines(self, *, suggested: bool = False, verbose: bool = False) -> list[str]:
-        """What the recipe takes, as text for people; `suggested`: in a layout chosen for a described cluster."""
+        """Estimates as text for people.
+
+        Args:
+            suggested: True to show the layout, which was chosen for a described cluster.
+            verbose: True to show details of time and memory.
+        """
         config, shape, machine, plan = self.config, self.shape, self.machine, self.plans[0]
         device, image = machine.device.replace("core", "CPU"), "x".join(map(str, shape.image))
         kept, outlook = self.storage, self.outlook

@@ -1,7 +1,7 @@
-"""Does a set fit into the memory of its workers? What does not is refused before anything starts.
+"""Memory of workers that distil. A set that does not fit is refused before anything starts.
 
 The set, parameters and images are counted exactly, activations as a multiple of what all layers write in one forward
-pass (`core/networks/image_cost.py`), measured on CPUs. On a GPU a trial step has the last word (`chunk_by_trial`).
+pass (`core/networks/image_cost.py`), measured on CPUs. On a GPU a trial step decides in the end (`chunk_by_trial`).
 Accuracy: benchmarks/README.md. Tests: tests/planning/test_fit.py.
 """
 
@@ -41,7 +41,7 @@ SET_COPIES = 5
 IMAGE_COPIES = 6
 """Copies of a micro-batch's images: raw, augmented, kept for the derivative, and gradients."""
 FROZEN_VECTORS = 2
-"""Vectors of p numbers of each MetaDD network: as it was restored, and its frozen copy."""
+"""Number of parameter vectors in memory for each MetaDD network: the restored network and its frozen copy."""
 GPU_SHARE = 0.9
 """Share of a GPU's free memory that a worker may fill."""
 
@@ -63,17 +63,18 @@ class Layout:
 
     shards: int
     roles: tuple[Role, ...]
-    """Roles of the rows of workers; empty where one row does everything."""
+    """Role of each row of workers; empty if there is one row."""
     sharing: int
-    """Distilling workers that one machine has at a time."""
+    """Number of distilling workers that run on one machine at the same time."""
 
     @classmethod
     def of(cls, config: RunConfig, workers_of_all_sets: int = 0, workers_here: int | None = None) -> Layout:
-        """The recipe's own layout.
+        """Layout that the recipe itself asks for.
 
         Args:
-            workers_of_all_sets: workers wanted at the same time; 0 stands for this set's.
-            workers_here: workers for which a machine has room; None takes this machine's CPUs.
+            workers_of_all_sets: number of workers that all sets want at the same time; 0 for this set's number.
+            workers_here: number of workers that fit on a machine; `None` takes `cluster.workers`, or this machine's
+                CPUs if it is null.
         """
         cluster = config.cluster
         room = workers_here or cluster.workers or max(1, (os.cpu_count() or 1) // cluster.threads_per_worker)
@@ -86,22 +87,22 @@ ALONE = Layout(1, (), 1)
 
 @dataclass(frozen=True)
 class DistillationPlan:
-    """One worker of a set and a network that it works on, or none, if it only computes MetaDD."""
+    """Memory plan of one worker and one network that it distils with, or of a worker that only computes MetaDD."""
 
     name: str
     """Phrase that says what the worker does, for messages."""
     budget: float
-    """Bytes that the worker may take; infinite where its GPU cannot be seen from here."""
+    """Bytes that the worker may take; infinite if this process cannot see its GPU."""
     parts: Mapping[str, int]
     """Bytes that the worker takes, by part, see `PARTS`."""
     chunk: int = 0
     """Images of a micro-batch: as many as the budget and a CPU's cache allow, in even parts, and at least 1."""
     demand: Demand | None = None
-    """What the method takes for an iteration; None without a network."""
+    """Work and memory of an iteration of the method; `None` for a worker that only computes MetaDD."""
 
     @property
     def passes(self) -> Mapping[str, float]:
-        """Kind of work -> images that pass through the network in an iteration. The last micro-batch is padded."""
+        """Work of an iteration: kind of work -> images that pass through the network, with padded micro-batches."""
         if self.demand is None:
             return {}
         rows = self.demand.at_once
@@ -110,19 +111,19 @@ class DistillationPlan:
 
     @property
     def total(self) -> int:
-        """Bytes when most memory is taken, with `MARGIN` on all but the process."""
+        """Peak memory of the worker in bytes, with `MARGIN` on everything but the process."""
         parts = self.parts
         worst = max(parts["trace"] + parts["call"], parts["validation"], parts["meta"])  # never at the same time
         return parts["process"] + math.ceil(MARGIN * (parts["synthetic"] + parts["network"] + worst))
 
     @property
     def memory(self) -> str:
-        """What the worker takes of what it may, in words."""
+        """Memory that the worker takes, and its limit, in words."""
         limit = "as the GPU allows" if math.isinf(self.budget) else f"of {size_in_words(self.budget)}"
         return f"{size_in_words(self.total)} {limit}"
 
     def lines(self) -> list[str]:
-        """Parts of the memory, a line each."""
+        """Lines with the parts of the worker's memory, after a heading."""
         parts = [f"    {size_in_words(size):>10}  {PARTS[name][0]}" for name, size in self.parts.items() if size]
         return [f"  memory of a worker that {self.name}, with a margin of {MARGIN - 1:.0%} on tensors:", *parts]
 
@@ -131,8 +132,8 @@ def plans_of(config: RunConfig, shape: DataShape, layout: Layout | None = None) 
     """Plans of every network that a recipe works on, in the networks' order, then of workers that only compute MetaDD.
 
     Args:
-        shape: the recipe's data; 0 training images leave them out of a machine's memory.
-        layout: workers that distil the set; None takes the recipe's own.
+        shape: the recipe's data. With 0 training images, the data set does not count in a machine's memory.
+        layout: workers that distil the set; `None` takes the recipe's own layout.
 
     Raises:
         ConfigError: a worker would need more memory than it may take, or there are more shards than classes.
@@ -157,7 +158,7 @@ def plans_of(config: RunConfig, shape: DataShape, layout: Layout | None = None) 
 def _plan(
     config: RunConfig, shape: DataShape, role: Role, backbone: int | None, budget: float, shards: int
 ) -> DistillationPlan:
-    """Plan of a worker with this role in so many shards, for one of its networks."""
+    """Plan of a worker with this role for one of its networks, or `None` for MetaDD, in a set of `shards` shards."""
     cost, images = network_cost(config, shape), shape.synthetic(config)
     sizes = [network_cost(each, shape) for each in config.each_backbone()]
     size = sizes[backbone or 0]
@@ -191,7 +192,7 @@ def _plan(
 
 
 def _unfit(plan: DistillationPlan, remedies: list[str]) -> ConfigError:
-    """Error about a worker that needs more memory than it may take, with what helps besides."""
+    """Error about a worker that needs more memory than it may take. Its remedies begin with `remedies`."""
     can_help = {name: size for name, size in plan.parts.items() if name != "process" or plan.budget <= size}
     largest = max(can_help, key=lambda name: can_help[name])
     words, knob = PARTS[largest]
@@ -216,7 +217,7 @@ def require_whole_classes(shards: int, classes: int, name: str) -> None:
 def worker_budget(config: RunConfig, data_bytes: int = 0, sharing: int = 1) -> float:
     """Bytes that one distilling worker may take: `cluster.memory`, or what its device has free.
 
-    Without end for GPUs that cannot be seen from here.
+    Infinite for GPUs that this process cannot see.
 
     Args:
         data_bytes: bytes of the data set that the workers of a machine share.
@@ -233,13 +234,13 @@ def worker_budget(config: RunConfig, data_bytes: int = 0, sharing: int = 1) -> f
 
 
 def chunk_by_trial(step: Callable[[int], None], plan: DistillationPlan, device: torch.device) -> int:
-    """Largest micro-batch whose step a GPU has room for: the plan's, or half of it, and so on down to one image.
+    """Largest micro-batch whose step fits on a GPU. Tries the plan's size, then half of it, down to one image.
 
     Args:
-        step: computes one step of so many images; beside it the trial holds the plan's trace, within its budget.
+        step: computes one step of a number of images. The trial holds the plan's trace beside it, within the budget.
 
     Raises:
-        ConfigError: there is no room for one image.
+        ConfigError: a step of one image does not fit.
     """
     limit, chunk = torch.cuda.memory_allocated(device) + plan.budget, plan.chunk
     while chunk:

@@ -28,11 +28,11 @@ EXPERT_MAPS, SCORED_MAPS = 3, 1.25
 """Peak memory of a training step, as a multiple of the bytes that all layers write in one forward pass. Measured: up to
 3.4 for experts, whose calls are small on CPUs, and 1.3 to 1.5 for networks that are scored; `MARGIN` comes on top."""
 VECTORS = 8
-"""Vectors of p numbers of a network in training: parameters, gradients, velocity, GSAM's and the updated ones."""
+"""Number of parameter vectors of a network in training: parameters, gradients, velocity, GSAM's and updated ones."""
 
 
 def experts_memory(config: RunConfig, shape: DataShape, stacked: int) -> int:
-    """Bytes of main memory of a worker that trains stacks of so many experts of `config.network`."""
+    """Bytes of main memory of a worker that trains stacks of `stacked` experts of `config.network`."""
     if uses_gpu(config.cluster.shaped(light=True)):
         return GPU_PROCESS_BYTES
     cost, settings = network_cost(config, shape), config.experts
@@ -54,7 +54,7 @@ def scoring_memory(
     *,
     is_shared: bool = False,
 ) -> int:
-    """Bytes of main memory of a worker that trains a network on so many images and scores it.
+    """Bytes of main memory of a worker that trains a network on `images` images and scores it.
 
     Args:
         network: scored network; `None` for the backbone.

@@ -1,4 +1,4 @@
-"""Everything that a run takes, before it starts; for a described cluster, in the layout that suits it best.
+"""Estimate of a run before it starts; for a described cluster, in the layout that suits the cluster best.
 
 Tests: tests/planning/test_duration.py.
 """
@@ -26,10 +26,10 @@ def plan_run(
     measure: bool = False,
     workers_wanted: int = 0,
 ) -> Proposal:
-    """Estimate memory, hours and storage of a run. Arguments and errors besides: see `datm_ray.plan`.
+    """Estimate memory, hours and storage of a run. Other arguments and errors: see `datm_ray.plan`.
 
     Args:
-        workers_wanted: distilling workers of all runs at the same time; 0 for those of this run.
+        workers_wanted: number of workers that all runs want for distilling at the same time; 0 for this run's number.
 
     Raises:
         DatasetError: the data cannot be read.
@@ -53,10 +53,12 @@ def plan_run(
 
 
 def propose(config: RunConfig, shape: DataShape, machine: Machine) -> Proposal:
-    """Fewest shards, among powers of two, that distil and validate at most 5 % longer than the fastest.
+    """Proposal with the fewest shards that distils and validates at most 5 % longer than the fastest proposal.
+
+    Numbers of shards are powers of two, and the largest possible number.
 
     Raises:
-        ConfigError: the set fits in none, or the machine has fewer workers than the recipe wants at least.
+        ConfigError: no proposal fits into memory, or the machine has fewer workers than the recipe needs.
     """
     rows, gpu, found, failure = len(config.roles), machine.device == "GPU", [], None
     most = min(machine.workers // rows, shape.classes)
@@ -81,7 +83,7 @@ def propose(config: RunConfig, shape: DataShape, machine: Machine) -> Proposal:
 
 
 def not_followed(recipe: RunConfig, proposal: Proposal) -> list[str]:
-    """What a recipe sets for itself and the proposed layout has otherwise, in at most one line."""
+    """Line on settings of the recipe's `cluster` section that the proposed layout replaces; empty if there are none."""
     ours, theirs, usual = recipe.cluster, proposal.config.cluster, ClusterConfig()
     ignored = [
         f"cluster.{name}={value:g}"

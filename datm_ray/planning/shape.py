@@ -1,4 +1,4 @@
-"""Size of a data set, and what one of its images takes in a network: all that planning knows of both.
+"""Size of a data set, and the memory and operations of one of its images in a network, for planning.
 
 Tests: tests/planning/test_fit.py.
 """
@@ -29,7 +29,7 @@ class DataShape:
     training_images: int
     """Number of training images, those set aside for validation included."""
     test_images: int = 0
-    """Number of test images; 0 where it is not known, and then scoring them is not counted."""
+    """Number of test images. 0 if it is unknown; then the time to score them is not counted."""
 
     @property
     def bytes(self) -> int:
@@ -59,7 +59,7 @@ def parse_shape(text: str) -> DataShape:
     """Read a data set's shape: channels x height x width, classes, training images, such as `3x64x64,200,100000`.
 
     Raises:
-        ConfigError: the text has another form, or the numbers cannot be those of a data set.
+        ConfigError: the text has another form, or no data set can have these numbers.
     """
     match = re.fullmatch(r"(\d{1,5})x(\d{1,5})x(\d{1,5}),(\d{1,6}),(\d{1,10})", text.strip(), re.ASCII)
     channels, height, width, classes, images = map(int, match.groups()) if match else (0, 0, 0, 0, 0)
@@ -73,10 +73,10 @@ def parse_shape(text: str) -> DataShape:
 
 
 def data_shape(dataset: DatasetConfig, *, here: bool = False) -> DataShape:
-    """Shape of a recipe's data; files are read only where the source does not tell it.
+    """Shape of a recipe's data. Files are read only if the source is not in `KNOWN_SHAPES`.
 
     Args:
-        here: whether the run will be on this machine, where resized images must fit into memory.
+        here: True if the run will be on this machine, where resized images must fit into memory.
 
     Raises:
         DatasetError: images cannot be read, or do not fit into memory.
@@ -95,7 +95,7 @@ def data_shape(dataset: DatasetConfig, *, here: bool = False) -> DataShape:
 
 
 def fitting_cost(dataset: DatasetConfig, shape: DataShape) -> FitCost:
-    """Cost of fitting the normalisation on the training images that are left beside those for validation."""
+    """Cost of fitting the normalisation on the training images without those for validation."""
     left = round(shape.training_images * (1 - dataset.validation))
     return FitCost.of(dataset.resolved(shape.image[1:]).kind, shape.image, left)
 

@@ -37,8 +37,8 @@ def recipe_names() -> list[str]:
 def get_recipe(name: str) -> RunConfig:
     """Packaged recipe of this name, or the recipe in a file if the name ends in .yaml or .yml or contains a "/".
 
-    A file with the key `base` holds only what differs from that recipe. The key is such a name, or a path relative to
-    the file.
+    A file with the key `base` holds only its differences from the base recipe. `base` is the name of a recipe, or a
+    path relative to the file.
 
     Raises:
         ConfigError: the recipe or its base does not exist, or the file holds no recipe.
@@ -47,7 +47,7 @@ def get_recipe(name: str) -> RunConfig:
 
 
 def _find(name: str, below: tuple[str, ...]) -> RunConfig:
-    """Recipe of this name, which is the base of the files `below`."""
+    """Recipe of this name. `below` are the files that have it as a base, directly or through other files."""
     if not _is_file(name):
         return _lookup(name)().model_copy(update={"name": name})
     path, folder = os.path.realpath(name), os.path.dirname(name)

@@ -97,9 +97,9 @@ def cifar10_ipc1000() -> RunConfig:
 def cifar10_dm_ipc10() -> RunConfig:
     """CIFAR-10, 10 images per class, by distribution matching (DM). The paper reports 48.9±0.6 %.
 
-    Source: arXiv 2110.04181 and the authors' program. Images start from real ones and are normalised per channel. An
-    iteration has 256 real images of each class; there are 20,000 at learning rate 1. Labels are hard, and networks
-    train at 0.01.
+    Source: arXiv 2110.04181 and the authors' program. The set starts from real images, normalised per channel. Each of
+    20,000 iterations has 256 real images of each class. The set's learning rate is 1. Labels are hard, and networks
+    train at learning rate 0.01.
 
     Not run at this size yet. `datm-ray plan cifar10-dm-ipc10` tells what `datm-ray run cifar10-dm-ipc10` takes.
     """
@@ -142,6 +142,6 @@ def cifar10_metadd_ipc10() -> RunConfig:
 
     No figure is published for DATM with MetaDD; MTT with MetaDD has 53.1 % over its unseen networks. Not run at this
     size yet. On a fifth of the data, with narrow networks and 200 iterations, the meta-feature ratio rose from 0.11 to
-    0.41 and accuracy on other architectures did not (README.md). Each iteration uses a fifth of the images.
+    0.41 and accuracy on other architectures did not (README.md). MetaDD uses a fifth of the images in each iteration.
     """
     return with_auxiliaries(cifar10_ipc10(), share=0.2)

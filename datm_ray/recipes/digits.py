@@ -20,7 +20,7 @@ from datm_ray.config import (
 )
 
 DIGITS_AUGMENTATION = "crop_scale_rotate"
-"""Operations for evaluation on digits: no flip (a mirrored digit is none), no cutout (it blanks the digit), no colour.
+"""Operations for evaluation on digits: no flip (mirrored digits do not exist), no cutout (it blanks digits), no colour.
 Experts and students use no augmentation: at 8x8 pixels that gave better sets on validation data."""
 DIGITS_REAL_EPOCHS = 150
 """Epochs of networks on all real digits. With 40, this reference set would have had a quarter of the updates of
@@ -57,7 +57,7 @@ def _digits(
 def digits_smoke() -> RunConfig:
     """Real digits, 1 image per class, cut to half a minute on two cores: to see that everything works.
 
-    Measured 79.4±7.1 % (n=2 networks) against random real images 57.5±0.2; digits-ipc1 takes minutes and has 92.
+    Measured 79.4±7.1 % (n=2 networks) against random real images 57.5±0.2; digits-ipc1 takes minutes and reaches 92.
     """
     base = digits_ipc1()
     changes = {
@@ -116,8 +116,8 @@ def digits_dm_ipc10() -> RunConfig:
 def digits_sre2l_ipc10() -> RunConfig:
     """Real digits, 10 images per class, recovered from a small ResNet-18 (SRe2L), and scored under its labels.
 
-    Not measured to its end yet. On validation images, sets from noise reach 91 %, from real images 95; the values of
-    `recover` were chosen there. At 8x8 pixels views are whole images, neither mirrored nor shifted.
+    Not measured to its end yet. On validation images, sets from noise reach 91 %, from real images 95. The values of
+    `recover` were chosen on them too. At 8x8 pixels views are whole images, neither mirrored nor shifted.
     """
     base = digits_ipc10()
     distill = base.distill.model_copy(
@@ -166,7 +166,7 @@ def digits_select_ipc10() -> RunConfig:
     """Real digits, 10 images per class, chosen without optimisation (RDED): the crops that a teacher finds easiest.
 
     Measured 94.2±0.6 %, random real images with the same labels 96.0±0.2, digits-ipc10 98.0±0.7: one set and five
-    networks (`datm-ray run digits-select-ipc10 --skip-full`). At 8x8 pixels crops of a digit are easily another one.
+    networks (`datm-ray run digits-select-ipc10 --skip-full`). At 8x8 pixels, a crop often shows another digit.
     Choosing took half a second of a CPU core. Values of `select` are the published ones, the step size is that of
     digits-dm-ipc10.
     """

@@ -38,7 +38,7 @@ def published(
     return RunConfig(
         dataset=DatasetConfig(source=source, validation=0.02),
         network=NetworkConfig(depth=depth),
-        # GSAM as in DATM. All epochs are kept that any recipe of the family may match, so that all share the experts.
+        # GSAM as in DATM. Experts keep all epochs that any recipe of the data set matches, so that recipes share them.
         experts=ExpertConfig(optimiser="gsam", keep_epochs=LATEST_MATCHED[source]),
         distill=DistillConfig(
             ipc=ipc,
@@ -59,7 +59,7 @@ def published(
 def recovered(
     source: str, ipc: int, experts: ExpertConfig, iterations: int, recover: RecoverConfig, evaluate: EvaluateConfig
 ) -> RunConfig:
-    """Recipe of SRe2L (arXiv 2306.13092): a ResNet-18 as the teacher, images from noise, its labels in every epoch."""
+    """Recipe of SRe2L (arXiv 2306.13092): a ResNet-18 as teacher, images from noise, a teacher's label per epoch."""
     return RunConfig(
         method="sre2l",
         dataset=DatasetConfig(source=source, normalisation="standard", validation=0.02),
@@ -82,8 +82,9 @@ def recovered(
 def small_recovery(source: str, ipc: int) -> RunConfig:
     """Recipe of SRe2L with the authors' values for CIFAR-100.
 
-    Their program also mixes images up, keeps the iterate of least loss and shifts one way only. When it trains on the
-    set, the teacher is in training mode and the loss has no factor of the squared temperature.
+    Unlike this package, their program also mixes images, keeps the images of the iteration with least loss, and shifts
+    in one direction alone. When it scores a set, its teacher is in training mode, and its loss has no factor of the
+    squared temperature.
     """
     teacher = ExpertConfig(epochs=200, batch_size=128, learning_rate=0.1, weight_decay=5e-4, augmentation="crop+flip")
     recover = RecoverConfig(learning_rate=0.25, statistics=0.01, least_share=1.0)
@@ -103,6 +104,6 @@ AUXILIARIES = ("resnet18", "vgg11", "alexnet", "vit-small")
 
 
 def with_auxiliaries(base: RunConfig, share: float, names: Sequence[str] = AUXILIARIES) -> RunConfig:
-    """Copy of a recipe with MetaDD and auxiliaries of published size."""
+    """Copy of a recipe with MetaDD and auxiliaries of their published sizes."""
     metadd = MetaConfig(auxiliaries=tuple(NetworkConfig(architecture=name) for name in names), share=share)
     return base.model_copy(update={"metadd": metadd})

@@ -52,7 +52,7 @@ def tiny_imagenet_ipc50() -> RunConfig:
 
 
 def tiny_imagenet_ipc100() -> RunConfig:
-    """Tiny-ImageNet, 100 images per class. The paper has no such row; the values are those of 50 per class."""
+    """Tiny-ImageNet, 100 images per class. Not in the paper; the values are those for 50 images per class."""
     smaller = tiny_imagenet_ipc50()
     return smaller.model_copy(update={"distill": smaller.distill.model_copy(update={"ipc": 100})})
 
@@ -60,7 +60,7 @@ def tiny_imagenet_ipc100() -> RunConfig:
 def tiny_imagenet_metadd_ipc10() -> RunConfig:
     """Tiny-ImageNet, 10 images per class, DATM as in tiny-imagenet-ipc10 and MetaDD with four auxiliaries.
 
-    No figure is published for DATM with MetaDD. Not run yet. Each iteration uses a fifth of the images, 400.
+    No figure is published for DATM with MetaDD. Not run yet. MetaDD uses a fifth of the images, 400, in each iteration.
     """
     return with_auxiliaries(tiny_imagenet_ipc10(), share=0.2)
 
@@ -68,8 +68,8 @@ def tiny_imagenet_metadd_ipc10() -> RunConfig:
 def tiny_imagenet_metadd_ipc50() -> RunConfig:
     """Tiny-ImageNet, 50 images per class, DATM as in tiny-imagenet-ipc50 and MetaDD with four auxiliaries.
 
-    No figure is published for DATM with MetaDD; SRe2L with MetaDD has 30.1 % on other networks. Not run yet. Each
-    iteration uses a twentieth of the images, 500.
+    No figure is published for DATM with MetaDD; SRe2L with MetaDD has 30.1 % on other networks. Not run yet.
+    MetaDD uses a twentieth of the images, 500, in each iteration.
     """
     return with_auxiliaries(tiny_imagenet_ipc50(), share=0.05)
 
@@ -77,7 +77,7 @@ def tiny_imagenet_metadd_ipc50() -> RunConfig:
 def tiny_imagenet_metadd_ipc100() -> RunConfig:
     """Tiny-ImageNet, 100 images per class, the values of tiny-imagenet-ipc100 and MetaDD with four auxiliaries.
 
-    No figure is published. Not run yet. Each iteration uses 500 of the 20,000 images.
+    No figure is published. Not run yet. MetaDD uses 500 of the 20,000 images in each iteration.
     """
     return with_auxiliaries(tiny_imagenet_ipc100(), share=0.025)
 
@@ -85,8 +85,8 @@ def tiny_imagenet_metadd_ipc100() -> RunConfig:
 def tiny_imagenet_sre2l_ipc50() -> RunConfig:
     """Tiny-ImageNet, 50 images per class, by SRe2L. The paper reports 41.1±0.4 % with ResNet-18.
 
-    A ResNet-18 of 50 epochs is the teacher; it gives the labels of every batch in evaluation. The authors' set of 50
-    images per class took 1000 iterations; these are 4000, as for the rest of their table. Not run yet.
+    The teacher is a ResNet-18 trained for 50 epochs. In evaluation it labels every batch. The authors used 1000
+    iterations for 50 images per class; this recipe uses 4000, as in the rest of their table. Not run yet.
     """
     return recovered(
         "tiny-imagenet",

@@ -1,11 +1,11 @@
-"""Checkpoints of a distillation, written by any number of class shards and read by any other number.
+"""Checkpoints of a distillation. Any number of class shards writes one, and any other number can read it.
 
-    checkpoint.arrow    what all shards share: step sizes, curves, counters, and the names of the parts
-    checkpoint/<iteration>-<first row>-<last row>-<attempt>.arrow   the rows of one shard, the last one exclusive
+    checkpoint.arrow    data that all shards share: step sizes, curves, counters, and the names of the parts
+    checkpoint/<iteration>-<first row>-<last row>-<attempt>.arrow   rows [first, last) of one shard
     attempt.json        the attempt that may write, see `Attempt`
 
-Every shard writes its part; when all have, the first worker replaces checkpoint.arrow, and only then is the new
-checkpoint the one. Killed at any moment, the run finds either the old parts with the old file or the new with the new.
+Every shard writes its part. After all parts are written, the first worker replaces checkpoint.arrow. Only then is the
+new checkpoint valid. A run killed at any moment finds the old file with its parts, or the new file with its parts.
 """
 
 from __future__ import annotations
@@ -39,44 +39,46 @@ _PART = re.compile(r"(\d{8})-(\d+)-(\d+)(?:-([0-9a-f]{12}))?\.arrow")
 
 @dataclass(frozen=True, order=True)
 class Rows:
-    """The rows [first, last) of the synthetic set that a shard holds."""
+    """Rows [first, last) of the synthetic set that one shard holds."""
 
     first: int
     last: int
 
     @classmethod
     def of_shard(cls, shard: int, shards: int, classes: int, ipc: int) -> Rows:
-        """Rows of a shard's classes; the first shards have one class more where the number does not divide."""
+        """Rows of a shard's classes. If `shards` does not divide `classes`, the first shards have one class more."""
         bounds = [part[0] for part in np.array_split(np.arange(classes), shards)] + [classes]
         return cls(int(bounds[shard]) * ipc, int(bounds[shard + 1]) * ipc)
 
     def classes(self, ipc: int) -> range:
-        """The classes of these rows."""
+        """Classes that the rows belong to."""
         return range(self.first // ipc, self.last // ipc)
 
 
 @dataclass
 class Attempt:
-    """One attempt at a set, by any number of workers; the latest one owns the set's folder.
+    """One attempt to distil a set, by any number of workers. The latest attempt owns the set's folder.
 
-    Each attempt claims the folder before it reads anything there. Before each file of the first worker gets its name,
-    the claim must still be its own, else a worker left over from a lost connection ends with an `OvertakenError`. A
-    request that passed this check and is delayed until the next attempt has started may still replace a file. That
-    corrupts nothing: files are whole, and no attempt writes or deletes another's parts of an iteration later than the
-    one it resumed from, so the parts of a delayed checkpoint.arrow exist as long as no third attempt resumes beyond it.
-    At most the iterations between the two checkpoints are computed again, until the new attempt saves its next one.
+    Each attempt claims the folder before it reads anything there. The first worker checks the claim before each of its
+    files gets its name. So a worker left over from a lost connection ends with an `OvertakenError`.
+
+    A request that passed this check may be delayed until the next attempt has started, and then still replace a file.
+    This corrupts nothing, because files are whole. No attempt writes or deletes another attempt's parts of an iteration
+    later than the one it resumed from. So the parts of a delayed checkpoint.arrow exist until a third attempt resumes
+    from a later iteration. If the new attempt is killed before its next checkpoint, at most the iterations between the
+    two checkpoints are computed again.
     """
 
     folder: Location
-    """Folder of the set. On the first worker, what is written there is checked."""
+    """Folder of the set. On the first worker, every write checks the claim."""
     token: int
-    """Number that no other attempt has; it is in the names of parts."""
+    """Number that no other attempt has. File names of parts contain it."""
     resumed_at: int = -1
-    """Iteration of the checkpoint from which the attempt resumes; -1 without one."""
+    """Iteration of the checkpoint from which the attempt resumes; -1 without a checkpoint."""
 
     @classmethod
     def start(cls, folder: Location, mesh: Mesh) -> Attempt:
-        """Claim the folder, all workers together. What is read afterwards is not changed by earlier attempts."""
+        """Claim the folder. All workers call this together. Earlier attempts do not change files read afterwards."""
         claim = Claim(folder / ATTEMPT)
         if mesh.is_first:
             claim.take()
@@ -93,8 +95,7 @@ def save_checkpoint(
     recipe: Mapping[str, Any],
     computed: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Write the state, all shards together.
-
+    """Write the state. All workers call this together.
     Args:
         computed: how student steps were computed, see `read_computed`.
     """
@@ -114,10 +115,10 @@ def save_checkpoint(
 def load_checkpoint(
     kind: type[AnyState], folder: Location, rows: Rows, settings: DistillConfig, device: torch.device
 ) -> AnyState | None:
-    """The rows of the state that was saved last, whoever saved them; none where nothing was saved.
+    """Read some rows of the last saved state, whichever shards wrote them. Returns `None` without a checkpoint.
 
     Raises:
-        CorruptFileError: a part is missing, damaged or does not fit.
+        CorruptFileError: a part is missing, damaged or does not fit the checkpoint.
     """
     if not (folder / CHECKPOINT).exists():
         return None
@@ -146,9 +147,9 @@ def _load(
 
 
 def read_computed(folder: Location) -> list[dict[str, Any]]:
-    """How student steps were computed up to the checkpoint: an entry for every change, with its first iteration.
+    """Settings of student steps up to the checkpoint: an entry for every change, with its first iteration.
 
-    Empty where there is no checkpoint, or one of an earlier version.
+    Empty if there is no checkpoint, or if an earlier version of this package wrote it.
 
     Raises:
         CorruptFileError: the checkpoint is damaged, or its entries are no mappings.
@@ -162,7 +163,7 @@ def read_computed(folder: Location) -> list[dict[str, Any]]:
 
 
 def read_iteration(folder: Location) -> int:
-    """Number of iterations that the checkpoint has; -1 if there is no checkpoint."""
+    """Number of iterations done at the checkpoint; -1 if there is no checkpoint."""
     place = folder / CHECKPOINT
     if not place.exists():
         return -1
@@ -171,9 +172,9 @@ def read_iteration(folder: Location) -> int:
 
 
 def read_curves(folder: Location) -> dict[str, Any]:
-    """The history columns, those of MetaDD and of validation in a run's checkpoint, by name.
+    """Columns of the history, of MetaDD and of validation in a run's checkpoint, by name.
 
-    A history that has a column for the backbones is cut to the first one's rows.
+    If the history has several backbones, only the rows of the first backbone are returned.
     """
     arrays = with_present_names(read_tensors(folder / CHECKPOINT, kind=KIND).arrays)
     if not {"history.iteration", "history.loss", "history.skipped"} <= arrays.keys():
@@ -185,7 +186,7 @@ def read_curves(folder: Location) -> dict[str, Any]:
 
 
 def _read_rows(folder: Location, names: list[str], rows: Rows) -> dict[str, NDArray[Any]]:
-    """Read the arrays of these rows (images) of the set, cut from the part files that hold them, and joined."""
+    """Read the arrays of some rows (images) of the set. They are cut from the part files and joined."""
     pieces: list[dict[str, NDArray[Any]]] = []
     found = rows.first
     for part, name in sorted((_part_rows(folder, name), name) for name in names):
@@ -199,13 +200,13 @@ def _read_rows(folder: Location, names: list[str], rows: Rows) -> dict[str, NDAr
             found += last - first
     if found != rows.last:
         raise _unusable(folder, f"holds {found - rows.first} of the {rows.last - rows.first} images asked for")
-    # The first validation adds the chosen set; a kill may leave parts with it beside parts without.
+    # The first validation adds the chosen set; after a kill, some parts may have it and others not.
     names_of_all = set(pieces[0]).intersection(*pieces)
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in names_of_all}
 
 
 def _require_shapes(folder: Location, state: State[Any]) -> None:
-    """Arrays of one set agree, and are of floats; the checksums do not say so."""
+    """Raise a `CorruptFileError` unless the arrays of each set fit in shape and hold floats. Checksums do not tell."""
     for held in (state.synthetic, state.chosen or state.synthetic):
         shapes = [tuple(each.shape) for each in (held.images, held.soft_labels, held.step_sizes, held.labels)]
         floats = all(each.is_floating_point() for each in (held.images, held.soft_labels, held.step_sizes))
@@ -243,9 +244,9 @@ def _part_name(attempt: Attempt, iteration: int, rows: Rows) -> str:
 
 
 def _delete_older_parts(attempt: Attempt, iteration: int) -> None:
-    """Delete this attempt's parts of earlier iterations, and other attempts' up to the one it resumed from.
+    """Delete this attempt's parts of earlier iterations, and other attempts' parts up to the iteration of its start.
 
-    Later ones of another attempt may be named by its checkpoint; the next attempt clears them up.
+    The checkpoint of another attempt may name its later parts, so they stay. The next attempt deletes them.
     """
     parts = attempt.folder / PARTS
     for name in parts.list():

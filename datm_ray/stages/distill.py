@@ -1,18 +1,18 @@
-"""Distilling: one task, one synthetic set, by one worker or by a mesh of them, resumed from its last checkpoint.
+"""Distillation of one synthetic set in one task, by one worker or a mesh of workers. It resumes from checkpoints.
 
 The files of a run's folder, each written atomically:
     initial.arrow      the set before the first iteration
     checkpoint.arrow   the whole state, replaced every `checkpoint_every` iterations or `checkpoint_seconds`, before a
                        validation and when the command is stopped, and kept at the end; the images are in checkpoint/,
                        see `checkpoint`
-    maps.arrow         with MetaDD: what its networks see in some images, before and after
-    synthetic.arrow    the result; there only when the distillation is finished
+    maps.arrow         with MetaDD: class activation maps of some images, before and after
+    synthetic.arrow    the result; it exists only when the distillation is finished
     candidates/        sets that wait for their validation, see `validation`; only while a set is unfinished
     last-good.arrow    after too many diverged or skipped iterations in a row: the set of the last update
-    cost.json          what it has cost so far, over all workers and attempts; replaced after every checkpoint, so what
-                       a killed attempt spent after its last one is not counted. A file of its own, for the others are
-                       the same however often a run was stopped
-A transform that is large, as whitening is, lies once for all sets of all runs in ../transforms, see `artifact`.
+    cost.json          the cost so far, over all workers and attempts; replaced after every checkpoint, so the cost of a
+                       killed attempt after its last checkpoint is not counted. It is a separate file, because the
+                       bytes of the other files do not depend on how often a run was stopped
+A large transform, such as whitening, is stored once for all sets of all runs in ../transforms, see `artifact`.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class DistillWorker:
     """Distils synthetic sets from one data set and its experts, alone or with others."""
 
     method: type[Method] | None = None
-    """Method that changes the set; `None` takes the recipe's. A benchmark may put another one here."""
+    """Method that changes the set; `None` takes the recipe's method. Benchmarks may set another one."""
 
     def __init__(self, dataset: Dataset, cluster: ClusterConfig) -> None:
         self._device = prepare_device(cluster)
@@ -104,16 +104,16 @@ class DistillWorker:
         """Distil one recipe into its folder, from the last checkpoint if there is one.
 
         Args:
-            sharing: distilling workers that may be on this machine at a time.
-            validation: task that validates a set when its iteration is added to the arguments, for any worker; the
-                result is written when all are done. `None` validates and ends here.
-            worker_rank: this worker's place among those that distil the recipe together.
+            sharing: number of distilling workers that may run on this machine at the same time.
+            validation: task that validates a set on any worker, if its arguments are completed by an iteration. The
+                last of such tasks writes the result. With `None`, this worker validates and writes the result.
+            worker_rank: this worker's rank among the workers of the recipe; `None` if it works alone.
 
         Raises:
-            MissingExpertsError: the store has not all experts of the recipe.
+            MissingExpertsError: the store lacks experts of the recipe.
             DivergenceError: too many iterations in a row diverged; the set of the last update is in the checkpoint.
-            ThresholdError: the set would start above the threshold, or many iterations in a row were.
-            StoreError: an expert's first and last epochs are the same, and so are a start and its target.
+            ThresholdError: the first matching losses exceed the threshold, or the losses of many iterations in a row.
+            StoreError: an expert has the same parameters in its first and last epochs.
             PeerLostError: another worker of the mesh died.
             OvertakenError: a newer attempt at the set has started.
         """
@@ -137,9 +137,9 @@ class DistillWorker:
                 yield from Distillation(part, folder, method, account, validation).events()
 
     def validate(self, config: RunConfig, store_uri: str, folder_uri: str, iteration: int) -> Iterator[Event]:
-        """Validate a candidate of a distillation. With the last missing result, write the set that is kept.
+        """Validate a candidate of a distillation. After the last missing result, also write the final set.
 
-        Does nothing for a candidate that is gone: its result has joined the distillation.
+        Does nothing if the candidate's file is gone, because the distillation then has its result.
 
         Args:
             iteration: number of iterations that were done when the candidate was written.
@@ -167,13 +167,13 @@ class DistillWorker:
         yield Finished(metrics=meter.measure())
 
     def _conclude(self, config: RunConfig, store_uri: str, folder: Location, rows: Rows) -> None:
-        """Write the set that is kept, if all results are there.
+        """Write the final set, unless the result of a candidate is missing.
 
         Args:
             rows: all rows of the set.
 
         Raises:
-            OvertakenError: another worker does the same.
+            OvertakenError: another worker writes the final set.
         """
         if Candidates(folder).open():
             return
@@ -215,7 +215,7 @@ def _of_iteration(validation: Task, iteration: int) -> Task:
 def _record(
     state: State[Any], iteration: int, accuracy: float, dataset: Dataset, candidates: Candidates, rows: Rows
 ) -> None:
-    """Record the validation of a set of this or an earlier iteration."""
+    """Record the validation accuracy of the set of `iteration`, which is the state's iteration or an earlier one."""
     device = state.synthetic.images.device
     earlier = None if iteration == state.iteration else (iteration, lambda: candidates.read(iteration, rows, device))
     state.record_validation(accuracy, standard_error(accuracy, dataset), earlier)
@@ -238,9 +238,9 @@ class Distillation:
         self._fingerprints = [experts.group.key.fingerprint for experts in method.experts]
         self._computed = read_computed(folder)
         self._found: dict[str, Any] = {}
-        """Values that were found before the first iteration, by the setting that leaves them open."""
+        """Values found before the first iteration for settings that the recipe leaves open, by setting."""
         self._saved_at = -1
-        """Iteration of the last checkpoint, or of the first images."""
+        """Iteration of the last checkpoint; 0 for a new set, and -1 before `events` has read it."""
         self._next_save = time.monotonic() + config.cluster.checkpoint_seconds
         """Time from which a checkpoint is due, in seconds of the monotonic clock."""
         self._meta_networks = (
@@ -252,7 +252,7 @@ class Distillation:
         )
 
     def events(self) -> Iterator[Event]:
-        """Iterate to the end; every worker gives the same events."""
+        """Run the remaining iterations and yield progress. All workers of the set yield the same events."""
         settings, meter = self._config.distill, Meter(self._device)
         yield from map(Note, self._method.notes)
         saved = self._saved_state()
@@ -294,7 +294,7 @@ class Distillation:
                 metrics["datm_ray_distill_iterations_total"] = float(state.iteration - first)
                 yield Progress(state.iteration, self._iterations, self._shown(state), metrics, saved=saves)
         counts = {**self._method.counts(state), "chosen_at": state.chosen_at}
-        if unvalidated(settings, state):  # whoever writes the last result writes the set too
+        if unvalidated(settings, state):  # the worker that writes the last result writes the set too
             yield from map(Note, self._method.warnings(state))
             yield Finished(counts, meter.measure())
             return
@@ -310,7 +310,7 @@ class Distillation:
         yield Finished(counts, meter.measure())
 
     def _chosen(self) -> Generator[Phase, None, SyntheticSet]:
-        """Choose the set before the first iteration; a worker says from time to time that it is at work."""
+        """Choose the set before the first iteration and return it. Yields a phase from time to time as a heartbeat."""
         steps, due = self._method.choose(), -math.inf
         while True:
             try:
@@ -336,7 +336,7 @@ class Distillation:
         raise Interrupted(f"iteration {state.iteration} of {self._iterations}")
 
     def _validated(self, state: State[Any], iterations: Sequence[int]) -> Iterator[Event]:
-        """Validate the sets of these iterations, or make a task for each, after a checkpoint."""
+        """Save a checkpoint. Then validate the sets of these iterations here, or yield a task for each."""
         if self._validation is not None and state.iteration in iterations:
             self._save_set(state.synthetic, self._candidates.name(state.iteration))
         if state.iteration != self._saved_at:
@@ -352,7 +352,7 @@ class Distillation:
             _record(state, iteration, accuracy, self._dataset, self._candidates, self._rows)
 
     def _join(self, state: State[Any]) -> None:
-        """Record the results of candidates that are there, in the order of iterations; all workers find the same."""
+        """Record results of candidates in order, up to the first missing one. All workers record the same results."""
         iterations = unvalidated(self._config.distill, state)
         if not iterations:
             return
@@ -379,7 +379,7 @@ class Distillation:
         return found
 
     def _computed_otherwise(self, iteration: int) -> Iterator[Note]:
-        """Note how student steps are computed from here on, and say so where it was done otherwise before."""
+        """Record how student steps are computed from this iteration on. Yields a message if it differs from before."""
         now = dict(self._method.facts)
         if not now:
             return
@@ -459,7 +459,7 @@ class Distillation:
     def _validate(self, held: SyntheticSet) -> Generator[Phase, None, float]:
         """Train fresh networks on the whole set, and return their mean validation accuracy.
 
-        A worker without peers says from time to time that it is at work; others exchange heartbeats.
+        A worker without peers yields phases as its heartbeat. Workers with peers exchange heartbeats in the mesh.
         """
         whole = self._whole(held)
         if isinstance(self._mesh, Alone):
@@ -478,7 +478,7 @@ class Distillation:
         return self._mesh.from_first(work)
 
     def _whole(self, held: SyntheticSet) -> SyntheticSet | None:
-        """All shards' rows, on the first worker."""
+        """Set with the rows of all shards on the first worker; `None` on other workers."""
         images, soft_labels, labels = (self._mesh.gather(part) for part in (held.images, held.soft_labels, held.labels))
         if images is None or soft_labels is None or labels is None:
             return None
@@ -487,7 +487,7 @@ class Distillation:
     def _keep_last_good(self, state: State[Any]) -> None:
         self._save_checkpoint(state)
         self._save_set(state.synthetic, LAST_GOOD)
-        self._mesh.barrier()  # the first error that arrives ends all workers
+        self._mesh.barrier()  # all must have written, because the first error that arrives ends all workers
 
     def _save_checkpoint(self, state: State[Any]) -> None:
         if self._validation is not None:
@@ -503,7 +503,7 @@ class Distillation:
         _log.info("checkpoint saved %s", fields(run=self._config.name, iteration=state.iteration))
 
     def _note_cost(self) -> None:
-        """Write down what all workers have spent, this time and before."""
+        """Write the cost of all workers over all attempts into the run's folder."""
         now = over_workers(self._mesh, self._account.spent())
         if self._mesh.is_first:
             (self._folder / COST).write_json((self._spent_before + now).to_json())
@@ -533,7 +533,7 @@ class Distillation:
 
 
 def over_workers(mesh: Mesh, mine: Spent) -> Spent:
-    """What all workers have spent; every one gets the same."""
+    """Cost summed over all workers, with the largest peak of memory. All workers get the same value."""
     sums = [mine.seconds, mine.cpu_seconds, mine.gpu_seconds, mine.read_bytes, mine.write_bytes]
     peaks = [mine.peak_memory_bytes * (rank == mesh.rank) for rank in range(mesh.rows * mesh.columns)]
     summed = mesh.sum_over_all(torch.tensor([*sums, *peaks], dtype=torch.float64)).tolist()
@@ -542,7 +542,7 @@ def over_workers(mesh: Mesh, mine: Spent) -> Spent:
 
 
 def read_cost(folder: Location) -> Spent:
-    """Cost of the distillation in a folder until its last note; zero without a note."""
+    """Cost of the distillation in a folder, as last written to `COST`; zero if there is no such file."""
     place = folder / COST
     if not place.exists():
         return Spent()

@@ -1,4 +1,4 @@
-"""Distribution matching as one worker does it: the fresh networks and the real images of its classes."""
+"""Distribution matching (DM) in one worker: fresh networks, and real images of the worker's classes."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ from datm_ray.stages.method import Demand, Method, Part
 
 
 class DistributionMatching(Method):
-    """Matches mean embeddings by fresh networks of each backbone in a worker's role. Nothing is trained before."""
+    """Matches mean embeddings of real and synthetic images in fresh networks. No network is trained beforehand."""
 
     reads_backbones = True
 
     @classmethod
     def demand(cls, config: RunConfig, classes: int, shards: int, cost: ImageCost) -> Demand:
-        """Real and synthetic images once for the means, and the synthetic ones once more for the gradient."""
+        """Work and memory of an iteration: real and synthetic images pass once for the means.
+
+        Synthetic images pass once more for the gradient.
+        """
         settings, own = config.distill, -(-classes // shards)
         passes = {"scoring": own * (settings.real_batch + settings.ipc), "training": own * settings.ipc}
         return Demand(passes, at_once=max(settings.real_batch, settings.ipc), maps=2, vectors=2)
 
     @classmethod
     def described(cls, config: RunConfig, images: int, chunk: int) -> str:
-        """Iterations, real and synthetic images in words."""
+        """Numbers of iterations, synthetic images and real images in words, for plans."""
         settings, real = config.distill, config.distill.real_batch * images // config.distill.ipc
         through = f"{images:,} synthetic and up to {real:,} real images through a fresh network"
         return f"{settings.iterations:,} iterations of {through}, in micro-batches of {chunk:,}"
@@ -40,7 +43,7 @@ class DistributionMatching(Method):
         self._chunks = {number: plan.chunk for number, plan in self._plans.items()}
 
     def prepare(self, heartbeat: Heartbeat) -> None:
-        """On a GPU, find how many images it has room for."""
+        """On a GPU, find by trial how many images of a micro-batch fit into its memory."""
         for number, plan in self._plans.items():
             network = self.fresh_network(0, number).requires_grad_(False)
 

@@ -11,17 +11,18 @@ matched network has its own learned step size. With AdamW no step size was learn
 data.
 
 With `evaluate.labels: teacher`, networks of the rows with soft labels (`SOFT`) learn from expert 0 of the first trained
-network: its logits of every augmented batch replace the labels, see `core.teacher`. With `stored`, those of the
+network: its logits of every augmented batch replace the labels, see `core.teacher`. With `stored`, the labels of the
 distilled set are made beforehand, see `stages.labels`. No step size was learned for such labels.
 
-How networks are trained may be changed in a finished run, so results under other settings have other places. The row on
-all real data has the protocol's training always; rows with hard labels keep their labels and choose their step size.
+Training settings may change in a finished run, so each setting has its own result files. The row on all real data
+always uses the protocol's training. Rows with hard labels keep their labels, and choose their step size on validation
+data.
 
 `evaluate.fair` adds three rows (`FAIR_ROWS`). DD-Ranking's scores are computed from them and the rows of the table (see
-`core.scores`), seed by seed. All networks of a seed have the same initial parameters. Distilled images with hard labels
-choose their step size on validation data; the learned one is among the candidates. Without augmentation the distilled
-set keeps the learned step size, and random images choose theirs on validation data. Soft labels of random images are
-the experts' mean correct logits, from which the distilled set's labels started as well.
+`core.scores`), seed by seed. All networks of a seed have the same initial parameters. For distilled images with hard
+labels, the step size is chosen on validation data; the learned step size is among the candidates. Without augmentation,
+the distilled set keeps the learned step size, and that of random images is chosen on validation data. Soft labels of
+random images are the experts' mean correct logits. The distilled set's labels started from such logits as well.
 
 DD-Ranking's program (0.2.0) differs in four points. It chooses step sizes on the test set. It keeps the best of every
 20 epochs by test accuracy (here: the last epoch). It labels random images by one teacher. By default it does not
@@ -100,13 +101,13 @@ PLAIN = ("distilled-plain", "random-plain")
 """Keys of the rows trained without augmentation."""
 
 SOFT = ("random-soft", "distilled", "distilled-plain", "random-plain")
-"""Keys of the rows with soft labels, which may be a teacher's."""
+"""Keys of the rows with soft labels. A teacher may give these labels."""
 
 ON_OTHERS = ("random-soft", "distilled")
 """Keys of the rows scored on every network of `evaluate.networks`."""
 
 UNLABELLED_ON_OTHERS = ("random-hard", "distilled")
-"""Keys of these rows where no experts are trained that could label random images."""
+"""Keys of the rows scored on every network of `evaluate.networks` if no experts can label random images."""
 
 CONTROL_STEP_SIZES = (0.01, 0.03, 0.1)
 """Candidate learning rates of SGD with momentum 0.9, for controls and for other architectures."""
@@ -184,7 +185,7 @@ class EvaluateWorker:
             config: recipe of the run.
             store_uri: store of the experts, for soft labels of random images.
             folder_uri: folder with the distilled set.
-            result_uris: file to write for each seed; one that exists is left as it is.
+            result_uris: file to write for each seed; an existing file stays unchanged.
             row: key of `ROWS` or `FAIR_ROWS`.
             numbers: numbers of the seeds, from 0.
             network: network to score with the learned and with a tuned step size; `None` scores the backbone with
@@ -193,7 +194,7 @@ class EvaluateWorker:
         account, meter = Account(self._device, self._cluster), Meter(self._device)
         seeds = [derive_seed(config.seed, Purpose.EVALUATION, number) for number in numbers]
         folder = open_location(folder_uri)
-        alike = row in DISTILLED or row == "full"  # for all seeds, so it is read and copied to the device once
+        alike = row in DISTILLED or row == "full"  # one set for all seeds, so it is read and copied to the device once
         some = seeds[:1] if alike else seeds
         sets = [self._training_set(config, store_uri, folder, row, seed, network) for seed in some]
         sets *= len(seeds) if alike else 1
@@ -261,7 +262,10 @@ class EvaluateWorker:
         return trials
 
     def _tested(self, trials: Sequence[_Trial], *, learns: bool) -> tuple[_Trial, float, float | None]:
-        """Trial chosen on validation data, its test accuracy, and that of the first trial if that one is learned."""
+        """Returns the trial best on validation data, its test accuracy, and the first trial's test accuracy.
+
+        The last value is `None` if `learns` is False. If it is True, the first trial has the learned step size.
+        """
         chosen = max(trials, key=lambda trial: trial.validation_accuracy)
         tested = self._test_accuracy(chosen)
         if not learns:
@@ -296,7 +300,7 @@ class EvaluateWorker:
         return self._experts[config.name]
 
     def _lessons(self, config: RunConfig, store_uri: str, row: str, folder: Location, images: Tensor) -> Lessons | None:
-        """Teacher of a row's networks; `None` if they learn the labels of their images. `PLAIN` rows have no CutMix.
+        """Teacher of a row's networks; `None` if they learn from their set's own labels. `PLAIN` rows have no CutMix.
 
         Args:
             folder: folder of the run.
@@ -325,12 +329,12 @@ def is_taught(config: RunConfig, row: str) -> bool:
 
 
 def is_stored(config: RunConfig, row: str) -> bool:
-    """True if the labels of a row are stored beside the set; other rows that are taught have the same teacher live."""
+    """True if the labels of a row are stored beside the set. Other taught rows ask the teacher during training."""
     return config.evaluate.labels == "stored" and row == "distilled"
 
 
 def has_learned_step_size(config: RunConfig, row: str) -> bool:
-    """True if the step size of a row was learned with the set, for these labels or its hard ones."""
+    """True if a row uses the step size learned with the set, alone or as one of several candidates."""
     is_given = row in SOFT and config.evaluate.learning_rate is not None
     is_replaced = is_given or is_taught(config, row)
     is_there = method_of(config).gives_step_size and config.evaluate.optimiser == "sgd"
@@ -338,9 +342,10 @@ def has_learned_step_size(config: RunConfig, row: str) -> bool:
 
 
 def _schedules(config: RunConfig, row: str, learned: float | None, network: NetworkConfig | None) -> list[Schedule]:
-    """Schedules among which validation chooses; they differ in the step size.
+    """Candidate schedules of a row, which differ in the step size alone. Validation chooses one.
 
-    A given step size is the only one, and so is a learned one that was learned with this network and these labels.
+    There is one candidate if the step size was learned with this network and these labels. For rows with soft labels,
+    there is also one candidate if `evaluate.learning_rate` is given.
 
     Args:
         learned: step size that was learned with the set, if any.
@@ -374,13 +379,13 @@ def row_schedule(config: RunConfig, row: str) -> Schedule:
 
 
 def _by_protocol(settings: EvaluateConfig) -> EvaluateConfig:
-    """Copy with the protocol's own training."""
+    """Copy of the settings with the protocol's training: all `SCORING_KEYS` have their defaults."""
     fields = EvaluateConfig.model_fields
     return settings.model_copy(update={key: fields[key].default for key in SCORING_KEYS})
 
 
 def scored_rows(config: RunConfig) -> list[tuple[str, NetworkConfig | None]]:
-    """Rows that a run is scored on, each with its network; None for the backbone."""
+    """Rows that a run is scored on, each with its network; `None` for the backbone."""
     is_labelled, is_full = bool(trained_backbones(config)), config.evaluate.full
     rows = [row for row in ROWS if (row != "full" or is_full) and (row != "random-soft" or is_labelled)]
     rows += FAIR_ROWS if config.evaluate.fair else ()
@@ -390,7 +395,7 @@ def scored_rows(config: RunConfig) -> list[tuple[str, NetworkConfig | None]]:
 
 
 def training_of(config: RunConfig, row: str, network: NetworkConfig | None) -> tuple[int, Schedule]:
-    """Number of networks that are trained for a row with one seed, and their schedule but for the step size.
+    """Number of networks that are trained for a row with one seed, and their schedule without its step size.
 
     Args:
         network: scored network; `None` for the backbone.
@@ -400,11 +405,12 @@ def training_of(config: RunConfig, row: str, network: NetworkConfig | None) -> t
 
 
 def seeds_of_tasks(config: RunConfig, row: str, spec: NetworkSpec, images: int, least: int) -> list[tuple[int, ...]]:
-    """Numbers of the seeds of each task of a row: all of a stack, but for at least so many tasks.
+    """Numbers of the seeds in each task of a row: one seed, or several if their networks can be trained in a stack.
 
     Args:
         spec: scored network.
-        images: number of images that it is trained on.
+        images: number of training images.
+        least: fewest tasks to make, if there are as many seeds.
     """
     seeds = parts = config.evaluate.seeds
     may_stack = config.cluster.compile and not is_taught(config, row)
@@ -457,11 +463,11 @@ def result_location(
     number: int,
     network: NetworkConfig | None = None,
 ) -> Location:
-    """Location of one result.
+    """File of the result of one row and seed.
 
-    A control does not depend on the distillation, so runs share it. All real data is shared between runs with the same
-    network. Random images also need the same number per class and the same experts, which give their soft labels.
-    Settings of the training that are not the protocol's have folders of their own.
+    Controls do not depend on the distillation, so runs share them. Runs with the same network share the row on all real
+    data. Runs share rows on random images if they also have the same experts and number of images per class. Training
+    settings other than the protocol's have folders of their own.
 
     Args:
         out: output folder of the run.
@@ -490,7 +496,7 @@ def result_location(
 
 
 def _training_identity(config: RunConfig, dataset_fingerprint: str, row: str) -> dict[str, Any]:
-    """Settings that decide how a row's networks are trained and are not the protocol's, and the teacher's experts."""
+    """Training settings of a row that differ from the protocol's, and the fingerprint of its teacher's experts."""
     identity = scoring_identity(config)
     if row == "full":
         return {}
@@ -511,15 +517,15 @@ class NetworkScores:
     kind: str
     """"same": the backbone; "seen": matched or a MetaDD network of the distillation; "unseen": neither."""
     learned: Score | None
-    """Score with the learned step size; `None` if none was learned, as for AdamW and the labels of a teacher."""
+    """Score with the learned step size; `None` without one, as with AdamW or a teacher's labels."""
     tuned: Score
     """Score with a step size chosen on validation data, which may be the learned one."""
     control: Score | None
-    """Score of random real images with a tuned step size, soft labels if experts give them; `None` if unfinished."""
+    """Score of random real images with a tuned step size, and soft labels if experts exist; `None` if unfinished."""
 
 
 def read_network_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[NetworkScores]:
-    """Scores on the architectures for which every seed is finished, in the recipe's order."""
+    """Scores on other architectures, in the recipe's order. Architectures with unfinished seeds are left out."""
     scores = []
     for network in config.scored_networks:
         rows = (*ON_OTHERS, "random-hard")
@@ -647,7 +653,7 @@ def read_fair_rows(out: Location, config: RunConfig, dataset_fingerprint: str) -
 def read_score(
     out: Location, config: RunConfig, dataset_fingerprint: str, row: str, network: NetworkConfig | None = None
 ) -> Score | None:
-    """Score of a row; `None` if a seed is missing. Of another network it has the tuned step size."""
+    """Score of a row; `None` if a seed is missing. On a given `network`, it is the score with the tuned step size."""
     results = _read_all_seeds(out, config, dataset_fingerprint, row, network)
     return _score(row, results) if results else None
 

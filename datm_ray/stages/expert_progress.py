@@ -1,7 +1,7 @@
 """Saved progress of experts in training, so that a lost worker costs only its last seconds of training.
 
     <group>/progress/<first expert>-<stack size>-<hash of the kept epochs>/<first epoch>-<last epoch>-<writer>.arrow
-    <group>/progress/stacks/stacks.json     which experts stand together, as bounds [first, last)
+    <group>/progress/stacks/stacks.json     experts of each stack, as bounds [first, last)
 
 Each file holds some epochs of a whole stack: those that the trajectory keeps, and the state after the last one. A file
 is written at the end of an epoch, as often as `WRITE_SHARE` allows, and when the command is stopped. At the end the
@@ -11,7 +11,7 @@ Two workers may train the same stack at the same time, such as a hung worker and
 own name and never touches the other's files. On CPUs both write the same numbers. On GPUs, whose sums may differ from
 run to run, a trajectory may then consist of parts of both.
 
-Each file also holds the cost since the one before it. Epochs that a killed worker had not written are trained again,
+Each file also holds the cost since the previous file. Epochs that a killed worker had not written are trained again,
 and their cost is lost. Shapes: e epochs, s experts, p parameters, q buffers.
 """
 
@@ -52,7 +52,7 @@ SPARE_BYTES = 256 * 2**20
 
 KIND = "expert progress"
 STACKS, STACKS_FILE = "stacks", "stacks.json"
-"""Folder beside the stacks' own, and the note in it that names the experts of each."""
+"""Folder beside the folders of stacks, and the file in it that lists the experts of each stack."""
 _FOLDER = re.compile(r"(\d+)-(\d+)-[0-9a-f]+")
 _FILE = re.compile(r"(\d+)-(\d+)-[0-9a-f]+\.arrow")
 
@@ -91,7 +91,7 @@ class ExpertProgress:
         state, self._spent = None, Spent()
         for name, _ in self._chain():
             file = self._readable(name)
-            if file is None:  # it has been removed; the files left may reach a later epoch
+            if file is None:  # the damaged file is removed; other files may reach a later epoch
                 return self.resume(device)
             state = _state(file.arrays, device)
             self._spent += _spent(file)
@@ -129,7 +129,7 @@ class ExpertProgress:
         Args:
             state: the stack after the epoch.
             losses, accuracies: [s] values of the epoch; accuracies may be `None`.
-            last: whether the training is over.
+            last: True if the training ends with this epoch.
         """
         measured = torch.full_like(losses, float("nan")) if accuracies is None else accuracies
         self._pending.append(
@@ -148,7 +148,7 @@ class ExpertProgress:
 
     @property
     def is_written(self) -> bool:
-        """True if a worker that resumes now would train no epoch again."""
+        """True if all epochs so far are on disk, so that a resuming worker trains none of them again."""
         return not self._pending
 
     def snapshots(self, expert: int) -> Iterator[Snapshot]:
@@ -223,11 +223,11 @@ class ExpertProgress:
         self._pending, self._next_write = [], ended + (ended - started) / WRITE_SHARE
 
     def _chain(self) -> list[tuple[str, int]]:
-        """Files that cover the epochs from the first one without a gap.
+        """Files that together cover the epochs from 0 without a gap, in order.
 
         Returns:
-            (name, first epoch not covered by the file before it) of each. Where files of two writers overlap, the
-                one that reaches further is taken.
+            (name, first epoch that the earlier files of the list do not cover) of each. If files of two writers
+                overlap, the file with the later last epoch is taken.
         """
         chain: list[tuple[str, int]] = []
         following, found = 0, self._found()
@@ -245,7 +245,7 @@ class ExpertProgress:
 
 
 def read_stacks(group: ExpertGroup) -> list[tuple[int, ...]]:
-    """Stacks that were noted when a command began to train; empty without a note."""
+    """Stacks that an earlier command recorded with `note_stacks`; empty if none are recorded."""
     place = group.progress / STACKS / STACKS_FILE
     if not place.exists():
         return []
@@ -254,9 +254,10 @@ def read_stacks(group: ExpertGroup) -> list[tuple[int, ...]]:
 
 
 def note_stacks(group: ExpertGroup, stacks: Sequence[Sequence[int]]) -> None:
-    """Note the stacks of the experts that are missing, so that a resumed command trains the same; none ends the note.
+    """Record the stacks of missing experts, so that a resumed command trains the same stacks.
 
-    A stack rounds differently from one of another size, and its progress is of use to no other.
+    An empty sequence deletes the record. Stacks of different sizes round differently, so a stack resumes only from its
+    own progress.
     """
     if not stacks:
         remove_folder(group.progress / STACKS)
@@ -268,7 +269,7 @@ def note_stacks(group: ExpertGroup, stacks: Sequence[Sequence[int]]) -> None:
 def remove_folder(folder: Location) -> None:
     """Remove a folder of files, which other processes may remove at the same time."""
     for name in folder.list():
-        with suppress(StoreError):  # another process was faster
+        with suppress(StoreError):  # another process has removed it
             (folder / name).remove()
     if folder.local_path is not None:
         shutil.rmtree(folder.local_path, ignore_errors=True)
@@ -325,7 +326,7 @@ def wait_for_disk_space(place: Location, size: int) -> Iterator[str]:
 
 
 def _existing(path: str) -> Path:
-    """Folder itself, or its nearest parent that exists."""
+    """Path itself if it exists, otherwise its nearest parent that exists."""
     return next(each for each in (Path(path), *Path(path).parents) if each.exists())
 
 

@@ -1,8 +1,8 @@
-"""Training experts: one task, a stack of experts that share every call, one file in the trajectory store for each.
+"""Training of experts. One task trains a stack of experts in shared calls, and stores one trajectory per expert.
 
-Killed at any moment, a stack resumes after the last epoch in its progress folder (see `expert_progress`), with
-bit-identical results. Which experts stand together is noted before they are trained, so it is the same on every
-attempt; experts of a stack that are in the store already keep their place and are not stored again.
+A stack killed at any moment resumes after the last epoch in its progress folder (see `expert_progress`), with
+bit-identical results. The experts of each stack are recorded before training, so every attempt trains the same stacks.
+A stack keeps experts that are in the store already, but does not store them again.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from datm_ray.store.trajectories import ExpertGroup, TrajectoryInfo, TrajectoryS
 
 
 def expert_group(store_uri: str, config: RunConfig, dataset: str, dataset_fingerprint: str) -> ExpertGroup:
-    """Place of a run's experts in the store."""
+    """Group of a run's experts in the store."""
     store = TrajectoryStore(store_uri)
     fingerprint = expert_fingerprint(config, dataset_fingerprint)
     # A data set may be named after any folder; the fingerprint separates data sets of one name.
@@ -54,7 +54,7 @@ def expert_group(store_uri: str, config: RunConfig, dataset: str, dataset_finger
 
 
 def experts_at_a_time(config: RunConfig, image: tuple[int, int, int], classes: int) -> int:
-    """Experts of a stack: as many as the user says, or as the device computes fastest."""
+    """Number of experts in a stack: `cluster.experts_at_a_time`, or by default what the device computes fastest."""
     cluster = config.cluster
     if cluster.experts_at_a_time is not None:
         return cluster.experts_at_a_time
@@ -69,11 +69,11 @@ def experts_at_a_time(config: RunConfig, image: tuple[int, int, int], classes: i
 
 
 def stacks(missing: Sequence[int], size: int, count: int, workers: int = 1, least: int = 1) -> list[tuple[int, ...]]:
-    """The stacks that hold any of the missing experts; expert e stands in stack e // size.
+    """Stacks that hold any of the missing experts, as expert numbers. Expert e belongs to stack e // size.
 
-    The last stack ends with the last expert, but for one that would stand alone: it keeps a companion, for a network on
-    its own rounds differently from one in a stack. Where these stacks are fewer than the workers, experts that follow
-    each other are divided evenly, with at least `least` in a stack.
+    The last stack ends with the last expert. If it would hold one expert alone, it gets a second one (unless `size` is
+    1), because a network alone rounds differently from one in a stack. If these stacks are fewer than the workers and
+    the missing experts are consecutive, the experts are divided evenly, with at least `least` in a stack.
     """
     firsts = sorted({each // size * size for each in missing})
     parts = min(workers, len(missing) // least)
@@ -97,12 +97,12 @@ class ExpertWorker:
         self._functions: dict[tuple[NetworkSpec, int], StackFunctions] = {}
 
     def train(self, config: RunConfig, store_uri: str, experts: Sequence[int]) -> Iterator[Event]:
-        """Train a stack and commit the trajectories of those whose number is below the recipe's count.
+        """Train a stack, and store the trajectories of its experts with numbers below the recipe's count.
 
-        What is committed already is left alone.
+        Stored trajectories stay unchanged.
 
         Raises:
-            StoreError: the store cannot be written, or has no room and gets none.
+            StoreError: the store cannot be written, or its disk stays full.
         """
         group = expert_group(store_uri, config, self._dataset.name, self._dataset.fingerprint)
         wanted = [expert for expert in experts if expert < config.experts.count]
@@ -174,7 +174,7 @@ class ExpertWorker:
                 began = time.monotonic()
 
     def _functions_for(self, spec: NetworkSpec, network: torch.nn.Module, stacked: int) -> StackFunctions:
-        """Step of stacks of so many networks, which this worker compiles once for all its tasks."""
+        """Training step for stacks of `stacked` networks. The worker compiles it once for all its tasks."""
         if (spec, stacked) not in self._functions:
             self._functions[spec, stacked] = StackFunctions(
                 network,
@@ -185,7 +185,7 @@ class ExpertWorker:
         return self._functions[spec, stacked]
 
     def _accuracies(self, network: torch.nn.Module, state: ExpertState, settings: ExpertConfig) -> torch.Tensor | None:
-        """[s] on the test set, in the epochs in which it is asked for."""
+        """Test accuracies [s] of the stack's experts; `None` in epochs without a test, see `experts.test_every`."""
         if not settings.test_every or state.epoch % settings.test_every:
             return None
         images = to_device(self._dataset.test_images, self._device)
@@ -221,18 +221,18 @@ class ExpertWorker:
 def progress_of(
     config: RunConfig, group: ExpertGroup, experts: Sequence[int], account: Account | None = None
 ) -> ExpertProgress:
-    """What is kept of a stack while it is trained for a recipe, by whose account it is."""
+    """Saved progress of a stack. `account` meters the worker that trains it; `None` for a reader."""
     wanted = [expert for expert in experts if expert < config.experts.count]
     return ExpertProgress(group, experts, config.kept_epochs, wanted, account)
 
 
 @dataclass(frozen=True)
 class ExpertsCost:
-    """What the experts of one network have cost."""
+    """Cost of the experts of one network."""
 
     architecture: str
     known: int
-    """Experts whose cost is known; it is not for those that were imported, or trained by an earlier version."""
+    """Number of experts whose cost is known. It is unknown for imported experts and for those of earlier versions."""
     spent: Spent
 
 
@@ -241,7 +241,7 @@ EXPERTS_COST = "experts-cost.json"
 
 
 def write_experts_cost(folder: Location, costs: Sequence[ExpertsCost]) -> None:
-    """Into the folder of a run."""
+    """Write the costs of a run's experts into the run's folder."""
     (folder / EXPERTS_COST).write_json(
         [{"architecture": each.architecture, "known": each.known, "spent": each.spent.to_json()} for each in costs]
     )
@@ -258,14 +258,14 @@ def read_experts_cost(folder: Location) -> list[ExpertsCost]:
 
 
 def has_experts(folder: Location) -> bool:
-    """False if the run in a folder has noted that none of its networks had to be trained before."""
+    """True unless the run's cost file says that no network needed training. True if there is no such file yet."""
     return not (folder / EXPERTS_COST).exists() or bool(read_experts_cost(folder))
 
 
 def experts_cost(config: RunConfig, group: ExpertGroup) -> ExpertsCost:
-    """Cost of the experts that a recipe uses, with every training of those that were trained more than once.
+    """Cost of the experts that a recipe uses. If an expert was trained more than once, each training counts.
 
-    A stack's cost is divided among its stored and used experts; those that only filled it up get no share.
+    A stack's cost is divided evenly among its experts that are stored or used. Its other experts get no share.
     """
     found: list[tuple[set[int], Spent]] = []
     stored = set(group.experts())
@@ -282,7 +282,7 @@ def experts_cost(config: RunConfig, group: ExpertGroup) -> ExpertsCost:
 
 @contextmanager
 def _losing_only_a_cost(place: Location) -> Iterator[None]:
-    """Report a note that makes no sense with the remedy that is right for it."""
+    """Give a `CorruptFileError` of a cost file its own remedy: only the cost is lost, not the experts."""
     try:
         with rejecting_nonsense(place):
             yield

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 def first_set(part: Part, experts: ExpertNetworks | None, step_size: float) -> SyntheticSet:
-    """Choose the first rows of this shard: images that experts classify correctly, with their mean logits.
+    """Make this shard's rows of the first set: images that experts classify correctly, labelled by mean logits.
 
-    The recipe may ask for any images or noise, or for hard labels.
+    The recipe may ask for random images or noise instead, or for hard labels.
 
     Args:
         part: the worker's part.
-        experts: experts of the first backbone; `None` chooses any images, with hard labels.
+        experts: experts of the first backbone; `None` takes random images or noise, with hard labels.
         step_size: step size of all backbones.
     """
     config, dataset, rows = part.config, part.dataset, part.rows
@@ -45,13 +45,13 @@ def first_set(part: Part, experts: ExpertNetworks | None, step_size: float) -> S
                 soft_labels.copy_(experts.soft_labels(images, labels, heartbeat))
 
     part.mesh.until_all_are_done(choose)
-    # The other backbones' workers get these bits, because machines may round differently; x + 0 is x.
+    # Machines may round differently. Workers of other backbones add zeros, so all get the bits of the first row.
     images, soft_labels = part.mesh.sum_over_backbones(images), part.mesh.sum_over_backbones(soft_labels)
     return SyntheticSet(images, soft_labels, step_sizes, labels)
 
 
 def _first_images(part: Part, experts: ExpertNetworks | None, heartbeat: Heartbeat) -> NDArray[np.float32]:
-    """Images [n c h w] of this shard."""
+    """First images [n c h w] of this shard's rows."""
     dataset, settings, rows = part.dataset, part.config.distill, slice(part.rows.first, part.rows.last)
     if settings.initial == "noise":
         shape = (settings.ipc * dataset.classes, *part.image)
@@ -62,10 +62,12 @@ def _first_images(part: Part, experts: ExpertNetworks | None, heartbeat: Heartbe
 def first_rows(
     part: Part, experts: ExpertNetworks | None, rows: Rows, heartbeat: Heartbeat = no_heartbeat
 ) -> NDArray[np.int64]:
-    """Real training images from which these rows of the set start, as `distill.initial` says: correct or random ones.
+    """Numbers of the training images from which these rows of the set start.
+
+    They are correctly classified images or random ones, see `distill.initial`.
 
     Args:
-        experts: networks that tell which images are classified correctly; `None` chooses any.
+        experts: networks that decide which images are classified correctly; `None` chooses random images.
         rows: rows of whole classes.
     """
     dataset, settings = part.dataset, part.config.distill

@@ -1,7 +1,7 @@
-"""Labelling a set for every epoch of a training: the work of one worker, which any number can share by epochs.
+"""Labelling of a set for every training epoch, as one worker does it. Any number of workers can divide the epochs.
 
-An epoch that is stored already is skipped, and one that was being labelled when its worker died starts anew. The result
-does not depend on who labels which epoch, nor in which order.
+Stored epochs are skipped. If a worker dies while it labels an epoch, this epoch is labelled again from its start. The
+result depends neither on which worker labels which epoch nor on the order.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def create_labels(
     seed: int = 0,
     views: Mapping[str, float] = VIEWS,
 ) -> LabelStore:
-    """Open the store for the labels of a set, and start it where there is none.
+    """Open the store for the labels of a set, and create it if it is missing.
 
     Args:
         place: folder of the store.
@@ -60,8 +60,8 @@ def create_labels(
         classes: number of the teacher's logits.
         teacher_fingerprint: digest of what decides the teacher's logits.
         epochs: number of epochs of the training.
-        keep: number of epochs to label and store, which the training repeats in turn; None labels all.
-        top: number of largest logits to keep; None keeps all.
+        keep: number of epochs to label and store, which the training repeats in turn; `None` labels all.
+        top: number of largest logits to keep; `None` keeps all.
         temperature: see `pack_logits`.
         seed: seed of the views.
         views: settings of the views, see `draw_views`.
@@ -109,12 +109,12 @@ def label_epochs(
         network: teacher, on the images' device; it is used in evaluation mode.
         images: [n c h w] images of the set, the same as those of `create_labels`.
         epochs: numbers of stored epochs, such as `store.missing()` or a worker's part of them.
-        batch: images labelled at a time; it decides no view, and logits up to rounding only.
+        batch: number of images labelled at a time. It does not affect views, and affects logits by rounding alone.
         heartbeat: called after each batch.
 
     Raises:
         ConfigError: the store is for labels of other images.
-        StoreError: an epoch cannot be written, or a logit is no float16.
+        StoreError: an epoch cannot be written, or a logit does not fit into float16.
     """
     require_labelled(images, store.info.set_fingerprint, store.location.uri)
     for epoch in epochs:
@@ -136,11 +136,11 @@ def _labelled(
 
 
 LABELS, COSTS = "labels", "costs"
-"""Folder of a run's label stores in its own, and folder of what they have cost, in each store."""
+"""Folder of label stores in a run's folder, and folder of cost files in each label store."""
 
 
 def labels_location(folder: Location, config: RunConfig, dataset_fingerprint: str) -> Location:
-    """Folder of the labels that a run's recipe asks for, in the run's folder."""
+    """Folder of the labels that a recipe asks for, within the folder of its run."""
     settings = config.evaluate
     facts = settings.model_dump(include={"keep_labels", "top_logits", "cutmix"})
     facts |= {"temperature": settings.temperature} if settings.top_logits else {}
@@ -166,13 +166,13 @@ def labels_cost(place: Location) -> Spent:
 
 
 class LabelWorker:
-    """Labels sets of one data set by trained networks."""
+    """Worker that labels sets of one data set with trained networks."""
 
     def __init__(self, dataset: Dataset, cluster: ClusterConfig) -> None:
         self._device, self._cluster, self._dataset = prepare_device(cluster), cluster, dataset
 
     def label(self, config: RunConfig, store_uri: str, folder_uri: str, epochs: Sequence[int]) -> Iterator[Event]:
-        """Store a teacher's labels of a finished set for some epochs; those that are stored are left as they are.
+        """Store a teacher's labels of a finished set for some epochs. Stored epochs stay unchanged.
 
         Args:
             config: recipe of the run.
@@ -181,8 +181,8 @@ class LabelWorker:
             epochs: numbers of the epochs to store.
 
         Raises:
-            MissingExpertsError: the store has not the teacher.
-            StoreError: a logit is no float16, or the place cannot be written.
+            MissingExpertsError: the store does not hold the teacher.
+            StoreError: a logit does not fit into float16, or the folder cannot be written.
         """
         account, folder = Account(self._device, self._cluster), open_location(folder_uri)
         images = read_artifact(folder / SYNTHETIC).images.to(self._device)

@@ -1,4 +1,4 @@
-"""MetaDD in a distillation: its networks, the images of each iteration, and the maps that are kept."""
+"""MetaDD in a distillation: its networks, the images of each iteration, and the maps that are written at the end."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class MetaNetworks:
         return MetaTerm(metadd, self._config.meta_network_count, held, count)
 
     def _maps(self, images: Tensor, labels: Tensor, mesh: Mesh) -> Tensor:
-        """Maps [m b h w] from 0 to 1 of images [b c h w], for all m networks."""
+        """Class activation maps [m b h w], scaled to [0, 1], of images [b c h w] in all m networks."""
         seen = self._ensembles[0].evidence(
             images,
             labels,

@@ -1,8 +1,8 @@
-"""The seam between distillation and methods: what a method is given, and what it gives.
+"""Interface between distillation and methods: what a method receives, and what it returns.
 
-A method is a subclass of `Method`, which says everything that is particular to it: what must be trained before, what an
-iteration takes, and what it computes. `stages/distill.py` resumes, iterates, validates and saves, plans and pipelines
-prepare, MetaDD adds its term, and evaluation and the report score, whatever the method. Names: `datm_ray/methods`.
+A method is a subclass of `Method`. It says which networks must be trained before, what an iteration costs, and what it
+computes. The rest is the same for all methods: `stages/distill.py` resumes, iterates, validates and saves. Plans,
+pipelines, MetaDD, evaluation and the report work with any method. Names: `datm_ray/methods`.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from datm_ray.stages.expert_networks import ExpertNetworks
 from datm_ray.stages.initial import first_set
 
 STEP_SIZE = 0.01
-"""Step size with which networks train on a set that learns none: the published one of DM."""
+"""Step size for training on a set without a learned step size: the value published for DM."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some images of each of some classes, which one worker makes without the other pieces of the set."""
+    """Part of a set that one worker makes independently of other pieces: some images of each of some classes."""
 
     number: int
-    """Number of the piece among those of its set, from 0."""
+    """Number of the piece within its set, from 0."""
     classes: range
     images: range
     """Numbers of the images of each class, within the whole set's images per class."""
@@ -65,20 +65,20 @@ class Part:
     """Workers that distil the set together."""
     device: torch.device
     sharing: int
-    """Distilling workers that may be on this node at a time."""
+    """Number of distilling workers that may run on this node at the same time."""
     piece: Piece | None = None
-    """Images that the worker makes, if the set is made in pieces; `None` for a set, or its shard, as a whole."""
+    """Piece that the worker makes; `None` if the set is not made in pieces."""
 
     @cached_property
     def rows(self) -> Rows:
-        """Rows of the synthetic set that the worker holds. Those of a piece are counted within the piece."""
+        """Rows of the synthetic set that the worker holds. The rows of a piece are counted within the piece."""
         if self.piece is not None:
             return Rows(0, len(self.piece.classes) * len(self.piece.images))
         return Rows.of_shard(self.mesh.column, self.mesh.columns, self.dataset.classes, self.config.distill.ipc)
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """Roles of the rows of workers; empty if one row does everything."""
+        """Role of each row of workers in the mesh; empty if the mesh has one row."""
         return self.config.roles if self.mesh.rows > 1 else ()
 
     @property
@@ -92,7 +92,7 @@ class Part:
         return (self.dataset.channels, *self.dataset.size)
 
     def plans(self, *, compiled: bool) -> Mapping[int, DistillationPlan]:
-        """Number of each backbone of the role -> its memory plan, with the images of a micro-batch.
+        """Memory plans with sizes of micro-batches: number of each backbone in this worker's role -> its plan.
 
         Raises:
             ConfigError: a worker of the set needs more memory than it may take.
@@ -107,26 +107,26 @@ class Part:
 
 @dataclass(frozen=True)
 class Demand:
-    """What one iteration takes on one worker for one network; plans of memory and time are made of it."""
+    """Work and memory of one iteration on one worker for one network. Plans of memory and time use it."""
 
     passes: Mapping[str, float]
     """Kind of work, a key of `FORWARD_PASSES` in `planning/machines.py` -> images that pass through the network."""
     at_once: int
-    """Most images that are in the network at a time. Micro-batches divide them where memory is short."""
+    """Largest number of images in the network at the same time. If memory is short, micro-batches divide them."""
     is_divisible: bool = field(default=True, kw_only=True)
-    """False if all of them must be in the network at once, as where batch statistics couple them."""
+    """False if micro-batches must not divide the images, for example because batch statistics couple them."""
     maps: int
     """Peak memory of a micro-batch, as a multiple of the bytes that all layers write in one forward pass."""
     vectors: int
-    """Vectors as long as the network's parameters that are held all the time: networks, gradients, sums."""
+    """Number of vectors as long as the network's parameters that stay in memory: networks, gradients, sums."""
     held: int | None = None
     """Images of the set that a worker holds; `None` for all of its classes."""
     trace: int = 0
-    """Bytes that are held through the iteration beside these."""
+    """Further bytes that stay in memory through the iteration."""
     summed: int = 0
-    """Bytes that are summed over class shards."""
+    """Bytes that an iteration sums over class shards."""
     sums: int = 0
-    """Number of these sums."""
+    """Number of sums over class shards in an iteration."""
 
 
 class Outlook(Protocol):
@@ -134,7 +134,7 @@ class Outlook(Protocol):
 
     @property
     def title(self) -> str:
-        """What they are about."""
+        """Title of the facts."""
         ...
 
     def lines(self) -> list[str]:
@@ -147,11 +147,11 @@ class Outlook(Protocol):
 
 
 class Method:
-    """One way to change a synthetic set, as one worker computes it. Made by `Method(part)`.
+    """One way to change a synthetic set, as one worker computes it. `Method(part)` makes it for a part.
 
     The work splits by classes: each worker of a row holds the images of some classes (`part.rows`), and `all_sum` adds
-    over them. A subclass needs `gradient` alone: then images follow the gradient of a loss, with hard labels, and
-    nothing is trained before. What else is particular to it, it overrides.
+    over the workers of the row. A subclass must define `gradient`. By default, images follow this gradient, labels are
+    hard, and no network is trained before. A subclass overrides what differs.
     """
 
     state: ClassVar[type[State[Any]]] = Descent
@@ -159,27 +159,30 @@ class Method:
     options: ClassVar[Mapping[str, float]] = {}
     """Names of `distill.options` that the method reads -> default values; see `option`."""
     batch_norm: ClassVar[Literal["never", "always", "either"]] = "never"
-    """never: no network may have batch normalisation, as where gradients or features are matched. always: `network`
-    must have it. either: it may."""
+    """never: no network may have batch normalisation, for example because gradients or features are matched. always:
+    `network` must have batch normalisation. either: `network` may have it."""
     reads_backbones: ClassVar[bool] = False
     """True if `gradient` or `step` computes every network of `part.role.backbones`, not `config.network` alone."""
     precisions: ClassVar[Sequence[str]] = ("auto", "float32", "tf32")
-    """Values of `cluster.precision` that the method follows."""
+    """Values of `cluster.precision` that the method supports."""
     gives_step_size: ClassVar[bool] = True
     """True if networks train on the set with a step size that is learned or published with it; False if one is chosen
     on validation images."""
     preparation: str = ""
-    """What `prepare` does, such as "compiling student steps"; "" for nothing that takes long."""
+    """What `prepare` does, such as "compiling student steps"; "" if it takes no noticeable time."""
     calibration: str = ""
-    """What `calibrate` does; "" for nothing that takes long."""
+    """What `calibrate` does; "" if it takes no noticeable time."""
     notes: Sequence[str] = ()
     """Messages to the user before the first iteration."""
     facts: Mapping[str, Any] = {}
-    """Settings and facts that decide how an iteration is rounded, such as precision; kept in checkpoints."""
+    """Settings and facts that affect rounding, such as precision. Checkpoints store them."""
 
     @classmethod
     def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
-        """Backbones that must be trained before, as runs with one network each: MetaDD compares with the first one."""
+        """Backbones that must be trained before, as runs with one network each.
+
+        By default the first one if the recipe has MetaDD, otherwise none.
+        """
         return config.each_backbone()[:1] if config.metadd else []
 
     @classmethod
@@ -213,14 +216,14 @@ class Method:
 
     @classmethod
     def check_images(cls, config: RunConfig, images: RawDataset) -> None:
-        """Raise a `DatmError` for images that the method cannot distil; enough of each class are checked already."""
+        """Raise a `DatmError` for images that the method cannot distil.
+
+        The caller checks before that each class has at least `distill.ipc` training images.
+        """
 
     @classmethod
     def iterations(cls, config: RunConfig) -> int:
-        """Number of updates of the set; 0 for a method whose first set is the result.
-
-        Then neither `calibrate` nor `step` is called.
-        """
+        """Number of updates of the set. With 0, the first set is the result, without `calibrate` and `step`."""
         return config.distill.iterations
 
     @classmethod
@@ -233,12 +236,12 @@ class Method:
 
     @classmethod
     def demand(cls, config: RunConfig, classes: int, shards: int, cost: ImageCost) -> Demand:
-        """What an iteration takes on the largest shard: by default each of its images once, forward and back.
+        """Work and memory of an iteration on the largest shard. By default, each image passes once.
 
         Args:
             config: the recipe.
-            classes: classes of the data.
-            shards: workers among which they are divided.
+            classes: number of classes of the data.
+            shards: number of workers among which the classes are divided.
             cost: size of the network.
         """
         held = config.distill.ipc * -(-classes // shards)
@@ -246,10 +249,10 @@ class Method:
 
     @classmethod
     def choosing(cls, config: RunConfig, classes: int, training_images: int) -> Mapping[str, float]:
-        """Work of choosing the whole first set: kind of work, as in `Demand`, -> images through the first network.
+        """Work of choosing the first set: kind of work, see `Demand.passes` -> images that pass the first network.
 
         Args:
-            training_images: images that networks train on, without those for validation.
+            training_images: number of training images, without validation images.
         """
         settings, passes = config.distill, 0
         if cls.trained_backbones(config):
@@ -258,7 +261,12 @@ class Method:
 
     @classmethod
     def described(cls, config: RunConfig, images: int, chunk: int) -> str:
-        """Work of a distillation in words, for plans: of so many images, in micro-batches of `chunk`."""
+        """Work of a distillation in words, for plans.
+
+        Args:
+            images: number of images of the set.
+            chunk: number of images of a micro-batch.
+        """
         return f"{config.distill.iterations:,} updates of {images:,} images, in micro-batches of {chunk:,}"
 
     @classmethod
@@ -266,7 +274,7 @@ class Method:
         """Facts about a recipe before it starts; `None` if there is nothing to tell.
 
         Args:
-            training_images: images that networks train on, without those for validation.
+            training_images: number of training images, without validation images.
         """
         return None
 
@@ -281,14 +289,14 @@ class Method:
         """Trained networks of `trained_backbones`.
 
         Raises:
-            MissingExpertsError: the store has not all of them.
+            MissingExpertsError: the store lacks experts.
         """
         part = self.part
         trained = self.trained_backbones(part.config)
         return [ExpertNetworks(each, part.dataset, part.store_uri, part.device) for each in trained]
 
     def choose(self) -> Generator[None, None, SyntheticSet]:
-        """Choose the set before the first iteration, in steps: between them a worker says that it is at work."""
+        """Choose the set before the first iteration and return it. Yields between steps, for heartbeats."""
         yield
         return self.first_set()
 
@@ -297,10 +305,10 @@ class Method:
         return first_set(self.part, None, self.part.config.distill.initial_step_size or STEP_SIZE)
 
     def prepare(self, heartbeat: Heartbeat) -> None:
-        """Do once what takes long, such as compiling."""
+        """Do slow work once before the first iteration, such as compiling. By default, nothing."""
 
     def calibrate(self, state: Any) -> Iterator[str]:
-        """Choose what the recipe leaves open, once, before the first iteration of a new set. Gives messages.
+        """Find values that the recipe leaves open, before the first iteration of a new set. Yields messages.
 
         Raises:
             DatmError: the set would learn nothing.
@@ -314,18 +322,18 @@ class Method:
             yield f"{found}: the first update moves pixels by {FIRST_MOVE:.0%} of their root mean square"
 
     def share_of_images(self, gradient: Tensor, images: Tensor) -> float:
-        """Size of the gradient that all workers have together, as a share of the images' size."""
+        """Euclidean norm of the gradient over all workers, divided by the norm of the images."""
         mesh = self.part.mesh
         squares = [each.double().square().sum() for each in (mesh.sum_over_backbones(gradient), images)]
         of_gradient, of_images = mesh.sum_over_classes(torch.stack(squares)).sqrt().tolist()
         return float(of_gradient / of_images)
 
     def option(self, name: str) -> float:
-        """Value of one of the method's own settings: that of `distill.options`, or else its default."""
+        """Value of one of the method's own settings: from `distill.options`, or its default in `options`."""
         return self.part.config.distill.options.get(name, self.options[name])
 
     def fresh_network(self, iteration: int, backbone: int = 0) -> nn.Module:
-        """Network of a backbone with random parameters, drawn anew for each iteration; every shard has the same."""
+        """Network of a backbone with random parameters, drawn for each iteration. Every shard gets the same network."""
         part = self.part
         config, dataset = part.config.each_backbone()[backbone], part.dataset
         spec = config.network.for_images(dataset.channels, dataset.size, dataset.classes)
@@ -333,7 +341,7 @@ class Method:
         return build_network(spec, seed).to(part.device)
 
     def real_images(self, label: int, count: int, iteration: int) -> Tensor:
-        """Images [m c h w] of a class, drawn anew for each iteration without repetition; all if they are fewer."""
+        """Images [m c h w] of a class, drawn for each iteration without repetition; all if the class has fewer."""
         drawn = draw_rows(self._rows_of(label), count, self.part.config.seed, iteration, label)
         return torch.from_numpy(self.part.dataset.train_images[drawn]).to(self.part.device)
 
@@ -345,7 +353,7 @@ class Method:
     def gradient(self, synthetic: SyntheticSet, iteration: int, all_sum: AllSum) -> tuple[Tensor, Tensor]:
         """Compute the loss [] of this worker's rows and networks, and its gradient in their images [n c h w].
 
-        Both are added over workers, so each worker gives its share alone.
+        The caller sums both over workers, so each worker returns its own share.
 
         Args:
             synthetic: rows of the set that the worker holds, class by class.
@@ -355,7 +363,7 @@ class Method:
         raise NotImplementedError
 
     def _gradient(self, state: State[Any]) -> tuple[Tensor, Tensor]:
-        """Loss and gradient of this worker; zero if it has no backbone. Rows of workers wait for each other."""
+        """Loss and gradient of this worker; zeros if its role has no backbone. The mesh's rows wait for each other."""
         images = state.synthetic.images
         found = images.new_zeros(()), torch.zeros_like(images)
 

@@ -1,9 +1,10 @@
-"""Sets that are made in pieces: each piece by one worker, by itself, and the set by a task that joins all pieces.
+"""Sets made in pieces. One worker makes each piece independently, and a further task joins all pieces into the set.
 
     pieces/<number>/    folder of a piece, with the files of a distillation, see `distill`
-    initial.arrow, checkpoint.arrow, maps.arrow, synthetic.arrow, cost.json    of the whole set, as elsewhere
+    initial.arrow, checkpoint.arrow, maps.arrow, synthetic.arrow, cost.json    of the whole set, see `distill`
 
-The pieces are removed when the set is written. Any number of workers makes the same set, for no piece knows of another.
+The pieces are removed after the set is written. Pieces do not depend on each other, so any number of workers makes the
+same set.
 Tests: tests/stages/test_pieces.py.
 """
 
@@ -42,12 +43,12 @@ PIECES = "pieces"
 
 
 def piece_folder(folder: Location, piece: Piece) -> Location:
-    """Folder of a piece within that of its run."""
+    """Folder of a piece, within the folder of its run."""
     return folder / PIECES / f"{piece.number:05d}"
 
 
 def unfinished_pieces(config: RunConfig, folder: Location, classes: int) -> list[Piece]:
-    """Pieces of a run without a result; empty if they only have to be joined, and for a set that has no pieces."""
+    """Pieces of a run that are not made yet. Empty if only joining is left, or if the set has no pieces."""
     pieces = method_of(config).pieces(config, classes)
     started = set((folder / PIECES).list()) if pieces else set()
     places = {piece.number: piece_folder(folder, piece) for piece in pieces}
@@ -59,14 +60,14 @@ def unfinished_pieces(config: RunConfig, folder: Location, classes: int) -> list
 
 
 class PieceWorker:
-    """Makes pieces of sets from one data set, and joins them."""
+    """Worker that makes pieces of sets from one data set, and joins the pieces."""
 
     def __init__(self, dataset: Dataset, cluster: ClusterConfig) -> None:
         self._device = prepare_device(cluster)
         self._cluster, self._dataset = cluster, dataset
 
     def make_piece(self, config: RunConfig, store_uri: str, folder_uri: str, number: int) -> Iterator[Event]:
-        """Make a piece from its last checkpoint.
+        """Make a piece, resumed from its last checkpoint if there is one. Does nothing for a finished piece.
 
         Args:
             config: recipe of the run.
@@ -75,7 +76,7 @@ class PieceWorker:
             number: number of the piece.
 
         Raises:
-            MissingExpertsError: the store has not all networks of the recipe.
+            MissingExpertsError: the store lacks networks of the recipe.
             DivergenceError: too many iterations in a row diverged.
         """
         piece = method_of(config).pieces(config, self._dataset.classes)[number]
@@ -91,7 +92,7 @@ class PieceWorker:
             yield from Distillation(part, own, method, Account(self._device, self._cluster), None).events()
 
     def join_pieces(self, config: RunConfig, store_uri: str, folder_uri: str) -> Iterator[Event]:
-        """Write the set from its finished pieces, with all that belongs to it. Arguments: see `make_piece`.
+        """Write the set and its other files from its finished pieces. Arguments: see `make_piece`.
 
         Raises:
             OvertakenError: a newer attempt joins the same pieces.
@@ -132,7 +133,7 @@ class PieceWorker:
             save_artifact(folder / name, held, *context, folder.parent / TRANSFORMS)
 
     def _labelled(self, teacher: ExpertNetworks, sets: Mapping[str, SyntheticSet]) -> Iterator[Event]:
-        """Give the sets the teacher's logits as their labels, and tell how good the teacher is."""
+        """Replace the sets' soft labels by the teacher's logits. Yields phases and the teacher's accuracy."""
         network = teacher.restored(0)
         for held in sets.values():
             parts = []
@@ -146,7 +147,7 @@ class PieceWorker:
 
     @staticmethod
     def _whole(config: RunConfig, pieces: Sequence[Piece], files: Sequence[Location]) -> SyntheticSet:
-        """The set from its pieces, class by class, in main memory. One piece is read at a time."""
+        """Whole set in main memory, joined from the files of its pieces. One piece is read at a time."""
         found: list[Tensor] = []
         step_sizes = torch.zeros(1)
         for piece, file in zip(pieces, files, strict=True):
@@ -175,9 +176,9 @@ def _on(held: SyntheticSet, device: torch.device) -> SyntheticSet:
 
 
 def _mean_records(places: Sequence[Location], prefix: str, record: type[Any]) -> list[Any]:
-    """Rows of a history, each with the mean values of all pieces; skipped if it was in any of them.
+    """Rows of a history with mean values over all pieces. A row counts as skipped if any piece skipped it.
 
-    Empty if the pieces are made without iterations.
+    Empty if the pieces have no iterations.
     """
     histories = []
     for place in places:
@@ -190,7 +191,7 @@ def _mean_records(places: Sequence[Location], prefix: str, record: type[Any]) ->
 
 
 def _mean(rows: Sequence[Any]) -> Any:
-    """Row with the mean of each number, and True where any row has it."""
+    """Row with the mean of each number. A boolean value is True if it is True in any row."""
     means: dict[str, Any] = {}
     for each in dataclasses.fields(rows[0]):
         values = [getattr(row, each.name) for row in rows]

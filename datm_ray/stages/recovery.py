@@ -1,4 +1,4 @@
-"""Recovery of images from a teacher (SRe2L) as one worker does it: one block of the set after the other."""
+"""Recovery of images from a teacher (SRe2L) in one worker: one block of the set at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from datm_ray.stages.initial import first_rows
 from datm_ray.stages.method import STEP_SIZE, Demand, Method, Part, Piece
 
 FEW_IMAGES = 32
-"""Images of a block below which a run says that their statistics are those of few."""
+"""Number of images. A run warns about unreliable batch statistics if a block has fewer."""
 
 
 class RecoveryFromTeacher(Method):
@@ -34,12 +34,12 @@ class RecoveryFromTeacher(Method):
 
     @classmethod
     def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
-        """The teacher."""
+        """Backbone of the teacher, as a run with one network."""
         return config.each_backbone()[:1]
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
-        """Refuse what a recovery cannot do, see `Method.check`."""
+        """Raise a `ConfigError` for a recipe that the method cannot follow, see `Method.check`."""
         super().check(config)
         if config.dataset.normalisation == "zca":
             raise ConfigError(
@@ -62,7 +62,10 @@ class RecoveryFromTeacher(Method):
 
     @classmethod
     def pieces(cls, config: RunConfig, classes: int) -> Sequence[Piece]:
-        """Blocks of at most `recover.block` images, in even parts: as many classes as fit, then images of each."""
+        """Blocks of at most `recover.block` images, of about equal sizes.
+
+        A block has one image of each of as many classes as fit. If all classes fit, it has several images of each.
+        """
         most, ipc = config.recover.block, config.distill.ipc
         groups = np.array_split(np.arange(classes), -(-classes // most))
         each = max(1, most // len(groups[0]))
@@ -72,23 +75,23 @@ class RecoveryFromTeacher(Method):
 
     @classmethod
     def demand(cls, config: RunConfig, classes: int, shards: int, cost: ImageCost) -> Demand:
-        """The images of a block once, forward and back."""
+        """Work and memory of an iteration: the images of a block pass once forward and back."""
         largest = max(len(each.classes) * len(each.images) for each in cls.pieces(config, classes))
         return Demand({"training": largest}, at_once=largest, is_divisible=False, maps=2, vectors=2, held=largest)
 
     @classmethod
     def described(cls, config: RunConfig, images: int, chunk: int) -> str:
-        """Blocks and iterations in words."""
+        """Numbers of blocks, iterations and images in words, for plans."""
         return f"{config.distill.iterations:,} iterations of each block of {chunk:,} of {images:,} images"
 
     def __init__(self, part: Part) -> None:
         super().__init__(part)
-        self.calibration = ""  # the learning rate is Adam's
+        self.calibration = ""  # Adam has its own learning rate, so none is found
         if part.rows.last < FEW_IMAGES:
             self.notes = (f"a block has {part.rows.last} images, whose statistics say little: raise recover.block",)
 
     def calibrate(self, state: Any) -> Iterator[str]:
-        """Nothing is left open."""
+        """Yields nothing, because the recipe leaves no value open."""
         return iter(())
 
     @cached_property
@@ -111,7 +114,10 @@ class RecoveryFromTeacher(Method):
         return black.to(self.part.device), white.to(self.part.device)
 
     def first_set(self) -> SyntheticSet:
-        """Noise or real images, with hard labels; those of the whole set may be softer, see `pieces`."""
+        """Make the piece's first images, noise or real ones, with hard labels.
+
+        The task that joins the pieces may replace the labels, see `stages/pieces.py`.
+        """
         config, piece = self.part.config, self._piece
         labels = torch.tensor(piece.classes, device=self.part.device).repeat_interleave(len(piece.images))
         if config.distill.initial == "noise":
@@ -124,14 +130,14 @@ class RecoveryFromTeacher(Method):
         return SyntheticSet(images.to(self.part.device), hard, step_sizes, labels)
 
     def _real_images(self) -> Tensor:
-        """The piece's images among the first ones of its classes."""
+        """Real images [n c h w] from which the piece starts."""
         piece, ipc = self._piece, self.part.config.distill.ipc
         of_classes = Rows(piece.classes.start * ipc, piece.classes.stop * ipc)
         chosen = first_rows(self.part, self.experts[0], of_classes)[piece.rows(ipc) - of_classes.first]
         return torch.from_numpy(self.part.dataset.train_images[chosen])
 
     def step(self, state: Any, meta: MetaTerm | None) -> None:
-        """Run one iteration: the loss of a view, with MetaDD's of the same view, and one step of Adam."""
+        """Run one iteration: one step of Adam on the loss of a view, with MetaDD's loss of this view if it is used."""
         config, synthetic = self.part.config, state.synthetic
         if config.recover.rounds > 1 and state.first_images is None:
             state.first_images = synthetic.images.clone()
@@ -160,13 +166,13 @@ class RecoveryFromTeacher(Method):
         return torch.from_numpy(np.sort(drawn)).to(self.part.device)
 
     def measured(self, state: Any) -> Mapping[str, float]:
-        """Loss and skipped updates."""
+        """Loss of the last iteration and number of skipped updates, by suffixes of metric names."""
         return {"matching_loss": state.history[-1].loss, "skipped_steps": state.skipped}
 
     def shown(self, state: Any) -> Mapping[str, float]:
-        """Loss, and its part of the statistics."""
+        """Loss of the last iteration, and its term of batch statistics."""
         return {"loss": state.history[-1].loss, "statistics": state.history[-1].statistics}
 
     def images_seen(self) -> float:
-        """Images of the block."""
+        """Number of images that the teacher sees in one iteration: the images of a block."""
         return float(self.part.rows.last)

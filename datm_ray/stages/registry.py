@@ -49,7 +49,7 @@ def method_of(config: RunConfig) -> type[Method]:
 
 
 def iterations_of(config: RunConfig) -> int:
-    """Iterations of a run's distillation. A user's class that cannot be imported here counts as having the recipe's."""
+    """Number of iterations of a run's distillation; the recipe's number if the method cannot be imported here."""
     try:
         return method_of(config).iterations(config)
     except ConfigError:
@@ -57,7 +57,7 @@ def iterations_of(config: RunConfig) -> int:
 
 
 def trained_backbones(config: RunConfig) -> list[RunConfig]:
-    """Backbones whose experts a run needs, the first one first, as runs with one network each; empty for none."""
+    """Backbones whose experts a run needs, in the recipe's order, as runs with one network each; empty for none."""
     return method_of(config).trained_backbones(config)
 
 
@@ -65,7 +65,7 @@ def teacher_of(config: RunConfig) -> RunConfig:
     """First trained backbone, whose expert 0 is the teacher of `evaluate.labels`, as a run of its own.
 
     Raises:
-        ConfigError: the method trains none.
+        ConfigError: the method trains no backbone.
     """
     trained = trained_backbones(config)
     if not trained:

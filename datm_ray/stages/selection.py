@@ -1,4 +1,4 @@
-"""Choosing real images (method select) as one worker does it: class by class, without any iteration."""
+"""Choice of real images (method select) in one worker: class by class, without iterations."""
 
 from __future__ import annotations
 
@@ -34,35 +34,35 @@ from datm_ray.stages.method import STEP_SIZE, Demand, Method, Piece
 from datm_ray.store.trajectories import epochs_in_words
 
 MOST_PIECES = 32
-"""Most pieces of a set. Each reads the networks again, so more of them would read more."""
+"""Largest number of pieces of a set. It is limited, because each piece reads the networks again."""
 LEAST_EPOCHS = 3
 """Fewest stored epochs of training in which forgetting is counted."""
 
 Rows = Mapping[int, NDArray[np.int64]]
 """Class -> rows of its real images, in the order drawn."""
 Work = Generator[None, None, dict[int, Scores]]
-"""Steps of scoring, which end with the scores of each class's images."""
+"""Generator of scoring steps. It returns class -> scores of the class's images."""
 
 
 class Selection(Method):
-    """Chooses the images of some classes, by a teacher or by all experts of `network`."""
+    """Chooses real images by the scores that a teacher or all experts of `network` give them, or at random."""
 
     batch_norm = "either"
     gives_step_size = False
 
     @classmethod
     def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
-        """The teacher, which is expert 0 and labels the set; el2n and forgetting take all experts."""
+        """Backbone of the experts. Expert 0 is the teacher and labels the set. el2n and forgetting use all experts."""
         return config.each_backbone()[:1]
 
     @classmethod
     def iterations(cls, config: RunConfig) -> int:
-        """None: the chosen images are the set."""
+        """Always 0, because the chosen images are the set."""
         return 0
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
-        """Refuse what cannot be chosen, see `Method.check`."""
+        """Raise a `ConfigError` for a recipe that the method cannot follow, see `Method.check`."""
         super().check(config)
         if config.metadd is not None:
             raise ConfigError(
@@ -79,7 +79,7 @@ class Selection(Method):
 
     @classmethod
     def check_images(cls, config: RunConfig, images: RawDataset) -> None:
-        """Refuse images that are too few for the crops or do not divide into tiles, and networks without features."""
+        """Raise a `DatmError` for too few images, images that do not divide into tiles, or missing features."""
         settings, smallest = config.select, int(np.bincount(images.train.labels, minlength=images.classes).min())
         if settings.by == "rded" and smallest < _crops_of_class(config):
             raise DatasetError(
@@ -98,20 +98,23 @@ class Selection(Method):
 
     @classmethod
     def pieces(cls, config: RunConfig, classes: int) -> Sequence[Piece]:
-        """Blocks of classes in even parts: one of each class up to `MOST_PIECES`, whatever the workers."""
+        """Blocks of classes of about equal sizes: one block per class, but at most `MOST_PIECES` blocks."""
         groups = np.array_split(np.arange(classes), min(classes, MOST_PIECES))
         images = range(config.distill.ipc)
         return [Piece(number, range(own[0], own[-1] + 1), images) for number, own in enumerate(groups)]
 
     @classmethod
     def demand(cls, config: RunConfig, classes: int, shards: int, cost: ImageCost) -> Demand:
-        """Memory of one batch of real images that are scored; there is no iteration."""
+        """Memory for scoring one batch of real images. There is no work of iterations."""
         held = config.distill.ipc * max(len(piece.classes) for piece in cls.pieces(config, classes))
         return Demand({}, at_once=1, maps=1, vectors=1, held=held, trace=2 * SCORING_BATCH * cost.largest)
 
     @classmethod
     def choosing(cls, config: RunConfig, classes: int, training_images: int) -> Mapping[str, float]:
-        """Every crop once through the teacher, or every image through each network and epoch, and the labels."""
+        """Work of the choice: each crop passes the teacher once, or each image passes each network and epoch once.
+
+        The work of labelling the set is added.
+        """
         settings, count = config.select, config.experts.count
         passes = {
             "rded": classes * min(settings.pool, training_images // classes) * settings.crops,
@@ -124,7 +127,7 @@ class Selection(Method):
 
     @classmethod
     def described(cls, config: RunConfig, images: int, chunk: int) -> str:
-        """Rule of the choice in words."""
+        """Work of the choice in words, for plans."""
         settings = config.select
         crops = f": {settings.crops:,} crops of up to {settings.pool:,} images of a class"
         return f"{images:,} images chosen by {settings.by}{crops if settings.by == 'rded' else ''}, without iterations"
@@ -136,7 +139,10 @@ class Selection(Method):
         return self.part.piece
 
     def choose(self) -> Generator[None, None, SyntheticSet]:
-        """Choose the piece's images, with hard labels; those of the whole set may be softer, see `pieces`."""
+        """Choose the piece's images and return them with hard labels. Yields between steps.
+
+        The task that joins the pieces may replace the labels, see `stages/pieces.py`.
+        """
         config, device = self.part.config, self.part.device
         rows = {label: drawn_order(self._rows_of(label), config.seed, label) for label in self._piece.classes}
         images = yield from self._condensed(rows) if config.select.by == "rded" else self._real(rows)
@@ -188,7 +194,7 @@ class Selection(Method):
         return found
 
     def _condensed(self, rows: Rows) -> Generator[None, None, Tensor]:
-        """Crops of lowest loss [n c h w], tiled, class by class."""
+        """Images [n c h w], tiled from the crops of lowest loss, class by class."""
         network, found = self._network(0), list[Tensor]()
         for label, own in rows.items():
             found.append((yield from self._condensed_class(network, label, own[: self.part.config.select.pool])))
@@ -221,12 +227,12 @@ class Selection(Method):
         return torch.from_numpy(self.part.dataset.train_images[rows]).to(self.part.device)
 
     def _computed(self, function: Callable[[Tensor], Tensor], rows: NDArray[np.int64]) -> Generator[None, None, Tensor]:
-        """Values of a function of real images, in main memory."""
+        """Values of `function` for the real images of `rows`, in main memory."""
         return _in_batches(lambda batch: function(self._images(batch)), rows)
 
 
 def _check_select(config: RunConfig) -> None:
-    """Raise a `ConfigError` for values of the section that go together neither with each other nor with the experts."""
+    """Raise a `ConfigError` if values of `select` do not fit each other or the stored epochs of the experts."""
     settings, wanted, stored = config.select, _crops_of_class(config), config.kept_epochs
     if settings.by == "rded" and settings.pool < wanted:
         raise ConfigError(
@@ -254,12 +260,12 @@ def _crops_of_class(config: RunConfig) -> int:
 
 
 def _epochs_of_training(config: RunConfig) -> list[int]:
-    """Stored epochs of the experts in which they had learned something."""
+    """Stored epochs of the experts, without the untrained epoch 0."""
     return [epoch for epoch in config.kept_epochs if epoch > 0]
 
 
 def _equal(rows: Rows) -> Work:
-    """Score all images alike, so that the order drawn decides."""
+    """Give all images the same score, so that the drawn order decides."""
     yield
     return {label: np.zeros(len(own)) for label, own in rows.items()}
 
@@ -267,7 +273,7 @@ def _equal(rows: Rows) -> Work:
 def _in_batches(
     function: Callable[[NDArray[np.int64]], Tensor], items: NDArray[np.int64]
 ) -> Generator[None, None, Tensor]:
-    """Values of a function of items, computed for `SCORING_BATCH` at a time, in main memory. Keeps no graph."""
+    """Values of `function` for `items`, `SCORING_BATCH` at a time, in main memory, without a graph for gradients."""
     found = []
     for first in range(0, len(items), SCORING_BATCH):
         yield

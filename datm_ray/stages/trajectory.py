@@ -1,4 +1,4 @@
-"""Trajectory matching as one worker does it: the experts it reads, the networks it matches, and what it reports."""
+"""Trajectory matching in one worker: the experts it reads, the networks it matches, and the values it reports."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Backbone:
     group: ExpertGroup
     """Experts of the network."""
     snapshots: Prefetcher
-    """Reads them."""
+    """Reads snapshots of the experts, also ahead."""
     functions: StudentStepFunctions
     plan: DistillationPlan
     """Memory plan of the network."""
@@ -49,9 +49,9 @@ class _Backbone:
 
 COMPILED_MAPS, UNCOMPILED_MAPS = 2, 9
 """Peak memory of a student step, as a multiple of the bytes that all layers write in one forward pass. Measured: 1.8 to
-1.9 compiled, 7.3 to 8.9 without."""
+1.9 compiled, 7.3 to 8.9 uncompiled."""
 NETWORK_VECTORS = 8
-"""Vectors of p numbers beside the trace: two networks, target, v, and sums of gradients."""
+"""Number of vectors of p parameters in memory beside the trace: two networks, target, v, and sums of gradients."""
 _AGAIN = (
     f". Running the same command again tries {MOST_ABOVE} more iterations; other settings need another --out or "
     "--set name=..."
@@ -62,16 +62,16 @@ class TrajectoryMatching(Method):
     """Matches the networks of a worker's role with their experts."""
 
     functions: type[StudentStepFunctions] = StudentStepFunctions
-    """How a student step and its reverse are computed; a benchmark may put another one here."""
+    """Class that computes a student step and its reverse. Benchmarks may set another one."""
     refuses: bool = True
-    """True to refuse sets that cannot be matched; a benchmark may keep them."""
+    """True to raise an error for sets that cannot be matched. Benchmarks may set it to False."""
     state = Distillation
     reads_backbones = True
     precisions = ("auto", "float32", "tf32", "bfloat16")
 
     @classmethod
     def trained_backbones(cls, config: RunConfig) -> list[RunConfig]:
-        """Every backbone has experts."""
+        """All backbones, because each is matched with experts of its own."""
         return config.each_backbone()
 
     @classmethod
@@ -82,7 +82,10 @@ class TrajectoryMatching(Method):
 
     @classmethod
     def demand(cls, config: RunConfig, classes: int, shards: int, cost: ImageCost) -> Demand:
-        """Student steps on the minibatches of a shard, whose trace is held, and sums of two vectors for each."""
+        """Work and memory of an iteration: student steps on a shard's minibatches, and their trace.
+
+        With several shards, each step sums two vectors over them.
+        """
         settings, images = config.distill, config.distill.ipc * classes
         rows = rows_at_a_time(images, settings.ipc * -(-classes // shards), min(settings.batch_size, images))
         steps, vector = settings.student_steps, 4 * cost.parameters
@@ -98,14 +101,14 @@ class TrajectoryMatching(Method):
 
     @classmethod
     def described(cls, config: RunConfig, images: int, chunk: int) -> str:
-        """Iterations and student steps in words."""
+        """Numbers of iterations, student steps and images in words, for plans."""
         settings, batch = config.distill, min(config.distill.batch_size, images)
         steps = f"{settings.student_steps:,} student steps of {batch:,} of {images:,} images"
         return f"{settings.iterations:,} iterations of {steps}, in micro-batches of {chunk:,}"
 
     @classmethod
     def outlook(cls, config: RunConfig, training_images: int) -> Distance:
-        """How far experts and the student go."""
+        """Distances that experts and the student move, see `Distance`."""
         return Distance.of(config, training_images)
 
     def __init__(self, part: Part) -> None:
@@ -132,17 +135,17 @@ class TrajectoryMatching(Method):
         self.facts = {} if first is None else first.facts | ({"not_compiled_because": first.note} if first.note else {})
 
     def first_set(self) -> SyntheticSet:
-        """Choose the set before the first iteration. A step size that the recipe leaves open is a likely one."""
+        """Choose the set before the first iteration. A step size that the recipe leaves open gets a likely value."""
         distance = Distance.of(self.part.config, len(self.part.dataset.train_labels))
         return first_set(self.part, self.experts[0], distance.step_size or distance.likely_step_size)
 
     def close(self) -> None:
-        """Read nothing ahead any longer."""
+        """Stop reading snapshots ahead."""
         for backbone in self._backbones:
             backbone.snapshots.close()
 
     def prepare(self, heartbeat: Heartbeat) -> None:
-        """Compile, which takes one network's workers longer than another's; on a GPU, find what it has room for."""
+        """Compile student steps. On a GPU, also find by trial how many images of a micro-batch fit."""
         for place, backbone in enumerate(self._backbones):
 
             def step(chunk: int, functions: StudentStepFunctions = backbone.functions) -> None:
@@ -155,7 +158,7 @@ class TrajectoryMatching(Method):
                 step(backbone.chunk)
 
     def calibrate(self, state: Distillation) -> Iterator[str]:
-        """Find the step sizes that the recipe leaves open, and say with what matching losses the set starts.
+        """Find step sizes and a learning rate that the recipe leaves open. Yields messages about them.
 
         Raises:
             ThresholdError: every loss that was measured exceeds the threshold, or no pair moves.
@@ -193,7 +196,7 @@ class TrajectoryMatching(Method):
             )
 
     def _pairs(self, iteration: int) -> Mapping[int, Sequence[Match]]:
-        """Pairs of start and target of every network here, spread evenly over the start epochs of an iteration."""
+        """Pairs of start and target for each backbone of this worker, spread evenly over the start epochs."""
         config, allowed = self.part.config, self.part.config.distill.start_epochs
         starts = np.linspace(allowed.first, allowed.upper_bound(iteration) - 1, PAIRS).round().astype(int).tolist()
         origins = [Origin(number % config.experts.count, start) for number, start in enumerate(starts)]
@@ -212,7 +215,7 @@ class TrajectoryMatching(Method):
         return self._measured(search)
 
     def _measured(self, of_backbone: Callable[[int, AllSum], Measured]) -> list[Measured]:
-        """Measure every network of the run, each where it is matched; all workers get the same."""
+        """Measure every network of the run on the workers that match it. All workers get the same results."""
         found = torch.zeros(len(self.part.config.weights), 3 + PAIRS, dtype=torch.float64)
 
         def work(all_sum: AllSum) -> None:
@@ -228,7 +231,7 @@ class TrajectoryMatching(Method):
     def _image_rate(self, state: Distillation, pairs: Mapping[int, Sequence[Match]]) -> float:
         """Learning rate with which a first update moves the pixels by `FIRST_MOVE`, on average over the pairs.
 
-        Losses above the threshold change nothing, so they count only where all are above it.
+        Pairs with a loss above the threshold change nothing, so they count only if all losses are above it.
         """
         for skip_above in (self.part.config.distill.threshold, math.inf):
             shares = [self._image_share(state, pairs, number, skip_above) for number in range(PAIRS)]
@@ -243,7 +246,7 @@ class TrajectoryMatching(Method):
     def _image_share(
         self, state: Distillation, pairs: Mapping[int, Sequence[Match]], number: int, skip_above: float
     ) -> float:
-        """Size of one pair's gradient in the images as a share of theirs, without losses above `skip_above`."""
+        """Norm of one pair's gradient in the images, divided by the images' norm, without losses above `skip_above`."""
         total = torch.zeros_like(state.synthetic.images)
 
         def work(all_sum: AllSum) -> None:
@@ -255,7 +258,7 @@ class TrajectoryMatching(Method):
         return self.share_of_images(total, state.synthetic.images)
 
     def _distance(self, state: Distillation) -> Distance:
-        """How far experts go, and how far the student goes with the present step size."""
+        """Distances that experts and the student move. The student's distance is for the present step size."""
         given = Distance.of(self.part.config, len(self.part.dataset.train_labels))
         return dataclasses.replace(given, step_size=float(state.synthetic.step_size))
 
@@ -268,12 +271,12 @@ class TrajectoryMatching(Method):
         best: Sequence[Measured],
         again: str = "",
     ) -> ThresholdError:
-        """Error about losses above the threshold, with numbers, and with what brings them below it.
+        """Error about losses above the threshold, with numbers and with settings that bring losses below it.
 
         Args:
-            what: says what has these losses.
-            best: the best step size of every network.
-            again: says what running the same command again does; "" for nothing else.
+            what: start of the message, before "with a matching loss of".
+            best: the best step size that was found for every network.
+            again: end of the message, about running the same command again; "" for none.
         """
         settings, now = self.part.config.distill, float(state.synthetic.step_size)
         remedy = f"try {self._better(best)}"
@@ -292,7 +295,7 @@ class TrajectoryMatching(Method):
         return ThresholdError(fact, str(self._distance(state)), f"{remedy}{again}")
 
     def _better(self, best: Sequence[Measured]) -> str:
-        """The setting with the best step size of every network, which was found for the present set, and its loss."""
+        """Text that recommends the setting with the best step size found for the present set, and gives its loss."""
         found, least = (_listed(each) for each in zip(*((each.step_size, each.loss) for each in best), strict=True))
         if self.part.config.distill.initial_step_size is not None:
             return f"distill.initial_step_size=null, which finds {found} for the present set (loss {least})"
@@ -335,7 +338,7 @@ class TrajectoryMatching(Method):
         return [Origin(plan.expert, plan.start) for plan in plans]
 
     def _wanted(self, origin: Origin) -> tuple[int, list[int]]:
-        """The expert and the epochs of a start and its target."""
+        """Number of the expert, and epochs of the start and of its target."""
         return origin.expert, [origin.epoch, origin.epoch + self.part.config.distill.expert_epochs]
 
     def _match(self, backbone: _Backbone, origin: Origin, iteration: int) -> Match:
@@ -365,7 +368,7 @@ class TrajectoryMatching(Method):
         )
 
     def _require_motion(self, backbone: _Backbone, origin: Origin) -> None:
-        """Raise a `StoreError` if the expert ends where it began, given that its start and target are identical."""
+        """Raise a `StoreError` if the expert's first and last stored epochs are identical, as start and target are."""
         expert, (start, target) = self._wanted(origin)
         group = backbone.group
         epochs = group.read_info(expert).epochs
@@ -402,14 +405,14 @@ class TrajectoryMatching(Method):
         return {"skipped": state.skipped, "diverged": state.diverged, "shortened": state.shortened}
 
     def images_seen(self) -> float:
-        """Images of all student steps of one iteration."""
+        """Number of images in all student steps of one iteration, over all backbones."""
         config, settings = self.part.config, self.part.config.distill
         images = settings.ipc * self.part.dataset.classes
-        batches = -(-images // min(images, settings.batch_size))  # in a pass; the first of them may be short
+        batches = -(-images // min(images, settings.batch_size))  # batches of one pass; the first may be smaller
         return settings.student_steps * images / batches * len(config.weights)
 
     def warnings(self, state: Distillation) -> Iterator[str]:
-        """What must not look like success: a set that learned nothing, or not what the recipe says."""
+        """Messages if the result must not look like success: the set learned nothing, or less than the recipe says."""
         settings = self.part.config.distill
         updates, above = len(state.history), state.skipped - state.diverged
         if 4 * above > updates:
@@ -438,10 +441,10 @@ class TrajectoryMatching(Method):
 
 
 def rows_at_a_time(images: int, held: int, batch: int) -> int:
-    """Images of a minibatch that a shard must be ready for: all but one in a thousand minibatches have no more.
+    """Number of images that a shard's micro-batch holds. About one in a thousand minibatches has more for this shard.
 
-    A minibatch is drawn without regard to shards, so a shard's part varies. Micro-batches of the average part would
-    need a second call for a few images in half of all steps.
+    Minibatches are drawn from the whole set, so a shard's part of them varies. With micro-batches of the average part,
+    half of all steps would need a second call for a few images.
 
     Args:
         images: images of the whole set.
@@ -454,7 +457,7 @@ def rows_at_a_time(images: int, held: int, batch: int) -> int:
 
 
 def _listed(numbers: Iterable[float], digits: int = 3) -> str:
-    """Numbers of all networks, in order."""
+    """Numbers of all networks in words, in order, joined by "and"."""
     return " and ".join(f"{number:.{digits}g}" for number in numbers)
 
 

@@ -1,15 +1,15 @@
-"""Validation of the sets of a distillation, by its own workers or as tasks of their own for any worker.
+"""Validation of the sets of a distillation, by its own workers or as separate tasks for any worker.
 
-Workers that distil wait while one of them validates. Where other workers are free, the set to validate is a candidate:
-a file that any worker validates meanwhile.
+Workers that distil wait while one of them validates. If other workers are free, the set is written to a file instead.
+Any worker validates this candidate while the distillation continues.
 
     candidates/<iteration>.arrow   a set after so many iterations, in the format of the result
     candidates/<iteration>.json    its validation accuracy, the standard error, and the cost
 
-Results join the state at a later checkpoint, in the order of iterations and without gaps, so the chosen set is the one
-that a distillation which waits would choose. A candidate is written before the checkpoint of its iteration, and
-validated after it; it is deleted when a checkpoint holds its result. When all iterations are done, whoever writes the
-last missing result writes the set that is kept.
+A later checkpoint adds the results to the state, in the order of iterations and without gaps. So the chosen set is the
+same as in a distillation that waits. A candidate is written before the checkpoint of its iteration, and validated after
+it. It is deleted when a checkpoint holds its result. When all iterations are done, the worker that writes the last
+missing result also writes the final set.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ REPORT_INTERVAL = 1.0
 
 
 def is_due(settings: DistillConfig, iteration: int) -> bool:
-    """True if the set is validated after so many iterations."""
+    """True if the set is validated after `iteration` iterations."""
     every = settings.validate_every
     return every > 0 < iteration and (iteration % every == 0 or iteration == settings.iterations)
 
@@ -90,7 +90,7 @@ class Candidates:
 
     @staticmethod
     def name(iteration: int) -> str:
-        """File of a candidate, within the run's folder."""
+        """Path of a candidate's file, relative to the run's folder."""
         return f"{CANDIDATES}/{iteration:08d}.arrow"
 
     def file(self, iteration: int) -> Location:
@@ -104,7 +104,7 @@ class Candidates:
         return [int(stem) for stem in stems if f"{stem}.json" not in names]
 
     def results(self, iterations: Sequence[int]) -> list[Result]:
-        """Results of the first of these iterations, up to the first one without a result."""
+        """Results of these iterations, in order. The list ends before the first iteration without a result."""
         found, names = [], self._folder.list()
         for iteration in iterations:
             if (name := f"{iteration:08d}.json") not in names:
@@ -120,7 +120,7 @@ class Candidates:
         (self._folder / f"{iteration:08d}.json").write_json(content)
 
     def read(self, iteration: int, rows: Rows, device: torch.device) -> SyntheticSet:
-        """Rows of a candidate. Raises a `MissingFileError` if it is not there."""
+        """Read rows of a candidate onto `device`. Raises a `MissingFileError` if its file is missing."""
         whole, cut = read_artifact(self.file(iteration)), slice(rows.first, rows.last)
         images, soft_labels, labels = (
             part[cut].clone().to(device) for part in (whole.images, whole.soft_labels, whole.labels)
@@ -136,12 +136,12 @@ class Candidates:
                     (self._folder / name).remove()
 
     def remove(self) -> None:
-        """Remove the folder."""
+        """Remove the folder of candidates."""
         remove_folder(self._folder)
 
 
 def is_apart(workers_per_set: int, wanted: int, workers: int) -> bool:
-    """True if sets are validated by tasks of their own: other workers would wait for it, or some are free.
+    """True if separate tasks validate sets: several workers would wait for a validation, or some workers are free.
 
     Args:
         workers_per_set: workers that distil the set together.
@@ -152,7 +152,7 @@ def is_apart(workers_per_set: int, wanted: int, workers: int) -> bool:
 
 
 def only_validations_are_left(folder: Location, settings: DistillConfig) -> bool:
-    """True if all iterations are done and the last set is a candidate: validations are left, or the choice."""
+    """True if all iterations are done and the last set is a candidate. Only validations and the choice are left."""
     last = settings.iterations
     return Candidates(folder).file(last).exists() and read_iteration(folder) == last
 
@@ -160,7 +160,7 @@ def only_validations_are_left(folder: Location, settings: DistillConfig) -> bool
 def standard_error(mean: float, dataset: Dataset) -> float:
     """Standard error of a validation accuracy.
 
-    It is over images only: networks scored on the same images are not independent draws.
+    The number of networks does not reduce it, because scores on the same images are not independent draws.
     """
     return math.sqrt(mean * (1 - mean) / len(dataset.validation_labels))
 
@@ -200,7 +200,7 @@ def reported(
 
     Args:
         training: yields the number of epochs done, over all networks.
-        done: epochs of the networks before them.
+        done: epochs of the networks that were trained before.
         epochs: epochs of all networks.
         heartbeat: called after each epoch.
     """
@@ -213,14 +213,14 @@ def reported(
 
 
 def validation_schedule(config: RunConfig, step_size: float) -> Schedule:
-    """How a fresh network is trained for validation, on the labels of the set.
+    """Training schedule of fresh networks for validation, on the set's own labels.
 
-    Keys of `evaluate` that may be changed in a finished run are not read.
+    It ignores keys of `evaluate` that may change in a finished run.
     """
     protocol = PROTOCOLS[validation_protocol(config.evaluate.protocol)]
     return dataclasses.replace(protocol, learning_rate=step_size, augmentation=config.evaluate.augmentation)
 
 
 def evaluation_schedule(config: RunConfig, step_size: float) -> Schedule:
-    """How a fresh network is trained on a synthetic set to be scored."""
+    """Training schedule of fresh networks that score a synthetic set."""
     return scoring_schedule(config.evaluate, step_size)

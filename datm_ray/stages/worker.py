@@ -1,4 +1,4 @@
-"""The worker of every stage, so that a process keeps its data set, and tasks of all stages can share a list."""
+"""One worker class for all stages. So a process keeps its data set, and tasks of all stages can share a list."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from datm_ray.stages.pieces import PieceWorker
 
 
 class StageWorker:
-    """Trains experts, distils, validates and evaluates on one data set. What a task does not need is not made."""
+    """Trains experts, distils, validates and evaluates on one data set. Prepares a stage at its first task."""
 
     def __init__(
         self, dataset: Dataset, cluster: ClusterConfig, distill_worker: type[DistillWorker] = DistillWorker
@@ -37,7 +37,7 @@ class StageWorker:
         yield from self._worker(PieceWorker, light=False).make_piece(*arguments)
 
     def join_pieces(self, *arguments: Any) -> Iterator[Event]:
-        """Make a set of its pieces, see `PieceWorker.join_pieces`."""
+        """Join the pieces of a set, see `PieceWorker.join_pieces`."""
         yield from self._worker(PieceWorker, light=False).join_pieces(*arguments)
 
     def label(self, *arguments: Any) -> Iterator[Event]:
@@ -53,7 +53,7 @@ class StageWorker:
         yield from self._worker(EvaluateWorker, light=True).evaluate(*arguments)
 
     def _worker(self, kind: type[Any], *, light: bool) -> Any:
-        """Worker of one stage, made at its first task. The images of experts leave the device after their stage."""
+        """Worker of one stage, made at its first task. After the expert stage, training images leave the device."""
         if kind is not ExpertWorker:
             self._workers.pop((ExpertWorker, True), None)
         if (kind, light) not in self._workers:
