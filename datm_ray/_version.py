@@ -1,3 +1,3 @@
-"""The package's version, stated here alone."""
+"""Version of the package, for `pyproject.toml` and for files that runs write."""
 
 __version__ = "0.1.0"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Settings = Mapping[str, object]
-"""Values that replace those of a recipe, by `section.field`, such as {"distill.iterations": 100}."""
+"""Values that replace values of a recipe, by `section.field`, such as {"distill.iterations": 100}."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Result:
     name: str
     """Name of the recipe, and of the run's folder within the output folder."""
     synthetic: Artifact
-    """The synthetic set."""
+    """Synthetic set of the run."""
     accuracies: Mapping[str, tuple[float, ...]]
     """Row of the table ("random-hard", "random-soft", "distilled", "full") -> test accuracy of each network, 0 to 1."""
     report: str

@@ -1,4 +1,4 @@
-"""The product: a synthetic set as one self-describing file, and its exports.
+"""Synthetic sets as self-describing files, and their exports.
 
 The file holds the images in the normalised space in which they were learned, the soft labels, the learned step size,
 the recipe and the provenance. A small transform to pixels is inside the file. Whitening takes up to 38 MB for 32x32 RGB
@@ -120,7 +120,7 @@ class Artifact:
     class_names: tuple[str, ...]
     """Names of the k classes."""
     held_transform: Transform | KeptTransform
-    """The transform, or the place of its file; use `transform` to get it."""
+    """Transform of the set, or the place of the transform's file. Use `transform` to get it."""
     recipe: Mapping[str, Any]
     """Configuration of the run."""
     provenance: Mapping[str, Any]
@@ -189,7 +189,7 @@ class Artifact:
     def normaliser(self) -> Normaliser:
         """Module on the CPU that computes `normalise`: a layer before a network, or a torchvision transform.
 
-        As a transform it takes PIL images of any size too, and makes them as large as the set's.
+        As a transform, it also takes PIL images of any size, and resizes them to the size of the set's images.
         """
         return self.transform.normaliser()
 

@@ -108,7 +108,7 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
     Text fields take the value literally, without surrounding blanks, unless it is empty, null or quoted.
 
     Raises:
-        ConfigError: an override is no assignment, or has an unknown key, a wrong type or an impossible range.
+        ConfigError: an override is not an assignment, or has an unknown key, a wrong type or an impossible range.
     """
     values = config.model_dump(mode="json")
     for assignment in assignments:
@@ -192,7 +192,7 @@ def to_yaml_with_reasons(config: RunConfig, reasons: Mapping[str, str]) -> str:
 
 
 def _section_lines(section: Section, heading: str, indent: str) -> Iterator[str]:
-    """Lines of a section's fields: the usual ones, then those in `SELDOM` below a comment."""
+    """Lines of a section's fields: common fields, then fields in `SELDOM` below a comment."""
     fields = type(section).model_fields
     seldom = [name for name in fields if name in SELDOM.get(heading, "").split()]
     for name in sorted(fields, key=seldom.__contains__):
@@ -242,7 +242,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def get_single_node(self) -> yaml.Node | None:
-        """The document's root node; aliases that expand to too much, or without end, are an error."""
+        """Root node of the document. Aliases that expand to too many nodes are an error."""
         node = super().get_single_node()
         if node is not None and _written_out(node, {}) > _LARGEST_TEXT:
             raise yaml.constructor.ConstructorError(None, None, "its aliases expand to too much", node.start_mark)
@@ -260,7 +260,7 @@ def _written_out(node: yaml.Node, known: dict[int, float]) -> float:
 
 
 def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
-    """Integer of at most 128 bits. Larger ones are an error, because Python refuses to print the largest."""
+    """Integer of at most 128 bits. Larger integers are an error, because Python refuses to print the largest."""
     value = int(loader.construct_yaml_int(node)) if len(node.value) < 100 else 2**128
     if abs(value) >= 2**128:
         raise yaml.constructor.ConstructorError(None, None, "a number is too large", node.start_mark)

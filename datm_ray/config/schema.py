@@ -108,7 +108,7 @@ class RunConfig(Section):
 
     @property
     def _unmatched_epochs(self) -> str:
-        """Why the experts lack an epoch that trajectory matching can match; "" if they have all."""
+        """Message if the experts lack an epoch that trajectory matching can match; "" if no epoch is missing."""
         latest, epochs, keep = self.latest_matched, self.experts.epochs, self.experts.keep_epochs
         if latest > epochs:
             return (
@@ -180,7 +180,7 @@ class RunConfig(Section):
         return [self.model_copy(update={"network": network, **alone}) for network in networks]
 
     def each_auxiliary(self) -> list[RunConfig]:
-        """One copy of the run per auxiliary of metadd, with this network and its training alone; empty for none."""
+        """One copy of the run per auxiliary, with this network alone and experts of metadd; empty without metadd."""
         if self.metadd is None:
             return []
         alone = {"backbones": (), "metadd": None, "experts": self.metadd.experts}

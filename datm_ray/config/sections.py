@@ -51,7 +51,7 @@ class Section(BaseModel):
 
 
 class DatasetConfig(Section):
-    """Which images are used, and how they are normalised."""
+    """Images of the run, and their normalisation."""
 
     source: str = "digits"
     """digits, cifar10, cifar100, tiny-imagenet, folder or parquet."""
@@ -182,7 +182,7 @@ class BackboneConfig(Section):
     """A further network that is matched together with the first, against experts of its own."""
 
     network: NamedNetwork
-    """The network; its experts are trained like those of the first network."""
+    """The network; its experts are trained with the settings of `experts`."""
     weight: Positive = 1.0
     """Weight of this network's matching loss; the first network has weight 1."""
 
@@ -302,7 +302,7 @@ class DistillConfig(Section):
     real_batch: Count = 256
     """dm: real images of each class in an iteration."""
     initial: Literal["correct", "random", "noise"] = "correct"
-    """Images to start from: real ones that experts classify correctly (any, without experts), any real ones, noise."""
+    """First images. correct: real ones that experts classify correctly (random without experts); random: real ones."""
     labels: Literal["soft", "hard"] = "soft"
     """soft: the experts' mean logits, then learned by datm (sre2l, select: expert 0's); hard: the classes."""
     initial_step_size: Positive | None = None
@@ -581,7 +581,7 @@ class ClusterConfig(WorkerShape):
     workers: Count | None = None
     """Parallel workers; null: as many as CPUs (or GPUs) allow."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU where a worker has one, else the CPU."""
+    """auto: a GPU if a worker has one, else the CPU."""
     compile: bool = True
     """Compile the student step if there is a C++ compiler."""
     shards: Count = 1
@@ -603,7 +603,7 @@ class ClusterConfig(WorkerShape):
     progress_timeout: Annotated[float, Field(ge=0.1, le=7 * 86_400)] = 3600.0
     """Seconds without a step before a worker counts as stuck; later 20 times its slowest step if that is shorter."""
     wait_for_nodes: Annotated[float, Field(ge=0, le=30 * 86_400)] | None = None
-    """Seconds to wait for free resources; null: without end where nodes start on demand, else 60."""
+    """Seconds to wait for free resources; null: no limit if nodes start on demand, else 60."""
     wait_for_run: Annotated[float, Field(ge=0, le=7 * 86_400)] = 0.0
     """Seconds to wait for another command that works on the same run; 0 refuses at once."""
     checkpoint_seconds: Annotated[float, Field(gt=0, le=86_400)] = 60.0
@@ -613,10 +613,13 @@ class ClusterConfig(WorkerShape):
     log_to: Literal["none", "tensorboard", "wandb"] = "none"
     """Curves beside Ray's metrics: tensorboard writes to <out>/tensorboard. Each is an extra, as in datm-ray[wandb]."""
     light: WorkerShape | None = None
-    """Workers of experts, validation and evaluation; null: like those of distillation."""
+    """Workers of experts, validation and evaluation; null: like workers of distillation."""
 
     def shaped(self, *, light: bool) -> ClusterConfig:
-        """Copy for workers of experts, validation and evaluation if `light` is True; itself if they are not special."""
+        """Copy with the resources of the section `light`; itself if `light` is False or the recipe has no such section.
+
+        Workers of experts, validation and evaluation are light.
+        """
         if not light or self.light is None:
             return self
         return self.model_copy(update={name: getattr(self.light, name) for name in WorkerShape.model_fields})

@@ -4,7 +4,7 @@ With logits z of the teacher and z' of the network, and a temperature T, the los
 
     T^2 KL(softmax(z / T) || softmax(z' / T)).
 
-CutMix replaces a box of every image by that of another image of the batch. Both networks see the mixed images, so no
+CutMix replaces a box of every image by the box of another image of the batch. Both networks see the mixed images, so no
 label is mixed. Shapes: b images, c h w image, k classes. References: arXiv 1503.02531 (the loss), 1905.04899 (CutMix),
 2306.13092 (SRe2L, which trains on its images in this way). Tests: tests/core/test_teacher.py.
 """

@@ -252,7 +252,7 @@ class Trainer:
 
     def __init__(self, *, compile_: bool = True, channels_last: bool = True) -> None:
         self.note = ""
-        """Why nothing is compiled although it would be worth it; "" otherwise."""
+        """Reason why networks that should be trained together are not compiled; "" if there is none."""
         self._compile, self._channels_last = compile_, channels_last
         self._functions: dict[tuple[str, int], StackFunctions] = {}
         """Compiled functions, shared by all trainings of this worker: kind and number of networks -> functions."""

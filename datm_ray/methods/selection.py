@@ -98,7 +98,7 @@ def crop_for_tile(images: Tensor, boxes: Tensor, tiles: int) -> Tensor:
 
 
 def padded(crops: Tensor, height: int, width: int) -> Tensor:
-    """Centre crops on an image of zeros, the mean colour, as a teacher sees them."""
+    """Put crops into the centres of images of zeros (the mean colour) with the given size, as the teacher's input."""
     free = [side - own for side, own in zip((height, width), crops.shape[2:], strict=True)]
     top, left = free[0] // 2, free[1] // 2
     return pad(crops, (left, free[1] - left, top, free[0] - top))

@@ -1,4 +1,4 @@
-"""The stages of some runs, in order. Tests: tests/test_pipeline.py."""
+"""Stages of one or more runs, in order. Tests: tests/test_pipeline.py."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _log = logging.getLogger(__name__)
 
 
 class Pipeline:
-    """The stages for some runs that share an output folder.
+    """Stages of one or more runs that share an output folder.
 
     The constructor checks everything that can be checked beforehand, and writes nothing.
 

@@ -103,7 +103,7 @@ def stack_size(runs: Runs, config: RunConfig) -> int:
 
 
 def distill_tasks(runs: Runs, executor: Executor | None = None) -> list[DatasetTask]:
-    """One task for every unfinished set or piece of a set. It makes further tasks if separate tasks validate sets."""
+    """One task for every unfinished set or piece of a set. It makes further tasks if sets are validated separately."""
     tasks = []
     wanted = sum(config.workers_per_set for config in runs.unfinished())
     for config in runs.unfinished():

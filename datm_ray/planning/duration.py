@@ -49,7 +49,7 @@ class Proposal:
     """The recipe, whose `cluster` section has the layout."""
     shape: DataShape
     plans: list[DistillationPlan]
-    """Plans of its workers: first those of each network, in the networks' order."""
+    """Memory plans of the workers: first one plan for each network, in the networks' order."""
     machine: Machine
 
     def seconds(self, kind: str, network: RunConfig, passes: float) -> float:

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from datm_ray.stages.method import Demand
 
 PROCESS_BYTES = 1200 * 2**20
-"""Memory of a CPU worker without its tensors. Measured: 935 to 980 MiB where a worker only distilled, 1,050 to 1,200
-where it had trained networks before."""
+"""Memory of a CPU worker without its tensors. Measured: 935 to 980 MiB if a worker only distilled, 1,050 to 1,200
+MiB if it had trained networks before."""
 MARGIN = 1.25
 """Factor on all counted tensors, for allocators and workspaces."""
 SET_COPIES = 5

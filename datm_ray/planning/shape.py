@@ -42,7 +42,7 @@ class DataShape:
         return 4 * (math.prod(self.image) + self.classes)
 
     def synthetic(self, config: RunConfig, shards: int = 1) -> int:
-        """Images of a recipe's synthetic set, or of the largest of its shards, which hold whole classes."""
+        """Number of images in a recipe's synthetic set, or in the largest of its shards. Shards hold whole classes."""
         return config.distill.ipc * -(-self.classes // shards)
 
 

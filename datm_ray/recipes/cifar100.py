@@ -40,8 +40,8 @@ def cifar100_ipc10() -> RunConfig:
 def cifar100_ipc50() -> RunConfig:
     """CIFAR-100, 50 images per class. The paper reports 55.0±0.2 % with 100 GSAM experts.
 
-    The published run starts from random real images; this recipe starts from correctly classified ones, like the
-    others.
+    The published run starts from random real images; this recipe starts from correctly classified images, like the
+    other recipes.
     """
     return published(
         "cifar100",

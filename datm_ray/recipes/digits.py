@@ -1,7 +1,7 @@
 """Recipes for scikit-learn's 1,797 real 8x8 digits, the embedded default.
 
 The ranges of start epochs come from a prototype that was scored on its test split. Figures are over four distillations
-of two networks each; those of MetaDD, DM, SRe2L and select are of one set.
+of two networks each. Figures of MetaDD, DM, SRe2L and select are of one set.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def published(
 def recovered(
     source: str, ipc: int, experts: ExpertConfig, iterations: int, recover: RecoverConfig, evaluate: EvaluateConfig
 ) -> RunConfig:
-    """Recipe of SRe2L (arXiv 2306.13092): a ResNet-18 as teacher, images from noise, a teacher's label per epoch."""
+    """Recipe of SRe2L (arXiv 2306.13092): images from noise, recovered from a ResNet-18 that also labels them."""
     return RunConfig(
         method="sre2l",
         dataset=DatasetConfig(source=source, normalisation="standard", validation=0.02),
@@ -83,8 +83,8 @@ def small_recovery(source: str, ipc: int) -> RunConfig:
     """Recipe of SRe2L with the authors' values for CIFAR-100.
 
     Unlike this package, their program also mixes images, keeps the images of the iteration with least loss, and shifts
-    in one direction alone. When it scores a set, its teacher is in training mode, and its loss has no factor of the
-    squared temperature.
+    in one direction alone. When it trains networks on a set, its teacher is in training mode, and its loss has no
+    factor of the squared temperature.
     """
     teacher = ExpertConfig(epochs=200, batch_size=128, learning_rate=0.1, weight_decay=5e-4, augmentation="crop+flip")
     recover = RecoverConfig(learning_rate=0.25, statistics=0.01, least_share=1.0)

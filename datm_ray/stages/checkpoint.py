@@ -174,7 +174,7 @@ def read_iteration(folder: Location) -> int:
 def read_curves(folder: Location) -> dict[str, Any]:
     """Columns of the history, of MetaDD and of validation in a run's checkpoint, by name.
 
-    If the history has several backbones, only the rows of the first backbone are returned.
+    If the history has several backbones, its columns hold only the rows of the first backbone.
     """
     arrays = with_present_names(read_tensors(folder / CHECKPOINT, kind=KIND).arrays)
     if not {"history.iteration", "history.loss", "history.skipped"} <= arrays.keys():

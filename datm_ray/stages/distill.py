@@ -238,9 +238,9 @@ class Distillation:
         self._fingerprints = [experts.group.key.fingerprint for experts in method.experts]
         self._computed = read_computed(folder)
         self._found: dict[str, Any] = {}
-        """Values found before the first iteration for settings that the recipe leaves open, by setting."""
+        """Setting that the recipe leaves open -> value that was found before the first iteration."""
         self._saved_at = -1
-        """Iteration of the last checkpoint; 0 for a new set, and -1 before `events` has read it."""
+        """Iteration of the last checkpoint; 0 for a new set, and -1 before `events` starts."""
         self._next_save = time.monotonic() + config.cluster.checkpoint_seconds
         """Time from which a checkpoint is due, in seconds of the monotonic clock."""
         self._meta_networks = (

@@ -21,7 +21,7 @@ data.
 `evaluate.fair` adds three rows (`FAIR_ROWS`). DD-Ranking's scores are computed from them and the rows of the table (see
 `core.scores`), seed by seed. All networks of a seed have the same initial parameters. For distilled images with hard
 labels, the step size is chosen on validation data; the learned step size is among the candidates. Without augmentation,
-the distilled set keeps the learned step size, and that of random images is chosen on validation data. Soft labels of
+the distilled set keeps the learned step size. For random images it is chosen on validation data. Soft labels of
 random images are the experts' mean correct logits. The distilled set's labels started from such logits as well.
 
 DD-Ranking's program (0.2.0) differs in four points. It chooses step sizes on the test set. It keeps the best of every
@@ -131,7 +131,7 @@ class Score:
 
     @property
     def spent(self) -> Spent:
-        """Cost, or the seconds alone if it is unknown."""
+        """Cost of the row. If it is unknown, a cost that holds the seconds alone."""
         return self.cost or Spent(seconds=self.seconds)
 
     @property

@@ -3,7 +3,7 @@
     <group>/progress/<first expert>-<stack size>-<hash of the kept epochs>/<first epoch>-<last epoch>-<writer>.arrow
     <group>/progress/stacks/stacks.json     experts of each stack, as bounds [first, last)
 
-Each file holds some epochs of a whole stack: those that the trajectory keeps, and the state after the last one. A file
+Each file holds some epochs of a whole stack: the trajectory's epochs, and the state after the last epoch. A file
 is written at the end of an epoch, as often as `WRITE_SHARE` allows, and when the command is stopped. At the end the
 trajectories are assembled from the files, one epoch at a time.
 

@@ -1,4 +1,4 @@
-"""The set before the first iteration: real images, and their labels by trained networks."""
+"""First images and labels of a set: real images, labelled by trained networks."""
 
 from __future__ import annotations
 

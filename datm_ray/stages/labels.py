@@ -107,7 +107,7 @@ def label_epochs(
 
     Args:
         network: teacher, on the images' device; it is used in evaluation mode.
-        images: [n c h w] images of the set, the same as those of `create_labels`.
+        images: [n c h w] images of the set, the images that `create_labels` got.
         epochs: numbers of stored epochs, such as `store.missing()` or a worker's part of them.
         batch: number of images labelled at a time. It does not affect views, and affects logits by rounding alone.
         heartbeat: called after each batch.

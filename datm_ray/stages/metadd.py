@@ -21,7 +21,7 @@ from datm_ray.store.tensors import write_tensors
 
 MAPS_KIND = "class activation maps"
 MAPS_KEPT = 10
-"""Number of images whose maps are kept: the first image of each of the first classes."""
+"""Number of images whose maps are written: the first image of each of the first classes."""
 
 
 class MetaNetworks:

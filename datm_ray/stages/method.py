@@ -169,9 +169,9 @@ class Method:
     """True if networks train on the set with a step size that is learned or published with it; False if one is chosen
     on validation images."""
     preparation: str = ""
-    """What `prepare` does, such as "compiling student steps"; "" if it takes no noticeable time."""
+    """Work of `prepare` in words for the user, such as "compiling student steps"; "" if it takes almost no time."""
     calibration: str = ""
-    """What `calibrate` does; "" if it takes no noticeable time."""
+    """Work of `calibrate` in words for the user; "" if it takes almost no time."""
     notes: Sequence[str] = ()
     """Messages to the user before the first iteration."""
     facts: Mapping[str, Any] = {}

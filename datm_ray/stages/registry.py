@@ -62,7 +62,7 @@ def trained_backbones(config: RunConfig) -> list[RunConfig]:
 
 
 def teacher_of(config: RunConfig) -> RunConfig:
-    """First trained backbone, whose expert 0 is the teacher of `evaluate.labels`, as a run of its own.
+    """First trained backbone, as a run with this network alone. Its expert 0 is the teacher of `evaluate.labels`.
 
     Raises:
         ConfigError: the method trains no backbone.

@@ -151,7 +151,7 @@ class Selection(Method):
         return SyntheticSet(images, hard_logits(labels, self.part.dataset.classes), step_sizes, labels)
 
     def _real(self, rows: Rows) -> Generator[None, None, Tensor]:
-        """Whole images [n c h w] of the best scores, class by class."""
+        """Uncropped real images [n c h w] with the best scores, class by class."""
         settings = self.part.config.select
         score: Callable[[Rows], Work] = {
             "moderate": self._moderate,

@@ -246,7 +246,7 @@ class TrajectoryMatching(Method):
     def _image_share(
         self, state: Distillation, pairs: Mapping[int, Sequence[Match]], number: int, skip_above: float
     ) -> float:
-        """Norm of one pair's gradient in the images, divided by the images' norm, without losses above `skip_above`."""
+        """Norm of one pair's gradient in the images, divided by the images' norm. Skips losses above `skip_above`."""
         total = torch.zeros_like(state.synthetic.images)
 
         def work(all_sum: AllSum) -> None:
@@ -412,7 +412,7 @@ class TrajectoryMatching(Method):
         return settings.student_steps * images / batches * len(config.weights)
 
     def warnings(self, state: Distillation) -> Iterator[str]:
-        """Messages if the result must not look like success: the set learned nothing, or less than the recipe says."""
+        """Messages if the set learned nothing, or less than the recipe says, so that it does not look like success."""
         settings = self.part.config.distill
         updates, above = len(state.history), state.skipped - state.diverged
         if 4 * above > updates:
@@ -441,7 +441,7 @@ class TrajectoryMatching(Method):
 
 
 def rows_at_a_time(images: int, held: int, batch: int) -> int:
-    """Number of images that a shard's micro-batch holds. About one in a thousand minibatches has more for this shard.
+    """Number of images per minibatch that a shard plans for. About one in a thousand minibatches has more in a shard.
 
     Minibatches are drawn from the whole set, so a shard's part of them varies. With micro-batches of the average part,
     half of all steps would need a second call for a few images.

@@ -3,7 +3,7 @@
 Workers that distil wait while one of them validates. If other workers are free, the set is written to a file instead.
 Any worker validates this candidate while the distillation continues.
 
-    candidates/<iteration>.arrow   a set after so many iterations, in the format of the result
+    candidates/<iteration>.arrow   the set after this number of iterations, in the format of the result
     candidates/<iteration>.json    its validation accuracy, the standard error, and the cost
 
 A later checkpoint adds the results to the state, in the order of iterations and without gaps. So the chosen set is the
@@ -189,7 +189,7 @@ def validating(
 
 
 def trainer_of(cluster: ClusterConfig) -> Trainer:
-    """The process's trainer with the cluster's settings."""
+    """Trainer of this process with the settings of `cluster`, see `core.training.trainer`."""
     return trainer(compile_=cluster.compile, channels_last=cluster.channels_last)
 
 
