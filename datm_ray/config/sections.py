@@ -413,7 +413,7 @@ class MetaLossConfig(Section):
     variance: NonNegative = 1.0
     """Weight of the maps' variance over the networks."""
     invariance: NonNegative = 0.01
-    """Weight of the auxiliaries' cross-entropy and divergence."""
+    """Weight of the auxiliaries' cross-entropy, plus `divergence` times their KL from the backbone."""
     position: NonNegative = 0.1
     """Weight of evidence against the class."""
     divergence: Annotated[float, Field(allow_inf_nan=False)] = 1.0
@@ -454,13 +454,13 @@ class EvaluateConfig(Section):
     """Labels of rows with soft labels: own; teacher: expert 0's logits for every augmented batch; stored: expert 0's
     logits for resized and mirrored views, made once for every epoch and kept beside the distilled set."""
     temperature: Positive = 20.0
-    """teacher, stored: divides the logits of teacher and network."""
+    """Divisor of the logits of teacher and network. Used if `labels` is teacher or stored."""
     cutmix: NonNegative = 0.0
-    """teacher, stored: alpha of CutMix, such as 1; 0 for none."""
+    """Alpha of CutMix, such as 1; 0 for none. Needs `labels` teacher or stored."""
     keep_labels: Count | None = None
-    """stored: number of epochs to label, repeated in turn; null: every epoch of training."""
+    """Number of epochs to label, repeated in turn; null: every epoch. Used if `labels` is stored."""
     top_logits: Count | None = None
-    """stored: number of largest logits to keep per view; null: all."""
+    """Number of largest logits to keep of each view; null: all. Used if `labels` is stored."""
     learning_rate: Positive | None = None
     """Learning rate of rows with soft labels; null: learned with the set, or chosen on validation data."""
     schedule: Literal["step", "cosine"] = "step"

@@ -178,7 +178,7 @@ def _drop_zero_terms(graph: fx.Graph) -> None:
 
 
 def _is_needless_copy(node: fx.Node) -> bool:
-    """True if the node only gives a tangent the memory order of its value."""
+    """True if the node only copies a tangent into another memory order and leaves its numbers unchanged."""
     if node.target is not _ATEN.copy_.default:
         return False
     into, source = node.args[0], node.args[1]

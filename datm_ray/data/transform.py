@@ -590,7 +590,7 @@ def _eigenpairs_of_few(
 def _eigh(
     matrix: NDArray[np.float64], device: str, note: Say = silent
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Eigenvalues [n] and eigenvectors [n n] of a symmetric matrix, which may be emptied."""
+    """Eigenvalues [n] and eigenvectors [n n] of a symmetric matrix, which may be freed: do not use it afterwards."""
     if device == "cpu":  # numpy's took half as long as torch's
         return eigenpairs(matrix, note)
     on_device = torch.linalg.eigh(torch.from_numpy(matrix).to(device))

@@ -70,7 +70,7 @@ class Attempt:
     """
 
     folder: Location
-    """Folder of the set. On the first worker, every write checks the claim."""
+    """Folder of the set. On the first worker, every write first checks that the attempt still owns the folder."""
     token: int
     """Number that no other attempt has. File names of parts contain it."""
     resumed_at: int = -1

@@ -95,10 +95,10 @@ FAIR_ROWS = {
 """Further rows for DD-Ranking's scores -> titles."""
 
 DISTILLED = ("distilled", "distilled-hard", "distilled-plain")
-"""Keys of the rows trained on distilled images."""
+"""Keys of the table's rows whose networks are trained on distilled images."""
 
 PLAIN = ("distilled-plain", "random-plain")
-"""Keys of the rows trained without augmentation."""
+"""Keys of the table's rows whose networks are trained without augmentation."""
 
 SOFT = ("random-soft", "distilled", "distilled-plain", "random-plain")
 """Keys of the rows with soft labels. A teacher may give these labels."""

@@ -92,7 +92,7 @@ class Part:
         return (self.dataset.channels, *self.dataset.size)
 
     def plans(self, *, compiled: bool) -> Mapping[int, DistillationPlan]:
-        """Memory plans with sizes of micro-batches: number of each backbone in this worker's role -> its plan.
+        """Memory plan, with micro-batch sizes, of each backbone that this worker computes, by the backbone's index.
 
         Raises:
             ConfigError: a worker of the set needs more memory than it may take.

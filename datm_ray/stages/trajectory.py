@@ -368,7 +368,10 @@ class TrajectoryMatching(Method):
         )
 
     def _require_motion(self, backbone: _Backbone, origin: Origin) -> None:
-        """Raise a `StoreError` if the expert's first and last stored epochs are identical, as start and target are."""
+        """Raise a `StoreError` if the expert's parameters are identical at its first and last stored epochs.
+
+        Called if start and target of an iteration are identical, which alone is no error.
+        """
         expert, (start, target) = self._wanted(origin)
         group = backbone.group
         epochs = group.read_info(expert).epochs

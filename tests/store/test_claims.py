@@ -110,7 +110,7 @@ def test_the_lease_of_a_dead_process_of_this_machine_is_taken_over_at_once(place
         with held():
             pass
     ended.wait()
-    assert messages == []  # a wait would be told
+    assert messages == []  # a wait would be reported
 
 
 def test_the_lease_of_another_machine_is_taken_over_once_it_has_not_changed_for_a_while(place, held, messages):

@@ -333,7 +333,7 @@ class _Stage:
         return False
 
     def _is_apart(self, job: _Job) -> bool:
-        """True for a task on workers of `cluster.light`, which is taken to hold no resources that a group needs."""
+        """True if the task runs on workers of `cluster.light`. It is assumed to use no resources that a group needs."""
         return self._cluster.light is not None and job.task.is_light
 
     def _request_group(self) -> Iterator[tuple[Task, Event]]:
