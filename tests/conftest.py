@@ -21,7 +21,7 @@ from datm_ray.config import RunConfig, override, to_yaml
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline, report
 from datm_ray.recipes import get_recipe
-from datm_ray.runtime.executor import Executor, SerialExecutor
+from datm_ray.runtime.executor import Event, Executor, Lost, Progress, SerialExecutor
 from tests import processes
 from tests.store import proxy
 
@@ -200,6 +200,28 @@ def ray_cluster() -> Iterator[Any]:
     os.chdir(before)
     yield ray
     ray.shutdown()
+
+
+def killing_executor(config: RunConfig, losses: list[str]) -> Executor:
+    """Executor on the running Ray cluster that kills one actor in each stage, at the stage's first progress.
+
+    Args:
+        losses: gets the names of the tasks that lose their worker.
+    """
+    from datm_ray.runtime.ray.executor import RayExecutor
+
+    class Killing(RayExecutor):
+        def run(self, *arguments: Any) -> Iterator[tuple[Any, Event]]:
+            killed = False
+            for task, event in super().run(*arguments):
+                if isinstance(event, Progress) and not killed:
+                    os.kill(actor_processes()[0], signal.SIGKILL)
+                    killed = True
+                if isinstance(event, Lost):
+                    losses.append(task.name)
+                yield task, event
+
+    return Killing(config.cluster)
 
 
 @pytest.fixture(params=["serial", pytest.param("ray", marks=pytest.mark.ray)])

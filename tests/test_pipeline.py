@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -38,7 +37,7 @@ from datm_ray.pipeline.folder import LEASE, read_recipe
 from datm_ray.pipeline.runs import Runs
 from datm_ray.planning.main_memory import GPU_PROCESS_BYTES
 from datm_ray.planning.plan import plan_run
-from datm_ray.runtime.executor import Event, Executor, Lost, Phase, Progress, SerialExecutor
+from datm_ray.runtime.executor import Event, Executor, Phase, Progress, SerialExecutor
 from datm_ray.stages import evaluate
 from datm_ray.stages.distill import DistillWorker
 from datm_ray.stages.evaluate import FAIR_PARTS, ROWS, work_of
@@ -47,7 +46,7 @@ from datm_ray.store import claims
 from datm_ray.store.claims import lease
 from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.trajectories import TrajectoryStore
-from tests.conftest import CommandLine, actor_processes, tiny_config
+from tests.conftest import CommandLine, killing_executor, tiny_config
 from tests.processes import PROCESSES
 
 QUIET = Reporter(quiet=True)
@@ -175,23 +174,9 @@ def test_a_run_killed_with_sigkill_in_every_stage_ends_with_the_same_set(tmp_pat
 @pytest.mark.slow
 def test_killed_ray_actors_of_every_stage_change_nothing(ray_cluster: Any, tmp_path: Path, finished_run: Path) -> None:
     """Killing one actor in each stage is reported and changes no bit."""
-    from datm_ray.runtime.ray.executor import RayExecutor
-
     losses: list[str] = []
-
-    class Murderous(RayExecutor):
-        def run(self, *arguments: Any) -> Iterator[tuple[Any, Event]]:
-            killed = False
-            for task, event in super().run(*arguments):
-                if isinstance(event, Progress) and not killed:
-                    os.kill(actor_processes()[0], signal.SIGKILL)
-                    killed = True
-                if isinstance(event, Lost):
-                    losses.append(task.name)
-                yield task, event
-
     config = tiny_config()
-    pipeline = run_all(config, tmp_path, lambda: Murderous(config.cluster))
+    pipeline = run_all(config, tmp_path, lambda: killing_executor(config, losses))
     assert len(losses) >= 2  # the third killed actor may have been idle
     assert_same_set(load(str(tmp_path / "tiny/synthetic.arrow")), load(str(finished_run / "tiny/synthetic.arrow")))
     assert accuracies(pipeline) == accuracies(Pipeline([config], str(finished_run)))

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from datm_ray.core.augment import LEAST_SHARE, crop_boxes, resized_crop
 from datm_ray.core.randomness import Purpose, generator
-from datm_ray.core.training import Heartbeat, no_heartbeat
+from datm_ray.core.training import Heartbeat, no_heartbeat, predict_logits
 from datm_ray.errors import ConfigError
 
 MIX = 1.0
@@ -126,7 +126,6 @@ def _inside(mix_boxes: NDArray[np.uint16], images: Tensor) -> Tensor:
     return (vertical[:, :, None] & horizontal[:, None, :])[:, None]
 
 
-@torch.no_grad()
 def teacher_logits(
     network: nn.Module, images: Tensor, views: Views, batch: int, heartbeat: Heartbeat = no_heartbeat
 ) -> Tensor:
@@ -136,14 +135,9 @@ def teacher_logits(
         batch: number of views to make and label at a time.
         heartbeat: called after each batch.
     """
-    was_training = network.training
-    network.eval()
-    logits = []
-    for first in range(0, len(views), batch):
-        logits.append(network(apply_views(images, views.take(slice(first, first + batch)))))
-        heartbeat()
-    network.train(was_training)
-    return torch.cat(logits)
+    parts = (views.take(slice(first, first + batch)) for first in range(0, len(views), batch))
+    made = (apply_views(images, part) for part in parts)
+    return torch.cat([predict_logits(network, each, heartbeat, batch_size=batch) for each in made])
 
 
 def pack_logits(

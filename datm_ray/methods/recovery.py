@@ -33,6 +33,7 @@ from torch.nn.functional import cross_entropy
 from datm_ray.config import DistillConfig, RecoverConfig
 from datm_ray.core.augment import crop_boxes
 from datm_ray.core.randomness import Purpose, generator
+from datm_ray.core.rates import share_of_rate
 from datm_ray.core.torch_compat import BatchNorm
 from datm_ray.errors import ConfigError
 from datm_ray.methods.state import Arrays, Descent, LossRecord, not_finite
@@ -95,17 +96,12 @@ def draw_view(options: RecoverConfig, seed: int, block: int, iteration: int, ite
     draw = generator(seed, Purpose.RECOVERY_VIEW, block, iteration)
     least = options.least_share
     if options.crops == "falling":
-        least += (1 - least) * cosine(iteration, iterations)
+        least += (1 - least) * share_of_rate(iteration, iterations, cosine=True)
     uniform = torch.from_numpy(draw.random((1, 4)))
     whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
     top, left, height, width = (crop_boxes(uniform, least) if options.least_share < 1 else whole)[0].tolist()
     rows, columns = draw.integers(-options.shift, options.shift + 1, 2).tolist()
     return View((top, left, height, width), options.flip and bool(draw.random() < 0.5), (rows, columns))
-
-
-def cosine(step: int, steps: int) -> float:
-    """Height of a falling half cosine: 1 at step 0, 0 at step `steps`."""
-    return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 class RecoveryLoss:
@@ -117,7 +113,7 @@ class RecoveryLoss:
         Args:
             network: the teacher.
             options: weights of the loss.
-            channels_last: keep maps with their channels innermost; a sixth faster on a CPU, with other rounding.
+            channels_last: keep maps with their channels innermost, which is faster on CPUs and rounds differently.
 
         Raises:
             ConfigError: the network has no batch normalisation with running statistics.
@@ -223,7 +219,7 @@ class Recovery(Descent):
         first, second = self.moments.get("first", zero), self.moments.get("second", zero)
         first = first.lerp(gradient, 1 - FIRST_DECAY)
         second = SECOND_DECAY * second + (1 - SECOND_DECAY) * gradient.square()
-        length = rate * cosine(done, steps) / (1 - FIRST_DECAY ** (done + 1))
+        length = rate * share_of_rate(done, steps, cosine=True) / (1 - FIRST_DECAY ** (done + 1))
         root = second.sqrt() / math.sqrt(1 - SECOND_DECAY ** (done + 1)) + ADAM_EPS
         return self.synthetic.images.addcdiv(first, root, value=-length), {"first": first, "second": second}
 

@@ -107,10 +107,9 @@ def require_names(runs: Runs) -> None:
 
 def _check_scoring(config: RunConfig) -> None:
     """Raise a `ConfigError` for a warm-up of all epochs, an untrained teacher, or too many epochs of labels."""
-    row_schedule(config, "distilled")
+    keep, epochs = config.evaluate.keep_labels, row_schedule(config, "distilled").epochs
     if config.evaluate.labels != "own":
         teacher_of(config)
-    keep, epochs = config.evaluate.keep_labels, row_schedule(config, "distilled").epochs
     if config.evaluate.labels == "stored" and keep is not None and keep > epochs:
         raise ConfigError(
             f"evaluate.keep_labels is {keep}, and networks train for {epochs} epochs",

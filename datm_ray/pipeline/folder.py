@@ -13,10 +13,11 @@ from datm_ray.stages.checkpoint import CHECKPOINT
 from datm_ray.stages.distill import INITIAL, SYNTHETIC
 from datm_ray.stages.evaluate import read_fair_rows, read_fair_scores, read_network_scores, read_scores
 from datm_ray.stages.experts import has_experts
-from datm_ray.stages.labels import LABELS, labels_location
+from datm_ray.stages.labels import labels_location
 from datm_ray.stages.pieces import PIECES
 from datm_ray.stages.registry import iterations_of
 from datm_ray.store.files.filesystem import Location, open_location
+from datm_ray.store.labels import INFO_FILE
 from datm_ray.store.sealed import rejecting_nonsense
 
 RECIPE, DATA, LEASE = "recipe.yaml", "dataset.json", "lease.json"
@@ -72,7 +73,7 @@ def stored_labels(folder: Location, config: RunConfig, dataset_fingerprint: str)
     if config.evaluate.labels != "stored":
         return None
     place = labels_location(folder, config, dataset_fingerprint)
-    return place if any((folder / LABELS / name).uri == place.uri for name in (folder / LABELS).list()) else None
+    return place if (place / INFO_FILE).exists() else None
 
 
 def report(out: str) -> Location:

@@ -324,28 +324,30 @@ class Pipeline:
         scored, given = set[str](), set[str]()
         """Names of sets that have evaluation tasks, and URIs of these tasks' results. Sets may share results."""
 
-        open_before, made = tasks.distill_tasks(self.runs, executor), set[str]()
-        """Tasks that are open before the stage, and names of tasks that have ended."""
+        pieces: dict[str, set[str]] = {}
+        """Name of each set made in pieces -> names of the tasks whose pieces are missing."""
 
         def open_tasks(runs: Runs) -> list[DatasetTask]:
-            return tasks.distill_tasks(runs, executor)
+            found = tasks.distill_tasks(runs, executor)
+            for _, task in found:
+                if task.method == "make_piece":
+                    pieces.setdefault(task.run, set()).add(task.name)
+            return found
 
         def following(task: Task) -> list[Task]:
             if task.stage == "evaluation":
                 self._report_row(task, reporter)
                 return []
-            made.add(task.name)
             if task.method == "make_piece":
+                pieces[task.run].discard(task.name)
                 (config,) = (config for config in self.configs if config.name == task.run)
-                others = [each for _, each in open_before if each.run == task.run]
-                return [] if {each.name for each in others} - made else [tasks.join_task(self.runs, config)[1]]
+                return [] if pieces[task.run] else [tasks.join_task(self.runs, config)[1]]
             unfinished = {config.name for config in self.runs.unfinished()}
             # Rows of the last sets join running evaluations. If none run, the evaluation stage scores them.
             if not evaluates or executor.light_workers == 1 or not (unfinished or given):
                 return []
             (dataset,) = (config.dataset for config in self.configs if config.name == task.run)
-            unlabelled = {task.run for _, task in tasks.label_tasks(self.runs)}
-            later = unfinished | scored | unlabelled
+            later = unfinished | scored | tasks.epochs_to_label(self.runs).keys()
             done = [each for each in self.configs if each.name not in later and each.dataset == dataset]
             if not done:
                 return []

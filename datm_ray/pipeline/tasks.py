@@ -109,7 +109,7 @@ def distill_tasks(runs: Runs, executor: Executor | None = None) -> list[DatasetT
     for config in runs.unfinished():
         if method_of(config).pieces(config, runs.raw(config).classes):
             pieces = unfinished_pieces(config, runs.folder(config), runs.raw(config).classes)
-            tasks += [_piece_task(runs, config, piece) for piece in pieces] or [join_task(runs, config)]
+            tasks += _piece_tasks(runs, config, pieces) or [join_task(runs, config)]
             continue
         folder, size, fewer = runs.folder(config), config.workers_per_set, smaller_groups(runs, config)
         settings, work = config.distill, _work_of_set(runs, config)
@@ -139,21 +139,24 @@ def distill_tasks(runs: Runs, executor: Executor | None = None) -> list[DatasetT
     return tasks
 
 
-def _piece_task(runs: Runs, config: RunConfig, piece: Piece) -> DatasetTask:
-    """Task that makes a piece of a set."""
-    memory = 0
+def _piece_tasks(runs: Runs, config: RunConfig, pieces: Sequence[Piece]) -> list[DatasetTask]:
+    """Tasks that make these pieces of a set."""
+    memory, work, folder = 0, _work_of_set(runs, config), runs.folder(config).uri
     with suppress(ConfigError):  # workers of other machines check their own memory
         memory = distilling_memory(config, runs.shape(config), ALONE)
-    task = Task(
-        f"{config.name} {piece.number}",
-        (config, runs.store_uri, runs.folder(config).uri, piece.number),
-        run=config.name,
-        stage="distillation",
-        weight=_work_of_set(runs, config),
-        method="make_piece",
-        memory=memory,
-    )
-    return config.dataset, task
+    tasks = [
+        Task(
+            f"{config.name} {piece.number}",
+            (config, runs.store_uri, folder, piece.number),
+            run=config.name,
+            stage="distillation",
+            weight=work,
+            method="make_piece",
+            memory=memory,
+        )
+        for piece in pieces
+    ]
+    return [(config.dataset, task) for task in tasks]
 
 
 def join_task(runs: Runs, config: RunConfig) -> DatasetTask:

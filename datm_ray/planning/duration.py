@@ -126,7 +126,7 @@ class Proposal:
         """Stage -> seconds on the clock."""
         return {stage: 3600 * wall for stage, (_, wall) in self.stages.items()}
 
-    @property
+    @functools.cached_property
     def _labels(self) -> LabelInfo | None:
         """Facts about the set's label store; `None` if the recipe stores no labels."""
         config, images = self.config, self.shape.synthetic(self.config)

@@ -25,8 +25,8 @@ FORWARD_PASSES = {"matching": 11.0, "experts": 3.2, "training": 6.7, "real": 6.7
 COMPILING = {"matching": 1.7, "experts": 0.8}
 """Kind of step -> CPU seconds to compile it in a new process, per torch function of the network's forward pass.
 
-Measured with the digits' ConvNet on an idle core of an EPYC with AVX-512. A busy, older core took up to three times as
-long."""
+Measured by `measure.measured` for digits-ipc1, with an empty compiler cache, on an idle core of an EPYC with AVX-512. A
+busy, older core took up to three times as long."""
 CORE_SPEED, GPU_SPEED = 150e9, 7e12
 """FLOP/s of student steps on one core and on one GPU, used to choose a layout if no speed is given. The GPU's value is
 assumed: a tenth of an H200's float32 peak."""

@@ -247,7 +247,15 @@ class Distillation:
             None
             if config.metadd is None
             else MetaNetworks(
-                config, config.metadd, dataset, part.store_uri, part.role, method.experts[0], self._rows, device
+                config,
+                config.metadd,
+                dataset,
+                part.store_uri,
+                part.role,
+                method.experts[0],
+                self._rows,
+                device,
+                part.piece,
             )
         )
 

@@ -16,6 +16,7 @@ from datm_ray.methods.state import MetaTerm
 from datm_ray.runtime.mesh import Mesh
 from datm_ray.stages.checkpoint import Rows
 from datm_ray.stages.expert_networks import ExpertNetworks
+from datm_ray.stages.method import Piece
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.tensors import write_tensors
 
@@ -37,17 +38,20 @@ class MetaNetworks:
         backbone: ExpertNetworks,
         rows: Rows,
         device: torch.device,
+        piece: Piece | None = None,
     ) -> None:
         """Restore the networks.
 
         Args:
             backbone: experts of the first backbone.
             rows: rows of the synthetic set that this worker holds.
+            piece: piece of the set that this worker makes, from which images are then drawn; `None` for the whole set.
 
         Raises:
             MissingExpertsError: an auxiliary has no experts.
         """
         self._config, self._settings, self._rows, self._classes = config, settings, rows, dataset.classes
+        self._piece = piece
         auxiliaries = config.each_auxiliary()
         experts = {
             place: ExpertNetworks(auxiliaries[place - 1], dataset, store_uri, device) if place else backbone
@@ -65,14 +69,20 @@ class MetaNetworks:
 
     def term(self, iteration: int) -> MetaTerm:
         """MetaDD's term for an iteration, with the drawn images that this shard holds."""
-        count = max(1, round(self._settings.share * self._images))
-        drawn = np.arange(self._images)
-        if count < self._images:
-            draws = generator(self._config.seed, Purpose.META_IMAGES, iteration)
-            drawn = np.sort(draws.choice(self._images, count, replace=False))
+        images = self._images if self._piece is None else self._rows.last
+        count = max(1, round(self._settings.share * images))
+        drawn = np.arange(images)
+        if count < images:
+            drawn = np.sort(self._draws(iteration).choice(images, count, replace=False))
         held = drawn[(drawn >= self._rows.first) & (drawn < self._rows.last)] - self._rows.first
         metadd = self._ensembles[iteration % len(self._ensembles)]
         return MetaTerm(metadd, self._config.meta_network_count, held, count)
+
+    def _draws(self, iteration: int) -> np.random.Generator:
+        """Random numbers of an iteration. Each piece of a set has its own."""
+        if self._piece is None:
+            return generator(self._config.seed, Purpose.META_IMAGES, iteration)
+        return generator(self._config.seed, Purpose.RECOVERY_META, self._piece.number, iteration)
 
     def _maps(self, images: Tensor, labels: Tensor, mesh: Mesh) -> Tensor:
         """Class activation maps [m b h w], scaled to [0, 1], of images [b c h w] in all m networks."""

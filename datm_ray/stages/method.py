@@ -207,6 +207,12 @@ class Method:
                 f"cluster.precision is {config.cluster.precision!r}, which method {config.method} does not follow",
                 remedy=f"use --set cluster.precision={cls.precisions[0]}",
             )
+        if config.workers_per_set > 1 and cls.pieces(config, 1):
+            raise ConfigError(
+                "cluster.shards or cluster.auxiliaries_apart asks for several workers a set",
+                f"method {config.method} makes a set in pieces, each by one worker",
+                "use --set cluster.shards=1 --set cluster.auxiliaries_apart=false; all workers take pieces",
+            )
         if config.evaluate.fair and not cls.trained_backbones(config):
             raise ConfigError(
                 "evaluate.fair compares with random images under the labels of experts, and the run trains none",
@@ -283,6 +289,13 @@ class Method:
         self._rows = dict[int, NDArray[np.int64]]()
         if part.config.distill.learning_rate_images is None:
             self.calibration = "measuring the first loss"
+
+    @property
+    def piece(self) -> Piece:
+        """Piece that the worker makes, for methods whose sets are made in pieces."""
+        if self.part.piece is None:
+            raise ValueError("the set is made in pieces; give the part one of `pieces`")
+        return self.part.piece
 
     @cached_property
     def experts(self) -> list[ExpertNetworks]:

@@ -50,13 +50,9 @@ def piece_folder(folder: Location, piece: Piece) -> Location:
 def unfinished_pieces(config: RunConfig, folder: Location, classes: int) -> list[Piece]:
     """Pieces of a run that are not made yet. Empty if only joining is left, or if the set has no pieces."""
     pieces = method_of(config).pieces(config, classes)
-    started = set((folder / PIECES).list()) if pieces else set()
-    places = {piece.number: piece_folder(folder, piece) for piece in pieces}
-    return [
-        piece
-        for piece in pieces
-        if f"{piece.number:05d}" not in started or not (places[piece.number] / SYNTHETIC).exists()
-    ]
+    started = {(folder / PIECES / name).uri for name in (folder / PIECES).list()} if pieces else set()
+    places = [(piece, piece_folder(folder, piece)) for piece in pieces]
+    return [piece for piece, own in places if own.uri not in started or not (own / SYNTHETIC).exists()]
 
 
 class PieceWorker:

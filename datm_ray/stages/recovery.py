@@ -53,12 +53,6 @@ class RecoveryFromTeacher(Method):
                 "a round has at least one iteration",
                 "lower recover.rounds",
             )
-        if config.workers_per_set > 1:
-            raise ConfigError(
-                "cluster.shards or auxiliaries_apart asks for several workers a set",
-                f"method {config.method} divides a set into blocks of recover.block images, one for each worker",
-                "use --set cluster.shards=1 --set cluster.auxiliaries_apart=false; all workers take blocks",
-            )
 
     @classmethod
     def pieces(cls, config: RunConfig, classes: int) -> Sequence[Piece]:
@@ -95,12 +89,6 @@ class RecoveryFromTeacher(Method):
         return iter(())
 
     @cached_property
-    def _piece(self) -> Piece:
-        if self.part.piece is None:
-            raise ValueError("images are recovered in pieces; give the part one of `pieces`")
-        return self.part.piece
-
-    @cached_property
     def _loss(self) -> RecoveryLoss:
         config = self.part.config
         channels_last = config.cluster.channels_last
@@ -118,7 +106,7 @@ class RecoveryFromTeacher(Method):
 
         The task that joins the pieces may replace the labels, see `stages/pieces.py`.
         """
-        config, piece = self.part.config, self._piece
+        config, piece = self.part.config, self.piece
         labels = torch.tensor(piece.classes, device=self.part.device).repeat_interleave(len(piece.images))
         if config.distill.initial == "noise":
             noise = generator(config.seed, Purpose.RECOVERY_NOISE, piece.number)
@@ -131,7 +119,7 @@ class RecoveryFromTeacher(Method):
 
     def _real_images(self) -> Tensor:
         """Real images [n c h w] from which the piece starts."""
-        piece, ipc = self._piece, self.part.config.distill.ipc
+        piece, ipc = self.piece, self.part.config.distill.ipc
         of_classes = Rows(piece.classes.start * ipc, piece.classes.stop * ipc)
         chosen = first_rows(self.part, self.experts[0], of_classes)[piece.rows(ipc) - of_classes.first]
         return torch.from_numpy(self.part.dataset.train_images[chosen])
@@ -142,32 +130,20 @@ class RecoveryFromTeacher(Method):
         if config.recover.rounds > 1 and state.first_images is None:
             state.first_images = synthetic.images.clone()
         iterations = config.distill.iterations
-        view = draw_view(config.recover, config.seed, self._piece.number, state.iteration, iterations)
+        view = draw_view(config.recover, config.seed, self.piece.number, state.iteration, iterations)
         images = synthetic.images.detach().requires_grad_()
         seen = view.of(images)
         inner = seen.detach().requires_grad_()
         loss, statistics = self._loss(inner, synthetic.labels)
         (along,) = torch.autograd.grad(loss, inner)
         if meta is not None:
-            rows = self._meta_rows(state.iteration)
+            rows = torch.from_numpy(meta.rows).to(inner.device)
             found, of_meta = meta.metadd.gradient(inner[rows], synthetic.labels[rows], networks=meta.networks)
             terms = (found.total, found.variance, found.invariance, found.position, found.ratio)
             state.meta_history.append(MetaRecord(state.iteration, *torch.stack(terms).tolist()))
             along = along.index_add(0, rows, of_meta)
         (gradient,) = torch.autograd.grad(seen, images, along)
         state.follow(gradient, loss.detach(), statistics.detach(), config.recover, self._bounds)
-
-    def _meta_rows(self, iteration: int) -> Tensor:
-        """Rows of the block that MetaDD sees in an iteration: `metadd.share` of them, drawn anew."""
-        config, count = self.part.config, self.part.rows.last
-        assert config.metadd is not None
-        draw = generator(config.seed, Purpose.RECOVERY_META, self._piece.number, iteration)
-        drawn = draw.choice(count, max(1, round(config.metadd.share * count)), replace=False)
-        return torch.from_numpy(np.sort(drawn)).to(self.part.device)
-
-    def measured(self, state: Any) -> Mapping[str, float]:
-        """Loss of the last iteration and number of skipped updates, by suffixes of metric names."""
-        return {"matching_loss": state.history[-1].loss, "skipped_steps": state.skipped}
 
     def shown(self, state: Any) -> Mapping[str, float]:
         """Loss of the last iteration, and its term of batch statistics."""

@@ -69,12 +69,6 @@ class Selection(Method):
                 "metadd changes images, and method select leaves real ones as they are",
                 remedy="leave out the metadd section, or choose another method",
             )
-        if config.workers_per_set > 1:
-            raise ConfigError(
-                "cluster.shards asks for several workers a set",
-                "method select divides a set by classes, each part for one worker",
-                "leave it out: all workers take parts",
-            )
         _check_select(config)
 
     @classmethod
@@ -132,21 +126,15 @@ class Selection(Method):
         crops = f": {settings.crops:,} crops of up to {settings.pool:,} images of a class"
         return f"{images:,} images chosen by {settings.by}{crops if settings.by == 'rded' else ''}, without iterations"
 
-    @property
-    def _piece(self) -> Piece:
-        if self.part.piece is None:
-            raise ValueError("images are chosen in pieces; give the part one of `pieces`")
-        return self.part.piece
-
     def choose(self) -> Generator[None, None, SyntheticSet]:
         """Choose the piece's images and return them with hard labels. Yields between steps.
 
         The task that joins the pieces may replace the labels, see `stages/pieces.py`.
         """
         config, device = self.part.config, self.part.device
-        rows = {label: drawn_order(self._rows_of(label), config.seed, label) for label in self._piece.classes}
+        rows = {label: drawn_order(self._rows_of(label), config.seed, label) for label in self.piece.classes}
         images = yield from self._condensed(rows) if config.select.by == "rded" else self._real(rows)
-        labels = torch.tensor(self._piece.classes, device=device).repeat_interleave(config.distill.ipc)
+        labels = torch.tensor(self.piece.classes, device=device).repeat_interleave(config.distill.ipc)
         step_sizes = torch.full((1,), config.distill.initial_step_size or STEP_SIZE, device=device)
         return SyntheticSet(images, hard_logits(labels, self.part.dataset.classes), step_sizes, labels)
 

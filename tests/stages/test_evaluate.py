@@ -28,6 +28,7 @@ from datm_ray.stages.evaluate import (
     ROWS,
     SOFT,
     EvaluateWorker,
+    NetworkScores,
     has_learned_step_size,
     read_fair_rows,
     read_fair_scores,
@@ -203,6 +204,16 @@ def test_results_under_other_trainings_have_places_of_their_own() -> None:
     assert len(set(places)) == len(places)
 
 
+def scores_without_learned_ones(out: Location, config: RunConfig) -> list[NetworkScores]:
+    """Write results that have no learned step size, one for each network, and read their scores."""
+    for network in config.scored_networks:
+        values = {"test_accuracy": 0.5, "test_accuracy_with_learned_step_size": None, "seconds": 1.0}
+        result_location(out, config, "d", "distilled", 0, network).write_json(values)
+    scores = read_network_scores(out, config, "d")
+    assert [(each.learned, each.tuned.mean) for each in scores] == [(None, 0.5)] * 2
+    return scores
+
+
 def test_the_learned_step_size_is_not_reported_under_a_teacher(tmp_path: Path) -> None:
     """No step size was learned for a teacher's labels, which the heading names, nor counts where one is given."""
     given = (["evaluate.labels=teacher"], ["evaluate.learning_rate=0.1"])
@@ -210,11 +221,7 @@ def test_the_learned_step_size_is_not_reported_under_a_teacher(tmp_path: Path) -
     assert [has_learned_step_size(tiny_config(*each), "distilled-hard") for each in given] == [True, True]
     config = scored_on(tiny_config("evaluate.labels=teacher", "evaluate.seeds=1"), ["lenet"])
     out = open_location(str(tmp_path))
-    for network in config.scored_networks:
-        values = {"test_accuracy": 0.5, "test_accuracy_with_learned_step_size": None, "seconds": 1.0}
-        result_location(out, config, "d", "distilled", 0, network).write_json(values)
-    scores = read_network_scores(out, config, "d")
-    assert [(each.learned, each.tuned.mean) for each in scores] == [(None, 0.5)] * 2
+    scores = scores_without_learned_ones(out, config)
     head, *_ = networks_table(RunSummary(config, out / config.name, [], networks=scores)).splitlines()
     assert head.startswith("tiny (a teacher's labels):")
 
@@ -223,11 +230,7 @@ def test_the_column_of_the_learned_step_size_is_empty_with_adamw(tmp_path: Path)
     """The column of the learned step size shows a dash for AdamW."""
     config = scored_on(tiny_config("evaluate.optimiser=adamw", "evaluate.seeds=1"), ["lenet"])
     out = open_location(str(tmp_path))
-    for network in config.scored_networks:
-        values = {"test_accuracy": 0.5, "test_accuracy_with_learned_step_size": None, "seconds": 1.0}
-        result_location(out, config, "d", "distilled", 0, network).write_json(values)
-    scores = read_network_scores(out, config, "d")
-    assert [(each.learned, each.tuned.mean) for each in scores] == [(None, 0.5)] * 2
+    scores = scores_without_learned_ones(out, config)
     summary = RunSummary(config, out / config.name, [], networks=scores)
     head, _, first, *_ = networks_table(summary).splitlines()
     assert head.startswith("tiny (AdamW):")

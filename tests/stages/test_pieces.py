@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +17,14 @@ from datm_ray.errors import ConfigError
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline, report, summaries
 from datm_ray.planning.plan import plan_run
-from datm_ray.runtime.executor import Event, Lost, Progress, SerialExecutor
+from datm_ray.runtime.executor import Progress, SerialExecutor
 from datm_ray.stages.checkpoint import read_curves
 from datm_ray.stages.expert_networks import ExpertNetworks
 from datm_ray.stages.method import Piece
 from datm_ray.stages.pieces import PIECES, PieceWorker, unfinished_pieces
 from datm_ray.stages.recovery import RecoveryFromTeacher
 from datm_ray.store.files.filesystem import open_location
-from tests.conftest import actor_processes, tiny_config
+from tests.conftest import killing_executor, tiny_config
 
 SRE2L = (
     "method=sre2l",
@@ -203,7 +200,7 @@ def test_pieces_left_by_a_killed_command_are_removed_by_the_next(finished: Path,
         ("recover.rounds=9", r"recover\.rounds is 9, and there are 4 iterations"),
         ("network.norm=instance", r"network\.norm is 'instance', and method sre2l needs 'batch'"),
         ("dataset.normalisation=zca", "kept between black and white"),
-        ("cluster.shards=2", r"divides a set into blocks of recover\.block images"),
+        ("cluster.shards=2", r"Method sre2l makes a set in pieces.*cluster\.shards=1"),
     ],
 )
 def test_recipes_that_cannot_be_recovered_are_refused(setting: str, message: str, tmp_path: Path) -> None:
@@ -233,24 +230,10 @@ def test_two_workers_on_ray_one_of_them_killed_recover_the_same_bits(
     ray_cluster: Any, finished: Path, tmp_path: Path
 ) -> None:
     """Ray's workers take pieces; one that is killed in the middle loses its piece to another, and no bit changes."""
-    from datm_ray.runtime.ray.executor import RayExecutor
-
     losses: list[str] = []
-
-    class Murderous(RayExecutor):
-        def run(self, *arguments: Any) -> Iterator[tuple[Any, Event]]:
-            killed = False
-            for task, event in super().run(*arguments):
-                if isinstance(event, Progress) and not killed:
-                    os.kill(actor_processes()[0], signal.SIGKILL)
-                    killed = True
-                if isinstance(event, Lost):
-                    losses.append(task.name)
-                yield task, event
-
     config = config_of("distill.iterations=4", "distill.checkpoint_every=1")
     pipeline = Pipeline([config], str(tmp_path), str(finished / "experts"))
-    pipeline.distill(lambda: Murderous(config.cluster), Reporter(quiet=True))
+    pipeline.distill(lambda: killing_executor(config, losses), Reporter(quiet=True))
     assert losses
     assert torch.equal(recovered(tmp_path).images, recovered(finished).images)
     assert torch.equal(recovered(tmp_path).soft_labels, recovered(finished).soft_labels)
