@@ -39,7 +39,7 @@ class Result:
     synthetic: Artifact
     """Synthetic set of the run."""
     accuracies: Mapping[str, tuple[float, ...]]
-    """Row of the table ("random-hard", "random-soft", "distilled", "full") -> test accuracy of each network, 0 to 1."""
+    """Row of results ("random-hard", "random-soft", "distilled", "full") -> test accuracy of each network, 0 to 1."""
     report: str
     """Path or URI of the HTML report over all runs of the output folder."""
 

@@ -103,9 +103,9 @@ PUBLISHED_DEPTH = 3
 def depth_for(architecture: str, size: tuple[int, int]) -> int:
     """Default depth of a network for images of `size` (height, width) in pixels.
 
-    convnet gets as many blocks as leave feature maps of at least 3 pixels a side, and at least 2 blocks. By the image's
-    smaller side these are 2 up to 23 pixels, 3 from 24, 4 from 48, 5 from 96, 6 from 192. Published networks for 28,
-    32, 64 and 128 pixels have these depths. mlp gets its published 3 layers at any size; other architectures ignore
+    convnet gets the most blocks that leave feature maps of at least 3 pixels a side. By the smaller side of the image
+    these are 3 blocks from 24 pixels, 4 from 48, 5 from 96, 6 from 192; smaller images get 2. Published networks for
+    28, 32, 64 and 128 pixels have these depths. mlp gets its published 3 layers at any size; other architectures ignore
     depth.
     """
     if architecture != "convnet":
@@ -379,7 +379,7 @@ class AuxiliaryExpertConfig(ExpertConfig):
     """Training of MetaDD's auxiliaries; only their last epoch is used."""
 
     count: Annotated[int, Field(ge=1, le=100)] = 1
-    """Experts per network, 1 to 100; used in turn."""
+    """Experts per network, 1 to 100; the iterations use them in turn."""
     epochs: Count = 50
     """Epochs of training per expert."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -437,7 +437,7 @@ class EvaluateConfig(Section):
     protocol: Literal["published", "short", "brief", "quick"] = "published"
     """Epochs: published 1001, short 500, brief 200, quick 20 (a trial), in batches of 128."""
     seeds: Count = 5
-    """Fresh networks per row of the table."""
+    """Networks trained from scratch for each row of the accuracy table."""
     networks: Annotated[tuple[NamedNetwork, ...], Field(strict=False, max_length=64)] = ()
     """Architectures to score the set on as well, each with the learned and with a tuned step size."""
     optimiser: Literal["sgd", "adamw"] = "sgd"

@@ -30,9 +30,9 @@ class Batch(NamedTuple):
     is_last: bool
     """True for the last step of the epoch."""
     images: Tensor
-    """[s b c h w] augmented images."""
+    """[s b c h w] augmented images of s networks."""
     targets: Tensor
-    """[s b] classes or [s b k] probabilities."""
+    """[s b] classes; or [s b k] probabilities, or a teacher's logits."""
 
 
 def batches(

@@ -241,7 +241,7 @@ def heterogeneous_features(scaled: Tensor, threshold: float = 0.5) -> Tensor:
 
 
 def meta_feature_ratio(scaled: Tensor, threshold: float = 0.5) -> Tensor:
-    """Meta-feature ratio [b] of maps [m b h w]: features of all networks divided by features of any network.
+    """Meta-feature ratio [b] of m networks' maps [m b h w]: features of all networks divided by those of any network.
 
     Features are counted in pixels. The ratio is 0 if no network has a feature.
     """
@@ -263,7 +263,10 @@ def _invariance(logits: Tensor, labels: Tensor, divergence: float) -> Tensor:
 
 
 def _standardised(logits: Tensor) -> Tensor:
-    """Shift and scale logits [m b k] to mean 0 and variance 1 over the classes, so that all networks count equally."""
+    """Shift and scale m networks' logits [m b k] to mean 0 and variance 1 over the classes.
+
+    So all networks count equally.
+    """
     centred = logits - logits.mean(dim=2, keepdim=True)
     return centred / centred.square().mean(dim=2, keepdim=True).sqrt().clamp_min(torch.finfo(logits.dtype).eps)
 

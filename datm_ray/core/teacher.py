@@ -1,12 +1,13 @@
 """Labels of a teacher: a network in training learns the logits that a trained network has for the same images.
 
-With logits z of the teacher and z' of the network, and a temperature T, the loss of a batch is the mean over images of
+The loss of a batch is the mean over images of
 
     T^2 KL(softmax(z / T) || softmax(z' / T)).
 
-CutMix replaces a box of every image by the box of another image of the batch. Both networks see the mixed images, so no
-label is mixed. Shapes: b images, c h w image, k classes. References: arXiv 1503.02531 (the loss), 1905.04899 (CutMix),
-2306.13092 (SRe2L, which trains on its images in this way). Tests: tests/core/test_teacher.py.
+The teacher's logits are z, the network's are z', and T is a temperature. CutMix replaces a box of every image by the
+box of another image of the batch. Both networks see the mixed images, so no label is mixed. Shapes: b images, c h w
+image, k classes. References: arXiv 1503.02531 (the loss), 1905.04899 (CutMix), 2306.13092 (SRe2L, which trains on its
+images in this way). Tests: tests/core/test_teacher.py.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Lessons(Protocol):
 
     @property
     def temperature(self) -> float:
-        """T of the loss, see `divergence`."""
+        """Temperature T, above 0, by which logits are divided in the loss, see `divergence`."""
         ...
 
     def batches(self, images: Tensor, seed: int, epochs: int, batch_size: int, augmentation: str) -> Iterator[Batch]:
@@ -51,7 +52,7 @@ class Teacher:
     network: nn.Module
     """The teacher; it is put into evaluation mode, and its parameters need no gradient."""
     temperature: float = 20.0
-    """T, above 0."""
+    """Temperature T, above 0, by which logits are divided in the loss."""
     cutmix: float = 0.0
     """Alpha of the Beta distribution of the share of each image that CutMix keeps; 0 for no CutMix."""
 
@@ -95,7 +96,7 @@ class StoredLessons:
 
     labels: Labels
     temperature: float = 20.0
-    """T, above 0."""
+    """Temperature T, above 0, by which logits are divided in the loss."""
 
     def batches(self, images: Tensor, seed: int, epochs: int, batch_size: int, augmentation: str) -> Iterator[Batch]:
         """Batches of stored views, already augmented and mixed, with their logits, see `Lessons.batches`."""

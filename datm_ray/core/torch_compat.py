@@ -74,5 +74,8 @@ def schema_of(node: fx.Node) -> Any:
 
 
 def storage_id(tensor: Tensor) -> int:
-    """Number that is equal for two tensors if and only if they share a storage. Tensors without memory have one too."""
+    """Identifier of the tensor's storage: equal for two tensors that exist now if and only if they share a storage.
+
+    Tensors on the meta device have one as well.
+    """
     return int(tensor.untyped_storage()._cdata)

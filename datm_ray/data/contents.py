@@ -60,7 +60,12 @@ def recognise_file(path: Path) -> Content | None:
 
 
 def unreadable(error: Exception, content: Content | None) -> tuple[str, str, str]:
-    """Reason in a few words, likely cause ("" if unknown) and remedy for a file that cannot be read."""
+    """Reason in a few words, likely cause ("" if unknown) and remedy for a file that cannot be read.
+
+    Args:
+        error: error that reading the file raised.
+        content: kind of the file, which then is the reason; None to describe the error.
+    """
     if isinstance(error, OSError) and error.errno is not None:
         reason = (error.strerror or errno.errorcode.get(error.errno, "")).lower()
         return reason, "", "Check the file, its links and its permissions"

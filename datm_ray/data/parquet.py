@@ -163,7 +163,14 @@ def read_parquet(files: Sequence[Path], class_names: tuple[str, ...] | None = No
 
 
 def _numbered(file: Path, shard: _Shard, names: tuple[str, ...] | None) -> NDArray[np.int64]:
-    """Labels [n] as numbers of classes."""
+    """Labels [n] as numbers of classes.
+
+    Args:
+        names: classes of the training files, among which labels that are names are looked up; None if there are none.
+
+    Raises:
+        DatasetError: a name is not among them.
+    """
     if not isinstance(shard.labels, list):
         return shard.labels
     number = {name: label for label, name in enumerate(names or ())}

@@ -72,8 +72,8 @@ class Normaliser(nn.Module):
     """
 
     scale: Tensor
-    """Whitening matrix [d d] with d = c * h * w for `zca`, or F [d r] if `rest` is given; reciprocal deviations [c] for
-    `standard`."""
+    """For `zca`: whitening matrix [d d] with d = c * h * w, or F [d r] of the matrix b I - F F^T if `rest` is b. For
+    `standard`: reciprocal deviations [c]."""
     shift: Tensor
     """Shift [d] added before the product for `zca`; [c] added after it for `standard`."""
 
@@ -353,7 +353,18 @@ class Transform:
 def _map_chunks(
     function: Callable[[Tensor], Tensor], images: Images, kind: str, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> Tensor:
-    """Apply `function` to chunks [m c h w] of the images, cast to `dtype`, and join the results. The shape stays."""
+    """Apply `function` to the images in chunks, and join the results. Results have the shape of the images.
+
+    Args:
+        function: maps a chunk [m c h w] of type `dtype`. uint8 images are divided by 255 before.
+        kind: kind of the transform, for messages.
+        shape: channels, height and width of the images that the transform was fitted on.
+        dtype: type of the result.
+
+    Raises:
+        DatasetError: the images have another shape.
+        TypeError: the images are integers other than uint8.
+    """
     if not isinstance(images, Tensor):
         images = _shared(images)
     if not images.is_floating_point() and images.dtype != torch.uint8:
@@ -410,8 +421,9 @@ class FitCost:
     def of(cls, kind: Kind, shape: tuple[int, int, int], images: int) -> FitCost:
         """Cost of a fit to a number of images of this shape; 0 means more images than an image has values.
 
-        With d values in an image, `zca` holds five matrices [d d] of float64 while it decomposes one of them in time
-        O(d^3), after a product of O(n d^2). With fewer images n than values, the matrices are [n n], besides two [n d].
+        Let d be the number of values in an image. `zca` holds five matrices [d d] of float64 while it decomposes one of
+        them. This takes time O(d^3), after a product of O(n d^2). With fewer images n than values, the matrices are
+        [n n], besides two [n d].
         """
         values = math.prod(shape)
         if kind == "standard":

@@ -69,7 +69,10 @@ def distance_and_gradient(
 
 @torch.no_grad()
 def _mean(network: nn.Module, images: Tensor, augmentation: Augmentation, chunk: int | None) -> Tensor:
-    """Mean embedding [d] of augmented images."""
+    """Mean embedding [d] of the images after augmentation, `chunk` images at a time; `None` takes all at once.
+
+    The augmentation of one sample is applied to all images.
+    """
     parts = images.split(chunk or len(images))
     sums = [embedding(network, augment(part, _repeated(augmentation, len(part)))).sum(dim=0) for part in parts]
     return torch.stack(sums).sum(dim=0) / len(images)

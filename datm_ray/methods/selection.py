@@ -105,7 +105,7 @@ def padded(crops: Tensor, height: int, width: int) -> Tensor:
 
 
 def best_crops(losses: Scores) -> tuple[NDArray[np.int64], Scores]:
-    """Number [n] of each image's crop of lowest loss, and this loss [n]. Of equal losses, the first crop counts.
+    """Index [n] of each image's crop of lowest loss, and this loss [n]. If losses are equal, the first crop counts.
 
     Args:
         losses: losses [n m] of the crops. A loss that is not finite counts as infinite.

@@ -272,7 +272,11 @@ def _under(failure: ConfigError, key: str) -> ConfigError:
 
 
 def differences(earlier: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """Keys at which two configurations differ, each with both values."""
+    """Keys at which two configurations differ, each with both values: "experts.epochs (50 there, 30 here)".
+
+    Args:
+        prefix: dotted path of the compared section, such as "experts."; "" for whole configurations.
+    """
     keys: list[str] = []
     for key in {**earlier, **now}:
         there, here = (side.get(key, "not set") for side in (earlier, now))

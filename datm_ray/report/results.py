@@ -47,7 +47,7 @@ class RunSummary:
     labels: Location | None = None
     """Folder of the labels that the set is scored with; None if they are not stored."""
     has_experts: bool = True
-    """False if the run's method trains no experts, so that no row of the table has experts' soft labels."""
+    """False if the run's method trains no experts, so that no row of the accuracy table has experts' soft labels."""
     iterations: int | None = None
     """Iterations of the run's method; 0 if the initial set is the result. `None` takes the recipe's number."""
 
@@ -69,7 +69,7 @@ class Maps:
 
 @dataclass(frozen=True)
 class CostLine:
-    """Cost of one part of a run, such as its experts or one row of the table."""
+    """Cost of one part of a run, such as its experts or one row of the accuracy table."""
 
     title: str
     count: int
@@ -147,7 +147,7 @@ class Run:
 
     @property
     def unfinished(self) -> tuple[bool, int]:
-        """Sort key: first runs with a synthetic set, then runs with more rows of the table."""
+        """Sort key: runs with a synthetic set come first, then runs with more rows in the accuracy table."""
         return self.synthetic is None, -len(self.summary.scores)
 
     @property
@@ -279,7 +279,7 @@ SKIPPED = f"{ROWS['full']}: skipped (evaluate.full is false)"
 
 
 def shown_rows(summaries: Sequence[RunSummary]) -> dict[str, str]:
-    """Rows of the table of these runs -> titles. The row for all real data is left out if every run skips it."""
+    """Rows of these runs' accuracy table -> titles. The row for all real data is left out if every run skips it."""
     return {
         row: title
         for row, title in ROWS.items()
@@ -399,7 +399,7 @@ def share_of_full(scores: Sequence[Score]) -> str | None:
 
 
 def _networks_behind(summaries: Sequence[RunSummary]) -> str:
-    """Sentence on what the table's cells are: mean, standard deviation and number of networks."""
+    """Sentence on the cells of the accuracy table: mean, standard deviation and number of networks."""
     numbers = {summary.config.name: sorted({score.n for score in summary.scores}) for summary in summaries}
     known = {name: " or ".join(map(str, n)) for name, n in numbers.items() if n}
     if len(set(known.values())) == 1:

@@ -167,9 +167,9 @@ class ProcessMesh(Mesh):
     """Mesh of several processes, all in torch's default process group."""
 
     row_group: dist.ProcessGroup | None = None
-    """Process group of this row; `None` if there is one column."""
+    """Process group of the ranks in this rank's row; `None` if there is one column."""
     column_group: dist.ProcessGroup | None = None
-    """Process group of this column; `None` if there is one row."""
+    """Process group of the ranks in this rank's column; `None` if there is one row."""
     timeout: float = 300.0
     """Seconds to wait for a peer."""
 

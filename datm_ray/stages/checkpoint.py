@@ -78,7 +78,10 @@ class Attempt:
 
     @classmethod
     def start(cls, folder: Location, mesh: Mesh) -> Attempt:
-        """Claim the folder. All workers call this together. Earlier attempts do not change files read afterwards."""
+        """Claim a set's folder for a new attempt. All workers call this together.
+
+        From then on, a write by the first worker of an earlier attempt raises an `OvertakenError`.
+        """
         claim = Claim(folder / ATTEMPT)
         if mesh.is_first:
             claim.take()
@@ -96,6 +99,7 @@ def save_checkpoint(
     computed: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write the state. All workers call this together.
+
     Args:
         computed: how student steps were computed, see `read_computed`.
     """

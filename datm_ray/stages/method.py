@@ -389,7 +389,7 @@ class Method:
         return found
 
     def step(self, state: Any, meta: MetaTerm | None) -> None:
-        """Run one iteration together with the other workers of the mesh."""
+        """Run one iteration together with the other workers of the mesh. `meta` is `None` without MetaDD."""
         mesh = self.part.mesh
         state.step(
             lambda: self._gradient(state),

@@ -158,10 +158,13 @@ class TrajectoryMatching(Method):
                 step(backbone.chunk)
 
     def calibrate(self, state: Distillation) -> Iterator[str]:
-        """Find step sizes and a learning rate that the recipe leaves open. Yields messages about them.
+        """Find the initial step sizes and the images' learning rate where the recipe leaves them open.
+
+        Losses are measured for `PAIRS` pairs of start and target. Yields messages about the results.
 
         Raises:
-            ThresholdError: every loss that was measured exceeds the threshold, or no pair moves.
+            ThresholdError: all measured losses exceed the threshold, start and target are equal in all pairs, or the
+                loss has no gradient in the images.
         """
         given, threshold = self.part.config.distill.initial_step_size, self.part.config.distill.threshold
         pairs = self._pairs(state.iteration)
@@ -304,7 +307,7 @@ class TrajectoryMatching(Method):
         return f"distill.initial_step_size={number:.3g}, {among}found for the present set (loss {least})"
 
     def step(self, state: Distillation, meta: MetaTerm | None) -> None:
-        """Match every network once; the next iteration's snapshots are read meanwhile.
+        """Match every network once; the next iteration's snapshots are read meanwhile. `meta` is `None` without MetaDD.
 
         Raises:
             ThresholdError: the losses of many iterations in a row exceeded the threshold.

@@ -167,7 +167,7 @@ class LabelRecords:
     classes."""
 
     indices: NDArray[np.uint16]
-    """Classes [b t] of the largest logits; [b 0] if all logits are stored."""
+    """Classes [b t] of the t largest logits of each view; [b 0] if all logits are stored."""
 
     def __len__(self) -> int:
         return len(self.flips)

@@ -140,7 +140,10 @@ class GroupKey:
 
 
 class Progress(NamedTuple):
-    """Course of one expert's training. All three fields have the same length."""
+    """Mean training loss and test accuracy of one expert at each stored epoch; nan where not measured.
+
+    The three fields have the same length.
+    """
 
     epochs: tuple[int, ...]
     train_loss: NDArray[np.float32]

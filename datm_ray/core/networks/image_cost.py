@@ -34,7 +34,7 @@ class ImageCost:
     largest: int
     """Bytes of the largest tensor in the pass: the image, or a written result."""
     flop: int
-    """Floating-point operations of convolutions and matrix products, at least 1. A multiply-add counts as two."""
+    """Floating-point operations of an image in convolutions and matrix products, >= 1. A multiply-add counts as two."""
     functions: int
     """Number of calls of torch functions that write a result."""
     parameters: int

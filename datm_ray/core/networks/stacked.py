@@ -243,7 +243,13 @@ class StackFunctions:
 
 
 def filled_up(images: Tensor, labels: Tensor, weights: Tensor, missing: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Append `missing` images of weight zero to images [s b c h w], labels [s b] or [s b k], and weights [b]."""
+    """Append `missing` images of weight 0 to every network's batch.
+
+    Args:
+        images: [s b c h w] images of s networks.
+        labels: [s b] classes or [s b k] probabilities.
+        weights: [b] weights of the images in the loss.
+    """
     if not missing:  # padding by nothing would copy
         return images, labels, weights
     room = (0, 0) * (labels.dim() - 2) + (0, missing)

@@ -162,7 +162,7 @@ class _Piece:
     """[b] indices of the images among the rows that this shard holds."""
     operation: str
     uniform: Tensor
-    """[b w] parameters of the augmentation."""
+    """[b w] parameters of the augmentation in [0, 1): w numbers for each image, see `Augmentation.parameters`."""
     weights: Tensor
     """[b] weights of the images in the loss; [chunk] with zeros at the end if a chunk size is set."""
 

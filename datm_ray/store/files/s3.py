@@ -146,7 +146,14 @@ class S3(S3FileSystem):  # type: ignore[misc]
             return found
 
     def _pause(self, path: str, error: Exception, attempt: int, waited: float) -> float | None:
-        """Seconds until the next attempt; None if there is to be none. Logs a warning now and then in a long wait."""
+        """Seconds until the next attempt; None to give up. Logs a warning now and then in a long wait.
+
+        Args:
+            path: path in the failed request, for the warning.
+            error: error of the last attempt.
+            attempt: number of attempts made so far.
+            waited: seconds since the first attempt began.
+        """
         if not self.passes(error) or (self._attempts is not None and attempt >= self._attempts):
             return None
         is_first = not self._has_answered and status_of(error) not in (429, 503)
