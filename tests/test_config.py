@@ -28,10 +28,13 @@ from datm_ray.config import (
     scoring_identity,
     stable_hash,
     to_yaml,
+    unread_keys,
+    unread_values,
+    without_unread,
 )
 from datm_ray.config.identity import SCORING_KEYS
 from datm_ray.config.schema import fields_at
-from datm_ray.config.sections import SELDOM
+from datm_ray.config.sections import READ_OF_DISTILL, SELDOM, DistillConfig, SelectConfig
 from datm_ray.errors import ConfigError
 from datm_ray.pipeline.checks import differences
 from datm_ray.recipes import get_recipe, recipe_names
@@ -408,6 +411,38 @@ def test_identity_leaves_out_where_things_are_and_how_many_are_scored() -> None:
     for same in ("evaluate.seeds=6", "evaluate.full=false", "dataset.path=elsewhere", "distill.checkpoint_every=7"):
         assert stable_hash(run_identity(override(config, [same]))) == stable_hash(run_identity(config))
     assert stable_hash(run_identity(override(config, ["distill.ipc=3"]))) != stable_hash(run_identity(config))
+
+
+def test_keys_that_the_method_does_not_read_decide_nothing() -> None:
+    """Every packaged method names the keys of `distill` that it reads; the others do not change a run's identity."""
+    assert unread_keys(RunConfig()) == ["distill.real_batch", "recover", "select"]
+    assert unread_keys(RunConfig(method="own:Method")) == []
+    for names in READ_OF_DISTILL.values():
+        assert set(names.split()) < DistillConfig.model_fields.keys()
+    config = RunConfig(method="sre2l")
+    other = override(config, ["distill.threshold=3", "select.pool=9"])
+    assert unread_values(other) == {"distill.threshold": 3.0, "select": SelectConfig(pool=9).model_dump(mode="json")}
+    assert run_identity(other) == run_identity(config)
+    assert without_unread(other) == config
+    assert without_unread(other, ["distill.threshold"]).distill.threshold == 3
+
+
+def test_another_method_drops_what_the_base_set_for_its_own(tmp_path: Path) -> None:
+    """With another method, a file and `--set` keep the unread keys that they set themselves, and no others."""
+    base = get_recipe("digits-ipc1")
+    changed = override(base, ["method=dm", "distill.threshold=3"])
+    assert set(unread_values(changed)) == {"distill.threshold"}
+    assert changed.distill.student_steps == DistillConfig().student_steps != base.distill.student_steps
+    (tmp_path / "mine.yaml").write_text("base: digits-ipc1\nmethod: dm\ndistill: {threshold: 3}\n")
+    assert get_recipe(str(tmp_path / "mine.yaml")) == changed.model_copy(update={"name": "mine"})
+    assert "threshold" not in to_yaml(changed, without=unread_keys(changed))
+    assert "recover:" not in to_yaml(changed, without=unread_keys(changed))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_packaged_recipes_set_no_key_that_their_method_does_not_read(name: str) -> None:
+    """A packaged recipe has the default value of every key that its method does not read."""
+    assert not unread_values(get_recipe(name))
 
 
 def test_stable_hash_has_its_pinned_value() -> None:

@@ -117,15 +117,16 @@ def recipe_show(
 ) -> None:
     """Print a recipe as YAML, with a comment on every field.
 
+    Keys that the recipe's method does not read are left out.
     Your own YAML file needs only `base: NAME` and the values that differ.
     """
     import textwrap
 
-    from datm_ray.config import to_yaml
+    from datm_ray.config import to_yaml, unread_keys
     from datm_ray.recipes import recipe_names, recipe_notes
 
     config = config_of(name, set_)
     if name in recipe_names():
         comment = textwrap.TextWrapper(100, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
         print("\n#\n".join(comment.fill(paragraph) for paragraph in recipe_notes(name).split("\n\n")))
-    print(to_yaml(config), end="")
+    print(to_yaml(config, without=unread_keys(config)), end="")

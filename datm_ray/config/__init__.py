@@ -5,7 +5,16 @@ starts. Needs the standard library, pydantic and PyYAML.
 """
 
 from datm_ray.config.files import load_config_text, load_recipe_of_run, override, to_yaml, with_settings
-from datm_ray.config.identity import expert_fingerprint, recipe_of_set, run_identity, scoring_identity, stable_hash
+from datm_ray.config.identity import (
+    expert_fingerprint,
+    recipe_of_set,
+    run_identity,
+    scoring_identity,
+    stable_hash,
+    unread_keys,
+    unread_values,
+    without_unread,
+)
 from datm_ray.config.networks import network_names, networks_named, scored_on
 from datm_ray.config.schema import Role, RunConfig, parse_config
 from datm_ray.config.sections import (
@@ -63,5 +72,8 @@ __all__ = [
     "scoring_identity",
     "stable_hash",
     "to_yaml",
+    "unread_keys",
+    "unread_values",
     "with_settings",
+    "without_unread",
 ]

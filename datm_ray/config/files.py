@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 
+from datm_ray.config.identity import without_unread
 from datm_ray.config.schema import RENAMED, RunConfig, fields_at, known_keys, parse_config
 from datm_ray.config.sections import SELDOM, Section, StartEpochs
 from datm_ray.errors import ConfigError
@@ -40,9 +41,26 @@ def load_config(path: str, base_of: Callable[[str], RunConfig]) -> RunConfig:
     values = {"name": plain_name(Path(path).stem), **_read_sections(text, path)}
     if isinstance(values.get("distill"), dict) and values["distill"].keys() >= _FORMER_STARTS:
         values = _of_earlier_version(values, path)  # a run's saved recipe, which an error may advise to use
-    if "base" in values:
-        values = _merged(_base(values.pop("base"), base_of, path), values)
-    return parse_config(values, path)
+    if "base" not in values:
+        return parse_config(values, path)
+    base = _base(values.pop("base"), base_of, path)
+    return _for_method(parse_config(_merged(base, values), path), base["method"], _keys(values))
+
+
+def _for_method(config: RunConfig, before: str, own: Collection[str]) -> RunConfig:
+    """Drop what another method of the recipe's base read, but keep what the user has set, so that it is noted.
+
+    Args:
+        before: method of the base.
+        own: keys that the user has set, such as `distill.threshold`, and sections with such keys.
+    """
+    return config if config.method == before else without_unread(config, own)
+
+
+def _keys(values: Mapping[str, Any]) -> list[str]:
+    """Sections and keys, such as `distill` and `distill.ipc`, of plain data."""
+    inner = [f"{name}.{key}" for name, value in values.items() if isinstance(value, dict) for key in value]
+    return [*values, *inner]
 
 
 def _base(name: object, base_of: Callable[[str], RunConfig], origin: str) -> dict[str, Any]:
@@ -110,7 +128,7 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
     Raises:
         ConfigError: an override is not an assignment, or has an unknown key, a wrong type or an impossible range.
     """
-    values = config.model_dump(mode="json")
+    values, assigned = config.model_dump(mode="json"), list[str]()
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
@@ -119,7 +137,8 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
         is_text = _takes_text(path) and bare not in ("", "null") and not _QUOTED.fullmatch(bare)
         origin = f"--set {assignment!r}"
         _assign(values, path, bare if is_text else _read_yaml(text, origin), origin)
-    return parse_config(values, "--set")
+        assigned += [path[0], ".".join(path[:2])]
+    return _for_method(parse_config(values, "--set"), config.method, assigned)
 
 
 def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
@@ -170,9 +189,13 @@ def _is_text(annotation: Any) -> bool:
     return annotation is str or any(map(_is_text, parts))
 
 
-def to_yaml(config: RunConfig) -> str:
-    """YAML text of the configuration with a comment for every field, readable by `load_config`."""
-    return "\n".join(_section_lines(config, "", "")) + "\n"
+def to_yaml(config: RunConfig, without: Collection[str] = ()) -> str:
+    """YAML text of the configuration with a comment for every field, readable by `load_config`.
+
+    Args:
+        without: keys, such as `distill.threshold`, and sections that are left out.
+    """
+    return "\n".join(_section_lines(config, "", "", without)) + "\n"
 
 
 def to_yaml_with_reasons(config: RunConfig, reasons: Mapping[str, str]) -> str:
@@ -191,9 +214,9 @@ def to_yaml_with_reasons(config: RunConfig, reasons: Mapping[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _section_lines(section: Section, heading: str, indent: str) -> Iterator[str]:
+def _section_lines(section: Section, heading: str, indent: str, without: Collection[str] = ()) -> Iterator[str]:
     """Lines of a section's fields: common fields, then fields in `SELDOM` below a comment."""
-    fields = type(section).model_fields
+    fields = {name: each for name, each in type(section).model_fields.items() if name not in without}
     seldom = [name for name in fields if name in SELDOM.get(heading, "").split()]
     for name in sorted(fields, key=seldom.__contains__):
         if seldom[:1] == [name]:
@@ -201,7 +224,8 @@ def _section_lines(section: Section, heading: str, indent: str) -> Iterator[str]
         value = getattr(section, name)
         if isinstance(value, Section) and not isinstance(value, StartEpochs):
             yield from ("", *_commented(f"{indent}{name}:", (type(value).__doc__ or "").partition("\n")[0]))
-            yield from _section_lines(value, name, f"{indent}  ")
+            inner = [key.removeprefix(f"{name}.") for key in without if key.startswith(f"{name}.")]
+            yield from _section_lines(value, name, f"{indent}  ", inner)
         else:
             yield from _value_lines(section, name, indent, fields[name].description)
 

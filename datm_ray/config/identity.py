@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 from datm_ray.config.schema import RunConfig
-from datm_ray.config.sections import UNRESOLVED, RecoverConfig, SelectConfig
+from datm_ray.config.sections import READ_OF_DISTILL, UNRESOLVED, DistillConfig
 
 LATER_KEYS = {"real_batch": 256, "options": {}, "initial": "correct", "labels": "soft", "gradient_limit": None}
 """Keys of `distill` that earlier versions lacked -> value that their runs used."""
 LATER_EXPERT_KEYS = {"schedule": "constant", "warmup_epochs": 0}
 """Keys of experts that earlier versions lacked -> value that their experts used."""
-READ_BY_ONE_METHOD = {"recover": ("sre2l", RecoverConfig()), "select": ("select", SelectConfig())}
-"""Sections that one packaged method reads -> the method, and the section's default values."""
+SECTIONS_OF_METHODS = {"recover": "sre2l", "select": "select"}
+"""Sections that one packaged method reads -> the method."""
 SCORING_KEYS = (
     *("labels", "temperature", "cutmix", "keep_labels", "top_logits", "learning_rate"),
     *("schedule", "warmup_epochs", "epochs", "batch_size", "weight_decay"),
@@ -25,13 +28,45 @@ SCORING_KEYS = (
 """Keys of `evaluate` that affect how networks are scored, but not the set."""
 
 
+def unread_keys(config: RunConfig) -> list[str]:
+    """Keys of `distill`, such as `distill.threshold`, and whole sections that the run's method does not read.
+
+    Empty for a method of the user's own, which may read any key.
+    """
+    if config.method not in ("datm", *READ_OF_DISTILL):
+        return []
+    read = READ_OF_DISTILL.get(config.method, " ".join(DistillConfig.model_fields.keys() - {"real_batch"})).split()
+    unread = [f"distill.{name}" for name in DistillConfig.model_fields if name not in read]
+    return unread + [name for name, method in SECTIONS_OF_METHODS.items() if method != config.method]
+
+
+def unread_values(config: RunConfig) -> dict[str, Any]:
+    """Keys that the run's method does not read -> plain value, for the values that are not the defaults."""
+    default, found = RunConfig().model_dump(mode="json"), config.model_dump(mode="json")
+    paths = {key: key.split(".") for key in unread_keys(config)}
+    values = {key: (reduce(getitem, path, found), reduce(getitem, path, default)) for key, path in paths.items()}
+    return {key: value for key, (value, usual) in values.items() if value != usual}
+
+
+def without_unread(config: RunConfig, kept: Collection[str] = ()) -> RunConfig:
+    """Copy with the default value of every key that the run's method does not read, except the keys in `kept`."""
+    sections: dict[str, Any] = {}
+    for key in unread_values(config).keys() - set(kept):
+        section, _, name = key.partition(".")
+        default = getattr(RunConfig(), section)
+        changed = sections.get(section, getattr(config, section))
+        sections[section] = changed.model_copy(update={name: getattr(default, name)}) if name else default
+    return config.model_copy(update=sections)
+
+
 def run_identity(config: RunConfig) -> dict[str, Any]:
     """Plain data that decides the synthetic set and each single accuracy. The run must be resolved.
 
-    `cluster` is left out. The data set's path is left out, because the data set's content has its own fingerprint.
-    Number of seeds, further networks, their optimiser, `full`, `fair` and `SCORING_KEYS` are left out, because they may
-    change in a finished run. Stored epochs beyond the matched ones, measurements of test accuracy, and the interval of
-    checkpoints are left out, because the set does not depend on them.
+    `cluster` and the keys that the run's method does not read are left out. The data set's path is left out, because
+    the data set's content has its own fingerprint. Number of seeds, further networks, their optimiser, `full`, `fair`
+    and `SCORING_KEYS` are left out, because they may change in a finished run. Stored epochs beyond the matched ones,
+    measurements of test accuracy, and the interval of checkpoints are left out, because the set does not depend on
+    them.
     """
     left_out: dict[str, Any] = {
         "cluster": True,
@@ -41,22 +76,22 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
         "experts": {"keep_epochs", "test_every"},
     }
     identity = config.model_dump(exclude=left_out)
+    for key in unread_keys(config):
+        section, _, name = key.partition(".")
+        (identity[section] if name else identity).pop(name or section, None)
     starts = config.distill.start_epochs
-    identity["distill"].pop("start_epochs")
-    identity["distill"] |= {  # the keys of earlier versions, whose runs keep their identity
-        "first_start": starts.first,
-        "start_bound": starts.bound,
-        "final_start_bound": starts.last + 1,
-        "expand_iterations": starts.expand_iterations,
-    }
+    if identity["distill"].pop("start_epochs", None):
+        identity["distill"] |= {  # the keys of earlier versions, whose runs keep their identity
+            "first_start": starts.first,
+            "start_bound": starts.bound,
+            "final_start_bound": starts.last + 1,
+            "expand_iterations": starts.expand_iterations,
+        }
     if config.method == "datm":  # keeps the identity of runs made before the key existed
         identity.pop("method")
     for name, default in LATER_KEYS.items():
-        if identity["distill"][name] == default:  # keeps the identity of runs made before the key existed
+        if identity["distill"].get(name, ...) == default:  # keeps the identity of runs made before the key existed
             identity["distill"].pop(name)
-    for name, (method, default) in READ_BY_ONE_METHOD.items():
-        if config.method != method and getattr(config, name) == default:  # no other packaged method reads it
-            identity.pop(name)
     identity["experts"] = _without_later_keys(identity["experts"])
     if config.metadd is None:  # keeps the identity of runs made before the section existed
         identity.pop("metadd")

@@ -276,7 +276,7 @@ class StartEpochs(Section):
 
 
 class DistillConfig(Section):
-    """Making the set. Only datm reads keys for trajectories, and only dm reads `real_batch`.
+    """Making the set. `recipe show` leaves out the keys that the recipe's method does not read.
 
     dm learns neither labels nor step size: its labels are hard, and networks train with `initial_step_size`.
     """
@@ -490,6 +490,15 @@ SELDOM = {
     "backbones_apart auxiliaries_apart channels_last peer_timeout wait_for_nodes retries",
 }
 """Section -> its fields that few recipes change; `recipe show` prints them last in their section."""
+
+READ_OF_DISTILL = {
+    "dm": "ipc iterations learning_rate_images real_batch initial labels initial_step_size augmentation options "
+    "validate_every validation_seeds checkpoint_every",
+    "sre2l": "ipc iterations initial labels initial_step_size options checkpoint_every",
+    "select": "ipc labels initial_step_size options start_epochs expert_epochs",
+}
+"""Packaged method -> keys of `distill` that it reads. datm reads all but `real_batch`. The methods that users write may
+read any key. Start epochs decide which epochs of experts are stored, and `select` scores images by these."""
 
 _SIZE: TypeAdapter[ByteSize] = TypeAdapter(Annotated[ByteSize, Field(ge=1)])
 

@@ -15,7 +15,7 @@ import inspect
 import os
 from collections.abc import Callable
 
-from datm_ray.config import RunConfig
+from datm_ray.config import RunConfig, without_unread
 from datm_ray.config.files import load_config
 from datm_ray.errors import ConfigError
 from datm_ray.recipes import cifar10, cifar100, digits, tiny_imagenet
@@ -49,7 +49,7 @@ def get_recipe(name: str) -> RunConfig:
 def _find(name: str, below: tuple[str, ...]) -> RunConfig:
     """Recipe of this name. `below` are the files that have it as a base, directly or through other files."""
     if not _is_file(name):
-        return _lookup(name)().model_copy(update={"name": name})
+        return without_unread(_lookup(name)()).model_copy(update={"name": name})
     path, folder = os.path.realpath(name), os.path.dirname(name)
     if path in below:
         raise ConfigError(f"{name} is a base of itself", remedy="remove one `base:` of these files")
