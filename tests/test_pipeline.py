@@ -484,6 +484,19 @@ def test_the_largest_ipc_of_a_small_class_is_computed(tmp_path: Path) -> None:
     Pipeline([override(config, ["distill.ipc=8"])], str(tmp_path / "out"))
 
 
+def test_images_that_stay_in_their_files_give_the_same_run(tmp_path: Path) -> None:
+    """Experts, set and accuracies of a run whose images are decoded when needed have the bits of a run in memory."""
+    settings = ["dataset.resize=8", "dataset.normalisation=standard", "evaluate.full=true", "experts.test_every=1"]
+    config = override(photos(tmp_path / "data", 12), settings)
+    held, streamed = (
+        run_all(override(config, [f"dataset.streamed={value}"]), tmp_path / value) for value in ("false", "true")
+    )
+    sets = [load(str(tmp_path / value / "tiny" / "synthetic.arrow")) for value in ("false", "true")]
+    assert_same_set(*sets)
+    assert accuracies(held) == accuracies(streamed)
+    assert plan_run(streamed.configs[0]).shape.bytes == 0
+
+
 def test_how_the_files_were_read_is_reported_before_and_in_a_run(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

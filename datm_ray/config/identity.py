@@ -79,6 +79,8 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
     for key in unread_keys(config):
         section, _, name = key.partition(".")
         (identity[section] if name else identity).pop(name or section, None)
+    if not config.dataset.streamed:  # keeps the identity of runs made before the key existed
+        identity["dataset"].pop("streamed")
     starts = config.distill.start_epochs
     if identity["distill"].pop("start_epochs", None):
         identity["distill"] |= {  # the keys of earlier versions, whose runs keep their identity

@@ -61,9 +61,22 @@ class DatasetConfig(Section):
     """Side in pixels to resize every image to; null keeps the size."""
     normalisation: Literal["auto", "zca", "standard"] = "auto"
     """zca: whitening with eps 0.1, as published. standard: mean and deviation per channel. auto: zca up to 64x64
-    pixels, else standard."""
+    pixels, else standard; streamed images get standard."""
     validation: Fraction = 0.1
     """Share of training images used for validation, in (0, 1)."""
+    streamed: bool = False
+    """True to leave images in their files and to decode each whenever it is needed, for sets larger than memory. Needs
+    resize, and folder, parquet or tiny-imagenet as source."""
+
+    @model_validator(mode="after")
+    def _streams_what_can_be_streamed(self) -> DatasetConfig:
+        if self.streamed and self.resize is None:
+            raise ValueError(
+                "dataset.streamed needs dataset.resize, such as 224, because sizes are not read beforehand"
+            )
+        if self.streamed and self.normalisation == "zca":
+            raise ValueError("dataset.streamed and zca do not go together; use dataset.normalisation=standard")
+        return self
 
     @property
     def kind(self) -> Literal["zca", "standard"]:
@@ -86,7 +99,8 @@ class DatasetConfig(Section):
         """
         if self.normalisation != "auto":
             return self
-        return self.model_copy(update={"normalisation": "zca" if size[0] * size[1] <= MOST_WHITENED else "standard"})
+        whitens = size[0] * size[1] <= MOST_WHITENED and not self.streamed
+        return self.model_copy(update={"normalisation": "zca" if whitens else "standard"})
 
 
 UNRESOLVED = "the configuration still has values that depend on the size of the images; call RunConfig.resolved first"

@@ -6,9 +6,10 @@ are gathered and augmented for many steps at a time. Shapes: s networks, b image
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +21,23 @@ from datm_ray.core.randomness import Purpose, generator
 
 BLOCK_BYTES = 2**24
 """Bytes of images to augment at a time, for the next steps. At least one step is augmented."""
+
+
+class ImageReader(Protocol):
+    """Images that are read whenever they are asked for, such as `datm_ray.data.streamed.StreamedImages`."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Number of images, channels, height, width."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: NDArray[np.int64] | slice, /) -> NDArray[np.float32]:
+        """Read the images [m c h w] of some rows."""
+
+
+Images = Tensor | ImageReader
+"""Normalised images [n c h w]: a tensor, or images that are read whenever they are asked for."""
 
 
 class Batch(NamedTuple):
@@ -36,7 +54,7 @@ class Batch(NamedTuple):
 
 
 def batches(
-    images: Sequence[Tensor],
+    images: Sequence[Images],
     targets: Sequence[Tensor],
     seeds: Sequence[int],
     epochs: range,
@@ -48,7 +66,7 @@ def batches(
     Every epoch has each image once. The last batch of an epoch may be smaller.
 
     Args:
-        images: images [n c h w] of each network, the same n for all. They may lie in main memory, see `_gathered`.
+        images: images [n c h w] of each network, the same n for all. They may lie in main memory, see `rows_on`.
         targets: classes [n] or probabilities [n k] of each network's images, on the device.
         seeds: seed of each network's order and augmentation.
         epochs: numbers of the epochs, from 0.
@@ -58,7 +76,7 @@ def batches(
     count, device = len(images[0]), targets[0].device
     firsts = range(0, count, batch_size)
     every = ((epoch, batch) for epoch in epochs for batch in range(len(firsts)))
-    of_a_step = len(seeds) * min(batch_size, count) * images[0][0].nbytes
+    of_a_step = len(seeds) * min(batch_size, count) * 4 * math.prod(images[0].shape[1:])
     orders: list[NDArray[np.int64]] = []
     while block := list(islice(every, max(1, BLOCK_BYTES // of_a_step))):
         rows: list[list[NDArray[np.int64]]] = [[] for _ in seeds]
@@ -75,7 +93,7 @@ def batches(
         x, y = list[Tensor](), list[tuple[Tensor, ...]]()
         for number, (own_images, own_targets) in enumerate(zip(images, targets, strict=True)):
             place = torch.from_numpy(np.concatenate(rows[number]))
-            x += _gathered(own_images, place, device).split(sizes)
+            x += rows_on(own_images, place, device).split(sizes)
             y.append(own_targets[place.to(device)].split(sizes))
         x = augment_batches(x, [draw for own in draws for draw in own])
         for number, (epoch, batch) in enumerate(block):
@@ -83,8 +101,10 @@ def batches(
             yield Batch(epoch, batch == len(firsts) - 1, inputs, torch.stack([own[number] for own in y]))
 
 
-def _gathered(images: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+def rows_on(images: Images, rows: Tensor, device: torch.device) -> Tensor:
     """Copy rows of images to the device. From main memory they are copied to a GPU through pinned memory."""
+    if not isinstance(images, Tensor):
+        return torch.from_numpy(images[rows.numpy()]).to(device)
     if images.device == device:
         return images[rows.to(device)]
     pinned = torch.empty(len(rows), *images.shape[1:], dtype=images.dtype, pin_memory=device.type == "cuda")

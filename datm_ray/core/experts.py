@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from datm_ray.config import ExpertConfig
-from datm_ray.core.batches import batches
+from datm_ray.core.batches import Images, batches
 from datm_ray.core.networks.parameters import flatten, flatten_buffers
 from datm_ray.core.networks.stacked import StackFunctions, filled_up
 from datm_ray.core.rates import share_of_rate
@@ -53,7 +53,7 @@ class ExpertState:
 
 def train_experts(
     functions: StackFunctions,
-    images: Tensor,
+    images: Images,
     labels: Tensor,
     settings: ExpertConfig,
     seeds: Sequence[int],
@@ -73,7 +73,7 @@ def train_experts(
 
 def train_stack(
     functions: StackFunctions,
-    images: Sequence[Tensor],
+    images: Sequence[Images],
     labels: Sequence[Tensor],
     settings: ExpertConfig,
     seeds: Sequence[int],

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from datm_ray.config import EvaluateConfig, ExpertConfig
 from datm_ray.config.identity import SCORING_KEYS
 from datm_ray.core.augment import augment, draw_augmentation
-from datm_ray.core.batches import batches
+from datm_ray.core.batches import Images, batches, rows_on
 from datm_ray.core.experts import ExpertState, train_stack
 from datm_ray.core.networks.image_cost import image_cost
 from datm_ray.core.networks.parameters import unflatten_into
@@ -163,7 +163,7 @@ class Epoch:
 
 def train(
     network: nn.Module,
-    images: Tensor,
+    images: Images,
     targets: Tensor,
     schedule: Schedule,
     seed: int,
@@ -172,7 +172,7 @@ def train(
     """Train the network in place, epoch by epoch.
 
     Args:
-        images: [n c h w], normalised.
+        images: [n c h w], normalised; a tensor if there are lessons.
         targets: [n] int64 classes, or [n k] logits of soft labels; not read if there are lessons.
         seed: seed of order, augmentation and CutMix.
         lessons: a teacher's images and logits for every step; `None` trains on the targets.
@@ -187,6 +187,7 @@ def train(
     if lessons is None:
         steps = batches([images], [targets], [seed], range(epochs), size, augmentation)
     else:
+        assert isinstance(images, Tensor)  # a synthetic set, or as many real images
         steps = lessons.batches(images, seed, epochs, size, augmentation)
     for step, (epoch, is_last, x, y) in enumerate(steps):
         for group in optimizer.param_groups:
@@ -260,7 +261,7 @@ class Trainer:
     def train(
         self,
         networks: Sequence[nn.Module],
-        images: Sequence[Tensor],
+        images: Sequence[Images],
         targets: Sequence[Tensor],
         schedule: Schedule,
         seeds: Sequence[int],
@@ -300,7 +301,7 @@ def trainer(*, compile_: bool, channels_last: bool) -> Trainer:
 def train_together(
     functions: StackFunctions,
     networks: Sequence[nn.Module],
-    images: Sequence[Tensor],
+    images: Sequence[Images],
     targets: Sequence[Tensor],
     schedule: Schedule,
     seeds: Sequence[int],
@@ -310,7 +311,7 @@ def train_together(
     Yields the number of epochs done. The networks get their new parameters after the last epoch.
     """
     state = ExpertState.initial(networks)
-    classes = networks[0](images[0][:1].to(state.parameters.device)).shape[1]
+    classes = networks[0](rows_on(images[0], torch.arange(1), state.parameters.device)).shape[1]
     probabilities = [
         each.softmax(dim=1) if each.is_floating_point() else one_hot(each, classes).to(state.parameters.dtype)
         for each in targets
@@ -336,25 +337,28 @@ def train_together(
 
 @torch.no_grad()
 def predict_logits(
-    network: nn.Module, images: Tensor, heartbeat: Heartbeat = no_heartbeat, *, batch_size: int = SCORING_BATCH
+    network: nn.Module, images: Images, heartbeat: Heartbeat = no_heartbeat, *, batch_size: int = SCORING_BATCH
 ) -> Tensor:
     """Logits [n k] of images [n c h w] in evaluation mode, `batch_size` images at a time."""
     was_training = network.training
     network.eval()
     logits = []
-    for chunk in images.split(batch_size):
+    for first in range(0, len(images), batch_size):
+        chunk = images[first : first + batch_size]
+        if not isinstance(chunk, Tensor):
+            chunk = torch.from_numpy(chunk).to(next(network.parameters()).device)
         logits.append(network(chunk))
         heartbeat()
     network.train(was_training)
     return torch.cat(logits)
 
 
-def accuracy(network: nn.Module, images: Tensor, labels: Tensor, heartbeat: Heartbeat = no_heartbeat) -> float:
+def accuracy(network: nn.Module, images: Images, labels: Tensor, heartbeat: Heartbeat = no_heartbeat) -> float:
     """Share of the images [n c h w] that are classified as their labels [n], in [0, 1]."""
     return float((predict_logits(network, images, heartbeat).argmax(dim=1) == labels).float().mean())
 
 
-def train_to_end(network: nn.Module, images: Tensor, targets: Tensor, schedule: Schedule, seed: int) -> Epoch:
+def train_to_end(network: nn.Module, images: Images, targets: Tensor, schedule: Schedule, seed: int) -> Epoch:
     """Train for the whole schedule. Returns the last epoch."""
     epoch = Epoch(0, 0, float("nan"))
     for epoch in train(network, images, targets, schedule, seed):  # noqa: B007

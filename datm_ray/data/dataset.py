@@ -13,11 +13,14 @@ from numpy.typing import NDArray
 
 from datm_ray.data.patience import Lines, Say, silent
 from datm_ray.data.sources import ImageSet, RawDataset
+from datm_ray.data.streamed import StreamedImages, StreamedPixels
 from datm_ray.data.transform import Kind, Transform, fit_transform
 from datm_ray.errors import DatasetError
 
 _CHUNK = 2048  # images normalised at a time: 100 MB for 64x64 RGB, fewer if they are larger
 _CHUNK_BYTES = 1 << 27
+FITTED = 2000
+"""Largest number of streamed images that a transform is fitted on."""
 _LARGE = 1 << 27  # bytes of a transform that takes more than some seconds to apply
 
 
@@ -27,11 +30,11 @@ class Dataset:
 
     name: str
     class_names: tuple[str, ...]
-    train_images: NDArray[np.float32]
+    train_images: NDArray[np.float32] | StreamedImages
     train_labels: NDArray[np.int64]
-    validation_images: NDArray[np.float32]
+    validation_images: NDArray[np.float32] | StreamedImages
     validation_labels: NDArray[np.int64]
-    test_images: NDArray[np.float32]
+    test_images: NDArray[np.float32] | StreamedImages
     test_labels: NDArray[np.int64]
     transform: Transform
     fingerprint: str
@@ -62,7 +65,8 @@ def prepare(
     """Normalise the three sets with `transform`; None fits one on the training images.
 
     Pass the transform that belongs to stored experts or to a distilled set, because whitened images are comparable only
-    under one transform. The result takes one float32 copy of each set; temporary memory is small.
+    under one transform. The result takes one float32 copy of each set; temporary memory is small. Streamed images are
+    normalised whenever they are read.
 
     Args:
         device: torch device that fits a new transform.
@@ -72,7 +76,7 @@ def prepare(
         DatasetError: `transform` is of another kind than `kind`, or fitted on another image shape.
     """
     if transform is None:
-        transform = fit_transform(kind, raw.train.images, raw.levels, device=device, say=say)
+        transform = fit_transform(kind, fitting_images(raw.train), raw.levels, device=device, say=say)
     if transform.kind != kind:
         raise DatasetError(
             f"the given transform is {transform.kind!r}, but {kind!r} is asked for",
@@ -96,8 +100,19 @@ def prepare(
     )
 
 
-def _normalise(images: ImageSet, levels: int, transform: Transform, lines: Lines) -> NDArray[np.float32]:
+def fitting_images(images: ImageSet) -> NDArray[np.uint8]:
+    """Images [n c h w] to fit a transform on: all, or at most `FITTED` of streamed images, spread evenly."""
+    if not isinstance(images.images, StreamedPixels):
+        return images.images
+    return images.images[np.linspace(0, len(images) - 1, min(len(images), FITTED)).astype(np.int64)]
+
+
+def _normalise(
+    images: ImageSet, levels: int, transform: Transform, lines: Lines
+) -> NDArray[np.float32] | StreamedImages:
     pixels = images.images
+    if isinstance(pixels, StreamedPixels):
+        return StreamedImages(pixels, levels, transform)
     result = np.empty(pixels.shape, dtype=np.float32)
     step = max(1, min(_CHUNK, _CHUNK_BYTES // (4 * pixels[:1].size)))
     for start in range(0, len(pixels), step):

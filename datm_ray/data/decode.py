@@ -7,6 +7,9 @@ is decoded, so the images are never all in memory at full size. JPEG files are d
 `draft` mode is faster, but gives other pixels. Images are turned as their EXIF data says. All further changes to pixels
 are counted and reported.
 
+`survey` and `decode_rows` are for sets too large for memory (`data/streamed.py`): the first checks a sample of the
+headers, the second decodes some of the images.
+
 Not covered: transparency (dropped), the lower half of 16 bits, frames after the first, and colour profiles. Images of
 32 bits or floats are refused, because their range is unknown.
 """
@@ -65,6 +68,10 @@ logging.getLogger("PIL").addHandler(
 )  # without a handler, Pillow's warnings would go to the terminal
 
 
+SURVEYED = 1000
+"""Largest number of images whose headers `survey` reads."""
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Image files that are not decoded yet, with their labels."""
@@ -74,9 +81,23 @@ class Encoded:
     """Opens the i-th file; called from several threads at once."""
     name: Callable[[int], str]
     """Returns the name of the i-th file for messages."""
+    mark: Callable[[int], str] | None = None
+    """Returns a text that tells the i-th file apart from others by name and size, without reading it.
+
+    `None` if the functions only work in this process, as those of an archive do."""
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def take(self, rows: NDArray[np.int64]) -> Encoded:
+        """Select the files at these rows, in this order."""
+        mark = self.mark
+        return Encoded(
+            self.labels[rows],
+            open=lambda i: self.open(int(rows[i])),
+            name=lambda i: self.name(int(rows[i])),
+            mark=None if mark is None else lambda i: mark(int(rows[i])),
+        )
 
 
 class Decoded(NamedTuple):
@@ -128,7 +149,68 @@ def decode(sets: Sequence[Encoded], resize: int | None = None, copies: int = 1) 
             for files, of_set in zip(sets, pixels, strict=True)
         ]
         _require_readable(sets, done)
-    return Decoded(pixels, _notes(pixels, good, resize))
+    return Decoded(pixels, (*_notes(pixels[0].shape[1], good, resize), *_too_dark(pixels, good)))
+
+
+def marks(files: Encoded) -> list[str]:
+    """Texts that tell the files apart by name and size, in the order of the files.
+
+    Raises:
+        DatasetError: the files can only be read by this process, or a file is missing.
+    """
+    if files.mark is None:
+        raise DatasetError(
+            f"{files.name(0)} cannot be streamed",
+            "dataset.streamed reads the files of a folder, or Parquet files",
+            "Unpack the archive and give the folder, or leave dataset.streamed out",
+        )
+    try:
+        return _in_parallel(len(files), files.mark)
+    except OSError as error:
+        raise DatasetError(f"{error.filename} cannot be read ({error.strerror})") from error
+
+
+def survey(sets: Sequence[Encoded], side: int) -> tuple[tuple[int, int, int], tuple[str, ...]]:
+    """Shape (channels, height, width) for images that become squares of `side` pixels, and lines for the user.
+
+    Only a sample is read, spread evenly over the files. Images get one channel if all images of the sample are
+    grayscale.
+
+    Raises:
+        DatasetError: an image of the sample is damaged or has more than 16 bits a channel.
+    """
+    total = sum(map(len, sets))
+    with _pillow_prepared():
+        counts = [min(len(files), -(-SURVEYED * len(files) // total)) for files in sets]
+        chosen = [np.linspace(0, len(files) - 1, n).astype(int) for files, n in zip(sets, counts, strict=True)]
+        parts = [files.take(rows) for files, rows in zip(sets, chosen, strict=True)]
+        headers = [_in_parallel(len(part), partial(_header, part)) for part in parts]
+        good = _require_readable(parts, headers)
+        shape = _common_shape(parts, good, side)
+    return shape, _notes(shape[0], good, side, " read")
+
+
+def decode_rows(files: Encoded, rows: NDArray[np.int64], shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """Decode the images at `rows` to [n c h w], each resized to `shape`.
+
+    Files are opened in their own order, so that neighbours in one file are read together.
+
+    Raises:
+        DatasetError: files are missing or damaged.
+    """
+    order = np.argsort(rows, kind="stable")
+    pixels, part = np.empty((len(rows), *shape), dtype=np.uint8), files.take(rows[order])
+
+    def decode_one(index: int) -> _Unreadable | None:
+        return _with_image(part, index, lambda image: _put(pixels, order[index], _turned(image)))
+
+    with _pillow_prepared():
+        _require_readable([part], [_in_parallel(len(part), decode_one)])
+    return pixels
+
+
+def _put(pixels: NDArray[np.uint8], place: int, image: Image.Image) -> None:
+    pixels[place] = _pixels(image, pixels.shape[1:])
 
 
 @contextmanager
@@ -160,6 +242,7 @@ def resize_images(images: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 
 _SIDES = (128, 64, 32, 16, 8)
 """Sizes in pixels that an error may suggest for `dataset.resize`."""
+_STREAMED = "dataset.streamed=true, which leaves the images of a folder or of Parquet files where they are"
 
 
 def require_memory(images: int, shape: tuple[int, int, int], copies: int, example: str = "") -> None:
@@ -185,9 +268,9 @@ def require_memory(images: int, shape: tuple[int, int, int], copies: int, exampl
         f"{images:,} images of {'x'.join(map(str, shape))}{example} need {_gib(needed(*shape[1:]))} of memory, and "
         f"{_gib(free)} is free",
         f"They are kept in memory as they are read and, as float32, {'twice' if copies > 1 else 'once'} more",
-        f"Use --set dataset.resize={side}, which resizes each image as it is read"
+        f"Use --set dataset.resize={side}, which resizes each image as it is read, or {_STREAMED}"
         if side
-        else "Use fewer images, or a smaller dataset.resize",
+        else f"Use fewer images, a smaller dataset.resize, or {_STREAMED}",
     )
 
 
@@ -354,11 +437,10 @@ def _mixed_sizes(first: str, a: tuple[int, ...], other: str, b: tuple[int, ...])
     )
 
 
-def _notes(
-    pixels: Sequence[NDArray[np.uint8]], sets: Sequence[Sequence[_Header]], resize: int | None
-) -> tuple[str, ...]:
+def _notes(channels: int, sets: Sequence[Sequence[_Header]], resize: int | None, counted: str = "") -> tuple[str, ...]:
+    """Line that counts the conversions of images; empty if there are none. `counted` says which images count."""
     headers = [header for of_set in sets for header in of_set]
-    target = "L" if pixels[0].shape[1] == 1 else "RGB"
+    target = "L" if channels == 1 else "RGB"
     modes = Counter(_MODES.get(header.mode, header.mode) for header in headers if header.mode != target)
     named = ", ".join(f"{mode} {count}" for mode, count in modes.most_common())
     counts = (
@@ -373,12 +455,18 @@ def _notes(
         ),
     )
     changes = ", ".join(f"{count:,} {what}" for what, count in counts if count)
+    return (f"of {len(headers):,} images{counted}: {changes}",) if changes else ()
+
+
+def _too_dark(pixels: Sequence[NDArray[np.uint8]], sets: Sequence[Sequence[_Header]]) -> tuple[str, ...]:
+    """Line on 16-bit images that use few of their bits; empty if there are none."""
+    headers = [header for of_set in sets for header in of_set]
     images = (image for of_set in pixels for image in of_set)
     brightest = max(
         (int(image.max()) for image, header in zip(images, headers, strict=True) if header.mode == "I;16"), default=255
     )
     dark = f"the brightest pixel of the 16-bit images is {brightest} of 255; scale them if they use fewer than 16 bits"
-    return (*([f"of {len(headers):,} images: {changes}"] if changes else []), *([dark] if brightest < 64 else []))
+    return (dark,) if brightest < 64 else ()
 
 
 def _try(image: Image.Image) -> None:
@@ -413,8 +501,11 @@ def _pixels(image: Image.Image, shape: tuple[int, ...]) -> NDArray[np.uint8]:
 def _in_parallel(count: int, work: Callable[[int], T]) -> list[T]:
     """Compute [work(0), ..., work(count - 1)] in threads, because Pillow releases the GIL; raise the first failure."""
 
-    def block(start: int) -> list[T]:
-        return [work(i) for i in range(start, min(start + _BLOCK, count))]
+    threads = min(32, os.cpu_count() or 1)
+    size = max(1, min(_BLOCK, -(-count // threads)))
 
-    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
-        return [result for results in pool.map(block, range(0, count, _BLOCK)) for result in results]
+    def block(start: int) -> list[T]:
+        return [work(i) for i in range(start, min(start + size, count))]
+
+    with ThreadPoolExecutor(threads) as pool:
+        return [result for results in pool.map(block, range(0, count, size)) for result in results]

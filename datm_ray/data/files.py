@@ -23,6 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from datm_ray.data.contents import recognise_file, unreadable
 from datm_ray.data.decode import Encoded
@@ -187,6 +188,36 @@ def _suffix(name: str) -> str:
     return suffix if re.fullmatch(r"\.\w{1,12}", suffix) else "without a suffix"
 
 
+@dataclass(frozen=True, eq=False)
+class FolderFiles:
+    """Some files of a folder, by number. It can be sent to workers, unlike functions that open an archive."""
+
+    root: Path
+    names: NDArray[np.bytes_]
+    """Paths relative to the root, as the file system encodes them."""
+
+    @classmethod
+    def of(cls, root: Path, names: Sequence[str]) -> FolderFiles:
+        """Files of a folder by their paths relative to it."""
+        return cls(root.absolute(), np.array([os.fsencode(name) for name in names], dtype=np.bytes_))
+
+    def path(self, index: int) -> Path:
+        """Path of the file with this number, from 0."""
+        return self.root / os.fsdecode(bytes(self.names[index]))
+
+    def open(self, index: int) -> BinaryIO:
+        """Open the file with this number to read bytes."""
+        return self.path(index).open("rb")
+
+    def name(self, index: int) -> str:
+        """Path of the file with this number, for messages."""
+        return str(self.path(index))
+
+    def mark(self, index: int) -> str:
+        """Relative path and size in bytes of the file with this number."""
+        return f"{os.fsdecode(bytes(self.names[index]))}:{self.path(index).stat().st_size}"
+
+
 @dataclass(frozen=True)
 class FileTree:
     """Data files below one root, with a function that opens them by name."""
@@ -194,6 +225,8 @@ class FileTree:
     root: Path
     listing: Listing
     open: Callable[[str], BinaryIO]
+    is_folder: bool = False
+    """True for a folder, whose files stay readable after the `with` block; False for an archive."""
 
     def lines(self, name: str) -> list[str]:
         """Non-empty lines of a UTF-8 text file.
@@ -215,11 +248,11 @@ class FileTree:
 
     def encoded(self, files: Sequence[tuple[str, int]]) -> Encoded:
         """Named files with their labels, ready to be decoded while the tree is open."""
-        return Encoded(
-            labels=np.array([label for _, label in files], dtype=np.int64),
-            open=lambda i: self.open(files[i][0]),
-            name=lambda i: str(self.root / files[i][0]),
-        )
+        labels = np.array([label for _, label in files], dtype=np.int64)
+        if self.is_folder:
+            found = FolderFiles.of(self.root, [name for name, _ in files])
+            return Encoded(labels, found.open, found.name, found.mark)
+        return Encoded(labels, lambda i: self.open(files[i][0]), lambda i: str(self.root / files[i][0]))
 
 
 @contextmanager
@@ -232,7 +265,7 @@ def file_tree(root: Path, suffixes: Collection[str]) -> Iterator[FileTree]:
         DatasetError: `root` does not exist, or is neither a folder nor a readable zip archive.
     """
     if root.is_dir():
-        yield FileTree(root, list_folder(root, suffixes), lambda name: (root / name).open("rb"))
+        yield FileTree(root, list_folder(root, suffixes), lambda name: (root / name).open("rb"), is_folder=True)
     elif zipfile.is_zipfile(root):
         with _opened(root) as archive:
             members = _members(archive)

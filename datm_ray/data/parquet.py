@@ -8,10 +8,12 @@ exists. A text label is the class's name. Not covered: images stored outside the
 from __future__ import annotations
 
 import json
+import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
@@ -55,9 +57,70 @@ class ParquetSet:
     """Names of the classes; None if the schema has none."""
 
 
+@dataclass(frozen=True, eq=False)
+class ParquetRows:
+    """Images of Parquet files by row, read when they are asked for. Can be sent to workers.
+
+    One group of rows is read at a time, and the last `KEPT_GROUPS` groups are kept. Rows in order are therefore fast,
+    and rows in random order slow. A folder is better if teachers are trained.
+    """
+
+    files: tuple[Path, ...]
+    groups: tuple[tuple[int, ...], ...]
+    """Number of rows of each group of each file."""
+    sizes: tuple[int, ...]
+    """Size of each file in bytes."""
+
+    @cached_property
+    def _starts(self) -> list[tuple[int, int, int]]:
+        """First row, file and number within the file of each group that has rows."""
+        found, first = [], 0
+        for file, groups in enumerate(self.groups):
+            for number, rows in enumerate(groups):
+                found += [(first, file, number)] if rows else []
+                first += rows
+        return found
+
+    def _place(self, index: int) -> tuple[int, int, int]:
+        """File, group and row within the group."""
+        first, file, group = self._starts[bisect_right(self._starts, index, key=lambda each: each[0]) - 1]
+        return file, group, index - first
+
+    def open(self, index: int) -> BinaryIO:
+        """Bytes of the image in this row, counted over all files."""
+        file, group, row = self._place(index)
+        with _READING:  # threads that want one group would each read it
+            images = _group(self.files[file], group)
+        return BytesIO(images[row].as_py())
+
+    def name(self, index: int) -> str:
+        """File and row, for messages."""
+        file = self._place(index)[0]
+        return f"{self.files[file]} row {index - sum(map(sum, self.groups[:file]))}"
+
+    def mark(self, index: int) -> str:
+        """Name and size in bytes of the file, and the row's number."""
+        file, group, row = self._place(index)
+        return f"{self.files[file].name}:{self.sizes[file]}:{group}:{row}"
+
+
+KEPT_GROUPS = 2
+"""Number of row groups whose encoded images a process keeps in memory."""
+_READING = threading.Lock()
+
+
+@lru_cache(KEPT_GROUPS)
+def _group(file: Path, number: int) -> Any:
+    """Encoded images of one row group, as a column of bytes."""
+    with _reading(file) as parquet:
+        image = _column(file, parquet.schema_arrow.names, _IMAGE_COLUMNS)
+        return _image_bytes(file, _read_columns(file, parquet, (image,), [number]).column(image))
+
+
 @dataclass(frozen=True)
 class _Shard:
-    images: Any  # pyarrow.ChunkedArray of binary [n]
+    images: Any  # pyarrow.ChunkedArray of binary [n]; None if images are streamed
+    groups: tuple[int, ...]  # rows of each row group
     labels: NDArray[np.int64] | list[str]  # labels [n]; texts are names of classes
     class_names: tuple[str, ...] | None
 
@@ -123,17 +186,20 @@ def _is_labelled(file: Path) -> bool:
         return len(column) > 0 and not (pa.types.is_integer(column.type) and (column.to_numpy() == -1).all())
 
 
-def read_parquet(files: Sequence[Path], class_names: tuple[str, ...] | None = None) -> ParquetSet:
+def read_parquet(
+    files: Sequence[Path], class_names: tuple[str, ...] | None = None, *, streamed: bool = False
+) -> ParquetSet:
     """Read the shards in order. The encoded bytes are kept in memory, not the pixels.
 
     Args:
         class_names: class names in the order of labels, for test files with text labels. None: the distinct texts of
             these files in alphabetical order.
+        streamed: True to read only the labels now, and each image whenever it is needed.
 
     Raises:
         DatasetError: a file cannot be read, lacks a column, or has other classes than the first file.
     """
-    shards = [_read_shard(file) for file in files]
+    shards = [_read_shard(file, streamed) for file in files]
     for file, shard in zip(files, shards, strict=True):
         if (shard.class_names, type(shard.labels)) != (shards[0].class_names, type(shards[0].labels)):
             raise DatasetError(
@@ -145,6 +211,10 @@ def read_parquet(files: Sequence[Path], class_names: tuple[str, ...] | None = No
     if isinstance(shards[0].labels, list):
         names = class_names or tuple(sorted({label for shard in shards for label in shard.labels}))
     labels = np.concatenate([_numbered(file, shard, names) for file, shard in zip(files, shards, strict=True)])
+    if streamed:
+        files = [file.absolute() for file in files]
+        rows = ParquetRows(tuple(files), tuple(each.groups for each in shards), tuple(f.stat().st_size for f in files))
+        return ParquetSet(Encoded(labels, rows.open, rows.name, rows.mark), names)
     starts = [0, *accumulate(len(shard.labels) for shard in shards)]
 
     def place(index: int) -> tuple[int, int]:
@@ -200,15 +270,17 @@ def _reading(file: Path) -> Iterator[Any]:
         raise DatasetError(f"the file {file} cannot be read as Parquet ({reason})", cause, remedy) from error
 
 
-def _read_shard(file: Path) -> _Shard:
+def _read_shard(file: Path, streamed: bool) -> _Shard:
     with _reading(file) as parquet:
         schema = parquet.schema_arrow
         image = _column(file, schema.names, _IMAGE_COLUMNS)
         label = _column(file, schema.names, _LABEL_COLUMNS)
-        table = _read_columns(file, parquet, (image, label))
-        images, labels = table.column(image), _decategorised(table.column(label))
+        table = _read_columns(file, parquet, (label,) if streamed else (image, label))
+        images, labels = None if streamed else table.column(image), _decategorised(table.column(label))
+        groups = tuple(parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups))
     return _Shard(
-        images=_image_bytes(file, images),
+        images=None if streamed else _image_bytes(file, images),
+        groups=groups,
         labels=_labels(file, labels),
         class_names=_class_names(schema.metadata or {}, label),
     )
@@ -221,12 +293,15 @@ def _decategorised(column: Any) -> Any:
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
-def _read_columns(file: Path, parquet: Any, columns: Sequence[str]) -> Any:
+def _read_columns(file: Path, parquet: Any, columns: Sequence[str], groups: Sequence[int] | None = None) -> Any:
     """Read columns as a table in small batches, and stop if it takes far more memory than the file's size allows.
 
     A small file can hold one value repeated in millions of rows. Not covered: one page, of up to 2 GiB, is unpacked
     before its size is known. A file of 33 KB with a wrong footer took 2 GiB. PyArrow has no limit for pages, and
     reading page headers without PyArrow would need a decoder for the footer too.
+
+    Args:
+        groups: numbers of the row groups to read; `None` for all.
 
     Raises:
         ValueError: the table takes much more memory than the file has bytes, or the footer announces so much.
@@ -235,9 +310,10 @@ def _read_columns(file: Path, parquet: Any, columns: Sequence[str]) -> Any:
 
     limit = DECODED_FREE + DECODED_RATIO * file.stat().st_size
     # Not row_group(n).column(n): a C++ exception there ends the process, whoever wrote the file.
-    stated = sum(parquet.metadata.row_group(number).total_byte_size for number in range(parquet.num_row_groups))
+    groups = range(parquet.num_row_groups) if groups is None else groups
+    stated = sum(parquet.metadata.row_group(number).total_byte_size for number in groups)
     batches, size = [], 0
-    for batch in parquet.iter_batches(_ROWS, columns=list(columns)) if stated <= limit else ():
+    for batch in parquet.iter_batches(_ROWS, groups, columns=list(columns)) if stated <= limit else ():
         batch.validate(full=True)
         batches.append(batch)
         size += batch.nbytes

@@ -10,6 +10,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -17,11 +18,12 @@ from urllib.error import URLError
 import numpy as np
 from numpy.typing import NDArray
 
-from datm_ray.data.decode import decode, image_suffixes, require_memory, resize_images
+from datm_ray.data.decode import Encoded, decode, image_suffixes, require_memory, resize_images, survey
 from datm_ray.data.files import FileTree, file_tree
 from datm_ray.data.parquet import find_files, read_parquet
 from datm_ray.data.sources import ImageSet, Loaded, Request, source
 from datm_ray.data.splits import Role, role_of, went_where
+from datm_ray.data.streamed import streamed
 from datm_ray.errors import DatasetError
 
 DEFAULT_FOLDER = Path("~/.cache/datm_ray")
@@ -268,8 +270,9 @@ def _parquet(request: Request) -> Loaded:
     if request.path is None:
         raise _no_path("parquet")
     files = find_files(request.path)
-    parts = [read_parquet(files.train)]
-    parts += [read_parquet(files.test, parts[0].class_names)] if files.test else []
+    read = partial(read_parquet, streamed=request.streamed)
+    parts = [read(files.train)]
+    parts += [read(files.test, parts[0].class_names)] if files.test else []
     named = {part.class_names for part in parts}
     if len(named) > 1:
         raise DatasetError(
@@ -280,10 +283,8 @@ def _parquet(request: Request) -> Loaded:
     if not len(parts[0].encoded):
         raise _no_images(Path(request.path), "one image a row")
     names = parts[0].class_names or _numbered(parts[0].encoded.labels)
-    decoded = decode([part.encoded for part in parts], request.resize, request.copies)
-    sets = [ImageSet(images, part.encoded.labels) for images, part in zip(decoded.pixels, parts, strict=True)]
-    notes = (*files.notes, *decoded.notes)
-    return Loaded(files.name, names, sets[0], sets[1] if len(sets) > 1 else None, notes=notes)
+    sets, notes = _image_sets([part.encoded for part in parts], request)
+    return Loaded(files.name, names, sets[0], sets[1] if len(sets) > 1 else None, notes=(*files.notes, *notes))
 
 
 def _numbered(labels: NDArray[np.int64]) -> tuple[str, ...]:
@@ -305,9 +306,19 @@ def _decoded(
             tree.root, "train/<class>/*.png, <class>/*.png or, for tiny-imagenet, the official layout", notes
         )
     encoded = [tree.encoded(files) for files in (train, test) if files]
+    sets, changes = _image_sets(encoded, request)
+    return Loaded(name, class_names, sets[0], sets[1] if test else None, notes=(*notes, *changes))
+
+
+def _image_sets(encoded: Sequence[Encoded], request: Request) -> tuple[list[ImageSet], tuple[str, ...]]:
+    """Decode images, or prepare to decode them when they are needed. Returns lines on conversions too."""
+    if request.streamed and request.resize:
+        image, notes = survey(encoded, request.resize)
+        return [ImageSet(streamed(files, image), files.labels) for files in encoded], notes
     decoded = decode(encoded, request.resize, request.copies)
-    sets = [ImageSet(images, files.labels) for images, files in zip(decoded.pixels, encoded, strict=True)]
-    return Loaded(name, class_names, sets[0], sets[1] if test else None, notes=(*notes, *decoded.notes))
+    return [
+        ImageSet(images, files.labels) for images, files in zip(decoded.pixels, encoded, strict=True)
+    ], decoded.notes
 
 
 def _needed_path(name: str, request: Request) -> Path:

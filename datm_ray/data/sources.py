@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datm_ray.data.splits import Stream, stratified_split
+from datm_ray.data.streamed import StreamedPixels
 from datm_ray.errors import DatasetError, one_line
 
 TEST_FRACTION = 0.2
@@ -27,15 +28,16 @@ TEST_FRACTION = 0.2
 class ImageSet:
     """Images and their labels."""
 
-    images: NDArray[np.uint8]  # images [n c h w]
+    images: NDArray[np.uint8] | StreamedPixels  # images [n c h w]
     labels: NDArray[np.int64]  # labels [n]
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, indices: NDArray[np.int64]) -> ImageSet:
-        """Copy the images at these indices."""
-        return ImageSet(self.images[indices], self.labels[indices])
+        """Copy the images at these indices. Streamed images stay in their files."""
+        images = self.images.take(indices) if isinstance(self.images, StreamedPixels) else self.images[indices]
+        return ImageSet(images, self.labels[indices])
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +52,9 @@ class RawDataset:
     levels: int
     """Value of a uint8 pixel that means 1.0: 16 for digits, 255 for photographs."""
     fingerprint: str
-    """16 hex digits that depend on all pixels, labels, class names, levels and the split."""
+    """16 hex digits that depend on all pixels, labels, class names, levels and the split.
+
+    For streamed images they depend on names and sizes of files in place of pixels."""
     notes: tuple[str, ...] = ()
     """Lines on left-out files, the use of files and changes to pixels; without control characters."""
 
@@ -80,6 +84,8 @@ class Request:
     """True if missing files may be downloaded."""
     copies: int = 1
     """Number of float32 copies of all pixels that the caller will make. Memory must suffice for them too."""
+    streamed: bool = False
+    """True to leave the images in their files and to decode each whenever it is needed. `resize` is then given."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +130,7 @@ def load_raw(
     validation: float = 0.1,
     download: bool = True,
     copies: int = 1,
+    streamed: bool = False,
 ) -> RawDataset:
     """Read a data set and split it. Equal input gives equal sets on every machine and for every seed.
 
@@ -136,12 +143,15 @@ def load_raw(
         download: whether to download missing files of `cifar10` and `cifar100`.
         copies: number of float32 copies of all pixels that the caller will make. If memory does not suffice for images
             and copies, an error is raised before any image is decoded.
+        streamed: True to leave the images in their files and to decode each whenever it is needed. Needs `resize`, and
+            the source `folder`, `parquet` or `tiny-imagenet`. The fingerprint then depends on names and sizes of files
+            in place of pixels.
 
     Raises:
         DatasetError: an argument or a file is wrong; the message names the first thing to mend.
     """
-    _check_options(resize, validation)
-    loaded = _find_source(source)(Request(path, resize, download, copies))
+    _check_options(source, resize, validation, streamed)
+    loaded = _find_source(source)(Request(path, resize, download, copies, streamed))
     _check_labels("training", loaded.train.labels, loaded.class_names)
     train, test = loaded.train, loaded.test
     if test is None:
@@ -160,7 +170,17 @@ def load_raw(
     )
 
 
-def _check_options(resize: int | None, validation: float) -> None:
+STREAMED = ("folder", "parquet", "tiny-imagenet")
+"""Sources whose images can be streamed."""
+
+
+def _check_options(source: str, resize: int | None, validation: float, streamed: bool) -> None:
+    if streamed and (resize is None or source not in STREAMED):
+        raise DatasetError(
+            f"dataset.streamed needs one of the sources {', '.join(STREAMED)}, and dataset.resize",
+            f"The source is {source}, and dataset.resize is {'null' if resize is None else resize}",
+            "Use --set dataset.resize=224, for example, or leave dataset.streamed out",
+        )
     if resize is not None and resize < 1:
         raise DatasetError(f"the setting resize={resize} is not a size in pixels", remedy="Set it to 1 or more")
     if not 0 < validation < 1:
@@ -216,6 +236,9 @@ def _fingerprint(class_names: Sequence[str], levels: int, sets: Sequence[ImageSe
     digest = hashlib.sha256(repr((tuple(class_names), levels)).encode())
     for images in sets:
         digest.update(repr(images.images.shape).encode())
-        digest.update(np.ascontiguousarray(images.images).data)
+        if isinstance(images.images, StreamedPixels):
+            digest.update("\n".join(images.images.marks()).encode(errors="surrogateescape"))
+        else:
+            digest.update(np.ascontiguousarray(images.images).data)
         digest.update(images.labels.astype("<i8").data)
     return digest.hexdigest()[:16]

@@ -35,6 +35,7 @@ from torch import Tensor
 from datm_ray.config import RunConfig, override
 from datm_ray.core.networks.parameters import FlatNetwork, float_buffers
 from datm_ray.core.networks.registry import build_network
+from datm_ray.data.dataset import fitting_images
 from datm_ray.data.sources import RawDataset, load_raw
 from datm_ray.data.transform import fit_transform
 from datm_ray.errors import CorruptFileError, DatmError, StoreError
@@ -99,7 +100,7 @@ def import_replay_buffers(files: Sequence[str], config: RunConfig, store_uri: st
         StoreError: a trajectory does not fit the recipe, or a location cannot be read or written.
     """
     d = config.dataset
-    raw = load_raw(d.source, d.path, resize=d.resize, validation=d.validation)
+    raw = load_raw(d.source, d.path, resize=d.resize, validation=d.validation, streamed=d.streamed)
     networks = [_Network(backbone, raw, store_uri) for backbone in config.resolved(raw.size).each_backbone()]
     locations = [open_location(file) for file in files]
     for location in locations:  # check all of them before anything is written
@@ -256,7 +257,7 @@ class _Network:
     def _store_transform(self) -> None:
         if not self._group.has_transform():
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            train, kind = self._raw.train.images, self._config.dataset.kind
+            train, kind = fitting_images(self._raw.train), self._config.dataset.kind
             transform = fit_transform(kind, train, self._raw.levels, device=device)
             self._group.write_transform(transform.to_arrays(), transform.to_metadata())
 

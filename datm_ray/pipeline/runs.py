@@ -9,7 +9,7 @@ import torch
 
 from datm_ray.artifact import INLINE_BYTES, TRANSFORMS, keep_transform
 from datm_ray.config import DatasetConfig, NetworkConfig, RunConfig
-from datm_ray.data.dataset import Dataset, prepare
+from datm_ray.data.dataset import Dataset, fitting_images, prepare
 from datm_ray.data.patience import Say, silent
 from datm_ray.data.sources import RawDataset, load_raw
 from datm_ray.data.transform import FitCost, Transform, fit_transform
@@ -65,7 +65,9 @@ class Runs:
         raw = next(alike, None)
         if raw is None:
             copies = 1 if self.alone else 2  # Ray's object store keeps a copy of its own
-            raw = load_raw(d.source, d.path, resize=d.resize, validation=d.validation, copies=copies)
+            raw = load_raw(
+                d.source, d.path, resize=d.resize, validation=d.validation, copies=copies, streamed=d.streamed
+            )
         config = config.resolved(raw.size)
         self._raw[config.dataset] = raw
         return config
@@ -88,7 +90,8 @@ class Runs:
     def shape(self, config: RunConfig) -> DataShape:
         """Shape and number of a run's images, for planning."""
         raw = self.raw(config)
-        return DataShape((raw.channels, *raw.size), raw.classes, len(raw.train) + len(raw.validation))
+        images = len(raw.train) + len(raw.validation)
+        return DataShape((raw.channels, *raw.size), raw.classes, images, is_streamed=config.dataset.streamed)
 
     def folder(self, config: RunConfig) -> Location:
         """Folder of a run."""
@@ -164,4 +167,4 @@ class Runs:
 
     def _fit(self, dataset: DatasetConfig, say: Say) -> Transform:
         raw, device = self._raw[dataset], "cuda" if torch.cuda.is_available() else "cpu"
-        return fit_transform(dataset.kind, raw.train.images, raw.levels, device=device, say=say)
+        return fit_transform(dataset.kind, fitting_images(raw.train), raw.levels, device=device, say=say)

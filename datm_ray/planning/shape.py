@@ -30,11 +30,13 @@ class DataShape:
     """Number of training images, those set aside for validation included."""
     test_images: int = 0
     """Number of test images. 0 if it is unknown; then the time to score them is not counted."""
+    is_streamed: bool = False
+    """True if images stay in their files, see `dataset.streamed`."""
 
     @property
     def bytes(self) -> int:
-        """Bytes of the training images as float32. Workers on one node share one copy."""
-        return 4 * self.training_images * math.prod(self.image)
+        """Bytes of the training images as float32. Workers on one node share one copy. 0 for streamed images."""
+        return 0 if self.is_streamed else 4 * self.training_images * math.prod(self.image)
 
     @property
     def row(self) -> int:
@@ -82,16 +84,23 @@ def data_shape(dataset: DatasetConfig, *, here: bool = False) -> DataShape:
         DatasetError: images cannot be read, or do not fit into memory.
     """
     if dataset.source not in KNOWN_SHAPES:
-        raw = load_raw(dataset.source, dataset.path, resize=dataset.resize, validation=dataset.validation, copies=2)
+        raw = load_raw(
+            dataset.source,
+            dataset.path,
+            resize=dataset.resize,
+            validation=dataset.validation,
+            copies=2,
+            streamed=dataset.streamed,
+        )
         images = len(raw.train) + len(raw.validation)
-        return DataShape((raw.channels, *raw.size), raw.classes, images, len(raw.test))
+        return DataShape((raw.channels, *raw.size), raw.classes, images, len(raw.test), dataset.streamed)
     shape = KNOWN_SHAPES[dataset.source]
     if dataset.resize is None:
         return shape
     image = (shape.image[0], dataset.resize, dataset.resize)
-    if here:
+    if here and not dataset.streamed:
         require_memory(shape.training_images, image, copies=2)
-    return replace(shape, image=image)
+    return replace(shape, image=image, is_streamed=dataset.streamed)
 
 
 def fitting_cost(dataset: DatasetConfig, shape: DataShape) -> FitCost:

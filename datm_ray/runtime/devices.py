@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datm_ray.config import ClusterConfig
+from datm_ray.core.batches import ImageReader, Images
 from datm_ray.core.precision import Precision
 from datm_ray.errors import ClusterError
 from datm_ray.store.files.traffic import traffic
@@ -64,8 +65,13 @@ def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
         return torch.as_tensor(array, device=device)
 
 
-def images_on(images: NDArray[np.float32], device: torch.device) -> Tensor:
-    """Training images on the device, or in main memory if they would take more than half of a GPU's free memory."""
+def images_on(images: NDArray[np.float32] | ImageReader, device: torch.device) -> Images:
+    """Images on the device, or in main memory if they would take more than half of a GPU's free memory.
+
+    Images that are read whenever they are asked for stay what they are.
+    """
+    if not isinstance(images, np.ndarray):
+        return images
     if device.type == "cuda" and images.nbytes > free_gpu_memory() // 2:
         device = torch.device("cpu")
     return to_device(images, device)

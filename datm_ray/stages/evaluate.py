@@ -56,6 +56,7 @@ from datm_ray.config import (
     stable_hash,
 )
 from datm_ray.config.identity import SCORING_KEYS
+from datm_ray.core.batches import Images
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import LARGEST_STACK
 from datm_ray.core.randomness import Purpose, derive_seed
@@ -233,7 +234,7 @@ class EvaluateWorker:
     def _trials(
         self,
         network: NetworkConfig,
-        sets: Sequence[tuple[Tensor, Tensor, float | None]],
+        sets: Sequence[tuple[Images, Tensor, float | None]],
         schedules: Sequence[Schedule],
         seeds: Sequence[int],
         meter: Meter,
@@ -273,12 +274,12 @@ class EvaluateWorker:
         return chosen, tested, tested if chosen is trials[0] else self._test_accuracy(trials[0])
 
     def _test_accuracy(self, trial: _Trial) -> float:
-        images = to_device(self._dataset.test_images, self._device)
+        images = images_on(self._dataset.test_images, self._device)
         return accuracy(trial.network, images, to_device(self._dataset.test_labels, self._device))
 
     def _training_set(
         self, config: RunConfig, store_uri: str, folder: Location, row: str, seed: int, network: NetworkConfig | None
-    ) -> tuple[Tensor, Tensor, float | None]:
+    ) -> tuple[Images, Tensor, float | None]:
         """Return (images, targets, step size). The step size is `None` if it must be chosen on validation data."""
         if row in DISTILLED:
             artifact = read_artifact(folder / SYNTHETIC)
@@ -299,7 +300,7 @@ class EvaluateWorker:
             self._experts[config.name] = ExpertNetworks(config, self._dataset, store_uri, self._device)
         return self._experts[config.name]
 
-    def _lessons(self, config: RunConfig, store_uri: str, row: str, folder: Location, images: Tensor) -> Lessons | None:
+    def _lessons(self, config: RunConfig, store_uri: str, row: str, folder: Location, images: Images) -> Lessons | None:
         """Teacher of a row's networks; `None` if they learn from their set's own labels. `PLAIN` rows have no CutMix.
 
         Args:
@@ -309,6 +310,7 @@ class EvaluateWorker:
         if not is_taught(config, row):
             return None
         if is_stored(config, row):
+            assert isinstance(images, Tensor)  # a synthetic set, or as many real images
             place = labels_location(folder, config, self._dataset.fingerprint)
             return StoredLessons(ReplayedLabels(images, LabelStore(place)), config.evaluate.temperature)
         if config.name not in self._teachers:
@@ -319,7 +321,7 @@ class EvaluateWorker:
         return Teacher(self._teachers[config.name], settings.temperature, cutmix)
 
     def _validation_accuracy(self, network: nn.Module) -> float:
-        images = to_device(self._dataset.validation_images, self._device)
+        images = images_on(self._dataset.validation_images, self._device)
         return accuracy(network, images, to_device(self._dataset.validation_labels, self._device))
 
 

@@ -188,7 +188,7 @@ class ExpertWorker:
         """Test accuracies [s] of the stack's experts; `None` in epochs without a test, see `experts.test_every`."""
         if not settings.test_every or state.epoch % settings.test_every:
             return None
-        images = to_device(self._dataset.test_images, self._device)
+        images = images_on(self._dataset.test_images, self._device)
         labels = to_device(self._dataset.test_labels, self._device)
         measured = []
         for parameters, buffers in zip(state.parameters, state.buffers, strict=True):

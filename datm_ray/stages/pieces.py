@@ -25,7 +25,7 @@ from datm_ray.core.training import SCORING_BATCH, accuracy, predict_logits
 from datm_ray.data.dataset import Dataset
 from datm_ray.methods.state import MetaRecord, records
 from datm_ray.monitor.spent import Account, total
-from datm_ray.runtime.devices import prepare_device, to_device
+from datm_ray.runtime.devices import images_on, prepare_device, to_device
 from datm_ray.runtime.executor import Event, Finished, Note, Phase, Progress
 from datm_ray.runtime.mesh import Alone
 from datm_ray.stages.checkpoint import CHECKPOINT, KIND, PARTS, Attempt, Rows, save_checkpoint
@@ -138,7 +138,7 @@ class PieceWorker:
                 yield Phase("labelling the set")
             held.soft_labels = torch.cat(parts)
         images, labels = self._dataset.validation_images, to_device(self._dataset.validation_labels, self._device)
-        right = accuracy(network, to_device(images, self._device), labels)
+        right = accuracy(network, images_on(images, self._device), labels)
         yield Note(f"the teacher classifies {right:.1%} of the validation images correctly")
 
     @staticmethod

@@ -43,7 +43,7 @@ from datm_ray.data.dataset import Dataset
 from datm_ray.errors import StoreError
 from datm_ray.methods.state import State
 from datm_ray.monitor.spent import Spent
-from datm_ray.runtime.devices import to_device
+from datm_ray.runtime.devices import images_on, to_device
 from datm_ray.runtime.executor import Progress
 from datm_ray.stages.checkpoint import Rows, read_iteration
 from datm_ray.stages.expert_progress import remove_folder
@@ -176,7 +176,7 @@ def validating(
     seeds = config.distill.validation_seeds
     spec = config.network.for_images(dataset.channels, dataset.size, dataset.classes)
     schedule = validation_schedule(config, float(whole.step_size))
-    images, labels = (to_device(each, device) for each in (dataset.validation_images, dataset.validation_labels))
+    images, labels = images_on(dataset.validation_images, device), to_device(dataset.validation_labels, device)
     epochs = seeds * schedule.epochs
     numbers = [derive_seed(config.seed, Purpose.VALIDATION, number) for number in range(seeds)]
     networks = [build_network(spec, seed).to(device) for seed in numbers]

@@ -1,0 +1,87 @@
+"""Images that stay in their files: each is read and decoded whenever it is asked for, so that none is kept in memory.
+
+Both classes are indexed by rows, as arrays are, and can be sent to workers, which read the files themselves. The files
+must lie at the same path on every node. Tests: tests/data/test_streamed.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datm_ray.data.decode import Encoded, decode_rows, marks
+from datm_ray.data.transform import Transform
+
+Rows = NDArray[np.int64] | slice
+"""Row numbers, in any order, or a slice of them."""
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedPixels:
+    """Pixels of image files, as uint8 in 0..255. Every image is decoded again each time it is asked for."""
+
+    files: Encoded
+    rows: NDArray[np.int64]  # place in `files` of each image [n]
+    image: tuple[int, int, int]
+    """Channels, height and width that every image gets."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Number of images, channels, height, width."""
+        return (len(self.rows), *self.image)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: Rows) -> NDArray[np.uint8]:
+        """Decode images [m c h w].
+
+        Raises:
+            DatasetError: a file is missing or damaged.
+        """
+        return decode_rows(self.files, self.rows[rows], self.image)
+
+    def marks(self) -> list[str]:
+        """Texts that tell the images' files apart by name and size.
+
+        Raises:
+            DatasetError: a file is missing, or only this process can read the files.
+        """
+        return marks(self.files.take(self.rows))
+
+    def take(self, rows: NDArray[np.int64]) -> StreamedPixels:
+        """Select the images at these rows. Nothing is read."""
+        return StreamedPixels(self.files, self.rows[rows], self.image)
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedImages:
+    """Normalised images, as float32. Every image is decoded and normalised again each time it is asked for."""
+
+    pixels: StreamedPixels
+    levels: int
+    """Pixel value that means 1.0."""
+    transform: Transform
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Number of images, channels, height, width."""
+        return self.pixels.shape
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, rows: Rows) -> NDArray[np.float32]:
+        """Decode and normalise images [m c h w].
+
+        Raises:
+            DatasetError: a file is missing or damaged.
+        """
+        return self.transform.apply(self.pixels[rows].astype(np.float32) / np.float32(self.levels))
+
+
+def streamed(files: Encoded, image: tuple[int, int, int]) -> StreamedPixels:
+    """All images of `files`, each resized to `image` (channels, height, width) when it is read."""
+    return StreamedPixels(files, np.arange(len(files)), image)

@@ -1,0 +1,162 @@
+"""Tests that images that stay in their files are the images that would be in memory."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from datm_ray.config import DatasetConfig, RunConfig
+from datm_ray.core.batches import batches
+from datm_ray.core.networks.registry import build_network
+from datm_ray.core.training import predict_logits
+from datm_ray.data import RawDataset, load_raw, parquet
+from datm_ray.data.dataset import Dataset, prepare
+from datm_ray.data.streamed import StreamedImages, StreamedPixels
+from datm_ray.errors import DatasetError
+from tests.data.conftest import write_files
+
+PHOTOS = Path(__file__).parent.parent / "samples" / "photos"
+Encode = Callable[..., bytes]
+WriteParquet = Callable[..., Path]
+
+
+@pytest.fixture(params=["folder", "parquet"])
+def path(request: pytest.FixtureRequest, tmp_path: Path, encode: Encode, write_parquet: WriteParquet) -> Path:
+    """Images of three classes in a source of either kind, with 14 images a class."""
+    labels = [i % 3 for i in range(42)]
+    if request.param == "parquet":
+        return write_parquet(tmp_path / "train.parquet", labels)
+    files = {f"{'abc'[label]}/{number:02}.png": encode(10 * label + number) for number, label in enumerate(labels)}
+    return write_files(tmp_path / "letters", files)
+
+
+def both(path: Path) -> tuple[RawDataset, RawDataset]:
+    """Images of a source in memory, and streamed."""
+    source = "parquet" if path.suffix else "folder"
+    held = load_raw(source, str(path), resize=8, validation=0.2)
+    return held, load_raw(source, str(path), resize=8, validation=0.2, streamed=True)
+
+
+def prepared(path: Path) -> tuple[Dataset, Dataset]:
+    held, streamed = both(path)
+    return prepare(held, "standard"), prepare(streamed, "standard")
+
+
+def test_streamed_images_are_the_images_in_memory(path: Path) -> None:
+    """All three sets have the same pixels, labels and normalised images, in any order of rows."""
+    held, streamed = both(path)
+    rows = np.array([3, 0, 2])
+    for role in ("train", "validation", "test"):
+        own, other = getattr(held, role), getattr(streamed, role)
+        assert isinstance(other.images, StreamedPixels)
+        assert np.array_equal(own.labels, other.labels)
+        assert np.array_equal(own.images[rows], other.images[rows])
+        assert np.array_equal(own.images[1:], other.images[1:])
+    images, others = (each.train_images for each in prepared(path))
+    assert isinstance(others, StreamedImages)
+    assert others.shape == images.shape
+    assert np.array_equal(images[rows], others[rows])
+
+
+def test_streamed_images_can_be_sent_to_a_worker(path: Path) -> None:
+    """Pickled and unpickled, the images are read from their files again."""
+    _, streamed = prepared(path)
+    again = pickle.loads(pickle.dumps(streamed))
+    assert np.array_equal(again.train_images[:5], streamed.train_images[:5])
+
+
+def test_fingerprint_of_streamed_images_depends_on_names_and_sizes(path: Path, tmp_path: Path, encode: Encode) -> None:
+    """A copied data set keeps its fingerprint. A changed file changes it, without any image being read."""
+    _, first = both(path)
+    copy = tmp_path / "elsewhere" / path.name
+    (shutil.copy if path.suffix else shutil.copytree)(path, copy.parent.mkdir() or copy)  # type: ignore[arg-type]
+    assert both(copy)[1].fingerprint == first.fingerprint
+    target = copy if path.suffix else next(copy.rglob("*.png"))
+    target.write_bytes(target.read_bytes() + b"\0")
+    if not path.suffix:  # a Parquet file ends with its footer
+        assert both(copy)[1].fingerprint != first.fingerprint
+
+
+def test_batches_and_logits_are_those_of_images_in_memory(path: Path) -> None:
+    """Networks are trained and scored on the same bits."""
+    held, streamed = prepared(path)
+    network = build_network(RunConfig().network.for_images(3, (8, 8), 3), seed=0)
+    labels = torch.from_numpy(held.train_labels)
+    images = torch.from_numpy(held.train_images)
+    steps = zip(
+        batches([images], [labels], [0], range(2), 10, "flip_crop"),
+        batches([streamed.train_images], [labels], [0], range(2), 10, "flip_crop"),
+        strict=True,
+    )
+    for one, other in steps:
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.targets, other.targets)
+    found = predict_logits(network, streamed.train_images, batch_size=10)
+    assert torch.equal(predict_logits(network, images, batch_size=10), found)
+
+
+def test_nothing_is_decoded_before_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading opens a sample of the files, and an index decodes only its rows."""
+    raw = load_raw("folder", str(PHOTOS), resize=8, streamed=True)
+    opened: list[int] = []
+    real = type(raw.train.images).__getitem__
+
+    def count(pixels: StreamedPixels, rows: Any) -> Any:
+        opened.append(len(np.arange(len(pixels))[rows]))
+        return real(pixels, rows)
+
+    monkeypatch.setattr(StreamedPixels, "__getitem__", count)
+    dataset = prepare(raw, "standard", prepare(raw, "standard").transform)
+    opened.clear()
+    _ = dataset.test_images[:2]
+    assert opened == [2]
+
+
+def test_row_groups_are_read_one_at_a_time(tmp_path: Path, encode: Encode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows in order read each row group of a Parquet file once, though few groups are kept."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    labels = [i % 2 for i in range(40)]
+    table = pa.table({"image": [{"bytes": encode(i)} for i in range(40)], "label": labels})
+    pq.write_table(table, tmp_path / "train.parquet", row_group_size=5)
+    raw = load_raw("parquet", str(tmp_path / "train.parquet"), resize=8, streamed=True)
+    parquet._group.cache_clear()
+    assert isinstance(raw.train.images, StreamedPixels)
+    files = raw.train.images.files
+    for index in range(40):
+        assert files.open(index).read() == encode(index)
+    assert parquet._group.cache_info().misses == 8
+    assert files.name(7).endswith("train.parquet row 7")
+
+
+def test_damaged_file_is_named_when_it_is_read(tmp_path: Path, encode: Encode) -> None:
+    """A file that became unreadable ends the reading with its name."""
+    files = {f"{name}/{i}.png": encode(i) for name in "ab" for i in range(10)}
+    raw = load_raw("folder", str(write_files(tmp_path, files)), resize=8, streamed=True)
+    for file in tmp_path.rglob("*.png"):
+        file.write_bytes(b"no image")
+    with pytest.raises(DatasetError, match=r"8 of 8 images cannot be read|\.png"):
+        raw.train.images[:8]
+
+
+def test_archives_and_missing_sizes_are_refused(tmp_path: Path, encode: Encode) -> None:
+    """Images of an archive cannot be streamed, nor images whose size is not given, and zca needs all images."""
+    root = write_files(tmp_path / "ab", {f"{name}/{i}.png": encode(i) for name in "ab" for i in range(10)})
+    archive = shutil.make_archive(str(tmp_path / "packed"), "zip", root)
+    with pytest.raises(DatasetError, match="cannot be streamed"):
+        load_raw("folder", archive, resize=8, streamed=True)
+    with pytest.raises(DatasetError, match=r"dataset\.resize"):
+        load_raw("folder", str(root), streamed=True)
+    with pytest.raises(DatasetError, match="one of the sources"):
+        load_raw("digits", resize=8, streamed=True)
+    with pytest.raises(ValueError, match="zca do not go together"):
+        DatasetConfig(source="folder", path="x", resize=8, streamed=True, normalisation="zca")
+    assert DatasetConfig(source="folder", resize=8, streamed=True).resolved((8, 8)).kind == "standard"
