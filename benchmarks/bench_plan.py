@@ -43,7 +43,7 @@ SMALL: dict[str, object] = {
     "evaluate.real_epochs": 10,
 }
 """Settings of all cases, and of those of made-up images."""
-STAGES = ("experts", "distillation", "evaluation")
+STAGES, MEMORY = ("experts", "distillation", "evaluation"), "memory, MiB"
 HEADER = """CPU seconds of one worker with one thread, planned and taken, with other work on the machine or not: small
 steps timed in a few seconds, the run's own steps with `--measure`, and the run. Starting is not part of them. Memory:
 largest of the process that distils, against the estimate with its margin."""
@@ -69,47 +69,45 @@ def datm_ray(*arguments: str) -> str:
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
+def planned(words: list[str], *options: str) -> dict[str, float]:
+    """Row of the table -> CPU seconds that a plan says, and MiB of memory."""
+    plan = json.loads(datm_ray("plan", *words, *options, "--json"))[0]
+    seconds = {stage: 3600 * plan["hours"][stage] for stage in STAGES}
+    seconds["distillation"] += 3600 * plan["hours"]["validation"]
+    return seconds | {"in all": sum(seconds.values()), MEMORY: plan["memory"][0]["bytes"] / 2**20}
+
+
+def taken(words: list[str], out: Path) -> dict[str, float]:
+    """Row of the table -> CPU seconds that a run takes, and MiB of memory."""
+    datm_ray("run", *words, "--out", str(out), "--executor", "serial", "--quiet")
+    distilled = json.loads((out / words[0] / "cost.json").read_text())
+    results = [*out.glob("controls/*/*.json"), *out.glob("*/evaluation/*.json")]
+    scored = [json.loads(each.read_text())["cost"] for each in results]
+    trained = [each["spent"] for each in json.loads((out / words[0] / "experts-cost.json").read_text())]
+    costs = zip(STAGES, (trained, [distilled], scored), strict=True)
+    seconds = {stage: sum(each["cpu_seconds"] for each in own) for stage, own in costs}
+    return seconds | {"in all": sum(seconds.values()), MEMORY: distilled["peak_memory_bytes"] / 2**20}
+
+
 def compared(name: str, folder: Path, *, measure: bool) -> dict[str, dict[str, float]]:
-    """Stage -> seconds as `planned`, as `measured` beforehand, and as `taken`; bytes under `memory`."""
+    """Column of the table -> its rows. Without `measure`, both columns of plans are equal."""
     recipe, side, more = CASES[name]
     settings = {**SHORT, **(SMALL if side else {}), **more}
     if side:
         settings["dataset.path"] = str(made_up(folder / "images", side))
     words = [recipe, *(word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}"))]
-    plans = [json.loads(datm_ray("plan", *words, *each, "--json"))[0] for each in ([], ["--measure"])[: 1 + measure]]
-    datm_ray("run", *words, "--out", str(folder / "out"), "--executor", "serial", "--quiet")
-    run, results = folder / "out" / recipe, [*folder.glob("out/controls/*/*.json")]
-    distilled = json.loads((run / "cost.json").read_text())
-    scored = [json.loads(each.read_text())["cost"] for each in [*results, *run.glob("evaluation/*.json")]]
-    trained = [each["spent"] for each in json.loads((run / "experts-cost.json").read_text())]
-    taken = dict(
-        zip(STAGES, (sum(c["cpu_seconds"] for c in each) for each in (trained, [distilled], scored)), strict=True)
-    )
-    planned = [
-        {
-            stage: 3600 * each["hours"][stage] + 3600 * (stage == "distillation") * each["hours"]["validation"]
-            for stage in STAGES
-        }
-        for each in plans
-    ]
-    found = {
-        stage: {"planned": planned[0][stage], "measured": planned[-1][stage], "taken": taken[stage]} for stage in STAGES
-    }
-    found["in all"] = {
-        column: sum(found[stage][column] for stage in STAGES) for column in ("planned", "measured", "taken")
-    }
-    memory = plans[0]["memory"][0]["bytes"] / 2**20
-    return found | {
-        "memory, MiB": {"planned": memory, "measured": memory, "taken": distilled["peak_memory_bytes"] / 2**20}
-    }
+    quick = planned(words)
+    exact = planned(words, "--measure") if measure else quick
+    return {"planned": quick, "measured": exact, "taken": taken(words, folder / "out")}
 
 
 def rows(name: str, found: dict[str, dict[str, float]]) -> list[str]:
     """Lines of the table."""
+    quick, exact, spent = found["planned"], found["measured"], found["taken"]
     return [
-        f"| {name} | {stage} | {each['planned']:,.0f} | {each['measured']:,.0f} | {each['taken']:,.0f} "
-        f"| {each['taken'] / each['planned']:.2f} | {each['taken'] / each['measured']:.2f} |"
-        for stage, each in found.items()
+        f"| {name} | {row} | {quick[row]:,.0f} | {exact[row]:,.0f} | {spent[row]:,.0f} "
+        f"| {spent[row] / quick[row]:.2f} | {spent[row] / exact[row]:.2f} |"
+        for row in spent
     ]
 
 

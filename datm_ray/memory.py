@@ -1,6 +1,6 @@
 """Main memory that this process can still allocate, on the machine and in the container that it runs in.
 
-Not covered: memory of GPUs. Tests: tests/planning/test_fit.py.
+Not covered: memory of GPUs. Tests: tests/planning/test_memory.py.
 """
 
 from __future__ import annotations

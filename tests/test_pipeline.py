@@ -35,7 +35,7 @@ from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline, checks, tasks
 from datm_ray.pipeline.folder import LEASE, read_recipe
 from datm_ray.pipeline.runs import Runs
-from datm_ray.planning.main_memory import GPU_PROCESS_BYTES
+from datm_ray.planning.memory import GPU_PROCESS_BYTES
 from datm_ray.planning.plan import plan_run
 from datm_ray.runtime.executor import Event, Executor, Phase, Progress, SerialExecutor
 from datm_ray.stages import evaluate

@@ -149,18 +149,17 @@ def plan(
     tflops (or gflops) is the speed of student steps on one GPU or core, not the peak. Its network is the speed at which
     one GPU or core can send. Time on GPUs needs tflops or --measure.
     """
-    from datm_ray.planning.plan import not_followed, plan_run
+    from datm_ray.planning.plan import plan_run
 
     configs = [config_of(name, _with_memory(set_, memory)) for name in recipes]
     wanted = sum(config.workers_per_set for config in configs)  # a run distils its recipes side by side
     plans = []
     for config in configs:
-        found = plan_run(config, cluster, data_shape, measure=measure, workers_wanted=wanted)
-        others = [] if cluster is None else not_followed(config, found)
+        found = plan_run(config, cluster, data_shape, measure=measure, wanted=wanted)
         if json_:
-            plans.append(found.to_json() | {"not_followed": others})
+            plans.append(found.to_json())
         else:
-            print("\n".join([*found.lines(suggested=cluster is not None, verbose=verbose > 0), *others]))
+            print("\n".join(found.lines(verbose=verbose > 0)))
     if json_:
         print_json(plans)
 

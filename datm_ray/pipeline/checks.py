@@ -27,7 +27,7 @@ from datm_ray.monitor.loggers import require_logger
 from datm_ray.pipeline.folder import RECIPE, DataNote, has_results, read_recipe
 from datm_ray.pipeline.runs import Runs
 from datm_ray.pipeline.tasks import layout
-from datm_ray.planning.fit import plans_of, require_whole_classes
+from datm_ray.planning.memory import plans_of, require_whole_classes
 from datm_ray.runtime.executor import Executor, require_precision
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.evaluate import row_schedule
@@ -234,7 +234,8 @@ def require_memory(runs: Runs, executor: Executor | None = None) -> None:
     for config in runs.unfinished():
         if runs.elsewhere and config.cluster.memory is None:
             continue
-        plans_of(config, runs.shape(config), layout(runs, config, executor))
+        own, sharing = layout(runs, config, executor)
+        plans_of(own, runs.shape(config), sharing)
 
 
 def _require_device(runs: Runs) -> None:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 
-from datm_ray.config import DatasetConfig, NetworkConfig, Role, RunConfig, network_names
+from datm_ray.config import DatasetConfig, NetworkConfig, RunConfig, network_names
 from datm_ray.core.training import PROTOCOLS, validation_protocol, work_of_training
 from datm_ray.errors import ConfigError
 from datm_ray.pipeline.runs import Runs
-from datm_ray.planning.fit import ALONE, Layout, plans_of
-from datm_ray.planning.machines import FORWARD_PASSES
-from datm_ray.planning.main_memory import distilling_memory, experts_memory, scoring_memory
+from datm_ray.planning.machines import FORWARD_PASSES, workers_here
+from datm_ray.planning.memory import (
+    ALONE,
+    distilling_memory,
+    experts_memory,
+    laid_out,
+    plans_of,
+    scoring_memory,
+)
 from datm_ray.planning.shape import DataShape, network_cost
 from datm_ray.runtime.devices import uses_gpu
 from datm_ray.runtime.executor import Executor, Task
@@ -118,15 +125,15 @@ def distill_tasks(runs: Runs, executor: Executor | None = None) -> list[DatasetT
             is_over = only_validations_are_left(folder, settings)
             if is_over or is_apart(size, wanted, executor.workers):
                 validation = _validation_task(runs, config)
-        workers, memory = layout(runs, config, executor), 0
+        (own, sharing), memory = layout(runs, config, executor), 0
         if is_over:  # the task only makes others
             size, fewer, work = 1, (), 1.0
         else:
             with suppress(ConfigError):  # workers of other machines check their own memory
-                memory = distilling_memory(config, runs.shape(config), workers)
+                memory = distilling_memory(own, runs.shape(config), sharing)
         task = Task(
             config.name,
-            (config, runs.store_uri, folder.uri, workers.sharing, validation),
+            (config, runs.store_uri, folder.uri, sharing, validation),
             size,
             fewer,
             run=config.name,
@@ -143,7 +150,7 @@ def _piece_tasks(runs: Runs, config: RunConfig, pieces: Sequence[Piece]) -> list
     """Tasks that make these pieces of a set."""
     memory, work, folder = 0, _work_of_set(runs, config), runs.folder(config).uri
     with suppress(ConfigError):  # workers of other machines check their own memory
-        memory = distilling_memory(config, runs.shape(config), ALONE)
+        memory = distilling_memory(laid_out(config, ALONE), runs.shape(config), 1)
     tasks = [
         Task(
             f"{config.name} {piece.number}",
@@ -222,32 +229,35 @@ def smaller_groups(runs: Runs, config: RunConfig) -> tuple[int, ...]:
 
     If the workers' memory is unknown, it counts as sufficient.
     """
-    rows, roles = len(config.roles), config.roles if len(config.roles) > 1 else ()
-    fewer = range(1, config.cluster.shards)
+    rows, fewer = len(config.roles), range(1, config.cluster.shards)
     # What fits some shards fits more of them, since each then holds no more images.
-    first = bisect_left(fewer, True, key=lambda shards: _would_fit(runs, config, shards, roles))
+    first = bisect_left(fewer, True, key=lambda shards: _would_fit(runs, config, {"shards": shards}))
     sizes = [rows * shards for shards in reversed(fewer[first:])]
-    alone = [1] if rows > 1 and _would_fit(runs, config, 1, ()) else []
+    alone = [1] if rows > 1 and _would_fit(runs, config, ALONE) else []
     return (*sizes, *alone)
 
 
-def _would_fit(runs: Runs, config: RunConfig, shards: int, roles: tuple[Role, ...]) -> bool:
+def _would_fit(runs: Runs, config: RunConfig, settings: Mapping[str, Any]) -> bool:
     if runs.elsewhere and config.cluster.memory is None:
         return True  # workers check their own memory, and executors then wait for more of them
     shape = runs.shape(config)
     try:
-        plans_of(config, DataShape(shape.image, shape.classes, 0), Layout(shards, roles, 1))
+        plans_of(laid_out(config, settings), DataShape(shape.image, shape.classes, 0), 1)
     except ConfigError:
         return False
     return True
 
 
-def layout(runs: Runs, config: RunConfig, executor: Executor | None) -> Layout:
-    """Layout of the workers that distil a set beside other sets; on this machine's CPUs if `executor` is `None`."""
+def layout(runs: Runs, config: RunConfig, executor: Executor | None) -> tuple[RunConfig, int]:
+    """Run in the layout in which its set is distilled, and number of workers that distil on one machine.
+
+    Args:
+        executor: where the workers run; `None` for this machine's CPUs.
+    """
     if runs.alone or (executor is not None and config.workers_per_set > executor.workers):
-        return ALONE
-    wanted = sum(each.workers_per_set for each in runs.unfinished())
-    return Layout.of(config, wanted, executor.workers_per_machine if executor else None)
+        return laid_out(config, ALONE), 1
+    wanted = sum(each.workers_per_set for each in runs.unfinished()) or config.workers_per_set
+    return config, min(executor.workers_per_machine if executor else workers_here(config), wanted)
 
 
 def label_tasks(runs: Runs, workers: int = 1) -> list[DatasetTask]:

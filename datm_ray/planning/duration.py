@@ -1,8 +1,8 @@
 """Time that a run takes on a machine, and bytes that it stores.
 
-Work is counted in image passes: one image, once through one training step. A machine needs some seconds for each
-(`machines.py`, `measure.py`). Time to compile and to start workers is added. Faults are not counted. Accuracy:
-benchmarks/README.md. Tests: tests/planning/test_duration.py.
+All work is in one table: the tasks of every stage, in image passes. A pass is one image, once through one training step
+of a network. A machine needs some seconds for each (`machines.py`, `measure.py`), and some to compile steps. Faults are
+not counted. Accuracy: benchmarks/README.md. Tests: tests/planning/test_duration.py.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import heapq
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from datm_ray.artifact import INLINE_BYTES
 from datm_ray.config import RunConfig
 from datm_ray.core.training import PROTOCOLS, scoring_schedule, validation_protocol
 from datm_ray.methods.state import columns
-from datm_ray.planning.fit import DistillationPlan
 from datm_ray.planning.machines import Machine
+from datm_ray.planning.memory import DistillationPlan
 from datm_ray.planning.shape import DataShape, fitting_cost, network_cost
 from datm_ray.runtime.devices import uses_gpu
 from datm_ray.stages.evaluate import is_taught, scored_rows, seeds_of_tasks, training_of
@@ -29,16 +30,17 @@ from datm_ray.stages.experts import experts_at_a_time, stacks
 from datm_ray.stages.labels import kept_labels
 from datm_ray.stages.method import Outlook
 from datm_ray.stages.registry import method_of, teacher_of, trained_networks
-from datm_ray.stages.validation import is_apart, validations
+from datm_ray.stages.validation import validations
 from datm_ray.store.labels import LabelInfo
 from datm_ray.store.trajectories import size_in_words
 
-STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-"""Bytes of a parameter in the trajectory store."""
 RUN_SECONDS, WORKER_SECONDS = 15.0, 6.0
-"""Seconds to start Ray, read images and write the report, and to start one worker for one stage. Measured on one core
-by CPU time."""
+"""Seconds to start Ray, read images and write the report, and to start a worker for a stage. Measured: CPU time."""
 NO_HOURS = "unknown: not measured. Give the speed as tflops= or gflops= in --cluster, or use --measure where it is"
+
+
+Work = tuple[str, RunConfig, float]
+"""Kind of work (see `FORWARD_PASSES`), run whose first network it is, and number of image passes. A task is a list."""
 
 
 @dataclass(frozen=True)
@@ -51,182 +53,172 @@ class Proposal:
     plans: list[DistillationPlan]
     """Memory plans of the workers: first one plan for each network, in the networks' order."""
     machine: Machine
+    replaced: Sequence[str] | None = None
+    """Settings of the recipe that a suggested layout replaces; `None` if the layout is the recipe's own."""
 
-    def seconds(self, kind: str, network: RunConfig, passes: float) -> float:
-        """Seconds that one worker takes for `passes` image passes through a network."""
-        return passes * network_cost(network, self.shape).flop * self.machine.seconds[kind]
+    @functools.cached_property
+    def tasks(self) -> dict[str, list[list[Work]]]:
+        """Stage -> its tasks."""
+        tasks = {"experts": self._experts(), "distillation": self._distillation(), "validation": self._validation()}
+        if labels := self._labels:
+            tasks["labels"] = [[("scoring", teacher_of(self.config), labels.images)]] * labels.keep
+        return tasks | {"evaluation": self._evaluation()}
+
+    def _experts(self) -> list[list[Work]]:
+        tasks, workers = list[list[Work]](), self.machine.workers
+        for network in trained_networks(self.config):
+            own, size = network.experts, experts_at_a_time(network, self.shape.image, self.shape.classes)
+            passes = own.epochs * self._trained * (2 if own.optimiser == "gsam" else 1)
+            most, least = 1 if network.cluster.experts_at_a_time else workers, 1 if uses_gpu(network.cluster) else 2
+            found = stacks(range(own.count), size, own.count, most, least)
+            tasks += [[("experts", network, len(each) * passes)] for each in found]
+        return tasks
+
+    @functools.cached_property
+    def _iteration(self) -> list[Work]:
+        """One iteration on the slowest of the workers that distil the set together."""
+        config, networks = self.config, self.config.each_backbone()
+        seen, share = [networks[0], *config.each_auxiliary()], config.metadd.share if config.metadd else 0.0
+        ranks = []
+        for role in config.roles:
+            rank: list[Work] = [("training", seen[number], share * self._held) for number in role.meta_networks]
+            for number in role.backbones:
+                passes = self.plans[number].demand.passes
+                rank += [(kind, networks[number], count) for kind, count in passes.items()]
+            ranks.append(rank)
+        return max(ranks, key=self.seconds)
+
+    def _distillation(self) -> list[list[Work]]:
+        """Tasks that choose and change the set: one for each piece, or one that all workers of the set do together."""
+        method, first, count = method_of(self.config), self.config.each_backbone()[0], self._pieces or 1
+        chosen = method.choosing(self.config, self.shape.classes, self._trained)
+        task = [(kind, own, method.iterations(self.config) * passes) for kind, own, passes in self._iteration]
+        return [[*task, *((kind, first, passes / count) for kind, passes in chosen.items())]] * count
+
+    def _validation(self) -> list[list[Work]]:
+        config, first = self.config, self.config.each_backbone()[0]
+        if self._pieces or not method_of(config).iterations(config):
+            return []
+        seeds, epochs = config.distill.validation_seeds, PROTOCOLS[validation_protocol(config.evaluate.protocol)].epochs
+        trained, held_out = seeds * epochs * self.shape.synthetic(config), self.shape.training_images - self._trained
+        return [[("training", first, trained), ("scoring", first, seeds * held_out)]] * validations(config.distill)
+
+    def _evaluation(self) -> list[list[Work]]:
+        config, shape, tasks = self.config, self.shape, list[list[Work]]()
+        backbone, rows, held_out = config.each_backbone()[0], scored_rows(config), shape.training_images - self._trained
+        for row, network in rows:
+            kind, images = ("real", self._trained) if row == "full" else ("training", shape.synthetic(config))
+            count, schedule = training_of(config, row, network)
+            trained = backbone.model_copy(update={"network": network or backbone.network})
+            spec = trained.network.for_images(shape.image[0], shape.image[1:], shape.classes)
+            for seeds in map(len, seeds_of_tasks(config, row, spec, images, -(-self.machine.workers // len(rows)))):
+                passes = seeds * count * schedule.epochs * images
+                task: list[Work] = [("experts" if seeds > 1 else kind, trained, passes)]
+                task += [
+                    ("scoring", trained, seeds * count * held_out),
+                    ("scoring", backbone, seeds * shape.test_images),
+                ]
+                task += [("scoring", teacher_of(config), passes)] if is_taught(config, row) else []
+                tasks.append(task)
+        return tasks
+
+    def seconds(self, task: Sequence[Work]) -> float:
+        """Seconds that one worker takes for a task, without compiling."""
+        each = self.machine.seconds
+        return sum(passes * network_cost(own, self.shape).flop * each[kind] for kind, own, passes in task)
 
     def compiling(self, kind: str, network: RunConfig) -> float:
-        """Seconds in which one worker compiles steps of a network."""
+        """Seconds in which one worker compiles steps of a network; 0 for kinds of work that are not compiled."""
         is_compiled = self.config.cluster.compile and network.network.norm != "batch"
         each = self.machine.compiling.get(kind, 0.0) if is_compiled else 0.0
         return each * network_cost(network, self.shape).functions
 
-    @property
-    def iteration(self) -> tuple[float, float]:
-        """Seconds of one iteration: computing on the slowest worker, and sums over workers."""
-        config, shards, machine = self.config, self.config.cluster.shards, self.machine
-        networks, whole = config.each_backbone(), self.shape.synthetic(config, shards)
-        held = next((plan.demand.held for plan in self.plans if plan.demand and plan.demand.held), whole)
-        looking, share = [networks[0], *config.each_auxiliary()], config.metadd.share if config.metadd else 0.0
-        computing = summing = 0.0
-        for role in config.roles:
-            own = [self.plans[number] for number in role.backbones]
-            worked = zip(role.backbones, own, strict=True)
-            passes = [(kind, networks[number], each) for number, plan in worked for kind, each in plan.passes.items()]
-            passes += [("training", looking[number], share * held) for number in role.meta_networks]
-            computing = max(computing, sum(self.seconds(*each) for each in passes))
-            sums = (machine.sum_seconds(each.summed, each.sums, shards) for plan in own if (each := plan.demand))
-            summing = max(summing, sum(sums))
-        return computing, summing + machine.sum_seconds(held * self.shape.row, 4, len(config.roles))
+    def _scheduled(self, tasks: Sequence[Sequence[Work]], together: int = 1) -> tuple[float, float]:
+        """Seconds of all workers, and seconds on the clock if groups of `together` workers take the longest task first.
+
+        A worker compiles the steps of a network before its first task with them.
+        """
+        groups = [(0.0, number, frozenset[Any]()) for number in range(max(1, self.machine.workers // together))]
+        for task in sorted(tasks, key=self.seconds, reverse=True):
+            busy, number, known = groups[0]
+            steps = {(kind, own.network): self.compiling(kind, own) for kind, own, _ in task}
+            busy += self.seconds(task) + sum(steps[step] for step in steps.keys() - known)
+            heapq.heapreplace(groups, (busy, number, known | steps.keys()))
+        return together * sum(busy for busy, *_ in groups), max(busy for busy, *_ in groups)
 
     @property
-    def outlook(self) -> Outlook | None:
-        """Facts that the method tells about the recipe; `None` if there is nothing to tell."""
-        return method_of(self.config).outlook(self.config, round(self.shape.training_images - self._held_out))
+    def iteration(self) -> tuple[float, float]:
+        """Seconds of one iteration on the slowest worker: computing, and sums over workers."""
+        shards, roles, machine = self.config.cluster.shards, self.config.roles, self.machine
+        demands = [self.plans[number].demand for number in roles[0].backbones]
+        sums = sum(machine.sum_seconds(each.summed, each.sums, shards) for each in demands)
+        return self.seconds(self._iteration), sums + machine.sum_seconds(self._held * self.shape.row, 4, len(roles))
 
     @functools.cached_property
     def stages(self) -> dict[str, tuple[float, float]]:
         """Stage -> hours of all GPUs or cores that are held for it, and hours on the clock."""
-        config, workers = self.config, self.machine.workers
-        backbones, together = config.each_backbone(), config.workers_per_set
-        experts, scored = self._experts(), self._scored()
-        started = min(workers, len(experts)) + together + min(workers, len(scored))
-        compiling = max(
-            sum(self.compiling(kind, backbones[n]) for n in role.backbones for kind in self.plans[n].passes)
-            for role in config.roles
-        )
-        method, pieces, training = method_of(config), self._pieces, round(self.shape.training_images - self._held_out)
-        passes = method.choosing(config, self.shape.classes, training)
-        choosing = sum(self.seconds(kind, backbones[0], count) for kind, count in passes.items()) / max(1, pieces)
-        iterating = method.iterations(config) * sum(self.iteration)
-        distillation = compiling + choosing + iterating
-        seconds = {
-            "start": (RUN_SECONDS + WORKER_SECONDS * started, RUN_SECONDS + 3 * WORKER_SECONDS),
-            "experts": self._spread(experts),
-            "distillation": (distillation * together * max(1, pieces), distillation * -(-max(1, pieces) // workers)),
-            "validation": (0.0, 0.0) if pieces or not iterating else self._validation(iterating),
-            **({"labels": self._spread([labelling])} if (labelling := self._labelling) else {}),
-            "evaluation": self._spread(scored),
-        }
-        return {name: (self.machine.cores * held / 3600, wall / 3600) for name, (held, wall) in seconds.items()}
+        tasks, workers, together = self.tasks, self.machine.workers, self.config.workers_per_set
+        started = min(workers, len(tasks["experts"])) + together + min(workers, len(tasks["evaluation"]))
+        seconds = {"start": (RUN_SECONDS + WORKER_SECONDS * started, RUN_SECONDS + 3 * WORKER_SECONDS)}
+        seconds |= {stage: self._scheduled(own) for stage, own in tasks.items()}
+        computing, sums = (method_of(self.config).iterations(self.config) * each for each in self.iteration)
+        held, clock = self._scheduled(tasks["distillation"], together)
+        seconds["distillation"] = (held + together * sums, clock + sums)
+        if validated := tasks["validation"]:  # workers that do not distil validate while others iterate
+            meanwhile = int(max(0, workers - together) * (computing + sums) / self.seconds(validated[0]))
+            left = validated[min(meanwhile, len(validated) - 1) :]
+            seconds["validation"] = (seconds["validation"][0], self._scheduled(left)[1])
+        return {stage: (self.machine.cores * held / 3600, clock / 3600) for stage, (held, clock) in seconds.items()}
+
+    @property
+    def clock(self) -> dict[str, float]:
+        """Stage -> seconds on the clock."""
+        return {stage: 3600 * clock for stage, (_, clock) in self.stages.items()}
 
     @property
     def _pieces(self) -> int:
         """Pieces in which workers make the set, one each; 0 if workers make it together."""
         return len(method_of(self.config).pieces(self.config, self.shape.classes))
 
-    @property
-    def distilling(self) -> int:
-        """Workers that distil at the same time."""
-        return min(self._pieces, self.machine.workers) or self.config.workers_per_set
+    @functools.cached_property
+    def _held(self) -> int:
+        """Images of the set that the largest shard holds."""
+        return self.plans[0].demand.held or self.shape.synthetic(self.config, self.config.cluster.shards)
 
     @property
-    def clock(self) -> dict[str, float]:
-        """Stage -> seconds on the clock."""
-        return {stage: 3600 * wall for stage, (_, wall) in self.stages.items()}
+    def _trained(self) -> int:
+        return self.shape.trained(self.config.dataset)
 
     @functools.cached_property
     def _labels(self) -> LabelInfo | None:
         """Facts about the set's label store; `None` if the recipe stores no labels."""
-        config, images = self.config, self.shape.synthetic(self.config)
-        if config.evaluate.labels != "stored":
+        config, images, classes = self.config.evaluate, self.shape.synthetic(self.config), self.shape.classes
+        if config.labels != "stored":
             return None
-        epochs, (_, height, width) = scoring_schedule(config.evaluate, 1.0).epochs, self.shape.image
-        classes, keep, top = self.shape.classes, min(kept_labels(config), epochs), config.evaluate.top_logits
-        top = None if top is None or top >= classes else top
-        return LabelInfo("", "", images, classes, (height, width), epochs, keep, config.seed, top)
-
-    @property
-    def _labelling(self) -> float:
-        """Seconds in which one worker labels the set for all stored epochs."""
-        passes = self._labels.keep * self._labels.images if self._labels else 0
-        return self.seconds("scoring", teacher_of(self.config), passes) if passes else 0.0
-
-    def _spread(self, tasks: list[float]) -> tuple[float, float]:
-        """Seconds of all tasks, and seconds on the clock if free workers take them, the longest first."""
-        busy = [0.0] * self.machine.workers
-        for seconds in sorted(tasks, reverse=True):
-            heapq.heapreplace(busy, busy[0] + seconds)
-        return sum(tasks), max(busy)
-
-    def _experts(self) -> list[float]:
-        """Seconds of each stack of experts. A worker compiles before its first stack of a network."""
-        tasks, workers = [], self.machine.workers
-        for network in trained_networks(self.config):
-            own, stack = network.experts, experts_at_a_time(network, self.shape.image, self.shape.classes)
-            passes = own.epochs * (self.shape.training_images - self._held_out) * (2 if own.optimiser == "gsam" else 1)
-            one, compiling = self.seconds("experts", network, passes), self.compiling("experts", network)
-            following, least = (
-                1 if network.cluster.experts_at_a_time else workers,
-                1 if uses_gpu(network.cluster) else 2,
-            )
-            found = stacks(range(own.count), stack, own.count, following, least)
-            tasks += [len(each) * one + compiling * (number < workers) for number, each in enumerate(found)]
-        return tasks
-
-    def _validation(self, iterating: float) -> tuple[float, float]:
-        """Seconds of all workers for validation, and its seconds on the clock.
-
-        Args:
-            iterating: seconds of all iterations, during which free workers validate.
-        """
-        config, workers, together = self.config, self.machine.workers, self.config.workers_per_set
-        epochs, count = PROTOCOLS[validation_protocol(config.evaluate.protocol)].epochs, validations(config.distill)
-        passes = config.distill.validation_seeds * epochs * self.shape.synthetic(config)
-        one = self._trained("training", config.each_backbone()[0], passes, config.distill.validation_seeds)
-        if not is_apart(together, together, workers):
-            return count * one * together, count * one
-        meanwhile = min(max(0, count - 1), int(max(0, workers - together) * iterating / one))
-        return count * one, one * -(-(count - meanwhile) // workers)
-
-    def _scored(self) -> list[float]:
-        """Seconds of each task of the evaluation. Networks that are trained together are compiled."""
-        config, shape, workers = self.config, self.shape, self.machine.workers
-        backbone, rows, tasks = config.each_backbone()[0], scored_rows(config), list[float]()
-        sizes = {"training": shape.synthetic(config), "real": round(shape.training_images - self._held_out)}
-        for row, network in rows:
-            count, schedule = training_of(config, row, network)
-            alone, other = "real" if row == "full" else "training", network or backbone.network
-            trained, images = backbone.model_copy(update={"network": other}), sizes[alone]
-            spec = other.for_images(shape.image[0], shape.image[1:], shape.classes)
-            for seeds in map(len, seeds_of_tasks(config, row, spec, images, -(-workers // len(rows)))):
-                kind, passes = "experts" if seeds > 1 else alone, seeds * count * schedule.epochs * images
-                compiling = self.compiling("experts", trained) * (seeds > 1 and len(tasks) < workers)
-                tested = self.seconds("scoring", backbone, seeds * shape.test_images)
-                taught = self.seconds("scoring", teacher_of(config), passes) if is_taught(config, row) else 0.0
-                tasks.append(compiling + self._trained(kind, trained, passes, seeds * count) + taught + tested)
-        return tasks
-
-    def _trained(self, kind: str, network: RunConfig, passes: float, count: int) -> float:
-        """Seconds to train `count` networks with `passes` image passes in all, and score them on validation images."""
-        return self.seconds(kind, network, passes) + self.seconds("scoring", network, count * self._held_out)
-
-    @property
-    def _held_out(self) -> float:
-        """Images set aside for validation."""
-        return self.shape.training_images * self.config.dataset.validation
+        epochs, top = scoring_schedule(config, 1.0).epochs, config.top_logits
+        keep, top = min(kept_labels(self.config), epochs), None if top is None or top >= classes else top
+        return LabelInfo("", "", images, classes, self.shape.image[1:], epochs, keep, self.config.seed, top)
 
     @property
     def storage(self) -> dict[str, int]:
         """Bytes that a finished run stores, by part: store, checkpoint, labels if any, and results without reports."""
         config, images, row = self.config, self.shape.synthetic(self.config), self.shape.row
-        transform, store = fitting_cost(config.dataset, self.shape).stored, 0
+        transform, store, method = fitting_cost(config.dataset, self.shape).stored, 0, method_of(config)
         for each in trained_networks(config):
-            snapshot = STORED_BYTES[each.experts.storage] * network_cost(each, self.shape).parameters
+            snapshot = getattr(torch, each.experts.storage).itemsize * network_cost(each, self.shape).parameters
             store += each.experts.count * len(each.kept_epochs) * snapshot + transform
-        method = method_of(config)
-        kinds = columns(method.state.record).values()
-        history = sum(np.dtype(kind).itemsize for kind in kinds) * len(config.weights)
+        record = sum(np.dtype(kind).itemsize for kind in columns(method.state.record).values())
         return {
-            "store": store,
-            "checkpoint": images * (3 * row + 16) + history * method.iterations(config),  # set, momentum, set kept
+            "store": store,  # below: set, momentum, set kept
+            "checkpoint": images * (3 * row + 16) + record * len(config.weights) * method.iterations(config),
             **({"labels": self._labels.planned_bytes} if self._labels else {}),
             "results": 2 * images * (row + 8) + (2 if transform <= INLINE_BYTES else 1) * transform,
         }
 
-    def __str__(self) -> str:
-        return "\n".join(self.lines())
+    @property
+    def outlook(self) -> Outlook | None:
+        """Facts that the method gives about the recipe; `None` if there are none."""
+        return method_of(self.config).outlook(self.config, self._trained)
 
     def to_json(self) -> dict[str, Any]:
         """Estimates as plain data. Hours are `None` if no speed is known."""
@@ -245,66 +237,55 @@ class Proposal:
             "storage_bytes": self.storage,
             "workers_per_set": config.workers_per_set,
             "cluster": config.cluster.model_dump(include={"shards", "gpus_per_worker", "experts_at_a_time"}),
-            "memory": [
-                {
-                    "worker": each.name,
-                    "bytes": each.total,
-                    "limit_bytes": None if math.isinf(each.budget) else each.budget,
-                    "parts": each.parts,
-                }
-                for each in self.plans
-            ],
+            "memory": [each.to_json() for each in self.plans],
+            "not_followed": list(self.replaced or ()),
         }
 
-    def lines(self, *, suggested: bool = False, verbose: bool = False) -> list[str]:
-        """Estimates as text for people.
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
 
-        Args:
-            suggested: True to show the layout, which was chosen for a described cluster.
-            verbose: True to show details of time and memory.
-        """
-        config, shape, machine, plan = self.config, self.shape, self.machine, self.plans[0]
-        device, image = machine.device.replace("core", "CPU"), "x".join(map(str, shape.image))
-        kept, outlook = self.storage, self.outlook
-        held, clock = {name: 3600 * hours for name, (hours, _) in self.stages.items()}, self.clock
-        trained = (
-            f"{each.experts.count:,} {each.network.architecture}, {each.experts.epochs:,} epochs"
-            for each in trained_networks(config)
-        )
-        fitting, (computing, sums) = fitting_cost(config.dataset, shape), self.iteration
-        summed = size_in_words(sum(each.demand.summed for each in self.plans if each.demand))
-        worst = max(self.plans, key=lambda each: each.total)
+    def lines(self, *, verbose: bool = False) -> list[str]:
+        """Estimates as text for people. `verbose` adds details of time and memory."""
+        machine, storage, outlook = self.machine, self.storage, self.outlook
+        config, shape, fitting = self.config, self.shape, fitting_cost(self.config.dataset, self.shape)
+        held, clock = ({stage: 3600 * hours[place] for stage, hours in self.stages.items()} for place in (0, 1))
+        trained = [(each.experts, each.network.architecture) for each in trained_networks(config)]
+        (computing, sums), summed = self.iteration, sum(each.demand.summed for each in self.plans if each.chunk)
+        device = machine.device.replace("core", "CPU")
         rows = {
-            "data": f"{shape.training_images:,} training images of {image} in {shape.classes:,} classes: "
-            f"{size_in_words(shape.bytes)}, shared by the workers of a machine",
-            "experts": "; ".join(trained) or "none needed",
-            "distillation": method_of(config).described(config, shape.synthetic(config), plan.chunk),
+            "data": str(shape),
+            "fitting zca": fitting.size and f"{fitting}, once, by the process that starts the workers",
+            "experts": "; ".join(f"{each.count:,} {name}, {each.epochs:,} epochs" for each, name in trained)
+            or "none needed",
+            "distillation": method_of(config).described(config, shape.synthetic(config), self.plans[0].chunk),
             **({outlook.title: "; ".join(outlook.lines())} if outlook else {}),
             "evaluation": f"{config.evaluate.seeds:,} networks a row, "
             f"{scoring_schedule(config.evaluate, 1.0).epochs:,} epochs",
             f"{device} time": f"{_listed(held)}; {machine.basis}" if machine.basis else NO_HOURS,
-            "storage": ", ".join(f"{name} {size_in_words(size)}" for name, size in kept.items()),
-            "fitting zca": fitting.size and f"{fitting}, once, by the process that starts the workers",
-            "layout": suggested and f"{self.settings()}: {self.distilling} of {machine.workers} workers distil",
+            "storage": ", ".join(f"{name} {size_in_words(size)}" for name, size in storage.items()),
+            "layout": self._layout,
             "on the clock": verbose and machine.basis and _listed(clock),
-            "an iteration": verbose and f"{computing:.3g} s computing, {sums:.3g} s sums; a shard sums {summed}",
+            "an iteration": verbose
+            and f"{computing:.3g} s computing, {sums:.3g} s sums; a shard sums {size_in_words(summed)}",
         }
         times = f"{show_time(sum(held.values()))} of {device}s, {show_time(sum(clock.values()))} on the clock"
-        about = f"about {times}, " if machine.basis else ""
+        about, worst = f"about {times}, " if machine.basis else "", max(self.plans, key=lambda each: each.total)
         return [
-            f"{config.name}: memory {worst.memory} a worker, {about}{size_in_words(sum(kept.values()))} of storage",
+            f"{config.name}: memory {worst} a worker, {about}{size_in_words(sum(storage.values()))} of storage",
             *(f"  {label:<16} {value}" for label, value in rows.items() if value),
             *(line for each in self.plans if verbose for line in each.lines()),
         ]
 
-    def settings(self) -> str:
-        """Options that ask for the layout on the command line."""
-        cluster, size = self.config.cluster, self.machine.memory
-        options = [f"--set cluster.shards={cluster.shards}"]
-        options += [f"--set cluster.gpus_per_worker={cluster.gpus_per_worker:g}"] if cluster.gpus_per_worker else []
-        options += [f"--set cluster.experts_at_a_time={cluster.experts_at_a_time}"] if cluster.experts_at_a_time else []
-        options += [f"--memory {size if size % 2**30 else f'{size // 2**30}GiB'}"] if size is not None else []
-        return " ".join(options)
+    @property
+    def _layout(self) -> str:
+        """Options that ask for a suggested layout on the command line; "" if the layout is the recipe's own."""
+        if self.replaced is None:
+            return ""
+        names, cluster = ("shards", "gpus_per_worker", "experts_at_a_time", "memory"), self.config.cluster
+        options = [f"--set cluster.{name}={value}" for name in names if (value := getattr(cluster, name))]
+        distilling = min(self._pieces, self.machine.workers) or self.config.workers_per_set
+        ignored = f"; not followed: {', '.join(self.replaced)} of the recipe" if self.replaced else ""
+        return f"{' '.join(options)}: {distilling} of {self.machine.workers} workers distil{ignored}"
 
 
 def _listed(seconds: dict[str, float]) -> str:

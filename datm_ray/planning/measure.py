@@ -5,15 +5,18 @@ Tests: tests/planning/test_duration.py.
 
 from __future__ import annotations
 
-import functools
+import itertools
 import os
 import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from datm_ray.config import RunConfig
 from datm_ray.core.experts import ExpertState, train_experts
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
@@ -39,8 +42,6 @@ QUICK_FLOP = 1e10
 COMPILED_GAIN = 2.0
 """Speed of a compiled step relative to an uncompiled step. Measured: 1.7 to 3.2, highest for small networks."""
 
-_Work = tuple[int, Iterator[object]]
-
 
 def measured(proposal: Proposal, *, quickly: bool = False) -> Machine:
     """Measure the speed of this machine with the recipe's network. Returns the proposal's machine with that speed.
@@ -55,40 +56,34 @@ def measured(proposal: Proposal, *, quickly: bool = False) -> Machine:
     """
     machine, cluster, threads = proposal.machine, proposal.config.cluster, torch.get_num_threads()
     cost, compiled = network_cost(proposal.config, proposal.shape), cluster.compile and not quickly
+    seconds, compiling = dict[str, float](), dict[str, float]()
     try:
         device = prepare_device(cluster)
-        work = _work(proposal, device, compiled, cost.flop if quickly else 0)
-        by_cpu = device.type == "cpu" and machine.cores == 1
-        found = {kind: (passes, *_seconds(each, by_cpu=by_cpu)) for kind, (passes, each) in work.items()}
+        for kind, (passes, work) in _work(proposal, device, compiled, cost.flop if quickly else 0).items():
+            first, usual = _seconds(work, by_cpu=device.type == "cpu" and machine.cores == 1)
+            seconds[kind] = usual / (cost.flop * passes)
+            if cluster.compile and kind in machine.compiling:
+                compiling[kind] = machine.compiling[kind] if quickly else max(0.0, first - usual) / cost.functions
+                seconds[kind] /= COMPILED_GAIN if quickly else 1.0
     finally:
         torch.set_num_threads(threads)  # restore the setting of the caller, such as a notebook
-    seconds = {kind: usual / (cost.flop * passes) for kind, (passes, _, usual) in found.items()}
-    if compiled:
-        timed = machine.compiling.keys() & found.keys()
-        more = {kind: max(0.0, found[kind][1] - found[kind][2]) / cost.functions for kind in timed}
-        machine = replace(machine, compiling=more)
-    elif cluster.compile:
-        seconds |= {kind: seconds[kind] / COMPILED_GAIN for kind in machine.compiling.keys() & found.keys()}
     basis = "timed here in small; --measure is more exact" if quickly else "measured here"
-    return replace(machine, seconds=seconds, basis=basis)
+    return replace(machine, seconds=seconds, basis=basis, compiling=compiling)
 
 
-def _work(proposal: Proposal, device: torch.device, compiled: bool, flop: int) -> dict[str, _Work]:
+def _work(proposal: Proposal, device: torch.device, compiled: bool, flop: int) -> dict[str, tuple[int, Iterator[Any]]]:
     """Kind of work -> image passes of one repetition, and an endless iterator that runs one repetition per item.
 
     Args:
-        device: device to compute on.
-        compiled: True to compile steps.
         flop: operations of one image's forward pass, which limit the number of images by `QUICK_FLOP`; 0 for no limit.
     """
-    config, shape, cluster = proposal.config.each_backbone()[0], proposal.shape, proposal.config.cluster
-    real, batch = shape.training_images, evaluation_schedule(config, 0.01).batch_size
-    matches = any("matching" in plan.passes for plan in proposal.plans)
+    config, shape = proposal.config.each_backbone()[0], proposal.shape
+    schedule, real = evaluation_schedule(config, 0.01), shape.training_images
     counts = {
-        "matching": proposal.plans[0].chunk if matches else 1,
+        "matching": proposal.plans[0].chunk,
         "experts": min(config.experts.batch_size, real),
-        "training": min(batch, shape.synthetic(config)),
-        "real": min(batch, real),
+        "training": min(schedule.batch_size, shape.synthetic(config)),
+        "real": min(schedule.batch_size, real),
         "scoring": min(SCORING_BATCH, real),
     }
     if flop:
@@ -96,33 +91,40 @@ def _work(proposal: Proposal, device: torch.device, compiled: bool, flop: int) -
     spec = config.network.for_images(shape.image[0], shape.image[1:], shape.classes)
     stack = experts_at_a_time(config, shape.image, shape.classes)
     networks = [build_network(spec, seed).to(device) for seed in range(stack)]
-    images = torch.randn(max(counts.values()), *shape.image, device=device)
+    first, images = networks[0], torch.randn(max(counts.values()), *shape.image, device=device)
     labels = torch.arange(len(images), device=device) % spec.classes
-    first = {kind: (images[:count], labels[:count]) for kind, count in counts.items()}
-    soft = torch.zeros(counts["matching"], spec.classes, device=device)
-    synthetic = SyntheticSet(first["matching"][0], soft, torch.full((1,), 0.01, device=device), first["matching"][1])
-
-    def matching() -> Iterator[object]:
-        options = StepOptions(compiled, channels_last=cluster.channels_last, precision=precision_on(cluster, device))
-        functions, start = StudentStepFunctions(FlatNetwork(networks[0]), options), flatten(networks[0])
-        steps = draw_student_steps(len(soft), STEPS, len(soft), config.distill.augmentation, 0, 0)
-        match = functools.partial(matching_gradient, functions, start, start + 1, synthetic, steps, chunk=len(soft))
-        yield from (match() for _ in range(MANY))
-
-    experts = StackFunctions(networks[0], stacked=stack, compile_=compiled, channels_last=cluster.channels_last)
-    own, state = config.experts.model_copy(update={"epochs": MANY}), ExpertState.initial(networks)
-    together = stack * (2 if own.optimiser == "gsam" else 1)
-    schedule = replace(evaluation_schedule(config, 0.01), epochs=MANY, decay_epoch=None, warmup_epochs=0)
-    of_matching = {"matching": (STEPS * counts["matching"], matching())} if matches else {}
-    return of_matching | {
-        "experts": (together * counts["experts"], train_experts(experts, *first["experts"], own, range(stack), state)),
-        "training": (counts["training"], train(networks[0], *first["training"], schedule, 0)),
-        "real": (counts["real"], train(networks[0], *first["real"], schedule, 0)),
-        "scoring": (counts["scoring"], (predict_logits(networks[0], first["scoring"][0]) for _ in range(MANY))),
+    data = {kind: (images[:count], labels[:count]) for kind, count in counts.items()}
+    endless = replace(schedule, epochs=MANY, decay_epoch=None, warmup_epochs=0)
+    experts = config.experts.model_copy(update={"epochs": MANY})
+    functions = StackFunctions(first, stacked=stack, compile_=compiled, channels_last=config.cluster.channels_last)
+    work = {
+        "matching": _matching(config, first, *data["matching"], spec.classes, compiled=compiled),
+        "experts": train_experts(functions, *data["experts"], experts, range(stack), ExpertState.initial(networks)),
+        "training": train(first, *data["training"], endless, 0),
+        "real": train(first, *data["real"], endless, 0),
+        "scoring": (predict_logits(first, data["scoring"][0]) for _ in itertools.count()),
     }
+    if "matching" not in proposal.plans[0].demand.passes:
+        del work["matching"]
+    times = {"matching": STEPS, "experts": stack * (2 if experts.optimiser == "gsam" else 1)}
+    return {kind: (times.get(kind, 1) * counts[kind], each) for kind, each in work.items()}
 
 
-def _seconds(work: Iterator[object], *, by_cpu: bool) -> tuple[float, float]:
+def _matching(
+    config: RunConfig, network: nn.Module, images: Tensor, labels: Tensor, classes: int, *, compiled: bool
+) -> Iterator[Any]:
+    """Gradients of `STEPS` student steps on all images."""
+    precision, count = precision_on(config.cluster, images.device), len(images)
+    options = StepOptions(compiled, channels_last=config.cluster.channels_last, precision=precision)
+    functions, start = StudentStepFunctions(FlatNetwork(network), options), flatten(network)
+    soft = torch.zeros(count, classes, device=images.device)
+    synthetic = SyntheticSet(images, soft, torch.full((1,), 0.01, device=images.device), labels)
+    steps = draw_student_steps(count, STEPS, count, config.distill.augmentation, 0, 0)
+    while True:
+        yield matching_gradient(functions, start, start + 1, synthetic, steps, chunk=count)
+
+
+def _seconds(work: Iterator[Any], *, by_cpu: bool) -> tuple[float, float]:
     """Seconds of the first repetition, and median seconds of the following ones."""
     found: list[float] = []
     while len(found) <= REPEATED or sum(found[1:]) < SECONDS:

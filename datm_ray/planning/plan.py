@@ -6,30 +6,27 @@ Tests: tests/planning/test_duration.py.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
+
+import torch
 
 from datm_ray.config import ClusterConfig, RunConfig
 from datm_ray.errors import ConfigError
 from datm_ray.planning.duration import Proposal
-from datm_ray.planning.fit import Layout, plans_of
-from datm_ray.planning.machines import Machine, machine_here, parse_cluster, require_measurable
+from datm_ray.planning.machines import Machine, machine_here, parse_cluster, workers_here
 from datm_ray.planning.measure import measured
+from datm_ray.planning.memory import laid_out, plans_of
 from datm_ray.planning.shape import DataShape, data_shape, fitting_cost, parse_shape
 from datm_ray.runtime.executor import require_precision
 from datm_ray.stages.registry import method_of
 
 
 def plan_run(
-    config: RunConfig,
-    cluster: str | None = None,
-    shape: str | None = None,
-    *,
-    measure: bool = False,
-    workers_wanted: int = 0,
+    config: RunConfig, cluster: str | None = None, shape: str | None = None, *, measure: bool = False, wanted: int = 0
 ) -> Proposal:
     """Estimate memory, hours and storage of a run. Other arguments and errors: see `datm_ray.plan`.
 
-    Args:
-        workers_wanted: number of workers that all runs want for distilling at the same time; 0 for this run's number.
+    All runs want `wanted` workers for distilling at the same time; 0 for this run's number.
 
     Raises:
         DatasetError: the data cannot be read.
@@ -38,18 +35,21 @@ def plan_run(
     method_of(config).check(config)
     machine = machine_here(config) if cluster is None else parse_cluster(cluster, config.cluster.threads_per_worker)
     require_precision(config.cluster, machine.device == "GPU")
-    if measure:
-        require_measurable(machine)
+    if measure and (machine.basis or (machine.device == "GPU" and not torch.cuda.is_available())):
+        fact = "the speed is given" if machine.basis else "it has no GPU, which the workers compute on"
+        remedy = "leave it out; tflops= or gflops= in --cluster gives a speed"
+        raise ConfigError(f"--measure times steps on this machine, and {fact}", remedy=remedy)
     data = parse_shape(shape) if shape else data_shape(config.dataset, here=cluster is None)
     config = config.resolved(data.image[1:])
     if cluster is None:
         fitting_cost(config.dataset, data).require_memory()
-        found = Proposal(config, data, plans_of(config, data, Layout.of(config, workers_wanted)), machine)
+        sharing = min(workers_here(config), wanted or config.workers_per_set)
+        found = Proposal(config, data, plans_of(config, data, sharing), machine)
     else:
         found = propose(config, data, machine)
-    if (machine.basis or machine.device == "GPU") and not measure:
-        return found
-    return replace(found, machine=measured(found, quickly=not measure))
+    if measure or (machine.device == "core" and not machine.basis):
+        return replace(found, machine=measured(found, quickly=not measure))
+    return found
 
 
 def propose(config: RunConfig, shape: DataShape, machine: Machine) -> Proposal:
@@ -60,34 +60,33 @@ def propose(config: RunConfig, shape: DataShape, machine: Machine) -> Proposal:
     Raises:
         ConfigError: no proposal fits into memory, or the machine has fewer workers than the recipe needs.
     """
-    rows, gpu, found, failure = len(config.roles), machine.device == "GPU", [], None
+    rows, gpu, found = len(config.roles), machine.device == "GPU", list[Proposal]()
+    unfit = ConfigError(
+        f"{config.name} needs {rows} workers at the same time, and the cluster has {machine.workers}",
+        "its networks are on workers of their own",
+        "lower cluster.backbones_apart, or describe a larger cluster",
+    )
+    layout: dict[str, Any] = {"workers": None, "device": "auto" if gpu else "cpu", "gpus_per_worker": int(gpu)}
+    if size := machine.memory:
+        layout["memory"] = str(size) if size % 2**30 else f"{size // 2**30}GiB"
     most = min(machine.workers // rows, shape.classes)
     if method_of(config).pieces(config, shape.classes):  # workers share the pieces, and no piece is divided
         most = min(most, 1)
-    for shards in sorted({2**power for power in range(most.bit_length())} | {most} if most else set()):
-        update = {"shards": shards, "workers": None, "device": "auto" if gpu else "cpu", "gpus_per_worker": float(gpu)}
-        update |= {} if machine.memory is None else {"memory": str(machine.memory)}
-        laid_out = config.model_copy(update={"cluster": config.cluster.model_copy(update=update)})
+    for shards in sorted({min(most, 2**power) for power in range(most.bit_length() + 1)} - {0}):
+        own = laid_out(config, {**layout, "shards": shards})
         try:
-            found.append(Proposal(laid_out, shape, plans_of(laid_out, shape), machine))
-        except ConfigError as unfit:
-            failure = unfit
+            found.append(Proposal(own, shape, plans_of(own, shape), machine, _replaced(config, own)))
+        except ConfigError as failure:
+            unfit = failure
     if not found:
-        raise failure or ConfigError(
-            f"{config.name} needs {rows} workers at the same time, and the cluster has {machine.workers}",
-            "its networks are on workers of their own",
-            "lower cluster.backbones_apart, or describe a larger cluster",
-        )
+        raise unfit
     clock = [each.clock["distillation"] + each.clock["validation"] for each in found]
     return next(each for each, seconds in zip(found, clock, strict=True) if seconds <= 1.05 * min(clock))
 
 
-def not_followed(recipe: RunConfig, proposal: Proposal) -> list[str]:
-    """Line on settings of the recipe's `cluster` section that the proposed layout replaces; empty if there are none."""
-    ours, theirs, usual = recipe.cluster, proposal.config.cluster, ClusterConfig()
-    ignored = [
-        f"cluster.{name}={value:g}"
-        for name in ("shards", "workers", "gpus_per_worker")
-        if (value := getattr(ours, name)) not in (getattr(usual, name), getattr(theirs, name))
-    ]
-    return [f"  {'not followed':<16} {', '.join(ignored)} of the recipe: --cluster chooses these"] if ignored else []
+def _replaced(recipe: RunConfig, own: RunConfig) -> list[str]:
+    """Settings of the recipe's `cluster` section that a layout replaces."""
+    usual, names = ClusterConfig(), ("shards", "workers", "gpus_per_worker")
+    chosen = {name: (getattr(usual, name), getattr(own.cluster, name)) for name in names}
+    asked = {name: getattr(recipe.cluster, name) for name in names}
+    return [f"cluster.{name}={value:g}" for name, value in asked.items() if value not in chosen[name]]

@@ -1,6 +1,6 @@
 """Size of a data set, and the memory and operations of one of its images in a network, for planning.
 
-Tests: tests/planning/test_fit.py.
+Tests: tests/planning/test_memory.py.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import math
 import re
 from dataclasses import dataclass, replace
 
-from datm_ray.config import DatasetConfig, NetworkSpec, RunConfig
+from datm_ray.config import DatasetConfig, NetworkConfig, RunConfig
 from datm_ray.core.networks.image_cost import ImageCost, image_cost
 from datm_ray.core.networks.registry import build_network
 from datm_ray.data.decode import require_memory
 from datm_ray.data.sources import load_raw
 from datm_ray.data.transform import FitCost
 from datm_ray.errors import ConfigError
+from datm_ray.store.trajectories import size_in_words
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class DataShape:
     is_streamed: bool = False
     """True if images stay in their files, see `dataset.streamed`."""
 
+    def __str__(self) -> str:
+        image = "x".join(map(str, self.image))
+        held = f"{size_in_words(self.bytes)}, shared by the workers of a machine" if self.bytes else "read when needed"
+        return f"{self.training_images:,} training images of {image} in {self.classes:,} classes: {held}"
+
     @property
     def bytes(self) -> int:
         """Bytes of the training images as float32. Workers on one node share one copy. 0 for streamed images."""
@@ -42,6 +48,10 @@ class DataShape:
     def row(self) -> int:
         """Bytes of an image and its soft label."""
         return 4 * (math.prod(self.image) + self.classes)
+
+    def trained(self, dataset: DatasetConfig) -> int:
+        """Number of training images without those that a recipe sets aside for validation."""
+        return round(self.training_images * (1 - dataset.validation))
 
     def synthetic(self, config: RunConfig, shards: int = 1) -> int:
         """Number of images in a recipe's synthetic set, or in the largest of its shards. Shards hold whole classes."""
@@ -83,37 +93,29 @@ def data_shape(dataset: DatasetConfig, *, here: bool = False) -> DataShape:
     Raises:
         DatasetError: images cannot be read, or do not fit into memory.
     """
-    if dataset.source not in KNOWN_SHAPES:
-        raw = load_raw(
-            dataset.source,
-            dataset.path,
-            resize=dataset.resize,
-            validation=dataset.validation,
-            copies=2,
-            streamed=dataset.streamed,
-        )
+    streamed = dataset.streamed
+    if (shape := KNOWN_SHAPES.get(dataset.source)) is None:
+        side, validation = dataset.resize, dataset.validation
+        raw = load_raw(dataset.source, dataset.path, resize=side, validation=validation, copies=2, streamed=streamed)
         images = len(raw.train) + len(raw.validation)
-        return DataShape((raw.channels, *raw.size), raw.classes, images, len(raw.test), dataset.streamed)
-    shape = KNOWN_SHAPES[dataset.source]
-    if dataset.resize is None:
-        return shape
-    image = (shape.image[0], dataset.resize, dataset.resize)
-    if here and not dataset.streamed:
-        require_memory(shape.training_images, image, copies=2)
-    return replace(shape, image=image, is_streamed=dataset.streamed)
+        return DataShape((raw.channels, *raw.size), raw.classes, images, len(raw.test), streamed)
+    if dataset.resize is not None:
+        shape = replace(shape, image=(shape.image[0], dataset.resize, dataset.resize), is_streamed=streamed)
+        if here and not streamed:
+            require_memory(shape.training_images, shape.image, copies=2)
+    return shape
 
 
 def fitting_cost(dataset: DatasetConfig, shape: DataShape) -> FitCost:
     """Cost of fitting the normalisation on the training images without those for validation."""
-    left = round(shape.training_images * (1 - dataset.validation))
-    return FitCost.of(dataset.resolved(shape.image[1:]).kind, shape.image, left)
+    return FitCost.of(dataset.resolved(shape.image[1:]).kind, shape.image, shape.trained(dataset))
 
 
 def network_cost(config: RunConfig, shape: DataShape) -> ImageCost:
     """Memory and operations of one image in a forward pass through the recipe's main network, `config.network`."""
-    return _cost_of(config.network.for_images(shape.image[0], shape.image[1:], shape.classes))
+    return _cost_of(config.network, shape.image, shape.classes)
 
 
 @functools.lru_cache(maxsize=64)
-def _cost_of(spec: NetworkSpec) -> ImageCost:
-    return image_cost(build_network(spec, seed=0), (spec.channels, *spec.size))
+def _cost_of(network: NetworkConfig, image: tuple[int, int, int], classes: int) -> ImageCost:
+    return image_cost(build_network(network.for_images(image[0], image[1:], classes), seed=0), image)

@@ -26,9 +26,9 @@ from datm_ray.data.sources import RawDataset, load_raw
 from datm_ray.data.splits import held_out
 from datm_ray.errors import DatasetError
 from datm_ray.planning.duration import Proposal
-from datm_ray.planning.fit import Layout, plans_of
 from datm_ray.planning.machines import Machine, machine_here
 from datm_ray.planning.measure import measured
+from datm_ray.planning.memory import plans_of
 from datm_ray.planning.shape import DataShape
 from datm_ray.runtime.executor import counted
 from datm_ray.stages.experts import experts_at_a_time
@@ -199,7 +199,7 @@ def measured_plans(raw: RawDataset, say: Callable[[str], None]) -> Callable[[Run
 
     def plan(config: RunConfig) -> Proposal:
         config = config.resolved(raw.size)
-        found = Proposal(config, shape, plans_of(config, shape, Layout.of(config, 0)), machine_here(config))
+        found = Proposal(config, shape, plans_of(config, shape), machine_here(config))
         width = config.network.width
         if width not in machines:
             say(f"timing steps of a network with {width} channels ...")

@@ -11,7 +11,7 @@ from datm_ray.core.networks.registry import embedding
 from datm_ray.core.synthetic import AllSum, SyntheticSet
 from datm_ray.core.training import Heartbeat
 from datm_ray.methods.distribution import distance_and_gradient, draw_shared
-from datm_ray.planning.fit import chunk_by_trial
+from datm_ray.planning.memory import chunk_by_trial
 from datm_ray.stages.method import Demand, Method, Part
 
 

@@ -27,7 +27,7 @@ from datm_ray.data.dataset import Dataset
 from datm_ray.data.sources import RawDataset
 from datm_ray.errors import ConfigError
 from datm_ray.methods.state import FIRST_MOVE, Descent, MetaTerm, State
-from datm_ray.planning.fit import DistillationPlan, Layout, plans_of
+from datm_ray.planning.memory import ALONE, DistillationPlan, laid_out, plans_of
 from datm_ray.planning.shape import DataShape
 from datm_ray.runtime.mesh import Mesh
 from datm_ray.stages.checkpoint import Rows
@@ -97,11 +97,9 @@ class Part:
         Raises:
             ConfigError: a worker of the set needs more memory than it may take.
         """
-        config = self.config
-        if not compiled:
-            config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"compile": False})})
-        shape = DataShape(self.image, self.dataset.classes, 0)
-        plans = plans_of(config, shape, Layout(self.mesh.columns, self.roles, self.sharing))
+        apart = {} if self.mesh.rows > 1 else ALONE
+        config = laid_out(self.config, {**apart, "shards": self.mesh.columns, "compile": compiled})
+        plans = plans_of(config, DataShape(self.image, self.dataset.classes, 0), self.sharing)
         return {number: plans[number] for number in self.role.backbones}
 
 

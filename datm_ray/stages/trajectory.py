@@ -23,7 +23,7 @@ from datm_ray.methods.trajectory.distance import Distance
 from datm_ray.methods.trajectory.iteration import MOST_ABOVE, Distillation, Match, Origin
 from datm_ray.methods.trajectory.matching import draw_student_steps
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
-from datm_ray.planning.fit import DistillationPlan, chunk_by_trial
+from datm_ray.planning.memory import DistillationPlan, chunk_by_trial
 from datm_ray.runtime.devices import precision_on, to_device
 from datm_ray.stages.initial import first_set
 from datm_ray.stages.method import Demand, Method, Part

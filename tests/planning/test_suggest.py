@@ -14,8 +14,8 @@ from datm_ray.data.sources import ImageSet, RawDataset
 from datm_ray.errors import DatasetError
 from datm_ray.planning import suggest as rules
 from datm_ray.planning.duration import Proposal
-from datm_ray.planning.fit import Layout, plans_of
 from datm_ray.planning.machines import parse_cluster
+from datm_ray.planning.memory import plans_of
 from datm_ray.planning.shape import DataShape
 from datm_ray.planning.suggest import Suggestion, Wish, source_of, suggest
 from datm_ray.recipes import get_recipe
@@ -39,7 +39,7 @@ def planner(data: RawDataset, cluster: str = "cpus=2,gflops=60") -> Callable[[Ru
 
     def plan(config: RunConfig) -> Proposal:
         config = config.resolved(data.size)
-        return Proposal(config, shape, plans_of(config, shape, Layout.of(config, 0)), parse_cluster(cluster))
+        return Proposal(config, shape, plans_of(config, shape), parse_cluster(cluster))
 
     return plan
 

@@ -112,7 +112,9 @@ def test_a_plan_and_a_dry_run_tell_of_labels(finished_run: Path, tmp_path: Path)
     plan = plan_run(config, "cpus=1,gflops=50")
     store = 3 * 10 * (16 + 1 / 8 + 4 + 4 + 8 + 2 * 10)
     assert plan.storage["labels"] == math.ceil(store)
-    assert plan.stages["labels"][0] > 0
+    held, clock = plan_run(config, "cpus=3,gflops=50").stages["labels"]
+    assert plan.stages["labels"] == pytest.approx((held, held))
+    assert clock == pytest.approx(held / 3)  # each worker labels one of three epochs
     assert "labels" not in plan_run(tiny_config(), "cpus=1,gflops=50").stages
     evaluate(pipeline)
     assert not any("label" in line for line in pipeline.plan())

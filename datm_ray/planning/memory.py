@@ -1,0 +1,297 @@
+"""Memory that workers take: a process, and tensors with a margin. What does not fit is refused before anything starts.
+
+The set, parameters and images are counted exactly, activations as a multiple of what all layers write in one forward
+pass (`core/networks/image_cost.py`), measured on CPUs. On a GPU a trial step decides in the end (`chunk_by_trial`).
+Images of the data set are left out, because the workers of a node share them. Accuracy: benchmarks/README.md. Tests:
+tests/planning/test_memory.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from datm_ray.config import NetworkConfig, Role, RunConfig
+from datm_ray.core.batches import BLOCK_BYTES
+from datm_ray.core.metadd import IMAGES_AT_A_TIME
+from datm_ray.core.networks.stacked import CACHED_MAP_BYTES
+from datm_ray.core.training import PROTOCOLS, SCORING_BATCH, scoring_schedule
+from datm_ray.errors import ConfigError
+from datm_ray.memory import available_memory
+from datm_ray.planning.machines import workers_here
+from datm_ray.planning.shape import DataShape, network_cost
+from datm_ray.runtime.devices import free_gpu_memory, uses_gpu
+from datm_ray.stages.expert_progress import LARGEST_WRITE
+from datm_ray.stages.registry import method_of, teacher_of
+from datm_ray.store.trajectories import size_in_words
+
+if TYPE_CHECKING:
+    from datm_ray.stages.method import Demand
+
+PROCESS_BYTES, TRAINING_PROCESS_BYTES = 1200 * 2**20, 900 * 2**20
+"""Memory of a CPU worker without tensors, if it distils, and if it trains networks. Measured: 935 to 1,200 MiB, most if
+it had trained networks before; 790 to 830 MiB, and 940 MiB with compiled steps of experts on small tensors."""
+GPU_PROCESS_BYTES = 4 * 2**30
+"""Main memory of a worker that computes on a GPU. Assumed: libraries and the context of CUDA take 2 to 3 GiB."""
+MARGIN, GPU_SHARE = 1.25, 0.9
+"""Factor on all counted tensors, for allocators and workspaces. Share of a GPU's free memory that a worker may fill."""
+STACKED_MAPS, ALONE_MAPS = 3, 1.25
+"""Peak memory of a training step, as a multiple of the bytes that all layers write in one forward pass. Measured: up to
+3.4 for networks in a stack, whose calls are small on CPUs, and 1.3 to 1.5 for one network; `MARGIN` comes on top."""
+SET_COPIES, IMAGE_COPIES = 5, 6
+"""Copies of a set (with momentum, gradient, updated set, and the set kept by validation), and of the images of a
+micro-batch (raw, augmented, kept for the derivative, and gradients)."""
+VECTORS, FROZEN_VECTORS = 8, 2
+"""Parameter vectors of a network in training (with gradients, velocity, GSAM's and updated ones), and of a MetaDD
+network (the restored network and its frozen copy)."""
+PARTS = {
+    "process": ("the process itself", ""),
+    "synthetic": ("its share of the synthetic set", "distill.ipc"),
+    "network": ("the network and sums of its gradients", "network.width"),
+    "trace": ("the trace of the student's steps", "distill.student_steps"),
+    "call": ("one micro-batch", "network.width or dataset.resize"),
+    "validation": ("validation", "network.width or dataset.resize"),
+    "meta": ("the networks of metadd", "dataset.resize, or choose smaller metadd.auxiliaries"),
+}
+"""Part of a worker's memory -> what it is, and which setting makes it smaller; "" if none does."""
+ALONE = {"shards": 1, "backbones_apart": False, "auxiliaries_apart": False}
+"""Settings of the section `cluster` with which one worker distils a set, see `laid_out`."""
+
+
+@dataclass(frozen=True)
+class DistillationPlan:
+    """Memory plan of one worker and one network that it distils with, or of a worker that only computes MetaDD."""
+
+    name: str
+    """Phrase that says what the worker does, for messages."""
+    budget: float
+    """Bytes that the worker may take; infinite if this process cannot see its GPU."""
+    parts: Mapping[str, int]
+    """Bytes that the worker takes, by part, see `PARTS`."""
+    chunk: int
+    """Images of a micro-batch: as many as the budget and a CPU's cache allow, in even parts; 0 for MetaDD alone."""
+    demand: Demand
+    """Work and memory of an iteration of the method."""
+
+    @property
+    def total(self) -> int:
+        """Peak memory of the worker in bytes, with `MARGIN` on everything but the process."""
+        parts = self.parts
+        worst = max(parts["trace"] + parts["call"], parts["validation"], parts["meta"])  # never at the same time
+        return parts["process"] + math.ceil(MARGIN * (parts["synthetic"] + parts["network"] + worst))
+
+    def __str__(self) -> str:
+        limit = "as the GPU allows" if math.isinf(self.budget) else f"of {size_in_words(self.budget)}"
+        return f"{size_in_words(self.total)} {limit}"
+
+    def lines(self) -> list[str]:
+        """Lines with the parts of the worker's memory, after a heading."""
+        parts = [f"    {size_in_words(size):>10}  {PARTS[name][0]}" for name, size in self.parts.items() if size]
+        return [f"  memory of a worker that {self.name}, with a margin of {MARGIN - 1:.0%} on tensors:", *parts]
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data. The limit is `None` if this process cannot see the worker's GPU."""
+        limit = None if math.isinf(self.budget) else self.budget
+        return {"worker": self.name, "bytes": self.total, "limit_bytes": limit, "parts": self.parts}
+
+    def refuse(self, *remedies: str) -> NoReturn:
+        """Raise a `ConfigError`: the worker needs more memory than it may take. Its remedies begin with `remedies`."""
+        can_help = {name: size for name, size in self.parts.items() if name != "process" or self.budget <= size}
+        size, name = max((size, name) for name, size in can_help.items())
+        words, knob = PARTS[name]
+        found = [*remedies, f"raise --memory (cluster.memory) to {size_in_words(1.01 * self.total)}"]
+        raise ConfigError(
+            f"a worker that {self.name} needs {size_in_words(self.total)} and may take {size_in_words(self.budget)}",
+            f"{size_in_words(size)} of it is {words}",
+            ", or ".join([*found, f"lower {knob}"] if knob else found),
+        )
+
+
+def laid_out(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+    """Copy of a run with other settings of its section `cluster`."""
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update=settings)})
+
+
+def plans_of(config: RunConfig, shape: DataShape, sharing: int = 0) -> list[DistillationPlan]:
+    """Plans of every network that a recipe works on, in the networks' order, then of workers that only compute MetaDD.
+
+    Args:
+        shape: the recipe's data. With 0 training images, the data set does not count in a machine's memory.
+        sharing: number of distilling workers on one machine; 0 if this set alone is distilled, on this machine.
+
+    Raises:
+        ConfigError: a worker would need more memory than it may take, or there are more shards than classes.
+    """
+    require_whole_classes(config.cluster.shards, shape.classes, config.name)
+    sharing = sharing or min(workers_here(config), config.workers_per_set)
+    budget = worker_budget(config, shape.bytes, sharing)
+    pairs = [(role, backbone) for role in config.roles for backbone in role.backbones or (None,)]
+    plans = [_plan(config, shape, *pair, budget) for pair in pairs]
+    for plan, pair in zip(plans, pairs, strict=True):
+        if plan.total > budget:
+            has_others = config.cluster.memory is None and sharing > config.workers_per_set
+            remedies = ["lower cluster.workers, so that fewer sets are distilled at a time"] if has_others else []
+            for shards in range(config.cluster.shards + 1, shape.classes + 1):
+                if _plan(laid_out(config, {"shards": shards}), shape, *pair, budget).total <= budget:
+                    remedies.append(f"use --set cluster.shards={shards}, which divides the set")
+                    break
+            plan.refuse(*remedies)
+    return plans
+
+
+def _plan(config: RunConfig, shape: DataShape, role: Role, backbone: int | None, budget: float) -> DistillationPlan:
+    """Plan of a worker with this role for one of its networks, or for MetaDD alone if `backbone` is `None`."""
+    shards, images, backbones = config.cluster.shards, shape.synthetic(config), config.each_backbone()
+    sizes = [network_cost(each, shape) for each in backbones]
+    first, size = sizes[0], sizes[backbone or 0]
+    seen = [network_cost([backbones[0], *config.each_auxiliary()][number], shape) for number in role.meta_networks]
+    own = method_of(config).demand(config, shape.classes, shards, size)
+    vectors = own.vectors * sum(sizes[number].parameters for number in role.backbones)
+    frozen = sum(each.parameters for each in seen) * (config.metadd.experts.count if config.metadd else 0)
+    validated = max(min(PROTOCOLS["short"].batch_size, images) * first.maps, 2 * SCORING_BATCH * first.largest)
+    copies, held = SET_COPIES + (len(role.backbones) > 1), own.held or shape.synthetic(config, shards)
+    parts = dict.fromkeys(PARTS, 0) | {
+        "process": 0 if uses_gpu(config.cluster) else PROCESS_BYTES,
+        "synthetic": copies * held * shape.row,
+        "network": 4 * (FROZEN_VECTORS * frozen + vectors),
+        "validation": validated + (images * shape.row if shards > 1 else 0),
+        "meta": sum(IMAGES_AT_A_TIME * each.maps for each in seen),
+    }
+    if backbone is None:
+        name = f"holds metadd.auxiliaries.{role.meta_networks[0] - 1} of {config.name}"
+        return DistillationPlan(name, budget, parts, 0, own)
+    of_an_image = own.maps * size.maps + IMAGE_COPIES * shape.row
+    free = (budget - parts["process"]) / MARGIN - parts["synthetic"] - parts["network"] - own.trace
+    chunk = _micro_batch(config, own, free / of_an_image, size.largest)
+    parts |= {"trace": own.trace, "call": chunk * of_an_image}
+    name = f"distils {config.name}" + (f", backbone {backbone}" if config.backbones else "")
+    return DistillationPlan(name, budget, parts, chunk, own)
+
+
+def _micro_batch(config: RunConfig, demand: Demand, most: float, largest: int) -> int:
+    """Images of a micro-batch: at most `most`, as many as fit the cache of a CPU, in even parts, and at least 1."""
+    if not demand.is_divisible:
+        return demand.at_once
+    most = min(most, demand.at_once)
+    if not uses_gpu(config.cluster):
+        most = min(most, 2 * CACHED_MAP_BYTES // (demand.maps * largest))  # a compiled step writes maps twice
+    return math.ceil(demand.at_once / math.ceil(demand.at_once / max(1, int(most))))
+
+
+def require_whole_classes(shards: int, classes: int, name: str) -> None:
+    """Raise a `ConfigError` if there are more shards than classes."""
+    if shards > classes:
+        raise ConfigError(
+            f"cluster.shards is {shards}, but {name} has {classes} classes",
+            "a shard holds whole classes",
+            f"use --set cluster.shards={classes} or fewer",
+        )
+
+
+def worker_budget(config: RunConfig, data_bytes: int = 0, sharing: int = 1) -> float:
+    """Bytes that one distilling worker may take: `cluster.memory`, or what its device has free.
+
+    Infinite for GPUs that this process cannot see. The workers of a machine share its memory and the data set.
+    """
+    cluster = config.cluster
+    if cluster.memory_bytes is not None:
+        return cluster.memory_bytes
+    if not uses_gpu(cluster):
+        return max(0, available_memory() - data_bytes) // sharing
+    if not torch.cuda.is_available():
+        return math.inf
+    return int(GPU_SHARE * min(cluster.gpus_per_worker or 1.0, 1.0) * free_gpu_memory())
+
+
+def chunk_by_trial(step: Callable[[int], None], plan: DistillationPlan, device: torch.device) -> int:
+    """Largest micro-batch whose step fits on a GPU. Tries the plan's size, then half of it, down to one image.
+
+    `step` computes one step of a number of images. The trial holds the plan's trace beside it, within the budget.
+
+    Raises:
+        ConfigError: a step of one image does not fit.
+    """
+    limit, chunk = torch.cuda.memory_allocated(device) + plan.budget, plan.chunk
+    while chunk:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        try:
+            trace = torch.empty(plan.parts["trace"], dtype=torch.uint8, device=device)
+            step(chunk)
+            del trace
+            if torch.cuda.max_memory_allocated(device) <= limit:
+                return chunk
+        except torch.OutOfMemoryError:
+            trace = None
+        chunk //= 2
+    raise ConfigError(
+        f"a worker that {plan.name} has too little GPU memory for a step of one image",
+        f"it may take {'all of it' if math.isinf(plan.budget) else size_in_words(plan.budget)}",
+        "raise cluster.gpus_per_worker or --memory, use more cluster.shards, or lower distill.student_steps or "
+        "network.width",
+    )
+
+
+def distilling_memory(config: RunConfig, shape: DataShape, sharing: int = 0) -> int:
+    """Bytes of main memory to reserve for the largest rank that distils a set. Arguments and errors: see `plans_of`."""
+    if uses_gpu(config.cluster):
+        return GPU_PROCESS_BYTES
+    saved = 0 if config.cluster.compile else PROCESS_BYTES - TRAINING_PROCESS_BYTES
+    return max(plan.total for plan in plans_of(config, shape, sharing)) - saved
+
+
+def experts_memory(config: RunConfig, shape: DataShape, stacked: int) -> int:
+    """Bytes of main memory to reserve for a worker that trains stacks of `stacked` experts of `config.network`."""
+    settings, vector = config.experts, 4 * stacked * network_cost(config, shape).parameters
+    written = 2 * min(LARGEST_WRITE + vector, vector * (settings.epochs + 1))  # as epochs, and stacked for the file
+    rows, scored = min(settings.batch_size, shape.training_images), SCORING_BATCH if settings.test_every else 0
+    return _training_memory(config, shape, rows, stacked, written, scored, is_stack=True)
+
+
+def scoring_memory(
+    config: RunConfig,
+    shape: DataShape,
+    images: int,
+    network: NetworkConfig | None = None,
+    together: int = 1,
+    *,
+    is_shared: bool = False,
+) -> int:
+    """Bytes of main memory to reserve for a worker that trains a network on `images` images and scores it.
+
+    Args:
+        network: scored network; `None` for the backbone.
+        together: number of networks that are trained together.
+        is_shared: True if the images are the data set's, which the workers of a node share.
+    """
+    rows = min(scoring_schedule(config.evaluate, 1.0).batch_size, images)
+    held = 0 if is_shared else together * images * shape.row
+    if config.evaluate.labels != "own":
+        teacher = network_cost(teacher_of(config), shape)
+        held += 2 * rows * together * teacher.largest + 4 * teacher.parameters
+    own = config.model_copy(update={"network": network or config.network})
+    is_stack = together > 1 and own.network.norm != "batch"
+    return _training_memory(own, shape, rows, together, held, SCORING_BATCH, is_stack=is_stack)
+
+
+def _training_memory(
+    config: RunConfig, shape: DataShape, rows: int, networks: int, held: int, scored: int, *, is_stack: bool
+) -> int:
+    """Bytes of main memory to reserve for a worker that trains networks, each on `rows` images in a step.
+
+    It holds further tensors of `held` bytes. Between steps, a network scores `scored` images at the same time. Steps of
+    a stack are computed in parts that fit the cache of a CPU.
+    """
+    if uses_gpu(config.cluster.shaped(light=True)):
+        return GPU_PROCESS_BYTES
+    cost, at_once = network_cost(config, shape), rows
+    if is_stack and config.network.norm != "batch":  # otherwise computed whole, one network after the other
+        at_once = min(rows * networks, max(networks, CACHED_MAP_BYTES // cost.largest))
+    maps = max((STACKED_MAPS if is_stack else ALONE_MAPS) * at_once * cost.maps, 2 * scored * cost.largest)
+    next_images = 3 * max(BLOCK_BYTES, rows * networks * shape.row)  # before and after their augmentation
+    tensors = maps + next_images + 4 * VECTORS * networks * cost.parameters + held
+    return TRAINING_PROCESS_BYTES + math.ceil(MARGIN * tensors)
