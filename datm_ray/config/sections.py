@@ -139,17 +139,17 @@ class NetworkConfig(Section):
 
     An architecture reads only the fields in its row:
 
-        convnet               width, depth, norm, pooling
-        mlp                   width, depth
-        resnet18, vgg11       width, norm
-        alexnet, vit-small    width
-        lenet                 nothing: its size is the published one
+        convnet                                             width, depth, norm, pooling
+        mlp                                                 width, depth
+        resnet18, resnet50, resnet101, mobilenet-v2, vgg11  width, norm
+        alexnet, vit-small                                  width
+        lenet                                               nothing: its size is the published one
 
     Architectures without norm in their row refuse norm "batch" and "group".
     """
 
     architecture: str = "convnet"
-    """Registered name: convnet, resnet18, vgg11, lenet, mlp, ..."""
+    """convnet, resnet18, resnet50, resnet101, vgg11, mobilenet-v2, alexnet, lenet, mlp, vit-small, or your own."""
     width: Count = PUBLISHED_WIDTH
     """Channels of convnet's layers; others scale in proportion."""
     depth: Count | None = None

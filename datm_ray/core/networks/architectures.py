@@ -1,4 +1,4 @@
-"""Architectures: ConvNet, ResNet-18, VGG-11, AlexNet, LeNet, a multilayer perceptron and a small vision transformer.
+"""Architectures: ConvNet, ResNets, VGG-11, MobileNetV2, AlexNet, LeNet, a perceptron and a small vision transformer.
 
 Each architecture is a function of a `NetworkSpec`. Names and seeds are in `registry.py`.
 
@@ -8,8 +8,8 @@ defines the same network, the results are equal (tests/core/networks/test_archit
 used, because `core` needs torch alone. Its transformer cannot be used for matching: its attention calls a fused kernel
 without a second derivative.
 
-Instance normalisation of a map of one pixel leaves only the bias. So ResNet-18 and VGG-11 halve a map only if at least
-two pixels a side remain. Their docstrings name the halvings that are left out.
+Instance normalisation of a map of one pixel leaves only the bias. So ResNets, MobileNetV2 and VGG-11 halve a map only
+if at least two pixels a side remain. Their docstrings name the halvings that are left out.
 
 Shapes: b images, c channels, h w height and width, k classes, t tokens, d numbers per token.
 """
@@ -17,6 +17,7 @@ Shapes: b images, c channels, h w height and width, k classes, t tokens, d numbe
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,11 @@ from datm_ray.errors import ConfigError
 
 LEAST_SIDE = 8
 """Smallest image side in pixels, inclusive. `convnet` and `mlp` take smaller images too."""
+MOST_SMALL_SIDE = 64
+"""Largest smaller side in pixels, inclusive, of images whose first maps ResNets and MobileNetV2 do not halve."""
+
+Convolutions = Sequence[tuple[int, int, int]]
+"""Output channels, kernel side and stride of convolutions in a row."""
 
 
 class SpatialNetwork(nn.Module):
@@ -88,51 +94,146 @@ class ConvNet(SpatialNetwork):
 
 
 def resnet18(spec: NetworkSpec) -> SpatialNetwork:
-    """ResNet-18 (arXiv 1512.03385) with convolutions initialised as by He et al.
+    """ResNet-18 (arXiv 1512.03385), see `_resnet`."""
+    return _resnet(spec, (2, 2, 2, 2), _two_convolutions)
+
+
+def resnet50(spec: NetworkSpec) -> SpatialNetwork:
+    """ResNet-50 (arXiv 1512.03385), see `_resnet`. The 3x3 convolutions halve the maps, as in torchvision."""
+    return _resnet(spec, (3, 4, 6, 3), _bottleneck)
+
+
+def resnet101(spec: NetworkSpec) -> SpatialNetwork:
+    """ResNet-101: a ResNet-50 with 23 instead of 6 blocks in its third stage."""
+    return _resnet(spec, (3, 4, 23, 3), _bottleneck)
+
+
+def _resnet(spec: NetworkSpec, blocks: Sequence[int], block: Callable[[int, int], Convolutions]) -> SpatialNetwork:
+    """Residual network of four stages with convolutions initialised as by He et al.
 
     For images up to 64 pixels a side, the first layers are one 3x3 convolution without pooling, as is usual for small
     images. For larger images they are the published 7x7 convolution and 3x3 pooling, which divide the side by four.
     Three of the four stages halve the map. At 8x8 the last stage does not halve it, so that the map stays at 2x2.
+
+    Args:
+        blocks: number of residual blocks in each stage.
+        block: maps a stage's width and a block's stride to the block's convolutions.
     """
     _require_least_side(spec)
     side, first = min(spec.size), _scaled(64, spec)
-    if side <= 64:
+    if side <= MOST_SMALL_SIDE:
         layers: list[nn.Module] = [nn.Conv2d(spec.channels, first, kernel_size=3, padding=1, bias=False)]
     else:
         layers = [nn.Conv2d(spec.channels, first, kernel_size=7, stride=2, padding=3, bias=False)]
     layers += [_normalisation(spec.norm, first), nn.ReLU()]
-    if side > 64:
+    if side > MOST_SMALL_SIDE:
         layers.append(nn.MaxPool2d(kernel_size=3, stride=2, padding=1))
         side = math.ceil(side / 4)
     inputs = first
-    for width in (first, 2 * first, 4 * first, 8 * first):
-        stride = 2 if width > inputs and side > 2 else 1
-        layers += [_ResidualBlock(inputs, width, stride, spec.norm), _ResidualBlock(width, width, 1, spec.norm)]
-        inputs, side = width, math.ceil(side / stride)
+    for stage, count in enumerate(blocks):
+        for number in range(count):
+            stride = 2 if stage and not number and side > 2 else 1
+            convolutions = block(first * 2**stage, stride)
+            layers.append(ResidualBlock(inputs, convolutions, spec.norm))
+            inputs, side = convolutions[-1][0], math.ceil(side / stride)
     network = SpatialNetwork(nn.Sequential(*layers), GlobalAverage(), nn.Linear(inputs, spec.classes))
     return _he_initialised(network)
 
 
-class _ResidualBlock(nn.Module):
-    """Residual block: two 3x3 convolutions beside a shortcut, which is a 1x1 convolution if the map's shape changes."""
+def _two_convolutions(width: int, stride: int) -> Convolutions:
+    """Convolutions of a block of ResNet-18."""
+    return (width, 3, stride), (width, 3, 1)
 
-    def __init__(self, inputs: int, outputs: int, stride: int, norm: Norm) -> None:
+
+def _bottleneck(width: int, stride: int) -> Convolutions:
+    """Convolutions of a block of deeper ResNets, whose maps have four times as many channels as its 3x3 convolution."""
+    return (width, 1, 1), (width, 3, stride), (4 * width, 1, 1)
+
+
+class ResidualBlock(nn.Module):
+    """Residual block: convolutions beside a shortcut, which is a 1x1 convolution if the map's shape changes.
+
+    Attributes:
+        branch: the convolutions, each with a normalisation, with ReLU between them.
+        shortcut: the identity, or a 1x1 convolution and a normalisation.
+    """
+
+    def __init__(self, inputs: int, convolutions: Convolutions, norm: Norm) -> None:
         super().__init__()
-        self.branch = nn.Sequential(
-            nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False),
-            _normalisation(norm, outputs),
-            nn.ReLU(),
-            nn.Conv2d(outputs, outputs, kernel_size=3, padding=1, bias=False),
-            _normalisation(norm, outputs),
-        )
+        layers: list[nn.Module] = []
+        channels = inputs
+        for outputs, side, stride in convolutions:
+            convolution = nn.Conv2d(channels, outputs, side, stride=stride, padding=side // 2, bias=False)
+            layers += [convolution, _normalisation(norm, outputs), nn.ReLU()]
+            channels = outputs
+        self.branch = nn.Sequential(*layers[:-1])
         self.shortcut: nn.Module = nn.Identity()
-        if inputs != outputs:
+        if inputs != channels:
+            stride = max(stride for _, _, stride in convolutions)
             self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, kernel_size=1, stride=stride, bias=False), _normalisation(norm, outputs)
+                nn.Conv2d(inputs, channels, kernel_size=1, stride=stride, bias=False), _normalisation(norm, channels)
             )
 
     def forward(self, maps: Tensor) -> Tensor:
         return torch.relu(self.branch(maps) + self.shortcut(maps))
+
+
+INVERTED_STAGES = (
+    *((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2)),
+    *((6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)),
+)
+"""Stages of MobileNetV2: factor by which a block widens its maps, channels after it, blocks, stride of the first."""
+
+
+def mobilenet_v2(spec: NetworkSpec) -> SpatialNetwork:
+    """MobileNetV2 (arXiv 1801.04381) without dropout, convolutions initialised as by He et al.
+
+    For images up to 64 pixels a side, the first convolution and the second stage do not halve the map, as is usual for
+    small images. Maps of two pixels a side are not halved either, so that an 8x8 image leaves 2x2.
+    """
+    _require_least_side(spec)
+    side, is_small = min(spec.size), min(spec.size) <= MOST_SMALL_SIDE
+    stride, inputs = 1 if is_small else 2, _scaled(32, spec)
+    layers: list[nn.Module] = [_activated(spec.channels, inputs, 3, spec.norm, stride)]
+    side = math.ceil(side / stride)
+    for stage, (factor, published, count, first_stride) in enumerate(INVERTED_STAGES):
+        width = _scaled(published, spec)
+        for number in range(count):
+            is_halving = first_stride == 2 and not number and side > 2 and not (is_small and stage == 1)
+            layers.append(InvertedResidual(inputs, width, factor, 2 if is_halving else 1, spec.norm))
+            inputs, side = width, math.ceil(side / 2) if is_halving else side
+    last = _scaled(1280, spec)
+    layers.append(_activated(inputs, last, 1, spec.norm))
+    return _he_initialised(SpatialNetwork(nn.Sequential(*layers), GlobalAverage(), nn.Linear(last, spec.classes)))
+
+
+class InvertedResidual(nn.Module):
+    """Block of MobileNetV2: maps are widened, convolved each by itself, and narrowed again without an activation.
+
+    The block's input is added if the map's shape stays.
+    """
+
+    def __init__(self, inputs: int, outputs: int, factor: int, stride: int, norm: Norm) -> None:
+        super().__init__()
+        wide = factor * inputs
+        widening = [_activated(inputs, wide, 1, norm)] if factor > 1 else []
+        self.branch = nn.Sequential(
+            *widening,
+            _activated(wide, wide, 3, norm, stride, groups=wide),
+            nn.Conv2d(wide, outputs, kernel_size=1, bias=False),
+            _normalisation(norm, outputs),
+        )
+        self.is_residual = stride == 1 and inputs == outputs
+
+    def forward(self, maps: Tensor) -> Tensor:
+        changed: Tensor = self.branch(maps)
+        return maps + changed if self.is_residual else changed
+
+
+def _activated(inputs: int, outputs: int, side: int, norm: Norm, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    """Convolution, normalisation and ReLU cut off at 6."""
+    convolution = nn.Conv2d(inputs, outputs, side, stride=stride, padding=side // 2, groups=groups, bias=False)
+    return nn.Sequential(convolution, _normalisation(norm, outputs), nn.ReLU6())
 
 
 def vgg11(spec: NetworkSpec) -> SpatialNetwork:
@@ -376,6 +477,8 @@ def _he_initialised(network: SpatialNetwork) -> SpatialNetwork:
     for part in network.modules():
         if isinstance(part, nn.Conv2d):
             nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+            if part.groups > 1:  # torch counts the outputs of all groups
+                part.weight.data.mul_(math.sqrt(part.groups))
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
     return network

@@ -18,7 +18,10 @@ from datm_ray.core.networks.architectures import (
     alexnet,
     lenet,
     mlp,
+    mobilenet_v2,
     resnet18,
+    resnet50,
+    resnet101,
     vgg11,
     vit_small,
 )
@@ -45,7 +48,10 @@ _BUILDERS: dict[str, Builder] = {
     "convnet": ConvNet,
     "lenet": lenet,
     "mlp": mlp,
+    "mobilenet-v2": mobilenet_v2,
     "resnet18": resnet18,
+    "resnet50": resnet50,
+    "resnet101": resnet101,
     "vgg11": vgg11,
     "vit-small": vit_small,
 }
