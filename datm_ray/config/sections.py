@@ -252,6 +252,8 @@ class StartEpochs(Section):
 
     @model_validator(mode="before")
     @classmethod
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: layers compute in 16 bits, meant for GPUs; parameters, gradients and losses keep 32."""
     def _pair_is_a_fixed_range(cls, values: object) -> object:
         if isinstance(values, list | tuple) and len(values) == 2:
             return {"first": values[0], "bound": values[1]}
@@ -492,7 +494,8 @@ class EvaluateConfig(Section):
 SELDOM = {
     "dataset": "normalisation validation",
     "network": "norm pooling",
-    "experts": "schedule warmup_epochs momentum weight_decay rho alpha adaptive keep_epochs storage test_every",
+    "experts": "schedule warmup_epochs momentum weight_decay rho alpha adaptive keep_epochs storage precision "
+    "test_every",
     "distill": "learning_rate_step_size real_batch initial labels gradient_limit options validate_every "
     "validation_seeds checkpoint_every",
     "recover": "first_layer rounds mixed_in",

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from datm_ray.config import ClusterConfig, ExpertConfig, NetworkSpec, RunConfig, expert_fingerprint
 from datm_ray.core.experts import ExpertState, train_experts
@@ -94,7 +95,7 @@ class ExpertWorker:
         self._dataset = dataset
         self._images = images_on(dataset.train_images, self._device)
         self._labels = to_device(dataset.train_labels, self._device)
-        self._functions: dict[tuple[NetworkSpec, int], StackFunctions] = {}
+        self._functions: dict[tuple[NetworkSpec, int, str], StackFunctions] = {}
 
     def train(self, config: RunConfig, store_uri: str, experts: Sequence[int]) -> Iterator[Event]:
         """Train a stack, and store the trajectories of its experts with numbers below the recipe's count.
@@ -140,7 +141,7 @@ class ExpertWorker:
         spec = config.network.for_images(dataset.channels, dataset.size, dataset.classes)
         seeds = [derive_seed(config.seed, Purpose.EXPERT, expert) for expert in experts]
         networks = [build_network(spec, seed).to(self._device) for seed in seeds]
-        functions = self._functions_for(spec, networks[0], len(experts))
+        functions = self._functions_for(spec, networks[0], len(experts), settings.precision)
         if functions.note:
             yield Note(functions.note)
         state = progress.resume(self._device)
@@ -173,18 +174,19 @@ class ExpertWorker:
                     raise Interrupted(f"epoch {state.epoch} of {settings.epochs}")
                 began = time.monotonic()
 
-    def _functions_for(self, spec: NetworkSpec, network: torch.nn.Module, stacked: int) -> StackFunctions:
+    def _functions_for(self, spec: NetworkSpec, network: nn.Module, stacked: int, precision: str) -> StackFunctions:
         """Training step for stacks of `stacked` networks. The worker compiles it once for all its tasks."""
-        if (spec, stacked) not in self._functions:
-            self._functions[spec, stacked] = StackFunctions(
+        if (spec, stacked, precision) not in self._functions:
+            self._functions[spec, stacked, precision] = StackFunctions(
                 network,
                 stacked=stacked,
                 compile_=self._cluster.compile,
                 channels_last=self._cluster.channels_last,
+                in_bfloat16=precision == "bfloat16",
             )
-        return self._functions[spec, stacked]
+        return self._functions[spec, stacked, precision]
 
-    def _accuracies(self, network: torch.nn.Module, state: ExpertState, settings: ExpertConfig) -> torch.Tensor | None:
+    def _accuracies(self, network: nn.Module, state: ExpertState, settings: ExpertConfig) -> torch.Tensor | None:
         """Test accuracies [s] of the stack's experts; `None` in epochs without a test, see `experts.test_every`."""
         if not settings.test_every or state.epoch % settings.test_every:
             return None

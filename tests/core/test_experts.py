@@ -42,7 +42,8 @@ def trained(
     networks: Sequence[nn.Module], settings: ExpertConfig, seeds: Sequence[int], *, compile_: bool = False
 ) -> tuple[ExpertState, list[Tensor]]:
     """Parameters at the end, and the losses of every epoch."""
-    functions = StackFunctions(networks[0], stacked=len(networks), compile_=compile_)
+    lowered = settings.precision == "bfloat16"
+    functions = StackFunctions(networks[0], stacked=len(networks), compile_=compile_, in_bfloat16=lowered)
     assert functions.note == "", "without compiled code nothing of it would be tested"
     state = ExpertState.initial(networks)
     images, labels = data(state.parameters.dtype)
@@ -279,12 +280,43 @@ def test_a_schedule_compiles_nothing_anew() -> None:
     assert_close(state.parameters, plain.parameters)
 
 
-@pytest.mark.parametrize("change", [{"epochs": 4}, {"epochs": 4, "schedule": "cosine", "warmup_epochs": 3}], ids=str)
+@pytest.mark.parametrize(("name", "norm"), [("convnet", "instance"), ("resnet18", "group"), ("resnet18", "batch")])
+def test_bfloat16_rounds_layers_but_not_parameters(name: str, norm: Any) -> None:
+    """Gradients in bfloat16 are off by as much as rounded parameters make them, and stay float32 as statistics do."""
+    spec = NetworkSpec(architecture=name, channels=3, size=(8, 8), classes=CLASSES, width=8, depth=2, norm=norm)
+    networks = [build_network(spec, seed) for seed in range(2)]
+    state, (x, y) = ExpertState.initial(networks), data(torch.float32)
+    others = (state.buffers, x.expand(2, *x.shape), y.expand(2, -1), torch.full((COUNT,), 1 / COUNT))
+    exact, lowered = (StackFunctions(networks[0], stacked=2, compile_=False, in_bfloat16=on) for on in (False, True))
+    fine, coarse = exact(state.parameters, *others), lowered(state.parameters, *others)
+    rounded = exact(state.parameters.bfloat16().float(), *others)
+    assert {each.dtype for each in coarse} == {torch.float32}
+    torch.testing.assert_close(coarse[0], fine[0], rtol=0.01, atol=0)
+    torch.testing.assert_close(coarse[2], fine[2], rtol=0.01, atol=0.01)
+    assert 0.5 < (fine[1] - coarse[1]).norm() / (fine[1] - rounded[1]).norm() < 2
+
+
+@pytest.mark.slow
+def test_compiled_bfloat16_is_as_fine() -> None:
+    """Compiled experts in bfloat16 end as near to float32's as uncompiled ones."""
+    networks, lowered = make_networks(2, dtype=torch.float32), SGD.model_copy(update={"precision": "bfloat16"})
+    expected = trained(networks, SGD, [0, 1])[0].parameters
+    plain, compiled = (
+        (trained(networks, lowered, [0, 1], compile_=on)[0].parameters - expected).norm() for on in (False, True)
+    )
+    assert 0 < 0.7 * plain < compiled < 1.4 * plain
+
+
+STEADY, LOWERED = {"epochs": 4}, {"epochs": 4, "precision": "bfloat16"}
+
+
+@pytest.mark.parametrize("change", [STEADY, LOWERED, {"epochs": 4, "schedule": "cosine", "warmup_epochs": 3}], ids=str)
 def test_training_resumes_from_any_epoch_with_the_same_bits(change: dict[str, Any]) -> None:
     """Resuming from the state of any epoch gives bit-identical experts."""
     networks, seeds, settings = make_networks(2, dtype=torch.float32), [1, 2], RICH.model_copy(update=change)
     undisturbed, _ = trained(networks, settings, seeds)
-    functions = StackFunctions(networks[0], stacked=2, compile_=False)
+    lowered = settings.precision == "bfloat16"
+    functions = StackFunctions(networks[0], stacked=2, compile_=False, in_bfloat16=lowered)
     half = ExpertState.initial(networks)
     for _ in zip(range(2), train_experts(functions, *data(torch.float32), settings, seeds, half), strict=False):
         pass

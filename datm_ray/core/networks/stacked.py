@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +121,7 @@ class StackFunctions:
         compile_: bool = True,
         chunk: int | None = None,
         channels_last: bool = True,
+        in_bfloat16: bool = False,
     ) -> None:
         """Prepare stacks of `stacked` networks of this network's kind.
 
@@ -129,7 +132,10 @@ class StackFunctions:
             chunk: number of images in one call; a batch takes several calls, whose results are added. `None`: on a CPU,
                 as many images as its cache holds the largest map of; on a GPU, all images.
             channels_last: True to keep maps with their channels innermost: faster on CPUs, with coarser rounding.
+            in_bfloat16: True to compute layers in bfloat16 where torch's autocast does. Parameters, gradients and
+                losses stay in the parameters' type.
         """
+        self._in_bfloat16 = in_bfloat16
         self._channels_last = channels_last
         self.note = compiler_problem(next(network.parameters()).device.type) if compile_ else ""
         # Batch statistics are written in place, and a traced graph must not write in place.
@@ -219,14 +225,21 @@ class StackFunctions:
     ) -> tuple[Tensor, Tensor]:
         def total(parameters: Tensor) -> tuple[Tensor, Tensor]:
             # No loss depends on another network's parameters, so the gradient of the sum holds each one's own.
-            losses = _losses(network(parameters, images), labels, weights)
+            with self._lowered(images):
+                logits = network(parameters, images)
+            losses = _losses(logits.to(parameters.dtype), labels, weights)
             return losses.sum(), losses
 
         gradients, losses = grad(total, has_aux=True)(parameters)
         return losses, gradients
 
     def _one(self, theta: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        gradient, loss = grad_and_value(lambda theta: _losses(self._network(theta, x), y, weights))(theta)
+        def loss_of(theta: Tensor) -> Tensor:
+            with self._lowered(x):
+                logits = self._network(theta, x)
+            return _losses(logits.to(theta.dtype), y, weights)
+
+        gradient, loss = grad_and_value(loss_of)(theta)
         return loss, gradient
 
     def _with_statistics(
@@ -236,10 +249,18 @@ class StackFunctions:
         losses, gradients = [], []
         for theta, own, x, y in zip(parameters, after, images, labels, strict=True):
             theta = theta.detach().requires_grad_()
-            loss = _losses(self._network.with_buffers(theta, own, x), y, weights)
+            with self._lowered(x):
+                logits = self._network.with_buffers(theta, own, x)
+            loss = _losses(logits.to(theta.dtype), y, weights)
             gradients.append(torch.autograd.grad(loss, theta)[0])
             losses.append(loss.detach())
         return torch.stack(losses), torch.stack(gradients), after
+
+    def _lowered(self, images: Tensor) -> AbstractContextManager[Any]:
+        """Context in which layers compute in bfloat16, if they should."""
+        if not self._in_bfloat16:
+            return nullcontext()
+        return torch.autocast(images.device.type, torch.bfloat16, cache_enabled=False)  # a cache would leak into graphs
 
 
 def filled_up(images: Tensor, labels: Tensor, weights: Tensor, missing: int) -> tuple[Tensor, Tensor, Tensor]:
