@@ -70,6 +70,10 @@ def refusal(text: str | bytes, folder: Path) -> str:
             "dataset: {normalisation: ZCA}",
             "dataset.normalisation is 'ZCA': input should be 'auto', 'zca' or",
         ),
+        ("dataset: {mean: [0.5]}", "dataset.mean and dataset.std need one number per channel each"),
+        ("dataset: {mean: [0.5], std: [1, 1]}", "need one number per channel each"),
+        ("dataset: {mean: [0.5], std: [0]}", "dataset.std.0 is 0: input should be greater than 0"),
+        ("dataset: {normalisation: zca, mean: [0], std: [1]}", "set dataset.normalisation=standard"),
         ("name: my run", "name is 'my run': a name has letters, digits, '.', '_' and '-'"),
         ("name: ../x", "name is '../x'"),
         ("seed: -1", "seed is -1: input should be greater than or equal to 0"),
@@ -461,7 +465,21 @@ def test_expert_fingerprint_changes_with_what_experts_depend_on(change: str) -> 
     assert expert_fingerprint(override(base, [change]), "d") != expert_fingerprint(base, "d")
 
 
-@pytest.mark.parametrize("change", ["experts.schedule=cosine", "experts.warmup_epochs=5"])
+STATISTICS = ["dataset.mean=[0.5, 0.5, 0.5]", "dataset.std=[0.2, 0.2, 0.2]"]
+
+
+def test_given_statistics_change_runs_and_experts_but_no_earlier_run() -> None:
+    """Given means and deviations mean standard normalisation, other experts and another run; without, no key is new."""
+    standard, given = RunConfig().resolved((96, 96)), override(RunConfig(), STATISTICS).resolved((32, 32))
+    assert given.dataset.kind == standard.dataset.kind == "standard"
+    other = override(given, ["dataset.std=[0.2, 0.2, 0.3]"])
+    assert len({expert_fingerprint(each, "d") for each in (standard, given, other)}) == 3
+    assert len({stable_hash(run_identity(each)) for each in (standard, given, other)}) == 3
+    assert run_identity(standard)["dataset"].keys().isdisjoint({"mean", "std"})
+    assert parse_config(yaml.safe_load(to_yaml(given)), "again") == given
+
+
+@pytest.mark.parametrize("change", ["experts.schedule=cosine", "experts.warmup_epochs=5", "experts.precision=bfloat16"])
 def test_schedules_of_experts_change_what_they_change_and_no_earlier_run(change: str) -> None:
     """A schedule makes other experts and another run, also of auxiliaries; at their defaults the keys are left out."""
     base = override(RunConfig(), ["metadd={auxiliaries: [{architecture: lenet}]}"]).resolved((32, 32))
@@ -471,7 +489,7 @@ def test_schedules_of_experts_change_what_they_change_and_no_earlier_run(change:
         of = (other, base) if not prefix else [each.each_auxiliary()[0] for each in (other, base)]
         assert expert_fingerprint(of[0], "d") != expert_fingerprint(of[1], "d")
     for experts in (run_identity(base)["experts"], run_identity(base)["metadd"]["experts"]):
-        assert experts.keys().isdisjoint({"schedule", "warmup_epochs"})
+        assert experts.keys().isdisjoint({"schedule", "warmup_epochs", "precision"})
 
 
 def test_how_a_set_is_scored_is_no_part_of_a_run_and_stands_in_the_sets_file() -> None:

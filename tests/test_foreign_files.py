@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image, features
+from safetensors.torch import save_file as save_weights
 
 from datm_ray.artifact import KIND, export, load, save_artifact
 from datm_ray.cli.stores import _expert_lines
@@ -39,6 +40,7 @@ from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.data import Transform, fit_transform, load_raw, parquet
 from datm_ray.errors import CorruptFileError, DatasetError, DatmError
 from datm_ray.interop.replay_buffers import _read
+from datm_ray.interop.teachers import read_weights
 from datm_ray.methods.trajectory.iteration import Distillation, IterationRecord
 from datm_ray.monitor.spent import Spent
 from datm_ray.pipeline.folder import DATA, DataNote
@@ -250,6 +252,22 @@ def write_buffer(folder: Path) -> Path:
     return folder / "buffer.pt"
 
 
+def write_weights(name: str) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        weights = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2)).state_dict()
+        if name.endswith(".safetensors"):
+            save_weights(weights, folder / name)
+        else:
+            torch.save(weights, folder / name, _use_new_zipfile_serialization=name.endswith(".pth"))
+        return folder / name
+
+    return write
+
+
+def read_teacher(path: Path) -> object:
+    return read_weights(open_location(str(path)))
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of file."""
@@ -285,6 +303,9 @@ KINDS = {
     "experts' cost": json_kind(COSTS, lambda p: read_experts_cost(open_location(str(p.parent)))),
     "recipe": Kind(write_recipe, lambda path: get_recipe(str(path)), exact=False, count=40),
     "replay buffer": Kind(write_buffer, lambda path: _read(open_location(str(path)))),
+    "weights": Kind(write_weights("x.pth"), read_teacher, exact=False),
+    "weights of old torch": Kind(write_weights("x.pt"), read_teacher, exact=False),
+    "weights in safetensors": Kind(write_weights("x.safetensors"), read_teacher, exact=False),
     "parquet": Kind(write_parquet, lambda path: pixels("parquet", path), exact=False),
     "zip": Kind(write_zip, lambda path: pixels("folder", path), exact=False, count=100),
     "png": Kind(write_images("PNG"), lambda path: pixels("folder", path.parents[1]), exact=False, count=50),

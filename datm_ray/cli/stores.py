@@ -230,6 +230,30 @@ def store_import(
     print(f"Next: {Invocation([recipe], settings, 'runs', store, 'ray', None).next('distill')}")
 
 
+@store_app.command("import-teacher")
+def store_import_teacher(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A state_dict: .pth, .pt or .safetensors.")],
+    recipe: Annotated[
+        str, typer.Option("--recipe", metavar="RECIPE|FILE.yaml", help="Data set, normalisation and network.")
+    ],
+    store: Annotated[str, typer.Option("--store", metavar="URI", help="Trajectory store to write to.")],
+    set_: Set = None,
+    verbose: Verbose = 0,
+) -> None:
+    """Store a trained classifier, such as torchvision's.
+
+    sre2l, select, MetaDD and labels then use it instead of training it. The recipe must give dataset.mean and
+    dataset.std, as the classifier was trained with.
+    """
+    config = config_of(recipe, set_)
+    from datm_ray.interop.teachers import import_teacher
+
+    imported = import_teacher(file, config, store)
+    print(f"{imported.group} expert {imported.expert}")
+    print(f"The network classifies {imported.accuracy:.1%} of {imported.images:,} test images correctly")
+    print(f"Next: {Invocation([recipe], list(set_ or []), 'runs', store, 'ray', None).next('run')}")
+
+
 @store_app.command("export")
 def store_export(
     uri: StoreUri,

@@ -89,6 +89,9 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
             "final_start_bound": starts.last + 1,
             "expand_iterations": starts.expand_iterations,
         }
+    if config.dataset.statistics is None:  # keeps the identity of runs made before the keys existed
+        identity["dataset"].pop("mean")
+        identity["dataset"].pop("std")
     if config.method == "datm":  # keeps the identity of runs made before the key existed
         identity.pop("method")
     for name, default in LATER_KEYS.items():
@@ -142,7 +145,7 @@ def expert_fingerprint(config: RunConfig, dataset_fingerprint: str) -> str:
     return stable_hash(
         {
             "dataset": dataset_fingerprint,
-            "normalisation": config.dataset.kind,
+            "normalisation": config.dataset.statistics or config.dataset.kind,
             "network": config.network.model_dump(),
             "experts": recipe,
             "seed": config.seed,

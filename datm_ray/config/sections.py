@@ -61,7 +61,11 @@ class DatasetConfig(Section):
     """Side in pixels to resize every image to; null keeps the size."""
     normalisation: Literal["auto", "zca", "standard"] = "auto"
     """zca: whitening with eps 0.1, as published. standard: mean and deviation per channel. auto: zca up to 64x64
-    pixels, else standard; streamed images get standard."""
+    pixels, else standard; streamed images and those with a given `mean` get standard."""
+    mean: Annotated[tuple[NonNegative, ...], Field(strict=False)] | None = None
+    """standard: mean of each channel, for pixels in [0, 1], such as a teacher was trained with; null: of the images."""
+    std: Annotated[tuple[Positive, ...], Field(strict=False)] | None = None
+    """standard: deviation of each channel, given together with `mean`; null: of the training images."""
     validation: Fraction = 0.1
     """Share of training images used for validation, in (0, 1)."""
     streamed: bool = False
@@ -77,6 +81,19 @@ class DatasetConfig(Section):
         if self.streamed and self.normalisation == "zca":
             raise ValueError("dataset.streamed and zca do not go together; use dataset.normalisation=standard")
         return self
+
+    @model_validator(mode="after")
+    def _statistics_fit(self) -> DatasetConfig:
+        if len(self.mean or ()) != len(self.std or ()):
+            raise ValueError("dataset.mean and dataset.std need one number per channel each; give both, or neither")
+        if self.mean is not None and self.normalisation == "zca":
+            raise ValueError("dataset.mean is given, and zca has another mean; set dataset.normalisation=standard")
+        return self
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Means and deviations of the channels; `None` if they are those of the training images."""
+        return None if self.mean is None or self.std is None else (self.mean, self.std)
 
     @property
     def kind(self) -> Literal["zca", "standard"]:
@@ -99,7 +116,7 @@ class DatasetConfig(Section):
         """
         if self.normalisation != "auto":
             return self
-        whitens = size[0] * size[1] <= MOST_WHITENED and not self.streamed
+        whitens = size[0] * size[1] <= MOST_WHITENED and not self.streamed and self.mean is None
         return self.model_copy(update={"normalisation": "zca" if whitens else "standard"})
 
 
@@ -234,6 +251,8 @@ class ExpertConfig(Section):
     """Store epochs 0 to this one and the final one; null: all matchable."""
     storage: Literal["float32", "float16", "bfloat16"] = "float32"
     """Type of stored parameters; 16 bits halve the store but round."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: layers compute in 16 bits, meant for GPUs; parameters, gradients and losses keep 32."""
     test_every: Annotated[int, Field(ge=0)] = 0
     """Epochs between measurements of test accuracy (for display only); 0 for none. Only stored epochs keep it."""
 
@@ -252,8 +271,6 @@ class StartEpochs(Section):
 
     @model_validator(mode="before")
     @classmethod
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: layers compute in 16 bits, meant for GPUs; parameters, gradients and losses keep 32."""
     def _pair_is_a_fixed_range(cls, values: object) -> object:
         if isinstance(values, list | tuple) and len(values) == 2:
             return {"first": values[0], "bound": values[1]}
@@ -492,7 +509,7 @@ class EvaluateConfig(Section):
 
 
 SELDOM = {
-    "dataset": "normalisation validation",
+    "dataset": "normalisation mean std validation",
     "network": "norm pooling",
     "experts": "schedule warmup_epochs momentum weight_decay rho alpha adaptive keep_epochs storage precision "
     "test_every",

@@ -24,7 +24,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
@@ -475,6 +475,7 @@ def fit_transform(
     images: NDArray[np.uint8],  # images [n c h w]
     levels: int,
     *,
+    given: tuple[Sequence[float], Sequence[float]] | None = None,
     eps: float = PUBLISHED_EPS,
     device: str = "cpu",
     say: Say = silent,
@@ -485,12 +486,13 @@ def fit_transform(
     For `standard`, a channel without variation is only centred.
 
     Args:
+        given: means and deviations [c] for `standard`, in units of [0, 1] pixels; `None` fits them.
         device: torch device that decomposes the covariance; a GPU pays off from 64x64 RGB.
         say: shows a line for each part of a fit that takes more than some seconds, and one every 30 seconds.
 
     Raises:
         DatasetError: the kind is unknown, eps is not positive, there are fewer than two images, or memory does not
-            suffice.
+            suffice; or given numbers are not one per channel.
     """
     if kind not in ("zca", "standard"):
         raise DatasetError(f"unknown normalisation {kind!r}", remedy="Use 'zca' or 'standard'")
@@ -504,6 +506,8 @@ def fit_transform(
             "Some directions of the pixel space have no variance at all",
             f"Set it to {PUBLISHED_EPS}, the published value",
         )
+    if given is not None:
+        return _given_standard(_image_shape(images), *given)
     cost = FitCost.of(kind, _image_shape(images), len(images))
     cost.require_memory()
     if kind == "standard":
@@ -621,6 +625,21 @@ def _fit_standard(images: NDArray[np.uint8], levels: int) -> Transform:
         fingerprint=_digest("standard", images.shape[1:], levels, count, total, squares),
         std=np.where(std > 0, std, 1).astype(np.float32),
     )
+
+
+def _given_standard(shape: tuple[int, int, int], mean: Sequence[float], std: Sequence[float]) -> Transform:
+    require_per_channel(mean, shape[0])
+    arrays = np.array(mean, np.float32), np.array(std, np.float32)
+    return Transform("standard", shape, arrays[0], _digest("given", shape, *arrays), std=arrays[1])
+
+
+def require_per_channel(mean: Sequence[float], channels: int) -> None:
+    """Raise a `DatasetError` unless there is one mean for each channel."""
+    if len(mean) != channels:
+        raise DatasetError(
+            f"dataset.mean has {len(mean)} number(s), and the images have {channels} channel(s)",
+            remedy="Give one mean and one std for each channel",
+        )
 
 
 def _channel_sums(images: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

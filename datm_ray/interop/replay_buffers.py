@@ -40,9 +40,9 @@ from datm_ray.data.sources import RawDataset, load_raw
 from datm_ray.data.transform import fit_transform
 from datm_ray.errors import CorruptFileError, DatmError, StoreError
 from datm_ray.interop.torch_files import read_torch_file
-from datm_ray.stages.experts import expert_group
+from datm_ray.stages.experts import expert_group, expert_info
 from datm_ray.store.files.filesystem import Location, open_location
-from datm_ray.store.trajectories import ExpertGroup, Snapshot, TrajectoryInfo, epochs_in_words
+from datm_ray.store.trajectories import ExpertGroup, Snapshot, epochs_in_words
 
 PUBLISHED_PER_FILE = 10
 """Number of experts in each published file."""
@@ -229,7 +229,11 @@ class _Network:
         taken = set(self._group.experts())
         for expert in count():
             if expert not in taken:
-                info = self._info(expert, {**origin, "digest": digest})
+                facts, fingerprint = {**origin, "digest": digest}, self._raw.fingerprint
+                module = self._flat.module
+                info = expert_info(
+                    self._config, self._group, fingerprint, module, expert, seed=-1, epochs=epochs, imported=facts
+                )
                 if self._group.write_expert(expert, snapshots, info):  # False if another import took the number
                     known[digest] = expert
                     return Imported(str(self._group.key), expert, new=True)
@@ -257,29 +261,10 @@ class _Network:
     def _store_transform(self) -> None:
         if not self._group.has_transform():
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            train, kind = fitting_images(self._raw.train), self._config.dataset.kind
-            transform = fit_transform(kind, train, self._raw.levels, device=device)
+            train, settings = fitting_images(self._raw.train), self._config.dataset
+            given = settings.statistics
+            transform = fit_transform(settings.kind, train, self._raw.levels, given=given, device=device)
             self._group.write_transform(transform.to_arrays(), transform.to_metadata())
-
-    def _info(self, expert: int, imported: dict[str, object]) -> TrajectoryInfo:
-        config = self._config
-        return TrajectoryInfo(
-            dataset=self._group.key.dataset,
-            dataset_fingerprint=self._raw.fingerprint,
-            architecture=config.network.architecture,
-            recipe={
-                "network": config.network.model_dump(),
-                "experts": config.experts.model_dump(exclude={"count"}),
-                "imported": imported,
-            },
-            fingerprint=self._group.key.fingerprint,
-            seed=-1,
-            expert=expert,
-            parameter_names=self._flat.names,
-            parameter_shapes=self._flat.shapes,
-            epochs=config.kept_epochs,
-            storage=config.experts.storage,
-        )
 
 
 def _value_at(values: dict[str, Any], key: str) -> Any:

@@ -15,6 +15,7 @@ from datm_ray.config.schema import RENAMED
 from datm_ray.core.augment import parse_strategy
 from datm_ray.core.networks.parameters import FlatNetwork
 from datm_ray.core.networks.registry import build_network, require_maps
+from datm_ray.data.transform import require_per_channel
 from datm_ray.errors import (
     ClusterError,
     ConfigError,
@@ -153,6 +154,8 @@ def _check_data(runs: Runs, config: RunConfig) -> None:
             f"evaluate.top_logits is {top}, and {raw.name} has {raw.classes} classes",
             remedy=f"use --set evaluate.top_logits={raw.classes - 1} or fewer, or null for all",
         )
+    if config.dataset.mean is not None:
+        require_per_channel(config.dataset.mean, raw.channels)
     method_of(config).check_images(config, raw)
     require_whole_classes(config.cluster.shards, raw.classes, raw.name)
     _check_networks(runs, config)
@@ -170,10 +173,11 @@ def _check_networks(runs: Runs, config: RunConfig) -> None:
         key = f"backbones.{number - 1}.network" if number else "network"
         built = _check_network(runs, config, backbone.network, key, has_maps=looks)
         if number < trained:
-            _check_experts(runs, backbone, built)
+            _check_experts(runs, backbone, built, method_of(config).epochs_read(backbone))
     for number, auxiliary in enumerate(config.each_auxiliary()):
         key = f"metadd.auxiliaries.{number}"
-        _check_experts(runs, auxiliary, _check_network(runs, config, auxiliary.network, key, has_maps=True))
+        built = _check_network(runs, config, auxiliary.network, key, has_maps=True)
+        _check_experts(runs, auxiliary, built, [auxiliary.experts.epochs])
         if auxiliary.network == config.network:
             raise ConfigError(
                 f"{key} is the backbone itself",
@@ -200,8 +204,8 @@ def _check_network(
     return built
 
 
-def _check_experts(runs: Runs, config: RunConfig, network: nn.Module) -> None:
-    """Raise an error if stored experts belong to another version's network, or lack epochs that the recipe matches."""
+def _check_experts(runs: Runs, config: RunConfig, network: nn.Module, epochs: Sequence[int]) -> None:
+    """Raise an error if stored experts belong to another version's network, or lack epochs that the recipe reads."""
     group = runs.experts(config)
     for expert in group.experts()[:1]:  # one expert stands for all, which normally keep equal epochs
         info = group.read_info(expert)
@@ -211,11 +215,11 @@ def _check_experts(runs: Runs, config: RunConfig, network: nn.Module) -> None:
                 "another version of this package trained them",
                 f"give another --store, or delete them with `datm-ray store rm {runs.store_uri} {group.key}`",
             )
-        missing = set(config.kept_epochs) - set(info.epochs)
+        missing = set(epochs) - set(info.epochs)
         if missing:
             raise MissingExpertsError(
                 f"{config.name} can match epoch {min(missing)}, which the experts in {group.location.uri} lack",
-                "they were trained for recipes that match earlier epochs only",
+                "they were trained for recipes that match other epochs, or imported with their last epoch alone",
                 "give another --store, and experts.keep_epochs, so that all recipes can share them",
             )
 

@@ -59,9 +59,8 @@ class Runs:
     def _read(self, config: RunConfig) -> RunConfig:
         """Read a run's images, unless another run has read them. Returns the run, resolved for the images' size."""
         d = config.dataset
-        alike = (
-            raw for each, raw in self._raw.items() if each.model_copy(update={"normalisation": d.normalisation}) == d
-        )
+        normalised = {name: getattr(d, name) for name in ("normalisation", "mean", "std")}
+        alike = (raw for each, raw in self._raw.items() if each.model_copy(update=normalised) == d)
         raw = next(alike, None)
         if raw is None:
             copies = 1 if self.alone else 2  # Ray's object store keeps a copy of its own
@@ -167,4 +166,5 @@ class Runs:
 
     def _fit(self, dataset: DatasetConfig, say: Say) -> Transform:
         raw, device = self._raw[dataset], "cuda" if torch.cuda.is_available() else "cpu"
-        return fit_transform(dataset.kind, fitting_images(raw.train), raw.levels, device=device, say=say)
+        train, given = fitting_images(raw.train), dataset.statistics
+        return fit_transform(dataset.kind, train, raw.levels, given=given, device=device, say=say)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,11 @@ class DistributionMatching(Method):
     """Matches mean embeddings of real and synthetic images in fresh networks. No network is trained beforehand."""
 
     reads_backbones = True
+
+    @classmethod
+    def epochs_read(cls, config: RunConfig) -> Sequence[int]:
+        """Last epoch, which MetaDD and labels use."""
+        return (config.experts.epochs,)
 
     @classmethod
     def demand(cls, config: RunConfig, classes: int, shards: int, cost: ImageCost) -> Demand:

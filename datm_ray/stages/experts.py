@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -202,22 +202,45 @@ class ExpertWorker:
     def _info(self, config: RunConfig, group: ExpertGroup, expert: int) -> TrajectoryInfo:
         dataset, seed = self._dataset, derive_seed(config.seed, Purpose.EXPERT, expert)
         network = build_network(config.network.for_images(dataset.channels, dataset.size, dataset.classes), seed)
-        flat, buffers = FlatNetwork(network), float_buffers(network)
-        return TrajectoryInfo(
-            dataset=group.key.dataset,
-            dataset_fingerprint=self._dataset.fingerprint,
-            architecture=config.network.architecture,
-            recipe={"network": config.network.model_dump(), "experts": config.experts.model_dump(exclude={"count"})},
-            fingerprint=group.key.fingerprint,
-            seed=seed,
-            expert=expert,
-            parameter_names=flat.names,
-            parameter_shapes=flat.shapes,
-            epochs=config.kept_epochs,
-            buffer_names=tuple(buffers),
-            buffer_shapes=tuple(tuple(buffer.shape) for buffer in buffers.values()),
-            storage=config.experts.storage,
-        )
+        return expert_info(config, group, dataset.fingerprint, network, expert, seed=seed, epochs=config.kept_epochs)
+
+
+def expert_info(
+    config: RunConfig,
+    group: ExpertGroup,
+    dataset_fingerprint: str,
+    network: nn.Module,
+    expert: int,
+    *,
+    seed: int,
+    epochs: tuple[int, ...],
+    imported: Mapping[str, object] | None = None,
+) -> TrajectoryInfo:
+    """Origin of an expert, and the layout of its vectors.
+
+    Args:
+        seed: seed of the training; -1 if unknown.
+        epochs: stored epochs.
+        imported: file that an imported expert comes from, and other facts; `None` for a trained expert.
+    """
+    flat, buffers = FlatNetwork(network), float_buffers(network)
+    origin = {} if imported is None else {"imported": dict(imported)}
+    settings = config.experts.model_dump(exclude={"count"})
+    return TrajectoryInfo(
+        dataset=group.key.dataset,
+        dataset_fingerprint=dataset_fingerprint,
+        architecture=config.network.architecture,
+        recipe={"network": config.network.model_dump(), "experts": settings, **origin},
+        fingerprint=group.key.fingerprint,
+        seed=seed,
+        expert=expert,
+        parameter_names=flat.names,
+        parameter_shapes=flat.shapes,
+        epochs=epochs,
+        buffer_names=tuple(buffers),
+        buffer_shapes=tuple(tuple(buffer.shape) for buffer in buffers.values()),
+        storage=config.experts.storage,
+    )
 
 
 def progress_of(

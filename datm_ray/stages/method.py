@@ -184,6 +184,11 @@ class Method:
         return config.each_backbone()[:1] if config.metadd else []
 
     @classmethod
+    def epochs_read(cls, config: RunConfig) -> Sequence[int]:
+        """Epochs of each expert of a backbone that a run reads. By default all that experts keep."""
+        return config.kept_epochs
+
+    @classmethod
     def check(cls, config: RunConfig) -> None:
         """Raise a `ConfigError` for a recipe that the method cannot distil."""
         if cls.batch_norm == "always":

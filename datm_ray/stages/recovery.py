@@ -38,6 +38,11 @@ class RecoveryFromTeacher(Method):
         return config.each_backbone()[:1]
 
     @classmethod
+    def epochs_read(cls, config: RunConfig) -> Sequence[int]:
+        """Last epoch, which is the teacher's."""
+        return (config.experts.epochs,)
+
+    @classmethod
     def check(cls, config: RunConfig) -> None:
         """Raise a `ConfigError` for a recipe that the method cannot follow, see `Method.check`."""
         super().check(config)

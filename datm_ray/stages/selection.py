@@ -56,6 +56,13 @@ class Selection(Method):
         return config.each_backbone()[:1]
 
     @classmethod
+    def epochs_read(cls, config: RunConfig) -> Sequence[int]:
+        """All epochs for forgetting; otherwise the last one, and that of `select.epoch`."""
+        if config.select.by == "forgetting":
+            return config.kept_epochs
+        return (config.select.epoch or config.experts.epochs, config.experts.epochs)
+
+    @classmethod
     def iterations(cls, config: RunConfig) -> int:
         """Always 0, because the chosen images are the set."""
         return 0

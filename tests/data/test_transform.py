@@ -134,6 +134,19 @@ def test_standard_gives_each_channel_mean_0_and_deviation_1() -> None:
     np.testing.assert_allclose(normal.std(axis=(0, 2, 3)), 1, atol=1e-5)
 
 
+def test_given_statistics_are_used_as_they_are() -> None:
+    """Given means and deviations are used instead of the images', and decide the fingerprint alone."""
+    images, given = photographs(), ([0.1, 0.2, 0.3], [0.5, 1.0, 2.0])
+    fitted = fit_transform("standard", images, 255, given=given)
+    mean, std = (np.array(each)[:, None, None] for each in given)
+    np.testing.assert_allclose(fitted.apply(scaled(images)), (scaled(images) - mean) / std, atol=1e-6)
+    np.testing.assert_allclose(fitted.invert(fitted.apply(scaled(images))), scaled(images), atol=1e-6)
+    assert fitted.fingerprint == fit_transform("standard", images[:4], 255, given=given).fingerprint
+    assert fitted.fingerprint != fit_transform("standard", images, 255).fingerprint
+    with pytest.raises(DatasetError, match=r"dataset\.mean has 1 number\(s\), and the images have 3 channel"):
+        fit_transform("standard", images, 255, given=([0.1], [0.5]))
+
+
 def test_standard_only_centres_a_constant_channel() -> None:
     """A constant channel is centred and not divided by its zero deviation."""
     images = photographs()

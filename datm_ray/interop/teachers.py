@@ -1,0 +1,232 @@
+"""Import of trained classifiers, such as torchvision's, as experts whose last epoch alone is stored.
+
+A file holds a state_dict, written by `torch.save` or by safetensors: tensors by name. Names may be those of
+torchvision, which timm's ResNets share, or those of the networks here. Running statistics are stored too, so SRe2L,
+labels and MetaDD use an imported network like one that was trained here. Trajectory matching cannot, because it needs
+earlier epochs.
+
+A file does not say how its images were normalised, nor in which order its classes are. So the recipe must give
+`dataset.mean` and `dataset.std`, and the classes of its data set must have the order of the file's. The import measures
+the share of correct answers on test images, which shows most mistakes.
+
+`torch.load` reads files with `weights_only=True`, which executes nothing from them. Tests: tests/test_teachers.py.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load as load_safetensors
+from torch import Tensor, nn
+
+from datm_ray.config import RunConfig
+from datm_ray.core.networks.architectures import InvertedResidual, ResidualBlock, SpatialNetwork
+from datm_ray.core.networks.parameters import flatten, flatten_buffers, float_buffers
+from datm_ray.core.networks.registry import build_network
+from datm_ray.core.training import accuracy
+from datm_ray.data.dataset import fitting_images
+from datm_ray.data.sources import RawDataset, load_raw
+from datm_ray.data.transform import Transform, fit_transform
+from datm_ray.errors import ConfigError, CorruptFileError, StoreError
+from datm_ray.stages.experts import expert_group, expert_info
+from datm_ray.stages.registry import trained_networks
+from datm_ray.store.files.filesystem import Location, open_location
+from datm_ray.store.trajectories import Snapshot
+
+MEASURED_IMAGES = 1000
+"""Most test images on which an imported network is measured."""
+MOST_NAMES = 3
+"""Most names of one kind in a message."""
+_WRAPPERS = ("state_dict", "model")
+"""Keys under which training programs store a state_dict beside other things."""
+
+
+@dataclass(frozen=True)
+class ImportedTeacher:
+    """Result of an import."""
+
+    group: str
+    """Key of the expert group that holds the network."""
+    expert: int
+    """Number of the expert in its group."""
+    accuracy: float
+    """Share of correct answers on `images` test images, in [0, 1]."""
+    images: int
+
+
+def import_teacher(file: str, config: RunConfig, store_uri: str) -> ImportedTeacher:
+    """Store a trained classifier as an expert of the first network of the recipe that it fits.
+
+    Args:
+        file: path or URI of a state_dict; a name that ends in .safetensors is read as such, others as torch's.
+        config: recipe of the experts, with the normalisation that the classifier was trained with.
+        store_uri: store to write to.
+
+    Raises:
+        ConfigError: the recipe trains no network, or does not give the normalisation.
+        CorruptFileError: the file holds no state_dict, or values that are not finite.
+        StoreError: the file fits no network of the recipe, or the experts are stored already.
+    """
+    d = config.dataset
+    if d.statistics is None:
+        raise ConfigError(
+            "dataset.mean and dataset.std are not given",
+            "the file does not say how the images of its network were normalised",
+            "give them; those of ImageNet are --set dataset.mean=[0.485,0.456,0.406] "
+            "--set dataset.std=[0.229,0.224,0.225]",
+        )
+    place = open_location(file)
+    weights = read_weights(place)
+    raw = load_raw(d.source, d.path, resize=d.resize, validation=d.validation, streamed=d.streamed)
+    transform = fit_transform("standard", fitting_images(raw.train), raw.levels, given=d.statistics)
+    networks = trained_networks(config.resolved(raw.size))
+    if not networks:
+        raise ConfigError(f"method {config.method} trains no network", remedy="give a recipe of sre2l or with metadd")
+    different = []
+    for each in networks:
+        network = build_network(each.network.for_images(raw.channels, raw.size, raw.classes), seed=0)
+        difference = load_weights(network, weights)
+        if not difference:
+            return _store(network, each, raw, transform, store_uri, place)
+        different.append(f"{each.network.architecture}: {difference}")
+    raise StoreError(
+        f"{place.uri} does not fit {config.name}",
+        different[0],
+        "give a recipe with the file's network, norm and classes; up to 64 pixels a side, its first layers are small",
+    )
+
+
+def read_weights(place: Location) -> dict[str, Tensor]:
+    """Tensors of a state_dict by name, without the prefix of torch's data parallelism.
+
+    Raises:
+        StoreError: the file is missing or cannot be read.
+        CorruptFileError: the file holds no state_dict, or values that are not finite.
+    """
+    (content,) = place.read_ranges([(0, place.size())])
+    try:
+        if place.path.endswith(".safetensors"):
+            found: Any = load_safetensors(bytes(content))
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of other versions of pickle, which are read or refused
+                found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        found = next((found[key] for key in _WRAPPERS if isinstance(found.get(key), Mapping)), found)
+        weights = {name.removeprefix("module."): tensor.detach() for name, tensor in found.items()}
+        if any(tensor.nbytes > tensor.untyped_storage().nbytes() for tensor in weights.values()):
+            raise ValueError("a tensor has values twice")  # a small file could ask for any amount of memory
+        is_finite = all(bool(tensor.isfinite().all()) for tensor in weights.values())
+    except Exception as error:  # archives and pickles raise errors of many classes
+        raise CorruptFileError(
+            f"{place.uri} is not a state_dict",
+            "It holds other things than tensors by name, objects that could run code, or was cut off",
+            "Write it with torch.save(network.state_dict(), FILE) or safetensors.torch.save_file",
+        ) from error
+    if not is_finite:
+        raise CorruptFileError(f"{place.uri} holds values that are not finite", "The training diverged")
+    return weights
+
+
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> str:
+    """Write weights, by torchvision's names or the network's own, into a network of this package.
+
+    Returns:
+        "" if they fit; otherwise what differs, and the network stays unchanged.
+    """
+    own = dict(network.named_parameters()) | float_buffers(network)
+    names = {name: name for name in own} if own.keys() <= weights.keys() else torchvision_names(network)
+    given = {name: tensor for name, tensor in weights.items() if not name.endswith("num_batches_tracked")}
+    shapes = {names[name]: tuple(tensor.shape) for name, tensor in own.items()}
+    differences = [
+        _named("it lacks", shapes.keys() - given.keys()),
+        _named("it has unknown", given.keys() - shapes.keys()),
+        _named(
+            "other shapes:",
+            [
+                f"{name} {list(given[name].shape)} instead of {list(shape)}"
+                for name, shape in shapes.items()
+                if name in given and tuple(given[name].shape) != shape
+            ],
+        ),
+    ]
+    if not any(differences):
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(given[names[name]])
+    return "; ".join(filter(None, differences))
+
+
+def torchvision_names(network: nn.Module) -> dict[str, str]:
+    """Name in torchvision of every parameter and float buffer of a ResNet or MobileNetV2; other names stay."""
+    parts = _torchvision_parts(network)
+    found = {}
+    for name in [*dict(network.named_parameters()), *float_buffers(network)]:
+        prefix = next((part for part in parts if name.startswith(f"{part}.")), "")
+        found[name] = parts[prefix] + name.removeprefix(prefix) if prefix else name
+    return found
+
+
+def _torchvision_parts(network: nn.Module) -> dict[str, str]:
+    """Names of modules -> their names in torchvision."""
+    if not isinstance(network, SpatialNetwork) or not isinstance(network.features, nn.Sequential):
+        return {}
+    layers = list(network.features)
+    if any(isinstance(layer, InvertedResidual) for layer in layers):
+        places = [place for place, layer in enumerate(layers) if isinstance(layer, InvertedResidual)]
+        return {f"features.{place}.branch": f"features.{place}.conv" for place in places} | {
+            "classifier": "classifier.1"
+        }
+    parts, stage, number = {"features.0": "conv1", "features.1": "bn1", "classifier": "fc"}, 0, 0
+    for place, layer in enumerate(layers):
+        if isinstance(layer, ResidualBlock):
+            begins = stage == 0 or isinstance(layer.shortcut, nn.Sequential)
+            stage, number = (stage + 1, 0) if begins else (stage, number + 1)
+            ours, theirs = f"features.{place}", f"layer{stage}.{number}"
+            parts[f"{ours}.shortcut"] = f"{theirs}.downsample"
+            for inner in range(len(layer.branch)):
+                step, kind = divmod(inner, 3)
+                parts[f"{ours}.branch.{inner}"] = f"{theirs}.{('conv', 'bn', 'relu')[kind]}{step + 1}"
+    return parts if stage else {}
+
+
+def _named(what: str, names: Iterable[str]) -> str:
+    """Words for the first few of some names; "" if there are none."""
+    listed = sorted(names)
+    more = f" and {len(listed) - MOST_NAMES} more" if len(listed) > MOST_NAMES else ""
+    return f"{what} {', '.join(listed[:MOST_NAMES])}{more}" if listed else ""
+
+
+def _store(
+    network: nn.Module, config: RunConfig, raw: RawDataset, transform: Transform, store_uri: str, file: Location
+) -> ImportedTeacher:
+    group = expert_group(store_uri, config, raw.name, raw.fingerprint)
+    missing = sorted(set(range(config.experts.count)) - set(group.experts()))
+    if not missing:
+        raise StoreError(
+            f"{group.location.uri} holds the experts of {config.name} already",
+            "they were trained or imported before",
+            f"use them, delete them with `datm-ray store rm {store_uri} {group.key}`, or give another --store",
+        )
+    correct, images = _measured(network, raw, transform)
+    group.write_transform(transform.to_arrays(), transform.to_metadata())
+    params, buffers = flatten(network).numpy(), flatten_buffers(network).numpy()
+    origin = {"file": PurePosixPath(file.path).name, "digest": sha256(params.tobytes()).hexdigest()}
+    epochs = (config.experts.epochs,)
+    info = expert_info(config, group, raw.fingerprint, network, missing[0], seed=-1, epochs=epochs, imported=origin)
+    group.write_expert(missing[0], [Snapshot(epochs[0], -1, float("nan"), correct, params, buffers)], info)
+    return ImportedTeacher(str(group.key), missing[0], correct, images)
+
+
+def _measured(network: nn.Module, raw: RawDataset, transform: Transform) -> tuple[float, int]:
+    """Share of correct answers on evenly spaced test images, and their number."""
+    rows = np.linspace(0, len(raw.test) - 1, min(len(raw.test), MEASURED_IMAGES)).astype(np.int64)
+    images = transform.normalise(raw.test.images[rows].astype(np.float32) / np.float32(raw.levels))
+    return accuracy(network, images, torch.from_numpy(raw.test.labels[rows])), len(rows)

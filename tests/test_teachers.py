@@ -1,0 +1,276 @@
+"""Tests the import of trained classifiers: torchvision's weights give its logits, and bad files are refused."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision.models import mobilenet_v2, resnet, resnet18
+
+from datm_ray.artifact import load
+from datm_ray.config import NetworkConfig, RunConfig, parse_config
+from datm_ray.core.networks.registry import build_network
+from datm_ray.data.dataset import prepare
+from datm_ray.data.sources import load_raw
+from datm_ray.data.transform import fit_transform
+from datm_ray.errors import ConfigError, CorruptFileError, DatasetError, StoreError
+from datm_ray.interop.teachers import import_teacher, load_weights, read_weights, torchvision_names
+from datm_ray.stages.expert_networks import ExpertNetworks
+from datm_ray.store.files.filesystem import open_location
+from datm_ray.store.trajectories import TrajectoryStore
+from tests.conftest import CommandLine
+
+MEAN, STD = [0.3], [0.4]
+
+
+def recipe(**changes: Any) -> RunConfig:
+    """A recipe of SRe2L on digits, whose teacher is torchvision's ResNet-18 with a small first layer."""
+    values: dict[str, Any] = {
+        "name": "tiny",
+        "method": "sre2l",
+        "dataset": {"mean": MEAN, "std": STD},
+        "network": {"architecture": "resnet18", "norm": "batch"},
+        "experts": {"count": 1, "epochs": 3, "keep_epochs": 1},
+        "distill": {"ipc": 1, "iterations": 1, "initial": "noise", "start_epochs": [0, 1]},
+    }
+    return parse_config(values | changes, "test")
+
+
+def with_statistics(network: nn.Module) -> nn.Module:
+    """The network with random running statistics, so that a mistake in them changes the logits."""
+    draw = torch.Generator().manual_seed(1)
+    for name, buffer in network.named_buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(torch.rand(buffer.shape, generator=draw) + (0.5 if name.endswith("var") else -0.5))
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def reference() -> nn.Module:
+    """torchvision's ResNet-18 for images of one channel and up to 64 pixels."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = resnet18(num_classes=10)
+        network.conv1 = nn.Conv2d(1, 64, kernel_size=3, padding=1, bias=False)
+    network.maxpool = nn.Identity()
+    network.layer4[0].conv1.stride = network.layer4[0].downsample[0].stride = (1, 1)  # at 8x8 pixels
+    return with_statistics(network)
+
+
+def write(folder: Path, weights: Mapping[str, Tensor], name: str) -> str:
+    """Write weights as a file of this name. Returns its path."""
+    path = folder / name
+    if name.endswith(".safetensors"):
+        save_file(dict(weights), path)
+    elif name.endswith(".tar"):
+        torch.save({"epoch": 7, "state_dict": {f"module.{key}": each for key, each in weights.items()}}, path)
+    else:
+        torch.save(weights, path, _use_new_zipfile_serialization=name.endswith(".pth"))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["new.pth", "legacy.pt", "training.tar", "plain.safetensors"])
+def test_every_kind_of_file_gives_the_same_weights(reference: nn.Module, tmp_path: Path, name: str) -> None:
+    """Files of torch, of its former format, with more than weights, and safetensors give the same tensors."""
+    weights = read_weights(open_location(write(tmp_path, reference.state_dict(), name)))
+    assert weights.keys() == reference.state_dict().keys()
+    assert all(torch.equal(weights[key], each) for key, each in reference.state_dict().items())
+
+
+def test_an_imported_teacher_is_torchvisions_network(reference: nn.Module, tmp_path: Path) -> None:
+    """An imported teacher has torchvision's logits of images under the recipe's normalisation, and its transform."""
+    config = recipe().resolved((8, 8))
+    imported = import_teacher(write(tmp_path, reference.state_dict(), "a.safetensors"), config, str(tmp_path / "store"))
+    raw = load_raw("digits", None)
+    dataset = prepare(raw, "standard", fit_transform("standard", raw.train.images, raw.levels, given=(MEAN, STD)))
+    images = torch.from_numpy((raw.test.images[:20] / 16 - MEAN[0]) / STD[0])
+    torch.testing.assert_close(torch.from_numpy(dataset.test_images[:20]), images.float())
+    found = ExpertNetworks(config, dataset, str(tmp_path / "store"), torch.device("cpu"))
+    network, wide = found.restored(0).eval(), copy.deepcopy(reference).double()
+    with torch.no_grad():
+        torch.testing.assert_close(network(images.float()), reference(images.float()), atol=1e-5, rtol=0)
+        torch.testing.assert_close(network.double()(images), wide(images), atol=1e-10, rtol=0)
+        answers = reference(torch.from_numpy(dataset.test_images)).argmax(dim=1).numpy()
+    transform, info = found.group.read_transform().arrays, found.group.read_info(0)
+    np.testing.assert_array_equal([transform["mean"], transform["std"]], np.array([MEAN, STD], np.float32))
+    assert (info.epochs, info.recipe["imported"]["file"]) == ((3,), "a.safetensors")
+    assert (imported.expert, imported.images) == (0, len(raw.test))
+    assert imported.accuracy == pytest.approx((answers == dataset.test_labels).mean())
+
+
+@pytest.mark.parametrize(("name", "size"), [("resnet50", 65), ("mobilenet-v2", 65), ("resnet101", 0)])
+def test_torchvisions_names_are_known(name: str, size: int) -> None:
+    """Weights of torchvision's other networks fit by name, with ImageNet's first layers, and give equal logits."""
+    spec = NetworkConfig(architecture=name, norm="batch").for_images(3, (size or 96, size or 96), 5)
+    builder = mobilenet_v2 if name == "mobilenet-v2" else getattr(resnet, name)
+    if not size:
+        with torch.device("meta"):
+            assert load_weights(build_network(spec, 0), builder(num_classes=5).state_dict()) == ""
+        return
+    reference, network = with_statistics(builder(num_classes=5)).double(), build_network(spec, 0).double().eval()
+    weights = dict(reversed(reference.state_dict().items()))
+    assert load_weights(network, weights) == ""
+    images = torch.randn(2, 3, size, size, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), reference(images), atol=1e-10, rtol=1e-9)
+
+
+def test_own_names_are_known() -> None:
+    """Weights of a network of this package fit by its own names."""
+    spec = NetworkConfig(architecture="convnet", norm="batch", width=4).for_images(1, (8, 8), 10)
+    one, other = with_statistics(build_network(spec, 0)), build_network(spec, 1).eval()
+    assert load_weights(other, one.state_dict()) == ""
+    images = torch.randn(2, 1, 8, 8)
+    assert torch.equal(one(images), other(images))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"fc.weight": torch.zeros(7, 512), "fc.bias": torch.zeros(7)},
+            r"fc\.weight \[7, 512\] instead of \[10, 512\]",
+        ),
+        ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, r"conv1\.weight \[64, 3, 7, 7\] instead of \[64, 1, 3, 3\]"),
+        ({"bn1.weight": None}, r"lacks bn1\.weight\."),
+        ({f"extra{n}": torch.zeros(1) for n in range(5)}, r"unknown extra0, extra1, extra2 and 2 more"),
+    ],
+)
+def test_weights_of_another_network_are_refused(
+    reference: nn.Module, tmp_path: Path, change: dict[str, Tensor | None], words: str
+) -> None:
+    """Weights of another network are refused in one line with the first differences, and nothing is stored."""
+    weights = {name: each for name, each in (reference.state_dict() | change).items() if each is not None}
+    with pytest.raises(StoreError, match=rf"does not fit tiny\. resnet18: .*{words}"):
+        import_teacher(write(tmp_path, weights, "other.pth"), recipe(), str(tmp_path / "store"))
+    assert not (tmp_path / "store").exists()
+
+
+class Evil:
+    """An object whose pickle would make a folder."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.mkdir, (Path("evil"),)
+
+
+def bad_file(kind: str, weights: dict[str, Tensor]) -> bytes:
+    """Content of a file that is no state_dict of finite values."""
+    file = io.BytesIO()
+    values: dict[str, Any] = {
+        "list": [1, 2],
+        "code": weights | {"fc.bias": Evil()},
+        "infinite": weights | {"fc.bias": torch.full((10,), float("nan"))},
+        "expanded": weights | {"fc.bias": torch.zeros(1).expand(10**12)},
+        "numbers": {"a": 1},
+    }
+    if kind in values:
+        torch.save(values[kind], file)
+        return file.getvalue()
+    torch.save(weights, file)
+    return {
+        "empty": b"",
+        "text": b"hello",
+        "cut": file.getvalue()[:1000],
+        "pickle": pickle.dumps(Evil()),
+        "zip": zipped(),
+    }[kind]
+
+
+def zipped() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("data.pkl", pickle.dumps(Evil()))
+    return file.getvalue()
+
+
+BAD = ["list", "code", "infinite", "expanded", "numbers", "empty", "text", "cut", "pickle", "zip"]
+
+
+@pytest.mark.parametrize("name", ["bad.pth", "bad.safetensors"])
+@pytest.mark.parametrize("kind", BAD)
+def test_files_without_weights_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, name: str
+) -> None:
+    """Unreadable files, other content and code are refused with exit code 2 and in one line; nothing is executed."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / name
+    path.write_bytes(bad_file(kind, {"fc.bias": torch.zeros(10), "fc.weight": torch.zeros(10, 3)}))
+    with pytest.raises(CorruptFileError, match=r"not a state_dict|not finite") as caught:
+        read_weights(open_location(str(path)))
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "evil").exists()
+
+
+def test_an_import_needs_the_normalisation_and_a_network(tmp_path: Path) -> None:
+    """A recipe without normalisation, one that trains no network, and a missing file are refused."""
+    with pytest.raises(ConfigError, match=r"dataset\.mean and dataset\.std are not given.*--set dataset\.mean="):
+        import_teacher("x.pth", recipe(dataset={"normalisation": "standard"}), str(tmp_path))
+    with pytest.raises(StoreError, match=r"x\.pth"):
+        import_teacher(str(tmp_path / "x.pth"), recipe(), str(tmp_path))
+    file = write(tmp_path, {"a": torch.zeros(1)}, "a.pth")
+    with pytest.raises(ConfigError, match="method dm trains no network"):
+        import_teacher(file, recipe(method="dm", network="convnet"), str(tmp_path))
+    with pytest.raises(DatasetError, match=r"dataset\.mean has 3 number\(s\), and the images have 1 channel"):
+        import_teacher(file, recipe(dataset={"mean": [0.1] * 3, "std": [0.2] * 3}), str(tmp_path))
+
+
+RECIPE = """
+name: tiny
+method: sre2l
+dataset: {mean: [0.3], std: [0.4]}
+network: {architecture: mobilenet-v2, norm: batch, width: 8}
+experts: {count: 1, epochs: 3, keep_epochs: 1}
+distill: {ipc: 1, iterations: 1, initial: noise, start_epochs: [0, 1], expert_epochs: 1}
+metadd: {auxiliaries: [{architecture: resnet50, width: 4}], experts: {epochs: 1}}
+evaluate: {protocol: quick, epochs: 1, seeds: 1, full: false, labels: stored}
+cluster: {compile: false, workers: 1}
+"""
+
+
+def test_a_run_uses_an_imported_teacher(datm_ray: CommandLine, tmp_path: Path) -> None:
+    """A run of SRe2L, MetaDD and stored labels uses an imported teacher and does not train one."""
+    spec = NetworkConfig(architecture="mobilenet-v2", norm="batch", width=8).for_images(1, (8, 8), 10)
+    teacher = with_statistics(build_network(spec, 5))
+    weights = {torchvision_names(teacher).get(name, name): each for name, each in teacher.state_dict().items()}
+    write(tmp_path, weights, "teacher.safetensors")
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    arguments = ["store", "import-teacher", "teacher.safetensors", "--recipe", "tiny.yaml", "--store", "store"]
+    code, out, err = datm_ray(*arguments)
+    assert code == 0, err
+    found = re.match(r"(\S+) expert 0\n.* of (\d+) test images correctly\nNext: datm-ray run tiny.yaml", out)
+    assert found, out
+    assert int(found[2]) == len(load_raw("digits", None).test)
+    code, _, err = datm_ray(*arguments)
+    assert (code, "holds the experts of tiny already" in err) == (2, True)
+    code, out, err = datm_ray("run", "tiny.yaml", "--store", "store", "--out", "runs", "--executor", "serial")
+    assert code == 0, out + err
+    stored = TrajectoryStore("store").group(*found[1].split("/"))
+    assert (stored.experts(), stored.read_info(0).epochs) == ([0], (3,))
+    soft = load("runs/tiny/synthetic.arrow")
+    with torch.no_grad():
+        logits = teacher(torch.from_numpy(np.asarray(soft.images)))
+    torch.testing.assert_close(torch.from_numpy(np.asarray(soft.soft_labels)), logits, atol=1e-4, rtol=1e-4)
+
+
+def test_experts_with_one_epoch_are_not_matched(datm_ray: CommandLine, tmp_path: Path) -> None:
+    """Trajectory matching refuses an imported teacher, which has its last epoch alone, before anything starts."""
+    spec = NetworkConfig(width=4).for_images(1, (8, 8), 10)
+    write(tmp_path, build_network(spec, 0).state_dict(), "teacher.pth")
+    settings = ["dataset.mean=[0.3]", "dataset.std=[0.4]", "network.width=4", "experts.count=1"]
+    options = [word for each in settings for word in ("--set", each)] + ["--store", "store"]
+    code, _, err = datm_ray("store", "import-teacher", "teacher.pth", "--recipe", "digits-ipc1", *options)
+    assert code == 0, err
+    code, _, err = datm_ray("run", "digits-ipc1", *options, "--executor", "serial")
+    assert (code, "imported with their last epoch alone" in err) == (2, True), err
