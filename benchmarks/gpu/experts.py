@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -46,10 +46,12 @@ def data_of(how: Setting, device: str) -> Data:
     return images.to(device), torch.randint(how.spec.classes, (how.images,), generator=draw).to(device)
 
 
-def our_epochs(machine: Machine, how: Setting, stacked: int, *, gsam: bool, compiled: bool) -> Epochs:
+def our_epochs(
+    machine: Machine, how: Setting, stacked: int, *, gsam: bool, compiled: bool, in_bfloat16: bool = False
+) -> Epochs:
     """Run `train_experts` for more epochs than any caller consumes."""
     networks = [build_network(how.spec, seed).to(machine.device) for seed in range(stacked)]
-    functions = StackFunctions(networks[0], stacked=stacked, compile_=compiled)
+    functions = StackFunctions(networks[0], stacked=stacked, compile_=compiled, in_bfloat16=in_bfloat16)
     settings = ExpertConfig(epochs=10**6, batch_size=how.batch, optimiser="gsam" if gsam else "sgd")
     state = ExpertState.initial(networks)
     for _ in train_experts(functions, *data_of(how, machine.device), settings, list(range(stacked)), state):
@@ -64,10 +66,27 @@ def published(machine: Machine, how: Setting, *, gsam: bool) -> Row:
     return row_of(machine, how, epochs, 1)
 
 
-def ours(machine: Machine, how: Setting, stacked: int, *, gsam: bool, compiled: bool, tf32_: bool = False) -> Row:
+def ours(
+    machine: Machine,
+    how: Setting,
+    stacked: int,
+    *,
+    gsam: bool,
+    compiled: bool,
+    tf32_: bool = False,
+    in_bfloat16: bool = False,
+) -> Row:
     """Train this many experts at a time."""
     with tf32_products(tf32_, torch.device(machine.device)):
-        return row_of(machine, how, our_epochs(machine, how, stacked, gsam=gsam, compiled=compiled), stacked)
+        epochs = our_epochs(machine, how, stacked, gsam=gsam, compiled=compiled, in_bfloat16=in_bfloat16)
+        return row_of(machine, how, epochs, stacked)
+
+
+def teachers(machine: Machine, how: Setting) -> dict[str, Callable[[], Row]]:
+    """Train one ResNet-18 with batch normalisation, a teacher, in TF32 and in bfloat16."""
+    spec = how.spec.model_copy(update={"architecture": "resnet18", "norm": "batch"})
+    mine = partial(ours, machine, replace(how, spec=spec), 1, gsam=False, compiled=False)
+    return {"resnet18, tf32": partial(mine, tf32_=True), "resnet18, bfloat16": partial(mine, in_bfloat16=True)}
 
 
 def row_of(machine: Machine, how: Setting, epochs: Epochs, experts: int) -> Row:
@@ -91,6 +110,8 @@ def measure(machine: Machine, _: Clock) -> Iterator[Row]:
         if not machine.small:
             works["ours, 8 at a time, tf32"] = partial(mine, 8, compiled=True, tf32_=True)
             works["ours, 1 at a time, uncompiled"] = partial(mine, 1, compiled=False)
+            works["ours, 8 at a time, bfloat16"] = partial(mine, 8, compiled=True, in_bfloat16=True)
+        works |= {} if gsam else teachers(machine, how)
         for method, work in works.items():
             yield tried({"optimiser": "GSAM" if gsam else "SGD", "method": method}, work)
             free_memory(machine.device)
@@ -101,10 +122,10 @@ SECTION = Section(
     "4. How many experts an hour?",
     f"ConvNet-3 at CIFAR-10's shape, batch 256, all DSA operations. `loader`: torch's DataLoader, sample by sample, in "
     f"the training process, as published. Seconds of an expert's epoch of {IMAGES:,} images, from epochs of 40 "
-    f"batches; experts of {EPOCHS} epochs. float32 without TF32 unless stated. First: those 40 batches with "
-    "compilation, of all experts of a stack.",
+    f"batches; experts of {EPOCHS} epochs. float32 without TF32 unless stated. resnet18: a teacher with batch norm, "
+    "uncompiled. First: those 40 batches with compilation, of all experts of a stack.",
     ("optimiser", "method", "epoch, s", "experts an hour", "first, s"),
-    seconds=60,
+    seconds=90,
     least=15,
     measure=measure,
 )
