@@ -73,7 +73,7 @@ def test_setting_around_it_is_the_published_one(name: str) -> None:
 def test_recipes_have_the_normalisation_and_depth_that_their_images_would_give(name: str) -> None:
     """Recipes have the normalisation and depth that the image size gives, except those of digits."""
     config = get_recipe(name)
-    size = data_shape(config.dataset).image[1:]
+    size = (config.dataset.resize,) * 2 if config.dataset.resize else data_shape(config.dataset).image[1:]
     assert config.network == config.network.model_copy(update={"depth": None}).resolved(size)
     if config.dataset.source != "digits" and config.method == "datm":
         assert config.resolved(size).dataset.kind == "zca"

@@ -39,7 +39,8 @@ def plan_run(
         fact = "the speed is given" if machine.basis else "it has no GPU, which the workers compute on"
         remedy = "leave it out; tflops= or gflops= in --cluster gives a speed"
         raise ConfigError(f"--measure times steps on this machine, and {fact}", remedy=remedy)
-    data = parse_shape(shape) if shape else data_shape(config.dataset, here=cluster is None)
+    given = replace(parse_shape(shape), is_streamed=config.dataset.streamed) if shape else None
+    data = given or data_shape(config.dataset, here=cluster is None)
     config = config.resolved(data.image[1:])
     if cluster is None:
         fitting_cost(config.dataset, data).require_memory()

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from datm_ray.config import RunConfig, without_unread
 from datm_ray.config.files import load_config
 from datm_ray.errors import ConfigError
-from datm_ray.recipes import cifar10, cifar100, digits, tiny_imagenet
+from datm_ray.recipes import cifar10, cifar100, digits, imagenet, tiny_imagenet
 
-_MODULES = (digits, cifar10, cifar100, tiny_imagenet)
+_MODULES = (digits, cifar10, cifar100, tiny_imagenet, imagenet)
 _RECIPES: dict[str, Callable[[], RunConfig]] = {
     name.replace("_", "-"): each
     for module in _MODULES
