@@ -28,7 +28,7 @@ from torch import Tensor
 from datm_ray.config import PUBLISHED_AUGMENTATION, NetworkSpec
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions
-from datm_ray.core.training import PROTOCOLS, Schedule, train, train_together
+from datm_ray.core.training import PROTOCOLS, Schedule, Training, train, train_together
 
 HEADER = """Training of networks that are scored, on random tensors of fixed seeds with soft labels; ConvNet, instance
 normalisation, mean pooling, SGD with momentum and weight decay.
@@ -82,8 +82,8 @@ def stack(shape: Shape, device: str, schedule: Schedule, size: int) -> Iterator[
     """Networks that are trained together."""
     images, logits = data_of(shape, device)
     networks = [build_network(shape.spec, seed).to(device) for seed in range(size)]
-    functions = StackFunctions(networks[0], stacked=size)
-    return train_together(functions, networks, [images] * size, [logits] * size, schedule, range(size))
+    trainings = [Training(network, images, logits, schedule, seed) for seed, network in enumerate(networks)]
+    return train_together(StackFunctions(networks[0], stacked=size), trainings)
 
 
 def rows_of(shape: Shape, device: str, together: list[int], turns: int) -> list[dict[str, Any]]:
@@ -131,11 +131,13 @@ def shapes(quick: bool, device: str) -> list[tuple[Shape, list[int]]]:
     cifar, cores = NetworkSpec(channels=3, size=(32, 32), classes=10), len(os.sched_getaffinity(0))
     if quick:
         return [(Shape("tiny", digits, 16, "crop_scale_rotate", 1, 500, 2), [2])]
-    wide = [5, 10] if device == "cuda" else [5]
+    wide, narrow = [5, 10] if device == "cuda" else [5], cifar.model_copy(update={"width": 64})
     return [
         (Shape("digits, IPC 1", digits, 10, "crop_scale_rotate", 1, 500, 40), [3, 5, 8]),
         (Shape("digits, IPC 10", digits, 100, "crop_scale_rotate", 1, 500, 10), [3, 5, 8]),
+        (Shape("32x32, width 64, IPC 1", narrow, 10, PUBLISHED_AUGMENTATION, cores, 1001, 6), wide),
         (Shape("CIFAR-10, IPC 1", cifar, 10, PUBLISHED_AUGMENTATION, cores, 1001, 4), wide),
+        (Shape("CIFAR-10, IPC 2", cifar, 20, PUBLISHED_AUGMENTATION, cores, 1001, 2), wide),
         (Shape("CIFAR-10, IPC 10", cifar, 100, PUBLISHED_AUGMENTATION, cores, 1001, 1), wide),
     ]
 
@@ -145,12 +147,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes; written nowhere unless --out is given")
     parser.add_argument("--turns", type=positive, default=7)
+    parser.add_argument("--shape", default="", help="text in the names of the shapes to measure; all without it")
     parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results unless --quick")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     facts = common_facts(__file__, sys.argv[1:], device)
     rows: list[dict[str, Any]] = []
-    for shape, together in shapes(arguments.quick, device):
+    for shape, together in [each for each in shapes(arguments.quick, device) if arguments.shape in each[0].name]:
         rows += rows_of(shape, device, together, 1 if arguments.quick else arguments.turns)
         print("\n".join(" | ".join(cells(row)) for row in rows if row["shape"] == shape.name), flush=True)
     columns = ["shape", "threads", "method", "ms", "ratio", "networks an hour", "first, s"]

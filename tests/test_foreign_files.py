@@ -46,9 +46,9 @@ from datm_ray.monitor.spent import Spent
 from datm_ray.pipeline.folder import DATA, DataNote
 from datm_ray.recipes import get_recipe
 from datm_ray.stages.checkpoint import CHECKPOINT, PARTS, Rows, load_checkpoint, read_curves
-from datm_ray.stages.evaluate import _Result
-from datm_ray.stages.expert_progress import ExpertProgress
+from datm_ray.stages.expert_progress import ExpertProgress, TrainingProgress
 from datm_ray.stages.experts import read_experts_cost
+from datm_ray.stages.scores import _Result
 from datm_ray.store import sealed
 from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.labels import LabelStore
@@ -180,6 +180,19 @@ def read_progress(path: Path) -> object:
     return [snapshots, state.parameters, state.velocity, state.epoch, state.step]
 
 
+def write_training(folder: Path) -> Path:
+    state = ExpertState(torch.arange(10.0).view(2, 5), torch.zeros(2, 3), torch.ones(2, 10), 4, 28)
+    list(TrainingProgress(open_location(str(folder)), 2).add(state, last=True))
+    return next(folder.glob("*.arrow"))
+
+
+def read_training(path: Path) -> object:
+    state = TrainingProgress(open_location(str(path.parent)), 2).resume(CPU)
+    if state is None or not path.exists():
+        raise CorruptFileError("it was damaged, and was removed")
+    return [state.parameters, state.buffers, state.velocity, state.epoch, state.step]
+
+
 def write_labels(folder: Path) -> Path:
     store = LabelStore.create(str(folder), LABELS)
     store.write_epoch(0, [label_records(LABELS)])
@@ -296,6 +309,7 @@ KINDS = {
     "labels": Kind(write_labels, read_labels, sealed=True),
     "info of labels": Kind(write_label_info, read_labels, sealed=True),
     "expert progress": Kind(write_progress, read_progress, sealed=True, count=50),
+    "training progress": Kind(write_training, read_training, sealed=True, count=50),
     "data note": json_kind(
         {"fingerprint": "x", "training_images": 3}, lambda p: DataNote.read(open_location(str(p.parent))), DATA
     ),

@@ -20,8 +20,6 @@ import torch
 from datm_ray import cli, pipeline as pipeline_module
 from datm_ray.artifact import Artifact, KeptTransform, load
 from datm_ray.config import RunConfig, override, to_yaml
-from datm_ray.core import training
-from datm_ray.core.networks import stacked
 from datm_ray.core.synthetic import random_rows
 from datm_ray.data import Transform, fit_transform
 from datm_ray.errors import (
@@ -40,13 +38,14 @@ from datm_ray.planning.plan import plan_run
 from datm_ray.runtime.executor import Event, Executor, Phase, Progress, SerialExecutor
 from datm_ray.stages import evaluate
 from datm_ray.stages.distill import DistillWorker
-from datm_ray.stages.evaluate import FAIR_PARTS, ROWS, work_of
+from datm_ray.stages.evaluate import ROWS, work_of
 from datm_ray.stages.experts import expert_group
+from datm_ray.stages.scores import FAIR_PARTS
 from datm_ray.store import claims
 from datm_ray.store.claims import lease
 from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.trajectories import TrajectoryStore
-from tests.conftest import CommandLine, killing_executor, tiny_config
+from tests.conftest import CommandLine, killing_executor, stacks_of_any_work, tiny_config
 from tests.processes import PROCESSES
 
 QUIET = Reporter(quiet=True)
@@ -326,26 +325,12 @@ def test_all_real_data_comes_last_and_may_be_left_out(tmp_path: Path, finished_r
     assert "all real data: skipped" not in without.table()
 
 
-@pytest.fixture
-def _uncompiled_stacks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Networks of a row are trained together however short that is, and uncompiled."""
-    monkeypatch.setattr(training, "COMPILED_WORK", 0.0)
-    monkeypatch.setattr(stacked, "compiler_problem", lambda device: "")
-    monkeypatch.setattr(stacked, "Compiled", lambda graph, *_, **__: graph)
-    caches = (training.trainer, evaluate._are_together)
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
-
-
-@pytest.mark.usefixtures("_uncompiled_stacks")
 def test_a_row_trained_together_has_the_accuracies_of_networks_trained_alone(
-    tmp_path: Path, finished_run: Path
+    tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Seeds that are trained together are one task; a result that exists stays, and the others are nearly the same."""
     config = tiny_config("cluster.compile=true")
+    stacks_of_any_work(monkeypatch)
     shutil.copytree(finished_run, tmp_path / "out")
     results = [*(tmp_path / "out/controls").rglob("*.json"), *(tmp_path / "out/tiny/evaluation").glob("*.json")]
     before = {path: json.loads(path.read_text())["test_accuracy"] for path in results}

@@ -78,14 +78,16 @@ def train_stack(
     settings: ExpertConfig,
     seeds: Sequence[int],
     state: ExpertState,
+    rates: Sequence[float] | None = None,
 ) -> Iterator[Tensor]:
     """Train a stack of networks, each on its own images. See `train_experts`.
 
     Args:
         images: images [n c h w] of each network.
         labels: classes [n] int64 or probabilities [n k] of each network's images, on the device.
+        rates: learning rate of each network; `None`: that of the settings.
     """
-    count = len(images[0])
+    count, rates = len(images[0]), rates or [settings.learning_rate] * len(seeds)
     size, steps_per_epoch = min(settings.batch_size, count), -(-count // settings.batch_size)
     total, whole = state.parameters.new_zeros(len(seeds)), state.parameters.new_full((size,), 1 / size)
     for batch in batches(
@@ -99,8 +101,9 @@ def train_stack(
         rows = batch.images.shape[1]
         weights = whole if rows == size else whole.new_full((rows,), 1 / rows)
         missing = size - rows if functions.fills_up else 0
-        rate = learning_rate(settings, state.step, steps_per_epoch)
-        losses = _step(functions, state, settings, rate, *filled_up(batch.images, batch.targets, weights, missing))
+        share = _share_of_rate(settings, state.step, steps_per_epoch)
+        now = [rate * share for rate in rates]
+        losses = _step(functions, state, settings, now, *filled_up(batch.images, batch.targets, weights, missing))
         total.add_(losses, alpha=rows)
         if batch.is_last:
             state.epoch += 1
@@ -108,17 +111,17 @@ def train_stack(
             total.zero_()
 
 
-def learning_rate(settings: ExpertConfig, step: int, steps_per_epoch: int) -> float:
-    """Learning rate of a step. Steps are counted from 0 over the whole training."""
+def _share_of_rate(settings: ExpertConfig, step: int, steps_per_epoch: int) -> float:
+    """Learning rate of a step, as a share of the full rate. Steps are counted from 0 over the whole training."""
     steps, warmup = settings.epochs * steps_per_epoch, settings.warmup_epochs * steps_per_epoch
-    return settings.learning_rate * share_of_rate(step, steps, warmup, cosine=settings.schedule == "cosine")
+    return share_of_rate(step, steps, warmup, cosine=settings.schedule == "cosine")
 
 
 def _step(
     functions: StackFunctions,
     state: ExpertState,
     settings: ExpertConfig,
-    rate: float,
+    rates: Sequence[float],
     images: Tensor,
     labels: Tensor,
     weights: Tensor,
@@ -136,9 +139,19 @@ def _step(
     if settings.momentum:
         velocity = state.velocity
         gradient = state.velocity = gradient if velocity is None else settings.momentum * velocity + gradient
-    state.parameters = torch.sub(parameters, gradient, alpha=rate)
+    state.parameters = _descended(parameters, gradient, rates)
     state.step += 1
     return losses
+
+
+def _descended(parameters: Tensor, gradient: Tensor, rates: Sequence[float]) -> Tensor:
+    """Parameters [s p] minus each network's rate times its gradient [s p], with the bits of one network alone."""
+    if len(set(rates)) == 1:
+        return torch.sub(parameters, gradient, alpha=rates[0])
+    after = torch.empty_like(parameters)
+    for number, rate in enumerate(rates):  # a product with a tensor of rates would round once more
+        torch.sub(parameters[number], gradient[number], alpha=rate, out=after[number])
+    return after
 
 
 def perturbation(parameters: Tensor, gradient: Tensor, settings: ExpertConfig) -> Tensor:

@@ -34,12 +34,13 @@ class Lessons(Protocol):
         """Temperature T, above 0, by which logits are divided in the loss, see `divergence`."""
         ...
 
-    def batches(self, images: Tensor, seed: int, epochs: int, batch_size: int, augmentation: str) -> Iterator[Batch]:
-        """Batches of all epochs, with images [1 b c h w] and the teacher's logits [1 b k] as their targets.
+    def batches(self, images: Tensor, seed: int, epochs: range, batch_size: int, augmentation: str) -> Iterator[Batch]:
+        """Batches of some epochs, with images [1 b c h w] and the teacher's logits [1 b k] as their targets.
 
         Args:
             images: [n c h w] images of the set.
             seed: seed of order, augmentation and CutMix.
+            epochs: numbers of the epochs, from 0.
             augmentation: operations, see `core.augment`.
         """
         ...
@@ -59,11 +60,11 @@ class Teacher:
     def __post_init__(self) -> None:
         self.network.eval().requires_grad_(False)
 
-    def batches(self, images: Tensor, seed: int, epochs: int, batch_size: int, augmentation: str) -> Iterator[Batch]:
+    def batches(self, images: Tensor, seed: int, epochs: range, batch_size: int, augmentation: str) -> Iterator[Batch]:
         """Batches of augmented and mixed images, with the teacher's logits for them, see `Lessons.batches`."""
         none = torch.zeros(len(images), device=next(self.network.parameters()).device)
         number = 0
-        for epoch, is_last, x, _ in batches([images], [none], [seed], range(epochs), batch_size, augmentation):
+        for epoch, is_last, x, _ in batches([images], [none], [seed], epochs, batch_size, augmentation):
             seen = self.mixed(x[0], seed, epoch, number)
             with torch.no_grad():
                 logits = self.network(seen)
@@ -98,10 +99,10 @@ class StoredLessons:
     temperature: float = 20.0
     """Temperature T, above 0, by which logits are divided in the loss."""
 
-    def batches(self, images: Tensor, seed: int, epochs: int, batch_size: int, augmentation: str) -> Iterator[Batch]:
+    def batches(self, images: Tensor, seed: int, epochs: range, batch_size: int, augmentation: str) -> Iterator[Batch]:
         """Batches of stored views, already augmented and mixed, with their logits, see `Lessons.batches`."""
         count = len(images)
-        for epoch in range(epochs):
+        for epoch in epochs:
             self.labels.set_epoch(epoch)
             order = generator(seed, Purpose.TRAINING_ORDER, epoch).permutation(count)
             for first in range(0, count, batch_size):

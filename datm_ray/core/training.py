@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -22,8 +22,8 @@ from datm_ray.core.augment import augment, draw_augmentation
 from datm_ray.core.batches import Images, batches, rows_on
 from datm_ray.core.experts import ExpertState, train_stack
 from datm_ray.core.networks.image_cost import image_cost
-from datm_ray.core.networks.parameters import unflatten_into
-from datm_ray.core.networks.stacked import StackFunctions, can_be_stacked
+from datm_ray.core.networks.parameters import flatten, flatten_buffers, unflatten_buffers_into, unflatten_into
+from datm_ray.core.networks.stacked import CACHED_MAP_BYTES, LARGEST_STACK, StackFunctions, can_be_stacked
 from datm_ray.core.rates import share_of_rate
 from datm_ray.core.teacher import Lessons, divergence
 from datm_ray.errors import ConfigError
@@ -161,6 +161,89 @@ class Epoch:
     """Mean loss over the epoch's images."""
 
 
+class TrainingState(Protocol):
+    """State of networks that are trained: everything that the next step depends on. See `ExpertState`."""
+
+    epoch: int
+    step: int
+
+    @property
+    def parameters(self) -> Tensor:
+        """Flat parameters of every network [s p]."""
+        ...
+
+    @property
+    def buffers(self) -> Tensor:
+        """Flat buffers of every network [s q]."""
+        ...
+
+    @property
+    def velocity(self) -> Tensor | None:
+        """Momentum [s p], or AdamW's two vectors [s 2p]; `None` without any."""
+        ...
+
+
+class NetworkState:
+    """State of one network in training by `train`, as that of a stack of one. Vectors are copied when they are read."""
+
+    def __init__(self, network: nn.Module, schedule: Schedule, saved: TrainingState | None = None) -> None:
+        """Start a training, or resume it.
+
+        Args:
+            network: network to train; it gets the saved parameters and buffers.
+            schedule: schedule of the training.
+            saved: state after an epoch of the same training; `None` to start.
+        """
+        self.network, self._schedule = network, schedule
+        self.epoch, self.step = (saved.epoch, saved.step) if saved else (0, 0)
+        self.start_anew()
+        if saved:
+            parameters = list(network.parameters())
+            pieces = saved.parameters[0].split([each.numel() for each in parameters])
+            for each, piece in zip(parameters, pieces, strict=True):
+                each.data.copy_(piece.view_as(each))  # into its own memory, since sums may depend on the alignment
+            unflatten_buffers_into(network, saved.buffers[0])
+            if saved.velocity is not None:
+                self._restore(saved.velocity[0])
+
+    def start_anew(self) -> None:
+        """Forget the momentum, as at the start and at a decay."""
+        self.optimizer = self._schedule.optimizer(self.network)
+
+    @property
+    def parameters(self) -> Tensor:
+        """Copy of the parameters [1 p]."""
+        return flatten(self.network)[None]
+
+    @property
+    def buffers(self) -> Tensor:
+        """Copy of the buffers [1 q]."""
+        return flatten_buffers(self.network)[None]
+
+    @property
+    def velocity(self) -> Tensor | None:
+        """Copy of the optimiser's vectors [1 p], or [1 2p] for AdamW; `None` without any."""
+        states = [self.optimizer.state[each] for each in self.network.parameters()]
+        pieces = [state[name] for name in self._names for state in states if state.get(name) is not None]
+        return torch.cat([piece.reshape(-1) for piece in pieces])[None] if pieces else None
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq") if self._schedule.optimiser == "adamw" else ("momentum_buffer",)
+
+    def _restore(self, vectors: Tensor) -> None:
+        decay = self._schedule.decay_epoch
+        anew_at = decay * (self.step // self.epoch) if decay is not None and self.epoch >= decay else 0
+        parameters = list(self.network.parameters())
+        pieces = iter(vectors.split([each.numel() for each in parameters] * len(self._names)))
+        for name in self._names:
+            for each in parameters:
+                self.optimizer.state[each][name] = next(pieces).view_as(each).clone()
+        if self._schedule.optimiser == "adamw":
+            for each in parameters:
+                self.optimizer.state[each]["step"] = torch.tensor(float(self.step - anew_at))
+
+
 def train(
     network: nn.Module,
     images: Images,
@@ -168,6 +251,7 @@ def train(
     schedule: Schedule,
     seed: int,
     lessons: Lessons | None = None,
+    state: NetworkState | None = None,
 ) -> Iterator[Epoch]:
     """Train the network in place, epoch by epoch.
 
@@ -176,41 +260,48 @@ def train(
         targets: [n] int64 classes, or [n k] logits of soft labels; not read if there are lessons.
         seed: seed of order, augmentation and CutMix.
         lessons: a teacher's images and logits for every step; `None` trains on the targets.
+        state: state to continue from, up to date after every epoch; `None` starts a training.
     """
     if targets.is_floating_point():
         targets = targets.softmax(dim=1)
     steps_per_epoch = -(-len(images) // schedule.batch_size)
-    optimizer = schedule.optimizer(network)
+    state = state or NetworkState(network, schedule)
     network.train()
     total = torch.zeros((), device=targets.device)
-    epochs, size, augmentation = schedule.epochs, schedule.batch_size, schedule.augmentation
+    epochs, size, augmentation = range(state.epoch, schedule.epochs), schedule.batch_size, schedule.augmentation
     if lessons is None:
-        steps = batches([images], [targets], [seed], range(epochs), size, augmentation)
+        steps = batches([images], [targets], [seed], epochs, size, augmentation)
     else:
         assert isinstance(images, Tensor)  # a synthetic set, or as many real images
         steps = lessons.batches(images, seed, epochs, size, augmentation)
-    for step, (epoch, is_last, x, y) in enumerate(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.rate(step, steps_per_epoch)
+    for epoch, is_last, x, y in steps:
+        for group in state.optimizer.param_groups:
+            group["lr"] = schedule.rate(state.step, steps_per_epoch)
         logits = network(x[0])
         loss = cross_entropy(logits, y[0]) if lessons is None else divergence(logits, y[0], lessons.temperature)
-        optimizer.zero_grad(set_to_none=True)
+        state.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        optimizer.step()
+        state.optimizer.step()
+        state.step += 1
         total += loss.detach() * x.shape[1]
         if is_last:
-            yield Epoch(epoch + 1, step + 1, float(total) / len(images))
+            state.epoch = epoch + 1
+            if state.epoch == schedule.decay_epoch:
+                state.start_anew()
+            yield Epoch(state.epoch, state.step, float(total) / len(images))
             total.zero_()
-            if epoch + 1 == schedule.decay_epoch:
-                optimizer = schedule.optimizer(network)
 
 
 STEP_OVERHEAD = 3e7
 """Fixed cost of a training step on a CPU core, given as operations of a forward pass that take equally long."""
 COMPILED_WORK = 5e10
 """Least expected work of networks that are trained together, in operations of forward passes. One after another, such
-networks take about seven seconds of a CPU core, or three times as long in a row with three step sizes. One compilation
-serves all rows of a run."""
+networks take about seven seconds of a CPU core. One compilation serves all stacks of one size in a run."""
+WIDE_MAP_BYTES = 3 * 2**20
+"""Size in bytes of a batch's largest map from which one network keeps a CPU busy, up to `CACHED_MAP_BYTES`.
+
+Measured for images of 32x32 on two cores, time of five networks one after another by their time together
+(benchmarks/LOG.md): maps of 2.6 MB 1.7, of 5.2 MB 0.86, of 10.5 MB 0.9 to 1.2, of 52 MB, far beyond the cache, 1.8."""
 
 
 def work_of_training(schedule: Schedule, images: int, flop: float) -> float:
@@ -230,6 +321,7 @@ def are_trained_together(
     schedule: Schedule,
     *,
     is_taught: bool = False,
+    on_gpu: bool = False,
 ) -> bool:
     """True if several networks like this one are trained together, provided that torch.compile works, see `Trainer`.
 
@@ -238,17 +330,48 @@ def are_trained_together(
         image: channels, height and width.
         count: number of images that each network is trained on.
         is_taught: True if a teacher gives the labels.
+        on_gpu: True if a GPU trains them.
     """
     if networks == 1 or is_taught or schedule.optimiser != "sgd" or not can_be_stacked(network):
         return False
-    return networks * work_of_training(schedule, count, image_cost(network, image).flop) >= COMPILED_WORK
+    cost = image_cost(network, image)
+    maps = min(schedule.batch_size, count) * cost.largest
+    if not on_gpu and WIDE_MAP_BYTES < maps < CACHED_MAP_BYTES:
+        return False
+    return networks * work_of_training(schedule, count, cost.flop) >= COMPILED_WORK
+
+
+def stack_sizes(networks: int) -> list[int]:
+    """Sizes of the stacks in which networks are trained together: equal if possible, because each size is compiled.
+
+    There are at least two networks in a stack, if there are two, and at most `LARGEST_STACK`.
+    """
+    for size in range(min(networks, LARGEST_STACK), 2, -1):
+        if networks % size == 0:
+            return [size] * (networks // size)
+    return [len(part) for part in np.array_split(np.arange(networks), -(-networks // LARGEST_STACK))]
+
+
+@dataclass(frozen=True)
+class Training:
+    """One network to train, on images of its own."""
+
+    network: nn.Module
+    """Network, which is trained in place."""
+    images: Images
+    """[n c h w] images, normalised."""
+    targets: Tensor
+    """[n] int64 classes, or [n k] logits of soft labels."""
+    schedule: Schedule
+    seed: int
+    """Seed of order and augmentation."""
 
 
 class Trainer:
     """Trains several networks of one kind, together if this is faster, otherwise one after another.
 
-    Together means one compiled call for all networks in every step. Each network has the same images, order and
-    augmentation as alone, and its result does not depend on the other networks. Sums round differently than alone.
+    Together means one compiled call for all networks of a stack in every step. Each network has the same images, order
+    and augmentation as alone, and its result does not depend on the other networks. Sums round differently than alone.
     """
 
     def __init__(self, *, compile_: bool = True, channels_last: bool = True) -> None:
@@ -258,38 +381,61 @@ class Trainer:
         self._functions: dict[tuple[str, int], StackFunctions] = {}
         """Compiled functions, shared by all trainings of this worker: kind and number of networks -> functions."""
 
-    def train(
-        self,
-        networks: Sequence[nn.Module],
-        images: Sequence[Images],
-        targets: Sequence[Tensor],
-        schedule: Schedule,
-        seeds: Sequence[int],
-        lessons: Lessons | None = None,
-    ) -> Iterator[int]:
-        """Train the networks in place. Yields the number of epochs done, over all of them.
+    def stacks(self, trainings: Sequence[Training], lessons: Lessons | None = None) -> list[Sequence[Training]]:
+        """Divide networks into those that are trained at the same time: stacks, or one network each.
 
         Args:
-            images: for each network [n c h w] images, normalised; n is the same for all.
-            targets: for each network [n] int64 classes, or [n k] logits of soft labels.
-            seeds: for each network the seed of order and augmentation.
+            trainings: networks of one kind, with as many images each, and schedules that differ in their rates alone.
             lessons: see `train`; networks that have some are trained one after another.
         """
-        first, size, (count, *image) = networks[0], len(networks), images[0].shape
-        shape, is_taught = (image[0], image[1], image[2]), lessons is not None
-        if self._compile and are_trained_together(first, size, shape, count, schedule, is_taught=is_taught):
-            key = (f"{first} {image}", size)
-            if key not in self._functions:
-                self._functions[key] = StackFunctions(first, stacked=size, channels_last=self._channels_last)
-            functions = self._functions[key]
-            self.note = functions.note
-            if not functions.note:
-                for epoch in train_together(functions, networks, images, targets, schedule, seeds):
-                    yield epoch * size
-                return
-        for number, (network, x, y, seed) in enumerate(zip(networks, images, targets, seeds, strict=True)):
-            for done in train(network, x, y, schedule, seed, lessons):
-                yield number * schedule.epochs + done.number
+        first, sizes = trainings[0], [1] * len(trainings)
+        count, *image = first.images.shape
+        if self._compile and are_trained_together(
+            first.network,
+            len(trainings),
+            (image[0], image[1], image[2]),
+            count,
+            first.schedule,
+            is_taught=lessons is not None,
+            on_gpu=next(first.network.parameters()).is_cuda,
+        ):
+            self.note = self._functions_for(first, stack_sizes(len(trainings))[0]).note
+            sizes = sizes if self.note else stack_sizes(len(trainings))
+        ends = np.cumsum(sizes).tolist()
+        return [trainings[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+
+    def train(
+        self, stack: Sequence[Training], lessons: Lessons | None = None, saved: TrainingState | None = None
+    ) -> Iterator[TrainingState]:
+        """Train networks in place, which get their new parameters after the last epoch. Yields the state by epochs.
+
+        Args:
+            stack: one of `stacks`.
+            lessons: see `train`; `None` for a stack of several.
+            saved: state after an epoch of an earlier, equal training, from which this one resumes; `None` to start.
+        """
+        if len(stack) > 1:
+            yield from train_together(self._functions_for(stack[0], len(stack)), stack, saved)
+            return
+        each = stack[0]
+        state = NetworkState(each.network, each.schedule, saved)
+        for _ in train(each.network, each.images, each.targets, each.schedule, each.seed, lessons, state):
+            yield state
+
+    def train_all(self, trainings: Sequence[Training]) -> Iterator[int]:
+        """Train networks of one kind in place. Yields the number of epochs done, over all of them."""
+        done = 0
+        for stack in self.stacks(trainings):
+            for state in self.train(stack):
+                yield done + len(stack) * state.epoch
+            done += len(stack) * stack[0].schedule.epochs
+
+    def _functions_for(self, training: Training, size: int) -> StackFunctions:
+        key = (f"{training.network} {tuple(training.images.shape[1:])}", size)
+        if key not in self._functions:
+            functions = StackFunctions(training.network, stacked=size, channels_last=self._channels_last)
+            self._functions[key] = functions
+        return self._functions[key]
 
 
 @functools.cache
@@ -299,40 +445,39 @@ def trainer(*, compile_: bool, channels_last: bool) -> Trainer:
 
 
 def train_together(
-    functions: StackFunctions,
-    networks: Sequence[nn.Module],
-    images: Sequence[Images],
-    targets: Sequence[Tensor],
-    schedule: Schedule,
-    seeds: Sequence[int],
-) -> Iterator[int]:
+    functions: StackFunctions, stack: Sequence[Training], saved: TrainingState | None = None
+) -> Iterator[ExpertState]:
     """Train several networks of one kind in place by SGD, each as `train` would; see `Trainer.train` for arguments.
 
-    Yields the number of epochs done. The networks get their new parameters after the last epoch.
+    Yields the state after every epoch. The networks get their new parameters after the last epoch.
     """
-    state = ExpertState.initial(networks)
-    classes = networks[0](rows_on(images[0], torch.arange(1), state.parameters.device)).shape[1]
+    state, schedule = ExpertState.initial([each.network for each in stack]), stack[0].schedule
+    if saved is not None:
+        state = ExpertState(saved.parameters, saved.buffers, saved.velocity, saved.epoch, saved.step)
+    classes = stack[0].network(rows_on(stack[0].images, torch.arange(1), state.parameters.device)).shape[1]
     probabilities = [
         each.softmax(dim=1) if each.is_floating_point() else one_hot(each, classes).to(state.parameters.dtype)
-        for each in targets
+        for each in (training.targets for training in stack)
     ]
-    for epochs in sorted({min(schedule.decay_epoch or schedule.epochs, schedule.epochs), schedule.epochs}):
-        state.velocity = None
-        is_late = schedule.decay_epoch is not None and state.epoch >= schedule.decay_epoch
+    images, seeds, decay = [each.images for each in stack], [each.seed for each in stack], schedule.decay_epoch
+    for epochs in sorted({min(decay or schedule.epochs, schedule.epochs), schedule.epochs}):
+        is_late = decay is not None and state.epoch >= decay
+        if state.epoch == decay:
+            state.velocity = None
+        rates = [each.schedule.learning_rate / 10 if is_late else each.schedule.learning_rate for each in stack]
         settings = ExpertConfig(
             epochs=epochs,
             batch_size=schedule.batch_size,
-            learning_rate=schedule.learning_rate / 10 if is_late else schedule.learning_rate,
             schedule="cosine" if schedule.cosine else "constant",
             warmup_epochs=schedule.warmup_epochs,
             momentum=schedule.momentum,
             weight_decay=schedule.weight_decay,
             augmentation=schedule.augmentation,
         )
-        for _ in train_stack(functions, images, probabilities, settings, seeds, state):
-            yield state.epoch
-    for network, parameters in zip(networks, state.parameters, strict=True):
-        unflatten_into(network, parameters)
+        for _ in train_stack(functions, images, probabilities, settings, seeds, state, rates):
+            yield state
+    for each, parameters in zip(stack, state.parameters, strict=True):
+        unflatten_into(each.network, parameters)
 
 
 @torch.no_grad()

@@ -35,12 +35,14 @@ from datm_ray.runtime.executor import Executor, Finished, More, Task
 from datm_ray.runtime.stopping import ask, by_signals
 from datm_ray.stages.checkpoint import CHECKPOINT
 from datm_ray.stages.distill import SYNTHETIC, DistillWorker
-from datm_ray.stages.evaluate import read_score, result_location, scored_rows
+from datm_ray.stages.evaluate import result_location, scored_rows
 from datm_ray.stages.expert_progress import ExpertProgress, note_stacks
 from datm_ray.stages.experts import experts_cost, progress_of, stacks, write_experts_cost
 from datm_ray.stages.method import Outlook
 from datm_ray.stages.pieces import remove_pieces
 from datm_ray.stages.registry import method_of, trained_backbones, trained_networks
+from datm_ray.stages.saved_training import remove_progress
+from datm_ray.stages.scores import read_score
 from datm_ray.stages.validation import Candidates
 from datm_ray.stages.worker import StageWorker
 from datm_ray.store.claims import lease
@@ -398,6 +400,13 @@ class Pipeline:
             return []
 
         self._run("Evaluation", "evaluate", open_tasks, executor, reporter, following)
+        folders = {
+            result_location(self.out, config, self.runs.raw(config).fingerprint, row, 0, network).parent
+            for config in self.configs
+            for row, network in self.scored_rows(config)
+        }
+        for folder in folders:
+            remove_progress(folder)
 
     def _report_row(self, task: Task, reporter: Reporter) -> None:
         """Show the rows that a task of the evaluation has completed."""

@@ -25,7 +25,15 @@ from datm_ray.planning.memory import (
 from datm_ray.planning.shape import DataShape, network_cost
 from datm_ray.runtime.devices import uses_gpu
 from datm_ray.runtime.executor import Executor, Task
-from datm_ray.stages.evaluate import FAIR_ROWS, ROWS, result_location, seeds_of_tasks, work_of
+from datm_ray.stages.evaluate import (
+    FAIR_ROWS,
+    ROWS,
+    fewest_tasks,
+    largest_stack,
+    result_location,
+    seeds_of_tasks,
+    work_of,
+)
 from datm_ray.stages.expert_progress import read_stacks
 from datm_ray.stages.experts import experts_at_a_time, stacks
 from datm_ray.stages.labels import kept_labels, missing_epochs
@@ -308,8 +316,8 @@ def evaluate_tasks(
 ) -> list[DatasetTask]:
     """Tasks for every scored row and seed without a result, once for runs that share it.
 
-    Seeds whose networks are trained together are one task. The seeds of a row are divided evenly where there are fewer
-    rows than workers.
+    Seeds whose networks are trained together are one task. The seeds of a row are divided evenly if workers would be
+    idle otherwise, or if the row is more than a worker's share of the work.
 
     Args:
         workers: number of workers. A single worker gets the row on all real data last, so that users see other rows
@@ -322,16 +330,19 @@ def evaluate_tasks(
         for row, network in scored_rows(config):
             place = result_location(runs.out, config, runs.raw(config).fingerprint, row, 0, network)
             shared.setdefault(place.uri, []).append((config, row, network))
-    for users in sorted(shared.values(), key=lambda each: each[0][1] == "full"):
-        config, row, network = max(users, key=lambda each: each[0].evaluate.seeds)
+    rows = [
+        (users, *max(users, key=lambda each: each[0].evaluate.seeds))
+        for users in sorted(shared.values(), key=lambda each: each[0][1] == "full")
+    ]
+    works = [_work_of_row(runs, config, row, network) for _, config, row, network in rows]
+    fewest = fewest_tasks([work * row[1].evaluate.seeds for work, row in zip(works, rows, strict=True)], workers)
+    for (users, config, row, network), work, least in zip(rows, works, fewest, strict=True):
         if of is not None and not any(user in of for user, _, _ in users):
             continue
         raw = runs.raw(config)
         images = len(raw.train) if row == "full" else config.distill.ipc * raw.classes
-        work = work_of(config, row, network, raw.classes, len(raw.train), _flop(runs, config, network))
-        work *= FORWARD_PASSES["training"]
         spec = (network or config.network).for_images(raw.channels, raw.size, raw.classes)
-        for numbers in seeds_of_tasks(config, row, spec, images, -(-workers // len(shared))):
+        for numbers in seeds_of_tasks(config, row, network, spec, images, least):
             places = [result_location(runs.out, config, raw.fingerprint, row, number, network) for number in numbers]
             if all(place.exists() for place in places):
                 continue
@@ -345,12 +356,24 @@ def evaluate_tasks(
                 weight=work * len(numbers),
                 method="evaluate",
                 memory=scoring_memory(
-                    config, runs.shape(config), images, network, len(numbers), is_shared=row == "full"
+                    config,
+                    runs.shape(config),
+                    images,
+                    network,
+                    largest_stack(config, row, network, spec, images, len(numbers)),
+                    is_shared=row == "full",
                 ),
                 is_light=True,
             )
             tasks.append((config.dataset, task))
     return sorted(tasks, key=lambda each: -each[1].weight if workers > 1 else 0)
+
+
+def _work_of_row(runs: Runs, config: RunConfig, row: str, network: NetworkConfig | None) -> float:
+    """Operations of training the networks of a row with one seed."""
+    raw = runs.raw(config)
+    work = work_of(config, row, network, raw.classes, len(raw.train), _flop(runs, config, network))
+    return work * FORWARD_PASSES["training"]
 
 
 def row_title(config: RunConfig, row: str, network: NetworkConfig | None) -> str:

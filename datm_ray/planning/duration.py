@@ -25,7 +25,15 @@ from datm_ray.planning.machines import Machine
 from datm_ray.planning.memory import DistillationPlan
 from datm_ray.planning.shape import DataShape, fitting_cost, network_cost
 from datm_ray.runtime.devices import uses_gpu
-from datm_ray.stages.evaluate import is_taught, scored_rows, seeds_of_tasks, training_of
+from datm_ray.stages.evaluate import (
+    fewest_tasks,
+    is_taught,
+    largest_stack,
+    scored_rows,
+    seeds_of_tasks,
+    training_of,
+    work_of,
+)
 from datm_ray.stages.experts import experts_at_a_time, stacks
 from datm_ray.stages.labels import kept_labels
 from datm_ray.stages.method import Outlook
@@ -106,14 +114,20 @@ class Proposal:
     def _evaluation(self) -> list[list[Work]]:
         config, shape, tasks = self.config, self.shape, list[list[Work]]()
         backbone, rows, held_out = config.each_backbone()[0], scored_rows(config), shape.training_images - self._trained
-        for row, network in rows:
+        networks = [backbone.model_copy(update={"network": network or backbone.network}) for _, network in rows]
+        works = [
+            work_of(config, row, network, shape.classes, self._trained, network_cost(trained, shape).flop)
+            for (row, network), trained in zip(rows, networks, strict=True)
+        ]
+        fewest = fewest_tasks(works, self.machine.workers)
+        for (row, network), trained, least in zip(rows, networks, fewest, strict=True):
             kind, images = ("real", self._trained) if row == "full" else ("training", shape.synthetic(config))
             count, schedule = training_of(config, row, network)
-            trained = backbone.model_copy(update={"network": network or backbone.network})
             spec = trained.network.for_images(shape.image[0], shape.image[1:], shape.classes)
-            for seeds in map(len, seeds_of_tasks(config, row, spec, images, -(-self.machine.workers // len(rows)))):
+            for seeds in map(len, seeds_of_tasks(config, row, network, spec, images, least)):
+                is_stacked = largest_stack(config, row, network, spec, images, seeds) > 1
                 passes = seeds * count * schedule.epochs * images
-                task: list[Work] = [("experts" if seeds > 1 else kind, trained, passes)]
+                task: list[Work] = [("experts" if is_stacked else kind, trained, passes)]
                 task += [
                     ("scoring", trained, seeds * count * held_out),
                     ("scoring", backbone, seeds * shape.test_images),

@@ -31,7 +31,8 @@ from datm_ray.report.results import (
     shown_rows,
 )
 from datm_ray.report.words import count, duration, listed, percent
-from datm_ray.stages.evaluate import FAIR_PARTS, FAIR_ROWS
+from datm_ray.stages.evaluate import FAIR_ROWS
+from datm_ray.stages.scores import FAIR_PARTS
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.trajectories import size_in_words
 

@@ -14,6 +14,9 @@ With `evaluate.labels: teacher`, networks of the rows with soft labels (`SOFT`) 
 network: its logits of every augmented batch replace the labels, see `core.teacher`. With `stored`, the labels of the
 distilled set are made beforehand, see `stages.labels`. No step size was learned for such labels.
 
+The networks of a task, a network for each seed and candidate step size, are trained in stacks where this is faster
+(`core.training.Trainer`). A task that is stopped or killed resumes with the same bits (`stages.saved_training`).
+
 Training settings may change in a finished run, so each setting has its own result files. The row on all real data
 always uses the protocol's training. Rows with hard labels keep their labels, and choose their step size on validation
 data.
@@ -35,8 +38,7 @@ import dataclasses
 import functools
 import logging
 import math
-import statistics
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,25 +62,31 @@ from datm_ray.core.batches import Images
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import LARGEST_STACK
 from datm_ray.core.randomness import Purpose, derive_seed
-from datm_ray.core.scores import AugmentationRobust, LabelRobust, augmentation_robust, label_robust
 from datm_ray.core.synthetic import random_rows
 from datm_ray.core.teacher import Lessons, StoredLessons, Teacher
-from datm_ray.core.training import Schedule, accuracy, are_trained_together, work_of_training
+from datm_ray.core.training import (
+    Schedule,
+    Training,
+    accuracy,
+    are_trained_together,
+    stack_sizes,
+    work_of_training,
+)
 from datm_ray.data.dataset import Dataset
 from datm_ray.monitor.logs import fields
 from datm_ray.monitor.provenance import provenance
-from datm_ray.monitor.spent import Account, Spent, total
+from datm_ray.monitor.spent import Account
 from datm_ray.replay import ReplayedLabels
-from datm_ray.runtime.devices import Meter, images_on, prepare_device, to_device
+from datm_ray.runtime.devices import Meter, images_on, prepare_device, to_device, uses_gpu
 from datm_ray.runtime.executor import Finished, Note, Progress
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.expert_networks import ExpertNetworks
 from datm_ray.stages.labels import labels_location
 from datm_ray.stages.registry import method_of, teacher_of, trained_backbones
-from datm_ray.stages.validation import evaluation_schedule, reported, trainer_of
+from datm_ray.stages.saved_training import SavedTraining
+from datm_ray.stages.validation import evaluation_schedule, trainer_of
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.labels import LabelStore
-from datm_ray.store.sealed import rejecting_nonsense
 
 ROWS = {
     "random-hard": "random real images, hard labels",
@@ -115,44 +123,6 @@ CONTROL_STEP_SIZES = (0.01, 0.03, 0.1)
 
 ADAMW_STEP_SIZES = (3e-4, 1e-3, 3e-3)
 """Candidate learning rates of AdamW, for every row."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """Test accuracy of one row over several seeds."""
-
-    row: str
-    """Key of `ROWS` or `FAIR_ROWS`."""
-    accuracies: tuple[float, ...]
-    """Test accuracies in [0, 1], one per seed."""
-    seconds: float
-    """Wall-clock seconds of workers, summed over seeds."""
-    cost: Spent | None = None
-    """Cost, summed over seeds; `None` if an earlier version of this package wrote one of the results."""
-
-    @property
-    def spent(self) -> Spent:
-        """Cost of the row. If it is unknown, a cost that holds the seconds alone."""
-        return self.cost or Spent(seconds=self.seconds)
-
-    @property
-    def n(self) -> int:
-        """Number of seeds."""
-        return len(self.accuracies)
-
-    @property
-    def mean(self) -> float:
-        """Mean accuracy, in [0, 1]."""
-        return statistics.fmean(self.accuracies)
-
-    @property
-    def std(self) -> float:
-        """Sample standard deviation; nan for one seed."""
-        return statistics.stdev(self.accuracies) if self.n > 1 else math.nan
-
-    def __str__(self) -> str:
-        """Mean ± standard deviation in percent, such as "47.1 ± 0.3"."""
-        return f"{100 * self.mean:.1f} ± {100 * self.std:.1f}" if self.n > 1 else f"{100 * self.mean:.1f}"
 
 
 _log = logging.getLogger(__name__)
@@ -194,7 +164,7 @@ class EvaluateWorker:
         """
         account, meter = Account(self._device, self._cluster), Meter(self._device)
         seeds = [derive_seed(config.seed, Purpose.EVALUATION, number) for number in numbers]
-        folder = open_location(folder_uri)
+        folder, places = open_location(folder_uri), [open_location(uri) for uri in result_uris]
         alike = row in DISTILLED or row == "full"  # one set for all seeds, so it is read and copied to the device once
         some = seeds[:1] if alike else seeds
         sets = [self._training_set(config, store_uri, folder, row, seed, network) for seed in some]
@@ -202,10 +172,25 @@ class EvaluateWorker:
         step_size = sets[0][2] if has_learned_step_size(config, row) else None
         schedules = _schedules(config, row, step_size, network)
         lessons = self._lessons(config, store_uri, row, folder, sets[0][0])
-        trials = yield from self._trials(network or config.network, sets, schedules, seeds, meter, lessons)
-        tested = [self._tested(each, learns=bool(step_size)) for each in trials]
-        spent, results = account.spent().share(1 / len(seeds)), list[dict[str, Any]]()
-        for number, seed, uri, (chosen, of_test, with_learned) in zip(numbers, seeds, result_uris, tested, strict=True):
+        spec = (network or config.network).for_images(self._dataset.channels, self._dataset.size, self._dataset.classes)
+        trainings = [
+            Training(build_network(spec, seed).to(self._device), images, targets, schedule, seed)
+            for schedule in schedules
+            for seed, (images, targets, _) in zip(seeds, sets, strict=True)
+        ]
+        trainer = trainer_of(self._cluster)
+        training = SavedTraining(trainer, trainings, lessons, places[0], account)
+        if trainer.note and not self._has_noted:
+            self._has_noted = True
+            yield Note(trainer.note)
+        measured = yield from training.run(self._device, self._validation_accuracy, meter)
+        every = [
+            _Trial(each.network, each.schedule.learning_rate, share)
+            for each, share in zip(trainings, measured, strict=True)
+        ]
+        tested = [self._tested(every[place :: len(seeds)], learns=bool(step_size)) for place in range(len(seeds))]
+        spent, results = (account.spent() + training.spent).share(1 / len(seeds)), list[dict[str, Any]]()
+        for number, seed, place, (chosen, of_test, with_learned) in zip(numbers, seeds, places, tested, strict=True):
             result = {
                 "row": row,
                 "number": number,
@@ -221,7 +206,8 @@ class EvaluateWorker:
                 "provenance": provenance(self._device),
             }
             results.append(result)
-            self._write(open_location(uri), result, config.name, len(schedules))
+            self._write(place, result, config.name, len(schedules))
+        training.remove()
         yield Finished(results, meter.measure())
 
     def _write(self, place: Location, result: dict[str, Any], run: str, candidates: int) -> None:
@@ -230,37 +216,6 @@ class EvaluateWorker:
             values = {key: result[key] for key in ("row", "number", "step_size", "seconds")}
             scored = fields(run=run, accuracy=result["test_accuracy"], candidates=candidates)
             _log.info("network scored %s %s", scored, fields(**values))
-
-    def _trials(
-        self,
-        network: NetworkConfig,
-        sets: Sequence[tuple[Images, Tensor, float | None]],
-        schedules: Sequence[Schedule],
-        seeds: Sequence[int],
-        meter: Meter,
-        lessons: Lessons | None,
-    ) -> Generator[Progress | Note, None, list[list[_Trial]]]:
-        """Train fresh networks by each schedule and score them on validation images. Returns each seed's trials."""
-        dataset, trials = self._dataset, [list[_Trial]() for _ in seeds]
-        spec = network.for_images(dataset.channels, dataset.size, dataset.classes)
-        images, targets = [each[0] for each in sets], [each[1] for each in sets]
-        done, epochs = 0, len(seeds) * sum(schedule.epochs for schedule in schedules)
-        yield Progress(done, epochs)
-        for schedule in schedules:
-            fresh = [build_network(spec, seed).to(self._device) for seed in seeds]
-            trainer = trainer_of(self._cluster)
-            yield from reported(trainer.train(fresh, images, targets, schedule, seeds, lessons), done, epochs)
-            if trainer.note and not self._has_noted:
-                self._has_noted = True
-                yield Note(trainer.note)
-            done += len(seeds) * schedule.epochs
-            measured = [self._validation_accuracy(each) for each in fresh]
-            for own, each, share in zip(trials, fresh, measured, strict=True):
-                own.append(_Trial(each, schedule.learning_rate, share))
-            mean = statistics.fmean(measured)
-            metrics = meter.measure() | {"datm_ray_evaluate_validation_accuracy_ratio": mean}
-            yield Progress(done, epochs, {"validation": mean}, metrics)
-        return trials
 
     def _tested(self, trials: Sequence[_Trial], *, learns: bool) -> tuple[_Trial, float, float | None]:
         """Returns the trial best on validation data, its test accuracy, and the first trial's test accuracy.
@@ -406,25 +361,54 @@ def training_of(config: RunConfig, row: str, network: NetworkConfig | None) -> t
     return len(schedules), row_schedule(config, row)
 
 
-def seeds_of_tasks(config: RunConfig, row: str, spec: NetworkSpec, images: int, least: int) -> list[tuple[int, ...]]:
-    """Numbers of the seeds in each task of a row: one seed, or several if their networks can be trained in a stack.
+def seeds_of_tasks(
+    config: RunConfig, row: str, network: NetworkConfig | None, spec: NetworkSpec, images: int, least: int
+) -> list[tuple[int, ...]]:
+    """Numbers of the seeds in each task of a row: one seed, or several if their networks can be trained in stacks.
+
+    The number of tasks is a multiple of `least` if there are enough seeds, so that as many workers get equal work.
 
     Args:
-        spec: scored network.
+        network: scored network; `None` for the backbone.
+        spec: the scored network, for the data set's images.
         images: number of training images.
         least: fewest tasks to make, if there are as many seeds.
     """
     seeds = parts = config.evaluate.seeds
-    may_stack = config.cluster.compile and not is_taught(config, row)
-    if may_stack and _are_together(spec, seeds, images, row_schedule(config, row)):
-        parts = min(seeds, max(least, -(-seeds // LARGEST_STACK)))
+    if largest_stack(config, row, network, spec, images, seeds) > 1:
+        parts = min(seeds, least * -(-seeds // (least * LARGEST_STACK)))
     return [tuple(part.tolist()) for part in np.array_split(np.arange(seeds), parts)]
 
 
+def fewest_tasks(works: Sequence[float], workers: int) -> list[int]:
+    """Fewest tasks of each row, so that no worker is idle and no task exceeds a worker's share of the work.
+
+    Args:
+        works: expected work of each row, in any unit.
+        workers: number of workers that score at the same time.
+    """
+    share, each = sum(works) / workers, -(-workers // len(works))
+    return [max(each, math.ceil(work / share - 1e-6)) for work in works]
+
+
+def largest_stack(
+    config: RunConfig, row: str, network: NetworkConfig | None, spec: NetworkSpec, images: int, seeds: int
+) -> int:
+    """Largest number of networks that a task with `seeds` seeds of a row trains at the same time.
+
+    See `seeds_of_tasks` for the other arguments.
+    """
+    count, schedule = training_of(config, row, network)
+    may_stack = config.cluster.compile and not is_taught(config, row)
+    on_gpu = uses_gpu(config.cluster.shaped(light=True))
+    is_stacked = may_stack and _are_together(spec, seeds * count, images, schedule, on_gpu)
+    return stack_sizes(seeds * count)[0] if is_stacked else 1
+
+
 @functools.lru_cache(maxsize=64)
-def _are_together(spec: NetworkSpec, networks: int, images: int, schedule: Schedule) -> bool:
+def _are_together(spec: NetworkSpec, networks: int, images: int, schedule: Schedule, on_gpu: bool) -> bool:
     image = (spec.channels, *spec.size)
-    return are_trained_together(build_network(spec, 0), networks, image, images, schedule)
+    return are_trained_together(build_network(spec, 0), networks, image, images, schedule, on_gpu=on_gpu)
 
 
 def work_of(config: RunConfig, row: str, network: NetworkConfig | None, classes: int, real: int, flop: float) -> float:
@@ -509,162 +493,3 @@ def _training_identity(config: RunConfig, dataset_fingerprint: str, row: str) ->
     elif row not in SOFT:
         left_out |= {"labels", "learning_rate"}
     return {key: value for key, value in identity.items() if key not in left_out}
-
-
-@dataclass(frozen=True)
-class NetworkScores:
-    """Scores of a set on one architecture."""
-
-    network: NetworkConfig
-    kind: str
-    """"same": the backbone; "seen": matched or a MetaDD network of the distillation; "unseen": neither."""
-    learned: Score | None
-    """Score with the learned step size; `None` without one, as with AdamW or a teacher's labels."""
-    tuned: Score
-    """Score with a step size chosen on validation data, which may be the learned one."""
-    control: Score | None
-    """Score of random real images with a tuned step size, and soft labels if experts exist; `None` if unfinished."""
-
-
-def read_network_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[NetworkScores]:
-    """Scores on other architectures, in the recipe's order. Architectures with unfinished seeds are left out."""
-    scores = []
-    for network in config.scored_networks:
-        rows = (*ON_OTHERS, "random-hard")
-        results = {row: _read_all_seeds(out, config, dataset_fingerprint, row, network) for row in rows}
-        if distilled := results["distilled"]:
-            learned = [dataclasses.replace(each, accuracy=each.with_learned_step_size) for each in distilled]
-            row = "random-soft" if results["random-soft"] else "random-hard"
-            control = results[row]
-            scores.append(
-                NetworkScores(
-                    network,
-                    _kind(network, config),
-                    _score("distilled", learned) if has_learned_step_size(config, "distilled") else None,
-                    _score("distilled", distilled),
-                    _score(row, control) if control else None,
-                )
-            )
-    return scores
-
-
-@dataclass(frozen=True)
-class _Result:
-    """Content of one result's file."""
-
-    accuracy: float
-    """Test accuracy, in [0, 1]."""
-    with_learned_step_size: float
-    """Test accuracy with the learned step size; nan if there is none."""
-    seconds: float
-    cost: Spent | None
-    """Cost; `None` if an earlier version of this package wrote the file."""
-
-    @classmethod
-    def read(cls, place: Location) -> _Result:
-        content = place.read_json()
-        with rejecting_nonsense(place):
-            learned = content.get("test_accuracy_with_learned_step_size")
-            return cls(
-                float(content["test_accuracy"]),
-                math.nan if learned is None else float(learned),
-                float(content["seconds"]),
-                Spent.from_json(content["cost"]) if "cost" in content else None,
-            )
-
-
-def _read_all_seeds(
-    out: Location, config: RunConfig, dataset_fingerprint: str, row: str, network: NetworkConfig | None = None
-) -> list[_Result]:
-    """Results of all seeds; empty if one is missing."""
-    seeds = range(config.evaluate.seeds)
-    places = [result_location(out, config, dataset_fingerprint, row, number, network) for number in seeds]
-    return [_Result.read(place) for place in places] if all(place.exists() for place in places) else []
-
-
-def _kind(network: NetworkConfig, config: RunConfig) -> str:
-    if network == config.network:
-        return "same"
-    seen = [backbone.network for backbone in config.backbones]
-    return "seen" if network in (*seen, *(config.metadd.auxiliaries if config.metadd else ())) else "unseen"
-
-
-def read_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[Score]:
-    """Rows for which every seed is finished, in the table's order."""
-    return [score for row in ROWS if (score := read_score(out, config, dataset_fingerprint, row))]
-
-
-@dataclass(frozen=True)
-class FairScores:
-    """DD-Ranking's scores of a set, one per seed."""
-
-    label: tuple[LabelRobust, ...]
-    augmentation: tuple[AugmentationRobust, ...]
-
-    def parts(self) -> dict[str, tuple[float, ...]]:
-        """Both scores and their parts: key of `FAIR_PARTS` -> one value per seed."""
-        return {
-            "LRS": tuple(each.score for each in self.label),
-            "HLR": tuple(each.hlr for each in self.label),
-            "IOR": tuple(each.ior for each in self.label),
-            "ARS": tuple(each.score for each in self.augmentation),
-            "beta": tuple(each.beta for each in self.augmentation),
-        }
-
-
-FAIR_PARTS = {
-    "LRS": "label-robust score",
-    "HLR": "hard-label recovery: all real data − distilled, both with hard labels; lower is better",
-    "IOR": "improvement over random: distilled − random real images, both with soft labels",
-    "ARS": "augmentation-robust score",
-    "beta": "distilled − random real images, mean of augmented and not",
-}
-"""Keys of `FairScores.parts` -> meaning."""
-
-
-def read_fair_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> FairScores | None:
-    """DD-Ranking's scores; `None` if the recipe does not set `evaluate.fair` or a row is unfinished."""
-    rows = ("full", "random-soft", "distilled", *FAIR_ROWS)
-    found = (
-        {row: _read_all_seeds(out, config, dataset_fingerprint, row) for row in rows} if config.evaluate.fair else {}
-    )
-    if not found or not all(found.values()):
-        return None
-    of = {row: [result.accuracy for result in results] for row, results in found.items()}
-    label = tuple(
-        label_robust(real_hard=real, distilled_hard=hard, distilled=own, random_soft=random)
-        for real, hard, own, random in zip(
-            of["full"], of["distilled-hard"], of["distilled"], of["random-soft"], strict=True
-        )
-    )
-    augmentation = tuple(
-        augmentation_robust(distilled=own, random=random, distilled_plain=own_plain, random_plain=random_plain)
-        for own, random, own_plain, random_plain in zip(
-            of["distilled"], of["random-soft"], of["distilled-plain"], of["random-plain"], strict=True
-        )
-    )
-    return FairScores(label, augmentation)
-
-
-def read_fair_rows(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[Score]:
-    """Rows of `FAIR_ROWS` for which every seed is finished; empty without `evaluate.fair`."""
-    rows = FAIR_ROWS if config.evaluate.fair else ()
-    return [score for row in rows if (score := read_score(out, config, dataset_fingerprint, row))]
-
-
-def read_score(
-    out: Location, config: RunConfig, dataset_fingerprint: str, row: str, network: NetworkConfig | None = None
-) -> Score | None:
-    """Score of a row; `None` if a seed is missing. On a given `network`, it is the score with the tuned step size."""
-    results = _read_all_seeds(out, config, dataset_fingerprint, row, network)
-    return _score(row, results) if results else None
-
-
-def _score(row: str, results: Sequence[_Result]) -> Score:
-    costs = [result.cost for result in results if result.cost is not None]
-    return Score(
-        row,
-        tuple(result.accuracy for result in results),
-        sum(result.seconds for result in results),
-        total(costs) if len(costs) == len(results) else None,
-    )

@@ -1,18 +1,19 @@
-"""Saved progress of experts in training, so that a lost worker costs only its last seconds of training.
+"""Saved progress of networks in training, so that a lost worker costs only its last seconds of training.
 
     <group>/progress/<first expert>-<stack size>-<hash of the kept epochs>/<first epoch>-<last epoch>-<writer>.arrow
     <group>/progress/stacks/stacks.json     experts of each stack, as bounds [first, last)
 
-Each file holds some epochs of a whole stack: the trajectory's epochs, and the state after the last epoch. A file
-is written at the end of an epoch, as often as `WRITE_SHARE` allows, and when the command is stopped. At the end the
-trajectories are assembled from the files, one epoch at a time.
+Each file of experts holds some epochs of a whole stack: the trajectory's epochs, and the state after the last epoch. A
+file is written at the end of an epoch, as often as `WRITE_SHARE` allows, and when the command is stopped. At the end
+the trajectories are assembled from the files, one epoch at a time. Networks that are scored keep no epoch, so each of
+their files replaces the one before it.
 
 Two workers may train the same stack at the same time, such as a hung worker and its successor. Each writes under its
 own name and never touches the other's files. On CPUs both write the same numbers. On GPUs, whose sums may differ from
 run to run, a trajectory may then consist of parts of both.
 
 Each file also holds the cost since the previous file. Epochs that a killed worker had not written are trained again,
-and their cost is lost. Shapes: e epochs, s experts, p parameters, q buffers.
+and their cost is lost. Shapes: e epochs, s networks of a stack, p parameters, q buffers.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +35,10 @@ from torch import Tensor
 
 from datm_ray.config import stable_hash
 from datm_ray.core.experts import ExpertState
+from datm_ray.core.training import TrainingState
 from datm_ray.errors import CorruptFileError, StoreError
 from datm_ray.monitor.spent import Account, Spent
-from datm_ray.store.files.filesystem import Location
+from datm_ray.store.files.filesystem import Location, MissingFileError
 from datm_ray.store.sealed import rejecting_nonsense
 from datm_ray.store.tensors import TensorFile, read_tensors, write_tensors
 from datm_ray.store.trajectories import ExpertGroup, Snapshot, size_in_words
@@ -50,15 +52,185 @@ DISK_CHECK_INTERVAL, DISK_CHECKS = 10.0, 60
 SPARE_BYTES = 256 * 2**20
 """Bytes of a disk left free for other programs."""
 
-KIND = "expert progress"
 STACKS, STACKS_FILE = "stacks", "stacks.json"
 """Folder beside the folders of stacks, and the file in it that lists the experts of each stack."""
 _FOLDER = re.compile(r"(\d+)-(\d+)-[0-9a-f]+")
 _FILE = re.compile(r"(\d+)-(\d+)-[0-9a-f]+\.arrow")
 
 
-class ExpertProgress:
-    """Progress folder of one stack."""
+class TrainingProgress:
+    """Progress folder of one stack of networks."""
+
+    kind = "training progress"
+    """Kind of the folder's files."""
+
+    def __init__(
+        self,
+        folder: Location,
+        networks: int,
+        account: Account | None = None,
+        *,
+        kept: Collection[int] = (),
+        interval: float = 0.0,
+    ) -> None:
+        """Open the folder of a stack.
+
+        Args:
+            folder: folder that belongs to the stack alone.
+            networks: number of networks in the stack.
+            account: meter of the worker that trains the stack; `None` for a reader.
+            kept: epochs that the files keep. Without any, each file replaces the one before it.
+            interval: least number of seconds between two files, and before the first one.
+        """
+        self._folder, self._networks, self._kept = folder, networks, frozenset(kept)
+        self._account, self.spent = account, Spent()
+        self._writer, self._replaced = uuid.uuid4().hex, ""
+        self._pending: list[_Epoch] = []
+        self._first: int | None = None
+        """First epoch that is not written yet; `None` if all are."""
+        self._measured = (torch.empty(0), torch.empty(0))
+        self._interval, self._next_write = interval, time.monotonic() + interval
+
+    def resume(self, device: torch.device) -> ExpertState | None:
+        """State to resume from, or `None` if there is no progress. Removes damaged files."""
+        state, self.spent = None, Spent()
+        for name, _ in self._chain():
+            file = self._readable(name)
+            if file is None:  # the file is gone; other files may reach a later epoch
+                return self.resume(device)
+            state = _state(file.arrays, device)
+            self.spent += _spent(file)
+        return state
+
+    def _readable(self, name: str) -> TensorFile | None:
+        """Content of a file, or `None` if the file was damaged or replaced. A damaged file is removed."""
+        try:
+            return self._read(name)
+        except CorruptFileError:
+            (self._folder / name).remove()
+        except MissingFileError:
+            pass
+        return None
+
+    def _read(self, name: str) -> TensorFile:
+        """Content of a file. Raises `CorruptFileError` if its arrays do not fit the stack."""
+        place = self._folder / name
+        file = read_tensors(place, kind=self.kind)
+        with rejecting_nonsense(place):
+            arrays, stack = file.arrays, (len(file.arrays["epoch"]), self._networks)
+            shapes = [arrays[key].shape for key in ("loss", "accuracy", "parameters", "buffers", "step")]
+            fitting = 0 not in stack and shapes[:2] == [stack, stack] and shapes[4] == stack[:1]
+            fitting = fitting and all(len(shape) == 3 and shape[:2] == stack for shape in shapes[2:4])
+            velocity = arrays.get("velocity", arrays["parameters"][-1]).shape
+            fitting = fitting and velocity in [(stack[1], vectors * shapes[2][2]) for vectors in (1, 2)]
+            last = _FILE.fullmatch(name)
+            if not fitting or last is None or int(arrays["epoch"][-1]) != int(last[2]):
+                raise ValueError(f"it does not hold {stack[1]} networks, or its epochs differ from its name")
+            _spent(file)
+        return file
+
+    def add(
+        self,
+        state: TrainingState,
+        losses: Tensor | None = None,
+        accuracies: Tensor | None = None,
+        *,
+        last: bool = False,
+    ) -> Iterator[str]:
+        """Add the state after an epoch, and write it if due. Yields a message if the disk is full.
+
+        Args:
+            state: the stack after the epoch.
+            losses, accuracies: [s] values of the epoch; `None` if unknown.
+            last: True if the training ends with this epoch.
+        """
+        unknown = torch.full((self._networks,), float("nan"))
+        self._measured = (unknown if losses is None else losses, unknown if accuracies is None else accuracies)
+        self._first = state.epoch if self._first is None else self._first
+        if state.epoch in self._kept:
+            self._pending.append(self._epoch(state))
+        size = sum(epoch.parameters.nbytes for epoch in self._pending)
+        is_due = last or time.monotonic() > self._next_write or size > LARGEST_WRITE
+        return self.write(state) if is_due else iter(())
+
+    def _epoch(self, state: TrainingState) -> _Epoch:
+        losses, accuracies = (each.numpy() for each in self._measured)
+        vectors = (_to_numpy(state.parameters), _to_numpy(state.buffers))
+        return _Epoch(state.epoch, state.step, losses, accuracies, *vectors)
+
+    @property
+    def is_written(self) -> bool:
+        """True if all epochs so far are on disk, so that a resuming worker trains none of them again."""
+        return self._first is None
+
+    def write(self, state: TrainingState) -> Iterator[str]:
+        """Write the epochs that were added since the last file. Yields a message if the disk is full."""
+        if self._first is None:
+            return
+        started = time.monotonic()
+        rows = self._pending
+        if not rows or rows[-1].number != state.epoch:  # needed to resume, even if no trajectory keeps it
+            rows = [*rows, self._epoch(state)]
+        yield from wait_for_disk_space(self._folder, 2 * sum(epoch.parameters.nbytes for epoch in rows))
+        arrays: dict[str, NDArray[Any]] = {
+            "epoch": np.array([row.number for row in rows], np.int64),
+            "step": np.array([row.step for row in rows], np.int64),
+            "loss": np.stack([row.losses for row in rows]),
+            "accuracy": np.stack([row.accuracies for row in rows]),
+            "parameters": np.stack([row.parameters for row in rows]),
+            "buffers": np.stack([row.buffers for row in rows]),
+        }
+        velocity = state.velocity
+        if velocity is not None:
+            arrays["velocity"] = _to_numpy(velocity)
+        lap = self._account.lap() if self._account else Spent()
+        self.spent, first = self.spent + lap, self._first if self._kept else 0
+        name = f"{first:05d}-{state.epoch:05d}-{self._writer}.arrow"
+        metadata = {"spent": (lap if self._kept else self.spent).to_json()}
+        write_tensors(self._folder / name, arrays, kind=self.kind, metadata=metadata)
+        if not self._kept:
+            self._replace(name)
+        ended = time.monotonic()
+        self._pending, self._first = [], None
+        self._next_write = ended + max(self._interval, (ended - started) / WRITE_SHARE)
+
+    def _replace(self, name: str) -> None:
+        """Remove this writer's file before the one of this name."""
+        if self._replaced:
+            with suppress(StoreError):  # somebody has removed it
+                (self._folder / self._replaced).remove()
+        self._replaced = name
+
+    def remove(self) -> None:
+        """Remove the folder of a finished stack."""
+        remove_folder(self._folder)
+
+    def _chain(self) -> list[tuple[str, int]]:
+        """Files that together cover the epochs from 0 without a gap, in order.
+
+        Returns:
+            (name, first epoch that the earlier files of the list do not cover) of each. If files of two writers
+                overlap, the file with the later last epoch is taken.
+        """
+        chain: list[tuple[str, int]] = []
+        following, found = 0, self._found()
+        while True:
+            fitting = [(last, name) for name, first, last in found if first <= following <= last]
+            if not fitting:
+                return chain
+            last, name = max(fitting)
+            chain.append((name, following))
+            following = last + 1
+
+    def _found(self) -> list[tuple[str, int, int]]:
+        matches = [(name, _FILE.fullmatch(name)) for name in self._folder.list()]
+        return [(name, int(match[1]), int(match[2])) for name, match in matches if match]
+
+
+class ExpertProgress(TrainingProgress):
+    """Progress folder of one stack of experts."""
+
+    kind = "expert progress"
 
     def __init__(
         self,
@@ -77,79 +249,10 @@ class ExpertProgress:
             wanted: experts of the stack that will be stored.
             account: meter of the worker that trains the stack; `None` for a reader.
         """
-        self._group, self._account, self._spent = group, account, Spent()
-        self._experts, self._kept = list(experts), frozenset(kept)
         what = stable_hash({"kept": sorted(kept), "wanted": sorted(wanted)})
         self._name = f"{experts[0]:05d}-{len(experts)}-{what}"
-        self._folder, self._wanted = group.progress / self._name, list(wanted)
-        self._writer = uuid.uuid4().hex
-        self._pending: list[_Epoch] = []
-        self._next_write = time.monotonic()
-
-    def resume(self, device: torch.device) -> ExpertState | None:
-        """State to resume from, or `None` if there is no progress. Removes damaged files."""
-        state, self._spent = None, Spent()
-        for name, _ in self._chain():
-            file = self._readable(name)
-            if file is None:  # the damaged file is removed; other files may reach a later epoch
-                return self.resume(device)
-            state = _state(file.arrays, device)
-            self._spent += _spent(file)
-        return state
-
-    def _readable(self, name: str) -> TensorFile | None:
-        """Content of a file, or `None` if the file was damaged. A damaged file is removed."""
-        try:
-            return self._read(name)
-        except CorruptFileError:
-            (self._folder / name).remove()
-            return None
-
-    def _read(self, name: str) -> TensorFile:
-        """Content of a file. Raises `CorruptFileError` if its arrays do not fit the stack."""
-        place = self._folder / name
-        file = read_tensors(place, kind=KIND)
-        with rejecting_nonsense(place):
-            arrays, stack = file.arrays, (len(file.arrays["epoch"]), len(self._experts))
-            shapes = [arrays[key].shape for key in ("loss", "accuracy", "parameters", "buffers", "step")]
-            fitting = 0 not in stack and shapes[:2] == [stack, stack] and shapes[4] == stack[:1]
-            fitting = fitting and all(len(shape) == 3 and shape[:2] == stack for shape in shapes[2:4])
-            fitting = fitting and arrays.get("velocity", arrays["parameters"][-1]).shape == shapes[2][1:]
-            last = _FILE.fullmatch(name)
-            if not fitting or last is None or int(arrays["epoch"][-1]) != int(last[2]):
-                raise ValueError(f"it does not hold {stack[1]} experts, or its epochs differ from its name")
-            _spent(file)
-        return file
-
-    def add(
-        self, state: ExpertState, losses: Tensor, accuracies: Tensor | None = None, *, last: bool = False
-    ) -> Iterator[str]:
-        """Add the state after an epoch, and write it if due. Yields a message if the disk is full.
-
-        Args:
-            state: the stack after the epoch.
-            losses, accuracies: [s] values of the epoch; accuracies may be `None`.
-            last: True if the training ends with this epoch.
-        """
-        measured = torch.full_like(losses, float("nan")) if accuracies is None else accuracies
-        self._pending.append(
-            _Epoch(
-                state.epoch,
-                state.step,
-                losses.numpy(),
-                measured.numpy(),
-                _to_numpy(state.parameters),
-                _to_numpy(state.buffers),
-            )
-        )
-        size = sum(epoch.parameters.nbytes for epoch in self._pending)
-        is_due = last or time.monotonic() > self._next_write or size > LARGEST_WRITE
-        return self.write(state) if is_due else iter(())
-
-    @property
-    def is_written(self) -> bool:
-        """True if all epochs so far are on disk, so that a resuming worker trains none of them again."""
-        return not self._pending
+        self._group, self._experts, self._wanted = group, list(experts), list(wanted)
+        super().__init__(group.progress / self._name, len(experts), account, kept=kept)
 
     def snapshots(self, expert: int) -> Iterator[Snapshot]:
         """Snapshots of one expert's kept epochs, in order."""
@@ -180,12 +283,8 @@ class ExpertProgress:
 
     def note_cost(self) -> None:
         """Write the training cost of all epochs beside the experts."""
-        spent = self._spent + (self._account.spent() if self._account else Spent())
+        spent = self.spent + (self._account.spent() if self._account else Spent())
         self._group.write_cost(self._name, {"experts": self._wanted, "spent": spent.to_json()})
-
-    def remove(self) -> None:
-        """Remove the folder of a finished stack."""
-        remove_folder(self._folder)
 
     @staticmethod
     def clear_up(group: ExpertGroup) -> None:
@@ -195,53 +294,6 @@ class ExpertProgress:
             match = _FOLDER.fullmatch(name)
             if match and set(range(int(match[1]), int(match[1]) + int(match[2]))) <= stored:
                 remove_folder(group.progress / name)
-
-    def write(self, state: ExpertState) -> Iterator[str]:
-        """Write the epochs that were added since the last file. Yields a message if the disk is full."""
-        if not self._pending:
-            return
-        started = time.monotonic()
-        yield from wait_for_disk_space(self._folder, 2 * sum(epoch.parameters.nbytes for epoch in self._pending))
-        # The state after the last epoch is needed to resume; other epochs only if the trajectory keeps them.
-        rows = [epoch for epoch in self._pending[:-1] if epoch.number in self._kept] + self._pending[-1:]
-        first, newest = self._pending[0].number, self._pending[-1].number
-        arrays: dict[str, NDArray[Any]] = {
-            "epoch": np.array([row.number for row in rows], np.int64),
-            "step": np.array([row.step for row in rows], np.int64),
-            "loss": np.stack([row.losses for row in rows]),
-            "accuracy": np.stack([row.accuracies for row in rows]),
-            "parameters": np.stack([row.parameters for row in rows]),
-            "buffers": np.stack([row.buffers for row in rows]),
-        }
-        if state.velocity is not None:
-            arrays["velocity"] = _to_numpy(state.velocity)
-        lap = self._account.lap() if self._account else Spent()
-        self._spent, metadata = self._spent + lap, {"spent": lap.to_json()}
-        name = f"{first:05d}-{newest:05d}-{self._writer}.arrow"
-        write_tensors(self._folder / name, arrays, kind=KIND, metadata=metadata)
-        ended = time.monotonic()
-        self._pending, self._next_write = [], ended + (ended - started) / WRITE_SHARE
-
-    def _chain(self) -> list[tuple[str, int]]:
-        """Files that together cover the epochs from 0 without a gap, in order.
-
-        Returns:
-            (name, first epoch that the earlier files of the list do not cover) of each. If files of two writers
-                overlap, the file with the later last epoch is taken.
-        """
-        chain: list[tuple[str, int]] = []
-        following, found = 0, self._found()
-        while True:
-            fitting = [(last, name) for name, first, last in found if first <= following <= last]
-            if not fitting:
-                return chain
-            last, name = max(fitting)
-            chain.append((name, following))
-            following = last + 1
-
-    def _found(self) -> list[tuple[str, int, int]]:
-        matches = [(name, _FILE.fullmatch(name)) for name in self._folder.list()]
-        return [(name, int(match[1]), int(match[2])) for name, match in matches if match]
 
 
 def read_stacks(group: ExpertGroup) -> list[tuple[int, ...]]:

@@ -33,6 +33,7 @@ from datm_ray.core.training import (
     Heartbeat,
     Schedule,
     Trainer,
+    Training,
     accuracy,
     no_heartbeat,
     scoring_schedule,
@@ -179,37 +180,24 @@ def validating(
     images, labels = images_on(dataset.validation_images, device), to_device(dataset.validation_labels, device)
     epochs = seeds * schedule.epochs
     numbers = [derive_seed(config.seed, Purpose.VALIDATION, number) for number in range(seeds)]
-    networks = [build_network(spec, seed).to(device) for seed in numbers]
+    trainings = [
+        Training(build_network(spec, seed).to(device), whole.images, whole.soft_labels, schedule, seed)
+        for seed in numbers
+    ]
     yield Progress(0, epochs)
-    data = ([whole.images] * seeds, [whole.soft_labels] * seeds)
-    training = trainer_of(config.cluster).train(networks, *data, schedule, numbers)
-    yield from reported(training, 0, epochs, heartbeat)
-    total = sum(accuracy(network, images, labels, heartbeat) for network in networks)
+    last = time.monotonic()
+    for epoch in trainer_of(config.cluster).train_all(trainings):
+        heartbeat()
+        if time.monotonic() - last > REPORT_INTERVAL:
+            yield Progress(epoch, epochs)
+            last = time.monotonic()
+    total = sum(accuracy(each.network, images, labels, heartbeat) for each in trainings)
     yield Progress(epochs, epochs, {"validation": total / seeds})
 
 
 def trainer_of(cluster: ClusterConfig) -> Trainer:
     """Trainer of this process with the settings of `cluster`, see `core.training.trainer`."""
     return trainer(compile_=cluster.compile, channels_last=cluster.channels_last)
-
-
-def reported(
-    training: Iterator[int], done: int, epochs: int, heartbeat: Heartbeat = no_heartbeat
-) -> Iterator[Progress]:
-    """Train networks, and report their epochs every `REPORT_INTERVAL` seconds.
-
-    Args:
-        training: yields the number of epochs done, over all networks.
-        done: epochs of the networks that were trained before.
-        epochs: epochs of all networks.
-        heartbeat: called after each epoch.
-    """
-    last = time.monotonic()
-    for epoch in training:
-        heartbeat()
-        if time.monotonic() - last > REPORT_INTERVAL:
-            yield Progress(done + epoch, epochs)
-            last = time.monotonic()
 
 
 def validation_schedule(config: RunConfig, step_size: float) -> Schedule:

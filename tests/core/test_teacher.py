@@ -13,11 +13,12 @@ from torch.nn.functional import kl_div
 
 from datm_ray.config import NetworkSpec
 from datm_ray.core.augment import augment, draw_augmentation
+from datm_ray.core.experts import ExpertState
 from datm_ray.core.networks.parameters import flatten
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.teacher import CutMix, Teacher, box_side, divergence, draw_cutmix, mix
-from datm_ray.core.training import Schedule, Trainer, train, train_to_end
+from datm_ray.core.training import Schedule, Trainer, Training, train, train_to_end
 
 
 def make_network(seed: int = 0, norm: str = "batch") -> nn.Module:
@@ -55,7 +56,7 @@ def test_a_teacher_is_in_evaluation_mode_and_gets_no_gradient() -> None:
     network, student, images = make_network(0).train(), make_network(1), make_images()
     before = copy.deepcopy(network.state_dict())
     teacher = Teacher(network, temperature=2.0)
-    (batch,) = teacher.batches(images, seed=0, epochs=1, batch_size=len(images), augmentation="")
+    (batch,) = teacher.batches(images, seed=0, epochs=range(1), batch_size=len(images), augmentation="")
     seen, wanted = batch.images[0], batch.targets[0]
     loss = divergence(student(seen), wanted, teacher.temperature)
     loss.backward()
@@ -143,7 +144,10 @@ def test_a_network_learns_its_teacher_whatever_the_targets() -> None:
     schedule = Schedule(20, 10, 0.05, momentum=0.9)
     networks, alone = [make_network(1), make_network(2)], [make_network(1), make_network(2)]
     targets = [torch.zeros(60, dtype=torch.int64)] * 2
-    list(Trainer(compile_=False).train(networks, [images] * 2, targets, schedule, [4, 5], teacher))
+    trainer = Trainer(compile_=False)
+    own = [Training(*each, schedule, seed) for *each, seed in zip(networks, [images] * 2, targets, [4, 5], strict=True)]
+    for stack in trainer.stacks(own, teacher):
+        assert [state.epoch for state in trainer.train(stack, teacher)][-1] == 20
     for network, other, seed in zip(networks, alone, [4, 5], strict=True):
         before = float(divergence(copy.deepcopy(other)(images), teacher.network(images), teacher.temperature).detach())
         last = 0.0
@@ -154,3 +158,23 @@ def test_a_network_learns_its_teacher_whatever_the_targets() -> None:
     untaught = make_network(1)
     train_to_end(untaught, images, targets[0], schedule, 4)
     assert not torch.equal(flatten(untaught), flatten(networks[0]))
+
+
+@pytest.mark.parametrize("cutmix", [0.0, 1.0])
+def test_a_training_under_a_teacher_resumes_with_the_same_bits(cutmix: float) -> None:
+    """A network resumes after any epoch with the batches, boxes and logits that follow."""
+    schedule = Schedule(4, 8, 0.05, momentum=0.9, augmentation="crop+flip", cosine=True, decay_epoch=3)
+    teacher, trainer, images = Teacher(make_network(5), 4.0, cutmix), Trainer(), make_images()
+
+    def trained(saved: ExpertState | None) -> tuple[Tensor, list[ExpertState]]:
+        own = Training(make_network(1), images, torch.arange(20) % 3, schedule, 4)
+        states = [
+            ExpertState(state.parameters, state.buffers, state.velocity, state.epoch, state.step)
+            for state in trainer.train([own], teacher, saved)
+        ]
+        return flatten(own.network), states
+
+    whole, states = trained(None)
+    assert [state.epoch for state in states] == [1, 2, 3, 4]
+    for state in states:
+        assert torch.equal(trained(state)[0], whole)

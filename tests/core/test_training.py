@@ -12,18 +12,22 @@ from torch.nn.functional import cross_entropy
 
 from datm_ray.config import PUBLISHED_AUGMENTATION, EvaluateConfig, NetworkSpec
 from datm_ray.core.augment import augment, draw_augmentation
-from datm_ray.core.networks.parameters import flatten
+from datm_ray.core.experts import ExpertState
+from datm_ray.core.networks.parameters import flatten, flatten_buffers
 from datm_ray.core.networks.registry import build_network
-from datm_ray.core.networks.stacked import StackFunctions
+from datm_ray.core.networks.stacked import LARGEST_STACK, StackFunctions
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.training import (
     PROTOCOLS,
     Schedule,
     Trainer,
+    Training,
+    TrainingState,
     accuracy,
     are_trained_together,
     predict_logits,
     scoring_schedule,
+    stack_sizes,
     train,
     train_to_end,
     train_together,
@@ -89,26 +93,39 @@ def test_training_equals_the_published_loop(schedule: Schedule) -> None:
     assert [epoch.step for epoch in epochs] == [3 * epoch for epoch in range(1, schedule.epochs + 1)]
 
 
-def together(schedule: Schedule, soft: bool, compile_: bool = False) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Three networks trained together and one after another, in float64, each on images and seeds of its own."""
+def trainings(schedule: Schedule, soft: bool) -> list[Training]:
+    """Three networks in float64, each with images, a seed and a learning rate of its own."""
     images, labels = make_data(40)
     draw = torch.Generator().manual_seed(1)
     rows = [torch.randperm(40, generator=draw)[:20] for _ in range(3)]
     targets = torch.randn(40, 3, generator=draw).double() if soft else labels
-    data = ([images[each].double() for each in rows], [targets[each] for each in rows])
-    found: list[list[nn.Module]] = []
-    for is_together in (True, False):
-        networks = [make_network(seed).double() for seed in range(3)]
-        if is_together:
-            functions = StackFunctions(networks[0], stacked=3, compile_=compile_)
-            assert functions.note == ""
-            epochs = list(train_together(functions, networks, *data, schedule, [4, 5, 6]))
-            assert epochs == list(range(1, schedule.epochs + 1))
-        else:
-            for network, x, y, seed in zip(networks, *data, [4, 5, 6], strict=True):
-                train_to_end(network, x, y, schedule, seed)
-        found.append(networks)
-    return found[0], found[1]
+    rates = [schedule.learning_rate * factor for factor in (1, 0.3, 0.3)]
+    return [
+        Training(
+            make_network(number).double(),
+            images[own].double(),
+            targets[own],
+            replace(schedule, learning_rate=rate),
+            4 + number,
+        )
+        for number, (own, rate) in enumerate(zip(rows, rates, strict=True))
+    ]
+
+
+def functions_of(stack: list[Training], compile_: bool = False) -> StackFunctions:
+    functions = StackFunctions(stack[0].network, stacked=len(stack), compile_=compile_)
+    assert functions.note == ""
+    return functions
+
+
+def together(schedule: Schedule, soft: bool, compile_: bool = False) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Networks trained together, and the same ones trained one after another."""
+    stack, alone = trainings(schedule, soft), trainings(schedule, soft)
+    epochs = [state.epoch for state in train_together(functions_of(stack, compile_), stack)]
+    assert epochs == list(range(1, schedule.epochs + 1))
+    for each in alone:
+        train_to_end(each.network, each.images, each.targets, each.schedule, each.seed)
+    return [each.network for each in stack], [each.network for each in alone]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +133,7 @@ def together(schedule: Schedule, soft: bool, compile_: bool = False) -> tuple[li
 )
 @pytest.mark.parametrize("soft", [False, True])
 def test_networks_trained_together_equal_those_trained_one_after_another(schedule: Schedule, soft: bool) -> None:
-    """Networks trained together equal those trained alone to 1e-12 in float64, also at a short last batch."""
+    """Networks with rates of their own equal those trained alone to 1e-12 in float64, also at a short last batch."""
     for ours, alone in zip(*together(schedule, soft), strict=True):
         torch.testing.assert_close(flatten(ours), flatten(alone), rtol=1e-12, atol=1e-13)
 
@@ -144,15 +161,80 @@ def test_networks_go_together_only_where_that_is_worth_its_compilation() -> None
     assert not are_trained_together(resnet, 2, (1, 8, 8), 20, long)
 
 
+def test_a_batch_that_keeps_a_cpu_busy_is_trained_alone() -> None:
+    """Networks stay alone if their maps are large but still fit the cache, as measured; a GPU takes them together."""
+    shapes = [(64, 10), (128, 10), (128, 20), (128, 100)]
+    image, together = (3, 32, 32), []
+    for width, images in shapes:
+        network = build_network(NetworkSpec(channels=3, size=(32, 32), classes=10, width=width), 0)
+        assert are_trained_together(network, 5, image, images, PROTOCOLS["published"], on_gpu=True)
+        together.append(are_trained_together(network, 5, image, images, PROTOCOLS["published"]))
+    assert together == [True, False, True, True]
+
+
+def test_stacks_have_one_size_if_possible_and_leave_no_network_alone() -> None:
+    """Five seeds of any number of candidates are stacks of five; every stack has two to eight networks."""
+    assert [stack_sizes(5 * candidates) for candidates in (1, 3, 4)] == [[5], [5] * 3, [5] * 4]
+    assert [stack_sizes(each) for each in (1, 2, 6, 9, 11)] == [[1], [2], [6], [3] * 3, [6, 5]]
+    for networks in range(2, 60):
+        sizes = stack_sizes(networks)
+        assert sum(sizes) == networks
+        assert 2 <= min(sizes) <= max(sizes) <= LARGEST_STACK
+
+
 def test_a_trainer_trains_all_networks_and_counts_their_epochs() -> None:
     """A trainer that trains one network after another gives the results of single trainings."""
     images, labels = make_data()
-    networks, alone = [make_network(0), make_network(1)], [make_network(0), make_network(1)]
-    epochs = list(Trainer().train(networks, [images] * 2, [labels] * 2, PLAIN, [4, 5]))
-    assert epochs == list(range(1, 7))
-    for network, other, seed in zip(networks, alone, [4, 5], strict=True):
-        train_to_end(other, images, labels, PLAIN, seed)
-        assert torch.equal(flatten(network), flatten(other))
+    alone = [make_network(0), make_network(1)]
+    own = [Training(make_network(seed), images, labels, PLAIN, 4 + seed) for seed in range(2)]
+    assert list(Trainer().train_all(own)) == list(range(1, 7))
+    for each, other in zip(own, alone, strict=True):
+        train_to_end(other, images, labels, PLAIN, each.seed)
+        assert torch.equal(flatten(each.network), flatten(other))
+
+
+def copied(state: TrainingState) -> ExpertState:
+    """State as a file holds it."""
+    velocity = None if state.velocity is None else state.velocity.clone()
+    return ExpertState(state.parameters.clone(), state.buffers.clone(), velocity, state.epoch, state.step)
+
+
+ADAMW = replace(RICH, learning_rate=0.01).with_adamw(0.5)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "norm", "is_stack"),
+    [
+        (PLAIN, "instance", False),
+        (PLAIN, "instance", True),
+        (RICH, "batch", False),
+        (RICH, "instance", True),
+        (COSINE, "instance", True),
+        (ADAMW, "batch", False),
+    ],
+)
+def test_a_training_resumes_after_any_epoch_with_the_same_bits(schedule: Schedule, norm: str, is_stack: bool) -> None:
+    """Parameters, buffers and the optimiser's vectors are the whole state, before, at and after the decay."""
+    images, labels = make_data()
+    spec = NetworkSpec(channels=1, size=(8, 8), classes=3, width=4, depth=2, norm=norm)
+
+    def stack() -> list[Training]:
+        rates = (0.05, 0.02) if is_stack else (schedule.learning_rate,)
+        own = [replace(schedule, learning_rate=rate) for rate in rates]
+        return [Training(build_network(spec, 0), images, labels, each, 4) for each in own]
+
+    def training(saved: ExpertState | None) -> tuple[list[Training], list[ExpertState]]:
+        own = stack()
+        states = train_together(functions_of(own), own, saved) if is_stack else Trainer().train(own, None, saved)
+        return own, [copied(state) for state in states]
+
+    whole, states = training(None)
+    for state in states:
+        resumed, later = training(state)
+        assert [each.epoch for each in later] == list(range(state.epoch + 1, schedule.epochs + 1))
+        for each, other in zip(resumed, whole, strict=True):
+            assert torch.equal(flatten(each.network), flatten(other.network))
+            assert torch.equal(flatten_buffers(each.network), flatten_buffers(other.network))
 
 
 def test_decay_divides_the_rate_by_ten_and_forgets_the_momentum() -> None:

@@ -3,41 +3,51 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from datm_ray.artifact import save_artifact
 from datm_ray.config import NetworkConfig, RunConfig, override, run_identity, scored_on
+from datm_ray.core.networks.parameters import flatten
 from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.core.teacher import Lessons
+from datm_ray.core.training import Trainer, Training, TrainingState
 from datm_ray.monitor.progress import Reporter
+from datm_ray.monitor.spent import Account, Spent
 from datm_ray.pipeline import Pipeline
 from datm_ray.report import RunSummary, fair_table, networks_table, write_report, write_summary
-from datm_ray.runtime.executor import Finished, SerialExecutor
-from datm_ray.stages import evaluate
+from datm_ray.runtime import stopping
+from datm_ray.runtime.executor import Finished, Progress, SerialExecutor, Task
+from datm_ray.runtime.stopping import Interrupted
+from datm_ray.stages import evaluate, expert_progress, saved_training
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.evaluate import (
     ADAMW_STEP_SIZES,
     CONTROL_STEP_SIZES,
-    FAIR_PARTS,
     FAIR_ROWS,
     ON_OTHERS,
     ROWS,
     SOFT,
     EvaluateWorker,
-    NetworkScores,
+    fewest_tasks,
     has_learned_step_size,
-    read_fair_rows,
-    read_fair_scores,
-    read_network_scores,
     result_location,
+    seeds_of_tasks,
     training_of,
 )
+from datm_ray.stages.saved_training import remove_progress
+from datm_ray.stages.scores import FAIR_PARTS, NetworkScores, read_fair_rows, read_fair_scores, read_network_scores
 from datm_ray.store.files.filesystem import Location, open_location
-from tests.conftest import tiny_config
+from tests.conftest import stacks_of_any_work, tiny_config
+from tests.processes import side_by_side
 
 LEARNED = 0.5
 VALIDATION = {LEARNED: 0.6, 0.01: 0.2, 0.03: 0.9, 0.1: 0.3}
@@ -54,15 +64,14 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluateWorker:
     worker = EvaluateWorker(dataset, config.cluster)
     validated: list[float] = []
 
-    class Untrained:
-        note = ""
-
-        def train(self, _: Any, __: Any, ___: Any, schedule: Any, ____: Any, _____: Any) -> tuple[()]:
+    class Untrained(Trainer):
+        def train(self, stack: Sequence[Training], *_: Any) -> Iterator[TrainingState]:
+            (schedule,) = (each.schedule for each in stack)
             accuracies = VALIDATION if schedule.optimiser == "sgd" else WITH_ADAMW
             validated.append(accuracies[schedule.learning_rate])
-            return ()
+            return iter(())
 
-    monkeypatch.setattr(evaluate, "trainer_of", lambda _: Untrained())
+    monkeypatch.setattr(evaluate, "trainer_of", lambda _: Untrained(compile_=False))
     monkeypatch.setattr(worker, "_validation_accuracy", lambda _: validated[-1])
     monkeypatch.setattr(worker, "_test_accuracy", lambda trial: {**TEST, **WITH_ADAMW}[trial.step_size])
     images = torch.zeros(1, 1, 8, 8)
@@ -283,15 +292,14 @@ def trained_rows(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     save_artifact(folder / SYNTHETIC, synthetic, dataset.transform, dataset.class_names, run_identity(config), {})
     worker, seen = EvaluateWorker(dataset, config.cluster), dict[str, tuple[Any, ...]]()
 
-    class Untrained:
-        note = ""
-
-        def train(self, _: Any, images: Any, targets: Any, schedule: Any, __: Any, teacher: Any) -> tuple[()]:
+    class Untrained(Trainer):
+        def train(self, stack: Sequence[Training], lessons: Lessons | None = None, *_: Any) -> Iterator[TrainingState]:
+            (own,) = stack
             earlier = seen[row][2] if row in seen else []
-            seen[row] = (len(images[0]), targets[0].is_floating_point(), [*earlier, schedule], teacher)
-            return ()
+            seen[row] = (len(own.images), own.targets.is_floating_point(), [*earlier, own.schedule], lessons)
+            return iter(())
 
-    monkeypatch.setattr(evaluate, "trainer_of", lambda _: Untrained())
+    monkeypatch.setattr(evaluate, "trainer_of", lambda _: Untrained(compile_=False))
     monkeypatch.setattr(worker, "_test_accuracy", lambda _: 0.5)
     for row in (*ROWS, *FAIR_ROWS):
         list(worker.evaluate(config, pipeline.store_uri, folder.uri, [str(tmp_path / f"{row}.json")], row, [0]))
@@ -391,3 +399,163 @@ def test_the_scores_are_reported_with_their_parts_and_n(tmp_path: Path) -> None:
     assert written["test_accuracy"]["random-plain"]["seeds"] == [0.3, 0.5]
     without = RunSummary(config, out / config.name, [])
     assert "Fair scores" not in write_report(out, [without]).read_bytes().decode()
+
+
+# --- stacks, and tasks that end early ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+def test_workers_get_equal_parts_of_a_row(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The seeds of one row differ by at most one between workers, and no task has more seeds than a stack."""
+    monkeypatch.setattr(evaluate, "largest_stack", lambda *_: 8)
+    network = tiny_config().network
+    for seeds in range(workers, 50):
+        config = tiny_config(f"evaluate.seeds={seeds}")
+        found = seeds_of_tasks(config, "random-hard", None, network.for_images(1, (8, 8), 10), 10, workers)
+        assert [seed for part in found for seed in part] == list(range(seeds))
+        assert max(map(len, found)) <= 8
+        loads = [0] * workers
+        for part in sorted(found, key=len, reverse=True):  # free workers take the longest tasks first
+            loads[loads.index(min(loads))] += len(part)
+        assert max(loads) - min(loads) <= 1, (seeds, found)
+
+
+def test_a_row_that_is_most_of_the_work_is_divided() -> None:
+    """No task exceeds a worker's share of the work, and there are tasks for all workers."""
+    assert fewest_tasks([1, 1, 1, 97], 2) == [1, 1, 1, 2]
+    assert fewest_tasks([1, 1], 2) == [1, 1]
+    assert fewest_tasks([1, 1, 1, 1], 8) == [2, 2, 2, 2]
+    assert fewest_tasks([1, 3], 4) == [2, 3]
+    assert fewest_tasks([5], 1) == [1]
+
+
+Scored = tuple[list[Progress], list[dict[str, Any]], list[bytes]]
+
+
+def scored(folder: str, is_stacked: bool, at: int | None = None, end: Callable[[], object] = lambda: None) -> Scored:
+    """Score a row with two seeds and three step sizes in the serial executor.
+
+    Args:
+        folder: folder of the results.
+        is_stacked: True to train the networks together.
+        at: number of epochs, over all networks, after which `end` is called; `None` for never.
+
+    Returns:
+        Progress; results without what differs from run to run; parameters of each network after its training.
+    """
+    config = tiny_config(f"cluster.compile={is_stacked}".lower())
+    dataset = Pipeline([config], folder).runs.dataset(config.dataset)
+    places, seen, networks = (
+        [f"{folder}/random-hard-0{seed}.json" for seed in range(2)],
+        list[Progress](),
+        list[bytes](),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(expert_progress, "WRITE_SHARE", 1e9)
+        accuracy = EvaluateWorker._validation_accuracy
+        if is_stacked:
+            stacks_of_any_work(patch)
+
+        def noting(worker: EvaluateWorker, network: nn.Module) -> float:
+            networks.append(flatten(network).numpy().tobytes())
+            return accuracy(worker, network)
+
+        patch.setattr(EvaluateWorker, "_validation_accuracy", noting)
+        task = Task("random-hard 0-1", (config, "", folder, places, "random-hard", (0, 1)))
+        executor = SerialExecutor(config.cluster)
+        for _, event in executor.run(EvaluateWorker, (dataset, config.cluster), "evaluate", [task]):
+            if isinstance(event, Progress):
+                seen.append(event)
+                if at is not None and event.done >= at:
+                    end()
+    assert isinstance(event, Finished)
+    left_out = ("seconds", "cost", "provenance")
+    results = [{key: value for key, value in each.items() if key not in left_out} for each in event.result]
+    return seen, results, networks
+
+
+def killed(folder: str, is_stacked: bool, at: int) -> None:
+    """Score a row in a process that is killed when so many epochs are saved."""
+    saved_training.SAVE_INTERVAL = 0.0
+    scored(folder, is_stacked, at, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+@pytest.mark.parametrize("is_stacked", [False, True])
+def test_a_killed_task_resumes_with_the_same_bits(is_stacked: bool, tmp_path: Path) -> None:
+    """Killed twice, a task trains no saved epoch again and ends with the networks of an undisturbed one."""
+    whole, folder = scored(str(tmp_path / "whole"), is_stacked), tmp_path / "killed"
+    for at in (15, 66):
+        (call,) = side_by_side(killed, [(str(folder), is_stacked, at)])
+        assert isinstance(call.exception(), BrokenProcessPool)
+    files = list(folder.glob("progress-random-hard-00-*/*.arrow"))
+    assert len(files) <= (2 if is_stacked else 6), "a file replaces the one before it; a stack has one of each process"
+    seen, *rest = scored(str(folder), is_stacked)
+    assert seen[0].done >= 66
+    assert rest == [*whole[1:]]
+    assert [path.name for path in folder.iterdir() if path.name.startswith("progress")] == []
+
+
+@pytest.mark.parametrize("is_stacked", [False, True])
+def test_a_task_that_is_stopped_saves_its_epoch_and_names_it(
+    is_stacked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task that would write seldom writes when it stops, says from where it resumes, and adds up its cost."""
+    monkeypatch.setattr(saved_training, "REPORT_INTERVAL", 0.0)
+    laps = list[int]()
+
+    def lap(_: Account) -> Spent:
+        laps.append(1)
+        return Spent(cpu_seconds=100.0)
+
+    monkeypatch.setattr(Account, "lap", lap)
+    monkeypatch.setattr(Account, "spent", lambda _: Spent(cpu_seconds=2.0))
+    where = r"networks 1-6 of 6, epoch 8 of 20" if is_stacked else r"network 3 of 6, epoch 5 of 20"
+    with pytest.raises(Interrupted, match=f"^random-hard 0-1: {where}$"):
+        scored(str(tmp_path / "parts"), is_stacked, 45, stopping.ask)
+    seen, results, networks = scored(str(tmp_path / "parts"), is_stacked)
+    assert seen[0].done == (48 if is_stacked else 45)
+    assert [event.done for event in seen if event.saved][-1] == 120
+    found = open_location(str(tmp_path / "parts/random-hard-01.json")).read_json()
+    assert found["cost"]["cpu_seconds"] == (100 * len(laps) + 2) / 2
+    assert (results, networks) == scored(str(tmp_path / "whole"), is_stacked)[1:]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_task_on_ray_that_is_stopped_is_saved(ray_cluster: Any, tmp_path: Path) -> None:
+    """A driver that is asked to stop names the place from which the task resumes, on another executor too."""
+    from datm_ray.runtime.ray.executor import RayExecutor
+
+    config = tiny_config("evaluate.epochs=20000")
+    dataset = Pipeline([config], str(tmp_path)).runs.dataset(config.dataset)
+    row, place = "random-hard", str(tmp_path / "random-hard-00.json")
+    task = Task("random-hard 0", (config, "", str(tmp_path), [place], row, (0,)))
+    executor = RayExecutor(config.cluster)
+    setup = (executor.share(dataset), config.cluster)
+    where = "random-hard 0: network 1 of 3, epoch "
+
+    def stop_at_once() -> None:
+        for _, event in executor.run(EvaluateWorker, setup, "evaluate", [task]):
+            if isinstance(event, Progress) and event.done:
+                stopping.ask()
+
+    with pytest.raises(Interrupted, match=rf"^{where}\d+ of 20000$") as end:
+        stop_at_once()
+    executor.close()
+    epoch = int(str(end.value).removeprefix(where).split()[0])
+    local = SerialExecutor(config.cluster).run(EvaluateWorker, (dataset, config.cluster), "evaluate", [task])
+    assert next(event.done for _, event in local if isinstance(event, Progress)) == epoch > 0
+
+
+def test_progress_of_tasks_with_results_is_removed(tmp_path: Path) -> None:
+    """Folders that a worker left, which died after writing its results, are removed; those of open tasks stay."""
+    for name in ("distilled-hard-00", "distilled-00"):
+        file = tmp_path / f"progress-{name}-0123456789abcdef-0/00000-00001-00.arrow"
+        file.parent.mkdir()
+        file.touch()
+    (tmp_path / "distilled-00.json").touch()
+    remove_progress(open_location(str(tmp_path)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "distilled-00.json",
+        "progress-distilled-hard-00-0123456789abcdef-0",
+    ]

@@ -1,0 +1,142 @@
+"""Training of the networks of one evaluation task, saved so that a task that is stopped or killed resumes.
+
+    progress-<first result>-<hash of the trainings>-<stack>/    state of one stack, beside the task's results
+
+The folders are removed when the task is done. They have the format of `stages.expert_progress`, whose class writes
+them. Tests: tests/stages/test_evaluate.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+import statistics
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+
+import torch
+
+from datm_ray.config import stable_hash
+from datm_ray.core.teacher import Lessons
+from datm_ray.core.training import Trainer, Training, TrainingState
+from datm_ray.monitor.logs import fields
+from datm_ray.monitor.spent import Account, Spent, total
+from datm_ray.runtime.devices import Meter
+from datm_ray.runtime.executor import Note, Progress
+from datm_ray.runtime.stopping import Interrupted, saving
+from datm_ray.stages.expert_progress import TrainingProgress, remove_folder
+from datm_ray.stages.validation import REPORT_INTERVAL
+from datm_ray.store.files.filesystem import Location
+
+SAVE_INTERVAL = 30.0
+"""Least number of seconds between two files of a stack in training."""
+PROGRESS = "progress-"
+"""First part of the folders' names."""
+_FOLDER = re.compile(rf"{PROGRESS}(.+-\d+)-[0-9a-f]+-\d+")
+_log = logging.getLogger(__name__)
+
+
+class SavedTraining:
+    """Networks of one task, trained in stacks or one after another, and saved meanwhile."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        trainings: Sequence[Training],
+        lessons: Lessons | None,
+        result: Location,
+        account: Account,
+    ) -> None:
+        """Divide the networks into stacks, and open their progress folders.
+
+        Args:
+            trainer: trains the networks.
+            trainings: networks of one kind, with schedules that differ in their rates alone.
+            lessons: see `core.training.train`.
+            result: file of the task's first result.
+            account: meter of the task.
+        """
+        self._trainer, self._lessons, self._count = trainer, lessons, len(trainings)
+        self._epochs = trainings[0].schedule.epochs
+        stacks = trainer.stacks(trainings, lessons)
+        trained = [[(each.seed, dataclasses.asdict(each.schedule)) for each in stack] for stack in stacks]
+        name = result.path.rpartition("/")[2].removesuffix(".json")
+        name = f"{PROGRESS}{name}-{stable_hash({'network': str(trainings[0].network), 'trained': trained})}"
+        self._stacks = [
+            (stack, TrainingProgress(result.parent / f"{name}-{number}", len(stack), account, interval=SAVE_INTERVAL))
+            for number, stack in enumerate(stacks)
+        ]
+        self._done, self._reported = 0, 0.0
+
+    @property
+    def spent(self) -> Spent:
+        """Cost up to the last files, of all attempts at the task."""
+        return total(progress.spent for _, progress in self._stacks)
+
+    def run(
+        self, device: torch.device, scored: Callable[[torch.nn.Module], float], meter: Meter
+    ) -> Generator[Progress | Note, None, list[float]]:
+        """Train the networks from where they were saved. Returns the validation accuracy of each, in [0, 1].
+
+        Args:
+            device: device of the networks.
+            scored: measures the validation accuracy of a network.
+            meter: measures the worker's memory.
+
+        Raises:
+            Interrupted: the work was asked to stop, and is saved.
+        """
+        saved = [progress.resume(device) for _, progress in self._stacks]
+        self._done = sum(len(state.parameters) * state.epoch for state in saved if state)
+        if self._done:
+            _log.info("scoring resumed %s", fields(epoch=self._done, epochs=self._count * self._epochs))
+        self._reported, measured = time.monotonic(), list[float]()
+        yield self._progress()
+        with saving() as is_asked:
+            for (stack, progress), before in zip(self._stacks, saved, strict=True):
+                for state in self._trainer.train(stack, self._lessons, before):
+                    yield from self._after_epoch(stack, progress, state)
+                    if is_asked():
+                        yield from map(Note, progress.write(state))
+                        raise Interrupted(self._place(len(measured), len(stack), state.epoch))
+                shares = [scored(each.network) for each in stack]
+                measured += shares
+                mean = statistics.fmean(shares)
+                metrics = meter.measure() | {"datm_ray_evaluate_validation_accuracy_ratio": mean}
+                yield dataclasses.replace(self._progress(saved=True), values={"validation": mean}, metrics=metrics)
+            if is_asked():
+                raise Interrupted(f"{self._count} networks, to be tested")
+        return measured
+
+    def remove(self) -> None:
+        """Remove the folders of the finished task."""
+        for _, progress in self._stacks:
+            progress.remove()
+
+    def _after_epoch(
+        self, stack: Sequence[Training], progress: TrainingProgress, state: TrainingState
+    ) -> Iterator[Progress | Note]:
+        """Save the state of a stack if due, and report it if it is saved, or every `REPORT_INTERVAL` seconds."""
+        self._done += len(stack)
+        yield from map(Note, progress.add(state, last=state.epoch == self._epochs))
+        if progress.is_written or time.monotonic() - self._reported > REPORT_INTERVAL:
+            self._reported = time.monotonic()
+            yield self._progress(saved=progress.is_written)
+
+    def _progress(self, *, saved: bool = False) -> Progress:
+        return Progress(self._done, self._count * self._epochs, saved=saved)
+
+    def _place(self, before: int, size: int, epoch: int) -> str:
+        """Text for the networks from `before` on, such as "networks 6-10 of 15, epoch 3 of 20"."""
+        which = f"network {before + 1}" if size == 1 else f"networks {before + 1}-{before + size}"
+        return f"{which} of {self._count}, epoch {epoch} of {self._epochs}"
+
+
+def remove_progress(folder: Location) -> None:
+    """Remove the progress folders of tasks whose results are written, left by workers that died before they did so."""
+    names = set(folder.list())
+    for name in names:
+        match = _FOLDER.fullmatch(name)
+        if match and f"{match[1]}.json" in names:
+            remove_folder(folder / name)
