@@ -747,5 +747,5 @@ def test_a_distillation_resumes_with_any_number_of_shards_that_can_hold_it(
     config = tiny_config("cluster.shards=6")
     pipeline = Pipeline([config], str(tmp_path))
     for least, sizes in ((1, (5, 4, 3, 2, 1)), (3, (5, 4, 3)), (6, ())):
-        monkeypatch.setattr(tasks, "_would_fit", lambda _, __, shards, ___, least=least: shards >= least)
+        monkeypatch.setattr(tasks, "_would_fit", lambda _, __, layout, least=least: layout.get("shards", 1) >= least)
         assert tasks.smaller_groups(pipeline.runs, config) == sizes
