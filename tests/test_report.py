@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import html
 import io
 import math
@@ -19,18 +20,19 @@ import torch
 from PIL import Image
 
 from datm_ray.artifact import save_artifact
-from datm_ray.config import RunConfig, load_config_text, override, run_identity
+from datm_ray.config import NetworkConfig, RunConfig, load_config_text, override, run_identity
+from datm_ray.core.scores import augmentation_robust, label_robust
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.data.transform import fit_transform
 from datm_ray.errors import CorruptFileError
 from datm_ray.methods.trajectory.iteration import Distillation, IterationRecord
-from datm_ray.report import RunSummary, accuracy_table, write_report
+from datm_ray.report import RunSummary, accuracy_table, fair_table, networks_table, write_report
 from datm_ray.report.results import shown_rows
 from datm_ray.runtime.mesh import Alone
 from datm_ray.stages import checkpoint
 from datm_ray.stages.checkpoint import CHECKPOINT, Rows
 from datm_ray.stages.distill import INITIAL, SYNTHETIC
-from datm_ray.stages.scores import Score
+from datm_ray.stages.scores import FairScores, NetworkScores, Score
 from datm_ray.store.files.filesystem import Location, open_location
 
 SCORES = [
@@ -156,6 +158,44 @@ def test_table_has_every_row_of_every_run(out: Location) -> None:
     assert "all real data 98.0 ± 1.4 (2) not yet" in text
     assert "share of full-data accuracy 92.9 % –" in text
     assert "Nothing was chosen on the test set" in text
+
+
+def cells_of_page(page: str) -> list[list[str]]:
+    """Titles and cells of a page's tables of accuracies and scores, without headings and numbers of networks."""
+    tables = re.findall(r'<table class="accuracy">.*?<tbody>(.*?)</tbody>', page, re.DOTALL)
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for table in tables for row in table.split("</tr>")[:-1]]
+    return [[text_of(re.sub(r"<small>\(\d+\)</small>", "", cell)) for cell in row] for row in rows]
+
+
+def cells_of_text(table: str) -> list[list[str]]:
+    """Titles and cells of a text table, without its headings."""
+    _, rule, *lines = table.split("\n\n")[0].splitlines()
+    columns = [found.span() for found in re.finditer("-+", rule)]
+    return [[line[start:end].strip() for start, end in columns] for line in lines]
+
+
+def test_page_and_terminal_show_the_same_cells(out: Location) -> None:
+    """The page has every row of the terminal's tables with the same cells, also where scores are missing."""
+    networks = [
+        NetworkScores(NetworkConfig(architecture=name), kind, SCORES[2] if learned else None, SCORES[2], control)
+        for name, kind, learned, control in (("lenet", "seen", True, SCORES[1]), ("alexnet", "unseen", False, None))
+    ]
+    label = label_robust(real_hard=0.9, distilled_hard=0.6, distilled=0.8, random_soft=0.7)
+    augmentation = augmentation_robust(distilled=0.8, random=0.7, distilled_plain=0.7, random_plain=0.3)
+    runs = [
+        dataclasses.replace(
+            finished_run(out, configure(name), scores=scores),
+            networks=networks,
+            fair=FairScores((label, label), (augmentation, augmentation)),
+        )
+        for name, scores in (("one", SCORES), ("two", SCORES[1:3]))
+    ]
+    on_page = cells_of_page(page_of(out, *runs))
+    of_runs = [table for run in runs for table in (networks_table(run), fair_table([run]))]
+    assert on_page == [row for table in (accuracy_table(runs), *of_runs) for row in cells_of_text(table)]
+    assert ["mean, seen and unseen", "", "–", "91.0", "–"] in on_page
+    assert ["all real data", "98.0 ± 1.4", "not yet"] in on_page
+    assert ["alexnet", "unseen", "–", "91.0 ± 1.0", "not yet"] in on_page
 
 
 def test_run_is_described_in_numbers(out: Location) -> None:
@@ -367,8 +407,8 @@ def test_text_table_is_aligned(out: Location) -> None:
     header, rule, *rows, _, last = accuracy_table(runs).splitlines()
     assert header.split() == ["test", "accuracy", "in", "%", "one", "two"]
     assert {len(line) for line in (header, rule, *rows)} == {len(rule)}
-    assert rows[2].split() == ["distilled", "91.0", "±", "1.0", "-"]
-    assert rows[-1].split()[-3:] == ["92.9", "%", "-"]
+    assert rows[2].split() == ["distilled", "91.0", "±", "1.0", "not", "yet"]
+    assert rows[-1].split()[-3:] == ["92.9", "%", "–"]
     assert last.endswith("n = 2 or 3 for one, 2 for two")
 
 

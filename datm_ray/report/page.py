@@ -11,28 +11,25 @@ import jinja2
 from datm_ray.config import to_yaml
 from datm_ray.report.gallery import galleries, left_out
 from datm_ray.report.results import (
-    NETWORK_COLUMNS,
     SKIPPED,
+    Cell,
     CostLine,
+    Line,
     Run,
     RunSummary,
+    Table,
+    accuracies,
     column_name,
     cost_lines,
-    fair_cell,
-    fair_parts,
+    fair_scores,
     find_score,
-    is_skipped,
-    mean_over_networks,
-    names_of,
-    network_columns,
+    network_accuracies,
     read_run,
-    scores_by_name,
     share_of_full,
     shown_rows,
 )
 from datm_ray.report.words import count, duration, listed, percent
 from datm_ray.stages.evaluate import FAIR_ROWS
-from datm_ray.stages.scores import FAIR_PARTS
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.trajectories import size_in_words
 
@@ -61,11 +58,8 @@ def render(runs: Sequence[Run]) -> str:
         matching=any(run.summary.has_experts for run in runs),
         done=[_what_was_done(run) for run in runs],
         columns=[column_name(summary) for summary in summaries],
-        rows=[
-            (row, title, [_cell(summary, row) for summary in summaries]) for row, title in shown_rows(summaries).items()
-        ],
+        accuracies=accuracies(summaries),
         skipped="" if "full" in shown_rows(summaries) else SKIPPED,
-        shares=[share_of_full(summary.scores) for summary in summaries],
         evaluated=any(summary.scores for summary in summaries),
         runs=[_run_view(run) for run in runs],
     )
@@ -83,62 +77,35 @@ def _run_view(run: Run) -> dict[str, Any]:
         "galleries": galleries(run),
         "left_out": left_out(run),
         "maps": map_pictures(run),
-        "networks": _networks_view(run.summary),
-        "fair": [(name, FAIR_PARTS[name], fair_cell(values), len(values)) for name, values in fair_parts(run.summary)],
+        "networks": network_accuracies(run.summary) if run.summary.networks else None,
+        "fair": fair_scores([run.summary]) if run.summary.fair else None,
         "fair_rows": [(FAIR_ROWS[each.row], str(each), each.n) for each in run.summary.fair_rows],
         "adamw": run.config.evaluate.optimiser == "adamw",
         "charts": charts_of(run),
         "recipe": to_yaml(run.config).strip(),
         "provenance": _provenance_lines(run.latest.provenance) if run.latest else [],
-        "costs": [_cost_cells(line) for line in cost_lines(run.summary)],
+        "costs": _costs(cost_lines(run.summary)),
     }
 
 
-def _cost_cells(line: CostLine) -> tuple[str, ...]:
-    """Cells of a cost line: title, count, worker time, time of CPU or GPU, peak memory, bytes read."""
+def _costs(lines: Sequence[CostLine]) -> Table | None:
+    """Table of costs; `None` without any."""
+    cells = [_cost_cells(line) for line in lines]
+    rows = [Line(line.title, [*map(Cell, each.values())]) for line, each in zip(lines, cells, strict=True)]
+    return Table(["part", *cells[0]], rows) if cells else None
+
+
+def _cost_cells(line: CostLine) -> dict[str, str]:
+    """Cells of a cost line by heading."""
     spent, known = line.spent, line.complete
     kind = "GPU" if spent.gpu_seconds else "CPU"
-    return (
-        line.title,
-        f"{line.count:,}",
-        duration(spent.seconds),
-        f"{duration(line.device_seconds)} {kind}" if known else "–",
-        size_in_words(spent.peak_memory_bytes) if known and spent.peak_memory_bytes else "–",
-        size_in_words(spent.read_bytes) if known else "–",
-    )
-
-
-def _networks_view(summary: RunSummary) -> dict[str, Any] | None:
-    """Table of accuracies on other architectures: columns, lines and means; `None` if there are none."""
-    if not summary.networks:
-        return None
-    lines = []
-    for name, each in zip(names_of(summary.networks), summary.networks, strict=True):
-        cells = scores_by_name(each)
-        shown: list[Any] = [
-            (str(cells[column]), cells[column].n) if column in cells else None for column in NETWORK_COLUMNS
-        ]
-        if each.learned is None:  # the learned step size is SGD's; the networks had another optimiser
-            shown[0] = "–"
-        lines.append((name, each.kind, shown))
-    means = [
-        (
-            f"mean, {' and '.join(kinds)}",
-            [mean_over_networks(summary.networks, name, kinds) for name in NETWORK_COLUMNS],
-        )
-        for kinds in (["seen"], ["unseen"])
-    ]
     return {
-        "columns": list(network_columns(summary).values()),
-        "lines": lines,
-        "means": [m for m in means if any(m[1])],
+        "n": f"{line.count:,}",
+        "worker time": duration(spent.seconds),
+        "CPU or GPU time": f"{duration(line.device_seconds)} {kind}" if known else "–",
+        "peak memory": size_in_words(spent.peak_memory_bytes) if known and spent.peak_memory_bytes else "–",
+        "read": size_in_words(spent.read_bytes) if known else "–",
     }
-
-
-def _cell(summary: RunSummary, row: str) -> tuple[str, str]:
-    """Cell of the accuracy table: ("mean ± deviation" in percent, "(networks)"), or ("", reason) without a score."""
-    score = find_score(summary.scores, row)
-    return (str(score), f"({score.n})") if score else ("", "skipped" if is_skipped(summary, row) else "not yet")
 
 
 def _what_was_done(run: Run) -> str:

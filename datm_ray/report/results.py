@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -259,20 +259,65 @@ def _summary(summary: RunSummary) -> dict[str, Any]:
     }
 
 
+class Cell(NamedTuple):
+    """Cell of a table. The page shows the value, then the note; the text shows the note only in place of a value."""
+
+    value: str
+    """Value such as "91.0 ± 1.0"; empty if there is none."""
+    note: str = ""
+    """Number of networks in brackets, or why there is no value; may be empty."""
+
+
+class Line(NamedTuple):
+    """Row of a table, below its headings."""
+
+    title: str
+    cells: Sequence[Cell]
+    style: str = ""
+    """Class of the row on the page: "distilled", "share" for a row computed from others, or any other name."""
+
+
+class Table(NamedTuple):
+    """Table that the terminal and the page show."""
+
+    headings: Sequence[str]
+    """Headings of the titles and of each column of cells."""
+    lines: Sequence[Line]
+
+
+def as_text(table: Table) -> str:
+    """Format a table as text. Titles are left-aligned, cells right-aligned; a rule follows the headings."""
+    lines = [table.headings, *([line.title, *(each.value or each.note for each in line.cells)] for line in table.lines)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join([first.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]) for first, *cells in lines]
+    return "\n".join([text[0], "  ".join("-" * width for width in widths), *text[1:]])
+
+
+def _cell(score: Score | None, absent: str = "not yet") -> Cell:
+    return Cell("", absent) if score is None else Cell(str(score), f"({score.n})")
+
+
+def _computed(title: str, values: Sequence[str | None], *before: Cell) -> list[Line]:
+    """Row of values computed from other rows, with a dash for each `None`; no row if all are `None`."""
+    return [Line(title, [*before, *(Cell(value or "–") for value in values)], "share")] if any(values) else []
+
+
+def accuracies(summaries: Sequence[RunSummary]) -> Table:
+    """Table of the test accuracy of every run and row, one column per run."""
+    lines = [
+        Line(title, [_cell(find_score(each.scores, row), _absent(each, row)) for each in summaries], row)
+        for row, title in shown_rows(summaries).items()
+    ]
+    lines += _computed("share of full-data accuracy", [share_of_full(each.scores) for each in summaries])
+    return Table(["test accuracy in %", *map(column_name, summaries)], lines)
+
+
 def accuracy_table(summaries: Sequence[RunSummary]) -> str:
-    """Test accuracy of every run and row as aligned text, one column per run."""
+    """Test accuracy of every run and row as text, with what the cells are below."""
     if not any(summary.scores for summary in summaries):
         return "No test accuracy yet: no row of any run is evaluated."
-    lines = [["test accuracy in %", *map(column_name, summaries)]]
-    for row, title in shown_rows(summaries).items():
-        found = [find_score(summary.scores, row) for summary in summaries]
-        absent = ["skipped" if is_skipped(summary, row) else "-" for summary in summaries]
-        lines.append([title, *(str(score or other) for score, other in zip(found, absent, strict=True))])
-    shares = [share_of_full(summary.scores) for summary in summaries]
-    if any(shares):
-        lines.append(["share of full-data accuracy", *(share or "-" for share in shares)])
     skipped = [SKIPPED] if "full" not in shown_rows(summaries) else []
-    return "\n".join([*_aligned(lines), "", _networks_behind(summaries), *skipped])
+    return "\n".join([as_text(accuracies(summaries)), "", _networks_behind(summaries), *skipped])
 
 
 SKIPPED = f"{ROWS['full']}: skipped (evaluate.full is false)"
@@ -284,14 +329,18 @@ def shown_rows(summaries: Sequence[RunSummary]) -> dict[str, str]:
     return {
         row: title
         for row, title in ROWS.items()
-        if not (summaries and all(is_skipped(each, row) for each in summaries))
+        if not (summaries and all(_is_skipped(each, row) for each in summaries))
     }
 
 
-def is_skipped(summary: RunSummary, row: str) -> bool:
+def _is_skipped(summary: RunSummary, row: str) -> bool:
     """True if the run leaves out the row, and no earlier command has scored it."""
     is_made = summary.config.evaluate.full if row == "full" else summary.has_experts or row != "random-soft"
     return not is_made and not find_score(summary.scores, row)
+
+
+def _absent(summary: RunSummary, row: str) -> str:
+    return "skipped" if _is_skipped(summary, row) else "not yet"
 
 
 def fair_parts(summary: RunSummary) -> list[tuple[str, tuple[float, ...]]]:
@@ -299,30 +348,27 @@ def fair_parts(summary: RunSummary) -> list[tuple[str, tuple[float, ...]]]:
     return [] if summary.fair is None else list(summary.fair.parts().items())
 
 
-def fair_cell(values: Sequence[float]) -> str:
-    """Format mean ± standard deviation with three decimals. DD-Ranking's scores are no percentages."""
+def _fair_cell(values: Sequence[float]) -> Cell:
+    """Mean ± standard deviation with three decimals. DD-Ranking's scores are no percentages."""
     spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{spread}"
+    return Cell(f"{statistics.fmean(values):.3f}{spread}", f"({len(values)})")
+
+
+def fair_scores(summaries: Sequence[RunSummary]) -> Table:
+    """Table of DD-Ranking's scores and their parts, for the runs that have them."""
+    known = [summary for summary in summaries if summary.fair is not None]
+    parts = [dict(fair_parts(summary)) for summary in known]
+    lines = [
+        Line(f"{name}, {title}", [_fair_cell(each[name]) for each in parts], "" if name in ("LRS", "ARS") else "share")
+        for name, title in FAIR_PARTS.items()
+    ]
+    return Table(["DD-Ranking's scores, of accuracies from 0 to 1", *map(column_name, known)], lines)
 
 
 def fair_table(summaries: Sequence[RunSummary]) -> str:
-    """DD-Ranking's scores and their parts as aligned text, for the runs that have them."""
-    known = [summary for summary in summaries if summary.fair is not None]
-    lines = [["DD-Ranking's scores, of accuracies from 0 to 1", *map(column_name, known)]]
-    parts = [dict(fair_parts(summary)) for summary in known]
-    lines += [[f"{name}, {title}", *(fair_cell(each[name]) for each in parts)] for name, title in FAIR_PARTS.items()]
-    lines.append(["n", *(str(len(each["LRS"])) for each in parts)])
-    return "\n".join(_aligned(lines))
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Format rows as text columns. The first column is left-aligned, the others right-aligned; a rule follows the
-    heading.
-    """
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join([first.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]).rstrip() for first, *cells in lines]
-    text.insert(1, "  ".join("-" * width for width in widths))
-    return text
+    """DD-Ranking's scores and their parts as text, for the runs that have them."""
+    n = ", ".join(sorted({str(len(each.fair.label)) for each in summaries if each.fair is not None}))
+    return f"{as_text(fair_scores(summaries))}\n\nmean ± standard deviation over seeds; n = {n}"
 
 
 def column_name(summary: RunSummary) -> str:
@@ -359,32 +405,35 @@ def names_of(networks: Sequence[NetworkScores]) -> list[str]:
     return network_names([each.network for each in networks])
 
 
-def mean_over_networks(networks: Sequence[NetworkScores], column: str, kinds: Sequence[str]) -> str | None:
-    """Mean accuracy in percent over the architectures of these kinds; `None` without any, or if a score is missing."""
-    found = [scores_by_name(each).get(column) for each in networks if each.kind in kinds]
+def _mean_over(networks: Sequence[NetworkScores], column: str) -> str | None:
+    """Mean accuracy in percent over the architectures; `None` without any, or if a score is missing."""
+    found = [scores_by_name(each).get(column) for each in networks]
     means = [score.mean for score in found if score is not None]
     return f"{100 * statistics.fmean(means):.1f}" if means and len(means) == len(found) else None
 
 
-def networks_table(summary: RunSummary) -> str:
-    """Accuracy on every architecture as aligned text, then the means over seen and unseen architectures."""
-    lines = [[f"{column_name(summary)}: test accuracy in %", "", *network_columns(summary).values()]]
+def network_accuracies(summary: RunSummary) -> Table:
+    """Table of a run's accuracy on every architecture, then the means over seen and unseen architectures."""
+    lines = []
     for name, each in zip(names_of(summary.networks), summary.networks, strict=True):
-        cells = scores_by_name(each)
-        columns = [str(cells[column]) if column in cells else "-" for column in NETWORK_COLUMNS]
-        lines.append([name, each.kind, *columns])
-    for title, kinds in (("mean, seen", ["seen"]), ("mean, unseen", ["unseen"]), ("mean, both", ["seen", "unseen"])):
-        means = [mean_over_networks(summary.networks, column, kinds) for column in NETWORK_COLUMNS]
-        if any(means):
-            lines.append([title, "", *(mean or "-" for mean in means)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join([a.ljust(widths[0]), b.ljust(widths[1]), *map(str.rjust, cells, widths[2:])]).rstrip()
-        for a, b, *cells in lines
-    ]
-    text.insert(1, "  ".join("-" * width for width in widths))
+        found = scores_by_name(each)
+        cells = [_cell(found.get(column)) for column in NETWORK_COLUMNS]
+        if each.learned is None:  # the learned step size is SGD's; the networks had another optimiser
+            cells[0] = Cell("–")
+        lines.append(Line(name, [Cell(each.kind), *cells]))
+    for kinds in (["seen"], ["unseen"], ["seen", "unseen"]):
+        networks = [each for each in summary.networks if each.kind in kinds]
+        means = [_mean_over(networks, column) for column in NETWORK_COLUMNS]
+        lines += _computed(f"mean, {' and '.join(kinds)}", means, Cell(""))
+    return Table(["test accuracy in %", "while distilling", *network_columns(summary).values()], lines)
+
+
+def networks_table(summary: RunSummary) -> str:
+    """Accuracy on every architecture as text, then the means over seen and unseen architectures."""
+    (title, *headings), lines = network_accuracies(summary)
     n = ", ".join(sorted({str(each.tuned.n) for each in summary.networks}))
-    return "\n".join([*text, "", f"mean ± standard deviation over freshly trained networks; n = {n}"])
+    text = as_text(Table([f"{column_name(summary)}: {title}", *headings], lines))
+    return f"{text}\n\nmean ± standard deviation over freshly trained networks; n = {n}"
 
 
 def find_score(scores: Sequence[Score], row: str) -> Score | None:

@@ -243,7 +243,7 @@ def test_the_column_of_the_learned_step_size_is_empty_with_adamw(tmp_path: Path)
     summary = RunSummary(config, out / config.name, [], networks=scores)
     head, _, first, *_ = networks_table(summary).splitlines()
     assert head.startswith("tiny (AdamW):")
-    assert first.split()[-3:] == ["-", "50.0", "-"]
+    assert first.split()[-4:] == ["–", "50.0", "not", "yet"]
     page = write_report(out, [summary]).read_bytes().decode()
     assert "<td>–</td>" in page
     assert "trained with AdamW" in page
