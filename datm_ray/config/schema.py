@@ -83,7 +83,7 @@ class RunConfig(Section):
                     f"{key}.warmup_epochs is {training.warmup_epochs}, and there are {training.epochs} epochs in all; "
                     f"lower {key}.warmup_epochs"
                 )
-        if self.evaluate.cutmix and self.evaluate.labels == "own":
+        if self.evaluate.cutmix and not self.evaluate.has_teacher:
             raise ValueError(
                 "evaluate.cutmix mixes images, whose own labels would not fit; set evaluate.labels=teacher, or "
                 "evaluate.cutmix=0"

@@ -356,6 +356,10 @@ class DistillConfig(Section):
     checkpoint_every: Count = 100
     """Iterations between checkpoints."""
 
+    @property
+    def has_soft_labels(self) -> bool:
+        return self.labels == "soft"
+
 
 class RecoverConfig(Section):
     """Recovering images from a teacher. Only sre2l reads it. `distill` gives IPC, iterations, first images and labels.
@@ -506,6 +510,16 @@ class EvaluateConfig(Section):
     """Images per step; null: the protocol's."""
     weight_decay: NonNegative | None = None
     """Weight decay; null: 0.0005, and 0.05 for adamw."""
+
+    @property
+    def has_teacher(self) -> bool:
+        """True if expert 0 gives the labels of rows with soft labels, now or beforehand."""
+        return self.labels != "own"
+
+    @property
+    def stores_labels(self) -> bool:
+        """True if the distilled set's labels are made beforehand and kept beside it."""
+        return self.labels == "stored"
 
 
 SELDOM = {

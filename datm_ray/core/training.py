@@ -139,7 +139,7 @@ def schedule_of(scored: Mapping[str, Any], learning_rate: float) -> Schedule:
     name, augmentation = scored.get("protocol", "published"), scored.get("augmentation", "")
     settings = EvaluateConfig.model_construct(protocol=name, augmentation=augmentation, **known)
     schedule = scoring_schedule(settings, learning_rate)
-    if settings.labels != "own":
+    if settings.has_teacher:
         schedule = dataclasses.replace(schedule, temperature=settings.temperature)
     return schedule.with_adamw(settings.weight_decay) if scored.get("optimiser") == "adamw" else schedule
 

@@ -119,7 +119,7 @@ class State(Generic[Record]):
         of_images = self.settings.learning_rate_images or self.image_rate
         if of_images is None:
             raise ValueError("distill.learning_rate_images is null, and none was found before the first iteration")
-        of_labels = self.settings.learning_rate_labels if self.settings.labels == "soft" else 0.0
+        of_labels = self.settings.learning_rate_labels if self.settings.has_soft_labels else 0.0
         rates = (of_images, of_labels, self.settings.learning_rate_step_size)
         return dict(zip(LEARNED, rates, strict=True))
 

@@ -109,9 +109,9 @@ def require_names(runs: Runs) -> None:
 def _check_scoring(config: RunConfig) -> None:
     """Raise a `ConfigError` for a warm-up of all epochs, an untrained teacher, or too many epochs of labels."""
     keep, epochs = config.evaluate.keep_labels, row_schedule(config, "distilled").epochs
-    if config.evaluate.labels != "own":
+    if config.evaluate.has_teacher:
         teacher_of(config)
-    if config.evaluate.labels == "stored" and keep is not None and keep > epochs:
+    if config.evaluate.stores_labels and keep is not None and keep > epochs:
         raise ConfigError(
             f"evaluate.keep_labels is {keep}, and networks train for {epochs} epochs",
             remedy=f"use --set evaluate.keep_labels={epochs} or fewer, or null for all",
@@ -149,7 +149,7 @@ def _check_data(runs: Runs, config: RunConfig) -> None:
             f"use --set distill.ipc={left}, or add images of this class",
         )
     top = config.evaluate.top_logits
-    if config.evaluate.labels == "stored" and top is not None and top >= raw.classes:
+    if config.evaluate.stores_labels and top is not None and top >= raw.classes:
         raise ConfigError(
             f"evaluate.top_logits is {top}, and {raw.name} has {raw.classes} classes",
             remedy=f"use --set evaluate.top_logits={raw.classes - 1} or fewer, or null for all",

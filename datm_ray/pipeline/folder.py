@@ -70,7 +70,7 @@ def read_recipe(folder: Location) -> RunConfig | None:
 
 def stored_labels(folder: Location, config: RunConfig, dataset_fingerprint: str) -> Location | None:
     """Folder of the stored labels that a recipe asks for; `None` if it asks for none or none are stored yet."""
-    if config.evaluate.labels != "stored":
+    if not config.evaluate.stores_labels:
         return None
     place = labels_location(folder, config, dataset_fingerprint)
     return place if (place / INFO_FILE).exists() else None

@@ -381,7 +381,7 @@ class Pipeline:
 
     def _label(self, executor: Executor, reporter: Reporter) -> None:
         """Store the labels of finished sets for runs that ask for it."""
-        if any(config.evaluate.labels == "stored" for config in self.configs):
+        if any(config.evaluate.stores_labels for config in self.configs):
             open_tasks = partial(tasks.label_tasks, workers=executor.light_workers)
             self._run("Labels", "label", open_tasks, executor, reporter)
             for config in self.configs:

@@ -277,7 +277,7 @@ def label_tasks(runs: Runs, workers: int = 1) -> list[DatasetTask]:
     tasks = []
     unfinished = {config.name for config in runs.unfinished()}
     for config in runs.configs:
-        if config.evaluate.labels != "stored" or config.name in unfinished:
+        if not config.evaluate.stores_labels or config.name in unfinished:
             continue
         left = missing_epochs(runs.folder(config), config, runs.raw(config).fingerprint)
         for part in np.array_split(left, min(len(left), 4 * workers)) if left else []:
@@ -300,7 +300,7 @@ def epochs_to_label(runs: Runs) -> dict[str, int]:
     found = {}
     unfinished = {config.name for config in runs.unfinished()}
     for config in runs.configs:
-        if config.evaluate.labels == "stored":
+        if config.evaluate.stores_labels:
             folder, fingerprint = runs.folder(config), runs.raw(config).fingerprint
             left = missing_epochs(folder, config, fingerprint)
             found[config.name] = kept_labels(config) if config.name in unfinished else len(left)

@@ -207,7 +207,7 @@ class Proposal:
     def _labels(self) -> LabelInfo | None:
         """Facts about the set's label store; `None` if the recipe stores no labels."""
         config, images, classes = self.config.evaluate, self.shape.synthetic(self.config), self.shape.classes
-        if config.labels != "stored":
+        if not config.stores_labels:
             return None
         epochs, top = scoring_schedule(config, 1.0).epochs, config.top_logits
         keep, top = min(kept_labels(self.config), epochs), None if top is None or top >= classes else top

@@ -282,12 +282,12 @@ class EvaluateWorker:
 
 def is_taught(config: RunConfig, row: str) -> bool:
     """True if a teacher gives the labels of a row."""
-    return config.evaluate.labels != "own" and row in SOFT
+    return config.evaluate.has_teacher and row in SOFT
 
 
 def is_stored(config: RunConfig, row: str) -> bool:
     """True if the labels of a row are stored beside the set. Other taught rows ask the teacher during training."""
-    return config.evaluate.labels == "stored" and row == "distilled"
+    return config.evaluate.stores_labels and row == "distilled"
 
 
 def has_learned_step_size(config: RunConfig, row: str) -> bool:
@@ -330,7 +330,7 @@ def row_schedule(config: RunConfig, row: str) -> Schedule:
     if row == "full":
         epochs = config.evaluate.real_epochs
         schedule = dataclasses.replace(schedule, epochs=epochs, decay_epoch=(epochs + 1) // 2)
-    if config.evaluate.labels == "stored" and row in SOFT:  # like the stored views
+    if config.evaluate.stores_labels and row in SOFT:  # like the stored views
         schedule = dataclasses.replace(schedule, augmentation="resized+flip")
     return dataclasses.replace(schedule, augmentation="") if row in PLAIN else schedule
 

@@ -39,7 +39,7 @@ def first_set(part: Part, experts: ExpertNetworks | None, step_size: float) -> S
     def choose(heartbeat: Heartbeat) -> None:
         if part.mesh.row == 0:
             images.copy_(torch.tensor(_first_images(part, experts, heartbeat)))
-            if experts is None or config.distill.labels == "hard":
+            if experts is None or not config.distill.has_soft_labels:
                 soft_labels.copy_(hard_logits(labels, dataset.classes))
             else:
                 soft_labels.copy_(experts.soft_labels(images, labels, heartbeat))

@@ -111,7 +111,7 @@ class PieceWorker:
         for name in (INITIAL, SYNTHETIC):
             sets[name] = self._whole(config, pieces, [place / name for place in places])
             yield Progress(len(sets), 2)
-        if config.distill.labels == "soft":
+        if config.distill.has_soft_labels:
             yield from self._labelled(teacher, sets)
         whole = Rows.of_shard(0, 1, self._dataset.classes, config.distill.ipc)
         state = method_of(config).state(sets[SYNTHETIC], config.distill)

@@ -124,7 +124,7 @@ class Selection(Method):
             "forgetting": training_images * count * len(_epochs_of_training(config)),
             "random": 0,
         }[settings.by]
-        return {"scoring": passes + 2 * config.distill.ipc * classes * (config.distill.labels == "soft")}
+        return {"scoring": passes + 2 * config.distill.ipc * classes * config.distill.has_soft_labels}
 
     @classmethod
     def described(cls, config: RunConfig, images: int, chunk: int) -> str:
