@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import Compose, PILToTensor
 
 from datm_ray.artifact import EXPORTS, KIND, Artifact, export, left_out, load, save_artifact
+from datm_ray.cli.runs import ExportFormat
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.training import PROTOCOLS
 from datm_ray.data import Transform, fit_transform, load_raw
@@ -395,7 +396,11 @@ def test_an_unknown_export_is_refused_with_the_known_ones(artifact: Artifact, tm
     with pytest.raises(ConfigError, match=r"unknown export format 'npz'\. Choose one of: png, parquet, pt"):
         export(artifact, "npz", open_location(str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
-    assert list(EXPORTS) == ["png", "parquet", "pt", "arrow", "safetensors"]
+
+
+def test_the_command_line_offers_every_export() -> None:
+    """`datm-ray export --format` takes the names of all exports, in their order."""
+    assert list(EXPORTS) == [*get_args(ExportFormat)]
 
 
 def save_kept(folder: Path, run: str, side: int = 12) -> Artifact:

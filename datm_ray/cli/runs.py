@@ -42,6 +42,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+ExportFormat = Literal["png", "parquet", "pt", "arrow", "safetensors"]
+"""Names of `artifact.EXPORTS`, whose import loads torch."""
 Out = Annotated[
     str, typer.Option("--out", "-o", metavar="URI", callback=note_out, help="Folder for everything the run writes.")
 ]
@@ -263,7 +265,7 @@ def export(
     artifact: Annotated[str, typer.Argument(metavar="FILE", help="A synthetic.arrow or .safetensors file.")],
     out: WriteTo,
     format_: Annotated[
-        Literal["png", "parquet", "pt", "arrow", "safetensors"],
+        ExportFormat,
         typer.Option(
             "--format",
             help="png writes pictures, a folder per class. parquet writes Hugging Face's layout. pt writes DATM's "
