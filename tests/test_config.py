@@ -19,13 +19,13 @@ from datm_ray.config import (
     expert_fingerprint,
     load_config_text,
     load_recipe_of_run,
-    network_names,
     override,
     parse_config,
     recipe_of_set,
     run_identity,
     scored_on,
     scoring_identity,
+    short_names,
     stable_hash,
     to_yaml,
     unread_keys,
@@ -625,13 +625,13 @@ def test_networks_of_one_architecture_have_names_of_their_own() -> None:
     """Networks of one architecture are named by an unpublished width and by all values that differ."""
     given = [{}, {"width": 16}, {"width": 16, "norm": "none"}, {"architecture": "mlp"}]
     networks = [NetworkConfig.model_validate(each) for each in given]
-    assert network_names(networks) == [
+    assert short_names(networks) == [
         "convnet (width 128, norm instance)",
         "convnet (width 16, norm instance)",
         "convnet (width 16, norm none)",
         "mlp",
     ]
-    assert network_names(networks[1:2] + networks[3:]) == ["convnet (width 16)", "mlp"]
+    assert short_names(networks[1:2] + networks[3:]) == ["convnet (width 16)", "mlp"]
 
 
 def test_choices_that_are_newer_than_finished_runs_do_not_change_them() -> None:

@@ -15,7 +15,7 @@ from datm_ray.config.identity import (
     unread_values,
     without_unread,
 )
-from datm_ray.config.networks import network_names, networks_named, scored_on
+from datm_ray.config.networks import networks_named, scored_on, short_names
 from datm_ray.config.schema import Role, RunConfig, parse_config
 from datm_ray.config.sections import (
     PUBLISHED_AUGMENTATION,
@@ -61,7 +61,6 @@ __all__ = [
     "expert_fingerprint",
     "load_config_text",
     "load_recipe_of_run",
-    "network_names",
     "networks_named",
     "override",
     "parse_bytes",
@@ -70,6 +69,7 @@ __all__ = [
     "run_identity",
     "scored_on",
     "scoring_identity",
+    "short_names",
     "stable_hash",
     "to_yaml",
     "unread_keys",

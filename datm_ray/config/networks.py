@@ -9,7 +9,7 @@ from datm_ray.config.sections import PUBLISHED_WIDTH, NetworkConfig
 from datm_ray.errors import ConfigError
 
 
-def network_names(networks: Sequence[NetworkConfig]) -> list[str]:
+def short_names(networks: Sequence[NetworkConfig]) -> list[str]:
     """Short names of networks: the architecture, a width that is not the published one, and further differences."""
 
     def differing(network: NetworkConfig) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from datm_ray.config import DatasetConfig, NetworkConfig, RunConfig, network_names
+from datm_ray.config import DatasetConfig, NetworkConfig, RunConfig, short_names
 from datm_ray.core.training import PROTOCOLS, validation_protocol, work_of_training
 from datm_ray.errors import ConfigError
 from datm_ray.pipeline.runs import Runs
@@ -382,5 +382,5 @@ def row_title(config: RunConfig, row: str, network: NetworkConfig | None) -> str
 
 
 def _on(config: RunConfig, network: NetworkConfig | None) -> str:
-    names = dict(zip(config.scored_networks, network_names(config.scored_networks), strict=True))
+    names = dict(zip(config.scored_networks, short_names(config.scored_networks), strict=True))
     return f" on {names[network]}" if network else ""

@@ -270,7 +270,7 @@ def scoring_memory(
     """
     rows = min(scoring_schedule(config.evaluate, 1.0).batch_size, images)
     held = 0 if is_shared else together * images * shape.row
-    if config.evaluate.labels != "own":
+    if config.evaluate.has_teacher:
         teacher = network_cost(teacher_of(config), shape)
         held += 2 * rows * together * teacher.largest + 4 * teacher.parameters
     own = config.model_copy(update={"network": network or config.network})

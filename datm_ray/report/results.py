@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datm_ray.artifact import Artifact, read_artifact
-from datm_ray.config import RunConfig, network_names
+from datm_ray.config import RunConfig, short_names
 from datm_ray.methods.trajectory.iteration import diverged
 from datm_ray.monitor.spent import Spent
 from datm_ray.stages.checkpoint import CHECKPOINT, read_curves
@@ -402,7 +402,7 @@ def scores_by_name(scores: NetworkScores) -> dict[str, Score]:
 
 def names_of(networks: Sequence[NetworkScores]) -> list[str]:
     """Names of the architectures, in the same order, each different from the others."""
-    return network_names([each.network for each in networks])
+    return short_names([each.network for each in networks])
 
 
 def _mean_over(networks: Sequence[NetworkScores], column: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Execution of work: executors that place workers, devices, sums over workers, and recovery from lost workers.
+"""Execution of work: executors that place workers, devices, sums over workers, and retries after lost workers.
 
 The serial executor is the reference. `runtime/ray/` is the only folder that imports Ray.
 """

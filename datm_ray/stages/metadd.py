@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from datm_ray.config import MetaConfig, Role, RunConfig, network_names
+from datm_ray.config import MetaConfig, Role, RunConfig, short_names
 from datm_ray.core.metadd import IMAGES_AT_A_TIME, MetaDD, meta_feature_ratio, scaled_maps
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.synthetic import SyntheticSet
@@ -123,6 +123,6 @@ class MetaNetworks:
         rows = mesh.gather(shown + self._rows.first)
         if mesh.is_first and rows is not None:
             arrays["rows"] = rows[:MAPS_KEPT].cpu().numpy()
-            names = network_names([each.network for each in (self._config, *self._config.each_auxiliary())])
+            names = short_names([each.network for each in (self._config, *self._config.each_auxiliary())])
             metadata = {"networks": names, "ratios": ratios, "threshold": self._settings.threshold}
             write_tensors(place, arrays, kind=MAPS_KIND, metadata=metadata)

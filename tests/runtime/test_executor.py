@@ -418,7 +418,7 @@ def test_time_in_which_the_command_stood_still_is_no_silence_of_workers(
     for name, value in {"ABSENCE": 2.0, "CHECK_INTERVAL": 0.1, "MARGIN": 0.5}.items():
         monkeypatch.setattr(f"datm_ray.runtime.ray.executor.{name}", value)
     limit = property(lambda patience: 1.0 if patience.steps > 2 else 60.0)
-    monkeypatch.setattr("datm_ray.runtime.recovery.Patience.limit", limit)
+    monkeypatch.setattr("datm_ray.runtime.retries.Patience.limit", limit)
     executor, events = on_ray(ClusterConfig()), list[Any]()
     seen = set[str]()
     for task, event in executor.run(Ticker, (), "tick", [Task("a", (10,)), Task("b", (10,))]):

@@ -3,7 +3,7 @@
 Events stream back through Ray's generators, so a dead worker is noticed at once. Ray places workers, and its autoscaler
 starts nodes for workers that wait. This module decides the order of tasks and what follows a loss. Every error that is
 not in the user's input costs the task an attempt. Another worker then gets the task, on another node if there is one.
-Module `recovery` counts the losses and decides when to give up.
+Module `retries` counts the losses and decides when to give up.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from datm_ray.runtime.ray.losses import is_final, may_be_the_nodes, reason, unwr
 from datm_ray.runtime.ray.metrics import RayMetrics
 from datm_ray.runtime.ray.pool import PoolWorker, Stage, labels_without
 from datm_ray.runtime.ray.ranks import RankGroup
-from datm_ray.runtime.recovery import MARGIN, History, Patience, size_for
+from datm_ray.runtime.retries import MARGIN, History, Patience, size_for
 from datm_ray.runtime.stopping import SAVE_TIMEOUT, SAVES, Interrupted, saving
 
 PENDING = 8

@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from datm_ray.monitor.logs import Collector, accept
 from datm_ray.runtime import stopping
 from datm_ray.runtime.executor import Stopped, Task, WorkerRank, explaining_memory
-from datm_ray.runtime.recovery import Patience, watched
+from datm_ray.runtime.retries import Patience, watched
 
 CONTROL = "control"
 """Name of an actor's second concurrency group. Its thread answers calls while the worker is busy."""

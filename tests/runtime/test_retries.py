@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from datm_ray.runtime.executor import Phase, Progress
-from datm_ray.runtime.recovery import History, Patience
+from datm_ray.runtime.retries import History, Patience
 
 
 def test_a_task_that_saves_nothing_new_is_given_up() -> None:
@@ -61,7 +61,7 @@ def test_patience_follows_the_slowest_step() -> None:
 STUCK = """
 import time
 from datm_ray.runtime.executor import Progress
-from datm_ray.runtime.recovery import Patience, watched
+from datm_ray.runtime.retries import Patience, watched
 
 def work():
     yield Progress(1, 2)
