@@ -82,6 +82,11 @@ class Result:
     cost: Spent
 
 
+def _stem(iteration: int) -> str:
+    """Name of the files of a candidate and of its result, without the ending. Names sort as iterations do."""
+    return f"{iteration:08d}"
+
+
 class Candidates:
     """Sets of one distillation that wait for their validation."""
 
@@ -92,7 +97,7 @@ class Candidates:
     @staticmethod
     def name(iteration: int) -> str:
         """Path of a candidate's file, relative to the run's folder."""
-        return f"{CANDIDATES}/{iteration:08d}.arrow"
+        return f"{CANDIDATES}/{_stem(iteration)}.arrow"
 
     def file(self, iteration: int) -> Location:
         """File of a candidate."""
@@ -108,7 +113,7 @@ class Candidates:
         """Results of these iterations, in order. The list ends before the first iteration without a result."""
         found, names = [], self._folder.list()
         for iteration in iterations:
-            if (name := f"{iteration:08d}.json") not in names:
+            if (name := f"{_stem(iteration)}.json") not in names:
                 break
             content = (self._folder / name).read_json()
             with rejecting_nonsense(self._folder / name):
@@ -118,7 +123,7 @@ class Candidates:
     def write_result(self, iteration: int, accuracy: float, error: float, cost: Spent) -> None:
         """Write the result of a validation, with the standard error of the accuracy."""
         content = {"iteration": iteration, "accuracy": accuracy, "standard_error": error, "cost": cost.to_json()}
-        (self._folder / f"{iteration:08d}.json").write_json(content)
+        (self._folder / f"{_stem(iteration)}.json").write_json(content)
 
     def read(self, iteration: int, rows: Rows, device: torch.device) -> SyntheticSet:
         """Read rows of a candidate onto `device`. Raises a `MissingFileError` if its file is missing."""

@@ -34,7 +34,15 @@ from numpy.typing import NDArray
 from datm_ray.errors import CorruptFileError, DatmError, StoreError
 from datm_ray.store.cache import configured_cache
 from datm_ray.store.files.filesystem import AlreadyExistsError, Location, MissingFileError, open_location
-from datm_ray.store.sealed import SealedFile, SealedWriter, damaged, open_sealed, reading_again, rejecting_nonsense
+from datm_ray.store.sealed import (
+    SealedFile,
+    SealedWriter,
+    damaged,
+    open_sealed,
+    reading_again,
+    rejecting_nonsense,
+    require_known,
+)
 from datm_ray.store.tensors import read_tensors, write_tensors
 from datm_ray.store.trajectories import epochs_in_words
 
@@ -274,12 +282,7 @@ class LabelStore:
         file = self.location / INFO_FILE
         metadata = read_tensors(file, kind=INFO_KIND).metadata
         with rejecting_nonsense(file):
-            if int(metadata["version"]) > FORMAT_VERSION:
-                raise CorruptFileError(
-                    f"{file.uri} has version {metadata['version']} of its format",
-                    f"This program knows up to {FORMAT_VERSION}",
-                    "Upgrade datm-ray",
-                )
+            require_known(file, int(metadata["version"]), FORMAT_VERSION)
             return _info_from_json(metadata["info"])
 
     def epochs(self) -> list[int]:

@@ -338,9 +338,14 @@ def _check_format(sealed: SealedFile, name: str, version: int) -> None:
     uri, header = sealed.location.uri, sealed.header
     if header.get("format") != name:
         raise CorruptFileError(f'{uri} is a file of format "{header.get("format")}", not "{name}"')
-    if int(header["format_version"]) > version:
+    require_known(sealed.location, int(header["format_version"]), version)
+
+
+def require_known(location: Location, version: int, known: int) -> None:
+    """Raise a `CorruptFileError` if the version of a file's format is newer than the newest `known` one."""
+    if version > known:
         raise CorruptFileError(
-            f"{uri} has version {header['format_version']} of its format; this program knows up to {version}",
+            f"{location.uri} has version {version} of its format; this program knows up to {known}",
             "It was written by a newer release",
             "Upgrade datm-ray",
         )
