@@ -121,7 +121,7 @@ class _Header(NamedTuple):
     has_frames: bool = False
 
 
-def decode(sets: Sequence[Encoded], resize: int | None = None, copies: int = 1) -> Decoded:
+def decode(sets: Sequence[Encoded], resize: int | None = None, copies: int = 1, largest: int | None = None) -> Decoded:
     """Decode image files to arrays of one shape.
 
     Every file is opened twice, for its header and for its pixels, so that the array is allocated only once.
@@ -129,10 +129,12 @@ def decode(sets: Sequence[Encoded], resize: int | None = None, copies: int = 1) 
     Args:
         resize: side in pixels of the squares that all images become; None keeps their size.
         copies: number of float32 copies of all pixels that the caller will make.
+        largest: largest width and height to accept, in pixels; None for any.
 
     Raises:
-        DatasetError: files are broken or have more than 16 bits a channel, sizes differ and `resize` is None, or memory
-            does not suffice. Too little memory is found before any image is decoded.
+        DatasetError: files are broken or have more than 16 bits a channel, sizes differ and `resize` is None, images
+            are larger than `largest`, or memory does not suffice. Sizes and memory are checked before any image is
+            decoded.
     """
     with _pillow_prepared():
         headers = [_in_parallel(len(files), partial(_header, files)) for files in sets]
@@ -142,6 +144,11 @@ def decode(sets: Sequence[Encoded], resize: int | None = None, copies: int = 1) 
             _require_readable(sets, tried)
         good = _require_readable(sets, headers)
         shape = _common_shape(sets, good, resize)
+        if largest is not None and max(shape[1:]) > largest:
+            raise DatasetError(
+                f"images such as {sets[0].name(0)} are larger than {largest} pixels",
+                remedy=f"Use --set dataset.resize={largest}",
+            )
         require_memory(sum(map(len, sets)), shape, copies, f", such as {sets[0].name(0)},")
         pixels = [np.empty((len(files), *shape), dtype=np.uint8) for files in sets]
         done = [

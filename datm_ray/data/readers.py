@@ -315,7 +315,7 @@ def _image_sets(encoded: Sequence[Encoded], request: Request) -> tuple[list[Imag
     if request.streamed and request.resize:
         image, notes = survey(encoded, request.resize)
         return [ImageSet(streamed(files, image), files.labels) for files in encoded], notes
-    decoded = decode(encoded, request.resize, request.copies)
+    decoded = decode(encoded, request.resize, request.copies, request.largest)
     return [
         ImageSet(images, files.labels) for images, files in zip(decoded.pixels, encoded, strict=True)
     ], decoded.notes

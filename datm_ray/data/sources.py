@@ -86,6 +86,8 @@ class Request:
     """Number of float32 copies of all pixels that the caller will make. Memory must suffice for them too."""
     streamed: bool = False
     """True to leave the images in their files and to decode each whenever it is needed. `resize` is then given."""
+    largest: int | None = None
+    """Largest width and height of image files to accept, in pixels; None for any."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +133,7 @@ def load_raw(
     download: bool = True,
     copies: int = 1,
     streamed: bool = False,
+    largest: int | None = None,
 ) -> RawDataset:
     """Read a data set and split it. Equal input gives equal sets on every machine and for every seed.
 
@@ -146,12 +149,14 @@ def load_raw(
         streamed: True to leave the images in their files and to decode each whenever it is needed. Needs `resize`, and
             the source `folder`, `parquet` or `tiny-imagenet`. The fingerprint then depends on names and sizes of files
             in place of pixels.
+        largest: largest width and height of image files to accept, in pixels; None for any. If they are larger, an
+            error is raised before any image is decoded.
 
     Raises:
         DatasetError: an argument or a file is wrong; the message names the first thing to mend.
     """
     _check_options(source, resize, validation, streamed)
-    loaded = _find_source(source)(Request(path, resize, download, copies, streamed))
+    loaded = _find_source(source)(Request(path, resize, download, copies, streamed, largest))
     _check_labels("training", loaded.train.labels, loaded.class_names)
     train, test = loaded.train, loaded.test
     if test is None:

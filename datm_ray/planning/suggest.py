@@ -156,7 +156,8 @@ def read_images(path: str, resize: int | None) -> tuple[DatasetConfig, RawDatase
     found = None if source == path else str(Path(path).expanduser().absolute())
     dataset = DatasetConfig(source=source, path=found, resize=resize)
     try:
-        raw = load_raw(dataset.source, dataset.path, resize=resize, copies=2)
+        # Larger images are refused by their headers, so that they are decoded once: below, to their new size.
+        raw = load_raw(dataset.source, dataset.path, resize=resize, copies=2, largest=resize or LARGEST_SIDE)
         if resize is not None or max(raw.size) <= LARGEST_SIDE:
             return dataset, raw
     except DatasetError as failure:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from datm_ray.config import DatasetConfig, RunConfig, load_config_text
+from datm_ray.data import decode
 from datm_ray.data.sources import ImageSet, RawDataset
 from datm_ray.errors import DatasetError
 from datm_ray.planning import suggest as rules
@@ -17,7 +19,7 @@ from datm_ray.planning.duration import Proposal
 from datm_ray.planning.machines import parse_cluster
 from datm_ray.planning.memory import plans_of
 from datm_ray.planning.shape import DataShape
-from datm_ray.planning.suggest import Suggestion, Wish, source_of, suggest
+from datm_ray.planning.suggest import Suggestion, Wish, read_images, source_of, suggest
 from datm_ray.recipes import get_recipe
 
 
@@ -140,6 +142,26 @@ def test_small_and_grey_images_get_fitting_augmentation() -> None:
         (1, 32, 32): "crop_cutout_flip_scale_rotate",
         (1, 16, 16): "crop_scale_rotate",
     }
+
+
+@pytest.mark.parametrize(("sides", "resized"), [([64], None), ([65], 64), ([80, 90], 64)])
+def test_each_image_is_decoded_once(
+    sides: list[int], resized: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images that the recipe resizes are not decoded at full size before, whether their sizes are equal or not."""
+    for i in range(12):
+        (folder := tmp_path / f"class {i % 2}").mkdir(exist_ok=True)
+        Image.new("L", (sides[i % len(sides)],) * 2, i).save(folder / f"{i}.png")
+    decoded, decode_one = [], decode._decode_one
+
+    def noting(files: decode.Encoded, resize: int | None, pixels: np.ndarray, index: int) -> object:
+        decoded.append(files.name(index))
+        return decode_one(files, resize, pixels, index)
+
+    monkeypatch.setattr(decode, "_decode_one", noting)
+    dataset, found = read_images(str(tmp_path), None)
+    assert (dataset.resize, found.size) == (resized, (64, 64))
+    assert len(decoded) == len(set(decoded)) == 12
 
 
 def test_the_source_follows_from_the_files(tmp_path: Path) -> None:
