@@ -12,9 +12,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -295,13 +296,19 @@ def test_an_interrupt_says_that_nothing_is_lost(datm_ray: CommandLine, monkeypat
     assert (code, err) == (130, "datm-ray: stopped.\n")  # nothing to resume
 
 
-def test_an_interrupt_names_what_was_saved(datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last line says from which iteration the command resumes; SIGTERM has a shell's exit code for it."""
+@pytest.mark.parametrize("further", [(), (KeyboardInterrupt,), (OSError, KeyboardInterrupt)])
+def test_an_interrupt_names_what_was_saved(
+    further: tuple[type[BaseException], ...], datm_ray: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last line says from which iteration it resumes, also after a further Ctrl-C; SIGTERM has its exit code."""
     end = Interrupted("birds: iteration 21 of 60")
     end.exit_code = 143
 
     def interrupted(*_: object, **__: object) -> None:
-        raise end
+        with ExitStack() as closing:
+            for each in reversed(further):
+                closing.push(mock.Mock(side_effect=each))
+            raise end
 
     monkeypatch.setattr("datm_ray.pipeline.Pipeline.run_all", interrupted)
     code, _, err = datm_ray("run", "digits-ipc1", "--executor", "serial")

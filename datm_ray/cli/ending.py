@@ -90,6 +90,7 @@ def _exit_flushed() -> None:
 
 def _end_with(failure: BaseException, out: str | None, *, resumes: bool = False) -> None:
     if isinstance(failure, KeyboardInterrupt):
+        failure = _first_with_text(failure)
         saved, there = (f" Saved {failure}.", " from there") if str(failure) else ("", "")
         _say(f"stopped.{saved}" + (f" Run the same command again to resume{there}." if resumes else ""))
         sys.exit(getattr(failure, "exit_code", INTERRUPTED))
@@ -104,6 +105,14 @@ def _end_with(failure: BaseException, out: str | None, *, resumes: bool = False)
     where = f" The traceback is in {log}." if log else " Set DATM_RAY_DEBUG=1 for the traceback."
     _say(f"{_in_words(failure)}{where}")
     sys.exit(1)
+
+
+def _first_with_text(end: KeyboardInterrupt) -> BaseException:
+    """Interrupt that says what was saved, also if a further Ctrl-C came while the command closed; else `end`."""
+    each: BaseException | None = end
+    while each and not (isinstance(each, KeyboardInterrupt) and str(each)):
+        each = each.__context__
+    return each or end
 
 
 def _in_words(failure: BaseException) -> str:

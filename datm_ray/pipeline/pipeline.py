@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from typing import Any
 
@@ -276,8 +276,8 @@ class Pipeline:
                     (self.runs.folder(config) / RECIPE).write_text(to_yaml(self._with_rows_before(config)))
                 yield executor
         finally:
-            self._log.close()
-            executor.close()
+            with closing(executor):
+                self._log.close()
 
     def _with_rows_before(self, config: RunConfig) -> RunConfig:
         """Copy of the run, with added architectures and rows that an earlier command scored."""

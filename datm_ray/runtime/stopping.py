@@ -90,6 +90,33 @@ def by_signals(tell: Callable[[str], object]) -> Iterator[None]:
         with suppress(RuntimeError):  # the signal interrupted a write to the same stream
             tell(f"{_savers[-1]}. Ctrl-C again stops at once.")
 
+    try:
+        with _handling(handle):
+            yield
+    except Interrupted as end:
+        end.exit_code = 128 + last
+        raise
+
+
+@contextmanager
+def deferring_signals() -> Iterator[None]:
+    """Delay SIGINT and SIGTERM to the end of the context, for work of seconds that is slower when it is interrupted.
+
+    Raises:
+        Interrupted: a signal came. `exit_code` is 128 + its number, as in a shell.
+    """
+    came: list[int] = []
+    with _handling(lambda number, _: came.append(number)):
+        yield
+    if came:
+        end = Interrupted()
+        end.exit_code = 128 + came[0]
+        raise end
+
+
+@contextmanager
+def _handling(handle: Callable[[int, Any], object]) -> Iterator[None]:
+    """Call `handle` on SIGINT and SIGTERM, unless the process ignores them, or runs this outside of the main thread."""
     wanted = [signal.SIGINT, signal.SIGTERM] if threading.current_thread() is threading.main_thread() else []
     before = {each: signal.getsignal(each) for each in wanted}
     ours = [each for each in wanted if before[each] is not signal.SIG_IGN]
@@ -97,9 +124,6 @@ def by_signals(tell: Callable[[str], object]) -> Iterator[None]:
         signal.signal(each, handle)
     try:
         yield
-    except Interrupted as end:
-        end.exit_code = 128 + last
-        raise
     finally:
         for each in ours:
             signal.signal(each, before[each] or signal.SIG_DFL)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,8 +41,9 @@ from datm_ray.runtime.executor import (
     Task,
     WorkerRank,
 )
+from datm_ray.runtime.stopping import by_signals
 from tests.processes import until
-from tests.runtime.workers import Adder, Greedy, Idler, Leaver, Looker, Neighbour, Saver, Slow, Squarer, Warner
+from tests.runtime.workers import Adder, Deaf, Greedy, Idler, Leaver, Looker, Neighbour, Saver, Slow, Squarer, Warner
 
 FURTHER = (pytest.mark.slow, pytest.mark.exhaustive)
 
@@ -482,6 +486,28 @@ def test_a_worker_leaves_a_node_that_is_about_to_end(
     assert sum(isinstance(event, Started) for event in events) == 2
     assert [event for event in events if isinstance(event, Lost)] == []
     assert isinstance(events[-1], Finished)
+
+
+@pytest.mark.ray
+def test_a_second_ctrl_c_stops_without_waiting_for_the_workers(
+    ray_cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first Ctrl-C waits until the workers have saved, the second one does not; their CPUs are free after it."""
+    monkeypatch.setattr("datm_ray.runtime.ray.executor.SAVE_TIMEOUT", math.inf)
+    messages: list[str] = []
+
+    def press(seconds: float) -> None:
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    def work() -> None:
+        for _, event in on_ray(ClusterConfig()).run(Deaf, (), "work", [Task("deaf", ())]):
+            if isinstance(event, Progress | Note):  # the note follows the first Ctrl-C
+                press(0.5)
+
+    with pytest.raises(KeyboardInterrupt), by_signals(messages.append):
+        work()
+    assert messages == ["Stopping. Ctrl-C again stops at once."]
+    until(lambda: ray_cluster.available_resources().get("CPU") == 2, "the worker's CPU is free")
 
 
 @pytest.mark.ray

@@ -24,7 +24,7 @@ from datm_ray.runtime import stopping
 from datm_ray.runtime.executor import Event, Note, Progress, SerialExecutor, Task
 from datm_ray.runtime.ray import executor
 from datm_ray.runtime.ray.executor import _Job
-from datm_ray.runtime.stopping import Interrupted, by_signals, saving
+from datm_ray.runtime.stopping import Interrupted, by_signals, deferring_signals, saving
 from datm_ray.stages import checkpoint, expert_progress
 from datm_ray.stages.checkpoint import CHECKPOINT, KIND, read_curves
 from datm_ray.stages.distill import Distillation
@@ -73,6 +73,24 @@ def test_signals_ask_once_and_then_end(number: signal.Signals, code: int) -> Non
         work()
     saved = "Stopping after the present iteration or epoch, which is saved. Ctrl-C again stops at once."
     assert (end.value.exit_code, steps, messages) == (code, [True], [saved])
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_that_are_deferred_end_what_follows(number: signal.Signals, code: int) -> None:
+    """Deferred signals interrupt after the work, not within it; without one nothing is raised."""
+    before, done = signal.getsignal(number), []
+
+    def work(signals: int) -> None:
+        with deferring_signals():
+            for _ in range(signals):
+                signal.raise_signal(number)
+            done.append(signals)
+
+    work(0)
+    with pytest.raises(Interrupted) as end:
+        work(2)
+    assert (end.value.exit_code, done) == (code, [0, 2])
     assert signal.getsignal(number) is before
 
 

@@ -151,6 +151,15 @@ class Leaver:
         yield Finished(os.getpid())
 
 
+class Deaf:
+    """A worker that could save itself, but takes for ever to notice that it is asked to."""
+
+    def work(self) -> Iterator[Progress]:
+        with saving():
+            yield Progress(1, 2)
+            time.sleep(1000)
+
+
 class Slow:
     """A worker whose first setup takes for ever."""
 

@@ -44,7 +44,7 @@ from datm_ray.runtime.ray.metrics import RayMetrics
 from datm_ray.runtime.ray.pool import PoolWorker, Stage, labels_without
 from datm_ray.runtime.ray.ranks import RankGroup
 from datm_ray.runtime.retries import MARGIN, History, Patience, size_for
-from datm_ray.runtime.stopping import SAVE_TIMEOUT, SAVES, Interrupted, saving
+from datm_ray.runtime.stopping import SAVE_TIMEOUT, SAVES, Interrupted, deferring_signals, saving
 
 PENDING = 8
 """Number of actors that may wait for resources at a time. If more actors have started, as many may wait."""
@@ -129,10 +129,11 @@ class RayExecutor:
 
     def close(self) -> None:
         """Stop all actors and disconnect. Also stop the cluster if it was started for the run."""
-        self.metrics.close()
-        for each in self.pool:
-            each.stop()
-        self._leave()
+        with deferring_signals():  # if this is interrupted, the process takes about 10 s more to end
+            self.metrics.close()
+            for each in self.pool:
+                each.stop()
+            self._leave()
 
     def _leave(self) -> None:
         if self._owns_cluster:
