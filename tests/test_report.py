@@ -67,11 +67,13 @@ def synthetic_set(config: RunConfig, classes: int, channels: int = 1) -> Synthet
     )
 
 
-def save_set(place: Location, config: RunConfig, class_names: Sequence[str], channels: int = 1) -> None:
+def save_set(
+    place: Location, config: RunConfig, class_names: Sequence[str], channels: int = 1, **provenance: Any
+) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (30, channels, SIDE, SIDE), dtype=np.uint8)
     transform = fit_transform("standard", pixels, 255)
     synthetic = synthetic_set(config, len(class_names), channels)
-    save_artifact(place, synthetic, transform, tuple(class_names), run_identity(config), PROVENANCE)
+    save_artifact(place, synthetic, transform, tuple(class_names), run_identity(config), PROVENANCE | provenance)
 
 
 def save_checkpoint(folder: Location, config: RunConfig, losses: Sequence[float], validations: Sequence[float]) -> None:
@@ -215,6 +217,18 @@ def test_recipe_on_the_page_can_be_run_again(out: Location) -> None:
     page = page_of(out, finished_run(out, config))
     (recipe,) = re.findall(r"<pre>(.*?)</pre>", page, re.DOTALL)
     assert load_config_text(html.unescape(recipe), "page") == config
+
+
+def test_values_that_a_run_found_stand_beside_its_recipe(out: Location) -> None:
+    """A null of the recipe has the value that the run found as a comment, so that the recipe still loads."""
+    config = configure(learning_rate_images="null")
+    found = {"initial_step_size": [0.0123456, 0.02], "learning_rate_images": 93.21}
+    save_set(out / "tiny" / INITIAL, config, ("a", "b"), found=found)
+    page = page_of(out, RunSummary(config, out / "tiny", []))
+    (recipe,) = re.findall(r"<pre>(.*?)</pre>", page, re.DOTALL)
+    assert "  initial_step_size: null  # found: 0.01235; 0.02\n" in recipe
+    assert "  learning_rate_images: null  # found: 93.21\n" in recipe
+    assert load_config_text(recipe, "page") == config
 
 
 def test_names_are_escaped(out: Location) -> None:

@@ -29,6 +29,7 @@ from datm_ray.report.results import (
     shown_rows,
 )
 from datm_ray.report.words import count, duration, listed, percent
+from datm_ray.stages.distill import FOUND
 from datm_ray.stages.evaluate import FAIR_ROWS
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.trajectories import size_in_words
@@ -82,7 +83,7 @@ def _run_view(run: Run) -> dict[str, Any]:
         "fair_rows": [(FAIR_ROWS[each.row], str(each), each.n) for each in run.summary.fair_rows],
         "adamw": run.config.evaluate.optimiser == "adamw",
         "charts": charts_of(run),
-        "recipe": to_yaml(run.config).strip(),
+        "recipe": _recipe(run),
         "provenance": _provenance_lines(run.latest.provenance) if run.latest else [],
         "costs": _costs(cost_lines(run.summary)),
     }
@@ -189,11 +190,21 @@ def _state(run: Run) -> str:
     return " ".join(sentences)
 
 
+def _recipe(run: Run) -> str:
+    """Recipe as YAML. Comments give the values of `distill` that are null in it and were found by the run."""
+    text = to_yaml(run.config).strip()
+    for key, value in (run.latest.provenance.get(FOUND, {}) if run.latest else {}).items():
+        text = text.replace(f"  {key}: null\n", f"  {key}: null  # found: {_in_words(value)}\n")
+    return text
+
+
 def _provenance_lines(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(key.replace("_", " "), _in_words(value)) for key, value in provenance.items()]
+    return [(key.replace("_", " "), _in_words(value)) for key, value in provenance.items() if key != FOUND]
 
 
 def _in_words(value: Any) -> str:
     if isinstance(value, Mapping):
         return " · ".join(f"{str(name).replace('_', ' ')} {part}" for name, part in value.items())
+    if isinstance(value, float):
+        return f"{value:.4g}"
     return "; ".join(map(_in_words, value)) if isinstance(value, list) else str(value)

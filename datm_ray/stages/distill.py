@@ -74,6 +74,8 @@ INITIAL, SYNTHETIC = "initial.arrow", "synthetic.arrow"
 LAST_GOOD = "last-good.arrow"
 MAPS = "maps.arrow"
 COST = "cost.json"
+FOUND = "found"
+"""Key of a set's provenance: settings of `distill` that the recipe leaves open -> values that the run found."""
 VALIDATING = "validating the set"
 CHOOSING = "choosing the first images"
 
@@ -530,7 +532,7 @@ class Distillation:
             "expert_fingerprint": ", ".join(self._fingerprints),
         }
         if self._found:
-            origin["found"] = self._found
+            origin[FOUND] = self._found
         if self._computed:
             origin["student_steps"] = self._computed[-1]
         if self._computed[1:]:
