@@ -157,6 +157,18 @@ def test_links_lead_somewhere(readme: Path) -> None:
         assert not heading or heading in slugs
 
 
+def rows_of_changes() -> list[str]:
+    """Rows of the table in CONTRIBUTING.md that say where to change what."""
+    return re.findall(r"^\| .*\]\(.*\|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("row", rows_of_changes(), ids=lambda row: row.split(" |")[0])
+def test_names_in_the_table_of_changes_exist(row: str) -> None:
+    """Each name in a row is in one of the files that the row links to."""
+    files = "".join((ROOT / link).read_text() for link in re.findall(r"\]\(([\w./-]+)\)", row))
+    assert [name for name in re.findall(r"`(\w+)`", row) if name not in files] == []
+
+
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_secret_is_in_a_file(path: Path) -> None:
     """No file holds a key or token; each place says where they come from."""

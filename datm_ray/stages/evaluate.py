@@ -57,7 +57,7 @@ from datm_ray.config import (
     scoring_identity,
     stable_hash,
 )
-from datm_ray.config.identity import SCORING_KEYS
+from datm_ray.config.identity import SCORING_KEYS, SECTIONS_OF_METHODS
 from datm_ray.core.batches import Images
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import LARGEST_STACK
@@ -468,7 +468,7 @@ def result_location(
     else:
         identity = run_identity(config)
         identity.pop("method", None)
-        for section in ("name", "distill", "recover", "select", "metadd", *(["experts"] if row == "full" else [])):
+        for section in ("name", "distill", *SECTIONS_OF_METHODS, "metadd", *(["experts"] if row == "full" else [])):
             identity.pop(section, None)
         ipc = {} if row == "full" else {"ipc": config.distill.ipc}
         folder = out / "controls" / stable_hash({"dataset": dataset_fingerprint, **identity, **ipc})
