@@ -62,11 +62,11 @@ def without_unread(config: RunConfig, kept: Collection[str] = ()) -> RunConfig:
 def run_identity(config: RunConfig) -> dict[str, Any]:
     """Plain data that decides the synthetic set and each single accuracy. The run must be resolved.
 
-    `cluster` and the keys that the run's method does not read are left out. The data set's path is left out, because
-    the data set's content has its own fingerprint. Number of seeds, further networks, their optimiser, `full`, `fair`
-    and `SCORING_KEYS` are left out, because they may change in a finished run. Stored epochs beyond the matched ones,
-    measurements of test accuracy, and the interval of checkpoints are left out, because the set does not depend on
-    them.
+    `cluster`, except `cluster.deterministic` if it is true, and the keys that the run's method does not read are left
+    out. The data set's path is left out, because the data set's content has its own fingerprint. Number of seeds,
+    further networks, their optimiser, `full`, `fair` and `SCORING_KEYS` are left out, because they may change in a
+    finished run. Stored epochs beyond the matched ones, measurements of test accuracy, and the interval of checkpoints
+    are left out, because the set does not depend on them.
     """
     left_out: dict[str, Any] = {
         "cluster": True,
@@ -81,6 +81,8 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
         (identity[section] if name else identity).pop(name or section, None)
     if not config.dataset.streamed:  # keeps the identity of runs made before the key existed
         identity["dataset"].pop("streamed")
+    if config.cluster.deterministic:
+        identity["cluster"] = {"deterministic": True}
     starts = config.distill.start_epochs
     if identity["distill"].pop("start_epochs", None):
         identity["distill"] |= {  # the keys of earlier versions, whose runs keep their identity

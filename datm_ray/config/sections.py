@@ -535,7 +535,7 @@ SELDOM = {
     "evaluate": "optimiser real_epochs full fair augmentation labels temperature cutmix keep_labels top_logits "
     "learning_rate schedule warmup_epochs epochs batch_size weight_decay",
     "cluster": "threads_per_worker resources labels accelerator_type light device compile experts_at_a_time "
-    "backbones_apart auxiliaries_apart channels_last peer_timeout wait_for_nodes retries",
+    "backbones_apart auxiliaries_apart channels_last deterministic peer_timeout wait_for_nodes retries",
 }
 """Section -> its fields that few recipes change; `recipe show` prints them last in their section."""
 
@@ -633,7 +633,7 @@ class WorkerShape(Section):
 
 
 class ClusterConfig(WorkerShape):
-    """How the work is spread. Only threads, device, precision and compilation change results, by rounding."""
+    """How the work is spread. Results depend on threads, device, precision, compile and deterministic, by rounding."""
 
     workers: Count | None = None
     """Parallel workers; null: as many as CPUs (or GPUs) allow."""
@@ -655,6 +655,8 @@ class ClusterConfig(WorkerShape):
     """Precision of matrix products; auto: tf32 on GPUs that have it, as published. bfloat16: students alone."""
     channels_last: bool = True
     """Store maps channels-last: faster on CPUs, coarser rounding."""
+    deterministic: bool = False
+    """Compute every sum in a fixed order, more slowly, so that a GPU gives the same bits in every run."""
     peer_timeout: Annotated[float, Field(ge=0.1, le=86_400)] = 300.0
     """Seconds without an answer before a worker is declared lost; must exceed one student step."""
     progress_timeout: Annotated[float, Field(ge=0.1, le=7 * 86_400)] = 3600.0

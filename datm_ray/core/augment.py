@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import affine_grid, grid_sample
 
-from datm_ray.core.precision import tf32_products
+from datm_ray.core.resampling import resampled
 from datm_ray.errors import ConfigError
 
 CROP_RATIO = 0.125
@@ -170,22 +169,20 @@ def _scale(images: Tensor, uniform: Tensor) -> Tensor:
     """Stretch height and width of each image independently around its centre."""
     factors = uniform[:, :2] * (SCALE_RATIO - 1 / SCALE_RATIO) + 1 / SCALE_RATIO
     zero = torch.zeros_like(factors[:, 0])
-    return _affine(images, [[factors[:, 0], zero, zero], [zero, factors[:, 1], zero]])
+    matrix = _matrix([[factors[:, 0], zero, zero], [zero, factors[:, 1], zero]])
+    return resampled(images, matrix, align_corners=True, is_turned=False)
 
 
 def _rotate(images: Tensor, uniform: Tensor) -> Tensor:
     """Rotate each image around its centre."""
     angle = (uniform[:, 0] - 0.5) * 2 * math.radians(ROTATE_DEGREES)
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    return _affine(images, [[cos, -sin, zero], [sin, cos, zero]])
+    return resampled(images, _matrix([[cos, -sin, zero], [sin, cos, zero]]), align_corners=True, is_turned=True)
 
 
-def _affine(images: Tensor, rows: list[list[Tensor]], *, align_corners: bool = True) -> Tensor:
-    matrix = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
-    with tf32_products(False, images.device):  # coordinates of 10 bits would shift pixels
-        grid = affine_grid(matrix, list(images.shape), align_corners=align_corners)
-    padding = "zeros" if align_corners else "border"
-    return grid_sample(images, grid, padding_mode=padding, align_corners=align_corners)
+def _matrix(rows: list[list[Tensor]]) -> Tensor:
+    """Stack numbers [b] to matrices [b 2 3]."""
+    return torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
 
 
 LEAST_SHARE = 0.08
@@ -220,7 +217,7 @@ def resized_crop(images: Tensor, boxes: Tensor) -> Tensor:
     top, left, height, width = boxes.to(images.dtype).unbind(1)
     zero = torch.zeros_like(top)
     rows = [[width, zero, 2 * left + width - 1], [zero, height, 2 * top + height - 1]]
-    return _affine(images, rows, align_corners=False)
+    return resampled(images, _matrix(rows), align_corners=False, is_turned=False)
 
 
 def _resized(images: Tensor, uniform: Tensor) -> Tensor:

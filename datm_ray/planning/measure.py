@@ -28,7 +28,7 @@ from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepF
 from datm_ray.planning.duration import Proposal
 from datm_ray.planning.machines import FORWARD_PASSES, Machine
 from datm_ray.planning.shape import network_cost
-from datm_ray.runtime.devices import precision_on, prepare_device
+from datm_ray.runtime.devices import precision_on, prepare_device, restoring_determinism
 from datm_ray.stages.experts import experts_at_a_time
 from datm_ray.stages.validation import evaluation_schedule
 
@@ -58,13 +58,14 @@ def measured(proposal: Proposal, *, quickly: bool = False) -> Machine:
     cost, compiled = network_cost(proposal.config, proposal.shape), cluster.compile and not quickly
     seconds, compiling = dict[str, float](), dict[str, float]()
     try:
-        device = prepare_device(cluster)
-        for kind, (passes, work) in _work(proposal, device, compiled, cost.flop if quickly else 0).items():
-            first, usual = _seconds(work, by_cpu=device.type == "cpu" and machine.cores == 1)
-            seconds[kind] = usual / (cost.flop * passes)
-            if cluster.compile and kind in machine.compiling:
-                compiling[kind] = machine.compiling[kind] if quickly else max(0.0, first - usual) / cost.functions
-                seconds[kind] /= COMPILED_GAIN if quickly else 1.0
+        with restoring_determinism():
+            device = prepare_device(cluster)
+            for kind, (passes, work) in _work(proposal, device, compiled, cost.flop if quickly else 0).items():
+                first, usual = _seconds(work, by_cpu=device.type == "cpu" and machine.cores == 1)
+                seconds[kind] = usual / (cost.flop * passes)
+                if cluster.compile and kind in machine.compiling:
+                    compiling[kind] = machine.compiling[kind] if quickly else max(0.0, first - usual) / cost.functions
+                    seconds[kind] /= COMPILED_GAIN if quickly else 1.0
     finally:
         torch.set_num_threads(threads)  # restore the setting of the caller, such as a notebook
     basis = "timed here in small; --measure is more exact" if quickly else "measured here"

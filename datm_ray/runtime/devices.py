@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -19,7 +22,7 @@ from datm_ray.store.files.traffic import traffic
 
 
 def prepare_device(cluster: ClusterConfig) -> torch.device:
-    """Set this process's thread count and choose its device. Every worker calls this function first.
+    """Set this process's thread count and determinism, and choose its device. Every worker calls this function first.
 
     Raises:
         ClusterError: the settings require a GPU, and this worker has none.
@@ -32,12 +35,26 @@ def prepare_device(cluster: ClusterConfig) -> torch.device:
             "its node has none, torch is built without CUDA, or cluster.gpus_per_worker is 0",
             "set cluster.gpus_per_worker=1, or cluster.device=cpu",
         )
+    if cluster.deterministic:
+        # cuBLAS reads this variable at its first product. A fixed workspace keeps its choice of kernels fixed.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     if not takes_one or cluster.device == "cpu":
         return torch.device("cpu")
     # Training of experts and of scored networks uses these switches. Student steps set their own.
     is_rounded = cluster.precision in ("auto", "tf32")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = is_rounded
     return torch.device("cuda")
+
+
+@contextmanager
+def restoring_determinism() -> Iterator[None]:
+    """Restore this process's setting of deterministic algorithms at the end, which `prepare_device` may change."""
+    before = torch.get_deterministic_debug_mode()
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
 
 
 def precision_on(cluster: ClusterConfig, device: torch.device) -> Precision:

@@ -7,7 +7,7 @@ executor decides where workers run and what happens if a worker is lost. Results
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -202,8 +202,10 @@ class SerialExecutor:
 
     def __init__(self, cluster: ClusterConfig) -> None:
         # Imported here because this module needs torch, which the driver of remote workers does not import.
-        from datm_ray.runtime.devices import prepare_device
+        from datm_ray.runtime.devices import prepare_device, restoring_determinism
 
+        self._settings = ExitStack()
+        self._settings.enter_context(restoring_determinism())
         device = prepare_device(cluster)  # reports a missing GPU before anything starts
         self.description = (
             f"this process, {counted(cluster.threads_per_worker, 'thread')}{', a GPU' * (device.type == 'cuda')}"
@@ -235,7 +237,8 @@ class SerialExecutor:
                     yield task, event
 
     def close(self) -> None:
-        """Do nothing: this executor holds no resources."""
+        """Restore the process's setting of deterministic algorithms."""
+        self._settings.close()
 
 
 @contextmanager

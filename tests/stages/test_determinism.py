@@ -1,0 +1,127 @@
+"""Tests `cluster.deterministic`: no operation that a GPU would refuse, and the process's settings are restored."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from datm_ray.artifact import load
+from datm_ray.config import ClusterConfig, NetworkSpec, run_identity
+from datm_ray.core.networks.registry import build_network, network_names
+from datm_ray.monitor.progress import Reporter
+from datm_ray.pipeline import Pipeline
+from datm_ray.runtime.devices import prepare_device, restoring_determinism
+from datm_ray.runtime.executor import SerialExecutor
+from tests.conftest import tiny_config
+
+EVERY = "color_crop_cutout_flip_scale_rotate_resized+flip"
+AUGMENTED = (
+    *(f"experts.augmentation={EVERY}", f"distill.augmentation={EVERY}", "distill.student_steps=8"),
+    *("experts.count=1", "experts.epochs=3", "distill.iterations=2", "distill.start_epochs=[0, 2]"),
+    *("distill.validate_every=2", "evaluate.seeds=1"),
+)
+REFUSED = {
+    "grid_sampler_2d_backward",
+    "_adaptive_avg_pool2d_backward",
+    "adaptive_max_pool2d_backward",
+    "reflection_pad2d_backward",
+    "upsample_bilinear2d_backward",
+    "nll_loss2d_forward",
+    "put_",
+    "histc",
+    "_scaled_dot_product_efficient_attention_backward",
+    "_scaled_dot_product_flash_attention_for_cpu_backward",
+}
+"""Operations for which torch has no fixed order of sums on a GPU, so that it raises an error there, not on a CPU."""
+
+
+@pytest.fixture(autouse=True)
+def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    with restoring_determinism():
+        yield
+
+
+class Recorder(TorchDispatchMode):
+    """Records names of operations, each with whether deterministic algorithms were asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[tuple[str, bool]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Record and run an operation."""
+        name = func.overloadpacket.__name__
+        self.names.add((name, torch.are_deterministic_algorithms_enabled()))
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def refused(self) -> set[str]:
+        """Operations that would fail on a GPU."""
+        return REFUSED & {name for name, _ in self.names}
+
+
+def run(config: Any, out: Path) -> Recorder:
+    with Recorder() as recorder:
+        Pipeline([config], str(out)).run_all(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    return recorder
+
+
+def test_a_whole_run_uses_no_operation_that_a_gpu_refuses(tmp_path: Path) -> None:
+    """A deterministic run of all stages works, restores the process's setting, and differs by rounding alone."""
+    usual = run(tiny_config(*AUGMENTED), tmp_path / "usual")
+    assert usual.refused == {"grid_sampler_2d_backward"}
+    fixed = run(tiny_config(*AUGMENTED, "cluster.deterministic=true"), tmp_path / "fixed")
+    assert {"convolution_backward", "scatter_add"} <= {name for name, asked in fixed.names if asked}
+    assert not fixed.refused
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    one, other = (load(str(tmp_path / name / "tiny" / "synthetic.arrow")) for name in ("usual", "fixed"))
+    torch.testing.assert_close(other.images, one.images, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(other.soft_labels, one.soft_labels, rtol=1e-4, atol=1e-5)
+    assert other.recipe["cluster"] == {"deterministic": True}
+
+
+@pytest.mark.parametrize("pooling", ["avg", "max"])
+@pytest.mark.parametrize("name", network_names())
+def test_no_network_needs_an_operation_that_a_gpu_refuses(name: str, pooling: Any) -> None:
+    """Training steps of every architecture work with deterministic algorithms."""
+    prepare_device(ClusterConfig(device="cpu", deterministic=True))
+    spec = NetworkSpec(architecture=name, channels=3, size=(32, 32), classes=4, width=8, depth=2, pooling=pooling)
+    network, images = build_network(spec, 0), torch.randn(2, 3, 32, 32)
+    with Recorder() as recorder:
+        loss = torch.nn.functional.cross_entropy(network(images.requires_grad_()), torch.zeros(2, dtype=torch.int64))
+        torch.autograd.grad(loss, [images, *network.parameters()])
+    assert recorder.names
+    assert not recorder.refused
+
+
+def test_a_worker_asks_for_determinism_only_if_the_recipe_does() -> None:
+    """Workers set torch and cuBLAS to fixed orders if asked to, keep a user's workspace, and else change nothing."""
+    prepare_device(ClusterConfig(device="cpu"))
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    assert not torch.are_deterministic_algorithms_enabled()
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"
+    executor = SerialExecutor(ClusterConfig(device="cpu", deterministic=True))
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    assert torch.are_deterministic_algorithms_enabled()
+    executor.close()
+    assert not torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # as a user's own program may
+    executor = SerialExecutor(ClusterConfig(device="cpu"))
+    executor.close()
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def test_determinism_is_part_of_the_identity_only_if_it_is_on() -> None:
+    """Runs made before the key existed keep their identity; a deterministic run is another run."""
+    plain, fixed = tiny_config(), tiny_config("cluster.deterministic=true")
+    assert "cluster" not in run_identity(plain)
+    assert run_identity(fixed) == run_identity(plain) | {"cluster": {"deterministic": True}}
