@@ -1,6 +1,7 @@
 """Saved progress of networks in training, so that a lost worker costs only its last seconds of training.
 
-    <group>/progress/<first expert>-<stack size>-<hash of the kept epochs>/<first epoch>-<last epoch>-<writer>.arrow
+    <group>/progress/<first expert>-<stack size>-<hash of the kept epochs>/
+        <first epoch>-<last epoch>-<attempt>-<attempt before>.arrow
     <group>/progress/stacks/stacks.json     experts of each stack, as bounds [first, last)
 
 Each file of experts holds some epochs of a whole stack: the trajectory's epochs, and the state after the last epoch. A
@@ -8,9 +9,10 @@ file is written at the end of an epoch, as often as `WRITE_SHARE` allows, and wh
 the trajectories are assembled from the files, one epoch at a time. Networks that are scored keep no epoch, so each of
 their files replaces the one before it.
 
-Two workers may train the same stack at the same time, such as a hung worker and its successor. Each writes under its
-own name and never touches the other's files. On CPUs both write the same numbers. On GPUs, whose sums may differ from
-run to run, a trajectory may then consist of parts of both.
+Two workers may train the same stack at the same time, such as a hung worker and its successor. Each attempt writes
+under its own name and never touches the other's files. On GPUs, whose sums may differ from run to run, the two write
+different numbers. A file therefore names the attempt whose state it continues, and a trajectory consists only of files
+that continue each other.
 
 Each file also holds the cost since the previous file. Epochs that a killed worker had not written are trained again,
 and their cost is lost. Shapes: e epochs, s networks of a stack, p parameters, q buffers.
@@ -55,7 +57,9 @@ SPARE_BYTES = 256 * 2**20
 STACKS, STACKS_FILE = "stacks", "stacks.json"
 """Folder beside the folders of stacks, and the file in it that lists the experts of each stack."""
 _FOLDER = re.compile(r"(\d+)-(\d+)-[0-9a-f]+")
-_FILE = re.compile(r"(\d+)-(\d+)-[0-9a-f]+\.arrow")
+_FILE = re.compile(r"(\d+)-(\d+)-([0-9a-f]+)(?:-([0-9a-f]+))?\.arrow")
+_NO_ATTEMPT = "0"
+"""Name of the attempt before the first one."""
 
 
 class TrainingProgress:
@@ -84,7 +88,7 @@ class TrainingProgress:
         """
         self._folder, self._networks, self._kept = folder, networks, frozenset(kept)
         self._account, self.spent = account, Spent()
-        self._writer, self._replaced = uuid.uuid4().hex, ""
+        self._attempt, self._before, self._replaced = uuid.uuid4().hex, _NO_ATTEMPT, ""
         self._pending: list[_Epoch] = []
         self._first: int | None = None
         """First epoch that is not written yet; `None` if all are."""
@@ -93,12 +97,12 @@ class TrainingProgress:
 
     def resume(self, device: torch.device) -> ExpertState | None:
         """State to resume from, or `None` if there is no progress. Removes damaged files."""
-        state, self.spent = None, Spent()
-        for name, _ in self._chain():
-            file = self._readable(name)
+        state, self.spent, self._before = None, Spent(), _NO_ATTEMPT
+        for part in self._chain():
+            file = self._readable(part.name)
             if file is None:  # the file is gone; other files may reach a later epoch
                 return self.resume(device)
-            state = _state(file.arrays, device)
+            state, self._before = _state(file.arrays, device), part.attempt
             self.spent += _spent(file)
         return state
 
@@ -185,17 +189,17 @@ class TrainingProgress:
             arrays["velocity"] = _to_numpy(velocity)
         lap = self._account.lap() if self._account else Spent()
         self.spent, first = self.spent + lap, self._first if self._kept else 0
-        name = f"{first:05d}-{state.epoch:05d}-{self._writer}.arrow"
+        name = f"{first:05d}-{state.epoch:05d}-{self._attempt}-{self._before}.arrow"
         metadata = {"spent": (lap if self._kept else self.spent).to_json()}
         write_tensors(self._folder / name, arrays, kind=self.kind, metadata=metadata)
         if not self._kept:
             self._replace(name)
         ended = time.monotonic()
-        self._pending, self._first = [], None
+        self._pending, self._first, self._before = [], None, self._attempt
         self._next_write = ended + max(self._interval, (ended - started) / WRITE_SHARE)
 
     def _replace(self, name: str) -> None:
-        """Remove this writer's file before the one of this name."""
+        """Remove this attempt's file before the one of this name."""
         if self._replaced:
             with suppress(StoreError):  # somebody has removed it
                 (self._folder / self._replaced).remove()
@@ -205,26 +209,49 @@ class TrainingProgress:
         """Remove the folder of a finished stack."""
         remove_folder(self._folder)
 
-    def _chain(self) -> list[tuple[str, int]]:
-        """Files that together cover the epochs from 0 without a gap, in order.
+    def _chain(self) -> list[_Part]:
+        """Files of one training from epoch 0 to the latest epoch that any training has reached, in order.
 
-        Returns:
-            (name, first epoch that the earlier files of the list do not cover) of each. If files of two writers
-                overlap, the file with the later last epoch is taken.
+        Each file continues the state at the end of the file before. If trainings reach the same epoch, this attempt's
+        own is taken.
         """
-        chain: list[tuple[str, int]] = []
-        following, found = 0, self._found()
-        while True:
-            fitting = [(last, name) for name, first, last in found if first <= following <= last]
-            if not fitting:
-                return chain
-            last, name = max(fitting)
-            chain.append((name, following))
-            following = last + 1
+        parts = self._found()
+        by_end = {(part.last, part.attempt): part for part in parts}
+        chains = [chain for part in parts if (chain := part.chain(by_end))]
+        return max(chains, key=lambda chain: (chain[-1].last, chain[-1].attempt == self._attempt), default=[])
 
-    def _found(self) -> list[tuple[str, int, int]]:
-        matches = [(name, _FILE.fullmatch(name)) for name in self._folder.list()]
-        return [(name, int(match[1]), int(match[2])) for name, match in matches if match]
+    def _found(self) -> list[_Part]:
+        matches = [_FILE.fullmatch(name) for name in sorted(self._folder.list())]
+        # Earlier versions did not name the attempt before.
+        return [_Part(int(m[1]), int(m[2]), m[3], m[4] or m[3], m.string) for m in matches if m]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """File of a progress folder, by its name."""
+
+    first: int
+    last: int
+    """Last epoch in the file, inclusive."""
+    attempt: str
+    """Attempt that wrote the file."""
+    before: str
+    """Attempt that wrote the state at epoch `first` - 1, from which this file's epochs were trained."""
+    name: str
+
+    def chain(self, by_end: Mapping[tuple[int, str], _Part]) -> list[_Part]:
+        """Files from epoch 0 to this one, each the continuation of the one before; empty if one is missing.
+
+        Args:
+            by_end: all files by their last epoch and attempt.
+        """
+        chain: list[_Part] = [self]
+        while chain[-1].first > 0:
+            before = by_end.get((chain[-1].first - 1, chain[-1].before))
+            if before is None:
+                return []
+            chain.append(before)
+        return chain[::-1]
 
 
 class ExpertProgress(TrainingProgress):
@@ -257,10 +284,10 @@ class ExpertProgress(TrainingProgress):
     def snapshots(self, expert: int) -> Iterator[Snapshot]:
         """Snapshots of one expert's kept epochs, in order."""
         place = self._experts.index(expert)
-        for name, start in self._chain():
-            arrays = self._read(name).arrays
+        for part in self._chain():
+            arrays = self._read(part.name).arrays
             for row, epoch in enumerate(arrays["epoch"].tolist()):
-                if epoch >= start and epoch in self._kept:
+                if epoch in self._kept:
                     yield Snapshot(
                         epoch,
                         int(arrays["step"][row]),
@@ -272,9 +299,7 @@ class ExpertProgress(TrainingProgress):
 
     def require_whole(self, epochs: int) -> None:
         """Raise a `StoreError` if epochs are missing because another process finished the stack or deleted files."""
-        names = [name for name, _ in self._chain()]
-        match = _FILE.fullmatch(names[-1]) if names else None
-        if match is None or int(match[2]) != epochs:
+        if [part.last for part in self._chain()][-1:] != [epochs]:
             raise StoreError(
                 f"files disappeared from {self._folder.uri} during expert training",
                 "another command trains the same experts, or somebody deleted the files",

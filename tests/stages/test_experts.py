@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from datm_ray.config import ClusterConfig, RunConfig
+from datm_ray.core.experts import ExpertState
 from datm_ray.core.networks.parameters import unflatten_buffers_into, unflatten_into
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions
@@ -316,6 +317,39 @@ def test_a_command_that_finds_its_experts_stored_ends_well(
     assert isinstance(events[-1], Finished)
     assert [content(group, expert) for expert in (0, 1)] == stored
     assert group.progress.list() == []
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_expert_joins_parts_of_two_trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Attempts that hang, die, resume and return never make an expert whose epochs do not follow from each other."""
+    monkeypatch.setattr(expert_progress, "WRITE_SHARE", 1e9)
+    _, group, _ = worker_of(tiny_config(), tmp_path)
+    rng, epochs = random.Random(seed), 12
+
+    def progress() -> ExpertProgress:
+        return ExpertProgress(group, (0,), range(epochs + 1), (0,))
+
+    def after(state: ExpertState | None) -> ExpertState:
+        """Next state. Its parameters are a number that no other training has, and the number before."""
+        before, epoch = (0.0, 0) if state is None else (float(state.parameters[0, 0]), state.epoch + 1)
+        return ExpertState(torch.tensor([[rng.random(), before]]), torch.zeros(1, 0), None, epoch, epoch)
+
+    attempts: list[tuple[ExpertProgress, ExpertState | None]] = []
+    reached = 0
+    while reached < epochs:
+        if len(attempts) < 3 and rng.random() < 0.3:
+            attempts.append(((new := progress()), new.resume(torch.device("cpu"))))
+        elif attempts:
+            own, state = attempts.pop(rng.randrange(len(attempts)))
+            state = after(state)
+            list(own.add(state, torch.zeros(1)))
+            if state.epoch < epochs and rng.random() < 0.9:  # else killed
+                attempts.append((own, state))
+        found = list(progress().snapshots(0))
+        reached = found[-1].epoch if found else 0
+        numbers = [snapshot.params.tolist() for snapshot in found]
+        assert [snapshot.epoch for snapshot in found] == list(range(len(found)))
+        assert [before for _, before in numbers[1:]] == [number for number, _ in numbers[:-1]]
 
 
 @pytest.mark.parametrize("method", ["_chain", "_read", "write"])
