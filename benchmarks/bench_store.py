@@ -33,9 +33,9 @@ from datm_ray.config import NetworkSpec
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
 from datm_ray.interop.replay_buffers import export_replay_buffers
+from datm_ray.runtime.ahead import Ahead
 from datm_ray.store.cache import FOLDER
 from datm_ray.store.files.filesystem import open_location
-from datm_ray.store.prefetch import Prefetcher
 from datm_ray.store.trajectories import ExpertGroup, GroupKey, Snapshot, TrajectoryInfo, TrajectoryStore
 
 HEADER = """Random parameters of the shapes of the network named above. A pair is a start and a target epoch of one
@@ -48,7 +48,7 @@ expert, each drawn anew (seed 0), in one `read_params`; the footer of every expe
 - `cold`: the file's pages are dropped from the page cache before each pair; the disk may keep its own cache.
 - `S3`: moto's server on this machine, which reads the whole file (65 MB in float32) for each range: bytes are S3's,
   milliseconds are not.
-- `+ d ms`: every answer of the S3 server is held back that long. `ahead`: announced to a `Prefetcher` (depth 2) one
+- `+ d ms`: every answer of the S3 server is held back that long. `ahead`: read by the thread of `Ahead` one
   iteration of w ms before; what is timed is the wait that is left. `again`: with DATM_RAY_CACHE, pairs read before."""
 
 KEY = GroupKey("random", "convnet", "bench")
@@ -247,15 +247,12 @@ class Bench:
                 self.add(f"{shown}, ahead (w = {1000 * think:.0f})", durations, sent(), value_bytes)
 
     def read_ahead(self, group: ExpertGroup, think: float) -> list[float]:
-        """Measure the wait for pairs announced one iteration before, where an iteration only sleeps."""
-        prefetcher, durations = Prefetcher(group), []
-        prefetcher.announce(*self.draws[0])
-        for number, draw in enumerate(self.draws):
-            if number + 1 < len(self.draws):
-                prefetcher.announce(*self.draws[number + 1])
+        """Measure the wait for pairs read one iteration before, where an iteration only sleeps."""
+        ahead, durations = Ahead(lambda number: group.read_params(*self.draws[number]), len(self.draws)), []
+        for number in range(len(self.draws)):
+            durations += timed([lambda number=number: ahead.get(number)])
             time.sleep(think)
-            durations += timed([lambda draw=draw: prefetcher.read_params(*draw)])
-        prefetcher.close()
+        ahead.close()
         return durations
 
     def cached(self, server: Server, uri: str, folder: Path) -> None:

@@ -21,13 +21,13 @@ from datm_ray.methods.trajectory.calibration import PAIRS, Measured, find_step_s
 from datm_ray.methods.trajectory.difficulty import draw_plan
 from datm_ray.methods.trajectory.distance import Distance
 from datm_ray.methods.trajectory.iteration import MOST_ABOVE, Distillation, Match, Origin
-from datm_ray.methods.trajectory.matching import draw_student_steps
+from datm_ray.methods.trajectory.matching import draw_student_steps, place_steps
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.planning.memory import DistillationPlan, chunk_by_trial
-from datm_ray.runtime.devices import precision_on, to_device
+from datm_ray.runtime.ahead import Ahead
+from datm_ray.runtime.devices import precision_on, to_device_ahead
 from datm_ray.stages.initial import first_set
 from datm_ray.stages.method import Demand, Method, Part
-from datm_ray.store.prefetch import Prefetcher
 from datm_ray.store.trajectories import ExpertGroup
 
 
@@ -38,8 +38,6 @@ class _Backbone:
     number: int
     group: ExpertGroup
     """Experts of the network."""
-    snapshots: Prefetcher
-    """Reads snapshots of the experts, also ahead."""
     functions: StudentStepFunctions
     plan: DistillationPlan
     """Memory plan of the network."""
@@ -50,8 +48,9 @@ class _Backbone:
 COMPILED_MAPS, UNCOMPILED_MAPS = 2, 9
 """Peak memory of a student step, as a multiple of the bytes that all layers write in one forward pass. Measured: 1.8 to
 1.9 compiled, 7.3 to 8.9 uncompiled."""
-NETWORK_VECTORS = 8
-"""Number of vectors of p parameters in memory beside the trace: two networks, target, v, and sums of gradients."""
+NETWORK_VECTORS = 10
+"""Number of vectors of p parameters in memory beside the trace: two networks, target, v, sums of gradients, and start
+and target of the next iteration."""
 _AGAIN = (
     f". Running the same command again tries {MOST_ABOVE} more iterations; other settings need another --out or "
     "--set name=..."
@@ -124,10 +123,14 @@ class TrajectoryMatching(Method):
         # Uncompiled steps take more memory.
         plans = part.plans(compiled=cluster.compile and not any(each.note for each in steps.values()))
         self._backbones = [
-            _Backbone(number, group, Prefetcher(group), steps[number], plans[number], plans[number].chunk)
+            _Backbone(number, group, steps[number], plans[number], plans[number].chunk)
             for number in role.backbones
             for group in [self.experts[number].group]
         ]
+        # A thread hides the wait for a remote store or for a GPU. On a CPU the draws take the iteration's own cores.
+        is_remote = any(each.group.location.local_path is None for each in self._backbones)
+        has_waits = is_remote or part.device.type == "cuda"
+        self._ahead = Ahead(self._inputs, config.distill.iterations, in_thread=has_waits)
         self.calibration = "measuring the first matching losses"
         self.preparation = f"{'compiling' if cluster.compile else 'preparing'} student steps"
         self.notes = sorted({each.note for each in steps.values()} - {""})
@@ -140,9 +143,8 @@ class TrajectoryMatching(Method):
         return first_set(self.part, self.experts[0], distance.step_size or distance.likely_step_size)
 
     def close(self) -> None:
-        """Stop reading snapshots ahead."""
-        for backbone in self._backbones:
-            backbone.snapshots.close()
+        """Stop preparing iterations ahead."""
+        self._ahead.close()
 
     def prepare(self, heartbeat: Heartbeat) -> None:
         """Compile student steps. On a GPU, also find by trial how many images of a micro-batch fit."""
@@ -307,17 +309,12 @@ class TrajectoryMatching(Method):
         return f"distill.initial_step_size={number:.3g}, {among}found for the present set (loss {least})"
 
     def step(self, state: Distillation, meta: MetaTerm | None) -> None:
-        """Match every network once; the next iteration's snapshots are read meanwhile. `meta` is `None` without MetaDD.
+        """Match every network once; the next one's inputs are prepared meanwhile. `meta` is `None` without MetaDD.
 
         Raises:
             ThresholdError: the losses of many iterations in a row exceeded the threshold.
         """
-        origins = self._origins(state.iteration)
-        matches = [self._match(each, origins[each.number], state.iteration) for each in self._backbones]
-        if state.iteration + 1 < self.part.config.distill.iterations:
-            following = self._origins(state.iteration + 1)
-            for backbone in self._backbones:
-                backbone.snapshots.announce(*self._wanted(following[backbone.number]))
+        origins, matches = self._ahead.get(state.iteration)
         state.step(
             matches,
             origins,
@@ -330,6 +327,11 @@ class TrajectoryMatching(Method):
             losses, pairs = [each.loss for each in state.history[-state.backbones :]], self._pairs(state.iteration)
             what = f"{times} iterations in a row changed nothing, the last"
             raise self._hopeless(what, losses, state, pairs, self._search(state, pairs), _AGAIN)
+
+    def _inputs(self, iteration: int) -> tuple[list[Origin], list[Match]]:
+        """Inputs of an iteration, on the device. They depend on its number alone, and so do their bits."""
+        origins = self._origins(iteration)
+        return origins, [self._match(each, origins[each.number], iteration) for each in self._backbones]
 
     def _origins(self, iteration: int) -> list[Origin]:
         config, allowed = self.part.config, self.part.config.distill.start_epochs
@@ -355,16 +357,16 @@ class TrajectoryMatching(Method):
             iteration,
             backbone.number,
         )
-        start, target = (
-            to_device(each, self.part.device) for each in backbone.snapshots.read_params(*self._wanted(origin))
-        )
-        if torch.equal(start, target):
+        held = [step.held_by(self.part.rows.first, self.part.rows.last) for step in steps]
+        first, last = backbone.group.read_params(*self._wanted(origin))
+        if np.array_equal(first, last):
             self._require_motion(backbone, origin)  # a single pair skips its iteration, because its loss is not finite
+        start, target = (to_device_ahead(each, self.part.device) for each in (first, last))
         return Match(
             backbone.functions,
             start,
             target,
-            [step.held_by(self.part.rows.first, self.part.rows.last) for step in steps],
+            place_steps(held, backbone.chunk, start),
             backbone.number,
             config.weights[backbone.number],
             backbone.chunk,

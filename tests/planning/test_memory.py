@@ -108,11 +108,11 @@ def test_a_step_takes_about_what_was_measured(size: int, images: int, compiled: 
 
 
 def test_parts_are_counted() -> None:
-    """Parts equal a count by hand: five copies of ten images, T + 1 vectors, eight vectors, then validation."""
+    """Parts equal a count by hand: five copies of ten images, T + 1 vectors, ten vectors, then validation."""
     alone = plan_of(tiny_config("cluster.memory=4GiB"))
     shared = plan_of(tiny_config("cluster.memory=4GiB", "cluster.shards=2"))
     p, row = alone.parts["trace"] // (4 * (3 + 1)), 4 * (64 + 10)
-    assert (alone.parts["synthetic"], alone.parts["network"]) == (5 * 10 * row, 4 * 8 * p)
+    assert (alone.parts["synthetic"], alone.parts["network"]) == (5 * 10 * row, 4 * 10 * p)
     assert shared.parts["synthetic"] * 2 == alone.parts["synthetic"]
     assert shared.parts["validation"] == alone.parts["validation"] + 10 * row  # the first shard gathers the set
     assert [each.demand.summed for each in (alone, shared)] == [0, 4 * 3 * (2 * p + 1)]

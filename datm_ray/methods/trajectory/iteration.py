@@ -20,7 +20,7 @@ from torch import Tensor
 from datm_ray.core.synthetic import AllSum, SyntheticSet, identity
 from datm_ray.errors import DivergenceError
 from datm_ray.methods.state import LEARNED, MOST_DIVERGED, STEP_SIZE_MOMENTUM, MetaTerm, State, not_finite
-from datm_ray.methods.trajectory.matching import MatchingGradient, StudentStep, matching_gradient
+from datm_ray.methods.trajectory.matching import MatchingGradient, PlacedSteps, StudentStep, matching_gradient
 from datm_ray.methods.trajectory.step_functions import StudentStepFunctions
 
 MOST_ABOVE = 50
@@ -39,7 +39,7 @@ class Match:
     """[p] expert parameters at the start epoch, from which the student starts."""
     target: Tensor
     """[p] expert parameters at the target epoch."""
-    steps: Sequence[StudentStep]
+    steps: Sequence[StudentStep] | PlacedSteps
     """Minibatches of the student's steps. In a class shard, each contains only the shard's own images."""
     backbone: int = 0
     weight: float = 1.0

@@ -103,7 +103,7 @@ def matching_gradient(
     start: Tensor,
     target: Tensor,
     synthetic: SyntheticSet,
-    steps: Sequence[StudentStep],
+    steps: Sequence[StudentStep] | PlacedSteps,
     *,
     backbone: int = 0,
     chunk: int | None = None,
@@ -118,7 +118,7 @@ def matching_gradient(
     Args:
         start, target: [p] expert parameters at the start epoch and at the target epoch.
         synthetic: the set, or this shard's rows of the set.
-        steps: minibatches from `draw_student_steps`, or this shard's parts of them.
+        steps: minibatches from `draw_student_steps`, or this shard's parts of them; on any device, or placed already.
         backbone: index of the backbone, whose step size the student uses.
         chunk: number of images per call of `functions`; None for whole minibatches. A smaller rest is padded with
             images of weight 0, so that only one shape is compiled.
@@ -167,8 +167,28 @@ class _Piece:
     """[b] weights of the images in the loss; [chunk] with zeros at the end if a chunk size is set."""
 
 
-def _pieces(steps: Sequence[StudentStep], chunk: int | None, like: Tensor) -> list[list[_Piece]]:
-    """Split every step into pieces on the device of `like`, with only three asynchronous copies for all of them."""
+@dataclass(frozen=True)
+class PlacedSteps:
+    """Minibatches of student steps on the device, each cut into pieces."""
+
+    pieces: Sequence[Sequence[_Piece]]
+
+    def __len__(self) -> int:
+        """Number of student steps."""
+        return len(self.pieces)
+
+    def __getitem__(self, part: slice) -> PlacedSteps:
+        """Some of the steps."""
+        return PlacedSteps(self.pieces[part])
+
+
+def place_steps(steps: Sequence[StudentStep], chunk: int | None, like: Tensor) -> PlacedSteps:
+    """Split every step into pieces on the device of `like`, with only three asynchronous copies for all of them.
+
+    Args:
+        chunk: number of images of a piece, see `matching_gradient`.
+        like: tensor of the type and on the device of the images.
+    """
     cut = [list(step.chunks(chunk)) for step in steps]
     flat = [piece for pieces in cut for piece in pieces]
     sizes = [len(piece.rows) for piece in flat]
@@ -186,7 +206,7 @@ def _pieces(steps: Sequence[StudentStep], chunk: int | None, like: Tensor) -> li
         _Piece(rows, piece.augmentation.operation, uniform.view(len(rows), -1), weight)
         for piece, rows, uniform, weight in zip(flat, *columns, strict=True)
     )
-    return [list(islice(made, len(pieces))) for pieces in cut]
+    return PlacedSteps([list(islice(made, len(pieces))) for pieces in cut])
 
 
 def _uploaded(arrays: Sequence[NDArray[np.generic]], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
@@ -203,11 +223,12 @@ class _Sweep:
         self,
         functions: StudentStepFunctions,
         synthetic: SyntheticSet,
-        steps: Sequence[StudentStep],
+        steps: Sequence[StudentStep] | PlacedSteps,
         chunk: int | None,
     ) -> None:
         self._functions, self._synthetic = functions, synthetic
-        self._steps = _pieces(steps, chunk, synthetic.images)
+        placed = steps if isinstance(steps, PlacedSteps) else place_steps(steps, chunk, synthetic.images)
+        self._steps = placed.pieces
 
     def student_gradient(self, theta: Tensor, step: int) -> Tensor:
         """Compute this shard's part [p] of the student's gradient g_i in step i, see the module's docstring."""

@@ -1,0 +1,55 @@
+"""Work one iteration ahead: prepare the inputs of the next iteration in a thread while the current one computes.
+
+    ahead = Ahead(prepare, end=100)
+    for iteration in range(first, 100):
+        compute(ahead.get(iteration))
+
+Tests: tests/runtime/test_ahead.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+Value = TypeVar("Value")
+
+
+class Ahead(Generic[Value]):
+    """Values of consecutive numbers. While the caller uses one, a thread computes the next one, and none after it."""
+
+    def __init__(self, compute: Callable[[int], Value], end: int, *, in_thread: bool = True) -> None:
+        """Start without a value.
+
+        Args:
+            compute: makes the value of a number, from the number alone.
+            end: exclusive upper bound of the numbers that are computed ahead.
+            in_thread: False to compute each value when it is asked for.
+        """
+        self._compute, self._end = compute, end
+        self._thread = ThreadPoolExecutor(1, "ahead") if in_thread else None
+        self._following: tuple[int, Future[Value]] | None = None
+
+    def get(self, number: int) -> Value:
+        """Value of a number, computed ahead if the last one asked for was the number before; starts the next one.
+
+        Raises an error of `compute` where its value is asked for. An error of a value that is never asked for is lost.
+        """
+        following, self._following = self._following, None
+        if following is not None and following[0] == number:
+            value = following[1].result()
+        else:
+            if following is not None:
+                following[1].cancel()
+            value = self._compute(number)
+        if self._thread is not None and number + 1 < self._end:
+            self._following = number + 1, self._thread.submit(self._compute, number + 1)
+        return value
+
+    def close(self) -> None:
+        """Drop the next value, and end the thread after its current work. Later values are computed when asked for."""
+        self._following = None
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+            self._thread = None
