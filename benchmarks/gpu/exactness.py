@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -74,10 +76,13 @@ def compared(found: Tensors, exact: Tensors, limit: float = LIMIT) -> Row:
 
 def gradient_of(problem: Problem, options: StepOptions | None = None, chunk: int | None = None) -> Tensors:
     """The matching gradient in images, soft labels and step size."""
-    functions = StudentStepFunctions(problem.network, options or StepOptions(compiled=False))
+    options = options or StepOptions(compiled=False)
+    functions = StudentStepFunctions(problem.network, options)
     if functions.note:
         raise RuntimeError(functions.note)
     found = matching_gradient(functions, problem.start, problem.target, problem.synthetic, problem.steps, chunk=chunk)
+    if options.graphs and not functions.are_replayed:
+        raise RuntimeError("the step functions were not recorded as CUDA graphs, see the warning")
     return found.images, found.soft_labels, found.step_size
 
 
@@ -113,6 +118,15 @@ class _Matching:
         how = StepOptions(self._machine.compiled, **options)
         return compared(gradient_of(self.problem(), how, chunk or self.batch), self.exact)
 
+    def replayed(self, precision: Precision) -> Row:
+        problem = self.problem(dtype=torch.float32)
+        how = [StepOptions(self._machine.compiled, precision=precision, graphs=each) for each in (True, False)]
+        return compared(*(gradient_of(problem, each, self.batch) for each in how), limit=0.0)
+
+    def repeated(self) -> Row:
+        with reproducible():
+            return compared(*(gradient_of(self.problem()) for _ in range(2)), limit=0.0)
+
     def rounded(self, precision: Precision) -> Row:
         options = StepOptions(self._machine.compiled, precision=precision)
         found = gradient_of(self.problem(dtype=torch.float32), options, self.batch)
@@ -120,6 +134,17 @@ class _Matching:
 
     def unrolled(self) -> Row:
         return compared(unrolling(self.problem(dtype=torch.float32))[1], self.exact, ROUNDED["float32"])
+
+
+@contextmanager
+def reproducible() -> Iterator[None]:
+    """Compute sums in a fixed order, as with `cluster.deterministic`."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 Checks = list[tuple[str, Callable[[], Row]]]
@@ -133,6 +158,7 @@ def matching_checks(machine: Machine) -> Checks:
         ("the same against the CPU", partial(matching.eager, "cpu")),
         ("in micro-batches of 4", partial(matching.eager, chunk=4)),
         ("float32 full unrolling, against float64", matching.unrolled),
+        ("twice with deterministic algorithms, equal bits", matching.repeated),
     ]
 
 
@@ -150,6 +176,11 @@ def compiled_checks(machine: Machine) -> Checks:
         (f"{how}, reverse over reverse", partial(matching.compiled, order="reverse-over-reverse")),
         (f"{how}, channels first, micro-batches of 4", partial(matching.compiled, 4, channels_last=False)),
         compiled_experts(machine),
+        *(
+            (f"{each}, CUDA graphs, {how}, equal bits without", partial(matching.replayed, each))
+            for each in machine.precisions
+            if machine.device == "cuda"
+        ),
     ]
 
 
@@ -249,13 +280,19 @@ def augmented(operation: str, device: str) -> Tensors:
     return result, torch.autograd.grad((weights * result).sum(), images)[0]
 
 
-def worst_augmentation(machine: Machine) -> Row:
-    """Check all DSA operations; returns the row of the worst."""
+def worst_augmentation(devices: Sequence[str], limit: float = LIMIT) -> Row:
+    """Compare all DSA operations on two devices; returns the row of the worst."""
     rows = []
     for operation in parse_strategy(PUBLISHED_AUGMENTATION):
-        row = compared(*(augmented(operation, device) for device in (machine.device, "cpu")))
+        row = compared(*(augmented(operation, device) for device in devices), limit=limit)
         rows.append({**row, "operation": operation})
     return max(rows, key=lambda row: float("inf") if row["verdict"] != "ok" else max(row["errors"]))
+
+
+def repeated_augmentation(machine: Machine) -> Row:
+    """Check that all DSA operations give equal bits twice if sums have a fixed order."""
+    with reproducible():
+        return worst_augmentation((machine.device, machine.device), 0.0)
 
 
 def metadd_gradient(machine: Machine, device: str) -> Tensors:
@@ -318,7 +355,8 @@ def other_checks(machine: Machine) -> Checks:
             "three iterations with momentum and limits, float64, against the CPU",
             lambda: compared(*(distilled(machine, device) for device in both)),
         ),
-        ("augmentation, the worst operation, float64, against the CPU", lambda: worst_augmentation(machine)),
+        ("augmentation, the worst operation, float64, against the CPU", lambda: worst_augmentation(both)),
+        ("augmentation twice with deterministic algorithms, equal bits", lambda: repeated_augmentation(machine)),
         (
             "MetaDD's gradient, float64, against the CPU",
             lambda: compared(*(metadd_gradient(machine, device) for device in both)),

@@ -17,6 +17,9 @@ from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepF
 from gpu.machine import Machine, ceiling, free_memory, measured, timed
 from gpu.sections import Clock, Row, Section, in_a_line
 
+LARGEST_REPLAYED = 100
+"""Largest batch that is also measured with CUDA graphs, which save launches."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -117,6 +120,10 @@ def rows_of(machine: Machine, shape: Shape, rates: dict[Precision, float], clock
         name = "ours" if functions._compiled else f"ours, uncompiled {functions.note}"
         call = functools.partial(ours, problem, functions, shape.chunk)
         yield measured_row(machine, shape, name, precision, call, clock, rates[precision], compiling)
+    if machine.device == "cuda" and shape.batch <= LARGEST_REPLAYED:
+        functions = StudentStepFunctions(problem.network, StepOptions(machine.compiled, precision="tf32", graphs=True))
+        call = functools.partial(ours, problem, functions, shape.chunk)
+        yield measured_row(machine, shape, "ours, CUDA graphs", "tf32", call, clock, rates["tf32"])
     for name, method in (("full unrolling", unrolling), ("TESLA", tesla)):
         yield measured_row(machine, shape, name, "float32", functools.partial(method, problem), clock, None)
     if machine.device == "cuda":

@@ -535,7 +535,7 @@ SELDOM = {
     "evaluate": "optimiser real_epochs full fair augmentation labels temperature cutmix keep_labels top_logits "
     "learning_rate schedule warmup_epochs epochs batch_size weight_decay",
     "cluster": "threads_per_worker resources labels accelerator_type light device compile experts_at_a_time "
-    "backbones_apart auxiliaries_apart channels_last deterministic peer_timeout wait_for_nodes retries",
+    "backbones_apart auxiliaries_apart channels_last cuda_graphs deterministic peer_timeout wait_for_nodes retries",
 }
 """Section -> its fields that few recipes change; `recipe show` prints them last in their section."""
 
@@ -655,6 +655,8 @@ class ClusterConfig(WorkerShape):
     """Precision of matrix products; auto: tf32 on GPUs that have it, as published. bfloat16: students alone."""
     channels_last: bool = True
     """Store maps channels-last: faster on CPUs, coarser rounding."""
+    cuda_graphs: bool = False
+    """Launch all kernels of a student step together on GPUs, for small batches; not run on a GPU yet."""
     deterministic: bool = False
     """Compute every sum in a fixed order, more slowly, so that a GPU gives the same bits in every run."""
     peer_timeout: Annotated[float, Field(ge=0.1, le=86_400)] = 300.0

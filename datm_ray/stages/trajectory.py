@@ -118,6 +118,7 @@ class TrajectoryMatching(Method):
             compiled=cluster.compile,
             channels_last=cluster.channels_last,
             precision=precision_on(cluster, part.device),
+            graphs=cluster.cuda_graphs and part.device.type == "cuda",
         )
         steps = {n: self.functions(FlatNetwork(self.experts[n].network), options) for n in role.backbones}
         # Uncompiled steps take more memory.

@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 from torch.func import grad, grad_and_value, jvp
 
 from datm_ray.core.compilation import Compiled, compiler_problem, traced
+from datm_ray.core.cuda_graphs import Replayed
 from datm_ray.core.networks.instance_norm import InstanceNorm
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import couples_samples
@@ -53,6 +54,8 @@ class StepOptions:
     precision: Precision = "float32"
     """Precision of products. tf32 rounds their factors to 10 bits, on GPUs that support it. bfloat16 computes layers
     and their derivatives in bfloat16, with parameters and sums in float32."""
+    graphs: bool = False
+    """True to replay both functions as CUDA graphs, see `core/cuda_graphs.py`. Needs a GPU."""
 
 
 class StudentStepFunctions:
@@ -95,6 +98,12 @@ class StudentStepFunctions:
             "order": self._order,
             "channels_last": self._is_channels_last,
         }
+
+    @property
+    def are_replayed(self) -> bool:
+        """True if all calls so far replay CUDA graphs."""
+        made = [each for pair in self._built.values() for each in pair]
+        return bool(made) and all(isinstance(each, Replayed) and each.is_recorded for each in made)
 
     def forward(self, theta: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
         """Compute the student's gradient g [p].
@@ -161,17 +170,21 @@ class StudentStepFunctions:
                 return forward, traced(self._reverse, *arguments, torch.empty_like(theta))
 
     def _functions(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Reversed]]:
-        if not self._compiled:
+        if not self._compiled and not self._options.graphs:
             return self._gradient, self._reverse
-        batch, *image = x.shape
         key = (x.shape, y.shape, theta.dtype)
         if key not in self._built:
-            forward, reverse = (
-                Compiled(graph, theta.device.type, channels_last=self._is_channels_last)
-                for graph in self.graphs(batch, (image[0], image[1], image[2]), y.shape[1])
-            )
-            self._built[key] = forward, reverse
+            forward, reverse = self._compiled_for(x, y) if self._compiled else (self._gradient, self._reverse)
+            self._built[key] = (Replayed(forward), Replayed(reverse)) if self._options.graphs else (forward, reverse)
         return self._built[key]
+
+    def _compiled_for(self, x: Tensor, y: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Reversed]]:
+        batch, *image = x.shape
+        forward, reverse = (
+            Compiled(graph, x.device.type, channels_last=self._is_channels_last)
+            for graph in self.graphs(batch, (image[0], image[1], image[2]), y.shape[1])
+        )
+        return forward, reverse
 
     def _loss(self, theta: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
         if self._options.precision == "bfloat16":
