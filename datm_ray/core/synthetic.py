@@ -53,10 +53,10 @@ class SyntheticSet:
             self.labels.clone(),
         )
 
-    def is_valid(self) -> bool:
-        """True if all learned values are finite and all step sizes are positive."""
+    def is_invalid(self) -> Tensor:
+        """Bool tensor []: True if a learned value is not finite or a step size is not positive."""
         learned = (self.images, self.soft_labels, self.step_sizes)
-        return all(bool(t.isfinite().all()) for t in learned) and bool((self.step_sizes > 0).all())
+        return torch.stack([*(~t.isfinite().all() for t in learned), (self.step_sizes <= 0).any()]).any()
 
 
 def random_rows(labels: NDArray[np.int64], ipc: int, seed: int) -> NDArray[np.int64]:

@@ -199,9 +199,10 @@ class State(Generic[Record]):
         torch.where(moved, updated.step_sizes, self.synthetic.step_sizes, out=updated.step_sizes)
         if self.momenta:
             gradient["step_sizes"] = torch.where(moved, gradient["step_sizes"], self.momenta["step_sizes"])
-        is_bad = bool(not_finite(*gradient.values())) or not updated.is_valid()
+        # One number in all: to read a number, the CPU waits for the GPU.
+        is_bad = not_finite(*gradient.values()).bool() | updated.is_invalid()
         # Each shard checks its own rows. Either all shards update, or none.
-        if bool(all_sum(torch.tensor([float(is_bad)], device=updated.images.device))):
+        if bool(all_sum(is_bad.float().reshape(1))):
             return False
         self.synthetic, self.momenta = updated, gradient
         return True

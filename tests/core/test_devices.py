@@ -23,7 +23,7 @@ from datm_ray.core.synthetic import SyntheticSet, hard_logits, mean_correct_logi
 from datm_ray.core.training import Schedule, accuracy, train_to_end
 from datm_ray.methods.state import MetaTerm
 from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
-from datm_ray.methods.trajectory.matching import draw_student_steps
+from datm_ray.methods.trajectory.matching import draw_student_steps, place_steps
 from datm_ray.methods.trajectory.step_functions import Order, StepOptions, StudentStepFunctions
 from tests.other_device import DEVICE, OtherDevice
 
@@ -95,6 +95,38 @@ def test_a_distillation_stays_on_its_device(order: Order) -> None:
         held, shared = state.to_arrays()
         state = Distillation.from_arrays(held, dict(shared), state.settings, DEVICE)
     assert state.synthetic.images.device == state.momenta["step_sizes"].device == DEVICE
+
+
+def test_an_iteration_waits_for_its_device_six_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU is waited for once between the sweeps, for the loss, and five times after them, whatever the steps."""
+    waits: list[str] = []
+    read = OtherDevice._read
+
+    def recorded(self: OtherDevice, tensor: Tensor) -> Tensor:
+        waits.append("reverse" if functions.reversed_ else "forward")
+        return read(self, tensor)
+
+    class Functions(StudentStepFunctions):
+        reversed_ = 0
+
+        def reverse(self, *arguments: Tensor) -> Any:
+            self.reversed_ += 1
+            return super().reverse(*arguments)
+
+    functions = Functions(FlatNetwork(there()), StepOptions(compiled=False))
+    start = flatten(functions.network.module)
+    settings = DistillConfig(learning_rate_images=1.0, threshold=1e9)
+    state, counts = Distillation(synthetic_set(), settings), []
+    monkeypatch.setattr("datm_ray.methods.trajectory.matching._agreed", lambda loss, _: float(loss.tolist() or 1.0))
+    monkeypatch.setattr(OtherDevice, "_read", recorded)
+    for steps in (2, 5):
+        waits.clear()
+        functions.reversed_ = 0
+        placed = place_steps(draw_student_steps(6, steps, 4, STRATEGY, 0, 0), 3, start)
+        assert not waits
+        state.step([Match(functions, start, torch.rand_like(start), placed, chunk=3)], [Origin(0, 0)])
+        counts.append((waits.count("forward"), waits.count("reverse")))
+    assert counts == [(1, 5), (1, 5)]
 
 
 def test_every_operation_of_augmentation_stays_on_its_device() -> None:

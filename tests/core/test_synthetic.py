@@ -139,6 +139,6 @@ def test_clone_is_independent() -> None:
 def test_set_with_a_bad_value_is_not_valid(name: str, value: float) -> None:
     """One entry that is not finite, or a step size that is not positive, makes a set invalid."""
     bad = make_set()
-    assert bad.is_valid()
+    assert not bad.is_invalid()
     getattr(bad, name).view(-1)[-1] = value
-    assert not bad.is_valid()
+    assert bad.is_invalid()

@@ -267,13 +267,13 @@ class Distillation(State[IterationRecord]):
         )
         rates, limit = self.rates, self.settings.gradient_limit or math.inf
         fall = rates["images"] * images + rates["soft_labels"] * labels
-        fall, bad = all_sum(
-            torch.stack([fall, not_finite(gradient.images, gradient.soft_labels, gradient.step_size).double()])
-        )
-        if bool(bad):
+        bad = not_finite(gradient.images, gradient.soft_labels, gradient.step_size).double()
+        square = gradient.step_size.double().square()
+        fall, bad, square = torch.stack([*all_sum(torch.stack([fall, bad])), square]).tolist()
+        if bad:
             return math.nan
-        fall = fall + rates["step_sizes"] * gradient.step_size.double().square()
-        decrease = match.weight * float(fall) / gradient.loss if gradient.loss else 0.0
+        fall += rates["step_sizes"] * square
+        decrease = match.weight * fall / gradient.loss if gradient.loss else 0.0
         if decrease > limit:
             for each in (gradient.images, gradient.soft_labels, gradient.step_size):
                 each.mul_(limit / decrease)
