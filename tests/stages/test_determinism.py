@@ -17,7 +17,7 @@ from datm_ray.core.networks.registry import build_network, network_names
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
 from datm_ray.runtime.devices import prepare_device, restoring_determinism
-from datm_ray.runtime.executor import SerialExecutor
+from datm_ray.runtime.executor import Event, Finished, SerialExecutor, Task
 from tests.conftest import tiny_config
 
 EVERY = "color_crop_cutout_flip_scale_rotate_resized+flip"
@@ -118,6 +118,32 @@ def test_a_worker_asks_for_determinism_only_if_the_recipe_does() -> None:
     executor = SerialExecutor(ClusterConfig(device="cpu"))
     executor.close()
     assert torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+class Asked:
+    """A worker that returns its process's settings."""
+
+    def __init__(self, cluster: ClusterConfig) -> None:
+        prepare_device(cluster)
+
+    def work(self) -> Iterator[Event]:
+        """Return whether algorithms are deterministic, and cuBLAS's workspace."""
+        yield Finished((torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_workers_of_ray_have_the_settings_and_the_driver_has_not(ray_cluster: Any) -> None:
+    """Determinism is set in the processes of Ray's workers alone."""
+    from datm_ray.runtime.ray.executor import RayExecutor
+
+    cluster = tiny_config("cluster.deterministic=true").cluster
+    executor = RayExecutor(cluster)
+    events = [event for _, event in executor.run(Asked, (cluster,), "work", [Task("asked", ())])]
+    executor.close()
+    assert [event.result for event in events if isinstance(event, Finished)] == [(True, ":4096:8")]
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
 
 
 def test_determinism_is_part_of_the_identity_only_if_it_is_on() -> None:
