@@ -404,7 +404,7 @@ def test_identity_leaves_out_where_things_are_and_how_many_are_scored() -> None:
     elsewhere = override(config, ["cluster.workers=9", "cluster.device=cpu", "cluster.gpus_per_worker=0.5"])
     assert stable_hash(run_identity(elsewhere)) == stable_hash(run_identity(config))
     assert run_identity(config).keys() == RunConfig.model_fields.keys() - {
-        *("cluster", "metadd", "method", "recover", "select"),
+        *("cluster", "metadd", "method", "prior", "recover", "select"),
     }  # a set section is part of the identity, and so is another method
     assert run_identity(override(config, ["method=dm"]))["method"] == "dm"
     assert "recover" in run_identity(override(config, ["method=sre2l"]))

@@ -7,6 +7,7 @@ starts. Needs the standard library, pydantic and PyYAML.
 from datm_ray.config.files import load_config_text, load_recipe_of_run, override, to_yaml, with_settings
 from datm_ray.config.identity import (
     expert_fingerprint,
+    prior_fingerprint,
     recipe_of_set,
     run_identity,
     scoring_identity,
@@ -30,6 +31,7 @@ from datm_ray.config.sections import (
     MetaLossConfig,
     NetworkConfig,
     NetworkSpec,
+    PriorConfig,
     RecoverConfig,
     Section,
     SelectConfig,
@@ -51,6 +53,7 @@ __all__ = [
     "MetaLossConfig",
     "NetworkConfig",
     "NetworkSpec",
+    "PriorConfig",
     "RecoverConfig",
     "Role",
     "RunConfig",
@@ -65,6 +68,7 @@ __all__ = [
     "override",
     "parse_bytes",
     "parse_config",
+    "prior_fingerprint",
     "recipe_of_set",
     "run_identity",
     "scored_on",

@@ -100,6 +100,8 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
         if identity["distill"].get(name, ...) == default:  # keeps the identity of runs made before the key existed
             identity["distill"].pop(name)
     identity["experts"] = _without_later_keys(identity["experts"])
+    if config.prior is None:  # keeps the identity of runs made before the section existed
+        identity.pop("prior")
     if config.metadd is None:  # keeps the identity of runs made before the section existed
         identity.pop("metadd")
     else:
@@ -150,6 +152,20 @@ def expert_fingerprint(config: RunConfig, dataset_fingerprint: str) -> str:
             "normalisation": config.dataset.statistics or config.dataset.kind,
             "network": config.network.model_dump(),
             "experts": recipe,
+            "seed": config.seed,
+        }
+    )
+
+
+def prior_fingerprint(config: RunConfig, dataset_fingerprint: str) -> str:
+    """Fingerprint of a run's trained prior, sixteen hex digits; equal for two runs if they can share it."""
+    assert config.prior is not None
+    settings = config.prior.model_dump(exclude={"kind", "inversion_steps"})
+    return stable_hash(
+        {
+            "dataset": dataset_fingerprint,
+            "normalisation": config.dataset.kind,
+            "prior": settings,
             "seed": config.seed,
         }
     )

@@ -20,6 +20,7 @@ from datm_ray.config.sections import (
     MetaConfig,
     NamedNetwork,
     NetworkConfig,
+    PriorConfig,
     RecoverConfig,
     Section,
     SelectConfig,
@@ -62,6 +63,8 @@ class RunConfig(Section):
     select: SelectConfig = SelectConfig()
     metadd: MetaConfig | None = None
     """MetaDD's losses, such as `{auxiliaries: [...]}`, for sets that work on other networks; null for none."""
+    prior: PriorConfig | None = None
+    """A decoder that makes the images, such as `{kind: trained}`; null: pixels are learned."""
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()
 

@@ -18,6 +18,7 @@ from pydantic import (
     ConfigDict,
     Field,
     TypeAdapter,
+    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -327,7 +328,7 @@ class DistillConfig(Section):
     start_epochs: StartEpochs = StartEpochs(bound=10, final_bound=20, expand_iterations=1000)
     """Epochs at which students start; [0, 20] means 0 to 19."""
     learning_rate_images: Positive | None = 100.0
-    """Learning rate of SGD on the pixels, momentum 0.5; null: found before the first iteration."""
+    """Learning rate of SGD on the pixels (with a prior: on latents), momentum 0.5; null: found at the start."""
     learning_rate_labels: NonNegative = 2.0
     """Learning rate of the soft labels, momentum 0.9; 0: labels stay."""
     learning_rate_step_size: NonNegative = 1e-5
@@ -468,6 +469,40 @@ class MetaConfig(MetaLossConfig, AuxiliariesConfig):
     """Share of images that the losses use, drawn per iteration."""
 
 
+class PriorConfig(Section):
+    """A prior: a decoder makes the images, and its latents are learned in place of pixels."""
+
+    kind: str = "trained"
+    """trained: a decoder of the data set's images; untrained: its first parameters, as a control; or
+    package.module:function that returns a decoder."""
+    channels: Count = 16
+    """Channels of an image's latents."""
+    halvings: Annotated[int, Field(ge=0, le=6)] = 2
+    """Latent maps have the image's sides, halved this often, 0 to 6."""
+    width: Count = 64
+    """Channels of the decoder's layers."""
+    epochs: Count = 50
+    """trained: epochs of the autoencoder."""
+    batch_size: Count = 64
+    """trained: images per step."""
+    learning_rate: Positive = 2e-3
+    """trained: learning rate of Adam, falling along a cosine to 0."""
+    inversion_steps: Annotated[int, Field(ge=0)] = 300
+    """Steps of Adam that find the first latents of a decoder without an encoder."""
+
+    @field_validator("kind")
+    @classmethod
+    def _kind_exists(cls, kind: str) -> str:
+        if kind not in ("trained", "untrained") and ":" not in kind:
+            raise PydanticCustomError("kind", "it must be trained, untrained or package.module:function")
+        return kind
+
+    @property
+    def is_packaged(self) -> bool:
+        """True if the decoder comes with the package, False for a user's function."""
+        return ":" not in self.kind
+
+
 class EvaluateConfig(Section):
     """Training of fresh networks on the synthetic set, scored on the test set."""
 
@@ -532,6 +567,7 @@ SELDOM = {
     "recover": "first_layer rounds mixed_in",
     "select": "least_share epoch hardest",
     "metadd": "divergence variance_of threshold",
+    "prior": "epochs batch_size learning_rate inversion_steps",
     "evaluate": "optimiser real_epochs full fair augmentation labels temperature cutmix keep_labels top_logits "
     "learning_rate schedule warmup_epochs epochs batch_size weight_decay",
     "cluster": "threads_per_worker resources labels accelerator_type light device compile experts_at_a_time "

@@ -39,6 +39,7 @@ class Purpose(IntEnum):
     SELECTION_ORDER = 21
     SELECTION_CROPS = 22
     RECOVERY_META = 23
+    PRIOR = 24
 
 
 def generator(seed: int, purpose: Purpose, *counters: int) -> np.random.Generator:

@@ -38,11 +38,19 @@ class SyntheticSet:
     """[a] step size of the student's SGD for each backbone."""
     labels: Tensor
     """[n] int64 class of the real image that each image started from; not learned."""
+    latents: Tensor | None = None
+    """[n ...] latents from which a prior makes the images. They are learned instead of pixels; `None` without a
+    prior."""
 
     @property
     def step_size(self) -> Tensor:
         """[] step size of the first backbone. The set is evaluated with this step size."""
         return self.step_sizes[0]
+
+    def variable(self, name: str) -> Tensor:
+        """Learned variable by name. That of "images" is their latents if there are any, otherwise their pixels."""
+        learned: Tensor = self.latents if name == "images" and self.latents is not None else getattr(self, name)
+        return learned
 
     def clone(self) -> SyntheticSet:
         """Copy the set, with its own memory and detached from any graph."""
@@ -51,11 +59,12 @@ class SyntheticSet:
             self.soft_labels.detach().clone(),
             self.step_sizes.detach().clone(),
             self.labels.clone(),
+            None if self.latents is None else self.latents.detach().clone(),
         )
 
     def is_invalid(self) -> Tensor:
         """Bool tensor []: True if a learned value is not finite or a step size is not positive."""
-        learned = (self.images, self.soft_labels, self.step_sizes)
+        learned = [self.images, self.soft_labels, self.step_sizes, *([] if self.latents is None else [self.latents])]
         return torch.stack([*(~t.isfinite().all() for t in learned), (self.step_sizes <= 0).any()]).any()
 
 

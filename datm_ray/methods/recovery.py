@@ -168,9 +168,9 @@ class Recovery(Descent):
     record: ClassVar[type[LossRecord]] = RecoveryRecord
     rate_key: ClassVar[str] = "recover.learning_rate"
     moments: dict[str, Tensor] = field(default_factory=dict)
-    """Adam's first and second moments [n c h w]; empty at the start of a round."""
+    """Adam's first and second moments of the images' variable; empty at the start of a round."""
     first_images: Tensor | None = None
-    """First images [n c h w] of the block; `None` with one round."""
+    """First images [n c h w] of the block, with a prior their latents; `None` with one round."""
 
     def follow(
         self,
@@ -193,22 +193,31 @@ class Recovery(Descent):
             DivergenceError: a multiple of `MOST_DIVERGED` iterations in a row were skipped.
         """
         first, last = self._round(options)
-        images, moments = self._adam(gradient, options.learning_rate, self.iteration - first, last - first)
-        bad = not_finite(gradient, loss, images, moments["second"])
+        gradient = self.pulled_back(gradient)
+        moved, moments = self._adam(gradient, options.learning_rate, self.iteration - first, last - first)
+        bad = not_finite(gradient, loss, moved, moments["second"])
         is_bad, *values = torch.stack([bad.to(loss), loss, statistics]).tolist()  # one wait for the device
         record = RecoveryRecord(self.iteration, values[0], bool(is_bad), values[1])
         if not is_bad:
-            self.synthetic.images, self.moments = images.clamp(*bounds), moments
+            self._place(moved, bounds)
+            self.moments = moments
         self.history.append(record)
         self._require_progress()
         if self.iteration == last < self.settings.iterations:
             assert self.first_images is not None
-            self.synthetic.images = self.synthetic.images.lerp(self.first_images, options.mixed_in).clamp(*bounds)
+            self._place(self.synthetic.variable("images").lerp(self.first_images, options.mixed_in), bounds)
             self.moments = {}
         return record
 
+    def _place(self, moved: Tensor, bounds: tuple[Tensor, Tensor]) -> None:
+        """Take pixels, kept between black and white, or the latents of a prior, whose images have no bounds."""
+        if self.prior is None:
+            self.synthetic.images = moved.clamp(*bounds)
+        else:
+            self.synthetic.latents, self.synthetic.images = moved, self.prior.render(moved)
+
     def _adam(self, gradient: Tensor, rate: float, done: int, steps: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images and moments after one step of Adam, as `torch.optim.Adam` computes them.
+        """Images' variable and moments after one step of Adam, as `torch.optim.Adam` computes them.
 
         Args:
             rate: learning rate at the start of the round.
@@ -221,7 +230,7 @@ class Recovery(Descent):
         second = SECOND_DECAY * second + (1 - SECOND_DECAY) * gradient.square()
         length = rate * share_of_rate(done, steps, cosine=True) / (1 - FIRST_DECAY ** (done + 1))
         root = second.sqrt() / math.sqrt(1 - SECOND_DECAY ** (done + 1)) + ADAM_EPS
-        return self.synthetic.images.addcdiv(first, root, value=-length), {"first": first, "second": second}
+        return self.synthetic.variable("images").addcdiv(first, root, value=-length), {"first": first, "second": second}
 
     def _round(self, options: RecoverConfig) -> tuple[int, int]:
         """First iteration of the present round, and its exclusive end. Lengths of rounds differ by at most one."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from datm_ray.config import DistillConfig
 from datm_ray.core.metadd import MetaDD
+from datm_ray.core.prior import Prior
 from datm_ray.core.synthetic import AllSum, SyntheticSet, identity
 from datm_ray.errors import DivergenceError
 
@@ -104,6 +105,8 @@ class State(Generic[Record]):
     """Number of iterations after which the set was `chosen`."""
     image_rate: float | None = None
     """Learning rate of the images, found before the first iteration; None if the recipe gives the rate."""
+    prior: Prior | None = None
+    """Decoder that makes the images from latents; None if pixels are learned. Checkpoints do not hold it."""
 
     @property
     def iteration(self) -> int:
@@ -152,10 +155,22 @@ class State(Generic[Record]):
             self.chosen, self.chosen_at = read(), iteration
         return is_chosen
 
+    def pulled_back(self, gradient: Tensor) -> Tensor:
+        """Gradient in the images' variable: the given gradient in pixels [n c h w], or with a prior that in latents."""
+        if self.prior is None:
+            return gradient
+        return self.prior.pull_back(self.synthetic.variable("images"), gradient)
+
+    def movement(self, gradient: Tensor) -> Tensor:
+        """First-order change of the images, with the sign turned, by an update along a gradient in pixels at rate 1."""
+        if self.prior is None:
+            return gradient
+        return self.prior.push_forward(self.synthetic.variable("images"), self.pulled_back(gradient))
+
     def meta_gradient(
         self, meta: MetaTerm | None, all_sum: AllSum, sum_over_backbones: AllSum
     ) -> tuple[dict[str, Tensor], list[MetaRecord], bool]:
-        """Compute MetaDD's gradient in the images, through the networks that this process holds.
+        """Compute MetaDD's gradient in the images' variable, through the networks that this process holds.
 
         Returns:
             {"images": gradient}, a list with the `MetaRecord`, and True if the loss or the gradient is not finite in
@@ -177,7 +192,8 @@ class State(Generic[Record]):
         record = MetaRecord(self.iteration, *total)
         if bad or not math.isfinite(record.total):
             return {}, [], True
-        return {"images": torch.zeros_like(self.synthetic.images).index_copy_(0, rows, gradient)}, [record], False
+        images = torch.zeros_like(self.synthetic.images).index_copy_(0, rows, gradient)
+        return {"images": self.pulled_back(images)}, [record], False
 
     def update(self, gradient: dict[str, Tensor], moved: Tensor, all_sum: AllSum) -> bool:
         """Update the set along the gradients, unless the update makes a value invalid in any shard.
@@ -195,7 +211,9 @@ class State(Generic[Record]):
         for name, momentum in zip(LEARNED, (IMAGE_MOMENTUM, LABEL_MOMENTUM, STEP_SIZE_MOMENTUM), strict=True):
             if name in self.momenta:
                 gradient[name].add_(self.momenta[name], alpha=momentum)  # in place: the sum becomes the new momentum
-            getattr(updated, name).sub_(gradient[name], alpha=rates[name])
+            updated.variable(name).sub_(gradient[name], alpha=rates[name])
+        if self.prior is not None:
+            updated.images = self.prior.render(updated.variable("images"))
         torch.where(moved, updated.step_sizes, self.synthetic.step_sizes, out=updated.step_sizes)
         if self.momenta:
             gradient["step_sizes"] = torch.where(moved, gradient["step_sizes"], self.momenta["step_sizes"])
@@ -215,6 +233,8 @@ class State(Generic[Record]):
         for prefix, of_set in sets.items():
             held |= {f"{prefix}.{name}": getattr(of_set, name) for name in (*ROWS, "labels")}
             shared[f"{prefix}.step_sizes"] = of_set.step_sizes
+        if self.synthetic.latents is not None:
+            held["synthetic.latents"] = self.synthetic.latents
         for name, buffer in self.momenta.items():
             (held if name in ROWS else shared)[f"momentum.{name}"] = buffer
         return (
@@ -300,7 +320,8 @@ class Descent(State[LossRecord]):
         """
         # MetaDD first, so that processes with MetaDD networks alone finish it while the others compute.
         total, meta_records, is_lost = self.meta_gradient(meta, all_sum, sum_over_backbones)
-        own, images = gradient()
+        own, pixels = gradient()
+        images = self.pulled_back(pixels)
         is_bad = is_lost or bool(not_finite(own, images))
         mine = torch.stack([own.detach().double(), torch.full_like(own, is_bad, dtype=torch.float64)])
         loss, bad = all_sum(sum_over_backbones(mine)).tolist()
@@ -308,7 +329,7 @@ class Descent(State[LossRecord]):
         if is_followed:
             total["images"] = total["images"] + images if "images" in total else images
             summed = {"images": sum_over_backbones(total["images"])}
-            summed |= {name: torch.zeros_like(getattr(self.synthetic, name)) for name in LEARNED if name != "images"}
+            summed |= {name: torch.zeros_like(self.synthetic.variable(name)) for name in LEARNED if name != "images"}
             moved = torch.zeros_like(self.synthetic.step_sizes, dtype=torch.bool)
             is_followed = self.update(summed, moved, all_sum)
         self.meta_history += meta_records if is_followed else []
@@ -365,7 +386,8 @@ def records(arrays: dict[str, NDArray[Any]], prefix: str, record: type[Any]) -> 
 
 
 def _set_from(arrays: Arrays, prefix: str, device: torch.device) -> SyntheticSet:
-    return SyntheticSet(**{name: _to_torch(arrays[f"{prefix}.{name}"], device) for name in (*LEARNED, "labels")})
+    names = (*LEARNED, "labels", *(["latents"] if f"{prefix}.latents" in arrays else []))
+    return SyntheticSet(**{name: _to_torch(arrays[f"{prefix}.{name}"], device) for name in names})
 
 
 def _to_numpy(tensor: Tensor) -> NDArray[np.generic]:

@@ -267,6 +267,16 @@ def require_experts(runs: Runs, networks: Sequence[RunConfig]) -> None:
             )
 
 
+def require_priors(runs: Runs) -> None:
+    """Raise a `MissingExpertsError` for a run whose trained prior is not in the store."""
+    for config in runs.missing_priors()[:1]:
+        raise MissingExpertsError(
+            f"{runs.store_uri} holds no trained prior, which {config.name} needs",
+            "its training has not finished for this recipe, or it used another --store",
+            f"run `datm-ray experts {config.name}` with the same --out and --store first",
+        )
+
+
 def _under(failure: ConfigError, key: str) -> ConfigError:
     """Copy of an error about `network.…` that names the key or option the user wrote, such as `backbones.0.network`."""
     parts = (failure.fact, failure.cause, failure.remedy)

@@ -40,6 +40,7 @@ from datm_ray.stages.expert_progress import ExpertProgress, note_stacks
 from datm_ray.stages.experts import experts_cost, progress_of, stacks, write_experts_cost
 from datm_ray.stages.method import Outlook
 from datm_ray.stages.pieces import remove_pieces
+from datm_ray.stages.prior import is_trained, note_prior_cost
 from datm_ray.stages.registry import method_of, trained_backbones, trained_networks
 from datm_ray.stages.saved_training import remove_progress
 from datm_ray.stages.scores import read_score
@@ -129,6 +130,8 @@ class Pipeline:
         found = {title: (len(left), [task.name for _, task in left]) for title, left in stages.items()}
         sets = list(dict.fromkeys(task.run for _, task in stages["sets to distil"]))
         found["sets to distil"] = (len(sets), sets)
+        if priors := self.runs.missing_priors():
+            found = {"priors to train": (len(priors), [config.name for config in priors])} | found
         if labelled := tasks.epochs_to_label(self.runs):
             found["epochs to label"] = (sum(labelled.values()), list(labelled))
             found["networks to train for evaluation"] = found.pop("networks to train for evaluation")
@@ -199,6 +202,7 @@ class Pipeline:
     def distill(self, start: Callable[[], Executor], reporter: Reporter) -> None:
         """Distil the sets that are not finished."""
         checks.require_distillable(self.runs)
+        checks.require_priors(self.runs)
         for config in self.configs:
             checks.require_experts(self.runs, trained_networks(config))
         with self._started(start, reporter, distils=True) as executor:
@@ -301,9 +305,9 @@ class Pipeline:
         self._note_stacks(executor)
 
         def open_tasks(runs: Runs) -> list[DatasetTask]:
-            return tasks.expert_tasks(runs, executor.light_workers)
+            return [*tasks.expert_tasks(runs, executor.light_workers), *tasks.prior_tasks(runs)]
 
-        if self.runs.networks():
+        if self.runs.networks() or self.runs.missing_priors():
             self._run("Experts", "train", open_tasks, executor, reporter)
         else:
             methods = ", ".join(sorted({config.method for config in self.configs}))
@@ -321,6 +325,8 @@ class Pipeline:
         for config in self.configs:
             costs = [experts_cost(each, self.runs.experts(each)) for each in trained_networks(config)]
             write_experts_cost(self.runs.folder(config), costs)
+            if is_trained(config):
+                note_prior_cost(self.runs.folder(config), self.runs.prior(config))
 
     def _clear_up(self) -> None:
         """Remove progress files of experts whose worker died after it had stored them."""

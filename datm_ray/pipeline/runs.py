@@ -16,6 +16,7 @@ from datm_ray.data.transform import FitCost, Transform, fit_transform
 from datm_ray.planning.shape import DataShape
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.experts import expert_group
+from datm_ray.stages.prior import PRIOR, is_trained, prior_folder
 from datm_ray.stages.registry import trained_networks
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.sealed import rejecting_nonsense
@@ -113,6 +114,20 @@ class Runs:
         """Numbers of the experts that a run with one network needs and the store does not hold."""
         done = set(self.experts(config).experts())
         return [expert for expert in range(config.experts.count) if expert not in done]
+
+    def prior(self, config: RunConfig) -> Location:
+        """Folder of a run's trained prior in the store."""
+        raw = self.raw(config)
+        return prior_folder(self.store_uri, config, raw.name, raw.fingerprint)
+
+    def missing_priors(self) -> list[RunConfig]:
+        """Runs whose trained prior the store does not hold, one for each prior."""
+        found = dict[str, RunConfig]()
+        for config in filter(is_trained, self.configs):
+            place = self.prior(config) / PRIOR
+            if not place.exists():
+                found.setdefault(place.uri, config)
+        return list(found.values())
 
     def fitting_cost(self, dataset: DatasetConfig) -> FitCost:
         """Cost of fitting the data set's transform."""

@@ -20,9 +20,10 @@ from datm_ray.planning.memory import (
     experts_memory,
     laid_out,
     plans_of,
+    prior_memory,
     scoring_memory,
 )
-from datm_ray.planning.shape import DataShape, network_cost
+from datm_ray.planning.shape import DataShape, network_cost, prior_cost
 from datm_ray.runtime.devices import uses_gpu
 from datm_ray.runtime.executor import Executor, Task
 from datm_ray.stages.evaluate import (
@@ -74,6 +75,27 @@ def expert_tasks(runs: Runs, workers: int = 1) -> list[DatasetTask]:
                 is_light=True,
             )
             tasks.append((config.dataset, task))
+    return tasks
+
+
+def prior_tasks(runs: Runs) -> list[DatasetTask]:
+    """One task for every trained prior that any of the runs needs and the store does not hold."""
+    tasks = []
+    for config in runs.missing_priors():
+        settings = config.prior
+        assert settings is not None
+        cost, _ = prior_cost(settings, runs.shape(config).image)
+        task = Task(
+            f"prior of {config.name}",
+            (config, runs.store_uri),
+            run=config.name,
+            stage="experts",
+            weight=2 * cost.flop * settings.epochs * len(runs.raw(config).train),
+            method="train_prior",
+            memory=prior_memory(config, runs.shape(config)),
+            is_light=True,
+        )
+        tasks.append((config.dataset, task))
     return tasks
 
 

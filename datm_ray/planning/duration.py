@@ -23,7 +23,7 @@ from datm_ray.core.training import PROTOCOLS, scoring_schedule, validation_proto
 from datm_ray.methods.state import columns
 from datm_ray.planning.machines import Machine
 from datm_ray.planning.memory import DistillationPlan
-from datm_ray.planning.shape import DataShape, fitting_cost, network_cost
+from datm_ray.planning.shape import DataShape, fitting_cost, network_cost, prior_cost
 from datm_ray.runtime.devices import uses_gpu
 from datm_ray.stages.evaluate import (
     fewest_tasks,
@@ -47,8 +47,10 @@ RUN_SECONDS, WORKER_SECONDS = 15.0, 6.0
 NO_HOURS = "unknown: not measured. Give the speed as tflops= or gflops= in --cluster, or use --measure where it is"
 
 
+DECODING = "decoding"
+"""Kind of work: an image through the decoder of a prior, there and back."""
 Work = tuple[str, RunConfig, float]
-"""Kind of work (see `FORWARD_PASSES`), run whose first network it is, and number of image passes. A task is a list."""
+"""Kind of work, see `FORWARD_PASSES` and `DECODING`; run whose first network it is; image passes. A task is a list."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class Proposal:
             most, least = 1 if network.cluster.experts_at_a_time else workers, 1 if uses_gpu(network.cluster) else 2
             found = stacks(range(own.count), size, own.count, most, least)
             tasks += [[("experts", network, len(each) * passes)] for each in found]
+        if self.config.prior is not None and self.config.prior.kind == "trained":  # an encoder is as large as a decoder
+            tasks.append([(DECODING, self.config, 2 * self.config.prior.epochs * self._trained)])
         return tasks
 
     @functools.cached_property
@@ -93,6 +97,8 @@ class Proposal:
             for number in role.backbones:
                 passes = self.plans[number].demand.passes
                 rank += [(kind, networks[number], count) for kind, count in passes.items()]
+            if config.prior is not None:
+                rank.append((DECODING, config, self._held * (len(role.backbones) + bool(role.meta_networks))))
             ranks.append(rank)
         return max(ranks, key=self.seconds)
 
@@ -138,8 +144,14 @@ class Proposal:
 
     def seconds(self, task: Sequence[Work]) -> float:
         """Seconds that one worker takes for a task, without compiling."""
-        each = self.machine.seconds
-        return sum(passes * network_cost(own, self.shape).flop * each[kind] for kind, own, passes in task)
+        each = {**self.machine.seconds, DECODING: self.machine.seconds["training"]}
+        return sum(passes * self._flop(kind, own) * each[kind] for kind, own, passes in task)
+
+    def _flop(self, kind: str, own: RunConfig) -> float:
+        """Operations of one image in a forward pass: through the decoder of the run's prior, or its first network."""
+        if kind == DECODING and own.prior is not None:
+            return prior_cost(own.prior, self.shape.image)[0].flop
+        return network_cost(own, self.shape).flop
 
     def compiling(self, kind: str, network: RunConfig) -> float:
         """Seconds in which one worker compiles steps of a network; 0 for kinds of work that are not compiled."""

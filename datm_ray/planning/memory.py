@@ -19,11 +19,12 @@ from datm_ray.config import NetworkConfig, Role, RunConfig
 from datm_ray.core.batches import BLOCK_BYTES
 from datm_ray.core.metadd import IMAGES_AT_A_TIME
 from datm_ray.core.networks.stacked import CACHED_MAP_BYTES
+from datm_ray.core.prior import KEPT_MAPS, micro_batch
 from datm_ray.core.training import PROTOCOLS, SCORING_BATCH, scoring_schedule
 from datm_ray.errors import ConfigError
 from datm_ray.memory import available_memory
 from datm_ray.planning.machines import workers_here
-from datm_ray.planning.shape import DataShape, network_cost
+from datm_ray.planning.shape import DataShape, network_cost, prior_cost
 from datm_ray.runtime.devices import free_gpu_memory, uses_gpu
 from datm_ray.stages.expert_progress import LARGEST_WRITE
 from datm_ray.stages.registry import method_of, teacher_of
@@ -55,6 +56,7 @@ PARTS = {
     "trace": ("the trace of the student's steps", "distill.student_steps"),
     "call": ("one micro-batch", "network.width or dataset.resize"),
     "validation": ("validation", "network.width or dataset.resize"),
+    "prior": ("a micro-batch through the prior's decoder", "prior.width"),
     "meta": ("the networks of metadd", "dataset.resize, or choose smaller metadd.auxiliaries"),
 }
 """Part of a worker's memory -> what it is, and which setting makes it smaller; "" if none does."""
@@ -81,7 +83,8 @@ class DistillationPlan:
     def total(self) -> int:
         """Peak memory of the worker in bytes, with `MARGIN` on everything but the process."""
         parts = self.parts
-        worst = max(parts["trace"] + parts["call"], parts["validation"], parts["meta"])  # never at the same time
+        apart = (parts[name] for name in ("validation", "meta", "prior"))
+        worst = max(parts["trace"] + parts["call"], *apart)  # never at the same time
         return parts["process"] + math.ceil(MARGIN * (parts["synthetic"] + parts["network"] + worst))
 
     def __str__(self) -> str:
@@ -152,7 +155,8 @@ def _plan(config: RunConfig, shape: DataShape, role: Role, backbone: int | None,
     own = method_of(config).demand(config, shape.classes, shards, size)
     vectors = own.vectors * sum(sizes[number].parameters for number in role.backbones)
     frozen = sum(each.parameters for each in seen) * (config.metadd.experts.count if config.metadd else 0)
-    validated = max(min(PROTOCOLS["short"].batch_size, images) * first.maps, 2 * SCORING_BATCH * first.largest)
+    trained = 0 if method_of(config).pieces(config, shape.classes) else min(PROTOCOLS["short"].batch_size, images)
+    validated = max(trained * first.maps, 2 * SCORING_BATCH * first.largest)  # pieces are not validated, but labelled
     copies, held = SET_COPIES + (len(role.backbones) > 1), own.held or shape.synthetic(config, shards)
     parts = dict.fromkeys(PARTS, 0) | {
         "process": 0 if uses_gpu(config.cluster) else PROCESS_BYTES,
@@ -161,6 +165,12 @@ def _plan(config: RunConfig, shape: DataShape, role: Role, backbone: int | None,
         "validation": validated + (images * shape.row if shards > 1 else 0),
         "meta": sum(IMAGES_AT_A_TIME * each.maps for each in seen),
     }
+    if config.prior is not None:
+        decoder, latents = prior_cost(config.prior, shape.image)
+        whitening = math.prod(shape.image) ** 2 * (config.dataset.kind == "zca")
+        parts["synthetic"] += SET_COPIES * held * 4 * latents
+        parts["network"] += 4 * (2 * decoder.parameters + whitening)  # the encoder is about as large
+        parts["prior"] = min(held, micro_batch(decoder)) * (KEPT_MAPS * decoder.maps + IMAGE_COPIES * shape.row)
     if backbone is None:
         name = f"holds metadd.auxiliaries.{role.meta_networks[0] - 1} of {config.name}"
         return DistillationPlan(name, budget, parts, 0, own)
@@ -250,6 +260,15 @@ def experts_memory(config: RunConfig, shape: DataShape, stacked: int) -> int:
     written = 2 * min(LARGEST_WRITE + vector, vector * (settings.epochs + 1))  # as epochs, and stacked for the file
     rows, scored = min(settings.batch_size, shape.training_images), SCORING_BATCH if settings.test_every else 0
     return _training_memory(config, shape, rows, stacked, written, scored, is_stack=True)
+
+
+def prior_memory(config: RunConfig, shape: DataShape) -> int:
+    """Bytes of main memory of a worker that trains the run's prior."""
+    if uses_gpu(config.cluster.shaped(light=True)) or config.prior is None:
+        return GPU_PROCESS_BYTES
+    cost, _ = prior_cost(config.prior, shape.image)
+    maps = 2 * STACKED_MAPS * config.prior.batch_size * cost.maps  # an encoder is about as large as its decoder
+    return TRAINING_PROCESS_BYTES + math.ceil(MARGIN * (maps + 2 * VECTORS * 4 * cost.parameters))
 
 
 def scoring_memory(

@@ -10,9 +10,10 @@ import math
 import re
 from dataclasses import dataclass, replace
 
-from datm_ray.config import DatasetConfig, NetworkConfig, RunConfig
+from datm_ray.config import DatasetConfig, NetworkConfig, PriorConfig, RunConfig
 from datm_ray.core.networks.image_cost import ImageCost, image_cost
 from datm_ray.core.networks.registry import build_network
+from datm_ray.core.prior import build_decoder, latent_shape
 from datm_ray.data.decode import require_memory
 from datm_ray.data.sources import load_raw
 from datm_ray.data.transform import FitCost
@@ -109,6 +110,17 @@ def data_shape(dataset: DatasetConfig, *, here: bool = False) -> DataShape:
 def fitting_cost(dataset: DatasetConfig, shape: DataShape) -> FitCost:
     """Cost of fitting the normalisation on the training images without those for validation."""
     return FitCost.of(dataset.resolved(shape.image[1:]).kind, shape.image, shape.trained(dataset))
+
+
+@functools.lru_cache(maxsize=64)
+def prior_cost(prior: PriorConfig, image: tuple[int, int, int]) -> tuple[ImageCost, int]:
+    """Memory and operations of one image in a prior's decoder, and the number of latents of an image.
+
+    Raises:
+        ConfigError: a user's function gives no decoder of such images.
+    """
+    decoder = build_decoder(prior, image, seed=0)
+    return image_cost(decoder, latent_shape(decoder)), math.prod(latent_shape(decoder))
 
 
 def network_cost(config: RunConfig, shape: DataShape) -> ImageCost:

@@ -20,6 +20,7 @@ from datm_ray.stages.evaluate import FAIR_ROWS, ROWS
 from datm_ray.stages.experts import read_experts_cost
 from datm_ray.stages.labels import labels_cost
 from datm_ray.stages.metadd import MAPS_KIND
+from datm_ray.stages.prior import read_prior_cost
 from datm_ray.stages.scores import FAIR_PARTS, FairScores, NetworkScores, Score
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.sealed import rejecting_nonsense
@@ -92,6 +93,8 @@ def cost_lines(summary: RunSummary) -> list[CostLine]:
         for each in read_experts_cost(summary.folder)
         if each.known
     ]
+    if prior := read_prior_cost(summary.folder):
+        lines.append(CostLine("prior", 1, prior))
     if (summary.folder / COST).exists():
         lines.append(CostLine("distillation", 1, read_cost(summary.folder)))
     if summary.labels is not None:
@@ -138,7 +141,8 @@ class Run:
     @property
     def before(self) -> str:
         """Heading of the images before the first iteration."""
-        return "Before: noise" if self.config.distill.initial == "noise" else "Before: real images"
+        first = "noise" if self.config.distill.initial == "noise" else "real images"
+        return f"Before: {first}" + (", as the prior makes them" if self.config.prior else "")
 
     @property
     def learns_step_size(self) -> bool:

@@ -223,7 +223,7 @@ def _require_shapes(folder: Location, state: State[Any]) -> None:
         ):
             raise _unusable(folder, f"has a set whose shapes disagree: {shapes}")
     for name, momentum in state.momenta.items():
-        if momentum.shape != getattr(state.synthetic, name).shape:
+        if momentum.shape != state.synthetic.variable(name).shape:
             raise _unusable(folder, f"has momenta of {name} in another shape")
 
 

@@ -56,6 +56,7 @@ from datm_ray.stages.expert_networks import ExpertNetworks
 from datm_ray.stages.expert_progress import WRITE_SHARE
 from datm_ray.stages.metadd import MetaNetworks
 from datm_ray.stages.method import Method, Part
+from datm_ray.stages.prior import PriorOfSet
 from datm_ray.stages.registry import method_of
 from datm_ray.stages.validation import (
     REPORT_INTERVAL,
@@ -233,6 +234,7 @@ class Distillation:
         self._config, self._dataset, self._mesh, self._device = config, dataset, mesh, device
         self._rows = part.rows
         self._iterations = method.iterations(config)
+        self._prior = None if config.prior is None else PriorOfSet(part)
         self._validation, self._candidates = validation, Candidates(self._attempt.folder)
         self._has_joined = False
         """True if the state has results of candidates that the checkpoint lacks."""
@@ -267,6 +269,7 @@ class Distillation:
         yield from map(Note, self._method.notes)
         saved = self._saved_state()
         state = saved or self._method.state((yield from self._chosen()), settings)
+        state.prior = None if self._prior is None else self._prior.prior
         yield from map(Phase, filter(None, [self._method.preparation]))
         self._mesh.until_all_are_done(self._method.prepare)
         if saved is None and self._iterations:
@@ -326,7 +329,8 @@ class Distillation:
             try:
                 next(steps)
             except StopIteration as end:
-                return cast(SyntheticSet, end.value)
+                first = cast(SyntheticSet, end.value)
+                return first if self._prior is None else self._prior.start(first)
             if time.monotonic() >= due:
                 yield Phase(CHOOSING)
                 due = time.monotonic() + REPORT_INTERVAL
@@ -531,6 +535,8 @@ class Distillation:
             "dataset_fingerprint": dataset.fingerprint,
             "expert_fingerprint": ", ".join(self._fingerprints),
         }
+        if self._prior is not None:
+            origin["prior"] = self._prior.digest
         if self._found:
             origin[FOUND] = self._found
         if self._computed:

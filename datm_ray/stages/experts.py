@@ -47,11 +47,15 @@ from datm_ray.store.trajectories import ExpertGroup, TrajectoryInfo, TrajectoryS
 
 def expert_group(store_uri: str, config: RunConfig, dataset: str, dataset_fingerprint: str) -> ExpertGroup:
     """Group of a run's experts in the store."""
-    store = TrajectoryStore(store_uri)
     fingerprint = expert_fingerprint(config, dataset_fingerprint)
+    return group_in_store(store_uri, dataset, config.network.architecture, fingerprint)
+
+
+def group_in_store(store_uri: str, dataset: str, architecture: str, fingerprint: str) -> ExpertGroup:
+    """Group in the store, for a data set whose name may have any characters."""
     # A data set may be named after any folder; the fingerprint separates data sets of one name.
     folder = re.sub(r"[^A-Za-z0-9._+=-]+", "-", dataset).lstrip("._+=-") or "dataset"
-    return store.group(folder, config.network.architecture, fingerprint)
+    return TrajectoryStore(store_uri).group(folder, architecture, fingerprint)
 
 
 def experts_at_a_time(config: RunConfig, image: tuple[int, int, int], classes: int) -> int:

@@ -216,6 +216,10 @@ class Method:
                 f"method {config.method} makes a set in pieces, each by one worker",
                 "use --set cluster.shards=1 --set cluster.auxiliaries_apart=false; all workers take pieces",
             )
+        if config.prior is not None and not cls.iterations(config):
+            raise ConfigError(
+                f"prior is set, and method {config.method} learns no images", remedy="use --set prior=null"
+            )
         if config.evaluate.fair and not cls.trained_backbones(config):
             raise ConfigError(
                 "evaluate.fair compares with random images under the labels of experts, and the run trains none",
@@ -330,7 +334,7 @@ class Method:
             DatmError: the set would learn nothing.
         """
         if self.part.config.distill.learning_rate_images is None:
-            share = self.share_of_images(self._gradient(state)[1], state.synthetic.images)
+            share = self.share_of_images(state.movement(self._gradient(state)[1]), state.synthetic.images)
             if not share:
                 raise ConfigError("the loss has no gradient in the images", remedy="give distill.learning_rate_images")
             state.image_rate = FIRST_MOVE / share
@@ -338,7 +342,7 @@ class Method:
             yield f"{found}: the first update moves pixels by {FIRST_MOVE:.0%} of their root mean square"
 
     def share_of_images(self, gradient: Tensor, images: Tensor) -> float:
-        """Euclidean norm of the gradient over all workers, divided by the norm of the images."""
+        """Euclidean norm of a gradient or a movement over all workers, divided by the norm of the images."""
         mesh = self.part.mesh
         squares = [each.double().square().sum() for each in (mesh.sum_over_backbones(gradient), images)]
         of_gradient, of_images = mesh.sum_over_classes(torch.stack(squares)).sqrt().tolist()

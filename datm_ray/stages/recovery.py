@@ -133,7 +133,7 @@ class RecoveryFromTeacher(Method):
         """Run one iteration: one step of Adam on the loss of a view, with MetaDD's loss of this view if it is used."""
         config, synthetic = self.part.config, state.synthetic
         if config.recover.rounds > 1 and state.first_images is None:
-            state.first_images = synthetic.images.clone()
+            state.first_images = synthetic.variable("images").clone()
         iterations = config.distill.iterations
         view = draw_view(config.recover, config.seed, self.piece.number, state.iteration, iterations)
         images = synthetic.images.detach().requires_grad_()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
 from datm_ray.config import RunConfig
+from datm_ray.config.plugins import imported
 from datm_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,20 +29,13 @@ def method_of(config: RunConfig) -> type[Method]:
     from datm_ray.stages.method import Method
 
     name = config.method
-    module, colon, attribute = METHODS.get(name, name).partition(":")
-    if not colon:
+    place = METHODS.get(name, name)
+    if ":" not in place:
         raise ConfigError(
             f"method is {name!r}, which does not exist",
             remedy=f"choose one of {', '.join(METHODS)}, or give package.module:Class of your own",
         )
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except Exception as failure:  # a user's module may raise anything
-        raise ConfigError(
-            f"method {name!r} cannot be imported: {failure or type(failure).__name__}",
-            "its package is not installed here, or the class has another name",
-            "install it on every machine, or put its folder on PYTHONPATH",
-        ) from failure
+    found = imported("method", place)
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ConfigError(f"method {name!r} is no subclass of datm_ray.Method", remedy="derive the class from it")
     return found

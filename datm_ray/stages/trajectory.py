@@ -261,7 +261,7 @@ class TrajectoryMatching(Method):
                 total.add_(pair.weight * pair.gradient(state.synthetic, all_sum, skip_above).images)
 
         self.part.mesh.in_rows(work)
-        return self.share_of_images(total, state.synthetic.images)
+        return self.share_of_images(state.movement(total), state.synthetic.images)
 
     def _distance(self, state: Distillation) -> Distance:
         """Distances that experts and the student move. The student's distance is for the present step size."""

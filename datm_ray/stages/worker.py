@@ -13,6 +13,7 @@ from datm_ray.stages.evaluate import EvaluateWorker
 from datm_ray.stages.experts import ExpertWorker
 from datm_ray.stages.labels import LabelWorker
 from datm_ray.stages.pieces import PieceWorker
+from datm_ray.stages.prior import PriorWorker
 
 
 class StageWorker:
@@ -27,6 +28,10 @@ class StageWorker:
     def train(self, *arguments: Any) -> Iterator[Event]:
         """Train a stack of experts, see `ExpertWorker.train`."""
         yield from self._worker(ExpertWorker, light=True).train(*arguments)
+
+    def train_prior(self, *arguments: Any) -> Iterator[Event]:
+        """Train a prior, see `PriorWorker.train`."""
+        yield from self._worker(PriorWorker, light=True).train(*arguments)
 
     def distill(self, *arguments: Any, **rank: Any) -> Iterator[Event]:
         """Distil a set, see `DistillWorker.distill`."""

@@ -37,11 +37,12 @@ GIB, MIB = 2**30, 2**20
 
 
 def plan_of(config: RunConfig) -> DistillationPlan:
-    """The plan of a recipe's first network, whose data's shape is known."""
-    shape = data_shape(config.dataset)
+    """The plan of a recipe's first network, whose data's shape is known, or that of ImageNet-1K."""
+    shape = IMAGENET if config.dataset.source == "folder" else data_shape(config.dataset)
     return plans_of(config.resolved(shape.image[1:]), shape)[0]
 
 
+IMAGENET = DataShape((3, 224, 224), 1000, 1_281_167, is_streamed=True)
 READABLE = {"8GiB": 8 * GIB, "512MiB": 2**29, "6 GB": 6 * 10**9, "1.5gib": 3 * GIB // 2, " 2 G ": 2 * 10**9,
             "100kB": 100_000, "4096": 4096, "4096B": 4096, "8PiB": 2**53}  # fmt: skip
 PRINTED = {0: "0 B", 1023: "1023 B", 1536: "1.5 KiB", 310 * MIB: "310.0 MiB", 3.25 * GIB: "3.25 GiB",

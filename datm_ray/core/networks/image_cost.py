@@ -41,8 +41,8 @@ class ImageCost:
     """Number of the network's parameters."""
 
 
-def image_cost(network: nn.Module, image: tuple[int, int, int]) -> ImageCost:
-    """Count the cost of one image [c h w] in the network."""
+def image_cost(network: nn.Module, image: tuple[int, ...]) -> ImageCost:
+    """Count the cost of one image [c h w] in the network, or of one input of another shape."""
     device = "cpu" if math.prod(image) <= _COMPUTED else "meta"
     network = copy.deepcopy(network).to(device, torch.float32).eval()
     images = torch.zeros(_IMAGES, *image, device=device)

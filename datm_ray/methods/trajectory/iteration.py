@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -198,7 +198,7 @@ class Distillation(State[IterationRecord]):
         skipped = (losses > self.settings.threshold) | (unusable > 0) | (lost > 0)
         if not bool(skipped.all()):
             zeros = (name for name in LEARNED if name not in total)
-            total |= {name: torch.zeros_like(getattr(self.synthetic, name)) for name in zeros}
+            total |= {name: torch.zeros_like(self.synthetic.variable(name)) for name in zeros}
             summed = {name: sum_over_backbones(total[name]) for name in LEARNED}
             if self.update(summed, ~skipped.to(self.synthetic.step_sizes.device), all_sum):
                 self.meta_history += meta_records
@@ -240,6 +240,7 @@ class Distillation(State[IterationRecord]):
         gradient = match.gradient(self.synthetic, all_sum, skip_above=self.settings.threshold)
         if not gradient.loss <= self.settings.threshold:
             return gradient.loss, math.nan, not math.isfinite(gradient.loss)
+        gradient = replace(gradient, images=self.pulled_back(gradient.images))
         decrease = self._shorten(match, gradient, all_sum)
         if math.isnan(decrease) or not self._stays_positive(match, gradient):
             return gradient.loss, math.nan, True

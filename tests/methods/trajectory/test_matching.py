@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from datm_ray.config import PUBLISHED_AUGMENTATION, DistillConfig, NetworkSpec
+from datm_ray.config import PUBLISHED_AUGMENTATION, DistillConfig, NetworkSpec, PriorConfig
 from datm_ray.core.augment import augment, draw_augmentation
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.networks.registry import build_network
+from datm_ray.core.prior import Prior, build_decoder, draw_latents
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.methods.trajectory.iteration import Distillation, Match, Origin
 from datm_ray.methods.trajectory.matching import (
@@ -63,6 +64,14 @@ def unrolled(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Loss and gradients through the whole graph, as the published code computes them."""
     learned = [t.clone().requires_grad_() for t in (synthetic.images, synthetic.soft_labels, synthetic.step_size)]
+    matching = unrolled_loss(network, start, target, learned, steps)
+    return matching.detach(), torch.autograd.grad(matching, learned)
+
+
+def unrolled_loss(
+    network: FlatNetwork, start: Tensor, target: Tensor, learned: list[Tensor], steps: list[StudentStep]
+) -> Tensor:
+    """Loss as a function of images, soft labels and step size, with the whole graph."""
     images, soft_labels, step_size = learned
     theta = start.clone().requires_grad_()
     for step in steps:
@@ -71,8 +80,7 @@ def unrolled(
         loss = soft_cross_entropy(network(theta, x), soft_labels[step.rows], weights)
         (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
         theta = theta - step_size * gradient
-    matching = (theta - target).square().sum() / (start - target).square().sum()
-    return matching.detach(), torch.autograd.grad(matching, learned)
+    return (theta - target).square().sum() / (start - target).square().sum()
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
@@ -94,6 +102,27 @@ def test_gradient_equals_full_unrolling(operation: str) -> None:
     assert ours.loss == pytest.approx(float(loss), rel=1e-12)
     for value, expected in zip(parts(ours), reference, strict=True):
         assert relative_error(value, expected) < 1e-10
+
+
+def test_gradient_in_latents_equals_full_unrolling_through_a_decoder() -> None:
+    """With a prior, an iteration moves latents and labels along the gradients of one graph, through the decoder too."""
+    network, start, target, synthetic = make_problem(channels=1)
+    steps = draw_student_steps(12, 4, 5, "crop_flip", seed=1, iteration=3)
+    decoder = build_decoder(PriorConfig(channels=2, width=4), (1, 8, 8), seed=0).double()
+    prior = Prior.of(decoder, torch.nn.Identity(), chunk=5)
+    latents = torch.from_numpy(draw_latents((12, 2, 2, 2), seed=0)).double()
+    state = Distillation(
+        dataclasses.replace(synthetic, images=prior.render(latents), latents=latents.clone()), SETTINGS
+    )
+    state.prior = prior
+    state.step([Match(eager(network), start, target, steps)], [Origin(0, 0)])
+    leaf, soft_labels = latents.clone().requires_grad_(), synthetic.soft_labels.clone().requires_grad_()
+    learned = [prior.network(leaf), soft_labels, synthetic.step_size.clone()]
+    expected = torch.autograd.grad(unrolled_loss(network, start, target, learned, steps), (leaf, soft_labels))
+    assert relative_error(state.momenta["images"], expected[0]) < 1e-10
+    assert relative_error(state.momenta["soft_labels"], expected[1]) < 1e-10
+    assert relative_error(latents - state.synthetic.variable("images"), expected[0]) < 1e-9
+    assert torch.equal(state.synthetic.images, prior.render(state.synthetic.variable("images")))
 
 
 def test_gradient_equals_finitedifferences() -> None:

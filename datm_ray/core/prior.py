@@ -1,0 +1,293 @@
+"""A prior: images are the output of a decoder, and a set's latents are learned in place of its pixels (GLaD).
+
+    images = N(G(latents)),    dL/dlatents = J^T dL/dimages
+
+G is a decoder from latents to pixels, N the data set's normalisation, and J the derivative of N after G. A method
+computes dL/dimages as without a prior, exactly. The product with J^T is exact too, and needs no graph but that of one
+micro-batch through G. Networks here have no batch statistics, so each image depends on its own latents alone.
+
+A `trained` decoder is half of an autoencoder of the data set's images, trained by Adam for the mean squared error of
+pixels. An `untrained` one has the same architecture with its first parameters. The idea, and the control, are those of
+GLaD (arXiv 2305.01649), whose generator is a pretrained StyleGAN-XL.
+
+Shapes: n images, c h w an image, l a b the latents of one image, p parameters. Tests: tests/core/test_prior.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, mse_loss
+
+from datm_ray.config import PriorConfig
+from datm_ray.config.plugins import imported
+from datm_ray.core.networks.parameters import FlatNetwork, flatten
+from datm_ray.core.randomness import Purpose, derive_seed, generator
+from datm_ray.core.rates import share_of_rate
+from datm_ray.core.training import Heartbeat, no_heartbeat
+from datm_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from datm_ray.core.networks.image_cost import ImageCost
+
+MICRO_BATCH_BYTES = 256 * 2**20
+"""Largest size in bytes of what a decoder keeps for the derivative of one micro-batch; one image may take more."""
+KEPT_MAPS = 2
+"""Peak memory of a micro-batch through a decoder and back, as a multiple of what its layers write in one forward
+pass."""
+INVERSION_RATE = 0.1
+"""Learning rate of Adam at the start of an inversion; it falls along a cosine to 0."""
+MIDDLE = 0.5
+"""Value of a pixel between black and white, which decoders add to their output."""
+
+
+def halved(size: tuple[int, int], halvings: int) -> list[tuple[int, int]]:
+    """Sizes (height, width) of maps from `size` on, each half of the one before, rounded up."""
+    sizes = [size]
+    for _ in range(halvings):
+        sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
+    return sizes
+
+
+def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    """Convolution whose maps have about the variance of its input, so that untrained decoders follow their latents."""
+    layer = nn.Conv2d(inputs, outputs, 3, stride, padding=1)
+    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Decoder(nn.Module):
+    """Convolutional decoder from latents [n l a b] to pixels [n c h w], 0 for black and 1 for white, unbounded."""
+
+    def __init__(self, image: tuple[int, int, int], settings: PriorConfig) -> None:
+        super().__init__()
+        self._sizes = halved(image[1:], settings.halvings)
+        self.latent_shape = (settings.channels, *self._sizes[-1])
+        """Shape of one image's latents."""
+        width, halvings = settings.width, settings.halvings
+        self.first = _conv(settings.channels, width)
+        self.doubling = nn.ModuleList(_conv(width, width) for _ in range(halvings))
+        self.last = _conv(width, image[0])
+        self.activation = nn.SiLU()
+
+    def forward(self, latents: Tensor) -> Tensor:
+        maps = self.activation(self.first(latents))
+        for size, layer in zip(reversed(self._sizes[:-1]), self.doubling, strict=True):
+            larger = interpolate(maps, scale_factor=2.0, mode="nearest")[:, :, : size[0], : size[1]]
+            maps = self.activation(layer(larger))
+        pixels: Tensor = MIDDLE + self.last(maps)
+        return pixels
+
+
+class Autoencoder(nn.Module):
+    """Encoder from pixels [n c h w] to latents, and a `Decoder` back to pixels."""
+
+    def __init__(self, image: tuple[int, int, int], settings: PriorConfig) -> None:
+        super().__init__()
+        width = settings.width
+        layers: list[nn.Module] = [_conv(image[0], width), nn.SiLU()]
+        for _ in range(settings.halvings):
+            layers += [_conv(width, width, stride=2), nn.SiLU()]
+        self.encoder = nn.Sequential(*layers, _conv(width, settings.channels))
+        self.decoder = Decoder(image, settings)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Latents [n l a b] of pixels [n c h w]."""
+        latents: Tensor = self.encoder(pixels - MIDDLE)
+        return latents
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        decoded: Tensor = self.decoder(self.encode(pixels))
+        return decoded
+
+
+@contextmanager
+def _drawn_from(seed: int) -> Iterator[None]:
+    """Draw the parameters of modules that are made in the context from the seed of a run alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, Purpose.PRIOR))
+        yield
+
+
+def build_autoencoder(settings: PriorConfig, image: tuple[int, int, int], seed: int) -> Autoencoder:
+    """Autoencoder for images of shape `image` (c, h, w). Its parameters are drawn from `seed` alone."""
+    with _drawn_from(seed):
+        return Autoencoder(image, settings)
+
+
+def build_decoder(settings: PriorConfig, image: tuple[int, int, int], seed: int) -> nn.Module:
+    """Decoder of a recipe with its first parameters, or the module that a user's function returns.
+
+    Parameters that torch draws in the function depend on `seed` alone.
+
+    Raises:
+        ConfigError: the function cannot be imported, or returns something that is no decoder of such images.
+    """
+    if settings.is_packaged:
+        return build_autoencoder(settings, image, seed).decoder
+    with _drawn_from(seed):
+        decoder = imported("prior.kind", settings.kind)(image)
+    if not isinstance(decoder, nn.Module) or not hasattr(decoder, "latent_shape"):
+        raise ConfigError(
+            f"prior.kind {settings.kind!r} returned {type(decoder).__name__}, which is no decoder",
+            remedy="return a torch.nn.Module with an attribute latent_shape, the shape of one image's latents",
+        )
+    with torch.no_grad():
+        found = tuple(decoder.eval()(torch.zeros(1, *latent_shape(decoder))).shape[1:])
+    if found != tuple(image):
+        raise ConfigError(
+            f"the decoder of prior.kind {settings.kind!r} makes images of {found}, and the data has {tuple(image)}",
+            remedy="its function is given the shape (channels, height, width): return a decoder for it",
+        )
+    return decoder
+
+
+def latent_shape(decoder: nn.Module) -> tuple[int, ...]:
+    """Shape of one image's latents, which a decoder states."""
+    return tuple(int(side) for side in decoder.latent_shape)  # type: ignore[union-attr]
+
+
+def micro_batch(cost: ImageCost) -> int:
+    """Number of images that pass through a decoder together; the same on every machine.
+
+    Args:
+        cost: cost of one image in the decoder.
+    """
+    return max(1, MICRO_BATCH_BYTES // (KEPT_MAPS * cost.maps))
+
+
+@dataclass(frozen=True)
+class Prior:
+    """A decoder as distillation uses it: latents to normalised images, and gradients back."""
+
+    network: nn.Module
+    """Decoder and normalisation, frozen and in evaluation mode: latents [n l a b] to normalised images [n c h w]."""
+    chunk: int
+    """Number of images of a micro-batch."""
+
+    @classmethod
+    def of(cls, decoder: nn.Module, normaliser: nn.Module, chunk: int) -> Prior:
+        """Join a decoder to pixels and a normalisation of pixels; freezes both."""
+        return cls(nn.Sequential(decoder, normaliser).eval().requires_grad_(False), chunk)
+
+    @torch.no_grad()
+    def render(self, latents: Tensor) -> Tensor:
+        """Images [n c h w] of latents [n l a b]."""
+        return torch.cat([self.network(part) for part in latents.split(self.chunk)])
+
+    def pull_back(self, latents: Tensor, gradient: Tensor) -> Tensor:
+        """Gradient in the latents [n l a b] of a loss whose gradient in the images is `gradient` [n c h w]."""
+        found = []
+        for part, along in zip(latents.split(self.chunk), gradient.split(self.chunk), strict=True):
+            inner = part.detach().requires_grad_()
+            found.append(torch.autograd.grad(self.network(inner), inner, along)[0])
+        return torch.cat(found)
+
+    def push_forward(self, latents: Tensor, direction: Tensor) -> Tensor:
+        """First-order change [n c h w] of the images if the latents move by `direction` [n l a b]."""
+        found = []
+        for part, along in zip(latents.split(self.chunk), direction.split(self.chunk), strict=True):
+            inner = part.detach().requires_grad_()
+            images = self.network(inner)
+            weights = torch.zeros_like(images, requires_grad=True)
+            (back,) = torch.autograd.grad(images, inner, weights, create_graph=True)  # J^T weights
+            found.append(torch.autograd.grad(back, weights, along)[0])
+        return torch.cat(found)
+
+    def invert(self, images: Tensor, latents: Tensor, steps: int, heartbeat: Heartbeat = no_heartbeat) -> Tensor:
+        """Latents whose images are near the given ones: Adam on the squared error, from the given latents.
+
+        Args:
+            images: [n c h w] normalised images.
+            latents: [n l a b] latents at the start.
+            steps: number of steps.
+            heartbeat: called after each step.
+        """
+        parts = zip(images.split(self.chunk), latents.split(self.chunk), strict=True)
+        return torch.cat([self._inverted(part, start, steps, heartbeat) for part, start in parts])
+
+    def _inverted(self, images: Tensor, start: Tensor, steps: int, heartbeat: Heartbeat) -> Tensor:
+        latents = start.clone().requires_grad_()
+        optimizer = torch.optim.Adam([latents], INVERSION_RATE)
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = INVERSION_RATE * share_of_rate(step, steps, cosine=True)
+            (latents.grad,) = torch.autograd.grad((self.network(latents) - images).square().sum(), latents)
+            optimizer.step()
+            heartbeat()
+        return latents.detach()
+
+
+def draw_latents(shape: Sequence[int], seed: int) -> NDArray[np.float32]:
+    """Draw the latents of a whole set, from which an inversion starts: independent normal numbers."""
+    return generator(derive_seed(seed, Purpose.PRIOR), Purpose.INITIAL_NOISE).standard_normal(tuple(shape), np.float32)
+
+
+@dataclass
+class TrainingState:
+    """Autoencoder in training: parameters, Adam's moments, and the number of epochs done."""
+
+    parameters: Tensor
+    """[p]"""
+    first: Tensor
+    """[p] mean of gradients."""
+    second: Tensor
+    """[p] mean of squared gradients."""
+    epoch: int = 0
+
+    @classmethod
+    def initial(cls, network: nn.Module) -> TrainingState:
+        """State before the first epoch, with a copy of the network's parameters."""
+        parameters = flatten(network)
+        return cls(parameters, torch.zeros_like(parameters), torch.zeros_like(parameters))
+
+
+def train_autoencoder(
+    network: Autoencoder,
+    pixels: Callable[[NDArray[np.int64]], Tensor],
+    count: int,
+    settings: PriorConfig,
+    seed: int,
+    state: TrainingState,
+) -> Iterator[float]:
+    """Train the epochs that are left, in place of `state`. Yields each epoch's mean squared error of pixels.
+
+    The learning rate falls along a cosine to 0. The same numbers result if the training is resumed at any epoch.
+
+    Args:
+        network: architecture; its own parameters are not read.
+        pixels: function that returns images [b c h w] of given rows, 0 for black and 1 for white.
+        count: number of training images.
+        seed: seed of the run.
+        state: parameters and moments, on the device that computes.
+    """
+    flat, own, rows = FlatNetwork(network), derive_seed(seed, Purpose.PRIOR), settings.batch_size
+    steps = -(-count // rows)
+    while state.epoch < settings.epochs:
+        order, errors = generator(own, Purpose.TRAINING_ORDER, state.epoch).permutation(count), []
+        for step in range(steps):
+            images = pixels(order[step * rows : (step + 1) * rows])
+            parameters = state.parameters.detach().requires_grad_()
+            error = mse_loss(flat(parameters, images), images)
+            (gradient,) = torch.autograd.grad(error, parameters)
+            _follow(state, gradient, settings.learning_rate, state.epoch * steps + step, settings.epochs * steps)
+            errors.append(error.detach() * len(images))
+        state.epoch += 1
+        yield float(torch.stack(errors).sum()) / count
+
+
+def _follow(state: TrainingState, gradient: Tensor, rate: float, done: int, steps: int) -> None:
+    """One step of Adam with its usual decays, 0.9 and 0.999."""
+    state.first = state.first.lerp(gradient, 0.1)
+    state.second = state.second.lerp(gradient.square(), 0.001)
+    length = rate * share_of_rate(done, steps, cosine=True) / (1 - 0.9 ** (done + 1))
+    root = (state.second / (1 - 0.999 ** (done + 1))).sqrt() + 1e-8
+    state.parameters = state.parameters.addcdiv(state.first, root, value=-length)

@@ -1,0 +1,274 @@
+"""Priors in the store: training of an autoencoder as a task of its own, and the prior that a distillation uses.
+
+    <store>/<data set>/prior/<fingerprint>/prior.arrow       the trained autoencoder
+    <store>/<data set>/prior/<fingerprint>/progress.arrow    its state after the last saved epoch; only while unfinished
+
+A killed task resumes from the last saved epoch, with bit-identical results. Two workers that train the same prior at
+the same time write the same numbers, and each file is replaced whole. Tests: tests/stages/test_prior.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import cached_property
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from datm_ray.config import ClusterConfig, PriorConfig, RunConfig, prior_fingerprint
+from datm_ray.core.networks.image_cost import image_cost
+from datm_ray.core.networks.parameters import unflatten_into
+from datm_ray.core.prior import (
+    Autoencoder,
+    Prior,
+    TrainingState,
+    build_autoencoder,
+    build_decoder,
+    draw_latents,
+    latent_shape,
+    micro_batch,
+    train_autoencoder,
+)
+from datm_ray.core.synthetic import SyntheticSet
+from datm_ray.core.training import Heartbeat
+from datm_ray.data.dataset import Dataset
+from datm_ray.errors import CorruptFileError, DivergenceError, MissingExpertsError, StoreError
+from datm_ray.monitor.logs import fields
+from datm_ray.monitor.spent import Account, Spent
+from datm_ray.runtime.devices import Meter, prepare_device, to_device
+from datm_ray.runtime.executor import Event, Finished, Progress
+from datm_ray.runtime.stopping import Interrupted, saving
+from datm_ray.stages.expert_progress import WRITE_SHARE
+from datm_ray.stages.experts import group_in_store
+from datm_ray.stages.method import Part
+from datm_ray.store.files.filesystem import Location
+from datm_ray.store.sealed import rejecting_nonsense
+from datm_ray.store.tensors import read_tensors, write_tensors
+
+PRIOR, PROGRESS = "prior.arrow", "progress.arrow"
+PRIOR_COST = "prior-cost.json"
+"""Name of the file with the prior's cost in the folder of a run."""
+KIND = "prior"
+
+
+_log = logging.getLogger(__name__)
+
+
+def prior_folder(store_uri: str, config: RunConfig, dataset: str, dataset_fingerprint: str) -> Location:
+    """Folder of a run's trained prior in the store."""
+    fingerprint = prior_fingerprint(config, dataset_fingerprint)
+    return group_in_store(store_uri, dataset, KIND, fingerprint).location
+
+
+def note_prior_cost(folder: Location, prior: Location) -> None:
+    """Write the cost of a trained prior into a run's folder.
+
+    Args:
+        folder: folder of the run.
+        prior: folder of the prior in the store.
+    """
+    file = read_tensors(prior / PRIOR, kind=KIND)
+    with rejecting_nonsense(prior / PRIOR):
+        (folder / PRIOR_COST).write_json(Spent.from_json(file.metadata["spent"]).to_json())
+
+
+def read_prior_cost(folder: Location) -> Spent | None:
+    """Cost of a run's trained prior; `None` if none was noted."""
+    place = folder / PRIOR_COST
+    if not place.exists():
+        return None
+    with rejecting_nonsense(place):
+        return Spent.from_json(place.read_json())
+
+
+def is_trained(config: RunConfig) -> bool:
+    """True if a run needs a trained prior from the store."""
+    return config.prior is not None and config.prior.kind == "trained"
+
+
+class PriorWorker:
+    """Trains priors on one data set."""
+
+    def __init__(self, dataset: Dataset, cluster: ClusterConfig) -> None:
+        self._device = prepare_device(cluster)
+        self._cluster, self._dataset = cluster, dataset
+
+    def train(self, config: RunConfig, store_uri: str) -> Iterator[Event]:
+        """Train a run's prior and store it, from its last saved epoch. Does nothing if it is stored.
+
+        Raises:
+            DivergenceError: the error of the reconstructed pixels is not finite.
+            StoreError: the store cannot be written.
+        """
+        assert config.prior is not None
+        dataset, account, meter = self._dataset, Account(self._device, self._cluster), Meter(self._device)
+        folder = prior_folder(store_uri, config, dataset.name, dataset.fingerprint)
+        if not (folder / PRIOR).exists():
+            yield from self._train(config, config.prior, folder, account, meter)
+        with suppress(StoreError):  # another worker has removed it
+            if (folder / PROGRESS).exists():
+                (folder / PROGRESS).remove()
+        yield Finished(metrics=meter.measure())
+
+    def _train(
+        self, config: RunConfig, settings: PriorConfig, folder: Location, account: Account, meter: Meter
+    ) -> Iterator[Event]:
+        network = build_autoencoder(settings, self._dataset.image_shape, config.seed).to(self._device)
+        state, spent = self._resumed(folder / PROGRESS, network)
+        due, error = time.monotonic() + self._cluster.checkpoint_seconds, math.nan
+        epochs = train_autoencoder(network, self._pixels, len(self._dataset.train_labels), settings, config.seed, state)
+        with saving() as is_asked:
+            for error in epochs:
+                if not math.isfinite(error):
+                    raise DivergenceError(
+                        f"the prior diverged in epoch {state.epoch}: its squared error is {error}",
+                        "the learning rate is too high for these images",
+                        "lower prior.learning_rate",
+                    )
+                is_saved = is_asked() or time.monotonic() > due
+                if is_saved:
+                    began = time.monotonic()
+                    spent += account.lap()
+                    _write(folder / PROGRESS, state, spent)
+                    ended = time.monotonic()
+                    due = ended + max(self._cluster.checkpoint_seconds, (ended - began) / WRITE_SHARE)
+                yield Progress(state.epoch, settings.epochs, {"error": error}, meter.measure(), saved=is_saved)
+                if is_asked():
+                    raise Interrupted(f"epoch {state.epoch} of {settings.epochs}")
+        unflatten_into(network, state.parameters)
+        arrays = {name: value.detach().cpu().numpy() for name, value in network.state_dict().items()}
+        metadata = {
+            "dataset_fingerprint": self._dataset.fingerprint,
+            "prior": settings.model_dump(),
+            "seed": config.seed,
+            "squared_error": None if math.isnan(error) else error,
+            "spent": (spent + account.lap()).to_json(),
+        }
+        write_tensors(folder / PRIOR, arrays, kind=KIND, metadata=metadata)
+        _log.info("prior stored %s", fields(run=config.name, place=folder.uri, squared_error=error))
+
+    def _pixels(self, rows: NDArray[np.int64]) -> Tensor:
+        """Training images [b c h w] of these rows, 0 for black and 1 for white."""
+        images = to_device(self._dataset.train_images[rows], self._device)
+        return self._dataset.transform.denormalise(images)
+
+    def _resumed(self, place: Location, network: nn.Module) -> tuple[TrainingState, Spent]:
+        """State of the last saved epoch and the cost up to it; a new state if there is none, or a damaged one."""
+        if place.exists():
+            try:
+                return self._read(place, TrainingState.initial(network))
+            except CorruptFileError:
+                place.remove()
+        return TrainingState.initial(network), Spent()
+
+    def _read(self, place: Location, state: TrainingState) -> tuple[TrainingState, Spent]:
+        file = read_tensors(place, kind=KIND)
+        with rejecting_nonsense(place):
+            for name in ("parameters", "first", "second"):
+                found = torch.tensor(file.arrays[name], device=self._device)
+                if found.shape != state.parameters.shape:
+                    raise ValueError(f"it holds {found.numel()} numbers for {state.parameters.numel()} parameters")
+                setattr(state, name, found)
+            state.epoch = int(file.metadata["epoch"])
+            return state, Spent.from_json(file.metadata["spent"])
+
+
+def _write(place: Location, state: TrainingState, spent: Spent) -> None:
+    """Replace the saved state of a training."""
+    vectors = {name: getattr(state, name).cpu().numpy() for name in ("parameters", "first", "second")}
+    write_tensors(place, vectors, kind=KIND, metadata={"epoch": state.epoch, "spent": spent.to_json()})
+
+
+def read_autoencoder(place: Location, network: Autoencoder) -> dict[str, Any]:
+    """Read a trained prior's parameters into an autoencoder. Returns the file's metadata."""
+    file = read_tensors(place, kind=KIND)
+    with rejecting_nonsense(place):
+        try:
+            network.load_state_dict({name: torch.tensor(array) for name, array in file.arrays.items()})
+        except RuntimeError as error:  # torch's only error for names and shapes
+            raise ValueError(str(error).partition("\n")[0]) from error
+    return file.metadata
+
+
+class PriorOfSet:
+    """Prior of one distillation: its decoder, and how the first latents are found."""
+
+    def __init__(self, part: Part) -> None:
+        """Read the decoder from the store, or build it.
+
+        Raises:
+            MissingExpertsError: the store lacks the trained prior.
+            ConfigError: a user's function gives no decoder.
+        """
+        config = part.config
+        assert config.prior is not None
+        self._part, self._settings = part, config.prior
+        self._transform = part.dataset.transform
+        self._encoder: Any = None
+        decoder = build_decoder(config.prior, part.image, config.seed)
+        if is_trained(config):
+            network = build_autoencoder(config.prior, part.image, config.seed)
+            self._read(network)
+            decoder, self._encoder = network.decoder, network.to(part.device).requires_grad_(False).encode
+        elif not config.prior.is_packaged:
+            decoder = decoder.to(part.device)
+            self._encoder = getattr(decoder, "encode", None)
+        self._decoder, self._shape = decoder, latent_shape(decoder)
+        chunk = micro_batch(image_cost(decoder, self._shape))
+        self.prior = Prior.of(decoder.to(part.device), self._transform.normaliser().to(part.device), chunk)
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hex digits over the decoder's parameters and buffers."""
+        values = [value.detach().cpu().numpy() for value in self._decoder.state_dict().values()]
+        return sha256(b"".join(np.ascontiguousarray(value).tobytes() for value in values)).hexdigest()[:16]
+
+    def _read(self, network: Autoencoder) -> None:
+        part = self._part
+        folder = prior_folder(part.store_uri, part.config, part.dataset.name, part.dataset.fingerprint)
+        if not (folder / PRIOR).exists():
+            raise MissingExpertsError(
+                f"{folder.uri} holds no trained prior, which {part.config.name} needs",
+                "its training has not finished for this recipe",
+                f"run `datm-ray experts {part.config.name}` with the same --out and --store",
+            )
+        read_autoencoder(folder / PRIOR, network)
+
+    def start(self, first: SyntheticSet) -> SyntheticSet:
+        """First set whose images the prior makes: latents near the given first images. All workers call it together."""
+        mesh, latents = self._part.mesh, first.images.new_zeros(len(first.images), *self._shape)
+
+        def find(heartbeat: Heartbeat) -> None:
+            if mesh.row == 0:
+                latents.copy_(self._latents(first.images, heartbeat))
+
+        mesh.until_all_are_done(find)
+        # Machines may round differently. Workers of other backbones add zeros, so all get the bits of the first row.
+        latents = mesh.sum_over_backbones(latents)
+        return dataclasses.replace(first, images=self.prior.render(latents), latents=latents)
+
+    def _latents(self, images: Tensor, heartbeat: Heartbeat) -> Tensor:
+        """Latents near these images [n c h w]: their code, or those that an inversion finds."""
+        if self._encoder is not None:
+            pixels = self._transform.denormalise(images)
+            with torch.no_grad():
+                return torch.cat([self._encoder(part) for part in pixels.split(self.prior.chunk)])
+        drawn = self._drawn().to(images.device)
+        return self.prior.invert(images, drawn, self._settings.inversion_steps, heartbeat)
+
+    def _drawn(self) -> Tensor:
+        """Random latents of this worker's rows, drawn for the whole set."""
+        part, ipc = self._part, self._part.config.distill.ipc
+        whole = torch.from_numpy(draw_latents((ipc * part.dataset.classes, *self._shape), part.config.seed))
+        if part.piece is not None:
+            return whole[torch.from_numpy(part.piece.rows(ipc))]
+        return whole[part.rows.first : part.rows.last]

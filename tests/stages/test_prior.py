@@ -1,0 +1,355 @@
+"""Tests priors in distillations: trained in the store, exact in shards, resumed with the same bits."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from datm_ray.artifact import Artifact, load
+from datm_ray.config import DistillConfig, RunConfig, override, run_identity
+from datm_ray.core.prior import Prior, build_autoencoder
+from datm_ray.core.synthetic import SyntheticSet, hard_logits
+from datm_ray.errors import ConfigError, MissingExpertsError
+from datm_ray.methods.state import Descent
+from datm_ray.monitor.progress import Reporter
+from datm_ray.pipeline import Pipeline, report
+from datm_ray.planning.memory import plans_of
+from datm_ray.planning.plan import plan_run
+from datm_ray.planning.shape import KNOWN_SHAPES
+from datm_ray.recipes import get_recipe
+from datm_ray.runtime.executor import Event, Progress, SerialExecutor
+from datm_ray.stages.distill import DistillWorker
+from datm_ray.stages.pieces import PieceWorker
+from datm_ray.stages.prior import PRIOR, PROGRESS, PriorWorker, read_autoencoder
+from datm_ray.store.files.filesystem import open_location
+from datm_ray.store.tensors import read_tensors
+from tests.conftest import tiny_config
+from tests.stages.test_distill import TWO_NETWORKS, assert_equal_but_for_rounding, distil
+from tests.stages.test_pieces import SRE2L
+
+SMALL = "prior={channels: 4, width: 8, epochs: 3, inversion_steps: 20"
+TRAINED, UNTRAINED = SMALL + "}", SMALL + ", kind: untrained}"
+FOUND = "distill.learning_rate_images=null"
+DM = ("method=dm", "distill.ipc=2", "distill.initial_step_size=0.03", "evaluate.full=false", FOUND)
+DATM = ("distill.ipc=2", FOUND, "evaluate.full=false")
+PAGE = Path(__file__).parents[2] / "docs/methods/prior.md"
+
+
+def run(config: RunConfig, out: Path) -> Pipeline:
+    """Run everything in this process."""
+    pipeline = Pipeline([config], str(out))
+    pipeline.run_all(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    return pipeline
+
+
+def learned(out: Path) -> Artifact:
+    return load(str(out / "tiny/synthetic.arrow"))
+
+
+def with_store_of(other: Path, out: Path) -> Path:
+    (out / "experts").symlink_to(other / "experts")
+    return out
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of DM with a trained prior."""
+    out = tmp_path_factory.mktemp("prior")
+    run(tiny_config(*DM, TRAINED), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def matched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of DATM with a trained prior, two networks and a validation."""
+    out = tmp_path_factory.mktemp("datm")
+    run(tiny_config(*DATM, TRAINED, TWO_NETWORKS), out)
+    return out
+
+
+def stored(out: Path) -> Path:
+    (place,) = (out / "experts").glob(f"*/prior/*/{PRIOR}")
+    return place
+
+
+def test_images_are_those_of_the_decoder_in_the_store(finished: Path) -> None:
+    """The last images are what the stored decoder makes of the latents in the checkpoint, which have moved."""
+    pipeline = Pipeline([tiny_config(*DM, TRAINED)], str(finished))
+    (config,) = pipeline.configs
+    assert config.prior is not None
+    network = build_autoencoder(config.prior, (1, 8, 8), config.seed)
+    assert read_autoencoder(pipeline.runs.prior(config) / PRIOR, network)["squared_error"] < 0.2
+    (part,) = (finished / "tiny/checkpoint").glob("*.arrow")
+    arrays = read_tensors(pipeline.out / "tiny/checkpoint" / part.name, kind="checkpoint").arrays
+    latents = torch.tensor(arrays["synthetic.latents"])
+    assert latents.shape == (20, 4, 2, 2)
+    assert arrays["momentum.images"].shape == latents.shape
+    with torch.no_grad():
+        pixels = network.decoder(latents)
+    last = load(str(finished / "tiny/synthetic.arrow"))
+    torch.testing.assert_close(last.denormalise(torch.tensor(arrays["synthetic.images"])), pixels)
+    first = load(str(finished / "tiny/initial.arrow"))
+    assert float((first.images - last.images).norm() / first.images.norm()) > 0.01
+    assert last.provenance["prior"] == first.provenance["prior"]
+    with torch.no_grad():
+        again = network.decoder(network.encode(first.denormalise(first.images)))
+    assert float((again - first.denormalise(first.images)).square().mean()) < 0.2
+
+
+def test_first_move_is_that_of_the_images(finished: Path, tmp_path: Path) -> None:
+    """Without a given learning rate, the first update moves images by 5 % of their root mean square, to first order."""
+    config = tiny_config(*DM, TRAINED, "distill.iterations=1")
+    pipeline = Pipeline([config], str(with_store_of(finished, tmp_path)))
+    worker = DistillWorker(pipeline.runs.dataset(config.dataset), config.cluster)
+    list(worker.distill(config, pipeline.store_uri, str(tmp_path / "tiny")))
+    first = load(str(tmp_path / "tiny/initial.arrow")).images
+    assert float((learned(tmp_path).images - first).norm() / first.norm()) == pytest.approx(0.05, rel=0.1)
+
+
+def test_a_run_with_a_prior_is_finished_and_reported(finished: Path) -> None:
+    """A finished run has nothing left to do, its report has the prior's cost, and its identity the prior's settings."""
+    config = tiny_config(*DM, TRAINED)
+    pipeline = Pipeline([config], str(finished))
+    assert pipeline.plan() == ["0 experts to train", "0 sets to distil", "0 networks to train for evaluation"]
+    report(str(finished))
+    (summary,) = json.loads((finished / "summary.json").read_text())
+    assert [cost["what"] for cost in summary["cost"]][:2] == ["prior", "distillation"]
+    assert "prior" in run_identity(config)
+    assert "prior" not in run_identity(tiny_config(*DM))
+    assert "1 prior to train: tiny" in Pipeline([override(config, ["seed=1"])], str(finished / "other")).plan()
+
+
+def stop_at(config: RunConfig, out: Path, iteration: int) -> None:
+    """Distil up to an iteration, and then from the checkpoint to the end."""
+    pipeline = Pipeline([config], str(out))
+    worker = DistillWorker(pipeline.runs.dataset(config.dataset), config.cluster)
+    arguments = (config, pipeline.store_uri, str(out / "tiny"))
+    for event in worker.distill(*arguments):
+        if isinstance(event, Progress) and event.done == iteration:
+            break
+    assert not (out / "tiny/synthetic.arrow").exists()
+    list(worker.distill(*arguments))
+
+
+@pytest.mark.parametrize("iteration", [1, 2, 5])
+def test_a_resumed_run_has_the_same_bits(iteration: int, finished: Path, tmp_path: Path) -> None:
+    """A run of DM with a prior that ends after any iteration and is started again learns the same bits."""
+    stop_at(tiny_config(*DM, TRAINED), with_store_of(finished, tmp_path), iteration)
+    assert torch.equal(learned(tmp_path).images, learned(finished).images)
+
+
+@pytest.mark.parametrize("iteration", [3, 5])
+def test_a_resumed_run_of_datm_has_the_same_bits(iteration: int, matched: Path, tmp_path: Path) -> None:
+    """The images, labels and step sizes of DATM with a prior and two networks do not depend on a stop."""
+    stop_at(tiny_config(*DATM, TRAINED, TWO_NETWORKS), with_store_of(matched, tmp_path), iteration)
+    one, other = learned(tmp_path), learned(matched)
+    assert torch.equal(one.images, other.images)
+    assert torch.equal(one.soft_labels, other.soft_labels)
+    assert one.step_sizes == other.step_sizes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "size"),
+    [(["cluster.shards=2"], 2), (["cluster.backbones_apart=true"], 2), (["cluster.shards=3"], 3)],
+)
+def test_several_workers_learn_what_one_process_learns(
+    changes: list[str], size: int, matched: Path, tmp_path: Path
+) -> None:
+    """Shards of the classes and workers of other networks learn what one process learns, but for rounding."""
+    distil(tiny_config(*DATM, TRAINED, TWO_NETWORKS, *changes), with_store_of(matched, tmp_path), size)
+    assert_equal_but_for_rounding(learned(tmp_path), learned(matched))
+
+
+@pytest.mark.slow
+def test_shards_invert_what_one_process_inverts(tmp_path: Path) -> None:
+    """Shards find the first latents of an untrained decoder, and learn from them, as one process does."""
+    for size, name in ((1, "one"), (2, "two")):
+        (tmp_path / name).mkdir()
+        distil(tiny_config(*DM, UNTRAINED, f"cluster.shards={size}"), tmp_path / name, size)
+    assert_equal_but_for_rounding(learned(tmp_path / "two"), learned(tmp_path / "one"))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ray_has_the_bits_of_one_process(ray_cluster: Any, finished: Path, tmp_path: Path) -> None:
+    """Ray's workers train the prior and learn the set as this process does, bit by bit."""
+    from datm_ray.runtime.ray.executor import RayExecutor
+
+    config = tiny_config(*DM, TRAINED)
+    Pipeline([config], str(tmp_path)).run_all(lambda: RayExecutor(config.cluster), Reporter(quiet=True))
+    assert torch.equal(learned(tmp_path).images, learned(finished).images)
+    one, other = (read_bits(stored(out)) for out in (tmp_path, finished))
+    assert one.keys() == other.keys()
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def read_bits(place: Path) -> dict[str, Any]:
+    return read_tensors(open_location(str(place)), kind="prior").arrays
+
+
+def trained(config: RunConfig, out: Path, *, until: int | None = None) -> list[Event]:
+    """Train a prior, up to an epoch. Every epoch is saved."""
+    config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"checkpoint_seconds": 1e-9})})
+    pipeline = Pipeline([config], str(out))
+    events = []
+    for event in PriorWorker(pipeline.runs.dataset(config.dataset), config.cluster).train(config, pipeline.store_uri):
+        events.append(event)
+        if isinstance(event, Progress) and event.done == until:
+            break
+    return events
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_stopped_training_resumes_with_the_same_bits(
+    is_damaged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prior stopped after two of three epochs, its progress damaged or not, ends with the bits of one not stopped."""
+    monkeypatch.setattr("datm_ray.stages.prior.WRITE_SHARE", 1e9)
+    config = tiny_config(*DM, TRAINED)
+    trained(config, tmp_path / "whole")
+    trained(config, tmp_path / "parts", until=2)
+    (progress,) = (tmp_path / "parts").rglob(PROGRESS)
+    if is_damaged:
+        progress.write_bytes(progress.read_bytes()[:-50])
+    again = [event.done for event in trained(config, tmp_path / "parts") if isinstance(event, Progress)]
+    assert again == ([1, 2, 3] if is_damaged else [3])
+    assert not progress.exists()
+    one, other = (read_bits(stored(tmp_path / name)) for name in ("parts", "whole"))
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+    before = stored(tmp_path / "parts").read_bytes()
+    assert not any(isinstance(event, Progress) for event in trained(config, tmp_path / "parts"))
+    assert stored(tmp_path / "parts").read_bytes() == before
+
+
+def test_a_set_needs_its_trained_prior(finished: Path, tmp_path: Path) -> None:
+    """Distilling without the prior in the store names the command that trains it; a prior of other settings is none."""
+    config = tiny_config(*DM, TRAINED)
+    with pytest.raises(MissingExpertsError, match=r"no trained prior, which tiny needs.*datm-ray experts tiny"):
+        Pipeline([config], str(tmp_path)).distill(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+    changed = override(config, ["prior.width=9"])
+    with_store_of(finished, tmp_path)
+    with pytest.raises(MissingExpertsError):
+        Pipeline([changed], str(tmp_path)).distill(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
+
+
+def test_an_untrained_prior_starts_near_the_real_images(tmp_path: Path) -> None:
+    """An inversion finds latents whose images correlate with the real ones, and no prior is trained or stored."""
+    config = tiny_config(
+        *DM, UNTRAINED, "prior.inversion_steps=150", "prior.channels=16", "prior.width=32", "distill.iterations=1"
+    )
+    out = tmp_path / "untrained"
+    run(config, out)
+    run(tiny_config(*DM, "distill.iterations=1"), tmp_path / "pixels")
+    assert not (out / "experts").exists()
+    mine, real = (load(str(each / "tiny/initial.arrow")).images for each in (out, tmp_path / "pixels"))
+    assert float((mine - real).square().mean() / real.square().mean()) < 0.5
+
+
+@pytest.mark.slow
+def test_sre2l_recovers_latents(tmp_path: Path) -> None:
+    """SRe2L's blocks learn latents by Adam, with several rounds, and a block that is stopped has the same bits."""
+    config = tiny_config(*SRE2L, TRAINED, "recover.rounds=2", "distill.initial=random")
+    run(config, tmp_path / "whole")
+    parts = with_store_of(tmp_path / "whole", tmp_path)
+    pipeline = Pipeline([config], str(parts))
+    worker = PieceWorker(pipeline.runs.dataset(config.dataset), config.cluster)
+    for event in worker.make_piece(config, pipeline.store_uri, str(parts / "tiny"), 0):
+        if isinstance(event, Progress) and event.done == 3:
+            break
+    run(config, parts)
+    assert torch.equal(learned(parts).images, learned(tmp_path / "whole").images)
+    first = load(str(parts / "tiny/initial.arrow")).images
+    assert float((first - learned(parts).images).norm() / first.norm()) > 0.001
+
+
+def test_a_prior_counts_in_the_plan() -> None:
+    """A plan counts the decoder's micro-batch, latents, training and passes; a wider decoder takes more of each."""
+    plain, small, large = (
+        plans_of(override(get_recipe("cifar10-ipc1"), [each]).resolved((32, 32)), KNOWN_SHAPES["cifar10"])[0].parts
+        for each in ("seed=0", "prior={width: 16}", "prior={width: 512}")
+    )
+    assert plain["prior"] == 0 < small["prior"] < large["prior"]
+    cluster = "cpus=2,memory=24GiB,gflops=50"
+    hours = [
+        plan_run(override(get_recipe("cifar10-ipc1"), [each]), cluster).stages
+        for each in ("seed=0", "prior={width: 16}", "prior={width: 32}", "prior={width: 32, kind: untrained}")
+    ]
+    trained = [each["experts"][0] for each in hours]
+    assert trained[0] == trained[3] < trained[1] < trained[2]
+    assert hours[0]["distillation"] < hours[1]["distillation"] < hours[2]["distillation"] == hours[3]["distillation"]
+    assert plain["synthetic"] < small["synthetic"] == large["synthetic"]
+    assert plain["network"] < small["network"] < large["network"]
+
+
+def test_priors_that_cannot_work_are_refused() -> None:
+    """A method that learns no images refuses a prior, and an unknown kind is an error that lists the kinds."""
+    config = tiny_config("method=select", "select.by=random", TRAINED)
+    with pytest.raises(ConfigError, match="prior is set, and method select learns no images"):
+        Pipeline([config], "memory://priors-refused").plan()
+    with pytest.raises(ConfigError, match=r"prior\.kind is 'gan': it must be trained, untrained or package"):
+        tiny_config("prior={kind: gan}")
+
+
+class Halved(torch.nn.Module):
+    """Decoder with two latents that halve each other's sum."""
+
+    latent_shape = (2,)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents.sum(dim=1)[:, None, None, None].expand(-1, 1, 2, 2) / 2
+
+
+def test_updates_move_latents_with_momentum() -> None:
+    """An update changes the latents by SGD with momentum 0.5 along the pulled-back gradient, and renders the images."""
+    settings = DistillConfig(learning_rate_images=1.0)
+    first = SyntheticSet(torch.zeros(1, 1, 2, 2), hard_logits(torch.tensor([0]), 2), torch.ones(1), torch.tensor([0]))
+    first.latents = torch.zeros(1, 2)
+    state = Descent(first, settings)
+    state.prior = Prior.of(Halved(), torch.nn.Identity(), chunk=1)
+    for moved in (-2.0, -5.0):  # each latent's gradient is the sum of four pixels' over 2
+        state.step(lambda: (torch.tensor(1.0), torch.ones(1, 1, 2, 2)))
+        assert state.synthetic.variable("images").tolist() == [[moved, moved]]
+        assert bool((state.synthetic.images == moved).all())
+    copy = Descent.from_arrays(*state.to_arrays(), settings, torch.device("cpu"))
+    assert torch.equal(copy.synthetic.variable("images"), state.synthetic.variable("images"))
+    assert torch.equal(copy.momenta["images"], state.momenta["images"])
+    before = state.synthetic.clone()
+    state.step(lambda: (torch.tensor(1.0), torch.full((1, 1, 2, 2), 1e38) * 10))
+    assert state.history[-1].skipped
+    assert torch.equal(state.synthetic.images, before.images)
+
+
+@pytest.fixture
+def own_decoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make the module of docs/methods/prior.md importable."""
+    (source,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+    (tmp_path / "my_decoders.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    sys.modules.pop("my_decoders", None)
+
+
+@pytest.mark.usefixtures("own_decoders")
+def test_the_documented_decoder_of_a_users_runs(tmp_path: Path) -> None:
+    """The example of docs/methods/prior.md makes a set with its recipe, from a decoder without an encoder."""
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.S)
+    (tmp_path / "tiny.yaml").write_text(recipe)
+    quick = ("network.width=4", "distill.iterations=4", "distill.validate_every=4", "evaluate.protocol=quick")
+    changes = [*quick, "name=tiny", "evaluate.seeds=1", "evaluate.full=false", "prior.inversion_steps=10"]
+    config = override(get_recipe(str(tmp_path / "tiny.yaml")), changes)
+    assert config.prior is not None
+    assert config.prior.kind == "my_decoders:smooth"
+    pipeline = run(config, tmp_path / "out")
+    assert "distilled" in pipeline.table()
+    first, last = (load(str(tmp_path / "out/tiny" / name)) for name in ("initial.arrow", "synthetic.arrow"))
+    assert float((first.images - last.images).norm() / first.images.norm()) > 0.001
