@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all test-versions docs lint type fmt check bench-cifar bench-evaluate bench-experts bench-labels bench-matching bench-metadd bench-methods bench-own-images bench-plan bench-rounding bench-scheduling bench-store fidelity gpu clean
+.PHONY: help install demo test test-slow test-all test-versions docs lint type fmt check bench-cifar bench-evaluate bench-experts bench-labels bench-matching bench-metadd bench-methods bench-own-images bench-pad bench-plan bench-rounding bench-scheduling bench-store fidelity gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -77,6 +77,9 @@ bench-cifar: install  ## DATM, MTT and controls on a part of CIFAR-10: CIFAR=fol
 
 bench-metadd: install  ## accuracy on other architectures with and without MetaDD, its terms, and its cost
 	$(BIN)/python benchmarks/bench_metadd.py
+
+bench-pad: install  ## PAD's three parts, each alone and all together, against DATM without them, on digits
+	$(BIN)/python benchmarks/bench_pad.py
 
 bench-own-images: install  ## init and run on parts of CIFAR-10 and Tiny-ImageNet, nothing tuned: DATA=folder of their Parquet files
 	$(BIN)/python benchmarks/bench_own_images.py $(if $(DATA),--data $(DATA))

@@ -479,7 +479,10 @@ def test_given_statistics_change_runs_and_experts_but_no_earlier_run() -> None:
     assert parse_config(yaml.safe_load(to_yaml(given)), "again") == given
 
 
-@pytest.mark.parametrize("change", ["experts.schedule=cosine", "experts.warmup_epochs=5", "experts.precision=bfloat16"])
+@pytest.mark.parametrize(
+    "change",
+    ["experts.schedule=cosine", "experts.warmup_epochs=5", "experts.precision=bfloat16", "experts.curriculum={}"],
+)
 def test_schedules_of_experts_change_what_they_change_and_no_earlier_run(change: str) -> None:
     """A schedule makes other experts and another run, also of auxiliaries; at their defaults the keys are left out."""
     base = override(RunConfig(), ["metadd={auxiliaries: [{architecture: lenet}]}"]).resolved((32, 32))
@@ -489,7 +492,29 @@ def test_schedules_of_experts_change_what_they_change_and_no_earlier_run(change:
         of = (other, base) if not prefix else [each.each_auxiliary()[0] for each in (other, base)]
         assert expert_fingerprint(of[0], "d") != expert_fingerprint(of[1], "d")
     for experts in (run_identity(base)["experts"], run_identity(base)["metadd"]["experts"]):
-        assert experts.keys().isdisjoint({"schedule", "warmup_epochs", "precision"})
+        assert experts.keys().isdisjoint({"schedule", "warmup_epochs", "precision", "curriculum"})
+
+
+def test_networks_that_score_images_are_those_of_every_curriculum_that_trains_them_alike() -> None:
+    """Scoring networks depend on how they are trained, not on when experts see which image; YAML keeps a curriculum."""
+    base = RunConfig().resolved((32, 32))
+    assert base.scoring_run is None
+    plain = override(base, ["experts.warmup_epochs=5", "experts.curriculum={scoring_epochs: 3}"])
+    others = {
+        "experts.curriculum.first_share=0.5": True,
+        "experts.curriculum.removals=[]": True,
+        "experts.epochs=50": True,
+        "experts.curriculum.scoring_epochs=4": False,
+        "experts.learning_rate=0.5": False,
+    }
+    for change, is_shared in others.items():
+        other = override(plain, [change, "distill.start_epochs=[0, 9]"])
+        assert expert_fingerprint(other, "d") != expert_fingerprint(plain, "d"), change
+        fingerprints = {expert_fingerprint(run, "d") for each in (plain, other) if (run := each.scoring_run)}
+        assert len(fingerprints) == 1 + (not is_shared), change
+        assert load_config_text(to_yaml(other), "test") == other
+    assert plain.scoring_run is not None
+    assert (plain.scoring_run.experts.warmup_epochs, plain.scoring_run.kept_epochs) == (2, (0, 1, 3))
 
 
 def test_how_a_set_is_scored_is_no_part_of_a_run_and_stands_in_the_sets_file() -> None:
@@ -638,8 +663,9 @@ def test_choices_that_are_newer_than_finished_runs_do_not_change_them() -> None:
     """A newer key at its former behaviour does not change a run's identity; another value does."""
     plain = RunConfig()
     assert "initial" not in run_identity(plain)["distill"]
-    assert "labels" not in run_identity(plain)["distill"]
-    for change in ("distill.initial=random", "distill.labels=hard", "distill.gradient_limit=null"):
+    assert {"labels", "unmatched_share", "average_decay"}.isdisjoint(run_identity(plain)["distill"])
+    published = ("distill.initial=random", "distill.labels=hard", "distill.gradient_limit=null")
+    for change in (*published, "distill.unmatched_share=0.25", "distill.average_decay=0.99"):
         assert run_identity(override(plain, [change])) != run_identity(plain)
     assert "gradient_limit" not in run_identity(override(plain, ["distill.gradient_limit=null"]))["distill"]
 

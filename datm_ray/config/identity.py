@@ -15,9 +15,12 @@ from typing import Any
 from datm_ray.config.schema import RunConfig
 from datm_ray.config.sections import READ_OF_DISTILL, UNRESOLVED, DistillConfig
 
-LATER_KEYS = {"real_batch": 256, "options": {}, "initial": "correct", "labels": "soft", "gradient_limit": None}
+LATER_KEYS: dict[str, Any] = {
+    **{"real_batch": 256, "options": {}, "initial": "correct", "labels": "soft", "gradient_limit": None},
+    **{"unmatched_share": 0.0, "average_decay": None},
+}
 """Keys of `distill` that earlier versions lacked -> value that their runs used."""
-LATER_EXPERT_KEYS = {"schedule": "constant", "warmup_epochs": 0, "precision": "float32"}
+LATER_EXPERT_KEYS = {"schedule": "constant", "warmup_epochs": 0, "precision": "float32", "curriculum": None}
 """Keys of experts that earlier versions lacked -> value that their experts used."""
 SECTIONS_OF_METHODS = {"recover": "sre2l", "select": "select"}
 """Sections that one packaged method reads -> the method."""

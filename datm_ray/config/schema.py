@@ -190,6 +190,23 @@ class RunConfig(Section):
         return [self.model_copy(update={"network": network, **alone}) for network in self.metadd.auxiliaries]
 
     @property
+    def scoring_run(self) -> RunConfig | None:
+        """Run whose experts order the images for the experts of `network`; `None` without `experts.curriculum`."""
+        curriculum = self.experts.curriculum
+        if curriculum is None:
+            return None
+        epochs = curriculum.scoring_epochs
+        changes = {
+            "curriculum": None,
+            "count": curriculum.scoring_networks,
+            "epochs": epochs,
+            "warmup_epochs": min(self.experts.warmup_epochs, epochs - 1),
+            "keep_epochs": 1,
+            "test_every": 0,
+        }
+        return self.model_copy(update={"experts": self.experts.model_copy(update=changes)})
+
+    @property
     def weights(self) -> list[float]:
         """Weights of the backbones' matching losses, in the order of `each_backbone`."""
         return [1.0, *(backbone.weight for backbone in self.backbones)]

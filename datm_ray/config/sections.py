@@ -6,6 +6,7 @@ tests/test_config.py.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from typing import Annotated, Literal, get_args
@@ -219,6 +220,48 @@ class BackboneConfig(Section):
     """Weight of this network's matching loss; the first network has weight 1."""
 
 
+class RemovalConfig(Section):
+    """Easy images that experts see no more."""
+
+    epoch: Epoch
+    """First epoch without them, counted from 0."""
+    share: Fraction
+    """Share of each class that is left out, its easiest images."""
+
+
+class CurriculumConfig(Section):
+    """Experts see the easy images of each class first, as in PAD. Scores (EL2N) of networks of their own order them."""
+
+    first_share: Annotated[float, Field(gt=0, le=1)] = 0.75
+    """Share of each class that experts see in the first epoch, its easiest images, in (0, 1]."""
+    whole_from: Count = 20
+    """Epoch from which experts see all images, counted from 0. Up to it the share grows linearly."""
+    removals: Annotated[tuple[RemovalConfig, ...], Field(strict=False, max_length=16)] = (
+        RemovalConfig(epoch=41, share=0.1),
+        RemovalConfig(epoch=61, share=0.2),
+    )
+    """Epochs from which easy images are left out, in order, such as `[{epoch: 41, share: 0.1}]`; [] for none."""
+    scoring_networks: Annotated[int, Field(ge=1, le=100)] = 8
+    """Networks whose mean error orders the images, 1 to 100."""
+    scoring_epochs: Count = 10
+    """Epochs of training of these networks, on all images."""
+
+    @model_validator(mode="after")
+    def _removals_are_in_order(self) -> CurriculumConfig:
+        epochs = [self.whole_from - 1, *(each.epoch for each in self.removals)]
+        if any(later <= earlier for earlier, later in itertools.pairwise(epochs)):
+            raise ValueError(
+                f"experts.curriculum.removals are at epochs {epochs[1:]}; give epochs that grow, from whole_from "
+                f"{self.whole_from} on"
+            )
+        return self
+
+    def bounds(self, epoch: int) -> tuple[float, float]:
+        """Images that experts see in an epoch, counted from 0: shares [first, last) of a class from easy to hard."""
+        first = next((each.share for each in reversed(self.removals) if epoch >= each.epoch), 0.0)
+        return first, min(1.0, self.first_share + (1 - self.first_share) * epoch / self.whole_from)
+
+
 class ExpertConfig(Section):
     """Training of the experts on real data: SGD as in MTT, or GSAM as in FTD and DATM."""
 
@@ -248,6 +291,8 @@ class ExpertConfig(Section):
     """gsam: how much of the orthogonal gradient part is subtracted."""
     adaptive: bool = True
     """gsam: scale the ascent step by each parameter's size."""
+    curriculum: CurriculumConfig | None = None
+    """Easy images first (PAD), such as `{first_share: 0.75, whole_from: 20}`; null: all images in every epoch."""
     keep_epochs: Count | None = None
     """Store epochs 0 to this one and the final one; null: all matchable."""
     storage: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -256,6 +301,13 @@ class ExpertConfig(Section):
     """bfloat16: layers compute in 16 bits, meant for GPUs; parameters, gradients and losses keep 32."""
     test_every: Annotated[int, Field(ge=0)] = 0
     """Epochs between measurements of test accuracy (for display only); 0 for none. Only stored epochs keep it."""
+
+    def share_seen(self, epochs: range) -> float:
+        """Mean share of the images that an expert sees in these epochs, counted from 0; 1 without a curriculum."""
+        if self.curriculum is None or not epochs:
+            return 1.0
+        bounds = (self.curriculum.bounds(epoch) for epoch in epochs)
+        return sum(last - first for first, last in bounds) / len(epochs)
 
 
 class StartEpochs(Section):
@@ -348,6 +400,10 @@ class DistillConfig(Section):
     null: no limit, as published."""
     augmentation: str = PUBLISHED_AUGMENTATION
     """DSA operations of the images in an iteration."""
+    unmatched_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the parameters, from the first layer on, that the matching loss leaves out (PAD); 0: none."""
+    average_decay: Fraction | None = None
+    """Decay of a moving average of the images, such as 0.99; the average is validated and kept. null: no average."""
     options: dict[str, int | Annotated[float, Field(allow_inf_nan=False)]] = {}
     """Numbers that a method of your own reads, such as {temperature: 2}."""
     validate_every: Annotated[int, Field(ge=0)] = 500
@@ -560,9 +616,10 @@ class EvaluateConfig(Section):
 SELDOM = {
     "dataset": "normalisation mean std validation",
     "network": "norm pooling",
-    "experts": "schedule warmup_epochs momentum weight_decay rho alpha adaptive keep_epochs storage precision "
-    "test_every",
-    "distill": "learning_rate_step_size real_batch initial labels gradient_limit options validate_every "
+    "experts": "schedule warmup_epochs momentum weight_decay rho alpha adaptive curriculum keep_epochs storage "
+    "precision test_every",
+    "distill": "learning_rate_step_size real_batch initial labels gradient_limit unmatched_share average_decay options "
+    "validate_every "
     "validation_seeds checkpoint_every",
     "recover": "first_layer rounds mixed_in",
     "select": "least_share epoch hardest",
@@ -576,8 +633,8 @@ SELDOM = {
 """Section -> its fields that few recipes change; `recipe show` prints them last in their section."""
 
 READ_OF_DISTILL = {
-    "dm": "ipc iterations learning_rate_images real_batch initial labels initial_step_size augmentation options "
-    "validate_every validation_seeds checkpoint_every",
+    "dm": "ipc iterations learning_rate_images real_batch initial labels initial_step_size augmentation average_decay "
+    "options validate_every validation_seeds checkpoint_every",
     "sre2l": "ipc iterations initial labels initial_step_size options checkpoint_every",
     "select": "ipc labels initial_step_size options start_epochs expert_epochs",
 }

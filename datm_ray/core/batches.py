@@ -7,7 +7,7 @@ are gathered and augmented for many steps at a time. Shapes: s networks, b image
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple, Protocol
 
@@ -60,10 +60,11 @@ def batches(
     epochs: range,
     batch_size: int,
     augmentation: str,
+    seen: Callable[[int], NDArray[np.int64]] | None = None,
 ) -> Iterator[Batch]:
     """Yield the minibatches of several networks, step by step.
 
-    Every epoch has each image once. The last batch of an epoch may be smaller.
+    Every epoch has each of its images once. The last batch of an epoch may be smaller.
 
     Args:
         images: images [n c h w] of each network, the same n for all. They may lie in main memory, see `rows_on`.
@@ -72,20 +73,21 @@ def batches(
         epochs: numbers of the epochs, from 0.
         batch_size: images of a network in one step.
         augmentation: strategy of operations, see `core.augment`; "" for none.
+        seen: function from the number of an epoch to the rows of its images; `None` for all images in every epoch.
     """
     count, device = len(images[0]), targets[0].device
-    firsts = range(0, count, batch_size)
-    every = ((epoch, batch) for epoch in epochs for batch in range(len(firsts)))
+    rows_of: Callable[[int], int | NDArray[np.int64]] = seen or (lambda epoch: count)
+    every = ((epoch, batch, last) for epoch in epochs for batch, last in _numbered(rows_of(epoch), batch_size))
     of_a_step = len(seeds) * min(batch_size, count) * 4 * math.prod(images[0].shape[1:])
     orders: list[NDArray[np.int64]] = []
     while block := list(islice(every, max(1, BLOCK_BYTES // of_a_step))):
         rows: list[list[NDArray[np.int64]]] = [[] for _ in seeds]
         draws: list[list[Augmentation]] = [[] for _ in seeds]
-        for epoch, batch in block:
+        for epoch, batch, _ in block:
             if batch == 0:
-                orders = [generator(seed, Purpose.TRAINING_ORDER, epoch).permutation(count) for seed in seeds]
+                orders = [generator(seed, Purpose.TRAINING_ORDER, epoch).permutation(rows_of(epoch)) for seed in seeds]
             for number, seed in enumerate(seeds):
-                chosen = orders[number][firsts[batch] : firsts[batch] + batch_size]
+                chosen = orders[number][batch * batch_size : (batch + 1) * batch_size]
                 random = generator(seed, Purpose.TRAINING_AUGMENTATION, epoch, batch)
                 rows[number].append(chosen)
                 draws[number].append(draw_augmentation(augmentation, len(chosen), random))
@@ -96,9 +98,16 @@ def batches(
             x += rows_on(own_images, place, device).split(sizes)
             y.append(own_targets[place.to(device)].split(sizes))
         x = augment_batches(x, [draw for own in draws for draw in own])
-        for number, (epoch, batch) in enumerate(block):
+        for number, (epoch, _, is_last) in enumerate(block):
             inputs = torch.stack(x[number :: len(block)])
-            yield Batch(epoch, batch == len(firsts) - 1, inputs, torch.stack([own[number] for own in y]))
+            yield Batch(epoch, is_last, inputs, torch.stack([own[number] for own in y]))
+
+
+def _numbered(rows: int | NDArray[np.int64], batch_size: int) -> Iterator[tuple[int, bool]]:
+    """Numbers of an epoch's batches, each with True if it is the last. `rows`: images of the epoch, or their number."""
+    count = rows if isinstance(rows, int) else len(rows)
+    batches = -(-count // batch_size)
+    return ((number, number == batches - 1) for number in range(batches))
 
 
 def rows_on(images: Images, rows: Tensor, device: torch.device) -> Tensor:

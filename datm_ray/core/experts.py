@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from datm_ray.config import ExpertConfig
 from datm_ray.core.batches import Images, batches
+from datm_ray.core.curriculum import Curriculum
 from datm_ray.core.networks.parameters import flatten, flatten_buffers
 from datm_ray.core.networks.stacked import StackFunctions, filled_up
 from datm_ray.core.rates import share_of_rate
@@ -58,6 +59,7 @@ def train_experts(
     settings: ExpertConfig,
     seeds: Sequence[int],
     state: ExpertState,
+    curriculum: Curriculum | None = None,
 ) -> Iterator[Tensor]:
     """Train the stack from its current state to the end. Yields the mean losses [s] of every epoch.
 
@@ -66,9 +68,12 @@ def train_experts(
         labels: [n] int64 classes.
         seeds: seed of each expert's order and augmentation.
         state: changed in place; up to date after every epoch.
+        curriculum: which images an epoch has; `None` for all images in every epoch.
     """
     labels = labels.to(state.parameters.device)
-    yield from train_stack(functions, [images] * len(seeds), [labels] * len(seeds), settings, seeds, state)
+    yield from train_stack(
+        functions, [images] * len(seeds), [labels] * len(seeds), settings, seeds, state, curriculum=curriculum
+    )
 
 
 def train_stack(
@@ -79,6 +84,7 @@ def train_stack(
     seeds: Sequence[int],
     state: ExpertState,
     rates: Sequence[float] | None = None,
+    curriculum: Curriculum | None = None,
 ) -> Iterator[Tensor]:
     """Train a stack of networks, each on its own images. See `train_experts`.
 
@@ -88,7 +94,11 @@ def train_stack(
         rates: learning rate of each network; `None`: that of the settings.
     """
     count, rates = len(images[0]), rates or [settings.learning_rate] * len(seeds)
-    size, steps_per_epoch = min(settings.batch_size, count), -(-count // settings.batch_size)
+    seen = None if curriculum is None else curriculum.rows
+    size, done = min(settings.batch_size, count), 0
+    steps, warmup = (
+        steps_of(settings, count, epochs, curriculum) for epochs in (settings.epochs, settings.warmup_epochs)
+    )
     total, whole = state.parameters.new_zeros(len(seeds)), state.parameters.new_full((size,), 1 / size)
     for batch in batches(
         images,
@@ -97,24 +107,28 @@ def train_stack(
         range(state.epoch, settings.epochs),
         settings.batch_size,
         settings.augmentation,
+        seen,
     ):
         rows = batch.images.shape[1]
         weights = whole if rows == size else whole.new_full((rows,), 1 / rows)
         missing = size - rows if functions.fills_up else 0
-        share = _share_of_rate(settings, state.step, steps_per_epoch)
+        share = share_of_rate(state.step, steps, warmup, cosine=settings.schedule == "cosine")
         now = [rate * share for rate in rates]
         losses = _step(functions, state, settings, now, *filled_up(batch.images, batch.targets, weights, missing))
         total.add_(losses, alpha=rows)
+        done += rows
         if batch.is_last:
             state.epoch += 1
-            yield total / count
+            yield total / done
             total.zero_()
+            done = 0
 
 
-def _share_of_rate(settings: ExpertConfig, step: int, steps_per_epoch: int) -> float:
-    """Learning rate of a step, as a share of the full rate. Steps are counted from 0 over the whole training."""
-    steps, warmup = settings.epochs * steps_per_epoch, settings.warmup_epochs * steps_per_epoch
-    return share_of_rate(step, steps, warmup, cosine=settings.schedule == "cosine")
+def steps_of(settings: ExpertConfig, count: int, epochs: int, curriculum: Curriculum | None = None) -> int:
+    """Number of steps in the first `epochs` epochs of a training on `count` images."""
+    if curriculum is None:
+        return epochs * -(-count // settings.batch_size)
+    return sum(-(-len(curriculum.rows(epoch)) // settings.batch_size) for epoch in range(epochs))
 
 
 def _step(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -103,6 +103,8 @@ class State(Generic[Record]):
     """Set chosen on validation data so far; None before the first validation."""
     chosen_at: int = 0
     """Number of iterations after which the set was `chosen`."""
+    averaged: Tensor | None = None
+    """Moving average [n c h w] of the images, see `distill.average_decay`; None without one, or before an update."""
     image_rate: float | None = None
     """Learning rate of the images, found before the first iteration; None if the recipe gives the rate."""
     prior: Prior | None = None
@@ -125,6 +127,11 @@ class State(Generic[Record]):
         of_labels = self.settings.learning_rate_labels if self.settings.has_soft_labels else 0.0
         rates = (of_images, of_labels, self.settings.learning_rate_step_size)
         return dict(zip(LEARNED, rates, strict=True))
+
+    @property
+    def result(self) -> SyntheticSet:
+        """The set to validate and to keep: the current set, with the moving average of its images if there is one."""
+        return self.synthetic if self.averaged is None else replace(self.synthetic, images=self.averaged)
 
     def record_validation(
         self,
@@ -149,7 +156,7 @@ class State(Generic[Record]):
         """
         best = max((before for _, before in self.validations), default=accuracy)
         is_chosen = accuracy >= best - standard_error
-        iteration, read = earlier or (self.iteration, self.synthetic.clone)
+        iteration, read = earlier or (self.iteration, self.result.clone)
         self.validations.append((iteration, accuracy))
         if is_chosen:
             self.chosen, self.chosen_at = read(), iteration
@@ -222,6 +229,9 @@ class State(Generic[Record]):
         # Each shard checks its own rows. Either all shards update, or none.
         if bool(all_sum(is_bad.float().reshape(1))):
             return False
+        if self.settings.average_decay is not None:
+            before = self.synthetic.images if self.averaged is None else self.averaged
+            self.averaged = before.lerp(updated.images, 1 - self.settings.average_decay)
         self.synthetic, self.momenta = updated, gradient
         return True
 
@@ -235,6 +245,8 @@ class State(Generic[Record]):
             shared[f"{prefix}.step_sizes"] = of_set.step_sizes
         if self.synthetic.latents is not None:
             held["synthetic.latents"] = self.synthetic.latents
+        if self.averaged is not None:
+            held["averaged.images"] = self.averaged
         for name, buffer in self.momenta.items():
             (held if name in ROWS else shared)[f"momentum.{name}"] = buffer
         return (
@@ -268,6 +280,7 @@ class State(Generic[Record]):
             validations=list(zip(*curve, strict=True)),
             chosen=_set_from(arrays, "chosen", device) if "chosen.step_sizes" in shared else None,
             chosen_at=int(arrays["validation.chosen_at"]),
+            averaged=_to_torch(arrays["averaged.images"], device) if "averaged.images" in arrays else None,
             image_rate=float(arrays["found.image_rate"]) if "found.image_rate" in arrays else None,
         )
 

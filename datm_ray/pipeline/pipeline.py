@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -37,7 +38,7 @@ from datm_ray.stages.checkpoint import CHECKPOINT
 from datm_ray.stages.distill import SYNTHETIC, DistillWorker
 from datm_ray.stages.evaluate import result_location, scored_rows
 from datm_ray.stages.expert_progress import ExpertProgress, note_stacks
-from datm_ray.stages.experts import experts_cost, progress_of, stacks, write_experts_cost
+from datm_ray.stages.experts import ExpertsCost, experts_cost, progress_of, stacks, write_experts_cost
 from datm_ray.stages.method import Outlook
 from datm_ray.stages.pieces import remove_pieces
 from datm_ray.stages.prior import is_trained, note_prior_cost
@@ -128,6 +129,8 @@ class Pipeline:
             "networks to train for evaluation": tasks.evaluate_tasks(self.runs, self.scored_rows),
         }
         found = {title: (len(left), [task.name for _, task in left]) for title, left in stages.items()}
+        if scored := tasks.scoring_tasks(self.runs):
+            found = {"orders of images to score": (len(scored), [task.name for _, task in scored]), **found}
         sets = list(dict.fromkeys(task.run for _, task in stages["sets to distil"]))
         found["sets to distil"] = (len(sets), sets)
         if priors := self.runs.missing_priors():
@@ -301,6 +304,8 @@ class Pipeline:
                 transform = self.runs.dataset(config.dataset, reporter.message).transform
                 twin = keep_transform(transform, self.out / TRANSFORMS)
                 group.write_transform(transform.to_arrays(), transform.to_metadata(), twin)
+        if tasks.scoring_tasks(self.runs):
+            self._run("Difficulty", "score", tasks.scoring_tasks, executor, reporter)
         self._clear_up()
         self._note_stacks(executor)
 
@@ -323,10 +328,17 @@ class Pipeline:
     def _note_experts_cost(self) -> None:
         """Write the experts' cost into the runs' folders, where the report finds it without the store."""
         for config in self.configs:
-            costs = [experts_cost(each, self.runs.experts(each)) for each in trained_networks(config)]
+            costs = [self._experts_cost(each) for each in trained_networks(config)]
             write_experts_cost(self.runs.folder(config), costs)
             if is_trained(config):
                 note_prior_cost(self.runs.folder(config), self.runs.prior(config))
+
+    def _experts_cost(self, config: RunConfig) -> ExpertsCost:
+        """Cost of the experts of a run with one network, and of the networks that order their images, if any."""
+        cost, scoring = experts_cost(config, self.runs.experts(config)), config.scoring_run
+        if scoring is None:
+            return cost
+        return replace(cost, spent=cost.spent + experts_cost(scoring, self.runs.experts(scoring)).spent)
 
     def _clear_up(self) -> None:
         """Remove progress files of experts whose worker died after it had stored them."""

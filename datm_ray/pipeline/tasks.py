@@ -63,7 +63,8 @@ def expert_tasks(runs: Runs, workers: int = 1) -> list[DatasetTask]:
             last = min(stack[-1], config.experts.count - 1)
             name = f"expert {stack[0]}" if last == stack[0] else f"experts {stack[0]}-{last}"
             arguments = (config, runs.store_uri, stack)
-            steps = config.experts.epochs * (2 if config.experts.optimiser == "gsam" else 1)
+            epochs = config.experts.epochs * config.experts.share_seen(range(config.experts.epochs))
+            steps = epochs * (2 if config.experts.optimiser == "gsam" else 1)
             work = len(stack) * steps * len(runs.raw(config).train) * _flop(runs, config)
             task = Task(
                 f"{name} of {group.key}",
@@ -97,6 +98,29 @@ def prior_tasks(runs: Runs) -> list[DatasetTask]:
         )
         tasks.append((config.dataset, task))
     return tasks
+
+
+def scoring_tasks(runs: Runs) -> list[DatasetTask]:
+    """One task for every order of images that missing experts need and the store does not hold."""
+    tasks: dict[str, DatasetTask] = {}
+    for config in expert_recipes(runs):
+        scoring = config.scoring_run
+        if scoring is None or not runs.missing_experts(config):
+            continue
+        group, count = runs.experts(scoring), scoring.experts.count
+        place = group.difficulty_file(count)
+        if not place.exists():
+            task = Task(
+                f"difficulty of images by {count} of {group.key}",
+                (scoring, runs.store_uri),
+                run=config.name,
+                stage="experts",
+                weight=count * scoring.experts.epochs * len(runs.raw(config).train) * _flop(runs, config),
+                memory=experts_memory(scoring, runs.shape(config), min(count, stack_size(runs, scoring))),
+                is_light=True,
+            )
+            tasks[place.uri] = config.dataset, task
+    return list(tasks.values())
 
 
 def expert_recipes(runs: Runs) -> list[RunConfig]:

@@ -78,10 +78,15 @@ class Proposal:
         tasks, workers = list[list[Work]](), self.machine.workers
         for network in trained_networks(self.config):
             own, size = network.experts, experts_at_a_time(network, self.shape.image, self.shape.classes)
-            passes = own.epochs * self._trained * (2 if own.optimiser == "gsam" else 1)
+            images = self._trained * (2 if own.optimiser == "gsam" else 1)
+            passes = own.epochs * own.share_seen(range(own.epochs)) * images
             most, least = 1 if network.cluster.experts_at_a_time else workers, 1 if uses_gpu(network.cluster) else 2
             found = stacks(range(own.count), size, own.count, most, least)
             tasks += [[("experts", network, len(each) * passes)] for each in found]
+            if scoring := network.scoring_run:
+                trained = scoring.experts.count * scoring.experts.epochs * images
+                scored = scoring.experts.count * self._trained
+                tasks.append([("experts", network, trained), ("scoring", network, scored)])
         if self.config.prior is not None and self.config.prior.kind == "trained":  # an encoder is as large as a decoder
             tasks.append([(DECODING, self.config, 2 * self.config.prior.epochs * self._trained)])
         return tasks
@@ -232,11 +237,13 @@ class Proposal:
         transform, store, method = fitting_cost(config.dataset, self.shape).stored, 0, method_of(config)
         for each in trained_networks(config):
             snapshot = getattr(torch, each.experts.storage).itemsize * network_cost(each, self.shape).parameters
-            store += each.experts.count * len(each.kept_epochs) * snapshot + transform
+            kept = [run.experts.count * len(run.kept_epochs) for run in (each, each.scoring_run) if run]
+            store += sum(kept) * snapshot + transform
+        sets = 3 + bool(config.distill.average_decay)  # set, momentum, set kept, average
         record = sum(np.dtype(kind).itemsize for kind in columns(method.state.record).values())
         return {
-            "store": store,  # below: set, momentum, set kept
-            "checkpoint": images * (3 * row + 16) + record * len(config.weights) * method.iterations(config),
+            "store": store,
+            "checkpoint": images * (sets * row + 16) + record * len(config.weights) * method.iterations(config),
             **({"labels": self._labels.planned_bytes} if self._labels else {}),
             "results": 2 * images * (row + 8) + (2 if transform <= INLINE_BYTES else 1) * transform,
         }
@@ -281,7 +288,10 @@ class Proposal:
         rows = {
             "data": str(shape),
             "fitting zca": fitting.size and f"{fitting}, once, by the process that starts the workers",
-            "experts": "; ".join(f"{each.count:,} {name}, {each.epochs:,} epochs" for each, name in trained)
+            "experts": "; ".join(
+                f"{each.count:,} {name}, {each.epochs:,} epochs" + ", easy images first" * bool(each.curriculum)
+                for each, name in trained
+            )
             or "none needed",
             "distillation": method_of(config).described(config, shape.synthetic(config), self.plans[0].chunk),
             **({outlook.title: "; ".join(outlook.lines())} if outlook else {}),

@@ -157,7 +157,8 @@ def _plan(config: RunConfig, shape: DataShape, role: Role, backbone: int | None,
     frozen = sum(each.parameters for each in seen) * (config.metadd.experts.count if config.metadd else 0)
     trained = 0 if method_of(config).pieces(config, shape.classes) else min(PROTOCOLS["short"].batch_size, images)
     validated = max(trained * first.maps, 2 * SCORING_BATCH * first.largest)  # pieces are not validated, but labelled
-    copies, held = SET_COPIES + (len(role.backbones) > 1), own.held or shape.synthetic(config, shards)
+    copies = SET_COPIES + (len(role.backbones) > 1) + bool(config.distill.average_decay)
+    held = own.held or shape.synthetic(config, shards)
     parts = dict.fromkeys(PARTS, 0) | {
         "process": 0 if uses_gpu(config.cluster) else PROCESS_BYTES,
         "synthetic": copies * held * shape.row,

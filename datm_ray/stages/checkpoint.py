@@ -211,7 +211,7 @@ def _read_rows(folder: Location, names: list[str], rows: Rows) -> dict[str, NDAr
 
 def _require_shapes(folder: Location, state: State[Any]) -> None:
     """Raise a `CorruptFileError` unless the arrays of each set fit in shape and hold floats. Checksums do not tell."""
-    for held in (state.synthetic, state.chosen or state.synthetic):
+    for held in (state.synthetic, state.chosen or state.synthetic, state.result):
         shapes = [tuple(each.shape) for each in (held.images, held.soft_labels, held.step_sizes, held.labels)]
         floats = all(each.is_floating_point() for each in (held.images, held.soft_labels, held.step_sizes))
         n = len(held.labels)

@@ -198,7 +198,7 @@ class DistillWorker:
         if iterations:
             save_checkpoint(attempt, state, rows, Alone(), run_identity(config), read_computed(folder))
             (folder / COST).write_json(spent.to_json())
-        final, transforms = state.chosen or state.synthetic, folder.parent / TRANSFORMS
+        final, transforms = state.chosen or state.result, folder.parent / TRANSFORMS
         if config.metadd is not None and (folder / INITIAL).exists():
             backbone = ExpertNetworks(config.each_backbone()[0], self._dataset, store_uri, self._device)
             arguments = (config, config.metadd, self._dataset, store_uri, config.whole_role, backbone, rows)
@@ -311,7 +311,7 @@ class Distillation:
             yield from map(Note, self._method.warnings(state))
             yield Finished(counts, meter.measure())
             return
-        final = state.chosen or state.synthetic
+        final = state.chosen or state.result
         if self._meta_networks is not None and self._part.piece is None and (self._folder / INITIAL).exists():
             initial = read_artifact(self._folder / INITIAL).images[self._rows.first : self._rows.last]
             self._meta_networks.keep_maps(self._folder / MAPS, self._mesh, initial.to(self._device), final)
@@ -352,7 +352,7 @@ class Distillation:
     def _validated(self, state: State[Any], iterations: Sequence[int]) -> Iterator[Event]:
         """Save a checkpoint. Then validate the sets of these iterations here, or yield a task for each."""
         if self._validation is not None and state.iteration in iterations:
-            self._save_set(state.synthetic, self._candidates.name(state.iteration))
+            self._save_set(state.result, self._candidates.name(state.iteration))
         if state.iteration != self._saved_at:
             self._save_checkpoint(state)  # a validation may take minutes, and a kill meanwhile loses nothing
         for iteration in iterations:
@@ -361,7 +361,7 @@ class Distillation:
                 continue
             yield Phase(VALIDATING)
             is_present = iteration == state.iteration
-            held = state.synthetic if is_present else self._candidates.read(iteration, self._rows, self._device)
+            held = state.result if is_present else self._candidates.read(iteration, self._rows, self._device)
             accuracy = yield from self._validate(held)
             _record(state, iteration, accuracy, self._dataset, self._candidates, self._rows)
 
@@ -500,7 +500,7 @@ class Distillation:
 
     def _keep_last_good(self, state: State[Any]) -> None:
         self._save_checkpoint(state)
-        self._save_set(state.synthetic, LAST_GOOD)
+        self._save_set(state.result, LAST_GOOD)
         self._mesh.barrier()  # all must have written, because the first error that arrives ends all workers
 
     def _save_checkpoint(self, state: State[Any]) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from datm_ray.config import ClusterConfig, ExpertConfig, NetworkSpec, RunConfig, expert_fingerprint
+from datm_ray.core.curriculum import Curriculum
 from datm_ray.core.experts import ExpertState, train_experts
 from datm_ray.core.networks.image_cost import image_cost
 from datm_ray.core.networks.parameters import FlatNetwork, float_buffers, unflatten_buffers_into, unflatten_into
@@ -39,6 +40,7 @@ from datm_ray.monitor.spent import Account, Spent, total
 from datm_ray.runtime.devices import Meter, images_on, prepare_device, to_device, uses_gpu
 from datm_ray.runtime.executor import Event, Finished, Note, Phase, Progress
 from datm_ray.runtime.stopping import Interrupted, saving
+from datm_ray.stages.curriculum import curriculum_of
 from datm_ray.stages.expert_progress import ExpertProgress, wait_for_disk_space
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.sealed import rejecting_nonsense
@@ -91,14 +93,19 @@ _log = logging.getLogger(__name__)
 
 
 class ExpertWorker:
-    """Trains experts on one data set."""
+    """Trains experts on one data set.
+
+    Attributes:
+        dataset: the data set.
+        device: device that trains.
+    """
 
     def __init__(self, dataset: Dataset, cluster: ClusterConfig) -> None:
-        self._device = prepare_device(cluster)
+        self.device = prepare_device(cluster)
         self._cluster = cluster
-        self._dataset = dataset
-        self._images = images_on(dataset.train_images, self._device)
-        self._labels = to_device(dataset.train_labels, self._device)
+        self.dataset = dataset
+        self._images = images_on(dataset.train_images, self.device)
+        self._labels = to_device(dataset.train_labels, self.device)
         self._functions: dict[tuple[NetworkSpec, int, str], StackFunctions] = {}
 
     def train(self, config: RunConfig, store_uri: str, experts: Sequence[int]) -> Iterator[Event]:
@@ -109,13 +116,14 @@ class ExpertWorker:
         Raises:
             StoreError: the store cannot be written, or its disk stays full.
         """
-        group = expert_group(store_uri, config, self._dataset.name, self._dataset.fingerprint)
+        group = expert_group(store_uri, config, self.dataset.name, self.dataset.fingerprint)
         wanted = [expert for expert in experts if expert < config.experts.count]
-        account, meter = Account(self._device, self._cluster), Meter(self._device)
+        account, meter = Account(self.device, self._cluster), Meter(self.device)
         progress = progress_of(config, group, experts, account)
         try:
             if not set(wanted) <= set(group.experts()):
-                yield from self._train_and_store(config, group, experts, progress, meter)
+                curriculum = self._curriculum(config, store_uri)
+                yield from self._train_and_store(config, group, experts, progress, meter, curriculum)
         except (StoreError, CorruptFileError):
             # Another command has stored these experts meanwhile, and removed the progress that both were reading.
             if not set(wanted) <= set(group.experts()):
@@ -124,9 +132,15 @@ class ExpertWorker:
         yield Finished(metrics=meter.measure())
 
     def _train_and_store(
-        self, config: RunConfig, group: ExpertGroup, experts: Sequence[int], progress: ExpertProgress, meter: Meter
+        self,
+        config: RunConfig,
+        group: ExpertGroup,
+        experts: Sequence[int],
+        progress: ExpertProgress,
+        meter: Meter,
+        curriculum: Curriculum | None,
     ) -> Iterator[Event]:
-        yield from self._train(config, group, experts, progress, meter)
+        yield from self._train(config, experts, progress, meter, curriculum)
         progress.note_cost()  # before storing: a command with all experts stored skips this stage
         for expert in {each for each in experts if each < config.experts.count} - set(group.experts()):
             progress.require_whole(config.experts.epochs)
@@ -138,17 +152,22 @@ class ExpertWorker:
         progress.note_cost()
 
     def _train(
-        self, config: RunConfig, group: ExpertGroup, experts: Sequence[int], progress: ExpertProgress, meter: Meter
+        self,
+        config: RunConfig,
+        experts: Sequence[int],
+        progress: ExpertProgress,
+        meter: Meter,
+        curriculum: Curriculum | None,
     ) -> Iterator[Event]:
         yield Phase(f"{'compiling and ' * self._cluster.compile}training the first epoch")
-        dataset, settings = self._dataset, config.experts
+        dataset, settings = self.dataset, config.experts
         spec = config.network.for_images(dataset.channels, dataset.size, dataset.classes)
         seeds = [derive_seed(config.seed, Purpose.EXPERT, expert) for expert in experts]
-        networks = [build_network(spec, seed).to(self._device) for seed in seeds]
+        networks = [build_network(spec, seed).to(self.device) for seed in seeds]
         functions = self._functions_for(spec, networks[0], len(experts), settings.precision)
         if functions.note:
             yield Note(functions.note)
-        state = progress.resume(self._device)
+        state = progress.resume(self.device)
         if state is None:
             state = ExpertState.initial(networks)
             progress.add(state, torch.full((len(experts),), float("nan")))
@@ -156,8 +175,8 @@ class ExpertWorker:
             _log.info("experts resumed %s", fields(experts=f"{experts[0]}-{experts[-1]}", epoch=state.epoch))
         first, began = state.epoch, time.monotonic()
         with saving() as is_asked:
-            for losses in train_experts(functions, self._images, self._labels, settings, seeds, state):
-                seconds = time.monotonic() - began
+            for losses in train_experts(functions, self._images, self._labels, settings, seeds, state, curriculum):
+                seconds, seen = time.monotonic() - began, settings.share_seen(range(state.epoch - 1, state.epoch))
                 _require_finite(losses, experts, state.epoch)
                 measured = self._accuracies(networks[0], state, settings)
                 for waiting in progress.add(state, losses.cpu(), measured, last=state.epoch == settings.epochs):
@@ -166,7 +185,7 @@ class ExpertWorker:
                 metrics = meter.measure() | {
                     "datm_ray_expert_epoch": float(state.epoch),
                     "datm_ray_expert_loss": shown["loss"],
-                    "datm_ray_expert_images_per_second": len(experts) * len(self._labels) / seconds,
+                    "datm_ray_expert_images_per_second": seen * len(experts) * len(self._labels) / seconds,
                     "datm_ray_expert_epochs_total": float(len(experts) * (state.epoch - first)),
                 }
                 if measured is not None:
@@ -177,6 +196,13 @@ class ExpertWorker:
                         yield Note(waiting)
                     raise Interrupted(f"epoch {state.epoch} of {settings.epochs}")
                 began = time.monotonic()
+
+    def _curriculum(self, config: RunConfig, store_uri: str) -> Curriculum | None:
+        """Images of each epoch; `None` for all. Raises a `MissingExpertsError` if their scores are not stored."""
+        if config.scoring_run is None:
+            return None
+        scoring = expert_group(store_uri, config.scoring_run, self.dataset.name, self.dataset.fingerprint)
+        return curriculum_of(config, self.dataset, scoring)
 
     def _functions_for(self, spec: NetworkSpec, network: nn.Module, stacked: int, precision: str) -> StackFunctions:
         """Training step for stacks of `stacked` networks. The worker compiles it once for all its tasks."""
@@ -194,8 +220,8 @@ class ExpertWorker:
         """Test accuracies [s] of the stack's experts; `None` in epochs without a test, see `experts.test_every`."""
         if not settings.test_every or state.epoch % settings.test_every:
             return None
-        images = images_on(self._dataset.test_images, self._device)
-        labels = to_device(self._dataset.test_labels, self._device)
+        images = images_on(self.dataset.test_images, self.device)
+        labels = to_device(self.dataset.test_labels, self.device)
         measured = []
         for parameters, buffers in zip(state.parameters, state.buffers, strict=True):
             unflatten_into(network, parameters)
@@ -204,7 +230,7 @@ class ExpertWorker:
         return torch.tensor(measured)
 
     def _info(self, config: RunConfig, group: ExpertGroup, expert: int) -> TrajectoryInfo:
-        dataset, seed = self._dataset, derive_seed(config.seed, Purpose.EXPERT, expert)
+        dataset, seed = self.dataset, derive_seed(config.seed, Purpose.EXPERT, expert)
         network = build_network(config.network.for_images(dataset.channels, dataset.size, dataset.classes), seed)
         return expert_info(config, group, dataset.fingerprint, network, expert, seed=seed, epochs=config.kept_epochs)
 
@@ -229,7 +255,8 @@ def expert_info(
     """
     flat, buffers = FlatNetwork(network), float_buffers(network)
     origin = {} if imported is None else {"imported": dict(imported)}
-    settings = config.experts.model_dump(exclude={"count"})
+    # Without a curriculum, files have the bytes that they had before the key existed.
+    settings = config.experts.model_dump(exclude={"count"} if config.experts.curriculum else {"count", "curriculum"})
     return TrajectoryInfo(
         dataset=group.key.dataset,
         dataset_fingerprint=dataset_fingerprint,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -167,13 +167,9 @@ class Selection(Method):
         return found
 
     def _el2n(self, rows: Rows) -> Work:
-        count, found = self.experts[0].count, {label: np.zeros(len(own)) for label, own in rows.items()}
-        for expert in range(count):
-            network = self._network(expert, self.part.config.select.epoch)
-            for label, own in rows.items():
-                logits = yield from self._computed(network, own)
-                found[label] += el2n_scores(logits, torch.full((len(own),), label)) / count
-        return found
+        count, epoch = self.experts[0].count, self.part.config.select.epoch
+        networks = (self._network(expert, epoch) for expert in range(count))
+        return (yield from mean_el2n(networks, count, rows, self._images))
 
     def _forgetting(self, rows: Rows) -> Work:
         count, found = self.experts[0].count, {label: np.zeros(len(own)) for label, own in rows.items()}
@@ -224,6 +220,22 @@ class Selection(Method):
     def _computed(self, function: Callable[[Tensor], Tensor], rows: NDArray[np.int64]) -> Generator[None, None, Tensor]:
         """Values of `function` for the real images of `rows`, in main memory."""
         return _in_batches(lambda batch: function(self._images(batch)), rows)
+
+
+def mean_el2n(
+    networks: Iterable[nn.Module], count: int, rows: Rows, images: Callable[[NDArray[np.int64]], Tensor]
+) -> Work:
+    """Mean EL2N scores over `count` networks in evaluation mode.
+
+    Args:
+        images: function from rows to real images [n c h w] on the networks' device.
+    """
+    found = {label: np.zeros(len(own)) for label, own in rows.items()}
+    for network in networks:
+        for label, own in rows.items():
+            logits = yield from _in_batches(lambda batch, network=network: network(images(batch)), own)  # type: ignore[misc]
+            found[label] += el2n_scores(logits, torch.full((len(own),), label)) / count
+    return found
 
 
 def _check_select(config: RunConfig) -> None:

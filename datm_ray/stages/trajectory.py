@@ -21,7 +21,7 @@ from datm_ray.methods.trajectory.calibration import PAIRS, Measured, find_step_s
 from datm_ray.methods.trajectory.difficulty import draw_plan
 from datm_ray.methods.trajectory.distance import Distance
 from datm_ray.methods.trajectory.iteration import MOST_ABOVE, Distillation, Match, Origin
-from datm_ray.methods.trajectory.matching import draw_student_steps, place_steps
+from datm_ray.methods.trajectory.matching import draw_student_steps, first_matched, place_steps
 from datm_ray.methods.trajectory.step_functions import StepOptions, StudentStepFunctions
 from datm_ray.planning.memory import DistillationPlan, chunk_by_trial
 from datm_ray.runtime.ahead import Ahead
@@ -103,7 +103,8 @@ class TrajectoryMatching(Method):
         """Numbers of iterations, student steps and images in words, for plans."""
         settings, batch = config.distill, min(config.distill.batch_size, images)
         steps = f"{settings.student_steps:,} student steps of {batch:,} of {images:,} images"
-        return f"{settings.iterations:,} iterations of {steps}, in micro-batches of {chunk:,}"
+        without = f", without the first {share:.0%} of the parameters" if (share := settings.unmatched_share) else ""
+        return f"{settings.iterations:,} iterations of {steps}, in micro-batches of {chunk:,}{without}"
 
     @classmethod
     def outlook(cls, config: RunConfig, training_images: int) -> Distance:
@@ -360,8 +361,9 @@ class TrajectoryMatching(Method):
         )
         held = [step.held_by(self.part.rows.first, self.part.rows.last) for step in steps]
         first, last = backbone.group.read_params(*self._wanted(origin))
-        if np.array_equal(first, last):
-            self._require_motion(backbone, origin)  # a single pair skips its iteration, because its loss is not finite
+        matched = first_matched(len(first), settings.unmatched_share)
+        if np.array_equal(first[matched:], last[matched:]):
+            self._require_motion(backbone, origin, matched)  # one such pair only skips its iteration
         start, target = (to_device_ahead(each, self.part.device) for each in (first, last))
         return Match(
             backbone.functions,
@@ -371,10 +373,11 @@ class TrajectoryMatching(Method):
             backbone.number,
             config.weights[backbone.number],
             backbone.chunk,
+            matched,
         )
 
-    def _require_motion(self, backbone: _Backbone, origin: Origin) -> None:
-        """Raise a `StoreError` if the expert's parameters are identical at its first and last stored epochs.
+    def _require_motion(self, backbone: _Backbone, origin: Origin, matched: int) -> None:
+        """Raise a `StoreError` if the expert's matched parameters are identical at its first and last stored epochs.
 
         Called if start and target of an iteration are identical, which alone is no error.
         """
@@ -382,7 +385,7 @@ class TrajectoryMatching(Method):
         group = backbone.group
         epochs = group.read_info(expert).epochs
         first, last = group.read_params(expert, [epochs[0], epochs[-1]])
-        if not np.array_equal(first, last):
+        if not np.array_equal(first[matched:], last[matched:]):
             return
         raise StoreError(
             f"epochs {start} and {target} of expert {expert} in {group.location.uri} are identical, and so are its "

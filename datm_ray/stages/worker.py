@@ -8,6 +8,7 @@ from typing import Any
 from datm_ray.config import ClusterConfig
 from datm_ray.data.dataset import Dataset
 from datm_ray.runtime.executor import Event
+from datm_ray.stages.difficulty import score_images
 from datm_ray.stages.distill import DistillWorker
 from datm_ray.stages.evaluate import EvaluateWorker
 from datm_ray.stages.experts import ExpertWorker
@@ -32,6 +33,10 @@ class StageWorker:
     def train_prior(self, *arguments: Any) -> Iterator[Event]:
         """Train a prior, see `PriorWorker.train`."""
         yield from self._worker(PriorWorker, light=True).train(*arguments)
+
+    def score(self, *arguments: Any) -> Iterator[Event]:
+        """Train networks that score the images, and store the scores, see `score_images`."""
+        yield from score_images(self._worker(ExpertWorker, light=True), *arguments)
 
     def distill(self, *arguments: Any, **rank: Any) -> Iterator[Event]:
         """Distil a set, see `DistillWorker.distill`."""

@@ -11,10 +11,11 @@ two epochs that it needs:
 `TrajectoryInfo.storage` names the type of `params` in the file, where bfloat16 is stored as its 16 bits. Readers always
 get float32. Files of version 1 have float32 params and no buffers.
 
-The folder of the experts also holds `transform.arrow`, the tensor file of the transform of their data, and in `costs/`
-records of what their training has cost. An expert is written once, whole, and never changes. This module does not know
-how experts are trained, nor which epochs are matched. Letters: p = number of parameters of the network, b = number of
-values in its floating-point buffers.
+The folder of the experts also holds `transform.arrow`, the tensor file of the transform of their data, in `costs/`
+records of what their training has cost, and, if other experts see images in the order of the errors of the first eight,
+`difficulty-00008.arrow`. An expert is written once, whole, and never changes. This module does not know how experts are
+trained, nor which epochs are matched. Letters: p = number of parameters of the network, b = number of values in its
+floating-point buffers.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ TRANSFORM_KIND = "transform"
 
 _EXPERT_FILE = re.compile(r"expert-(\d{5})\.arrow")
 _TRANSFORM_FILE = "transform.arrow"
+_DIFFICULTY_FILE = re.compile(r"difficulty-\d{5}\.arrow")
 _COSTS = "costs"
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 _MAX_EXPERT = 99_999
@@ -266,6 +268,8 @@ class ExpertGroup:
             shutil.rmtree(self.progress.local_path, ignore_errors=True)  # the empty folders
         if self.has_transform():
             self.transform_file.remove()
+        for name in filter(_DIFFICULTY_FILE.fullmatch, self.location.list()):
+            (self.location / name).remove()
 
     def read_params(self, expert: int, epochs: Sequence[int]) -> list[NDArray[np.float32]]:
         """Parameters [p] after each of these epochs, exactly as stored; the caller may change the arrays.
@@ -316,6 +320,10 @@ class ExpertGroup:
     def transform_file(self) -> Location:
         """File of the transform of the experts' data, which may be missing."""
         return self.location / _TRANSFORM_FILE
+
+    def difficulty_file(self, experts: int) -> Location:
+        """File of the training images' difficulty for the first `experts` experts, which may be missing."""
+        return self.location / f"difficulty-{experts:05d}.arrow"
 
     def has_transform(self) -> bool:
         """True if the transform of the experts' data is stored."""

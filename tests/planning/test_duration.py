@@ -134,6 +134,12 @@ def test_times_follow_the_recipe() -> None:
     assert gsam["experts"][0] == pytest.approx(2 * base["experts"][0])
     assert shared["validation"] == pytest.approx(base["validation"])  # two validations, at once on two workers
     assert proposal(machine="cpus=2,gflops=70").stages["experts"][0] == pytest.approx(2 * base["experts"][0])
+    order = "first_share: 0.5, whole_from: 5, removals: [], scoring_networks: 2, scoring_epochs: 3"
+    easy = proposal(f"experts.curriculum={{{order}}}")
+    scored = easy.seconds([("scoring", easy.config, 2 * 1222)]) / 3600
+    trained = (0.7 + 3 / 5) * base["experts"][0]  # five epochs of two experts, three of two scoring networks
+    assert easy.stages["experts"][0] == pytest.approx(trained + scored)
+    assert easy.storage["store"] > proposal().storage["store"]
     with_meta = proposal(METADD)
     assert with_meta.iteration[0] > proposal().iteration[0]
     assert with_meta.stages["experts"][0] > base["experts"][0]
@@ -266,7 +272,7 @@ def test_a_measured_estimate_is_within_twice_a_real_run(tmp_path: Path) -> None:
 def test_storage_is_what_lies_on_disk(tmp_path: Path) -> None:
     """Planned storage of experts, transforms, checkpoint and sets equals the disk's to some kB a file."""
     wide = ("network.width=32", "dataset.resize=16", "dataset.normalisation=zca", "distill.ipc=10")
-    config = tiny_config(METADD, *wide, "distill.iterations=4", "distill.threshold=1e9")
+    config = tiny_config(METADD, *wide, "distill.iterations=4", "distill.threshold=1e9", "distill.average_decay=0.9")
     pipeline = Pipeline([config], str(tmp_path))
     start: Callable[[], SerialExecutor] = lambda: SerialExecutor(config.cluster)  # noqa: E731
     pipeline.train_experts(start, Reporter(quiet=True))

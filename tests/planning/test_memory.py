@@ -117,6 +117,8 @@ def test_parts_are_counted() -> None:
     assert shared.parts["synthetic"] * 2 == alone.parts["synthetic"]
     assert shared.parts["validation"] == alone.parts["validation"] + 10 * row  # the first shard gathers the set
     assert [each.demand.summed for each in (alone, shared)] == [0, 4 * 3 * (2 * p + 1)]
+    averaged = plan_of(tiny_config("cluster.memory=4GiB", "distill.average_decay=0.9"))
+    assert averaged.parts == {**alone.parts, "synthetic": 6 * 10 * row}
     parts = alone.parts
     worst = max(parts["trace"] + parts["call"], parts["validation"])
     assert alone.total == PROCESS_BYTES + math.ceil(MARGIN * (parts["synthetic"] + parts["network"] + worst))

@@ -153,6 +153,23 @@ def test_shards_learn_what_one_process_learns(shards: int, reference: Path, tmp_
     assert_equal_but_for_rounding(learned(out), learned(reference))
 
 
+def test_shards_leave_out_and_average_what_one_process_does(reference: Path, tmp_path: Path) -> None:
+    """Without shallow parameters and with averaged images, two shards learn what one process learns and resumes."""
+    pad = (*SET, "distill.unmatched_share=0.3", "distill.average_decay=0.5")
+    one, again, two = (with_experts_of(reference, tmp_path / name) for name in ("one", "again", "two"))
+    distil(tiny_config(*pad), one, 1)
+    distil(tiny_config(*pad), again, 1, stop_at=5)
+    distil(tiny_config(*pad), again, 1)
+    distil(tiny_config(*pad, "cluster.shards=2"), two, 2)
+    assert torch.equal(learned(again).images, learned(one).images)
+    assert_equal_but_for_rounding(learned(two), learned(one))
+    state = state_of(one, tiny_config(*pad))
+    assert state.averaged is not None
+    assert torch.equal(learned(one).images, state.averaged)
+    assert not torch.equal(state.averaged, state.synthetic.images)
+    assert not torch.equal(state.synthetic.images, learned(reference).images)
+
+
 def test_all_workers_of_a_mesh_save_the_same_iteration_if_one_is_asked_to_stop(reference: Path, tmp_path: Path) -> None:
     """A request to rank 1 has both ranks save iteration 3, although no checkpoint was due; one process resumes it."""
     out = with_experts_of(reference, tmp_path)

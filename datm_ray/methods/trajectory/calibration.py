@@ -49,8 +49,7 @@ def measure(step_size: float, pairs: Sequence[Match], synthetic: SyntheticSet, a
     losses = []
     for pair in pairs:
         loss = pair.gradient(tried, all_sum, skip_above=-math.inf).loss
-        is_still = torch.equal(pair.start, pair.target)
-        losses.append(math.nan if is_still else loss if math.isfinite(loss) else math.inf)
+        losses.append(math.nan if pair.is_still else loss if math.isfinite(loss) else math.inf)
     return Measured(step_size, tuple(losses))
 
 

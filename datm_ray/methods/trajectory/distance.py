@@ -32,7 +32,7 @@ class Distance:
     title: ClassVar[str] = "step sizes"
 
     steps_per_epoch: int
-    """Number of an expert's SGD steps in one epoch."""
+    """Number of an expert's SGD steps in one epoch; with `experts.curriculum`, its mean over the matched epochs."""
     expert_epochs: int
     """Number of epochs from start to target."""
     learning_rate: float
@@ -51,8 +51,9 @@ class Distance:
             training_images: number of images that experts are trained on, without validation images.
         """
         experts, settings = config.experts, config.distill
+        seen = experts.share_seen(range(settings.start_epochs.first, config.latest_matched))
         return cls(
-            math.ceil(training_images / experts.batch_size),
+            math.ceil(training_images * seen / experts.batch_size),
             settings.expert_epochs,
             experts.learning_rate,
             experts.momentum,

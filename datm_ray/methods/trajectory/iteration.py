@@ -46,6 +46,13 @@ class Match:
     """Weight of this backbone's matching loss in the sum."""
     chunk: int | None = None
     """Number of images per call of the step functions; None for a whole minibatch, see `matching_gradient`."""
+    first: int = 0
+    """Index of the first parameter that is matched, see `distill.unmatched_share`."""
+
+    @property
+    def is_still(self) -> bool:
+        """True if start and target are identical in all matched parameters, so that the loss is undefined."""
+        return torch.equal(self.start[self.first :], self.target[self.first :])
 
     def gradient(
         self, synthetic: SyntheticSet, all_sum: AllSum = identity, skip_above: float = math.inf
@@ -60,6 +67,7 @@ class Match:
             backbone=self.backbone,
             chunk=self.chunk,
             skip_above=skip_above,
+            first=self.first,
             all_sum=all_sum,
         )
 

@@ -9,6 +9,7 @@ adjoint of the recursion above. With v_T = dL/dtheta_T and, for i = T-1 ... 0, s
     X.grad -= alpha ds_i/dX     Y.grad -= alpha ds_i/dY     alpha.grad -= s_i     v_i = v_{i+1} - alpha ds_i/dtheta_i
 
 The result equals the gradient of full unrolling; it is no approximation (TESLA drops the effect of the last term).
+Norms may leave out the first parameters (PAD). The student still trains them, and v_T is 0 there.
 Augmentation A_i is applied outside the compiled step, and differentiated by its own vector-Jacobian product. A_i does
 not depend on theta, so this is exact too.
 
@@ -108,6 +109,7 @@ def matching_gradient(
     backbone: int = 0,
     chunk: int | None = None,
     skip_above: float = math.inf,
+    first: int = 0,
     all_sum: AllSum = identity,
 ) -> MatchingGradient:
     """Compute the normalised matching loss and its exact gradient in images, soft labels and step size.
@@ -123,6 +125,7 @@ def matching_gradient(
         chunk: number of images per call of `functions`; None for whole minibatches. A smaller rest is padded with
             images of weight 0, so that only one shape is compiled.
         skip_above: a loss above this value is not differentiated; its gradient is given as zero.
+        first: index of the first parameter that both norms of the loss count, see `first_matched`.
         all_sum: sum over class shards.
     """
     step_size = synthetic.step_sizes[backbone]
@@ -130,8 +133,9 @@ def matching_gradient(
     trace = [start]
     for step in range(len(steps)):
         trace.append(trace[-1] - step_size * all_sum(sweep.student_gradient(trace[-1], step)))
-    distance = (start - target).square().sum()
+    distance = (start - target)[first:].square().sum()
     gap = trace.pop() - target
+    gap[:first] = 0
     loss = _agreed(gap.square().sum() / distance, all_sum)
     images, soft_labels = torch.zeros_like(synthetic.images), torch.zeros_like(synthetic.soft_labels)
     d_step_size = torch.zeros_like(step_size)
@@ -143,6 +147,14 @@ def matching_gradient(
         d_step_size -= summed[-1]
         v = v - step_size * summed[:-1]
     return MatchingGradient(loss, images.mul_(-step_size), soft_labels.mul_(-step_size), d_step_size)
+
+
+def first_matched(parameters: int, unmatched_share: float) -> int:
+    """Index of the first parameter that is matched, if the first share of all parameters is left out.
+
+    Parameters are in the network's order, from the layer that reads the images to the classifier.
+    """
+    return int(unmatched_share * parameters)
 
 
 def _agreed(loss: Tensor, all_sum: AllSum) -> float:

@@ -16,7 +16,7 @@ from datm_ray.core.synthetic import AllSum, identity
 from datm_ray.methods.trajectory.calibration import MOST_TRIED, Measured, find_step_size, measure
 from datm_ray.methods.trajectory.distance import Distance
 from datm_ray.methods.trajectory.iteration import Match
-from datm_ray.methods.trajectory.matching import draw_student_steps
+from datm_ray.methods.trajectory.matching import draw_student_steps, matching_gradient
 from datm_ray.recipes import get_recipe
 from tests.methods.trajectory.test_matching import Barrier, eager, make_problem
 
@@ -89,6 +89,19 @@ def test_a_pair_at_rest_is_left_out() -> None:
     assert math.isnan(measure(0.1, [at_rest], synthetic).loss)
 
 
+def test_losses_before_the_first_iteration_count_matched_parameters_alone() -> None:
+    """The search measures the loss without the parameters that are left out, and a pair at rest in all others."""
+    network, start, target, synthetic = make_problem()
+    steps, first = draw_student_steps(12, 2, 5, "", seed=1, iteration=0), len(start) // 3
+    match = Match(eager(network), start, target, steps, first=first)
+    at = float(synthetic.step_size)
+    measured = measure(at, [match], synthetic).loss
+    assert measured == matching_gradient(match.functions, start, target, synthetic, steps, first=first).loss
+    assert measured != measure(at, [replace(match, first=0)], synthetic).loss
+    only_shallow = torch.cat([target[:first], start[first:]])
+    assert math.isnan(measure(at, [replace(match, target=only_shallow)], synthetic).loss)
+
+
 def test_distances_are_those_of_plain_sgd() -> None:
     """A distance is a number of steps times their size, with momentum more, and advice comes where both differ much."""
     few = ["experts.batch_size=256", "experts.learning_rate=0.01", "distill.expert_epochs=2"]
@@ -102,6 +115,8 @@ def test_distances_are_those_of_plain_sgd() -> None:
     fast = Distance.of(override(config, ["experts.momentum=0.9"]), 780)
     assert (fast.expert, fast.advice) == (pytest.approx(0.8), "")
     assert "experts make 8 steps of 0.01 with momentum 0.9 from start to target (0.8 in all)" in str(fast)
+    easy = override(config, ["experts.curriculum={first_share: 0.25, whole_from: 12, removals: []}"])
+    assert Distance.of(easy, 780).steps_per_epoch == 2  # 0.59 of 780 images, on average over epochs 0 to 10
     wild = Distance.of(override(config, ["experts.learning_rate=37028123456", "distill.student_steps=1"]), 780)
     assert "8 steps of 3.7e+10 from" in str(wild)
     assert str(wild).endswith("the student 1 step of 0.01 (0.01 in all)")

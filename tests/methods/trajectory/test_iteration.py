@@ -466,6 +466,30 @@ def test_last_set_not_clearly_worse_than_the_best_is_chosen(step: Scripted) -> N
     assert not torch.equal(state.synthetic.images, expected)
 
 
+def test_images_are_averaged_over_the_updates(step: Scripted) -> None:
+    """The average starts from the first images, follows every update, rests if one is skipped, and is what is kept."""
+    state, plain = make_state(average_decay=0.75), make_state()
+    expected = state.synthetic.images.double()
+    for seed in range(3):
+        step(state, make_gradient(seed=seed))
+        step(plain, make_gradient(seed=seed))
+        expected = 0.75 * expected + 0.25 * state.synthetic.images.double()
+    assert state.averaged is not None
+    torch.testing.assert_close(state.averaged.double(), expected, rtol=1e-5, atol=1e-5)
+    before = state.averaged.clone()
+    step(state, make_gradient(loss=5.0))
+    assert state.history[-1].skipped
+    assert torch.equal(state.averaged, before)
+    state.record_validation(0.5)
+    assert state.chosen is not None
+    assert torch.equal(state.chosen.images, before)
+    for name in LEARNED:  # what is learned does not depend on the average
+        assert torch.equal(getattr(state.synthetic, name), getattr(plain.synthetic, name))
+        assert name == "images" or torch.equal(getattr(state.chosen, name), getattr(state.synthetic, name))
+    assert plain.averaged is None
+    assert plain.result is plain.synthetic
+
+
 def run(state: Distillation, iterations: int) -> None:
     """Run iterations of a tiny network, with a validation after every third."""
     spec = NetworkSpec(channels=1, size=(8, 8), classes=3, width=3, depth=2)
@@ -481,12 +505,12 @@ def run(state: Distillation, iterations: int) -> None:
             state.record_validation(float(state.synthetic.images.mean()))
 
 
-@pytest.mark.parametrize("done", [0, 1, 5])
-def test_resumed_distillation_equals_an_undisturbed_one(done: int) -> None:
+@pytest.mark.parametrize(("done", "decay"), [(0, None), (1, None), (5, None), (0, 0.9), (1, 0.9), (5, 0.9)])
+def test_resumed_distillation_equals_an_undisturbed_one(done: int, decay: float | None) -> None:
     """A distillation resumed at any iteration equals an uninterrupted one, bit for bit."""
     undisturbed, first = (
-        make_state(threshold=1.005, gradient_limit=1.5e-3),
-        make_state(threshold=1.005, gradient_limit=1.5e-3),
+        make_state(threshold=1.005, gradient_limit=1.5e-3, average_decay=decay),
+        make_state(threshold=1.005, gradient_limit=1.5e-3, average_decay=decay),
     )
     run(undisturbed, 8)
     run(first, done)

@@ -25,6 +25,7 @@ from datm_ray.methods.trajectory.matching import (
     MatchingGradient,
     StudentStep,
     draw_student_steps,
+    first_matched,
     identity,
     matching_gradient,
 )
@@ -60,16 +61,21 @@ def eager(network: FlatNetwork) -> StudentStepFunctions:
 
 
 def unrolled(
-    network: FlatNetwork, start: Tensor, target: Tensor, synthetic: SyntheticSet, steps: list[StudentStep]
+    network: FlatNetwork,
+    start: Tensor,
+    target: Tensor,
+    synthetic: SyntheticSet,
+    steps: list[StudentStep],
+    first: int = 0,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Loss and gradients through the whole graph, as the published code computes them."""
     learned = [t.clone().requires_grad_() for t in (synthetic.images, synthetic.soft_labels, synthetic.step_size)]
-    matching = unrolled_loss(network, start, target, learned, steps)
+    matching = unrolled_loss(network, start, target, learned, steps, first)
     return matching.detach(), torch.autograd.grad(matching, learned)
 
 
 def unrolled_loss(
-    network: FlatNetwork, start: Tensor, target: Tensor, learned: list[Tensor], steps: list[StudentStep]
+    network: FlatNetwork, start: Tensor, target: Tensor, learned: list[Tensor], steps: list[StudentStep], first: int = 0
 ) -> Tensor:
     """Loss as a function of images, soft labels and step size, with the whole graph."""
     images, soft_labels, step_size = learned
@@ -80,7 +86,7 @@ def unrolled_loss(
         loss = soft_cross_entropy(network(theta, x), soft_labels[step.rows], weights)
         (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
         theta = theta - step_size * gradient
-    return (theta - target).square().sum() / (start - target).square().sum()
+    return (theta - target)[first:].square().sum() / (start - target)[first:].square().sum()
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
@@ -125,12 +131,45 @@ def test_gradient_in_latents_equals_full_unrolling_through_a_decoder() -> None:
     assert torch.equal(state.synthetic.images, prior.render(state.synthetic.variable("images")))
 
 
-def test_gradient_equals_finitedifferences() -> None:
+@pytest.mark.parametrize("share", [0.25, 0.6, 0.999])
+def test_gradient_without_shallow_parameters_equals_full_unrolling(share: float) -> None:
+    """With the first parameters left out of both norms, loss and gradients equal the unrolled graph's."""
+    network, start, target, synthetic = make_problem()
+    first = first_matched(len(start), share)
+    assert 0 < first < len(start)
+    steps = draw_student_steps(12, 7, 5, PUBLISHED_AUGMENTATION, seed=1, iteration=3)
+    ours = matching_gradient(eager(network), start, target, synthetic, steps, first=first, chunk=2)
+    loss, reference = unrolled(network, start, target, synthetic, steps, first)
+    assert ours.loss == pytest.approx(float(loss), rel=1e-12)
+    for value, expected in zip(parts(ours), reference, strict=True):
+        assert relative_error(value, expected) < 1e-10
+    whole = matching_gradient(eager(network), start, target, synthetic, steps)
+    assert relative_error(ours.images, whole.images) > 0.01  # the parameters left out count in the whole loss
+
+
+def test_shallow_parameters_are_trained_though_they_are_not_matched() -> None:
+    """A student whose first parameters are held still reaches another loss than one that trains all of them."""
+    network, start, target, synthetic = make_problem()
+    steps = draw_student_steps(12, 7, 5, "", seed=1, iteration=3)
+    first, functions = first_matched(len(start), 0.5), eager(network)
+    whole = matching_gradient(functions, start, target, synthetic, steps, first=first)
+    trained = functions.forward
+
+    def held(theta: Tensor, *arguments: Tensor) -> Tensor:
+        return trained(theta, *arguments).index_fill(0, torch.arange(first), 0.0)
+
+    functions.forward = held  # type: ignore[method-assign]
+    part = matching_gradient(functions, start, target, synthetic, steps, first=first, skip_above=0.0)
+    assert part.loss != pytest.approx(whole.loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_gradient_equals_finitedifferences(share: float) -> None:
     """Directional derivatives in all three variables equal central differences of the loss."""
     network, start, target, synthetic = make_problem(channels=1, width=3, classes=3, ipc=2)
     steps = draw_student_steps(6, 4, 4, "color_crop_flip_scale_rotate", seed=2, iteration=0)
-    functions = eager(network)
-    ours = matching_gradient(functions, start, target, synthetic, steps)
+    functions, first = eager(network), first_matched(len(start), share)
+    ours = matching_gradient(functions, start, target, synthetic, steps, first=first)
     draw = torch.Generator().manual_seed(5)
     for name in ("images", "soft_labels", "step_size"):
         value = getattr(synthetic, name)
@@ -139,7 +178,7 @@ def test_gradient_equals_finitedifferences() -> None:
         for sign in (1, -1):
             moved = synthetic.clone()
             getattr(moved, name).add_(sign * 1e-5 * direction)
-            losses.append(matching_gradient(functions, start, target, moved, steps).loss)
+            losses.append(matching_gradient(functions, start, target, moved, steps, first=first).loss)
         numeric = (losses[0] - losses[1]) / 2e-5
         assert float((getattr(ours, name) * direction).sum()) == pytest.approx(numeric, rel=1e-5)
 
@@ -173,12 +212,13 @@ class Barrier:
 
 
 @pytest.mark.parametrize("bounds", [(0, 12), (0, 5, 12), (0, 3, 6, 9, 12), (0, 1, 2, 3, 12)])
-@pytest.mark.parametrize("batch", [12, 4])
-def test_class_shards_add_up_to_one_process(bounds: tuple[int, ...], batch: int) -> None:
+@pytest.mark.parametrize(("batch", "share"), [(12, 0.0), (4, 0.0), (4, 0.3)])
+def test_class_shards_add_up_to_one_process(bounds: tuple[int, ...], batch: int, share: float) -> None:
     """Shards of the classes, even or not, add up to the gradient of one process to 1e-12 in float64."""
     network, start, target, synthetic = make_problem()
     whole_steps = draw_student_steps(12, 4, batch, "crop", seed=1, iteration=0)
-    whole = matching_gradient(eager(network), start, target, synthetic, whole_steps)
+    matched = first_matched(len(start), share)
+    whole = matching_gradient(eager(network), start, target, synthetic, whole_steps, first=matched)
     ranges = list(itertools.pairwise(bounds))
     barrier = Barrier(len(ranges))
 
@@ -193,7 +233,7 @@ def test_class_shards_add_up_to_one_process(bounds: tuple[int, ...], batch: int)
         steps = [step.held_by(first, last) for step in whole_steps]
         # A network of its own: a functional call swaps the module's parameters and is not safe across threads.
         functions, all_sum = eager(make_problem()[0]), functools.partial(barrier.all_sum, rank)
-        return matching_gradient(functions, start, target, held, steps, chunk=2, all_sum=all_sum)
+        return matching_gradient(functions, start, target, held, steps, chunk=2, first=matched, all_sum=all_sum)
 
     with ThreadPoolExecutor(len(ranges)) as pool:
         shards = list(pool.map(shard, range(len(ranges))))

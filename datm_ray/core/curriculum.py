@@ -1,0 +1,36 @@
+"""Which real images experts see in an epoch, if they see them from easy to hard (PAD, arXiv 2408.03360).
+
+In the first epochs experts see the easiest share of each class, which grows until they see all images. Later the
+easiest images may be left out. How difficult an image is, others decide (`stages/curriculum.py`). Within an epoch the
+order is random, so an epoch depends on nothing but its number. Tests: tests/core/test_curriculum.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datm_ray.config import CurriculumConfig
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """Real images from easy to hard, and when experts see them."""
+
+    settings: CurriculumConfig
+    by_class: Sequence[NDArray[np.int64]]
+    """Rows of each class's images, the easiest first."""
+
+    def rows(self, epoch: int) -> NDArray[np.int64]:
+        """Rows of the images that experts see in an epoch, counted from 0: at least one of each class."""
+        first, last = self.settings.bounds(epoch)
+        return np.concatenate([own[_part(len(own), first, last)] for own in self.by_class])
+
+
+def _part(count: int, first: float, last: float) -> slice:
+    """Slice from share `first` to share `last` of `count` images. Shares are rounded down, as published."""
+    start = min(int(first * count), count - 1)
+    return slice(start, max(int(last * count), start + 1))
