@@ -116,11 +116,7 @@ for _, event in executor.run(Hog, ({str(tmp_path)!r},), "work", [Task("hog", (4 
     print(event, flush=True)
 executor.close()
 """
-    memory = {line.split(":")[0]: int(line.split()[1]) << 10 for line in Path("/proc/meminfo").read_text().splitlines()}
-    threshold = 1 - (memory["MemAvailable"] - (2 << 30)) / memory["MemTotal"]
-    if not 0 < threshold < 0.9:
-        pytest.skip("needs 5 GiB of free memory")
-    with Nodes({"RAY_memory_usage_threshold": f"{threshold:.3f}", "RAY_memory_monitor_refresh_ms": "100"}) as nodes:
+    with Nodes(memory_limit(2 << 30)) as nodes:
         nodes.add("only")
         command = [sys.executable, "-c", script, nodes.address]
         done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
@@ -138,9 +134,21 @@ OF_THE_DRIVER = {"recipe.yaml", "dataset.json", "report.html", "summary.json"}
 """Files that a restarted driver writes again, before any worker has done anything."""
 
 
-KINDS = ("actor", "machine", "driver", "gpu", "store", "stuck", "second")
-"""Faults: a worker, a node or the command is killed; a worker has an error of its GPU or its store; a worker stands
-still; a second command is started."""
+KINDS = ("actor", "machine", "driver", "gpu", "store", "memory", "stuck", "second")
+"""Faults: a worker, a node or the command is killed; a worker has an error of its GPU or its store; a worker fills the
+memory until Ray kills it; a worker stands still; a second command is started."""
+ROOM = 8 << 30
+"""Bytes above the memory in use at the start at which Ray kills workers. The soak's own processes take about four
+GiB."""
+
+
+def memory_limit(room: int) -> dict[str, str]:
+    """Environment of a cluster that kills workers if memory use grows by `room` bytes; skips a test without so much."""
+    memory = {line.split(":")[0]: int(line.split()[1]) << 10 for line in Path("/proc/meminfo").read_text().splitlines()}
+    threshold = 1 - (memory["MemAvailable"] - room) / memory["MemTotal"]
+    if not 0 < threshold < 0.9:
+        pytest.skip(f"needs {(room >> 30) + 3} GiB of free memory")
+    return {"RAY_memory_usage_threshold": f"{threshold:.3f}", "RAY_memory_monitor_refresh_ms": "100"}
 
 
 class Soak:
@@ -158,7 +166,7 @@ class Soak:
         self._faults = self._log.with_name("faults")
         self._faults.mkdir()
         path = os.pathsep.join([str(Path(__file__).with_name("faults")), os.environ.get("PYTHONPATH", "")])
-        environment = {"DATM_RAY_TEST_FAULTS": str(self._faults), "PYTHONPATH": path}
+        environment = {"DATM_RAY_TEST_FAULTS": str(self._faults), "PYTHONPATH": path, **memory_limit(ROOM)}
         with Nodes(environment) as self._nodes, self._log.open("a") as self._output:
             self._alive = [self._add(), self._add()]
             self._start()
@@ -201,6 +209,14 @@ class Soak:
 
     def _make_store(self) -> None:
         self._make_gpu("store")
+
+    def _make_memory(self) -> None:
+        self._make_gpu("memory")
+        log = self._log.read_text()
+        until(lambda: "ran out of memory" in self._log.read_text()[len(log) :] or self._is_done(), "memory is full")
+
+    def _is_done(self) -> bool:
+        return self._process.poll() is not None
 
     def _make_stuck(self) -> None:
         workers = self._nodes.worker_processes()

@@ -1,6 +1,6 @@
-"""Makes a worker raise an error when a test asks for it: Python imports this in each process of the soak's cluster.
+"""Makes a worker fail when a test asks for it: Python imports this in each process of the soak's cluster.
 
-A file named by the process id in the folder DATM_RAY_TEST_FAULTS says which error, and is removed.
+A file named by the process id in the folder DATM_RAY_TEST_FAULTS says how, and is removed.
 """
 
 from __future__ import annotations
@@ -47,13 +47,27 @@ def _raise_in_workers(kind: str) -> None:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_error(kind)))
 
 
+BLOCK, MOST_BLOCKS = 64 << 20, 192
+
+
+def _fill_memory() -> None:
+    """Take memory until Ray's memory monitor kills this process, at most 12 GiB."""
+    held = []
+    while len(held) < MOST_BLOCKS:
+        held.append(bytearray(b"\1") * BLOCK)
+        time.sleep(0.03)
+
+
 def _watch(place: Path) -> None:
     while True:
         time.sleep(0.2)
         if place.exists():
             kind = place.read_text()
             place.unlink()
-            _raise_in_workers(kind)
+            if kind == "memory":
+                _fill_memory()
+            else:
+                _raise_in_workers(kind)
 
 
 if folder := os.environ.get("DATM_RAY_TEST_FAULTS"):
