@@ -108,7 +108,7 @@ def _end_with(failure: BaseException, out: str | None, *, resumes: bool = False)
 
 
 def _first_with_text(end: KeyboardInterrupt) -> BaseException:
-    """Interrupt that says what was saved, also if a further Ctrl-C came while the command closed; else `end`."""
+    """Interrupt whose text says what was saved, even if another Ctrl-C came after it; `end` if there is none."""
     each: BaseException | None = end
     while each and not (isinstance(each, KeyboardInterrupt) and str(each)):
         each = each.__context__

@@ -48,7 +48,9 @@ def load_config(path: str, base_of: Callable[[str], RunConfig]) -> RunConfig:
 
 
 def _for_method(config: RunConfig, before: str, own: Collection[str]) -> RunConfig:
-    """Drop what another method of the recipe's base read, but keep what the user has set, so that it is noted.
+    """Reset keys that the run's method does not read, if the base has another method.
+
+    Keys that the user has set are kept, so that a message can name them.
 
     Args:
         before: method of the base.
@@ -58,7 +60,7 @@ def _for_method(config: RunConfig, before: str, own: Collection[str]) -> RunConf
 
 
 def _keys(values: Mapping[str, Any]) -> list[str]:
-    """Sections and keys, such as `distill` and `distill.ipc`, of plain data."""
+    """Names of the sections and keys in a configuration's plain data, such as `distill` and `distill.ipc`."""
     inner = [f"{name}.{key}" for name, value in values.items() if isinstance(value, dict) for key in value]
     return [*values, *inner]
 

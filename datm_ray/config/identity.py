@@ -23,7 +23,7 @@ LATER_KEYS: dict[str, Any] = {
 LATER_EXPERT_KEYS = {"schedule": "constant", "warmup_epochs": 0, "precision": "float32", "curriculum": None}
 """Keys of experts that earlier versions lacked -> value that their experts used."""
 SECTIONS_OF_METHODS = {"recover": "sre2l", "select": "select"}
-"""Sections that one packaged method reads -> the method."""
+"""Section that only one packaged method reads -> that method."""
 SCORING_KEYS = (
     *("labels", "temperature", "cutmix", "keep_labels", "top_logits", "learning_rate"),
     *("schedule", "warmup_epochs", "epochs", "batch_size", "weight_decay"),
@@ -44,7 +44,7 @@ def unread_keys(config: RunConfig) -> list[str]:
 
 
 def unread_values(config: RunConfig) -> dict[str, Any]:
-    """Keys that the run's method does not read -> plain value, for the values that are not the defaults."""
+    """Key that the run's method does not read -> its value as plain data, if it is not the default."""
     default, found = RunConfig().model_dump(mode="json"), config.model_dump(mode="json")
     paths = {key: key.split(".") for key in unread_keys(config)}
     values = {key: (reduce(getitem, path, found), reduce(getitem, path, default)) for key, path in paths.items()}
@@ -52,7 +52,7 @@ def unread_values(config: RunConfig) -> dict[str, Any]:
 
 
 def without_unread(config: RunConfig, kept: Collection[str] = ()) -> RunConfig:
-    """Copy with the default value of every key that the run's method does not read, except the keys in `kept`."""
+    """Copy of the run in which every key that its method does not read, except those in `kept`, has its default."""
     sections: dict[str, Any] = {}
     for key in unread_values(config).keys() - set(kept):
         section, _, name = key.partition(".")

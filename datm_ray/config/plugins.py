@@ -9,8 +9,7 @@ from datm_ray.errors import ConfigError
 
 
 def imported(key: str, place: str) -> Any:
-    """Object that a recipe names.
-
+    """Import the object that a recipe names.
     Args:
         key: key of the recipe, for messages.
         place: `package.module:name`.

@@ -65,7 +65,7 @@ class DatasetConfig(Section):
     """zca: whitening with eps 0.1, as published. standard: mean and deviation per channel. auto: zca up to 64x64
     pixels, else standard; streamed images and those with a given `mean` get standard."""
     mean: Annotated[tuple[NonNegative, ...], Field(strict=False)] | None = None
-    """standard: mean of each channel, for pixels in [0, 1], such as a teacher was trained with; null: of the images."""
+    """standard: mean of each channel of pixels in [0, 1], such as a teacher's; null: of the training images."""
     std: Annotated[tuple[Positive, ...], Field(strict=False)] | None = None
     """standard: deviation of each channel, given together with `mean`; null: of the training images."""
     validation: Fraction = 0.1
@@ -221,30 +221,33 @@ class BackboneConfig(Section):
 
 
 class RemovalConfig(Section):
-    """Easy images that experts see no more."""
+    """Removal of easy images from the training of experts."""
 
     epoch: Epoch
-    """First epoch without them, counted from 0."""
+    """First epoch without the easy images, counted from 0."""
     share: Fraction
-    """Share of each class that is left out, its easiest images."""
+    """Share of each class that is left out, its easiest images, in (0, 1)."""
 
 
 class CurriculumConfig(Section):
-    """Experts see the easy images of each class first, as in PAD. Scores (EL2N) of networks of their own order them."""
+    """Experts see the easy images of each class first, as in PAD.
+
+    Networks that are trained for this alone score the images: those of low EL2N score are easy.
+    """
 
     first_share: Annotated[float, Field(gt=0, le=1)] = 0.75
-    """Share of each class that experts see in the first epoch, its easiest images, in (0, 1]."""
+    """Share of each class, its easiest images, that experts see in the first epoch, in (0, 1]."""
     whole_from: Count = 20
-    """Epoch from which experts see all images, counted from 0. Up to it the share grows linearly."""
+    """Epoch from which experts see all images, counted from 0. Until then the share grows linearly."""
     removals: Annotated[tuple[RemovalConfig, ...], Field(strict=False, max_length=16)] = (
         RemovalConfig(epoch=41, share=0.1),
         RemovalConfig(epoch=61, share=0.2),
     )
     """Epochs from which easy images are left out, in order, such as `[{epoch: 41, share: 0.1}]`; [] for none."""
     scoring_networks: Annotated[int, Field(ge=1, le=100)] = 8
-    """Networks whose mean error orders the images, 1 to 100."""
+    """Networks whose mean EL2N score orders the images, 1 to 100."""
     scoring_epochs: Count = 10
-    """Epochs of training of these networks, on all images."""
+    """Epochs of training of the scoring networks, on all images."""
 
     @model_validator(mode="after")
     def _removals_are_in_order(self) -> CurriculumConfig:
@@ -257,7 +260,11 @@ class CurriculumConfig(Section):
         return self
 
     def bounds(self, epoch: int) -> tuple[float, float]:
-        """Images that experts see in an epoch, counted from 0: shares [first, last) of a class from easy to hard."""
+        """Images that experts see in an epoch, as shares [first, last) of each class ordered from easy to hard.
+
+        Args:
+            epoch: number of the epoch, from 0.
+        """
         first = next((each.share for each in reversed(self.removals) if epoch >= each.epoch), 0.0)
         return first, min(1.0, self.first_share + (1 - self.first_share) * epoch / self.whole_from)
 
@@ -298,7 +305,7 @@ class ExpertConfig(Section):
     storage: Literal["float32", "float16", "bfloat16"] = "float32"
     """Type of stored parameters; 16 bits halve the store but round."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: layers compute in 16 bits, meant for GPUs; parameters, gradients and losses keep 32."""
+    """bfloat16: layers compute in 16 bits, meant for GPUs; parameters, gradients and losses stay in 32."""
     test_every: Annotated[int, Field(ge=0)] = 0
     """Epochs between measurements of test accuracy (for display only); 0 for none. Only stored epochs keep it."""
 
@@ -362,7 +369,7 @@ class StartEpochs(Section):
 
 
 class DistillConfig(Section):
-    """Making the set. `recipe show` leaves out the keys that the recipe's method does not read.
+    """How the synthetic set is made. `recipe show` leaves out the keys that the recipe's method does not read.
 
     dm learns neither labels nor step size: its labels are hard, and networks train with `initial_step_size`.
     """
@@ -529,12 +536,12 @@ class PriorConfig(Section):
     """A prior: a decoder makes the images, and its latents are learned in place of pixels."""
 
     kind: str = "trained"
-    """trained: a decoder of the data set's images; untrained: its first parameters, as a control; or
-    package.module:function that returns a decoder."""
+    """trained: a decoder trained on the data set's images; untrained: the same decoder with random
+    parameters, as a control; or package.module:function that returns a decoder."""
     channels: Count = 16
     """Channels of an image's latents."""
     halvings: Annotated[int, Field(ge=0, le=6)] = 2
-    """Latent maps have the image's sides, halved this often, 0 to 6."""
+    """Number of times that the image's sides are halved to give those of its latent maps, 0 to 6."""
     width: Count = 64
     """Channels of the decoder's layers."""
     epochs: Count = 50
@@ -544,7 +551,7 @@ class PriorConfig(Section):
     learning_rate: Positive = 2e-3
     """trained: learning rate of Adam, falling along a cosine to 0."""
     inversion_steps: Annotated[int, Field(ge=0)] = 300
-    """Steps of Adam that find the first latents of a decoder without an encoder."""
+    """Steps of Adam that find the initial latents if the decoder has no encoder."""
 
     @field_validator("kind")
     @classmethod
@@ -604,7 +611,7 @@ class EvaluateConfig(Section):
 
     @property
     def has_teacher(self) -> bool:
-        """True if expert 0 gives the labels of rows with soft labels, now or beforehand."""
+        """True if expert 0 gives the labels of rows with soft labels, during training or stored beforehand."""
         return self.labels != "own"
 
     @property
@@ -639,7 +646,7 @@ READ_OF_DISTILL = {
     "select": "ipc labels initial_step_size options start_epochs expert_epochs",
 }
 """Packaged method -> keys of `distill` that it reads. datm reads all but `real_batch`. The methods that users write may
-read any key. Start epochs decide which epochs of experts are stored, and `select` scores images by these."""
+read any key. `select` reads `start_epochs`, because it scores images by stored epochs, which depend on them."""
 
 _SIZE: TypeAdapter[ByteSize] = TypeAdapter(Annotated[ByteSize, Field(ge=1)])
 
@@ -726,7 +733,7 @@ class WorkerShape(Section):
 
 
 class ClusterConfig(WorkerShape):
-    """How the work is spread. Results depend on threads, device, precision, compile and deterministic, by rounding."""
+    """How the work is spread. Threads, device, precision, compile and deterministic change results by rounding."""
 
     workers: Count | None = None
     """Parallel workers; null: as many as CPUs (or GPUs) allow."""
@@ -749,7 +756,7 @@ class ClusterConfig(WorkerShape):
     channels_last: bool = True
     """Store maps channels-last: faster on CPUs, coarser rounding."""
     cuda_graphs: bool = False
-    """Launch all kernels of a student step together on GPUs, for small batches; not run on a GPU yet."""
+    """Launch all kernels of a student step together on GPUs, for small batches. Not tested on a GPU yet."""
     deterministic: bool = False
     """Compute every sum in a fixed order, more slowly, so that a GPU gives the same bits in every run."""
     peer_timeout: Annotated[float, Field(ge=0.1, le=86_400)] = 300.0

@@ -181,7 +181,7 @@ def _rotate(images: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _matrix(rows: list[list[Tensor]]) -> Tensor:
-    """Stack numbers [b] to matrices [b 2 3]."""
+    """Stack rows of numbers [b] into matrices [b 2 3]."""
     return torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
 
 

@@ -104,7 +104,7 @@ def batches(
 
 
 def _numbered(rows: int | NDArray[np.int64], batch_size: int) -> Iterator[tuple[int, bool]]:
-    """Numbers of an epoch's batches, each with True if it is the last. `rows`: images of the epoch, or their number."""
+    """Number of each batch in an epoch, from 0, and True for the last. `rows`: the epoch's images, or their count."""
     count = rows if isinstance(rows, int) else len(rows)
     batches = -(-count // batch_size)
     return ((number, number == batches - 1) for number in range(batches))

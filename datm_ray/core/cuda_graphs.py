@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 class Replayed:
-    """A function as a CUDA graph, for tensors of the shapes of its first call. Equal bits, because kernels are equal.
+    """A function as a CUDA graph, for tensors of the shapes of its first call. Results keep their bits.
 
     If the function cannot be recorded, one line is logged, and each call runs the function itself. The function must
     launch kernels only: it must not read a tensor's value.
@@ -60,9 +60,9 @@ class Replayed:
     def _try_to_record(self, arguments: tuple[Tensor, ...]) -> None:
         try:
             self._record(arguments)
-        except torch.OutOfMemoryError:  # fewer images may fit
+        except torch.OutOfMemoryError:  # the caller may retry with fewer images
             raise
-        except Exception as failure:  # any kernel or library may refuse to be recorded
+        except Exception as failure:  # of any kernel or library that cannot be recorded
             self._has_failed, self._inputs = True, []
             reason = next(iter(str(failure).strip().splitlines()), type(failure).__name__)
             _log.warning("no CUDA graphs, each kernel is launched by itself: %s", reason[:200])
@@ -76,7 +76,7 @@ class Replayed:
                 self._function(*self._inputs)
         present.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may copy to the GPU meanwhile.
+        # "thread_local" lets other threads copy to the GPU meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             results = self._function(*self._inputs)
         self._is_single = isinstance(results, Tensor)

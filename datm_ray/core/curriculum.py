@@ -1,7 +1,7 @@
 """Which real images experts see in an epoch, if they see them from easy to hard (PAD, arXiv 2408.03360).
 
 In the first epochs experts see the easiest share of each class, which grows until they see all images. Later the
-easiest images may be left out. How difficult an image is, others decide (`stages/curriculum.py`). Within an epoch the
+easiest images may be left out. The order comes from scores (`stages/difficulty.py`). Within an epoch the
 order is random, so an epoch depends on nothing but its number. Tests: tests/core/test_curriculum.py.
 """
 

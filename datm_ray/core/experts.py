@@ -159,7 +159,7 @@ def _step(
 
 
 def _descended(parameters: Tensor, gradient: Tensor, rates: Sequence[float]) -> Tensor:
-    """Parameters [s p] minus each network's rate times its gradient [s p], with the bits of one network alone."""
+    """Parameters [s p] minus each network's rate times its gradient [s p], with the same bits as for one alone."""
     if len(set(rates)) == 1:
         return torch.sub(parameters, gradient, alpha=rates[0])
     after = torch.empty_like(parameters)

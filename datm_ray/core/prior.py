@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 MICRO_BATCH_BYTES = 256 * 2**20
 """Largest size in bytes of what a decoder keeps for the derivative of one micro-batch; one image may take more."""
 KEPT_MAPS = 2
-"""Peak memory of a micro-batch through a decoder and back, as a multiple of what its layers write in one forward
-pass."""
+"""Peak memory of a micro-batch in a decoder's forward and backward pass, as a multiple of the bytes that its layers
+write in one forward pass."""
 INVERSION_RATE = 0.1
 """Learning rate of Adam at the start of an inversion; it falls along a cosine to 0."""
 MIDDLE = 0.5
@@ -57,7 +57,7 @@ def halved(size: tuple[int, int], halvings: int) -> list[tuple[int, int]]:
 
 
 def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    """Convolution whose maps have about the variance of its input, so that untrained decoders follow their latents."""
+    """Convolution that about keeps the variance of its input, so that an untrained decoder depends on its latents."""
     layer = nn.Conv2d(inputs, outputs, 3, stride, padding=1)
     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
     assert layer.bias is not None
@@ -72,7 +72,7 @@ class Decoder(nn.Module):
         super().__init__()
         self._sizes = halved(image[1:], settings.halvings)
         self.latent_shape = (settings.channels, *self._sizes[-1])
-        """Shape of one image's latents."""
+        """Shape (l, a, b) of one image's latents."""
         width, halvings = settings.width, settings.halvings
         self.first = _conv(settings.channels, width)
         self.doubling = nn.ModuleList(_conv(width, width) for _ in range(halvings))
@@ -112,7 +112,7 @@ class Autoencoder(nn.Module):
 
 @contextmanager
 def _drawn_from(seed: int) -> Iterator[None]:
-    """Draw the parameters of modules that are made in the context from the seed of a run alone."""
+    """Context in which new modules draw their parameters from the seed of a run alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, Purpose.PRIOR))
         yield
@@ -152,7 +152,7 @@ def build_decoder(settings: PriorConfig, image: tuple[int, int, int], seed: int)
 
 
 def latent_shape(decoder: nn.Module) -> tuple[int, ...]:
-    """Shape of one image's latents, which a decoder states."""
+    """Shape of one image's latents, as the decoder's attribute `latent_shape` gives it."""
     return tuple(int(side) for side in decoder.latent_shape)  # type: ignore[union-attr]
 
 
@@ -172,11 +172,17 @@ class Prior:
     network: nn.Module
     """Decoder and normalisation, frozen and in evaluation mode: latents [n l a b] to normalised images [n c h w]."""
     chunk: int
-    """Number of images of a micro-batch."""
+    """Number of images in a micro-batch."""
 
     @classmethod
     def of(cls, decoder: nn.Module, normaliser: nn.Module, chunk: int) -> Prior:
-        """Join a decoder to pixels and a normalisation of pixels; freezes both."""
+        """Make a prior from two modules, which are frozen.
+
+        Args:
+            decoder: maps latents to pixels, 0 for black and 1 for white.
+            normaliser: maps pixels to normalised images.
+            chunk: number of images in a micro-batch.
+        """
         return cls(nn.Sequential(decoder, normaliser).eval().requires_grad_(False), chunk)
 
     @torch.no_grad()
@@ -227,7 +233,7 @@ class Prior:
 
 
 def draw_latents(shape: Sequence[int], seed: int) -> NDArray[np.float32]:
-    """Draw the latents of a whole set, from which an inversion starts: independent normal numbers."""
+    """Draw the latents of a whole set, from which an inversion starts: independent standard normal numbers."""
     return generator(derive_seed(seed, Purpose.PRIOR), Purpose.INITIAL_NOISE).standard_normal(tuple(shape), np.float32)
 
 
@@ -236,11 +242,11 @@ class TrainingState:
     """Autoencoder in training: parameters, Adam's moments, and the number of epochs done."""
 
     parameters: Tensor
-    """[p]"""
+    """[p] flat parameters of the autoencoder."""
     first: Tensor
-    """[p] mean of gradients."""
+    """[p] Adam's running mean of gradients."""
     second: Tensor
-    """[p] mean of squared gradients."""
+    """[p] Adam's running mean of squared gradients."""
     epoch: int = 0
 
     @classmethod
@@ -258,7 +264,7 @@ def train_autoencoder(
     seed: int,
     state: TrainingState,
 ) -> Iterator[float]:
-    """Train the epochs that are left, in place of `state`. Yields each epoch's mean squared error of pixels.
+    """Train the remaining epochs and update `state` in place. Yields each epoch's mean squared error of pixels.
 
     The learning rate falls along a cosine to 0. The same numbers result if the training is resumed at any epoch.
 

@@ -1,4 +1,4 @@
-"""Bilinear reading of images at other places, and its derivative with sums in a fixed order.
+"""Bilinear sampling of images at affine places, and its derivative with sums in a fixed order.
 
 On a GPU, torch's derivative adds the gradients of a pixel in an order that differs from run to run, and so do the last
 bits of the sum. Under `torch.use_deterministic_algorithms`, which `cluster.deterministic` sets, torch refuses it. This
@@ -18,7 +18,7 @@ from datm_ray.core.precision import tf32_products
 
 
 def resampled(images: Tensor, matrix: Tensor, *, align_corners: bool, is_turned: bool) -> Tensor:
-    """Read images [b c h w] bilinearly at affine places; differentiable in the images.
+    """Sample images [b c h w] bilinearly at affine places; differentiable in the images.
 
     Args:
         matrix: [b 2 3] maps a place of the result to a place of the image, as `affine_grid` defines it.
@@ -40,7 +40,7 @@ def _read(images: Tensor, grid: Tensor, *, align_corners: bool) -> Tensor:
 
 
 class _InOrder(torch.autograd.Function):
-    """Function that reads as `grid_sample` does, with a derivative whose sums have a fixed order."""
+    """Bilinear sampling as `grid_sample` does it, with a derivative whose sums have a fixed order."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, grid: Tensor, align_corners: bool, is_turned: bool) -> Tensor:
@@ -66,7 +66,7 @@ def _places(coordinates: Tensor, side: int, *, align_corners: bool) -> Tensor:
 
 
 def _multiplied(along: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Gradient [b c h w] in the images, if x depends on the column alone, and y on the row alone.
+    """Gradient [b c h w] in the images by matrix products, if x depends on the column alone, and y on the row alone.
 
     Args:
         along: [b c h w] gradient in the read images.

@@ -184,7 +184,7 @@ class TrainingState(Protocol):
 
 
 class NetworkState:
-    """State of one network in training by `train`, as that of a stack of one. Vectors are copied when they are read."""
+    """State of one network that `train` trains, with the shapes of a stack of one. Reading a vector copies it."""
 
     def __init__(self, network: nn.Module, schedule: Schedule, saved: TrainingState | None = None) -> None:
         """Start a training, or resume it.
@@ -207,7 +207,7 @@ class NetworkState:
                 self._restore(saved.velocity[0])
 
     def start_anew(self) -> None:
-        """Forget the momentum, as at the start and at a decay."""
+        """Reset the momentum, which happens at the start and when the learning rate decays."""
         self.optimizer = self._schedule.optimizer(self.network)
 
     @property
@@ -272,7 +272,7 @@ def train(
     if lessons is None:
         steps = batches([images], [targets], [seed], epochs, size, augmentation)
     else:
-        assert isinstance(images, Tensor)  # a synthetic set, or as many real images
+        assert isinstance(images, Tensor)  # sets as small as a synthetic one are never streamed
         steps = lessons.batches(images, seed, epochs, size, augmentation)
     for epoch, is_last, x, y in steps:
         for group in state.optimizer.param_groups:
@@ -295,12 +295,12 @@ def train(
 STEP_OVERHEAD = 3e7
 """Fixed cost of a training step on a CPU core, given as operations of a forward pass that take equally long."""
 COMPILED_WORK = 5e10
-"""Least expected work of networks that are trained together, in operations of forward passes. One after another, such
-networks take about seven seconds of a CPU core. One compilation serves all stacks of one size in a run."""
+"""Least expected work for which networks are trained together, in operations of forward passes: about seven seconds of
+a CPU core if they are trained one after another. One compilation serves all stacks of one size in a run."""
 WIDE_MAP_BYTES = 3 * 2**20
 """Size in bytes of a batch's largest map from which one network keeps a CPU busy, up to `CACHED_MAP_BYTES`.
 
-Measured for images of 32x32 on two cores, time of five networks one after another by their time together
+Measured for images of 32x32 on two cores, time of five networks one after another, divided by their time together
 (benchmarks/LOG.md): maps of 2.6 MB 1.7, of 5.2 MB 0.86, of 10.5 MB 0.9 to 1.2, of 52 MB, far beyond the cache, 1.8."""
 
 
@@ -407,7 +407,7 @@ class Trainer:
     def train(
         self, stack: Sequence[Training], lessons: Lessons | None = None, saved: TrainingState | None = None
     ) -> Iterator[TrainingState]:
-        """Train networks in place, which get their new parameters after the last epoch. Yields the state by epochs.
+        """Train networks in place. Yields the state after every epoch. Networks get new parameters after the last.
 
         Args:
             stack: one of `stacks`.

@@ -64,7 +64,7 @@ def unreadable(error: Exception, content: Content | None) -> tuple[str, str, str
 
     Args:
         error: error that reading the file raised.
-        content: kind of the file, which then is the reason; None to describe the error.
+        content: kind of content found in the file, named as the reason; `None` to describe the error.
     """
     if isinstance(error, OSError) and error.errno is not None:
         reason = (error.strerror or errno.errorcode.get(error.errno, "")).lower()

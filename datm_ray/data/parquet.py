@@ -62,7 +62,7 @@ class ParquetRows:
     """Images of Parquet files by row, read when they are asked for. Can be sent to workers.
 
     One group of rows is read at a time, and the last `KEPT_GROUPS` groups are kept. Rows in order are therefore fast,
-    and rows in random order slow. A folder is better if teachers are trained.
+    and rows in random order slow. To train teachers, which read in random order, use a folder of images.
     """
 
     files: tuple[Path, ...]
@@ -73,7 +73,7 @@ class ParquetRows:
 
     @cached_property
     def _starts(self) -> list[tuple[int, int, int]]:
-        """First row, file and number within the file of each group that has rows."""
+        """(first row, file, number in the file) of each row group that has rows."""
         found, first = [], 0
         for file, groups in enumerate(self.groups):
             for number, rows in enumerate(groups):

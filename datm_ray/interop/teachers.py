@@ -42,9 +42,9 @@ from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.trajectories import Snapshot
 
 MEASURED_IMAGES = 1000
-"""Most test images on which an imported network is measured."""
+"""Largest number of test images on which an imported network is measured."""
 MOST_NAMES = 3
-"""Most names of one kind in a message."""
+"""Largest number of names of one kind in a message."""
 _WRAPPERS = ("state_dict", "model")
 """Keys under which training programs store a state_dict beside other things."""
 
@@ -117,7 +117,7 @@ def read_weights(place: Location) -> dict[str, Tensor]:
             found: Any = load_safetensors(bytes(content))
         else:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of other versions of pickle, which are read or refused
+                warnings.simplefilter("ignore")  # other pickle versions: torch reads or refuses them
                 found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         found = next((found[key] for key in _WRAPPERS if isinstance(found.get(key), Mapping)), found)
         weights = {name.removeprefix("module."): tensor.detach() for name, tensor in found.items()}
@@ -198,7 +198,7 @@ def _torchvision_parts(network: nn.Module) -> dict[str, str]:
 
 
 def _named(what: str, names: Iterable[str]) -> str:
-    """Words for the first few of some names; "" if there are none."""
+    """Text that says `what` and lists the first few of some names; "" if there are none."""
     listed = sorted(names)
     more = f" and {len(listed) - MOST_NAMES} more" if len(listed) > MOST_NAMES else ""
     return f"{what} {', '.join(listed[:MOST_NAMES])}{more}" if listed else ""

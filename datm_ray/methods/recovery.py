@@ -210,7 +210,7 @@ class Recovery(Descent):
         return record
 
     def _place(self, moved: Tensor, bounds: tuple[Tensor, Tensor]) -> None:
-        """Take pixels, kept between black and white, or the latents of a prior, whose images have no bounds."""
+        """Set the images to `moved`: pixels clamped to `bounds` (black, white), or a prior's latents without bounds."""
         if self.prior is None:
             self.synthetic.images = moved.clamp(*bounds)
         else:

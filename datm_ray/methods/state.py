@@ -163,13 +163,13 @@ class State(Generic[Record]):
         return is_chosen
 
     def pulled_back(self, gradient: Tensor) -> Tensor:
-        """Gradient in the images' variable: the given gradient in pixels [n c h w], or with a prior that in latents."""
+        """Turn a gradient in pixels [n c h w] into one in the images' variable: itself, or with a prior in latents."""
         if self.prior is None:
             return gradient
         return self.prior.pull_back(self.synthetic.variable("images"), gradient)
 
     def movement(self, gradient: Tensor) -> Tensor:
-        """First-order change of the images, with the sign turned, by an update along a gradient in pixels at rate 1."""
+        """Negative first-order change [n c h w] of the images in a gradient step of rate 1; `gradient` is in pixels."""
         if self.prior is None:
             return gradient
         return self.prior.push_forward(self.synthetic.variable("images"), self.pulled_back(gradient))

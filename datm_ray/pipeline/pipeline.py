@@ -182,7 +182,7 @@ class Pipeline:
         ]
 
     def distances(self) -> dict[str, Outlook]:
-        """Name of each set to distil -> facts that its method tells before it starts, such as how far experts move."""
+        """Name of each set to distil -> its method's forecast before the start, such as how far experts move."""
         found = {
             config.name: method_of(config).outlook(config, len(self.runs.raw(config).train))
             for config in self.runs.unfinished()

@@ -101,7 +101,10 @@ def prior_tasks(runs: Runs) -> list[DatasetTask]:
 
 
 def scoring_tasks(runs: Runs) -> list[DatasetTask]:
-    """One task for every order of images that missing experts need and the store does not hold."""
+    """Tasks that score training images by difficulty, one per file of scores that is not stored.
+
+    Scores are needed by experts with `experts.curriculum` that are not trained yet.
+    """
     tasks: dict[str, DatasetTask] = {}
     for config in expert_recipes(runs):
         scoring = config.scoring_run
@@ -303,7 +306,7 @@ def _would_fit(runs: Runs, config: RunConfig, settings: Mapping[str, Any]) -> bo
 
 
 def layout(runs: Runs, config: RunConfig, executor: Executor | None) -> tuple[RunConfig, int]:
-    """Run in the layout in which its set is distilled, and number of workers that distil on one machine.
+    """Copy of the run with the layout in which its set is distilled, and number of workers that distil on one machine.
 
     Args:
         executor: where the workers run; `None` for this machine's CPUs.

@@ -48,9 +48,10 @@ NO_HOURS = "unknown: not measured. Give the speed as tflops= or gflops= in --clu
 
 
 DECODING = "decoding"
-"""Kind of work: an image through the decoder of a prior, there and back."""
+"""Kind of work: an image through a prior's decoder, forward and backward."""
 Work = tuple[str, RunConfig, float]
-"""Kind of work, see `FORWARD_PASSES` and `DECODING`; run whose first network it is; image passes. A task is a list."""
+"""(kind of work, see `FORWARD_PASSES` and `DECODING`; run whose first network does it; image passes). A task is a list
+of these."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class Proposal:
         return sum(passes * self._flop(kind, own) * each[kind] for kind, own, passes in task)
 
     def _flop(self, kind: str, own: RunConfig) -> float:
-        """Operations of one image in a forward pass: through the decoder of the run's prior, or its first network."""
+        """Operations of one image in a forward pass of a prior's decoder for `DECODING`, else of the first network."""
         if kind == DECODING and own.prior is not None:
             return prior_cost(own.prior, self.shape.image)[0].flop
         return network_cost(own, self.shape).flop

@@ -19,7 +19,7 @@ from datm_ray.errors import ConfigError
 from datm_ray.runtime.devices import uses_gpu
 
 FORWARD_PASSES = {"matching": 11.0, "experts": 3.2, "training": 6.7, "real": 6.7, "scoring": 2.9}
-"""Kind of work -> time of one image pass, as a multiple of a forward pass at the speed of student steps.
+"""Kind of work -> time to process one image once, as a multiple of a forward pass at the speed of student steps.
 
 "training" is on a synthetic set, "real" on real data. Measured with ConvNet-3 of width 128 at 32x32 on one core."""
 COMPILING = {"matching": 1.7, "experts": 0.8}
@@ -48,7 +48,7 @@ class Machine:
     cores: int
     """Number of cores of one worker."""
     seconds: Mapping[str, float]
-    """Kind of work -> one worker's seconds for one image pass, per FLOP of the network's forward pass."""
+    """Kind of work -> one worker's seconds to process one image once, per FLOP of the image's forward pass."""
     compiling: Mapping[str, float]
     """Kind of work -> one worker's seconds to compile it, per torch function as in `COMPILING`."""
     bandwidth: float
@@ -66,7 +66,7 @@ class Machine:
         return cls(device, workers, cores, seconds, COMPILING, BANDWIDTH[device], basis="as given" if speed else "")
 
     def sum_seconds(self, size: float, sums: int, members: int) -> float:
-        """Seconds of a number of sums, of `size` bytes together, over `members` workers; 0 for one worker."""
+        """Seconds of `sums` sums over `members` workers, `size` bytes in all; 0 for one worker."""
         if members == 1:
             return 0.0
         return 2 * (members - 1) / members * size / self.bandwidth + sums * LATENCY * math.ceil(math.log2(members))

@@ -33,8 +33,8 @@ from datm_ray.stages.experts import experts_at_a_time
 from datm_ray.stages.validation import evaluation_schedule
 
 REPEATED, SECONDS, MANY = 3, 0.2, 10**6
-"""Smallest number of repetitions of each kind of work after a first one to warm up, their smallest total time in
-seconds, and a number of repetitions that is never reached."""
+"""REPEATED: least number of repetitions of each kind of work after a first one to warm up. SECONDS: least time
+of these repetitions in all, in seconds. MANY: a number of repetitions that is never reached."""
 STEPS = 3
 """Number of student steps in a repetition."""
 QUICK_FLOP = 1e10
@@ -126,7 +126,12 @@ def _matching(
 
 
 def _seconds(work: Iterator[Any], *, by_cpu: bool) -> tuple[float, float]:
-    """Seconds of the first repetition, and median seconds of the following ones."""
+    """Seconds of the first repetition, and median seconds of the following ones.
+
+    Args:
+        work: runs one repetition per item.
+        by_cpu: True to measure CPU seconds, False to measure wall-clock seconds.
+    """
     found: list[float] = []
     while len(found) <= REPEATED or sum(found[1:]) < SECONDS:
         began = _now(by_cpu)

@@ -34,21 +34,28 @@ if TYPE_CHECKING:
     from datm_ray.stages.method import Demand
 
 PROCESS_BYTES, TRAINING_PROCESS_BYTES = 1200 * 2**20, 900 * 2**20
-"""Memory of a CPU worker without tensors, if it distils, and if it trains networks. Measured: 935 to 1,200 MiB, most if
-it had trained networks before; 790 to 830 MiB, and 940 MiB with compiled steps of experts on small tensors."""
+"""Bytes of a CPU worker without its tensors.
+
+PROCESS_BYTES: it distils; measured 935 to 1,200 MiB, most if it had trained networks before. TRAINING_PROCESS_BYTES: it
+trains networks; measured 790 to 830 MiB, and 940 MiB with compiled steps of experts on small tensors.
+"""
 GPU_PROCESS_BYTES = 4 * 2**30
 """Main memory of a worker that computes on a GPU. Assumed: libraries and the context of CUDA take 2 to 3 GiB."""
 MARGIN, GPU_SHARE = 1.25, 0.9
-"""Factor on all counted tensors, for allocators and workspaces. Share of a GPU's free memory that a worker may fill."""
+"""MARGIN: factor on the bytes of all counted tensors, for allocators and workspaces. GPU_SHARE: share of a GPU's free
+memory that a worker may fill."""
 STACKED_MAPS, ALONE_MAPS = 3, 1.25
-"""Peak memory of a training step, as a multiple of the bytes that all layers write in one forward pass. Measured: up to
-3.4 for networks in a stack, whose calls are small on CPUs, and 1.3 to 1.5 for one network; `MARGIN` comes on top."""
+"""Peak memory of a training step, as a multiple of the bytes that all layers write in one forward pass.
+
+STACKED_MAPS: networks in a stack, whose calls are small on CPUs; measured up to 3.4. ALONE_MAPS: one network; measured
+1.3 to 1.5. `MARGIN` comes on top.
+"""
 SET_COPIES, IMAGE_COPIES = 5, 6
-"""Copies of a set (with momentum, gradient, updated set, and the set kept by validation), and of the images of a
-micro-batch (raw, augmented, kept for the derivative, and gradients)."""
+"""SET_COPIES: copies of a set (with momentum, gradient, updated set, and the set kept by validation). IMAGE_COPIES:
+copies of the images of a micro-batch (raw, augmented, kept for the derivative, and gradients)."""
 VECTORS, FROZEN_VECTORS = 8, 2
-"""Parameter vectors of a network in training (with gradients, velocity, GSAM's and updated ones), and of a MetaDD
-network (the restored network and its frozen copy)."""
+"""VECTORS: parameter vectors of a network in training (with gradients, velocity, GSAM's and updated ones).
+FROZEN_VECTORS: those of a MetaDD network (the restored network and its frozen copy)."""
 PARTS = {
     "process": ("the process itself", ""),
     "synthetic": ("its share of the synthetic set", "distill.ipc"),
@@ -75,7 +82,7 @@ class DistillationPlan:
     parts: Mapping[str, int]
     """Bytes that the worker takes, by part, see `PARTS`."""
     chunk: int
-    """Images of a micro-batch: as many as the budget and a CPU's cache allow, in even parts; 0 for MetaDD alone."""
+    """Images of a micro-batch: as many as memory and a CPU's cache allow, of nearly equal size; 0 for MetaDD alone."""
     demand: Demand
     """Work and memory of an iteration of the method."""
 
@@ -156,7 +163,7 @@ def _plan(config: RunConfig, shape: DataShape, role: Role, backbone: int | None,
     vectors = own.vectors * sum(sizes[number].parameters for number in role.backbones)
     frozen = sum(each.parameters for each in seen) * (config.metadd.experts.count if config.metadd else 0)
     trained = 0 if method_of(config).pieces(config, shape.classes) else min(PROTOCOLS["short"].batch_size, images)
-    validated = max(trained * first.maps, 2 * SCORING_BATCH * first.largest)  # pieces are not validated, but labelled
+    validated = max(trained * first.maps, 2 * SCORING_BATCH * first.largest)  # pieces skip validation, but are labelled
     copies = SET_COPIES + (len(role.backbones) > 1) + bool(config.distill.average_decay)
     held = own.held or shape.synthetic(config, shards)
     parts = dict.fromkeys(PARTS, 0) | {
@@ -184,7 +191,12 @@ def _plan(config: RunConfig, shape: DataShape, role: Role, backbone: int | None,
 
 
 def _micro_batch(config: RunConfig, demand: Demand, most: float, largest: int) -> int:
-    """Images of a micro-batch: at most `most`, as many as fit the cache of a CPU, in even parts, and at least 1."""
+    """Number of images in a micro-batch, at least 1, so that all micro-batches of a step are nearly equal.
+
+    Args:
+        most: upper limit by memory. On CPUs the cache may lower it.
+        largest: bytes of one image's largest map.
+    """
     if not demand.is_divisible:
         return demand.at_once
     most = min(most, demand.at_once)
@@ -248,7 +260,7 @@ def chunk_by_trial(step: Callable[[int], None], plan: DistillationPlan, device: 
 
 
 def distilling_memory(config: RunConfig, shape: DataShape, sharing: int = 0) -> int:
-    """Bytes of main memory to reserve for the largest rank that distils a set. Arguments and errors: see `plans_of`."""
+    """Bytes of main memory to reserve for the distilling rank that needs most. Arguments and errors: see `plans_of`."""
     if uses_gpu(config.cluster):
         return GPU_PROCESS_BYTES
     saved = 0 if config.cluster.compile else PROCESS_BYTES - TRAINING_PROCESS_BYTES
@@ -309,7 +321,7 @@ def _training_memory(
     if uses_gpu(config.cluster.shaped(light=True)):
         return GPU_PROCESS_BYTES
     cost, at_once = network_cost(config, shape), rows
-    if is_stack and config.network.norm != "batch":  # otherwise computed whole, one network after the other
+    if is_stack and config.network.norm != "batch":  # others compute whole batches, one network at a time
         at_once = min(rows * networks, max(networks, CACHED_MAP_BYTES // cost.largest))
     maps = max((STACKED_MAPS if is_stack else ALONE_MAPS) * at_once * cost.maps, 2 * scored * cost.largest)
     next_images = 3 * max(BLOCK_BYTES, rows * networks * shape.row)  # before and after their augmentation

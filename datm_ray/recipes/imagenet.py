@@ -1,4 +1,4 @@
-"""Recipe of SRe2L for ImageNet-1K, whose images stay in their files. The accuracy of the paper is of ResNet-18."""
+"""Recipe of SRe2L for ImageNet-1K, whose images stay in their files. The paper's accuracy is that of a ResNet-18."""
 
 from __future__ import annotations
 

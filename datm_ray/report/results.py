@@ -317,7 +317,7 @@ def accuracies(summaries: Sequence[RunSummary]) -> Table:
 
 
 def accuracy_table(summaries: Sequence[RunSummary]) -> str:
-    """Test accuracy of every run and row as text, with what the cells are below."""
+    """Test accuracy of every run and row as text. A sentence below explains the cells."""
     if not any(summary.scores for summary in summaries):
         return "No test accuracy yet: no row of any run is evaluated."
     skipped = [SKIPPED] if "full" not in shown_rows(summaries) else []
@@ -376,7 +376,7 @@ def fair_table(summaries: Sequence[RunSummary]) -> str:
 
 
 def column_name(summary: RunSummary) -> str:
-    """Heading of a run's column: its name and, if its evaluation uses them, AdamW and a teacher's labels."""
+    """Heading of a run's column: its name, then in brackets AdamW and the kind of labels, if not the defaults."""
     settings = summary.config.evaluate
     labels = {"teacher": ["a teacher's labels"], "stored": ["stored labels"]}.get(settings.labels, [])
     special = ["AdamW"] * (settings.optimiser == "adamw") + labels

@@ -29,10 +29,12 @@ from datm_ray.store.tensors import write_tensors
 
 
 def score_images(worker: ExpertWorker, config: RunConfig, store_uri: str) -> Iterator[Event]:
-    """Train the scoring networks that are missing, then store the scores of all training images.
+    """Train the scoring networks that are missing, then store every training image's mean EL2N score over them.
 
     Args:
-        config: the networks' own run, see `RunConfig.scoring_run`.
+        worker: worker that trains, with the data set.
+        config: run that trains the scoring networks, see `RunConfig.scoring_run`.
+        store_uri: store of the networks and the scores.
     """
     dataset, settings, meter = worker.dataset, config.experts, Meter(worker.device)
     size = experts_at_a_time(config, (dataset.channels, *dataset.size), dataset.classes)

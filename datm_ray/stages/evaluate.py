@@ -94,7 +94,7 @@ ROWS = {
     "distilled": "distilled",
     "full": "all real data",
 }
-"""Rows of the table -> titles, in the order shown."""
+"""Rows of the accuracy table -> titles, in the order shown."""
 
 FAIR_ROWS = {
     "distilled-hard": "distilled, hard labels",
@@ -104,10 +104,10 @@ FAIR_ROWS = {
 """Further rows for DD-Ranking's scores -> titles."""
 
 DISTILLED = ("distilled", "distilled-hard", "distilled-plain")
-"""Keys of the table's rows whose networks are trained on distilled images."""
+"""Keys of `ROWS` and `FAIR_ROWS` whose networks are trained on distilled images."""
 
 PLAIN = ("distilled-plain", "random-plain")
-"""Keys of the table's rows whose networks are trained without augmentation."""
+"""Keys of `FAIR_ROWS` whose networks are trained without augmentation."""
 
 SOFT = ("random-soft", "distilled", "distilled-plain", "random-plain")
 """Keys of the rows with soft labels. A teacher may give these labels."""
@@ -265,7 +265,7 @@ class EvaluateWorker:
         if not is_taught(config, row):
             return None
         if is_stored(config, row):
-            assert isinstance(images, Tensor)  # a synthetic set, or as many real images
+            assert isinstance(images, Tensor)  # sets as small as a synthetic one are never streamed
             place = labels_location(folder, config, self._dataset.fingerprint)
             return StoredLessons(ReplayedLabels(images, LabelStore(place)), config.evaluate.temperature)
         if config.name not in self._teachers:

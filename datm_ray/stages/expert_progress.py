@@ -59,7 +59,7 @@ STACKS, STACKS_FILE = "stacks", "stacks.json"
 _FOLDER = re.compile(r"(\d+)-(\d+)-[0-9a-f]+")
 _FILE = re.compile(r"(\d+)-(\d+)-([0-9a-f]+)(?:-([0-9a-f]+))?\.arrow")
 _NO_ATTEMPT = "0"
-"""Name of the attempt before the first one."""
+"""Name that stands for the attempt before the first one."""
 
 
 class TrainingProgress:
@@ -199,7 +199,7 @@ class TrainingProgress:
         self._next_write = ended + max(self._interval, (ended - started) / WRITE_SHARE)
 
     def _replace(self, name: str) -> None:
-        """Remove this attempt's file before the one of this name."""
+        """Remove the file that this attempt wrote before the file `name`."""
         if self._replaced:
             with suppress(StoreError):  # somebody has removed it
                 (self._folder / self._replaced).remove()
@@ -222,7 +222,7 @@ class TrainingProgress:
 
     def _found(self) -> list[_Part]:
         matches = [_FILE.fullmatch(name) for name in sorted(self._folder.list())]
-        # Earlier versions did not name the attempt before.
+        # Names of files of earlier versions lack the attempt before.
         return [_Part(int(m[1]), int(m[2]), m[3], m[4] or m[3], m.string) for m in matches if m]
 
 

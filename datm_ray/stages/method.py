@@ -128,7 +128,7 @@ class Demand:
 
 
 class Outlook(Protocol):
-    """Facts about a recipe that its method tells before anything starts."""
+    """A method's forecast for a recipe before the run starts, such as how far experts move, as text and as data."""
 
     @property
     def title(self) -> str:

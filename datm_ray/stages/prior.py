@@ -103,7 +103,7 @@ class PriorWorker:
         self._cluster, self._dataset = cluster, dataset
 
     def train(self, config: RunConfig, store_uri: str) -> Iterator[Event]:
-        """Train a run's prior and store it, from its last saved epoch. Does nothing if it is stored.
+        """Train a run's prior, from the last saved epoch on, and store it. Does nothing if it is stored already.
 
         Raises:
             DivergenceError: the error of the reconstructed pixels is not finite.
@@ -244,7 +244,7 @@ class PriorOfSet:
         read_autoencoder(folder / PRIOR, network)
 
     def start(self, first: SyntheticSet) -> SyntheticSet:
-        """First set whose images the prior makes: latents near the given first images. All workers call it together."""
+        """First set whose images the prior makes, near those of `first`. All workers of the set call this together."""
         mesh, latents = self._part.mesh, first.images.new_zeros(len(first.images), *self._shape)
 
         def find(heartbeat: Heartbeat) -> None:
@@ -257,7 +257,7 @@ class PriorOfSet:
         return dataclasses.replace(first, images=self.prior.render(latents), latents=latents)
 
     def _latents(self, images: Tensor, heartbeat: Heartbeat) -> Tensor:
-        """Latents near these images [n c h w]: their code, or those that an inversion finds."""
+        """Latents of images near these [n c h w]: the encoder's output, or those that an inversion finds."""
         if self._encoder is not None:
             pixels = self._transform.denormalise(images)
             with torch.no_grad():

@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 
 class SavedTraining:
-    """Networks of one task, trained in stacks or one after another, and saved meanwhile."""
+    """Networks of one task, trained in stacks or one after another, whose state is saved regularly."""
 
     def __init__(
         self,

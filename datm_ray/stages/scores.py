@@ -28,7 +28,7 @@ class Score:
     accuracies: tuple[float, ...]
     """Test accuracies in [0, 1], one per seed."""
     seconds: float
-    """Wall-clock seconds of workers, summed over seeds."""
+    """Wall-clock seconds of training and testing the row's networks, summed over seeds."""
     cost: Spent | None = None
     """Cost, summed over seeds; `None` if an earlier version of this package wrote one of the results."""
 
@@ -136,7 +136,7 @@ def _kind(network: NetworkConfig, config: RunConfig) -> str:
 
 
 def read_scores(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[Score]:
-    """Rows for which every seed is finished, in the table's order."""
+    """Scores of the rows of the accuracy table for which every seed is finished, in the order of `ROWS`."""
     return [score for row in ROWS if (score := read_score(out, config, dataset_fingerprint, row))]
 
 
@@ -193,7 +193,7 @@ def read_fair_scores(out: Location, config: RunConfig, dataset_fingerprint: str)
 
 
 def read_fair_rows(out: Location, config: RunConfig, dataset_fingerprint: str) -> list[Score]:
-    """Rows of `FAIR_ROWS` for which every seed is finished; empty without `evaluate.fair`."""
+    """Scores of those `FAIR_ROWS` for which every seed is finished; empty without `evaluate.fair`."""
     rows = FAIR_ROWS if config.evaluate.fair else ()
     return [score for row in rows if (score := read_score(out, config, dataset_fingerprint, row))]
 

@@ -331,7 +331,7 @@ class TrajectoryMatching(Method):
             raise self._hopeless(what, losses, state, pairs, self._search(state, pairs), _AGAIN)
 
     def _inputs(self, iteration: int) -> tuple[list[Origin], list[Match]]:
-        """Inputs of an iteration, on the device. They depend on its number alone, and so do their bits."""
+        """Inputs of an iteration, on the device. Their bits depend on the iteration's number alone."""
         origins = self._origins(iteration)
         return origins, [self._match(each, origins[each.number], iteration) for each in self._backbones]
 
@@ -363,7 +363,7 @@ class TrajectoryMatching(Method):
         first, last = backbone.group.read_params(*self._wanted(origin))
         matched = first_matched(len(first), settings.unmatched_share)
         if np.array_equal(first[matched:], last[matched:]):
-            self._require_motion(backbone, origin, matched)  # one such pair only skips its iteration
+            self._require_motion(backbone, origin, matched)  # a single such pair skips its iteration
         start, target = (to_device_ahead(each, self.part.device) for each in (first, last))
         return Match(
             backbone.functions,

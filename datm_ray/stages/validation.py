@@ -75,7 +75,7 @@ def unvalidated(settings: DistillConfig, state: State[Any]) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Result of a candidate's validation."""
+    """Validation of one candidate, a set of an intermediate iteration: its accuracy and cost."""
 
     accuracy: float
     """Mean accuracy of fresh networks on the validation images, in [0, 1]."""

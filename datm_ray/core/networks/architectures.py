@@ -29,7 +29,7 @@ from datm_ray.errors import ConfigError
 LEAST_SIDE = 8
 """Smallest image side in pixels, inclusive. `convnet` and `mlp` take smaller images too."""
 MOST_SMALL_SIDE = 64
-"""Largest smaller side in pixels, inclusive, of images whose first maps ResNets and MobileNetV2 do not halve."""
+"""ResNets and MobileNetV2 do not halve the first maps of images whose smaller side has at most this many pixels."""
 
 Convolutions = Sequence[tuple[int, int, int]]
 """Output channels, kernel side and stride of convolutions in a row."""
@@ -146,7 +146,7 @@ def _two_convolutions(width: int, stride: int) -> Convolutions:
 
 
 def _bottleneck(width: int, stride: int) -> Convolutions:
-    """Convolutions of a block of deeper ResNets, whose maps have four times as many channels as its 3x3 convolution."""
+    """Convolutions of a block of deeper ResNets. Its output has four times as many channels as its 3x3 convolution."""
     return (width, 1, 1), (width, 3, stride), (4 * width, 1, 1)
 
 
@@ -208,7 +208,7 @@ def mobilenet_v2(spec: NetworkSpec) -> SpatialNetwork:
 
 
 class InvertedResidual(nn.Module):
-    """Block of MobileNetV2: maps are widened, convolved each by itself, and narrowed again without an activation.
+    """Block of MobileNetV2: maps get more channels, a depthwise convolution, and fewer channels without an activation.
 
     The block's input is added if the map's shape stays.
     """
@@ -231,7 +231,7 @@ class InvertedResidual(nn.Module):
 
 
 def _activated(inputs: int, outputs: int, side: int, norm: Norm, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    """Convolution, normalisation and ReLU cut off at 6."""
+    """Convolution, normalisation and ReLU6."""
     convolution = nn.Conv2d(inputs, outputs, side, stride=stride, padding=side // 2, groups=groups, bias=False)
     return nn.Sequential(convolution, _normalisation(norm, outputs), nn.ReLU6())
 

@@ -130,7 +130,7 @@ class StackFunctions:
             stacked: number of networks in a stack.
             compile_: True to compile if the machine can.
             chunk: number of images in one call; a batch takes several calls, whose results are added. `None`: on a CPU,
-                as many images as its cache holds the largest map of; on a GPU, all images.
+                the number of images whose largest map fits the cache; on a GPU, all images.
             channels_last: True to keep maps with their channels innermost: faster on CPUs, with coarser rounding.
             in_bfloat16: True to compute layers in bfloat16 where torch's autocast does. Parameters, gradients and
                 losses stay in the parameters' type.
@@ -257,7 +257,7 @@ class StackFunctions:
         return torch.stack(losses), torch.stack(gradients), after
 
     def _lowered(self, images: Tensor) -> AbstractContextManager[Any]:
-        """Context in which layers compute in bfloat16, if they should."""
+        """Context in which layers compute in bfloat16 if `in_bfloat16` was given; otherwise it changes nothing."""
         if not self._in_bfloat16:
             return nullcontext()
         return torch.autocast(images.device.type, torch.bfloat16, cache_enabled=False)  # a cache would leak into graphs

@@ -150,7 +150,7 @@ def matching_gradient(
 
 
 def first_matched(parameters: int, unmatched_share: float) -> int:
-    """Index of the first parameter that is matched, if the first share of all parameters is left out.
+    """Index of the first matched parameter, if the first `unmatched_share` of all parameters is not matched.
 
     Parameters are in the network's order, from the layer that reads the images to the classifier.
     """
@@ -190,7 +190,7 @@ class PlacedSteps:
         return len(self.pieces)
 
     def __getitem__(self, part: slice) -> PlacedSteps:
-        """Some of the steps."""
+        """Student steps of a slice."""
         return PlacedSteps(self.pieces[part])
 
 

@@ -59,7 +59,7 @@ ABSENCE = 10.0
 ROOT_CAUSE_TIMEOUT = 3.0
 """Seconds to wait for the original error after a rank reports that it lost its peers."""
 AVOIDANCE_PAUSE = 600.0
-"""Seconds for which no node is avoided after the other nodes had no free resources."""
+"""Seconds for which workers may start on a node that lost workers, because the other nodes had no free resources."""
 WAIT_INTERVAL = 60.0
 """Seconds between two messages that a task waits for a worker. The first message comes after 15 s."""
 FAULTS_OF_A_NODE = 3
