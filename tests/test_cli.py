@@ -783,6 +783,16 @@ def group_of(command: Any) -> dict[str, Any]:
     return getattr(command, "commands", {})
 
 
+def test_keys_that_the_method_does_not_read_are_noted(datm_ray: CommandLine, tmp_path: Path) -> None:
+    """A key of `--set` or of a user's file that the method does not read is named; the base's keys are not."""
+    out = ("--dry-run", "--out", str(tmp_path / "out"))
+    code, _, err = datm_ray("run", "digits-dm-ipc10", "--set", "distill.threshold=3", *out)
+    assert (code, err.splitlines()) == (0, ["Note: method dm does not read distill.threshold"])
+    (tmp_path / "mine.yaml").write_text("base: digits-ipc1\nmethod: dm\nrecover: {block: 9}\n")
+    code, _, err = datm_ray("run", str(tmp_path / "mine.yaml"), *out)
+    assert (code, err.splitlines()) == (0, ["Note: method dm does not read recover"])
+
+
 def test_every_command_has_the_usual_short_options(datm_ray: CommandLine) -> None:
     """Every command has -h and the usual letters, and help texts that no line cuts off."""
     for name, command in all_commands():

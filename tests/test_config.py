@@ -30,8 +30,8 @@ from datm_ray.config import (
     to_yaml,
     unread_keys,
     unread_values,
-    without_unread,
 )
+from datm_ray.config.files import keys_given
 from datm_ray.config.identity import SCORING_KEYS
 from datm_ray.config.schema import fields_at
 from datm_ray.config.sections import READ_OF_DISTILL, SELDOM, DistillConfig, SelectConfig
@@ -427,26 +427,21 @@ def test_keys_that_the_method_does_not_read_decide_nothing() -> None:
     other = override(config, ["distill.threshold=3", "select.pool=9"])
     assert unread_values(other) == {"distill.threshold": 3.0, "select": SelectConfig(pool=9).model_dump(mode="json")}
     assert run_identity(other) == run_identity(config)
-    assert without_unread(other) == config
-    assert without_unread(other, ["distill.threshold"]).distill.threshold == 3
 
 
-def test_another_method_drops_what_the_base_set_for_its_own(tmp_path: Path) -> None:
-    """With another method, a file and `--set` keep the unread keys that they set themselves, and no others."""
-    base = get_recipe("digits-ipc1")
-    changed = override(base, ["method=dm", "distill.threshold=3"])
-    assert set(unread_values(changed)) == {"distill.threshold"}
-    assert changed.distill.student_steps == DistillConfig().student_steps != base.distill.student_steps
-    (tmp_path / "mine.yaml").write_text("base: digits-ipc1\nmethod: dm\ndistill: {threshold: 3}\n")
-    assert get_recipe(str(tmp_path / "mine.yaml")) == changed.model_copy(update={"name": "mine"})
+def test_keys_that_a_user_gives_are_not_those_of_the_base(tmp_path: Path) -> None:
+    """A file's own keys and overrides are given, those of its base are not, nor those of a recipe that a run saved."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: digits-ipc1\nmethod: dm\ndistill: {threshold: 3}\n")
+    assert keys_given(str(path), ["recover.block=9"]) == {
+        *("base", "method", "distill", "distill.threshold", "recover", "recover.block")
+    }
+    assert keys_given(None, []) == set()
+    path.write_text(to_yaml(get_recipe("digits-ipc1")))
+    assert keys_given(str(path), []) == set()
+    changed = override(get_recipe("digits-ipc1"), ["method=dm"])
     assert "threshold" not in to_yaml(changed, without=unread_keys(changed))
     assert "recover:" not in to_yaml(changed, without=unread_keys(changed))
-
-
-@pytest.mark.parametrize("name", recipe_names())
-def test_packaged_recipes_set_no_key_that_their_method_does_not_read(name: str) -> None:
-    """A packaged recipe has the default value of every key that its method does not read."""
-    assert not unread_values(get_recipe(name))
 
 
 def test_stable_hash_has_its_pinned_value() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -89,11 +90,19 @@ def print_json(value: object) -> None:
 
 
 def config_of(name: str, set_: list[str] | None) -> RunConfig:
-    """Load a packaged recipe by its name, or a YAML file, and override values by `set_`."""
-    from datm_ray.config import override
-    from datm_ray.recipes import get_recipe
+    """Load a packaged recipe by its name, or a YAML file, and override values by `set_`.
 
-    return override(get_recipe(name), set_ or [])
+    A line on standard error names keys that the file or `set_` gives, and the recipe's method does not read.
+    """
+    from datm_ray.config import override, unread_values
+    from datm_ray.config.files import keys_given
+    from datm_ray.recipes import get_recipe, is_file
+
+    config = override(get_recipe(name), set_ or [])
+    given = keys_given(name if is_file(name) else None, set_ or [])
+    if unread := [key for key in unread_values(config) if key in given]:
+        print(f"Note: method {config.method} does not read {', '.join(unread)}", file=sys.stderr)
+    return config
 
 
 class Invocation(NamedTuple):

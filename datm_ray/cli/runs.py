@@ -340,5 +340,5 @@ def _print_plan(pipeline: Pipeline, json_: bool) -> None:
         return
     planned = pipeline.plan()
     steps = (f"{name}: {'; '.join(found.lines())}" for name, found in pipeline.distances().items())
-    for line in [*pipeline.data_lines(), *pipeline.unread_lines(), *planned, *steps]:
+    for line in [*pipeline.data_lines(), *planned, *steps]:
         print(one_line(line))

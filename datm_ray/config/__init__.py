@@ -14,7 +14,6 @@ from datm_ray.config.identity import (
     stable_hash,
     unread_keys,
     unread_values,
-    without_unread,
 )
 from datm_ray.config.networks import networks_named, scored_on, short_names
 from datm_ray.config.schema import Role, RunConfig, parse_config
@@ -81,5 +80,4 @@ __all__ = [
     "unread_keys",
     "unread_values",
     "with_settings",
-    "without_unread",
 ]

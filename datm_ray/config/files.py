@@ -15,10 +15,25 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 
-from datm_ray.config.identity import without_unread
 from datm_ray.config.schema import RENAMED, RunConfig, fields_at, known_keys, parse_config
 from datm_ray.config.sections import SELDOM, Section, StartEpochs
 from datm_ray.errors import ConfigError
+
+
+def load_sections(path: str) -> dict[str, Any]:
+    """Read a recipe's YAML file as plain data.
+
+    Raises:
+        ConfigError: the file is missing or not YAML.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_LARGEST_TEXT + 1)
+    except OSError as failure:
+        raise ConfigError(f"cannot read {path}: {failure.strerror}", remedy="check the path") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not a text file", remedy="give a recipe's name or a YAML file") from None
+    return _read_sections(text, path)
 
 
 def load_config(path: str, base_of: Callable[[str], RunConfig]) -> RunConfig:
@@ -31,38 +46,27 @@ def load_config(path: str, base_of: Callable[[str], RunConfig]) -> RunConfig:
     Raises:
         ConfigError: the file is missing, not YAML, or not a valid configuration.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read(_LARGEST_TEXT + 1)
-    except OSError as failure:
-        raise ConfigError(f"cannot read {path}: {failure.strerror}", remedy="check the path") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not a text file", remedy="give a recipe's name or a YAML file") from None
-    values = {"name": plain_name(Path(path).stem), **_read_sections(text, path)}
+    values = {"name": plain_name(Path(path).stem), **load_sections(path)}
     if isinstance(values.get("distill"), dict) and values["distill"].keys() >= _FORMER_STARTS:
         values = _of_earlier_version(values, path)  # a run's saved recipe, which an error may advise to use
-    if "base" not in values:
-        return parse_config(values, path)
-    base = _base(values.pop("base"), base_of, path)
-    return _for_method(parse_config(_merged(base, values), path), base["method"], _keys(values))
+    if "base" in values:
+        values = _merged(_base(values.pop("base"), base_of, path), values)
+    return parse_config(values, path)
 
 
-def _for_method(config: RunConfig, before: str, own: Collection[str]) -> RunConfig:
-    """Reset keys that the run's method does not read, if the base has another method.
-
-    Keys that the user has set are kept, so that a message can name them.
+def keys_given(path: str | None, assignments: Sequence[str]) -> set[str]:
+    """Sections and keys, such as `distill` and `distill.ipc`, that a user's file and overrides set themselves.
 
     Args:
-        before: method of the base.
-        own: keys that the user has set, such as `distill.threshold`, and sections with such keys.
+        path: the YAML file; `None` for a packaged recipe. The recipe that a run has saved counts as no user's file.
+        assignments: overrides of the form `section.field=value`.
     """
-    return config if config.method == before else without_unread(config, own)
-
-
-def _keys(values: Mapping[str, Any]) -> list[str]:
-    """Names of the sections and keys in a configuration's plain data, such as `distill` and `distill.ipc`."""
-    inner = [f"{name}.{key}" for name, value in values.items() if isinstance(value, dict) for key in value]
-    return [*values, *inner]
+    values = {} if path is None else load_sections(path)
+    if values.keys() >= _SAVED and "base" not in values:
+        values = {}
+    inner = {f"{name}.{key}" for name, value in values.items() if isinstance(value, dict) for key in value}
+    paths = [each.partition("=")[0].strip().split(".") for each in assignments]
+    return {*values, *inner, *(path[0] for path in paths), *(".".join(path[:2]) for path in paths)}
 
 
 def _base(name: object, base_of: Callable[[str], RunConfig], origin: str) -> dict[str, Any]:
@@ -130,7 +134,7 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
     Raises:
         ConfigError: an override is not an assignment, or has an unknown key, a wrong type or an impossible range.
     """
-    values, assigned = config.model_dump(mode="json"), list[str]()
+    values = config.model_dump(mode="json")
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
@@ -139,8 +143,7 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
         is_text = _takes_text(path) and bare not in ("", "null") and not _QUOTED.fullmatch(bare)
         origin = f"--set {assignment!r}"
         _assign(values, path, bare if is_text else _read_yaml(text, origin), origin)
-        assigned += [path[0], ".".join(path[:2])]
-    return _for_method(parse_config(values, "--set"), config.method, assigned)
+    return parse_config(values, "--set")
 
 
 def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:

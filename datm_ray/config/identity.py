@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
 from functools import reduce
 from operator import getitem
 from typing import Any
@@ -49,17 +48,6 @@ def unread_values(config: RunConfig) -> dict[str, Any]:
     paths = {key: key.split(".") for key in unread_keys(config)}
     values = {key: (reduce(getitem, path, found), reduce(getitem, path, default)) for key, path in paths.items()}
     return {key: value for key, (value, usual) in values.items() if value != usual}
-
-
-def without_unread(config: RunConfig, kept: Collection[str] = ()) -> RunConfig:
-    """Copy of the run in which every key that its method does not read, except those in `kept`, has its default."""
-    sections: dict[str, Any] = {}
-    for key in unread_values(config).keys() - set(kept):
-        section, _, name = key.partition(".")
-        default = getattr(RunConfig(), section)
-        changed = sections.get(section, getattr(config, section))
-        sections[section] = changed.model_copy(update={name: getattr(default, name)}) if name else default
-    return config.model_copy(update=sections)
 
 
 def run_identity(config: RunConfig) -> dict[str, Any]:

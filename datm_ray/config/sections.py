@@ -76,10 +76,6 @@ class DatasetConfig(Section):
 
     @model_validator(mode="after")
     def _streams_what_can_be_streamed(self) -> DatasetConfig:
-        if self.streamed and self.resize is None:
-            raise ValueError(
-                "dataset.streamed needs dataset.resize, such as 224, because sizes are not read beforehand"
-            )
         if self.streamed and self.normalisation == "zca":
             raise ValueError("dataset.streamed and zca do not go together; use dataset.normalisation=standard")
         return self

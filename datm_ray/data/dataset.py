@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from datm_ray.data.patience import Lines, Say, silent
 from datm_ray.data.sources import ImageSet, RawDataset
 from datm_ray.data.streamed import StreamedImages, StreamedPixels
-from datm_ray.data.transform import Kind, Transform, fit_transform
+from datm_ray.data.transform import Kind, Statistics, Transform, fit_transform
 from datm_ray.errors import DatasetError
 
 _CHUNK = 2048  # images normalised at a time: 100 MB for 64x64 RGB, fewer if they are larger
@@ -76,7 +76,7 @@ def prepare(
         DatasetError: `transform` is of another kind than `kind`, or fitted on another image shape.
     """
     if transform is None:
-        transform = fit_transform(kind, fitting_images(raw.train), raw.levels, device=device, say=say)
+        transform = transform_of(raw, kind, device=device, say=say)
     if transform.kind != kind:
         raise DatasetError(
             f"the given transform is {transform.kind!r}, but {kind!r} is asked for",
@@ -100,11 +100,17 @@ def prepare(
     )
 
 
-def fitting_images(images: ImageSet) -> NDArray[np.uint8]:
-    """Images [n c h w] to fit a transform on: all, or at most `FITTED` of streamed images, spread evenly."""
-    if not isinstance(images.images, StreamedPixels):
-        return images.images
-    return images.images[np.linspace(0, len(images) - 1, min(len(images), FITTED)).astype(np.int64)]
+def transform_of(
+    raw: RawDataset, kind: Kind, given: Statistics | None = None, *, device: str = "cpu", say: Say = silent
+) -> Transform:
+    """Fit a normalisation to the training images, or make it of `given` statistics; see `fit_transform`.
+
+    At most `FITTED` streamed images are read, spread evenly, and only two where the statistics are given.
+    """
+    images: NDArray[np.uint8] | StreamedPixels = raw.train.images
+    if isinstance(images, StreamedPixels):
+        images = images[np.linspace(0, len(images) - 1, min(len(images), 2 if given else FITTED)).astype(np.int64)]
+    return fit_transform(kind, images, raw.levels, given=given, device=device, say=say)
 
 
 def _normalise(

@@ -29,11 +29,12 @@ from functools import cache, partial
 from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError, features
 
 from datm_ray.data.contents import HEAD_BYTES, Content, recognise, unreadable
-from datm_ray.errors import DatasetError
+from datm_ray.errors import DatasetError, TransientStoreError
 from datm_ray.memory import available_memory
 
 T = TypeVar("T")
@@ -198,26 +199,35 @@ def survey(sets: Sequence[Encoded], side: int) -> tuple[tuple[int, int, int], tu
 
 
 def decode_rows(files: Encoded, rows: NDArray[np.int64], shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """Decode the images at `rows` to [n c h w], each resized to `shape`.
+    """Decode the images at `rows` to [n c h w], each resized to `shape`, in as many threads as torch has.
 
     Files are opened in their own order, so that neighbours in one file are read together.
 
     Raises:
-        DatasetError: files are missing or damaged.
+        DatasetError: files are damaged, or have neither 8 nor 16 bits a channel.
+        TransientStoreError: the operating system cannot open or read a file. It was there when the set was loaded.
     """
     order = np.argsort(rows, kind="stable")
     pixels, part = np.empty((len(rows), *shape), dtype=np.uint8), files.take(rows[order])
 
     def decode_one(index: int) -> _Unreadable | None:
-        return _with_image(part, index, lambda image: _put(pixels, order[index], _turned(image)))
+        def put(image: ImageFile.ImageFile) -> None:
+            _require_known_range(part.name(index), _read_header(image).mode)
+            pixels[order[index]] = _pixels(_turned(image), shape)
+
+        return _with_image(part, index, put)
 
     with _pillow_prepared():
-        _require_readable([part], [_in_parallel(len(part), decode_one)])
+        done = _in_parallel(len(part), decode_one, torch.get_num_threads())
+    if away := sorted({part.name(i) for i, each in enumerate(done) if each and each.is_away}):
+        more = f" and {len(away) - 1} more" * (len(away) > 1)
+        raise TransientStoreError(
+            f"image {away[0]}{more} cannot be read any more ({next(each.reason for each in done if each)})",
+            "its disk is not mounted on this node, or files were moved",
+            "give every node the same files at the same path, then run the same command again: it resumes",
+        )
+    _require_readable([part], [done])
     return pixels
-
-
-def _put(pixels: NDArray[np.uint8], place: int, image: Image.Image) -> None:
-    pixels[place] = _pixels(image, pixels.shape[1:])
 
 
 @contextmanager
@@ -297,13 +307,19 @@ def _decode_one(files: Encoded, resize: int | None, pixels: NDArray[np.uint8], i
 
 def _header(files: Encoded, index: int) -> _Header | _Unreadable:
     header = _with_image(files, index, _read_header)
-    if isinstance(header, _Header) and header.mode[0] in "IF" and header.mode != "I;16":
+    if isinstance(header, _Header):
+        _require_known_range(files.name(index), header.mode)
+    return header
+
+
+def _require_known_range(name: str, mode: str) -> None:
+    """Raise a `DatasetError` for pixels of 32 bits or floats. `mode` is that of the image's header."""
+    if mode[0] in "IF" and mode != "I;16":
         raise DatasetError(
-            f"image {files.name(index)} has neither 8 nor 16 bits a channel (mode {header.mode})",
+            f"image {name} has neither 8 nor 16 bits a channel (mode {mode})",
             "Which of its values are black and white is not known",
             "Convert it to an image of 8 or 16 bits first",
         )
-    return header
 
 
 def _read_header(image: ImageFile.ImageFile) -> _Header:
@@ -352,6 +368,8 @@ class _Unreadable(NamedTuple):
     reason: str
     cause: str
     remedy: str
+    is_away: bool = False
+    """True if the operating system could not open or read the file, as on a node without its disk."""
 
 
 def _with_image(files: Encoded, index: int, use: Callable[[ImageFile.ImageFile], T]) -> T | _Unreadable:
@@ -383,17 +401,19 @@ def _with_image(files: Encoded, index: int, use: Callable[[ImageFile.ImageFile],
             content = None  # the right kind, but damaged
         elif content is None and isinstance(error, UnidentifiedImageError):
             content = _NO_IMAGE
-        return _Unreadable(*unreadable(error, content))
+        is_away = isinstance(error, OSError) and error.errno is not None  # Pillow's own have no number
+        return _Unreadable(*unreadable(error, content), is_away)
 
 
 def _require_readable(sets: Sequence[Encoded], results: Sequence[Sequence[T | _Unreadable]]) -> list[list[T]]:
     """Return the results, or raise a `DatasetError` if any result is `_Unreadable`."""
-    bad = [
-        (files.name(i), result)
+    found = {
+        files.name(i): result
         for files, of_set in zip(sets, results, strict=True)
         for i, result in enumerate(of_set)
         if isinstance(result, _Unreadable)
-    ]
+    }
+    bad = list(found.items())  # streamed rows may repeat a file
     if len(bad) == 1:
         ((name, only),) = bad
         raise DatasetError(f"image {name} cannot be read ({only.reason})", only.cause, only.remedy)
@@ -505,10 +525,10 @@ def _pixels(image: Image.Image, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
-def _in_parallel(count: int, work: Callable[[int], T]) -> list[T]:
+def _in_parallel(count: int, work: Callable[[int], T], threads: int | None = None) -> list[T]:
     """Compute [work(0), ..., work(count - 1)] in threads, because Pillow releases the GIL; raise the first failure."""
 
-    threads = min(32, os.cpu_count() or 1)
+    threads = threads or min(32, os.cpu_count() or 1)
     size = max(1, min(_BLOCK, -(-count // threads)))
 
     def block(start: int) -> list[T]:

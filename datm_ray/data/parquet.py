@@ -89,8 +89,11 @@ class ParquetRows:
     def open(self, index: int) -> BinaryIO:
         """Bytes of the image in this row, counted over all files."""
         file, group, row = self._place(index)
-        with _READING:  # threads that want one group would each read it
-            images = _group(self.files[file], group)
+        try:
+            with _READING:  # threads that want one group would each read it
+                images = _group(self.files[file], group)
+        except DatasetError as error:
+            raise (error.__cause__ if isinstance(error.__cause__, OSError) else error) from None
         return BytesIO(images[row].as_py())
 
     def name(self, index: int) -> str:

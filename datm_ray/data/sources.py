@@ -179,13 +179,19 @@ STREAMED = ("folder", "parquet", "tiny-imagenet")
 """Sources whose images can be streamed."""
 
 
-def _check_options(source: str, resize: int | None, validation: float, streamed: bool) -> None:
-    if streamed and (resize is None or source not in STREAMED):
+def require_streamable(source: str, resize: int | None) -> None:
+    """Raise a `DatasetError` if the images of a source cannot be streamed, or `resize` is None."""
+    if resize is None or source not in STREAMED:
         raise DatasetError(
             f"dataset.streamed needs one of the sources {', '.join(STREAMED)}, and dataset.resize",
             f"The source is {source}, and dataset.resize is {'null' if resize is None else resize}",
             "Use --set dataset.resize=224, for example, or leave dataset.streamed out",
         )
+
+
+def _check_options(source: str, resize: int | None, validation: float, streamed: bool) -> None:
+    if streamed:
+        require_streamable(source, resize)
     if resize is not None and resize < 1:
         raise DatasetError(f"the setting resize={resize} is not a size in pixels", remedy="Set it to 1 or more")
     if not 0 < validation < 1:

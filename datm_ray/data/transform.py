@@ -43,6 +43,8 @@ from datm_ray.memory import available_memory
 
 Kind = Literal["zca", "standard"]
 Floats = NDArray[np.float32]
+Statistics = tuple[Sequence[float], Sequence[float]]
+"""Means and deviations of the channels, for pixels in [0, 1]."""
 AnyFloats = NDArray[np.floating[Any]]
 Images = Tensor | AnyFloats | NDArray[np.uint8]
 """A batch [n c h w] or one image [c h w]: floats from 0 (black) to 1 (white), or uint8 from 0 to 255."""
@@ -475,7 +477,7 @@ def fit_transform(
     images: NDArray[np.uint8],  # images [n c h w]
     levels: int,
     *,
-    given: tuple[Sequence[float], Sequence[float]] | None = None,
+    given: Statistics | None = None,
     eps: float = PUBLISHED_EPS,
     device: str = "cpu",
     say: Say = silent,

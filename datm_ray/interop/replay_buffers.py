@@ -35,9 +35,8 @@ from torch import Tensor
 from datm_ray.config import RunConfig, override
 from datm_ray.core.networks.parameters import FlatNetwork, float_buffers
 from datm_ray.core.networks.registry import build_network
-from datm_ray.data.dataset import fitting_images
+from datm_ray.data.dataset import transform_of
 from datm_ray.data.sources import RawDataset, load_raw
-from datm_ray.data.transform import fit_transform
 from datm_ray.errors import CorruptFileError, DatmError, StoreError
 from datm_ray.interop.torch_files import read_torch_file
 from datm_ray.stages.experts import expert_group, expert_info
@@ -261,9 +260,8 @@ class _Network:
     def _store_transform(self) -> None:
         if not self._group.has_transform():
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            train, settings = fitting_images(self._raw.train), self._config.dataset
-            given = settings.statistics
-            transform = fit_transform(settings.kind, train, self._raw.levels, given=given, device=device)
+            settings = self._config.dataset
+            transform = transform_of(self._raw, settings.kind, settings.statistics, device=device)
             self._group.write_transform(transform.to_arrays(), transform.to_metadata())
 
 

@@ -32,9 +32,9 @@ from datm_ray.core.networks.architectures import InvertedResidual, ResidualBlock
 from datm_ray.core.networks.parameters import flatten, flatten_buffers, float_buffers
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.training import accuracy
-from datm_ray.data.dataset import fitting_images
+from datm_ray.data.dataset import transform_of
 from datm_ray.data.sources import RawDataset, load_raw
-from datm_ray.data.transform import Transform, fit_transform
+from datm_ray.data.transform import Transform
 from datm_ray.errors import ConfigError, CorruptFileError, StoreError
 from datm_ray.stages.experts import expert_group, expert_info
 from datm_ray.stages.registry import trained_networks
@@ -86,7 +86,7 @@ def import_teacher(file: str, config: RunConfig, store_uri: str) -> ImportedTeac
     place = open_location(file)
     weights = read_weights(place)
     raw = load_raw(d.source, d.path, resize=d.resize, validation=d.validation, streamed=d.streamed)
-    transform = fit_transform("standard", fitting_images(raw.train), raw.levels, given=d.statistics)
+    transform = transform_of(raw, "standard", d.statistics)
     networks = trained_networks(config.resolved(raw.size))
     if not networks:
         raise ConfigError(f"method {config.method} trains no network", remedy="give a recipe of sre2l or with metadd")

@@ -14,7 +14,7 @@ from typing import Any
 
 from datm_ray._version import __version__
 from datm_ray.artifact import TRANSFORMS, keep_transform
-from datm_ray.config import DatasetConfig, NetworkConfig, RunConfig, to_yaml, unread_values
+from datm_ray.config import DatasetConfig, NetworkConfig, RunConfig, to_yaml
 from datm_ray.errors import ClusterError, ConfigError
 from datm_ray.monitor.loggers import Logger, open_logger
 from datm_ray.monitor.logs import LOG, fields, noting_the_end, writing
@@ -172,15 +172,6 @@ class Pipeline:
                 lines.append(f"{raw.name}: fitting zca takes {cost}, once")
         return lines
 
-    def unread_lines(self) -> list[str]:
-        """Lines about keys that a run sets, but its method does not read."""
-        found = [(config, unread_values(config)) for config in self.configs]
-        return [
-            f"{config.name}: method {config.method} does not read {', '.join(values)}, which the recipe sets"
-            for config, values in found
-            if values
-        ]
-
     def distances(self) -> dict[str, Outlook]:
         """Name of each set to distil -> its method's forecast before the start, such as how far experts move."""
         found = {
@@ -273,7 +264,6 @@ class Pipeline:
                 for line in (
                     f"Running on {executor.description}",
                     *self.data_lines(),
-                    *self.unread_lines(),
                     f"Log: {log}",
                 ):
                     reporter.message(line)

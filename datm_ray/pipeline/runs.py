@@ -9,10 +9,10 @@ import torch
 
 from datm_ray.artifact import INLINE_BYTES, TRANSFORMS, keep_transform
 from datm_ray.config import DatasetConfig, NetworkConfig, RunConfig
-from datm_ray.data.dataset import Dataset, fitting_images, prepare
+from datm_ray.data.dataset import Dataset, prepare, transform_of
 from datm_ray.data.patience import Say, silent
 from datm_ray.data.sources import RawDataset, load_raw
-from datm_ray.data.transform import FitCost, Transform, fit_transform
+from datm_ray.data.transform import FitCost, Transform
 from datm_ray.planning.shape import DataShape
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.experts import expert_group
@@ -181,5 +181,4 @@ class Runs:
 
     def _fit(self, dataset: DatasetConfig, say: Say) -> Transform:
         raw, device = self._raw[dataset], "cuda" if torch.cuda.is_available() else "cpu"
-        train, given = fitting_images(raw.train), dataset.statistics
-        return fit_transform(dataset.kind, train, raw.levels, given=given, device=device, say=say)
+        return transform_of(raw, dataset.kind, dataset.statistics, device=device, say=say)

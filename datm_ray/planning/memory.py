@@ -56,6 +56,9 @@ copies of the images of a micro-batch (raw, augmented, kept for the derivative, 
 VECTORS, FROZEN_VECTORS = 8, 2
 """VECTORS: parameter vectors of a network in training (with gradients, velocity, GSAM's and updated ones).
 FROZEN_VECTORS: those of a MetaDD network (the restored network and its frozen copy)."""
+STREAM_BYTES, PHOTO_BYTES = 256 * 2**20, 64 * 2**20
+"""Memory to read streamed images: encoded row groups of a Parquet file, and for each thread one photograph of 20
+megapixels at full size. Assumed."""
 PARTS = {
     "process": ("the process itself", ""),
     "synthetic": ("its share of the synthetic set", "distill.ipc"),
@@ -326,4 +329,5 @@ def _training_memory(
     maps = max((STACKED_MAPS if is_stack else ALONE_MAPS) * at_once * cost.maps, 2 * scored * cost.largest)
     next_images = 3 * max(BLOCK_BYTES, rows * networks * shape.row)  # before and after their augmentation
     tensors = maps + next_images + 4 * VECTORS * networks * cost.parameters + held
-    return TRAINING_PROCESS_BYTES + math.ceil(MARGIN * tensors)
+    streaming = shape.is_streamed * (STREAM_BYTES + config.cluster.threads_per_worker * PHOTO_BYTES)
+    return TRAINING_PROCESS_BYTES + math.ceil(MARGIN * tensors) + streaming

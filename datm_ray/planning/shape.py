@@ -15,8 +15,8 @@ from datm_ray.core.networks.image_cost import ImageCost, image_cost
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.prior import build_decoder, latent_shape
 from datm_ray.data.decode import require_memory
-from datm_ray.data.sources import load_raw
-from datm_ray.data.transform import FitCost
+from datm_ray.data.sources import load_raw, require_streamable
+from datm_ray.data.transform import FitCost, require_per_channel
 from datm_ray.errors import ConfigError
 from datm_ray.store.trajectories import size_in_words
 
@@ -95,6 +95,8 @@ def data_shape(dataset: DatasetConfig, *, here: bool = False) -> DataShape:
         DatasetError: images cannot be read, or do not fit into memory.
     """
     streamed = dataset.streamed
+    if streamed:
+        require_streamable(dataset.source, dataset.resize)
     if (shape := KNOWN_SHAPES.get(dataset.source)) is None:
         side, validation = dataset.resize, dataset.validation
         raw = load_raw(dataset.source, dataset.path, resize=side, validation=validation, copies=2, streamed=streamed)
@@ -104,6 +106,8 @@ def data_shape(dataset: DatasetConfig, *, here: bool = False) -> DataShape:
         shape = replace(shape, image=(shape.image[0], dataset.resize, dataset.resize), is_streamed=streamed)
         if here and not streamed:
             require_memory(shape.training_images, shape.image, copies=2)
+    if dataset.mean is not None:
+        require_per_channel(dataset.mean, shape.image[0])
     return shape
 
 

@@ -15,7 +15,7 @@ import inspect
 import os
 from collections.abc import Callable
 
-from datm_ray.config import RunConfig, without_unread
+from datm_ray.config import RunConfig
 from datm_ray.config.files import load_config
 from datm_ray.errors import ConfigError
 from datm_ray.recipes import cifar10, cifar100, digits, imagenet, tiny_imagenet
@@ -48,15 +48,16 @@ def get_recipe(name: str) -> RunConfig:
 
 def _find(name: str, below: tuple[str, ...]) -> RunConfig:
     """Recipe of this name. `below` are the files that have it as a base, directly or through other files."""
-    if not _is_file(name):
-        return without_unread(_lookup(name)()).model_copy(update={"name": name})
+    if not is_file(name):
+        return _lookup(name)().model_copy(update={"name": name})
     path, folder = os.path.realpath(name), os.path.dirname(name)
     if path in below:
         raise ConfigError(f"{name} is a base of itself", remedy="remove one `base:` of these files")
-    return load_config(name, lambda base: _find(os.path.join(folder, base) if _is_file(base) else base, (*below, path)))
+    return load_config(name, lambda base: _find(os.path.join(folder, base) if is_file(base) else base, (*below, path)))
 
 
-def _is_file(name: str) -> bool:
+def is_file(name: str) -> bool:
+    """True if a recipe is given as a file, False for the name of a packaged one."""
     return name.endswith((".yaml", ".yml")) or os.sep in name
 
 

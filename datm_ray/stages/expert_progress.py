@@ -222,8 +222,7 @@ class TrainingProgress:
 
     def _found(self) -> list[_Part]:
         matches = [_FILE.fullmatch(name) for name in sorted(self._folder.list())]
-        # Names of files of earlier versions lack the attempt before.
-        return [_Part(int(m[1]), int(m[2]), m[3], m[4] or m[3], m.string) for m in matches if m]
+        return [_Part(int(m[1]), int(m[2]), m[3], m[4], m.string) for m in matches if m]
 
 
 @dataclass(frozen=True)
@@ -235,8 +234,9 @@ class _Part:
     """Last epoch in the file, inclusive."""
     attempt: str
     """Attempt that wrote the file."""
-    before: str
-    """Attempt that wrote the state at epoch `first` - 1, from which this file's epochs were trained."""
+    before: str | None
+    """Attempt that wrote the state at epoch `first` - 1, from which this file's epochs were trained. `None` in files of
+    earlier versions, which do not name it."""
     name: str
 
     def chain(self, by_end: Mapping[tuple[int, str], _Part]) -> list[_Part]:
@@ -247,7 +247,12 @@ class _Part:
         """
         chain: list[_Part] = [self]
         while chain[-1].first > 0:
-            before = by_end.get((chain[-1].first - 1, chain[-1].before))
+            last, attempt = chain[-1].first - 1, chain[-1].before
+            if attempt is None:  # the same attempt, or else whichever an earlier version would have taken
+                ends = [part for part in by_end.values() if part.last == last]
+                before = max(ends, key=lambda part: (part.attempt == chain[-1].attempt, part.name), default=None)
+            else:
+                before = by_end.get((last, attempt))
             if before is None:
                 return []
             chain.append(before)

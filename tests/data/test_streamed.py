@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from datm_ray.config import DatasetConfig, RunConfig
 from datm_ray.core.batches import batches
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.training import predict_logits
-from datm_ray.data import RawDataset, load_raw, parquet
-from datm_ray.data.dataset import Dataset, prepare
+from datm_ray.data import RawDataset, decode, load_raw, parquet, streamed
+from datm_ray.data.dataset import Dataset, prepare, transform_of
 from datm_ray.data.streamed import StreamedImages, StreamedPixels
-from datm_ray.errors import DatasetError
+from datm_ray.errors import DatasetError, TransientStoreError
 from tests.data.conftest import write_files
 
 PHOTOS = Path(__file__).parent.parent / "samples" / "photos"
@@ -143,8 +144,53 @@ def test_damaged_file_is_named_when_it_is_read(tmp_path: Path, encode: Encode) -
     raw = load_raw("folder", str(write_files(tmp_path, files)), resize=8, streamed=True)
     for file in tmp_path.rglob("*.png"):
         file.write_bytes(b"no image")
-    with pytest.raises(DatasetError, match=r"8 of 8 images cannot be read|\.png"):
+    with pytest.raises(DatasetError, match=r"images cannot be read, in .*\d\.png \("):
         raw.train.images[:8]
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet"])
+def test_a_file_that_is_away_is_another_attempt(
+    kind: str, tmp_path: Path, encode: Encode, write_parquet: WriteParquet
+) -> None:
+    """Files that cannot be opened any more, as on a node without their disk, are an error to retry elsewhere."""
+    labels = [i % 2 for i in range(40)]
+    if kind == "parquet":
+        place = write_parquet(tmp_path / "train.parquet", labels)
+    else:
+        place = write_files(tmp_path / "ab", {f"{'ab'[x]}/{i:02}.png": encode(i) for i, x in enumerate(labels)})
+    raw = load_raw(kind, str(place), resize=8, streamed=True)
+    parquet._group.cache_clear()
+    place.rename(tmp_path / "away")
+    with pytest.raises(TransientStoreError, match=r"cannot be read any more"):
+        raw.train.images[np.array([0, 0, 1])]
+
+
+def test_pixels_of_unknown_range_are_refused_when_they_are_read(
+    tmp_path: Path, encode: Encode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image of floats is refused as in memory, though loading read only a sample of the files."""
+    monkeypatch.setattr(decode, "SURVEYED", 2)
+    root = write_files(tmp_path / "ab", {f"{name}/{i:03}.png": encode(i) for name in "ab" for i in range(9)})
+    Image.fromarray(np.ones((8, 8), np.float32)).save(root / "a/001.tiff")
+    raw = load_raw("folder", str(root), resize=8, streamed=True)
+    everything = [raw.train, raw.validation, raw.test]
+    with pytest.raises(DatasetError, match=r"001\.tiff has neither 8 nor 16 bits"):
+        [each.images[:] for each in everything]
+
+
+def test_given_statistics_need_no_images(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transform of given statistics decodes two images, whose shape it takes."""
+    raw, decoded, real = both(path)[1], list[int](), streamed.decode_rows
+
+    def count(files: Any, rows: Any, image: Any) -> Any:
+        decoded.append(len(rows))
+        return real(files, rows, image)
+
+    monkeypatch.setattr(streamed, "decode_rows", count)
+    channels = raw.channels
+    transform = transform_of(raw, "standard", ((0.5,) * channels, (0.2,) * channels))
+    assert transform.mean.tolist() == [0.5] * channels
+    assert decoded == [2]
 
 
 def test_archives_and_missing_sizes_are_refused(tmp_path: Path, encode: Encode) -> None:

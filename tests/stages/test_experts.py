@@ -352,6 +352,18 @@ def test_no_expert_joins_parts_of_two_trainings(tmp_path: Path, monkeypatch: pyt
         assert [before for _, before in numbers[1:]] == [number for number, _ in numbers[:-1]]
 
 
+def test_progress_of_an_earlier_version_that_was_resumed_is_kept(tmp_path: Path) -> None:
+    """Files that do not name the attempt before, written by two attempts, are one training."""
+    config = tiny_config()
+    group = expert_group(str(tmp_path), config, "digits", "0" * 16)
+    progress = ExpertProgress(group, [0], config.kept_epochs, [0])
+    folder = Path(group.progress.uri) / progress._name
+    folder.mkdir(parents=True)
+    for name in ("0-5-aa", "6-9-bb", "6-8-aa", "10-12-bb", "10-11-cc"):
+        (folder / f"{name}.arrow").touch()
+    assert [part.name for part in progress._chain()] == ["0-5-aa.arrow", "6-9-bb.arrow", "10-12-bb.arrow"]
+
+
 @pytest.mark.parametrize("method", ["_chain", "_read", "write"])
 def test_progress_that_another_command_clears_up_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
