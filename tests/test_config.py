@@ -505,7 +505,10 @@ def test_networks_that_score_images_are_those_of_every_curriculum_that_trains_th
     for change, is_shared in others.items():
         other = override(plain, [change, "distill.start_epochs=[0, 9]"])
         assert expert_fingerprint(other, "d") != expert_fingerprint(plain, "d"), change
-        fingerprints = {expert_fingerprint(run, "d") for each in (plain, other) if (run := each.scoring_run)}
+        runs = [run for each in (plain, other) if (run := each.scoring_run)]
+        fingerprints = {expert_fingerprint(run, "d") for run in runs}
+        alike = {expert_fingerprint(base.model_copy(update={"experts": run.experts}), "d") for run in runs}
+        assert fingerprints.isdisjoint(alike)
         assert len(fingerprints) == 1 + (not is_shared), change
         assert load_config_text(to_yaml(other), "test") == other
     assert plain.scoring_run is not None

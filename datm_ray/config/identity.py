@@ -11,7 +11,7 @@ from functools import reduce
 from operator import getitem
 from typing import Any
 
-from datm_ray.config.schema import RunConfig
+from datm_ray.config.schema import RunConfig, ScoringRun
 from datm_ray.config.sections import READ_OF_DISTILL, UNRESOLVED, DistillConfig
 
 LATER_KEYS: dict[str, Any] = {
@@ -137,8 +137,11 @@ def expert_fingerprint(config: RunConfig, dataset_fingerprint: str) -> str:
     recipe = _without_later_keys(config.experts.model_dump(exclude={"count", "keep_epochs", "test_every"}))
     if config.experts.optimiser == "sgd":
         recipe = {name: value for name, value in recipe.items() if name not in ("rho", "alpha", "adaptive")}
+    # A group of their own, because scoring networks keep fewer epochs than experts that are trained alike.
+    purpose = {"purpose": "scoring"} if isinstance(config, ScoringRun) else {}
     return stable_hash(
         {
+            **purpose,
             "dataset": dataset_fingerprint,
             "normalisation": config.dataset.statistics or config.dataset.kind,
             "network": config.network.model_dump(),

@@ -190,7 +190,7 @@ class RunConfig(Section):
         return [self.model_copy(update={"network": network, **alone}) for network in self.metadd.auxiliaries]
 
     @property
-    def scoring_run(self) -> RunConfig | None:
+    def scoring_run(self) -> ScoringRun | None:
         """Run whose experts order the images for the experts of `network`; `None` without `experts.curriculum`."""
         curriculum = self.experts.curriculum
         if curriculum is None:
@@ -204,7 +204,7 @@ class RunConfig(Section):
             "keep_epochs": 1,
             "test_every": 0,
         }
-        return self.model_copy(update={"experts": self.experts.model_copy(update=changes)})
+        return ScoringRun.model_construct(**dict(self) | {"experts": self.experts.model_copy(update=changes)})
 
     @property
     def weights(self) -> list[float]:
@@ -260,6 +260,10 @@ class RunConfig(Section):
     def kept_epochs(self) -> tuple[int, ...]:
         """Stored epochs of each expert: epochs that may be matched, and the final epoch, whose logits are used."""
         return (*range(min(self.kept_bound + 1, self.experts.epochs)), self.experts.epochs)
+
+
+class ScoringRun(RunConfig):
+    """Run of the networks that order images for a curriculum. They are never experts, even if trained alike."""
 
 
 def parse_config(values: Mapping[str, Any], origin: str) -> RunConfig:

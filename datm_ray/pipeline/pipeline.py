@@ -129,8 +129,12 @@ class Pipeline:
             "networks to train for evaluation": tasks.evaluate_tasks(self.runs, self.scored_rows),
         }
         found = {title: (len(left), [task.name for _, task in left]) for title, left in stages.items()}
-        if scored := tasks.scoring_tasks(self.runs):
-            found = {"orders of images to score": (len(scored), [task.name for _, task in scored]), **found}
+        scoring = tasks.scoring_runs(self.runs)
+        before = {
+            "networks to train for scoring images": tasks.expert_tasks(self.runs, networks=scoring),
+            "orders of images to score": tasks.scoring_tasks(self.runs),
+        }
+        found = {title: (len(left), [task.name for _, task in left]) for title, left in before.items() if left} | found
         sets = list(dict.fromkeys(task.run for _, task in stages["sets to distil"]))
         found["sets to distil"] = (len(sets), sets)
         if priors := self.runs.missing_priors():
@@ -141,6 +145,8 @@ class Pipeline:
         experts = sum(len(self.runs.missing_experts(config)) for config in tasks.expert_recipes(self.runs))
         networks = sum(len(task.arguments[5]) for _, task in stages["networks to train for evaluation"])
         counts = {"experts to train": experts, "networks to train for evaluation": networks}
+        recipes = tasks.expert_recipes(self.runs, scoring)
+        counts["networks to train for scoring images"] = sum(len(self.runs.missing_experts(each)) for each in recipes)
         return {title: (counts.get(title, count), names) for title, (count, names) in found.items()}
 
     def data(self) -> list[dict[str, Any]]:
@@ -288,13 +294,18 @@ class Pipeline:
         return config.model_copy(update={"evaluate": config.evaluate.model_copy(update=more_rows)})
 
     def _experts(self, executor: Executor, reporter: Reporter) -> None:
-        for config in self.runs.networks():
+        scoring = tasks.scoring_runs(self.runs)
+        for config in [*self.runs.networks(), *scoring]:
             group = self.runs.experts(config)
             if not group.has_transform():
                 transform = self.runs.dataset(config.dataset, reporter.message).transform
                 twin = keep_transform(transform, self.out / TRANSFORMS)
                 group.write_transform(transform.to_arrays(), transform.to_metadata(), twin)
-        if tasks.scoring_tasks(self.runs):
+        if scoring:
+            self._clear_up(scoring)
+            self._note_stacks(executor, scoring)
+            networks = partial(tasks.expert_tasks, workers=executor.light_workers, networks=scoring)
+            self._run("Scoring networks", "train", networks, executor, reporter)
             self._run("Difficulty", "score", tasks.scoring_tasks, executor, reporter)
         self._clear_up()
         self._note_stacks(executor)
@@ -310,9 +321,9 @@ class Pipeline:
         self._note_stacks(executor)
         self._note_experts_cost()
 
-    def _note_stacks(self, executor: Executor) -> None:
+    def _note_stacks(self, executor: Executor, networks: Sequence[RunConfig] | None = None) -> None:
         """Record the experts of each stack, so that any number of workers resumes the same stacks."""
-        for config, open_stacks in tasks.expert_stacks(self.runs, executor.light_workers):
+        for config, open_stacks in tasks.expert_stacks(self.runs, executor.light_workers, networks):
             note_stacks(self.runs.experts(config), open_stacks)
 
     def _note_experts_cost(self) -> None:
@@ -330,9 +341,9 @@ class Pipeline:
             return cost
         return replace(cost, spent=cost.spent + experts_cost(scoring, self.runs.experts(scoring)).spent)
 
-    def _clear_up(self) -> None:
+    def _clear_up(self, networks: Sequence[RunConfig] | None = None) -> None:
         """Remove progress files of experts whose worker died after it had stored them."""
-        for config in tasks.expert_recipes(self.runs):
+        for config in tasks.expert_recipes(self.runs, networks):
             group, missing = self.runs.experts(config), set(self.runs.missing_experts(config))
             if group.progress.list():
                 ExpertProgress.clear_up(group)

@@ -50,14 +50,15 @@ DatasetTask = tuple[DatasetConfig, Task]
 """A task, and the data set its worker must hold."""
 
 
-def expert_tasks(runs: Runs, workers: int = 1) -> list[DatasetTask]:
+def expert_tasks(runs: Runs, workers: int = 1, networks: Sequence[RunConfig] | None = None) -> list[DatasetTask]:
     """One task for every stack of experts that any of the runs needs and the store does not hold.
 
     Args:
         workers: number of workers that train at the same time.
+        networks: networks to train, as runs with one network each; `None` for all but scoring networks.
     """
     tasks = []
-    for config, open_stacks in expert_stacks(runs, workers):
+    for config, open_stacks in expert_stacks(runs, workers, networks):
         group = runs.experts(config)
         for stack in open_stacks:
             last = min(stack[-1], config.experts.count - 1)
@@ -100,36 +101,44 @@ def prior_tasks(runs: Runs) -> list[DatasetTask]:
     return tasks
 
 
-def scoring_tasks(runs: Runs) -> list[DatasetTask]:
-    """Tasks that score training images by difficulty, one per file of scores that is not stored.
-
-    Scores are needed by experts with `experts.curriculum` that are not trained yet.
-    """
-    tasks: dict[str, DatasetTask] = {}
+def scoring_runs(runs: Runs) -> list[RunConfig]:
+    """One run of scoring networks for every order of images that missing experts need and the store does not hold."""
+    found: dict[str, RunConfig] = {}
     for config in expert_recipes(runs):
         scoring = config.scoring_run
-        if scoring is None or not runs.missing_experts(config):
-            continue
-        group, count = runs.experts(scoring), scoring.experts.count
-        place = group.difficulty_file(count)
-        if not place.exists():
-            task = Task(
-                f"difficulty of images by {count} of {group.key}",
-                (scoring, runs.store_uri),
-                run=config.name,
-                stage="experts",
-                weight=count * scoring.experts.epochs * len(runs.raw(config).train) * _flop(runs, config),
-                memory=experts_memory(scoring, runs.shape(config), min(count, stack_size(runs, scoring))),
-                is_light=True,
-            )
-            tasks[place.uri] = config.dataset, task
-    return list(tasks.values())
+        if scoring is not None and runs.missing_experts(config):
+            place = runs.experts(scoring).difficulty_file(scoring.experts.count)
+            if not place.exists():
+                found.setdefault(place.uri, scoring)
+    return list(found.values())
 
 
-def expert_recipes(runs: Runs) -> list[RunConfig]:
-    """One configuration for each group of shared experts, with the largest `count` and `keep_epochs` of its runs."""
+def scoring_tasks(runs: Runs) -> list[DatasetTask]:
+    """One task for each of `scoring_runs`, whose networks must be trained before."""
+    tasks = []
+    for config in scoring_runs(runs):
+        group, count = runs.experts(config), config.experts.count
+        task = Task(
+            f"difficulty of images by {count} of {group.key}",
+            (config, runs.store_uri),
+            run=config.name,
+            stage="experts",
+            weight=count * len(runs.raw(config).train) * _flop(runs, config),
+            memory=experts_memory(config, runs.shape(config), 1),
+            is_light=True,
+        )
+        tasks.append((config.dataset, task))
+    return tasks
+
+
+def expert_recipes(runs: Runs, networks: Sequence[RunConfig] | None = None) -> list[RunConfig]:
+    """One configuration for each group of shared experts, with the largest `count` and `keep_epochs` of its runs.
+
+    Args:
+        networks: networks with experts, as runs with one network each; `None` for all but scoring networks.
+    """
     recipes: dict[str, RunConfig] = {}
-    for config in runs.networks():
+    for config in runs.networks() if networks is None else networks:
         uri = runs.experts(config).location.uri
         other = recipes.setdefault(uri, config).experts
         needs = {
@@ -140,10 +149,15 @@ def expert_recipes(runs: Runs) -> list[RunConfig]:
     return list(recipes.values())
 
 
-def expert_stacks(runs: Runs, workers: int) -> list[tuple[RunConfig, list[tuple[int, ...]]]]:
-    """Stacks with missing experts of each group: stacks that an earlier command recorded, then new stacks."""
+def expert_stacks(
+    runs: Runs, workers: int, networks: Sequence[RunConfig] | None = None
+) -> list[tuple[RunConfig, list[tuple[int, ...]]]]:
+    """Stacks with missing experts of each group: stacks that an earlier command recorded, then new stacks.
+
+    Arguments: see `expert_tasks`.
+    """
     found = list[tuple[RunConfig, list[tuple[int, ...]]]]()
-    missing = [(config, runs.missing_experts(config)) for config in expert_recipes(runs)]
+    missing = [(config, runs.missing_experts(config)) for config in expert_recipes(runs, networks)]
     groups = sum(bool(left) for _, left in missing)
     for config, left in missing:
         group, size, count = runs.experts(config), stack_size(runs, config), config.experts.count

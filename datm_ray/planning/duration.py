@@ -85,9 +85,10 @@ class Proposal:
             found = stacks(range(own.count), size, own.count, most, least)
             tasks += [[("experts", network, len(each) * passes)] for each in found]
             if scoring := network.scoring_run:
-                trained = scoring.experts.count * scoring.experts.epochs * images
-                scored = scoring.experts.count * self._trained
-                tasks.append([("experts", network, trained), ("scoring", network, scored)])
+                count = scoring.experts.count
+                found, trained = stacks(range(count), size, count, most, least), scoring.experts.epochs * images
+                tasks += [[("experts", network, len(each) * trained)] for each in found]
+                tasks.append([("scoring", network, count * self._trained)])
         if self.config.prior is not None and self.config.prior.kind == "trained":  # an encoder is as large as a decoder
             tasks.append([(DECODING, self.config, 2 * self.config.prior.epochs * self._trained)])
         return tasks

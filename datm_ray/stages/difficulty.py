@@ -1,8 +1,8 @@
 """Difficulty of the real images, for experts that see them from easy to hard (`experts.curriculum`).
 
-One task trains some networks as other experts are trained, a stack at a time, and stores the mean of their EL2N scores
-beside them. Networks that are stored are not trained again, so a lost task resumes. Every run whose networks are
-trained alike shares the scores, whatever its curriculum.
+Scoring networks are trained as experts are, by tasks of their own, into a group of their own. One short task then
+stores the mean of their EL2N scores beside them. Every run whose scoring networks are trained alike shares the scores,
+whatever its curriculum.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from datm_ray.config import RunConfig
 from datm_ray.data.dataset import Dataset
 from datm_ray.runtime.devices import Meter
-from datm_ray.runtime.executor import Event, Finished, Phase, Progress
+from datm_ray.runtime.executor import Event, Finished, Phase
 from datm_ray.stages.curriculum import KIND
 from datm_ray.stages.expert_networks import ExpertNetworks
-from datm_ray.stages.experts import ExpertWorker, expert_group, experts_at_a_time, stacks
+from datm_ray.stages.experts import ExpertWorker, expert_group
 from datm_ray.stages.selection import mean_el2n
 from datm_ray.stages.validation import REPORT_INTERVAL
 from datm_ray.store.files.filesystem import AlreadyExistsError
@@ -29,23 +29,17 @@ from datm_ray.store.tensors import write_tensors
 
 
 def score_images(worker: ExpertWorker, config: RunConfig, store_uri: str) -> Iterator[Event]:
-    """Train the scoring networks that are missing, then store every training image's mean EL2N score over them.
+    """Store every training image's mean EL2N score over the scoring networks, which are in the store.
 
     Args:
-        worker: worker that trains, with the data set.
-        config: run that trains the scoring networks, see `RunConfig.scoring_run`.
+        worker: worker with the data set, whose device computes.
+        config: run of the scoring networks, see `RunConfig.scoring_run`.
         store_uri: store of the networks and the scores.
+
+    Raises:
+        MissingExpertsError: a network is missing.
     """
     dataset, settings, meter = worker.dataset, config.experts, Meter(worker.device)
-    size = experts_at_a_time(config, (dataset.channels, *dataset.size), dataset.classes)
-    parts = stacks(range(settings.count), size, settings.count)
-    for number, stack in enumerate(parts):
-        for event in worker.train(config, store_uri, stack):
-            if isinstance(event, Progress):
-                done, total = number * settings.epochs + event.done, len(parts) * settings.epochs
-                yield Progress(done, total, event.values, saved=event.saved)
-            elif not isinstance(event, Finished):
-                yield event
     group = expert_group(store_uri, config, dataset.name, dataset.fingerprint)
     place = group.difficulty_file(settings.count)
     if not place.exists():

@@ -35,7 +35,7 @@ class StageWorker:
         yield from self._worker(PriorWorker, light=True).train(*arguments)
 
     def score(self, *arguments: Any) -> Iterator[Event]:
-        """Train networks that score the images, and store the scores, see `score_images`."""
+        """Store the scores of the images by trained networks, see `score_images`."""
         yield from score_images(self._worker(ExpertWorker, light=True), *arguments)
 
     def distill(self, *arguments: Any, **rank: Any) -> Iterator[Event]:

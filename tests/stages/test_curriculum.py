@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from datm_ray.config import RunConfig, expert_fingerprint
+from datm_ray.config import expert_fingerprint
 from datm_ray.errors import CorruptFileError, MissingExpertsError
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline
-from datm_ray.pipeline.tasks import scoring_tasks
-from datm_ray.runtime.executor import Event, Finished, Progress, SerialExecutor
+from datm_ray.pipeline.tasks import expert_stacks, expert_tasks, scoring_runs, scoring_tasks
+from datm_ray.runtime.executor import Progress, SerialExecutor
 from datm_ray.stages.curriculum import KIND, curriculum_of
 from datm_ray.stages.expert_networks import ExpertNetworks
-from datm_ray.stages.experts import ExpertWorker, read_experts_cost
+from datm_ray.stages.expert_progress import note_stacks
+from datm_ray.stages.experts import ExpertWorker, experts_cost, read_experts_cost
 from datm_ray.stages.worker import StageWorker
 from datm_ray.store.tensors import read_tensors, write_tensors
 from datm_ray.store.trajectories import ExpertGroup, TrajectoryStore
@@ -94,40 +95,60 @@ def test_a_new_order_is_planned(tmp_path: Path) -> None:
     other = CURRICULUM.replace("whole_from: 3", "whole_from: 2")
     configs = [tiny_config(CURRICULUM), tiny_config(other, "name=other"), tiny_config("name=plain")]
     pipeline = Pipeline(configs, str(tmp_path))
-    assert pipeline.plan()[0].startswith("1 order of images to score: difficulty of images by 3 of digits/convnet/")
-    assert pipeline.plan()[1].startswith("6 experts to train")
+    assert pipeline.plan()[0].startswith("3 networks to train for scoring images: experts 0-2 of digits/convnet/")
+    assert pipeline.plan()[1].startswith("1 order of images to score: difficulty of images by 3 of digits/convnet/")
+    assert pipeline.plan()[2].startswith("6 experts to train")
     fingerprints = {expert_fingerprint(config, "") for config in pipeline.configs}
     assert len(fingerprints) == 3
 
 
-def events_of(out: Path, config: RunConfig, stop_after: int | None = None) -> list[Event]:
-    """Events of the task that scores the images, to its end or up to an epoch."""
-    pipeline = Pipeline([config], str(out))
-    (dataset, task) = scoring_tasks(pipeline.runs)[0]
-    worker, events = StageWorker(pipeline.runs.dataset(dataset), config.cluster), list[Event]()
-    for event in worker.score(*task.arguments):
-        events.append(event)
-        if isinstance(event, Progress) and event.done == stop_after:
-            break
-    return events
-
-
-@pytest.mark.parametrize(("together", "stop_after"), [("1", 3), ("3", 1)])
-def test_a_lost_scoring_task_resumes_with_the_same_bits(together: str, stop_after: int, tmp_path: Path) -> None:
-    """A task stopped while it trains resumes from stored networks and epochs, and stores the scores of one run."""
+@pytest.mark.parametrize("together", ["1", "3"])
+def test_lost_scoring_networks_resume_with_the_same_bits(together: str, tmp_path: Path) -> None:
+    """Scoring networks are trained by tasks of their own. One stopped early resumes, and the scores have equal bits."""
     config = tiny_config(CURRICULUM, f"cluster.experts_at_a_time={together}")
-    whole = events_of(tmp_path / "whole", config)
-    total = 2 * (3 if together == "1" else 1)
-    assert [(event.done, event.total) for event in whole if isinstance(event, Progress)] == [
-        (done, total) for done in range(1, total + 1)
-    ]
-    assert [isinstance(event, Finished) for event in whole].count(True) == 1
-    events_of(tmp_path / "parts", config, stop_after)
-    groups = [scoring_group(Pipeline([config], str(tmp_path / name))) for name in ("whole", "parts")]
-    assert not groups[1].difficulty_file(3).exists()
-    resumed = [event.done for event in events_of(tmp_path / "parts", config) if isinstance(event, Progress)]
-    assert 1 not in resumed
+    groups = [scoring_group(trained(tmp_path / "whole", CURRICULUM, f"cluster.experts_at_a_time={together}"))]
+    pipeline = Pipeline([config], str(tmp_path / "parts"))
+    left = expert_tasks(pipeline.runs, networks=scoring_runs(pipeline.runs))
+    assert [task.arguments[2] for _, task in left] == ([(0,), (1,), (2,)] if together == "1" else [(0, 1, 2)])
+    worker = StageWorker(pipeline.runs.dataset(config.dataset), config.cluster)
+    with pytest.raises(MissingExpertsError, match="0 of the 3 experts"):
+        list(worker.score(*scoring_tasks(pipeline.runs)[0][1].arguments))
+    for event in worker.train(*left[0][1].arguments):
+        if isinstance(event, Progress) and event.done == 1:
+            break
+    groups.append(scoring_group(trained(tmp_path / "parts", CURRICULUM, f"cluster.experts_at_a_time={together}")))
     assert scored(groups[0]).tobytes() == scored(groups[1]).tobytes()
+
+
+def test_scoring_networks_are_divided_among_the_workers(tmp_path: Path) -> None:
+    """Idle workers share the scoring networks; trained ones are not trained again, and then one task scores."""
+    pipeline = Pipeline([tiny_config(CURRICULUM, "experts.curriculum.scoring_networks=4")], str(tmp_path))
+    (scoring,) = scoring_runs(pipeline.runs)
+    for config, parts in expert_stacks(pipeline.runs, 2, [scoring]):
+        note_stacks(pipeline.runs.experts(config), parts)
+    left = expert_tasks(pipeline.runs, 2, [scoring])
+    assert [task.arguments[2] for _, task in left] == [(0, 1), (2, 3)]
+    worker = StageWorker(pipeline.runs.dataset(scoring.dataset), scoring.cluster)
+    list(worker.train(*left[0][1].arguments))
+    assert [task.arguments[2] for _, task in expert_tasks(pipeline.runs, 2, [scoring])] == [(2, 3)]
+    list(worker.train(*left[1][1].arguments))
+    assert expert_tasks(pipeline.runs, 2, [scoring]) == []
+    assert len(scoring_tasks(pipeline.runs)) == 1
+
+
+def test_scoring_networks_are_never_experts(tmp_path: Path) -> None:
+    """A run whose experts are trained as scoring networks are has a group of its own, with all epochs it can match."""
+    equal = CURRICULUM.replace("scoring_epochs: 2", "scoring_epochs: 5")
+    pipeline = trained(tmp_path, equal, "name=easy")
+    scoring, plain = scoring_group(pipeline), trained(tmp_path)
+    group = plain.runs.experts(plain.configs[0])
+    assert group.key != scoring.key
+    assert group.read_info(0).epochs == plain.configs[0].kept_epochs != scoring.read_info(0).epochs
+    costs = [(pipeline.runs.experts(each), each) for each in (pipeline.configs[0], pipeline.configs[0].scoring_run)]
+    (noted,) = read_experts_cost(pipeline.runs.folder(pipeline.configs[0]))
+    apart = [experts_cost(config, of).spent for of, config in costs if config is not None]
+    assert noted.spent == apart[0] + apart[1]
+    assert all(each.has_transform() for each in (scoring, group))
 
 
 def test_experts_follow_their_scores_alone_and_are_resumed_with_the_same_bits(finished: Path, tmp_path: Path) -> None:
