@@ -277,6 +277,19 @@ def test_another_configuration_under_the_same_name_is_refused(finished_run: Path
         Pipeline([tiny_config("distill.iterations=7")], str(finished_run))
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_run_with_or_without_deterministic_operations_is_not_the_other_s(there: bool, tmp_path: Path) -> None:
+    """Runs that differ in cluster.deterministic alone are not mixed, and the error names the key with both values."""
+    first, second = (tiny_config(f"cluster.deterministic={each}".lower()) for each in (there, not there))
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(to_yaml(first))
+    (folder / "initial.arrow").touch()  # it has results
+    values = "true there, false here" if there else "false there, true here"
+    with pytest.raises(RunDirectoryError, match=rf"differs in cluster\.deterministic \({values}\)\."):
+        Pipeline([second], str(tmp_path))
+
+
 def test_a_name_without_results_can_be_used_with_other_settings(tmp_path: Path, finished_run: Path) -> None:
     """A run with experts only may change its recipe, one with any result may not; its experts are kept."""
     shutil.copytree(finished_run / "experts", tmp_path / "experts")

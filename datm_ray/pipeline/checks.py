@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -90,7 +91,7 @@ def require_sets(runs: Runs) -> None:
             raise RunDirectoryError(
                 f"{runs.folder(config).uri} holds no synthetic set",
                 "this recipe has not been distilled there",
-                f"run `datm-ray distill {config.name}` with the same --out first",
+                f"run `datm-ray distill {config.name}` with the same --set and --out first",
             )
 
 
@@ -124,10 +125,15 @@ def _check_folder(runs: Runs, config: RunConfig) -> None:
     if earlier is not None and run_identity(earlier) != run_identity(config) and has_results(runs.folder(config)):
         raise RunDirectoryError(
             f"{runs.folder(config).uri} holds a run of {config.name!r} with another configuration",
-            f"it differs in {', '.join(differences(run_identity(earlier), run_identity(config)))}",
+            f"it differs in {', '.join(differences(_compared(earlier), _compared(config)))}",
             "give another --out or --set name=..., or, for the run that is there, "
             f"{(runs.folder(config) / RECIPE).uri} as the recipe",
         )
+
+
+def _compared(config: RunConfig) -> dict[str, Any]:
+    """Identity of a run, with the key of `cluster` that an identity has only if it is true."""
+    return {"cluster": config.cluster.model_dump(include={"deterministic"}), **run_identity(config)}
 
 
 def _check_data(runs: Runs, config: RunConfig) -> None:
@@ -263,7 +269,7 @@ def require_experts(runs: Runs, networks: Sequence[RunConfig]) -> None:
             raise MissingExpertsError(
                 f"{group.location.uri} holds {available} of {count} experts of {network.name}",
                 "expert training has not finished for this recipe, or it used another --store",
-                f"run `datm-ray experts {network.name}` with the same --out and --store first",
+                f"run `datm-ray experts {network.name}` with the same --set, --out and --store first",
             )
 
 
@@ -273,7 +279,7 @@ def require_priors(runs: Runs) -> None:
         raise MissingExpertsError(
             f"{runs.store_uri} holds no trained prior, which {config.name} needs",
             "its training has not finished for this recipe, or it used another --store",
-            f"run `datm-ray experts {config.name}` with the same --out and --store first",
+            f"run `datm-ray experts {config.name}` with the same --set, --out and --store first",
         )
 
 
@@ -301,5 +307,10 @@ def differences(earlier: dict[str, Any], now: dict[str, Any], prefix: str = "") 
         elif isinstance(there, dict) or isinstance(here, dict):
             keys.append(f"{name} ({'set' if isinstance(there, dict) else 'not set'} there)")
         elif there != here:
-            keys.append(f"{name} ({there!r} there, {here!r} here)")
+            keys.append(f"{name} ({_in_yaml(there)} there, {_in_yaml(here)} here)")
     return keys
+
+
+def _in_yaml(value: object) -> str:
+    """Value as a recipe gives it, such as "true" or "null"; texts in quotes."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)

@@ -36,7 +36,7 @@ def curriculum_of(config: RunConfig, dataset: Dataset, scoring: ExpertGroup) -> 
         raise MissingExpertsError(
             f"{scoring.location.uri} holds no scores of the images, which experts.curriculum needs",
             "no command has scored them yet",
-            f"run `datm-ray experts {config.name}` with the same --out and --store",
+            f"run `datm-ray experts {config.name}` with the same --set, --out and --store",
         )
     with rejecting_nonsense(place):
         scores = read_tensors(place, kind=KIND).arrays["scores"]

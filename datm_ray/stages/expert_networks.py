@@ -34,7 +34,7 @@ class ExpertNetworks:
             raise MissingExpertsError(
                 f"{self.group.location.uri} holds {available} of the {self.count} experts that {config.name} needs",
                 "expert training has not finished for this recipe",
-                f"run `datm-ray experts {config.name}` with the same --out and --store",
+                f"run `datm-ray experts {config.name}` with the same --set, --out and --store",
             )
 
     def restored(self, expert: int, epoch: int | None = None) -> nn.Module:

@@ -239,7 +239,7 @@ class PriorOfSet:
             raise MissingExpertsError(
                 f"{folder.uri} holds no trained prior, which {part.config.name} needs",
                 "its training has not finished for this recipe",
-                f"run `datm-ray experts {part.config.name}` with the same --out and --store",
+                f"run `datm-ray experts {part.config.name}` with the same --set, --out and --store",
             )
         read_autoencoder(folder / PRIOR, network)
 

@@ -234,7 +234,8 @@ def test_a_stopped_training_resumes_with_the_same_bits(
 def test_a_set_needs_its_trained_prior(finished: Path, tmp_path: Path) -> None:
     """Distilling without the prior in the store names the command that trains it; a prior of other settings is none."""
     config = tiny_config(*DM, TRAINED)
-    with pytest.raises(MissingExpertsError, match=r"no trained prior, which tiny needs.*datm-ray experts tiny"):
+    command = "`datm-ray experts tiny` with the same --set, --out and --store"
+    with pytest.raises(MissingExpertsError, match=f"no trained prior, which tiny needs.*{command}"):
         Pipeline([config], str(tmp_path)).distill(lambda: SerialExecutor(config.cluster), Reporter(quiet=True))
     changed = override(config, ["prior.width=9"])
     with_store_of(finished, tmp_path)
