@@ -12,7 +12,7 @@ from operator import getitem
 from typing import Any
 
 from datm_ray.config.schema import RunConfig, ScoringRun
-from datm_ray.config.sections import READ_OF_DISTILL, UNRESOLVED, DistillConfig
+from datm_ray.config.sections import READ_OF_DISTILL, UNRESOLVED, DistillConfig, keys_read_of_distill
 
 LATER_KEYS: dict[str, Any] = {
     **{"real_batch": 256, "options": {}, "initial": "correct", "labels": "soft", "gradient_limit": None},
@@ -37,7 +37,7 @@ def unread_keys(config: RunConfig) -> list[str]:
     """
     if config.method not in ("datm", *READ_OF_DISTILL):
         return []
-    read = READ_OF_DISTILL.get(config.method, " ".join(DistillConfig.model_fields.keys() - {"real_batch"})).split()
+    read = keys_read_of_distill(config.method)
     unread = [f"distill.{name}" for name in DistillConfig.model_fields if name not in read]
     return unread + [name for name, method in SECTIONS_OF_METHODS.items() if method != config.method]
 

@@ -24,6 +24,7 @@ from datm_ray.config.sections import (
     RecoverConfig,
     Section,
     SelectConfig,
+    keys_read_of_distill,
 )
 from datm_ray.errors import ConfigError
 
@@ -253,12 +254,14 @@ class RunConfig(Section):
 
     @property
     def kept_bound(self) -> int:
-        """Last epoch of the stored range, inclusive. An expert's final epoch is stored in addition."""
-        return self.experts.keep_epochs or self.latest_matched
+        """Last epoch of the stored range, inclusive; -1 for none. An expert's final epoch is stored in addition."""
+        if self.experts.keep_epochs is not None:
+            return self.experts.keep_epochs
+        return self.latest_matched if "start_epochs" in keys_read_of_distill(self.method) else -1
 
     @property
     def kept_epochs(self) -> tuple[int, ...]:
-        """Stored epochs of each expert: epochs that may be matched, and the final epoch, whose logits are used."""
+        """Stored epochs of each expert: those that the method may read, and the final epoch, whose logits are used."""
         return (*range(min(self.kept_bound + 1, self.experts.epochs)), self.experts.epochs)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Literal, get_args
 
 from pydantic import (
@@ -297,7 +297,7 @@ class ExpertConfig(Section):
     curriculum: CurriculumConfig | None = None
     """Easy images first (PAD), such as `{first_share: 0.75, whole_from: 20}`; null: all images in every epoch."""
     keep_epochs: Count | None = None
-    """Store epochs 0 to this one and the final one; null: all matchable."""
+    """Store epochs 0 to this one and the final one; null: those that the method may read."""
     storage: Literal["float32", "float16", "bfloat16"] = "float32"
     """Type of stored parameters; 16 bits halve the store but round."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -643,6 +643,14 @@ READ_OF_DISTILL = {
 }
 """Packaged method -> keys of `distill` that it reads. datm reads all but `real_batch`. The methods that users write may
 read any key. `select` reads `start_epochs`, because it scores images by stored epochs, which depend on them."""
+
+
+def keys_read_of_distill(method: str) -> Collection[str]:
+    """Keys of `distill` that a method reads; all keys for a method of the user's own."""
+    if method in READ_OF_DISTILL:
+        return READ_OF_DISTILL[method].split()
+    return DistillConfig.model_fields.keys() - ({"real_batch"} if method == "datm" else set())
+
 
 _SIZE: TypeAdapter[ByteSize] = TypeAdapter(Annotated[ByteSize, Field(ge=1)])
 

@@ -141,9 +141,10 @@ def expert_recipes(runs: Runs, networks: Sequence[RunConfig] | None = None) -> l
     for config in runs.networks() if networks is None else networks:
         uri = runs.experts(config).location.uri
         other = recipes.setdefault(uri, config).experts
+        bound = max(recipes[uri].kept_bound, config.kept_bound)
         needs = {
             "count": max(other.count, config.experts.count),
-            "keep_epochs": max(recipes[uri].kept_bound, config.kept_bound),
+            "keep_epochs": bound if bound > 0 else None,
         }
         recipes[uri] = recipes[uri].model_copy(update={"experts": other.model_copy(update=needs)})
     return list(recipes.values())

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from datm_ray.artifact import Artifact, load
-from datm_ray.config import DistillConfig, RunConfig, override
+from datm_ray.config import DistillConfig, RunConfig, override, run_identity
 from datm_ray.core.synthetic import SyntheticSet, hard_logits
 from datm_ray.errors import ConfigError, DivergenceError
 from datm_ray.methods import state as state_module
 from datm_ray.methods.state import Descent
 from datm_ray.monitor.progress import Reporter
 from datm_ray.pipeline import Pipeline, report, summaries
+from datm_ray.pipeline.tasks import expert_recipes
 from datm_ray.planning.plan import plan_run
 from datm_ray.recipes import get_recipe, recipe_names
 from datm_ray.runtime.executor import Progress, SerialExecutor
@@ -233,6 +234,35 @@ def test_epochs_are_checked_for_methods_that_match_them() -> None:
     )
     with pytest.raises(ConfigError, match=r"but experts\.epochs is 3"):
         method_of(own).check(own)
+
+
+def test_experts_keep_what_their_method_may_read() -> None:
+    """Without keep_epochs, experts of methods that read the last epoch keep it alone; the others keep more, as before.
+
+    A given keep_epochs is followed by all, and no identity depends on it.
+    """
+    starts, whole = ["distill.start_epochs=[0,4]", "distill.expert_epochs=2"], (0, 1, 2, 3, 4, 5, 100)
+    base = override(RunConfig(), [*starts, "experts.keep_epochs=null"])
+    for method in (*METHODS, METHODS["datm"]):
+        config = base.model_copy(update={"method": method})
+        reads_last = set(method_of(config).epochs_read(config)) == {100}
+        assert config.kept_epochs == ((100,) if method in ("dm", "sre2l") else whole), method
+        assert reads_last or config.kept_epochs == whole
+        kept = config.model_copy(update={"experts": config.experts.model_copy(update={"keep_epochs": 5})})
+        assert kept.kept_epochs == whole
+        assert run_identity(kept) == run_identity(config)
+
+
+def test_experts_that_two_methods_share_keep_the_epochs_of_both(tmp_path: Path) -> None:
+    """In one command, experts of a method that reads the last epoch and of one that matches keep the matched ones."""
+    meta = ("metadd={auxiliaries: [lenet], experts: {count: 1, epochs: 1}}", "experts.keep_epochs=null")
+    dm, datm = tiny_config("name=last", "method=dm", *meta), tiny_config(*meta)
+    for configs in ([dm, datm], [datm, dm]):
+        shared, _ = expert_recipes(Pipeline(configs, str(tmp_path)).runs)
+        assert shared.kept_epochs == datm.kept_epochs
+    assert dm.kept_epochs == (datm.experts.epochs,)
+    alone, _ = expert_recipes(Pipeline([dm], str(tmp_path)).runs)
+    assert alone.kept_epochs == dm.kept_epochs
 
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if "-dm-" in name])
