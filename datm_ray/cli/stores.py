@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +25,7 @@ Group = Annotated[
 
 @store_app.command("ls")
 def store_ls(uri: StoreUri, json_: Json = False) -> None:
-    """List the groups of experts in a store.
+    """List the groups of experts in a store, and its priors.
 
     Each line has the number of experts, the stored epochs, their precision and their size.
     """
@@ -35,7 +36,9 @@ def store_ls(uri: StoreUri, json_: Json = False) -> None:
         print_json(found)
         return
     for facts in found:
-        if not facts["experts"]:
+        if facts["prior"]:
+            kept = f"a trained prior, {size_in_words(facts['bytes'])}"
+        elif not facts["experts"]:
             kept = "no expert yet, training in progress or given up (`store rm` deletes the unfinished files)"
         else:
             stored = f"{epochs_in_words(facts['epochs'])}, {facts['storage']}"
@@ -47,6 +50,7 @@ def store_ls(uri: StoreUri, json_: Json = False) -> None:
 def _group_facts(group: ExpertGroup) -> dict[str, Any]:
     """Group of experts as plain data. Epochs and precision are `None` if it has no expert or its first is damaged."""
     from datm_ray.errors import CorruptFileError
+    from datm_ray.store.trajectories import PRIOR_FILE
 
     numbers, info = group.experts(), None
     with suppress(CorruptFileError):
@@ -56,8 +60,17 @@ def _group_facts(group: ExpertGroup) -> dict[str, Any]:
         "experts": list(numbers),
         "epochs": list(info.epochs) if info else None,
         "storage": info.storage if info else None,
-        "bytes": sum(group.size(number) for number in numbers),
+        "prior": PRIOR_FILE in group.other_files(),
+        "bytes": _bytes(group, numbers),
     }
+
+
+def _bytes(group: ExpertGroup, numbers: Iterable[int]) -> int:
+    """Bytes of some experts of a group, or of its prior."""
+    from datm_ray.store.trajectories import PRIOR_FILE
+
+    prior = group.location / PRIOR_FILE
+    return sum(group.size(number) for number in numbers) + (prior.size() if prior.exists() else 0)
 
 
 @store_app.command("show")
@@ -124,19 +137,21 @@ def _expert_lines(group: ExpertGroup, number: int, *, with_recipe: bool) -> list
 def store_verify(uri: StoreUri, verbose: Verbose = 0) -> None:
     """Check every file of a store against its checksums.
 
-    The command reads every byte of the experts and of their transforms, eight files at a time. It holds at most one
-    snapshot of each file in memory.
+    The command reads every byte of the experts, of their transforms, of the scores that order images and of priors,
+    eight files at a time. It holds at most one snapshot of each file in memory.
     """
     from concurrent.futures import ThreadPoolExecutor
 
     from datm_ray.errors import CorruptFileError
     from datm_ray.store.trajectories import size_in_words
 
-    groups = _groups(uri)
-    files = [(group, number) for group in groups for number in (*group.experts(), None)]
+    files: list[tuple[ExpertGroup, int | str | None]] = []
+    for group in _groups(uri, unfinished=True):
+        experts = group.experts()
+        files += [(group, file) for file in (*experts, *([None] if experts else []), *group.other_files())]
     with ThreadPoolExecutor(8, "verify") as threads:
         found = list(threads.map(lambda file: _verified(*file), files))
-    checked = sum(number is not None for _, number in files)
+    checked, others = (sum(isinstance(file, kind) for _, file in files) for kind in (int, str))
     size = sum(size for size, _ in found)
     damaged = [complaint for _, complaint in found if complaint]
     if damaged:
@@ -145,14 +160,15 @@ def store_verify(uri: StoreUri, verbose: Verbose = 0) -> None:
             f"{len(damaged)} of the files in {uri} are damaged or missing; the first: {damaged[0]}",
             remedy="restore copies, or delete them (`datm-ray store rm`) and run the step that wrote them again",
         )
-    print(f"{checked} expert(s) are whole, {size_in_words(size)}")
+    more = f" and {others} other file(s)" if others else ""
+    print(f"{checked} expert(s){more} are whole, {size_in_words(size)}")
 
 
-def _verified(group: ExpertGroup, number: int | None) -> tuple[int, str]:
+def _verified(group: ExpertGroup, file: int | str | None) -> tuple[int, str]:
     """Verify a file. Returns its size in bytes, and a description of its damage or "".
 
     Args:
-        number: number of the expert; `None` for the group's transform, whose size is given as 0.
+        file: number of an expert, or name of another file; `None` for the transform, whose size is given as 0.
 
     Raises:
         StoreError: the file cannot be read, so that nothing is known about it.
@@ -162,11 +178,14 @@ def _verified(group: ExpertGroup, number: int | None) -> tuple[int, str]:
 
     size = 0
     try:
-        if number is None:
+        if file is None:
             group.read_transform()
+        elif isinstance(file, str):
+            size = (group.location / file).size()
+            group.verify_other(file)
         else:
-            size = group.size(number)
-            group.verify(number)
+            size = group.size(file)
+            group.verify(file)
     except (CorruptFileError, MissingFileError) as failure:
         return size, f"{failure.fact}. {failure.cause}"
     return size, ""
@@ -183,18 +202,20 @@ def store_rm(
     yes: Annotated[bool, typer.Option("--yes", help="Delete. Without it, only print what would be deleted.")] = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Delete experts, or a whole group with its transform."""
+    """Delete experts, a group with its transform, or a prior."""
     from datm_ray.errors import StoreError
-    from datm_ray.store.trajectories import size_in_words
+    from datm_ray.store.trajectories import PRIOR_FILE, size_in_words
 
     found = _group(uri, group, unfinished=True)
     numbers = sorted(set(expert or found.experts()))
     absent = set(numbers) - set(found.experts())
     if absent:
         raise StoreError(f"{group} has no expert {min(absent)}", remedy=f"`datm-ray store show {uri}` names them")
-    size = size_in_words(sum(found.size(number) for number in numbers))
+    size = size_in_words(_bytes(found, numbers))
     rest = "" if expert else ", their transform and what is in progress"
     what = f"{len(numbers)} expert(s) of {found.location.uri}{rest}, {size}"
+    if PRIOR_FILE in found.other_files():
+        what = f"the prior {found.location.uri}, {size}"
     if not yes:
         print(f"Would delete {what}. Nothing was deleted; --yes deletes.")
         return

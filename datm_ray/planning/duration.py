@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from datm_ray.core.training import PROTOCOLS, scoring_schedule, validation_proto
 from datm_ray.methods.state import columns
 from datm_ray.planning.machines import Machine
 from datm_ray.planning.memory import DistillationPlan
-from datm_ray.planning.shape import DataShape, fitting_cost, network_cost, prior_cost
+from datm_ray.planning.shape import DataShape, fitting_cost, network_cost, prior_cost, prior_size
 from datm_ray.runtime.devices import uses_gpu
 from datm_ray.stages.evaluate import (
     fewest_tasks,
@@ -37,6 +38,7 @@ from datm_ray.stages.evaluate import (
 from datm_ray.stages.experts import experts_at_a_time, stacks
 from datm_ray.stages.labels import kept_labels
 from datm_ray.stages.method import Outlook
+from datm_ray.stages.prior import is_trained
 from datm_ray.stages.registry import method_of, teacher_of, trained_networks
 from datm_ray.stages.validation import validations
 from datm_ray.store.labels import LabelInfo
@@ -89,7 +91,7 @@ class Proposal:
                 found, trained = stacks(range(count), size, count, most, least), scoring.experts.epochs * images
                 tasks += [[("experts", network, len(each) * trained)] for each in found]
                 tasks.append([("scoring", network, count * self._trained)])
-        if self.config.prior is not None and self.config.prior.kind == "trained":  # an encoder is as large as a decoder
+        if self.config.prior is not None and is_trained(self.config):  # an encoder is as large as a decoder
             tasks.append([(DECODING, self.config, 2 * self.config.prior.epochs * self._trained)])
         return tasks
 
@@ -241,14 +243,24 @@ class Proposal:
             snapshot = getattr(torch, each.experts.storage).itemsize * network_cost(each, self.shape).parameters
             kept = [run.experts.count * len(run.kept_epochs) for run in (each, each.scoring_run) if run]
             store += sum(kept) * snapshot + transform
+        store += 0 if config.prior is None else prior_size(config.prior, self.shape.image)
         sets = 3 + bool(config.distill.average_decay)  # set, momentum, set kept, average
+        rows = len(config.weights) * method.iterations(config)
         record = sum(np.dtype(kind).itemsize for kind in columns(method.state.record).values())
         return {
             "store": store,
-            "checkpoint": images * (sets * row + 16) + record * len(config.weights) * method.iterations(config),
+            "checkpoint": images * (sets * row + self._latent_bytes + 16) + rows * record,
             **({"labels": self._labels.planned_bytes} if self._labels else {}),
             "results": 2 * images * (row + 8) + (2 if transform <= INLINE_BYTES else 1) * transform,
         }
+
+    @property
+    def _latent_bytes(self) -> int:
+        """Bytes of an image's latents and their momentum, less the momentum of its pixels; 0 without a prior."""
+        if self.config.prior is None:
+            return 0
+        _, latents = prior_cost(self.config.prior, self.shape.image)
+        return 4 * (2 * latents - math.prod(self.shape.image))
 
     @property
     def outlook(self) -> Outlook | None:
@@ -287,6 +299,7 @@ class Proposal:
         trained = [(each.experts, each.network.architecture) for each in trained_networks(config)]
         (computing, sums), summed = self.iteration, sum(each.demand.summed for each in self.plans if each.chunk)
         device = machine.device.replace("core", "CPU")
+        prior = config.prior if is_trained(config) else None
         rows = {
             "data": str(shape),
             "fitting zca": fitting.size and f"{fitting}, once, by the process that starts the workers",
@@ -295,6 +308,7 @@ class Proposal:
                 for each, name in trained
             )
             or "none needed",
+            "prior": prior is not None and f"a decoder, trained for {prior.epochs:,} epochs",
             "distillation": method_of(config).described(config, shape.synthetic(config), self.plans[0].chunk),
             **({outlook.title: "; ".join(outlook.lines())} if outlook else {}),
             "evaluation": f"{config.evaluate.seeds:,} networks a row, "

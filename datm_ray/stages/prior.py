@@ -53,8 +53,9 @@ from datm_ray.stages.method import Part
 from datm_ray.store.files.filesystem import Location
 from datm_ray.store.sealed import rejecting_nonsense
 from datm_ray.store.tensors import read_tensors, write_tensors
+from datm_ray.store.trajectories import PRIOR_FILE, PRIOR_PROGRESS
 
-PRIOR, PROGRESS = "prior.arrow", "progress.arrow"
+PRIOR, PROGRESS = PRIOR_FILE, PRIOR_PROGRESS
 PRIOR_COST = "prior-cost.json"
 """Name of the file with the prior's cost in the folder of a run."""
 KIND = "prior"

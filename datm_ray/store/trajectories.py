@@ -46,6 +46,8 @@ TRANSFORM_KIND = "transform"
 _EXPERT_FILE = re.compile(r"expert-(\d{5})\.arrow")
 _TRANSFORM_FILE = "transform.arrow"
 _DIFFICULTY_FILE = re.compile(r"difficulty-\d{5}\.arrow")
+PRIOR_FILE, PRIOR_PROGRESS = "prior.arrow", "progress.arrow"
+"""Files of a group whose folder holds a prior instead of experts: the trained one, and its unfinished training."""
 _COSTS = "costs"
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 _MAX_EXPERT = 99_999
@@ -160,7 +162,7 @@ class TrajectoryStore:
         self.location = open_location(uri)
 
     def groups(self, *, unfinished: bool = False) -> list[GroupKey]:
-        """Keys of the groups with at least one expert, sorted; with `unfinished`, also of those with progress only."""
+        """Keys of the groups with at least one expert, sorted; with `unfinished`, also of priors and mere progress."""
         keys = [
             GroupKey(dataset, architecture, fingerprint)
             for dataset in self.location.list()
@@ -168,7 +170,7 @@ class TrajectoryStore:
             for fingerprint in (self.location / dataset / architecture).list()
         ]
         found = [(key, ExpertGroup(self.location, key)) for key in keys if _is_safe(key)]
-        return [key for key, group in found if group.experts() or (unfinished and group.progress.list())]
+        return [key for key, group in found if group.experts() or (unfinished and group.holds_more())]
 
     def group(self, dataset: str, architecture: str, fingerprint: str) -> ExpertGroup:
         """Group of this name, which may be empty. Raises StoreError if a name cannot be a folder's name."""
@@ -192,6 +194,14 @@ class ExpertGroup:
         """Numbers of the stored experts, sorted. Experts that are still being written are left out."""
         matches = (_EXPERT_FILE.fullmatch(name) for name in self.location.list())
         return [int(match[1]) for match in matches if match]
+
+    def other_files(self) -> list[str]:
+        """Names of finished files besides the experts and their transform: scores of images, or a prior."""
+        return [name for name in self.location.list() if name == PRIOR_FILE or _DIFFICULTY_FILE.fullmatch(name)]
+
+    def holds_more(self) -> bool:
+        """True if the folder holds a prior or scores, or unfinished training of experts or a prior."""
+        return bool(self.other_files() or self.progress.list() or PRIOR_PROGRESS in self.location.list())
 
     def write_expert(self, expert: int, snapshots: Iterable[Snapshot], info: TrajectoryInfo) -> bool:
         """Store one expert atomically; never replace a stored one. Returns True if this call stored it.
@@ -253,7 +263,7 @@ class ExpertGroup:
         return [folder / name for name in folder.list() if name.endswith(".json")]
 
     def remove(self) -> None:
-        """Delete all experts, damaged ones too, with their transform, costs and unfinished training."""
+        """Delete everything: experts, damaged ones too, their transform, costs and scores, or a prior; and progress."""
         for expert in self.experts():
             self.remove_expert(expert)
         for name in (self.location / _COSTS).list():
@@ -268,8 +278,10 @@ class ExpertGroup:
             shutil.rmtree(self.progress.local_path, ignore_errors=True)  # the empty folders
         if self.has_transform():
             self.transform_file.remove()
-        for name in filter(_DIFFICULTY_FILE.fullmatch, self.location.list()):
+        for name in self.other_files():
             (self.location / name).remove()
+        if PRIOR_PROGRESS in self.location.list():
+            (self.location / PRIOR_PROGRESS).remove()
 
     def read_params(self, expert: int, epochs: Sequence[int]) -> list[NDArray[np.float32]]:
         """Parameters [p] after each of these epochs, exactly as stored; the caller may change the arrays.
@@ -298,6 +310,10 @@ class ExpertGroup:
             return opened.info
 
         return reading_again(self._file(expert), verify)
+
+    def verify_other(self, name: str) -> None:
+        """Check every byte of one of `other_files`. Raises CorruptFileError."""
+        read_tensors(self.location / name, kind=name.removesuffix(".arrow").partition("-")[0])
 
     def write_transform(
         self, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, object], twin: Location | None = None

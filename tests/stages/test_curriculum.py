@@ -23,7 +23,7 @@ from datm_ray.stages.experts import ExpertWorker, experts_cost, read_experts_cos
 from datm_ray.stages.worker import StageWorker
 from datm_ray.store.tensors import read_tensors, write_tensors
 from datm_ray.store.trajectories import ExpertGroup, TrajectoryStore
-from tests.conftest import tiny_config
+from tests.conftest import CommandLine, tiny_config
 from tests.stages.test_experts import content
 
 CURRICULUM = (
@@ -191,6 +191,18 @@ def test_missing_or_foreign_scores_are_one_line(finished: Path, tmp_path: Path) 
     place.remove()
     with pytest.raises(MissingExpertsError, match=r"no scores of the images.*datm-ray experts tiny"):
         list(worker.train(config, pipeline.store_uri, (0, 1)))
+
+
+def test_damaged_scores_are_found(finished: Path, tmp_path: Path, datm_ray: CommandLine) -> None:
+    """`store verify` checks the scores beside the scoring networks, and their transform."""
+    store = shutil.copytree(finished / "experts", tmp_path / "experts")
+    assert datm_ray("store", "verify", str(store))[1].startswith("5 expert(s) and 1 other file(s) are whole, ")
+    (place,) = store.rglob("difficulty-*.arrow")
+    content = bytearray(place.read_bytes())
+    content[len(content) // 2] ^= 1
+    place.write_bytes(content)
+    code, out, _ = datm_ray("store", "verify", str(store))
+    assert (code, out.partition(" is damaged")[0].rpartition("/")[2]) == (2, place.name)
 
 
 def test_removing_a_group_removes_its_scores(finished: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,8 @@ from datm_ray.stages.pieces import PieceWorker
 from datm_ray.stages.prior import PRIOR, PROGRESS, PriorWorker, read_autoencoder
 from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.tensors import read_tensors
-from tests.conftest import tiny_config
+from datm_ray.store.trajectories import size_in_words
+from tests.conftest import CommandLine, tiny_config
 from tests.stages.test_distill import TWO_NETWORKS, assert_equal_but_for_rounding, distil
 from tests.stages.test_pieces import SRE2L
 
@@ -290,6 +292,41 @@ def test_a_prior_counts_in_the_plan() -> None:
     assert hours[0]["distillation"] < hours[1]["distillation"] < hours[2]["distillation"] == hours[3]["distillation"]
     assert plain["synthetic"] < small["synthetic"] == large["synthetic"]
     assert plain["network"] < small["network"] < large["network"]
+
+
+def test_a_plan_counts_what_a_prior_stores(finished: Path) -> None:
+    """Planned storage has the trained prior's parameters, and latents and their momentum in checkpoints."""
+    cluster = "cpus=1,memory=24GiB,gflops=50"
+    plain, trained, untrained = (plan_run(tiny_config(*DM, *more), cluster) for more in ((), (TRAINED,), (UNTRAINED,)))
+    arrays = read_tensors(open_location(str(stored(finished))), kind="prior").arrays
+    assert trained.storage["store"] - untrained.storage["store"] == sum(each.nbytes for each in arrays.values())
+    assert untrained.storage["store"] == plain.storage["store"]
+    latents = 4 * 2 * 2 * 4  # bytes of four maps of 2x2
+    more = 20 * (2 * latents - 4 * 64)  # a set, and a momentum in place of one of pixels
+    assert trained.storage["checkpoint"] - plain.storage["checkpoint"] == more
+    assert untrained.storage["checkpoint"] == trained.storage["checkpoint"]
+    assert any("a decoder, trained for 3 epochs" in line for line in trained.lines())
+    assert not any("decoder" in line for found in (plain, untrained) for line in found.lines())
+
+
+def test_priors_are_listed_verified_and_deleted(finished: Path, tmp_path: Path, datm_ray: CommandLine) -> None:
+    """`store ls` names a prior in a store without experts, `verify` finds its damage, and `rm` deletes it."""
+    shutil.copytree(finished / "experts", "experts")
+    name = str(stored(Path()).parent.relative_to("experts"))
+    size = stored(Path()).stat().st_size
+    code, out, _ = datm_ray("store", "ls", "experts")
+    assert (code, out) == (0, f"{name}  a trained prior, {size_in_words(size)}\n")
+    assert datm_ray("store", "verify", "experts")[1].startswith("0 expert(s) and 1 other file(s) are whole, ")
+    content = bytearray(stored(Path()).read_bytes())
+    content[len(content) // 2] ^= 1
+    stored(Path()).write_bytes(content)
+    code, out, err = datm_ray("store", "verify", "experts")
+    assert (code, "prior.arrow is damaged" in out, len(err.splitlines())) == (2, True, 1)
+    (stored(Path()).parent / PROGRESS).touch()
+    assert datm_ray("store", "rm", "experts", name)[1].startswith("Would delete the prior ")
+    code, out, _ = datm_ray("store", "rm", "experts", name, "--yes")
+    assert (code, out) == (0, f"Deleted the prior {Path('experts', name).absolute()}, {size_in_words(size)}.\n")
+    assert [path for path in Path("experts").rglob("*") if path.is_file()] == []
 
 
 def test_priors_that_cannot_work_are_refused() -> None:
