@@ -120,9 +120,9 @@ BAD_INPUT = {
     "too little memory": (["plan", "digits-ipc1", "--memory", "100MiB"], "may take 100.0 MiB"),
     "unreadable cluster": (
         ["plan", "digits-ipc1", "--cluster", "gpus=many"],
-        "'gpus=many' is no readable one of gpus=",
+        "gpus is 'many', and must be a whole number",
     ),
-    "cluster without workers": (["plan", "digits-ipc1", "--cluster", "memory=8GiB"], "it needs either gpus= or cpus="),
+    "cluster without workers": (["plan", "digits-ipc1", "--cluster", "memory=8GiB"], "it has neither gpus nor cpus"),
     "cluster of fewer cores than a worker": (
         ["plan", "digits-ipc1", "--cluster", "cpus=1", "--set", "cluster.threads_per_worker=2"],
         "a worker takes 2 cores, and the cluster has 1",

@@ -223,10 +223,12 @@ def _check_experts(runs: Runs, config: RunConfig, network: nn.Module, epochs: Se
             )
         missing = set(epochs) - set(info.epochs)
         if missing:
+            is_last = missing == {config.experts.epochs}  # stored whatever experts.keep_epochs is
+            more = "" if is_last else ", and experts.keep_epochs, so that all recipes can share them"
             raise MissingExpertsError(
-                f"{config.name} can match epoch {min(missing)}, which the experts in {group.location.uri} lack",
-                "they were trained for recipes that match other epochs, or imported with their last epoch alone",
-                "give another --store, and experts.keep_epochs, so that all recipes can share them",
+                f"{config.name} reads epoch {min(missing)}, which the experts in {group.location.uri} lack",
+                "they were trained for recipes that read other epochs, or imported with their last epoch alone",
+                f"give another --store{more}",
             )
 
 

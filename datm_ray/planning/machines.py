@@ -96,6 +96,17 @@ UNITS = {
 """Key of a cluster's description -> its units, and their factors to FLOP/s or bytes per second. Memory has those of
 `parse_bytes`."""
 
+_COUNT, _SPEED = "a whole number from 1 to 999999", "a number above 0"
+NEEDED = {
+    "gpus": _COUNT,
+    "cpus": _COUNT,
+    "memory": "a size of at least 1MiB with its unit, such as 80GiB",
+    "tflops": _SPEED,
+    "gflops": _SPEED,
+    "network": "a speed with its unit, such as 25Gbps",
+}
+"""Key of a cluster's description -> what its value must be, in words."""
+
 
 def parse_cluster(text: str, threads: int = 1) -> Machine:
     """Read the description of a cluster, such as `gpus=64,memory=80GiB,tflops=60,network=25Gbps`.
@@ -108,17 +119,14 @@ def parse_cluster(text: str, threads: int = 1) -> Machine:
     Raises:
         ConfigError: the text cannot be read, or the cluster has fewer cores than one worker takes.
     """
-    given, fact = dict[str, float](), ""
+    given, fault = dict[str, float](), ""
     for part in text.split(","):
         key, _, value = (each.strip() for each in part.partition("="))
+        fault = fault or _fault(key, value, given)
         given[key] = _value(key, value)
-        if not given[key]:
-            fact = fact or f"{part.strip()!r} is no readable one of {', '.join(f'{name}=' for name in UNITS)}"
-    if ("gpus" in given) == ("cpus" in given) or {"tflops", "gflops"} <= given.keys() or len(given) <= text.count(","):
-        fact = fact or "it needs either gpus= or cpus=, at most one speed, and no key twice"
-    if fact:
+    if fault := fault or _fault_together(given):
         example = "gpus=64,memory=80GiB,tflops=60,network=25Gbps or cpus=2,memory=24GiB,gflops=140"
-        raise ConfigError(f"--cluster {text!r}: {fact}", remedy=f"write it like {example}")
+        raise ConfigError(f"--cluster {text!r}: {fault}", remedy=f"write it like {example}")
     device, cores, count = ("GPU", 1, given["gpus"]) if "gpus" in given else ("core", threads, given["cpus"])
     if count < cores:
         raise ConfigError(
@@ -128,6 +136,28 @@ def parse_cluster(text: str, threads: int = 1) -> Machine:
     machine = Machine.of(device, int(count) // cores, cores, given.get("tflops") or given.get("gflops") or 0.0)
     memory = int(given.get("memory", 0) / (1 if device == "GPU" else machine.workers))
     return replace(machine, memory=memory or None, bandwidth=given.get("network") or machine.bandwidth)
+
+
+def _fault(key: str, text: str, given: Mapping[str, float]) -> str:
+    """Fault of one entry of a description, in words; "" if it has none.
+
+    Args:
+        given: entries before it.
+    """
+    if key not in UNITS:
+        what = f"it has no key {key!r}" if key else "an entry has no key"
+        return f"{what}; the keys are {', '.join(UNITS)}"
+    if key in given:
+        return f"{key} is given twice"
+    return "" if _value(key, text) else f"{key} is {text!r}, and must be {NEEDED[key]}"
+
+
+def _fault_together(given: Mapping[str, float]) -> str:
+    """Fault of readable entries together, in words; "" if there is none."""
+    for one, other in (("gpus", "cpus"), ("tflops", "gflops")):
+        if {one, other} <= given.keys():
+            return f"it has both {one} and {other}; give one of them"
+    return "" if {"gpus", "cpus"} & given.keys() else "it has neither gpus nor cpus; give one of them"
 
 
 def _value(key: str, text: str) -> float:

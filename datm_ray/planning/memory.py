@@ -116,6 +116,8 @@ class DistillationPlan:
         can_help = {name: size for name, size in self.parts.items() if name != "process" or self.budget <= size}
         size, name = max((size, name) for name, size in can_help.items())
         words, knob = PARTS[name]
+        if name == "call" and not self.demand.is_divisible:  # a block, whose statistics couple its images
+            knob = "recover.block"
         found = [*remedies, f"raise --memory (cluster.memory) to {size_in_words(1.01 * self.total)}"]
         raise ConfigError(
             f"a worker that {self.name} needs {size_in_words(self.total)} and may take {size_in_words(self.budget)}",

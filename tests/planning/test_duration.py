@@ -55,21 +55,31 @@ def test_clusters_are_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("texts", "fact"),
+    ("texts", "fault"),
     [
-        (("", "64", "gpus", "gpus=1,", "gpus=0", "gpus=-1", "gpus=1.5", "gpus=¹", "gpus=" + "9" * 400, "gpus=1,speed=3",
-          "gpus=1,tflops=fast", "gpus=1,tflops=0", "gpus=1,tflops=nan", "gpus=1,memory=much", "gpus=1,memory=8",
-          "gpus=1,network=25", "gpus=1,network=25GiB"), "is no readable one of gpus=, cpus="),
-        (("memory=80GiB", "gpus=1,cpus=2", "gpus=1,gpus=2", "gpus=1,tflops=1,gflops=1"), "it needs either gpus="),
+        (("", "gpus=1,", "=1"), "an entry has no key; the keys are gpus, cpus, memory, tflops, gflops, network"),
+        (("64", "gpus=1,64"), "it has no key '64'; the keys are gpus"),
+        (("gpus=1,speed=3",), "it has no key 'speed'; the keys are gpus"),
+        (("gpus=0",), "gpus is '0', and must be a whole number from 1 to 999999"),
+        (("cpus=2,gpus=0",), "gpus is '0', and must be a whole number"),
+        (("gpus", "gpus=-1", "gpus=1.5", "gpus=¹", "gpus=" + "9" * 400), "and must be a whole number from 1 to 999999"),
+        (("gpus=1,tflops=fast", "gpus=1,tflops=0", "gpus=1,tflops=nan"), "and must be a number above 0"),
+        (("gpus=1,memory=8",), "memory is '8', and must be a size of at least 1MiB with its unit, such as 80GiB"),
+        (("gpus=1,memory=much", "gpus=1,memory=1kB"), "and must be a size of at least 1MiB"),
+        (("gpus=1,network=25", "gpus=1,network=25GiB"), "and must be a speed with its unit, such as 25Gbps"),
+        (("memory=80GiB",), "it has neither gpus nor cpus"),
+        (("gpus=1,cpus=2",), "it has both gpus and cpus"),
+        (("gpus=1,gpus=2",), "gpus is given twice"),
+        (("gpus=1,tflops=1,gflops=1",), "it has both tflops and gflops"),
     ],
-)  # fmt: skip
-def test_an_unreadable_cluster_is_one_line(texts: tuple[str, ...], fact: str) -> None:
-    """An unreadable cluster is one line of error with how to write one."""
+)
+def test_an_unreadable_cluster_is_one_line(texts: tuple[str, ...], fault: str) -> None:
+    """An unreadable cluster is one line of error that names the one fault, and how to write a cluster."""
     for text in texts:
         with pytest.raises(ConfigError) as caught:
             parse_cluster(text)
         assert str(caught.value).startswith(f"--cluster {text!r}: "), text
-        assert fact in caught.value.fact, text
+        assert fault in caught.value.fact, text
         assert "gpus=64,memory=80GiB,tflops=60,network=25Gbps" in str(caught.value), text
         assert len(str(caught.value).splitlines()) == 1, text
 

@@ -145,6 +145,14 @@ def test_what_does_not_fit_is_refused_with_the_option_that_helps(changes: list[s
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_a_block_that_does_not_fit_names_its_size() -> None:
+    """A block that is too large, which no micro-batch may divide, names recover.block, which makes it smaller."""
+    small = ["cluster.memory=4GiB", "cluster.device=cpu"]
+    with pytest.raises(ConfigError, match=r"is one micro-batch\. .*or lower recover\.block\.$"):
+        plan_of(override(get_recipe("imagenet-sre2l-ipc10"), small))
+    plan_of(override(get_recipe("imagenet-sre2l-ipc10"), [*small, "recover.block=10"]))
+
+
 def test_workers_that_share_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers on one machine share its memory beside the common data set; fewer workers are suggested."""
     monkeypatch.setattr("datm_ray.planning.memory.available_memory", lambda: 10 * GIB)

@@ -17,7 +17,7 @@ import torch
 
 from datm_ray.config import ClusterConfig, RunConfig
 from datm_ray.core.experts import ExpertState
-from datm_ray.core.networks.parameters import unflatten_buffers_into, unflatten_into
+from datm_ray.core.networks.parameters import flatten, flatten_buffers, unflatten_buffers_into, unflatten_into
 from datm_ray.core.networks.registry import build_network
 from datm_ray.core.networks.stacked import StackFunctions
 from datm_ray.core.teacher import Teacher
@@ -28,8 +28,8 @@ from datm_ray.runtime.executor import Event, Finished, Lost, Note, Progress, Ser
 from datm_ray.stages import expert_progress
 from datm_ray.stages.expert_networks import ExpertNetworks
 from datm_ray.stages.expert_progress import ExpertProgress
-from datm_ray.stages.experts import ExpertWorker, expert_group, experts_at_a_time, stacks
-from datm_ray.store.trajectories import ExpertGroup
+from datm_ray.stages.experts import ExpertWorker, expert_group, expert_info, experts_at_a_time, stacks
+from datm_ray.store.trajectories import ExpertGroup, Snapshot
 from tests.conftest import actor_processes, tiny_config
 
 RICH = ("experts.optimiser=gsam", "experts.momentum=0.5", "experts.augmentation=crop_scale")
@@ -193,8 +193,24 @@ def test_only_what_can_be_matched_is_kept(tmp_path: Path) -> None:
         "distill.start_epochs=[0, 6]",
         "name=later",
     )
-    with pytest.raises(MissingExpertsError, match=r"later can match epoch 4, which the experts in .* lack"):
+    with pytest.raises(
+        MissingExpertsError, match=r"later reads epoch 4, which the experts in .* lack.*experts\.keep_epochs"
+    ):
         Pipeline([later], str(tmp_path))
+
+
+def test_experts_without_their_last_epoch_are_refused(tmp_path: Path) -> None:
+    """A run of any method that reads the last epoch alone refuses experts without it, and names no epochs to keep."""
+    config = tiny_config("method=dm", "metadd={auxiliaries: [{architecture: vgg11, width: 4}], experts: {epochs: 2}}")
+    pipeline = Pipeline([config], str(tmp_path))
+    (auxiliary, *_) = reversed(pipeline.runs.networks())
+    raw, group = pipeline.runs.raw(auxiliary), pipeline.runs.experts(auxiliary)
+    network = build_network(auxiliary.network.for_images(raw.channels, raw.size, raw.classes), 0)
+    info = expert_info(auxiliary, group, raw.fingerprint, network, 0, seed=0, epochs=(1,))
+    group.write_expert(0, [Snapshot(1, 0, 0.0, 0.0, flatten(network).numpy(), flatten_buffers(network).numpy())], info)
+    with pytest.raises(MissingExpertsError, match=r"reads epoch 2, which the experts in .* lack\.") as caught:
+        Pipeline([config], str(tmp_path))
+    assert "keep_epochs" not in str(caught.value)
 
 
 def test_runs_that_share_experts_keep_what_any_of_them_matches(tmp_path: Path) -> None:
