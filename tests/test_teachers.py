@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import pickle
 import re
 import zipfile
@@ -19,13 +20,20 @@ from torch import Tensor, nn
 from torchvision.models import mobilenet_v2, resnet, resnet18
 
 from datm_ray.artifact import load
-from datm_ray.config import NetworkConfig, RunConfig, parse_config
+from datm_ray.config import NetworkConfig, RunConfig, load_config_text, parse_config
 from datm_ray.core.networks.registry import build_network
 from datm_ray.data.dataset import prepare
 from datm_ray.data.sources import load_raw
 from datm_ray.data.transform import fit_transform
 from datm_ray.errors import ConfigError, CorruptFileError, DatasetError, StoreError
-from datm_ray.interop.teachers import import_teacher, load_weights, read_weights, torchvision_names
+from datm_ray.interop import teachers
+from datm_ray.interop.teachers import (
+    ImportedTeacher,
+    import_teacher,
+    load_weights,
+    read_weights,
+    torchvision_names,
+)
 from datm_ray.stages.expert_networks import ExpertNetworks
 from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.trajectories import TrajectoryStore
@@ -173,6 +181,7 @@ def bad_file(kind: str, weights: dict[str, Tensor]) -> bytes:
         "infinite": weights | {"fc.bias": torch.full((10,), float("nan"))},
         "expanded": weights | {"fc.bias": torch.zeros(1).expand(10**12)},
         "numbers": {"a": 1},
+        "negative": weights | {"bn1.running_var": torch.tensor([1.0, -1e-9])},
     }
     if kind in values:
         torch.save(values[kind], file)
@@ -194,7 +203,7 @@ def zipped() -> bytes:
     return file.getvalue()
 
 
-BAD = ["list", "code", "infinite", "expanded", "numbers", "empty", "text", "cut", "pickle", "zip"]
+BAD = ["list", "code", "infinite", "expanded", "numbers", "negative", "empty", "text", "cut", "pickle", "zip"]
 
 
 @pytest.mark.parametrize("name", ["bad.pth", "bad.safetensors"])
@@ -206,11 +215,89 @@ def test_files_without_weights_are_refused(
     monkeypatch.chdir(tmp_path)
     path = tmp_path / name
     path.write_bytes(bad_file(kind, {"fc.bias": torch.zeros(10), "fc.weight": torch.zeros(10, 3)}))
-    with pytest.raises(CorruptFileError, match=r"not a state_dict|not finite") as caught:
+    fact = {"infinite": "values that are not finite", "negative": r"negative variances in bn1\.running_var"}
+    with pytest.raises(CorruptFileError, match=fact.get(kind if name.endswith("pth") else "", "not a ")) as caught:
         read_weights(open_location(str(path)))
     assert "\n" not in str(caught.value)
+    assert caught.value.cause
+    assert caught.value.remedy
     assert caught.value.exit_code == 2
     assert not (tmp_path / "evil").exists()
+
+
+def test_files_that_cannot_be_read_are_no_bad_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder, and a file that does not fit into memory, are named as such, with a remedy."""
+    with pytest.raises(StoreError, match="Is a directory") as caught:
+        read_weights(open_location(str(tmp_path)))
+    assert caught.value.remedy
+    file = open_location(write(tmp_path, {"a": torch.zeros(1)}, "a.pth"))
+    for failure in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")):
+        monkeypatch.setattr(torch, "load", lambda *_, failure=failure, **__: raising(failure))
+        with pytest.raises(StoreError, match=r"not enough memory to read .*a\.pth\. The file has .*B\. End"):
+            read_weights(file)
+
+
+def raising(failure: Exception) -> None:
+    raise failure
+
+
+def small_weights(**changes: float) -> dict[str, Tensor]:
+    """Weights of the teacher of `RECIPE`. A changed tensor, with __ for its dots, has one value everywhere."""
+    spec = NetworkConfig(architecture="mobilenet-v2", norm="batch", width=8).for_images(1, (8, 8), 10)
+    weights = dict(with_statistics(build_network(spec, 5)).state_dict())
+    for name, value in changes.items():
+        key = name.replace("__", ".")
+        weights[key] = torch.full_like(weights[key], value)
+    return weights
+
+
+def small_recipe() -> RunConfig:
+    """Recipe of `RECIPE`."""
+    return load_config_text(RECIPE, "test")
+
+
+def test_a_network_with_infinite_logits_is_refused(tmp_path: Path) -> None:
+    """A file of finite values whose network overflows is refused, and nothing is stored."""
+    file = write(tmp_path, small_weights(classifier__weight=3e38), "large.pth")
+    with pytest.raises(CorruptFileError, match=r"large\.pth gives logits that are not finite\. .*\. Import"):
+        import_teacher(file, small_recipe(), str(tmp_path / "store"))
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_network_that_guesses_is_stored_with_a_warning(datm_ray: CommandLine, tmp_path: Path) -> None:
+    """A network that is no better than guessing is imported, and one line of stderr says so."""
+    write(tmp_path, small_weights(classifier__weight=0.0, classifier__bias=0.0), "guess.pth")
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    code, out, err = datm_ray("store", "import-teacher", "guess.pth", "--recipe", "tiny.yaml", "--store", "store")
+    warnings = [line for line in err.splitlines() if line.startswith("datm-ray:")]
+    assert (code, len(warnings), "Next: datm-ray run" in out) == (0, 1, True), err
+    assert re.search(
+        r"no better than guessing one of 10 classes\. .*Try: `datm-ray store rm store digits/", warnings[0]
+    )
+
+
+@pytest.mark.parametrize(("share", "images", "is_guessing"), [
+    (0.0, 1000, True), (0.1, 1000, True), (0.118, 1000, True), (0.12, 1000, False), (0.9, 1000, False), (0.4, 10, False)
+])  # fmt: skip
+def test_guessing_is_a_matter_of_the_number_of_images(share: float, images: int, is_guessing: bool) -> None:
+    """A network guesses if its accuracy is at most two standard deviations above that of a guess."""
+    assert ImportedTeacher("", 0, share, images, 10).is_guessing == is_guessing
+
+
+def test_an_import_that_comes_second_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If another process stores the expert during an import, the import says that it stored nothing."""
+    measured = teachers._measured
+
+    def meanwhile(*arguments: Any) -> tuple[float, int]:
+        monkeypatch.setattr(teachers, "_measured", measured)
+        import_teacher(write(tmp_path, small_weights(), "one.pth"), small_recipe(), str(tmp_path / "store"))
+        return measured(*arguments)
+
+    monkeypatch.setattr(teachers, "_measured", meanwhile)
+    with pytest.raises(StoreError, match=r"two\.pth was not stored in .*Another process stored expert 0 .*store show"):
+        import_teacher(
+            write(tmp_path, small_weights(classifier__bias=1.0), "two.pth"), small_recipe(), str(tmp_path / "store")
+        )
 
 
 def test_an_import_needs_the_normalisation_and_a_network(tmp_path: Path) -> None:
@@ -245,6 +332,8 @@ def test_a_run_uses_an_imported_teacher(datm_ray: CommandLine, tmp_path: Path) -
     teacher = with_statistics(build_network(spec, 5))
     weights = {torchvision_names(teacher).get(name, name): each for name, each in teacher.state_dict().items()}
     write(tmp_path, weights, "teacher.safetensors")
+    other = next(name for name in weights if name.endswith("running_mean"))
+    write(tmp_path, weights | {other: weights[other] + 1}, "other.safetensors")
     (tmp_path / "tiny.yaml").write_text(RECIPE)
     arguments = ["store", "import-teacher", "teacher.safetensors", "--recipe", "tiny.yaml", "--store", "store"]
     code, out, err = datm_ray(*arguments)
@@ -262,6 +351,37 @@ def test_a_run_uses_an_imported_teacher(datm_ray: CommandLine, tmp_path: Path) -
     with torch.no_grad():
         logits = teacher(torch.from_numpy(np.asarray(soft.images)))
     torch.testing.assert_close(torch.from_numpy(np.asarray(soft.soft_labels)), logits, atol=1e-4, rtol=1e-4)
+    again = ["run", "tiny.yaml", "--out", "runs", "--executor", "serial", "--store"]
+    assert datm_ray("store", "import-teacher", "teacher.safetensors", *arguments[3:-1], "same")[0] == 0
+    assert datm_ray("store", "import-teacher", "other.safetensors", *arguments[3:-1], "other")[0] == 0
+    assert datm_ray(*again, "same")[0] == 0  # the same weights in another store
+    for options in ([], ["--set", "name=tiny2"], ["--dry-run"]):  # runs of one folder share rows on random images
+        code, _, err = datm_ray(*again, "other", *options)
+        assert (code, len(err.splitlines())) == (2, 1), err
+        assert re.search(
+            r"of other experts than those.*imported with weights \w{8} there, and .*Give another --out", err
+        )
+    assert datm_ray("run", "tiny.yaml", "--out", "b", "--store", "other", "--executor", "serial", "--dry-run")[0] == 0
+
+
+def test_a_trained_teacher_is_not_replaced_by_an_imported_one(datm_ray: CommandLine, tmp_path: Path) -> None:
+    """Results with a trained teacher refuse an imported one, also from the folder's own store; results without do not.
+
+    A note of an earlier version names no experts and refuses none.
+    """
+    (tmp_path / "tiny.yaml").write_text(re.sub(r"(?m)^metadd.*\n", "", RECIPE).replace("epochs: 3", "epochs: 1"))
+    write(tmp_path, small_weights(), "teacher.pth")
+    run = ["run", "tiny.yaml", "--executor", "serial", "--out", "runs", "--store"]
+    assert datm_ray(*run, "own")[0] == 0
+    arguments = ["store", "import-teacher", "teacher.pth", "--recipe", "tiny.yaml", "--store", "other"]
+    assert datm_ray(*arguments)[0] == 0
+    code, _, err = datm_ray(*run, "other")
+    assert (code, "was trained there, and was imported" in err) == (2, True), err
+    note = tmp_path / "runs" / "tiny" / "dataset.json"
+    values = json.loads(note.read_text())
+    assert list(values["experts"].values()) == [""]
+    note.write_text(json.dumps({key: value for key, value in values.items() if key != "experts"}))
+    assert datm_ray(*run, "other", "--dry-run")[0] == 0
 
 
 def test_experts_with_one_epoch_are_not_matched(datm_ray: CommandLine, tmp_path: Path) -> None:

@@ -92,18 +92,18 @@ def _end_with(failure: BaseException, out: str | None, *, resumes: bool = False)
     if isinstance(failure, KeyboardInterrupt):
         failure = _first_with_text(failure)
         saved, there = (f" Saved {failure}.", " from there") if str(failure) else ("", "")
-        _say(f"stopped.{saved}" + (f" Run the same command again to resume{there}." if resumes else ""))
+        say(f"stopped.{saved}" + (f" Run the same command again to resume{there}." if resumes else ""))
         sys.exit(getattr(failure, "exit_code", INTERRUPTED))
     if isinstance(failure, BrokenPipeError) and any([_has_no_reader(sys.stdout), _has_no_reader(sys.stderr)]):
         sys.exit(READER_GONE)
     if os.environ.get("DATM_RAY_DEBUG") == "1":
         raise failure
     if isinstance(failure, DatmError):
-        _say(str(failure))
+        say(str(failure))
         sys.exit(failure.exit_code)
     log = _write_log(failure, out)
     where = f" The traceback is in {log}." if log else " Set DATM_RAY_DEBUG=1 for the traceback."
-    _say(f"{_in_words(failure)}{where}")
+    say(f"{_in_words(failure)}{where}")
     sys.exit(1)
 
 
@@ -162,7 +162,8 @@ def _write_log(failure: BaseException, out: str | None) -> str | None:
     return None
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Print a line to stderr, after the program's name."""
     if sys.stderr is not None:
         with suppress(OSError):  # the reader has closed the stream
             print(f"datm-ray: {text}", file=sys.stderr, flush=True)

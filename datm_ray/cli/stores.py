@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from datm_ray.cli.ending import say
 from datm_ray.cli.options import Invocation, Json, Set, Verbose, WriteTo, config_of, print_json
 
 if TYPE_CHECKING:
@@ -272,6 +273,13 @@ def store_import_teacher(
     imported = import_teacher(file, config, store)
     print(f"{imported.group} expert {imported.expert}")
     print(f"The network classifies {imported.accuracy:.1%} of {imported.images:,} test images correctly")
+    if imported.is_guessing:
+        say(
+            f"the network is no better than guessing one of {imported.classes} classes. "
+            "Its classes have another order, or dataset.mean and dataset.std are not those of its training. "
+            f"Try: `datm-ray store rm {store} {imported.group} --expert {imported.expert}`, "
+            "then import it with a recipe that fits."
+        )
     print(f"Next: {Invocation([recipe], list(set_ or []), 'runs', store, 'ray', None).next('run')}")
 
 

@@ -7,7 +7,7 @@ earlier epochs.
 
 A file does not say how its images were normalised, nor in which order its classes are. So the recipe must give
 `dataset.mean` and `dataset.std`, and the classes of its data set must have the order of the file's. The import measures
-the share of correct answers on test images, which shows most mistakes.
+the share of correct answers on test images, which shows most mistakes; the command line warns of a guessing network.
 
 `torch.load` reads files with `weights_only=True`, which executes nothing from them. Tests: tests/test_teachers.py.
 """
@@ -15,6 +15,7 @@ the share of correct answers on test images, which shows most mistakes.
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from datm_ray.config import RunConfig
 from datm_ray.core.networks.architectures import InvertedResidual, ResidualBlock, SpatialNetwork
 from datm_ray.core.networks.parameters import flatten, flatten_buffers, float_buffers
 from datm_ray.core.networks.registry import build_network
-from datm_ray.core.training import accuracy
+from datm_ray.core.training import predict_logits
 from datm_ray.data.dataset import transform_of
 from datm_ray.data.sources import RawDataset, load_raw
 from datm_ray.data.transform import Transform
@@ -39,7 +40,7 @@ from datm_ray.errors import ConfigError, CorruptFileError, StoreError
 from datm_ray.stages.experts import expert_group, expert_info
 from datm_ray.stages.registry import trained_networks
 from datm_ray.store.files.filesystem import Location, open_location
-from datm_ray.store.trajectories import Snapshot
+from datm_ray.store.trajectories import Snapshot, size_in_words
 
 MEASURED_IMAGES = 1000
 """Largest number of test images on which an imported network is measured."""
@@ -60,6 +61,13 @@ class ImportedTeacher:
     accuracy: float
     """Share of correct answers on `images` test images, in [0, 1]."""
     images: int
+    classes: int
+
+    @property
+    def is_guessing(self) -> bool:
+        """True if the accuracy is no higher than guessing reaches: its mean and two standard deviations."""
+        chance = 1 / self.classes
+        return self.accuracy <= chance + 2 * math.sqrt(chance * (1 - chance) / self.images)
 
 
 def import_teacher(file: str, config: RunConfig, store_uri: str) -> ImportedTeacher:
@@ -72,8 +80,10 @@ def import_teacher(file: str, config: RunConfig, store_uri: str) -> ImportedTeac
 
     Raises:
         ConfigError: the recipe trains no network, or does not give the normalisation.
-        CorruptFileError: the file holds no state_dict, or values that are not finite.
-        StoreError: the file fits no network of the recipe, or the experts are stored already.
+        CorruptFileError: the file holds no state_dict or impossible values, or its network gives logits that are not
+            finite.
+        StoreError: the file fits no network of the recipe, the experts are stored already, or another process stores
+            them at the same time.
     """
     d = config.dataset
     if d.statistics is None:
@@ -108,10 +118,11 @@ def read_weights(place: Location) -> dict[str, Tensor]:
     """Tensors of a state_dict by name, without the prefix of torch's data parallelism.
 
     Raises:
-        StoreError: the file is missing or cannot be read.
-        CorruptFileError: the file holds no state_dict, or values that are not finite.
+        StoreError: the file is missing, cannot be read, or does not fit into memory.
+        CorruptFileError: the file holds no state_dict, or values that are not finite, or negative variances.
     """
-    (content,) = place.read_ranges([(0, place.size())])
+    size = place.size()
+    (content,) = place.read_ranges([(0, size)])
     try:
         if place.path.endswith(".safetensors"):
             found: Any = load_safetensors(bytes(content))
@@ -125,14 +136,33 @@ def read_weights(place: Location) -> dict[str, Tensor]:
             raise ValueError("a tensor has values twice")  # a small file could ask for any amount of memory
         is_finite = all(bool(tensor.isfinite().all()) for tensor in weights.values())
     except Exception as error:  # archives and pickles raise errors of many classes
+        if isinstance(error, MemoryError) or "t allocate memory" in str(error):  # the latter is torch's
+            raise StoreError(
+                f"there is not enough memory to read {place.uri}",
+                f"the file has {size_in_words(size)}",
+                "end other programs, or import it on a machine with more memory",
+            ) from error
         raise CorruptFileError(
             f"{place.uri} is not a state_dict",
             "It holds other things than tensors by name, objects that could run code, or was cut off",
             "Write it with torch.save(network.state_dict(), FILE) or safetensors.torch.save_file",
         ) from error
     if not is_finite:
-        raise CorruptFileError(f"{place.uri} holds values that are not finite", "The training diverged")
+        remedy = "import a file of an earlier epoch, or train the network again"
+        raise CorruptFileError(f"{place.uri} holds values that are not finite", "The training diverged", remedy)
+    _require_variances(place, weights)
     return weights
+
+
+def _require_variances(place: Location, weights: Mapping[str, Tensor]) -> None:
+    """Raise a `CorruptFileError` for running variances below 0, which no training gives."""
+    for name, tensor in weights.items():
+        if name.endswith("running_var") and bool((tensor < 0).any()):
+            raise CorruptFileError(
+                f"{place.uri} holds negative variances in {name}",
+                "another program mixed up or changed its tensors",
+                "write the file again from the trained network",
+            )
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> str:
@@ -215,18 +245,36 @@ def _store(
             "they were trained or imported before",
             f"use them, delete them with `datm-ray store rm {store_uri} {group.key}`, or give another --store",
         )
-    correct, images = _measured(network, raw, transform)
+    correct, images = _measured(network, raw, transform, file)
     group.write_transform(transform.to_arrays(), transform.to_metadata())
     params, buffers = flatten(network).numpy(), flatten_buffers(network).numpy()
-    origin = {"file": PurePosixPath(file.path).name, "digest": sha256(params.tobytes()).hexdigest()}
+    digest = sha256(params.tobytes() + buffers.tobytes()).hexdigest()
+    origin = {"file": PurePosixPath(file.path).name, "digest": digest}
     epochs = (config.experts.epochs,)
     info = expert_info(config, group, raw.fingerprint, network, missing[0], seed=-1, epochs=epochs, imported=origin)
-    group.write_expert(missing[0], [Snapshot(epochs[0], -1, float("nan"), correct, params, buffers)], info)
-    return ImportedTeacher(str(group.key), missing[0], correct, images)
+    if not group.write_expert(missing[0], [Snapshot(epochs[0], -1, float("nan"), correct, params, buffers)], info):
+        raise StoreError(
+            f"{file.uri} was not stored in {group.location.uri}",
+            f"another process stored expert {missing[0]} at the same time",
+            f"see it with `datm-ray store show {store_uri} {group.key}`; use it, or give another --store",
+        )
+    return ImportedTeacher(str(group.key), missing[0], correct, images, raw.classes)
 
 
-def _measured(network: nn.Module, raw: RawDataset, transform: Transform) -> tuple[float, int]:
-    """Share of correct answers on evenly spaced test images, and their number."""
+def _measured(network: nn.Module, raw: RawDataset, transform: Transform, file: Location) -> tuple[float, int]:
+    """Share of correct answers on evenly spaced test images, and their number.
+
+    Raises:
+        CorruptFileError: a logit is not finite.
+    """
     rows = np.linspace(0, len(raw.test) - 1, min(len(raw.test), MEASURED_IMAGES)).astype(np.int64)
     images = transform.normalise(raw.test.images[rows].astype(np.float32) / np.float32(raw.levels))
-    return accuracy(network, images, torch.from_numpy(raw.test.labels[rows])), len(rows)
+    logits = predict_logits(network, images)
+    if not logits.isfinite().all():
+        raise CorruptFileError(
+            f"the network of {file.uri} gives logits that are not finite",
+            "its values are so large that float32 overflows, or its statistics belong to another network",
+            "import a file of an earlier epoch, or train the network again",
+        )
+    labels = torch.from_numpy(raw.test.labels[rows])
+    return float((logits.argmax(dim=1) == labels).float().mean()), len(rows)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from datm_ray.data.transform import require_per_channel
 from datm_ray.errors import (
     ClusterError,
     ConfigError,
+    CorruptFileError,
     DatasetError,
     MissingExpertsError,
     RunDirectoryError,
@@ -32,9 +34,9 @@ from datm_ray.pipeline.tasks import layout
 from datm_ray.planning.memory import plans_of, require_whole_classes
 from datm_ray.runtime.executor import Executor, require_precision
 from datm_ray.stages.distill import SYNTHETIC
-from datm_ray.stages.evaluate import row_schedule
+from datm_ray.stages.evaluate import CONTROLS, row_schedule
 from datm_ray.stages.registry import method_of, teacher_of, trained_backbones
-from datm_ray.store.files.filesystem import open_location
+from datm_ray.store.files.filesystem import Location, open_location
 
 
 def require_together(configs: Sequence[RunConfig]) -> None:
@@ -60,6 +62,7 @@ def check(runs: Runs) -> None:
         _check_scoring(config)
         _check_folder(runs, config)
         _check_data(runs, config)
+    require_same_experts(runs)
 
 
 def check_before_reading(configs: Sequence[RunConfig], *, elsewhere: bool) -> None:
@@ -134,6 +137,40 @@ def _check_folder(runs: Runs, config: RunConfig) -> None:
 def _compared(config: RunConfig) -> dict[str, Any]:
     """Identity of a run, with the key of `cluster` that an identity has only if it is true."""
     return {"cluster": config.cluster.model_dump(include={"deterministic"}), **run_identity(config)}
+
+
+def require_same_experts(runs: Runs) -> None:
+    """Raise a `RunDirectoryError` if results of the output folder are of experts with other weights than the store's.
+
+    Runs of other names count too, because rows on random images are shared (`stages.evaluate.result_location`).
+    """
+    now = {expert: digest for config in runs.configs for expert, digest in runs.origins(config).items()}
+    if not now:
+        return
+    own = {config.name for config in runs.configs}
+    others = set(runs.out.list()) - own if (runs.out / CONTROLS).list() else set[str]()
+    for folder in (runs.out / name for name in sorted(own | others)):
+        for expert, before in _noted_experts(folder).items():
+            if now.get(expert, before) != before:
+                raise RunDirectoryError(
+                    f"the results in {folder.uri} are of other experts than those in {runs.store_uri}",
+                    f"{expert} {_origin(before)} there, and {_origin(now[expert])} here",
+                    "give another --out, or the --store of those results",
+                )
+
+
+def _noted_experts(folder: Location) -> Mapping[str, str]:
+    """Experts of the results in a folder, see `DataNote`; empty for a folder without results or a readable note."""
+    with suppress(CorruptFileError):
+        if (folder / RECIPE).exists() and has_results(folder):
+            note = DataNote.read(folder)
+            return note.experts if note else {}
+    return {}
+
+
+def _origin(digest: str) -> str:
+    """Origin of an expert's weights, in words."""
+    return f"was imported with weights {digest[:8]}" if digest else "was trained"
 
 
 def _check_data(runs: Runs, config: RunConfig) -> None:

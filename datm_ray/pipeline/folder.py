@@ -1,9 +1,9 @@
-"""Files about the runs in an output folder: recipes and notes on data sets, and the report over all runs."""
+"""Files about the runs in an output folder: recipes and notes on data and experts, and the report over all runs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from datm_ray.config import RunConfig, load_recipe_of_run
 from datm_ray.data.sources import RawDataset
@@ -27,12 +27,15 @@ RESULTS = {INITIAL, CHECKPOINT, SYNTHETIC, PIECES, "evaluation"}
 
 @dataclass(frozen=True)
 class DataNote:
-    """Note in a run's folder about the data set that the run was made from."""
+    """Note in a run's folder about the data set and the experts that the run was made from."""
 
     fingerprint: str
     training_images: int
     name: str | None = None
     """Name of the data set."""
+    experts: Mapping[str, str] = field(default_factory=dict)
+    """Key and number of each expert -> digest of the weights it was imported with; "" if it was trained. Empty in notes
+    of earlier versions."""
 
     @classmethod
     def read(cls, folder: Location) -> DataNote | None:
@@ -46,13 +49,19 @@ class DataNote:
             return None
         note = place.read_json()
         with rejecting_nonsense(place):
-            return cls(str(note["fingerprint"]), int(note["training_images"]), note.get("name"))
+            experts = {str(key): str(digest) for key, digest in dict(note.get("experts", {})).items()}
+            return cls(str(note["fingerprint"]), int(note["training_images"]), note.get("name"), experts)
 
 
-def write_note(folder: Location, raw: RawDataset) -> None:
-    """Write the note about a run's data set."""
+def write_note(folder: Location, raw: RawDataset, experts: Mapping[str, str]) -> None:
+    """Write the note about a run's data set and experts, see `DataNote`.
+
+    Experts that the folder's results were made from stay noted after they are deleted from the store.
+    """
+    earlier = DataNote.read(folder) if has_results(folder) else None
     counts = {"training_images": len(raw.train), "test_images": len(raw.test)}
-    (folder / DATA).write_json({"name": raw.name, "fingerprint": raw.fingerprint, **counts})
+    facts = {"name": raw.name, "fingerprint": raw.fingerprint, **counts}
+    (folder / DATA).write_json(facts | {"experts": {**(earlier.experts if earlier else {}), **experts}})
 
 
 def has_results(folder: Location) -> bool:

@@ -242,6 +242,7 @@ class Pipeline:
             for config in sorted(self.configs, key=lambda config: config.name):  # commands that wait never interlock
                 place = self.runs.folder(config) / LEASE
                 leases.enter_context(lease(place, config.cluster.wait_for_run, reporter.message, ask))
+            checks.require_same_experts(self.runs)  # again, because the command before may have used other experts
             with self._executing(start, reporter, distils=distils) as executor:
                 yield executor
 
@@ -275,12 +276,15 @@ class Pipeline:
                     reporter.message(line)
                 for config in recipes:
                     # The recipe is written last, because it marks the folder as a run's, also for `report`.
-                    write_note(self.runs.folder(config), self.runs.raw(config))
+                    self._write_note(config)
                     (self.runs.folder(config) / RECIPE).write_text(to_yaml(self._with_rows_before(config)))
                 yield executor
         finally:
             with closing(executor):
                 self._log.close()
+
+    def _write_note(self, config: RunConfig) -> None:
+        write_note(self.runs.folder(config), self.runs.raw(config), self.runs.origins(config))
 
     def _with_rows_before(self, config: RunConfig) -> RunConfig:
         """Copy of the run, with added architectures and rows that an earlier command scored."""
@@ -327,8 +331,9 @@ class Pipeline:
             note_stacks(self.runs.experts(config), open_stacks)
 
     def _note_experts_cost(self) -> None:
-        """Write the experts' cost into the runs' folders, where the report finds it without the store."""
+        """Write the experts' cost and origin into the runs' folders, where they are found without the store."""
         for config in self.configs:
+            self._write_note(config)
             costs = [self._experts_cost(each) for each in trained_networks(config)]
             write_experts_cost(self.runs.folder(config), costs)
             if is_trained(config):

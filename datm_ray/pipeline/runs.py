@@ -15,7 +15,7 @@ from datm_ray.data.sources import RawDataset, load_raw
 from datm_ray.data.transform import FitCost, Transform
 from datm_ray.planning.shape import DataShape
 from datm_ray.stages.distill import SYNTHETIC
-from datm_ray.stages.experts import expert_group
+from datm_ray.stages.experts import expert_group, origins
 from datm_ray.stages.prior import PRIOR, is_trained, prior_folder
 from datm_ray.stages.registry import trained_networks
 from datm_ray.store.files.filesystem import Location, open_location
@@ -109,6 +109,14 @@ class Runs:
         """Experts of a run with one network, in the store."""
         raw = self.raw(config)
         return expert_group(self.store_uri, config, raw.name, raw.fingerprint)
+
+    def origins(self, config: RunConfig) -> dict[str, str]:
+        """Stored experts of a run, by key and number -> digest of what they were imported from; "" if trained."""
+        found = dict[str, str]()
+        for each in trained_networks(config):
+            group = self.experts(each)
+            found |= {f"{group.key}/{number}": digest for number, digest in origins(group, each.experts.count).items()}
+        return found
 
     def missing_experts(self, config: RunConfig) -> list[int]:
         """Numbers of the experts that a run with one network needs and the store does not hold."""

@@ -118,6 +118,9 @@ ON_OTHERS = ("random-soft", "distilled")
 UNLABELLED_ON_OTHERS = ("random-hard", "distilled")
 """Keys of the rows scored on every network of `evaluate.networks` if no experts can label random images."""
 
+CONTROLS = "controls"
+"""Folder of the rows that the runs of an output folder share."""
+
 CONTROL_STEP_SIZES = (0.01, 0.03, 0.1)
 """Candidate learning rates of SGD with momentum 0.9, for controls and for other architectures."""
 
@@ -471,7 +474,7 @@ def result_location(
         for section in ("name", "distill", *SECTIONS_OF_METHODS, "metadd", *(["experts"] if row == "full" else [])):
             identity.pop(section, None)
         ipc = {} if row == "full" else {"ipc": config.distill.ipc}
-        folder = out / "controls" / stable_hash({"dataset": dataset_fingerprint, **identity, **ipc})
+        folder = out / CONTROLS / stable_hash({"dataset": dataset_fingerprint, **identity, **ipc})
     if config.evaluate.optimiser != "sgd":
         folder = folder / config.evaluate.optimiser
     if training := _training_identity(config, dataset_fingerprint, row):

@@ -274,6 +274,20 @@ def expert_info(
     )
 
 
+def origins(group: ExpertGroup, count: int) -> dict[int, str]:
+    """Stored experts below number `count` -> digest of the weights they were imported with; "" for trained experts.
+
+    If the first one was trained and keeps several epochs, it stands for all.
+    """
+    found = dict[int, str]()
+    for expert in sorted(each for each in group.experts() if each < count):
+        info = group.read_info(expert)
+        found[expert] = str(info.recipe.get("imported", {}).get("digest", ""))
+        if not found[expert] and len(info.epochs) > 1:  # spares reading hundreds of experts
+            break
+    return found
+
+
 def progress_of(
     config: RunConfig, group: ExpertGroup, experts: Sequence[int], account: Account | None = None
 ) -> ExpertProgress:

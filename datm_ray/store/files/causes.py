@@ -73,6 +73,8 @@ def cause_and_remedy(error: Exception, action: str) -> tuple[str, str]:
         return _CODES[code]
     if isinstance(error, FileNotFoundError):
         return "The file, its folder or its bucket does not exist", "Check the spelling"
+    if isinstance(error, IsADirectoryError):
+        return reason(error), "Give the path of a file in it" if action == "read" else ""
     if isinstance(error, PermissionError) and code:
         needed = _PERMISSIONS.get(action, _LOOKING)
         return (
