@@ -113,6 +113,21 @@ def test_shown_recipes_are_recipes(tmp_path: Path) -> None:
         assert len(text.splitlines()) <= 5
 
 
+def test_shown_runs_are_recipes(tmp_path: Path) -> None:
+    """Every YAML block with a `name` is a file that `run` takes."""
+    found = {}
+    for place in DOCUMENTS:
+        for text in re.findall(r"^```yaml\n(name: .*?\nbase: .*?)^```$", place.read_text(), re.MULTILINE | re.DOTALL):
+            (tmp_path / "shown.yaml").write_text(text)
+            config = get_recipe(str(tmp_path / "shown.yaml"))
+            found[config.name] = config
+    assert {"mine-sre2l", "mine-teacher"} <= found.keys()
+    taught = found["mine-teacher"]  # photos, for which the values of digits' recipes are poor
+    assert (taught.network.architecture, taught.network.width, taught.recover.least_share) == ("resnet18", 128, 0.08)
+    assert {taught.experts.augmentation, taught.evaluate.augmentation} == {"resized+flip"}
+    assert taught.recover.shift == round(32 * (taught.dataset.resize or 0) / 224)
+
+
 def test_shown_choices_of_machines_are_accepted() -> None:
     """Every section `cluster` that the guide to clusters shows is one of a recipe."""
     guide = next(place for place in DOCUMENTS if place.as_posix().endswith("cluster/README.md"))
