@@ -338,6 +338,30 @@ def test_all_real_data_comes_last_and_may_be_left_out(tmp_path: Path, finished_r
     assert "all real data: skipped" not in without.table()
 
 
+@pytest.mark.parametrize(("is_stacked", "expected"), [
+    (False, {"random-hard": (1, 2), "random-soft": (1, 2), "distilled": (1, 0), "full": (1, 2)}),
+    (True, {"random-hard": (6, 0), "random-soft": (6, 0), "distilled": (2, 0), "full": (6, 0)}),
+])  # fmt: skip
+def test_scoring_counts_all_networks_of_a_task(
+    is_stacked: bool, expected: dict[str, tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory of a task counts the networks trained together, and those of other step sizes that it holds."""
+    counted = list[tuple[int, int]]()
+
+    def memory(*arguments: Any, held: int, **_: Any) -> int:
+        counted.append((arguments[4], held))
+        return 0
+
+    monkeypatch.setattr(tasks, "scoring_memory", memory)
+    if is_stacked:
+        stacks_of_any_work(monkeypatch)
+    pipeline = Pipeline([tiny_config(f"cluster.compile={is_stacked}".lower())], str(tmp_path))
+    found = tasks.evaluate_tasks(pipeline.runs, pipeline.scored_rows)
+    rows = [task.name.split()[1] for _, task in found]
+    assert len(rows) == len(counted)
+    assert dict(zip(rows, counted, strict=True)) == expected
+
+
 def test_a_row_trained_together_has_the_accuracies_of_networks_trained_alone(
     tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -412,13 +412,17 @@ class Trainer:
         Args:
             stack: one of `stacks`.
             lessons: see `train`; `None` for a stack of several.
-            saved: state after an epoch of an earlier, equal training, from which this one resumes; `None` to start.
+            saved: state after an epoch of an earlier, equal training, from which this one resumes; `None` to start. It
+                is not kept.
         """
         if len(stack) > 1:
-            yield from train_together(self._functions_for(stack[0], len(stack)), stack, saved)
+            together = train_together(self._functions_for(stack[0], len(stack)), stack, saved)
+            del saved
+            yield from together
             return
         each = stack[0]
         state = NetworkState(each.network, each.schedule, saved)
+        del saved  # up to three vectors as long as the parameters
         for _ in train(each.network, each.images, each.targets, each.schedule, each.seed, lessons, state):
             yield state
 
@@ -454,6 +458,7 @@ def train_together(
     state, schedule = ExpertState.initial([each.network for each in stack]), stack[0].schedule
     if saved is not None:
         state = ExpertState(saved.parameters, saved.buffers, saved.velocity, saved.epoch, saved.step)
+        del saved  # so that its vectors are freed by the first step
     classes = stack[0].network(rows_on(stack[0].images, torch.arange(1), state.parameters.device)).shape[1]
     probabilities = [
         each.softmax(dim=1) if each.is_floating_point() else one_hot(each, classes).to(state.parameters.dtype)

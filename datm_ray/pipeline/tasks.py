@@ -33,6 +33,7 @@ from datm_ray.stages.evaluate import (
     largest_stack,
     result_location,
     seeds_of_tasks,
+    training_of,
     work_of,
 )
 from datm_ray.stages.expert_progress import read_stacks
@@ -410,6 +411,7 @@ def evaluate_tasks(
             places = [result_location(runs.out, config, raw.fingerprint, row, number, network) for number in numbers]
             if all(place.exists() for place in places):
                 continue
+            together = largest_stack(config, row, network, spec, images, len(numbers))
             last = "" if len(numbers) == 1 else f"-{numbers[-1]}"
             uris = tuple(place.uri for place in places)
             task = Task(
@@ -424,7 +426,8 @@ def evaluate_tasks(
                     runs.shape(config),
                     images,
                     network,
-                    largest_stack(config, row, network, spec, images, len(numbers)),
+                    together,
+                    held=len(numbers) * training_of(config, row, network)[0] - together,
                     is_shared=row == "full",
                 ),
                 is_light=True,

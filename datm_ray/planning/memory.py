@@ -296,6 +296,7 @@ def scoring_memory(
     network: NetworkConfig | None = None,
     together: int = 1,
     *,
+    held: int = 0,
     is_shared: bool = False,
 ) -> int:
     """Bytes of main memory to reserve for a worker that trains a network on `images` images and scores it.
@@ -303,16 +304,18 @@ def scoring_memory(
     Args:
         network: scored network; `None` for the backbone.
         together: number of networks that are trained together.
+        held: number of other networks that the worker holds at the same time, trained or to be trained.
         is_shared: True if the images are the data set's, which the workers of a node share.
     """
     rows = min(scoring_schedule(config.evaluate, 1.0).batch_size, images)
-    held = 0 if is_shared else together * images * shape.row
+    own = config.model_copy(update={"network": network or config.network})
+    tensors = 4 * held * network_cost(own, shape).parameters
+    tensors += 0 if is_shared else together * images * shape.row
     if config.evaluate.has_teacher:
         teacher = network_cost(teacher_of(config), shape)
-        held += 2 * rows * together * teacher.largest + 4 * teacher.parameters
-    own = config.model_copy(update={"network": network or config.network})
+        tensors += 2 * rows * together * teacher.largest + 4 * teacher.parameters
     is_stack = together > 1 and own.network.norm != "batch"
-    return _training_memory(own, shape, rows, together, held, SCORING_BATCH, is_stack=is_stack)
+    return _training_memory(own, shape, rows, together, tensors, SCORING_BATCH, is_stack=is_stack)
 
 
 def _training_memory(

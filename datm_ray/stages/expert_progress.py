@@ -95,6 +95,12 @@ class TrainingProgress:
         self._measured = (torch.empty(0), torch.empty(0))
         self._interval, self._next_write = interval, time.monotonic() + interval
 
+    @property
+    def last_epoch(self) -> int:
+        """Latest saved epoch, by the names of the files; 0 without any."""
+        chain = self._chain()
+        return chain[-1].last if chain else 0
+
     def resume(self, device: torch.device) -> ExpertState | None:
         """State to resume from, or `None` if there is no progress. Removes damaged files."""
         state, self.spent, self._before = None, Spent(), _NO_ATTEMPT
@@ -181,8 +187,8 @@ class TrainingProgress:
             "step": np.array([row.step for row in rows], np.int64),
             "loss": np.stack([row.losses for row in rows]),
             "accuracy": np.stack([row.accuracies for row in rows]),
-            "parameters": np.stack([row.parameters for row in rows]),
-            "buffers": np.stack([row.buffers for row in rows]),
+            "parameters": _stacked([row.parameters for row in rows]),
+            "buffers": _stacked([row.buffers for row in rows]),
         }
         velocity = state.velocity
         if velocity is not None:
@@ -410,6 +416,11 @@ def wait_for_disk_space(place: Location, size: int) -> Iterator[str]:
 def _existing(path: str) -> Path:
     """Path itself if it exists, otherwise its nearest parent that exists."""
     return next(each for each in (Path(path), *Path(path).parents) if each.exists())
+
+
+def _stacked(epochs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Arrays of some epochs as one [e s p]; that of a single epoch is not copied."""
+    return epochs[0][None] if len(epochs) == 1 else np.stack(epochs)
 
 
 def _to_numpy(tensor: Tensor) -> NDArray[np.float32]:

@@ -67,7 +67,7 @@ class SavedTraining:
             (stack, TrainingProgress(result.parent / f"{name}-{number}", len(stack), account, interval=SAVE_INTERVAL))
             for number, stack in enumerate(stacks)
         ]
-        self._done, self._reported = 0, 0.0
+        self._done, self._reported, self._saved = 0, 0.0, list[int]()
 
     @property
     def spent(self) -> Spent:
@@ -87,19 +87,15 @@ class SavedTraining:
         Raises:
             Interrupted: the work was asked to stop, and is saved.
         """
-        saved = [progress.resume(device) for _, progress in self._stacks]
-        self._done = sum(len(state.parameters) * state.epoch for state in saved if state)
+        self._saved = [progress.last_epoch for _, progress in self._stacks]
+        self._done = sum(len(stack) * epoch for (stack, _), epoch in zip(self._stacks, self._saved, strict=True))
         if self._done:
             _log.info("scoring resumed %s", fields(epoch=self._done, epochs=self._count * self._epochs))
         self._reported, measured = time.monotonic(), list[float]()
         yield self._progress()
         with saving() as is_asked:
-            for (stack, progress), before in zip(self._stacks, saved, strict=True):
-                for state in self._trainer.train(stack, self._lessons, before):
-                    yield from self._after_epoch(stack, progress, state)
-                    if is_asked():
-                        yield from map(Note, progress.write(state))
-                        raise Interrupted(self._place(len(measured), len(stack), state.epoch))
+            for number, (stack, _) in enumerate(self._stacks):
+                yield from self._train(number, device, is_asked)
                 shares = [scored(each.network) for each in stack]
                 measured += shares
                 mean = statistics.fmean(shares)
@@ -108,6 +104,30 @@ class SavedTraining:
             if is_asked():
                 raise Interrupted(f"{self._count} networks, to be tested")
         return measured
+
+    def _train(self, number: int, device: torch.device, is_asked: Callable[[], bool]) -> Iterator[Progress | Note]:
+        """Train one stack from where it was saved. Afterwards only its parameters and buffers stay in memory.
+
+        Args:
+            number: place of the stack among all.
+            is_asked: returns True if the work was asked to stop.
+        """
+        stack, progress = self._stacks[number]
+        for state in self._trainer.train(stack, self._lessons, self._resumed(number, device)):
+            yield from self._after_epoch(stack, progress, state)
+            if is_asked():
+                yield from map(Note, progress.write(state))
+                before = sum(len(earlier) for earlier, _ in self._stacks[:number])
+                raise Interrupted(self._place(before, len(stack), state.epoch))
+        for each in stack:
+            each.network.zero_grad()
+
+    def _resumed(self, number: int, device: torch.device) -> TrainingState | None:
+        """State of a stack from its files, which may reach another epoch than their names did at the start."""
+        stack, progress = self._stacks[number]
+        state = progress.resume(device)
+        self._done += len(stack) * ((state.epoch if state else 0) - self._saved[number])
+        return state
 
     def remove(self) -> None:
         """Remove the folders of the finished task."""

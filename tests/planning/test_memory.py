@@ -27,7 +27,7 @@ from datm_ray.planning.memory import (
     scoring_memory,
     worker_budget,
 )
-from datm_ray.planning.shape import KNOWN_SHAPES, DataShape, data_shape, parse_shape
+from datm_ray.planning.shape import KNOWN_SHAPES, DataShape, data_shape, network_cost, parse_shape
 from datm_ray.recipes import get_recipe, recipe_names
 from datm_ray.stages.trajectory import rows_at_a_time
 from datm_ray.store.trajectories import size_in_words
@@ -410,6 +410,9 @@ def test_the_reserved_memory_follows_the_work() -> None:
     assert experts_memory(tested, shape, 1) > experts_memory(override(tested, ["experts.test_every=0"]), shape, 1)
     larger = config.network.model_copy(update={"width": 256})
     assert scoring_memory(config, shape, 10, larger) > scoring_memory(config, shape, 10)
+    more = scoring_memory(config, shape, 10, larger, held=7) - scoring_memory(config, shape, 10, larger)
+    cost = network_cost(config.model_copy(update={"network": larger}), shape)
+    assert more == pytest.approx(MARGIN * 4 * 7 * cost.parameters, abs=1)
     divided = laid_out(config, {"shards": 5})
     assert distilling_memory(divided, shape, 1) == max(plan.total for plan in plans_of(divided, shape, 1))
     config = override(config, ["cluster.gpus_per_worker=1", "cluster.light.gpus_per_worker=0"])

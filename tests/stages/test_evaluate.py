@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 
 from datm_ray.artifact import save_artifact
 from datm_ray.config import NetworkConfig, RunConfig, override, run_identity, scored_on
+from datm_ray.core.experts import ExpertState
 from datm_ray.core.networks.parameters import flatten
 from datm_ray.core.synthetic import SyntheticSet
 from datm_ray.core.teacher import Lessons
@@ -43,6 +45,7 @@ from datm_ray.stages.evaluate import (
     seeds_of_tasks,
     training_of,
 )
+from datm_ray.stages.expert_progress import TrainingProgress
 from datm_ray.stages.saved_training import remove_progress
 from datm_ray.stages.scores import FAIR_PARTS, NetworkScores, read_fair_rows, read_fair_scores, read_network_scores
 from datm_ray.store.files.filesystem import Location, open_location
@@ -518,6 +521,54 @@ def test_a_task_that_is_stopped_saves_its_epoch_and_names_it(
     found = open_location(str(tmp_path / "parts/random-hard-01.json")).read_json()
     assert found["cost"]["cpu_seconds"] == (100 * len(laps) + 2) / 2
     assert (results, networks) == scored(str(tmp_path / "whole"), is_stacked)[1:]
+
+
+@pytest.mark.parametrize("is_stacked", [False, True])
+def test_saved_states_are_read_when_they_are_needed(
+    is_stacked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed task holds no saved state but that of the stack in training, and no gradient of a trained network."""
+    monkeypatch.setattr(saved_training, "REPORT_INTERVAL", 0.0)
+    with pytest.raises(Interrupted):
+        scored(str(tmp_path), is_stacked, 110, stopping.ask)
+    resume, train, after = TrainingProgress.resume, Trainer.train, list[tuple[int, int]]()
+    vectors, networks = list[weakref.ref[torch.Tensor]](), list[nn.Module]()
+
+    def noting(progress: TrainingProgress, device: torch.device) -> ExpertState | None:
+        if (state := resume(progress, device)) is not None:
+            assert state.velocity is not None
+            vectors.extend([weakref.ref(state.parameters), weakref.ref(state.velocity)])
+        return state
+
+    def counting(trainer: Trainer, stack: Sequence[Training], *arguments: Any) -> Iterator[TrainingState]:
+        held = sum(each.grad is not None for network in networks for each in network.parameters())
+        networks.extend(each.network for each in stack)
+        states = train(trainer, stack, *arguments)
+        del arguments
+        for state in states:
+            after.append((sum(vector() is not None for vector in vectors), held))
+            yield state
+
+    monkeypatch.setattr(TrainingProgress, "resume", noting)
+    monkeypatch.setattr(Trainer, "train", counting)
+    scored(str(tmp_path), is_stacked)
+    assert len(vectors) == (2 if is_stacked else 12)
+    networks.clear()
+    scored(str(tmp_path / "anew"), is_stacked)
+    assert set(after) == {(0, 0)}
+
+
+def test_damaged_files_of_a_later_network_are_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that proves damaged when its network is resumed takes its epochs back; the networks are the same."""
+    whole, folder = scored(str(tmp_path / "whole"), False), tmp_path / "parts"
+    monkeypatch.setattr(saved_training, "REPORT_INTERVAL", 0.0)
+    with pytest.raises(Interrupted):
+        scored(str(folder), False, 45, stopping.ask)
+    (file,) = folder.glob("progress-random-hard-00-*-2/*.arrow")
+    file.write_bytes(file.read_bytes()[:-100])
+    seen, *rest = scored(str(folder), False)
+    assert (seen[0].done, seen[-1].done) == (45, 120)
+    assert rest == [*whole[1:]]
 
 
 @pytest.mark.slow
