@@ -88,7 +88,7 @@ def test_a_plan_is_that_of_the_command_line(
     assert json.loads(capsys.readouterr().out) == [json.loads(json.dumps(plan.to_json()))]
     assert plan.stages["distillation"][0] > 0
     assert str(plan).startswith("cifar10-ipc10: ")
-    with pytest.raises(ConfigError, match="gpus= or cpus="):
+    with pytest.raises(ConfigError, match="neither gpus nor cpus"):
         datm_ray.plan("digits-ipc1", cluster="memory=8GiB")
 
 
