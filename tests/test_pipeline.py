@@ -21,7 +21,8 @@ from datm_ray import cli, pipeline as pipeline_module
 from datm_ray.artifact import Artifact, KeptTransform, load
 from datm_ray.config import RunConfig, override, to_yaml
 from datm_ray.core.synthetic import random_rows
-from datm_ray.data import Transform, fit_transform
+from datm_ray.data import Transform
+from datm_ray.data.dataset import transform_of
 from datm_ray.errors import (
     ClusterError,
     ConfigError,
@@ -596,9 +597,9 @@ def test_whitening_is_fitted_once_for_an_output_folder(tmp_path: Path, monkeypat
         fits.append("fit")
         began.set()
         lines.get(timeout=10)  # until the other run waits
-        return fit_transform(*arguments, **options)
+        return transform_of(*arguments, **options)
 
-    monkeypatch.setattr("datm_ray.pipeline.runs.fit_transform", fit)
+    monkeypatch.setattr("datm_ray.pipeline.runs.transform_of", fit)
     configs = [
         tiny_config("dataset.resize=16", "dataset.normalisation=zca", f"name=w{width}", f"network.width={width}")
         for width in (4, 8, 16)

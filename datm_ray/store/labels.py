@@ -370,17 +370,19 @@ class LabelStore:
             ) from error
 
     def _gathered(self, epoch: int, images: NDArray[np.int64]) -> LabelRecords:
-        found = _empty(len(images), self.info)
+        found: LabelRecords | None = None
         blocks, places = np.divmod(images, self._open(epoch).block)
         order = np.argsort(blocks, kind="stable")
         needed, firsts = np.unique(blocks[order], return_index=True)
         rows = np.split(order, firsts[1:])  # rows of the result, for each block
         for first in range(0, len(needed), _FETCHED):
             group = slice(first, first + _FETCHED)
-            for own, block in zip(rows[group], self._read_blocks(epoch, needed[group].tolist()), strict=True):
+            read = self._read_blocks(epoch, needed[group].tolist())
+            found = found or _empty(len(images), self.info)  # the blocks have shown that its sizes are true
+            for own, block in zip(rows[group], read, strict=True):
                 for name in _COLUMNS:
                     getattr(found, name)[own] = getattr(block, name)[places[own]]
-        return found
+        return found or _empty(0, self.info)
 
     def _read_blocks(self, epoch: int, numbers: Sequence[int]) -> list[LabelRecords]:
         """Blocks of an epoch by number. Blocks that are not in memory are fetched together."""
