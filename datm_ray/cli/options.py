@@ -61,6 +61,11 @@ Store = Annotated[
     str | None,
     typer.Option("--store", metavar="URI", help="Trajectory store, a path or URI. Without it, <out>/experts is used."),
 ]
+ExpertsOf = Annotated[
+    str,
+    typer.Option("--recipe", metavar="RECIPE|FILE.yaml", help="Recipe of the experts: data set, network and epochs."),
+]
+IntoStore = Annotated[str, typer.Option("--store", metavar="URI", help="Trajectory store to write to.")]
 WriteTo = Annotated[str, typer.Option("--out", "-o", metavar="URI", help="Folder to write to.")]
 
 

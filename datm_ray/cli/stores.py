@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from datm_ray.cli.ending import say
-from datm_ray.cli.options import Invocation, Json, Set, Verbose, WriteTo, config_of, print_json
+from datm_ray.cli.options import ExpertsOf, IntoStore, Invocation, Json, Set, Verbose, WriteTo, config_of, print_json
 
 if TYPE_CHECKING:
     from datm_ray.store.trajectories import ExpertGroup, TrajectoryStore
@@ -231,10 +231,8 @@ def store_rm(
 @store_app.command("import")
 def store_import(
     files: Annotated[list[str], typer.Argument(metavar="FILE.pt...", help="Files replay_buffer_*.pt of MTT.")],
-    recipe: Annotated[
-        str, typer.Option("--recipe", metavar="RECIPE|FILE.yaml", help="Data set, network and epochs of the experts.")
-    ],
-    store: Annotated[str, typer.Option("--store", metavar="URI", help="Trajectory store to write to.")],
+    recipe: ExpertsOf,
+    store: IntoStore,
     set_: Set = None,
     verbose: Verbose = 0,
 ) -> None:
@@ -255,10 +253,8 @@ def store_import(
 @store_app.command("import-teacher")
 def store_import_teacher(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A state_dict: .pth, .pt or .safetensors.")],
-    recipe: Annotated[
-        str, typer.Option("--recipe", metavar="RECIPE|FILE.yaml", help="Data set, normalisation and network.")
-    ],
-    store: Annotated[str, typer.Option("--store", metavar="URI", help="Trajectory store to write to.")],
+    recipe: ExpertsOf,
+    store: IntoStore,
     set_: Set = None,
     verbose: Verbose = 0,
 ) -> None:

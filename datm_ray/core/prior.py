@@ -28,6 +28,7 @@ from torch.nn.functional import interpolate, mse_loss
 
 from datm_ray.config import PriorConfig
 from datm_ray.config.plugins import imported
+from datm_ray.core.adam import adam_step
 from datm_ray.core.networks.parameters import FlatNetwork, flatten
 from datm_ray.core.randomness import Purpose, derive_seed, generator
 from datm_ray.core.rates import share_of_rate
@@ -238,7 +239,7 @@ def draw_latents(shape: Sequence[int], seed: int) -> NDArray[np.float32]:
 
 
 @dataclass
-class TrainingState:
+class AutoencoderState:
     """Autoencoder in training: parameters, Adam's moments, and the number of epochs done."""
 
     parameters: Tensor
@@ -250,7 +251,7 @@ class TrainingState:
     epoch: int = 0
 
     @classmethod
-    def initial(cls, network: nn.Module) -> TrainingState:
+    def initial(cls, network: nn.Module) -> AutoencoderState:
         """State before the first epoch, with a copy of the network's parameters."""
         parameters = flatten(network)
         return cls(parameters, torch.zeros_like(parameters), torch.zeros_like(parameters))
@@ -262,7 +263,7 @@ def train_autoencoder(
     count: int,
     settings: PriorConfig,
     seed: int,
-    state: TrainingState,
+    state: AutoencoderState,
 ) -> Iterator[float]:
     """Train the remaining epochs and update `state` in place. Yields each epoch's mean squared error of pixels.
 
@@ -284,16 +285,9 @@ def train_autoencoder(
             parameters = state.parameters.detach().requires_grad_()
             error = mse_loss(flat(parameters, images), images)
             (gradient,) = torch.autograd.grad(error, parameters)
-            _follow(state, gradient, settings.learning_rate, state.epoch * steps + step, settings.epochs * steps)
+            done, moments = state.epoch * steps + step, (state.first, state.second)
+            rate = settings.learning_rate * share_of_rate(done, settings.epochs * steps, cosine=True)
+            state.parameters, state.first, state.second = adam_step(state.parameters, gradient, moments, rate, done)
             errors.append(error.detach() * len(images))
         state.epoch += 1
         yield float(torch.stack(errors).sum()) / count
-
-
-def _follow(state: TrainingState, gradient: Tensor, rate: float, done: int, steps: int) -> None:
-    """One step of Adam with its usual decays, 0.9 and 0.999."""
-    state.first = state.first.lerp(gradient, 0.1)
-    state.second = state.second.lerp(gradient.square(), 0.001)
-    length = rate * share_of_rate(done, steps, cosine=True) / (1 - 0.9 ** (done + 1))
-    root = (state.second / (1 - 0.999 ** (done + 1))).sqrt() + 1e-8
-    state.parameters = state.parameters.addcdiv(state.first, root, value=-length)

@@ -18,7 +18,6 @@ Shapes: n images of a block, c h w an image, k classes. Tests: tests/methods/tes
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from datm_ray.config import DistillConfig, RecoverConfig
+from datm_ray.core.adam import adam_step
 from datm_ray.core.augment import crop_boxes
 from datm_ray.core.randomness import Purpose, generator
 from datm_ray.core.rates import share_of_rate
@@ -41,8 +41,8 @@ from datm_ray.methods.state import Arrays, Descent, LossRecord, not_finite
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-FIRST_DECAY, SECOND_DECAY, ADAM_EPS = 0.5, 0.9, 1e-8
-"""Adam's decays of both moments, as published, and the number that keeps its division finite."""
+DECAYS = (0.5, 0.9)
+"""Adam's decays of both moments, as published."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ class Recovery(Descent):
             self.synthetic.latents, self.synthetic.images = moved, self.prior.render(moved)
 
     def _adam(self, gradient: Tensor, rate: float, done: int, steps: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images' variable and moments after one step of Adam, as `torch.optim.Adam` computes them.
+        """Images' variable and moments after one step of Adam.
 
         Args:
             rate: learning rate at the start of the round.
@@ -225,12 +225,10 @@ class Recovery(Descent):
             steps: steps of the round.
         """
         zero = torch.zeros_like(gradient)
-        first, second = self.moments.get("first", zero), self.moments.get("second", zero)
-        first = first.lerp(gradient, 1 - FIRST_DECAY)
-        second = SECOND_DECAY * second + (1 - SECOND_DECAY) * gradient.square()
-        length = rate * share_of_rate(done, steps, cosine=True) / (1 - FIRST_DECAY ** (done + 1))
-        root = second.sqrt() / math.sqrt(1 - SECOND_DECAY ** (done + 1)) + ADAM_EPS
-        return self.synthetic.variable("images").addcdiv(first, root, value=-length), {"first": first, "second": second}
+        before = self.moments.get("first", zero), self.moments.get("second", zero)
+        rate *= share_of_rate(done, steps, cosine=True)
+        moved, *after = adam_step(self.synthetic.variable("images"), gradient, before, rate, done, DECAYS)
+        return moved, dict(zip(("first", "second"), after, strict=True))
 
     def _round(self, options: RecoverConfig) -> tuple[int, int]:
         """First iteration of the present round, and its exclusive end. Lengths of rounds differ by at most one."""

@@ -139,16 +139,18 @@ def _compared(config: RunConfig) -> dict[str, Any]:
     return {"cluster": config.cluster.model_dump(include={"deterministic"}), **run_identity(config)}
 
 
-def require_same_experts(runs: Runs) -> None:
+def require_same_experts(runs: Runs, *, of_all: bool = True) -> None:
     """Raise a `RunDirectoryError` if results of the output folder are of experts with other weights than the store's.
 
-    Runs of other names count too, because rows on random images are shared (`stages.evaluate.result_location`).
+    Args:
+        of_all: True to read the notes of runs of other names too, because rows on random images are shared
+            (`stages.evaluate.result_location`).
     """
     now = {expert: digest for config in runs.configs for expert, digest in runs.origins(config).items()}
     if not now:
         return
     own = {config.name for config in runs.configs}
-    others = set(runs.out.list()) - own if (runs.out / CONTROLS).list() else set[str]()
+    others = set(runs.out.list()) - own if of_all and (runs.out / CONTROLS).list() else set[str]()
     for folder in (runs.out / name for name in sorted(own | others)):
         for expert, before in _noted_experts(folder).items():
             if now.get(expert, before) != before:

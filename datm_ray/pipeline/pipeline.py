@@ -242,7 +242,8 @@ class Pipeline:
             for config in sorted(self.configs, key=lambda config: config.name):  # commands that wait never interlock
                 place = self.runs.folder(config) / LEASE
                 leases.enter_context(lease(place, config.cluster.wait_for_run, reporter.message, ask))
-            checks.require_same_experts(self.runs)  # again, because the command before may have used other experts
+            # Again, because the command before may have used other experts.
+            checks.require_same_experts(self.runs, of_all=False)
             with self._executing(start, reporter, distils=distils) as executor:
                 yield executor
 

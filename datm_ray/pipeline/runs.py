@@ -16,12 +16,12 @@ from datm_ray.data.transform import FitCost, Transform
 from datm_ray.planning.shape import DataShape
 from datm_ray.stages.distill import SYNTHETIC
 from datm_ray.stages.experts import expert_group, origins
-from datm_ray.stages.prior import PRIOR, is_trained, prior_folder
+from datm_ray.stages.prior import is_trained, prior_folder
 from datm_ray.stages.registry import trained_networks
 from datm_ray.store.files.filesystem import Location, open_location
 from datm_ray.store.sealed import rejecting_nonsense
 from datm_ray.store.tensors import read_tensors
-from datm_ray.store.trajectories import TRANSFORM_KIND, ExpertGroup
+from datm_ray.store.trajectories import PRIOR_FILE, TRANSFORM_KIND, ExpertGroup
 
 
 class Runs:
@@ -132,7 +132,7 @@ class Runs:
         """Runs whose trained prior the store does not hold, one for each prior."""
         found = dict[str, RunConfig]()
         for config in filter(is_trained, self.configs):
-            place = self.prior(config) / PRIOR
+            place = self.prior(config) / PRIOR_FILE
             if not place.exists():
                 found.setdefault(place.uri, config)
         return list(found.values())

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from datm_ray.config import DatasetConfig, NetworkConfig, RunConfig, short_names
+from datm_ray.config import DatasetConfig, NetworkConfig, NetworkSpec, RunConfig, short_names
 from datm_ray.core.training import PROTOCOLS, validation_protocol, work_of_training
 from datm_ray.errors import ConfigError
 from datm_ray.pipeline.runs import Runs
@@ -404,36 +404,45 @@ def evaluate_tasks(
     for (users, config, row, network), work, least in zip(rows, works, fewest, strict=True):
         if of is not None and not any(user in of for user, _, _ in users):
             continue
-        raw = runs.raw(config)
-        images = len(raw.train) if row == "full" else config.distill.ipc * raw.classes
-        spec = (network or config.network).for_images(raw.channels, raw.size, raw.classes)
-        for numbers in seeds_of_tasks(config, row, network, spec, images, least):
-            places = [result_location(runs.out, config, raw.fingerprint, row, number, network) for number in numbers]
-            if all(place.exists() for place in places):
-                continue
-            together = largest_stack(config, row, network, spec, images, len(numbers))
-            last = "" if len(numbers) == 1 else f"-{numbers[-1]}"
-            uris = tuple(place.uri for place in places)
-            task = Task(
-                f"{config.name} {row}{_on(config, network)} {numbers[0]}{last}",
-                (config, runs.store_uri, runs.folder(config).uri, uris, row, numbers, network),
-                run=config.name,
-                stage="evaluation",
-                weight=work * len(numbers),
-                method="evaluate",
-                memory=scoring_memory(
-                    config,
-                    runs.shape(config),
-                    images,
-                    network,
-                    together,
-                    held=len(numbers) * training_of(config, row, network)[0] - together,
-                    is_shared=row == "full",
-                ),
-                is_light=True,
-            )
-            tasks.append((config.dataset, task))
+        spec, images = _networks_and_images(runs, config, row, network)
+        parts = seeds_of_tasks(config, row, network, spec, images, least)
+        found = (_evaluate_task(runs, config, row, network, numbers, work) for numbers in parts)
+        tasks += [(config.dataset, task) for task in found if task]
     return sorted(tasks, key=lambda each: -each[1].weight if workers > 1 else 0)
+
+
+def _networks_and_images(
+    runs: Runs, config: RunConfig, row: str, network: NetworkConfig | None
+) -> tuple[NetworkSpec, int]:
+    """Networks of a row, and number of images that each is trained on."""
+    raw = runs.raw(config)
+    spec = (network or config.network).for_images(raw.channels, raw.size, raw.classes)
+    return spec, len(raw.train) if row == "full" else config.distill.ipc * raw.classes
+
+
+def _evaluate_task(
+    runs: Runs, config: RunConfig, row: str, network: NetworkConfig | None, numbers: Sequence[int], work: float
+) -> Task | None:
+    """Task that scores a row with some seeds; `None` if all results are there. `work` is that of one seed."""
+    fingerprint, (spec, images) = runs.raw(config).fingerprint, _networks_and_images(runs, config, row, network)
+    places = [result_location(runs.out, config, fingerprint, row, number, network) for number in numbers]
+    if all(place.exists() for place in places):
+        return None
+    together = largest_stack(config, row, network, spec, images, len(numbers))
+    others = len(numbers) * training_of(config, row, network)[0] - together
+    is_shared, shape = row == "full", runs.shape(config)
+    uris = tuple(place.uri for place in places)
+    last = "" if len(numbers) == 1 else f"-{numbers[-1]}"
+    return Task(
+        f"{config.name} {row}{_on(config, network)} {numbers[0]}{last}",
+        (config, runs.store_uri, runs.folder(config).uri, uris, row, numbers, network),
+        run=config.name,
+        stage="evaluation",
+        weight=work * len(numbers),
+        method="evaluate",
+        memory=scoring_memory(config, shape, images, network, together, held=others, is_shared=is_shared),
+        is_light=True,
+    )
 
 
 def _work_of_row(runs: Runs, config: RunConfig, row: str, network: NetworkConfig | None) -> float:

@@ -75,7 +75,7 @@ from datm_ray.core.training import (
 from datm_ray.data.dataset import Dataset
 from datm_ray.monitor.logs import fields
 from datm_ray.monitor.provenance import provenance
-from datm_ray.monitor.spent import Account
+from datm_ray.monitor.spent import Account, Spent
 from datm_ray.replay import ReplayedLabels
 from datm_ray.runtime.devices import Meter, images_on, prepare_device, to_device, uses_gpu
 from datm_ray.runtime.executor import Finished, Note, Progress
@@ -192,26 +192,28 @@ class EvaluateWorker:
             for each, share in zip(trainings, measured, strict=True)
         ]
         tested = [self._tested(every[place :: len(seeds)], learns=bool(step_size)) for place in range(len(seeds))]
-        spent, results = (account.spent() + training.spent).share(1 / len(seeds)), list[dict[str, Any]]()
-        for number, seed, place, (chosen, of_test, with_learned) in zip(numbers, seeds, places, tested, strict=True):
-            result = {
-                "row": row,
-                "number": number,
-                "seed": seed,
-                "test_accuracy": of_test,
-                "test_accuracy_with_learned_step_size": with_learned,
-                "validation_accuracy": chosen.validation_accuracy,
-                "step_size": chosen.step_size,
-                "learned_step_size": step_size,
-                "images": len(sets[0][0]),
-                "seconds": spent.seconds,
-                "cost": spent.to_json(),
-                "provenance": provenance(self._device),
-            }
-            results.append(result)
+        spent = (account.spent() + training.spent).share(1 / len(seeds))
+        shared = {"row": row, "learned_step_size": step_size, "images": len(sets[0][0])}
+        results = [
+            shared | {"number": number, "seed": seed} | self._result(*trials, spent)
+            for number, seed, trials in zip(numbers, seeds, tested, strict=True)
+        ]
+        for place, result in zip(places, results, strict=True):
             self._write(place, result, config.name, len(schedules))
         training.remove()
         yield Finished(results, meter.measure())
+
+    def _result(self, chosen: _Trial, of_test: float, with_learned: float | None, spent: Spent) -> dict[str, Any]:
+        """Part of a result that is its network's own, see `_tested` for the first arguments."""
+        return {
+            "test_accuracy": of_test,
+            "test_accuracy_with_learned_step_size": with_learned,
+            "validation_accuracy": chosen.validation_accuracy,
+            "step_size": chosen.step_size,
+            "seconds": spent.seconds,
+            "cost": spent.to_json(),
+            "provenance": provenance(self._device),
+        }
 
     def _write(self, place: Location, result: dict[str, Any], run: str, candidates: int) -> None:
         if not place.exists():

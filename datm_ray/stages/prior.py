@@ -29,8 +29,8 @@ from datm_ray.core.networks.image_cost import image_cost
 from datm_ray.core.networks.parameters import unflatten_into
 from datm_ray.core.prior import (
     Autoencoder,
+    AutoencoderState,
     Prior,
-    TrainingState,
     build_autoencoder,
     build_decoder,
     draw_latents,
@@ -55,7 +55,6 @@ from datm_ray.store.sealed import rejecting_nonsense
 from datm_ray.store.tensors import read_tensors, write_tensors
 from datm_ray.store.trajectories import PRIOR_FILE, PRIOR_PROGRESS
 
-PRIOR, PROGRESS = PRIOR_FILE, PRIOR_PROGRESS
 PRIOR_COST = "prior-cost.json"
 """Name of the file with the prior's cost in the folder of a run."""
 KIND = "prior"
@@ -77,8 +76,8 @@ def note_prior_cost(folder: Location, prior: Location) -> None:
         folder: folder of the run.
         prior: folder of the prior in the store.
     """
-    file = read_tensors(prior / PRIOR, kind=KIND)
-    with rejecting_nonsense(prior / PRIOR):
+    file = read_tensors(prior / PRIOR_FILE, kind=KIND)
+    with rejecting_nonsense(prior / PRIOR_FILE):
         (folder / PRIOR_COST).write_json(Spent.from_json(file.metadata["spent"]).to_json())
 
 
@@ -113,18 +112,18 @@ class PriorWorker:
         assert config.prior is not None
         dataset, account, meter = self._dataset, Account(self._device, self._cluster), Meter(self._device)
         folder = prior_folder(store_uri, config, dataset.name, dataset.fingerprint)
-        if not (folder / PRIOR).exists():
+        if not (folder / PRIOR_FILE).exists():
             yield from self._train(config, config.prior, folder, account, meter)
         with suppress(StoreError):  # another worker has removed it
-            if (folder / PROGRESS).exists():
-                (folder / PROGRESS).remove()
+            if (folder / PRIOR_PROGRESS).exists():
+                (folder / PRIOR_PROGRESS).remove()
         yield Finished(metrics=meter.measure())
 
     def _train(
         self, config: RunConfig, settings: PriorConfig, folder: Location, account: Account, meter: Meter
     ) -> Iterator[Event]:
         network = build_autoencoder(settings, self._dataset.image_shape, config.seed).to(self._device)
-        state, spent = self._resumed(folder / PROGRESS, network)
+        state, spent = self._resumed(folder / PRIOR_PROGRESS, network)
         due, error = time.monotonic() + self._cluster.checkpoint_seconds, math.nan
         epochs = train_autoencoder(network, self._pixels, len(self._dataset.train_labels), settings, config.seed, state)
         with saving() as is_asked:
@@ -139,7 +138,7 @@ class PriorWorker:
                 if is_saved:
                     began = time.monotonic()
                     spent += account.lap()
-                    _write(folder / PROGRESS, state, spent)
+                    _write(folder / PRIOR_PROGRESS, state, spent)
                     ended = time.monotonic()
                     due = ended + max(self._cluster.checkpoint_seconds, (ended - began) / WRITE_SHARE)
                 yield Progress(state.epoch, settings.epochs, {"error": error}, meter.measure(), saved=is_saved)
@@ -154,7 +153,7 @@ class PriorWorker:
             "squared_error": None if math.isnan(error) else error,
             "spent": (spent + account.lap()).to_json(),
         }
-        write_tensors(folder / PRIOR, arrays, kind=KIND, metadata=metadata)
+        write_tensors(folder / PRIOR_FILE, arrays, kind=KIND, metadata=metadata)
         _log.info("prior stored %s", fields(run=config.name, place=folder.uri, squared_error=error))
 
     def _pixels(self, rows: NDArray[np.int64]) -> Tensor:
@@ -162,16 +161,16 @@ class PriorWorker:
         images = to_device(self._dataset.train_images[rows], self._device)
         return self._dataset.transform.denormalise(images)
 
-    def _resumed(self, place: Location, network: nn.Module) -> tuple[TrainingState, Spent]:
+    def _resumed(self, place: Location, network: nn.Module) -> tuple[AutoencoderState, Spent]:
         """State of the last saved epoch and the cost up to it; a new state if there is none, or a damaged one."""
         if place.exists():
             try:
-                return self._read(place, TrainingState.initial(network))
+                return self._read(place, AutoencoderState.initial(network))
             except CorruptFileError:
                 place.remove()
-        return TrainingState.initial(network), Spent()
+        return AutoencoderState.initial(network), Spent()
 
-    def _read(self, place: Location, state: TrainingState) -> tuple[TrainingState, Spent]:
+    def _read(self, place: Location, state: AutoencoderState) -> tuple[AutoencoderState, Spent]:
         file = read_tensors(place, kind=KIND)
         with rejecting_nonsense(place):
             for name in ("parameters", "first", "second"):
@@ -183,7 +182,7 @@ class PriorWorker:
             return state, Spent.from_json(file.metadata["spent"])
 
 
-def _write(place: Location, state: TrainingState, spent: Spent) -> None:
+def _write(place: Location, state: AutoencoderState, spent: Spent) -> None:
     """Replace the saved state of a training."""
     vectors = {name: getattr(state, name).cpu().numpy() for name in ("parameters", "first", "second")}
     write_tensors(place, vectors, kind=KIND, metadata={"epoch": state.epoch, "spent": spent.to_json()})
@@ -236,13 +235,13 @@ class PriorOfSet:
     def _read(self, network: Autoencoder) -> None:
         part = self._part
         folder = prior_folder(part.store_uri, part.config, part.dataset.name, part.dataset.fingerprint)
-        if not (folder / PRIOR).exists():
+        if not (folder / PRIOR_FILE).exists():
             raise MissingExpertsError(
                 f"{folder.uri} holds no trained prior, which {part.config.name} needs",
                 "its training has not finished for this recipe",
                 f"run `datm-ray experts {part.config.name}` with the same --set, --out and --store",
             )
-        read_autoencoder(folder / PRIOR, network)
+        read_autoencoder(folder / PRIOR_FILE, network)
 
     def start(self, first: SyntheticSet) -> SyntheticSet:
         """First set whose images the prior makes, near those of `first`. All workers of the set call this together."""

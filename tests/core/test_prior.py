@@ -18,8 +18,8 @@ from datm_ray.config import PriorConfig
 from datm_ray.core.networks.image_cost import image_cost
 from datm_ray.core.networks.parameters import flatten, unflatten_into
 from datm_ray.core.prior import (
+    AutoencoderState,
     Prior,
-    TrainingState,
     build_autoencoder,
     build_decoder,
     draw_latents,
@@ -99,7 +99,7 @@ def test_an_inversion_comes_near_the_images() -> None:
     assert len(beats) == 2 * 200
 
 
-def train(epochs: int, state: TrainingState, network: Any) -> list[float]:
+def train(epochs: int, state: AutoencoderState, network: Any) -> list[float]:
     """Train up to a number of epochs of `SMALL`'s schedule."""
     draw = torch.Generator().manual_seed(0)
     pixels = torch.rand(20, 1, *IMAGE[1:], generator=draw).repeat(1, 2, 1, 1)
@@ -118,20 +118,20 @@ def train(epochs: int, state: TrainingState, network: Any) -> list[float]:
 def test_training_resumes_at_any_epoch_with_the_same_bits() -> None:
     """An autoencoder that is trained in two parts has the bits of one that is trained at once, and a smaller error."""
     network = build_autoencoder(SMALL, IMAGE, seed=3)
-    whole, parts = TrainingState.initial(network), TrainingState.initial(network)
+    whole, parts = AutoencoderState.initial(network), AutoencoderState.initial(network)
     errors = train(4, whole, network)
     assert errors[-1] < errors[0]
     train(2, parts, network)
-    copied = TrainingState(parts.parameters.clone(), parts.first.clone(), parts.second.clone(), parts.epoch)
+    copied = AutoencoderState(parts.parameters.clone(), parts.first.clone(), parts.second.clone(), parts.epoch)
     train(4, copied, network)
-    for field in dataclasses.fields(TrainingState):
+    for field in dataclasses.fields(AutoencoderState):
         assert np.array_equal(getattr(whole, field.name), getattr(copied, field.name))
 
 
 def test_training_equals_torchs_adam() -> None:
     """A step of the training equals one of `torch.optim.Adam`."""
     network = build_autoencoder(SMALL, IMAGE, seed=3)
-    state, settings = TrainingState.initial(network), SMALL.model_copy(update={"epochs": 1, "batch_size": 20})
+    state, settings = AutoencoderState.initial(network), SMALL.model_copy(update={"epochs": 1, "batch_size": 20})
     images = torch.rand(20, *IMAGE, generator=torch.Generator().manual_seed(1))
     list(train_autoencoder(network, lambda order: images[torch.from_numpy(order)], 20, settings, 3, state))
     optimizer = torch.optim.Adam(network.parameters(), settings.learning_rate)

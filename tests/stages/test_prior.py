@@ -29,10 +29,10 @@ from datm_ray.recipes import get_recipe
 from datm_ray.runtime.executor import Event, Progress, SerialExecutor
 from datm_ray.stages.distill import DistillWorker
 from datm_ray.stages.pieces import PieceWorker
-from datm_ray.stages.prior import PRIOR, PROGRESS, PriorWorker, read_autoencoder
+from datm_ray.stages.prior import PriorWorker, read_autoencoder
 from datm_ray.store.files.filesystem import open_location
 from datm_ray.store.tensors import read_tensors
-from datm_ray.store.trajectories import size_in_words
+from datm_ray.store.trajectories import PRIOR_FILE, PRIOR_PROGRESS, size_in_words
 from tests.conftest import CommandLine, tiny_config
 from tests.stages.test_distill import TWO_NETWORKS, assert_equal_but_for_rounding, distil
 from tests.stages.test_pieces import SRE2L
@@ -78,7 +78,7 @@ def matched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stored(out: Path) -> Path:
-    (place,) = (out / "experts").glob(f"*/prior/*/{PRIOR}")
+    (place,) = (out / "experts").glob(f"*/prior/*/{PRIOR_FILE}")
     return place
 
 
@@ -88,7 +88,7 @@ def test_images_are_those_of_the_decoder_in_the_store(finished: Path) -> None:
     (config,) = pipeline.configs
     assert config.prior is not None
     network = build_autoencoder(config.prior, (1, 8, 8), config.seed)
-    assert read_autoencoder(pipeline.runs.prior(config) / PRIOR, network)["squared_error"] < 0.2
+    assert read_autoencoder(pipeline.runs.prior(config) / PRIOR_FILE, network)["squared_error"] < 0.2
     (part,) = (finished / "tiny/checkpoint").glob("*.arrow")
     arrays = read_tensors(pipeline.out / "tiny/checkpoint" / part.name, kind="checkpoint").arrays
     latents = torch.tensor(arrays["synthetic.latents"])
@@ -220,7 +220,7 @@ def test_a_stopped_training_resumes_with_the_same_bits(
     config = tiny_config(*DM, TRAINED)
     trained(config, tmp_path / "whole")
     trained(config, tmp_path / "parts", until=2)
-    (progress,) = (tmp_path / "parts").rglob(PROGRESS)
+    (progress,) = (tmp_path / "parts").rglob(PRIOR_PROGRESS)
     if is_damaged:
         progress.write_bytes(progress.read_bytes()[:-50])
     again = [event.done for event in trained(config, tmp_path / "parts") if isinstance(event, Progress)]
@@ -322,7 +322,7 @@ def test_priors_are_listed_verified_and_deleted(finished: Path, tmp_path: Path, 
     stored(Path()).write_bytes(content)
     code, out, err = datm_ray("store", "verify", "experts")
     assert (code, "prior.arrow is damaged" in out, len(err.splitlines())) == (2, True, 1)
-    (stored(Path()).parent / PROGRESS).touch()
+    (stored(Path()).parent / PRIOR_PROGRESS).touch()
     assert datm_ray("store", "rm", "experts", name)[1].startswith("Would delete the prior ")
     code, out, _ = datm_ray("store", "rm", "experts", name, "--yes")
     assert (code, out) == (0, f"Deleted the prior {Path('experts', name).absolute()}, {size_in_words(size)}.\n")
@@ -380,7 +380,8 @@ def own_decoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 @pytest.mark.usefixtures("own_decoders")
 def test_the_documented_decoder_of_a_users_runs(tmp_path: Path) -> None:
     """The example of docs/methods/prior.md makes a set with its recipe, from a decoder without an encoder."""
-    (recipe,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.S)
+    recipes = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.S)
+    (recipe,) = (each for each in recipes if "my_decoders" in each)
     (tmp_path / "tiny.yaml").write_text(recipe)
     quick = ("network.width=4", "distill.iterations=4", "distill.validate_every=4", "evaluate.protocol=quick")
     changes = [*quick, "name=tiny", "evaluate.seeds=1", "evaluate.full=false", "prior.inversion_steps=10"]
