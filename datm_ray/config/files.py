@@ -58,7 +58,7 @@ def keys_given(path: str | None, assignments: Sequence[str]) -> set[str]:
     """Sections and keys, such as `distill` and `distill.ipc`, that a user's file and overrides set themselves.
 
     Args:
-        path: the YAML file; `None` for a packaged recipe. The recipe that a run has saved counts as no user's file.
+        path: the YAML file; `None` for a packaged recipe. A recipe that a run has saved counts as `None`.
         assignments: overrides of the form `section.field=value`.
     """
     values = {} if path is None else load_sections(path)
@@ -70,7 +70,7 @@ def keys_given(path: str | None, assignments: Sequence[str]) -> set[str]:
 
 
 def _base(name: object, base_of: Callable[[str], RunConfig], origin: str) -> dict[str, Any]:
-    """Plain data of the recipe that the key `base` names; errors name the file that has the key."""
+    """Plain data of the recipe `name`, the value of the key `base`. Errors begin with `origin`, the file of the key."""
     if not isinstance(name, str):
         raise ConfigError(f"{origin}: base is {name!r}", remedy="give a packaged recipe's name or a YAML file")
     try:
@@ -90,7 +90,7 @@ def load_config_text(text: str, origin: str) -> RunConfig:
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Plain data of a recipe with changes: sections are merged key by key, lists are replaced."""
+    """Copy of `base` with `changes`: sections are merged key by key; lists and other values are replaced."""
     alike = [key for key, value in changes.items() if isinstance(value, dict) and isinstance(base.get(key), dict)]
     return base | changes | {key: _merged(base[key], changes[key]) for key in alike}
 
@@ -236,7 +236,7 @@ def _section_lines(section: Section, heading: str, indent: str, without: Collect
 
 
 def _value_lines(section: Section, name: str, indent: str, comment: str | None) -> list[str]:
-    """Lines of one value, with a comment."""
+    """YAML lines of the field `name`: key, value and comment; `None` for no comment."""
     value, plain = getattr(section, name), section.model_dump(mode="json", include={name})
     if isinstance(value, StartEpochs) and value == StartEpochs(first=value.first, bound=value.bound):
         plain[name] = [value.first, value.bound]
@@ -246,7 +246,7 @@ def _value_lines(section: Section, name: str, indent: str, comment: str | None) 
 
 
 def _commented(text: str, comment: str | None) -> list[str]:
-    """YAML text with its comment behind it, or on lines above it if that would be too long."""
+    """Lines of YAML text with a comment behind the text, or above if the line would exceed `_COLUMNS`."""
     comment = " ".join((comment or "").split())
     line = f"{text}  # {comment}"
     if len(line) <= _COLUMNS and "\n" not in text:
@@ -279,7 +279,11 @@ class _Loader(yaml.SafeLoader):
 
 
 def _written_out(node: yaml.Node, known: dict[int, float]) -> float:
-    """Number of nodes in this node with all aliases expanded, itself included; infinite if a node contains itself."""
+    """Number of nodes in `node`, itself included, with all aliases expanded; infinite if a node contains itself.
+
+    Args:
+        known: id of each node counted so far -> its number of nodes.
+    """
     if id(node) not in known:
         known[id(node)] = math.inf  # marks a node that is being counted
         parts = node.value if isinstance(node, yaml.CollectionNode) else ()

@@ -43,7 +43,7 @@ def unread_keys(config: RunConfig) -> list[str]:
 
 
 def unread_values(config: RunConfig) -> dict[str, Any]:
-    """Key that the run's method does not read -> its value as plain data, if it is not the default."""
+    """Keys that the run sets to other values than the default, but its method does not read: key -> plain value."""
     default, found = RunConfig().model_dump(mode="json"), config.model_dump(mode="json")
     paths = {key: key.split(".") for key in unread_keys(config)}
     values = {key: (reduce(getitem, path, found), reduce(getitem, path, default)) for key, path in paths.items()}

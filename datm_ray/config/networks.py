@@ -10,7 +10,7 @@ from datm_ray.errors import ConfigError
 
 
 def short_names(networks: Sequence[NetworkConfig]) -> list[str]:
-    """Short names of networks: the architecture, a width that is not the published one, and further differences."""
+    """Names of networks: architecture, width if not the published one, fields in which others of this name differ."""
 
     def differing(network: NetworkConfig) -> Iterator[str]:
         alike = [each for each in networks if each.architecture == network.architecture]

@@ -106,7 +106,7 @@ class RunConfig(Section):
 
     @property
     def _trainings(self) -> dict[str, ExpertConfig | EvaluateConfig]:
-        """Sections with settings for training networks: key -> section."""
+        """Sections with settings for training networks: key, such as `metadd.experts` -> section."""
         auxiliaries = {} if self.metadd is None else {"metadd.experts": self.metadd.experts}
         return {"experts": self.experts, **auxiliaries, "evaluate": self.evaluate}
 
@@ -178,13 +178,16 @@ class RunConfig(Section):
         return parse_config(self.model_copy(update=changes).model_dump(), self.name)
 
     def each_backbone(self) -> list[RunConfig]:
-        """One copy of the run per backbone, with this network alone. The copy decides which experts the network has."""
+        """One copy of the run for each backbone, which is the copy's only network and decides the experts it needs."""
         networks = [self.network, *(backbone.network for backbone in self.backbones)]
         alone = {"backbones": (), "metadd": None}
         return [self.model_copy(update={"network": network, **alone}) for network in networks]
 
     def each_auxiliary(self) -> list[RunConfig]:
-        """One copy of the run per auxiliary, with this network alone and experts of metadd; empty without metadd."""
+        """One copy of the run for each of MetaDD's auxiliaries, which is the copy's only network; empty without metadd.
+
+        In the copies, `metadd.experts` replaces `experts`.
+        """
         if self.metadd is None:
             return []
         alone = {"backbones": (), "metadd": None, "experts": self.metadd.experts}
@@ -225,7 +228,7 @@ class RunConfig(Section):
 
     @property
     def whole_role(self) -> Role:
-        """Role of a worker that computes all networks, for all classes or for its shard."""
+        """Role of a worker that computes all networks, for all classes or for its shard of the classes."""
         return Role(
             tuple(range(len(self.weights))), tuple(range(0 if self.metadd is None else self.meta_network_count))
         )
@@ -237,7 +240,10 @@ class RunConfig(Section):
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """Roles of the rows of workers that distil one set together; the first row has the first backbone."""
+        """Roles that share the networks of one set. The first role has the first backbone.
+
+        `cluster.shards` workers take each role, each with a shard of the classes.
+        """
         cluster = self.cluster
         backbones, auxiliaries = range(len(self.weights)), range(1, self.meta_network_count)
         first = Role(
@@ -254,19 +260,22 @@ class RunConfig(Section):
 
     @property
     def kept_bound(self) -> int:
-        """Last epoch of the stored range, inclusive; -1 for none. An expert's final epoch is stored in addition."""
+        """Last epoch, inclusive, of the epochs from 0 on that each expert stores; -1 for none.
+
+        An expert's final epoch is stored in addition.
+        """
         if self.experts.keep_epochs is not None:
             return self.experts.keep_epochs
         return self.latest_matched if "start_epochs" in keys_read_of_distill(self.method) else -1
 
     @property
     def kept_epochs(self) -> tuple[int, ...]:
-        """Stored epochs of each expert: those that the method may read, and the final epoch, whose logits are used."""
+        """Stored epochs of each expert: those that the method may read, and the final one, whose logits give labels."""
         return (*range(min(self.kept_bound + 1, self.experts.epochs)), self.experts.epochs)
 
 
 class ScoringRun(RunConfig):
-    """Run of the networks that order images for a curriculum. They are never experts, even if trained alike."""
+    """Run of the networks that order images for a curriculum. Experts and these networks are never exchanged."""
 
 
 def parse_config(values: Mapping[str, Any], origin: str) -> RunConfig:
@@ -334,7 +343,7 @@ def fields_at(path: Sequence[str]) -> dict[str, FieldInfo]:
 
 
 def known_keys(path: Sequence[str]) -> str:
-    """Remedy for an unknown key: the nearest existing key, or all keys of its section."""
+    """Text for an error about the unknown key at `path`: its new name, the most similar key, or all keys there."""
     fields = fields_at(path[:-1])
     if ".".join(path) in RENAMED:
         return f"its new name is {RENAMED['.'.join(path)]!r}"

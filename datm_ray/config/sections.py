@@ -204,11 +204,11 @@ def _architecture(value: object) -> object:
 
 
 NamedNetwork = Annotated[NetworkConfig, BeforeValidator(_architecture)]
-"""A network, for which a recipe may give the name of its architecture alone."""
+"""Network settings. A recipe may give the architecture's name alone, such as `resnet18`."""
 
 
 class BackboneConfig(Section):
-    """A further network that is matched together with the first, against experts of its own."""
+    """A further network that is matched together with the first, against experts trained with this network."""
 
     network: NamedNetwork
     """The network; its experts are trained with the settings of `experts`."""
@@ -279,7 +279,7 @@ class ExpertConfig(Section):
     schedule: Literal["constant", "cosine"] = "constant"
     """cosine: the rate falls to 0, step by step."""
     warmup_epochs: Annotated[int, Field(ge=0)] = 0
-    """Epochs in which the rate grows from a hundredth."""
+    """First epochs, in which the rate grows from a hundredth to its full value; 0: none."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Momentum in [0, 1); 0 as published, for easier matching."""
     weight_decay: NonNegative = 0.0
@@ -303,7 +303,7 @@ class ExpertConfig(Section):
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: layers compute in 16 bits, meant for GPUs; parameters, gradients and losses stay in 32."""
     test_every: Annotated[int, Field(ge=0)] = 0
-    """Epochs between measurements of test accuracy (for display only); 0 for none. Only stored epochs keep it."""
+    """Epochs between measurements of test accuracy (only for display); 0: none. Only stored epochs keep the value."""
 
     def share_seen(self, epochs: range) -> float:
         """Mean share of the images that an expert sees in these epochs, counted from 0; 1 without a curriculum."""
@@ -373,9 +373,9 @@ class DistillConfig(Section):
     ipc: Count = 10
     """Synthetic images per class."""
     iterations: Count = 10_000
-    """Updates of the set."""
+    """Number of updates of the synthetic set."""
     student_steps: Count = 80
-    """SGD steps of the student per iteration (T)."""
+    """SGD steps of the student per iteration."""
     expert_epochs: Count = 2
     """Epochs from the start to the target on the trajectory (M)."""
     batch_size: Count = 100
@@ -422,7 +422,7 @@ class DistillConfig(Section):
 
 
 class RecoverConfig(Section):
-    """Recovering images from a teacher. Only sre2l reads it. `distill` gives IPC, iterations, first images and labels.
+    """Recovering images from a teacher, for sre2l alone. IPC, iterations, first images, labels: see `distill`.
 
     The values are those published for Tiny-ImageNet.
     """
@@ -440,7 +440,7 @@ class RecoverConfig(Section):
     crops: Literal["published", "falling"] = "published"
     """falling: the smallest share falls from 1 to `least_share` along a cosine, as in CDA."""
     flip: bool = True
-    """Mirror the images of half of the views; false where mirrored images would be of another class."""
+    """Mirror half of the random views; false where mirrored images would be of another class."""
     shift: Annotated[int, Field(ge=0)] = 4
     """Largest shift of the images in pixels; pixels that leave one side enter at the other."""
     rounds: Count = 1
@@ -450,7 +450,7 @@ class RecoverConfig(Section):
 
 
 class SelectConfig(Section):
-    """Choosing real images without optimisation. Only select reads it. `distill` gives IPC and labels.
+    """Choosing real images without optimisation, for select alone. IPC and labels: see `distill`.
 
     The values of rded are the published ones.
     """
@@ -508,24 +508,24 @@ class MetaLossConfig(Section):
     """Weights and thresholds of MetaDD's loss."""
 
     variance: NonNegative = 1.0
-    """Weight of the maps' variance over the networks."""
+    """Weight of the class activation maps' variance over the networks."""
     invariance: NonNegative = 0.01
     """Weight of the auxiliaries' cross-entropy, plus `divergence` times their KL from the backbone."""
     position: NonNegative = 0.1
-    """Weight of evidence against the class."""
+    """Weight of the mean negative part of the maps, which is evidence against the class."""
     divergence: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     """Weight, within invariance, of the auxiliaries' divergence from the first network; negative pushes them apart."""
     variance_of: Literal["maps", "logits"] = "maps"
     """logits: as a control, variance of logits instead of maps."""
     threshold: Fraction = 0.5
-    """Map value in (0, 1) from which a pixel counts as a feature; affects only the reported ratio."""
+    """Map value in (0, 1) from which a pixel is a feature; only for the reported share of common features."""
 
 
 class MetaConfig(MetaLossConfig, AuxiliariesConfig):
     """MetaDD: losses on class activation maps, for sets that work on other networks."""
 
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of images that the losses use, drawn per iteration."""
+    """Share of the synthetic images that the losses use, in (0, 1], drawn per iteration."""
 
 
 class PriorConfig(Section):
@@ -572,7 +572,7 @@ class EvaluateConfig(Section):
     networks: Annotated[tuple[NamedNetwork, ...], Field(strict=False, max_length=64)] = ()
     """Architectures to score the set on as well, each with the learned and with a tuned step size."""
     optimiser: Literal["sgd", "adamw"] = "sgd"
-    """adamw: for networks that SGD does not train (transformers); `learning_rate` or a tuned step size."""
+    """adamw: for networks that SGD does not train (transformers); rate: `learning_rate`, else tuned."""
     real_epochs: Count = 100
     """Epochs of the control that trains on all real data."""
     full: bool = True
@@ -582,8 +582,8 @@ class EvaluateConfig(Section):
     augmentation: str = PUBLISHED_AUGMENTATION
     """DSA operations during evaluation."""
     labels: Literal["own", "teacher", "stored"] = "own"
-    """Labels of rows with soft labels: own; teacher: expert 0's logits for every augmented batch; stored: expert 0's
-    logits for resized and mirrored views, made once for every epoch and kept beside the distilled set."""
+    """Soft labels for training. own: the set's; teacher: expert 0's logits for every augmented batch; stored: expert
+    0's logits for resized and mirrored views, made once for every epoch and kept beside the distilled set."""
     temperature: Positive = 20.0
     """Divisor of the logits of teacher and network. Used if `labels` is teacher or stored."""
     cutmix: NonNegative = 0.0
@@ -593,11 +593,11 @@ class EvaluateConfig(Section):
     top_logits: Count | None = None
     """Number of largest logits to keep of each view; null: all. Used if `labels` is stored."""
     learning_rate: Positive | None = None
-    """Learning rate of rows with soft labels; null: learned with the set, or chosen on validation data."""
+    """Learning rate of networks with soft labels; null: learned with the set, or chosen on validation data."""
     schedule: Literal["step", "cosine"] = "step"
     """step: the rate is divided by 10 halfway; cosine: it falls to 0, step by step."""
     warmup_epochs: Annotated[int, Field(ge=0)] = 0
-    """Epochs in which the rate grows from a hundredth."""
+    """First epochs, in which the rate grows from a hundredth to its full value; 0: none."""
     epochs: Count | None = None
     """Epochs of training; null: the protocol's."""
     batch_size: Count | None = None
@@ -607,7 +607,7 @@ class EvaluateConfig(Section):
 
     @property
     def has_teacher(self) -> bool:
-        """True if expert 0 gives the labels of rows with soft labels, during training or stored beforehand."""
+        """True if soft labels are expert 0's logits, computed during training or stored beforehand."""
         return self.labels != "own"
 
     @property

@@ -44,7 +44,7 @@ PIXELS_FREE, PIXELS_PER_BYTE = 2**24, 100
 
 TEXT_BYTES = 2**26
 """Limit on all texts in a PNG together: 64 MiB, as in Pillow. Pillow's limit on one compressed text is raised from 1
-MiB to this."""
+MiB to this size."""
 
 # Pillow supports some formats by starting other programs.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
@@ -161,7 +161,7 @@ def decode(sets: Sequence[Encoded], resize: int | None = None, copies: int = 1, 
 
 
 def marks(files: Encoded) -> list[str]:
-    """Texts that tell the files apart by name and size, in the order of the files.
+    """Texts that tell the files apart, made of name and size, in the order of the files.
 
     Raises:
         DatasetError: the files can only be read by this process, or a file is missing.
@@ -232,7 +232,7 @@ def decode_rows(files: Encoded, rows: NDArray[np.int64], shape: tuple[int, int, 
 
 @contextmanager
 def _pillow_prepared() -> Iterator[None]:
-    """Set Pillow's limits and warnings while images are decoded in the block."""
+    """Raise Pillow's limit on texts in PNG files and hide its warnings while the block runs."""
     limit = PngImagePlugin.MAX_TEXT_CHUNK
     with warnings.catch_warnings():
         warnings.simplefilter(
@@ -406,7 +406,7 @@ def _with_image(files: Encoded, index: int, use: Callable[[ImageFile.ImageFile],
 
 
 def _require_readable(sets: Sequence[Encoded], results: Sequence[Sequence[T | _Unreadable]]) -> list[list[T]]:
-    """Return the results, or raise a `DatasetError` if any result is `_Unreadable`."""
+    """Return the results, one list per set; raise a `DatasetError` that names the files if any is `_Unreadable`."""
     found = {
         files.name(i): result
         for files, of_set in zip(sets, results, strict=True)
@@ -457,7 +457,7 @@ def _common_shape(
 
 
 def _mixed_sizes(first: str, a: tuple[int, ...], other: str, b: tuple[int, ...]) -> DatasetError:
-    """Error for two images of different width or height."""
+    """Error for two images of different size, given by name and (height, width); suggests a size for all."""
     return DatasetError(
         f"the images differ in size: {first} is {a[0]}x{a[1]}, {other} is {b[0]}x{b[1]}",
         remedy=f"Make all of them squares of one size, e.g. with --set dataset.resize={min(*a, *b, _SIDES[0])}",
@@ -465,7 +465,7 @@ def _mixed_sizes(first: str, a: tuple[int, ...], other: str, b: tuple[int, ...])
 
 
 def _notes(channels: int, sets: Sequence[Sequence[_Header]], resize: int | None, counted: str = "") -> tuple[str, ...]:
-    """Line that counts the conversions of images; empty if there are none. `counted` says which images count."""
+    """Line that counts the conversions of images; empty if there are none. `counted` follows "of N images"."""
     headers = [header for of_set in sets for header in of_set]
     target = "L" if channels == 1 else "RGB"
     modes = Counter(_MODES.get(header.mode, header.mode) for header in headers if header.mode != target)
@@ -486,7 +486,7 @@ def _notes(channels: int, sets: Sequence[Sequence[_Header]], resize: int | None,
 
 
 def _too_dark(pixels: Sequence[NDArray[np.uint8]], sets: Sequence[Sequence[_Header]]) -> tuple[str, ...]:
-    """Line on 16-bit images that use few of their bits; empty if there are none."""
+    """Line if the brightest pixel of all 16-bit images, cut to 8 bits, is below 64 of 255; otherwise empty."""
     headers = [header for of_set in sets for header in of_set]
     images = (image for of_set in pixels for image in of_set)
     brightest = max(
@@ -497,24 +497,24 @@ def _too_dark(pixels: Sequence[NDArray[np.uint8]], sets: Sequence[Sequence[_Head
 
 
 def _try(image: Image.Image) -> None:
-    """Decode an image to check whether it is readable."""
+    """Decode an image to check that it is readable; otherwise Pillow raises."""
     image.load()
 
 
 def _turned(image: Image.Image) -> Image.Image:
-    """Turn the image as its EXIF orientation says."""
+    """Copy of the image turned as its EXIF orientation says; the image itself if it is upright."""
     image.load()  # also reads EXIF data that follow the pixels
     turn = None if image.format == "TIFF" else _TURNS.get(_orientation(image))  # Pillow turns TIFF images itself
     return image if turn is None else image.transpose(turn)
 
 
 def pixels_of(image: Image.Image, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Pixels [c h w] of an image, turned, converted and resized to `shape`, as `decode` does for a data set."""
+    """Pixels of an image, turned by EXIF, converted and resized to `shape` [c h w], as `decode` does for a data set."""
     return _pixels(_turned(image), shape)
 
 
 def _pixels(image: Image.Image, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Pixels [c h w] of one image, converted to the given shape."""
+    """Pixels [c h w] of one image, converted and resized to `shape` (channels, height, width)."""
     channels, height, width = shape
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

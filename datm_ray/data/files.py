@@ -30,8 +30,8 @@ from datm_ray.data.decode import Encoded
 from datm_ray.errors import DatasetError
 
 UNPACKED_FREE, UNPACKED_RATIO = 2**20, 200
-"""Limit on the unpacked size of an archive's member: 1 MiB plus 200 times its packed size. Compression hardly shrinks
-encoded images."""
+"""Limit on the unpacked size of one file of an archive: 1 MiB plus 200 times its packed size. Compression hardly
+shrinks encoded images."""
 
 _TAKEN = "links to data already taken"
 
@@ -98,7 +98,11 @@ class _Walk:
         self._seen: set[str] = set()  # real paths of the folders that were read, and of files that links point to
 
     def take(self, name: str, target: str) -> list[tuple[str, str]]:
-        """Add the file or folder `target` under `name`. Returns the links below it, with targets, for a later round."""
+        """Add the file or folder with the real path `target` under `name`, a path relative to the root.
+
+        Returns name and target of each link below the folder. The caller takes these links later, so that a file's path
+        with the fewest links is found first.
+        """
         if os.path.isdir(target):
             return self._take_folder(name, target)
         if not _has_suffix(name, self._suffixes):
@@ -190,7 +194,7 @@ def _suffix(name: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class FolderFiles:
-    """Some files of a folder, by number. It can be sent to workers, unlike functions that open an archive."""
+    """Some files of a folder, by number from 0. Can be sent to workers, unlike functions that open an archive."""
 
     root: Path
     names: NDArray[np.bytes_]
@@ -247,7 +251,7 @@ class FileTree:
             raise _damaged(self.root / name, error) from error
 
     def encoded(self, files: Sequence[tuple[str, int]]) -> Encoded:
-        """Named files with their labels, ready to be decoded while the tree is open."""
+        """Make an `Encoded` of files, given by name and label, which can be decoded while the tree is open."""
         labels = np.array([label for _, label in files], dtype=np.int64)
         if self.is_folder:
             found = FolderFiles.of(self.root, [name for name, _ in files])
@@ -333,7 +337,7 @@ def _members(archive: zipfile.ZipFile) -> dict[str, str]:
 
 
 def _unpacked(root: Path, archive: zipfile.ZipFile, name: str) -> bytes:
-    """Content of a member, whose size is limited in proportion to its packed size.
+    """Content of the archive's file `name`, whose size is limited in proportion to its packed size.
 
     Raises:
         DatasetError: the content is too large, or packed by another method than deflate.

@@ -50,7 +50,7 @@ class ParquetFiles:
 
 @dataclass(frozen=True)
 class ParquetSet:
-    """Rows of one or several shards."""
+    """Images and labels of one or several Parquet files."""
 
     encoded: Encoded
     class_names: tuple[str, ...] | None
@@ -67,13 +67,13 @@ class ParquetRows:
 
     files: tuple[Path, ...]
     groups: tuple[tuple[int, ...], ...]
-    """Number of rows of each group of each file."""
+    """Number of rows in each row group, in one tuple per file."""
     sizes: tuple[int, ...]
     """Size of each file in bytes."""
 
     @cached_property
     def _starts(self) -> list[tuple[int, int, int]]:
-        """(first row, file, number in the file) of each row group that has rows."""
+        """First row (counted over all files), index of the file, and index in the file, of each row group with rows."""
         found, first = [], 0
         for file, groups in enumerate(self.groups):
             for number, rows in enumerate(groups):
@@ -82,12 +82,12 @@ class ParquetRows:
         return found
 
     def _place(self, index: int) -> tuple[int, int, int]:
-        """File, group and row within the group."""
+        """Index of the file, of the row group in it, and of the row in the group, for a row counted over all files."""
         first, file, group = self._starts[bisect_right(self._starts, index, key=lambda each: each[0]) - 1]
         return file, group, index - first
 
     def open(self, index: int) -> BinaryIO:
-        """Bytes of the image in this row, counted over all files."""
+        """Encoded image of row `index`, counted from 0 over all files, as a binary file."""
         file, group, row = self._place(index)
         try:
             with _READING:  # threads that want one group would each read it
@@ -97,12 +97,12 @@ class ParquetRows:
         return BytesIO(images[row].as_py())
 
     def name(self, index: int) -> str:
-        """File and row, for messages."""
+        """Path of the file and number of the row in it, for messages."""
         file = self._place(index)[0]
         return f"{self.files[file]} row {index - sum(map(sum, self.groups[:file]))}"
 
     def mark(self, index: int) -> str:
-        """Name and size in bytes of the file, and the row's number."""
+        """Name and size in bytes of the file, number of the row group, and number of the row in the group."""
         file, group, row = self._place(index)
         return f"{self.files[file].name}:{self.sizes[file]}:{group}:{row}"
 
@@ -192,7 +192,7 @@ def _is_labelled(file: Path) -> bool:
 def read_parquet(
     files: Sequence[Path], class_names: tuple[str, ...] | None = None, *, streamed: bool = False
 ) -> ParquetSet:
-    """Read the shards in order. The encoded bytes are kept in memory, not the pixels.
+    """Read Parquet files in order. The encoded images are kept in memory, not their pixels.
 
     Args:
         class_names: class names in the order of labels, for test files with text labels. None: the distinct texts of
@@ -236,13 +236,13 @@ def read_parquet(
 
 
 def _numbered(file: Path, shard: _Shard, names: tuple[str, ...] | None) -> NDArray[np.int64]:
-    """Labels [n] as numbers of classes.
+    """Labels [n] of a file as class numbers from 0. Labels that are class names become their index in `names`.
 
     Args:
-        names: classes of the training files, among which labels that are names are looked up; None if there are none.
+        names: class names of the training files; None if they have none.
 
     Raises:
-        DatasetError: a name is not among them.
+        DatasetError: a label is a name that is not in `names`.
     """
     if not isinstance(shard.labels, list):
         return shard.labels
@@ -290,7 +290,7 @@ def _read_shard(file: Path, streamed: bool) -> _Shard:
 
 
 def _decategorised(column: Any) -> Any:
-    """Column in which categories (dictionary codes) are replaced by their values."""
+    """Copy of an Arrow column in which categories (dictionary codes) are replaced by their values."""
     import pyarrow as pa
 
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column

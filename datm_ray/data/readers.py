@@ -135,7 +135,7 @@ def _tiny_prefix(tree: FileTree) -> str:
 
 
 def _tiny_sorted(tree: FileTree, folder: str, label_of: dict[str, int]) -> list[tuple[str, int]]:
-    """Name and label of each image in class folders, with or without a subfolder `images`."""
+    """Name and label of each image in the class folders of `folder`, or in their subfolders `images`."""
     layout = re.compile(re.escape(folder) + r"/([^/]+)/(?:images/)?[^/]+\.JPEG")
     matches = ((name, layout.fullmatch(name)) for name in tree.listing.files)
     return [(name, label_of[match[1]]) for name, match in matches if match and match[1] in label_of]
@@ -196,7 +196,7 @@ def _folder(request: Request) -> Loaded:
 
 
 def _folder_for(role: Role, tree: FileTree, images: Sequence[Parts]) -> str | None:
-    """Top folder that holds the class folders of a role; None if there is none. "train" is preferred to "train2"."""
+    """Top folder with the class folders of a role, such as training; None if none has. "train" precedes "train2"."""
     tops = sorted({parts[0] for parts in images if len(parts) > 2 and role_of(parts[0]) == role})
     plain = [top for top in tops if top.isalpha()]
     if len(plain or tops) > 1:
@@ -213,7 +213,7 @@ def _labelled(images: Sequence[Parts], folder: str | None) -> Named:
 
 
 def _require_classes(tree: FileTree, images: Sequence[Parts]) -> None:
-    """Raise a `DatasetError` if the supposed class folders are parts of the set, or hold only folders."""
+    """Raise a `DatasetError` if the top folders are parts such as "test", not classes, or all hold only folders."""
     tops = sorted({parts[0] for parts in images if len(parts) > 1})
     parted = [top for top in tops if top.isalpha() and role_of(top)]
     if parted and (parted == tops or any(role_of(top) != "train" for top in parted)):  # "train" may be a class
@@ -231,7 +231,7 @@ def _require_classes(tree: FileTree, images: Sequence[Parts]) -> None:
 
 
 def _class_folders(tree: FileTree, training: str, train: Named, held_out: str, test: Named, request: Request) -> Loaded:
-    """Load class folders below the folders `training` ("" for the root) and `held_out` ("" for no test set)."""
+    """Load images: `train` from class folders in `training` ("": the root), `test` from `held_out` ("": none)."""
     listing = tree.listing
     names = {name for name, _ in train}
     empty = sorted(set(listing.subfolders(training)) - names)
@@ -288,7 +288,7 @@ def _parquet(request: Request) -> Loaded:
 
 
 def _numbered(labels: NDArray[np.int64]) -> tuple[str, ...]:
-    """Class names "0", "1", ... up to the highest label, at most one more than images if a label is damaged."""
+    """Class names "0", "1", ... up to the highest label; at most n + 1 for n images, as a damaged label may be huge."""
     return tuple(map(str, range(min(int(labels.max()), len(labels)) + 1)))
 
 
@@ -311,7 +311,7 @@ def _decoded(
 
 
 def _image_sets(encoded: Sequence[Encoded], request: Request) -> tuple[list[ImageSet], tuple[str, ...]]:
-    """Decode images, or prepare to decode them when they are needed. Returns lines on conversions too."""
+    """Decode images, or prepare to decode them later if they are streamed. Returns sets and lines on conversions."""
     if request.streamed and request.resize:
         image, notes = survey(encoded, request.resize)
         return [ImageSet(streamed(files, image), files.labels) for files in encoded], notes

@@ -42,7 +42,7 @@ class ImageSet:
 
 @dataclass(frozen=True, eq=False)
 class RawDataset:
-    """Data set that was read, checked and split, but not normalised."""
+    """Data set after reading, checks and split, before normalisation."""
 
     name: str
     class_names: tuple[str, ...]
@@ -214,7 +214,7 @@ def _find_source(name: str) -> Loader:
 
 
 def _check_labels(role: str, labels: NDArray[np.int64], class_names: Sequence[str]) -> None:
-    """Check that there are at least two classes, that every label is one of them, and that each class has an image."""
+    """Raise a `DatasetError` for fewer than two classes, a label out of range, or a class without an image."""
     if len(class_names) < 2:
         raise DatasetError(
             f"the {role} set has {len(class_names)} class(es), {', '.join(map(repr, class_names))}",

@@ -52,7 +52,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 class Stream(IntEnum):
-    """Split that keys are drawn for. The values are part of every data set's identity: never renumber."""
+    """Seed of the images' random keys, by split. The values are part of every data set's identity: never renumber."""
 
     TEST = 1
     VALIDATION = 2
@@ -83,7 +83,7 @@ def stratified_split(
 
 
 def held_out(members: int, fraction: float) -> int:
-    """Number of a class's images that are held out: at least one, and at most all but one."""
+    """Number of a class's `members` images to hold out: the share `fraction`, rounded, but 1 to `members` - 1."""
     return min(max(1, int(fraction * members + 0.5)), members - 1)
 
 

@@ -162,11 +162,11 @@ class Transform:
         return _map_chunks(self._inverse(_device_of(images)), images, self.kind, self.shape, torch.float32)
 
     def apply(self, images: AnyFloats) -> Floats:
-        """Apply `normalise` to an array and return an array."""
+        """Normalise an array as `normalise` does, and return an array."""
         return self.normalise(images).numpy()
 
     def invert(self, images: AnyFloats) -> Floats:
-        """Apply `denormalise` to an array and return an array."""
+        """Denormalise an array as `denormalise` does, and return an array."""
         return self.denormalise(images).numpy()
 
     def normaliser(self) -> Normaliser:
@@ -313,7 +313,7 @@ class Transform:
         return deviations
 
     def _inverse(self, device: torch.device) -> Callable[[Tensor], Tensor]:
-        """Function that maps a chunk of images back, made once for each device, where its tensors lie."""
+        """Function from a chunk of normalised images to pixels in [0, 1], on `device`; made once for each device."""
         if device not in self._inverses:
             self._inverses[device] = self._made_inverse(device)
         return self._inverses[device]
@@ -392,7 +392,7 @@ def _device_of(images: Images) -> torch.device:
 
 
 def _without_autocast(device: torch.device) -> Any:
-    """Turn off autocast, whose three digits are too few for whitened images."""
+    """Context without autocast, whose three decimal digits are too few for whitened images."""
     known = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
@@ -417,7 +417,7 @@ class FitCost:
     minutes: float = 0.0
     """Minutes on two CPU cores. A GPU is faster."""
     stored: int = 0
-    """Bytes of the fitted transform."""
+    """Size of the fitted transform on disk, in bytes."""
 
     @classmethod
     def of(cls, kind: Kind, shape: tuple[int, int, int], images: int) -> FitCost:
@@ -554,7 +554,7 @@ class _Sums:
 
 
 def _exact_sums(images: NDArray[np.uint8], note: Say = silent) -> _Sums:
-    """Sums over images of each pixel and of each product of two pixels, without rounding.
+    """Sums over images of each pixel and of each product of two pixels, all minus `_CENTRE`, without rounding.
 
     Sums within a chunk are integers that float32 holds exactly, and sums over chunks are integers that float64 holds
     exactly. So the speed is that of single precision, and the bits do not depend on a library's order of additions.
@@ -579,7 +579,7 @@ def _covariance(sums: _Sums, levels: int) -> NDArray[np.float64]:
 
 
 def _pixel_sums(images: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Sums [d] of pixels - _CENTRE, without rounding."""
+    """Sums [d] over the images of each pixel minus `_CENTRE`, without rounding."""
     sums: NDArray[np.float64] = images.reshape(len(images), -1).sum(axis=0, dtype=np.float64)
     return sums - _CENTRE * len(images)
 
@@ -587,7 +587,11 @@ def _pixel_sums(images: NDArray[np.uint8]) -> NDArray[np.float64]:
 def _eigenpairs_of_few(
     images: NDArray[np.uint8], total: NDArray[np.float64], levels: int, device: str, note: Say = silent
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Positive eigenvalues [r] and eigenvectors [d r] of the covariance, from products [n n] of the images."""
+    """Positive eigenvalues [r] and eigenvectors [d r] of the covariance, from the images' products [n n].
+
+    Args:
+        total: sums of `_pixel_sums`.
+    """
     count = len(images)
     centred = images.reshape(count, -1).astype(np.float64)
     centred -= total / count + _CENTRE
@@ -664,7 +668,7 @@ def _image_shape(images: NDArray[np.uint8]) -> tuple[int, int, int]:
 
 
 def _array_shapes(kind: Kind, shape: tuple[int, int, int], rank: int | None) -> dict[str, tuple[int, ...]]:
-    """Shapes of a transform's arrays; rank None means that the arrays include a whitening matrix."""
+    """Shapes of a transform's arrays by name. `rank`: number of eigenvectors; None if a matrix is stored instead."""
     channels, pixels = shape[0], math.prod(shape)
     whitening = {"matrix": (pixels, pixels)} if rank is None else {"vectors": (pixels, rank), "values": (rank,)}
     known: dict[str, dict[str, tuple[int, ...]]] = {
