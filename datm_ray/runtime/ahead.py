@@ -17,10 +17,10 @@ Value = TypeVar("Value")
 
 
 class Ahead(Generic[Value]):
-    """Values of consecutive numbers. While the caller uses one, a thread computes the next one, and none after it."""
+    """Computes a value for each of consecutive numbers. While the caller uses one value, a thread computes the next."""
 
     def __init__(self, compute: Callable[[int], Value], end: int, *, in_thread: bool = True) -> None:
-        """Start without a value.
+        """Make the object; nothing is computed yet.
 
         Args:
             compute: makes the value of a number, from the number alone.
@@ -32,9 +32,10 @@ class Ahead(Generic[Value]):
         self._following: tuple[int, Future[Value]] | None = None
 
     def get(self, number: int) -> Value:
-        """Value of a number, computed ahead if the last one asked for was the number before; starts the next one.
+        """Return the value of `number`, and start to compute that of `number` + 1 in the thread.
 
-        Raises an error of `compute` where its value is asked for. An error of a value that is never asked for is lost.
+        If the last call was for `number` - 1, the thread has computed the value, or is still at work; otherwise it is
+        computed now. An error of `compute` is raised by the call for its number; without such a call it is lost.
         """
         following, self._following = self._following, None
         if following is not None and following[0] == number:

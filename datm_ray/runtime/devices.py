@@ -49,7 +49,7 @@ def prepare_device(cluster: ClusterConfig) -> torch.device:
 
 @contextmanager
 def restoring_determinism() -> Iterator[None]:
-    """Restore this process's setting of deterministic algorithms at the end, which `prepare_device` may change."""
+    """Restore torch's setting of deterministic algorithms, which `prepare_device` may change, when the block ends."""
     before = torch.get_deterministic_debug_mode()
     try:
         yield
@@ -95,7 +95,7 @@ def to_device_ahead(array: NDArray[np.generic], device: torch.device) -> Tensor:
 def images_on(images: NDArray[np.float32] | ImageReader, device: torch.device) -> Images:
     """Images on the device, or in main memory if they would take more than half of a GPU's free memory.
 
-    Images that are read whenever they are asked for stay what they are.
+    Streamed images, an `ImageReader`, are returned unchanged.
     """
     if not isinstance(images, np.ndarray):
         return images
@@ -110,7 +110,7 @@ def free_gpu_memory() -> int:
 
 
 class Meter:
-    """Meter of a worker's peak memory, and of its file reads and writes since the meter was made."""
+    """Meter of a worker's peak memory in bytes, and of its file reads and writes since the meter was made."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._before = device, traffic()

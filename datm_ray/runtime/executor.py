@@ -20,14 +20,14 @@ if TYPE_CHECKING:  # mesh imports this module, and needs no pydantic
 
 @dataclass(frozen=True)
 class Started:
-    """Start of a task, or its restart after a loss."""
+    """Event: a task starts, or restarts after its worker was lost."""
 
     workers: int = 1
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress of a task: `done` of `total` steps. An attempt's speed is measured from its first `Progress`."""
+    """Event: a task has done `done` of `total` steps. An attempt's speed is measured from its first `Progress`."""
 
     done: int
     total: int
@@ -41,7 +41,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Phase:
-    """Activity of a task before its first step or between two steps. Lasts until the task's next `Progress`."""
+    """Event: what a task does before its first step or between two steps, until its next `Progress`."""
 
     text: str
     """Text after the task's name, such as "compiling student steps"."""
@@ -49,7 +49,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Stopped:
-    """End of a task that was asked to stop and has saved its work."""
+    """Event: a task that was asked to stop has saved its work and ended."""
 
     saved: str
     """Description of the saved work, such as "iteration 21 of 60"."""
@@ -57,7 +57,7 @@ class Stopped:
 
 @dataclass(frozen=True)
 class Finished:
-    """End of a task, with its result (`None` if its files are the result)."""
+    """Event: a task has ended, with its result (`None` if its files are the result)."""
 
     result: Any = None
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -66,7 +66,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Lost:
-    """Loss of a task's worker. The executor restarts the task on another worker."""
+    """Event: a task's worker was lost. The executor restarts the task on another worker."""
 
     reason: str
     attempt: int
@@ -75,7 +75,7 @@ class Lost:
 
 @dataclass(frozen=True)
 class Failed:
-    """Failure of a task that is not retried. Running tasks finish before the stage raises the error."""
+    """Event: a task failed and is not retried. Running tasks finish before the stage raises the error."""
 
     reason: str
     others: int
@@ -84,7 +84,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Resized:
-    """Change of a task's number of workers, at its start or after a loss."""
+    """Event: a task's number of workers changed, at its start or after a loss."""
 
     size: int
     """New number of workers."""
@@ -94,14 +94,14 @@ class Resized:
 
 @dataclass(frozen=True)
 class Note:
-    """Message to the user about a task."""
+    """Event: a message to the user about a task."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class More:
-    """New task made by a running task. Any free worker may run it at the same time."""
+    """Event: a running task has made a new task, which any free worker may run at the same time."""
 
     task: Task
 
@@ -118,7 +118,7 @@ class Task:
     arguments: tuple[Any, ...]
     size: int = 1
     """Number of workers that run the task together. Above 1 each worker gets `worker_rank=WorkerRank(...)`. In the
-    serial executor one worker runs the whole task and gets none."""
+    serial executor one worker runs the whole task, without `worker_rank`."""
     fewer: tuple[int, ...] = ()
     """Smaller numbers of workers that can run the task too, used when nodes are lost."""
     run: str = ""
@@ -215,7 +215,7 @@ class SerialExecutor:
 
     @property
     def light_workers(self) -> int:
-        """Highest number of workers that run light tasks at the same time."""
+        """Highest number of workers that run tasks with `is_light` at the same time."""
         return self.workers
 
     def require_workers(self, name: str, size: int) -> None:

@@ -1,7 +1,8 @@
 """Collective sums between the workers that run one task together.
 
-Workers form a grid: one row per backbone, one column per shard of the classes. They communicate through
-torch.distributed. A worker that waits for a dead, hung or unreachable peer gets a `PeerLostError` after the timeout.
+Workers form a grid: a row computes the same networks (see `RunConfig.roles`), each worker for a shard of the classes;
+a column has the same shard, each worker for other networks. Workers communicate through torch.distributed. A worker
+that waits for a dead, hung or unreachable peer gets a `PeerLostError` after the timeout.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Result = TypeVar("Result")
 HEARTBEAT_INTERVAL = 0.5
 """Minimum seconds between two heartbeats of a worker that works while others wait for it."""
 ROW_HEARTBEAT_SHARE = 0.25
-"""Time between two heartbeats of a row at work, as a share of the timeout.
+"""Time between two heartbeats of a row of workers (those of the same networks), as a share of the timeout.
 
 The share is large, because at each heartbeat fast rows wait for slow ones."""
 EAGER_POLLING = 0.01
@@ -50,7 +51,9 @@ _OWN_DEVICE = re.compile(r"cuda (?:error|failure|function|out of memory)", re.I)
 
 @dataclass(frozen=True)
 class Mesh(ABC):
-    """Position of this worker in the grid of workers, and collective operations with the other workers.
+    """Position of this worker in a grid of workers, and collective operations with the other workers.
+
+    Workers of a row compute the same networks, workers of a column the same shard of the classes.
 
     All workers must make the same calls in the same order. Results carry no gradient. A worker that has nobody to sum
     with may get the argument itself as the result.
@@ -58,13 +61,13 @@ class Mesh(ABC):
 
     rank: int = 0
     rows: int = 1
-    """Number of rows, one per backbone."""
+    """Number of rows: 1, or one per role of `RunConfig.roles`."""
     columns: int = 1
     """Number of columns, one per shard of the classes."""
 
     @property
     def row(self) -> int:
-        """Number of this worker's row, from 0: the index of its backbone."""
+        """Number of this worker's row, from 0: the index of its networks among the roles of the run."""
         return self.rank // self.columns
 
     @property
@@ -79,11 +82,17 @@ class Mesh(ABC):
 
     @abstractmethod
     def sum_over_classes(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over the workers of this row. Every worker of the row gets the same bits."""
+        """Sum a tensor over this row: the workers of the same networks, each with a shard of the classes.
+
+        Every worker of the row gets the same bits.
+        """
 
     @abstractmethod
     def sum_over_backbones(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over the workers of this column. Every worker of the column gets the same bits."""
+        """Sum a tensor over this column: the workers of the same shard of the classes, each with other networks.
+
+        Every worker of the column gets the same bits.
+        """
 
     @abstractmethod
     def sum_over_all(self, tensor: Tensor) -> Tensor:
@@ -91,9 +100,9 @@ class Mesh(ABC):
 
     @abstractmethod
     def gather(self, tensor: Tensor) -> Tensor | None:
-        """Concatenate the tensors of row 0 along their first dimension, in the order of columns.
+        """Concatenate the tensors of row 0 (first networks) along dimension 0, in the order of columns (class shards).
 
-        The tensors may differ in their first dimension only.
+        The tensors may differ in dimension 0 only. Every worker calls this; tensors of other rows are ignored.
 
         Returns:
             The whole tensor on rank 0, `None` on other ranks.
@@ -115,7 +124,7 @@ class Mesh(ABC):
 
     @abstractmethod
     def in_rows(self, work: Callable[[Callable[[Tensor], Tensor]], None]) -> None:
-        """Do this row's own work, then wait until every row has finished its work.
+        """Do the work of this row of workers (those of the same networks), then wait until every row has finished.
 
         Only the time between two sums, usually one student step, must stay below the timeout.
 
@@ -126,7 +135,7 @@ class Mesh(ABC):
         """
 
     def from_first(self, work: Callable[[Heartbeat], float]) -> float:
-        """Compute a number on rank 0 while the others wait, and return it on all ranks."""
+        """Call `work` on rank 0 alone while the other ranks wait, and return its number on all ranks."""
         number = self.until_all_are_done(work if self.is_first else lambda heartbeat: 0.0)
         return float(self.sum_over_all(torch.tensor([number], dtype=torch.float64)))
 
@@ -174,11 +183,11 @@ class ProcessMesh(Mesh):
     """Seconds to wait for a peer."""
 
     def sum_over_classes(self, tensor: Tensor) -> Tensor:
-        """Sum over this row, see `Mesh.sum_over_classes`."""
+        """Sum over the workers of the same networks, see `Mesh.sum_over_classes`."""
         return self._sum(tensor, self.row_group) if self.row_group else tensor
 
     def sum_over_backbones(self, tensor: Tensor) -> Tensor:
-        """Sum over this column, see `Mesh.sum_over_backbones`."""
+        """Sum over the workers of the same classes, see `Mesh.sum_over_backbones`."""
         return self._sum(tensor, self.column_group) if self.column_group else tensor
 
     def sum_over_all(self, tensor: Tensor) -> Tensor:
@@ -216,7 +225,7 @@ class ProcessMesh(Mesh):
         return result
 
     def in_rows(self, work: Callable[[Callable[[Tensor], Tensor]], None]) -> None:
-        """Do this row's own work and wait for the other rows, see `Mesh.in_rows`."""
+        """Do the work of this row of workers and wait for the other rows, see `Mesh.in_rows`."""
         if self.rows == 1:
             work(self.sum_over_classes)
             return
@@ -255,7 +264,10 @@ class ProcessMesh(Mesh):
         return total
 
     def _receive_parts(self, own: Tensor) -> Tensor:
-        """Receive the other tensors of row 0 and concatenate them after `own`. Needs no memory beyond the result."""
+        """Receive the tensors of row 0's other workers, and concatenate them after `own`, rank 0's tensor.
+
+        Needs no memory beyond the result.
+        """
         lengths = [own.shape[0]]
         for rank in range(1, self.columns):
             length = torch.zeros(1, dtype=torch.int64)
@@ -286,7 +298,7 @@ def open_mesh(
 
     Args:
         worker_rank: rank of this worker; `None` for a worker that runs the task alone, which ignores rows and columns.
-        rows: number of backbones.
+        rows: number of groups of networks that have workers of their own, see `RunConfig.roles`.
         columns: number of shards of the classes.
         device: device on which this worker computes.
         timeout: seconds to wait for a peer, at the rendezvous and in every call.

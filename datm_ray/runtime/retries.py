@@ -17,7 +17,7 @@ from datm_ray.runtime.executor import Event, Progress
 LONGEST_DELAY = 60.0
 """Longest wait in seconds before another attempt at a task."""
 STEPS_OF_PATIENCE = 20
-"""Time limit for a worker's next event, as a multiple of its longest step so far. Later it counts as stuck."""
+"""Time limit for a worker's next event, in multiples of its longest step. A worker over the limit counts as stuck."""
 MARGIN = 30.0
 """Seconds that a stuck worker has to end itself before the driver ends its process."""
 
@@ -29,7 +29,7 @@ class History:
     losses: int = 0
     """Number of attempts that ended because a worker was lost."""
     without_progress: int = 0
-    """Number of lost attempts since new work was last saved, including the attempt that saved it."""
+    """Number of lost attempts since new work was last saved, including the attempt that saved this work."""
     furthest: int = 0
     """Highest `Progress.done` that any attempt has saved."""
     nodes: tuple[str, ...] = ()

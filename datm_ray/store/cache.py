@@ -25,7 +25,7 @@ _ENTRY = re.compile(r"[0-9a-f]{64}|\.tmp-[0-9a-f]{32}")  # other files in the fo
 
 
 class Cache:
-    """Folder of parts of remote files, with a limited size. The least recently used parts are deleted first."""
+    """Local folder of parts of remote files, with a limited size. The least recently used parts are deleted first."""
 
     def __init__(self, folder: str, size: int) -> None:
         """Open a cache of `size` bytes. Between sweeps, each writing process may exceed this size by a twentieth."""
@@ -60,7 +60,7 @@ class Cache:
                 self._sweep()
 
     def _sweep(self) -> None:
-        """Delete the least recently used entries until the rest fits. Several processes may do so at the same time."""
+        """Delete the least recently used entries until the rest fits. Several processes may do this at once."""
         self._unseen = 0
         entries = []
         for entry in os.scandir(self._folder):
@@ -85,7 +85,7 @@ def configured_cache() -> Cache | None:
 
 @cache
 def _cache(folder: str, gibibytes: str) -> Cache:
-    """Open each cache once per process, because a cache counts the bytes that it writes."""
+    """Return this process's only `Cache` of a folder. A second one would not count the bytes that the first writes."""
     try:
         size = int(float(gibibytes) * 2**30)
     except (ValueError, OverflowError):

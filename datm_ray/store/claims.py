@@ -44,11 +44,11 @@ class Claim:
         self.owner: dict[str, Any] = {"token": self.token, "host": host, "process": os.getpid(), "since": since}
 
     def take(self, guard: Callable[[], None] = unguarded) -> None:
-        """Become the owner, replacing any other. `guard` is called just before the change; its error prevents it."""
+        """Become the owner, replacing any other. `guard` is called just before; if it raises, nothing changes."""
         replace(self.place, guard=guard).write_json(self.owner)
 
     def read(self) -> dict[str, Any]:
-        """Owner as stored in the file; `{}` if nobody has claimed it."""
+        """Owner as stored in the file: keys token, host, process and since; `{}` if the file does not exist."""
         try:
             found = self.place.read_json()
         except MissingFileError:
@@ -66,7 +66,7 @@ class Claim:
             raise self.overtaken()
 
     def overtaken(self) -> OvertakenError:
-        """Error for the former owner: another one has taken over, or the file is missing."""
+        """Error for the former owner: another owner has taken over, or the file is missing."""
         owner = self.read()
         return OvertakenError(
             f"{self.place.parent.uri} was taken over by {in_words(owner)}" if owner else f"{self.place.uri} is missing",

@@ -51,7 +51,7 @@ FORMAT_VERSION = 1
 INFO_KIND = "labels"
 INFO_FILE = "labels.arrow"
 BLOCK_BYTES = 64 * 1024
-"""Size of a block's records in bytes. A larger record is a block of its own."""
+"""Largest total size in bytes of the records in a block; a larger record is a block alone."""
 MEMORY = 2**28
 """Default limit on the blocks that a `LabelStore` keeps in memory, in bytes."""
 
@@ -185,7 +185,7 @@ class LabelRecords:
         return sum(getattr(self, name).nbytes for name in _COLUMNS)
 
     def take(self, places: slice | NDArray[np.int64]) -> LabelRecords:
-        """Select records by position."""
+        """Records at these positions, counted from 0."""
         return LabelRecords(**{name: getattr(self, name)[places] for name in _COLUMNS})
 
     def require(self, info: LabelInfo) -> None:

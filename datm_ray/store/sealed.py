@@ -145,7 +145,7 @@ class SealedFile:
             self._read([number])
 
     def _read(self, numbers: Iterable[int], cache: Cache | None = None) -> Sequence[memoryview]:
-        """Parts with these numbers, each checked against its digest."""
+        """Bytes of the parts with these numbers, each checked against its digest. `cache`: see `batches`."""
         parts = [self.parts[number] for number in numbers]
         found = [cache.get(part.sha256) if cache else None for part in parts]
         absent = [part for part, chunk in zip(parts, found, strict=True) if chunk is None]
@@ -285,7 +285,7 @@ def _is_compressed(message: memoryview) -> bool:
         return int(struct.unpack_from(layout, message, place)[0])
 
     def field(table: int, index: int) -> int:
-        """Position of a field in a table; 0 if the table lacks it."""
+        """Position in the message of field `index` of the table at position `table`; 0 if the table lacks the field."""
         entries = table - number("<i", table)
         entry = 4 + 2 * index
         offset = number("<H", entries + entry) if entry < number("<H", entries) else 0

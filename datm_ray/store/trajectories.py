@@ -47,7 +47,7 @@ _EXPERT_FILE = re.compile(r"expert-(\d{5})\.arrow")
 _TRANSFORM_FILE = "transform.arrow"
 _DIFFICULTY_FILE = re.compile(r"difficulty-\d{5}\.arrow")
 PRIOR_FILE, PRIOR_PROGRESS = "prior.arrow", "progress.arrow"
-"""Files of a group whose folder holds a prior instead of experts: the trained one, and its unfinished training."""
+"""File names of a trained prior, and of a prior's unfinished training; their folder holds no experts."""
 _COSTS = "costs"
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 _MAX_EXPERT = 99_999
@@ -91,13 +91,13 @@ class TrajectoryInfo:
     """Recipe of the expert, JSON-able; tuples come back as lists."""
 
     fingerprint: str
-    """Digest of the recipe, and name of the group's folder."""
+    """Digest of the recipe. Also the name of the folder with all experts of this recipe."""
 
     seed: int
     """Seed of the initialisation and the batches; -1 if unknown."""
 
     expert: int
-    """Number of the expert, from 0."""
+    """Number of the expert within its group, from 0."""
 
     parameter_names: tuple[str, ...]
     parameter_shapes: tuple[tuple[int, ...], ...]
@@ -127,13 +127,13 @@ class TrajectoryInfo:
 
     @property
     def key(self) -> GroupKey:
-        """Key of the group that the expert belongs to."""
+        """Key of the expert's group: all experts of the same data, architecture and recipe."""
         return GroupKey(self.dataset, self.architecture, self.fingerprint)
 
 
 @dataclass(frozen=True, order=True)
 class GroupKey:
-    """Name of a group of interchangeable experts."""
+    """Name of a group of experts that differ only in their random numbers: the parts of the folder's path."""
 
     dataset: str
     architecture: str
@@ -162,7 +162,11 @@ class TrajectoryStore:
         self.location = open_location(uri)
 
     def groups(self, *, unfinished: bool = False) -> list[GroupKey]:
-        """Keys of the groups with at least one expert, sorted; with `unfinished`, also of priors and mere progress."""
+        """Keys of the groups with at least one expert, sorted.
+
+        Args:
+            unfinished: True for the keys of priors, and of groups with unfinished training only, too.
+        """
         keys = [
             GroupKey(dataset, architecture, fingerprint)
             for dataset in self.location.list()
@@ -244,17 +248,17 @@ class ExpertGroup:
         return self._file(expert).size()
 
     def remove_expert(self, expert: int) -> None:
-        """Delete one expert; the transform stays. Raises StoreError if the expert is not stored."""
+        """Delete one expert's file; other files stay. Raises StoreError if the expert is not stored."""
         self._opened.pop(expert, None)
         self._file(expert).remove()
 
     @property
     def progress(self) -> Location:
-        """Folder for experts whose training is unfinished."""
+        """Folder for the saved state of experts whose training is unfinished."""
         return self.location / "progress"
 
     def write_cost(self, name: str, value: Mapping[str, object]) -> None:
-        """Store what some of the experts have cost, as plain data. Replaces an earlier value of this name."""
+        """Store what training some of the experts has cost, as JSON. Replaces an earlier value of this name."""
         (self.location / _COSTS / f"{name}.json").write_json(value)
 
     def costs(self) -> list[Location]:
@@ -263,7 +267,7 @@ class ExpertGroup:
         return [folder / name for name in folder.list() if name.endswith(".json")]
 
     def remove(self) -> None:
-        """Delete everything: experts, damaged ones too, their transform, costs and scores, or a prior; and progress."""
+        """Delete all files of the group: experts, also damaged ones, transform, costs, scores, prior, progress."""
         for expert in self.experts():
             self.remove_expert(expert)
         for name in (self.location / _COSTS).list():
@@ -338,7 +342,7 @@ class ExpertGroup:
         return self.location / _TRANSFORM_FILE
 
     def difficulty_file(self, experts: int) -> Location:
-        """File of the training images' difficulty for the first `experts` experts, which may be missing."""
+        """File of the training images' difficulty scores by the first `experts` experts; it may be missing."""
         return self.location / f"difficulty-{experts:05d}.arrow"
 
     def has_transform(self) -> bool:
@@ -355,7 +359,7 @@ class ExpertGroup:
         return self.location / f"expert-{expert:05d}.arrow"
 
     def _open(self, expert: int) -> _OpenedExpert:
-        """End of the expert's file, read once: a stored file does not change unless it is deleted and written again."""
+        """Opened file of an expert. The file's end is read once: only deleting and writing it again changes a file."""
         if expert not in self._opened:
             file = self._file(expert)
             self._opened[expert] = reading_again(file, lambda: _open_expert(file, self.key, expert))
@@ -469,7 +473,7 @@ def _checked(name: str, vector: NDArray[np.float32], length: int) -> NDArray[np.
 
 
 def _vector(values: NDArray[Any], kind: pa.DataType) -> pa.Array:
-    """Arrow array whose only entry is the vector, made without copying it."""
+    """Arrow array whose only entry is the vector `values` of type `kind`, made without copying the values."""
     return pa.Array.from_buffers(kind, 1, [None], children=[pa.array(values, kind.value_type)])
 
 

@@ -43,7 +43,7 @@ CHECK_INTERVAL = 1.0
 SHORT_WAIT = 60.0
 """Seconds to wait for free resources if no node starts on demand. Stopped workers free their resources sooner."""
 MODEL_SHARE = 0.001
-"""Amount of the resource "accelerator_type:<GPU model>" for an actor that requests this model. A node has 1."""
+"""Amount of Ray's resource "accelerator_type:<GPU model>" that one worker takes; a node with this model has 1."""
 _NO_START = "Ray does not start on this machine"
 
 
@@ -109,7 +109,11 @@ def _outside(address: str) -> ClusterError:
 
 
 def _unwritable(failure: OSError, what: str) -> ClusterError:
-    """Error for a file that Ray cannot write. Its remedy names the environment variable that changes the folder."""
+    """Error for a file that Ray cannot write. The remedy names the environment variable that changes the folder.
+
+    Args:
+        what: what failed, for the message.
+    """
     place = os.path.abspath(os.fsdecode(failure.filename))
     home = os.path.expanduser("~")
     fact = f"{what}: cannot write {place} ({failure.strerror or type(failure).__name__})"
@@ -152,7 +156,11 @@ def _quiet_library() -> Iterator[None]:
 
 
 def _require_listener(address: str, given: str) -> None:
-    """Raise an error if nothing listens at the address, or a web server. Ray itself would retry for minutes."""
+    """Raise an error if nothing listens at `address`, or if a web server does. Ray itself would retry for minutes.
+
+    Args:
+        given: option or variable that gave the address, for the message.
+    """
     if address.startswith("ray://"):
         raise ClusterError(
             f"{given} {address!r} is a Ray Client address, and Ray Client cannot send data sets to workers",
@@ -199,7 +207,11 @@ class Nodes:
         self._checked = float("-inf")
 
     def fits(self, *, light: bool = False) -> dict[str, int]:
-        """Live node -> number of workers that it could hold if all its CPUs, GPUs and named resources were free."""
+        """Live node -> number of workers that it could hold if all its CPUs, GPUs and named resources were free.
+
+        Args:
+            light: True for workers with the shape of `cluster.light`.
+        """
         resources = self._alive()
         if light not in self._fits:
             cluster = self._cluster.shaped(light=light)
@@ -215,7 +227,7 @@ class Nodes:
         return self._resources
 
     def capacity(self, *, light: bool = False) -> int:
-        """Number of workers that all nodes together can hold, if all their resources are free."""
+        """Number of workers that all nodes together can hold if all their resources are free; `light`: see `fits`."""
         return sum(self.fits(light=light).values())
 
     def memory(self) -> int:
@@ -223,7 +235,7 @@ class Nodes:
         return max((int(each.get("memory", 0)) for each in self._alive().values()), default=sys.maxsize)
 
     def others(self, nodes: set[str], *, light: bool = False) -> bool:
-        """True if a node outside of `nodes` can hold a worker."""
+        """True if a node outside of `nodes` can hold a worker; `light`: see `fits`."""
         return any(count and node not in nodes for node, count in self.fits(light=light).items())
 
     def may_grow(self) -> bool:
@@ -238,7 +250,7 @@ class Nodes:
         return math.inf if self.may_grow() else SHORT_WAIT
 
     def planned(self) -> tuple[int, int]:
-        """Number of workers to plan with, and how many of them the largest node can hold."""
+        """Number of workers to expect (`cluster.workers`, else all that fit), and how many the largest node holds."""
         fits = self.fits().values()
         workers = self._cluster.workers or max(1, sum(fits))
         return workers, min(workers, max(1, *fits)) if fits else 1
@@ -347,7 +359,7 @@ def worker_options(cluster: ClusterConfig, light: bool = False, memory: int = 0)
 
 
 def fitting(resources: dict[str, float], cluster: ClusterConfig) -> int:
-    """Number of workers that a node with these resources can hold. A worker's fraction of a GPU lies on one GPU."""
+    """Number of workers that a node with these resources can hold. A fraction of a GPU must lie on one GPU."""
     wanted = bundle_of(worker_options(cluster))
     per_worker, gpus = wanted.pop("GPU", 0.0), int(resources.get("GPU", 0))
     fits = [int(resources.get(name, 0.0) / amount + 1e-9) for name, amount in wanted.items()]

@@ -40,7 +40,7 @@ def hush() -> None:
 
 
 NOT_A_NODE = "No node info found"
-"""Words of Ray's error for a driver whose machine is no node of the cluster."""
+"""Words in Ray's error message when the driver's machine is no node of the cluster."""
 
 
 def runs_a_node() -> bool:

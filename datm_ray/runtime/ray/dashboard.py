@@ -42,7 +42,7 @@ PORT = 8265
 OTHER_PORTS = ("6379", "10001")
 """Default ports of Ray that do not speak HTTP: the drivers' port and Ray Client's port."""
 VERSION = "/api/version"
-"""Path of a client's first request."""
+"""URL path of a client's first request, which any Ray cluster answers."""
 ESCAPES = "with %40, %2F and %3A for @, / and : in a password"
 _CREDENTIALS = re.compile(r"(\w+://)[^\s'\"]*@|^[^\s:@/]+:[^\s@]*@")
 
@@ -110,7 +110,7 @@ class Dashboard(JobSubmissionClient):
 
 @contextmanager
 def _instead_of_variables(address: str) -> Iterator[None]:
-    """Set two environment variables to the address, because Ray's client prefers them to its argument."""
+    """Set Ray's two variables for an address while the block runs: Ray's client prefers them to its argument."""
     names = (OWN_ADDRESS, "RAY_ADDRESS")  # old versions of Ray read RAY_ADDRESS only
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, address))

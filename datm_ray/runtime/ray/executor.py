@@ -47,19 +47,19 @@ from datm_ray.runtime.retries import MARGIN, History, Patience, size_for
 from datm_ray.runtime.stopping import SAVE_TIMEOUT, SAVES, Interrupted, deferring_signals, saving
 
 PENDING = 8
-"""Number of actors that may wait for resources at a time. If more actors have started, as many may wait."""
+"""Number of actors that may wait for resources at a time; or the number of started actors, if that is larger."""
 EVENT_INTERVAL = 0.5
 """Longest wait for an event, in seconds, before waiting tasks are checked."""
 CHECK_INTERVAL = 5.0
 """Seconds between two checks of the workers."""
 LONGEST_DRAIN = 600.0
-"""Longest time in seconds for which tasks of one worker wait, so that a waiting group gets all resources set free."""
+"""Longest time in seconds for which one-worker tasks stay unstarted so that a waiting group can get its resources."""
 ABSENCE = 10.0
-"""Seconds between two checks of events. If a gap is longer, this process itself is taken to have stood still."""
+"""Longest normal gap in seconds between two checks of events. After a longer one, this process was suspended."""
 ROOT_CAUSE_TIMEOUT = 3.0
 """Seconds to wait for the original error after a rank reports that it lost its peers."""
 AVOIDANCE_PAUSE = 600.0
-"""Seconds for which workers may start on a node that lost workers, because the other nodes had no free resources."""
+"""Seconds during which nodes that lost workers are used again, because the other nodes had no free resources."""
 WAIT_INTERVAL = 60.0
 """Seconds between two messages that a task waits for a worker. The first message comes after 15 s."""
 FAULTS_OF_A_NODE = 3
@@ -171,7 +171,7 @@ class _Job:
     waits_since: float = field(default_factory=time.monotonic)
     """Time since which the task has no workers, in seconds of the monotonic clock."""
     gives_way: bool = False
-    """True if the group has waited so long that tasks of one worker may start before it."""
+    """True if the task's group of ranks has waited so long that tasks of one worker may start first."""
     failed_on: str = ""
     """Node of the task's first error that may have its cause on that node alone; "" before such an error."""
     workers: list[PoolWorker] = field(default_factory=list)
@@ -211,11 +211,12 @@ class _Stage:
         self._failed_starts = 0
         """Number of actors in a row that Ray could not start."""
         self._request_after = self._avoid_after = 0.0
-        """Time before which no actor is requested, and time before which no node is avoided."""
+        """Times in seconds of the monotonic clock: no actor is requested before the first, no node avoided before the
+        second."""
         self._checked = self._awake = time.monotonic()
-        """Time of the last check of the workers, and time of the last check for events."""
+        """Times of the last check of the workers, and for events, in seconds of the monotonic clock."""
         self._blocked_since = self._reported_at = math.inf
-        """Time since which tasks wait and none runs (infinite if one runs), and time of the last message about it."""
+        """Time since which tasks wait and none runs (infinite if one runs), and time of the last message on waiting."""
 
     def events(self) -> Iterator[tuple[Task, Event]]:
         """Run all tasks to their end and yield their events, each with its task."""
@@ -235,7 +236,7 @@ class _Stage:
             self._release(job)
 
     def _take_tasks(self) -> list[_Job]:
-        """Take over tasks that the caller has added to the list. Returns all tasks that have not ended."""
+        """Take tasks that the caller has added to the list meanwhile. Returns all tasks that have not ended."""
         new = self._tasks[self._taken :]
         if self._taken and new:
             self._executor.metrics.add(new)
@@ -301,7 +302,7 @@ class _Stage:
 
     @property
     def _left(self) -> int:
-        """Number of workers that `cluster.workers` leaves for tasks beside groups of ranks that run or come first."""
+        """Number of workers that `cluster.workers` allows beside groups of ranks that run or that must start first."""
         first = (job.group.size for job in self._jobs if job.group and (job.workers or not job.gives_way))
         return self._limit - sum(first)
 
@@ -334,7 +335,7 @@ class _Stage:
         return False
 
     def _is_apart(self, job: _Job) -> bool:
-        """True if the task runs on workers of `cluster.light`. It is assumed to use no resources that a group needs."""
+        """True if the task runs on workers of `cluster.light`, which are assumed to take no resources of groups."""
         return self._cluster.light is not None and job.task.is_light
 
     def _request_group(self) -> Iterator[tuple[Task, Event]]:
@@ -578,7 +579,7 @@ class _Stage:
         return self._nodes.others({worker.node}, light=job.task.is_light)
 
     def _blame(self, job: _Job, cause: BaseException, stream: Any) -> str:
-        """Find and record the node on which a worker was lost, and stop free actors there. Returns "" if unknown."""
+        """Return the node on which a worker was lost, "" if unknown. Counts the loss, and stops free actors there."""
         worker = job.workers[job.streams.get(stream, 0)]
         worker.find_node()
         if isinstance(cause, PeerLostError):
@@ -591,7 +592,10 @@ class _Stage:
         return worker.node
 
     def _too_many_losses(self, job: _Job, cause: BaseException, why: str) -> DatmError:
-        """Error for a task that is given up: its last error if that names its cause, such as a full disk."""
+        """Error for a task that is given up: its last error if the package raised it, such as for a full disk.
+
+        Otherwise a `WorkerLostError` with the number of losses and the reason `why` of the last one.
+        """
         ours = cause if isinstance(cause, DatmError) else None
         if ours and not isinstance(ours, WorkerLostError):
             return ours

@@ -93,7 +93,7 @@ class Jobs:
         self._client = Dashboard(address)
 
     def command(self, name: str, number: str) -> str:
-        """Make the text of the shell command `datm-ray job NAME` for a job. For "logs" it has the option --follow."""
+        """Text of the shell command `datm-ray job NAME` for the job with id `number`; "logs" gets --follow."""
         follow = " --follow" if name == "logs" else ""
         return f"datm-ray job {name} {number}{follow} --address {shlex.quote(self._shown)}"
 
@@ -161,7 +161,7 @@ class Jobs:
             time.sleep(1.0)
 
     def _took(self, number: str, failure: ClusterError, end: float) -> bool:
-        """True if the cluster has the job although submitting it failed, because only the answer was lost.
+        """True if the cluster has the job `number` although submitting it failed, because only the answer was lost.
 
         Raises:
             JobUnreachableError: the cluster has not answered by the time `end`, so nothing is known.
@@ -210,7 +210,7 @@ class Jobs:
             return _job(self._client.get_job_info(number))
 
     def logs(self, number: str) -> str:
-        """Fetch a job's log so far."""
+        """Fetch the whole log so far of the job with id `number`."""
         with self._answers(number):
             text: str = self._client.get_job_logs(number)
         return text
@@ -276,7 +276,7 @@ class Jobs:
             time.sleep(pause)
 
     def stop(self, number: str) -> bool:
-        """Stop a job. Returns False if it had already ended. The job's saved work stays."""
+        """Stop the job with id `number`. Returns False if the job had already ended. Its saved work stays."""
         with self._answers(number):
             stopped: bool = self._client.stop_job(number)
         return stopped

@@ -33,7 +33,7 @@ def is_final(failure: BaseException) -> TypeGuard[DatmError]:
 
 
 def may_be_the_nodes(failure: DatmError) -> bool:
-    """True for an error that may have its cause on one node, such as a missing mount or missing credentials."""
+    """True for an error whose cause may lie on one node, such as a missing mount; a retry elsewhere may succeed."""
     return isinstance(failure, StoreError | ClusterError) and not isinstance(failure, MissingExpertsError)
 
 

@@ -68,7 +68,7 @@ class RayMetrics:
                 metric.observe(sample.value, tags)
 
     def _make(self, name: str) -> Gauge | Counter | Histogram:
-        """Create Ray's metric for an entry of the catalogue."""
+        """Create Ray's metric for the entry `name` of `monitor/metrics.py`."""
         ours = CATALOGUE[name]
         text = f"{ours.description} ({ours.unit})" if ours.unit else ours.description
         made: Gauge | Counter | Histogram

@@ -35,7 +35,7 @@ class Stage(NamedTuple):
     """Worker class, setup and method that the tasks of a stage share."""
 
     number: int
-    """Number of this pair of worker and setup. An actor keeps its worker while the number stays the same."""
+    """Number of this pair of worker class and setup. An actor keeps its worker while the number stays the same."""
     worker: Callable[..., Any]
     setup: tuple[Any, ...]
     """Arguments of the worker's constructor. The actor resolves Ray's references among them."""
@@ -84,7 +84,7 @@ class Worker:
     def work(
         self, stage: Stage, patience: Patience, method: str, rank: tuple[int, int], address: str, *arguments: Any
     ) -> Iterator[Any]:
-        """Run this actor's part of a task and yield its events, each after the log records before it.
+        """Run this actor's part of a task. Yields its events, each after a list of new log records if there are any.
 
         Args:
             stage: worker to construct, unless the actor already has it.
@@ -165,7 +165,7 @@ class PoolWorker:
         return cls(options, actor, actor.place.remote(), avoids=avoids)
 
     def suits(self, options: Mapping[str, Any]) -> bool:
-        """True if the actor has the resources in `options`. It may have more memory and more labels."""
+        """True if the actor has the resources in `options`; the actor may also have more memory and more labels."""
         mine, theirs = ({**each, "memory": 0, "label_selector": 0} for each in (self.options, options))
         labels, wanted = (each.get("label_selector", {}) for each in (self.options, options))
         enough = self.options.get("memory", 0) >= options.get("memory", 0)
@@ -174,7 +174,14 @@ class PoolWorker:
     def run(
         self, stage: Stage, task: Task, patience: Patience, rank: tuple[int, int] = (0, 1), rendezvous: Any = ""
     ) -> None:
-        """Submit a task, or one rank's part of a task, to the actor. The events then come from `stream`."""
+        """Submit a task, or one rank's part of a task, to the actor. The events then come from `stream`.
+
+        Args:
+            stage: worker to construct, unless the actor already has it.
+            patience: time limit for each event.
+            rank: rank of the actor, and number of ranks.
+            rendezvous: reference to rank 0's `Worker.rendezvous`; "" for a task of one worker.
+        """
         name = f"Worker of {task.name}" + (f", rank {rank[0]} of {rank[1]}" if rank[1] > 1 else "")
         self.stream = self.actor.work.options(num_returns="streaming", name=name).remote(
             stage, patience, task.method or stage.method, rank, rendezvous, *task.arguments

@@ -153,7 +153,7 @@ def lacks_bucket(error: Exception) -> bool:
 
 
 def may_pass(error: Exception) -> bool:
-    """True if a failed file operation may succeed later or elsewhere: it was not denied, missing or wrong."""
+    """True if a failed file operation may succeed later or elsewhere; False if access was denied or a file missing."""
     return isinstance(error, OSError) and error.errno not in _FOR_GOOD
 
 
@@ -170,11 +170,11 @@ def reason(error: Exception) -> str:
 
 
 def _code_and_message(error: Exception) -> str:
-    """S3 error code of an answer, with the server's message if it adds information."""
+    """S3 error code in a server's answer, followed by the server's message if that adds information."""
     code, words = code_of(error), str(_answer(error).get("Error", {}).get("Message") or "")
     return code if words.replace(" ", "") in ("", code, "Forbidden") else f"{code}: {one_line(words)}"
 
 
 def without_credentials(text: str) -> str:
-    """Text without the credentials of a URI, which stand before its @."""
+    """Text in which URIs lack their credentials, the part before @."""
     return _CREDENTIALS.sub("", text)

@@ -55,7 +55,7 @@ class MissingFileError(StoreError):
 
 
 def unguarded() -> None:
-    """Allow every write."""
+    """Do nothing: the default `guard` of a `Location`, which allows every write."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Location:
             return int(found["size"])
 
     def stamp(self) -> str:
-        """Text that changes when the file is replaced."""
+        """Text made of the file's metadata, which changes when the file is replaced."""
         with self._asking("read"):
             return str(self._ask(lambda: self.fs.ukey(self.path)))
 
@@ -155,7 +155,7 @@ class Location:
             return found
 
     def _children(self, paths: Iterable[str]) -> dict[str, str]:
-        """Listed path of each child, by its name."""
+        """Direct children of this folder among the listed `paths`: name -> path. Temporary files are left out."""
         folder = self.path.rstrip("/")
         # ls() of a file lists the file itself, and ls() of some S3 folders the folder too: neither is a child.
         split = ((path, path.rstrip("/").rpartition("/")) for path in paths)
@@ -294,12 +294,12 @@ class Location:
 
     @contextmanager
     def _asking(self, action: str) -> Iterator[None]:
-        """Act as `explaining`, and count a request that moves no content."""
+        """Turn errors in the block into StoreErrors as `explaining` does, and count a request without content."""
         with self.explaining(action), request("look", self.uri):
             yield
 
     def _ask(self, call: Callable[[], T]) -> T:
-        """Result of a request. A request to S3 is repeated after a temporary failure."""
+        """Return the result of `call`, a request. Requests to S3 are repeated after a temporary failure."""
         if not _is_s3(self.fs):
             return call()
         found: T = self.fs.patiently(self.path, call)
@@ -307,7 +307,7 @@ class Location:
 
     @contextmanager
     def explaining(self, action: str) -> Iterator[None]:
-        """Turn each exception of the filesystem in the block into a StoreError: "Cannot <action> <uri>"."""
+        """Turn each exception of the filesystem in the block into a StoreError "Cannot ACTION URI", with its cause."""
         try:
             yield
         except DatmError:

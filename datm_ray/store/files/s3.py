@@ -172,7 +172,7 @@ class S3(S3FileSystem):  # type: ignore[misc]
 
     @staticmethod
     def passes(error: Exception) -> bool:
-        """True if the same request may succeed later: it was not denied, missing or wrong."""
+        """True if the same request may succeed later; False if it was wrong or denied, or a file is missing."""
         status, code = status_of(error), code_of(error)
         if status or code:
             return status in (429, 500, 502, 503, 504) or code in _PASSING or "Throttl" in code
@@ -249,7 +249,7 @@ class S3(S3FileSystem):  # type: ignore[misc]
             return None
 
     def clearer(self, error: Exception, path: str) -> Exception:
-        """Clearer error for an answer to HEAD, which has no body and so no code. Otherwise, the error itself."""
+        """Clearer error for a failed HEAD request, whose answer has no body and no code; otherwise `error` itself."""
         if code_of(error) not in ("400", "403"):
             return error
         bucket, key, _ = self.split_path(path)

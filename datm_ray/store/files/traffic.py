@@ -35,12 +35,12 @@ class Traffic:
     retries: int = 0
 
     def __sub__(self, earlier: Traffic) -> Traffic:
-        """Traffic since an earlier value."""
+        """Traffic between an earlier total and this one, field by field."""
         return Traffic(**{each.name: getattr(self, each.name) - getattr(earlier, each.name) for each in fields(self)})
 
 
 class Size:
-    """Number of bytes that a request has moved, set by the block of `request`."""
+    """Size of one request: the block of `request` sets `bytes`, the number of bytes read or written."""
 
     bytes = 0
 
@@ -69,7 +69,7 @@ def request(kind: Literal["read", "write", "look"], uri: str) -> Iterator[Size]:
 
 
 def count_retry() -> None:
-    """Count one retry."""
+    """Count one request to S3 that is sent again after a temporary failure."""
     _add({"retries": 1})
 
 
