@@ -21,7 +21,7 @@ from datm_ray.errors import ConfigError
 
 
 def load_sections(path: str) -> dict[str, Any]:
-    """Read a recipe's YAML file as plain data.
+    """Read a recipe's YAML file as plain data, unchecked: key -> value, or section -> {key: value}.
 
     Raises:
         ConfigError: the file is missing or not YAML.
@@ -220,7 +220,11 @@ def to_yaml_with_reasons(config: RunConfig, reasons: Mapping[str, str]) -> str:
 
 
 def _section_lines(section: Section, heading: str, indent: str, without: Collection[str] = ()) -> Iterator[str]:
-    """Lines of a section's fields: common fields, then fields in `SELDOM` below a comment."""
+    """YAML lines of a section's fields: first the common ones, then those of `SELDOM[heading]` below a comment.
+
+    Args:
+        without: names of fields, and `section.field` of inner sections, that are left out.
+    """
     fields = {name: each for name, each in type(section).model_fields.items() if name not in without}
     seldom = [name for name in fields if name in SELDOM.get(heading, "").split()]
     for name in sorted(fields, key=seldom.__contains__):

@@ -103,7 +103,7 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
 
 
 def _without_later_keys(experts: dict[str, Any]) -> dict[str, Any]:
-    """Settings of experts. Leaves out keys that earlier versions lacked if they have the value those versions used."""
+    """Settings of experts without the keys of `LATER_EXPERT_KEYS` that have the value given there."""
     return {name: value for name, value in experts.items() if LATER_EXPERT_KEYS.get(name, ...) != value}
 
 

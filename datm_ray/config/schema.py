@@ -36,7 +36,7 @@ class Role:
     backbones: tuple[int, ...]
     """Numbers of the backbones that this worker matches; 0 is `RunConfig.network`."""
     meta_networks: tuple[int, ...]
-    """Numbers of the MetaDD networks that this worker holds: 0 is the first backbone, then the auxiliaries."""
+    """Numbers of the MetaDD networks that this worker computes: 0 is the first backbone, then the auxiliaries."""
 
 
 RESERVED_NAMES = frozenset({"experts", "controls", "report.html", "summary.json", "tensorboard", "transforms", "wandb"})
@@ -195,7 +195,7 @@ class RunConfig(Section):
 
     @property
     def scoring_run(self) -> ScoringRun | None:
-        """Run whose experts order the images for the experts of `network`; `None` without `experts.curriculum`."""
+        """Run whose networks score the images, so that experts can see easy ones first; `None` without a curriculum."""
         curriculum = self.experts.curriculum
         if curriculum is None:
             return None
@@ -240,7 +240,7 @@ class RunConfig(Section):
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """Roles that share the networks of one set. The first role has the first backbone.
+        """Roles among which the networks of one set are divided. The first role has the first backbone.
 
         `cluster.shards` workers take each role, each with a shard of the classes.
         """

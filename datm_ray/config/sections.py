@@ -67,7 +67,7 @@ class DatasetConfig(Section):
     mean: Annotated[tuple[NonNegative, ...], Field(strict=False)] | None = None
     """standard: mean of each channel of pixels in [0, 1], such as a teacher's; null: of the training images."""
     std: Annotated[tuple[Positive, ...], Field(strict=False)] | None = None
-    """standard: deviation of each channel, given together with `mean`; null: of the training images."""
+    """standard: standard deviation of each channel, given with `mean`; null: of the training images."""
     validation: Fraction = 0.1
     """Share of training images used for validation, in (0, 1)."""
     streamed: bool = False
@@ -90,7 +90,7 @@ class DatasetConfig(Section):
 
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-        """Means and deviations of the channels; `None` if they are those of the training images."""
+        """Given means and standard deviations of the channels; `None` if they are computed from the training images."""
         return None if self.mean is None or self.std is None else (self.mean, self.std)
 
     @property
@@ -170,9 +170,9 @@ class NetworkConfig(Section):
     depth: Count | None = None
     """Blocks of convnet (each halves the image) or layers of mlp. null: 2 to 6 by image size; mlp 3."""
     norm: Norm = "instance"
-    """Normalisation layers; sre2l needs batch, which datm and dm cannot have."""
+    """Normalisation layers: instance, batch, group or none. sre2l needs batch; datm and dm refuse it."""
     pooling: Pooling = "avg"
-    """2x2 pooling at the end of every convnet block."""
+    """2x2 pooling at the end of every convnet block: avg, max or none."""
 
     def resolved(self, size: tuple[int, int]) -> NetworkConfig:
         """Copy in which a depth of `None` is replaced by the default for images of `size` (height, width) in pixels."""
@@ -234,14 +234,14 @@ class CurriculumConfig(Section):
     first_share: Annotated[float, Field(gt=0, le=1)] = 0.75
     """Share of each class, its easiest images, that experts see in the first epoch, in (0, 1]."""
     whole_from: Count = 20
-    """Epoch from which experts see all images, counted from 0. Until then the share grows linearly."""
+    """Epoch from which experts see all images, counted from 0. Until then, the share seen grows linearly."""
     removals: Annotated[tuple[RemovalConfig, ...], Field(strict=False, max_length=16)] = (
         RemovalConfig(epoch=41, share=0.1),
         RemovalConfig(epoch=61, share=0.2),
     )
     """Epochs from which easy images are left out, in order, such as `[{epoch: 41, share: 0.1}]`; [] for none."""
     scoring_networks: Annotated[int, Field(ge=1, le=100)] = 8
-    """Networks whose mean EL2N score orders the images, 1 to 100."""
+    """Number of networks whose mean EL2N score orders the images, 1 to 100."""
     scoring_epochs: Count = 10
     """Epochs of training of the scoring networks, on all images."""
 
@@ -319,11 +319,12 @@ class StartEpochs(Section):
     first: Epoch = 0
     """Earliest start epoch, inclusive (T- in the paper)."""
     bound: Count
-    """Upper bound at iteration 0, exclusive (T in the paper)."""
+    """Upper bound of start epochs at iteration 0, exclusive (T in the paper)."""
     final_bound: Count | None = None
-    """Upper bound from iteration `expand_iterations` on, exclusive (T+ in the paper); null: `bound`."""
+    """Upper bound of start epochs from iteration `expand_iterations` on, exclusive (T+ in the paper);
+    null: `bound`."""
     expand_iterations: Annotated[int, Field(ge=0)] = 0
-    """Iterations over which the bound grows; 0 for a fixed range."""
+    """Number of iterations over which the upper bound grows; 0 for a fixed range."""
 
     @model_validator(mode="before")
     @classmethod
@@ -377,7 +378,7 @@ class DistillConfig(Section):
     student_steps: Count = 80
     """SGD steps of the student per iteration."""
     expert_epochs: Count = 2
-    """Epochs from the start to the target on the trajectory (M)."""
+    """Epochs from the start to the target on the trajectory (M in MTT)."""
     batch_size: Count = 100
     """Synthetic images per student step."""
     start_epochs: StartEpochs = StartEpochs(bound=10, final_bound=20, expand_iterations=1000)
@@ -391,7 +392,8 @@ class DistillConfig(Section):
     real_batch: Count = 256
     """dm: real images of each class in an iteration."""
     initial: Literal["correct", "random", "noise"] = "correct"
-    """First images. correct: real ones that experts classify correctly (random without experts); random: real ones."""
+    """First images. correct: real ones that experts classify correctly (random without experts); random: real ones;
+    noise: random pixels."""
     labels: Literal["soft", "hard"] = "soft"
     """soft: the experts' mean logits, then learned by datm (sre2l, select: expert 0's); hard: the classes."""
     initial_step_size: Positive | None = None
@@ -412,7 +414,7 @@ class DistillConfig(Section):
     validate_every: Annotated[int, Field(ge=0)] = 500
     """Iterations between validations, which choose the set to keep; 0: none, the last set is kept."""
     validation_seeds: Count = 1
-    """Networks trained at each validation."""
+    """Number of networks trained at each validation."""
     checkpoint_every: Count = 100
     """Iterations between checkpoints."""
 
@@ -438,7 +440,7 @@ class RecoverConfig(Section):
     least_share: Annotated[float, Field(gt=0, le=1)] = 0.08
     """Smallest share of an image's area that a crop keeps, in (0, 1]; 1 does not crop."""
     crops: Literal["published", "falling"] = "published"
-    """falling: the smallest share falls from 1 to `least_share` along a cosine, as in CDA."""
+    """published: `least_share` throughout; falling: from 1 to `least_share` along a cosine, as in CDA."""
     flip: bool = True
     """Mirror half of the random views; false where mirrored images would be of another class."""
     shift: Annotated[int, Field(ge=0)] = 4
@@ -446,7 +448,7 @@ class RecoverConfig(Section):
     rounds: Count = 1
     """Rounds of iterations, each with a new Adam; between rounds, the first images are mixed in."""
     mixed_in: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of the first images when they are mixed in between rounds."""
+    """Weight of the first images when they are mixed in between rounds, in [0, 1]; the current ones get the rest."""
 
 
 class SelectConfig(Section):
@@ -699,7 +701,7 @@ _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 
 
 def _matching(pattern: str, words: str) -> AfterValidator:
-    """Validator that requires a pattern; `words` say what is allowed."""
+    """Validator of text that must match `pattern` as a whole; `words` tell the user what is allowed."""
 
     def require(value: str) -> str:
         if not re.fullmatch(pattern, value):
@@ -778,7 +780,7 @@ class ClusterConfig(WorkerShape):
     log_to: Literal["none", "tensorboard", "wandb"] = "none"
     """Curves beside Ray's metrics: tensorboard writes to <out>/tensorboard. Each is an extra, as in datm-ray[wandb]."""
     light: WorkerShape | None = None
-    """Workers of experts, validation and evaluation; null: like workers of distillation."""
+    """Resources of workers for experts, validation and evaluation; null: those for distillation."""
 
     def shaped(self, *, light: bool) -> ClusterConfig:
         """Copy with the resources of the section `light`; itself if `light` is False or the recipe has no such section.

@@ -526,7 +526,11 @@ def _pixels(image: Image.Image, shape: tuple[int, ...]) -> NDArray[np.uint8]:
 
 
 def _in_parallel(count: int, work: Callable[[int], T], threads: int | None = None) -> list[T]:
-    """Compute [work(0), ..., work(count - 1)] in threads, because Pillow releases the GIL; raise the first failure."""
+    """Compute [work(0), ..., work(count - 1)] in threads, because Pillow releases the GIL; raise the first failure.
+
+    Args:
+        threads: number of threads; `None` for one per CPU, at most 32.
+    """
 
     threads = threads or min(32, os.cpu_count() or 1)
     size = max(1, min(_BLOCK, -(-count // threads)))

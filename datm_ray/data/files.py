@@ -87,7 +87,7 @@ def list_folder(root: Path, suffixes: Collection[str]) -> Listing:
 
 
 class _Walk:
-    """Search for data files below a folder."""
+    """Search for data files below a folder: collects their paths, all folders, and counts of left-out entries."""
 
     def __init__(self, root: Path, suffixes: Collection[str]) -> None:
         self.top = os.path.realpath(root)

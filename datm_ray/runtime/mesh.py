@@ -163,7 +163,7 @@ class Alone(Mesh):
         """Return at once: there are no other workers to wait for."""
 
     def until_all_are_done(self, work: Callable[[Heartbeat], Result]) -> Result:
-        """Do the work: there are no other workers to wait for."""
+        """Return the result of `work`: there are no other workers to wait for."""
         return work(lambda: None)
 
     def in_rows(self, work: Callable[[Callable[[Tensor], Tensor]], None]) -> None:

@@ -24,7 +24,7 @@ MARGIN = 30.0
 
 @dataclass(frozen=True)
 class History:
-    """Attempts of one task so far."""
+    """Record of one task's lost attempts so far."""
 
     losses: int = 0
     """Number of attempts that ended because a worker was lost."""
@@ -82,7 +82,7 @@ class Patience:
     shortest: float = 0.0
     longest: float = 0.0
     steps: int = 0
-    """Number of steps so far."""
+    """Number of the worker's steps so far."""
     slowest: float = 0.0
     """Duration of the longest step so far, in seconds."""
 

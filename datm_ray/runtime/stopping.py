@@ -116,7 +116,9 @@ def deferring_signals() -> Iterator[None]:
 
 @contextmanager
 def _handling(handle: Callable[[int, Any], object]) -> Iterator[None]:
-    """Call `handle` on SIGINT and SIGTERM, unless the process ignores them, or runs this outside of the main thread."""
+    """Call `handle` on SIGINT and SIGTERM while the block runs. No effect on ignored signals or in other threads than
+    the main one.
+    """
     wanted = [signal.SIGINT, signal.SIGTERM] if threading.current_thread() is threading.main_thread() else []
     before = {each: signal.getsignal(each) for each in wanted}
     ours = [each for each in wanted if before[each] is not signal.SIG_IGN]

@@ -266,7 +266,7 @@ class LabelStore:
         return self._place
 
     def _forget(self) -> None:
-        """Drop all that was read, because it may hold a connection of another process."""
+        """Drop everything read so far: after a fork, it may hold connections of the parent process."""
         self._process = os.getpid()
         self._opened: _Recent[int, _OpenedEpoch] = _Recent(_OPENED, lambda epoch: 1)
         self._blocks: _Recent[tuple[int, int], LabelRecords] = _Recent(self._memory, lambda block: block.nbytes)
@@ -410,7 +410,7 @@ class LabelStore:
 
 
 class _Recent(Generic[K, T]):
-    """Most recently used values, up to a total size. At least one value is kept."""
+    """Cache of the most recently used values, up to a total size of `limit`. At least one value is kept."""
 
     def __init__(self, limit: int, size: Callable[[T], int]) -> None:
         self._values: OrderedDict[K, T] = OrderedDict()

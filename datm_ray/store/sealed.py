@@ -111,7 +111,7 @@ class SealedFile:
     location: Location
     schema: pa.Schema
     header: Mapping[str, str]
-    """Schema metadata."""
+    """Metadata of the file's Arrow schema: format, version, and what the writer added."""
 
     parts: Sequence[Part]
     """Parts of the stream, without gaps: head, batches, end mark."""

@@ -262,7 +262,7 @@ class ExpertGroup:
         (self.location / _COSTS / f"{name}.json").write_json(value)
 
     def costs(self) -> list[Location]:
-        """JSON files written by `write_cost`."""
+        """Locations of the JSON files written by `write_cost`."""
         folder = self.location / _COSTS
         return [folder / name for name in folder.list() if name.endswith(".json")]
 

@@ -110,7 +110,7 @@ class Dashboard(JobSubmissionClient):
 
 @contextmanager
 def _instead_of_variables(address: str) -> Iterator[None]:
-    """Set Ray's two variables for an address while the block runs: Ray's client prefers them to its argument."""
+    """Set two environment variables to `address` while the block runs: Ray's client prefers them to its argument."""
     names = (OWN_ADDRESS, "RAY_ADDRESS")  # old versions of Ray read RAY_ADDRESS only
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, address))
@@ -233,7 +233,7 @@ def _no_token(address: str, detail: str) -> ClusterError:
 
 
 def _stranger(address: str, detail: str) -> ClusterError:
-    """Error for an answer that does not come from Ray."""
+    """Error for an answer that does not come from Ray; `detail` describes the answer."""
     parts, proxy = urlsplit(address), _proxy_of(address)
     return _no_answer(
         address,
@@ -246,7 +246,7 @@ def _stranger(address: str, detail: str) -> ClusterError:
 
 
 def _unreachable(address: str, failure: Exception, seconds: float) -> ClusterError:
-    """Error for a request without any answer, with its likely cause."""
+    """Error for a request without any answer within `seconds`, with its likely cause."""
     chain = list(_chain(failure))
     first, proxy, parts = chain[-1], _proxy_of(address), urlsplit(address)
     detail = getattr(first, "strerror", None) or first_line(first)

@@ -51,7 +51,7 @@ PENDING = 8
 EVENT_INTERVAL = 0.5
 """Longest wait for an event, in seconds, before waiting tasks are checked."""
 CHECK_INTERVAL = 5.0
-"""Seconds between two checks of the workers."""
+"""Seconds between two checks for stuck workers, for new log records and for nodes that end soon."""
 LONGEST_DRAIN = 600.0
 """Longest time in seconds for which one-worker tasks stay unstarted so that a waiting group can get its resources."""
 ABSENCE = 10.0
@@ -102,7 +102,7 @@ class RayExecutor:
 
     @property
     def light_workers(self) -> int:
-        """Highest number of workers that run light tasks at the same time."""
+        """Highest number of workers that run tasks with `is_light` at the same time."""
         return self.cluster.workers or max(1, self.nodes.capacity(light=True))
 
     def share(self, value: Any) -> Any:
@@ -205,7 +205,7 @@ class _Stage:
         """Number of tasks taken from the list so far."""
         self._jobs: list[_Job] = []
         self._failure: DatmError | None = None
-        """First error in the user's input, `None` so far. After such an error no task starts; running tasks finish."""
+        """First error in the user's input; `None` without one. After an error no task starts; running tasks finish."""
         self._given_up: DatmError | None = None
         """Error of the first task that lost its workers too often. It is raised after all other tasks have ended."""
         self._failed_starts = 0
@@ -247,7 +247,7 @@ class _Stage:
         return self._jobs
 
     def _notice_absence(self) -> None:
-        """Subtract time in which this process stood still, such as after Ctrl-Z, from the workers' silence."""
+        """Subtract time in which this process was suspended, as by Ctrl-Z, from the workers' time without events."""
         now = time.monotonic()
         if now - self._awake > ABSENCE:
             for job in self._jobs:
@@ -339,7 +339,7 @@ class _Stage:
         return self._cluster.light is not None and job.task.is_light
 
     def _request_group(self) -> Iterator[tuple[Task, Event]]:
-        """Request the ranks of the next task of several workers."""
+        """Request the ranks of the next task that needs several workers, if no other group waits."""
         # One group waits at a time, until it gives way. Otherwise small groups could overtake a large one for ever.
         if not all(job.workers or job.gives_way for job in self._jobs if job.group):
             return
