@@ -48,7 +48,7 @@ class Options(TypedDict, total=False):
     """Options that `run`, `train_experts`, `distill` and `evaluate` share."""
 
     settings: Settings
-    """Values that replace the recipe's."""
+    """Values of the recipe to replace, by `section.field`; see `Settings`."""
     store: str
     """Trajectory store, a path or URI. Default: the folder `experts` in the output folder."""
     executor: Literal["ray", "serial"]
@@ -78,7 +78,7 @@ def recipe_of(recipe: Recipe, settings: Settings | None = None) -> RunConfig:
 
 
 def _plain(value: object) -> object:
-    """Plain value of a path, or of a number of numpy or torch; other values as they are."""
+    """Convert a path to text, and a number of numpy or torch to Python's; return any other value unchanged."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return value.item() if hasattr(value, "item") else value

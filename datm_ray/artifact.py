@@ -126,7 +126,7 @@ class Artifact:
     provenance: Mapping[str, Any]
     """Versions, hardware, data set and experts of the run."""
     place: str = ""
-    """Path or URI that the set was read from."""
+    """Path or URI that the set was read from; "" if it was not read from a file."""
 
     def __repr__(self) -> str:
         images, classes = len(self.images), len(self.class_names)
@@ -247,7 +247,7 @@ def _with_context(
     *,
     kept: bool = False,
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """Arrays and metadata of a set's file. If `kept`, they hold the transform's digest, but not the transform."""
+    """Arrays and metadata of a set's file: with the whole transform, or with its digest alone if `kept`."""
     transform_metadata = transform.to_metadata()
     if kept:
         transform_metadata["digest"] = transform.digest
@@ -263,7 +263,10 @@ def _with_context(
 
 
 def keep_transform(transform: Transform, transforms: Location) -> Location | None:
-    """Write a large transform into the folder unless it exists. Returns its file, or `None` for a small transform."""
+    """Write a transform above `INLINE_BYTES` into the folder, unless it is there.
+
+    Returns the location of its file, or `None` for a smaller transform, which needs no file.
+    """
     if transform.nbytes <= INLINE_BYTES:
         return None
     place = transforms / f"{transform.digest}.arrow"
@@ -343,7 +346,7 @@ def _require_sound(artifact: Artifact, uri: str) -> None:
 
 
 def _faults(artifact: Artifact) -> Iterator[str]:
-    """Faults of a set, in words; each check relies on those before it."""
+    """Yield a sentence for each fault of a set. Later checks assume that earlier ones found none."""
     images, soft_labels, labels = artifact.images, artifact.soft_labels, artifact.labels
     n, k, rates = len(labels) if labels.ndim else 0, len(artifact.class_names), artifact.step_sizes
     for name, tensor, dtype, shape in (

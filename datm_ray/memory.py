@@ -11,7 +11,10 @@ from pathlib import Path
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes of main memory that can be allocated without swapping, on the machine or in this process's container."""
+    """Bytes of main memory that can be allocated without swapping, on the machine or in this process's container.
+
+    `root` is the folder that holds `proc` and `sys`.
+    """
     # Systems other than Linux report used memory in different ways, so there all memory counts as free.
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with suppress(OSError, ValueError, IndexError, StopIteration):
@@ -43,7 +46,7 @@ def _left_in_control_groups(root: Path) -> list[int]:
 
 
 def _reclaimable(group: Path) -> int:
-    """Bytes of the used memory that the kernel frees on demand: cached files."""
+    """Bytes of a control group's cached files, which the kernel frees on demand; 0 if unknown."""
     with suppress(OSError, ValueError, StopIteration):
         lines = (group / "memory.stat").read_text().splitlines()
         return next(

@@ -108,7 +108,7 @@ def _end_with(failure: BaseException, out: str | None, *, resumes: bool = False)
 
 
 def _first_with_text(end: KeyboardInterrupt) -> BaseException:
-    """Interrupt whose text says what was saved, even if another Ctrl-C came after it; `end` if there is none."""
+    """Latest interrupt whose text says what was saved: `end`, or one before it; `end` if none has a text."""
     each: BaseException | None = end
     while each and not (isinstance(each, KeyboardInterrupt) and str(each)):
         each = each.__context__
@@ -197,7 +197,7 @@ def adapt_streams() -> None:
 def _spelled(error: UnicodeError) -> tuple[str | bytes, int]:
     """Encoding error handler: replace characters by the ASCII spelling in `_SPELLED`, else by an escape.
 
-    Undecodable bytes of file names stay.
+    Undecodable bytes of file names stay. Returns the replacement, and the index after the replaced characters.
     """
     assert isinstance(error, UnicodeEncodeError)
     with suppress(UnicodeEncodeError):

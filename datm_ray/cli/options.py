@@ -34,7 +34,7 @@ def settings_starting_with(incomplete: str) -> Iterator[str]:
 
 
 def more_output(steps: int) -> int:
-    """Raise the log level shown on standard error by so many steps; a negative number lowers it. Returns `steps`."""
+    """Show `steps` more levels of the log on standard error, or fewer if negative. Returns `steps`."""
     logs.show(logs.verbosity() + steps)
     return steps
 

@@ -43,7 +43,7 @@ app = typer.Typer(
 )
 
 ExportFormat = Literal["png", "parquet", "pt", "arrow", "safetensors"]
-"""Names of `artifact.EXPORTS`, whose import loads torch."""
+"""Export formats: the keys of `artifact.EXPORTS`, written out here because importing that module loads torch."""
 Out = Annotated[
     str, typer.Option("--out", "-o", metavar="URI", callback=note_out, help="Folder for everything the run writes.")
 ]

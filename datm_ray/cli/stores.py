@@ -67,7 +67,7 @@ def _group_facts(group: ExpertGroup) -> dict[str, Any]:
 
 
 def _bytes(group: ExpertGroup, numbers: Iterable[int]) -> int:
-    """Bytes of some experts of a group, or of its prior."""
+    """Bytes in the store of the experts with these numbers, and of the group's prior if it has one."""
     from datm_ray.store.trajectories import PRIOR_FILE
 
     prior = group.location / PRIOR_FILE

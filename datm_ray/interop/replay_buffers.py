@@ -62,7 +62,7 @@ class Imported:
     """Key of the expert group that holds the trajectory."""
 
     expert: int
-    """Number in the group of the expert that holds the trajectory."""
+    """Number, within the group, of the expert that holds the trajectory."""
 
     new: bool
     """True if this import stored the trajectory; False if an earlier import had stored it."""
@@ -75,11 +75,11 @@ class Exported:
     files: tuple[str, ...]
     """Names of the written files."""
     left_out: tuple[int, ...]
-    """Epochs of the first expert that were not exported, because they follow a gap."""
+    """Epochs of the first expert that were not exported, because an epoch before them is not stored."""
     without_statistics: bool
     """True if the experts have running statistics of batch norms, which replay buffers cannot hold."""
     padded_otherwise: bool
-    """True if the published ConvNet computes something else from these parameters, see `pads_differently`."""
+    """True if the published ConvNet gives other outputs with these parameters, see `pads_differently`."""
 
 
 def import_replay_buffers(files: Sequence[str], config: RunConfig, store_uri: str) -> Iterator[Imported]:
@@ -153,7 +153,7 @@ def export_replay_buffers(group: ExpertGroup, out: Location, per_file: int = PUB
 
 
 def pads_differently(architecture: str, channels: int) -> bool:
-    """True if the published network of this name computes something else from the same parameters."""
+    """True if the published network pads images of so many channels differently, and so gives other outputs."""
     return architecture == "convnet" and channels == 1
 
 
@@ -349,7 +349,7 @@ def _vector(snapshot: list[NDArray[Any]]) -> NDArray[np.float32]:
 
 
 def _trajectory(group: ExpertGroup, expert: int) -> list[list[Tensor]]:
-    """Read an expert's epochs from 0 up to the first gap, as lists of parameters."""
+    """Read an expert's parameters, a list for each epoch from 0 up to the first epoch that is not stored."""
     info = group.read_info(expert)
     epochs = _unbroken(info.epochs)
     if not epochs:
@@ -369,5 +369,5 @@ def _trajectory(group: ExpertGroup, expert: int) -> list[list[Tensor]]:
 
 
 def _unbroken(epochs: Sequence[int]) -> list[int]:
-    """Epochs from 0 up to the first gap."""
+    """Epochs 0, 1, 2, ... of an ascending list, up to the first missing epoch, exclusive."""
     return [epoch for position, epoch in enumerate(epochs) if position == epoch]

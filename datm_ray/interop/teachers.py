@@ -45,14 +45,14 @@ from datm_ray.store.trajectories import Snapshot, size_in_words
 MEASURED_IMAGES = 1000
 """Largest number of test images on which an imported network is measured."""
 MOST_NAMES = 3
-"""Largest number of names of one kind in a message."""
+"""Largest number of parameter names that an error message lists for one problem, such as missing parameters."""
 _WRAPPERS = ("state_dict", "model")
 """Keys under which training programs store a state_dict beside other things."""
 
 
 @dataclass(frozen=True)
 class ImportedTeacher:
-    """Result of an import."""
+    """Result of importing a trained classifier."""
 
     group: str
     """Key of the expert group that holds the network."""
@@ -65,7 +65,7 @@ class ImportedTeacher:
 
     @property
     def is_guessing(self) -> bool:
-        """True if the accuracy is no higher than guessing reaches: its mean and two standard deviations."""
+        """True if the accuracy is at most two standard deviations above the mean accuracy of random guessing."""
         chance = 1 / self.classes
         return self.accuracy <= chance + 2 * math.sqrt(chance * (1 - chance) / self.images)
 
@@ -205,7 +205,7 @@ def torchvision_names(network: nn.Module) -> dict[str, str]:
 
 
 def _torchvision_parts(network: nn.Module) -> dict[str, str]:
-    """Names of modules -> their names in torchvision."""
+    """Name of a module in this package's ResNet or MobileNetV2 -> its name in torchvision; empty for others."""
     if not isinstance(network, SpatialNetwork) or not isinstance(network.features, nn.Sequential):
         return {}
     layers = list(network.features)
@@ -228,7 +228,7 @@ def _torchvision_parts(network: nn.Module) -> dict[str, str]:
 
 
 def _named(what: str, names: Iterable[str]) -> str:
-    """Text that says `what` and lists the first few of some names; "" if there are none."""
+    """Text that starts with `what` and lists at most `MOST_NAMES` of the names; "" if there are none."""
     listed = sorted(names)
     more = f" and {len(listed) - MOST_NAMES} more" if len(listed) > MOST_NAMES else ""
     return f"{what} {', '.join(listed[:MOST_NAMES])}{more}" if listed else ""

@@ -181,7 +181,10 @@ def _call(function: Any, arguments: Any) -> Any:
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> NDArray[Any]:
-    """View of a storage. All its values are checked to lie inside the storage, and none occurs twice."""
+    """Array that is a view of a storage.
+
+    Raises ValueError if the view reaches beyond the storage or uses a value twice.
+    """
     if not isinstance(storage, _Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
         raise ValueError("a tensor has no storage or no shape")
     if not len(shape) == len(strides) <= _MAX_DIMENSIONS:

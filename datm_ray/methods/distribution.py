@@ -7,7 +7,7 @@ one operation of DSA, with the same parameters for all real and synthetic images
 loss, so classes can be divided over workers without sums between them. Means are sums over images, so micro-batches are
 exact.
 
-Shapes: n synthetic images held, m real images of a class, c h w image, d numbers of an embedding.
+Shapes: n synthetic images of this process, m real images of a class, c h w image, d numbers of an embedding.
 Tests: tests/methods/test_distribution.py.
 """
 

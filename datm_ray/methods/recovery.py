@@ -89,7 +89,7 @@ def draw_view(options: RecoverConfig, seed: int, block: int, iteration: int, ite
 
     Args:
         seed: seed of the run.
-        block: number of the block.
+        block: number of the block, the images that are recovered together.
         iteration: number of iterations done.
         iterations: number of iterations of the whole run.
     """
@@ -105,7 +105,7 @@ def draw_view(options: RecoverConfig, seed: int, block: int, iteration: int, ite
 
 
 class RecoveryLoss:
-    """Loss of images by the teacher: their classes, and the running statistics of its batch normalisations."""
+    """Loss of images: a teacher's cross-entropy for their classes, plus the gap to its running statistics."""
 
     def __init__(self, network: nn.Module, options: RecoverConfig, *, channels_last: bool = False) -> None:
         """Copy the network, frozen and in evaluation mode.
@@ -141,9 +141,10 @@ class RecoveryLoss:
         self._gaps.append((mean - layer.running_mean).norm() + (variance - layer.running_var).norm())
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the loss [] of images [n c h w] of classes [n], and its unweighted term [] of statistics.
+        """Compute the loss [] of images [n c h w] of classes [n].
 
-        Both are differentiable in the images.
+        Returns the loss, and the loss's term [] of statistics before its weight `recover.statistics`. Both are
+        differentiable in the images.
         """
         self._gaps.clear()
         classified = cross_entropy(self._network(images.contiguous(memory_format=self._format)), labels)
@@ -155,22 +156,23 @@ class RecoveryLoss:
 
 @dataclass(frozen=True)
 class RecoveryRecord(LossRecord):
-    """One row of a recovery's history."""
+    """Losses of one iteration of a recovery (SRe2L), for its history."""
 
     statistics: float
-    """Sum of the weighted distances from the teacher's running statistics, before `recover.statistics`."""
+    """Sum over layers of the distances from the teacher's running statistics, without the weight
+    `recover.statistics`."""
 
 
 @dataclass
 class Recovery(Descent):
-    """State of the recovery of one block: images, Adam's moments, and the first images if there are several rounds."""
+    """State of recovering one block, the images that are optimised together: the images and Adam's moments."""
 
     record: ClassVar[type[LossRecord]] = RecoveryRecord
     rate_key: ClassVar[str] = "recover.learning_rate"
     moments: dict[str, Tensor] = field(default_factory=dict)
-    """Adam's first and second moments of the images' variable; empty at the start of a round."""
+    """Adam's moments "first" and "second" of the pixels, or of a prior's latents; empty at the start of a round."""
     first_images: Tensor | None = None
-    """First images [n c h w] of the block, with a prior their latents; `None` with one round."""
+    """Images [n c h w] that the block started from, or their latents if there is a prior; `None` with one round."""
 
     def follow(
         self,
@@ -217,7 +219,7 @@ class Recovery(Descent):
             self.synthetic.latents, self.synthetic.images = moved, self.prior.render(moved)
 
     def _adam(self, gradient: Tensor, rate: float, done: int, steps: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images' variable and moments after one step of Adam.
+        """Compute pixels, or a prior's latents, and Adam's moments after one step of Adam.
 
         Args:
             rate: learning rate at the start of the round.

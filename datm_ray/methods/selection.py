@@ -27,7 +27,7 @@ Scores = NDArray[np.float64]
 
 
 def drawn_order(rows: NDArray[np.int64], seed: int, label: int) -> NDArray[np.int64]:
-    """Shuffle the rows of a class's images. Draws depend on the seed and the class alone."""
+    """Shuffle `rows`, the indices of a class's images in the data set. Draws depend on seed and class alone."""
     return generator(seed, Purpose.SELECTION_ORDER, label).permutation(rows)
 
 
@@ -82,7 +82,8 @@ def forgetting_scores(correct: NDArray[np.bool_]) -> Scores:
 def draw_boxes(count: int, crops: int, least_share: float, seed: int, label: int) -> Tensor:
     """Draw boxes [n m 4] of square crops, see `crop_boxes`, for `count` images of a class in their drawn order.
 
-    If the image is not square, a crop keeps the image's ratio of width to height.
+    A crop takes at least `least_share` of the image's area. If the image is not square, a crop keeps the image's ratio
+    of width to height. m is `crops`, the number of crops of an image.
     """
     uniform = generator(seed, Purpose.SELECTION_CROPS, label).random((count * crops, 4))
     return crop_boxes(torch.from_numpy(uniform), least_share, largest_ratio=1.0).view(count, crops, 4)

@@ -1,8 +1,8 @@
 """The state of a distillation that all methods share: the set, momenta, curves, and the set chosen on validation data.
 
-The state holds everything that a checkpoint needs. No code here reads the disk. A class shard holds the rows of its own
-classes, and a copy of everything without rows. All shards make the same updates, so these copies stay equal.
-Shapes: n rows held, a backbones. Tests: tests/methods/trajectory/test_iteration.py.
+The state holds everything that a checkpoint needs. No code here reads the disk. A class shard holds the images and soft
+labels of its own classes, and a copy of everything else. All shards make the same updates, so these copies stay equal.
+Shapes: n images that this shard holds, a backbones. Tests: tests/methods/trajectory/test_iteration.py.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _COLUMN_TYPES: dict[Any, type[np.generic]] = {"int": np.int64, "float": np.float
 
 
 def columns(record: type[Any]) -> dict[str, type[np.generic]]:
-    """Columns of a history in a checkpoint -> their types, in the order of the record's fields."""
+    """Column of a history in a checkpoint -> numpy type: one for each field of the dataclass `record`, in order."""
     return {each.name: _COLUMN_TYPES[each.type] for each in fields(record)}
 
 
@@ -61,7 +61,7 @@ class MetaTerm:
     networks: int
     """Number of MetaDD networks in all processes together."""
     rows: NDArray[np.int64]
-    """[b] indices of the images that MetaDD uses, counted among the rows that this shard holds."""
+    """[b] indices, within this shard's images, of the images that MetaDD uses."""
     images: int
     """Number of images that MetaDD uses in all shards together."""
 
@@ -86,11 +86,11 @@ class State(Generic[Record]):
     """State of one distillation, or of one class shard of it."""
 
     record: ClassVar[type[Any]]
-    """Dataclass of one row of the history. Its fields are int, float or bool; the first field is `iteration`."""
+    """Dataclass of one record in the history. Its fields are int, float or bool; the first field is `iteration`."""
 
     synthetic: SyntheticSet
     settings: DistillConfig
-    """Settings of the recipe."""
+    """Section `distill` of the recipe."""
     momenta: dict[str, Tensor] = field(default_factory=dict)
     """SGD's momentum of each learned variable, by name; empty before the first update."""
     history: list[Record] = field(default_factory=list)
@@ -163,7 +163,7 @@ class State(Generic[Record]):
         return is_chosen
 
     def pulled_back(self, gradient: Tensor) -> Tensor:
-        """Turn a gradient in pixels [n c h w] into one in the images' variable: itself, or with a prior in latents."""
+        """Turn a gradient in pixels [n c h w] into one in the prior's latents; without a prior, return it unchanged."""
         if self.prior is None:
             return gradient
         return self.prior.pull_back(self.synthetic.variable("images"), gradient)
@@ -177,7 +177,7 @@ class State(Generic[Record]):
     def meta_gradient(
         self, meta: MetaTerm | None, all_sum: AllSum, sum_over_backbones: AllSum
     ) -> tuple[dict[str, Tensor], list[MetaRecord], bool]:
-        """Compute MetaDD's gradient in the images' variable, through the networks that this process holds.
+        """Compute MetaDD's gradient in pixels, or in a prior's latents, through this process's networks.
 
         Returns:
             {"images": gradient}, a list with the `MetaRecord`, and True if the loss or the gradient is not finite in
@@ -266,7 +266,12 @@ class State(Generic[Record]):
 
     @classmethod
     def from_arrays(cls, held: Arrays, shared: Arrays, settings: DistillConfig, device: torch.device) -> Self:
-        """Restore a state from the arrays of `to_arrays`. `held` may have any range of the rows, for a class shard."""
+        """Restore a state from the arrays of `to_arrays`.
+
+        Args:
+            held: arrays with one row per image: of all images, or of the range of images that a class shard holds.
+            shared: all other arrays.
+        """
         arrays = {**held, **with_present_names(shared)}
         curve = (arrays["validation.iteration"].tolist(), arrays["validation.accuracy"].tolist())
         return cls(
@@ -326,7 +331,7 @@ class Descent(State[LossRecord]):
                 [n c h w].
             meta: MetaDD's inputs; `None` if this process holds no MetaDD network.
             all_sum: sum over class shards.
-            sum_over_backbones: sum over the processes that hold the same rows for other networks.
+            sum_over_backbones: sum over the processes that hold the same images and work on other networks.
 
         Raises:
             DivergenceError: a multiple of `MOST_DIVERGED` iterations in a row were skipped.
@@ -377,7 +382,7 @@ def not_finite(*values: Tensor) -> Tensor:
 
 
 def _columns(prefix: str, records: Sequence[Any], record: type[Any]) -> dict[str, NDArray[np.generic]]:
-    """Convert the records of a history to columns of a checkpoint. `records` reads them."""
+    """Convert `records`, all of type `record`, to arrays for a checkpoint, named `<prefix>.<field>`."""
     named = columns(record).items()
     return {f"{prefix}.{column}": np.array([getattr(each, column) for each in records], kind) for column, kind in named}
 

@@ -170,7 +170,7 @@ class Readings:
         self._observed: dict[str, _Observed] = {}
 
     def begin(self, tasks: Sequence[Task], workers: int) -> list[Sample]:
-        """Start a stage, or a part of a stage.
+        """Start a stage, or a part of a stage. Returns samples of the numbers of wanted and of busy workers.
 
         Args:
             tasks: tasks of the stage or part.
@@ -182,7 +182,7 @@ class Readings:
         return self.add(tasks)
 
     def add(self, tasks: Sequence[Task]) -> list[Sample]:
-        """Add tasks to the current stage."""
+        """Add tasks to the current stage. Returns samples of the numbers of wanted and of busy workers."""
         self._open += sum(task.size for task in tasks)
         return list(self._worker_counts())
 
@@ -237,7 +237,10 @@ class Readings:
 
 
 def _increases(observed: _Observed, known: Mapping[str, float], rank: int) -> Iterator[Sample]:
-    """Increases of counters. A worker counts from 0, so a smaller value comes from a new worker."""
+    """Yield a sample for each counter in `known` that the worker of this rank has increased since its last event.
+
+    A worker counts from 0. A smaller value than before comes from a new worker, so all of it is the increase.
+    """
     for name, value in known.items():
         if CATALOGUE[name].kind == "counter":
             before = observed.sums.get((rank, name), 0.0)
@@ -247,7 +250,10 @@ def _increases(observed: _Observed, known: Mapping[str, float], rank: int) -> It
 
 
 def _progress(observed: _Observed, event: Progress, known: Mapping[str, float]) -> Iterator[Sample]:
-    """Yield samples of gauges and histograms from a progress event, and one if the worker group changed its size."""
+    """Yield samples of gauges and histograms from a progress event, and one if the worker group changed its size.
+
+    `known` holds the event's measurements that are in the catalogue and finite.
+    """
     for name, value in known.items():
         if CATALOGUE[name].kind == "gauge":
             observed.gauges[name] = value

@@ -43,7 +43,7 @@ LINE_INTERVAL = 30.0
 TICK = 1.0
 """Seconds between two checks whether a line is due, even while no event arrives."""
 SILENCE = 30.0
-"""Seconds without a step after which a progress line reports them."""
+"""Seconds without a step after which a progress line reports for how long there has been none."""
 SHORTEST_MEMORY, MEMORY = 60.0, 1 / 3
 """Time over which a stage's speed is averaged: at least SHORTEST_MEMORY seconds, and MEMORY times the stage's time so
 far if that is longer."""
@@ -119,12 +119,12 @@ def _ticking(stage: _LineStage) -> Iterator[_LineStage]:
 
 @dataclass
 class _Running:
-    """Task that is running."""
+    """Progress of one running task."""
 
     since: float
     """Time of the task's start, in seconds of the monotonic clock."""
     weight: float = 1.0
-    """Expected work of the whole task."""
+    """Expected work of the whole task, relative to the other tasks of its stage."""
     timed_from: float = 0.0
     timed_to: float = 0.0
     """Times of the first and last `Progress` (`timed_from`, `timed_to`), between which the speed is measured."""
@@ -135,7 +135,7 @@ class _Running:
     phase: str = ""
     """Work between steps, such as compiling, until the next `Progress`; "" during steps."""
     changed: float = 0.0
-    """Time of the task's last event."""
+    """Time of the task's last event, in seconds of the monotonic clock."""
 
     def doing(self, now: float) -> str:
         """Text on the current phase, or on a long time without a step; "" if there is neither."""
@@ -232,7 +232,7 @@ class Tracker:
 
 
 class _LineStage:
-    """Display of a stage by lines: at its start and end, for news of a task, and every `LINE_INTERVAL` seconds."""
+    """Display of a stage by lines: at its start and end, every `LINE_INTERVAL` seconds, and at a `Lost` or `Failed`."""
 
     def __init__(self, reporter: Reporter, title: str, tasks: Sequence[Task]) -> None:
         self._reporter, self._title = reporter, title
@@ -399,7 +399,7 @@ def _values(values: Mapping[str, float]) -> str:
 
 
 def _measured(metrics: Mapping[str, float]) -> str:
-    """Further measurements of a progress line: start epoch, speed and memory."""
+    """Text at the end of a progress line: bound of start epochs, speed and memory, where `metrics` has them."""
     shown = ""
     if (bound := metrics.get("datm_ray_distill_upper_bound")) is not None:
         shown += f"  start below {bound:.0f}"

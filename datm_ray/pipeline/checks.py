@@ -135,7 +135,7 @@ def _check_folder(runs: Runs, config: RunConfig) -> None:
 
 
 def _compared(config: RunConfig) -> dict[str, Any]:
-    """Identity of a run, with the key of `cluster` that an identity has only if it is true."""
+    """Identity of a run, with `cluster.deterministic` also if false, where `run_identity` leaves the key out."""
     return {"cluster": config.cluster.model_dump(include={"deterministic"}), **run_identity(config)}
 
 
@@ -143,8 +143,8 @@ def require_same_experts(runs: Runs, *, of_all: bool = True) -> None:
     """Raise a `RunDirectoryError` if results of the output folder are of experts with other weights than the store's.
 
     Args:
-        of_all: True to read the notes of runs of other names too, because rows on random images are shared
-            (`stages.evaluate.result_location`).
+        of_all: True to check all runs of the folder, because runs share the scores of networks trained on random real
+            images (`stages.evaluate.result_location`). False to check only the runs in `runs`.
     """
     now = {expert: digest for config in runs.configs for expert, digest in runs.origins(config).items()}
     if not now:
@@ -281,6 +281,9 @@ def require_memory(runs: Runs, executor: Executor | None = None) -> None:
     """Raise a `ConfigError` for a set that does not fit into memory, before its experts are trained.
 
     Workers check their memory again.
+
+    Args:
+        executor: where the workers run; `None` if it is not started yet, to assume this machine's CPUs.
     """
     for config in runs.unfinished():
         if runs.elsewhere and config.cluster.memory is None:

@@ -210,7 +210,7 @@ class Pipeline:
             self._distill(executor, reporter)
 
     def evaluate(self, start: Callable[[], Executor], reporter: Reporter) -> None:
-        """Score the rows that are missing."""
+        """Train and score the networks whose results are missing in the runs' accuracy tables."""
         checks.require_distillable(self.runs)
         for config in self.configs:
             checks.require_experts(self.runs, trained_backbones(config))
@@ -226,16 +226,22 @@ class Pipeline:
         return "\n\n".join([accuracy_table(found), *fair, *others])
 
     def scored_rows(self, config: RunConfig) -> list[tuple[str, NetworkConfig | None]]:
-        """Rows that a run is scored on, each with its network, `None` for the backbone. Benchmarks leave rows out."""
+        """Rows of a run's accuracy table, such as "distilled", each with its network; `None` for the backbone.
+
+        Benchmarks override this method to leave rows out.
+        """
         return scored_rows(config)
 
     @contextmanager
     def _started(
         self, start: Callable[[], Executor], reporter: Reporter, *, distils: bool = False
     ) -> Iterator[Executor]:
-        """Lease the folders of all runs, start the executor and yield it. Both end with the block.
+        """Lease the folders of all runs, start the executor and yield it. Leases and executor end with the block.
 
         Experts under `--out` are not leased, so other commands can use them.
+
+        Args:
+            distils: True to check workers and memory for distilling too.
         """
         checks.require_writable(self.runs)
         with ExitStack() as leases:
@@ -288,7 +294,7 @@ class Pipeline:
         write_note(self.runs.folder(config), self.runs.raw(config), self.runs.origins(config))
 
     def _with_rows_before(self, config: RunConfig) -> RunConfig:
-        """Copy of the run, with added architectures and rows that an earlier command scored."""
+        """Copy of the run that also evaluates the architectures and DD-Ranking's scores of an earlier command."""
         folder = self.runs.folder(config)
         earlier = read_recipe(folder) if has_results(folder) else None
         before = earlier.evaluate.networks if earlier else ()
@@ -327,7 +333,7 @@ class Pipeline:
         self._note_experts_cost()
 
     def _note_stacks(self, executor: Executor, networks: Sequence[RunConfig] | None = None) -> None:
-        """Record the experts of each stack, so that any number of workers resumes the same stacks."""
+        """Record which experts are trained together as a stack, so that any number of workers resumes these stacks."""
         for config, open_stacks in tasks.expert_stacks(self.runs, executor.light_workers, networks):
             note_stacks(self.runs.experts(config), open_stacks)
 
@@ -348,7 +354,7 @@ class Pipeline:
         return replace(cost, spent=cost.spent + experts_cost(scoring, self.runs.experts(scoring)).spent)
 
     def _clear_up(self, networks: Sequence[RunConfig] | None = None) -> None:
-        """Remove progress files of experts whose worker died after it had stored them."""
+        """Remove progress files of stored experts, which workers leave if they die just after storing the experts."""
         for config in tasks.expert_recipes(self.runs, networks):
             group, missing = self.runs.experts(config), set(self.runs.missing_experts(config))
             if group.progress.list():
@@ -405,7 +411,7 @@ class Pipeline:
                 remove_pieces(self.runs.folder(config))
 
     def _label(self, executor: Executor, reporter: Reporter) -> None:
-        """Store the labels of finished sets for runs that ask for it."""
+        """Store a teacher's labels of finished sets, for runs whose recipe asks for stored labels."""
         if any(config.evaluate.stores_labels for config in self.configs):
             open_tasks = partial(tasks.label_tasks, workers=executor.light_workers)
             self._run("Labels", "label", open_tasks, executor, reporter)
@@ -434,7 +440,7 @@ class Pipeline:
             remove_progress(folder)
 
     def _report_row(self, task: Task, reporter: Reporter) -> None:
-        """Show the rows that a task of the evaluation has completed."""
+        """Show the score of each row of the accuracy table that an evaluation task has completed."""
         *_, uris, row, numbers, network = task.arguments
         for config in self.configs:  # runs may share a row
             key = (self.out, config, self.runs.raw(config).fingerprint, row)
@@ -444,7 +450,10 @@ class Pipeline:
                 reporter.message(f"{tasks.row_title(config, row, network)}: {score} % (n={score.n})")
 
     def _setup(self, dataset: DatasetConfig, executor: Executor, reporter: Reporter) -> tuple[Any, ...]:
-        """Arguments of the workers' constructor. A data set is shared once, so all stages have the same workers."""
+        """Arguments of the workers' constructor.
+
+        A data set is shared with workers once, and so all stages can use the same workers.
+        """
         if dataset not in self._setups:
             shared = executor.share(self.runs.dataset(dataset, reporter.message))
             self._setups[dataset] = (shared, self.configs[0].cluster, self.distill_worker)

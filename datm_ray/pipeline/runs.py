@@ -73,7 +73,10 @@ class Runs:
         return config
 
     def give_gpus(self, amount: float) -> None:
-        """Set the number of GPUs per worker in runs that leave it open. Memory and stacks of experts depend on it."""
+        """Set the number of GPUs per worker in runs whose recipe leaves it open.
+
+        Memory, and how many experts are trained together, depend on this number.
+        """
         self.configs = [
             config.model_copy(update={"cluster": config.cluster.given_gpus(amount)}) for config in self.configs
         ]
@@ -94,7 +97,7 @@ class Runs:
         return DataShape((raw.channels, *raw.size), raw.classes, images, is_streamed=config.dataset.streamed)
 
     def folder(self, config: RunConfig) -> Location:
-        """Folder of a run."""
+        """Folder of a run in the output folder."""
         return self.out / config.name
 
     def unfinished(self) -> list[RunConfig]:

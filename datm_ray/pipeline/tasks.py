@@ -52,7 +52,7 @@ DatasetTask = tuple[DatasetConfig, Task]
 
 
 def expert_tasks(runs: Runs, workers: int = 1, networks: Sequence[RunConfig] | None = None) -> list[DatasetTask]:
-    """One task for every stack of experts that any of the runs needs and the store does not hold.
+    """Make a task for every stack, experts that are trained together, with experts that are missing in the store.
 
     Args:
         workers: number of workers that train at the same time.
@@ -103,7 +103,10 @@ def prior_tasks(runs: Runs) -> list[DatasetTask]:
 
 
 def scoring_runs(runs: Runs) -> list[RunConfig]:
-    """One run of scoring networks for every order of images that missing experts need and the store does not hold."""
+    """Runs of the networks that order images for `experts.curriculum`, if missing experts need the order.
+
+    There is one run for each order that the store does not hold.
+    """
     found: dict[str, RunConfig] = {}
     for config in expert_recipes(runs):
         scoring = config.scoring_run
@@ -115,7 +118,7 @@ def scoring_runs(runs: Runs) -> list[RunConfig]:
 
 
 def scoring_tasks(runs: Runs) -> list[DatasetTask]:
-    """One task for each of `scoring_runs`, whose networks must be trained before."""
+    """Make a task for each of `scoring_runs`, which scores images with the run's networks after their training."""
     tasks = []
     for config in scoring_runs(runs):
         group, count = runs.experts(config), config.experts.count
@@ -133,7 +136,7 @@ def scoring_tasks(runs: Runs) -> list[DatasetTask]:
 
 
 def expert_recipes(runs: Runs, networks: Sequence[RunConfig] | None = None) -> list[RunConfig]:
-    """One configuration for each group of shared experts, with the largest `count` and `keep_epochs` of its runs.
+    """One configuration for each group of experts, with the largest `count` and `keep_epochs` of runs that share it.
 
     Args:
         networks: networks with experts, as runs with one network each; `None` for all but scoring networks.
@@ -154,9 +157,10 @@ def expert_recipes(runs: Runs, networks: Sequence[RunConfig] | None = None) -> l
 def expert_stacks(
     runs: Runs, workers: int, networks: Sequence[RunConfig] | None = None
 ) -> list[tuple[RunConfig, list[tuple[int, ...]]]]:
-    """Stacks with missing experts of each group: stacks that an earlier command recorded, then new stacks.
+    """Pairs (configuration of an expert group, its stacks with missing experts).
 
-    Arguments: see `expert_tasks`.
+    A stack is a tuple of the numbers of experts that are trained together. Stacks that an earlier command recorded come
+    first, then new ones. Arguments: see `expert_tasks`.
     """
     found = list[tuple[RunConfig, list[tuple[int, ...]]]]()
     missing = [(config, runs.missing_experts(config)) for config in expert_recipes(runs, networks)]
@@ -177,13 +181,16 @@ def expert_stacks(
 
 
 def stack_size(runs: Runs, config: RunConfig) -> int:
-    """Largest number of experts that are trained together."""
+    """Largest number of experts that one worker trains together."""
     shape = runs.shape(config)
     return experts_at_a_time(config, shape.image, shape.classes)
 
 
 def distill_tasks(runs: Runs, executor: Executor | None = None) -> list[DatasetTask]:
-    """One task for every unfinished set or piece of a set. It makes further tasks if sets are validated separately."""
+    """Make a task for every unfinished set, or every unfinished piece of a set that workers make in pieces.
+
+    If free workers validate sets, a set's task makes these validation tasks.
+    """
     tasks = []
     wanted = sum(config.workers_per_set for config in runs.unfinished())
     for config in runs.unfinished():
@@ -220,7 +227,7 @@ def distill_tasks(runs: Runs, executor: Executor | None = None) -> list[DatasetT
 
 
 def _piece_tasks(runs: Runs, config: RunConfig, pieces: Sequence[Piece]) -> list[DatasetTask]:
-    """Tasks that make these pieces of a set."""
+    """Make a task for each of these pieces, parts of a set that single workers make."""
     memory, work, folder = 0, _work_of_set(runs, config), runs.folder(config).uri
     with suppress(ConfigError):  # workers of other machines check their own memory
         memory = distilling_memory(laid_out(config, ALONE), runs.shape(config), 1)
@@ -276,7 +283,7 @@ def _work_of_iteration(runs: Runs, config: RunConfig) -> float:
 
 
 def _validation_task(runs: Runs, config: RunConfig) -> Task:
-    """Task that validates a set of the run. The set's iteration is still to be added to its name and arguments."""
+    """Task that validates a set of the run. The caller adds the set's iteration to the task's name and arguments."""
     schedule = PROTOCOLS[validation_protocol(config.evaluate.protocol)]
     images = config.distill.ipc * runs.raw(config).classes
     work = config.distill.validation_seeds * work_of_training(schedule, images, _flop(runs, config))
@@ -293,7 +300,7 @@ def _validation_task(runs: Runs, config: RunConfig) -> Task:
 
 
 def _flop(runs: Runs, config: RunConfig, network: NetworkConfig | None = None) -> float:
-    """Operations of one image in a forward pass through the backbone or another network."""
+    """Floating-point operations of a forward pass of one image through `network`; `None` for the backbone."""
     return network_cost(config.model_copy(update={"network": network or config.network}), runs.shape(config)).flop
 
 
@@ -379,12 +386,13 @@ def evaluate_tasks(
     workers: int = 1,
     of: Sequence[RunConfig] | None = None,
 ) -> list[DatasetTask]:
-    """Tasks for every scored row and seed without a result, once for runs that share it.
+    """Make tasks for every row of the accuracy tables, such as "distilled", and every seed without a result.
 
-    Seeds whose networks are trained together are one task. The seeds of a row are divided evenly if workers would be
-    idle otherwise, or if the row is more than a worker's share of the work.
+    Runs that share a result share its task. Seeds whose networks are trained together are one task. The seeds of a row
+    are divided evenly if workers would be idle otherwise, or if the row is more than a worker's share of the work.
 
     Args:
+        scored_rows: returns a run's rows, each with its network, `None` for the backbone.
         workers: number of workers. A single worker gets the row on all real data last, so that users see other rows
             early. Several workers get the longest rows first, so that none waits at the end.
         of: runs to score; `None` for all.
@@ -414,7 +422,7 @@ def evaluate_tasks(
 def _networks_and_images(
     runs: Runs, config: RunConfig, row: str, network: NetworkConfig | None
 ) -> tuple[NetworkSpec, int]:
-    """Networks of a row, and number of images that each is trained on."""
+    """Architecture of an accuracy-table row's networks, and number of images that each network is trained on."""
     raw = runs.raw(config)
     spec = (network or config.network).for_images(raw.channels, raw.size, raw.classes)
     return spec, len(raw.train) if row == "full" else config.distill.ipc * raw.classes
@@ -423,7 +431,10 @@ def _networks_and_images(
 def _evaluate_task(
     runs: Runs, config: RunConfig, row: str, network: NetworkConfig | None, numbers: Sequence[int], work: float
 ) -> Task | None:
-    """Task that scores a row with some seeds; `None` if all results are there. `work` is that of one seed."""
+    """Task that scores a row of the accuracy table with seeds `numbers`; `None` if all results exist.
+
+    `work` is the number of operations for one seed.
+    """
     fingerprint, (spec, images) = runs.raw(config).fingerprint, _networks_and_images(runs, config, row, network)
     places = [result_location(runs.out, config, fingerprint, row, number, network) for number in numbers]
     if all(place.exists() for place in places):
@@ -446,14 +457,14 @@ def _evaluate_task(
 
 
 def _work_of_row(runs: Runs, config: RunConfig, row: str, network: NetworkConfig | None) -> float:
-    """Operations of training the networks of a row with one seed."""
+    """Operations of training an accuracy-table row's networks with one seed."""
     raw = runs.raw(config)
     work = work_of(config, row, network, raw.classes, len(raw.train), _flop(runs, config, network))
     return work * FORWARD_PASSES["training"]
 
 
 def row_title(config: RunConfig, row: str, network: NetworkConfig | None) -> str:
-    """A run's row in words, such as "birds, distilled" or "birds, distilled on vgg11"."""
+    """Title of a row of a run's accuracy table, such as "birds, distilled" or "birds, distilled on vgg11"."""
     return f"{config.name}, {(ROWS | FAIR_ROWS)[row]}{_on(config, network)}"
 
 

@@ -142,7 +142,7 @@ def _fault(key: str, text: str, given: Mapping[str, float]) -> str:
     """Fault of one entry of a description, in words; "" if it has none.
 
     Args:
-        given: entries before it.
+        given: values of the entries before this entry, by key.
     """
     if key not in UNITS:
         what = f"it has no key {key!r}" if key else "an entry has no key"
@@ -153,7 +153,7 @@ def _fault(key: str, text: str, given: Mapping[str, float]) -> str:
 
 
 def _fault_together(given: Mapping[str, float]) -> str:
-    """Fault of readable entries together, in words; "" if there is none."""
+    """Fault of a description whose entries contradict each other or lack one, in words; "" if it has none."""
     for one, other in (("gpus", "cpus"), ("tflops", "gflops")):
         if {one, other} <= given.keys():
             return f"it has both {one} and {other}; give one of them"

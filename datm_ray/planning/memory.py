@@ -112,7 +112,7 @@ class DistillationPlan:
         return {"worker": self.name, "bytes": self.total, "limit_bytes": limit, "parts": self.parts}
 
     def refuse(self, *remedies: str) -> NoReturn:
-        """Raise a `ConfigError`: the worker needs more memory than it may take. Its remedies begin with `remedies`."""
+        """Raise a `ConfigError`: the worker needs more memory than it may take. `remedies` are named first in it."""
         can_help = {name: size for name, size in self.parts.items() if name != "process" or self.budget <= size}
         size, name = max((size, name) for name, size in can_help.items())
         words, knob = PARTS[name]
@@ -238,7 +238,10 @@ def worker_budget(config: RunConfig, data_bytes: int = 0, sharing: int = 1) -> f
 def chunk_by_trial(step: Callable[[int], None], plan: DistillationPlan, device: torch.device) -> int:
     """Largest micro-batch whose step fits on a GPU. Tries the plan's size, then half of it, down to one image.
 
-    `step` computes one step of a number of images. The trial holds the plan's trace beside it, within the budget.
+    A trial also allocates the plan's part "trace". It fits if its peak memory stays within the plan's budget.
+
+    Args:
+        step: computes one step with the given number of images.
 
     Raises:
         ConfigError: a step of one image does not fit.
@@ -323,8 +326,8 @@ def _training_memory(
 ) -> int:
     """Bytes of main memory to reserve for a worker that trains networks, each on `rows` images in a step.
 
-    It holds further tensors of `held` bytes. Between steps, a network scores `scored` images at the same time. Steps of
-    a stack are computed in parts that fit the cache of a CPU.
+    The worker holds further tensors of `held` bytes. Between steps, a network scores `scored` images at the same time.
+    If the networks are a stack (`is_stack`), steps are computed in parts that fit the cache of a CPU.
     """
     if uses_gpu(config.cluster.shaped(light=True)):
         return GPU_PROCESS_BYTES

@@ -26,7 +26,8 @@ def plan_run(
 ) -> Proposal:
     """Estimate memory, hours and storage of a run. Other arguments and errors: see `datm_ray.plan`.
 
-    All runs want `wanted` workers for distilling at the same time; 0 for this run's number.
+    Args:
+        wanted: number of workers that all runs of the command together use to distil; 0 if this run is alone.
 
     Raises:
         DatasetError: the data cannot be read.

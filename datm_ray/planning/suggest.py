@@ -40,22 +40,28 @@ SMALLEST_BATCH, PUBLISHED_BATCH = 16, 256
 PUBLISHED_RATE, RATE = 0.01, 0.02
 """Experts' learning rate: the published rate for the published batch size; the digits' rate for smaller batches."""
 BOUND, BOUND_POWER = 8.0, 0.57
-"""The range of start epochs ends at distance BOUND * ipc ** BOUND_POWER from the experts' first epoch.
+"""The range of start epochs ends at distance (learning rate times steps) BOUND * ipc ** BOUND_POWER from epoch 0.
 
 DATM's CIFAR-10 recipes end at 7 (IPC 1), 35 (10) and 70 (50), the digits' recipes at 9 (1) and 28 (10)."""
 LATE_SHARE, MOST_LATE = 3.0, 0.5
-"""The range of start epochs begins at LATE_SHARE times the set's share of the data, at most at MOST_LATE of its end.
+"""Start of the range of start epochs, as a share of its end: LATE_SHARE times the set's share of the real images, at
+most MOST_LATE.
 
-Examples, as shares of the end: 0.03 for CIFAR-10 with 50 of 5,000 images per class, 0.3 with 500 (DATM has 0 and 0.67);
-0.2 for digits-ipc10."""
+Examples: 0.03 for CIFAR-10 with 50 of 5,000 images per class, 0.3 with 500 (DATM has 0 and 0.67); 0.2 for
+digits-ipc10."""
 TRAINED = 35.0
-"""Smallest distance over which experts are trained, because they also label the first images; 38 for digits."""
+"""Smallest distance (learning rate times steps) over which experts are trained, because they also label the first
+images. The digits' experts have 38."""
 STEP_DISTANCE = 0.06
-"""Distance of an expert that one student step must cover: 0.044 in DATM's recipes, 0.07 to 0.1 for digits."""
+"""Expert's distance (learning rate times steps) that one student step must cover.
+
+DATM's recipes have 0.044, the digits' recipes 0.07 to 0.1."""
 STUDENT_BATCH = 50
 """Smallest number of images in a student step, or two per class if those are more; at most the whole set."""
 THRESHOLD = 1.1
-"""Threshold of DATM's cifar10-ipc1. If a set hardly moves the student, its losses scatter around 1."""
+"""Matching loss above which an iteration is skipped, as in DATM's cifar10-ipc1.
+
+If a set hardly moves the student, losses scatter around 1."""
 VALIDATION, MOST_VALIDATION = 0.1, 5000
 """Share of the images for validation, and largest number of validation images."""
 LARGEST_SIDE = 64
@@ -69,8 +75,8 @@ MOST_EXPERTS, MOST_ITERATIONS = 100, 10_000
 LEAST_EXPERTS, LEAST_ITERATIONS = 2, 20
 """Smallest numbers of experts and iterations, even if the time is too short for them."""
 EXPERTS_SHARE, EVALUATION_SHARE, REAL_SHARE = 0.35, 0.2, 0.1
-"""Largest shares of the time for experts, evaluation, and its networks on all real images. Distillation gets the
-rest."""
+"""Largest shares of the time: for experts, for evaluation, and for the evaluation's networks on all real images.
+Distillation gets the rest."""
 MARGIN = 0.85
 """Share of the time that is planned. The rest is a reserve for work that the estimates leave out."""
 SMALLEST_PICTURE = 24
@@ -364,7 +370,10 @@ def _fit_into_time(draft: _Draft) -> None:
 
 
 def _fitted(draft: _Draft, values: dict[str, Any], time: float) -> dict[str, Any]:
-    """Extend the values, so that the run takes about `time` seconds. The smallest allowed numbers may take longer."""
+    """Add values for experts, distillation and evaluation, so that the run takes about `time` seconds.
+
+    `values` is changed, and returned. With the smallest allowed numbers, a run may take longer.
+    """
     values |= _lengths(draft, STEPS[-1])
     workers = draft.plan(draft.config(values)).machine.workers
     values["cluster.shards"] = min(workers, draft.raw.classes)

@@ -34,7 +34,7 @@ def published(
     expert_epochs: int = 2,
     threshold: float = 1.0,
 ) -> RunConfig:
-    """Recipe from a row of DATM's table."""
+    """Recipe of DATM: the values that vary, from a row of the paper's table, and those that all its recipes share."""
     return RunConfig(
         dataset=DatasetConfig(source=source, validation=0.02),
         network=NetworkConfig(depth=depth),
@@ -104,6 +104,11 @@ AUXILIARIES = ("resnet18", "vgg11", "alexnet", "vit-small")
 
 
 def with_auxiliaries(base: RunConfig, share: float, names: Sequence[str] = AUXILIARIES) -> RunConfig:
-    """Copy of a recipe with MetaDD and auxiliaries of their published sizes."""
+    """Copy of a recipe with MetaDD and auxiliaries of their published sizes.
+
+    Args:
+        share: share of the synthetic images that MetaDD uses in an iteration, in (0, 1].
+        names: architectures of the auxiliaries.
+    """
     metadd = MetaConfig(auxiliaries=tuple(NetworkConfig(architecture=name) for name in names), share=share)
     return base.model_copy(update={"metadd": metadd})

@@ -123,7 +123,7 @@ def _what_was_done(run: Run) -> str:
 
 
 def _size(run: Run) -> str:
-    """Size of the synthetic set, with its share of the real images if their number is known, as text."""
+    """Number of synthetic images as text, also as a percentage of the real images if their number is known."""
     if run.latest is None:
         return f"{count(run.config.distill.ipc, 'image')} per class"
     synthetic, real = len(run.latest.images), run.summary.training_images

@@ -285,7 +285,7 @@ class Table(NamedTuple):
     """Table that the terminal and the page show."""
 
     headings: Sequence[str]
-    """Headings of the titles and of each column of cells."""
+    """Headings of the columns: first of the rows' titles, then one for each column of cells."""
     lines: Sequence[Line]
 
 
@@ -302,7 +302,11 @@ def _cell(score: Score | None, absent: str = "not yet") -> Cell:
 
 
 def _computed(title: str, values: Sequence[str | None], *before: Cell) -> list[Line]:
-    """Row of values computed from other rows, with a dash for each `None`; no row if all are `None`."""
+    """List with a row of values computed from other rows, a dash for each `None`; empty if all are `None`.
+
+    Args:
+        before: cells between the title and the values.
+    """
     return [Line(title, [*before, *(Cell(value or "–") for value in values)], "share")] if any(values) else []
 
 
@@ -392,7 +396,7 @@ NETWORK_COLUMNS = {
 
 
 def network_columns(summary: RunSummary) -> dict[str, str]:
-    """Columns of a run's table of architectures -> headings."""
+    """Keys of the columns of a run's table of architectures -> their headings."""
     if summary.has_experts:
         return NETWORK_COLUMNS
     return NETWORK_COLUMNS | {"learned": "the set's step size", "control": f"{ROWS['random-hard']}, tuned"}
@@ -417,7 +421,10 @@ def _mean_over(networks: Sequence[NetworkScores], column: str) -> str | None:
 
 
 def network_accuracies(summary: RunSummary) -> Table:
-    """Table of a run's accuracy on every architecture, then the means over seen and unseen architectures."""
+    """Table of a run's accuracy on every architecture, then the means over seen and unseen ones.
+
+    Seen architectures were used to distil the set; unseen ones were not.
+    """
     lines = []
     for name, each in zip(names_of(summary.networks), summary.networks, strict=True):
         found = scores_by_name(each)

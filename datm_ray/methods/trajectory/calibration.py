@@ -44,7 +44,10 @@ class Measured:
 
 
 def measure(step_size: float, pairs: Sequence[Match], synthetic: SyntheticSet, all_sum: AllSum = identity) -> Measured:
-    """Compute the matching losses of one backbone's pairs at a step size. All class shards get equal losses."""
+    """Compute one backbone's matching loss at a step size for every pair of start and target.
+
+    All class shards get equal losses.
+    """
     tried = replace(synthetic, step_sizes=torch.full_like(synthetic.step_sizes, step_size))
     losses = []
     for pair in pairs:

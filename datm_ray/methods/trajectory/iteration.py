@@ -27,7 +27,9 @@ MOST_ABOVE = 50
 """Number of iterations without an update, with every loss above the threshold, after which a distillation stops."""
 
 InRows = Callable[[Callable[[AllSum], None]], None]
-"""Function that runs work shared only by the class shards of one backbone, see `Mesh.in_rows`."""
+"""Function that calls the given work with a sum over one backbone's class shards, then waits for other backbones.
+
+See `Mesh.in_rows`."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ class Distillation(State[IterationRecord]):
             origins: one for each backbone of the run, in order.
             meta: MetaDD's inputs; None if this process holds no MetaDD network.
             all_sum: sum over the class shards of a backbone.
-            sum_over_backbones: sum over the processes that hold the same rows for other networks.
+            sum_over_backbones: sum over the processes that hold the same images and match other networks.
             in_rows: function that calls its argument with an `all_sum`, and then waits for the other backbones; None
                 if no other process computes a backbone.
 
@@ -233,7 +235,11 @@ class Distillation(State[IterationRecord]):
         return diverged(np.array(losses, np.float64), np.array(skipped, np.bool_), self.settings.threshold)
 
     def _require_progress(self, is_lost: bool) -> None:
-        """Raise a `DivergenceError` if a backbone has diverged too often since its last update."""
+        """Raise a `DivergenceError` if a backbone has diverged too often since its last update.
+
+        Args:
+            is_lost: True if MetaDD's loss or gradient was not finite in this iteration, for the message.
+        """
         for number in np.flatnonzero(self._diverged(self.history[-self.backbones :])).tolist():
             own = self.history[number :: self.backbones]
             times = int(self._diverged(_since_update(own)).sum())

@@ -168,7 +168,7 @@ def _agreed(loss: Tensor, all_sum: AllSum) -> float:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Images of one call of the step functions, on the device."""
+    """Part of a minibatch for one call of the step functions, on the device."""
 
     rows: Tensor
     """[b] indices of the images among the rows that this shard holds."""
@@ -181,7 +181,7 @@ class _Piece:
 
 @dataclass(frozen=True)
 class PlacedSteps:
-    """Minibatches of student steps on the device, each cut into pieces."""
+    """Minibatches of student steps on the device, each cut into pieces of at most `chunk` images."""
 
     pieces: Sequence[Sequence[_Piece]]
 
@@ -222,7 +222,7 @@ def place_steps(steps: Sequence[StudentStep], chunk: int | None, like: Tensor) -
 
 
 def _uploaded(arrays: Sequence[NDArray[np.generic]], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Concatenate arrays and copy them to the device."""
+    """Concatenate arrays to one tensor on the device, converted to `dtype`; `None` keeps the arrays' type."""
     whole = torch.from_numpy(np.concatenate(arrays)) if arrays else torch.empty(0)
     whole = whole.to(dtype) if dtype else whole
     return whole.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else whole.to(device)
